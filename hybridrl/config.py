@@ -1,0 +1,521 @@
+"""Every setting: its type, default, meaning and the checks between settings.
+
+The dataclasses are Hydra's schema. A default stands here and nowhere else; files in conf/ set what an experiment
+or an algorithm preset means. `load_config` composes, validates and returns a RunSettings, or raises ConfigError
+with one sentence. Nothing here imports torch or ray, so a typo costs a second, not a cluster.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from hybridrl.errors import ConfigError
+
+
+class Resume(StrEnum):
+    auto = "auto"  # continue from the newest valid checkpoint in run.dir, else start
+    never = "never"  # refuse a run.dir that already holds a run
+    required = "required"  # refuse to start from scratch
+
+
+class ScheduleKind(StrEnum):
+    constant = "constant"  # value
+    linear = "linear"  # value -> end over `steps`, then end; the paper's lam0 (1 + alpha t) has alpha = (end/value - 1)/steps
+    cosine = "cosine"  # value -> end over `steps` along half a cosine, then end
+    step = "step"  # value before step `steps`, end from there on
+
+
+class Divergence(StrEnum):
+    reverse_kl = "reverse_kl"  # KL(student || teacher), the closed form over the full vocabulary
+
+
+class Baseline(StrEnum):
+    none = "none"
+    group_mean = "group_mean"  # mean of the K siblings at the same position, the sequence itself included
+    leave_one_out = "leave_one_out"  # mean of the K-1 others at the same position: unbiased
+
+
+class Normalizer(StrEnum):
+    token_mean = "token_mean"  # divide by the global number of response tokens (DAPO)
+    constant = "constant"  # divide by sequences * max_new_tokens: unbiased at any batch size (Dr. GRPO)
+
+
+class OnError(StrEnum):
+    fail = "fail"  # any reward error stops the run
+    drop_group = "drop_group"  # the prompt's whole group is left out of the step
+    value = "value"  # use reward.error_value
+
+
+class Device(StrEnum):
+    auto = "auto"  # cuda when the cluster has GPUs
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class WeightTransfer(StrEnum):
+    auto = "auto"  # object_store on CPU; on GPUs ipc when learner and engines share them, else nccl
+    object_store = "object_store"
+    nccl = "nccl"
+    ipc = "ipc"
+
+
+class WandbMode(StrEnum):
+    auto = "auto"  # online when a key is configured, else offline
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig:
+    """A weight as a function of the step t = 0, 1, ..."""
+
+    kind: ScheduleKind = ScheduleKind.constant
+    value: float = 1.0
+    """at t = 0"""
+    end: float | None = None
+    """where linear, cosine and step go; null only for constant"""
+    steps: int | None = None
+    """how long linear and cosine take, when step switches; null: train.steps"""
+
+    def __post_init__(self) -> None:
+        if self.kind is not ScheduleKind.constant and self.end is None:
+            raise ConfigError(f"schedule kind={self.kind}: needs an end value; set end, or kind=constant")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"schedule steps={self.steps}: must be at least 1, or null for train.steps")
+
+    def is_zero(self) -> bool:
+        return self.value == 0 and not self.end
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    dir: str = MISSING
+    """run directory; absolute when submitted to a cluster"""
+    seed: int = 0
+    """every sampling seed derives from it"""
+    resume: Resume = Resume.auto
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    path: str = MISSING
+    """a Hugging Face folder or name, or builtin:NAME (countdown-student, countdown-teacher, smollm2-135m-instruct)"""
+    dtype: str = "float32"
+    """float32 or bfloat16: of the forward pass; the learner keeps fp32 master weights"""
+    revision: str | None = None
+    """hub revision; null: the newest"""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"model dtype={self.dtype}: must be float32 or bfloat16")
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    path: str | None = None
+    """as model.path; null: the student as it was before training, frozen"""
+    dtype: str = "float32"
+    weight: float = 1.0
+    """w_i of the objective, times algorithm.imitation_weight"""
+
+
+@dataclass(kw_only=True, slots=True)
+class AlgorithmConfig:
+    """J = sum_i w_i KL_i - lambda R (arXiv 2512.23097). Named methods are presets in conf/algorithm."""
+
+    divergence: Divergence = Divergence.reverse_kl
+    imitation_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """multiplies every teacher's weight; 0: pure reinforcement learning, no teacher is loaded"""
+    reward_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """lambda; 0: pure distillation, rewards are only watched"""
+    gamma: float = 0.0
+    """discount of FUTURE imitation costs, gamma^(k-t); the terminal reward is never discounted. 0: reward only, 1: exact gradient of J"""
+    baseline: Baseline = Baseline.leave_one_out
+    normalizer: Normalizer = Normalizer.token_mean
+    temperature: float = 1.0
+    """of student, teacher and sampler alike"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise ConfigError(f"algorithm.gamma={self.gamma}: a discount lies in [0, 1]")
+        if not self.temperature > 0:
+            raise ConfigError(f"algorithm.temperature={self.temperature}: must be positive; greedy decoding belongs to evaluation")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    steps: int = 100
+    """optimizer steps"""
+    prompts_per_step: int = 32
+    samples_per_prompt: int = 8
+    """K rollouts of each prompt"""
+    lr: float = 5e-4
+    lr_warmup_steps: int = 0
+    lr_end: float | None = None
+    """cosine from lr to lr_end over train.steps; null: constant"""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    max_tokens_per_micro_batch: int = 16384
+    """padded tokens in one forward pass of one learner rank"""
+    head_chunk: int = 1024
+    """response tokens whose logits exist at once in the head op"""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "samples_per_prompt", "max_tokens_per_micro_batch", "head_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        if not self.lr > 0 or not math.isfinite(self.lr):
+            raise ConfigError(f"train.lr={self.lr}: must be positive and finite")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError(f"train.betas={self.betas}: AdamW needs two numbers in [0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    task: str = "countdown"
+    """countdown, reasoning_gym (data.dataset) or jsonl (data.path)"""
+    path: str | None = None
+    """jsonl: one object a line with `prompt` (text, or a list of chat messages); its other keys reach the rewards"""
+    heldout_path: str | None = None
+    """jsonl: held-out problems"""
+    dataset: str | None = None
+    """reasoning_gym: name of the generator, e.g. chain_sum"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """generator options, e.g. {num_numbers: 3, max_number: 10} for countdown"""
+    num_train: int = 100000
+    """distinct training problems drawn from the generator; cycled in a new order each epoch"""
+    num_heldout: int = 512
+    chat_template: bool = False
+    """wrap each prompt as a user message in the model's chat template"""
+    system_prompt: str | None = None
+    instruction: str = "{prompt}"
+    """text around each prompt"""
+
+    def __post_init__(self) -> None:
+        if self.task not in ("countdown", "reasoning_gym", "jsonl"):
+            raise ConfigError(f"data.task={self.task}: must be countdown, reasoning_gym or jsonl")
+        if self.task == "jsonl" and not (self.path and self.heldout_path):
+            raise ConfigError("data.task=jsonl: needs data.path and data.heldout_path, two files")
+        if self.task == "reasoning_gym" and not self.dataset:
+            raise ConfigError("data.task=reasoning_gym: needs data.dataset, the generator's name, e.g. chain_sum")
+        if "{prompt}" not in self.instruction:
+            raise ConfigError(f"data.instruction={self.instruction!r}: must contain {{prompt}}")
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardFunctionConfig:
+    function: str = MISSING
+    """countdown, math, reasoning_gym, or file.py:function of yours"""
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+    """keyword arguments to the function"""
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardConfig:
+    functions: dict[str, RewardFunctionConfig] = field(default_factory=dict)
+    workers: int = 1
+    """actors; each runs calls in its own killable child processes"""
+    processes: int = 1
+    """child processes per worker"""
+    timeout_s: float = 10.0
+    """deadline of one call for one sequence; the child past it is killed"""
+    on_error: OnError = OnError.drop_group
+    error_value: float = 0.0
+    max_error_rate: float = 0.1
+    """stop the run when more than this fraction of a step's calls fail; on_error=value too"""
+
+    def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise ConfigError(f"reward.timeout_s={self.timeout_s}: must be positive")
+        if self.workers < 1 or self.processes < 1:
+            raise ConfigError(f"reward.workers={self.workers}, reward.processes={self.processes}: both must be at least 1")
+        if not 0 <= self.max_error_rate <= 1:
+            raise ConfigError(f"reward.max_error_rate={self.max_error_rate}: a fraction, in [0, 1]")
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    engines: int = 1
+    tensor_parallel: int = 1
+    """devices inside one engine"""
+    max_new_tokens: int = 16
+    max_model_len: int = 64
+    """prompt + response"""
+    max_num_seqs: int = 256
+    """sequences decoded at once by one engine"""
+    kv_cache_bytes: int | None = 268435456
+    """KV cache of one engine on CPU; null: vLLM decides (GPUs)"""
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = True
+    """false: let vLLM compile; pays after minutes of generation"""
+    chunks_per_engine: int = 1
+    """how many pieces of a step's prompts stream out of one engine; scoring of a piece starts when it is done"""
+    weight_transfer: WeightTransfer = WeightTransfer.auto
+
+    def __post_init__(self) -> None:
+        for name in ("engines", "tensor_parallel", "max_new_tokens", "max_num_seqs", "chunks_per_engine"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
+        if self.max_model_len <= self.max_new_tokens:
+            raise ConfigError(
+                f"rollout.max_model_len={self.max_model_len}: must hold a prompt and rollout.max_new_tokens="
+                f"{self.max_new_tokens}; raise it"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class LearnerConfig:
+    ranks: int = 1
+    zero_stage: int = 1
+    """DeepSpeed ZeRO 1, 2 or 3"""
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (1, 2, 3):
+            raise ConfigError(f"learner.zero_stage={self.zero_stage}: must be 1, 2 or 3; stage 0 follows another trajectory in bf16")
+        if self.ranks < 1:
+            raise ConfigError(f"learner.ranks={self.ranks}: must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class ScorerConfig:
+    replicas: int = 1
+    """frozen copies of each teacher"""
+    max_tokens_per_micro_batch: int = 32768
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ConfigError(f"scorer.replicas={self.replicas}: must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    every: int = 20
+    """steps between evaluations on the held-out problems; 0: only before and after"""
+    greedy: bool = True
+    samples: int = 8
+    """how many rollouts of each evaluation are kept to read"""
+    teacher: bool = True
+    """measure each teacher with a path once, before training, so that the report can draw its level"""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    every: int = 50
+    """steps; 0: only at the end"""
+    keep: int = 2
+    """newest checkpoints kept"""
+    export: bool = True
+    """write a Hugging Face folder at the end"""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ConfigError(f"checkpoint.keep={self.keep}: must be at least 1, or a crash leaves nothing to resume")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    wandb: WandbMode = WandbMode.auto
+    project: str = "hybridrl"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    address: str | None = None
+    """Ray address; null: RAY_ADDRESS if set (as in a Ray job), else a private local Ray"""
+    device: Device = Device.auto
+    colocate: bool = False
+    """GPUs: learner, engines and scorers take turns on the same devices"""
+    spread: bool = False
+    """put the workers of one group on different nodes where possible"""
+    threads_per_worker: int | None = None
+    """CPU threads of one learner, engine or scorer; null: the node's cores over the group's workers on it"""
+
+
+@dataclass(kw_only=True, slots=True)
+class DeadlineConfig:
+    """Seconds after which a silent worker counts as hung. Every wait has one."""
+
+    placement_s: float = 60.0
+    start_s: float = 600.0
+    rollout_s: float = 600.0
+    score_s: float = 600.0
+    reward_s: float = 300.0
+    learn_s: float = 1800.0
+    sync_s: float = 300.0
+    save_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if not getattr(self, f.name) > 0:
+                raise ConfigError(f"deadlines.{f.name}={getattr(self, f.name)}: must be positive")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunSettings:
+    """All settings of one run, validated."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
+
+    def __post_init__(self) -> None:
+        imitates = not self.algorithm.imitation_weight.is_zero()
+        rewarded = not self.algorithm.reward_weight.is_zero()
+        if not imitates and not rewarded:
+            raise ConfigError(
+                "algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from; raise one of them"
+            )
+        if imitates and not self.teachers:
+            raise ConfigError(
+                "teachers={}: algorithm.imitation_weight is not 0, so a teacher is needed; "
+                "add '+teachers.NAME={path: ...}', or set algorithm.imitation_weight.value=0"
+            )
+        if rewarded and not self.reward.functions:
+            raise ConfigError(
+                "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed; "
+                "add '+reward.functions.NAME={function: ...}', or set algorithm.reward_weight.value=0"
+            )
+        k = self.train.samples_per_prompt
+        if rewarded and self.algorithm.baseline is Baseline.leave_one_out and k < 2:
+            raise ConfigError(
+                f"train.samples_per_prompt={k}: algorithm.baseline=leave_one_out compares siblings, needs >= 2; "
+                "raise it or set algorithm.baseline=none"
+            )
+        chunks = self.rollout.engines * self.rollout.chunks_per_engine
+        if self.train.prompts_per_step < max(chunks, self.learner.ranks):
+            raise ConfigError(
+                f"train.prompts_per_step={self.train.prompts_per_step}: must be at least {max(chunks, self.learner.ranks)}, one prompt "
+                f"for each of rollout.engines * rollout.chunks_per_engine={chunks} and of learner.ranks={self.learner.ranks}"
+            )
+        if self.rollout.weight_transfer in (WeightTransfer.nccl, WeightTransfer.ipc) and self.cluster.device is Device.cpu:
+            raise ConfigError(
+                f"rollout.weight_transfer={self.rollout.weight_transfer}: needs GPUs, cluster.device is cpu; use object_store"
+            )
+
+
+CONF_DIRS = (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf")
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside the wheel, or beside the package in a checkout."""
+    for path in CONF_DIRS:
+        if path.is_dir():
+            return path
+    raise ConfigError(f"no conf folder at {' or '.join(map(str, CONF_DIRS))}: reinstall hybridrl")
+
+
+def register_schema() -> None:
+    """Tell Hydra the schema; conf/config.yaml names it first in its defaults."""
+    ConfigStore.instance().store(name="schema", node=RunSettings)
+
+
+def load_config(overrides: Sequence[str] = ()) -> RunSettings:
+    """Compose conf/config.yaml with command-line overrides and check everything.
+
+    Raises:
+        ConfigError: one sentence with field, value, rule and remedy.
+    """
+    register_schema()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            composed = compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_sentence(error, overrides)) from error
+    return to_settings(composed)
+
+
+def to_settings(composed: DictConfig) -> RunSettings:
+    """The typed settings of a composed config.
+
+    Raises:
+        ConfigError: as load_config.
+    """
+    try:
+        settings = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        key = error.full_key or "?"
+        raise ConfigError(f"{key} is not set: it has no default; add {key}=... to the command") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(_sentence(error, ())) from error
+    except AttributeError as error:  # ++key=value forced an unknown key past Hydra
+        raise ConfigError(f"{error.name}: no such setting; drop the ++ and see hybridrl train --help") from error
+    assert isinstance(settings, RunSettings)
+    return settings
+
+
+def to_yaml(settings: RunSettings) -> str:
+    """The resolved settings as YAML, as written to run.dir/config.yaml."""
+    return OmegaConf.to_yaml(OmegaConf.structured(settings), resolve=True)
+
+
+def known_keys(schema: type = RunSettings, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, for did-you-mean."""
+    keys = []
+    for name, hint in get_type_hints(schema).items():
+        key = f"{prefix}{name}"
+        keys.append(key)
+        nested = hint if is_dataclass(hint) else next((a for a in get_args(hint) if is_dataclass(a)), None)
+        if nested is not None and is_dataclass(hint):
+            keys += known_keys(nested, f"{key}.")
+    return keys
+
+
+def _sentence(error: Exception, overrides: Sequence[str]) -> str:
+    """One sentence from Hydra's several lines, with the nearest known key or choice."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    text = str(error).splitlines()[0]
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        key = cause.full_key
+        given = next((o.split("=", 1)[1] for o in overrides if o.lstrip("+~").split("=", 1)[0] == key and "=" in o), None)
+        field_text = f"{key}={given}" if given is not None else key
+        if isinstance(cause, ConfigKeyError) or "not in" in str(cause).splitlines()[0]:
+            near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+            return f"{field_text}: no such setting" + (f"; did you mean {near[0]}?" if near else "; see hybridrl train --help")
+        return f"{field_text}: {str(cause).splitlines()[0]}"
+    missing_choice = "Could not find" in text
+    if missing_choice:
+        for override in overrides:
+            group, _, choice = override.lstrip("+").partition("=")
+            folder = conf_dir() / group
+            if folder.is_dir() and not (folder / f"{choice}.yaml").is_file():
+                names = sorted(p.stem for p in folder.glob("*.yaml"))
+                return f"{group}={choice}: no such choice; it must be one of {', '.join(names)}"
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key and key in text and key not in known_keys():
+            near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+            return f"{override}: no such setting" + (f"; did you mean {near[0]}?" if near else "; see hybridrl train --help")
+    return text

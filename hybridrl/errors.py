@@ -1,0 +1,66 @@
+"""Every error a user can meet.
+
+All derive from HybridRLError, keep their constructor arguments in `args` and so survive pickling between
+processes. Where a standard type fits, the error is that type too.
+"""
+
+
+class HybridRLError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(HybridRLError, ValueError):
+    """A setting that cannot work: the message names field, value, rule and remedy."""
+
+
+class DataError(HybridRLError, ValueError):
+    """A prompt, answer or file that cannot be used; the message names the row."""
+
+
+class CheckpointError(HybridRLError):
+    """A checkpoint that is missing, incomplete or not what its manifest says."""
+
+
+class RunDirectoryError(HybridRLError):
+    """The run directory cannot be used: locked by another run, or holds another run."""
+
+
+class PlacementError(HybridRLError):
+    """The cluster cannot hold what was asked for; the message lists demand against supply."""
+
+
+class WeightSyncError(HybridRLError):
+    """An engine did not receive the weights that the learner sent."""
+
+
+class RewardError(HybridRLError):
+    """More reward calls failed than `reward.max_error_rate` allows, or the policy is to fail."""
+
+
+class NonFiniteError(HybridRLError):
+    """A loss or gradient was NaN or infinite; nothing was stepped or saved."""
+
+
+class WorkerError(HybridRLError):
+    """A worker process failed at a call.
+
+    Args:
+        worker: name of the worker, e.g. "rollout/0".
+        call: the method that was running.
+        reason: one sentence.
+    """
+
+    def __init__(self, worker: str, call: str, reason: str) -> None:
+        super().__init__(worker, call, reason)
+        self.worker, self.call, self.reason = worker, call, reason
+
+    def __str__(self) -> str:
+        return f"{self.worker} failed in {self.call}: {self.reason}"
+
+
+class WorkerDied(WorkerError):
+    """The worker's process is gone."""
+
+
+class WorkerTimeout(WorkerError, TimeoutError):
+    """The worker did not answer within its deadline."""

@@ -1,0 +1,238 @@
+"""Every value that crosses a process.
+
+Batches are packed numpy columns plus offsets: one buffer per column goes through the object store without a
+copy. Arrays that come out of the store are read-only, so nothing here is edited in place.
+
+Alignment: a per-token column has one entry per entry of `input_ids`. Entry t is about token t given the tokens
+before it. Prompt tokens are masked (`response_mask` False) and hold 0.
+
+    sequence      P0   P1   P2 | A0    A1    EOS
+    response_mask 0    0    0  | 1     1     1
+    logprobs      0    0    0  | -.1   -.7   -.2      log p(A0 | P0 P1 P2), ...
+
+Who makes what: data -> Prompt -> rollout -> RolloutBatch -> scorer -> TokenScores, reward -> Rewards; the
+learner joins the three. The controller sees only ChunkHeader and Rewards (scalars per sequence) and refs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float32]
+Int = NDArray[np.int64]
+Bool = NDArray[np.bool_]
+
+
+class FinishReason(StrEnum):
+    """Why a response ended."""
+
+    stop = "stop"  # the model emitted the end token
+    length = "length"  # cut at rollout.max_new_tokens; counted in rollout/truncated_frac
+    aborted = "aborted"  # the engine was told to stop it; never trained on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One problem, tokenized. data -> rollout.
+
+    Example: Prompt(uid="train-000007", input_ids=(1, 15, 9), text="3 7=21:", columns={"numbers": [3, 7], "target": 21})
+    """
+
+    uid: str  # unique in its source; seeds and ledgers are keyed by it
+    input_ids: tuple[int, ...]
+    text: str  # what was tokenized (after the chat template, if any)
+    columns: dict[str, Any]  # what the rewards may look at, JSON-serialisable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One response: a view into a RolloutBatch, all columns [T]."""
+
+    uid: str  # of its prompt
+    input_ids: NDArray[np.int32]  # [T] prompt then response
+    response_mask: Bool  # [T]
+    rollout_logprobs: Float  # [T] from the sampler
+    policy_versions: NDArray[np.int32]  # [T] weight version that sampled the token
+    finish_reason: FinishReason
+
+    @property
+    def response_ids(self) -> NDArray[np.int32]:  # [T_response]
+        return self.input_ids[self.response_mask]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch:
+    """Whole prompt groups as packed columns. rollout -> object store -> scorer, reward, learner.
+
+    G groups of K siblings each make N = G*K sequences with T tokens in all. Sequence i is group i // K.
+
+    Example: two prompts, K=2: uids ("a", "b"), offsets [0, 5, 11, 16, 20], input_ids [20].
+    """
+
+    uids: tuple[str, ...]  # [G]
+    columns: tuple[dict[str, Any], ...]  # [G] what the rewards may look at
+    prompt_texts: tuple[str, ...]  # [G]
+    group_size: int  # K
+    offsets: Int  # [N+1] sequence i is input_ids[offsets[i]:offsets[i+1]]
+    input_ids: NDArray[np.int32]  # [T]
+    response_mask: Bool  # [T]
+    rollout_logprobs: Float  # [T]
+    policy_versions: NDArray[np.int32]  # [T]
+    finish_reasons: tuple[FinishReason, ...]  # [N]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def response_lengths(self) -> Int:  # [N]
+        return np.add.reduceat(self.response_mask.astype(np.int64), self.offsets[:-1])
+
+    def trajectory(self, i: int) -> Trajectory:
+        span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+        return Trajectory(
+            uid=self.uids[i // self.group_size],
+            input_ids=self.input_ids[span],
+            response_mask=self.response_mask[span],
+            rollout_logprobs=self.rollout_logprobs[span],
+            policy_versions=self.policy_versions[span],
+            finish_reason=self.finish_reasons[i],
+        )
+
+    @staticmethod
+    def pack(prompts: Sequence[Prompt], group_size: int, trajectories: Sequence[Trajectory]) -> "RolloutBatch":
+        """Join trajectories, K per prompt in prompt order, into columns."""
+        assert len(trajectories) == len(prompts) * group_size, (len(trajectories), len(prompts), group_size)
+        lengths = [len(t.input_ids) for t in trajectories]
+        return RolloutBatch(
+            uids=tuple(p.uid for p in prompts),
+            columns=tuple(p.columns for p in prompts),
+            prompt_texts=tuple(p.text for p in prompts),
+            group_size=group_size,
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            input_ids=np.concatenate([t.input_ids for t in trajectories]).astype(np.int32),
+            response_mask=np.concatenate([t.response_mask for t in trajectories]).astype(np.bool_),
+            rollout_logprobs=np.concatenate([t.rollout_logprobs for t in trajectories]).astype(np.float32),
+            policy_versions=np.concatenate([t.policy_versions for t in trajectories]).astype(np.int32),
+            finish_reasons=tuple(t.finish_reason for t in trajectories),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """What one teacher says of the tokens of a RolloutBatch. scorer -> object store -> learner.
+
+    `hidden` is the teacher's last hidden state just before each response token, so the learner can rebuild the
+    teacher's full distribution chunk by chunk from the teacher's lm_head instead of receiving V floats a token.
+    """
+
+    teacher: str
+    logprobs: Float  # [T] log q(token t | tokens before), 0 where not response
+    hidden: NDArray[np.uint16] | NDArray[np.float32]  # [R, H] one row per response token, in batch order; uint16 is bf16 bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewards:
+    """Scalars per sequence. reward -> object store -> learner, controller.
+
+    A failed call has `errors` True; its reward is what `reward.on_error` says, never a silent 0.
+    """
+
+    uids: tuple[str, ...]  # [G]
+    values: Float  # [N] weighted sum over the reward functions
+    part_names: tuple[str, ...]  # [P]
+    parts: Float  # [P, N] each function's own value; NaN where it failed
+    errors: Bool  # [N] some function failed or timed out
+    keep: Bool  # [N] False: on_error=drop_group took the sequence's whole group out of training
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkHeader:
+    """What the controller may know of a RolloutBatch: scalars per sequence, never tokens. rollout -> controller."""
+
+    uids: tuple[str, ...]  # [G]
+    num_tokens: Int  # [N] prompt + response
+    response_lengths: Int  # [N]
+    truncated: Bool  # [N]
+    min_policy_version: int
+    max_policy_version: int
+    nbytes: int  # of the batch in the object store
+    generate_s: float  # the engine's own clock, first prompt queued to last response done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightManifest:
+    """Names what a packed weight buffer holds. learner -> engine, next to the buffer's ref."""
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]  # torch dtype names, e.g. "bfloat16"
+    shapes: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]  # bytes
+    nbytes: int
+    digest: str  # sha256 of the buffer, hex
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdatePlan:
+    """One optimizer step as the controller orders it. controller -> every learner rank."""
+
+    step: int
+    num_tokens: int  # response tokens of the GLOBAL batch: the normaliser
+    num_sequences: int  # of the GLOBAL batch
+    num_micro_batches: int  # the same on every rank, else ZeRO stages 2 and 3 hang
+    lr: float
+    teacher_weights: tuple[float, ...]  # w_i at this step
+    reward_weight: float  # lambda at this step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerStats:
+    """Global sums and norms of one optimizer step, equal on every rank. learner -> controller."""
+
+    loss: float  # surrogate loss per token
+    grad_norm: float  # of the parameters, before clipping
+    dense_norm: float  # of the dense term's logit gradient, root of the global sum of squares
+    sparse_norm: float  # of the sparse term's logit gradient
+    kl_token: float  # mean over response tokens of sum_i w_i KL(p || q_i), full vocabulary
+    kl_sequence: float  # mean over sequences of the summed per-token KL
+    entropy: float  # mean over response tokens, nats
+    rho_mean: float  # mean of exp(logprob - rollout_logprob)
+    logprob_gap: float  # mean of |logprob - rollout_logprob|, nats
+    ess: float  # effective sample fraction, (sum rho)^2 / (n sum rho^2)
+    learn_s: float  # the rank's own clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One held-out rollout kept to read. controller -> samples/step_NNNNNN.jsonl, wandb table, report."""
+
+    step: int
+    uid: str
+    prompt: str
+    response: str
+    reward: float  # NaN when the reward call failed
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """What a tracker needs to know of a run when it starts. controller -> tracking."""
+
+    run_dir: str
+    name: str
+    total_steps: int
+    first_step: int  # number of steps already done: 0, or what the checkpoint says
+    config: dict[str, Any]  # resolved, without secrets
+    wandb_id: str | None  # from the checkpoint; None: a new wandb run
+
+
+def per_token_bytes(value: object) -> int:
+    """Bytes of per-token columns in `value`: what the controller must never fetch."""
+    if isinstance(value, RolloutBatch | TokenScores):
+        return sum(a.nbytes for f in fields(value) if isinstance(a := getattr(value, f.name), np.ndarray))
+    return 0
