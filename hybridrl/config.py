@@ -398,12 +398,12 @@ class RunSettings:
         if imitates and not self.teachers:
             raise ConfigError(
                 "teachers={}: algorithm.imitation_weight is not 0, so a teacher is needed; "
-                "add '+teachers.NAME={path: ...}', or set algorithm.imitation_weight.value=0"
+                "add +teachers.NAME.path=..., or set algorithm.imitation_weight.value=0"
             )
         if rewarded and not self.reward.functions:
             raise ConfigError(
                 "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed; "
-                "add '+reward.functions.NAME={function: ...}', or set algorithm.reward_weight.value=0"
+                "add +reward.functions.NAME.function=..., or set algorithm.reward_weight.value=0"
             )
         k = self.train.samples_per_prompt
         if rewarded and self.algorithm.baseline is Baseline.leave_one_out and k < 2:
@@ -435,8 +435,12 @@ def conf_dir() -> Path:
 
 
 def register_schema() -> None:
-    """Tell Hydra the schema; conf/config.yaml names it first in its defaults."""
-    ConfigStore.instance().store(name="schema", node=RunSettings)
+    """Tell Hydra every key and default; conf/config.yaml names this first in its defaults.
+
+    The node is a plain tree, so that +teachers.NAME.path=... can add an entry; types are checked by to_settings.
+    """
+    tree = OmegaConf.to_container(OmegaConf.structured(RunSettings), enum_to_str=True)
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(tree))
 
 
 def load_config(overrides: Sequence[str] = ()) -> RunSettings:
@@ -452,24 +456,22 @@ def load_config(overrides: Sequence[str] = ()) -> RunSettings:
             composed = compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_sentence(error, overrides)) from error
-    return to_settings(composed)
+    return to_settings(composed, overrides)
 
 
-def to_settings(composed: DictConfig) -> RunSettings:
-    """The typed settings of a composed config.
+def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSettings:
+    """The typed settings of a composed config; `overrides` only make its errors clearer.
 
     Raises:
         ConfigError: as load_config.
     """
     try:
-        settings = OmegaConf.to_object(composed)
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), composed))
     except MissingMandatoryValue as error:
         key = error.full_key or "?"
         raise ConfigError(f"{key} is not set: it has no default; add {key}=... to the command") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(_sentence(error, ())) from error
-    except AttributeError as error:  # ++key=value forced an unknown key past Hydra
-        raise ConfigError(f"{error.name}: no such setting; drop the ++ and see hybridrl train --help") from error
+        raise ConfigError(_sentence(error, overrides)) from error
     assert isinstance(settings, RunSettings)
     return settings
 
