@@ -1,0 +1,158 @@
+"""Countdown: combine all the given numbers, each once, with + - * into the target.
+
+    prompt "3 7 9=20:"    solution "3*9-7"
+
+Every problem is made from a random expression, so it has a solution. Training and held-out problems are disjoint as
+(sorted numbers, target), and the held-out ones do not depend on the run's seed.
+"""
+
+import random
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from hybridrl.data.problem import Problem
+from hybridrl.errors import ConfigError
+
+HELDOUT_SEED = 20_240_229
+PATIENCE = 2000  # so many repeats in a row mean that the space of problems is as good as exhausted
+PARENTHESES = 0.3  # how often an expression of three or more numbers gets one pair of parentheses
+
+Key = tuple[tuple[int, ...], int]  # (sorted numbers, target): equal for two orders of the same problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equation:
+    """Example: Equation(numbers=(2, 3, 4), target=20, solution="(3+2)*4")"""
+
+    numbers: tuple[int, ...]  # in the order shown
+    target: int
+    solution: str  # one of the right answers
+
+    @property
+    def key(self) -> Key:
+        return tuple(sorted(self.numbers)), self.target
+
+    @property
+    def prompt(self) -> str:
+        return f"{' '.join(map(str, self.numbers))}={self.target}:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Countdown:
+    """The generator; its fields are what data.options may set.
+
+    Raises:
+        ConfigError: options that allow no problem.
+    """
+
+    num_numbers: int = 3
+    max_number: int = 10
+    max_target: int = 100
+
+    def __post_init__(self) -> None:
+        if self.num_numbers < 2 or self.max_number < 1 or self.max_target < 2:
+            raise ConfigError(f"data.options={self}: needs num_numbers >= 2, max_number >= 1, max_target >= 2")
+
+    def draw(self, rng: random.Random) -> Equation:
+        """One equation whose target lies in 1..max_target."""
+        while True:
+            numbers = [rng.randint(1, self.max_number) for _ in range(self.num_numbers)]
+            shown = tuple(rng.sample(numbers, len(numbers)))
+            operators = [rng.choice("+-*") for _ in numbers[1:]]
+            grouped = rng.randrange(len(operators)) if len(operators) > 1 and rng.random() < PARENTHESES else None
+            target = _value(numbers, operators, grouped)
+            if 1 <= target <= self.max_target:
+                return Equation(numbers=shown, target=target, solution=_text(numbers, operators, grouped))
+
+    def stream(self, rng: random.Random, without: Collection[Key] = ()) -> Iterator[Equation]:
+        """Endless draws whose key is not in `without`; repeats happen."""
+        while True:
+            equation = self.draw(rng)
+            if equation.key not in without:
+                yield equation
+
+    def heldout(self, num: int) -> list[Equation]:
+        """The first `num` different keys under the constant seed; a smaller `num` is a prefix of a larger one.
+
+        Raises:
+            ConfigError: the options allow fewer.
+        """
+        found: dict[Key, Equation] = {}
+        misses = 0
+        for equation in self.stream(random.Random(HELDOUT_SEED)):
+            misses = misses + 1 if equation.key in found else 0
+            found.setdefault(equation.key, equation)
+            if len(found) >= num:
+                return list(found.values())[:num]
+            if misses > PATIENCE:
+                raise ConfigError(f"data.num_heldout={num}: {self} has only about {len(found)} problems; lower it or widen data.options")
+        raise AssertionError("the stream is endless")
+
+    def train(self, num: int, seed: int, without: Collection[Key]) -> list[Equation]:
+        """Up to `num` different (numbers as shown, target); fewer where the options allow no more.
+
+        Raises:
+            ConfigError: nothing is left beside `without`.
+        """
+        found: dict[tuple[tuple[int, ...], int], Equation] = {}
+        rng, misses = random.Random(f"countdown train {seed}"), 0
+        while len(found) < num and misses <= PATIENCE:
+            equation = self.draw(rng)
+            new = equation.key not in without and (equation.numbers, equation.target) not in found
+            misses = 0 if new else misses + 1
+            if new:
+                found[equation.numbers, equation.target] = equation
+        if not found:
+            raise ConfigError(f"data.num_heldout={len(without)}: leaves no training problem; lower it or widen data.options")
+        return list(found.values())
+
+
+def load(options: dict[str, object], num_train: int, num_heldout: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Training problems under `seed` and the fixed held-out ones.
+
+    Raises:
+        ConfigError: an option that the generator lacks, or that allows no problem.
+    """
+    try:
+        game = Countdown(**options)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ConfigError(f"data.options={options}: countdown takes num_numbers, max_number, max_target, whole numbers") from error
+    heldout = game.heldout(num_heldout)
+    train = game.train(num_train, seed, {equation.key for equation in heldout})
+    return _problems(train, "train"), _problems(heldout, "heldout")
+
+
+def _problems(equations: list[Equation], split: str) -> list[Problem]:
+    return [
+        Problem(
+            uid=f"{split}-{i:06d}",
+            prompt=e.prompt,
+            columns={"numbers": list(e.numbers), "target": e.target, "solution": e.solution},
+            row=f"countdown {split} problem {i}",
+        )
+        for i, e in enumerate(equations)
+    ]
+
+
+def _text(numbers: list[int], operators: list[str], grouped: int | None) -> str:
+    """`grouped` is the operator whose two numbers stand in parentheses."""
+    words = [str(n) for n in numbers]
+    if grouped is not None:
+        words[grouped] = f"({words[grouped]}"
+        words[grouped + 1] = f"{words[grouped + 1]})"
+    return words[0] + "".join(operator + word for operator, word in zip(operators, words[1:], strict=True))
+
+
+def _value(numbers: list[int], operators: list[str], grouped: int | None) -> int:
+    if grouped is not None:
+        inner = _value(numbers[grouped : grouped + 2], [operators[grouped]], None)
+        numbers = [*numbers[:grouped], inner, *numbers[grouped + 2 :]]
+        operators = operators[:grouped] + operators[grouped + 1 :]
+    total, product, sign = 0, numbers[0], 1
+    for operator, number in zip(operators, numbers[1:], strict=True):
+        if operator == "*":
+            product *= number
+        else:
+            total += sign * product
+            product, sign = number, 1 if operator == "+" else -1
+    return total + sign * product

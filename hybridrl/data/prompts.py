@@ -1,0 +1,130 @@
+"""From problems to tokenized prompts, and the cursor that walks over them, epoch after epoch."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from hybridrl.config import DataConfig
+from hybridrl.data import countdown, jsonl
+from hybridrl.data.problem import Problem
+from hybridrl.errors import ConfigError, DataError
+from hybridrl.types import Prompt
+
+
+def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """(training, held-out) problems; the held-out ones are the same for every seed.
+
+    Raises:
+        ConfigError: a setting that the generator refuses.
+        DataError: a file or row that cannot be used.
+    """
+    match config.task:
+        case "countdown":
+            return countdown.load(config.options, config.num_train, config.num_heldout, seed)
+        case "reasoning_gym":
+            from hybridrl.data import reasoning_gym  # seconds to import, and most runs need none of it
+
+            assert config.dataset is not None  # DataConfig checks it
+            return reasoning_gym.load(config.dataset, config.options, config.num_train, config.num_heldout, seed)
+        case _:
+            assert config.path is not None and config.heldout_path is not None  # DataConfig checks it
+            return jsonl.load(config.path, "train"), jsonl.load(config.heldout_path, "heldout")[: config.num_heldout]
+
+
+def tokenize(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_prompt_tokens: int) -> list[Prompt]:
+    """What the model sees of each problem, special tokens included; uids are kept.
+
+    Args:
+        max_prompt_tokens: rollout.max_model_len - rollout.max_new_tokens.
+
+    Raises:
+        ConfigError: a system prompt without a chat template.
+        DataError: an empty or too long prompt, one with characters that the tokenizer lacks, or one that needs a
+            chat template that the tokenizer lacks; the message names the row.
+    """
+    if config.system_prompt is not None and not config.chat_template:
+        raise ConfigError("data.system_prompt: is a chat message, so it needs data.chat_template=true; or set it to null")
+    return [_prompt(problem, tokenizer, config, max_prompt_tokens) for problem in problems]
+
+
+class PromptSource:
+    """A cursor over one seeded permutation per epoch; the permutation depends on (seed, epoch) alone.
+
+    Example: with three prompts, next_batch(2) twice gives "b@0" "a@0", then "c@0" "a@1": the batch runs over the edge.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        """Args: seed: run.seed."""
+        if not prompts:
+            raise DataError("no training prompts")
+        self.prompts, self.seed = prompts, seed
+        self.epoch, self.position = 0, 0
+        self._order = self._permutation()
+
+    def next_batch(self, n: int) -> list[Prompt]:
+        """The next `n` prompts; their uids end in "@EPOCH" and so are unique in the run."""
+        batch = []
+        for _ in range(n):
+            if self.position == len(self.prompts):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._permutation()
+            prompt = self.prompts[self._order[self.position]]
+            batch.append(replace(prompt, uid=f"{prompt.uid}@{self.epoch}"))
+            self.position += 1
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises:
+        DataError: the state is of a source with more prompts.
+        """
+        if not 0 <= state["position"] <= len(self.prompts):
+            raise DataError(f"the checkpoint stands at prompt {state['position']} of an epoch; the data has only {len(self.prompts)}")
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._order = self._permutation()
+
+    def _permutation(self) -> list[int]:
+        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.prompts)).tolist()
+
+
+def _prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_prompt_tokens: int) -> Prompt:
+    messages = _messages(problem, config)
+    if not messages[-1]["content"].strip():
+        raise DataError(f"{problem.row}: the prompt is empty")
+    templated = config.chat_template or not isinstance(problem.prompt, str)
+    text = _templated(messages, tokenizer, problem.row) if templated else messages[-1]["content"]
+    # A chat template writes its own special tokens; plain text gets the tokenizer's.
+    input_ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
+    if len(input_ids) > max_prompt_tokens:
+        raise DataError(
+            f"{problem.row}: the prompt has {len(input_ids)} tokens, rollout.max_model_len - rollout.max_new_tokens leaves room for "
+            f"{max_prompt_tokens}; shorten it or raise rollout.max_model_len"
+        )
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in input_ids:
+        raise DataError(f"{problem.row}: the tokenizer has no token for some character of {text[:80]!r}")
+    return Prompt(uid=problem.uid, input_ids=tuple(input_ids), text=text, columns=problem.columns)
+
+
+def _messages(problem: Problem, config: DataConfig) -> list[dict[str, Any]]:
+    """The conversation, with data.instruction around its last message and data.system_prompt before it."""
+    given = [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
+    content = given[-1]["content"]
+    last = {**given[-1], "content": config.instruction.replace("{prompt}", content) if content.strip() else content}
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt is not None else []
+    return [*system, *given[:-1], last]
+
+
+def _templated(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, row: str) -> str:
+    if not tokenizer.chat_template:
+        raise DataError(f"{row}: the model's tokenizer has no chat template; use text prompts and data.chat_template=false")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs of the model's author and raise what they like
+        raise DataError(f"{row}: the model's chat template refuses it: {error}") from error
+    assert isinstance(text, str)
+    return text
