@@ -1,0 +1,136 @@
+"""The set-up, the lock and the cluster recipes: what a user runs before any of our Python does."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from hybridrl.config import load_config
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("tools/setup", "tools/test", "tools/quickstart", ".ci/run", "cluster/head.sh", "cluster/worker.sh")
+SET_UP_FILES = ("tools/setup", "tools/lock", "tools/uv-requirements.txt", "requirements-cpu.lock", "requirements-overrides.txt")
+RECIPES = ("cluster/README.md", "cluster/SMOKE.md", "cluster/rayjob.yaml", "cluster/slurm.sbatch")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def locked() -> dict[str, tuple[str, int]]:
+    """Version and number of hashes by package name."""
+    entries = re.findall(r"^(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})*)$", read("requirements-cpu.lock"), flags=re.MULTILINE)
+    return {name: (version, hashes.count("sha256:")) for name, version, hashes in entries}
+
+
+def train_commands(text: str) -> list[list[str]]:
+    """The settings of each training command that names an experiment, with shell variables replaced by a word."""
+    joined = re.sub(r"\$\{?\w+(\[@\])?\}?|\$\*", "X", text.replace("\\\n", " "))
+    lines = re.findall(r"(?:hybridrl train|sbatch cluster/slurm.sbatch) ([^\n]*experiment=[^\n]*)", joined)
+    settings = [[word for word in shlex.split(line) if "=" in word] for line in lines]
+    return [[*words, *([] if any(w.startswith("run.dir=") for w in words) else ["run.dir=X"])] for words in settings]
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "cluster/slurm.sbatch"])
+def test_shell_scripts_parse_and_stop_at_the_first_error(name: str) -> None:
+    subprocess.run(["bash", "-n", ROOT / name], check=True)
+    assert "set -euo pipefail" in read(name)
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "tools/lock"])
+def test_commands_are_executable(name: str) -> None:
+    assert os.access(ROOT / name, os.X_OK)
+
+
+def test_ci_calls_the_test_command_and_nothing_else() -> None:
+    lines = [line for line in read(".ci/run").splitlines() if line and not line.startswith("#")]
+    assert lines == ["set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."', "exec tools/test"]
+
+
+def test_every_line_of_the_lock_belongs_to_a_package_with_an_exact_version_and_a_hash() -> None:
+    packages = locked()
+    lines = [line for line in read("requirements-cpu.lock").splitlines() if not line.startswith("#")]
+    assert len(lines) == sum(1 + count for _, count in packages.values())
+    assert [name for name, (_, count) in packages.items() if count == 0] == []
+
+
+def test_the_lock_holds_torch_for_each_supported_python() -> None:
+    assert locked()["torch"] == ("2.13.0+cpu", 3)
+
+
+def test_the_lock_leaves_out_what_the_overrides_name() -> None:
+    left_out = {Requirement(line).name for line in read("requirements-overrides.txt").splitlines() if not line.startswith("#")}
+    assert {"torchvision", "torchaudio", "torchcodec"} <= left_out
+    assert left_out & set(locked()) == set()
+
+
+@pytest.mark.parametrize("name", SET_UP_FILES)
+def test_no_set_up_file_names_a_host_or_an_index(name: str) -> None:
+    assert re.findall(r"://|--index-url|--extra-index-url|^--find-links", read(name), flags=re.MULTILINE) == []
+
+
+def test_locked_versions_lie_within_the_bounds_of_pyproject() -> None:
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [Requirement(text) for text in [*project["dependencies"], *extras["cpu"], *extras["dev"]]]
+    versions = {name: version for name, (version, _) in locked().items()}
+    assert [str(r) for r in wanted if not r.specifier.contains(versions.get(r.name, "0"))] == []
+
+
+def set_up_in(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """tools/setup in a copy of the files it reads, where it cannot get far."""
+    (folder / "tools").mkdir()
+    for name in ("tools/setup", "tools/uv-requirements.txt", "requirements-cpu.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    return subprocess.run([folder / "tools/setup"], env=os.environ | env, capture_output=True, text=True, check=False)
+
+
+def test_set_up_without_a_fitting_python_says_which_ones_fit(tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "env", "dirname", "cat", "sha256sum", "cut", "uname"):
+        (programs / name).symlink_to(shutil.which(name))
+    result = set_up_in(tmp_path, PATH=str(programs))
+    assert result.returncode == 1
+    assert "no Python 3.11, 3.12 or 3.13 on PATH: install one" in result.stderr
+
+
+def test_set_up_without_a_compiler_says_how_to_get_one_and_makes_nothing(tmp_path: Path) -> None:
+    result = set_up_in(tmp_path, CXX="no-such-compiler")
+    assert result.returncode == 1
+    assert result.stderr.startswith("tools/setup: no C++ compiler (no-such-compiler) on PATH: install one")
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_every_recipe_starts_ray_with_token_authentication() -> None:
+    job = yaml.safe_load(read("cluster/rayjob.yaml"))
+    assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    for name in ("cluster/head.sh", "cluster/worker.sh", "cluster/slurm.sbatch"):
+        assert "\nexport RAY_AUTH_MODE=token\n" in read(name)
+    assert "--dashboard-host 127.0.0.1" in read("cluster/head.sh")
+
+
+def test_a_worker_without_a_token_does_not_start(tmp_path: Path) -> None:
+    env = os.environ | {"HOME": str(tmp_path)}
+    result = subprocess.run([ROOT / "cluster/worker.sh", "127.0.0.1:1"], env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("cluster/worker.sh: no token in")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_setting_a_recipe_names_exists(name: str) -> None:
+    commands = train_commands(read(name))
+    assert commands
+    for overrides in commands:
+        load_config(overrides)
+
+
+def test_the_kubernetes_job_runs_the_pinned_ray() -> None:
+    assert yaml.safe_load(read("cluster/rayjob.yaml"))["spec"]["rayClusterSpec"]["rayVersion"] == locked()["ray"][0]
