@@ -1,0 +1,162 @@
+"""What a person watching the run sees: a live display on a terminal, one plain line per step elsewhere."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from hybridrl.tracking.jsonl import read_metrics
+from hybridrl.types import RunInfo, Sample
+
+TEACHER = "eval/accuracy_teacher/"
+PHASES = ("rollout", "score", "reward", "learn", "sync", "eval", "save")
+
+
+class ConsoleSink:
+    """Prints progress to `stream` (None: sys.stdout at start). Rich is used only where the stream is a terminal.
+
+    Example of the plain lines, as under `ray job logs`:
+        step  40/200  reward 0.412  KL/token 0.0312  lambda 1.00  tok/s 8,123  4.2 s (rollout 2.1, learn 1.2)  11 min 3 s left
+        step 40  eval accuracy 51.2 % (teacher 74.0 %, start 33.1 %)
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self._live: Live | None = None
+        self._progress: Progress | None = None
+        self._start_accuracy: float | None = None
+        self._teachers: dict[str, float] = {}
+        self._accuracy: float | None = None
+        self._total = self._first = 0
+        self._began = 0.0
+
+    def start(self, info: RunInfo) -> None:
+        self._stream = self._stream or sys.stdout
+        self._total, self._first = info.total_steps, info.first_step
+        self._began = time.monotonic()
+        if info.first_step > 0:
+            for row in read_metrics(info.run_dir):
+                self._learn_levels(row)
+            self.notice(f"{info.name}: continues after step {info.first_step} of {info.total_steps}, in {info.run_dir}")
+        else:
+            self.notice(f"{info.name}: {info.total_steps} steps, in {info.run_dir}")
+        if self._stream.isatty():
+            self._open_display()
+
+    def notice(self, text: str) -> None:
+        """Say one thing, above the live display if there is one."""
+        if self._live is not None:
+            self._live.console.print(Text(text))
+        else:
+            print(text, file=self._stream or sys.stdout, flush=True)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        self._learn_levels(metrics)
+        step = int(metrics["train/step"])
+        if self._live is not None and self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+            self._live.update(Group(self._progress, _status(metrics, self._accuracy)), refresh=True)
+        elif step > 0:
+            self.notice(self._step_line(step, metrics))
+        if "eval/accuracy" in metrics:
+            self._print_evaluation(step, metrics["eval/accuracy"])
+
+    def samples(self, rows: Sequence[Sample]) -> None:
+        """Samples are for the report; a console shows none."""
+
+    def close(self, exit_code: int) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self.notice("done" if exit_code == 0 else f"stopped with exit code {exit_code}")
+
+    def _open_display(self) -> None:
+        self._progress = Progress(
+            TextColumn("step"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            expand=True,
+            auto_refresh=False,
+        )
+        self._progress.add_task("train", total=self._total, completed=self._first)
+        self._live = Live(self._progress, console=Console(file=self._stream), refresh_per_second=2)
+        self._live.start()
+
+    def _learn_levels(self, metrics: Mapping[str, float]) -> None:
+        """Remember what evaluation rows are compared with: the first accuracy and the teachers'."""
+        if metrics["train/step"] == 0:
+            self._start_accuracy = metrics.get("eval/accuracy")
+            self._teachers = {key.removeprefix(TEACHER): value for key, value in metrics.items() if key.startswith(TEACHER)}
+        self._accuracy = metrics.get("eval/accuracy", self._accuracy)
+
+    def _step_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        width = len(str(self._total))
+        parts = [f"step {step:>{width}}/{self._total}", *(f"{name} {text}" for name, text in _columns(metrics))]
+        if phases := _phases(metrics):
+            parts.append(f"{metrics.get('time/step_s', math.nan):.1f} s ({phases})")
+        left = (time.monotonic() - self._began) / max(step - self._first, 1) * max(self._total - step, 0)
+        parts.append(f"{duration(left)} left")
+        return "  ".join(parts)
+
+    def _print_evaluation(self, step: int, accuracy: float) -> None:
+        levels = [f"teacher {name} {value:.1%}" for name, value in self._teachers.items()]
+        if len(levels) == 1:
+            levels = [f"teacher {value:.1%}" for value in self._teachers.values()]
+        if step > 0 and self._start_accuracy is not None:
+            levels.append(f"start {self._start_accuracy:.1%}")
+        line = f"step {step}  eval accuracy {accuracy:.1%}" + (f" ({', '.join(levels)})" if levels else "")
+        line = line.replace("%", " %")
+        if self._live is not None:
+            self._live.console.print(Text(line, style="bold green"))
+        else:
+            self.notice(line)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them. Example: duration(754) == "12 min 34 s"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _columns(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The watched numbers of one row, those it has, as (name, text)."""
+    formats = (
+        ("reward/mean", "reward", "{:.3f}"),
+        ("kl/token", "KL/token", "{:.4f}"),
+        ("schedule/lambda", "lambda", "{:.2f}"),
+        ("perf/tokens_per_s", "tok/s", "{:,.0f}"),
+    )
+    return [(name, form.format(metrics[key])) for key, name, form in formats if key in metrics]
+
+
+def _phases(metrics: Mapping[str, float]) -> str:
+    shown = [(name, metrics.get(f"time/{name}_s", 0.0)) for name in PHASES]
+    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in shown if seconds > 0)
+
+
+def _status(metrics: Mapping[str, float], accuracy: float | None) -> Table:
+    """The live display's second part: the last row's numbers under their names."""
+    cells = _columns(metrics)
+    if accuracy is not None:
+        cells.insert(1, ("accuracy", f"{accuracy:.1%}".replace("%", " %")))
+    if phases := _phases(metrics):
+        cells.append((f"step {metrics.get('time/step_s', math.nan):.1f} s", phases))
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    for name, _ in cells:
+        table.add_column(name, no_wrap=False)
+    table.add_row(*(text for _, text in cells))
+    return table

@@ -1,0 +1,65 @@
+"""Where metrics and samples go: the protocol, and a list of sinks that acts as one."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Protocol
+
+from hybridrl.types import RunInfo, Sample
+
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """One destination. Calls come in the order start, any number of log and samples, close."""
+
+    def start(self, info: RunInfo) -> None: ...
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Take one flat row; it holds "train/step"."""
+
+    def samples(self, rows: Sequence[Sample]) -> None:
+        """Take the kept rollouts of one evaluation, all of one step."""
+
+    def close(self, exit_code: int) -> None:
+        """End the run; 0: it finished."""
+
+
+class Sinks:
+    """Sinks that act as one. A required sink's errors propagate; an optional one that fails is switched off.
+
+    Example: Sinks(required=[JsonlSink()], optional=[WandbSink(config), ConsoleSink()])
+    """
+
+    def __init__(self, *, required: Sequence[Sink], optional: Sequence[Sink] = ()) -> None:
+        self._required = list(required)
+        self._optional = list(optional)
+
+    def start(self, info: RunInfo) -> None:
+        self._each(lambda sink: sink.start(info))
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        self._each(lambda sink: sink.log(metrics))
+
+    def samples(self, rows: Sequence[Sample]) -> None:
+        self._each(lambda sink: sink.samples(rows))
+
+    def close(self, exit_code: int) -> None:
+        """Close every sink, also when one fails to."""
+        with ExitStack() as stack:
+            for sink in self._required:
+                stack.callback(sink.close, exit_code)
+            self._each_optional(lambda sink: sink.close(exit_code))
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
+        for sink in self._required:
+            act(sink)
+        self._each_optional(act)
+
+    def _each_optional(self, act: Callable[[Sink], None]) -> None:
+        for sink in list(self._optional):
+            try:
+                act(sink)
+            except Exception as error:
+                self._optional.remove(sink)
+                log.warning("%s failed and is off for the rest of the run: %s", type(sink).__name__, error, exc_info=True)

@@ -1,0 +1,34 @@
+"""Seconds per phase of a step."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class PhaseClock:
+    """Adds up the wall seconds of named phases until they are taken.
+
+    Example:
+        with clock.phase("rollout"):
+            ...
+        clock.take() == {"time/rollout_s": 2.1}
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the block's time, also when it raises. A phase inside another counts in both."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - begin
+
+    def take(self) -> dict[str, float]:
+        """Seconds per phase since the last take, keyed "time/<phase>_s"; the clock starts again from nothing."""
+        taken = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
+        self._seconds.clear()
+        return taken

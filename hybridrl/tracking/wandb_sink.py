@@ -1,0 +1,111 @@
+"""Weights & Biases: online when a key is configured, else offline. Never asks for an account."""
+
+import netrc
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, fields
+from typing import Any
+from urllib.parse import urlsplit
+
+from hybridrl.config import TrackingConfig, WandbMode
+from hybridrl.errors import ConfigError
+from hybridrl.types import RunInfo, Sample
+
+
+class WandbSink:
+    """One W&B run. A resumed training continues the same run through the id kept in the checkpoint.
+
+    Raises:
+        ConfigError: tracking.wandb=online without a key; wandb would stop and ask for one.
+    """
+
+    def __init__(self, config: TrackingConfig) -> None:
+        self._config = config
+        self._mode = resolve_mode(config.wandb)
+        self._run: Any = None
+        self._run_id: str | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        """The W&B run id, for the checkpoint; None before start and when disabled."""
+        return self._run_id
+
+    def start(self, info: RunInfo) -> None:
+        self._run_id = info.wandb_id
+        if self._mode is WandbMode.disabled:
+            return
+        import wandb
+
+        self._run = wandb.init(
+            mode=self._mode.value,
+            dir=info.run_dir,
+            id=info.wandb_id,
+            resume="allow",
+            name=info.name,
+            project=self._config.project,
+            entity=self._config.entity,
+            group=self._config.group,
+            tags=list(self._config.tags),
+            config=info.config,
+            # Metrics are ours; probes of machine, git and packages would only take time and publish more than asked.
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                save_code=False,
+                disable_code=True,
+                disable_git=True,
+                x_disable_stats=True,
+                x_disable_meta=True,
+                x_disable_machine_info=True,
+                x_save_requirements=False,
+                init_timeout=30,
+            ),
+        )
+        self._run_id = self._run.id
+        self._run.define_metric("*", step_metric="train/step")
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        # No step=: W&B drops rows below its own counter, which a resumed run would write.
+        if self._run is not None:
+            self._run.log(dict(metrics))
+
+    def samples(self, rows: Sequence[Sample]) -> None:
+        if self._run is None or not rows:
+            return
+        import wandb
+
+        table = wandb.Table(columns=[f.name for f in fields(Sample)], data=[list(astuple(row)) for row in rows])
+        self._run.log({"train/step": rows[0].step, "eval/samples": table})
+
+    def close(self, exit_code: int) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=exit_code)
+
+
+def resolve_mode(mode: WandbMode) -> WandbMode:
+    """What auto means here: WANDB_MODE if set, else online with a key and offline without.
+
+    Raises:
+        ConfigError: online without a key.
+    """
+    if mode is WandbMode.auto:
+        named = os.environ.get("WANDB_MODE")
+        if named in ("offline", "disabled"):
+            return WandbMode(named)
+        return WandbMode.online if has_key() else WandbMode.offline
+    if mode is WandbMode.online and not has_key():
+        raise ConfigError(
+            "tracking.wandb=online: no WANDB_API_KEY and no netrc entry; set one, run `wandb login`, or set tracking.wandb=offline"
+        )
+    return mode
+
+
+def has_key() -> bool:
+    """Whether W&B can log in without asking: WANDB_API_KEY, or a netrc entry for its host."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

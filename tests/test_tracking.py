@@ -1,0 +1,329 @@
+"""Tracking: nothing a run measured is lost, doubled or misreported."""
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from hybridrl.config import TrackingConfig, WandbMode
+from hybridrl.errors import ConfigError, DataError
+from hybridrl.tracking.console import ConsoleSink, duration
+from hybridrl.tracking.jsonl import JsonlSink, read_metrics, read_samples
+from hybridrl.tracking.report import measure, write_report
+from hybridrl.tracking.sink import Sinks
+from hybridrl.tracking.timing import PhaseClock
+from hybridrl.tracking.wandb_sink import WandbSink, resolve_mode
+from hybridrl.types import FinishReason, RunInfo, Sample
+
+CONFIG = """\
+model: {path: "builtin:countdown-student"}
+teachers: {main: {path: "builtin:countdown-teacher", weight: 1.0}}
+algorithm:
+  imitation_weight: {kind: constant, value: 1.0}
+  reward_weight: {kind: linear, value: 0.0, end: 1.0, steps: 2}
+  gamma: 0.0
+data: {task: countdown}
+reward: {functions: {countdown: {function: countdown, weight: 1.0}}}
+"""
+
+
+def info(run_dir: Path, *, first_step: int = 0, total_steps: int = 4, wandb_id: str | None = None) -> RunInfo:
+    return RunInfo(run_dir=str(run_dir), name="demo", total_steps=total_steps, first_step=first_step, config={"a": 1}, wandb_id=wandb_id)
+
+
+def sample(step: int, response: str = "1+2", reward: float = 1.0) -> Sample:
+    return Sample(step=step, uid="held-0", prompt="1 2=3:", response=response, reward=reward, finish_reason=FinishReason.stop)
+
+
+def write_rows(run_dir: Path, rows: Sequence[Mapping[str, float]], first_step: int = 0) -> None:
+    sink = JsonlSink()
+    sink.start(info(run_dir, first_step=first_step))
+    for row in rows:
+        sink.log(row)
+    sink.close(0)
+
+
+class RecordingSink:
+    def __init__(self, fails_at: str = "") -> None:
+        self.events: list[str] = []
+        self._fails_at = fails_at
+
+    def _record(self, event: str) -> None:
+        self.events.append(event)
+        if event == self._fails_at:
+            raise OSError("disk full")
+
+    def start(self, info: RunInfo) -> None:
+        self._record("start")
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        self._record("log")
+
+    def samples(self, rows: Sequence[Sample]) -> None:
+        self._record("samples")
+
+    def close(self, exit_code: int) -> None:
+        self._record("close")
+
+
+def test_metrics_read_back_as_written(tmp_path):
+    write_rows(tmp_path, [{"train/step": 1, "reward/mean": 0.25}, {"train/step": 2, "reward/mean": 0.5}])
+    assert read_metrics(tmp_path) == [{"train/step": 1, "reward/mean": 0.25}, {"train/step": 2, "reward/mean": 0.5}]
+
+
+def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    sink = JsonlSink()
+    sink.start(info(tmp_path))
+    sink.log({"train/step": 1})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"train/step": 1}\n'
+    sink.close(0)
+
+
+def test_nan_and_infinity_become_null_and_read_as_nan(tmp_path):
+    write_rows(tmp_path, [{"train/step": 1, "a": math.nan, "b": -math.inf, "c": 1.5}])
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"train/step": 1, "a": None, "b": None, "c": 1.5}
+    row = read_metrics(tmp_path)[0]
+    assert math.isnan(row["a"]) and math.isnan(row["b"]) and row["c"] == 1.5
+
+
+def test_resume_cuts_rows_and_samples_after_the_checkpoint_and_a_torn_line(tmp_path):
+    write_rows(tmp_path, [{"train/step": s, "x": 10 + s} for s in range(4)])
+    sink = JsonlSink()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"train/step": 4, "x"')
+    (tmp_path / "samples/step_000003.jsonl").write_text("")
+    (tmp_path / "samples/step_000002.jsonl").write_text("")
+    sink.start(info(tmp_path, first_step=2))
+    sink.log({"train/step": 3, "x": 23})
+    sink.close(0)
+    assert [(r["train/step"], r["x"]) for r in read_metrics(tmp_path)] == [(0, 10), (1, 11), (2, 12), (3, 23)]
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step_000002.jsonl"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_that_starts_over_keeps_no_old_row(tmp_path):
+    write_rows(tmp_path, [{"train/step": 0}, {"train/step": 1}])
+    write_rows(tmp_path, [{"train/step": 0}], first_step=0)
+    assert [r["train/step"] for r in read_metrics(tmp_path)] == [0]
+
+
+def test_a_torn_last_line_is_not_read_and_a_damaged_earlier_one_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"train/step": 1}\n{"train')
+    assert read_metrics(tmp_path) == [{"train/step": 1}]
+    (tmp_path / "metrics.jsonl").write_text('{"train/step": 1}\n{"train\n{"train/step": 2}\n')
+    with pytest.raises(DataError, match="line 2"):
+        read_metrics(tmp_path)
+
+
+def test_samples_read_back_per_evaluation_with_a_failed_reward_as_nan(tmp_path):
+    sink = JsonlSink()
+    sink.start(info(tmp_path))
+    sink.samples([sample(0, "line one\nline\u2028two", math.nan)])
+    sink.samples([sample(20)])
+    sink.close(0)
+    first, last = read_samples(tmp_path)
+    assert first[0].response == "line one\nline\u2028two" and math.isnan(first[0].reward)
+    assert last == [sample(20)]
+
+
+def test_sinks_switch_off_a_failing_optional_sink_with_one_warning(caplog):
+    good, bad = RecordingSink(), RecordingSink(fails_at="log")
+    sinks = Sinks(required=[good], optional=[bad])
+    sinks.start(info(Path()))
+    sinks.log({"train/step": 1})
+    sinks.log({"train/step": 2})
+    sinks.samples([sample(2)])
+    sinks.close(0)
+    assert good.events == ["start", "log", "log", "samples", "close"]
+    assert bad.events == ["start", "log"]
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "disk full" in caplog.text
+
+
+def test_a_required_sink_s_error_propagates_and_close_still_reaches_every_sink():
+    first, second, optional = RecordingSink(fails_at="close"), RecordingSink(), RecordingSink()
+    with pytest.raises(OSError, match="disk full"):
+        Sinks(required=[first, second], optional=[optional]).close(1)
+    assert [s.events for s in (first, second, optional)] == [["close"]] * 3
+    with pytest.raises(OSError, match="disk full"):
+        Sinks(required=[RecordingSink(fails_at="log")]).log({"train/step": 1})
+
+
+@pytest.fixture
+def no_wandb_account(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+
+
+def test_wandb_auto_is_online_only_with_a_key(no_wandb_account, monkeypatch, tmp_path):
+    assert resolve_mode(WandbMode.auto) is WandbMode.offline
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password abc\n")
+    assert resolve_mode(WandbMode.auto) is WandbMode.online
+    (tmp_path / "netrc").write_text("machine example.org login user password abc\n")
+    assert resolve_mode(WandbMode.auto) is WandbMode.offline
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    assert resolve_mode(WandbMode.auto) is WandbMode.online
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert resolve_mode(WandbMode.auto) is WandbMode.offline
+
+
+def test_wandb_online_without_a_key_is_refused_instead_of_asking(no_wandb_account):
+    with pytest.raises(ConfigError, match=r"tracking\.wandb=online"):
+        WandbSink(TrackingConfig(wandb=WandbMode.online))
+
+
+def test_wandb_offline_writes_a_run_and_resume_keeps_its_id(no_wandb_account, tmp_path):
+    sink = WandbSink(TrackingConfig())
+    sink.start(info(tmp_path))
+    sink.log({"train/step": 1, "reward/mean": 0.5, "kl/token": math.nan})
+    sink.samples([sample(1)])
+    sink.close(0)
+    assert sink.run_id
+    again = WandbSink(TrackingConfig())
+    again.start(info(tmp_path, first_step=1, wandb_id=sink.run_id))
+    again.log({"train/step": 2})
+    again.close(0)
+    assert again.run_id == sink.run_id
+    files = list(tmp_path.glob(f"wandb/offline-run-*-{sink.run_id}/run-{sink.run_id}.wandb"))
+    assert files and all(f.stat().st_size > 0 for f in files)
+
+
+def test_wandb_disabled_does_nothing_and_keeps_the_checkpoint_s_id(no_wandb_account, tmp_path):
+    sink = WandbSink(TrackingConfig(wandb=WandbMode.disabled))
+    sink.start(info(tmp_path, wandb_id="abc123"))
+    sink.log({"train/step": 1})
+    sink.samples([sample(1)])
+    sink.close(0)
+    assert sink.run_id == "abc123" and not (tmp_path / "wandb").exists()
+
+
+def test_console_prints_one_plain_line_per_step_and_evaluations_stand_out(tmp_path):
+    out = io.StringIO()
+    console = ConsoleSink(out)
+    console.start(info(tmp_path))
+    console.log({"train/step": 0, "eval/accuracy": 0.331, "eval/accuracy_teacher/main": 0.74})
+    step = {"reward/mean": 0.4123, "kl/token": 0.03, "schedule/lambda": 1.0, "perf/tokens_per_s": 8100.0}
+    console.log({"train/step": 2, **step, "time/rollout_s": 2.1, "time/step_s": 4.0, "eval/accuracy": 0.512})
+    console.notice("a notice")
+    console.close(0)
+    lines = out.getvalue().splitlines()
+    assert lines[1] == "step 0  eval accuracy 33.1 % (teacher 74.0 %)"
+    assert lines[2].startswith("step 2/4  reward 0.412  KL/token 0.0300  lambda 1.00  tok/s 8,100  4.0 s (rollout 2.1)  ")
+    assert lines[3] == "step 2  eval accuracy 51.2 % (teacher 74.0 %, start 33.1 %)"
+    assert lines[4:] == ["a notice", "done"]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_console_of_a_resumed_run_knows_the_start_and_the_teacher(tmp_path):
+    write_rows(tmp_path, [{"train/step": 0, "eval/accuracy": 0.25, "eval/accuracy_teacher/main": 0.75}, {"train/step": 1}])
+    out = io.StringIO()
+    console = ConsoleSink(out)
+    console.start(info(tmp_path, first_step=1))
+    console.log({"train/step": 2, "eval/accuracy": 0.5})
+    assert "step 2  eval accuracy 50.0 % (teacher 75.0 %, start 25.0 %)" in out.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_console_on_a_terminal_shows_bar_columns_and_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    out = Terminal()
+    console = ConsoleSink(out)
+    console.start(info(tmp_path))
+    console.log({"train/step": 1, "reward/mean": 0.4123, "kl/token": 0.03, "schedule/lambda": 1.0, "eval/accuracy": 0.512})
+    console.notice("a notice")
+    console.close(3)
+    text = out.getvalue()
+    for shown in ("1/4", "reward", "0.412", "accuracy", "KL/token", "lambda", "step 1  eval accuracy 51.2 %", "a notice", "exit code 3"):
+        assert shown in text
+
+
+def test_durations_read_as_people_say_them():
+    assert [duration(s) for s in (3.21, 42, 754, 3780)] == ["3.2 s", "42 s", "12 min 34 s", "1 h 3 min"]
+
+
+def test_phase_clock_adds_up_a_phase_also_when_it_raises_and_forgets_when_taken():
+    clock = PhaseClock()
+    with clock.phase("rollout"):
+        pass
+    once = dict(clock.take())
+    with pytest.raises(KeyError), clock.phase("learn"):
+        raise KeyError
+    assert list(once) == ["time/rollout_s"] and once["time/rollout_s"] > 0
+    assert list(clock.take()) == ["time/learn_s"]
+    assert clock.take() == {}
+
+
+def text_of(page: Path) -> str:
+    """The page without its pictures, whose letters mean nothing."""
+    return re.sub(r"base64,[^\"]*", "base64,", page.read_text(encoding="utf-8"))
+
+
+def synthetic_run(run_dir: Path, steps: int = 2) -> None:
+    sink = JsonlSink()
+    sink.start(info(run_dir))
+    sink.log({"train/step": 0, "eval/accuracy": 0.23, "eval/accuracy_stderr": 0.019, "eval/accuracy_teacher/main": 0.73})
+    sink.samples([sample(0, "<script>alert('x')</script>", 0.0)])
+    for step in range(1, steps + 1):
+        sink.log(
+            {"train/step": step, "reward/mean": 0.1 * step, "reward/stderr": 0.02, "kl/token": 0.5 / step, "schedule/lambda": 1.0}
+            | {"grad/dense_norm": 1.0, "grad/sparse_norm": 0.1, "time/rollout_s": 2.0, "time/learn_s": 1.5, "time/step_s": 4.0}
+            | ({"eval/accuracy": 0.42} if step == steps else {})
+        )
+    sink.samples([sample(steps, "1+2", 1.0)])
+    sink.close(0)
+    (run_dir / "config.yaml").write_text(CONFIG)
+
+
+def test_report_states_what_was_measured_and_escapes_what_the_model_wrote(tmp_path):
+    synthetic_run(tmp_path)
+    path = write_report(tmp_path)
+    page = text_of(path)
+    assert path == tmp_path / "report.html"
+    # (0.42 - 0.23) / (0.73 - 0.23) = 0.38; two steps of 4 s
+    assert "rose from 23.0 % (\u00b1 1.9) to 42.0 %; the teacher reaches 73.0 %, so 38.0 % of the gap was closed." in page
+    assert "countdown-student was trained for 2 steps on countdown problems to imitate countdown-teacher" in page
+    assert "The steps took 8.0 s of wall time" in page
+    assert "&lt;script&gt;" in page and "<script" not in page
+    assert "&#10003; right" in page and "&#10007; wrong" in page
+    assert "0.0 to 1.0, linear over 2 steps" in page and "All settings" in page
+
+
+def test_report_needs_nothing_from_outside_the_page(tmp_path):
+    synthetic_run(tmp_path)
+    page = text_of(write_report(tmp_path))
+    assert page.count("data:image/png;base64,") == page.count("<img") == 6
+    assert "http" not in page and "<link" not in page
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_report_leaves_out_what_was_not_measured(tmp_path):
+    write_rows(tmp_path, [{"train/step": 1, "reward/mean": 0.0, "grad/dense_norm": 0.0, "kl/token": math.nan}])
+    page = text_of(write_report(tmp_path))
+    assert page.count("<img") == 1 and "Training reward" in page
+    assert "was not measured" in page and "nan" not in page.lower()
+
+
+def test_report_of_a_run_that_only_evaluated_has_one_accuracy_and_no_gap(tmp_path):
+    write_rows(tmp_path, [{"train/step": 0, "eval/accuracy": 0.0, "eval/accuracy_teacher/a": 0.5, "eval/accuracy_teacher/b": 0.6}])
+    assert "measured once, 0.0 %; the teacher reaches 60.0 %." in text_of(write_report(tmp_path))
+
+
+def test_gap_closed_is_not_reported_when_the_teacher_is_not_ahead():
+    rows = [{"train/step": 0, "eval/accuracy": 0.5, "eval/accuracy_teacher/a": 0.5}, {"train/step": 1, "eval/accuracy": 0.6}]
+    assert measure(rows).gap_closed is None
+
+
+def test_report_of_an_empty_directory_is_a_data_error(tmp_path):
+    with pytest.raises(DataError, match="no metrics"):
+        write_report(tmp_path)
