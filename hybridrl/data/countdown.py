@@ -14,7 +14,7 @@ from hybridrl.data.problem import Problem
 from hybridrl.errors import ConfigError
 
 HELDOUT_SEED = 20_240_229
-PATIENCE = 2000  # so many repeats in a row mean that the space of problems is as good as exhausted
+PATIENCE = 500  # so many repeats in a row mean that the space of problems is as good as exhausted
 PARENTHESES = 0.3  # how often an expression of three or more numbers gets one pair of parentheses
 
 Key = tuple[tuple[int, ...], int]  # (sorted numbers, target): equal for two orders of the same problem
@@ -98,7 +98,7 @@ class Countdown:
         rng, misses = random.Random(f"countdown train {seed}"), 0
         while len(found) < num and misses <= PATIENCE:
             equation = self.draw(rng)
-            new = equation.key not in without and (equation.numbers, equation.target) not in found
+            new = (equation.numbers, equation.target) not in found and equation.key not in without
             misses = 0 if new else misses + 1
             if new:
                 found[equation.numbers, equation.target] = equation

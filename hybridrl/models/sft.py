@@ -1,0 +1,100 @@
+"""Supervised training of the tiny model on solved Countdown problems: it made the shipped student and teacher.
+
+    python -m hybridrl.models.sft --out runs/teacher --steps 2000
+
+One process, one thread, float32; the same arguments give the same weights on the same machine.
+"""
+
+import argparse
+import math
+import random
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hybridrl.data.countdown import Countdown, Equation
+from hybridrl.models.tiny import tiny_model, tiny_tokenizer
+
+NUM_HELDOUT = 512  # kept out of training, as by data.num_heldout's default
+IGNORED = -100  # the label that cross_entropy skips
+
+
+def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Cross-entropy of the solution and its end token, given the prompt; AdamW, linear warm-up, cosine to lr_end."""
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    game = Countdown()
+    equations = game.stream(random.Random(f"countdown sft {args.seed}"), {e.key for e in game.heldout(NUM_HELDOUT)})
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _lr(step, args)
+        input_ids, labels = _batch(list(islice(equations, args.batch)), tokenizer)
+        logits = model(input_ids=input_ids).logits[:, :-1]  # [B, T-1, V] float32
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, label_smoothing=args.label_smoothing
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}/{args.steps} loss {loss.item():.3f}", flush=True)
+    return model, tokenizer
+
+
+def greedy_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int = 16
+) -> list[str]:
+    """The most likely answers, without special tokens; one that did not end within max_new_tokens is cut there."""
+    batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
+    with torch.no_grad():
+        output = model.eval().generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=max_new_tokens, do_sample=False
+        )
+    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _lr(step: int, args: argparse.Namespace) -> float:
+    warm = min(1.0, (step + 1) / max(1, args.warmup))
+    return warm * (args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+
+
+def _batch(equations: Sequence[Equation], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """input_ids, labels: [B, T] int64, padded on the right; labels are IGNORED on prompts and padding."""
+    rows, labels = [], []
+    for equation in equations:
+        prompt = tokenizer(equation.prompt)["input_ids"]
+        answer = [*tokenizer(equation.solution, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        rows.append(torch.tensor(prompt + answer))
+        labels.append(torch.tensor([IGNORED] * len(prompt) + answer))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id), pad(labels, batch_first=True, padding_value=IGNORED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m hybridrl.models.sft", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=128, help="problems a step")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr-end", type=float, default=0.0, help="where the cosine ends; equal to --lr: constant")
+    parser.add_argument("--warmup", type=int, default=100, help="steps")
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--label-smoothing", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and problems")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the saved weights")
+    args = parser.parse_args()
+    model, tokenizer = train(args)
+    model.to(getattr(torch, args.dtype)).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()
