@@ -265,6 +265,8 @@ class RolloutConfig:
     chunks_per_engine: int = 1
     """how many pieces of a step's prompts stream out of one engine; scoring of a piece starts when it is done"""
     weight_transfer: WeightTransfer = WeightTransfer.auto
+    max_logprob_gap: float = 0.1
+    """nats; a larger mean |sampler - learner| log-prob difference means the engines do not run the learner's weights: the run stops"""
 
     def __post_init__(self) -> None:
         for name in ("engines", "tensor_parallel", "max_new_tokens", "max_num_seqs", "chunks_per_engine"):

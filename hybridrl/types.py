@@ -136,6 +136,15 @@ class TokenScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreHeader:
+    """What the controller may know of a TokenScores. scorer -> controller."""
+
+    teacher: str
+    nbytes: int  # of the scores in the object store
+    score_s: float  # the scorer's own clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rewards:
     """Scalars per sequence. reward -> object store -> learner, controller.
 
@@ -160,8 +169,35 @@ class ChunkHeader:
     truncated: Bool  # [N]
     min_policy_version: int
     max_policy_version: int
+    mean_policy_version: float  # over response tokens
     nbytes: int  # of the batch in the object store
     generate_s: float  # the engine's own clock, first prompt queued to last response done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOrder:
+    """How to sample one chunk of a wave. controller -> rollout.
+
+    An engine starts decoding when all `num_chunks` chunks of its wave have arrived and takes them in order, so what
+    shares a forward pass, and with it every bit of the result, does not depend on arrival times.
+    """
+
+    wave: str  # e.g. "train-12", "eval-20"
+    chunk: int  # 0 ... num_chunks-1, within this engine's part of the wave
+    num_chunks: int
+    group_size: int  # K samples a prompt
+    temperature: float  # 0: greedy
+    max_new_tokens: int
+    seed: int  # of the run and wave; each sample's own seed derives from it, its uid and its index
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """What one learner rank takes of the chunks whose values follow it in the call. controller -> learner."""
+
+    num_chunks: int
+    num_teachers: int
+    groups: tuple[tuple[int, ...], ...]  # per chunk: which of its groups belong to this rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

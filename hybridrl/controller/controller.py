@@ -1,0 +1,205 @@
+"""The central loop. It holds headers and references; tokens, log-probs and weights go from worker to worker."""
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hybridrl.config import RunSettings
+from hybridrl.controller.checkpoint import Checkpointer, RunState
+from hybridrl.controller.evaluation import evaluate
+from hybridrl.controller.metrics import learner_metrics, reward_metrics, rollout_metrics, score_metrics
+from hybridrl.data.prompts import PromptSource
+from hybridrl.data.shards import balance_groups, micro_batches
+from hybridrl.errors import RewardError, WeightSyncError
+from hybridrl.objectives.schedule import schedule_value
+from hybridrl.runtime.calls import Meter, gather
+from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
+from hybridrl.runtime.weights import WeightSync
+from hybridrl.tracking.sink import Sinks
+from hybridrl.tracking.timing import PhaseClock
+from hybridrl.types import ChunkHeader, LearnerStats, Prompt, Rewards, Shard, UpdatePlan
+
+
+class Controller:
+    """One step, in the order of the paper:
+
+    prompts -> rollout -> chunks -+-> scorers -> scores  -+
+                                  +-> rewards -> rewards -+-> learner -> weights -> rollout
+
+    Arrows between workers are object-store references. Scoring of a chunk starts when the chunk is done, while
+    others still generate; learning starts when every chunk's header is here, in prompt order.
+    """
+
+    def __init__(
+        self, settings: RunSettings, *, rollout: RolloutGroup, scorers: Sequence[ScorerGroup], rewards: RewardGroup, learner: LearnerGroup,
+        weights: WeightSync, prompts: PromptSource, heldout: Sequence[Prompt], sinks: Sinks, checkpointer: Checkpointer,
+    ) -> None:  # fmt: skip
+        self.settings = settings
+        self.rollout, self.scorers, self.rewards, self.learner, self.weights = rollout, scorers, rewards, learner, weights
+        self.prompts, self.heldout, self.sinks, self.checkpointer = prompts, heldout, sinks, checkpointer
+        self.clock = PhaseClock()
+        self.steps_done = 0
+        self.weight_version = 0
+        self.wandb_id: str | None = None  # None: wandb is off
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step on fresh rollouts; returns its metrics."""
+        started, fetched = time.perf_counter(), Meter.materialized_bytes
+        train = self.settings.train
+        prompts = self.prompts.next_batch(train.prompts_per_step)
+        with self.clock.phase("rollout"):
+            chunks = self.rollout.generate(
+                prompts, wave=f"train-{self.steps_done}", group_size=train.samples_per_prompt,
+                temperature=self.settings.algorithm.temperature, seed=wave_seed(self.settings.run.seed, "train", self.steps_done),
+            )  # fmt: skip
+            scores = [scorer.score(chunks) for scorer in self.scorers]
+            pending_rewards = self.rewards.score(chunks)
+            headers: list[ChunkHeader] = gather([chunk.header for chunk in chunks])
+        with self.clock.phase("score"):
+            score_headers = gather([header for teacher in scores for header, _ in teacher])
+        with self.clock.phase("reward"):
+            rewards: list[Rewards] = gather(pending_rewards)
+            self._check_reward_errors(rewards)
+        with self.clock.phase("learn"):
+            shards = self._shards(headers, len(scores))
+            plan = self._plan(headers, rewards, shards)
+            refs = [[chunk.batch.ref, reward.ref, *(teacher[i][1].ref for teacher in scores)] for i, (chunk, reward) in enumerate(zip(chunks, pending_rewards, strict=True))]
+            stats = self.learner.update(plan, [s for s, _ in shards], [[ref for c in used for ref in refs[c]] for _, used in shards])
+            self._check_logprob_gap(stats)
+        self.steps_done += 1
+        with self.clock.phase("sync"):
+            weight_bytes = self.publish_weights()
+        step_s = time.perf_counter() - started
+        return {
+            "train/step": float(self.steps_done),
+            **reward_metrics(rewards), **rollout_metrics(headers, self.weight_version - 1), **score_metrics(score_headers), **learner_metrics(plan, stats),
+            "transfer/bytes_weights": float(weight_bytes),
+            "controller/materialized_bytes": float(Meter.materialized_bytes - fetched),
+            "perf/tokens_per_s": float(sum(h.response_lengths.sum() for h in headers)) / step_s,
+            "time/step_s": step_s,
+            **self.clock.take(),
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Train to train.steps from wherever the state stands; evaluate, checkpoint and log on the way."""
+        settings = self.settings
+        while self.steps_done < settings.train.steps:
+            row = self.step()
+            last = self.steps_done == settings.train.steps
+            if last or (settings.eval.every and self.steps_done % settings.eval.every == 0):
+                row |= self.evaluate()
+            if last or (settings.checkpoint.every and self.steps_done % settings.checkpoint.every == 0):
+                row |= self.save()
+            self.sinks.log(row)
+
+    def publish_weights(self) -> int:
+        """Engines sample step k's rollouts with version k; returns the bytes sent to each engine."""
+        self.weight_version = self.steps_done
+        return self.weights.publish(self.weight_version)
+
+    def evaluate(self) -> dict[str, float]:
+        with self.clock.phase("eval"):
+            seed = wave_seed(self.settings.run.seed, "eval", self.steps_done)
+            result = evaluate(
+                self.settings.eval, self.rollout, self.rewards, self.heldout,
+                step=self.steps_done, temperature=self.settings.algorithm.temperature, seed=seed,
+            )  # fmt: skip
+        self.sinks.samples(result.samples)
+        return {
+            "eval/accuracy": result.accuracy, "eval/accuracy_stderr": result.stderr, "eval/error_rate": result.error_rate, **self.clock.take(),
+        }  # fmt: skip
+
+    def save(self) -> dict[str, float]:
+        with self.clock.phase("save"):
+            self.checkpointer.save(self.state(), self.learner.save_state)
+        return self.clock.take()
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> RunState:
+        return RunState(
+            step=self.steps_done,
+            weight_version=self.weight_version,
+            optimizer_steps=self.steps_done,
+            prompts=self.prompts.state_dict(),
+            wandb_id=self.wandb_id,
+            config_hash=config_hash(self.settings),
+        )
+
+    def load_state(self, state: RunState, folder: str) -> None:
+        self.learner.load_state(folder, state.optimizer_steps)
+        self.prompts.load_state_dict(state.prompts)
+        self.steps_done = state.step
+
+    # -- parts of a step ---------------------------------------------------------------------------------------------
+
+    def _plan(self, headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], shards: Sequence[tuple[Shard, list[int]]]) -> UpdatePlan:
+        settings, step = self.settings, self.steps_done
+        keep = np.concatenate([r.keep for r in rewards])
+        imitation = schedule_value(settings.algorithm.imitation_weight, step, settings.train.steps)
+        return UpdatePlan(
+            step=step,
+            num_tokens=int(np.concatenate([h.response_lengths for h in headers])[keep].sum()),
+            num_sequences=int(keep.sum()),
+            num_micro_batches=max(self._count_micro_batches(shard, used, headers) for shard, used in shards),
+            lr=learning_rate(settings, step),
+            teacher_weights=tuple(imitation * settings.teachers[s.teacher].weight for s in self.scorers),
+            reward_weight=schedule_value(settings.algorithm.reward_weight, step, settings.train.steps),
+        )
+
+    def _shards(self, headers: Sequence[ChunkHeader], num_teachers: int) -> list[tuple[Shard, list[int]]]:
+        """Per learner rank: its groups, and the indices of the chunks that hold them."""
+        k = self.settings.train.samples_per_prompt
+        tokens = [h.num_tokens.reshape(-1, k).sum(axis=1) for h in headers]  # per chunk [G]
+        where = [(c, g) for c, chunk in enumerate(tokens) for g in range(len(chunk))]
+        shards = []
+        for groups in balance_groups(np.concatenate(tokens).tolist(), self.settings.learner.ranks):
+            mine = [where[i] for i in groups]
+            used = sorted({c for c, _ in mine})
+            shard = Shard(num_chunks=len(used), num_teachers=num_teachers, groups=tuple(tuple(g for c, g in mine if c == chunk) for chunk in used))
+            shards.append((shard, used))
+        return shards
+
+    def _count_micro_batches(self, shard: Shard, used: Sequence[int], headers: Sequence[ChunkHeader]) -> int:
+        k = self.settings.train.samples_per_prompt
+        lengths = [n for c, groups in zip(used, shard.groups, strict=True) for g in groups for n in headers[c].num_tokens[g * k : (g + 1) * k].tolist()]
+        return len(micro_batches(lengths, self.settings.train.max_tokens_per_micro_batch))
+
+    def _check_reward_errors(self, rewards: Sequence[Rewards]) -> None:
+        rate, limit = float(np.concatenate([r.errors for r in rewards]).mean()), self.settings.reward.max_error_rate
+        if rate > limit:
+            raise RewardError(f"step {self.steps_done}: {rate:.1%} of the reward calls failed, reward.max_error_rate is {limit:.1%}; see logs/reward-*.log")
+
+    def _check_logprob_gap(self, stats: LearnerStats) -> None:
+        limit = self.settings.rollout.max_logprob_gap
+        if not stats.logprob_gap <= limit:
+            raise WeightSyncError(
+                f"step {self.steps_done}: sampler and learner differ by {stats.logprob_gap:.3g} nats per token, rollout.max_logprob_gap is {limit:g}; "
+                "the engines do not run the learner's weights, or not in the learner's precision"
+            )
+
+
+def learning_rate(settings: RunSettings, step: int) -> float:
+    """Linear warm-up, then constant or half a cosine down to lr_end."""
+    train = settings.train
+    if step < train.lr_warmup_steps:
+        return train.lr * (step + 1) / train.lr_warmup_steps
+    if train.lr_end is None:
+        return train.lr
+    done = (step - train.lr_warmup_steps) / max(train.steps - train.lr_warmup_steps, 1)
+    return train.lr_end + (train.lr - train.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+def wave_seed(run_seed: int, kind: str, step: int) -> int:
+    """Seed of one rollout wave, from the run's seed alone: nothing to save, nothing to restore."""
+    return int.from_bytes(hashlib.sha256(f"{run_seed}/{kind}/{step}".encode()).digest()[:6], "little")
+
+
+def config_hash(settings: RunSettings) -> str:
+    """Of the settings that decide what is learned."""
+    parts: list[Any] = [settings.model, settings.teachers, settings.algorithm, settings.train, settings.data, settings.reward.functions, settings.run.seed]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

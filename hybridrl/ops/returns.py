@@ -1,0 +1,51 @@
+"""Returns and baselines of the sparse term."""
+
+import torch
+from torch import Tensor
+
+
+def future_cost(costs: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Discounted imitation cost that comes AFTER each token: S_t = gamma (c_{t+1} + S_{t+1}), S at the end 0.
+
+    The paper's convention (arXiv 2512.23097): exponents start at 1, so gamma=0 leaves nothing and gamma=1 the whole
+    future. Example: costs (1, 2, 4), gamma 0.5 -> (0.5*2 + 0.25*4, 0.5*4, 0) = (2, 2, 0).
+
+    Args:
+        costs: [N, T] c_t = log p(y_t) - log q(y_t), the weighted sum over teachers.
+        mask: [N, T] bool, True on response tokens, which come first in each row.
+        gamma: in [0, 1].
+
+    Returns:
+        [N, T], 0 where masked.
+    """
+    assert costs.ndim == 2 and costs.shape == mask.shape, (costs.shape, mask.shape)
+    future = torch.zeros_like(costs)
+    if gamma == 0:
+        return future
+    masked = torch.where(mask, costs, 0.0)
+    for t in range(costs.shape[1] - 2, -1, -1):
+        future[:, t] = gamma * (masked[:, t + 1] + future[:, t + 1])
+    return torch.where(mask, future, 0.0)
+
+
+def sibling_mean(returns: Tensor, group_size: int, *, leave_one_out: bool) -> Tensor:
+    """Mean return of a prompt's siblings at the same position.
+
+    A sibling that has ended still counts with the return it carries there (its terminal reward, no future cost), so
+    the baseline of a token depends on nothing the token could change. leave_one_out excludes the sequence itself and
+    keeps the gradient unbiased (RLOO on the return, position by position). Example: one position, K=3, returns
+    (3, 0, 6) -> leave-one-out (3, 4.5, 1.5).
+
+    Args:
+        returns: [N, T], N a multiple of K, siblings adjacent; ended rows padded with their terminal return.
+        group_size: K, at least 2 for leave_one_out.
+
+    Returns:
+        [N, T] the baseline of each entry.
+    """
+    assert returns.ndim == 2 and returns.shape[0] % group_size == 0, (returns.shape, group_size)
+    assert group_size >= 2 or not leave_one_out, "leave-one-out needs a sibling"
+    groups = returns.unflatten(0, (-1, group_size))  # [N/K, K, T]
+    total = groups.sum(dim=1, keepdim=True)
+    mean = (total - groups) / (group_size - 1) if leave_one_out else (total / group_size).expand_as(groups)
+    return mean.flatten(0, 1)

@@ -1,0 +1,69 @@
+"""A call to a worker that is under way, and how to wait for it: with a deadline, ending in a typed error."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from hybridrl.errors import HybridRLError, WorkerDied, WorkerError, WorkerTimeout
+from hybridrl.types import per_token_bytes
+
+
+class Meter:
+    """Bytes of per-token data that this process fetched: 0 in a healthy controller."""
+
+    materialized_bytes = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """One call under way. `ref` may be handed to other calls without waiting."""
+
+    ref: ray.ObjectRef
+    worker: str
+    call: str
+    deadline_s: float
+
+    def result(self) -> Any:
+        return gather([self])[0]
+
+
+def gather(pending: Sequence[Pending]) -> list[Any]:
+    """Results in order. The first failure ends the wait at once, whatever else still runs.
+
+    Raises:
+        WorkerTimeout, WorkerDied, WorkerError: naming the worker and the call; or the worker's own HybridRLError.
+    """
+    started, waiting = time.monotonic(), {p.ref: p for p in pending}
+    values: dict[ray.ObjectRef, Any] = {}
+    while waiting:
+        deadline_s = max(p.deadline_s for p in waiting.values())
+        left = deadline_s - (time.monotonic() - started)
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=max(left, 0.001))
+        if not ready:
+            late = next(iter(waiting.values()))
+            raise WorkerTimeout(late.worker, late.call, f"no answer within {deadline_s:g} s; raise the matching deadlines.* if it only needed longer")
+        for ref in ready:
+            values[ref] = _fetch(waiting.pop(ref))
+    return [values[p.ref] for p in pending]
+
+
+def _fetch(pending: Pending) -> Any:
+    try:
+        value = ray.get(pending.ref, timeout=pending.deadline_s)
+    except GetTimeoutError as error:
+        raise WorkerTimeout(pending.worker, pending.call, f"its result was not delivered within {pending.deadline_s:g} s") from error
+    except RayActorError as error:
+        raise WorkerDied(pending.worker, pending.call, str(error).strip().splitlines()[0]) from error
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, HybridRLError):
+            raise cause from error
+        raise WorkerError(pending.worker, pending.call, f"{type(cause).__name__}: {cause}") from error
+    except RayError as error:
+        raise WorkerError(pending.worker, pending.call, str(error).strip().splitlines()[0]) from error
+    Meter.materialized_bytes += per_token_bytes(value)
+    return value

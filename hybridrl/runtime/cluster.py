@@ -1,0 +1,132 @@
+"""Connection to Ray and placement: which worker runs on which node, with which devices and how many threads."""
+
+import logging
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from hybridrl.config import Device, RunSettings, WeightTransfer
+from hybridrl.errors import ConfigError, PlacementError
+from hybridrl.runtime.group import Slot
+
+CPU_SHARE = 0.01
+"""Ray's CPUs are bookkeeping, not cores; workers on CPU take turns, so they ask for next to nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Team:
+    """How many workers of one kind, and what each needs."""
+
+    name: str
+    size: int
+    gpus: int  # per worker when the device is cuda
+    heavy: bool  # computes with many threads
+
+
+class Cluster:
+    """A Ray connection with one placement group for the whole run. Use as a context manager."""
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings = settings
+        self.owns_ray = not ray.is_initialized()
+        if self.owns_ray:
+            address = settings.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+            local = {"include_dashboard": False} if address == "local" else {}
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        gpus = ray.cluster_resources().get("GPU", 0)
+        wanted = settings.cluster.device
+        if wanted is Device.cuda and not gpus:
+            raise ConfigError("cluster.device=cuda: the Ray cluster has no GPU; use cluster.device=cpu or start Ray with --num-gpus")
+        self.device = "cuda" if wanted is Device.cuda or (wanted is Device.auto and gpus) else "cpu"
+        self.group: PlacementGroup | None = None
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.group is not None:
+            remove_placement_group(self.group)
+        if self.owns_ray:
+            ray.shutdown()
+
+    @property
+    def weight_transfer(self) -> WeightTransfer:
+        """The backend that rollout.weight_transfer=auto means here."""
+        chosen = self.settings.rollout.weight_transfer
+        if chosen is not WeightTransfer.auto:
+            return chosen
+        if self.device == "cpu":
+            return WeightTransfer.object_store
+        return WeightTransfer.ipc if self.settings.cluster.colocate else WeightTransfer.nccl
+
+    def place(self, teams: list[Team]) -> dict[str, list[Slot]]:
+        """Reserve everything at once.
+
+        Raises:
+            PlacementError: the cluster cannot hold it within deadlines.placement_s; lists demand and supply.
+        """
+        on_gpu = self.device == "cuda"
+        colocated = on_gpu and self.settings.cluster.colocate
+        gpus = {team.name: 0.0 if not on_gpu else (1 / 4 if colocated and team.gpus else float(team.gpus)) for team in teams}
+        if colocated:
+            width = max(team.size for team in teams if team.gpus)
+            bundles = [{"CPU": 1.0, "GPU": 1.0} for _ in range(width)]
+            seats = [(team, i % width) for team in teams for i in range(team.size)]
+        else:
+            seats, bundles = [], []
+            for team in teams:
+                for _ in range(team.size):
+                    seats.append((team, len(bundles)))
+                    bundles.append({"CPU": CPU_SHARE} | ({"GPU": gpus[team.name]} if gpus[team.name] else {}))
+        self.group = self._reserve(bundles)
+        nodes = self._nodes()
+        crowd = Counter((team.name, nodes[bundle]["NodeID"]) for team, bundle in seats)
+        slots: dict[str, list[Slot]] = {team.name: [] for team in teams}
+        for team, bundle in seats:
+            node = nodes[bundle]
+            threads = self._threads(team, node, crowd[team.name, node["NodeID"]])
+            slots[team.name].append(
+                Slot(group=self.group, bundle=bundle, node_ip=node["NodeManagerAddress"], num_cpus=CPU_SHARE / 8 if colocated else CPU_SHARE,
+                     num_gpus=gpus[team.name], env=worker_env(threads, self.device))
+            )  # fmt: skip
+        return slots
+
+    def _reserve(self, bundles: list[dict[str, float]]) -> PlacementGroup:
+        group = placement_group(bundles, strategy="SPREAD" if self.settings.cluster.spread else "PACK")
+        limit = self.settings.deadlines.placement_s
+        if not group.wait(limit):
+            remove_placement_group(group)
+            demand = {kind: sum(b.get(kind, 0) for b in bundles) for kind in ("CPU", "GPU")}
+            supply = {kind: ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")}
+            free = {kind: ray.available_resources().get(kind, 0) for kind in ("CPU", "GPU")}
+            raise PlacementError(
+                f"the cluster could not place {len(bundles)} workers within deadlines.placement_s={limit:g}: demand {demand}, supply {supply}, "
+                f"free now {free}; lower rollout.engines, learner.ranks or scorer.replicas, or add nodes"
+            )
+        return group
+
+    def _nodes(self) -> dict[int, dict]:
+        """Ray's record of the node under each bundle."""
+        table = placement_group_table(self.group)
+        by_id = {node["NodeID"]: node for node in ray.nodes()}
+        return {int(bundle): by_id[node_id] for bundle, node_id in table["bundles_to_node_id"].items()}
+
+    def _threads(self, team: Team, node: dict, crowd: int) -> int:
+        if not team.heavy:
+            return 1
+        return self.settings.cluster.threads_per_worker or max(1, int(node["Resources"].get("CPU", 1)) // crowd)
+
+
+def worker_env(threads: int, device: str) -> dict[str, str]:
+    """Environment of a worker process: its share of the cores, no spinning threads, no telemetry, no hidden network."""
+    count = str(threads)
+    return {
+        "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0",
+        "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"),
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}",  # ninja lives beside python
+    } | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {"DS_ACCELERATOR": "cuda"})  # fmt: skip

@@ -1,0 +1,28 @@
+"""From the learner to every engine: one weight version after another."""
+
+from hybridrl.config import WeightTransfer
+from hybridrl.runtime.calls import gather
+from hybridrl.runtime.groups import LearnerGroup, RolloutGroup
+
+
+class WeightSync:
+    """Publishes versions; an engine serves a version only after every worker in it acknowledged the bytes' digest."""
+
+    def __init__(self, learner: LearnerGroup, rollout: RolloutGroup, backend: WeightTransfer) -> None:
+        self.learner, self.rollout, self.backend = learner, rollout, backend
+        if backend is not WeightTransfer.object_store:
+            learner.connect_engines(backend, rollout)
+
+    def publish(self, version: int) -> int:
+        """Make every engine serve `version`; returns the bytes that went into each engine (0: unknown to the driver).
+
+        Raises:
+            WeightSyncError: an engine received something else, or did not load all of it.
+        """
+        if self.backend is WeightTransfer.object_store:
+            manifest, packed = self.learner.pack_weights(version)
+            gather(self.rollout.load_weights(manifest, packed))
+            return manifest.nbytes
+        self.learner.send_weights()
+        gather(self.rollout.set_version(version))
+        return 0

@@ -1,0 +1,227 @@
+"""One vLLM engine: samples responses, and answers pings, aborts and weight updates while it does."""
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import numpy as np
+
+from hybridrl.config import ModelConfig, RunSettings
+from hybridrl.errors import DataError, WeightSyncError
+from hybridrl.models.loading import resolve
+from hybridrl.types import ChunkHeader, FinishReason, GenerateOrder, Prompt, RolloutBatch, Trajectory, WeightManifest, per_token_bytes
+
+SHARED_MEMORY = Path("/dev/shm")
+FINISH = {"stop": FinishReason.stop, "length": FinishReason.length}
+
+
+class Rollout:
+    """All methods are coroutines of one event loop. The engine steps inline in `_decode`, which yields to the loop
+    between steps: consumes queued requests, produces finished trajectories, waits for nothing, runs while there are
+    unfinished requests."""
+
+    def __init__(self, settings: RunSettings, *, model: ModelConfig, device: str, backend: str) -> None:
+        if device == "cpu":
+            os.environ |= {
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if settings.rollout.tensor_parallel == 1 else "1",
+            }
+        from vllm import EngineArgs
+        from vllm.config import WeightTransferConfig
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        rollout = settings.rollout
+        self.engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=str(resolve(model.path, model.revision)),
+                trust_remote_code=False,
+                dtype=model.dtype,
+                max_model_len=rollout.max_model_len,
+                max_num_seqs=rollout.max_num_seqs,
+                tensor_parallel_size=rollout.tensor_parallel,
+                distributed_executor_backend="uni" if rollout.tensor_parallel == 1 else "mp",
+                enforce_eager=rollout.enforce_eager,
+                kv_cache_memory_bytes=rollout.kv_cache_bytes,
+                gpu_memory_utilization=rollout.gpu_memory_utilization,
+                logprobs_mode="processed_logprobs",  # with the temperature in it: the sampler's own distribution
+                seed=settings.run.seed,
+                weight_transfer_config=WeightTransferConfig(backend=backend),
+                worker_extension_cls="hybridrl.workers.weight_transfer.WorkerExtension",
+                disable_log_stats=True,
+            ),
+            enable_multiprocessing=os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "1",
+        )
+        self.version = -1  # of the weights that serve; -1: as loaded from disk
+        self.engine.set_weight_version(str(self.version))
+        self._finished: dict[str, asyncio.Future] = {}  # request id -> its output
+        self._waves: dict[str, list[tuple[int, asyncio.Future]]] = {}  # wave -> chunks that have arrived
+        self._decoding: asyncio.Task | None = None
+
+    async def ping(self) -> dict[str, int]:
+        return {"unfinished": self.engine.get_num_unfinished_requests(), "version": self.version}
+
+    # -- sampling ----------------------------------------------------------------------------------------------------
+
+    async def generate(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> tuple[ChunkHeader, RolloutBatch]:
+        """Sample K responses of each prompt.
+
+        Raises:
+            DataError: the engine refused a prompt.
+        """
+        await self._wait_for_wave(order)
+        started, version = time.monotonic(), self.version
+        requests = [(f"{order.wave}/{p.uid}/{k}", p, k) for p in prompts for k in range(order.group_size)]
+        futures = [self._submit(request_id, prompt, k, order) for request_id, prompt, k in requests]
+        if self._decoding is None or self._decoding.done():
+            self._decoding = asyncio.create_task(self._decode())
+        outputs = await asyncio.gather(*futures)
+        trajectories = [trajectory(prompt, output, version) for (_, prompt, _), output in zip(requests, outputs, strict=True)]
+        batch = RolloutBatch.pack(prompts, order.group_size, trajectories)
+        return chunk_header(batch, time.monotonic() - started), batch
+
+    async def abort(self) -> int:
+        """Stop everything that is being sampled; the waiting calls get empty responses, marked aborted."""
+        waiting = list(self._finished)
+        self.engine.abort_request(waiting)
+        for request_id in waiting:
+            if not (future := self._finished.pop(request_id)).done():
+                future.set_result(None)
+        return len(waiting)
+
+    async def _wait_for_wave(self, order: GenerateOrder) -> None:
+        """Return when every chunk of the wave is here, in chunk order."""
+        arrived = self._waves.setdefault(order.wave, [])
+        gate: asyncio.Future = asyncio.get_running_loop().create_future()
+        arrived.append((order.chunk, gate))
+        if len(arrived) == order.num_chunks:
+            del self._waves[order.wave]
+            for _, ready in sorted(arrived, key=lambda pair: pair[0]):
+                ready.set_result(None)
+        await gate
+
+    def _submit(self, request_id: str, prompt: Prompt, index: int, order: GenerateOrder) -> asyncio.Future:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=order.temperature,
+            max_tokens=order.max_new_tokens,
+            seed=None if order.temperature == 0 else sample_seed(order.seed, prompt.uid, index),
+            logprobs=0,  # the sampled token's own
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        # the salt keeps a prefix computed by older weights from being reused
+        tokens = TokensPrompt(prompt_token_ids=list(prompt.input_ids), cache_salt=f"v{self.version}")
+        future = self._finished[request_id] = asyncio.get_running_loop().create_future()
+        try:
+            self.engine.add_request(request_id, tokens, params)
+        except ValueError as error:
+            self._finished.pop(request_id)
+            raise DataError(f"prompt {prompt.uid}: {error}") from error
+        return future
+
+    async def _decode(self) -> None:
+        try:
+            while self.engine.has_unfinished_requests():
+                for output in self.engine.step():
+                    future = self._finished.pop(output.request_id, None)
+                    if future is not None and not future.done():
+                        future.set_result(output.outputs[0])
+                await asyncio.sleep(0)
+        except Exception as error:  # every waiting call must hear of it
+            for future in self._finished.values():
+                if not future.done():
+                    future.set_exception(error)
+            self._finished.clear()
+            raise
+
+    # -- weights, backend object_store -------------------------------------------------------------------------------
+
+    async def load_weights(self, manifest: WeightManifest, packed: np.ndarray) -> str:
+        """Load packed weights [nbytes] uint8 between two engine steps.
+
+        Returns:
+            the digest of the bytes that the engine's workers received.
+
+        Raises:
+            WeightSyncError: the workers did not all load what the manifest says.
+        """
+        with NamedTemporaryFile(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None, prefix="hybridrl-") as file:
+            packed.tofile(file.name)
+            try:
+                self.engine.collective_rpc("start_weight_update")
+                self.engine.collective_rpc("update_weights", args=({"path": file.name, "manifest": asdict(manifest)},))
+                self.engine.collective_rpc("finish_weight_update")
+            except Exception as error:
+                raise WeightSyncError(f"weights of version {manifest.version} were not loaded: {error}") from error
+        digests = set(self.engine.collective_rpc("received_digest"))
+        if digests != {manifest.digest}:
+            raise WeightSyncError(f"weights of version {manifest.version}: workers acknowledge {digests}, sent {manifest.digest}")
+        await self.update_weight_version(str(manifest.version))
+        return manifest.digest
+
+    # -- weights, vLLM's nccl and ipc backends: the calls that its trainer side makes through EngineClient ----------
+
+    async def init_weight_transfer_engine(self, init_info: dict) -> None:
+        self.engine.collective_rpc("init_weight_transfer_engine", args=(init_info,))
+
+    async def start_weight_update(self) -> None:
+        self.engine.collective_rpc("start_weight_update")
+
+    async def update_weights(self, update_info: dict | list[dict]) -> None:
+        self.engine.collective_rpc("update_weights", args=(update_info,))
+
+    async def finish_weight_update(self) -> None:
+        self.engine.collective_rpc("finish_weight_update")
+
+    async def update_weight_version(self, version: str) -> None:
+        """Stamp every token sampled from here on; drop cached prefixes of older weights."""
+        self.engine.reset_prefix_cache()
+        self.engine.set_weight_version(version)
+        self.version = int(version)
+
+
+def sample_seed(seed: int, uid: str, index: int) -> int:
+    """63 bits from (seed of run and wave, prompt, sample index): the same whatever engine or batch it falls into."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{uid}/{index}".encode()).digest()[:8], "little") >> 1
+
+
+def trajectory(prompt: Prompt, output: Any, version: int) -> Trajectory:
+    """Columns of one finished response; `output` None: aborted, no response tokens, so nothing to train on."""
+    sampled = list(output.token_ids) if output is not None else []
+    logprobs = output.logprobs.logprobs if sampled else []
+    versions = np.full(len(sampled), version, np.int32)
+    for span in (output.weight_versions or []) if output is not None else []:
+        versions[span.start : span.end] = int(span.version)
+    zeros = np.zeros(len(prompt.input_ids), np.float32)
+    return Trajectory(
+        uid=prompt.uid,
+        input_ids=np.asarray([*prompt.input_ids, *sampled], np.int32),
+        response_mask=np.concatenate([zeros.astype(bool), np.ones(len(sampled), bool)]),
+        rollout_logprobs=np.concatenate([zeros, np.asarray(logprobs, np.float32)]),
+        policy_versions=np.concatenate([zeros.astype(np.int32), versions]),
+        finish_reason=FINISH.get(output.finish_reason, FinishReason.aborted) if output is not None else FinishReason.aborted,
+    )
+
+
+def chunk_header(batch: RolloutBatch, generate_s: float) -> ChunkHeader:
+    versions = batch.policy_versions[batch.response_mask]
+    return ChunkHeader(
+        uids=batch.uids,
+        num_tokens=np.diff(batch.offsets),
+        response_lengths=batch.response_lengths,
+        truncated=np.asarray([reason is FinishReason.length for reason in batch.finish_reasons]),
+        min_policy_version=int(versions.min(initial=2**31 - 1)),
+        max_policy_version=int(versions.max(initial=-1)),
+        mean_policy_version=float(versions.mean()) if len(versions) else -1.0,
+        nbytes=per_token_bytes(batch),
+        generate_s=generate_s,
+    )
