@@ -1,0 +1,85 @@
+"""What runs inside a child process of the pool: the only place where a reward function is called.
+
+Nothing of a reward function's own types leaves the child: values go back as floats, everything else as text.
+"""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from hybridrl.rewards.load import RewardFunction, accepted_names, load_reward
+
+FLOAT32_MAX = 3.4e38  # values travel as float32
+SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardCall:
+    """Names a reward function and its options; picklable."""
+
+    function: str  # as in reward.functions.NAME.function
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raised:
+    """The call as a whole failed: it raised, or did not return one value per sequence."""
+
+    text: str
+    wrong_result: bool = False  # it returned, but not a list of the right length
+
+
+_functions: dict[str, RewardFunction | str] = {}  # str: why it could not be loaded
+
+
+def start(calls: Mapping[str, RewardCall]) -> None:
+    """Prepare a fresh child: die with the parent, drop secrets, then load the functions."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    for variable in [v for v in os.environ if any(word in v.upper() for word in SECRET)]:
+        del os.environ[variable]
+    for name, call in calls.items():
+        try:
+            _functions[name] = load_reward(name, call.function, call.options)
+        except Exception as error:  # told by `loaded`, to whoever asks
+            _functions[name] = str(error)
+
+
+def loaded(name: str) -> frozenset[str] | str | None:
+    """The keywords that the function takes (None: any), or, as a str, why it could not be loaded."""
+    function = _functions[name]
+    return function if isinstance(function, str) else accepted_names(function)
+
+
+def call(name: str, num_sequences: int, keywords: dict[str, Any]) -> list[float | str] | Raised:
+    """One entry per sequence: its value, or why it is no value."""
+    function = _functions[name]
+    if isinstance(function, str):
+        return Raised(text=function)
+    try:
+        values = function(**keywords)
+    except BaseException as error:  # SystemExit too: a child outlives whatever a function raises
+        return Raised(text=f"{type(error).__name__}: {error}")
+    try:
+        values = list(values)
+    except TypeError:
+        return Raised(text=f"returned {type(values).__name__}, must be a list", wrong_result=True)
+    if len(values) != num_sequences:
+        return Raised(text=f"returned {len(values)} values for {num_sequences} completions", wrong_result=True)
+    return [_checked(value) for value in values]
+
+
+def _checked(value: object) -> float | str:
+    if isinstance(value, Real) and abs(value) <= FLOAT32_MAX:  # False for NaN
+        return float(value)
+    return f"returned {value!r:.100}, must be a finite number"
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

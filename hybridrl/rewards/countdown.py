@@ -1,0 +1,90 @@
+"""Countdown: 1 if the completion uses every given number once and reaches the target, else 0.
+
+    numbers [3, 7, 9], target 20      "3*9-7" -> 1.0      "20" -> 0.0      "3*9-" -> 0.0
+
+The completion is read by a small recursive-descent parser, never by Python, and computed in exact fractions:
+
+    sum = product (("+" | "-") product)*    product = atom (("*" | "/") atom)*    atom = integer | "(" sum ")"
+"""
+
+import re
+from fractions import Fraction
+
+MAX_CHARS = 200
+MAX_DEPTH = 20  # nested parentheses
+
+TOKEN = re.compile(r"[0-9]+|[-+*/()]")
+
+
+def countdown(completions: list[str], numbers: list[list[int]], target: list[int]) -> list[float]:
+    """1.0 or 0.0 per completion [N]; anything but one well-formed expression is 0.0.
+
+    The expression is the last <answer>...</answer> if there is one, else the whole completion without outer spaces.
+    """
+    rows = zip(completions, numbers, target, strict=True)
+    return [float(_reaches(completion, given, goal)) for completion, given, goal in rows]
+
+
+def answer_text(completion: str) -> str:
+    """What stands in the last <answer> tag, else the whole completion; stripped."""
+    _, tag, rest = completion.rpartition("<answer>")
+    return (rest.partition("</answer>")[0] if tag else rest).strip()
+
+
+def _reaches(completion: str, numbers: list[int], target: int) -> bool:
+    try:
+        expression = Expression(answer_text(completion))
+    except (ValueError, ZeroDivisionError):
+        return False
+    return expression.value == target and sorted(expression.numbers) == sorted(numbers)
+
+
+class Expression:
+    """Example: Expression("(1+2)/4") has value Fraction(3, 4) and numbers [1, 2, 4]
+
+    Raises:
+        ValueError: not a well-formed expression, or longer or deeper than the bounds.
+        ZeroDivisionError: a division by zero.
+    """
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MAX_CHARS:
+            raise ValueError("too long")
+        if TOKEN.sub("", text).strip():
+            raise ValueError("a character that is no part of an expression")
+        self.numbers: list[int] = []
+        self._tokens = TOKEN.findall(text)[::-1]  # the next token is last
+        self.value = self._sum(depth=0)
+        if self._tokens:
+            raise ValueError("something follows the expression")
+
+    def _next(self) -> str:
+        return self._tokens[-1] if self._tokens else ""
+
+    def _sum(self, depth: int) -> Fraction:
+        value = self._product(depth)
+        while self._next() in ("+", "-"):
+            plus = self._tokens.pop() == "+"
+            term = self._product(depth)
+            value = value + term if plus else value - term
+        return value
+
+    def _product(self, depth: int) -> Fraction:
+        value = self._atom(depth)
+        while self._next() in ("*", "/"):
+            times = self._tokens.pop() == "*"
+            factor = self._atom(depth)
+            value = value * factor if times else value / factor
+        return value
+
+    def _atom(self, depth: int) -> Fraction:
+        token = self._tokens.pop() if self._tokens else ""
+        if token.isdigit():
+            self.numbers.append(int(token))
+            return Fraction(int(token))
+        if token != "(" or depth == MAX_DEPTH:
+            raise ValueError(f"a number or parenthesis was due, not {token!r}")
+        value = self._sum(depth + 1)
+        if not self._tokens or self._tokens.pop() != ")":
+            raise ValueError("a parenthesis is not closed")
+        return value

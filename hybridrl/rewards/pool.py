@@ -1,0 +1,174 @@
+"""Reward functions in child processes that can be killed, one by one, at a deadline.
+
+The sequences go out as one task per child. When a task hangs, crashes, raises or returns a wrong length, its
+sequences are called again one at a time, each with the deadline, so that only the culprits fail.
+
+    pool.call("score", {"completions": ["a", "b"]})  ->  [1.0, Failure(kind=FailureKind.timeout, text="...")]
+"""
+
+import sys
+import types
+from collections.abc import Mapping
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from enum import StrEnum
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import TYPE_CHECKING, Any
+
+from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
+
+from hybridrl.errors import ConfigError
+from hybridrl.rewards import child
+from hybridrl.rewards.child import Raised, RewardCall
+
+if TYPE_CHECKING:  # children import this module, and must not pay for Hydra
+    from hybridrl.config import RewardConfig
+
+LOAD_S = 120.0  # for a child to start and import what the functions need
+CONSTS.term_timeout = 0.2  # s from SIGTERM to SIGKILL; a late child has nothing to tidy up
+
+
+class FailureKind(StrEnum):
+    timeout = "timeout"  # killed at reward.timeout_s
+    died = "died"  # its process ended
+    raised = "raised"
+    invalid = "invalid"  # returned something that is not one finite number per sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why one sequence has no value."""
+
+    kind: FailureKind
+    text: str
+
+
+Outcome = float | Failure
+
+
+class RewardPool:
+    """`processes` children, each with every function loaded; a child that dies is replaced.
+
+    Args:
+        calls: reward name -> function and options.
+        processes: number of children.
+        timeout_s: deadline of one task, be it all sequences of a child or a single one.
+
+    Raises:
+        ConfigError: a function cannot be loaded.
+    """
+
+    def __init__(self, calls: Mapping[str, RewardCall], *, processes: int, timeout_s: float) -> None:
+        self._calls, self._processes, self._timeout_s = dict(calls), processes, timeout_s
+        self._pool = self._fresh()
+        try:
+            self._accepted = {name: self._load(name) for name in calls}
+        except ConfigError:
+            self.close()
+            raise
+
+    def call(self, name: str, columns: Mapping[str, list[Any]]) -> list[Outcome]:
+        """One outcome per sequence, for lists of length N >= 1; passes only the columns that the function takes."""
+        num_sequences = len(columns["completions"])
+        accepted = self._accepted[name]
+        passed = {k: v for k, v in columns.items() if accepted is None or k in accepted}
+        size = -(-num_sequences // self._processes)
+        parts = [range(i, min(i + size, num_sequences)) for i in range(0, num_sequences, size)]
+        outcomes: dict[int, Outcome] = {}
+        retried: list[range] = []
+        for part, answer in zip(parts, self._answers(name, passed, parts), strict=True):
+            if isinstance(answer, Failure) and len(part) > 1:
+                retried += [range(i, i + 1) for i in part]
+            else:
+                outcomes |= _spread(part, answer)
+        for part, answer in zip(retried, self._answers(name, passed, retried), strict=True):
+            outcomes |= _spread(part, answer)
+        return [outcomes[i] for i in range(num_sequences)]
+
+    def close(self) -> None:
+        """Kill the children."""
+        self._pool.stop()
+        self._pool.join()
+
+    def _answers(self, name: str, columns: dict[str, list[Any]], parts: list[range]) -> list[list[Outcome] | Failure]:
+        answers = [self._wait(future) for future in [self._send(name, columns, part) for part in parts]]
+        for i, answer in enumerate(answers):
+            if answer is None:  # the pool broke under it, by another's fault perhaps: once more, alone
+                answers[i] = self._wait(self._send(name, columns, parts[i]))
+        died = Failure(kind=FailureKind.died, text="the process ended before it took the call, twice")
+        return [died if answer is None else answer for answer in answers]
+
+    def _send(self, name: str, columns: dict[str, list[Any]], part: range) -> ProcessFuture:
+        keywords = {k: v[part.start : part.stop] for k, v in columns.items()} | self._calls[name].options
+        arguments = (name, len(part), keywords)
+        try:
+            return self._pool.schedule(child.call, arguments, timeout=self._timeout_s)
+        except RuntimeError:  # pebble gives up when a child dies between calls, e.g. for lack of memory
+            self.close()
+            self._pool = self._fresh()
+            return self._pool.schedule(child.call, arguments, timeout=self._timeout_s)
+
+    def _wait(self, future: ProcessFuture) -> list[Outcome] | Failure | None:
+        """What the call came to; None: the pool broke and does not say which call did it."""
+        try:
+            result = future.result()
+        except TimeoutError:
+            return Failure(kind=FailureKind.timeout, text=f"no answer within reward.timeout_s={self._timeout_s:g}")
+        except ProcessExpired as error:
+            return Failure(kind=FailureKind.died, text=f"the process ended with exit code {error.exitcode}")
+        except BrokenProcessPool:
+            return None
+        if isinstance(result, Raised):
+            return Failure(kind=FailureKind.invalid if result.wrong_result else FailureKind.raised, text=result.text)
+        return [Failure(kind=FailureKind.invalid, text=value) if isinstance(value, str) else value for value in result]
+
+    def _load(self, name: str) -> frozenset[str] | None:
+        field = f"reward.functions.{name}.function={self._calls[name].function}"
+        try:
+            accepted = self._pool.schedule(child.loaded, (name,)).result(timeout=LOAD_S)
+        except TimeoutError as error:
+            raise ConfigError(f"{field}: a process with all reward functions must load within {LOAD_S:g} s; import less") from error
+        except (ProcessExpired, RuntimeError) as error:
+            raise ConfigError(f"{field}: loading the reward functions ended their process; run the file by itself") from error
+        if isinstance(accepted, str):
+            raise ConfigError(accepted)
+        return accepted
+
+    def _fresh(self) -> ProcessPool:
+        return ProcessPool(max_workers=self._processes, initializer=child.start, initargs=(self._calls,), context=_BareContext())
+
+
+def reward_calls(config: "RewardConfig") -> dict[str, RewardCall]:
+    """`reward.functions` as the pool takes it."""
+    return {name: RewardCall(function=f.function, options=dict(f.options)) for name, f in config.functions.items()}
+
+
+def check_rewards(config: "RewardConfig") -> None:
+    """Load every configured function once, in a child, before any worker starts.
+
+    Raises:
+        ConfigError: one sentence on the first that cannot be loaded.
+    """
+    if config.functions:
+        RewardPool(reward_calls(config), processes=1, timeout_s=config.timeout_s).close()
+
+
+def _spread(part: range, answer: list[Outcome] | Failure) -> dict[int, Outcome]:
+    return dict.fromkeys(part, answer) if isinstance(answer, Failure) else dict(zip(part, answer, strict=True))
+
+
+class _BareProcess(SpawnProcess):
+    """A spawned process that does not run the parent's main script again, which may import torch or ray."""
+
+    @staticmethod
+    def _Popen(process: SpawnProcess) -> object:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")  # spawn finds no file to run in it
+        try:
+            return SpawnProcess._Popen(process)
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _BareContext(SpawnContext):
+    Process = _BareProcess

@@ -1,0 +1,134 @@
+"""Scores whole prompt groups: decodes the responses, calls every reward function, applies `reward.on_error`."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from hybridrl.config import OnError, RewardConfig
+from hybridrl.errors import RewardError
+from hybridrl.models.loading import load_tokenizer
+from hybridrl.rewards.pool import Failure, Outcome, RewardPool, reward_calls
+from hybridrl.types import Bool, Rewards, RolloutBatch, Sample
+
+logger = logging.getLogger(__name__)
+LOGGED = 10  # failures told in full per function and batch
+
+
+class Tokenizer(Protocol):
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+class RewardWorker:
+    """Owns a pool of killable processes, in which the functions run.
+
+    A function of weight 0 only watches: where it fails, its part is NaN and nothing else happens.
+
+    Args:
+        load: from tokenizer_path and revision to the tokenizer.
+
+    Raises:
+        ConfigError: a reward function or the tokenizer cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        config: RewardConfig,
+        tokenizer_path: str,
+        revision: str | None = None,
+        *,
+        load: Callable[[str, str | None], Tokenizer] = load_tokenizer,
+    ) -> None:
+        self.config = config
+        self.tokenizer = load(tokenizer_path, revision)
+        calls = reward_calls(config)
+        # None: no reward function, nothing to call
+        self.pool = RewardPool(calls, processes=config.processes, timeout_s=config.timeout_s) if calls else None
+
+    def ping(self) -> None:
+        """Answers once the constructor is through, that is with every function loaded."""
+
+    def score(self, batch: RolloutBatch) -> Rewards:
+        """The weighted sum of all functions, for each of the N sequences.
+
+        Where a function of weight other than 0 failed: on_error=value gives `reward.error_value`, drop_group gives NaN
+        and takes the K siblings out.
+
+        Raises:
+            RewardError: a function failed under on_error=fail.
+        """
+        names = tuple(self.config.functions)
+        columns = self._columns(batch)
+        outcomes = [self._call(name, batch, columns) for name in names]
+        parts = np.array([[np.nan if isinstance(o, Failure) else o for o in row] for row in outcomes])
+        parts = parts.reshape(len(names), batch.num_sequences)  # [P, N] float64
+        weights = np.array([f.weight for f in self.config.functions.values()])  # [P]
+        counted = weights != 0
+        errors = np.isnan(parts[counted]).any(axis=0)  # [N]
+        values = weights[counted] @ parts[counted]  # [N], NaN where a counted function failed
+        if self.config.on_error is OnError.value:
+            values = np.where(errors, self.config.error_value, values)
+        return Rewards(
+            uids=batch.uids,
+            values=values.astype(np.float32),
+            part_names=names,
+            parts=parts.astype(np.float32),
+            errors=errors,
+            keep=self._kept(errors, batch.group_size),
+        )
+
+    def samples(self, batch: RolloutBatch, rewards: Rewards, step: int, count: int) -> tuple[Sample, ...]:
+        """The first `count` sequences as text; fewer where the batch has fewer."""
+        return tuple(
+            Sample(
+                step=step,
+                uid=batch.uids[i // batch.group_size],
+                prompt=batch.prompt_texts[i // batch.group_size],
+                response=self._decode(batch.trajectory(i).response_ids.tolist()),
+                reward=float("nan") if rewards.errors[i] else float(rewards.values[i]),
+                finish_reason=batch.finish_reasons[i],
+            )
+            for i in range(min(count, batch.num_sequences))
+        )
+
+    def close(self) -> None:
+        """Kill the child processes."""
+        if self.pool is not None:
+            self.pool.close()
+
+    def _columns(self, batch: RolloutBatch) -> dict[str, list[Any]]:
+        """What TRL hands to a reward function: lists [N]; a column that a problem lacks is None there."""
+        ids = [batch.trajectory(i).response_ids.tolist() for i in range(batch.num_sequences)]
+        k = batch.group_size
+        names = dict.fromkeys(name for columns in batch.columns for name in columns)
+        return {name: _repeat([columns.get(name) for columns in batch.columns], k) for name in names} | {
+            "prompts": _repeat(batch.prompt_texts, k),
+            "completions": [self._decode(response) for response in ids],
+            "completion_ids": ids,
+        }
+
+    def _call(self, name: str, batch: RolloutBatch, columns: Mapping[str, list[Any]]) -> list[Outcome]:
+        assert self.pool is not None
+        outcomes = self.pool.call(name, columns)
+        failed = [(batch.uids[i // batch.group_size], o) for i, o in enumerate(outcomes) if isinstance(o, Failure)]
+        told = [f"reward.functions.{name} failed on {uid}: {failure.kind}: {failure.text}" for uid, failure in failed]
+        if told and self.config.on_error is OnError.fail and self.config.functions[name].weight != 0:
+            raise RewardError(f"{told[0]}; {len(told)} of {len(outcomes)} calls failed and reward.on_error=fail")
+        for line in told[:LOGGED]:
+            logger.warning(line)
+        if len(told) > LOGGED:
+            logger.warning("reward.functions.%s failed on %d more", name, len(told) - LOGGED)
+        return outcomes
+
+    def _kept(self, errors: Bool, group_size: int) -> Bool:
+        if self.config.on_error is not OnError.drop_group:
+            return np.ones_like(errors)
+        return np.repeat(~errors.reshape(-1, group_size).any(axis=1), group_size)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _repeat(per_group: Sequence[Any], k: int) -> list[Any]:
+    return [value for value in per_group for _ in range(k)]
