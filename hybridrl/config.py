@@ -274,8 +274,7 @@ class RolloutConfig:
                 raise ConfigError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
         if self.max_model_len <= self.max_new_tokens:
             raise ConfigError(
-                f"rollout.max_model_len={self.max_model_len}: must hold a prompt and rollout.max_new_tokens="
-                f"{self.max_new_tokens}; raise it"
+                f"rollout.max_model_len={self.max_model_len}: must hold a prompt and rollout.max_new_tokens={self.max_new_tokens}; raise it"
             )
 
 
@@ -394,9 +393,7 @@ class RunSettings:
         imitates = not self.algorithm.imitation_weight.is_zero()
         rewarded = not self.algorithm.reward_weight.is_zero()
         if not imitates and not rewarded:
-            raise ConfigError(
-                "algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from; raise one of them"
-            )
+            raise ConfigError("algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from; raise one of them")
         if imitates and not self.teachers:
             raise ConfigError(
                 "teachers={}: algorithm.imitation_weight is not 0, so a teacher is needed; "

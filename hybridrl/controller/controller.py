@@ -67,8 +67,8 @@ class Controller:
         with self.clock.phase("learn"):
             shards = self._shards(headers, len(scores))
             plan = self._plan(headers, rewards, shards)
-            refs = [[chunk.batch.ref, reward.ref, *(teacher[i][1].ref for teacher in scores)] for i, (chunk, reward) in enumerate(zip(chunks, pending_rewards, strict=True))]
-            stats = self.learner.update(plan, [s for s, _ in shards], [[ref for c in used for ref in refs[c]] for _, used in shards])
+            values = [[chunks[i].batch.ref, pending_rewards[i].ref, *(teacher[i][1].ref for teacher in scores)] for i in range(len(chunks))]
+            stats = self.learner.update(plan, [s for s, _ in shards], [[ref for c in used for ref in values[c]] for _, used in shards])
             self._check_logprob_gap(stats)
         self.steps_done += 1
         with self.clock.phase("sync"):
@@ -76,7 +76,10 @@ class Controller:
         step_s = time.perf_counter() - started
         return {
             "train/step": float(self.steps_done),
-            **reward_metrics(rewards), **rollout_metrics(headers, self.weight_version - 1), **score_metrics(score_headers), **learner_metrics(plan, stats),
+            **reward_metrics(rewards),
+            **rollout_metrics(headers, plan.step),
+            **score_metrics(score_headers),
+            **learner_metrics(plan, stats),
             "transfer/bytes_weights": float(weight_bytes),
             "controller/materialized_bytes": float(Meter.materialized_bytes - fetched),
             "perf/tokens_per_s": float(sum(h.response_lengths.sum() for h in headers)) / step_s,
@@ -92,9 +95,9 @@ class Controller:
             last = self.steps_done == settings.train.steps
             if last or (settings.eval.every and self.steps_done % settings.eval.every == 0):
                 row |= self.evaluate()
+            self.sinks.log(row)  # before the checkpoint: a resumed run keeps the rows up to its checkpoint's step
             if last or (settings.checkpoint.every and self.steps_done % settings.checkpoint.every == 0):
-                row |= self.save()
-            self.sinks.log(row)
+                self.save()
 
     def publish_weights(self) -> int:
         """Engines sample step k's rollouts with version k; returns the bytes sent to each engine."""
@@ -113,10 +116,10 @@ class Controller:
             "eval/accuracy": result.accuracy, "eval/accuracy_stderr": result.stderr, "eval/error_rate": result.error_rate, **self.clock.take(),
         }  # fmt: skip
 
-    def save(self) -> dict[str, float]:
+    def save(self) -> None:
+        """Commit a checkpoint; its time appears in the next step's row."""
         with self.clock.phase("save"):
             self.checkpointer.save(self.state(), self.learner.save_state)
-        return self.clock.take()
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -160,19 +163,22 @@ class Controller:
         for groups in balance_groups(np.concatenate(tokens).tolist(), self.settings.learner.ranks):
             mine = [where[i] for i in groups]
             used = sorted({c for c, _ in mine})
-            shard = Shard(num_chunks=len(used), num_teachers=num_teachers, groups=tuple(tuple(g for c, g in mine if c == chunk) for chunk in used))
-            shards.append((shard, used))
+            per_chunk = tuple(tuple(g for c, g in mine if c == chunk) for chunk in used)
+            shards.append((Shard(num_chunks=len(used), num_teachers=num_teachers, groups=per_chunk), used))
         return shards
 
     def _count_micro_batches(self, shard: Shard, used: Sequence[int], headers: Sequence[ChunkHeader]) -> int:
         k = self.settings.train.samples_per_prompt
-        lengths = [n for c, groups in zip(used, shard.groups, strict=True) for g in groups for n in headers[c].num_tokens[g * k : (g + 1) * k].tolist()]
+        mine = [(c, g) for c, groups in zip(used, shard.groups, strict=True) for g in groups]
+        lengths = [n for c, g in mine for n in headers[c].num_tokens[g * k : (g + 1) * k].tolist()]
         return len(micro_batches(lengths, self.settings.train.max_tokens_per_micro_batch))
 
     def _check_reward_errors(self, rewards: Sequence[Rewards]) -> None:
         rate, limit = float(np.concatenate([r.errors for r in rewards]).mean()), self.settings.reward.max_error_rate
         if rate > limit:
-            raise RewardError(f"step {self.steps_done}: {rate:.1%} of the reward calls failed, reward.max_error_rate is {limit:.1%}; see logs/reward-*.log")
+            raise RewardError(
+                f"step {self.steps_done}: {rate:.1%} of the reward calls failed, reward.max_error_rate is {limit:.1%}; see logs/reward-*.log"
+            )
 
     def _check_logprob_gap(self, stats: LearnerStats) -> None:
         limit = self.settings.rollout.max_logprob_gap
@@ -201,5 +207,5 @@ def wave_seed(run_seed: int, kind: str, step: int) -> int:
 
 def config_hash(settings: RunSettings) -> str:
     """Of the settings that decide what is learned."""
-    parts: list[Any] = [settings.model, settings.teachers, settings.algorithm, settings.train, settings.data, settings.reward.functions, settings.run.seed]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    learned: list[Any] = [settings.model, settings.teachers, settings.algorithm, settings.train, settings.data, settings.reward.functions]
+    return hashlib.sha256(repr((settings.run.seed, learned)).encode()).hexdigest()

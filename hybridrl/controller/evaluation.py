@@ -21,7 +21,9 @@ class Evaluation:
     samples: tuple[Sample, ...]
 
 
-def evaluate(config: EvalConfig, rollout: RolloutGroup, rewards: RewardGroup, prompts: Sequence[Prompt], *, step: int, temperature: float, seed: int) -> Evaluation:
+def evaluate(
+    config: EvalConfig, rollout: RolloutGroup, rewards: RewardGroup, prompts: Sequence[Prompt], *, step: int, temperature: float, seed: int
+) -> Evaluation:
     """One response per problem, greedy unless eval.greedy is false.
 
     Args:

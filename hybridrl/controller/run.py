@@ -1,5 +1,6 @@
 """One run from settings to report: check, place, train, evaluate, save, and leave nothing running."""
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -65,7 +66,8 @@ def train(settings: RunSettings) -> RunResult:
         if checkpoint:
             controller.load_state(checkpoint.state, str(checkpoint.folder))
         controller.publish_weights()
-        console.notice(f"workers ready after {time.monotonic() - began:.0f} s on {cluster.device}, weights travel by {cluster.weight_transfer}")
+        took = f"{time.monotonic() - began:.0f} s"
+        console.notice(f"workers ready after {took} on {cluster.device}, weights travel by {cluster.weight_transfer}")
         if not checkpoint:
             sinks.log({"train/step": 0.0, **teacher_levels(run_dir), **controller.evaluate()})
         controller.run()
@@ -98,7 +100,10 @@ def run_directory(settings: RunSettings) -> Iterator[Path]:
     """
     run_dir = Path(settings.run.dir).expanduser().absolute()
     if "working_dir_files" in run_dir.parts:
-        raise ConfigError(f"run.dir={settings.run.dir}: lies in the Ray job's upload folder {run_dir}, which is deleted; give an absolute path on shared storage")
+        raise ConfigError(
+            f"run.dir={settings.run.dir}: lies in the Ray job's upload folder {run_dir}, which is deleted; "
+            "give an absolute path on shared storage"
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")
     try:
@@ -166,7 +171,9 @@ def assemble(
     measure_teachers(settings, cluster, slots["rollout"], rewards, heldout, run_dir, console)
     learner = LearnerGroup(settings, slots["learner"], device=device, log_dir=log_dir)
     scorers = [ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir) for name in teachers]
-    rollout = RolloutGroup(settings, slots["rollout"], model=settings.model, device=device, backend=cluster.weight_transfer, log_dir=log_dir)
+    rollout = RolloutGroup(
+        settings, slots["rollout"], model=settings.model, device=device, backend=cluster.weight_transfer, log_dir=log_dir
+    )
     gather([*learner.ready(), *rollout.ready(), *(p for scorer in scorers for p in scorer.ready())])
     return Controller(
         settings, rollout=rollout, scorers=scorers, rewards=rewards, learner=learner, weights=WeightSync(learner, rollout, cluster.weight_transfer),
@@ -178,11 +185,15 @@ TEACHER_LEVELS = "teacher_levels.json"
 
 
 def measure_teachers(
-    settings: RunSettings, cluster: Cluster, slots: list[Slot], rewards: RewardGroup, heldout: list[Prompt], run_dir: Path, console: ConsoleSink
+    settings: RunSettings,
+    cluster: Cluster,
+    slots: list[Slot],
+    rewards: RewardGroup,
+    heldout: list[Prompt],
+    run_dir: Path,
+    console: ConsoleSink,
 ) -> None:
     """Held-out accuracy of each teacher that has weights of its own, once per run directory, on a short-lived engine."""
-    import json
-
     target = run_dir / TEACHER_LEVELS
     if not settings.eval.teacher or target.exists():
         return
@@ -193,18 +204,24 @@ def measure_teachers(
         console.notice(f"measuring teacher {name} on {len(heldout)} held-out problems ...")
         model = ModelConfig(path=teacher.path, dtype=teacher.dtype)
         engine = RolloutGroup(
-            settings, slots[:1], model=model, device=cluster.device, backend=cluster.weight_transfer, log_dir=str(run_dir / "logs"), name=f"teacher-{name}"
+            settings,
+            slots[:1],
+            model=model,
+            device=cluster.device,
+            backend=cluster.weight_transfer,
+            log_dir=str(run_dir / "logs"),
+            name=f"teacher-{name}",
         )
         gather(engine.ready())
-        found = evaluate(settings.eval, engine, rewards, heldout, step=0, temperature=settings.algorithm.temperature, seed=settings.run.seed)
+        found = evaluate(
+            settings.eval, engine, rewards, heldout, step=0, temperature=settings.algorithm.temperature, seed=settings.run.seed
+        )
         levels[f"eval/accuracy_teacher/{name}"] = found.accuracy
         engine.close()
     target.write_text(json.dumps(levels))
 
 
 def teacher_levels(run_dir: Path) -> dict[str, float]:
-    import json
-
     target = run_dir / TEACHER_LEVELS
     return json.loads(target.read_text()) if target.exists() else {}
 

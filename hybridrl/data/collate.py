@@ -65,7 +65,7 @@ def train_sequences(
                     input_ids=batch.input_ids[span],
                     response_at=at,
                     rollout_logprobs=batch.rollout_logprobs[span][at],
-                    sparse=sparse[row],
+                    sparse=sparse[row] if keep[i] else np.zeros_like(sparse[row]),  # a dropped reward is NaN, and 0 * NaN is NaN
                     token_weight=token_weight if keep[i] else 0.0,
                     teacher_hidden=tuple(s.hidden[row] for s in scores),
                 )

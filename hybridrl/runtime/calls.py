@@ -45,7 +45,8 @@ def gather(pending: Sequence[Pending]) -> list[Any]:
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=max(left, 0.001))
         if not ready:
             late = next(iter(waiting.values()))
-            raise WorkerTimeout(late.worker, late.call, f"no answer within {deadline_s:g} s; raise the matching deadlines.* if it only needed longer")
+            reason = f"no answer within {deadline_s:g} s; raise the matching deadlines.* if it only needed longer"
+            raise WorkerTimeout(late.worker, late.call, reason)
         for ref in ready:
             values[ref] = _fetch(waiting.pop(ref))
     return [values[p.ref] for p in pending]

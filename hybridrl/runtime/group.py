@@ -27,7 +27,9 @@ class Slot:
 class ActorGroup:
     """submit_*: start and return Pending; call_all: wait for everyone."""
 
-    def __init__(self, name: str, path: str, slots: Sequence[Slot], kwargs: Sequence[dict[str, Any]], *, log_dir: str, concurrent: bool = False) -> None:
+    def __init__(
+        self, name: str, path: str, slots: Sequence[Slot], kwargs: Sequence[dict[str, Any]], *, log_dir: str, concurrent: bool = False
+    ) -> None:
         self.name, self.size = name, len(slots)
         self.names = [f"{name}/{i}" for i in range(self.size)]
         self.actors = []

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -22,7 +23,17 @@ class Chunk:
 
 
 class RolloutGroup:
-    def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, model: ModelConfig, device: str, backend: WeightTransfer, log_dir: str, name: str = "rollout") -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        slots: Sequence[Slot],
+        *,
+        model: ModelConfig,
+        device: str,
+        backend: WeightTransfer,
+        log_dir: str,
+        name: str = "rollout",
+    ) -> None:
         self.settings = settings
         kwargs = {"settings": settings, "model": model, "device": device, "backend": str(backend)}
         self.group = ActorGroup(name, "hybridrl.workers.rollout:Rollout", slots, [kwargs] * len(slots), log_dir=log_dir, concurrent=True)
@@ -89,7 +100,8 @@ class RewardGroup:
 
     def samples(self, chunk: Chunk, rewards: Pending, step: int, count: int) -> tuple[Sample, ...]:
         """The first `count` rollouts of a chunk as text."""
-        return self.group.submit(0, "samples", chunk.batch.ref, rewards.ref, step, count, deadline_s=self.settings.deadlines.reward_s).result()
+        limit = self.settings.deadlines.reward_s
+        return self.group.submit(0, "samples", chunk.batch.ref, rewards.ref, step, count, deadline_s=limit).result()
 
 
 class LearnerGroup:
@@ -107,8 +119,8 @@ class LearnerGroup:
     def update(self, plan: UpdatePlan, shards: Sequence[Shard], values: Sequence[Sequence[ray.ObjectRef]]) -> LearnerStats:
         """One optimizer step; shard i and its refs go to rank i. Every rank returns the same global statistics."""
         limit = self.settings.deadlines.learn_s
-        calls = [self.group.submit(rank, "update", plan, shard, *refs, deadline_s=limit) for rank, (shard, refs) in enumerate(zip(shards, values, strict=True))]
-        return gather(calls)[0]
+        per_rank = enumerate(zip(shards, values, strict=True))
+        return gather([self.group.submit(rank, "update", plan, shard, *refs, deadline_s=limit) for rank, (shard, refs) in per_rank])[0]
 
     def pack_weights(self, version: int) -> tuple[WeightManifest, ray.ObjectRef]:
         """The student's weights as one object; only the manifest comes to the caller."""
@@ -140,7 +152,7 @@ def split(items: Sequence, parts: int) -> list[list]:
     """Contiguous, sizes differing by at most one. Example: 5 items in 2 -> sizes 3, 2."""
     size, extra = divmod(len(items), parts)
     starts = [i * size + min(i, extra) for i in range(parts + 1)]
-    return [list(items[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+    return [list(items[a:b]) for a, b in pairwise(starts)]
 
 
 def free_port_at(slot: Slot) -> int:

@@ -91,7 +91,7 @@ class Learner:
         dist.all_reduce(sums := sums.to(self.device))
         totals = dict(zip(SUMS, sums.tolist(), strict=True))
         if not np.isfinite(totals["loss"]):
-            raise NonFiniteError(f"step {plan.step}: loss is {totals['loss']}; nothing was stepped. Lower train.lr or look at the batch's log-probs")
+            raise NonFiniteError(f"step {plan.step}: loss is {totals['loss']}; nothing was stepped; lower train.lr or look at the rewards")
         for group in self.engine.optimizer.param_groups:
             group["lr"] = plan.lr
         self.engine.step()
@@ -192,7 +192,7 @@ class Learner:
         self._create_moments()
         for name, parameter in self.model.named_parameters():
             if f"master/{name}" not in tensors:
-                raise CheckpointError(f"{folder}: no parameter {name}; the checkpoint is of another model than model.path={self.settings.model.path}")
+                raise CheckpointError(f"{folder}: has no parameter {name}, so it is of another model than {self.settings.model.path}")
             safe_set_full_fp32_param(parameter, tensors[f"master/{name}"].to(self.device))
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, tensors[f"{moment}/{name}"].to(self.device), moment)
@@ -206,7 +206,13 @@ class Learner:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = 0.0
         plan = UpdatePlan(
-            step=0, num_tokens=1, num_sequences=1, num_micro_batches=1, lr=0.0, teacher_weights=(0.0,) * len(self.teacher_heads), reward_weight=0.0
+            step=0,
+            num_tokens=1,
+            num_sequences=1,
+            num_micro_batches=1,
+            lr=0.0,
+            teacher_weights=(0.0,) * len(self.teacher_heads),
+            reward_weight=0.0,
         )
         self._backward([self._idle()], plan)
         self.engine.step()

@@ -37,6 +37,10 @@ class Rollout:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         rollout = settings.rollout
+        # vLLM's CPU runner cannot rewind a seeded generator after a partial prefill, so prompts are prefilled whole there
+        whole_prompts = (
+            {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, rollout.max_model_len)} if device == "cpu" else {}
+        )
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=str(resolve(model.path, model.revision)),
@@ -54,6 +58,7 @@ class Rollout:
                 weight_transfer_config=WeightTransferConfig(backend=backend),
                 worker_extension_cls="hybridrl.workers.weight_transfer.WorkerExtension",
                 disable_log_stats=True,
+                **whole_prompts,
             ),
             enable_multiprocessing=os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "1",
         )

@@ -43,7 +43,7 @@ def output_weight(model: PreTrainedModel) -> nn.Parameter:
     """
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        raise ConfigError(f"model.path: {type(model).__name__} has no plain output embedding; choose a causal language model without head bias")
+        raise ConfigError(f"model.path: {type(model).__name__} has no output embedding without bias; choose another causal language model")
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(model.config, name, None) not in (None, 1.0):
             raise ConfigError(f"model.path: {type(model).__name__} changes its logits by {name}; such models are not supported")

@@ -67,11 +67,14 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
         packed = np.fromfile(update_info.path, dtype=np.uint8)
         digest = hashlib.sha256(packed).hexdigest()
         if packed.nbytes != manifest.nbytes or digest != manifest.digest:
-            raise ValueError(f"weights of version {manifest.version}: received {packed.nbytes} bytes with digest {digest[:12]}, sent {manifest.nbytes} with {manifest.digest[:12]}")
-        loaded = self.model.load_weights((name, tensor.to(self.device)) for name, tensor in unpack(manifest, torch.from_numpy(packed)))
+            raise ValueError(
+                f"received {packed.nbytes} bytes with digest {digest[:12]}, sent {manifest.nbytes} with {manifest.digest[:12]}"
+            )
+        weights = unpack(manifest, torch.from_numpy(packed))
+        loaded = self.model.load_weights((name, tensor.to(self.device)) for name, tensor in weights)
         missing = self._expected - set(loaded or ())
         if missing:
-            raise ValueError(f"weights of version {manifest.version} left {len(missing)} parameters untouched, e.g. {sorted(missing)[0]}")
+            raise ValueError(f"{len(missing)} parameters were left untouched, e.g. {sorted(missing)[0]}")
         self.received_digest = digest
 
     def finish_weight_update(self) -> None:
@@ -133,7 +136,9 @@ class EngineClient:
         self.call("finish_weight_update", [()] * self.num_engines)
 
 
-def trainer_engine(backend: str, rank: int, master: tuple[str, int], client: EngineClient, stream: WeightStream) -> TrainerWeightTransferEngine:
+def trainer_engine(
+    backend: str, rank: int, master: tuple[str, int], client: EngineClient, stream: WeightStream
+) -> TrainerWeightTransferEngine:
     """vLLM's trainer side of `nccl` or `ipc`, fed by our stream. Every learner rank calls it; rank 0 sends."""
     if backend == "nccl":
         world = 1 + client.num_engines * client.tensor_parallel
