@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -252,6 +254,18 @@ def test_two_children_share_a_batch_in_order(user_file: Path) -> None:
 def test_a_child_sees_no_secret_and_imports_nothing_heavy(pool: RewardPool) -> None:
     assert pool.call("secrets", {"completions": ["SOME_API_KEY hf_token", "PLAIN_SETTING"]}) == [0.0, 1.0]
     assert pool.call("heavy_imports", {"completions": ["a"]}) == [0.0]
+
+
+def test_a_child_does_not_run_the_main_script_again(user_file: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from hybridrl.rewards.pool import RewardCall, RewardPool\n"
+        "print('runs as', __name__, flush=True)\n"
+        f"RewardPool({{'r': RewardCall(function={f'{user_file}:length'!r}, options={{}})}}, processes=1, timeout_s=5).close()\n"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, script], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("runs as __main__\n", 0)
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
