@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridrl.config import RunSettings
+from hybridrl.config import RunSettings, WeightTransfer
 from hybridrl.controller.checkpoint import Checkpointer, RunState
 from hybridrl.controller.evaluation import evaluate
 from hybridrl.controller.metrics import learner_metrics, reward_metrics, rollout_metrics, score_metrics
@@ -17,8 +17,8 @@ from hybridrl.data.shards import balance_groups, micro_batches
 from hybridrl.errors import RewardError, WeightSyncError
 from hybridrl.objectives.schedule import schedule_value
 from hybridrl.runtime.calls import Meter, gather
-from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
 from hybridrl.runtime.weights import WeightSync
+from hybridrl.runtime.workers import Workers
 from hybridrl.tracking.sink import Sinks
 from hybridrl.tracking.timing import PhaseClock
 from hybridrl.types import ChunkHeader, LearnerStats, Prompt, Rewards, Shard, UpdatePlan
@@ -35,11 +35,19 @@ class Controller:
     """
 
     def __init__(
-        self, settings: RunSettings, *, rollout: RolloutGroup, scorers: Sequence[ScorerGroup], rewards: RewardGroup, learner: LearnerGroup,
-        weights: WeightSync, prompts: PromptSource, heldout: Sequence[Prompt], sinks: Sinks, checkpointer: Checkpointer,
-    ) -> None:  # fmt: skip
+        self,
+        settings: RunSettings,
+        *,
+        workers: Workers,
+        backend: WeightTransfer,
+        prompts: PromptSource,
+        heldout: Sequence[Prompt],
+        sinks: Sinks,
+        checkpointer: Checkpointer,
+    ) -> None:
         self.settings = settings
-        self.rollout, self.scorers, self.rewards, self.learner, self.weights = rollout, scorers, rewards, learner, weights
+        self.rollout, self.scorers, self.rewards, self.learner = workers.rollout, workers.scorers, workers.rewards, workers.learner
+        self.weights = WeightSync(workers.learner, workers.rollout, backend)
         self.prompts, self.heldout, self.sinks, self.checkpointer = prompts, heldout, sinks, checkpointer
         self.clock = PhaseClock()
         self.steps_done = 0
@@ -112,9 +120,8 @@ class Controller:
                 step=self.steps_done, temperature=self.settings.algorithm.temperature, seed=seed,
             )  # fmt: skip
         self.sinks.samples(result.samples)
-        return {
-            "eval/accuracy": result.accuracy, "eval/accuracy_stderr": result.stderr, "eval/error_rate": result.error_rate, **self.clock.take(),
-        }  # fmt: skip
+        row = {"eval/accuracy": result.accuracy, "eval/accuracy_stderr": result.stderr, "eval/error_rate": result.error_rate}
+        return row | self.clock.take()
 
     def save(self) -> None:
         """Commit a checkpoint; its time appears in the next step's row."""
@@ -177,14 +184,16 @@ class Controller:
         rate, limit = float(np.concatenate([r.errors for r in rewards]).mean()), self.settings.reward.max_error_rate
         if rate > limit:
             raise RewardError(
-                f"step {self.steps_done}: {rate:.1%} of the reward calls failed, reward.max_error_rate is {limit:.1%}; see logs/reward-*.log"
+                f"step {self.steps_done}: {rate:.1%} of the reward calls failed, "
+                f"reward.max_error_rate is {limit:.1%}; see logs/reward-*.log"
             )
 
     def _check_logprob_gap(self, stats: LearnerStats) -> None:
         limit = self.settings.rollout.max_logprob_gap
         if not stats.logprob_gap <= limit:
             raise WeightSyncError(
-                f"step {self.steps_done}: sampler and learner differ by {stats.logprob_gap:.3g} nats per token, rollout.max_logprob_gap is {limit:g}; "
+                f"step {self.steps_done}: sampler and learner differ by {stats.logprob_gap:.3g} nats per token, "
+                f"rollout.max_logprob_gap is {limit:g}; "
                 "the engines do not run the learner's weights, or not in the learner's precision"
             )
 

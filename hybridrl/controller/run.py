@@ -19,10 +19,9 @@ from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
 from hybridrl.models.loading import load_tokenizer
 from hybridrl.rewards import check_rewards
 from hybridrl.runtime.calls import gather
-from hybridrl.runtime.cluster import Cluster, Team
-from hybridrl.runtime.group import Slot
-from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
-from hybridrl.runtime.weights import WeightSync
+from hybridrl.runtime.cluster import Cluster
+from hybridrl.runtime.groups import RewardGroup, RolloutGroup
+from hybridrl.runtime.workers import Slots, place_workers, start_rewards, start_workers
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics
 from hybridrl.tracking.report import write_report
@@ -59,9 +58,20 @@ def train(settings: RunSettings) -> RunResult:
         stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
         first = checkpoint.state.step if checkpoint else 0
         sinks.start(run_info(settings, run_dir, checkpoint))
-        console.notice("starting workers ...")
+        console.notice("starting workers, and measuring the teacher on the held-out problems ...")
         cluster = stack.enter_context(Cluster(settings))
-        controller = assemble(settings, cluster, run_dir, prompts, heldout, sinks, checkpointer, console)
+        slots, log_dir = place_workers(settings, cluster), str(run_dir / "logs")
+        rewards = start_rewards(settings, slots, log_dir)
+        measure_teachers(settings, cluster, slots, rewards, heldout, run_dir)
+        controller = Controller(
+            settings,
+            workers=start_workers(settings, cluster, slots, rewards, log_dir),
+            backend=cluster.weight_transfer,
+            prompts=PromptSource(prompts, settings.run.seed),
+            heldout=heldout,
+            sinks=sinks,
+            checkpointer=checkpointer,
+        )
         controller.wandb_id = wandb.run_id if wandb else None
         if checkpoint:
             controller.load_state(checkpoint.state, str(checkpoint.folder))
@@ -152,46 +162,11 @@ def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None
     )
 
 
-def assemble(
-    settings: RunSettings, cluster: Cluster, run_dir: Path, prompts: list[Prompt], heldout: list[Prompt], sinks: Sinks,
-    checkpointer: Checkpointer, console: ConsoleSink,
-) -> Controller:  # fmt: skip
-    """Place and start every worker, measure the teachers, and wait until all are ready."""
-    imitates = not settings.algorithm.imitation_weight.is_zero()
-    teachers = list(settings.teachers) if imitates else []
-    teams = [
-        Team(name="learner", size=settings.learner.ranks, gpus=1, heavy=True),
-        Team(name="rollout", size=settings.rollout.engines, gpus=settings.rollout.tensor_parallel, heavy=True),
-        Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False),
-        *(Team(name=f"scorer-{name}", size=settings.scorer.replicas, gpus=1, heavy=True) for name in teachers),
-    ]
-    slots, device, log_dir = cluster.place(teams), cluster.device, str(run_dir / "logs")
-    rewards = RewardGroup(settings, slots["reward"], log_dir=log_dir)
-    gather(rewards.ready())
-    measure_teachers(settings, cluster, slots["rollout"], rewards, heldout, run_dir, console)
-    learner = LearnerGroup(settings, slots["learner"], device=device, log_dir=log_dir)
-    scorers = [ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir) for name in teachers]
-    rollout = RolloutGroup(
-        settings, slots["rollout"], model=settings.model, device=device, backend=cluster.weight_transfer, log_dir=log_dir
-    )
-    gather([*learner.ready(), *rollout.ready(), *(p for scorer in scorers for p in scorer.ready())])
-    return Controller(
-        settings, rollout=rollout, scorers=scorers, rewards=rewards, learner=learner, weights=WeightSync(learner, rollout, cluster.weight_transfer),
-        prompts=PromptSource(prompts, settings.run.seed), heldout=heldout, sinks=sinks, checkpointer=checkpointer,
-    )  # fmt: skip
-
-
 TEACHER_LEVELS = "teacher_levels.json"
 
 
 def measure_teachers(
-    settings: RunSettings,
-    cluster: Cluster,
-    slots: list[Slot],
-    rewards: RewardGroup,
-    heldout: list[Prompt],
-    run_dir: Path,
-    console: ConsoleSink,
+    settings: RunSettings, cluster: Cluster, slots: Slots, rewards: RewardGroup, heldout: list[Prompt], run_dir: Path
 ) -> None:
     """Held-out accuracy of each teacher that has weights of its own, once per run directory, on a short-lived engine."""
     target = run_dir / TEACHER_LEVELS
@@ -201,12 +176,10 @@ def measure_teachers(
     for name, teacher in settings.teachers.items():
         if teacher.path is None:  # it is the student before training, which is evaluated anyway
             continue
-        console.notice(f"measuring teacher {name} on {len(heldout)} held-out problems ...")
-        model = ModelConfig(path=teacher.path, dtype=teacher.dtype)
         engine = RolloutGroup(
             settings,
-            slots[:1],
-            model=model,
+            slots["rollout"][:1],
+            model=ModelConfig(path=teacher.path, dtype=teacher.dtype),
             device=cluster.device,
             backend=cluster.weight_transfer,
             log_dir=str(run_dir / "logs"),

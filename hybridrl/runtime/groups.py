@@ -60,6 +60,10 @@ class RolloutGroup:
     def load_weights(self, manifest: WeightManifest, packed: ray.ObjectRef) -> list[Pending]:
         return self.group.submit_all("load_weights", manifest, packed, deadline_s=self.settings.deadlines.sync_s)
 
+    def abort(self) -> list[Pending]:
+        """Stop all sampling; -> how many responses each engine gave up."""
+        return self.group.submit_all("abort", deadline_s=self.settings.deadlines.sync_s)
+
     def set_version(self, version: int) -> list[Pending]:
         return self.group.submit_all("update_weight_version", str(version), deadline_s=self.settings.deadlines.sync_s)
 

@@ -26,6 +26,9 @@ class Host:
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self.worker, method)(*args)
 
+    def pid(self) -> int:
+        return os.getpid()
+
 
 class AsyncHost:
     """Coroutines of one event loop, for a worker that answers while it works."""
@@ -35,3 +38,6 @@ class AsyncHost:
 
     async def call(self, method: str, *args: Any) -> Any:
         return await getattr(self.worker, method)(*args)
+
+    async def pid(self) -> int:
+        return os.getpid()

@@ -1,0 +1,195 @@
+"""The real graph: two Ray nodes, two vLLM engines, two DeepSpeed ranks, two scorers, two reward workers."""
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster as RayNodes
+
+from hybridrl.config import RunSettings, WeightTransfer
+from hybridrl.controller.checkpoint import Checkpointer
+from hybridrl.controller.controller import Controller
+from hybridrl.controller.run import prepare_prompts
+from hybridrl.data.prompts import PromptSource
+from hybridrl.errors import ConfigError, PlacementError, WeightSyncError, WorkerDied, WorkerTimeout
+from hybridrl.runtime.calls import gather
+from hybridrl.runtime.cluster import Cluster, Team, bundle_nodes
+from hybridrl.runtime.groups import LearnerGroup
+from hybridrl.runtime.workers import Slots, Workers, place_workers, start_rewards, start_workers
+from hybridrl.tracking.sink import Sinks
+from hybridrl.types import Prompt
+from tests.graph import tiny_settings
+
+pytestmark = pytest.mark.graph
+
+PROMISED = {
+    "train/step", "train/loss", "train/grad_norm", "grad/dense_norm", "grad/sparse_norm", "schedule/lambda", "kl/token", "reward/mean",
+    "reward/error_rate", "rollout/length_mean", "rollout/truncated_frac", "policy/staleness_mean", "policy/rho_mean", "policy/ess",
+    "perf/tokens_per_s", "time/step_s", "time/rollout_s", "time/score_s", "time/reward_s", "time/learn_s", "time/sync_s",
+    "transfer/bytes_rollout", "transfer/bytes_scores", "transfer/bytes_weights", "controller/materialized_bytes",
+}  # fmt: skip
+
+
+@dataclass
+class Graph:
+    settings: RunSettings
+    cluster: Cluster
+    slots: Slots
+    workers: Workers
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+    run_dir: Path
+
+    def controller(self, settings: RunSettings, workers: Workers) -> Controller:
+        made = Controller(
+            settings,
+            workers=workers,
+            backend=WeightTransfer.object_store,
+            prompts=PromptSource(self.prompts, settings.run.seed),
+            heldout=self.heldout,
+            sinks=Sinks(required=[]),
+            checkpointer=Checkpointer(self.run_dir, 2),
+        )
+        made.publish_weights()
+        return made
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+    folder = tmp_path_factory.mktemp("graph")
+    nodes = RayNodes(initialize_head=True, head_node_args={"num_cpus": 2})
+    nodes.add_node(num_cpus=2)
+    settings = tiny_settings(
+        folder, "cluster.spread=true", "rollout.engines=2", "rollout.chunks_per_engine=2", "learner.ranks=2", "learner.zero_stage=2",
+        "scorer.replicas=2", "reward.workers=2", "cluster.threads_per_worker=1", f"cluster.address={nodes.address}",
+    )  # fmt: skip
+    with Cluster(settings) as cluster:
+        slots, log_dir = place_workers(settings, cluster), str(folder / "logs")
+        workers = start_workers(settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir)
+        prompts, heldout = prepare_prompts(settings)
+        yield Graph(settings, cluster, slots, workers, prompts, heldout, folder)
+    nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def controller(graph: Graph) -> Controller:
+    return graph.controller(graph.settings, graph.workers)
+
+
+def test_a_step_of_two_of_everything_logs_every_promised_key_and_fetches_no_tokens(controller):
+    row = controller.step()
+    assert set(row) >= PROMISED
+    assert row["train/step"] == 1 and all(np.isfinite(row[key]) for key in PROMISED)
+    assert row["controller/materialized_bytes"] == 0
+    assert row["policy/staleness_mean"] == 0 and row["kl/token"] > 0 and row["grad/dense_norm"] > 0
+
+
+def test_there_are_two_of_everything_and_both_nodes_are_used(graph):
+    nodes = bundle_nodes(graph.cluster.group)
+    for name in ("learner", "rollout", "reward", "scorer-main"):
+        assert len(graph.slots[name]) == 2
+    assert len({nodes[slot.bundle]["NodeID"] for slots in graph.slots.values() for slot in slots}) == 2
+
+
+def test_the_sampler_and_the_learner_agree_on_the_log_probs_after_every_sync(controller):
+    for _ in range(2):
+        row = controller.step()
+        assert row["policy/logprob_gap"] < 1e-5, "nats, mean over all sampled tokens"
+        assert abs(row["policy/rho_mean"] - 1) < 1e-5 and row["policy/ess"] > 0.9999
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_another_zero_stage_trains_in_the_same_graph(graph, stage):
+    settings = replace(graph.settings, learner=replace(graph.settings.learner, zero_stage=stage))
+    with Cluster(settings) as more_room:
+        slots = more_room.place([Team(name="learner", size=2, gpus=0, heavy=True)])
+        learner = LearnerGroup(settings, slots["learner"], device="cpu", log_dir=str(graph.run_dir / f"logs-{stage}"))
+        gather(learner.ready())
+        controller = graph.controller(settings, replace(graph.workers, learner=learner))
+        rows = [controller.step() for _ in range(2)]
+        learner.close()
+    assert all(row["policy/logprob_gap"] < 1e-5 for row in rows) and rows[1]["train/grad_norm"] > 0
+
+
+def test_an_engine_answers_pings_and_takes_new_weights_while_it_generates(graph, controller):
+    rollout = graph.workers.rollout
+    version = controller.publish_weights() and controller.weight_version
+    manifest, packed = graph.workers.learner.pack_weights(version + 1)
+    chunks = rollout.generate(graph.prompts[:32], wave="busy", group_size=32, temperature=1.0, seed=1)
+    busy = [ping["unfinished"] for _ in range(5) for ping in gather(rollout.ready())]
+    gather(rollout.load_weights(manifest, packed))
+    headers = gather([chunk.header for chunk in chunks])
+    assert max(busy) > 0, "some ping was answered while requests were unfinished"
+    assert {h.min_policy_version for h in headers} == {version} and {h.max_policy_version for h in headers} == {version + 1}
+
+
+def test_an_abort_ends_a_wave_and_marks_what_it_cut(graph):
+    rollout = graph.workers.rollout
+    chunks = rollout.generate(graph.prompts[:32], wave="doomed", group_size=32, temperature=1.0, seed=2)
+    aborted = sum(gather(rollout.abort()))
+    headers = gather([chunk.header for chunk in chunks])
+    cut = sum(int((h.response_lengths == 0).sum()) for h in headers)
+    assert cut == aborted > 0 and sum(len(h.response_lengths) for h in headers) == 32 * 32
+
+
+def test_the_same_seed_gives_the_same_tokens_and_log_probs_bit_by_bit(graph):
+    def sample(wave: str, seed: int) -> list:
+        chunks = graph.workers.rollout.generate(graph.prompts[:8], wave=wave, group_size=4, temperature=1.0, seed=seed)
+        return [ray.get(chunk.batch.ref, timeout=60) for chunk in chunks]
+
+    first, second, other = sample("one", 3), sample("two", 3), sample("three", 4)
+    for a, b in zip(first, second, strict=True):
+        assert np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.rollout_logprobs, b.rollout_logprobs)
+    assert any(not np.array_equal(a.input_ids, b.input_ids) for a, b in zip(first, other, strict=True))
+
+
+def test_an_engine_refuses_weights_whose_digest_is_not_what_was_sent(graph):
+    manifest, packed = graph.workers.learner.pack_weights(99)
+    with pytest.raises(WeightSyncError, match=r"version 99.*digest"):
+        gather(graph.workers.rollout.load_weights(replace(manifest, digest="0" * 64), packed))
+    assert all(ping["version"] != 99 for ping in gather(graph.workers.rollout.ready()))
+    gather(graph.workers.rollout.load_weights(manifest, packed))
+    assert all(ping["version"] == 99 for ping in gather(graph.workers.rollout.ready()))
+
+
+def test_an_engine_refuses_weights_that_leave_a_parameter_out(graph):
+    manifest, packed = graph.workers.learner.pack_weights(100)
+    short = replace(manifest, **{key: getattr(manifest, key)[1:] for key in ("names", "dtypes", "shapes", "offsets")})
+    with pytest.raises(WeightSyncError, match="left untouched"):
+        gather(graph.workers.rollout.load_weights(short, packed))
+    gather(graph.workers.rollout.load_weights(manifest, packed))
+
+
+def test_a_placement_that_cannot_be_met_lists_demand_and_supply(graph):
+    settings = replace(graph.settings, deadlines=replace(graph.settings.deadlines, placement_s=1.0))
+    with Cluster(settings) as cluster, pytest.raises(PlacementError, match=r"could not place 1000 workers.*demand.*supply"):
+        cluster.place([Team(name="rollout", size=1000, gpus=0, heavy=True)])
+
+
+def test_gpus_that_the_cluster_lacks_are_refused_in_one_sentence(graph):
+    settings = replace(graph.settings, cluster=replace(graph.settings.cluster, device="cuda"))
+    with pytest.raises(ConfigError, match=r"cluster\.device=cuda: the Ray cluster has no GPU"):
+        Cluster(settings)
+
+
+def test_a_stopped_scorer_ends_in_a_timeout_that_names_it(graph):
+    group = graph.workers.scorers[0].group
+    os.kill(pid := group.pids()[1], signal.SIGSTOP)
+    try:
+        with pytest.raises(WorkerTimeout, match=r"scorer-main/1 failed in ping: no answer within 1 s"):
+            group.call_all("ping", deadline_s=1.0)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert group.call_all("ping", deadline_s=60.0) == ["main", "main"]
+
+
+def test_a_killed_engine_ends_the_step_with_an_error_that_names_it(graph, controller):
+    """Last in this file: the graph is one engine short afterwards."""
+    os.kill(graph.workers.rollout.group.pids()[1], signal.SIGKILL)
+    with pytest.raises(WorkerDied, match="rollout/1"):
+        controller.step()
