@@ -1,0 +1,268 @@
+"""The production ops against exact enumeration, finite differences and numbers one can check by hand."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from mdp import (
+    REWARD_WEIGHT,
+    exact_mdp,
+    expected_kl,
+    expected_reward,
+    finite_differences,
+    objective,
+    production_gradient,
+)
+from torch import Tensor
+
+from hybridrl.ops.divergence import reverse_kl, reverse_kl_logit_gradient
+from hybridrl.ops.head import TeacherRows, TokenTerms, chosen_logprobs, hybrid_head_loss
+from hybridrl.ops.returns import future_cost, sibling_mean
+
+MDP = exact_mdp()
+
+
+def random_problem(rows: int = 6, vocabulary: int = 7, width: int = 4, dtype: torch.dtype = torch.float64):
+    """Student hidden states and head, two teachers of another width, and terms with one token out."""
+    g = torch.Generator().manual_seed(3)
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
+    hidden, lm_head = normal(rows, width).requires_grad_(), normal(vocabulary, width).requires_grad_()
+    teachers = tuple(
+        TeacherRows(hidden=normal(rows, w), lm_head=normal(vocabulary, w), weight=weight) for w, weight in ((4, 0.75), (3, 0.5))
+    )
+    weight = torch.full((rows,), 0.25, dtype=torch.float64)
+    weight[1] = 0.0
+    terms = TokenTerms(
+        token_ids=torch.randint(vocabulary, (rows,), generator=g),
+        token_weight=weight,
+        sparse=torch.randn(rows, generator=g, dtype=torch.float64),
+    )
+    return hidden, lm_head, teachers, terms
+
+
+def gradients(hidden: Tensor, lm_head: Tensor, teachers, terms: TokenTerms, *, temperature=1.0, chunk=1024, factor=1.0):
+    """loss, d loss / d hidden, d loss / d lm_head, statistics; inputs keep no gradient."""
+    hidden, lm_head = hidden.detach().requires_grad_(), lm_head.detach().requires_grad_()
+    loss, stats = hybrid_head_loss(hidden, lm_head, teachers, terms, temperature=temperature, chunk=chunk)
+    (factor * loss).backward()
+    return loss.detach(), hidden.grad, lm_head.grad, stats
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+# -- the whole objective ---------------------------------------------------------------------------------------------
+
+
+def test_the_exact_mdp_has_its_published_numbers():
+    assert float(objective(MDP.student, MDP)) == pytest.approx(2.553355, abs=5e-7)
+    assert float(expected_kl(MDP.student, MDP)) == pytest.approx(3.038122, abs=5e-7)
+    assert float(expected_reward(MDP.student, MDP)) == pytest.approx(0.242384, abs=5e-7)
+
+
+def test_dense_plus_sparse_at_gamma_1_is_the_finite_difference_of_the_objective():
+    exact = finite_differences(lambda z: objective(z, MDP), MDP.student)
+    assert float(exact.norm()) == pytest.approx(0.730424, abs=5e-7)
+    assert float((production_gradient(MDP, gamma=1.0) - exact).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("gamma", "bias", "alignment"),
+    [(0.0, 0.546, 0.844), (0.25, 0.435, 0.906), (0.5, 0.310, 0.955), (0.75, 0.166, 0.988), (0.9, 0.069, 0.998), (1.0, 0.0, 1.0)],
+)
+def test_gamma_below_1_is_biased_by_the_known_amount(gamma: float, bias: float, alignment: float):
+    exact, ours = production_gradient(MDP, gamma=1.0), production_gradient(MDP, gamma=gamma)
+    assert float((ours - exact).norm() / exact.norm()) == pytest.approx(bias, abs=5.1e-4)
+    assert cosine(ours, exact) == pytest.approx(alignment, abs=5.1e-4)
+
+
+def test_the_sparse_term_at_gamma_0_is_minus_lambda_times_the_gradient_of_the_expected_reward():
+    logits = MDP.student.clone().requires_grad_()
+    expected_reward(logits, MDP).backward()
+    sparse = production_gradient(MDP, gamma=0.0, imitate=False)
+    assert float((sparse + REWARD_WEIGHT * logits.grad).abs().max()) < 1e-14
+
+
+# -- the dense term --------------------------------------------------------------------------------------------------
+
+
+def test_the_closed_form_equals_the_expectation_of_score_times_cost():
+    logp, logq = torch.log_softmax(MDP.student, -1), torch.log_softmax(MDP.teacher, -1)
+    p = logp.exp()
+    score = torch.eye(5, dtype=torch.float64)[None] - p[:, None, :]  # [P, y, V] d log p(y) / dz
+    expectation = torch.einsum("sy,sy,syv->sv", p, logp - logq, score)
+    assert float((reverse_kl_logit_gradient(logp, logq) - expectation).abs().max()) < 1e-12
+
+
+def test_reverse_kl_has_a_value_one_can_check_by_hand():
+    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+    assert float(reverse_kl(p.log(), q.log())) == pytest.approx(0.143841, abs=1e-6)  # 0.5 ln 2 + 0.5 ln(2/3)
+
+
+def test_the_dense_gradient_is_exactly_zero_where_student_and_teacher_agree():
+    hidden, lm_head, _, terms = random_problem()
+    same = (TeacherRows(hidden=hidden.detach(), lm_head=lm_head.detach(), weight=3.0),)
+    quiet = replace(terms, sparse=torch.zeros_like(terms.sparse))
+    loss, d_hidden, d_head, stats = gradients(hidden, lm_head, same, quiet)
+    assert float(loss) == 0.0 and float(stats.dense_sq) == 0.0
+    assert not d_hidden.any() and not d_head.any() and not stats.kl.any()
+
+
+def test_the_logit_gradient_sums_to_zero_over_the_vocabulary():
+    logp, logq = torch.log_softmax(MDP.student, -1), torch.log_softmax(MDP.teacher, -1)
+    assert float(reverse_kl_logit_gradient(logp, logq).sum(-1).abs().max()) < 1e-15
+    assert float(production_gradient(MDP, gamma=0.5).sum(-1).abs().max()) < 1e-15
+
+
+# -- returns and baselines -------------------------------------------------------------------------------------------
+
+
+def test_future_cost_starts_after_the_token_and_stops_at_the_mask():
+    costs = torch.tensor([[1.0, 2.0, 4.0], [1.0, 8.0, 99.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    assert future_cost(costs, mask, 0.5).tolist() == [[2.0, 2.0, 0.0], [4.0, 0.0, 0.0]]
+    assert future_cost(costs, mask, 1.0).tolist() == [[6.0, 4.0, 0.0], [8.0, 0.0, 0.0]]
+    assert not future_cost(costs, mask, 0.0).any()
+
+
+def test_sibling_means_stay_inside_their_group():
+    returns = torch.tensor([[3.0], [0.0], [6.0], [10.0], [20.0], [30.0]])
+    assert sibling_mean(returns, 3, leave_one_out=True).flatten().tolist() == [3.0, 4.5, 1.5, 25.0, 20.0, 15.0]
+    assert sibling_mean(returns, 3, leave_one_out=False).flatten().tolist() == [3.0] * 3 + [20.0] * 3
+
+
+def group_gradient(group_size: int, leave_one_out: bool | None) -> Tensor:
+    """[3, 3] exact mean, over every group of K sequences, of the sparse gradient with a baseline (None: without).
+
+    Token 0 ends a sequence, at most 2 tokens, so that siblings of both lengths meet: 7 sequences, 3 prefixes.
+    """
+    g = torch.Generator().manual_seed(1)
+    logits, teacher = torch.randn(3, 3, generator=g, dtype=torch.float64), torch.randn(3, 3, generator=g, dtype=torch.float64)
+    sequences = torch.tensor([(0, 0), *product((1, 2), range(3))])  # [7, 2]
+    mask = torch.tensor([[True, False]] + [[True, True]] * 6)
+    prefixes = torch.stack([torch.zeros(7, dtype=torch.int64), sequences[:, 0]], dim=1)  # 0: root, 1 or 2: that token
+    rewards = torch.tensor([1.0, 0.0, 3.0, -1.0, 0.5, 2.0, 0.0], dtype=torch.float64)
+    logp, logq = torch.log_softmax(logits, -1)[prefixes, sequences], torch.log_softmax(teacher, -1)[prefixes, sequences]
+    probability = torch.where(mask, logp, 0.0).sum(1).exp()
+    assert float(probability.sum()) == pytest.approx(1.0)
+    groups = torch.tensor(list(product(range(7), repeat=group_size)))  # [7^K, K]
+    members = groups.flatten()
+    returns = future_cost(logp - logq, mask, 0.5)[members] - rewards[members, None]
+    if leave_one_out is not None:
+        returns = returns - sibling_mean(returns, group_size, leave_one_out=leave_one_out)
+    weight = probability[groups].prod(1).repeat_interleave(group_size) / group_size
+    live = mask[members]
+    terms = TokenTerms(token_ids=sequences[members][live], token_weight=weight[:, None].expand_as(returns)[live], sparse=returns[live])
+    hidden = torch.eye(3, dtype=torch.float64)[prefixes[members][live]]
+    return gradients(hidden, logits.T, (), terms)[2].T
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_leave_one_out_at_the_same_position_is_unbiased_and_the_group_mean_shrinks_by_one_kth(group_size: int):
+    exact = group_gradient(group_size, None)
+    assert float((group_gradient(group_size, True) - exact).abs().max()) < 1e-14
+    shrunk = exact * (group_size - 1) / group_size
+    assert float((group_gradient(group_size, False) - shrunk).abs().max()) < 1e-14
+    assert float(exact.norm()) > 0.1
+
+
+# -- the head op -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_gradients_at_hidden_states_and_head_are_finite_differences_of_the_loss(temperature: float):
+    hidden, lm_head, teachers, terms = random_problem()
+    loss = lambda h, w: hybrid_head_loss(h, w, teachers, terms, temperature=temperature, chunk=4)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (hidden, lm_head), eps=1e-6, atol=1e-8)
+
+
+def test_the_loss_is_the_weighted_sum_of_divergences_and_costs():
+    hidden, lm_head, teachers, terms = random_problem()
+    logp = torch.log_softmax(hidden @ lm_head.T / 0.7, -1).detach()
+    logqs = [torch.log_softmax(t.hidden @ t.lm_head.T / 0.7, -1) for t in teachers]
+    kl = sum(t.weight * (logp.exp() * (logp - logq)).sum(-1) for t, logq in zip(teachers, logqs, strict=True))
+    chosen = logp.gather(1, terms.token_ids[:, None])[:, 0]
+    loss, _, _, stats = gradients(hidden, lm_head, teachers, terms, temperature=0.7)
+    assert float(loss) == pytest.approx(float((terms.token_weight * (kl + terms.sparse * chosen)).sum()), abs=1e-14)
+    assert torch.allclose(stats.kl, kl, atol=1e-14) and torch.allclose(stats.logprobs, chosen, atol=1e-14)
+    assert torch.allclose(stats.entropy, -(logp.exp() * logp).sum(-1), atol=1e-14)
+    assert torch.equal(chosen_logprobs(hidden, lm_head, terms.token_ids, temperature=0.7, chunk=4), stats.logprobs)
+
+
+def test_several_teachers_are_the_weighted_sum_of_each():
+    hidden, lm_head, (first, second), terms = random_problem()
+    quiet = replace(terms, sparse=torch.zeros_like(terms.sparse))
+    both = gradients(hidden, lm_head, (first, second), quiet)
+    alone = [gradients(hidden, lm_head, (replace(t, weight=1.0),), quiet) for t in (first, second)]
+    for k in range(3):
+        assert torch.allclose(both[k], 0.75 * alone[0][k] + 0.5 * alone[1][k], atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 6])
+def test_the_chunk_size_changes_nothing(chunk: int):
+    whole, pieces = gradients(*random_problem(), chunk=1000), gradients(*random_problem(), chunk=chunk)
+    for k in range(3):
+        assert torch.allclose(whole[k], pieces[k], rtol=0, atol=1e-14)
+    assert torch.allclose(whole[3].kl, pieces[3].kl, rtol=0, atol=1e-15)
+
+
+def test_tokens_of_weight_zero_change_neither_loss_nor_gradient():
+    hidden, lm_head, teachers, terms = random_problem()
+    live = terms.token_weight > 0
+    assert live.tolist() == [True, False, True, True, True, True]
+    rest = TokenTerms(token_ids=terms.token_ids[live], token_weight=terms.token_weight[live], sparse=terms.sparse[live])
+    without = gradients(hidden[live], lm_head, tuple(replace(t, hidden=t.hidden[live]) for t in teachers), rest)
+    with_masked = gradients(hidden, lm_head, teachers, terms)
+    assert torch.allclose(with_masked[0], without[0], rtol=0, atol=1e-15)
+    assert torch.allclose(with_masked[1][live], without[1], rtol=0, atol=1e-15) and not with_masked[1][~live].any()
+    assert torch.allclose(with_masked[2], without[2], rtol=0, atol=1e-15)
+    assert torch.allclose(with_masked[3].dense_sq, without[3].dense_sq, atol=1e-15)
+    assert torch.allclose(with_masked[3].sparse_sq, without[3].sparse_sq, atol=1e-15)
+
+
+def test_backward_multiplies_by_the_gradient_from_above():
+    once, thrice = gradients(*random_problem()), gradients(*random_problem(), factor=3.0)
+    assert torch.equal(thrice[1], 3 * once[1]) and torch.equal(thrice[2], 3 * once[2])
+
+
+def test_the_norms_of_both_parts_are_of_the_logit_gradient():
+    hidden, _, teachers, terms = random_problem(width=7)
+    eye = torch.eye(7, dtype=torch.float64)  # lm_head = identity: hidden states are the logits
+    dense = gradients(hidden, eye, teachers, replace(terms, sparse=torch.zeros_like(terms.sparse)), temperature=0.7)
+    sparse = gradients(hidden, eye, (), terms, temperature=0.7)
+    both = gradients(hidden, eye, teachers, terms, temperature=0.7)
+    assert float(both[3].dense_sq) == pytest.approx(float(dense[1].square().sum()), rel=1e-12)
+    assert float(both[3].sparse_sq) == pytest.approx(float(sparse[1].square().sum()), rel=1e-12)
+    assert torch.allclose(both[1], dense[1] + sparse[1], atol=1e-15)
+
+
+def one_token(student: list[float], teacher: list[float]):
+    """One row whose logits are the lists, width 1."""
+    column = lambda values: torch.tensor(values, dtype=torch.float64)[:, None]  # noqa: E731
+    one = torch.ones(1, 1, dtype=torch.float64)
+    terms = TokenTerms(token_ids=torch.tensor([0]), token_weight=one[0], sparse=torch.zeros(1, dtype=torch.float64))
+    return gradients(one, column(student), (TeacherRows(hidden=one, lm_head=column(teacher), weight=1.0),), terms)
+
+
+def test_a_token_that_only_the_teacher_rules_out_costs_infinity_and_not_nan():
+    loss, _, _, stats = one_token([0.0, 0.0, 0.0], [0.0, 0.0, -torch.inf])
+    assert float(loss) == torch.inf and float(stats.kl[0]) == torch.inf
+
+
+def test_a_token_that_both_rule_out_contributes_nothing():
+    ruled_out = -1e4  # exp underflows to 0 in float64
+    loss, _, d_head, _ = one_token([0.0, 0.0, ruled_out], [1.0, 0.0, -torch.inf])
+    two, _, d_two, _ = one_token([0.0, 0.0], [1.0, 0.0])
+    assert float(loss) == float(two) and torch.equal(d_head[:2], d_two) and float(d_head[2]) == 0.0
+
+
+def test_bf16_inputs_stay_within_two_percent_of_fp64():
+    hidden, lm_head, teachers, terms = random_problem(rows=64, vocabulary=50, width=16, dtype=torch.bfloat16)
+    wide = tuple(replace(t, hidden=t.hidden.double(), lm_head=t.lm_head.double()) for t in teachers)
+    rough, exact = gradients(hidden, lm_head, teachers, terms), gradients(hidden.double(), lm_head.double(), wide, terms)
+    assert rough[0].dtype == torch.float32 and rough[1].dtype == rough[2].dtype == torch.bfloat16
+    assert abs(float(rough[0] - exact[0])) < 0.02 * abs(float(exact[0]))
+    for k in (1, 2):
+        assert float((rough[k].double() - exact[k]).norm() / exact[k].norm()) < 0.02
