@@ -151,6 +151,9 @@ class LearnerGroup:
     def export(self, folder: str) -> None:
         self.group.call_all("export", folder, deadline_s=self.settings.deadlines.save_s)
 
+    def close(self) -> None:
+        self.group.close()
+
 
 def split(items: Sequence, parts: int) -> list[list]:
     """Contiguous, sizes differing by at most one. Example: 5 items in 2 -> sizes 3, 2."""

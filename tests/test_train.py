@@ -1,0 +1,206 @@
+"""The program as its user runs it: `hybridrl train` from the shell, resumed, exported, served, and submitted as a Ray job."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hybridrl.controller.checkpoint import read_checkpoint
+from hybridrl.models.tiny import tiny_tokenizer
+from hybridrl.tracking.jsonl import read_metrics
+from tests.graph import tiny_overrides
+
+pytestmark = pytest.mark.graph
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parent.parent
+
+
+def shell(*command: str, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=cwd)
+
+
+def train(*overrides: str) -> subprocess.CompletedProcess[str]:
+    return shell("hybridrl", "train", *overrides)
+
+
+def lasting(row: dict[str, float]) -> dict[str, float]:
+    """A metrics row without what a clock measured."""
+    return {key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))}
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    sizes = ["train.steps=4", "checkpoint.every=2", "eval.every=2", "learner.ranks=2", "learner.zero_stage=3", "rollout.engines=2"]
+    return [*tiny_overrides(tmp_path_factory.mktemp("train")), *sizes]
+
+
+@pytest.fixture(scope="module")
+def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps without a break, with every kind of tracking: two ranks of ZeRO-3, two engines, one machine."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    done = train(*overrides, f"run.dir={run_dir}", "tracking.wandb=offline", "eval.teacher=true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"held-out accuracy \d+\.\d% -> \d+\.\d% \(teacher main \d+\.\d%\)", done.stdout)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, stopped after two steps and continued by the same command."""
+    run_dir = tmp_path_factory.mktemp("resumed") / "run"
+    for steps in (2, 4):
+        done = train(*overrides, f"run.dir={run_dir}", f"train.steps={steps}")
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "continues after step 2 of 4" in done.stdout
+    return run_dir
+
+
+def test_a_run_leaves_the_promised_files(whole):
+    names = {str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file()}
+    assert {
+        "config.yaml", "metrics.jsonl", "report.html", "report.png",
+        "checkpoints/step_000004/manifest.json", "checkpoints/step_000004/state.json",
+        "checkpoints/step_000004/learner.safetensors", "export/step_000004/config.json", "export/step_000004/model.safetensors",
+        "samples/step_000000.jsonl", "samples/step_000004.jsonl", "logs/learner-1.log", "logs/rollout-1.log",
+    } <= names  # fmt: skip
+    assert any(name.startswith("wandb/") and name.endswith(".wandb") for name in names)
+    assert read_checkpoint(whole / "checkpoints" / "step_000004").state.wandb_id
+    assert not any(".unfinished" in name for name in names)
+
+
+def test_every_step_is_in_the_metrics_once_and_the_teacher_is_measured(whole):
+    rows = read_metrics(whole)
+    assert [row["train/step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [("eval/accuracy" in row) for row in rows] == [True, False, True, False, True]
+    assert "eval/accuracy_teacher/main" in rows[0]
+    assert all(row["controller/materialized_bytes"] == 0 for row in rows[1:])
+
+
+def test_a_resumed_run_equals_one_that_was_never_stopped_bit_by_bit(whole, resumed):
+    assert [lasting(row) for row in read_metrics(resumed)][1:] == [lasting(row) for row in read_metrics(whole)][1:]
+    states = [load_file(run / "checkpoints" / "step_000004" / "learner.safetensors") for run in (whole, resumed)]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_finished_run_is_not_trained_again(whole, overrides):
+    before = (whole / "metrics.jsonl").read_bytes()
+    done = train(*overrides, f"run.dir={whole}", "run.resume=never")
+    assert done.returncode == 1 and "holds a run and run.resume=never" in done.stderr
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_bad_setting_ends_in_one_sentence_before_any_actor_starts(tmp_path):
+    done = train("experiment=quickstart", f"run.dir={tmp_path / 'x'}", "train.stepz=3")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "hybridrl: train.stepz=3: no such setting; did you mean train.steps?\n")
+    assert not (tmp_path / "x").exists()
+
+
+def test_hydra_flags_work_as_hydra_users_expect(tmp_path):
+    job = shell("hybridrl", "train", "experiment=quickstart", f"run.dir={tmp_path}", "train.steps=7", "--cfg", "job", cwd=tmp_path)
+    assert job.returncode == 0 and "steps: 7" in job.stdout and "path: builtin:countdown-student" in job.stdout
+    listing = shell("hybridrl", "train", "--help", cwd=tmp_path)
+    assert listing.returncode == 0 and "quickstart" in listing.stdout and "max_new_tokens" in listing.stdout
+    assert not list(tmp_path.iterdir()), "neither flag writes anything"
+
+
+def greedy_by_hand(run_dir: Path, prompt: list[int], tokens: int) -> list[int]:
+    """Greedy continuation by the learner's fp32 master weights, without a cache and without the export."""
+    state = load_file(run_dir / "checkpoints" / "step_000004" / "learner.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "export" / "step_000004")
+    model.load_state_dict({n.removeprefix("master/"): t for n, t in state.items() if n.startswith("master/")}, strict=False)
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + tokens and (len(ids) == len(prompt) or ids[-1] != model.config.eos_token_id):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@contextmanager
+def served(folder: Path, log: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    command = [BIN / "vllm", "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+               "--max-model-len", "64", "--kv-cache-memory-bytes", "67108864"]  # fmt: skip
+    with log.open("w") as out:
+        server = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def answer(url: str, body: dict, deadline_s: float) -> dict:
+    """POST until the server is up."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    end = time.monotonic() + deadline_s
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return json.load(reply)
+        except urllib.error.URLError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
+
+
+def test_vllm_serves_the_export_and_gives_the_learners_greedy_output(whole, tmp_path):
+    prompts = [tiny_tokenizer()(text).input_ids for text in ("3 7 9=24:", "1 2 10=7:", "4 4 5=21:")]
+    folder = whole / "export" / "step_000004"
+    with served(folder, tmp_path / "serve.log") as url:
+        body = {"model": str(folder), "prompt": prompts, "temperature": 0, "max_tokens": 12, "return_token_ids": True}
+        try:
+            choices = answer(f"{url}/v1/completions", body, 180)["choices"]
+        except OSError:
+            pytest.fail((tmp_path / "serve.log").read_text()[-3000:])
+    assert [choice["token_ids"] for choice in choices] == [greedy_by_hand(whole, prompt, 12) for prompt in prompts]
+
+
+@pytest.fixture
+def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
+    """A cluster made by the shipped scripts, with token authentication; yields the environment of its users."""
+    home = tmp_path / "home"
+    home.mkdir()
+    ports = []
+    for _ in range(3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(str(probe.getsockname()[1]))
+    env = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(tmp_path)}
+    small = ("--num-cpus", "1", "--object-store-memory", "200000000")
+    head = shell(
+        "cluster/head.sh", "--port", ports[0], "--dashboard-port", ports[1], "--dashboard-agent-listen-port", ports[2], *small, env=env
+    )
+    assert head.returncode == 0, head.stdout + head.stderr
+    worker = shell("cluster/worker.sh", f"127.0.0.1:{ports[0]}", *small, env=env)
+    assert worker.returncode == 0, worker.stdout + worker.stderr
+    yield env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+    pids = shell("pgrep", "-f", str(tmp_path)).stdout.split()
+    shell("kill", "-9", *pids)
+
+
+def test_ray_job_submit_runs_the_same_job_on_a_two_node_cluster_with_tokens(two_nodes, overrides, tmp_path):
+    run_dir = tmp_path / "job"
+    submit = ["ray", "job", "submit", "--working-dir", str(ROOT), "--", str(BIN / "hybridrl"), "train", *overrides, f"run.dir={run_dir}"]
+    job = shell(*submit, "train.steps=2", "cluster.spread=true", "cluster.threads_per_worker=1", env=two_nodes, timeout_s=400)
+    assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-1000:]
+    assert "succeeded" in job.stdout
+    assert [row["train/step"] for row in read_metrics(run_dir)] == [0, 1, 2]
+    refused = shell("ray", "job", "list", env={**two_nodes, "RAY_AUTH_TOKEN": "not-the-token"})
+    assert refused.returncode != 0, "without the token nobody gets in"
