@@ -43,6 +43,7 @@ def export(state: Mapping[str, torch.Tensor | NDArray[np.generic]], source: Path
         config.dtype = next(iter(tensors.values())).dtype
         config.save_pretrained(unfinished)
         save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+        (unfinished / "model.safetensors").chmod(0o644)  # safetensors and mkdtemp make files for their owner alone
         unfinished.chmod(0o755)
         _swap(unfinished, folder)
     except BaseException:

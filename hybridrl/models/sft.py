@@ -78,19 +78,23 @@ def _batch(equations: Sequence[Equation], tokenizer: PreTrainedTokenizerBase) ->
     return pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id), pad(labels, batch_first=True, padding_value=IGNORED)
 
 
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(prog="python -m hybridrl.models.sft", description="Supervised training of the tiny model.")
+    arguments.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
+    arguments.add_argument("--steps", type=int, required=True)
+    arguments.add_argument("--batch", type=int, default=128, help="problems a step")
+    arguments.add_argument("--lr", type=float, default=1e-3)
+    arguments.add_argument("--lr-end", type=float, default=0.0, help="where the cosine ends; equal to --lr: constant")
+    arguments.add_argument("--warmup", type=int, default=100, help="steps")
+    arguments.add_argument("--weight-decay", type=float, default=0.1)
+    arguments.add_argument("--label-smoothing", type=float, default=0.01)
+    arguments.add_argument("--seed", type=int, default=0, help="of weights and problems")
+    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the saved weights")
+    return arguments
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m hybridrl.models.sft", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch", type=int, default=128, help="problems a step")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--lr-end", type=float, default=0.0, help="where the cosine ends; equal to --lr: constant")
-    parser.add_argument("--warmup", type=int, default=100, help="steps")
-    parser.add_argument("--weight-decay", type=float, default=0.01)
-    parser.add_argument("--label-smoothing", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0, help="of weights and problems")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the saved weights")
-    args = parser.parse_args()
+    args = parser().parse_args()
     model, tokenizer = train(args)
     model.to(getattr(torch, args.dtype)).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
