@@ -1,0 +1,56 @@
+"""Hand-made batches: token ids and lengths in, the values that cross processes out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hybridrl.types import FinishReason, Prompt, Rewards, RolloutBatch, TokenScores, Trajectory, UpdatePlan
+
+Ids = Sequence[int]
+
+
+def make_batch(groups: Sequence[tuple[Ids, Sequence[Ids]]], logprob: float = -1.0) -> RolloutBatch:
+    """One group per (prompt ids, responses); every response token has the same sampler log-prob."""
+    prompts = [Prompt(uid=f"p{g}", input_ids=tuple(prompt), text="", columns={}) for g, (prompt, _) in enumerate(groups)]
+    trajectories = [
+        Trajectory(
+            uid=f"p{g}",
+            input_ids=np.array([*prompt, *response], np.int32),
+            response_mask=np.array([False] * len(prompt) + [True] * len(response)),
+            rollout_logprobs=np.array([0.0] * len(prompt) + [logprob] * len(response), np.float32),
+            policy_versions=np.zeros(len(prompt) + len(response), np.int32),
+            finish_reason=FinishReason.stop,
+        )
+        for g, (prompt, responses) in enumerate(groups)
+        for response in responses
+    ]
+    return RolloutBatch.pack(prompts, len(groups[0][1]), trajectories)
+
+
+def make_rewards(batch: RolloutBatch, values: Sequence[float], keep: Sequence[bool] | None = None) -> Rewards:
+    """One reward function that says `values`; all kept unless told."""
+    n = batch.num_sequences
+    return Rewards(
+        uids=batch.uids,
+        values=np.array(values, np.float32),
+        part_names=("it",),
+        parts=np.array([values], np.float32),
+        errors=np.isnan(values),
+        keep=np.ones(n, bool) if keep is None else np.array(keep),
+    )
+
+
+def make_scores(batch: RolloutBatch, logprobs: Sequence[float], hidden: np.ndarray | None = None) -> TokenScores:
+    """A teacher that gives the response tokens, in batch order, these log-probs."""
+    column = np.zeros(len(batch.input_ids), np.float32)
+    column[batch.response_mask] = logprobs
+    return TokenScores(teacher="main", logprobs=column, hidden=np.zeros((len(logprobs), 2), np.float32) if hidden is None else hidden)
+
+
+def make_plan(batch: RolloutBatch, **changes) -> UpdatePlan:
+    """Step 0 over exactly this batch: one teacher of weight 1, lambda 1, one micro-batch."""
+    values = {
+        "step": 0, "num_tokens": int(batch.response_mask.sum()), "num_sequences": batch.num_sequences, "num_micro_batches": 1,
+        "lr": 1e-2, "teacher_weights": (1.0,), "reward_weight": 1.0,
+    }  # fmt: skip
+    return UpdatePlan(**values | changes)

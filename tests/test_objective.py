@@ -1,0 +1,140 @@
+"""The objective on groups small enough to work out by hand, its schedules and what each preset needs."""
+
+import math
+
+import numpy as np
+import pytest
+from batches import make_batch, make_plan, make_rewards, make_scores
+
+from hybridrl.config import AlgorithmConfig, Baseline, Normalizer, ScheduleConfig, ScheduleKind, load_config
+from hybridrl.objectives.hybrid import HybridObjective, Signal, response_grid
+from hybridrl.objectives.schedule import schedule_value
+
+
+def objective(gamma: float = 0.0, baseline: Baseline = Baseline.leave_one_out, **settings) -> HybridObjective:
+    return HybridObjective(AlgorithmConfig(gamma=gamma, baseline=baseline, **settings), max_new_tokens=16)
+
+
+TRIPLE = make_batch([((1,), [(5, 6), (7,), (8, 9)])])
+SHORT_AND_LONG = make_batch([((1, 2), [(5,), (6, 7, 8)])])  # sampler log-probs are -1 everywhere
+COSTS = make_scores(SHORT_AND_LONG, [-1.0, -2.0, -3.0, -5.0])  # so costs are 0 | 1, 2, 4
+
+
+def costs_of(objective: HybridObjective, rewards: list[float], reward_weight: float = 2.0) -> list[float]:
+    plan = make_plan(SHORT_AND_LONG, reward_weight=reward_weight)
+    return objective.sparse_costs(SHORT_AND_LONG, [COSTS], make_rewards(SHORT_AND_LONG, rewards), plan).tolist()
+
+
+# -- costs -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_future_every_token_costs_minus_lambda_times_reward_above_the_others():
+    plan = make_plan(TRIPLE, reward_weight=2.0)
+    costs = objective().sparse_costs(TRIPLE, [], make_rewards(TRIPLE, [1.0, 0.0, 3.0]), plan)
+    # minus 2 * (1 - 1.5), minus 2 * (0 - 2), minus 2 * (3 - 0.5)
+    assert costs.tolist() == [1.0, 1.0, 4.0, -5.0, -5.0]
+
+
+def test_the_future_cost_of_a_token_is_discounted_and_the_reward_is_not():
+    # future of the long response: .5*2 + .25*4, .5*4, 0; the reward of the short one counts 2 * 1
+    assert costs_of(objective(0.5, Baseline.none), [1.0, 0.0]) == [-2.0, 2.0, 2.0, 0.0]
+    assert costs_of(objective(1.0, Baseline.none), [1.0, 0.5]) == [-2.0, 5.0, 3.0, -1.0]
+    assert costs_of(objective(0.0, Baseline.none), [1.0, 0.5]) == [-2.0, -1.0, -1.0, -1.0]
+
+
+def test_a_sibling_that_has_ended_is_compared_by_its_reward_and_no_future():
+    # returns: short -2 at every position; long 2, 2, 0. At position 0 the long one is the short one's baseline.
+    assert costs_of(objective(0.5), [1.0, 0.0]) == [-4.0, 4.0, 4.0, 2.0]
+    assert costs_of(objective(0.5, Baseline.group_mean), [1.0, 0.0]) == [-2.0, 2.0, 2.0, 1.0]
+
+
+def test_a_siblings_costs_do_not_enter_when_gamma_is_zero():
+    assert costs_of(objective(0.0), [1.0, 0.0]) == [-2.0, 2.0, 2.0, 2.0]
+
+
+def test_several_teachers_add_their_weighted_costs():
+    second = make_scores(SHORT_AND_LONG, [-1.0, -1.0, -9.0, -1.0])  # costs 0 | 0, 8, 0
+    plan = make_plan(SHORT_AND_LONG, teacher_weights=(1.0, 0.25), reward_weight=0.0)
+    rewards = make_rewards(SHORT_AND_LONG, [1.0, 0.0])
+    costs = objective(0.5, Baseline.none).sparse_costs(SHORT_AND_LONG, [COSTS, second], rewards, plan)
+    assert costs.tolist() == [0.0, 3.0, 2.0, 0.0]  # costs 0 | 1, 4, 4
+
+
+def test_groups_are_compared_among_themselves_only():
+    batch = make_batch([((1,), [(5,), (6,)]), ((2,), [(7,), (8,)])])
+    rewards = make_rewards(batch, [1.0, 0.0, math.nan, math.nan], keep=[True, True, False, False])
+    costs = objective().sparse_costs(batch, [], rewards, make_plan(batch)).numpy()
+    assert costs[:2].tolist() == [-1.0, 1.0] and np.isnan(costs[2:]).all()
+
+
+def test_the_rewards_array_is_only_read():
+    rewards = make_rewards(TRIPLE, [1.0, 0.0, 3.0])
+    rewards.values.flags.writeable = False  # as the object store hands it out
+    objective().sparse_costs(TRIPLE, [], rewards, make_plan(TRIPLE))
+    assert rewards.values.tolist() == [1.0, 0.0, 3.0]
+
+
+def test_the_response_grid_read_row_by_row_is_batch_order():
+    grid = response_grid(SHORT_AND_LONG)
+    assert grid.tolist() == [[True, False, False], [True, True, True]]
+    filled = np.zeros(grid.shape, np.int32)
+    filled[grid.numpy()] = SHORT_AND_LONG.input_ids[SHORT_AND_LONG.response_mask]
+    assert filled.tolist() == [[5, 0, 0], [6, 7, 8]]
+
+
+def test_normalisers_are_of_the_global_batch():
+    plan = make_plan(SHORT_AND_LONG, num_tokens=40, num_sequences=5)
+    assert objective(normalizer=Normalizer.token_mean).token_weight(plan) == 1 / 40
+    assert objective(normalizer=Normalizer.constant).token_weight(plan) == 1 / (5 * 16)
+
+
+# -- what each method needs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "signals"),
+    [
+        ("hybrid", {Signal.teacher_hidden, Signal.rewards}),
+        ("opd_full", {Signal.teacher_hidden}),
+        ("rloo", {Signal.rewards}),
+        ("reinforce_kl", {Signal.teacher_hidden, Signal.teacher_logprobs, Signal.rewards}),
+    ],
+)
+def test_each_preset_asks_for_what_it_uses_and_nothing_more(preset: str, signals: set[Signal]):
+    settings = load_config(["run.dir=here", "experiment=quickstart", f"algorithm={preset}"])
+    assert HybridObjective(settings.algorithm, 16).signals == signals
+
+
+def test_pure_reinforcement_needs_no_teacher_at_any_gamma():
+    off = ScheduleConfig(value=0.0)
+    assert objective(gamma=1.0, imitation_weight=off).signals == {Signal.rewards}
+    plan = make_plan(TRIPLE, teacher_weights=())
+    costs = objective(1.0, Baseline.none, imitation_weight=off).sparse_costs(TRIPLE, [], make_rewards(TRIPLE, [1.0, 0.0, 3.0]), plan)
+    assert costs.tolist() == [-1.0, -1.0, 0.0, -3.0, -3.0]
+
+
+# -- schedules -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (ScheduleKind.constant, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        (ScheduleKind.linear, [1.0, 1.5, 2.0, 2.5, 3.0, 3.0]),
+        (ScheduleKind.cosine, [1.0, 2 - math.sqrt(0.5), 2.0, 2 + math.sqrt(0.5), 3.0, 3.0]),
+        (ScheduleKind.step, [1.0, 1.0, 1.0, 1.0, 3.0, 3.0]),
+    ],
+)
+def test_each_kind_of_schedule_goes_from_1_to_3_in_4_steps(kind: ScheduleKind, values: list[float]):
+    config = ScheduleConfig(kind=kind, value=1.0, end=3.0, steps=4)
+    assert [schedule_value(config, t, 100) for t in range(6)] == pytest.approx(values)
+
+
+def test_a_schedule_without_a_length_takes_the_whole_training():
+    config = ScheduleConfig(kind=ScheduleKind.linear, value=0.0, end=1.0)
+    assert [schedule_value(config, t, 10) for t in (0, 5, 10)] == [0.0, 0.5, 1.0]
+
+
+def test_a_schedule_that_ends_above_zero_is_not_zero():
+    assert ScheduleConfig(value=0.0).is_zero()
+    assert not ScheduleConfig(kind=ScheduleKind.linear, value=0.0, end=1.0).is_zero()
