@@ -1,0 +1,130 @@
+"""Who trains on what, and the padded tensors of one forward pass."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from batches import make_batch, make_rewards, make_scores
+
+from hybridrl.data.collate import collate, from_wire, idle_sequence, to_wire, train_sequences
+from hybridrl.data.shards import balance_groups, micro_batches
+from hybridrl.ops.head import TokenTerms, hybrid_head_loss
+
+# -- groups to ranks -------------------------------------------------------------------------------------------------
+
+
+def test_the_example_in_the_docstring_of_balance_groups_holds():
+    assert balance_groups((5, 1, 4, 2), 2) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_group_goes_to_one_rank_and_no_rank_is_a_whole_group_behind(seed: int):
+    rng = random.Random(seed)
+    ranks = rng.randint(1, 5)
+    tokens = [rng.randint(1, 50) for _ in range(rng.randint(ranks, 30))]
+    shards = balance_groups(tokens, ranks)
+    assert sorted(g for shard in shards for g in shard) == list(range(len(tokens)))
+    assert all(shard and shard == sorted(shard) for shard in shards)
+    loads = [sum(tokens[g] for g in shard) for shard in shards]
+    assert max(loads) - min(loads) <= max(tokens)
+
+
+def test_with_fewer_groups_than_ranks_the_rest_have_nothing():
+    assert balance_groups((3,), 3) == [[0], [], []]
+
+
+def test_groups_without_tokens_are_spread_as_well():
+    assert [len(shard) for shard in balance_groups((0, 0, 0, 0), 2)] == [2, 2]
+
+
+# -- sequences to micro-batches --------------------------------------------------------------------------------------
+
+
+def test_the_example_in_the_docstring_of_micro_batches_holds():
+    assert micro_batches((2, 9, 3), 9) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_sequence_is_in_one_micro_batch_and_padding_counts_against_the_budget(seed: int):
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 40) for _ in range(rng.randint(1, 30))]
+    budget = rng.randint(10, 100)
+    batches = micro_batches(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+
+
+def test_a_sequence_longer_than_the_budget_goes_alone():
+    assert micro_batches((20, 20, 1), 10) == [[2], [0], [1]]
+
+
+def test_nothing_makes_no_micro_batch():
+    assert micro_batches((), 10) == []
+
+
+# -- tensors ---------------------------------------------------------------------------------------------------------
+
+BATCH = make_batch([((11, 12), [(21,), (22, 23)]), ((13,), [(24, 25), (26,)])])
+HIDDEN = np.arange(12, dtype=np.float32).reshape(6, 2)
+SCORES = make_scores(BATCH, [-1.0] * 6, HIDDEN)
+SPARSE = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], np.float32)
+ALL = np.ones(4, bool)
+
+
+def test_each_response_token_is_predicted_by_the_position_before_it():
+    micro = collate(train_sequences(BATCH, [SCORES], SPARSE, ALL, [0, 1], 0.25))
+    assert micro.input_ids.tolist() == [[11, 12, 21, 0], [11, 12, 22, 23], [13, 24, 25, 0], [13, 26, 0, 0]]
+    assert micro.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]
+    assert micro.token_ids.tolist() == [21, 22, 23, 24, 25, 26]
+    assert micro.hidden_rows.tolist() == [1, 4 + 1, 4 + 2, 8 + 0, 8 + 1, 12 + 0]
+    # the token in the row after hidden_rows is the one it predicts
+    assert micro.input_ids.flatten()[micro.hidden_rows + 1].tolist() == micro.token_ids.tolist()
+    assert micro.sparse.tolist() == SPARSE.tolist() and micro.token_weight.tolist() == [0.25] * 6
+    assert torch.equal(micro.teacher_hidden[0], torch.from_numpy(HIDDEN))
+
+
+def test_a_rank_takes_the_columns_of_its_own_groups():
+    micro = collate(train_sequences(BATCH, [SCORES], SPARSE, ALL, [1], 0.25))
+    assert micro.token_ids.tolist() == [24, 25, 26] and micro.sparse.tolist() == [4.0, 5.0, 6.0]
+    assert micro.teacher_hidden[0].tolist() == HIDDEN[3:].tolist()
+    assert micro.rollout_logprobs.tolist() == [-1.0] * 3
+
+
+def test_a_dropped_group_with_a_nan_reward_gives_a_finite_zero():
+    rewards = make_rewards(BATCH, [math.nan, math.nan, 1.0, 0.0], keep=[False, False, True, True])
+    sparse = np.array([math.nan] * 3 + [4.0, 5.0, 6.0], np.float32)
+    micro = collate(train_sequences(BATCH, [SCORES], sparse, rewards.keep, [0, 1], 0.25))
+    assert micro.token_weight.tolist() == [0.0] * 3 + [0.25] * 3 and micro.sparse.tolist() == [0.0] * 3 + [4.0, 5.0, 6.0]
+    terms = TokenTerms(token_ids=micro.token_ids % 7, token_weight=micro.token_weight, sparse=micro.sparse)
+    hidden, lm_head = torch.randn(6, 3).requires_grad_(), torch.randn(7, 3).requires_grad_()
+    loss, _ = hybrid_head_loss(hidden, lm_head, (), terms, temperature=1.0, chunk=4)
+    loss.backward()
+    assert loss.isfinite() and lm_head.grad.isfinite().all() and not hidden.grad[:3].any() and hidden.grad[3:].any()
+
+
+def test_an_idle_sequence_can_be_collated_and_weighs_nothing():
+    micro = collate([idle_sequence([4, 2], [np.dtype(np.float32), np.dtype(np.uint16)])])
+    assert micro.token_weight.tolist() == [0.0] and micro.hidden_rows.tolist() == [0]
+    assert [tuple(h.shape) for h in micro.teacher_hidden] == [(1, 4), (1, 2)]
+    assert [h.dtype for h in micro.teacher_hidden] == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(("dtype", "wire"), [(torch.bfloat16, np.uint16), (torch.float32, np.float32)])
+def test_hidden_states_travel_bit_for_bit(dtype: torch.dtype, wire: type):
+    tensor = torch.tensor([[0.0, -0.0, 1.0], [1e-40, torch.inf, -3.140625]]).to(dtype)
+    array = to_wire(tensor.T)  # not contiguous
+    assert array.dtype == wire and array.shape == (3, 2)
+    back = from_wire(array.copy())
+    assert back.dtype == dtype
+    bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    assert torch.equal(back.view(bits), tensor.T.contiguous().view(bits))
+
+
+def test_bf16_bits_survive_the_joining_of_sequences():
+    teacher = torch.randn(6, 2).to(torch.bfloat16)
+    scores = make_scores(BATCH, [-1.0] * 6, to_wire(teacher))
+    micro = collate(train_sequences(BATCH, [scores], SPARSE, ALL, [0, 1], 1.0))
+    assert torch.equal(micro.teacher_hidden[0], teacher)
