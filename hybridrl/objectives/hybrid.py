@@ -66,9 +66,7 @@ class HybridObjective:
         terminal = -plan.reward_weight * torch.from_numpy(rewards.values.copy())[:, None]  # [N, 1]
         returns = future_cost(costs, mask, self.config.gamma) + terminal  # [N, T]
         if self.config.baseline is not Baseline.none:
-            returns = returns - sibling_mean(
-                returns, batch.group_size, leave_one_out=self.config.baseline is Baseline.leave_one_out
-            )
+            returns = returns - sibling_mean(returns, batch.group_size, leave_one_out=self.config.baseline is Baseline.leave_one_out)
         return returns[mask]
 
 
