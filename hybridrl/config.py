@@ -89,11 +89,12 @@ class ScheduleConfig:
     steps: int | None = None
     """how long linear and cosine take, when step switches; null: train.steps"""
 
-    def __post_init__(self) -> None:
+    def check(self, key: str) -> None:
+        """Raise ConfigError under the schedule's own name, which only its owner knows."""
         if self.kind is not ScheduleKind.constant and self.end is None:
-            raise ConfigError(f"schedule kind={self.kind}: needs an end value; set end, or kind=constant")
+            raise ConfigError(f"{key}.kind={self.kind}: needs an end value; set {key}.end, or {key}.kind=constant")
         if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"schedule steps={self.steps}: must be at least 1, or null for train.steps")
+            raise ConfigError(f"{key}.steps={self.steps}: must be at least 1, or null for train.steps")
 
     def is_zero(self) -> bool:
         return self.value == 0 and not self.end
@@ -108,6 +109,9 @@ class RunConfig:
     resume: Resume = Resume.auto
 
 
+DTYPES = ("float32", "bfloat16")
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     path: str = MISSING
@@ -118,8 +122,8 @@ class ModelConfig:
     """hub revision; null: the newest"""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"model dtype={self.dtype}: must be float32 or bfloat16")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"model.dtype={self.dtype}: must be {' or '.join(DTYPES)}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -148,6 +152,8 @@ class AlgorithmConfig:
     """of student, teacher and sampler alike"""
 
     def __post_init__(self) -> None:
+        self.imitation_weight.check("algorithm.imitation_weight")
+        self.reward_weight.check("algorithm.reward_weight")
         if not 0 <= self.gamma <= 1:
             raise ConfigError(f"algorithm.gamma={self.gamma}: a discount lies in [0, 1]")
         if not self.temperature > 0:
@@ -168,6 +174,7 @@ class TrainConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.0
     grad_clip: float = 1.0
+    """largest gradient norm; 0 never clips"""
     max_tokens_per_micro_batch: int = 16384
     """padded tokens in one forward pass of one learner rank"""
     head_chunk: int = 1024
@@ -177,6 +184,9 @@ class TrainConfig:
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "max_tokens_per_micro_batch", "head_chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("lr_warmup_steps", "weight_decay", "grad_clip"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"train.{name}={getattr(self, name)}: must not be negative")
         if not self.lr > 0 or not math.isfinite(self.lr):
             raise ConfigError(f"train.lr={self.lr}: must be positive and finite")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
@@ -211,6 +221,8 @@ class DataConfig:
             raise ConfigError("data.task=jsonl: needs data.path and data.heldout_path, two files")
         if self.task == "reasoning_gym" and not self.dataset:
             raise ConfigError("data.task=reasoning_gym: needs data.dataset, the generator's name, e.g. chain_sum")
+        if self.num_train < 1 or self.num_heldout < 1:
+            raise ConfigError(f"data.num_train={self.num_train}, data.num_heldout={self.num_heldout}: both must be at least 1")
         if "{prompt}" not in self.instruction:
             raise ConfigError(f"data.instruction={self.instruction!r}: must contain {{prompt}}")
 
@@ -272,6 +284,8 @@ class RolloutConfig:
         for name in ("engines", "tensor_parallel", "max_new_tokens", "max_num_seqs", "chunks_per_engine"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: a fraction of the device, in (0, 1]")
         if self.max_model_len <= self.max_new_tokens:
             raise ConfigError(
                 f"rollout.max_model_len={self.max_model_len}: must hold a prompt and rollout.max_new_tokens={self.max_new_tokens}; raise it"
@@ -313,6 +327,10 @@ class EvalConfig:
     teacher: bool = True
     """measure each teacher with a path once, before training, so that the report can draw its level"""
 
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.samples < 0:
+            raise ConfigError(f"eval.every={self.every}, eval.samples={self.samples}: neither may be negative; 0 means none")
+
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
@@ -324,6 +342,8 @@ class CheckpointConfig:
     """write a Hugging Face folder at the end"""
 
     def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"checkpoint.every={self.every}: must not be negative; 0 saves only at the end")
         if self.keep < 1:
             raise ConfigError(f"checkpoint.keep={self.keep}: must be at least 1, or a crash leaves nothing to resume")
 
@@ -390,6 +410,9 @@ class RunSettings:
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:
+        for name, teacher in self.teachers.items():
+            if teacher.dtype not in DTYPES:
+                raise ConfigError(f"teachers.{name}.dtype={teacher.dtype}: must be {' or '.join(DTYPES)}")
         imitates = not self.algorithm.imitation_weight.is_zero()
         rewarded = not self.algorithm.reward_weight.is_zero()
         if not imitates and not rewarded:
@@ -499,15 +522,13 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
         cause = cause.__cause__
     text = str(error).splitlines()[0]
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        key = cause.full_key
-        given = next((o.split("=", 1)[1] for o in overrides if o.lstrip("+~").split("=", 1)[0] == key and "=" in o), None)
-        field_text = f"{key}={given}" if given is not None else key
-        if isinstance(cause, ConfigKeyError) or "not in" in str(cause).splitlines()[0]:
-            near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-            return f"{field_text}: no such setting" + (f"; did you mean {near[0]}?" if near else "; see hybridrl train --help")
-        return f"{field_text}: {str(cause).splitlines()[0]}"
-    missing_choice = "Could not find" in text
-    if missing_choice:
+        key, near = cause.full_key, f"{cause.full_key}."
+        given = next((o.lstrip("+~") for o in overrides if o.lstrip("+~").split("=")[0] == key or o.lstrip("+~").startswith(near)), key)
+        reason = str(cause).splitlines()[0]
+        if isinstance(cause, ConfigKeyError) or "not in" in reason:
+            return _no_such_setting(given, given.partition("=")[0])
+        return f"{given}: {reason}"
+    if "Could not find" in text:
         for override in overrides:
             group, _, choice = override.lstrip("+").partition("=")
             folder = conf_dir() / group
@@ -517,6 +538,21 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key and key in text and key not in known_keys():
-            near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-            return f"{override}: no such setting" + (f"; did you mean {near[0]}?" if near else "; see hybridrl train --help")
-    return text
+            return _no_such_setting(override, key)
+        if is_dataclass(get_type_hints(RunSettings).get(key)) and not (conf_dir() / key).is_dir():
+            return f"{override}: a section, not a value; set {key}.NAME=..."
+    bad = getattr(error, "override", None)
+    return f"{bad}: not KEY=VALUE as Hydra reads it, {text}" if bad else text
+
+
+def _no_such_setting(given: str, key: str) -> str:
+    """For a key that does not exist: how to add it where names are free, else the nearest known one."""
+    known = known_keys()
+    for section, schema in {"teachers": TeacherConfig, "reward.functions": RewardFunctionConfig}.items():
+        if key.startswith(f"{section}."):
+            entry = ".".join(key.split(".")[: section.count(".") + 2])
+            known = [f"{entry}.{f.name}" for f in fields(schema)]
+    if key in known or ".options." in key:
+        return f"{given}: not in the config so far; write +{given} to add it"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"{given}: no such setting" + (f"; did you mean {near[0]}?" if near else "; see hybridrl train --help")
