@@ -1,0 +1,187 @@
+"""Imports point one way, heavy packages stay where they belong, and nothing evaluates code it was given."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hybridrl"
+
+LAYERS = [
+    {"errors"}, {"config"}, {"types"}, {"ops"}, {"objectives"}, {"data", "models", "rewards"},
+    {"workers"}, {"tracking"}, {"runtime"}, {"controller"}, {"cli"},
+]  # fmt: skip
+"""From the bottom up; members of one set do not depend on the order among themselves."""
+
+ALLOWED = {
+    "ray": ("runtime/", "cli.py"),
+    "vllm": ("workers/rollout", "workers/weight_transfer.py"),
+    "deepspeed": ("workers/learner.py", "workers/scorer.py"),
+    "wandb": ("tracking/wandb_sink.py",),
+    "hydra": ("config.py", "cli.py"),
+    "omegaconf": ("config.py", "cli.py"),
+}
+"""Who may import what is heavy, by the beginning of a path inside the package."""
+
+
+def files(package: Path) -> Iterator[tuple[str, ast.Module]]:
+    """Every module's path inside the package, and its syntax tree."""
+    for path in sorted(package.rglob("*.py")):
+        yield path.relative_to(package).as_posix(), ast.parse(path.read_text(), str(path))
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Dotted names of everything imported anywhere in a module, function bodies included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def level(part: str) -> int:
+    """How high a top-level part of the package stands; an unknown part fails, so that a new one is placed on purpose."""
+    return next(i for i, layer in enumerate(LAYERS) if part in layer)
+
+
+def upward_imports(package: Path) -> list[str]:
+    found = []
+    for path, tree in files(package):
+        if path == "__init__.py":
+            continue
+        ours = path.split("/")[0].removesuffix(".py")
+        for name in imports(tree):
+            if name.startswith("."):
+                found.append(f"{path} imports {name}: relative")
+            parts = name.split(".")
+            if parts[0] == package.name and len(parts) > 1 and level(parts[1]) > level(ours):
+                found.append(f"{path} imports {name}")
+    return found
+
+
+def misplaced_imports(package: Path) -> list[str]:
+    return [
+        f"{path} imports {name}"
+        for path, tree in files(package)
+        for name in imports(tree)
+        if (homes := ALLOWED.get(name.split(".")[0])) and not path.startswith(homes)
+    ]
+
+
+def dangerous_calls(package: Path) -> list[str]:
+    """eval, exec, unpickling and trust_remote_code, wherever they stand."""
+    calls = ((path, node) for path, tree in files(package) for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [f"{path}:{call.lineno} calls {ast.unparse(call.func)}" for path, call in calls if is_dangerous(call)]
+
+
+def is_dangerous(call: ast.Call) -> bool:
+    name = ast.unparse(call.func)
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    if given.get("trust_remote_code", "False") != "False":
+        return True
+    if name == "torch.load":
+        return given.get("weights_only") != "True"
+    pickles = name.split(".")[0] in ("pickle", "cloudpickle", "dill", "marshal")
+    return name.removeprefix("builtins.") in ("eval", "exec") or (pickles and name.endswith((".load", ".loads", ".Unpickler")))
+
+
+def test_no_layer_imports_one_above_it():
+    assert upward_imports(PACKAGE) == []
+
+
+def test_heavy_packages_are_imported_only_where_they_belong():
+    assert misplaced_imports(PACKAGE) == []
+
+
+def test_ops_need_torch_and_nothing_else():
+    allowed = ("torch", "hybridrl.ops", "dataclasses")
+    for path, tree in files(PACKAGE):
+        if path.startswith("ops/"):
+            assert [name for name in imports(tree) if not f"{name}.".startswith(tuple(f"{a}." for a in allowed))] == [], path
+
+
+def test_config_and_errors_and_types_load_without_torch():
+    for path, tree in files(PACKAGE):
+        if path in ("config.py", "errors.py", "types.py"):
+            assert not {name.split(".")[0] for name in imports(tree)} & {"torch", "transformers", *ALLOWED} - {"hydra", "omegaconf"}, path
+
+
+def test_nothing_evaluates_code_it_was_given():
+    assert dangerous_calls(PACKAGE) == []
+
+
+# -- the checkers themselves -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planted(tmp_path: Path):
+    """A tiny package with one file of the given text."""
+
+    def plant(path: str, text: str) -> Path:
+        file = tmp_path / "hybridrl" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return tmp_path / "hybridrl"
+
+    return plant
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from hybridrl.controller.run import train",
+        "from hybridrl import runtime",
+        "import hybridrl.cli",
+        "from ..controller import run",
+        "def late():\n    from hybridrl.tracking.sink import Sink",
+    ],
+)
+def test_a_planted_upward_import_is_found(planted, text: str):
+    assert len(upward_imports(planted("workers/learner.py", text))) >= 1
+
+
+@pytest.mark.parametrize("text", ["from hybridrl.ops.head import X", "import hybridrl.workers.student", "from hybridrl import data"])
+def test_imports_downward_and_sideways_are_fine(planted, text: str):
+    assert upward_imports(planted("workers/learner.py", text)) == []
+
+
+def test_a_part_without_a_layer_is_refused(planted):
+    with pytest.raises(StopIteration):
+        upward_imports(planted("plugins.py", "import hybridrl.errors"))
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("controller/run.py", "import ray"),
+        ("workers/learner.py", "from ray.util import queue"),
+        ("controller/run.py", "def f():\n    import vllm.config"),
+        ("workers/student.py", "import deepspeed"),
+        ("tracking/console.py", "import wandb"),
+        ("data/prompts.py", "from omegaconf import OmegaConf"),
+    ],
+)
+def test_a_planted_heavy_import_is_found(planted, path: str, text: str):
+    assert len(misplaced_imports(planted(path, text))) >= 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "eval('1')",
+        "exec(code)",
+        "pickle.load(file)",
+        "pickle.loads(data)",
+        "Unpickled = pickle.Unpickler(file)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=flag)",
+    ],
+)
+def test_a_planted_danger_is_found(planted, text: str):
+    assert len(dangerous_calls(planted("models/loading.py", text))) == 1
+    assert dangerous_calls(planted("models/loading.py", "model.eval()\nf(path, trust_remote_code=False)")) == []
