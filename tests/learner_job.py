@@ -1,0 +1,143 @@
+"""The real Learner outside pytest: `python learner_job.py RANK WORLD PORT FOLDER` runs the cases of that world size.
+
+FOLDER holds the models `student` and `teacher`; rank 0 leaves CASE.json and CASE.safetensors (the weights) there.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from batches import make_batch, make_plan, make_rewards, make_scores
+from safetensors.torch import save_file
+
+from hybridrl.config import RunSettings, load_config
+from hybridrl.errors import NonFiniteError
+from hybridrl.types import Rewards, RolloutBatch, Shard, TokenScores, UpdatePlan
+
+WIDTH = 128  # of the tiny model
+LR = 5e-4
+GROUPS = [
+    ((1, 5, 6), [(7, 8, 2), (9, 2)]),
+    ((1, 10, 11, 12, 13), [(14,), (15, 16, 17, 18, 2)]),
+    ((1, 19), [(20, 21, 2), (22, 2)]),
+    ((1, 4, 4, 4), [(5, 2), (5, 6, 7, 2)]),
+]
+VALUES = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.5, -1.0]
+Chunk = tuple[RolloutBatch, Rewards, TokenScores]
+
+
+def chunk_of(first: int, last: int, *, keep: list[bool] | None = None, values: list[float] = VALUES) -> Chunk:
+    """Groups first ... last-1 of the problem with their scores; the teacher's numbers do not depend on the cut."""
+    whole = make_batch(GROUPS)
+    rng = np.random.default_rng(0)
+    rows = int(whole.response_mask.sum())
+    hidden, logprobs = rng.standard_normal((rows, WIDTH)).astype(np.float32), -3 * rng.random(rows).astype(np.float32)
+    ends = np.concatenate([[0], np.cumsum(whole.response_lengths)])
+    span = slice(int(ends[2 * first]), int(ends[2 * last]))
+    batch = make_batch(GROUPS[first:last])
+    return batch, make_rewards(batch, values[2 * first : 2 * last], keep), make_scores(batch, logprobs[span], hidden[span])
+
+
+def settings_for(folder: Path, ranks: int, *overrides: str) -> RunSettings:
+    return load_config(
+        [
+            f"run.dir={folder}", "experiment=quickstart", f"model.path={folder}/student", f"teachers.main.path={folder}/teacher",
+            "algorithm.gamma=0.5", "train.head_chunk=5", f"learner.ranks={ranks}", "deadlines.learn_s=60", "cluster.device=cpu", *overrides,
+        ]
+    )  # fmt: skip
+
+
+def plan_for(step: int, num_micro_batches: int, groups: int = 4) -> UpdatePlan:
+    return make_plan(make_batch(GROUPS[:groups]), step=step, num_micro_batches=num_micro_batches, lr=LR)
+
+
+class Job:
+    """One rank; `run` builds a fresh Learner on the same process group."""
+
+    def __init__(self, rank: int, world: int, port: int, folder: Path) -> None:
+        self.rank, self.world, self.port, self.folder = rank, world, port, folder
+
+    def learner(self, *overrides: str):
+        from hybridrl.workers.learner import Learner
+
+        return Learner(settings_for(self.folder, self.world, *overrides), rank=self.rank, master=("127.0.0.1", self.port), device="cpu")
+
+    def report(self, case: str, learner, stats: list, **more) -> None:
+        """What a test may look at; every rank helps to gather the weights."""
+        weights = {name: weight.float().clone() for name, weight in learner.stream}
+        manifest, _ = learner.pack_weights(0)
+        if self.rank == 0:
+            weights.pop("lm_head.weight")
+            save_file(weights, self.folder / f"{case}.safetensors")
+            result = {"loss": [s.loss for s in stats], "grad_norm": [s.grad_norm for s in stats], "digest": manifest.digest}
+            result |= {"gap": [s.logprob_gap for s in stats]} | more
+            (self.folder / f"{case}.json").write_text(json.dumps(result))
+
+    def two_steps(self, case: str, chunks: list[Chunk], groups: tuple, num_micro_batches: int, *overrides: str, num_groups: int = 4):
+        learner = self.learner(*overrides)
+        shard = Shard(num_chunks=len(chunks), num_teachers=1, groups=groups)
+        values = [value for chunk in chunks for value in chunk]
+        stats = [learner.update(plan_for(step, num_micro_batches, num_groups), shard, *values) for step in range(2)]
+        self.report(case, learner, stats)
+        return learner, shard, values
+
+    def resume(self, case: str, learner, shard: Shard, values: list, num_micro_batches: int, *overrides: str) -> None:
+        """Save, step on; then load into a new learner and take the same step."""
+        saved = self.folder / f"{case}-state"
+        saved.mkdir(exist_ok=True)
+        learner.save_state(str(saved))
+        plan = plan_for(2, num_micro_batches)
+        self.report(f"{case}-straight", learner, [learner.update(plan, shard, *values)])
+        again = self.learner(*overrides)
+        again.load_state(str(saved), 2)
+        self.report(f"{case}-loaded", again, [], optimizer_steps=again.ping())
+        self.report(f"{case}-resumed", again, [again.update(plan, shard, *values)])
+
+
+ONE_EACH = "train.max_tokens_per_micro_batch=1"
+
+
+def two_ranks(job: Job) -> None:
+    """Uneven shards, one sequence a micro-batch: rank 1 idles through four of six."""
+    groups = ((0, 1, 3),) if job.rank == 0 else ((2,),)
+    for stage in (1, 2, 3):
+        overrides = (f"learner.zero_stage={stage}", ONE_EACH)
+        learner, shard, values = job.two_steps(f"zero{stage}", [chunk_of(0, 4)], groups, 6, *overrides)
+        job.resume(f"zero{stage}", learner, shard, values, 6, *overrides)
+
+
+def one_rank(job: Job) -> None:
+    everything = ((0, 1, 2, 3),)
+    learner, shard, values = job.two_steps("one", [chunk_of(0, 4)], everything, 1)
+    job.resume("one", learner, shard, values, 1)
+    job.two_steps("one-each", [chunk_of(0, 4)], everything, 9, ONE_EACH)
+    job.two_steps("chunks", [chunk_of(0, 1), chunk_of(1, 4)], ((0,), (0, 1, 2)), 1)
+    job.two_steps("first-three", [chunk_of(0, 3)], ((0, 1, 2),), 1, num_groups=3)
+    dropped = chunk_of(0, 4, keep=[True] * 6 + [False] * 2, values=VALUES[:6] + [float("nan")] * 2)
+    job.two_steps("fourth-dropped", [dropped], everything, 1, num_groups=3)
+
+    bf16 = ("model.dtype=bfloat16",)
+    learner, shard, values = job.two_steps("bf16", [chunk_of(0, 4)], everything, 1, *bf16)
+    job.resume("bf16", learner, shard, values, 1, *bf16)
+
+    learner = job.learner()
+    job.report("untouched", learner, [])
+    batch, rewards, scores = chunk_of(0, 4, values=[float("nan"), *VALUES[1:]])
+    try:
+        learner.update(plan_for(0, 1), shard, batch, rewards, scores)
+        message = "no error"
+    except NonFiniteError as error:
+        message = str(error)
+    job.report("nan", learner, [], error=message)
+
+    learner = job.learner()
+    learner.load_state(str(job.folder / "zero3-state"), 2)
+    job.report("from-two-ranks", learner, [learner.update(plan_for(2, 1), shard, *chunk_of(0, 4))])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    this = Job(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    one_rank(this) if this.world == 1 else two_ranks(this)

@@ -1,0 +1,204 @@
+"""The real Learner - DeepSpeed, gloo, ranks in their own processes - against plain autograd and against itself.
+
+Two process groups serve all tests: one rank, and two ranks that go through ZeRO 1, 2 and 3 in turn.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from learner_job import GROUPS, LR, chunk_of, plan_for, settings_for
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hybridrl.data.collate import collate, train_sequences
+from hybridrl.models.loading import load_model
+from hybridrl.models.tiny import tiny_model, tiny_tokenizer
+from hybridrl.objectives.hybrid import HybridObjective
+from hybridrl.ops.head import TeacherRows, TokenTerms
+from hybridrl.workers.student import Student, output_weight
+
+JOB = Path(__file__).parent / "learner_job.py"
+DEADLINE_S = 240  # of one process group; it takes about 20 s
+
+
+def run_ranks(folder: Path, world: int) -> None:
+    """Start every rank, wait for all; one that fails ends the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja, for DeepSpeed's one compiled op
+        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+    }
+    logs = [(folder / f"rank{rank}of{world}.log").open("w+") for rank in range(world)]
+    ranks = [
+        subprocess.Popen([sys.executable, JOB, str(rank), str(world), str(port), folder], env=env, stdout=log, stderr=log)
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        end = time.monotonic() + DEADLINE_S
+        while any(r.poll() is None for r in ranks) and not any(r.poll() for r in ranks) and time.monotonic() < end:
+            time.sleep(0.1)
+    finally:
+        for r in ranks:
+            r.kill()
+            r.wait()
+    for rank, log in zip(ranks, logs, strict=True):
+        log.seek(0)
+        text = log.read()
+        log.close()
+        assert rank.returncode == 0, text[-3000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both models, and what the two process groups left."""
+    folder = tmp_path_factory.mktemp("learner")
+    tokenizer = tiny_tokenizer()
+    for seed, name in enumerate(("student", "teacher")):
+        torch.manual_seed(seed)
+        tiny_model(tokenizer).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    run_ranks(folder, 2)
+    run_ranks(folder, 1)
+    return folder
+
+
+def result(folder: Path, case: str) -> dict:
+    return json.loads((folder / f"{case}.json").read_text())
+
+
+def weight_distance(folder: Path, case: str, other: str | dict[str, Tensor]) -> float:
+    """The largest difference between any two weights."""
+    ours = load_file(folder / f"{case}.safetensors")
+    theirs = load_file(folder / f"{other}.safetensors") if isinstance(other, str) else other
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+# -- plain autograd --------------------------------------------------------------------------------------------------
+
+
+def written_out_loss(model: nn.Module, teacher_head: Tensor) -> Tensor:
+    """sum over response tokens of (sum_v p (log p - log q) + G log p(y)) / R, one sequence at a time, nothing fused."""
+    batch, rewards, scores = chunk_of(0, 4)
+    costs = objective().sparse_costs(batch, [scores], rewards, plan_for(0, 1))
+    total, row = torch.zeros((), dtype=teacher_head.dtype), 0
+    for i in range(batch.num_sequences):
+        ids = torch.from_numpy(batch.trajectory(i).input_ids).long()
+        logits = model(input_ids=ids[None]).logits[0]
+        for position in range(len(ids) - int(batch.response_lengths[i]), len(ids)):
+            logp = torch.log_softmax(logits[position - 1], -1)
+            logq = torch.log_softmax(torch.from_numpy(scores.hidden[row]).to(teacher_head.dtype) @ teacher_head.T, -1)
+            total = total + (logp.exp() * (logp - logq)).sum() + costs[row].to(logp.dtype) * logp[ids[position]]
+            row += 1
+    assert row == len(costs)
+    return total / row
+
+
+def objective() -> HybridObjective:
+    settings = settings_for(Path("unused"), 1)
+    assert settings.algorithm.gamma == 0.5 and settings.train.grad_clip == 1.0 and settings.train.weight_decay == 0.0
+    return HybridObjective(settings.algorithm, settings.rollout.max_new_tokens)
+
+
+def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_out_loss(folder: Path):
+    model, plain = (load_model(str(folder / "student")).double() for _ in range(2))
+    head = output_weight(load_model(str(folder / "teacher"))).detach().double()
+    batch, rewards, scores = chunk_of(0, 4)
+    plan = plan_for(0, 1)
+    costs = objective().sparse_costs(batch, [scores], rewards, plan).numpy()
+    micro = collate(train_sequences(batch, [scores], costs, rewards.keep, range(4), 1 / plan.num_tokens))
+    terms = TokenTerms(token_ids=micro.token_ids, token_weight=micro.token_weight.double(), sparse=micro.sparse.double())
+    teachers = (TeacherRows(hidden=micro.teacher_hidden[0].double(), lm_head=head, weight=1.0),)
+    loss, _ = Student(model, 1.0, 5)(micro.input_ids, micro.attention_mask, micro.hidden_rows, teachers, terms)
+    loss.backward()
+    expected = written_out_loss(plain, head)
+    expected.backward()
+    assert abs(loss.item() - expected.item()) < 1e-7  # token_weight is a float32
+    theirs = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert float((parameter.grad - theirs[name].grad).abs().max()) < 1e-7, name
+    assert float(theirs["model.embed_tokens.weight"].grad.norm()) > 0.1
+
+
+def test_two_steps_are_two_steps_of_a_plain_training_loop(folder: Path):
+    model = load_model(str(folder / "student"))
+    head = output_weight(load_model(str(folder / "teacher"))).detach()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    losses, norms = [], []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = written_out_loss(model, head)
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        losses.append(loss.item())
+    ours = result(folder, "one")
+    assert ours["loss"] == pytest.approx(losses, abs=1e-5)
+    assert ours["grad_norm"] == pytest.approx(norms, rel=1e-5)
+    assert weight_distance(folder, "one", {n: p.detach() for n, p in model.named_parameters()}) < 1e-5
+    assert weight_distance(folder, "one", "untouched") > 5e-4
+
+
+# -- equal under any split -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "one-each",  # one sequence a micro-batch, without padding, and an idle one
+        "chunks",  # the batch arrives as two chunks
+        "zero1",  # two ranks with shards of 6 and 2 sequences, one sequence a micro-batch
+        "zero2",
+        "zero3",
+    ],
+)
+def test_loss_and_weights_do_not_depend_on_the_split(folder: Path, case: str):
+    one, other = result(folder, "one"), result(folder, case)
+    assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    assert other["gap"] == pytest.approx(one["gap"], rel=1e-5)
+    assert weight_distance(folder, case, "one") < 1e-5
+
+
+def test_a_group_taken_out_changes_nothing(folder: Path):
+    without, dropped = result(folder, "first-three"), result(folder, "fourth-dropped")
+    assert dropped["loss"] == pytest.approx(without["loss"], abs=1e-5)
+    assert dropped["gap"] == pytest.approx(without["gap"], rel=1e-5)
+    assert weight_distance(folder, "fourth-dropped", "first-three") < 1e-5
+    assert weight_distance(folder, "one", "first-three") > 1e-4 and len(GROUPS) == 4
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["one", "bf16", "zero1", "zero2", "zero3"])
+def test_a_step_after_loading_is_bit_for_bit_the_step_that_would_have_come(folder: Path, case: str):
+    saved, loaded = result(folder, case), result(folder, f"{case}-loaded")
+    assert loaded["digest"] == saved["digest"] and loaded["optimizer_steps"] == 2
+    straight, resumed = result(folder, f"{case}-straight"), result(folder, f"{case}-resumed")
+    assert resumed["digest"] == straight["digest"] != saved["digest"]
+    assert resumed["loss"] == straight["loss"] and resumed["grad_norm"] == straight["grad_norm"]
+
+
+def test_a_checkpoint_of_two_ranks_continues_on_one(folder: Path):
+    assert weight_distance(folder, "from-two-ranks", "zero3-straight") < 1e-6
+    assert result(folder, "from-two-ranks")["loss"] == pytest.approx(result(folder, "zero3-straight")["loss"], abs=1e-6)
+
+
+# -- what must stop --------------------------------------------------------------------------------------------------
+
+
+def test_a_nan_reward_that_was_not_dropped_stops_before_the_step(folder: Path):
+    assert result(folder, "nan")["error"].startswith("step 0: loss is nan; nothing was stepped")
+    assert result(folder, "nan")["digest"] == result(folder, "untouched")["digest"]
