@@ -94,6 +94,8 @@ def test_fewer_heldout_problems_are_a_prefix_of_more() -> None:
 def test_countdown_options_that_cannot_work_are_config_errors() -> None:
     with pytest.raises(ConfigError, match=r"data\.options.*num_numbers"):
         load_problems(small(options={"numbers": 3}), seed=0)
+    with pytest.raises(ConfigError, match=r"data\.options.*whole numbers"):
+        load_problems(small(options={"max_number": 2.5}), seed=0)
     with pytest.raises(ConfigError, match=r"num_numbers >= 2"):
         load_problems(small(options={"num_numbers": 1}), seed=0)
     with pytest.raises(ConfigError, match=r"data\.num_heldout=50"):

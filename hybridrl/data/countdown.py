@@ -50,6 +50,8 @@ class Countdown:
     max_target: int = 100
 
     def __post_init__(self) -> None:
+        if not all(isinstance(value, int) for value in (self.num_numbers, self.max_number, self.max_target)):
+            raise ConfigError(f"data.options={self}: its values must be whole numbers")
         if self.num_numbers < 2 or self.max_number < 1 or self.max_target < 2:
             raise ConfigError(f"data.options={self}: needs num_numbers >= 2, max_number >= 1, max_target >= 2")
 
@@ -78,15 +80,14 @@ class Countdown:
             ConfigError: the options allow fewer.
         """
         found: dict[Key, Equation] = {}
-        misses = 0
-        for equation in self.stream(random.Random(HELDOUT_SEED)):
+        rng, misses = random.Random(HELDOUT_SEED), 0
+        while len(found) < num:
+            equation = self.draw(rng)
             misses = misses + 1 if equation.key in found else 0
-            found.setdefault(equation.key, equation)
-            if len(found) >= num:
-                return list(found.values())[:num]
             if misses > PATIENCE:
                 raise ConfigError(f"data.num_heldout={num}: {self} has only about {len(found)} problems; lower it or widen data.options")
-        raise AssertionError("the stream is endless")
+            found.setdefault(equation.key, equation)
+        return list(found.values())
 
     def train(self, num: int, seed: int, without: Collection[Key]) -> list[Equation]:
         """Up to `num` different (numbers as shown, target); fewer where the options allow no more.
@@ -116,7 +117,7 @@ def load(options: dict[str, object], num_train: int, num_heldout: int, seed: int
     try:
         game = Countdown(**options)  # type: ignore[arg-type]
     except TypeError as error:
-        raise ConfigError(f"data.options={options}: countdown takes num_numbers, max_number, max_target, whole numbers") from error
+        raise ConfigError(f"data.options={options}: countdown takes num_numbers, max_number and max_target") from error
     heldout = game.heldout(num_heldout)
     train = game.train(num_train, seed, {equation.key for equation in heldout})
     return _problems(train, "train"), _problems(heldout, "heldout")
