@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybridrl.config import conf_dir, load_config, register_schema, to_settings
+from hybridrl.compose import conf_dir, load_config, register_schema, to_settings
 from hybridrl.errors import HybridRLError
 
 USAGE = """usage: hybridrl VERB ...

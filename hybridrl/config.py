@@ -1,24 +1,15 @@
 """Every setting: its type, default, meaning and the checks between settings.
 
-The dataclasses are Hydra's schema. A default stands here and nowhere else; files in conf/ set what an experiment
-or an algorithm preset means. `load_config` composes, validates and returns a RunSettings, or raises ConfigError
-with one sentence. Nothing here imports torch or ray, so a typo costs a second, not a cluster.
+The dataclasses are Hydra's schema. A default stands here and nowhere else; files in conf/ set what an experiment or
+an algorithm preset means, and compose.py puts the two together with the command line.
 """
 
-import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import MISSING
 
 from hybridrl.errors import ConfigError
 
@@ -443,116 +434,3 @@ class RunSettings:
             raise ConfigError(
                 f"rollout.weight_transfer={self.rollout.weight_transfer}: needs GPUs, cluster.device is cpu; use object_store"
             )
-
-
-CONF_DIRS = (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf")
-
-
-def conf_dir() -> Path:
-    """The folder of YAML files: inside the wheel, or beside the package in a checkout."""
-    for path in CONF_DIRS:
-        if path.is_dir():
-            return path
-    raise ConfigError(f"no conf folder at {' or '.join(map(str, CONF_DIRS))}: reinstall hybridrl")
-
-
-def register_schema() -> None:
-    """Tell Hydra every key and default; conf/config.yaml names this first in its defaults.
-
-    The node is a plain tree, so that +teachers.NAME.path=... can add an entry; types are checked by to_settings.
-    """
-    tree = OmegaConf.to_container(OmegaConf.structured(RunSettings), enum_to_str=True)
-    ConfigStore.instance().store(name="schema", node=OmegaConf.create(tree))
-
-
-def load_config(overrides: Sequence[str] = ()) -> RunSettings:
-    """Compose conf/config.yaml with command-line overrides and check everything.
-
-    Raises:
-        ConfigError: one sentence with field, value, rule and remedy.
-    """
-    register_schema()
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_sentence(error, overrides)) from error
-    return to_settings(composed, overrides)
-
-
-def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSettings:
-    """The typed settings of a composed config; `overrides` only make its errors clearer.
-
-    Raises:
-        ConfigError: as load_config.
-    """
-    try:
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), composed))
-    except MissingMandatoryValue as error:
-        key = error.full_key or "?"
-        raise ConfigError(f"{key} is not set: it has no default; add {key}=... to the command") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(_sentence(error, overrides)) from error
-    assert isinstance(settings, RunSettings)
-    return settings
-
-
-def to_yaml(settings: RunSettings) -> str:
-    """The resolved settings as YAML, as written to run.dir/config.yaml."""
-    return OmegaConf.to_yaml(OmegaConf.structured(settings), resolve=True)
-
-
-def known_keys(schema: type = RunSettings, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, for did-you-mean."""
-    keys = []
-    for name, hint in get_type_hints(schema).items():
-        key = f"{prefix}{name}"
-        keys.append(key)
-        nested = hint if is_dataclass(hint) else next((a for a in get_args(hint) if is_dataclass(a)), None)
-        if nested is not None and is_dataclass(hint):
-            keys += known_keys(nested, f"{key}.")
-    return keys
-
-
-def _sentence(error: Exception, overrides: Sequence[str]) -> str:
-    """One sentence from Hydra's several lines, with the nearest known key or choice."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    text = str(error).splitlines()[0]
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        key, near = cause.full_key, f"{cause.full_key}."
-        given = next((o.lstrip("+~") for o in overrides if o.lstrip("+~").split("=")[0] == key or o.lstrip("+~").startswith(near)), key)
-        reason = str(cause).splitlines()[0]
-        if isinstance(cause, ConfigKeyError) or "not in" in reason:
-            return _no_such_setting(given, given.partition("=")[0])
-        return f"{given}: {reason}"
-    if "Could not find" in text:
-        for override in overrides:
-            group, _, choice = override.lstrip("+").partition("=")
-            folder = conf_dir() / group
-            if folder.is_dir() and not (folder / f"{choice}.yaml").is_file():
-                names = sorted(p.stem for p in folder.glob("*.yaml"))
-                return f"{group}={choice}: no such choice; it must be one of {', '.join(names)}"
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if key and key in text and key not in known_keys():
-            return _no_such_setting(override, key)
-        if is_dataclass(get_type_hints(RunSettings).get(key)) and not (conf_dir() / key).is_dir():
-            return f"{override}: a section, not a value; set {key}.NAME=..."
-    bad = getattr(error, "override", None)
-    return f"{bad}: not KEY=VALUE as Hydra reads it, {text}" if bad else text
-
-
-def _no_such_setting(given: str, key: str) -> str:
-    """For a key that does not exist: how to add it where names are free, else the nearest known one."""
-    known = known_keys()
-    for section, schema in {"teachers": TeacherConfig, "reward.functions": RewardFunctionConfig}.items():
-        if key.startswith(f"{section}."):
-            entry = ".".join(key.split(".")[: section.count(".") + 2])
-            known = [f"{entry}.{f.name}" for f in fields(schema)]
-    if key in known or ".options." in key:
-        return f"{given}: not in the config so far; write +{given} to add it"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"{given}: no such setting" + (f"; did you mean {near[0]}?" if near else "; see hybridrl train --help")

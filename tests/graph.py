@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from hybridrl.config import RunSettings, load_config
+from hybridrl.compose import load_config
+from hybridrl.config import RunSettings
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 
 

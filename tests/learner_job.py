@@ -12,7 +12,8 @@ import torch
 from batches import make_batch, make_plan, make_rewards, make_scores
 from safetensors.torch import save_file
 
-from hybridrl.config import RunSettings, load_config
+from hybridrl.compose import load_config
+from hybridrl.config import RunSettings
 from hybridrl.errors import NonFiniteError
 from hybridrl.types import Rewards, RolloutBatch, Shard, TokenScores, UpdatePlan
 

@@ -8,17 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from hybridrl.config import (
-    Baseline,
-    RunSettings,
-    ScheduleConfig,
-    ScheduleKind,
-    conf_dir,
-    known_keys,
-    load_config,
-    to_settings,
-    to_yaml,
-)
+from hybridrl.compose import conf_dir, known_keys, load_config, to_settings, to_yaml
+from hybridrl.config import Baseline, RunSettings, ScheduleConfig, ScheduleKind
 from hybridrl.errors import ConfigError
 
 BASE = ["run.dir=here", "experiment=quickstart"]
@@ -110,7 +101,7 @@ def test_known_keys_are_dotted_paths_of_the_schema():
 
 def test_reading_a_config_loads_neither_torch_nor_ray():
     code = (
-        "import sys; from hybridrl.config import load_config; load_config(['run.dir=here', 'experiment=quickstart']); "
+        "import sys; from hybridrl.compose import load_config; load_config(['run.dir=here', 'experiment=quickstart']); "
         "print(*sorted({'torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'wandb'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)

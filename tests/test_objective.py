@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from batches import make_batch, make_plan, make_rewards, make_scores
 
-from hybridrl.config import AlgorithmConfig, Baseline, Normalizer, ScheduleConfig, ScheduleKind, load_config
+from hybridrl.compose import load_config
+from hybridrl.config import AlgorithmConfig, Baseline, Normalizer, ScheduleConfig, ScheduleKind
 from hybridrl.objectives.hybrid import HybridObjective, Signal, response_grid
 from hybridrl.objectives.schedule import schedule_value
 

@@ -266,3 +266,19 @@ def test_bf16_inputs_stay_within_two_percent_of_fp64():
     assert abs(float(rough[0] - exact[0])) < 0.02 * abs(float(exact[0]))
     for k in (1, 2):
         assert float((rough[k].double() - exact[k]).norm() / exact[k].norm()) < 0.02
+
+
+def test_a_row_of_weight_0_may_hold_an_infinite_divergence():
+    hidden = torch.eye(2, dtype=torch.float64, requires_grad=True)
+    head = torch.tensor([[0.0, 0.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    far = torch.tensor([[0.0], [-1e308]], dtype=torch.float64)
+    teacher = TeacherRows(hidden=torch.tensor([[10.0], [0.0]], dtype=torch.float64), lm_head=far, weight=1.0)  # row 0: q forbids token 1
+    terms = TokenTerms(
+        token_ids=torch.tensor([0, 1]),
+        token_weight=torch.tensor([0.0, 1.0], dtype=torch.float64),
+        sparse=torch.zeros(2, dtype=torch.float64),
+    )
+    loss, stats = hybrid_head_loss(hidden, head, (teacher,), terms, temperature=1.0, chunk=2)
+    loss.backward()
+    assert stats.kl[0] == torch.inf
+    assert torch.isfinite(loss) and torch.isfinite(hidden.grad).all()

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from hybridrl.config import load_config
+from hybridrl.compose import load_config
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("tools/setup", "tools/test", "tools/quickstart", ".ci/run", "cluster/head.sh", "cluster/worker.sh")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -185,7 +187,8 @@ def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             ports.append(str(probe.getsockname()[1]))
-    env = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(tmp_path)}
+    sessions = Path(mkdtemp(prefix="ray-"))  # short: the path of a Unix socket holds 107 bytes
+    env = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(sessions)}
     small = ("--num-cpus", "1", "--object-store-memory", "200000000")
     head = shell(
         "cluster/head.sh", "--port", ports[0], "--dashboard-port", ports[1], "--dashboard-agent-listen-port", ports[2], *small, env=env
@@ -194,8 +197,8 @@ def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
     worker = shell("cluster/worker.sh", f"127.0.0.1:{ports[0]}", *small, env=env)
     assert worker.returncode == 0, worker.stdout + worker.stderr
     yield env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
-    pids = shell("pgrep", "-f", str(tmp_path)).stdout.split()
-    shell("kill", "-9", *pids)
+    shell("pkill", "-9", "-f", str(sessions))
+    shutil.rmtree(sessions, ignore_errors=True)
 
 
 def test_ray_job_submit_runs_the_same_job_on_a_two_node_cluster_with_tokens(two_nodes, overrides, tmp_path):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hybridrl.config import ModelConfig, Resume, RunSettings, WandbMode, to_yaml
+from hybridrl.compose import to_yaml
+from hybridrl.config import ModelConfig, Resume, RunSettings, WandbMode
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.controller import Controller, config_hash
 from hybridrl.controller.evaluation import evaluate

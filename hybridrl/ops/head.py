@@ -97,10 +97,11 @@ class _HybridHead(torch.autograd.Function):
             p = logp.exp()
             logprobs[at] = logp.gather(1, ids).squeeze(1)
             entropy[at] = -torch.where(p > 0, p * logp, 0.0).sum(-1)
-            dense *= (weight / temperature)[:, None]
+            live = weight > 0  # a row of weight 0 may hold an infinite KL, and 0 * inf is not 0
+            dense = torch.where(live[:, None], dense * (weight / temperature)[:, None], 0.0)
             sparse = p.mul_((-weight * cost / temperature)[:, None])  # G (onehot - p), the onehot added in place
             sparse.scatter_add_(1, ids, (weight * cost / temperature)[:, None])
-            sums[0] += (weight * (kl[at] + cost * logprobs[at])).sum(dtype=torch.float64)
+            sums[0] += torch.where(live, weight * (kl[at] + cost * logprobs[at]), 0.0).sum(dtype=torch.float64)
             sums[1] += dense.square().sum(dtype=torch.float64)
             sums[2] += sparse.square().sum(dtype=torch.float64)
             d_logits = dense.add_(sparse).to(hidden.dtype)
