@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from hybridrl.choices import Baseline, ScheduleKind
 from hybridrl.compose import conf_dir, known_keys, load_config, to_settings, to_yaml
-from hybridrl.config import Baseline, RunSettings, ScheduleConfig, ScheduleKind
+from hybridrl.config import RunSettings, ScheduleConfig
 from hybridrl.errors import ConfigError
 
 BASE = ["run.dir=here", "experiment=quickstart"]

@@ -11,7 +11,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as RayNodes
 
-from hybridrl.config import Device, RunSettings, WeightTransfer
+from hybridrl.choices import Device, WeightTransfer
+from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer
 from hybridrl.controller.controller import Controller
 from hybridrl.controller.run import prepare_prompts

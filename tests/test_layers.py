@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hybridrl"
 
 LAYERS = [
-    {"errors"}, {"config"}, {"compose"}, {"types"}, {"ops"}, {"objectives"}, {"data", "models", "rewards"},
+    {"errors"}, {"choices"}, {"config"}, {"compose"}, {"types"}, {"ops"}, {"objectives"}, {"data", "models", "rewards"},
     {"workers"}, {"tracking"}, {"runtime"}, {"controller"}, {"cli"},
 ]  # fmt: skip
 """From the bottom up; members of one set do not depend on the order among themselves."""

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from batches import make_batch, make_plan, make_rewards, make_scores
 
+from hybridrl.choices import Baseline, Normalizer, ScheduleKind
 from hybridrl.compose import load_config
-from hybridrl.config import AlgorithmConfig, Baseline, Normalizer, ScheduleConfig, ScheduleKind
+from hybridrl.config import AlgorithmConfig, ScheduleConfig
 from hybridrl.objectives.hybrid import HybridObjective, Signal, response_grid
 from hybridrl.objectives.schedule import schedule_value
 

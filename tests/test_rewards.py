@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybridrl.config import OnError, RewardConfig, RewardFunctionConfig
+from hybridrl.choices import OnError
+from hybridrl.config import RewardConfig, RewardFunctionConfig
 from hybridrl.errors import ConfigError, RewardError
 from hybridrl.rewards import check_rewards
 from hybridrl.rewards.countdown import countdown
@@ -297,8 +298,8 @@ def test_an_option_that_the_function_does_not_take_is_a_config_error(user_file: 
 
 
 def test_good_functions_pass_the_check_and_so_does_none(user_file: Path) -> None:
-    check_rewards(RewardConfig(functions={"a": RewardFunctionConfig(function="countdown")}))
-    check_rewards(RewardConfig())
+    assert check_rewards(RewardConfig(functions={"a": RewardFunctionConfig(function="countdown")})) is None
+    assert check_rewards(RewardConfig()) is None
 
 
 # -- the worker -------------------------------------------------------------------------------------------------------

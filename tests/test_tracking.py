@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridrl.config import TrackingConfig, WandbMode
+from hybridrl.choices import WandbMode
+from hybridrl.config import TrackingConfig
 from hybridrl.errors import ConfigError, DataError
 from hybridrl.tracking.console import ConsoleSink, duration
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics, read_samples

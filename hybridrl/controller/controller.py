@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hybridrl.config import RunSettings, WeightTransfer
+from hybridrl.choices import WeightTransfer
+from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer, RunState
 from hybridrl.controller.evaluation import evaluate
 from hybridrl.controller.metrics import learner_metrics, reward_metrics, rollout_metrics, score_metrics

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from hybridrl.choices import Resume, WandbMode
 from hybridrl.compose import to_yaml
-from hybridrl.config import ModelConfig, Resume, RunSettings, WandbMode
+from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.controller import Controller, config_hash
 from hybridrl.controller.evaluation import evaluate

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.config import AlgorithmConfig, Baseline, Normalizer
+from hybridrl.choices import Baseline, Normalizer
+from hybridrl.config import AlgorithmConfig
 from hybridrl.ops.returns import future_cost, sibling_mean
 from hybridrl.types import Rewards, RolloutBatch, TokenScores, UpdatePlan
 

@@ -2,7 +2,8 @@
 
 import math
 
-from hybridrl.config import ScheduleConfig, ScheduleKind
+from hybridrl.choices import ScheduleKind
+from hybridrl.config import ScheduleConfig
 
 
 def schedule_value(config: ScheduleConfig, step: int, train_steps: int) -> float:

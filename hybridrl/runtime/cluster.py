@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from hybridrl.config import Device, RunSettings, WeightTransfer
+from hybridrl.choices import Device, WeightTransfer
+from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError, PlacementError
 from hybridrl.runtime.group import Slot
 

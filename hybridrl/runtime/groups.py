@@ -8,7 +8,8 @@ from itertools import pairwise
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hybridrl.config import ModelConfig, RunSettings, WeightTransfer
+from hybridrl.choices import WeightTransfer
+from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.group import ActorGroup, EngineCall, Slot
 from hybridrl.types import GenerateOrder, LearnerStats, Prompt, Sample, Shard, UpdatePlan, WeightManifest

@@ -1,6 +1,6 @@
 """From the learner to every engine: one weight version after another."""
 
-from hybridrl.config import WeightTransfer
+from hybridrl.choices import WeightTransfer
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.groups import LearnerGroup, RolloutGroup
 

@@ -35,12 +35,11 @@ class ConsoleSink:
         self._teachers: dict[str, float] = {}
         self._accuracy: float | None = None
         self._total = self._first = 0
-        self._began = 0.0
+        self._began: float | None = None  # when the first step of this process was logged
 
     def start(self, info: RunInfo) -> None:
         self._stream = self._stream or sys.stdout
         self._total, self._first = info.total_steps, info.first_step
-        self._began = time.monotonic()
         if info.first_step > 0:
             for row in read_metrics(info.run_dir):
                 self._learn_levels(row)
@@ -104,9 +103,16 @@ class ConsoleSink:
         parts = [f"step {step:>{width}}/{self._total}", *(f"{name} {text}" for name, text in _columns(metrics))]
         if phases := _phases(metrics):
             parts.append(f"{metrics.get('time/step_s', math.nan):.1f} s ({phases})")
-        left = (time.monotonic() - self._began) / max(step - self._first, 1) * max(self._total - step, 0)
-        parts.append(f"{duration(left)} left")
+        parts.append(f"{duration(self._pace(step, metrics) * max(self._total - step, 0))} left")
         return "  ".join(parts)
+
+    def _pace(self, step: int, metrics: Mapping[str, float]) -> float:
+        """Seconds per step, evaluations and checkpoints included, starting the workers not."""
+        if self._began is None:
+            self._began, self._first = time.monotonic(), step
+        if step == self._first:
+            return metrics.get("time/step_s", 0.0)
+        return (time.monotonic() - self._began) / (step - self._first)
 
     def _print_evaluation(self, step: int, accuracy: float) -> None:
         levels = [f"teacher {name} {value:.1%}" for name, value in self._teachers.items()]

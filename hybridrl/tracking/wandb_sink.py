@@ -7,7 +7,8 @@ from dataclasses import astuple, fields
 from typing import Any
 from urllib.parse import urlsplit
 
-from hybridrl.config import TrackingConfig, WandbMode
+from hybridrl.choices import WandbMode
+from hybridrl.config import TrackingConfig
 from hybridrl.errors import ConfigError
 from hybridrl.types import RunInfo, Sample
 

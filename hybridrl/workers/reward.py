@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hybridrl.config import OnError, RewardConfig
+from hybridrl.choices import OnError
+from hybridrl.config import RewardConfig
 from hybridrl.errors import RewardError
 from hybridrl.models.loading import load_tokenizer
 from hybridrl.rewards.pool import Failure, Outcome, RewardPool, reward_calls
