@@ -130,18 +130,23 @@ class TrainConfig:
             raise ConfigError(f"train.betas={self.betas}: AdamW needs two numbers in [0, 1)")
 
 
+RECORDS = ("jsonl", "records")
+"""Two words for one task: rows from data.path."""
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     task: str = "countdown"
-    """countdown, reasoning_gym (data.dataset) or jsonl (data.path)"""
+    """countdown, reasoning_gym (data.dataset) or records (data.path; jsonl means the same)"""
     path: str | None = None
-    """jsonl: one object a line with `prompt` (text, or a list of chat messages); its other keys reach the rewards"""
+    """records: a .jsonl or .parquet file, a dataset's folder[:SPLIT], or OWNER/NAME[:CONFIG][:SPLIT] on the hub. A row holds `prompt`
+    (text or chat messages), `prompt` and `completion`, `messages`, or `prompt`, `chosen` and `rejected`; other keys reach the rewards"""
     heldout_path: str | None = None
-    """jsonl: held-out problems"""
+    """records: held-out problems"""
     dataset: str | None = None
     """reasoning_gym: name of the generator, e.g. chain_sum"""
     options: dict[str, Any] = field(default_factory=dict)
-    """generator options, e.g. {num_numbers: 3, max_number: 10} for countdown"""
+    """generator options, e.g. {num_numbers: 3, max_number: 10, responses: pair} for countdown"""
     num_train: int = 100000
     """distinct training problems drawn from the generator; cycled in a new order each epoch"""
     num_heldout: int = 512
@@ -150,12 +155,14 @@ class DataConfig:
     system_prompt: str | None = None
     instruction: str = "{prompt}"
     """text around each prompt"""
+    drop_too_long: bool = False
+    """leave out rows whose prompt or response has too many tokens for rollout.max_model_len, and log how many; false: stop at the first"""
 
     def __post_init__(self) -> None:
-        if self.task not in ("countdown", "reasoning_gym", "jsonl"):
-            raise ConfigError(f"data.task={self.task}: must be countdown, reasoning_gym or jsonl")
-        if self.task == "jsonl" and not (self.path and self.heldout_path):
-            raise ConfigError("data.task=jsonl: needs data.path and data.heldout_path, two files")
+        if self.task not in ("countdown", "reasoning_gym", *RECORDS):
+            raise ConfigError(f"data.task={self.task}: must be countdown, reasoning_gym or {' or '.join(RECORDS)}")
+        if self.task in RECORDS and not (self.path and self.heldout_path):
+            raise ConfigError(f"data.task={self.task}: needs data.path and data.heldout_path, two files or splits")
         if self.task == "reasoning_gym" and not self.dataset:
             raise ConfigError("data.task=reasoning_gym: needs data.dataset, the generator's name, e.g. chain_sum")
         if self.num_train < 1 or self.num_heldout < 1:

@@ -46,6 +46,7 @@ class Prompt:
     input_ids: tuple[int, ...]
     text: str  # what was tokenized (after the chat template, if any)
     columns: dict[str, Any]  # what the rewards may look at, JSON-serialisable
+    responses: tuple[tuple[int, ...], ...] = ()  # given ones, end token included: none, one to imitate, or (chosen, rejected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,15 @@
 
     prompt "3 7 9=20:"    solution "3*9-7"
 
-Every problem is made from a random expression, so it has a solution. Training and held-out problems are disjoint as
+Every problem is made from a random expression, so it has a solution; a training problem carries it as a response to
+imitate (data.options.responses=solution), or with a wrong one to rank it above (pair). Training and held-out problems are disjoint as
 (sorted numbers, target), and the held-out ones do not depend on the run's seed.
 """
 
 import random
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 
 from hybridrl.data.problem import Problem
 from hybridrl.errors import ConfigError
@@ -16,6 +18,15 @@ from hybridrl.errors import ConfigError
 HELDOUT_SEED = 20_240_229
 PATIENCE = 500  # so many repeats in a row mean that the space of problems is as good as exhausted
 PARENTHESES = 0.3  # how often an expression of three or more numbers gets one pair of parentheses
+
+
+class Responses(StrEnum):
+    """Which responses the training problems carry."""
+
+    none = "none"
+    solution = "solution"  # one right answer
+    pair = "pair"  # (a right answer, an expression of the same numbers with another value)
+
 
 Key = tuple[tuple[int, ...], int]  # (sorted numbers, target): equal for two orders of the same problem
 
@@ -32,6 +43,14 @@ class Equation:
     def key(self) -> Key:
         return tuple(sorted(self.numbers)), self.target
 
+    def mistake(self, rng: random.Random) -> str:
+        """An expression of all the numbers whose value is not the target."""
+        while True:  # ends: the sum and a difference of positive numbers are never equal
+            numbers = rng.sample(self.numbers, len(self.numbers))
+            operators, grouped = _shape(len(numbers), rng)
+            if _value(numbers, operators, grouped) != self.target:
+                return _text(numbers, operators, grouped)
+
     @property
     def prompt(self) -> str:
         return f"{' '.join(map(str, self.numbers))}={self.target}:"
@@ -39,7 +58,7 @@ class Equation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Countdown:
-    """The generator; its fields are what data.options may set.
+    """The generator; its fields are what data.options may set, beside `responses`.
 
     Raises:
         ConfigError: options that allow no problem.
@@ -60,8 +79,7 @@ class Countdown:
         while True:
             numbers = [rng.randint(1, self.max_number) for _ in range(self.num_numbers)]
             shown = tuple(rng.sample(numbers, len(numbers)))
-            operators = [rng.choice("+-*") for _ in numbers[1:]]
-            grouped = rng.randrange(len(operators)) if len(operators) > 1 and rng.random() < PARENTHESES else None
+            operators, grouped = _shape(len(numbers), rng)
             target = _value(numbers, operators, grouped)
             if 1 <= target <= self.max_target:
                 return Equation(numbers=shown, target=target, solution=_text(numbers, operators, grouped))
@@ -109,30 +127,53 @@ class Countdown:
 
 
 def load(options: dict[str, object], num_train: int, num_heldout: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Training problems under `seed` and the fixed held-out ones.
+    """Training problems under `seed`, with what responses data.options.responses asks for, and the fixed held-out ones, with none.
 
     Raises:
         ConfigError: an option that the generator lacks, or that allows no problem.
     """
+    game_options = dict(options)
     try:
-        game = Countdown(**options)  # type: ignore[arg-type]
+        responses = Responses(game_options.pop("responses", Responses.none))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"data.options.responses={options['responses']}: must be {', '.join(Responses)}") from error
+    try:
+        game = Countdown(**game_options)  # type: ignore[arg-type]
     except TypeError as error:
-        raise ConfigError(f"data.options={options}: countdown takes num_numbers, max_number and max_target") from error
+        raise ConfigError(f"data.options={options}: countdown takes num_numbers, max_number, max_target and responses") from error
     heldout = game.heldout(num_heldout)
     train = game.train(num_train, seed, {equation.key for equation in heldout})
-    return _problems(train, "train"), _problems(heldout, "heldout")
+    return _problems(train, "train", responses), _problems(heldout, "heldout", Responses.none)
 
 
-def _problems(equations: list[Equation], split: str) -> list[Problem]:
+def _problems(equations: list[Equation], split: str, responses: Responses) -> list[Problem]:
     return [
         Problem(
             uid=f"{split}-{i:06d}",
             prompt=e.prompt,
             columns={"numbers": list(e.numbers), "target": e.target, "solution": e.solution},
             row=f"countdown {split} problem {i}",
+            responses=_responses(e, responses),
         )
         for i, e in enumerate(equations)
     ]
+
+
+def _responses(equation: Equation, kind: Responses) -> tuple[str, ...]:
+    match kind:
+        case Responses.none:
+            return ()
+        case Responses.solution:
+            return (equation.solution,)
+        case Responses.pair:  # seeded by the problem alone, so that it is the same in every run that holds it
+            return equation.solution, equation.mistake(random.Random(f"countdown mistake {equation.prompt}"))
+
+
+def _shape(num_numbers: int, rng: random.Random) -> tuple[list[str], int | None]:
+    """Operators between the numbers, and which of them stands in parentheses."""
+    operators = [rng.choice("+-*") for _ in range(num_numbers - 1)]
+    grouped = rng.randrange(len(operators)) if len(operators) > 1 and rng.random() < PARENTHESES else None
+    return operators, grouped
 
 
 def _text(numbers: list[int], operators: list[str], grouped: int | None) -> str:

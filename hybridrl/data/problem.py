@@ -15,3 +15,4 @@ class Problem:
     prompt: str | list[dict[str, Any]]  # text, or chat messages with `role` and `content`
     columns: dict[str, Any]  # what the rewards may look at
     row: str  # where it came from, for error messages, e.g. "train.jsonl:7"
+    responses: tuple[str, ...] = ()  # given answers: none, one to imitate, or (chosen, rejected)

@@ -1,5 +1,6 @@
 """From problems to tokenized prompts, and the cursor that walks over them, epoch after epoch."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,10 +9,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hybridrl.config import DataConfig
-from hybridrl.data import countdown, jsonl
+from hybridrl.data import countdown, records
+from hybridrl.data.chat import render
 from hybridrl.data.problem import Problem
+from hybridrl.data.responses import response_ids
 from hybridrl.errors import ConfigError, DataError
 from hybridrl.types import Prompt
+
+log = logging.getLogger(__name__)
 
 
 def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
@@ -31,23 +36,47 @@ def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Pr
             return reasoning_gym.load(config.dataset, config.options, config.num_train, config.num_heldout, seed)
         case _:
             assert config.path is not None and config.heldout_path is not None  # DataConfig checks it
-            return jsonl.load(config.path, "train"), jsonl.load(config.heldout_path, "heldout")[: config.num_heldout]
+            return records.load(config.path, "train"), records.load(config.heldout_path, "heldout")[: config.num_heldout]
 
 
-def tokenize(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_prompt_tokens: int) -> list[Prompt]:
-    """What the model sees of each problem, special tokens included; uids are kept.
+def tokenize(
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    max_prompt_tokens: int,
+    max_tokens: int | None = None,
+) -> list[Prompt]:
+    """What the model sees of each problem and its responses, special tokens included; uids are kept.
+
+    A problem with too many tokens is an error, or with data.drop_too_long left out; how many were is logged.
 
     Args:
         max_prompt_tokens: rollout.max_model_len - rollout.max_new_tokens.
+        max_tokens: of a prompt with any one of its responses, rollout.max_model_len; None: any number.
 
     Raises:
         ConfigError: a system prompt without a chat template.
-        DataError: an empty or too long prompt, one with characters that the tokenizer lacks, or one that needs a
-            chat template that the tokenizer lacks; the message names the row.
+        DataError: an empty or too long prompt, a too long response, characters that the tokenizer lacks, or a
+            need for a chat template that the tokenizer lacks; the message names the row. Or nothing was left.
     """
     if config.system_prompt is not None and not config.chat_template:
         raise ConfigError("data.system_prompt: is a chat message, so it needs data.chat_template=true; or set it to null")
-    return [_prompt(problem, tokenizer, config, max_prompt_tokens) for problem in problems]
+    prompts = []
+    for problem in problems:
+        try:
+            prompts.append(_prompt(problem, tokenizer, config, max_prompt_tokens, max_tokens))
+        except TooLong:
+            if not config.drop_too_long:
+                raise
+    if len(prompts) < len(problems):
+        log.warning("data.drop_too_long: left out %d of %d rows", len(problems) - len(prompts), len(problems))
+        if not prompts:
+            raise DataError(f"data.drop_too_long: all {len(problems)} rows are too long; raise rollout.max_model_len")
+    return prompts
+
+
+class TooLong(DataError):
+    """More tokens than there is room for; data.drop_too_long forgives it."""
 
 
 class PromptSource:
@@ -92,22 +121,31 @@ class PromptSource:
         return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.prompts)).tolist()
 
 
-def _prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_prompt_tokens: int) -> Prompt:
+def _prompt(
+    problem: Problem, tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_prompt_tokens: int, max_tokens: int | None
+) -> Prompt:
     messages = _messages(problem, config)
     if not messages[-1]["content"].strip():
         raise DataError(f"{problem.row}: the prompt is empty")
     templated = config.chat_template or not isinstance(problem.prompt, str)
-    text = _templated(messages, tokenizer, problem.row) if templated else messages[-1]["content"]
+    text = render(messages, tokenizer, problem.row, answered=False) if templated else messages[-1]["content"]
     # A chat template writes its own special tokens; plain text gets the tokenizer's.
     input_ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
     if len(input_ids) > max_prompt_tokens:
-        raise DataError(
+        raise TooLong(
             f"{problem.row}: the prompt has {len(input_ids)} tokens, rollout.max_model_len - rollout.max_new_tokens leaves room for "
-            f"{max_prompt_tokens}; shorten it or raise rollout.max_model_len"
+            f"{max_prompt_tokens}; shorten it, raise rollout.max_model_len or set data.drop_too_long=true"
         )
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in input_ids:
         raise DataError(f"{problem.row}: the tokenizer has no token for some character of {text[:80]!r}")
-    return Prompt(uid=problem.uid, input_ids=tuple(input_ids), text=text, columns=problem.columns)
+    responses = tuple(response_ids(r, messages if templated else None, text, input_ids, tokenizer, problem.row) for r in problem.responses)
+    longest = len(input_ids) + max(map(len, responses), default=0)
+    if max_tokens is not None and longest > max_tokens:
+        raise TooLong(
+            f"{problem.row}: prompt and response have {longest} tokens, rollout.max_model_len is {max_tokens}; "
+            "raise it, or set data.drop_too_long=true to leave such rows out"
+        )
+    return Prompt(uid=problem.uid, input_ids=tuple(input_ids), text=text, columns=problem.columns, responses=responses)
 
 
 def _messages(problem: Problem, config: DataConfig) -> list[dict[str, Any]]:
@@ -117,14 +155,3 @@ def _messages(problem: Problem, config: DataConfig) -> list[dict[str, Any]]:
     last = {**given[-1], "content": config.instruction.replace("{prompt}", content) if content.strip() else content}
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt is not None else []
     return [*system, *given[:-1], last]
-
-
-def _templated(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, row: str) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(f"{row}: the model's tokenizer has no chat template; use text prompts and data.chat_template=false")
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates are programs of the model's author and raise what they like
-        raise DataError(f"{row}: the model's chat template refuses it: {error}") from error
-    assert isinstance(text, str)
-    return text
