@@ -3,78 +3,123 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hybridrl.compose import conf_dir, load_config, register_schema, to_settings
-from hybridrl.errors import HybridRLError
+from omegaconf import DictConfig
+
+from hybridrl.compose import conf_dir, load_config, one_sentence, register_schema, to_settings
+from hybridrl.config import RunSettings
+from hybridrl.errors import ConfigError, HybridRLError
 
 USAGE = """usage: hybridrl VERB ...
 
-  hybridrl train experiment=quickstart run.dir=DIR [key=value ...]   train, or continue the run in DIR
-  hybridrl train --help | --cfg job ... | -m key=a,b ...             as in any Hydra program
-  hybridrl report DIR                                                write DIR/report.html and report.png
+  hybridrl train experiment=quickstart run.dir=DIR [KEY=VALUE ...]   train, or continue the run in DIR
+  hybridrl train --help                                              every setting; also --cfg job, and -m to sweep
+  hybridrl report DIR                                                write DIR/report.html and DIR/report.png
+  hybridrl export DIR [FOLDER]                                       newest checkpoint as a Hugging Face model folder;
+                                                                     FOLDER is DIR/export/step_NNNNNN if not given
 """
+HELP = ("--help", "-h", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong."""
-    verb, *rest = arguments if arguments is not None else sys.argv[1:] or ["--help"]
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    log_warnings()
+    verbs = {"train": train_verb, "report": report_verb, "export": export_verb}
+    if verb in verbs:
+        return said(lambda: verbs[verb](rest))
+    print(USAGE, end="", file=sys.stdout if verb in HELP else sys.stderr)
+    return 0 if verb in HELP else 2
+
+
+def said(act: Callable[[], int]) -> int:
+    """The exit status of `act`; one of our own errors is told in its one sentence."""
     try:
-        if verb == "train":
-            return train_verb(rest)
-        if verb == "report":
-            return report_verb(rest)
+        return act()
     except HybridRLError as error:
         print(f"hybridrl: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
-    print(USAGE, end="", file=sys.stdout if verb in ("--help", "-h", "help") else sys.stderr)
-    return 0 if verb in ("--help", "-h", "help") else 2
 
 
 def train_verb(arguments: Sequence[str]) -> int:
-    overrides = [a for a in arguments if not a.startswith("-")]
-    if len(overrides) < len(arguments):
+    if any(a.startswith("-") for a in arguments):
         return hydra_flags(arguments)
-    return run_training(load_config(overrides))
+    return run_training(load_config(arguments))
 
 
-def run_training(settings) -> int:
+def run_training(settings: RunSettings) -> int:
     from hybridrl.controller.run import train  # torch and ray load here, after the settings are known to be good
 
     quiet_environment()
     done = train(settings)
-    teachers = ", ".join(f"{name} {level:.1%}" for name, level in done.teacher_accuracy.items())
-    print(f"held-out accuracy {done.accuracy_before:.1%} -> {done.accuracy_after:.1%}" + (f" (teacher {teachers})" if teachers else ""))
+    if done.accuracy_before is not None and done.accuracy_after is not None:
+        teachers = ", ".join(f"{name} {level:.1%}" for name, level in done.teacher_accuracy.items())
+        print(f"held-out accuracy {done.accuracy_before:.1%} -> {done.accuracy_after:.1%}" + (f" (teacher {teachers})" if teachers else ""))
     if done.export:
         print(f"model   {done.export}")
     print(f"report  {done.report}")
     return 0
 
 
-def hydra_flags(arguments: Sequence[str]) -> int:
-    """--help, --cfg, --info, --multirun and the rest are Hydra's own."""
+def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = run_training) -> int:
+    """--help, --cfg, --info, --multirun and the rest are Hydra's own; its errors are told as ours.
+
+    The jobs of a sweep run one after another; one that fails does not keep the others from running.
+
+    Args:
+        run: what a job does with its settings; returns its exit status.
+    """
     import hydra
 
+    overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
+    flags = [a for a in arguments if a not in overrides]  # with their values
+    status, used = [], set()
+
+    def job(composed: DictConfig) -> int:
+        log_warnings()  # Hydra's own logging lets every library talk
+        settings = to_settings(composed, overrides)
+        if settings.run.dir in used:
+            raise ConfigError(f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set run.dir='runs/${{hydra:job.num}}'")
+        used.add(settings.run.dir)
+        return run(settings)
+
     register_schema()
-    status = []
-    program = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(
-        lambda composed: status.append(run_training(to_settings(composed)))
-    )
-    sys.argv = ["hybridrl train", *arguments]
-    program()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
+    main_of = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+    sys.argv = ["hybridrl train", *overrides, *flags]  # Hydra takes overrides on one side of a flag only
+    with one_sentence(overrides):
+        main_of(lambda composed: status.append(said(lambda: job(composed))))()
     return max(status, default=0)
 
 
 def report_verb(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: hybridrl report RUN_DIR", file=sys.stderr)
-        return 2
+        return usage("hybridrl report DIR", arguments)
     from hybridrl.tracking.report import write_report
 
     print(write_report(Path(arguments[0])))
     return 0
+
+
+def export_verb(arguments: Sequence[str]) -> int:
+    if len(arguments) not in (1, 2) or any(a.startswith("-") for a in arguments):
+        return usage("hybridrl export DIR [FOLDER]", arguments)
+    from hybridrl.controller.export import export_checkpoint
+
+    print(export_checkpoint(*map(Path, arguments)))
+    return 0
+
+
+def usage(line: str, arguments: Sequence[str]) -> int:
+    asked = bool(arguments) and arguments[0] in HELP
+    print(f"usage: {line}", file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+def log_warnings() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
 
 
 def quiet_environment() -> None:

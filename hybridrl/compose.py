@@ -4,7 +4,8 @@ Nothing here or in config.py imports torch or ray, so a typo costs a second, not
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -15,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from hybridrl.config import RewardFunctionConfig, RunSettings, TeacherConfig
 from hybridrl.errors import ConfigError
@@ -47,11 +49,8 @@ def load_config(overrides: Sequence[str] = ()) -> RunSettings:
     """
     register_schema()
     GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_sentence(error, overrides)) from error
+    with one_sentence(overrides), initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+        composed = compose("config", overrides=list(overrides))
     return to_settings(composed, overrides)
 
 
@@ -61,20 +60,39 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
     Raises:
         ConfigError: as load_config.
     """
-    try:
+    with one_sentence(overrides):
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), composed))
+    assert isinstance(settings, RunSettings)
+    return settings
+
+
+@contextmanager
+def one_sentence(overrides: Sequence[str]) -> Iterator[None]:
+    """What Hydra or OmegaConf raises inside becomes a ConfigError of one sentence."""
+    try:
+        yield
     except MissingMandatoryValue as error:
         key = error.full_key or "?"
         raise ConfigError(f"{key} is not set: it has no default; add {key}=... to the command") from error
-    except OmegaConfBaseException as error:
+    except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_sentence(error, overrides)) from error
-    assert isinstance(settings, RunSettings)
-    return settings
 
 
 def to_yaml(settings: RunSettings) -> str:
     """The resolved settings as YAML, as written to run.dir/config.yaml."""
     return OmegaConf.to_yaml(OmegaConf.structured(settings), resolve=True)
+
+
+def from_yaml(text: str) -> RunSettings:
+    """The inverse of to_yaml.
+
+    Raises:
+        ConfigError: it is no YAML, or holds no settings of this version.
+    """
+    try:
+        return to_settings(OmegaConf.create(text))
+    except YAMLError as error:
+        raise ConfigError(f"no YAML: {str(error).splitlines()[0]}") from error
 
 
 def known_keys(schema: type = RunSettings, prefix: str = "") -> list[str]:
@@ -108,7 +126,10 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
             folder = conf_dir() / group
             if folder.is_dir() and not (folder / f"{choice}.yaml").is_file():
                 names = sorted(p.stem for p in folder.glob("*.yaml"))
-                return f"{group}={choice}: no such choice; it must be one of {', '.join(names)}"
+                near = difflib.get_close_matches(choice, names, n=1)
+                return f"{group}={choice}: no such choice; " + (
+                    f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(names)}"
+                )
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key and key in text and key not in known_keys():

@@ -10,31 +10,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from hybridrl.choices import Baseline, Device, Divergence, Normalizer, OnError, Resume, ScheduleKind, WandbMode, WeightTransfer
+from hybridrl.algorithm import AlgorithmConfig, ScheduleConfig
+from hybridrl.choices import Baseline, Device, OnError, PairLoss, Ratio, Resume, Support, SupportSource, WandbMode, WeightTransfer
 from hybridrl.errors import ConfigError
-
-
-@dataclass(kw_only=True, slots=True)
-class ScheduleConfig:
-    """A weight as a function of the step t = 0, 1, ..."""
-
-    kind: ScheduleKind = ScheduleKind.constant
-    value: float = 1.0
-    """at t = 0"""
-    end: float | None = None
-    """where linear, cosine and step go; null only for constant"""
-    steps: int | None = None
-    """how long linear and cosine take, when step switches; null: train.steps"""
-
-    def check(self, key: str) -> None:
-        """Raise ConfigError under the schedule's own name, which only its owner knows."""
-        if self.kind is not ScheduleKind.constant and self.end is None:
-            raise ConfigError(f"{key}.kind={self.kind}: needs an end value; set {key}.end, or {key}.kind=constant")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"{key}.steps={self.steps}: must be at least 1, or null for train.steps")
-
-    def is_zero(self) -> bool:
-        return self.value == 0 and not self.end
+from hybridrl.placement import check_places
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,6 +23,8 @@ class RunConfig:
     seed: int = 0
     """every sampling seed derives from it"""
     resume: Resume = Resume.auto
+    allow_changes: list[str] = field(default_factory=list)
+    """settings, or sections of them, that may differ from those the run in run.dir was started with, e.g. [train.lr, data]"""
 
 
 DTYPES = ("float32", "bfloat16")
@@ -69,32 +50,11 @@ class TeacherConfig:
     """as model.path; null: the student as it was before training, frozen"""
     dtype: str = "float32"
     weight: float = 1.0
-    """w_i of the objective, times algorithm.imitation_weight"""
-
-
-@dataclass(kw_only=True, slots=True)
-class AlgorithmConfig:
-    """J = sum_i w_i KL_i - lambda R (arXiv 2512.23097). Named methods are presets in conf/algorithm."""
-
-    divergence: Divergence = Divergence.reverse_kl
-    imitation_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """multiplies every teacher's weight; 0: pure reinforcement learning, no teacher is loaded"""
-    reward_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """lambda; 0: pure distillation, rewards are only watched"""
-    gamma: float = 0.0
-    """discount of FUTURE imitation costs, gamma^(k-t); the terminal reward is never discounted. 0: reward only, 1: exact gradient of J"""
-    baseline: Baseline = Baseline.leave_one_out
-    normalizer: Normalizer = Normalizer.token_mean
-    temperature: float = 1.0
-    """of student, teacher and sampler alike"""
-
-    def __post_init__(self) -> None:
-        self.imitation_weight.check("algorithm.imitation_weight")
-        self.reward_weight.check("algorithm.reward_weight")
-        if not 0 <= self.gamma <= 1:
-            raise ConfigError(f"algorithm.gamma={self.gamma}: a discount lies in [0, 1]")
-        if not self.temperature > 0:
-            raise ConfigError(f"algorithm.temperature={self.temperature}: must be positive; greedy decoding belongs to evaluation")
+    """w_i of the objective, times algorithm.imitation_weight; below 0 pushes the student away (reward extrapolation, G-OPD)"""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """multiplies the weight"""
+    route: dict[str, Any] = field(default_factory=dict)
+    """asked only about prompts whose columns hold these values, e.g. {domain: math}; empty: about every prompt"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -176,6 +136,9 @@ class RewardFunctionConfig:
     function: str = MISSING
     """countdown, math, reasoning_gym, or file.py:function of yours"""
     weight: float = 1.0
+    """share in the reward, times algorithm.reward_weight; 0: the function is only watched"""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """multiplies the weight"""
     options: dict[str, Any] = field(default_factory=dict)
     """keyword arguments to the function"""
 
@@ -213,9 +176,10 @@ class RolloutConfig:
     """prompt + response"""
     max_num_seqs: int = 256
     """sequences decoded at once by one engine"""
-    kv_cache_bytes: int | None = 268435456
-    """KV cache of one engine on CPU; null: vLLM decides (GPUs)"""
+    kv_cache_bytes: int | None = None
+    """KV cache of one engine; null: 256 MiB on CPU, on GPUs what gpu_memory_utilization leaves"""
     gpu_memory_utilization: float = 0.9
+    """share of a GPU that an engine may use; at most 0.5 with cluster.colocate"""
     enforce_eager: bool = True
     """false: let vLLM compile; pays after minutes of generation"""
     chunks_per_engine: int = 1
@@ -230,6 +194,8 @@ class RolloutConfig:
                 raise ConfigError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: a fraction of the device, in (0, 1]")
+        if self.kv_cache_bytes is not None and self.kv_cache_bytes < 1:
+            raise ConfigError(f"rollout.kv_cache_bytes={self.kv_cache_bytes}: must be positive, or null to have it chosen")
         if self.max_model_len <= self.max_new_tokens:
             raise ConfigError(
                 f"rollout.max_model_len={self.max_model_len}: must hold a prompt and rollout.max_new_tokens={self.max_new_tokens}; raise it"
@@ -307,7 +273,7 @@ class ClusterConfig:
     """Ray address; null: RAY_ADDRESS if set (as in a Ray job), else a private local Ray"""
     device: Device = Device.auto
     colocate: bool = False
-    """GPUs: learner, engines and scorers take turns on the same devices"""
+    """learner, engines and scorers share the same GPUs; without effect on CPU"""
     spread: bool = False
     """put the workers of one group on different nodes where possible"""
     threads_per_worker: int | None = None
@@ -357,33 +323,65 @@ class RunSettings:
         for name, teacher in self.teachers.items():
             if teacher.dtype not in DTYPES:
                 raise ConfigError(f"teachers.{name}.dtype={teacher.dtype}: must be {' or '.join(DTYPES)}")
-        imitates = not self.algorithm.imitation_weight.is_zero()
-        rewarded = not self.algorithm.reward_weight.is_zero()
-        if not imitates and not rewarded:
-            raise ConfigError("algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from; raise one of them")
-        if imitates and not self.teachers:
-            raise ConfigError(
-                "teachers={}: algorithm.imitation_weight is not 0, so a teacher is needed; "
-                "add +teachers.NAME.path=..., or set algorithm.imitation_weight.value=0"
-            )
-        if rewarded and not self.reward.functions:
-            raise ConfigError(
-                "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed; "
-                "add +reward.functions.NAME.function=..., or set algorithm.reward_weight.value=0"
-            )
-        k = self.train.samples_per_prompt
-        if rewarded and self.algorithm.baseline is Baseline.leave_one_out and k < 2:
-            raise ConfigError(
-                f"train.samples_per_prompt={k}: algorithm.baseline=leave_one_out compares siblings, needs >= 2; "
-                "raise it or set algorithm.baseline=none"
-            )
-        chunks = self.rollout.engines * self.rollout.chunks_per_engine
-        if self.train.prompts_per_step < max(chunks, self.learner.ranks):
-            raise ConfigError(
-                f"train.prompts_per_step={self.train.prompts_per_step}: must be at least {max(chunks, self.learner.ranks)}, one prompt "
-                f"for each of rollout.engines * rollout.chunks_per_engine={chunks} and of learner.ranks={self.learner.ranks}"
-            )
-        if self.rollout.weight_transfer in (WeightTransfer.nccl, WeightTransfer.ipc) and self.cluster.device is Device.cpu:
-            raise ConfigError(
-                f"rollout.weight_transfer={self.rollout.weight_transfer}: needs GPUs, cluster.device is cpu; use object_store"
-            )
+            teacher.schedule.check(f"teachers.{name}.schedule")
+        for name, function in self.reward.functions.items():
+            function.schedule.check(f"reward.functions.{name}.schedule")
+        check_needs(self)
+        check_places(self)
+
+    @property
+    def scored_teachers(self) -> list[str]:
+        """Whose log-probs or hidden states the objective asks for; none for pure reinforcement learning."""
+        if self.algorithm.pair.loss in REFERENCED:
+            return [self.algorithm.pair.against or next(iter(self.teachers))]
+        return list(self.teachers) if self.algorithm.imitates else []
+
+
+REFERENCED = (PairLoss.dpo, PairLoss.ipo, PairLoss.dil_lsif, PairLoss.dil_ukl, PairLoss.dil_bce)
+"""Pair losses over log-ratios to a reference."""
+
+
+def check_needs(settings: RunSettings) -> None:
+    """What the objective asks for is there, and what it is given it uses."""
+    algorithm, pairs = settings.algorithm, settings.algorithm.pair.loss is not PairLoss.none
+    from_student = algorithm.data_fraction + algorithm.teacher_fraction < 1
+    if not (pairs or algorithm.imitates or algorithm.learns_from_rewards or algorithm.nll_weight):
+        raise ConfigError("algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from; raise one of them")
+    if algorithm.imitates and not settings.teachers:
+        raise ConfigError(
+            "teachers={}: algorithm.imitation_weight is not 0, so a teacher is needed; "
+            "add +teachers.NAME.path=..., or set algorithm.imitation_weight.value=0"
+        )
+    against = algorithm.pair.against
+    if algorithm.pair.loss in REFERENCED and (against not in settings.teachers if against else len(settings.teachers) != 1):
+        raise ConfigError(
+            f"algorithm.pair.against={against}: algorithm.pair.loss={algorithm.pair.loss} needs one reference among "
+            f"teachers={{{', '.join(settings.teachers)}}}; name one, e.g. +teachers.initial.path=null algorithm.pair.against=initial"
+        )
+    if algorithm.teacher_fraction and not settings.teachers:
+        raise ConfigError("teachers={}: algorithm.teacher_fraction is not 0, so a teacher must write; add +teachers.NAME.path=...")
+    if (algorithm.learns_from_rewards or (pairs and from_student)) and not settings.reward.functions:
+        raise ConfigError(
+            "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed; "
+            "add +reward.functions.NAME.function=..., or set algorithm.reward_weight.value=0"
+        )
+    k = settings.train.samples_per_prompt
+    if algorithm.learns_from_rewards and algorithm.baseline is Baseline.leave_one_out and k < 2:
+        raise ConfigError(
+            f"train.samples_per_prompt={k}: algorithm.baseline=leave_one_out compares siblings, needs >= 2; "
+            "raise it or set algorithm.baseline=none"
+        )
+    if pairs and from_student and k < 2:
+        raise ConfigError(f"train.samples_per_prompt={k}: algorithm.pair.loss={algorithm.pair.loss} ranks siblings, needs >= 2; raise it")
+    if pairs and algorithm.teacher_fraction:
+        raise ConfigError(
+            "algorithm.teacher_fraction: pairs come from the student or from the data; set it to 0, or algorithm.pair.loss=none"
+        )
+    if algorithm.data_fraction and algorithm.ratio.kind is not Ratio.none:
+        raise ConfigError("algorithm.data_fraction: data has no sampler log-probs to take a ratio with; set algorithm.ratio.kind=none")
+    if algorithm.data_fraction and algorithm.support is Support.topk and algorithm.topk.source is SupportSource.sampler:
+        raise ConfigError(
+            "algorithm.data_fraction: data has no sampler whose tokens could be the support; set algorithm.topk.source=teacher"
+        )
+    if algorithm.dynamic_sampling and not algorithm.learns_from_rewards:
+        raise ConfigError("algorithm.dynamic_sampling: compares rewards, and algorithm.reward_weight is 0; set it to 0")

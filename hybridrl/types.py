@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybridrl.choices import Source
+
 Float = NDArray[np.float32]
 Int = NDArray[np.int64]
 Bool = NDArray[np.bool_]
@@ -84,6 +86,8 @@ class RolloutBatch:
     rollout_logprobs: Float  # [T]
     policy_versions: NDArray[np.int32]  # [T]
     finish_reasons: tuple[FinishReason, ...]  # [N]
+    source: Source  # who wrote the responses; log-probs of data are 0
+    support_ids: NDArray[np.int32]  # [R, K] the sampler's most likely tokens at each response token; K=0 unless asked for
 
     @property
     def num_sequences(self) -> int:
@@ -105,8 +109,14 @@ class RolloutBatch:
         )
 
     @staticmethod
-    def pack(prompts: Sequence[Prompt], group_size: int, trajectories: Sequence[Trajectory]) -> "RolloutBatch":
-        """Join trajectories, K per prompt in prompt order, into columns."""
+    def pack(
+        prompts: Sequence[Prompt],
+        group_size: int,
+        trajectories: Sequence[Trajectory],
+        source: Source = Source.student,
+        support_ids: NDArray[np.int32] | None = None,
+    ) -> "RolloutBatch":
+        """Join trajectories, K per prompt in prompt order, into columns; support_ids None: K=0."""
         assert len(trajectories) == len(prompts) * group_size, (len(trajectories), len(prompts), group_size)
         lengths = [len(t.input_ids) for t in trajectories]
         return RolloutBatch(
@@ -120,6 +130,8 @@ class RolloutBatch:
             rollout_logprobs=np.concatenate([t.rollout_logprobs for t in trajectories]).astype(np.float32),
             policy_versions=np.concatenate([t.policy_versions for t in trajectories]).astype(np.int32),
             finish_reasons=tuple(t.finish_reason for t in trajectories),
+            source=source,
+            support_ids=np.zeros((sum(len(t.response_ids) for t in trajectories), 0), np.int32) if support_ids is None else support_ids,
         )
 
 
@@ -127,13 +139,15 @@ class RolloutBatch:
 class TokenScores:
     """What one teacher says of the tokens of a RolloutBatch. scorer -> object store -> learner.
 
-    `hidden` is the teacher's last hidden state just before each response token, so the learner can rebuild the
-    teacher's full distribution chunk by chunk from the teacher's lm_head instead of receiving V floats a token.
+    `rows` is what the dense term needs of each response token: the teacher's last hidden state just before it (the
+    learner rebuilds the distribution from the teacher's lm_head instead of receiving V floats a token), or its
+    log-probs over the vocabulary, or over `support_ids`; width 0 where the drawn token's log-prob is all.
     """
 
     teacher: str
-    logprobs: Float  # [T] log q(token t | tokens before), 0 where not response
-    hidden: NDArray[np.uint16] | NDArray[np.float32]  # [R, H] one row per response token, in batch order; uint16 is bf16 bits
+    logprobs: Float  # [T] log q(token t | tokens before); 0 where not response, or when the objective does not need it
+    rows: NDArray[np.uint16] | NDArray[np.float32]  # [R, W] in batch order; uint16 is bf16 bits
+    support_ids: NDArray[np.int32]  # [R, K] tokens of `rows`; K=0 unless rows are over a support
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,14 +179,29 @@ class ChunkHeader:
     """What the controller may know of a RolloutBatch: scalars per sequence, never tokens. rollout -> controller."""
 
     uids: tuple[str, ...]  # [G]
+    source: Source
+    group_size: int  # K
     num_tokens: Int  # [N] prompt + response
     response_lengths: Int  # [N]
     truncated: Bool  # [N]
+    aborted: Bool  # [N] no response: its whole group is never trained on
     min_policy_version: int
     max_policy_version: int
     mean_policy_version: float  # over response tokens
     nbytes: int  # of the batch in the object store
     generate_s: float  # the engine's own clock, first prompt queued to last response done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredBatch:
+    """Whole groups with everything that others said of them; what a learner rank makes of the values it is handed.
+
+    All parts speak of the same N sequences in the same order.
+    """
+
+    rollout: RolloutBatch
+    scores: tuple[TokenScores, ...]  # one per teacher, in the order of UpdatePlan.teacher_weights
+    rewards: Rewards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,9 +250,11 @@ class UpdatePlan:
     step: int
     num_tokens: int  # response tokens of the GLOBAL batch: the normaliser
     num_sequences: int  # of the GLOBAL batch
+    num_groups: int  # of the GLOBAL batch
     num_micro_batches: int  # the same on every rank, else ZeRO stages 2 and 3 hang
     lr: float
     teacher_weights: tuple[float, ...]  # w_i at this step
+    teacher_routes: tuple[dict[str, Any], ...]  # column values of the prompts each teacher is asked about; empty: all
     reward_weight: float  # lambda at this step
 
 
@@ -238,6 +269,9 @@ class LearnerStats:
     kl_token: float  # mean over response tokens of sum_i w_i KL(p || q_i), full vocabulary
     kl_sequence: float  # mean over sequences of the summed per-token KL
     entropy: float  # mean over response tokens, nats
+    kl_sampled: float  # mean of the weighted log p(y) - log q(y); NaN where nobody scored y
+    bounded_frac: float  # response tokens on which a bound of the ratio was active
+    value_loss: float  # half the mean squared error of the value head; 0 without one
     rho_mean: float  # mean of exp(logprob - rollout_logprob)
     logprob_gap: float  # mean of |logprob - rollout_logprob|, nats
     ess: float  # effective sample fraction, (sum rho)^2 / (n sum rho^2)

@@ -44,13 +44,14 @@ def make_scores(batch: RolloutBatch, logprobs: Sequence[float], hidden: np.ndarr
     """A teacher that gives the response tokens, in batch order, these log-probs."""
     column = np.zeros(len(batch.input_ids), np.float32)
     column[batch.response_mask] = logprobs
-    return TokenScores(teacher="main", logprobs=column, hidden=np.zeros((len(logprobs), 2), np.float32) if hidden is None else hidden)
+    rows = np.zeros((len(logprobs), 2), np.float32) if hidden is None else hidden
+    return TokenScores(teacher="main", logprobs=column, rows=rows, support_ids=np.zeros((len(logprobs), 0), np.int32))
 
 
 def make_plan(batch: RolloutBatch, **changes) -> UpdatePlan:
     """Step 0 over exactly this batch: one teacher of weight 1, lambda 1, one micro-batch."""
     values = {
-        "step": 0, "num_tokens": int(batch.response_mask.sum()), "num_sequences": batch.num_sequences, "num_micro_batches": 1,
-        "lr": 1e-2, "teacher_weights": (1.0,), "reward_weight": 1.0,
-    }  # fmt: skip
-    return UpdatePlan(**values | changes)
+        "step": 0, "num_tokens": int(batch.response_mask.sum()), "num_sequences": batch.num_sequences, "num_groups": len(batch.uids),
+        "num_micro_batches": 1, "lr": 1e-2, "teacher_weights": (1.0,), "reward_weight": 1.0,
+    } | changes  # fmt: skip
+    return UpdatePlan(**{"teacher_routes": ({},) * len(values["teacher_weights"])} | values)

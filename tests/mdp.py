@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.ops.head import TeacherRows, TokenTerms, hybrid_head_loss
+from hybridrl.ops.head import HeadRule, TokenTerms, hybrid_head_loss
 from hybridrl.ops.returns import future_cost
+from hybridrl.ops.teachers import HiddenTeacher
 
 VOCABULARY, HORIZON, REWARD_WEIGHT = 5, 3, 2.0
 
@@ -94,8 +95,9 @@ def production_gradient(mdp: Mdp, gamma: float, *, imitate: bool = True, chunk: 
         token_ids=mdp.sequences.flatten(),
         token_weight=sequence_probability(mdp).repeat_interleave(HORIZON),
         sparse=returns.flatten(),
+        sampler_logprobs=token_logprobs(mdp.student, mdp).flatten(),
     )
-    teachers = (TeacherRows(hidden=hidden, lm_head=mdp.teacher.T, weight=1.0),) if imitate else ()
-    loss, _ = hybrid_head_loss(hidden, lm_head, teachers, terms, temperature=1.0, chunk=chunk)
+    teachers = (HiddenTeacher(hidden=hidden, lm_head=mdp.teacher.T, weight=torch.ones(len(hidden))),) if imitate else ()
+    loss, _ = hybrid_head_loss(hidden, lm_head, teachers, terms, HeadRule(chunk=chunk))
     loss.backward()
     return lm_head.grad.T

@@ -10,7 +10,7 @@ import pytest
 from hybridrl.controller.checkpoint import Checkpointer, RunState, read_checkpoint
 from hybridrl.errors import CheckpointError
 
-STATE = RunState(step=10, weight_version=10, optimizer_steps=9, prompts={"epoch": 1, "at": 7}, wandb_id=None, config_hash="abc")
+STATE = RunState(step=10, weight_version=10, optimizer_steps=9, prompts={"epoch": 1, "at": 7}, schedules={"reward": 1.5}, wandb_id=None)
 
 
 def write_learner(folder: str) -> None:

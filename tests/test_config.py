@@ -124,8 +124,8 @@ BAD = [
     ("teachers.b.path=x", "teachers.b.path=x: not in the config so far; write +teachers.b.path=x to add it"),
     ("teachers.main.weight=2", "teachers.main.weight=2: not in the config so far; write +teachers.main.weight=2 to add it"),
     ("data.options.depth=4", "data.options.depth=4: not in the config so far; write +data.options.depth=4 to add it"),
-    ("algorithm=hybird", "algorithm=hybird: no such choice; it must be one of " + ", ".join(choices("algorithm"))),
-    ("experiment=quikstart", "experiment=quikstart: no such choice; it must be one of " + ", ".join(choices("experiment"))),
+    ("algorithm=hybird", "algorithm=hybird: no such choice; did you mean hybrid?"),
+    ("experiment=quikstart", "experiment=quikstart: no such choice; did you mean quickstart?"),
     ("train=3", "train=3: a section, not a value; set train.NAME=..."),
     ("train.lr=[", "train.lr=[: not KEY=VALUE as Hydra reads it"),
     # values of another type
@@ -133,13 +133,16 @@ BAD = [
     ("train.steps=1.5", "train.steps=1.5: Value '1.5' of type 'float' could not be converted to Integer"),
     ("run.seed=null", "run.seed=null: Incompatible value 'None' for field of type 'int'"),
     ("cluster.colocate=maybe", "cluster.colocate=maybe: Value 'maybe' is not a valid bool"),
-    ("algorithm.baseline=median", "algorithm.baseline=median: Invalid value 'median', expected one of [none, group_mean, leave_one_out]"),
+    (
+        "algorithm.baseline=median",
+        "algorithm.baseline=median: Invalid value 'median', expected one of [none, group_mean, leave_one_out, value]",
+    ),
     ("reward.on_error=ignore", "reward.on_error=ignore: Invalid value 'ignore', expected one of [fail, drop_group, value]"),
     ("model.path=${nope}", "model.path=${nope}: Interpolation key 'nope' not found"),
     # values out of range
     ("algorithm.gamma=1.5", "algorithm.gamma=1.5: a discount lies in [0, 1]"),
     ("algorithm.temperature=0", "algorithm.temperature=0.0: must be positive"),
-    ("algorithm.reward_weight.kind=linear", "algorithm.reward_weight.kind=linear: needs an end value"),
+    ("algorithm.imitation_weight.kind=linear", "algorithm.imitation_weight.kind=linear: needs an end value"),
     ("algorithm.imitation_weight.steps=0", "algorithm.imitation_weight.steps=0: must be at least 1"),
     ("train.lr=-1", "train.lr=-1.0: must be positive and finite"),
     ("train.lr=nan", "train.lr=nan: must be positive and finite"),
@@ -163,7 +166,7 @@ BAD = [
     ("~teachers.main", "teachers={}: algorithm.imitation_weight is not 0, so a teacher is needed; add +teachers.NAME.path=..."),
     ("~reward.functions.countdown", "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed"),
     (
-        "algorithm.imitation_weight.value=0 algorithm.reward_weight.value=0",
+        "algorithm.imitation_weight.value=0 algorithm.reward_weight.value=0 algorithm.reward_weight.end=0",
         "algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from; raise one of them",
     ),
     ("+reward.functions.b.weight=2", "reward.functions.b.function is not set: it has no default; add reward.functions.b.function=..."),

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from hybridrl.data.collate import collate, train_sequences
 from hybridrl.models.loading import load_model
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
+from hybridrl.objectives.credit import Credit
 from hybridrl.objectives.hybrid import HybridObjective
-from hybridrl.ops.head import TeacherRows, TokenTerms
+from hybridrl.ops.head import HeadRule, TokenTerms
+from hybridrl.ops.teachers import HiddenTeacher
+from hybridrl.types import ScoredBatch
 from hybridrl.workers.student import Student, output_weight
 
 JOB = Path(__file__).parent / "learner_job.py"
@@ -90,15 +93,15 @@ def weight_distance(folder: Path, case: str, other: str | dict[str, Tensor]) -> 
 
 def written_out_loss(model: nn.Module, teacher_head: Tensor) -> Tensor:
     """sum over response tokens of (sum_v p (log p - log q) + G log p(y)) / R, one sequence at a time, nothing fused."""
-    batch, rewards, scores = chunk_of(0, 4)
-    costs = objective().sparse_costs(batch, [scores], rewards, plan_for(0, 1))
+    batch, _, scores = chunk_of(0, 4)
+    costs = credit().sparse
     total, row = torch.zeros((), dtype=teacher_head.dtype), 0
     for i in range(batch.num_sequences):
         ids = torch.from_numpy(batch.trajectory(i).input_ids).long()
         logits = model(input_ids=ids[None]).logits[0]
         for position in range(len(ids) - int(batch.response_lengths[i]), len(ids)):
             logp = torch.log_softmax(logits[position - 1], -1)
-            logq = torch.log_softmax(torch.from_numpy(scores.hidden[row]).to(teacher_head.dtype) @ teacher_head.T, -1)
+            logq = torch.log_softmax(torch.from_numpy(scores.rows[row]).to(teacher_head.dtype) @ teacher_head.T, -1)
             total = total + (logp.exp() * (logp - logq)).sum() + costs[row].to(logp.dtype) * logp[ids[position]]
             row += 1
     assert row == len(costs)
@@ -111,16 +114,29 @@ def objective() -> HybridObjective:
     return HybridObjective(settings.algorithm, settings.rollout.max_new_tokens)
 
 
+def scored() -> ScoredBatch:
+    batch, rewards, scores = chunk_of(0, 4)
+    return ScoredBatch(rollout=batch, scores=(scores,), rewards=rewards)
+
+
+def credit() -> Credit:
+    return objective().credit(scored(), plan_for(0, 1), None)
+
+
 def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_out_loss(folder: Path):
     model, plain = (load_model(str(folder / "student")).double() for _ in range(2))
     head = output_weight(load_model(str(folder / "teacher"))).detach().double()
-    batch, rewards, scores = chunk_of(0, 4)
-    plan = plan_for(0, 1)
-    costs = objective().sparse_costs(batch, [scores], rewards, plan).numpy()
-    micro = collate(train_sequences(batch, [scores], costs, rewards.keep, range(4), 1 / plan.num_tokens))
-    terms = TokenTerms(token_ids=micro.token_ids, token_weight=micro.token_weight.double(), sparse=micro.sparse.double())
-    teachers = (TeacherRows(hidden=micro.teacher_hidden[0].double(), lm_head=head, weight=1.0),)
-    loss, _ = Student(model, 1.0, 5)(micro.input_ids, micro.attention_mask, micro.hidden_rows, teachers, terms)
+    micro = collate(train_sequences(scored(), credit(), [torch.ones(8)]))
+    terms = TokenTerms(
+        token_ids=micro.token_ids,
+        token_weight=micro.token_weight.double(),
+        sparse=micro.sparse.double(),
+        sampler_logprobs=micro.rollout_logprobs.double(),
+    )
+    rows = torch.from_numpy(micro.teachers[0].rows).double()
+    teachers = (HiddenTeacher(hidden=rows, lm_head=head, weight=torch.ones(len(rows))),)
+    student = Student(model, HeadRule(chunk=5), with_value=False)
+    loss, _ = student(micro.input_ids, micro.attention_mask, micro.hidden_rows, teachers, terms, micro.value_slope)
     loss.backward()
     expected = written_out_loss(plain, head)
     expected.backward()

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from batches import make_batch, make_plan, make_rewards, make_scores
 
+from hybridrl.algorithm import AlgorithmConfig, ScheduleConfig
 from hybridrl.choices import Baseline, Normalizer, ScheduleKind
 from hybridrl.compose import load_config
-from hybridrl.config import AlgorithmConfig, ScheduleConfig
-from hybridrl.objectives.hybrid import HybridObjective, Signal, response_grid
-from hybridrl.objectives.schedule import schedule_value
+from hybridrl.objectives.credit import Signal, response_grid
+from hybridrl.objectives.hybrid import HybridObjective
+from hybridrl.objectives.schedule import Schedule
+from hybridrl.types import Rewards, RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
 
 
 def objective(gamma: float = 0.0, baseline: Baseline = Baseline.leave_one_out, **settings) -> HybridObjective:
@@ -22,9 +24,15 @@ SHORT_AND_LONG = make_batch([((1, 2), [(5,), (6, 7, 8)])])  # sampler log-probs 
 COSTS = make_scores(SHORT_AND_LONG, [-1.0, -2.0, -3.0, -5.0])  # so costs are 0 | 1, 2, 4
 
 
+def sparse(objective: HybridObjective, batch: RolloutBatch, scores: list[TokenScores], rewards: Rewards, plan: UpdatePlan) -> list[float]:
+    """[R] what the objective multiplies grad log p(y) with."""
+    scored = ScoredBatch(rollout=batch, scores=tuple(scores), rewards=rewards)
+    return objective.credit(scored, plan, None).sparse.tolist()
+
+
 def costs_of(objective: HybridObjective, rewards: list[float], reward_weight: float = 2.0) -> list[float]:
     plan = make_plan(SHORT_AND_LONG, reward_weight=reward_weight)
-    return objective.sparse_costs(SHORT_AND_LONG, [COSTS], make_rewards(SHORT_AND_LONG, rewards), plan).tolist()
+    return sparse(objective, SHORT_AND_LONG, [COSTS], make_rewards(SHORT_AND_LONG, rewards), plan)
 
 
 # -- costs -----------------------------------------------------------------------------------------------------------
@@ -32,9 +40,9 @@ def costs_of(objective: HybridObjective, rewards: list[float], reward_weight: fl
 
 def test_without_future_every_token_costs_minus_lambda_times_reward_above_the_others():
     plan = make_plan(TRIPLE, reward_weight=2.0)
-    costs = objective().sparse_costs(TRIPLE, [], make_rewards(TRIPLE, [1.0, 0.0, 3.0]), plan)
+    costs = sparse(objective(), TRIPLE, [], make_rewards(TRIPLE, [1.0, 0.0, 3.0]), plan)
     # minus 2 * (1 - 1.5), minus 2 * (0 - 2), minus 2 * (3 - 0.5)
-    assert costs.tolist() == [1.0, 1.0, 4.0, -5.0, -5.0]
+    assert costs == [1.0, 1.0, 4.0, -5.0, -5.0]
 
 
 def test_the_future_cost_of_a_token_is_discounted_and_the_reward_is_not():
@@ -58,21 +66,20 @@ def test_several_teachers_add_their_weighted_costs():
     second = make_scores(SHORT_AND_LONG, [-1.0, -1.0, -9.0, -1.0])  # costs 0 | 0, 8, 0
     plan = make_plan(SHORT_AND_LONG, teacher_weights=(1.0, 0.25), reward_weight=0.0)
     rewards = make_rewards(SHORT_AND_LONG, [1.0, 0.0])
-    costs = objective(0.5, Baseline.none).sparse_costs(SHORT_AND_LONG, [COSTS, second], rewards, plan)
-    assert costs.tolist() == [0.0, 3.0, 2.0, 0.0]  # costs 0 | 1, 4, 4
+    costs = sparse(objective(0.5, Baseline.none), SHORT_AND_LONG, [COSTS, second], rewards, plan)
+    assert costs == [0.0, 3.0, 2.0, 0.0]  # costs 0 | 1, 4, 4
 
 
 def test_groups_are_compared_among_themselves_only():
     batch = make_batch([((1,), [(5,), (6,)]), ((2,), [(7,), (8,)])])
     rewards = make_rewards(batch, [1.0, 0.0, math.nan, math.nan], keep=[True, True, False, False])
-    costs = objective().sparse_costs(batch, [], rewards, make_plan(batch)).numpy()
-    assert costs[:2].tolist() == [-1.0, 1.0] and np.isnan(costs[2:]).all()
+    assert sparse(objective(), batch, [], rewards, make_plan(batch)) == [-1.0, 1.0, 0.0, 0.0]
 
 
 def test_the_rewards_array_is_only_read():
     rewards = make_rewards(TRIPLE, [1.0, 0.0, 3.0])
     rewards.values.flags.writeable = False  # as the object store hands it out
-    objective().sparse_costs(TRIPLE, [], rewards, make_plan(TRIPLE))
+    sparse(objective(), TRIPLE, [], rewards, make_plan(TRIPLE))
     assert rewards.values.tolist() == [1.0, 0.0, 3.0]
 
 
@@ -86,8 +93,11 @@ def test_the_response_grid_read_row_by_row_is_batch_order():
 
 def test_normalisers_are_of_the_global_batch():
     plan = make_plan(SHORT_AND_LONG, num_tokens=40, num_sequences=5)
-    assert objective(normalizer=Normalizer.token_mean).token_weight(plan) == 1 / 40
-    assert objective(normalizer=Normalizer.constant).token_weight(plan) == 1 / (5 * 16)
+    scored = ScoredBatch(rollout=SHORT_AND_LONG, scores=(), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0]))
+    weights = lambda kind: objective(normalizer=kind).token_weight(scored, plan, None).tolist()  # noqa: E731
+    assert weights(Normalizer.token_mean) == pytest.approx([1 / 40] * 4)
+    assert weights(Normalizer.constant) == pytest.approx([1 / (5 * 16)] * 4)
+    assert weights(Normalizer.sequence_mean) == pytest.approx([1 / 5, 1 / 15, 1 / 15, 1 / 15])
 
 
 # -- what each method needs ------------------------------------------------------------------------------------------
@@ -111,8 +121,8 @@ def test_pure_reinforcement_needs_no_teacher_at_any_gamma():
     off = ScheduleConfig(value=0.0)
     assert objective(gamma=1.0, imitation_weight=off).signals == {Signal.rewards}
     plan = make_plan(TRIPLE, teacher_weights=())
-    costs = objective(1.0, Baseline.none, imitation_weight=off).sparse_costs(TRIPLE, [], make_rewards(TRIPLE, [1.0, 0.0, 3.0]), plan)
-    assert costs.tolist() == [-1.0, -1.0, 0.0, -3.0, -3.0]
+    costs = sparse(objective(1.0, Baseline.none, imitation_weight=off), TRIPLE, [], make_rewards(TRIPLE, [1.0, 0.0, 3.0]), plan)
+    assert costs == [-1.0, -1.0, 0.0, -3.0, -3.0]
 
 
 # -- schedules -------------------------------------------------------------------------------------------------------
@@ -129,12 +139,12 @@ def test_pure_reinforcement_needs_no_teacher_at_any_gamma():
 )
 def test_each_kind_of_schedule_goes_from_1_to_3_in_4_steps(kind: ScheduleKind, values: list[float]):
     config = ScheduleConfig(kind=kind, value=1.0, end=3.0, steps=4)
-    assert [schedule_value(config, t, 100) for t in range(6)] == pytest.approx(values)
+    assert [Schedule(config, 100).value(t) for t in range(6)] == pytest.approx(values)
 
 
 def test_a_schedule_without_a_length_takes_the_whole_training():
     config = ScheduleConfig(kind=ScheduleKind.linear, value=0.0, end=1.0)
-    assert [schedule_value(config, t, 10) for t in (0, 5, 10)] == [0.0, 0.5, 1.0]
+    assert [Schedule(config, 10).value(t) for t in (0, 5, 10)] == [0.0, 0.5, 1.0]
 
 
 def test_a_schedule_that_ends_above_zero_is_not_zero():

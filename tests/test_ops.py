@@ -16,9 +16,10 @@ from mdp import (
 )
 from torch import Tensor
 
-from hybridrl.ops.divergence import reverse_kl, reverse_kl_logit_gradient
-from hybridrl.ops.head import TeacherRows, TokenTerms, chosen_logprobs, hybrid_head_loss
+from hybridrl.ops.divergence import Measure, dense
+from hybridrl.ops.head import HeadRule, TokenTerms, chosen_logprobs, hybrid_head_loss
 from hybridrl.ops.returns import future_cost, sibling_mean
+from hybridrl.ops.teachers import HiddenTeacher
 
 MDP = exact_mdp()
 
@@ -29,7 +30,8 @@ def random_problem(rows: int = 6, vocabulary: int = 7, width: int = 4, dtype: to
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
     hidden, lm_head = normal(rows, width).requires_grad_(), normal(vocabulary, width).requires_grad_()
     teachers = tuple(
-        TeacherRows(hidden=normal(rows, w), lm_head=normal(vocabulary, w), weight=weight) for w, weight in ((4, 0.75), (3, 0.5))
+        HiddenTeacher(hidden=normal(rows, w), lm_head=normal(vocabulary, w), weight=torch.full((rows,), weight))
+        for w, weight in ((4, 0.75), (3, 0.5))
     )
     weight = torch.full((rows,), 0.25, dtype=torch.float64)
     weight[1] = 0.0
@@ -37,6 +39,7 @@ def random_problem(rows: int = 6, vocabulary: int = 7, width: int = 4, dtype: to
         token_ids=torch.randint(vocabulary, (rows,), generator=g),
         token_weight=weight,
         sparse=torch.randn(rows, generator=g, dtype=torch.float64),
+        sampler_logprobs=torch.zeros(rows, dtype=torch.float64),
     )
     return hidden, lm_head, teachers, terms
 
@@ -44,7 +47,7 @@ def random_problem(rows: int = 6, vocabulary: int = 7, width: int = 4, dtype: to
 def gradients(hidden: Tensor, lm_head: Tensor, teachers, terms: TokenTerms, *, temperature=1.0, chunk=1024, factor=1.0):
     """loss, d loss / d hidden, d loss / d lm_head, statistics; inputs keep no gradient."""
     hidden, lm_head = hidden.detach().requires_grad_(), lm_head.detach().requires_grad_()
-    loss, stats = hybrid_head_loss(hidden, lm_head, teachers, terms, temperature=temperature, chunk=chunk)
+    loss, stats = hybrid_head_loss(hidden, lm_head, teachers, terms, HeadRule(temperature=temperature, chunk=chunk))
     (factor * loss).backward()
     return loss.detach(), hidden.grad, lm_head.grad, stats
 
@@ -93,17 +96,17 @@ def test_the_closed_form_equals_the_expectation_of_score_times_cost():
     p = logp.exp()
     score = torch.eye(5, dtype=torch.float64)[None] - p[:, None, :]  # [P, y, V] d log p(y) / dz
     expectation = torch.einsum("sy,sy,syv->sv", p, logp - logq, score)
-    assert float((reverse_kl_logit_gradient(logp, logq) - expectation).abs().max()) < 1e-12
+    assert float((dense(logp, logq, Measure())[1] - expectation).abs().max()) < 1e-12
 
 
 def test_reverse_kl_has_a_value_one_can_check_by_hand():
     p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
-    assert float(reverse_kl(p.log(), q.log())) == pytest.approx(0.143841, abs=1e-6)  # 0.5 ln 2 + 0.5 ln(2/3)
+    assert float(dense(p.log(), q.log(), Measure())[0]) == pytest.approx(0.143841, abs=1e-6)  # 0.5 ln 2 + 0.5 ln(2/3)
 
 
 def test_the_dense_gradient_is_exactly_zero_where_student_and_teacher_agree():
     hidden, lm_head, _, terms = random_problem()
-    same = (TeacherRows(hidden=hidden.detach(), lm_head=lm_head.detach(), weight=3.0),)
+    same = (HiddenTeacher(hidden=hidden.detach(), lm_head=lm_head.detach(), weight=torch.full((6,), 3.0)),)
     quiet = replace(terms, sparse=torch.zeros_like(terms.sparse))
     loss, d_hidden, d_head, stats = gradients(hidden, lm_head, same, quiet)
     assert float(loss) == 0.0 and float(stats.dense_sq) == 0.0
@@ -112,7 +115,7 @@ def test_the_dense_gradient_is_exactly_zero_where_student_and_teacher_agree():
 
 def test_the_logit_gradient_sums_to_zero_over_the_vocabulary():
     logp, logq = torch.log_softmax(MDP.student, -1), torch.log_softmax(MDP.teacher, -1)
-    assert float(reverse_kl_logit_gradient(logp, logq).sum(-1).abs().max()) < 1e-15
+    assert float(dense(logp, logq, Measure())[1].sum(-1).abs().max()) < 1e-15
     assert float(production_gradient(MDP, gamma=0.5).sum(-1).abs().max()) < 1e-15
 
 
@@ -154,7 +157,12 @@ def group_gradient(group_size: int, leave_one_out: bool | None) -> Tensor:
         returns = returns - sibling_mean(returns, group_size, leave_one_out=leave_one_out)
     weight = probability[groups].prod(1).repeat_interleave(group_size) / group_size
     live = mask[members]
-    terms = TokenTerms(token_ids=sequences[members][live], token_weight=weight[:, None].expand_as(returns)[live], sparse=returns[live])
+    terms = TokenTerms(
+        token_ids=sequences[members][live],
+        token_weight=weight[:, None].expand_as(returns)[live],
+        sparse=returns[live],
+        sampler_logprobs=logp[members][live],
+    )
     hidden = torch.eye(3, dtype=torch.float64)[prefixes[members][live]]
     return gradients(hidden, logits.T, (), terms)[2].T
 
@@ -174,7 +182,7 @@ def test_leave_one_out_at_the_same_position_is_unbiased_and_the_group_mean_shrin
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_gradients_at_hidden_states_and_head_are_finite_differences_of_the_loss(temperature: float):
     hidden, lm_head, teachers, terms = random_problem()
-    loss = lambda h, w: hybrid_head_loss(h, w, teachers, terms, temperature=temperature, chunk=4)[0]  # noqa: E731
+    loss = lambda h, w: hybrid_head_loss(h, w, teachers, terms, HeadRule(temperature=temperature, chunk=4))[0]  # noqa: E731
     assert torch.autograd.gradcheck(loss, (hidden, lm_head), eps=1e-6, atol=1e-8)
 
 
@@ -188,14 +196,14 @@ def test_the_loss_is_the_weighted_sum_of_divergences_and_costs():
     assert float(loss) == pytest.approx(float((terms.token_weight * (kl + terms.sparse * chosen)).sum()), abs=1e-14)
     assert torch.allclose(stats.kl, kl, atol=1e-14) and torch.allclose(stats.logprobs, chosen, atol=1e-14)
     assert torch.allclose(stats.entropy, -(logp.exp() * logp).sum(-1), atol=1e-14)
-    assert torch.equal(chosen_logprobs(hidden, lm_head, terms.token_ids, temperature=0.7, chunk=4), stats.logprobs)
+    assert torch.equal(chosen_logprobs(hidden, lm_head, terms.token_ids[:, None], temperature=0.7, chunk=4)[:, 0], stats.logprobs)
 
 
 def test_several_teachers_are_the_weighted_sum_of_each():
     hidden, lm_head, (first, second), terms = random_problem()
     quiet = replace(terms, sparse=torch.zeros_like(terms.sparse))
     both = gradients(hidden, lm_head, (first, second), quiet)
-    alone = [gradients(hidden, lm_head, (replace(t, weight=1.0),), quiet) for t in (first, second)]
+    alone = [gradients(hidden, lm_head, (replace(t, weight=torch.ones(6)),), quiet) for t in (first, second)]
     for k in range(3):
         assert torch.allclose(both[k], 0.75 * alone[0][k] + 0.5 * alone[1][k], atol=1e-14)
 
@@ -212,8 +220,13 @@ def test_tokens_of_weight_zero_change_neither_loss_nor_gradient():
     hidden, lm_head, teachers, terms = random_problem()
     live = terms.token_weight > 0
     assert live.tolist() == [True, False, True, True, True, True]
-    rest = TokenTerms(token_ids=terms.token_ids[live], token_weight=terms.token_weight[live], sparse=terms.sparse[live])
-    without = gradients(hidden[live], lm_head, tuple(replace(t, hidden=t.hidden[live]) for t in teachers), rest)
+    rest = TokenTerms(
+        token_ids=terms.token_ids[live],
+        token_weight=terms.token_weight[live],
+        sparse=terms.sparse[live],
+        sampler_logprobs=terms.sampler_logprobs[live],
+    )
+    without = gradients(hidden[live], lm_head, tuple(replace(t, hidden=t.hidden[live], weight=t.weight[live]) for t in teachers), rest)
     with_masked = gradients(hidden, lm_head, teachers, terms)
     assert torch.allclose(with_masked[0], without[0], rtol=0, atol=1e-15)
     assert torch.allclose(with_masked[1][live], without[1], rtol=0, atol=1e-15) and not with_masked[1][~live].any()
@@ -242,8 +255,10 @@ def one_token(student: list[float], teacher: list[float]):
     """One row whose logits are the lists, width 1."""
     column = lambda values: torch.tensor(values, dtype=torch.float64)[:, None]  # noqa: E731
     one = torch.ones(1, 1, dtype=torch.float64)
-    terms = TokenTerms(token_ids=torch.tensor([0]), token_weight=one[0], sparse=torch.zeros(1, dtype=torch.float64))
-    return gradients(one, column(student), (TeacherRows(hidden=one, lm_head=column(teacher), weight=1.0),), terms)
+    terms = TokenTerms(
+        token_ids=torch.tensor([0]), token_weight=one[0], sparse=torch.zeros_like(one[0]), sampler_logprobs=torch.zeros_like(one[0])
+    )
+    return gradients(one, column(student), (HiddenTeacher(hidden=one, lm_head=column(teacher), weight=one[0]),), terms)
 
 
 def test_a_token_that_only_the_teacher_rules_out_costs_infinity_and_not_nan():
@@ -272,13 +287,15 @@ def test_a_row_of_weight_0_may_hold_an_infinite_divergence():
     hidden = torch.eye(2, dtype=torch.float64, requires_grad=True)
     head = torch.tensor([[0.0, 0.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     far = torch.tensor([[0.0], [-1e308]], dtype=torch.float64)
-    teacher = TeacherRows(hidden=torch.tensor([[10.0], [0.0]], dtype=torch.float64), lm_head=far, weight=1.0)  # row 0: q forbids token 1
+    forbids = torch.tensor([[10.0], [0.0]], dtype=torch.float64)  # row 0: q forbids token 1
+    teacher = HiddenTeacher(hidden=forbids, lm_head=far, weight=torch.ones(2))
     terms = TokenTerms(
         token_ids=torch.tensor([0, 1]),
         token_weight=torch.tensor([0.0, 1.0], dtype=torch.float64),
         sparse=torch.zeros(2, dtype=torch.float64),
+        sampler_logprobs=torch.zeros(2, dtype=torch.float64),
     )
-    loss, stats = hybrid_head_loss(hidden, head, (teacher,), terms, temperature=1.0, chunk=2)
+    loss, stats = hybrid_head_loss(hidden, head, (teacher,), terms, HeadRule(chunk=2))
     loss.backward()
     assert stats.kl[0] == torch.inf
     assert torch.isfinite(loss) and torch.isfinite(hidden.grad).all()

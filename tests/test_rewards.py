@@ -94,7 +94,7 @@ def pool(user_file: Path) -> Iterator[RewardPool]:
     os.environ.update(variables)
     names = [line.split("(")[0].removeprefix("def ") for line in USER_FILE.splitlines() if line.startswith("def ")]
     calls = {name: RewardCall(function=f"{user_file}:{name}", options={}) for name in names}
-    opened = RewardPool(calls, processes=1, timeout_s=2.0)
+    opened = RewardPool(calls, processes=1, timeout_s=2.0, max_timeouts=0.5)
     yield opened
     opened.close()
     for name in variables:
@@ -186,7 +186,7 @@ def test_math_refuses_a_reference_that_says_nothing() -> None:
 
 def test_builtin_functions_run_in_a_child() -> None:
     calls = {name: RewardCall(function=name, options={}) for name in ("math", "reasoning_gym")}
-    pool = RewardPool(calls, processes=1, timeout_s=30)
+    pool = RewardPool(calls, processes=1, timeout_s=30, max_timeouts=0.5)
     entry = {"answer": "-4", "metadata": {"difficulty": {"num_terms": [2, 6]}}}
     completions = ["4 - 1 - 7 = -4", "<answer>-4</answer>", "it is 4", "no number"]
     columns = {
@@ -226,6 +226,18 @@ def test_only_the_culprit_fails_and_the_pool_goes_on(pool: RewardPool, name: str
     assert pool.call(name, {"completions": ["a", "b"]}) == [1.0, 1.0]
 
 
+def test_a_function_that_always_hangs_is_given_up_after_the_share_that_may_time_out(user_file: Path) -> None:
+    pool = RewardPool({"hangs": RewardCall(function=f"{user_file}:hangs", options={})}, processes=2, timeout_s=0.5, max_timeouts=0.25)
+    try:
+        outcomes = pool.call("hangs", {"completions": ["x"] * 8})
+        assert kinds(outcomes) == ["timeout"] * 8
+        texts = [o.text for o in outcomes if isinstance(o, Failure)]
+        assert ["not run: more than 25% of the batch" in text for text in texts] == [False] * 4 + [True] * 4  # 2 at once: 2, then 4 > 2
+        assert pool.call("hangs", {"completions": ["x", "b", "b", "b"]})[1:] == [1.0, 1.0, 1.0], "one culprit does not condemn the rest"
+    finally:
+        pool.close()
+
+
 def test_what_is_no_finite_number_is_invalid_and_never_zero(pool: RewardPool) -> None:
     outcomes = pool.call("odd", {"completions": ["nan", "inf", "none", "str", "huge", "fine"]})
     assert kinds(outcomes) == ["invalid"] * 5 + [1.0]
@@ -245,7 +257,8 @@ def test_a_child_killed_between_calls_is_replaced(pool: RewardPool) -> None:
 
 
 def test_two_children_share_a_batch_in_order(user_file: Path) -> None:
-    pool = RewardPool({"length": RewardCall(function=f"{user_file}:length", options={})}, processes=2, timeout_s=5)
+    calls = {"length": RewardCall(function=f"{user_file}:length", options={})}
+    pool = RewardPool(calls, processes=2, timeout_s=5, max_timeouts=0.5)
     try:
         assert pool.call("length", {"completions": ["a", "bb", "ccc"], "prompts": ["", "", ""]}) == [1.0, 2.0, 3.0]
     finally:
@@ -262,7 +275,8 @@ def test_a_child_does_not_run_the_main_script_again(user_file: Path, tmp_path: P
     script.write_text(
         "from hybridrl.rewards.pool import RewardCall, RewardPool\n"
         "print('runs as', __name__, flush=True)\n"
-        f"RewardPool({{'r': RewardCall(function={f'{user_file}:length'!r}, options={{}})}}, processes=1, timeout_s=5).close()\n"
+        f"calls = {{'r': RewardCall(function={f'{user_file}:length'!r}, options={{}})}}\n"
+        "RewardPool(calls, processes=1, timeout_s=5, max_timeouts=0.5).close()\n"
     )
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, script], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
@@ -319,13 +333,13 @@ Open = Callable[..., RewardWorker]
 def open_worker(user_file: Path) -> Iterator[Open]:
     opened: list[RewardWorker] = []
 
-    def build(on_error: OnError = OnError.drop_group, **weights: float) -> RewardWorker:
+    def build(on_error: OnError = OnError.drop_group, watch_only: bool = False, **weights: float) -> RewardWorker:
         functions = {
             name: RewardFunctionConfig(function=name if name == "countdown" else f"{user_file}:{name}", weight=weight)
             for name, weight in weights.items()
         }
         config = RewardConfig(functions=functions, timeout_s=5.0, on_error=on_error, error_value=-3.0)
-        opened.append(RewardWorker(config, "letters", load=lambda path, revision: Letters()))
+        opened.append(RewardWorker(config, "letters", watch_only=watch_only, load=lambda path, revision: Letters()))
         return opened[-1]
 
     yield build
@@ -355,7 +369,7 @@ def rollouts(*responses: str) -> RolloutBatch:
 
 
 def test_the_worker_sums_the_functions_by_weight(open_worker: Open) -> None:
-    rewards = open_worker(countdown=1.0, length=0.5).score(rollouts("3*7", "21", "7*3", "7"))
+    rewards = open_worker(countdown=1.0, length=0.5).score(rollouts("3*7", "21", "7*3", "7"), [1.0, 0.5])
     assert rewards.uids == ("p0", "p1")
     assert rewards.part_names == ("countdown", "length")
     assert rewards.parts.tolist() == [[1, 0, 1, 0], [3, 2, 3, 1]]
@@ -366,19 +380,19 @@ def test_the_worker_sums_the_functions_by_weight(open_worker: Open) -> None:
 
 
 def test_the_response_alone_is_scored_without_special_tokens(open_worker: Open) -> None:
-    rewards = open_worker(last_id=1.0).score(rollouts("a", "b"))
+    rewards = open_worker(last_id=1.0).score(rollouts("a", "b"), [1.0])
     assert rewards.values.tolist() == [21.0, 21.0]  # the ids end with the end token, 0, whatever the text
 
 
 def test_without_a_function_every_reward_is_zero(open_worker: Open) -> None:
     worker = open_worker()
-    rewards = worker.score(rollouts("a", "b"))
+    rewards = worker.score(rollouts("a", "b"), [])
     assert (rewards.part_names, rewards.parts.shape, rewards.values.tolist()) == ((), (0, 2), [0.0, 0.0])
     worker.ping()
 
 
 def test_drop_group_takes_the_siblings_out_and_invents_no_value(open_worker: Open) -> None:
-    rewards = open_worker(raises=2.0).score(rollouts("a", "b", "x", "c"))
+    rewards = open_worker(raises=2.0).score(rollouts("a", "b", "x", "c"), [2.0])
     assert rewards.errors.tolist() == [False, False, True, False]
     assert rewards.keep.tolist() == [True, True, False, False]
     assert np.array_equal(rewards.values, [2, 2, np.nan, 2], equal_nan=True)
@@ -386,7 +400,7 @@ def test_drop_group_takes_the_siblings_out_and_invents_no_value(open_worker: Ope
 
 
 def test_value_gives_the_failed_sequence_the_error_value(open_worker: Open) -> None:
-    rewards = open_worker(OnError.value, raises=2.0, length=1.0).score(rollouts("a", "b", "x", "c"))
+    rewards = open_worker(OnError.value, raises=2.0, length=1.0).score(rollouts("a", "b", "x", "c"), [2.0, 1.0])
     assert rewards.values.tolist() == [3.0, 3.0, -3.0, 3.0]
     assert rewards.errors.tolist() == [False, False, True, False]
     assert rewards.keep.all()
@@ -394,21 +408,36 @@ def test_value_gives_the_failed_sequence_the_error_value(open_worker: Open) -> N
 
 def test_fail_names_problem_function_and_kind(open_worker: Open) -> None:
     with pytest.raises(RewardError, match=r"reward\.functions\.raises failed on p1: raised: OwnError: no verdict; 1 of 4"):
-        open_worker(OnError.fail, raises=1.0).score(rollouts("a", "b", "x", "c"))
+        open_worker(OnError.fail, raises=1.0).score(rollouts("a", "b", "x", "c"), [1.0])
 
 
 @pytest.mark.parametrize("on_error", OnError)
 def test_a_function_that_only_watches_stops_and_drops_nothing(open_worker: Open, on_error: OnError) -> None:
-    rewards = open_worker(on_error, length=1.0, raises=0.0).score(rollouts("a", "x"))
+    rewards = open_worker(on_error, length=1.0, raises=0.0).score(rollouts("a", "x"), [1.0, 0.0])
     assert rewards.values.tolist() == [1.0, 1.0]
     assert rewards.keep.all()
     assert not rewards.errors.any()
     assert np.array_equal(rewards.parts, [[1, 1], [1, np.nan]], equal_nan=True)
 
 
+@pytest.mark.parametrize("on_error", OnError)
+def test_when_nothing_is_learned_from_rewards_a_failure_stops_and_drops_nothing(open_worker: Open, on_error: OnError) -> None:
+    rewards = open_worker(on_error, watch_only=True, length=1.0, raises=2.0).score(rollouts("a", "x"), [1.0, 2.0])
+    assert rewards.values.tolist() == [3.0, 1.0]
+    assert rewards.keep.tolist() == [True, True]
+    assert rewards.errors.tolist() == [False, True], "and still it is told"
+    assert np.array_equal(rewards.parts, [[1, 1], [1, np.nan]], equal_nan=True)
+
+
+def test_the_weights_of_the_step_count_not_those_of_the_settings(open_worker: Open) -> None:
+    worker = open_worker(length=1.0, raises=2.0)
+    assert worker.score(rollouts("a", "bcd"), [10.0, 0.5]).values.tolist() == [10.5, 30.5]
+    assert worker.score(rollouts("a", "x"), [1.0, 0.0]).errors.tolist() == [False, True], "a weight that is 0 now and then still counts"
+
+
 def test_samples_hold_text_and_reward_and_nan_where_it_failed(open_worker: Open) -> None:
     worker, batch = open_worker(OnError.value, raises=1.0), rollouts("a", "x")
-    first, second = worker.samples(batch, worker.score(batch), step=4, count=9)
+    first, second = worker.samples(batch, worker.score(batch, [1.0]), step=4, count=9)
     assert (first.step, first.uid, first.prompt, first.response, first.reward) == (4, "p0", "3 7=21:", "a", 1.0)
     assert second.response == "x"
     assert np.isnan(second.reward)

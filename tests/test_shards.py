@@ -2,15 +2,21 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from batches import make_batch, make_rewards, make_scores
+from batches import make_batch, make_plan, make_rewards, make_scores
 
-from hybridrl.data.collate import collate, from_wire, idle_sequence, to_wire, train_sequences
+from hybridrl.algorithm import AlgorithmConfig
+from hybridrl.data.collate import TeacherColumns, collate, from_wire, idle_sequence, to_wire, train_sequences
+from hybridrl.data.scored import join, select_groups
 from hybridrl.data.shards import balance_groups, micro_batches
-from hybridrl.ops.head import TokenTerms, hybrid_head_loss
+from hybridrl.objectives.credit import Credit
+from hybridrl.objectives.hybrid import HybridObjective
+from hybridrl.ops.head import HeadRule, TokenTerms, hybrid_head_loss
+from hybridrl.types import ScoredBatch, TokenScores
 
 # -- groups to ranks -------------------------------------------------------------------------------------------------
 
@@ -70,12 +76,21 @@ def test_nothing_makes_no_micro_batch():
 BATCH = make_batch([((11, 12), [(21,), (22, 23)]), ((13,), [(24, 25), (26,)])])
 HIDDEN = np.arange(12, dtype=np.float32).reshape(6, 2)
 SCORES = make_scores(BATCH, [-1.0] * 6, HIDDEN)
-SPARSE = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], np.float32)
-ALL = np.ones(4, bool)
+SPARSE = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+
+
+def sequences(scores: TokenScores = SCORES, groups: Sequence[int] = (0, 1), teacher_weights: Sequence[float] = (1.0,) * 4):
+    """What a rank with these groups makes of the batch, every token of weight 0.25."""
+    scored = ScoredBatch(rollout=BATCH, scores=(scores,), rewards=make_rewards(BATCH, [0.0] * 4))
+    rows = [r for g in groups for r in range(3 * g, 3 * g + 3)]  # both groups have three response tokens
+    columns = {"value_slope": -SPARSE[rows], "imitation_cost": SPARSE[rows], "value_error": SPARSE[rows]}
+    credit = Credit(token_weight=torch.full((len(rows),), 0.25), sparse=SPARSE[rows], **columns)
+    weights = torch.tensor(teacher_weights)[[n for g in groups for n in (2 * g, 2 * g + 1)]]
+    return train_sequences(select_groups(scored, groups), credit, [weights])
 
 
 def test_each_response_token_is_predicted_by_the_position_before_it():
-    micro = collate(train_sequences(BATCH, [SCORES], SPARSE, ALL, [0, 1], 0.25))
+    micro = collate(sequences())
     assert micro.input_ids.tolist() == [[11, 12, 21, 0], [11, 12, 22, 23], [13, 24, 25, 0], [13, 26, 0, 0]]
     assert micro.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]
     assert micro.token_ids.tolist() == [21, 22, 23, 24, 25, 26]
@@ -83,33 +98,55 @@ def test_each_response_token_is_predicted_by_the_position_before_it():
     # the token in the row after hidden_rows is the one it predicts
     assert micro.input_ids.flatten()[micro.hidden_rows + 1].tolist() == micro.token_ids.tolist()
     assert micro.sparse.tolist() == SPARSE.tolist() and micro.token_weight.tolist() == [0.25] * 6
-    assert torch.equal(micro.teacher_hidden[0], torch.from_numpy(HIDDEN))
+    assert micro.value_slope.tolist() == (-SPARSE).tolist()
+    assert micro.teachers[0].rows.tolist() == HIDDEN.tolist()
+
+
+def test_a_teacher_weighs_each_token_by_its_sequence():
+    (teacher,) = collate(sequences(teacher_weights=[0.0, 0.5, 0.25, 1.0])).teachers
+    assert teacher.weight.tolist() == [0.0, 0.5, 0.5, 0.25, 0.25, 1.0]
 
 
 def test_a_rank_takes_the_columns_of_its_own_groups():
-    micro = collate(train_sequences(BATCH, [SCORES], SPARSE, ALL, [1], 0.25))
+    micro = collate(sequences(groups=[1]))
     assert micro.token_ids.tolist() == [24, 25, 26] and micro.sparse.tolist() == [4.0, 5.0, 6.0]
-    assert micro.teacher_hidden[0].tolist() == HIDDEN[3:].tolist()
+    assert micro.teachers[0].rows.tolist() == HIDDEN[3:].tolist()
     assert micro.rollout_logprobs.tolist() == [-1.0] * 3
+
+
+def test_groups_keep_all_their_columns_when_selected_and_joined():
+    scored = ScoredBatch(rollout=BATCH, scores=(SCORES,), rewards=make_rewards(BATCH, [1.0, 2.0, 3.0, 4.0]))
+    back = join([select_groups(scored, [1]), select_groups(scored, [0])])
+    assert back.rollout.uids == ("p1", "p0") and back.rollout.offsets.tolist() == [0, 3, 5, 8, 12]
+    assert back.rollout.input_ids.tolist() == [13, 24, 25, 13, 26, 11, 12, 21, 11, 12, 22, 23]
+    assert back.rewards.values.tolist() == [3.0, 4.0, 1.0, 2.0] and back.rewards.parts.tolist() == [[3.0, 4.0, 1.0, 2.0]]
+    assert back.scores[0].rows.tolist() == [*HIDDEN[3:].tolist(), *HIDDEN[:3].tolist()]
+    assert back.scores[0].logprobs.tolist() == [0.0, -1.0, -1.0, 0.0, -1.0, 0.0, 0.0, -1.0, 0.0, 0.0, -1.0, -1.0]
 
 
 def test_a_dropped_group_with_a_nan_reward_gives_a_finite_zero():
     rewards = make_rewards(BATCH, [math.nan, math.nan, 1.0, 0.0], keep=[False, False, True, True])
-    sparse = np.array([math.nan] * 3 + [4.0, 5.0, 6.0], np.float32)
-    micro = collate(train_sequences(BATCH, [SCORES], sparse, rewards.keep, [0, 1], 0.25))
-    assert micro.token_weight.tolist() == [0.0] * 3 + [0.25] * 3 and micro.sparse.tolist() == [0.0] * 3 + [4.0, 5.0, 6.0]
-    terms = TokenTerms(token_ids=micro.token_ids % 7, token_weight=micro.token_weight, sparse=micro.sparse)
+    scored = ScoredBatch(rollout=BATCH, scores=(SCORES,), rewards=rewards)
+    plan = make_plan(BATCH, num_tokens=4)
+    credit = HybridObjective(AlgorithmConfig(), max_new_tokens=4).credit(scored, plan, None)
+    micro = collate(train_sequences(scored, credit, [torch.ones(4)]))
+    assert micro.token_weight.tolist() == [0.0] * 3 + [0.25] * 3 and micro.sparse.tolist() == [0.0] * 3 + [-1.0, -1.0, 1.0]
+    terms = TokenTerms(
+        token_ids=micro.token_ids % 7, token_weight=micro.token_weight, sparse=micro.sparse, sampler_logprobs=micro.rollout_logprobs
+    )
     hidden, lm_head = torch.randn(6, 3).requires_grad_(), torch.randn(7, 3).requires_grad_()
-    loss, _ = hybrid_head_loss(hidden, lm_head, (), terms, temperature=1.0, chunk=4)
+    loss, _ = hybrid_head_loss(hidden, lm_head, (), terms, HeadRule(chunk=4))
     loss.backward()
     assert loss.isfinite() and lm_head.grad.isfinite().all() and not hidden.grad[:3].any() and hidden.grad[3:].any()
 
 
 def test_an_idle_sequence_can_be_collated_and_weighs_nothing():
-    micro = collate([idle_sequence([4, 2], [np.dtype(np.float32), np.dtype(np.uint16)])])
+    columns = lambda w, dtype: TeacherColumns(  # noqa: E731
+        rows=np.zeros((1, w), dtype), support_ids=np.zeros((1, 0), np.int32), weight=np.zeros(1, np.float32)
+    )
+    micro = collate([idle_sequence([columns(4, np.float32), columns(2, np.uint16)])])
     assert micro.token_weight.tolist() == [0.0] and micro.hidden_rows.tolist() == [0]
-    assert [tuple(h.shape) for h in micro.teacher_hidden] == [(1, 4), (1, 2)]
-    assert [h.dtype for h in micro.teacher_hidden] == [torch.float32, torch.bfloat16]
+    assert [from_wire(t.rows).dtype for t in micro.teachers] == [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize(("dtype", "wire"), [(torch.bfloat16, np.uint16), (torch.float32, np.float32)])
@@ -126,5 +163,4 @@ def test_hidden_states_travel_bit_for_bit(dtype: torch.dtype, wire: type):
 def test_bf16_bits_survive_the_joining_of_sequences():
     teacher = torch.randn(6, 2).to(torch.bfloat16)
     scores = make_scores(BATCH, [-1.0] * 6, to_wire(teacher))
-    micro = collate(train_sequences(BATCH, [scores], SPARSE, ALL, [0, 1], 1.0))
-    assert torch.equal(micro.teacher_hidden[0], teacher)
+    assert torch.equal(from_wire(collate(sequences(scores)).teachers[0].rows), teacher)

@@ -320,6 +320,31 @@ def test_report_of_a_run_that_only_evaluated_has_one_accuracy_and_no_gap(tmp_pat
     assert "measured once, 0.0 %; the teacher reaches 60.0 %." in text_of(write_report(tmp_path))
 
 
+@pytest.mark.parametrize("row", [{}, {"time/eval_s": 1.0}, {"time/eval_s": 1.0, "eval/accuracy": 0.5}])
+def test_a_run_can_be_reported_while_its_first_step_is_under_way(tmp_path, row):
+    write_rows(tmp_path, [{"train/step": 0, **row}])
+    page = text_of(write_report(tmp_path))
+    assert page.count("<img") == ("eval/accuracy" in row) and (tmp_path / "report.png").is_file()
+
+
+def test_a_run_without_rewards_has_no_accuracy_and_says_so(tmp_path):
+    """What remains are the rollouts, which nobody scored."""
+    write_rows(
+        tmp_path, [{"train/step": 0, "time/eval_s": 1.0}, {"train/step": 1, "kl/token": 0.5, "time/step_s": 4.0, "time/eval_s": 1.0}]
+    )
+    sink = JsonlSink()
+    sink.start(info(tmp_path, first_step=1))
+    sink.samples([sample(1, reward=math.nan)])
+    sink.close(0)
+    page = text_of(write_report(tmp_path))
+    assert "accuracy on held-out problems was not measured" in page and "not scored" in page and "Held-out accuracy" not in page
+    out = io.StringIO()
+    console = ConsoleSink(out)
+    console.start(info(tmp_path, first_step=1))
+    console.log({"train/step": 2, "kl/token": 0.4, "time/step_s": 4.0, "time/eval_s": 1.0})
+    assert "accuracy" not in out.getvalue() and "KL/token 0.4000" in out.getvalue()
+
+
 def test_gap_closed_is_not_reported_when_the_teacher_is_not_ahead():
     rows = [{"train/step": 0, "eval/accuracy": 0.5, "eval/accuracy_teacher/a": 0.5}, {"train/step": 1, "eval/accuracy": 0.6}]
     assert measure(rows).gap_closed is None

@@ -24,8 +24,8 @@ class RunState:
     weight_version: int
     optimizer_steps: int
     prompts: dict[str, int]  # the data cursor
+    schedules: dict[str, float]  # where feedback schedules hold their weights
     wandb_id: str | None
-    config_hash: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

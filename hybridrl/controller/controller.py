@@ -4,7 +4,6 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,16 +12,17 @@ from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer, RunState
 from hybridrl.controller.evaluation import evaluate
 from hybridrl.controller.metrics import learner_metrics, reward_metrics, rollout_metrics, score_metrics
+from hybridrl.controller.sampling import Arrived, Sampling, first_groups
+from hybridrl.controller.weights import Weights
 from hybridrl.data.prompts import PromptSource
 from hybridrl.data.shards import balance_groups, micro_batches
 from hybridrl.errors import RewardError, WeightSyncError
-from hybridrl.objectives.schedule import schedule_value
 from hybridrl.runtime.calls import Meter, gather
 from hybridrl.runtime.weights import WeightSync
 from hybridrl.runtime.workers import Workers
 from hybridrl.tracking.sink import Sinks
 from hybridrl.tracking.timing import PhaseClock
-from hybridrl.types import ChunkHeader, LearnerStats, Prompt, Rewards, Shard, UpdatePlan
+from hybridrl.types import LearnerStats, Prompt, Rewards, Shard, UpdatePlan
 
 
 class Controller:
@@ -48,6 +48,7 @@ class Controller:
     ) -> None:
         self.settings = settings
         self.rollout, self.scorers, self.rewards, self.learner = workers.rollout, workers.scorers, workers.rewards, workers.learner
+        self.sampling, self.weights_of = Sampling(settings, workers), Weights(settings)
         self.weights = WeightSync(workers.learner, workers.rollout, backend)
         self.prompts, self.heldout, self.sinks, self.checkpointer = prompts, heldout, sinks, checkpointer
         self.clock = PhaseClock()
@@ -58,32 +59,22 @@ class Controller:
     def step(self) -> dict[str, float]:
         """One optimizer step on fresh rollouts; returns its metrics."""
         started, fetched = time.perf_counter(), Meter.materialized_bytes
-        train = self.settings.train
-        prompts = self.prompts.next_batch(train.prompts_per_step)
-        with self.clock.phase("rollout"):
-            chunks = self.rollout.generate(
-                prompts, wave=f"train-{self.steps_done}", group_size=train.samples_per_prompt,
-                temperature=self.settings.algorithm.temperature, seed=wave_seed(self.settings.run.seed, "train", self.steps_done),
-            )  # fmt: skip
-            scores = [scorer.score(chunks) for scorer in self.scorers]
-            pending_rewards = self.rewards.score(chunks)
-            headers: list[ChunkHeader] = gather([chunk.header for chunk in chunks])
+        arrived = self._sample()
+        headers, rewards = [a.header for a in arrived], [a.rewards for a in arrived]
         with self.clock.phase("score"):
-            score_headers = gather([header for teacher in scores for header, _ in teacher])
-        with self.clock.phase("reward"):
-            rewards: list[Rewards] = gather(pending_rewards)
-            self._check_reward_errors(rewards)
+            score_headers = gather([header for a in arrived for header, _ in a.drawn.scores])
         with self.clock.phase("learn"):
-            shards = self._shards(headers, len(scores))
-            plan = self._plan(headers, rewards, shards)
-            values = [[chunks[i].batch.ref, pending_rewards[i].ref, *(teacher[i][1].ref for teacher in scores)] for i in range(len(chunks))]
-            stats = self.learner.update(plan, [s for s, _ in shards], [[ref for c in used for ref in values[c]] for _, used in shards])
+            used = first_groups(arrived, self.settings.train.prompts_per_step)
+            shards = self._shards(used)
+            plan = self._plan(used, shards)
+            values = [[a.drawn.chunk.batch.ref, a.drawn.rewards.ref, *(scores.ref for _, scores in a.drawn.scores)] for a in used]
+            stats = self.learner.update(plan, [s for s, _ in shards], [[ref for c in mine for ref in values[c]] for _, mine in shards])
             self._check_logprob_gap(stats)
         self.steps_done += 1
         with self.clock.phase("sync"):
             weight_bytes = self.publish_weights()
         step_s = time.perf_counter() - started
-        return {
+        row = {
             "train/step": float(self.steps_done),
             **reward_metrics(rewards),
             **rollout_metrics(headers, plan.step),
@@ -95,6 +86,26 @@ class Controller:
             "time/step_s": step_s,
             **self.clock.take(),
         }  # fmt: skip
+        self.weights_of.observe(row)
+        return row
+
+    def _sample(self) -> list[Arrived]:
+        """Rollouts with their rewards; under dynamic sampling, further waves until enough groups are usable."""
+        wanted, arrived = self.settings.train.prompts_per_step, []
+        for wave in range(1 + self.settings.algorithm.dynamic_sampling):
+            name = f"train-{self.steps_done}" + (f".{wave}" if wave else "")
+            seed = wave_seed(self.settings.run.seed, "train", self.steps_done)
+            with self.clock.phase("rollout"):
+                drawn = self.sampling.draw(
+                    self.prompts.next_batch(wanted), wave=name, seed=seed, reward_weights=self.weights_of.rewards(self.steps_done)
+                )
+                headers = self.sampling.headers(drawn)
+            with self.clock.phase("reward"):
+                arrived += self.sampling.arrived(drawn, headers)
+                self._check_reward_errors([a.rewards for a in arrived])
+            if sum(len(a.groups) for a in arrived) >= wanted:
+                break
+        return arrived
 
     def run(self) -> None:
         """Train to train.steps from wherever the state stands; evaluate, checkpoint and log on the way."""
@@ -121,8 +132,7 @@ class Controller:
                 step=self.steps_done, temperature=self.settings.algorithm.temperature, seed=seed,
             )  # fmt: skip
         self.sinks.samples(result.samples)
-        row = {"eval/accuracy": result.accuracy, "eval/accuracy_stderr": result.stderr, "eval/error_rate": result.error_rate}
-        return row | self.clock.take()
+        return result.metrics | self.clock.take()
 
     def save(self) -> None:
         """Commit a checkpoint; its time appears in the next step's row."""
@@ -137,49 +147,52 @@ class Controller:
             weight_version=self.weight_version,
             optimizer_steps=self.steps_done,
             prompts=self.prompts.state_dict(),
+            schedules=self.weights_of.state_dict(),
             wandb_id=self.wandb_id,
-            config_hash=config_hash(self.settings),
         )
 
     def load_state(self, state: RunState, folder: str) -> None:
         self.learner.load_state(folder, state.optimizer_steps)
         self.prompts.load_state_dict(state.prompts)
+        self.weights_of.load_state_dict(state.schedules)
         self.steps_done = state.step
 
     # -- parts of a step ---------------------------------------------------------------------------------------------
 
-    def _plan(self, headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], shards: Sequence[tuple[Shard, list[int]]]) -> UpdatePlan:
+    def _plan(self, used: Sequence[Arrived], shards: Sequence[tuple[Shard, list[int]]]) -> UpdatePlan:
         settings, step = self.settings, self.steps_done
-        keep = np.concatenate([r.keep for r in rewards])
-        imitation = schedule_value(settings.algorithm.imitation_weight, step, settings.train.steps)
+        keep = [a.of_groups(a.rewards.keep) for a in used]
+        tokens = [a.of_groups(a.header.response_lengths) for a in used]
         return UpdatePlan(
             step=step,
-            num_tokens=int(np.concatenate([h.response_lengths for h in headers])[keep].sum()),
-            num_sequences=int(keep.sum()),
-            num_micro_batches=max(self._count_micro_batches(shard, used, headers) for shard, used in shards),
+            num_tokens=int(sum(t[k].sum() for t, k in zip(tokens, keep, strict=True))),
+            num_sequences=int(sum(k.sum() for k in keep)),
+            num_groups=self.sampling.num_pairs(used),
+            num_micro_batches=max(self._count_micro_batches(shard, mine, used) for shard, mine in shards),
             lr=learning_rate(settings, step),
-            teacher_weights=tuple(imitation * settings.teachers[s.teacher].weight for s in self.scorers),
-            reward_weight=schedule_value(settings.algorithm.reward_weight, step, settings.train.steps),
+            teacher_weights=self.weights_of.teachers(step),
+            teacher_routes=tuple(settings.teachers[name].route for name in settings.scored_teachers),
+            reward_weight=self.weights_of.reward(step),
         )
 
-    def _shards(self, headers: Sequence[ChunkHeader], num_teachers: int) -> list[tuple[Shard, list[int]]]:
+    def _shards(self, used: Sequence[Arrived]) -> list[tuple[Shard, list[int]]]:
         """Per learner rank: its groups, and the indices of the chunks that hold them."""
-        k = self.settings.train.samples_per_prompt
-        tokens = [h.num_tokens.reshape(-1, k).sum(axis=1) for h in headers]  # per chunk [G]
-        where = [(c, g) for c, chunk in enumerate(tokens) for g in range(len(chunk))]
+        tokens = [a.of_groups(a.header.num_tokens).sum(axis=1) for a in used]  # per chunk [G']
+        where = [(c, g) for c, a in enumerate(used) for g in a.groups]
         shards = []
-        for groups in balance_groups(np.concatenate(tokens).tolist(), self.settings.learner.ranks):
+        for groups in balance_groups([int(n) for t in tokens for n in t], self.settings.learner.ranks):
             mine = [where[i] for i in groups]
-            used = sorted({c for c, _ in mine})
-            per_chunk = tuple(tuple(g for c, g in mine if c == chunk) for chunk in used)
-            shards.append((Shard(num_chunks=len(used), num_teachers=num_teachers, groups=per_chunk), used))
+            chunks = sorted({c for c, _ in mine})
+            per_chunk = tuple(tuple(g for c, g in mine if c == chunk) for chunk in chunks)
+            shards.append((Shard(num_chunks=len(chunks), num_teachers=len(self.scorers), groups=per_chunk), chunks))
         return shards
 
-    def _count_micro_batches(self, shard: Shard, used: Sequence[int], headers: Sequence[ChunkHeader]) -> int:
-        k = self.settings.train.samples_per_prompt
-        mine = [(c, g) for c, groups in zip(used, shard.groups, strict=True) for g in groups]
-        lengths = [n for c, g in mine for n in headers[c].num_tokens[g * k : (g + 1) * k].tolist()]
-        return len(micro_batches(lengths, self.settings.train.max_tokens_per_micro_batch))
+    def _count_micro_batches(self, shard: Shard, chunks: Sequence[int], used: Sequence[Arrived]) -> int:
+        lengths: list[int] = []
+        for chunk, groups in zip(chunks, shard.groups, strict=True):
+            header = used[chunk].header
+            lengths += header.num_tokens.reshape(-1, header.group_size)[list(groups)].flatten().tolist()
+        return max(len(micro_batches(lengths, self.settings.train.max_tokens_per_micro_batch)), 1)
 
     def _check_reward_errors(self, rewards: Sequence[Rewards]) -> None:
         rate, limit = float(np.concatenate([r.errors for r in rewards]).mean()), self.settings.reward.max_error_rate
@@ -213,9 +226,3 @@ def learning_rate(settings: RunSettings, step: int) -> float:
 def wave_seed(run_seed: int, kind: str, step: int) -> int:
     """Seed of one rollout wave, from the run's seed alone: nothing to save, nothing to restore."""
     return int.from_bytes(hashlib.sha256(f"{run_seed}/{kind}/{step}".encode()).digest()[:6], "little")
-
-
-def config_hash(settings: RunSettings) -> str:
-    """Of the settings that decide what is learned."""
-    learned: list[Any] = [settings.model, settings.teachers, settings.algorithm, settings.train, settings.data, settings.reward.functions]
-    return hashlib.sha256(repr((settings.run.seed, learned)).encode()).hexdigest()

@@ -1,23 +1,22 @@
 """Held-out problems through the same engines and rewards as training."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hybridrl.config import EvalConfig
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.groups import RewardGroup, RolloutGroup
-from hybridrl.types import Prompt, Sample
+from hybridrl.types import Prompt, Rewards, Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """accuracy is the mean value of the first reward function; a failed call counts in error_rate, not as wrong."""
+    """What a row of metrics takes from an evaluation, and the rollouts kept to read."""
 
-    accuracy: float
-    stderr: float
-    error_rate: float
+    metrics: dict[str, float]  # eval/accuracy, _stderr and error_rate; empty without a reward function
     samples: tuple[Sample, ...]
 
 
@@ -31,13 +30,25 @@ def evaluate(
         temperature: of sampling when not greedy.
     """
     chunks = rollout.generate(prompts, wave=f"eval-{step}", group_size=1, temperature=0.0 if config.greedy else temperature, seed=seed)
-    pending = rewards.score(chunks)
+    pending = rewards.score(chunks, [function.weight for function in rewards.settings.reward.functions.values()])
     scored = gather(pending)
+    return summary(scored, rewards.samples(chunks[0], pending[0], step, config.samples))
+
+
+def summary(scored: Sequence[Rewards], samples: Sequence[Sample]) -> Evaluation:
+    """Accuracy is the mean value of the first reward function; a failed call counts in eval/error_rate, not as wrong.
+
+    Without a reward function nothing is right or wrong: no metrics, and the samples' rewards are NaN.
+    """
+    if not scored[0].part_names:
+        return Evaluation(metrics={}, samples=tuple(replace(s, reward=math.nan) for s in samples))
     values = np.concatenate([r.parts[0] for r in scored])
     sound = values[np.isfinite(values)]
     return Evaluation(
-        accuracy=float(sound.mean()) if len(sound) else float("nan"),
-        stderr=float(sound.std(ddof=1) / np.sqrt(len(sound))) if len(sound) > 1 else float("nan"),
-        error_rate=float(1 - len(sound) / len(values)),
-        samples=rewards.samples(chunks[0], pending[0], step, config.samples),
+        metrics={
+            "eval/accuracy": float(sound.mean()) if len(sound) else math.nan,
+            "eval/accuracy_stderr": float(sound.std(ddof=1) / np.sqrt(len(sound))) if len(sound) > 1 else math.nan,
+            "eval/error_rate": float(1 - len(sound) / len(values)),
+        },
+        samples=tuple(samples),
     )

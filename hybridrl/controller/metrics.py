@@ -1,5 +1,6 @@
 """One flat row per step, from headers and scalars alone. Every key is documented in the README's metric table."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,6 +50,9 @@ def learner_metrics(plan: UpdatePlan, stats: LearnerStats) -> dict[str, float]:
         "kl/token": stats.kl_token,
         "kl/sequence": stats.kl_sequence,
         "entropy/token": stats.entropy,
+        **({"kl/sampled": stats.kl_sampled} if math.isfinite(stats.kl_sampled) else {}),
+        "value/loss": stats.value_loss,
+        "policy/bounded_frac": stats.bounded_frac,
         "policy/rho_mean": stats.rho_mean,
         "policy/ess": stats.ess,
         "policy/logprob_gap": stats.logprob_gap,

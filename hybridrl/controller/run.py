@@ -1,29 +1,22 @@
 """One run from settings to report: check, place, train, evaluate, save, and leave nothing running."""
 
-import json
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from hybridrl.choices import Resume, WandbMode
-from hybridrl.compose import to_yaml
-from hybridrl.config import ModelConfig, RunSettings
+from hybridrl.choices import WandbMode
+from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
-from hybridrl.controller.controller import Controller, config_hash
-from hybridrl.controller.evaluation import evaluate
+from hybridrl.controller.controller import Controller
+from hybridrl.controller.run_directory import find_checkpoint, run_directory
+from hybridrl.controller.teacher_levels import measure_teachers, teachers_in_use, teachers_to_measure
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
-from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
-from hybridrl.models.loading import load_tokenizer
+from hybridrl.errors import ConfigError
+from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.rewards import check_rewards
-from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
-from hybridrl.runtime.groups import RewardGroup, RolloutGroup
-from hybridrl.runtime.workers import Slots, place_workers, start_rewards, start_workers
+from hybridrl.runtime.workers import place_workers, start_rewards, start_workers
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics
 from hybridrl.tracking.report import write_report
@@ -31,15 +24,13 @@ from hybridrl.tracking.sink import Sinks
 from hybridrl.tracking.wandb_sink import WandbSink
 from hybridrl.types import Prompt, RunInfo
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
     run_dir: Path
     report: Path
-    accuracy_before: float
-    accuracy_after: float
+    accuracy_before: float | None  # on the held-out problems; None: there is no reward function to judge by
+    accuracy_after: float | None
     teacher_accuracy: dict[str, float]
     export: Path | None
 
@@ -54,17 +45,18 @@ def train(settings: RunSettings) -> RunResult:
     check_rewards(settings.reward)
     prompts, heldout = prepare_prompts(settings)
     with run_directory(settings) as run_dir, ExitStack() as stack:
-        checkpointer = Checkpointer(run_dir, settings.checkpoint.keep)
-        checkpoint = find_checkpoint(settings, checkpointer)
+        checkpoint = find_checkpoint(settings, run_dir)
         console, sinks, wandb = make_sinks(settings)
         stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
         first = checkpoint.state.step if checkpoint else 0
         sinks.start(run_info(settings, run_dir, checkpoint))
-        console.notice("starting workers, and measuring the teacher on the held-out problems ...")
+        measured = "" if checkpoint else ", ".join(teachers_to_measure(settings))
+        console.notice("starting workers" + (f", and measuring teacher {measured} on the held-out problems ..." if measured else " ..."))
         cluster = stack.enter_context(Cluster(settings))
         slots, log_dir = place_workers(settings, cluster), str(run_dir / "logs")
         rewards = start_rewards(settings, slots, log_dir)
-        measure_teachers(settings, cluster, slots, rewards, heldout, run_dir)
+        # A resumed run has them in its first row.
+        levels = {} if checkpoint else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir)
         controller = Controller(
             settings,
             workers=start_workers(settings, cluster, slots, rewards, log_dir),
@@ -72,7 +64,7 @@ def train(settings: RunSettings) -> RunResult:
             prompts=PromptSource(prompts, settings.run.seed),
             heldout=heldout,
             sinks=sinks,
-            checkpointer=checkpointer,
+            checkpointer=Checkpointer(run_dir, settings.checkpoint.keep),
         )
         controller.wandb_id = wandb.run_id if wandb else None
         if checkpoint:
@@ -81,70 +73,51 @@ def train(settings: RunSettings) -> RunResult:
         took = f"{time.monotonic() - began:.0f} s"
         console.notice(f"workers ready after {took} on {cluster.device}, weights travel by {cluster.weight_transfer}")
         if not checkpoint:
-            sinks.log({"train/step": 0.0, **teacher_levels(run_dir), **controller.evaluate()})
+            sinks.log({"train/step": 0.0, **levels, **controller.evaluate()})
         controller.run()
         exported = export_model(settings, controller, run_dir, first)
     return result(run_dir, exported)
 
 
 def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
-    """Tokenized training and held-out prompts; refuses a teacher whose vocabulary is not the student's."""
+    """Tokenized training and held-out prompts.
+
+    Raises:
+        ConfigError: a teacher in use does not share the student's vocabulary; or as load_problems and tokenize.
+        DataError: as load_problems and tokenize.
+    """
     tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
-    for name, teacher in settings.teachers.items():
-        if teacher.path and load_tokenizer(teacher.path, setting=f"teachers.{name}.path").get_vocab() != tokenizer.get_vocab():
+    check_teachers(settings, tokenizer.get_vocab())
+    rollout = settings.rollout
+    room = rollout.max_model_len - rollout.max_new_tokens
+    train_problems, heldout_problems = load_problems(settings.data, settings.run.seed)
+    given = rollout.max_model_len if settings.algorithm.data_fraction else None  # without it responses of the data are not used
+    train_prompts = tokenize(train_problems, tokenizer, settings.data, room, given)
+    return train_prompts, tokenize(heldout_problems, tokenizer, settings.data, room)
+
+
+def check_teachers(settings: RunSettings, vocabulary: dict[str, int]) -> None:
+    """Refuse a teacher in use whose distribution is not over the student's tokens. Rows that only pad its head do no harm.
+
+    Raises:
+        ConfigError: its tokenizer has another vocabulary, or its output head lacks tokens of the student's.
+    """
+    student = settings.model
+    for name in teachers_in_use(settings):
+        path = settings.teachers[name].path
+        if path is None:  # the student itself
+            continue
+        if load_tokenizer(path, setting=f"teachers.{name}.path").get_vocab() != vocabulary:
             raise ConfigError(
-                f"teachers.{name}.path={teacher.path}: its vocabulary differs from that of model.path={settings.model.path}; "
+                f"teachers.{name}.path={path}: its vocabulary differs from that of model.path={student.path}; "
                 "log-probs of the same ids would speak of different tokens. Choose a teacher with the student's tokenizer"
             )
-    room = settings.rollout.max_model_len - settings.rollout.max_new_tokens
-    problems = load_problems(settings.data, settings.run.seed)
-    train_prompts, heldout = (tokenize(part, tokenizer, settings.data, room) for part in problems)
-    return train_prompts, heldout
-
-
-@contextmanager
-def run_directory(settings: RunSettings) -> Iterator[Path]:
-    """The run directory, locked while the run lasts, with config.yaml in it.
-
-    Raises:
-        RunDirectoryError: another run holds it, or run.resume=never and it already holds a run.
-        ConfigError: it would vanish with a Ray job's upload folder.
-    """
-    run_dir = Path(settings.run.dir).expanduser().absolute()
-    if "working_dir_files" in run_dir.parts:
-        raise ConfigError(
-            f"run.dir={settings.run.dir}: lies in the Ray job's upload folder {run_dir}, which is deleted; "
-            "give an absolute path on shared storage"
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunDirectoryError(f"run.dir={run_dir}: another run holds it; wait for it or choose another run.dir") from error
-    try:
-        if settings.run.resume is Resume.never and (run_dir / "metrics.jsonl").exists():
-            raise RunDirectoryError(f"run.dir={run_dir}: holds a run and run.resume=never; choose another run.dir or run.resume=auto")
-        (run_dir / "config.yaml").write_text(to_yaml(settings))
-        yield run_dir
-    finally:
-        lock.release()
-
-
-def find_checkpoint(settings: RunSettings, checkpointer: Checkpointer) -> Checkpoint | None:
-    """Where to continue; None: from the start.
-
-    Raises:
-        CheckpointError: run.resume=required and there is none, or all are damaged.
-    """
-    if settings.run.resume is Resume.never:
-        return None
-    checkpoint = checkpointer.newest()
-    if checkpoint is None and settings.run.resume is Resume.required:
-        raise CheckpointError(f"run.resume=required: no checkpoint in {checkpointer.root}; use run.resume=auto to start")
-    if checkpoint and checkpoint.state.config_hash != config_hash(settings):
-        log.warning("the settings differ from those of %s; the run continues with the new ones", checkpoint.folder)
-    return checkpoint
+        rows, needed = head_rows(path), head_rows(student.path, student.revision)
+        if rows < needed and name in settings.scored_teachers:
+            raise ConfigError(
+                f"teachers.{name}.path={path}: its output head has {rows} rows, that of model.path={student.path} has {needed}, "
+                "so the student could draw tokens of which the teacher has no probability. Choose a teacher with at least as many rows"
+            )
 
 
 def make_sinks(settings: RunSettings) -> tuple[ConsoleSink, Sinks, WandbSink | None]:
@@ -164,43 +137,6 @@ def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None
     )
 
 
-TEACHER_LEVELS = "teacher_levels.json"
-
-
-def measure_teachers(
-    settings: RunSettings, cluster: Cluster, slots: Slots, rewards: RewardGroup, heldout: list[Prompt], run_dir: Path
-) -> None:
-    """Held-out accuracy of each teacher that has weights of its own, once per run directory, on a short-lived engine."""
-    target = run_dir / TEACHER_LEVELS
-    if not settings.eval.teacher or target.exists():
-        return
-    levels = {}
-    for name, teacher in settings.teachers.items():
-        if teacher.path is None:  # it is the student before training, which is evaluated anyway
-            continue
-        engine = RolloutGroup(
-            settings,
-            slots["rollout"][:1],
-            model=ModelConfig(path=teacher.path, dtype=teacher.dtype),
-            device=cluster.device,
-            backend=cluster.weight_transfer,
-            log_dir=str(run_dir / "logs"),
-            name=f"teacher-{name}",
-        )
-        gather(engine.ready())
-        found = evaluate(
-            settings.eval, engine, rewards, heldout, step=0, temperature=settings.algorithm.temperature, seed=settings.run.seed
-        )
-        levels[f"eval/accuracy_teacher/{name}"] = found.accuracy
-        engine.close()
-    target.write_text(json.dumps(levels))
-
-
-def teacher_levels(run_dir: Path) -> dict[str, float]:
-    target = run_dir / TEACHER_LEVELS
-    return json.loads(target.read_text()) if target.exists() else {}
-
-
 def export_model(settings: RunSettings, controller: Controller, run_dir: Path, first: int) -> Path | None:
     """The Hugging Face folder of the final student."""
     folder = run_dir / "export" / f"step_{controller.steps_done:06d}"
@@ -215,8 +151,8 @@ def result(run_dir: Path, exported: Path | None) -> RunResult:
     return RunResult(
         run_dir=run_dir,
         report=write_report(run_dir),
-        accuracy_before=evaluated[0],
-        accuracy_after=evaluated[-1],
-        teacher_accuracy={k.rsplit("/", 1)[1]: v for k, v in rows[0].items() if k.startswith("eval/accuracy_teacher/")},
+        accuracy_before=evaluated[0] if evaluated else None,
+        accuracy_after=evaluated[-1] if evaluated else None,
+        teacher_accuracy={k.rsplit("/", 1)[1]: v for row in rows for k, v in row.items() if k.startswith("eval/accuracy_teacher/")},
         export=exported,
     )

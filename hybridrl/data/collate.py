@@ -7,19 +7,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.types import RolloutBatch, TokenScores
+from hybridrl.objectives.credit import Credit
+from hybridrl.types import ScoredBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherColumns:
+    """One teacher's say on a sequence or micro-batch: R response tokens."""
+
+    rows: np.ndarray  # [R, W] hidden states, or log-probs; float32 or uint16 (bf16 bits)
+    support_ids: np.ndarray  # [R, K] int32
+    weight: np.ndarray  # [R] float32, w_i
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSequence:
-    """One trajectory with everything the head pass needs; [r] and [r, H] are its response tokens."""
+    """One trajectory with everything the head pass needs; [r] columns are its response tokens."""
 
     input_ids: np.ndarray  # [T] int32
     response_at: np.ndarray  # [r] int64, positions of response tokens, never 0
     rollout_logprobs: np.ndarray  # [r] float32
+    token_weight: np.ndarray  # [r] float32
     sparse: np.ndarray  # [r] float32, cost minus baseline
-    token_weight: float
-    teacher_hidden: tuple[np.ndarray, ...]  # per teacher [r, H], float32 or uint16 (bf16 bits)
+    value_slope: np.ndarray  # [r] float32
+    teachers: tuple[TeacherColumns, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,41 +46,40 @@ class MicroBatch:
     token_ids: Tensor  # [R] int64
     token_weight: Tensor  # [R] float32
     sparse: Tensor  # [R] float32
+    value_slope: Tensor  # [R] float32
     rollout_logprobs: Tensor  # [R] float32
-    teacher_hidden: tuple[Tensor, ...]  # per teacher [R, H]
+    teachers: tuple[TeacherColumns, ...]  # R rows each
 
 
-def train_sequences(
-    batch: RolloutBatch,
-    scores: Sequence[TokenScores],
-    sparse: np.ndarray,
-    keep: np.ndarray,
-    groups: Sequence[int],
-    token_weight: float,
-) -> list[TrainSequence]:
-    """Cut a chunk into the sequences of the given groups.
+def train_sequences(batch: ScoredBatch, credit: Credit, teacher_weights: Sequence[Tensor]) -> list[TrainSequence]:
+    """Cut a batch into its sequences.
 
     Args:
-        sparse: [R] float32 for the whole chunk, in batch order.
-        keep: [N] bool, False takes a sequence out (weight 0).
+        teacher_weights: per teacher [N], w_i of each sequence.
     """
-    rows = np.concatenate([[0], np.cumsum(batch.response_lengths)])
+    rollout = batch.rollout
+    rows = np.concatenate([[0], np.cumsum(rollout.response_lengths)])
+    weight, sparse, slope = (c.float().numpy() for c in (credit.token_weight, credit.sparse, credit.value_slope))
     sequences = []
-    for group in groups:
-        for i in range(group * batch.group_size, (group + 1) * batch.group_size):
-            span = slice(int(batch.offsets[i]), int(batch.offsets[i + 1]))
-            row = slice(int(rows[i]), int(rows[i + 1]))
-            at = np.flatnonzero(batch.response_mask[span])
-            sequences.append(
-                TrainSequence(
-                    input_ids=batch.input_ids[span],
-                    response_at=at,
-                    rollout_logprobs=batch.rollout_logprobs[span][at],
-                    sparse=sparse[row] if keep[i] else np.zeros_like(sparse[row]),  # a dropped reward is NaN, and 0 * NaN is NaN
-                    token_weight=token_weight if keep[i] else 0.0,
-                    teacher_hidden=tuple(s.hidden[row] for s in scores),
-                )
+    for i in range(rollout.num_sequences):
+        span = slice(int(rollout.offsets[i]), int(rollout.offsets[i + 1]))
+        row = slice(int(rows[i]), int(rows[i + 1]))
+        at = np.flatnonzero(rollout.response_mask[span])
+        teachers = tuple(
+            TeacherColumns(rows=s.rows[row], support_ids=s.support_ids[row], weight=np.full(len(at), float(w[i]), np.float32))
+            for s, w in zip(batch.scores, teacher_weights, strict=True)
+        )
+        sequences.append(
+            TrainSequence(
+                input_ids=rollout.input_ids[span],
+                response_at=at,
+                rollout_logprobs=rollout.rollout_logprobs[span][at],
+                token_weight=weight[row],
+                sparse=sparse[row],
+                value_slope=slope[row],
+                teachers=teachers,
             )
+        )
     return sequences
 
 
@@ -81,29 +91,40 @@ def collate(sequences: Sequence[TrainSequence]) -> MicroBatch:
     for b, s in enumerate(sequences):
         ids[b, : len(s.input_ids)] = s.input_ids
         mask[b, : len(s.input_ids)] = 1
-    join = np.concatenate
-    num_teachers = len(sequences[0].teacher_hidden)
+    column = lambda name: torch.from_numpy(np.concatenate([getattr(s, name) for s in sequences]).astype(np.float32))  # noqa: E731
     return MicroBatch(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(mask),
-        hidden_rows=torch.from_numpy(join([b * width + s.response_at - 1 for b, s in enumerate(sequences)])),
-        token_ids=torch.from_numpy(join([s.input_ids[s.response_at] for s in sequences]).astype(np.int64)),
-        token_weight=torch.from_numpy(join([np.full(len(s.response_at), s.token_weight, np.float32) for s in sequences])),
-        sparse=torch.from_numpy(join([s.sparse for s in sequences]).astype(np.float32)),
-        rollout_logprobs=torch.from_numpy(join([s.rollout_logprobs for s in sequences]).astype(np.float32)),
-        teacher_hidden=tuple(from_wire(join([s.teacher_hidden[k] for s in sequences])) for k in range(num_teachers)),
+        hidden_rows=torch.from_numpy(np.concatenate([b * width + s.response_at - 1 for b, s in enumerate(sequences)])),
+        token_ids=torch.from_numpy(np.concatenate([s.input_ids[s.response_at] for s in sequences]).astype(np.int64)),
+        token_weight=column("token_weight"),
+        sparse=column("sparse"),
+        value_slope=column("value_slope"),
+        rollout_logprobs=column("rollout_logprobs"),
+        teachers=tuple(stack_teachers(columns) for columns in zip(*(s.teachers for s in sequences), strict=True)),
     )
 
 
-def idle_sequence(teacher_widths: Sequence[int], wire_dtypes: Sequence[np.dtype]) -> TrainSequence:
-    """A sequence of weight 0: what a rank runs while others still have micro-batches."""
+def stack_teachers(columns: Sequence[TeacherColumns]) -> TeacherColumns:
+    join = lambda name: np.concatenate([getattr(c, name) for c in columns])  # noqa: E731
+    return TeacherColumns(rows=join("rows"), support_ids=join("support_ids"), weight=join("weight"))
+
+
+def idle_sequence(teachers: Sequence[TeacherColumns]) -> TrainSequence:
+    """A sequence of weight 0: what a rank runs while others still have micro-batches.
+
+    Args:
+        teachers: one row each, in the widths and dtypes of the run.
+    """
+    zero = np.zeros(1, np.float32)
     return TrainSequence(
         input_ids=np.zeros(2, np.int32),
         response_at=np.array([1]),
-        rollout_logprobs=np.zeros(1, np.float32),
-        sparse=np.zeros(1, np.float32),
-        token_weight=0.0,
-        teacher_hidden=tuple(np.zeros((1, w), d) for w, d in zip(teacher_widths, wire_dtypes, strict=True)),
+        rollout_logprobs=zero,
+        token_weight=zero,
+        sparse=zero,
+        value_slope=zero,
+        teachers=tuple(teachers),
     )
 
 

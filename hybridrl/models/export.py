@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybridrl.errors import CheckpointError
 
+MASTER = "master/"
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, chat template, generation settings
 
 
@@ -49,6 +51,16 @@ def export(state: Mapping[str, torch.Tensor | NDArray[np.generic]], source: Path
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def master_weights(path: Path, dtype: str) -> dict[str, torch.Tensor]:
+    """The student's parameters of a learner.safetensors, by name, rounded from fp32 to `dtype` as the learner's own are.
+
+    Optimizer moments are not read; the value head, which is no part of the language model, is left out.
+    """
+    with safe_open(path, framework="pt") as file:
+        names = [key for key in file.keys() if key.startswith(MASTER) and key != f"{MASTER}value_head.weight"]  # noqa: SIM118 (not a dict)
+        return {key.removeprefix(MASTER): file.get_tensor(key).to(getattr(torch, dtype)) for key in names}
 
 
 def _check(tensors: dict[str, torch.Tensor], config: AutoConfig) -> None:

@@ -1,5 +1,6 @@
 """From the model.path of a config to a folder, a model and a tokenizer. No code of a model's author is ever run."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridrl.errors import ConfigError
@@ -60,6 +63,29 @@ def load_model(path: str, dtype: str = "float32", revision: str | None = None, *
         return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{setting}={path}: cannot be loaded as a causal language model: {error}") from error
+
+
+OUTPUT_HEADS = ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight")
+"""Where a folder's safetensors keep the output embedding; the last two are tied to the input."""
+
+
+def load_output_head(path: str, dtype: str, revision: str | None = None) -> Tensor:
+    """[V, H] output embedding alone, on CPU; the rest of the model is not read where its folder allows."""
+    folder = resolve(path, revision)
+    index = folder / "model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    files = [folder / where[name] for name in OUTPUT_HEADS if name in where] or [folder / "model.safetensors"]
+    if files[0].is_file():
+        with safe_open(files[0], framework="pt") as tensors:
+            name = next((n for n in OUTPUT_HEADS if n in tensors.keys()), None)  # noqa: SIM118 (not a dict)
+            if name is not None:
+                return tensors.get_tensor(name).to(getattr(torch, dtype))
+    return load_model(path, dtype, revision).get_output_embeddings().weight.detach()
+
+
+def head_rows(path: str, revision: str | None = None) -> int:
+    """Rows of the output embedding: the vocabulary, with its padding."""
+    return AutoConfig.from_pretrained(resolve(path, revision), trust_remote_code=False).get_text_config().vocab_size
 
 
 def load_tokenizer(path: str, revision: str | None = None, *, setting: str = "model.path") -> PreTrainedTokenizerBase:

@@ -1,0 +1,14 @@
+"""Objectives: what each token of a scored batch is worth. The online one has every method as a preset."""
+
+from hybridrl.choices import PairLoss
+from hybridrl.config import RunSettings
+from hybridrl.objectives.credit import Objective
+from hybridrl.objectives.hybrid import HybridObjective
+from hybridrl.objectives.pairs import PairObjective
+
+
+def make_objective(settings: RunSettings) -> Objective:
+    """Pairs where a pair loss is set, returns otherwise."""
+    if settings.algorithm.pair.loss is not PairLoss.none:
+        return PairObjective(settings.algorithm)
+    return HybridObjective(settings.algorithm, settings.rollout.max_new_tokens)

@@ -2,28 +2,33 @@
 
 Its gradient splits into a dense term, the closed form of KL(p || q) at each visited prefix, and a sparse term,
 G_{t+1} grad log p(y_t) with G_{t+1} = sum_{k>t} gamma^(k-t) c_k - lambda R. This class makes G before the head pass;
-ops.head makes both gradients in that pass. Methods differ in settings only: conf/algorithm holds the presets.
+ops.head makes both gradients in that pass. Where the dense term is estimated from the drawn token instead of summed
+over the vocabulary, that token's own cost is part of G. Methods differ in settings only: conf/algorithm holds them.
 """
-
-from collections.abc import Sequence
-from enum import StrEnum
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.choices import Baseline, Normalizer
-from hybridrl.config import AlgorithmConfig
-from hybridrl.ops.returns import future_cost, sibling_mean
-from hybridrl.types import Rewards, RolloutBatch, TokenScores, UpdatePlan
-
-
-class Signal(StrEnum):
-    """What a configuration needs from the other workers."""
-
-    teacher_hidden = "teacher_hidden"  # the teacher's last hidden states
-    teacher_logprobs = "teacher_logprobs"  # log q(y_t), one head pass of the scorer
-    rewards = "rewards"
+from hybridrl.algorithm import AlgorithmConfig
+from hybridrl.choices import (
+    Baseline,
+    Correction,
+    Future,
+    Normalizer,
+    Ratio,
+    RatioLevel,
+    Scale,
+    Source,
+    Support,
+    SupportSource,
+    TeacherSignal,
+)
+from hybridrl.objectives.credit import Credit, LearnerView, Signal, per_token, response_grid
+from hybridrl.ops.divergence import Measure, tail_score
+from hybridrl.ops.ratio import RatioBounds
+from hybridrl.ops.returns import future_cost, generalised_advantage, sibling_mean, standard_scores
+from hybridrl.types import RolloutBatch, ScoredBatch, UpdatePlan
 
 
 class HybridObjective:
@@ -31,47 +36,146 @@ class HybridObjective:
 
     def __init__(self, config: AlgorithmConfig, max_new_tokens: int) -> None:
         self.config, self.max_new_tokens = config, max_new_tokens
-        signals = set()
-        if not config.imitation_weight.is_zero():
-            signals.add(Signal.teacher_hidden)
-            if config.gamma > 0:
+        self.measure = Measure(divergence=config.divergence, beta=config.jsd_beta, log_ratio_clip=config.log_ratio_clip)
+        self.estimates = config.support is Support.sampled or (
+            config.support is Support.topk and config.topk.correction is Correction.unbiased
+        )  # part of the dense term comes from the drawn token
+        self.signals = frozenset(self._signals())
+        self.standardises = config.scale is Scale.batch
+
+    def _signals(self) -> set[Signal]:
+        config, signals = self.config, set()
+        if config.imitates:
+            if config.support is Support.full:
+                by_hidden = config.teacher_signal is TeacherSignal.hidden
+                signals.add(Signal.teacher_hidden if by_hidden else Signal.teacher_vocabulary)
+            elif config.support is Support.topk:
+                signals.add(Signal.teacher_support)
+                if config.topk.source is SupportSource.sampler:
+                    signals.add(Signal.sampler_support)
+            if config.gamma > 0 or self.estimates:
                 signals.add(Signal.teacher_logprobs)
-        if not config.reward_weight.is_zero():
+        if config.learns_from_rewards:
             signals.add(Signal.rewards)
-        self.signals = frozenset(signals)
+        if config.ratio.kind is not Ratio.none and config.ratio.level is RatioLevel.sequence:
+            signals.add(Signal.learner_logprobs)
+        if config.baseline is Baseline.value:
+            signals |= {Signal.learner_logprobs, Signal.learner_values}
+        return signals
 
-    def token_weight(self, plan: UpdatePlan) -> float:
-        """1 / normaliser, the same for every token of the global batch."""
-        if self.config.normalizer is Normalizer.constant:
-            return 1.0 / max(plan.num_sequences * self.max_new_tokens, 1)
-        return 1.0 / max(plan.num_tokens, 1)
+    def credit(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Credit:
+        """G_{t+1} minus its baseline for each response token of whole groups of one source."""
+        rollout, mask = batch.rollout, response_grid(batch.rollout)  # [N, T]
+        weight = self.token_weight(batch, plan, learner)
+        own, cost = self._imitation(batch, plan)
+        returns = self._returns(batch, plan, own, cost, mask)
+        values = torch.zeros_like(returns)
+        match self.config.baseline:
+            case Baseline.none:
+                advantage = returns
+            case Baseline.value:
+                assert learner is not None, "baseline=value asks for learner_values"
+                values[mask] = learner.values.to(values.dtype)
+                advantage = generalised_advantage(returns, values, mask, self.config.value.gae_lambda)
+            case _:
+                loo = self.config.baseline is Baseline.leave_one_out
+                advantage = returns - sibling_mean(returns, rollout.group_size, leave_one_out=loo)
+        sparse = advantage[mask]
+        if rollout.source is not Source.student:
+            sparse = sparse - self.config.nll_weight
+        has_values = self.config.baseline is Baseline.value
+        live = weight > 0  # a dropped group's reward is NaN, and 0 * NaN is not 0
+        error = torch.where(live, -advantage[mask], 0.0) if has_values else torch.zeros_like(sparse)  # value minus its target
+        return Credit(
+            token_weight=weight,
+            sparse=torch.where(live, sparse, 0.0),
+            value_slope=self.config.value.loss_weight * weight * error,
+            imitation_cost=cost,
+            value_error=error,
+        )
 
-    def sparse_costs(self, batch: RolloutBatch, scores: Sequence[TokenScores], rewards: Rewards, plan: UpdatePlan) -> Tensor:
-        """G_{t+1} minus its baseline for each response token of a chunk of whole groups.
+    def token_weight(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Tensor:
+        """[R] 1 / normaliser; 0 for dropped groups; times the sequence's importance ratio where that is asked for."""
+        rollout, sequences = batch.rollout, max(plan.num_sequences, 1)
+        lengths = torch.from_numpy(rollout.response_lengths.copy()).double()
+        match self.config.normalizer:
+            case Normalizer.token_mean:
+                weight = torch.full_like(lengths, 1.0 / max(plan.num_tokens, 1))
+            case Normalizer.sequence_mean:
+                weight = 1.0 / (sequences * lengths)
+            case Normalizer.constant:
+                weight = torch.full_like(lengths, 1.0 / (sequences * self.max_new_tokens))
+        weight = torch.where(torch.from_numpy(batch.rewards.keep.copy()), weight, 0.0)
+        if self.config.ratio.kind is not Ratio.none and self.config.ratio.level is RatioLevel.sequence:
+            assert learner is not None, "ratio.level=sequence asks for learner_logprobs"
+            weight = weight * self._sequence_ratio(rollout, learner)
+        return per_token(weight, rollout).to(torch.from_numpy(rollout.rollout_logprobs[:0].copy()).dtype)
 
-        Args:
-            batch: N sequences, R response tokens.
-            scores: one per teacher, in the order of plan.teacher_weights.
-            rewards: of the same sequences.
+    def _sequence_ratio(self, rollout: RolloutBatch, learner: LearnerView) -> Tensor:
+        """[N] prod_t p(y_t) / mu(y_t), bounded as algorithm.ratio says."""
+        mask = response_grid(rollout)
+        log_ratio = torch.zeros(mask.shape, dtype=torch.float64)
+        log_ratio[mask] = learner.logprobs.double() - response_rows(rollout, rollout.rollout_logprobs).double()
+        bounds = RatioBounds(kind=self.config.ratio.kind, low=self.config.ratio.low, high=self.config.ratio.high)
+        total = log_ratio.sum(1)
+        return bounds.factor(total, torch.ones_like(total))[0]
 
-        Returns:
-            [R] float32 in batch order.
+    def _imitation(self, batch: ScoredBatch, plan: UpdatePlan) -> tuple[Tensor, Tensor]:
+        """The drawn token's share of the dense term, and its imitation cost sum_i w_i (log p - log q_i); both [R].
+
+        Data was not drawn from the student, so neither is defined there.
         """
-        mask = response_grid(batch)  # [N, T]
-        costs = torch.zeros(mask.shape)  # [N, T] float32
+        rollout = batch.rollout
+        logp = response_rows(rollout, rollout.rollout_logprobs)
+        own, cost = torch.zeros_like(logp), torch.zeros_like(logp)
+        if rollout.source is Source.data or Signal.teacher_logprobs not in self.signals:
+            return own, torch.full_like(cost, torch.nan)
+        log_ratio = Measure(log_ratio_clip=self.config.log_ratio_clip)
+        for k, scores in enumerate(batch.scores):
+            weight = per_token(teacher_weight(batch, plan, k), rollout).to(logp.dtype)
+            logq = response_rows(rollout, scores.logprobs)
+            heard = weight != 0
+            cost += torch.where(heard, weight * log_ratio.score(logp, logq), 0.0)
+            if self.estimates:
+                drawn = torch.from_numpy(rollout.input_ids[rollout.response_mask].astype(np.int64))
+                inside = (torch.from_numpy(scores.support_ids.astype(np.int64)) == drawn[:, None]).any(1)
+                own += torch.where(heard, weight * tail_score(logp, logq, inside, self.measure), 0.0)
+        return own, cost
+
+    def _returns(self, batch: ScoredBatch, plan: UpdatePlan, own: Tensor, cost: Tensor, mask: Tensor) -> Tensor:
+        """[N, T] own + future costs - lambda R, padded with -lambda R where a sequence has ended."""
+        reward = torch.from_numpy(batch.rewards.values.astype(np.float64))
+        if self.config.overlong_buffer:
+            reward = reward + self._overlong_penalty(batch.rollout)
+        if self.config.scale is Scale.group_std:
+            reward = standard_scores(reward, batch.rollout.group_size)
+        known = batch.rollout.source is not Source.data and self.config.learns_from_rewards
+        terminal = (-plan.reward_weight * reward if known else torch.zeros_like(reward)).to(own.dtype)[:, None]
+        grid_own, grid_cost = (torch.zeros(mask.shape, dtype=own.dtype) for _ in range(2))
+        grid_own[mask] = own
         if self.config.gamma > 0:
-            per_token = sum(
-                w * (batch.rollout_logprobs - s.logprobs)[batch.response_mask] for w, s in zip(plan.teacher_weights, scores, strict=True)
-            )
-            costs[mask] = torch.as_tensor(np.asarray(per_token, dtype=np.float32))
-        terminal = -plan.reward_weight * torch.from_numpy(rewards.values.copy())[:, None]  # [N, 1]
-        returns = future_cost(costs, mask, self.config.gamma) + terminal  # [N, T]
-        if self.config.baseline is not Baseline.none:
-            returns = returns - sibling_mean(returns, batch.group_size, leave_one_out=self.config.baseline is Baseline.leave_one_out)
-        return returns[mask]
+            grid_cost[mask] = cost.nan_to_num(0.0)  # where nobody scored, nothing is to be imitated
+        future = future_cost(grid_cost, mask, self.config.gamma)
+        if self.config.future is Future.mean:
+            left = mask.flip(1).cumsum(1).flip(1) - 1  # response tokens after this one
+            future = future / left.clamp_min(1)
+        return grid_own + future + terminal
+
+    def _overlong_penalty(self, rollout: RolloutBatch) -> Tensor:
+        """[N] 0 up to max - buffer tokens, then down to -1 at max (DAPO, arXiv 2503.14476, equation 13)."""
+        lengths = torch.from_numpy(rollout.response_lengths.copy()).double()
+        free = self.max_new_tokens - self.config.overlong_buffer
+        return ((free - lengths) / self.config.overlong_buffer).clamp(-1.0, 0.0)
 
 
-def response_grid(batch: RolloutBatch) -> Tensor:
-    """[N, T] bool: response tokens left-aligned, T the longest response; row-major order is batch order."""
-    lengths = torch.from_numpy(batch.response_lengths.copy())
-    return torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+def teacher_weight(batch: ScoredBatch, plan: UpdatePlan, teacher: int) -> Tensor:
+    """[N] w_i of each sequence: 0 where the prompt is not routed to this teacher."""
+    route = plan.teacher_routes[teacher]
+    asked = [all(columns.get(key) == value for key, value in route.items()) for columns in batch.rollout.columns]
+    weight = plan.teacher_weights[teacher] * torch.tensor(asked, dtype=torch.float64)
+    return weight.repeat_interleave(batch.rollout.group_size)
+
+
+def response_rows(batch: RolloutBatch, column: np.ndarray) -> Tensor:
+    """[T] -> [R] a per-token column at the response tokens."""
+    return torch.from_numpy(column[batch.response_mask])

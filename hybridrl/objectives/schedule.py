@@ -1,22 +1,49 @@
-"""A weight that changes with the step."""
+"""A weight that changes with the step, or with what was measured."""
 
 import math
+from collections.abc import Mapping
 
+from hybridrl.algorithm import ScheduleConfig
 from hybridrl.choices import ScheduleKind
-from hybridrl.config import ScheduleConfig
 
 
-def schedule_value(config: ScheduleConfig, step: int, train_steps: int) -> float:
-    """The weight at step 0, 1, ...
+class Schedule:
+    """The weight of each step; only a feedback schedule has state.
 
-    Example: linear from 0 to 2 over 4 steps: 0, 0.5, 1, 1.5, 2, 2, ...
+    Example: linear from 0 to 2 over 4 steps: 0, 0.5, 1, 1.5, 2, 2, ...; feedback at 1.0 with gain -0.1 that sees a KL
+    of twice its target: 0.9, 0.81, ...
     """
-    length = config.steps or train_steps
-    if config.kind is ScheduleKind.constant or config.end is None:
-        return config.value
-    done = min(step / length, 1.0)
-    if config.kind is ScheduleKind.step:
-        done = float(step >= length)
-    elif config.kind is ScheduleKind.cosine:
-        done = (1 - math.cos(math.pi * done)) / 2
-    return config.value + (config.end - config.value) * done
+
+    def __init__(self, config: ScheduleConfig, train_steps: int) -> None:
+        self.config, self.length = config, config.steps or train_steps
+        self.held = config.value
+
+    def value(self, step: int) -> float:
+        """The weight at step 0, 1, ..."""
+        config = self.config
+        if config.kind is ScheduleKind.feedback:
+            return self.held
+        if config.kind is ScheduleKind.constant or config.end is None:
+            return config.value
+        done = min(step / self.length, 1.0)
+        if config.kind is ScheduleKind.step:
+            done = float(step >= self.length)
+        elif config.kind is ScheduleKind.cosine:
+            done = (1 - math.cos(math.pi * done)) / 2
+        return config.value + (config.end - config.value) * done
+
+    def observe(self, row: Mapping[str, float]) -> None:
+        """Move a feedback weight by the metrics of the step that used it; a missing or NaN metric moves nothing."""
+        config = self.config
+        if config.kind is not ScheduleKind.feedback or config.metric is None or config.target is None:
+            return
+        error = row.get(config.metric, math.nan) / config.target - 1
+        if math.isfinite(error):
+            moved = self.held * (1 + config.gain * max(-1.0, min(error, 1.0)))
+            self.held = min(max(moved, config.low), math.inf if config.high is None else config.high)
+
+    def state_dict(self) -> float:
+        return self.held
+
+    def load_state_dict(self, state: float) -> None:
+        self.held = state

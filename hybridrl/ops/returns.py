@@ -49,3 +49,39 @@ def sibling_mean(returns: Tensor, group_size: int, *, leave_one_out: bool) -> Te
     total = groups.sum(dim=1, keepdim=True)
     mean = (total - groups) / (group_size - 1) if leave_one_out else (total / group_size).expand_as(groups)
     return mean.flatten(0, 1)
+
+
+def standard_scores(rewards: Tensor, group_size: int) -> Tensor:
+    """(R - mean) / (std + 1e-6) inside each group, population standard deviation (GRPO, arXiv 2402.03300): [N] -> [N].
+
+    Float64 inputs, or what rounding leaves of equal rewards would be blown up by the division.
+    Example: rewards (1, 0, 0, 0), K=4 -> mean 0.25, std 0.433: (1.732, -0.577, -0.577, -0.577).
+    """
+    assert rewards.ndim == 1 and rewards.shape[0] % group_size == 0, (rewards.shape, group_size)
+    groups = rewards.unflatten(0, (-1, group_size))
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    return (centred / (groups.std(dim=1, correction=0, keepdim=True) + 1e-6)).flatten()
+
+
+def generalised_advantage(returns: Tensor, values: Tensor, mask: Tensor, gae_lambda: float) -> Tensor:
+    """Cost advantages between the return (gae_lambda = 1) and one step of bootstrapping (0) (arXiv 1506.02438).
+
+    The cost of one step is what the return loses over it, g_t = G_t - G_{t+1}, so any return will do:
+    A_t = sum_k gae_lambda^k (g_{t+k} + v_{t+k+1} - v_{t+k}), v = 0 after the end.
+    Example: returns (3, 1), values (2, 2), gae_lambda 0 -> (3 - 1 + 2 - 2, 1 - 2) = (2, -1).
+
+    Args:
+        returns, values: [N, T], costs to go; mask: [N, T] bool, response tokens first.
+
+    Returns:
+        [N, T], 0 where masked.
+    """
+    assert returns.shape == values.shape == mask.shape and returns.ndim == 2, (returns.shape, values.shape, mask.shape)
+    ahead = lambda x: torch.nn.functional.pad(torch.where(mask, x, 0.0)[:, 1:], (0, 1))  # noqa: E731
+    delta = torch.where(mask, returns - ahead(returns) + ahead(values) - values, 0.0)
+    advantage = torch.zeros_like(delta)
+    last = torch.zeros_like(delta[:, 0])
+    for t in range(delta.shape[1] - 1, -1, -1):
+        last = delta[:, t] + gae_lambda * last
+        advantage[:, t] = last
+    return advantage

@@ -1,7 +1,9 @@
 """Reward functions in child processes that can be killed, one by one, at a deadline.
 
 The sequences go out as one task per child. When a task hangs, crashes, raises or returns a wrong length, its
-sequences are called again one at a time, each with the deadline, so that only the culprits fail.
+sequences are called again one at a time, each with the deadline, so that only the culprits fail. Once more than
+`max_timeouts` of the batch have hung, the rest is not run any more and counts as timed out too: a function that always
+hangs costs about (1 + max_timeouts * N / processes) deadlines, not N.
 
     pool.call("score", {"completions": ["a", "b"]})  ->  [1.0, Failure(kind=FailureKind.timeout, text="...")]
 """
@@ -53,13 +55,14 @@ class RewardPool:
         calls: reward name -> function and options.
         processes: number of children.
         timeout_s: deadline of one task, be it all sequences of a child or a single one.
+        max_timeouts: share of a batch, in [0, 1].
 
     Raises:
         ConfigError: a function cannot be loaded.
     """
 
-    def __init__(self, calls: Mapping[str, RewardCall], *, processes: int, timeout_s: float) -> None:
-        self._calls, self._processes, self._timeout_s = dict(calls), processes, timeout_s
+    def __init__(self, calls: Mapping[str, RewardCall], *, processes: int, timeout_s: float, max_timeouts: float) -> None:
+        self._calls, self._processes, self._timeout_s, self._max_timeouts = dict(calls), processes, timeout_s, max_timeouts
         self._pool = self._fresh()
         try:
             self._accepted = {name: self._load(name) for name in calls}
@@ -75,20 +78,31 @@ class RewardPool:
         size = -(-num_sequences // self._processes)
         parts = [range(i, min(i + size, num_sequences)) for i in range(0, num_sequences, size)]
         outcomes: dict[int, Outcome] = {}
-        retried: list[range] = []
+        retried: list[int] = []
         for part, answer in zip(parts, self._answers(name, passed, parts), strict=True):
             if isinstance(answer, Failure) and len(part) > 1:
-                retried += [range(i, i + 1) for i in part]
+                retried += part
             else:
                 outcomes |= _spread(part, answer)
-        for part, answer in zip(retried, self._answers(name, passed, retried), strict=True):
-            outcomes |= _spread(part, answer)
+        outcomes |= self._alone(name, passed, retried, most=self._max_timeouts * num_sequences)
         return [outcomes[i] for i in range(num_sequences)]
 
     def close(self) -> None:
         """Kill the children."""
         self._pool.stop()
         self._pool.join()
+
+    def _alone(self, name: str, columns: dict[str, list[Any]], retried: list[int], most: float) -> dict[int, Outcome]:
+        """One call a sequence, as many at once as there are children, until more than `most` have timed out."""
+        outcomes: dict[int, Outcome] = {}
+        skipped = Failure(kind=FailureKind.timeout, text=f"not run: more than {self._max_timeouts:.0%} of the batch had timed out")
+        for start in range(0, len(retried), self._processes):
+            parts = [range(i, i + 1) for i in retried[start : start + self._processes]]
+            hung = sum(isinstance(o, Failure) and o.kind is FailureKind.timeout for o in outcomes.values())
+            answers = self._answers(name, columns, parts) if hung <= most else [skipped] * len(parts)
+            for part, answer in zip(parts, answers, strict=True):
+                outcomes |= _spread(part, answer)
+        return outcomes
 
     def _answers(self, name: str, columns: dict[str, list[Any]], parts: list[range]) -> list[list[Outcome] | Failure]:
         answers = [self._wait(future) for future in [self._send(name, columns, part) for part in parts]]
@@ -150,7 +164,7 @@ def check_rewards(config: "RewardConfig") -> None:
         ConfigError: one sentence on the first that cannot be loaded.
     """
     if config.functions:
-        RewardPool(reward_calls(config), processes=1, timeout_s=config.timeout_s).close()
+        RewardPool(reward_calls(config), processes=1, timeout_s=config.timeout_s, max_timeouts=config.max_error_rate).close()
 
 
 def _spread(part: range, answer: list[Outcome] | Failure) -> dict[int, Outcome]:

@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from hybridrl.errors import HybridRLError, WorkerDied, WorkerError, WorkerTimeout
+from hybridrl.runtime.host import NotBuilt
 from hybridrl.types import per_token_bytes
 
 
@@ -58,13 +59,25 @@ def _fetch(pending: Pending) -> Any:
     except GetTimeoutError as error:
         raise WorkerTimeout(pending.worker, pending.call, f"its result was not delivered within {pending.deadline_s:g} s") from error
     except RayActorError as error:
-        raise WorkerDied(pending.worker, pending.call, str(error).strip().splitlines()[0]) from error
+        raise WorkerDied(pending.worker, pending.call, f"{_last_line(error)}; see {_log(pending)}") from error
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, HybridRLError):
             raise cause from error
+        if isinstance(cause, NotBuilt):
+            raise WorkerError(pending.worker, "its constructor", f"{cause}; see {_log(pending)}") from error
         raise WorkerError(pending.worker, pending.call, f"{type(cause).__name__}: {cause}") from error
     except RayError as error:
-        raise WorkerError(pending.worker, pending.call, str(error).strip().splitlines()[0]) from error
+        raise WorkerError(pending.worker, pending.call, _last_line(error)) from error
     Meter.materialized_bytes += per_token_bytes(value)
     return value
+
+
+def _last_line(error: RayError) -> str:
+    """Ray's first lines are the same for every death; the last one says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _log(pending: Pending) -> str:
+    return f"logs/{pending.worker.replace('/', '-')}.log"

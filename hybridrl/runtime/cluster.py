@@ -1,12 +1,15 @@
 """Connection to Ray and placement: which worker runs on which node, with which devices and how many threads."""
 
 import logging
+import math
 import os
+import socket
 import sys
 from collections import Counter
 from dataclasses import dataclass
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from hybridrl.choices import Device, WeightTransfer
@@ -15,7 +18,7 @@ from hybridrl.errors import ConfigError, PlacementError
 from hybridrl.runtime.group import Slot
 
 CPU_SHARE = 0.01
-"""Ray's CPUs are bookkeeping, not cores; workers on CPU take turns, so they ask for next to nothing."""
+"""Ray's CPUs are bookkeeping, not cores; workers on CPU share the cores, so they ask for next to nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,21 +32,24 @@ class Team:
 
 
 class Cluster:
-    """A Ray connection with one placement group for the whole run. Use as a context manager."""
+    """A Ray connection with one placement group for the whole run. Use as a context manager.
+
+    Raises:
+        PlacementError: nothing answers at the cluster's address.
+        ConfigError: cluster.device=cuda without GPUs.
+    """
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
+        self.group: PlacementGroup | None = None
         self.owns_ray = not ray.is_initialized()
         if self.owns_ray:
-            address = settings.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-            local = {"include_dashboard": False} if address == "local" else {}
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
-        gpus = ray.cluster_resources().get("GPU", 0)
-        wanted = settings.cluster.device
-        if wanted is Device.cuda and not gpus:
-            raise ConfigError("cluster.device=cuda: the Ray cluster has no GPU; use cluster.device=cpu or start Ray with --num-gpus")
-        self.device = "cuda" if wanted is Device.cuda or (wanted is Device.auto and gpus) else "cpu"
-        self.group: PlacementGroup | None = None
+            connect(settings)
+        try:
+            self.device = device_of(settings.cluster.device, ray.cluster_resources().get("GPU", 0), torch.version.cuda)
+        except ConfigError:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "Cluster":
         return self
@@ -56,8 +62,16 @@ class Cluster:
 
     @property
     def weight_transfer(self) -> WeightTransfer:
-        """The backend that rollout.weight_transfer=auto means here."""
+        """The backend that rollout.weight_transfer=auto means here.
+
+        Raises:
+            ConfigError: a backend for GPUs was chosen and the device is the CPU.
+        """
         chosen = self.settings.rollout.weight_transfer
+        if chosen in (WeightTransfer.nccl, WeightTransfer.ipc) and self.device == "cpu":
+            raise ConfigError(
+                f"rollout.weight_transfer={chosen}: needs GPUs, and cluster.device=auto came out as cpu here; use object_store or auto"
+            )
         if chosen is not WeightTransfer.auto:
             return chosen
         if self.device == "cpu":
@@ -72,7 +86,8 @@ class Cluster:
         """
         on_gpu = self.device == "cuda"
         colocated = on_gpu and self.settings.cluster.colocate
-        gpus = {team.name: 0.0 if not on_gpu else (1 / 4 if colocated and team.gpus else float(team.gpus)) for team in teams}
+        share = gpu_share(sum(team.gpus > 0 for team in teams))
+        gpus = {team.name: 0.0 if not on_gpu else (share if colocated and team.gpus else float(team.gpus)) for team in teams}
         if colocated:
             width = max(team.size for team in teams if team.gpus)
             bundles = [{"CPU": 1.0, "GPU": 1.0} for _ in range(width)]
@@ -119,6 +134,54 @@ class Cluster:
         if not team.heavy:
             return 1
         return self.settings.cluster.threads_per_worker or max(1, int(node["Resources"].get("CPU", 1)) // crowd)
+
+
+def connect(settings: RunSettings) -> None:
+    """Start Ray here, or join the cluster at cluster.address or RAY_ADDRESS.
+
+    Raises:
+        PlacementError: there is no cluster at that address.
+    """
+    address = settings.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    local = {"include_dashboard": False} if address == "local" else {}
+    try:
+        check_answers(address, settings.deadlines.placement_s)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+        raise PlacementError(
+            f"cluster.address={address}: no Ray cluster there ({reason}); "
+            "give the address that cluster/head.sh printed, or null to run here"
+        ) from error
+
+
+def check_answers(address: str, limit_s: float) -> None:
+    """Raise OSError unless something listens at host:port; Ray itself would try for minutes and then end the process."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=limit_s).close()
+
+
+def device_of(wanted: Device, gpus: float, cuda_build: str | None) -> str:
+    """cpu or cuda. Ray counts GPUs through the driver, so they are there also for a torch without CUDA.
+
+    Args:
+        gpus: of the Ray cluster.
+        cuda_build: torch.version.cuda; None: torch for CPUs.
+
+    Raises:
+        ConfigError: cuda is wanted and cannot be had.
+    """
+    if wanted is Device.cuda and not gpus:
+        raise ConfigError("cluster.device=cuda: the Ray cluster has no GPU; use cluster.device=cpu or start Ray with --num-gpus")
+    if wanted is Device.cuda and not cuda_build:
+        raise ConfigError("cluster.device=cuda: the installed torch is a build for CPUs; use cluster.device=cpu or install the gpu extra")
+    return "cuda" if wanted is not Device.cpu and gpus and cuda_build else "cpu"
+
+
+def gpu_share(teams: int) -> float:
+    """What each of `teams` workers asks of the GPU they share; rounded down to Ray's unit, so that all fit into 1."""
+    return math.floor(10_000 / max(teams, 1)) / 10_000
 
 
 def bundle_nodes(group: PlacementGroup) -> dict[int, dict]:

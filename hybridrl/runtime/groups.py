@@ -8,7 +8,7 @@ from itertools import pairwise
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hybridrl.choices import WeightTransfer
+from hybridrl.choices import PairLoss, Source, WeightTransfer
 from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.group import ActorGroup, EngineCall, Slot
@@ -34,9 +34,11 @@ class RolloutGroup:
         backend: WeightTransfer,
         log_dir: str,
         name: str = "rollout",
+        support: int = 0,
+        source: Source = Source.student,
     ) -> None:
         self.settings = settings
-        kwargs = {"settings": settings, "model": model, "device": device, "backend": str(backend)}
+        kwargs = {"settings": settings, "model": model, "device": device, "backend": str(backend), "support": support, "source": source}
         self.group = ActorGroup(name, "hybridrl.workers.rollout:Rollout", slots, [kwargs] * len(slots), log_dir=log_dir, concurrent=True)
 
     def ready(self) -> list[Pending]:
@@ -92,16 +94,18 @@ class ScorerGroup:
 class RewardGroup:
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, log_dir: str) -> None:
         self.settings = settings
-        kwargs = {"config": settings.reward, "tokenizer_path": settings.model.path, "revision": settings.model.revision}
+        watch_only = settings.algorithm.reward_weight.is_zero() and settings.algorithm.pair.loss is PairLoss.none
+        model = {"tokenizer_path": settings.model.path, "revision": settings.model.revision}
+        kwargs = {"config": settings.reward, **model, "watch_only": watch_only}
         self.group = ActorGroup("reward", "hybridrl.workers.reward:RewardWorker", slots, [kwargs] * len(slots), log_dir=log_dir)
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
 
-    def score(self, chunks: Sequence[Chunk]) -> list[Pending]:
-        """One call per chunk: -> Rewards."""
+    def score(self, chunks: Sequence[Chunk], weights: Sequence[float]) -> list[Pending]:
+        """One call per chunk: -> Rewards. `weights`: of the functions at this step, in the order of reward.functions."""
         limit = self.settings.deadlines.rollout_s + self.settings.deadlines.reward_s
-        return [self.group.submit(i % self.group.size, "score", c.batch.ref, deadline_s=limit) for i, c in enumerate(chunks)]
+        return [self.group.submit(i % self.group.size, "score", c.batch.ref, weights, deadline_s=limit) for i, c in enumerate(chunks)]
 
     def samples(self, chunk: Chunk, rewards: Pending, step: int, count: int) -> tuple[Sample, ...]:
         """The first `count` rollouts of a chunk as text."""

@@ -1,20 +1,44 @@
-"""The Ray actor around a worker: a plain class, named by its import path so that the driver never imports torch."""
+"""The Ray actor around a worker: a plain class, named by its import path so that the driver never imports torch.
+
+What a worker's constructor raises is kept and raised by the first call: Ray would end the actor and tell of its death.
+"""
 
 import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
+from hybridrl.errors import HybridRLError
+
+
+class NotBuilt(Exception):
+    """The worker's constructor raised what is no HybridRLError; the message names it."""
+
 
 def build(path: str, log: str, kwargs: dict[str, Any]) -> Any:
-    """Instantiate "module:Class"; what the process prints goes to the file `log`."""
+    """Instantiate "module:Class"; what the process prints goes to the file `log`. On an error: an Unbuilt."""
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush(), sys.stderr.flush()
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)(**kwargs)
+    try:
+        return getattr(importlib.import_module(module), name)(**kwargs)
+    except Exception as error:
+        traceback.print_exc()
+        return Unbuilt(error if isinstance(error, HybridRLError) else NotBuilt(f"{type(error).__name__}: {error}"))
+
+
+class Unbuilt:
+    """In the place of a worker that could not be built."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getattr__(self, method: str) -> Any:
+        raise self._error
 
 
 class Host:

@@ -3,27 +3,29 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hybridrl.config import RunSettings
+from hybridrl.choices import Source
+from hybridrl.config import ModelConfig, RunSettings
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.group import Slot
 from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
+from hybridrl.runtime.replay import ReplayGroup
 
 Slots = Mapping[str, Sequence[Slot]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """The running groups. scorers: one group per teacher, in the order of settings.teachers; none for pure RL."""
+    """The running groups. scorers: one group per scored teacher, in the order of settings.scored_teachers."""
 
     rollout: RolloutGroup
+    teacher_rollout: RolloutGroup | None  # None: the teacher writes nothing
+    replay: ReplayGroup | None  # None: no responses come from the data
     scorers: list[ScorerGroup]
     rewards: RewardGroup
     learner: LearnerGroup
-
-
-def scored_teachers(settings: RunSettings) -> list[str]:
-    return [] if settings.algorithm.imitation_weight.is_zero() else list(settings.teachers)
 
 
 def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
@@ -32,13 +34,19 @@ def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
     Raises:
         PlacementError: the cluster cannot hold them.
     """
-    scorers = [Team(name=f"scorer-{name}", size=settings.scorer.replicas, gpus=1, heavy=True) for name in scored_teachers(settings)]
+    scorers = [Team(name=f"scorer-{name}", size=settings.scorer.replicas, gpus=1, heavy=True) for name in settings.scored_teachers]
     return cluster.place(
         [
             Team(name="learner", size=settings.learner.ranks, gpus=1, heavy=True),
             Team(name="rollout", size=settings.rollout.engines, gpus=settings.rollout.tensor_parallel, heavy=True),
             Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False),
             *scorers,
+            *(
+                [Team(name="teacher", size=1, gpus=settings.rollout.tensor_parallel, heavy=True)]
+                if settings.algorithm.teacher_fraction
+                else []
+            ),
+            *([Team(name="replay", size=1, gpus=0, heavy=False)] if settings.algorithm.data_fraction else []),
         ]
     )
 
@@ -56,10 +64,29 @@ def start_workers(settings: RunSettings, cluster: Cluster, slots: Slots, rewards
         WorkerError: a worker could not be built, within deadlines.start_s.
     """
     device, backend = cluster.device, cluster.weight_transfer
+    engine = {"device": device, "backend": backend, "log_dir": log_dir}
+    support = settings.algorithm.topk.k if Signal.sampler_support in make_objective(settings).signals else 0
+    rollout = RolloutGroup(settings, slots["rollout"], model=settings.model, support=support, **engine)
+    if settings.cluster.colocate:  # an engine measures the free memory of its GPU; nobody else may move in meanwhile
+        gather(rollout.ready())
     learner = LearnerGroup(settings, slots["learner"], device=device, log_dir=log_dir)
-    rollout = RolloutGroup(settings, slots["rollout"], model=settings.model, device=device, backend=backend, log_dir=log_dir)
     scorers = [
-        ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir) for name in scored_teachers(settings)
+        ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir) for name in settings.scored_teachers
     ]
-    gather([*learner.ready(), *rollout.ready(), *(p for scorer in scorers for p in scorer.ready())])
-    return Workers(rollout=rollout, scorers=scorers, rewards=rewards, learner=learner)
+    teacher_rollout, replay = None, None
+    if settings.algorithm.teacher_fraction:
+        model = teacher_model(settings)
+        teacher_rollout = RolloutGroup(
+            settings, slots["teacher"], model=model, support=support, source=Source.teacher, name="teacher", **engine
+        )
+    if settings.algorithm.data_fraction:
+        replay = ReplayGroup(settings, slots["replay"], log_dir=log_dir)
+    starting = [group for group in (learner, rollout, teacher_rollout, replay, *scorers) if group is not None]
+    gather([pending for group in starting for pending in group.ready()])
+    return Workers(rollout=rollout, teacher_rollout=teacher_rollout, replay=replay, scorers=scorers, rewards=rewards, learner=learner)
+
+
+def teacher_model(settings: RunSettings) -> ModelConfig:
+    """The first teacher, as a model that an engine can serve."""
+    teacher = next(iter(settings.teachers.values()))
+    return ModelConfig(path=teacher.path, dtype=teacher.dtype) if teacher.path else settings.model

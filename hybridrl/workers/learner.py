@@ -20,17 +20,23 @@ from deepspeed.utils import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybridrl.config import RunSettings
-from hybridrl.data.collate import TrainSequence, collate, idle_sequence, train_sequences
+from hybridrl.data.collate import MicroBatch, TrainSequence, collate, idle_sequence, train_sequences
+from hybridrl.data.scored import join, select_groups
 from hybridrl.data.shards import micro_batches
 from hybridrl.errors import CheckpointError, NonFiniteError
 from hybridrl.models.export import export
 from hybridrl.models.loading import load_model, resolve
-from hybridrl.objectives.hybrid import HybridObjective
-from hybridrl.ops.head import HeadStats, TeacherRows, TokenTerms
-from hybridrl.types import LearnerStats, Rewards, RolloutBatch, Shard, TokenScores, UpdatePlan, WeightManifest
-from hybridrl.workers.student import Student, output_weight, torch_dtype
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.credit import Credit, LearnerView, Signal, moments, no_credit
+from hybridrl.objectives.hybrid import teacher_weight
+from hybridrl.ops.head import TokenTerms
+from hybridrl.types import LearnerStats, Rewards, RolloutBatch, ScoredBatch, Shard, TokenScores, UpdatePlan, WeightManifest
+from hybridrl.workers.stats import SUMS, credit_sums, learner_stats, micro_sums
+from hybridrl.workers.student import Student, head_rule
+from hybridrl.workers.teachers import TeacherSide
 from hybridrl.workers.weights import WeightStream
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -56,15 +62,18 @@ class Learner:
         self.model = load_model(settings.model.path, settings.model.dtype, settings.model.revision)
         del sharded_loading
         if settings.learner.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.teacher_heads = [self._teacher_head(teacher.path, teacher.dtype) for teacher in self._teachers()]
-        student = Student(self.model, settings.algorithm.temperature, settings.train.head_chunk)
+            checkpoint_activations(self.model)
+        self.objective = make_objective(settings)
+        student = Student(self.model, head_rule(settings), with_value=Signal.learner_values in self.objective.signals)
+        self.teachers = TeacherSide(settings, self.objective.signals, self.device)
+        self.parameters = dict(self.model.named_parameters())  # by the names that checkpoints use
+        if student.value_head is not None:
+            self.parameters["value_head.weight"] = student.value_head.weight
         optimizer = torch.optim.AdamW(
             student.parameters(), lr=settings.train.lr, betas=tuple(settings.train.betas), weight_decay=settings.train.weight_decay
         )
         self.engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
         self.stream = WeightStream(self.model, self._gather)
-        self.objective = HybridObjective(settings.algorithm, settings.rollout.max_new_tokens)
         self.optimizer_steps = 0
 
     def ping(self) -> int:
@@ -82,12 +91,14 @@ class Learner:
             NonFiniteError: the loss or the gradient norm is NaN or infinite. A bad loss is found before the step.
         """
         started = time.monotonic()
-        sequences = self._sequences(plan, shard, values)
-        batches = [[sequences[i] for i in batch] for batch in self.pack(sequences)]
+        batches = scored_batches(shard, values)
+        weights = [[teacher_weight(b, plan, k) for k in range(shard.num_teachers)] for b in batches]
+        credits = self._credits(plan, batches, weights)
         sums = torch.zeros(len(SUMS), dtype=torch.float64)
-        for k in range(plan.num_micro_batches):
-            batch = batches[k] if k < len(batches) else [self._idle()]
-            sums += self._backward(batch, plan)
+        sequences = [s for b, c, w in zip(batches, credits, weights, strict=True) for s in train_sequences(b, c, w)]
+        for batch in self._micro_batches(sequences, plan.num_micro_batches):
+            sums += self._backward(collate([sequences[i] for i in batch] if batch else [self._idle()]))
+        sums += credit_sums(credits)
         dist.all_reduce(sums := sums.to(self.device))
         totals = dict(zip(SUMS, sums.tolist(), strict=True))
         if not np.isfinite(totals["loss"]):
@@ -101,42 +112,66 @@ class Learner:
         self.optimizer_steps += 1
         return learner_stats(totals, plan, grad_norm, time.monotonic() - started)
 
-    def pack(self, sequences: Sequence[TrainSequence]) -> list[list[int]]:
-        return micro_batches([len(s.input_ids) for s in sequences], self.settings.train.max_tokens_per_micro_batch)
+    def _credits(self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]) -> list[Credit]:
+        """What the objective makes of this rank's groups, after the learner's own view of them where it asks for one."""
+        views: list[LearnerView | None] = [None] * len(batches)
+        if self.objective.signals & {Signal.learner_logprobs, Signal.learner_values}:
+            views = self._view(plan, batches, weights)
+        credits = [self.objective.credit(b, plan, v) for b, v in zip(batches, views, strict=True)]
+        if self.objective.standardises:
+            dist.all_reduce(sums := moments(credits).to(self.device))
+            count, total, squares = sums.cpu()
+            mean = total / count.clamp_min(1)
+            std = (squares / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+            credits = [c.standardised(mean, std) for c in credits]
+        return credits
 
-    def _sequences(self, plan: UpdatePlan, shard: Shard, values: tuple) -> list[TrainSequence]:
-        sequences: list[TrainSequence] = []
-        stride = 2 + shard.num_teachers
-        for chunk in range(shard.num_chunks):
-            batch, rewards, *scores = values[chunk * stride : (chunk + 1) * stride]
-            sparse = self.objective.sparse_costs(batch, scores, rewards, plan).numpy()
-            weight = self.objective.token_weight(plan)
-            sequences += train_sequences(batch, scores, sparse, rewards.keep, shard.groups[chunk], weight)
-        return sequences
+    def _view(self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]) -> list[LearnerView]:
+        """log p(y) and values before the update: one more forward, in the same micro-batches."""
+        sequences = [s for b, w in zip(batches, weights, strict=True) for s in train_sequences(b, no_credit(b), w)]
+        seen: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(sequences)
+        for batch in self._micro_batches(sequences, plan.num_micro_batches):
+            micro = collate([sequences[i] for i in batch] if batch else [self._idle()])
+            with torch.no_grad():
+                logprobs, values = self._forward(micro, view=True)
+            lengths = [len(sequences[i].response_at) for i in batch]
+            for i, lp, v in zip(batch, *(x.cpu()[: sum(lengths)].split(lengths) for x in (logprobs, values)), strict=True):
+                seen[i] = lp, v
+        views, first = [], 0
+        for b in batches:
+            mine = seen[first : first + b.rollout.num_sequences]
+            views.append(LearnerView(logprobs=torch.cat([lp for lp, _ in mine]), values=torch.cat([v for _, v in mine])))
+            first += b.rollout.num_sequences
+        return views
 
-    def _backward(self, batch: Sequence[TrainSequence], plan: UpdatePlan) -> Tensor:
-        """Forward and backward of one micro-batch; returns its part of SUMS."""
-        micro = collate(batch)
+    def _micro_batches(self, sequences: Sequence[TrainSequence], count: int) -> list[list[int]]:
+        """Indices per micro-batch; empty ones up to `count`, which is the same on every rank."""
+        batches = micro_batches([len(s.input_ids) for s in sequences], self.settings.train.max_tokens_per_micro_batch)
+        assert len(batches) <= count, (len(batches), count)
+        return batches + [[]] * (count - len(batches))
+
+    def _forward(self, micro: MicroBatch, *, view: bool) -> tuple:
+        to = lambda t: t.to(self.device)  # noqa: E731
         terms = TokenTerms(
-            token_ids=micro.token_ids.to(self.device),
-            token_weight=micro.token_weight.to(self.device),
-            sparse=micro.sparse.to(self.device),
+            token_ids=to(micro.token_ids),
+            token_weight=to(micro.token_weight),
+            sparse=to(micro.sparse),
+            sampler_logprobs=to(micro.rollout_logprobs),
         )
-        teachers = tuple(
-            TeacherRows(hidden=hidden.to(self.device), lm_head=head, weight=weight)
-            for hidden, head, weight in zip(micro.teacher_hidden, self.teacher_heads, plan.teacher_weights, strict=True)
+        teachers = () if view else self.teachers.of(micro.teachers)
+        return self.engine(
+            to(micro.input_ids), to(micro.attention_mask), to(micro.hidden_rows), teachers, terms, to(micro.value_slope), view
         )
-        loss, stats = self.engine(
-            micro.input_ids.to(self.device), micro.attention_mask.to(self.device), micro.hidden_rows.to(self.device), teachers, terms
-        )
+
+    def _backward(self, micro: MicroBatch) -> Tensor:
+        """Forward and backward of one micro-batch; returns its part of SUMS."""
+        loss, stats = self._forward(micro, view=False)
         # DeepSpeed averages gradients over ranks; the objective's normaliser is already global.
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
-        return micro_sums(loss.detach(), stats, terms, micro.rollout_logprobs.to(self.device)).cpu()
+        return micro_sums(loss.detach(), stats, micro)
 
     def _idle(self) -> TrainSequence:
-        widths = [head.shape[1] for head in self.teacher_heads]
-        wire = [np.dtype(np.uint16) if head.dtype == torch.bfloat16 else np.dtype(np.float32) for head in self.teacher_heads]
-        return idle_sequence(widths, wire)
+        return idle_sequence(self.teachers.idle())
 
     # -- weights out -------------------------------------------------------------------------------------------------
 
@@ -161,10 +196,9 @@ class Learner:
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder (rank 0)."""
-        own_names = dict(self.model.named_parameters())  # without the repeated tied head
         state: dict[str, Tensor] = {}
         for name, weight in self.stream:
-            if self.rank == 0 and name in own_names:
+            if self.rank == 0 and name in self.parameters:  # without the repeated tied head
                 state[name] = weight.cpu().clone()
         if self.rank == 0:
             export(state, resolve(self.settings.model.path, self.settings.model.revision), Path(folder))
@@ -174,7 +208,7 @@ class Learner:
     def save_state(self, folder: str) -> None:
         """fp32 master weights and Adam moments by parameter name, so that rank count and ZeRO stage may change."""
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.parameters.items():
             parts = {"master": safe_get_full_fp32_param(parameter)}
             parts |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
             if self.rank == 0:
@@ -190,7 +224,7 @@ class Learner:
         """
         tensors = load_file(Path(folder) / "learner.safetensors")
         self._create_moments()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.parameters.items():
             if f"master/{name}" not in tensors:
                 raise CheckpointError(f"{folder}: has no parameter {name}, so it is of another model than {self.settings.model.path}")
             safe_set_full_fp32_param(parameter, tensors[f"master/{name}"].to(self.device))
@@ -205,16 +239,7 @@ class Learner:
         """A step with zero gradient and zero learning rate: DeepSpeed creates Adam's state at the first step only."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = 0.0
-        plan = UpdatePlan(
-            step=0,
-            num_tokens=1,
-            num_sequences=1,
-            num_micro_batches=1,
-            lr=0.0,
-            teacher_weights=(0.0,) * len(self.teacher_heads),
-            reward_weight=0.0,
-        )
-        self._backward([self._idle()], plan)
+        self._backward(collate([self._idle()]))
         self.engine.step()
 
     def _set_weight(self, parameter: nn.Parameter, master: Tensor) -> None:
@@ -225,56 +250,29 @@ class Learner:
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _teachers(self) -> list:
-        imitates = not self.settings.algorithm.imitation_weight.is_zero()
-        return list(self.settings.teachers.values()) if imitates else []
-
-    def _teacher_head(self, path: str | None, dtype: str) -> Tensor:
-        """[V, H], frozen, beside the learner: the teacher's distribution is rebuilt from hidden states chunk by chunk."""
-        weight = output_weight(load_model(path or self.settings.model.path, dtype, None if path else self.settings.model.revision))
-        return weight.detach().to(self.device, torch_dtype(dtype)).clone()
-
     def _gather(self, parameters: Sequence[nn.Parameter], modify: bool = False) -> AbstractContextManager:
         if self.settings.learner.zero_stage < 3:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if modify else None)
 
 
-SUMS = (
-    "loss", "tokens", "kl", "entropy", "rho", "rho_sq", "gap", "dense_sq", "sparse_sq",
-)  # fmt: skip
-"""What a step adds up over micro-batches and ranks."""
+def scored_batches(shard: Shard, values: Sequence[RolloutBatch | Rewards | TokenScores]) -> list[ScoredBatch]:
+    """This rank's groups, one batch per source, in the order of the chunks."""
+    stride, found = 2 + shard.num_teachers, {}
+    for chunk in range(shard.num_chunks):
+        rollout, rewards, *scores = values[chunk * stride : (chunk + 1) * stride]
+        batch = ScoredBatch(rollout=rollout, scores=tuple(scores), rewards=rewards)
+        found.setdefault((rollout.source, rollout.group_size), []).append(select_groups(batch, shard.groups[chunk]))
+    return [join(parts) for parts in found.values()]
 
 
-def micro_sums(loss: Tensor, stats: HeadStats, terms: TokenTerms, rollout_logprobs: Tensor) -> Tensor:
-    """[len(SUMS)] float64 of one micro-batch; tokens of weight 0 count nowhere."""
-    live = terms.token_weight > 0
-    log_ratio = (stats.logprobs - rollout_logprobs)[live].double()
-    rho = log_ratio.exp()
-    return torch.stack(
-        [
-            loss.double(), live.sum().double(), stats.kl[live].double().sum(), stats.entropy[live].double().sum(),
-            rho.sum(), rho.square().sum(), log_ratio.abs().sum(), stats.dense_sq, stats.sparse_sq,
-        ]
-    )  # fmt: skip
-
-
-def learner_stats(totals: dict[str, float], plan: UpdatePlan, grad_norm: float, learn_s: float) -> LearnerStats:
-    """Means and norms of the global batch from its sums."""
-    tokens = max(totals["tokens"], 1.0)
-    return LearnerStats(
-        loss=totals["loss"],
-        grad_norm=grad_norm,
-        dense_norm=totals["dense_sq"] ** 0.5,
-        sparse_norm=totals["sparse_sq"] ** 0.5,
-        kl_token=totals["kl"] / tokens,
-        kl_sequence=totals["kl"] / max(plan.num_sequences, 1),
-        entropy=totals["entropy"] / tokens,
-        rho_mean=totals["rho"] / tokens,
-        logprob_gap=totals["gap"] / tokens,
-        ess=totals["rho"] ** 2 / (tokens * totals["rho_sq"]) if totals["rho_sq"] else 0.0,
-        learn_s=learn_s,
-    )
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute layers in the backward. The model stays in evaluation mode, without dropout; only the layers that
+    transformers wraps for this are told that they train, or they would not recompute."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def deepspeed_config(settings: RunSettings) -> dict:
@@ -287,6 +285,9 @@ def deepspeed_config(settings: RunSettings) -> dict:
         "zero_optimization": {"stage": settings.learner.zero_stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": settings.model.dtype == "bfloat16"},
+        # Sums over ranks, and over micro-batches where gradients are sharded, in fp32 whatever the model's dtype.
+        "communication_data_type": "fp32",
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if settings.learner.zero_stage > 1 else {}),
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

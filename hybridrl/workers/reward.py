@@ -27,6 +27,7 @@ class RewardWorker:
     A function of weight 0 only watches: where it fails, its part is NaN and nothing else happens.
 
     Args:
+        watch_only: nothing is learned from the rewards, so a failure stops nothing and drops nothing.
         load: from tokenizer_path and revision to the tokenizer.
 
     Raises:
@@ -39,22 +40,28 @@ class RewardWorker:
         tokenizer_path: str,
         revision: str | None = None,
         *,
+        watch_only: bool,
         load: Callable[[str, str | None], Tokenizer] = load_tokenizer,
     ) -> None:
-        self.config = config
+        self.config, self.watch_only = config, watch_only
         self.tokenizer = load(tokenizer_path, revision)
         calls = reward_calls(config)
         # None: no reward function, nothing to call
-        self.pool = RewardPool(calls, processes=config.processes, timeout_s=config.timeout_s) if calls else None
+        self.pool = (
+            RewardPool(calls, processes=config.processes, timeout_s=config.timeout_s, max_timeouts=config.max_error_rate) if calls else None
+        )
 
     def ping(self) -> None:
         """Answers once the constructor is through, that is with every function loaded."""
 
-    def score(self, batch: RolloutBatch) -> Rewards:
+    def score(self, batch: RolloutBatch, weights: Sequence[float]) -> Rewards:
         """The weighted sum of all functions, for each of the N sequences.
 
-        Where a function of weight other than 0 failed: on_error=value gives `reward.error_value`, drop_group gives NaN
-        and takes the K siblings out.
+        Where a function whose weight in the settings is not 0 failed: on_error=value gives `reward.error_value`,
+        drop_group gives NaN and takes the K siblings out. Under watch_only the function adds 0 there, and all is kept.
+
+        Args:
+            weights: [P] of the functions at this step, in the order of `config.functions`.
 
         Raises:
             RewardError: a function failed under on_error=fail.
@@ -64,11 +71,12 @@ class RewardWorker:
         outcomes = [self._call(name, batch, columns) for name in names]
         parts = np.array([[np.nan if isinstance(o, Failure) else o for o in row] for row in outcomes])
         parts = parts.reshape(len(names), batch.num_sequences)  # [P, N] float64
-        weights = np.array([f.weight for f in self.config.functions.values()])  # [P]
-        counted = weights != 0
+        assert len(weights) == len(names), (weights, names)
+        counted = np.array([f.weight != 0 for f in self.config.functions.values()], bool)  # [P]
         errors = np.isnan(parts[counted]).any(axis=0)  # [N]
-        values = weights[counted] @ parts[counted]  # [N], NaN where a counted function failed
-        if self.config.on_error is OnError.value:
+        summed = np.nan_to_num(parts[counted], nan=0.0) if self.watch_only else parts[counted]
+        values = np.asarray(weights, float)[counted] @ summed  # [N], NaN where a counted function failed
+        if self.config.on_error is OnError.value and not self.watch_only:
             values = np.where(errors, self.config.error_value, values)
         return Rewards(
             uids=batch.uids,
@@ -114,7 +122,8 @@ class RewardWorker:
         outcomes = self.pool.call(name, columns)
         failed = [(batch.uids[i // batch.group_size], o) for i, o in enumerate(outcomes) if isinstance(o, Failure)]
         told = [f"reward.functions.{name} failed on {uid}: {failure.kind}: {failure.text}" for uid, failure in failed]
-        if told and self.config.on_error is OnError.fail and self.config.functions[name].weight != 0:
+        counts = self.config.functions[name].weight != 0 and not self.watch_only
+        if told and self.config.on_error is OnError.fail and counts:
             raise RewardError(f"{told[0]}; {len(told)} of {len(outcomes)} calls failed and reward.on_error=fail")
         for line in told[:LOGGED]:
             logger.warning(line)
@@ -123,7 +132,7 @@ class RewardWorker:
         return outcomes
 
     def _kept(self, errors: Bool, group_size: int) -> Bool:
-        if self.config.on_error is not OnError.drop_group:
+        if self.config.on_error is not OnError.drop_group or self.watch_only:
             return np.ones_like(errors)
         return np.repeat(~errors.reshape(-1, group_size).any(axis=1), group_size)
 

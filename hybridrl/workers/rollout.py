@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -12,31 +12,70 @@ from typing import Any
 
 import numpy as np
 
+from hybridrl.choices import Source
 from hybridrl.config import ModelConfig, RunSettings
-from hybridrl.errors import DataError, WeightSyncError
+from hybridrl.errors import ConfigError, DataError, WeightSyncError
 from hybridrl.models.loading import resolve
 from hybridrl.types import ChunkHeader, FinishReason, GenerateOrder, Prompt, RolloutBatch, Trajectory, WeightManifest, per_token_bytes
 
 SHARED_MEMORY = Path("/dev/shm")
 FINISH = {"stop": FinishReason.stop, "length": FinishReason.length}
+CPU_KV_CACHE_BYTES = 2**28
+
+
+class Waves:
+    """Holds the chunks of a wave until all are here. The last to arrive submits every one, in chunk order and without
+    yielding, so that what the engine sees does not depend on arrival times.
+
+    Args:
+        submit: from a chunk to the futures of its outputs.
+    """
+
+    def __init__(self, submit: Callable[[GenerateOrder, Sequence[Prompt]], list[asyncio.Future]]) -> None:
+        self._submit = submit
+        self._waiting: dict[str, dict[int, tuple[GenerateOrder, Sequence[Prompt], asyncio.Future]]] = {}  # wave -> chunk -> ...
+
+    async def arrive(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> list[asyncio.Future]:
+        """What `submit` made of this chunk, or its DataError."""
+        gate: asyncio.Future = asyncio.get_running_loop().create_future()
+        arrived = self._waiting.setdefault(order.wave, {})
+        arrived[order.chunk] = (order, prompts, gate)
+        if len(arrived) == order.num_chunks:
+            del self._waiting[order.wave]
+            for _, (chunk, its_prompts, its_gate) in sorted(arrived.items()):
+                try:
+                    its_gate.set_result(self._submit(chunk, its_prompts))
+                except DataError as error:
+                    its_gate.set_exception(error)
+        return await gate
 
 
 class Rollout:
     """All methods are coroutines of one event loop. The engine steps inline in `_decode`, which yields to the loop
     between steps: consumes queued requests, produces finished trajectories, waits for nothing, runs while there are
-    unfinished requests."""
+    unfinished requests.
 
-    def __init__(self, settings: RunSettings, *, model: ModelConfig, device: str, backend: str) -> None:
-        if device == "cpu":
-            os.environ |= {
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if settings.rollout.tensor_parallel == 1 else "1",
-            }
+    Args:
+        support: K, how many of the most likely tokens are reported with each response token.
+        source: whom the model stands for.
+
+    Raises:
+        ConfigError: the vocabulary has fewer than K tokens.
+    """
+
+    def __init__(
+        self, settings: RunSettings, *, model: ModelConfig, device: str, backend: str, support: int = 0, source: Source = Source.student
+    ) -> None:
+        rollout = settings.rollout
+        self.support, self.source = support, source
+        # one device: the engine in this process, for IPC handles do not pass vLLM's message queue, and an engine in a process
+        # of its own steps as soon as the first request is there, so that the batch depends on arrival times
+        own_process = rollout.tensor_parallel > 1
+        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process))}
         from vllm import EngineArgs
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        rollout = settings.rollout
         # vLLM's CPU runner cannot rewind a seeded generator after a partial prefill, so prompts are prefilled whole there
         whole_prompts = (
             {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, rollout.max_model_len)} if device == "cpu" else {}
@@ -49,23 +88,26 @@ class Rollout:
                 max_model_len=rollout.max_model_len,
                 max_num_seqs=rollout.max_num_seqs,
                 tensor_parallel_size=rollout.tensor_parallel,
-                distributed_executor_backend="uni" if rollout.tensor_parallel == 1 else "mp",
+                distributed_executor_backend="mp" if own_process else "uni",
                 enforce_eager=rollout.enforce_eager,
-                kv_cache_memory_bytes=rollout.kv_cache_bytes,
+                kv_cache_memory_bytes=rollout.kv_cache_bytes or (CPU_KV_CACHE_BYTES if device == "cpu" else None),
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 logprobs_mode="processed_logprobs",  # with the temperature in it: the sampler's own distribution
+                max_logprobs=max(support, 20),
                 seed=settings.run.seed,
                 weight_transfer_config=WeightTransferConfig(backend=backend),
                 worker_extension_cls="hybridrl.workers.weight_transfer.WorkerExtension",
                 disable_log_stats=True,
                 **whole_prompts,
             ),
-            enable_multiprocessing=os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "1",
+            enable_multiprocessing=own_process,
         )
+        if support > (size := self.engine.model_config.get_vocab_size()):
+            raise ConfigError(f"algorithm.topk.k={support}: the vocabulary of {model.path} has {size} tokens; lower it")
         self.version = -1  # of the weights that serve; -1: as loaded from disk
         self.engine.set_weight_version(str(self.version))
         self._finished: dict[str, asyncio.Future] = {}  # request id -> its output
-        self._waves: dict[str, list[tuple[int, asyncio.Future]]] = {}  # wave -> chunks that have arrived
+        self._waves = Waves(self._submit_chunk)
         self._decoding: asyncio.Task | None = None
 
     async def ping(self) -> dict[str, int]:
@@ -79,15 +121,13 @@ class Rollout:
         Raises:
             DataError: the engine refused a prompt.
         """
-        await self._wait_for_wave(order)
-        started, version = time.monotonic(), self.version
-        requests = [(f"{order.wave}/{p.uid}/{k}", p, k) for p in prompts for k in range(order.group_size)]
-        futures = [self._submit(request_id, prompt, k, order) for request_id, prompt, k in requests]
-        if self._decoding is None or self._decoding.done():
-            self._decoding = asyncio.create_task(self._decode())
-        outputs = await asyncio.gather(*futures)
-        trajectories = [trajectory(prompt, output, version) for (_, prompt, _), output in zip(requests, outputs, strict=True)]
-        batch = RolloutBatch.pack(prompts, order.group_size, trajectories)
+        futures = await self._waves.arrive(order, prompts)
+        started = time.monotonic()
+        outputs = [complete(output) for output in await asyncio.gather(*futures)]
+        asked = [prompt for prompt in prompts for _ in range(order.group_size)]
+        trajectories = [trajectory(prompt, output) for prompt, output in zip(asked, outputs, strict=True)]
+        support_ids = np.concatenate([top_tokens(output, self.support) for output in outputs])
+        batch = RolloutBatch.pack(prompts, order.group_size, trajectories, self.source, support_ids)
         return chunk_header(batch, time.monotonic() - started), batch
 
     async def abort(self) -> int:
@@ -99,16 +139,11 @@ class Rollout:
                 future.set_result(None)
         return len(waiting)
 
-    async def _wait_for_wave(self, order: GenerateOrder) -> None:
-        """Return when every chunk of the wave is here, in chunk order."""
-        arrived = self._waves.setdefault(order.wave, [])
-        gate: asyncio.Future = asyncio.get_running_loop().create_future()
-        arrived.append((order.chunk, gate))
-        if len(arrived) == order.num_chunks:
-            del self._waves[order.wave]
-            for _, ready in sorted(arrived, key=lambda pair: pair[0]):
-                ready.set_result(None)
-        await gate
+    def _submit_chunk(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> list[asyncio.Future]:
+        futures = [self._submit(f"{order.wave}/{p.uid}/{k}", p, k, order) for p in prompts for k in range(order.group_size)]
+        if self._decoding is None or self._decoding.done():
+            self._decoding = asyncio.create_task(self._decode())  # starts when the wave's other chunks are submitted too
+        return futures
 
     def _submit(self, request_id: str, prompt: Prompt, index: int, order: GenerateOrder) -> asyncio.Future:
         from vllm import SamplingParams, TokensPrompt
@@ -118,7 +153,7 @@ class Rollout:
             temperature=order.temperature,
             max_tokens=order.max_new_tokens,
             seed=None if order.temperature == 0 else sample_seed(order.seed, prompt.uid, index),
-            logprobs=0,  # the sampled token's own
+            logprobs=self.support,  # so many besides the drawn token's own
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -199,11 +234,16 @@ def sample_seed(seed: int, uid: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{uid}/{index}".encode()).digest()[:8], "little") >> 1
 
 
-def trajectory(prompt: Prompt, output: Any, version: int) -> Trajectory:
+def complete(output: Any) -> Any:
+    """The engine's output, or None where the response did not end by itself or at its limit."""
+    return output if output is not None and output.finish_reason in FINISH else None
+
+
+def trajectory(prompt: Prompt, output: Any) -> Trajectory:
     """Columns of one finished response; `output` None: aborted, no response tokens, so nothing to train on."""
     sampled = list(output.token_ids) if output is not None else []
-    logprobs = output.logprobs.logprobs if sampled else []
-    versions = np.full(len(sampled), version, np.int32)
+    logprobs = np.asarray(output.logprobs.logprobs, np.float32).reshape(len(sampled), -1)[:, 0] if sampled else []
+    versions = np.full(len(sampled), -1, np.int32)
     for span in (output.weight_versions or []) if output is not None else []:
         versions[span.start : span.end] = int(span.version)
     zeros = np.zeros(len(prompt.input_ids), np.float32)
@@ -213,17 +253,30 @@ def trajectory(prompt: Prompt, output: Any, version: int) -> Trajectory:
         response_mask=np.concatenate([zeros.astype(bool), np.ones(len(sampled), bool)]),
         rollout_logprobs=np.concatenate([zeros, np.asarray(logprobs, np.float32)]),
         policy_versions=np.concatenate([zeros.astype(np.int32), versions]),
-        finish_reason=FINISH.get(output.finish_reason, FinishReason.aborted) if output is not None else FinishReason.aborted,
+        finish_reason=FINISH[output.finish_reason] if output is not None else FinishReason.aborted,
     )
+
+
+def top_tokens(output: Any, support: int) -> np.ndarray:
+    """[T_response, K] int32, the K most likely tokens at each response token, most likely first.
+
+    vLLM reports 1 + K entries a token: the drawn token, then the K most likely ones, the drawn token once more if it is
+    among them. So the first entry is left out and the support depends on the prefix alone.
+    """
+    entries = output.logprobs.token_ids if output is not None else []
+    return np.asarray(entries, np.int32).reshape(-1, 1 + support)[:, 1:]
 
 
 def chunk_header(batch: RolloutBatch, generate_s: float) -> ChunkHeader:
     versions = batch.policy_versions[batch.response_mask]
     return ChunkHeader(
         uids=batch.uids,
+        source=batch.source,
+        group_size=batch.group_size,
         num_tokens=np.diff(batch.offsets),
         response_lengths=batch.response_lengths,
         truncated=np.asarray([reason is FinishReason.length for reason in batch.finish_reasons]),
+        aborted=np.asarray([reason is FinishReason.aborted for reason in batch.finish_reasons]),
         min_policy_version=int(versions.min(initial=2**31 - 1)),
         max_policy_version=int(versions.max(initial=-1)),
         mean_policy_version=float(versions.mean()) if len(versions) else -1.0,

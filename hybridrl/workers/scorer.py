@@ -1,16 +1,20 @@
-"""A frozen teacher: hidden states and log-probs of tokens that somebody else sampled."""
+"""A frozen teacher: hidden states and log-probs of tokens that somebody else wrote."""
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from hybridrl.choices import Source, SupportSource
 from hybridrl.config import RunSettings
 from hybridrl.data.collate import to_wire
 from hybridrl.data.shards import micro_batches
-from hybridrl.models.loading import load_model
-from hybridrl.objectives.hybrid import HybridObjective, Signal
-from hybridrl.ops.head import chosen_logprobs
+from hybridrl.models.loading import head_rows, load_model
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.credit import Signal
+from hybridrl.ops.head import chosen_logprobs, top_logprobs, vocabulary_logprobs
 from hybridrl.types import RolloutBatch, ScoreHeader, TokenScores, per_token_bytes
 from hybridrl.workers.student import output_weight
 
@@ -18,50 +22,120 @@ from hybridrl.workers.student import output_weight
 class Scorer:
     """One replica of one teacher.
 
-    It sends its last hidden state per response token; the learner holds the teacher's lm_head. log q(y_t), which
-    costs a pass over the vocabulary here, is made only when the objective's returns need it (gamma > 0).
+    For a dense term over the whole vocabulary it sends its last hidden state per response token; the learner holds
+    the teacher's lm_head. Passes over the vocabulary here are made only for what the objective asks: log q(y_t), the
+    log-probs of a support, or of everything. Log-probs of data are computed once and remembered.
     """
 
     def __init__(self, settings: RunSettings, *, teacher: str, device: str) -> None:
-        config = settings.teachers[teacher]
+        self.config = settings.teachers[teacher]
         self.teacher, self.device = teacher, torch.device(device)
-        revision = None if config.path else settings.model.revision
-        self.model = load_model(config.path or settings.model.path, config.dtype, revision).to(self.device).eval()
-        self.head = output_weight(self.model)
+        revision = None if self.config.path else settings.model.revision
+        self.model = load_model(self.config.path or settings.model.path, self.config.dtype, revision).to(self.device).eval()
+        # Rows past the student's vocabulary are padding: no probability may stand on them.
+        self.head = output_weight(self.model)[: head_rows(settings.model.path, settings.model.revision)]
         self.temperature, self.head_chunk = settings.algorithm.temperature, settings.train.head_chunk
-        self.max_tokens = settings.scorer.max_tokens_per_micro_batch
-        self.wants_logprobs = Signal.teacher_logprobs in HybridObjective(settings.algorithm, 1).signals
+        self.max_tokens, self.topk = settings.scorer.max_tokens_per_micro_batch, settings.algorithm.topk
+        self.signals = make_objective(settings).signals
+        self.remembered: dict[tuple[str, int], np.ndarray] = {}  # (prompt of the data, response) -> [r] log q
 
     def ping(self) -> str:
         return self.teacher
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> tuple[ScoreHeader, TokenScores]:
-        """One forward pass over every sequence: logprobs [T] (0 unless gamma > 0) and hidden [R, H] in batch order."""
+        """One forward pass over every sequence whose prompt is routed here; the rest stays 0."""
         started = time.monotonic()
-        lengths = np.diff(batch.offsets)
-        rows = np.concatenate([[0], np.cumsum(batch.response_lengths)])
-        hidden = torch.empty(int(rows[-1]), self.head.shape[1], dtype=self.head.dtype)
-        logprobs = np.zeros(len(batch.input_ids), np.float32)
-        for indices in micro_batches(lengths.tolist(), self.max_tokens):
-            for i, states in zip(indices, self._forward(batch, indices), strict=True):
-                span = slice(int(batch.offsets[i]), int(batch.offsets[i + 1]))
-                at = np.flatnonzero(batch.response_mask[span])
-                picked = states[torch.from_numpy(at - 1).to(self.device)]  # [r, H], the state that predicts each token
-                hidden[int(rows[i]) : int(rows[i + 1])] = picked.cpu()
-                if self.wants_logprobs:
-                    ids = torch.from_numpy(batch.input_ids[span][at].astype(np.int64)).to(self.device)
-                    logprobs[span][at] = chosen_logprobs(picked, self.head, ids, temperature=self.temperature, chunk=self.head_chunk).cpu()
-        scores = TokenScores(teacher=self.teacher, logprobs=logprobs, hidden=to_wire(hidden))
+        first_row = np.concatenate([[0], np.cumsum(batch.response_lengths)])
+        scores = self._empty(batch, int(first_row[-1]))
+        asked = [i for i in range(batch.num_sequences) if self._is_asked(batch, i) and not self._remembers(batch, i, scores.logprobs)]
+        lengths = np.diff(batch.offsets)[asked].tolist()
+        for indices in micro_batches(lengths, self.max_tokens):
+            sequences = [asked[i] for i in indices]
+            rows = np.concatenate([np.arange(first_row[i], first_row[i + 1]) for i in sequences])
+            tokens = np.concatenate([response_tokens(batch, i) for i in sequences])
+            self._fill(scores, batch, self._states(batch, sequences), rows, tokens)
+            for i in sequences:
+                self._remember(batch, i, scores.logprobs)
         return ScoreHeader(teacher=self.teacher, nbytes=per_token_bytes(scores), score_s=time.monotonic() - started), scores
 
-    def _forward(self, batch: RolloutBatch, indices: list[int]) -> torch.Tensor:
-        """[B, T, H] last hidden states, padded on the right."""
-        parts = [batch.input_ids[int(batch.offsets[i]) : int(batch.offsets[i + 1])] for i in indices]
-        width = max(map(len, parts))
+    def _empty(self, batch: RolloutBatch, num_rows: int) -> TokenScores:
+        width, support = 0, 0
+        if Signal.teacher_hidden in self.signals:
+            width = self.head.shape[1]
+        elif Signal.teacher_vocabulary in self.signals:
+            width = self.head.shape[0]
+        elif Signal.teacher_support in self.signals:
+            width = support = self.topk.k
+        states = Signal.teacher_hidden in self.signals and self.head.dtype == torch.bfloat16
+        return TokenScores(
+            teacher=self.teacher,
+            logprobs=np.zeros(len(batch.input_ids), np.float32),
+            rows=np.zeros((num_rows, width), np.uint16 if states else np.float32),
+            support_ids=np.tile(np.arange(support, dtype=np.int32), (num_rows, 1)),  # distinct, where nobody asks
+        )
+
+    def _fill(self, scores: TokenScores, batch: RolloutBatch, states: Tensor, rows: np.ndarray, tokens: np.ndarray) -> None:
+        """Write what the signals ask of R' tokens. states [R', H]; rows, tokens [R'] where they are in rows and columns."""
+        head, rule = self.head, {"temperature": self.temperature, "chunk": self.head_chunk}
+        if Signal.teacher_hidden in self.signals:
+            scores.rows[rows] = to_wire(states.to(head.dtype).cpu())
+        elif Signal.teacher_vocabulary in self.signals:
+            scores.rows[rows] = vocabulary_logprobs(states, head, **rule).cpu().numpy()
+        drawn = torch.from_numpy(batch.input_ids[tokens].astype(np.int64)).to(self.device)[:, None]
+        if Signal.teacher_support in self.signals:
+            if self.topk.source is SupportSource.teacher:
+                ids = top_logprobs(states, head, self.topk.k, **rule)[0]
+            else:
+                ids = torch.from_numpy(batch.support_ids[rows].astype(np.int64)).to(self.device)
+            scores.support_ids[rows] = ids.cpu().numpy()
+            found = chosen_logprobs(states, head, torch.cat([ids, drawn], 1), **rule).cpu().numpy()
+            scores.rows[rows], scores.logprobs[tokens] = found[:, :-1], found[:, -1]
+        elif Signal.teacher_logprobs in self.signals:
+            scores.logprobs[tokens] = chosen_logprobs(states, head, drawn, **rule)[:, 0].cpu().numpy()
+
+    def _states(self, batch: RolloutBatch, sequences: Sequence[int]) -> Tensor:
+        """[R', H] the last hidden state before each response token; sequences padded on the right."""
+        parts = [batch.trajectory(i) for i in sequences]
+        width = max(len(part.input_ids) for part in parts)
         ids = np.zeros((len(parts), width), np.int64)
         mask = np.zeros_like(ids)
         for b, part in enumerate(parts):
-            ids[b, : len(part)], mask[b, : len(part)] = part, 1
+            ids[b, : len(part.input_ids)], mask[b, : len(part.input_ids)] = part.input_ids, 1
         to = lambda a: torch.from_numpy(a).to(self.device)  # noqa: E731
-        return self.model.base_model(input_ids=to(ids), attention_mask=to(mask), use_cache=False).last_hidden_state
+        states = self.model.base_model(input_ids=to(ids), attention_mask=to(mask), use_cache=False).last_hidden_state
+        before = np.concatenate([b * width + np.flatnonzero(part.response_mask) - 1 for b, part in enumerate(parts)])
+        return states.flatten(0, 1).index_select(0, to(before))
+
+    def _is_asked(self, batch: RolloutBatch, sequence: int) -> bool:
+        columns = batch.columns[sequence // batch.group_size]
+        return all(columns.get(key) == value for key, value in self.config.route.items())
+
+    # -- data is scored once ----------------------------------------------------------------------------------------------
+
+    def _remembers(self, batch: RolloutBatch, sequence: int, logprobs: np.ndarray) -> bool:
+        known = self.remembered.get(data_key(batch, sequence))
+        if known is None:
+            return False
+        logprobs[response_tokens(batch, sequence)] = known
+        return True
+
+    def _remember(self, batch: RolloutBatch, sequence: int, logprobs: np.ndarray) -> None:
+        if batch.source is Source.data and self.signals & ROWS == frozenset():
+            self.remembered[data_key(batch, sequence)] = logprobs[response_tokens(batch, sequence)].copy()
+
+
+ROWS = frozenset({Signal.teacher_hidden, Signal.teacher_vocabulary, Signal.teacher_support})
+"""Signals that need more than a number a token, too much to remember."""
+
+
+def data_key(batch: RolloutBatch, sequence: int) -> tuple[str, int]:
+    """A response of the data, the same in every epoch; prompts sampled from are never remembered under it."""
+    uid = batch.uids[sequence // batch.group_size].partition("@")[0] if batch.source is Source.data else ""
+    return uid, sequence % batch.group_size
+
+
+def response_tokens(batch: RolloutBatch, sequence: int) -> np.ndarray:
+    """Indices of a sequence's response tokens in the per-token columns."""
+    start, end = int(batch.offsets[sequence]), int(batch.offsets[sequence + 1])
+    return start + np.flatnonzero(batch.response_mask[start:end])

@@ -4,35 +4,72 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hybridrl.choices import PairLoss, RatioLevel
+from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError
-from hybridrl.ops.head import HeadStats, TeacherRows, TokenTerms, hybrid_head_loss
+from hybridrl.ops.divergence import Measure
+from hybridrl.ops.head import HeadRule, HeadStats, TokenTerms, chosen_logprobs, hybrid_head_loss
+from hybridrl.ops.ratio import RatioBounds
+from hybridrl.ops.teachers import Teacher
 
 
 class OutputHead(nn.Module):
     """Owns the output embedding (shared with the input embedding when the model ties them)."""
 
-    def __init__(self, weight: nn.Parameter, temperature: float, chunk: int) -> None:
+    def __init__(self, weight: nn.Parameter, rule: HeadRule) -> None:
         super().__init__()
-        self.weight, self.temperature, self.chunk = weight, temperature, chunk
+        self.weight, self.rule = weight, rule
 
-    def forward(self, hidden: Tensor, teachers: tuple[TeacherRows, ...], terms: TokenTerms) -> tuple[Tensor, HeadStats]:
-        return hybrid_head_loss(hidden, self.weight, teachers, terms, temperature=self.temperature, chunk=self.chunk)
+    def forward(self, hidden: Tensor, teachers: tuple[Teacher, ...], terms: TokenTerms, view: bool) -> tuple[Tensor, HeadStats | None]:
+        if view:
+            ids = terms.token_ids[:, None]
+            return chosen_logprobs(hidden, self.weight, ids, temperature=self.rule.temperature, chunk=self.rule.chunk)[:, 0], None
+        return hybrid_head_loss(hidden, self.weight, teachers, terms, self.rule)
 
 
 class Student(nn.Module):
     """forward(tokens, what the objective asks) -> loss. Nothing outside calls the submodules."""
 
-    def __init__(self, model: PreTrainedModel, temperature: float, chunk: int) -> None:
+    def __init__(self, model: PreTrainedModel, rule: HeadRule, *, with_value: bool) -> None:
         super().__init__()
         self.body = model.base_model
-        self.head = OutputHead(output_weight(model), temperature, chunk)
+        self.head = OutputHead(output_weight(model), rule)
+        self.value_head: nn.Linear | None = None  # None: no objective of this run looks at values
+        if with_value:
+            self.value_head = nn.Linear(self.head.weight.shape[1], 1, bias=False, dtype=self.head.weight.dtype)
+            nn.init.zeros_(self.value_head.weight)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, hidden_rows: Tensor, teachers: tuple[TeacherRows, ...], terms: TokenTerms
-    ) -> tuple[Tensor, HeadStats]:
-        """input_ids, attention_mask [B, T]; hidden_rows [R] into the flattened [B*T] positions."""
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        hidden_rows: Tensor,
+        teachers: tuple[Teacher, ...],
+        terms: TokenTerms,
+        value_slope: Tensor,
+        view: bool = False,
+    ) -> tuple[Tensor, HeadStats | Tensor | None]:
+        """input_ids, attention_mask [B, T]; hidden_rows [R] into the flattened [B*T] positions; value_slope [R].
+
+        Returns:
+            loss [] and HeadStats; with `view`, log p(y) [R] and values [R], and nothing is learned.
+        """
         hidden = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return self.head(hidden.flatten(0, 1).index_select(0, hidden_rows), teachers, terms)
+        rows = hidden.flatten(0, 1).index_select(0, hidden_rows)
+        values = torch.zeros_like(value_slope) if self.value_head is None else self.value_head(rows)[:, 0].to(value_slope.dtype)
+        out, stats = self.head(rows, teachers, terms, view)
+        if view:
+            return out, values
+        return (out if self.value_head is None else out + (values * value_slope).sum()), stats
+
+
+def head_rule(settings: RunSettings) -> HeadRule:
+    """The settings of the head pass; a ratio of whole sequences is part of the token weights instead."""
+    algorithm = settings.algorithm
+    per_token = algorithm.ratio.level is RatioLevel.token and algorithm.pair.loss is PairLoss.none
+    ratio = RatioBounds(kind=algorithm.ratio.kind, low=algorithm.ratio.low, high=algorithm.ratio.high) if per_token else RatioBounds()
+    measure = Measure(divergence=algorithm.divergence, beta=algorithm.jsd_beta, log_ratio_clip=algorithm.log_ratio_clip)
+    return HeadRule(temperature=algorithm.temperature, chunk=settings.train.head_chunk, measure=measure, ratio=ratio)
 
 
 def output_weight(model: PreTrainedModel) -> nn.Parameter:

@@ -1,0 +1,201 @@
+"""The objective's settings. Named methods are files of these in conf/algorithm; no code knows their names."""
+
+from dataclasses import dataclass, field
+
+from hybridrl.choices import (
+    Baseline,
+    Correction,
+    Divergence,
+    Future,
+    Normalizer,
+    PairLoss,
+    Ratio,
+    RatioLevel,
+    Reference,
+    Scale,
+    ScheduleKind,
+    Support,
+    SupportSource,
+    TeacherSignal,
+)
+from hybridrl.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig:
+    """A weight as a function of the step t = 0, 1, ... or of what was measured."""
+
+    kind: ScheduleKind = ScheduleKind.constant
+    value: float = 1.0
+    """at t = 0"""
+    end: float | None = None
+    """where linear, cosine and step go; null only for constant and feedback"""
+    steps: int | None = None
+    """how long linear and cosine take (a warm-up is a short one), when step switches; null: train.steps"""
+    metric: str | None = None
+    """feedback: a metric of the step's row, e.g. kl/token or reward/mean"""
+    target: float | None = None
+    """feedback: where the metric is to be held"""
+    gain: float = 0.1
+    """feedback: each step multiplies the weight by 1 + gain * clip(metric/target - 1, -1, 1); below 0 when a larger weight raises the metric"""
+    low: float = 0.0
+    """feedback: smallest weight"""
+    high: float | None = None
+    """feedback: largest weight"""
+
+    def check(self, key: str) -> None:
+        """Raise ConfigError under the schedule's own name, which only its owner knows."""
+        if self.kind in (ScheduleKind.linear, ScheduleKind.cosine, ScheduleKind.step) and self.end is None:
+            raise ConfigError(f"{key}.kind={self.kind}: needs an end value; set {key}.end, or {key}.kind=constant")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"{key}.steps={self.steps}: must be at least 1, or null for train.steps")
+        if self.kind is not ScheduleKind.feedback:
+            return
+        if not self.metric or self.target is None or self.target == 0:
+            raise ConfigError(f"{key}.kind=feedback: needs {key}.metric, e.g. kl/token, and a {key}.target that is not 0")
+        if not 0 < abs(self.gain) < 1:
+            raise ConfigError(f"{key}.gain={self.gain}: must lie in (-1, 1) and not be 0, or one step could turn the weight's sign")
+        if self.value <= 0 or self.low < 0 or (self.high is not None and self.high < self.low):
+            raise ConfigError(f"{key}.value={self.value}, low={self.low}, high={self.high}: needs value > 0 and 0 <= low <= high")
+
+    def is_zero(self) -> bool:
+        return self.value == 0 and not self.end
+
+
+@dataclass(kw_only=True, slots=True)
+class TopKConfig:
+    k: int = 16
+    source: SupportSource = SupportSource.sampler
+    correction: Correction = Correction.unbiased
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"algorithm.topk.k={self.k}: must be at least 1; for no support at all set algorithm.support=sampled")
+
+
+@dataclass(kw_only=True, slots=True)
+class RatioConfig:
+    """Correction for a sampler that is not the learner, and PPO's clip."""
+
+    kind: Ratio = Ratio.none
+    level: RatioLevel = RatioLevel.token
+    low: float = 0.0
+    """least rho (truncate, mask); clip: 1 - low"""
+    high: float | None = None
+    """largest rho (truncate, mask), null: no bound; clip: 1 + high"""
+
+    def __post_init__(self) -> None:
+        if self.low < 0 or (self.high is not None and self.high <= 0):
+            raise ConfigError(f"algorithm.ratio.low={self.low}, high={self.high}: needs low >= 0 and high > 0 or null")
+        if self.kind is Ratio.clip and self.level is RatioLevel.sequence:
+            raise ConfigError("algorithm.ratio.kind=clip: works on tokens; set algorithm.ratio.level=token, or kind=truncate")
+
+
+@dataclass(kw_only=True, slots=True)
+class ValueConfig:
+    """The value head of baseline=value."""
+
+    gae_lambda: float = 0.95
+    loss_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gae_lambda <= 1:
+            raise ConfigError(f"algorithm.value.gae_lambda={self.gae_lambda}: lies in [0, 1]")
+
+
+@dataclass(kw_only=True, slots=True)
+class PairConfig:
+    """A loss over two ranked responses of one prompt, in place of returns."""
+
+    loss: PairLoss = PairLoss.none
+    against: str | None = None
+    """which of teachers.* the log-ratios are to; null: the only one"""
+    beta: float = 0.1
+    """scale of the log-ratio (dpo, simpo)"""
+    target: float = 0.5
+    """tau of IPO, margin of SLiC, gamma of SimPO"""
+    nll_weight: float = 0.0
+    """SLiC's regularisation: weight of the chosen response's negative log-likelihood"""
+    average: bool = False
+    """log-ratios averaged over tokens; the DIL losses are free of hyper-parameters only with it"""
+    clamp: float | None = None
+    """dil_*: log-ratio from which on a term follows its tangent; null: 20, which fp32 needs"""
+    reference: Reference = Reference.rejected
+    """whose log-ratios estimate DIL's expectation under the reference"""
+
+
+@dataclass(kw_only=True, slots=True)
+class AlgorithmConfig:
+    """J = sum_i w_i D_i - lambda R (arXiv 2512.23097)."""
+
+    divergence: Divergence = Divergence.reverse_kl
+    jsd_beta: float = 0.5
+    """of the JSD: to 0 it is like the forward KL, to 1 like the reverse KL"""
+    support: Support = Support.full
+    topk: TopKConfig = field(default_factory=TopKConfig)
+    teacher_signal: TeacherSignal = TeacherSignal.hidden
+    log_ratio_clip: float | None = None
+    """bound of |log p - log q| in the reverse KL, biased; null: none"""
+    imitation_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """multiplies every teacher's weight; 0: pure reinforcement learning, no teacher is loaded"""
+    reward_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """lambda; 0: pure distillation, rewards are only watched"""
+    gamma: float = 0.0
+    """discount of FUTURE imitation costs, gamma^(k-t); the terminal reward is never discounted. 0: reward only, 1: exact gradient of J"""
+    future: Future = Future.sum
+    baseline: Baseline = Baseline.leave_one_out
+    scale: Scale = Scale.none
+    ratio: RatioConfig = field(default_factory=RatioConfig)
+    value: ValueConfig = field(default_factory=ValueConfig)
+    overlong_buffer: int = 0
+    """DAPO: the reward falls by 1 over the last this many tokens before rollout.max_new_tokens; 0: no penalty"""
+    dynamic_sampling: int = 0
+    """DAPO: how many more waves of prompts replace groups whose rewards are all equal; 0: they are kept"""
+    nll_weight: float = 0.0
+    """weight of -log p(y) on responses that the student did not sample"""
+    teacher_fraction: float = 0.0
+    """share of a step's prompts that the first teacher answers instead of the student (MiniLLM, SeqKD)"""
+    data_fraction: float = 0.0
+    """share of a step's prompts whose responses come from the data (SFT, GKD, preference pairs)"""
+    pair: PairConfig = field(default_factory=PairConfig)
+    normalizer: Normalizer = Normalizer.token_mean
+    temperature: float = 1.0
+    """of student, teacher and sampler alike"""
+
+    def __post_init__(self) -> None:
+        self.imitation_weight.check("algorithm.imitation_weight")
+        self.reward_weight.check("algorithm.reward_weight")
+        if not 0 <= self.gamma <= 1:
+            raise ConfigError(f"algorithm.gamma={self.gamma}: a discount lies in [0, 1]")
+        if self.gamma > 0 and self.divergence is not Divergence.reverse_kl and not self.imitation_weight.is_zero():
+            raise ConfigError(
+                f"algorithm.gamma={self.gamma}: future costs are log p - log q, which only divergence=reverse_kl has; set algorithm.gamma=0"
+            )
+        if not self.temperature > 0:
+            raise ConfigError(f"algorithm.temperature={self.temperature}: must be positive; greedy decoding belongs to evaluation")
+        if not 0 < self.jsd_beta < 1:
+            raise ConfigError(f"algorithm.jsd_beta={self.jsd_beta}: lies inside (0, 1); the ends are divergence=forward_kl and reverse_kl")
+        if self.log_ratio_clip is not None and not self.log_ratio_clip > 0:
+            raise ConfigError(f"algorithm.log_ratio_clip={self.log_ratio_clip}: must be positive, or null for none")
+        if self.scale is Scale.batch and self.baseline is Baseline.value:
+            raise ConfigError(
+                "algorithm.scale=batch: not with baseline=value, whose advantages are centred already; set algorithm.scale=none"
+            )
+        for name in ("teacher_fraction", "data_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"algorithm.{name}={getattr(self, name)}: a share, in [0, 1]")
+        if self.teacher_fraction + self.data_fraction > 1:
+            raise ConfigError(
+                f"algorithm.teacher_fraction + data_fraction = {self.teacher_fraction + self.data_fraction}: more than all prompts"
+            )
+        for name in ("overlong_buffer", "dynamic_sampling", "nll_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"algorithm.{name}={getattr(self, name)}: must not be negative")
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        return not self.reward_weight.is_zero()
+
+    @property
+    def imitates(self) -> bool:
+        return not self.imitation_weight.is_zero()

@@ -1,0 +1,153 @@
+"""The run directory: locked while a run lasts, and holding one run only, whose settings are its config.yaml."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hybridrl.choices import Resume, ScheduleKind
+from hybridrl.compose import from_yaml, to_yaml
+from hybridrl.config import RunSettings
+from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
+from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
+
+CONFIG = "config.yaml"
+ABSENT = "(not set)"
+
+FREE = (
+    "cluster", "deadlines", "tracking", "checkpoint", "scorer",
+    "run.resume", "run.dir", "run.allow_changes",
+    "eval.every", "eval.samples", "eval.teacher",
+    "rollout.engines", "rollout.tensor_parallel", "rollout.chunks_per_engine", "rollout.max_num_seqs", "rollout.kv_cache_bytes",
+    "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.weight_transfer", "rollout.max_logprob_gap",
+    "learner.ranks", "learner.zero_stage", "learner.gradient_checkpointing",
+    "reward.workers", "reward.processes", "reward.timeout_s", "reward.max_error_rate",
+    "train.max_tokens_per_micro_batch", "train.head_chunk",
+)  # fmt: skip
+"""Settings and sections that decide neither what is learned nor what accuracy means: where, how fast and how often.
+
+train.steps joins them where no schedule is stretched over it, so that a run can be prolonged. Whatever is not named
+here, and so every setting of the future, is held fast."""
+
+
+@contextmanager
+def run_directory(settings: RunSettings) -> Iterator[Path]:
+    """The run directory, made if need be, locked while the run lasts.
+
+    Raises:
+        RunDirectoryError: another run holds it.
+        ConfigError: it would vanish with a Ray job's upload folder.
+    """
+    run_dir = Path(settings.run.dir).expanduser().absolute()
+    if "working_dir_files" in run_dir.parts:
+        raise ConfigError(
+            f"run.dir={settings.run.dir}: lies in the Ray job's upload folder {run_dir}, which is deleted; "
+            "give an absolute path on shared storage"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunDirectoryError(f"run.dir={run_dir}: another run holds it; wait for it or choose another run.dir") from error
+    try:
+        yield run_dir
+    finally:
+        lock.release()
+
+
+def find_checkpoint(settings: RunSettings, run_dir: Path) -> Checkpoint | None:
+    """Where to continue, None: from the start; config.yaml is `settings` afterwards.
+
+    Raises:
+        RunDirectoryError: run.resume=never and the directory holds a run, or it holds one of other settings.
+        CheckpointError: run.resume=required and there is none, or all are damaged.
+    """
+    checkpointer = Checkpointer(run_dir, settings.checkpoint.keep)
+    if settings.run.resume is Resume.never and ((run_dir / "metrics.jsonl").exists() or checkpointer.folders()):
+        raise RunDirectoryError(f"run.dir={run_dir}: holds a run and run.resume=never; choose another run.dir or run.resume=auto")
+    checkpoint = checkpointer.newest()
+    if checkpoint is None and settings.run.resume is Resume.required:
+        raise CheckpointError(f"run.resume=required: no checkpoint in {checkpointer.root}; use run.resume=auto to start")
+    if checkpoint:
+        check_same_run(settings, run_dir)
+    unfinished = run_dir / f".{CONFIG}"
+    unfinished.write_text(to_yaml(settings))
+    os.replace(unfinished, run_dir / CONFIG)
+    return checkpoint
+
+
+def read_settings(run_dir: Path) -> RunSettings:
+    """What the run was started with.
+
+    Raises:
+        RunDirectoryError: there is no config.yaml, or it is not of this version.
+    """
+    path = run_dir / CONFIG
+    try:
+        return from_yaml(path.read_text())
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: cannot be read ({error.strerror}), so nobody knows what run this is") from error
+    except ConfigError as error:
+        raise RunDirectoryError(f"{path}: no settings of this version of hybridrl: {error}") from error
+
+
+def check_same_run(settings: RunSettings, run_dir: Path) -> None:
+    """Refuse to continue a run under settings that would have made it another run.
+
+    Raises:
+        RunDirectoryError: names each changed setting with both values, and the remedies.
+    """
+    changed = changes(read_settings(run_dir), settings)
+    held = {key: values for key, values in changed.items() if not within(key, settings.run.allow_changes)}
+    if not held:
+        return
+    told = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in held.items())
+    if stretched := "train.steps" in held and ", ".join(stretched_by_steps(settings)):
+        told += f" (train.steps stretches {stretched})"
+    allow = ",".join(dict.fromkeys([*settings.run.allow_changes, *held]))
+    raise RunDirectoryError(
+        f"run.dir={run_dir}: holds a run with other settings: {told}; "
+        f"choose another run.dir, or continue that run with them by run.allow_changes=[{allow}]"
+    )
+
+
+def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
+    """(old, new) value of each setting that differs and decides what is learned, by its dotted key.
+
+    Example: {"train.lr": (0.001, 0.002), "teachers.b.path": ("(not set)", "/models/b")}
+    """
+    free = (*FREE, *(() if stretched_by_steps(old) or stretched_by_steps(new) else ("train.steps",)))
+    before, after = flat(asdict(old)), flat(asdict(new))
+    pairs = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in before | after}
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b and not within(key, free)}
+
+
+def stretched_by_steps(settings: RunSettings) -> list[str]:
+    """Schedules that run to train.steps: with another number of steps, every step so far would have been another one."""
+    schedules = {
+        "algorithm.imitation_weight": settings.algorithm.imitation_weight,
+        "algorithm.reward_weight": settings.algorithm.reward_weight,
+        **{f"teachers.{name}.schedule": teacher.schedule for name, teacher in settings.teachers.items()},
+        **{f"reward.functions.{name}.schedule": function.schedule for name, function in settings.reward.functions.items()},
+    }
+    moving = (ScheduleKind.linear, ScheduleKind.cosine)
+    names = [name for name, schedule in schedules.items() if schedule.kind in moving and schedule.steps is None]
+    return [*(["train.lr_end"] if settings.train.lr_end is not None else []), *names]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested mappings. Example: {"a": {"b": 1, "c": [2]}} -> {"a.b": 1, "a.c": [2]}."""
+    found = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def within(key: str, names: Iterable[str]) -> bool:
+    """Whether `key` is one of the names or lies in a section that they name."""
+    return any(f"{key}.".startswith(f"{name}.") for name in names)

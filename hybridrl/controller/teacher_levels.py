@@ -1,0 +1,86 @@
+"""Each teacher's held-out accuracy, the level that the student's curve is read against."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridrl.config import ModelConfig, RunSettings
+from hybridrl.controller.evaluation import evaluate
+from hybridrl.runtime.calls import gather
+from hybridrl.runtime.cluster import Cluster
+from hybridrl.runtime.groups import RewardGroup, RolloutGroup
+from hybridrl.runtime.workers import Slots
+from hybridrl.types import Prompt
+
+TEACHER_LEVELS = "teacher_levels.json"
+
+
+def teachers_in_use(settings: RunSettings) -> list[str]:
+    """Those that score, and the first one where it writes; the others of the config are not loaded."""
+    writer = list(settings.teachers)[:1] if settings.algorithm.teacher_fraction else []
+    return list(dict.fromkeys([*settings.scored_teachers, *writer]))
+
+
+def teachers_to_measure(settings: RunSettings) -> list[str]:
+    """Those in use that have weights of their own; one without is the student before training, which is evaluated anyway."""
+    if not settings.eval.teacher or not settings.reward.functions:
+        return []
+    return [name for name in teachers_in_use(settings) if settings.teachers[name].path is not None]
+
+
+def measure_teachers(
+    settings: RunSettings, cluster: Cluster, slots: Slots, rewards: RewardGroup, heldout: Sequence[Prompt], run_dir: Path
+) -> dict[str, float]:
+    """eval/accuracy_teacher/NAME of each, on a short-lived engine; read back where the directory has them already."""
+    names = teachers_to_measure(settings)
+    target, conditions = run_dir / TEACHER_LEVELS, conditions_of(settings, heldout)
+    levels = read_levels(target, conditions)
+    if levels is not None or not names:
+        return levels or {}
+    levels = {}
+    for name in names:
+        teacher = settings.teachers[name]
+        assert teacher.path is not None, "teachers_to_measure"
+        engine = RolloutGroup(
+            settings,
+            slots["rollout"][:1],
+            model=ModelConfig(path=teacher.path, dtype=teacher.dtype),
+            device=cluster.device,
+            backend=cluster.weight_transfer,
+            log_dir=str(run_dir / "logs"),
+            name=f"teacher-{name}",
+        )
+        gather(engine.ready())
+        found = evaluate(
+            settings.eval, engine, rewards, heldout, step=0, temperature=settings.algorithm.temperature, seed=settings.run.seed
+        )
+        levels[f"eval/accuracy_teacher/{name}"] = found.metrics["eval/accuracy"]
+        engine.close()
+    target.write_text(json.dumps({"measured_with": conditions, "levels": levels}, indent=1))
+    return levels
+
+
+def conditions_of(settings: RunSettings, heldout: Sequence[Prompt]) -> dict[str, Any]:
+    """All that a level depends on: the teachers, the problems, what counts as right, and how responses are drawn."""
+    problems = repr([(p.uid, p.input_ids, p.columns) for p in heldout])
+    judge = next(iter(settings.reward.functions.values()), None)  # None: nothing is measured
+    return {
+        "teachers": {n: [settings.teachers[n].path, settings.teachers[n].dtype] for n in teachers_to_measure(settings)},
+        "heldout_sha256": hashlib.sha256(problems.encode()).hexdigest(),
+        "reward": [judge.function, judge.options] if judge else None,
+        "max_new_tokens": settings.rollout.max_new_tokens,
+        "max_model_len": settings.rollout.max_model_len,
+        "temperature": 0.0 if settings.eval.greedy else settings.algorithm.temperature,
+        "seed": settings.run.seed,
+    }
+
+
+def read_levels(path: Path, conditions: dict[str, Any]) -> dict[str, float] | None:
+    """The levels on file; None: there are none, or they were measured under other conditions."""
+    try:
+        stored = json.loads(path.read_text())
+        return stored["levels"] if stored["measured_with"] == conditions else None
+    except (OSError, ValueError, KeyError, TypeError):  # absent, torn, or of another form: measure again
+        return None

@@ -1,0 +1,99 @@
+"""Preference losses: each group's best and worst response, ranked by the data or by the reward, become one pair.
+
+The loss of a pair looks at summed log-probs that were computed before the update, so its derivative is a fixed
+coefficient of grad log p(y) for every token of both responses: the same sparse term that returns use.
+"""
+
+import torch
+from torch import Tensor
+
+from hybridrl.algorithm import AlgorithmConfig
+from hybridrl.choices import PairLoss
+from hybridrl.config import REFERENCED
+from hybridrl.objectives.credit import Credit, LearnerView, Signal, per_token
+from hybridrl.objectives.hybrid import response_rows
+from hybridrl.ops.preference import PAIR_LOSSES, PairGradient, PairOptions, PairScores
+from hybridrl.types import RolloutBatch, ScoredBatch, UpdatePlan
+
+
+class PairObjective:
+    """A loss over (chosen, rejected) in place of returns; groups whose rewards are all equal have no pair."""
+
+    standardises = False
+
+    def __init__(self, config: AlgorithmConfig) -> None:
+        self.config = config
+        self.scores_by_value = config.pair.loss is PairLoss.bradley_terry
+        signals = {Signal.learner_values if self.scores_by_value else Signal.learner_logprobs, Signal.rewards}
+        if config.pair.loss in REFERENCED:
+            signals.add(Signal.teacher_logprobs)
+        self.signals = frozenset(signals)
+
+    def credit(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Credit:
+        assert learner is not None, "pairs ask for the learner's view"
+        rollout = batch.rollout
+        chosen, rejected = ranked(batch)
+        gradient = self.pair_gradient(batch, learner, chosen, rejected)
+        slope = torch.zeros(rollout.num_sequences, dtype=gradient.loss.dtype)
+        slope[chosen], slope[rejected] = gradient.d_chosen, gradient.d_rejected
+        weight = torch.zeros_like(slope)
+        weight[chosen] = weight[rejected] = 1.0 / max(plan.num_groups, 1)
+        return self._per_token(batch, slope, weight)
+
+    def _per_token(self, batch: ScoredBatch, slope: Tensor, weight: Tensor) -> Credit:
+        rollout = batch.rollout
+        weights, slopes = per_token(weight, rollout), per_token(slope, rollout)
+        unscored = torch.full_like(slopes, torch.nan)
+        if not self.scores_by_value:
+            still = torch.zeros_like(slopes)
+            return Credit(token_weight=weights, sparse=slopes, value_slope=still, imitation_cost=unscored, value_error=still)
+        last = last_tokens(rollout)  # the reward model's score is its value at the end
+        value_slope = torch.where(last, weights * slopes, 0.0)
+        still = torch.zeros_like(slopes)
+        return Credit(token_weight=weights, sparse=still, value_slope=value_slope, imitation_cost=unscored, value_error=still)
+
+    def pair_gradient(self, batch: ScoredBatch, learner: LearnerView, chosen: Tensor, rejected: Tensor) -> PairGradient:
+        """The loss of each pair; chosen, rejected: [P] indices of sequences."""
+        rollout, pair = batch.rollout, self.config.pair
+        if self.scores_by_value:
+            policy = torch.zeros(rollout.num_sequences, dtype=learner.values.dtype)
+            policy += learner.values[last_tokens(rollout)]
+        else:
+            policy = sums(learner.logprobs, rollout)
+        by_reference = Signal.teacher_logprobs in self.signals
+        reference = sums(response_rows(rollout, batch.scores[0].logprobs), rollout) if by_reference else torch.zeros_like(policy)
+        lengths = torch.from_numpy(rollout.response_lengths.copy()).to(policy.dtype)
+        scores = PairScores(
+            chosen_logp=policy[chosen], rejected_logp=policy[rejected],
+            chosen_ref=reference[chosen].to(policy.dtype), rejected_ref=reference[rejected].to(policy.dtype),
+            chosen_len=lengths[chosen], rejected_len=lengths[rejected],
+        )  # fmt: skip
+        options = PairOptions(
+            beta=pair.beta, target=pair.target, nll_weight=pair.nll_weight, average=pair.average,
+            log_ratio_clamp=pair.clamp, reference=pair.reference,
+        )  # fmt: skip
+        return PAIR_LOSSES[pair.loss](scores, options)
+
+
+def ranked(batch: ScoredBatch) -> tuple[Tensor, Tensor]:
+    """Sequence indices of the best and the worst response of each group that is kept and whose rewards differ; both [P]."""
+    k = batch.rollout.group_size
+    rewards = torch.from_numpy(batch.rewards.values.copy()).unflatten(0, (-1, k))  # [G, K]
+    kept = torch.from_numpy(batch.rewards.keep.copy()).unflatten(0, (-1, k)).all(1)
+    best, worst = rewards.max(1), rewards.min(1)
+    usable = kept & (best.values > worst.values)
+    first = torch.arange(len(rewards)) * k
+    return (first + best.indices)[usable], (first + worst.indices)[usable]
+
+
+def sums(column: Tensor, batch: RolloutBatch) -> Tensor:
+    """[R] -> [N] float64 sums over each response."""
+    owner = per_token(torch.arange(batch.num_sequences), batch)
+    return torch.zeros(batch.num_sequences, dtype=torch.float64).index_add_(0, owner, column.double())
+
+
+def last_tokens(batch: RolloutBatch) -> Tensor:
+    """[R] bool, the last response token of each sequence."""
+    last = torch.zeros(int(batch.response_lengths.sum()), dtype=torch.bool)
+    last[torch.from_numpy(batch.response_lengths.cumsum() - 1)] = True
+    return last

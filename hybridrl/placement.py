@@ -1,0 +1,83 @@
+"""Which counts of workers, devices and ways of moving weights go together: what one section of the settings cannot see."""
+
+from typing import TYPE_CHECKING
+
+from hybridrl.choices import Device, WeightTransfer
+from hybridrl.errors import ConfigError
+
+if TYPE_CHECKING:  # config.py checks its settings with this module
+    from hybridrl.config import RunSettings
+
+SHARED_GPU_LIMIT = 0.5
+"""Largest rollout.gpu_memory_utilization on a GPU that learner and teachers use too."""
+
+
+def check_places(settings: "RunSettings") -> None:
+    """Every worker has something to do, and a way to do it where it stands.
+
+    Raises:
+        ConfigError: one sentence on the first rule that is broken.
+    """
+    _check_counts(settings)
+    _check_weight_transfer(settings)
+    if settings.cluster.colocate and settings.cluster.device is not Device.cpu:
+        _check_shared_gpus(settings)
+
+
+def _check_counts(settings: "RunSettings") -> None:
+    rollout, algorithm, ranks = settings.rollout, settings.algorithm, settings.learner.ranks
+    chunks = rollout.engines * rollout.chunks_per_engine
+    if settings.train.prompts_per_step < max(chunks, ranks):
+        raise ConfigError(
+            f"train.prompts_per_step={settings.train.prompts_per_step}: must be at least {max(chunks, ranks)}, one prompt "
+            f"for each of rollout.engines * rollout.chunks_per_engine={chunks} and of learner.ranks={ranks}"
+        )
+    chunks += rollout.chunks_per_engine * (algorithm.teacher_fraction > 0) + (algorithm.data_fraction > 0)
+    counts = {"scorer.replicas": settings.scorer.replicas if settings.scored_teachers else 1, "reward.workers": settings.reward.workers}
+    for name, count in counts.items():
+        if count > chunks:
+            raise ConfigError(
+                f"{name}={count}: a step has {chunks} chunks, each for one worker, so the rest would idle; "
+                "lower it or raise rollout.chunks_per_engine"
+            )
+
+
+def _check_weight_transfer(settings: "RunSettings") -> None:
+    chosen = settings.rollout.weight_transfer
+    if chosen not in (WeightTransfer.nccl, WeightTransfer.ipc):
+        return
+    if settings.cluster.device is Device.cpu:
+        raise ConfigError(f"rollout.weight_transfer={chosen}: needs GPUs, cluster.device is cpu; use object_store")
+    if chosen is WeightTransfer.ipc and settings.rollout.tensor_parallel > 1:
+        raise ConfigError(
+            f"rollout.weight_transfer=ipc: hands over memory of one GPU, and rollout.tensor_parallel={settings.rollout.tensor_parallel} "
+            "needs several; set rollout.tensor_parallel=1, or use nccl"
+        )
+    if chosen is WeightTransfer.ipc and not settings.cluster.colocate:
+        raise ConfigError(
+            "rollout.weight_transfer=ipc: learner and engine must use the same GPU; set cluster.colocate=true, or use nccl or auto"
+        )
+    if chosen is WeightTransfer.nccl and settings.cluster.colocate:
+        raise ConfigError(
+            "rollout.weight_transfer=nccl: NCCL refuses two ranks on one GPU, which is what cluster.colocate=true means; "
+            "use ipc, object_store or auto"
+        )
+
+
+def _check_shared_gpus(settings: "RunSettings") -> None:
+    rollout, ranks = settings.rollout, settings.learner.ranks
+    if rollout.tensor_parallel > 1:
+        raise ConfigError(
+            f"rollout.tensor_parallel={rollout.tensor_parallel}: under cluster.colocate=true an engine has a share of one GPU; "
+            "set it to 1, or cluster.colocate=false"
+        )
+    if rollout.weight_transfer is not WeightTransfer.object_store and rollout.engines > ranks:
+        raise ConfigError(
+            f"rollout.engines={rollout.engines}: under cluster.colocate=true an engine's weights come from the learner rank on its GPU, "
+            f"and learner.ranks={ranks}; lower it, or use rollout.weight_transfer=object_store"
+        )
+    if rollout.gpu_memory_utilization > SHARED_GPU_LIMIT:
+        raise ConfigError(
+            f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}: under cluster.colocate=true learner and teachers need the "
+            f"rest of the GPU; set it to {SHARED_GPU_LIMIT} or less"
+        )

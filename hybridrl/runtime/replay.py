@@ -1,0 +1,31 @@
+"""The worker that hands out the data's own responses, in the place of an engine."""
+
+from collections.abc import Sequence
+
+from hybridrl.config import RunSettings
+from hybridrl.runtime.calls import Pending
+from hybridrl.runtime.group import ActorGroup, Slot
+from hybridrl.runtime.groups import Chunk
+from hybridrl.types import GenerateOrder, Prompt
+
+
+class ReplayGroup:
+    def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, log_dir: str) -> None:
+        self.settings = settings
+        self.group = ActorGroup("replay", "hybridrl.workers.replay:Replay", slots, [{}] * len(slots), log_dir=log_dir)
+
+    def ready(self) -> list[Pending]:
+        return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
+
+    def generate(self, prompts: Sequence[Prompt], *, wave: str) -> list[Chunk]:
+        """One chunk with all responses of each prompt."""
+        order = GenerateOrder(
+            wave=wave, chunk=0, num_chunks=1, group_size=len(prompts[0].responses),
+            temperature=0.0, max_new_tokens=self.settings.rollout.max_new_tokens, seed=0,
+        )  # fmt: skip
+        header, batch = self.group.submit_pair(0, "generate", order, list(prompts), deadline_s=self.settings.deadlines.rollout_s)
+        return [Chunk(header=header, batch=batch)]
+
+    def rank(self, chunks: Sequence[Chunk]) -> list[Pending]:
+        """One call per chunk: -> Rewards, the data's own order."""
+        return [self.group.submit(0, "rank", c.batch.ref, deadline_s=self.settings.deadlines.reward_s) for c in chunks]
