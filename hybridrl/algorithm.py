@@ -37,7 +37,7 @@ class ScheduleConfig:
     target: float | None = None
     """feedback: where the metric is to be held"""
     gain: float = 0.1
-    """feedback: each step multiplies the weight by 1 + gain * clip(metric/target - 1, -1, 1); below 0 when a larger weight raises the metric"""
+    """feedback: a step multiplies the weight by 1 + gain * clip(metric/target - 1, -1, 1); below 0 if more weight raises the metric"""
     low: float = 0.0
     """feedback: smallest weight"""
     high: float | None = None

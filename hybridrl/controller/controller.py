@@ -17,6 +17,8 @@ from hybridrl.controller.weights import Weights
 from hybridrl.data.prompts import PromptSource
 from hybridrl.data.shards import balance_groups, micro_batches
 from hybridrl.errors import RewardError, WeightSyncError
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import Meter, gather
 from hybridrl.runtime.weights import WeightSync
 from hybridrl.runtime.workers import Workers
@@ -51,6 +53,7 @@ class Controller:
         self.sampling, self.weights_of = Sampling(settings, workers), Weights(settings)
         self.weights = WeightSync(workers.learner, workers.rollout, backend)
         self.prompts, self.heldout, self.sinks, self.checkpointer = prompts, heldout, sinks, checkpointer
+        self.signals = make_objective(settings).signals
         self.clock = PhaseClock()
         self.steps_done = 0
         self.weight_version = 0
@@ -195,6 +198,8 @@ class Controller:
         return max(len(micro_batches(lengths, self.settings.train.max_tokens_per_micro_batch)), 1)
 
     def _check_reward_errors(self, rewards: Sequence[Rewards]) -> None:
+        if Signal.rewards not in self.signals:  # they are only watched
+            return
         rate, limit = float(np.concatenate([r.errors for r in rewards]).mean()), self.settings.reward.max_error_rate
         if rate > limit:
             raise RewardError(

@@ -70,15 +70,16 @@ class Sampling:
         return gather([d.chunk.header for d in drawn])
 
     def arrived(self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader]) -> list[Arrived]:
-        """Wait for the rewards; under algorithm.dynamic_sampling, groups that teach nothing are not used."""
+        """Wait for the rewards. Groups with an aborted response are not used, under algorithm.dynamic_sampling nor are those
+        whose rewards are all equal."""
         rewards = gather([d.rewards for d in drawn])
         return [Arrived(drawn=d, header=h, rewards=r, groups=self._used(h, r)) for d, h, r in zip(drawn, headers, rewards, strict=True)]
 
     def _used(self, header: ChunkHeader, rewards: Rewards) -> tuple[int, ...]:
-        everything = np.arange(len(header.uids))
-        if not self.settings.algorithm.dynamic_sampling:
-            return tuple(everything.tolist())
-        return tuple(everything[differing(header, rewards)].tolist())
+        usable = ~header.aborted.reshape(-1, header.group_size).any(axis=1)
+        if self.settings.algorithm.dynamic_sampling:
+            usable &= differing(header, rewards)
+        return tuple(np.flatnonzero(usable).tolist())
 
     def num_pairs(self, arrived: Sequence[Arrived]) -> int:
         """Groups that the loss is averaged over: those with a best and a worst response, or all that are kept."""

@@ -34,11 +34,12 @@ def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
     Raises:
         PlacementError: the cluster cannot hold them.
     """
+    rollout = settings.rollout
     scorers = [Team(name=f"scorer-{name}", size=settings.scorer.replicas, gpus=1, heavy=True) for name in settings.scored_teachers]
     return cluster.place(
         [
             Team(name="learner", size=settings.learner.ranks, gpus=1, heavy=True),
-            Team(name="rollout", size=settings.rollout.engines, gpus=settings.rollout.tensor_parallel, heavy=True),
+            Team(name="rollout", size=rollout.engines, gpus=rollout.tensor_parallel, heavy=True),
             Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False),
             *scorers,
             *(
@@ -67,8 +68,14 @@ def start_workers(settings: RunSettings, cluster: Cluster, slots: Slots, rewards
     engine = {"device": device, "backend": backend, "log_dir": log_dir}
     support = settings.algorithm.topk.k if Signal.sampler_support in make_objective(settings).signals else 0
     rollout = RolloutGroup(settings, slots["rollout"], model=settings.model, support=support, **engine)
-    if settings.cluster.colocate:  # an engine measures the free memory of its GPU; nobody else may move in meanwhile
-        gather(rollout.ready())
+    engines = [rollout]
+    if settings.algorithm.teacher_fraction:
+        writer = {"model": teacher_model(settings), "support": support, "source": Source.teacher, "name": "teacher"}
+        if settings.cluster.colocate:  # an engine measures the free memory of its GPU; nobody else may move in meanwhile
+            gather(rollout.ready())
+        engines.append(RolloutGroup(settings, slots["teacher"], **writer, **engine))
+    if settings.cluster.colocate:
+        gather(engines[-1].ready())
     learner = LearnerGroup(settings, slots["learner"], device=device, log_dir=log_dir)
     scorers = [
         ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir) for name in settings.scored_teachers

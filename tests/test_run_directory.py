@@ -1,0 +1,442 @@
+"""One run directory, one run: what may change when it is continued, and what the command line says when it may not."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hybridrl.choices import Resume
+from hybridrl.cli import hydra_flags, main
+from hybridrl.compose import load_config
+from hybridrl.config import RunSettings
+from hybridrl.controller.checkpoint import Checkpointer, RunState
+from hybridrl.controller.evaluation import summary
+from hybridrl.controller.run import prepare_prompts, result
+from hybridrl.controller.run_directory import FREE, changes, find_checkpoint, flat, read_settings, run_directory
+from hybridrl.controller.teacher_levels import TEACHER_LEVELS, conditions_of, read_levels, teachers_in_use, teachers_to_measure
+from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
+from hybridrl.tracking.jsonl import JsonlSink
+from hybridrl.types import FinishReason, Prompt, Rewards, RunInfo, Sample
+from tests.graph import save_tiny
+
+STATE = RunState(step=10, weight_version=10, optimizer_steps=10, prompts={"epoch": 0, "position": 0}, schedules={}, wandb_id=None)
+CONSTANT = ["train.lr_end=null", "algorithm.reward_weight.kind=constant"]
+
+
+def settings_of(run_dir: Path, *overrides: str) -> RunSettings:
+    return load_config([f"run.dir={run_dir}", "experiment=quickstart", *overrides])
+
+
+def start(settings: RunSettings, *, step: int | None = 10) -> Path:
+    """What a run of `settings` leaves behind: config.yaml, and a checkpoint (step None: it died before the first)."""
+    with run_directory(settings) as run_dir:
+        find_checkpoint(settings, run_dir)
+        if step is not None:
+            Checkpointer(run_dir, keep=2).save(replace(STATE, step=step), lambda folder: None)
+    return run_dir
+
+
+def resume(settings: RunSettings) -> int | None:
+    """The step that a run of `settings` would continue after; None: it would start."""
+    with run_directory(settings) as run_dir:
+        checkpoint = find_checkpoint(settings, run_dir)
+    return checkpoint.state.step if checkpoint else None
+
+
+# -- what may change -------------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_continues(tmp_path: Path):
+    start(settings_of(tmp_path))
+    assert resume(settings_of(tmp_path)) == 10
+
+
+def test_where_how_fast_and_how_often_may_change(tmp_path: Path):
+    start(settings_of(tmp_path))
+    free = [
+        "cluster.device=cpu", "cluster.spread=true", "deadlines.sync_s=7", "tracking.wandb=disabled", "tracking.tags=[a]",
+        "checkpoint.every=1", "checkpoint.keep=3", "scorer.replicas=2", "run.resume=required",
+        "eval.every=1", "eval.samples=1", "eval.teacher=false",
+        "rollout.engines=2", "rollout.tensor_parallel=2", "rollout.chunks_per_engine=2", "rollout.max_num_seqs=1",
+        "rollout.kv_cache_bytes=null", "rollout.gpu_memory_utilization=0.5", "rollout.enforce_eager=false",
+        "rollout.weight_transfer=object_store", "rollout.max_logprob_gap=1",
+        "learner.ranks=2", "learner.zero_stage=3", "learner.gradient_checkpointing=true",
+        "reward.workers=2", "reward.processes=2", "reward.timeout_s=1", "reward.max_error_rate=0.5",
+        "train.max_tokens_per_micro_batch=1", "train.head_chunk=1",
+    ]  # fmt: skip
+    assert resume(settings_of(tmp_path, *free)) == 10
+    assert read_settings(tmp_path) == settings_of(tmp_path, *free), "config.yaml says how the run goes on"
+
+
+def test_every_free_name_is_a_setting_or_a_section():
+    keys = flat(asdict(load_config(["run.dir=x", "experiment=quickstart"])))
+    assert [name for name in FREE if not any(f"{key}.".startswith(f"{name}.") for key in keys)] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.lr=2e-3", "train.lr: 0.001 -> 0.002"),
+        ("run.seed=1", "run.seed: 0 -> 1"),
+        ("model.path=/m", "model.path: builtin:countdown-student -> /m"),
+        ("algorithm.gamma=1", "algorithm.gamma: 0.0 -> 1.0"),
+        ("algorithm.baseline=none", "algorithm.baseline: leave_one_out -> none"),
+        ("+data.options.num_numbers=4", "data.options.num_numbers: (not set) -> 4"),
+        ("data.num_heldout=8", "data.num_heldout: 512 -> 8"),
+        ("eval.greedy=false", "eval.greedy: True -> False"),
+        ("rollout.max_new_tokens=8", "rollout.max_new_tokens: 16 -> 8"),
+        ("reward.on_error=value", "reward.on_error: drop_group -> value"),
+        ("+teachers.main.weight=2", "teachers.main.weight: 1.0 -> 2.0"),
+        ("train.betas=[0.8,0.9]", "train.betas: [0.9, 0.95] -> [0.8, 0.9]"),
+    ],
+)
+def test_what_decides_what_is_learned_may_not(tmp_path: Path, override: str, told: str):
+    start(settings_of(tmp_path))
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(RunDirectoryError) as caught:
+        resume(settings_of(tmp_path, override))
+    key = told.partition(":")[0]
+    assert str(caught.value) == (
+        f"run.dir={tmp_path}: holds a run with other settings: {told}; "
+        f"choose another run.dir, or continue that run with them by run.allow_changes=[{key}]"
+    )
+    assert (tmp_path / "config.yaml").read_bytes() == before, "the settings of the run that is there are kept"
+    assert resume(settings_of(tmp_path)) == 10, "and the lock is given back"
+
+
+def test_a_change_that_is_named_is_allowed_and_then_the_runs_own(tmp_path: Path):
+    start(settings_of(tmp_path))
+    changed = ["train.lr=2e-3", "algorithm.gamma=1", "algorithm.baseline=none"]
+    with pytest.raises(RunDirectoryError, match=r"settings: algorithm\.gamma: 0\.0 -> 1\.0, algorithm\.baseline: \S+ -> none; "):
+        resume(settings_of(tmp_path, *changed, "run.allow_changes=[train.lr]"))
+    assert resume(settings_of(tmp_path, *changed, "run.allow_changes=[train.lr,algorithm]")) == 10, "a section names all in it"
+    assert resume(settings_of(tmp_path, *changed)) == 10
+
+
+def test_a_name_allows_no_setting_that_only_begins_like_it(tmp_path: Path):
+    start(settings_of(tmp_path))
+    with pytest.raises(RunDirectoryError, match=r"train\.lr_warmup_steps: 10 -> 0"):
+        resume(settings_of(tmp_path, "train.lr_warmup_steps=0", "run.allow_changes=[train.lr]"))
+
+
+def test_a_run_can_be_prolonged_where_no_schedule_is_stretched(tmp_path: Path):
+    start(settings_of(tmp_path, *CONSTANT))
+    assert resume(settings_of(tmp_path, *CONSTANT, "train.steps=400")) == 10
+
+
+@pytest.mark.parametrize(
+    ("stretched", "names"),
+    [
+        (["train.lr_end=0", "algorithm.reward_weight.kind=constant"], "train.lr_end"),
+        (["train.lr_end=null"], "algorithm.reward_weight"),
+        ([*CONSTANT, "+teachers.main.schedule={kind: cosine, end: 0}"], "teachers.main.schedule"),
+        ([*CONSTANT, "+reward.functions.countdown.schedule={kind: linear, end: 0}"], "reward.functions.countdown.schedule"),
+    ],
+)
+def test_other_steps_are_another_schedule_where_one_is_stretched_over_them(tmp_path: Path, stretched: list[str], names: str):
+    start(settings_of(tmp_path, *stretched))
+    with pytest.raises(RunDirectoryError) as caught:
+        resume(settings_of(tmp_path, *stretched, "train.steps=400"))
+    assert f"train.steps: 250 -> 400 (train.steps stretches {names});" in str(caught.value)
+    assert resume(settings_of(tmp_path, *stretched, "train.steps=400", "run.allow_changes=[train.steps]")) == 10
+
+
+def test_a_schedule_of_its_own_length_is_not_stretched(tmp_path: Path):
+    fixed = ["train.lr_end=null", "algorithm.reward_weight.steps=100"]
+    start(settings_of(tmp_path, *fixed))
+    assert resume(settings_of(tmp_path, *fixed, "train.steps=400")) == 10
+
+
+def test_changes_are_told_by_dotted_key_with_both_values(tmp_path: Path):
+    old, new = settings_of(tmp_path), settings_of(tmp_path, "~teachers.main", "algorithm=rloo", "train.lr_warmup_steps=3")
+    found = changes(old, new)
+    assert found["train.lr_warmup_steps"] == (10, 3) and found["teachers.main.path"] == ("builtin:countdown-teacher", "(not set)")
+    assert not changes(new, new)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_may_start_again_with_anything(tmp_path: Path):
+    start(settings_of(tmp_path), step=None)
+    assert resume(settings_of(tmp_path, "train.lr=2e-3")) is None
+    assert read_settings(tmp_path).train.lr == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [(None, "cannot be read (No such file"), ("run: [", "no YAML"), ("{trian: 3}", "no such setting")]
+)
+def test_a_run_whose_settings_cannot_be_read_is_not_continued(tmp_path: Path, text: str | None, says: str):
+    start(settings_of(tmp_path))
+    (tmp_path / "config.yaml").unlink()
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(RunDirectoryError) as caught:
+        resume(settings_of(tmp_path))
+    assert f"{tmp_path / 'config.yaml'}: " in str(caught.value) and says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("leave", [lambda run_dir: (run_dir / "metrics.jsonl").touch(), lambda run_dir: start(settings_of(run_dir))])
+def test_resume_never_wants_a_directory_without_a_run(tmp_path: Path, leave: Callable[[Path], object]):
+    assert resume(settings_of(tmp_path, "run.resume=never")) is None
+    leave(tmp_path)
+    with pytest.raises(RunDirectoryError, match=r"holds a run and run\.resume=never"):
+        resume(settings_of(tmp_path, "run.resume=never"))
+
+
+def test_resume_required_wants_a_checkpoint(tmp_path: Path):
+    settings = settings_of(tmp_path, "run.resume=required")
+    assert settings.run.resume is Resume.required
+    with pytest.raises(CheckpointError, match=r"run\.resume=required: no checkpoint in "):
+        resume(settings)
+
+
+def test_a_directory_belongs_to_one_run_at_a_time(tmp_path: Path):
+    with run_directory(settings_of(tmp_path)), pytest.raises(RunDirectoryError, match="another run holds it"):
+        resume(settings_of(tmp_path))
+    assert resume(settings_of(tmp_path)) is None
+
+
+# -- teachers --------------------------------------------------------------------------------------------------------
+
+
+HELDOUT = [Prompt(uid="heldout-0", input_ids=(1, 7, 11), text="3=", columns={"numbers": [3], "target": 3})]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "teachers.main.path=/other",
+        "+teachers.main.dtype=bfloat16",
+        "rollout.max_new_tokens=8",
+        "rollout.max_model_len=40",
+        "eval.greedy=false",
+        "reward.functions.countdown.function=math",
+        "+reward.functions.countdown.options.strict=true",
+        "eval.teacher=false",
+    ],
+)
+def test_a_teachers_level_is_used_again_only_as_it_was_measured(tmp_path: Path, override: str):
+    settings, target = settings_of(tmp_path), tmp_path / TEACHER_LEVELS
+    assert read_levels(target, conditions_of(settings, HELDOUT)) is None
+    target.write_text(json.dumps({"measured_with": conditions_of(settings, HELDOUT), "levels": {"eval/accuracy_teacher/main": 0.5}}))
+    again = settings_of(tmp_path, "train.lr=1", "eval.every=1", "rollout.engines=2")
+    assert read_levels(target, conditions_of(again, HELDOUT)) == {"eval/accuracy_teacher/main": 0.5}
+    assert read_levels(target, conditions_of(settings_of(tmp_path, override), HELDOUT)) is None
+    other = [replace(HELDOUT[0], columns={"numbers": [3], "target": 4})]
+    assert read_levels(target, conditions_of(settings, other)) is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"eval/accuracy_teacher/main": 0.5}'])
+def test_a_level_of_unknown_origin_is_measured_again(tmp_path: Path, text: str):
+    (tmp_path / TEACHER_LEVELS).write_text(text)
+    assert read_levels(tmp_path / TEACHER_LEVELS, conditions_of(settings_of(tmp_path), HELDOUT)) is None
+
+
+def test_only_teachers_in_use_are_loaded_and_only_where_there_is_a_judge_are_they_measured(tmp_path: Path):
+    def of(*overrides: str) -> tuple[list[str], list[str]]:
+        settings = settings_of(tmp_path, *overrides)
+        return teachers_in_use(settings), teachers_to_measure(settings)
+
+    assert of() == (["main"], ["main"])
+    assert of("algorithm=rloo") == ([], [])
+    assert of("algorithm=rloo", "algorithm.teacher_fraction=0.5") == (["main"], ["main"]), "it writes"
+    assert of("teachers.main.path=null") == (["main"], []), "it is the student before training"
+    assert of("algorithm=opd_full", "~reward.functions.countdown") == (["main"], [])
+    assert of("eval.teacher=false") == (["main"], [])
+
+
+def padded(folder: Path, rows: int) -> Path:
+    """A model with the countdown tokenizer, whose head has `rows` rows; the config is all that is read."""
+    save_tiny(folder, 0)
+    config = AutoConfig.from_pretrained(folder)
+    config.vocab_size = rows
+    config.save_pretrained(folder)
+    return folder
+
+
+SMALL = ["data.num_train=4", "data.num_heldout=2"]
+
+
+def test_a_teacher_with_a_shorter_head_is_refused_before_anything_starts(tmp_path: Path):
+    student, short, long = (padded(tmp_path / name, rows) for name, rows in (("student", 24), ("short", 23), ("long", 32)))
+
+    def prepare(teacher: Path, *overrides: str) -> list[Prompt]:
+        return prepare_prompts(settings_of(tmp_path, f"model.path={student}", f"teachers.main.path={teacher}", *SMALL, *overrides))[0]
+
+    with pytest.raises(ConfigError) as caught:
+        prepare(short)
+    assert str(caught.value).startswith(
+        f"teachers.main.path={short}: its output head has 23 rows, that of model.path={student} has 24, "
+    ) and "\n" not in str(caught.value)  # fmt: skip
+    assert len(prepare(long)) == len(prepare(student)) == 4, "rows that only pad do no harm"
+    assert len(prepare(short, "algorithm=rloo")) == 4, "nobody asks it"
+
+
+def test_pure_reinforcement_learning_does_not_look_at_its_teachers(tmp_path: Path):
+    overrides = ["teachers.main.path=/no/such/model", *SMALL]
+    with pytest.raises(ConfigError, match=r"teachers\.main\.path=/no/such/model"):
+        prepare_prompts(settings_of(tmp_path, *overrides))
+    train, heldout = prepare_prompts(settings_of(tmp_path, "algorithm=rloo", *overrides))
+    assert (len(train), len(heldout)) == (4, 2)
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def rewards_of(*parts: list[float]) -> Rewards:
+    values = np.array(parts, np.float32).reshape(len(parts), -1) if parts else np.zeros((0, 2), np.float32)
+    no = np.zeros(values.shape[1], bool)
+    names = tuple(f"r{i}" for i in range(len(parts)))
+    return Rewards(uids=("a", "b"), values=values.sum(axis=0), part_names=names, parts=values, errors=no, keep=~no)
+
+
+SAMPLES = [Sample(step=0, uid="a", prompt="3=", response="3", reward=0.0, finish_reason=FinishReason.stop)]
+
+
+def test_accuracy_is_the_mean_of_the_first_reward_and_a_failed_call_is_not_a_wrong_answer():
+    found = summary([rewards_of([1.0, 0.0], [5.0, 5.0]), rewards_of([1.0, np.nan], [5.0, 5.0])], SAMPLES)
+    assert found.metrics["eval/accuracy"] == pytest.approx(2 / 3) and found.metrics["eval/error_rate"] == 0.25
+    assert found.metrics["eval/accuracy_stderr"] == pytest.approx(1 / 3)  # sqrt(1/3 / 3)
+    assert found.samples == tuple(SAMPLES)
+
+
+def test_without_a_reward_function_nothing_is_right_or_wrong():
+    found = summary([rewards_of(), rewards_of()], SAMPLES)
+    assert found.metrics == {} and np.isnan(found.samples[0].reward) and found.samples[0].response == "3"
+
+
+def test_a_run_without_accuracy_still_has_a_result(tmp_path: Path):
+    sink = JsonlSink()
+    sink.start(RunInfo(run_dir=str(tmp_path), name="x", total_steps=1, first_step=0, config={}, wandb_id=None))
+    for step in (0, 1):
+        sink.log({"train/step": step, "time/eval_s": 1.0})
+    sink.close(0)
+    done = result(tmp_path, None)
+    assert (done.accuracy_before, done.accuracy_after, done.teacher_accuracy) == (None, None, {}) and done.report.is_file()
+
+
+# -- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_exported_with_equal_weights_in_the_models_dtype(tmp_path: Path, capsys: pytest.CaptureFixture):
+    trained = save_checkpoint(tmp_path, "model.dtype=bfloat16")
+    assert main(["export", str(tmp_path)]) == 0
+    folder = tmp_path / "export" / "step_000010"
+    assert capsys.readouterr().out == f"{folder}\n"
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype == torch.bfloat16 and loaded.config.tie_word_embeddings
+    weights = dict(loaded.named_parameters())
+    assert weights.keys() == trained.keys()
+    assert all(torch.equal(weights[name], trained[name].bfloat16()) for name in trained)
+    assert main(["export", str(tmp_path)]) == 0, "again replaces it"
+
+
+def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    """A checkpoint as the learner writes it, of weights that are not the student's own; returns them."""
+    from safetensors.torch import save_file
+
+    settings = settings_of(run_dir, *overrides)
+    model = AutoModelForCausalLM.from_pretrained("hybridrl/assets/countdown-student", dtype=torch.float32)
+    weights = {name: (p.detach() * 1.25).contiguous() for name, p in model.named_parameters()}
+    tensors = {f"{part}/{name}": t.clone() for name, t in weights.items() for part in ("master", "exp_avg", "exp_avg_sq")}
+    tensors["master/value_head.weight"] = torch.zeros(1, 128)
+    with run_directory(settings) as folder:
+        find_checkpoint(settings, folder)
+        Checkpointer(folder, keep=2).save(STATE, lambda to: save_file(tensors, Path(to) / "learner.safetensors"))
+    return weights
+
+
+def test_the_newest_sound_checkpoint_is_exported_into_a_folder_of_ones_choice(tmp_path: Path):
+    save_checkpoint(tmp_path / "run")
+    Checkpointer(tmp_path / "run", keep=2).save(replace(STATE, step=20), lambda to: (Path(to) / "learner.safetensors").touch())
+    (tmp_path / "run" / "checkpoints" / "step_000020" / "learner.safetensors").write_text("damaged")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == torch.float32
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_an_export_overwrites_nothing_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture):
+    save_checkpoint(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "mine")]) == 0, "an empty folder is fine"
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "mine")]) == 2
+    assert capsys.readouterr().err == f"hybridrl: {tmp_path / 'mine'}: exists and is not empty; name a new folder\n"
+
+
+def test_nothing_to_export_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["export", str(tmp_path)]) == 1
+    assert "config.yaml: cannot be read" in capsys.readouterr().err
+    start(settings_of(tmp_path), step=None)
+    assert main(["export", str(tmp_path)]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"hybridrl: {tmp_path / 'checkpoints'}: no checkpoint to export; train until the first, see checkpoint.every\n"
+    )
+    assert main(["export"]) == main(["export", "a", "b", "c"]) == main(["export", "-x"]) == 2
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def hydra_job(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path, status: int = 0) -> tuple[int, list[RunSettings]]:
+    """Exit status of `hybridrl train ARGUMENTS`, and the settings of each job it would have run."""
+    ran: list[RunSettings] = []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    return hydra_flags(["experiment=quickstart", *arguments], lambda settings: ran.append(settings) or status), ran
+
+
+def test_the_jobs_of_a_sweep_each_have_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    status, ran = hydra_job(["-m", "train.lr=1e-3,1e-4", "run.dir=runs/${hydra:job.num}"], monkeypatch, tmp_path)
+    assert status == 0 and [(s.run.dir, s.train.lr) for s in ran] == [("runs/0", 1e-3), ("runs/1", 1e-4)]
+    assert [p.name for p in tmp_path.iterdir()] == ["multirun"], "Hydra's own record, no log file"
+
+
+def test_two_jobs_of_a_sweep_may_not_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    status, ran = hydra_job(["-m", "learner.ranks=1,2", "run.dir=x"], monkeypatch, tmp_path)
+    assert (status, [s.learner.ranks for s in ran]) == (2, [1])
+    assert capsys.readouterr().err == "hybridrl: run.dir=x: an earlier job of the sweep has it; set run.dir='runs/${hydra:job.num}'\n"
+
+
+def test_a_failed_job_of_a_sweep_does_not_stop_the_others_and_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    status, ran = hydra_job(["-m", "train.lr=-1,1e-4", "run.dir=runs/${hydra:job.num}"], monkeypatch, tmp_path)
+    assert (status, [s.train.lr for s in ran]) == (2, [1e-4])
+    assert hydra_job(["-m", "run.dir=a,b"], monkeypatch, tmp_path, status=1)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-m", "run.dir=x", "train.stepz=3"], "train.stepz=3: no such setting; did you mean train.steps?"),
+        (["-m", "run.dir=x", "train.lr=-1"], "train.lr=-1.0: must be positive and finite"),
+        (["-m", "train.lr=1"], "run.dir is not set: it has no default; add run.dir=... to the command"),
+        (["--cfg", "job", "train.stepz=3"], "train.stepz=3: no such setting; did you mean train.steps?"),
+    ],
+)
+def test_a_bad_setting_beside_a_hydra_flag_is_one_sentence_too(tmp_path: Path, arguments: list[str], sentence: str):
+    command = [sys.executable, "-m", "hybridrl.cli", "train", "experiment=quickstart", *arguments]
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=path)
+    assert (done.returncode, done.stderr) == (2, f"hybridrl: {sentence}\n")
+
+
+def test_help_names_every_verb_and_train_help_says_how_to_sweep(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    assert main([]) == main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"hybridrl {verb} " in told for verb in ("train", "report", "export"))
+    assert main(["export", "--help"]) == main(["report", "--help"]) == 0
+    assert main(["trian"]) == 2
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit, match="0"):  # Hydra's own way to end
+        main(["train", "--help"])
+    assert "run.dir='runs/${hydra:job.num}'" in capsys.readouterr().out

@@ -1,0 +1,301 @@
+"""Placement rules, the connection to Ray, errors on their way from a worker, and what an engine makes of a wave."""
+
+import asyncio
+import multiprocessing
+import os
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+import torch
+from graph import save_tiny, tiny_settings
+
+from hybridrl.choices import Device, Source, WeightTransfer
+from hybridrl.cli import main
+from hybridrl.compose import load_config
+from hybridrl.errors import ConfigError, DataError, HybridRLError, PlacementError, WorkerDied, WorkerError
+from hybridrl.models.loading import load_model
+from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
+from hybridrl.runtime.group import ActorGroup, Slot
+from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
+from hybridrl.workers.rollout import Waves, chunk_header, complete, top_tokens, trajectory
+
+BASE = ["run.dir=here", "experiment=quickstart"]
+SHARED = "cluster.colocate=true rollout.gpu_memory_utilization=0.4"
+
+# -- placement rules -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ("rollout.weight_transfer=nccl cluster.device=cpu", "rollout.weight_transfer=nccl: needs GPUs, cluster.device is cpu"),
+        ("rollout.weight_transfer=ipc", "rollout.weight_transfer=ipc: learner and engine must use the same GPU; set cluster.colocate=true"),
+        (f"rollout.weight_transfer=ipc rollout.tensor_parallel=2 {SHARED}", "rollout.weight_transfer=ipc: hands over memory of one GPU"),
+        (f"rollout.weight_transfer=nccl {SHARED}", "rollout.weight_transfer=nccl: NCCL refuses two ranks on one GPU"),
+        (f"rollout.tensor_parallel=2 {SHARED}", "rollout.tensor_parallel=2: under cluster.colocate=true"),
+        (f"rollout.engines=2 {SHARED}", "rollout.engines=2: under cluster.colocate=true"),
+        (f"rollout.engines=2 rollout.weight_transfer=ipc {SHARED}", "rollout.engines=2: under cluster.colocate=true"),
+        ("cluster.colocate=true", "rollout.gpu_memory_utilization=0.9: under cluster.colocate=true"),
+        ("cluster.colocate=true rollout.gpu_memory_utilization=0.51", "rollout.gpu_memory_utilization=0.51: under cluster.colocate=true"),
+        ("scorer.replicas=2", "scorer.replicas=2: a step has 1 chunks"),
+        ("reward.workers=5 rollout.engines=2 rollout.chunks_per_engine=2", "reward.workers=5: a step has 4 chunks"),
+        ("rollout.kv_cache_bytes=0", "rollout.kv_cache_bytes=0: must be positive, or null"),
+    ],
+)
+def test_a_placement_that_cannot_work_is_answered_with_one_sentence(overrides: str, sentence: str):
+    with pytest.raises(ConfigError) as caught:
+        load_config([*BASE, *overrides.split()])
+    message = str(caught.value)
+    assert (message.startswith(sentence) and "; " in message) or "null" in message
+    assert "\n" not in message and len(message) < 240
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        SHARED,
+        f"rollout.weight_transfer=ipc {SHARED}",
+        f"rollout.engines=2 learner.ranks=2 {SHARED}",
+        f"rollout.engines=2 rollout.weight_transfer=object_store {SHARED}",
+        "cluster.colocate=true rollout.gpu_memory_utilization=0.5",
+        "cluster.colocate=true cluster.device=cpu",
+        "rollout.weight_transfer=nccl rollout.tensor_parallel=2",
+        "scorer.replicas=4 reward.workers=4 rollout.engines=2 rollout.chunks_per_engine=2",
+    ],
+)
+def test_a_placement_that_works_is_taken(overrides: str):
+    load_config([*BASE, *overrides.split()])
+
+
+@pytest.mark.parametrize("teams", range(1, 40))
+def test_the_shares_of_a_gpu_fit_into_it_in_the_unit_that_ray_rounds_to(teams: int):
+    assert teams * round(gpu_share(teams) * 10_000) <= 10_000 < (teams + 1) * round(gpu_share(teams) * 10_000) + 10_000 / teams
+
+
+# -- the connection --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "cuda_build", "device"),
+    [
+        (Device.auto, 8, "13.0", "cuda"),
+        (Device.auto, 8, None, "cpu"),  # torch for CPUs on a machine with GPUs
+        (Device.auto, 0, "13.0", "cpu"),
+        (Device.cpu, 8, "13.0", "cpu"),
+        (Device.cuda, 8, "13.0", "cuda"),
+    ],
+)
+def test_the_device_is_cuda_only_where_cluster_and_torch_both_have_it(wanted: Device, gpus: int, cuda_build: str | None, device: str):
+    assert device_of(wanted, gpus, cuda_build) == device
+
+
+@pytest.mark.parametrize(("gpus", "cuda_build", "reason"), [(0, "13.0", "the Ray cluster has no GPU"), (8, None, "a build for CPUs")])
+def test_cuda_that_cannot_be_had_is_refused(gpus: int, cuda_build: str | None, reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        device_of(Device.cuda, gpus, cuda_build)
+
+
+def test_an_address_where_no_ray_is_ends_at_once_in_one_sentence():
+    with socket.socket() as closed:  # bound and not listening: nobody else can take the port, nobody answers
+        closed.bind(("127.0.0.1", 0))
+        for address in (f"127.0.0.1:{closed.getsockname()[1]}", "nonsense"):
+            with pytest.raises(PlacementError, match=rf"cluster\.address={address}: no Ray cluster there \(.+\); give") as caught:
+                Cluster(load_config([*BASE, f"cluster.address={address}"]))
+            assert "\n" not in str(caught.value) and not ray.is_initialized()
+
+
+@pytest.mark.graph
+@pytest.mark.skipif(torch.version.cuda is not None, reason="there may be GPUs")
+def test_a_device_that_is_refused_leaves_no_ray_running():
+    with pytest.raises(ConfigError, match=r"cluster\.device=cuda"):
+        Cluster(load_config([*BASE, "cluster.device=cuda"]))
+    assert not ray.is_initialized()
+
+
+# -- errors of a worker ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slot() -> Iterator[Slot]:
+    with Cluster(load_config([*BASE, "cluster.device=cpu"])) as cluster:
+        [slot] = cluster.place([Team(name="w", size=1, gpus=0, heavy=False)])["w"]
+        yield replace(
+            slot, env={**slot.env, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parent.parent)))}
+        )
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("concurrent", [False, True])
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (ConfigError("model.path=x: no such folder"), ConfigError, "model.path=x: no such folder"),
+        (DataError("row 3: no prompt"), DataError, "row 3: no prompt"),
+        (OSError(28, "No space left"), WorkerError, "w/0 failed in its constructor: OSError: [Errno 28] No space left; see logs/w-0.log"),
+    ],
+)
+def test_what_a_constructor_raises_reaches_the_first_call(
+    slot: Slot, tmp_path: Path, concurrent: bool, error: Exception, kind: type, text: str
+):
+    path = f"failing_worker:{'AsyncFailing' if concurrent else 'Failing'}"
+    group = ActorGroup("w", path, [slot], [{"error": error}], log_dir=str(tmp_path), concurrent=concurrent)
+    for _ in range(2):
+        with pytest.raises(HybridRLError) as caught:
+            group.call_all("ping", deadline_s=60)
+        assert type(caught.value) is kind and str(caught.value) == text
+    assert "Traceback" in (tmp_path / "w-0.log").read_text()
+    group.close()
+
+
+@pytest.mark.graph
+def test_a_death_names_the_worker_what_ray_knows_of_it_and_the_log(slot: Slot, tmp_path: Path):
+    group = ActorGroup("w", "failing_worker:Failing", [slot], [{}], log_dir=str(tmp_path))
+    assert group.call_all("ping", deadline_s=60) == ["here"]
+    with pytest.raises(WorkerDied, match=r"^w/0 failed in die: .*exit.*; see logs/w-0\.log$"):
+        group.call_all("die", deadline_s=60)
+    group.close()
+
+
+@pytest.mark.graph
+@pytest.mark.skipif(torch.version.cuda is not None, reason="there may be GPUs")
+@pytest.mark.parametrize("chosen", [WeightTransfer.nccl, WeightTransfer.ipc])
+def test_a_way_over_gpus_is_refused_where_the_device_came_out_as_cpu(slot: Slot, chosen: WeightTransfer):
+    colocate = SHARED.split() if chosen is WeightTransfer.ipc else []
+    cluster = Cluster(load_config([*BASE, f"rollout.weight_transfer={chosen}", *colocate]))
+    with pytest.raises(ConfigError, match=rf"rollout\.weight_transfer={chosen}: needs GPUs, and cluster\.device=auto came out as cpu"):
+        _ = cluster.weight_transfer
+
+
+def test_a_config_error_ends_the_command_with_status_2(capsys: pytest.CaptureFixture):
+    assert main(["train", *BASE, "scorer.replicas=2"]) == 2
+    assert capsys.readouterr().err.startswith("hybridrl: scorer.replicas=2: ")
+
+
+# -- a wave ----------------------------------------------------------------------------------------------------------
+
+
+def order(chunk: int, wave: str = "w", num_chunks: int = 3) -> GenerateOrder:
+    return GenerateOrder(wave=wave, chunk=chunk, num_chunks=num_chunks, group_size=1, temperature=1.0, max_new_tokens=4, seed=0)
+
+
+@pytest.mark.parametrize("arrival", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1)])
+def test_the_engine_gets_the_chunks_of_a_wave_in_order_however_they_arrive(arrival: tuple[int, ...]):
+    submitted: list[int] = []
+    waves = Waves(lambda chunk, prompts: submitted.append(chunk.chunk) or [prompts])
+
+    async def run() -> list:
+        tasks = [asyncio.create_task(waves.arrive(order(chunk), (chunk,))) for chunk in arrival]
+        return [await task for task in tasks]
+
+    assert asyncio.run(run()) == [[(chunk,)] for chunk in arrival], "each gets its own"
+    assert submitted == [0, 1, 2]
+
+
+def test_a_wave_waits_for_its_last_chunk_and_another_wave_does_not():
+    submitted: list[str] = []
+    waves = Waves(lambda chunk, prompts: submitted.append(f"{chunk.wave}{chunk.chunk}") or [])
+
+    async def run() -> None:
+        first = asyncio.create_task(waves.arrive(order(1, num_chunks=2), ()))
+        await asyncio.sleep(0)
+        await waves.arrive(order(0, wave="other", num_chunks=1), ())
+        assert not first.done()
+        await waves.arrive(order(0, num_chunks=2), ())
+        await first
+
+    asyncio.run(run())
+    assert submitted == ["other0", "w0", "w1"]
+
+
+def test_a_chunk_that_the_engine_refuses_fails_alone():
+    def submit(chunk: GenerateOrder, prompts: tuple) -> list:
+        if chunk.chunk == 1:
+            raise DataError("prompt p: too long")
+        return [chunk.chunk]
+
+    async def run() -> list:
+        waves = Waves(submit)
+        return await asyncio.gather(*(waves.arrive(order(chunk), ()) for chunk in (2, 1, 0)), return_exceptions=True)
+
+    last, refused, first = asyncio.run(run())
+    assert (last, first) == ([2], [0]) and isinstance(refused, DataError)
+
+
+# -- an engine's output ----------------------------------------------------------------------------------------------
+
+PROMPT = Prompt(uid="p", input_ids=(5, 6), text="", columns={})
+
+
+def output(finish_reason: str = "stop") -> SimpleNamespace:
+    """Two tokens, 7 and 8, with the two most likely at each: 7 is not among them, 8 is the second."""
+    entries = [(7, -3.0), (1, -0.5), (2, -1.0), (8, -0.9), (3, -0.7), (8, -0.9)]
+    ids, logprobs = zip(*entries, strict=True)
+    spans = [SimpleNamespace(start=0, end=1, version="3"), SimpleNamespace(start=1, end=2, version="4")]
+    flat = SimpleNamespace(token_ids=list(ids), logprobs=list(logprobs))
+    return SimpleNamespace(token_ids=[7, 8], logprobs=flat, weight_versions=spans, finish_reason=finish_reason)
+
+
+def test_the_support_is_the_most_likely_tokens_and_owes_nothing_to_the_drawn_one():
+    assert top_tokens(output(), 2).tolist() == [[1, 2], [3, 8]]
+    assert top_tokens(output(), 2).dtype == np.int32
+    assert top_tokens(None, 2).shape == (0, 2)
+
+
+def test_a_trajectory_holds_the_drawn_tokens_own_log_probs_and_versions():
+    row = trajectory(PROMPT, output())
+    assert row.input_ids.tolist() == [5, 6, 7, 8] and row.response_mask.tolist() == [False, False, True, True]
+    assert row.rollout_logprobs.tolist() == [0, 0, -3.0, np.float32(-0.9)]
+    assert row.policy_versions.tolist() == [0, 0, 3, 4] and row.finish_reason is FinishReason.stop
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "repetition", "something new", None])
+def test_a_response_that_did_not_end_by_itself_has_no_tokens_and_the_header_says_so(reason: str | None):
+    outputs = [complete(output(reason)), complete(output("length")), complete(output()), complete(None)]
+    rows = [trajectory(PROMPT, o) for o in outputs]
+    support = np.concatenate([top_tokens(o, 2) for o in outputs])
+    batch = RolloutBatch.pack([PROMPT, PROMPT], 2, rows, Source.teacher, support)
+    header = chunk_header(batch, 1.0)
+    assert header.aborted.tolist() == [True, False, False, True] and header.truncated.tolist() == [False, True, False, False]
+    assert header.response_lengths.tolist() == [0, 2, 2, 0] and header.num_tokens.tolist() == [2, 4, 4, 2]
+    assert (header.group_size, header.source) == (2, Source.teacher)
+    assert batch.support_ids.shape == (4, 2)
+
+
+def engine_and_model(folder: Path) -> tuple[RolloutBatch, list[list[int]]]:
+    """In a process of its own, because vLLM's CPU worker patches torch: a batch with a support of 3, and a plain forward pass's top 3."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from hybridrl.workers.rollout import Rollout
+
+    model = load_model(str(save_tiny(folder / "model", 0)))
+    settings = tiny_settings(folder / "run", f"model.path={folder / 'model'}")
+    prompts = [Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)]
+    ordered = GenerateOrder(wave="w", chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=12, seed=5)
+
+    async def sample() -> RolloutBatch:
+        engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store", support=3)
+        return (await engine.generate(ordered, prompts))[1]
+
+    batch, expected = asyncio.run(sample()), []
+    for i in range(batch.num_sequences):
+        row = batch.trajectory(i)
+        with torch.no_grad():
+            logits = model(torch.from_numpy(row.input_ids.astype(np.int64))[None]).logits[0]
+        expected += logits[np.flatnonzero(row.response_mask) - 1].topk(3).indices.tolist()
+    return batch, expected
+
+
+@pytest.mark.graph
+def test_the_engine_reports_the_top_tokens_of_a_plain_forward_pass(tmp_path: Path):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        batch, expected = pool.submit(engine_and_model, tmp_path).result(timeout=240)
+    drawn = batch.input_ids[batch.response_mask]
+    assert batch.support_ids.tolist() == expected
+    among = (batch.support_ids == drawn[:, None]).any(axis=1)
+    assert among.any() and not among.all(), "both kinds of drawn token occur"
