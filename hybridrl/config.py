@@ -243,6 +243,16 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DiagnosticsConfig:
+    every: int = 0
+    """steps between looks at the parameter-space gradients of both terms (ZeRO 1 and 2) and at student against teacher; 0: never"""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"diagnostics.every={self.every}: must not be negative; 0 means never")
+
+
+@dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     every: int = 50
     """steps; 0: only at the end"""
@@ -314,6 +324,7 @@ class RunSettings:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

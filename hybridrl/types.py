@@ -256,6 +256,7 @@ class UpdatePlan:
     teacher_weights: tuple[float, ...]  # w_i at this step
     teacher_routes: tuple[dict[str, Any], ...]  # column values of the prompts each teacher is asked about; empty: all
     reward_weight: float  # lambda at this step
+    diagnose: bool = False  # look at what is too dear for every step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +277,7 @@ class LearnerStats:
     logprob_gap: float  # mean of |logprob - rollout_logprob|, nats
     ess: float  # effective sample fraction, (sum rho)^2 / (n sum rho^2)
     learn_s: float  # the rank's own clock
+    diagnostics: dict[str, float]  # metrics of the steps that UpdatePlan.diagnose marks; empty on others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,5 +53,6 @@ def make_plan(batch: RolloutBatch, **changes) -> UpdatePlan:
     values = {
         "step": 0, "num_tokens": int(batch.response_mask.sum()), "num_sequences": batch.num_sequences, "num_groups": len(batch.uids),
         "num_micro_batches": 1, "lr": 1e-2, "teacher_weights": (1.0,), "reward_weight": 1.0,
+        "diagnose": False,
     } | changes  # fmt: skip
     return UpdatePlan(**{"teacher_routes": ({},) * len(values["teacher_weights"])} | values)

@@ -50,8 +50,8 @@ def settings_for(folder: Path, ranks: int, *overrides: str) -> RunSettings:
     )  # fmt: skip
 
 
-def plan_for(step: int, num_micro_batches: int, groups: int = 4) -> UpdatePlan:
-    return make_plan(make_batch(GROUPS[:groups]), step=step, num_micro_batches=num_micro_batches, lr=LR)
+def plan_for(step: int, num_micro_batches: int, groups: int = 4, **changes) -> UpdatePlan:
+    return make_plan(make_batch(GROUPS[:groups]), step=step, num_micro_batches=num_micro_batches, lr=LR, **changes)
 
 
 class Job:
@@ -84,6 +84,12 @@ class Job:
         self.report(case, learner, stats)
         return learner, shard, values
 
+    def diagnosed(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
+        learner = self.learner(*overrides)
+        shard, plan = Shard(num_chunks=1, num_teachers=1, groups=groups), plan_for(0, num_micro_batches, diagnose=True)
+        stats = learner.update(plan, shard, *chunk_of(0, 4))
+        self.report(case, learner, [stats], diagnostics=stats.diagnostics)
+
     def resume(self, case: str, learner, shard: Shard, values: list, num_micro_batches: int, *overrides: str) -> None:
         """Save, step on; then load into a new learner and take the same step."""
         saved = self.folder / f"{case}-state"
@@ -107,10 +113,12 @@ def two_ranks(job: Job) -> None:
         overrides = (f"learner.zero_stage={stage}", ONE_EACH)
         learner, shard, values = job.two_steps(f"zero{stage}", [chunk_of(0, 4)], groups, 6, *overrides)
         job.resume(f"zero{stage}", learner, shard, values, 6, *overrides)
+        job.diagnosed(f"zero{stage}-diagnosed", groups, 6, *overrides)
 
 
 def one_rank(job: Job) -> None:
     everything = ((0, 1, 2, 3),)
+    job.diagnosed("diagnosed", everything, 1)
     learner, shard, values = job.two_steps("one", [chunk_of(0, 4)], everything, 1)
     job.resume("one", learner, shard, values, 1)
     job.two_steps("one-each", [chunk_of(0, 4)], everything, 9, ONE_EACH)

@@ -91,7 +91,7 @@ def weight_distance(folder: Path, case: str, other: str | dict[str, Tensor]) -> 
 # -- plain autograd --------------------------------------------------------------------------------------------------
 
 
-def written_out_loss(model: nn.Module, teacher_head: Tensor) -> Tensor:
+def written_out_loss(model: nn.Module, teacher_head: Tensor, *, dense: bool = True, sparse: bool = True) -> Tensor:
     """sum over response tokens of (sum_v p (log p - log q) + G log p(y)) / R, one sequence at a time, nothing fused."""
     batch, _, scores = chunk_of(0, 4)
     costs = credit().sparse
@@ -102,7 +102,7 @@ def written_out_loss(model: nn.Module, teacher_head: Tensor) -> Tensor:
         for position in range(len(ids) - int(batch.response_lengths[i]), len(ids)):
             logp = torch.log_softmax(logits[position - 1], -1)
             logq = torch.log_softmax(torch.from_numpy(scores.rows[row]).to(teacher_head.dtype) @ teacher_head.T, -1)
-            total = total + (logp.exp() * (logp - logq)).sum() + costs[row].to(logp.dtype) * logp[ids[position]]
+            total = total + dense * (logp.exp() * (logp - logq)).sum() + sparse * costs[row].to(logp.dtype) * logp[ids[position]]
             row += 1
     assert row == len(costs)
     return total / row
@@ -193,6 +193,34 @@ def test_a_group_taken_out_changes_nothing(folder: Path):
     assert dropped["gap"] == pytest.approx(without["gap"], rel=1e-5)
     assert weight_distance(folder, "fourth-dropped", "first-three") < 1e-5
     assert weight_distance(folder, "one", "first-three") > 1e-4 and len(GROUPS) == 4
+
+
+# -- diagnostics -----------------------------------------------------------------------------------------------------
+
+
+def test_the_probe_sees_the_norms_and_the_angle_of_both_gradients_at_the_parameters(folder: Path):
+    head = output_weight(load_model(str(folder / "teacher"))).detach()
+    flat = []
+    for parts in ({"sparse": False}, {"dense": False}):
+        model = load_model(str(folder / "student"))
+        written_out_loss(model, head, **parts).backward()
+        flat.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    dense, sparse = flat
+    cosine = float(dense @ sparse / dense.norm() / sparse.norm())
+    found = result(folder, "diagnosed")["diagnostics"]
+    assert found["grad/dense_parameter_norm"] == pytest.approx(float(dense.norm()), rel=1e-4)
+    assert found["grad/sparse_parameter_norm"] == pytest.approx(float(sparse.norm()), rel=1e-4)
+    assert found["grad/cosine"] == pytest.approx(cosine, abs=1e-4) and 0.01 < abs(cosine) < 0.99
+
+
+@pytest.mark.parametrize("case", ["zero1-diagnosed", "zero2-diagnosed", "zero3-diagnosed"])
+def test_the_probe_sees_the_global_batch_on_two_ranks_and_leaves_the_step_alone(folder: Path, case: str):
+    one, two = result(folder, "diagnosed"), result(folder, case)
+    expected = {k: v for k, v in one["diagnostics"].items() if case != "zero3-diagnosed" or k.startswith("teacher/")}
+    assert two["diagnostics"] == pytest.approx(expected, rel=1e-3)
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert one["loss"] == pytest.approx(result(folder, "one")["loss"][:1], abs=1e-5)
+    assert weight_distance(folder, case, "diagnosed") < 1e-5
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The production ops against exact enumeration, finite differences and numbers one can check by hand."""
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -16,6 +17,7 @@ from mdp import (
 )
 from torch import Tensor
 
+from hybridrl.ops.compare import COMPARED, compare
 from hybridrl.ops.divergence import Measure, dense
 from hybridrl.ops.head import HeadRule, TokenTerms, chosen_logprobs, hybrid_head_loss
 from hybridrl.ops.returns import future_cost, sibling_mean
@@ -299,3 +301,17 @@ def test_a_row_of_weight_0_may_hold_an_infinite_divergence():
     loss.backward()
     assert stats.kl[0] == torch.inf
     assert torch.isfinite(loss) and torch.isfinite(hidden.grad).all()
+
+
+def test_student_and_teacher_are_compared_on_numbers_one_can_check_by_hand():
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.25, 0.25, 0.5]])
+    found = dict(zip(COMPARED, compare(p.log(), q.log(), k=1)[0].tolist(), strict=True))
+    assert found["top1_agree"] == 0.0 and found["overlap"] == 0.0 and found["overlap_advantage"] == 0.0
+    assert found["forward_kl"] == pytest.approx(0.25 * math.log(0.5) + 0.25 * math.log(5 / 6) + 0.5 * math.log(2.5), abs=1e-6)
+    assert found["entropy"] == pytest.approx(1.5 * math.log(2), abs=1e-6)
+    two = dict(zip(COMPARED, compare(p.log(), q.log(), k=2)[0].tolist(), strict=True))
+    assert two["overlap"] == 0.5  # token 0 is among both top twos; of the teacher's equal tokens the first is taken
+    assert two["overlap_mass_student"] == 0.5 and two["overlap_mass_teacher"] == 0.25
+    whole = dict(zip(COMPARED, compare(p.log(), q.log(), k=3)[0].tolist(), strict=True))
+    kl = 0.5 * math.log(2) + 0.3 * math.log(1.2) + 0.2 * math.log(0.4)
+    assert whole["overlap_advantage"] == pytest.approx(-kl, abs=1e-6)

@@ -176,6 +176,7 @@ class Controller:
             teacher_weights=self.weights_of.teachers(step),
             teacher_routes=tuple(settings.teachers[name].route for name in settings.scored_teachers),
             reward_weight=self.weights_of.reward(step),
+            diagnose=bool(settings.diagnostics.every) and step % settings.diagnostics.every == 0,
         )
 
     def _shards(self, used: Sequence[Arrived]) -> list[tuple[Shard, list[int]]]:

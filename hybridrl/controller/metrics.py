@@ -56,6 +56,7 @@ def learner_metrics(plan: UpdatePlan, stats: LearnerStats) -> dict[str, float]:
         "policy/rho_mean": stats.rho_mean,
         "policy/ess": stats.ess,
         "policy/logprob_gap": stats.logprob_gap,
+        **stats.diagnostics,
     }
 
 

@@ -19,7 +19,7 @@ CONFIG = "config.yaml"
 ABSENT = "(not set)"
 
 FREE = (
-    "cluster", "deadlines", "tracking", "checkpoint", "scorer",
+    "cluster", "deadlines", "tracking", "checkpoint", "diagnostics", "scorer",
     "run.resume", "run.dir", "run.allow_changes",
     "eval.every", "eval.samples", "eval.teacher",
     "rollout.engines", "rollout.tensor_parallel", "rollout.chunks_per_engine", "rollout.max_num_seqs", "rollout.kv_cache_bytes",

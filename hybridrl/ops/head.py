@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hybridrl.ops.compare import COMPARED, compare
 from hybridrl.ops.divergence import Measure
 from hybridrl.ops.ratio import RatioBounds
-from hybridrl.ops.teachers import Teacher, log_softmax, softmax_dtype
+from hybridrl.ops.teachers import SupportTeacher, Teacher, log_softmax, softmax_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,3 +161,21 @@ def top_logprobs(hidden: Tensor, lm_head: Tensor, k: int, *, temperature: float,
         for start in range(0, hidden.shape[0], chunk):
             found.append(log_softmax(hidden[start : start + chunk], lm_head, temperature).topk(k, dim=-1))
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+
+
+def compared_sums(hidden: Tensor, lm_head: Tensor, teachers: tuple[Teacher, ...], terms: TokenTerms, rule: HeadRule) -> Tensor:
+    """[1 + len(COMPARED)] float64: number of (live token, teacher) pairs, and the sums of ops.compare over them, no gradient.
+
+    Teachers whose distribution is known on a support only are left out.
+    """
+    sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=hidden.device)
+    whole = [teacher for teacher in teachers if not isinstance(teacher, SupportTeacher)]
+    with torch.no_grad():
+        for start in range(0, hidden.shape[0] if whole else 0, rule.chunk):
+            at = slice(start, min(start + rule.chunk, hidden.shape[0]))
+            logp = log_softmax(hidden[at], lm_head, rule.temperature)
+            for teacher in whole:
+                live = (terms.token_weight[at] > 0) & (teacher.weight[at] != 0)
+                found = compare(logp, teacher.distribution(at, logp, rule.temperature))[live].double()
+                sums += torch.cat([live.sum()[None].double(), found.sum(0)])
+    return sums

@@ -19,8 +19,11 @@ class HiddenTeacher:
 
     def compare(self, at: slice, logp: Tensor, measure: Measure, temperature: float) -> tuple[Tensor, Tensor]:
         """Divergence [c] and its logit gradient [c, V] of rows `at`, given log p [c, V]."""
-        logq = log_softmax(self.hidden[at], self.lm_head[: logp.shape[-1]], temperature)
-        return dense(logp, logq.to(logp.dtype), measure)
+        return dense(logp, self.distribution(at, logp, temperature), measure)
+
+    def distribution(self, at: slice, logp: Tensor, temperature: float) -> Tensor:
+        """[c, V] log q over the student's vocabulary."""
+        return log_softmax(self.hidden[at], self.lm_head[: logp.shape[-1]], temperature).to(logp.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +34,10 @@ class VocabularyTeacher:
     weight: Tensor  # [R]
 
     def compare(self, at: slice, logp: Tensor, measure: Measure, temperature: float) -> tuple[Tensor, Tensor]:
-        return dense(logp, self.logprobs[at].to(logp.dtype), measure)
+        return dense(logp, self.distribution(at, logp, temperature), measure)
+
+    def distribution(self, at: slice, logp: Tensor, temperature: float) -> Tensor:
+        return self.logprobs[at].to(logp.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

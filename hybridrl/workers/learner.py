@@ -34,8 +34,9 @@ from hybridrl.objectives.credit import Credit, LearnerView, Signal, moments, no_
 from hybridrl.objectives.hybrid import teacher_weight
 from hybridrl.ops.head import TokenTerms
 from hybridrl.types import LearnerStats, Rewards, RolloutBatch, ScoredBatch, Shard, TokenScores, UpdatePlan, WeightManifest
+from hybridrl.workers.probe import gradient_geometry, teacher_distance
 from hybridrl.workers.stats import SUMS, credit_sums, learner_stats, micro_sums
-from hybridrl.workers.student import Student, head_rule
+from hybridrl.workers.student import HeadInputs, Look, Student, head_rule
 from hybridrl.workers.teachers import TeacherSide
 from hybridrl.workers.weights import WeightStream
 
@@ -96,8 +97,11 @@ class Learner:
         credits = self._credits(plan, batches, weights)
         sums = torch.zeros(len(SUMS), dtype=torch.float64)
         sequences = [s for b, c, w in zip(batches, credits, weights, strict=True) for s in train_sequences(b, c, w)]
-        for batch in self._micro_batches(sequences, plan.num_micro_batches):
-            sums += self._backward(collate([sequences[i] for i in batch] if batch else [self._idle()]))
+        batches_of = self._micro_batches(sequences, plan.num_micro_batches)
+        micros = [collate([sequences[i] for i in batch] if batch else [self._idle()]) for batch in batches_of]
+        diagnostics = self._diagnostics(micros) if plan.diagnose else {}
+        for micro in micros:
+            sums += self._backward(micro)
         sums += credit_sums(credits)
         dist.all_reduce(sums := sums.to(self.device))
         totals = dict(zip(SUMS, sums.tolist(), strict=True))
@@ -110,7 +114,7 @@ class Learner:
         if not np.isfinite(grad_norm):
             raise NonFiniteError(f"step {plan.step}: gradient norm is {grad_norm}; the last checkpoint is untouched")
         self.optimizer_steps += 1
-        return learner_stats(totals, plan, grad_norm, time.monotonic() - started)
+        return learner_stats(totals, plan, grad_norm, time.monotonic() - started, diagnostics)
 
     def _credits(self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]) -> list[Credit]:
         """What the objective makes of this rank's groups, after the learner's own view of them where it asks for one."""
@@ -133,7 +137,7 @@ class Learner:
         for batch in self._micro_batches(sequences, plan.num_micro_batches):
             micro = collate([sequences[i] for i in batch] if batch else [self._idle()])
             with torch.no_grad():
-                logprobs, values = self._forward(micro, view=True)
+                logprobs, values = self.engine(*self._inputs(micro, heard=False).arguments(), Look.view)
             lengths = [len(sequences[i].response_at) for i in batch]
             for i, lp, v in zip(batch, *(x.cpu()[: sum(lengths)].split(lengths) for x in (logprobs, values)), strict=True):
                 seen[i] = lp, v
@@ -150,7 +154,8 @@ class Learner:
         assert len(batches) <= count, (len(batches), count)
         return batches + [[]] * (count - len(batches))
 
-    def _forward(self, micro: MicroBatch, *, view: bool) -> tuple:
+    def _inputs(self, micro: MicroBatch, *, heard: bool = True) -> HeadInputs:
+        """On the device; without teachers where nobody listens to them."""
         to = lambda t: t.to(self.device)  # noqa: E731
         terms = TokenTerms(
             token_ids=to(micro.token_ids),
@@ -158,17 +163,29 @@ class Learner:
             sparse=to(micro.sparse),
             sampler_logprobs=to(micro.rollout_logprobs),
         )
-        teachers = () if view else self.teachers.of(micro.teachers)
-        return self.engine(
-            to(micro.input_ids), to(micro.attention_mask), to(micro.hidden_rows), teachers, terms, to(micro.value_slope), view
+        return HeadInputs(
+            input_ids=to(micro.input_ids),
+            attention_mask=to(micro.attention_mask),
+            hidden_rows=to(micro.hidden_rows),
+            teachers=self.teachers.of(micro.teachers) if heard else (),
+            terms=terms,
+            value_slope=to(micro.value_slope),
         )
 
     def _backward(self, micro: MicroBatch) -> Tensor:
         """Forward and backward of one micro-batch; returns its part of SUMS."""
-        loss, stats = self._forward(micro, view=False)
+        loss, stats = self.engine(*self._inputs(micro).arguments(), Look.learn)
         # DeepSpeed averages gradients over ranks; the objective's normaliser is already global.
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
         return micro_sums(loss.detach(), stats, micro)
+
+    def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
+        """What is too dear for every step."""
+        inputs = [self._inputs(micro) for micro in micros]
+        found = teacher_distance(self.engine, inputs)
+        if self.settings.learner.zero_stage < 3:
+            found |= gradient_geometry(self.engine.module, inputs)
+        return found
 
     def _idle(self) -> TrainSequence:
         return idle_sequence(self.teachers.idle())

@@ -40,7 +40,9 @@ def credit_sums(credits: Sequence[Credit]) -> Tensor:
     return torch.stack([sums[name] for name in SUMS])
 
 
-def learner_stats(totals: dict[str, float], plan: UpdatePlan, grad_norm: float, learn_s: float) -> LearnerStats:
+def learner_stats(
+    totals: dict[str, float], plan: UpdatePlan, grad_norm: float, learn_s: float, diagnostics: dict[str, float]
+) -> LearnerStats:
     """Means and norms of the global batch from its sums."""
     tokens = max(totals["tokens"], 1.0)
     return LearnerStats(
@@ -58,4 +60,5 @@ def learner_stats(totals: dict[str, float], plan: UpdatePlan, grad_norm: float, 
         logprob_gap=totals["gap"] / tokens,
         ess=totals["rho"] ** 2 / (tokens * totals["rho_sq"]) if totals["rho_sq"] else 0.0,
         learn_s=learn_s,
+        diagnostics=diagnostics,
     )

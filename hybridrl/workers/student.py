@@ -1,5 +1,8 @@
 """The student as one module: body and head, so that a sharded run gathers every parameter inside a forward call."""
 
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -8,9 +11,37 @@ from hybridrl.choices import PairLoss, RatioLevel
 from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError
 from hybridrl.ops.divergence import Measure
-from hybridrl.ops.head import HeadRule, HeadStats, TokenTerms, chosen_logprobs, hybrid_head_loss
+from hybridrl.ops.head import HeadRule, HeadStats, TokenTerms, chosen_logprobs, compared_sums, hybrid_head_loss
 from hybridrl.ops.ratio import RatioBounds
 from hybridrl.ops.teachers import Teacher
+
+
+class Look(StrEnum):
+    """What a forward pass is for."""
+
+    learn = "learn"  # -> the loss, and HeadStats
+    view = "view"  # -> log p(y) [R] and values [R]; nothing is learned
+    compare = "compare"  # -> [1 + len(COMPARED)] float64 sums over tokens, the first their number; nothing is learned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadInputs:
+    """One micro-batch on the learner's device; R response tokens of B sequences."""
+
+    input_ids: Tensor  # [B, T]
+    attention_mask: Tensor  # [B, T]
+    hidden_rows: Tensor  # [R] into the flattened [B*T] positions
+    teachers: tuple[Teacher, ...]
+    terms: TokenTerms
+    value_slope: Tensor  # [R]
+
+    def arguments(self) -> tuple:
+        return self.input_ids, self.attention_mask, self.hidden_rows, self.teachers, self.terms, self.value_slope
+
+    def without_sparse(self) -> "HeadInputs":
+        """Only the dense term is left."""
+        terms = replace(self.terms, sparse=torch.zeros_like(self.terms.sparse))
+        return replace(self, terms=terms, value_slope=torch.zeros_like(self.value_slope))
 
 
 class OutputHead(nn.Module):
@@ -20,11 +51,15 @@ class OutputHead(nn.Module):
         super().__init__()
         self.weight, self.rule = weight, rule
 
-    def forward(self, hidden: Tensor, teachers: tuple[Teacher, ...], terms: TokenTerms, view: bool) -> tuple[Tensor, HeadStats | None]:
-        if view:
-            ids = terms.token_ids[:, None]
-            return chosen_logprobs(hidden, self.weight, ids, temperature=self.rule.temperature, chunk=self.rule.chunk)[:, 0], None
-        return hybrid_head_loss(hidden, self.weight, teachers, terms, self.rule)
+    def forward(self, hidden: Tensor, teachers: tuple[Teacher, ...], terms: TokenTerms, look: Look) -> tuple[Tensor, HeadStats | None]:
+        match look:
+            case Look.learn:
+                return hybrid_head_loss(hidden, self.weight, teachers, terms, self.rule)
+            case Look.view:
+                ids = terms.token_ids[:, None]
+                return chosen_logprobs(hidden, self.weight, ids, temperature=self.rule.temperature, chunk=self.rule.chunk)[:, 0], None
+            case Look.compare:
+                return compared_sums(hidden, self.weight, teachers, terms, self.rule), None
 
 
 class Student(nn.Module):
@@ -47,20 +82,18 @@ class Student(nn.Module):
         teachers: tuple[Teacher, ...],
         terms: TokenTerms,
         value_slope: Tensor,
-        view: bool = False,
+        look: Look = Look.learn,
     ) -> tuple[Tensor, HeadStats | Tensor | None]:
-        """input_ids, attention_mask [B, T]; hidden_rows [R] into the flattened [B*T] positions; value_slope [R].
-
-        Returns:
-            loss [] and HeadStats; with `view`, log p(y) [R] and values [R], and nothing is learned.
-        """
+        """The fields of HeadInputs; returns what `look` says."""
         hidden = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, hidden_rows)
         values = torch.zeros_like(value_slope) if self.value_head is None else self.value_head(rows)[:, 0].to(value_slope.dtype)
-        out, stats = self.head(rows, teachers, terms, view)
-        if view:
+        out, stats = self.head(rows, teachers, terms, look)
+        if look is Look.view:
             return out, values
-        return (out if self.value_head is None else out + (values * value_slope).sum()), stats
+        if look is Look.learn and self.value_head is not None:
+            out = out + (values * value_slope).sum()
+        return out, stats
 
 
 def head_rule(settings: RunSettings) -> HeadRule:

@@ -1,0 +1,137 @@
+"""The command line without Ray: help, bad settings beside Hydra's flags, sweeps, and the export verb."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from hybridrl.cli import hydra_flags, main
+from hybridrl.config import RunSettings
+from hybridrl.controller.checkpoint import Checkpointer
+from hybridrl.controller.run_directory import find_checkpoint, run_directory
+from hybridrl.models.loading import load_model
+from tests.test_run_directory import STATE, settings_of, start
+
+# -- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_exported_with_equal_weights_in_the_models_dtype(tmp_path: Path, capsys: pytest.CaptureFixture):
+    trained = save_checkpoint(tmp_path, "model.dtype=bfloat16")
+    assert main(["export", str(tmp_path)]) == 0
+    folder = tmp_path / "export" / "step_000010"
+    assert capsys.readouterr().out == f"{folder}\n"
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype == torch.bfloat16 and loaded.config.tie_word_embeddings
+    weights = dict(loaded.named_parameters())
+    assert weights.keys() == trained.keys()
+    assert all(torch.equal(weights[name], trained[name].bfloat16()) for name in trained)
+    assert main(["export", str(tmp_path)]) == 0, "again replaces it"
+
+
+def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    """A checkpoint as the learner writes it, of weights that are not the student's own; returns them."""
+    settings = settings_of(run_dir, *overrides)
+    model = load_model("builtin:countdown-student")
+    weights = {name: (p.detach() * 1.25).contiguous() for name, p in model.named_parameters()}
+    tensors = {f"{part}/{name}": t.clone() for name, t in weights.items() for part in ("master", "exp_avg", "exp_avg_sq")}
+    tensors["master/value_head.weight"] = torch.zeros(1, 128)
+    with run_directory(settings) as folder:
+        find_checkpoint(settings, folder)
+        Checkpointer(folder, keep=2).save(STATE, lambda to: save_file(tensors, Path(to) / "learner.safetensors"))
+    return weights
+
+
+def test_the_newest_sound_checkpoint_is_exported_into_a_folder_of_ones_choice(tmp_path: Path):
+    save_checkpoint(tmp_path / "run")
+    Checkpointer(tmp_path / "run", keep=2).save(replace(STATE, step=20), lambda to: (Path(to) / "learner.safetensors").touch())
+    (tmp_path / "run" / "checkpoints" / "step_000020" / "learner.safetensors").write_text("damaged")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == torch.float32
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_an_export_overwrites_nothing_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture):
+    save_checkpoint(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "mine")]) == 0, "an empty folder is fine"
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "mine")]) == 2
+    assert capsys.readouterr().err == f"hybridrl: {tmp_path / 'mine'}: exists and is not empty; name a new folder\n"
+
+
+def test_nothing_to_export_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["export", str(tmp_path)]) == 1
+    assert "config.yaml: cannot be read" in capsys.readouterr().err
+    start(settings_of(tmp_path), step=None)
+    assert main(["export", str(tmp_path)]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"hybridrl: {tmp_path / 'checkpoints'}: no checkpoint to export; train until the first, see checkpoint.every\n"
+    )
+    assert main(["export"]) == main(["export", "a", "b", "c"]) == main(["export", "-x"]) == 2
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def hydra_job(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path, status: int = 0) -> tuple[int, list[RunSettings]]:
+    """Exit status of `hybridrl train ARGUMENTS`, and the settings of each job it would have run."""
+    ran: list[RunSettings] = []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    return hydra_flags(["experiment=quickstart", *arguments], lambda settings: ran.append(settings) or status), ran
+
+
+def test_the_jobs_of_a_sweep_each_have_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    status, ran = hydra_job(["-m", "train.lr=1e-3,1e-4", "run.dir=runs/${hydra:job.num}"], monkeypatch, tmp_path)
+    assert status == 0 and [(s.run.dir, s.train.lr) for s in ran] == [("runs/0", 1e-3), ("runs/1", 1e-4)]
+    assert [p.name for p in tmp_path.iterdir()] == ["multirun"], "Hydra's own record, no log file"
+
+
+def test_two_jobs_of_a_sweep_may_not_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    status, ran = hydra_job(["-m", "learner.ranks=1,2", "run.dir=x"], monkeypatch, tmp_path)
+    assert (status, [s.learner.ranks for s in ran]) == (2, [1])
+    assert capsys.readouterr().err == "hybridrl: run.dir=x: an earlier job of the sweep has it; set run.dir='runs/${hydra:job.num}'\n"
+
+
+def test_a_failed_job_of_a_sweep_does_not_stop_the_others_and_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    status, ran = hydra_job(["-m", "train.lr=-1,1e-4", "run.dir=runs/${hydra:job.num}"], monkeypatch, tmp_path)
+    assert (status, [s.train.lr for s in ran]) == (2, [1e-4])
+    assert hydra_job(["-m", "run.dir=a,b"], monkeypatch, tmp_path, status=1)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-m", "run.dir=x", "train.stepz=3"], "train.stepz=3: no such setting; did you mean train.steps?"),
+        (["-m", "run.dir=x", "train.lr=-1"], "train.lr=-1.0: must be positive and finite"),
+        (["-m", "train.lr=1"], "run.dir is not set: it has no default; add run.dir=... to the command"),
+        (["--cfg", "job", "train.stepz=3"], "train.stepz=3: no such setting; did you mean train.steps?"),
+    ],
+)
+def test_a_bad_setting_beside_a_hydra_flag_is_one_sentence_too(tmp_path: Path, arguments: list[str], sentence: str):
+    command = [sys.executable, "-m", "hybridrl.cli", "train", "experiment=quickstart", *arguments]
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=path)
+    assert (done.returncode, done.stderr) == (2, f"hybridrl: {sentence}\n")
+
+
+def test_help_names_every_verb_and_train_help_says_how_to_sweep(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    assert main([]) == main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"hybridrl {verb} " in told for verb in ("train", "report", "export"))
+    assert main(["export", "--help"]) == main(["report", "--help"]) == 0
+    assert main(["trian"]) == 2
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit, match="0"):  # Hydra's own way to end
+        main(["train", "--help"])
+    assert "run.dir='runs/${hydra:job.num}'" in capsys.readouterr().out
