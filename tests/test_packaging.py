@@ -79,7 +79,7 @@ def test_no_set_up_file_names_a_host_or_an_index(name: str) -> None:
 def test_locked_versions_lie_within_the_bounds_of_pyproject() -> None:
     project = tomllib.loads(read("pyproject.toml"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [Requirement(text) for text in [*project["dependencies"], *extras["cpu"], *extras["dev"]]]
+    wanted = [Requirement(text) for text in [*project["dependencies"], *extras["cpu"], *extras["data"], *extras["dev"]]]
     versions = {name: version for name, (version, _) in locked().items()}
     assert [str(r) for r in wanted if not r.specifier.contains(versions.get(r.name, "0"))] == []
 
