@@ -94,7 +94,7 @@ class RatioLevel(StrEnum):
 
 class Normalizer(StrEnum):
     token_mean = "token_mean"  # divide by the global number of response tokens (DAPO)
-    sequence_mean = "sequence_mean"  # mean of each response, then over sequences: short ones weigh more (GRPO, GKD)
+    sequence_mean = "sequence_mean"  # mean over each response, over its siblings, over prompts: short ones weigh more (GRPO, GKD)
     constant = "constant"  # divide by sequences * max_new_tokens: unbiased at any batch size (Dr. GRPO)
 
 

@@ -1,4 +1,4 @@
-"""The command line: hybridrl train | report | export."""
+"""The command line: hybridrl train | report | export | check."""
 
 import logging
 import os
@@ -19,6 +19,7 @@ USAGE = """usage: hybridrl VERB ...
   hybridrl report DIR                                                write DIR/report.html and DIR/report.png
   hybridrl export DIR [FOLDER]                                       newest checkpoint as a Hugging Face model folder;
                                                                      FOLDER is DIR/export/step_NNNNNN if not given
+  hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]       every method's gradient against exact enumeration
 """
 HELP = ("--help", "-h", "help")
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     log_warnings()
-    verbs = {"train": train_verb, "report": report_verb, "export": export_verb}
+    verbs = {"train": train_verb, "report": report_verb, "export": export_verb, "check": check_verb}
     if verb in verbs:
         return said(lambda: verbs[verb](rest))
     print(USAGE, end="", file=sys.stdout if verb in HELP else sys.stderr)
@@ -47,6 +48,12 @@ def train_verb(arguments: Sequence[str]) -> int:
     if any(a.startswith("-") for a in arguments):
         return hydra_flags(arguments)
     return run_training(load_config(arguments))
+
+
+def check_verb(arguments: Sequence[str]) -> int:
+    from hybridrl.oracle.table import main as check  # loads torch
+
+    return check(arguments)
 
 
 def run_training(settings: RunSettings) -> int:

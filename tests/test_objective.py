@@ -92,12 +92,12 @@ def test_the_response_grid_read_row_by_row_is_batch_order():
 
 
 def test_normalisers_are_of_the_global_batch():
-    plan = make_plan(SHORT_AND_LONG, num_tokens=40, num_sequences=5)
+    plan = make_plan(SHORT_AND_LONG, num_tokens=40, num_sequences=5, num_groups=3)
     scored = ScoredBatch(rollout=SHORT_AND_LONG, scores=(), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0]))
     weights = lambda kind: objective(normalizer=kind).token_weight(scored, plan, None).tolist()  # noqa: E731
     assert weights(Normalizer.token_mean) == pytest.approx([1 / 40] * 4)
     assert weights(Normalizer.constant) == pytest.approx([1 / (5 * 16)] * 4)
-    assert weights(Normalizer.sequence_mean) == pytest.approx([1 / 5, 1 / 15, 1 / 15, 1 / 15])
+    assert weights(Normalizer.sequence_mean) == pytest.approx([1 / 6, 1 / 18, 1 / 18, 1 / 18])
 
 
 # -- what each method needs ------------------------------------------------------------------------------------------

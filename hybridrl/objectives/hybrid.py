@@ -55,6 +55,8 @@ class HybridObjective:
                     signals.add(Signal.sampler_support)
             if config.gamma > 0 or self.estimates:
                 signals.add(Signal.teacher_logprobs)
+                if config.teacher_fraction:  # the sampler's log-probs of what a teacher wrote are that teacher's
+                    signals.add(Signal.learner_logprobs)
         if config.learns_from_rewards:
             signals.add(Signal.rewards)
         if config.ratio.kind is not Ratio.none and config.ratio.level is RatioLevel.sequence:
@@ -67,7 +69,7 @@ class HybridObjective:
         """G_{t+1} minus its baseline for each response token of whole groups of one source."""
         rollout, mask = batch.rollout, response_grid(batch.rollout)  # [N, T]
         weight = self.token_weight(batch, plan, learner)
-        own, cost = self._imitation(batch, plan)
+        own, cost = self._imitation(batch, plan, learner)
         returns = self._returns(batch, plan, own, cost, mask)
         values = torch.zeros_like(returns)
         match self.config.baseline:
@@ -102,7 +104,7 @@ class HybridObjective:
             case Normalizer.token_mean:
                 weight = torch.full_like(lengths, 1.0 / max(plan.num_tokens, 1))
             case Normalizer.sequence_mean:
-                weight = 1.0 / (sequences * lengths)
+                weight = 1.0 / (max(plan.num_groups, 1) * rollout.group_size * lengths)  # every prompt weighs the same
             case Normalizer.constant:
                 weight = torch.full_like(lengths, 1.0 / (sequences * self.max_new_tokens))
         weight = torch.where(torch.from_numpy(batch.rewards.keep.copy()), weight, 0.0)
@@ -120,13 +122,16 @@ class HybridObjective:
         total = log_ratio.sum(1)
         return bounds.factor(total, torch.ones_like(total))[0]
 
-    def _imitation(self, batch: ScoredBatch, plan: UpdatePlan) -> tuple[Tensor, Tensor]:
+    def _imitation(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> tuple[Tensor, Tensor]:
         """The drawn token's share of the dense term, and its imitation cost sum_i w_i (log p - log q_i); both [R].
 
-        Data was not drawn from the student, so neither is defined there.
+        log p is the learner's where it has looked, else the sampler's. Data was not drawn from the student, so neither
+        is defined there.
         """
         rollout = batch.rollout
         logp = response_rows(rollout, rollout.rollout_logprobs)
+        if learner is not None:
+            logp = learner.logprobs.to(logp.dtype)
         own, cost = torch.zeros_like(logp), torch.zeros_like(logp)
         if rollout.source is Source.data or Signal.teacher_logprobs not in self.signals:
             return own, torch.full_like(cost, torch.nan)

@@ -85,6 +85,10 @@ class ScorerGroup:
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
 
+    def configure(self, settings: RunSettings) -> None:
+        self.settings = settings
+        self.group.call_all("configure", settings, deadline_s=settings.deadlines.start_s)
+
     def score(self, chunks: Sequence[Chunk]) -> list[tuple[Pending, Pending]]:
         """One call per chunk, which starts when the chunk is done: (-> ScoreHeader, -> TokenScores)."""
         limit = self.settings.deadlines.rollout_s + self.settings.deadlines.score_s
@@ -124,6 +128,11 @@ class LearnerGroup:
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
+
+    def configure(self, settings: RunSettings) -> None:
+        """Learn by other settings from here on; the student stays."""
+        self.settings = settings
+        self.group.call_all("configure", settings, deadline_s=settings.deadlines.start_s)
 
     def update(self, plan: UpdatePlan, shards: Sequence[Shard], values: Sequence[Sequence[ray.ObjectRef]]) -> LearnerStats:
         """One optimizer step; shard i and its refs go to rank i. Every rank returns the same global statistics."""

@@ -42,11 +42,7 @@ def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
             Team(name="rollout", size=rollout.engines, gpus=rollout.tensor_parallel, heavy=True),
             Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False),
             *scorers,
-            *(
-                [Team(name="teacher", size=1, gpus=settings.rollout.tensor_parallel, heavy=True)]
-                if settings.algorithm.teacher_fraction
-                else []
-            ),
+            *([Team(name="teacher", size=1, gpus=rollout.tensor_parallel, heavy=True)] if settings.algorithm.teacher_fraction else []),
             *([Team(name="replay", size=1, gpus=0, heavy=False)] if settings.algorithm.data_fraction else []),
         ]
     )
@@ -80,17 +76,17 @@ def start_workers(settings: RunSettings, cluster: Cluster, slots: Slots, rewards
     scorers = [
         ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir) for name in settings.scored_teachers
     ]
-    teacher_rollout, replay = None, None
-    if settings.algorithm.teacher_fraction:
-        model = teacher_model(settings)
-        teacher_rollout = RolloutGroup(
-            settings, slots["teacher"], model=model, support=support, source=Source.teacher, name="teacher", **engine
-        )
-    if settings.algorithm.data_fraction:
-        replay = ReplayGroup(settings, slots["replay"], log_dir=log_dir)
-    starting = [group for group in (learner, rollout, teacher_rollout, replay, *scorers) if group is not None]
+    replay = ReplayGroup(settings, slots["replay"], log_dir=log_dir) if settings.algorithm.data_fraction else None
+    starting = [*engines, learner, *scorers, *([replay] if replay else [])]
     gather([pending for group in starting for pending in group.ready()])
-    return Workers(rollout=rollout, teacher_rollout=teacher_rollout, replay=replay, scorers=scorers, rewards=rewards, learner=learner)
+    return Workers(
+        rollout=rollout,
+        teacher_rollout=engines[1] if len(engines) == 2 else None,
+        replay=replay,
+        scorers=scorers,
+        rewards=rewards,
+        learner=learner,
+    )
 
 
 def teacher_model(settings: RunSettings) -> ModelConfig:

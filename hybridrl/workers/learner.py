@@ -26,7 +26,7 @@ from hybridrl.config import RunSettings
 from hybridrl.data.collate import MicroBatch, TrainSequence, collate, idle_sequence, train_sequences
 from hybridrl.data.scored import join, select_groups
 from hybridrl.data.shards import micro_batches
-from hybridrl.errors import CheckpointError, NonFiniteError
+from hybridrl.errors import CheckpointError, ConfigError, NonFiniteError
 from hybridrl.models.export import export
 from hybridrl.models.loading import load_model, resolve
 from hybridrl.objectives import make_objective
@@ -64,9 +64,7 @@ class Learner:
         del sharded_loading
         if settings.learner.gradient_checkpointing:
             checkpoint_activations(self.model)
-        self.objective = make_objective(settings)
-        student = Student(self.model, head_rule(settings), with_value=Signal.learner_values in self.objective.signals)
-        self.teachers = TeacherSide(settings, self.objective.signals, self.device)
+        student = Student(self.model, head_rule(settings), with_value=Signal.learner_values in make_objective(settings).signals)
         self.parameters = dict(self.model.named_parameters())  # by the names that checkpoints use
         if student.value_head is not None:
             self.parameters["value_head.weight"] = student.value_head.weight
@@ -76,6 +74,20 @@ class Learner:
         self.engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
         self.stream = WeightStream(self.model, self._gather)
         self.optimizer_steps = 0
+        self.configure(settings)
+
+    def configure(self, settings: RunSettings) -> None:
+        """Learn by other settings from here on: algorithm, teachers, learning rate, micro-batches. The student stays.
+
+        Raises:
+            ConfigError: they need a value head, and the student was built without one.
+        """
+        self.objective = make_objective(settings)
+        if Signal.learner_values in self.objective.signals and self.engine.module.value_head is None:
+            raise ConfigError("algorithm: needs a value head, which the running learner lacks; start a run of its own")
+        self.settings = settings
+        self.engine.module.head.rule = head_rule(settings)
+        self.teachers = TeacherSide(settings, self.objective.signals, self.device)
 
     def ping(self) -> int:
         return self.optimizer_steps

@@ -28,12 +28,17 @@ class Scorer:
     """
 
     def __init__(self, settings: RunSettings, *, teacher: str, device: str) -> None:
-        self.config = settings.teachers[teacher]
+        config = settings.teachers[teacher]
         self.teacher, self.device = teacher, torch.device(device)
-        revision = None if self.config.path else settings.model.revision
-        self.model = load_model(self.config.path or settings.model.path, self.config.dtype, revision).to(self.device).eval()
+        revision = None if config.path else settings.model.revision
+        self.model = load_model(config.path or settings.model.path, config.dtype, revision).to(self.device).eval()
         # Rows past the student's vocabulary are padding: no probability may stand on them.
         self.head = output_weight(self.model)[: head_rows(settings.model.path, settings.model.revision)]
+        self.configure(settings)
+
+    def configure(self, settings: RunSettings) -> None:
+        """Answer what other settings ask for from here on. The teacher stays."""
+        self.route = settings.teachers[self.teacher].route
         self.temperature, self.head_chunk = settings.algorithm.temperature, settings.train.head_chunk
         self.max_tokens, self.topk = settings.scorer.max_tokens_per_micro_batch, settings.algorithm.topk
         self.signals = make_objective(settings).signals
@@ -109,7 +114,7 @@ class Scorer:
 
     def _is_asked(self, batch: RolloutBatch, sequence: int) -> bool:
         columns = batch.columns[sequence // batch.group_size]
-        return all(columns.get(key) == value for key, value in self.config.route.items())
+        return all(columns.get(key) == value for key, value in self.route.items())
 
     # -- data is scored once ----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,200 @@
+"""Every configuration the oracle looks at, and what each is declared to be: the one table of what is biased, and how much."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from hybridrl.choices import Correction, Divergence, SupportSource
+from hybridrl.oracle.exact import Target
+
+
+class Kind(StrEnum):
+    exact = "exact"  # equal, and no token's gradient depends on what was drawn
+    unbiased = "unbiased"  # equal in expectation
+    biased = "biased"  # by design
+
+
+class World(StrEnum):
+    """Which model is enumerated."""
+
+    fixed = "fixed"  # --vocab tokens, --horizon steps
+    ended = "ended"  # 4 tokens of which one ends a sequence, at most 4 steps
+    tiny = "tiny"  # 3 tokens, 2 steps: all groups of K sequences can be listed
+
+
+class Value(StrEnum):
+    """What the value head says."""
+
+    unrelated = "unrelated"
+    exact = "exact"  # the mean return of each prefix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One row. Settings under `algorithm` are written without that word."""
+
+    method: str  # a file of conf/algorithm
+    options: tuple[str, ...] = ()
+    target: Target = Target.objective
+    kind: Kind = Kind.unbiased
+    bias: float = 0.0  # the relative bias of Kind.biased with --seed 0 --vocab 5 --horizon 3
+    world: World = World.fixed
+    group_size: int = 1
+    off_policy: bool = False
+    value: Value = Value.unrelated
+
+    @property
+    def label(self) -> str:
+        marks = {
+            "off-policy": self.off_policy, "exact values": self.value is Value.exact, f"K={self.group_size}": self.group_size > 1,
+            f"[{self.world}]": self.world is not World.fixed,
+        }  # fmt: skip
+        return " ".join([*self.options, *(mark for mark, shown in marks.items() if shown)]) or "as it is"
+
+
+PLAIN = ("baseline=none", "normalizer=constant", "reward_weight.value=2")
+"""What rows of method hybrid start from: one sequence is a batch, and lengths do not matter."""
+TOLERANCE = 6e-4
+"""Of a declared bias: three decimals."""
+SEMI = Target.semi_gradient
+
+
+def cases(vocabulary: int) -> list[Case]:
+    """All rows, methods first."""
+    return [*methods(), *divergences(), *supports(vocabulary), *returns(), *groups(), *off_policy(), *lengths(), *teachers()]
+
+
+def biased(method: str, bias: float, *options: str, **where) -> Case:
+    return Case(method=method, options=options, kind=Kind.biased, bias=bias, **where)
+
+
+def methods() -> Iterator[Case]:
+    """Each online preset as it is, with K siblings where it compares them."""
+    tiny = {"world": World.tiny}
+    for imitates in ("word_kd", "dagger", "gkd", "opd_full"):
+        yield Case(method=imitates, target=SEMI, kind=Kind.exact)
+    for samples in ("sft", "seqkd", "opd", "g_opd"):
+        yield Case(method=samples, target=SEMI)
+    yield biased("minillm", 0.318)
+    yield biased("mopd", 0.212, target=SEMI, group_size=4, **tiny)
+    yield Case(method="hybrid", options=("baseline=leave_one_out",), target=SEMI, group_size=3, **tiny)
+    yield Case(method="hybrid_rising", target=SEMI, group_size=3, **tiny)
+    yield Case(method="reinforce_kl", group_size=3, **tiny)
+    yield biased("reinforce_pp", 1.152, group_size=2, **tiny)
+    yield Case(method="raft")
+    yield Case(method="rloo", group_size=3, **tiny)
+    yield biased("grpo", 0.679, target=SEMI, group_size=4, **tiny)
+    yield biased("dr_grpo", 0.25, group_size=4, **tiny)
+    yield biased("dapo", 0.640, "overlong_buffer=1", group_size=4, **tiny)
+    yield biased("ppo", 0.200)
+    yield Case(method="ppo", options=("value.gae_lambda=1",))
+    yield Case(method="ppo", value=Value.exact)
+
+
+def divergences() -> Iterator[Case]:
+    """Dense terms over the whole vocabulary, and their score-function estimates from the drawn token."""
+    yield Case(method="opd_full", options=("support=sampled",), target=SEMI)
+    for divergence in (Divergence.forward_kl, Divergence.jsd):
+        yield Case(method="opd_full", options=(f"divergence={divergence}",), target=SEMI, kind=Kind.exact)
+        yield Case(method="opd_full", options=(f"divergence={divergence}", "support=sampled"), target=SEMI)
+    for beta in (0.1, 0.9):
+        yield Case(method="opd_full", options=("divergence=jsd", f"jsd_beta={beta}"), target=SEMI, kind=Kind.exact)
+    yield Case(method="opd_full", options=("teacher_signal=logits",), target=SEMI, kind=Kind.exact)
+    yield Case(method="hybrid", options=("gamma=1", "temperature=0.7"))
+    yield Case(method="hybrid", options=("data_fraction=0.3", "nll_weight=1"), target=SEMI)
+
+
+BIASED = (Correction.tail_bucket, Correction.truncate, Correction.renormalize)
+BIAS_OF_SUPPORT = {
+    (Divergence.reverse_kl, SupportSource.sampler): (0.814, 0.986, 0.885),
+    (Divergence.reverse_kl, SupportSource.teacher): (0.334, 1.269, 1.241),
+    (Divergence.forward_kl, SupportSource.sampler): (0.859, 1.077, 1.074),
+    (Divergence.forward_kl, SupportSource.teacher): (0.062, 0.119, 0.853),
+    (Divergence.jsd, SupportSource.sampler): (0.868, 0.822, 1.088),
+    (Divergence.jsd, SupportSource.teacher): (0.129, 0.597, 1.157),
+}
+"""Of two tokens out of five, against the divergence over all, in the order of BIASED."""
+
+
+def supports(vocabulary: int) -> Iterator[Case]:
+    """K tokens: `unbiased` is so for the whole divergence; the others are exact for their own and biased for the whole."""
+    for (divergence, source), biases in BIAS_OF_SUPPORT.items():
+        options = (f"divergence={divergence}", "support=topk", "topk.k=2", f"topk.source={source}")
+        yield Case(method="opd_full", options=options, target=SEMI)
+        for correction, bias in zip(BIASED, biases, strict=True):
+            yield Case(method="opd_full", options=(*options, f"topk.correction={correction}"), target=Target.support, kind=Kind.exact)
+            yield biased("opd_full", bias, *options, f"topk.correction={correction}", target=SEMI)
+    for correction, outside in zip(BIASED, (1, 0, 0), strict=True):
+        options = ("support=topk", f"topk.k={vocabulary - outside}", f"topk.correction={correction}")
+        yield Case(method="opd_full", options=options, target=SEMI, kind=Kind.exact)
+    yield biased("opd_full", 1.0, "support=topk", "topk.k=1", "topk.correction=renormalize", target=SEMI)
+
+
+def returns() -> Iterator[Case]:
+    """The sparse term: what is in the return of a token."""
+    yield Case(method="hybrid", options=("gamma=0",), target=SEMI)
+    for gamma, bias in ((0, 0.546), (0.25, 0.435), (0.5, 0.310), (0.75, 0.166), (0.9, 0.069)):
+        yield biased("hybrid", bias, f"gamma={gamma}")
+    yield Case(method="hybrid", options=("gamma=1",))
+    yield Case(method="hybrid", options=("gamma=1", "support=sampled"))
+    yield Case(method="hybrid", options=("gamma=1", "support=topk", "topk.k=2"))
+    yield Case(method="hybrid", options=("gamma=1", "support=topk", "topk.k=2", "topk.source=teacher"))
+    yield biased("hybrid", 0.256, "gamma=1", "future=mean")
+    yield Case(method="hybrid", options=("gamma=1", "baseline=value", "value.gae_lambda=1"))
+    yield Case(method="hybrid", options=("gamma=1", "baseline=value", "value.gae_lambda=0"), value=Value.exact)
+    yield biased("hybrid", 0.761, "gamma=1", "baseline=value", "value.gae_lambda=0")
+    yield Case(method="hybrid", options=("overlong_buffer=2",), target=SEMI, world=World.ended)
+    for bound, bias in ((0.5, 0.897), (1, 0.632), (2, 0.368)):
+        yield biased("hybrid", bias, "gamma=1", f"log_ratio_clip={bound}", world=World.ended)
+
+
+def groups() -> Iterator[Case]:
+    """Baselines and scales that compare K siblings."""
+    yield Case(method="hybrid", options=("gamma=1", "baseline=leave_one_out"), group_size=2, world=World.ended)
+    yield biased("hybrid", 0.222, "gamma=1", "baseline=group_mean", group_size=2, world=World.ended)
+    yield Case(method="hybrid", options=("gamma=1", "support=sampled", "baseline=leave_one_out"), group_size=3, world=World.tiny)
+    for k in (2, 3, 4):
+        yield biased("raft", 1 / k, "baseline=group_mean", group_size=k, world=World.tiny)
+    yield biased("raft", 0.640, "scale=group_std", group_size=4, world=World.tiny)
+    yield biased("raft", 0.414, "scale=batch", group_size=3, world=World.tiny)
+
+
+def off_policy() -> Iterator[Case]:
+    """A sampler 0.5 N(0,1) away in every logit; the costs are the sampler's where the learner has not looked."""
+    away = {"off_policy": True, "world": World.ended}
+    ratios = (
+        ((), 0.774), (("kind=truncate",), 0.378), (("kind=truncate", "high=2"), 0.379), (("kind=mask", "low=0.5", "high=2"), 0.645),
+        (("kind=clip", "low=0.2", "high=0.2"), 0.868), (("kind=truncate", "level=sequence", "high=2"), 0.120),
+        (("kind=mask", "level=sequence", "low=0.5", "high=2"), 0.345),
+    )  # fmt: skip
+    for ratio, bias in ratios:
+        yield biased("hybrid", bias, "gamma=1", "support=sampled", *(f"ratio.{r}" for r in ratio), **away)
+    whole = ("ratio.kind=truncate", "ratio.level=sequence")
+    yield Case(method="hybrid", options=("gamma=1", *whole), **away)
+    yield Case(method="hybrid", options=("gamma=1", "support=sampled", *whole), **away)
+    yield Case(method="hybrid", options=("gamma=1", "support=topk", "topk.k=2", *whole), **away)
+    yield Case(method="hybrid", options=("gamma=1", "teacher_fraction=1", *whole), world=World.ended)
+    yield Case(method="rloo", options=("normalizer=constant", *whole), group_size=2, **away)
+    yield biased("rloo", 0.215, "normalizer=constant", "ratio.kind=truncate", group_size=2, **away)
+    yield biased("opd", 0.267, "normalizer=constant", target=SEMI, **away)
+
+
+def lengths() -> Iterator[Case]:
+    """Sequences of several lengths: what the normaliser does."""
+    ended = {"world": World.ended}
+    yield Case(method="hybrid", options=("gamma=1", "normalizer=constant"), **ended)
+    yield biased("hybrid", 0.170, "gamma=1", "normalizer=sequence_mean", **ended)
+    yield biased("hybrid", 0.170, "gamma=1", "normalizer=token_mean", **ended)
+    yield biased("hybrid", 0.079, "gamma=1", "normalizer=token_mean", group_size=2, **ended)
+
+
+def teachers() -> Iterator[Case]:
+    """Several of them, one of negative weight, one that is asked about other prompts only."""
+    for weight in (0.5, -0.2):
+        second = f"+teachers.second={{path: null, weight: {weight}}}"
+        yield Case(method="opd_full", options=(second,), target=SEMI, kind=Kind.exact)
+        yield Case(method="hybrid", options=("gamma=1", second))
+        yield Case(method="hybrid", options=("gamma=1", "support=sampled", second))
+        yield Case(method="hybrid", options=("gamma=1", "support=topk", "topk.k=2", "topk.source=teacher", second))
+    elsewhere = "+teachers.second={path: null, route: {domain: elsewhere}}"
+    yield Case(method="mopd", options=("scale=none", elsewhere), target=SEMI)

@@ -1,0 +1,87 @@
+"""A language model small enough to enumerate: one logit row per prefix, every sequence with its probability.
+
+Letters: V vocabulary, T longest response, P prefixes, S sequences.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mdp:
+    """Student, sampler, teachers and the data's author as tables of logits, and a reward per sequence; all float64.
+
+    Example: V=5, T=3 without an end token has 31 prefixes and 125 sequences; V=4, T=4 where token 3 ends a sequence
+    has 40 and 121.
+    """
+
+    student: Tensor  # [P, V]
+    sampler: Tensor  # [P, V] the student, or a neighbour of it that wrote the student's sequences
+    teachers: tuple[Tensor, ...]  # [P, V] each
+    data: Tensor  # [P, V] who wrote the data
+    values: Tensor  # [P] what a value head says before each token, unrelated to anything
+    rewards: Tensor  # [S] 0 or 1, both occur
+    tokens: Tensor  # [S, T] int64, 0 past the end
+    mask: Tensor  # [S, T] bool
+    prefixes: Tensor  # [S, T] int64, row of the prefix before each token, 0 past the end
+    temperature: float = 1.0  # of every policy
+
+    @property
+    def lengths(self) -> Tensor:  # [S]
+        return self.mask.sum(1)
+
+    def logp(self, logits: Tensor) -> Tensor:
+        """[P, V] -> [P, V] log-probabilities."""
+        return torch.log_softmax(logits / self.temperature, -1)
+
+    def token_logp(self, logits: Tensor) -> Tensor:
+        """[S, T] log-probability of each token, 0 past the end."""
+        return torch.where(self.mask, self.logp(logits)[self.prefixes, self.tokens], 0.0)
+
+    def probability(self, logits: Tensor) -> Tensor:
+        """[S], sums to 1."""
+        return self.token_logp(logits).sum(1).exp()
+
+    def visits(self, logits: Tensor) -> Tensor:
+        """[P] how often a sequence of this policy passes each prefix."""
+        weight = torch.where(self.mask, self.probability(logits)[:, None], 0.0)
+        return torch.zeros(len(logits), dtype=weight.dtype).index_add_(0, self.prefixes.flatten(), weight.flatten())
+
+
+def make_mdp(*, seed: int, vocabulary: int, horizon: int, ends: bool, off_policy: bool = False) -> Mdp:
+    """Draws, in this order: student N(0,1), teacher 1.5 N(0,1), rewards below 0.3, then the sampler's distance 0.5 N(0,1),
+    a second teacher, the data's author and the values. Prefixes stand by length, then in order; so do sequences.
+
+    Args:
+        ends: the last token ends a sequence; without it all have `horizon` tokens. With it the teachers' draws are
+            their distance from the student, else a sequence's cost would be mostly whether it ends.
+    """
+    going = range(vocabulary - 1 if ends else vocabulary)
+    prefixes = [p for length in range(horizon) for p in product(going, repeat=length)]
+    stopped = [(*p, vocabulary - 1) for p in prefixes] if ends else []
+    sequences = sorted(stopped + list(product(going, repeat=horizon)), key=lambda y: (len(y), y))
+    row = {prefix: i for i, prefix in enumerate(prefixes)}
+    pad = lambda values: [*values, *[0] * (horizon - len(values))]  # noqa: E731
+    rng = np.random.default_rng(seed)
+    table = lambda: torch.from_numpy(rng.standard_normal((len(prefixes), vocabulary)))  # noqa: E731
+    student = table()
+    near = student if ends else torch.zeros_like(student)
+    teacher = near + 1.5 * table()
+    luck = rng.random(len(sequences))
+    rewarded = ((luck < 0.3) | (luck == luck.min())) & (luck != luck.max())
+    distance, second, data = 0.5 * table(), near + 1.5 * table(), table()
+    return Mdp(
+        student=student,
+        sampler=student + distance if off_policy else student,
+        teachers=(teacher, second),
+        data=data,
+        values=torch.from_numpy(rng.standard_normal(len(prefixes))),
+        rewards=torch.from_numpy(rewarded.astype(np.float64)),
+        tokens=torch.tensor([pad(y) for y in sequences]),
+        mask=torch.tensor([pad([True] * len(y)) for y in sequences], dtype=torch.bool),
+        prefixes=torch.tensor([pad([row[y[:t]] for t in range(len(y))]) for y in sequences]),
+    )

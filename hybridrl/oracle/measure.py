@@ -1,0 +1,84 @@
+"""The exact mean and variance of an estimator's gradient over everything that could have been sampled."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hybridrl.choices import Normalizer, Source
+from hybridrl.oracle.estimator import Estimator, Rows
+from hybridrl.oracle.exact import author
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    mean: Tensor  # [P, V] gradient per sequence at the student's logits
+    variance: float  # trace of the covariance, times the sequences of a batch: per sample
+    luck: float  # largest change of a token's logit gradient with what was drawn, the prefix being the same
+
+
+def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: int) -> Measured:
+    """Sum over all groups of K sequences, each group a global batch.
+
+    Args:
+        shares: of the batches, by who writes them; they sum to 1.
+    """
+    table = estimator.mdp.student
+    mean, squares, luck = torch.zeros_like(table), 0.0, 0.0
+    for source, share in shares.items():
+        probability = estimator.mdp.probability(author(estimator.mdp, source))
+        for members in pieces(estimator, group_size):
+            rows, chance = estimator.rows(members, source), share * probability[members].prod(1)
+            mean += table_gradient(estimator, rows, chance[rows.group])
+            tokens = token_gradients(estimator, rows)
+            each = torch.zeros(len(members), *table.shape, dtype=table.dtype).index_put_((rows.group, rows.prefixes), tokens, True)
+            squares += float((chance * each.square().sum((1, 2))).sum())
+            luck = max(luck, spread(tokens / rows.terms.token_weight[:, None], rows.prefixes))
+    scale = tokens_per_sequence(estimator)
+    variance = (squares - float(mean.square().sum())) * scale**2 * group_size
+    return Measured(mean=mean * scale, variance=max(variance, 0.0), luck=luck)
+
+
+def pieces(estimator: Estimator, group_size: int) -> list[Tensor]:
+    """[B, K] each: all K-tuples of sequences, together where they share a plan; alone where a batch is standardised."""
+    lengths = estimator.mdp.lengths
+    everything = torch.cartesian_prod(*[torch.arange(len(lengths))] * group_size).reshape(-1, group_size)
+    if estimator.objective.standardises:
+        return list(everything[:, None])
+    tokens = lengths[everything].sum(1)
+    return [everything[tokens == n] for n in tokens.unique()]
+
+
+def table_gradient(estimator: Estimator, rows: Rows, chance: Tensor) -> Tensor:
+    """[P, V] sum over tokens, each times its chance [R].
+
+    One-hot hidden states and the table as output head make the op's logits the table, so the head's gradient is the table's.
+    """
+    hidden = torch.eye(len(estimator.mdp.student), dtype=torch.float64)[rows.prefixes]
+    lm_head = estimator.mdp.student.T.clone().requires_grad_()
+    estimator.loss(hidden, lm_head, rows, replace(rows.terms, token_weight=rows.terms.token_weight * chance)).backward()
+    return lm_head.grad.T
+
+
+def token_gradients(estimator: Estimator, rows: Rows) -> Tensor:
+    """[R, V] at each token's own logits: they are the hidden states, the output head is the identity."""
+    logits = estimator.mdp.student[rows.prefixes].requires_grad_()
+    estimator.loss(logits, torch.eye(logits.shape[1], dtype=logits.dtype), rows, rows.terms).backward()
+    return logits.grad
+
+
+def spread(gradients: Tensor, prefixes: Tensor) -> float:
+    """Largest difference between rows [R, V] of the same prefix."""
+    where = prefixes[:, None].expand_as(gradients)
+    ends = [torch.zeros(int(prefixes.max()) + 1, gradients.shape[1], dtype=gradients.dtype) for _ in range(2)]
+    high, low = (e.scatter_reduce(0, where, gradients, way, include_self=False) for e, way in zip(ends, ("amax", "amin"), strict=True))
+    return float((high - low).max())
+
+
+def tokens_per_sequence(estimator: Estimator) -> float:
+    """What undoes the normaliser, on average where lengths vary."""
+    mdp = estimator.mdp
+    if estimator.settings.algorithm.normalizer is Normalizer.constant:
+        return float(estimator.settings.rollout.max_new_tokens)
+    return float((mdp.probability(mdp.student) * mdp.lengths).sum())
