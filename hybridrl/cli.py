@@ -16,7 +16,8 @@ USAGE = """usage: hybridrl VERB ...
 
   hybridrl train experiment=quickstart run.dir=DIR [KEY=VALUE ...]   train, or continue the run in DIR
   hybridrl train --help                                              every setting; also --cfg job, and -m to sweep
-  hybridrl report DIR                                                write DIR/report.html and DIR/report.png
+  hybridrl report DIR [OTHER ...]                                    write DIR/report.html and DIR/report.png;
+                                                                     with OTHER runs, compare their accuracy
   hybridrl export DIR [FOLDER]                                       newest checkpoint as a Hugging Face model folder;
                                                                      FOLDER is DIR/export/step_NNNNNN if not given
   hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]       every method's gradient against exact enumeration
@@ -102,11 +103,12 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
 
 
 def report_verb(arguments: Sequence[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        return usage("hybridrl report DIR", arguments)
+    if not arguments or any(a.startswith("-") for a in arguments):
+        return usage("hybridrl report DIR [OTHER ...]", arguments)
     from hybridrl.tracking.report import write_report
 
-    print(write_report(Path(arguments[0])))
+    first, *others = map(Path, arguments)
+    print(write_report(first, others))
     return 0
 
 

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from hybridrl.choices import WandbMode
 from hybridrl.config import TrackingConfig
 from hybridrl.errors import ConfigError, DataError
+from hybridrl.tracking.comparison import comparison_panel
 from hybridrl.tracking.console import ConsoleSink, duration
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics, read_samples
 from hybridrl.tracking.report import measure, write_report
@@ -353,3 +355,18 @@ def test_gap_closed_is_not_reported_when_the_teacher_is_not_ahead():
 def test_report_of_an_empty_directory_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="no metrics"):
         write_report(tmp_path)
+
+
+def test_other_runs_are_compared_in_a_panel_of_their_own(tmp_path: Path):
+    for name, last in (("sft", 0.5), ("dpo", 0.75)):
+        (tmp_path / name).mkdir()
+        rows = [{"train/step": 0.0, "eval/accuracy": 0.25}, {"train/step": 2.0, "eval/accuracy": last}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    axes = Figure().add_subplot()
+    panel = comparison_panel([tmp_path / "sft", tmp_path / "dpo"])
+    panel.draw(axes, [])
+    assert [line.get_label() for line in axes.get_lines()] == ["sft  25.0 to 50.0 %", "dpo  25.0 to 75.0 %"]
+    assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[0.25, 0.5], [0.25, 0.75]]
+    assert "Compared with other runs" in write_report(tmp_path / "sft", [tmp_path / "dpo"]).read_text()
+    with pytest.raises(DataError):
+        write_report(tmp_path / "sft", [tmp_path / "nothing"])

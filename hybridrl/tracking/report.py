@@ -1,6 +1,7 @@
 """`hybridrl report`: a finished or running run as one page and one picture, from its run directory alone."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import yaml
 
 from hybridrl.errors import DataError
+from hybridrl.tracking.comparison import comparison_panel
 from hybridrl.tracking.console import duration
 from hybridrl.tracking.figures import Rows, draw_overview, draw_panel, panels_of, series, teacher_levels
 from hybridrl.tracking.jsonl import METRICS, read_metrics, read_samples
@@ -30,8 +32,11 @@ class Facts:
     kl_token: float | None  # of the last step
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, others: Sequence[Path] = ()) -> Path:
     """Write report.html and report.png into the run directory; returns the path of the page.
+
+    Args:
+        others: run directories whose held-out accuracy is drawn beside this run's.
 
     Raises:
         DataError: the run has no metrics yet, or damaged ones.
@@ -44,6 +49,8 @@ def write_report(run_dir: str | Path) -> Path:
     config_text = settings.read_text(encoding="utf-8") if settings.is_file() else ""
     config = yaml.safe_load(config_text) or {}
     facts, panels, name = measure(rows), panels_of(rows), run_dir.resolve().name
+    if others:
+        panels.insert(1, comparison_panel([run_dir, *others]))
     (run_dir / "report.png").write_bytes(draw_overview(panels, rows, name, headline(facts)))
     evaluations = read_samples(run_dir)
     page = render(
