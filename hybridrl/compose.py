@@ -120,6 +120,8 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
         if isinstance(cause, ConfigKeyError) or "not in" in reason:
             return _no_such_setting(given, given.partition("=")[0])
         return f"{given}: {reason}"
+    if "Could not append" in str(error) and (doubled := next((o for o in overrides if o.startswith("+") and o[1:] in str(error)), None)):
+        return f"{doubled}: there is a {doubled[1:].partition('=')[0]} already; write it without the +"
     if "Could not find" in text:
         for override in overrides:
             group, _, choice = override.lstrip("+").partition("=")

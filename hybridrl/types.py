@@ -219,6 +219,7 @@ class GenerateOrder:
     temperature: float  # 0: greedy
     max_new_tokens: int
     seed: int  # of the run and wave; each sample's own seed derives from it, its uid and its index
+    support: int = 0  # how many of the most likely tokens are reported with each response token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

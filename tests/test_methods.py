@@ -70,31 +70,49 @@ class Methods:
 @pytest.fixture(scope="module")
 def methods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Methods]:
     made = Methods(tmp_path_factory.mktemp("methods"))
-    everything = (
-        "+teachers.initial.path=null",
-        "algorithm.data_fraction=0.25",
-        "algorithm.topk.source=teacher",
-        "algorithm.ratio.kind=none",
-    )
-    settings = made.settings(*EVERYTHING, *everything, "+data.options.responses=pair")
+    settings = made.settings(*EVERYTHING)
     with Cluster(settings) as cluster:
         slots, log_dir = place_workers(settings, cluster), str(made.folder / "logs")
         made.workers = start_workers(settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir)
         yield made
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_each_method_steps_in_the_running_graph(methods: Methods, preset: str):
-    controller = methods.controller(methods.settings(preset))
+OPTIONS = {
+    "the sampler's top 4, the rest sampled": ("algorithm.support=topk", "algorithm.topk.k=4"),
+    "the teacher's top 4 and a tail bucket": (
+        "algorithm.support=topk", "algorithm.topk.k=4", "algorithm.topk.source=teacher", "algorithm.topk.correction=tail_bucket",
+    ),
+    "log-probs of the whole vocabulary": ("algorithm.teacher_signal=logits", "algorithm.gamma=0.5"),
+    "ratios of whole sequences": ("algorithm.ratio.kind=truncate", "algorithm.ratio.level=sequence", "algorithm.ratio.high=2"),
+    "two teachers, one of them unasked": ("+teachers.initial={path:null,weight:0.5,route:{domain:elsewhere}}",),
+    "a weight held by feedback": (
+        "algorithm.reward_weight={kind:feedback,value:1.0,end:null,metric:kl/token,target:0.1,gain:-0.5}", "diagnostics.every=1",
+    ),
+    "the student's own pairs": ("algorithm=dpo", "algorithm.data_fraction=0"),
+}  # fmt: skip
+
+
+def assert_steps(controller: Controller) -> list[dict[str, float]]:
     before = controller.learner.pack_weights(0)[0].digest
     rows = [controller.step() for _ in range(2)]
     for row in rows:
-        assert np.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0, preset
+        assert np.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0
         assert row["controller/materialized_bytes"] == 0 and row["train/tokens"] > 0
-        assert (
-            row["policy/logprob_gap"] < 1e-4
-            or controller.settings.algorithm.data_fraction
-            or controller.settings.algorithm.teacher_fraction
-        )
     assert controller.learner.pack_weights(1)[0].digest != before
+    return rows
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_each_option_steps_in_the_running_graph(methods: Methods, what: str):
+    preset, *overrides = ("dpo", *OPTIONS[what][1:]) if OPTIONS[what][0] == "algorithm=dpo" else ("hybrid", *OPTIONS[what])
+    rows = assert_steps(methods.controller(methods.settings(preset, *overrides)))
+    if what == "a weight held by feedback":
+        assert rows[0]["schedule/lambda"] == 1.0 and rows[1]["schedule/lambda"] == pytest.approx(0.5)  # KL is far above its target
+        assert -1 < rows[0]["grad/cosine"] < 1 and rows[0]["teacher/overlap"] > 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_method_steps_in_the_running_graph(methods: Methods, preset: str):
+    controller = methods.controller(methods.settings(preset))
+    assert_steps(controller)
     assert controller.evaluate()["eval/accuracy"] >= 0

@@ -276,10 +276,10 @@ def engine_and_model(folder: Path) -> tuple[RolloutBatch, list[list[int]]]:
     model = load_model(str(save_tiny(folder / "model", 0)))
     settings = tiny_settings(folder / "run", f"model.path={folder / 'model'}")
     prompts = [Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)]
-    ordered = GenerateOrder(wave="w", chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=12, seed=5)
+    ordered = GenerateOrder(wave="w", chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=12, seed=5, support=3)
 
     async def sample() -> RolloutBatch:
-        engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store", support=3)
+        engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store")
         return (await engine.generate(ordered, prompts))[1]
 
     batch, expected = asyncio.run(sample()), []

@@ -1,16 +1,18 @@
 """One run from settings to report: check, place, train, evaluate, save, and leave nothing running."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hybridrl.choices import WandbMode
+from hybridrl.choices import PairLoss, Support, WandbMode
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.controller import Controller
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
 from hybridrl.controller.teacher_levels import measure_teachers, teachers_in_use, teachers_to_measure
+from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
 from hybridrl.errors import ConfigError
 from hybridrl.models.loading import head_rows, load_tokenizer
@@ -88,12 +90,33 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """
     tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
     check_teachers(settings, tokenizer.get_vocab())
+    if settings.algorithm.support is Support.topk and settings.algorithm.topk.k > (rows := head_rows(settings.model.path)):
+        raise ConfigError(f"algorithm.topk.k={settings.algorithm.topk.k}: model.path={settings.model.path} has {rows} tokens; lower it")
     rollout = settings.rollout
     room = rollout.max_model_len - rollout.max_new_tokens
     train_problems, heldout_problems = load_problems(settings.data, settings.run.seed)
     given = rollout.max_model_len if settings.algorithm.data_fraction else None  # without it responses of the data are not used
+    check_responses(settings, train_problems)
     train_prompts = tokenize(train_problems, tokenizer, settings.data, room, given)
     return train_prompts, tokenize(heldout_problems, tokenizer, settings.data, room)
+
+
+def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
+    """Refuse data that does not bring what algorithm.data_fraction asks of it: a response, or a chosen and a rejected one.
+
+    Raises:
+        ConfigError: the first problem that has another number of responses, named by its row.
+    """
+    if not settings.algorithm.data_fraction:
+        return
+    pairs = settings.algorithm.pair.loss is not PairLoss.none
+    wanted, what, option = (2, "a chosen and a rejected response", "pair") if pairs else (1, "one response", "solution")
+    for problem in problems:
+        if len(problem.responses) != wanted:
+            raise ConfigError(
+                f"algorithm.data_fraction={settings.algorithm.data_fraction}: needs {what} for each prompt, {problem.row} brings "
+                f"{len(problem.responses)}; give data that does, or on countdown +data.options.responses={option}"
+            )
 
 
 def check_teachers(settings: RunSettings, vocabulary: dict[str, int]) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 
 from hybridrl.choices import PairLoss
 from hybridrl.config import RunSettings
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.groups import Chunk
 from hybridrl.runtime.workers import Workers
@@ -41,6 +43,7 @@ class Sampling:
 
     def __init__(self, settings: RunSettings, workers: Workers) -> None:
         self.settings, self.workers = settings, workers
+        self.support = settings.algorithm.topk.k if Signal.sampler_support in make_objective(settings).signals else 0
 
     def draw(self, prompts: Sequence[Prompt], *, wave: str, seed: int, reward_weights: Sequence[float]) -> list[Drawn]:
         """Start a wave. Chunks of the student come first, then the teacher's, then the data's, each in prompt order."""
@@ -49,7 +52,7 @@ class Sampling:
         by_teacher = round(algorithm.teacher_fraction * len(prompts))
         by_student = len(prompts) - by_data - by_teacher
         sampled: list[Chunk] = []
-        order = {"wave": wave, "group_size": k, "temperature": algorithm.temperature, "seed": seed}
+        order = {"wave": wave, "group_size": k, "temperature": algorithm.temperature, "seed": seed, "support": self.support}
         if by_student:
             sampled += self.workers.rollout.generate(prompts[:by_student], **order)
         if by_teacher:

@@ -34,17 +34,18 @@ class RolloutGroup:
         backend: WeightTransfer,
         log_dir: str,
         name: str = "rollout",
-        support: int = 0,
         source: Source = Source.student,
     ) -> None:
         self.settings = settings
-        kwargs = {"settings": settings, "model": model, "device": device, "backend": str(backend), "support": support, "source": source}
+        kwargs = {"settings": settings, "model": model, "device": device, "backend": str(backend), "source": source}
         self.group = ActorGroup(name, "hybridrl.workers.rollout:Rollout", slots, [kwargs] * len(slots), log_dir=log_dir, concurrent=True)
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
 
-    def generate(self, prompts: Sequence[Prompt], *, wave: str, group_size: int, temperature: float, seed: int) -> list[Chunk]:
+    def generate(
+        self, prompts: Sequence[Prompt], *, wave: str, group_size: int, temperature: float, seed: int, support: int = 0
+    ) -> list[Chunk]:
         """Start sampling. Chunks are contiguous in prompt order and assigned to engines statically."""
         rollout = self.settings.rollout
         engines, per_engine = self.group.size, rollout.chunks_per_engine
@@ -54,7 +55,7 @@ class RolloutGroup:
             engine = i % engines
             order = GenerateOrder(
                 wave=wave, chunk=i // engines, num_chunks=len(range(engine, len(pieces), engines)), group_size=group_size,
-                temperature=temperature, max_new_tokens=rollout.max_new_tokens, seed=seed,
+                temperature=temperature, max_new_tokens=rollout.max_new_tokens, seed=seed, support=support,
             )  # fmt: skip
             header, batch = self.group.submit_pair(engine, "generate", order, piece, deadline_s=self.settings.deadlines.rollout_s)
             chunks.append(Chunk(header=header, batch=batch))

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from hybridrl.choices import Source
 from hybridrl.config import ModelConfig, RunSettings
-from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.group import Slot
@@ -62,11 +60,10 @@ def start_workers(settings: RunSettings, cluster: Cluster, slots: Slots, rewards
     """
     device, backend = cluster.device, cluster.weight_transfer
     engine = {"device": device, "backend": backend, "log_dir": log_dir}
-    support = settings.algorithm.topk.k if Signal.sampler_support in make_objective(settings).signals else 0
-    rollout = RolloutGroup(settings, slots["rollout"], model=settings.model, support=support, **engine)
+    rollout = RolloutGroup(settings, slots["rollout"], model=settings.model, **engine)
     engines = [rollout]
     if settings.algorithm.teacher_fraction:
-        writer = {"model": teacher_model(settings), "support": support, "source": Source.teacher, "name": "teacher"}
+        writer = {"model": teacher_model(settings), "source": Source.teacher, "name": "teacher"}
         if settings.cluster.colocate:  # an engine measures the free memory of its GPU; nobody else may move in meanwhile
             gather(rollout.ready())
         engines.append(RolloutGroup(settings, slots["teacher"], **writer, **engine))

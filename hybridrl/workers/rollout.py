@@ -14,7 +14,7 @@ import numpy as np
 
 from hybridrl.choices import Source
 from hybridrl.config import ModelConfig, RunSettings
-from hybridrl.errors import ConfigError, DataError, WeightSyncError
+from hybridrl.errors import DataError, WeightSyncError
 from hybridrl.models.loading import resolve
 from hybridrl.types import ChunkHeader, FinishReason, GenerateOrder, Prompt, RolloutBatch, Trajectory, WeightManifest, per_token_bytes
 
@@ -56,18 +56,12 @@ class Rollout:
     unfinished requests.
 
     Args:
-        support: K, how many of the most likely tokens are reported with each response token.
         source: whom the model stands for.
-
-    Raises:
-        ConfigError: the vocabulary has fewer than K tokens.
     """
 
-    def __init__(
-        self, settings: RunSettings, *, model: ModelConfig, device: str, backend: str, support: int = 0, source: Source = Source.student
-    ) -> None:
+    def __init__(self, settings: RunSettings, *, model: ModelConfig, device: str, backend: str, source: Source = Source.student) -> None:
         rollout = settings.rollout
-        self.support, self.source = support, source
+        self.source = source
         # one device: the engine in this process, for IPC handles do not pass vLLM's message queue, and an engine in a process
         # of its own steps as soon as the first request is there, so that the batch depends on arrival times
         own_process = rollout.tensor_parallel > 1
@@ -93,7 +87,7 @@ class Rollout:
                 kv_cache_memory_bytes=rollout.kv_cache_bytes or (CPU_KV_CACHE_BYTES if device == "cpu" else None),
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 logprobs_mode="processed_logprobs",  # with the temperature in it: the sampler's own distribution
-                max_logprobs=max(support, 20),
+                max_logprobs=max(settings.algorithm.topk.k, 20),
                 seed=settings.run.seed,
                 weight_transfer_config=WeightTransferConfig(backend=backend),
                 worker_extension_cls="hybridrl.workers.weight_transfer.WorkerExtension",
@@ -102,8 +96,6 @@ class Rollout:
             ),
             enable_multiprocessing=own_process,
         )
-        if support > (size := self.engine.model_config.get_vocab_size()):
-            raise ConfigError(f"algorithm.topk.k={support}: the vocabulary of {model.path} has {size} tokens; lower it")
         self.version = -1  # of the weights that serve; -1: as loaded from disk
         self.engine.set_weight_version(str(self.version))
         self._finished: dict[str, asyncio.Future] = {}  # request id -> its output
@@ -126,7 +118,7 @@ class Rollout:
         outputs = [complete(output) for output in await asyncio.gather(*futures)]
         asked = [prompt for prompt in prompts for _ in range(order.group_size)]
         trajectories = [trajectory(prompt, output) for prompt, output in zip(asked, outputs, strict=True)]
-        support_ids = np.concatenate([top_tokens(output, self.support) for output in outputs])
+        support_ids = np.concatenate([top_tokens(output, order.support) for output in outputs])
         batch = RolloutBatch.pack(prompts, order.group_size, trajectories, self.source, support_ids)
         return chunk_header(batch, time.monotonic() - started), batch
 
@@ -153,7 +145,7 @@ class Rollout:
             temperature=order.temperature,
             max_tokens=order.max_new_tokens,
             seed=None if order.temperature == 0 else sample_seed(order.seed, prompt.uid, index),
-            logprobs=self.support,  # so many besides the drawn token's own
+            logprobs=order.support,  # so many besides the drawn token's own
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
