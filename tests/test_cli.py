@@ -15,7 +15,7 @@ from hybridrl.cli import hydra_flags, main
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
-from hybridrl.models.loading import load_model
+from hybridrl.models.loading import load_model, load_value_head
 from tests.test_run_directory import STATE, settings_of, start
 
 # -- export ----------------------------------------------------------------------------------------------------------
@@ -31,6 +31,7 @@ def test_a_checkpoint_is_exported_with_equal_weights_in_the_models_dtype(tmp_pat
     weights = dict(loaded.named_parameters())
     assert weights.keys() == trained.keys()
     assert all(torch.equal(weights[name], trained[name].bfloat16()) for name in trained)
+    assert torch.equal(load_value_head(str(folder), setting="path"), torch.full((1, 128), 0.75))
     assert main(["export", str(tmp_path)]) == 0, "again replaces it"
 
 
@@ -40,7 +41,7 @@ def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
     model = load_model("builtin:countdown-student")
     weights = {name: (p.detach() * 1.25).contiguous() for name, p in model.named_parameters()}
     tensors = {f"{part}/{name}": t.clone() for name, t in weights.items() for part in ("master", "exp_avg", "exp_avg_sq")}
-    tensors["master/value_head.weight"] = torch.zeros(1, 128)
+    tensors["master/value_head.weight"] = torch.full((1, 128), 0.75)
     with run_directory(settings) as folder:
         find_checkpoint(settings, folder)
         Checkpointer(folder, keep=2).save(STATE, lambda to: save_file(tensors, Path(to) / "learner.safetensors"))

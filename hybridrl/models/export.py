@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybridrl.errors import CheckpointError
+from hybridrl.models.loading import VALUE_HEAD, VALUE_HEAD_FILE
 
 MASTER = "master/"
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, chat template, generation settings
@@ -23,7 +24,8 @@ def export(state: Mapping[str, torch.Tensor | NDArray[np.generic]], source: Path
     """Write `state` with everything else of the model it was trained from; the folder appears whole or not at all.
 
     Args:
-        state: every parameter by its Hugging Face name, on CPU; dtypes are kept. Tied names may be left out.
+        state: every parameter by its Hugging Face name, on CPU; dtypes are kept. Tied names may be left out. A value
+            head comes with the others and goes to a file of its own, which only loading.load_value_head reads.
         source: the folder that training started from (loading.resolve).
         folder: replaced if it exists.
 
@@ -35,6 +37,7 @@ def export(state: Mapping[str, torch.Tensor | NDArray[np.generic]], source: Path
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     _check(tensors, config)
+    value_head = tensors.pop(VALUE_HEAD, None)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -44,9 +47,10 @@ def export(state: Mapping[str, torch.Tensor | NDArray[np.generic]], source: Path
                     shutil.copy(path, unfinished)
         config.dtype = next(iter(tensors.values())).dtype
         config.save_pretrained(unfinished)
-        save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
-        (unfinished / "model.safetensors").chmod(0o644)  # safetensors and mkdtemp make files for their owner alone
-        unfinished.chmod(0o755)
+        _save(tensors, unfinished / "model.safetensors")
+        if value_head is not None:
+            _save({VALUE_HEAD: value_head}, unfinished / VALUE_HEAD_FILE)
+        unfinished.chmod(0o755)  # mkdtemp makes it for its owner alone
         _swap(unfinished, folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -56,17 +60,25 @@ def export(state: Mapping[str, torch.Tensor | NDArray[np.generic]], source: Path
 def master_weights(path: Path, dtype: str) -> dict[str, torch.Tensor]:
     """The student's parameters of a learner.safetensors, by name, rounded from fp32 to `dtype` as the learner's own are.
 
-    Optimizer moments are not read; the value head, which is no part of the language model, is left out.
+    Optimizer moments are not read. A value head, where the run has one, is among them.
     """
     with safe_open(path, framework="pt") as file:
-        names = [key for key in file.keys() if key.startswith(MASTER) and key != f"{MASTER}value_head.weight"]  # noqa: SIM118 (not a dict)
+        names = [key for key in file.keys() if key.startswith(MASTER)]  # noqa: SIM118 (not a dict)
         return {key.removeprefix(MASTER): file.get_tensor(key).to(getattr(torch, dtype)) for key in names}
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files for their owner alone
 
 
 def _check(tensors: dict[str, torch.Tensor], config: AutoConfig) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     wanted = {name: p.shape for name, p in model.named_parameters()}  # tied parameters appear once
+    if VALUE_HEAD in tensors:
+        wanted[VALUE_HEAD] = torch.Size([1, config.get_text_config().hidden_size])
     problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
     problems += [

@@ -13,6 +13,7 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -81,6 +82,25 @@ def load_output_head(path: str, dtype: str, revision: str | None = None) -> Tens
             if name is not None:
                 return tensors.get_tensor(name).to(getattr(torch, dtype))
     return load_model(path, dtype, revision).get_output_embeddings().weight.detach()
+
+
+VALUE_HEAD = "value_head.weight"
+VALUE_HEAD_FILE = Path("value_head", "model.safetensors")
+"""In a folder of its own: engines take every *.safetensors beside config.json for a part of the language model."""
+
+
+def load_value_head(path: str, *, setting: str) -> Tensor:
+    """[1, H] float32, the value head that a run exported with its model, on CPU.
+
+    Raises:
+        ConfigError: there is no such folder, or no value head in it.
+    """
+    remedy = "give the export/step_NNNNNN of a run with algorithm=reward_model"
+    if not Path(path).is_dir():
+        raise ConfigError(f"{setting}={path}: there is no such folder; {remedy}")
+    if not (Path(path) / VALUE_HEAD_FILE).is_file():
+        raise ConfigError(f"{setting}={path}: holds no value head, {VALUE_HEAD_FILE}; {remedy}")
+    return load_file(Path(path) / VALUE_HEAD_FILE)[VALUE_HEAD].float()
 
 
 def head_rows(path: str, revision: str | None = None) -> int:

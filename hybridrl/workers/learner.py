@@ -28,7 +28,7 @@ from hybridrl.data.scored import join, select_groups
 from hybridrl.data.shards import micro_batches
 from hybridrl.errors import CheckpointError, ConfigError, NonFiniteError
 from hybridrl.models.export import export
-from hybridrl.models.loading import load_model, resolve
+from hybridrl.models.loading import VALUE_HEAD, load_model, resolve
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, LearnerView, Signal, moments, no_credit
 from hybridrl.objectives.hybrid import teacher_weight
@@ -67,7 +67,7 @@ class Learner:
         student = Student(self.model, head_rule(settings), with_value=Signal.learner_values in make_objective(settings).signals)
         self.parameters = dict(self.model.named_parameters())  # by the names that checkpoints use
         if student.value_head is not None:
-            self.parameters["value_head.weight"] = student.value_head.weight
+            self.parameters[VALUE_HEAD] = student.value_head.weight
         optimizer = torch.optim.AdamW(
             student.parameters(), lr=settings.train.lr, betas=tuple(settings.train.betas), weight_decay=settings.train.weight_decay
         )
@@ -224,11 +224,14 @@ class Learner:
         self.sender.send_weights()
 
     def export(self, folder: str) -> None:
-        """Write the student as a Hugging Face folder (rank 0)."""
+        """Write the student as a Hugging Face folder (rank 0), with its value head where the run has one."""
         state: dict[str, Tensor] = {}
         for name, weight in self.stream:
             if self.rank == 0 and name in self.parameters:  # without the repeated tied head
                 state[name] = weight.cpu().clone()
+        if VALUE_HEAD in self.parameters:
+            with self._gather([self.parameters[VALUE_HEAD]]):
+                state[VALUE_HEAD] = self.parameters[VALUE_HEAD].detach().cpu().clone()
         if self.rank == 0:
             export(state, resolve(self.settings.model.path, self.settings.model.revision), Path(folder))
 
