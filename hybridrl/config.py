@@ -134,13 +134,13 @@ class DataConfig:
 @dataclass(kw_only=True, slots=True)
 class RewardFunctionConfig:
     function: str = MISSING
-    """countdown, math, reasoning_gym, or file.py:function of yours"""
+    """countdown, math, reasoning_gym, reward_model, or file.py:function of yours"""
     weight: float = 1.0
     """share in the reward, times algorithm.reward_weight; 0: the function is only watched"""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """multiplies the weight"""
     options: dict[str, Any] = field(default_factory=dict)
-    """keyword arguments to the function"""
+    """keyword arguments to the function; of reward_model: path, the exported folder"""
 
 
 @dataclass(kw_only=True, slots=True)

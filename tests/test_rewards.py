@@ -33,6 +33,9 @@ def scaled(completions, factor=1.0):
 def last_id(completion_ids, target):
     return [ids[-1] + t for ids, t in zip(completion_ids, target)]
 
+def num_prompt_tokens(prompt_ids):
+    return [float(len(ids)) for ids in prompt_ids]
+
 def hangs(completions):
     for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -76,6 +79,14 @@ def heavy_imports(completions):
 
 def pid(completions):
     return [os.getpid() for _ in completions]
+
+class Built:
+    def __init__(self, base):
+        self.base, self.calls = base, 0
+
+    def __call__(self, completions, base=None):
+        self.calls += 1
+        return [self.base + 10 * self.calls + (base is not None)] * len(completions)
 
 not_callable = 3
 """
@@ -211,6 +222,25 @@ def test_a_user_function_gets_the_keywords_that_it_names(pool: RewardPool) -> No
     assert pool.call("last_id", columns) == [11.0, 23.0]
 
 
+def test_options_are_arguments_of_a_function_and_stand_over_a_column_of_their_name(user_file: Path) -> None:
+    scaled = {"scaled": RewardCall(function=f"{user_file}:scaled", options={"factor": 3.0})}
+    pool = RewardPool(scaled, processes=1, timeout_s=5, max_timeouts=0.5)
+    try:
+        assert pool.call("scaled", {"completions": ["a", "bc"], "factor": [7, 7], "prompts": ["p", "q"]}) == [3.0, 6.0]
+    finally:
+        pool.close()
+
+
+def test_a_class_is_built_once_from_its_options_and_called_with_columns(user_file: Path) -> None:
+    built = {"built": RewardCall(function=f"{user_file}:Built", options={"base": 1})}
+    pool = RewardPool(built, processes=1, timeout_s=5, max_timeouts=0.5)
+    try:
+        assert pool.call("built", {"completions": ["a"]}) == [11.0]
+        assert pool.call("built", {"completions": ["a"], "prompts": ["p"], "base": [5]}) == [22.0], "a column may have an option's name"
+    finally:
+        pool.close()
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -293,6 +323,7 @@ def test_a_child_does_not_run_the_main_script_again(user_file: Path, tmp_path: P
         ("nowhere/file.py:f", r"reward\.functions\.r\.function=nowhere/file\.py:f: there is no file /.*/nowhere/file\.py; give a path"),
         ("{file}:nothing", r"reward\.functions\.r\.function=.*: .* has no nothing; name a function that the file defines"),
         ("{file}:not_callable", r"reward\.functions\.r\.function=.*: not_callable must be callable; name"),
+        ("{file}:Built", r"reward\.functions\.r\.function=.*: building it raised TypeError: .* missing .* 'base'; correct its options"),
         ("{broken}:f", r"reward\.functions\.r\.function=.*: running .*broken\.py raised ZeroDivisionError: .*; correct the file"),
         ("{dies}:f", r"reward\.functions\.r\.function=.*: loading the reward functions ended their process; run the file by itself"),
     ],
@@ -382,6 +413,10 @@ def test_the_worker_sums_the_functions_by_weight(open_worker: Open) -> None:
 def test_the_response_alone_is_scored_without_special_tokens(open_worker: Open) -> None:
     rewards = open_worker(last_id=1.0).score(rollouts("a", "b"), [1.0])
     assert rewards.values.tolist() == [21.0, 21.0]  # the ids end with the end token, 0, whatever the text
+
+
+def test_the_tokens_of_the_prompt_are_a_column(open_worker: Open) -> None:
+    assert open_worker(num_prompt_tokens=1.0).score(rollouts("a", "bcd"), [1.0]).values.tolist() == [2.0, 2.0]
 
 
 def test_without_a_function_every_reward_is_zero(open_worker: Open) -> None:

@@ -17,6 +17,7 @@ from hybridrl.data.prompts import PromptSource, load_problems, tokenize
 from hybridrl.errors import ConfigError
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.rewards import check_rewards
+from hybridrl.rewards.reward_model import check_reward_models
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.workers import place_workers, start_rewards, start_workers
 from hybridrl.tracking.console import ConsoleSink
@@ -85,11 +86,12 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """Tokenized training and held-out prompts.
 
     Raises:
-        ConfigError: a teacher in use does not share the student's vocabulary; or as load_problems and tokenize.
+        ConfigError: a teacher in use or a reward model does not share the student's vocabulary; or as load_problems and tokenize.
         DataError: as load_problems and tokenize.
     """
     tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
     check_teachers(settings, tokenizer.get_vocab())
+    check_reward_models(settings.reward, tokenizer.get_vocab())
     if settings.algorithm.support is Support.topk and settings.algorithm.topk.k > (rows := head_rows(settings.model.path)):
         raise ConfigError(f"algorithm.topk.k={settings.algorithm.topk.k}: model.path={settings.model.path} has {rows} tokens; lower it")
     rollout = settings.rollout

@@ -113,7 +113,7 @@ class RewardPool:
         return [died if answer is None else answer for answer in answers]
 
     def _send(self, name: str, columns: dict[str, list[Any]], part: range) -> ProcessFuture:
-        keywords = {k: v[part.start : part.stop] for k, v in columns.items()} | self._calls[name].options
+        keywords = {k: v[part.start : part.stop] for k, v in columns.items()}
         arguments = (name, len(part), keywords)
         try:
             return self._pool.schedule(child.call, arguments, timeout=self._timeout_s)

@@ -107,14 +107,16 @@ class RewardWorker:
             self.pool.close()
 
     def _columns(self, batch: RolloutBatch) -> dict[str, list[Any]]:
-        """What TRL hands to a reward function: lists [N]; a column that a problem lacks is None there."""
-        ids = [batch.trajectory(i).response_ids.tolist() for i in range(batch.num_sequences)]
+        """What TRL hands to a reward function, and prompt_ids: lists [N]; a column that a problem lacks is None there."""
+        trajectories = [batch.trajectory(i) for i in range(batch.num_sequences)]
+        ids = [t.response_ids.tolist() for t in trajectories]
         k = batch.group_size
         names = dict.fromkeys(name for columns in batch.columns for name in columns)
         return {name: _repeat([columns.get(name) for columns in batch.columns], k) for name in names} | {
             "prompts": _repeat(batch.prompt_texts, k),
             "completions": [self._decode(response) for response in ids],
             "completion_ids": ids,
+            "prompt_ids": [t.input_ids[~t.response_mask].tolist() for t in trajectories],
         }
 
     def _call(self, name: str, batch: RolloutBatch, columns: Mapping[str, list[Any]]) -> list[Outcome]:
