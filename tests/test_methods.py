@@ -14,6 +14,7 @@ from hybridrl.controller.checkpoint import Checkpointer
 from hybridrl.controller.controller import Controller
 from hybridrl.controller.run import prepare_prompts
 from hybridrl.data.prompts import PromptSource
+from hybridrl.models.loading import load_value_head
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.workers import Workers, place_workers, start_rewards, start_workers
 from hybridrl.tracking.sink import Sinks
@@ -116,3 +117,10 @@ def test_each_method_steps_in_the_running_graph(methods: Methods, preset: str):
     controller = methods.controller(methods.settings(preset))
     assert_steps(controller)
     assert controller.evaluate()["eval/accuracy"] >= 0
+
+
+def test_the_running_learner_exports_its_value_head(methods: Methods):
+    folder = methods.folder / "exported"
+    methods.workers.learner.export(str(folder))
+    head = load_value_head(str(folder), setting="path")
+    assert head.shape == (1, 128) and (folder / "config.json").is_file()
