@@ -172,6 +172,8 @@ class Rewards:
     parts: Float  # [P, N] each function's own value; NaN where it failed
     errors: Bool  # [N] some function failed or timed out
     keep: Bool  # [N] False: on_error=drop_group took the sequence's whole group out of training
+    compressed: Float  # [N] bytes of the text after zlib over before; NaN where there is no text
+    repeated: Float  # [N] share of its 4-grams of tokens that it had before; NaN below 4 tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,23 +264,10 @@ class UpdatePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerStats:
-    """Global sums and norms of one optimizer step, equal on every rank. learner -> controller."""
+    """What one optimizer step measured, over the global batch and equal on every rank. learner -> controller."""
 
-    loss: float  # surrogate loss per token
-    grad_norm: float  # of the parameters, before clipping
-    dense_norm: float  # of the dense term's logit gradient, root of the global sum of squares
-    sparse_norm: float  # of the sparse term's logit gradient
-    kl_token: float  # mean over response tokens of sum_i w_i KL(p || q_i), full vocabulary
-    kl_sequence: float  # mean over sequences of the summed per-token KL
-    entropy: float  # mean over response tokens, nats
-    kl_sampled: float  # mean of the weighted log p(y) - log q(y); NaN where nobody scored y
-    bounded_frac: float  # response tokens on which a bound of the ratio was active
-    value_loss: float  # half the mean squared error of the value head; 0 without one
-    rho_mean: float  # mean of exp(logprob - rollout_logprob)
-    logprob_gap: float  # mean of |logprob - rollout_logprob|, nats
-    ess: float  # effective sample fraction, (sum rho)^2 / (n sum rho^2)
+    metrics: dict[str, float]  # by their keys in the step's row; those that nothing was measured for are absent
     learn_s: float  # the rank's own clock
-    diagnostics: dict[str, float]  # metrics of the steps that UpdatePlan.diagnose marks; empty on others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,6 +37,8 @@ def make_rewards(batch: RolloutBatch, values: Sequence[float], keep: Sequence[bo
         parts=np.array([values], np.float32),
         errors=np.isnan(values),
         keep=np.ones(n, bool) if keep is None else np.array(keep),
+        compressed=np.full(n, np.nan, np.float32),
+        repeated=np.full(n, np.nan, np.float32),
     )
 
 

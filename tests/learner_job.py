@@ -72,8 +72,9 @@ class Job:
         if self.rank == 0:
             weights.pop("lm_head.weight")
             save_file(weights, self.folder / f"{case}.safetensors")
-            result = {"loss": [s.loss for s in stats], "grad_norm": [s.grad_norm for s in stats], "digest": manifest.digest}
-            result |= {"gap": [s.logprob_gap for s in stats]} | more
+            column = lambda key: [s.metrics[key] for s in stats]  # noqa: E731
+            result = {"loss": column("train/loss"), "grad_norm": column("train/grad_norm")}
+            result |= {"digest": manifest.digest, "metrics": [s.metrics for s in stats]} | more
             (self.folder / f"{case}.json").write_text(json.dumps(result))
 
     def two_steps(self, case: str, chunks: list[Chunk], groups: tuple, num_micro_batches: int, *overrides: str, num_groups: int = 4):
@@ -88,7 +89,7 @@ class Job:
         learner = self.learner(*overrides)
         shard, plan = Shard(num_chunks=1, num_teachers=1, groups=groups), plan_for(0, num_micro_batches, diagnose=True)
         stats = learner.update(plan, shard, *chunk_of(0, 4))
-        self.report(case, learner, [stats], diagnostics=stats.diagnostics)
+        self.report(case, learner, [stats])
 
     def resume(self, case: str, learner, shard: Shard, values: list, num_micro_batches: int, *overrides: str) -> None:
         """Save, step on; then load into a new learner and take the same step."""

@@ -419,6 +419,13 @@ def test_the_tokens_of_the_prompt_are_a_column(open_worker: Open) -> None:
     assert open_worker(num_prompt_tokens=1.0).score(rollouts("a", "bcd"), [1.0]).values.tolist() == [2.0, 2.0]
 
 
+def test_the_worker_tells_how_much_a_response_repeats_itself(open_worker: Open) -> None:
+    rewards = open_worker().score(rollouts("abcabcabc", "ab"), [])
+    assert rewards.repeated[0] == np.float32(3 / 7)  # abca, bcab and cabc come twice among seven, with the end token
+    assert np.isnan(rewards.repeated[1]), "three tokens have no 4-gram"
+    assert rewards.compressed[0] > 1, "zlib's header is longer than nine letters"
+
+
 def test_without_a_function_every_reward_is_zero(open_worker: Open) -> None:
     worker = open_worker()
     rewards = worker.score(rollouts("a", "b"), [])

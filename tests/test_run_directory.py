@@ -288,7 +288,10 @@ def rewards_of(*parts: list[float]) -> Rewards:
     values = np.array(parts, np.float32).reshape(len(parts), -1) if parts else np.zeros((0, 2), np.float32)
     no = np.zeros(values.shape[1], bool)
     names = tuple(f"r{i}" for i in range(len(parts)))
-    return Rewards(uids=("a", "b"), values=values.sum(axis=0), part_names=names, parts=values, errors=no, keep=~no)
+    unread = np.full(len(no), np.nan, np.float32)
+    return Rewards(
+        uids=("a", "b"), values=values.sum(axis=0), part_names=names, parts=values, errors=no, keep=~no, compressed=unread, repeated=unread
+    )
 
 
 SAMPLES = [Sample(step=0, uid="a", prompt="3=", response="3", reward=0.0, finish_reason=FinishReason.stop)]

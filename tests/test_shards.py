@@ -83,8 +83,7 @@ def sequences(scores: TokenScores = SCORES, groups: Sequence[int] = (0, 1), teac
     """What a rank with these groups makes of the batch, every token of weight 0.25."""
     scored = ScoredBatch(rollout=BATCH, scores=(scores,), rewards=make_rewards(BATCH, [0.0] * 4))
     rows = [r for g in groups for r in range(3 * g, 3 * g + 3)]  # both groups have three response tokens
-    columns = {"value_slope": -SPARSE[rows], "imitation_cost": SPARSE[rows], "value_error": SPARSE[rows]}
-    credit = Credit(token_weight=torch.full((len(rows),), 0.25), sparse=SPARSE[rows], **columns)
+    credit = Credit(token_weight=torch.full((len(rows),), 0.25), sparse=SPARSE[rows], value_slope=-SPARSE[rows], watched={})
     weights = torch.tensor(teacher_weights)[[n for g in groups for n in (2 * g, 2 * g + 1)]]
     return train_sequences(select_groups(scored, groups), credit, [weights])
 

@@ -218,7 +218,7 @@ class Production:
     @torch.no_grad()
     def _view(self, batch: ScoredBatch) -> LearnerView:
         nothing = torch.zeros(int(batch.rollout.response_lengths.sum()), dtype=torch.float64)
-        zero = Credit(token_weight=nothing, sparse=nothing, value_slope=nothing, imitation_cost=nothing, value_error=nothing)
+        zero = Credit(token_weight=nothing, sparse=nothing, value_slope=nothing, watched={})
         micro = collate(train_sequences(batch, zero, [torch.zeros(batch.rollout.num_sequences)] * len(batch.scores)))
         logprobs, values = self._forward(micro, self._terms(micro, [zero]), self._slopes(micro, [zero]), Look.view)
         kind = torch.from_numpy(np.zeros(0, self.dtype)).dtype

@@ -80,7 +80,7 @@ class Controller:
         row = {
             "train/step": float(self.steps_done),
             **reward_metrics(rewards),
-            **rollout_metrics(headers, plan.step),
+            **rollout_metrics(headers, rewards, plan.step),
             **score_metrics(score_headers),
             **learner_metrics(plan, stats),
             "transfer/bytes_weights": float(weight_bytes),
@@ -209,10 +209,10 @@ class Controller:
             )
 
     def _check_logprob_gap(self, stats: LearnerStats) -> None:
-        limit = self.settings.rollout.max_logprob_gap
-        if not stats.logprob_gap <= limit:
+        gap, limit = stats.metrics.get("policy/logprob_gap", 0.0), self.settings.rollout.max_logprob_gap
+        if not gap <= limit:
             raise WeightSyncError(
-                f"step {self.steps_done}: sampler and learner differ by {stats.logprob_gap:.3g} nats per token, "
+                f"step {self.steps_done}: sampler and learner differ by {gap:.3g} nats per token, "
                 f"rollout.max_logprob_gap is {limit:g}; "
                 "the engines do not run the learner's weights, or not in the learner's precision"
             )

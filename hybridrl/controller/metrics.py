@@ -1,64 +1,75 @@
-"""One flat row per step, from headers and scalars alone. Every key is documented in the README's metric table."""
+"""One flat row per step, from headers and scalars alone. Every key is explained in hybridrl.tracking.glossary."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from hybridrl.choices import Source
 from hybridrl.types import ChunkHeader, LearnerStats, Rewards, ScoreHeader, UpdatePlan
+
+PASS_MARK = 0.5
+"""A response passes with a reward above it, as with a reward of 0 or 1."""
 
 
 def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
-    """Mean, standard error over sequences, error rate, and each function's own mean."""
-    values = np.concatenate([r.values for r in rewards])
-    errors = np.concatenate([r.errors for r in rewards])
+    """Of the responses that reward functions have scored; nothing where there is none."""
+    scored = [r for r in rewards if r.part_names]
+    if not scored:
+        return {}
+    values, errors = (np.concatenate([getattr(r, name) for r in scored]) for name in ("values", "errors"))
     sound = values[~errors]
+    k = len(scored[0].values) // len(scored[0].uids)
+    groups = values.reshape(-1, k)[~errors.reshape(-1, k).any(axis=1)]  # [G, K] without failed calls
     row = {
-        "reward/mean": float(sound.mean()) if len(sound) else float("nan"),
+        "reward/mean": _mean(sound),
         "reward/stderr": float(sound.std(ddof=1) / np.sqrt(len(sound))) if len(sound) > 1 else float("nan"),
         "reward/error_rate": float(errors.mean()),
+        "reward/pass_at_k": _mean((groups > PASS_MARK).any(axis=1)),
+        "reward/equal_groups_frac": _mean(groups.max(axis=1) == groups.min(axis=1)),
     }
-    for k, name in enumerate(rewards[0].part_names):
-        parts = np.concatenate([r.parts[k] for r in rewards])
-        row[f"reward/{name}/mean"] = float(np.nanmean(parts)) if np.isfinite(parts).any() else float("nan")
+    for i, name in enumerate(scored[0].part_names):
+        row[f"reward/{name}/mean"] = _mean(np.concatenate([r.parts[i] for r in scored]))
     return row
 
 
-def rollout_metrics(headers: Sequence[ChunkHeader], version: int) -> dict[str, float]:
-    lengths = np.concatenate([h.response_lengths for h in headers])
-    tokens = [int(h.response_lengths.sum()) for h in headers]
-    sampled_by = np.average([h.mean_policy_version for h in headers], weights=np.maximum(tokens, 1))
-    return {
+def rollout_metrics(headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], version: int) -> dict[str, float]:
+    """Of all responses; staleness of those that the student sampled; version: of the weights that learn."""
+    lengths, truncated, aborted = (
+        np.concatenate([getattr(h, name) for h in headers]) for name in ("response_lengths", "truncated", "aborted")
+    )
+    row = {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_p95": float(np.percentile(lengths, 95)),
-        "rollout/truncated_frac": float(np.concatenate([h.truncated for h in headers]).mean()),
-        "policy/staleness_mean": float(version - sampled_by),
+        "rollout/length_max": float(lengths.max()),
+        "rollout/truncated_frac": float(truncated.mean()),
+        "rollout/eos_frac": float((~truncated & ~aborted).mean()),
         "transfer/bytes_rollout": float(sum(h.nbytes for h in headers)),
     }
+    for key, name in {"rollout/compressed": "compressed", "rollout/repeated": "repeated"}.items():
+        if np.isfinite(mean := _mean(np.concatenate([getattr(r, name) for r in rewards]))):
+            row[key] = mean
+    if own := [h for h in headers if h.source is Source.student and h.response_lengths.any()]:
+        sampled_by = np.average([h.mean_policy_version for h in own], weights=[h.response_lengths.sum() for h in own])
+        row["policy/staleness_mean"] = float(version - sampled_by)
+        row["policy/staleness_max"] = float(version - min(h.min_policy_version for h in own))
+    return row
 
 
 def learner_metrics(plan: UpdatePlan, stats: LearnerStats) -> dict[str, float]:
     return {
-        "train/loss": stats.loss,
-        "train/grad_norm": stats.grad_norm,
         "train/lr": plan.lr,
         "train/tokens": float(plan.num_tokens),
-        "grad/dense_norm": stats.dense_norm,
-        "grad/sparse_norm": stats.sparse_norm,
         "schedule/lambda": plan.reward_weight,
         "schedule/imitation": float(sum(plan.teacher_weights)),
-        "kl/token": stats.kl_token,
-        "kl/sequence": stats.kl_sequence,
-        "entropy/token": stats.entropy,
-        **({"kl/sampled": stats.kl_sampled} if math.isfinite(stats.kl_sampled) else {}),
-        "value/loss": stats.value_loss,
-        "policy/bounded_frac": stats.bounded_frac,
-        "policy/rho_mean": stats.rho_mean,
-        "policy/ess": stats.ess,
-        "policy/logprob_gap": stats.logprob_gap,
-        **stats.diagnostics,
+        **stats.metrics,
     }
 
 
 def score_metrics(headers: Sequence[ScoreHeader]) -> dict[str, float]:
     return {"transfer/bytes_scores": float(sum(h.nbytes for h in headers))}
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of the finite ones; NaN of none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybridrl.choices import Source
 from hybridrl.objectives.credit import Credit
 from hybridrl.types import ScoredBatch
 
@@ -31,6 +32,7 @@ class TrainSequence:
     sparse: np.ndarray  # [r] float32, cost minus baseline
     value_slope: np.ndarray  # [r] float32
     teachers: tuple[TeacherColumns, ...]
+    source: Source  # who wrote the response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,7 @@ class MicroBatch:
     value_slope: Tensor  # [R] float32
     rollout_logprobs: Tensor  # [R] float32
     teachers: tuple[TeacherColumns, ...]  # R rows each
+    sources: tuple[Source, ...]  # [B]
 
 
 def train_sequences(batch: ScoredBatch, credit: Credit, teacher_weights: Sequence[Tensor]) -> list[TrainSequence]:
@@ -78,6 +81,7 @@ def train_sequences(batch: ScoredBatch, credit: Credit, teacher_weights: Sequenc
                 sparse=sparse[row],
                 value_slope=slope[row],
                 teachers=teachers,
+                source=rollout.source,
             )
         )
     return sequences
@@ -102,6 +106,7 @@ def collate(sequences: Sequence[TrainSequence]) -> MicroBatch:
         value_slope=column("value_slope"),
         rollout_logprobs=column("rollout_logprobs"),
         teachers=tuple(stack_teachers(columns) for columns in zip(*(s.teachers for s in sequences), strict=True)),
+        sources=tuple(s.source for s in sequences),
     )
 
 
@@ -125,6 +130,7 @@ def idle_sequence(teachers: Sequence[TeacherColumns]) -> TrainSequence:
         sparse=zero,
         value_slope=zero,
         teachers=tuple(teachers),
+        source=Source.student,
     )
 
 

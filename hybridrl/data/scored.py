@@ -34,6 +34,7 @@ def select_groups(batch: ScoredBatch, groups: Sequence[int]) -> ScoredBatch:
         rewards=replace(
             batch.rewards, uids=pick(batch.rewards.uids), values=batch.rewards.values[sequences], parts=batch.rewards.parts[:, sequences],
             errors=batch.rewards.errors[sequences], keep=batch.rewards.keep[sequences],
+            compressed=batch.rewards.compressed[sequences], repeated=batch.rewards.repeated[sequences],
         ),
     )  # fmt: skip
 

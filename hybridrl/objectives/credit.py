@@ -1,6 +1,6 @@
 """What an objective gives each response token before the head pass, and what it may ask for first."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
@@ -39,8 +39,7 @@ class Credit:
     token_weight: Tensor  # [R] 1/normaliser, times the sequence's ratio; 0 takes the token out
     sparse: Tensor  # [R] cost minus baseline, multiplies grad log p(y)
     value_slope: Tensor  # [R] d loss / d value, token_weight included; 0 without a value head
-    imitation_cost: Tensor  # [R] sum_i w_i (log p(y) - log q_i(y)); NaN where nobody scored y
-    value_error: Tensor  # [R] value minus return; 0 without a value head
+    watched: Mapping[str, Tensor]  # metric -> the numbers, of any shape, of which a step's row has the mean or maximum
 
     def standardised(self, mean: Tensor, std: Tensor) -> "Credit":
         return replace(self, sparse=(self.sparse - mean) / (std + 1e-8))
@@ -66,7 +65,7 @@ def moments(credits: Sequence[Credit]) -> Tensor:
 def no_credit(batch: ScoredBatch) -> Credit:
     """Nothing is learned from any token."""
     zero = torch.zeros(int(batch.rollout.response_lengths.sum()))
-    return Credit(token_weight=zero, sparse=zero, value_slope=zero, imitation_cost=zero, value_error=zero)
+    return Credit(token_weight=zero, sparse=zero, value_slope=zero, watched={})
 
 
 def response_grid(batch: RolloutBatch) -> Tensor:

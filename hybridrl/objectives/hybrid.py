@@ -92,8 +92,7 @@ class HybridObjective:
             token_weight=weight,
             sparse=torch.where(live, sparse, 0.0),
             value_slope=self.config.value.loss_weight * weight * error,
-            imitation_cost=cost,
-            value_error=error,
+            watched={"kl/sampled": cost[live & cost.isfinite()]} | ({"value/loss": error[live].square() / 2} if has_values else {}),
         )
 
     def token_weight(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Tensor:

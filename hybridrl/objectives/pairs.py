@@ -38,19 +38,35 @@ class PairObjective:
         slope[chosen], slope[rejected] = gradient.d_chosen, gradient.d_rejected
         weight = torch.zeros_like(slope)
         weight[chosen] = weight[rejected] = 1.0 / max(plan.num_groups, 1)
-        return self._per_token(batch, slope, weight)
+        watched = self._watched(gradient, learner, rollout, chosen, rejected)
+        return self._per_token(rollout, slope, weight, watched)
 
-    def _per_token(self, batch: ScoredBatch, slope: Tensor, weight: Tensor) -> Credit:
-        rollout = batch.rollout
+    def _per_token(self, rollout: RolloutBatch, slope: Tensor, weight: Tensor, watched: dict[str, Tensor]) -> Credit:
         weights, slopes = per_token(weight, rollout), per_token(slope, rollout)
-        unscored = torch.full_like(slopes, torch.nan)
+        still = torch.zeros_like(slopes)
         if not self.scores_by_value:
-            still = torch.zeros_like(slopes)
-            return Credit(token_weight=weights, sparse=slopes, value_slope=still, imitation_cost=unscored, value_error=still)
+            return Credit(token_weight=weights, sparse=slopes, value_slope=still, watched=watched)
         last = last_tokens(rollout)  # the reward model's score is its value at the end
         value_slope = torch.where(last, weights * slopes, 0.0)
-        still = torch.zeros_like(slopes)
-        return Credit(token_weight=weights, sparse=still, value_slope=value_slope, imitation_cost=unscored, value_error=still)
+        return Credit(token_weight=weights, sparse=still, value_slope=value_slope, watched=watched)
+
+    def _watched(
+        self, gradient: PairGradient, learner: LearnerView, rollout: RolloutBatch, chosen: Tensor, rejected: Tensor
+    ) -> dict[str, Tensor]:
+        found = {
+            "pair/accuracy": gradient.margin > 0,
+            "pair/margin": gradient.margin,
+            "pair/chosen_score": gradient.chosen_score,
+            "pair/rejected_score": gradient.rejected_score,
+            "pair/score_max": torch.cat([gradient.chosen_score, gradient.rejected_score]).abs(),
+            "pair/clamped_frac": gradient.clamped,
+        }
+        if not self.scores_by_value:
+            mean_logp = sums(learner.logprobs, rollout) / torch.from_numpy(rollout.response_lengths.copy())
+            found |= {"pair/chosen_logprob": mean_logp[chosen], "pair/rejected_logprob": mean_logp[rejected]}
+        if Signal.teacher_logprobs in self.signals:  # the scores are log-ratios
+            found["pair/rejected_ratio"] = gradient.rejected_score.exp()
+        return found
 
     def pair_gradient(self, batch: ScoredBatch, learner: LearnerView, chosen: Tensor, rejected: Tensor) -> PairGradient:
         """The loss of each pair; chosen, rejected: [P] indices of sequences."""

@@ -53,6 +53,7 @@ class HeadStats:
     bounded: Tensor  # [R] bool, a bound of the ratio was active
     dense_sq: Tensor  # [] float64, squared norm of the dense part of dz
     sparse_sq: Tensor  # [] float64, squared norm of the sparse part of dz
+    dense_sparse: Tensor  # [] float64, inner product of the two parts
 
 
 def hybrid_head_loss(
@@ -77,7 +78,7 @@ def hybrid_head_loss(
     assert terms.token_ids.shape == terms.token_weight.shape == terms.sparse.shape == terms.sampler_logprobs.shape == (rows,), rows
     assert all(teacher.weight.shape == (rows,) for teacher in teachers), "one weight a token"
     loss, *stats = _HybridHead.apply(hidden, lm_head, teachers, terms, rule)
-    names = ("logprobs", "kl", "entropy", "bounded", "dense_sq", "sparse_sq")
+    names = ("logprobs", "kl", "entropy", "bounded", "dense_sq", "sparse_sq", "dense_sparse")
     return loss, HeadStats(**dict(zip(names, stats, strict=True)))
 
 
@@ -87,7 +88,7 @@ class _HybridHead(torch.autograd.Function):
         rows, wide = hidden.shape[0], softmax_dtype(hidden)
         logprobs, kl, entropy = (torch.zeros(rows, dtype=wide, device=hidden.device) for _ in range(3))
         bounded = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
-        sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)  # loss, dense_sq, sparse_sq
+        sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)  # loss, dense_sq, sparse_sq, dense_sparse
         d_hidden = torch.zeros_like(hidden)
         d_head = torch.zeros(lm_head.shape, dtype=wide, device=lm_head.device)
         for start in range(0, rows, rule.chunk):
@@ -114,11 +115,12 @@ class _HybridHead(torch.autograd.Function):
             sums[0] += torch.where(live, weight * (kl[at] + cost * logprobs[at]), 0.0).sum(dtype=torch.float64)
             sums[1] += dense.square().sum(dtype=torch.float64)
             sums[2] += sparse.square().sum(dtype=torch.float64)
+            sums[3] += torch.linalg.vecdot(dense, sparse).sum(dtype=torch.float64)
             d_logits = dense.add_(sparse).to(hidden.dtype)
             d_hidden[at] = d_logits @ lm_head.to(hidden.dtype)
             d_head += (d_logits.T @ hidden[at]).to(wide)
         ctx.save_for_backward(d_hidden, d_head.to(lm_head.dtype))
-        stats = (logprobs, kl, entropy, bounded, sums[1].clone(), sums[2].clone())
+        stats = (logprobs, kl, entropy, bounded, *sums[1:].clone())
         ctx.mark_non_differentiable(*stats)
         return (sums[0].to(wide), *stats)
 

@@ -128,6 +128,8 @@ class Estimator:
             parts=values[None],
             errors=np.zeros(len(values), bool),
             keep=np.ones(len(values), bool),
+            compressed=np.full(len(values), np.nan),
+            repeated=np.full(len(values), np.nan),
         )
         names = self.settings.scored_teachers
         scores = tuple(self.scores(name, mdp.teachers[i], rollout, at, tokens) for i, name in enumerate(names))

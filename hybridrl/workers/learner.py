@@ -35,7 +35,7 @@ from hybridrl.objectives.hybrid import teacher_weight
 from hybridrl.ops.head import TokenTerms
 from hybridrl.types import LearnerStats, Rewards, RolloutBatch, ScoredBatch, Shard, TokenScores, UpdatePlan, WeightManifest
 from hybridrl.workers.probe import gradient_geometry, teacher_distance
-from hybridrl.workers.stats import SUMS, credit_sums, learner_stats, micro_sums
+from hybridrl.workers.stats import Tally, batch_metrics, count_credits, count_micro
 from hybridrl.workers.student import HeadInputs, Look, Student, head_rule
 from hybridrl.workers.teachers import TeacherSide
 from hybridrl.workers.weights import WeightStream
@@ -107,18 +107,17 @@ class Learner:
         batches = scored_batches(shard, values)
         weights = [[teacher_weight(b, plan, k) for k in range(shard.num_teachers)] for b in batches]
         credits = self._credits(plan, batches, weights)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        tally = Tally(self.device)
         sequences = [s for b, c, w in zip(batches, credits, weights, strict=True) for s in train_sequences(b, c, w)]
         batches_of = self._micro_batches(sequences, plan.num_micro_batches)
         micros = [collate([sequences[i] for i in batch] if batch else [self._idle()]) for batch in batches_of]
         diagnostics = self._diagnostics(micros) if plan.diagnose else {}
         for micro in micros:
-            sums += self._backward(micro)
-        sums += credit_sums(credits)
-        dist.all_reduce(sums := sums.to(self.device))
-        totals = dict(zip(SUMS, sums.tolist(), strict=True))
-        if not np.isfinite(totals["loss"]):
-            raise NonFiniteError(f"step {plan.step}: loss is {totals['loss']}; nothing was stepped; lower train.lr or look at the rewards")
+            self._backward(micro, tally)
+        count_credits(tally, credits)
+        found = tally.reduced()
+        if not np.isfinite(loss := found["train/loss"]):
+            raise NonFiniteError(f"step {plan.step}: loss is {loss}; nothing was stepped; lower train.lr or look at the rewards")
         for group in self.engine.optimizer.param_groups:
             group["lr"] = plan.lr
         self.engine.step()
@@ -126,7 +125,7 @@ class Learner:
         if not np.isfinite(grad_norm):
             raise NonFiniteError(f"step {plan.step}: gradient norm is {grad_norm}; the last checkpoint is untouched")
         self.optimizer_steps += 1
-        return learner_stats(totals, plan, grad_norm, time.monotonic() - started, diagnostics)
+        return LearnerStats(metrics=batch_metrics(found, plan, grad_norm) | diagnostics, learn_s=time.monotonic() - started)
 
     def _credits(self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]) -> list[Credit]:
         """What the objective makes of this rank's groups, after the learner's own view of them where it asks for one."""
@@ -184,12 +183,12 @@ class Learner:
             value_slope=to(micro.value_slope),
         )
 
-    def _backward(self, micro: MicroBatch) -> Tensor:
-        """Forward and backward of one micro-batch; returns its part of SUMS."""
+    def _backward(self, micro: MicroBatch, tally: Tally) -> None:
+        """Forward and backward of one micro-batch, counted in `tally`."""
         loss, stats = self.engine(*self._inputs(micro).arguments(), Look.learn)
         # DeepSpeed averages gradients over ranks; the objective's normaliser is already global.
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
-        return micro_sums(loss.detach(), stats, micro)
+        count_micro(tally, loss, stats, micro)
 
     def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
         """What is too dear for every step."""
@@ -271,7 +270,7 @@ class Learner:
         """A step with zero gradient and zero learning rate: DeepSpeed creates Adam's state at the first step only."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = 0.0
-        self._backward(collate([self._idle()]))
+        self._backward(collate([self._idle()]), Tally(self.device))
         self.engine.step()
 
     def _set_weight(self, parameter: nn.Parameter, master: Tensor) -> None:

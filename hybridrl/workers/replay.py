@@ -36,7 +36,17 @@ class Replay:
         k = batch.group_size
         values = np.tile(np.linspace(1.0, 0.0, k, dtype=np.float32), len(batch.uids))
         sure = np.zeros(batch.num_sequences, bool)
-        return Rewards(uids=batch.uids, values=values, part_names=(), parts=np.zeros((0, len(values)), np.float32), errors=sure, keep=~sure)
+        unread = np.full_like(values, np.nan)
+        return Rewards(
+            uids=batch.uids,
+            values=values,
+            part_names=(),
+            parts=np.zeros((0, len(values)), np.float32),
+            errors=sure,
+            keep=~sure,
+            compressed=unread,
+            repeated=unread,
+        )
 
 
 def given(prompt: Prompt, response: Sequence[int]) -> Trajectory:

@@ -11,6 +11,7 @@ from hybridrl.config import RewardConfig
 from hybridrl.errors import RewardError
 from hybridrl.models.loading import load_tokenizer
 from hybridrl.rewards.pool import Failure, Outcome, RewardPool, reward_calls
+from hybridrl.rewards.repetition import compressed_share, repeated_share
 from hybridrl.types import Bool, Rewards, RolloutBatch, Sample
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class RewardWorker:
             parts=parts.astype(np.float32),
             errors=errors,
             keep=self._kept(errors, batch.group_size),
+            compressed=np.array([compressed_share(text) for text in columns["completions"]], np.float32),
+            repeated=np.array([repeated_share(ids) for ids in columns["completion_ids"]], np.float32),
         )
 
     def samples(self, batch: RolloutBatch, rewards: Rewards, step: int, count: int) -> tuple[Sample, ...]:

@@ -1,64 +1,128 @@
-"""What the learner adds up over micro-batches and ranks, and the global numbers made of it."""
+"""What the learner counts over micro-batches and ranks, and the metrics of the global batch made of it.
+
+Names with a slash are metrics, explained in hybridrl.tracking.glossary; the others are parts of some.
+"""
 
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from hybridrl.choices import Source
 from hybridrl.data.collate import MicroBatch
 from hybridrl.objectives.credit import Credit
 from hybridrl.ops.head import HeadStats
-from hybridrl.types import LearnerStats, UpdatePlan
+from hybridrl.types import UpdatePlan
 
-SUMS = (
-    "loss", "tokens", "kl", "entropy", "bounded", "rho", "rho_sq", "gap", "dense_sq", "sparse_sq", "kl_sampled", "value_sq",
+QUARTERS = 4
+SUMS = ("train/loss", "tokens", "dense_sq", "sparse_sq", "dense_sparse")
+MEANS = (
+    "kl/token", "kl/sampled", "entropy/token", "advantage/mean", "advantage_sq", "advantage/positive_frac", "value/loss",
+    "policy/rho_mean", "rho_sq", "policy/logprob_gap", "policy/kl_sampler", "policy/bounded_frac",
+    "pair/accuracy", "pair/margin", "pair/chosen_score", "pair/rejected_score", "pair/rejected_ratio", "pair/clamped_frac",
+    "pair/chosen_logprob", "pair/rejected_logprob",
+    *(f"{name}_q{q + 1}" for name in ("entropy/token", "advantage/abs") for q in range(QUARTERS)),
 )  # fmt: skip
+MAXIMA = ("advantage/max", "minus_advantage", "policy/rho_max", "policy/logprob_gap_max", "pair/score_max")
 
 
-def micro_sums(loss: Tensor, stats: HeadStats, micro: MicroBatch) -> Tensor:
-    """[len(SUMS)] float64 of one micro-batch; tokens of weight 0 count nowhere."""
-    live = (micro.token_weight > 0).to(stats.logprobs.device)
-    log_ratio = (stats.logprobs - micro.rollout_logprobs.to(stats.logprobs.device))[live].double()
+class Tally:
+    """Named sums, means and maxima of numbers that are spread over micro-batches and ranks.
+
+    Example: add("kl/token", [1, 3]) on one rank and add("kl/token", [5]) on another: {"kl/token": 3.0} on both.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in SUMS + MEANS}  # of values, and their number
+        self.maxima = {name: torch.full((), -torch.inf, dtype=torch.float64, device=device) for name in MAXIMA}
+
+    def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
+        """Count values of any shape and dtype; where: bool of the same shape, None counts all."""
+        values = values.detach().to(self.device, torch.float64).flatten()
+        where = torch.ones_like(values, dtype=torch.bool) if where is None else where.to(self.device).flatten()
+        if name not in self.maxima:
+            self.sums[name] += torch.stack([torch.where(where, values, 0.0).sum(), where.sum().double()])
+        elif len(values):
+            self.maxima[name] = torch.maximum(self.maxima[name], torch.where(where, values, -torch.inf).max())
+
+    def reduced(self) -> dict[str, float]:
+        """Over all ranks, equal on each; means and maxima of nothing are left out. Every rank must call it."""
+        sums, maxima = torch.stack(list(self.sums.values())), torch.stack(list(self.maxima.values()))
+        dist.all_reduce(sums)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX)
+        found = {}
+        for name, (total, count) in zip(self.sums, sums.tolist(), strict=True):
+            if name in SUMS or count:
+                found[name] = total if name in SUMS else total / count
+        return found | {name: value for name, value in zip(self.maxima, maxima.tolist(), strict=True) if value > -torch.inf}
+
+
+def count_micro(tally: Tally, loss: Tensor, stats: HeadStats, micro: MicroBatch) -> None:
+    """Count one micro-batch; tokens of weight 0 count nowhere."""
+    device = stats.logprobs.device
+    live = (micro.token_weight > 0).to(device)
+    for name, part in {"train/loss": loss, "dense_sq": stats.dense_sq, "sparse_sq": stats.sparse_sq, "tokens": live}.items():
+        tally.add(name, part)
+    tally.add("dense_sparse", stats.dense_sparse)
+    tally.add("kl/token", stats.kl, live)
+    tally.add("entropy/token", stats.entropy, live)
+    advantage = -micro.sparse.to(device).double()
+    for name, part in {
+        "advantage/mean": advantage, "advantage_sq": advantage.square(), "advantage/positive_frac": advantage > 0,
+        "advantage/max": advantage, "minus_advantage": -advantage,
+    }.items():  # fmt: skip
+        tally.add(name, part, live)
+    quarter = quarters(micro).to(device)
+    for q in range(QUARTERS):
+        tally.add(f"entropy/token_q{q + 1}", stats.entropy, live & (quarter == q))
+        tally.add(f"advantage/abs_q{q + 1}", advantage.abs(), live & (quarter == q))
+    count_ratio(tally, stats, micro, live)
+
+
+def count_ratio(tally: Tally, stats: HeadStats, micro: MicroBatch, live: Tensor) -> None:
+    """Count rho = p(y) / mu(y): of all tokens that a model sampled; sampler against learner where the student did."""
+    owner = micro.hidden_rows // micro.input_ids.shape[1]  # [R] sequence of each row
+    student, data = (torch.tensor([s is source for s in micro.sources])[owner].to(live.device) for source in (Source.student, Source.data))
+    log_ratio = stats.logprobs.double() - micro.rollout_logprobs.to(live.device).double()
     rho = log_ratio.exp()
-    nothing = torch.zeros_like(loss, dtype=torch.float64)
-    return torch.stack(
-        [
-            loss.double(), live.sum().double(), stats.kl[live].double().sum(), stats.entropy[live].double().sum(),
-            stats.bounded[live].double().sum(), rho.sum(), rho.square().sum(), log_ratio.abs().sum(),
-            stats.dense_sq, stats.sparse_sq, nothing, nothing,
-        ]
-    ).cpu()  # fmt: skip
+    for name, part in {"policy/rho_mean": rho, "rho_sq": rho.square(), "policy/rho_max": rho}.items():
+        tally.add(name, part, live & ~data)
+    for name, part in {
+        "policy/logprob_gap": log_ratio.abs(), "policy/logprob_gap_max": log_ratio.abs(), "policy/kl_sampler": rho - 1 - log_ratio,
+    }.items():  # fmt: skip
+        tally.add(name, part, live & student)
+    tally.add("policy/bounded_frac", stats.bounded, live)
 
 
-def credit_sums(credits: Sequence[Credit]) -> Tensor:
-    """[len(SUMS)] float64: what is known before the head pass."""
-    sums = dict.fromkeys(SUMS, torch.zeros((), dtype=torch.float64))
+def count_credits(tally: Tally, credits: Sequence[Credit]) -> None:
+    """Count what the objective watches, which is known before the head pass."""
     for credit in credits:
-        live = credit.token_weight > 0
-        sums["kl_sampled"] = sums["kl_sampled"] + credit.imitation_cost[live].double().sum()
-        sums["value_sq"] = sums["value_sq"] + credit.value_error[live].double().square().sum()
-    return torch.stack([sums[name] for name in SUMS])
+        for name, values in credit.watched.items():
+            tally.add(name, values)
 
 
-def learner_stats(
-    totals: dict[str, float], plan: UpdatePlan, grad_norm: float, learn_s: float, diagnostics: dict[str, float]
-) -> LearnerStats:
-    """Means and norms of the global batch from its sums."""
-    tokens = max(totals["tokens"], 1.0)
-    return LearnerStats(
-        loss=totals["loss"],
-        grad_norm=grad_norm,
-        dense_norm=totals["dense_sq"] ** 0.5,
-        sparse_norm=totals["sparse_sq"] ** 0.5,
-        kl_token=totals["kl"] / tokens,
-        kl_sequence=totals["kl"] / max(plan.num_sequences, 1),
-        kl_sampled=totals["kl_sampled"] / tokens,
-        entropy=totals["entropy"] / tokens,
-        bounded_frac=totals["bounded"] / tokens,
-        value_loss=totals["value_sq"] / tokens / 2,
-        rho_mean=totals["rho"] / tokens,
-        logprob_gap=totals["gap"] / tokens,
-        ess=totals["rho"] ** 2 / (tokens * totals["rho_sq"]) if totals["rho_sq"] else 0.0,
-        learn_s=learn_s,
-        diagnostics=diagnostics,
-    )
+def quarters(micro: MicroBatch) -> Tensor:
+    """[R] int64, 0 ... 3: in which quarter of its response a token stands."""
+    owner = micro.hidden_rows // micro.input_ids.shape[1]
+    lengths = torch.bincount(owner, minlength=len(micro.input_ids))
+    position = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
+    return QUARTERS * position // lengths[owner]
+
+
+def batch_metrics(found: dict[str, float], plan: UpdatePlan, grad_norm: float) -> dict[str, float]:
+    """The metrics of a step from what Tally.reduced found."""
+    row = {name: value for name, value in found.items() if "/" in name}
+    dense, sparse = found["dense_sq"] ** 0.5, found["sparse_sq"] ** 0.5
+    row |= {"train/grad_norm": grad_norm, "grad/dense_norm": dense, "grad/sparse_norm": sparse}
+    if dense and sparse:
+        row |= {"grad/dense_sparse_ratio": dense / sparse, "grad/logit_cosine": found["dense_sparse"] / (dense * sparse)}
+    row["policy/kept_frac"] = found["tokens"] / max(plan.num_tokens, 1)
+    if found["tokens"]:
+        row["kl/sequence"] = found["kl/token"] * found["tokens"] / max(plan.num_sequences, 1)
+        row["advantage/min"] = -found["minus_advantage"]
+        row["advantage/std"] = max(found["advantage_sq"] - found["advantage/mean"] ** 2, 0.0) ** 0.5
+    if found.get("rho_sq"):
+        row["policy/ess"] = found["policy/rho_mean"] ** 2 / found["rho_sq"]
+    return row
