@@ -15,6 +15,7 @@ from hybridrl.config import TrackingConfig
 from hybridrl.errors import ConfigError, DataError
 from hybridrl.tracking.comparison import comparison_panel
 from hybridrl.tracking.console import ConsoleSink, duration
+from hybridrl.tracking.glossary import explain
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics, read_samples
 from hybridrl.tracking.report import measure, write_report
 from hybridrl.tracking.sink import Sinks
@@ -308,6 +309,14 @@ def test_report_needs_nothing_from_outside_the_page(tmp_path):
     assert page.count("data:image/png;base64,") == page.count("<img") == 6
     assert "http" not in page and "<link" not in page
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_each_curve_says_what_its_metrics_are(tmp_path):
+    synthetic_run(tmp_path)
+    page = text_of(write_report(tmp_path))
+    assert page.count("How to read it") == 6
+    kl = explain("kl/token")
+    assert f"<dt><code>kl/token</code></dt><dd>{kl.formula} - {kl.reading}</dd>" in page
 
 
 def test_report_leaves_out_what_was_not_measured(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from hybridrl.tracking.figures import Panel
+from hybridrl.tracking.glossary import explain
 from hybridrl.types import FinishReason, Sample
 
 STYLE = """
@@ -45,6 +46,8 @@ td pre { font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", mo
 details { margin-top: 24px; border: 1px solid var(--line); border-radius: 10px; padding: 12px 18px; }
 summary { cursor: pointer; font-weight: 600; }
 details pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; overflow-x: auto; }
+.keys { border: 0; padding: 0; margin-top: 2px; color: var(--soft); font-size: 13.5px; line-height: 1.45; }
+.keys dl { margin: 4px 0 0; } .keys dd { margin: 0 0 4px 16px; }
 @media print { details, figure, tr { break-inside: avoid; } }
 """
 
@@ -88,8 +91,15 @@ def _curve(panel: Panel, png: bytes) -> str:
     picture = base64.b64encode(png).decode("ascii")
     return (
         f"<figure><h3>{escape(panel.title)}</h3><figcaption>{escape(panel.caption)}</figcaption>"
-        f'<img alt="{escape(panel.title)} over optimizer steps" src="data:image/png;base64,{picture}"></figure>\n'
+        f'<img alt="{escape(panel.title)} over optimizer steps" src="data:image/png;base64,{picture}">{_keys(panel)}</figure>\n'
     )
+
+
+def _keys(panel: Panel) -> str:
+    """What the drawn metrics are, folded away under the picture."""
+    metrics = [(key, explain(key)) for key in panel.needs]
+    told = "".join(f"<dt><code>{escape(k)}</code></dt><dd>{escape(f'{m.formula} - {m.reading}')}</dd>" for k, m in metrics if m)
+    return f'<details class="keys"><summary>How to read it</summary><dl>{told}</dl></details>'
 
 
 def _samples(first: Sequence[Sample], last: Sequence[Sample], full_mark: float) -> str:
