@@ -73,7 +73,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     """largest gradient norm; 0 never clips"""
     max_tokens_per_micro_batch: int = 16384
-    """padded tokens in one forward pass of one learner rank"""
+    """padded tokens in one forward pass of one learner rank; tokens when packing"""
+    packing: bool = False
+    """sequences one after the other instead of padded; pays for long ones of unequal length"""
     head_chunk: int = 1024
     """response tokens whose logits exist at once in the head op"""
 

@@ -123,6 +123,7 @@ def one_rank(job: Job) -> None:
     learner, shard, values = job.two_steps("one", [chunk_of(0, 4)], everything, 1)
     job.resume("one", learner, shard, values, 1)
     job.two_steps("one-each", [chunk_of(0, 4)], everything, 9, ONE_EACH)
+    job.two_steps("packed", [chunk_of(0, 4)], everything, 1, "train.packing=true")
     job.two_steps("chunks", [chunk_of(0, 1), chunk_of(1, 4)], ((0,), (0, 1, 2)), 1)
     job.two_steps("first-three", [chunk_of(0, 3)], ((0, 1, 2),), 1, num_groups=3)
     dropped = chunk_of(0, 4, keep=[True] * 6 + [False] * 2, values=VALUES[:6] + [float("nan")] * 2)

@@ -138,7 +138,7 @@ def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_o
     rows = torch.from_numpy(micro.teachers[0].rows).double()
     teachers = (HiddenTeacher(hidden=rows, lm_head=head, weight=torch.ones(len(rows))),)
     student = Student(model, HeadRule(chunk=5), with_value=False)
-    loss, _ = student(micro.input_ids, micro.attention_mask, micro.hidden_rows, teachers, terms, micro.value_slope)
+    loss, _ = student(micro.input_ids, micro.attention_mask, micro.position_ids, micro.hidden_rows, teachers, terms, micro.value_slope)
     loss.backward()
     expected = written_out_loss(plain, head)
     expected.backward()
@@ -175,6 +175,7 @@ def test_two_steps_are_two_steps_of_a_plain_training_loop(folder: Path):
     "case",
     [
         "one-each",  # one sequence a micro-batch, without padding, and an idle one
+        "packed",  # one after the other in a single row, without padding
         "chunks",  # the batch arrives as two chunks
         "zero1",  # two ranks with shards of 6 and 2 sequences, one sequence a micro-batch
         "zero2",

@@ -239,7 +239,8 @@ def probed() -> dict[str, float]:
         token_ids=micro.token_ids, token_weight=micro.token_weight, sparse=micro.sparse, sampler_logprobs=micro.rollout_logprobs
     )
     inputs = HeadInputs(
-        input_ids=micro.input_ids, attention_mask=micro.attention_mask, hidden_rows=micro.hidden_rows, teachers=(), terms=terms,
+        input_ids=micro.input_ids, attention_mask=micro.attention_mask, position_ids=micro.position_ids,
+        hidden_rows=micro.hidden_rows, teachers=(), terms=terms,
         value_slope=micro.value_slope,
     )  # fmt: skip
     return gradient_geometry(student, [inputs])

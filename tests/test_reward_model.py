@@ -75,7 +75,9 @@ def view(student: Student, batch: RolloutBatch) -> LearnerView:
         token_ids=micro.token_ids, token_weight=micro.token_weight, sparse=micro.sparse, sampler_logprobs=micro.rollout_logprobs
     )
     with torch.no_grad():
-        logprobs, values = student(micro.input_ids, micro.attention_mask, micro.hidden_rows, (), terms, micro.value_slope, Look.view)
+        logprobs, values = student(
+            micro.input_ids, micro.attention_mask, micro.position_ids, micro.hidden_rows, (), terms, micro.value_slope, Look.view
+        )
     return LearnerView(logprobs=logprobs, values=values)
 
 
@@ -117,7 +119,7 @@ def test_one_step_along_the_gradient_of_the_pairs_raises_chosen_scores_over_reje
     terms = TokenTerms(
         token_ids=micro.token_ids, token_weight=micro.token_weight, sparse=micro.sparse, sampler_logprobs=micro.rollout_logprobs
     )
-    learner(micro.input_ids, micro.attention_mask, micro.hidden_rows, (), terms, micro.value_slope)[0].backward()
+    learner(micro.input_ids, micro.attention_mask, micro.position_ids, micro.hidden_rows, (), terms, micro.value_slope)[0].backward()
     state = {f"model.{name}": p.detach() for name, p in learner.body.named_parameters()}
     stepped = -0.1 * learner.value_head.weight.grad  # from 0
     export({**state, VALUE_HEAD: stepped}, Path(settings.model.path), tmp_path / "export")

@@ -101,6 +101,22 @@ def test_each_response_token_is_predicted_by_the_position_before_it():
     assert micro.teachers[0].rows.tolist() == HIDDEN.tolist()
 
 
+def test_packed_sequences_stand_in_one_row_and_count_their_positions_anew():
+    micro = collate(sequences(), packed=True)
+    assert micro.input_ids.tolist() == [[11, 12, 21, 11, 12, 22, 23, 13, 24, 25, 13, 26]] and micro.attention_mask is None
+    assert micro.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 0, 1]]
+    assert micro.hidden_rows.tolist() == [1, 4, 5, 7, 8, 10] and micro.owner.tolist() == [0, 1, 1, 2, 2, 3]
+    padded = collate(sequences())
+    assert padded.owner.tolist() == micro.owner.tolist() and padded.token_ids.tolist() == micro.token_ids.tolist()
+    assert padded.position_ids.tolist()[0] == [0, 1, 2, 0], "0 in the padding"
+
+
+def test_packing_fills_micro_batches_by_tokens_and_padding_by_the_longest():
+    assert micro_batches((2, 4, 3), 9) == [[0, 2], [1]]
+    assert micro_batches((2, 4, 3), 9, packed=True) == [[0, 2, 1]]
+    assert micro_batches((20, 20, 1), 10, packed=True) == [[2], [0], [1]]
+
+
 def test_a_teacher_weighs_each_token_by_its_sequence():
     (teacher,) = collate(sequences(teacher_weights=[0.0, 0.5, 0.25, 1.0])).teachers
     assert teacher.weight.tolist() == [0.0, 0.5, 0.5, 0.25, 0.25, 1.0]

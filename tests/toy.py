@@ -226,7 +226,7 @@ class Production:
 
     def _forward(self, micro: MicroBatch, terms: TokenTerms, slopes: Tensor, look: Look) -> tuple:
         teachers = TeacherSide(self.settings, self.objective.signals, torch.device("cpu")).of(micro.teachers)
-        return self.student(micro.input_ids, micro.attention_mask, micro.hidden_rows, teachers, terms, slopes, look)
+        return self.student(micro.input_ids, micro.attention_mask, micro.position_ids, micro.hidden_rows, teachers, terms, slopes, look)
 
     def _terms(self, micro: MicroBatch, credits: Sequence[Credit]) -> TokenTerms:
         narrow = TokenTerms(

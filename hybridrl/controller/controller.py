@@ -196,7 +196,8 @@ class Controller:
         for chunk, groups in zip(chunks, shard.groups, strict=True):
             header = used[chunk].header
             lengths += header.num_tokens.reshape(-1, header.group_size)[list(groups)].flatten().tolist()
-        return max(len(micro_batches(lengths, self.settings.train.max_tokens_per_micro_batch)), 1)
+        train = self.settings.train
+        return max(len(micro_batches(lengths, train.max_tokens_per_micro_batch, packed=train.packing)), 1)
 
     def _check_reward_errors(self, rewards: Sequence[Rewards]) -> None:
         if Signal.rewards not in self.signals:  # they are only watched

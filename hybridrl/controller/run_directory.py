@@ -26,7 +26,7 @@ FREE = (
     "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.weight_transfer", "rollout.max_logprob_gap",
     "learner.ranks", "learner.zero_stage", "learner.gradient_checkpointing",
     "reward.workers", "reward.processes", "reward.timeout_s", "reward.max_error_rate",
-    "train.max_tokens_per_micro_batch", "train.head_chunk",
+    "train.max_tokens_per_micro_batch", "train.packing", "train.head_chunk",
 )  # fmt: skip
 """Settings and sections that decide neither what is learned nor what accuracy means: where, how fast and how often.
 

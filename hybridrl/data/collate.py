@@ -37,13 +37,17 @@ class TrainSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """B sequences padded on the right to T; R response tokens over all of them.
+    """S sequences; R response tokens over all of them.
 
+    Padded on the right, B = S, T the longest; or packed one after the other, B = 1, where positions start anew at each
+    sequence and a missing attention mask tells transformers that each attends to itself alone.
     Column t of the hidden states predicts token t+1, so the row of a response token at position t points to t-1.
     """
 
     input_ids: Tensor  # [B, T] int64, 0 in the padding
-    attention_mask: Tensor  # [B, T] int64
+    attention_mask: Tensor | None  # [B, T] int64; None: packed
+    position_ids: Tensor  # [B, T] int64
+    owner: Tensor  # [R] int64, the sequence of each response token
     hidden_rows: Tensor  # [R] int64, into the flattened [B*T] hidden states
     token_ids: Tensor  # [R] int64
     token_weight: Tensor  # [R] float32
@@ -51,7 +55,7 @@ class MicroBatch:
     value_slope: Tensor  # [R] float32
     rollout_logprobs: Tensor  # [R] float32
     teachers: tuple[TeacherColumns, ...]  # R rows each
-    sources: tuple[Source, ...]  # [B]
+    sources: tuple[Source, ...]  # [S]
 
 
 def train_sequences(batch: ScoredBatch, credit: Credit, teacher_weights: Sequence[Tensor]) -> list[TrainSequence]:
@@ -87,19 +91,22 @@ def train_sequences(batch: ScoredBatch, credit: Credit, teacher_weights: Sequenc
     return sequences
 
 
-def collate(sequences: Sequence[TrainSequence]) -> MicroBatch:
-    """Pad on the right and stack. At least one sequence."""
-    width = max(len(s.input_ids) for s in sequences)
-    ids = np.zeros((len(sequences), width), dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for b, s in enumerate(sequences):
-        ids[b, : len(s.input_ids)] = s.input_ids
-        mask[b, : len(s.input_ids)] = 1
+def collate(sequences: Sequence[TrainSequence], *, packed: bool = False) -> MicroBatch:
+    """Pad on the right and stack, or put one after the other. At least one sequence."""
+    lengths = [len(s.input_ids) for s in sequences]
+    shape = (1, sum(lengths)) if packed else (len(sequences), max(lengths))
+    starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(sequences)) * shape[1]  # in the flattened [B*T]
+    ids, mask, positions = (np.zeros(shape[0] * shape[1], np.int64) for _ in range(3))
+    for s, start, length in zip(sequences, starts, lengths, strict=True):
+        ids[start : start + length], mask[start : start + length], positions[start : start + length] = s.input_ids, 1, np.arange(length)
+    owners = [np.full(len(s.response_at), i) for i, s in enumerate(sequences)]
     column = lambda name: torch.from_numpy(np.concatenate([getattr(s, name) for s in sequences]).astype(np.float32))  # noqa: E731
     return MicroBatch(
-        input_ids=torch.from_numpy(ids),
-        attention_mask=torch.from_numpy(mask),
-        hidden_rows=torch.from_numpy(np.concatenate([b * width + s.response_at - 1 for b, s in enumerate(sequences)])),
+        input_ids=torch.from_numpy(ids.reshape(shape)),
+        attention_mask=None if packed else torch.from_numpy(mask.reshape(shape)),
+        position_ids=torch.from_numpy(positions.reshape(shape)),
+        owner=torch.from_numpy(np.concatenate(owners)),
+        hidden_rows=torch.from_numpy(np.concatenate([start + s.response_at - 1 for s, start in zip(sequences, starts, strict=True)])),
         token_ids=torch.from_numpy(np.concatenate([s.input_ids[s.response_at] for s in sequences]).astype(np.int64)),
         token_weight=column("token_weight"),
         sparse=column("sparse"),

@@ -19,15 +19,16 @@ def balance_groups(group_tokens: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(s) for s in shards]
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Pack sequences into micro-batches of at most `max_tokens` padded tokens (longest x count).
+def micro_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
+    """Put sequences into micro-batches of at most `max_tokens` padded tokens (longest x count), or tokens when packed.
 
     Sequences of similar length go together; one longer than the budget gets a micro-batch of its own.
-    Example: lengths (2, 9, 3) with 9 tokens -> [[0, 2], [1]].
+    Example: lengths (2, 9, 3) with 9 tokens -> [[0, 2], [1]]; (2, 4, 3) are 3 x 4 = 12 padded tokens, 9 packed ones.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
+        joined = sum(lengths[i] for i in batches[-1]) + lengths[index] if packed and batches else 0
+        if batches and (joined if packed else (len(batches[-1]) + 1) * lengths[index]) <= max_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])

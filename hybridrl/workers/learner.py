@@ -110,7 +110,7 @@ class Learner:
         tally = Tally(self.device)
         sequences = [s for b, c, w in zip(batches, credits, weights, strict=True) for s in train_sequences(b, c, w)]
         batches_of = self._micro_batches(sequences, plan.num_micro_batches)
-        micros = [collate([sequences[i] for i in batch] if batch else [self._idle()]) for batch in batches_of]
+        micros = [self._collate([sequences[i] for i in batch]) for batch in batches_of]
         diagnostics = self._diagnostics(micros) if plan.diagnose else {}
         for micro in micros:
             self._backward(micro, tally)
@@ -146,7 +146,7 @@ class Learner:
         sequences = [s for b, w in zip(batches, weights, strict=True) for s in train_sequences(b, no_credit(b), w)]
         seen: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(sequences)
         for batch in self._micro_batches(sequences, plan.num_micro_batches):
-            micro = collate([sequences[i] for i in batch] if batch else [self._idle()])
+            micro = self._collate([sequences[i] for i in batch])
             with torch.no_grad():
                 logprobs, values = self.engine(*self._inputs(micro, heard=False).arguments(), Look.view)
             lengths = [len(sequences[i].response_at) for i in batch]
@@ -161,7 +161,8 @@ class Learner:
 
     def _micro_batches(self, sequences: Sequence[TrainSequence], count: int) -> list[list[int]]:
         """Indices per micro-batch; empty ones up to `count`, which is the same on every rank."""
-        batches = micro_batches([len(s.input_ids) for s in sequences], self.settings.train.max_tokens_per_micro_batch)
+        train = self.settings.train
+        batches = micro_batches([len(s.input_ids) for s in sequences], train.max_tokens_per_micro_batch, packed=train.packing)
         assert len(batches) <= count, (len(batches), count)
         return batches + [[]] * (count - len(batches))
 
@@ -176,7 +177,8 @@ class Learner:
         )
         return HeadInputs(
             input_ids=to(micro.input_ids),
-            attention_mask=to(micro.attention_mask),
+            attention_mask=None if micro.attention_mask is None else to(micro.attention_mask),
+            position_ids=to(micro.position_ids),
             hidden_rows=to(micro.hidden_rows),
             teachers=self.teachers.of(micro.teachers) if heard else (),
             terms=terms,
@@ -198,8 +200,9 @@ class Learner:
             found |= gradient_geometry(self.engine.module, inputs)
         return found
 
-    def _idle(self) -> TrainSequence:
-        return idle_sequence(self.teachers.idle())
+    def _collate(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
+        """One forward pass; of an idle sequence where there is nothing to do."""
+        return collate(sequences or [idle_sequence(self.teachers.idle())], packed=self.settings.train.packing)
 
     # -- weights out -------------------------------------------------------------------------------------------------
 
@@ -270,7 +273,7 @@ class Learner:
         """A step with zero gradient and zero learning rate: DeepSpeed creates Adam's state at the first step only."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = 0.0
-        self._backward(collate([self._idle()]), Tally(self.device))
+        self._backward(self._collate([]), Tally(self.device))
         self.engine.step()
 
     def _set_weight(self, parameter: nn.Parameter, master: Tensor) -> None:

@@ -83,8 +83,9 @@ def count_micro(tally: Tally, loss: Tensor, stats: HeadStats, micro: MicroBatch)
 
 def count_ratio(tally: Tally, stats: HeadStats, micro: MicroBatch, live: Tensor) -> None:
     """Count rho = p(y) / mu(y): of all tokens that a model sampled; sampler against learner where the student did."""
-    owner = micro.hidden_rows // micro.input_ids.shape[1]  # [R] sequence of each row
-    student, data = (torch.tensor([s is source for s in micro.sources])[owner].to(live.device) for source in (Source.student, Source.data))
+    student, data = (
+        torch.tensor([s is source for s in micro.sources])[micro.owner].to(live.device) for source in (Source.student, Source.data)
+    )
     log_ratio = stats.logprobs.double() - micro.rollout_logprobs.to(live.device).double()
     rho = log_ratio.exp()
     for name, part in {"policy/rho_mean": rho, "rho_sq": rho.square(), "policy/rho_max": rho}.items():
@@ -105,8 +106,8 @@ def count_credits(tally: Tally, credits: Sequence[Credit]) -> None:
 
 def quarters(micro: MicroBatch) -> Tensor:
     """[R] int64, 0 ... 3: in which quarter of its response a token stands."""
-    owner = micro.hidden_rows // micro.input_ids.shape[1]
-    lengths = torch.bincount(owner, minlength=len(micro.input_ids))
+    owner = micro.owner
+    lengths = torch.bincount(owner, minlength=len(micro.sources))
     position = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
     return QUARTERS * position // lengths[owner]
 

@@ -29,14 +29,15 @@ class HeadInputs:
     """One micro-batch on the learner's device; R response tokens of B sequences."""
 
     input_ids: Tensor  # [B, T]
-    attention_mask: Tensor  # [B, T]
+    attention_mask: Tensor | None  # [B, T]; None: packed
+    position_ids: Tensor  # [B, T]
     hidden_rows: Tensor  # [R] into the flattened [B*T] positions
     teachers: tuple[Teacher, ...]
     terms: TokenTerms
     value_slope: Tensor  # [R]
 
     def arguments(self) -> tuple:
-        return self.input_ids, self.attention_mask, self.hidden_rows, self.teachers, self.terms, self.value_slope
+        return self.input_ids, self.attention_mask, self.position_ids, self.hidden_rows, self.teachers, self.terms, self.value_slope
 
     def without_sparse(self) -> "HeadInputs":
         """Only the dense term is left."""
@@ -77,7 +78,8 @@ class Student(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
         hidden_rows: Tensor,
         teachers: tuple[Teacher, ...],
         terms: TokenTerms,
@@ -85,7 +87,8 @@ class Student(nn.Module):
         look: Look = Look.learn,
     ) -> tuple[Tensor, HeadStats | Tensor | None]:
         """The fields of HeadInputs; returns what `look` says."""
-        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        hidden = self.body(**inputs, use_cache=False).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, hidden_rows)
         values = torch.zeros_like(value_slope) if self.value_head is None else self.value_head(rows)[:, 0].to(value_slope.dtype)
         out, stats = self.head(rows, teachers, terms, look)
