@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 from graph import save_tiny, tiny_settings
+from omegaconf import OmegaConf
 
 from hybridrl.choices import Device, Source, WeightTransfer
 from hybridrl.cli import main
@@ -71,7 +72,9 @@ def test_a_placement_that_cannot_work_is_answered_with_one_sentence(overrides: s
     ],
 )
 def test_a_placement_that_works_is_taken(overrides: str):
-    load_config([*BASE, *overrides.split()])
+    taken = OmegaConf.structured(load_config([*BASE, *overrides.split()]))
+    for key, value in (override.split("=") for override in overrides.split()):
+        assert str(OmegaConf.select(taken, key)).lower().endswith(value)
 
 
 @pytest.mark.parametrize("teams", range(1, 40))
