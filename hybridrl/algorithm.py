@@ -59,7 +59,7 @@ class ScheduleConfig:
             raise ConfigError(f"{key}.value={self.value}, low={self.low}, high={self.high}: needs value > 0 and 0 <= low <= high")
 
     def is_zero(self) -> bool:
-        return self.value == 0 and not self.end
+        return self.value == 0 and (self.kind is ScheduleKind.constant or not self.end)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -149,4 +149,18 @@ def test_a_schedule_without_a_length_takes_the_whole_training():
 
 def test_a_schedule_that_ends_above_zero_is_not_zero():
     assert ScheduleConfig(value=0.0).is_zero()
+    assert ScheduleConfig(value=0.0, end=1.0).is_zero(), "constant: the end is not read"
     assert not ScheduleConfig(kind=ScheduleKind.linear, value=0.0, end=1.0).is_zero()
+
+
+def test_a_feedback_schedule_moves_by_its_gain_within_its_bounds_and_keeps_its_place():
+    config = ScheduleConfig(kind=ScheduleKind.feedback, value=1.0, metric="kl/token", target=0.1, gain=-0.1, low=0.85, high=1.05)
+    schedule = Schedule(config, 100)
+    seen = []
+    for kl in (0.2, 0.4, math.nan, 0.1, 0.0):  # twice the target, four times: the error counts as 1 at most; unknown; met; none
+        schedule.observe({"kl/token": kl})
+        seen.append(schedule.value(7))
+    assert seen == pytest.approx([0.9, 0.85, 0.85, 0.85, 0.935])
+    again = Schedule(config, 100)
+    again.load_state_dict(schedule.state_dict())
+    assert again.value(0) == schedule.value(0)
