@@ -9,7 +9,7 @@ from batches import make_batch, make_plan, make_rewards, make_scores
 from hybridrl.algorithm import AlgorithmConfig, ScheduleConfig
 from hybridrl.choices import Baseline, Normalizer, ScheduleKind
 from hybridrl.compose import load_config
-from hybridrl.objectives.credit import Signal, response_grid
+from hybridrl.objectives.credit import Signal, moments, response_grid
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.objectives.schedule import Schedule
 from hybridrl.types import Rewards, RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
@@ -164,3 +164,10 @@ def test_a_feedback_schedule_moves_by_its_gain_within_its_bounds_and_keeps_its_p
     again = Schedule(config, 100)
     again.load_state_dict(schedule.state_dict())
     assert again.value(0) == schedule.value(0)
+
+
+def test_the_moments_of_a_rank_without_groups_are_zero_and_those_of_others_count_live_tokens():
+    assert moments([]).tolist() == [0.0, 0.0, 0.0]
+    scored = ScoredBatch(rollout=TRIPLE, scores=(), rewards=make_rewards(TRIPLE, [1.0, 0.0, 3.0]))
+    credit = objective(baseline=Baseline.none).credit(scored, make_plan(TRIPLE), None)  # costs -1, -1, 0, -3, -3
+    assert moments([credit]).tolist() == [5.0, -8.0, 20.0]

@@ -58,7 +58,7 @@ class Objective(Protocol):
 
 def moments(credits: Sequence[Credit]) -> Tensor:
     """[3] float64 over live tokens: count, sum and sum of squares of the sparse term; they add up over ranks."""
-    live = torch.cat([c.sparse[c.token_weight > 0] for c in credits]).double()
+    live = torch.cat([torch.zeros(0), *(c.sparse[c.token_weight > 0] for c in credits)]).double()  # a rank may have no group
     return torch.stack([torch.tensor(float(len(live)), dtype=torch.float64), live.sum(), live.square().sum()])
 
 
