@@ -171,3 +171,13 @@ def test_the_moments_of_a_rank_without_groups_are_zero_and_those_of_others_count
     scored = ScoredBatch(rollout=TRIPLE, scores=(), rewards=make_rewards(TRIPLE, [1.0, 0.0, 3.0]))
     credit = objective(baseline=Baseline.none).credit(scored, make_plan(TRIPLE), None)  # costs -1, -1, 0, -3, -3
     assert moments([credit]).tolist() == [5.0, -8.0, 20.0]
+
+
+def test_a_clip_of_the_log_ratio_bounds_future_costs_and_says_how_often():
+    # costs of the long response are 1, 2, 4; clipped at 1.5: 1, 1.5, 1.5
+    clipped = objective(gamma=1.0, baseline=Baseline.none, log_ratio_clip=1.5)
+    assert Signal.teacher_logprobs in objective(log_ratio_clip=1.5).signals, "for the share, at gamma 0 too"
+    scored = ScoredBatch(rollout=SHORT_AND_LONG, scores=(COSTS,), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0]))
+    credit = clipped.credit(scored, make_plan(SHORT_AND_LONG), None)
+    assert credit.sparse.tolist() == [0.0, 3.0, 1.5, 0.0]
+    assert credit.watched["kl/clipped_frac"].tolist() == [False, False, True, True]

@@ -270,3 +270,11 @@ def test_student_and_teacher_are_compared_on_numbers_one_can_check_by_hand():
     whole = dict(zip(COMPARED, compare(p.log(), q.log(), k=3)[0].tolist(), strict=True))
     kl = 0.5 * math.log(2) + 0.3 * math.log(1.2) + 0.2 * math.log(0.4)
     assert whole["overlap_advantage"] == pytest.approx(-kl, abs=1e-6)
+
+
+def test_rows_that_only_pad_a_teachers_head_have_no_probability():
+    hidden, lm_head, (teacher, _), terms = random_problem()
+    padding = torch.full((3, teacher.lm_head.shape[1]), 9.0, dtype=torch.float64)
+    padded = replace(teacher, lm_head=torch.cat([teacher.lm_head, padding]))
+    plain, longer = gradients(hidden, lm_head, (teacher,), terms), gradients(hidden, lm_head, (padded,), terms)
+    assert all(torch.equal(a, b) for a, b in zip(plain[:3], longer[:3], strict=True)) and torch.equal(plain[3].kl, longer[3].kl)

@@ -53,7 +53,7 @@ class HybridObjective:
                 signals.add(Signal.teacher_support)
                 if config.topk.source is SupportSource.sampler:
                     signals.add(Signal.sampler_support)
-            if config.gamma > 0 or self.estimates:
+            if config.gamma > 0 or self.estimates or config.log_ratio_clip is not None:  # a clip's share is logged
                 signals.add(Signal.teacher_logprobs)
                 if config.teacher_fraction:  # the sampler's log-probs of what a teacher wrote are that teacher's
                     signals.add(Signal.learner_logprobs)
@@ -86,13 +86,18 @@ class HybridObjective:
         if rollout.source is not Source.student:
             sparse = sparse - self.config.nll_weight
         has_values = self.config.baseline is Baseline.value
+        clips = self.config.log_ratio_clip is not None and rollout.source is not Source.data
         live = weight > 0  # a dropped group's reward is NaN, and 0 * NaN is not 0
         error = torch.where(live, -advantage[mask], 0.0) if has_values else torch.zeros_like(sparse)  # value minus its target
         return Credit(
             token_weight=weight,
             sparse=torch.where(live, sparse, 0.0),
             value_slope=self.config.value.loss_weight * weight * error,
-            watched={"kl/sampled": cost[live & cost.isfinite()]} | ({"value/loss": error[live].square() / 2} if has_values else {}),
+            watched={
+                "kl/sampled": cost[live & cost.isfinite()],
+                **({"value/loss": error[live].square() / 2} if has_values else {}),
+                **({"kl/clipped_frac": self._clipped(batch, plan, learner)[live]} if clips else {}),
+            },
         )
 
     def token_weight(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Tensor:
@@ -127,10 +132,7 @@ class HybridObjective:
         log p is the learner's where it has looked, else the sampler's. Data was not drawn from the student, so neither
         is defined there.
         """
-        rollout = batch.rollout
-        logp = response_rows(rollout, rollout.rollout_logprobs)
-        if learner is not None:
-            logp = learner.logprobs.to(logp.dtype)
+        rollout, logp = batch.rollout, drawn_logprobs(batch.rollout, learner)
         own, cost = torch.zeros_like(logp), torch.zeros_like(logp)
         if rollout.source is Source.data or Signal.teacher_logprobs not in self.signals:
             return own, torch.full_like(cost, torch.nan)
@@ -145,6 +147,15 @@ class HybridObjective:
                 inside = (torch.from_numpy(scores.support_ids.astype(np.int64)) == drawn[:, None]).any(1)
                 own += torch.where(heard, weight * tail_score(logp, logq, inside, self.measure), 0.0)
         return own, cost
+
+    def _clipped(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Tensor:
+        """[R] bool, the drawn token's |log p - log q| is beyond algorithm.log_ratio_clip for some teacher."""
+        logp = drawn_logprobs(batch.rollout, learner)
+        beyond = torch.zeros_like(logp, dtype=torch.bool)
+        for k, scores in enumerate(batch.scores):
+            heard = per_token(teacher_weight(batch, plan, k), batch.rollout) != 0
+            beyond |= heard & ((logp - response_rows(batch.rollout, scores.logprobs)).abs() > self.config.log_ratio_clip)
+        return beyond
 
     def _returns(self, batch: ScoredBatch, plan: UpdatePlan, own: Tensor, cost: Tensor, mask: Tensor) -> Tensor:
         """[N, T] own + future costs - lambda R, padded with -lambda R where a sequence has ended."""
@@ -178,6 +189,12 @@ def teacher_weight(batch: ScoredBatch, plan: UpdatePlan, teacher: int) -> Tensor
     asked = [all(columns.get(key) == value for key, value in route.items()) for columns in batch.rollout.columns]
     weight = plan.teacher_weights[teacher] * torch.tensor(asked, dtype=torch.float64)
     return weight.repeat_interleave(batch.rollout.group_size)
+
+
+def drawn_logprobs(batch: RolloutBatch, learner: LearnerView | None) -> Tensor:
+    """[R] log p(y): the learner's where it has looked, else the sampler's."""
+    sampled = response_rows(batch, batch.rollout_logprobs)
+    return sampled if learner is None else learner.logprobs.to(sampled.dtype)
 
 
 def response_rows(batch: RolloutBatch, column: np.ndarray) -> Tensor:

@@ -69,6 +69,8 @@ SECTIONS = (
         ("kl/sequence", "nats", "the same, summed over each response, mean over responses", "as kl/token times the length"),
         ("kl/sampled", "nats", "mean of sum_i w_i (log p(y) - log q_i(y)) at the drawn tokens",
          "agrees with a reverse kl/token within noise"),
+        ("kl/clipped_frac", "share",
+         "drawn tokens whose |log p - log q| is beyond algorithm.log_ratio_clip", "a few %; more is a large bias"),
         ("teacher/forward_kl", "nats", "mean of KL(q || p)", "rises while the reverse KL falls: the student drops modes of its teacher"),
         ("teacher/top1_agree", "share", "mean of 1 where p and q have the same most likely token", "rises"),
         ("teacher/overlap", "share", "mean of |top-16(p) and top-16(q)| / 16",

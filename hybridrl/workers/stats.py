@@ -18,7 +18,7 @@ from hybridrl.types import UpdatePlan
 QUARTERS = 4
 SUMS = ("train/loss", "tokens", "dense_sq", "sparse_sq", "dense_sparse")
 MEANS = (
-    "kl/token", "kl/sampled", "entropy/token", "advantage/mean", "advantage_sq", "advantage/positive_frac", "value/loss",
+    "kl/token", "kl/sampled", "kl/clipped_frac", "entropy/token", "advantage/mean", "advantage_sq", "advantage/positive_frac", "value/loss",
     "policy/rho_mean", "rho_sq", "policy/logprob_gap", "policy/kl_sampler", "policy/bounded_frac",
     "pair/accuracy", "pair/margin", "pair/chosen_score", "pair/rejected_score", "pair/rejected_ratio", "pair/clamped_frac",
     "pair/chosen_logprob", "pair/rejected_logprob",
