@@ -1,0 +1,34 @@
+"""tools/bench VERB [OPTIONS]: a verb is a module beside this one with `add_options(parser)` and `run(options) -> dict`."""
+
+import argparse
+import importlib
+import json
+import pkgutil
+import sys
+from pathlib import Path
+
+import benchmarks
+from benchmarks.machine import describe
+
+VERBS = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "machine", "timing"))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tools/bench", description=benchmarks.__doc__)
+    parser.add_argument("verb", choices=VERBS)
+    verb = importlib.import_module(f"benchmarks.{parser.parse_args(arguments[:1]).verb}")
+    parser = argparse.ArgumentParser(prog=f"tools/bench {arguments[0]}", description=verb.__doc__)
+    verb.add_options(parser)
+    parser.add_argument("--json", type=Path, help="keep every number, with the machine, in this file")
+    parser.add_argument("--picture", type=Path, help="draw them into this .png")
+    options = parser.parse_args(arguments[1:])
+    found = {"machine": describe(), **verb.run(options)}
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.picture:
+        verb.draw(found, options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,25 @@
+"""Variants take turns, so that a slow moment of the machine hits all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call, `repeats` times in turn; the first `warm_up` turns are not counted.
+
+    Args:
+        calls: name -> call, which returns when its work is done (a GPU's too).
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warm_up + repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if turn >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
