@@ -255,6 +255,12 @@ class ClusterConfig:
     """put the workers of one group on different nodes where possible"""
     threads_per_worker: int | None = None
     """CPU threads of one learner, engine or scorer; null: the node's cores over the group's workers on it"""
+    max_restarts: int = 3
+    """how often lost workers of one kind are replaced while the run goes on, and how often it goes back to its last checkpoint"""
+
+    def __post_init__(self) -> None:
+        if self.max_restarts < 0:
+            raise ConfigError(f"cluster.max_restarts={self.max_restarts}: must not be negative; 0 ends the run at the first loss")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -263,6 +269,8 @@ class DeadlineConfig:
 
     placement_s: float = 60.0
     start_s: float = 600.0
+    heartbeat_s: float = 60.0
+    """an engine that does not answer a ping for so long, also while it samples, counts as lost"""
     rollout_s: float = 600.0
     score_s: float = 600.0
     reward_s: float = 300.0

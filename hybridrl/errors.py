@@ -48,11 +48,12 @@ class WorkerError(HybridRLError):
         worker: name of the worker, e.g. "rollout/0".
         call: the method that was running.
         reason: one sentence.
+        epoch: how many workers of that name there were before this one.
     """
 
-    def __init__(self, worker: str, call: str, reason: str) -> None:
-        super().__init__(worker, call, reason)
-        self.worker, self.call, self.reason = worker, call, reason
+    def __init__(self, worker: str, call: str, reason: str, epoch: int = 0) -> None:
+        super().__init__(worker, call, reason, epoch)
+        self.worker, self.call, self.reason, self.epoch = worker, call, reason, epoch
 
     def __str__(self) -> str:
         return f"{self.worker} failed in {self.call}: {self.reason}"
@@ -64,3 +65,11 @@ class WorkerDied(WorkerError):
 
 class WorkerTimeout(WorkerError, TimeoutError):
     """The worker did not answer within its deadline."""
+
+
+class FleetExhausted(HybridRLError):
+    """Workers of one kind were lost more often than cluster.max_restarts allows; the last checkpoint stands."""
+
+
+class Preempted(HybridRLError):
+    """The run was told to end (SIGTERM) and has saved what it could; the same command continues."""

@@ -267,7 +267,7 @@ def everything() -> set[str]:
         summary([read], []).metrics, probed(),
     ]  # fmt: skip
     others = (
-        {"transfer/inflight_bytes"}
+        {"transfer/inflight_bytes", "cluster/restarts"}
         | {f"teacher/{name}" for name in COMPARED}
         | {f"time/{phase}_s" for phase in PHASES}
         | {"eval/accuracy_teacher/main"}

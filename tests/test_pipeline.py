@@ -18,7 +18,7 @@ from hybridrl.errors import DataError
 from hybridrl.placement import chunk_size
 from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.groups import Chunk, EngineLoad
-from hybridrl.types import NO_VERSION, ChunkHeader, Prompt, Rewards
+from hybridrl.types import NO_VERSION, ChunkHeader, GenerateOrder, Prompt, Rewards
 
 PROMPTS = [Prompt(uid=f"p{i}", input_ids=(1, 2), text="", columns={}) for i in range(5)]
 
@@ -33,8 +33,9 @@ def pending(number: int) -> Pending:
 
 
 def drawn(prompts: list[Prompt], wave: str) -> list[Drawn]:
-    chunks = [Chunk(wave=wave, prompts=(p,), header=pending(0), batch=pending(0)) for p in prompts]
-    return [Drawn(chunk=chunk, scores=[], rewards=pending(0)) for chunk in chunks]
+    order = GenerateOrder(wave=wave, chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=1, seed=0)
+    chunks = [Chunk(order=order, prompts=(p,), header=pending(0), batch=pending(0)) for p in prompts]
+    return [Drawn(writer=None, chunk=chunk, reward_weights=()) for chunk in chunks]
 
 
 class Recorder:
@@ -125,11 +126,11 @@ def alone():
 def test_a_chunk_goes_to_the_engine_with_the_fewest_tokens_to_do(alone):
     """Idle engines take turns; then the one whose long chunk still runs is spared until the other has as much."""
     load = EngineLoad(2)
-    assert load.assign([5, 5, 5, 5]) == [0, 1, 0, 1]
+    assert load.assign([5, 5, 5, 5], {0, 1}) == [0, 1, 0, 1]
     never = ray.remote(num_cpus=99)(lambda: None).remote()
     load.add(0, 12, Pending(ref=never, worker="rollout/0", call="generate", deadline_s=1.0))
     load.add(1, 99, Pending(ref=ray.put("done"), worker="rollout/1", call="generate", deadline_s=1.0))
-    assert load.assign([5, 5, 5, 5]) == [1, 1, 1, 0]
+    assert load.assign([5, 5, 5, 5], {0, 1}) == [1, 1, 1, 0] and load.assign([5, 5], {0}) == [0, 0]
 
 
 def header(oldest: list[int], source: Source = Source.student) -> ChunkHeader:

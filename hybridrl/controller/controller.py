@@ -6,20 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hybridrl import failpoints
 from hybridrl.choices import OnStale, WeightTransfer
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer, RunState
-from hybridrl.controller.evaluation import evaluate
+from hybridrl.controller.evaluation import Evaluation, evaluate
 from hybridrl.controller.metrics import late_metrics, learner_metrics, reward_metrics, rollout_metrics, transfer_metrics, worker_times
 from hybridrl.controller.pipeline import Pipeline, wave_seed
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
 from hybridrl.controller.weights import Weights
 from hybridrl.data.prompts import PromptSource
 from hybridrl.data.shards import balance_groups, micro_batches
-from hybridrl.errors import RewardError, WeightSyncError
+from hybridrl.errors import RewardError, WeightSyncError, WorkerError
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
-from hybridrl.runtime.calls import Meter, gather
+from hybridrl.runtime.calls import Meter
 from hybridrl.runtime.cluster import object_store_bytes
 from hybridrl.runtime.weights import WeightSync
 from hybridrl.runtime.workers import Workers
@@ -51,7 +52,7 @@ class Controller:
         checkpointer: Checkpointer,
     ) -> None:
         self.settings = settings
-        self.rollout, self.scorers, self.rewards, self.learner = workers.rollout, workers.scorers, workers.rewards, workers.learner
+        self.workers, self.learner = workers, workers.learner
         self.sampling, self.weights_of = Sampling(settings, workers), Weights(settings)
         self.pipeline = Pipeline(settings, self.sampling, prompts, self.weights_of, store_bytes=object_store_bytes())
         self.weights = WeightSync(workers.learner, workers.rollout, backend)
@@ -67,18 +68,21 @@ class Controller:
         started, fetched = time.perf_counter(), Meter.materialized_bytes
         arrived, late = self._sample()
         headers, rewards = [a.header for a in arrived], [a.rewards for a in arrived]
+        failpoints.hit("controller.sampled", step=self.steps_done)
         with self.clock.phase("score"):
-            score_headers = gather([header for a in arrived for header, _ in a.drawn.scores])
+            score_headers = self.sampling.scores([a.drawn for a in arrived])
         with self.clock.phase("learn"):
             used = first_groups(arrived, self.settings.train.prompts_per_step)
             shards = self._shards(used)
             plan = self._plan(used, shards)
-            values = [[a.drawn.chunk.batch.ref, a.drawn.rewards.ref, *(scores.ref for _, scores in a.drawn.scores)] for a in used]
+            values = [[a.drawn.chunk.batch.ref, a.drawn.rewards[0].ref, *(scores.ref for _, scores in a.drawn.scores)] for a in used]
             stats = self.learner.update(plan, [s for s, _ in shards], [[ref for c in mine for ref in values[c]] for _, mine in shards])
             self._check_logprob_gap(stats)
+        failpoints.hit("controller.learned", step=self.steps_done)
         self.steps_done += 1
         with self.clock.phase("sync"):
             weight_bytes = self.publish_weights()
+        failpoints.hit("controller.synced", step=self.steps_done)
         step_s = time.perf_counter() - started
         row = {
             "train/step": float(self.steps_done),
@@ -91,6 +95,7 @@ class Controller:
             "controller/materialized_bytes": float(Meter.materialized_bytes - fetched),
             "perf/tokens_per_s": float(sum(h.response_lengths.sum() for h in headers)) / step_s,
             "time/step_s": step_s,
+            "cluster/restarts": float(self.workers.restarts),
             **worker_times(headers, score_headers, stats),
             **self.clock.take(),
         }  # fmt: skip
@@ -133,8 +138,10 @@ class Controller:
             if last or (settings.eval.every and self.steps_done % settings.eval.every == 0):
                 row |= self.evaluate()
             self.sinks.log(row)  # before the checkpoint: a resumed run keeps the rows up to its checkpoint's step
+            failpoints.hit("controller.logged", step=self.steps_done)
             if last or (settings.checkpoint.every and self.steps_done % settings.checkpoint.every == 0):
                 self.save()
+            failpoints.hit("controller.saved", step=self.steps_done)
 
     def publish_weights(self) -> int:
         """Engines sample step k's rollouts with version k; returns the bytes sent to each engine."""
@@ -143,13 +150,21 @@ class Controller:
 
     def evaluate(self) -> dict[str, float]:
         with self.clock.phase("eval"):
-            seed = wave_seed(self.settings.run.seed, "eval", self.steps_done)
-            result = evaluate(
-                self.settings.eval, self.rollout, self.rewards, self.heldout,
-                step=self.steps_done, temperature=self.settings.algorithm.temperature, seed=seed,
-            )  # fmt: skip
+            result = self._evaluate()
         self.sinks.samples(result.samples)
         return result.metrics | self.clock.take()
+
+    def _evaluate(self) -> Evaluation:
+        """Once more from the start when a worker is lost."""
+        seed = wave_seed(self.settings.run.seed, "eval", self.steps_done)
+        while True:
+            try:
+                return evaluate(
+                    self.settings.eval, self.workers.rollout, self.workers.rewards, self.heldout,
+                    step=self.steps_done, temperature=self.settings.algorithm.temperature, seed=seed,
+                )  # fmt: skip
+            except WorkerError as error:
+                self.workers.lose(error)
 
     def save(self) -> None:
         """Commit a checkpoint; its time appears in the next step's row."""
@@ -202,7 +217,7 @@ class Controller:
             mine = [where[i] for i in groups]
             chunks = sorted({c for c, _ in mine})
             per_chunk = tuple(tuple(g for c, g in mine if c == chunk) for chunk in chunks)
-            shards.append((Shard(num_chunks=len(chunks), num_teachers=len(self.scorers), groups=per_chunk), chunks))
+            shards.append((Shard(num_chunks=len(chunks), num_teachers=len(self.workers.scorers), groups=per_chunk), chunks))
         return shards
 
     def _count_micro_batches(self, shard: Shard, chunks: Sequence[int], used: Sequence[Arrived]) -> int:

@@ -1,7 +1,7 @@
 """One run from settings to report: check, place, train, evaluate, save, and leave nothing running."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from hybridrl.controller.run_directory import find_checkpoint, run_directory
 from hybridrl.controller.teacher_levels import measure_teachers, teachers_in_use, teachers_to_measure
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
-from hybridrl.errors import ConfigError
+from hybridrl.errors import ConfigError, FleetExhausted, WorkerError, WorkerTimeout
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.rewards import check_rewards
 from hybridrl.rewards.reward_model import check_reward_models
 from hybridrl.runtime.cluster import Cluster
-from hybridrl.runtime.workers import place_workers, start_rewards, start_workers
+from hybridrl.runtime.workers import place_workers, restart_learner, start_rewards, start_workers
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics
 from hybridrl.tracking.report import write_report
@@ -60,26 +60,48 @@ def train(settings: RunSettings) -> RunResult:
         rewards = start_rewards(settings, slots, log_dir)
         # A resumed run has them in its first row.
         levels = {} if checkpoint else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir)
-        controller = Controller(
-            settings,
-            workers=start_workers(settings, cluster, slots, rewards, log_dir),
-            backend=cluster.weight_transfer,
-            prompts=PromptSource(prompts, settings.run.seed),
-            heldout=heldout,
-            sinks=sinks,
-            checkpointer=Checkpointer(run_dir, settings.checkpoint.keep),
-        )
-        controller.wandb_id = wandb.run_id if wandb else None
-        if checkpoint:
-            controller.load_state(checkpoint.state, str(checkpoint.folder))
-        controller.publish_weights()
+        workers = start_workers(settings, cluster, slots, rewards, log_dir)
         took = f"{time.monotonic() - began:.0f} s"
         console.notice(f"workers ready after {took} on {cluster.device}, weights travel by {cluster.weight_transfer}")
-        if not checkpoint:
-            sinks.log({"train/step": 0.0, **levels, **controller.evaluate()})
-        controller.run()
+        for restarts_left in reversed(range(1 + settings.cluster.max_restarts)):
+            controller = Controller(
+                settings,
+                workers=workers,
+                backend=cluster.weight_transfer,
+                prompts=PromptSource(prompts, settings.run.seed),
+                heldout=heldout,
+                sinks=sinks,
+                checkpointer=Checkpointer(run_dir, settings.checkpoint.keep),
+            )
+            controller.wandb_id = wandb.run_id if wandb else None
+            try:
+                train_on(controller, checkpoint, levels)
+                break
+            except WorkerError as lost:  # others than the learner's are replaced while the run goes on
+                if not restarts_left:
+                    raise FleetExhausted(f"{lost}; cluster.max_restarts is used up, the last checkpoint stands") from lost
+                console.notice(f"{lost}; going back to the last checkpoint")
+                if isinstance(lost, WorkerTimeout):
+                    workers.dump_stacks()
+                workers = restart_learner(settings, cluster, slots, workers, log_dir)
+                checkpoint = find_checkpoint(settings, run_dir)
+                sinks.start(run_info(settings, run_dir, checkpoint))
         exported = export_model(settings, controller, run_dir, first)
     return result(run_dir, exported)
+
+
+def train_on(controller: Controller, checkpoint: Checkpoint | None, levels: Mapping[str, float]) -> None:
+    """From the checkpoint, or from the start, to the end.
+
+    Args:
+        levels: the teachers', for the first row of a run.
+    """
+    if checkpoint:
+        controller.load_state(checkpoint.state, str(checkpoint.folder))
+    controller.publish_weights()
+    if not checkpoint:
+        controller.sinks.log({"train/step": 0.0, **levels, **controller.evaluate()})
+    controller.run()
 
 
 def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:

@@ -1,27 +1,32 @@
 """What one step trains on: who answers which prompts, and which of the answered groups are used."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from hybridrl.choices import OnStale, PairLoss, Source
 from hybridrl.config import RunSettings
+from hybridrl.errors import WorkerError
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
-from hybridrl.runtime.calls import Pending, first_done, gather
-from hybridrl.runtime.groups import Chunk, RolloutGroup
+from hybridrl.runtime.calls import Pending, first_done, gather, settle
+from hybridrl.runtime.groups import Chunk, RolloutGroup, ScorerGroup
+from hybridrl.runtime.replay import ReplayGroup
 from hybridrl.runtime.workers import Workers
-from hybridrl.types import ChunkHeader, Prompt, Rewards
+from hybridrl.types import ChunkHeader, Prompt, Rewards, ScoreHeader
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Drawn:
-    """A chunk under way, with what others are asked to say of it."""
+    """A chunk under way, with what others are asked to say of it. Calls are replaced when their worker is lost."""
 
+    writer: RolloutGroup | ReplayGroup
     chunk: Chunk
-    scores: list[tuple[Pending, Pending]]  # per teacher: -> ScoreHeader, -> TokenScores
-    rewards: Pending  # -> Rewards
+    reward_weights: Sequence[float]
+    scores: list[tuple[Pending, Pending]] = field(default_factory=list)  # per teacher: -> ScoreHeader, -> TokenScores
+    rewards: list[Pending] = field(default_factory=list)  # the one call -> Rewards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,26 +56,76 @@ class Sampling:
         by_data = round(algorithm.data_fraction * len(prompts))
         by_teacher = round(algorithm.teacher_fraction * len(prompts))
         by_student = len(prompts) - by_data - by_teacher
-        sampled: list[Chunk] = []
         order = {"wave": wave, "group_size": k, "temperature": algorithm.temperature, "seed": seed, "support": self.support}
+        rollout, teacher, replay = self.workers.rollout, self.workers.teacher_rollout, self.workers.replay
+        drawn: list[Drawn] = []
         if by_student:
-            sampled += self.workers.rollout.generate(prompts[:by_student], **order)
+            drawn += [self._drawn(rollout, c, reward_weights) for c in rollout.generate(prompts[:by_student], **order)]
         if by_teacher:
-            assert self.workers.teacher_rollout is not None, "algorithm.teacher_fraction starts one"
-            sampled += self.workers.teacher_rollout.generate(prompts[by_student : by_student + by_teacher], **order)
-        rewards = self.workers.rewards.score(sampled, reward_weights)
+            assert teacher is not None, "algorithm.teacher_fraction starts one"
+            written = teacher.generate(prompts[by_student : by_student + by_teacher], **order)
+            drawn += [self._drawn(teacher, c, reward_weights) for c in written]
         if by_data:
-            assert self.workers.replay is not None, "algorithm.data_fraction starts one"
-            given = self.workers.replay.generate(prompts[by_student + by_teacher :], wave=wave)
-            sampled, rewards = sampled + given, rewards + self.workers.replay.rank(given)
-        scores = [scorer.score(sampled) for scorer in self.workers.scorers]
-        return [
-            Drawn(chunk=chunk, rewards=reward, scores=[teacher[i] for teacher in scores])
-            for i, (chunk, reward) in enumerate(zip(sampled, rewards, strict=True))
-        ]
+            assert replay is not None, "algorithm.data_fraction starts one"
+            drawn += [self._drawn(replay, c, reward_weights) for c in replay.generate(prompts[by_student + by_teacher :], wave=wave)]
+        self._ask(drawn)
+        return drawn
+
+    def _drawn(self, writer: RolloutGroup | ReplayGroup, chunk: Chunk, reward_weights: Sequence[float]) -> Drawn:
+        return Drawn(writer=writer, chunk=chunk, reward_weights=reward_weights)
+
+    def _ask(self, drawn: Sequence[Drawn]) -> None:
+        """Have the chunks judged and scored."""
+        self._ask_rewards(drawn)
+        by_teacher = [scorer.score([d.chunk for d in drawn]) for scorer in self.workers.scorers]
+        for i, d in enumerate(drawn):
+            d.scores = [scores[i] for scores in by_teacher]
+
+    def _ask_rewards(self, drawn: Sequence[Drawn]) -> None:
+        """The data ranks its own responses; the others are judged by the reward functions."""
+        given = [d for d in drawn if d.writer is self.workers.replay]
+        judged = [d for d in drawn if d.writer is not self.workers.replay]
+        calls = self.workers.rewards.score([d.chunk for d in judged], judged[0].reward_weights) if judged else []
+        calls += self.workers.replay.rank([d.chunk for d in given]) if given else []
+        for d, call in zip([*judged, *given], calls, strict=True):
+            d.rewards = [call]
+
+    # -- waiting, whatever workers are lost meanwhile ---------------------------------------------------------------------
 
     def headers(self, drawn: Sequence[Drawn]) -> list[ChunkHeader]:
-        return gather([d.chunk.header for d in drawn])
+        """Of every chunk. Those of a lost engine are sampled again elsewhere, with the same seeds, and asked about again."""
+
+        def again(d: Drawn) -> None:
+            d.chunk = d.writer.again(d.chunk)
+            self._ask([d])
+
+        return self._settled(drawn, lambda d: d.chunk.header, again)
+
+    def rewards(self, drawn: Sequence[Drawn]) -> list[Rewards]:
+        return self._settled(drawn, lambda d: d.rewards[0], lambda d: self._ask_rewards([d]))
+
+    def scores(self, drawn: Sequence[Drawn]) -> list[ScoreHeader]:
+        """Of every teacher for every chunk, teacher by teacher."""
+        found = []
+        for k, scorer in enumerate(self.workers.scorers):
+
+            def again(d: Drawn, k: int = k, scorer: ScorerGroup = scorer) -> None:
+                d.scores[k] = scorer.score([d.chunk])[0]
+
+            found += self._settled(drawn, lambda d, k=k: d.scores[k][0], again)
+        return found
+
+    def _settled(self, drawn: Sequence[Drawn], call: Callable[[Drawn], Pending], again: Callable[[Drawn], None]) -> list[Any]:
+        """Results in order. A call whose worker is lost is made again."""
+        while True:
+            outcomes = settle([call(d) for d in drawn], self.workers.silent)
+            lost = [(d, error) for d, error in zip(drawn, outcomes, strict=True) if isinstance(error, WorkerError)]
+            if not lost:
+                return outcomes
+            for error in {error.worker: error for _, error in lost}.values():
+                self.workers.lose(error)
+            for d, _ in lost:
+                again(d)
 
     def first(self, drawn: Sequence[Drawn], count: int) -> tuple[list[Drawn], list[Drawn]]:
         """Wait until `count` chunks are done, stop the others; -> those that are done, in order, and the others."""
@@ -85,7 +140,7 @@ class Sampling:
     def arrived(self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader], step: int) -> list[Arrived]:
         """Wait for the rewards. Groups with an aborted response are not used; under algorithm.dynamic_sampling nor are those
         whose rewards are all equal; under pipeline.on_stale=drop nor are those with a token too old at `step`."""
-        rewards = gather([d.rewards for d in drawn])
+        rewards = self.rewards(drawn)
         return [
             Arrived(drawn=d, header=h, rewards=r, groups=self._used(h, r, step))
             for d, h, r in zip(drawn, headers, rewards, strict=True)

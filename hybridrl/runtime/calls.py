@@ -1,7 +1,7 @@
 """A call to a worker that is under way, and how to wait for it: with a deadline, ending in a typed error."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class Pending:
     worker: str
     call: str
     deadline_s: float
+    epoch: int = 0  # how many workers of that name there were before the one that was called
 
     def result(self) -> Any:
         return gather([self])[0]
@@ -38,19 +39,56 @@ def gather(pending: Sequence[Pending]) -> list[Any]:
     Raises:
         WorkerTimeout, WorkerDied, WorkerError: naming the worker and the call; or the worker's own HybridRLError.
     """
+    values = settle(pending)
+    for value in values:
+        if isinstance(value, WorkerError):
+            raise value
+    return values
+
+
+def settle(pending: Sequence[Pending], watch: Callable[[], Pending | None] = lambda: None) -> list[Any]:
+    """Results in order. A lost worker ends the wait: its error stands for each of its calls, None for what is under way.
+
+    Args:
+        watch: called every WATCH_S; a call that should have been answered by now, or None: its worker counts as lost.
+
+    Raises:
+        HybridRLError: what a worker raised on purpose.
+    """
     started, waiting = time.monotonic(), {p.ref: p for p in pending}
+    deadline_s = max((p.deadline_s for p in pending), default=0.0)
     values: dict[ray.ObjectRef, Any] = {}
-    while waiting:
-        deadline_s = max(p.deadline_s for p in waiting.values())
+    lost: dict[tuple[str, int], WorkerError] = {}
+    while waiting and not lost:
         left = deadline_s - (time.monotonic() - started)
-        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=max(left, 0.001))
-        if not ready:
-            late = next(iter(waiting.values()))
-            reason = f"no answer within {deadline_s:g} s; raise the matching deadlines.* if it only needed longer"
-            raise WorkerTimeout(late.worker, late.call, reason)
-        for ref in ready:
-            values[ref] = _fetch(waiting.pop(ref))
+        for ref in _ready(list(waiting), min(max(left, 0.001), WATCH_S)):
+            done = waiting.pop(ref)
+            try:
+                values[ref] = _fetch(done)
+            except WorkerError as error:
+                values[ref] = lost[done.worker, done.epoch] = error
+        if waiting and (silent := watch()) is not None:
+            lost[silent.worker, silent.epoch] = _late(silent, silent.deadline_s)
+        if waiting and left <= 0:
+            lost |= {(p.worker, p.epoch): _late(p, deadline_s) for p in waiting.values()}
+    for ref, p in waiting.items():
+        values[ref] = lost.get((p.worker, p.epoch))
     return [values[p.ref] for p in pending]
+
+
+WATCH_S = 1.0
+
+
+def _ready(refs: list[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
+    """All that are there once one is."""
+    first, others = ray.wait(refs, num_returns=1, timeout=timeout_s)
+    more = ray.wait(others, num_returns=len(others), timeout=0)[0] if first and others else []
+    return [*first, *more]
+
+
+def _late(pending: Pending, deadline_s: float) -> WorkerTimeout:
+    reason = f"no answer within {deadline_s:g} s; raise the matching deadlines.* if it only needed longer"
+    return WorkerTimeout(pending.worker, pending.call, reason, pending.epoch)
 
 
 def first_done(pending: Sequence[Pending], count: int) -> list[bool]:
@@ -76,18 +114,20 @@ def _fetch(pending: Pending) -> Any:
     try:
         value = ray.get(pending.ref, timeout=pending.deadline_s)
     except GetTimeoutError as error:
-        raise WorkerTimeout(pending.worker, pending.call, f"its result was not delivered within {pending.deadline_s:g} s") from error
+        raise WorkerTimeout(
+            pending.worker, pending.call, f"its result was not delivered within {pending.deadline_s:g} s", pending.epoch
+        ) from error
     except RayActorError as error:
-        raise WorkerDied(pending.worker, pending.call, f"{_last_line(error)}; see {_log(pending)}") from error
+        raise WorkerDied(pending.worker, pending.call, f"{_last_line(error)}; see {_log(pending)}", pending.epoch) from error
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, HybridRLError):
             raise cause from error
         if isinstance(cause, NotBuilt):
-            raise WorkerError(pending.worker, "its constructor", f"{cause}; see {_log(pending)}") from error
-        raise WorkerError(pending.worker, pending.call, f"{type(cause).__name__}: {cause}") from error
+            raise WorkerError(pending.worker, "its constructor", f"{cause}; see {_log(pending)}", pending.epoch) from error
+        raise WorkerError(pending.worker, pending.call, f"{type(cause).__name__}: {cause}", pending.epoch) from error
     except RayError as error:
-        raise WorkerError(pending.worker, pending.call, _last_line(error)) from error
+        raise WorkerError(pending.worker, pending.call, _last_line(error), pending.epoch) from error
     Meter.materialized_bytes += per_token_bytes(value)
     return value
 

@@ -12,6 +12,7 @@ import ray
 import torch
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
+from hybridrl import failpoints
 from hybridrl.choices import Device, WeightTransfer
 from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError, PlacementError
@@ -203,4 +204,6 @@ def worker_env(threads: int, device: str) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"),
         "PATH": f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}",  # ninja lives beside python
-    } | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {"DS_ACCELERATOR": "cuda"})  # fmt: skip
+        "DS_ACCELERATOR": "cpu" if device == "cpu" else "cuda",
+        **({failpoints.VARIABLE: os.environ[failpoints.VARIABLE]} if failpoints.VARIABLE in os.environ else {}),
+    }  # fmt: skip

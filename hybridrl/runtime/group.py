@@ -1,15 +1,19 @@
 """N actors of one kind. The typed groups in groups.py are its only callers."""
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from hybridrl.errors import FleetExhausted, WorkerError
 from hybridrl.runtime.calls import Pending, gather
-from hybridrl.runtime.host import AsyncHost, Host
+from hybridrl.runtime.host import STACKS, AsyncHost, Host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,7 @@ class ActorGroup:
     """submit_*: start and return Pending; call_all: wait for everyone.
 
     Args:
+        max_restarts: how often lost workers of this group may be replaced.
         concurrent: the worker's methods are coroutines.
         any_order: a call whose arguments are ready overtakes one that still waits for its own.
     """
@@ -40,32 +45,60 @@ class ActorGroup:
         kwargs: Sequence[dict[str, Any]],
         *,
         log_dir: str,
+        max_restarts: int = 0,
         concurrent: bool = False,
         any_order: bool = False,
     ) -> None:
-        self.name, self.size = name, len(slots)
+        self.name, self.path, self.slots, self.kwargs, self.log_dir = name, path, slots, kwargs, log_dir
+        self.size, self.concurrent, self.any_order = len(slots), concurrent, any_order
         self.names = [f"{name}/{i}" for i in range(self.size)]
-        self.actors = []
-        for worker, slot, arguments in zip(self.names, slots, kwargs, strict=True):
-            actor = ray.remote(AsyncHost if concurrent else Host).options(
-                num_cpus=slot.num_cpus,
-                num_gpus=slot.num_gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle),
-                runtime_env={"env_vars": slot.env},
-                allow_out_of_order_execution=concurrent or any_order,
-                **({"max_concurrency": 1000} if concurrent else {}),
-            )
-            self.actors.append(actor.remote(path, f"{log_dir}/{worker.replace('/', '-')}.log", arguments))
+        self.epochs = [0] * self.size  # how many workers were there before
+        self.restarts_left = max_restarts
+        self.actors = [self._start(i) for i in range(self.size)]
+        self.pid_refs = [actor.pid.remote() for actor in self.actors]  # asked now: a worker that hangs does not answer
+
+    def _start(self, index: int) -> ActorHandle:
+        slot, log = self.slots[index], f"{self.log_dir}/{self.names[index].replace('/', '-')}.log"
+        actor = ray.remote(AsyncHost if self.concurrent else Host).options(
+            num_cpus=slot.num_cpus,
+            num_gpus=slot.num_gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle),
+            runtime_env={"env_vars": slot.env},
+            allow_out_of_order_execution=self.concurrent or self.any_order,
+            **({"max_concurrency": 1000} if self.concurrent else {}),
+        )
+        return actor.remote(self.path, log, self.kwargs[index])
+
+    def replace(self, lost: WorkerError) -> int | None:
+        """End the worker that is told of and start another in its place; its index, or None: that was done before.
+
+        Raises:
+            FleetExhausted: there were too many; the worker is ended all the same.
+        """
+        index = self.names.index(lost.worker)
+        if self.epochs[index] != lost.epoch:
+            return None
+        ray.kill(self.actors[index])
+        if self.restarts_left == 0:
+            raise FleetExhausted(f"{lost}; cluster.max_restarts is used up for {self.name} workers, the last checkpoint stands")
+        self.restarts_left -= 1
+        self.epochs[index] += 1
+        self.actors[index] = self._start(index)
+        self.pid_refs[index] = self.actors[index].pid.remote()
+        return index
 
     def submit(self, index: int, method: str, *args: Any, deadline_s: float) -> Pending:
         """Call one worker; refs among `args` arrive as their values."""
-        return Pending(ref=self.actors[index].call.remote(method, *args), worker=self.names[index], call=method, deadline_s=deadline_s)
+        return self._pending(index, self.actors[index].call.remote(method, *args), method, deadline_s)
 
     def submit_pair(self, index: int, method: str, *args: Any, deadline_s: float) -> tuple[Pending, Pending]:
         """Call one worker whose method returns two values; each is an object of its own."""
         refs = self.actors[index].call.options(num_returns=2).remote(method, *args)
-        first, second = (Pending(ref=ref, worker=self.names[index], call=method, deadline_s=deadline_s) for ref in refs)
+        first, second = (self._pending(index, ref, method, deadline_s) for ref in refs)
         return first, second
+
+    def _pending(self, index: int, ref: ray.ObjectRef, method: str, deadline_s: float) -> Pending:
+        return Pending(ref=ref, worker=self.names[index], call=method, deadline_s=deadline_s, epoch=self.epochs[index])
 
     def submit_all(self, method: str, *args: Any, deadline_s: float) -> list[Pending]:
         return [self.submit(i, method, *args, deadline_s=deadline_s) for i in range(self.size)]
@@ -75,12 +108,24 @@ class ActorGroup:
 
     def pids(self) -> list[int]:
         """Process ids, each on its own node."""
-        return [ray.get(actor.pid.remote(), timeout=60) for actor in self.actors]
+        return ray.get(self.pid_refs, timeout=60)
+
+    def dump_stacks(self) -> None:
+        """Have every worker that can write the stacks of its threads into its log; does not wait."""
+        for slot, pid in zip(self.slots, self.pid_refs, strict=True):
+            there = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
+            ray.remote(dump_stacks).options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(pid)
 
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
         self.actors = []
+
+
+def dump_stacks(pid: int) -> None:
+    """Ask a process of this node for its stacks; see runtime.host."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, STACKS)
 
 
 @dataclass(frozen=True, slots=True)

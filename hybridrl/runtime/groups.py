@@ -1,25 +1,31 @@
 """The groups of a run, each method typed: the only place where a worker and its methods are named by strings."""
 
+import logging
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hybridrl.choices import PairLoss, Source, WeightTransfer
 from hybridrl.config import ModelConfig, RunSettings
+from hybridrl.errors import WeightSyncError, WorkerError
 from hybridrl.placement import chunk_size
 from hybridrl.runtime.calls import Pending, gather, is_done
 from hybridrl.runtime.group import ActorGroup, EngineCall, Slot
 from hybridrl.types import GenerateOrder, LearnerStats, Prompt, Sample, Shard, UpdatePlan, WeightManifest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """A piece of a rollout wave: its header for the controller, its batch for the workers."""
 
-    wave: str
+    order: GenerateOrder
     prompts: tuple[Prompt, ...]
     header: Pending  # -> ChunkHeader
     batch: Pending  # -> RolloutBatch; only ever passed on by reference
@@ -31,13 +37,16 @@ class EngineLoad:
     def __init__(self, engines: int) -> None:
         self.under_way: list[list[tuple[int, Pending]]] = [[] for _ in range(engines)]  # per engine (tokens, -> header)
 
-    def assign(self, tokens: Sequence[int]) -> list[int]:
-        """An engine for each chunk, in order: always the one with the least to do. All idle: the same at each call."""
+    def assign(self, tokens: Sequence[int], serving: Collection[int]) -> list[int]:
+        """One of the `serving` engines for each chunk, in order: always the one with the least to do, of equals the first.
+
+        All idle: the same at each call.
+        """
         self.under_way = [[(n, header) for n, header in mine if not is_done(header)] for mine in self.under_way]
-        load = [sum(n for n, _ in mine) for mine in self.under_way]
+        load = {i: sum(n for n, _ in self.under_way[i]) for i in sorted(serving)}
         engines = []
         for num_tokens in tokens:
-            engine = load.index(min(load))
+            engine = min(load, key=load.__getitem__)
             load[engine] += num_tokens
             engines.append(engine)
         return engines
@@ -63,8 +72,16 @@ class RolloutGroup:
     ) -> None:
         self.settings = settings
         kwargs = {"settings": settings, "model": model, "device": device, "backend": str(backend), "source": source}
-        self.group = ActorGroup(name, self.worker, slots, [kwargs] * len(slots), log_dir=log_dir, concurrent=True)
+        # vLLM's own channels have no way to let an engine in again
+        restarts = settings.cluster.max_restarts if backend is WeightTransfer.object_store else 0
+        self.group = ActorGroup(
+            name, self.worker, slots, [kwargs] * len(slots), log_dir=log_dir, max_restarts=restarts, concurrent=True
+        )  # fmt: skip
         self.load = EngineLoad(len(slots))
+        self.serving = set(range(len(slots)))
+        self.joining: dict[int, Pending] = {}  # engines started anew -> their first ping
+        self.latest: tuple[WeightManifest, ray.ObjectRef] | None = None  # what an engine must hold to serve; None: as from disk
+        self.pings: dict[int, tuple[Pending, float]] = {}  # with the time they were sent
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
@@ -85,11 +102,12 @@ class RolloutGroup:
         Args:
             groups_per_chunk: None: as set in rollout.groups_per_chunk.
         """
+        self.admit()
         rollout = self.settings.rollout
         size = chunk_size(len(prompts), groups_per_chunk or rollout.groups_per_chunk, self.group.size)
         pieces = [tuple(prompts[i : i + size]) for i in range(0, len(prompts), size)]
         tokens = [sum(len(p.input_ids) + rollout.max_new_tokens for p in piece) * group_size for piece in pieces]
-        engines, numbers = self.load.assign(tokens), [0] * self.group.size
+        engines, numbers = self.load.assign(tokens, self.serving), [0] * self.group.size
         chunks = []
         for piece, engine, num_tokens in zip(pieces, engines, tokens, strict=True):
             order = GenerateOrder(
@@ -97,25 +115,108 @@ class RolloutGroup:
                 temperature=temperature, max_new_tokens=rollout.max_new_tokens, seed=seed, support=support,
             )  # fmt: skip
             numbers[engine] += 1
-            header, batch = self.group.submit_pair(engine, "generate", order, piece, deadline_s=self.settings.deadlines.rollout_s)
-            self.load.add(engine, num_tokens, header)
-            chunks.append(Chunk(wave=wave, prompts=piece, header=header, batch=batch))
+            chunks.append(self._submit(engine, order, piece, num_tokens))
         return chunks
+
+    def again(self, chunk: Chunk) -> Chunk:
+        """The same responses once more, from an engine that serves."""
+        self.admit()
+        order = replace(chunk.order, wave=f"{chunk.order.wave}'", chunk=0, num_chunks=1)
+        tokens = sum(len(p.input_ids) + order.max_new_tokens for p in chunk.prompts) * order.group_size
+        (engine,) = self.load.assign([tokens], self.serving)
+        return self._submit(engine, order, chunk.prompts, tokens)
+
+    def _submit(self, engine: int, order: GenerateOrder, prompts: tuple[Prompt, ...], tokens: int) -> Chunk:
+        header, batch = self.group.submit_pair(engine, "generate", order, prompts, deadline_s=self.settings.deadlines.rollout_s)
+        self.load.add(engine, tokens, header)
+        return Chunk(order=order, prompts=prompts, header=header, batch=batch)
+
+    # -- lost engines ------------------------------------------------------------------------------------------------
+
+    def silent(self) -> Pending | None:
+        """A ping that an engine has not answered within deadlines.heartbeat_s; None: all answer, also while they sample."""
+        limit, now = self.settings.deadlines.heartbeat_s, time.monotonic()
+        for engine in self.serving:
+            ping, sent = self.pings.get(engine, (None, now))
+            if ping is None or ping.epoch != self.group.epochs[engine] or is_done(ping):
+                self.pings[engine] = self.group.submit(engine, "ping", deadline_s=limit), now
+            elif now - sent > limit:
+                return ping
+        return None
+
+    def lose(self, lost: WorkerError) -> None:
+        """Go on without an engine, and start another in its place."""
+        engine = self.group.replace(lost)
+        if engine is not None:
+            self.serving.discard(engine)
+            self.joining[engine] = self.group.submit(engine, "ping", deadline_s=self.settings.deadlines.start_s)
+
+    def admit(self) -> None:
+        """Let new engines serve that are ready, once they acknowledged the newest weights; where none serves, wait for them."""
+        while self.joining:
+            for engine, ping in list(self.joining.items()):
+                if self.serving and not is_done(ping):
+                    continue
+                del self.joining[engine]
+                try:
+                    gather([ping])
+                    if self.latest is not None:
+                        self._acknowledged(self._load(engine, *self.latest))
+                    self.serving.add(engine)
+                except WorkerError as error:
+                    self.lose(error)
+            if self.serving:
+                return
 
     def cancel(self, chunks: Sequence[Chunk]) -> list[Pending]:
         """Stop sampling these chunks, wherever they are; -> how many responses each engine gave up."""
-        groups = [f"{chunk.wave}/{prompt.uid}" for chunk in chunks for prompt in chunk.prompts]
-        return self.group.submit_all("abort", groups, deadline_s=self.settings.deadlines.sync_s)
-
-    def load_weights(self, manifest: WeightManifest, packed: ray.ObjectRef) -> list[Pending]:
-        return self.group.submit_all("load_weights", manifest, packed, deadline_s=self.settings.deadlines.sync_s)
+        groups = [f"{chunk.order.wave}/{prompt.uid}" for chunk in chunks for prompt in chunk.prompts]
+        return self._each_serving("abort", groups)
 
     def abort(self) -> list[Pending]:
         """Stop all sampling; -> how many responses each engine gave up."""
-        return self.group.submit_all("abort", deadline_s=self.settings.deadlines.sync_s)
+        return self._each_serving("abort")
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def load_weights(self, manifest: WeightManifest, packed: ray.ObjectRef) -> None:
+        """Have every engine serve these weights. One that fails to is lost; the others go on.
+
+        Raises:
+            WorkerError: all of them failed.
+        """
+        self.latest = (manifest, packed)
+        loads, errors = [self._load(engine, manifest, packed) for engine in sorted(self.serving)], []
+        for load in loads:
+            try:
+                self._acknowledged(load)
+            except WorkerError as error:
+                errors.append(error)
+        if errors and len(errors) == len(loads):
+            raise errors[0]
+        for error in errors:
+            log.warning("%s; going on without it while another is started", error)
+            self.lose(error)
+        self.admit()
+
+    def _acknowledged(self, load: Pending) -> None:
+        """Raises:
+        WorkerError: it did not load them.
+        """
+        try:
+            gather([load])
+        except WeightSyncError as error:
+            raise WorkerError(load.worker, load.call, str(error), load.epoch) from error
+
+    def _load(self, engine: int, manifest: WeightManifest, packed: ray.ObjectRef) -> Pending:
+        return self.group.submit(engine, "load_weights", manifest, packed, deadline_s=self.settings.deadlines.sync_s)
 
     def set_version(self, version: int) -> list[Pending]:
-        return self.group.submit_all("update_weight_version", str(version), deadline_s=self.settings.deadlines.sync_s)
+        return self._each_serving("update_weight_version", str(version))
+
+    def _each_serving(self, method: str, *args: Any) -> list[Pending]:
+        limit = self.settings.deadlines.sync_s
+        return [self.group.submit(engine, method, *args, deadline_s=limit) for engine in sorted(self.serving)]
 
     def close(self) -> None:
         self.group.close()
@@ -129,7 +230,19 @@ class ScorerGroup:
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, teacher: str, device: str, log_dir: str) -> None:
         self.settings, self.teacher = settings, teacher
         kwargs = {"settings": settings, "teacher": teacher, "device": device}
-        self.group = ActorGroup(f"scorer-{teacher}", self.worker, slots, [kwargs] * len(slots), log_dir=log_dir, any_order=True)
+        self.group = ActorGroup(
+            f"scorer-{teacher}",
+            self.worker,
+            slots,
+            [kwargs] * len(slots),
+            log_dir=log_dir,
+            any_order=True,
+            max_restarts=settings.cluster.max_restarts,
+        )
+
+    def lose(self, lost: WorkerError) -> None:
+        """Start another worker in its place; it holds no state that the run would miss."""
+        self.group.replace(lost)
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
@@ -152,7 +265,13 @@ class RewardGroup:
         watch_only = settings.algorithm.reward_weight.is_zero() and settings.algorithm.pair.loss is PairLoss.none
         model = {"tokenizer_path": settings.model.path, "revision": settings.model.revision}
         kwargs = {"config": settings.reward, **model, "watch_only": watch_only}
-        self.group = ActorGroup("reward", self.worker, slots, [kwargs] * len(slots), log_dir=log_dir, any_order=True)
+        self.group = ActorGroup(
+            "reward", self.worker, slots, [kwargs] * len(slots), log_dir=log_dir, any_order=True, max_restarts=settings.cluster.max_restarts
+        )
+
+    def lose(self, lost: WorkerError) -> None:
+        """Start another worker in its place; it holds no state that the run would miss."""
+        self.group.replace(lost)
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
@@ -174,7 +293,7 @@ class LearnerGroup:
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, device: str, log_dir: str) -> None:
         self.settings = settings
         self.slot = slots[0]
-        master = (self.slot.node_ip, free_port_at(self.slot))
+        master = free_port_at(self.slot)
         kwargs = [{"settings": settings, "rank": rank, "master": master, "device": device} for rank in range(len(slots))]
         self.group = ActorGroup("learner", self.worker, slots, kwargs, log_dir=log_dir)
         self.master = master
@@ -203,8 +322,7 @@ class LearnerGroup:
     def connect_engines(self, backend: WeightTransfer, rollout: RolloutGroup) -> None:
         limit = self.settings.deadlines.start_s
         call = EngineCall(rollout.group, limit)
-        port = free_port_at(self.slot)
-        self.group.call_all("connect_engines", str(backend), (self.master[0], port), call, rollout.group.size, deadline_s=limit)
+        self.group.call_all("connect_engines", str(backend), free_port_at(self.slot), call, rollout.group.size, deadline_s=limit)
 
     def send_weights(self) -> None:
         self.group.call_all("send_weights", deadline_s=self.settings.deadlines.sync_s)
@@ -222,14 +340,19 @@ class LearnerGroup:
         self.group.close()
 
 
-def free_port_at(slot: Slot) -> int:
-    """A free TCP port of the slot's node."""
+def replaceable(settings: RunSettings, log_dir: str) -> dict[str, Any]:
+    """Of groups whose workers hold no state that the run would miss."""
+    return {"log_dir": log_dir, "any_order": True, "max_restarts": settings.cluster.max_restarts}
+
+
+def free_port_at(slot: Slot) -> tuple[str, int]:
+    """Address and a free TCP port of the node that the slot is on now."""
     there = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
     ref = ray.remote(_free_port).options(num_cpus=0, scheduling_strategy=there).remote()
     return gather([Pending(ref=ref, worker=slot.node_ip, call="free_port", deadline_s=60.0)])[0]
 
 
-def _free_port() -> int:
+def _free_port() -> tuple[str, int]:
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return probe.getsockname()[1]
+        return ray.util.get_node_ip_address(), probe.getsockname()[1]

@@ -3,14 +3,19 @@
 What a worker's constructor raises is kept and raised by the first call: Ray would end the actor and tell of its death.
 """
 
+import faulthandler
 import importlib
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 from hybridrl.errors import HybridRLError
+
+STACKS = signal.SIGUSR1
+"""Makes a worker write the stack of each of its threads into its log, also while it is busy outside Python."""
 
 
 class NotBuilt(Exception):
@@ -23,6 +28,7 @@ def build(path: str, log: str, kwargs: dict[str, Any]) -> Any:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush(), sys.stderr.flush()
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+    faulthandler.register(STACKS, file=descriptor, all_threads=True)
     module, name = path.split(":")
     try:
         return getattr(importlib.import_module(module), name)(**kwargs)

@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 
 from hybridrl.config import RunSettings
+from hybridrl.errors import WorkerError
 from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.group import ActorGroup, Slot
-from hybridrl.runtime.groups import Chunk
+from hybridrl.runtime.groups import Chunk, replaceable
 from hybridrl.types import GenerateOrder, Prompt
 
 
 class ReplayGroup:
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, log_dir: str) -> None:
         self.settings = settings
-        self.group = ActorGroup("replay", "hybridrl.workers.replay:Replay", slots, [{}] * len(slots), log_dir=log_dir)
+        kwargs = [{}] * len(slots)
+        self.group = ActorGroup("replay", "hybridrl.workers.replay:Replay", slots, kwargs, **replaceable(settings, log_dir))
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
@@ -24,7 +26,14 @@ class ReplayGroup:
             temperature=0.0, max_new_tokens=self.settings.rollout.max_new_tokens, seed=0,
         )  # fmt: skip
         header, batch = self.group.submit_pair(0, "generate", order, list(prompts), deadline_s=self.settings.deadlines.rollout_s)
-        return [Chunk(wave=wave, prompts=tuple(prompts), header=header, batch=batch)]
+        return [Chunk(order=order, prompts=tuple(prompts), header=header, batch=batch)]
+
+    def again(self, chunk: Chunk) -> Chunk:
+        """The same responses once more."""
+        return self.generate(chunk.prompts, wave=chunk.order.wave)[0]
+
+    def lose(self, lost: WorkerError) -> None:
+        self.group.replace(lost)
 
     def rank(self, chunks: Sequence[Chunk]) -> list[Pending]:
         """One call per chunk: -> Rewards, the data's own order."""

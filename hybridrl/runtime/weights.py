@@ -17,11 +17,11 @@ class WeightSync:
         """Make every engine serve `version`; returns the bytes that went into each engine (0: unknown to the driver).
 
         Raises:
-            WeightSyncError: an engine received something else, or did not load all of it.
+            WeightSyncError: every engine received something else, or did not load all of it.
         """
         if self.backend is WeightTransfer.object_store:
             manifest, packed = self.learner.pack_weights(version)
-            gather(self.rollout.load_weights(manifest, packed))
+            self.rollout.load_weights(manifest, packed)
             return manifest.nbytes
         self.learner.send_weights()
         gather(self.rollout.set_version(version))

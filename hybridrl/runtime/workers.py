@@ -1,15 +1,19 @@
-"""All workers of a run: what is placed where, and how they are started together."""
+"""All workers of a run: what is placed where, how they are started together, and how lost ones are replaced."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybridrl.choices import Source
 from hybridrl.config import ModelConfig, RunSettings
-from hybridrl.runtime.calls import gather
+from hybridrl.errors import WorkerError, WorkerTimeout
+from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.group import Slot
 from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
 from hybridrl.runtime.replay import ReplayGroup
+
+log = logging.getLogger(__name__)
 
 Slots = Mapping[str, Sequence[Slot]]
 
@@ -24,6 +28,36 @@ class Workers:
     scorers: list[ScorerGroup]
     rewards: RewardGroup
     learner: LearnerGroup
+
+    @property
+    def groups(self) -> list[RolloutGroup | ScorerGroup | RewardGroup | ReplayGroup | LearnerGroup]:
+        found = (self.rollout, self.teacher_rollout, self.replay, *self.scorers, self.rewards, self.learner)
+        return [group for group in found if group is not None]
+
+    @property
+    def restarts(self) -> int:
+        """How many workers have been replaced so far."""
+        return sum(sum(group.group.epochs) for group in self.groups)
+
+    def silent(self) -> Pending | None:
+        """A ping that some engine should have answered by now; None: all answer."""
+        engines = [group for group in (self.rollout, self.teacher_rollout) if group is not None]
+        return next((ping for group in engines if (ping := group.silent()) is not None), None)
+
+    def lose(self, lost: WorkerError) -> None:
+        """Replace a worker. After silence, all workers write their stacks into their logs first.
+
+        Raises:
+            FleetExhausted: too many of its kind were lost.
+        """
+        log.warning("%s; starting another worker in its place", lost)
+        if isinstance(lost, WorkerTimeout):
+            self.dump_stacks()
+        next(group for group in self.groups if group.group.name == lost.worker.rpartition("/")[0]).lose(lost)
+
+    def dump_stacks(self) -> None:
+        for group in self.groups:
+            group.group.dump_stacks()
 
 
 def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
@@ -84,6 +118,19 @@ def start_workers(settings: RunSettings, cluster: Cluster, slots: Slots, rewards
         rewards=rewards,
         learner=learner,
     )
+
+
+def restart_learner(settings: RunSettings, cluster: Cluster, slots: Slots, workers: Workers, log_dir: str) -> Workers:
+    """The same workers with a new learner; what was being sampled for the old one is given up.
+
+    Raises:
+        WorkerError: it could not be built, within deadlines.start_s.
+    """
+    workers.learner.close()
+    learner = LearnerGroup(settings, slots["learner"], device=cluster.device, log_dir=log_dir)
+    gather([*workers.rollout.abort(), *(workers.teacher_rollout.abort() if workers.teacher_rollout else [])])
+    gather(learner.ready())
+    return replace(workers, learner=learner)
 
 
 def teacher_model(settings: RunSettings) -> ModelConfig:

@@ -46,7 +46,7 @@ class ConsoleSink:
             self.notice(f"{info.name}: continues after step {info.first_step} of {info.total_steps}, in {info.run_dir}")
         else:
             self.notice(f"{info.name}: {info.total_steps} steps, in {info.run_dir}")
-        if self._stream.isatty():
+        if self._stream.isatty() and self._live is None:
             self._open_display()
 
     def notice(self, text: str) -> None:

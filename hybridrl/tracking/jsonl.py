@@ -66,6 +66,7 @@ class JsonlSink:
         Raises:
             DataError: the metrics file is damaged before its last line.
         """
+        self.close(0)
         self._dir = Path(info.run_dir)
         (self._dir / SAMPLES).mkdir(parents=True, exist_ok=True)
         metrics = self._dir / METRICS

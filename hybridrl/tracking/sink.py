@@ -11,7 +11,10 @@ log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """One destination. Calls come in the order start, any number of log and samples, close."""
+    """One destination. Calls come in the order start, any number of log and samples, close.
+
+    A run that goes back to a checkpoint calls start again, with the step that it goes on from.
+    """
 
     def start(self, info: RunInfo) -> None: ...
 

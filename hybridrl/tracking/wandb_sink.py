@@ -32,8 +32,8 @@ class WandbSink:
         return self._run_id
 
     def start(self, info: RunInfo) -> None:
-        self._run_id = info.wandb_id
-        if self._mode is WandbMode.disabled:
+        self._run_id = self._run_id or info.wandb_id
+        if self._mode is WandbMode.disabled or self._run is not None:
             return
         import wandb
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hybridrl import failpoints
 from hybridrl.config import RunSettings
 from hybridrl.data.collate import MicroBatch, TrainSequence, collate, idle_sequence, train_sequences
 from hybridrl.data.scored import join, select_groups
@@ -104,6 +105,7 @@ class Learner:
             NonFiniteError: the loss or the gradient norm is NaN or infinite. A bad loss is found before the step.
         """
         started = time.monotonic()
+        failpoints.hit("learner.update", step=plan.step, rank=self.rank)
         batches = scored_batches(shard, values)
         weights = [[teacher_weight(b, plan, k) for k in range(shard.num_teachers)] for b in batches]
         credits = self._credits(plan, batches, weights)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hybridrl import failpoints
 from hybridrl.choices import OnError
 from hybridrl.config import RewardConfig
 from hybridrl.errors import RewardError
@@ -67,6 +68,7 @@ class RewardWorker:
         Raises:
             RewardError: a function failed under on_error=fail.
         """
+        failpoints.hit("reward.score", uid=batch.uids[0])
         names = tuple(self.config.functions)
         columns = self._columns(batch)
         outcomes = [self._call(name, batch, columns) for name in names]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hybridrl import failpoints
 from hybridrl.choices import Source
 from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.errors import DataError, WeightSyncError
@@ -132,6 +133,7 @@ class Rollout:
         Raises:
             DataError: the engine refused a prompt.
         """
+        failpoints.hit("rollout.generate", wave=order.wave)
         futures = await self._waves.arrive(order, prompts)
         started = time.monotonic()
         finished = await asyncio.gather(*futures)
@@ -216,6 +218,7 @@ class Rollout:
         Raises:
             WeightSyncError: the workers did not all load what the manifest says.
         """
+        failpoints.hit("rollout.load_weights", version=manifest.version)
         try:
             self.engine.collective_rpc("start_weight_update")
             with self._within_reach(packed) as place:

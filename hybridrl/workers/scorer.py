@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybridrl import failpoints
 from hybridrl.choices import Source, SupportSource
 from hybridrl.config import RunSettings
 from hybridrl.data.collate import to_wire
@@ -50,6 +51,7 @@ class Scorer:
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> tuple[ScoreHeader, TokenScores]:
         """One forward pass over every sequence whose prompt is routed here; the rest stays 0."""
+        failpoints.hit("scorer.score", uid=batch.uids[0])
         started = time.monotonic()
         first_row = np.concatenate([[0], np.cumsum(batch.response_lengths)])
         scores = self._empty(batch, int(first_row[-1]))
