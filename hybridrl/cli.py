@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from hybridrl.compose import conf_dir, load_config, one_sentence, register_schema, to_settings
 from hybridrl.config import RunSettings
-from hybridrl.errors import ConfigError, HybridRLError
+from hybridrl.errors import ConfigError, HybridRLError, Preempted
 
 USAGE = """usage: hybridrl VERB ...
 
@@ -22,11 +22,12 @@ USAGE = """usage: hybridrl VERB ...
                                                                      FOLDER is DIR/export/step_NNNNNN if not given
   hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]       every method's gradient against exact enumeration
 """
+TRY_AGAIN = os.EX_TEMPFAIL  # 75, which job schedulers know
 HELP = ("--help", "-h", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong."""
+    """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong, 75 told to end: continue by the same command."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     log_warnings()
     verbs = {"train": train_verb, "report": report_verb, "export": export_verb, "check": check_verb}
@@ -40,6 +41,9 @@ def said(act: Callable[[], int]) -> int:
     """The exit status of `act`; one of our own errors is told in its one sentence."""
     try:
         return act()
+    except Preempted as error:
+        print(f"hybridrl: {error}", file=sys.stderr)
+        return TRY_AGAIN
     except HybridRLError as error:
         print(f"hybridrl: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

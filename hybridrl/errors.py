@@ -38,7 +38,11 @@ class RewardError(HybridRLError):
 
 
 class NonFiniteError(HybridRLError):
-    """A loss or gradient was NaN or infinite; nothing was stepped or saved."""
+    """A loss or gradient was NaN or infinite; nothing of it is saved."""
+
+
+class SkippedStep(NonFiniteError):
+    """A gradient was NaN or infinite, and the weights are as they were before."""
 
 
 class WorkerError(HybridRLError):

@@ -241,7 +241,7 @@ def test_a_killed_engine_is_replaced_while_the_other_answers_its_prompts(graph, 
 
 def test_an_engine_that_hangs_is_found_by_its_silence(graph, controller):
     rollout, before = graph.workers.rollout, graph.workers.rollout.settings
-    rollout.settings = replace(before, deadlines=replace(before.deadlines, heartbeat_s=3.0))
+    rollout.settings = replace(before, deadlines=replace(before.deadlines, heartbeat_s=20.0))
     os.kill(rollout.group.pids()[0], signal.SIGSTOP)
     steps_on(controller)
     rollout.settings = before

@@ -8,6 +8,7 @@ import numpy as np
 
 from hybridrl.choices import OnStale, PairLoss, Source
 from hybridrl.config import RunSettings
+from hybridrl.controller.preemption import Preemption
 from hybridrl.errors import WorkerError
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
@@ -46,8 +47,8 @@ class Arrived:
 class Sampling:
     """Asks student engines, the teacher's engine and the data for responses, in the shares that algorithm.* sets."""
 
-    def __init__(self, settings: RunSettings, workers: Workers) -> None:
-        self.settings, self.workers = settings, workers
+    def __init__(self, settings: RunSettings, workers: Workers, preemption: Preemption) -> None:
+        self.settings, self.workers, self.preemption = settings, workers, preemption
         self.support = settings.algorithm.topk.k if Signal.sampler_support in make_objective(settings).signals else 0
 
     def draw(self, prompts: Sequence[Prompt], *, wave: str, seed: int, reward_weights: Sequence[float]) -> list[Drawn]:
@@ -118,7 +119,7 @@ class Sampling:
     def _settled(self, drawn: Sequence[Drawn], call: Callable[[Drawn], Pending], again: Callable[[Drawn], None]) -> list[Any]:
         """Results in order. A call whose worker is lost is made again."""
         while True:
-            outcomes = settle([call(d) for d in drawn], self.workers.silent)
+            outcomes = settle([call(d) for d in drawn], self._watch)
             lost = [(d, error) for d, error in zip(drawn, outcomes, strict=True) if isinstance(error, WorkerError)]
             if not lost:
                 return outcomes
@@ -126,6 +127,11 @@ class Sampling:
                 self.workers.lose(error)
             for d, _ in lost:
                 again(d)
+
+    def _watch(self) -> Pending | None:
+        """While waiting for responses nothing would be lost: the place to end, if the run was told to."""
+        self.preemption.check()
+        return self.workers.silent()
 
     def first(self, drawn: Sequence[Drawn], count: int) -> tuple[list[Drawn], list[Drawn]]:
         """Wait until `count` chunks are done, stop the others; -> those that are done, in order, and the others."""

@@ -147,6 +147,8 @@ def connect(settings: RunSettings) -> None:
     local = {"include_dashboard": False} if address == "local" else {}
     try:
         check_answers(address, settings.deadlines.placement_s)
+        # calls that wait for a lost worker's result fail with it; they are made again, and nobody asks for the old ones
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")

@@ -1,0 +1,38 @@
+"""SIGTERM, as a scheduler or `ray job stop` sends it: the run saves what it has and ends, to be continued."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from hybridrl.errors import Preempted
+
+
+class Preemption:
+    """Whether the run was told to end. Asked at places where nothing would be lost."""
+
+    def __init__(self) -> None:
+        self.told = False
+
+    @contextmanager
+    def listening(self) -> Iterator["Preemption"]:
+        """Take SIGTERM while the block lasts. In a thread that gets no signals, do nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = signal.signal(signal.SIGTERM, self._tell)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def check(self) -> None:
+        """Raises:
+        Preempted: the run was told to end.
+        """
+        if self.told:
+            raise Preempted("told to end by SIGTERM; the same command continues")
+
+    def _tell(self, signum: int, frame: FrameType | None) -> None:
+        self.told = True
