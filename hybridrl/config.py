@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from hybridrl.algorithm import AlgorithmConfig, ScheduleConfig
+from hybridrl.checkpointing import CheckpointConfig
 from hybridrl.choices import Baseline, Device, OnError, PairLoss, Ratio, Resume, Support, SupportSource, WandbMode, WeightTransfer
 from hybridrl.errors import ConfigError
 from hybridrl.placement import check_places
@@ -23,6 +24,8 @@ class RunConfig:
     seed: int = 0
     """every sampling seed derives from it"""
     resume: Resume = Resume.auto
+    resume_from: str | None = None
+    """a checkpoint folder of another run, which a run.dir without checkpoints of its own continues; a damaged one is an error"""
     allow_changes: list[str] = field(default_factory=list)
     """settings, or sections of them, that may differ from those the run in run.dir was started with, e.g. [train.lr, data]"""
 
@@ -252,22 +255,6 @@ class DiagnosticsConfig:
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ConfigError(f"diagnostics.every={self.every}: must not be negative; 0 means never")
-
-
-@dataclass(kw_only=True, slots=True)
-class CheckpointConfig:
-    every: int = 50
-    """steps; 0: only at the end"""
-    keep: int = 2
-    """newest checkpoints kept"""
-    export: bool = True
-    """write a Hugging Face folder at the end"""
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ConfigError(f"checkpoint.every={self.every}: must not be negative; 0 saves only at the end")
-        if self.keep < 1:
-            raise ConfigError(f"checkpoint.keep={self.keep}: must be at least 1, or a crash leaves nothing to resume")
 
 
 @dataclass(kw_only=True, slots=True)

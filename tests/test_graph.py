@@ -15,6 +15,7 @@ from hybridrl.choices import Device, WeightTransfer
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer
 from hybridrl.controller.controller import Controller
+from hybridrl.controller.ledger import Ledger
 from hybridrl.controller.run import prepare_prompts
 from hybridrl.data.prompts import PromptSource
 from hybridrl.errors import ConfigError, PlacementError, WeightSyncError, WorkerDied, WorkerTimeout
@@ -55,7 +56,8 @@ class Graph:
             prompts=PromptSource(self.prompts, settings.run.seed),
             heldout=self.heldout,
             sinks=Sinks(required=[]),
-            checkpointer=Checkpointer(self.run_dir, 2),
+            checkpointer=Checkpointer(self.run_dir, settings.checkpoint),
+            ledger=Ledger(self.run_dir, 0),
         )
         made.publish_weights()
         return made

@@ -1,22 +1,24 @@
 """The central loop. It holds headers and references; tokens, log-probs and weights go from worker to worker."""
 
 import hashlib
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from hybridrl.choices import WeightTransfer
 from hybridrl.config import RunSettings
-from hybridrl.controller.checkpoint import Checkpointer, RunState
+from hybridrl.controller.checkpoint import Checkpointer, RunState, Stateful
 from hybridrl.controller.evaluation import evaluate
+from hybridrl.controller.ledger import Ledger
 from hybridrl.controller.metrics import learner_metrics, reward_metrics, rollout_metrics, score_metrics
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
 from hybridrl.controller.weights import Weights
 from hybridrl.data.prompts import PromptSource
 from hybridrl.data.shards import balance_groups, micro_batches
-from hybridrl.errors import RewardError, WeightSyncError
+from hybridrl.errors import CheckpointError, RewardError, WeightSyncError
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import Meter, gather
@@ -25,6 +27,8 @@ from hybridrl.runtime.workers import Workers
 from hybridrl.tracking.sink import Sinks
 from hybridrl.tracking.timing import PhaseClock
 from hybridrl.types import LearnerStats, Prompt, Rewards, Shard, UpdatePlan
+
+log = logging.getLogger(__name__)
 
 
 class Controller:
@@ -47,12 +51,14 @@ class Controller:
         heldout: Sequence[Prompt],
         sinks: Sinks,
         checkpointer: Checkpointer,
+        ledger: Ledger,
     ) -> None:
         self.settings = settings
         self.rollout, self.scorers, self.rewards, self.learner = workers.rollout, workers.scorers, workers.rewards, workers.learner
         self.sampling, self.weights_of = Sampling(settings, workers), Weights(settings)
         self.weights = WeightSync(workers.learner, workers.rollout, backend)
-        self.prompts, self.heldout, self.sinks, self.checkpointer = prompts, heldout, sinks, checkpointer
+        self.prompts, self.heldout, self.sinks, self.checkpointer, self.ledger = prompts, heldout, sinks, checkpointer, ledger
+        self.stateful: dict[str, Stateful] = {"prompts": prompts, "schedules": self.weights_of}
         self.signals = make_objective(settings).signals
         self.clock = PhaseClock()
         self.steps_done = 0
@@ -74,6 +80,7 @@ class Controller:
             stats = self.learner.update(plan, [s for s, _ in shards], [[ref for c in mine for ref in values[c]] for _, mine in shards])
             self._check_logprob_gap(stats)
         self.steps_done += 1
+        self.ledger.record(self.steps_done, *trained_uids(arrived, used))
         with self.clock.phase("sync"):
             weight_bytes = self.publish_weights()
         step_s = time.perf_counter() - started
@@ -120,7 +127,7 @@ class Controller:
                 row |= self.evaluate()
             self.sinks.log(row)  # before the checkpoint: a resumed run keeps the rows up to its checkpoint's step
             if last or (settings.checkpoint.every and self.steps_done % settings.checkpoint.every == 0):
-                self.save()
+                self.save(row, last=last)
 
     def publish_weights(self) -> int:
         """Engines sample step k's rollouts with version k; returns the bytes sent to each engine."""
@@ -137,28 +144,47 @@ class Controller:
         self.sinks.samples(result.samples)
         return result.metrics | self.clock.take()
 
-    def save(self) -> None:
-        """Commit a checkpoint; its time appears in the next step's row."""
+    def save(self, row: Mapping[str, float], *, last: bool) -> None:
+        """Commit a checkpoint; its time appears in the next step's row. One that fails is told and tried again when the
+        next is due: the older ones are whole, and the run may go on.
+
+        Raises:
+            CheckpointError: the last one failed.
+        """
         with self.clock.phase("save"):
-            self.checkpointer.save(self.state(), self.learner.save_state)
+            try:
+                self.checkpointer.save(self.state(row), [self.learner, *self.scorers])
+            except CheckpointError as error:
+                if last:
+                    raise
+                log.error(
+                    "step %d has no checkpoint; the next try is in %d steps: %s", self.steps_done, self.settings.checkpoint.every, error
+                )
 
     # -- state -------------------------------------------------------------------------------------------------------
 
-    def state(self) -> RunState:
+    def state(self, row: Mapping[str, float]) -> RunState:
         return RunState(
             step=self.steps_done,
             weight_version=self.weight_version,
             optimizer_steps=self.steps_done,
-            prompts=self.prompts.state_dict(),
-            schedules=self.weights_of.state_dict(),
+            parts={name: part.state_dict() for name, part in self.stateful.items()},
+            metrics=dict(row),
             wandb_id=self.wandb_id,
         )
 
     def load_state(self, state: RunState, folder: str) -> None:
+        """Raises:
+        CheckpointError: a part of the controller has no state there, or the workers cannot load theirs.
+        """
+        if missing := self.stateful.keys() - state.parts.keys():
+            raise CheckpointError(f"{folder}: has no state of {', '.join(sorted(missing))}; it is of another version of hybridrl")
         self.learner.load_state(folder, state.optimizer_steps)
-        self.prompts.load_state_dict(state.prompts)
-        self.weights_of.load_state_dict(state.schedules)
-        self.steps_done = state.step
+        for scorer in self.scorers:
+            scorer.load_state(folder)
+        for name, part in self.stateful.items():
+            part.load_state_dict(state.parts[name])
+        self.steps_done, self.weight_version = state.step, state.weight_version
 
     # -- parts of a step ---------------------------------------------------------------------------------------------
 
@@ -228,6 +254,12 @@ def learning_rate(settings: RunSettings, step: int) -> float:
         return train.lr
     done = (step - train.lr_warmup_steps) / max(train.steps - train.lr_warmup_steps, 1)
     return train.lr_end + (train.lr - train.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+def trained_uids(arrived: Sequence[Arrived], used: Sequence[Arrived]) -> tuple[list[str], list[str]]:
+    """(trained on, passed over) of the prompts drawn: a group that is not used, or whose reward failed, teaches nothing."""
+    trained = [a.header.uids[g] for a in used for g in a.groups if a.rewards.keep.reshape(-1, a.header.group_size)[g].all()]
+    return trained, [uid for a in arrived for uid in a.header.uids if uid not in set(trained)]
 
 
 def wave_seed(run_seed: int, kind: str, step: int) -> int:

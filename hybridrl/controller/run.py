@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from hybridrl.choices import PairLoss, Support, WandbMode
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.controller import Controller
+from hybridrl.controller.ledger import Ledger
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
 from hybridrl.controller.teacher_levels import measure_teachers, teachers_in_use, teachers_to_measure
 from hybridrl.data.problem import Problem
@@ -67,7 +68,8 @@ def train(settings: RunSettings) -> RunResult:
             prompts=PromptSource(prompts, settings.run.seed),
             heldout=heldout,
             sinks=sinks,
-            checkpointer=Checkpointer(run_dir, settings.checkpoint.keep),
+            checkpointer=Checkpointer(run_dir, settings.checkpoint),
+            ledger=stack.enter_context(closing(Ledger(run_dir, first))),
         )
         controller.wandb_id = wandb.run_id if wandb else None
         if checkpoint:
