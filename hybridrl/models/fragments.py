@@ -53,7 +53,7 @@ def write_fragments(folder: Path, rank: int, world: int, fragments: Iterable[Fra
         save_file(tensors, path, {INDEX: json.dumps(index)})
     except (SafetensorError, OSError) as error:
         size = sum(t.nbytes for t in tensors.values())
-        raise CheckpointError(f"{path}: {size} bytes could not be written: {error}") from error
+        raise CheckpointError(f"{path}: {size} bytes could not be written: {error}; every learner rank must reach run.dir") from error
     return path
 
 
