@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hybridrl.data.collate import collate, train_sequences
-from hybridrl.models.fragments import PARTS, FragmentReader
+from hybridrl.errors import CheckpointError
+from hybridrl.models.fragments import PARTS, Fragment, FragmentReader, write_fragments
 from hybridrl.models.loading import load_model
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 from hybridrl.objectives.credit import Credit
@@ -28,6 +29,7 @@ from hybridrl.ops.head import HeadRule, TokenTerms
 from hybridrl.ops.teachers import HiddenTeacher
 from hybridrl.tracking.glossary import explain
 from hybridrl.types import ScoredBatch
+from hybridrl.workers.optimizer_state import check_model
 from hybridrl.workers.student import Student, output_weight
 
 JOB = Path(__file__).parent / "learner_job.py"
@@ -290,6 +292,16 @@ def test_other_ranks_and_another_stage_take_the_same_next_step_within_rounding(f
     tolerance = 1e-2 if "bf16" in case else 1e-5
     assert moved["loss"] == pytest.approx(stayed["loss"], abs=tolerance)
     assert weight_distance(folder, case, f"{MOVES[case]}-straight") < tolerance
+
+
+def test_the_state_of_another_model_is_refused_and_one_that_holds_more_is_not(tmp_path: Path):
+    parts = lambda: {part: torch.zeros(6) for part in PARTS}  # noqa: E731
+    write_fragments(tmp_path, 0, 1, [Fragment(name=name, shape=(2, 3), offset=0, tensors=parts()) for name in ("w", "value")])
+    reader = FragmentReader(tmp_path)
+    check_model({"w": nn.Parameter(torch.zeros(2, 3))}, reader, tmp_path, "/m")
+    for name, shape in (("w", (3, 2)), ("v", (2, 3))):
+        with pytest.raises(CheckpointError, match=rf"lacks {name} in the model's shape, so it is not of model\.path=/m"):
+            check_model({name: nn.Parameter(torch.zeros(shape))}, reader, tmp_path, "/m")
 
 
 # -- what must stop --------------------------------------------------------------------------------------------------

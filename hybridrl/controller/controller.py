@@ -259,7 +259,8 @@ def learning_rate(settings: RunSettings, step: int) -> float:
 def trained_uids(arrived: Sequence[Arrived], used: Sequence[Arrived]) -> tuple[list[str], list[str]]:
     """(trained on, passed over) of the prompts drawn: a group that is not used, or whose reward failed, teaches nothing."""
     trained = [a.header.uids[g] for a in used for g in a.groups if a.rewards.keep.reshape(-1, a.header.group_size)[g].all()]
-    return trained, [uid for a in arrived for uid in a.header.uids if uid not in set(trained)]
+    drawn = [uid for a in arrived for uid in a.header.uids]
+    return trained, sorted(set(drawn) - set(trained), key=drawn.index)
 
 
 def wave_seed(run_seed: int, kind: str, step: int) -> int:

@@ -37,13 +37,14 @@ def load_part(parameters: Mapping[str, nn.Parameter], reader: FragmentReader, pa
 
 
 def check_model(parameters: Mapping[str, nn.Parameter], reader: FragmentReader, folder: Path, model: str) -> None:
-    """Raises:
-    CheckpointError: the state is not that of these parameters.
+    """A state may hold more, as a value head that the algorithm no longer asks for.
+
+    Raises:
+        CheckpointError: a parameter is missing there, or has another shape.
     """
-    ours = {name: whole_shape(parameter) for name, parameter in parameters.items()}
-    differing = [name for name in ours.keys() | reader.shapes.keys() if ours.get(name) != reader.shapes.get(name)]
+    differing = [name for name, parameter in parameters.items() if reader.shapes.get(name) != whole_shape(parameter)]
     if differing:
-        raise CheckpointError(f"{folder}: is of another model than model.path={model}: {', '.join(sorted(differing)[:3])} differ")
+        raise CheckpointError(f"{folder}: lacks {', '.join(differing[:3])} in the model's shape, so it is not of model.path={model}")
 
 
 # -- the two layouts -------------------------------------------------------------------------------------------------
