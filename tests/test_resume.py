@@ -52,33 +52,31 @@ class Recorder:
     def close(self, exit_code: int) -> None: ...
 
 
-def contents(value: object, path: str = "") -> dict[str, object]:
+def contents(value: object, path: str = "", within: tuple[int, ...] = ()) -> dict[str, object]:
     """Every plain value that can be reached from one of our objects through attributes and containers, by its path."""
-    found: dict[str, object] = {}
-    if value is None or isinstance(value, str | int | float | bytes):
+    if isinstance(value, str | int | float | bytes | None):
         return {path: value}
-    if isinstance(value, Mapping):
-        inside = {f"{path}[{key}]": item for key, item in value.items()}
-    elif isinstance(value, list | tuple | set | frozenset):
-        return {path: pickle.dumps(value)} if all(isinstance(v, str | int | float) for v in value) else of_items(value, path)
-    elif isinstance(value, np.ndarray | np.random.Generator | random.Random):
+    if isinstance(value, np.ndarray | np.random.Generator | random.Random):
         return {path: pickle.dumps(value)}
-    elif is_dataclass(value):
-        inside = {f"{path}.{f.name}": getattr(value, f.name) for f in fields(value)}
-    elif type(value).__module__.startswith("hybridrl."):
-        inside = {f"{path}.{name}": item for name, item in vars(value).items()}
-    else:  # a handle of Ray, an open file
-        inside = {}
-    for where, item in inside.items():
-        found |= contents(item, where)
-    return found
-
-
-def of_items(items: Sequence[object], path: str) -> dict[str, object]:
     found: dict[str, object] = {}
-    for i, item in enumerate(items):
-        found |= contents(item, f"{path}[{i}]")
+    if id(value) not in within:
+        for where, item in parts_of(value):
+            found |= contents(item, f"{path}{where}", (*within, id(value)))
     return found
+
+
+def parts_of(value: object) -> list[tuple[str, object]]:
+    """What lies directly in a container, or in an object of ours; nothing in a handle of Ray, an open file, or a test's recorder."""
+    if isinstance(value, Mapping):
+        return [(f"[{key}]", item) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [(f"[{i}]", item) for i, item in enumerate(value)]
+    if isinstance(value, set | frozenset):
+        return [("", repr(sorted(value, key=repr)))]
+    if not type(value).__module__.startswith("hybridrl."):
+        return []
+    names = [f.name for f in fields(value)] if is_dataclass(value) else vars(value)
+    return [(f".{name}", getattr(value, name)) for name in names]
 
 
 @dataclass
