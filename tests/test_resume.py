@@ -12,20 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from batches import make_batch, make_rewards
 
 from hybridrl.choices import WeightTransfer
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer, read_checkpoint
-from hybridrl.controller.controller import Controller, wave_seed
+from hybridrl.controller.controller import Controller, trained_uids, wave_seed
 from hybridrl.controller.ledger import Ledger, check_ledger, drawn_uids, read_ledger
 from hybridrl.controller.run import prepare_prompts
+from hybridrl.controller.sampling import Arrived
 from hybridrl.data.prompts import PromptSource
 from hybridrl.errors import CheckpointError, LedgerError
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.workers import Workers, place_workers, start_rewards, start_workers
 from hybridrl.tracking.sink import Sinks
 from hybridrl.types import Prompt, RunInfo, Sample
-from hybridrl.workers.rollout import sample_seed
+from hybridrl.workers.rollout import chunk_header, sample_seed
 from tests.graph import tiny_settings
 
 STEPS = 3
@@ -213,6 +215,14 @@ def test_a_samples_seed_is_made_of_the_runs_seed_the_step_the_prompt_and_the_ind
         return [sample_seed(wave, uid, index) for wave in waves for uid in ("a@0", "a@1") for index in (0, 1)]
 
     assert seeds() == seeds() and len(set(seeds())) == 32 and all(0 <= seed < 2**63 for seed in seeds())
+
+
+def test_a_group_that_is_not_used_or_whose_reward_failed_is_passed_over_and_not_trained():
+    batch = make_batch([((1,), [(2,), (3,)])] * 3)  # p0, p1, p2 with two responses each
+    rewards = make_rewards(batch, [0.0] * 6, [True, True, True, False, True, True])
+    chunk = Arrived(drawn=None, header=chunk_header(batch, 0.0), rewards=rewards, groups=(0, 1))
+    assert trained_uids([chunk], [chunk]) == (["p0"], ["p1", "p2"])
+    assert trained_uids([chunk], []) == ([], ["p0", "p1", "p2"])
 
 
 # -- the ledger alone ------------------------------------------------------------------------------------------------
