@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hybridrl"
 
 LAYERS = [
-    {"errors"}, {"choices"}, {"algorithm", "checkpointing"}, {"config", "placement"}, {"compose"}, {"types"}, {"durable"}, {"ops"},
-    {"objectives"}, {"data", "models", "rewards"}, {"workers"}, {"tracking"}, {"runtime"}, {"controller"}, {"oracle"}, {"cli"},
+    {"errors"}, {"choices"}, {"algorithm", "checkpointing", "generation"}, {"config", "placement"}, {"compose"}, {"types"}, {"durable"},
+    {"ops"}, {"objectives"}, {"data", "models", "rewards"}, {"workers"}, {"tracking"}, {"runtime"}, {"controller"}, {"oracle"}, {"cli"},
 ]  # fmt: skip
 """From the bottom up; members of one set do not depend on the order among themselves."""
 

@@ -6,6 +6,7 @@ Two ranks of ZeRO 2, an epoch's edge within the run, and a schedule that moves b
 import logging
 import pickle
 import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from batches import make_batch, make_rewards
 from hybridrl.choices import WeightTransfer
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer, read_checkpoint
-from hybridrl.controller.controller import Controller, trained_uids, wave_seed
+from hybridrl.controller.controller import Controller, trained_uids
 from hybridrl.controller.ledger import Ledger, check_ledger, drawn_uids, read_ledger
+from hybridrl.controller.pipeline import wave_seed
 from hybridrl.controller.run import prepare_prompts
 from hybridrl.controller.sampling import Arrived
 from hybridrl.data.prompts import PromptSource
@@ -88,11 +90,11 @@ class Graph:
     prompts: list[Prompt]
     heldout: list[Prompt]
 
-    def controller(self, run_dir: Path, steps_done: int = 0) -> tuple[Controller, Recorder]:
+    def controller(self, run_dir: Path, steps_done: int = 0, settings: RunSettings | None = None) -> tuple[Controller, Recorder]:
         run_dir.mkdir(exist_ok=True)
         recorder = Recorder()
         made = Controller(
-            self.settings,
+            settings or self.settings,
             workers=self.workers,
             backend=WeightTransfer.object_store,
             prompts=PromptSource(self.prompts, self.settings.run.seed),
@@ -173,10 +175,25 @@ def test_whatever_a_step_changes_in_the_controller_comes_back_with_the_checkpoin
     """Attribute by attribute: one that a step moves and no state_dict holds is found here by its name."""
     before, after = whole.fresh, whole.recorder.held[step - 1]
     moved = {path for path in before | after if before.get(path) != after.get(path) and not path.startswith(NO_STATE)}
-    assert {".steps_done", ".weight_version", ".prompts.position", ".weights_of.schedules[imitation].held"} <= moved
+    assert {".steps_done", ".weight_version", ".pipeline.prompts.position", ".weights_of.schedules[imitation].held"} <= moved
     controller, _ = continued(graph, whole, step, tmp_path)
     loaded = contents(controller)
     assert sorted(path for path in moved if loaded.get(path) != after.get(path)) == []
+
+
+@pytest.mark.graph
+def test_while_sampling_runs_ahead_a_stopped_run_still_trains_each_prompt_once(graph: Graph, whole: Whole, tmp_path: Path):
+    """Stopped after step 2 with the third step's prompts in flight: they are owed, and come again."""
+    settings = replace(graph.settings, pipeline=replace(graph.settings.pipeline, ahead=1, max_staleness=1))
+    shutil.copy(whole.run_dir / "ledger.jsonl", tmp_path)
+    for folder, last in ((whole.folder(1), 2), (tmp_path / "checkpoints" / "step_000002", 3)):
+        controller, _ = graph.controller(tmp_path, last - 1, settings)
+        controller.load_state(read_checkpoint(folder).state, str(folder))
+        controller.publish_weights()
+        controller.save(controller.step(), last=True)
+        cursor = controller.pipeline.state_dict()["prompts"]
+        assert len(cursor["owed"]) == (8 if last == 2 else 0)
+        check_ledger(tmp_path, last, drawn_uids(graph.prompts, settings.run.seed, cursor))
 
 
 @pytest.mark.graph
@@ -194,16 +211,16 @@ def test_a_checkpoint_that_fails_is_told_and_the_run_goes_on_but_not_past_its_en
 def test_a_checkpoint_without_the_state_of_a_part_is_refused(graph: Graph, whole: Whole, tmp_path: Path):
     controller, _ = graph.controller(tmp_path)
     checkpoint = read_checkpoint(whole.folder(1))
-    state = replace(checkpoint.state, parts={"prompts": checkpoint.state.parts["prompts"]})
+    state = replace(checkpoint.state, parts={"pipeline": checkpoint.state.parts["pipeline"]})
     with pytest.raises(CheckpointError, match="has no state of schedules; it is of another version of hybridrl"):
         controller.load_state(state, str(checkpoint.folder))
 
 
 @pytest.mark.graph
 def test_every_prompt_up_to_the_cursor_is_in_the_ledger_once(graph: Graph, whole: Whole):
-    cursor = read_checkpoint(whole.folder(STEPS)).state.parts["prompts"]
+    cursor = read_checkpoint(whole.folder(STEPS)).state.parts["pipeline"]["prompts"]
     assert (cursor["epoch"], cursor["position"]) == (1, 4), "24 prompts of 20 were drawn"
-    drawn = drawn_uids(graph.prompts, graph.settings.run.seed, cursor["epoch"], cursor["position"])
+    drawn = drawn_uids(graph.prompts, graph.settings.run.seed, cursor)
     check_ledger(whole.run_dir, STEPS, drawn)
     with pytest.raises(LedgerError, match="never used: "):
         check_ledger(whole.run_dir, STEPS, [*drawn, "another@0"])
@@ -221,8 +238,10 @@ def test_a_group_that_is_not_used_or_whose_reward_failed_is_passed_over_and_not_
     batch = make_batch([((1,), [(2,), (3,)])] * 3)  # p0, p1, p2 with two responses each
     rewards = make_rewards(batch, [0.0] * 6, [True, True, True, False, True, True])
     chunk = Arrived(drawn=None, header=chunk_header(batch, 0.0), rewards=rewards, groups=(0, 1))
-    assert trained_uids([chunk], [chunk]) == (["p0"], ["p1", "p2"])
-    assert trained_uids([chunk], []) == ([], ["p0", "p1", "p2"])
+    assert trained_uids([chunk], [chunk], []) == (["p0"], ["p1", "p2"])
+    assert trained_uids([chunk], [], []) == ([], ["p0", "p1", "p2"])
+    late = [Prompt(uid="p2", input_ids=(1,), text="", columns={})]
+    assert trained_uids([chunk], [chunk], late) == (["p0"], ["p1"]), "p2 comes again"
 
 
 # -- the ledger alone ------------------------------------------------------------------------------------------------
@@ -278,4 +297,6 @@ def test_the_drawn_prompts_are_those_before_the_cursor():
     prompts = [Prompt(uid=name, input_ids=(1,), text=name, columns={}) for name in "abc"]
     source = PromptSource(prompts, seed=5)
     uids = [p.uid for p in source.next_batch(5)]
-    assert drawn_uids(prompts, 5, source.epoch, source.position) == uids and len(set(uids)) == 5
+    assert drawn_uids(prompts, 5, source.state_dict()) == uids and len(set(uids)) == 5
+    source.put_back([replace(prompts[0], uid=uids[1])])
+    assert drawn_uids(prompts, 5, source.state_dict()) == [uids[0], *uids[2:]], "one comes again"

@@ -1,6 +1,5 @@
 """The central loop. It holds headers and references; tokens, log-probs and weights go from worker to worker."""
 
-import hashlib
 import logging
 import math
 import time
@@ -8,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hybridrl.choices import WeightTransfer
+from hybridrl.choices import OnStale, WeightTransfer
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer, RunState, Stateful
 from hybridrl.controller.evaluation import evaluate
 from hybridrl.controller.ledger import Ledger
-from hybridrl.controller.metrics import learner_metrics, reward_metrics, rollout_metrics, score_metrics
+from hybridrl.controller.metrics import late_metrics, learner_metrics, reward_metrics, rollout_metrics, transfer_metrics, worker_times
+from hybridrl.controller.pipeline import Pipeline, wave_seed
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
 from hybridrl.controller.weights import Weights
 from hybridrl.data.prompts import PromptSource
@@ -22,6 +22,7 @@ from hybridrl.errors import CheckpointError, RewardError, WeightSyncError
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import Meter, gather
+from hybridrl.runtime.cluster import object_store_bytes
 from hybridrl.runtime.weights import WeightSync
 from hybridrl.runtime.workers import Workers
 from hybridrl.tracking.sink import Sinks
@@ -38,7 +39,8 @@ class Controller:
                                   +-> rewards -> rewards -+-> learner -> weights -> rollout
 
     Arrows between workers are object-store references. Scoring of a chunk starts when the chunk is done, while
-    others still generate; learning starts when every chunk's header is here, in prompt order.
+    others still generate; learning starts when every chunk's header is here, in prompt order. With pipeline.ahead > 0 the
+    same goes on for the next steps' prompts meanwhile.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class Controller:
         self.settings = settings
         self.rollout, self.scorers, self.rewards, self.learner = workers.rollout, workers.scorers, workers.rewards, workers.learner
         self.sampling, self.weights_of = Sampling(settings, workers), Weights(settings)
+        self.pipeline = Pipeline(settings, self.sampling, prompts, self.weights_of, store_bytes=object_store_bytes())
         self.weights = WeightSync(workers.learner, workers.rollout, backend)
         self.prompts, self.heldout, self.sinks, self.checkpointer, self.ledger = prompts, heldout, sinks, checkpointer, ledger
-        self.stateful: dict[str, Stateful] = {"prompts": prompts, "schedules": self.weights_of}
+        self.stateful: dict[str, Stateful] = {"pipeline": self.pipeline, "schedules": self.weights_of}
         self.signals = make_objective(settings).signals
         self.clock = PhaseClock()
         self.steps_done = 0
@@ -66,9 +69,9 @@ class Controller:
         self.wandb_id: str | None = None  # None: wandb is off
 
     def step(self) -> dict[str, float]:
-        """One optimizer step on fresh rollouts; returns its metrics."""
+        """One optimizer step; returns its metrics."""
         started, fetched = time.perf_counter(), Meter.materialized_bytes
-        arrived = self._sample()
+        arrived, late = self._sample()
         headers, rewards = [a.header for a in arrived], [a.rewards for a in arrived]
         with self.clock.phase("score"):
             score_headers = gather([header for a in arrived for header, _ in a.drawn.scores])
@@ -80,7 +83,7 @@ class Controller:
             stats = self.learner.update(plan, [s for s, _ in shards], [[ref for c in mine for ref in values[c]] for _, mine in shards])
             self._check_logprob_gap(stats)
         self.steps_done += 1
-        self.ledger.record(self.steps_done, *trained_uids(arrived, used))
+        self.ledger.record(self.steps_done, *trained_uids(arrived, used, late))
         with self.clock.phase("sync"):
             weight_bytes = self.publish_weights()
         step_s = time.perf_counter() - started
@@ -88,34 +91,45 @@ class Controller:
             "train/step": float(self.steps_done),
             **reward_metrics(rewards),
             **rollout_metrics(headers, rewards, plan.step),
-            **score_metrics(score_headers),
             **learner_metrics(plan, stats),
-            "transfer/bytes_weights": float(weight_bytes),
+            **transfer_metrics(headers, score_headers, weight_bytes, self.clock.seconds("sync")),
+            **late_metrics(late, headers),
+            "transfer/inflight_bytes": float(self.pipeline.in_flight_bytes),
             "controller/materialized_bytes": float(Meter.materialized_bytes - fetched),
             "perf/tokens_per_s": float(sum(h.response_lengths.sum() for h in headers)) / step_s,
             "time/step_s": step_s,
+            **worker_times(headers, score_headers, stats),
             **self.clock.take(),
         }  # fmt: skip
+        self.pipeline.wave_bytes = int(row["transfer/bytes_rollout"] + row["transfer/bytes_scores"])
         self.weights_of.observe(row)
         return row
 
-    def _sample(self) -> list[Arrived]:
-        """Rollouts with their rewards; under dynamic sampling, further waves until enough groups are usable."""
-        wanted, arrived = self.settings.train.prompts_per_step, []
-        for wave in range(1 + self.settings.algorithm.dynamic_sampling):
-            name = f"train-{self.steps_done}" + (f".{wave}" if wave else "")
-            seed = wave_seed(self.settings.run.seed, "train", self.steps_done)
+    def _sample(self) -> tuple[list[Arrived], list[Prompt]]:
+        """Rollouts with their rewards, and prompts that come again. Further waves while too few groups are usable, as far as
+        algorithm.dynamic_sampling and pipeline.on_stale make that a normal thing."""
+        settings, step = self.settings, self.steps_done
+        wanted = settings.train.prompts_per_step
+        enough = wanted if settings.algorithm.dynamic_sampling else 1
+        further = max(settings.algorithm.dynamic_sampling, int(settings.pipeline.on_stale is OnStale.drop))
+        arrived: list[Arrived] = []
+        late: list[Prompt] = []
+        for again in range(1 + further):
             with self.clock.phase("rollout"):
-                drawn = self.sampling.draw(
-                    self.prompts.next_batch(wanted), wave=name, seed=seed, reward_weights=self.weights_of.rewards(self.steps_done)
-                )
+                drawn = (self.pipeline.draw(step, again) if again else self.pipeline.take(step)).drawn
+                if settings.rollout.oversample:
+                    drawn, cancelled = self.sampling.first(drawn, wanted)
+                    late += [prompt for d in cancelled for prompt in d.chunk.prompts]
                 headers = self.sampling.headers(drawn)
             with self.clock.phase("reward"):
-                arrived += self.sampling.arrived(drawn, headers)
+                fresh = self.sampling.arrived(drawn, headers, step)
+                late += self.sampling.stale_prompts(fresh, step)
+                arrived += fresh
                 self._check_reward_errors([a.rewards for a in arrived])
-            if sum(len(a.groups) for a in arrived) >= wanted:
+            if sum(len(a.groups) for a in arrived) >= enough:
                 break
-        return arrived
+        self.prompts.put_back(late)
+        return arrived, late
 
     def run(self) -> None:
         """Train to train.steps from wherever the state stands; evaluate, checkpoint and log on the way."""
@@ -256,13 +270,9 @@ def learning_rate(settings: RunSettings, step: int) -> float:
     return train.lr_end + (train.lr - train.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
-def trained_uids(arrived: Sequence[Arrived], used: Sequence[Arrived]) -> tuple[list[str], list[str]]:
-    """(trained on, passed over) of the prompts drawn: a group that is not used, or whose reward failed, teaches nothing."""
+def trained_uids(arrived: Sequence[Arrived], used: Sequence[Arrived], late: Sequence[Prompt]) -> tuple[list[str], list[str]]:
+    """(trained on, passed over) of the prompts drawn: a group that is not used, or whose reward failed, teaches nothing. Those
+    that come again are neither."""
     trained = [a.header.uids[g] for a in used for g in a.groups if a.rewards.keep.reshape(-1, a.header.group_size)[g].all()]
-    drawn = [uid for a in arrived for uid in a.header.uids]
-    return trained, sorted(set(drawn) - set(trained), key=drawn.index)
-
-
-def wave_seed(run_seed: int, kind: str, step: int) -> int:
-    """Seed of one rollout wave, from the run's seed alone: nothing to save, nothing to restore."""
-    return int.from_bytes(hashlib.sha256(f"{run_seed}/{kind}/{step}".encode()).digest()[:6], "little")
+    elsewhere = {*trained, *(prompt.uid for prompt in late)}
+    return trained, [uid for a in arrived for uid in a.header.uids if uid not in elsewhere]

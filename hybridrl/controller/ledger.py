@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,13 @@ def check_ledger(run_dir: Path, steps: int, drawn: Iterable[str]) -> None:
         raise LedgerError(f"{run_dir / LEDGER}: {'; '.join(told)}")
 
 
-def drawn_uids(prompts: Sequence[Prompt], seed: int, epoch: int, position: int) -> list[str]:
-    """The uids before a data cursor, in the order in which they are drawn."""
-    return [prompt.uid for prompt in PromptSource(prompts, seed).next_batch(epoch * len(prompts) + position)]
+def drawn_uids(prompts: Sequence[Prompt], seed: int, cursor: Mapping[str, Any]) -> list[str]:
+    """The uids before a data cursor, in the order in which they are drawn, without those that are owed.
+
+    Args:
+        prompts: all of the data, in its order.
+        cursor: state_dict of the run's PromptSource.
+    """
+    drawn = PromptSource(prompts, seed).next_batch(cursor["epoch"] * len(prompts) + cursor["position"])
+    owed = set(cursor["owed"])
+    return [prompt.uid for prompt in drawn if prompt.uid not in owed]
