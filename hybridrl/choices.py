@@ -9,6 +9,11 @@ class Resume(StrEnum):
     required = "required"  # refuse to start from scratch
 
 
+class BestMode(StrEnum):
+    max = "max"  # the highest value is the best
+    min = "min"  # the lowest is
+
+
 class ScheduleKind(StrEnum):
     constant = "constant"  # value
     linear = "linear"  # value -> end over `steps`, then end; the paper's lam0 (1 + alpha t) has alpha = (end/value - 1)/steps

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from hybridrl.algorithm import AlgorithmConfig, ScheduleConfig
+from hybridrl.checkpointing import CheckpointConfig
 from hybridrl.choices import Baseline, Device, OnError, OnStale, PairLoss, Ratio, Resume, Support, SupportSource, WandbMode
 from hybridrl.errors import ConfigError
 from hybridrl.generation import PipelineConfig, RolloutConfig
@@ -24,6 +25,8 @@ class RunConfig:
     seed: int = 0
     """every sampling seed derives from it"""
     resume: Resume = Resume.auto
+    resume_from: str | None = None
+    """a checkpoint folder of another run, which a run.dir without checkpoints of its own continues; a damaged one is an error"""
     allow_changes: list[str] = field(default_factory=list)
     """settings, or sections of them, that may differ from those the run in run.dir was started with, e.g. [train.lr, data]"""
 
@@ -77,6 +80,8 @@ class TrainConfig:
     """padded tokens in one forward pass of one learner rank; tokens when packing"""
     packing: bool = False
     """sequences one after the other instead of padded; pays for long ones of unequal length"""
+    max_skipped: int = 0
+    """batches in a row that may be left out because their gradient is NaN or infinite; one more ends the run"""
     head_chunk: int = 1024
     """response tokens whose logits exist at once in the head op"""
 
@@ -84,7 +89,7 @@ class TrainConfig:
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "max_tokens_per_micro_batch", "head_chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("lr_warmup_steps", "weight_decay", "grad_clip"):
+        for name in ("lr_warmup_steps", "weight_decay", "grad_clip", "max_skipped"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must not be negative")
         if not self.lr > 0 or not math.isfinite(self.lr):
@@ -217,22 +222,6 @@ class DiagnosticsConfig:
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ConfigError(f"diagnostics.every={self.every}: must not be negative; 0 means never")
-
-
-@dataclass(kw_only=True, slots=True)
-class CheckpointConfig:
-    every: int = 50
-    """steps; 0: only at the end"""
-    keep: int = 2
-    """newest checkpoints kept"""
-    export: bool = True
-    """write a Hugging Face folder at the end"""
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ConfigError(f"checkpoint.every={self.every}: must not be negative; 0 saves only at the end")
-        if self.keep < 1:
-            raise ConfigError(f"checkpoint.keep={self.keep}: must be at least 1, or a crash leaves nothing to resume")
 
 
 @dataclass(kw_only=True, slots=True)

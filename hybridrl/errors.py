@@ -25,6 +25,10 @@ class RunDirectoryError(HybridRLError):
     """The run directory cannot be used: locked by another run, or holds another run."""
 
 
+class LedgerError(HybridRLError):
+    """A run's ledger is damaged, or says that a prompt was trained twice or left out."""
+
+
 class PlacementError(HybridRLError):
     """The cluster cannot hold what was asked for; the message lists demand against supply."""
 

@@ -275,6 +275,15 @@ class LearnerStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SavedFile:
+    """A file of a checkpoint as its writer left it. learner, scorer -> controller, which looks whether that is what lies there."""
+
+    name: str
+    bytes: int
+    sha256: str  # hex
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One held-out rollout kept to read. controller -> samples/step_NNNNNN.jsonl, wandb table, report."""
 

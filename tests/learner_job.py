@@ -1,4 +1,4 @@
-"""The real Learner outside pytest: `python learner_job.py RANK WORLD PORT FOLDER` runs the cases of that world size.
+"""The real Learner outside pytest: `python learner_job.py RANK WORLD PORT FOLDER CASES` runs a function of this file.
 
 FOLDER holds the models `student` and `teacher`; rank 0 leaves CASE.json and CASE.safetensors (the weights) there.
 """
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from hybridrl.compose import load_config
 from hybridrl.config import RunSettings
-from hybridrl.errors import NonFiniteError
+from hybridrl.errors import SkippedStep
 from hybridrl.types import Rewards, RolloutBatch, Shard, TokenScores, UpdatePlan
 
 WIDTH = 128  # of the tiny model
@@ -96,6 +96,7 @@ class Job:
         saved = self.folder / f"{case}-state"
         saved.mkdir(exist_ok=True)
         learner.save_state(str(saved))
+        self.gathered(case, learner)
         plan = plan_for(2, num_micro_batches)
         self.report(f"{case}-straight", learner, [learner.update(plan, shard, *values)])
         again = self.learner(*overrides)
@@ -103,18 +104,53 @@ class Job:
         self.report(f"{case}-loaded", again, [], optimizer_steps=again.ping())
         self.report(f"{case}-resumed", again, [again.update(plan, shard, *values)])
 
+    def gathered(self, case: str, learner) -> None:
+        """The whole state by DeepSpeed's own gathering, which knows nothing of our offsets."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        tensors = {}
+        for name, p in learner.parameters.items():
+            tensors[f"master/{name}"] = safe_get_full_fp32_param(p).clone()
+            tensors |= {f"{m}/{name}": safe_get_full_optimizer_state(p, m).clone() for m in ("exp_avg", "exp_avg_sq")}
+        if self.rank == 0:
+            save_file(tensors, self.folder / f"{case}-gathered.safetensors")
+
+    def resharded(self, case: str, saved: str, shard: Shard, values: list, num_micro_batches: int, *overrides: str) -> None:
+        """Load what other ranks saved, save it again, and take the next step."""
+        learner, again = self.learner(*overrides), self.folder / f"{case}-state"
+        learner.load_state(str(self.folder / f"{saved}-state"), 2)
+        again.mkdir(exist_ok=True)
+        learner.save_state(str(again))
+        self.report(f"{case}-loaded", learner, [])
+        self.report(case, learner, [learner.update(plan_for(2, num_micro_batches), shard, *values)])
+
 
 ONE_EACH = "train.max_tokens_per_micro_batch=1"
 
 
+def uneven(job: Job) -> tuple:
+    return ((0, 1, 3),) if job.rank == 0 else ((2,),)
+
+
 def two_ranks(job: Job) -> None:
     """Uneven shards, one sequence a micro-batch: rank 1 idles through four of six."""
-    groups = ((0, 1, 3),) if job.rank == 0 else ((2,),)
+    groups = uneven(job)
     for stage in (1, 2, 3):
         overrides = (f"learner.zero_stage={stage}", ONE_EACH)
         learner, shard, values = job.two_steps(f"zero{stage}", [chunk_of(0, 4)], groups, 6, *overrides)
         job.resume(f"zero{stage}", learner, shard, values, 6, *overrides)
         job.diagnosed(f"zero{stage}-diagnosed", groups, 6, *overrides)
+        bf16 = (*overrides, "model.dtype=bfloat16")
+        learner, shard, values = job.two_steps(f"zero{stage}-bf16", [chunk_of(0, 4)], groups, 6, *bf16)
+        job.resume(f"zero{stage}-bf16", learner, shard, values, 6, *bf16)
+
+
+def two_ranks_again(job: Job) -> None:
+    """From one rank of ZeRO 1 to two of any stage."""
+    shard, values = Shard(num_chunks=1, num_teachers=1, groups=uneven(job)), list(chunk_of(0, 4))
+    for stage in (1, 2, 3):
+        job.resharded(f"one-to-zero{stage}", "one", shard, values, 6, f"learner.zero_stage={stage}", ONE_EACH)
+    job.resharded("bf16-to-zero3", "bf16", shard, values, 6, "learner.zero_stage=3", ONE_EACH, "model.dtype=bfloat16")
 
 
 def one_rank(job: Job) -> None:
@@ -139,16 +175,17 @@ def one_rank(job: Job) -> None:
     try:
         learner.update(plan_for(0, 1), shard, batch, rewards, scores)
         message = "no error"
-    except NonFiniteError as error:
+    except SkippedStep as error:
         message = str(error)
     job.report("nan", learner, [], error=message)
+    job.report("after-nan", learner, [learner.update(plan_for(step, 1), shard, *chunk_of(0, 4)) for step in range(2)])
 
-    learner = job.learner()
-    learner.load_state(str(job.folder / "zero3-state"), 2)
-    job.report("from-two-ranks", learner, [learner.update(plan_for(2, 1), shard, *chunk_of(0, 4))])
+    for saved, stage in ((1, 3), (2, 3), (3, 2)):
+        job.resharded(f"zero{saved}-to-one", f"zero{saved}", shard, list(chunk_of(0, 4)), 1, f"learner.zero_stage={stage}")
+    job.resharded("zero3-bf16-to-one", "zero3-bf16", shard, list(chunk_of(0, 4)), 1, "model.dtype=bfloat16")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     this = Job(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    one_rank(this) if this.world == 1 else two_ranks(this)
+    {"one_rank": one_rank, "two_ranks": two_ranks, "two_ranks_again": two_ranks_again}[sys.argv[5]](this)

@@ -2,25 +2,53 @@
 
 import json
 import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from hybridrl.checkpointing import CheckpointConfig
+from hybridrl.choices import BestMode
 from hybridrl.controller.checkpoint import Checkpointer, RunState, read_checkpoint
+from hybridrl.durable import seal, sha256
 from hybridrl.errors import CheckpointError
+from hybridrl.models.fragments import MASTER, Fragment, FragmentReader, write_fragments
+from hybridrl.types import SavedFile
 
-STATE = RunState(step=10, weight_version=10, optimizer_steps=9, prompts={"epoch": 1, "at": 7}, schedules={"reward": 1.5}, wandb_id=None)
+STATE = RunState(
+    step=10, weight_version=10, optimizer_steps=9, parts={"prompts": {"epoch": 1, "at": 7}, "schedules": {"reward": 1.5}},
+    metrics={"eval/accuracy": 0.5}, wandb_id=None,
+)  # fmt: skip
+SECONDS = 60
 
 
-def write_learner(folder: str) -> None:
-    (Path(folder) / "learner.safetensors").write_bytes(b"weights of the learner")
+class Weights:
+    """A writer of one small file."""
+
+    def __init__(self, before: Callable[[Path], None] = lambda path: None, size: int = 22) -> None:
+        self.before, self.size = before, size
+
+    def state_bytes(self) -> int:
+        return self.size
+
+    def save_state(self, folder: str) -> list[SavedFile]:
+        path = Path(folder) / "learner.safetensors"
+        self.before(path)
+        path.write_bytes(b"weights of the learner")
+        return [seal(path)]
 
 
 def save_steps(run_dir: Path, *steps: int, keep: int = 5) -> Checkpointer:
-    checkpointer = Checkpointer(run_dir, keep)
+    checkpointer = Checkpointer(run_dir, CheckpointConfig(keep=keep))
     for step in steps:
-        checkpointer.save(replace(STATE, step=step), write_learner)
+        checkpointer.save(replace(STATE, step=step), [Weights()])
     return checkpointer
 
 
@@ -29,7 +57,7 @@ def names(checkpointer: Checkpointer) -> list[str]:
 
 
 def test_what_was_saved_is_read_back(tmp_path: Path):
-    folder = Checkpointer(tmp_path, keep=2).save(STATE, write_learner)
+    folder = Checkpointer(tmp_path, CheckpointConfig()).save(STATE, [Weights()])
     assert folder == tmp_path / "checkpoints" / "step_000010"
     assert sorted(p.name for p in folder.iterdir()) == ["learner.safetensors", "manifest.json", "state.json"]
     checkpoint = read_checkpoint(folder)
@@ -37,7 +65,7 @@ def test_what_was_saved_is_read_back(tmp_path: Path):
 
 
 def test_without_checkpoints_there_is_no_newest(tmp_path: Path):
-    assert Checkpointer(tmp_path, keep=2).newest() is None
+    assert Checkpointer(tmp_path, CheckpointConfig()).newest() is None
 
 
 def test_only_the_newest_stay(tmp_path: Path):
@@ -53,23 +81,23 @@ def test_age_is_the_number_and_not_the_spelling(tmp_path: Path):
 
 def test_the_same_step_again_replaces_the_old_one(tmp_path: Path):
     checkpointer = save_steps(tmp_path, 3)
-    checkpointer.save(replace(STATE, step=3, weight_version=77), write_learner)
+    checkpointer.save(replace(STATE, step=3, weight_version=77), [Weights()])
     assert names(checkpointer) == ["step_000003"] and checkpointer.newest().state.weight_version == 77
 
 
 def test_a_save_that_was_cut_off_leaves_the_older_checkpoint_alone(tmp_path: Path):
     checkpointer = save_steps(tmp_path, 3, keep=1)
 
-    def cut_off(folder: str) -> None:
-        (Path(folder) / "half.safetensors").write_bytes(b"hal")
+    def cut_off(path: Path) -> None:
+        path.with_name("half.safetensors").write_bytes(b"hal")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkpointer.save(replace(STATE, step=4), cut_off)
+        checkpointer.save(replace(STATE, step=4), [Weights(cut_off)])
     assert (checkpointer.root / ".unfinished-step_000004" / "half.safetensors").is_file()
     assert names(checkpointer) == ["step_000003"] and checkpointer.newest().state.step == 3
 
-    checkpointer.save(replace(STATE, step=4), write_learner)
+    checkpointer.save(replace(STATE, step=4), [Weights()])
     assert [p.name for p in checkpointer.root.iterdir()] == ["step_000004"]
     assert not (checkpointer.root / "step_000004" / "half.safetensors").exists()
 
@@ -141,3 +169,187 @@ def test_other_things_in_the_folder_are_no_checkpoints(tmp_path: Path):
     for name in ("step_000009.bak", "step_12", "notes"):
         (checkpointer.root / name).mkdir()
     assert names(checkpointer) == ["step_000001"]
+
+
+def test_files_that_the_manifest_does_not_name_are_not_loaded(tmp_path: Path):
+    folder = save_steps(tmp_path, 1).folders()[0]
+    (folder / "notes.txt").write_text("read nowhere")
+    assert read_checkpoint(folder).state.step == 1
+    (folder / "learner-rank00001-of-00002.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"00001-of-00002\.safetensors: the manifest does not name it"):
+        read_checkpoint(folder)
+
+
+def test_another_format_is_told_and_not_guessed_at(tmp_path: Path):
+    folder = save_steps(tmp_path, 1).folders()[0]
+    edit_manifest(folder, lambda manifest: manifest.update(format=1))
+    with pytest.raises(CheckpointError, match="of format 1, this version of hybridrl reads 2"):
+        read_checkpoint(folder)
+
+
+# -- a save that fails -----------------------------------------------------------------------------------------------
+
+
+def test_a_disk_without_room_is_told_with_path_and_bytes_before_anything_is_written(tmp_path: Path):
+    checkpointer = save_steps(tmp_path, 1, keep=1)
+    with pytest.raises(CheckpointError, match=rf"step_000002: not saved: needs {10**18 + (1 << 20)} bytes, the disk has \d+ free"):
+        checkpointer.save(replace(STATE, step=2), [Weights(lambda path: pytest.fail("written"), size=10**18)])
+    assert [p.name for p in checkpointer.root.iterdir()] == ["step_000001"] and checkpointer.newest().state.step == 1
+
+
+def full(path: Path) -> None:
+    raise OSError(28, "No space left on device", str(path))
+
+
+def misreport(path: Path) -> None:
+    raise CheckpointError(f"{path}: 22 bytes could not be written")
+
+
+@pytest.mark.parametrize(("failure", "says"), [(full, "step_000002: not saved: .*No space left"), (misreport, "22 bytes could not")])
+def test_a_save_that_fails_leaves_the_older_one_and_nothing_of_its_own(tmp_path: Path, failure, says: str):
+    checkpointer = save_steps(tmp_path, 1, keep=1)
+    with pytest.raises(CheckpointError, match=says):
+        checkpointer.save(replace(STATE, step=2), [Weights(failure)])
+    assert [p.name for p in checkpointer.root.iterdir()] == ["step_000001"] and checkpointer.newest().state.step == 1
+    checkpointer.save(replace(STATE, step=3), [Weights()])
+    assert names(checkpointer) == ["step_000003"]
+
+
+class Forgetful(Weights):
+    """Whose file is not what it said it wrote, as on a disk that lies, or a folder that is not shared."""
+
+    def save_state(self, folder: str) -> list[SavedFile]:
+        (saved,) = super().save_state(folder)
+        flip_a_byte(Path(folder) / saved.name)
+        return [saved]
+
+
+def test_what_the_disk_does_not_give_back_is_never_committed(tmp_path: Path):
+    checkpointer = save_steps(tmp_path, 1, keep=1)
+    with pytest.raises(CheckpointError, match=r"learner\.safetensors: missing or not what the manifest says"):
+        checkpointer.save(replace(STATE, step=2), [Forgetful()])
+    assert [p.name for p in checkpointer.root.iterdir()] == ["step_000001"]
+
+
+def test_a_save_that_is_killed_at_any_of_its_file_operations_leaves_a_whole_checkpoint(tmp_path: Path):
+    """checkpoint_job.py forks a save for each operation, ends it there without a word and looks at what is left."""
+    job = Path(__file__).parent / "checkpoint_job.py"
+    done = subprocess.run([sys.executable, job, tmp_path], capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    killed = json.loads(done.stdout)
+    assert len(killed["new"]) > 20 and set(killed["new"]) == {1, 2}, "before the rename the old one, after it the new one"
+    assert len(killed["again"]) > 20 and set(killed["again"]) == {2}, "the step was there already, and is whole throughout"
+
+
+def test_what_a_killed_run_left_is_removed_or_put_back_at_the_start(tmp_path: Path):
+    checkpointer = save_steps(tmp_path, 1, 2)
+    shutil.copytree(checkpointer.root / "step_000001", checkpointer.root / ".unfinished-step_000003")
+    (checkpointer.root / "step_000002").rename(checkpointer.root / ".replaced-step_000002")
+    shutil.copytree(checkpointer.root / "step_000001", checkpointer.root / ".replaced-step_000001")
+    checkpointer.clean()
+    assert sorted(p.name for p in checkpointer.root.iterdir()) == ["step_000001", "step_000002"]
+
+
+# -- what stays ------------------------------------------------------------------------------------------------------
+
+
+def kept_of(run_dir: Path, values: dict[int, float | None], **config) -> list[int]:
+    checkpointer = Checkpointer(run_dir, CheckpointConfig(keep=1, **config))
+    for step, value in values.items():
+        metrics = {} if value is None else {"eval/accuracy": value}
+        checkpointer.save(replace(STATE, step=step, metrics=metrics), [Weights()])
+    return [int(name.removeprefix("step_")) for name in names(checkpointer)]
+
+
+@pytest.mark.parametrize(
+    ("values", "config", "kept"),
+    [
+        ({1: 0.2, 2: 0.9, 3: 0.4, 4: 0.5}, {"best": "eval/accuracy"}, [2, 4]),
+        ({1: 0.2, 2: 0.9, 3: 0.4, 4: 0.5}, {"best": "eval/accuracy", "best_mode": BestMode.min}, [1, 4]),
+        ({1: 0.2, 2: 0.9, 3: 0.4, 4: 0.95}, {"best": "eval/accuracy"}, [4]),
+        ({1: 0.9, 2: 0.9, 3: 0.9}, {"best": "eval/accuracy"}, [1, 3]),
+        ({1: None, 2: 0.1, 3: None, 4: float("nan")}, {"best": "eval/accuracy"}, [2, 4]),
+        ({1: 0.2, 2: 0.9, 3: 0.4}, {"best": "eval/nothing"}, [3]),
+        ({1: 0.2, 2: 0.9, 3: 0.4}, {}, [3]),
+    ],
+)
+def test_the_best_one_stays_beside_the_newest(tmp_path: Path, values, config, kept):
+    assert kept_of(tmp_path, values, **config) == kept
+
+
+def test_a_damaged_newer_one_never_pushes_out_a_whole_one(tmp_path: Path):
+    checkpointer = save_steps(tmp_path, 2, 4, keep=2)
+    flip_a_byte(checkpointer.root / "step_000004" / "learner.safetensors")
+    assert checkpointer.newest().state.step == 2
+    Checkpointer(tmp_path, CheckpointConfig(keep=1, best="eval/accuracy")).save(replace(STATE, step=3, metrics={}), [Weights()])
+    assert names(checkpointer) == ["step_000002", "step_000003"] and checkpointer.newest().state.step == 3
+
+
+def test_only_folders_with_a_manifest_of_ours_are_ever_removed(tmp_path: Path):
+    checkpointer = save_steps(tmp_path, 1, keep=1)
+    (checkpointer.root / "step_000000").mkdir()
+    (checkpointer.root / "step_000000" / "thesis.txt").write_text("the only copy")
+    checkpointer.save(replace(STATE, step=2), [Weights()])
+    assert names(checkpointer) == ["step_000000", "step_000002"]
+
+
+# -- the learner's pieces --------------------------------------------------------------------------------------------
+
+
+def pieces(folder: Path, *ranks: list[tuple[int, list[float]]], shape: tuple[int, ...] = (2, 3)) -> FragmentReader:
+    """Files of ranks that hold (offset, values) of one parameter; its moments are 10 and 100 times the values."""
+    for rank, held in enumerate(ranks):
+        parts = [(offset, torch.tensor(values)) for offset, values in held]
+        fragments = [
+            Fragment(name="w", shape=shape, offset=o, tensors={MASTER: v, "exp_avg": 10 * v, "exp_avg_sq": 100 * v}) for o, v in parts
+        ]
+        write_fragments(folder, rank, len(ranks), fragments)
+    return FragmentReader(folder)
+
+
+def test_a_slice_is_read_from_the_files_that_hold_it(tmp_path: Path):
+    reader = pieces(tmp_path, [(0, [0.0, 1.0, 2.0, 3.0])], [(4, [4.0, 5.0])])
+    assert reader.read(MASTER, "w", 3, 2).tolist() == [3, 4]
+    assert reader.read("exp_avg", "w", 0, 2).tolist() == [0, 10]
+    assert reader.whole("exp_avg_sq", "w").tolist() == [[0, 100, 200], [300, 400, 500]]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "says"),
+    [
+        ([[(0, [0.0, 1.0])], [(3, [3.0, 4.0, 5.0])]], "pieces of w do not cover its 6 elements exactly once"),
+        ([[(0, [0.0, 1.0, 2.0, 3.0])], [(3, [3.0, 4.0, 5.0])]], "exactly once"),
+        ([[(0, [0.0, 1.0, 2.0, 3.0, 4.0])], []], "exactly once"),
+    ],
+)
+def test_pieces_that_leave_a_gap_or_overlap_are_refused(tmp_path: Path, ranks, says: str):
+    with pytest.raises(CheckpointError, match=says):
+        pieces(tmp_path, *ranks)
+
+
+def test_a_rank_whose_file_is_missing_is_missed(tmp_path: Path):
+    pieces(tmp_path, [(0, [0.0, 1.0, 2.0, 3.0])], [(4, [4.0, 5.0])])
+    (tmp_path / "learner-rank00000-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="not one of each rank"):
+        FragmentReader(tmp_path)
+
+
+class Bomb:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+@pytest.mark.parametrize("dump", [lambda bomb, path: path.write_bytes(pickle.dumps(bomb)), torch.save])
+def test_a_pickle_in_place_of_a_shard_is_refused_and_never_run(tmp_path: Path, dump):
+    canary, folder = tmp_path / "canary", save_steps(tmp_path, 1).folders()[0]
+    shard = folder / "learner-rank00000-of-00001.safetensors"
+    dump(Bomb(canary), shard)
+    entry = {shard.name: {"sha256": sha256(shard), "bytes": shard.stat().st_size}}
+    edit_manifest(folder, lambda manifest: manifest["files"].update(entry))  # by someone who can write the manifest too
+    assert read_checkpoint(folder).state.step == 1
+    with pytest.raises(CheckpointError, match=r"rank00000-of-00001\.safetensors: no safetensors file"):
+        FragmentReader(folder)
+    assert not canary.exists()

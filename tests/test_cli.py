@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from hybridrl.checkpointing import CheckpointConfig
 from hybridrl.cli import hydra_flags, main
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
-from hybridrl.models.loading import load_model, load_value_head
+from hybridrl.durable import seal
+from hybridrl.models.fragments import PARTS, Fragment, write_fragments
+from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
+from hybridrl.types import SavedFile
 from tests.test_run_directory import STATE, settings_of, start
 
 # -- export ----------------------------------------------------------------------------------------------------------
@@ -35,23 +38,39 @@ def test_a_checkpoint_is_exported_with_equal_weights_in_the_models_dtype(tmp_pat
     assert main(["export", str(tmp_path)]) == 0, "again replaces it"
 
 
+class Learned:
+    """A learner of one rank that holds `fragments`."""
+
+    def __init__(self, fragments: list[Fragment]) -> None:
+        self.fragments = fragments
+
+    def state_bytes(self) -> int:
+        return 0
+
+    def save_state(self, folder: str) -> list[SavedFile]:
+        return [seal(write_fragments(Path(folder), 0, 1, self.fragments))]
+
+
 def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
     """A checkpoint as the learner writes it, of weights that are not the student's own; returns them."""
     settings = settings_of(run_dir, *overrides)
     model = load_model("builtin:countdown-student")
     weights = {name: (p.detach() * 1.25).contiguous() for name, p in model.named_parameters()}
-    tensors = {f"{part}/{name}": t.clone() for name, t in weights.items() for part in ("master", "exp_avg", "exp_avg_sq")}
-    tensors["master/value_head.weight"] = torch.full((1, 128), 0.75)
+    parameters = {**weights, VALUE_HEAD: torch.full((1, 128), 0.75)}
+    fragments = [
+        Fragment(name=n, shape=tuple(t.shape), offset=0, tensors={part: t.flatten().clone() for part in PARTS})
+        for n, t in parameters.items()
+    ]
     with run_directory(settings) as folder:
         find_checkpoint(settings, folder)
-        Checkpointer(folder, keep=2).save(STATE, lambda to: save_file(tensors, Path(to) / "learner.safetensors"))
+        Checkpointer(folder, CheckpointConfig()).save(STATE, [Learned(fragments)])
     return weights
 
 
 def test_the_newest_sound_checkpoint_is_exported_into_a_folder_of_ones_choice(tmp_path: Path):
     save_checkpoint(tmp_path / "run")
-    Checkpointer(tmp_path / "run", keep=2).save(replace(STATE, step=20), lambda to: (Path(to) / "learner.safetensors").touch())
-    (tmp_path / "run" / "checkpoints" / "step_000020" / "learner.safetensors").write_text("damaged")
+    folder = Checkpointer(tmp_path / "run", CheckpointConfig()).save(replace(STATE, step=20), [Learned([])])
+    (folder / "learner-rank00000-of-00001.safetensors").write_text("damaged")
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == torch.float32
     assert not (tmp_path / "run" / "export").exists()

@@ -15,6 +15,8 @@ from hybridrl.choices import Device, WeightTransfer
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer
 from hybridrl.controller.controller import Controller
+from hybridrl.controller.ledger import Ledger
+from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run import prepare_prompts
 from hybridrl.data.prompts import PromptSource
 from hybridrl.errors import ConfigError, FleetExhausted, PlacementError, WorkerError, WorkerTimeout
@@ -55,7 +57,9 @@ class Graph:
             prompts=PromptSource(self.prompts, settings.run.seed),
             heldout=self.heldout,
             sinks=Sinks(required=[]),
-            checkpointer=Checkpointer(self.run_dir, 2),
+            checkpointer=Checkpointer(self.run_dir, settings.checkpoint),
+            ledger=Ledger(self.run_dir, 0),
+            preemption=Preemption(),
         )
         made.publish_weights()
         return made
@@ -127,7 +131,7 @@ def test_pipelined_steps_overlap_within_their_bound_and_lose_no_prompt(graph):
     for _ in range(4):
         rows.append(controller.step())
         taken.append([p.uid for p in controller.pipeline.in_flight()])
-        assert controller.state().prompts["owed"] == taken[-1]
+        assert controller.state({}).parts["pipeline"]["prompts"]["owed"] == taken[-1]
     assert [len(uids) for uids in taken] == [32, 32, 16, 0], "two waves ahead, as far as there are steps"
     assert all(row["policy/staleness_max"] <= 2 for row in rows) and max(row["policy/staleness_max"] for row in rows) > 0
     assert all(row["controller/materialized_bytes"] == 0 and row["rollout/late_frac"] == 0 for row in rows)

@@ -12,6 +12,8 @@ from hybridrl.compose import conf_dir, load_config
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer
 from hybridrl.controller.controller import Controller
+from hybridrl.controller.ledger import Ledger
+from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run import prepare_prompts
 from hybridrl.data.prompts import PromptSource
 from hybridrl.models.loading import load_value_head
@@ -62,7 +64,9 @@ class Methods:
             prompts=PromptSource(prompts, settings.run.seed),
             heldout=heldout,
             sinks=Sinks(required=[]),
-            checkpointer=Checkpointer(self.folder, 2),
+            checkpointer=Checkpointer(self.folder, settings.checkpoint),
+            ledger=Ledger(self.folder, 0),
+            preemption=Preemption(),
         )
         made.publish_weights()
         return made

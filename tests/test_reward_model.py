@@ -8,7 +8,6 @@ import pytest
 import torch
 from batches import make_batch, make_plan, make_rewards
 from graph import save_tiny
-from safetensors.torch import save_file
 
 from hybridrl.compose import load_config
 from hybridrl.config import RewardConfig, RewardFunctionConfig, RunSettings
@@ -16,6 +15,7 @@ from hybridrl.controller.run import prepare_prompts
 from hybridrl.data.collate import collate, train_sequences
 from hybridrl.errors import CheckpointError, ConfigError
 from hybridrl.models.export import export, master_weights
+from hybridrl.models.fragments import MASTER, Fragment, write_fragments
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import LearnerView, no_credit
@@ -61,9 +61,9 @@ def exported(settings: RunSettings, student: Student, tmp_path_factory: pytest.T
     """Through a learner's checkpoint, as `hybridrl export` does it."""
     base = tmp_path_factory.mktemp("run")
     weights = {f"model.{name}": p.detach() for name, p in student.body.named_parameters()}
-    tensors = {f"master/{name}": w.clone() for name, w in weights.items()} | {f"master/{VALUE_HEAD}": student.value_head.weight.detach()}
-    save_file(tensors, base / "learner.safetensors")
-    export(master_weights(base / "learner.safetensors", "float32"), Path(settings.model.path), base / "export")
+    weights[VALUE_HEAD] = student.value_head.weight.detach()
+    write_fragments(base, 0, 1, [Fragment(name=n, shape=w.shape, offset=0, tensors={MASTER: w.flatten()}) for n, w in weights.items()])
+    export(master_weights(base, "float32"), Path(settings.model.path), base / "export")
     return base / "export"
 
 

@@ -1,6 +1,10 @@
 """One run directory, one run: what may change when it is continued, and what the command line says when it may not."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +26,7 @@ from hybridrl.tracking.jsonl import JsonlSink
 from hybridrl.types import FinishReason, Prompt, Rewards, RunInfo, Sample
 from tests.graph import save_tiny
 
-STATE = RunState(step=10, weight_version=10, optimizer_steps=10, prompts={"epoch": 0, "position": 0}, schedules={}, wandb_id=None)
+STATE = RunState(step=10, weight_version=10, optimizer_steps=10, parts={}, metrics={}, wandb_id="one")
 CONSTANT = ["train.lr_end=null", "algorithm.reward_weight.kind=constant"]
 
 
@@ -35,7 +39,7 @@ def start(settings: RunSettings, *, step: int | None = 10) -> Path:
     with run_directory(settings) as run_dir:
         find_checkpoint(settings, run_dir)
         if step is not None:
-            Checkpointer(run_dir, keep=2).save(replace(STATE, step=step), lambda folder: None)
+            Checkpointer(run_dir, settings.checkpoint).save(replace(STATE, step=step), [])
     return run_dir
 
 
@@ -59,6 +63,7 @@ def test_where_how_fast_and_how_often_may_change(tmp_path: Path):
     free = [
         "cluster.device=cpu", "cluster.spread=true", "deadlines.sync_s=7", "tracking.wandb=disabled", "tracking.tags=[a]",
         "checkpoint.every=1", "checkpoint.keep=3", "scorer.replicas=2", "run.resume=required",
+        "checkpoint.best=eval/accuracy", "checkpoint.best_mode=min", "run.resume_from=/elsewhere",
         "eval.every=1", "eval.samples=1", "eval.teacher=false",
         "rollout.engines=2", "rollout.tensor_parallel=2", "rollout.groups_per_chunk=2", "rollout.max_num_seqs=1",
         "rollout.kv_cache_bytes=null", "rollout.gpu_memory_utilization=0.5", "rollout.enforce_eager=false",
@@ -191,10 +196,75 @@ def test_resume_required_wants_a_checkpoint(tmp_path: Path):
         resume(settings)
 
 
-def test_a_directory_belongs_to_one_run_at_a_time(tmp_path: Path):
-    with run_directory(settings_of(tmp_path)), pytest.raises(RunDirectoryError, match="another run holds it"):
+def test_a_directory_belongs_to_one_run_at_a_time_and_the_second_is_told_who_has_it(tmp_path: Path):
+    who = f"another run holds it, process {os.getpid()} on {socket.gethostname()};"
+    with run_directory(settings_of(tmp_path)), pytest.raises(RunDirectoryError, match=who):
         resume(settings_of(tmp_path))
     assert resume(settings_of(tmp_path)) is None
+
+
+HOLD = """
+import os, signal, sys
+from pathlib import Path
+from hybridrl.compose import load_config
+from hybridrl.controller.run_directory import run_directory
+with run_directory(load_config([f"run.dir={sys.argv[1]}", "experiment=quickstart"])):
+    print("held", flush=True)
+    signal.pause()
+"""
+
+
+def test_the_lock_ends_with_its_process_even_when_that_is_killed(tmp_path: Path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunDirectoryError, match=f"another run holds it, process {holder.pid} on "):
+            resume(settings_of(tmp_path))
+    finally:
+        holder.kill()
+        holder.communicate(timeout=60)
+    assert resume(settings_of(tmp_path)) is None
+
+
+def test_leftovers_of_a_killed_save_are_gone_when_the_run_goes_on(tmp_path: Path):
+    start(settings_of(tmp_path))
+    (tmp_path / "checkpoints" / ".unfinished-step_000012").mkdir()
+    assert resume(settings_of(tmp_path)) == 10
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000010"]
+
+
+# -- from a checkpoint of another run --------------------------------------------------------------------------------
+
+
+def test_a_new_directory_continues_the_checkpoint_it_is_given_with_the_rows_so_far(tmp_path: Path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    start(settings_of(old))
+    (old / "metrics.jsonl").write_text('{"train/step": 10}\n')
+    (old / "ledger.jsonl").write_text('{"step": 10, "trained": ["a@0"], "passed_over": []}\n')
+    start_from = f"run.resume_from={old / 'checkpoints' / 'step_000010'}"
+    with run_directory(settings_of(new, start_from)) as run_dir:
+        found = find_checkpoint(settings_of(new, start_from), run_dir)
+    assert found.folder == old / "checkpoints" / "step_000010" and found.state == replace(STATE, wandb_id=None)
+    assert [(new / name).read_text() for name in ("metrics.jsonl", "ledger.jsonl")] == [
+        (old / name).read_text() for name in ("metrics.jsonl", "ledger.jsonl")
+    ]
+    start(settings_of(new, start_from), step=12)
+    assert resume(settings_of(new, start_from)) == 12, "the same command goes on with the run's own"
+
+
+def test_a_named_checkpoint_is_not_passed_over_when_it_is_damaged_or_of_other_settings(tmp_path: Path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    start(settings_of(old), step=5)
+    start(settings_of(old))
+    start_from = f"run.resume_from={old / 'checkpoints' / 'step_000010'}"
+    with pytest.raises(RunDirectoryError, match=rf"run.dir={old}: holds a run with other settings: train\.lr"):
+        resume(settings_of(new, start_from, "train.lr=2e-3"))
+    assert resume(settings_of(new, start_from, "train.lr=2e-3", "run.allow_changes=[train.lr]")) == 10
+    (old / "checkpoints" / "step_000010" / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step_000010/state\.json: missing"):
+        resume(settings_of(new, start_from))
+    with pytest.raises(CheckpointError, match="nowhere: unreadable manifest"):
+        resume(settings_of(new, f"run.resume_from={tmp_path / 'nowhere'}"))
 
 
 # -- teachers --------------------------------------------------------------------------------------------------------

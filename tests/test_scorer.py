@@ -9,6 +9,7 @@ from batches import make_batch
 
 from hybridrl.choices import Source
 from hybridrl.compose import load_config
+from hybridrl.errors import CheckpointError
 from hybridrl.models.loading import load_model
 from hybridrl.types import RolloutBatch
 from hybridrl.workers.scorer import Scorer
@@ -106,3 +107,42 @@ def test_log_probs_of_data_are_computed_once_and_those_of_samples_every_time(fol
     one.score(plain)
     one.score(plain)
     assert len(passes) == 3
+
+
+def remembering(folder: Path, uids: tuple[str, str]) -> tuple[Scorer, RolloutBatch]:
+    """A scorer that has seen responses of the data."""
+    plain = make_batch(PROMPTS)
+    given = RolloutBatch(**{f: getattr(plain, f) for f in plain.__dataclass_fields__} | {"source": Source.data, "uids": uids})
+    one = scorer(folder, "algorithm=dpo", "algorithm.pair.against=main")
+    one.score(given)
+    return one, given
+
+
+def test_what_a_scorer_remembers_is_in_its_checkpoint(folder: Path, tmp_path: Path):
+    one, given = remembering(folder, ("a/1@0", "b@0"))
+    (saved,) = one.save_state(str(tmp_path), 0, 2)
+    assert saved.name == "scorer-main-00000-of-00002.safetensors" and one.state_bytes() == 4 * 11
+    again, passes = scorer(folder, "algorithm=dpo", "algorithm.pair.against=main"), []
+    again.model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert again.save_state(str(tmp_path), 1, 2) == [], "nothing to remember, no file"
+    again.load_state(str(tmp_path), 0, 2)
+    assert again.score(given)[1].logprobs.tolist() == one.score(given)[1].logprobs.tolist() and passes == []
+
+
+def test_a_replica_remembers_its_own_and_other_numbers_of_replicas_share_it_all(folder: Path, tmp_path: Path):
+    for replica, uids in enumerate((("a@0", "b@0"), ("c@0", "d@0"))):
+        remembering(folder, uids)[0].save_state(str(tmp_path), replica, 2)
+    one = scorer(folder, "algorithm=dpo", "algorithm.pair.against=main")
+
+    def loaded(replica: int, replicas: int) -> list[str]:
+        one.load_state(str(tmp_path), replica, replicas)
+        return sorted({uid for uid, _ in one.remembered})
+
+    assert loaded(0, 2) == ["a", "b"] and loaded(1, 2) == ["c", "d"]
+    assert loaded(0, 1) == loaded(2, 3) == ["a", "b", "c", "d"]
+
+
+def test_a_pickle_in_place_of_what_a_scorer_remembers_is_refused(folder: Path, tmp_path: Path):
+    (tmp_path / "scorer-main-00000-of-00001.safetensors").write_bytes(b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x02os")
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        scorer(folder).load_state(str(tmp_path), 0, 1)

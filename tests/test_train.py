@@ -16,10 +16,10 @@ from tempfile import mkdtemp
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hybridrl.controller.checkpoint import read_checkpoint
+from hybridrl.models.export import master_weights
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.tracking.jsonl import read_metrics
 from tests.graph import tiny_overrides
@@ -76,7 +76,9 @@ def test_a_run_leaves_the_promised_files(whole):
     assert {
         "config.yaml", "metrics.jsonl", "report.html", "report.png",
         "checkpoints/step_000004/manifest.json", "checkpoints/step_000004/state.json",
-        "checkpoints/step_000004/learner.safetensors", "export/step_000004/config.json", "export/step_000004/model.safetensors",
+        "checkpoints/step_000004/learner-rank00000-of-00002.safetensors", "ledger.jsonl",
+        "checkpoints/step_000004/learner-rank00001-of-00002.safetensors",
+        "export/step_000004/config.json", "export/step_000004/model.safetensors",
         "samples/step_000000.jsonl", "samples/step_000004.jsonl", "logs/learner-1.log", "logs/rollout-1.log",
     } <= names  # fmt: skip
     assert any(name.startswith("wandb/") and name.endswith(".wandb") for name in names)
@@ -94,8 +96,8 @@ def test_every_step_is_in_the_metrics_once_and_the_teacher_is_measured(whole):
 
 def test_a_resumed_run_equals_one_that_was_never_stopped_bit_by_bit(whole, resumed):
     assert [lasting(row) for row in read_metrics(resumed)][1:] == [lasting(row) for row in read_metrics(whole)][1:]
-    states = [load_file(run / "checkpoints" / "step_000004" / "learner.safetensors") for run in (whole, resumed)]
-    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    files = [f"checkpoints/step_000004/learner-rank0000{rank}-of-00002.safetensors" for rank in (0, 1)]
+    assert all((resumed / name).read_bytes() == (whole / name).read_bytes() for name in (*files, "ledger.jsonl"))
 
 
 def test_a_finished_run_is_not_trained_again(whole, overrides):
@@ -121,9 +123,9 @@ def test_hydra_flags_work_as_hydra_users_expect(tmp_path):
 
 def greedy_by_hand(run_dir: Path, prompt: list[int], tokens: int) -> list[int]:
     """Greedy continuation by the learner's fp32 master weights, without a cache and without the export."""
-    state = load_file(run_dir / "checkpoints" / "step_000004" / "learner.safetensors")
+    state = master_weights(run_dir / "checkpoints" / "step_000004", "float32")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "export" / "step_000004")
-    model.load_state_dict({n.removeprefix("master/"): t for n, t in state.items() if n.startswith("master/")}, strict=False)
+    model.load_state_dict(state, strict=False)
     ids = list(prompt)
     with torch.no_grad():
         while len(ids) < len(prompt) + tokens and (len(ids) == len(prompt) or ids[-1] != model.config.eos_token_id):

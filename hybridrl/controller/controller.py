@@ -1,23 +1,26 @@
 """The central loop. It holds headers and references; tokens, log-probs and weights go from worker to worker."""
 
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from hybridrl import failpoints
 from hybridrl.choices import OnStale, WeightTransfer
 from hybridrl.config import RunSettings
-from hybridrl.controller.checkpoint import Checkpointer, RunState
+from hybridrl.controller.checkpoint import Checkpointer, RunState, Stateful
 from hybridrl.controller.evaluation import Evaluation, evaluate
+from hybridrl.controller.ledger import Ledger
 from hybridrl.controller.metrics import late_metrics, learner_metrics, reward_metrics, rollout_metrics, transfer_metrics, worker_times
 from hybridrl.controller.pipeline import Pipeline, wave_seed
+from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
 from hybridrl.controller.weights import Weights
 from hybridrl.data.prompts import PromptSource
 from hybridrl.data.shards import balance_groups, micro_batches
-from hybridrl.errors import RewardError, WeightSyncError, WorkerError
+from hybridrl.errors import CheckpointError, Preempted, RewardError, SkippedStep, WeightSyncError, WorkerError
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import Meter
@@ -27,6 +30,8 @@ from hybridrl.runtime.workers import Workers
 from hybridrl.tracking.sink import Sinks
 from hybridrl.tracking.timing import PhaseClock
 from hybridrl.types import LearnerStats, Prompt, Rewards, Shard, UpdatePlan
+
+log = logging.getLogger(__name__)
 
 
 class Controller:
@@ -50,17 +55,22 @@ class Controller:
         heldout: Sequence[Prompt],
         sinks: Sinks,
         checkpointer: Checkpointer,
+        ledger: Ledger,
+        preemption: Preemption,
     ) -> None:
         self.settings = settings
         self.workers, self.learner = workers, workers.learner
-        self.sampling, self.weights_of = Sampling(settings, workers), Weights(settings)
+        self.sampling, self.weights_of = Sampling(settings, workers, preemption), Weights(settings)
         self.pipeline = Pipeline(settings, self.sampling, prompts, self.weights_of, store_bytes=object_store_bytes())
         self.weights = WeightSync(workers.learner, workers.rollout, backend)
-        self.prompts, self.heldout, self.sinks, self.checkpointer = prompts, heldout, sinks, checkpointer
+        self.prompts, self.heldout, self.sinks, self.checkpointer, self.ledger = prompts, heldout, sinks, checkpointer, ledger
+        self.stateful: dict[str, Stateful] = {"pipeline": self.pipeline, "schedules": self.weights_of}
         self.signals = make_objective(settings).signals
-        self.clock = PhaseClock()
+        self.preemption, self.clock = preemption, PhaseClock()
         self.steps_done = 0
         self.weight_version = 0
+        self.saved_step = 0
+        self.skipped: list[str] = []  # prompts of batches left out since the last step
         self.wandb_id: str | None = None  # None: wandb is off
 
     def step(self) -> dict[str, float]:
@@ -80,6 +90,10 @@ class Controller:
             self._check_logprob_gap(stats)
         failpoints.hit("controller.learned", step=self.steps_done)
         self.steps_done += 1
+        self.pipeline.settle(late)
+        trained, passed_over = trained_uids(arrived, used, late)
+        self.ledger.record(self.steps_done, trained, [*self.skipped, *passed_over])
+        self.skipped = []
         with self.clock.phase("sync"):
             weight_bytes = self.publish_weights()
         failpoints.hit("controller.synced", step=self.steps_done)
@@ -114,7 +128,7 @@ class Controller:
         late: list[Prompt] = []
         for again in range(1 + further):
             with self.clock.phase("rollout"):
-                drawn = (self.pipeline.draw(step, again) if again else self.pipeline.take(step)).drawn
+                drawn = (self.pipeline.redraw(step) if again else self.pipeline.take(step)).drawn
                 if settings.rollout.oversample:
                     drawn, cancelled = self.sampling.first(drawn, wanted)
                     late += [prompt for d in cancelled for prompt in d.chunk.prompts]
@@ -126,22 +140,43 @@ class Controller:
                 self._check_reward_errors([a.rewards for a in arrived])
             if sum(len(a.groups) for a in arrived) >= enough:
                 break
-        self.prompts.put_back(late)
         return arrived, late
 
     def run(self) -> None:
-        """Train to train.steps from wherever the state stands; evaluate, checkpoint and log on the way."""
-        settings = self.settings
+        """Train to train.steps from wherever the state stands; evaluate, checkpoint and log on the way.
+
+        Raises:
+            Preempted: the run was told to end; what was learned so far is saved.
+        """
+        settings, row = self.settings, {}
         while self.steps_done < settings.train.steps:
-            row = self.step()
+            try:
+                self.preemption.check()
+                row = self._step_or_skip()
+            except Preempted:
+                if self.steps_done > self.saved_step:
+                    self.save(row, last=True)
+                raise
             last = self.steps_done == settings.train.steps
             if last or (settings.eval.every and self.steps_done % settings.eval.every == 0):
                 row |= self.evaluate()
             self.sinks.log(row)  # before the checkpoint: a resumed run keeps the rows up to its checkpoint's step
             failpoints.hit("controller.logged", step=self.steps_done)
             if last or (settings.checkpoint.every and self.steps_done % settings.checkpoint.every == 0):
-                self.save()
+                self.save(row, last=last)
             failpoints.hit("controller.saved", step=self.steps_done)
+
+    def _step_or_skip(self) -> dict[str, float]:
+        """A step; batches of which nothing could be learned are left out, train.max_skipped of them in a row."""
+        for left in reversed(range(1 + self.settings.train.max_skipped)):
+            try:
+                return self.step()
+            except SkippedStep as error:
+                if not left:
+                    raise
+                self.skipped += [prompt.uid for wave in self.pipeline.current for prompt in wave.prompts]
+                log.warning("%s; the batch is left out", error)
+        raise AssertionError("the last try returns or raises")
 
     def publish_weights(self) -> int:
         """Engines sample step k's rollouts with version k; returns the bytes sent to each engine."""
@@ -166,28 +201,49 @@ class Controller:
             except WorkerError as error:
                 self.workers.lose(error)
 
-    def save(self) -> None:
-        """Commit a checkpoint; its time appears in the next step's row."""
+    def save(self, row: Mapping[str, float], *, last: bool) -> None:
+        """Commit a checkpoint; its time appears in the next step's row. One that fails is told and tried again when the
+        next is due: the older ones are whole, and the run may go on.
+
+        Raises:
+            CheckpointError: the last one failed.
+        """
         with self.clock.phase("save"):
-            self.checkpointer.save(self.state(), self.learner.save_state)
+            try:
+                self.checkpointer.save(self.state(row), [self.learner, *self.workers.scorers])
+                self.saved_step = self.steps_done
+            except CheckpointError as error:
+                if last:
+                    raise
+                log.error(
+                    "step %d has no checkpoint; the next try is in %d steps: %s", self.steps_done, self.settings.checkpoint.every, error
+                )
 
     # -- state -------------------------------------------------------------------------------------------------------
 
-    def state(self) -> RunState:
+    def state(self, row: Mapping[str, float]) -> RunState:
         return RunState(
             step=self.steps_done,
             weight_version=self.weight_version,
             optimizer_steps=self.steps_done,
-            prompts=self.prompts.state_dict(self.pipeline.in_flight()),
-            schedules=self.weights_of.state_dict(),
+            parts={name: part.state_dict() for name, part in self.stateful.items()},
+            metrics=dict(row),
             wandb_id=self.wandb_id,
         )
 
     def load_state(self, state: RunState, folder: str) -> None:
+        """Raises:
+        CheckpointError: a part of the controller has no state there, or the workers cannot load theirs.
+        """
+        if missing := self.stateful.keys() - state.parts.keys():
+            raise CheckpointError(f"{folder}: has no state of {', '.join(sorted(missing))}; it is of another version of hybridrl")
         self.learner.load_state(folder, state.optimizer_steps)
-        self.prompts.load_state_dict(state.prompts)
-        self.weights_of.load_state_dict(state.schedules)
-        self.steps_done = state.step
+        for scorer in self.workers.scorers:
+            scorer.load_state(folder)
+        for name, part in self.stateful.items():
+            part.load_state_dict(state.parts[name])
+        self.steps_done = self.saved_step = state.step
+        self.weight_version = state.weight_version
 
     # -- parts of a step ---------------------------------------------------------------------------------------------
 
@@ -257,3 +313,11 @@ def learning_rate(settings: RunSettings, step: int) -> float:
         return train.lr
     done = (step - train.lr_warmup_steps) / max(train.steps - train.lr_warmup_steps, 1)
     return train.lr_end + (train.lr - train.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+def trained_uids(arrived: Sequence[Arrived], used: Sequence[Arrived], late: Sequence[Prompt]) -> tuple[list[str], list[str]]:
+    """(trained on, passed over) of the prompts drawn: a group that is not used, or whose reward failed, teaches nothing. Those
+    that come again are neither."""
+    trained = [a.header.uids[g] for a in used for g in a.groups if a.rewards.keep.reshape(-1, a.header.group_size)[g].all()]
+    elsewhere = {*trained, *(prompt.uid for prompt in late)}
+    return trained, [uid for a in arrived for uid in a.header.uids if uid not in elsewhere]

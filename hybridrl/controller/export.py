@@ -21,7 +21,7 @@ def export_checkpoint(run_dir: Path, folder: Path | None = None) -> Path:
         ConfigError: `folder` holds something, or the model that training started from is gone.
     """
     settings = read_settings(run_dir)
-    checkpointer = Checkpointer(run_dir, settings.checkpoint.keep)
+    checkpointer = Checkpointer(run_dir, settings.checkpoint)
     checkpoint = checkpointer.newest()
     if checkpoint is None:
         raise CheckpointError(f"{checkpointer.root}: no checkpoint to export; train until the first, see checkpoint.every")
@@ -29,5 +29,5 @@ def export_checkpoint(run_dir: Path, folder: Path | None = None) -> Path:
         raise ConfigError(f"{folder}: exists and is not empty; name a new folder")
     target = folder or run_dir / "export" / checkpoint.folder.name
     source = resolve(settings.model.path, settings.model.revision)
-    export(master_weights(checkpoint.folder / "learner.safetensors", settings.model.dtype), source, target)
+    export(master_weights(checkpoint.folder, settings.model.dtype), source, target)
     return target

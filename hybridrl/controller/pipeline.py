@@ -3,7 +3,9 @@
 import hashlib
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hybridrl.config import RunSettings
 from hybridrl.controller.sampling import Drawn, Sampling
@@ -39,6 +41,7 @@ class Pipeline:
         self.settings, self.sampling, self.prompts, self.weights = settings, sampling, prompts, weights
         self.limit = settings.pipeline.max_inflight_bytes or STORE_SHARE * store_bytes
         self.waves: deque[Wave] = deque()
+        self.current: list[Wave] = []  # handed out, and not trained on yet
         self.wave_bytes = 0  # of the last wave that was seen whole
         self.oversampled = math.ceil(settings.train.prompts_per_step * (1 + settings.rollout.oversample))
 
@@ -46,7 +49,18 @@ class Pipeline:
         """The wave of `step`, after drawing as far ahead as the bounds allow."""
         while not self.waves or (self._next(step) <= min(step + self.settings.pipeline.ahead, self._last_step()) and self._fits()):
             self.waves.append(self.draw(self._next(step)))
-        return self.waves.popleft()
+        self.current = [self.waves.popleft()]
+        return self.current[0]
+
+    def redraw(self, step: int) -> Wave:
+        """One more wave for the step at hand."""
+        self.current.append(self.draw(step, again=len(self.current)))
+        return self.current[-1]
+
+    def settle(self, late: Sequence[Prompt]) -> None:
+        """The waves at hand are trained on, but for prompts that come again."""
+        self.current = []
+        self.prompts.put_back(late)
 
     def draw(self, step: int, again: int = 0) -> Wave:
         """Start a wave for `step`; again: how many there were before it for the same step."""
@@ -59,8 +73,19 @@ class Pipeline:
         return Wave(step=step, drawn=drawn)
 
     def in_flight(self) -> list[Prompt]:
-        """Drawn for steps to come."""
-        return [prompt for wave in self.waves for prompt in wave.prompts]
+        """Drawn, and not trained on yet."""
+        return [prompt for wave in (*self.current, *self.waves) for prompt in wave.prompts]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Prompts in flight are owed: their responses are not kept."""
+        return {"prompts": self.prompts.state_dict(self.in_flight()), "wave_bytes": self.wave_bytes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises:
+        DataError: the state is of other prompts.
+        """
+        self.prompts.load_state_dict(state["prompts"])
+        self.wave_bytes = state["wave_bytes"]
 
     @property
     def in_flight_bytes(self) -> int:

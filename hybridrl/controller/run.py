@@ -10,6 +10,8 @@ from hybridrl.choices import PairLoss, Support, WandbMode
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.controller import Controller
+from hybridrl.controller.ledger import Ledger
+from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
 from hybridrl.controller.teacher_levels import measure_teachers, teachers_in_use, teachers_to_measure
 from hybridrl.data.problem import Problem
@@ -63,29 +65,34 @@ def train(settings: RunSettings) -> RunResult:
         workers = start_workers(settings, cluster, slots, rewards, log_dir)
         took = f"{time.monotonic() - began:.0f} s"
         console.notice(f"workers ready after {took} on {cluster.device}, weights travel by {cluster.weight_transfer}")
+        preemption = stack.enter_context(Preemption().listening())
         for restarts_left in reversed(range(1 + settings.cluster.max_restarts)):
-            controller = Controller(
-                settings,
-                workers=workers,
-                backend=cluster.weight_transfer,
-                prompts=PromptSource(prompts, settings.run.seed),
-                heldout=heldout,
-                sinks=sinks,
-                checkpointer=Checkpointer(run_dir, settings.checkpoint.keep),
-            )
-            controller.wandb_id = wandb.run_id if wandb else None
-            try:
-                train_on(controller, checkpoint, levels)
-                break
-            except WorkerError as lost:  # others than the learner's are replaced while the run goes on
-                if not restarts_left:
-                    raise FleetExhausted(f"{lost}; cluster.max_restarts is used up, the last checkpoint stands") from lost
-                console.notice(f"{lost}; going back to the last checkpoint")
-                if isinstance(lost, WorkerTimeout):
-                    workers.dump_stacks()
-                workers = restart_learner(settings, cluster, slots, workers, log_dir)
-                checkpoint = find_checkpoint(settings, run_dir)
-                sinks.start(run_info(settings, run_dir, checkpoint))
+            with Ledger(run_dir, checkpoint.state.step if checkpoint else 0) as ledger:
+                controller = Controller(
+                    settings,
+                    workers=workers,
+                    backend=cluster.weight_transfer,
+                    prompts=PromptSource(prompts, settings.run.seed),
+                    heldout=heldout,
+                    sinks=sinks,
+                    checkpointer=Checkpointer(run_dir, settings.checkpoint),
+                    ledger=ledger,
+                    preemption=preemption,
+                )
+                controller.wandb_id = wandb.run_id if wandb else None
+                try:
+                    train_on(controller, checkpoint, levels)
+                    break
+                except WorkerError as error:  # others than the learner's are replaced while the run goes on
+                    lost = error
+            if not restarts_left:
+                raise FleetExhausted(f"{lost}; cluster.max_restarts is used up, the last checkpoint stands") from lost
+            console.notice(f"{lost}; going back to the last checkpoint")
+            if isinstance(lost, WorkerTimeout):
+                workers.dump_stacks()
+            workers = restart_learner(settings, cluster, slots, workers, log_dir)
+            checkpoint = find_checkpoint(settings, run_dir)
+            sinks.start(run_info(settings, run_dir, checkpoint))
         exported = export_model(settings, controller, run_dir, first)
     return result(run_dir, exported)
 

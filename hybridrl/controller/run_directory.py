@@ -1,9 +1,11 @@
 """The run directory: locked while a run lasts, and holding one run only, whose settings are its config.yaml."""
 
 import os
+import shutil
+import socket
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,17 @@ from filelock import FileLock, Timeout
 from hybridrl.choices import Resume, ScheduleKind
 from hybridrl.compose import from_yaml, to_yaml
 from hybridrl.config import RunSettings
-from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
+from hybridrl.controller.checkpoint import Checkpoint, Checkpointer, read_checkpoint
+from hybridrl.controller.ledger import LEDGER
 from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
+from hybridrl.tracking.jsonl import METRICS, SAMPLES
 
 CONFIG = "config.yaml"
 ABSENT = "(not set)"
 
 FREE = (
     "cluster", "deadlines", "tracking", "checkpoint", "diagnostics", "scorer",
-    "run.resume", "run.dir", "run.allow_changes",
+    "run.resume", "run.resume_from", "run.dir", "run.allow_changes",
     "eval.every", "eval.samples", "eval.teacher",
     "rollout.engines", "rollout.tensor_parallel", "rollout.groups_per_chunk", "rollout.max_num_seqs", "rollout.kv_cache_bytes",
     "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.weight_transfer", "rollout.max_logprob_gap",
@@ -49,36 +53,65 @@ def run_directory(settings: RunSettings) -> Iterator[Path]:
             "give an absolute path on shared storage"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / ".lock")
+    lock, holder = FileLock(run_dir / ".lock"), run_dir / ".holder"
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RunDirectoryError(f"run.dir={run_dir}: another run holds it; wait for it or choose another run.dir") from error
+        raise RunDirectoryError(
+            f"run.dir={run_dir}: another run holds it, {holder_of(holder)}; wait for it, end it, or choose another run.dir"
+        ) from error
     try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield run_dir
     finally:
         lock.release()
 
 
+def holder_of(path: Path) -> str:
+    """Who wrote that it holds the lock; the lock itself is the kernel's and ends with its process, however that ends."""
+    with suppress(OSError):
+        return path.read_text()
+    return "which has not yet said who it is"
+
+
 def find_checkpoint(settings: RunSettings, run_dir: Path) -> Checkpoint | None:
-    """Where to continue, None: from the start; config.yaml is `settings` afterwards.
+    """Where to continue, None: from the start; config.yaml is `settings` afterwards. Call it under run_directory's lock.
 
     Raises:
         RunDirectoryError: run.resume=never and the directory holds a run, or it holds one of other settings.
-        CheckpointError: run.resume=required and there is none, or all are damaged.
+        CheckpointError: run.resume=required and there is none, or all are damaged, or that of run.resume_from is.
     """
-    checkpointer = Checkpointer(run_dir, settings.checkpoint.keep)
+    checkpointer = Checkpointer(run_dir, settings.checkpoint)
+    checkpointer.clean()
     if settings.run.resume is Resume.never and ((run_dir / "metrics.jsonl").exists() or checkpointer.folders()):
         raise RunDirectoryError(f"run.dir={run_dir}: holds a run and run.resume=never; choose another run.dir or run.resume=auto")
     checkpoint = checkpointer.newest()
+    if checkpoint is None and settings.run.resume_from is not None:
+        checkpoint = continue_other(Path(settings.run.resume_from).expanduser().absolute(), run_dir)
     if checkpoint is None and settings.run.resume is Resume.required:
         raise CheckpointError(f"run.resume=required: no checkpoint in {checkpointer.root}; use run.resume=auto to start")
     if checkpoint:
-        check_same_run(settings, run_dir)
+        check_same_run(settings, checkpoint.folder.parent.parent)
     unfinished = run_dir / f".{CONFIG}"
     unfinished.write_text(to_yaml(settings))
     os.replace(unfinished, run_dir / CONFIG)
     return checkpoint
+
+
+def continue_other(folder: Path, run_dir: Path) -> Checkpoint:
+    """Begin run_dir as a copy of the run whose checkpoint `folder` is: its rows, samples and ledger, which are cut at the
+    checkpoint's step when the run starts. On wandb it is a run of its own.
+
+    Raises:
+        CheckpointError: it is damaged or not there.
+    """
+    checkpoint, origin = read_checkpoint(folder), folder.parent.parent
+    for name in (METRICS, LEDGER):
+        if (origin / name).is_file():
+            shutil.copy(origin / name, run_dir / name)
+    if (origin / SAMPLES).is_dir():
+        shutil.copytree(origin / SAMPLES, run_dir / SAMPLES, dirs_exist_ok=True)
+    return replace(checkpoint, state=replace(checkpoint.state, wandb_id=None))
 
 
 def read_settings(run_dir: Path) -> RunSettings:

@@ -1,7 +1,7 @@
 """From scored chunks to the padded tensors of one forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -58,6 +58,11 @@ class MicroBatch:
     teachers: tuple[TeacherColumns, ...]  # R rows each
     sources: tuple[Source, ...]  # [S]
     oldest_versions: Tensor  # [S] int64
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The columns by name, teachers' rows too, to look at."""
+        own = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return own | {f"teachers/{i}/rows": torch.from_numpy(t.rows.astype(np.float32)) for i, t in enumerate(self.teachers)}
 
 
 def train_sequences(batch: ScoredBatch, credit: Credit, teacher_weights: Sequence[Tensor]) -> list[TrainSequence]:

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybridrl.errors import CheckpointError
+from hybridrl.models.fragments import MASTER, FragmentReader
 from hybridrl.models.loading import VALUE_HEAD, VALUE_HEAD_FILE
 
-MASTER = "master/"
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, chat template, generation settings
 
 
@@ -57,14 +56,16 @@ def export(state: Mapping[str, torch.Tensor | NDArray[np.generic]], source: Path
         raise
 
 
-def master_weights(path: Path, dtype: str) -> dict[str, torch.Tensor]:
-    """The student's parameters of a learner.safetensors, by name, rounded from fp32 to `dtype` as the learner's own are.
+def master_weights(folder: Path, dtype: str) -> dict[str, torch.Tensor]:
+    """The student's parameters in a checkpoint, by name, rounded from fp32 to `dtype` as the learner's own are.
 
     Optimizer moments are not read. A value head, where the run has one, is among them.
+
+    Raises:
+        CheckpointError: the folder does not hold a whole learner state.
     """
-    with safe_open(path, framework="pt") as file:
-        names = [key for key in file.keys() if key.startswith(MASTER)]  # noqa: SIM118 (not a dict)
-        return {key.removeprefix(MASTER): file.get_tensor(key).to(getattr(torch, dtype)) for key in names}
+    reader = FragmentReader(folder)
+    return {name: reader.whole(MASTER, name).to(getattr(torch, dtype)) for name in reader.shapes}
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -16,7 +16,7 @@ from hybridrl.errors import WeightSyncError, WorkerError
 from hybridrl.placement import chunk_size
 from hybridrl.runtime.calls import Pending, gather, is_done
 from hybridrl.runtime.group import ActorGroup, EngineCall, Slot
-from hybridrl.types import GenerateOrder, LearnerStats, Prompt, Sample, Shard, UpdatePlan, WeightManifest
+from hybridrl.types import GenerateOrder, LearnerStats, Prompt, Sample, SavedFile, Shard, UpdatePlan, WeightManifest
 
 log = logging.getLogger(__name__)
 
@@ -251,6 +251,21 @@ class ScorerGroup:
         self.settings = settings
         self.group.call_all("configure", settings, deadline_s=settings.deadlines.start_s)
 
+    def state_bytes(self) -> int:
+        return sum(self.group.call_all("state_bytes", deadline_s=self.settings.deadlines.save_s))
+
+    def save_state(self, folder: str) -> list[SavedFile]:
+        return self._each_replica("save_state", folder)
+
+    def load_state(self, folder: str) -> None:
+        self._each_replica("load_state", folder)
+
+    def _each_replica(self, method: str, folder: str) -> list[SavedFile]:
+        """Each writes or reads its own files."""
+        limit, size = self.settings.deadlines.save_s, self.group.size
+        written = gather([self.group.submit(i, method, folder, i, size, deadline_s=limit) for i in range(size)])
+        return [file for files in written for file in files]
+
     def score(self, chunks: Sequence[Chunk]) -> list[tuple[Pending, Pending]]:
         """One call per chunk, which starts when the chunk is done: (-> ScoreHeader, -> TokenScores)."""
         limit = self.settings.deadlines.rollout_s + self.settings.deadlines.score_s
@@ -327,8 +342,12 @@ class LearnerGroup:
     def send_weights(self) -> None:
         self.group.call_all("send_weights", deadline_s=self.settings.deadlines.sync_s)
 
-    def save_state(self, folder: str) -> None:
-        self.group.call_all("save_state", folder, deadline_s=self.settings.deadlines.save_s)
+    def state_bytes(self) -> int:
+        return sum(self.group.call_all("state_bytes", deadline_s=self.settings.deadlines.save_s))
+
+    def save_state(self, folder: str) -> list[SavedFile]:
+        """Every rank writes its own file."""
+        return [file for files in self.group.call_all("save_state", folder, deadline_s=self.settings.deadlines.save_s) for file in files]
 
     def load_state(self, folder: str, optimizer_steps: int) -> None:
         self.group.call_all("load_state", folder, optimizer_steps, deadline_s=self.settings.deadlines.save_s)

@@ -11,13 +11,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,21 +21,22 @@ from hybridrl.config import RunSettings
 from hybridrl.data.collate import MicroBatch, TrainSequence, collate, idle_sequence, train_sequences
 from hybridrl.data.scored import join, select_groups
 from hybridrl.data.shards import micro_batches
-from hybridrl.errors import CheckpointError, ConfigError, NonFiniteError
+from hybridrl.durable import seal
+from hybridrl.errors import CheckpointError, ConfigError, NonFiniteError, SkippedStep
 from hybridrl.models.export import export
+from hybridrl.models.fragments import MASTER, MOMENTS, PARTS, FragmentReader, write_fragments
 from hybridrl.models.loading import VALUE_HEAD, load_model, resolve
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, LearnerView, Signal, moments, no_credit
 from hybridrl.objectives.hybrid import teacher_weight
 from hybridrl.ops.head import TokenTerms
-from hybridrl.types import LearnerStats, Rewards, RolloutBatch, ScoredBatch, Shard, TokenScores, UpdatePlan, WeightManifest
+from hybridrl.types import LearnerStats, Rewards, RolloutBatch, SavedFile, ScoredBatch, Shard, TokenScores, UpdatePlan, WeightManifest
+from hybridrl.workers.optimizer_state import check_model, load_part, local_fragments
 from hybridrl.workers.probe import gradient_geometry, teacher_distance
 from hybridrl.workers.stats import Tally, batch_metrics, count_credits, count_micro
 from hybridrl.workers.student import HeadInputs, Look, Student, head_rule
 from hybridrl.workers.teachers import TeacherSide
 from hybridrl.workers.weights import WeightStream
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Learner:
@@ -102,7 +97,8 @@ class Learner:
             values: for each chunk of the shard its RolloutBatch, its Rewards and one TokenScores per teacher.
 
         Raises:
-            NonFiniteError: the loss or the gradient norm is NaN or infinite. A bad loss is found before the step.
+            SkippedStep: the gradient is NaN or infinite; nothing was stepped, and the rank's batch lies in run.dir/skipped.
+            NonFiniteError: the loss is, and the weights were stepped.
         """
         started = time.monotonic()
         failpoints.hit("learner.update", step=plan.step, rank=self.rank)
@@ -118,16 +114,26 @@ class Learner:
             self._backward(micro, tally, plan.step)
         count_credits(tally, credits)
         found = tally.reduced()
-        if not np.isfinite(loss := found["train/loss"]):
-            raise NonFiniteError(f"step {plan.step}: loss is {loss}; nothing was stepped; lower train.lr or look at the rewards")
         for group in self.engine.optimizer.param_groups:
             group["lr"] = plan.lr
-        self.engine.step()
+        self.engine.step()  # leaves everything as it was where a gradient is not finite
         grad_norm = float(self.engine.get_global_grad_norm())
-        if not np.isfinite(grad_norm):
-            raise NonFiniteError(f"step {plan.step}: gradient norm is {grad_norm}; the last checkpoint is untouched")
+        self._check_finite(plan, found["train/loss"], grad_norm, micros)
         self.optimizer_steps += 1
         return LearnerStats(metrics=batch_metrics(found, plan, grad_norm) | diagnostics, learn_s=time.monotonic() - started)
+
+    def _check_finite(self, plan: UpdatePlan, loss: float, grad_norm: float, micros: Sequence[MicroBatch]) -> None:
+        """Raises what `update` says; every rank raises the same."""
+        if np.isfinite(loss) and np.isfinite(grad_norm):
+            return
+        told = f"step {plan.step}: loss is {loss}, gradient norm {grad_norm}; lower train.lr or look at the rewards"
+        if not self.engine.optimizer.overflow:
+            raise NonFiniteError(f"{told}; the weights were stepped, the last checkpoint is untouched")
+        folder = Path(self.settings.run.dir).expanduser() / "skipped"
+        folder.mkdir(parents=True, exist_ok=True)
+        columns = {f"{i}/{name}": value for i, micro in enumerate(micros) for name, value in micro.tensors().items()}
+        save_file(columns, folder / f"step_{plan.step:06d}-rank{self.rank}.safetensors")
+        raise SkippedStep(f"{told}; nothing was stepped, the batch is in {folder}")
 
     def _credits(self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]) -> list[Credit]:
         """What the objective makes of this rank's groups, after the learner's own view of them where it asks for one."""
@@ -241,55 +247,52 @@ class Learner:
 
     # -- checkpoint --------------------------------------------------------------------------------------------------
 
-    def save_state(self, folder: str) -> None:
-        """fp32 master weights and Adam moments by parameter name, so that rank count and ZeRO stage may change."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            parts = {"master": safe_get_full_fp32_param(parameter)}
-            parts |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-            if self.rank == 0:
-                tensors |= {f"{part}/{name}": value.cpu().contiguous().clone() for part, value in parts.items()}
-        if self.rank == 0:
-            save_file(tensors, Path(folder) / "learner.safetensors", {"optimizer_steps": str(self.optimizer_steps)})
+    def state_bytes(self) -> int:
+        """What save_state will write on this rank, headers aside."""
+        return sum(t.nbytes for f in local_fragments(self.parameters, [MASTER]) for t in f.tensors.values()) * len(PARTS)
 
-    def load_state(self, folder: str, optimizer_steps: int) -> None:
-        """The inverse of save_state, on any number of ranks.
+    def save_state(self, folder: str) -> list[SavedFile]:
+        """This rank's pieces of the fp32 master weights and Adam moments, into a file of its own.
 
         Raises:
-            CheckpointError: a parameter of the student is not in the file.
+            CheckpointError: the file cannot be written.
         """
-        tensors = load_file(Path(folder) / "learner.safetensors")
-        self._create_moments()
-        for name, parameter in self.parameters.items():
-            if f"master/{name}" not in tensors:
-                raise CheckpointError(f"{folder}: has no parameter {name}, so it is of another model than {self.settings.model.path}")
-            safe_set_full_fp32_param(parameter, tensors[f"master/{name}"].to(self.device))
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, tensors[f"{moment}/{name}"].to(self.device), moment)
-            self._set_weight(parameter, tensors[f"master/{name}"])
+        path = write_fragments(Path(folder), self.rank, self.world, local_fragments(self.parameters))
+        try:
+            return [seal(path)]
+        except OSError as error:
+            raise CheckpointError(f"{path}: not on disk: {error}") from error
+
+    def load_state(self, folder: str, optimizer_steps: int) -> None:
+        """The inverse of save_state, from any number of ranks and any ZeRO stage. The files were verified by the caller.
+
+        Raises:
+            CheckpointError: a file is missing or is none of ours, or the state is another model's.
+        """
+        reader = FragmentReader(Path(folder))
+        check_model(self.parameters, reader, Path(folder), self.settings.model.path)
+        load_part(self.parameters, reader, MASTER)
+        self._step_without_moving()
+        for moment in MOMENTS:
+            load_part(self.parameters, reader, moment)
         for state in self.engine.optimizer.optimizer.state.values():
             state["step"] = torch.as_tensor(float(optimizer_steps)) if torch.is_tensor(state["step"]) else optimizer_steps
         self.optimizer_steps = optimizer_steps
 
-    def _create_moments(self) -> None:
-        """A step with zero gradient and zero learning rate: DeepSpeed creates Adam's state at the first step only."""
+    def _step_without_moving(self) -> None:
+        """Zero gradient, zero learning rate: DeepSpeed copies the master weights to those of the forward pass, and creates
+        Adam's moments, which it does at the first step only."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = 0.0
         self._backward(self._collate([]), Tally(self.device), 0)
         self.engine.step()
 
-    def _set_weight(self, parameter: nn.Parameter, master: Tensor) -> None:
-        """The forward's copy of a master weight."""
-        with self._gather([parameter], modify=True), torch.no_grad():
-            if parameter.numel() == master.numel():
-                parameter.copy_(master.to(parameter.dtype))
-
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _gather(self, parameters: Sequence[nn.Parameter], modify: bool = False) -> AbstractContextManager:
+    def _gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
         if self.settings.learner.zero_stage < 3:
             return nullcontext()
-        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if modify else None)
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
 
 
 def scored_batches(shard: Shard, values: Sequence[RolloutBatch | Rewards | TokenScores]) -> list[ScoredBatch]:

@@ -2,9 +2,12 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from hybridrl import failpoints
@@ -12,11 +15,13 @@ from hybridrl.choices import Source, SupportSource
 from hybridrl.config import RunSettings
 from hybridrl.data.collate import to_wire
 from hybridrl.data.shards import micro_batches
+from hybridrl.durable import seal
+from hybridrl.errors import CheckpointError
 from hybridrl.models.loading import head_rows, load_model
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
 from hybridrl.ops.head import chosen_logprobs, top_logprobs, vocabulary_logprobs
-from hybridrl.types import RolloutBatch, ScoreHeader, TokenScores
+from hybridrl.types import RolloutBatch, SavedFile, ScoreHeader, TokenScores
 from hybridrl.workers.student import output_weight
 
 
@@ -135,6 +140,44 @@ class Scorer:
     def _remember(self, batch: RolloutBatch, sequence: int, logprobs: np.ndarray) -> None:
         if batch.source is Source.data and self.signals & ROWS == frozenset():
             self.remembered[data_key(batch, sequence)] = logprobs[response_tokens(batch, sequence)].copy()
+
+    # -- checkpoint ------------------------------------------------------------------------------------------------------
+
+    def state_bytes(self) -> int:
+        return sum(known.nbytes for known in self.remembered.values())
+
+    def save_state(self, folder: str, replica: int, replicas: int) -> list[SavedFile]:
+        """What it remembers, if anything: computed again in other company, a log-prob could differ in its last bit.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        if not self.remembered:
+            return []
+        path = Path(folder) / f"scorer-{self.teacher}-{replica:05d}-of-{replicas:05d}.safetensors"
+        try:
+            save_file({f"{response}/{uid}": known for (uid, response), known in self.remembered.items()}, path)
+            return [seal(path)]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: {self.state_bytes()} bytes could not be written: {error}") from error
+
+    def load_state(self, folder: str, replica: int, replicas: int) -> list[SavedFile]:
+        """What this replica remembered; where there were more or fewer replicas, what any of them did.
+
+        Raises:
+            CheckpointError: a file is none of ours.
+        """
+        every = sorted(Path(folder).glob(f"scorer-{self.teacher}-?????-of-?????.safetensors"))
+        alike = [path for path in every if path.stem.endswith(f"-of-{replicas:05d}")]
+        self.remembered = {}
+        for path in [p for p in alike if p.stem.endswith(f"-{replica:05d}-of-{replicas:05d}")] if alike else every:
+            try:
+                found = load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: no safetensors file: {error}") from error
+            keys = {key: key.split("/", 1) for key in found}
+            self.remembered |= {(uid, int(response)): found[key] for key, (response, uid) in keys.items()}
+        return []
 
 
 ROWS = frozenset({Signal.teacher_hidden, Signal.teacher_vocabulary, Signal.teacher_support})

@@ -1,0 +1,25 @@
+"""The settings of checkpoints."""
+
+from dataclasses import dataclass
+
+from hybridrl.choices import BestMode
+from hybridrl.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    every: int = 50
+    """steps; 0: only at the end"""
+    keep: int = 2
+    """newest checkpoints kept"""
+    best: str | None = None
+    """a metric, e.g. eval/accuracy: the checkpoint whose step has the best value of it is kept beside the newest; null: none"""
+    best_mode: BestMode = BestMode.max
+    export: bool = True
+    """write a Hugging Face folder at the end"""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"checkpoint.every={self.every}: must not be negative; 0 saves only at the end")
+        if self.keep < 1:
+            raise ConfigError(f"checkpoint.keep={self.keep}: must be at least 1, or a crash leaves nothing to resume")

@@ -1,0 +1,31 @@
+"""Files that are on the disk when we say so, known by their sha256."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from hybridrl.types import SavedFile
+
+
+def seal(path: Path) -> SavedFile:
+    """Sync a file to disk and say what is in it; its writer's own account, to be checked against what others read.
+
+    Raises:
+        OSError: it cannot be synced or read.
+    """
+    sync_to_disk(path)
+    return SavedFile(name=path.name, bytes=path.stat().st_size, sha256=sha256(path))
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_to_disk(path: Path) -> None:
+    """fsync a file, or a folder: the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
