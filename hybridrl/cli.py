@@ -1,13 +1,16 @@
 """The command line: hybridrl train | report | export | check."""
 
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from hybridrl import redact
 from hybridrl.compose import conf_dir, load_config, one_sentence, register_schema, to_settings
 from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError, HybridRLError
@@ -41,7 +44,7 @@ def said(act: Callable[[], int]) -> int:
     try:
         return act()
     except HybridRLError as error:
-        print(f"hybridrl: {error}", file=sys.stderr)
+        print(f"hybridrl: {redact.text(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
 
 
@@ -97,8 +100,13 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
     main_of = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     sys.argv = ["hybridrl train", *overrides, *flags]  # Hydra takes overrides on one side of a flag only
-    with one_sentence(overrides):
-        main_of(lambda composed: status.append(said(lambda: job(composed))))()
+    shown = io.StringIO()  # the config, where Hydra prints it and runs no job
+    shows = any(flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags)
+    try:
+        with one_sentence(overrides), redirect_stdout(shown) if shows else nullcontext():
+            main_of(lambda composed: status.append(said(lambda: job(composed))))()
+    finally:
+        print(redact.yaml_text(shown.getvalue()), end="")
     return max(status, default=0)
 
 
@@ -128,7 +136,9 @@ def usage(line: str, arguments: Sequence[str]) -> int:
 
 
 def log_warnings() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(redact.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
 def quiet_environment() -> None:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hybridrl import redact
 from hybridrl.choices import PairLoss, Support, WandbMode
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
@@ -157,7 +158,7 @@ def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None
         name=run_dir.name,
         total_steps=settings.train.steps,
         first_step=checkpoint.state.step if checkpoint else 0,
-        config=asdict(settings),
+        config=redact.tree(asdict(settings)),
         wandb_id=checkpoint.state.wandb_id if checkpoint else None,
     )
 

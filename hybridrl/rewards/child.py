@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from hybridrl.redact import drop_variables
 from hybridrl.rewards.load import RewardFunction, accepted_names, load_reward
 
 FLOAT32_MAX = 3.4e38  # values travel as float32
-SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +39,7 @@ _functions: dict[str, RewardFunction | str] = {}  # str: why it could not be loa
 def start(calls: Mapping[str, RewardCall]) -> None:
     """Prepare a fresh child: die with the parent, drop secrets, then load the functions."""
     threading.Thread(target=_follow_parent, daemon=True).start()
-    for variable in [v for v in os.environ if any(word in v.upper() for word in SECRET)]:
-        del os.environ[variable]
+    drop_variables()
     for name, call in calls.items():
         try:
             _functions[name] = load_reward(name, call.function, call.options)
