@@ -1,4 +1,4 @@
-"""The command line: hybridrl train | report | export | check."""
+"""The command line: hybridrl train | report | export | check | doctor."""
 
 import io
 import logging
@@ -24,6 +24,7 @@ USAGE = """usage: hybridrl VERB ...
   hybridrl export DIR [FOLDER]                                       newest checkpoint as a Hugging Face model folder;
                                                                      FOLDER is DIR/export/step_NNNNNN if not given
   hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]       every method's gradient against exact enumeration
+  hybridrl doctor [run.dir=DIR]                                      is this machine fit to train on, are its doors closed?
 """
 HELP = ("--help", "-h", "help")
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     log_warnings()
-    verbs = {"train": train_verb, "report": report_verb, "export": export_verb, "check": check_verb}
+    verbs = {"train": train_verb, "report": report_verb, "export": export_verb, "check": check_verb, "doctor": doctor_verb}
     if verb in verbs:
         return said(lambda: verbs[verb](rest))
     print(USAGE, end="", file=sys.stdout if verb in HELP else sys.stderr)
@@ -58,6 +59,14 @@ def check_verb(arguments: Sequence[str]) -> int:
     from hybridrl.oracle.table import main as check  # loads torch
 
     return check(arguments)
+
+
+def doctor_verb(arguments: Sequence[str]) -> int:
+    if any(a.startswith("-") for a in arguments):
+        return usage("hybridrl doctor [run.dir=DIR]", arguments)
+    from hybridrl.doctor import main as doctor
+
+    return doctor(arguments)
 
 
 def run_training(settings: RunSettings) -> int:

@@ -52,7 +52,7 @@ def load_config(overrides: Sequence[str] = ()) -> RunSettings:
     """
     register_schema()
     GlobalHydra.instance().clear()
-    with one_sentence(overrides), initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+    with one_sentence(overrides, of=(Exception,)), initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
         composed = compose("config", overrides=list(overrides))
     return to_settings(composed, overrides)
 
@@ -63,7 +63,7 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
     Raises:
         ConfigError: as load_config.
     """
-    with one_sentence(overrides):
+    with one_sentence(overrides, of=(Exception,)):
         check_secrets(OmegaConf.to_container(composed))
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), composed))
     assert isinstance(settings, RunSettings)
@@ -83,14 +83,20 @@ def check_secrets(tree: Any, key: str = "") -> None:
 
 
 @contextmanager
-def one_sentence(overrides: Sequence[str]) -> Iterator[None]:
-    """What Hydra or OmegaConf raises inside becomes a ConfigError of one sentence."""
+def one_sentence(overrides: Sequence[str], of: tuple[type[Exception], ...] = (HydraException, OmegaConfBaseException)) -> Iterator[None]:
+    """What Hydra or OmegaConf raises inside becomes a ConfigError of one sentence.
+
+    Args:
+        of: Exception, where nothing but settings is at work: for some input both let errors of Python's own through.
+    """
     try:
         yield
+    except ConfigError:
+        raise
     except MissingMandatoryValue as error:
         key = error.full_key or "?"
         raise ConfigError(f"{key} is not set: it has no default; add {key}=... to the command") from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except of as error:
         raise ConfigError(_sentence(error, overrides)) from error
 
 
@@ -105,10 +111,12 @@ def from_yaml(text: str) -> RunSettings:
     Raises:
         ConfigError: it is no YAML, or holds no settings of this version.
     """
-    try:
-        return to_settings(OmegaConf.create(text))
-    except YAMLError as error:
-        raise ConfigError(f"no YAML: {str(error).splitlines()[0]}") from error
+    with one_sentence((), of=(Exception,)):
+        try:
+            composed = OmegaConf.create(text)
+        except YAMLError as error:
+            raise ConfigError(f"no YAML: {str(error).splitlines()[0]}") from error
+        return to_settings(composed)
 
 
 def _named(tree: Any) -> Any:
@@ -146,7 +154,7 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
-    text = str(error).splitlines()[0]
+    text = next(iter(str(error).splitlines()), type(error).__name__)
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         key, near = cause.full_key, f"{cause.full_key}."
         given = next((o.lstrip("+~") for o in overrides if o.lstrip("+~").split("=")[0] == key or o.lstrip("+~").startswith(near)), key)

@@ -61,6 +61,15 @@ class RolloutGroup:
             chunks.append(Chunk(header=header, batch=batch))
         return chunks
 
+    def probe(self, prompts: Sequence[Prompt], *, num_tokens: int, support: int) -> list[Chunk]:
+        """The same prompts on every engine, greedily: one chunk per engine."""
+        order = GenerateOrder(
+            wave="probe", chunk=0, num_chunks=1, group_size=1, temperature=0.0, max_new_tokens=num_tokens, seed=0, support=support
+        )
+        limit = self.settings.deadlines.rollout_s
+        pairs = [self.group.submit_pair(i, "generate", order, list(prompts), deadline_s=limit) for i in range(self.group.size)]
+        return [Chunk(header=header, batch=batch) for header, batch in pairs]
+
     def load_weights(self, manifest: WeightManifest, packed: ray.ObjectRef) -> list[Pending]:
         return self.group.submit_all("load_weights", manifest, packed, deadline_s=self.settings.deadlines.sync_s)
 
