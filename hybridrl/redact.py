@@ -19,12 +19,13 @@ MASK = "***"
 SHORTEST = 8
 """Characters; a shorter value of a secret variable is too likely an ordinary word to be masked wherever it stands."""
 
-VARIABLE = re.compile(r"((^|_)(key|token|credential)s?(_|$)|secret|passw(or)?d|apikey)(?!.*_(path|file|dir)$)", re.IGNORECASE)
+VARIABLE = re.compile(r"((^|_)(key|token|credential)s?(?=_|$)|secret|passw(or)?d|apikey)(?!.*_(path|file|dir)$)", re.IGNORECASE)
 SETTING = re.compile(
     r"(^|[._-])(api|access|auth|bearer|hf|hub|private|secret|session|wandb)[_-]?(key|token)$|secret|passw(or)?d|credential|(^|\.)token$",
     re.IGNORECASE,
 )
 URL_USER = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
+ASSIGNMENT = re.compile(r"([\w.-]+)=(?!['\"]?(?:\$\{|$))[^\s,;&]+")
 SETTING_LINE = re.compile(r"^(\s*(?:- )?['\"]?([\w.-]+)['\"]?: )(?!\$\{)(\S.*)$", re.MULTILINE)
 
 NEEDED = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN")
@@ -42,10 +43,11 @@ def setting_is_secret(key: str) -> bool:
 
 
 def text(value: str) -> str:
-    """`value` with the values of secret environment variables, and the users of URLs, masked."""
+    """`value` with the values of secret environment variables, the users of URLs and what stands after SECRET_KEY= masked."""
     secrets = {v for name, v in os.environ.items() if len(v) >= SHORTEST and variable_is_secret(name)}
     for secret in sorted(secrets, key=len, reverse=True):  # one may hold another
         value = value.replace(secret, MASK)
+    value = ASSIGNMENT.sub(lambda m: f"{m[1]}={MASK}" if setting_is_secret(m[1]) else m[0], value)
     return URL_USER.sub(MASK, value)
 
 
