@@ -147,8 +147,8 @@ SEES = """
 import os
 from pathlib import Path
 def sees(completions):
-    return [float(word in os.environ.get(word, word) and (word in os.environ or word in Path("/proc/self/environ").read_text()))
-            for word in completions]
+    seen = repr(dict(os.environ)) + Path("/proc/self/environ").read_text()
+    return [float(word in seen) for word in completions]
 """
 
 
