@@ -113,6 +113,12 @@ def test_any_file_of_rows_becomes_prompts_or_an_error_that_names_the_row(file: P
         assert all(p.uid.startswith("train-00000") and p.input_ids for p in prompts)
 
 
+def test_a_separator_of_lines_that_json_allows_inside_a_text_ends_no_row(file: Path):
+    file.write_text('{"prompt": "1 2=3:", "note": "a\u2028b"}\r\n{"prompt": "4"}', encoding="utf-8")
+    rows = load_problems(DataConfig(task="jsonl", path=str(file), heldout_path=str(file)), seed=0)[0]
+    assert [(p.prompt, p.columns) for p in rows] == [("1 2=3:", {"note": "a\u2028b"}), ("4", {})]
+
+
 # -- rewards ---------------------------------------------------------------------------------------------------------
 
 ODD = """
