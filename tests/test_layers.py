@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hybridrl"
 
 LAYERS = [
-    {"errors"}, {"choices", "redact"}, {"algorithm"}, {"config", "placement"}, {"compose"}, {"types"}, {"ops"}, {"objectives"},
-    {"data", "models", "rewards"}, {"workers"}, {"tracking"}, {"runtime"}, {"controller"}, {"oracle", "doctor"}, {"cli"},
+    {"errors"}, {"choices", "redact"}, {"algorithm", "generation"}, {"config", "placement"}, {"compose"}, {"types"}, {"ops"},
+    {"objectives"}, {"data", "models", "rewards"}, {"workers"}, {"tracking"}, {"runtime"}, {"controller"}, {"oracle", "doctor"}, {"cli"},
 ]  # fmt: skip
 """From the bottom up; members of one set do not depend on the order among themselves."""
 
