@@ -1,13 +1,16 @@
-"""The command line: hybridrl train | report | export | check."""
+"""The command line: hybridrl train | report | export | check | doctor."""
 
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from hybridrl import redact
 from hybridrl.compose import conf_dir, load_config, one_sentence, register_schema, to_settings
 from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError, HybridRLError, Preempted
@@ -21,6 +24,7 @@ USAGE = """usage: hybridrl VERB ...
   hybridrl export DIR [FOLDER]                                       newest checkpoint as a Hugging Face model folder;
                                                                      FOLDER is DIR/export/step_NNNNNN if not given
   hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]       every method's gradient against exact enumeration
+  hybridrl doctor [run.dir=DIR]                                      is this machine fit to train on, are its doors closed?
 """
 TRY_AGAIN = os.EX_TEMPFAIL  # 75, which job schedulers know
 HELP = ("--help", "-h", "help")
@@ -30,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong, 75 told to end: continue by the same command."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     log_warnings()
-    verbs = {"train": train_verb, "report": report_verb, "export": export_verb, "check": check_verb}
+    verbs = {"train": train_verb, "report": report_verb, "export": export_verb, "check": check_verb, "doctor": doctor_verb}
     if verb in verbs:
         return said(lambda: verbs[verb](rest))
     print(USAGE, end="", file=sys.stdout if verb in HELP else sys.stderr)
@@ -45,7 +49,7 @@ def said(act: Callable[[], int]) -> int:
         print(f"hybridrl: {error}", file=sys.stderr)
         return TRY_AGAIN
     except HybridRLError as error:
-        print(f"hybridrl: {error}", file=sys.stderr)
+        print(f"hybridrl: {redact.text(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
 
 
@@ -59,6 +63,14 @@ def check_verb(arguments: Sequence[str]) -> int:
     from hybridrl.oracle.table import main as check  # loads torch
 
     return check(arguments)
+
+
+def doctor_verb(arguments: Sequence[str]) -> int:
+    if any(a.startswith("-") for a in arguments):
+        return usage("hybridrl doctor [run.dir=DIR]", arguments)
+    from hybridrl.doctor import main as doctor
+
+    return doctor(arguments)
 
 
 def run_training(settings: RunSettings) -> int:
@@ -101,8 +113,13 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
     main_of = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     sys.argv = ["hybridrl train", *overrides, *flags]  # Hydra takes overrides on one side of a flag only
-    with one_sentence(overrides):
-        main_of(lambda composed: status.append(said(lambda: job(composed))))()
+    shown = io.StringIO()  # the config, where Hydra prints it and runs no job
+    shows = any(flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags)
+    try:
+        with one_sentence(overrides), redirect_stdout(shown) if shows else nullcontext():
+            main_of(lambda composed: status.append(said(lambda: job(composed))))()
+    finally:
+        print(redact.yaml_text(shown.getvalue()), end="")
     return max(status, default=0)
 
 
@@ -132,7 +149,9 @@ def usage(line: str, arguments: Sequence[str]) -> int:
 
 
 def log_warnings() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(redact.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
 def quiet_environment() -> None:

@@ -4,11 +4,13 @@ Nothing here or in config.py imports torch or ray, so a typo costs a second, not
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -18,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from hybridrl import redact
 from hybridrl.config import RewardFunctionConfig, RunSettings, TeacherConfig
 from hybridrl.errors import ConfigError
 
@@ -49,7 +52,7 @@ def load_config(overrides: Sequence[str] = ()) -> RunSettings:
     """
     register_schema()
     GlobalHydra.instance().clear()
-    with one_sentence(overrides), initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+    with one_sentence(overrides, of=(Exception,)), initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
         composed = compose("config", overrides=list(overrides))
     return to_settings(composed, overrides)
 
@@ -60,27 +63,46 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
     Raises:
         ConfigError: as load_config.
     """
-    with one_sentence(overrides):
+    with one_sentence(overrides, of=(Exception,)):
+        check_secrets(OmegaConf.to_container(composed))
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), composed))
     assert isinstance(settings, RunSettings)
     return settings
 
 
+def check_secrets(tree: Any, key: str = "") -> None:
+    """Raise ConfigError for a secret that is written out instead of referred to by ${oc.env:NAME}."""
+    parts = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, part in parts:
+        check_secrets(part, f"{key}.{name}" if key else str(name))
+    if isinstance(tree, str) and tree not in ("", redact.MASK) and "${" not in tree and redact.setting_is_secret(key):
+        raise ConfigError(
+            f"{key}: a secret must not be written out, where the shell's history and every list of processes keep it; "
+            f"set an environment variable NAME_TOKEN and write {key}='${{oc.env:NAME_TOKEN}}'"
+        )
+
+
 @contextmanager
-def one_sentence(overrides: Sequence[str]) -> Iterator[None]:
-    """What Hydra or OmegaConf raises inside becomes a ConfigError of one sentence."""
+def one_sentence(overrides: Sequence[str], of: tuple[type[Exception], ...] = (HydraException, OmegaConfBaseException)) -> Iterator[None]:
+    """What Hydra or OmegaConf raises inside becomes a ConfigError of one sentence.
+
+    Args:
+        of: Exception, where nothing but settings is at work: for some input both let errors of Python's own through.
+    """
     try:
         yield
+    except ConfigError:
+        raise
     except MissingMandatoryValue as error:
         key = error.full_key or "?"
         raise ConfigError(f"{key} is not set: it has no default; add {key}=... to the command") from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except of as error:
         raise ConfigError(_sentence(error, overrides)) from error
 
 
 def to_yaml(settings: RunSettings) -> str:
-    """The resolved settings as YAML, as written to run.dir/config.yaml."""
-    return OmegaConf.to_yaml(OmegaConf.structured(settings), resolve=True)
+    """The resolved settings as YAML, as written to run.dir/config.yaml; secrets are masked."""
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(redact.tree(_named(asdict(settings))))))
 
 
 def from_yaml(text: str) -> RunSettings:
@@ -89,10 +111,30 @@ def from_yaml(text: str) -> RunSettings:
     Raises:
         ConfigError: it is no YAML, or holds no settings of this version.
     """
-    try:
-        return to_settings(OmegaConf.create(text))
-    except YAMLError as error:
-        raise ConfigError(f"no YAML: {str(error).splitlines()[0]}") from error
+    with one_sentence((), of=(Exception,)):
+        try:
+            composed = OmegaConf.create(text)
+        except YAMLError as error:
+            raise ConfigError(f"no YAML: {str(error).splitlines()[0]}") from error
+        return to_settings(composed)
+
+
+def _named(tree: Any) -> Any:
+    """Enum members by name, as OmegaConf reads them."""
+    if isinstance(tree, Mapping):
+        return {key: _named(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_named(value) for value in tree]
+    return tree.name if isinstance(tree, Enum) else tree
+
+
+def _literal(tree: Any) -> Any:
+    """With the ${ of resolved text escaped, so that it is no reference when it is read again."""
+    if isinstance(tree, Mapping):
+        return {key: _literal(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_literal(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
 def known_keys(schema: type = RunSettings, prefix: str = "") -> list[str]:
@@ -112,7 +154,7 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
-    text = str(error).splitlines()[0]
+    text = next(iter(str(error).splitlines()), type(error).__name__)
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         key, near = cause.full_key, f"{cause.full_key}."
         given = next((o.lstrip("+~") for o in overrides if o.lstrip("+~").split("=")[0] == key or o.lstrip("+~").startswith(near)), key)

@@ -33,6 +33,10 @@ class PlacementError(HybridRLError):
     """The cluster cannot hold what was asked for; the message lists demand against supply."""
 
 
+class ContractError(HybridRLError):
+    """A running teacher or engine does not give what the objective takes for granted; the message names it."""
+
+
 class WeightSyncError(HybridRLError):
     """An engine did not receive the weights that the learner sent."""
 

@@ -116,6 +116,8 @@ def test_countdown_options_that_cannot_work_are_config_errors() -> None:
         load_problems(small(options={"num_numbers": 1}), seed=0)
     with pytest.raises(ConfigError, match=r"data\.num_heldout=50"):
         load_problems(small(options={"num_numbers": 2, "max_number": 2}), seed=0)
+    with pytest.raises(ConfigError, match=r"hardly any expression has a value in 1\.\.max_target"):
+        load_problems(small(options={"max_number": 10**9, "max_target": 2}), seed=0)
 
 
 def test_countdown_carries_the_responses_that_its_options_ask_for() -> None:

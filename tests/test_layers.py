@@ -9,9 +9,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hybridrl"
 
 LAYERS = [
-    {"errors", "failpoints"}, {"choices"}, {"algorithm", "checkpointing", "generation"}, {"config", "placement"}, {"compose"}, {"types"},
-    {"durable"}, {"ops"}, {"objectives"}, {"data", "models", "rewards"}, {"workers"}, {"tracking"}, {"runtime"}, {"controller"},
-    {"oracle"}, {"cli"},
+    {"errors", "failpoints"}, {"choices", "redact"}, {"algorithm", "checkpointing", "generation"}, {"config", "placement"}, {"compose"},
+    {"types"}, {"durable"}, {"ops"}, {"objectives"}, {"data", "models", "rewards"}, {"workers"}, {"tracking"}, {"runtime"},
+    {"controller"}, {"oracle", "doctor"}, {"cli"},
 ]  # fmt: skip
 """From the bottom up; members of one set do not depend on the order among themselves."""
 
@@ -72,8 +72,14 @@ def misplaced_imports(package: Path) -> list[str]:
     ]
 
 
+PICKLES = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
+BANNED = ("eval", "exec", "compile", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load", "yaml.load", "hydra.utils.instantiate",
+          "instantiate", "hydra.utils.call", "get_class", "get_method")  # fmt: skip
+"""What runs code that it is given, or names to code that it is given: builtins without their module."""
+
+
 def dangerous_calls(package: Path) -> list[str]:
-    """eval, exec, unpickling and trust_remote_code, wherever they stand."""
+    """Evaluation, unpickling, shells, Hydra's instantiation and trust_remote_code, wherever they stand."""
     calls = ((path, node) for path, tree in files(package) for node in ast.walk(tree) if isinstance(node, ast.Call))
     return [f"{path}:{call.lineno} calls {ast.unparse(call.func)}" for path, call in calls if is_dangerous(call)]
 
@@ -81,12 +87,13 @@ def dangerous_calls(package: Path) -> list[str]:
 def is_dangerous(call: ast.Call) -> bool:
     name = ast.unparse(call.func)
     given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-    if given.get("trust_remote_code", "False") != "False":
+    wanted = {"trust_remote_code": "False", "allow_pickle": "False", "shell": "False", "weights_only": "True"}
+    if any(given.get(argument, value) != value for argument, value in wanted.items()):
         return True
     if name == "torch.load":
-        return given.get("weights_only") != "True"
-    pickles = name.split(".")[0] in ("pickle", "cloudpickle", "dill", "marshal")
-    return name.removeprefix("builtins.") in ("eval", "exec") or (pickles and name.endswith((".load", ".loads", ".Unpickler")))
+        return "weights_only" not in given
+    pickles = name.split(".")[0] in PICKLES and name.endswith((".load", ".loads", ".Unpickler", ".open"))
+    return name.removeprefix("builtins.") in BANNED or pickles
 
 
 def test_no_layer_imports_one_above_it():
@@ -112,6 +119,14 @@ def test_config_and_errors_and_types_load_without_torch():
 
 def test_nothing_evaluates_code_it_was_given():
     assert dangerous_calls(PACKAGE) == []
+
+
+def test_transformers_and_vllm_are_told_to_trust_no_code_wherever_they_load_a_model():
+    loaders = ("from_pretrained", "EngineArgs")
+    calls = [(path, node) for path, tree in files(PACKAGE) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    loads = [(path, call) for path, call in calls if ast.unparse(call.func).rpartition(".")[2] in loaders]
+    untold = [f"{path}:{call.lineno}" for path, call in loads if "trust_remote_code" not in {keyword.arg for keyword in call.keywords}]
+    assert loads and untold == []
 
 
 # -- the checkers themselves -----------------------------------------------------------------------------------------
@@ -181,8 +196,17 @@ def test_a_planted_heavy_import_is_found(planted, path: str, text: str):
         "torch.load(path, weights_only=False)",
         "AutoModel.from_pretrained(path, trust_remote_code=True)",
         "AutoModel.from_pretrained(path, trust_remote_code=flag)",
+        "builtins.exec(code)",
+        "compile(text, 'f', 'exec')",
+        "joblib.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "yaml.unsafe_load(text)",
+        "hydra.utils.instantiate(config)",
+        "subprocess.run(command, shell=True)",
+        "os.system(command)",
     ],
 )
 def test_a_planted_danger_is_found(planted, text: str):
     assert len(dangerous_calls(planted("models/loading.py", text))) == 1
-    assert dangerous_calls(planted("models/loading.py", "model.eval()\nf(path, trust_remote_code=False)")) == []
+    assert dangerous_calls(planted("models/loading.py", "model.eval()\nf(path, trust_remote_code=False)\nre.compile('x')")) == []

@@ -1,5 +1,6 @@
 """Loading, export and the shipped tiny models."""
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hybridrl.data.countdown import Countdown
 from hybridrl.errors import CheckpointError, ConfigError
 from hybridrl.models.export import export
-from hybridrl.models.loading import _build_once, load_model, load_tokenizer, resolve
+from hybridrl.models.loading import _build_once, head_rows, load_model, load_tokenizer, resolve
 from hybridrl.models.sft import greedy_answers, parser, train
 from hybridrl.models.tiny import CHARACTERS, tiny_model, tiny_tokenizer
 from hybridrl.rewards.countdown import countdown
@@ -133,6 +134,18 @@ def test_a_path_with_no_model_is_a_config_error_that_names_the_setting(tmp_path:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"model\.path=.*cannot be loaded"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"model_type": "llama", "hidden_size": "x"}', '{"model_type": 3}', "[]", "{", "null", '{"model_type": "no"}']
+)
+def test_a_malformed_config_is_one_config_error(source: Path, tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    (folder / "config.json").write_text(text)
+    for load in (load_model, head_rows):
+        with pytest.raises(ConfigError, match=r"model\.path=.*cannot be loaded as"):
+            load(str(folder))
 
 
 def test_code_of_a_models_author_is_not_run(source: Path) -> None:

@@ -44,17 +44,36 @@ def lasting(row: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))}
 
 
+CANARY = "canary-"
+CANARIES = {
+    name: f"{CANARY}{name.lower()}" for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DATABASE_PASSWORD", "JUDGE_API_KEY")
+}
+WATCH = """
+import os
+from pathlib import Path
+
+def watch(completions, api_key):
+    seen = [*os.environ.values(), Path("/proc/self/environ").read_text()]
+    return [float(not any("canary-" in value for value in seen))] * len(completions)
+"""
+"""A reward that is only watched: 1 where its process sees no secret but the one that its option hands to it."""
+
+
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "watch.py").write_text(WATCH)
     sizes = ["train.steps=4", "checkpoint.every=2", "eval.every=2", "learner.ranks=2", "learner.zero_stage=3", "rollout.engines=2"]
-    return [*tiny_overrides(tmp_path_factory.mktemp("train")), *sizes]
+    watch = f"{{function:{folder}/watch.py:watch,weight:0,options:{{api_key:'${{oc.env:JUDGE_API_KEY,none}}'}}}}"
+    return [*tiny_overrides(folder), *sizes, f"+reward.functions.watch={watch}"]
 
 
 @pytest.fixture(scope="module")
 def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps without a break, with every kind of tracking: two ranks of ZeRO-3, two engines, one machine."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    done = train(*overrides, f"run.dir={run_dir}", "tracking.wandb=offline", "eval.teacher=true")
+    done = shell("hybridrl", "train", *overrides, f"run.dir={run_dir}", "tracking.wandb=offline", "eval.teacher=true", env=CANARIES)
+    (run_dir.parent / "printed.txt").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"held-out accuracy \d+\.\d% -> \d+\.\d% \(teacher main \d+\.\d%\)", done.stdout)
     return run_dir
@@ -84,6 +103,17 @@ def test_a_run_leaves_the_promised_files(whole):
     assert any(name.startswith("wandb/") and name.endswith(".wandb") for name in names)
     assert read_checkpoint(whole / "checkpoints" / "step_000004").state.wandb_id
     assert not any(".unfinished" in name for name in names)
+
+
+def test_no_secret_of_the_environment_is_in_anything_that_a_run_leaves_or_prints(whole):
+    files = [path for path in whole.parent.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files) and whole.parent / "printed.txt" in files
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+    assert "api_key: '***'" in (whole / "config.yaml").read_text()
+
+
+def test_the_children_that_run_reward_functions_see_no_secret(whole):
+    assert [row["reward/watch/mean"] for row in read_metrics(whole)[1:]] == [1.0] * 4
 
 
 def test_every_step_is_in_the_metrics_once_and_the_teacher_is_measured(whole):

@@ -6,14 +6,16 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hybridrl import redact
 from hybridrl.choices import PairLoss, Support, WandbMode
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
+from hybridrl.controller.contract import check_running, check_teachers, check_templates
 from hybridrl.controller.controller import Controller
 from hybridrl.controller.ledger import Ledger
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
-from hybridrl.controller.teacher_levels import measure_teachers, teachers_in_use, teachers_to_measure
+from hybridrl.controller.teacher_levels import measure_teachers, teachers_to_measure
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
 from hybridrl.errors import ConfigError, FleetExhausted, WorkerError, WorkerTimeout
@@ -63,6 +65,7 @@ def train(settings: RunSettings) -> RunResult:
         # A resumed run has them in its first row.
         levels = {} if checkpoint else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir)
         workers = start_workers(settings, cluster, slots, rewards, log_dir)
+        check_running(settings, workers, prompts)
         took = f"{time.monotonic() - began:.0f} s"
         console.notice(f"workers ready after {took} on {cluster.device}, weights travel by {cluster.weight_transfer}")
         preemption = stack.enter_context(Preemption().listening())
@@ -115,11 +118,12 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """Tokenized training and held-out prompts.
 
     Raises:
-        ConfigError: a teacher in use or a reward model does not share the student's vocabulary; or as load_problems and tokenize.
+        ConfigError: a teacher in use or a reward model does not share the student's vocabulary, or a teacher its chat template; or
+            as load_problems and tokenize.
         DataError: as load_problems and tokenize.
     """
     tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
-    check_teachers(settings, tokenizer.get_vocab())
+    teachers = check_teachers(settings, tokenizer)
     check_reward_models(settings.reward, tokenizer.get_vocab())
     if settings.algorithm.support is Support.topk and settings.algorithm.topk.k > (rows := head_rows(settings.model.path)):
         raise ConfigError(f"algorithm.topk.k={settings.algorithm.topk.k}: model.path={settings.model.path} has {rows} tokens; lower it")
@@ -128,6 +132,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     train_problems, heldout_problems = load_problems(settings.data, settings.run.seed)
     given = rollout.max_model_len if settings.algorithm.data_fraction else None  # without it responses of the data are not used
     check_responses(settings, train_problems)
+    check_templates(settings, tokenizer, teachers, train_problems)
     train_prompts = tokenize(train_problems, tokenizer, settings.data, room, given)
     return train_prompts, tokenize(heldout_problems, tokenizer, settings.data, room)
 
@@ -150,30 +155,6 @@ def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
             )
 
 
-def check_teachers(settings: RunSettings, vocabulary: dict[str, int]) -> None:
-    """Refuse a teacher in use whose distribution is not over the student's tokens. Rows that only pad its head do no harm.
-
-    Raises:
-        ConfigError: its tokenizer has another vocabulary, or its output head lacks tokens of the student's.
-    """
-    student = settings.model
-    for name in teachers_in_use(settings):
-        path = settings.teachers[name].path
-        if path is None:  # the student itself
-            continue
-        if load_tokenizer(path, setting=f"teachers.{name}.path").get_vocab() != vocabulary:
-            raise ConfigError(
-                f"teachers.{name}.path={path}: its vocabulary differs from that of model.path={student.path}; "
-                "log-probs of the same ids would speak of different tokens. Choose a teacher with the student's tokenizer"
-            )
-        rows, needed = head_rows(path), head_rows(student.path, student.revision)
-        if rows < needed and name in settings.scored_teachers:
-            raise ConfigError(
-                f"teachers.{name}.path={path}: its output head has {rows} rows, that of model.path={student.path} has {needed}, "
-                "so the student could draw tokens of which the teacher has no probability. Choose a teacher with at least as many rows"
-            )
-
-
 def make_sinks(settings: RunSettings) -> tuple[ConsoleSink, Sinks, WandbSink | None]:
     console = ConsoleSink()
     wandb = None if settings.tracking.wandb is WandbMode.disabled else WandbSink(settings.tracking)
@@ -186,7 +167,7 @@ def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None
         name=run_dir.name,
         total_steps=settings.train.steps,
         first_step=checkpoint.state.step if checkpoint else 0,
-        config=asdict(settings),
+        config=redact.tree(asdict(settings)),
         wandb_id=checkpoint.state.wandb_id if checkpoint else None,
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hybridrl import redact
 from hybridrl.choices import Resume, ScheduleKind
 from hybridrl.compose import from_yaml, to_yaml
 from hybridrl.config import RunSettings
@@ -155,7 +156,7 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
     Example: {"train.lr": (0.001, 0.002), "teachers.b.path": ("(not set)", "/models/b")}
     """
     free = (*FREE, *(() if stretched_by_steps(old) or stretched_by_steps(new) else ("train.steps",)))
-    before, after = flat(asdict(old)), flat(asdict(new))
+    before, after = flat(redact.tree(asdict(old))), flat(redact.tree(asdict(new)))  # secrets are masked in what is on file
     pairs = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in before | after}
     return {key: (a, b) for key, (a, b) in pairs.items() if a != b and not within(key, free)}
 

@@ -17,6 +17,7 @@ from hybridrl.errors import ConfigError
 
 HELDOUT_SEED = 20_240_229
 PATIENCE = 500  # so many repeats in a row mean that the space of problems is as good as exhausted
+DRAWS = 10_000  # expressions tried for one problem
 PARENTHESES = 0.3  # how often an expression of three or more numbers gets one pair of parentheses
 
 
@@ -75,14 +76,19 @@ class Countdown:
             raise ConfigError(f"data.options={self}: needs num_numbers >= 2, max_number >= 1, max_target >= 2")
 
     def draw(self, rng: random.Random) -> Equation:
-        """One equation whose target lies in 1..max_target."""
-        while True:
+        """One equation whose target lies in 1..max_target.
+
+        Raises:
+            ConfigError: none of so many random expressions does.
+        """
+        for _ in range(DRAWS):
             numbers = [rng.randint(1, self.max_number) for _ in range(self.num_numbers)]
             shown = tuple(rng.sample(numbers, len(numbers)))
             operators, grouped = _shape(len(numbers), rng)
             target = _value(numbers, operators, grouped)
             if 1 <= target <= self.max_target:
                 return Equation(numbers=shown, target=target, solution=_text(numbers, operators, grouped))
+        raise ConfigError(f"data.options={self}: hardly any expression has a value in 1..max_target; raise it or lower max_number")
 
     def stream(self, rng: random.Random, without: Collection[Key] = ()) -> Iterator[Equation]:
         """Endless draws whose key is not in `without`; repeats happen."""

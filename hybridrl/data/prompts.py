@@ -141,10 +141,10 @@ def _of_epoch(prompt: Prompt, epoch: int) -> Prompt:
 def _prompt(
     problem: Problem, tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_prompt_tokens: int, max_tokens: int | None
 ) -> Prompt:
-    messages = _messages(problem, config)
+    messages = conversation(problem, config)
     if not messages[-1]["content"].strip():
         raise DataError(f"{problem.row}: the prompt is empty")
-    templated = config.chat_template or not isinstance(problem.prompt, str)
+    templated = is_templated(problem, config)
     text = render(messages, tokenizer, problem.row, answered=False) if templated else messages[-1]["content"]
     # A chat template writes its own special tokens; plain text gets the tokenizer's.
     input_ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
@@ -165,7 +165,12 @@ def _prompt(
     return Prompt(uid=problem.uid, input_ids=tuple(input_ids), text=text, columns=problem.columns, responses=responses)
 
 
-def _messages(problem: Problem, config: DataConfig) -> list[dict[str, Any]]:
+def is_templated(problem: Problem, config: DataConfig) -> bool:
+    """Whether the model sees the problem through its chat template."""
+    return config.chat_template or not isinstance(problem.prompt, str)
+
+
+def conversation(problem: Problem, config: DataConfig) -> list[dict[str, Any]]:
     """The conversation, with data.instruction around its last message and data.system_prompt before it."""
     given = [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
     content = given[-1]["content"]

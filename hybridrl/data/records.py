@@ -56,15 +56,15 @@ def rows(path: str) -> Iterator[Row]:
 
 def _jsonl(path: str) -> Iterator[Row]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines knows ends of lines that JSON allows in a text
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: is a {type(row).__name__}; needs an object with a `prompt` key")

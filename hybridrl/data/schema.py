@@ -30,11 +30,12 @@ def problem(row: dict[str, Any], name: str, uid: str) -> Problem:
     """
     given = {key: row[key] for key in KEYS if row.get(key) is not None}
     columns = {key: value for key, value in row.items() if key not in KEYS}
-    for key, value in columns.items():
+    for key, value in row.items():
         try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{name}: `{key}` cannot be handed to the rewards: {error}; leave it out or store it as text") from error
+            json.dumps(value, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            use = "be read" if key in KEYS else "be handed to the rewards"
+            raise DataError(f"{name}: `{key}` cannot {use}: {error}; leave it out or store it as text") from error
     prompt, responses = _split(given, name)
     return Problem(uid=uid, prompt=prompt, columns=columns, row=name, responses=responses)
 

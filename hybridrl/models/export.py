@@ -31,7 +31,7 @@ def export(state: Mapping[str, torch.Tensor | NDArray[np.generic]], source: Path
     Raises:
         CheckpointError: a name is missing or unknown, or a shape is not the model's.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     tensors = {name: torch.as_tensor(value).detach().contiguous() for name, value in state.items()}
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)

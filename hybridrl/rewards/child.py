@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from hybridrl.redact import drop_variables
 from hybridrl.rewards.load import RewardFunction, accepted_names, load_reward
 
 FLOAT32_MAX = 3.4e38  # values travel as float32
-SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +39,7 @@ _functions: dict[str, RewardFunction | str] = {}  # str: why it could not be loa
 def start(calls: Mapping[str, RewardCall]) -> None:
     """Prepare a fresh child: die with the parent, drop secrets, then load the functions."""
     threading.Thread(target=_follow_parent, daemon=True).start()
-    for variable in [v for v in os.environ if any(word in v.upper() for word in SECRET)]:
-        del os.environ[variable]
+    drop_variables()
     for name, call in calls.items():
         try:
             _functions[name] = load_reward(name, call.function, call.options)
@@ -62,14 +61,21 @@ def call(name: str, num_sequences: int, keywords: dict[str, Any]) -> list[float 
     try:
         values = function(**keywords)
     except BaseException as error:  # SystemExit too: a child outlives whatever a function raises
-        return Raised(text=f"{type(error).__name__}: {error}")
+        return Raised(text=_told(error))
     try:
         values = list(values)
-    except TypeError:
-        return Raised(text=f"returned {type(values).__name__}, must be a list", wrong_result=True)
-    if len(values) != num_sequences:
-        return Raised(text=f"returned {len(values)} values for {num_sequences} completions", wrong_result=True)
-    return [_checked(value) for value in values]
+        if len(values) == num_sequences:
+            return [_checked(value) for value in values]
+    except BaseException as error:  # what it returned has code of its own
+        return Raised(text=f"returned {type(values).__name__}, must be a list of numbers ({_told(error)})", wrong_result=True)
+    return Raised(text=f"returned {len(values)} values for {num_sequences} completions", wrong_result=True)
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # of its own __str__
+        return type(error).__name__
 
 
 def _checked(value: object) -> float | str:

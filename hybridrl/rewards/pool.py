@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
 from hybridrl.errors import ConfigError
+from hybridrl.redact import without_secrets
 from hybridrl.rewards import child
 from hybridrl.rewards.child import Raised, RewardCall
 
@@ -172,14 +173,15 @@ def _spread(part: range, answer: list[Outcome] | Failure) -> dict[int, Outcome]:
 
 
 class _BareProcess(SpawnProcess):
-    """A spawned process that does not run the parent's main script again, which may import torch or ray."""
+    """A spawned process that inherits no secret variable and does not run the parent's main script again, which may import torch or ray."""
 
     @staticmethod
     def _Popen(process: SpawnProcess) -> object:
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")  # spawn finds no file to run in it
         try:
-            return SpawnProcess._Popen(process)
+            with without_secrets():
+                return SpawnProcess._Popen(process)
         finally:
             sys.modules["__main__"] = main
 

@@ -6,7 +6,10 @@ import os
 import socket
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 import torch
@@ -16,6 +19,7 @@ from hybridrl import failpoints
 from hybridrl.choices import Device, WeightTransfer
 from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError, PlacementError
+from hybridrl.redact import worker_variables
 from hybridrl.runtime.group import Slot
 
 CPU_SHARE = 0.01
@@ -149,13 +153,26 @@ def connect(settings: RunSettings) -> None:
         check_answers(address, settings.deadlines.placement_s)
         # calls that wait for a lost worker's result fail with it; they are made again, and nobody asks for the old ones
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        with private_token() if address == "local" else nullcontext():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
         raise PlacementError(
             f"cluster.address={address}: no Ray cluster there ({reason}); "
             "give the address that cluster/head.sh printed, or null to run here"
         ) from error
+
+
+@contextmanager
+def private_token() -> Iterator[None]:
+    """Ray makes the token of a local cluster meanwhile, readable by every user of the machine; afterwards it is the owner's alone."""
+    token = Path.home() / ".ray" / "auth_token"
+    token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if token.is_file() and token.stat().st_uid == os.geteuid():
+            token.chmod(0o600)
 
 
 def check_answers(address: str, limit_s: float) -> None:
@@ -199,9 +216,12 @@ def bundle_nodes(group: PlacementGroup) -> dict[int, dict]:
 
 
 def worker_env(threads: int, device: str) -> dict[str, str]:
-    """Environment of a worker process: its share of the cores, no spinning threads, no telemetry, no hidden network."""
+    """Environment of a worker process: its share of the cores, no spinning threads, no telemetry, no secret it does not need.
+
+    Ray's dashboard shows it, so it holds no secret either.
+    """
     count = str(threads)
-    return {
+    return worker_variables() | {
         "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0",
         "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"),

@@ -131,6 +131,15 @@ class RolloutGroup:
         self.load.add(engine, tokens, header)
         return Chunk(order=order, prompts=prompts, header=header, batch=batch)
 
+    def probe(self, prompts: Sequence[Prompt], *, num_tokens: int, support: int) -> list[Chunk]:
+        """The same prompts on every engine, greedily: one chunk per engine."""
+        order = GenerateOrder(
+            wave="probe", chunk=0, num_chunks=1, group_size=1, temperature=0.0, max_new_tokens=num_tokens, seed=0, support=support
+        )
+        limit = self.settings.deadlines.rollout_s
+        pairs = [self.group.submit_pair(i, "generate", order, tuple(prompts), deadline_s=limit) for i in range(self.group.size)]
+        return [Chunk(order=order, prompts=tuple(prompts), header=header, batch=batch) for header, batch in pairs]
+
     # -- lost engines ------------------------------------------------------------------------------------------------
 
     def silent(self) -> Pending | None:

@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from hybridrl import redact
 from hybridrl.errors import HybridRLError
 
 STACKS = signal.SIGUSR1
@@ -23,7 +24,11 @@ class NotBuilt(Exception):
 
 
 def build(path: str, log: str, kwargs: dict[str, Any]) -> Any:
-    """Instantiate "module:Class"; what the process prints goes to the file `log`. On an error: an Unbuilt."""
+    """Instantiate "module:Class"; what the process prints goes to the file `log`. On an error: an Unbuilt.
+
+    Secrets that the node's environment had beside those of the driver are dropped first.
+    """
+    redact.drop_variables(needed=redact.NEEDED)
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush(), sys.stderr.flush()
@@ -33,7 +38,7 @@ def build(path: str, log: str, kwargs: dict[str, Any]) -> Any:
     try:
         return getattr(importlib.import_module(module), name)(**kwargs)
     except Exception as error:
-        traceback.print_exc()
+        print(redact.text(traceback.format_exc()), file=sys.stderr)
         return Unbuilt(error if isinstance(error, HybridRLError) else NotBuilt(f"{type(error).__name__}: {error}"))
 
 

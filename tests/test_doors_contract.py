@@ -1,0 +1,178 @@
+"""What is taken for granted of teachers and engines is checked: tokens, templates, reproducibility, equal engines."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from batches import make_batch
+from graph import tiny_settings
+from tokenizers import Tokenizer
+from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hybridrl.controller.contract import check_engines, check_repeats, different_tokens, probe_prompts
+from hybridrl.controller.run import prepare_prompts
+from hybridrl.errors import ConfigError, ContractError
+from hybridrl.models.tiny import tiny_tokenizer
+from hybridrl.types import Prompt, RolloutBatch, TokenScores
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def permuted() -> PreTrainedTokenizerBase:
+    """The tiny tokenizer, with the ids of "1" and "2" exchanged: of the same size, and no head would notice."""
+    state = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def ended_otherwise() -> PreTrainedTokenizerBase:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<pad>"
+    return tokenizer
+
+
+def padded_otherwise() -> PreTrainedTokenizerBase:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "<eos>"
+    return tokenizer
+
+
+def templated(template: str | None) -> PreTrainedTokenizerBase:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def prepare(folder: Path, teacher: PreTrainedTokenizerBase, *overrides: str, template: str | None = None) -> list[Prompt]:
+    settings = tiny_settings(folder, *overrides)
+    if template:
+        templated(template).save_pretrained(settings.model.path)
+    assert settings.teachers["main"].path
+    teacher.save_pretrained(settings.teachers["main"].path)
+    return prepare_prompts(settings)[0]
+
+
+def refusal(folder: Path, teacher: PreTrainedTokenizerBase, *overrides: str, template: str | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        prepare(folder, teacher, *overrides, template=template)
+    message = str(caught.value)
+    assert message.startswith(f"teachers.main.path={folder / 'teacher'}: ") and "\n" not in message
+    return message
+
+
+# -- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_permuted_vocabulary_of_the_same_size_is_refused_and_the_tokens_are_named(tmp_path: Path):
+    ours = tiny_tokenizer().get_vocab()
+    told = f"'1' has id {ours['2']}, here {ours['1']}, '2' has id {ours['1']}, here {ours['2']}; "
+    assert told in refusal(tmp_path, permuted())
+
+
+def test_many_differing_tokens_are_counted():
+    teacher = tiny_tokenizer()
+    teacher.add_tokens(["aa", "bb", "cc", "dd", "ee"])
+    size = len(tiny_tokenizer())
+    told = f"'aa' has id {size}, here none, 'bb' has id {size + 1}, here none, 'cc' has id {size + 2}, here none, and 2 more"
+    assert different_tokens(tiny_tokenizer(), teacher) == told
+
+
+def test_another_end_token_is_refused_and_another_pad_token_is_not(tmp_path: Path):
+    tokenizer = tiny_tokenizer()
+    assert f"its eos_token_id is {tokenizer.pad_token_id}, here {tokenizer.eos_token_id}; " in refusal(tmp_path, ended_otherwise())
+    assert len(prepare(tmp_path, padded_otherwise())) == 64
+
+
+def test_a_head_padded_by_128_rows_is_tolerated(tmp_path: Path):
+    settings = tiny_settings(tmp_path)
+    teacher = settings.teachers["main"].path
+    config = AutoConfig.from_pretrained(teacher)
+    config.vocab_size += 128
+    config.save_pretrained(teacher)
+    assert len(prepare_prompts(settings)[0]) == 64
+
+
+# -- chat templates --------------------------------------------------------------------------------------------------
+
+
+CHAT = ("data.chat_template=true", "data.task=records", "data.instruction='{prompt}'", "data.num_heldout=1")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[str]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "1 2=3:"}\n')
+    return [*CHAT, f"data.path={path}", f"data.heldout_path={path}"]
+
+
+PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_a_teacher_that_writes_conversations_otherwise_is_refused_where_they_are_used(tmp_path: Path, rows: list[str]):
+    message = refusal(tmp_path, templated(PLAIN + "="), *rows, template=PLAIN)
+    assert "its chat template writes" in message and "rows.jsonl:1 otherwise: '=' where model.path=" in message
+    assert len(prepare(tmp_path, templated(PLAIN + "="), template=PLAIN)) == 64, "text prompts do not pass through it"
+
+
+@pytest.mark.parametrize("template", [PLAIN, "{% for m in messages %}{{ m['content'] }}{% endfor %}", None])
+def test_a_template_that_writes_the_same_and_a_teacher_without_one_are_fine(tmp_path: Path, rows: list[str], template: str | None):
+    assert len(prepare(tmp_path, templated(template), *rows, template=PLAIN)) == 1
+
+
+def test_a_teachers_template_that_raises_names_the_teacher(tmp_path: Path, rows: list[str]):
+    assert "chat template refuses it" in refusal(tmp_path, templated("{{ raise_exception('no') }}"), *rows, template=PLAIN)
+
+
+# -- running workers -------------------------------------------------------------------------------------------------
+
+
+def answered(*tokens: int, logprob: float) -> RolloutBatch:
+    return make_batch([((1, 5), [tokens])], logprob=logprob)
+
+
+def test_engines_that_say_the_same_pass_and_others_are_named_with_the_difference():
+    first = answered(7, 8, logprob=-0.5)
+    check_engines([first, answered(7, 8, logprob=-0.5005)], max_gap=1e-3)
+    with pytest.raises(ContractError, match=r"rollout/0 and rollout/2 differ by 0\.25 nats per token .*max_logprob_gap is 0\.001"):
+        check_engines([first, first, answered(7, 8, logprob=-0.75)], max_gap=1e-3)
+    with pytest.raises(ContractError, match="differ by nan"):
+        check_engines([first, answered(7, 8, logprob=float("nan"))], max_gap=1e-3)
+
+
+def test_responses_are_compared_up_to_the_token_at_which_they_part():
+    one, other = answered(7, 8, 9, logprob=-0.5), answered(7, 3, 9, logprob=-0.5)
+    far = other.rollout_logprobs.copy()
+    far[-1] = -9.0  # after the parting
+    check_engines([one, replace(other, rollout_logprobs=far)], max_gap=1e-3)
+    far[-2] = -9.0  # at it: both claim to be the most likely token
+    with pytest.raises(ContractError):
+        check_engines([one, replace(other, rollout_logprobs=far)], max_gap=1e-3)
+
+
+def scores(logprob: float, row: float = 0.0, support: int = 0) -> TokenScores:
+    return TokenScores(
+        teacher="main",
+        logprobs=np.array([0, logprob], np.float32),
+        rows=np.array([[row]], np.float32),
+        support_ids=np.array([[support]], np.int32),
+    )
+
+
+@pytest.mark.parametrize("again", [scores(-0.50000006), scores(-0.5, row=1.0), scores(-0.5, support=1)])
+def test_a_replica_that_answers_in_two_ways_is_named(again: TokenScores):
+    check_repeats("main", [scores(-0.5)] * 2, [scores(-0.5)] * 2)
+    with pytest.raises(ContractError, match=r"scorer-main/1: two scorings of the same batch differ"):
+        check_repeats("main", [scores(-0.5)] * 2, [scores(-0.5), again])
+
+
+def test_the_probe_holds_a_prompt_for_every_routed_teacher():
+    prompts = [Prompt(uid=f"p{i}", input_ids=(1,), text="", columns={"domain": "code" if i == 9 else "math"}) for i in range(12)]
+    teachers = {"a": SimpleNamespace(route={}), "b": SimpleNamespace(route={"domain": "code"})}
+    settings = SimpleNamespace(scored_teachers=["a", "b"], teachers=teachers)
+    assert [p.uid for p in probe_prompts(settings, prompts)] == ["p0", "p1", "p2", "p3", "p9"]

@@ -1,0 +1,239 @@
+"""Secrets stay out of what is written and out of processes that do not need them; names from data stay inside the run."""
+
+import json
+import logging
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybridrl import redact
+from hybridrl.cli import main
+from hybridrl.compose import from_yaml, known_keys, load_config, to_yaml
+from hybridrl.config import DataConfig
+from hybridrl.controller.run import run_info
+from hybridrl.controller.run_directory import changes
+from hybridrl.data.prompts import load_problems, tokenize
+from hybridrl.errors import ConfigError, DataError
+from hybridrl.models.loading import load_output_head, load_tokenizer
+from hybridrl.models.tiny import tiny_tokenizer
+from hybridrl.rewards.child import RewardCall
+from hybridrl.rewards.pool import RewardPool
+from hybridrl.runtime.cluster import private_token, worker_env
+from tests.graph import save_tiny
+
+CANARY = "canary-0123456789"
+BASE = ["experiment=quickstart", "run.dir=here"]
+JUDGE = [
+    "+reward.functions.judge={function: f.py:f, weight: 0, options: {api_key: '${oc.env:JUDGE_API_KEY}', url: 'https://me:pw@host/x'}}"
+]
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "JUDGE_API_KEY"):
+        monkeypatch.setenv(name, f"{CANARY}-{name}")
+    monkeypatch.setenv("PLAIN", "plain-value")
+
+
+# -- names and values ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [("WANDB_API_KEY", True), ("HF_TOKEN", True), ("AWS_SECRET_ACCESS_KEY", True), ("AWS_ACCESS_KEY_ID", True), ("PGPASSWORD", True),
+     ("OPENAI_APIKEY", True), ("my_key", True), ("TOKENIZERS_PARALLELISM", False), ("PWD", False), ("KEYBOARD", False),
+     ("RAY_AUTH_TOKEN_PATH", False), ("GOOGLE_CREDENTIALS_FILE", False)],
+)  # fmt: skip
+def test_a_variable_is_a_secret_by_its_name(name: str, secret: bool):
+    assert redact.variable_is_secret(name) is secret
+
+
+@pytest.mark.parametrize(
+    ("key", "secret"),
+    [("options.api_key", True), ("api-key", True), ("apiKey", True), ("judge.token", True), ("hf_token", True), ("client_secret", True),
+     ("db_password", True), ("eos_token", False), ("pad_token", False), ("key", False), ("answer_key", False), ("num_tokens", False)],
+)  # fmt: skip
+def test_a_setting_is_a_secret_by_its_key(key: str, secret: bool):
+    assert redact.setting_is_secret(key) is secret
+
+
+def test_no_setting_of_ours_is_taken_for_a_secret():
+    assert [key for key in known_keys() if redact.setting_is_secret(key)] == []
+
+
+def test_values_and_the_users_of_urls_are_masked_wherever_they_stand(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("A_KEY", "12345678")
+    monkeypatch.setenv("LONGER_KEY", "12345678-9")
+    monkeypatch.setenv("SHORT_KEY", "batch")
+    assert redact.text("batch 12345678 and 12345678-9, https://me:pw@host/x") == "batch *** and ***, https://***@host/x"
+
+
+# -- what a run writes -----------------------------------------------------------------------------------------------
+
+
+def test_the_written_settings_and_what_trackers_get_hold_no_secret(environment: None, tmp_path: Path):
+    settings = load_config([*BASE, *JUDGE])
+    assert settings.reward.functions["judge"].options["api_key"] == f"{CANARY}-JUDGE_API_KEY", "the function itself gets it"
+    options = {"api_key": "***", "url": "https://***@host/x"}
+    assert from_yaml(to_yaml(settings)).reward.functions["judge"].options == options
+    assert run_info(settings, tmp_path, None).config["reward"]["functions"]["judge"]["options"] == options
+    assert CANARY not in to_yaml(settings)
+    assert changes(from_yaml(to_yaml(settings)), settings) == {}, "a run that is continued finds no difference"
+
+
+@pytest.mark.parametrize(
+    "key", ["+data.options.api_key", "+reward.functions.countdown.options.client_secret", "+teachers.main.route.token"]
+)
+def test_a_secret_that_is_written_out_is_refused_and_not_repeated(key: str):
+    with pytest.raises(ConfigError) as caught:
+        load_config([*BASE, f"{key}={CANARY}"])
+    assert str(caught.value).startswith(f"{key[1:]}: a secret must not be written out") and CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg", "job", "--resolve"], ["-c", "all", "--resolve"]])
+def test_the_settings_that_hydra_prints_hold_no_secret(environment: None, flags: list[str], tmp_path: Path):
+    literal = f"+data.options.token={CANARY}"
+    command = [sys.executable, "-m", "hybridrl.cli", "train", *BASE, *JUDGE, literal, f"+data.options.plain={CANARY}-HF_TOKEN", *flags]
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "api_key: " in done.stdout and "token: '***'" in done.stdout and "plain: ***" in done.stdout and CANARY not in done.stdout
+
+
+def test_log_lines_tracebacks_and_error_sentences_hold_no_secret(environment: None, capsys: pytest.CaptureFixture, tmp_path: Path):
+    assert main(["train", *BASE, f"train.steps={CANARY}-HF_TOKEN"]) == 2
+    assert main(["export", str(tmp_path / f"{CANARY}-HF_TOKEN")]) == 1
+    try:
+        raise ValueError(f"{CANARY}-DB_PASSWORD")
+    except ValueError:
+        logging.getLogger("a").exception("with %s", f"{CANARY}-HF_TOKEN")
+    told = capsys.readouterr().err
+    assert "with ***" in told and "ValueError: ***" in told and CANARY not in told
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_workers_environment_is_emptied_of_secrets_but_for_what_it_needs(environment: None):
+    env = worker_env(1, "cpu")
+    assert {env[name] for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "JUDGE_API_KEY")} == {""}
+    assert "HF_TOKEN" not in env and "PLAIN" not in env, "inherited"
+    assert not any(CANARY in value for value in env.values()), "Ray's dashboard shows it"
+
+
+class Failing:
+    def __init__(self) -> None:
+        raise RuntimeError(f"HF_TOKEN={os.environ['HF_TOKEN']}, others {[n for n in os.environ if CANARY in os.environ[n]]}")
+
+
+def test_a_worker_drops_what_its_node_adds_and_logs_no_secret(environment: None, tmp_path: Path):
+    program = "import sys; from hybridrl.runtime.host import build; build('tests.test_doors_secrets:Failing', sys.argv[1], {})"
+    root = Path(__file__).parent.parent
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "w.log")],
+        env=os.environ | {"PYTHONPATH": f"{root}:{root}/tests"},
+        cwd=root,
+        check=True,
+    )
+    log = (tmp_path / "w.log").read_text()
+    assert "RuntimeError: HF_TOKEN=***, others ['HF_TOKEN']" in log and CANARY not in log
+
+
+SEES = """
+import os
+from pathlib import Path
+def sees(completions):
+    seen = repr(dict(os.environ)) + Path("/proc/self/environ").read_text()
+    return [float(word in seen) for word in completions]
+"""
+
+
+def test_a_reward_child_is_started_without_secrets_and_the_parent_keeps_its_own(environment: None, tmp_path: Path):
+    (tmp_path / "sees.py").write_text(SEES)
+    pool = RewardPool({"sees": RewardCall(function=f"{tmp_path}/sees.py:sees", options={})}, processes=1, timeout_s=10, max_timeouts=0.5)
+    names = ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", CANARY]
+    outcomes = pool.call("sees", {"completions": [*names, "plain-value"]})
+    pool.close()
+    assert outcomes == [0.0] * len(names) + [1.0]
+    assert os.environ["HF_TOKEN"] == f"{CANARY}-HF_TOKEN"
+
+
+def test_the_token_that_ray_makes_meanwhile_becomes_the_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token = tmp_path / ".ray" / "auth_token"
+    with private_token():
+        assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    with private_token():
+        token.write_text("t")
+        token.chmod(0o644)
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+
+
+# -- names and files that come with data and models ------------------------------------------------------------------
+
+
+def test_a_target_in_settings_data_or_a_model_is_never_called(tmp_path: Path):
+    hit = tmp_path / "hit"
+    call = {"_target_": "pathlib.Path.touch", "_args_": [str(hit)]}
+    with pytest.raises(ConfigError, match=r"countdown takes num_numbers"):
+        load_problems(load_config([*BASE, f"+data.options={{_target_: pathlib.Path.touch, _args_: [{hit}]}}"]).data, seed=0)
+    with pytest.raises(ConfigError, match=r"no such setting"):
+        load_config([*BASE, "+train._target_=os.getcwd"])
+    model = save_tiny(tmp_path / "model", 0)
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        stored = json.loads((model / name).read_text()) if (model / name).exists() else {}
+        (model / name).write_text(json.dumps(stored | call))
+    load_tokenizer(str(model))
+    load_output_head(str(model), "float32")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "1 2=3:", **call}) + "\n")
+    config = DataConfig(task="records", path=str(rows), heldout_path=str(rows))
+    assert load_problems(config, seed=0)[0][0].columns == call, "a column like any other"
+    assert not hit.exists()
+
+
+@pytest.mark.parametrize("uid", ["../../x", "/etc/passwd", "a/../../b", "\u202e"])
+def test_a_name_that_comes_with_a_row_is_no_uid_and_no_path(tmp_path: Path, uid: str):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "1 2=3:", "uid": uid, "id": uid}) + "\n")
+    [problem], _ = load_problems(DataConfig(task="records", path=str(rows), heldout_path=str(rows)), seed=0)
+    assert (problem.uid, problem.columns) == ("train-000001", {"uid": uid, "id": uid})
+
+
+@pytest.mark.parametrize("stolen", ["../other/model.safetensors", "/other/model.safetensors"])
+def test_the_index_of_a_model_cannot_point_outside_of_its_folder(tmp_path: Path, stolen: str):
+    model, _ = save_tiny(tmp_path / "model", 0), save_tiny(tmp_path / "other", 1)
+    stolen = stolen if stolen.startswith("..") else f"{tmp_path}{stolen}"
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": stolen}}))
+    with pytest.raises(ConfigError, match="outside of the folder"):
+        load_output_head(str(model), "float32")
+
+
+# -- prompts that cannot be used: found before anything starts, with the row's number ----------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "told"),
+    [
+        ("9 " * 40, None, "the prompt has 81 tokens, rollout.max_model_len - rollout.max_new_tokens leaves room for 48"),
+        (" ", None, "the prompt is empty"),
+        ([{"role": "user", "content": "1"}], None, "the model's tokenizer has no chat template"),
+        ([{"role": "user", "content": "1"}], "{% for m in messages %}{{ m.content }", "the model's chat template refuses it"),
+        ([{"role": "user", "content": "1"}], "{{ messages[5].content.x }}", "the model's chat template refuses it"),
+        ([{"role": "user", "content": "1"}], "{{ ''.__class__.__mro__[1].__subclasses__() }}", "the model's chat template refuses it"),
+    ],
+)
+def test_a_row_that_the_model_cannot_read_is_named_by_its_number(tmp_path: Path, row: object, template: str | None, told: str):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in (("1", row) if isinstance(row, str) else (row,))))
+    config = DataConfig(task="records", path=str(path), heldout_path=str(path))
+    number = 2 if isinstance(row, str) else 1
+    with pytest.raises(DataError) as caught:
+        tokenize(load_problems(config, seed=0)[0], tokenizer, config, max_prompt_tokens=48)
+    assert str(caught.value).startswith(f"{path}:{number}: {told}")
