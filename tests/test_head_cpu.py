@@ -115,7 +115,7 @@ def test_compiled_rows_give_what_fp64_gives(kind: str, measure: Measure, ratio: 
     assert torch.equal(found[6], exact[6])
     for k in (0, 1, 2, 3, 4, 5, 7, 8):
         assert relative_error(found[k], exact[k]) < 3e-6, k
-    assert abs(float(found[9] - exact[9])) < 1e-6 * float(exact[7] * exact[8]) ** 0.5  # an inner product may nearly vanish
+    assert abs(float(found[9] - exact[9])) <= 1e-6 * float(exact[7] * exact[8]) ** 0.5  # an inner product may nearly vanish
 
 
 def test_compiled_bf16_rows_are_within_bf16_of_fp64():
@@ -148,7 +148,7 @@ def test_a_run_repeats_itself_bit_by_bit():
 
 
 def test_the_memory_for_logits_grows_with_the_chunk_and_not_with_the_tokens():
-    Tiles._kept.__dict__.clear()
+    Tiles.release()
     sizes = []
     for num_rows in (4, 40):
         results(*leaves(num_rows, torch.float32), teachers_of("hidden", num_rows), terms_of(num_rows), HeadRule(chunk=4))
@@ -172,9 +172,7 @@ def test_exact_logits_keep_the_gradient_of_a_student_that_nearly_equals_its_teac
     exact = results(wide_hidden, wide_head, (wide_teacher,), next(widened(terms)), rule)
     rounded, kept = (results(hidden, lm_head, (teacher,), terms, replace(rule, exact_logits=on)) for on in (False, True))
     for k in (0, 1):
-        assert (
-            relative_error(kept[k], exact[k]) < 0.01 < 2 * relative_error(kept[k], exact[k]) + 0.05 < relative_error(rounded[k], exact[k])
-        )
+        assert relative_error(kept[k], exact[k]) < 0.01 and relative_error(rounded[k], exact[k]) > 0.05
 
 
 def test_compiled_log_probs_of_chosen_and_top_tokens_equal_the_log_softmax():

@@ -26,6 +26,11 @@ class Tiles:
     def __init__(self, *, exact: bool) -> None:
         self.exact, self._taken = exact, 0
 
+    @classmethod
+    def release(cls) -> None:
+        """Give this thread's memory back."""
+        cls._kept.__dict__.clear()
+
     def restart(self) -> None:
         """What was given out before may be overwritten."""
         self._taken = 0
