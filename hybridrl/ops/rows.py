@@ -4,6 +4,7 @@ On the CPU that function is compiled for large vocabularies (torch.compile, its 
 each sum that the next one needs, nothing of size [c, V] in between, the gradient in the place of the logits.
 """
 
+import importlib.util
 import os
 import shutil
 import warnings
@@ -75,36 +76,55 @@ def row_gradients(
         gradient [c, V]; log p(y), sum_i w_i D_i, entropy, whether the ratio was bounded, the row's loss; the row's squared norms
         of the dense and the sparse part and their inner product: [c] each.
     """
-    ids, weight, cost, sampler = terms
+    ids = terms[0]
     logp = log_softmax(logits, rule.temperature)
-    wide = logp.dtype
-    dense, kl = torch.zeros_like(logp), torch.zeros_like(logp[:, 0])
-    for form, said, w in zip(forms, evidence, weights, strict=True):
-        w = w.to(wide)
-        value, gradient = divergence(form, said, logp, rule.measure, rule.temperature)
-        heard = w != 0  # a token this teacher is not asked about may hold anything, and 0 * inf is not 0
-        kl = kl + torch.where(heard, w * value, 0.0)
-        dense = dense + torch.where(heard[:, None], w[:, None] * gradient, 0.0)
-    p = exp(logp)
-    drawn = logp.gather(1, ids[:, None]).squeeze(1)
+    pairs = [divergence(form, said, logp, rule.measure, rule.temperature) for form, said in zip(forms, evidence, strict=True)]
+    p, drawn = exp(logp), logp.gather(1, ids[:, None]).squeeze(1)
     entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
-    weight, cost = weight.to(wide), cost.to(wide)
-    live = weight > 0
-    factor, bounded = rule.ratio.factor(drawn - sampler.to(wide), cost)
-    cost = torch.where(live, cost * factor, 0.0)
-    dense = torch.where(live[:, None], dense * (weight / rule.temperature)[:, None], 0.0)
+    kl, loss, bounded, scales, cost = coefficients(rule, drawn, tuple(value for value, _ in pairs), weights, terms)
+    dense = torch.zeros_like(logp)
+    for scale, (_, gradient) in zip(scales, pairs, strict=True):
+        dense = dense + torch.where(scale[:, None] != 0, scale[:, None] * gradient, 0.0)
     onehot = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)[None] == ids.to(torch.int32)[:, None]
-    sparse = (weight * cost / rule.temperature)[:, None] * torch.where(onehot, 1 - p, -p)
-    loss = torch.where(live, weight * (kl + cost * drawn), 0.0)
+    sparse = cost[:, None] * torch.where(onehot, 1 - p, -p)
     norms = (dense * dense).sum(-1), (sparse * sparse).sum(-1), (dense * sparse).sum(-1)
-    gradient = (dense + sparse).to(dtype)
+    total = (dense + sparse).to(dtype)
     if dtype == logits.dtype:
-        gradient = logits.copy_(gradient)
-    return gradient, drawn, kl, entropy, bounded, loss, *norms
+        total = logits.copy_(total)
+    return total, drawn, kl, entropy, bounded, loss, *norms
+
+
+def coefficients(
+    rule: RowRule, drawn: Tensor, values: tuple[Tensor, ...], weights: tuple[Tensor, ...], terms: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor]:
+    """What multiplies the parts of the gradient, exactly 0 where a part is not asked for: there it may hold anything.
+
+    Args:
+        drawn: [c] log p(y).
+        values, weights: D_i and w_i of each teacher, [c].
+
+    Returns:
+        sum_i w_i D_i; the row's loss; bounded (bool); the factor of each teacher's gradient; that of the sparse part: [c] each.
+    """
+    _, weight, cost, sampler = (t.to(drawn.dtype) if t.is_floating_point() else t for t in terms)
+    live = weight > 0
+    kl, scales = torch.zeros_like(drawn), []
+    for value, w in zip(values, weights, strict=True):
+        w = w.to(drawn.dtype)
+        kl = kl + torch.where(w != 0, w * value, 0.0)  # 0 * inf is not 0
+        scales.append(torch.where(live, w * weight / rule.temperature, 0.0))
+    factor, bounded = rule.ratio.factor(drawn - sampler, cost)
+    cost = torch.where(live, cost * factor, 0.0)
+    loss = torch.where(live, weight * (kl + cost * drawn), 0.0)
+    return kl, loss, bounded, tuple(scales), torch.where(live, weight * cost / rule.temperature, 0.0)
 
 
 def row_work(rule: RowRule, forms: tuple[Form | Correction, ...], logits: Tensor, dtype: torch.dtype) -> Work:
-    """`row_gradients` of (logits, evidence, weights, terms), compiled where that pays."""
+    """`row_gradients` of (logits, evidence, weights, terms): compiled where that pays, in Triton where every teacher is hidden."""
+    if logits.is_cuda and logits.dtype is torch.float32 and set(forms) <= {Form.logits} and importlib.util.find_spec("triton"):
+        from hybridrl.ops import triton_rows
+
+        return partial(triton_rows.row_gradients, rule, dtype)
     return _compiled(row_gradients, rule, forms, dtype) if pays(logits) else partial(row_gradients, rule, forms, dtype)
 
 
