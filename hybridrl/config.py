@@ -84,6 +84,8 @@ class TrainConfig:
     """batches in a row that may be left out because their gradient is NaN or infinite; one more ends the run"""
     head_chunk: int = 1024
     """response tokens whose logits exist at once in the head op"""
+    exact_logits: bool = False
+    """bfloat16 on CPU: logits by fp32 products, for a student that nearly equals its teacher; on GPUs they are exact anyway"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "max_tokens_per_micro_batch", "head_chunk"):
@@ -351,9 +353,7 @@ def check_needs(settings: RunSettings) -> None:
     if pairs and from_student and k < 2:
         raise ConfigError(f"train.samples_per_prompt={k}: algorithm.pair.loss={algorithm.pair.loss} ranks siblings, needs >= 2; raise it")
     if pairs and algorithm.teacher_fraction:
-        raise ConfigError(
-            "algorithm.teacher_fraction: pairs come from the student or from the data; set it to 0, or algorithm.pair.loss=none"
-        )
+        raise ConfigError("algorithm.teacher_fraction: pairs come from the student or the data; set it to 0, or algorithm.pair.loss=none")
     if algorithm.data_fraction and algorithm.ratio.kind is not Ratio.none:
         raise ConfigError("algorithm.data_fraction: data has no sampler log-probs to take a ratio with; set algorithm.ratio.kind=none")
     if algorithm.data_fraction and algorithm.support is Support.topk and algorithm.topk.source is SupportSource.sampler:

@@ -153,7 +153,7 @@ def test_the_loss_is_the_weighted_sum_of_divergences_and_costs():
     assert float(loss) == pytest.approx(float((terms.token_weight * (kl + terms.sparse * chosen)).sum()), abs=1e-14)
     assert torch.allclose(stats.kl, kl, atol=1e-14) and torch.allclose(stats.logprobs, chosen, atol=1e-14)
     assert torch.allclose(stats.entropy, -(logp.exp() * logp).sum(-1), atol=1e-14)
-    assert torch.equal(chosen_logprobs(hidden, lm_head, terms.token_ids[:, None], temperature=0.7, chunk=4)[:, 0], stats.logprobs)
+    assert torch.equal(chosen_logprobs(hidden, lm_head, terms.token_ids[:, None], HeadRule(temperature=0.7, chunk=4))[:, 0], stats.logprobs)
 
 
 def test_several_teachers_are_the_weighted_sum_of_each():

@@ -23,6 +23,11 @@ from torch import Tensor
 from hybridrl.choices import Correction, Divergence
 
 
+def exp(x: Tensor) -> Tensor:
+    """exp, such that the C++ backend of torch.compile computes a reused one again in each loop instead of writing it to memory."""
+    return torch.exp2(x * (1 / math.log(2))) if torch.compiler.is_compiling() else torch.exp(x)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
     """Which divergence, with its constants."""
@@ -38,22 +43,22 @@ class Measure:
                 cost = logp - logq
                 return cost if self.log_ratio_clip is None else cost.clamp(-self.log_ratio_clip, self.log_ratio_clip)
             case Divergence.forward_kl:
-                return 1 - (logq - logp).exp()
+                return 1 - exp(logq - logp)
             case Divergence.jsd:
                 return (1 - self.beta) * (logp - self._log_mixture(logp, logq))
 
     def weighted_score(self, logp: Tensor, logq: Tensor) -> Tensor:
         """p a, finite where p = 0 and, for the forward KL, where p is far below q."""
-        p = logp.exp()
+        p = exp(logp)
         if self.divergence is Divergence.forward_kl:
-            return p - logq.exp()
+            return p - exp(logq)
         return torch.where(p > 0, p * self.score(logp, logq), 0.0)
 
     def terms(self, logp: Tensor, logq: Tensor) -> Tensor:
         """phi(p_v, q_v) elementwise; its sum over the vocabulary is the divergence. 0 log 0 = 0."""
         if self.divergence is Divergence.reverse_kl:
             return self.weighted_score(logp, logq)
-        p, q = logp.exp(), logq.exp()
+        p, q = exp(logp), exp(logq)
         if self.divergence is Divergence.forward_kl:
             return torch.where(q > 0, q * (logq - logp), 0.0)
         mixture = self._log_mixture(logp, logq)
@@ -80,7 +85,7 @@ def dense(logp: Tensor, logq: Tensor, measure: Measure) -> tuple[Tensor, Tensor]
     """
     weighted = measure.weighted_score(logp, logq)
     value = weighted.sum(-1) if measure.divergence is Divergence.reverse_kl else measure.terms(logp, logq).sum(-1)
-    gradient = weighted - logp.exp() * weighted.sum(-1, keepdim=True)
+    gradient = weighted - exp(logp) * weighted.sum(-1, keepdim=True)
     return value, gradient
 
 
@@ -107,18 +112,18 @@ def dense_on_support(logp: Tensor, ids: Tensor, logq: Tensor, measure: Measure, 
         inside_p, inside_q = torch.log_softmax(chosen, -1), torch.log_softmax(logq, -1)
         value, gradient = dense(inside_p, inside_q, measure)
         return value, torch.zeros_like(logp).scatter_add_(-1, ids, gradient)
-    p, weighted = logp.exp(), measure.weighted_score(chosen, logq)
+    p, weighted = exp(logp), measure.weighted_score(chosen, logq)
     value = measure.terms(chosen, logq).sum(-1)
     if correction is Correction.tail_bucket:
         rest_p, rest_q = log_rest(chosen), log_rest(logq)
         rest = measure.weighted_score(rest_p, rest_q)  # [c]
         value = value + measure.terms(rest_p, rest_q)
         mean = weighted.sum(-1) + rest
-        outside = p * (rest * (-rest_p).exp() - mean)[:, None]  # p_v (a_rest - mean) at every v, then S put right
-        gradient = outside.scatter(-1, ids, weighted - chosen.exp() * mean[:, None])
+        outside = p * (rest * exp(-rest_p) - mean)[:, None]  # p_v (a_rest - mean) at every v, then S put right
+        gradient = outside.scatter(-1, ids, weighted - exp(chosen) * mean[:, None])
         return value, gradient
     if correction is Correction.truncate:
-        weighted = weighted + measure.offset * chosen.exp()
+        weighted = weighted + measure.offset * exp(chosen)
     gradient = -p * weighted.sum(-1, keepdim=True)
     return value, gradient.scatter_add(-1, ids, weighted)
 

@@ -9,38 +9,24 @@ the forward, chunk by chunk of response tokens; full logits [R, V] never exist. 
 sparse term costs no extra matrix product.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hybridrl.ops.compare import COMPARED, compare
-from hybridrl.ops.divergence import Measure
-from hybridrl.ops.ratio import RatioBounds
-from hybridrl.ops.teachers import SupportTeacher, Teacher, log_softmax, softmax_dtype
+from hybridrl.ops.products import Tiles, add_head_gradient, head_gradient, softmax_dtype
+from hybridrl.ops.rows import RowRule, TokenTerms, chosen_work, row_work
+from hybridrl.ops.teachers import SupportTeacher, Teacher, distribution, log_softmax
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenTerms:
-    """What the objective asks of each response token, one row each.
-
-    Example: plain distillation of two tokens in a batch of 10: sparse (0, 0), token_weight (0.1, 0.1).
-    """
-
-    token_ids: Tensor  # [R] int64, y_t
-    token_weight: Tensor  # [R] float32, 1/normaliser; 0 takes the token out
-    sparse: Tensor  # [R] float32, G_{t+1} minus its baseline, a COST: positive pushes the token down
-    sampler_logprobs: Tensor  # [R] float32, log mu(y_t), the denominator of rho
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadRule:
+class HeadRule(RowRule):
     """The settings of the pass, the same for every row."""
 
-    temperature: float = 1.0  # of student and teacher alike
-    chunk: int = 1024  # rows whose logits exist at once
-    measure: Measure = field(default_factory=Measure)
-    ratio: RatioBounds = field(default_factory=RatioBounds)
+    chunk: int = 1024  # rows whose logits exist at once, the student's and each hidden teacher's
+    exact_logits: bool = False  # bf16 on the CPU: logits by products in fp32 (ops.products), several times slower ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,40 +71,26 @@ def hybrid_head_loss(
 class _HybridHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lm_head, teachers, terms, rule):
-        rows, wide = hidden.shape[0], softmax_dtype(hidden)
+        rows, wide, tiles = hidden.shape[0], softmax_dtype(hidden), Tiles(exact=rule.exact_logits)
         logprobs, kl, entropy = (torch.zeros(rows, dtype=wide, device=hidden.device) for _ in range(3))
         bounded = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
         sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)  # loss, dense_sq, sparse_sq, dense_sparse
-        d_hidden = torch.zeros_like(hidden)
-        d_head = torch.zeros(lm_head.shape, dtype=wide, device=lm_head.device)
+        d_hidden, head = torch.zeros_like(hidden), lm_head.to(hidden.dtype)
+        row_rule, forms = RowRule(temperature=rule.temperature, measure=rule.measure, ratio=rule.ratio), tuple(t.form for t in teachers)
+        d_head = head_gradient(lm_head, hidden.dtype, chunks=-(-rows // rule.chunk))
+        if not rows:
+            d_head.zero_()
         for start in range(0, rows, rule.chunk):
             at = slice(start, min(start + rule.chunk, rows))
-            logp = log_softmax(hidden[at], lm_head, rule.temperature)  # [c, V]
-            dense = torch.zeros_like(logp)
-            for teacher in teachers:
-                value, gradient = teacher.compare(at, logp, rule.measure, rule.temperature)
-                w = teacher.weight[at].to(wide)
-                heard = w != 0  # a token this teacher is not asked about may hold anything, and 0 * inf is not 0
-                kl[at] += torch.where(heard, w * value, 0.0)
-                dense += torch.where(heard[:, None], w[:, None] * gradient, 0.0)
-            weight, ids = terms.token_weight[at].to(wide), terms.token_ids[at, None]
-            p = logp.exp()
-            logprobs[at] = logp.gather(1, ids).squeeze(1)
-            entropy[at] = -torch.where(p > 0, p * logp, 0.0).sum(-1)
-            live = weight > 0
-            cost = terms.sparse[at].to(wide)
-            factor, bounded[at] = rule.ratio.factor(logprobs[at] - terms.sampler_logprobs[at].to(wide), cost)
-            cost = torch.where(live, cost * factor, 0.0)
-            dense = torch.where(live[:, None], dense * (weight / rule.temperature)[:, None], 0.0)
-            sparse = p.mul_((-weight * cost / rule.temperature)[:, None])  # G (onehot - p), the onehot added in place
-            sparse.scatter_add_(1, ids, (weight * cost / rule.temperature)[:, None])
-            sums[0] += torch.where(live, weight * (kl[at] + cost * logprobs[at]), 0.0).sum(dtype=torch.float64)
-            sums[1] += dense.square().sum(dtype=torch.float64)
-            sums[2] += sparse.square().sum(dtype=torch.float64)
-            sums[3] += torch.linalg.vecdot(dense, sparse).sum(dtype=torch.float64)
-            d_logits = dense.add_(sparse).to(hidden.dtype)
-            d_hidden[at] = d_logits @ lm_head.to(hidden.dtype)
-            d_head += (d_logits.T @ hidden[at]).to(wide)
+            tiles.restart()
+            logits = tiles.logits(hidden[at], head)  # [c, V]
+            evidence = tuple(teacher.evidence(at, len(head), tiles) for teacher in teachers)
+            weights = tuple(teacher.weight[at] for teacher in teachers)
+            work = row_work(row_rule, forms, logits, hidden.dtype)
+            d_logits, logprobs[at], kl[at], entropy[at], bounded[at], *columns = work(logits, evidence, weights, terms.rows(at))
+            sums += torch.stack(columns).sum(1, dtype=torch.float64)
+            torch.mm(d_logits, head, out=d_hidden[at])
+            add_head_gradient(d_head, d_logits, hidden[at], first=start == 0)
         ctx.save_for_backward(d_hidden, d_head.to(lm_head.dtype))
         stats = (logprobs, kl, entropy, bounded, *sums[1:].clone())
         ctx.mark_non_differentiable(*stats)
@@ -127,10 +99,13 @@ class _HybridHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         d_hidden, d_head = ctx.saved_tensors
-        return (grad_loss * d_hidden).to(d_hidden.dtype), (grad_loss * d_head).to(d_head.dtype), None, None, None
+        if not (grad_loss.is_cpu and grad_loss == 1):  # asking a GPU would take longer than the product
+            d_hidden.mul_(grad_loss)  # in place, for a second d_head would be the largest tensor of all;
+            d_head.mul_(grad_loss)  # torch refuses a later backward through the same graph
+        return d_hidden, d_head, None, None, None
 
 
-def chosen_logprobs(hidden: Tensor, lm_head: Tensor, token_ids: Tensor, *, temperature: float, chunk: int) -> Tensor:
+def chosen_logprobs(hidden: Tensor, lm_head: Tensor, token_ids: Tensor, rule: HeadRule) -> Tensor:
     """log softmax(hidden lm_head^T / temperature) at the given ids, chunk by chunk, no gradient.
 
     Args:
@@ -141,28 +116,28 @@ def chosen_logprobs(hidden: Tensor, lm_head: Tensor, token_ids: Tensor, *, tempe
     """
     assert hidden.ndim == 2 and token_ids.ndim == 2 and token_ids.shape[0] == hidden.shape[0], (hidden.shape, token_ids.shape)
     out = torch.zeros(token_ids.shape, dtype=softmax_dtype(hidden), device=hidden.device)
-    with torch.no_grad():
-        for start in range(0, hidden.shape[0], chunk):
-            at = slice(start, start + chunk)
-            out[at] = log_softmax(hidden[at], lm_head, temperature).gather(1, token_ids[at])
+    for at, logits in _logits(hidden, lm_head, rule):
+        out[at] = chosen_work(rule.temperature, logits)(logits, token_ids[at])
     return out
 
 
-def vocabulary_logprobs(hidden: Tensor, lm_head: Tensor, *, temperature: float, chunk: int) -> Tensor:
+def vocabulary_logprobs(hidden: Tensor, lm_head: Tensor, rule: HeadRule) -> Tensor:
     """log softmax over the whole vocabulary, [R, V] float32, no gradient."""
-    with torch.no_grad():
-        pieces = [log_softmax(hidden[start : start + chunk], lm_head, temperature) for start in range(0, hidden.shape[0], chunk)]
-    return torch.cat(pieces)
+    out = torch.zeros(len(hidden), len(lm_head), dtype=softmax_dtype(hidden), device=hidden.device)
+    for at, logits in _logits(hidden, lm_head, rule):
+        out[at] = log_softmax(logits, rule.temperature)
+    return out
 
 
-def top_logprobs(hidden: Tensor, lm_head: Tensor, k: int, *, temperature: float, chunk: int) -> tuple[Tensor, Tensor]:
+def top_logprobs(hidden: Tensor, lm_head: Tensor, k: int, rule: HeadRule) -> tuple[Tensor, Tensor]:
     """The K most likely tokens of each row: ids [R, K] int64 and log-probs [R, K] float32, no gradient."""
     assert 1 <= k <= lm_head.shape[0], (k, lm_head.shape)
-    found = []
-    with torch.no_grad():
-        for start in range(0, hidden.shape[0], chunk):
-            found.append(log_softmax(hidden[start : start + chunk], lm_head, temperature).topk(k, dim=-1))
-    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+    ids = torch.zeros(len(hidden), k, dtype=torch.int64, device=hidden.device)
+    out = torch.zeros(len(hidden), k, dtype=softmax_dtype(hidden), device=hidden.device)
+    for at, logits in _logits(hidden, lm_head, rule):
+        ids[at] = logits.topk(k, dim=-1).indices
+        out[at] = chosen_work(rule.temperature, logits)(logits, ids[at])
+    return ids, out
 
 
 def compared_sums(hidden: Tensor, lm_head: Tensor, teachers: tuple[Teacher, ...], terms: TokenTerms, rule: HeadRule) -> Tensor:
@@ -170,14 +145,22 @@ def compared_sums(hidden: Tensor, lm_head: Tensor, teachers: tuple[Teacher, ...]
 
     Teachers whose distribution is known on a support only are left out.
     """
-    sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=hidden.device)
+    sums, tiles = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=hidden.device), Tiles(exact=rule.exact_logits)
     whole = [teacher for teacher in teachers if not isinstance(teacher, SupportTeacher)]
-    with torch.no_grad():
-        for start in range(0, hidden.shape[0] if whole else 0, rule.chunk):
-            at = slice(start, min(start + rule.chunk, hidden.shape[0]))
-            logp = log_softmax(hidden[at], lm_head, rule.temperature)
-            for teacher in whole:
-                live = (terms.token_weight[at] > 0) & (teacher.weight[at] != 0)
-                found = compare(logp, teacher.distribution(at, logp, rule.temperature))[live].double()
-                sums += torch.cat([live.sum()[None].double(), found.sum(0)])
+    for at, logits in _logits(hidden, lm_head, rule) if whole else ():
+        logp = log_softmax(logits, rule.temperature)
+        for teacher in whole:
+            tiles.restart()  # the student's logits are not needed any more
+            logq = distribution(teacher.form, teacher.evidence(at, len(lm_head), tiles), logp.dtype, rule.temperature)
+            live = (terms.token_weight[at] > 0) & (teacher.weight[at] != 0)
+            sums += torch.cat([live.sum()[None].double(), compare(logp, logq)[live].double().sum(0)])
     return sums
+
+
+def _logits(hidden: Tensor, lm_head: Tensor, rule: HeadRule) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of rows and their logits [c, V], no gradient."""
+    hidden, lm_head, tiles = hidden.detach(), lm_head.detach(), Tiles(exact=rule.exact_logits)
+    for start in range(0, len(hidden), rule.chunk):
+        at = slice(start, min(start + rule.chunk, len(hidden)))
+        tiles.restart()
+        yield at, tiles.logits(hidden[at], lm_head)

@@ -1,12 +1,25 @@
-"""The ways a teacher's distribution reaches the head pass, one row per response token."""
+"""The ways a teacher's distribution reaches the head pass, one row per response token.
+
+A teacher is tensors of all rows; `evidence` is what it says about a chunk of them, a tuple of plain tensors, and `Form`
+or a Correction says how to read it. The split lets the work on rows be one function of tensors (ops.rows).
+"""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from hybridrl.choices import Correction
 from hybridrl.ops.divergence import Measure, dense, dense_on_support
+from hybridrl.ops.products import Tiles, softmax_dtype
+
+
+class Form(StrEnum):
+    """How a chunk of a teacher that knows the whole vocabulary is written."""
+
+    logits = "logits"  # [c, V] before temperature and softmax
+    logprobs = "logprobs"  # [c, V] normalised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,13 +30,13 @@ class HiddenTeacher:
     lm_head: Tensor  # [V, Ht] or longer: rows past the student's vocabulary are padding
     weight: Tensor  # [R] w_i of each token
 
-    def compare(self, at: slice, logp: Tensor, measure: Measure, temperature: float) -> tuple[Tensor, Tensor]:
-        """Divergence [c] and its logit gradient [c, V] of rows `at`, given log p [c, V]."""
-        return dense(logp, self.distribution(at, logp, temperature), measure)
+    @property
+    def form(self) -> Form:
+        return Form.logits
 
-    def distribution(self, at: slice, logp: Tensor, temperature: float) -> Tensor:
-        """[c, V] log q over the student's vocabulary."""
-        return log_softmax(self.hidden[at], self.lm_head[: logp.shape[-1]], temperature).to(logp.dtype)
+    def evidence(self, at: slice, vocabulary: int, tiles: Tiles) -> tuple[Tensor, ...]:
+        """[c, V] logits over the student's vocabulary, valid until `tiles` makes others in their place."""
+        return (tiles.logits(self.hidden[at], self.lm_head[:vocabulary]),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +46,12 @@ class VocabularyTeacher:
     logprobs: Tensor  # [R, V] log q
     weight: Tensor  # [R]
 
-    def compare(self, at: slice, logp: Tensor, measure: Measure, temperature: float) -> tuple[Tensor, Tensor]:
-        return dense(logp, self.distribution(at, logp, temperature), measure)
+    @property
+    def form(self) -> Form:
+        return Form.logprobs
 
-    def distribution(self, at: slice, logp: Tensor, temperature: float) -> Tensor:
-        return self.logprobs[at].to(logp.dtype)
+    def evidence(self, at: slice, vocabulary: int, tiles: Tiles) -> tuple[Tensor, ...]:
+        return (self.logprobs[at],)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,18 +63,34 @@ class SupportTeacher:
     weight: Tensor  # [R]
     correction: Correction
 
-    def compare(self, at: slice, logp: Tensor, measure: Measure, temperature: float) -> tuple[Tensor, Tensor]:
-        return dense_on_support(logp, self.ids[at], self.logprobs[at].to(logp.dtype), measure, self.correction)
+    @property
+    def form(self) -> Correction:
+        return self.correction
+
+    def evidence(self, at: slice, vocabulary: int, tiles: Tiles) -> tuple[Tensor, ...]:
+        return self.ids[at], self.logprobs[at]
 
 
 Teacher = HiddenTeacher | VocabularyTeacher | SupportTeacher
 
 
-def log_softmax(hidden: Tensor, lm_head: Tensor, temperature: float) -> Tensor:
-    """[c, H] x [V, H] -> [c, V] normalised log-probabilities in fp32 (fp64 for fp64 inputs)."""
-    logits = hidden @ lm_head.to(hidden.dtype).T
-    return torch.log_softmax(logits.to(softmax_dtype(hidden)) / temperature, dim=-1)
+def divergence(
+    form: Form | Correction, evidence: tuple[Tensor, ...], logp: Tensor, measure: Measure, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Divergence [c] and its logit gradient [c, V], given log p [c, V]."""
+    if isinstance(form, Correction):
+        ids, logq = evidence
+        return dense_on_support(logp, ids, logq.to(logp.dtype), measure, form)
+    return dense(logp, distribution(form, evidence, logp.dtype, temperature), measure)
 
 
-def softmax_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def distribution(form: Form, evidence: tuple[Tensor, ...], dtype: torch.dtype, temperature: float) -> Tensor:
+    """[c, V] log q."""
+    (said,) = evidence
+    return said.to(dtype) if form is Form.logprobs else log_softmax(said, temperature).to(dtype)
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """[c, V] -> [c, V] normalised log-probabilities in fp32 (fp64 for fp64 logits)."""
+    wide = logits.to(softmax_dtype(logits))
+    return torch.log_softmax(wide if temperature == 1.0 else wide / temperature, dim=-1)

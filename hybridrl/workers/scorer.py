@@ -22,7 +22,7 @@ from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
 from hybridrl.ops.head import chosen_logprobs, top_logprobs, vocabulary_logprobs
 from hybridrl.types import RolloutBatch, SavedFile, ScoreHeader, TokenScores
-from hybridrl.workers.student import output_weight
+from hybridrl.workers.student import head_rule, output_weight
 
 
 class Scorer:
@@ -45,8 +45,8 @@ class Scorer:
     def configure(self, settings: RunSettings) -> None:
         """Answer what other settings ask for from here on. The teacher stays."""
         self.route = settings.teachers[self.teacher].route
-        self.temperature, self.head_chunk = settings.algorithm.temperature, settings.train.head_chunk
-        self.max_tokens, self.topk = settings.scorer.max_tokens_per_micro_batch, settings.algorithm.topk
+        self.rule, self.topk = head_rule(settings), settings.algorithm.topk
+        self.max_tokens = settings.scorer.max_tokens_per_micro_batch
         self.signals = make_objective(settings).signals
         self.remembered: dict[tuple[str, int], np.ndarray] = {}  # (prompt of the data, response) -> [r] log q
 
@@ -94,22 +94,22 @@ class Scorer:
 
     def _fill(self, scores: TokenScores, batch: RolloutBatch, states: Tensor, rows: np.ndarray, tokens: np.ndarray) -> None:
         """Write what the signals ask of R' tokens. states [R', H]; rows, tokens [R'] where they are in rows and columns."""
-        head, rule = self.head, {"temperature": self.temperature, "chunk": self.head_chunk}
+        head, rule = self.head, self.rule
         if Signal.teacher_hidden in self.signals:
             scores.rows[rows] = to_wire(states.to(head.dtype).cpu())
         elif Signal.teacher_vocabulary in self.signals:
-            scores.rows[rows] = vocabulary_logprobs(states, head, **rule).cpu().numpy()
+            scores.rows[rows] = vocabulary_logprobs(states, head, rule).cpu().numpy()
         drawn = torch.from_numpy(batch.input_ids[tokens].astype(np.int64)).to(self.device)[:, None]
         if Signal.teacher_support in self.signals:
             if self.topk.source is SupportSource.teacher:
-                ids = top_logprobs(states, head, self.topk.k, **rule)[0]
+                ids = top_logprobs(states, head, self.topk.k, rule)[0]
             else:
                 ids = torch.from_numpy(batch.support_ids[rows].astype(np.int64)).to(self.device)
             scores.support_ids[rows] = ids.cpu().numpy()
-            found = chosen_logprobs(states, head, torch.cat([ids, drawn], 1), **rule).cpu().numpy()
+            found = chosen_logprobs(states, head, torch.cat([ids, drawn], 1), rule).cpu().numpy()
             scores.rows[rows], scores.logprobs[tokens] = found[:, :-1], found[:, -1]
         elif Signal.teacher_logprobs in self.signals:
-            scores.logprobs[tokens] = chosen_logprobs(states, head, drawn, **rule)[:, 0].cpu().numpy()
+            scores.logprobs[tokens] = chosen_logprobs(states, head, drawn, rule)[:, 0].cpu().numpy()
 
     def _states(self, batch: RolloutBatch, sequences: Sequence[int]) -> Tensor:
         """[R', H] the last hidden state before each response token; sequences padded on the right."""

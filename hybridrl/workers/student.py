@@ -58,7 +58,7 @@ class OutputHead(nn.Module):
                 return hybrid_head_loss(hidden, self.weight, teachers, terms, self.rule)
             case Look.view:
                 ids = terms.token_ids[:, None]
-                return chosen_logprobs(hidden, self.weight, ids, temperature=self.rule.temperature, chunk=self.rule.chunk)[:, 0], None
+                return chosen_logprobs(hidden, self.weight, ids, self.rule)[:, 0], None
             case Look.compare:
                 return compared_sums(hidden, self.weight, teachers, terms, self.rule), None
 
@@ -105,7 +105,8 @@ def head_rule(settings: RunSettings) -> HeadRule:
     per_token = algorithm.ratio.level is RatioLevel.token and algorithm.pair.loss is PairLoss.none
     ratio = RatioBounds(kind=algorithm.ratio.kind, low=algorithm.ratio.low, high=algorithm.ratio.high) if per_token else RatioBounds()
     measure = Measure(divergence=algorithm.divergence, beta=algorithm.jsd_beta, log_ratio_clip=algorithm.log_ratio_clip)
-    return HeadRule(temperature=algorithm.temperature, chunk=settings.train.head_chunk, measure=measure, ratio=ratio)
+    chunk, exact = settings.train.head_chunk, settings.train.exact_logits
+    return HeadRule(temperature=algorithm.temperature, chunk=chunk, exact_logits=exact, measure=measure, ratio=ratio)
 
 
 def output_weight(model: PreTrainedModel) -> nn.Parameter:

@@ -10,7 +10,7 @@ from pathlib import Path
 import benchmarks
 from benchmarks.machine import describe
 
-VERBS = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "machine", "timing"))
+VERBS = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "machine", "timing", "head_peers"))
 
 
 def main(arguments: list[str]) -> int:

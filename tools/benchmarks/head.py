@@ -1,60 +1,109 @@
-"""The loss over the vocabulary: this package's one pass, plain autograd on full logits, and the bare matrix products."""
+"""The loss over the vocabulary: this package's one pass, plain autograd on full logits, others' kernels, the bare matrix products.
+
+Dense rows train KL(p || q) alone; the rows called `hybrid` have a cost per token too. On a GPU run `tools/bench head --all-shapes`.
+"""
 
 import argparse
-from dataclasses import dataclass
+import ctypes
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import head_peers
 from benchmarks.timing import interleaved, medians
 from hybridrl.ops.head import HeadRule, TokenTerms, hybrid_head_loss
+from hybridrl.ops.products import Tiles
 from hybridrl.ops.teachers import HiddenTeacher
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ROWS = (1024, 4096, 8192, 16384)
+SHAPES = ((4096, 4096, 128256), (2048, 4096, 151936), (1024, 4096, 151936))
+"""Hs, Ht, V: Llama 3 8B by itself, Qwen3 1.7B and 0.6B by 8B."""
+
+
+SLICE = 64
+"""Rows on which gradients are compared with fp64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    rows: int
+    width: int
+    teacher_width: int
+    vocabulary: int
+
+    @property
+    def flop(self) -> int:
+        """Of the products that any exact method needs: 2NV(3Hs + Ht)."""
+        return 2 * self.rows * self.vocabulary * (3 * self.width + self.teacher_width)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """Student and teacher of one shape, as leaves of a graph."""
+    """Student and teacher of one shape, the student's as leaves of a graph."""
 
-    hidden: Tensor  # [N, H]
-    lm_head: Tensor  # [V, H]
-    teacher_hidden: Tensor  # [N, H]
-    teacher_head: Tensor  # [V, H]
+    hidden: Tensor  # [N, Hs]
+    lm_head: Tensor  # [V, Hs]
+    teacher_hidden: Tensor  # [N, Ht]
+    teacher_head: Tensor  # [V, Ht]
     ids: Tensor  # [N]
     cost: Tensor  # [N]
 
+    def forget(self) -> None:
+        self.hidden.grad = self.lm_head.grad = None
 
-def problem(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: str) -> Problem:
-    g = torch.Generator().manual_seed(0)
-    normal = lambda *shape, scale: (torch.randn(*shape, generator=g) * scale).to(device, dtype)  # noqa: E731
+
+def problem(shape: Shape, dtype: torch.dtype, device: str, *, peaked: bool) -> Problem:
+    """Flat: independent logits of variance 1. Peaked: of variance 16, and the teacher is the student with noise, as late in training."""
+    g = torch.Generator(device).manual_seed(0)
+    normal = lambda *size, scale: (torch.randn(*size, generator=g, device=device) * scale).to(dtype)  # noqa: E731
+    spread = 4.0 if peaked else 1.0
+    hidden, lm_head = normal(shape.rows, shape.width, scale=spread), normal(shape.vocabulary, shape.width, scale=shape.width**-0.5)
+    teacher_hidden = normal(shape.rows, shape.teacher_width, scale=1.0)
+    teacher_head = normal(shape.vocabulary, shape.teacher_width, scale=shape.teacher_width**-0.5)
+    if peaked:
+        shared = min(shape.width, shape.teacher_width)
+        teacher_hidden, teacher_head = teacher_hidden * 0.1, teacher_head.clone()
+        teacher_hidden[:, :shared] += hidden[:, :shared]
+        teacher_head[:, :shared] = lm_head[:, :shared]
     return Problem(
-        hidden=normal(rows, width, scale=1.0).requires_grad_(),
-        lm_head=normal(vocabulary, width, scale=width**-0.5).requires_grad_(),
-        teacher_hidden=normal(rows, width, scale=1.0),
-        teacher_head=normal(vocabulary, width, scale=width**-0.5),
-        ids=torch.randint(vocabulary, (rows,), generator=g).to(device),
-        cost=torch.randn(rows, generator=g).to(device),
+        hidden=hidden.requires_grad_(),
+        lm_head=lm_head.requires_grad_(),
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+        ids=torch.randint(shape.vocabulary, (shape.rows,), generator=g, device=device),
+        cost=torch.randn(shape.rows, generator=g, device=device),
     )
 
 
-def ours(p: Problem, chunk: int) -> None:
+def ours(p: Problem, rule: HeadRule, *, hybrid: bool) -> None:
     """Both gradients in one pass, chunk by chunk."""
     ones = torch.ones(len(p.ids), device=p.ids.device)
-    terms = TokenTerms(token_ids=p.ids, token_weight=ones / len(p.ids), sparse=p.cost, sampler_logprobs=0 * ones)
+    terms = TokenTerms(token_ids=p.ids, token_weight=ones / len(p.ids), sparse=p.cost * hybrid, sampler_logprobs=0 * ones)
     teacher = HiddenTeacher(hidden=p.teacher_hidden, lm_head=p.teacher_head, weight=ones)
-    hybrid_head_loss(p.hidden, p.lm_head, (teacher,), terms, HeadRule(chunk=chunk))[0].backward()
+    hybrid_head_loss(p.hidden, p.lm_head, (teacher,), terms, rule)[0].backward()
 
 
-def autograd(p: Problem) -> None:
-    """The same loss by torch on full logits, log-softmax in fp32."""
+def full_logits(p: Problem, *, hybrid: bool) -> Tensor:
+    """The same loss on full logits, log-softmax in fp32."""
     logp = torch.log_softmax((p.hidden @ p.lm_head.T).float(), -1)
     with torch.no_grad():
         logq = torch.log_softmax((p.teacher_hidden @ p.teacher_head.T).float(), -1)
     kl = (logp.exp() * (logp - logq)).sum(-1)
-    (kl + p.cost * logp.gather(1, p.ids[:, None])[:, 0]).mean().backward()
+    return (kl + p.cost * logp.gather(1, p.ids[:, None])[:, 0]).mean() if hybrid else kl.mean()
+
+
+def autograd(p: Problem, *, hybrid: bool, compiled: bool = False) -> None:
+    loss = torch.compile(full_logits) if compiled else full_logits
+    loss(p, hybrid=hybrid).backward()
 
 
 def products(p: Problem) -> None:
-    """The four matrix products that any exact method needs, 2NVH each: what is left is the floor."""
+    """The four matrix products that any exact method needs, from fresh memory as everyone's are."""
     with torch.no_grad():
         logits = p.hidden @ p.lm_head.T
         p.teacher_hidden @ p.teacher_head.T
@@ -63,19 +112,150 @@ def products(p: Problem) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    for name, default in {"rows": 512, "width": 576, "vocabulary": 49152, "chunk": 128, "repeats": 5}.items():
+    for name, default in {"rows": 512, "width": 576, "teacher-width": 576, "vocabulary": 49152, "chunk": 512, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--peaked", action="store_true", help="a student near its teacher, as late in training; else independent ones")
+    parser.add_argument(
+        "--all-shapes", action="store_true", help="N of 1024 to 16384 for three pairs of models, flat and peaked: for a GPU"
+    )
+    parser.add_argument("--trl", type=Path, help="a wheel of TRL to take its kernel from; else an installed trl, else left out")
 
 
 def run(options: argparse.Namespace) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = (options.rows, options.width, options.vocabulary)
-    problems = {name: problem(*shape, dtype, device) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
-    calls = {f"products {name}": lambda p=p: products(p) for name, p in problems.items()}
-    calls |= {f"ours {name}": lambda p=p: ours(p, options.chunk) for name, p in problems.items()}
-    calls |= {f"autograd {name}": lambda p=p: autograd(p) for name, p in problems.items()}
+    shape = Shape(rows=options.rows, width=options.width, teacher_width=options.teacher_width, vocabulary=options.vocabulary)
+    asked = [(shape, options.peaked)]
+    if options.all_shapes:
+        asked = [(Shape(rows=n, width=s, teacher_width=t, vocabulary=v), k) for s, t, v in SHAPES for n in ROWS for k in (False, True)]
+    return {
+        "device": device,
+        "chunk": options.chunk,
+        "square_flop_s": square_rate(device),
+        "shapes": [one(options, device, *a) for a in asked],
+    }
+
+
+def variants(p: Problem, name: str, options: argparse.Namespace) -> dict[str, Callable[[Problem], object]]:
+    """name -> call, of the inputs in one dtype."""
+    rule, device = HeadRule(chunk=options.chunk), p.hidden.device.type
+    found: dict[str, Callable[[Problem], object]] = {f"products {name}": products}
+    for kind, hybrid in (("hybrid", True), ("dense", False)):
+        found[f"ours {name} {kind}"] = partial(ours, rule=rule, hybrid=hybrid)
+        found[f"autograd {name} {kind}"] = partial(autograd, hybrid=hybrid)
+    if name == "bf16" and device == "cpu":
+        found["ours bf16 hybrid, fp32 logits"] = partial(ours, rule=replace(rule, exact_logits=True), hybrid=True)
+    if device == "cuda":
+        found[f"torch.compile {name} hybrid"] = partial(autograd, hybrid=True, compiled=True)
+    return found | (head_peers.found(options.trl) if name == "bf16" else {})
+
+
+def one(options: argparse.Namespace, device: str, shape: Shape, peaked: bool) -> dict:
+    """Times, memory and errors of every variant on one problem; one that fails says so and is left out."""
+    calls, measured, failed = {}, {}, {}
+    for name, dtype in DTYPES.items() if device == "cpu" else (("bf16", torch.bfloat16),):
+        p, part = (problem(replace(shape, rows=n), dtype, device, peaked=peaked) for n in (shape.rows, min(shape.rows, SLICE)))
+        for variant, call in variants(p, name, options).items():
+            try:
+                timed = partial(_timed, p, call, device)
+                timed()  # what compiles, compiles here
+                measured[variant] = {"extra_bytes": extra_bytes(p, timed, device), "error": _error(part, call, "hybrid" in variant)}
+                calls[variant] = timed
+            except Exception as error:  # another's kernel, or a GPU too small for full logits: the rest is still worth measuring
+                failed[variant] = f"{type(error).__name__}: {error}".splitlines()[0]
+            p.forget()
     seconds = interleaved(calls, options.repeats)
-    for name, median in (found := medians(seconds)).items():
-        rate = 8 * options.rows * options.width * options.vocabulary / median / 1e9
-        print(f"{name:16s} {median:8.3f} s   {rate:8.0f} GFLOP/s by 8NHV   {median / found['ours bf16']:5.2f} x ours bf16")
-    return {"shape": shape, "chunk": options.chunk, "seconds": seconds}
+    for variant, values in seconds.items():
+        measured[variant]["seconds"] = values
+    result = {**asdict(shape), "peaked": peaked, "flop": shape.flop, "variants": measured, "failed": failed}
+    show(result)
+    return result
+
+
+def _timed(p: Problem, call: Callable[[Problem], object], device: str) -> None:
+    p.forget()
+    call(p)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def extra_bytes(p: Problem, call: Callable[[], object], device: str) -> int:
+    """Growth at the peak of a call beyond the two gradients: of the allocator's count on CUDA, else of the resident set."""
+    p.forget()
+    Tiles.release()
+    gradients = sum(t.numel() * t.element_size() for t in (p.hidden, p.lm_head))
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before - gradients
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide the growth
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before - gradients
+
+
+def resident(mark: str) -> int:
+    """Bytes of this process, from the kernel."""
+    return 1024 * next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(mark))
+
+
+def _error(p: Problem, call: Callable[[Problem], object], hybrid: bool) -> dict[str, float] | None:
+    """Relative errors of both gradients against fp64 on a few rows; None: the call makes no gradients."""
+    p.forget()
+    call(p)
+    if p.hidden.grad is None:
+        return None
+    wide = {name: value.detach().double() for name, value in asdict_shallow(p).items() if value.is_floating_point()}
+    exact = replace(p, **wide | {"hidden": wide["hidden"].requires_grad_(), "lm_head": wide["lm_head"].requires_grad_()})
+    autograd(exact, hybrid=hybrid)
+    pairs = {"hidden": (p.hidden, exact.hidden), "head": (p.lm_head, exact.lm_head)}
+    return {name: float((a.grad.double() - b.grad).norm() / b.grad.norm()) for name, (a, b) in pairs.items()}
+
+
+def asdict_shallow(p: Problem) -> dict[str, Tensor]:
+    return {f.name: getattr(p, f.name) for f in fields(p)}
+
+
+def square_rate(device: str) -> dict[str, float]:
+    """FLOP/s of a 2048 (on CUDA 8192) square product in each dtype, best of 5: the machine's rate without any overhead."""
+    size, found = 8192 if device == "cuda" else 2048, {}
+    for name, dtype in DTYPES.items():
+        a = torch.randn(size, size, device=device).to(dtype)
+        out = torch.empty_like(a)
+
+        def call(a: Tensor = a, out: Tensor = out) -> None:
+            torch.mm(a, a, out=out)
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        found[name] = 2 * size**3 / min(interleaved({"": call}, 5)[""])
+    return found
+
+
+def show(found: dict) -> None:
+    print("N={rows} Hs={width} Ht={teacher_width} V={vocabulary} peaked={peaked}".format(**found))
+    middle = medians({name: row["seconds"] for name, row in found["variants"].items()})
+    for name, row in found["variants"].items():
+        error = " ".join(f"{e:.1e}" for e in row["error"].values()) if row["error"] else ""
+        rate, ratio = found["flop"] / middle[name] / 1e9, middle[name] / middle["ours bf16 hybrid"]
+        print(f"{name:32s} {middle[name]:8.4f} s {rate:8.0f} GFLOP/s {ratio:6.2f} x ours {row['extra_bytes'] / 2**20:8.0f} MiB  {error}")
+    for name, why in found["failed"].items():
+        print(f"{name:32s} left out: {why}")
+
+
+def draw(found: dict, path: Path) -> None:
+    """Medians of each shape's variants as bars; the line is what the products alone take."""
+    from matplotlib import pyplot
+
+    shapes = found["shapes"]
+    figure, axes = pyplot.subplots(len(shapes), 1, figsize=(8, 0.5 + 3 * len(shapes)), squeeze=False, layout="constrained")
+    for axis, shape in zip(axes[:, 0], shapes, strict=True):
+        middle = medians({name: row["seconds"] for name, row in shape["variants"].items()})
+        bars = axis.barh(list(middle), list(middle.values()), color=["C1" if name.startswith("ours") else "C0" for name in middle])
+        axis.bar_label(bars, [f"{s:.3g} s" for s in middle.values()], padding=3)
+        axis.axvline(middle["products bf16"], color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set(xlabel="seconds", title="N={rows} Hs={width} Ht={teacher_width} V={vocabulary}".format(**shape), xmargin=0.15)
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)

@@ -1,0 +1,87 @@
+"""Losses over the vocabulary that others ship, called as their documentation says; only what can be imported is measured.
+
+TRL's kernel file imports the trainer, which wants far more than the kernel: its two files are loaded alone, straight from
+a wheel or from an installed trl, with a stub for the one function they take from there.
+"""
+
+import importlib.util
+import sys
+import types
+import zipfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def found(trl: Path | None) -> dict[str, Callable[[Any], object]]:
+    """name -> call of a benchmarks.head.Problem."""
+    peers: dict[str, Callable[[Any], object]] = {}
+    if trl is not None or importlib.util.find_spec("trl"):
+        peers["TRL ChunkedDivergence bf16 dense"] = _trl(trl)
+    if importlib.util.find_spec("liger_kernel"):
+        peers |= _liger()
+    return peers
+
+
+def _trl(wheel: Path | None) -> Callable[[Any], object]:
+    kernel = _trl_kernels(wheel).ChunkedDivergenceFunction
+
+    def call(p: Any) -> None:
+        kernel.apply(p.hidden, p.lm_head, None, p.teacher_hidden, p.teacher_head, None, 1.0)[0].mean().backward()  # 1.0: KL(p || q)
+
+    return call
+
+
+def _trl_kernels(wheel: Path | None) -> types.ModuleType:
+    """trl.kernels.chunked_divergence under another name."""
+    name = "benchmarked_trl"
+    if f"{name}.kernels.chunked_divergence" in sys.modules:
+        return sys.modules[f"{name}.kernels.chunked_divergence"]
+    for package in (name, f"{name}.kernels", f"{name}.trainer"):
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = []
+    utils = types.ModuleType(f"{name}.trainer.utils")
+    utils.maybe_gather_lm_head_ctx = lambda *_: nullcontext()  # gathers ZeRO-3 shards; here there are none
+    sys.modules[utils.__name__] = utils
+    for part in ("chunked_logprob", "chunked_divergence"):
+        file = _trl_file(wheel, f"trl/kernels/{part}.py")
+        spec = importlib.util.spec_from_file_location(f"{name}.kernels.{part}", file)
+        assert spec is not None and spec.loader is not None, file
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+def _trl_file(wheel: Path | None, name: str) -> Path:
+    """Triton reads its kernels' source from files, so those of a wheel are laid out beside it."""
+    if wheel is None:
+        return Path(str(metadata.distribution("trl").locate_file(name)))
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(name, wheel.with_suffix(".files")))
+
+
+def _liger() -> dict[str, Callable[[Any], object]]:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
+    in_kernel = LigerFusedLinearJSD(jsd_beta=1.0)
+    policy = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
+
+    def distil(p: Any) -> torch.Tensor:
+        return chunked(p.hidden, p.lm_head, p.teacher_hidden, p.teacher_head, p.ids)
+
+    def reinforce(p: Any) -> torch.Tensor:
+        """Each token a sequence of its own, whose advantage is minus its cost."""
+        mask = torch.ones_like(p.ids)[:, None]
+        return policy(p.hidden[:, None], p.lm_head, p.ids[:, None], mask, -p.cost)[0]
+
+    return {
+        "Liger FusedLinearJSDLoss bf16 dense": lambda p: distil(p).backward(),
+        "Liger FusedLinearJSD bf16 dense": lambda p: in_kernel(p.hidden, p.lm_head, p.teacher_hidden, p.teacher_head).backward(),
+        "Liger JSDLoss + GRPOLoss bf16 hybrid": lambda p: (distil(p) + reinforce(p)).backward(),
+    }
