@@ -36,10 +36,10 @@ class BareLoop:
         prompts = [row["prompt"] for row in rows[: order["prompts"]] for _ in range(order["samples"])]
         self.inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
         self.rule = HeadRule(chunk=order["head_chunk"])
-        self.spent: dict[str, list[float]] = {"rollout_s": [], "score_s": [], "learn_s": [], "step_s": []}
+        self.spent: dict[str, list[float]] = {"rollout_s": [], "score_s": [], "learn_s": [], "step_s": [], "cpu_s": []}
 
     def step(self) -> None:
-        clock = [time.perf_counter()]
+        clock, cpu = [time.perf_counter()], time.process_time()
         width, length = self.inputs.input_ids.shape[1], self.order["max_new_tokens"]
         with torch.no_grad():
             ids = self.student.generate(**self.inputs, max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
@@ -54,6 +54,7 @@ class BareLoop:
         for name, a, b in zip(self.spent, clock, clock[1:], strict=False):
             self.spent[name].append(b - a)
         self.spent["step_s"].append(clock[-1] - clock[0])
+        self.spent["cpu_s"].append(time.process_time() - cpu)
 
     def states(self, hidden: Tensor, width: int) -> Tensor:
         """[R, H] before each response token."""

@@ -2,7 +2,8 @@
 
 Same models, prompts, forced lengths, learning rate and threads; each row is a process of its own, the rows take turns:
 ours (one step with both signals), ours-distillation, ours-reward, TRL's two trainers, bare-loop (Hugging Face generation and our
-loss in plain torch) and floor (the bare parts that no step can do without). TRL lives in an interpreter of its own: python -m venv trl && trl/bin/pip install trl==1.16.0, then --trl-python trl/bin/python.
+loss in plain torch) and floor (the bare parts that no step can do without). TRL lives in an interpreter of its own:
+python -m venv trl && trl/bin/pip install trl==1.16.0, then --trl-python trl/bin/python.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks import watched
@@ -91,11 +92,14 @@ class Bench:
     def _ours(self, algorithm: str) -> dict:
         run_dir = Path(tempfile.mkdtemp(prefix=f"{algorithm}-", dir=self.folder)) / "run"
         command = [sys.executable, "-m", "hybridrl.cli", "train", *self._settings(run_dir, algorithm)]
-        seen = watched.run(command, under=self.options.under, env=self.env | {"RAY_ADDRESS": ""})
-        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        rows = run_dir / "metrics.jsonl"  # the first one is of no step
+        done = lambda: len(rows.read_text().splitlines()) - 1 if rows.is_file() else -1  # noqa: E731
+        seen = watched.run(command, under=self.options.under, env=self.env | {"RAY_ADDRESS": ""}, progress=done)
+        lines = [json.loads(line) for line in rows.read_text().splitlines()]
         steps = [line for line in lines if line["train/step"] > 0]
         assert all(line["rollout/length_mean"] == LENGTH for line in steps), "every response runs to the limit"
         phases = {f"{phase}_s": [line[f"time/{phase}_s"] for line in steps] for phase in ("step", *PHASES)}
+        phases["cpu_s"] = cpu_per_step(seen.cpu_at, self.steps)
         return phases | {"logprob_gap": [line.get("policy/logprob_gap") for line in steps]} | process(seen)
 
     def _settings(self, run_dir: Path, algorithm: str) -> list[str]:
@@ -113,7 +117,16 @@ class Bench:
 
 
 def process(seen: watched.Watched) -> dict:
-    return {key: value for key, value in asdict(seen).items() if key != "output"} | {"load": os.getloadavg()[0]}
+    keep = ("peak_bytes", "others_cores", "wall_s")
+    return {key: getattr(seen, key) for key in keep} | {"load": os.getloadavg()[0], "process_cpu_s": seen.cpu_s}
+
+
+def cpu_per_step(cpu_at: dict[int, float], steps: int) -> list[float]:
+    """CPU seconds of each step, to half a second of two cores; a step that no look fell into shares the next one's."""
+    found: list[float] = []
+    for before, after in pairwise(step for step in sorted(cpu_at) if 0 <= step <= steps):
+        found += [(cpu_at[after] - cpu_at[before]) / (after - before)] * (after - before)
+    return found
 
 
 def describe(found: dict) -> str:
@@ -154,12 +167,16 @@ def report(name: str, found: dict[str, dict]) -> None:
         if row != FLOOR:
             phases = "  ".join(f"{phase} {values[f'{phase}_s']:.2f}" for phase in PHASES if f"{phase}_s" in values)
             memory = f"{values['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in values else "computed"
-            print(f"  {row:24s} {values['step_s']:8.2f} s a step  {values['tokens_per_s']:6.0f} tokens/s  {memory:9s} {phases}")
+            print(
+                f"  {row:24s} {values['step_s']:8.2f} s a step  {values.get('cpu_s', float('nan')):7.2f} CPU s  {values['tokens_per_s']:6.0f} tokens/s  {memory:9s} {phases}"
+            )
     ours = next((found[row]["step_s"] for row in OURS if row in found), None)
     if ours and all(row in found for row in TRL):
         distillation, both = found["trl-distillation"]["step_s"], sum(found[row]["step_s"] for row in TRL)
         print(f"  TRL distillation / ours (both signals): {distillation / ours:.2f} (target 2)")
         print(f"  TRL distillation + GRPO / ours (both signals): {both / ours:.2f} (target 3)")
+        cpu = {row: found[row]["cpu_s"] for row in ("ours", *TRL)}
+        print(f"  the same by CPU seconds: {cpu['trl-distillation'] / cpu['ours']:.2f}, {sum(cpu[row] for row in TRL) / cpu['ours']:.2f}")
     if FLOOR in found and ours:
         report_floor(found[FLOOR], ours)
     print(flush=True)

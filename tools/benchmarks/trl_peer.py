@@ -23,17 +23,17 @@ MARK = "PEER "
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of one step to the end of the next, so that the data loader is in them, and the losses."""
+    """Wall and CPU seconds from the end of one step to the end of the next, so that the data loader is in them, and the losses."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[tuple[float, float]] = []
         self.logs: list[dict] = []
 
     def on_train_begin(self, args, state, control, **_) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), time.process_time()))
 
     def on_step_end(self, args, state, control, **_) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), time.process_time()))
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         self.logs.append({key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)})
@@ -63,7 +63,7 @@ def common(order: dict) -> dict:
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "seed": 0,
+        "seed": order.get("seed", 0),
     }
 
 
@@ -112,7 +112,8 @@ def main(kind: str, order: dict) -> None:
     if order["save"]:
         trainer.save_model(order["save"])
     found = {
-        "step_s": [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)],
+        "step_s": [b - a for (a, _), (b, _) in zip(clock.ends, clock.ends[1:], strict=False)],
+        "cpu_s": [b - a for (_, a), (_, b) in zip(clock.ends, clock.ends[1:], strict=False)],
         "rollout_s": generate_s,
         "logs": clock.logs,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

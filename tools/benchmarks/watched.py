@@ -5,7 +5,7 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -24,14 +24,23 @@ class Watched:
     cpu_s: float = 0.0
     wall_s: float = 0.0
     others_cores: float = 0.0  # cores that other programs kept busy while this one computed, on average
+    cpu_at: dict[int, float] = field(default_factory=dict)  # CPU seconds so far when `progress` first said so many
     output: str = field(default="", repr=False)
 
 
-def run(command: Sequence[str], *, under: str = "", env: Mapping[str, str] | None = None, limit_s: float = 3600.0) -> Watched:
+def run(
+    command: Sequence[str],
+    *,
+    under: str = "",
+    env: Mapping[str, str] | None = None,
+    limit_s: float = 3600.0,
+    progress: Callable[[], int] = lambda: 0,
+) -> Watched:
     """Run to the end and return what was seen; stdout and stderr are joined in `output`.
 
     Args:
         under: command in front, e.g. "taskset -c 0,1".
+        progress: how many steps are done, asked twice a second.
 
     Raises:
         RuntimeError: it failed or took longer than limit_s; the end of its output is in the message.
@@ -40,7 +49,7 @@ def run(command: Sequence[str], *, under: str = "", env: Mapping[str, str] | Non
     full = [*shlex.split(under), *command]
     with subprocess.Popen(full, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         done = threading.Event()
-        watcher = threading.Thread(target=watch, args=(process.pid, seen, done), daemon=True)
+        watcher = threading.Thread(target=watch, args=(process.pid, seen, done, progress), daemon=True)
         watcher.start()
         try:
             seen.output, _ = process.communicate(timeout=limit_s)
@@ -61,7 +70,7 @@ def busy_s() -> float:
     return times.user + times.nice + times.system
 
 
-def watch(pid: int, seen: Watched, done: threading.Event) -> None:
+def watch(pid: int, seen: Watched, done: threading.Event, progress: Callable[[], int]) -> None:
     cpu: dict[int, float] = {}
     before, others_s, computing_s = (time.perf_counter(), busy_s(), 0.0), 0.0, 0.0
     while not done.wait(EVERY_S):
@@ -80,6 +89,7 @@ def watch(pid: int, seen: Watched, done: threading.Event) -> None:
             others_s, computing_s = others_s + max(busy - own, 0.0), computing_s + wall
         before = now
         seen.peak_bytes, seen.cpu_s = max(seen.peak_bytes, memory), now[2]
+        seen.cpu_at.setdefault(progress(), now[2])
         seen.others_cores = others_s / max(computing_s, EVERY_S)
 
 
