@@ -167,9 +167,8 @@ def report(name: str, found: dict[str, dict]) -> None:
         if row != FLOOR:
             phases = "  ".join(f"{phase} {values[f'{phase}_s']:.2f}" for phase in PHASES if f"{phase}_s" in values)
             memory = f"{values['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in values else "computed"
-            print(
-                f"  {row:24s} {values['step_s']:8.2f} s a step  {values.get('cpu_s', float('nan')):7.2f} CPU s  {values['tokens_per_s']:6.0f} tokens/s  {memory:9s} {phases}"
-            )
+            cpu, rate = values.get("cpu_s", float("nan")), values["tokens_per_s"]
+            print(f"  {row:24s} {values['step_s']:8.2f} s a step  {cpu:7.2f} CPU s  {rate:6.0f} tokens/s  {memory:9s} {phases}")
     ours = next((found[row]["step_s"] for row in OURS if row in found), None)
     if ours and all(row in found for row in TRL):
         distillation, both = found["trl-distillation"]["step_s"], sum(found[row]["step_s"] for row in TRL)
