@@ -133,6 +133,14 @@ class OnError(StrEnum):
     value = "value"  # use reward.error_value
 
 
+class OnStale(StrEnum):
+    """What keeps tokens from being older than pipeline.max_staleness."""
+
+    wait = "wait"  # sampling does not run that far ahead
+    drop = "drop"  # groups with an older token are not trained on; their prompts come again
+    reweight = "reweight"  # nothing: older tokens are trained on with their importance ratio
+
+
 class Device(StrEnum):
     auto = "auto"  # cuda when the cluster has GPUs
     cpu = "cpu"

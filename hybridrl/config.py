@@ -11,8 +11,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from hybridrl.algorithm import AlgorithmConfig, ScheduleConfig
-from hybridrl.choices import Baseline, Device, OnError, PairLoss, Ratio, Resume, Support, SupportSource, WandbMode, WeightTransfer
+from hybridrl.choices import Baseline, Device, OnError, OnStale, PairLoss, Ratio, Resume, Support, SupportSource, WandbMode
 from hybridrl.errors import ConfigError
+from hybridrl.generation import PipelineConfig, RolloutConfig
 from hybridrl.placement import check_places
 
 
@@ -169,42 +170,6 @@ class RewardConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class RolloutConfig:
-    engines: int = 1
-    tensor_parallel: int = 1
-    """devices inside one engine"""
-    max_new_tokens: int = 16
-    max_model_len: int = 64
-    """prompt + response"""
-    max_num_seqs: int = 256
-    """sequences decoded at once by one engine"""
-    kv_cache_bytes: int | None = None
-    """KV cache of one engine; null: 256 MiB on CPU, on GPUs what gpu_memory_utilization leaves"""
-    gpu_memory_utilization: float = 0.9
-    """share of a GPU that an engine may use; at most 0.5 with cluster.colocate"""
-    enforce_eager: bool = True
-    """false: let vLLM compile; pays after minutes of generation"""
-    chunks_per_engine: int = 1
-    """how many pieces of a step's prompts stream out of one engine; scoring of a piece starts when it is done"""
-    weight_transfer: WeightTransfer = WeightTransfer.auto
-    max_logprob_gap: float = 0.1
-    """nats; a larger mean |sampler - learner| log-prob difference means the engines do not run the learner's weights: the run stops"""
-
-    def __post_init__(self) -> None:
-        for name in ("engines", "tensor_parallel", "max_new_tokens", "max_num_seqs", "chunks_per_engine"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: a fraction of the device, in (0, 1]")
-        if self.kv_cache_bytes is not None and self.kv_cache_bytes < 1:
-            raise ConfigError(f"rollout.kv_cache_bytes={self.kv_cache_bytes}: must be positive, or null to have it chosen")
-        if self.max_model_len <= self.max_new_tokens:
-            raise ConfigError(
-                f"rollout.max_model_len={self.max_model_len}: must hold a prompt and rollout.max_new_tokens={self.max_new_tokens}; raise it"
-            )
-
-
-@dataclass(kw_only=True, slots=True)
 class LearnerConfig:
     ranks: int = 1
     zero_stage: int = 1
@@ -323,6 +288,7 @@ class RunSettings:
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -340,6 +306,7 @@ class RunSettings:
         for name, function in self.reward.functions.items():
             function.schedule.check(f"reward.functions.{name}.schedule")
         check_needs(self)
+        check_pipeline(self)
         check_places(self)
 
     @property
@@ -398,3 +365,15 @@ def check_needs(settings: RunSettings) -> None:
         )
     if algorithm.dynamic_sampling and not algorithm.learns_from_rewards:
         raise ConfigError("algorithm.dynamic_sampling: compares rewards, and algorithm.reward_weight is 0; set it to 0")
+
+
+def check_pipeline(settings: RunSettings) -> None:
+    """What runs ahead, or finishes first, is something that the objective and the data can do with."""
+    algorithm, pipeline = settings.algorithm, settings.pipeline
+    if pipeline.on_stale is OnStale.reweight and pipeline.ahead and algorithm.ratio.kind is Ratio.none:
+        raise ConfigError(
+            "pipeline.on_stale=reweight: stale tokens are weighted by algorithm.ratio, and algorithm.ratio.kind=none leaves it out; "
+            "set algorithm.ratio.kind=truncate, or pipeline.on_stale=wait"
+        )
+    if settings.rollout.oversample and algorithm.data_fraction:
+        raise ConfigError("rollout.oversample: data is not sampled, so nothing of it is late; set it to 0, or algorithm.data_fraction=0")

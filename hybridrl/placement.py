@@ -24,21 +24,26 @@ def check_places(settings: "RunSettings") -> None:
         _check_shared_gpus(settings)
 
 
+def chunk_size(prompts: int, groups_per_chunk: int, engines: int) -> int:
+    """Prompts of one chunk: as set, but every engine gets one. Example: 10 prompts, groups_per_chunk=96, 2 engines: 5."""
+    return max(min(groups_per_chunk, -(-prompts // engines)), 1)
+
+
 def _check_counts(settings: "RunSettings") -> None:
-    rollout, algorithm, ranks = settings.rollout, settings.algorithm, settings.learner.ranks
-    chunks = rollout.engines * rollout.chunks_per_engine
-    if settings.train.prompts_per_step < max(chunks, ranks):
-        raise ConfigError(
-            f"train.prompts_per_step={settings.train.prompts_per_step}: must be at least {max(chunks, ranks)}, one prompt "
-            f"for each of rollout.engines * rollout.chunks_per_engine={chunks} and of learner.ranks={ranks}"
-        )
-    chunks += rollout.chunks_per_engine * (algorithm.teacher_fraction > 0) + (algorithm.data_fraction > 0)
+    rollout, algorithm, prompts = settings.rollout, settings.algorithm, settings.train.prompts_per_step
+    for name, count in {"rollout.engines": rollout.engines, "learner.ranks": settings.learner.ranks}.items():
+        if prompts < count:
+            raise ConfigError(f"train.prompts_per_step={prompts}: must be at least {name}={count}, one prompt for each; raise it")
+    by_data, by_teacher = round(algorithm.data_fraction * prompts), round(algorithm.teacher_fraction * prompts)
+    by_student = prompts - by_data - by_teacher
+    chunks = -(-by_student // chunk_size(by_student, rollout.groups_per_chunk, rollout.engines))
+    chunks += -(-by_teacher // chunk_size(by_teacher, rollout.groups_per_chunk, 1)) + (by_data > 0)
     counts = {"scorer.replicas": settings.scorer.replicas if settings.scored_teachers else 1, "reward.workers": settings.reward.workers}
     for name, count in counts.items():
         if count > chunks:
             raise ConfigError(
                 f"{name}={count}: a step has {chunks} chunks, each for one worker, so the rest would idle; "
-                "lower it or raise rollout.chunks_per_engine"
+                f"lower it or rollout.groups_per_chunk={rollout.groups_per_chunk}"
             )
 
 

@@ -29,6 +29,10 @@ Int = NDArray[np.int64]
 Bool = NDArray[np.bool_]
 
 
+NO_VERSION = 2**31 - 1
+"""Newer than every weight version."""
+
+
 class FinishReason(StrEnum):
     """Why a response ended."""
 
@@ -155,7 +159,7 @@ class ScoreHeader:
     """What the controller may know of a TokenScores. scorer -> controller."""
 
     teacher: str
-    nbytes: int  # of the scores in the object store
+    nbytes: dict[str, int]  # of the scores in the object store, by the objective's signal
     score_s: float  # the scorer's own clock
 
 
@@ -187,11 +191,11 @@ class ChunkHeader:
     response_lengths: Int  # [N]
     truncated: Bool  # [N]
     aborted: Bool  # [N] no response: its whole group is never trained on
-    min_policy_version: int
-    max_policy_version: int
+    oldest_version: Int  # [N] least weight version that sampled one of its tokens; NO_VERSION where it has none
+    newest_version: Int  # [N] greatest; -1 where it has none
     mean_policy_version: float  # over response tokens
     nbytes: int  # of the batch in the object store
-    generate_s: float  # the engine's own clock, first prompt queued to last response done
+    finish_s: Float  # [N] the engine's own clock, from the wave's start to the response's end; 0 for data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,9 +244,9 @@ class WeightManifest:
     names: tuple[str, ...]
     dtypes: tuple[str, ...]  # torch dtype names, e.g. "bfloat16"
     shapes: tuple[tuple[int, ...], ...]
-    offsets: tuple[int, ...]  # bytes
+    offsets: tuple[int, ...]  # bytes; tied weights share one
     nbytes: int
-    digest: str  # sha256 of the buffer, hex
+    digest: str  # XXH3-128 of the buffer, hex
     version: int
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from hybridrl.choices import Baseline, ScheduleKind
+from hybridrl.choices import Baseline, OnStale, ScheduleKind
 from hybridrl.compose import conf_dir, known_keys, load_config, to_settings, to_yaml
 from hybridrl.config import RunSettings, ScheduleConfig
 from hybridrl.errors import ConfigError
@@ -37,8 +37,14 @@ def test_every_experiment_loads_with_its_own_algorithm(experiment: str):
 
 def test_every_yaml_file_is_one_of_those_choices():
     files = {str(path.relative_to(conf_dir())) for path in conf_dir().rglob("*.yaml")}
-    groups = {f"{group}/{choice}.yaml" for group in ("algorithm", "experiment") for choice in choices(group)}
+    groups = {f"{group}/{choice}.yaml" for group in ("algorithm", "experiment", "schedule") for choice in choices(group)}
     assert files == {"config.yaml"} | groups
+
+
+def test_a_pipelined_schedule_is_two_steps_ahead_and_the_default_is_in_step():
+    assert load_config(BASE).pipeline.ahead == 0
+    ahead = load_config([*BASE, "schedule=pipelined"]).pipeline
+    assert (ahead.ahead, ahead.max_staleness, ahead.on_stale) == (2, 2, OnStale.wait)
 
 
 def test_the_presets_are_the_methods_they_are_named_after():
@@ -171,8 +177,14 @@ BAD = [
     ),
     ("+reward.functions.b.weight=2", "reward.functions.b.function is not set: it has no default; add reward.functions.b.function=..."),
     ("train.samples_per_prompt=1", "train.samples_per_prompt=1: algorithm.baseline=leave_one_out compares siblings, needs >= 2"),
-    ("train.prompts_per_step=3 rollout.engines=2 rollout.chunks_per_engine=2", "train.prompts_per_step=3: must be at least 4"),
-    ("train.prompts_per_step=3 learner.ranks=4", "train.prompts_per_step=3: must be at least 4"),
+    ("train.prompts_per_step=3 rollout.engines=4", "train.prompts_per_step=3: must be at least rollout.engines=4"),
+    ("pipeline.ahead=-1", "pipeline.ahead=-1: must not be negative"),
+    ("pipeline.ahead=2 pipeline.max_staleness=1", "pipeline.ahead=2: pipeline.on_stale=wait lets sampling run no further ahead than"),
+    ("pipeline.ahead=1 pipeline.on_stale=reweight", "pipeline.on_stale=reweight: stale tokens are weighted by algorithm.ratio"),
+    ("pipeline.max_inflight_bytes=0", "pipeline.max_inflight_bytes=0: must be positive"),
+    ("rollout.oversample=2", "rollout.oversample=2.0: a share of train.prompts_per_step"),
+    ("rollout.oversample=0.5", "rollout.groups_per_chunk=96: rollout.oversample cancels single groups"),
+    ("train.prompts_per_step=3 learner.ranks=4", "train.prompts_per_step=3: must be at least learner.ranks=4"),
     ("rollout.weight_transfer=nccl cluster.device=cpu", "rollout.weight_transfer=nccl: needs GPUs, cluster.device is cpu"),
     ("rollout.max_model_len=16 rollout.max_new_tokens=16", "rollout.max_model_len=16: must hold a prompt and rollout.max_new_tokens=16"),
     ("data.task=jsonl data.path=train.jsonl", "data.task=jsonl: needs data.path and data.heldout_path"),

@@ -67,7 +67,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     nodes = RayNodes(initialize_head=True, head_node_args={"num_cpus": 2})
     nodes.add_node(num_cpus=2)
     settings = tiny_settings(
-        folder, "cluster.spread=true", "rollout.engines=2", "rollout.chunks_per_engine=2", "learner.ranks=2", "learner.zero_stage=2",
+        folder, "cluster.spread=true", "rollout.engines=2", "rollout.groups_per_chunk=2", "learner.ranks=2", "learner.zero_stage=2",
         "scorer.replicas=2", "reward.workers=2", "cluster.threads_per_worker=1", f"cluster.address={nodes.address}",
     )  # fmt: skip
     with Cluster(settings) as cluster:
@@ -118,6 +118,34 @@ def test_another_zero_stage_trains_in_the_same_graph(graph, stage):
     assert all(row["policy/logprob_gap"] < 1e-5 for row in rows) and rows[1]["train/grad_norm"] > 0
 
 
+def test_pipelined_steps_overlap_within_their_bound_and_lose_no_prompt(graph):
+    """Two steps ahead: the third step's tokens were asked for when version 0 served, and sampled while version 1 and 2 came."""
+    pipelined = replace(graph.settings.pipeline, ahead=2, max_staleness=2)
+    settings = replace(graph.settings, pipeline=pipelined, train=replace(graph.settings.train, steps=4))
+    controller = graph.controller(settings, graph.workers)
+    rows, taken = [], []
+    for _ in range(4):
+        rows.append(controller.step())
+        taken.append([p.uid for p in controller.pipeline.in_flight()])
+        assert controller.state().prompts["owed"] == taken[-1]
+    assert [len(uids) for uids in taken] == [32, 32, 16, 0], "two waves ahead, as far as there are steps"
+    assert all(row["policy/staleness_max"] <= 2 for row in rows) and max(row["policy/staleness_max"] for row in rows) > 0
+    assert all(row["controller/materialized_bytes"] == 0 and row["rollout/late_frac"] == 0 for row in rows)
+    assert controller.prompts.position == 64 and controller.prompts.owed == []
+
+
+def test_oversampling_trains_on_the_groups_that_are_done_first_and_returns_the_others(graph):
+    rollout = replace(graph.settings.rollout, groups_per_chunk=1, oversample=0.25)
+    controller = graph.controller(replace(graph.settings, rollout=rollout), graph.workers)
+    before, graph.workers.rollout.settings = graph.workers.rollout.settings, controller.settings
+    row = controller.step()
+    graph.workers.rollout.settings = before
+    assert row["rollout/late_frac"] == pytest.approx(4 / 16)
+    assert len(controller.prompts.owed) == 4 and controller.prompts.position == 20
+    owed = {p.uid for p in controller.prompts.owed}
+    assert owed <= {p.uid for p in controller.prompts.next_batch(4)}
+
+
 def test_an_engine_answers_pings_and_takes_new_weights_while_it_generates(graph, controller):
     rollout = graph.workers.rollout
     version = controller.publish_weights() and controller.weight_version
@@ -127,7 +155,7 @@ def test_an_engine_answers_pings_and_takes_new_weights_while_it_generates(graph,
     gather(rollout.load_weights(manifest, packed))
     headers = gather([chunk.header for chunk in chunks])
     assert max(busy) > 0, "some ping was answered while requests were unfinished"
-    spans = {(h.min_policy_version, h.max_policy_version) for h in headers}
+    spans = {(h.oldest_version.min(), h.newest_version.max()) for h in headers}
     assert (version, version + 1) in spans, "some chunk has tokens of both versions"
     assert all(version <= low <= high <= version + 1 for low, high in spans)
 

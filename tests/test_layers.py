@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hybridrl"
 
 LAYERS = [
-    {"errors"}, {"choices"}, {"algorithm"}, {"config", "placement"}, {"compose"}, {"types"}, {"ops"}, {"objectives"},
+    {"errors"}, {"choices"}, {"algorithm", "generation"}, {"config", "placement"}, {"compose"}, {"types"}, {"ops"}, {"objectives"},
     {"data", "models", "rewards"}, {"workers"}, {"tracking"}, {"runtime"}, {"controller"}, {"oracle"}, {"cli"},
 ]  # fmt: skip
 """From the bottom up; members of one set do not depend on the order among themselves."""

@@ -15,7 +15,7 @@ from test_graph import PROMISED
 from hybridrl.algorithm import AlgorithmConfig, PairConfig
 from hybridrl.choices import PairLoss, Source
 from hybridrl.controller.evaluation import summary
-from hybridrl.controller.metrics import learner_metrics, reward_metrics, rollout_metrics, score_metrics
+from hybridrl.controller.metrics import late_metrics, learner_metrics, reward_metrics, rollout_metrics, transfer_metrics, worker_times
 from hybridrl.data.collate import MicroBatch, collate, train_sequences
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 from hybridrl.objectives.credit import LearnerView
@@ -92,7 +92,7 @@ LONG_AND_SHORT = make_batch([((1, 2), [(5, 6, 7, 8, 9, 2), (2,)])])  # the sampl
 def test_a_step_is_measured_over_its_live_tokens():
     tally, log2 = Tally(CPU), math.log(2)
     stats = head_stats([-1, -1 + log2, -1, -1, -1, -50, -1 - log2], [1, 2, 3, 4, 5, 99, 7], [1, 1, 1, 1, 1, 99, 3])
-    count_micro(tally, torch.tensor(0.5), stats, micro_batch(LONG_AND_SHORT, [-2.0, -1.0, 0.0, 0.0, 0.0, -99.0, 3.0], out=5))
+    count_micro(tally, torch.tensor(0.5), stats, micro_batch(LONG_AND_SHORT, [-2.0, -1.0, 0.0, 0.0, 0.0, -99.0, 3.0], out=5), 0)
     row = batch_metrics(tally.reduced(), make_plan(LONG_AND_SHORT, num_tokens=12), 2.5)
     by_hand = {
         "train/loss": 0.5, "train/grad_norm": 2.5,
@@ -108,11 +108,20 @@ def test_a_step_is_measured_over_its_live_tokens():
 
 
 @pytest.mark.usefixtures("alone")
+def test_what_older_weights_sampled_does_not_count_as_a_gap_between_sampler_and_learner():
+    """Version 0 sampled everything; version 1 learns: their difference is learning, not a fault."""
+    tally = Tally(CPU)
+    count_micro(tally, torch.tensor(0.0), head_stats([-3.0] * 7, [1.0] * 7, [0.0] * 7), micro_batch(LONG_AND_SHORT, [0.0] * 7), 1)
+    row = batch_metrics(tally.reduced(), make_plan(LONG_AND_SHORT), 1.0)
+    assert "policy/logprob_gap" not in row and "policy/logprob_gap_max" not in row and row["policy/kl_sampler"] > 0
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(("source", "sampled"), [(Source.teacher, True), (Source.data, False)])
 def test_who_did_not_sample_is_not_compared_with_the_learner(source: Source, sampled: bool):
     tally = Tally(CPU)
     batch = replace(LONG_AND_SHORT, source=source)
-    count_micro(tally, torch.tensor(0.0), head_stats([-3.0] * 7, [1.0] * 7, [0.0] * 7), micro_batch(batch, [0.0] * 7))
+    count_micro(tally, torch.tensor(0.0), head_stats([-3.0] * 7, [1.0] * 7, [0.0] * 7), micro_batch(batch, [0.0] * 7), 0)
     row = batch_metrics(tally.reduced(), make_plan(batch), 1.0)
     assert "policy/logprob_gap" not in row and "policy/kl_sampler" not in row and row["entropy/token"] == 1.0
     assert ("policy/rho_mean" in row) == ("policy/ess" in row) == sampled
@@ -206,7 +215,7 @@ def test_ranks_of_the_data_are_no_rewards():
 
 def header(source: Source = Source.student, version: int = 3) -> ChunkHeader:
     batch = replace(LONG_AND_SHORT, source=source, policy_versions=np.full_like(LONG_AND_SHORT.policy_versions, version))
-    return chunk_header(batch, 1.0)
+    return chunk_header(batch, [1.0, 2.0])
 
 
 def test_lengths_ends_and_staleness_come_from_headers():
@@ -251,11 +260,18 @@ def everything() -> set[str]:
     found = dict.fromkeys(SUMS + MEANS + MAXIMA, 1.0)
     stats = LearnerStats(metrics=batch_metrics(found, make_plan(LONG_AND_SHORT), 1.0), learn_s=1.0)
     read = replace(make_rewards(LONG_AND_SHORT, [0, 1]), compressed=np.ones(2), repeated=np.ones(2))
+    scored = [ScoreHeader(teacher="main", nbytes={"teacher_hidden": 1}, score_s=1.0)]
     rows = [
         learner_metrics(make_plan(LONG_AND_SHORT), stats), reward_metrics([read]), rollout_metrics([header()], [read], 3),
-        score_metrics([ScoreHeader(teacher="main", nbytes=1, score_s=1.0)]), summary([read], []).metrics, probed(),
+        transfer_metrics([header()], scored, 1, 1.0), worker_times([header()], scored, stats), late_metrics([], [header()]),
+        summary([read], []).metrics, probed(),
     ]  # fmt: skip
-    others = {f"teacher/{name}" for name in COMPARED} | {f"time/{phase}_s" for phase in PHASES} | {"eval/accuracy_teacher/main"}
+    others = (
+        {"transfer/inflight_bytes"}
+        | {f"teacher/{name}" for name in COMPARED}
+        | {f"time/{phase}_s" for phase in PHASES}
+        | {"eval/accuracy_teacher/main"}
+    )
     return {key for row in rows for key in row} | PROMISED | others
 
 

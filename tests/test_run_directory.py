@@ -60,7 +60,7 @@ def test_where_how_fast_and_how_often_may_change(tmp_path: Path):
         "cluster.device=cpu", "cluster.spread=true", "deadlines.sync_s=7", "tracking.wandb=disabled", "tracking.tags=[a]",
         "checkpoint.every=1", "checkpoint.keep=3", "scorer.replicas=2", "run.resume=required",
         "eval.every=1", "eval.samples=1", "eval.teacher=false",
-        "rollout.engines=2", "rollout.tensor_parallel=2", "rollout.chunks_per_engine=2", "rollout.max_num_seqs=1",
+        "rollout.engines=2", "rollout.tensor_parallel=2", "rollout.groups_per_chunk=2", "rollout.max_num_seqs=1",
         "rollout.kv_cache_bytes=null", "rollout.gpu_memory_utilization=0.5", "rollout.enforce_eager=false",
         "rollout.weight_transfer=object_store", "rollout.max_logprob_gap=1",
         "learner.ranks=2", "learner.zero_stage=3", "learner.gradient_checkpointing=true",

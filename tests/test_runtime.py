@@ -46,7 +46,7 @@ SHARED = "cluster.colocate=true rollout.gpu_memory_utilization=0.4"
         ("cluster.colocate=true", "rollout.gpu_memory_utilization=0.9: under cluster.colocate=true"),
         ("cluster.colocate=true rollout.gpu_memory_utilization=0.51", "rollout.gpu_memory_utilization=0.51: under cluster.colocate=true"),
         ("scorer.replicas=2", "scorer.replicas=2: a step has 1 chunks"),
-        ("reward.workers=5 rollout.engines=2 rollout.chunks_per_engine=2", "reward.workers=5: a step has 4 chunks"),
+        ("reward.workers=5 rollout.engines=2 rollout.groups_per_chunk=24", "reward.workers=5: a step has 4 chunks"),
         ("rollout.kv_cache_bytes=0", "rollout.kv_cache_bytes=0: must be positive, or null"),
     ],
 )
@@ -68,7 +68,7 @@ def test_a_placement_that_cannot_work_is_answered_with_one_sentence(overrides: s
         "cluster.colocate=true rollout.gpu_memory_utilization=0.5",
         "cluster.colocate=true cluster.device=cpu",
         "rollout.weight_transfer=nccl rollout.tensor_parallel=2",
-        "scorer.replicas=4 reward.workers=4 rollout.engines=2 rollout.chunks_per_engine=2",
+        "scorer.replicas=4 reward.workers=4 rollout.engines=2 rollout.groups_per_chunk=24",
     ],
 )
 def test_a_placement_that_works_is_taken(overrides: str):
@@ -264,7 +264,7 @@ def test_a_response_that_did_not_end_by_itself_has_no_tokens_and_the_header_says
     rows = [trajectory(PROMPT, o) for o in outputs]
     support = np.concatenate([top_tokens(o, 2) for o in outputs])
     batch = RolloutBatch.pack([PROMPT, PROMPT], 2, rows, Source.teacher, support)
-    header = chunk_header(batch, 1.0)
+    header = chunk_header(batch, [1.0] * batch.num_sequences)
     assert header.aborted.tolist() == [True, False, False, True] and header.truncated.tolist() == [False, True, False, False]
     assert header.response_lengths.tolist() == [0, 2, 2, 0] and header.num_tokens.tolist() == [2, 4, 4, 2]
     assert (header.group_size, header.source) == (2, Source.teacher)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from hybridrl.errors import CheckpointError
 
@@ -23,7 +24,7 @@ class RunState:
     step: int  # optimizer steps done
     weight_version: int
     optimizer_steps: int
-    prompts: dict[str, int]  # the data cursor
+    prompts: dict[str, Any]  # the data cursor, and the uids that were drawn and not trained on
     schedules: dict[str, float]  # where feedback schedules hold their weights
     wandb_id: str | None
 

@@ -1,17 +1,17 @@
 """The central loop. It holds headers and references; tokens, log-probs and weights go from worker to worker."""
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from hybridrl.choices import WeightTransfer
+from hybridrl.choices import OnStale, WeightTransfer
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer, RunState
 from hybridrl.controller.evaluation import evaluate
-from hybridrl.controller.metrics import learner_metrics, reward_metrics, rollout_metrics, score_metrics
+from hybridrl.controller.metrics import late_metrics, learner_metrics, reward_metrics, rollout_metrics, transfer_metrics, worker_times
+from hybridrl.controller.pipeline import Pipeline, wave_seed
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
 from hybridrl.controller.weights import Weights
 from hybridrl.data.prompts import PromptSource
@@ -20,6 +20,7 @@ from hybridrl.errors import RewardError, WeightSyncError
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import Meter, gather
+from hybridrl.runtime.cluster import object_store_bytes
 from hybridrl.runtime.weights import WeightSync
 from hybridrl.runtime.workers import Workers
 from hybridrl.tracking.sink import Sinks
@@ -34,7 +35,8 @@ class Controller:
                                   +-> rewards -> rewards -+-> learner -> weights -> rollout
 
     Arrows between workers are object-store references. Scoring of a chunk starts when the chunk is done, while
-    others still generate; learning starts when every chunk's header is here, in prompt order.
+    others still generate; learning starts when every chunk's header is here, in prompt order. With pipeline.ahead > 0 the
+    same goes on for the next steps' prompts meanwhile.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Controller:
         self.settings = settings
         self.rollout, self.scorers, self.rewards, self.learner = workers.rollout, workers.scorers, workers.rewards, workers.learner
         self.sampling, self.weights_of = Sampling(settings, workers), Weights(settings)
+        self.pipeline = Pipeline(settings, self.sampling, prompts, self.weights_of, store_bytes=object_store_bytes())
         self.weights = WeightSync(workers.learner, workers.rollout, backend)
         self.prompts, self.heldout, self.sinks, self.checkpointer = prompts, heldout, sinks, checkpointer
         self.signals = make_objective(settings).signals
@@ -60,9 +63,9 @@ class Controller:
         self.wandb_id: str | None = None  # None: wandb is off
 
     def step(self) -> dict[str, float]:
-        """One optimizer step on fresh rollouts; returns its metrics."""
+        """One optimizer step; returns its metrics."""
         started, fetched = time.perf_counter(), Meter.materialized_bytes
-        arrived = self._sample()
+        arrived, late = self._sample()
         headers, rewards = [a.header for a in arrived], [a.rewards for a in arrived]
         with self.clock.phase("score"):
             score_headers = gather([header for a in arrived for header, _ in a.drawn.scores])
@@ -81,34 +84,45 @@ class Controller:
             "train/step": float(self.steps_done),
             **reward_metrics(rewards),
             **rollout_metrics(headers, rewards, plan.step),
-            **score_metrics(score_headers),
             **learner_metrics(plan, stats),
-            "transfer/bytes_weights": float(weight_bytes),
+            **transfer_metrics(headers, score_headers, weight_bytes, self.clock.seconds("sync")),
+            **late_metrics(late, headers),
+            "transfer/inflight_bytes": float(self.pipeline.in_flight_bytes),
             "controller/materialized_bytes": float(Meter.materialized_bytes - fetched),
             "perf/tokens_per_s": float(sum(h.response_lengths.sum() for h in headers)) / step_s,
             "time/step_s": step_s,
+            **worker_times(headers, score_headers, stats),
             **self.clock.take(),
         }  # fmt: skip
+        self.pipeline.wave_bytes = int(row["transfer/bytes_rollout"] + row["transfer/bytes_scores"])
         self.weights_of.observe(row)
         return row
 
-    def _sample(self) -> list[Arrived]:
-        """Rollouts with their rewards; under dynamic sampling, further waves until enough groups are usable."""
-        wanted, arrived = self.settings.train.prompts_per_step, []
-        for wave in range(1 + self.settings.algorithm.dynamic_sampling):
-            name = f"train-{self.steps_done}" + (f".{wave}" if wave else "")
-            seed = wave_seed(self.settings.run.seed, "train", self.steps_done)
+    def _sample(self) -> tuple[list[Arrived], list[Prompt]]:
+        """Rollouts with their rewards, and prompts that come again. Further waves while too few groups are usable, as far as
+        algorithm.dynamic_sampling and pipeline.on_stale make that a normal thing."""
+        settings, step = self.settings, self.steps_done
+        wanted = settings.train.prompts_per_step
+        enough = wanted if settings.algorithm.dynamic_sampling else 1
+        further = max(settings.algorithm.dynamic_sampling, int(settings.pipeline.on_stale is OnStale.drop))
+        arrived: list[Arrived] = []
+        late: list[Prompt] = []
+        for again in range(1 + further):
             with self.clock.phase("rollout"):
-                drawn = self.sampling.draw(
-                    self.prompts.next_batch(wanted), wave=name, seed=seed, reward_weights=self.weights_of.rewards(self.steps_done)
-                )
+                drawn = (self.pipeline.draw(step, again) if again else self.pipeline.take(step)).drawn
+                if settings.rollout.oversample:
+                    drawn, cancelled = self.sampling.first(drawn, wanted)
+                    late += [prompt for d in cancelled for prompt in d.chunk.prompts]
                 headers = self.sampling.headers(drawn)
             with self.clock.phase("reward"):
-                arrived += self.sampling.arrived(drawn, headers)
+                fresh = self.sampling.arrived(drawn, headers, step)
+                late += self.sampling.stale_prompts(fresh, step)
+                arrived += fresh
                 self._check_reward_errors([a.rewards for a in arrived])
-            if sum(len(a.groups) for a in arrived) >= wanted:
+            if sum(len(a.groups) for a in arrived) >= enough:
                 break
-        return arrived
+        self.prompts.put_back(late)
+        return arrived, late
 
     def run(self) -> None:
         """Train to train.steps from wherever the state stands; evaluate, checkpoint and log on the way."""
@@ -149,7 +163,7 @@ class Controller:
             step=self.steps_done,
             weight_version=self.weight_version,
             optimizer_steps=self.steps_done,
-            prompts=self.prompts.state_dict(),
+            prompts=self.prompts.state_dict(self.pipeline.in_flight()),
             schedules=self.weights_of.state_dict(),
             wandb_id=self.wandb_id,
         )
@@ -228,8 +242,3 @@ def learning_rate(settings: RunSettings, step: int) -> float:
         return train.lr
     done = (step - train.lr_warmup_steps) / max(train.steps - train.lr_warmup_steps, 1)
     return train.lr_end + (train.lr - train.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-
-
-def wave_seed(run_seed: int, kind: str, step: int) -> int:
-    """Seed of one rollout wave, from the run's seed alone: nothing to save, nothing to restore."""
-    return int.from_bytes(hashlib.sha256(f"{run_seed}/{kind}/{step}".encode()).digest()[:6], "little")

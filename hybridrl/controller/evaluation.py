@@ -29,7 +29,10 @@ def evaluate(
         step: optimizer steps done, for the wave's name and the samples.
         temperature: of sampling when not greedy.
     """
-    chunks = rollout.generate(prompts, wave=f"eval-{step}", group_size=1, temperature=0.0 if config.greedy else temperature, seed=seed)
+    chunks = rollout.generate(
+        prompts, wave=f"eval-{step}", group_size=1, temperature=0.0 if config.greedy else temperature, seed=seed,
+        groups_per_chunk=len(prompts),
+    )  # fmt: skip
     pending = rewards.score(chunks, [function.weight for function in rewards.settings.reward.functions.values()])
     scored = gather(pending)
     return summary(scored, rewards.samples(chunks[0], pending[0], step, config.samples))

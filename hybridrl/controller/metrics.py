@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hybridrl.choices import Source
-from hybridrl.types import ChunkHeader, LearnerStats, Rewards, ScoreHeader, UpdatePlan
+from hybridrl.types import ChunkHeader, LearnerStats, Prompt, Rewards, ScoreHeader, UpdatePlan
 
 PASS_MARK = 0.5
 """A response passes with a reward above it, as with a reward of 0 or 1."""
@@ -43,7 +43,6 @@ def rollout_metrics(headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], 
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated_frac": float(truncated.mean()),
         "rollout/eos_frac": float((~truncated & ~aborted).mean()),
-        "transfer/bytes_rollout": float(sum(h.nbytes for h in headers)),
     }
     for key, name in {"rollout/compressed": "compressed", "rollout/repeated": "repeated"}.items():
         if np.isfinite(mean := _mean(np.concatenate([getattr(r, name) for r in rewards]))):
@@ -51,7 +50,7 @@ def rollout_metrics(headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], 
     if own := [h for h in headers if h.source is Source.student and h.response_lengths.any()]:
         sampled_by = np.average([h.mean_policy_version for h in own], weights=[h.response_lengths.sum() for h in own])
         row["policy/staleness_mean"] = float(version - sampled_by)
-        row["policy/staleness_max"] = float(version - min(h.min_policy_version for h in own))
+        row["policy/staleness_max"] = float(version - min(h.oldest_version.min() for h in own))
     return row
 
 
@@ -65,8 +64,37 @@ def learner_metrics(plan: UpdatePlan, stats: LearnerStats) -> dict[str, float]:
     }
 
 
-def score_metrics(headers: Sequence[ScoreHeader]) -> dict[str, float]:
-    return {"transfer/bytes_scores": float(sum(h.nbytes for h in headers))}
+def transfer_metrics(headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], weight_bytes: int, sync_s: float) -> dict[str, float]:
+    """What went through the object store, in all and per token of its kind."""
+    tokens, response_tokens = (int(sum(getattr(h, name).sum() for h in headers)) for name in ("num_tokens", "response_lengths"))
+    rollout = sum(h.nbytes for h in headers)
+    signals = sorted({signal for s in scores for signal in s.nbytes})
+    by_signal = {signal: sum(s.nbytes.get(signal, 0) for s in scores) for signal in signals}
+    row = {
+        "transfer/bytes_rollout": float(rollout),
+        "transfer/bytes_scores": float(sum(by_signal.values())),
+        "transfer/bytes_weights": float(weight_bytes),
+        "transfer/token_bytes/rollout": rollout / max(tokens, 1),
+        "perf/weights_gb_per_s": weight_bytes / 1e9 / max(sync_s, 1e-9),
+    }
+    return row | {f"transfer/token_bytes/{signal}": nbytes / max(response_tokens, 1) for signal, nbytes in by_signal.items()}
+
+
+def worker_times(headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], stats: LearnerStats) -> dict[str, float]:
+    """By the workers' own clocks. How long responses took shows stragglers; how long workers were busy shows what overlaps."""
+    finish_s = np.concatenate([h.finish_s for h in headers])
+    return {
+        "time/response_s_p50": float(np.percentile(finish_s, 50)),
+        "time/response_s_p95": float(np.percentile(finish_s, 95)),
+        "time/response_s_max": float(finish_s.max()),
+        "time/scorers_busy_s": float(sum(s.score_s for s in scores)),
+        "time/learner_busy_s": stats.learn_s,
+    }
+
+
+def late_metrics(late: Sequence[Prompt], headers: Sequence[ChunkHeader]) -> dict[str, float]:
+    """Share of the sampled groups that were cancelled or too old."""
+    return {"rollout/late_frac": len(late) / sum(len(h.uids) for h in headers)}
 
 
 def _mean(values: np.ndarray) -> float:

@@ -22,9 +22,9 @@ FREE = (
     "cluster", "deadlines", "tracking", "checkpoint", "diagnostics", "scorer",
     "run.resume", "run.dir", "run.allow_changes",
     "eval.every", "eval.samples", "eval.teacher",
-    "rollout.engines", "rollout.tensor_parallel", "rollout.chunks_per_engine", "rollout.max_num_seqs", "rollout.kv_cache_bytes",
+    "rollout.engines", "rollout.tensor_parallel", "rollout.groups_per_chunk", "rollout.max_num_seqs", "rollout.kv_cache_bytes",
     "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.weight_transfer", "rollout.max_logprob_gap",
-    "learner.ranks", "learner.zero_stage", "learner.gradient_checkpointing",
+    "pipeline.max_inflight_bytes", "learner.ranks", "learner.zero_stage", "learner.gradient_checkpointing",
     "reward.workers", "reward.processes", "reward.timeout_s", "reward.max_error_rate",
     "train.max_tokens_per_micro_batch", "train.packing", "train.head_chunk",
 )  # fmt: skip

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybridrl.choices import PairLoss
+from hybridrl.choices import OnStale, PairLoss, Source
 from hybridrl.config import RunSettings
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
-from hybridrl.runtime.calls import Pending, gather
-from hybridrl.runtime.groups import Chunk
+from hybridrl.runtime.calls import Pending, first_done, gather
+from hybridrl.runtime.groups import Chunk, RolloutGroup
 from hybridrl.runtime.workers import Workers
 from hybridrl.types import ChunkHeader, Prompt, Rewards
 
@@ -72,17 +72,41 @@ class Sampling:
     def headers(self, drawn: Sequence[Drawn]) -> list[ChunkHeader]:
         return gather([d.chunk.header for d in drawn])
 
-    def arrived(self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader]) -> list[Arrived]:
-        """Wait for the rewards. Groups with an aborted response are not used, under algorithm.dynamic_sampling nor are those
-        whose rewards are all equal."""
-        rewards = gather([d.rewards for d in drawn])
-        return [Arrived(drawn=d, header=h, rewards=r, groups=self._used(h, r)) for d, h, r in zip(drawn, headers, rewards, strict=True)]
+    def first(self, drawn: Sequence[Drawn], count: int) -> tuple[list[Drawn], list[Drawn]]:
+        """Wait until `count` chunks are done, stop the others; -> those that are done, in order, and the others."""
+        done = first_done([d.chunk.header for d in drawn], count)
+        late = [d for d, is_done in zip(drawn, done, strict=True) if not is_done]
+        gather([pending for engines in self._engines() for pending in engines.cancel([d.chunk for d in late])])
+        return [d for d, is_done in zip(drawn, done, strict=True) if is_done], late
 
-    def _used(self, header: ChunkHeader, rewards: Rewards) -> tuple[int, ...]:
-        usable = ~header.aborted.reshape(-1, header.group_size).any(axis=1)
+    def _engines(self) -> list[RolloutGroup]:
+        return [group for group in (self.workers.rollout, self.workers.teacher_rollout) if group is not None]
+
+    def arrived(self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader], step: int) -> list[Arrived]:
+        """Wait for the rewards. Groups with an aborted response are not used; under algorithm.dynamic_sampling nor are those
+        whose rewards are all equal; under pipeline.on_stale=drop nor are those with a token too old at `step`."""
+        rewards = gather([d.rewards for d in drawn])
+        return [
+            Arrived(drawn=d, header=h, rewards=r, groups=self._used(h, r, step))
+            for d, h, r in zip(drawn, headers, rewards, strict=True)
+        ]  # fmt: skip
+
+    def _used(self, header: ChunkHeader, rewards: Rewards, step: int) -> tuple[int, ...]:
+        usable = ~header.aborted.reshape(-1, header.group_size).any(axis=1) & ~self._stale(header, step)
         if self.settings.algorithm.dynamic_sampling:
             usable &= differing(header, rewards)
         return tuple(np.flatnonzero(usable).tolist())
+
+    def _stale(self, header: ChunkHeader, step: int) -> np.ndarray:
+        """[G] bool: not trained on, because some token of the group is older than pipeline.max_staleness."""
+        pipeline, oldest = self.settings.pipeline, header.oldest_version.reshape(-1, header.group_size).min(axis=1)
+        if pipeline.on_stale is not OnStale.drop or header.source is not Source.student:
+            return np.zeros(len(oldest), bool)
+        return oldest < step - pipeline.max_staleness
+
+    def stale_prompts(self, arrived: Sequence[Arrived], step: int) -> list[Prompt]:
+        """Of the groups that are too old."""
+        return [a.drawn.chunk.prompts[g] for a in arrived for g in np.flatnonzero(self._stale(a.header, step))]
 
     def num_pairs(self, arrived: Sequence[Arrived]) -> int:
         """Groups that the loss is averaged over: those with a best and a worst response, or all that are kept."""

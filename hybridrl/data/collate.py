@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybridrl.choices import Source
 from hybridrl.objectives.credit import Credit
-from hybridrl.types import ScoredBatch
+from hybridrl.types import NO_VERSION, ScoredBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,7 @@ class TrainSequence:
     value_slope: np.ndarray  # [r] float32
     teachers: tuple[TeacherColumns, ...]
     source: Source  # who wrote the response
+    oldest_version: int  # of the weights that sampled it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class MicroBatch:
     rollout_logprobs: Tensor  # [R] float32
     teachers: tuple[TeacherColumns, ...]  # R rows each
     sources: tuple[Source, ...]  # [S]
+    oldest_versions: Tensor  # [S] int64
 
 
 def train_sequences(batch: ScoredBatch, credit: Credit, teacher_weights: Sequence[Tensor]) -> list[TrainSequence]:
@@ -86,6 +88,7 @@ def train_sequences(batch: ScoredBatch, credit: Credit, teacher_weights: Sequenc
                 value_slope=slope[row],
                 teachers=teachers,
                 source=rollout.source,
+                oldest_version=int(rollout.policy_versions[span][at].min(initial=NO_VERSION)),
             )
         )
     return sequences
@@ -114,6 +117,7 @@ def collate(sequences: Sequence[TrainSequence], *, packed: bool = False) -> Micr
         rollout_logprobs=column("rollout_logprobs"),
         teachers=tuple(stack_teachers(columns) for columns in zip(*(s.teachers for s in sequences), strict=True)),
         sources=tuple(s.source for s in sequences),
+        oldest_versions=torch.tensor([s.oldest_version for s in sequences]),
     )
 
 
@@ -138,6 +142,7 @@ def idle_sequence(teachers: Sequence[TeacherColumns]) -> TrainSequence:
         value_slope=zero,
         teachers=tuple(teachers),
         source=Source.student,
+        oldest_version=NO_VERSION,
     )
 
 

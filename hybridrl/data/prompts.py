@@ -91,34 +91,51 @@ class PromptSource:
             raise DataError("no training prompts")
         self.prompts, self.seed = prompts, seed
         self.epoch, self.position = 0, 0
+        self.owed: list[Prompt] = []  # were handed out and came back
         self._order = self._permutation()
 
     def next_batch(self, n: int) -> list[Prompt]:
-        """The next `n` prompts; their uids end in "@EPOCH" and so are unique in the run."""
-        batch = []
-        for _ in range(n):
+        """The next `n` prompts, those that came back first; their uids end in "@EPOCH" and so are unique in the run."""
+        batch, self.owed = self.owed[:n], self.owed[n:]
+        while len(batch) < n:
             if self.position == len(self.prompts):
                 self.epoch, self.position = self.epoch + 1, 0
                 self._order = self._permutation()
-            prompt = self.prompts[self._order[self.position]]
-            batch.append(replace(prompt, uid=f"{prompt.uid}@{self.epoch}"))
+            batch.append(_of_epoch(self.prompts[self._order[self.position]], self.epoch))
             self.position += 1
         return batch
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+    def put_back(self, prompts: Sequence[Prompt]) -> None:
+        """Prompts that were handed out and not trained on; they come again."""
+        self.owed += prompts
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self, in_flight: Sequence[Prompt] = ()) -> dict[str, Any]:
+        """
+        Args:
+            in_flight: handed out and not trained on yet; a resumed run hands them out first.
+        """
+        return {"epoch": self.epoch, "position": self.position, "owed": [p.uid for p in (*in_flight, *self.owed)]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises:
-        DataError: the state is of a source with more prompts.
+        DataError: the state is of a source with other prompts.
         """
         if not 0 <= state["position"] <= len(self.prompts):
             raise DataError(f"the checkpoint stands at prompt {state['position']} of an epoch; the data has only {len(self.prompts)}")
+        by_uid = {p.uid: p for p in self.prompts} if state["owed"] else {}
+        owed = [uid.rpartition("@") for uid in state["owed"]]
+        if unknown := next((uid for uid, _, _ in owed if uid not in by_uid), None):
+            raise DataError(f"the checkpoint owes prompt {unknown}, which the data no longer has")
         self.epoch, self.position = state["epoch"], state["position"]
+        self.owed = [_of_epoch(by_uid[uid], int(epoch)) for uid, _, epoch in owed]
         self._order = self._permutation()
 
     def _permutation(self) -> list[int]:
         return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.prompts)).tolist()
+
+
+def _of_epoch(prompt: Prompt, epoch: int) -> Prompt:
+    return replace(prompt, uid=f"{prompt.uid}@{epoch}")
 
 
 def _prompt(

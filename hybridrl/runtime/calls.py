@@ -53,6 +53,25 @@ def gather(pending: Sequence[Pending]) -> list[Any]:
     return [values[p.ref] for p in pending]
 
 
+def first_done(pending: Sequence[Pending], count: int) -> list[bool]:
+    """Wait until `count` of the calls have ended, in whatever way; which these are, at most `count`, the first in order.
+
+    Raises:
+        WorkerTimeout: fewer ended within the longest deadline.
+    """
+    deadline_s = max(p.deadline_s for p in pending)
+    ready, late = ray.wait([p.ref for p in pending], num_returns=count, timeout=deadline_s)
+    if len(ready) < count:
+        slow = next(p for p in pending if p.ref == late[0])
+        raise WorkerTimeout(slow.worker, slow.call, f"only {len(ready)} of {count} answers within {deadline_s:g} s")
+    return [p.ref in set(ready) for p in pending]
+
+
+def is_done(pending: Pending) -> bool:
+    """Whether the call has ended, in whatever way; does not wait."""
+    return bool(ray.wait([pending.ref], timeout=0)[0])
+
+
 def _fetch(pending: Pending) -> Any:
     try:
         value = ray.get(pending.ref, timeout=pending.deadline_s)

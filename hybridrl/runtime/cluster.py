@@ -179,6 +179,11 @@ def device_of(wanted: Device, gpus: float, cuda_build: str | None) -> str:
     return "cuda" if wanted is not Device.cpu and gpus and cuda_build else "cpu"
 
 
+def object_store_bytes() -> float:
+    """Of all nodes together; infinite where Ray does not say."""
+    return ray.cluster_resources().get("object_store_memory", math.inf)
+
+
 def gpu_share(teams: int) -> float:
     """What each of `teams` workers asks of the GPU they share; rounded down to Ray's unit, so that all fit into 1."""
     return math.floor(10_000 / max(teams, 1)) / 10_000

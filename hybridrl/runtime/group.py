@@ -25,10 +25,23 @@ class Slot:
 
 
 class ActorGroup:
-    """submit_*: start and return Pending; call_all: wait for everyone."""
+    """submit_*: start and return Pending; call_all: wait for everyone.
+
+    Args:
+        concurrent: the worker's methods are coroutines.
+        any_order: a call whose arguments are ready overtakes one that still waits for its own.
+    """
 
     def __init__(
-        self, name: str, path: str, slots: Sequence[Slot], kwargs: Sequence[dict[str, Any]], *, log_dir: str, concurrent: bool = False
+        self,
+        name: str,
+        path: str,
+        slots: Sequence[Slot],
+        kwargs: Sequence[dict[str, Any]],
+        *,
+        log_dir: str,
+        concurrent: bool = False,
+        any_order: bool = False,
     ) -> None:
         self.name, self.size = name, len(slots)
         self.names = [f"{name}/{i}" for i in range(self.size)]
@@ -39,6 +52,7 @@ class ActorGroup:
                 num_gpus=slot.num_gpus,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle),
                 runtime_env={"env_vars": slot.env},
+                allow_out_of_order_execution=concurrent or any_order,
                 **({"max_concurrency": 1000} if concurrent else {}),
             )
             self.actors.append(actor.remote(path, f"{log_dir}/{worker.replace('/', '-')}.log", arguments))

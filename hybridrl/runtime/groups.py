@@ -1,16 +1,16 @@
-"""The four groups of a run, each method typed: the only place where a worker's method is named by a string."""
+"""The groups of a run, each method typed: the only place where a worker and its methods are named by strings."""
 
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hybridrl.choices import PairLoss, Source, WeightTransfer
 from hybridrl.config import ModelConfig, RunSettings
-from hybridrl.runtime.calls import Pending, gather
+from hybridrl.placement import chunk_size
+from hybridrl.runtime.calls import Pending, gather, is_done
 from hybridrl.runtime.group import ActorGroup, EngineCall, Slot
 from hybridrl.types import GenerateOrder, LearnerStats, Prompt, Sample, Shard, UpdatePlan, WeightManifest
 
@@ -19,11 +19,36 @@ from hybridrl.types import GenerateOrder, LearnerStats, Prompt, Sample, Shard, U
 class Chunk:
     """A piece of a rollout wave: its header for the controller, its batch for the workers."""
 
+    wave: str
+    prompts: tuple[Prompt, ...]
     header: Pending  # -> ChunkHeader
     batch: Pending  # -> RolloutBatch; only ever passed on by reference
 
 
+class EngineLoad:
+    """Who has how many tokens to do: prompt and longest possible response of every chunk that is not done."""
+
+    def __init__(self, engines: int) -> None:
+        self.under_way: list[list[tuple[int, Pending]]] = [[] for _ in range(engines)]  # per engine (tokens, -> header)
+
+    def assign(self, tokens: Sequence[int]) -> list[int]:
+        """An engine for each chunk, in order: always the one with the least to do. All idle: the same at each call."""
+        self.under_way = [[(n, header) for n, header in mine if not is_done(header)] for mine in self.under_way]
+        load = [sum(n for n, _ in mine) for mine in self.under_way]
+        engines = []
+        for num_tokens in tokens:
+            engine = load.index(min(load))
+            load[engine] += num_tokens
+            engines.append(engine)
+        return engines
+
+    def add(self, engine: int, tokens: int, header: Pending) -> None:
+        self.under_way[engine].append((tokens, header))
+
+
 class RolloutGroup:
+    worker = "hybridrl.workers.rollout:Rollout"
+
     def __init__(
         self,
         settings: RunSettings,
@@ -38,28 +63,49 @@ class RolloutGroup:
     ) -> None:
         self.settings = settings
         kwargs = {"settings": settings, "model": model, "device": device, "backend": str(backend), "source": source}
-        self.group = ActorGroup(name, "hybridrl.workers.rollout:Rollout", slots, [kwargs] * len(slots), log_dir=log_dir, concurrent=True)
+        self.group = ActorGroup(name, self.worker, slots, [kwargs] * len(slots), log_dir=log_dir, concurrent=True)
+        self.load = EngineLoad(len(slots))
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
 
     def generate(
-        self, prompts: Sequence[Prompt], *, wave: str, group_size: int, temperature: float, seed: int, support: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        wave: str,
+        group_size: int,
+        temperature: float,
+        seed: int,
+        support: int = 0,
+        groups_per_chunk: int | None = None,
     ) -> list[Chunk]:
-        """Start sampling. Chunks are contiguous in prompt order and assigned to engines statically."""
+        """Start sampling. Chunks are contiguous in prompt order; each goes to the engine with the fewest tokens to do.
+
+        Args:
+            groups_per_chunk: None: as set in rollout.groups_per_chunk.
+        """
         rollout = self.settings.rollout
-        engines, per_engine = self.group.size, rollout.chunks_per_engine
-        pieces = split(prompts, min(engines * per_engine, len(prompts)))
+        size = chunk_size(len(prompts), groups_per_chunk or rollout.groups_per_chunk, self.group.size)
+        pieces = [tuple(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        tokens = [sum(len(p.input_ids) + rollout.max_new_tokens for p in piece) * group_size for piece in pieces]
+        engines, numbers = self.load.assign(tokens), [0] * self.group.size
         chunks = []
-        for i, piece in enumerate(pieces):
-            engine = i % engines
+        for piece, engine, num_tokens in zip(pieces, engines, tokens, strict=True):
             order = GenerateOrder(
-                wave=wave, chunk=i // engines, num_chunks=len(range(engine, len(pieces), engines)), group_size=group_size,
+                wave=wave, chunk=numbers[engine], num_chunks=engines.count(engine), group_size=group_size,
                 temperature=temperature, max_new_tokens=rollout.max_new_tokens, seed=seed, support=support,
             )  # fmt: skip
+            numbers[engine] += 1
             header, batch = self.group.submit_pair(engine, "generate", order, piece, deadline_s=self.settings.deadlines.rollout_s)
-            chunks.append(Chunk(header=header, batch=batch))
+            self.load.add(engine, num_tokens, header)
+            chunks.append(Chunk(wave=wave, prompts=piece, header=header, batch=batch))
         return chunks
+
+    def cancel(self, chunks: Sequence[Chunk]) -> list[Pending]:
+        """Stop sampling these chunks, wherever they are; -> how many responses each engine gave up."""
+        groups = [f"{chunk.wave}/{prompt.uid}" for chunk in chunks for prompt in chunk.prompts]
+        return self.group.submit_all("abort", groups, deadline_s=self.settings.deadlines.sync_s)
 
     def load_weights(self, manifest: WeightManifest, packed: ray.ObjectRef) -> list[Pending]:
         return self.group.submit_all("load_weights", manifest, packed, deadline_s=self.settings.deadlines.sync_s)
@@ -78,10 +124,12 @@ class RolloutGroup:
 class ScorerGroup:
     """The replicas of one teacher."""
 
+    worker = "hybridrl.workers.scorer:Scorer"
+
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, teacher: str, device: str, log_dir: str) -> None:
         self.settings, self.teacher = settings, teacher
         kwargs = {"settings": settings, "teacher": teacher, "device": device}
-        self.group = ActorGroup(f"scorer-{teacher}", "hybridrl.workers.scorer:Scorer", slots, [kwargs] * len(slots), log_dir=log_dir)
+        self.group = ActorGroup(f"scorer-{teacher}", self.worker, slots, [kwargs] * len(slots), log_dir=log_dir, any_order=True)
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
@@ -97,12 +145,14 @@ class ScorerGroup:
 
 
 class RewardGroup:
+    worker = "hybridrl.workers.reward:RewardWorker"
+
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, log_dir: str) -> None:
         self.settings = settings
         watch_only = settings.algorithm.reward_weight.is_zero() and settings.algorithm.pair.loss is PairLoss.none
         model = {"tokenizer_path": settings.model.path, "revision": settings.model.revision}
         kwargs = {"config": settings.reward, **model, "watch_only": watch_only}
-        self.group = ActorGroup("reward", "hybridrl.workers.reward:RewardWorker", slots, [kwargs] * len(slots), log_dir=log_dir)
+        self.group = ActorGroup("reward", self.worker, slots, [kwargs] * len(slots), log_dir=log_dir, any_order=True)
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
@@ -119,12 +169,14 @@ class RewardGroup:
 
 
 class LearnerGroup:
+    worker = "hybridrl.workers.learner:Learner"
+
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, device: str, log_dir: str) -> None:
         self.settings = settings
         self.slot = slots[0]
         master = (self.slot.node_ip, free_port_at(self.slot))
         kwargs = [{"settings": settings, "rank": rank, "master": master, "device": device} for rank in range(len(slots))]
-        self.group = ActorGroup("learner", "hybridrl.workers.learner:Learner", slots, kwargs, log_dir=log_dir)
+        self.group = ActorGroup("learner", self.worker, slots, kwargs, log_dir=log_dir)
         self.master = master
 
     def ready(self) -> list[Pending]:
@@ -168,13 +220,6 @@ class LearnerGroup:
 
     def close(self) -> None:
         self.group.close()
-
-
-def split(items: Sequence, parts: int) -> list[list]:
-    """Contiguous, sizes differing by at most one. Example: 5 items in 2 -> sizes 3, 2."""
-    size, extra = divmod(len(items), parts)
-    starts = [i * size + min(i, extra) for i in range(parts + 1)]
-    return [list(items[a:b]) for a, b in pairwise(starts)]
 
 
 def free_port_at(slot: Slot) -> int:

@@ -24,7 +24,7 @@ class ReplayGroup:
             temperature=0.0, max_new_tokens=self.settings.rollout.max_new_tokens, seed=0,
         )  # fmt: skip
         header, batch = self.group.submit_pair(0, "generate", order, list(prompts), deadline_s=self.settings.deadlines.rollout_s)
-        return [Chunk(header=header, batch=batch)]
+        return [Chunk(wave=wave, prompts=tuple(prompts), header=header, batch=batch)]
 
     def rank(self, chunks: Sequence[Chunk]) -> list[Pending]:
         """One call per chunk: -> Rewards, the data's own order."""

@@ -27,6 +27,10 @@ class PhaseClock:
         finally:
             self._seconds[name] += time.perf_counter() - begin
 
+    def seconds(self, name: str) -> float:
+        """Of one phase since the last take."""
+        return self._seconds.get(name, 0.0)
+
     def take(self) -> dict[str, float]:
         """Seconds per phase since the last take, keyed "time/<phase>_s"; the clock starts again from nothing."""
         taken = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}

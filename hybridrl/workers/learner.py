@@ -114,7 +114,7 @@ class Learner:
         micros = [self._collate([sequences[i] for i in batch]) for batch in batches_of]
         diagnostics = self._diagnostics(micros) if plan.diagnose else {}
         for micro in micros:
-            self._backward(micro, tally)
+            self._backward(micro, tally, plan.step)
         count_credits(tally, credits)
         found = tally.reduced()
         if not np.isfinite(loss := found["train/loss"]):
@@ -186,12 +186,12 @@ class Learner:
             value_slope=to(micro.value_slope),
         )
 
-    def _backward(self, micro: MicroBatch, tally: Tally) -> None:
+    def _backward(self, micro: MicroBatch, tally: Tally, version: int) -> None:
         """Forward and backward of one micro-batch, counted in `tally`."""
         loss, stats = self.engine(*self._inputs(micro).arguments(), Look.learn)
         # DeepSpeed averages gradients over ranks; the objective's normaliser is already global.
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
-        count_micro(tally, loss, stats, micro)
+        count_micro(tally, loss, stats, micro, version)
 
     def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
         """What is too dear for every step."""
@@ -274,7 +274,7 @@ class Learner:
         """A step with zero gradient and zero learning rate: DeepSpeed creates Adam's state at the first step only."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = 0.0
-        self._backward(self._collate([]), Tally(self.device))
+        self._backward(self._collate([]), Tally(self.device), 0)
         self.engine.step()
 
     def _set_weight(self, parameter: nn.Parameter, master: Tensor) -> None:

@@ -1,6 +1,5 @@
 """Responses that the data already holds, in the shape of a rollout: SFT, distillation on data, preference pairs."""
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,13 +22,12 @@ class Replay:
         Raises:
             DataError: a prompt has another number of responses.
         """
-        started = time.monotonic()
         for prompt in prompts:
             if len(prompt.responses) != order.group_size:
                 raise DataError(f"{prompt.uid}: has {len(prompt.responses)} responses in the data, needs {order.group_size}")
         trajectories = [given(prompt, response) for prompt in prompts for response in prompt.responses]
         batch = RolloutBatch.pack(prompts, order.group_size, trajectories, Source.data)
-        return chunk_header(batch, time.monotonic() - started), batch
+        return chunk_header(batch, [0.0] * batch.num_sequences), batch
 
     def rank(self, batch: RolloutBatch) -> Rewards:
         """The data's own order as reward: the first response 1, the last 0."""

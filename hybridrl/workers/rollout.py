@@ -4,11 +4,13 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,11 +18,28 @@ from hybridrl.choices import Source
 from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.errors import DataError, WeightSyncError
 from hybridrl.models.loading import resolve
-from hybridrl.types import ChunkHeader, FinishReason, GenerateOrder, Prompt, RolloutBatch, Trajectory, WeightManifest, per_token_bytes
+from hybridrl.types import (
+    NO_VERSION,
+    ChunkHeader,
+    FinishReason,
+    GenerateOrder,
+    Prompt,
+    RolloutBatch,
+    Trajectory,
+    WeightManifest,
+    per_token_bytes,
+)
 
 SHARED_MEMORY = Path("/dev/shm")
 FINISH = {"stop": FinishReason.stop, "length": FinishReason.length}
 CPU_KV_CACHE_BYTES = 2**28
+
+
+class Finished(NamedTuple):
+    """How a request ended."""
+
+    output: Any  # the engine's completion; None: it was told to stop
+    at: float  # time.monotonic()
 
 
 class Waves:
@@ -64,8 +83,8 @@ class Rollout:
         self.source = source
         # one device: the engine in this process, for IPC handles do not pass vLLM's message queue, and an engine in a process
         # of its own steps as soon as the first request is there, so that the batch depends on arrival times
-        own_process = rollout.tensor_parallel > 1
-        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process))}
+        self.own_process = rollout.tensor_parallel > 1
+        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(self.own_process))}
         from vllm import EngineArgs
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -82,7 +101,7 @@ class Rollout:
                 max_model_len=rollout.max_model_len,
                 max_num_seqs=rollout.max_num_seqs,
                 tensor_parallel_size=rollout.tensor_parallel,
-                distributed_executor_backend="mp" if own_process else "uni",
+                distributed_executor_backend="mp" if self.own_process else "uni",
                 enforce_eager=rollout.enforce_eager,
                 kv_cache_memory_bytes=rollout.kv_cache_bytes or (CPU_KV_CACHE_BYTES if device == "cpu" else None),
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
@@ -94,7 +113,7 @@ class Rollout:
                 disable_log_stats=True,
                 **whole_prompts,
             ),
-            enable_multiprocessing=own_process,
+            enable_multiprocessing=self.own_process,
         )
         self.version = -1  # of the weights that serve; -1: as loaded from disk
         self.engine.set_weight_version(str(self.version))
@@ -115,21 +134,34 @@ class Rollout:
         """
         futures = await self._waves.arrive(order, prompts)
         started = time.monotonic()
-        outputs = [complete(output) for output in await asyncio.gather(*futures)]
+        finished = await asyncio.gather(*futures)
+        outputs = [complete(done.output) for done in finished]
         asked = [prompt for prompt in prompts for _ in range(order.group_size)]
         trajectories = [trajectory(prompt, output) for prompt, output in zip(asked, outputs, strict=True)]
         support_ids = np.concatenate([top_tokens(output, order.support) for output in outputs])
         batch = RolloutBatch.pack(prompts, order.group_size, trajectories, self.source, support_ids)
-        return chunk_header(batch, time.monotonic() - started), batch
+        return chunk_header(batch, [done.at - started for done in finished]), batch
 
-    async def abort(self) -> int:
-        """Stop everything that is being sampled; the waiting calls get empty responses, marked aborted."""
-        waiting = list(self._finished)
+    async def abort(self, groups: Sequence[str] | None = None) -> int:
+        """Stop what is being sampled; the waiting calls get empty responses, marked aborted.
+
+        Args:
+            groups: "wave/uid" of each prompt group to stop; None: all.
+
+        Returns:
+            how many responses were given up.
+        """
+        chosen = None if groups is None else set(groups)
+        waiting = [request for request in self._finished if chosen is None or request.rpartition("/")[0] in chosen]
         self.engine.abort_request(waiting)
         for request_id in waiting:
-            if not (future := self._finished.pop(request_id)).done():
-                future.set_result(None)
+            self._finish(request_id, None)
         return len(waiting)
+
+    def _finish(self, request_id: str, output: Any) -> None:
+        future = self._finished.pop(request_id, None)
+        if future is not None and not future.done():
+            future.set_result(Finished(output, time.monotonic()))
 
     def _submit_chunk(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> list[asyncio.Future]:
         futures = [self._submit(f"{order.wave}/{p.uid}/{k}", p, k, order) for p in prompts for k in range(order.group_size)]
@@ -164,9 +196,7 @@ class Rollout:
         try:
             while self.engine.has_unfinished_requests():
                 for output in self.engine.step():
-                    future = self._finished.pop(output.request_id, None)
-                    if future is not None and not future.done():
-                        future.set_result(output.outputs[0])
+                    self._finish(output.request_id, output.outputs[0])
                 await asyncio.sleep(0)
         except Exception as error:  # every waiting call must hear of it
             for future in self._finished.values():
@@ -186,19 +216,28 @@ class Rollout:
         Raises:
             WeightSyncError: the workers did not all load what the manifest says.
         """
-        with NamedTemporaryFile(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None, prefix="hybridrl-") as file:
-            packed.tofile(file.name)
-            try:
-                self.engine.collective_rpc("start_weight_update")
-                self.engine.collective_rpc("update_weights", args=({"path": file.name, "manifest": asdict(manifest)},))
-                self.engine.collective_rpc("finish_weight_update")
-            except Exception as error:
-                raise WeightSyncError(f"weights of version {manifest.version} were not loaded: {error}") from error
+        try:
+            self.engine.collective_rpc("start_weight_update")
+            with self._within_reach(packed) as place:
+                self.engine.collective_rpc("update_weights", args=({"manifest": asdict(manifest), **place},))
+            self.engine.collective_rpc("finish_weight_update")
+        except Exception as error:
+            raise WeightSyncError(f"weights of version {manifest.version} were not loaded: {error}") from error
         digests = set(self.engine.collective_rpc("received_digest"))
         if digests != {manifest.digest}:
             raise WeightSyncError(f"weights of version {manifest.version}: workers acknowledge {digests}, sent {manifest.digest}")
         await self.update_weight_version(str(manifest.version))
         return manifest.digest
+
+    @contextmanager
+    def _within_reach(self, packed: np.ndarray) -> Iterator[dict[str, Any]]:
+        """The buffer itself for an engine in this process; for one in others a file in shared memory."""
+        if not self.own_process:
+            yield {"packed": packed}
+            return
+        with NamedTemporaryFile(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None, prefix="hybridrl-") as file:
+            packed.tofile(file.name)
+            yield {"path": file.name}
 
     # -- weights, vLLM's nccl and ipc backends: the calls that its trainer side makes through EngineClient ----------
 
@@ -259,8 +298,9 @@ def top_tokens(output: Any, support: int) -> np.ndarray:
     return np.asarray(entries, np.int32).reshape(-1, 1 + support)[:, 1:]
 
 
-def chunk_header(batch: RolloutBatch, generate_s: float) -> ChunkHeader:
-    versions = batch.policy_versions[batch.response_mask]
+def chunk_header(batch: RolloutBatch, finish_s: Sequence[float]) -> ChunkHeader:
+    versions = [batch.policy_versions[a:b][batch.response_mask[a:b]] for a, b in pairwise(batch.offsets.tolist())]
+    sampled = batch.policy_versions[batch.response_mask]
     return ChunkHeader(
         uids=batch.uids,
         source=batch.source,
@@ -269,9 +309,9 @@ def chunk_header(batch: RolloutBatch, generate_s: float) -> ChunkHeader:
         response_lengths=batch.response_lengths,
         truncated=np.asarray([reason is FinishReason.length for reason in batch.finish_reasons]),
         aborted=np.asarray([reason is FinishReason.aborted for reason in batch.finish_reasons]),
-        min_policy_version=int(versions.min(initial=2**31 - 1)),
-        max_policy_version=int(versions.max(initial=-1)),
-        mean_policy_version=float(versions.mean()) if len(versions) else -1.0,
+        oldest_version=np.asarray([v.min(initial=NO_VERSION) for v in versions], np.int64),
+        newest_version=np.asarray([v.max(initial=-1) for v in versions], np.int64),
+        mean_policy_version=float(sampled.mean()) if len(sampled) else -1.0,
         nbytes=per_token_bytes(batch),
-        generate_s=generate_s,
+        finish_s=np.asarray(finish_s, np.float32),
     )

@@ -15,7 +15,7 @@ from hybridrl.models.loading import head_rows, load_model
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
 from hybridrl.ops.head import chosen_logprobs, top_logprobs, vocabulary_logprobs
-from hybridrl.types import RolloutBatch, ScoreHeader, TokenScores, per_token_bytes
+from hybridrl.types import RolloutBatch, ScoreHeader, TokenScores
 from hybridrl.workers.student import output_weight
 
 
@@ -62,7 +62,12 @@ class Scorer:
             self._fill(scores, batch, self._states(batch, sequences), rows, tokens)
             for i in sequences:
                 self._remember(batch, i, scores.logprobs)
-        return ScoreHeader(teacher=self.teacher, nbytes=per_token_bytes(scores), score_s=time.monotonic() - started), scores
+        return ScoreHeader(teacher=self.teacher, nbytes=self._nbytes(scores), score_s=time.monotonic() - started), scores
+
+    def _nbytes(self, scores: TokenScores) -> dict[str, int]:
+        """Of what travels, by signal: rows are of one, a number a token of another."""
+        rows = {str(signal): scores.rows.nbytes + scores.support_ids.nbytes for signal in self.signals & ROWS}
+        return rows | {str(Signal.teacher_logprobs): scores.logprobs.nbytes}
 
     def _empty(self, batch: RolloutBatch, num_rows: int) -> TokenScores:
         width, support = 0, 0

@@ -59,8 +59,8 @@ class Tally:
         return found | {name: value for name, value in zip(self.maxima, maxima.tolist(), strict=True) if value > -torch.inf}
 
 
-def count_micro(tally: Tally, loss: Tensor, stats: HeadStats, micro: MicroBatch) -> None:
-    """Count one micro-batch; tokens of weight 0 count nowhere."""
+def count_micro(tally: Tally, loss: Tensor, stats: HeadStats, micro: MicroBatch, version: int) -> None:
+    """Count one micro-batch; tokens of weight 0 count nowhere. version: of the weights that learn."""
     device = stats.logprobs.device
     live = (micro.token_weight > 0).to(device)
     for name, part in {"train/loss": loss, "dense_sq": stats.dense_sq, "sparse_sq": stats.sparse_sq, "tokens": live}.items():
@@ -78,11 +78,12 @@ def count_micro(tally: Tally, loss: Tensor, stats: HeadStats, micro: MicroBatch)
     for q in range(QUARTERS):
         tally.add(f"entropy/token_q{q + 1}", stats.entropy, live & (quarter == q))
         tally.add(f"advantage/abs_q{q + 1}", advantage.abs(), live & (quarter == q))
-    count_ratio(tally, stats, micro, live)
+    count_ratio(tally, stats, micro, live, version)
 
 
-def count_ratio(tally: Tally, stats: HeadStats, micro: MicroBatch, live: Tensor) -> None:
-    """Count rho = p(y) / mu(y): of all tokens that a model sampled; sampler against learner where the student did."""
+def count_ratio(tally: Tally, stats: HeadStats, micro: MicroBatch, live: Tensor, version: int) -> None:
+    """Count rho = p(y) / mu(y): of all tokens that a model sampled; sampler against learner where the student did,
+    their gap where it was with the very weights that learn."""
     student, data = (
         torch.tensor([s is source for s in micro.sources])[micro.owner].to(live.device) for source in (Source.student, Source.data)
     )
@@ -90,10 +91,10 @@ def count_ratio(tally: Tally, stats: HeadStats, micro: MicroBatch, live: Tensor)
     rho = log_ratio.exp()
     for name, part in {"policy/rho_mean": rho, "rho_sq": rho.square(), "policy/rho_max": rho}.items():
         tally.add(name, part, live & ~data)
-    for name, part in {
-        "policy/logprob_gap": log_ratio.abs(), "policy/logprob_gap_max": log_ratio.abs(), "policy/kl_sampler": rho - 1 - log_ratio,
-    }.items():  # fmt: skip
-        tally.add(name, part, live & student)
+    tally.add("policy/kl_sampler", rho - 1 - log_ratio, live & student)
+    same = (micro.oldest_versions >= version)[micro.owner].to(live.device)
+    for name in ("policy/logprob_gap", "policy/logprob_gap_max"):
+        tally.add(name, log_ratio.abs(), live & student & same)
     tally.add("policy/bounded_frac", stats.bounded, live)
 
 

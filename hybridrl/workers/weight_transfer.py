@@ -1,17 +1,16 @@
 """vLLM's side of a weight update: the `object_store` backend, and the learner's feed for `nccl` and `ipc`.
 
-The backend receives one packed buffer as a file in shared memory (an engine's child processes cannot read Ray's
-object store), checks its sha256, names, shapes and coverage, and loads it layer by layer. It works on any hardware
-and has no process group that a lost engine could poison.
+The backend receives one packed buffer, in the object store's own memory or as a file in shared memory (an engine's child
+processes cannot read Ray's object store), checks its digest, names, shapes and coverage, and loads it layer by layer. It
+works on any hardware and has no process group that a lost engine could poison.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
+import xxhash
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
@@ -39,10 +38,11 @@ class ObjectStoreInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
-    """Where the bytes lie and what they are; plain values, since they cross vLLM's own process border."""
+    """Where the bytes lie and what they are; plain values where they cross vLLM's own process border."""
 
-    path: str
     manifest: dict
+    packed: np.ndarray | None = None  # [nbytes] uint8; None: they are in the file
+    path: str | None = None
 
 
 class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
@@ -64,13 +64,13 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
         manifest = WeightManifest(**update_info.manifest)
-        packed = np.fromfile(update_info.path, dtype=np.uint8)
-        digest = hashlib.sha256(packed).hexdigest()
+        packed = np.fromfile(update_info.path, dtype=np.uint8) if update_info.packed is None else update_info.packed
+        digest = xxhash.xxh3_128_hexdigest(packed)
         if packed.nbytes != manifest.nbytes or digest != manifest.digest:
             raise ValueError(
                 f"received {packed.nbytes} bytes with digest {digest[:12]}, sent {manifest.nbytes} with {manifest.digest[:12]}"
             )
-        weights = unpack(manifest, torch.from_numpy(packed))
+        weights = unpack(manifest, packed)
         loaded = self.model.load_weights((name, tensor.to(self.device)) for name, tensor in weights)
         missing = self._expected - set(loaded or ())
         if missing:
@@ -90,7 +90,7 @@ class WorkerExtension:
     """Methods added to vLLM's worker, callable by name through collective_rpc."""
 
     def received_digest(self) -> str | None:
-        """sha256 of the weights this worker loaded last; None when the transfer backend keeps none."""
+        """XXH3-128 of the weights this worker loaded last; None when the transfer backend keeps none."""
         return getattr(self.weight_transfer_engine, "received_digest", None)
 
 

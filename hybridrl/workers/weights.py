@@ -1,11 +1,13 @@
 """A model's weights as one packed buffer, in the order and under the names that a checkpoint would use."""
 
-import hashlib
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,6 +28,7 @@ class WeightStream:
 
     def __init__(self, model: PreTrainedModel, gather: Gather) -> None:
         self.gather = gather
+        self.buffer: Tensor | None = None  # [nbytes] uint8 of the last pack; None: nothing was packed
         self.named = [(name, parameter) for name, parameter in model.named_parameters()]
         if "lm_head.weight" not in dict(self.named):
             self.named.append(("lm_head.weight", model.get_output_embeddings().weight))
@@ -51,32 +54,51 @@ class WeightStream:
         yield group
 
     def pack(self, version: int) -> tuple[WeightManifest, np.ndarray]:
-        """All weights in one buffer [nbytes] uint8, and its manifest with the buffer's sha256."""
-        shapes = self.shapes()
-        sizes = [int(np.prod(s)) * p.element_size() for s, (_, p) in zip(shapes, self.named, strict=True)]
-        starts = np.concatenate([[0], np.cumsum([-(-size // ALIGNMENT) * ALIGNMENT for size in sizes])])
-        buffer = torch.zeros(int(starts[-1]), dtype=torch.uint8)
-        for (_, weight), start, size in zip(self, starts, sizes, strict=False):
-            buffer[int(start) : int(start) + size].copy_(weight.contiguous().view(-1).view(torch.uint8))
-        packed = buffer.numpy()
+        """All weights in one buffer [nbytes] uint8, and its manifest with the buffer's digest.
+
+        The buffer is the same one at each call: fresh pages would cost several times the copy.
+        """
+        shapes, dtypes = self.shapes(), [p.dtype for _, p in self.named]
+        starts, nbytes = self._layout(shapes)
+        if self.buffer is None:
+            self.buffer = torch.zeros(nbytes, dtype=torch.uint8)
+        written = set()
+        for (_, weight), start in zip(self, starts, strict=True):
+            if start not in written:
+                written.add(start)
+                there = self.buffer[start : start + weight.numel() * weight.element_size()]
+                there.view(weight.dtype).view(weight.shape).copy_(weight)
+        packed = self.buffer.numpy()
         manifest = WeightManifest(
             names=tuple(name for name, _ in self.named),
-            dtypes=tuple(str(p.dtype).removeprefix("torch.") for _, p in self.named),
+            dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in dtypes),
             shapes=tuple(shapes),
-            offsets=tuple(int(s) for s in starts[:-1]),
+            offsets=tuple(starts),
             nbytes=packed.nbytes,
-            digest=hashlib.sha256(packed).hexdigest(),
+            digest=xxhash.xxh3_128_hexdigest(packed),
             version=version,
         )
         return manifest, packed
 
+    def _layout(self, shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
+        """Where each weight begins, in bytes, and where the last one ends. The tied head lies where its embedding does."""
+        starts: dict[int, int] = {}  # id of the parameter -> offset
+        end = 0
+        for shape, (_, parameter) in zip(shapes, self.named, strict=True):
+            if id(parameter) not in starts:
+                starts[id(parameter)] = end
+                end += -(-math.prod(shape) * parameter.element_size() // ALIGNMENT) * ALIGNMENT
+        return [starts[id(parameter)] for _, parameter in self.named], end
 
-def unpack(manifest: WeightManifest, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Views into `buffer` [nbytes] uint8, by name."""
+
+def unpack(manifest: WeightManifest, packed: np.ndarray) -> Iterator[tuple[str, Tensor]]:
+    """Views into `packed` [nbytes] uint8, by name. They must not be written to: the object store's memory is shared."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        buffer = torch.from_numpy(packed)
     for name, dtype, shape, start in zip(manifest.names, manifest.dtypes, manifest.shapes, manifest.offsets, strict=True):
         kind = getattr(torch, dtype)
-        size = int(np.prod(shape)) * kind.itemsize
-        yield name, buffer[start : start + size].view(kind).view(shape)
+        yield name, buffer[start : start + math.prod(shape) * kind.itemsize].view(kind).view(shape)
 
 
 def _layer(name: str) -> str:

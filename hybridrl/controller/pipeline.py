@@ -1,0 +1,82 @@
+"""How far sampling runs ahead of learning: the waves of responses under way, one for each of the coming steps."""
+
+import hashlib
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from hybridrl.config import RunSettings
+from hybridrl.controller.sampling import Drawn, Sampling
+from hybridrl.controller.weights import Weights
+from hybridrl.data.prompts import PromptSource
+from hybridrl.types import Prompt
+
+STORE_SHARE = 0.5
+"""Of the object store, for rollouts and scores of the steps ahead, unless pipeline.max_inflight_bytes says otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wave:
+    """What is sampled for one step, and what others are asked to say of it."""
+
+    step: int
+    drawn: list[Drawn]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [prompt for d in self.drawn for prompt in d.chunk.prompts]
+
+
+class Pipeline:
+    """A queue of waves, in the order of their steps.
+
+    consumes prompts / produces waves / waits for nothing / bounded by pipeline.ahead, and in bytes by
+    pipeline.max_inflight_bytes. A wave for step k is drawn when the engines serve version k - pipeline.ahead or newer, so
+    the queue's length bounds how old a token can be. With ahead=0 a wave is drawn when its step asks for it.
+    """
+
+    def __init__(self, settings: RunSettings, sampling: Sampling, prompts: PromptSource, weights: Weights, *, store_bytes: float) -> None:
+        self.settings, self.sampling, self.prompts, self.weights = settings, sampling, prompts, weights
+        self.limit = settings.pipeline.max_inflight_bytes or STORE_SHARE * store_bytes
+        self.waves: deque[Wave] = deque()
+        self.wave_bytes = 0  # of the last wave that was seen whole
+        self.oversampled = math.ceil(settings.train.prompts_per_step * (1 + settings.rollout.oversample))
+
+    def take(self, step: int) -> Wave:
+        """The wave of `step`, after drawing as far ahead as the bounds allow."""
+        while not self.waves or (self._next(step) <= min(step + self.settings.pipeline.ahead, self._last_step()) and self._fits()):
+            self.waves.append(self.draw(self._next(step)))
+        return self.waves.popleft()
+
+    def draw(self, step: int, again: int = 0) -> Wave:
+        """Start a wave for `step`; again: how many there were before it for the same step."""
+        drawn = self.sampling.draw(
+            self.prompts.next_batch(self.oversampled),
+            wave=f"train-{step}" + (f".{again}" if again else ""),
+            seed=wave_seed(self.settings.run.seed, "train", step),
+            reward_weights=self.weights.rewards(step),
+        )
+        return Wave(step=step, drawn=drawn)
+
+    def in_flight(self) -> list[Prompt]:
+        """Drawn for steps to come."""
+        return [prompt for wave in self.waves for prompt in wave.prompts]
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """What the waves under way will take, if they are like the last one."""
+        return len(self.waves) * self.wave_bytes
+
+    def _next(self, step: int) -> int:
+        return self.waves[-1].step + 1 if self.waves else step
+
+    def _last_step(self) -> int:
+        return self.settings.train.steps - 1
+
+    def _fits(self) -> bool:
+        return self.in_flight_bytes + self.wave_bytes <= self.limit
+
+
+def wave_seed(run_seed: int, kind: str, step: int) -> int:
+    """Seed of one rollout wave, from the run's seed alone: nothing to save, nothing to restore."""
+    return int.from_bytes(hashlib.sha256(f"{run_seed}/{kind}/{step}".encode()).digest()[:6], "little")

@@ -1,0 +1,162 @@
+"""Sampling ahead of learning: what is drawn when, what comes again, and what a checkpoint owes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+
+from hybridrl.choices import Source
+from hybridrl.compose import load_config
+from hybridrl.config import RunSettings
+from hybridrl.controller.controller import first_groups
+from hybridrl.controller.pipeline import Pipeline
+from hybridrl.controller.sampling import Arrived, Drawn, Sampling
+from hybridrl.controller.weights import Weights
+from hybridrl.data.prompts import PromptSource
+from hybridrl.errors import DataError
+from hybridrl.placement import chunk_size
+from hybridrl.runtime.calls import Pending
+from hybridrl.runtime.groups import Chunk, EngineLoad
+from hybridrl.types import NO_VERSION, ChunkHeader, Prompt, Rewards
+
+PROMPTS = [Prompt(uid=f"p{i}", input_ids=(1, 2), text="", columns={}) for i in range(5)]
+
+
+def settings(*overrides: str) -> RunSettings:
+    sizes = ["train.prompts_per_step=2", "train.steps=6", "rollout.groups_per_chunk=1"]
+    return load_config(["run.dir=here", "experiment=quickstart", *sizes, *overrides])
+
+
+def pending(number: int) -> Pending:
+    return Pending(ref=number, worker="engine", call="generate", deadline_s=1.0)
+
+
+def drawn(prompts: list[Prompt], wave: str) -> list[Drawn]:
+    chunks = [Chunk(wave=wave, prompts=(p,), header=pending(0), batch=pending(0)) for p in prompts]
+    return [Drawn(chunk=chunk, scores=[], rewards=pending(0)) for chunk in chunks]
+
+
+class Recorder:
+    """Stands for Sampling: keeps what it was asked to draw."""
+
+    def __init__(self) -> None:
+        self.waves: list[tuple[str, list[str]]] = []
+
+    def draw(self, prompts, *, wave, seed, reward_weights):
+        self.waves.append((wave, [p.uid for p in prompts]))
+        return drawn(prompts, wave)
+
+
+def pipeline(*overrides: str) -> tuple[Pipeline, Recorder, PromptSource]:
+    given, recorder, source = settings(*overrides), Recorder(), PromptSource(PROMPTS, 0)
+    return Pipeline(given, recorder, source, Weights(given), store_bytes=1e9), recorder, source
+
+
+def test_in_step_a_wave_is_drawn_when_its_step_asks_for_it():
+    made, recorder, _ = pipeline()
+    for step in range(3):
+        assert made.take(step).step == step
+        assert [wave for wave, _ in recorder.waves] == [f"train-{s}" for s in range(step + 1)]
+
+
+def test_pipelined_two_steps_more_are_under_way_and_none_after_the_last():
+    made, recorder, _ = pipeline("schedule=pipelined")
+    assert made.take(0).step == 0 and len(recorder.waves) == 3
+    assert made.take(1).step == 1 and len(recorder.waves) == 4
+    assert [made.take(step).step for step in (2, 3, 4, 5)] == [2, 3, 4, 5]
+    assert [wave for wave, _ in recorder.waves] == [f"train-{s}" for s in range(6)]
+
+
+def test_sampling_waits_while_the_waves_ahead_would_fill_the_store():
+    """Waves of 10 bytes: two more than the one at hand fit into 20, one into 19."""
+    for limit, ahead in ((20, 2), (19, 1), (9, 0)):
+        made, _, _ = pipeline("schedule=pipelined", f"pipeline.max_inflight_bytes={limit}")
+        made.wave_bytes = 10
+        made.take(0)
+        assert len(made.waves) <= ahead and made.in_flight_bytes <= limit
+
+
+def test_more_prompts_are_drawn_than_a_step_takes_when_oversampling():
+    made, recorder, _ = pipeline("rollout.oversample=0.5")
+    made.take(0)
+    assert len(recorder.waves[0][1]) == 3
+
+
+def test_prompts_that_come_back_come_first_and_keep_their_epoch():
+    source = PromptSource(PROMPTS, 0)
+    first = source.next_batch(4)
+    source.put_back(first[1:3])
+    again = source.next_batch(4)
+    assert [p.uid for p in again[:2]] == [p.uid for p in first[1:3]]
+    assert again[2].uid.endswith("@0") and again[3].uid.endswith("@1")
+
+
+def test_a_resumed_source_owes_what_was_in_flight_and_what_came_back():
+    whole, stopped = PromptSource(PROMPTS, 0), PromptSource(PROMPTS, 0)
+    stopped.next_batch(2)  # trained on
+    in_flight, returned = stopped.next_batch(2), stopped.next_batch(3)
+    stopped.put_back(returned[1:])
+    resumed = PromptSource(PROMPTS, 0)
+    resumed.load_state_dict(stopped.state_dict(in_flight))
+    assert resumed.next_batch(5)[:4] == [*in_flight, *returned[1:]]
+    whole.next_batch(7)
+    assert resumed.next_batch(3) == whole.next_batch(4)[1:], "then the order goes on as ever"
+
+
+def test_a_debt_that_the_data_cannot_pay_is_refused():
+    with pytest.raises(DataError, match="owes prompt p9"):
+        PromptSource(PROMPTS, 0).load_state_dict({"epoch": 0, "position": 0, "owed": ["p9@0"]})
+
+
+def test_every_engine_gets_a_chunk_however_large_chunks_may_be():
+    assert [chunk_size(10, 96, engines) for engines in (1, 2, 3)] == [10, 5, 4]
+    assert chunk_size(10, 1, 2) == 1 and chunk_size(0, 8, 2) == 1
+
+
+@pytest.fixture(scope="module")
+def alone():
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.graph
+def test_a_chunk_goes_to_the_engine_with_the_fewest_tokens_to_do(alone):
+    """Idle engines take turns; then the one whose long chunk still runs is spared until the other has as much."""
+    load = EngineLoad(2)
+    assert load.assign([5, 5, 5, 5]) == [0, 1, 0, 1]
+    never = ray.remote(num_cpus=99)(lambda: None).remote()
+    load.add(0, 12, Pending(ref=never, worker="rollout/0", call="generate", deadline_s=1.0))
+    load.add(1, 99, Pending(ref=ray.put("done"), worker="rollout/1", call="generate", deadline_s=1.0))
+    assert load.assign([5, 5, 5, 5]) == [1, 1, 1, 0]
+
+
+def header(oldest: list[int], source: Source = Source.student) -> ChunkHeader:
+    n = len(oldest)
+    return ChunkHeader(
+        uids=tuple(f"p{i}" for i in range(n // 2)), source=source, group_size=2, num_tokens=np.full(n, 4), response_lengths=np.full(n, 2),
+        truncated=np.zeros(n, bool), aborted=np.zeros(n, bool), oldest_version=np.array(oldest), newest_version=np.array(oldest),
+        mean_policy_version=0.0, nbytes=0, finish_s=np.zeros(n, np.float32),
+    )  # fmt: skip
+
+
+def rewards(n: int) -> Rewards:
+    ones = np.ones(n, np.float32)
+    return Rewards(
+        uids=(), values=ones, part_names=(), parts=ones[None], errors=ones < 0, keep=ones > 0, compressed=ones, repeated=ones
+    )  # fmt: skip
+
+
+def test_groups_with_a_token_that_is_too_old_are_left_out_and_come_again():
+    """At step 5 with max_staleness=1, version 3 is too old; one sequence of the second group has it."""
+    sampling = Sampling.__new__(Sampling)
+    sampling.settings = settings("pipeline.ahead=3", "pipeline.max_staleness=1", "pipeline.on_stale=drop")
+    mixed, fresh = header([4, 5, 5, 3]), header([4, NO_VERSION])
+    assert sampling._used(mixed, rewards(4), 5) == (0,) and sampling._used(fresh, rewards(2), 5) == (0,)
+    assert sampling._used(header([3, 3], Source.data), rewards(2), 5) == (0,), "data has no version"
+    (both,) = drawn(PROMPTS[:1], "train-5")
+    chunk = replace(both.chunk, prompts=tuple(PROMPTS[:2]))
+    arrived = [Arrived(drawn=replace(both, chunk=chunk), header=mixed, rewards=rewards(4), groups=(0,))]
+    assert [p.uid for p in sampling.stale_prompts(arrived, 5)] == ["p1"]
+    assert [a.groups for a in first_groups(arrived, 2)] == [(0,)]
