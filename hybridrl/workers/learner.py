@@ -64,8 +64,9 @@ class Learner:
         self.parameters = dict(self.model.named_parameters())  # by the names that checkpoints use
         if student.value_head is not None:
             self.parameters[VALUE_HEAD] = student.value_head.weight
-        optimizer = torch.optim.AdamW(
-            student.parameters(), lr=settings.train.lr, betas=tuple(settings.train.betas), weight_decay=settings.train.weight_decay
+        train = settings.train
+        optimizer = torch.optim.AdamW(  # fused: one pass over the memory, where the default makes one for each of its operations
+            student.parameters(), lr=train.lr, betas=tuple(train.betas), weight_decay=train.weight_decay, fused=True
         )
         self.engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
         self.stream = WeightStream(self.model, self._gather)
@@ -276,7 +277,7 @@ class Learner:
         for moment in MOMENTS:
             load_part(self.parameters, reader, moment)
         for state in self.engine.optimizer.optimizer.state.values():
-            state["step"] = torch.as_tensor(float(optimizer_steps)) if torch.is_tensor(state["step"]) else optimizer_steps
+            state["step"] = torch.full_like(state["step"], optimizer_steps)
         self.optimizer_steps = optimizer_steps
 
     def _step_without_moving(self) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import benchmarks
 from benchmarks.machine import describe
 
-VERBS = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "machine", "timing", "head_peers"))
+HELPERS = ("__main__", "machine", "timing", "bare_peer", "digit_reward", "floor_peer", "head_peers", "peer_inputs", "trl_peer", "watched")
+VERBS = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in HELPERS)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,66 @@
+"""What every peer is given: the same models, prompts and lengths."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybridrl.config import DataConfig
+from hybridrl.data.prompts import load_problems
+from hybridrl.models.loading import resolve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A student and its teacher, of one vocabulary."""
+
+    student: str
+    teacher: str
+    dtype: str
+    instruction: str
+    micro_tokens: int  # tokens of one forward and backward pass of the learner
+    lr: float
+
+
+PAIRS = {
+    "smollm2": Pair(
+        student="builtin:smollm2-135m-instruct", teacher="builtin:smollm2-135m-instruct", dtype="bfloat16", micro_tokens=1024, lr=1e-5,
+        instruction="Write an expression of these numbers that has this value: {prompt}",
+    ),
+    "tiny": Pair(
+        student="builtin:countdown-student", teacher="builtin:countdown-teacher", dtype="float32", micro_tokens=16384, lr=1e-4,
+        instruction="{prompt}",
+    ),
+}  # fmt: skip
+
+NEVER = "<never>"
+POSITIONS = 128  # room for a prompt and the forced response, which the tiny model is not made for; rotary, so without weights
+
+
+def endless(model: str, folder: Path) -> Path:
+    """A copy of the model whose end token has no row in the output embedding, so every response runs to the limit.
+
+    Log-probs are as they were, where a least length would take the end token out of the distribution.
+    """
+    shutil.copytree(resolve(model), folder)
+    config = json.loads((folder / "config.json").read_text())
+    end = config["vocab_size"]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer["added_tokens"].append({"id": end, "content": NEVER} | flags)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    positions = max(POSITIONS, config["max_position_embeddings"])
+    changes = {"config.json": {"eos_token_id": end, "max_position_embeddings": positions}, "generation_config.json": {"eos_token_id": end}}
+    changes |= {"tokenizer_config.json": {"eos_token": NEVER, "pad_token": tokenizer["added_tokens"][0]["content"]}}
+    for name, values in changes.items():
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+    return folder
+
+
+def write_problems(folder: Path, instruction: str, count: int) -> Path:
+    """Countdown problems, one JSON object a line: prompt, numbers, target."""
+    problems, _ = load_problems(DataConfig(task="countdown", num_train=count, num_heldout=1), seed=0)
+    rows = [{"prompt": instruction.replace("{prompt}", p.prompt)} | p.columns for p in problems]
+    path = folder / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
