@@ -10,7 +10,8 @@ from pathlib import Path
 import benchmarks
 from benchmarks.machine import describe
 
-VERBS = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "machine", "timing"))
+HELPERS = ("__main__", "fake_workers", "machine", "quickstart", "real_workers", "stage", "timing")
+VERBS = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in HELPERS)
 
 
 def main(arguments: list[str]) -> int:
