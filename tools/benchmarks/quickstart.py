@@ -11,6 +11,7 @@ import ray
 from benchmarks.stage import controller_of, settings_of
 from hybridrl.config import RunSettings
 from hybridrl.controller.run import prepare_prompts
+from hybridrl.data.prompts import PromptSource
 from hybridrl.runtime.cluster import Cluster, connect
 from hybridrl.runtime.workers import Workers, place_workers, start_rewards, start_workers
 from hybridrl.types import Prompt
@@ -89,8 +90,8 @@ def take_turn(
     started = time.perf_counter()
     rows = [controller.step() for _ in range(steps)]
     turns.step_s.append((time.perf_counter() - started) / steps)
-    drawn = [f"{p}@0" for p in (prompts[i].uid for i in controller.prompts._order[: steps * settings.train.prompts_per_step])]
-    assert sorted(controller.trained) == sorted(drawn), "a prompt was lost or came twice"
+    drawn = PromptSource(prompts, settings.run.seed).next_batch(steps * settings.train.prompts_per_step)
+    assert sorted(controller.trained) == sorted(p.uid for p in drawn), "a prompt was lost or came twice"
     turns.rows.append(rows)
     turns.accuracy.append(controller.evaluate()["eval/accuracy"])
 
