@@ -3,15 +3,14 @@
 import argparse
 import importlib
 import json
-import pkgutil
 import sys
 from pathlib import Path
 
 import benchmarks
 from benchmarks.machine import describe
 
-HELPERS = ("__main__", "machine", "timing", "bare_peer", "digit_reward", "floor_peer", "head_peers", "peer_inputs", "trl_peer", "watched")
-VERBS = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in HELPERS)
+VERBS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "
+def add_options(" in path.read_text())
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,166 @@
+"""Workers that only wait, and make values of the right shapes. They import neither torch nor vllm: a process of 90 MB each."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hybridrl.choices import Source
+from hybridrl.config import RewardConfig, RunSettings
+from hybridrl.types import (
+    ChunkHeader,
+    FinishReason,
+    GenerateOrder,
+    LearnerStats,
+    Prompt,
+    Rewards,
+    RolloutBatch,
+    ScoreHeader,
+    Shard,
+    TokenScores,
+    UpdatePlan,
+    WeightManifest,
+    per_token_bytes,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Seconds that each kind of worker is busy for one step, and what it makes."""
+
+    generate_s: float = 0.0  # of an engine, for its part of a wave
+    score_s: float = 0.0
+    learn_s: float = 0.0
+    pack_s: float = 0.0
+    load_s: float = 0.0  # of an engine, which generates nothing meanwhile
+    support: int = 0  # K log-probs and token ids of each response token that a scorer sends
+
+    @property
+    def phases(self) -> tuple[float, float, float, float]:
+        """g, s, t, w"""
+        return self.generate_s, self.score_s, self.learn_s, self.pack_s + self.load_s
+
+
+class Engine:
+    """A device that generates one chunk after the other; a weight update stops it, as it stops an engine."""
+
+    def __init__(self, settings: RunSettings, *, model: object, device: str, backend: str, source: Source) -> None:
+        self.work, self.version = Work(), -1
+        self.device, self.free_at, self.stopped_s = asyncio.Lock(), 0.0, 0.0
+
+    async def ping(self) -> str:
+        return "here"
+
+    async def assign(self, work: Work) -> None:
+        self.work = work
+
+    async def generate(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> tuple[ChunkHeader, RolloutBatch]:
+        arrived = time.monotonic()
+        async with self.device:
+            end = max(arrived, self.free_at) + self.work.generate_s / order.num_chunks - self.stopped_s
+            while (left := end + self.stopped_s - time.monotonic()) > 0:
+                await asyncio.sleep(left)
+            self.free_at = end + self.stopped_s
+            batch = rollouts(order, prompts, max(self.version, 0))
+        return header(batch, time.monotonic() - arrived), batch
+
+    async def load_weights(self, manifest: WeightManifest, packed: np.ndarray) -> str:
+        time.sleep(self.work.load_s)  # not asyncio's: nothing else goes on in an engine meanwhile
+        self.stopped_s += self.work.load_s
+        self.version = manifest.version
+        return manifest.digest
+
+
+class Scorer:
+    def __init__(self, settings: RunSettings, *, teacher: str, device: str) -> None:
+        self.teacher, self.prompts, self.work = teacher, settings.train.prompts_per_step, Work()
+
+    def ping(self) -> str:
+        return "here"
+
+    def assign(self, work: Work) -> None:
+        self.work = work
+
+    def score(self, batch: RolloutBatch) -> tuple[ScoreHeader, TokenScores]:
+        started, tokens, rows = time.monotonic(), len(batch.input_ids), int(batch.response_mask.sum())
+        time.sleep(self.work.score_s * len(batch.uids) / self.prompts)
+        shape = (rows, self.work.support)
+        scores = TokenScores(
+            teacher=self.teacher,
+            logprobs=np.zeros(tokens, np.float32),
+            rows=np.zeros(shape, np.float32),
+            support_ids=np.zeros(shape, np.int32),
+        )
+        nbytes = {"teacher_support": per_token_bytes(scores)}
+        return ScoreHeader(teacher=self.teacher, nbytes=nbytes, score_s=time.monotonic() - started), scores
+
+
+class Judge:
+    """Rewards of 0 and 1 in turn."""
+
+    def __init__(self, config: RewardConfig, *, tokenizer_path: str, revision: str | None, watch_only: bool) -> None:
+        self.names = tuple(config.functions)
+
+    def ping(self) -> str:
+        return "here"
+
+    def score(self, batch: RolloutBatch, weights: Sequence[float]) -> Rewards:
+        n = batch.num_sequences
+        values = (np.arange(n) % 2).astype(np.float32)
+        return Rewards(
+            uids=batch.uids, values=values, part_names=self.names, parts=np.tile(values, (len(self.names), 1)), errors=np.zeros(n, bool),
+            keep=np.ones(n, bool), compressed=np.full(n, np.nan, np.float32), repeated=np.full(n, np.nan, np.float32),
+        )  # fmt: skip
+
+
+class Learner:
+    def __init__(self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str) -> None:
+        self.work = Work()
+
+    def ping(self) -> str:
+        return "here"
+
+    def assign(self, work: Work) -> None:
+        self.work = work
+
+    def update(self, plan: UpdatePlan, shard: Shard, *values: object) -> LearnerStats:
+        time.sleep(self.work.learn_s)
+        return LearnerStats(metrics={}, learn_s=self.work.learn_s)
+
+    def pack_weights(self, version: int) -> tuple[WeightManifest, np.ndarray]:
+        time.sleep(self.work.pack_s)
+        nothing = {"names": (), "dtypes": (), "shapes": (), "offsets": (), "nbytes": 1, "digest": "none"}
+        return WeightManifest(version=version, **nothing), np.zeros(1, np.uint8)
+
+
+def rollouts(order: GenerateOrder, prompts: Sequence[Prompt], version: int) -> RolloutBatch:
+    """Responses of order.max_new_tokens tokens each."""
+    lengths = np.repeat([len(p.input_ids) for p in prompts], order.group_size)
+    offsets = np.concatenate([[0], np.cumsum(lengths + order.max_new_tokens)]).astype(np.int64)
+    mask = np.concatenate([np.arange(n + order.max_new_tokens) >= n for n in lengths])
+    return RolloutBatch(
+        uids=tuple(p.uid for p in prompts),
+        columns=tuple(p.columns for p in prompts),
+        prompt_texts=tuple(p.text for p in prompts),
+        group_size=order.group_size,
+        offsets=offsets,
+        input_ids=np.ones(offsets[-1], np.int32),
+        response_mask=mask,
+        rollout_logprobs=np.zeros(offsets[-1], np.float32),
+        policy_versions=np.where(mask, version, 0).astype(np.int32),
+        finish_reasons=(FinishReason.length,) * len(lengths),
+        source=Source.student,
+        support_ids=np.zeros((int(mask.sum()), order.support), np.int32),
+    )
+
+
+def header(batch: RolloutBatch, finish_s: float) -> ChunkHeader:
+    n, version = batch.num_sequences, int(batch.policy_versions.max())
+    return ChunkHeader(
+        uids=batch.uids, source=batch.source, group_size=batch.group_size, num_tokens=np.diff(batch.offsets),
+        response_lengths=batch.response_lengths, truncated=np.ones(n, bool), aborted=np.zeros(n, bool),
+        oldest_version=np.full(n, version), newest_version=np.full(n, version), mean_policy_version=float(version),
+        nbytes=per_token_bytes(batch), finish_s=np.full(n, finish_s, np.float32),
+    )  # fmt: skip

@@ -1,0 +1,230 @@
+"""What this package adds to its parts: to vLLM, to a PyTorch training loop, and to a step (controller and Ray)."""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from benchmarks.fake_workers import Work, rollouts
+from benchmarks.stage import Stage, prompts_of, settings_of
+from hybridrl.choices import WeightTransfer
+from hybridrl.config import RunSettings
+from hybridrl.runtime.calls import gather
+from hybridrl.runtime.cluster import Cluster, Team, connect
+from hybridrl.runtime.group import ActorGroup
+from hybridrl.runtime.groups import LearnerGroup, RolloutGroup
+from hybridrl.types import GenerateOrder, Prompt, Rewards, RolloutBatch, Shard, TokenScores, UpdatePlan
+
+TARGETS = {"generation": 0.95, "learner": 0.90, "controller": 0.05}
+SMOLLM2 = ["model.path=builtin:smollm2-135m-instruct", "model.dtype=bfloat16", "teachers.main.path=null", "+teachers.main.dtype=bfloat16",
+           "rollout.max_model_len=128", "rollout.kv_cache_bytes=536870912", "train.head_chunk=256"]  # fmt: skip
+MODELS = {
+    "tiny": ["train.prompts_per_step=96", "train.samples_per_prompt=4", "rollout.max_new_tokens=16"],
+    "SmolLM2": [*SMOLLM2, "train.prompts_per_step=8", "train.samples_per_prompt=4", "rollout.max_new_tokens=32"],
+}
+PARTS = ("generation", "learner", "controller", "scaling")
+QUICKSTART = Work(generate_s=0.42, score_s=0.22, learn_s=0.54, pack_s=0.02, load_s=0.02)
+"""The phases of a quickstart step (README)."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--most-engines", type=int, default=64)
+    parser.add_argument("--most-groups", type=int, default=1024)
+
+
+def run(options: argparse.Namespace) -> dict:
+    found: dict = {"targets": TARGETS}
+    for part, measure in (("generation", generation), ("learner", learner)):
+        if part in options.parts:
+            found[part] = {}
+            for name in options.models:
+                found[part][name] = with_ray(measure, settings_of(*MODELS[name]), options.repeats)
+                row = found[part][name]
+                verdict = "reached" if row["share"] >= TARGETS[part] else "MISSED"
+                print(f"{part:11s} {name:8s} {row['text']}: {row['share']:.1%} of bare, target {TARGETS[part]:.0%}: {verdict}", flush=True)
+    if "controller" in options.parts:
+        found["controller"] = controller_share(options.repeats)
+    if "scaling" in options.parts:
+        found["scaling"] = scaling(options.most_engines, options.most_groups)
+    return found
+
+
+def with_ray(measure, settings: RunSettings, repeats: int) -> dict:
+    connect(settings)
+    try:
+        with tempfile.TemporaryDirectory(prefix="hybridrl-bench-") as logs, Cluster(settings) as cluster:
+            slots = cluster.place([Team(name=name, size=1, gpus=0, heavy=True) for name in ("ours", "bare")])
+            return measure(settings, slots, logs, repeats)
+    finally:
+        ray.shutdown()
+
+
+def bare(name: str, settings: RunSettings, slots: dict, logs: str) -> ActorGroup:
+    return ActorGroup("bare", f"benchmarks.real_workers:{name}", slots["bare"], [{"settings": settings}], log_dir=logs)
+
+
+def shares(ours: list[float], others: list[float]) -> float:
+    """The median of the ratios, turn by turn."""
+    return statistics.median(b / a for a, b in zip(ours, others, strict=True))
+
+
+# -- generation and learner, against the bare parts ----------------------------------------------------------------------
+
+
+def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
+    """Seconds from generate to the last header, and of a bare engine for the same requests, seeds and tokens."""
+    ours = RolloutGroup(settings, slots["ours"], model=settings.model, device="cpu", backend=WeightTransfer.object_store, log_dir=logs)
+    engine = bare("BareEngine", settings, slots, logs)
+    gather([*ours.ready(), *engine.submit_all("ping", deadline_s=600.0)])
+    train, rng = settings.train, np.random.default_rng(0)
+    prompts = [
+        Prompt(uid=f"p{i}", input_ids=tuple(rng.integers(3, 16, 12).tolist()), text="", columns={}) for i in range(train.prompts_per_step)
+    ]
+    seconds: dict[str, list[float]] = {"ours": [], "bare": [], "bare, unseeded": []}
+    tokens = []
+    for turn in range(1 + repeats):
+        how = {"wave": f"w{turn}", "group_size": train.samples_per_prompt, "temperature": 1.0, "seed": turn}
+        started = time.perf_counter()
+        headers = gather([chunk.header for chunk in ours.generate(prompts, **how)])
+        took = {"ours": time.perf_counter() - started}
+        order = GenerateOrder(**how, chunk=0, num_chunks=1, max_new_tokens=settings.rollout.max_new_tokens)
+        for kind, seeded in (("bare", True), ("bare, unseeded", False)):
+            made, took[kind] = engine.submit(0, "generate", prompts, order, seeded, deadline_s=600.0).result()
+            tokens.append((kind, made))
+        mine = int(sum(h.response_lengths.sum() for h in headers))
+        assert dict(tokens)["bare"] == mine, "the same seeds gave other tokens"
+        if turn:
+            for kind, value in took.items():
+                seconds[kind].append(value * (mine / made if kind == "bare, unseeded" else 1.0))
+    rate = mine / statistics.median(seconds["ours"])
+    share, unseeded = shares(seconds["ours"], seconds["bare"]), shares(seconds["ours"], seconds["bare, unseeded"])
+    text = f"{mine} tokens, {rate:.0f} tok/s ({unseeded:.1%} of bare without seeds)"
+    return {"tokens": mine, "seconds": seconds, "share": share, "share_of_unseeded": unseeded, "text": text}
+
+
+def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
+    """Seconds of LearnerGroup.update as its caller sees it, and of a bare loop over the same micro-batches."""
+    ours = LearnerGroup(settings, slots["ours"], device="cpu", log_dir=logs)
+    loop = bare("BareLearner", settings, slots, logs)
+    gather([*ours.ready(), *loop.submit_all("ping", deadline_s=600.0)])
+    plan, batch, rewards, scores = problem(settings)
+    loop.submit(0, "prepare", plan, batch, rewards, scores, deadline_s=600.0).result()
+    shard = Shard(num_chunks=1, num_teachers=1, groups=(tuple(range(len(batch.uids))),))
+    refs = [ray.put(value) for value in (batch, rewards, scores)]
+    seconds: dict[str, list[float]] = {"ours": [], "worker": [], "bare": []}
+    for turn in range(2 + repeats):
+        started = time.perf_counter()
+        stats = ours.update(plan, [shard], [refs])
+        took = {"ours": time.perf_counter() - started, "worker": stats.learn_s}
+        took["bare"] = loop.submit(0, "update", deadline_s=600.0).result()
+        if turn > 1:
+            for kind, value in took.items():
+                seconds[kind].append(value)
+    median = {kind: statistics.median(values) for kind, values in seconds.items()}
+    text = f"{plan.num_tokens} tokens, {median['ours']:.3f} s (worker {median['worker']:.3f}, bare {median['bare']:.3f})"
+    return {"tokens": plan.num_tokens, "seconds": seconds, "share": shares(seconds["ours"], seconds["bare"]), "text": text}
+
+
+def problem(settings: RunSettings) -> tuple[UpdatePlan, RolloutBatch, Rewards, TokenScores]:
+    """One step's batch of random tokens, rewards and teacher states."""
+    from hybridrl.data.shards import micro_batches
+    from hybridrl.models.loading import load_output_head
+
+    train, rng = settings.train, np.random.default_rng(0)
+    how = {"wave": "w", "chunk": 0, "num_chunks": 1, "temperature": 1.0, "seed": 0}
+    order = GenerateOrder(**how, group_size=train.samples_per_prompt, max_new_tokens=settings.rollout.max_new_tokens)
+    plain = rollouts(order, prompts_of(train.prompts_per_step, 12), 0)
+    width = load_output_head(settings.teachers["main"].path or settings.model.path, "float32").shape[1]
+    ids, rows, n = rng.integers(3, 16, len(plain.input_ids)).astype(np.int32), int(plain.response_mask.sum()), plain.num_sequences
+    values = {f: getattr(plain, f) for f in plain.__dataclass_fields__} | {"input_ids": ids}
+    states = rng.standard_normal((rows, width)).astype(np.float32)
+    if settings.teachers["main"].dtype == "bfloat16":
+        states = (states.view(np.uint32) >> 16).astype(np.uint16)
+    value, ones = rng.integers(0, 2, n).astype(np.float32), np.ones(n, np.float32)
+    rewards = Rewards(uids=plain.uids, values=value, part_names=("r",), parts=value[None], errors=ones < 0, keep=ones > 0,
+                      compressed=ones, repeated=ones)  # fmt: skip
+    scores = TokenScores(teacher="main", logprobs=np.zeros(len(ids), np.float32), rows=states, support_ids=np.zeros((rows, 0), np.int32))
+    lengths = np.diff(plain.offsets).tolist()
+    plan = UpdatePlan(
+        step=0, num_tokens=rows, num_sequences=n, num_groups=len(plain.uids), lr=1e-5, teacher_weights=(1.0,), teacher_routes=({},),
+        reward_weight=1.0, num_micro_batches=len(micro_batches(lengths, train.max_tokens_per_micro_batch, packed=train.packing)),
+    )  # fmt: skip
+    return plan, RolloutBatch(**values), rewards, scores
+
+
+# -- controller and Ray, with workers that wait ------------------------------------------------------------------------------
+
+
+def controller_share(repeats: int) -> dict:
+    """Share of a step, as long as one of the quickstart, that is nobody's work: whole waves, and one call for each group."""
+    rows = {}
+    for name, size in {"one chunk": 96, "96 chunks": 1}.items():
+        settings = settings_of(f"rollout.groups_per_chunk={size}", f"train.steps={2 + repeats}")
+        with Stage(settings) as stage:
+            stage.assign(QUICKSTART)
+            controller = stage.controller(settings)
+            step_s = statistics.median([controller.step()["time/step_s"] for _ in range(2 + repeats)][2:])
+        g, s, t, w = QUICKSTART.phases
+        busy = g + (s if size == 96 else s / 96) + t + w  # single chunks are scored while others are generated, but for the last
+        rows[name] = {"step_s": step_s, "busy_s": busy, "share": 1 - busy / step_s}
+        verdict = "reached" if rows[name]["share"] <= TARGETS["controller"] else "MISSED"
+        print(f"controller  {name}: step {step_s:.3f} s, workers {busy:.3f} s: {rows[name]['share']:.1%} is controller and Ray, "
+              f"target {TARGETS['controller']:.0%}: {verdict}", flush=True)  # fmt: skip
+    return rows
+
+
+def scaling(most_engines: int, most_groups: int) -> dict:
+    """Driver CPU and wall seconds of a step of workers that do nothing, as one of engines, groups and tokens grows."""
+    base = {"engines": min(4, most_engines), "groups": min(256, most_groups), "tokens": 256}
+    doubled = lambda first, last: [first * 4**i for i in range(20) if first * 4**i <= last]  # noqa: E731
+    axes = {"engines": doubled(1, most_engines), "groups": doubled(min(64, most_groups), most_groups), "tokens": [64, 256, 1024, 4096]}
+    rows: dict = {}
+    sizes = [f"train.prompts_per_step={most_groups}", f"rollout.engines={most_engines}"]
+    with Stage(settings_of(*sizes)) as stage:
+        stage.assign(Work())
+        for axis, values in axes.items():
+            rows[axis] = [driver_cost(stage, **(base | {axis: value})) for value in values]
+            points = "   ".join(f"{r[axis]}: {1e3 * r['cpu_s']:.0f} ms CPU, {1e3 * r['wall_s']:.0f} wall" for r in rows[axis])
+            print(f"scaling     {axis:8s} {points}", flush=True)
+    return rows
+
+
+def driver_cost(stage: Stage, *, engines: int, groups: int, tokens: int, repeats: int = 3) -> dict:
+    settings = settings_of(
+        f"train.prompts_per_step={groups}", "train.samples_per_prompt=2", "rollout.groups_per_chunk=1", f"rollout.engines={engines}",
+        f"train.steps={1 + repeats}", f"rollout.max_new_tokens={tokens}", f"rollout.max_model_len={tokens + 16}",
+    )  # fmt: skip
+    controller, walls, cpus = stage.controller(settings, engines=engines), [], []
+    for _ in range(1 + repeats):
+        wall, cpu = time.perf_counter(), time.process_time()
+        controller.step()
+        walls, cpus = [*walls, time.perf_counter() - wall], [*cpus, time.process_time() - cpu]
+    medians = {"wall_s": statistics.median(walls[1:]), "cpu_s": statistics.median(cpus[1:])}
+    return {"engines": engines, "groups": groups, "tokens": tokens, **medians}
+
+
+def draw(found: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = found.get("scaling", {})
+    figure, axes = pyplot.subplots(1, max(len(rows), 1), figsize=(11, 3.4), squeeze=False, layout="constrained")
+    for axis, (name, points) in zip(axes[0], rows.items(), strict=False):
+        xs = [p[name] for p in points]
+        for kind in ("wall_s", "cpu_s"):
+            axis.plot(xs, [1e3 * p[kind] for p in points], "o-", label={"wall_s": "wall of a step", "cpu_s": "driver's CPU"}[kind])
+        axis.set_xlabel({"tokens": "tokens of a response"}.get(name, name))
+        axis.set_ylabel("ms")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+    figure.suptitle("A step with workers that do nothing", fontsize=10)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,107 @@
+"""What the pipelined schedule gains: where every phase has a device of its own (workers that only wait), and on this machine's CPU."""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+from benchmarks.fake_workers import Work
+from benchmarks.stage import Stage, settings_of
+
+WEIGHTS = {"pack_s": 0.03, "load_s": 0.02}
+MIXES = {
+    "engine slowest": Work(generate_s=0.8, score_s=0.3, learn_s=0.4, **WEIGHTS),
+    "scorer slowest": Work(generate_s=0.3, score_s=0.8, learn_s=0.4, **WEIGHTS),
+    "learner slowest": Work(generate_s=0.3, score_s=0.4, learn_s=0.8, **WEIGHTS),
+    "all alike": Work(generate_s=0.6, score_s=0.6, learn_s=0.6, **WEIGHTS),
+}
+PROMPTS, WARM_UP, DRAIN = 16, 3, 2
+SIZE = [f"train.prompts_per_step={PROMPTS}", "train.samples_per_prompt=2"]
+TARGET = 1.05
+"""Largest seconds per step over max(g, s, t) + w."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of each mix")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every wait")
+    parser.add_argument("--real-steps", type=int, default=20, help="steps of each turn of the quickstart on the CPU; 0 leaves it out")
+    parser.add_argument("--turns", type=int, default=2, help="turns of each variant of the quickstart")
+
+
+def scaled(work: Work, scale: float) -> Work:
+    g, s, t, _ = work.phases
+    return Work(
+        generate_s=g * scale, score_s=s * scale, learn_s=t * scale, pack_s=work.pack_s * scale, load_s=work.load_s * scale,
+    )  # fmt: skip
+
+
+def step_seconds(stage: Stage, work: Work, steps: int, *overrides: str) -> float:
+    """Of one step, the mean of `steps` in a row between a warm-up and the last ones, which draw nothing ahead."""
+    stage.assign(work)
+    controller = stage.controller(settings_of(*SIZE, f"train.steps={WARM_UP + steps + DRAIN}", *overrides))
+    ends = []
+    for _ in range(WARM_UP + steps + DRAIN):
+        controller.step()
+        ends.append(time.perf_counter())
+    assert len(set(controller.trained)) == len(controller.trained) == len(ends) * PROMPTS, "a prompt was lost or came twice"
+    return (ends[WARM_UP + steps - 1] - ends[WARM_UP - 1]) / steps
+
+
+def run(options: argparse.Namespace) -> dict:
+    found: dict = {"target": TARGET, "waits": waits(options)}
+    if options.real_steps:
+        from benchmarks.quickstart import compare_schedules  # the real workers: seconds to import
+
+        found["quickstart"] = compare_schedules(options.real_steps, options.turns)
+    return found
+
+
+def waits(options: argparse.Namespace) -> dict:
+    """Sync, streamed and pipelined seconds per step of each mix, beside g + s + t + w and max(g, s, t) + w."""
+    rows = {}
+    print(f"{'seconds per step':18s} {'sync':>7s} {'g+s+t+w':>8s} {'streamed':>9s} {'pipelined':>10s} {'max+w':>7s} {'ratio':>6s}  gain")
+    with Stage(settings_of(*SIZE)) as stage:
+        for name, mix in MIXES.items():
+            work = scaled(mix, options.scale)
+            *phases, w = work.phases
+            whole, single = f"rollout.groups_per_chunk={PROMPTS}", "rollout.groups_per_chunk=1"
+            few = max(options.steps // 3, 1)
+            sync, streamed = (step_seconds(stage, work, few, size) for size in (whole, single))
+            pipelined = step_seconds(stage, work, options.steps, whole, "schedule=pipelined")
+            limit = max(phases) + w
+            rows[name] = {
+                "phases": work.phases, "sync": sync, "sum": sum(work.phases), "streamed": streamed, "pipelined": pipelined,
+                "limit": limit, "ratio": pipelined / limit,
+            }  # fmt: skip
+            verdict = "reached" if pipelined / limit <= TARGET else "MISSED"
+            print(
+                f"{name:18s} {sync:7.3f} {sum(work.phases):8.3f} {streamed:9.3f} {pipelined:10.3f} {limit:7.3f} {pipelined / limit:6.3f}"
+                f"  {sync / pipelined:.2f}x  target {TARGET}: {verdict}"
+            )
+    return rows
+
+
+def draw(found: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, real = found["waits"], found.get("quickstart")
+    figure, axes = pyplot.subplots(1, 2 if real else 1, figsize=(11 if real else 6, 4), squeeze=False, layout="constrained")
+    left = axes[0][0]
+    for i, kind in enumerate(("sync", "streamed", "pipelined")):
+        left.bar([x + (i - 1) * 0.27 for x in range(len(rows))], [row[kind] for row in rows.values()], 0.27, label=kind)
+    for x, row in enumerate(rows.values()):
+        left.hlines(row["limit"], x - 0.42, x + 0.42, colors="black", linestyles="dashed", label=None if x else "max(g, s, t) + w")
+    left.set_xticks(range(len(rows)), rows, fontsize=8)
+    left.set_ylabel("s per step")
+    left.set_title("A device for each phase (workers that wait)", fontsize=10)
+    left.legend(fontsize=8)
+    if real:
+        right, variants = axes[0][1], real["variants"]
+        right.bar(range(len(variants)), [statistics.median(v["step_s"]) for v in variants.values()], color="tab:gray")
+        right.set_xticks(range(len(variants)), [name.replace(", ", ",\n") for name in variants], fontsize=8)
+        right.set_title("Quickstart on this CPU, everything on the same cores", fontsize=10)
+        right.set_ylabel("s per step")
+    figure.savefig(path, dpi=110)

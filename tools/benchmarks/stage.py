@@ -1,0 +1,125 @@
+"""The production controller, sampling, pipeline and groups, with workers of our choice behind them."""
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+
+from benchmarks.fake_workers import Work
+from hybridrl.choices import WeightTransfer
+from hybridrl.compose import load_config
+from hybridrl.config import RunSettings
+from hybridrl.controller.checkpoint import Checkpointer
+from hybridrl.controller.controller import Controller
+from hybridrl.controller.sampling import Arrived
+from hybridrl.data.prompts import PromptSource
+from hybridrl.runtime.calls import gather
+from hybridrl.runtime.cluster import Cluster
+from hybridrl.runtime.groups import EngineLoad, LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
+from hybridrl.runtime.workers import Workers, place_workers
+from hybridrl.tracking.sink import Sinks
+from hybridrl.types import Prompt, Shard
+
+
+class FakeRollout(RolloutGroup):
+    worker = "benchmarks.fake_workers:Engine"
+
+
+class FakeScorer(ScorerGroup):
+    worker = "benchmarks.fake_workers:Scorer"
+
+
+class FakeReward(RewardGroup):
+    worker = "benchmarks.fake_workers:Judge"
+
+
+class FakeLearner(LearnerGroup):
+    worker = "benchmarks.fake_workers:Learner"
+
+
+def settings_of(*overrides: str) -> RunSettings:
+    return load_config(["run.dir=bench", "experiment=quickstart", "tracking.wandb=disabled", "cluster.device=cpu", *overrides])
+
+
+def prompts_of(count: int, tokens: int) -> list[Prompt]:
+    return [Prompt(uid=f"p{i}", input_ids=(1,) * tokens, text="", columns={}) for i in range(count)]
+
+
+class LedgerController(Controller):
+    """Remembers the prompts that it trained on."""
+
+    trained: list[str]
+
+    def _shards(self, used: Sequence[Arrived]) -> list[tuple[Shard, list[int]]]:
+        self.trained = [*getattr(self, "trained", []), *(a.header.uids[g] for a in used for g in a.groups)]
+        return super()._shards(used)
+
+
+def controller_of(
+    settings: RunSettings, workers: Workers, prompts: Sequence[Prompt], folder: Path, heldout: Sequence[Prompt] = ()
+) -> LedgerController:
+    """A controller at step 0 whose engines serve version 0."""
+    controller = LedgerController(
+        settings,
+        workers=workers,
+        backend=WeightTransfer.object_store,
+        prompts=PromptSource(prompts, settings.run.seed),
+        heldout=heldout,
+        sinks=Sinks(required=[]),
+        checkpointer=Checkpointer(folder, 1),
+    )
+    controller.publish_weights()
+    return controller
+
+
+class Stage:
+    """Fake workers on a Ray of their own. Use as a context manager.
+
+    Example: with Stage(settings_of()) as stage: stage.assign(Work(generate_s=0.5)); stage.controller(settings).step()
+    """
+
+    def __init__(self, settings: RunSettings, *, store_bytes: int | None = None) -> None:
+        """Args: store_bytes: of Ray's object store; None: Ray's own choice."""
+        self.settings = settings
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=store_bytes)
+        self.folder = Path(tempfile.mkdtemp(prefix="hybridrl-bench-"))
+        self.cluster = Cluster(settings)
+        slots, log_dir, here = place_workers(settings, self.cluster), str(self.folder / "logs"), {"device": "cpu"}
+        teacher = settings.scored_teachers[0]
+        self.workers = Workers(
+            rollout=FakeRollout(
+                settings, slots["rollout"], model=settings.model, backend=WeightTransfer.object_store, log_dir=log_dir, **here
+            ),
+            teacher_rollout=None,
+            replay=None,
+            scorers=[FakeScorer(settings, slots[f"scorer-{teacher}"], teacher=teacher, log_dir=log_dir, **here)],
+            rewards=FakeReward(settings, slots["reward"], log_dir=log_dir),
+            learner=FakeLearner(settings, slots["learner"], log_dir=log_dir, **here),
+        )
+        groups = (self.workers.rollout, *self.workers.scorers, self.workers.rewards, self.workers.learner)
+        gather([pending for group in groups for pending in group.ready()])
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cluster.__exit__()
+        ray.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def assign(self, work: Work) -> None:
+        for group in (self.workers.rollout, *self.workers.scorers, self.workers.learner):
+            group.group.call_all("assign", work, deadline_s=60.0)
+
+    def controller(self, settings: RunSettings, *, engines: int | None = None, prompt_tokens: int = 8) -> LedgerController:
+        """A fresh run over the same workers, or over the first `engines` of them."""
+        rollout = copy.copy(self.workers.rollout)
+        rollout.settings, rollout.group = settings, copy.copy(rollout.group)
+        rollout.group.size = engines or rollout.group.size
+        rollout.load = EngineLoad(rollout.group.size)
+        workers = replace(self.workers, rollout=rollout)
+        return controller_of(settings, workers, prompts_of(settings.train.prompts_per_step, prompt_tokens), self.folder)
