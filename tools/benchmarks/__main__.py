@@ -9,8 +9,7 @@ from pathlib import Path
 import benchmarks
 from benchmarks.machine import describe
 
-VERBS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "
-def add_options(" in path.read_text())
+VERBS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\ndef add_options(" in path.read_text())
 
 
 def main(arguments: list[str]) -> int:

@@ -11,7 +11,8 @@ from pathlib import Path
 import ray
 
 from benchmarks.fake_workers import Work
-from benchmarks.stage import LedgerController, Stage, settings_of
+from benchmarks.stage import Stage, settings_of
+from hybridrl.controller.controller import Controller
 from hybridrl.controller.pipeline import Wave
 from hybridrl.data.scored import join, select_groups
 from hybridrl.types import ScoredBatch
@@ -96,7 +97,7 @@ def measure(stage: Stage, size: Size, repeats: int, *, with_other: bool) -> dict
     }  # fmt: skip
 
 
-def ours(controller: LedgerController) -> tuple[float, float, dict]:
+def ours(controller: Controller) -> tuple[float, float, dict]:
     """-> wall and CPU seconds of the driver, and the step's row. The workers' own time, between draw and headers, is left out."""
     began, cpu = time.perf_counter(), cpu_seconds()
     wave = controller.pipeline.draw(0)
@@ -108,14 +109,14 @@ def ours(controller: LedgerController) -> tuple[float, float, dict]:
     return drew + time.perf_counter() - began, drew_cpu + cpu_seconds() - cpu, row
 
 
-def materialising(controller: LedgerController) -> float:
+def materialising(controller: Controller) -> float:
     """Seconds of a driver that fetches every rollout and score, joins them to one batch, cuts it for its ranks and sends it on."""
     wave = controller.pipeline.draw(0)
     wait_for(wave)
     began = time.perf_counter()
     parts = [
         ScoredBatch(
-            rollout=ray.get(d.chunk.batch.ref), rewards=ray.get(d.rewards.ref), scores=tuple(ray.get(s.ref) for _, s in d.scores)
+            rollout=ray.get(d.chunk.batch.ref), rewards=ray.get(d.rewards[0].ref), scores=tuple(ray.get(s.ref) for _, s in d.scores)
         )
         for d in wave.drawn
     ]  # fmt: skip
@@ -128,7 +129,7 @@ def materialising(controller: LedgerController) -> float:
 
 
 def wait_for(wave: Wave) -> None:
-    refs = [d.rewards.ref for d in wave.drawn] + [s.ref for d in wave.drawn for _, s in d.scores]
+    refs = [d.rewards[0].ref for d in wave.drawn] + [s.ref for d in wave.drawn for _, s in d.scores]
     _, late = ray.wait(refs, num_returns=len(refs), timeout=600, fetch_local=False)
     assert not late, f"{len(late)} of {len(refs)} are missing after 600 s"
 

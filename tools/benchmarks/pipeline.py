@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from benchmarks.fake_workers import Work
-from benchmarks.stage import Stage, settings_of
+from benchmarks.stage import Stage, settings_of, trained_by
 
 WEIGHTS = {"pack_s": 0.03, "load_s": 0.02}
 MIXES = {
@@ -43,7 +43,8 @@ def step_seconds(stage: Stage, work: Work, steps: int, *overrides: str) -> float
     for _ in range(WARM_UP + steps + DRAIN):
         controller.step()
         ends.append(time.perf_counter())
-    assert len(set(controller.trained)) == len(controller.trained) == len(ends) * PROMPTS, "a prompt was lost or came twice"
+    trained = trained_by(controller)
+    assert len(set(trained)) == len(trained) == len(ends) * PROMPTS, "a prompt was lost or came twice"
     return (ends[WARM_UP + steps - 1] - ends[WARM_UP - 1]) / steps
 
 

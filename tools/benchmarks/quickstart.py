@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ray
 
-from benchmarks.stage import controller_of, settings_of
+from benchmarks.stage import controller_of, settings_of, trained_by
 from hybridrl.config import RunSettings
 from hybridrl.controller.run import prepare_prompts
 from hybridrl.data.prompts import PromptSource
@@ -91,7 +91,7 @@ def take_turn(
     rows = [controller.step() for _ in range(steps)]
     turns.step_s.append((time.perf_counter() - started) / steps)
     drawn = PromptSource(prompts, settings.run.seed).next_batch(steps * settings.train.prompts_per_step)
-    assert sorted(controller.trained) == sorted(p.uid for p in drawn), "a prompt was lost or came twice"
+    assert sorted(trained_by(controller)) == sorted(p.uid for p in drawn), "a prompt was lost or came twice"
     turns.rows.append(rows)
     turns.accuracy.append(controller.evaluate()["eval/accuracy"])
 

@@ -15,14 +15,15 @@ from hybridrl.compose import load_config
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer
 from hybridrl.controller.controller import Controller
-from hybridrl.controller.sampling import Arrived
+from hybridrl.controller.ledger import Ledger, read_ledger
+from hybridrl.controller.preemption import Preemption
 from hybridrl.data.prompts import PromptSource
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.groups import EngineLoad, LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
 from hybridrl.runtime.workers import Workers, place_workers
 from hybridrl.tracking.sink import Sinks
-from hybridrl.types import Prompt, Shard
+from hybridrl.types import Prompt
 
 
 class FakeRollout(RolloutGroup):
@@ -49,31 +50,28 @@ def prompts_of(count: int, tokens: int) -> list[Prompt]:
     return [Prompt(uid=f"p{i}", input_ids=(1,) * tokens, text="", columns={}) for i in range(count)]
 
 
-class LedgerController(Controller):
-    """Remembers the prompts that it trained on."""
-
-    trained: list[str]
-
-    def _shards(self, used: Sequence[Arrived]) -> list[tuple[Shard, list[int]]]:
-        self.trained = [*getattr(self, "trained", []), *(a.header.uids[g] for a in used for g in a.groups)]
-        return super()._shards(used)
-
-
 def controller_of(
     settings: RunSettings, workers: Workers, prompts: Sequence[Prompt], folder: Path, heldout: Sequence[Prompt] = ()
-) -> LedgerController:
+) -> Controller:
     """A controller at step 0 whose engines serve version 0."""
-    controller = LedgerController(
+    controller = Controller(
         settings,
         workers=workers,
         backend=WeightTransfer.object_store,
         prompts=PromptSource(prompts, settings.run.seed),
         heldout=heldout,
         sinks=Sinks(required=[]),
-        checkpointer=Checkpointer(folder, 1),
+        checkpointer=Checkpointer(folder, settings.checkpoint),
+        ledger=Ledger(folder, 0),
+        preemption=Preemption(),
     )
     controller.publish_weights()
     return controller
+
+
+def trained_by(controller: Controller) -> list[str]:
+    """The prompts that it trained on, by its ledger."""
+    return [uid for line in read_ledger(controller.checkpointer.root.parent) for uid in line["trained"]]
 
 
 class Stage:
@@ -115,11 +113,11 @@ class Stage:
         for group in (self.workers.rollout, *self.workers.scorers, self.workers.learner):
             group.group.call_all("assign", work, deadline_s=60.0)
 
-    def controller(self, settings: RunSettings, *, engines: int | None = None, prompt_tokens: int = 8) -> LedgerController:
+    def controller(self, settings: RunSettings, *, engines: int | None = None, prompt_tokens: int = 8) -> Controller:
         """A fresh run over the same workers, or over the first `engines` of them."""
         rollout = copy.copy(self.workers.rollout)
         rollout.settings, rollout.group = settings, copy.copy(rollout.group)
         rollout.group.size = engines or rollout.group.size
-        rollout.load = EngineLoad(rollout.group.size)
+        rollout.load, rollout.serving, rollout.pings = EngineLoad(rollout.group.size), set(range(rollout.group.size)), {}
         workers = replace(self.workers, rollout=rollout)
         return controller_of(settings, workers, prompts_of(settings.train.prompts_per_step, prompt_tokens), self.folder)
