@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from hybridrl import failpoints
 from hybridrl.choices import BestMode
 from hybridrl.config import CheckpointConfig
 from hybridrl.durable import seal, sha256, sync_to_disk
@@ -86,9 +87,12 @@ class Checkpointer:
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
+            failpoints.hit("checkpoint.begun", step=state.step)
             self._check_room(final, writers)
             write(unfinished, state, writers)
+            failpoints.hit("checkpoint.written", step=state.step)
             read_checkpoint(unfinished)
+            failpoints.hit("checkpoint.verified", step=state.step)
             self._commit(unfinished, final)
         except Exception as error:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -150,7 +154,9 @@ class Checkpointer:
         replaced = self.root / f"{REPLACED}{final.name}"
         if final.exists():
             final.rename(replaced)
+        failpoints.hit("checkpoint.replaced", step=step_of(final))
         unfinished.rename(final)
+        failpoints.hit("checkpoint.renamed", step=step_of(final))
         sync_to_disk(self.root)
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -163,15 +169,18 @@ class Checkpointer:
         for folder in ours:
             if folder not in kept:
                 doomed = folder.rename(self.root / f"{UNFINISHED}{folder.name}")  # half removed, it is no checkpoint
+                failpoints.hit("checkpoint.pruned", step=step)
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write(folder: Path, state: RunState, writers: Sequence[Writer]) -> None:
     """All files of a checkpoint, and the manifest that names what their writers say they wrote, on disk."""
     files = [file for writer in writers for file in writer.save_state(str(folder))]
+    failpoints.hit("checkpoint.shards", step=state.step)
     metrics = {key: float(value) for key, value in state.metrics.items() if math.isfinite(value)}
     (folder / STATE).write_text(json.dumps(asdict(state) | {"metrics": metrics}, indent=1))
     files.append(seal(folder / STATE))
+    failpoints.hit("checkpoint.state", step=state.step)
     entries = {f.name: {"sha256": f.sha256, "bytes": f.bytes} for f in files}
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": state.step, "files": entries}, indent=1))
     sync_to_disk(folder / MANIFEST)

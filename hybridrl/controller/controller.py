@@ -196,7 +196,7 @@ class Controller:
             try:
                 return evaluate(
                     self.settings.eval, self.workers.rollout, self.workers.rewards, self.heldout,
-                    step=self.steps_done, temperature=self.settings.algorithm.temperature, seed=seed,
+                    step=self.steps_done, temperature=self.settings.algorithm.temperature, seed=seed, watch=self.workers.silent,
                 )  # fmt: skip
             except WorkerError as error:
                 self.workers.lose(error)

@@ -1,13 +1,13 @@
 """Held-out problems through the same engines and rewards as training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hybridrl.config import EvalConfig
-from hybridrl.runtime.calls import gather
+from hybridrl.runtime.calls import Pending, gather, nobody
 from hybridrl.runtime.groups import RewardGroup, RolloutGroup
 from hybridrl.types import Prompt, Rewards, Sample
 
@@ -21,19 +21,32 @@ class Evaluation:
 
 
 def evaluate(
-    config: EvalConfig, rollout: RolloutGroup, rewards: RewardGroup, prompts: Sequence[Prompt], *, step: int, temperature: float, seed: int
+    config: EvalConfig,
+    rollout: RolloutGroup,
+    rewards: RewardGroup,
+    prompts: Sequence[Prompt],
+    *,
+    step: int,
+    temperature: float,
+    seed: int,
+    watch: Callable[[], Pending | None] = nobody,
 ) -> Evaluation:
     """One response per problem, greedy unless eval.greedy is false.
 
     Args:
         step: optimizer steps done, for the wave's name and the samples.
         temperature: of sampling when not greedy.
+        watch: as in runtime.calls.settle.
+
+    Raises:
+        WorkerError: naming the engine or reward worker that was lost.
     """
     chunks = rollout.generate(
         prompts, wave=f"eval-{step}", group_size=1, temperature=0.0 if config.greedy else temperature, seed=seed,
         groups_per_chunk=len(prompts),
     )  # fmt: skip
     pending = rewards.score(chunks, [function.weight for function in rewards.settings.reward.functions.values()])
+    gather([chunk.header for chunk in chunks], watch)  # the loss of an engine fails the reward calls too, which are not to blame
     scored = gather(pending)
     return summary(scored, rewards.samples(chunks[0], pending[0], step, config.samples))
 

@@ -10,10 +10,14 @@ from hybridrl.errors import Preempted
 
 
 class Preemption:
-    """Whether the run was told to end. Asked at places where nothing would be lost."""
+    """Whether the run was told to end. Asked at places where nothing would be lost; while it starts up, that is everywhere."""
 
     def __init__(self) -> None:
-        self.told = False
+        self.told, self.starting = False, True
+
+    def started(self) -> None:
+        """From here on only `check` raises."""
+        self.starting = False
 
     @contextmanager
     def listening(self) -> Iterator["Preemption"]:
@@ -36,3 +40,5 @@ class Preemption:
 
     def _tell(self, signum: int, frame: FrameType | None) -> None:
         self.told = True
+        if self.starting:
+            self.check()

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hybridrl import redact
-from hybridrl.choices import PairLoss, Support, WandbMode
+from hybridrl.choices import PairLoss, Resume, Support, WandbMode
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.contract import check_running, check_teachers, check_templates
@@ -18,12 +18,13 @@ from hybridrl.controller.run_directory import find_checkpoint, run_directory
 from hybridrl.controller.teacher_levels import measure_teachers, teachers_to_measure
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
-from hybridrl.errors import ConfigError, FleetExhausted, WorkerError, WorkerTimeout
+from hybridrl.errors import ConfigError, FleetExhausted, WorkerError
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.rewards import check_rewards
 from hybridrl.rewards.reward_model import check_reward_models
+from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
-from hybridrl.runtime.workers import place_workers, restart_learner, start_rewards, start_workers
+from hybridrl.runtime.workers import Slots, Workers, place_workers, recover, start_rewards, start_workers
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics
 from hybridrl.tracking.report import write_report
@@ -52,6 +53,7 @@ def train(settings: RunSettings) -> RunResult:
     check_rewards(settings.reward)
     prompts, heldout = prepare_prompts(settings)
     with run_directory(settings) as run_dir, ExitStack() as stack:
+        stack.enter_context((preemption := Preemption()).listening())
         checkpoint = find_checkpoint(settings, run_dir)
         console, sinks, wandb = make_sinks(settings)
         stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
@@ -60,44 +62,77 @@ def train(settings: RunSettings) -> RunResult:
         measured = "" if checkpoint else ", ".join(teachers_to_measure(settings))
         console.notice("starting workers" + (f", and measuring teacher {measured} on the held-out problems ..." if measured else " ..."))
         cluster = stack.enter_context(Cluster(settings))
+        stack.enter_context(preemption.listening())  # again, for Ray takes the signal to itself when it starts
         slots, log_dir = place_workers(settings, cluster), str(run_dir / "logs")
         rewards = start_rewards(settings, slots, log_dir)
         # A resumed run has them in its first row.
         levels = {} if checkpoint else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir)
         workers = start_workers(settings, cluster, slots, rewards, log_dir)
         check_running(settings, workers, prompts)
-        took = f"{time.monotonic() - began:.0f} s"
-        console.notice(f"workers ready after {took} on {cluster.device}, weights travel by {cluster.weight_transfer}")
-        preemption = stack.enter_context(Preemption().listening())
-        for restarts_left in reversed(range(1 + settings.cluster.max_restarts)):
-            with Ledger(run_dir, checkpoint.state.step if checkpoint else 0) as ledger:
-                controller = Controller(
-                    settings,
-                    workers=workers,
-                    backend=cluster.weight_transfer,
-                    prompts=PromptSource(prompts, settings.run.seed),
-                    heldout=heldout,
-                    sinks=sinks,
-                    checkpointer=Checkpointer(run_dir, settings.checkpoint),
-                    ledger=ledger,
-                    preemption=preemption,
-                )
-                controller.wandb_id = wandb.run_id if wandb else None
-                try:
-                    train_on(controller, checkpoint, levels)
-                    break
-                except WorkerError as error:  # others than the learner's are replaced while the run goes on
-                    lost = error
-            if not restarts_left:
-                raise FleetExhausted(f"{lost}; cluster.max_restarts is used up, the last checkpoint stands") from lost
-            console.notice(f"{lost}; going back to the last checkpoint")
-            if isinstance(lost, WorkerTimeout):
-                workers.dump_stacks()
-            workers = restart_learner(settings, cluster, slots, workers, log_dir)
-            checkpoint = find_checkpoint(settings, run_dir)
-            sinks.start(run_info(settings, run_dir, checkpoint))
+        took, silence = f"{time.monotonic() - began:.0f} s", f"the longest silent wait is {settings.deadlines.longest_silence_s:g} s"
+        console.notice(f"workers ready after {took} on {cluster.device}, weights travel by {cluster.weight_transfer}; {silence}")
+        preemption.started()
+        attempts = Attempts(
+            settings=settings, run_dir=run_dir, cluster=cluster, slots=slots, prompts=prompts, heldout=heldout, levels=levels,
+            console=console, sinks=sinks, wandb=wandb, preemption=preemption,
+        )  # fmt: skip
+        controller = attempts.until_done(workers, checkpoint)
         exported = export_model(settings, controller, run_dir, first)
     return result(run_dir, exported)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempts:
+    """Training that goes back to its last checkpoint, in the same job, when a worker is lost whose state nobody else holds."""
+
+    settings: RunSettings
+    run_dir: Path
+    cluster: Cluster
+    slots: Slots
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+    levels: Mapping[str, float]  # the teachers', for the first row of a run
+    console: ConsoleSink
+    sinks: Sinks
+    wandb: WandbSink | None
+    preemption: Preemption
+
+    def until_done(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
+        """The controller of the attempt that came to the end.
+
+        Raises:
+            FleetExhausted: there were more losses than cluster.max_restarts.
+        """
+        for restarts_left in reversed(range(1 + self.settings.cluster.max_restarts)):
+            try:
+                return self.attempt(workers, checkpoint)
+            except WorkerError as error:  # a lost engine, scorer or reward worker is replaced while the run goes on
+                if not restarts_left:
+                    raise FleetExhausted(f"{error}; cluster.max_restarts is used up, the last checkpoint stands") from error
+                self.console.notice(f"{error}; going back to the last checkpoint")
+                workers = recover(self.settings, self.cluster, self.slots, workers, error, str(self.run_dir / "logs"))
+            goes_on = replace(self.settings, run=replace(self.settings.run, resume=Resume.auto))
+            checkpoint = find_checkpoint(goes_on, self.run_dir)
+            self.sinks.start(run_info(self.settings, self.run_dir, checkpoint))
+        raise AssertionError("the last attempt returns or raises")
+
+    def attempt(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
+        gather(workers.learner.ready())
+        with Ledger(self.run_dir, checkpoint.state.step if checkpoint else 0) as ledger:
+            controller = Controller(
+                self.settings,
+                workers=workers,
+                backend=self.cluster.weight_transfer,
+                prompts=PromptSource(self.prompts, self.settings.run.seed),
+                heldout=self.heldout,
+                sinks=self.sinks,
+                checkpointer=Checkpointer(self.run_dir, self.settings.checkpoint),
+                ledger=ledger,
+                preemption=self.preemption,
+            )
+            controller.wandb_id = self.wandb.run_id if self.wandb else None
+            train_on(controller, checkpoint, self.levels)
+        return controller
 
 
 def train_on(controller: Controller, checkpoint: Checkpoint | None, levels: Mapping[str, float]) -> None:

@@ -33,20 +33,27 @@ class Pending:
         return gather([self])[0]
 
 
-def gather(pending: Sequence[Pending]) -> list[Any]:
+def nobody() -> None:
+    """Watches nothing."""
+
+
+def gather(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nobody) -> list[Any]:
     """Results in order. The first failure ends the wait at once, whatever else still runs.
+
+    Args:
+        watch: as in `settle`.
 
     Raises:
         WorkerTimeout, WorkerDied, WorkerError: naming the worker and the call; or the worker's own HybridRLError.
     """
-    values = settle(pending)
+    values = settle(pending, watch)
     for value in values:
         if isinstance(value, WorkerError):
             raise value
     return values
 
 
-def settle(pending: Sequence[Pending], watch: Callable[[], Pending | None] = lambda: None) -> list[Any]:
+def settle(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nobody) -> list[Any]:
     """Results in order. A lost worker ends the wait: its error stands for each of its calls, None for what is under way.
 
     Args:

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hybridrl.choices import PairLoss, Source, WeightTransfer
 from hybridrl.config import ModelConfig, RunSettings
-from hybridrl.errors import WeightSyncError, WorkerError
+from hybridrl.errors import WeightSyncError, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.placement import chunk_size
 from hybridrl.runtime.calls import Pending, gather, is_done
 from hybridrl.runtime.group import ActorGroup, EngineCall, Slot
@@ -192,7 +192,7 @@ class RolloutGroup:
         """Have every engine serve these weights. One that fails to is lost; the others go on.
 
         Raises:
-            WorkerError: all of them failed.
+            WorkerError: none of them took the weights, and some answered: the fault is not theirs.
         """
         self.latest = (manifest, packed)
         loads, errors = [self._load(engine, manifest, packed) for engine in sorted(self.serving)], []
@@ -201,8 +201,9 @@ class RolloutGroup:
                 self._acknowledged(load)
             except WorkerError as error:
                 errors.append(error)
-        if errors and len(errors) == len(loads):
-            raise errors[0]
+        refused = [error for error in errors if not isinstance(error, WorkerDied | WorkerTimeout)]
+        if refused and len(errors) == len(loads):
+            raise refused[0]
         for error in errors:
             log.warning("%s; going on without it while another is started", error)
             self.lose(error)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from hybridrl.choices import Source
 from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.errors import WorkerError, WorkerTimeout
-from hybridrl.runtime.calls import Pending, gather
+from hybridrl.runtime.calls import Pending, gather, settle
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.group import Slot
 from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
@@ -35,14 +35,17 @@ class Workers:
         return [group for group in found if group is not None]
 
     @property
+    def engines(self) -> list[RolloutGroup]:
+        return [group for group in (self.rollout, self.teacher_rollout) if group is not None]
+
+    @property
     def restarts(self) -> int:
         """How many workers have been replaced so far."""
         return sum(sum(group.group.epochs) for group in self.groups)
 
     def silent(self) -> Pending | None:
         """A ping that some engine should have answered by now; None: all answer."""
-        engines = [group for group in (self.rollout, self.teacher_rollout) if group is not None]
-        return next((ping for group in engines if (ping := group.silent()) is not None), None)
+        return next((ping for group in self.engines if (ping := group.silent()) is not None), None)
 
     def lose(self, lost: WorkerError) -> None:
         """Replace a worker. After silence, all workers write their stacks into their logs first.
@@ -54,6 +57,16 @@ class Workers:
         if isinstance(lost, WorkerTimeout):
             self.dump_stacks()
         next(group for group in self.groups if group.group.name == lost.worker.rpartition("/")[0]).lose(lost)
+
+    def abort(self) -> None:
+        """Stop all sampling; an engine that does not answer is replaced.
+
+        Raises:
+            FleetExhausted: too many of them were lost.
+        """
+        while lost := [found for found in settle([p for group in self.engines for p in group.abort()]) if isinstance(found, WorkerError)]:
+            for error in lost:
+                self.lose(error)
 
     def dump_stacks(self) -> None:
         for group in self.groups:
@@ -120,17 +133,20 @@ def start_workers(settings: RunSettings, cluster: Cluster, slots: Slots, rewards
     )
 
 
-def restart_learner(settings: RunSettings, cluster: Cluster, slots: Slots, workers: Workers, log_dir: str) -> Workers:
-    """The same workers with a new learner; what was being sampled for the old one is given up.
+def recover(settings: RunSettings, cluster: Cluster, slots: Slots, workers: Workers, lost: WorkerError, log_dir: str) -> Workers:
+    """The same workers with a new learner, and with another worker in the place of `lost` if that was none of the learner's;
+    what was being sampled for the old one is given up. The new one is under way when this returns.
 
     Raises:
-        WorkerError: it could not be built, within deadlines.start_s.
+        FleetExhausted: too many workers of another kind were lost.
     """
+    if any(lost.worker in group.group.names for group in workers.groups if group is not workers.learner):
+        workers.lose(lost)
+    elif isinstance(lost, WorkerTimeout):
+        workers.dump_stacks()
     workers.learner.close()
-    learner = LearnerGroup(settings, slots["learner"], device=cluster.device, log_dir=log_dir)
-    gather([*workers.rollout.abort(), *(workers.teacher_rollout.abort() if workers.teacher_rollout else [])])
-    gather(learner.ready())
-    return replace(workers, learner=learner)
+    workers.abort()
+    return replace(workers, learner=LearnerGroup(settings, slots["learner"], device=cluster.device, log_dir=log_dir))
 
 
 def teacher_model(settings: RunSettings) -> ModelConfig:
