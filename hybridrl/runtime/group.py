@@ -12,7 +12,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hybridrl.errors import FleetExhausted, WorkerError
-from hybridrl.runtime.calls import Pending, gather
+from hybridrl.runtime.calls import Pending, gather, settle
 from hybridrl.runtime.host import STACKS, AsyncHost, Host
 
 
@@ -86,6 +86,18 @@ class ActorGroup:
         self.actors[index] = self._start(index)
         self.pid_refs[index] = self.actors[index].pid.remote()
         return index
+
+    def rebuild(self, lost: WorkerError, start_s: float) -> None:
+        """Replace a worker and wait until the new one answers, so that the deadline of a call does not count its start.
+
+        Raises:
+            FleetExhausted: as in `replace`.
+        """
+        while (index := self.replace(lost)) is not None:
+            answer = settle([self.submit(index, "ping", deadline_s=start_s)])[0]
+            if not isinstance(answer, WorkerError):
+                return
+            lost = answer
 
     def submit(self, index: int, method: str, *args: Any, deadline_s: float) -> Pending:
         """Call one worker; refs among `args` arrive as their values."""

@@ -172,6 +172,7 @@ class RolloutGroup:
                     if self.latest is not None:
                         self._acknowledged(self._load(engine, *self.latest))
                     self.serving.add(engine)
+                    log.warning("%s serves again", self.group.names[engine])
                 except WorkerError as error:
                     self.lose(error)
             if self.serving:
@@ -252,7 +253,7 @@ class ScorerGroup:
 
     def lose(self, lost: WorkerError) -> None:
         """Start another worker in its place; it holds no state that the run would miss."""
-        self.group.replace(lost)
+        self.group.rebuild(lost, self.settings.deadlines.start_s)
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
@@ -296,7 +297,7 @@ class RewardGroup:
 
     def lose(self, lost: WorkerError) -> None:
         """Start another worker in its place; it holds no state that the run would miss."""
-        self.group.replace(lost)
+        self.group.rebuild(lost, self.settings.deadlines.start_s)
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)

@@ -33,7 +33,7 @@ class ReplayGroup:
         return self.generate(chunk.prompts, wave=chunk.order.wave)[0]
 
     def lose(self, lost: WorkerError) -> None:
-        self.group.replace(lost)
+        self.group.rebuild(lost, self.settings.deadlines.start_s)
 
     def rank(self, chunks: Sequence[Chunk]) -> list[Pending]:
         """One call per chunk: -> Rewards, the data's own order."""

@@ -1,0 +1,78 @@
+"""tools/chaos [ID ...]: do faults to real runs, print a line for each, keep findings and card in tools/chaos_faults/results.
+
+IDs that were run before are replaced on the card, so it can be run in pieces. Exit status 1 where one fails.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from chaos_faults.finding import Finding, Row, keep
+from chaos_faults.ground import Ground
+from chaos_faults.matrix import MATRIX, Do
+from chaos_faults.training import ROOT
+
+
+def main(arguments: list[str]) -> int:
+    known = {fault.id: fault for fault in MATRIX}
+    parser = argparse.ArgumentParser(prog="tools/chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {' '.join(known)}; none: all")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / f"hybridrl-chaos-{os.getuid()}", help="folder of the runs"
+    )
+    options = parser.parse_args(arguments)
+    if unknown := set(options.ids) - known.keys():
+        parser.error(f"no such fault: {', '.join(sorted(unknown))}")
+    ground, failed = Ground(options.work), False
+    for do, ids in grouped([key for key in known if key in (options.ids or known)]):
+        started = time.monotonic()
+        found = attempt(do, ground, ids)
+        took = time.monotonic() - started
+        rows = [Row(id=i, fault=known[i].name, proof=known[i].proof, seconds=took, finding=found[i]) for i in ids]
+        for row in rows:
+            print(f"{'pass' if row.finding.passed else 'FAIL'}  {row.id}  {row.fault}: {row.finding.said}  [{took:.0f} s]", flush=True)
+            failed |= not row.finding.passed
+        keep(rows, list(known), machine())
+    return int(failed)
+
+
+def grouped(ids: list[str]) -> list[tuple[Do | str, list[str]]]:
+    """Faults that one scenario does together."""
+    groups: dict[Do | str, list[str]] = {}
+    known = {fault.id: fault.do for fault in MATRIX}
+    for key in ids:
+        groups.setdefault(known[key], []).append(key)
+    return list(groups.items())
+
+
+def attempt(do: Do | str, ground: Ground, ids: list[str]) -> dict[str, Finding]:
+    """A scenario that breaks off is a failed one, and does not keep the others from running."""
+    try:
+        found = dict.fromkeys(ids, tests(do)) if isinstance(do, str) else do(ground, ids)
+        return {key: found.get(key) or Finding(passed=False, said="not reached") for key in ids}
+    except (OSError, AssertionError, RuntimeError, ValueError, LookupError, StopIteration, subprocess.SubprocessError) as error:
+        return dict.fromkeys(ids, Finding(passed=False, said=f"broke off: {type(error).__name__}: {error}"[:300]))
+
+
+def tests(selection: str) -> Finding:
+    """Args: selection: files, and after -k the names' parts with | between them."""
+    files, _, names = selection.partition(" -k ")
+    chosen = ["-k", names.replace("|", " or ")] if names else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files.split(), *chosen]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    last = (done.stdout.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return Finding(passed=done.returncode == 0, said=f"tests: {last.strip('= ')}")
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((text.split(":", 1)[1].strip() for text in lines if "model name" in text), "a CPU")
+    return f"{os.cpu_count()} cores of {model}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

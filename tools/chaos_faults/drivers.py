@@ -1,0 +1,189 @@
+"""K, J and the like: the run's own process is killed, told to end, or refused; the same command goes on."""
+
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+from chaos_faults.finding import Finding
+from chaos_faults.ground import STEP, Ground, last_step
+from chaos_faults.training import START_S, Training, kill, training
+from chaos_faults.workers import alive_after
+
+KILLED_AT = [
+    "controller.sampled:step=2", "controller.learned:step=4", "controller.synced:step=6", "controller.logged:step=8",
+    "checkpoint.shards:step=10", "checkpoint.renamed:step=12", "controller.saved:step=14",
+]  # fmt: skip
+K1_STEPS, K2_STEPS, K2_KILLS, K2_MEAN_S, K2_SEED = 16, 40, 10, 30.0, 7
+SAVE_EVERY = 2
+
+
+def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
+    """K1: one logical run, killed at one place after another, each time continued by the same command."""
+    run_dir, resumed, redone = ground.run_dir("failpoints"), [], []
+    points = ";".join(f"{place}:do=kill:once={run_dir / f'fired-{i}'}" for i, place in enumerate(KILLED_AT))
+    told = 0
+    for _ in range(len(KILLED_AT) + 1):
+        with training([*ground.overrides, f"train.steps={K1_STEPS}"], run_dir, points) as run:
+            started = time.time()
+            if told:
+                resumed.append(run.until(STEP) - started)
+            status = run.ended(START_S)
+        redone.append(lost_by(run, told))
+        told = last_step(run) or told
+        if status == 0:
+            break
+    kills = len(list(run_dir.glob("fired-*")))
+    within = status == 0 and kills == len(KILLED_AT) and max(redone) <= SAVE_EVERY and max(resumed) <= 60
+    said = (
+        f"SIGKILL of the run's process at {kills} of {len(KILLED_AT)} places, the same command each time; to the next step "
+        f"{min(resumed):.0f} to {max(resumed):.0f} s with start (bound 60 s)"
+    )
+    return {"K1": ground.judged(run_dir, K1_STEPS, said, within=within, recovered_s=max(resumed), lost_steps=max(redone))}
+
+
+def lost_by(run: Training, told: int) -> int:
+    """Steps done again: from the step that the run goes on from to the last one that its predecessor told of."""
+    found = [int(match[1]) for _, text in run.lines if (match := re.search(r"continues after step (\d+)", text))]
+    return max(told - (found[0] if found else 0), 0)
+
+
+def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
+    """K2: one logical run, killed whenever a Poisson process says so."""
+    run_dir, dice = ground.run_dir("random"), random.Random(K2_SEED)
+    delays, told, redone = [dice.expovariate(1 / K2_MEAN_S) for _ in range(K2_KILLS)], 0, []
+    command = [*ground.overrides, f"train.steps={K2_STEPS}"]
+    done = 0
+    for delay in delays:
+        with training(command, run_dir) as run:
+            try:
+                run.until(r"^done$", delay)
+                break
+            except TimeoutError:
+                kill(run.process.pid)
+                run.ended(30)
+        redone.append(lost_by(run, told))
+        told, done = last_step(run) or told, done + 1
+    with training(command, run_dir) as run:
+        status = run.ended(START_S)
+    redone.append(lost_by(run, told))
+    said = f"{done} SIGKILLs at random times (seed {K2_SEED}, mean {K2_MEAN_S:g} s), the same command each time"
+    within = status == 0 and done == K2_KILLS and max(redone) <= SAVE_EVERY
+    return {"K2": ground.judged(run_dir, K2_STEPS, said, within=within, lost_steps=max(redone))}
+
+
+def interrupt(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
+    """J2: Ctrl-C twice in a step; J3: the end of a run that nothing happens to."""
+    found = {}
+    if "J2" in wanted:
+        with training(ground.overrides, ground.run_dir("interrupt")) as run:
+            run.until(STEP)
+            family, at = run.family(), kill(run.process.pid, signal.SIGINT)
+            time.sleep(0.5)
+            kill(run.process.pid, signal.SIGINT)
+            status = run.ended(60)
+            left = alive_after(family, 10)
+        said = f"SIGINT twice in a step: exit status {status} after {time.time() - at:.1f} s, {len(left)} of {len(family)} processes left"
+        found["J2"] = Finding(passed=status != 0 and not left, said=said, detected_s=time.time() - at)
+    if "J3" in wanted:
+        with training([*ground.overrides, "train.steps=4", "checkpoint.export=true"], ground.run_dir("end")) as run:
+            at = run.until(r"^step +4/")
+            family, status = run.family(), run.ended(60)
+            took = time.time() - at
+            left = alive_after(family, 10)
+        said = f"from the last step to the exit, with evaluation, checkpoint, export and report; {len(left)} processes left"
+        found["J3"] = Finding(passed=status == 0 and took <= 10 and not left, said=said, recovered_s=took)
+    return found
+
+
+def exhaust(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
+    """E5: engines die whenever they are given version 3."""
+    run_dir = ground.run_dir("exhausted")
+    with training([*ground.overrides, "cluster.max_restarts=2"], run_dir, "rollout.load_weights:version=3:do=kill") as run:
+        run.until("cluster.max_restarts is used up", START_S)
+        at = time.time()
+        family, status = run.family(), run.ended(60)
+        took = time.time() - at
+        left = alive_after(family, 10)
+    typed = not run.said("Traceback")
+    said = f"every engine dies at version 3, 2 replacements: exit status {status}, checkpoint 2 stands, {len(left)} processes left"
+    kept = ground.judged(run_dir, 2, said, within=status == 1 and typed and took <= 30 and not left, recovered_s=took)
+    return {"E5": kept}
+
+
+def refuse(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
+    """C4: more workers than Ray has CPUs for."""
+    settings = ["rollout.engines=400", "train.prompts_per_step=400", "data.num_train=400", "deadlines.placement_s=10"]
+    with training([*ground.overrides, *settings], ground.run_dir("crowd")) as run:
+        at = run.until("starting workers")
+        status = run.ended(90)
+        took = time.time() - at
+    told = run.said(r"could not place 40\d workers within deadlines.placement_s=10: demand .* supply")
+    return {"C4": Finding(passed=status == 1 and told, said=f"400 engines: exit status {status}, demand and supply told", detected_s=took)}
+
+
+def blackhole(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
+    """X1: a W&B server that nobody can reach."""
+    run_dir = ground.run_dir("unreachable")
+    env = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    with training([*ground.overrides, "train.steps=4", "tracking.wandb=online"], run_dir, env=env) as run:
+        status = run.ended(START_S)
+    warned = sum("WandbSink failed and is off" in text for _, text in run.lines)
+    said = f"W&B online at an address where nobody answers: exit status {status}, {warned} warning"
+    return {"X1": ground.judged(run_dir, 4, said, within=status == 0 and warned == 1)}
+
+
+def starve(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
+    """O3: Ray's memory monitor kills workers."""
+    env = {"RAY_memory_usage_threshold": "0.02", "RAY_memory_monitor_refresh_ms": "250"}
+    with training([*ground.overrides, "cluster.max_restarts=1"], ground.run_dir("memory"), env=env) as run:
+        at = time.time()
+        status = run.ended(START_S)
+        took = time.time() - at
+    last = run.lines[-1][1] if run.lines else ""
+    told = "memory" in " ".join(text for _, text in run.lines).lower() and not run.said("Traceback")
+    return {
+        "O3": Finding(passed=status == 1 and told, said=f"memory threshold of 2 %: exit status {status}: {last[:160]}", detected_s=took)
+    }
+
+
+def faulty_rpc(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
+    """C3: calls between Ray's processes are delayed."""
+    run_dir = ground.run_dir("rpc")
+    env = {"RAY_testing_asio_delay_us": "*=0:20000"}
+    with training([*ground.overrides, "train.steps=4"], run_dir, env=env) as run:
+        status = run.ended(START_S)
+    return {
+        "C3": ground.judged(
+            run_dir, 4, f"every handler of Ray's processes delayed by up to 20 ms: exit status {status}", within=status == 0
+        )
+    }
+
+
+def soak(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
+    """X2: 500 steps; memory and open files of every process, from step 100 on."""
+    run_dir, steps, seen = ground.run_dir("soak"), 500, {}
+    sizes = [f"train.steps={steps}", "train.samples_per_prompt=2", "train.prompts_per_step=4", "rollout.engines=1", "learner.ranks=1"]
+    small = [*sizes, "checkpoint.every=50", "checkpoint.keep=2"]
+    with training([*ground.overrides, *small], run_dir) as run:
+        for step in (100, 200, 300, 400, 490):
+            while last_step(run) < step:
+                run.until(STEP)
+            seen[step] = {worker: usage(run.pid(worker)) for worker in ("rollout/0", "learner/0", "scorer-main/0", "reward/0")}
+            seen[step]["controller"] = usage(run.process.pid)
+        status = run.ended(START_S)
+    slopes = {name: (seen[490][name][0] - seen[200][name][0]) / 2.9 for name in seen[100]}  # MB per 100 steps
+    files = {name: seen[490][name][1] - seen[100][name][1] for name in seen[100]}
+    worst, most = max(slopes, key=slopes.__getitem__), max(files, key=files.__getitem__)
+    said = (
+        f"500 steps: memory grows most in {worst}, {slopes[worst]:.2f} MB per 100 steps (bound 1); "
+        f"open files in {most}, {files[most]:+d} (bound 5)"
+    )
+    return {"X2": Finding(passed=status == 0 and slopes[worst] < 1 and abs(files[most]) <= 5, said=said)}
+
+
+def usage(pid: int) -> tuple[float, int]:
+    """(resident MB that is not shared, open files)."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) / 1024, len(list(Path(f"/proc/{pid}/fd").iterdir()))

@@ -1,0 +1,123 @@
+"""C1 and C2: a run on two Ray nodes, one of which dies, or is cut off and comes back.
+
+The nodes are network namespaces joined by a pair of virtual interfaces, so that a partition is a real one; making them needs root.
+Ray's health checks are tuned, so that it gives a node up after about 4.5 s instead of a minute.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+
+from chaos_faults.finding import Finding
+from chaos_faults.ground import STEP, Ground, last_step, next_save
+from chaos_faults.training import START_S, training
+
+HEAD, FAR = "10.231.77.1", "10.231.77.2"
+SPACES = ("hybridrl-head", "hybridrl-far")
+TUNED = {
+    "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}  # fmt: skip
+LOST = r"failed in .*(starting another worker|going back to the last checkpoint)"
+DETECTED_S, RESUMED_S, CUT_S = 5.0, 60.0, 10.0
+
+
+def lose_node(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
+    """C1: every process of the far node is killed at once."""
+    return {"C1": on_two_nodes(ground, "the far node's processes killed", lambda nodes: nodes.kill_far())}
+
+
+def cut_off(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
+    """C2: the link goes down for 10 s and comes up again; what was on the far node must not be heard again."""
+
+    def cut(nodes: "Nodes") -> None:
+        ip("-n", SPACES[0], "link", "set", "head0", "down")
+        nodes.later = lambda: ip("-n", SPACES[0], "link", "set", "head0", "up")
+
+    return {"C2": on_two_nodes(ground, f"the link down for {CUT_S:g} s, then up", cut)}
+
+
+def on_two_nodes(ground: Ground, what: str, strike) -> Finding:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return Finding(passed=False, said="not run: two network namespaces need root and iproute2")
+    run_dir = ground.run_dir("nodes")
+    with two_nodes() as nodes:
+        env = {**nodes.env, "RAY_ADDRESS": f"{HEAD}:6399"}
+        settings = [*ground.overrides, "cluster.spread=true", "learner.ranks=2"]
+        with training(settings, run_dir, env=env, within=("ip", "netns", "exec", SPACES[0])) as run:
+            run.until(STEP)
+            run.until(STEP)
+            there = [worker for worker in WORKERS if nodes.holds(run.pid(worker))]
+            at = time.time()
+            strike(nodes)
+            detected = run.until(LOST, 90)
+            time.sleep(max(0.0, at + CUT_S - time.time()))
+            nodes.later()
+            recovered = run.until(STEP, 180)
+            for _ in range(4):
+                run.until(STEP, 120)
+            saved, goes_on = next_save(run, 120), last_step(run)
+        within = detected - at <= DETECTED_S and recovered - at <= RESUMED_S
+        said = f"{what}, {', '.join(there)} on it; went on to step {goes_on} (bounds {DETECTED_S:g} s and {RESUMED_S:g} s)"
+        return ground.judged(run_dir, saved, said, within=within and bool(there), detected_s=detected - at, recovered_s=recovered - at)
+
+
+WORKERS = ("rollout/0", "rollout/1", "learner/0", "learner/1", "scorer-main/0", "reward/0")
+
+
+class Nodes:
+    """Two Ray nodes, each in its namespace."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self.env = env
+        self.later = lambda: None  # what undoes the strike
+
+    def holds(self, pid: int) -> bool:
+        """Whether a process runs on the far node."""
+        return os.stat(f"/proc/{pid}/ns/net").st_ino == os.stat(f"/run/netns/{SPACES[1]}").st_ino
+
+    def kill_far(self) -> None:
+        subprocess.run(["kill", "-9", *ip("netns", "pids", SPACES[1]).split()], check=False)
+
+
+@contextmanager
+def two_nodes() -> Iterator[Nodes]:
+    sessions = Path(mkdtemp(prefix="ray-"))  # short: the path of a Unix socket holds 107 bytes
+    nodes = Nodes(
+        {**TUNED, "HOME": str(sessions), "RAY_TMPDIR": str(sessions), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    )
+    try:
+        for space in SPACES:
+            ip("netns", "add", space)
+        ip("link", "add", "head0", "netns", SPACES[0], "type", "veth", "peer", "name", "far0", "netns", SPACES[1])
+        for space, device, address in zip(SPACES, ("head0", "far0"), (HEAD, FAR), strict=True):
+            ip("-n", space, "addr", "add", f"{address}/24", "dev", device)
+            ip("-n", space, "link", "set", device, "up")
+            ip("-n", space, "link", "set", "lo", "up")
+        start_ray(nodes, SPACES[0], ["--head", "--port=6399", f"--node-ip-address={HEAD}", "--include-dashboard=false"])
+        start_ray(nodes, SPACES[1], [f"--address={HEAD}:6399", f"--node-ip-address={FAR}"])
+        yield nodes
+    finally:
+        for space in SPACES:
+            pids = ip("netns", "pids", space).split()
+            if pids:
+                subprocess.run(["kill", "-9", *pids], check=False)
+            ip("netns", "del", space)
+        shutil.rmtree(sessions, ignore_errors=True)
+
+
+def start_ray(nodes: Nodes, space: str, options: list[str]) -> None:
+    ray = str(Path(sys.executable).parent / "ray")
+    command = ["ip", "netns", "exec", space, ray, "start", *options, "--num-cpus=2", "--object-store-memory=300000000"]
+    done = subprocess.run(command, env={**os.environ, **nodes.env}, capture_output=True, text=True, timeout=START_S, check=False)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-500:]
+
+
+def ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=False, timeout=30).stdout
