@@ -13,6 +13,8 @@ class Failing:
     def ping(self) -> str:
         return "here"
 
+    def take(self, value: object) -> None: ...
+
     def die(self) -> None:
         os._exit(7)
 

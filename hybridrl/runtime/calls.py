@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from hybridrl.errors import HybridRLError, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.runtime.host import NotBuilt
@@ -84,6 +84,8 @@ def settle(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nob
 
 
 WATCH_S = 1.0
+OBJECT_STORE = "the object store"
+"""In the place of a worker that nobody can replace."""
 
 
 def _ready(refs: list[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
@@ -124,6 +126,9 @@ def _fetch(pending: Pending) -> Any:
         raise WorkerTimeout(
             pending.worker, pending.call, f"its result was not delivered within {pending.deadline_s:g} s", pending.epoch
         ) from error
+    except ObjectLostError as error:  # not the fault of whom it was handed to, who would only be replaced and fail again
+        reason = f"what {pending.worker} was to give or to be given in {pending.call} is gone with its node"
+        raise WorkerDied(OBJECT_STORE, "keeping values", reason) from error
     except RayActorError as error:
         raise WorkerDied(pending.worker, pending.call, f"{_last_line(error)}; see {_log(pending)}", pending.epoch) from error
     except RayTaskError as error:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from hybridrl.choices import Source
@@ -51,12 +52,16 @@ class Workers:
         """Replace a worker. After silence, all workers write their stacks into their logs first.
 
         Raises:
+            WorkerError: `lost` itself, where only going back to a checkpoint helps: a learner's rank, or values of a lost node.
             FleetExhausted: too many of its kind were lost.
         """
-        log.warning("%s; starting another worker in its place", lost)
         if isinstance(lost, WorkerTimeout):
             self.dump_stacks()
-        next(group for group in self.groups if group.group.name == lost.worker.rpartition("/")[0]).lose(lost)
+        for group in self.groups:
+            if lost.worker in group.group.names and not isinstance(group, LearnerGroup):
+                log.warning("%s; starting another worker in its place", lost)
+                return group.lose(lost)
+        raise lost
 
     def abort(self) -> None:
         """Stop all sampling; an engine that does not answer is replaced.
@@ -140,10 +145,8 @@ def recover(settings: RunSettings, cluster: Cluster, slots: Slots, workers: Work
     Raises:
         FleetExhausted: too many workers of another kind were lost.
     """
-    if any(lost.worker in group.group.names for group in workers.groups if group is not workers.learner):
+    with suppress(WorkerError):
         workers.lose(lost)
-    elif isinstance(lost, WorkerTimeout):
-        workers.dump_stacks()
     workers.learner.close()
     workers.abort()
     return replace(workers, learner=LearnerGroup(settings, slots["learner"], device=cluster.device, log_dir=log_dir))

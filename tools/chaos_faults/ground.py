@@ -11,7 +11,7 @@ from hybridrl.tracking.jsonl import read_metrics
 from tests.graph import tiny_overrides
 
 STEP = r"^step +(\d+)/"
-CLEAN_STEPS = 80
+CLEAN_STEPS = 60
 SETTINGS = [
     "train.prompts_per_step=8", "train.steps=1000", "rollout.engines=2", "rollout.groups_per_chunk=2", "learner.ranks=2",
     "learner.zero_stage=2", "cluster.threads_per_worker=1", "checkpoint.every=2", "checkpoint.keep=1000", "checkpoint.export=false",
