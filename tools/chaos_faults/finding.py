@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hybridrl.config import DeadlineConfig
+
 RESULTS = Path(__file__).parent / "results"
 FINDINGS, CARD = RESULTS / "findings.json", RESULTS / "CARD.md"
 UP = "../../../"
@@ -52,6 +54,7 @@ def card(rows: list[dict], missing: list[str]) -> str:
         f"Made by `tools/chaos` on {'; '.join(machines)}. {passed} of {len(rows)} rows pass"
         + (f"; not run: {', '.join(missing)}." if missing else "."), "",
         "Detected: from the fault to the first word of it. Recovered: to the first step after it, or for an engine until it serves again.",
+        f"The longest silent wait for a worker, by the default deadlines: {DeadlineConfig().longest_silence_s:g} s.", "",
         "Lost: steps done twice. Prompts: lost / trained on twice, by the ledger against that of a run without a fault.", "",
         "| | fault | detected | recovered | lost | prompts | verdict | what was done and seen |",
         "|---|---|---|---|---|---|---|---|",

@@ -62,7 +62,12 @@ MATRIX = [
     Fault(id="N1", name="NaN in a step", do=f"{LEARNER} -k nan|left_out", proof=LEARNER),
     Fault(id="G1", name="endless responses", do=f"tests/test_runtime.py {GRAPH} -k did_not_end|abort_ends|oversampling", proof=GRAPH),
     Fault(id="G2", name="prompts that cannot be used", do=f"{DATA} -k refused|too_long", proof=DATA),
-    Fault(id="O1", name="object store full", do="tests/test_pipeline.py -k fill_the_store", proof="tests/test_pipeline.py"),
+    Fault(
+        id="O1",
+        name="steps ahead would fill the object store",
+        do="tests/test_pipeline.py -k fill_the_store",
+        proof="tests/test_pipeline.py",
+    ),
     Fault(id="O2", name="disk full", do=f"{SAVE} {RESUME} -k room|save_that_fails|checkpoint_that_fails", proof=SAVE),
     Fault(id="O3", name="memory short", do=drivers.starve, proof=f"{TOOL}/drivers.py"),
     Fault(id="C1", name="node dies", do=nodes.lose_node, proof=f"{TOOL}/nodes.py"),
