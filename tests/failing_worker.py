@@ -2,6 +2,8 @@
 
 import os
 
+from hybridrl import failpoints
+
 
 class Failing:
     """Raises, or ends its process, where it is told to."""
@@ -22,3 +24,28 @@ class Failing:
 class AsyncFailing(Failing):
     async def ping(self) -> str:
         return "here"
+
+
+class Engine:
+    """In the place of a rollout engine; fails where a failpoint says so."""
+
+    def __init__(self, **_: object) -> None: ...
+
+    async def ping(self) -> str:
+        return "here"
+
+    async def generate(self, order: object, prompts: object) -> tuple[str, str]:
+        failpoints.hit("engine.generate")
+        return "header", "batch"
+
+    async def load_weights(self, manifest: str, packed: object) -> None:
+        failpoints.hit("engine.load_weights")
+
+
+class Judge:
+    """In the place of a reward worker."""
+
+    def __init__(self, **_: object) -> None: ...
+
+    def score(self, batch: str, weights: object) -> str:
+        return batch

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from hybridrl.choices import Baseline, OnStale, ScheduleKind
 from hybridrl.compose import conf_dir, known_keys, load_config, to_settings, to_yaml
-from hybridrl.config import RunSettings, ScheduleConfig
+from hybridrl.config import DeadlineConfig, RunSettings, ScheduleConfig
 from hybridrl.errors import ConfigError
 
 BASE = ["run.dir=here", "experiment=quickstart"]
@@ -211,3 +211,9 @@ def test_a_setting_without_default_must_be_given(overrides: list[str], key: str)
 def test_a_config_error_is_a_value_error_so_the_command_line_can_say_whose_fault_it_is():
     with pytest.raises(ValueError, match="nan"):
         load_config([*BASE, f"train.lr={math.nan}"])
+
+
+def test_the_longest_silence_is_that_of_the_slowest_kind_of_call():
+    assert DeadlineConfig().longest_silence_s == 1800, "a step of the learner, or a checkpoint"
+    shorter = DeadlineConfig(learn_s=10, save_s=10, rollout_s=700)
+    assert shorter.longest_silence_s == 1300, "700 s for a response and 600 s to score it"

@@ -285,8 +285,9 @@ def test_a_learner_rank_that_stops_is_told_within_the_longest_silence(graph, con
         assert time.time() - stopped <= SILENCE_S + SLACK_S
     finally:
         os.kill(pid, signal.SIGCONT)
+    gather(graph.workers.learner.ready())  # it has made the step that nobody counts
     controller.pipeline.settle([])
-    gather(graph.workers.learner.ready())
+    controller.publish_weights()
 
 
 def wait_until(true: Callable[[], bool], limit_s: float = 30.0) -> None:

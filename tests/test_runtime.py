@@ -21,10 +21,13 @@ from ray.exceptions import ObjectLostError
 from hybridrl.choices import Device, Source, WeightTransfer
 from hybridrl.cli import main
 from hybridrl.compose import load_config
+from hybridrl.controller.evaluation import evaluate
 from hybridrl.errors import ConfigError, DataError, HybridRLError, PlacementError, WorkerDied, WorkerError
+from hybridrl.failpoints import VARIABLE
 from hybridrl.models.loading import load_model
 from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
 from hybridrl.runtime.group import ActorGroup, Slot
+from hybridrl.runtime.groups import RewardGroup, RolloutGroup
 from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
 from hybridrl.workers.rollout import Waves, chunk_header, complete, top_tokens, trajectory
 
@@ -179,6 +182,48 @@ def test_a_value_that_is_gone_is_not_blamed_on_the_worker_that_was_to_have_it(sl
         group.submit(0, "take", gone, deadline_s=60).result()
     assert group.call_all("ping", deadline_s=60) == ["here"]
     group.close()
+
+
+class Engines(RolloutGroup):
+    worker = "failing_worker:Engine"
+
+
+class Judges(RewardGroup):
+    worker = "failing_worker:Judge"
+
+
+def engine(slot: Slot, folder: Path, points: str) -> Engines:
+    settings, place = load_config([*BASE, "deadlines.sync_s=60"]), replace(slot, num_cpus=0, env={**slot.env, VARIABLE: points})
+    backend = WeightTransfer.object_store
+    return Engines(settings, [place], model=settings.model, device="cpu", backend=backend, log_dir=str(folder))
+
+
+@pytest.mark.graph
+def test_when_the_only_engine_dies_at_a_sync_another_serves_the_weights(slot: Slot, tmp_path: Path):
+    rollout = engine(slot, tmp_path, f"engine.load_weights:do=kill:once={tmp_path / 'fired'}")
+    rollout.load_weights("version 1", ray.put(b""))
+    assert rollout.serving == {0} and rollout.group.epochs == [1] and not rollout.joining
+    rollout.close()
+
+
+@pytest.mark.graph
+def test_weights_that_every_engine_refuses_are_no_engines_fault(slot: Slot, tmp_path: Path):
+    rollout = engine(slot, tmp_path, "engine.load_weights:do=raise")
+    with pytest.raises(WorkerError, match=r"rollout/0 failed in load_weights: RuntimeError: failpoint engine\.load_weights"):
+        rollout.load_weights("version 1", ray.put(b""))
+    assert rollout.serving == {0} and rollout.group.epochs == [0]
+    rollout.close()
+
+
+@pytest.mark.graph
+def test_an_engine_lost_in_an_evaluation_is_told_and_not_the_judge_that_waits_for_it(slot: Slot, tmp_path: Path):
+    rollout = engine(slot, tmp_path, "engine.generate:do=kill")
+    rewards = Judges(rollout.settings, [replace(slot, num_cpus=0)], log_dir=str(tmp_path))
+    prompts = [Prompt(uid="a", input_ids=(1,), text="", columns={})]
+    with pytest.raises(WorkerDied, match=r"^rollout/0 failed in generate"):
+        evaluate(rollout.settings.eval, rollout, rewards, prompts, step=0, temperature=1.0, seed=0)
+    rollout.close()
+    rewards.group.close()
 
 
 @pytest.mark.graph

@@ -1,0 +1,33 @@
+"""SIGTERM: at once while a run starts up, later where nothing would be lost."""
+
+import os
+import signal
+
+import pytest
+
+from hybridrl.controller.preemption import Preemption
+from hybridrl.errors import Preempted
+
+
+def test_while_a_run_starts_up_it_ends_where_it_stands():
+    with Preemption().listening(), pytest.raises(Preempted, match="the same command continues"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_once_it_has_started_it_ends_where_it_asks():
+    with Preemption().listening() as preemption:
+        preemption.started()
+        preemption.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Preempted):
+            preemption.check()
+
+
+def test_who_took_the_signal_before_has_it_again():
+    before = signal.getsignal(signal.SIGTERM)
+    preemption = Preemption()
+    with preemption.listening():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray does when it starts
+        with preemption.listening(), pytest.raises(Preempted):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
