@@ -1,0 +1,47 @@
+"""tools/chaos: what it keeps of a fault, and that it leaves out none."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from chaos_faults import finding, matrix
+from chaos_faults.finding import Finding, Row
+from chaos_faults.training import prompts_against
+
+from hybridrl.controller.ledger import Ledger
+
+ROOT = Path(__file__).parent.parent
+ASKED = "R1 R2 K1 K2 K3 K4 E1 E2 E3 E4 E5 E6 W1 W2 L1 L2 T1 T2 V1 V2 V3 V4 N1 G1 G2 O1 O2 O3 C1 C2 C3 C4 J1 J2 J3 J4 X1 X2 F1"
+
+
+def row(key: str, *, passed: bool) -> Row:
+    found = Finding(passed=passed, said="killed | seen", detected_s=0.5, recovered_s=21.4, lost_steps=2, lost_uids=0, duplicated_uids=1)
+    return Row(id=key, fault="engine killed", proof="tests/test_graph.py", seconds=60.0, finding=found)
+
+
+def test_every_fault_is_there_once_and_its_proof_is_a_file():
+    assert Counter(fault.id for fault in matrix.MATRIX) == Counter(ASKED.split())
+    assert [fault.id for fault in matrix.MATRIX if not (ROOT / fault.proof).is_file()] == []
+
+
+def test_the_card_is_put_together_from_pieces_and_names_what_was_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, path in {"RESULTS": tmp_path, "FINDINGS": tmp_path / "f.json", "CARD": tmp_path / "c.md"}.items():
+        monkeypatch.setattr(finding, name, path)
+    order = ["E1", "E2", "L1"]
+    finding.keep([row("E2", passed=False)], order, "2 cores")
+    finding.keep([row("E1", passed=True)], order, "2 cores")
+    finding.keep([row("E2", passed=True)], order, "2 cores")
+    card = (tmp_path / "c.md").read_text()
+    assert "2 of 2 rows pass; not run: L1" in card and list(json.loads((tmp_path / "f.json").read_text())) == ["E1", "E2"]
+    assert "| [E1](../../../tests/test_graph.py) | engine killed | 0.50 s | 21 s | 2 | 0 / 1 | pass | killed / seen |" in card
+
+
+def test_prompts_are_lost_or_trained_twice_against_the_run_without_a_fault(tmp_path: Path):
+    for name, trained in {"clean": ["a", "b", "c"], "ours": ["a", "a", "c"]}.items():
+        (tmp_path / name).mkdir()
+        with Ledger(tmp_path / name, 0) as ledger:
+            ledger.record(1, trained)
+            ledger.record(2, ["d"] if name == "clean" else [])
+    assert prompts_against(tmp_path / "ours", tmp_path / "clean", 1) == (1, 1), "b is lost, a came twice"
+    assert prompts_against(tmp_path / "ours", tmp_path / "clean", 2) == (2, 1)
