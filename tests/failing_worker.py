@@ -2,6 +2,8 @@
 
 import os
 
+from ray.exceptions import ObjectLostError
+
 from hybridrl import failpoints
 
 
@@ -14,6 +16,10 @@ class Failing:
 
     def ping(self) -> str:
         return "here"
+
+    def lose_value(self) -> None:
+        """As if the node that kept the result had gone."""
+        raise ObjectLostError("ab" * 28, None, "")
 
     def take(self, value: object) -> None: ...
 

@@ -16,7 +16,6 @@ import ray
 import torch
 from graph import save_tiny, tiny_settings
 from omegaconf import OmegaConf
-from ray.exceptions import ObjectLostError
 
 from hybridrl.choices import Device, Source, WeightTransfer
 from hybridrl.cli import main
@@ -170,16 +169,12 @@ def test_a_death_names_the_worker_what_ray_knows_of_it_and_the_log(slot: Slot, t
     group.close()
 
 
-def lost_with_its_node() -> None:
-    raise ObjectLostError("ab" * 28, None, "")
-
-
 @pytest.mark.graph
 def test_a_value_that_is_gone_is_not_blamed_on_the_worker_that_was_to_have_it(slot: Slot, tmp_path: Path):
     group = ActorGroup("w", "failing_worker:Failing", [slot], [{}], log_dir=str(tmp_path))
-    gone = ray.remote(lost_with_its_node).options(num_cpus=0, max_retries=0).remote()
+    _, gone = group.submit_pair(0, "lose_value", deadline_s=60)
     with pytest.raises(WorkerDied, match=r"^the object store failed in keeping values: what w/0 was to .* in take is gone with its node$"):
-        group.submit(0, "take", gone, deadline_s=60).result()
+        group.submit(0, "take", gone.ref, deadline_s=60).result()
     assert group.call_all("ping", deadline_s=60) == ["here"]
     group.close()
 
