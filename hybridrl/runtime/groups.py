@@ -192,21 +192,32 @@ class RolloutGroup:
         """Have every engine serve these weights. One that fails to is lost; the others go on.
 
         Raises:
-            WorkerError: all of them failed.
+            WorkerError: all of them live and refuse the weights, so another engine would too.
         """
         self.latest = (manifest, packed)
-        loads, errors = [self._load(engine, manifest, packed) for engine in sorted(self.serving)], []
-        for load in loads:
+        errors = self._failed([self._load(engine, manifest, packed) for engine in sorted(self.serving)])
+        if len(errors) == len(self.serving) and all(isinstance(error.__cause__, WeightSyncError) for error in errors):
+            raise errors[0]
+        self._lose_all(errors)
+        self.admit()
+
+    def quiet(self) -> None:
+        """Stop all sampling; an engine that does not answer is lost."""
+        self._lose_all(self._failed(self.abort()))
+
+    def _failed(self, calls: Sequence[Pending]) -> list[WorkerError]:
+        errors = []
+        for call in calls:
             try:
-                self._acknowledged(load)
+                self._acknowledged(call)
             except WorkerError as error:
                 errors.append(error)
-        if errors and len(errors) == len(loads):
-            raise errors[0]
+        return errors
+
+    def _lose_all(self, errors: Sequence[WorkerError]) -> None:
         for error in errors:
-            log.warning("%s; going on without it while another is started", error)
+            log.warning("%s; starting another worker in its place", error)
             self.lose(error)
-        self.admit()
 
     def _acknowledged(self, load: Pending) -> None:
         """Raises:

@@ -128,7 +128,9 @@ def restart_learner(settings: RunSettings, cluster: Cluster, slots: Slots, worke
     """
     workers.learner.close()
     learner = LearnerGroup(settings, slots["learner"], device=cluster.device, log_dir=log_dir)
-    gather([*workers.rollout.abort(), *(workers.teacher_rollout.abort() if workers.teacher_rollout else [])])
+    workers.rollout.quiet()
+    if workers.teacher_rollout is not None:
+        workers.teacher_rollout.quiet()
     gather(learner.ready())
     return replace(workers, learner=learner)
 
