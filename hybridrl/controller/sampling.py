@@ -12,7 +12,7 @@ from hybridrl.controller.preemption import Preemption
 from hybridrl.errors import WorkerError
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
-from hybridrl.runtime.calls import Pending, first_done, gather, settle
+from hybridrl.runtime.calls import Pending, first_done, settle
 from hybridrl.runtime.groups import Chunk, RolloutGroup, ScorerGroup
 from hybridrl.runtime.replay import ReplayGroup
 from hybridrl.runtime.workers import Workers
@@ -137,11 +137,10 @@ class Sampling:
         """Wait until `count` chunks are done, stop the others; -> those that are done, in order, and the others."""
         done = first_done([d.chunk.header for d in drawn], count)
         late = [d for d, is_done in zip(drawn, done, strict=True) if not is_done]
-        gather([pending for engines in self._engines() for pending in engines.cancel([d.chunk for d in late])])
+        for engines in (self.workers.rollout, self.workers.teacher_rollout):
+            if engines is not None and late:
+                engines.cancel([d.chunk for d in late])
         return [d for d, is_done in zip(drawn, done, strict=True) if is_done], late
-
-    def _engines(self) -> list[RolloutGroup]:
-        return [group for group in (self.workers.rollout, self.workers.teacher_rollout) if group is not None]
 
     def arrived(self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader], step: int) -> list[Arrived]:
         """Wait for the rewards. Groups with an aborted response are not used; under algorithm.dynamic_sampling nor are those

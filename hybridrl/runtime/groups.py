@@ -177,10 +177,10 @@ class RolloutGroup:
             if self.serving:
                 return
 
-    def cancel(self, chunks: Sequence[Chunk]) -> list[Pending]:
-        """Stop sampling these chunks, wherever they are; -> how many responses each engine gave up."""
+    def cancel(self, chunks: Sequence[Chunk]) -> None:
+        """Stop sampling these chunks, wherever they are; an engine that does not answer is lost."""
         groups = [f"{chunk.order.wave}/{prompt.uid}" for chunk in chunks for prompt in chunk.prompts]
-        return self._each_serving("abort", groups)
+        self._lose_all(self._failed(self._each_serving("abort", groups)))
 
     def abort(self) -> list[Pending]:
         """Stop all sampling; -> how many responses each engine gave up."""
