@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def train(settings: RunSettings) -> RunResult:
         console.notice(f"workers ready after {took} on {cluster.device}, weights travel by {cluster.weight_transfer}")
         preemption = stack.enter_context(Preemption().listening())
         for restarts_left in reversed(range(1 + settings.cluster.max_restarts)):
-            with Ledger(run_dir, checkpoint.state.step if checkpoint else 0) as ledger:
+            with closing(Ledger(run_dir, checkpoint.state.step if checkpoint else 0)) as ledger:
                 controller = Controller(
                     settings,
                     workers=workers,
