@@ -189,8 +189,15 @@ def scaling(most_engines: int, most_groups: int) -> dict:
         for axis, values in axes.items():
             rows[axis] = [driver_cost(stage, **(base | {axis: value})) for value in values]
             points = "   ".join(f"{r[axis]}: {1e3 * r['cpu_s']:.0f} ms CPU, {1e3 * r['wall_s']:.0f} wall" for r in rows[axis])
-            print(f"scaling     {axis:8s} {points}", flush=True)
+            print(f"scaling     {axis:8s} {points}; {growth(rows[axis], axis)}", flush=True)
     return rows
+
+
+def growth(points: list[dict], axis: str) -> str:
+    """How the last step along an axis compares with proportion."""
+    before, last = points[-2:]
+    times, cost = last[axis] / before[axis], last["wall_s"] / before["wall_s"]
+    return f"{times:.0f} times the {axis} cost {cost:.2f} times: {'at most linear' if cost <= 1.1 * times else 'MORE than linear'}"
 
 
 def driver_cost(stage: Stage, *, engines: int, groups: int, tokens: int, repeats: int = 3) -> dict:
