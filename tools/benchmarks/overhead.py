@@ -70,16 +70,16 @@ def bare(name: str, settings: RunSettings, slots: dict, logs: str) -> ActorGroup
     return ActorGroup("bare", f"benchmarks.real_workers:{name}", slots["bare"], [{"settings": settings}], log_dir=logs)
 
 
-def shares(ours: list[float], others: list[float]) -> float:
-    """The median of the ratios, turn by turn."""
-    return statistics.median(b / a for a, b in zip(ours, others, strict=True))
+def shares(wholes: list[float], parts: list[float]) -> float:
+    """The median of part / whole, turn by turn."""
+    return statistics.median(part / whole for whole, part in zip(wholes, parts, strict=True))
 
 
 # -- generation and learner, against the bare parts ----------------------------------------------------------------------
 
 
 def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
-    """Seconds from generate to the last header, and of a bare engine for the same requests, seeds and tokens."""
+    """Tokens per second from generate to the last header, and of a bare engine for the same requests and seeds."""
     ours = RolloutGroup(settings, slots["ours"], model=settings.model, device="cpu", backend=WeightTransfer.object_store, log_dir=logs)
     engine = bare("BareEngine", settings, slots, logs)
     gather([*ours.ready(), *engine.submit_all("ping", deadline_s=600.0)])
@@ -87,26 +87,23 @@ def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> d
     prompts = [
         Prompt(uid=f"p{i}", input_ids=tuple(rng.integers(3, 16, 12).tolist()), text="", columns={}) for i in range(train.prompts_per_step)
     ]
-    seconds: dict[str, list[float]] = {"ours": [], "bare": [], "bare, unseeded": []}
-    tokens = []
+    kinds = ("ours", "bare", "bare, unseeded")
+    rates: dict[str, list[float]] = {kind: [] for kind in kinds}  # tokens per second
     for turn in range(1 + repeats):
         how = {"wave": f"w{turn}", "group_size": train.samples_per_prompt, "temperature": 1.0, "seed": turn}
         started = time.perf_counter()
         headers = gather([chunk.header for chunk in ours.generate(prompts, **how)])
-        took = {"ours": time.perf_counter() - started}
+        took = time.perf_counter() - started
+        made = {"ours": (int(sum(h.response_lengths.sum() for h in headers)), took)}
         order = GenerateOrder(**how, chunk=0, num_chunks=1, max_new_tokens=settings.rollout.max_new_tokens)
         for kind, seeded in (("bare", True), ("bare, unseeded", False)):
-            made, took[kind] = engine.submit(0, "generate", prompts, order, seeded, deadline_s=600.0).result()
-            tokens.append((kind, made))
-        mine = int(sum(h.response_lengths.sum() for h in headers))
-        assert dict(tokens)["bare"] == mine, "the same seeds gave other tokens"
-        if turn:
-            for kind, value in took.items():
-                seconds[kind].append(value * (mine / made if kind == "bare, unseeded" else 1.0))
-    rate = mine / statistics.median(seconds["ours"])
-    share, unseeded = shares(seconds["ours"], seconds["bare"]), shares(seconds["ours"], seconds["bare, unseeded"])
-    text = f"{mine} tokens, {rate:.0f} tok/s ({unseeded:.1%} of bare without seeds)"
-    return {"tokens": mine, "seconds": seconds, "share": share, "share_of_unseeded": unseeded, "text": text}
+            made[kind] = engine.submit(0, "generate", prompts, order, seeded, deadline_s=600.0).result()
+        for kind, (tokens, seconds) in made.items() if turn else ():
+            rates[kind].append(tokens / seconds)
+    rate, tokens = statistics.median(rates["ours"]), {kind: made[kind][0] for kind in kinds}
+    share, unseeded = (shares(rates[kind], rates["ours"]) for kind in kinds[1:])
+    text = f"{tokens['ours']} tokens ({tokens['bare']} bare), {rate:.0f} tok/s ({unseeded:.1%} of bare without seeds)"
+    return {"tokens": tokens, "tokens_per_s": rates, "share": share, "share_of_unseeded": unseeded, "text": text}
 
 
 def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
@@ -192,8 +189,15 @@ def scaling(most_engines: int, most_groups: int) -> dict:
         for axis, values in axes.items():
             rows[axis] = [driver_cost(stage, **(base | {axis: value})) for value in values]
             points = "   ".join(f"{r[axis]}: {1e3 * r['cpu_s']:.0f} ms CPU, {1e3 * r['wall_s']:.0f} wall" for r in rows[axis])
-            print(f"scaling     {axis:8s} {points}", flush=True)
+            print(f"scaling     {axis:8s} {points}; {growth(rows[axis], axis)}", flush=True)
     return rows
+
+
+def growth(points: list[dict], axis: str) -> str:
+    """How the last step along an axis compares with proportion."""
+    before, last = points[-2:]
+    times, cost = last[axis] / before[axis], last["wall_s"] / before["wall_s"]
+    return f"{times:.0f} times the {axis} cost {cost:.2f} times: {'at most linear' if cost <= 1.1 * times else 'MORE than linear'}"
 
 
 def driver_cost(stage: Stage, *, engines: int, groups: int, tokens: int, repeats: int = 3) -> dict:
