@@ -180,8 +180,8 @@ def controller_share(repeats: int) -> dict:
 def scaling(most_engines: int, most_groups: int) -> dict:
     """Driver CPU and wall seconds of a step of workers that do nothing, as one of engines, groups and tokens grows."""
     base = {"engines": min(4, most_engines), "groups": min(256, most_groups), "tokens": 256}
-    doubled = lambda first, last: [first * 4**i for i in range(20) if first * 4**i <= last]  # noqa: E731
-    axes = {"engines": doubled(1, most_engines), "groups": doubled(min(64, most_groups), most_groups), "tokens": [64, 256, 1024, 4096]}
+    fourfold = lambda first, last: [first * 4**i for i in range(20) if first * 4**i <= last]  # noqa: E731
+    axes = {"engines": fourfold(1, most_engines), "groups": fourfold(max(most_groups // 16, base["engines"]), most_groups), "tokens": [64, 256, 1024, 4096]}
     rows: dict = {}
     sizes = [f"train.prompts_per_step={most_groups}", f"rollout.engines={most_engines}"]
     with Stage(settings_of(*sizes)) as stage:
