@@ -180,8 +180,12 @@ def controller_share(repeats: int) -> dict:
 def scaling(most_engines: int, most_groups: int) -> dict:
     """Driver CPU and wall seconds of a step of workers that do nothing, as one of engines, groups and tokens grows."""
     base = {"engines": min(4, most_engines), "groups": min(256, most_groups), "tokens": 256}
-    doubled = lambda first, last: [first * 4**i for i in range(20) if first * 4**i <= last]  # noqa: E731
-    axes = {"engines": doubled(1, most_engines), "groups": doubled(min(64, most_groups), most_groups), "tokens": [64, 256, 1024, 4096]}
+    fourfold = lambda first, last: [first * 4**i for i in range(20) if first * 4**i <= last]  # noqa: E731
+    axes = {
+        "engines": fourfold(1, most_engines),
+        "groups": fourfold(max(most_groups // 16, base["engines"]), most_groups),
+        "tokens": [64, 256, 1024, 4096],
+    }
     rows: dict = {}
     sizes = [f"train.prompts_per_step={most_groups}", f"rollout.engines={most_engines}"]
     with Stage(settings_of(*sizes)) as stage:
@@ -220,15 +224,20 @@ def draw(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = found.get("scaling", {})
-    figure, axes = pyplot.subplots(1, max(len(rows), 1), figsize=(11, 3.4), squeeze=False, layout="constrained")
-    for axis, (name, points) in zip(axes[0], rows.items(), strict=False):
-        xs = [p[name] for p in points]
-        for kind in ("wall_s", "cpu_s"):
-            axis.plot(xs, [1e3 * p[kind] for p in points], "o-", label={"wall_s": "wall of a step", "cpu_s": "driver's CPU"}[kind])
-        axis.set_xlabel({"tokens": "tokens of a response"}.get(name, name))
-        axis.set_ylabel("ms")
-        axis.set_ylim(bottom=0)
+    shares = {part: found[part] for part in ("generation", "learner") if part in found}
+    panels = [*shares.items(), *found.get("scaling", {}).items()] or [("controller", found["controller"])]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for axis, (name, rows) in zip(axes[0], panels, strict=True):
+        if isinstance(rows, dict):
+            axis.bar(list(rows), [100 * row["share"] for row in rows.values()], 0.5)
+            axis.axhline(100 * found["targets"][name], color="black", linestyle="dashed", label="target")
+            axis.set_ylabel("% of a step" if name == "controller" else "% of the bare part's speed")
+            axis.set_title(name, fontsize=10)
+        else:
+            for kind, label in {"wall_s": "wall of an empty step", "cpu_s": "driver's CPU"}.items():
+                axis.plot([row[name] for row in rows], [1e3 * row[kind] for row in rows], "o-", label=label)
+            axis.set_xlabel({"tokens": "tokens of a response"}.get(name, name))
+            axis.set_ylabel("ms")
+            axis.set_ylim(bottom=0)
         axis.legend(fontsize=8)
-    figure.suptitle("A step with workers that do nothing", fontsize=10)
     figure.savefig(path, dpi=110)
