@@ -22,9 +22,9 @@ TARGET = 1.05
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=12, help="timed steps of each mix; 0 leaves the waits out")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each mix; 0 leaves the waits out")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every wait")
-    parser.add_argument("--real-steps", type=int, default=20, help="steps of each turn of the quickstart on the CPU; 0 leaves it out")
+    parser.add_argument("--real-steps", type=int, default=12, help="steps of each turn of the quickstart on the CPU; 0 leaves it out")
     parser.add_argument("--turns", type=int, default=2, help="turns of each variant of the quickstart")
 
 
