@@ -32,7 +32,7 @@ QUICKSTART = Work(generate_s=0.42, score_s=0.22, learn_s=0.54, pack_s=0.02, load
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--most-engines", type=int, default=64)
