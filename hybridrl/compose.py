@@ -4,6 +4,7 @@ Nothing here or in config.py imports torch or ray, so a typo costs a second, not
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,8 +67,18 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
     with one_sentence(overrides, of=(Exception,)):
         check_secrets(OmegaConf.to_container(composed))
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), composed))
-    assert isinstance(settings, RunSettings)
+        assert isinstance(settings, RunSettings)
+        check_finite(asdict(settings))
     return settings
+
+
+def check_finite(tree: Any, key: str = "") -> None:
+    """Raise ConfigError for a number that is NaN or infinite: no setting means anything by it, and a deadline would be none."""
+    parts = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, part in parts:
+        check_finite(part, f"{key}.{name}" if key else str(name))
+    if isinstance(tree, float) and not math.isfinite(tree):
+        raise ConfigError(f"{key}={tree}: must be a finite number")
 
 
 def check_secrets(tree: Any, key: str = "") -> None:

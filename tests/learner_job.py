@@ -74,7 +74,8 @@ class Job:
             save_file(weights, self.folder / f"{case}.safetensors")
             column = lambda key: [s.metrics[key] for s in stats]  # noqa: E731
             result = {"loss": column("train/loss"), "grad_norm": column("train/grad_norm")}
-            result |= {"digest": manifest.digest, "metrics": [s.metrics for s in stats]} | more
+            result |= {"digest": manifest.digest, "metrics": [s.metrics for s in stats]}
+            result |= {"attention": learner.model.config._attn_implementation} | more
             (self.folder / f"{case}.json").write_text(json.dumps(result))
 
     def two_steps(self, case: str, chunks: list[Chunk], groups: tuple, num_micro_batches: int, *overrides: str, num_groups: int = 4):
@@ -168,6 +169,7 @@ def one_rank(job: Job) -> None:
     bf16 = ("model.dtype=bfloat16",)
     learner, shard, values = job.two_steps("bf16", [chunk_of(0, 4)], everything, 1, *bf16)
     job.resume("bf16", learner, shard, values, 1, *bf16)
+    job.two_steps("bf16-packed", [chunk_of(0, 4)], everything, 1, "train.packing=true", *bf16)
 
     learner = job.learner()
     job.report("untouched", learner, [])

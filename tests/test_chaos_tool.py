@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_card_is_put_together_from_pieces_and_names_what_was_not_run(tmp_pat
 def test_prompts_are_lost_or_trained_twice_against_the_run_without_a_fault(tmp_path: Path):
     for name, trained in {"clean": ["a", "b", "c"], "ours": ["a", "a", "c"]}.items():
         (tmp_path / name).mkdir()
-        with Ledger(tmp_path / name, 0) as ledger:
+        with closing(Ledger(tmp_path / name, 0)) as ledger:
             ledger.record(1, trained)
             ledger.record(2, ["d"] if name == "clean" else [])
     assert prompts_against(tmp_path / "ours", tmp_path / "clean", 1) == (1, 1), "b is lost, a came twice"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from hybridrl.compose import from_yaml, known_keys, load_config, to_yaml
@@ -17,7 +17,13 @@ from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.rewards.child import RewardCall
 from hybridrl.rewards.pool import Failure, FailureKind, RewardPool
 
-derandomized = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+derandomized = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],  # a failure is told as found: making it smaller takes minutes
+    suppress_health_check=list(HealthCheck),
+)
 
 LOADED = load_config(["experiment=quickstart", "run.dir=x"])
 
@@ -52,6 +58,13 @@ def test_any_override_works_or_is_one_sentence(overrides: list[str]):
         assert str(error) and "\n" not in str(error)
     else:
         assert from_yaml(to_yaml(loaded)) == loaded
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "'nan'"])
+@pytest.mark.parametrize("key", ["deadlines.rollout_s", "algorithm.reward_weight.end", "rollout.max_logprob_gap", "train.lr_end"])
+def test_no_number_of_the_settings_is_infinite_or_none(key: str, value: str):
+    with pytest.raises(ConfigError, match=rf"{key}=.*(must be|needs)"):
+        load_config(["experiment=quickstart", "run.dir=x", f"{key}={value}"])
 
 
 @settings(derandomized, max_examples=200)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hybridrl.choices import Correction, Divergence, Ratio
 from hybridrl.ops import rows
 from hybridrl.ops.divergence import Measure
-from hybridrl.ops.head import HeadRule, TokenTerms, chosen_logprobs, hybrid_head_loss, top_logprobs
+from hybridrl.ops.head import PIECE, HeadRule, TokenTerms, chosen_logprobs, hybrid_head_loss, top_logprobs
 from hybridrl.ops.products import Tiles
 from hybridrl.ops.ratio import RatioBounds
 from hybridrl.ops.teachers import HiddenTeacher, SupportTeacher, Teacher, VocabularyTeacher
@@ -154,6 +154,16 @@ def test_the_memory_for_logits_grows_with_the_chunk_and_not_with_the_tokens():
         results(*leaves(num_rows, torch.float32), teachers_of("hidden", num_rows), terms_of(num_rows), HeadRule(chunk=4))
         sizes.append(sum(tile.numel() for tile in Tiles._kept.__dict__.values()))
     assert sizes == [2 * 4 * VOCABULARY] * 2  # the student's and the teacher's
+
+
+def test_a_chunk_is_worked_on_in_pieces_and_the_teachers_logits_exist_for_one_of_them():
+    Tiles.release()
+    num_rows = PIECE + 44
+    case = *leaves(num_rows, torch.float32), teachers_of("hidden", num_rows), terms_of(num_rows)
+    whole = results(*case, HeadRule(chunk=num_rows))
+    assert sum(tile.numel() for tile in Tiles._kept.__dict__.values()) == (num_rows + PIECE) * VOCABULARY
+    pieces = results(*case, HeadRule(chunk=40))
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(whole, pieces, strict=True))
 
 
 def nearly_equal(dtype: torch.dtype) -> tuple[Tensor, Tensor, HiddenTeacher, TokenTerms]:

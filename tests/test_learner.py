@@ -235,6 +235,15 @@ def test_the_probe_sees_the_global_batch_on_two_ranks_and_leaves_the_step_alone(
     assert weight_distance(folder, case, "diagnosed") < 1e-5
 
 
+# -- attention ------------------------------------------------------------------------------------------------------
+
+
+def test_in_bf16_short_sequences_attend_by_plain_products_and_long_packed_ones_by_the_fused_kernel(folder: Path):
+    plain, fused = result(folder, "bf16"), result(folder, "bf16-packed")
+    assert (plain["attention"], fused["attention"], result(folder, "one")["attention"]) == ("eager", "sdpa", "sdpa")
+    assert plain["loss"] == pytest.approx(fused["loss"], rel=0.02) and plain["grad_norm"] == pytest.approx(fused["grad_norm"], rel=0.02)
+
+
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 

@@ -39,10 +39,7 @@ class Ledger:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def __enter__(self) -> "Ledger":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._file.close()
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -118,7 +118,7 @@ class Attempts:
 
     def attempt(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
         gather(workers.learner.ready())
-        with Ledger(self.run_dir, checkpoint.state.step if checkpoint else 0) as ledger:
+        with closing(Ledger(self.run_dir, checkpoint.state.step if checkpoint else 0)) as ledger:
             controller = Controller(
                 self.settings,
                 workers=workers,

@@ -137,9 +137,9 @@ class Sampling:
         """Wait until `count` chunks are done, stop the others; -> those that are done, in order, and the others."""
         done = first_done([d.chunk.header for d in drawn], count)
         late = [d for d, is_done in zip(drawn, done, strict=True) if not is_done]
-        cancelled = settle([pending for engines in self.workers.engines for pending in engines.cancel([d.chunk for d in late])])
-        for error in (outcome for outcome in cancelled if isinstance(outcome, WorkerError)):
-            self.workers.lose(error)
+        if late:
+            for engines in self.workers.engines:
+                engines.cancel([d.chunk for d in late])
         return [d for d, is_done in zip(drawn, done, strict=True) if is_done], late
 
     def arrived(self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader], step: int) -> list[Arrived]:

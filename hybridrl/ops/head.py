@@ -25,8 +25,12 @@ from hybridrl.ops.teachers import SupportTeacher, Teacher, distribution, log_sof
 class HeadRule(RowRule):
     """The settings of the pass, the same for every row."""
 
-    chunk: int = 1024  # rows whose logits exist at once, the student's and each hidden teacher's
+    chunk: int = 1024  # rows whose logits, then logit gradients, exist at once; a teacher's logits: PIECE of them
     exact_logits: bool = False  # bf16 on the CPU: logits by products in fp32 (ops.products), several times slower ones
+
+
+PIECE = 256
+"""Rows of a chunk whose logits are worked on at once on the CPU: products still run at their full rate. A GPU needs the whole chunk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,17 +84,23 @@ class _HybridHead(torch.autograd.Function):
         d_head = head_gradient(lm_head, hidden.dtype, chunks=-(-rows // rule.chunk))
         if not rows:
             d_head.zero_()
-        for start in range(0, rows, rule.chunk):
-            at = slice(start, min(start + rule.chunk, rows))
+        for at in slices(0, rows, rule.chunk):
             tiles.restart()
-            logits = tiles.logits(hidden[at], head)  # [c, V]
-            evidence = tuple(teacher.evidence(at, len(head), tiles) for teacher in teachers)
-            weights = tuple(teacher.weight[at] for teacher in teachers)
-            work = row_work(row_rule, forms, logits, hidden.dtype)
-            d_logits, logprobs[at], kl[at], entropy[at], bounded[at], *columns = work(logits, evidence, weights, terms.rows(at))
-            sums += torch.stack(columns).sum(1, dtype=torch.float64)
+            d_logits = tiles.matrix(at.stop - at.start, len(head), hidden)  # [c, V]
+            for piece in slices(at.start, at.stop, rule.chunk if hidden.is_cuda else PIECE):
+                inside = slice(piece.start - at.start, piece.stop - at.start)
+                tiles.restart(kept=1)
+                logits = tiles.logits(hidden[piece], head, place=d_logits[inside])
+                evidence = tuple(teacher.evidence(piece, len(head), tiles) for teacher in teachers)
+                weights = tuple(teacher.weight[piece] for teacher in teachers)
+                work = row_work(row_rule, forms, logits, hidden.dtype)
+                found = work(logits, evidence, weights, terms.rows(piece))
+                gradient, logprobs[piece], kl[piece], entropy[piece], bounded[piece], *columns = found
+                sums += torch.stack(columns).sum(1, dtype=torch.float64)
+                if gradient.data_ptr() != d_logits[inside].data_ptr():
+                    d_logits[inside] = gradient
             torch.mm(d_logits, head, out=d_hidden[at])
-            add_head_gradient(d_head, d_logits, hidden[at], first=start == 0)
+            add_head_gradient(d_head, d_logits, hidden[at], first=at.start == 0)
         ctx.save_for_backward(d_hidden, d_head.to(lm_head.dtype))
         stats = (logprobs, kl, entropy, bounded, *sums[1:].clone())
         ctx.mark_non_differentiable(*stats)
@@ -160,7 +170,10 @@ def compared_sums(hidden: Tensor, lm_head: Tensor, teachers: tuple[Teacher, ...]
 def _logits(hidden: Tensor, lm_head: Tensor, rule: HeadRule) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of rows and their logits [c, V], no gradient."""
     hidden, lm_head, tiles = hidden.detach(), lm_head.detach(), Tiles(exact=rule.exact_logits)
-    for start in range(0, len(hidden), rule.chunk):
-        at = slice(start, min(start + rule.chunk, len(hidden)))
+    for at in slices(0, len(hidden), rule.chunk):
         tiles.restart()
         yield at, tiles.logits(hidden[at], lm_head)
+
+
+def slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(at, min(at + size, stop)) for at in range(start, stop, size))

@@ -31,32 +31,38 @@ class Tiles:
         """Give this thread's memory back."""
         cls._kept.__dict__.clear()
 
-    def restart(self) -> None:
-        """What was given out before may be overwritten."""
-        self._taken = 0
+    def restart(self, kept: int = 0) -> None:
+        """What was given out, but for the first `kept`, may be overwritten."""
+        self._taken = kept
 
-    def logits(self, hidden: Tensor, lm_head: Tensor) -> Tensor:
-        """[c, H] x [V, H] -> [c, V] in the dtype of `hidden`, or fp32 (see above)."""
+    def logits(self, hidden: Tensor, lm_head: Tensor, place: Tensor | None = None) -> Tensor:
+        """[c, H] x [V, H] -> [c, V] in the dtype of `hidden`, or fp32 (see above).
+
+        Args:
+            place: [c, V] to write into where the dtype allows; None: memory of its own.
+        """
         narrow = hidden.dtype in (torch.bfloat16, torch.float16)
         if hidden.is_cuda and narrow:
             return torch.mm(hidden, lm_head.to(hidden.dtype).T, out_dtype=torch.float32)
         if not (narrow and self.exact):
-            out = self._matrix(len(hidden), len(lm_head), hidden.dtype, hidden.device)
+            out = self.matrix(len(hidden), len(lm_head), hidden) if place is None else place
             return torch.mm(hidden, lm_head.to(hidden.dtype).T, out=out)
-        out, wide = self._matrix(len(hidden), len(lm_head), torch.float32, hidden.device), hidden.float()
+        wide = hidden.float()
+        out = self.matrix(len(hidden), len(lm_head), wide)
         for start in range(0, len(lm_head), VOCABULARY_TILE):
             columns = slice(start, start + VOCABULARY_TILE)
             out[:, columns] = wide @ lm_head[columns].float().T
         return out
 
-    def _matrix(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if device.type != "cpu":
-            return torch.empty(rows, columns, dtype=dtype, device=device)
-        kept, key = self._kept.__dict__, f"{self._taken} {dtype}"
+    def matrix(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """[rows, columns] of the dtype and device of `like`, uninitialised."""
+        if like.device.type != "cpu":
+            return like.new_empty(rows, columns)
+        kept, key = self._kept.__dict__, f"{self._taken} {like.dtype}"
         self._taken += 1
         if key not in kept or kept[key].numel() < rows * columns:
             kept.pop(key, None)  # before its successor is made, or both would exist
-            kept[key] = torch.empty(rows * columns, dtype=dtype)
+            kept[key] = like.new_empty(rows * columns)
         return kept[key][: rows * columns].view(rows, columns)
 
 

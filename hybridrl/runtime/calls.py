@@ -63,19 +63,22 @@ def settle(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nob
         HybridRLError: what a worker raised on purpose.
     """
     started, waiting = time.monotonic(), {p.ref: p for p in pending}
+    next_watch = started + WATCH_S
     deadline_s = max((p.deadline_s for p in pending), default=0.0)
     values: dict[ray.ObjectRef, Any] = {}
     lost: dict[tuple[str, int], WorkerError] = {}
     while waiting and not lost:
-        left = deadline_s - (time.monotonic() - started)
-        for ref in _ready(list(waiting), min(max(left, 0.001), WATCH_S)):
+        left = started + deadline_s - time.monotonic()
+        for ref in _ready(list(waiting), max(min(left, next_watch - time.monotonic()), 0.001)):
             done = waiting.pop(ref)
             try:
                 values[ref] = _fetch(done)
             except WorkerError as error:
                 values[ref] = lost[done.worker, done.epoch] = error
-        if waiting and (silent := watch()) is not None:
-            lost[silent.worker, silent.epoch] = _late(silent, silent.deadline_s)
+        if waiting and time.monotonic() >= next_watch:  # not with each answer: it asks every engine
+            next_watch = time.monotonic() + WATCH_S
+            if (silent := watch()) is not None:
+                lost[silent.worker, silent.epoch] = _late(silent, silent.deadline_s)
         if waiting and left <= 0:
             lost |= {(p.worker, p.epoch): _late(p, deadline_s) for p in waiting.values()}
     for ref, p in waiting.items():

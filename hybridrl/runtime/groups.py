@@ -178,10 +178,10 @@ class RolloutGroup:
             if self.serving:
                 return
 
-    def cancel(self, chunks: Sequence[Chunk]) -> list[Pending]:
-        """Stop sampling these chunks, wherever they are; -> how many responses each engine gave up."""
+    def cancel(self, chunks: Sequence[Chunk]) -> None:
+        """Stop sampling these chunks, wherever they are; an engine that does not answer is lost."""
         groups = [f"{chunk.order.wave}/{prompt.uid}" for chunk in chunks for prompt in chunk.prompts]
-        return self._each_serving("abort", groups)
+        self._lose_all(self._failed(self._each_serving("abort", groups)))
 
     def abort(self) -> list[Pending]:
         """Stop all sampling; -> how many responses each engine gave up."""
@@ -196,19 +196,30 @@ class RolloutGroup:
             WorkerError: none of them took the weights, and some answered: the fault is not theirs.
         """
         self.latest = (manifest, packed)
-        loads, errors = [self._load(engine, manifest, packed) for engine in sorted(self.serving)], []
-        for load in loads:
+        errors = self._failed([self._load(engine, manifest, packed) for engine in sorted(self.serving)])
+        refused = [error for error in errors if not isinstance(error, WorkerDied | WorkerTimeout)]
+        if refused and len(errors) == len(self.serving):
+            raise refused[0]
+        self._lose_all(errors)
+        self.admit()
+
+    def quiet(self) -> None:
+        """Stop all sampling; an engine that does not answer is lost."""
+        self._lose_all(self._failed(self.abort()))
+
+    def _failed(self, calls: Sequence[Pending]) -> list[WorkerError]:
+        errors = []
+        for call in calls:
             try:
-                self._acknowledged(load)
+                self._acknowledged(call)
             except WorkerError as error:
                 errors.append(error)
-        refused = [error for error in errors if not isinstance(error, WorkerDied | WorkerTimeout)]
-        if refused and len(errors) == len(loads):
-            raise refused[0]
+        return errors
+
+    def _lose_all(self, errors: Sequence[WorkerError]) -> None:
         for error in errors:
-            log.warning("%s; going on without it while another is started", error)
+            log.warning("%s; starting another worker in its place", error)
             self.lose(error)
-        self.admit()
 
     def _acknowledged(self, load: Pending) -> None:
         """Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from hybridrl.choices import Source
 from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.errors import WorkerError, WorkerTimeout
-from hybridrl.runtime.calls import Pending, gather, settle
+from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.group import Slot
 from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
@@ -62,16 +62,6 @@ class Workers:
                 log.warning("%s; starting another worker in its place", lost)
                 return group.lose(lost)
         raise lost
-
-    def abort(self) -> None:
-        """Stop all sampling; an engine that does not answer is replaced.
-
-        Raises:
-            FleetExhausted: too many of them were lost.
-        """
-        while lost := [found for found in settle([p for group in self.engines for p in group.abort()]) if isinstance(found, WorkerError)]:
-            for error in lost:
-                self.lose(error)
 
     def dump_stacks(self) -> None:
         for group in self.groups:
@@ -148,7 +138,8 @@ def recover(settings: RunSettings, cluster: Cluster, slots: Slots, workers: Work
     with suppress(WorkerError):
         workers.lose(lost)
     workers.learner.close()
-    workers.abort()
+    for engines in workers.engines:
+        engines.quiet()
     return replace(workers, learner=LearnerGroup(settings, slots["learner"], device=cluster.device, log_dir=log_dir))
 
 

@@ -58,6 +58,8 @@ class Learner:
         sharded_loading = HfDeepSpeedConfig(config) if settings.learner.zero_stage == 3 else None  # alive while the model loads
         self.model = load_model(settings.model.path, settings.model.dtype, settings.model.revision)
         del sharded_loading
+        if attends_plainly(settings, self.device):
+            self.model.set_attn_implementation("eager")
         if settings.learner.gradient_checkpointing:
             checkpoint_activations(self.model)
         student = Student(self.model, head_rule(settings), with_value=Signal.learner_values in make_objective(settings).signals)
@@ -304,6 +306,16 @@ def scored_batches(shard: Shard, values: Sequence[RolloutBatch | Rewards | Token
         batch = ScoredBatch(rollout=rollout, scores=tuple(scores), rewards=rewards)
         found.setdefault((rollout.source, rollout.group_size), []).append(select_groups(batch, shard.groups[chunk]))
     return [join(parts) for parts in found.values()]
+
+
+PLAIN_ATTENTION_TOKENS = 1024
+
+
+def attends_plainly(settings: RunSettings, device: torch.device) -> bool:
+    """Whether attention is plain matrix products. In bf16 torch's fused kernel for CPUs takes four times as long over 84 tokens,
+    forward and backward, and still 1.6 times over 512; it is kept where scores of all pairs of tokens would be large."""
+    tokens = settings.train.max_tokens_per_micro_batch if settings.train.packing else settings.rollout.max_model_len
+    return device.type == "cpu" and settings.model.dtype == "bfloat16" and tokens <= PLAIN_ATTENTION_TOKENS
 
 
 def checkpoint_activations(model: nn.Module) -> None:

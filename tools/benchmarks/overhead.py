@@ -32,7 +32,7 @@ QUICKSTART = Work(generate_s=0.42, score_s=0.22, learn_s=0.54, pack_s=0.02, load
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--most-engines", type=int, default=64)
@@ -70,16 +70,16 @@ def bare(name: str, settings: RunSettings, slots: dict, logs: str) -> ActorGroup
     return ActorGroup("bare", f"benchmarks.real_workers:{name}", slots["bare"], [{"settings": settings}], log_dir=logs)
 
 
-def shares(ours: list[float], others: list[float]) -> float:
-    """The median of the ratios, turn by turn."""
-    return statistics.median(b / a for a, b in zip(ours, others, strict=True))
+def shares(wholes: list[float], parts: list[float]) -> float:
+    """The median of part / whole, turn by turn."""
+    return statistics.median(part / whole for whole, part in zip(wholes, parts, strict=True))
 
 
 # -- generation and learner, against the bare parts ----------------------------------------------------------------------
 
 
 def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
-    """Seconds from generate to the last header, and of a bare engine for the same requests, seeds and tokens."""
+    """Tokens per second from generate to the last header, and of a bare engine for the same requests and seeds."""
     ours = RolloutGroup(settings, slots["ours"], model=settings.model, device="cpu", backend=WeightTransfer.object_store, log_dir=logs)
     engine = bare("BareEngine", settings, slots, logs)
     gather([*ours.ready(), *engine.submit_all("ping", deadline_s=600.0)])
@@ -87,26 +87,23 @@ def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> d
     prompts = [
         Prompt(uid=f"p{i}", input_ids=tuple(rng.integers(3, 16, 12).tolist()), text="", columns={}) for i in range(train.prompts_per_step)
     ]
-    seconds: dict[str, list[float]] = {"ours": [], "bare": [], "bare, unseeded": []}
-    tokens = []
+    kinds = ("ours", "bare", "bare, unseeded")
+    rates: dict[str, list[float]] = {kind: [] for kind in kinds}  # tokens per second
     for turn in range(1 + repeats):
         how = {"wave": f"w{turn}", "group_size": train.samples_per_prompt, "temperature": 1.0, "seed": turn}
         started = time.perf_counter()
         headers = gather([chunk.header for chunk in ours.generate(prompts, **how)])
-        took = {"ours": time.perf_counter() - started}
+        took = time.perf_counter() - started
+        made = {"ours": (int(sum(h.response_lengths.sum() for h in headers)), took)}
         order = GenerateOrder(**how, chunk=0, num_chunks=1, max_new_tokens=settings.rollout.max_new_tokens)
         for kind, seeded in (("bare", True), ("bare, unseeded", False)):
-            made, took[kind] = engine.submit(0, "generate", prompts, order, seeded, deadline_s=600.0).result()
-            tokens.append((kind, made))
-        mine = int(sum(h.response_lengths.sum() for h in headers))
-        assert dict(tokens)["bare"] == mine, "the same seeds gave other tokens"
-        if turn:
-            for kind, value in took.items():
-                seconds[kind].append(value * (mine / made if kind == "bare, unseeded" else 1.0))
-    rate = mine / statistics.median(seconds["ours"])
-    share, unseeded = shares(seconds["ours"], seconds["bare"]), shares(seconds["ours"], seconds["bare, unseeded"])
-    text = f"{mine} tokens, {rate:.0f} tok/s ({unseeded:.1%} of bare without seeds)"
-    return {"tokens": mine, "seconds": seconds, "share": share, "share_of_unseeded": unseeded, "text": text}
+            made[kind] = engine.submit(0, "generate", prompts, order, seeded, deadline_s=600.0).result()
+        for kind, (tokens, seconds) in made.items() if turn else ():
+            rates[kind].append(tokens / seconds)
+    rate, tokens = statistics.median(rates["ours"]), {kind: made[kind][0] for kind in kinds}
+    share, unseeded = (shares(rates[kind], rates["ours"]) for kind in kinds[1:])
+    text = f"{tokens['ours']} tokens ({tokens['bare']} bare), {rate:.0f} tok/s ({unseeded:.1%} of bare without seeds)"
+    return {"tokens": tokens, "tokens_per_s": rates, "share": share, "share_of_unseeded": unseeded, "text": text}
 
 
 def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
@@ -165,26 +162,32 @@ def problem(settings: RunSettings) -> tuple[UpdatePlan, RolloutBatch, Rewards, T
 def controller_share(repeats: int) -> dict:
     """Share of a step, as long as one of the quickstart, that is nobody's work: whole waves, and one call for each group."""
     rows = {}
-    for name, size in {"one chunk": 96, "96 chunks": 1}.items():
-        settings = settings_of(f"rollout.groups_per_chunk={size}", f"train.steps={2 + repeats}")
-        with Stage(settings) as stage:
-            stage.assign(QUICKSTART)
-            controller = stage.controller(settings)
+    with Stage(settings_of()) as stage:
+        stage.assign(QUICKSTART)
+        for name, size in {"one chunk": 96, "96 chunks": 1}.items():
+            controller = stage.controller(settings_of(f"rollout.groups_per_chunk={size}", f"train.steps={2 + repeats}"))
             step_s = statistics.median([controller.step()["time/step_s"] for _ in range(2 + repeats)][2:])
-        g, s, t, w = QUICKSTART.phases
-        busy = g + (s if size == 96 else s / 96) + t + w  # single chunks are scored while others are generated, but for the last
-        rows[name] = {"step_s": step_s, "busy_s": busy, "share": 1 - busy / step_s}
-        verdict = "reached" if rows[name]["share"] <= TARGETS["controller"] else "MISSED"
-        print(f"controller  {name}: step {step_s:.3f} s, workers {busy:.3f} s: {rows[name]['share']:.1%} is controller and Ray, "
-              f"target {TARGETS['controller']:.0%}: {verdict}", flush=True)  # fmt: skip
+            g, s, t, w = QUICKSTART.phases
+            busy = g + s * size / 96 + t + w  # all but the last chunk are scored while others are generated
+            rows[name] = {"step_s": step_s, "busy_s": busy, "share": 1 - busy / step_s}
+            verdict = "reached" if rows[name]["share"] <= TARGETS["controller"] else "MISSED"
+            print(
+                f"controller  {name}: step {step_s:.3f} s, workers {busy:.3f} s: {rows[name]['share']:.1%} is controller and Ray, "
+                f"target {TARGETS['controller']:.0%}: {verdict}",
+                flush=True,
+            )
     return rows
 
 
 def scaling(most_engines: int, most_groups: int) -> dict:
     """Driver CPU and wall seconds of a step of workers that do nothing, as one of engines, groups and tokens grows."""
     base = {"engines": min(4, most_engines), "groups": min(256, most_groups), "tokens": 256}
-    doubled = lambda first, last: [first * 4**i for i in range(20) if first * 4**i <= last]  # noqa: E731
-    axes = {"engines": doubled(1, most_engines), "groups": doubled(min(64, most_groups), most_groups), "tokens": [64, 256, 1024, 4096]}
+    fourfold = lambda first, last: [first * 4**i for i in range(20) if first * 4**i <= last]  # noqa: E731
+    axes = {
+        "engines": fourfold(1, most_engines),
+        "groups": fourfold(max(most_groups // 16, base["engines"]), most_groups),
+        "tokens": [64, 256, 1024, 4096],
+    }
     rows: dict = {}
     sizes = [f"train.prompts_per_step={most_groups}", f"rollout.engines={most_engines}"]
     with Stage(settings_of(*sizes)) as stage:
@@ -192,8 +195,15 @@ def scaling(most_engines: int, most_groups: int) -> dict:
         for axis, values in axes.items():
             rows[axis] = [driver_cost(stage, **(base | {axis: value})) for value in values]
             points = "   ".join(f"{r[axis]}: {1e3 * r['cpu_s']:.0f} ms CPU, {1e3 * r['wall_s']:.0f} wall" for r in rows[axis])
-            print(f"scaling     {axis:8s} {points}", flush=True)
+            print(f"scaling     {axis:8s} {points}; {growth(rows[axis], axis)}", flush=True)
     return rows
+
+
+def growth(points: list[dict], axis: str) -> str:
+    """How the last step along an axis compares with proportion."""
+    before, last = points[-2:]
+    times, cost = last[axis] / before[axis], last["wall_s"] / before["wall_s"]
+    return f"{times:.0f} times the {axis} cost {cost:.2f} times: {'at most linear' if cost <= 1.1 * times else 'MORE than linear'}"
 
 
 def driver_cost(stage: Stage, *, engines: int, groups: int, tokens: int, repeats: int = 3) -> dict:
@@ -216,15 +226,20 @@ def draw(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = found.get("scaling", {})
-    figure, axes = pyplot.subplots(1, max(len(rows), 1), figsize=(11, 3.4), squeeze=False, layout="constrained")
-    for axis, (name, points) in zip(axes[0], rows.items(), strict=False):
-        xs = [p[name] for p in points]
-        for kind in ("wall_s", "cpu_s"):
-            axis.plot(xs, [1e3 * p[kind] for p in points], "o-", label={"wall_s": "wall of a step", "cpu_s": "driver's CPU"}[kind])
-        axis.set_xlabel({"tokens": "tokens of a response"}.get(name, name))
-        axis.set_ylabel("ms")
-        axis.set_ylim(bottom=0)
+    shares = {part: found[part] for part in ("generation", "learner") if part in found}
+    panels = [*shares.items(), *found.get("scaling", {}).items()] or [("controller", found["controller"])]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for axis, (name, rows) in zip(axes[0], panels, strict=True):
+        if isinstance(rows, dict):
+            axis.bar(list(rows), [100 * row["share"] for row in rows.values()], 0.5)
+            axis.axhline(100 * found["targets"][name], color="black", linestyle="dashed", label="target")
+            axis.set_ylabel("% of a step" if name == "controller" else "% of the bare part's speed")
+            axis.set_title(name, fontsize=10)
+        else:
+            for kind, label in {"wall_s": "wall of an empty step", "cpu_s": "driver's CPU"}.items():
+                axis.plot([row[name] for row in rows], [1e3 * row[kind] for row in rows], "o-", label=label)
+            axis.set_xlabel({"tokens": "tokens of a response"}.get(name, name))
+            axis.set_ylabel("ms")
+            axis.set_ylim(bottom=0)
         axis.legend(fontsize=8)
-    figure.suptitle("A step with workers that do nothing", fontsize=10)
     figure.savefig(path, dpi=110)

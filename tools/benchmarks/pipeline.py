@@ -22,9 +22,9 @@ TARGET = 1.05
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=12, help="timed steps of each mix")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each mix; 0 leaves the waits out")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every wait")
-    parser.add_argument("--real-steps", type=int, default=20, help="steps of each turn of the quickstart on the CPU; 0 leaves it out")
+    parser.add_argument("--real-steps", type=int, default=12, help="steps of each turn of the quickstart on the CPU; 0 leaves it out")
     parser.add_argument("--turns", type=int, default=2, help="turns of each variant of the quickstart")
 
 
@@ -49,7 +49,7 @@ def step_seconds(stage: Stage, work: Work, steps: int, *overrides: str) -> float
 
 
 def run(options: argparse.Namespace) -> dict:
-    found: dict = {"target": TARGET, "waits": waits(options)}
+    found: dict = {"target": TARGET} | ({"waits": waits(options)} if options.steps else {})
     if options.real_steps:
         from benchmarks.quickstart import compare_schedules  # the real workers: seconds to import
 
@@ -88,21 +88,27 @@ def draw(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows, real = found["waits"], found.get("quickstart")
-    figure, axes = pyplot.subplots(1, 2 if real else 1, figsize=(11 if real else 6, 4), squeeze=False, layout="constrained")
-    left = axes[0][0]
-    for i, kind in enumerate(("sync", "streamed", "pipelined")):
-        left.bar([x + (i - 1) * 0.27 for x in range(len(rows))], [row[kind] for row in rows.values()], 0.27, label=kind)
-    for x, row in enumerate(rows.values()):
-        left.hlines(row["limit"], x - 0.42, x + 0.42, colors="black", linestyles="dashed", label=None if x else "max(g, s, t) + w")
-    left.set_xticks(range(len(rows)), rows, fontsize=8)
-    left.set_ylabel("s per step")
-    left.set_title("A device for each phase (workers that wait)", fontsize=10)
-    left.legend(fontsize=8)
-    if real:
-        right, variants = axes[0][1], real["variants"]
-        right.bar(range(len(variants)), [statistics.median(v["step_s"]) for v in variants.values()], color="tab:gray")
-        right.set_xticks(range(len(variants)), [name.replace(", ", ",\n") for name in variants], fontsize=8)
-        right.set_title("Quickstart on this CPU, everything on the same cores", fontsize=10)
-        right.set_ylabel("s per step")
+    parts = {"waits": draw_waits, "quickstart": draw_quickstart}
+    parts = {name: part for name, part in parts.items() if name in found}
+    figure, axes = pyplot.subplots(1, len(parts), figsize=(5.5 * len(parts), 4), squeeze=False, layout="constrained")
+    for axis, (name, part) in zip(axes[0], parts.items(), strict=True):
+        part(axis, found[name])
+        axis.set_ylabel("s per step")
     figure.savefig(path, dpi=110)
+
+
+def draw_waits(axis, rows: dict) -> None:
+    for i, kind in enumerate(("sync", "streamed", "pipelined")):
+        axis.bar([x + (i - 1) * 0.27 for x in range(len(rows))], [row[kind] for row in rows.values()], 0.27, label=kind)
+    for x, row in enumerate(rows.values()):
+        axis.hlines(row["limit"], x - 0.42, x + 0.42, colors="black", linestyles="dashed", label=None if x else "max(g, s, t) + w")
+    axis.set_xticks(range(len(rows)), rows, fontsize=8)
+    axis.set_title("A device for each phase (workers that wait)", fontsize=10)
+    axis.legend(fontsize=8)
+
+
+def draw_quickstart(axis, found: dict) -> None:
+    variants = found["variants"]
+    axis.bar(range(len(variants)), [statistics.median(v["step_s"]) for v in variants.values()], color="tab:gray")
+    axis.set_xticks(range(len(variants)), [name.replace(", ", ",\n") for name in variants], fontsize=8)
+    axis.set_title("Quickstart on one CPU for all", fontsize=10)

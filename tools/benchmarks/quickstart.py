@@ -51,27 +51,31 @@ class Turns:
 
 def compare_schedules(steps: int, turns: int) -> dict:
     """`turns` turns of `steps` steps of each variant, interleaved, each from the weights and optimizer of the same first step."""
-    folder = Path(tempfile.mkdtemp(prefix="hybridrl-bench-"))
     connect(settings_of())
     try:
-        prompts, heldout = prepare_prompts(settings_of())
-        grounds = {threads: ground(threads, folder) for threads in (2, 1)}
-        first = controller_of(grounds[2].settings, grounds[2].workers, prompts, folder, heldout)
-        first.step()
-        first.learner.save_state(str(folder))
-        before = first.evaluate()["eval/accuracy"]
-        variants = {
-            f"{schedule}, {threads} thread{'s' * (threads > 1)} a worker": (schedule, grounds[threads])
-            for schedule in ("sync", "pipelined")
-            for threads in (2, 1)
-        }
-        found = {name: Turns() for name in variants}
-        for turn in range(1 + turns):  # the first one warms up
-            for name, (schedule, on) in variants.items():
-                take_turn(found[name] if turn else Turns(), schedule, on, steps if turn else 3, prompts, heldout, folder)
-        return report({name: seen.summary() for name, seen in found.items()}, before, steps)
+        with tempfile.TemporaryDirectory(prefix="hybridrl-bench-") as folder:
+            return in_turns(steps, turns, Path(folder))
     finally:
         ray.shutdown()
+
+
+def in_turns(steps: int, turns: int, folder: Path) -> dict:
+    prompts, heldout = prepare_prompts(settings_of())
+    grounds = {threads: ground(threads, folder) for threads in (2, 1)}
+    first = controller_of(grounds[2].settings, grounds[2].workers, prompts, folder, heldout)
+    first.step()
+    first.learner.save_state(str(folder))
+    before = first.evaluate()["eval/accuracy"]
+    variants = {
+        f"{schedule}, {threads} thread{'s' * (threads > 1)} a worker": (schedule, grounds[threads])
+        for schedule in ("sync", "pipelined")
+        for threads in (2, 1)
+    }
+    found = {name: Turns() for name in variants}
+    for turn in range(1 + turns):  # the first one warms up
+        for name, (schedule, on) in variants.items():
+            take_turn(found[name] if turn else Turns(), schedule, on, steps if turn else 3, prompts, heldout, folder)
+    return report({name: seen.summary() for name, seen in found.items()}, before, steps)
 
 
 def ground(threads: int, folder: Path) -> Ground:

@@ -1,6 +1,7 @@
 """The production controller, sampling, pipeline and groups, with workers of our choice behind them."""
 
 import copy
+import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -83,7 +84,8 @@ class Stage:
     def __init__(self, settings: RunSettings, *, store_bytes: int | None = None) -> None:
         """Args: store_bytes: of Ray's object store; None: Ray's own choice."""
         self.settings = settings
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=store_bytes)
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        ray.init(address="local", object_store_memory=store_bytes, **quiet)
         self.folder = Path(tempfile.mkdtemp(prefix="hybridrl-bench-"))
         self.cluster = Cluster(settings)
         slots, log_dir, here = place_workers(settings, self.cluster), str(self.folder / "logs"), {"device": "cpu"}
