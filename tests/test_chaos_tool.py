@@ -27,8 +27,10 @@ def test_every_fault_is_there_once_and_its_proof_is_a_file():
 
 
 def test_the_card_is_put_together_from_pieces_and_names_what_was_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name, path in {"RESULTS": tmp_path, "FINDINGS": tmp_path / "f.json", "CARD": tmp_path / "c.md"}.items():
+    readme = tmp_path / "README.md"
+    for name, path in {"RESULTS": tmp_path, "FINDINGS": tmp_path / "f.json", "CARD": tmp_path / "c.md", "README": readme}.items():
         monkeypatch.setattr(finding, name, path)
+    readme.write_text(f"above\n{finding.BEGIN}old{finding.END}\nbelow\n")
     order = ["E1", "E2", "L1"]
     finding.keep([row("E2", passed=False)], order, "2 cores")
     finding.keep([row("E1", passed=True)], order, "2 cores")
@@ -36,6 +38,9 @@ def test_the_card_is_put_together_from_pieces_and_names_what_was_not_run(tmp_pat
     card = (tmp_path / "c.md").read_text()
     assert "2 of 2 rows pass; not run: L1" in card and list(json.loads((tmp_path / "f.json").read_text())) == ["E1", "E2"]
     assert "| [E1](../../../tests/test_graph.py) | engine killed | 0.50 s | 21 s | 2 | 0 / 1 | pass | killed / seen |" in card
+    shown = readme.read_text()
+    assert shown.startswith("above\n") and shown.endswith("\nbelow\n") and "old" not in shown
+    assert "| [E1](tests/test_graph.py) | engine killed | 0.50 s | 21 s | 2 | 0 / 1 |\n" in shown and "not run: L1. Done" in shown
 
 
 def test_prompts_are_lost_or_trained_twice_against_the_run_without_a_fault(tmp_path: Path):

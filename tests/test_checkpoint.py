@@ -157,6 +157,31 @@ def test_a_manifest_may_name_only_files_of_its_folder(tmp_path: Path, name: str)
         read_checkpoint(folder)
 
 
+def test_a_link_in_the_place_of_a_file_is_refused_though_it_leads_to_the_same_bytes(tmp_path: Path):
+    folder = save_steps(tmp_path, 1).folders()[0]
+    elsewhere = (folder / "learner.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (folder / "learner.safetensors").symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match=r"learner\.safetensors: a link"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("where", ["", "parts"])
+def test_a_target_in_the_state_of_a_checkpoint_is_never_called(tmp_path: Path, where: str):
+    """It is a value like any other in the parts, and no field of the state itself."""
+    folder, call = save_steps(tmp_path, 1).folders()[0], {"_target_": "pathlib.Path.touch", "_args_": [str(tmp_path / "hit")]}
+    state = json.loads((folder / "state.json").read_text())
+    (state[where] if where else state).update(call)
+    (folder / "state.json").write_text(json.dumps(state))
+    entry = {"sha256": sha256(folder / "state.json"), "bytes": (folder / "state.json").stat().st_size}
+    edit_manifest(folder, lambda manifest: manifest["files"].update({"state.json": entry}))
+    if where:
+        assert read_checkpoint(folder).state.parts["_target_"] == "pathlib.Path.touch"
+    else:
+        with pytest.raises(CheckpointError, match="unexpected keyword argument '_target_'"):
+            read_checkpoint(folder)
+    assert not (tmp_path / "hit").exists()
+
+
 def test_a_manifest_must_cover_the_state(tmp_path: Path):
     folder = save_steps(tmp_path, 1).folders()[0]
     edit_manifest(folder, lambda manifest: manifest["files"].pop("state.json"))

@@ -210,6 +210,8 @@ def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     for name, entry in files.items():
         if Path(name).name != name:
             raise CheckpointError(f"{folder}: manifest names {name!r}, which is no plain file name")
+        if (folder / name).is_symlink():
+            raise CheckpointError(f"{folder / name}: a link, which could point anywhere; put the file in its place")
         if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{folder / name}: missing or not what the manifest says")
     if STATE not in files:

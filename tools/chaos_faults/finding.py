@@ -1,4 +1,4 @@
-"""What a fault did to a run, kept in results/findings.json and shown in results/CARD.md."""
+"""What a fault did to a run, kept in results/findings.json, shown in results/CARD.md and, shorter, in the README."""
 
 import json
 from collections.abc import Iterable
@@ -10,6 +10,8 @@ from hybridrl.config import DeadlineConfig
 RESULTS = Path(__file__).parent / "results"
 FINDINGS, CARD = RESULTS / "findings.json", RESULTS / "CARD.md"
 UP = "../../../"
+README = Path(__file__).parent.parent.parent / "README.md"
+BEGIN, END = "<!-- reliability card, written by tools/chaos -->\n", "<!-- end of the card -->"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,10 @@ def keep(rows: Iterable[Row], order: list[str], machine: str) -> None:
     found |= {row.id: {**asdict(row), "machine": machine} for row in rows}
     ordered = {key: found[key] for key in order if key in found}
     FINDINGS.write_text(json.dumps(ordered, indent=1) + "\n")
-    CARD.write_text(card(list(ordered.values()), [key for key in order if key not in found]))
+    missing = [key for key in order if key not in found]
+    CARD.write_text(card(list(ordered.values()), missing))
+    before, _, rest = README.read_text().partition(BEGIN)
+    README.write_text(before + BEGIN + short_card(list(ordered.values()), missing) + END + rest.partition(END)[2])
 
 
 def card(rows: list[dict], missing: list[str]) -> str:
@@ -62,14 +67,33 @@ def card(rows: list[dict], missing: list[str]) -> str:
     return "\n".join([*lines, *map(line, rows)]) + "\n"
 
 
+def short_card(rows: list[dict], missing: list[str]) -> str:
+    """The faults done to whole runs; those that tests do are named."""
+    whole = [row for row in rows if not row["finding"]["said"].startswith("tests:")]
+    tested = [f"[{row['fault']}]({row['proof']})" for row in rows if row not in whole]
+    failed = [row["id"] for row in rows if not row["finding"]["passed"]]
+    verdict = f"{len(rows) - len(failed)} of {len(rows)} faults pass" + (f", {', '.join(failed)} do not" if failed else "")
+    lines = [
+        verdict + (f"; not run: {', '.join(missing)}" if missing else "") + ". Done to whole runs:", "",
+        "| | fault | detected in | recovered in | steps done again | prompts lost / trained on twice |",
+        "|---|---|---|---|---|---|",
+        *(f"| {' | '.join(cells(row, ''))} |" for row in whole), "",
+        f"And to the parts, by tests: {'; '.join(tested)}.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
 def line(row: dict) -> str:
     found = row["finding"]
+    shown = [*cells(row, UP), "pass" if found["passed"] else "**FAIL**", found["said"]]
+    return f"| {' | '.join(cell.replace('|', '/') for cell in shown)} |"
+
+
+def cells(row: dict, up: str) -> list[str]:
+    found = row["finding"]
     pair = "-" if found["lost_uids"] is None else f"{found['lost_uids']} / {found['duplicated_uids']}"
-    cells = [
-        f"[{row['id']}]({UP}{row['proof']})", row["fault"], seconds(found["detected_s"]), seconds(found["recovered_s"]),
-        "-" if found["lost_steps"] is None else str(found["lost_steps"]), pair, "pass" if found["passed"] else "**FAIL**", found["said"],
-    ]  # fmt: skip
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+    lost = "-" if found["lost_steps"] is None else str(found["lost_steps"])
+    return [f"[{row['id']}]({up}{row['proof']})", row["fault"], seconds(found["detected_s"]), seconds(found["recovered_s"]), lost, pair]
 
 
 def seconds(value: float | None) -> str:
