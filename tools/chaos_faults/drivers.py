@@ -15,12 +15,13 @@ KILLED_AT = [
     "controller.sampled:step=2", "controller.learned:step=4", "controller.synced:step=6", "controller.logged:step=8",
     "checkpoint.shards:step=10", "checkpoint.renamed:step=12", "controller.saved:step=14",
 ]  # fmt: skip
-K1_STEPS, K2_STEPS, K2_KILLS, K2_MEAN_S, K2_SEED = 16, 40, 10, 30.0, 7
+K1_STEPS, K2_STEPS, K2_KILLS, K2_STARTING, K2_MEAN_S, K2_SEED = 16, 200, 10, (1, 4, 8), 5.0, 7
 SAVE_EVERY = 2
 
 
 def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """K1: one logical run, killed at one place after another, each time continued by the same command."""
+    ground = ground.light
     run_dir, resumed, redone = ground.run_dir("failpoints"), [], []
     points = ";".join(f"{place}:do=kill:once={run_dir / f'fired-{i}'}" for i, place in enumerate(KILLED_AT))
     told = 0
@@ -50,13 +51,17 @@ def lost_by(run: Training, told: int) -> int:
 
 
 def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """K2: one logical run, killed whenever a Poisson process says so."""
-    run_dir, dice = ground.run_dir("random"), random.Random(K2_SEED)
-    delays, told, redone = [dice.expovariate(1 / K2_MEAN_S) for _ in range(K2_KILLS)], 0, []
-    command = [*ground.overrides, f"train.steps={K2_STEPS}"]
-    done = 0
-    for delay in delays:
+    """K2: one logical run, killed ten times: three while it starts, the others at any moment from then on."""
+    ground, dice = ground.light, random.Random(K2_SEED)
+    run_dir, command = ground.run_dir("random"), [*ground.overrides, f"train.steps={K2_STEPS}"]
+    delays = [
+        ("starting workers", dice.uniform(0, 20)) if i in K2_STARTING else ("workers ready", dice.expovariate(1 / K2_MEAN_S))
+        for i in range(K2_KILLS)
+    ]
+    told, done, redone = 0, 0, []
+    for word, delay in delays:
         with training(command, run_dir) as run:
+            run.until(word)
             try:
                 run.until(r"^done$", delay)
                 break
@@ -68,14 +73,17 @@ def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     with training(command, run_dir) as run:
         status = run.ended(START_S)
     redone.append(lost_by(run, told))
-    said = f"{done} SIGKILLs at random times (seed {K2_SEED}, mean {K2_MEAN_S:g} s), the same command each time"
+    said = (
+        f"{done} SIGKILLs, {len(K2_STARTING)} while it starts, the others at random times after it (seed {K2_SEED}, mean {K2_MEAN_S:g} s, "
+        "a third of a second a step), the same command each time"
+    )
     within = status == 0 and done == K2_KILLS and max(redone) <= SAVE_EVERY
     return {"K2": ground.judged(run_dir, K2_STEPS, said, within=within, lost_steps=max(redone))}
 
 
 def interrupt(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """J2: Ctrl-C twice in a step; J3: the end of a run that nothing happens to."""
-    found = {}
+    ground, found = ground.light, {}
     if "J2" in wanted:
         with training(ground.overrides, ground.run_dir("interrupt")) as run:
             run.until(STEP)
@@ -124,6 +132,7 @@ def refuse(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 def blackhole(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """X1: a W&B server that nobody can reach."""
+    ground = ground.light
     run_dir = ground.run_dir("unreachable")
     env = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
     with training([*ground.overrides, "train.steps=4", "tracking.wandb=online"], run_dir, env=env) as run:
@@ -149,6 +158,7 @@ def starve(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 def faulty_rpc(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """C3: calls between Ray's processes are delayed."""
+    ground = ground.light
     run_dir = ground.run_dir("rpc")
     env = {"RAY_testing_asio_delay_us": "*=0:20000"}
     with training([*ground.overrides, "train.steps=4"], run_dir, env=env) as run:

@@ -18,6 +18,8 @@ SETTINGS = [
     "cluster.max_restarts=20",
 ]  # fmt: skip
 """fp32, one thread a worker; enough steps for any scenario, which ends its run itself."""
+LIGHT = ["rollout.engines=1", "learner.ranks=1"]
+"""Where the run itself is what the fault happens to; it starts in half the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +27,26 @@ class Ground:
     """A folder that scenarios share from one call of the tool to the next."""
 
     folder: Path
+    less: tuple[str, ...] = ()
+
+    @property
+    def light(self) -> "Ground":
+        """With one worker of each kind, and a run without a fault of its own."""
+        return Ground(self.folder / "light", tuple(LIGHT))
 
     @property
     def overrides(self) -> list[str]:
         kept = self.folder / "overrides.json"
         if not kept.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps([*tiny_overrides(self.folder), *SETTINGS]))
+            kept.write_text(json.dumps([*tiny_overrides(self.folder), *SETTINGS, *self.less]))
         return json.loads(kept.read_text())
 
     def run_dir(self, name: str) -> Path:
         """A new one; what an earlier call left under that name stays beside it."""
         number = sum(path.name.startswith(f"{name}-") for path in self.folder.glob("*"))
         found = self.folder / f"{name}-{number}"
-        found.mkdir()
+        found.mkdir(parents=True)
         return found
 
     def clean(self, steps: int = CLEAN_STEPS) -> Path:

@@ -70,6 +70,7 @@ def run(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
             struck[key] = strike_at(ground, under_way, STRIKES[key], armed / key)
         if "J1" in wanted:
             struck["J1"] = terminate(ground, under_way)
+    ground.clean(last_step(under_way) + 4)
     return {key: judge() for key, judge in struck.items()}
 
 
