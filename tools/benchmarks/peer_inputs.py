@@ -57,9 +57,9 @@ def endless(model: str, folder: Path) -> Path:
     return folder
 
 
-def write_problems(folder: Path, instruction: str, count: int) -> Path:
-    """Countdown problems, one JSON object a line: prompt, numbers, target."""
-    problems, _ = load_problems(DataConfig(task="countdown", num_train=count, num_heldout=1), seed=0)
+def write_problems(folder: Path, instruction: str, count: int, num_heldout: int = 1, seed: int = 0) -> Path:
+    """Countdown problems, one JSON object a line: prompt, numbers, target; none of them is among the held-out ones."""
+    problems, _ = load_problems(DataConfig(task="countdown", num_train=count, num_heldout=num_heldout), seed=seed)
     rows = [{"prompt": instruction.replace("{prompt}", p.prompt)} | p.columns for p in problems]
     path = folder / "problems.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,7 +1,8 @@
 """What equal steps buy: TRL 1.16's trainers and this package from the same tiny student, prompts, batch, learning rate and optimizer.
 
-Every student is then judged by the same code: greedy accuracy on held-out Countdown problems, and KL(student || teacher) over the
-whole vocabulary on held-out responses that the initial student drew once. For --trl-python see `tools/bench peers`.
+Over several seeds, each with the same problems for all. Every student is then judged by the same code: greedy accuracy on held-out
+Countdown problems, and KL(student || teacher) over the whole vocabulary on held-out responses that the initial student drew once. For
+--trl-python see `tools/bench peers`.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -31,33 +33,40 @@ TRL = {"trl-distillation": "distillation", "trl-grpo": "grpo"}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trl-python", help="an interpreter with trl 1.16; without it TRL's rows are left out")
-    for name, default in {"steps": 40, "prompts": 96, "samples": 4, "seed": 0, "threads": 2}.items():
+    for name, default in {"steps": 40, "prompts": 96, "samples": 4, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--under", default="", help='a command in front of each process, e.g. "taskset -c 0,1"')
 
 
 def run(options: argparse.Namespace) -> dict:
-    pair, found = PAIRS["tiny"], {}
-    judge = Judge(pair.student, pair.teacher)
-    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-        students = {"initial": resolve(pair.student), "teacher": resolve(pair.teacher)}
-        for row in [*(TRL if options.trl_python else ()), *OURS]:
-            students[row] = trained_by_trl(Path(folder), row, options) if row in TRL else trained_by_us(Path(folder), row, options)
-        for row, student in students.items():
-            found[row] = judge.judge(str(student))
-            print(f"{row:18s} accuracy {found[row]['accuracy']:6.1%}   KL to the teacher {found[row]['kl']:.4f} nats a token", flush=True)
-    return {"settings": {k: v for k, v in vars(options).items() if isinstance(v, int | float)}, "heldout": HELDOUT, "rows": found}
+    pair = PAIRS["tiny"]
+    judge, rows = Judge(pair.student, pair.teacher), [*(TRL if options.trl_python else ()), *OURS]
+    found = {"initial": [judge.judge(str(resolve(pair.student)))], "teacher": [judge.judge(str(resolve(pair.teacher)))]}
+    for seed in options.seeds:  # all rows of a seed see the same problems
+        for row in rows:
+            with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+                student = (trained_by_trl if row in TRL else trained_by_us)(Path(folder), row, options, seed)
+                found.setdefault(row, []).append(judge.judge(str(student)))
+            print(f"seed {seed}  {told(row, found[row][-1:])}", flush=True)
+    print("\n".join(told(row, each) for row, each in found.items()), flush=True)
+    return {"settings": {k: v for k, v in vars(options).items() if k not in ("json", "picture")}, "heldout": HELDOUT, "rows": found}
 
 
-def trained_by_trl(folder: Path, row: str, options: argparse.Namespace) -> Path:
+def told(row: str, each: list[dict[str, float]]) -> str:
+    accuracy, kl = ([values[key] for values in each] for key in ("accuracy", "kl"))
+    return f"{row:18s} accuracy {mean(accuracy):6.1%}   KL to the teacher {mean(kl):.4f} nats a token   of {len(each)} seeds"
+
+
+def trained_by_trl(folder: Path, row: str, options: argparse.Namespace, seed: int) -> Path:
     pair, work = PAIRS["tiny"], folder / row
     work.mkdir()
-    problems = write_problems(work, pair.instruction, options.prompts * options.steps)
+    problems = write_problems(work, pair.instruction, options.prompts * options.steps, HELDOUT, seed)
     order = {
         "work": str(work), "student": str(resolve(pair.student)), "teacher": str(resolve(pair.teacher)), "dtype": pair.dtype,
         "problems": str(problems), "reward": REWARD, "prompts": options.prompts, "samples": options.samples, "max_new_tokens": LENGTH,
-        "steps": options.steps, "lr": options.lr, "betas": [0.9, 0.95], "threads": options.threads, "seed": options.seed,
+        "steps": options.steps, "lr": options.lr, "betas": [0.9, 0.95], "threads": options.threads, "seed": seed,
         "save": str(work / "saved"),
     }  # fmt: skip
     (work / "order.json").write_text(json.dumps(order))
@@ -67,11 +76,12 @@ def trained_by_trl(folder: Path, row: str, options: argparse.Namespace) -> Path:
     return work / "saved"
 
 
-def trained_by_us(folder: Path, row: str, options: argparse.Namespace) -> Path:
+def trained_by_us(folder: Path, row: str, options: argparse.Namespace, seed: int) -> Path:
     run_dir = folder / row
     settings = [
-        f"run.dir={run_dir}", "experiment=quickstart", *OURS[row], f"run.seed={options.seed}", f"train.steps={options.steps}",
-        f"train.prompts_per_step={options.prompts}", f"train.samples_per_prompt={options.samples}", f"train.lr={options.lr}",
+        f"run.dir={run_dir}", "experiment=quickstart", *OURS[row], f"run.seed={seed}", f"train.steps={options.steps}",
+        f"train.prompts_per_step={options.prompts}", f"data.num_train={options.prompts * options.steps}",
+        f"train.samples_per_prompt={options.samples}", f"train.lr={options.lr}",
         "train.lr_warmup_steps=0", "train.lr_end=null", "eval.every=0", "eval.teacher=false", "checkpoint.every=0",
         "tracking.wandb=disabled", "cluster.device=cpu", f"cluster.threads_per_worker={options.threads}",
     ]  # fmt: skip
@@ -120,9 +130,10 @@ def draw(found: dict, picture: Path) -> None:
     from matplotlib import pyplot
 
     figure, panel = pyplot.subplots(figsize=(6, 4))
-    for row, values in found["rows"].items():
-        panel.scatter(values["kl"], 100 * values["accuracy"])
-        panel.annotate(row, (values["kl"], 100 * values["accuracy"]), fontsize=8)
+    for row, each in found["rows"].items():
+        kl, accuracy = [values["kl"] for values in each], [100 * values["accuracy"] for values in each]
+        panel.scatter(kl, accuracy, s=12, alpha=0.5)
+        panel.annotate(row, (mean(kl), mean(accuracy)), fontsize=8)
     panel.set(xlabel="KL(student || teacher), nats a token", ylabel="held-out accuracy, %")
     figure.tight_layout()
     figure.savefig(picture, dpi=120)

@@ -7,6 +7,7 @@ betas, threads, repeat_prompts and save (a folder, or null). Only TRL, transform
 """
 
 import importlib.util
+import inspect
 import json
 import resource
 import sys
@@ -72,7 +73,15 @@ def reward_function(name: str):
     spec = importlib.util.spec_from_file_location("reward", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, function)
+    score = getattr(module, function)
+    takes = inspect.signature(score).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        return score
+
+    def reward(**columns) -> list[float]:  # TRL gives every column to every function
+        return score(**{key: columns[key] for key in takes})
+
+    return reward
 
 
 def trainer_of(kind: str, order: dict, rows: list[dict], clock: Clock):
