@@ -5,11 +5,10 @@ import re
 import signal
 import socket
 import time
-from pathlib import Path
 
 from chaos_faults.finding import Finding
 from chaos_faults.ground import STEP, Ground, last_step
-from chaos_faults.training import START_S, Training, kill, training
+from chaos_faults.training import START_S, Training, kill, training, usage
 from chaos_faults.workers import alive_after
 
 KILLED_AT = [
@@ -195,9 +194,3 @@ def soak(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         f"open files in {most}, {files[most]:+d} (bound 5)"
     )
     return {"X2": Finding(passed=status == 0 and slopes[worst] < 1 and abs(files[most]) <= 5, said=said)}
-
-
-def usage(pid: int) -> tuple[float, int]:
-    """(resident MB that is not shared, open files)."""
-    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(lines["RssAnon"].split()[0]) / 1024, len(list(Path(f"/proc/{pid}/fd").iterdir()))

@@ -20,6 +20,8 @@ from chaos_faults.training import START_S, training
 
 HEAD, FAR = "10.231.77.1", "10.231.77.2"
 SPACES = ("hybridrl-head", "hybridrl-far")
+LINK = "veth0"
+"""In both; gloo would take the interface that the host's name leads to, which is in neither."""
 TUNED = {
     "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
@@ -37,8 +39,8 @@ def cut_off(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """C2: the link goes down for 10 s and comes up again; what was on the far node must not be heard again."""
 
     def cut(nodes: "Nodes") -> None:
-        ip("-n", SPACES[0], "link", "set", "head0", "down")
-        nodes.later = lambda: ip("-n", SPACES[0], "link", "set", "head0", "up")
+        ip("-n", SPACES[0], "link", "set", LINK, "down")
+        nodes.later = lambda: ip("-n", SPACES[0], "link", "set", LINK, "up")
 
     return {"C2": on_two_nodes(ground, f"the link down for {CUT_S:g} s, then up", cut)}
 
@@ -89,16 +91,15 @@ class Nodes:
 @contextmanager
 def two_nodes() -> Iterator[Nodes]:
     sessions = Path(mkdtemp(prefix="ray-"))  # short: the path of a Unix socket holds 107 bytes
-    nodes = Nodes(
-        {**TUNED, "HOME": str(sessions), "RAY_TMPDIR": str(sessions), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    )
+    own = {"HOME": str(sessions), "RAY_TMPDIR": str(sessions), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    nodes = Nodes({**TUNED, **own, "GLOO_SOCKET_IFNAME": LINK})
     try:
         for space in SPACES:
             ip("netns", "add", space)
-        ip("link", "add", "head0", "netns", SPACES[0], "type", "veth", "peer", "name", "far0", "netns", SPACES[1])
-        for space, device, address in zip(SPACES, ("head0", "far0"), (HEAD, FAR), strict=True):
-            ip("-n", space, "addr", "add", f"{address}/24", "dev", device)
-            ip("-n", space, "link", "set", device, "up")
+        ip("link", "add", LINK, "netns", SPACES[0], "type", "veth", "peer", "name", LINK, "netns", SPACES[1])
+        for space, address in zip(SPACES, (HEAD, FAR), strict=True):
+            ip("-n", space, "addr", "add", f"{address}/24", "dev", LINK)
+            ip("-n", space, "link", "set", LINK, "up")
             ip("-n", space, "link", "set", "lo", "up")
         start_ray(nodes, SPACES[0], ["--head", "--port=6399", f"--node-ip-address={HEAD}", "--include-dashboard=false"])
         start_ray(nodes, SPACES[1], [f"--address={HEAD}:6399", f"--node-ip-address={FAR}"])

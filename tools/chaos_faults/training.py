@@ -153,6 +153,12 @@ def kill(pid: int, number: int = signal.SIGKILL) -> float:
     return at
 
 
+def usage(pid: int) -> tuple[float, int]:
+    """(resident MB that is not shared, open files)."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) / 1024, len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
 # -- what a run left -------------------------------------------------------------------------------------------------
 
 
