@@ -16,6 +16,7 @@ from hybridrl.compose import from_yaml, known_keys, load_config, to_yaml
 from hybridrl.config import DataConfig
 from hybridrl.controller.run import run_info
 from hybridrl.controller.run_directory import changes
+from hybridrl.controller.teacher_levels import conditions_of
 from hybridrl.data.prompts import load_problems, tokenize
 from hybridrl.errors import ConfigError, DataError
 from hybridrl.models.loading import load_output_head, load_tokenizer
@@ -83,6 +84,14 @@ def test_the_written_settings_and_what_trackers_get_hold_no_secret(environment: 
     assert run_info(settings, tmp_path, None).config["reward"]["functions"]["judge"]["options"] == options
     assert CANARY not in to_yaml(settings)
     assert changes(from_yaml(to_yaml(settings)), settings) == {}, "a run that is continued finds no difference"
+
+
+def test_the_teachers_levels_name_the_judges_options_by_their_sha256(environment: None, monkeypatch: pytest.MonkeyPatch):
+    first = ["~reward.functions.countdown", *JUDGE]
+    written = json.dumps(conditions_of(load_config([*BASE, *first]), []))
+    assert "f.py:f" in written and CANARY not in written and "me:pw" not in written
+    monkeypatch.setenv("JUDGE_API_KEY", f"{CANARY}-other")
+    assert json.dumps(conditions_of(load_config([*BASE, *first]), [])) != written, "another key may be another judge: measured again"
 
 
 @pytest.mark.parametrize(
