@@ -1,7 +1,6 @@
 """The command line: hybridrl train | report | export | check | doctor."""
 
 import io
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ HELP = ("--help", "-h", "help")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong, 75 told to end: continue by the same command."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    log_warnings()
+    redact.log_warnings()
     verbs = {"train": train_verb, "report": report_verb, "export": export_verb, "check": check_verb, "doctor": doctor_verb}
     if verb in verbs:
         return said(lambda: verbs[verb](rest))
@@ -102,7 +101,7 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     status, used = [], set()
 
     def job(composed: DictConfig) -> int:
-        log_warnings()  # Hydra's own logging lets every library talk
+        redact.log_warnings()  # Hydra's own logging lets every library talk
         settings = to_settings(composed, overrides)
         if settings.run.dir in used:
             raise ConfigError(f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set run.dir='runs/${{hydra:job.num}}'")
@@ -146,12 +145,6 @@ def usage(line: str, arguments: Sequence[str]) -> int:
     asked = bool(arguments) and arguments[0] in HELP
     print(f"usage: {line}", file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
-
-
-def log_warnings() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(redact.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
 def quiet_environment() -> None:

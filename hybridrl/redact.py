@@ -11,8 +11,9 @@ does not need it (workers, and the children that run reward functions) is starte
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 MASK = "***"
@@ -42,10 +43,32 @@ def setting_is_secret(key: str) -> bool:
     return SETTING.search(key) is not None
 
 
+_remembered: set[str] = set()
+
+
+def remember(values: Iterable[str]) -> None:
+    """Values that this process masks wherever they stand, beside those of its environment; of "Bearer abc..." also the second word."""
+    _remembered.update(form for value in values for form in (value, re.sub(r"^\w+\s+(?=\S+$)", "", value)))
+
+
+def secrets_in(value: Any, key: str = "") -> Iterator[str]:
+    """The secrets, by key, in nested mappings, lists and dataclasses."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from secrets_in(part, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from secrets_in(part, key)
+    elif isinstance(value, str) and setting_is_secret(key):
+        yield value
+
+
 def text(value: str) -> str:
-    """`value` with the values of secret environment variables, the users of URLs and what stands after SECRET_KEY= masked."""
-    secrets = {v for name, v in os.environ.items() if len(v) >= SHORTEST and variable_is_secret(name)}
-    for secret in sorted(secrets, key=len, reverse=True):  # one may hold another
+    """`value` with secrets masked: what is remembered, values of secret variables, users of URLs, what stands after SECRET_KEY=."""
+    secrets = _remembered | {v for name, v in os.environ.items() if variable_is_secret(name)}
+    for secret in sorted((s for s in secrets if len(s) >= SHORTEST), key=len, reverse=True):  # one may hold another
         value = value.replace(secret, MASK)
     value = ASSIGNMENT.sub(lambda m: f"{m[1]}={MASK}" if setting_is_secret(m[1]) else m[0], value)
     return URL_USER.sub(MASK, value)
@@ -92,3 +115,10 @@ class Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return text(super().format(record))
+
+
+def log_warnings() -> None:
+    """What this process logs, its libraries included, goes to stderr from warnings on, with secrets masked."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -13,7 +13,7 @@ import pytest
 from hybridrl import redact
 from hybridrl.cli import main
 from hybridrl.compose import from_yaml, known_keys, load_config, to_yaml
-from hybridrl.config import DataConfig
+from hybridrl.config import DataConfig, RewardConfig, RewardFunctionConfig
 from hybridrl.controller.run import run_info
 from hybridrl.controller.run_directory import changes
 from hybridrl.controller.teacher_levels import conditions_of
@@ -24,6 +24,7 @@ from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.rewards.child import RewardCall
 from hybridrl.rewards.pool import RewardPool
 from hybridrl.runtime.cluster import private_token, worker_env
+from hybridrl.runtime.host import build
 from tests.graph import save_tiny
 
 CANARY = "canary-0123456789"
@@ -150,6 +151,30 @@ def test_a_worker_drops_what_its_node_adds_and_logs_no_secret(environment: None,
     )
     log = (tmp_path / "w.log").read_text()
     assert "RuntimeError: HF_TOKEN=***, others ['HF_TOKEN']" in log and CANARY not in log
+
+
+class Judge:
+    """Logs, as the reward worker does, what a function that failed has told."""
+
+    def __init__(self, config: RewardConfig, seen: str) -> None:
+        options = config.functions["judge"].options
+        logging.getLogger("judge").warning("%s refused, node had %s, %s", options["headers"]["auth_token"].split()[1], seen, options["url"])
+
+
+def build_judge(log: str) -> None:
+    """Run in a process of its own: builds a Judge under a key that neither its environment nor a driver's has."""
+    options = {"headers": {"auth_token": f"Bearer {CANARY}-judge"}, "url": "https://judge:8000"}
+    config = RewardConfig(functions={"judge": RewardFunctionConfig(function="f.py:f", options=options)})
+    build("tests.test_doors_secrets:Judge", log, {"config": config, "seen": os.environ["DB_PASSWORD"]})
+
+
+def test_a_worker_logs_neither_the_secrets_it_dropped_nor_those_of_its_settings(environment: None, tmp_path: Path):
+    program = "import sys; from tests.test_doors_secrets import build_judge; build_judge(sys.argv[1])"
+    root = Path(__file__).parent.parent
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "w.log")], env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, check=True
+    )
+    assert (tmp_path / "w.log").read_text() == "WARNING judge: *** refused, node had ***, https://judge:8000\n"
 
 
 SEES = """
