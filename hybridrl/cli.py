@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from hybridrl import redact
-from hybridrl.compose import conf_dir, load_config, one_sentence, register_schema, to_settings
+from hybridrl.compose import check_overrides, conf_dir, load_config, one_sentence, register_schema, to_settings
 from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError, HybridRLError, Preempted
 
@@ -108,12 +108,14 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
         used.add(settings.run.dir)
         return run(settings)
 
+    shows = any(flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags)
+    if not shows:
+        check_overrides(overrides)
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
     main_of = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     sys.argv = ["hybridrl train", *overrides, *flags]  # Hydra takes overrides on one side of a flag only
     shown = io.StringIO()  # the config, where Hydra prints it and runs no job
-    shows = any(flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags)
     try:
         with one_sentence(overrides), redirect_stdout(shown) if shows else nullcontext():
             main_of(lambda composed: status.append(said(lambda: job(composed))))()
