@@ -87,6 +87,7 @@ class Checkpointer:
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
+            sync_to_disk(self.root.parent)  # the name of the root, which the first save makes
             failpoints.hit("checkpoint.begun", step=state.step)
             self._check_room(final, writers)
             write(unfinished, state, writers)
