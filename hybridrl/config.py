@@ -311,6 +311,7 @@ class RunSettings:
             teacher.schedule.check(f"teachers.{name}.schedule")
         for name, function in self.reward.functions.items():
             function.schedule.check(f"reward.functions.{name}.schedule")
+        self.checkpoint.check_best(self.eval.every)
         check_needs(self)
         check_pipeline(self)
         check_places(self)

@@ -339,6 +339,13 @@ def test_the_best_one_stays_beside_the_newest(tmp_path: Path, values, config, ke
     assert kept_of(tmp_path, values, **config) == kept
 
 
+def test_a_step_without_the_metric_that_chooses_the_best_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    kept_of(tmp_path, {1: 0.5, 2: None}, best="eval/accuracy")
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{tmp_path / 'checkpoints' / 'step_000002'}: its step has no finite eval/accuracy, so checkpoint.best leaves it out"
+    ]
+
+
 def test_a_damaged_newer_one_never_pushes_out_a_whole_one(tmp_path: Path):
     checkpointer = save_steps(tmp_path, 2, 4, keep=2)
     flip_a_byte(checkpointer.root / "step_000004" / "learner.safetensors")

@@ -160,6 +160,11 @@ BAD = [
     ("learner.zero_stage=0", "learner.zero_stage=0: must be 1, 2 or 3"),
     ("checkpoint.keep=0", "checkpoint.keep=0: must be at least 1"),
     ("checkpoint.every=-1", "checkpoint.every=-1: must not be negative"),
+    (
+        "checkpoint.best=eval/accuracy",
+        "checkpoint.best=eval/accuracy: is measured at steps divisible by eval.every=20, and saved are "
+        "those by checkpoint.every=50; set eval.every=50",
+    ),
     ("eval.every=-1", "eval.every=-1, eval.samples=8: neither may be negative"),
     ("deadlines.sync_s=0", "deadlines.sync_s=0.0: must be positive"),
     ("reward.timeout_s=0", "reward.timeout_s=0.0: must be positive"),
@@ -217,3 +222,15 @@ def test_the_longest_silence_is_that_of_the_slowest_kind_of_call():
     assert DeadlineConfig().longest_silence_s == 1800, "a step of the learner, or a checkpoint"
     shorter = DeadlineConfig(learn_s=10, save_s=10, rollout_s=700)
     assert shorter.longest_silence_s == 1300, "700 s for a response and 600 s to score it"
+
+
+@pytest.mark.parametrize(
+    "every", [("checkpoint.every=40", "eval.every=20"), ("checkpoint.every=0", "eval.every=20"), ("checkpoint.best=train/loss",)]
+)
+def test_the_best_checkpoint_is_chosen_by_what_every_saved_step_has(every: tuple[str, ...]):
+    load_config(["experiment=quickstart", "run.dir=here", "checkpoint.best=eval/accuracy", *every])
+
+
+def test_without_evaluations_no_checkpoint_is_the_best_by_one():
+    with pytest.raises(ConfigError, match="eval.every=0, and saved are those by"):
+        load_config(["experiment=quickstart", "run.dir=here", "checkpoint.best=eval/accuracy", "eval.every=0"])

@@ -101,6 +101,8 @@ class Checkpointer:
             if isinstance(error, OSError):
                 raise CheckpointError(f"{final}: not saved: {error}") from error
             raise
+        if self.config.best and not math.isfinite(state.metrics.get(self.config.best, math.nan)):
+            log.warning("%s: its step has no finite %s, so checkpoint.best leaves it out", final, self.config.best)
         self._prune(state.step)
         return final
 
