@@ -277,10 +277,8 @@ class DeadlineConfig:
 
     @property
     def longest_silence_s(self) -> float:
-        """The longest that a run waits for one worker that says nothing. A scorer's or judge's call begins when it is made, while
-        its responses are still sampled, so its deadline is that of both together."""
-        judged_s = self.rollout_s + max(self.score_s, self.reward_s)
-        return max(self.placement_s, self.start_s, self.heartbeat_s, judged_s, self.learn_s, self.sync_s, self.save_s)
+        """The longest that a run waits for one worker that says nothing."""
+        return max(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -215,8 +215,7 @@ def test_a_config_error_is_a_value_error_so_the_command_line_can_say_whose_fault
 
 def test_the_longest_silence_is_that_of_the_slowest_kind_of_call():
     assert DeadlineConfig().longest_silence_s == 1800, "a step of the learner, or a checkpoint"
-    shorter = DeadlineConfig(learn_s=10, save_s=10, rollout_s=700)
-    assert shorter.longest_silence_s == 1300, "700 s for a response and 600 s to score it"
+    assert DeadlineConfig(learn_s=10, save_s=10, rollout_s=700).longest_silence_s == 700, "a response"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sampling ahead of learning: what is drawn when, what comes again, and what a checkpoint owes."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +12,13 @@ from hybridrl.compose import load_config
 from hybridrl.config import RunSettings
 from hybridrl.controller.controller import first_groups
 from hybridrl.controller.pipeline import Pipeline
+from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.sampling import Arrived, Drawn, Sampling
 from hybridrl.controller.weights import Weights
 from hybridrl.data.prompts import PromptSource
-from hybridrl.errors import DataError
+from hybridrl.errors import DataError, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.placement import chunk_size
-from hybridrl.runtime.calls import Pending
+from hybridrl.runtime.calls import Pending, gather, settle
 from hybridrl.runtime.groups import Chunk, EngineLoad
 from hybridrl.types import NO_VERSION, ChunkHeader, GenerateOrder, Prompt, Rewards
 
@@ -115,6 +117,21 @@ def test_every_engine_gets_a_chunk_however_large_chunks_may_be():
     assert chunk_size(10, 1, 2) == 1 and chunk_size(0, 8, 2) == 1
 
 
+def test_a_batch_of_which_nothing_was_learned_is_owed_until_a_step_is_made():
+    """p0..p4 shuffled, two a step: the first two are left out but for the first of them, which comes again at once."""
+    made, _, source = pipeline()
+    first = made.take(0).prompts
+    made.skip(late=first[:1])
+    assert [p.uid for p in made.in_flight()] == [first[1].uid]
+    second = made.take(0).prompts
+    assert second[0] == first[0] and [p.uid for p in made.in_flight()] == [first[1].uid, *(p.uid for p in second)]
+    resumed = PromptSource(PROMPTS, 0)
+    resumed.load_state_dict(source.state_dict(made.in_flight()))
+    assert resumed.next_batch(3) == [first[1], *second]
+    made.settle([])
+    assert made.in_flight() == [] == made.skipped
+
+
 @pytest.fixture(scope="module")
 def alone():
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
@@ -131,6 +148,85 @@ def test_a_chunk_goes_to_the_engine_with_the_fewest_tokens_to_do(alone):
     load.add(0, 12, Pending(ref=never, worker="rollout/0", call="generate", deadline_s=1.0))
     load.add(1, 99, Pending(ref=ray.put("done"), worker="rollout/1", call="generate", deadline_s=1.0))
     assert load.assign([5, 5, 5, 5], {0, 1}) == [1, 1, 1, 0] and load.assign([5, 5], {0}) == [0, 0]
+
+
+class Fleet:
+    """Stands for the workers of a run: told of a loss, it does what `then` says."""
+
+    def __init__(self, silent: Pending | None = None, then: Callable[[WorkerError], None] = lambda error: None) -> None:
+        self.asked, self.then, self.lost, self.cancelled = silent, then, [], []
+        self.engines, self.scorers, self.replay, self.rewards = [self], [], None, self
+
+    def silent(self) -> Pending | None:
+        return self.asked
+
+    def lose(self, error: WorkerError) -> None:
+        self.asked = None
+        self.lost.append(error.worker)
+        self.then(error)
+
+    def cancel(self, chunks) -> None:
+        self.cancelled += [chunk.prompts[0].uid for chunk in chunks]
+
+    def score(self, chunks, weights) -> list[Pending]:
+        return [pending(0) for _ in chunks]
+
+    def again(self, chunk: Chunk) -> Chunk:
+        return replace(chunk, header=under_way("rollout/0"))
+
+
+def under_way(worker: str) -> Pending:
+    return Pending(ref=ray.remote(num_cpus=99)(lambda: None).remote(), worker=worker, call="generate", deadline_s=60.0)
+
+
+def ended(value: object, worker: str = "rollout/0") -> Pending:
+    return Pending(ref=ray.put(value), worker=worker, call="generate", deadline_s=60.0)
+
+
+def died(worker: str) -> Pending:
+    @ray.remote(num_cpus=1, max_retries=0)
+    def die() -> None:
+        raise WorkerDied(worker, "generate", "it was told to")
+
+    return Pending(ref=die.remote(), worker=worker, call="generate", deadline_s=60.0)
+
+
+def sampled(headers: list[Pending]) -> list[Drawn]:
+    return [replace(d, chunk=replace(d.chunk, header=h)) for d, h in zip(drawn(PROMPTS, "train-0"), headers, strict=False)]
+
+
+@pytest.mark.graph
+def test_a_worker_that_is_silent_is_lost_though_nobody_waits_for_it(alone):
+    """What others have under way is no result then, and no error."""
+    silent = replace(under_way("rollout/1"), call="ping", deadline_s=0.1)
+    values, [lost] = settle([ended("x"), under_way("rollout/0")], lambda: silent)
+    assert values == ["x", None] and isinstance(lost, WorkerTimeout) and lost.worker == "rollout/1"
+    with pytest.raises(WorkerTimeout, match="rollout/1 failed in ping"):
+        gather([ended("x"), under_way("rollout/0")], lambda: silent)
+
+
+@pytest.mark.graph
+def test_sampling_replaces_it_and_goes_on_waiting(alone):
+    waited = sampled([ended("x"), under_way("rollout/0")])
+
+    def arrive(error: WorkerError) -> None:
+        waited[1].chunk = replace(waited[1].chunk, header=ended("y"))
+
+    fleet = Fleet(silent=replace(under_way("rollout/1"), call="ping"), then=arrive)
+    assert Sampling(settings(), fleet, Preemption()).headers(waited) == ["x", "y"]
+    assert fleet.lost == ["rollout/1"]
+
+
+@pytest.mark.graph
+def test_of_more_chunks_than_needed_those_of_a_dead_engine_do_not_count_as_done(alone):
+    """The first is sampled again; the second alone is done, and the others are stopped."""
+    waited, fleet = sampled([died("rollout/1"), ended("x"), under_way("rollout/0")]), Fleet()
+    ray.wait([waited[0].chunk.header.ref], timeout=60)
+    for d in waited:
+        d.writer = fleet
+    done, late = Sampling(settings(), fleet, Preemption()).first(waited, 1)
+    assert done == waited[1:2] and late == [waited[0], waited[2]]
+    assert fleet.lost == ["rollout/1"] and fleet.cancelled == [waited[0].chunk.prompts[0].uid, waited[2].chunk.prompts[0].uid]
 
 
 def header(oldest: list[int], source: Source = Source.student) -> ChunkHeader:

@@ -3,7 +3,9 @@
 import asyncio
 import multiprocessing
 import os
+import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -21,11 +23,11 @@ from hybridrl.choices import Device, Source, WeightTransfer
 from hybridrl.cli import main
 from hybridrl.compose import load_config
 from hybridrl.controller.evaluation import evaluate
-from hybridrl.errors import ConfigError, DataError, HybridRLError, PlacementError, WorkerDied, WorkerError
+from hybridrl.errors import ConfigError, DataError, HybridRLError, PlacementError, WeightSyncError, WorkerDied, WorkerError
 from hybridrl.failpoints import VARIABLE
 from hybridrl.models.loading import load_model
 from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
-from hybridrl.runtime.group import ActorGroup, Slot
+from hybridrl.runtime.group import ActorGroup, Slot, dump_stacks
 from hybridrl.runtime.groups import RewardGroup, RolloutGroup
 from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
 from hybridrl.workers.rollout import Waves, chunk_header, complete, top_tokens, trajectory
@@ -176,7 +178,21 @@ def test_a_value_that_is_gone_is_not_blamed_on_the_worker_that_was_to_have_it(sl
     with pytest.raises(WorkerDied, match=r"^the object store failed in keeping values: what w/0 was to .* in take is gone with its node$"):
         group.submit(0, "take", gone.ref, deadline_s=60).result()
     assert group.call_all("ping", deadline_s=60) == ["here"]
-    group.close()
+    rollout = engine(slot, tmp_path, "")
+    with pytest.raises(WorkerDied, match=r"^the object store"):
+        rollout.load_weights("version 1", gone.ref)
+    assert rollout.group.epochs == [0]
+    for made in (rollout, group):
+        made.close()
+
+
+def test_the_stacks_are_asked_of_the_process_that_writes_the_log_and_of_no_other(tmp_path: Path):
+    """To one that does not know the signal it is the end."""
+    for log, status in (("w-0.log", -signal.SIGUSR1), ("other.log", 0)):
+        with (tmp_path / log).open("w") as out, subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out) as process:
+            dump_stacks(process.pid, str(tmp_path / "w-0.log"))
+            process.stdin.close()
+            assert process.wait(60) == status
 
 
 class Engines(RolloutGroup):
@@ -204,7 +220,7 @@ def test_when_the_only_engine_dies_at_a_sync_another_serves_the_weights(slot: Sl
 @pytest.mark.graph
 def test_weights_that_every_engine_refuses_are_no_engines_fault(slot: Slot, tmp_path: Path):
     rollout = engine(slot, tmp_path, "engine.load_weights:do=raise")
-    with pytest.raises(WorkerError, match=r"rollout/0 failed in load_weights: RuntimeError: failpoint engine\.load_weights"):
+    with pytest.raises(WeightSyncError, match=r"^no engine took the weights: rollout/0 failed in load_weights: RuntimeError: failpoint"):
         rollout.load_weights("version 1", ray.put(b""))
     assert rollout.serving == {0} and rollout.group.epochs == [0]
     rollout.close()
@@ -216,7 +232,7 @@ def test_an_engine_lost_in_an_evaluation_is_told_and_not_the_judge_that_waits_fo
     rewards = Judges(rollout.settings, [replace(slot, num_cpus=0)], log_dir=str(tmp_path))
     prompts = [Prompt(uid="a", input_ids=(1,), text="", columns={})]
     with pytest.raises(WorkerDied, match=r"^rollout/0 failed in generate"):
-        evaluate(rollout.settings.eval, rollout, rewards, prompts, step=0, temperature=1.0, seed=0)
+        evaluate(rollout.settings.eval, rollout, rewards, prompts, wave="eval", step=0, temperature=1.0, seed=0)
     rollout.close()
     rewards.group.close()
 

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import count
 
 import numpy as np
 
@@ -70,7 +71,6 @@ class Controller:
         self.steps_done = 0
         self.weight_version = 0
         self.saved_step = 0
-        self.skipped: list[str] = []  # prompts of batches left out since the last step
         self.wandb_id: str | None = None  # None: wandb is off
 
     def step(self) -> dict[str, float]:
@@ -86,14 +86,18 @@ class Controller:
             shards = self._shards(used)
             plan = self._plan(used, shards)
             values = [[a.drawn.chunk.batch.ref, a.drawn.rewards[0].ref, *(scores.ref for _, scores in a.drawn.scores)] for a in used]
-            stats = self.learner.update(plan, [s for s, _ in shards], [[ref for c in mine for ref in values[c]] for _, mine in shards])
+            try:
+                stats = self.learner.update(plan, [s for s, _ in shards], [[ref for c in mine for ref in values[c]] for _, mine in shards])
+            except SkippedStep:
+                self.pipeline.skip(late)
+                raise
             self._check_logprob_gap(stats)
         failpoints.hit("controller.learned", step=self.steps_done)
         self.steps_done += 1
+        skipped = [prompt.uid for prompt in self.pipeline.skipped]
         self.pipeline.settle(late)
         trained, passed_over = trained_uids(arrived, used, late)
-        self.ledger.record(self.steps_done, trained, [*self.skipped, *passed_over])
-        self.skipped = []
+        self.ledger.record(self.steps_done, trained, [*skipped, *passed_over])
         with self.clock.phase("sync"):
             weight_bytes = self.publish_weights()
         failpoints.hit("controller.synced", step=self.steps_done)
@@ -174,7 +178,6 @@ class Controller:
             except SkippedStep as error:
                 if not left:
                     raise
-                self.skipped += [prompt.uid for wave in self.pipeline.current for prompt in wave.prompts]
                 log.warning("%s; the batch is left out", error)
         raise AssertionError("the last try returns or raises")
 
@@ -190,16 +193,18 @@ class Controller:
         return result.metrics | self.clock.take()
 
     def _evaluate(self) -> Evaluation:
-        """Once more from the start when a worker is lost."""
+        """Once more from the start when a worker is lost, in a wave of another name: engines that live still have the old one."""
         seed = wave_seed(self.settings.run.seed, "eval", self.steps_done)
-        while True:
+        for again in count():
             try:
                 return evaluate(
                     self.settings.eval, self.workers.rollout, self.workers.rewards, self.heldout,
-                    step=self.steps_done, temperature=self.settings.algorithm.temperature, seed=seed, watch=self.workers.silent,
+                    wave=f"eval-{self.steps_done}.{again}", step=self.steps_done, temperature=self.settings.algorithm.temperature,
+                    seed=seed, watch=self.workers.silent,
                 )  # fmt: skip
             except WorkerError as error:
                 self.workers.lose(error)
+        raise AssertionError("count never ends")
 
     def save(self, row: Mapping[str, float], *, last: bool) -> None:
         """Commit a checkpoint; its time appears in the next step's row. One that fails is told and tried again when the

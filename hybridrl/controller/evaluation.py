@@ -26,6 +26,7 @@ def evaluate(
     rewards: RewardGroup,
     prompts: Sequence[Prompt],
     *,
+    wave: str,
     step: int,
     temperature: float,
     seed: int,
@@ -34,7 +35,8 @@ def evaluate(
     """One response per problem, greedy unless eval.greedy is false.
 
     Args:
-        step: optimizer steps done, for the wave's name and the samples.
+        wave: a name that no other wave under way has.
+        step: optimizer steps done, for the samples.
         temperature: of sampling when not greedy.
         watch: as in runtime.calls.settle.
 
@@ -42,7 +44,7 @@ def evaluate(
         WorkerError: naming the engine or reward worker that was lost.
     """
     chunks = rollout.generate(
-        prompts, wave=f"eval-{step}", group_size=1, temperature=0.0 if config.greedy else temperature, seed=seed,
+        prompts, wave=wave, group_size=1, temperature=0.0 if config.greedy else temperature, seed=seed,
         groups_per_chunk=len(prompts),
     )  # fmt: skip
     pending = rewards.score(chunks, [function.weight for function in rewards.settings.reward.functions.values()])

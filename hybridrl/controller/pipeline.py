@@ -42,6 +42,7 @@ class Pipeline:
         self.limit = settings.pipeline.max_inflight_bytes or STORE_SHARE * store_bytes
         self.waves: deque[Wave] = deque()
         self.current: list[Wave] = []  # handed out, and not trained on yet
+        self.skipped: list[Prompt] = []  # of batches left out since the last step
         self.wave_bytes = 0  # of the last wave that was seen whole
         self.oversampled = math.ceil(settings.train.prompts_per_step * (1 + settings.rollout.oversample))
 
@@ -59,6 +60,14 @@ class Pipeline:
 
     def settle(self, late: Sequence[Prompt]) -> None:
         """The waves at hand are trained on, but for prompts that come again."""
+        self.current, self.skipped = [], []
+        self.prompts.put_back(late)
+
+    def skip(self, late: Sequence[Prompt]) -> None:
+        """Nothing was learned from the waves at hand. Their prompts count as in flight until a step is made, so that no checkpoint
+        misses them; those that come again do."""
+        again = {prompt.uid for prompt in late}
+        self.skipped += [prompt for wave in self.current for prompt in wave.prompts if prompt.uid not in again]
         self.current = []
         self.prompts.put_back(late)
 
@@ -74,7 +83,7 @@ class Pipeline:
 
     def in_flight(self) -> list[Prompt]:
         """Drawn, and not trained on yet."""
-        return [prompt for wave in (*self.current, *self.waves) for prompt in wave.prompts]
+        return [*self.skipped, *(prompt for wave in (*self.current, *self.waves) for prompt in wave.prompts)]
 
     def state_dict(self) -> dict[str, Any]:
         """Prompts in flight are owed: their responses are not kept."""

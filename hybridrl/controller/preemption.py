@@ -16,8 +16,13 @@ class Preemption:
         self.told, self.starting = False, True
 
     def started(self) -> None:
-        """From here on only `check` raises."""
+        """From here on only `check` raises.
+
+        Raises:
+            Preempted: the run was told to end before, and whoever was at work then took it for an error of his own.
+        """
         self.starting = False
+        self.check()
 
     @contextmanager
     def listening(self) -> Iterator["Preemption"]:
@@ -28,6 +33,10 @@ class Preemption:
         before = signal.signal(signal.SIGTERM, self._tell)
         try:
             yield self
+        except SystemExit as ended:  # Ray's own handler, which it sets while it starts
+            self.told = self.told or ended.code == signal.SIGTERM
+            self.check()
+            raise
         finally:
             signal.signal(signal.SIGTERM, before)
 

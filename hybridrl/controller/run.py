@@ -53,12 +53,14 @@ def train(settings: RunSettings) -> RunResult:
     check_rewards(settings.reward)
     prompts, heldout = prepare_prompts(settings)
     with run_directory(settings) as run_dir, ExitStack() as stack:
+        settings = replace(settings, run=replace(settings.run, dir=str(run_dir)))  # for workers, who may run elsewhere
         stack.enter_context((preemption := Preemption()).listening())
         checkpoint = find_checkpoint(settings, run_dir)
         console, sinks, wandb = make_sinks(settings)
         stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
         first = checkpoint.state.step if checkpoint else 0
         sinks.start(run_info(settings, run_dir, checkpoint))
+        preemption.check()  # an optional sink takes an exception for its own
         measured = "" if checkpoint else ", ".join(teachers_to_measure(settings))
         console.notice("starting workers" + (f", and measuring teacher {measured} on the held-out problems ..." if measured else " ..."))
         cluster = stack.enter_context(Cluster(settings))
@@ -103,21 +105,29 @@ class Attempts:
         Raises:
             FleetExhausted: there were more losses than cluster.max_restarts.
         """
+        lost: WorkerError | None = None
         for restarts_left in reversed(range(1 + self.settings.cluster.max_restarts)):
             try:
+                if lost is not None:
+                    workers = recover(self.settings, self.cluster, self.slots, workers, lost, str(self.run_dir / "logs"))
+                    checkpoint = self.go_back()
                 return self.attempt(workers, checkpoint)
             except WorkerError as error:  # a lost engine, scorer or reward worker is replaced while the run goes on
                 if not restarts_left:
                     raise FleetExhausted(f"{error}; cluster.max_restarts is used up, the last checkpoint stands") from error
                 self.console.notice(f"{error}; going back to the last checkpoint")
-                workers = recover(self.settings, self.cluster, self.slots, workers, error, str(self.run_dir / "logs"))
-            goes_on = replace(self.settings, run=replace(self.settings.run, resume=Resume.auto))
-            checkpoint = find_checkpoint(goes_on, self.run_dir)
-            self.sinks.start(run_info(self.settings, self.run_dir, checkpoint))
+                lost = error
         raise AssertionError("the last attempt returns or raises")
 
+    def go_back(self) -> Checkpoint | None:
+        """What there is in the run's directory now, whatever the first attempt was to do with it."""
+        goes_on = replace(self.settings, run=replace(self.settings.run, resume=Resume.auto))
+        checkpoint = find_checkpoint(goes_on, self.run_dir)
+        self.sinks.start(run_info(self.settings, self.run_dir, checkpoint))
+        return checkpoint
+
     def attempt(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
-        gather(workers.learner.ready())
+        gather(workers.learner.ready(), self.preemption.check)
         with closing(Ledger(self.run_dir, checkpoint.state.step if checkpoint else 0)) as ledger:
             controller = Controller(
                 self.settings,
@@ -160,7 +170,8 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
     teachers = check_teachers(settings, tokenizer)
     check_reward_models(settings.reward, tokenizer.get_vocab())
-    if settings.algorithm.support is Support.topk and settings.algorithm.topk.k > (rows := head_rows(settings.model.path)):
+    rows = head_rows(settings.model.path, settings.model.revision)
+    if settings.algorithm.support is Support.topk and settings.algorithm.topk.k > rows:
         raise ConfigError(f"algorithm.topk.k={settings.algorithm.topk.k}: model.path={settings.model.path} has {rows} tokens; lower it")
     rollout = settings.rollout
     room = rollout.max_model_len - rollout.max_new_tokens

@@ -12,7 +12,7 @@ from hybridrl.controller.preemption import Preemption
 from hybridrl.errors import WorkerError
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
-from hybridrl.runtime.calls import Pending, first_done, settle
+from hybridrl.runtime.calls import Pending, settle
 from hybridrl.runtime.groups import Chunk, RolloutGroup, ScorerGroup
 from hybridrl.runtime.replay import ReplayGroup
 from hybridrl.runtime.workers import Workers
@@ -95,12 +95,11 @@ class Sampling:
 
     def headers(self, drawn: Sequence[Drawn]) -> list[ChunkHeader]:
         """Of every chunk. Those of a lost engine are sampled again elsewhere, with the same seeds, and asked about again."""
+        return self._settled(drawn, lambda d: d.chunk.header, self._sample_again)
 
-        def again(d: Drawn) -> None:
-            d.chunk = d.writer.again(d.chunk)
-            self._ask([d])
-
-        return self._settled(drawn, lambda d: d.chunk.header, again)
+    def _sample_again(self, d: Drawn) -> None:
+        d.chunk = d.writer.again(d.chunk)
+        self._ask([d])
 
     def rewards(self, drawn: Sequence[Drawn]) -> list[Rewards]:
         return self._settled(drawn, lambda d: d.rewards[0], lambda d: self._ask_rewards([d]))
@@ -116,17 +115,19 @@ class Sampling:
             found += self._settled(drawn, lambda d, k=k: d.scores[k][0], again)
         return found
 
-    def _settled(self, drawn: Sequence[Drawn], call: Callable[[Drawn], Pending], again: Callable[[Drawn], None]) -> list[Any]:
-        """Results in order. A call whose worker is lost is made again."""
+    def _settled(
+        self, drawn: Sequence[Drawn], call: Callable[[Drawn], Pending], again: Callable[[Drawn], None], count: int | None = None
+    ) -> list[Any]:
+        """Results in order, at least `count` of them (None: all), None for the others. A call whose worker is lost is made again."""
         while True:
-            outcomes = settle([call(d) for d in drawn], self._watch)
-            lost = [(d, error) for d, error in zip(drawn, outcomes, strict=True) if isinstance(error, WorkerError)]
+            outcomes, lost = settle([call(d) for d in drawn], self._watch, count)
             if not lost:
                 return outcomes
-            for error in {error.worker: error for _, error in lost}.values():
+            for error in lost:
                 self.workers.lose(error)
-            for d, _ in lost:
-                again(d)
+            for d, outcome in zip(drawn, outcomes, strict=True):
+                if isinstance(outcome, WorkerError):
+                    again(d)
 
     def _watch(self) -> Pending | None:
         """While waiting for responses nothing would be lost: the place to end, if the run was told to."""
@@ -135,12 +136,13 @@ class Sampling:
 
     def first(self, drawn: Sequence[Drawn], count: int) -> tuple[list[Drawn], list[Drawn]]:
         """Wait until `count` chunks are done, stop the others; -> those that are done, in order, and the others."""
-        done = first_done([d.chunk.header for d in drawn], count)
-        late = [d for d, is_done in zip(drawn, done, strict=True) if not is_done]
+        headers = self._settled(drawn, lambda d: d.chunk.header, self._sample_again, count)
+        done = [d for d, header in zip(drawn, headers, strict=True) if header is not None][:count]
+        late = [d for d in drawn if all(d is not other for other in done)]
         if late:
             for engines in self.workers.engines:
                 engines.cancel([d.chunk for d in late])
-        return [d for d, is_done in zip(drawn, done, strict=True) if is_done], late
+        return done, late
 
     def arrived(self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader], step: int) -> list[Arrived]:
         """Wait for the rewards. Groups with an aborted response are not used; under algorithm.dynamic_sampling nor are those

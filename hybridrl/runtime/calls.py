@@ -46,18 +46,21 @@ def gather(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nob
     Raises:
         WorkerTimeout, WorkerDied, WorkerError: naming the worker and the call; or the worker's own HybridRLError.
     """
-    values = settle(pending, watch)
-    for value in values:
-        if isinstance(value, WorkerError):
-            raise value
+    values, lost = settle(pending, watch)
+    if lost:
+        raise lost[0]
     return values
 
 
-def settle(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nobody) -> list[Any]:
-    """Results in order. A lost worker ends the wait: its error stands for each of its calls, None for what is under way.
+def settle(
+    pending: Sequence[Pending], watch: Callable[[], Pending | None] = nobody, count: int | None = None
+) -> tuple[list[Any], list[WorkerError]]:
+    """(results in order, workers lost). A lost worker ends the wait: its error stands for each of its calls, None for what is
+    under way.
 
     Args:
         watch: called every WATCH_S; a call that should have been answered by now, or None: its worker counts as lost.
+        count: results to wait for, at least; None: all.
 
     Raises:
         HybridRLError: what a worker raised on purpose.
@@ -67,7 +70,8 @@ def settle(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nob
     deadline_s = max((p.deadline_s for p in pending), default=0.0)
     values: dict[ray.ObjectRef, Any] = {}
     lost: dict[tuple[str, int], WorkerError] = {}
-    while waiting and not lost:
+    enough = len(waiting) if count is None else count
+    while len(values) < enough and not lost:
         left = started + deadline_s - time.monotonic()
         for ref in _ready(list(waiting), max(min(left, next_watch - time.monotonic()), 0.001)):
             done = waiting.pop(ref)
@@ -79,11 +83,11 @@ def settle(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nob
             next_watch = time.monotonic() + WATCH_S
             if (silent := watch()) is not None:
                 lost[silent.worker, silent.epoch] = _late(silent, silent.deadline_s)
-        if waiting and left <= 0:
+        if len(values) < enough and left <= 0:
             lost |= {(p.worker, p.epoch): _late(p, deadline_s) for p in waiting.values()}
     for ref, p in waiting.items():
         values[ref] = lost.get((p.worker, p.epoch))
-    return [values[p.ref] for p in pending]
+    return [values[p.ref] for p in pending], list(lost.values())
 
 
 WATCH_S = 1.0
@@ -101,20 +105,6 @@ def _ready(refs: list[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
 def _late(pending: Pending, deadline_s: float) -> WorkerTimeout:
     reason = f"no answer within {deadline_s:g} s; raise the matching deadlines.* if it only needed longer"
     return WorkerTimeout(pending.worker, pending.call, reason, pending.epoch)
-
-
-def first_done(pending: Sequence[Pending], count: int) -> list[bool]:
-    """Wait until `count` of the calls have ended, in whatever way; which these are, at most `count`, the first in order.
-
-    Raises:
-        WorkerTimeout: fewer ended within the longest deadline.
-    """
-    deadline_s = max(p.deadline_s for p in pending)
-    ready, late = ray.wait([p.ref for p in pending], num_returns=count, timeout=deadline_s)
-    if len(ready) < count:
-        slow = next(p for p in pending if p.ref == late[0])
-        raise WorkerTimeout(slow.worker, slow.call, f"only {len(ready)} of {count} answers within {deadline_s:g} s")
-    return [p.ref in set(ready) for p in pending]
 
 
 def is_done(pending: Pending) -> bool:

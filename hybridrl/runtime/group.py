@@ -58,7 +58,7 @@ class ActorGroup:
         self.pid_refs = [actor.pid.remote() for actor in self.actors]  # asked now: a worker that hangs does not answer
 
     def _start(self, index: int) -> ActorHandle:
-        slot, log = self.slots[index], f"{self.log_dir}/{self.names[index].replace('/', '-')}.log"
+        slot, log = self.slots[index], self._log(self.names[index])
         actor = ray.remote(AsyncHost if self.concurrent else Host).options(
             num_cpus=slot.num_cpus,
             num_gpus=slot.num_gpus,
@@ -74,7 +74,10 @@ class ActorGroup:
 
         Raises:
             FleetExhausted: there were too many; the worker is ended all the same.
+            WorkerError: `lost` itself, where it is no worker of this group that was lost.
         """
+        if lost.worker not in self.names:
+            raise lost
         index = self.names.index(lost.worker)
         if self.epochs[index] != lost.epoch:
             return None
@@ -94,10 +97,10 @@ class ActorGroup:
             FleetExhausted: as in `replace`.
         """
         while (index := self.replace(lost)) is not None:
-            answer = settle([self.submit(index, "ping", deadline_s=start_s)])[0]
-            if not isinstance(answer, WorkerError):
+            _, again = settle([self.submit(index, "ping", deadline_s=start_s)])
+            if not again:
                 return
-            lost = answer
+            lost = again[0]
 
     def submit(self, index: int, method: str, *args: Any, deadline_s: float) -> Pending:
         """Call one worker; refs among `args` arrive as their values."""
@@ -122,11 +125,17 @@ class ActorGroup:
         """Process ids, each on its own node."""
         return ray.get(self.pid_refs, timeout=60)
 
-    def dump_stacks(self) -> None:
-        """Have every worker that can write the stacks of its threads into its log; does not wait."""
-        for slot, pid in zip(self.slots, self.pid_refs, strict=True):
+    def dump_stacks(self) -> list[ray.ObjectRef]:
+        """Have every worker that can write the stacks of its threads into its log; one reference each, there when it was asked."""
+        asked = []
+        for slot, pid, name in zip(self.slots, self.pid_refs, self.names, strict=True):
             there = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
-            ray.remote(dump_stacks).options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(pid)
+            ask = ray.remote(dump_stacks).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+            asked.append(ask.remote(pid, self._log(name)))
+        return asked
+
+    def _log(self, name: str) -> str:
+        return f"{self.log_dir}/{name.replace('/', '-')}.log"
 
     def close(self) -> None:
         for actor in self.actors:
@@ -134,10 +143,11 @@ class ActorGroup:
         self.actors = []
 
 
-def dump_stacks(pid: int) -> None:
-    """Ask a process of this node for its stacks; see runtime.host."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, STACKS)
+def dump_stacks(pid: int, log: str) -> None:
+    """Ask a process of this node for its stacks; see runtime.host. Where another process has that number by now: nothing."""
+    with suppress(OSError):
+        if os.readlink(f"/proc/{pid}/fd/1") == os.path.realpath(log):
+            os.kill(pid, STACKS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,13 +193,13 @@ class RolloutGroup:
         """Have every engine serve these weights. One that fails to is lost; the others go on.
 
         Raises:
-            WorkerError: none of them took the weights, and some answered: the fault is not theirs.
+            WeightSyncError: none of them took the weights, and some answered: the fault is not theirs.
         """
         self.latest = (manifest, packed)
         errors = self._failed([self._load(engine, manifest, packed) for engine in sorted(self.serving)])
         refused = [error for error in errors if not isinstance(error, WorkerDied | WorkerTimeout)]
         if refused and len(errors) == len(self.serving):
-            raise refused[0]
+            raise WeightSyncError(f"no engine took the weights: {refused[0]}") from refused[0]
         self._lose_all(errors)
         self.admit()
 
@@ -290,7 +290,7 @@ class ScorerGroup:
 
     def score(self, chunks: Sequence[Chunk]) -> list[tuple[Pending, Pending]]:
         """One call per chunk, which starts when the chunk is done: (-> ScoreHeader, -> TokenScores)."""
-        limit = self.settings.deadlines.rollout_s + self.settings.deadlines.score_s
+        limit = self.settings.deadlines.score_s  # counts once the chunks are done: nobody waits for a score before
         return [self.group.submit_pair(i % self.group.size, "score", c.batch.ref, deadline_s=limit) for i, c in enumerate(chunks)]
 
 
@@ -315,7 +315,7 @@ class RewardGroup:
 
     def score(self, chunks: Sequence[Chunk], weights: Sequence[float]) -> list[Pending]:
         """One call per chunk: -> Rewards. `weights`: of the functions at this step, in the order of reward.functions."""
-        limit = self.settings.deadlines.rollout_s + self.settings.deadlines.reward_s
+        limit = self.settings.deadlines.reward_s  # as of a score
         return [self.group.submit(i % self.group.size, "score", c.batch.ref, weights, deadline_s=limit) for i, c in enumerate(chunks)]
 
     def samples(self, chunk: Chunk, rewards: Pending, step: int, count: int) -> tuple[Sample, ...]:
@@ -330,7 +330,7 @@ class LearnerGroup:
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, device: str, log_dir: str) -> None:
         self.settings = settings
         self.slot = slots[0]
-        master = free_port_at(self.slot)
+        master = free_port_at(self.slot, settings.deadlines.start_s)
         kwargs = [{"settings": settings, "rank": rank, "master": master, "device": device} for rank in range(len(slots))]
         self.group = ActorGroup("learner", self.worker, slots, kwargs, log_dir=log_dir)
         self.master = master
@@ -359,7 +359,7 @@ class LearnerGroup:
     def connect_engines(self, backend: WeightTransfer, rollout: RolloutGroup) -> None:
         limit = self.settings.deadlines.start_s
         call = EngineCall(rollout.group, limit)
-        self.group.call_all("connect_engines", str(backend), free_port_at(self.slot), call, rollout.group.size, deadline_s=limit)
+        self.group.call_all("connect_engines", str(backend), free_port_at(self.slot, limit), call, rollout.group.size, deadline_s=limit)
 
     def send_weights(self) -> None:
         self.group.call_all("send_weights", deadline_s=self.settings.deadlines.sync_s)
@@ -386,11 +386,11 @@ def replaceable(settings: RunSettings, log_dir: str) -> dict[str, Any]:
     return {"log_dir": log_dir, "any_order": True, "max_restarts": settings.cluster.max_restarts}
 
 
-def free_port_at(slot: Slot) -> tuple[str, int]:
-    """Address and a free TCP port of the node that the slot is on now."""
+def free_port_at(slot: Slot, start_s: float) -> tuple[str, int]:
+    """Address and a free TCP port of the node that the slot is on now, or will be when Ray has found it another."""
     there = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
     ref = ray.remote(_free_port).options(num_cpus=0, scheduling_strategy=there).remote()
-    return gather([Pending(ref=ref, worker=slot.node_ip, call="free_port", deadline_s=60.0)])[0]
+    return gather([Pending(ref=ref, worker=f"the node of {slot.node_ip}", call="free_port", deadline_s=start_s)])[0]
 
 
 def _free_port() -> tuple[str, int]:

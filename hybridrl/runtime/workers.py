@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import ray
+
 from hybridrl.choices import Source
 from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.errors import WorkerError, WorkerTimeout
@@ -15,6 +17,8 @@ from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, Sco
 from hybridrl.runtime.replay import ReplayGroup
 
 log = logging.getLogger(__name__)
+DUMP_S = 5.0
+"""For the stacks of all workers; one whose node is gone writes none."""
 
 Slots = Mapping[str, Sequence[Slot]]
 
@@ -64,8 +68,9 @@ class Workers:
         raise lost
 
     def dump_stacks(self) -> None:
-        for group in self.groups:
-            group.group.dump_stacks()
+        """Of all workers; waits a moment, for one of them is ended next."""
+        asked = [ref for group in self.groups for ref in group.group.dump_stacks()]
+        ray.wait(asked, num_returns=len(asked), timeout=DUMP_S)
 
 
 def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:

@@ -182,7 +182,7 @@ SECTIONS = (
          "rollout 13 and 4 per support token; teacher_hidden 2 H in bf16; teacher_support 8 K"),
         ("transfer/inflight_bytes", "bytes", "what the steps ahead take of the object store, by the size of this one",
          "0 unless pipeline.ahead; at most pipeline.max_inflight_bytes"),
-        ("cluster/restarts", "", "workers that were lost and replaced since the run or its last return to a checkpoint", "0"),
+        ("cluster/restarts", "", "workers but the learner's that were lost and replaced since the command was given", "0"),
         ("controller/materialized_bytes", "bytes", "per-token data that the controller itself fetched", "0, always"),
     ),
 )  # fmt: skip

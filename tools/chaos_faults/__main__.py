@@ -5,6 +5,7 @@ IDs that were run before are replaced on the card, so it can be run in pieces. E
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.ids) - known.keys():
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
+    if not options.ids:
+        shutil.rmtree(options.work, ignore_errors=True)
     ground, failed = Ground(options.work), False
     for do, ids in grouped([key for key in known if key in (options.ids or known)]):
         started = time.monotonic()

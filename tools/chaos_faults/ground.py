@@ -24,7 +24,7 @@ LIGHT = ["rollout.engines=1", "learner.ranks=1"]
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """A folder that scenarios share from one call of the tool to the next."""
+    """A folder that scenarios share from one call of the tool to the next; a run of the whole matrix begins with a new one."""
 
     folder: Path
     less: tuple[str, ...] = ()
@@ -39,8 +39,8 @@ class Ground:
         kept = self.folder / "overrides.json"
         if not kept.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps([*tiny_overrides(self.folder), *SETTINGS, *self.less]))
-        return json.loads(kept.read_text())
+            kept.write_text(json.dumps(tiny_overrides(self.folder)))
+        return [*json.loads(kept.read_text()), *SETTINGS, *self.less]
 
     def run_dir(self, name: str) -> Path:
         """A new one; what an earlier call left under that name stays beside it."""

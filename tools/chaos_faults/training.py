@@ -72,8 +72,11 @@ class Training:
             status = self.process.wait(limit_s)
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(f"the run goes on after {limit_s:g} s: {self.tail()}") from error
-        while (item := self.arriving.get(timeout=30)) is not None:
-            self.lines.append(item)
+        try:
+            while (item := self.arriving.get(timeout=30)) is not None:
+                self.lines.append(item)
+        except queue.Empty as error:
+            raise TimeoutError(f"the run ended with {status}, and some process of its still holds its output: {self.tail()}") from error
         self.arriving.put(None)
         return status
 

@@ -46,7 +46,7 @@ STRIKES = {
     "W1": Strike(what="an engine stops in load_weights", point="rollout.load_weights:do=stop", within_s=SYNC_S + 2, **BY_ENGINE),
     "T1": Strike(
         what="the only scorer stops in score", point="scorer.score:do=stop", worker="scorer-main/0", detect=SCORER, back=STEP,
-        within_s=ROLLOUT_S + SCORE_S + 2,
+        within_s=SCORE_S + 3,
     ),
     "L1": Strike(what="learner rank 1 kills itself in update", point="learner.update:rank=1:do=kill", within_s=2.0, **BY_LEARNER),
     "L2": Strike(what="learner rank 1 stops in update", point="learner.update:rank=1:do=stop", within_s=LEARN_S + 2, **BY_LEARNER),
