@@ -23,3 +23,16 @@ class CheckpointConfig:
             raise ConfigError(f"checkpoint.every={self.every}: must not be negative; 0 saves only at the end")
         if self.keep < 1:
             raise ConfigError(f"checkpoint.keep={self.keep}: must be at least 1, or a crash leaves nothing to resume")
+
+    def check_best(self, eval_every: int) -> None:
+        """Every step that is saved must have its evaluation, where that is to choose the best.
+
+        Raises:
+            ConfigError: eval.every leaves some out.
+        """
+        measured = self.best is None or not self.best.startswith("eval/")
+        if not measured and self.every and (not eval_every or self.every % eval_every):
+            raise ConfigError(
+                f"checkpoint.best={self.best}: is measured at steps divisible by eval.every={eval_every}, and saved are those by "
+                f"checkpoint.every={self.every}; set eval.every={self.every}"
+            )

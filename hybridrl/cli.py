@@ -1,7 +1,6 @@
 """The command line: hybridrl train | report | export | check | doctor."""
 
 import io
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from hybridrl import redact
-from hybridrl.compose import conf_dir, load_config, one_sentence, register_schema, to_settings
+from hybridrl.compose import check_overrides, conf_dir, load_config, one_sentence, register_schema, to_settings
 from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError, HybridRLError, Preempted
 
@@ -33,7 +32,7 @@ HELP = ("--help", "-h", "help")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong, 75 told to end: continue by the same command."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    log_warnings()
+    redact.log_warnings()
     verbs = {"train": train_verb, "report": report_verb, "export": export_verb, "check": check_verb, "doctor": doctor_verb}
     if verb in verbs:
         return said(lambda: verbs[verb](rest))
@@ -102,19 +101,21 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     status, used = [], set()
 
     def job(composed: DictConfig) -> int:
-        log_warnings()  # Hydra's own logging lets every library talk
+        redact.log_warnings()  # Hydra's own logging lets every library talk
         settings = to_settings(composed, overrides)
         if settings.run.dir in used:
             raise ConfigError(f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set run.dir='runs/${{hydra:job.num}}'")
         used.add(settings.run.dir)
         return run(settings)
 
+    shows = any(flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags)
+    if not shows:
+        check_overrides(overrides)
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
     main_of = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     sys.argv = ["hybridrl train", *overrides, *flags]  # Hydra takes overrides on one side of a flag only
     shown = io.StringIO()  # the config, where Hydra prints it and runs no job
-    shows = any(flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags)
     try:
         with one_sentence(overrides), redirect_stdout(shown) if shows else nullcontext():
             main_of(lambda composed: status.append(said(lambda: job(composed))))()
@@ -146,12 +147,6 @@ def usage(line: str, arguments: Sequence[str]) -> int:
     asked = bool(arguments) and arguments[0] in HELP
     print(f"usage: {line}", file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
-
-
-def log_warnings() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(redact.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
 def quiet_environment() -> None:

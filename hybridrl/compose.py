@@ -16,6 +16,8 @@ from typing import Any, get_args, get_type_hints
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Sweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -68,6 +70,10 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
         check_secrets(OmegaConf.to_container(composed))
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), composed))
         assert isinstance(settings, RunSettings)
+        written = OmegaConf.to_container(composed.reward.functions)
+        for name, function in settings.reward.functions.items():
+            if isinstance(written[name], Mapping):  # else it is a reference to another one
+                function.options = redact.referred(written[name].get("options"), function.options)
         check_finite(asdict(settings))
     return settings
 
@@ -83,14 +89,32 @@ def check_finite(tree: Any, key: str = "") -> None:
 
 def check_secrets(tree: Any, key: str = "") -> None:
     """Raise ConfigError for a secret that is written out instead of referred to by ${oc.env:NAME}."""
-    parts = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
-    for name, part in parts:
-        check_secrets(part, f"{key}.{name}" if key else str(name))
-    if isinstance(tree, str) and tree not in ("", redact.MASK) and "${" not in tree and redact.setting_is_secret(key):
+    if isinstance(tree, Mapping):
+        for name, part in tree.items():
+            check_secrets(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for part in tree:
+            check_secrets(part, key)
+    elif redact.is_secret(tree, key) and tree != redact.MASK and "${" not in str(tree):
         raise ConfigError(
             f"{key}: a secret must not be written out, where the shell's history and every list of processes keep it; "
             f"set an environment variable NAME_TOKEN and write {key}='${{oc.env:NAME_TOKEN}}'"
         )
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """As check_secrets, of the command line alone: Hydra writes a sweep's overrides down before it composes anything.
+
+    Raises:
+        ConfigError: a secret is written out, or an override is none.
+    """
+    with one_sentence(overrides, of=(Exception,)):
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            value = override.value()
+            if isinstance(value, ChoiceSweep):
+                check_overrides([f"{override.get_key_element()}={choice}" for choice in override.sweep_string_iterator()])
+            elif not isinstance(value, Sweep):  # of numbers, or of files of conf/
+                check_secrets(value, override.key_or_group)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Every setting: its type, default, meaning and the checks between settings.
 
-The dataclasses are Hydra's schema. A default stands here and nowhere else; files in conf/ set what an experiment or
-an algorithm preset means, and compose.py puts the two together with the command line.
+The dataclasses are Hydra's schema; those of algorithm.*, rollout.*, pipeline.* and checkpoint.* are in algorithm.py, generation.py and
+checkpointing.py. A default stands there or here and nowhere else; files in conf/ set what an experiment or an algorithm preset means,
+and compose.py puts the two together with the command line.
 """
 
 import math
@@ -309,6 +310,7 @@ class RunSettings:
             teacher.schedule.check(f"teachers.{name}.schedule")
         for name, function in self.reward.functions.items():
             function.schedule.check(f"reward.functions.{name}.schedule")
+        self.checkpoint.check_best(self.eval.every)
         check_needs(self)
         check_pipeline(self)
         check_places(self)

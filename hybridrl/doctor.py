@@ -10,7 +10,9 @@ Every probe of another process has a deadline, and no value of a secret is shown
 import http.client
 import os
 import re
+import shlex
 import shutil
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -147,8 +149,11 @@ def lock(text: str, version_of: Callable[[str], str | None]) -> Finding:
 
 
 def compiler() -> Finding:
-    wanted = os.environ.get("CXX", "c++")
-    found = shutil.which(wanted)
+    wanted = os.environ.get("CXX", "").strip() or "c++"
+    try:
+        found = shutil.which(shlex.split(wanted)[0])  # CXX may be "ccache g++"
+    except ValueError:  # a quotation that does not end
+        found = None
     if found is None:
         return Finding(
             level=Level.fail, name="C++ compiler", text=f"no {wanted} on PATH; DeepSpeed compiles one op: install g++, or set CXX"
@@ -253,13 +258,37 @@ def ray_token(path: Path) -> Finding:
 
 def dashboards() -> list[Finding]:
     """Of every Ray head on this machine, and of the one that the environment names."""
-    named = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_DASHBOARD_ADDRESS")
-    known = set(local_dashboards(Path("/proc")))
-    if named and (url := urlsplit(named if "//" in named else f"//{named}")).hostname:
-        known.add((url.hostname, url.port or 8265))
-    if not known:
-        return [ok("Ray dashboard", "no Ray head here")]
-    return [dashboard(host, port, answers_strangers(host, port)) for host, port in sorted(known)]
+    local = sorted(set(local_dashboards(Path("/proc"))))
+    found = [dashboard(host, port, answers_strangers(host, port)) for host, port in local]
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"):
+        if os.environ.get(name):
+            return [*found, named_dashboard(name, os.environ[name])]
+    return found or [ok("Ray dashboard", "no Ray head here")]
+
+
+def named_dashboard(name: str, address: str) -> Finding:
+    """The one that a variable of that name names."""
+    try:
+        host, port, secure = host_and_port(address)
+    except ValueError as error:
+        return fail("Ray dashboard", f"{name}={address}: no address ({error}); set it to http://HOST:PORT")
+    answer = answers_strangers(host, port, secure=secure)
+    if answer is None:
+        return warn("Ray dashboard", f"nothing answers at {host}:{port}, which {name} names; start Ray there, or correct it")
+    return dashboard(host, port, answer, secure=secure)
+
+
+def host_and_port(address: str) -> tuple[str, int, bool]:
+    """Of [http[s]://]HOST[:PORT], and whether it is https.
+
+    Raises:
+        ValueError: it is none.
+    """
+    url = urlsplit(address if "//" in address else f"//{address}")
+    if not url.hostname:
+        raise ValueError("no host")
+    secure = url.scheme == "https"
+    return url.hostname, url.port or (443 if secure else 8265), secure
 
 
 def local_dashboards(proc: Path) -> Iterator[tuple[str, int]]:
@@ -274,10 +303,14 @@ def local_dashboards(proc: Path) -> Iterator[tuple[str, int]]:
             yield options.get("host", ""), int(options["port"])
 
 
-def answers_strangers(host: str, port: int) -> bool | None:
+def answers_strangers(host: str, port: int, *, secure: bool = False) -> bool | None:
     """Whether the job API, which runs any command, answers without a token; None: nobody answers."""
     wildcard = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
-    connection = http.client.HTTPConnection(wildcard.get(host, host), port, timeout=PROBE_S)
+    at = wildcard.get(host, host)
+    if secure:  # whoever it is: nothing is told to it
+        connection = http.client.HTTPSConnection(at, port, timeout=PROBE_S, context=unverified())
+    else:
+        connection = http.client.HTTPConnection(at, port, timeout=PROBE_S)
     try:
         connection.request("GET", "/api/jobs/")
         return connection.getresponse().status not in (401, 403)
@@ -287,8 +320,15 @@ def answers_strangers(host: str, port: int) -> bool | None:
         connection.close()
 
 
-def dashboard(host: str, port: int, open_to_strangers: bool | None) -> Finding:
-    """Args: open_to_strangers: as answers_strangers."""
+def unverified() -> ssl.SSLContext:
+    """Takes any certificate, as clusters have ones that they signed themselves."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def dashboard(host: str, port: int, open_to_strangers: bool | None, *, secure: bool = False) -> Finding:
+    """Args: open_to_strangers: as answers_strangers. secure: it is asked by https."""
     at = f"{host}:{port}"
     wide = host not in ("127.0.0.1", "localhost", "::1")
     remedy = "stop it, and start Ray with RAY_AUTH_MODE=token, as cluster/head.sh does"
@@ -298,7 +338,7 @@ def dashboard(host: str, port: int, open_to_strangers: bool | None) -> Finding:
         return fail("Ray dashboard", f"{at} takes jobs from anybody who reaches this machine; {remedy}")
     if open_to_strangers:
         return warn("Ray dashboard", f"{at} takes jobs from any user of this machine; {remedy}")
-    if wide:
+    if wide and not secure:
         return Finding(
             level=Level.warn, name="Ray dashboard", text=f"{at} wants a token, which travels in the clear; use a tunnel to 127.0.0.1"
         )

@@ -17,6 +17,19 @@ def seal(path: Path) -> SavedFile:
     return SavedFile(name=path.name, bytes=path.stat().st_size, sha256=sha256(path))
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write the whole file in one move: a reader, a kill or a loss of power leaves the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written; the old one stands.
+    """
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    sync_to_disk(aside)
+    os.replace(aside, path)
+    sync_to_disk(path.parent)
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ import torch
 
 from hybridrl.checkpointing import CheckpointConfig
 from hybridrl.choices import BestMode
-from hybridrl.controller.checkpoint import Checkpointer, RunState, read_checkpoint
+from hybridrl.controller.checkpoint import Checkpointer, RunState, read_checkpoint, remove
 from hybridrl.durable import seal, sha256
 from hybridrl.errors import CheckpointError
 from hybridrl.models.fragments import MASTER, Fragment, FragmentReader, write_fragments
@@ -94,9 +94,10 @@ def test_a_save_that_was_cut_off_leaves_the_older_checkpoint_alone(tmp_path: Pat
 
     with pytest.raises(KeyboardInterrupt):
         checkpointer.save(replace(STATE, step=4), [Weights(cut_off)])
-    assert (checkpointer.root / ".unfinished-step_000004" / "half.safetensors").is_file()
+    assert len(list(checkpointer.root.glob(".unfinished-step_000004-*/half.safetensors"))) == 1
     assert names(checkpointer) == ["step_000003"] and checkpointer.newest().state.step == 3
 
+    checkpointer.clean()
     checkpointer.save(replace(STATE, step=4), [Weights()])
     assert [p.name for p in checkpointer.root.iterdir()] == ["step_000004"]
     assert not (checkpointer.root / "step_000004" / "half.safetensors").exists()
@@ -275,6 +276,42 @@ def test_what_a_killed_run_left_is_removed_or_put_back_at_the_start(tmp_path: Pa
     assert sorted(p.name for p in checkpointer.root.iterdir()) == ["step_000001", "step_000002"]
 
 
+def test_of_a_checkpoint_that_its_owner_moved_and_linked_only_the_link_is_dropped(tmp_path: Path):
+    checkpointer, elsewhere = save_steps(tmp_path, 1, 2), tmp_path / "elsewhere"
+    root, checkpointer.config.keep = checkpointer.root, 1
+    (root / "step_000001").rename(elsewhere)
+    for name in ("step_000001", "step_000003", ".unfinished-step_000009", ".replaced-step_000002"):
+        (root / name).symlink_to(elsewhere)
+    checkpointer.save(replace(STATE, step=3), [Weights()])
+    assert names(checkpointer) == ["step_000003"] and not (root / "step_000003").is_symlink(), "saved in the place of the link"
+    checkpointer.save(replace(STATE, step=2), [Weights()])
+    checkpointer.clean()
+    assert [p.name for p in root.iterdir()] == ["step_000002"]
+    assert read_checkpoint(elsewhere).state.step == 1, "what was moved is its owner's"
+
+
+def test_what_cannot_be_removed_is_told_by_its_name(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"/gone: cannot be removed: .*No such file.*; remove it by hand"):
+        remove(tmp_path / "gone")
+
+
+def test_a_writer_that_was_given_up_cannot_reach_what_the_next_attempt_writes(tmp_path: Path):
+    folders = []
+
+    def given_up(path: Path) -> None:
+        folders.append(path.parent)
+        raise CheckpointError("lost")
+
+    checkpointer = save_steps(tmp_path, 1)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="lost"):
+            checkpointer.save(replace(STATE, step=2), [Weights(given_up)])
+    assert folders[0] != folders[1]
+    folders[1].mkdir()
+    checkpointer.clean()
+    assert [p.name for p in checkpointer.root.iterdir()] == ["step_000001"]
+
+
 # -- what stays ------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +337,13 @@ def kept_of(run_dir: Path, values: dict[int, float | None], **config) -> list[in
 )
 def test_the_best_one_stays_beside_the_newest(tmp_path: Path, values, config, kept):
     assert kept_of(tmp_path, values, **config) == kept
+
+
+def test_a_step_without_the_metric_that_chooses_the_best_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    kept_of(tmp_path, {1: 0.5, 2: None}, best="eval/accuracy")
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{tmp_path / 'checkpoints' / 'step_000002'}: its step has no finite eval/accuracy, so checkpoint.best leaves it out"
+    ]
 
 
 def test_a_damaged_newer_one_never_pushes_out_a_whole_one(tmp_path: Path):

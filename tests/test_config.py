@@ -216,3 +216,20 @@ def test_a_config_error_is_a_value_error_so_the_command_line_can_say_whose_fault
 def test_the_longest_silence_is_that_of_the_slowest_kind_of_call():
     assert DeadlineConfig().longest_silence_s == 1800, "a step of the learner, or a checkpoint"
     assert DeadlineConfig(learn_s=10, save_s=10, rollout_s=700).longest_silence_s == 700, "a response"
+
+
+@pytest.mark.parametrize(
+    "every", [("checkpoint.every=40", "eval.every=20"), ("checkpoint.every=0", "eval.every=20"), ("checkpoint.best=train/loss",)]
+)
+def test_the_best_checkpoint_is_chosen_by_what_every_saved_step_has(every: tuple[str, ...]):
+    load_config(["experiment=quickstart", "run.dir=here", "checkpoint.best=eval/accuracy", *every])
+
+
+@pytest.mark.parametrize("every", [0, 20, 100])
+def test_an_evaluation_that_saved_steps_lack_cannot_choose_the_best(every: int):
+    with pytest.raises(ConfigError) as caught:
+        load_config(["experiment=quickstart", "run.dir=here", "checkpoint.best=eval/accuracy", f"eval.every={every}"])
+    assert str(caught.value) == (
+        f"checkpoint.best=eval/accuracy: is measured at steps divisible by eval.every={every}, and saved are those by "
+        "checkpoint.every=50; set eval.every=50"
+    )

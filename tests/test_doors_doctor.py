@@ -1,12 +1,19 @@
 """`hybridrl doctor`: what it says of each state of a machine, and that an open door makes it fail."""
 
+import os
+import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from hybridrl import doctor
 from hybridrl.cli import main
@@ -95,7 +102,7 @@ def test_a_dashboard_bound_wide_without_a_token_fails(host: str, open_to_strange
 
 
 @contextmanager
-def answering(status: int) -> Iterator[int]:
+def answering(status: int, prepare: Callable[[HTTPServer], None] = lambda server: None) -> Iterator[int]:
     """A server on this machine that answers everything with `status`; yields its port."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -106,6 +113,7 @@ def answering(status: int) -> Iterator[int]:
         def log_message(self, *_: object) -> None: ...
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
+    prepare(server)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -121,6 +129,55 @@ def test_a_job_api_is_closed_where_it_asks_for_a_token(status: int, opened: bool
     with answering(status) as port:
         assert doctor.answers_strangers("0.0.0.0", port) is opened
     assert doctor.answers_strangers("127.0.0.1", port) is None, "nobody listens any more"
+
+
+def serving_tls(folder: Path, server: HTTPServer) -> None:
+    """Put the server behind a certificate that it signed itself."""
+    key, name, began = ec.generate_private_key(ec.SECP256R1()), x509.Name([]), datetime(2020, 1, 1)
+    names = x509.CertificateBuilder(issuer_name=name, subject_name=name, public_key=key.public_key(), serial_number=1)
+    signed = names.not_valid_before(began).not_valid_after(began + timedelta(days=36500)).sign(key, hashes.SHA256())
+    (folder / "cert.pem").write_bytes(signed.public_bytes(Encoding.PEM))
+    (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+
+
+@pytest.mark.parametrize(("status", "level"), [(200, WARN), (401, OK)])
+def test_a_named_dashboard_is_asked_by_https_where_it_is_named_so(tmp_path: Path, status: int, level: Level):
+    with answering(status, lambda server: serving_tls(tmp_path, server)) as port:
+        assert doctor.named_dashboard("RAY_API_SERVER_ADDRESS", f"https://127.0.0.1:{port}").level is level
+    assert doctor.dashboard("10.0.0.1", 443, False, secure=True).level is OK, "the token does not travel in the clear"
+
+
+@pytest.mark.parametrize(
+    ("address", "level", "told"),
+    [
+        ("http://127.0.0.1:999999", FAIL, "RAY_API_SERVER_ADDRESS=http://127.0.0.1:999999: no address (Port out of range 0-65535)"),
+        ("127.0.0.1:dashboard", FAIL, "no address"),
+        ("http://[::1", FAIL, "no address"),
+        ("http://:8265", FAIL, "no address (no host)"),
+        ("http://127.0.0.1:1", WARN, "nothing answers at 127.0.0.1:1, which RAY_API_SERVER_ADDRESS names"),
+    ],
+)
+def test_an_address_that_is_none_or_where_nobody_is_is_told(address: str, level: Level, told: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
+    finding = doctor.dashboards()[-1]
+    assert finding.level is level and told in finding.text
+
+
+def test_an_address_without_a_port_means_that_of_its_protocol():
+    assert doctor.host_and_port("https://head") == ("head", 443, True)
+    assert doctor.host_and_port("http://head") == doctor.host_and_port("head") == ("head", 8265, False)
+
+
+@pytest.mark.parametrize(("wanted", "level"), [("sh -e", OK), ("", OK), ("  ", OK), ("no-such-compiler", FAIL), ("'sh", FAIL)])
+def test_the_compiler_is_the_first_word_of_its_variable(wanted: str, level: Level, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "c++").write_text("#!/bin/sh")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CXX", wanted)
+    assert doctor.compiler().level is level
 
 
 def test_the_dashboards_of_a_machine_are_found_by_their_commands(tmp_path: Path):

@@ -3,26 +3,33 @@
 import json
 import logging
 import os
+import pickle
 import stat
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
 from hybridrl import redact
 from hybridrl.cli import main
 from hybridrl.compose import from_yaml, known_keys, load_config, to_yaml
-from hybridrl.config import DataConfig
+from hybridrl.config import DataConfig, RewardConfig, RewardFunctionConfig
 from hybridrl.controller.run import run_info
 from hybridrl.controller.run_directory import changes
+from hybridrl.controller.teacher_levels import conditions_of
+from hybridrl.data.countdown import Countdown
 from hybridrl.data.prompts import load_problems, tokenize
 from hybridrl.errors import ConfigError, DataError
 from hybridrl.models.loading import load_output_head, load_tokenizer
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.rewards.child import RewardCall
+from hybridrl.rewards.load import BUILT_IN, accepted_names
 from hybridrl.rewards.pool import RewardPool
 from hybridrl.runtime.cluster import private_token, worker_env
+from hybridrl.runtime.host import build
 from tests.graph import save_tiny
 
 CANARY = "canary-0123456789"
@@ -55,14 +62,25 @@ def test_a_variable_is_a_secret_by_its_name(name: str, secret: bool):
 @pytest.mark.parametrize(
     ("key", "secret"),
     [("options.api_key", True), ("api-key", True), ("apiKey", True), ("judge.token", True), ("hf_token", True), ("client_secret", True),
-     ("db_password", True), ("eos_token", False), ("pad_token", False), ("key", False), ("answer_key", False), ("num_tokens", False)],
+     ("db_password", True), ("eos_token", False), ("pad_token", False), ("key", False), ("answer_key", False), ("num_tokens", False),
+     ("options.github_token", True), ("options.openai_key", True), ("options.judge_token", True), ("a.options.headers.Authorization", True),
+     ("options.pat", True), ("options.credentials.value", True), ("options.max_tokens", False), ("options.tokenizer", False),
+     ("options.eos_token", False), ("options.answer_key", False), ("options.keywords", False), ("functions.secret_judge.weight", False)],
 )  # fmt: skip
 def test_a_setting_is_a_secret_by_its_key(key: str, secret: bool):
     assert redact.setting_is_secret(key) is secret
 
 
+def ordinary_options() -> set[str]:
+    """Names of options of our reward functions and generators, and of what a judge's client takes beside its key."""
+    rewards = {name for path in BUILT_IN.values() for name in accepted_names(resolve_name(path)) or ()}
+    return rewards | {field.name for field in fields(Countdown)} | {"max_tokens", "max_completion_tokens", "top_k", "tokenizer", "key_fn"}
+
+
 def test_no_setting_of_ours_is_taken_for_a_secret():
     assert [key for key in known_keys() if redact.setting_is_secret(key)] == []
+    assert [key for key in known_keys() if redact.setting_is_secret(f"options.{key}")] == [], "as it is shown by --cfg"
+    assert [name for name in ordinary_options() if redact.setting_is_secret(f"options.{name}")] == []
 
 
 def test_values_and_the_users_of_urls_are_masked_wherever_they_stand(monkeypatch: pytest.MonkeyPatch):
@@ -85,6 +103,14 @@ def test_the_written_settings_and_what_trackers_get_hold_no_secret(environment: 
     assert changes(from_yaml(to_yaml(settings)), settings) == {}, "a run that is continued finds no difference"
 
 
+def test_the_teachers_levels_name_the_judges_options_by_their_sha256(environment: None, monkeypatch: pytest.MonkeyPatch):
+    first = ["~reward.functions.countdown", *JUDGE]
+    written = json.dumps(conditions_of(load_config([*BASE, *first]), []))
+    assert "f.py:f" in written and CANARY not in written and "me:pw" not in written
+    monkeypatch.setenv("JUDGE_API_KEY", f"{CANARY}-other")
+    assert json.dumps(conditions_of(load_config([*BASE, *first]), [])) != written, "another key may be another judge: measured again"
+
+
 @pytest.mark.parametrize(
     "key", ["+data.options.api_key", "+reward.functions.countdown.options.client_secret", "+teachers.main.route.token"]
 )
@@ -92,6 +118,42 @@ def test_a_secret_that_is_written_out_is_refused_and_not_repeated(key: str):
     with pytest.raises(ConfigError) as caught:
         load_config([*BASE, f"{key}={CANARY}"])
     assert str(caught.value).startswith(f"{key[1:]}: a secret must not be written out") and CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("password", "12345678"), ("github_token", CANARY), ("pat", "1.5"), ("keys.token", f"[{CANARY}]")]
+)
+def test_a_secret_among_options_is_refused_also_as_a_number_or_in_a_list(key: str, value: str):
+    with pytest.raises(ConfigError, match=f"options.{key}: a secret must not be written out"):
+        load_config([*BASE, f"+reward.functions.countdown.options.{key}={value}"])
+
+
+@pytest.mark.parametrize("value", [CANARY, f"'{CANARY}',b", "12345678,87654321"])
+def test_a_sweep_with_a_secret_is_refused_before_hydra_writes_it_down(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    judge = f"+reward.functions.judge={{function: f.py:f, options: {{api_key: {value.split(',')[0]}}}}}"
+    for override in (f"+reward.functions.countdown.options.judge_token={value}", judge):
+        assert main(["train", "-m", *BASE, "train.lr=1e-3,2e-3", override]) == 2
+    told = "".join(capsys.readouterr())
+    assert told.count("a secret must not be written out") == 2 and CANARY not in told and "1234" not in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_option_takes_from_the_environment_is_masked_whatever_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JUDGE_X", f"{CANARY}-x")
+    monkeypatch.setenv("SCRATCH_HERE", str(tmp_path))
+    options = "{header: 'Bearer ${oc.env:JUDGE_X}', parts: ['${oc.env:JUDGE_X}'], cache: '${oc.env:SCRATCH_HERE}/c', model: judge-large}"
+    settings = load_config([*BASE, f"+reward.functions.judge={{function: f.py:f, weight: 0, options: {options}}}", f"run.dir={CANARY}-x/a"])
+    judge = settings.reward.functions["judge"].options
+    assert judge["header"] == f"Bearer {CANARY}-x", "the function itself gets it"
+    written = from_yaml(to_yaml(settings))
+    masked = {"header": "***", "parts": ["***"], "cache": f"{tmp_path}/c", "model": "judge-large"}
+    assert written.reward.functions["judge"].options == masked and written.run.dir == "***/a"
+    assert changes(written, settings) == {}, "a run that is continued finds no difference"
+    sent = pickle.loads(pickle.dumps(settings))
+    assert set(redact.secrets_in({"settings": sent})) == {f"Bearer {CANARY}-x", f"{CANARY}-x"}, "a worker knows it too"
 
 
 @pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg", "job", "--resolve"], ["-c", "all", "--resolve"]])
@@ -141,6 +203,30 @@ def test_a_worker_drops_what_its_node_adds_and_logs_no_secret(environment: None,
     )
     log = (tmp_path / "w.log").read_text()
     assert "RuntimeError: HF_TOKEN=***, others ['HF_TOKEN']" in log and CANARY not in log
+
+
+class Judge:
+    """Logs, as the reward worker does, what a function that failed has told."""
+
+    def __init__(self, config: RewardConfig, seen: str) -> None:
+        options = config.functions["judge"].options
+        logging.getLogger("judge").warning("%s refused, node had %s, %s", options["headers"]["auth_token"].split()[1], seen, options["url"])
+
+
+def build_judge(log: str) -> None:
+    """Run in a process of its own: builds a Judge under a key that neither its environment nor a driver's has."""
+    options = {"headers": {"auth_token": f"Bearer {CANARY}-judge"}, "url": "https://judge:8000"}
+    config = RewardConfig(functions={"judge": RewardFunctionConfig(function="f.py:f", options=options)})
+    build("tests.test_doors_secrets:Judge", log, {"config": config, "seen": os.environ["DB_PASSWORD"]})
+
+
+def test_a_worker_logs_neither_the_secrets_it_dropped_nor_those_of_its_settings(environment: None, tmp_path: Path):
+    program = "import sys; from tests.test_doors_secrets import build_judge; build_judge(sys.argv[1])"
+    root = Path(__file__).parent.parent
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "w.log")], env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, check=True
+    )
+    assert (tmp_path / "w.log").read_text() == "WARNING judge: *** refused, node had ***, https://judge:8000\n"
 
 
 SEES = """

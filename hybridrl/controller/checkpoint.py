@@ -5,8 +5,10 @@ import logging
 import math
 import re
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,10 +85,10 @@ class Checkpointer:
                 The checkpoints that are there are untouched.
         """
         final = self.root / f"step_{state.step:06d}"
-        unfinished = self.root / f"{UNFINISHED}{final.name}"
+        unfinished = self.aside(final)
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
+            sync_to_disk(self.root.parent)  # the name of the root, which the first save makes
             failpoints.hit("checkpoint.begun", step=state.step)
             self._check_room(final, writers)
             write(unfinished, state, writers)
@@ -99,17 +101,27 @@ class Checkpointer:
             if isinstance(error, OSError):
                 raise CheckpointError(f"{final}: not saved: {error}") from error
             raise
+        if self.config.best and not math.isfinite(state.metrics.get(self.config.best, math.nan)):
+            log.warning("%s: its step has no finite %s, so checkpoint.best leaves it out", final, self.config.best)
         self._prune(state.step)
         return final
 
+    def aside(self, final: Path) -> Path:
+        """A folder that `clean` removes, of a new name each time: a worker that was given up may still write into an older one."""
+        return self.root / f"{UNFINISHED}{final.name}-{uuid.uuid4().hex[:12]}"
+
     def clean(self) -> None:
-        """Remove or finish what a killed run left half done. Only who holds the run directory's lock may call it."""
+        """Remove or finish what a killed run left half done. Only who holds the run directory's lock may call it.
+
+        Raises:
+            CheckpointError: something of it cannot be removed.
+        """
         for left in self.root.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(left)
+            remove(left)
         for left in self.root.glob(f"{REPLACED}*"):
             final = self.root / left.name.removeprefix(REPLACED)
             if final.exists():
-                shutil.rmtree(left)
+                remove(left)
             else:
                 left.rename(final)
 
@@ -158,7 +170,8 @@ class Checkpointer:
         unfinished.rename(final)
         failpoints.hit("checkpoint.renamed", step=step_of(final))
         sync_to_disk(self.root)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(CheckpointError):  # `clean` comes again
+            remove(replaced)
 
     def _prune(self, step: int) -> None:
         """Drop our own folders but the newest up to `step` and the best. Newer than `step` are those that were damaged when
@@ -168,9 +181,25 @@ class Checkpointer:
         kept = {*done[-self.config.keep :], self.best(done)}
         for folder in ours:
             if folder not in kept:
-                doomed = folder.rename(self.root / f"{UNFINISHED}{folder.name}")  # half removed, it is no checkpoint
+                doomed = folder.rename(self.aside(folder))  # half removed, it is no checkpoint
                 failpoints.hit("checkpoint.pruned", step=step)
-                shutil.rmtree(doomed, ignore_errors=True)
+                with suppress(CheckpointError):  # `clean` comes again
+                    remove(doomed)
+
+
+def remove(path: Path) -> None:
+    """A folder with all that is in it; of a link, as to a checkpoint that its owner moved to another disk, the link alone.
+
+    Raises:
+        CheckpointError: it cannot be removed.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be removed: {error}; remove it by hand") from error
 
 
 def write(folder: Path, state: RunState, writers: Sequence[Writer]) -> None:

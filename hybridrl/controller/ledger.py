@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridrl.data.prompts import PromptSource
+from hybridrl.durable import replace_text
 from hybridrl.errors import LedgerError
 from hybridrl.types import Prompt
 
@@ -28,9 +29,7 @@ class Ledger:
         """
         path = run_dir / LEDGER
         kept = [line for line in read_ledger(run_dir) if line["step"] <= first_step]
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(scratch, path)
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
     def record(self, step: int, trained: Sequence[str], passed_over: Sequence[str] = ()) -> None:

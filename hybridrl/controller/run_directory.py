@@ -17,6 +17,7 @@ from hybridrl.compose import from_yaml, to_yaml
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer, read_checkpoint
 from hybridrl.controller.ledger import LEDGER
+from hybridrl.durable import replace_text
 from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
 from hybridrl.tracking.jsonl import METRICS, SAMPLES
 
@@ -93,9 +94,7 @@ def find_checkpoint(settings: RunSettings, run_dir: Path) -> Checkpoint | None:
         raise CheckpointError(f"run.resume=required: no checkpoint in {checkpointer.root}; use run.resume=auto to start")
     if checkpoint:
         check_same_run(settings, checkpoint.folder.parent.parent)
-    unfinished = run_dir / f".{CONFIG}"
-    unfinished.write_text(to_yaml(settings))
-    os.replace(unfinished, run_dir / CONFIG)
+    replace_text(run_dir / CONFIG, to_yaml(settings))
     return checkpoint
 
 

@@ -63,18 +63,25 @@ def measure_teachers(
 
 
 def conditions_of(settings: RunSettings, heldout: Sequence[Prompt]) -> dict[str, Any]:
-    """All that a level depends on: the teachers, the problems, what counts as right, and how responses are drawn."""
+    """All that a level depends on: the teachers, the problems, what counts as right, and how responses are drawn.
+
+    It is written into the run directory, so the judge's options, which may hold a key, are named by their sha256.
+    """
     problems = repr([(p.uid, p.input_ids, p.columns) for p in heldout])
     judge = next(iter(settings.reward.functions.values()), None)  # None: nothing is measured
     return {
         "teachers": {n: [settings.teachers[n].path, settings.teachers[n].dtype] for n in teachers_to_measure(settings)},
-        "heldout_sha256": hashlib.sha256(problems.encode()).hexdigest(),
-        "reward": [judge.function, judge.options] if judge else None,
+        "heldout_sha256": sha256_of(problems),
+        "reward": [judge.function, sha256_of(repr(judge.options))] if judge else None,
         "max_new_tokens": settings.rollout.max_new_tokens,
         "max_model_len": settings.rollout.max_model_len,
         "temperature": 0.0 if settings.eval.greedy else settings.algorithm.temperature,
         "seed": settings.run.seed,
     }
+
+
+def sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_levels(path: Path, conditions: dict[str, Any]) -> dict[str, float] | None:

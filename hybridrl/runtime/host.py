@@ -26,20 +26,23 @@ class NotBuilt(Exception):
 def build(path: str, log: str, kwargs: dict[str, Any]) -> Any:
     """Instantiate "module:Class"; what the process prints goes to the file `log`. On an error: an Unbuilt.
 
-    Secrets that the node's environment had beside those of the driver are dropped first.
+    Secrets that the node's environment had beside those of the driver are dropped first. They, and those in the settings among
+    `kwargs`, are masked in what the process logs.
     """
-    redact.drop_variables(needed=redact.NEEDED)
+    dropped = redact.drop_variables(needed=redact.NEEDED)
+    redact.remember([*dropped.values(), *redact.secrets_in(kwargs)])
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush(), sys.stderr.flush()
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+    redact.log_warnings()
     faulthandler.register(STACKS, file=descriptor, all_threads=True)
     module, name = path.split(":")
     try:
         return getattr(importlib.import_module(module), name)(**kwargs)
     except Exception as error:
         print(redact.text(traceback.format_exc()), file=sys.stderr)
-        return Unbuilt(error if isinstance(error, HybridRLError) else NotBuilt(f"{type(error).__name__}: {error}"))
+        return Unbuilt(error if isinstance(error, HybridRLError) else NotBuilt(redact.text(f"{type(error).__name__}: {error}")))
 
 
 class Unbuilt:

@@ -4,11 +4,12 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from hybridrl.durable import replace_text
 from hybridrl.errors import DataError
 from hybridrl.types import FinishReason, RunInfo, Sample
 
@@ -51,7 +52,7 @@ def read_samples(run_dir: str | Path) -> list[list[Sample]]:
 
 
 class JsonlSink:
-    """Appends one JSON object a line, flushed per row, so that a killed run keeps every finished row.
+    """Appends one JSON object a line, on disk row by row, so that a killed run keeps every finished row and a checkpoint those before it.
 
     A resumed run first cuts what lies after its checkpoint, so the file holds each step exactly once.
     """
@@ -71,7 +72,7 @@ class JsonlSink:
         (self._dir / SAMPLES).mkdir(parents=True, exist_ok=True)
         metrics = self._dir / METRICS
         kept = [row for row in _read(metrics, needed="train/step") if 0 < info.first_step >= row["train/step"]]
-        _replace(metrics, kept)
+        replace_text(metrics, "".join(map(_line, kept)))
         for path in (self._dir / SAMPLES).glob("step_*.jsonl"):
             if not 0 < info.first_step >= int(path.stem.removeprefix("step_")):
                 path.unlink()
@@ -82,11 +83,12 @@ class JsonlSink:
         row = {"train/step": int(metrics["train/step"]), **{k: v for k, v in metrics.items() if k != "train/step"}}
         self._file.write(_line(row))
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def samples(self, rows: Sequence[Sample]) -> None:
         assert self._dir is not None, "samples before start"
         if rows:
-            _replace(self._dir / SAMPLES / f"step_{rows[0].step:06d}.jsonl", [asdict(row) for row in rows])
+            replace_text(self._dir / SAMPLES / f"step_{rows[0].step:06d}.jsonl", "".join(_line(asdict(row)) for row in rows))
 
     def close(self, exit_code: int) -> None:
         if self._file is not None:
@@ -108,13 +110,6 @@ def _read(path: Path, needed: str) -> list[dict[str, Any]]:
             raise DataError(f"{path}, line {number}: no object with {needed}; repair or remove the line")
         rows.append(row)
     return rows
-
-
-def _replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the whole file in one move, so that a reader or a crash never sees half of it."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(map(_line, rows)), encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def _line(row: Mapping[str, Any]) -> str:
