@@ -20,7 +20,7 @@ from hybridrl.controller.ledger import Ledger
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run import prepare_prompts
 from hybridrl.data.prompts import PromptSource
-from hybridrl.errors import ConfigError, FleetExhausted, PlacementError, WorkerError, WorkerTimeout
+from hybridrl.errors import ConfigError, FleetExhausted, PlacementError, WeightSyncError, WorkerTimeout
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team, bundle_nodes
 from hybridrl.runtime.groups import LearnerGroup
@@ -187,7 +187,7 @@ def test_the_same_seed_gives_the_same_tokens_and_log_probs_bit_by_bit(graph):
 
 def test_an_engine_refuses_weights_whose_digest_is_not_what_was_sent(graph):
     manifest, packed = graph.workers.learner.pack_weights(99)
-    with pytest.raises(WorkerError, match=r"version 99.*digest"):
+    with pytest.raises(WeightSyncError, match=r"version 99.*digest"):
         graph.workers.rollout.load_weights(replace(manifest, digest="0" * 32), packed)
     assert all(ping["version"] != 99 for ping in gather(graph.workers.rollout.ready()))
     graph.workers.rollout.load_weights(manifest, packed)
@@ -197,7 +197,7 @@ def test_an_engine_refuses_weights_whose_digest_is_not_what_was_sent(graph):
 def test_an_engine_refuses_weights_that_leave_a_parameter_out(graph):
     manifest, packed = graph.workers.learner.pack_weights(100)
     short = replace(manifest, **{key: getattr(manifest, key)[1:] for key in ("names", "dtypes", "shapes", "offsets")})
-    with pytest.raises(WorkerError, match="left untouched"):
+    with pytest.raises(WeightSyncError, match="left untouched"):
         graph.workers.rollout.load_weights(short, packed)
     graph.workers.rollout.load_weights(manifest, packed)
 
