@@ -17,6 +17,11 @@ KILLED_AT = [
 ]  # fmt: skip
 K1_STEPS, K2_STEPS, K2_KILLS, K2_STARTING, K2_MEAN_S, K2_SEED = 16, 200, 10, (1, 4, 8), 5.0, 7
 SAVE_EVERY = 2
+DELAYED = [
+    "CoreWorkerService.grpc_server.PushTask", "CoreWorkerService.grpc_server.GetObjectStatus",
+    "CoreWorkerService.grpc_server.PubsubLongPolling", "NodeManagerService.grpc_server.RequestWorkerLease",
+]  # fmt: skip
+"""Not all: with a delay of every handler Ray's own raylet ends itself."""
 RESUMED_S = 120.0
 """Two cores start a run in 50 to 90 s."""
 
@@ -164,14 +169,11 @@ def faulty_rpc(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """C3: calls between Ray's processes are delayed."""
     ground = ground.light
     run_dir = ground.run_dir("rpc")
-    env = {"RAY_testing_asio_delay_us": "*=0:20000"}
+    env = {"RAY_testing_asio_delay_us": ",".join(f"{handler}=0:20000" for handler in DELAYED)}
     with training([*ground.overrides, "train.steps=4"], run_dir, env=env) as run:
         status = run.ended(START_S)
-    return {
-        "C3": ground.judged(
-            run_dir, 4, f"every handler of Ray's processes delayed by up to 20 ms: exit status {status}", within=status == 0
-        )
-    }
+    said = f"tasks, leases and questions after values delayed by up to 20 ms each: exit status {status}"
+    return {"C3": ground.judged(run_dir, 4, said + (f", {run.tail()[-160:]}" if status else ""), within=status == 0)}
 
 
 def soak(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
