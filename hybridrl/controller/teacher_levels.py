@@ -54,8 +54,9 @@ def measure_teachers(
         )
         gather(engine.ready())
         found = evaluate(
-            settings.eval, engine, rewards, heldout, step=0, temperature=settings.algorithm.temperature, seed=settings.run.seed
-        )
+            settings.eval, engine, rewards, heldout,
+            wave="eval-0", step=0, temperature=settings.algorithm.temperature, seed=settings.run.seed,
+        )  # fmt: skip
         levels[f"eval/accuracy_teacher/{name}"] = found.metrics["eval/accuracy"]
         engine.close()
     target.write_text(json.dumps({"measured_with": conditions, "levels": levels}, indent=1))
