@@ -219,10 +219,12 @@ def test_the_longest_silence_is_that_of_the_slowest_kind_of_call():
 
 
 @pytest.mark.parametrize(
-    "every", [("checkpoint.every=40", "eval.every=20"), ("checkpoint.every=0", "eval.every=20"), ("checkpoint.best=train/loss",)]
+    ("best", "every"), [("eval/accuracy", (40, 20)), ("eval/accuracy", (0, 20)), ("train/loss", (50, 20)), ("train/loss", (50, 0))]
 )
-def test_the_best_checkpoint_is_chosen_by_what_every_saved_step_has(every: tuple[str, ...]):
-    load_config(["experiment=quickstart", "run.dir=here", "checkpoint.best=eval/accuracy", *every])
+def test_the_best_checkpoint_is_chosen_by_what_every_saved_step_has(best: str, every: tuple[int, int]):
+    said = [f"checkpoint.best={best}", f"checkpoint.every={every[0]}", f"eval.every={every[1]}"]
+    settings = load_config(["experiment=quickstart", "run.dir=here", *said])
+    assert (settings.checkpoint.best, settings.checkpoint.every, settings.eval.every) == (best, *every)
 
 
 @pytest.mark.parametrize("every", [0, 20, 100])

@@ -10,8 +10,11 @@ from hybridrl import failpoints
 
 
 def test_nothing_happens_while_the_variable_is_unset(monkeypatch):
-    monkeypatch.delenv(failpoints.VARIABLE, raising=False)
-    failpoints.hit("learner.update", step=1)
+    monkeypatch.setenv(failpoints.VARIABLE, "learner.update:do=raise")
+    with pytest.raises(RuntimeError):
+        failpoints.hit("learner.update", step=1)
+    monkeypatch.delenv(failpoints.VARIABLE)
+    assert failpoints.hit("learner.update", step=1) is None
 
 
 def test_a_point_fires_at_its_place_and_under_its_conditions_only(monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from batches import make_batch
 from ray.cluster_utils import Cluster as RayNodes
 
 from hybridrl.choices import Device, WeightTransfer
@@ -298,8 +299,17 @@ def wait_until(true: Callable[[], bool], limit_s: float = 30.0) -> None:
 
 
 def test_a_killed_scorer_is_replaced_and_scores_the_same_tokens(graph, controller):
-    os.kill(graph.workers.scorers[0].group.pids()[1], signal.SIGKILL)
+    group, batch = graph.workers.scorers[0].group, make_batch([((4, 5), [(6, 7, 8), (9, 10)])])
+
+    def scores() -> np.ndarray:
+        return group.submit_pair(1, "score", batch, deadline_s=60.0)[1].result().logprobs
+
+    before, pid = scores(), group.pids()[1]
+    assert np.count_nonzero(before) == 3 + 2, "a log-prob for every response token"
+    os.kill(pid, signal.SIGKILL)
     steps_on(controller)
+    np.testing.assert_array_equal(scores(), before)
+    assert group.pids()[1] != pid
 
 
 def test_an_engine_that_cannot_be_replaced_any_more_ends_the_run_with_the_reason(graph, controller):

@@ -261,6 +261,9 @@ def ledger(run_dir: Path, *steps: tuple[int, list[str], list[str]], first_step: 
 def test_a_ledger_in_order_is_accepted(tmp_path: Path):
     ledger(tmp_path, (1, ["a@0", "b@0"], []), (2, ["c@0"], ["a@1"]))
     check_ledger(tmp_path, 2, ["a@0", "b@0", "c@0", "a@1"])
+    assert [line["step"] for line in read_ledger(tmp_path)] == [1, 2]
+    with pytest.raises(LedgerError, match="never used: b@1"):
+        check_ledger(tmp_path, 2, ["a@0", "b@0", "c@0", "a@1", "b@1"])
 
 
 @pytest.mark.parametrize(
