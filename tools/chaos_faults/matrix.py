@@ -59,6 +59,6 @@ MATRIX = [
     Fault(id="J3", name="end of a run", do=drivers.interrupt, proof=f"{TOOL}/drivers.py"),
     Fault(id="J4", name="two runs in one directory", do=f"{RUN_DIR} -k one_run_at_a_time|ends_with_its_process", proof=RUN_DIR),
     Fault(id="X1", name="W&B unreachable", do=drivers.blackhole, proof=f"{TOOL}/drivers.py"),
-    Fault(id="X2", name="500 steps", do=drivers.soak, proof=f"{TOOL}/drivers.py"),
+    Fault(id="X2", name="1500 steps", do=drivers.soak, proof=f"{TOOL}/drivers.py"),
     Fault(id="F1", name="arbitrary settings, rows and rewards", do="tests/test_doors_fuzz.py", proof="tests/test_doors_fuzz.py"),
 ]
