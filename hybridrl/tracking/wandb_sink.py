@@ -94,9 +94,8 @@ class WandbSink:
         try:
             self._run.finish(exit_code=exit_code)
         except TimeoutError as error:
-            raise TimeoutError(
-                f"the server did not take the rest of the run within {self._finish_s:g} s; `wandb sync {self._run.settings.sync_dir}` sends it"
-            ) from error
+            remedy = f"`wandb sync {self._run.settings.sync_dir}` sends it"
+            raise TimeoutError(f"the server did not take the rest of the run within {self._finish_s:g} s; {remedy}") from error
 
 
 def resolve_mode(mode: WandbMode) -> WandbMode:
