@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def said(act: Callable[[], int]) -> int:
-    """The exit status of `act`; one of our own errors is told in its one sentence."""
+    """The exit status of `act`; one of our own errors, or a file that cannot be read or written, is told in one sentence."""
     try:
         return act()
     except Preempted as error:
@@ -50,6 +50,12 @@ def said(act: Callable[[], int]) -> int:
     except HybridRLError as error:
         print(f"hybridrl: {redact.text(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        told = f"{error.filename}: {error.strerror}; what was saved before it stands: put that right and give the same command again"
+        print(f"hybridrl: {redact.text(told)}", file=sys.stderr)
+        return 1
 
 
 def train_verb(arguments: Sequence[str]) -> int:

@@ -53,6 +53,8 @@ class ModelConfig:
 class TeacherConfig:
     path: str | None = None
     """as model.path; null: the student as it was before training, frozen"""
+    revision: str | None = None
+    """hub revision of path; null: the newest"""
     dtype: str = "float32"
     weight: float = 1.0
     """w_i of the objective, times algorithm.imitation_weight; below 0 pushes the student away (reward extrapolation, G-OPD)"""
@@ -114,6 +116,8 @@ class DataConfig:
     (text or chat messages), `prompt` and `completion`, `messages`, or `prompt`, `chosen` and `rejected`; other keys reach the rewards"""
     heldout_path: str | None = None
     """records: held-out problems"""
+    revision: str | None = None
+    """hub revision of both paths; null: the newest"""
     dataset: str | None = None
     """reasoning_gym: name of the generator, e.g. chain_sum"""
     options: dict[str, Any] = field(default_factory=dict)
@@ -307,6 +311,8 @@ class RunSettings:
         for name, teacher in self.teachers.items():
             if teacher.dtype not in DTYPES:
                 raise ConfigError(f"teachers.{name}.dtype={teacher.dtype}: must be {' or '.join(DTYPES)}")
+            if teacher.revision and teacher.path is None:
+                raise ConfigError(f"teachers.{name}.revision={teacher.revision}: without a path it is the student; set model.revision")
             teacher.schedule.check(f"teachers.{name}.schedule")
         for name, function in self.reward.functions.items():
             function.schedule.check(f"reward.functions.{name}.schedule")
@@ -321,6 +327,12 @@ class RunSettings:
         if self.algorithm.pair.loss in REFERENCED:
             return [self.algorithm.pair.against or next(iter(self.teachers))]
         return list(self.teachers) if self.algorithm.imitates else []
+
+    def teacher_model(self, name: str) -> ModelConfig:
+        """The weights of a teacher; one without a path has the student's, as they were before training."""
+        teacher = self.teachers[name]
+        path, revision = (teacher.path, teacher.revision) if teacher.path else (self.model.path, self.model.revision)
+        return ModelConfig(path=path, dtype=teacher.dtype, revision=revision)
 
 
 REFERENCED = (PairLoss.dpo, PairLoss.ipo, PairLoss.dil_lsif, PairLoss.dil_ukl, PairLoss.dil_bce)

@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 from hybridrl.types import SavedFile
@@ -24,10 +27,34 @@ def replace_text(path: Path, text: str) -> None:
         OSError: it cannot be written; the old one stands.
     """
     aside = path.with_name(f".{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    sync_to_disk(aside)
-    os.replace(aside, path)
-    sync_to_disk(path.parent)
+    with named(path):
+        aside.write_text(text, encoding="utf-8")
+        sync_to_disk(aside)
+        os.replace(aside, path)
+        sync_to_disk(path.parent)
+
+
+def append(file: FileIO, text: str) -> None:
+    """Write to the end of a file and sync it; unbuffered, so that what could not be written is not tried again when it is closed.
+
+    Raises:
+        OSError: it cannot be written; part of the text may be there.
+    """
+    left = memoryview(text.encode())
+    with named(Path(file.name)):
+        while left:
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError says which file it is about; those of write and fsync do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sha256(path: Path) -> str:

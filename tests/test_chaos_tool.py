@@ -3,11 +3,12 @@
 import json
 from collections import Counter
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from chaos_faults import finding, matrix
-from chaos_faults.finding import Finding, Row
+from chaos_faults import finding, matrix, workers
+from chaos_faults.finding import Finding, Made, Row
 from chaos_faults.training import prompts_against
 
 from hybridrl.controller.ledger import Ledger
@@ -32,15 +33,46 @@ def test_the_card_is_put_together_from_pieces_and_names_what_was_not_run(tmp_pat
         monkeypatch.setattr(finding, name, path)
     readme.write_text(f"above\n{finding.BEGIN}old{finding.END}\nbelow\n")
     order = ["E1", "E2", "L1"]
-    finding.keep([row("E2", passed=False)], order, "2 cores")
-    finding.keep([row("E1", passed=True)], order, "2 cores")
-    finding.keep([row("E2", passed=True)], order, "2 cores")
+    made = Made(machine="2 cores", commit="abc")
+    finding.keep([row("E2", passed=False)], order, made)
+    finding.keep([row("E1", passed=True)], order, made)
+    finding.keep([row("E2", passed=True)], order, made)
     card = (tmp_path / "c.md").read_text()
     assert "2 of 2 rows pass; not run: L1" in card and list(json.loads((tmp_path / "f.json").read_text())) == ["E1", "E2"]
     assert "| [E1](../../../tests/test_graph.py) | engine killed | 0.50 s | 21 s | 2 | 0 / 1 | pass | killed / seen |" in card
     shown = readme.read_text()
     assert shown.startswith("above\n") and shown.endswith("\nbelow\n") and "old" not in shown
-    assert "| [E1](tests/test_graph.py) | engine killed | 0.50 s | 21 s | 2 | 0 / 1 |\n" in shown and "not run: L1. Done" in shown
+    assert "| [E1](tests/test_graph.py) | engine killed | 0.50 s | 21 s | 2 | 0 / 1 |\n" in shown and "not run: L1. All at" in shown
+    told = "All at commit abc in several runs. Detected in 0.50 s (median), 0.50 s (most) over 2 faults; recovered in 21 s (median), 21 s"
+    assert told in card and told in shown
+
+
+def on_file(key: str, **made: object) -> dict:
+    return asdict(row(key, passed=True)) | made
+
+
+def test_the_card_says_at_which_commit_and_whether_in_one_run():
+    whole = [on_file(key, commit="abc", whole_minutes=61.7) for key in ("E1", "E2")]
+    assert finding.provenance(whole) == "All at commit abc in one run of 62 min."
+    assert finding.provenance([whole[0], on_file("E2", commit="abc", whole_minutes=None)]) == "All at commit abc in several runs."
+    mixed = [*whole, on_file("L1", commit="def+", whole_minutes=None), on_file("T1")]
+    assert finding.provenance(mixed) == "2 were run at commit abc, 2 at other commits (1 at def+, 1 at unknown)."
+
+
+def test_the_median_and_the_most_leave_out_faults_without_a_time():
+    times = [(0.1, None), (3.0, 20.0), (12.0, 60.0), (None, None)]
+    rows = [{"finding": {"detected_s": found, "recovered_s": back}} for found, back in times]
+    assert finding.summary(rows) == (
+        "Detected in 3.00 s (median), 12 s (most) over 3 faults; recovered in 40 s (median), 60 s (most) over 2 faults."
+    )
+    assert finding.summary(rows[3:]) == ""
+
+
+def test_a_fault_of_a_worker_has_a_bound_on_both_times_and_the_finding_says_which_was_missed():
+    assert workers.RECOVERED_S.keys() == {*workers.STRIKES, "E3"}
+    assert workers.held(1.0, 2.0, 59.0, 60.0) == (True, "bounds 2 s and 60 s")
+    assert workers.held(1.0, 2.0, 61.0, 60.0) == (False, "bounds 2 s and 60 s MISSED")
+    assert workers.held(3.0, 2.0, 59.0, 60.0) == (False, "bounds 2 s MISSED and 60 s")
 
 
 def test_prompts_are_lost_or_trained_twice_against_the_run_without_a_fault(tmp_path: Path):

@@ -1,8 +1,11 @@
 """The command line without Ray: help, bad settings beside Hydra's flags, sweeps, and the export verb."""
 
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +14,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hybridrl.checkpointing import CheckpointConfig
-from hybridrl.cli import hydra_flags, main
+from hybridrl.cli import hydra_flags, main, said
 from hybridrl.config import RunSettings
-from hybridrl.controller.checkpoint import Checkpointer
+from hybridrl.controller.checkpoint import Checkpointer, read_checkpoint
+from hybridrl.controller.ledger import Ledger
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
-from hybridrl.durable import seal
+from hybridrl.durable import append, seal
 from hybridrl.models.fragments import PARTS, Fragment, write_fragments
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
-from hybridrl.types import SavedFile
+from hybridrl.tracking.jsonl import JsonlSink
+from hybridrl.types import RunInfo, SavedFile
 from tests.test_run_directory import STATE, settings_of, start
 
 # -- export ----------------------------------------------------------------------------------------------------------
@@ -155,3 +160,66 @@ def test_help_names_every_verb_and_train_help_says_how_to_sweep(capsys: pytest.C
     with pytest.raises(SystemExit, match="0"):  # Hydra's own way to end
         main(["train", "--help"])
     assert "run.dir='runs/${hydra:job.num}'" in capsys.readouterr().out
+
+
+def write_a_row(run_dir: Path) -> None:
+    with closing_sink(run_dir) as sink:
+        sink.log({"train/step": 2, "reward/mean": 0.5})
+
+
+def write_a_line(run_dir: Path) -> None:
+    with closing(Ledger(run_dir, first_step=1)) as ledger:
+        ledger.record(2, ["train-000001@0"])
+
+
+@contextmanager
+def closing_sink(run_dir: Path) -> Iterator[JsonlSink]:
+    sink = JsonlSink()
+    sink.start(RunInfo(run_dir=str(run_dir), name="x", total_steps=2, first_step=1, config={}, wandb_id=None))
+    try:
+        yield sink
+    finally:
+        sink.close(1)
+
+
+@pytest.mark.parametrize(("write", "name"), [(write_a_row, "metrics.jsonl"), (write_a_line, "ledger.jsonl")])
+def test_a_file_that_cannot_grow_ends_the_run_in_one_sentence_and_the_checkpoint_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture, write: Callable[[Path], None], name: str
+):
+    checkpoint = Checkpointer(tmp_path, CheckpointConfig()).save(STATE, [])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def run() -> int:
+        write(tmp_path)
+        return 0
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))  # as a full disk, but for the error's number
+    try:
+        status = said(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 1
+    assert capsys.readouterr().err == (
+        f"hybridrl: {tmp_path / name}: File too large; what was saved before it stands: put that right and give the same command again\n"
+    )
+    assert read_checkpoint(checkpoint).state == STATE
+    assert said(run) == 0, "the same command, once there is room"
+    assert len((tmp_path / name).read_text().splitlines()) == 1, "the torn line is cut"
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path, capsys: pytest.CaptureFixture):
+    def run() -> int:
+        with open("/dev/full", "ab", buffering=0) as full:
+            append(full, "a line")
+        return 0
+
+    assert said(run) == 1
+    assert capsys.readouterr().err.startswith("hybridrl: /dev/full: No space left on device; ")
+
+
+def test_an_error_of_the_system_that_names_no_file_is_not_hidden():
+    def run() -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        said(run)

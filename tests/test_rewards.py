@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from hybridrl.workers.reward import RewardWorker
 
 # One file with every misbehaviour: the completion "x" is the culprit, all others are fine.
 USER_FILE = """
-import ctypes, os, signal, sys, time
+import ctypes, multiprocessing, os, re, resource, signal, subprocess, sys, time
 
 def length(completions, prompts, **columns):
     return [float(len(c)) for c in completions]
@@ -42,6 +43,34 @@ def hangs(completions):
     while "x" in completions:
         time.sleep(1000)
     return [1.0] * len(completions)
+
+def loops(completions):
+    while "x" in completions:
+        pass
+    return [1.0] * len(completions)
+
+def backtracks(completions):
+    if "x" in completions:
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    return [1.0] * len(completions)
+
+def multiplies(completions):
+    if "x" in completions:
+        9 ** 9 ** 8
+    return [1.0] * len(completions)
+
+def starts_others(completions, how, note):
+    processes = [subprocess.Popen(["sleep", "1000"]), subprocess.Popen(["sh", "-c", "sleep 1000 & wait"])]
+    forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+    forked.start()
+    with open(note[0], "w") as file:
+        file.write(str(os.getsid(0)))
+    {"hangs": lambda: time.sleep(1000), "regex": lambda: re.match(r"(a+)+$", "a" * 60 + "b"), "dies": lambda: ctypes.string_at(0),
+     "answers": lambda: None}[how[0]]()
+    return [1.0] * len(completions)
+
+def core_limits(completions):
+    return [float(resource.getrlimit(resource.RLIMIT_CORE)[1]) for _ in completions]  # not even by raising it
 
 def crashes(completions):
     if "x" in completions:
@@ -245,6 +274,9 @@ def test_a_class_is_built_once_from_its_options_and_called_with_columns(user_fil
     ("name", "kind"),
     [
         ("hangs", FailureKind.timeout),
+        ("loops", FailureKind.timeout),
+        ("backtracks", FailureKind.timeout),
+        ("multiplies", FailureKind.timeout),
         ("crashes", FailureKind.died),
         ("raises", FailureKind.raised),
         ("exits", FailureKind.raised),
@@ -254,6 +286,89 @@ def test_a_class_is_built_once_from_its_options_and_called_with_columns(user_fil
 def test_only_the_culprit_fails_and_the_pool_goes_on(pool: RewardPool, name: str, kind: FailureKind) -> None:
     assert kinds(pool.call(name, {"completions": ["a", "x", "b"]})) == [1.0, kind, 1.0]
     assert pool.call(name, {"completions": ["a", "b"]}) == [1.0, 1.0]
+
+
+def of_session(note: Path) -> list[int]:
+    """The processes that run in the session whose number a reward function wrote down; a zombie is none."""
+    found, session = [], note.read_text()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, number = stat.read_text().rpartition(") ")[2].split()[:4]
+        except OSError:  # it ended while we looked
+            continue
+        if number == session and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def none_left(note: Path) -> bool:
+    """Whether they have ended, or end within 10 s: init takes its time over those whose parent was killed with them."""
+    end = time.monotonic() + 10
+    while of_session(note) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not of_session(note)
+
+
+@pytest.mark.parametrize("how", ["hangs", "dies"])
+def test_what_a_reward_function_started_ends_with_its_process(user_file: Path, tmp_path: Path, how: str) -> None:
+    calls = {"starts_others": RewardCall(function=f"{user_file}:starts_others", options={})}
+    pool, note = RewardPool(calls, processes=1, timeout_s=2.0, max_timeouts=0.5), tmp_path / "session"
+    try:
+        outcomes = pool.call("starts_others", {"completions": ["a"], "how": [how], "note": [str(note)]})
+        assert kinds(outcomes) == ["timeout" if how == "hangs" else "died"]
+        assert none_left(note)
+    finally:
+        pool.close()
+
+
+def test_closing_the_pool_ends_what_a_reward_function_left_running(user_file: Path, tmp_path: Path) -> None:
+    calls = {"starts_others": RewardCall(function=f"{user_file}:starts_others", options={})}
+    pool, note = RewardPool(calls, processes=1, timeout_s=5.0, max_timeouts=0.5), tmp_path / "session"
+    try:
+        assert pool.call("starts_others", {"completions": ["a"], "how": ["answers"], "note": [str(note)]}) == [1.0]
+        assert len(of_session(note)) >= 5, "the child, two it started, one of theirs, one it forked"
+    finally:
+        pool.close()
+    assert none_left(note)
+
+
+def test_a_pool_whose_owner_is_killed_leaves_nothing_though_a_call_in_c_holds_the_interpreter(user_file: Path, tmp_path: Path) -> None:
+    note, script = tmp_path / "session", tmp_path / "owner.py"
+    script.write_text(
+        "import os, signal, threading, time\n"
+        "from pathlib import Path\n"
+        "from hybridrl.rewards.pool import RewardCall, RewardPool\n"
+        f"note = Path({str(note)!r})\n"
+        "def end():\n"
+        "    while not note.is_file() or not note.read_text():\n"
+        "        time.sleep(0.02)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"calls = {{'r': RewardCall(function={f'{user_file}:starts_others'!r}, options={{}})}}\n"
+        "pool = RewardPool(calls, processes=1, timeout_s=60, max_timeouts=0.5)\n"
+        "threading.Thread(target=end).start()\n"
+        "pool.call('r', {'completions': ['a'], 'how': ['regex'], 'note': [str(note)]})\n"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, script], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert none_left(note)
+
+
+def test_a_child_leaves_no_core_file(pool: RewardPool) -> None:
+    assert pool.call("core_limits", {"completions": ["a"]}) == [0.0]
+
+
+def test_a_relative_file_is_found_from_the_folder_of_the_run_and_reads_its_own_files_there(
+    user_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def f(completions):\n    return [float(open('table.txt').read())] * len(completions)\n")
+    Path("table.txt").write_text("7")
+    pool = RewardPool({"f": RewardCall(function="mine.py:f", options={})}, processes=1, timeout_s=5, max_timeouts=0.5)
+    try:
+        assert pool.call("f", {"completions": ["a"]}) == [7.0]
+    finally:
+        pool.close()
 
 
 def test_a_function_that_always_hangs_is_given_up_after_the_share_that_may_time_out(user_file: Path) -> None:

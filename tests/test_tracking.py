@@ -3,8 +3,13 @@
 import io
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -196,6 +201,68 @@ def test_wandb_offline_writes_a_run_and_resume_keeps_its_id(no_wandb_account, tm
     assert again.run_id == sink.run_id
     files = list(tmp_path.glob(f"wandb/offline-run-*-{sink.run_id}/run-{sink.run_id}.wandb"))
     assert files and all(f.stat().st_size > 0 for f in files)
+
+
+class FallsSilent(BaseHTTPRequestHandler):
+    """A W&B server that lets one run begin, takes whatever comes after that, and never answers again."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path != "/graphql" or self.server.silent.is_set():
+            self.server.over.wait()
+            return
+        project = {"id": "p", "name": "hybridrl", "entity": {"id": "e", "name": "me"}}
+        made = {"id": "r", "name": "r", "displayName": "r", "config": "{}", "historyLineCount": 0, "project": project}
+        if b"mutation UpsertBucket" in asked:
+            self.server.silent.set()
+        answer = json.dumps({"data": {"upsertBucket": {"bucket": made, "inserted": True}, "model": None}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *parts: object) -> None:
+        """Nothing is printed."""
+
+
+def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(no_wandb_account, tmp_path):
+    script = (
+        "import logging, os, sys\n"
+        "from hybridrl.choices import WandbMode\n"
+        "from hybridrl.config import TrackingConfig\n"
+        "from hybridrl.tracking.jsonl import JsonlSink\n"
+        "from hybridrl.tracking.sink import Sinks\n"
+        "from hybridrl.tracking.wandb_sink import WandbSink\n"
+        "from hybridrl.types import RunInfo\n"
+        "logging.basicConfig()\n"
+        "wandb = WandbSink(TrackingConfig(wandb=WandbMode.online), finish_s=2.0)\n"
+        "sinks = Sinks(required=[JsonlSink()], optional=[wandb])\n"
+        "sinks.start(RunInfo(run_dir=sys.argv[1], name='demo', total_steps=100, first_step=0, config={}, wandb_id=None))\n"
+        "print('begun', flush=True)\n"
+        "for step in range(1, 101):\n"
+        "    sinks.log({'train/step': step})\n"
+        "sinks.close(0)\n"
+        "print('closed', flush=True)\n"
+        "os._exit(0)\n"  # wandb's own goodbye to the silent server takes it another 10 s
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), FallsSilent) as server:
+        server.silent, server.over = threading.Event(), threading.Event()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        account = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_address[1]}", "WANDB_API_KEY": "0" * 40, "NO_PROXY": "127.0.0.1"}
+        root = Path(__file__).parent.parent
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", script, tmp_path], cwd=root, env=os.environ | account | {"PYTHONPATH": str(root)},
+                capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
+        finally:
+            server.over.set()
+            server.shutdown()
+    assert done.returncode == 0 and done.stdout.split() == ["begun", "closed"], done.stderr
+    assert "WandbSink failed and is off" in done.stderr and "within 2 s; `wandb sync " in done.stderr
+    assert len(read_metrics(tmp_path)) == 100
 
 
 def test_wandb_disabled_does_nothing_and_keeps_the_checkpoint_s_id(no_wandb_account, tmp_path):

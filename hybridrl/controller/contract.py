@@ -41,16 +41,16 @@ def check_teachers(settings: RunSettings, student: PreTrainedTokenizerBase) -> d
     """
     tokenizers, model = {}, settings.model
     for name in teachers_in_use(settings):
-        path = settings.teachers[name].path
+        path, revision = settings.teachers[name].path, settings.teachers[name].revision
         if path is None:  # the student itself
             continue
-        tokenizers[name] = load_tokenizer(path, setting=f"teachers.{name}.path")
+        tokenizers[name] = load_tokenizer(path, revision, setting=f"teachers.{name}.path")
         if difference := different_tokens(student, tokenizers[name]):
             raise ConfigError(
                 f"teachers.{name}.path={path}: its vocabulary differs from that of model.path={model.path}: {difference}; "
                 "log-probs of the same ids would speak of different tokens. Choose a teacher with the student's tokenizer"
             )
-        rows, needed = head_rows(path), head_rows(model.path, model.revision)
+        rows, needed = head_rows(path, revision), head_rows(model.path, model.revision)
         if rows < needed and name in settings.scored_teachers:
             raise ConfigError(
                 f"teachers.{name}.path={path}: its output head has {rows} rows, that of model.path={model.path} has {needed}, "

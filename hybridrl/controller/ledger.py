@@ -1,14 +1,13 @@
 """ledger.jsonl: which prompts each step trained on, and the proof that none was trained twice or left out."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hybridrl.data.prompts import PromptSource
-from hybridrl.durable import replace_text
+from hybridrl.durable import append, replace_text
 from hybridrl.errors import LedgerError
 from hybridrl.types import Prompt
 
@@ -30,13 +29,11 @@ class Ledger:
         path = run_dir / LEDGER
         kept = [line for line in read_ledger(run_dir) if line["step"] <= first_step]
         replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
 
     def record(self, step: int, trained: Sequence[str], passed_over: Sequence[str] = ()) -> None:
         """Args: passed_over: prompts that were drawn and not trained on, as aborted, failed or with equal rewards."""
-        self._file.write(json.dumps({"step": step, "trained": list(trained), "passed_over": list(passed_over)}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        append(self._file, json.dumps({"step": step, "trained": list(trained), "passed_over": list(passed_over)}) + "\n")
 
     def close(self) -> None:
         self._file.close()

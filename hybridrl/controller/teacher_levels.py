@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hybridrl.config import ModelConfig, RunSettings
+from hybridrl.config import RunSettings
 from hybridrl.controller.evaluation import evaluate
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
@@ -41,12 +42,10 @@ def measure_teachers(
         return levels or {}
     levels = {}
     for name in names:
-        teacher = settings.teachers[name]
-        assert teacher.path is not None, "teachers_to_measure"
         engine = RolloutGroup(
             settings,
             slots["rollout"][:1],
-            model=ModelConfig(path=teacher.path, dtype=teacher.dtype),
+            model=settings.teacher_model(name),
             device=cluster.device,
             backend=cluster.weight_transfer,
             log_dir=str(run_dir / "logs"),
@@ -71,7 +70,7 @@ def conditions_of(settings: RunSettings, heldout: Sequence[Prompt]) -> dict[str,
     problems = repr([(p.uid, p.input_ids, p.columns) for p in heldout])
     judge = next(iter(settings.reward.functions.values()), None)  # None: nothing is measured
     return {
-        "teachers": {n: [settings.teachers[n].path, settings.teachers[n].dtype] for n in teachers_to_measure(settings)},
+        "teachers": {n: asdict(settings.teacher_model(n)) for n in teachers_to_measure(settings)},
         "heldout_sha256": sha256_of(problems),
         "reward": [judge.function, sha256_of(repr(judge.options))] if judge else None,
         "max_new_tokens": settings.rollout.max_new_tokens,

@@ -36,7 +36,8 @@ def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Pr
             return reasoning_gym.load(config.dataset, config.options, config.num_train, config.num_heldout, seed)
         case _:
             assert config.path is not None and config.heldout_path is not None  # DataConfig checks it
-            return records.load(config.path, "train"), records.load(config.heldout_path, "heldout")[: config.num_heldout]
+            heldout = records.load(config.heldout_path, "heldout", config.revision)
+            return records.load(config.path, "train", config.revision), heldout[: config.num_heldout]
 
 
 def tokenize(

@@ -27,30 +27,31 @@ Row = tuple[int, dict[str, Any]]
 """Number, from 1, and what the row holds."""
 
 
-def load(path: str, split: str) -> list[Problem]:
+def load(path: str, split: str, revision: str | None = None) -> list[Problem]:
     """Problems of one source; uids count its rows (of .jsonl: lines, empty ones included) from 1, e.g. "train-000003".
 
     Args:
         split: "train" or "heldout", how uids begin.
+        revision: of a dataset on the hub; None: the newest.
 
     Raises:
         ConfigError: the source needs a package that is not installed.
         DataError: no such source, no rows, or a bad row, named as path:number.
     """
-    problems = [schema.problem(row, f"{path}:{number}", f"{split}-{number:06d}") for number, row in rows(path)]
+    problems = [schema.problem(row, f"{path}:{number}", f"{split}-{number:06d}") for number, row in rows(path, revision)]
     if not problems:
         raise DataError(f"{path}: holds no rows; needs at least one with a `prompt`, `messages`, or `chosen` and `rejected`")
     return problems
 
 
-def rows(path: str) -> Iterator[Row]:
+def rows(path: str, revision: str | None = None) -> Iterator[Row]:
     """Raises: as load."""
     folder, _, split = path.partition(":") if not Path(path).exists() else (path, "", "")
     if Path(folder).is_dir():
-        return _dataset(path, folder, None, split)
+        return _dataset(path, folder, None, split, None)
     if HUB_NAME.fullmatch(path) and not FILE_NAME.fullmatch(path) and not Path(path).exists():
         name, *rest = path.split(":")
-        return _dataset(path, name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else "")
+        return _dataset(path, name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else "", revision)
     return _parquet(path) if path.endswith(".parquet") else _jsonl(path)
 
 
@@ -80,12 +81,12 @@ def _parquet(path: str) -> Iterator[Row]:
     return enumerate(table.to_pylist(), 1)
 
 
-def _dataset(path: str, name: str, config: str | None, split: str) -> Iterator[Row]:
+def _dataset(path: str, name: str, config: str | None, split: str, revision: str | None) -> Iterator[Row]:
     """Args: name: a folder or a name on the hub. split: "": the only one."""
     datasets = _package("datasets", path)
     saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))  # by save_to_disk
     try:
-        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config)
+        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: no dataset can be read there: {error}") from error
     splits = found if isinstance(found, dict) else {split: found}

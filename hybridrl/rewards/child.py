@@ -1,11 +1,18 @@
 """What runs inside a child process of the pool: the only place where a reward function is called.
 
 Nothing of a reward function's own types leaves the child: values go back as floats, everything else as text.
+
+A child leads a session of its own, so that it can be killed together with all that its functions started. It leaves no core file. Its
+memory is not bounded: torch and CUDA reserve far more addresses than they use. Its working directory is that of the worker, since
+functions read files of theirs by relative paths.
 """
 
+import fcntl
 import multiprocessing
 import os
-import threading
+import resource
+import select
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -37,8 +44,10 @@ _functions: dict[str, RewardFunction | str] = {}  # str: why it could not be loa
 
 
 def start(calls: Mapping[str, RewardCall]) -> None:
-    """Prepare a fresh child: die with the parent, drop secrets, then load the functions."""
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    """Prepare a fresh child: a session of its own that dies with the parent, no core files, no secrets, then load the functions."""
+    os.setsid()
+    _follow_parent()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     drop_variables()
     for name, call in calls.items():
         try:
@@ -85,7 +94,12 @@ def _checked(value: object) -> float | str:
 
 
 def _follow_parent() -> None:
+    """When the pipe from the parent closes, the kernel kills this session; a thread could not, while a call in C holds the interpreter."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+    pipe = parent.sentinel
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([pipe], [], [], 0)[0]:  # closed before the kernel was asked
+        os.killpg(os.getpgrp(), signal.SIGKILL)

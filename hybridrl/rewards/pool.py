@@ -8,16 +8,19 @@ hangs costs about (1 + max_timeouts * N / processes) deadlines, not N.
     pool.call("score", {"completions": ["a", "b"]})  ->  [1.0, Failure(kind=FailureKind.timeout, text="...")]
 """
 
+import os
+import signal
 import sys
 import types
 from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import TYPE_CHECKING, Any
 
-from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from hybridrl.errors import ConfigError
 from hybridrl.redact import without_secrets
@@ -28,7 +31,6 @@ if TYPE_CHECKING:  # children import this module, and must not pay for Hydra
     from hybridrl.config import RewardConfig
 
 LOAD_S = 120.0  # for a child to start and import what the functions need
-CONSTS.term_timeout = 0.2  # s from SIGTERM to SIGKILL; a late child has nothing to tidy up
 
 
 class FailureKind(StrEnum):
@@ -89,7 +91,7 @@ class RewardPool:
         return [outcomes[i] for i in range(num_sequences)]
 
     def close(self) -> None:
-        """Kill the children."""
+        """Kill the children, and all that they started."""
         self._pool.stop()
         self._pool.join()
 
@@ -173,7 +175,12 @@ def _spread(part: range, answer: list[Outcome] | Failure) -> dict[int, Outcome]:
 
 
 class _BareProcess(SpawnProcess):
-    """A spawned process that inherits no secret variable and does not run the parent's main script again, which may import torch or ray."""
+    """A spawned process that inherits no secret variable and does not run the parent's main script again, which may import torch or ray.
+
+    It ends together with all that it started, be it killed or dead by itself; what left its session on purpose excepted.
+    """
+
+    _swept = False
 
     @staticmethod
     def _Popen(process: SpawnProcess) -> object:
@@ -184,6 +191,23 @@ class _BareProcess(SpawnProcess):
                 return SpawnProcess._Popen(process)
         finally:
             sys.modules["__main__"] = main
+
+    def terminate(self) -> None:
+        """SIGKILL at once: a late child has nothing to tidy up."""
+        self._sweep()
+        self.kill()  # where it has no session of its own yet
+
+    def is_alive(self) -> bool:
+        alive = super().is_alive()
+        if not alive and not self._swept:  # once: its number may belong to another one day
+            self._sweep()
+        return alive
+
+    def _sweep(self) -> None:
+        self._swept = True
+        if self.pid is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
 
 
 class _BareContext(SpawnContext):

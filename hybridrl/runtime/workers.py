@@ -147,4 +147,4 @@ def recover(settings: RunSettings, cluster: Cluster, slots: Slots, workers: Work
 def teacher_model(settings: RunSettings) -> ModelConfig:
     """The first teacher, as a model that an engine can serve."""
     teacher = next(iter(settings.teachers.values()))
-    return ModelConfig(path=teacher.path, dtype=teacher.dtype) if teacher.path else settings.model
+    return ModelConfig(path=teacher.path, dtype=teacher.dtype, revision=teacher.revision) if teacher.path else settings.model

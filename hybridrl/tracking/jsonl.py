@@ -3,13 +3,13 @@
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from hybridrl.durable import replace_text
+from hybridrl.durable import append, replace_text
 from hybridrl.errors import DataError
 from hybridrl.types import FinishReason, RunInfo, Sample
 
@@ -59,7 +59,7 @@ class JsonlSink:
 
     def __init__(self) -> None:
         self._dir: Path | None = None
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
 
     def start(self, info: RunInfo) -> None:
         """Open the files of info.run_dir, less all that is newer than step info.first_step (0: all).
@@ -76,14 +76,12 @@ class JsonlSink:
         for path in (self._dir / SAMPLES).glob("step_*.jsonl"):
             if not 0 < info.first_step >= int(path.stem.removeprefix("step_")):
                 path.unlink()
-        self._file = metrics.open("a", encoding="utf-8")
+        self._file = metrics.open("ab", buffering=0)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         assert self._file is not None, "log before start"
         row = {"train/step": int(metrics["train/step"]), **{k: v for k, v in metrics.items() if k != "train/step"}}
-        self._file.write(_line(row))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        append(self._file, _line(row))
 
     def samples(self, rows: Sequence[Sample]) -> None:
         assert self._dir is not None, "samples before start"

@@ -12,16 +12,23 @@ from hybridrl.config import TrackingConfig
 from hybridrl.errors import ConfigError
 from hybridrl.types import RunInfo, Sample
 
+INIT_S, FINISH_S = 30.0, 60.0
+
 
 class WandbSink:
     """One W&B run. A resumed training continues the same run through the id kept in the checkpoint.
+
+    What is logged goes to wandb's own process, which keeps it on disk and sends it; only start and close wait for a server.
+
+    Args:
+        finish_s: seconds that the server has at the end to take what is left.
 
     Raises:
         ConfigError: tracking.wandb=online without a key; wandb would stop and ask for one.
     """
 
-    def __init__(self, config: TrackingConfig) -> None:
-        self._config = config
+    def __init__(self, config: TrackingConfig, *, finish_s: float = FINISH_S) -> None:
+        self._config, self._finish_s = config, finish_s
         self._mode = resolve_mode(config.wandb)
         self._run: Any = None
         self._run_id: str | None = None
@@ -59,7 +66,9 @@ class WandbSink:
                 x_disable_meta=True,
                 x_disable_machine_info=True,
                 x_save_requirements=False,
-                init_timeout=30,
+                init_timeout=INIT_S,
+                finish_timeout=self._finish_s,
+                finish_timeout_raises=True,
             ),
         )
         self._run_id = self._run.id
@@ -79,8 +88,14 @@ class WandbSink:
         self._run.log({"train/step": rows[0].step, "eval/samples": table})
 
     def close(self, exit_code: int) -> None:
-        if self._run is not None:
+        """Raises: TimeoutError: the server did not take all in time; what it lacks is on disk."""
+        if self._run is None:
+            return
+        try:
             self._run.finish(exit_code=exit_code)
+        except TimeoutError as error:
+            remedy = f"`wandb sync {self._run.settings.sync_dir}` sends it"
+            raise TimeoutError(f"the server did not take the rest of the run within {self._finish_s:g} s; {remedy}") from error
 
 
 def resolve_mode(mode: WandbMode) -> WandbMode:

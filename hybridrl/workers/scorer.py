@@ -34,10 +34,9 @@ class Scorer:
     """
 
     def __init__(self, settings: RunSettings, *, teacher: str, device: str) -> None:
-        config = settings.teachers[teacher]
+        model = settings.teacher_model(teacher)
         self.teacher, self.device = teacher, torch.device(device)
-        revision = None if config.path else settings.model.revision
-        self.model = load_model(config.path or settings.model.path, config.dtype, revision).to(self.device).eval()
+        self.model = load_model(model.path, model.dtype, model.revision).to(self.device).eval()
         # Rows past the student's vocabulary are padding: no probability may stand on them.
         self.head = output_weight(self.model)[: head_rows(settings.model.path, settings.model.revision)]
         self.configure(settings)

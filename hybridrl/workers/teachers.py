@@ -20,12 +20,12 @@ class TeacherSide:
         self.device, self.signals, self.correction = device, signals, settings.algorithm.topk.correction
         self.vocabulary = head_rows(settings.model.path, settings.model.revision)
         self.k = settings.algorithm.topk.k if Signal.teacher_support in signals else 0
-        self.configs = [settings.teachers[name] for name in settings.scored_teachers]
+        models = [settings.teacher_model(name) for name in settings.scored_teachers]
+        self.num_teachers = len(models)
         self.heads: list[Tensor] = []
         if Signal.teacher_hidden in signals:
-            for config in self.configs:
-                revision = None if config.path else settings.model.revision
-                head = load_output_head(config.path or settings.model.path, config.dtype, revision)
+            for model in models:
+                head = load_output_head(model.path, model.dtype, model.revision)
                 self.heads.append(head[: self.vocabulary].to(device).clone())
 
     def of(self, columns: Sequence[TeacherColumns]) -> tuple[Teacher, ...]:
@@ -48,7 +48,7 @@ class TeacherSide:
         """One row of weight 0 per teacher."""
         return [
             TeacherColumns(rows=self._idle_rows(k), support_ids=np.arange(self.k, dtype=np.int32)[None], weight=np.zeros(1, np.float32))
-            for k in range(len(self.configs))
+            for k in range(self.num_teachers)
         ]
 
     def _idle_rows(self, teacher: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """tools/chaos [ID ...]: do faults to real runs, print a line for each, keep findings and card in tools/chaos_faults/results.
 
-IDs that were run before are replaced on the card, so it can be run in pieces. Exit status 1 where one fails.
+IDs that were run before are replaced on the card, so it can be run in pieces; each row keeps the commit it was run at. Exit status 1
+where one fails.
 """
 
 import argparse
@@ -10,9 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from chaos_faults.finding import Finding, Row, keep
+from benchmarks import machine
+
+from chaos_faults.finding import Finding, Made, Row, keep, provenance, summary
 from chaos_faults.ground import Ground
 from chaos_faults.matrix import MATRIX, Do
 from chaos_faults.training import ROOT
@@ -30,7 +34,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
     if not options.ids:
         shutil.rmtree(options.work, ignore_errors=True)
-    ground, failed = Ground(options.work), False
+    ground, failed, done = Ground(options.work), False, []
+    made, began = Made(machine=f"{os.cpu_count()} cores of {machine.processor()}", commit=commit()), time.monotonic()
     for do, ids in grouped([key for key in known if key in (options.ids or known)]):
         started = time.monotonic()
         found = attempt(do, ground, ids)
@@ -39,7 +44,11 @@ def main(arguments: list[str]) -> int:
         for row in rows:
             print(f"{'pass' if row.finding.passed else 'FAIL'}  {row.id}  {row.fault}: {row.finding.said}  [{took:.0f} s]", flush=True)
             failed |= not row.finding.passed
-        keep(rows, list(known), machine())
+        keep(rows, list(known), made)
+        done += rows
+    if not options.ids:
+        kept = keep(done, list(known), replace(made, whole_minutes=(time.monotonic() - began) / 60))
+        print(provenance(kept), summary(kept))
     return int(failed)
 
 
@@ -71,10 +80,11 @@ def tests(selection: str) -> Finding:
     return Finding(passed=done.returncode == 0, said=f"tests: {last.strip('= ')}")
 
 
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((text.split(":", 1)[1].strip() for text in lines if "model name" in text), "a CPU")
-    return f"{os.cpu_count()} cores of {model}"
+def commit() -> str:
+    """Short hash, with + where tracked files differ from it other than those that this tool writes."""
+    git = ["git", "-C", str(ROOT), "diff", "--quiet", "HEAD", "--", ".", ":!README.md", ":!tools/chaos_faults/results"]
+    differs = subprocess.run(git, check=False).returncode == 1
+    return machine.commit().rstrip("+") + ("+" if differs else "")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """K, J and the like: the run's own process is killed, told to end, or refused; the same command goes on."""
 
+import json
 import random
 import re
 import signal
@@ -22,7 +23,14 @@ DELAYED = [
     "CoreWorkerService.grpc_server.PubsubLongPolling", "NodeManagerService.grpc_server.RequestWorkerLease",
 ]  # fmt: skip
 """Not all: with a delay of every handler Ray's own raylet ends itself."""
+LOST = [
+    "NodeManagerService.grpc_client.RequestWorkerLease", "NodeManagerService.grpc_client.PinObjectIDs",
+    "CoreWorkerService.grpc_client.GetObjectStatus", "CoreWorkerService.grpc_client.PubsubLongPolling",
+]  # fmt: skip
+"""Those that Ray promises to repeat. A lost CoreWorkerService.grpc_client.PushTask is an ActorUnavailableError: it may have been done."""
 SOAKED = (500, 1500)
+LEFT_S = 10.0
+"""After which none of the processes of a killed run is left."""
 RESUMED_S = 120.0
 """Two cores start a run in 50 to 90 s."""
 
@@ -30,24 +38,28 @@ RESUMED_S = 120.0
 def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """K1: one logical run, killed at one place after another, each time continued by the same command."""
     ground = ground.light
-    run_dir, resumed, redone = ground.run_dir("failpoints"), [], []
+    run_dir, resumed, redone, left = ground.run_dir("failpoints"), [], [], []
     points = ";".join(f"{place}:do=kill:once={run_dir / f'fired-{i}'}" for i, place in enumerate(KILLED_AT))
     told = 0
     for _ in range(len(KILLED_AT) + 1):
         with training([*ground.overrides, f"train.steps={K1_STEPS}"], run_dir, points) as run:
             started = time.time()
+            run.until("workers ready")
+            family = run.family()
             if told:
                 resumed.append(run.until(STEP) - started)
             status = run.ended(START_S)
+            left += alive_after(family, LEFT_S)
         redone.append(lost_by(run, told))
         told = last_step(run) or told
         if status == 0:
             break
     kills = len(list(run_dir.glob("fired-*")))
-    within = status == 0 and kills == len(KILLED_AT) and max(redone) <= SAVE_EVERY and max(resumed) <= RESUMED_S
+    within = status == 0 and kills == len(KILLED_AT) and max(redone) <= SAVE_EVERY and max(resumed) <= RESUMED_S and not left
     said = (
         f"SIGKILL of the run's process at {kills} of {len(KILLED_AT)} places, the same command each time; to the next step "
-        f"{min(resumed):.0f} to {max(resumed):.0f} s with start (bound {RESUMED_S:g} s)"
+        f"{min(resumed):.0f} to {max(resumed):.0f} s with start (bound {RESUMED_S:g} s), "
+        f"{len(left)} processes left {LEFT_S:g} s after a kill"
     )
     return {"K1": ground.judged(run_dir, K1_STEPS, said, within=within, recovered_s=max(resumed), lost_steps=max(redone))}
 
@@ -66,7 +78,7 @@ def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         ("starting workers", dice.uniform(0, 20)) if i in K2_STARTING else ("workers ready", dice.expovariate(1 / K2_MEAN_S))
         for i in range(K2_KILLS)
     ]
-    told, done, redone = 0, 0, []
+    told, done, redone, left = 0, 0, [], []
     for word, delay in delays:
         with training(command, run_dir) as run:
             run.until(word)
@@ -75,8 +87,10 @@ def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
                 break
             except TimeoutError:
                 assert run.process.poll() is None, f"the run ended by itself: {run.tail()}"
+                family = run.family()
                 kill(run.process.pid)
                 run.ended(30)
+                left += alive_after(family, LEFT_S)
         redone.append(lost_by(run, told))
         told, done = last_step(run) or told, done + 1
     with training(command, run_dir) as run:
@@ -84,9 +98,9 @@ def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     redone.append(lost_by(run, told))
     said = (
         f"{done} SIGKILLs, {len(K2_STARTING)} while it starts, the others at random times after it (seed {K2_SEED}, mean {K2_MEAN_S:g} s, "
-        "a third of a second a step), the same command each time"
+        f"a third of a second a step), the same command each time, {len(left)} processes left {LEFT_S:g} s after a kill"
     )
-    within = status == 0 and done == K2_KILLS and max(redone) <= SAVE_EVERY
+    within = status == 0 and done == K2_KILLS and max(redone) <= SAVE_EVERY and not left
     return {"K2": ground.judged(run_dir, K2_STEPS, said, within=within, lost_steps=max(redone))}
 
 
@@ -167,13 +181,17 @@ def starve(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 
 def faulty_rpc(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """C3: calls between Ray's processes are delayed."""
+    """C3: calls between Ray's processes are delayed, and some are lost on their way there or back."""
     ground = ground.light
     run_dir = ground.run_dir("rpc")
-    env = {"RAY_testing_asio_delay_us": ",".join(f"{handler}=0:20000" for handler in DELAYED)}
+    lost = {method: {"num_failures": 20, "req_failure_prob": 20, "resp_failure_prob": 20} for method in LOST}  # of each process; in percent
+    env = {"RAY_testing_asio_delay_us": ",".join(f"{handler}=0:20000" for handler in DELAYED), "RAY_testing_rpc_failure": json.dumps(lost)}
     with training([*ground.overrides, "train.steps=4"], run_dir, env=env) as run:
         status = run.ended(START_S)
-    said = f"tasks, leases and questions after values delayed by up to 20 ms each: exit status {status}"
+    said = (
+        f"tasks, leases and questions after values delayed by up to 20 ms each; of leases, pins, questions and news 40 % lost, "
+        f"half of them with their work done, up to 20 in each process: exit status {status}"
+    )
     return {"C3": ground.judged(run_dir, 4, said + (f", {run.tail()[-160:]}" if status else ""), within=status == 0)}
 
 

@@ -1,9 +1,11 @@
 """What a fault did to a run, kept in results/findings.json, shown in results/CARD.md and, shorter, in the README."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from hybridrl.config import DeadlineConfig
 
@@ -38,17 +40,27 @@ class Row:
     finding: Finding
 
 
-def keep(rows: Iterable[Row], order: list[str], machine: str) -> None:
-    """Add rows to those on file, each in the place of an older one of its id, and write the card anew."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What rows were made on."""
+
+    machine: str
+    commit: str
+    whole_minutes: float | None = None  # of the run of the tool that did every fault; None: it did some, or is not through
+
+
+def keep(rows: Iterable[Row], order: list[str], made: Made) -> list[dict]:
+    """Add rows to those on file, each in the place of an older one of its id, and write the card anew; all that are now on file."""
     RESULTS.mkdir(exist_ok=True)
     found = json.loads(FINDINGS.read_text()) if FINDINGS.is_file() else {}
-    found |= {row.id: {**asdict(row), "machine": machine} for row in rows}
+    found |= {row.id: asdict(row) | asdict(made) for row in rows}
     ordered = {key: found[key] for key in order if key in found}
     FINDINGS.write_text(json.dumps(ordered, indent=1) + "\n")
     missing = [key for key in order if key not in found]
     CARD.write_text(card(list(ordered.values()), missing))
     before, _, rest = README.read_text().partition(BEGIN)
     README.write_text(before + BEGIN + short_card(list(ordered.values()), missing) + END + rest.partition(END)[2])
+    return list(ordered.values())
 
 
 def card(rows: list[dict], missing: list[str]) -> str:
@@ -57,7 +69,7 @@ def card(rows: list[dict], missing: list[str]) -> str:
     lines = [
         "# Reliability card", "",
         f"Made by `tools/chaos` on {'; '.join(machines)}. {passed} of {len(rows)} rows pass"
-        + (f"; not run: {', '.join(missing)}." if missing else "."), "",
+        + (f"; not run: {', '.join(missing)}." if missing else ".") + f" {provenance(rows)} {summary(rows)}", "",
         "Detected: from the fault to the first word of it. Recovered: to the first step after it, or for an engine until it serves again.",
         f"The longest silent wait for a worker, by the default deadlines: {DeadlineConfig().longest_silence_s:g} s.", "",
         "Lost: steps done twice. Prompts: lost / trained on twice, by the ledger against that of a run without a fault.", "",
@@ -74,13 +86,34 @@ def short_card(rows: list[dict], missing: list[str]) -> str:
     failed = [row["id"] for row in rows if not row["finding"]["passed"]]
     verdict = f"{len(rows) - len(failed)} of {len(rows)} faults pass" + (f", {', '.join(failed)} do not" if failed else "")
     lines = [
-        verdict + (f"; not run: {', '.join(missing)}" if missing else "") + ". Done to whole runs:", "",
+        verdict + (f"; not run: {', '.join(missing)}" if missing else "") + f". {provenance(rows)} {summary(rows)} Done to whole runs:", "",
         "| | fault | detected in | recovered in | steps done again | prompts lost / trained on twice |",
         "|---|---|---|---|---|---|",
         *(f"| {' | '.join(cells(row, ''))} |" for row in whole), "",
         f"And to the parts, by tests: {'; '.join(tested)}.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def provenance(rows: list[dict]) -> str:
+    """At which commit, and in how many runs of the tool; unknown: the row is older than this entry."""
+    (commit, most), *others = Counter(row.get("commit", "unknown") for row in rows).most_common()
+    if others:
+        told = ", ".join(f"{count} at {other}" for other, count in others)
+        return f"{most} were run at commit {commit}, {len(rows) - most} at other commits ({told})."
+    runs = {row.get("whole_minutes") for row in rows}
+    whole = next(iter(runs)) if len(runs) == 1 else None
+    return f"All at commit {commit} in " + ("several runs." if whole is None else f"one run of {whole:.0f} min.")
+
+
+def summary(rows: list[dict]) -> str:
+    """Median and maximum of the times over the faults that have them."""
+    told = []
+    for name in ("detected", "recovered"):
+        times = [row["finding"][f"{name}_s"] for row in rows if row["finding"][f"{name}_s"] is not None]
+        if times:
+            told.append(f"{name} in {seconds(median(times))} (median), {seconds(max(times))} (most) over {len(times)} faults")
+    return ("; ".join(told) + ".").capitalize() if told else ""
 
 
 def line(row: dict) -> str:

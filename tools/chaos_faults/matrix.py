@@ -52,7 +52,7 @@ MATRIX = [
     Fault(id="O3", name="memory short", do=drivers.starve, proof=f"{TOOL}/drivers.py"),
     Fault(id="C1", name="node dies", do=nodes.lose_node, proof=f"{TOOL}/nodes.py"),
     Fault(id="C2", name="node cut off, then back", do=nodes.cut_off, proof=f"{TOOL}/nodes.py"),
-    Fault(id="C3", name="calls delayed", do=drivers.faulty_rpc, proof=f"{TOOL}/drivers.py"),
+    Fault(id="C3", name="calls delayed and lost", do=drivers.faulty_rpc, proof=f"{TOOL}/drivers.py"),
     Fault(id="C4", name="more asked than there is", do=drivers.refuse, proof=GRAPH),
     Fault(id="J1", name="SIGTERM", do=workers.run, proof=FAST),
     Fault(id="J2", name="Ctrl-C twice", do=drivers.interrupt, proof=f"{TOOL}/drivers.py"),

@@ -20,9 +20,13 @@ DEADLINES = [
 ]  # fmt: skip
 ENGINE, SCORER = r"rollout/\d failed in .*starting another worker", r"scorer-main/0 failed in .*starting another worker"
 LEARNER, SERVES = "going back to the last checkpoint", r"rollout/\d serves again"
-REBUILT_S = 120.0
+REBUILT_S = 150.0
 CORE_S = 7.0
 """The engine hears of a dead process of its own after about 5 s."""
+RECOVERED_S = {"E1": 60.0, "E2": 60.0, "E3": 130.0, "E4": 90.0, "E6": 60.0, "W1": 120.0, "T1": 60.0, "L1": 45.0, "L2": 90.0}
+"""Bounds on the time from the fault until all is as it was: at least twice what two cores took, whose every start of a worker is slow."""
+ENDED_S = 8.0
+"""Bound from SIGTERM to the end of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,14 +73,14 @@ def run(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         under_way.until(STEP)
         under_way.until(STEP)
         for key in (key for key in STRIKES if key in wanted):
-            struck[key] = strike_at(ground, under_way, STRIKES[key], armed / key)
+            struck[key] = strike_at(ground, under_way, STRIKES[key], armed / key, RECOVERED_S[key])
         if "J1" in wanted:
             struck["J1"] = terminate(ground, under_way)
     ground.clean(last_step(under_way) + 4)
     return {key: judge() for key, judge in struck.items()}
 
 
-def strike_at(ground: Ground, under_way: Training, strike: Strike, once: Path) -> Callable[[], Finding]:
+def strike_at(ground: Ground, under_way: Training, strike: Strike, once: Path, recovered_s: float) -> Callable[[], Finding]:
     """Do it, wait until all is as it was; what that was is judged when the run is over."""
     before, at = last_step(under_way), None
     try:
@@ -95,11 +99,16 @@ def strike_at(ground: Ground, under_way: Training, strike: Strike, once: Path) -
     meanwhile = last_step(under_way) - before
     redone = [int(match[1]) for _, text in under_way.lines if (match := re.search(r"continues after step (\d+)", text))]
     times = {"detected_s": detected - at, "recovered_s": recovered - at, "lost_steps": seen - redone[-1] if strike.detect == LEARNER else 0}
-    within = detected - at <= strike.within_s
-    word = f" (bound {strike.within_s:g} s{'' if within else ' MISSED'})"
+    within, word = held(detected - at, strike.within_s, recovered - at, recovered_s)
     return lambda: ground.judged(
-        under_way.run_dir, saved, f"{strike.what}{word}; {meanwhile} steps until all was as before", within=within, **times
+        under_way.run_dir, saved, f"{strike.what} ({word}); {meanwhile} steps until all was as before", within=within, **times
     )
+
+
+def held(detected_s: float, detect_within_s: float, recovered_s: float, recover_within_s: float) -> tuple[bool, str]:
+    """Whether both bounds were held, and the bounds in words."""
+    marks = ["" if took <= bound else " MISSED" for took, bound in ((detected_s, detect_within_s), (recovered_s, recover_within_s))]
+    return not any(marks), f"bounds {detect_within_s:g} s{marks[0]} and {recover_within_s:g} s{marks[1]}"
 
 
 def kill_core(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
@@ -116,11 +125,9 @@ def kill_core(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         saved = next_save(under_way, 60)
     rows = [row for row in read_metrics(run_dir) if row["train/step"] > 0]
     gap = max(row["policy/logprob_gap"] for row in rows)
-    said = (
-        f"SIGKILL to the engine core of an engine of two ranks (bound {CORE_S:g} s); went on to step {saved}, "
-        f"log-prob gap at most {gap:.1e}"
-    )
-    within = detected - at <= CORE_S and gap < 1e-4
+    within, word = held(detected - at, CORE_S, recovered - at, RECOVERED_S["E3"])
+    said = f"SIGKILL to the engine core of an engine of two ranks ({word}); went on to step {saved}, log-prob gap at most {gap:.1e}"
+    within = within and gap < 1e-4
     lost, twice = prompts_against(run_dir, ground.clean(), saved)
     times = {"detected_s": detected - at, "recovered_s": recovered - at}
     return {
@@ -141,10 +148,10 @@ def terminate(ground: Ground, under_way: Training) -> Callable[[], Finding]:
     with training([*ground.overrides, f"train.steps={end}"], under_way.run_dir) as again:
         resumed = again.ended(240) == 0 and again.said(f"continues after step {step} of")
     said = (
-        f"SIGTERM in a step: exit status {status} after {took:.1f} s, {len(orphans)} processes left; "
+        f"SIGTERM in a step: exit status {status} after {took:.1f} s (bound {ENDED_S:g} s), {len(orphans)} processes left; "
         f"the same command went on from step {step}"
     )
-    within = status == 75 and told and resumed and not orphans and lost == 0
+    within = status == 75 and took <= ENDED_S and told and resumed and not orphans and lost == 0
     return lambda: ground.judged(under_way.run_dir, end, said, within=within, detected_s=took, recovered_s=None, lost_steps=lost)
 
 
