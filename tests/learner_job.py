@@ -5,6 +5,7 @@ FOLDER holds the models `student` and `teacher`; rank 0 leaves CASE.json and CAS
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from hybridrl.compose import load_config
 from hybridrl.config import RunSettings
-from hybridrl.errors import SkippedStep
+from hybridrl.errors import NonFiniteError, SkippedStep
 from hybridrl.types import Rewards, RolloutBatch, Shard, TokenScores, UpdatePlan
 
 WIDTH = 128  # of the tiny model
@@ -39,6 +40,11 @@ def chunk_of(first: int, last: int, *, keep: list[bool] | None = None, values: l
     span = slice(int(ends[2 * first]), int(ends[2 * last]))
     batch = make_batch(GROUPS[first:last])
     return batch, make_rewards(batch, values[2 * first : 2 * last], keep), make_scores(batch, logprobs[span], hidden[span])
+
+
+def inf_teacher() -> Chunk:
+    batch, rewards, scores = chunk_of(0, 4)
+    return batch, rewards, replace(scores, rows=np.full_like(scores.rows, np.inf))
 
 
 def settings_for(folder: Path, ranks: int, *overrides: str) -> RunSettings:
@@ -105,6 +111,16 @@ class Job:
         self.report(f"{case}-loaded", again, [], optimizer_steps=again.ping())
         self.report(f"{case}-resumed", again, [again.update(plan, shard, *values)])
 
+    def left_out(self, case: str, learner, shard: Shard, num_micro_batches: int, chunk: Chunk) -> None:
+        """A batch of which nothing can be learned: what the rank says, and the weights before and after."""
+        before, _ = learner.pack_weights(0)
+        try:
+            learner.update(plan_for(3, num_micro_batches), shard, *chunk)
+            message = "no error"
+        except SkippedStep as error:
+            message = str(error)
+        self.report(case, learner, [], error=message, before=before.digest if before else None)
+
     def gathered(self, case: str, learner) -> None:
         """The whole state by DeepSpeed's own gathering, which knows nothing of our offsets."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -126,6 +142,9 @@ class Job:
         self.report(case, learner, [learner.update(plan_for(2, num_micro_batches), shard, *values)])
 
 
+NAN_REWARD = chunk_of(0, 4, values=[*VALUES[:4], float("nan"), *VALUES[5:]])  # of the group that rank 1 has
+INF_REWARD = chunk_of(0, 4, values=[*VALUES[:4], float("inf"), *VALUES[5:]])
+BROKEN = dict(zip((1, 2, 3), (NAN_REWARD, INF_REWARD, inf_teacher()), strict=True))  # by ZeRO stage
 ONE_EACH = "train.max_tokens_per_micro_batch=1"
 
 
@@ -140,10 +159,12 @@ def two_ranks(job: Job) -> None:
         overrides = (f"learner.zero_stage={stage}", ONE_EACH)
         learner, shard, values = job.two_steps(f"zero{stage}", [chunk_of(0, 4)], groups, 6, *overrides)
         job.resume(f"zero{stage}", learner, shard, values, 6, *overrides)
+        job.left_out(f"zero{stage}-left-out", learner, shard, 6, BROKEN[stage])
         job.diagnosed(f"zero{stage}-diagnosed", groups, 6, *overrides)
         bf16 = (*overrides, "model.dtype=bfloat16")
         learner, shard, values = job.two_steps(f"zero{stage}-bf16", [chunk_of(0, 4)], groups, 6, *bf16)
         job.resume(f"zero{stage}-bf16", learner, shard, values, 6, *bf16)
+        job.left_out(f"zero{stage}-bf16-left-out", learner, shard, 6, BROKEN[stage])
 
 
 def two_ranks_again(job: Job) -> None:
@@ -181,6 +202,16 @@ def one_rank(job: Job) -> None:
         message = str(error)
     job.report("nan", learner, [], error=message)
     job.report("after-nan", learner, [learner.update(plan_for(step, 1), shard, *chunk_of(0, 4)) for step in range(2)])
+
+    with torch.no_grad():
+        for group in learner.engine.optimizer.single_partition_of_fp32_groups:
+            group[0] = float("inf")
+    try:
+        learner.save_state(str(job.folder / "one-state"))
+        message = "no error"
+    except NonFiniteError as error:
+        message = str(error)
+    job.report("infinite", learner, [], error=message)
 
     for saved, stage in ((1, 3), (2, 3), (3, 2)):
         job.resharded(f"zero{saved}-to-one", f"zero{saved}", shard, list(chunk_of(0, 4)), 1, f"learner.zero_stage={stage}")

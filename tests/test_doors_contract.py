@@ -1,22 +1,20 @@
 """What is taken for granted of teachers and engines is checked: tokens, templates, reproducibility, equal engines."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from batches import make_batch
 from graph import tiny_settings
 from tokenizers import Tokenizer
 from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hybridrl.controller.contract import check_engines, check_repeats, different_tokens, probe_prompts
+from hybridrl.controller.contract import check_repeats, different_tokens, probe_prompts
 from hybridrl.controller.run import prepare_prompts
 from hybridrl.errors import ConfigError, ContractError
 from hybridrl.models.tiny import tiny_tokenizer
-from hybridrl.types import Prompt, RolloutBatch, TokenScores
+from hybridrl.types import Prompt, TokenScores
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -130,29 +128,6 @@ def test_a_teachers_template_that_raises_names_the_teacher(tmp_path: Path, rows:
 
 
 # -- running workers -------------------------------------------------------------------------------------------------
-
-
-def answered(*tokens: int, logprob: float) -> RolloutBatch:
-    return make_batch([((1, 5), [tokens])], logprob=logprob)
-
-
-def test_engines_that_say_the_same_pass_and_others_are_named_with_the_difference():
-    first = answered(7, 8, logprob=-0.5)
-    check_engines([first, answered(7, 8, logprob=-0.5005)], max_gap=1e-3)
-    with pytest.raises(ContractError, match=r"rollout/0 and rollout/2 differ by 0\.25 nats per token .*max_logprob_gap is 0\.001"):
-        check_engines([first, first, answered(7, 8, logprob=-0.75)], max_gap=1e-3)
-    with pytest.raises(ContractError, match="differ by nan"):
-        check_engines([first, answered(7, 8, logprob=float("nan"))], max_gap=1e-3)
-
-
-def test_responses_are_compared_up_to_the_token_at_which_they_part():
-    one, other = answered(7, 8, 9, logprob=-0.5), answered(7, 3, 9, logprob=-0.5)
-    far = other.rollout_logprobs.copy()
-    far[-1] = -9.0  # after the parting
-    check_engines([one, replace(other, rollout_logprobs=far)], max_gap=1e-3)
-    far[-2] = -9.0  # at it: both claim to be the most likely token
-    with pytest.raises(ContractError):
-        check_engines([one, replace(other, rollout_logprobs=far)], max_gap=1e-3)
 
 
 def scores(logprob: float, row: float = 0.0, support: int = 0) -> TokenScores:

@@ -10,25 +10,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import xxhash
 from batches import make_batch
 from ray.cluster_utils import Cluster as RayNodes
 
-from hybridrl.choices import Device, WeightTransfer
+from hybridrl.choices import Device, OnStale, Ratio, WeightTransfer
 from hybridrl.config import DeadlineConfig, RunSettings
 from hybridrl.controller.checkpoint import Checkpointer
 from hybridrl.controller.controller import Controller
-from hybridrl.controller.ledger import Ledger
+from hybridrl.controller.ledger import Ledger, check_ledger, drawn_uids, read_ledger
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run import prepare_prompts
 from hybridrl.data.prompts import PromptSource
-from hybridrl.errors import ConfigError, FleetExhausted, PlacementError, WeightSyncError, WorkerTimeout
+from hybridrl.errors import ConfigError, FleetExhausted, PlacementError, SkippedStep, WeightSyncError, WorkerTimeout
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team, bundle_nodes
 from hybridrl.runtime.groups import LearnerGroup
 from hybridrl.runtime.workers import Slots, Workers, place_workers, start_rewards, start_workers
 from hybridrl.tracking.glossary import explain
 from hybridrl.tracking.sink import Sinks
-from hybridrl.types import Prompt
+from hybridrl.types import LearnerStats, Prompt
 from tests.graph import tiny_settings
 
 pytestmark = pytest.mark.graph
@@ -36,7 +37,8 @@ pytestmark = pytest.mark.graph
 PROMISED = {
     "train/step", "train/loss", "train/grad_norm", "grad/dense_norm", "grad/sparse_norm", "schedule/lambda", "kl/token", "reward/mean",
     "reward/error_rate", "rollout/length_mean", "rollout/truncated_frac", "policy/staleness_mean", "policy/rho_mean", "policy/ess",
-    "perf/tokens_per_s", "time/step_s", "time/rollout_s", "time/score_s", "time/reward_s", "time/learn_s", "time/sync_s",
+    "policy/probe_gap", "perf/tokens_per_s", "time/step_s",
+    "time/rollout_s", "time/score_s", "time/reward_s", "time/learn_s", "time/sync_s",
     "transfer/bytes_rollout", "transfer/bytes_scores", "transfer/bytes_weights", "controller/materialized_bytes",
 }  # fmt: skip
 
@@ -134,10 +136,30 @@ def test_pipelined_steps_overlap_within_their_bound_and_lose_no_prompt(graph):
         rows.append(controller.step())
         taken.append([p.uid for p in controller.pipeline.in_flight()])
         assert controller.state({}).parts["pipeline"]["prompts"]["owed"] == taken[-1]
-    assert [len(uids) for uids in taken] == [32, 32, 16, 0], "two waves ahead, as far as there are steps"
+    assert [len(uids) for uids in taken] == [0, 32, 16, 0], "two waves ahead once one was seen whole, as far as there are steps"
     assert all(row["policy/staleness_max"] <= 2 for row in rows) and max(row["policy/staleness_max"] for row in rows) > 0
     assert all(row["controller/materialized_bytes"] == 0 and row["rollout/late_frac"] == 0 for row in rows)
     assert controller.prompts.position == 64 and controller.prompts.owed == []
+
+
+@pytest.mark.parametrize("policy", [OnStale.drop, OnStale.reweight])
+def test_tokens_that_are_too_old_are_sampled_again_or_weighted_and_no_prompt_is_lost(graph, tmp_path, policy):
+    """Waves are drawn three versions ahead, where one is allowed."""
+    pipeline = replace(graph.settings.pipeline, ahead=3, max_staleness=1, on_stale=policy)
+    algorithm = replace(graph.settings.algorithm, ratio=replace(graph.settings.algorithm.ratio, kind=Ratio.truncate))
+    settings = replace(graph.settings, pipeline=pipeline, algorithm=algorithm, train=replace(graph.settings.train, steps=6))
+    graph.workers.learner.configure(settings)
+    controller = replace(graph, run_dir=tmp_path).controller(settings, graph.workers)
+    rows = [controller.step() for _ in range(6)]
+    graph.workers.learner.configure(graph.settings)
+    cursor = controller.pipeline.state_dict()["prompts"]
+    check_ledger(tmp_path, 6, drawn_uids(graph.prompts, settings.run.seed, cursor))
+    assert max(row["policy/staleness_max"] for row in rows) == 3
+    late, off_policy = ([row[key] for row in rows] for key in ("rollout/late_frac", "policy/kl_sampler"))
+    if policy is OnStale.drop:
+        assert max(late) > 0 and max(off_policy) < 1e-9 and len(cursor["owed"]) > 0, "what was learned from was sampled anew"
+    else:
+        assert max(late) == 0 and max(off_policy) > 1e-6, "the old tokens were learned from"
 
 
 def test_oversampling_trains_on_the_groups_that_are_done_first_and_returns_the_others(graph):
@@ -276,6 +298,19 @@ def test_a_worker_that_stops_is_replaced_within_the_longest_silence_and_the_othe
     wait_until(lambda: log.read_text().count("most recent call first") > dumps)
 
 
+def test_an_engine_that_stops_while_weights_come_is_replaced_and_the_others_write_their_stacks(graph, controller, short_deadlines):
+    log = graph.run_dir / "logs" / "learner-0.log"
+    dumps, rollout = log.read_text().count("most recent call first"), graph.workers.rollout
+    os.kill(rollout.group.pids()[0], signal.SIGSTOP)
+    controller.publish_weights()
+    assert rollout.serving == {1}
+    wait_until(lambda: log.read_text().count("most recent call first") > dumps)
+    steps_after = gather([*rollout.joining.values()])
+    assert steps_after[0]["version"] == -1, "it serves nothing before it was given the weights"
+    controller.step()
+    assert rollout.serving == {0, 1}
+
+
 def test_a_learner_rank_that_stops_is_told_within_the_longest_silence(graph, controller, short_deadlines):
     """The run goes back to its checkpoint then, which tests/test_chaos_fast.py sees; here the rank goes on and the step is lost."""
     os.kill(pid := graph.workers.learner.group.pids()[1], signal.SIGSTOP)
@@ -312,9 +347,57 @@ def test_a_killed_scorer_is_replaced_and_scores_the_same_tokens(graph, controlle
     assert group.pids()[1] != pid
 
 
-def test_an_engine_that_cannot_be_replaced_any_more_ends_the_run_with_the_reason(graph, controller):
-    """Last in this file: the graph is one engine short afterwards."""
-    graph.workers.rollout.group.restarts_left = 0
-    os.kill(graph.workers.rollout.group.pids()[1], signal.SIGKILL)
-    with pytest.raises(FleetExhausted, match=r"rollout/1.*cluster.max_restarts is used up for rollout"):
+def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_is_learned_from_it(graph, controller):
+    """It received what was sent, and says so: the digest is right, the weights are not the learner's."""
+    learner, group = graph.workers.learner, graph.workers.rollout.group
+    manifest, packed = learner.pack_weights(controller.weight_version)
+    wrong = ray.get(packed).copy()
+    wrong.view(np.float32)[:] *= 1.5
+    sent = replace(manifest, digest=xxhash.xxh3_128_hexdigest(wrong))
+    assert gather([group.submit(1, "load_weights", sent, wrong, deadline_s=60.0)]) == [sent.digest]
+    controller.probe.ask()
+    before, steps = gather(learner.ready()), controller.steps_done
+    with pytest.raises(WeightSyncError, match=r"rollout/1 and the learner differ by .* nats per token"):
+        controller.step()
+    assert gather(learner.ready()) == before and controller.steps_done == steps
+    controller.pipeline.settle([])
+    controller.publish_weights()
+    assert controller.probe.check() < 1e-5
+
+
+class Skipping:
+    """The learner of a graph, which leaves its next batches out."""
+
+    def __init__(self, learner: LearnerGroup, count: int) -> None:
+        self.learner, self.left = learner, count
+
+    def update(self, *arguments: object) -> LearnerStats:
+        if self.left:
+            self.left -= 1
+            raise SkippedStep("as told")
+        return self.learner.update(*arguments)
+
+
+def test_batches_that_are_left_out_are_passed_over_and_one_too_many_ends_the_run(graph, tmp_path):
+    settings = replace(graph.settings, train=replace(graph.settings.train, max_skipped=2))
+    controller = replace(graph, run_dir=tmp_path).controller(settings, graph.workers)
+    controller.learner = Skipping(graph.workers.learner, 2)
+    controller._step_or_skip()
+    (line,) = read_ledger(tmp_path)
+    assert (line["step"], len(line["passed_over"]), len(line["trained"])) == (1, 32, 16)
+    controller.learner.left = 3
+    with pytest.raises(SkippedStep, match="as told"):
+        controller._step_or_skip()
+
+
+def test_an_engine_that_cannot_be_replaced_any_more_is_done_without_and_the_last_one_ends_the_run(graph, controller, caplog):
+    """Last in this file: the graph has no engine afterwards."""
+    rollout = graph.workers.rollout
+    rollout.group.restarts_left = 0
+    os.kill(rollout.group.pids()[1], signal.SIGKILL)
+    controller.step()
+    assert rollout.serving == {0} and "cluster.max_restarts is used up for rollout workers" in caplog.text
+    assert controller.step()["policy/probe_gap"] < 1e-5
+    os.kill(rollout.group.pids()[0], signal.SIGKILL)
+    with pytest.raises(FleetExhausted, match=r"rollout/0.*cluster.max_restarts is used up for rollout"):
         controller.step()

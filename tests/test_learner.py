@@ -324,5 +324,18 @@ def test_a_nan_reward_that_was_not_dropped_steps_nothing_and_its_batch_is_kept_t
     assert kept["0/sparse"].isnan().any() and kept["0/teachers/0/rows"].shape[1] == 128
 
 
+@pytest.mark.parametrize("case", [f"zero{stage}{dtype}" for stage in (1, 2, 3) for dtype in ("", "-bf16")])
+def test_what_is_not_finite_on_one_of_two_ranks_steps_nothing_on_either(folder: Path, case: str):
+    """ZeRO 1: a NaN reward of rank 1, 2: an infinite one, 3: infinite teacher states of both."""
+    found = result(folder, f"{case}-left-out")
+    assert "nothing was stepped" in found["error"] and found["digest"] == found["before"]
+    assert (folder / "skipped" / "step_000003-rank1.safetensors").is_file()
+
+
+def test_weights_that_are_infinite_are_not_saved(folder: Path):
+    assert result(folder, "infinite")["error"].startswith("master of ")
+    assert "is not finite; it is not saved" in result(folder, "infinite")["error"]
+
+
 def test_after_a_batch_that_was_left_out_the_steps_are_those_of_a_learner_that_never_saw_it(folder: Path):
     assert result(folder, "after-nan")["digest"] == result(folder, "one")["digest"]

@@ -7,7 +7,7 @@ import logging
 import pickle
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run import prepare_prompts
 from hybridrl.controller.sampling import Arrived
 from hybridrl.data.prompts import PromptSource
-from hybridrl.errors import CheckpointError, LedgerError
+from hybridrl.errors import CheckpointError, LedgerError, Preempted
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.workers import Workers, place_workers, start_rewards, start_workers
 from hybridrl.tracking.sink import Sinks
@@ -44,12 +44,14 @@ class Recorder:
     rows: list[dict[str, float]] = field(default_factory=list)
     samples_seen: list[Sequence[Sample]] = field(default_factory=list)
     held: list[dict[str, object]] = field(default_factory=list)
+    then: Callable[[], None] = lambda: None
 
     def start(self, info: RunInfo) -> None: ...
 
     def log(self, metrics: Mapping[str, float]) -> None:
         self.rows.append({key: value for key, value in metrics.items() if not key.startswith(("time/", "perf/"))})
         self.held.append(contents(self.controller))
+        self.then()
 
     def samples(self, rows: Sequence[Sample]) -> None:
         self.samples_seen.append(rows)
@@ -207,7 +209,19 @@ def test_a_checkpoint_that_fails_is_told_and_the_run_goes_on_but_not_past_its_en
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with caplog.at_level(logging.ERROR), pytest.raises(CheckpointError, match="step_000003: not saved"):
         controller.run()
-    assert "step 2 has no checkpoint; the next try is in 1 steps" in caplog.text and len(recorder.rows) == 2
+    assert "step 2 has no checkpoint, the older ones are whole: " in caplog.text and len(recorder.rows) == 2
+
+
+@pytest.mark.graph
+def test_told_to_end_while_checkpoints_fail_it_ends_as_told_and_says_that_the_step_was_not_saved(
+    graph: Graph, whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    controller, recorder = continued(graph, whole, 1, tmp_path)
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    recorder.then = lambda: setattr(controller.preemption, "told", True)
+    with caplog.at_level(logging.ERROR), pytest.raises(Preempted):
+        controller.run()
+    assert len(recorder.rows) == 1 and "step 2 has no checkpoint, the older ones are whole: " in caplog.text
 
 
 @pytest.mark.graph

@@ -18,6 +18,7 @@ from hybridrl.compose import load_config
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer, RunState
 from hybridrl.controller.evaluation import summary
+from hybridrl.controller.inputs import check_inputs, digests
 from hybridrl.controller.run import prepare_prompts, result
 from hybridrl.controller.run_directory import FREE, changes, find_checkpoint, flat, read_settings, run_directory
 from hybridrl.controller.teacher_levels import TEACHER_LEVELS, conditions_of, read_levels, teachers_in_use, teachers_to_measure
@@ -387,3 +388,26 @@ def test_a_run_without_accuracy_still_has_a_result(tmp_path: Path):
     sink.close(0)
     done = result(tmp_path, None)
     assert (done.accuracy_before, done.accuracy_after, done.teacher_accuracy) == (None, None, {}) and done.report.is_file()
+
+
+# -- what is read from outside ---------------------------------------------------------------------------------------
+
+
+def test_changed_prompts_and_a_changed_reward_file_are_refused_until_they_are_allowed(tmp_path: Path):
+    file = tmp_path / "rewards.py"
+    file.write_text("def score(completions): return [0.0] * len(completions)")
+    said = ["experiment=quickstart", f"run.dir={tmp_path}", f"+reward.functions.mine.function={file}:score"]
+    settings, prompts = load_config(said), [Prompt(uid=uid, input_ids=(1, 2), text="", columns={"target": 3}) for uid in "ab"]
+    before = digests(settings, prompts, [])
+    assert before.keys() == {"data", "reward.functions.mine"}, "a built-in reward is of this version"
+    check_inputs(settings, before, digests(settings, prompts, []))
+    check_inputs(settings, {}, before)  # a checkpoint of an older version has none
+    file.write_text("def score(completions): return [1.0] * len(completions)")
+    other = [prompts[0], replace(prompts[1], columns={"target": 4})]
+    with pytest.raises(RunDirectoryError) as caught:
+        check_inputs(settings, before, digests(settings, other, []))
+    assert str(caught.value) == (
+        f"run.dir={tmp_path}: the prompts that data.* gives, the file of reward.functions.mine.function changed since the checkpoint; "
+        "restore it, choose another run.dir, or continue that run with it by run.allow_changes=[data,reward.functions.mine]"
+    )
+    check_inputs(load_config([*said, "run.allow_changes=[data,reward.functions]"]), before, digests(settings, other, []))

@@ -27,7 +27,7 @@ from hybridrl.errors import ConfigError, DataError, HybridRLError, PlacementErro
 from hybridrl.failpoints import VARIABLE
 from hybridrl.models.loading import load_model
 from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
-from hybridrl.runtime.group import ActorGroup, Slot, dump_stacks
+from hybridrl.runtime.group import ActorGroup, Slot, ask_for_stacks
 from hybridrl.runtime.groups import RewardGroup, RolloutGroup
 from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
 from hybridrl.workers.rollout import Waves, chunk_header, complete, top_tokens, trajectory
@@ -190,7 +190,7 @@ def test_the_stacks_are_asked_of_the_process_that_writes_the_log_and_of_no_other
     """To one that does not know the signal it is the end."""
     for log, status in (("w-0.log", -signal.SIGUSR1), ("other.log", 0)):
         with (tmp_path / log).open("w") as out, subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out) as process:
-            dump_stacks(process.pid, str(tmp_path / "w-0.log"))
+            ask_for_stacks(process.pid, str(tmp_path / "w-0.log"))
             process.stdin.close()
             assert process.wait(60) == status
 

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +60,7 @@ class RunState:
     parts: dict[str, Any]  # state_dict of each Stateful part by its name: the data cursor, schedules
     metrics: dict[str, float]  # the step's row, where checkpoint.best finds its metric
     wandb_id: str | None
+    inputs: dict[str, str] = field(default_factory=dict)  # controller.inputs.digests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,13 @@
 """What the objective takes for granted of teachers and engines, checked instead of believed.
 
 Before anything starts: each teacher has the student's tokens and special tokens, and writes a conversation the same way.
-Before the first step: each scorer gives the same answer twice, and all engines say the same of the same prompt.
+Before the first step: each scorer gives the same answer twice. That the engines compute what the learner does is asked after every
+sync (controller.engine_probe).
 That teachers score at the sampler's temperature holds by construction: both read algorithm.temperature.
 """
 
 from collections.abc import Sequence
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hybridrl.config import RunSettings
@@ -21,7 +21,7 @@ from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.workers import Workers
-from hybridrl.types import Prompt, RolloutBatch, TokenScores
+from hybridrl.types import Prompt, TokenScores
 
 SHOWN = 3  # differing tokens that an error names
 PROBE_TOKENS = 8
@@ -105,21 +105,18 @@ def check_templates(
 
 
 def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Prompt]) -> None:
-    """Ask running engines and scorers about a few prompts. Costs one short generation and two scorings.
-
-    Engines must hold the same weights: call it before the first weights are published, when cached prefixes of the
-    probe are dropped too.
+    """Ask running scorers about responses to a few prompts. Costs one short generation and two scorings; what the engines compute is
+    compared after every sync (controller.engine_probe).
 
     Raises:
-        ContractError: a scorer gave two answers to the same batch, or two engines differ by more than rollout.max_logprob_gap.
+        ContractError: a scorer gave two answers to the same batch.
     """
     topk = settings.algorithm.topk.k if Signal.sampler_support in make_objective(settings).signals else 0
     asked = probe_prompts(settings, prompts)
-    chunks = workers.rollout.probe(asked, num_tokens=min(PROBE_TOKENS, settings.rollout.max_new_tokens), support=topk)
-    batches = gather([chunk.batch for chunk in chunks])
-    check_engines(batches, settings.rollout.max_logprob_gap)
+    tokens = min(PROBE_TOKENS, settings.rollout.max_new_tokens)
+    chunk, *_ = workers.rollout.probe(asked, num_tokens=tokens, temperature=0.0, support=topk).values()
     for scorer in workers.scorers:
-        answers = [scorer.score([chunks[0]] * scorer.group.size) for _ in range(2)]  # one call per replica, twice
+        answers = [scorer.score([chunk] * scorer.group.size) for _ in range(2)]  # one call per replica, twice
         once, again = (gather([scores for _, scores in answer]) for answer in answers)
         check_repeats(scorer.teacher, once, again)
 
@@ -129,35 +126,6 @@ def probe_prompts(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prom
     routes = [settings.teachers[name].route for name in settings.scored_teachers]
     routed = [next((p for p in prompts if all(p.columns.get(k) == v for k, v in route.items())), prompts[0]) for route in routes]
     return list({p.uid: p for p in [*prompts[:PROBE_PROMPTS], *routed]}.values())
-
-
-def check_engines(batches: Sequence[RolloutBatch], max_gap: float) -> None:
-    """Compare what each engine sampled greedily with what the first did.
-
-    Once two responses part, at a near tie, they say nothing of each other any more; the tokens there are compared still,
-    for both were the most likely ones.
-
-    Raises:
-        ContractError: names the engine and the mean absolute difference.
-    """
-    for engine, batch in enumerate(batches[1:], start=1):
-        gaps = np.concatenate([sequence_gaps(batches[0], batch, i) for i in range(batch.num_sequences)])
-        if not gaps.mean() <= max_gap:
-            raise ContractError(
-                f"engines rollout/0 and rollout/{engine} differ by {gaps.mean():.3g} nats per token on the same prompts, "
-                f"rollout.max_logprob_gap is {max_gap:g}; they do not run the same weights, or not in the same precision"
-            )
-
-
-def sequence_gaps(one: RolloutBatch, other: RolloutBatch, i: int) -> np.ndarray:
-    """[T'] absolute differences of the log-probs of response i, up to the first token at which the two differ."""
-    (ids, logprobs), (other_ids, other_logprobs) = (
-        (t.response_ids, t.rollout_logprobs[t.response_mask]) for t in (one.trajectory(i), other.trajectory(i))
-    )
-    shorter = min(len(ids), len(other_ids))
-    parted = np.flatnonzero(ids[:shorter] != other_ids[:shorter])
-    until = int(parted[0]) + 1 if len(parted) else shorter
-    return np.abs(logprobs[:until] - other_logprobs[:until])
 
 
 def check_repeats(teacher: str, once: Sequence[TokenScores], again: Sequence[TokenScores]) -> None:

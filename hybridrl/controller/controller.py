@@ -12,6 +12,7 @@ from hybridrl import failpoints
 from hybridrl.choices import OnStale, WeightTransfer
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer, RunState, Stateful
+from hybridrl.controller.engine_probe import EngineProbe
 from hybridrl.controller.evaluation import Evaluation, evaluate
 from hybridrl.controller.ledger import Ledger
 from hybridrl.controller.metrics import late_metrics, learner_metrics, reward_metrics, rollout_metrics, transfer_metrics, worker_times
@@ -63,7 +64,7 @@ class Controller:
         self.workers, self.learner = workers, workers.learner
         self.sampling, self.weights_of = Sampling(settings, workers, preemption), Weights(settings)
         self.pipeline = Pipeline(settings, self.sampling, prompts, self.weights_of, store_bytes=object_store_bytes())
-        self.weights = WeightSync(workers.learner, workers.rollout, backend)
+        self.weights, self.probe = WeightSync(workers.learner, workers.rollout, backend), EngineProbe(settings, workers, prompts.prompts)
         self.prompts, self.heldout, self.sinks, self.checkpointer, self.ledger = prompts, heldout, sinks, checkpointer, ledger
         self.stateful: dict[str, Stateful] = {"pipeline": self.pipeline, "schedules": self.weights_of}
         self.signals = make_objective(settings).signals
@@ -72,6 +73,7 @@ class Controller:
         self.weight_version = 0
         self.saved_step = 0
         self.wandb_id: str | None = None  # None: wandb is off
+        self.inputs: dict[str, str] = {}  # controller.inputs.digests, for checkpoints
 
     def step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics."""
@@ -86,6 +88,7 @@ class Controller:
             shards = self._shards(used)
             plan = self._plan(used, shards)
             values = [[a.drawn.chunk.batch.ref, a.drawn.rewards[0].ref, *(scores.ref for _, scores in a.drawn.scores)] for a in used]
+            probe_gap = self.probe.check()
             try:
                 stats = self.learner.update(plan, [s for s, _ in shards], [[ref for c in mine for ref in values[c]] for _, mine in shards])
             except SkippedStep:
@@ -109,6 +112,7 @@ class Controller:
             **learner_metrics(plan, stats),
             **transfer_metrics(headers, score_headers, weight_bytes, self.clock.seconds("sync")),
             **late_metrics(late, sampled),
+            "policy/probe_gap": probe_gap,
             "transfer/inflight_bytes": float(self.pipeline.in_flight_bytes),
             "controller/materialized_bytes": float(Meter.materialized_bytes - fetched),
             "perf/tokens_per_s": float(sum(h.response_lengths.sum() for h in headers)) / step_s,
@@ -159,7 +163,7 @@ class Controller:
                 row = self._step_or_skip()
             except Preempted:
                 if self.steps_done > self.saved_step:
-                    self.save(row, last=True)
+                    self.save(row, last=False)
                 raise
             last = self.steps_done == settings.train.steps
             if last or (settings.eval.every and self.steps_done % settings.eval.every == 0):
@@ -184,10 +188,13 @@ class Controller:
     def publish_weights(self) -> int:
         """Engines sample step k's rollouts with version k; returns the bytes sent to each engine."""
         self.weight_version = self.steps_done
-        return self.weights.publish(self.weight_version)
+        num_bytes = self.weights.publish(self.weight_version)
+        self.probe.ask()
+        return num_bytes
 
     def evaluate(self) -> dict[str, float]:
         with self.clock.phase("eval"):
+            self.probe.check()
             result = self._evaluate()
         self.sinks.samples(result.samples)
         return result.metrics | self.clock.take()
@@ -220,9 +227,7 @@ class Controller:
             except CheckpointError as error:
                 if last:
                     raise
-                log.error(
-                    "step %d has no checkpoint; the next try is in %d steps: %s", self.steps_done, self.settings.checkpoint.every, error
-                )
+                log.error("step %d has no checkpoint, the older ones are whole: %s", self.steps_done, error)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -234,6 +239,7 @@ class Controller:
             parts={name: part.state_dict() for name, part in self.stateful.items()},
             metrics=dict(row),
             wandb_id=self.wandb_id,
+            inputs=self.inputs,
         )
 
     def load_state(self, state: RunState, folder: str) -> None:

@@ -113,7 +113,8 @@ class Pipeline:
         return self.settings.train.steps - 1
 
     def _fits(self) -> bool:
-        return self.in_flight_bytes + self.wave_bytes <= self.limit
+        """Unknown before a first wave was seen whole: then none is drawn ahead."""
+        return bool(self.wave_bytes) and self.in_flight_bytes + self.wave_bytes <= self.limit
 
 
 def wave_seed(run_seed: int, kind: str, step: int) -> int:

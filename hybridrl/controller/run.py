@@ -12,18 +12,20 @@ from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.contract import check_running, check_teachers, check_templates
 from hybridrl.controller.controller import Controller
-from hybridrl.controller.ledger import Ledger
+from hybridrl.controller.inputs import check_inputs, digests
+from hybridrl.controller.ledger import Ledger, check_ledger, drawn_uids
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
 from hybridrl.controller.teacher_levels import measure_teachers, teachers_to_measure
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
-from hybridrl.errors import ConfigError, FleetExhausted, WorkerError
+from hybridrl.errors import ConfigError, FleetExhausted, LedgerError, WorkerError, WorkerTimeout
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.rewards import check_rewards
 from hybridrl.rewards.reward_model import check_reward_models
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
+from hybridrl.runtime.group import dump_stacks
 from hybridrl.runtime.workers import Slots, Workers, place_workers, recover, start_rewards, start_workers
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics
@@ -56,6 +58,8 @@ def train(settings: RunSettings) -> RunResult:
         settings = replace(settings, run=replace(settings.run, dir=str(run_dir)))  # for workers, who may run elsewhere
         stack.enter_context((preemption := Preemption()).listening())
         checkpoint = find_checkpoint(settings, run_dir)
+        if checkpoint:
+            check_inputs(settings, checkpoint.state.inputs, digests(settings, prompts, heldout))
         console, sinks, wandb = make_sinks(settings)
         stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
         first = checkpoint.state.step if checkpoint else 0
@@ -113,6 +117,8 @@ class Attempts:
                     checkpoint = self.go_back()
                 return self.attempt(workers, checkpoint)
             except WorkerError as error:  # a lost engine, scorer or reward worker is replaced while the run goes on
+                if isinstance(error, WorkerTimeout):
+                    dump_stacks()
                 if not restarts_left:
                     raise FleetExhausted(f"{error}; cluster.max_restarts is used up, the last checkpoint stands") from error
                 self.console.notice(f"{error}; going back to the last checkpoint")
@@ -126,9 +132,19 @@ class Attempts:
         self.sinks.start(run_info(self.settings, self.run_dir, checkpoint))
         return checkpoint
 
+    def check_ledger(self, checkpoint: Checkpoint) -> None:
+        """Say so where it does not account for every prompt up to the checkpoint. It is a record: the run goes on without it."""
+        cursor = checkpoint.state.parts["pipeline"]["prompts"]
+        try:
+            check_ledger(self.run_dir, checkpoint.state.step, drawn_uids(self.prompts, self.settings.run.seed, cursor))
+        except LedgerError as error:
+            self.console.notice(f"{error}; that each prompt was trained on once can no longer be shown of this run")
+
     def attempt(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
         gather(workers.learner.ready(), self.preemption.check)
         with closing(Ledger(self.run_dir, checkpoint.state.step if checkpoint else 0)) as ledger:
+            if checkpoint:
+                self.check_ledger(checkpoint)
             controller = Controller(
                 self.settings,
                 workers=workers,
@@ -141,6 +157,7 @@ class Attempts:
                 preemption=self.preemption,
             )
             controller.wandb_id = self.wandb.run_id if self.wandb else None
+            controller.inputs = digests(self.settings, self.prompts, self.heldout)
             train_on(controller, checkpoint, self.levels)
         return controller
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hybridrl.choices import Source
 from hybridrl.objectives.credit import Credit
-from hybridrl.types import NO_VERSION, ScoredBatch
+from hybridrl.types import NO_VERSION, RolloutBatch, ScoredBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,18 +138,24 @@ def idle_sequence(teachers: Sequence[TeacherColumns]) -> TrainSequence:
     Args:
         teachers: one row each, in the widths and dtypes of the run.
     """
-    zero = np.zeros(1, np.float32)
+    return _unlearned(np.zeros(2, np.int32), np.array([1]), np.zeros(1, np.float32), tuple(teachers))
+
+
+def plain_sequences(rollout: RolloutBatch) -> list[TrainSequence]:
+    """Cut a batch into sequences that nobody learns from, without teachers."""
+    found = []
+    for start, stop in pairwise(rollout.offsets.tolist()):
+        at = np.flatnonzero(rollout.response_mask[start:stop])
+        found.append(_unlearned(rollout.input_ids[start:stop], at, rollout.rollout_logprobs[start:stop][at]))
+    return found
+
+
+def _unlearned(ids: np.ndarray, at: np.ndarray, logprobs: np.ndarray, teachers: tuple[TeacherColumns, ...] = ()) -> TrainSequence:
+    zero = np.zeros(len(at), np.float32)
     return TrainSequence(
-        input_ids=np.zeros(2, np.int32),
-        response_at=np.array([1]),
-        rollout_logprobs=zero,
-        token_weight=zero,
-        sparse=zero,
-        value_slope=zero,
-        teachers=tuple(teachers),
-        source=Source.student,
-        oldest_version=NO_VERSION,
-    )
+        input_ids=ids, response_at=at, rollout_logprobs=logprobs, token_weight=zero, sparse=zero, value_slope=zero, teachers=teachers,
+        source=Source.student, oldest_version=NO_VERSION,
+    )  # fmt: skip
 
 
 def to_wire(tensor: Tensor) -> np.ndarray:

@@ -76,7 +76,7 @@ def settle(
         for ref in _ready(list(waiting), max(min(left, next_watch - time.monotonic()), 0.001)):
             done = waiting.pop(ref)
             try:
-                values[ref] = _fetch(done)
+                values[ref] = _fetch(done, left)
             except WorkerError as error:
                 values[ref] = lost[done.worker, done.epoch] = error
         if waiting and time.monotonic() >= next_watch:  # not with each answer: it asks every engine
@@ -90,7 +90,22 @@ def settle(
     return [values[p.ref] for p in pending], list(lost.values())
 
 
+def outcomes(pending: Sequence[Pending]) -> list[Any]:
+    """Of every call its result or its HybridRLError, in order; none waits longer than the longest deadline."""
+    refs, limit = [p.ref for p in pending], max((p.deadline_s for p in pending), default=0.0)
+    done = set(ray.wait(refs, num_returns=len(refs), timeout=limit)[0]) if refs else set()
+    found = []
+    for p in pending:
+        try:
+            found.append(_fetch(p, DELIVERY_S) if p.ref in done else _late(p, limit))
+        except HybridRLError as error:
+            found.append(error)
+    return found
+
+
 WATCH_S = 1.0
+DELIVERY_S = 5.0
+"""For a result that is there, when the time of its call is used up: what comes to the caller is small."""
 OBJECT_STORE = "the object store"
 """In the place of a worker that nobody can replace."""
 
@@ -112,9 +127,9 @@ def is_done(pending: Pending) -> bool:
     return bool(ray.wait([pending.ref], timeout=0)[0])
 
 
-def _fetch(pending: Pending) -> Any:
+def _fetch(pending: Pending, left_s: float) -> Any:
     try:
-        value = ray.get(pending.ref, timeout=pending.deadline_s)
+        value = ray.get(pending.ref, timeout=max(left_s, DELIVERY_S))
     except GetTimeoutError as error:
         raise WorkerTimeout(
             pending.worker, pending.call, f"its result was not delivered within {pending.deadline_s:g} s", pending.epoch

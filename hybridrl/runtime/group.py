@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hybridrl.errors import FleetExhausted, WorkerError
+from hybridrl.errors import FleetExhausted, WorkerError, WorkerTimeout
 from hybridrl.runtime.calls import Pending, gather, settle
 from hybridrl.runtime.host import STACKS, AsyncHost, Host
 
@@ -56,6 +57,8 @@ class ActorGroup:
         self.restarts_left = max_restarts
         self.actors = [self._start(i) for i in range(self.size)]
         self.pid_refs = [actor.pid.remote() for actor in self.actors]  # asked now: a worker that hangs does not answer
+        self.driver = ray.get_runtime_context().get_worker_id()
+        ALIVE.add(self)
 
     def _start(self, index: int) -> ActorHandle:
         slot, log = self.slots[index], self._log(self.names[index])
@@ -81,6 +84,8 @@ class ActorGroup:
         index = self.names.index(lost.worker)
         if self.epochs[index] != lost.epoch:
             return None
+        if isinstance(lost, WorkerTimeout):
+            dump_stacks()
         ray.kill(self.actors[index])
         if self.restarts_left == 0:
             raise FleetExhausted(f"{lost}; cluster.max_restarts is used up for {self.name} workers, the last checkpoint stands")
@@ -125,12 +130,12 @@ class ActorGroup:
         """Process ids, each on its own node."""
         return ray.get(self.pid_refs, timeout=60)
 
-    def dump_stacks(self) -> list[ray.ObjectRef]:
-        """Have every worker that can write the stacks of its threads into its log; one reference each, there when it was asked."""
+    def ask_for_stacks(self) -> list[ray.ObjectRef]:
+        """Of every worker that can write them into its log; one reference each, there when it was asked."""
         asked = []
         for slot, pid, name in zip(self.slots, self.pid_refs, self.names, strict=True):
             there = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
-            ask = ray.remote(dump_stacks).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+            ask = ray.remote(ask_for_stacks).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
             asked.append(ask.remote(pid, self._log(name)))
         return asked
 
@@ -138,12 +143,26 @@ class ActorGroup:
         return f"{self.log_dir}/{name.replace('/', '-')}.log"
 
     def close(self) -> None:
+        ALIVE.discard(self)
         for actor in self.actors:
             ray.kill(actor)
         self.actors = []
 
 
-def dump_stacks(pid: int, log: str) -> None:
+ALIVE: WeakSet[ActorGroup] = WeakSet()
+"""The groups of this process that were not closed."""
+DUMP_S = 5.0
+"""For the stacks of all workers; one whose node is gone writes none."""
+
+
+def dump_stacks() -> None:
+    """Have all workers write the stacks of their threads into their logs; waits a moment, for one of them is ended next."""
+    here = ray.get_runtime_context().get_worker_id()  # groups of an earlier Ray are gone with it
+    asked = [ref for group in ALIVE if group.driver == here for ref in group.ask_for_stacks()]
+    ray.wait(asked, num_returns=len(asked), timeout=DUMP_S)
+
+
+def ask_for_stacks(pid: int, log: str) -> None:
     """Ask a process of this node for its stacks; see runtime.host. Where another process has that number by now: nothing."""
     with suppress(OSError):
         if os.readlink(f"/proc/{pid}/fd/1") == os.path.realpath(log):

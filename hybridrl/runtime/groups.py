@@ -12,13 +12,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hybridrl.choices import PairLoss, Source, WeightTransfer
 from hybridrl.config import ModelConfig, RunSettings
-from hybridrl.errors import WeightSyncError, WorkerDied, WorkerError, WorkerTimeout
+from hybridrl.errors import FleetExhausted, HybridRLError, WeightSyncError, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.placement import chunk_size
-from hybridrl.runtime.calls import Pending, gather, is_done
+from hybridrl.runtime.calls import Pending, gather, is_done, outcomes
 from hybridrl.runtime.group import ActorGroup, EngineCall, Slot
 from hybridrl.types import GenerateOrder, LearnerStats, Prompt, Sample, SavedFile, Shard, UpdatePlan, WeightManifest
 
 log = logging.getLogger(__name__)
+PROBE = "probe"
+"""The wave of a probe; no wave of prompts is called so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,14 +133,18 @@ class RolloutGroup:
         self.load.add(engine, tokens, header)
         return Chunk(order=order, prompts=prompts, header=header, batch=batch)
 
-    def probe(self, prompts: Sequence[Prompt], *, num_tokens: int, support: int) -> list[Chunk]:
-        """The same prompts on every engine, greedily: one chunk per engine."""
+    def probe(self, prompts: Sequence[Prompt], *, num_tokens: int, temperature: float, support: int = 0) -> dict[str, Chunk]:
+        """The same prompts on every engine that serves: one chunk by the engine's name. Waits; who does not answer is lost."""
         order = GenerateOrder(
-            wave="probe", chunk=0, num_chunks=1, group_size=1, temperature=0.0, max_new_tokens=num_tokens, seed=0, support=support
+            wave=PROBE, chunk=0, num_chunks=1, group_size=1, temperature=temperature, max_new_tokens=num_tokens, seed=0, support=support
         )
-        limit = self.settings.deadlines.rollout_s
-        pairs = [self.group.submit_pair(i, "generate", order, tuple(prompts), deadline_s=limit) for i in range(self.group.size)]
-        return [Chunk(order=order, prompts=tuple(prompts), header=header, batch=batch) for header, batch in pairs]
+        asked, found, limit = tuple(prompts), {}, self.settings.deadlines.rollout_s
+        for engine in sorted(self.serving):
+            header, batch = self.group.submit_pair(engine, "generate", order, asked, deadline_s=limit)
+            found[self.group.names[engine]] = Chunk(order=order, prompts=asked, header=header, batch=batch)
+        failed = self._failed([chunk.header for chunk in found.values()])
+        self._lose_all(failed)
+        return {name: chunk for name, chunk in found.items() if all(name != error.worker for error in failed)}
 
     # -- lost engines ------------------------------------------------------------------------------------------------
 
@@ -154,8 +160,21 @@ class RolloutGroup:
         return None
 
     def lose(self, lost: WorkerError) -> None:
-        """Go on without an engine, and start another in its place."""
-        engine = self.group.replace(lost)
+        """Go on without an engine, and start another in its place as long as cluster.max_restarts allows it.
+
+        Raises:
+            FleetExhausted: it does not, and no other engine is left.
+        """
+        try:
+            engine = self.group.replace(lost)
+        except FleetExhausted as error:
+            left = self.serving - {self.group.names.index(lost.worker)}
+            if not (left or self.joining):
+                raise
+            if left != self.serving:
+                log.warning("%s; going on with %d engines", error, len(left) + len(self.joining))
+            self.serving = left
+            return
         if engine is not None:
             self.serving.discard(engine)
             self.joining[engine] = self.group.submit(engine, "ping", deadline_s=self.settings.deadlines.start_s)
@@ -167,14 +186,13 @@ class RolloutGroup:
                 if self.serving and not is_done(ping):
                     continue
                 del self.joining[engine]
-                try:
-                    gather([ping])
-                    if self.latest is not None:
-                        self._acknowledged(self._load(engine, *self.latest))
+                failed = self._failed([ping])
+                if not failed and self.latest is not None:
+                    failed = self._failed([self._load(engine, *self.latest)])
+                if not failed:
                     self.serving.add(engine)
                     log.warning("%s serves again", self.group.names[engine])
-                except WorkerError as error:
-                    self.lose(error)
+                self._lose_all(failed)
             if self.serving:
                 return
 
@@ -208,27 +226,19 @@ class RolloutGroup:
         self._lose_all(self._failed(self.abort()))
 
     def _failed(self, calls: Sequence[Pending]) -> list[WorkerError]:
+        """What kept an engine from doing what it was told to; all have the same time."""
         errors = []
-        for call in calls:
-            try:
-                self._acknowledged(call)
-            except WorkerError as error:
-                errors.append(error)
+        for call, outcome in zip(calls, outcomes(calls), strict=True):
+            if isinstance(outcome, WorkerError):
+                errors.append(outcome)
+            elif isinstance(outcome, HybridRLError):  # raised on purpose, as of weights that it refused
+                errors.append(WorkerError(call.worker, call.call, str(outcome), call.epoch))
         return errors
 
     def _lose_all(self, errors: Sequence[WorkerError]) -> None:
         for error in errors:
             log.warning("%s; starting another worker in its place", error)
             self.lose(error)
-
-    def _acknowledged(self, load: Pending) -> None:
-        """Raises:
-        WorkerError: it did not load them.
-        """
-        try:
-            gather([load])
-        except WeightSyncError as error:
-            raise WorkerError(load.worker, load.call, str(error), load.epoch) from error
 
     def _load(self, engine: int, manifest: WeightManifest, packed: ray.ObjectRef) -> Pending:
         return self.group.submit(engine, "load_weights", manifest, packed, deadline_s=self.settings.deadlines.sync_s)
@@ -348,6 +358,12 @@ class LearnerGroup:
         limit = self.settings.deadlines.learn_s
         per_rank = enumerate(zip(shards, values, strict=True))
         return gather([self.group.submit(rank, "update", plan, shard, *refs, deadline_s=limit) for rank, (shard, refs) in per_rank])[0]
+
+    def logprob_gaps(self, chunks: Sequence[Chunk]) -> Pending:
+        """-> mean |log p - log mu| in nats of each chunk, by the weights as they are. Does not wait; every rank helps."""
+        refs, limit = [chunk.batch.ref for chunk in chunks], self.settings.deadlines.learn_s
+        answer, *_ = [self.group.submit(rank, "logprob_gaps", *refs, deadline_s=limit) for rank in range(self.group.size)]
+        return answer
 
     def pack_weights(self, version: int) -> tuple[WeightManifest, ray.ObjectRef]:
         """The student's weights as one object; only the manifest comes to the caller."""

@@ -5,22 +5,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-import ray
-
 from hybridrl.choices import Source
 from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.errors import WorkerError, WorkerTimeout
 from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.cluster import Cluster, Team
-from hybridrl.runtime.group import Slot
+from hybridrl.runtime.group import Slot, dump_stacks
 from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
 from hybridrl.runtime.replay import ReplayGroup
 
 log = logging.getLogger(__name__)
-DUMP_S = 5.0
-"""For the stacks of all workers; one whose node is gone writes none."""
 
 Slots = Mapping[str, Sequence[Slot]]
+Group = RolloutGroup | ScorerGroup | RewardGroup | ReplayGroup | LearnerGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +30,10 @@ class Workers:
     scorers: list[ScorerGroup]
     rewards: RewardGroup
     learner: LearnerGroup
+    learners_lost: int = 0
 
     @property
-    def groups(self) -> list[RolloutGroup | ScorerGroup | RewardGroup | ReplayGroup | LearnerGroup]:
+    def groups(self) -> list[Group]:
         found = (self.rollout, self.teacher_rollout, self.replay, *self.scorers, self.rewards, self.learner)
         return [group for group in found if group is not None]
 
@@ -46,31 +44,24 @@ class Workers:
     @property
     def restarts(self) -> int:
         """How many workers have been replaced so far."""
-        return sum(sum(group.group.epochs) for group in self.groups)
+        return sum(sum(group.group.epochs) for group in self.groups) + self.learners_lost
 
     def silent(self) -> Pending | None:
         """A ping that some engine should have answered by now; None: all answer."""
         return next((ping for group in self.engines if (ping := group.silent()) is not None), None)
 
     def lose(self, lost: WorkerError) -> None:
-        """Replace a worker. After silence, all workers write their stacks into their logs first.
+        """Replace a worker.
 
         Raises:
             WorkerError: `lost` itself, where only going back to a checkpoint helps: a learner's rank, or values of a lost node.
             FleetExhausted: too many of its kind were lost.
         """
-        if isinstance(lost, WorkerTimeout):
-            self.dump_stacks()
         for group in self.groups:
             if lost.worker in group.group.names and not isinstance(group, LearnerGroup):
                 log.warning("%s; starting another worker in its place", lost)
                 return group.lose(lost)
         raise lost
-
-    def dump_stacks(self) -> None:
-        """Of all workers; waits a moment, for one of them is ended next."""
-        asked = [ref for group in self.groups for ref in group.group.dump_stacks()]
-        ray.wait(asked, num_returns=len(asked), timeout=DUMP_S)
 
 
 def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
@@ -122,7 +113,11 @@ def start_workers(settings: RunSettings, cluster: Cluster, slots: Slots, rewards
     ]
     replay = ReplayGroup(settings, slots["replay"], log_dir=log_dir) if settings.algorithm.data_fraction else None
     starting = [*engines, learner, *scorers, *([replay] if replay else [])]
-    gather([pending for group in starting for pending in group.ready()])
+    try:
+        gather([pending for group in starting for pending in group.ready()])
+    except WorkerTimeout:
+        dump_stacks()
+        raise
     return Workers(
         rollout=rollout,
         teacher_rollout=engines[1] if len(engines) == 2 else None,
@@ -145,7 +140,8 @@ def recover(settings: RunSettings, cluster: Cluster, slots: Slots, workers: Work
     workers.learner.close()
     for engines in workers.engines:
         engines.quiet()
-    return replace(workers, learner=LearnerGroup(settings, slots["learner"], device=cluster.device, log_dir=log_dir))
+    learner = LearnerGroup(settings, slots["learner"], device=cluster.device, log_dir=log_dir)
+    return replace(workers, learner=learner, learners_lost=workers.learners_lost + 1)
 
 
 def teacher_model(settings: RunSettings) -> ModelConfig:

@@ -132,6 +132,8 @@ SECTIONS = (
         "Sampler against learner", "rho = p(y) / mu(y), learner over sampler, at the drawn tokens; data has no sampler and does not count.",
         ("policy/logprob_gap", "nats", "mean of |log p(y) - log mu(y)| of responses that the student sampled with the weights that learn",
          "1e-6 in fp32, up to 0.05 in bf16; above rollout.max_logprob_gap the run stops"),
+        ("policy/probe_gap", "nats", "the same of a few tokens that each engine samples right after a sync, of the worst engine",
+         "as policy/logprob_gap; above rollout.max_logprob_gap the run stops before it learns from that engine"),
         ("policy/logprob_gap_max", "nats", "largest |log p(y) - log mu(y)| there",
          "far above the mean: single tokens disagree, look at model.dtype"),
         ("policy/kl_sampler", "nats", "mean of rho - 1 - log rho where the student sampled, an estimate (k3) of KL(mu || p)",

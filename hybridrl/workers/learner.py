@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybridrl import failpoints
 from hybridrl.config import RunSettings
-from hybridrl.data.collate import MicroBatch, TrainSequence, collate, idle_sequence, train_sequences
+from hybridrl.data.collate import MicroBatch, TrainSequence, collate, idle_sequence, plain_sequences, train_sequences
 from hybridrl.data.scored import join, select_groups
 from hybridrl.data.shards import micro_batches
 from hybridrl.durable import seal
@@ -31,7 +31,7 @@ from hybridrl.objectives.credit import Credit, LearnerView, Signal, moments, no_
 from hybridrl.objectives.hybrid import teacher_weight
 from hybridrl.ops.head import TokenTerms
 from hybridrl.types import LearnerStats, Rewards, RolloutBatch, SavedFile, ScoredBatch, Shard, TokenScores, UpdatePlan, WeightManifest
-from hybridrl.workers.optimizer_state import check_model, load_part, local_fragments
+from hybridrl.workers.optimizer_state import check_finite, check_model, load_part, local_fragments
 from hybridrl.workers.probe import gradient_geometry, teacher_distance
 from hybridrl.workers.stats import Tally, batch_metrics, count_credits, count_micro
 from hybridrl.workers.student import HeadInputs, Look, Student, head_rule
@@ -101,7 +101,7 @@ class Learner:
 
         Raises:
             SkippedStep: the gradient is NaN or infinite; nothing was stepped, and the rank's batch lies in run.dir/skipped.
-            NonFiniteError: the loss is, and the weights were stepped.
+            NonFiniteError: the loss is, and the weights were stepped; the batch lies there too.
         """
         started = time.monotonic()
         failpoints.hit("learner.update", step=plan.step, rank=self.rank)
@@ -129,14 +129,14 @@ class Learner:
         """Raises what `update` says; every rank raises the same."""
         if np.isfinite(loss) and np.isfinite(grad_norm):
             return
-        told = f"step {plan.step}: loss is {loss}, gradient norm {grad_norm}; lower train.lr or look at the rewards"
-        if not self.engine.optimizer.overflow:
-            raise NonFiniteError(f"{told}; the weights were stepped, the last checkpoint is untouched")
         folder = Path(self.settings.run.dir).expanduser() / "skipped"
         folder.mkdir(parents=True, exist_ok=True)
         columns = {f"{i}/{name}": value for i, micro in enumerate(micros) for name, value in micro.tensors().items()}
         save_file(columns, folder / f"step_{plan.step:06d}-rank{self.rank}.safetensors")
-        raise SkippedStep(f"{told}; nothing was stepped, the batch is in {folder}")
+        told = f"step {plan.step}: loss is {loss}, gradient norm {grad_norm}; lower train.lr or look at the batch, which is in {folder}"
+        if not self.engine.optimizer.overflow:
+            raise NonFiniteError(f"{told}; the weights were stepped, the last checkpoint is untouched")
+        raise SkippedStep(f"{told}; nothing was stepped")
 
     def _credits(self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]) -> list[Credit]:
         """What the objective makes of this rank's groups, after the learner's own view of them where it asks for one."""
@@ -215,6 +215,19 @@ class Learner:
         """One forward pass; of an idle sequence where there is nothing to do."""
         return collate(sequences or [idle_sequence(self.teachers.idle())], packed=self.settings.train.packing)
 
+    def logprob_gaps(self, *batches: RolloutBatch) -> list[float]:
+        """Mean |log p(y) - log mu(y)| of each batch's response tokens in nats, by the weights as they are; NaN of no tokens."""
+        gaps, train = [], self.settings.train
+        for sequences in map(plain_sequences, batches):
+            found = [torch.zeros(0)]
+            for indices in micro_batches([len(s.input_ids) for s in sequences], train.max_tokens_per_micro_batch, packed=train.packing):
+                micro = self._collate([sequences[i] for i in indices])
+                with torch.no_grad():
+                    logprobs, _ = self.engine(*self._inputs(micro, heard=False).arguments(), Look.view)
+                found.append((logprobs.cpu() - micro.rollout_logprobs).abs())
+            gaps.append(float(torch.cat(found).mean()))
+        return gaps
+
     # -- weights out -------------------------------------------------------------------------------------------------
 
     def pack_weights(self, version: int) -> tuple[WeightManifest | None, np.ndarray | None]:
@@ -259,9 +272,12 @@ class Learner:
         """This rank's pieces of the fp32 master weights and Adam moments, into a file of its own.
 
         Raises:
+            NonFiniteError: one of them is NaN or infinite.
             CheckpointError: the file cannot be written.
         """
-        path = write_fragments(Path(folder), self.rank, self.world, local_fragments(self.parameters))
+        fragments = local_fragments(self.parameters)
+        check_finite(fragments)
+        path = write_fragments(Path(folder), self.rank, self.world, fragments)
         try:
             return [seal(path)]
         except OSError as error:

@@ -13,7 +13,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from hybridrl.errors import CheckpointError
+from hybridrl.errors import CheckpointError, NonFiniteError
 from hybridrl.models.fragments import MASTER, PARTS, Fragment, FragmentReader
 
 
@@ -45,6 +45,16 @@ def check_model(parameters: Mapping[str, nn.Parameter], reader: FragmentReader, 
     differing = [name for name, parameter in parameters.items() if reader.shapes.get(name) != whole_shape(parameter)]
     if differing:
         raise CheckpointError(f"{folder}: lacks {', '.join(differing[:3])} in the model's shape, so it is not of model.path={model}")
+
+
+def check_finite(fragments: Sequence[Fragment]) -> None:
+    """Raises:
+    NonFiniteError: some weight or moment is NaN or infinite; names its parameter.
+    """
+    for fragment in fragments:
+        for part, tensor in fragment.tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise NonFiniteError(f"{part} of {fragment.name} is not finite; it is not saved, the last checkpoint is untouched")
 
 
 # -- the two layouts -------------------------------------------------------------------------------------------------

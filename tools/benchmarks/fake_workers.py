@@ -156,6 +156,9 @@ class Learner:
         time.sleep(self.work.learn_s)
         return LearnerStats(metrics={}, learn_s=self.work.learn_s)
 
+    def logprob_gaps(self, *batches: RolloutBatch) -> list[float]:
+        return [0.0] * len(batches)
+
     def pack_weights(self, version: int) -> tuple[WeightManifest, np.ndarray]:
         time.sleep(self.work.pack_s)
         nothing = {"names": (), "dtypes": (), "shapes": (), "offsets": (), "nbytes": 1, "digest": "none"}
