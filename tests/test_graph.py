@@ -168,7 +168,7 @@ def test_oversampling_trains_on_the_groups_that_are_done_first_and_returns_the_o
     before, graph.workers.rollout.settings = graph.workers.rollout.settings, controller.settings
     row = controller.step()
     graph.workers.rollout.settings = before
-    assert row["rollout/late_frac"] == pytest.approx(4 / 16)
+    assert row["rollout/late_frac"] == pytest.approx(4 / 20)
     assert len(controller.prompts.owed) == 4 and controller.prompts.position == 20
     owed = {p.uid for p in controller.prompts.owed}
     assert owed <= {p.uid for p in controller.prompts.next_batch(4)}

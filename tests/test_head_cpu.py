@@ -1,5 +1,6 @@
 """The compiled work on rows against the eager one, its graphs and memory, and logits in bf16 against fp32."""
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -164,6 +165,22 @@ def test_a_chunk_is_worked_on_in_pieces_and_the_teachers_logits_exist_for_one_of
     assert sum(tile.numel() for tile in Tiles._kept.__dict__.values()) == (num_rows + PIECE) * VOCABULARY
     pieces = results(*case, HeadRule(chunk=40))
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(whole, pieces, strict=True))
+
+
+def test_what_a_piece_was_worked_out_from_is_gone_before_the_next_one_is_begun():
+    given, alive = [], []
+
+    class Watched(VocabularyTeacher):
+        def evidence(self, at: slice, vocabulary: int, tiles: Tiles) -> tuple[Tensor, ...]:
+            alive.append(sum(tensor() is not None for tensor in given))
+            copy = self.logprobs[at].clone()
+            given.append(weakref.ref(copy))
+            return (copy,)
+
+    teacher = Watched(logprobs=torch.log_softmax(normal(9, 12, VOCABULARY).double(), -1), weight=torch.ones(12))
+    hidden, lm_head, terms = widened(*leaves(12, torch.float32), terms_of(12))
+    results(hidden, lm_head, (teacher,), terms, HeadRule(chunk=4))
+    assert alive == [0, 0, 0]
 
 
 def nearly_equal(dtype: torch.dtype) -> tuple[Tensor, Tensor, HiddenTeacher, TokenTerms]:

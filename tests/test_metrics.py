@@ -263,7 +263,7 @@ def everything() -> set[str]:
     scored = [ScoreHeader(teacher="main", nbytes={"teacher_hidden": 1}, score_s=1.0)]
     rows = [
         learner_metrics(make_plan(LONG_AND_SHORT), stats), reward_metrics([read]), rollout_metrics([header()], [read], 3),
-        transfer_metrics([header()], scored, 1, 1.0), worker_times([header()], scored, stats), late_metrics([], [header()]),
+        transfer_metrics([header()], scored, 1, 1.0), worker_times([header()], scored, stats), late_metrics([], 1),
         summary([read], []).metrics, probed(),
     ]  # fmt: skip
     others = (

@@ -62,6 +62,7 @@ def test_vllm_reads_the_same_names_and_shapes_before_and_while_it_receives(tmp_p
     source = StreamSource(stream_of(save_tiny(tmp_path, 0)))
     assert [(m.name, m.dtype, m.shape) for m in source.metadata()] == [(n, t.dtype, tuple(t.shape)) for n, t in source]
     assert sum(len(group) for group in source.groups()) == len(source.metadata())
+    assert source.stream.nbytes == sum(t.nbytes for _, t in source)
 
 
 def test_engines_get_nccl_ranks_one_after_another_behind_the_sender():

@@ -97,7 +97,7 @@ class Controller:
             self._check_logprob_gap(stats)
         failpoints.hit("controller.learned", step=self.steps_done)
         self.steps_done += 1
-        skipped = [prompt.uid for prompt in self.pipeline.skipped]
+        sampled, skipped = self.pipeline.num_sampled, [prompt.uid for prompt in self.pipeline.skipped]
         self.pipeline.settle(late)
         trained, passed_over = trained_uids(arrived, used, late)
         self.ledger.record(self.steps_done, trained, [*skipped, *passed_over])
@@ -111,7 +111,7 @@ class Controller:
             **rollout_metrics(headers, rewards, plan.step),
             **learner_metrics(plan, stats),
             **transfer_metrics(headers, score_headers, weight_bytes, self.clock.seconds("sync")),
-            **late_metrics(late, headers),
+            **late_metrics(late, sampled),
             "policy/probe_gap": probe_gap,
             "transfer/inflight_bytes": float(self.pipeline.in_flight_bytes),
             "controller/materialized_bytes": float(Meter.materialized_bytes - fetched),

@@ -92,9 +92,9 @@ def worker_times(headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], 
     }
 
 
-def late_metrics(late: Sequence[Prompt], headers: Sequence[ChunkHeader]) -> dict[str, float]:
-    """Share of the sampled groups that were cancelled or too old."""
-    return {"rollout/late_frac": len(late) / sum(len(h.uids) for h in headers)}
+def late_metrics(late: Sequence[Prompt], num_sampled: int) -> dict[str, float]:
+    """Share of the sampled groups, those that were cancelled included, that were cancelled or too old."""
+    return {"rollout/late_frac": len(late) / num_sampled}
 
 
 def _mean(values: np.ndarray) -> float:

@@ -81,6 +81,11 @@ class Pipeline:
         )
         return Wave(step=step, drawn=drawn)
 
+    @property
+    def num_sampled(self) -> int:
+        """Prompts of the waves at hand, the cancelled ones too."""
+        return sum(len(wave.prompts) for wave in self.current)
+
     def in_flight(self) -> list[Prompt]:
         """Drawn, and not trained on yet."""
         return [*self.skipped, *(prompt for wave in (*self.current, *self.waves) for prompt in wave.prompts)]

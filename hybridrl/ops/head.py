@@ -84,23 +84,29 @@ class _HybridHead(torch.autograd.Function):
         d_head = head_gradient(lm_head, hidden.dtype, chunks=-(-rows // rule.chunk))
         if not rows:
             d_head.zero_()
-        for at in slices(0, rows, rule.chunk):
+
+        def work_on(piece: slice, d_logits: Tensor) -> None:
+            """Fill the rows [p, V] of the logit gradients. The logits and evidence die here, before any other matrix is made."""
+            tiles.restart(kept=1)
+            logits = tiles.logits(hidden[piece], head, place=d_logits)
+            evidence = tuple(teacher.evidence(piece, len(head), tiles) for teacher in teachers)
+            weights = tuple(teacher.weight[piece] for teacher in teachers)
+            found = row_work(row_rule, forms, logits, hidden.dtype)(logits, evidence, weights, terms.rows(piece))
+            gradient, logprobs[piece], kl[piece], entropy[piece], bounded[piece], *columns = found
+            sums.add_(torch.stack(columns).sum(1, dtype=torch.float64))
+            if gradient.data_ptr() != d_logits.data_ptr():
+                d_logits.copy_(gradient)
+
+        def work_on_chunk(at: slice) -> None:
             tiles.restart()
             d_logits = tiles.matrix(at.stop - at.start, len(head), hidden)  # [c, V]
             for piece in slices(at.start, at.stop, rule.chunk if hidden.is_cuda else PIECE):
-                inside = slice(piece.start - at.start, piece.stop - at.start)
-                tiles.restart(kept=1)
-                logits = tiles.logits(hidden[piece], head, place=d_logits[inside])
-                evidence = tuple(teacher.evidence(piece, len(head), tiles) for teacher in teachers)
-                weights = tuple(teacher.weight[piece] for teacher in teachers)
-                work = row_work(row_rule, forms, logits, hidden.dtype)
-                found = work(logits, evidence, weights, terms.rows(piece))
-                gradient, logprobs[piece], kl[piece], entropy[piece], bounded[piece], *columns = found
-                sums += torch.stack(columns).sum(1, dtype=torch.float64)
-                if gradient.data_ptr() != d_logits[inside].data_ptr():
-                    d_logits[inside] = gradient
+                work_on(piece, d_logits[piece.start - at.start : piece.stop - at.start])
             torch.mm(d_logits, head, out=d_hidden[at])
             add_head_gradient(d_head, d_logits, hidden[at], first=at.start == 0)
+
+        for at in slices(0, rows, rule.chunk):
+            work_on_chunk(at)
         ctx.save_for_backward(d_hidden, d_head.to(lm_head.dtype))
         stats = (logprobs, kl, entropy, bounded, *sums[1:].clone())
         ctx.mark_non_differentiable(*stats)

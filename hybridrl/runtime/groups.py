@@ -377,8 +377,9 @@ class LearnerGroup:
         call = EngineCall(rollout.group, limit)
         self.group.call_all("connect_engines", str(backend), free_port_at(self.slot, limit), call, rollout.group.size, deadline_s=limit)
 
-    def send_weights(self) -> None:
-        self.group.call_all("send_weights", deadline_s=self.settings.deadlines.sync_s)
+    def send_weights(self) -> int:
+        """-> bytes that went into each engine"""
+        return self.group.call_all("send_weights", deadline_s=self.settings.deadlines.sync_s)[0]
 
     def state_bytes(self) -> int:
         return sum(self.group.call_all("state_bytes", deadline_s=self.settings.deadlines.save_s))

@@ -14,7 +14,7 @@ class WeightSync:
             learner.connect_engines(backend, rollout)
 
     def publish(self, version: int) -> int:
-        """Make every engine serve `version`; returns the bytes that went into each engine (0: unknown to the driver).
+        """Make every engine serve `version`; returns the bytes that went into each engine.
 
         Raises:
             WeightSyncError: every engine received something else, or did not load all of it.
@@ -23,6 +23,6 @@ class WeightSync:
             manifest, packed = self.learner.pack_weights(version)
             self.rollout.load_weights(manifest, packed)
             return manifest.nbytes
-        self.learner.send_weights()
+        nbytes = self.learner.send_weights()
         gather(self.rollout.set_version(version))
-        return 0
+        return nbytes

@@ -245,9 +245,10 @@ class Learner:
         client = EngineClient(call, num_engines, self.settings.rollout.tensor_parallel)
         self.sender = trainer_engine(backend, self.rank, master, client, self.stream)
 
-    def send_weights(self) -> None:
-        """Push the weights through that channel; returns when every engine has loaded them."""
+    def send_weights(self) -> int:
+        """Push the weights through that channel; when every engine has loaded them, returns the bytes that each one got."""
         self.sender.send_weights()
+        return self.stream.nbytes
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder (rank 0), with its value head where the run has one."""

@@ -37,6 +37,11 @@ class WeightStream:
         """Whole shapes, also of parameters that ZeRO-3 holds in parts."""
         return [tuple(getattr(p, "ds_shape", p.shape)) for _, p in self.named]
 
+    @property
+    def nbytes(self) -> int:
+        """Of all that iterating yields, a tied head and its embedding each."""
+        return sum(math.prod(shape) * p.element_size() for shape, (_, p) in zip(self.shapes(), self.named, strict=True))
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for group in self._layers():
             with self.gather([parameter for _, parameter in group]):

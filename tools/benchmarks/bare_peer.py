@@ -35,7 +35,7 @@ class BareLoop:
         rows = [json.loads(line) for line in Path(order["problems"]).read_text().splitlines()]
         prompts = [row["prompt"] for row in rows[: order["prompts"]] for _ in range(order["samples"])]
         self.inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
-        self.rule = HeadRule(chunk=order["head_chunk"])
+        self.rule = HeadRule()
         self.spent: dict[str, list[float]] = {"rollout_s": [], "score_s": [], "learn_s": [], "step_s": [], "cpu_s": []}
 
     def step(self) -> None:

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class Work:
     learn_s: float = 0.0
     pack_s: float = 0.0
     load_s: float = 0.0  # of an engine, which generates nothing meanwhile
+    spread: float = 0.0  # above 0: chunks side by side, each its generate_s times exp(spread x normal), drawn by seed and prompt
     support: int = 0  # K log-probs and token ids of each response token that a scorer sends
 
     @property
@@ -44,11 +46,15 @@ class Work:
 
 
 class Engine:
-    """A device that generates one chunk after the other; a weight update stops it, as it stops an engine."""
+    """A device that generates one chunk after the other; a weight update stops it, as it stops an engine.
+
+    With work.spread it generates all chunks side by side, and none slows another.
+    """
 
     def __init__(self, settings: RunSettings, *, model: object, device: str, backend: str, source: Source) -> None:
         self.work, self.version = Work(), -1
         self.device, self.free_at, self.stopped_s = asyncio.Lock(), 0.0, 0.0
+        self.ends: dict[str, asyncio.Event] = {}  # "wave/uid" of a chunk's first prompt -> tells it to stop
 
     async def ping(self) -> str:
         return "here"
@@ -58,6 +64,10 @@ class Engine:
 
     async def generate(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> tuple[ChunkHeader, RolloutBatch]:
         arrived = time.monotonic()
+        if self.work.spread:
+            whole = await self._alone(f"{order.wave}/{prompts[0].uid}", self.work.generate_s * stretch(order, prompts, self.work.spread))
+            batch = rollouts(order if whole else replace(order, max_new_tokens=0), prompts, max(self.version, 0))
+            return header(batch, time.monotonic() - arrived), batch
         async with self.device:
             end = max(arrived, self.free_at) + self.work.generate_s / order.num_chunks - self.stopped_s
             while (left := end + self.stopped_s - time.monotonic()) > 0:
@@ -65,6 +75,23 @@ class Engine:
             self.free_at = end + self.stopped_s
             batch = rollouts(order, prompts, max(self.version, 0))
         return header(batch, time.monotonic() - arrived), batch
+
+    async def _alone(self, name: str, seconds: float) -> bool:
+        """-> whether it was left to its end"""
+        self.ends[name] = asyncio.Event()
+        try:
+            await asyncio.wait_for(self.ends[name].wait(), seconds)
+        except TimeoutError:
+            return True
+        finally:
+            del self.ends[name]
+        return False
+
+    async def abort(self, groups: Sequence[str] | None = None) -> int:
+        chosen = [name for name in self.ends if groups is None or name in groups]
+        for name in chosen:
+            self.ends[name].set()
+        return len(chosen)
 
     async def load_weights(self, manifest: WeightManifest, packed: np.ndarray) -> str:
         time.sleep(self.work.load_s)  # not asyncio's: nothing else goes on in an engine meanwhile
@@ -85,7 +112,7 @@ class Scorer:
 
     def score(self, batch: RolloutBatch) -> tuple[ScoreHeader, TokenScores]:
         started, tokens, rows = time.monotonic(), len(batch.input_ids), int(batch.response_mask.sum())
-        time.sleep(self.work.score_s * len(batch.uids) / self.prompts)
+        time.sleep(self.work.score_s * len(batch.uids) / self.prompts * (rows > 0))  # nothing to score in what was aborted
         shape = (rows, self.work.support)
         scores = TokenScores(
             teacher=self.teacher,
@@ -138,6 +165,11 @@ class Learner:
         return WeightManifest(version=version, **nothing), np.zeros(1, np.uint8)
 
 
+def stretch(order: GenerateOrder, prompts: Sequence[Prompt], spread: float) -> float:
+    """Log-normal of median 1; the same for the same seed and prompt."""
+    return float(np.random.default_rng([order.seed, zlib.crc32(prompts[0].uid.encode())]).lognormal(sigma=spread))
+
+
 def rollouts(order: GenerateOrder, prompts: Sequence[Prompt], version: int) -> RolloutBatch:
     """Responses of order.max_new_tokens tokens each."""
     lengths = np.repeat([len(p.input_ids) for p in prompts], order.group_size)
@@ -163,7 +195,7 @@ def header(batch: RolloutBatch, finish_s: float) -> ChunkHeader:
     n, version = batch.num_sequences, int(batch.policy_versions.max())
     return ChunkHeader(
         uids=batch.uids, source=batch.source, group_size=batch.group_size, num_tokens=np.diff(batch.offsets),
-        response_lengths=batch.response_lengths, truncated=np.ones(n, bool), aborted=np.zeros(n, bool),
+        response_lengths=batch.response_lengths, truncated=batch.response_lengths > 0, aborted=batch.response_lengths == 0,
         oldest_version=np.full(n, version), newest_version=np.full(n, version), mean_policy_version=float(version),
         nbytes=per_token_bytes(batch), finish_s=np.full(n, finish_s, np.float32),
     )  # fmt: skip

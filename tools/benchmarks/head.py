@@ -5,6 +5,7 @@ Dense rows train KL(p || q) alone; the rows called `hybrid` have a cost per toke
 
 import argparse
 import ctypes
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -102,17 +103,26 @@ def autograd(p: Problem, *, hybrid: bool, compiled: bool = False) -> None:
     loss(p, hybrid=hybrid).backward()
 
 
-def products(p: Problem) -> None:
-    """The four matrix products that any exact method needs, from fresh memory as everyone's are."""
+def products(p: Problem, *, out: tuple[Tensor, ...]) -> None:
+    """The four matrix products that any exact method needs, into memory that is there: ours keeps its own between passes too."""
+    logits, teacher_logits, d_hidden, d_head = out
+    rows = slice(len(p.ids))
     with torch.no_grad():
-        logits = p.hidden @ p.lm_head.T
-        p.teacher_hidden @ p.teacher_head.T
-        logits @ p.lm_head
-        logits.T @ p.hidden
+        torch.mm(p.hidden, p.lm_head.T, out=logits[rows])
+        torch.mm(p.teacher_hidden, p.teacher_head.T, out=teacher_logits[rows])
+        torch.mm(logits[rows], p.lm_head, out=d_hidden[rows])
+        torch.mm(logits[rows].T, p.hidden, out=d_head)
+
+
+def outputs(p: Problem) -> tuple[Tensor, ...]:
+    """Logits of student and teacher [N, V], dHidden [N, Hs], dHead [V, Hs]; zeros, so that every page is mapped."""
+    logits = p.hidden.new_zeros(len(p.ids), len(p.lm_head))
+    return logits, torch.zeros_like(logits), torch.zeros_like(p.hidden), torch.zeros_like(p.lm_head)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    for name, default in {"rows": 512, "width": 576, "teacher-width": 576, "vocabulary": 49152, "chunk": 512, "repeats": 5}.items():
+    parser.add_argument("--rows", type=int, nargs="+", default=[512, 2048], help="N, a table for each")
+    for name, default in {"width": 576, "teacher-width": 576, "vocabulary": 49152, "chunk": 512, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--peaked", action="store_true", help="a student near its teacher, as late in training; else independent ones")
     parser.add_argument(
@@ -123,22 +133,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = Shape(rows=options.rows, width=options.width, teacher_width=options.teacher_width, vocabulary=options.vocabulary)
-    asked = [(shape, options.peaked)]
+    widths = {"width": options.width, "teacher_width": options.teacher_width, "vocabulary": options.vocabulary}
+    asked = [(Shape(rows=n, **widths), options.peaked) for n in options.rows]
     if options.all_shapes:
         asked = [(Shape(rows=n, width=s, teacher_width=t, vocabulary=v), k) for s, t, v in SHAPES for n in ROWS for k in (False, True)]
+    square = square_rate(device)
+    print("square products: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in square.items()))
+    shapes = [one(options, device, square, *a) for a in asked]
     return {
-        "device": device,
-        "chunk": options.chunk,
-        "square_flop_s": square_rate(device),
-        "shapes": [one(options, device, *a) for a in asked],
-    }
+        "device": device, "chunk": options.chunk, "square_flop_s": square, "peers": head_peers.versions(options.trl), "shapes": shapes,
+    }  # fmt: skip
 
 
 def variants(p: Problem, name: str, options: argparse.Namespace) -> dict[str, Callable[[Problem], object]]:
     """name -> call, of the inputs in one dtype."""
     rule, device = HeadRule(chunk=options.chunk), p.hidden.device.type
-    found: dict[str, Callable[[Problem], object]] = {f"products {name}": products}
+    found: dict[str, Callable[[Problem], object]] = {f"products {name}": partial(products, out=outputs(p))}
     for kind, hybrid in (("hybrid", True), ("dense", False)):
         found[f"ours {name} {kind}"] = partial(ours, rule=rule, hybrid=hybrid)
         found[f"autograd {name} {kind}"] = partial(autograd, hybrid=hybrid)
@@ -149,9 +159,9 @@ def variants(p: Problem, name: str, options: argparse.Namespace) -> dict[str, Ca
     return found | (head_peers.found(options.trl) if name == "bf16" else {})
 
 
-def one(options: argparse.Namespace, device: str, shape: Shape, peaked: bool) -> dict:
+def one(options: argparse.Namespace, device: str, square: dict[str, float], shape: Shape, peaked: bool) -> dict:
     """Times, memory and errors of every variant on one problem; one that fails says so and is left out."""
-    calls, measured, failed = {}, {}, {}
+    calls, rates, measured, failed = {}, {}, {}, {}
     for name, dtype in DTYPES.items() if device == "cpu" else (("bf16", torch.bfloat16),):
         p, part = (problem(replace(shape, rows=n), dtype, device, peaked=peaked) for n in (shape.rows, min(shape.rows, SLICE)))
         for variant, call in variants(p, name, options).items():
@@ -159,13 +169,14 @@ def one(options: argparse.Namespace, device: str, shape: Shape, peaked: bool) ->
                 timed = partial(_timed, p, call, device)
                 timed()  # what compiles, compiles here
                 measured[variant] = {"extra_bytes": extra_bytes(p, timed, device), "error": _error(part, call, "hybrid" in variant)}
-                calls[variant] = timed
+                calls[variant], rates[variant] = timed, square[name]
             except Exception as error:  # another's kernel, or a GPU too small for full logits: the rest is still worth measuring
                 failed[variant] = f"{type(error).__name__}: {error}".splitlines()[0]
             p.forget()
     seconds = interleaved(calls, options.repeats)
     for variant, values in seconds.items():
-        measured[variant]["seconds"] = values
+        rate = shape.flop / statistics.median(values)
+        measured[variant] |= {"seconds": values, "share_of_square": rate / rates[variant]}
     result = {**asdict(shape), "peaked": peaked, "flop": shape.flop, "variants": measured, "failed": failed}
     show(result)
     return result
@@ -179,7 +190,10 @@ def _timed(p: Problem, call: Callable[[Problem], object], device: str) -> None:
 
 
 def extra_bytes(p: Problem, call: Callable[[], object], device: str) -> int:
-    """Growth at the peak of a call beyond the two gradients: of the allocator's count on CUDA, else of the resident set."""
+    """Growth at the peak of a call beyond the two gradients: of the allocator's count on CUDA, else of the resident set.
+
+    0 for the bare products, which write into what is there.
+    """
     p.forget()
     Tiles.release()
     gradients = sum(t.numel() * t.element_size() for t in (p.hidden, p.lm_head))
@@ -187,12 +201,12 @@ def extra_bytes(p: Problem, call: Callable[[], object], device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        return torch.cuda.max_memory_allocated() - before - gradients
+        return max(torch.cuda.max_memory_allocated() - before - gradients, 0)
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide the growth
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
     before = resident("VmRSS")
     call()
-    return resident("VmHWM") - before - gradients
+    return max(resident("VmHWM") - before - gradients, 0)
 
 
 def resident(mark: str) -> int:
@@ -239,7 +253,8 @@ def show(found: dict) -> None:
     for name, row in found["variants"].items():
         error = " ".join(f"{e:.1e}" for e in row["error"].values()) if row["error"] else ""
         rate, ratio = found["flop"] / middle[name] / 1e9, middle[name] / middle["ours bf16 hybrid"]
-        print(f"{name:32s} {middle[name]:8.4f} s {rate:8.0f} GFLOP/s {ratio:6.2f} x ours {row['extra_bytes'] / 2**20:8.0f} MiB  {error}")
+        speed = f"{rate:8.0f} GFLOP/s {row['share_of_square']:6.1%} of a square product"
+        print(f"{name:37s} {middle[name]:8.4f} s {speed} {ratio:6.2f} x ours {row['extra_bytes'] / 2**20:8.0f} MiB  {error}")
     for name, why in found["failed"].items():
         print(f"{name:32s} left out: {why}")
 

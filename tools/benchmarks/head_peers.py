@@ -5,11 +5,13 @@ a wheel or from an installed trl, with a stub for the one function they take fro
 """
 
 import importlib.util
+import inspect
 import sys
 import types
 import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from email import message_from_bytes
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,15 @@ def found(trl: Path | None) -> dict[str, Callable[[Any], object]]:
     if importlib.util.find_spec("liger_kernel"):
         peers |= _liger()
     return peers
+
+
+def versions(trl: Path | None) -> dict[str, str]:
+    """Of what `found` takes from a wheel; what is installed stands in the machine's description."""
+    if trl is None:
+        return {}
+    with zipfile.ZipFile(trl) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return {"trl": message_from_bytes(archive.read(name))["Version"]}
 
 
 def _trl(wheel: Path | None) -> Callable[[Any], object]:
@@ -69,8 +80,9 @@ def _liger() -> dict[str, Callable[[Any], object]]:
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
-    in_kernel = LigerFusedLinearJSD(jsd_beta=1.0)
-    policy = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
+    wide = {"accum_dtype": torch.float32} if "accum_dtype" in inspect.signature(LigerFusedLinearJSD).parameters else {}
+    in_kernel = LigerFusedLinearJSD(jsd_beta=1.0, **wide)
+    policy = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, chunk_size=1024)  # sequences; by itself it takes one at a time
 
     def distil(p: Any) -> torch.Tensor:
         return chunked(p.hidden, p.lm_head, p.teacher_hidden, p.teacher_head, p.ids)
@@ -82,6 +94,6 @@ def _liger() -> dict[str, Callable[[Any], object]]:
 
     return {
         "Liger FusedLinearJSDLoss bf16 dense": lambda p: distil(p).backward(),
-        "Liger FusedLinearJSD bf16 dense": lambda p: in_kernel(p.hidden, p.lm_head, p.teacher_hidden, p.teacher_head).backward(),
+        "Liger FusedLinearJSD bf16 dense": lambda p: in_kernel(p.hidden, p.lm_head, p.teacher_hidden, p.teacher_head, None).backward(),
         "Liger JSDLoss + GRPOLoss bf16 hybrid": lambda p: (distil(p) + reinforce(p)).backward(),
     }

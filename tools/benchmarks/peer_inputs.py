@@ -18,17 +18,16 @@ class Pair:
     teacher: str
     dtype: str
     instruction: str
-    micro_tokens: int  # tokens of one forward and backward pass of the learner
     lr: float
 
 
 PAIRS = {
     "smollm2": Pair(
-        student="builtin:smollm2-135m-instruct", teacher="builtin:smollm2-135m-instruct", dtype="bfloat16", micro_tokens=1024, lr=1e-5,
+        student="builtin:smollm2-135m-instruct", teacher="builtin:smollm2-135m-instruct", dtype="bfloat16", lr=1e-5,
         instruction="Write an expression of these numbers that has this value: {prompt}",
     ),
     "tiny": Pair(
-        student="builtin:countdown-student", teacher="builtin:countdown-teacher", dtype="float32", micro_tokens=16384, lr=1e-4,
+        student="builtin:countdown-student", teacher="builtin:countdown-teacher", dtype="float32", lr=1e-4,
         instruction="{prompt}",
     ),
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """What a user would pick instead, on CPU: TRL 1.16's DistillationTrainer and GRPOTrainer beside a step of this package.
 
-Same models, prompts, forced lengths, learning rate and threads; each row is a process of its own, the rows take turns:
-ours (one step with both signals), ours-distillation, ours-reward, TRL's two trainers, bare-loop (Hugging Face generation and our
-loss in plain torch) and floor (the bare parts that no step can do without). TRL lives in an interpreter of its own:
+Same models, prompts, forced lengths, learning rate and threads, the rest each one's defaults. Each row is a process of its own, the
+rows take turns: ours (one step with both signals), ours-distillation, ours-reward, TRL's two trainers, bare-loop (Hugging Face
+generation and our loss in plain torch) and floor (the bare parts that no step can do without). TRL lives in an interpreter of its own:
 python -m venv trl && trl/bin/pip install trl==1.16.0, then --trl-python trl/bin/python.
 """
 
@@ -19,7 +19,7 @@ from benchmarks import watched
 from benchmarks.peer_inputs import PAIRS, Pair, endless, write_problems
 
 HERE = Path(__file__).parent
-PROMPTS, SAMPLES, LENGTH, HEAD_CHUNK = 8, 4, 64, 128
+PROMPTS, SAMPLES, LENGTH = 8, 4, 64
 PHASES = ("rollout", "score", "reward", "learn", "sync")
 OURS = {"ours": "hybrid", "ours-distillation": "opd_full", "ours-reward": "dr_grpo"}
 TRL = {"trl-distillation": "distillation", "trl-grpo": "grpo"}
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> dict:
                     print(f"{name:8s} {row:24s} {describe(runs[row][-1])}", flush=True)
             found[name] = {"runs": runs, "summary": summary(runs, options.warm_up)}
             report(name, found[name]["summary"])
-    shape = {"prompts": PROMPTS, "samples": SAMPLES, "forced_tokens": LENGTH, "head_chunk": HEAD_CHUNK}
+    shape = {"prompts": PROMPTS, "samples": SAMPLES, "forced_tokens": LENGTH}
     return {"shape": shape | {key: getattr(options, key) for key in ("rounds", "steps", "warm_up", "threads")}, "models": found}
 
 
@@ -73,7 +73,6 @@ class Bench:
             "work": str(self.folder / "trl"), "student": str(self.student), "teacher": str(self.teacher), "dtype": self.pair.dtype,
             "problems": str(self.problems), "reward": self.reward, "prompts": PROMPTS, "samples": SAMPLES, "max_new_tokens": LENGTH,
             "steps": self.steps, "lr": self.pair.lr, "betas": [0.9, 0.95], "threads": self.options.threads, "save": None,
-            "head_chunk": HEAD_CHUNK,
         }  # fmt: skip
 
     def measure(self, row: str) -> dict:
@@ -86,8 +85,7 @@ class Bench:
 
     def _script(self, command: list, env: dict[str, str]) -> dict:
         seen = watched.run([str(part) for part in command], under=self.options.under, env=self.env | env)
-        line = next(line for line in seen.output.splitlines() if line.startswith("PEER "))
-        return json.loads(line.removeprefix("PEER ")) | process(seen)
+        return seen.told() | process(seen)
 
     def _ours(self, algorithm: str) -> dict:
         run_dir = Path(tempfile.mkdtemp(prefix=f"{algorithm}-", dir=self.folder)) / "run"
@@ -108,11 +106,10 @@ class Bench:
             f"run.dir={run_dir}", f"algorithm={algorithm}", f"model.path={self.student}", f"model.dtype={dtype}",
             f"+teachers.main.path={self.teacher}", f"+teachers.main.dtype={dtype}", "data.task=records", f"data.path={self.problems}",
             f"data.heldout_path={self.problems}", "data.num_heldout=8", f"+reward.functions.digits.function={self.reward}",
-            f"rollout.max_new_tokens={LENGTH}", "rollout.max_model_len=96", f"rollout.max_num_seqs={PROMPTS * SAMPLES}",
+            f"rollout.max_new_tokens={LENGTH}", "rollout.max_model_len=96",
             f"train.steps={self.steps}", f"train.prompts_per_step={PROMPTS}", f"train.samples_per_prompt={SAMPLES}",
-            f"train.lr={self.pair.lr}", f"train.max_tokens_per_micro_batch={self.pair.micro_tokens}", f"train.head_chunk={HEAD_CHUNK}",
-            "eval.every=0", "eval.teacher=false", "checkpoint.every=0", "checkpoint.export=false", "tracking.wandb=disabled",
-            "cluster.device=cpu", f"cluster.threads_per_worker={self.options.threads}",
+            f"train.lr={self.pair.lr}", "eval.every=0", "eval.teacher=false", "checkpoint.every=0", "checkpoint.export=false",
+            "tracking.wandb=disabled", "cluster.device=cpu", f"cluster.threads_per_worker={self.options.threads}",
         ]  # fmt: skip
 
 

@@ -44,14 +44,19 @@ def run(options: argparse.Namespace) -> dict:
     pair = PAIRS["tiny"]
     judge, rows = Judge(pair.student, pair.teacher), [*(TRL if options.trl_python else ()), *OURS]
     found = {"initial": [judge.judge(str(resolve(pair.student)))], "teacher": [judge.judge(str(resolve(pair.teacher)))]}
+    versions: dict[str, str] = {}  # of the interpreter with trl
     for seed in options.seeds:  # all rows of a seed see the same problems
         for row in rows:
             with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-                student = (trained_by_trl if row in TRL else trained_by_us)(Path(folder), row, options, seed)
+                if row in TRL:
+                    student, versions = trained_by_trl(Path(folder), row, options, seed)
+                else:
+                    student = trained_by_us(Path(folder), row, options, seed)
                 found.setdefault(row, []).append(judge.judge(str(student)))
             print(f"seed {seed}  {told(row, found[row][-1:])}", flush=True)
     print("\n".join(told(row, each) for row, each in found.items()), flush=True)
-    return {"settings": {k: v for k, v in vars(options).items() if k not in ("json", "picture")}, "heldout": HELDOUT, "rows": found}
+    settings = {k: v for k, v in vars(options).items() if k not in ("json", "picture")}
+    return {"settings": settings, "heldout": HELDOUT, "trl_versions": versions, "rows": found}
 
 
 def told(row: str, each: list[dict[str, float]]) -> str:
@@ -59,7 +64,7 @@ def told(row: str, each: list[dict[str, float]]) -> str:
     return f"{row:18s} accuracy {mean(accuracy):6.1%}   KL to the teacher {mean(kl):.4f} nats a token   of {len(each)} seeds"
 
 
-def trained_by_trl(folder: Path, row: str, options: argparse.Namespace, seed: int) -> Path:
+def trained_by_trl(folder: Path, row: str, options: argparse.Namespace, seed: int) -> tuple[Path, dict[str, str]]:
     pair, work = PAIRS["tiny"], folder / row
     work.mkdir()
     problems = write_problems(work, pair.instruction, options.prompts * options.steps, HELDOUT, seed)
@@ -72,8 +77,7 @@ def trained_by_trl(folder: Path, row: str, options: argparse.Namespace, seed: in
     (work / "order.json").write_text(json.dumps(order))
     command = [options.trl_python, str(HERE / "trl_peer.py"), TRL[row], str(work / "order.json")]
     env = {"PYTHONPATH": "", "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-    watched.run(command, under=options.under, env=env)
-    return work / "saved"
+    return work / "saved", watched.run(command, under=options.under, env=env).told()["versions"]
 
 
 def trained_by_us(folder: Path, row: str, options: argparse.Namespace, seed: int) -> Path:

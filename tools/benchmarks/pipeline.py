@@ -1,8 +1,12 @@
-"""What the pipelined schedule gains: where every phase has a device of its own (workers that only wait), and on this machine's CPU."""
+"""What the pipelined schedule gains: where every phase has a device of its own (workers that only wait), and on this machine's CPU.
+
+And what rollout.oversample gains where a few responses take much longer than most.
+"""
 
 import argparse
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.fake_workers import Work
@@ -15,6 +19,7 @@ MIXES = {
     "learner slowest": Work(generate_s=0.3, score_s=0.4, learn_s=0.8, **WEIGHTS),
     "all alike": Work(generate_s=0.6, score_s=0.6, learn_s=0.6, **WEIGHTS),
 }
+TAIL, OVERSAMPLE = Work(generate_s=0.3, spread=1.0, score_s=0.1, learn_s=0.2, **WEIGHTS), (0, 0.25)
 PROMPTS, WARM_UP, DRAIN = 16, 3, 2
 SIZE = [f"train.prompts_per_step={PROMPTS}", "train.samples_per_prompt=2"]
 TARGET = 1.05
@@ -23,6 +28,7 @@ TARGET = 1.05
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each mix; 0 leaves the waits out")
+    parser.add_argument("--tail-steps", type=int, default=20, help="timed steps of each turn of the heavy tail; 0 leaves it out")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every wait")
     parser.add_argument("--real-steps", type=int, default=12, help="steps of each turn of the quickstart on the CPU; 0 leaves it out")
     parser.add_argument("--turns", type=int, default=2, help="turns of each variant of the quickstart")
@@ -30,26 +36,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def scaled(work: Work, scale: float) -> Work:
     g, s, t, _ = work.phases
-    return Work(
-        generate_s=g * scale, score_s=s * scale, learn_s=t * scale, pack_s=work.pack_s * scale, load_s=work.load_s * scale,
+    return replace(
+        work, generate_s=g * scale, score_s=s * scale, learn_s=t * scale, pack_s=work.pack_s * scale, load_s=work.load_s * scale
     )  # fmt: skip
 
 
 def step_seconds(stage: Stage, work: Work, steps: int, *overrides: str) -> float:
     """Of one step, the mean of `steps` in a row between a warm-up and the last ones, which draw nothing ahead."""
+    return timed_steps(stage, work, steps, *overrides)[0]
+
+
+def timed_steps(stage: Stage, work: Work, steps: int, *overrides: str) -> tuple[float, list[dict[str, float]]]:
+    """-> seconds of a step, and the rows of metrics of the timed ones"""
     stage.assign(work)
     controller = stage.controller(settings_of(*SIZE, f"train.steps={WARM_UP + steps + DRAIN}", *overrides))
-    ends = []
+    ends, rows = [], []
     for _ in range(WARM_UP + steps + DRAIN):
-        controller.step()
+        rows.append(controller.step())
         ends.append(time.perf_counter())
-    trained = trained_by(controller)
-    assert len(set(trained)) == len(trained) == len(ends) * PROMPTS, "a prompt was lost or came twice"
-    return (ends[WARM_UP + steps - 1] - ends[WARM_UP - 1]) / steps
+    trained, source = trained_by(controller), controller.prompts
+    come_again, handed_out = {p.uid for p in source.owed}, source.epoch * len(source.prompts) + source.position
+    assert len(trained) == len(ends) * PROMPTS, "a step trained on too few"
+    assert len({*trained, *come_again}) == len(trained) + len(come_again) == handed_out, "a prompt was lost or came twice"
+    return (ends[WARM_UP + steps - 1] - ends[WARM_UP - 1]) / steps, rows[WARM_UP : WARM_UP + steps]
 
 
 def run(options: argparse.Namespace) -> dict:
     found: dict = {"target": TARGET} | ({"waits": waits(options)} if options.steps else {})
+    if options.tail_steps:
+        found["tail"] = tail(options.tail_steps, options.scale)
     if options.real_steps:
         from benchmarks.quickstart import compare_schedules  # the real workers: seconds to import
 
@@ -82,13 +97,33 @@ def waits(options: argparse.Namespace) -> dict:
     return rows
 
 
+def tail(steps: int, scale: float) -> list[dict[str, float]]:
+    """Seconds of a step and of its responses (those it trains on) without and with rollout.oversample.
+
+    Times of groups are log-normal, p95 / median = 5; a group that comes again draws anew, and more groups slow no other: what
+    rollout.oversample costs an engine that is full is not in it.
+    """
+    found = []
+    with Stage(settings_of(*SIZE)) as stage:
+        for share in OVERSAMPLE:
+            how = ("rollout.groups_per_chunk=1", f"rollout.oversample={share}")
+            step_s, rows = timed_steps(stage, scaled(TAIL, scale), steps, *how)
+            keys = {"p50": "time/response_s_p50", "p95": "time/response_s_p95", "max": "time/response_s_max", "late": "rollout/late_frac"}
+            seen = {name: statistics.fmean(row[key] for row in rows) for name, key in keys.items()}
+            found.append({"oversample": share, "step": step_s, **seen})
+            times = "  ".join(f"{name} {seen[name]:.3f}" for name in ("p50", "p95", "max"))
+            print(f"heavy tail, rollout.oversample={share:<4}: step {step_s:.3f} s, responses {times}, {seen['late']:.0%} cancelled")
+    print(f"rollout.oversample={OVERSAMPLE[1]} makes a step {found[0]['step'] / found[1]['step']:.2f}x as fast")
+    return found
+
+
 def draw(found: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    parts = {"waits": draw_waits, "quickstart": draw_quickstart}
+    parts = {"waits": draw_waits, "tail": draw_tail, "quickstart": draw_quickstart}
     parts = {name: part for name, part in parts.items() if name in found}
     figure, axes = pyplot.subplots(1, len(parts), figsize=(5.5 * len(parts), 4), squeeze=False, layout="constrained")
     for axis, (name, part) in zip(axes[0], parts.items(), strict=True):
@@ -104,6 +139,16 @@ def draw_waits(axis, rows: dict) -> None:
         axis.hlines(row["limit"], x - 0.42, x + 0.42, colors="black", linestyles="dashed", label=None if x else "max(g, s, t) + w")
     axis.set_xticks(range(len(rows)), rows, fontsize=8)
     axis.set_title("A device for each phase (workers that wait)", fontsize=10)
+    axis.legend(fontsize=8)
+
+
+def draw_tail(axis, rows: list[dict[str, float]]) -> None:
+    kinds = ("p50", "p95", "max", "step")
+    for i, row in enumerate(rows):
+        places = [x + (i - 0.5) * 0.4 for x in range(len(kinds))]
+        axis.bar(places, [row[kind] for kind in kinds], 0.4, label=f"rollout.oversample={row['oversample']}")
+    axis.set_xticks(range(len(kinds)), [*(f"response {kind}" for kind in kinds[:3]), "step"], fontsize=8)
+    axis.set_title("A heavy tail of responses (workers that wait)", fontsize=10)
     axis.legend(fontsize=8)
 
 

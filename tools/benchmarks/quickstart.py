@@ -18,7 +18,6 @@ from hybridrl.types import Prompt
 
 COMMON = ["train.lr=5e-4", "train.lr_warmup_steps=0", "train.lr_end=null"]
 KEPT = ("reward/mean", "policy/staleness_mean", "policy/staleness_max", "controller/materialized_bytes")
-BUSY = ("time/response_s_max", "time/scorers_busy_s", "time/learner_busy_s", "time/sync_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +43,20 @@ class Turns:
             found[key] = statistics.fmean(row[key] for row in rows)
         found["policy/staleness_max"] = max(row["policy/staleness_max"] for row in rows)
         found["reward_last_5"] = statistics.fmean(row["reward/mean"] for turn in self.rows for row in turn[-5:])
-        found["workers_busy_s"] = statistics.median(sum(row[key] for key in BUSY) for row in rows)
+        found["workers_busy_s"] = statistics.median(busy_s(row) for row in rows)
         found["median_step_s"] = statistics.median(row["time/step_s"] for row in rows)
         return found
+
+
+def busy_s(row: dict[str, float]) -> float:
+    """Seconds of a sync step in which some worker was at work; the rest is controller and Ray.
+
+    The step has one chunk: scoring and rewards begin together, when it is sampled, and nothing else goes on meanwhile. So of their
+    times the longer one counts, and the others follow one after the other. Reward workers have no clock of their own: theirs is how
+    long the controller waited for them.
+    """
+    judged = max(row["time/scorers_busy_s"], row["time/reward_s"])
+    return row["time/response_s_max"] + judged + row["time/learner_busy_s"] + row["time/sync_s"]
 
 
 def compare_schedules(steps: int, turns: int) -> dict:

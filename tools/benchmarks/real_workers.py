@@ -115,15 +115,22 @@ class BareEngine:
 
 
 class BareLearner:
-    """Forward, the same head pass, backward, clip and AdamW on fp32 weights, over micro-batches made beforehand."""
+    """Forward, the same head pass, backward, clip and AdamW on fp32 weights, over micro-batches made beforehand.
+
+    Attention and optimizer are the product's, so that what is left between them is what the product adds.
+    """
 
     def __init__(self, settings: RunSettings) -> None:
+        from hybridrl.workers.learner import attends_plainly  # and DeepSpeed with it, which the engines here have no use for
+
         self.settings = settings
         self.model = load_model(settings.model.path, settings.model.dtype)
+        if attends_plainly(settings, torch.device("cpu")):
+            self.model.set_attn_implementation("eager")
         self.parameters = list(self.model.parameters())
         self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.parameters]
         train = settings.train
-        self.optimizer = torch.optim.AdamW(self.masters, lr=train.lr, betas=tuple(train.betas), weight_decay=train.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=train.lr, betas=tuple(train.betas), weight_decay=train.weight_decay, fused=True)
         self.rule, objective = head_rule(settings), make_objective(settings)
         self.objective, self.teachers = objective, TeacherSide(settings, objective.signals, torch.device("cpu"))
 

@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -126,6 +127,7 @@ def main(kind: str, order: dict) -> None:
         "rollout_s": generate_s,
         "logs": clock.logs,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": {name: metadata.version(name) for name in ("trl", "torch", "transformers")},
     }
     print(MARK + json.dumps(found), flush=True)
 

@@ -1,5 +1,6 @@
 """A process with all that it starts: how long, how much memory, and how busy the machine was with something else."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -26,6 +27,11 @@ class Watched:
     others_cores: float = 0.0  # cores that other programs kept busy while this one computed, on average
     cpu_at: dict[int, float] = field(default_factory=dict)  # CPU seconds so far when `progress` first said so many
     output: str = field(default="", repr=False)
+
+    def told(self) -> dict:
+        """What one of the peers' scripts printed as JSON."""
+        line = next(line for line in self.output.splitlines() if line.startswith("PEER "))
+        return json.loads(line.removeprefix("PEER "))
 
 
 def run(
