@@ -10,6 +10,7 @@ import numpy as np
 
 from hybridrl.choices import Source
 from hybridrl.config import RewardConfig, RunSettings
+from hybridrl.runtime.groups import PROBE
 from hybridrl.types import (
     ChunkHeader,
     FinishReason,
@@ -64,6 +65,9 @@ class Engine:
 
     async def generate(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> tuple[ChunkHeader, RolloutBatch]:
         arrived = time.monotonic()
+        if order.wave == PROBE:  # a few tokens, where the work is that of whole waves
+            batch = rollouts(order, prompts, max(self.version, 0))
+            return header(batch, 0.0), batch
         if self.work.spread:
             whole = await self._alone(f"{order.wave}/{prompts[0].uid}", self.work.generate_s * stretch(order, prompts, self.work.spread))
             batch = rollouts(order if whole else replace(order, max_new_tokens=0), prompts, max(self.version, 0))
