@@ -136,8 +136,8 @@ def draw(found: dict, picture: Path) -> None:
     figure, panel = pyplot.subplots(figsize=(6, 4))
     for row, each in found["rows"].items():
         kl, accuracy = [values["kl"] for values in each], [100 * values["accuracy"] for values in each]
-        panel.scatter(kl, accuracy, s=12, alpha=0.5)
-        panel.annotate(row, (mean(kl), mean(accuracy)), fontsize=8)
+        panel.scatter(kl, accuracy, s=20, alpha=0.7, label=row)
     panel.set(xlabel="KL(student || teacher), nats a token", ylabel="held-out accuracy, %")
+    panel.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(picture, dpi=120)

@@ -139,7 +139,8 @@ def draw_waits(axis, rows: dict) -> None:
         axis.hlines(row["limit"], x - 0.42, x + 0.42, colors="black", linestyles="dashed", label=None if x else "max(g, s, t) + w")
     axis.set_xticks(range(len(rows)), rows, fontsize=8)
     axis.set_title("A device for each phase (workers that wait)", fontsize=10)
-    axis.legend(fontsize=8)
+    axis.margins(y=0.35)
+    axis.legend(fontsize=8, ncols=2)
 
 
 def draw_tail(axis, rows: list[dict[str, float]]) -> None:
