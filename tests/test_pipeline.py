@@ -19,7 +19,8 @@ from hybridrl.data.prompts import PromptSource
 from hybridrl.errors import DataError, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.placement import chunk_size
 from hybridrl.runtime.calls import Pending, gather, settle
-from hybridrl.runtime.groups import Chunk, EngineLoad
+from hybridrl.runtime.engine_load import EngineLoad
+from hybridrl.runtime.groups import Chunk
 from hybridrl.types import NO_VERSION, ChunkHeader, GenerateOrder, Prompt, Rewards
 
 PROMPTS = [Prompt(uid=f"p{i}", input_ids=(1, 2), text="", columns={}) for i in range(5)]

@@ -3,7 +3,7 @@
 import logging
 import socket
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.errors import FleetExhausted, HybridRLError, WeightSyncError, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.placement import chunk_size
 from hybridrl.runtime.calls import Pending, gather, is_done, outcomes
+from hybridrl.runtime.engine_load import EngineLoad
 from hybridrl.runtime.group import ActorGroup, EngineCall, Slot
 from hybridrl.types import GenerateOrder, LearnerStats, Prompt, Sample, SavedFile, Shard, UpdatePlan, WeightManifest
 
@@ -31,30 +32,6 @@ class Chunk:
     prompts: tuple[Prompt, ...]
     header: Pending  # -> ChunkHeader
     batch: Pending  # -> RolloutBatch; only ever passed on by reference
-
-
-class EngineLoad:
-    """Who has how many tokens to do: prompt and longest possible response of every chunk that is not done."""
-
-    def __init__(self, engines: int) -> None:
-        self.under_way: list[list[tuple[int, Pending]]] = [[] for _ in range(engines)]  # per engine (tokens, -> header)
-
-    def assign(self, tokens: Sequence[int], serving: Collection[int]) -> list[int]:
-        """One of the `serving` engines for each chunk, in order: always the one with the least to do, of equals the first.
-
-        All idle: the same at each call.
-        """
-        self.under_way = [[(n, header) for n, header in mine if not is_done(header)] for mine in self.under_way]
-        load = {i: sum(n for n, _ in self.under_way[i]) for i in sorted(serving)}
-        engines = []
-        for num_tokens in tokens:
-            engine = min(load, key=load.__getitem__)
-            load[engine] += num_tokens
-            engines.append(engine)
-        return engines
-
-    def add(self, engine: int, tokens: int, header: Pending) -> None:
-        self.under_way[engine].append((tokens, header))
 
 
 class RolloutGroup:

@@ -21,7 +21,8 @@ from hybridrl.controller.preemption import Preemption
 from hybridrl.data.prompts import PromptSource
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
-from hybridrl.runtime.groups import EngineLoad, LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
+from hybridrl.runtime.engine_load import EngineLoad
+from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
 from hybridrl.runtime.workers import Workers, place_workers
 from hybridrl.tracking.sink import Sinks
 from hybridrl.types import Prompt
