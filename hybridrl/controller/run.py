@@ -57,9 +57,9 @@ def train(settings: RunSettings) -> RunResult:
     with run_directory(settings) as run_dir, ExitStack() as stack:
         settings = replace(settings, run=replace(settings.run, dir=str(run_dir)))  # for workers, who may run elsewhere
         stack.enter_context((preemption := Preemption()).listening())
-        checkpoint = find_checkpoint(settings, run_dir)
+        checkpoint, inputs = find_checkpoint(settings, run_dir), digests(settings, prompts, heldout)
         if checkpoint:
-            check_inputs(settings, checkpoint.state.inputs, digests(settings, prompts, heldout))
+            check_inputs(settings, checkpoint.state.inputs, inputs)
         console, sinks, wandb = make_sinks(settings)
         stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
         first = checkpoint.state.step if checkpoint else 0
@@ -79,8 +79,8 @@ def train(settings: RunSettings) -> RunResult:
         console.notice(f"workers ready after {took} on {cluster.device}, weights travel by {cluster.weight_transfer}; {silence}")
         preemption.started()
         attempts = Attempts(
-            settings=settings, run_dir=run_dir, cluster=cluster, slots=slots, prompts=prompts, heldout=heldout, levels=levels,
-            console=console, sinks=sinks, wandb=wandb, preemption=preemption,
+            settings=settings, run_dir=run_dir, cluster=cluster, slots=slots, prompts=prompts, heldout=heldout, inputs=inputs,
+            levels=levels, console=console, sinks=sinks, wandb=wandb, preemption=preemption,
         )  # fmt: skip
         controller = attempts.until_done(workers, checkpoint)
         exported = export_model(settings, controller, run_dir, first)
@@ -97,6 +97,7 @@ class Attempts:
     slots: Slots
     prompts: list[Prompt]
     heldout: list[Prompt]
+    inputs: dict[str, str]  # controller.inputs.digests
     levels: Mapping[str, float]  # the teachers', for the first row of a run
     console: ConsoleSink
     sinks: Sinks
@@ -157,7 +158,7 @@ class Attempts:
                 preemption=self.preemption,
             )
             controller.wandb_id = self.wandb.run_id if self.wandb else None
-            controller.inputs = digests(self.settings, self.prompts, self.heldout)
+            controller.inputs = self.inputs
             train_on(controller, checkpoint, self.levels)
         return controller
 

@@ -159,7 +159,8 @@ def dump_stacks() -> None:
     """Have all workers write the stacks of their threads into their logs; waits a moment, for one of them is ended next."""
     here = ray.get_runtime_context().get_worker_id()  # groups of an earlier Ray are gone with it
     asked = [ref for group in ALIVE if group.driver == here for ref in group.ask_for_stacks()]
-    ray.wait(asked, num_returns=len(asked), timeout=DUMP_S)
+    if asked:
+        ray.wait(asked, num_returns=len(asked), timeout=DUMP_S)
 
 
 def ask_for_stacks(pid: int, log: str) -> None:

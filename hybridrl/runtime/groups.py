@@ -111,17 +111,26 @@ class RolloutGroup:
         return Chunk(order=order, prompts=prompts, header=header, batch=batch)
 
     def probe(self, prompts: Sequence[Prompt], *, num_tokens: int, temperature: float, support: int = 0) -> dict[str, Chunk]:
-        """The same prompts on every engine that serves: one chunk by the engine's name. Waits; who does not answer is lost."""
+        """The same prompts on every engine that serves: one chunk by the engine's name, of one engine at least. Waits; who does not
+        answer within deadlines.sync_s is lost: a few tokens are asked.
+
+        Raises:
+            FleetExhausted: all engines were, and cannot be replaced any more.
+        """
         order = GenerateOrder(
             wave=PROBE, chunk=0, num_chunks=1, group_size=1, temperature=temperature, max_new_tokens=num_tokens, seed=0, support=support
         )
-        asked, found, limit = tuple(prompts), {}, self.settings.deadlines.rollout_s
-        for engine in sorted(self.serving):
-            header, batch = self.group.submit_pair(engine, "generate", order, asked, deadline_s=limit)
-            found[self.group.names[engine]] = Chunk(order=order, prompts=asked, header=header, batch=batch)
-        failed = self._failed([chunk.header for chunk in found.values()])
-        self._lose_all(failed)
-        return {name: chunk for name, chunk in found.items() if all(name != error.worker for error in failed)}
+        asked, found, limit = tuple(prompts), {}, self.settings.deadlines.sync_s
+        while not found:
+            self.admit()
+            for engine in sorted(self.serving):
+                header, batch = self.group.submit_pair(engine, "generate", order, asked, deadline_s=limit)
+                found[self.group.names[engine]] = Chunk(order=order, prompts=asked, header=header, batch=batch)
+            failed = self._failed([chunk.header for chunk in found.values()])
+            self._lose_all(failed)
+            for error in failed:
+                del found[error.worker]
+        return found
 
     # -- lost engines ------------------------------------------------------------------------------------------------
 
