@@ -132,7 +132,8 @@ def one_sentence(overrides: Sequence[str], of: tuple[type[Exception], ...] = (Hy
         key = error.full_key or "?"
         raise ConfigError(f"{key} is not set: it has no default; add {key}=... to the command") from error
     except of as error:
-        raise ConfigError(_sentence(error, overrides)) from error
+        told = _sentence(error, overrides)
+        raise ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in told)) from error  # a line break as \n
 
 
 def to_yaml(settings: RunSettings) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from hybridrl.compose import from_yaml, known_keys, load_config, to_yaml
@@ -21,7 +21,7 @@ derandomized = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    phases=[Phase.generate],  # a failure is told as found: making it smaller takes minutes
+    phases=[Phase.explicit, Phase.generate],  # a failure is told as found: making it smaller takes minutes
     suppress_health_check=list(HealthCheck),
 )
 
@@ -50,6 +50,8 @@ override = st.builds(
 
 
 @settings(derandomized, max_examples=200)
+@example(["deadlines.start_s=a\nb"])  # the override is told as given, on one line
+@example(["run.resume='a\nb'"])
 @given(st.lists(override, min_size=1, max_size=2))
 def test_any_override_works_or_is_one_sentence(overrides: list[str]):
     try:
