@@ -155,15 +155,21 @@ def terminate(ground: Ground, under_way: Training) -> Callable[[], Finding]:
     return lambda: ground.judged(under_way.run_dir, end, said, within=within, detected_s=took, recovered_s=None, lost_steps=lost)
 
 
-def alive_after(pids: list[int], limit_s: float) -> list[int]:
-    """Those that still run after so long, or none as soon as all have ended."""
+def alive_after(pids: list[int], limit_s: float, besides: tuple[str, ...] = ()) -> list[int]:
+    """Those that still run after so long, or none as soon as all have ended but those whose names begin like one of `besides`."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
-        left = [pid for pid in pids if running(pid)]
+        left = [pid for pid in pids if running(pid) and not name(pid).startswith(besides)]
         if not left:
             return []
         time.sleep(0.1)
     return left
+
+
+def name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
 
 
 def running(pid: int) -> bool:
