@@ -31,6 +31,10 @@ class RunConfig:
     allow_changes: list[str] = field(default_factory=list)
     """settings, or sections of them, that may differ from those the run in run.dir was started with, e.g. [train.lr, data]"""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"run.seed={self.seed}: must be in [0, 2**32), as the engines take it")
+
 
 DTYPES = ("float32", "bfloat16")
 
@@ -381,6 +385,8 @@ def check_needs(settings: RunSettings) -> None:
         )
     if algorithm.dynamic_sampling and not algorithm.learns_from_rewards:
         raise ConfigError("algorithm.dynamic_sampling: compares rewards, and algorithm.reward_weight is 0; set it to 0")
+    if algorithm.dynamic_sampling and k < 2:
+        raise ConfigError(f"train.samples_per_prompt={k}: algorithm.dynamic_sampling compares siblings, needs >= 2; raise it")
 
 
 def check_pipeline(settings: RunSettings) -> None:

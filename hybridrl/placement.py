@@ -6,6 +6,7 @@ from hybridrl.choices import Device, WeightTransfer
 from hybridrl.errors import ConfigError
 
 if TYPE_CHECKING:  # config.py checks its settings with this module
+    from hybridrl.algorithm import AlgorithmConfig
     from hybridrl.config import RunSettings
 
 SHARED_GPU_LIMIT = 0.5
@@ -29,13 +30,19 @@ def chunk_size(prompts: int, groups_per_chunk: int, engines: int) -> int:
     return max(min(groups_per_chunk, -(-prompts // engines)), 1)
 
 
+def shares(prompts: int, algorithm: "AlgorithmConfig") -> tuple[int, int, int]:
+    """How many prompts the student, the first teacher and the data answer. Example: 3 prompts, half by each of the latter: 0, 1, 2."""
+    by_data = round(algorithm.data_fraction * prompts)
+    by_teacher = min(round(algorithm.teacher_fraction * prompts), prompts - by_data)
+    return prompts - by_data - by_teacher, by_teacher, by_data
+
+
 def _check_counts(settings: "RunSettings") -> None:
     rollout, algorithm, prompts = settings.rollout, settings.algorithm, settings.train.prompts_per_step
     for name, count in {"rollout.engines": rollout.engines, "learner.ranks": settings.learner.ranks}.items():
         if prompts < count:
             raise ConfigError(f"train.prompts_per_step={prompts}: must be at least {name}={count}, one prompt for each; raise it")
-    by_data, by_teacher = round(algorithm.data_fraction * prompts), round(algorithm.teacher_fraction * prompts)
-    by_student = prompts - by_data - by_teacher
+    by_student, by_teacher, by_data = shares(prompts, algorithm)
     chunks = -(-by_student // chunk_size(by_student, rollout.groups_per_chunk, rollout.engines))
     chunks += -(-by_teacher // chunk_size(by_teacher, rollout.groups_per_chunk, 1)) + (by_data > 0)
     counts = {"scorer.replicas": settings.scorer.replicas if settings.scored_teachers else 1, "reward.workers": settings.reward.workers}

@@ -226,6 +226,7 @@ class GenerateOrder:
     max_new_tokens: int
     seed: int  # of the run and wave; each sample's own seed derives from it, its uid and its index
     support: int = 0  # how many of the most likely tokens are reported with each response token
+    priority: int = 0  # an engine takes what has the lowest first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,7 +67,7 @@ def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
         for n, t in parameters.items()
     ]
     with run_directory(settings) as folder:
-        find_checkpoint(settings, folder)
+        find_checkpoint(settings, folder, {})
         Checkpointer(folder, CheckpointConfig()).save(STATE, [Learned(fragments)])
     return weights
 

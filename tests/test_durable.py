@@ -40,7 +40,7 @@ def test_a_replaced_file_is_synced_before_it_takes_the_place_and_its_folder_afte
 
 def test_settings_ledger_and_rows_are_synced_when_a_run_begins(tmp_path: Path, synced: list):
     settings = load_config(["experiment=quickstart", f"run.dir={tmp_path}"])
-    assert find_checkpoint(settings, tmp_path) is None
+    assert find_checkpoint(settings, tmp_path, {}) is None
     assert synced[0] == (".config.yaml", (tmp_path / "config.yaml").stat().st_size) and synced[1] == (tmp_path.name, 1)
     Ledger(tmp_path, first_step=0).close()
     assert synced[2:] == [(".ledger.jsonl", 0), (tmp_path.name, 2)]

@@ -346,6 +346,10 @@ def test_a_killed_scorer_is_replaced_and_scores_the_same_tokens(graph, controlle
     np.testing.assert_array_equal(scores(), before)
     assert group.pids()[1] != pid
 
+    os.kill(pid := group.pids()[1], signal.SIGKILL)
+    controller.save({}, last=True)  # asks every scorer what it remembers
+    assert group.pids()[1] != pid and controller.checkpointer.newest().state.step == controller.steps_done
+
 
 def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_is_learned_from_it(graph, controller):
     """It received what was sent, and says so: the digest is right, the weights are not the learner's."""

@@ -383,6 +383,18 @@ def test_a_function_that_always_hangs_is_given_up_after_the_share_that_may_time_
         pool.close()
 
 
+def test_no_task_is_begun_when_the_time_of_a_call_is_over(user_file: Path) -> None:
+    calls = {"hangs": RewardCall(function=f"{user_file}:hangs", options={})}
+    pool = RewardPool(calls, processes=1, timeout_s=0.5, max_timeouts=1.0, budget_s=0.0)
+    try:
+        outcomes = pool.call("hangs", {"completions": ["b", "x", "b"]})
+        told = [o.text for o in outcomes if isinstance(o, Failure)]
+        assert told == ["not run: more than 100% of the batch had timed out, or 0 s were over"] * 3
+        assert pool.call("hangs", {"completions": ["b", "b", "b"]}) == [1.0, 1.0, 1.0], "who answers in time is not touched by it"
+    finally:
+        pool.close()
+
+
 def test_what_is_no_finite_number_is_invalid_and_never_zero(pool: RewardPool) -> None:
     outcomes = pool.call("odd", {"completions": ["nan", "inf", "none", "str", "huge", "fine"]})
     assert kinds(outcomes) == ["invalid"] * 5 + [1.0]

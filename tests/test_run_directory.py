@@ -18,9 +18,9 @@ from hybridrl.compose import load_config
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer, RunState
 from hybridrl.controller.evaluation import summary
-from hybridrl.controller.inputs import check_inputs, digests
+from hybridrl.controller.inputs import digests
 from hybridrl.controller.run import prepare_prompts, result
-from hybridrl.controller.run_directory import FREE, changes, find_checkpoint, flat, read_settings, run_directory
+from hybridrl.controller.run_directory import FREE, changes, check_inputs, find_checkpoint, flat, read_settings, run_directory
 from hybridrl.controller.teacher_levels import TEACHER_LEVELS, conditions_of, read_levels, teachers_in_use, teachers_to_measure
 from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
 from hybridrl.tracking.jsonl import JsonlSink
@@ -38,7 +38,7 @@ def settings_of(run_dir: Path, *overrides: str) -> RunSettings:
 def start(settings: RunSettings, *, step: int | None = 10) -> Path:
     """What a run of `settings` leaves behind: config.yaml, and a checkpoint (step None: it died before the first)."""
     with run_directory(settings) as run_dir:
-        find_checkpoint(settings, run_dir)
+        find_checkpoint(settings, run_dir, {})
         if step is not None:
             Checkpointer(run_dir, settings.checkpoint).save(replace(STATE, step=step), [])
     return run_dir
@@ -47,7 +47,7 @@ def start(settings: RunSettings, *, step: int | None = 10) -> Path:
 def resume(settings: RunSettings) -> int | None:
     """The step that a run of `settings` would continue after; None: it would start."""
     with run_directory(settings) as run_dir:
-        checkpoint = find_checkpoint(settings, run_dir)
+        checkpoint = find_checkpoint(settings, run_dir, {})
     return checkpoint.state.step if checkpoint else None
 
 
@@ -244,7 +244,7 @@ def test_a_new_directory_continues_the_checkpoint_it_is_given_with_the_rows_so_f
     (old / "ledger.jsonl").write_text('{"step": 10, "trained": ["a@0"], "passed_over": []}\n')
     start_from = f"run.resume_from={old / 'checkpoints' / 'step_000010'}"
     with run_directory(settings_of(new, start_from)) as run_dir:
-        found = find_checkpoint(settings_of(new, start_from), run_dir)
+        found = find_checkpoint(settings_of(new, start_from), run_dir, {})
     assert found.folder == old / "checkpoints" / "step_000010" and found.state == replace(STATE, wandb_id=None)
     assert [(new / name).read_text() for name in ("metrics.jsonl", "ledger.jsonl")] == [
         (old / name).read_text() for name in ("metrics.jsonl", "ledger.jsonl")
@@ -260,6 +260,7 @@ def test_a_named_checkpoint_is_not_passed_over_when_it_is_damaged_or_of_other_se
     start_from = f"run.resume_from={old / 'checkpoints' / 'step_000010'}"
     with pytest.raises(RunDirectoryError, match=rf"run.dir={old}: holds a run with other settings: train\.lr"):
         resume(settings_of(new, start_from, "train.lr=2e-3"))
+    assert not list(new.glob("*.jsonl")) and not (new / "config.yaml").exists(), "refused, the new directory stays empty"
     assert resume(settings_of(new, start_from, "train.lr=2e-3", "run.allow_changes=[train.lr]")) == 10
     (old / "checkpoints" / "step_000010" / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"step_000010/state\.json: missing"):
@@ -411,3 +412,15 @@ def test_changed_prompts_and_a_changed_reward_file_are_refused_until_they_are_al
         "restore it, choose another run.dir, or continue that run with it by run.allow_changes=[data,reward.functions.mine]"
     )
     check_inputs(load_config([*said, "run.allow_changes=[data,reward.functions]"]), before, digests(settings, other, []))
+
+
+def test_a_run_that_is_refused_for_its_inputs_leaves_the_settings_on_file_as_they_were(tmp_path: Path):
+    settings = settings_of(tmp_path)
+    with run_directory(settings) as run_dir:
+        find_checkpoint(settings, run_dir, {"data": "a"})
+        Checkpointer(run_dir, settings.checkpoint).save(replace(STATE, inputs={"data": "a"}), [])
+        changed = settings_of(tmp_path, "train.lr=2e-3", "run.allow_changes=[train.lr]")
+        with pytest.raises(RunDirectoryError, match=r"the prompts that data\.\* gives changed since the checkpoint"):
+            find_checkpoint(changed, run_dir, {"data": "b"})
+        assert read_settings(run_dir) == settings
+        assert find_checkpoint(settings, run_dir, {"data": "a"}).state.step == 10

@@ -23,9 +23,21 @@ from hybridrl.choices import Device, Source, WeightTransfer
 from hybridrl.cli import main
 from hybridrl.compose import load_config
 from hybridrl.controller.evaluation import evaluate
-from hybridrl.errors import ConfigError, DataError, HybridRLError, PlacementError, WeightSyncError, WorkerDied, WorkerError
+from hybridrl.errors import (
+    ConfigError,
+    DataError,
+    FleetExhausted,
+    HybridRLError,
+    PlacementError,
+    WeightSyncError,
+    WorkerDied,
+    WorkerError,
+    WorkerTimeout,
+)
 from hybridrl.failpoints import VARIABLE
 from hybridrl.models.loading import load_model
+from hybridrl.placement import shares
+from hybridrl.runtime import calls
 from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
 from hybridrl.runtime.group import ActorGroup, Slot, ask_for_stacks
 from hybridrl.runtime.groups import RewardGroup, RolloutGroup
@@ -80,6 +92,12 @@ def test_a_placement_that_works_is_taken(overrides: str):
     taken = OmegaConf.structured(load_config([*BASE, *overrides.split()]))
     for key, value in (override.split("=") for override in overrides.split()):
         assert str(OmegaConf.select(taken, key)).lower().endswith(value)
+
+
+def test_every_prompt_is_answered_once_whatever_shares_the_teacher_and_the_data_have():
+    both = ["algorithm.data_fraction=0.5", "algorithm.teacher_fraction=0.5", "+data.options.responses=solution"]
+    halves = load_config([*BASE, *both]).algorithm
+    assert [shares(n, halves) for n in (1, 2, 3, 4, 7)] == [(1, 0, 0), (0, 1, 1), (0, 1, 2), (0, 2, 2), (0, 3, 4)]
 
 
 @pytest.mark.parametrize("teams", range(1, 40))
@@ -186,6 +204,28 @@ def test_a_value_that_is_gone_is_not_blamed_on_the_worker_that_was_to_have_it(sl
         made.close()
 
 
+def answering_every(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call after the other has its answer, which is its name, by a clock of its own; after more than 10 s none has."""
+    now = [0.0]
+
+    def ready(refs: list[str], timeout_s: float) -> list[str]:
+        now[0] += seconds
+        return refs[:1] if seconds < 10 else []
+
+    monkeypatch.setattr(calls, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(calls, "_ready", ready)
+    monkeypatch.setattr(calls, "_fetch", lambda pending, left_s: pending.ref)
+
+
+def test_a_deadline_counts_from_the_last_answer_for_one_worker_may_have_many_calls(monkeypatch: pytest.MonkeyPatch):
+    pending = [calls.Pending(ref=name, worker="reward/0", call="score", deadline_s=10.0) for name in "abc"]
+    answering_every(9.0, monkeypatch)
+    assert calls.settle(pending) == (["a", "b", "c"], []), "27 s in all"
+    answering_every(11.0, monkeypatch)
+    with pytest.raises(WorkerTimeout, match="reward/0 failed in score: no answer within 10 s"):
+        calls.gather(pending)
+
+
 def test_the_stacks_are_asked_of_the_process_that_writes_the_log_and_of_no_other(tmp_path: Path):
     """To one that does not know the signal it is the end."""
     for log, status in (("w-0.log", -signal.SIGUSR1), ("other.log", 0)):
@@ -203,10 +243,9 @@ class Judges(RewardGroup):
     worker = "failing_worker:Judge"
 
 
-def engine(slot: Slot, folder: Path, points: str) -> Engines:
+def engine(slot: Slot, folder: Path, points: str, *, count: int = 1, backend: WeightTransfer = WeightTransfer.object_store) -> Engines:
     settings, place = load_config([*BASE, "deadlines.sync_s=60"]), replace(slot, num_cpus=0, env={**slot.env, VARIABLE: points})
-    backend = WeightTransfer.object_store
-    return Engines(settings, [place], model=settings.model, device="cpu", backend=backend, log_dir=str(folder))
+    return Engines(settings, [place] * count, model=settings.model, device="cpu", backend=backend, log_dir=str(folder))
 
 
 @pytest.mark.graph
@@ -224,6 +263,23 @@ def test_weights_that_every_engine_refuses_are_no_engines_fault(slot: Slot, tmp_
         rollout.load_weights("version 1", ray.put(b""))
     assert rollout.serving == {0} and rollout.group.epochs == [0]
     rollout.close()
+
+
+@pytest.mark.graph
+def test_an_engine_lost_from_a_channel_of_vllms_own_ends_the_run_though_another_lives(slot: Slot, tmp_path: Path):
+    rollout = engine(slot, tmp_path, "", count=2, backend=WeightTransfer.nccl)
+    with pytest.raises(FleetExhausted, match=r"^rollout/1 failed in generate: gone; with rollout\.weight_transfer=nccl no other can join"):
+        rollout.lose(WorkerDied("rollout/1", "generate", "gone", 0))
+    rollout.close()
+
+
+@pytest.mark.graph
+def test_a_ping_is_answered_however_many_chunks_wait_for_the_rest_of_their_wave(slot: Slot, tmp_path: Path):
+    group = ActorGroup("w", "failing_worker:Patient", [slot], [{}], log_dir=str(tmp_path), concurrent=True)
+    waiting = [group.submit(0, "wait", deadline_s=60) for _ in range(1200)]
+    assert group.call_all("ping", deadline_s=60) == [0], "none of them is through"
+    assert group.call_all("go", deadline_s=60) == [None] and calls.gather(waiting) == [None] * 1200
+    group.close()
 
 
 @pytest.mark.graph

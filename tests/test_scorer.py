@@ -12,7 +12,7 @@ from hybridrl.compose import load_config
 from hybridrl.errors import CheckpointError
 from hybridrl.models.loading import load_model
 from hybridrl.types import RolloutBatch
-from hybridrl.workers.scorer import Scorer
+from hybridrl.workers.scorer import Scorer, data_key
 from tests.graph import save_tiny
 
 PROMPTS = [((1, 5, 6), [(7, 8, 2), (9, 2)]), ((1, 10), [(11, 2), (12, 13, 14, 2)])]
@@ -109,37 +109,57 @@ def test_log_probs_of_data_are_computed_once_and_those_of_samples_every_time(fol
     assert len(passes) == 3
 
 
-def remembering(folder: Path, uids: tuple[str, str]) -> tuple[Scorer, RolloutBatch]:
+DPO = ("algorithm=dpo", "algorithm.pair.against=main")
+OTHERS = [((1, 5, 6), [(8, 7, 2), (2,)]), ((1, 10), [(11, 11, 2), (12, 2)])]
+
+
+def remembering(folder: Path, prompts: list) -> tuple[Scorer, RolloutBatch]:
     """A scorer that has seen responses of the data."""
-    plain = make_batch(PROMPTS)
-    given = RolloutBatch(**{f: getattr(plain, f) for f in plain.__dataclass_fields__} | {"source": Source.data, "uids": uids})
-    one = scorer(folder, "algorithm=dpo", "algorithm.pair.against=main")
+    plain = make_batch(prompts)
+    given = RolloutBatch(**{f: getattr(plain, f) for f in plain.__dataclass_fields__} | {"source": Source.data, "uids": ("a@0", "b@0")})
+    one = scorer(folder, *DPO)
     one.score(given)
     return one, given
 
 
 def test_what_a_scorer_remembers_is_in_its_checkpoint(folder: Path, tmp_path: Path):
-    one, given = remembering(folder, ("a/1@0", "b@0"))
+    one, given = remembering(folder, PROMPTS)
     (saved,) = one.save_state(str(tmp_path), 0, 2)
     assert saved.name == "scorer-main-00000-of-00002.safetensors" and one.state_bytes() == 4 * 11
-    again, passes = scorer(folder, "algorithm=dpo", "algorithm.pair.against=main"), []
+    again, passes = scorer(folder, *DPO), []
     again.model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
     assert again.save_state(str(tmp_path), 1, 2) == [], "nothing to remember, no file"
     again.load_state(str(tmp_path), 0, 2)
     assert again.score(given)[1].logprobs.tolist() == one.score(given)[1].logprobs.tolist() and passes == []
 
 
+@pytest.mark.parametrize(
+    "changed", [("teachers.main.path=null",), ("algorithm.temperature=0.5",), ("+teachers.main.dtype=bfloat16",), ("algorithm=word_kd",)]
+)
+def test_what_was_remembered_of_another_teacher_or_temperature_is_computed_anew(folder: Path, tmp_path: Path, changed: tuple[str, ...]):
+    one, given = remembering(folder, PROMPTS)
+    one.save_state(str(tmp_path), 0, 1)
+    other = scorer(folder, *(changed if changed == ("algorithm=word_kd",) else (*DPO, *changed)))
+    fresh = other.score(given)[1]
+    other.load_state(str(tmp_path), 0, 1)
+    again = other.score(given)[1]
+    assert again.logprobs.tolist() == fresh.logprobs.tolist() and again.rows.tolist() == fresh.rows.tolist()
+
+
 def test_a_replica_remembers_its_own_and_other_numbers_of_replicas_share_it_all(folder: Path, tmp_path: Path):
-    for replica, uids in enumerate((("a@0", "b@0"), ("c@0", "d@0"))):
-        remembering(folder, uids)[0].save_state(str(tmp_path), replica, 2)
-    one = scorer(folder, "algorithm=dpo", "algorithm.pair.against=main")
+    keys = []
+    for replica, prompts in enumerate((PROMPTS, OTHERS)):
+        saved, given = remembering(folder, prompts)
+        saved.save_state(str(tmp_path), replica, 2)
+        keys.append([data_key(given, i) for i in range(4)])
+    one = scorer(folder, *DPO)
 
-    def loaded(replica: int, replicas: int) -> list[str]:
+    def loaded(replica: int, replicas: int) -> set[str]:
         one.load_state(str(tmp_path), replica, replicas)
-        return sorted({uid for uid, _ in one.remembered})
+        return set(one.remembered)
 
-    assert loaded(0, 2) == ["a", "b"] and loaded(1, 2) == ["c", "d"]
-    assert loaded(0, 1) == loaded(2, 3) == ["a", "b", "c", "d"]
+    assert loaded(0, 2) == set(keys[0]) and loaded(1, 2) == set(keys[1])
+    assert loaded(0, 1) == loaded(2, 3) == {*keys[0], *keys[1]} and len(one.remembered) == 8
 
 
 def test_a_pickle_in_place_of_what_a_scorer_remembers_is_refused(folder: Path, tmp_path: Path):

@@ -220,7 +220,7 @@ def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
             probe.bind(("127.0.0.1", 0))
             ports.append(str(probe.getsockname()[1]))
     sessions = Path(mkdtemp(prefix="ray-"))  # short: the path of a Unix socket holds 107 bytes
-    env = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(sessions)}
+    env = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(sessions), "RAY_JOB_STOP_WAIT_TIME_S": "60"}
     small = ("--num-cpus", "1", "--object-store-memory", "200000000")
     head = shell(
         "cluster/head.sh", "--port", ports[0], "--dashboard-port", ports[1], "--dashboard-agent-listen-port", ports[2], *small, env=env
@@ -233,12 +233,25 @@ def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
     shutil.rmtree(sessions, ignore_errors=True)
 
 
-def test_ray_job_submit_runs_the_same_job_on_a_two_node_cluster_with_tokens(two_nodes, overrides, tmp_path):
+def test_a_job_on_two_nodes_with_tokens_is_stopped_saves_what_it_learned_and_goes_on(two_nodes, overrides, tmp_path):
     run_dir = tmp_path / "job"
-    submit = ["ray", "job", "submit", "--working-dir", str(ROOT), "--", str(BIN / "hybridrl"), "train", *overrides, f"run.dir={run_dir}"]
-    job = shell(*submit, "train.steps=2", "cluster.spread=true", "cluster.threads_per_worker=1", env=two_nodes, timeout_s=400)
+    spread = ["cluster.spread=true", "cluster.threads_per_worker=1"]
+    program = ["--", str(BIN / "hybridrl"), "train", *overrides, *spread, f"run.dir={run_dir}"]
+    submit = ["ray", "job", "submit", "--working-dir", str(ROOT)]
+    begun = shell(*submit, "--no-wait", "--submission-id", "first", *program, "train.steps=1000", env=two_nodes)
+    assert begun.returncode == 0, begun.stdout[-3000:] + begun.stderr[-1000:]
+    end = time.monotonic() + 300
+    while len(read_metrics(run_dir)) < 3:
+        assert time.monotonic() < end, shell("ray", "job", "logs", "first", env=two_nodes).stdout[-3000:]
+        time.sleep(0.5)
+    shell("ray", "job", "stop", "first", env=two_nodes)
+    assert "STOPPED" in shell("ray", "job", "status", "first", env=two_nodes).stdout
+    last = int(read_metrics(run_dir)[-1]["train/step"])
+    assert last >= 2 and read_checkpoint(run_dir / "checkpoints" / f"step_{last:06d}").state.step == last
+
+    job = shell(*submit, *program, f"train.steps={last + 1}", env=two_nodes, timeout_s=400)
     assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-1000:]
-    assert "succeeded" in job.stdout
-    assert [row["train/step"] for row in read_metrics(run_dir)] == [0, 1, 2]
+    assert "succeeded" in job.stdout and f"continues after step {last} of {last + 1}" in job.stdout
+    assert [row["train/step"] for row in read_metrics(run_dir)] == list(range(last + 2))
     refused = shell("ray", "job", "list", env={**two_nodes, "RAY_AUTH_TOKEN": "not-the-token"})
     assert refused.returncode != 0, "without the token nobody gets in"

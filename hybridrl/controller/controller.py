@@ -110,7 +110,7 @@ class Controller:
             **reward_metrics(rewards),
             **rollout_metrics(headers, rewards, plan.step),
             **learner_metrics(plan, stats),
-            **transfer_metrics(headers, score_headers, weight_bytes, self.clock.seconds("sync")),
+            **transfer_metrics(headers, score_headers, weight_bytes, self.clock.seconds("sync") - self.clock.seconds("probe")),
             **late_metrics(late, sampled),
             "policy/probe_gap": probe_gap,
             "transfer/inflight_bytes": float(self.pipeline.in_flight_bytes),
@@ -189,7 +189,8 @@ class Controller:
         """Engines sample step k's rollouts with version k; returns the bytes sent to each engine."""
         self.weight_version = self.steps_done
         num_bytes = self.weights.publish(self.weight_version)
-        self.probe.ask()
+        with self.clock.phase("probe"):
+            self.probe.ask()
         return num_bytes
 
     def evaluate(self) -> dict[str, float]:
@@ -215,19 +216,28 @@ class Controller:
 
     def save(self, row: Mapping[str, float], *, last: bool) -> None:
         """Commit a checkpoint; its time appears in the next step's row. One that fails is told and tried again when the
-        next is due: the older ones are whole, and the run may go on.
+        next is due: the older ones are whole, and the run may go on. A scorer that is lost is replaced first.
 
         Raises:
             CheckpointError: the last one failed.
+            WorkerError: a learner rank was lost.
         """
         with self.clock.phase("save"):
             try:
-                self.checkpointer.save(self.state(row), [self.learner, *self.workers.scorers])
+                self._save(row)
                 self.saved_step = self.steps_done
             except CheckpointError as error:
                 if last:
                     raise
                 log.error("step %d has no checkpoint, the older ones are whole: %s", self.steps_done, error)
+
+    def _save(self, row: Mapping[str, float]) -> None:
+        for _ in count():
+            try:
+                self.checkpointer.save(self.state(row), [self.learner, *self.workers.scorers])
+                return
+            except WorkerError as error:
+                self.workers.lose(error)
 
     # -- state -------------------------------------------------------------------------------------------------------
 

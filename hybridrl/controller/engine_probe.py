@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from hybridrl.config import RunSettings
 from hybridrl.errors import WeightSyncError
-from hybridrl.runtime.calls import Pending
+from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.workers import Workers
 from hybridrl.types import Prompt
 
@@ -22,7 +22,7 @@ class EngineProbe:
     def __init__(self, settings: RunSettings, workers: Workers, prompts: Sequence[Prompt]) -> None:
         self.settings, self.workers, self.prompts = settings, workers, list(prompts[:PROMPTS])
         self.engines: list[str] = []
-        self.asked: Pending | None = None  # -> [float], one for each of `engines`
+        self.asked: list[Pending] = []  # of each learner rank: -> [float], one for each of `engines`
 
     def ask(self) -> None:
         """Returns when the engines have sampled, so that no response shares a batch with the probe; the learner goes on meanwhile."""
@@ -38,8 +38,7 @@ class EngineProbe:
         Raises:
             WeightSyncError: one is above rollout.max_logprob_gap; names the engine.
         """
-        assert self.asked is not None, "ask first"
-        limit, gaps = self.settings.rollout.max_logprob_gap, self.asked.result()
+        limit, (gaps, *_) = self.settings.rollout.max_logprob_gap, gather(self.asked)
         for engine, gap in zip(self.engines, gaps, strict=True):
             if not gap <= limit:
                 raise WeightSyncError(

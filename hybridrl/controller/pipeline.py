@@ -44,7 +44,7 @@ class Pipeline:
         self.current: list[Wave] = []  # handed out, and not trained on yet
         self.skipped: list[Prompt] = []  # of batches left out since the last step
         self.wave_bytes = 0  # of the last wave that was seen whole
-        self.oversampled = math.ceil(settings.train.prompts_per_step * (1 + settings.rollout.oversample))
+        self.oversampled = math.ceil(round(settings.train.prompts_per_step * (1 + settings.rollout.oversample), 6))
 
     def take(self, step: int) -> Wave:
         """The wave of `step`, after drawing as far ahead as the bounds allow."""

@@ -12,7 +12,7 @@ from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.contract import check_running, check_teachers, check_templates
 from hybridrl.controller.controller import Controller
-from hybridrl.controller.inputs import check_inputs, digests
+from hybridrl.controller.inputs import digests
 from hybridrl.controller.ledger import Ledger, check_ledger, drawn_uids
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
@@ -57,9 +57,8 @@ def train(settings: RunSettings) -> RunResult:
     with run_directory(settings) as run_dir, ExitStack() as stack:
         settings = replace(settings, run=replace(settings.run, dir=str(run_dir)))  # for workers, who may run elsewhere
         stack.enter_context((preemption := Preemption()).listening())
-        checkpoint, inputs = find_checkpoint(settings, run_dir), digests(settings, prompts, heldout)
-        if checkpoint:
-            check_inputs(settings, checkpoint.state.inputs, inputs)
+        inputs = digests(settings, prompts, heldout)
+        checkpoint = find_checkpoint(settings, run_dir, inputs)
         console, sinks, wandb = make_sinks(settings)
         stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
         first = checkpoint.state.step if checkpoint else 0
@@ -129,7 +128,7 @@ class Attempts:
     def go_back(self) -> Checkpoint | None:
         """What there is in the run's directory now, whatever the first attempt was to do with it."""
         goes_on = replace(self.settings, run=replace(self.settings.run, resume=Resume.auto))
-        checkpoint = find_checkpoint(goes_on, self.run_dir)
+        checkpoint = find_checkpoint(goes_on, self.run_dir, self.inputs)
         self.sinks.start(run_info(self.settings, self.run_dir, checkpoint))
         return checkpoint
 

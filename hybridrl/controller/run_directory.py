@@ -16,6 +16,7 @@ from hybridrl.choices import Resume, ScheduleKind
 from hybridrl.compose import from_yaml, to_yaml
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer, read_checkpoint
+from hybridrl.controller.inputs import DATA
 from hybridrl.controller.ledger import LEDGER
 from hybridrl.durable import replace_text
 from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
@@ -76,11 +77,15 @@ def holder_of(path: Path) -> str:
     return "which has not yet said who it is"
 
 
-def find_checkpoint(settings: RunSettings, run_dir: Path) -> Checkpoint | None:
+def find_checkpoint(settings: RunSettings, run_dir: Path, inputs: Mapping[str, str]) -> Checkpoint | None:
     """Where to continue, None: from the start; config.yaml is `settings` afterwards. Call it under run_directory's lock.
 
+    Args:
+        inputs: controller.inputs.digests of what the run would read.
+
     Raises:
-        RunDirectoryError: run.resume=never and the directory holds a run, or it holds one of other settings.
+        RunDirectoryError: run.resume=never and the directory holds a run, or it holds one of other settings or inputs; it is left as it
+            was.
         CheckpointError: run.resume=required and there is none, or all are damaged, or that of run.resume_from is.
     """
     checkpointer = Checkpointer(run_dir, settings.checkpoint)
@@ -88,24 +93,24 @@ def find_checkpoint(settings: RunSettings, run_dir: Path) -> Checkpoint | None:
     if settings.run.resume is Resume.never and ((run_dir / "metrics.jsonl").exists() or checkpointer.folders()):
         raise RunDirectoryError(f"run.dir={run_dir}: holds a run and run.resume=never; choose another run.dir or run.resume=auto")
     checkpoint = checkpointer.newest()
-    if checkpoint is None and settings.run.resume_from is not None:
-        checkpoint = continue_other(Path(settings.run.resume_from).expanduser().absolute(), run_dir)
+    other = checkpoint is None and settings.run.resume_from is not None
+    if other:
+        checkpoint = read_checkpoint(Path(settings.run.resume_from).expanduser().absolute())
     if checkpoint is None and settings.run.resume is Resume.required:
         raise CheckpointError(f"run.resume=required: no checkpoint in {checkpointer.root}; use run.resume=auto to start")
     if checkpoint:
         check_same_run(settings, checkpoint.folder.parent.parent)
+        check_inputs(settings, checkpoint.state.inputs, inputs)
+    if other:
+        checkpoint = continue_other(checkpoint, run_dir)
     replace_text(run_dir / CONFIG, to_yaml(settings))
     return checkpoint
 
 
-def continue_other(folder: Path, run_dir: Path) -> Checkpoint:
-    """Begin run_dir as a copy of the run whose checkpoint `folder` is: its rows, samples and ledger, which are cut at the
-    checkpoint's step when the run starts. On wandb it is a run of its own.
-
-    Raises:
-        CheckpointError: it is damaged or not there.
-    """
-    checkpoint, origin = read_checkpoint(folder), folder.parent.parent
+def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
+    """Begin run_dir as a copy of the run that the checkpoint is of: its rows, samples and ledger, which are cut at the
+    checkpoint's step when the run starts. On wandb it is a run of its own."""
+    origin = checkpoint.folder.parent.parent
     for name in (METRICS, LEDGER):
         if (origin / name).is_file():
             shutil.copy(origin / name, run_dir / name)
@@ -147,6 +152,23 @@ def check_same_run(settings: RunSettings, run_dir: Path) -> None:
         f"run.dir={run_dir}: holds a run with other settings: {told}; "
         f"choose another run.dir, or continue that run with them by run.allow_changes=[{allow}]"
     )
+
+
+def check_inputs(settings: RunSettings, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse to continue a run on other data or rewards: its cursor and its ledger would speak of prompts that are others now.
+
+    Raises:
+        RunDirectoryError: names what changed, and the remedies.
+    """
+    changed = [key for key in before.keys() & now.keys() if before[key] != now[key]]
+    held = sorted(key for key in changed if not within(key, settings.run.allow_changes))
+    if held:
+        what = ", ".join("the prompts that data.* gives" if key == DATA else f"the file of {key}.function" for key in held)
+        allow = ",".join([*settings.run.allow_changes, *held])
+        raise RunDirectoryError(
+            f"run.dir={settings.run.dir}: {what} changed since the checkpoint; restore it, choose another run.dir, or continue that run "
+            f"with it by run.allow_changes=[{allow}]"
+        )
 
 
 def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:

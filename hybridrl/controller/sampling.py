@@ -12,6 +12,7 @@ from hybridrl.controller.preemption import Preemption
 from hybridrl.errors import WorkerError
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
+from hybridrl.placement import shares
 from hybridrl.runtime.calls import Pending, settle
 from hybridrl.runtime.groups import Chunk, RolloutGroup, ScorerGroup
 from hybridrl.runtime.replay import ReplayGroup
@@ -54,9 +55,7 @@ class Sampling:
     def draw(self, prompts: Sequence[Prompt], *, wave: str, seed: int, reward_weights: Sequence[float]) -> list[Drawn]:
         """Start a wave. Chunks of the student come first, then the teacher's, then the data's, each in prompt order."""
         algorithm, k = self.settings.algorithm, self.settings.train.samples_per_prompt
-        by_data = round(algorithm.data_fraction * len(prompts))
-        by_teacher = round(algorithm.teacher_fraction * len(prompts))
-        by_student = len(prompts) - by_data - by_teacher
+        by_student, by_teacher, by_data = shares(len(prompts), algorithm)
         order = {"wave": wave, "group_size": k, "temperature": algorithm.temperature, "seed": seed, "support": self.support}
         rollout, teacher, replay = self.workers.rollout, self.workers.teacher_rollout, self.workers.replay
         drawn: list[Drawn] = []

@@ -2,15 +2,17 @@
 
 The sequences go out as one task per child. When a task hangs, crashes, raises or returns a wrong length, its
 sequences are called again one at a time, each with the deadline, so that only the culprits fail. Once more than
-`max_timeouts` of the batch have hung, the rest is not run any more and counts as timed out too: a function that always
-hangs costs about (1 + max_timeouts * N / processes) deadlines, not N.
+`max_timeouts` of the batch have hung, or `budget_s` has passed, the rest is not run any more and counts as timed out too: a
+function that always hangs costs about (1 + max_timeouts * N / processes) deadlines, not N.
 
     pool.call("score", {"completions": ["a", "b"]})  ->  [1.0, Failure(kind=FailureKind.timeout, text="...")]
 """
 
+import math
 import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
@@ -59,13 +61,17 @@ class RewardPool:
         processes: number of children.
         timeout_s: deadline of one task, be it all sequences of a child or a single one.
         max_timeouts: share of a batch, in [0, 1].
+        budget_s: of a call, after which no further task is begun.
 
     Raises:
         ConfigError: a function cannot be loaded.
     """
 
-    def __init__(self, calls: Mapping[str, RewardCall], *, processes: int, timeout_s: float, max_timeouts: float) -> None:
+    def __init__(
+        self, calls: Mapping[str, RewardCall], *, processes: int, timeout_s: float, max_timeouts: float, budget_s: float = math.inf
+    ) -> None:
         self._calls, self._processes, self._timeout_s, self._max_timeouts = dict(calls), processes, timeout_s, max_timeouts
+        self._budget_s = budget_s
         self._pool = self._fresh()
         try:
             self._accepted = {name: self._load(name) for name in calls}
@@ -75,7 +81,7 @@ class RewardPool:
 
     def call(self, name: str, columns: Mapping[str, list[Any]]) -> list[Outcome]:
         """One outcome per sequence, for lists of length N >= 1; passes only the columns that the function takes."""
-        num_sequences = len(columns["completions"])
+        num_sequences, end = len(columns["completions"]), time.monotonic() + self._budget_s
         accepted = self._accepted[name]
         passed = {k: v for k, v in columns.items() if accepted is None or k in accepted}
         size = -(-num_sequences // self._processes)
@@ -87,7 +93,7 @@ class RewardPool:
                 retried += part
             else:
                 outcomes |= _spread(part, answer)
-        outcomes |= self._alone(name, passed, retried, most=self._max_timeouts * num_sequences)
+        outcomes |= self._alone(name, passed, retried, most=self._max_timeouts * num_sequences, end=end)
         return [outcomes[i] for i in range(num_sequences)]
 
     def close(self) -> None:
@@ -95,14 +101,15 @@ class RewardPool:
         self._pool.stop()
         self._pool.join()
 
-    def _alone(self, name: str, columns: dict[str, list[Any]], retried: list[int], most: float) -> dict[int, Outcome]:
-        """One call a sequence, as many at once as there are children, until more than `most` have timed out."""
+    def _alone(self, name: str, columns: dict[str, list[Any]], retried: list[int], most: float, end: float) -> dict[int, Outcome]:
+        """One call a sequence, as many at once as there are children, until more than `most` have timed out or time is up."""
         outcomes: dict[int, Outcome] = {}
-        skipped = Failure(kind=FailureKind.timeout, text=f"not run: more than {self._max_timeouts:.0%} of the batch had timed out")
+        told = f"not run: more than {self._max_timeouts:.0%} of the batch had timed out, or {self._budget_s:g} s were over"
+        skipped = Failure(kind=FailureKind.timeout, text=told)
         for start in range(0, len(retried), self._processes):
             parts = [range(i, i + 1) for i in retried[start : start + self._processes]]
             hung = sum(isinstance(o, Failure) and o.kind is FailureKind.timeout for o in outcomes.values())
-            answers = self._answers(name, columns, parts) if hung <= most else [skipped] * len(parts)
+            answers = self._answers(name, columns, parts) if hung <= most and time.monotonic() < end else [skipped] * len(parts)
             for part, answer in zip(parts, answers, strict=True):
                 outcomes |= _spread(part, answer)
         return outcomes

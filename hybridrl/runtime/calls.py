@@ -56,7 +56,7 @@ def settle(
     pending: Sequence[Pending], watch: Callable[[], Pending | None] = nobody, count: int | None = None
 ) -> tuple[list[Any], list[WorkerError]]:
     """(results in order, workers lost). A lost worker ends the wait: its error stands for each of its calls, None for what is
-    under way.
+    under way. The deadline, the longest of theirs, is of silence: one worker may have many calls to answer, one after the other.
 
     Args:
         watch: called every WATCH_S; a call that should have been answered by now, or None: its worker counts as lost.
@@ -65,16 +65,16 @@ def settle(
     Raises:
         HybridRLError: what a worker raised on purpose.
     """
-    started, waiting = time.monotonic(), {p.ref: p for p in pending}
-    next_watch = started + WATCH_S
+    heard, waiting = time.monotonic(), {p.ref: p for p in pending}
+    next_watch = heard + WATCH_S
     deadline_s = max((p.deadline_s for p in pending), default=0.0)
     values: dict[ray.ObjectRef, Any] = {}
     lost: dict[tuple[str, int], WorkerError] = {}
     enough = len(waiting) if count is None else count
     while len(values) < enough and not lost:
-        left = started + deadline_s - time.monotonic()
+        left = heard + deadline_s - time.monotonic()
         for ref in _ready(list(waiting), max(min(left, next_watch - time.monotonic()), 0.001)):
-            done = waiting.pop(ref)
+            done, heard = waiting.pop(ref), time.monotonic()
             try:
                 values[ref] = _fetch(done, left)
             except WorkerError as error:
@@ -83,17 +83,27 @@ def settle(
             next_watch = time.monotonic() + WATCH_S
             if (silent := watch()) is not None:
                 lost[silent.worker, silent.epoch] = _late(silent, silent.deadline_s)
-        if len(values) < enough and left <= 0:
+        if len(values) < enough and time.monotonic() >= heard + deadline_s:
             lost |= {(p.worker, p.epoch): _late(p, deadline_s) for p in waiting.values()}
     for ref, p in waiting.items():
         values[ref] = lost.get((p.worker, p.epoch))
     return [values[p.ref] for p in pending], list(lost.values())
 
 
-def outcomes(pending: Sequence[Pending]) -> list[Any]:
-    """Of every call its result or its HybridRLError, in order; none waits longer than the longest deadline."""
-    refs, limit = [p.ref for p in pending], max((p.deadline_s for p in pending), default=0.0)
-    done = set(ray.wait(refs, num_returns=len(refs), timeout=limit)[0]) if refs else set()
+def outcomes(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nobody) -> list[Any]:
+    """Of every call its result or its HybridRLError, in order; none waits longer than the longest deadline.
+
+    Args:
+        watch: as in `settle`; whose ping is not answered is not waited for.
+    """
+    limit = max((p.deadline_s for p in pending), default=0.0)
+    end, done, silent = time.monotonic() + limit, set(), set()
+    while waiting := [p.ref for p in pending if p.ref not in done and (p.worker, p.epoch) not in silent]:
+        done |= set(ray.wait(waiting, num_returns=len(waiting), timeout=max(min(end - time.monotonic(), WATCH_S), 0))[0])
+        if time.monotonic() >= end:
+            break
+        if (ping := watch()) is not None:
+            silent.add((ping.worker, ping.epoch))
     found = []
     for p in pending:
         try:

@@ -16,6 +16,9 @@ from hybridrl.errors import FleetExhausted, WorkerError, WorkerTimeout
 from hybridrl.runtime.calls import Pending, gather, settle
 from hybridrl.runtime.host import STACKS, AsyncHost, Host
 
+CALLS = 1_000_000
+"""That a worker of coroutines takes at once. Chunks wait in it for the rest of their wave, and a ping must not wait for them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
@@ -68,7 +71,7 @@ class ActorGroup:
             scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle),
             runtime_env={"env_vars": slot.env},
             allow_out_of_order_execution=self.concurrent or self.any_order,
-            **({"max_concurrency": 1000} if self.concurrent else {}),
+            **({"max_concurrency": CALLS} if self.concurrent else {}),
         )
         return actor.remote(self.path, log, self.kwargs[index])
 

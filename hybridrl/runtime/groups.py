@@ -3,7 +3,7 @@
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from hybridrl.choices import PairLoss, Source, WeightTransfer
 from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.errors import FleetExhausted, HybridRLError, WeightSyncError, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.placement import chunk_size
-from hybridrl.runtime.calls import Pending, gather, is_done, outcomes
+from hybridrl.runtime.calls import Pending, gather, is_done, nobody, outcomes
 from hybridrl.runtime.engine_load import EngineLoad
 from hybridrl.runtime.group import ActorGroup, EngineCall, Slot
 from hybridrl.types import GenerateOrder, LearnerStats, Prompt, Sample, SavedFile, Shard, UpdatePlan, WeightManifest
@@ -49,10 +49,9 @@ class RolloutGroup:
         name: str = "rollout",
         source: Source = Source.student,
     ) -> None:
-        self.settings = settings
+        self.settings, self.backend = settings, backend
         kwargs = {"settings": settings, "model": model, "device": device, "backend": str(backend), "source": source}
-        # vLLM's own channels have no way to let an engine in again
-        restarts = settings.cluster.max_restarts if backend is WeightTransfer.object_store else 0
+        restarts = settings.cluster.max_restarts
         self.group = ActorGroup(
             name, self.worker, slots, [kwargs] * len(slots), log_dir=log_dir, max_restarts=restarts, concurrent=True
         )  # fmt: skip
@@ -112,21 +111,22 @@ class RolloutGroup:
 
     def probe(self, prompts: Sequence[Prompt], *, num_tokens: int, temperature: float, support: int = 0) -> dict[str, Chunk]:
         """The same prompts on every engine that serves: one chunk by the engine's name, of one engine at least. Waits; who does not
-        answer within deadlines.sync_s is lost: a few tokens are asked.
+        answer, or no ping meanwhile, is lost. An engine takes these before all that waits for its turn.
 
         Raises:
             FleetExhausted: all engines were, and cannot be replaced any more.
         """
         order = GenerateOrder(
-            wave=PROBE, chunk=0, num_chunks=1, group_size=1, temperature=temperature, max_new_tokens=num_tokens, seed=0, support=support
-        )
-        asked, found, limit = tuple(prompts), {}, self.settings.deadlines.sync_s
+            wave=PROBE, chunk=0, num_chunks=1, group_size=1, temperature=temperature, max_new_tokens=num_tokens, seed=0, support=support,
+            priority=-1,
+        )  # fmt: skip
+        asked, found, limit = tuple(prompts), {}, self.settings.deadlines.rollout_s
         while not found:
             self.admit()
             for engine in sorted(self.serving):
                 header, batch = self.group.submit_pair(engine, "generate", order, asked, deadline_s=limit)
                 found[self.group.names[engine]] = Chunk(order=order, prompts=asked, header=header, batch=batch)
-            failed = self._failed([chunk.header for chunk in found.values()])
+            failed = self._failed([chunk.header for chunk in found.values()], self.silent)
             self._lose_all(failed)
             for error in failed:
                 del found[error.worker]
@@ -149,8 +149,11 @@ class RolloutGroup:
         """Go on without an engine, and start another in its place as long as cluster.max_restarts allows it.
 
         Raises:
-            FleetExhausted: it does not, and no other engine is left.
+            FleetExhausted: it does not, and no other engine is left; or the weights travel by a channel of vLLM's own, which has no
+                way to let an engine in again, nor to go on without one.
         """
+        if self.backend is not WeightTransfer.object_store:
+            raise FleetExhausted(f"{lost}; with rollout.weight_transfer={self.backend} no other can join, the last checkpoint stands")
         try:
             engine = self.group.replace(lost)
         except FleetExhausted as error:
@@ -211,10 +214,10 @@ class RolloutGroup:
         """Stop all sampling; an engine that does not answer is lost."""
         self._lose_all(self._failed(self.abort()))
 
-    def _failed(self, calls: Sequence[Pending]) -> list[WorkerError]:
+    def _failed(self, calls: Sequence[Pending], watch: Callable[[], Pending | None] = nobody) -> list[WorkerError]:
         """What kept an engine from doing what it was told to; all have the same time."""
         errors = []
-        for call, outcome in zip(calls, outcomes(calls), strict=True):
+        for call, outcome in zip(calls, outcomes(calls, watch), strict=True):
             if isinstance(outcome, WorkerError):
                 errors.append(outcome)
             elif isinstance(outcome, HybridRLError):  # raised on purpose, as of weights that it refused
@@ -253,9 +256,7 @@ class ScorerGroup:
             self.worker,
             slots,
             [kwargs] * len(slots),
-            log_dir=log_dir,
-            any_order=True,
-            max_restarts=settings.cluster.max_restarts,
+            **replaceable(settings, log_dir),
         )
 
     def lose(self, lost: WorkerError) -> None:
@@ -297,10 +298,8 @@ class RewardGroup:
         self.settings = settings
         watch_only = settings.algorithm.reward_weight.is_zero() and settings.algorithm.pair.loss is PairLoss.none
         model = {"tokenizer_path": settings.model.path, "revision": settings.model.revision}
-        kwargs = {"config": settings.reward, **model, "watch_only": watch_only}
-        self.group = ActorGroup(
-            "reward", self.worker, slots, [kwargs] * len(slots), log_dir=log_dir, any_order=True, max_restarts=settings.cluster.max_restarts
-        )
+        kwargs = {"config": settings.reward, **model, "watch_only": watch_only, "deadline_s": settings.deadlines.reward_s}
+        self.group = ActorGroup("reward", self.worker, slots, [kwargs] * len(slots), **replaceable(settings, log_dir))
 
     def lose(self, lost: WorkerError) -> None:
         """Start another worker in its place; it holds no state that the run would miss."""
@@ -345,11 +344,10 @@ class LearnerGroup:
         per_rank = enumerate(zip(shards, values, strict=True))
         return gather([self.group.submit(rank, "update", plan, shard, *refs, deadline_s=limit) for rank, (shard, refs) in per_rank])[0]
 
-    def logprob_gaps(self, chunks: Sequence[Chunk]) -> Pending:
-        """-> mean |log p - log mu| in nats of each chunk, by the weights as they are. Does not wait; every rank helps."""
+    def logprob_gaps(self, chunks: Sequence[Chunk]) -> list[Pending]:
+        """Of each rank: -> mean |log p - log mu| in nats of each chunk, by the weights as they are. Does not wait; all say the same."""
         refs, limit = [chunk.batch.ref for chunk in chunks], self.settings.deadlines.learn_s
-        answer, *_ = [self.group.submit(rank, "logprob_gaps", *refs, deadline_s=limit) for rank in range(self.group.size)]
-        return answer
+        return [self.group.submit(rank, "logprob_gaps", *refs, deadline_s=limit) for rank in range(self.group.size)]
 
     def pack_weights(self, version: int) -> tuple[WeightManifest, ray.ObjectRef]:
         """The student's weights as one object; only the manifest comes to the caller."""

@@ -166,7 +166,7 @@ SECTIONS = (
         "Time and bytes", "The controller's clock and what it knows of the transfers.",
         ("perf/tokens_per_s", "tokens/s", "response tokens of a step over its wall time", "steady"),
         ("time/step_s", "s", "wall time of a step, without evaluation and checkpoint", "steady"),
-        ("time/<phase>_s", "s", "wall time that the controller waited in a phase; scoring overlaps with rollout",
+        ("time/<phase>_s", "s", "wall time that the controller waited in a phase; scoring overlaps with rollout, sync holds probe",
          "the largest is the bottleneck"),
         ("time/response_s_p50", "s", "from a wave's start to a response's end, by the engines' clocks: median", "near p95: no stragglers"),
         ("time/response_s_p95", "s", "the same, 95th percentile", "far above the median: a long tail; see rollout.oversample"),

@@ -1,6 +1,7 @@
 """Scores whole prompt groups: decodes the responses, calls every reward function, applies `reward.on_error`."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from hybridrl.types import Bool, Rewards, RolloutBatch, Sample
 
 logger = logging.getLogger(__name__)
 LOGGED = 10  # failures told in full per function and batch
+IN_TIME = 0.9  # of the deadline for the functions, the rest for all else
 
 
 class Tokenizer(Protocol):
@@ -30,6 +32,7 @@ class RewardWorker:
 
     Args:
         watch_only: nothing is learned from the rewards, so a failure stops nothing and drops nothing.
+        deadline_s: of `score`. What hangs is given up early enough for it.
         load: from tokenizer_path and revision to the tokenizer.
 
     Raises:
@@ -43,15 +46,16 @@ class RewardWorker:
         revision: str | None = None,
         *,
         watch_only: bool,
+        deadline_s: float = math.inf,
         load: Callable[[str, str | None], Tokenizer] = load_tokenizer,
     ) -> None:
         self.config, self.watch_only = config, watch_only
         self.tokenizer = load(tokenizer_path, revision)
         calls = reward_calls(config)
+        budget_s = IN_TIME * deadline_s / max(len(calls), 1) - config.timeout_s  # a function's last task may begin when it is over
+        limits = {"timeout_s": config.timeout_s, "max_timeouts": config.max_error_rate, "budget_s": budget_s}
         # None: no reward function, nothing to call
-        self.pool = (
-            RewardPool(calls, processes=config.processes, timeout_s=config.timeout_s, max_timeouts=config.max_error_rate) if calls else None
-        )
+        self.pool = RewardPool(calls, processes=config.processes, **limits) if calls else None
 
     def ping(self) -> None:
         """Answers once the constructor is through, that is with every function loaded."""

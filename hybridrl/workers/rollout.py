@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
@@ -112,6 +112,7 @@ class Rollout:
                 weight_transfer_config=WeightTransferConfig(backend=backend),
                 worker_extension_cls="hybridrl.workers.weight_transfer.WorkerExtension",
                 disable_log_stats=True,
+                scheduling_policy="priority",
                 **whole_prompts,
             ),
             enable_multiprocessing=self.own_process,
@@ -119,6 +120,7 @@ class Rollout:
         self.version = -1  # of the weights that serve; -1: as loaded from disk
         self.engine.set_weight_version(str(self.version))
         self._finished: dict[str, asyncio.Future] = {}  # request id -> its output
+        self._arrivals = count()
         self._waves = Waves(self._submit_chunk)
         self._decoding: asyncio.Task | None = None
 
@@ -184,11 +186,12 @@ class Rollout:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        # the salt keeps a prefix computed by older weights from being reused
-        tokens = TokensPrompt(prompt_token_ids=list(prompt.input_ids), cache_salt=f"v{self.version}")
+        # the salt keeps a prefix computed by older weights from being reused, and one that an evaluation happened to compute
+        tokens = TokensPrompt(prompt_token_ids=list(prompt.input_ids), cache_salt=f"v{self.version}/{order.wave}")
         future = self._finished[request_id] = asyncio.get_running_loop().create_future()
         try:
-            self.engine.add_request(request_id, tokens, params)
+            # of one priority the earlier goes first, by a count: a clock may be set back
+            self.engine.add_request(request_id, tokens, params, arrival_time=float(next(self._arrivals)), priority=order.priority)
         except ValueError as error:
             self._finished.pop(request_id)
             raise DataError(f"prompt {prompt.uid}: {error}") from error

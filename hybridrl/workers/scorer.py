@@ -1,13 +1,14 @@
 """A frozen teacher: hidden states and log-probs of tokens that somebody else wrote."""
 
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from hybridrl import failpoints
@@ -44,10 +45,12 @@ class Scorer:
     def configure(self, settings: RunSettings) -> None:
         """Answer what other settings ask for from here on. The teacher stays."""
         self.route = settings.teachers[self.teacher].route
-        self.rule, self.topk = head_rule(settings), settings.algorithm.topk
+        model, self.rule, self.topk = settings.teacher_model(self.teacher), head_rule(settings), settings.algorithm.topk
+        self.identity = f"{model.path} {model.revision} {model.dtype} {self.rule.temperature}"  # what log q depends on besides the tokens
         self.max_tokens = settings.scorer.max_tokens_per_micro_batch
         self.signals = make_objective(settings).signals
-        self.remembered: dict[tuple[str, int], np.ndarray] = {}  # (prompt of the data, response) -> [r] log q
+        self.remembers = self.signals & ROWS == frozenset()
+        self.remembered: dict[str, np.ndarray] = {}  # data_key -> [r] log q
 
     def ping(self) -> str:
         return self.teacher
@@ -130,6 +133,8 @@ class Scorer:
     # -- data is scored once ----------------------------------------------------------------------------------------------
 
     def _remembers(self, batch: RolloutBatch, sequence: int, logprobs: np.ndarray) -> bool:
+        if not self.remembers or batch.source is not Source.data:
+            return False
         known = self.remembered.get(data_key(batch, sequence))
         if known is None:
             return False
@@ -137,7 +142,7 @@ class Scorer:
         return True
 
     def _remember(self, batch: RolloutBatch, sequence: int, logprobs: np.ndarray) -> None:
-        if batch.source is Source.data and self.signals & ROWS == frozenset():
+        if batch.source is Source.data and self.remembers:
             self.remembered[data_key(batch, sequence)] = logprobs[response_tokens(batch, sequence)].copy()
 
     # -- checkpoint ------------------------------------------------------------------------------------------------------
@@ -155,13 +160,14 @@ class Scorer:
             return []
         path = Path(folder) / f"scorer-{self.teacher}-{replica:05d}-of-{replicas:05d}.safetensors"
         try:
-            save_file({f"{response}/{uid}": known for (uid, response), known in self.remembered.items()}, path)
+            save_file(self.remembered, path, {"identity": self.identity})
             return [seal(path)]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: {self.state_bytes()} bytes could not be written: {error}") from error
 
     def load_state(self, folder: str, replica: int, replicas: int) -> list[SavedFile]:
-        """What this replica remembered; where there were more or fewer replicas, what any of them did.
+        """What this replica remembered; where there were more or fewer replicas, what any of them did. Nothing, where the teacher was
+        another one, or the distribution that it was asked for.
 
         Raises:
             CheckpointError: a file is none of ours.
@@ -171,11 +177,11 @@ class Scorer:
         self.remembered = {}
         for path in [p for p in alike if p.stem.endswith(f"-{replica:05d}-of-{replicas:05d}")] if alike else every:
             try:
-                found = load_file(path)
+                with safe_open(path, framework="numpy") as file:
+                    if (file.metadata() or {}).get("identity") == self.identity:
+                        self.remembered |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: no safetensors file: {error}") from error
-            keys = {key: key.split("/", 1) for key in found}
-            self.remembered |= {(uid, int(response)): found[key] for key, (response, uid) in keys.items()}
         return []
 
 
@@ -183,10 +189,10 @@ ROWS = frozenset({Signal.teacher_hidden, Signal.teacher_vocabulary, Signal.teach
 """Signals that need more than a number a token, too much to remember."""
 
 
-def data_key(batch: RolloutBatch, sequence: int) -> tuple[str, int]:
-    """A response of the data, the same in every epoch; prompts sampled from are never remembered under it."""
-    uid = batch.uids[sequence // batch.group_size].partition("@")[0] if batch.source is Source.data else ""
-    return uid, sequence % batch.group_size
+def data_key(batch: RolloutBatch, sequence: int) -> str:
+    """A response to a prompt of the data, by their tokens and which of these are the response: the same in every epoch."""
+    part = batch.trajectory(sequence)
+    return hashlib.sha256(part.input_ids.tobytes() + part.response_mask.tobytes()).hexdigest()
 
 
 def response_tokens(batch: RolloutBatch, sequence: int) -> np.ndarray:

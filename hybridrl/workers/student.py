@@ -122,7 +122,3 @@ def output_weight(model: PreTrainedModel) -> nn.Parameter:
         if getattr(model.config, name, None) not in (None, 1.0):
             raise ConfigError(f"model.path: {type(model).__name__} changes its logits by {name}; such models are not supported")
     return head.weight
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
