@@ -12,7 +12,6 @@ import pytest
 from hybridrl.compose import load_config
 from hybridrl.config import ModelConfig
 from hybridrl.errors import ConfigError
-from hybridrl.runtime.workers import teacher_model
 
 HUB = ["experiment=quickstart", "run.dir=r", "model.revision=s1", "teachers.main.path=me/teacher", "+teachers.main.revision=t2"]
 
@@ -74,7 +73,7 @@ def test_teachers_and_data_are_asked_for_at_their_revisions(tmp_path: Path):
 
 def test_an_engine_that_serves_a_teacher_has_its_revision_or_the_students():
     settings = load_config(HUB)
-    assert settings.teacher_model("main") == teacher_model(settings) == ModelConfig(path="me/teacher", revision="t2")
+    assert settings.teacher_model("main") == ModelConfig(path="me/teacher", revision="t2")
     assert load_config([*HUB[:3], "teachers.main.path=null"]).teacher_model("main").revision == "s1"
 
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from hybridrl.choices import Source
-from hybridrl.config import ModelConfig, RunSettings
+from hybridrl.config import RunSettings
 from hybridrl.errors import WorkerError, WorkerTimeout
 from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.cluster import Cluster, Team
@@ -101,7 +101,7 @@ def start_workers(settings: RunSettings, cluster: Cluster, slots: Slots, rewards
     rollout = RolloutGroup(settings, slots["rollout"], model=settings.model, **engine)
     engines = [rollout]
     if settings.algorithm.teacher_fraction:
-        writer = {"model": teacher_model(settings), "source": Source.teacher, "name": "teacher"}
+        writer = {"model": settings.teacher_model(next(iter(settings.teachers))), "source": Source.teacher, "name": "teacher"}
         if settings.cluster.colocate:  # an engine measures the free memory of its GPU; nobody else may move in meanwhile
             gather(rollout.ready())
         engines.append(RolloutGroup(settings, slots["teacher"], **writer, **engine))
@@ -142,9 +142,3 @@ def recover(settings: RunSettings, cluster: Cluster, slots: Slots, workers: Work
         engines.quiet()
     learner = LearnerGroup(settings, slots["learner"], device=cluster.device, log_dir=log_dir)
     return replace(workers, learner=learner, learners_lost=workers.learners_lost + 1)
-
-
-def teacher_model(settings: RunSettings) -> ModelConfig:
-    """The first teacher, as a model that an engine can serve."""
-    teacher = next(iter(settings.teachers.values()))
-    return ModelConfig(path=teacher.path, dtype=teacher.dtype, revision=teacher.revision) if teacher.path else settings.model
