@@ -13,7 +13,7 @@ from omegaconf import MISSING
 
 from hybridrl.algorithm import AlgorithmConfig, ScheduleConfig
 from hybridrl.checkpointing import CheckpointConfig
-from hybridrl.choices import Baseline, Device, OnError, OnStale, PairLoss, Ratio, Resume, Support, SupportSource, WandbMode
+from hybridrl.choices import Baseline, Correction, Device, OnError, OnStale, PairLoss, Ratio, Resume, Support, SupportSource, WandbMode
 from hybridrl.errors import ConfigError
 from hybridrl.generation import PipelineConfig, RolloutConfig
 from hybridrl.placement import check_places
@@ -142,6 +142,8 @@ class DataConfig:
             raise ConfigError(f"data.task={self.task}: must be countdown, reasoning_gym or {' or '.join(RECORDS)}")
         if self.task in RECORDS and not (self.path and self.heldout_path):
             raise ConfigError(f"data.task={self.task}: needs data.path and data.heldout_path, two files or splits")
+        if self.task not in RECORDS and (self.path or self.heldout_path):
+            raise ConfigError(f"data.path={self.path or self.heldout_path}: data.task={self.task} reads no file; set data.task=records")
         if self.task == "reasoning_gym" and not self.dataset:
             raise ConfigError("data.task=reasoning_gym: needs data.dataset, the generator's name, e.g. chain_sum")
         if self.num_train < 1 or self.num_heldout < 1:
@@ -347,7 +349,8 @@ def check_needs(settings: RunSettings) -> None:
     """What the objective asks for is there, and what it is given it uses."""
     algorithm, pairs = settings.algorithm, settings.algorithm.pair.loss is not PairLoss.none
     from_student = algorithm.data_fraction + algorithm.teacher_fraction < 1
-    if not (pairs or algorithm.imitates or algorithm.learns_from_rewards or algorithm.nll_weight):
+    likelihood = algorithm.nll_weight and algorithm.data_fraction + algorithm.teacher_fraction
+    if not (pairs or algorithm.imitates or algorithm.learns_from_rewards or likelihood):
         raise ConfigError("algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from; raise one of them")
     if algorithm.imitates and not settings.teachers:
         raise ConfigError(
@@ -360,6 +363,11 @@ def check_needs(settings: RunSettings) -> None:
             f"algorithm.pair.against={against}: algorithm.pair.loss={algorithm.pair.loss} needs one reference among "
             f"teachers={{{', '.join(settings.teachers)}}}; name one, e.g. +teachers.initial.path=null algorithm.pair.against=initial"
         )
+    if algorithm.pair.loss in REFERENCED and settings.teachers[against or next(iter(settings.teachers))].route:
+        raise ConfigError(
+            f"teachers.{against or next(iter(settings.teachers))}.route: algorithm.pair.loss={algorithm.pair.loss} takes every pair's "
+            "log-ratio to it; leave the route out"
+        )
     if algorithm.teacher_fraction and not settings.teachers:
         raise ConfigError("teachers={}: algorithm.teacher_fraction is not 0, so a teacher must write; add +teachers.NAME.path=...")
     if (algorithm.learns_from_rewards or (pairs and from_student)) and not settings.reward.functions:
@@ -368,9 +376,10 @@ def check_needs(settings: RunSettings) -> None:
             "add +reward.functions.NAME.function=..., or set algorithm.reward_weight.value=0"
         )
     k = settings.train.samples_per_prompt
-    if algorithm.learns_from_rewards and algorithm.baseline is Baseline.leave_one_out and k < 2:
+    compares = algorithm.baseline in (Baseline.leave_one_out, Baseline.group_mean)
+    if from_student and not pairs and compares and k < 2 and (algorithm.learns_from_rewards or algorithm.imitates):
         raise ConfigError(
-            f"train.samples_per_prompt={k}: algorithm.baseline=leave_one_out compares siblings, needs >= 2; "
+            f"train.samples_per_prompt={k}: algorithm.baseline={algorithm.baseline} compares siblings, needs >= 2; "
             "raise it or set algorithm.baseline=none"
         )
     if pairs and from_student and k < 2:
@@ -383,10 +392,31 @@ def check_needs(settings: RunSettings) -> None:
         raise ConfigError(
             "algorithm.data_fraction: data has no sampler whose tokens could be the support; set algorithm.topk.source=teacher"
         )
+    if algorithm.teacher_fraction and algorithm.nll_weight and algorithm.ratio.kind is not Ratio.none:
+        raise ConfigError(
+            "algorithm.nll_weight: the likelihood of what the teacher wrote is no return to be weighted by algorithm.ratio; "
+            "set algorithm.ratio.kind=none, or algorithm.nll_weight=0"
+        )
+    if algorithm.data_fraction and algorithm.imitates and not pairs:
+        check_imitation_of_data(algorithm)
     if algorithm.dynamic_sampling and not algorithm.learns_from_rewards:
         raise ConfigError("algorithm.dynamic_sampling: compares rewards, and algorithm.reward_weight is 0; set it to 0")
     if algorithm.dynamic_sampling and k < 2:
         raise ConfigError(f"train.samples_per_prompt={k}: algorithm.dynamic_sampling compares siblings, needs >= 2; raise it")
+
+
+def check_imitation_of_data(algorithm: AlgorithmConfig) -> None:
+    """Where nobody drew the token, nothing can be estimated from it."""
+    if algorithm.support is Support.sampled and not algorithm.nll_weight:
+        raise ConfigError(
+            "algorithm.support=sampled: estimates by the drawn token, and data was not drawn; set algorithm.support=full or topk, "
+            "or algorithm.data_fraction=0"
+        )
+    if algorithm.support is Support.topk and algorithm.topk.correction is Correction.unbiased:
+        raise ConfigError(
+            "algorithm.topk.correction=unbiased: corrects by the drawn token, and data was not drawn; choose another correction, "
+            "algorithm.support=full, or algorithm.data_fraction=0"
+        )
 
 
 def check_pipeline(settings: RunSettings) -> None:

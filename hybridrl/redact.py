@@ -22,10 +22,10 @@ SHORTEST = 8
 
 VARIABLE = re.compile(r"((^|_)(key|token|credential)s?(?=_|$)|secret|passw(or)?d|apikey)(?!.*_(path|file|dir)$)", re.IGNORECASE)
 SETTING = re.compile(
-    r"(^|[._-])(api|access|auth|bearer|hf|hub|private|secret|session|wandb)[_-]?(key|token)$|secret|passw(or)?d|credential|(^|\.)token$",
+    r"(^|[._-])(api|access|auth|bearer|hf|hub|private|secret|session|wandb)[_-]?(key|token)s?$|secret|passw(or)?d|credential|(^|\.)token$",
     re.IGNORECASE,
 )
-OPTION = re.compile(r"(^|[._-])(key|token|pat|pwd|authorization|bearer)$", re.IGNORECASE)
+OPTION = re.compile(r"(^|[._-])(key|token|pat|pwd|auth|authorization|bearer|passphrase)$", re.IGNORECASE)
 """Further secrets among `options`, whose names are not ours; but for ORDINARY ones."""
 ORDINARY = re.compile(r"(eos|bos|pad|unk|sep|cls|mask|stop|start|end|answer|sort)[_-](token|key)", re.IGNORECASE)
 REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)")

@@ -1,15 +1,17 @@
 """The objective on groups small enough to work out by hand, its schedules and what each preset needs."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from batches import make_batch, make_plan, make_rewards, make_scores
 
 from hybridrl.algorithm import AlgorithmConfig, ScheduleConfig
-from hybridrl.choices import Baseline, Normalizer, ScheduleKind
+from hybridrl.choices import Baseline, Normalizer, ScheduleKind, Source
 from hybridrl.compose import load_config
-from hybridrl.objectives.credit import Signal, moments, response_grid
+from hybridrl.objectives.credit import LearnerView, Signal, moments, response_grid
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.objectives.schedule import Schedule
 from hybridrl.types import Rewards, RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
@@ -171,6 +173,26 @@ def test_the_moments_of_a_rank_without_groups_are_zero_and_those_of_others_count
     scored = ScoredBatch(rollout=TRIPLE, scores=(), rewards=make_rewards(TRIPLE, [1.0, 0.0, 3.0]))
     credit = objective(baseline=Baseline.none).credit(scored, make_plan(TRIPLE), None)  # costs -1, -1, 0, -3, -3
     assert moments([credit]).tolist() == [5.0, -8.0, 20.0]
+
+
+@pytest.mark.parametrize("baseline", Baseline)
+def test_text_of_the_data_has_its_likelihood_alone_whatever_the_baseline(baseline: Baseline):
+    single = make_batch([((1,), [(5, 6)])])
+    data = replace(single, source=Source.data)
+    plan, view = make_plan(single, reward_weight=2.0), LearnerView(logprobs=torch.full((2,), -1.0), values=torch.full((2,), -0.5))
+    given = ScoredBatch(rollout=data, scores=(), rewards=make_rewards(single, [1.0]))
+    credit = objective(baseline=baseline, nll_weight=0.25).credit(given, plan, view)
+    assert credit.sparse.tolist() == [0.0, 0.0] and credit.cost.tolist() == [-0.25, -0.25] and credit.value_slope.tolist() == [0.0, 0.0]
+    assert credit.standardised(torch.tensor(1.0), torch.tensor(2.0)).cost.tolist() == [-0.25, -0.25] and moments([credit])[0] == 0.0
+    assert not any(len(numbers) and numbers.any() for numbers in credit.watched.values())
+
+
+def test_the_likelihood_of_the_teachers_text_is_not_standardised_with_its_returns():
+    written = replace(TRIPLE, source=Source.teacher)
+    given = ScoredBatch(rollout=written, scores=(), rewards=make_rewards(TRIPLE, [1.0, 0.0, 3.0]))
+    credit = objective(baseline=Baseline.none, nll_weight=0.5).credit(given, make_plan(TRIPLE, reward_weight=1.0), None)
+    assert credit.sparse.tolist() == [-1.0, -1.0, 0.0, -3.0, -3.0]
+    assert credit.standardised(torch.tensor(-1.0), torch.tensor(2.0)).cost.tolist() == [-0.5, -0.5, 0.0, -1.5, -1.5]
 
 
 def test_a_clip_of_the_log_ratio_bounds_future_costs_and_says_how_often():

@@ -42,6 +42,7 @@ from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
 from hybridrl.runtime.group import ActorGroup, Slot, ask_for_stacks
 from hybridrl.runtime.groups import RewardGroup, RolloutGroup
 from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
+from hybridrl.workers import rollout as rollout_worker
 from hybridrl.workers.rollout import Waves, chunk_header, complete, top_tokens, trajectory
 
 BASE = ["run.dir=here", "experiment=quickstart"]
@@ -370,6 +371,19 @@ def output(finish_reason: str = "stop") -> SimpleNamespace:
     spans = [SimpleNamespace(start=0, end=1, version="3"), SimpleNamespace(start=1, end=2, version="4")]
     flat = SimpleNamespace(token_ids=list(ids), logprobs=list(logprobs))
     return SimpleNamespace(token_ids=[7, 8], logprobs=flat, weight_versions=spans, finish_reason=finish_reason)
+
+
+def test_an_engine_whose_core_has_ended_ends_too(monkeypatch: pytest.MonkeyPatch):
+    core, seen = SimpleNamespace(resources=SimpleNamespace(engine_dead=False)), []
+
+    def sleep(seconds: float) -> None:
+        seen.append("alive")
+        core.resources.engine_dead = len(seen) == 3
+
+    monkeypatch.setattr(rollout_worker, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(rollout_worker, "os", SimpleNamespace(_exit=lambda status: seen.append(status)))
+    rollout_worker.end_with(core)
+    assert seen == ["alive"] * 3 + [1]
 
 
 def test_the_support_is_the_most_likely_tokens_and_owes_nothing_to_the_drawn_one():

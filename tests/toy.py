@@ -15,7 +15,7 @@ import torch
 from batches import make_batch, make_plan, make_rewards
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from hybridrl.choices import PairLoss, Source
 from hybridrl.compose import load_config
@@ -59,7 +59,7 @@ class Toy(nn.Module):
         self.base_model, self.lm_head = Recurrence(width), nn.Linear(width, VOCABULARY, bias=False)
         self.value_head = nn.Linear(width, 1, bias=False)
         nn.init.normal_(self.lm_head.weight)  # in float32, as the head of a teacher is kept on disk
-        self.config = SimpleNamespace()
+        self.config = PreTrainedConfig()
         self.double()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -234,7 +234,7 @@ class Production:
         )
         if self.dtype is np.float32:
             return narrow
-        wide = replace(narrow, token_weight=self._wide(credits, "token_weight"), sparse=self._wide(credits, "sparse"))
+        wide = replace(narrow, token_weight=self._wide(credits, "token_weight"), sparse=self._wide(credits, "cost"))
         assert torch.equal(wide.sparse.float(), narrow.sparse) and torch.equal(wide.token_weight.float(), narrow.token_weight)
         return wide
 

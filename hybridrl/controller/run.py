@@ -156,7 +156,8 @@ class Attempts:
                 ledger=ledger,
                 preemption=self.preemption,
             )
-            controller.wandb_id = self.wandb.run_id if self.wandb else None
+            known = checkpoint.state.wandb_id if checkpoint else None
+            controller.wandb_id = self.wandb.run_id if self.wandb else known  # a resume without W&B does not forget its run
             controller.inputs = self.inputs
             train_on(controller, checkpoint, self.levels)
         return controller

@@ -145,7 +145,7 @@ class Sampling:
 
     def arrived(self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader], step: int) -> list[Arrived]:
         """Wait for the rewards. Groups with an aborted response are not used; under algorithm.dynamic_sampling nor are those
-        whose rewards are all equal; under pipeline.on_stale=drop nor are those with a token too old at `step`."""
+        sampled whose rewards are all equal; under pipeline.on_stale=drop nor are those with a token too old at `step`."""
         rewards = self.rewards(drawn)
         return [
             Arrived(drawn=d, header=h, rewards=r, groups=self._used(h, r, step))
@@ -155,7 +155,7 @@ class Sampling:
     def _used(self, header: ChunkHeader, rewards: Rewards, step: int) -> tuple[int, ...]:
         usable = ~header.aborted.reshape(-1, header.group_size).any(axis=1) & ~self._stale(header, step)
         if self.settings.algorithm.dynamic_sampling:
-            usable &= differing(header, rewards)
+            usable &= differing(header, rewards) | (header.source is Source.data)  # the data is not compared
         return tuple(np.flatnonzero(usable).tolist())
 
     def _stale(self, header: ChunkHeader, step: int) -> np.ndarray:

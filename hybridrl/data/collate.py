@@ -63,7 +63,7 @@ class MicroBatch:
     def tensors(self) -> dict[str, Tensor]:
         """The columns by name, teachers' rows too, to look at."""
         own = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return own | {f"teachers/{i}/rows": torch.from_numpy(t.rows.astype(np.float32)) for i, t in enumerate(self.teachers)}
+        return own | {f"teachers/{i}/rows": from_wire(t.rows).float() for i, t in enumerate(self.teachers)}
 
 
 def train_sequences(batch: ScoredBatch, credit: Credit, teacher_weights: Sequence[Tensor]) -> list[TrainSequence]:
@@ -74,7 +74,7 @@ def train_sequences(batch: ScoredBatch, credit: Credit, teacher_weights: Sequenc
     """
     rollout = batch.rollout
     rows = np.concatenate([[0], np.cumsum(rollout.response_lengths)])
-    weight, sparse, slope = (c.float().numpy() for c in (credit.token_weight, credit.sparse, credit.value_slope))
+    weight, sparse, slope = (c.float().numpy() for c in (credit.token_weight, credit.cost, credit.value_slope))
     sequences = []
     for i in range(rollout.num_sequences):
         span = slice(int(rollout.offsets[i]), int(rollout.offsets[i + 1]))

@@ -12,7 +12,7 @@ from hybridrl.config import DataConfig
 from hybridrl.data import countdown, records
 from hybridrl.data.chat import render
 from hybridrl.data.problem import Problem
-from hybridrl.data.responses import response_ids
+from hybridrl.data.responses import has_unknown, response_ids
 from hybridrl.errors import ConfigError, DataError
 from hybridrl.types import Prompt
 
@@ -154,7 +154,7 @@ def _prompt(
             f"{problem.row}: the prompt has {len(input_ids)} tokens, rollout.max_model_len - rollout.max_new_tokens leaves room for "
             f"{max_prompt_tokens}; shorten it, raise rollout.max_model_len or set data.drop_too_long=true"
         )
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in input_ids:
+    if has_unknown(input_ids, tokenizer):
         raise DataError(f"{problem.row}: the tokenizer has no token for some character of {text[:80]!r}")
     responses = tuple(response_ids(r, messages if templated else None, text, input_ids, tokenizer, problem.row) for r in problem.responses)
     longest = len(input_ids) + max(map(len, responses), default=0)

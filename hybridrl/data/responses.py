@@ -39,9 +39,16 @@ def response_ids(
         whole = answered if answered.startswith(prompt) else whole
     ids = _after(prompt, prompt_ids, whole, tokenizer, special_tokens=messages is None)
     ids = _closed(ids, tokenizer) if messages is not None else [*ids, tokenizer.eos_token_id]
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids[:-1]:
+    if has_unknown(ids[:-1], tokenizer):
         raise DataError(f"{row}: the tokenizer has no token for some character of {response[:80]!r}")
     return tuple(ids)
+
+
+def has_unknown(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a character had no token. Where that token is one that a template writes too, nobody can tell, and such tokenizers know
+    every byte."""
+    unknown = tokenizer.unk_token_id
+    return unknown in ids and unknown not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def _after(prompt: str, prompt_ids: Sequence[int], whole: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bool) -> list[int]:

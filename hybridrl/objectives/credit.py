@@ -24,6 +24,10 @@ class Signal(StrEnum):
     learner_values = "learner_values"  # the value head's outputs before the update
 
 
+ROWS = frozenset({Signal.teacher_hidden, Signal.teacher_vocabulary, Signal.teacher_support})
+"""Those of more than a number a token: with one of them the student is compared over more than the drawn token."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerView:
     """What the learner itself says of the tokens before an update; R response tokens in batch order."""
@@ -40,9 +44,16 @@ class Credit:
     sparse: Tensor  # [R] cost minus baseline, multiplies grad log p(y)
     value_slope: Tensor  # [R] d loss / d value, token_weight included; 0 without a value head
     watched: Mapping[str, Tensor]  # metric -> the numbers, of any shape, of which a step's row has the mean or maximum
+    nll: float = 0.0  # weight of -log p(y) itself
+    has_returns: bool = True  # False: text of the data, whose sparse term is 0 and not to be standardised
+
+    @property
+    def cost(self) -> Tensor:
+        """[R] what multiplies grad log p(y) in all."""
+        return self.sparse - self.nll
 
     def standardised(self, mean: Tensor, std: Tensor) -> "Credit":
-        return replace(self, sparse=(self.sparse - mean) / (std + 1e-8))
+        return replace(self, sparse=(self.sparse - mean) / (std + 1e-8)) if self.has_returns else self
 
 
 class Objective(Protocol):
@@ -57,8 +68,9 @@ class Objective(Protocol):
 
 
 def moments(credits: Sequence[Credit]) -> Tensor:
-    """[3] float64 over live tokens: count, sum and sum of squares of the sparse term; they add up over ranks."""
-    live = torch.cat([torch.zeros(0), *(c.sparse[c.token_weight > 0] for c in credits)]).double()  # a rank may have no group
+    """[3] float64 over live tokens that have returns: count, sum and sum of squares of the sparse term; they add up over ranks."""
+    parts = [c.sparse[c.token_weight > 0] for c in credits if c.has_returns]
+    live = torch.cat([torch.zeros(0), *parts]).double()  # a rank may have no group
     return torch.stack([torch.tensor(float(len(live)), dtype=torch.float64), live.sum(), live.square().sum()])
 
 

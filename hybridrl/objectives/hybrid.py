@@ -72,7 +72,7 @@ class HybridObjective:
         own, cost = self._imitation(batch, plan, learner)
         returns = self._returns(batch, plan, own, cost, mask)
         values = torch.zeros_like(returns)
-        match self.config.baseline:
+        match Baseline.none if rollout.source is Source.data else self.config.baseline:  # data is no policy's, and has no return
             case Baseline.none:
                 advantage = returns
             case Baseline.value:
@@ -82,19 +82,19 @@ class HybridObjective:
             case _:
                 loo = self.config.baseline is Baseline.leave_one_out
                 advantage = returns - sibling_mean(returns, rollout.group_size, leave_one_out=loo)
-        sparse = advantage[mask]
-        if rollout.source is not Source.student:
-            sparse = sparse - self.config.nll_weight
         has_values = self.config.baseline is Baseline.value
         clips = self.config.log_ratio_clip is not None and rollout.source is not Source.data
         live = weight > 0  # a dropped group's reward is NaN, and 0 * NaN is not 0
-        error = torch.where(live, -advantage[mask], 0.0) if has_values else torch.zeros_like(sparse)  # value minus its target
+        sparse = torch.where(live, advantage[mask], 0.0)
+        error = -sparse if has_values else torch.zeros_like(sparse)  # value minus its target
         return Credit(
             token_weight=weight,
-            sparse=torch.where(live, sparse, 0.0),
+            sparse=sparse,
+            nll=0.0 if rollout.source is Source.student else self.config.nll_weight,
+            has_returns=rollout.source is not Source.data,
             value_slope=self.config.value.loss_weight * weight * error,
             watched={
-                "kl/sampled": cost[live & cost.isfinite()],
+                **({"kl/sampled": cost[live & cost.isfinite()]} if rollout.source is Source.student else {}),
                 **({"value/loss": error[live].square() / 2} if has_values else {}),
                 **({"kl/clipped_frac": self._clipped(batch, plan, learner)[live]} if clips else {}),
             },

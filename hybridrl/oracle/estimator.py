@@ -50,7 +50,7 @@ class Estimator:
         terms = TokenTerms(
             token_ids=response_rows(batch.rollout, batch.rollout.input_ids).long(),
             token_weight=credit.token_weight,
-            sparse=credit.sparse,
+            sparse=credit.cost,
             sampler_logprobs=response_rows(batch.rollout, batch.rollout.rollout_logprobs),
         )
         owner = torch.arange(len(members)).repeat_interleave(members.shape[1])

@@ -39,7 +39,7 @@ class ConsoleSink:
 
     def start(self, info: RunInfo) -> None:
         self._stream = self._stream or sys.stdout
-        self._total, self._first = info.total_steps, info.first_step
+        self._total, self._first, self._began = info.total_steps, info.first_step, None
         if info.first_step > 0:
             for row in read_metrics(info.run_dir):
                 self._learn_levels(row)
@@ -142,7 +142,7 @@ def _columns(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """The watched numbers of one row, those it has, as (name, text)."""
     formats = (
         ("reward/mean", "reward", "{:.3f}"),
-        ("kl/token", "KL/token", "{:.4f}"),
+        ("kl/token" if "kl/token" in metrics else "kl/sampled", "KL/token", "{:.4f}"),
         ("schedule/lambda", "lambda", "{:.2f}"),
         ("perf/tokens_per_s", "tok/s", "{:,.0f}"),
     )

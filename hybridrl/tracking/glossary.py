@@ -64,10 +64,10 @@ SECTIONS = (
     ),
     _section(
         "Student and teacher", "p student, q teacher; means over response tokens. Those under teacher/ every diagnostics.every steps.",
-        ("kl/token", "nats", "mean of sum_i w_i D_i(p, q_i), in the divergence and support that are trained",
+        ("kl/token", "nats", "mean of sum_i w_i D_i(p, q_i), in the divergence and support that are trained; none with support=sampled",
          "falls towards 0, a perfect copy"),
         ("kl/sequence", "nats", "the same, summed over each response, mean over responses", "as kl/token times the length"),
-        ("kl/sampled", "nats", "mean of sum_i w_i (log p(y) - log q_i(y)) at the drawn tokens",
+        ("kl/sampled", "nats", "mean of sum_i w_i (log p(y) - log q_i(y)) at the tokens that the student drew",
          "agrees with a reverse kl/token within noise"),
         ("kl/clipped_frac", "share",
          "drawn tokens whose |log p - log q| is beyond algorithm.log_ratio_clip", "a few %; more is a large bias"),

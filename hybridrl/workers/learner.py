@@ -27,7 +27,7 @@ from hybridrl.models.export import export
 from hybridrl.models.fragments import MASTER, MOMENTS, PARTS, FragmentReader, write_fragments
 from hybridrl.models.loading import VALUE_HEAD, load_model, resolve
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Credit, LearnerView, Signal, moments, no_credit
+from hybridrl.objectives.credit import ROWS, Credit, LearnerView, Signal, moments, no_credit
 from hybridrl.objectives.hybrid import teacher_weight
 from hybridrl.ops.head import TokenTerms
 from hybridrl.types import LearnerStats, Rewards, RolloutBatch, SavedFile, ScoredBatch, Shard, TokenScores, UpdatePlan, WeightManifest
@@ -201,7 +201,7 @@ class Learner:
         loss, stats = self.engine(*self._inputs(micro).arguments(), Look.learn)
         # DeepSpeed averages gradients over ranks; the objective's normaliser is already global.
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
-        count_micro(tally, loss, stats, micro, version)
+        count_micro(tally, loss, stats, micro, version, compared=bool(self.objective.signals & ROWS))
 
     def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
         """What is too dear for every step."""

@@ -52,7 +52,8 @@ class RewardWorker:
         self.config, self.watch_only = config, watch_only
         self.tokenizer = load(tokenizer_path, revision)
         calls = reward_calls(config)
-        budget_s = IN_TIME * deadline_s / max(len(calls), 1) - config.timeout_s  # a function's last task may begin when it is over
+        # of a function, whose last task may begin when it is over; at least one round of tasks
+        budget_s = max(IN_TIME * deadline_s / max(len(calls), 1) - config.timeout_s, config.timeout_s)
         limits = {"timeout_s": config.timeout_s, "max_timeouts": config.max_error_rate, "budget_s": budget_s}
         # None: no reward function, nothing to call
         self.pool = RewardPool(calls, processes=config.processes, **limits) if calls else None

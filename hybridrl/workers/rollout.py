@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import asdict
 from itertools import count, pairwise
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +33,11 @@ from hybridrl.types import (
     per_token_bytes,
 )
 
+logger = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 FINISH = {"stop": FinishReason.stop, "length": FinishReason.length}
 CPU_KV_CACHE_BYTES = 2**28
+CORE_WATCH_S = 1.0
 
 
 class Finished(NamedTuple):
@@ -117,6 +121,8 @@ class Rollout:
             ),
             enable_multiprocessing=self.own_process,
         )
+        if self.own_process:
+            Thread(target=end_with, args=(self.engine.engine_core,), daemon=True).start()
         self.version = -1  # of the weights that serve; -1: as loaded from disk
         self.engine.set_weight_version(str(self.version))
         self._finished: dict[str, asyncio.Future] = {}  # request id -> its output
@@ -264,6 +270,15 @@ class Rollout:
         self.engine.reset_prefix_cache()
         self.engine.set_weight_version(version)
         self.version = int(version)
+
+
+def end_with(core: Any) -> None:
+    """End this process once its engine core's has ended. vLLM's client notices too, but a call that the core was to answer waits on
+    for ever, and no other is served meanwhile."""
+    while not core.resources.engine_dead:
+        time.sleep(CORE_WATCH_S)
+    logger.error("the engine core's process has ended, and so does this one")
+    os._exit(1)
 
 
 def sample_seed(seed: int, uid: str, index: int) -> int:

@@ -20,7 +20,7 @@ from hybridrl.durable import seal
 from hybridrl.errors import CheckpointError
 from hybridrl.models.loading import head_rows, load_model
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Signal
+from hybridrl.objectives.credit import ROWS, Signal
 from hybridrl.ops.head import chosen_logprobs, top_logprobs, vocabulary_logprobs
 from hybridrl.types import RolloutBatch, SavedFile, ScoreHeader, TokenScores
 from hybridrl.workers.student import head_rule, output_weight
@@ -183,10 +183,6 @@ class Scorer:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: no safetensors file: {error}") from error
         return []
-
-
-ROWS = frozenset({Signal.teacher_hidden, Signal.teacher_vocabulary, Signal.teacher_support})
-"""Signals that need more than a number a token, too much to remember."""
 
 
 def data_key(batch: RolloutBatch, sequence: int) -> str:

@@ -59,14 +59,20 @@ class Tally:
         return found | {name: value for name, value in zip(self.maxima, maxima.tolist(), strict=True) if value > -torch.inf}
 
 
-def count_micro(tally: Tally, loss: Tensor, stats: HeadStats, micro: MicroBatch, version: int) -> None:
-    """Count one micro-batch; tokens of weight 0 count nowhere. version: of the weights that learn."""
+def count_micro(tally: Tally, loss: Tensor, stats: HeadStats, micro: MicroBatch, version: int, *, compared: bool = True) -> None:
+    """Count one micro-batch; tokens of weight 0 count nowhere.
+
+    Args:
+        version: of the weights that learn.
+        compared: whether the student was compared with teachers over more than the drawn token; stats.kl says nothing else.
+    """
     device = stats.logprobs.device
     live = (micro.token_weight > 0).to(device)
     for name, part in {"train/loss": loss, "dense_sq": stats.dense_sq, "sparse_sq": stats.sparse_sq, "tokens": live}.items():
         tally.add(name, part)
     tally.add("dense_sparse", stats.dense_sparse)
-    tally.add("kl/token", stats.kl, live)
+    if compared:
+        tally.add("kl/token", stats.kl, live)
     tally.add("entropy/token", stats.entropy, live)
     advantage = -micro.sparse.to(device).double()
     for name, part in {
@@ -122,7 +128,8 @@ def batch_metrics(found: dict[str, float], plan: UpdatePlan, grad_norm: float) -
         row |= {"grad/dense_sparse_ratio": dense / sparse, "grad/logit_cosine": found["dense_sparse"] / (dense * sparse)}
     row["policy/kept_frac"] = found["tokens"] / max(plan.num_tokens, 1)
     if found["tokens"]:
-        row["kl/sequence"] = found["kl/token"] * found["tokens"] / max(plan.num_sequences, 1)
+        if "kl/token" in found:
+            row["kl/sequence"] = found["kl/token"] * found["tokens"] / max(plan.num_sequences, 1)
         row["advantage/min"] = -found["minus_advantage"]
         row["advantage/std"] = max(found["advantage_sq"] - found["advantage/mean"] ** 2, 0.0) ** 0.5
     if found.get("rho_sq"):

@@ -118,7 +118,7 @@ def output_weight(model: PreTrainedModel) -> nn.Parameter:
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ConfigError(f"model.path: {type(model).__name__} has no output embedding without bias; choose another causal language model")
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(model.config, name, None) not in (None, 1.0):
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
+        if getattr(model.config.get_text_config(), name, None) not in (None, 1.0):
             raise ConfigError(f"model.path: {type(model).__name__} changes its logits by {name}; such models are not supported")
     return head.weight

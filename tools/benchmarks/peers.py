@@ -166,7 +166,7 @@ def report(name: str, found: dict[str, dict]) -> None:
             memory = f"{values['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in values else "computed"
             cpu, rate = values.get("cpu_s", float("nan")), values["tokens_per_s"]
             print(f"  {row:24s} {values['step_s']:8.2f} s a step  {cpu:7.2f} CPU s  {rate:6.0f} tokens/s  {memory:9s} {phases}")
-    ours = next((found[row]["step_s"] for row in OURS if row in found), None)
+    ours = found["ours"]["step_s"] if "ours" in found else None
     if ours and all(row in found for row in TRL):
         distillation, both = found["trl-distillation"]["step_s"], sum(found[row]["step_s"] for row in TRL)
         print(f"  TRL distillation / ours (both signals): {distillation / ours:.2f} (target 2)")

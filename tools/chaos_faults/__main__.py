@@ -7,6 +7,7 @@ where one fails.
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
         "--work", type=Path, default=Path(tempfile.gettempdir()) / f"hybridrl-chaos-{os.getuid()}", help="folder of the runs"
     )
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background deaf to it, and so its runs
     if unknown := set(options.ids) - known.keys():
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
     if not options.ids:

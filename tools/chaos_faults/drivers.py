@@ -10,7 +10,7 @@ import time
 from chaos_faults.finding import Finding
 from chaos_faults.ground import STEP, Ground, last_step
 from chaos_faults.training import START_S, Training, kill, training, usage
-from chaos_faults.workers import alive_after
+from chaos_faults.workers import alive_after, name
 
 KILLED_AT = [
     "controller.sampled:step=2", "controller.learned:step=4", "controller.synced:step=6", "controller.logged:step=8",
@@ -50,7 +50,7 @@ def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
             if told:
                 resumed.append(run.until(STEP) - started)
             status = run.ended(START_S)
-            left += alive_after(family, LEFT_S, besides=AGENTS)
+            left += names(alive_after(family, LEFT_S, besides=AGENTS))
         redone.append(lost_by(run, told))
         told = last_step(run) or told
         if status == 0:
@@ -60,9 +60,13 @@ def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     said = (
         f"SIGKILL of the run's process at {kills} of {len(KILLED_AT)} places, the same command each time; to the next step "
         f"{min(resumed):.0f} to {max(resumed):.0f} s with start (bound {RESUMED_S:g} s), "
-        f"{len(left)} processes of ours left {LEFT_S:g} s after a kill"
+        f"{len(left)} processes of ours left {LEFT_S:g} s after a kill{' '.join(['', *left])}"
     )
     return {"K1": ground.judged(run_dir, K1_STEPS, said, within=within, recovered_s=max(resumed), lost_steps=max(redone))}
+
+
+def names(pids: list[int]) -> list[str]:
+    return [name(pid).replace("\0", " ")[:80] for pid in pids]
 
 
 def lost_by(run: Training, told: int) -> int:
@@ -91,7 +95,7 @@ def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
                 family = run.family()
                 kill(run.process.pid)
                 run.ended(30)
-                left += alive_after(family, LEFT_S, besides=AGENTS)
+                left += names(alive_after(family, LEFT_S, besides=AGENTS))
         redone.append(lost_by(run, told))
         told, done = last_step(run) or told, done + 1
     with training(command, run_dir) as run:
@@ -99,7 +103,8 @@ def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     redone.append(lost_by(run, told))
     said = (
         f"{done} SIGKILLs, {len(K2_STARTING)} while it starts, the others at random times after it (seed {K2_SEED}, mean {K2_MEAN_S:g} s, "
-        f"a third of a second a step), the same command each time, {len(left)} processes of ours left {LEFT_S:g} s after a kill"
+        f"a third of a second a step), the same command each time, {len(left)} processes of ours left {LEFT_S:g} s after a "
+        f"kill{' '.join(['', *left])}"
     )
     within = status == 0 and done == K2_KILLS and max(redone) <= SAVE_EVERY and not left
     return {"K2": ground.judged(run_dir, K2_STEPS, said, within=within, lost_steps=max(redone))}
