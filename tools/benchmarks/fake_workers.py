@@ -131,7 +131,7 @@ class Scorer:
 class Judge:
     """Rewards of 0 and 1 in turn."""
 
-    def __init__(self, config: RewardConfig, *, tokenizer_path: str, revision: str | None, watch_only: bool) -> None:
+    def __init__(self, config: RewardConfig, *, tokenizer_path: str, revision: str | None, watch_only: bool, deadline_s: float) -> None:
         self.names = tuple(config.functions)
 
     def ping(self) -> str:
