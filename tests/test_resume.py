@@ -169,7 +169,7 @@ def test_a_run_continued_after_any_step_is_bit_for_bit_the_one_that_went_on(grap
         assert read_checkpoint(ours).state.parts == read_checkpoint(theirs).state.parts
 
 
-NO_STATE = (".clock.", ".load.under_way", ".saved_step")
+NO_STATE = (".clock.", ".load.under_way", ".pings[", ".saved_step")
 """Seconds that the next row will tell of; calls that run now, of which a resumed run has none; what lies on disk, which the save
 that follows the row moves."""
 

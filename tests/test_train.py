@@ -245,7 +245,7 @@ def test_a_job_on_two_nodes_with_tokens_is_stopped_saves_what_it_learned_and_goe
         assert time.monotonic() < end, shell("ray", "job", "logs", "first", env=two_nodes).stdout[-3000:]
         time.sleep(0.5)
     shell("ray", "job", "stop", "first", env=two_nodes)
-    assert "STOPPED" in shell("ray", "job", "status", "first", env=two_nodes).stdout
+    assert "was stopped" in shell("ray", "job", "status", "first", env=two_nodes).stdout
     last = int(read_metrics(run_dir)[-1]["train/step"])
     assert last >= 2 and read_checkpoint(run_dir / "checkpoints" / f"step_{last:06d}").state.step == last
 
