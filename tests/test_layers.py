@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hybridrl"
 
 LAYERS = [
-    {"errors", "failpoints"}, {"choices", "redact"}, {"algorithm", "checkpointing", "generation"}, {"config", "placement"}, {"compose"},
+    {"errors", "failpoints"}, {"choices", "redact"}, {"algorithm", "checkpointing", "generation"},
+    {"config", "needs", "placement"}, {"compose"},
     {"types"}, {"durable"}, {"ops"}, {"objectives"}, {"data", "models", "rewards"}, {"workers"}, {"tracking"}, {"runtime"},
     {"controller"}, {"oracle", "doctor"}, {"cli"},
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybridrl.algorithm import AlgorithmConfig
 from hybridrl.choices import PairLoss
-from hybridrl.config import REFERENCED
+from hybridrl.needs import REFERENCED
 from hybridrl.objectives.credit import Credit, LearnerView, Signal, per_token
 from hybridrl.objectives.hybrid import response_rows
 from hybridrl.ops.preference import PAIR_LOSSES, PairGradient, PairOptions, PairScores
