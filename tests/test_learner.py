@@ -60,11 +60,12 @@ def run_ranks(folder: Path, world: int, cases: str) -> None:
         for r in ranks:
             r.kill()
             r.wait()
-    for rank, log in zip(ranks, logs, strict=True):
+    said = []
+    for number, (rank, log) in enumerate(zip(ranks, logs, strict=True)):
         log.seek(0)
-        text = log.read()
+        said.append(f"rank {number} ended with {rank.returncode}: {log.read()[-3000:]}")
         log.close()
-        assert rank.returncode == 0, text[-3000:]
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)
 
 
 @pytest.fixture(scope="module")
