@@ -29,9 +29,10 @@ LOST = [
 ]  # fmt: skip
 """Those that Ray promises to repeat. A lost CoreWorkerService.grpc_client.PushTask is an ActorUnavailableError: it may have been done."""
 SOAKED = (500, 1500)
-LEFT_S, AGENTS = 10.0, ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""After which none of the processes of a killed run is left but Ray's own agents. These end 40 s after a SIGKILL: they try for so long
-to tell Ray's control store that their raylet is gone, and it is gone itself."""
+LEFT_S, RAYS_OWN = 10.0, r"ray::(DashboardAgent|RuntimeEnvAgent)|[^\0]*python\0[^\0]*/ray/_private/workers/"
+"""After which none of the processes of a killed run is left but Ray's own: its agents, which try for 60 s to tell a control store that is
+gone that their raylet is gone too, and workers that Ray had just started, which ask for their raylet for 27 s. A worker that has reported
+there, as all of ours have, bears its actor's name."""
 RESUMED_S = 120.0
 """Two cores start a run in 50 to 90 s."""
 
@@ -50,7 +51,7 @@ def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
             if told:
                 resumed.append(run.until(STEP) - started)
             status = run.ended(START_S)
-            left += names(alive_after(family, LEFT_S, besides=AGENTS))
+            left += names(alive_after(family, LEFT_S, besides=RAYS_OWN))
         redone.append(lost_by(run, told))
         told = last_step(run) or told
         if status == 0:
@@ -66,7 +67,7 @@ def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 
 def names(pids: list[int]) -> list[str]:
-    return [name(pid).replace("\0", " ")[:80] for pid in pids]
+    return [name(pid).replace("\0", " ")[:200] for pid in pids]
 
 
 def lost_by(run: Training, told: int) -> int:
@@ -95,7 +96,7 @@ def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
                 family = run.family()
                 kill(run.process.pid)
                 run.ended(30)
-                left += names(alive_after(family, LEFT_S, besides=AGENTS))
+                left += names(alive_after(family, LEFT_S, besides=RAYS_OWN))
         redone.append(lost_by(run, told))
         told, done = last_step(run) or told, done + 1
     with training(command, run_dir) as run:

@@ -155,11 +155,11 @@ def terminate(ground: Ground, under_way: Training) -> Callable[[], Finding]:
     return lambda: ground.judged(under_way.run_dir, end, said, within=within, detected_s=took, recovered_s=None, lost_steps=lost)
 
 
-def alive_after(pids: list[int], limit_s: float, besides: tuple[str, ...] = ()) -> list[int]:
-    """Those that still run after so long, or none as soon as all have ended but those whose names begin like one of `besides`."""
+def alive_after(pids: list[int], limit_s: float, besides: str = "(?!)") -> list[int]:
+    """Those that still run after so long, or none as soon as all have ended but those whose names match the regular expression."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
-        left = [pid for pid in pids if running(pid) and not name(pid).startswith(besides)]
+        left = [pid for pid in pids if running(pid) and not re.match(besides, name(pid))]
         if not left:
             return []
         time.sleep(0.1)
