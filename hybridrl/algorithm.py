@@ -163,8 +163,6 @@ class AlgorithmConfig:
     """of student, teacher and sampler alike"""
 
     def __post_init__(self) -> None:
-        self.imitation_weight.check("algorithm.imitation_weight")
-        self.reward_weight.check("algorithm.reward_weight")
         if not 0 <= self.gamma <= 1:
             raise ConfigError(f"algorithm.gamma={self.gamma}: a discount lies in [0, 1]")
         if self.gamma > 0 and self.divergence is not Divergence.reverse_kl and not self.imitation_weight.is_zero():

@@ -320,13 +320,22 @@ class RunSettings:
                 raise ConfigError(f"teachers.{name}.dtype={teacher.dtype}: must be {' or '.join(DTYPES)}")
             if teacher.revision and teacher.path is None:
                 raise ConfigError(f"teachers.{name}.revision={teacher.revision}: without a path it is the student; set model.revision")
-            teacher.schedule.check(f"teachers.{name}.schedule")
-        for name, function in self.reward.functions.items():
-            function.schedule.check(f"reward.functions.{name}.schedule")
+        for key, schedule in self.schedules.items():
+            schedule.check(key)
         self.checkpoint.check_best(self.eval.every)
         check_needs(self)
         check_pipeline(self)
         check_places(self)
+
+    @property
+    def schedules(self) -> dict[str, ScheduleConfig]:
+        """Every weight that may change with the step, by its dotted key."""
+        return {
+            "algorithm.imitation_weight": self.algorithm.imitation_weight,
+            "algorithm.reward_weight": self.algorithm.reward_weight,
+            **{f"teachers.{name}.schedule": teacher.schedule for name, teacher in self.teachers.items()},
+            **{f"reward.functions.{name}.schedule": function.schedule for name, function in self.reward.functions.items()},
+        }
 
     @property
     def scored_teachers(self) -> list[str]:

@@ -14,9 +14,19 @@ from test_graph import PROMISED
 
 from hybridrl.algorithm import AlgorithmConfig, PairConfig
 from hybridrl.choices import PairLoss, Source
+from hybridrl.compose import load_config
 from hybridrl.controller.evaluation import summary
-from hybridrl.controller.metrics import late_metrics, learner_metrics, reward_metrics, rollout_metrics, transfer_metrics, worker_times
+from hybridrl.controller.metrics import (
+    check_metrics,
+    late_metrics,
+    learner_metrics,
+    reward_metrics,
+    rollout_metrics,
+    transfer_metrics,
+    worker_times,
+)
 from hybridrl.data.collate import MicroBatch, collate, train_sequences
+from hybridrl.errors import ConfigError
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 from hybridrl.objectives.credit import LearnerView
 from hybridrl.objectives.hybrid import HybridObjective
@@ -287,6 +297,29 @@ def test_the_most_particular_entry_explains_a_key():
     assert explain("reward/countdown/mean").key == "reward/<name>/mean" and explain("time/step_s").key == "time/step_s"
     assert explain("time/rollout_s").key == "time/<phase>_s" and explain("entropy/token_q4").key == "entropy/token_q<quarter>"
     assert explain("reward/a/b/mean") is None and explain("kl/tokens") is None
+
+
+FOLLOWED = {
+    "algorithm.reward_weight={kind: feedback, value: 1, metric: reward/maen, target: 0.5}": "algorithm.reward_weight.metric=reward/maen",
+    "+teachers.main.schedule={kind: feedback, value: 1, metric: kl/tokens, target: 0.1}": "teachers.main.schedule.metric=kl/tokens",
+    "checkpoint.best=eval/acuracy": "checkpoint.best=eval/acuracy",
+}
+
+
+@pytest.mark.parametrize("said", FOLLOWED)
+def test_a_metric_that_no_step_has_cannot_be_followed(said: str):
+    settings = load_config(["experiment=quickstart", "run.dir=here", "checkpoint.every=20", "eval.every=20", said])
+    with pytest.raises(ConfigError) as error:
+        check_metrics(settings)
+    assert str(error.value) == f"{FOLLOWED[said]}: no step has such a metric; take one of hybridrl/tracking/METRICS.md, e.g. reward/mean"
+
+
+def test_a_weight_follows_what_each_step_measures_and_the_best_checkpoint_an_evaluation_too():
+    feedback = "algorithm.reward_weight={{kind: feedback, value: 1, metric: {}, target: 0.5}}"
+    given = ["experiment=quickstart", "run.dir=here", "checkpoint.every=20", "eval.every=20", "checkpoint.best=eval/accuracy"]
+    check_metrics(load_config([*given, feedback.format("reward/mean")]))
+    with pytest.raises(ConfigError, match=r"^algorithm\.reward_weight\.metric=eval/accuracy: is not measured in every step; "):
+        check_metrics(load_config([*given, feedback.format("eval/accuracy")]))
 
 
 def test_the_curves_of_the_report_are_of_metrics_in_the_glossary():

@@ -4,11 +4,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hybridrl.choices import Source
+from hybridrl.choices import ScheduleKind, Source
+from hybridrl.config import RunSettings
+from hybridrl.errors import ConfigError
+from hybridrl.tracking.glossary import explain
 from hybridrl.types import ChunkHeader, LearnerStats, Prompt, Rewards, ScoreHeader, UpdatePlan
 
 PASS_MARK = 0.5
 """A response passes with a reward above it, as with a reward of 0 or 1."""
+
+
+def check_metrics(settings: RunSettings) -> None:
+    """What a setting follows is measured; otherwise a weight would stand still, and no checkpoint be the best, unnoticed.
+
+    Raises:
+        ConfigError: one sentence on the first that is not.
+    """
+    feedback = {f"{key}.metric": s.metric for key, s in settings.schedules.items() if s.kind is ScheduleKind.feedback}
+    for key, metric in {**feedback, "checkpoint.best": settings.checkpoint.best}.items():
+        if metric and explain(metric) is None:
+            raise ConfigError(f"{key}={metric}: no step has such a metric; take one of hybridrl/tracking/METRICS.md, e.g. reward/mean")
+        if metric and metric.startswith("eval/") and key in feedback:
+            raise ConfigError(f"{key}={metric}: is not measured in every step; take one that is, e.g. reward/mean")
 
 
 def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from hybridrl.controller.contract import check_running, check_teachers, check_te
 from hybridrl.controller.controller import Controller
 from hybridrl.controller.inputs import digests
 from hybridrl.controller.ledger import Ledger, check_ledger, drawn_uids
+from hybridrl.controller.metrics import check_metrics
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
 from hybridrl.controller.teacher_levels import measure_teachers, teachers_to_measure
@@ -52,6 +53,7 @@ def train(settings: RunSettings) -> RunResult:
         HybridRLError: what went wrong, in one sentence; nothing is left running.
     """
     began = time.monotonic()
+    check_metrics(settings)
     check_rewards(settings.reward)
     prompts, heldout = prepare_prompts(settings)
     with run_directory(settings) as run_dir, ExitStack() as stack:

@@ -184,14 +184,8 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
 
 def stretched_by_steps(settings: RunSettings) -> list[str]:
     """Schedules that run to train.steps: with another number of steps, every step so far would have been another one."""
-    schedules = {
-        "algorithm.imitation_weight": settings.algorithm.imitation_weight,
-        "algorithm.reward_weight": settings.algorithm.reward_weight,
-        **{f"teachers.{name}.schedule": teacher.schedule for name, teacher in settings.teachers.items()},
-        **{f"reward.functions.{name}.schedule": function.schedule for name, function in settings.reward.functions.items()},
-    }
     moving = (ScheduleKind.linear, ScheduleKind.cosine)
-    names = [name for name, schedule in schedules.items() if schedule.kind in moving and schedule.steps is None]
+    names = [name for name, schedule in settings.schedules.items() if schedule.kind in moving and schedule.steps is None]
     return [*(["train.lr_end"] if settings.train.lr_end is not None else []), *names]
 
 
