@@ -5,6 +5,7 @@ Dense rows train KL(p || q) alone; the rows called `hybrid` have a cost per toke
 
 import argparse
 import ctypes
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -252,7 +253,7 @@ def show(found: dict) -> None:
     middle = medians({name: row["seconds"] for name, row in found["variants"].items()})
     for name, row in found["variants"].items():
         error = " ".join(f"{e:.1e}" for e in row["error"].values()) if row["error"] else ""
-        rate, ratio = found["flop"] / middle[name] / 1e9, middle[name] / middle["ours bf16 hybrid"]
+        rate, ratio = found["flop"] / middle[name] / 1e9, middle[name] / middle.get("ours bf16 hybrid", math.nan)
         speed = f"{rate:8.0f} GFLOP/s {row['share_of_square']:6.1%} of a square product"
         print(f"{name:37s} {middle[name]:8.4f} s {speed} {ratio:6.2f} x ours {row['extra_bytes'] / 2**20:8.0f} MiB  {error}")
     for name, why in found["failed"].items():

@@ -206,6 +206,8 @@ def scaling(most_engines: int, most_groups: int) -> dict:
 
 def growth(points: list[dict], axis: str) -> str:
     """How the last step along an axis compares with proportion."""
+    if len(points) < 2:
+        return "one point only"
     before, last = points[-2:]
     times, cost = last[axis] / before[axis], last["wall_s"] / before["wall_s"]
     return f"{times:.0f} times the {axis} cost {cost:.2f} times: {'at most linear' if cost <= 1.1 * times else 'MORE than linear'}"
