@@ -95,7 +95,8 @@ def run_training(settings: RunSettings) -> int:
 def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = run_training) -> int:
     """--help, --cfg, --info, --multirun and the rest are Hydra's own; its errors are told as ours.
 
-    The jobs of a sweep run one after another; one that fails does not keep the others from running.
+    The jobs of a sweep run one after another; one that fails does not keep the others from running, one that is
+    told to end by SIGTERM does.
 
     Args:
         run: what a job does with its settings; returns its exit status.
@@ -114,6 +115,11 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
         used.add(settings.run.dir)
         return run(settings)
 
+    def next_job(composed: DictConfig) -> None:
+        status.append(said(lambda: job(composed)))
+        if status[-1] == TRY_AGAIN:
+            raise SystemExit(TRY_AGAIN)
+
     shows = any(flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags)
     if not shows:
         check_overrides(overrides)
@@ -124,7 +130,7 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     shown = io.StringIO()  # the config, where Hydra prints it and runs no job
     try:
         with one_sentence(overrides), redirect_stdout(shown) if shows else nullcontext():
-            main_of(lambda composed: status.append(said(lambda: job(composed))))()
+            main_of(next_job)()
     finally:
         print(redact.yaml_text(shown.getvalue()), end="")
     return max(status, default=0)

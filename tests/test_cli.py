@@ -20,6 +20,7 @@ from hybridrl.controller.checkpoint import Checkpointer, read_checkpoint
 from hybridrl.controller.ledger import Ledger
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
 from hybridrl.durable import append, seal
+from hybridrl.errors import Preempted
 from hybridrl.models.fragments import PARTS, Fragment, write_fragments
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
 from hybridrl.tracking.jsonl import JsonlSink
@@ -130,6 +131,22 @@ def test_a_failed_job_of_a_sweep_does_not_stop_the_others_and_is_not_forgotten(t
     status, ran = hydra_job(["-m", "train.lr=-1,1e-4", "run.dir=runs/${hydra:job.num}"], monkeypatch, tmp_path)
     assert (status, [s.train.lr for s in ran]) == (2, [1e-4])
     assert hydra_job(["-m", "run.dir=a,b"], monkeypatch, tmp_path, status=1)[0] == 1
+
+
+def test_a_sweep_whose_job_was_told_to_end_starts_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    ran: list[str] = []
+
+    def told(settings: RunSettings) -> int:
+        ran.append(settings.run.dir)
+        raise Preempted("told to end by SIGTERM; the same command continues")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit) as ended:
+        hydra_flags(["experiment=quickstart", "-m", "run.dir=a,b"], told)
+    assert (ended.value.code, ran) == (75, ["a"])
+    assert capsys.readouterr().err == "hybridrl: told to end by SIGTERM; the same command continues\n"
 
 
 @pytest.mark.parametrize(
