@@ -192,7 +192,7 @@ class RewardConfig:
 class LearnerConfig:
     ranks: int = 1
     zero_stage: int = 1
-    """DeepSpeed ZeRO 1, 2 or 3"""
+    """DeepSpeed ZeRO 1, 2 or 3; with model.dtype=bfloat16, 1 adds the gradients of micro-batches in bfloat16, 2 and 3 in float32"""
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
