@@ -121,8 +121,11 @@ def interrupt(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
             time.sleep(0.5)
             kill(run.process.pid, signal.SIGINT)
             status, took = run.ended(60), time.time() - at
-            left = alive_after(family, 10)
-        said = f"SIGINT twice in a step: exit status {status} after {took:.1f} s, {len(left)} of {len(family)} processes left"
+            left = names(alive_after(family, LEFT_S, besides=RAYS_OWN))
+        said = (
+            f"SIGINT twice in a step: exit status {status} after {took:.1f} s, {len(left)} of {len(family)} processes left after "
+            f"{LEFT_S:g} s{' '.join(['', *left])}"
+        )
         found["J2"] = Finding(passed=status != 0 and not left, said=said, detected_s=took)
     if "J3" in wanted:
         with training([*ground.overrides, "train.steps=4", "checkpoint.export=true"], ground.run_dir("end")) as run:
