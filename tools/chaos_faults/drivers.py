@@ -121,7 +121,7 @@ def interrupt(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
             time.sleep(0.5)
             kill(run.process.pid, signal.SIGINT)
             status, took = run.ended(60), time.time() - at
-            left = names(alive_after(family, LEFT_S, besides=RAYS_OWN))
+            left = names(alive_after(family, LEFT_S))
         said = (
             f"SIGINT twice in a step: exit status {status} after {took:.1f} s, {len(left)} of {len(family)} processes left after "
             f"{LEFT_S:g} s{' '.join(['', *left])}"
