@@ -38,6 +38,7 @@ from hybridrl.failpoints import VARIABLE
 from hybridrl.models.loading import load_model
 from hybridrl.placement import shares
 from hybridrl.runtime import calls
+from hybridrl.runtime import cluster as cluster_module
 from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
 from hybridrl.runtime.group import ActorGroup, Slot, ask_for_stacks
 from hybridrl.runtime.groups import RewardGroup, RolloutGroup
@@ -144,6 +145,30 @@ def test_a_device_that_is_refused_leaves_no_ray_running():
     with pytest.raises(ConfigError, match=r"cluster\.device=cuda"):
         Cluster(load_config([*BASE, "cluster.device=cuda"]))
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_cut_short_the_end_of_ray(monkeypatch: pytest.MonkeyPatch, second: signal.Signals):
+    ended = []
+
+    def shut_down() -> None:
+        signal.raise_signal(second)
+        ended.append(ray)
+
+    def leave(signum: int, frame: object) -> None:
+        raise SystemExit(signum)  # as Ray's own handler of SIGTERM does
+
+    monkeypatch.setattr(cluster_module, "connect", lambda settings: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "shutdown", shut_down)
+    before = signal.signal(second, leave)
+    try:
+        with pytest.raises(KeyboardInterrupt), Cluster(load_config(BASE)):
+            raise KeyboardInterrupt
+        assert ended == [ray] and signal.getsignal(second) is leave
+    finally:
+        signal.signal(second, before)
 
 
 # -- errors of a worker ----------------------------------------------------------------------------------------------

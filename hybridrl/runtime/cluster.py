@@ -3,8 +3,10 @@
 import logging
 import math
 import os
+import signal
 import socket
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -60,10 +62,11 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.group is not None:
-            remove_placement_group(self.group)
-        if self.owns_ray:
-            ray.shutdown()
+        with undisturbed():
+            if self.group is not None:
+                remove_placement_group(self.group)
+            if self.owns_ray:
+                ray.shutdown()
 
     @property
     def weight_transfer(self) -> WeightTransfer:
@@ -139,6 +142,23 @@ class Cluster:
         if not team.heavy:
             return 1
         return self.settings.cluster.threads_per_worker or max(1, int(node["Resources"].get("CPU", 1)) // crowd)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Neither a second Ctrl-C nor a second SIGTERM cuts the block short; a Ray whose end is broken off leaves processes for a minute.
+
+    In a thread that gets no signals, do nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def connect(settings: RunSettings) -> None:
