@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -26,11 +27,13 @@ USAGE = """usage: hybridrl VERB ...
   hybridrl doctor [run.dir=DIR]                                      is this machine fit to train on, are its doors closed?
 """
 TRY_AGAIN = os.EX_TEMPFAIL  # 75, which job schedulers know
+INTERRUPTED = 128 + signal.SIGINT  # 130, as of a shell
 HELP = ("--help", "-h", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong, 75 told to end: continue by the same command."""
+    """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong, 75 told to end: continue by the same command,
+    130 ended at once by Ctrl-C."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     redact.log_warnings()
     verbs = {"train": train_verb, "report": report_verb, "export": export_verb, "check": check_verb, "doctor": doctor_verb}
@@ -47,6 +50,9 @@ def said(act: Callable[[], int]) -> int:
     except Preempted as error:
         print(f"hybridrl: {error}", file=sys.stderr)
         return TRY_AGAIN
+    except KeyboardInterrupt:
+        print("hybridrl: ended at once by Ctrl-C; what was saved before it stands", file=sys.stderr)
+        return INTERRUPTED
     except HybridRLError as error:
         print(f"hybridrl: {redact.text(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -96,7 +102,7 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     """--help, --cfg, --info, --multirun and the rest are Hydra's own; its errors are told as ours.
 
     The jobs of a sweep run one after another; one that fails does not keep the others from running, one that is
-    told to end by SIGTERM does.
+    told to end by SIGTERM or Ctrl-C does.
 
     Args:
         run: what a job does with its settings; returns its exit status.
@@ -117,8 +123,8 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
 
     def next_job(composed: DictConfig) -> None:
         status.append(said(lambda: job(composed)))
-        if status[-1] == TRY_AGAIN:
-            raise SystemExit(TRY_AGAIN)
+        if status[-1] in (TRY_AGAIN, INTERRUPTED):
+            raise SystemExit(status[-1])
 
     shows = any(flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags)
     if not shows:

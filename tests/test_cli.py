@@ -133,20 +133,29 @@ def test_a_failed_job_of_a_sweep_does_not_stop_the_others_and_is_not_forgotten(t
     assert hydra_job(["-m", "run.dir=a,b"], monkeypatch, tmp_path, status=1)[0] == 1
 
 
-def test_a_sweep_whose_job_was_told_to_end_starts_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize(
+    ("how", "status", "sentence"),
+    [
+        (Preempted("told to end by SIGTERM; the same command continues"), 75, "told to end by SIGTERM; the same command continues"),
+        (KeyboardInterrupt(), 130, "ended at once by Ctrl-C; what was saved before it stands"),
+    ],
+)
+def test_a_sweep_whose_job_was_told_to_end_starts_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, how: BaseException, status: int, sentence: str
+):
     ran: list[str] = []
 
     def told(settings: RunSettings) -> int:
         ran.append(settings.run.dir)
-        raise Preempted("told to end by SIGTERM; the same command continues")
+        raise how
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     with pytest.raises(SystemExit) as ended:
         hydra_flags(["experiment=quickstart", "-m", "run.dir=a,b"], told)
-    assert (ended.value.code, ran) == (75, ["a"])
-    assert capsys.readouterr().err == "hybridrl: told to end by SIGTERM; the same command continues\n"
+    assert (ended.value.code, ran) == (status, ["a"])
+    assert capsys.readouterr().err == f"hybridrl: {sentence}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""SIGTERM: at once while a run starts up, later where nothing would be lost."""
+"""SIGTERM and Ctrl-C: at once while a run starts up, later where nothing would be lost."""
 
 import os
 import signal
@@ -10,19 +10,33 @@ import pytest
 from hybridrl.controller.preemption import Preemption
 from hybridrl.errors import Preempted
 
-
-def test_while_a_run_starts_up_it_ends_where_it_stands():
-    with Preemption().listening(), pytest.raises(Preempted, match="the same command continues"):
-        os.kill(os.getpid(), signal.SIGTERM)
+BOTH = pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 
 
-def test_once_it_has_started_it_ends_where_it_asks():
+@BOTH
+def test_while_a_run_starts_up_it_ends_where_it_stands(number: int, name: str):
+    with Preemption().listening(), pytest.raises(Preempted, match=f"^told to end by {name}; the same command continues$"):
+        os.kill(os.getpid(), number)
+
+
+@BOTH
+def test_once_it_has_started_it_ends_where_it_asks(number: int, name: str):
     with Preemption().listening() as preemption:
         preemption.started()
         preemption.check()
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Preempted):
+        os.kill(os.getpid(), number)
+        with pytest.raises(Preempted, match=f"^told to end by {name}; "):
             preemption.check()
+
+
+@BOTH
+def test_ctrl_c_ends_a_run_at_once_that_was_told_to_end_before(capfd: pytest.CaptureFixture, number: int, name: str):
+    with Preemption().listening() as preemption:
+        preemption.started()
+        os.kill(os.getpid(), number)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert ("once more ends it at once" in capfd.readouterr().err) == (number == signal.SIGINT)
 
 
 def test_what_took_the_order_for_an_error_of_its_own_does_not_hide_it():
@@ -40,10 +54,10 @@ def test_an_end_by_rays_handler_of_the_signal_is_an_order_like_any_other(status:
 
 
 def test_who_took_the_signal_before_has_it_again():
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     preemption = Preemption()
     with preemption.listening():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray does when it starts
         with preemption.listening(), pytest.raises(Preempted):
             os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

@@ -1,5 +1,6 @@
-"""SIGTERM, as a scheduler or `ray job stop` sends it: the run saves what it has and ends, to be continued."""
+"""SIGTERM, as a scheduler or `ray job stop` sends it, or Ctrl-C: the run saves what it has and ends, to be continued."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,12 +9,16 @@ from types import FrameType
 
 from hybridrl.errors import Preempted
 
+NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+SAID = b"Ctrl-C: the run ends as soon as what it learned is saved; once more ends it at once\n"
+
 
 class Preemption:
     """Whether the run was told to end. Asked at places where nothing would be lost; while it starts up, that is everywhere."""
 
     def __init__(self) -> None:
-        self.told, self.starting = False, True
+        self.told_by: str | None = None
+        self.starting = True
 
     def started(self) -> None:
         """From here on only `check` raises.
@@ -26,28 +31,38 @@ class Preemption:
 
     @contextmanager
     def listening(self) -> Iterator["Preemption"]:
-        """Take SIGTERM while the block lasts. In a thread that gets no signals, do nothing."""
+        """Take both signals while the block lasts. In a thread that gets no signals, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = signal.signal(signal.SIGTERM, self._tell)
+        before = {number: signal.signal(number, self._tell) for number in NAMES}
         try:
             yield self
         except SystemExit as ended:  # Ray's own handler, which it sets while it starts
-            self.told = self.told or ended.code == signal.SIGTERM
+            if ended.code == signal.SIGTERM:
+                self.told_by = self.told_by or NAMES[signal.SIGTERM]
             self.check()
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def check(self) -> None:
         """Raises:
         Preempted: the run was told to end.
         """
-        if self.told:
-            raise Preempted("told to end by SIGTERM; the same command continues")
+        if self.told_by:
+            raise Preempted(f"told to end by {self.told_by}; the same command continues")
 
     def _tell(self, signum: int, frame: FrameType | None) -> None:
-        self.told = True
+        """Raises:
+        Preempted: the run is starting up.
+        KeyboardInterrupt: Ctrl-C, and the run had been told to end before.
+        """
+        if self.told_by and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.told_by = self.told_by or NAMES[signum]
         if self.starting:
             self.check()
+        if signum == signal.SIGINT:
+            os.write(2, SAID)  # print may be what the signal came in the midst of

@@ -74,7 +74,7 @@ class ConsoleSink:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        self.notice("done" if exit_code == 0 else f"stopped with exit code {exit_code}")
+        self.notice("done" if exit_code == 0 else "stopped")
 
     def _open_display(self) -> None:
         self._progress = Progress(
