@@ -147,6 +147,13 @@ def test_a_device_that_is_refused_leaves_no_ray_running():
     assert not ray.is_initialized()
 
 
+@pytest.mark.parametrize(
+    ("device", "take_turns", "loops"), [("cpu", True, "10000"), ("cpu", False, "0"), ("cuda", True, "0"), ("cuda", False, "0")]
+)
+def test_threads_wait_in_a_loop_only_where_nobody_else_needs_the_core(device: str, take_turns: bool, loops: str):
+    assert cluster_module.worker_env(2, device, take_turns=take_turns)["GOMP_SPINCOUNT"] == loops
+
+
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_does_not_cut_short_the_end_of_ray(monkeypatch: pytest.MonkeyPatch, second: signal.Signals):
     ended = []
