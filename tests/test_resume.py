@@ -218,7 +218,7 @@ def test_told_to_end_while_checkpoints_fail_it_ends_as_told_and_says_that_the_st
 ):
     controller, recorder = continued(graph, whole, 1, tmp_path)
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    recorder.then = lambda: setattr(controller.preemption, "told", True)
+    recorder.then = lambda: setattr(controller.preemption, "told_by", "SIGTERM")
     with caplog.at_level(logging.ERROR), pytest.raises(Preempted):
         controller.run()
     assert len(recorder.rows) == 1 and "step 2 has no checkpoint, the older ones are whole: " in caplog.text
