@@ -15,7 +15,7 @@ BOTH = pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"),
 
 @BOTH
 def test_while_a_run_starts_up_it_ends_where_it_stands(number: int, name: str):
-    with Preemption().listening(), pytest.raises(Preempted, match=f"^told to end by {name}; the same command continues$"):
+    with pytest.raises(Preempted, match=f"^told to end by {name}; the same command continues$"), Preemption().listening():
         os.kill(os.getpid(), number)
 
 
@@ -41,7 +41,7 @@ def test_ctrl_c_ends_a_run_at_once_that_was_told_to_end_before(capfd: pytest.Cap
 
 def test_what_took_the_order_for_an_error_of_its_own_does_not_hide_it():
     with Preemption().listening() as preemption:
-        with suppress(Exception):
+        with suppress(BaseException):
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Preempted):
             preemption.started()
@@ -58,6 +58,6 @@ def test_who_took_the_signal_before_has_it_again():
     preemption = Preemption()
     with preemption.listening():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray does when it starts
-        with preemption.listening(), pytest.raises(Preempted):
+        with pytest.raises(Preempted), preemption.listening():
             os.kill(os.getpid(), signal.SIGTERM)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

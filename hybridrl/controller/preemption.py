@@ -31,7 +31,11 @@ class Preemption:
 
     @contextmanager
     def listening(self) -> Iterator["Preemption"]:
-        """Take both signals while the block lasts. In a thread that gets no signals, do nothing."""
+        """Take both signals while the block lasts. In a thread that gets no signals, do nothing.
+
+        Raises:
+            Preempted: one came while the run starts up.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -42,6 +46,10 @@ class Preemption:
             if ended.code == signal.SIGTERM:
                 self.told_by = self.told_by or NAMES[signal.SIGTERM]
             self.check()
+            raise
+        except KeyboardInterrupt:
+            if self.starting:
+                self.check()
             raise
         finally:
             for number, handler in before.items():
@@ -56,13 +64,11 @@ class Preemption:
 
     def _tell(self, signum: int, frame: FrameType | None) -> None:
         """Raises:
-        Preempted: the run is starting up.
-        KeyboardInterrupt: Ctrl-C, and the run had been told to end before.
+        KeyboardInterrupt: the run is starting up; or Ctrl-C, and it had been told to end before. Inside Ray's calls only this one passes.
         """
-        if self.told_by and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+        at_once = self.starting or (self.told_by and signum == signal.SIGINT)
         self.told_by = self.told_by or NAMES[signum]
-        if self.starting:
-            self.check()
+        if at_once:
+            raise KeyboardInterrupt
         if signum == signal.SIGINT:
             os.write(2, SAID)  # print may be what the signal came in the midst of
