@@ -16,7 +16,9 @@ BOTH = pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"),
 @BOTH
 def test_while_a_run_starts_up_it_ends_where_it_stands(number: int, name: str):
     with pytest.raises(Preempted, match=f"^told to end by {name}; the same command continues$"), Preemption().listening():
-        os.kill(os.getpid(), number)
+        with suppress(Exception):  # Ray's calls make a SystemError of one
+            os.kill(os.getpid(), number)
+        pytest.fail("the start went on")
 
 
 @BOTH

@@ -148,10 +148,27 @@ def test_a_device_that_is_refused_leaves_no_ray_running():
 
 
 @pytest.mark.parametrize(
-    ("device", "take_turns", "loops"), [("cpu", True, "10000"), ("cpu", False, "0"), ("cuda", True, "0"), ("cuda", False, "0")]
+    ("overrides", "device", "size", "threads", "loops"),
+    [
+        ("", "cpu", 1, "2", "10000"),
+        ("", "cpu", 2, "1", "10000"),
+        ("", "cuda", 1, "2", "0"),
+        ("cluster.threads_per_worker=2", "cpu", 2, "2", "0"),
+        ("schedule=pipelined", "cpu", 1, "2", "0"),
+    ],
 )
-def test_threads_wait_in_a_loop_only_where_nobody_else_needs_the_core(device: str, take_turns: bool, loops: str):
-    assert cluster_module.worker_env(2, device, take_turns=take_turns)["GOMP_SPINCOUNT"] == loops
+def test_threads_wait_in_a_loop_only_where_nobody_else_needs_the_core(
+    monkeypatch: pytest.MonkeyPatch, overrides: str, device: str, size: int, threads: str, loops: str
+):
+    node = {"NodeID": "n", "NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 2.0}}
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(Cluster, "_reserve", lambda self, bundles: None)
+    monkeypatch.setattr(cluster_module, "bundle_nodes", lambda group: dict.fromkeys(range(size), node))
+    cluster = Cluster(load_config([*BASE, *overrides.split()]))
+    cluster.device = device
+    for slot in cluster.place([Team(name="w", size=size, gpus=0, heavy=True)])["w"]:
+        assert (slot.env["OMP_NUM_THREADS"], slot.env["GOMP_SPINCOUNT"]) == (threads, loops)
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])

@@ -317,6 +317,7 @@ def test_console_on_a_terminal_shows_bar_columns_and_evaluation(tmp_path, monkey
     text = out.getvalue()
     for shown in ("1/4", "reward", "0.412", "accuracy", "KL/token", "lambda", "step 1  eval accuracy 51.2 %", "a notice", "stopped"):
         assert shown in text
+    assert "done" not in text
 
 
 def test_durations_read_as_people_say_them():
