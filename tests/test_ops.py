@@ -153,7 +153,8 @@ def test_the_loss_is_the_weighted_sum_of_divergences_and_costs():
     assert float(loss) == pytest.approx(float((terms.token_weight * (kl + terms.sparse * chosen)).sum()), abs=1e-14)
     assert torch.allclose(stats.kl, kl, atol=1e-14) and torch.allclose(stats.logprobs, chosen, atol=1e-14)
     assert torch.allclose(stats.entropy, -(logp.exp() * logp).sum(-1), atol=1e-14)
-    assert torch.equal(chosen_logprobs(hidden, lm_head, terms.token_ids[:, None], HeadRule(temperature=0.7, chunk=4))[:, 0], stats.logprobs)
+    alone = chosen_logprobs(hidden, lm_head, terms.token_ids[:, None], HeadRule(temperature=0.7, chunk=4))[:, 0]
+    assert torch.allclose(alone, stats.logprobs, rtol=0, atol=1e-14)  # a product of 4 rows may round otherwise than one of 6
 
 
 def test_several_teachers_are_the_weighted_sum_of_each():
@@ -227,7 +228,8 @@ def test_a_token_that_both_rule_out_contributes_nothing():
     ruled_out = -1e4  # exp underflows to 0 in float64
     loss, _, d_head, _ = one_token([0.0, 0.0, ruled_out], [1.0, 0.0, -torch.inf])
     two, _, d_two, _ = one_token([0.0, 0.0], [1.0, 0.0])
-    assert float(loss) == float(two) and torch.equal(d_head[:2], d_two) and float(d_head[2]) == 0.0
+    assert float(loss) == pytest.approx(float(two), abs=1e-15)
+    assert torch.allclose(d_head[:2], d_two, rtol=0, atol=1e-15) and float(d_head[2]) == 0.0
 
 
 def test_bf16_inputs_stay_within_two_percent_of_fp64():
@@ -277,4 +279,5 @@ def test_rows_that_only_pad_a_teachers_head_have_no_probability():
     padding = torch.full((3, teacher.lm_head.shape[1]), 9.0, dtype=torch.float64)
     padded = replace(teacher, lm_head=torch.cat([teacher.lm_head, padding]))
     plain, longer = gradients(hidden, lm_head, (teacher,), terms), gradients(hidden, lm_head, (padded,), terms)
-    assert all(torch.equal(a, b) for a, b in zip(plain[:3], longer[:3], strict=True)) and torch.equal(plain[3].kl, longer[3].kl)
+    for a, b in zip((*plain[:3], plain[3].kl), (*longer[:3], longer[3].kl), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-14)  # products of other widths may round otherwise
