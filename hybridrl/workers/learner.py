@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -23,6 +24,7 @@ from hybridrl.data.scored import join, select_groups
 from hybridrl.data.shards import micro_batches
 from hybridrl.durable import seal
 from hybridrl.errors import CheckpointError, ConfigError, NonFiniteError, SkippedStep
+from hybridrl.models.decoder_layers import attends_plainly, compile_layers
 from hybridrl.models.export import export
 from hybridrl.models.fragments import MASTER, MOMENTS, PARTS, FragmentReader, write_fragments
 from hybridrl.models.loading import VALUE_HEAD, load_model, resolve
@@ -58,10 +60,7 @@ class Learner:
         sharded_loading = HfDeepSpeedConfig(config) if settings.learner.zero_stage == 3 else None  # alive while the model loads
         self.model = load_model(settings.model.path, settings.model.dtype, settings.model.revision)
         del sharded_loading
-        if attends_plainly(settings, self.device):
-            self.model.set_attn_implementation("eager")
-        if settings.learner.gradient_checkpointing:
-            checkpoint_activations(self.model)
+        set_layers(self.model, settings, self.device)
         student = Student(self.model, head_rule(settings), with_value=Signal.learner_values in make_objective(settings).signals)
         self.parameters = dict(self.model.named_parameters())  # by the names that checkpoints use
         if student.value_head is not None:
@@ -325,14 +324,16 @@ def scored_batches(shard: Shard, values: Sequence[RolloutBatch | Rewards | Token
     return [join(parts) for parts in found.values()]
 
 
-PLAIN_ATTENTION_TOKENS = 1024
-
-
-def attends_plainly(settings: RunSettings, device: torch.device) -> bool:
-    """Whether attention is plain matrix products. In bf16 torch's fused kernel for CPUs takes four times as long over 84 tokens,
-    forward and backward, and still 1.6 times over 512; it is kept where scores of all pairs of tokens would be large."""
-    tokens = settings.train.max_tokens_per_micro_batch if settings.train.packing else settings.rollout.max_model_len
-    return device.type == "cpu" and settings.model.dtype == "bfloat16" and tokens <= PLAIN_ATTENTION_TOKENS
+def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.device) -> None:
+    """Attention, recomputation and compilation of the decoder layers, as this learner needs them."""
+    train = settings.train
+    tokens = train.max_tokens_per_micro_batch if train.packing else settings.rollout.max_model_len
+    if device.type == "cpu" and attends_plainly(model, tokens):
+        model.set_attn_implementation("eager")
+    if settings.learner.gradient_checkpointing:
+        checkpoint_activations(model)
+    elif device.type == "cpu" and settings.learner.zero_stage < 3:  # 3 exchanges parameters inside of layers
+        compile_layers(model, tokens=tokens, packed=train.packing, learns=True)
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -346,17 +347,19 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 def deepspeed_config(settings: RunSettings) -> dict:
     """ZeRO with micro-batches of our own size: one step() per batch, gradients summed, never averaged over micro-batches."""
+    stage = settings.learner.zero_stage
+    alone = settings.learner.ranks == 1 and stage == 1  # nothing is summed, so nothing need be widened, divided and narrowed for it
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": settings.train.grad_clip,
-        "zero_optimization": {"stage": settings.learner.zero_stage, "overlap_comm": False},
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_scatter": not alone},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": settings.model.dtype == "bfloat16"},
         # Sums over ranks, and over micro-batches where gradients are sharded, in fp32 whatever the model's dtype.
-        "communication_data_type": "fp32",
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if settings.learner.zero_stage > 1 else {}),
+        **({} if alone else {"communication_data_type": "fp32"}),
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if stage > 1 else {}),
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

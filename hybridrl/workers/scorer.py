@@ -18,6 +18,7 @@ from hybridrl.data.collate import to_wire
 from hybridrl.data.shards import micro_batches
 from hybridrl.durable import seal
 from hybridrl.errors import CheckpointError
+from hybridrl.models.decoder_layers import compile_layers
 from hybridrl.models.loading import head_rows, load_model
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import ROWS, Signal
@@ -38,6 +39,7 @@ class Scorer:
         model = settings.teacher_model(teacher)
         self.teacher, self.device = teacher, torch.device(device)
         self.model = load_model(model.path, model.dtype, model.revision).to(self.device).eval()
+        compile_layers(self.model, tokens=settings.rollout.max_model_len, packed=False, learns=False)
         # Rows past the student's vocabulary are padding: no probability may stand on them.
         self.head = output_weight(self.model)[: head_rows(settings.model.path, settings.model.revision)]
         self.configure(settings)
@@ -117,12 +119,13 @@ class Scorer:
         """[R', H] the last hidden state before each response token; sequences padded on the right."""
         parts = [batch.trajectory(i) for i in sequences]
         width = max(len(part.input_ids) for part in parts)
-        ids = np.zeros((len(parts), width), np.int64)
-        mask = np.zeros_like(ids)
+        ids, mask = (np.zeros((len(parts), width), np.int64) for _ in range(2))
+        positions = np.tile(np.arange(width), (len(parts), 1))
         for b, part in enumerate(parts):
             ids[b, : len(part.input_ids)], mask[b, : len(part.input_ids)] = part.input_ids, 1
         to = lambda a: torch.from_numpy(a).to(self.device)  # noqa: E731
-        states = self.model.base_model(input_ids=to(ids), attention_mask=to(mask), use_cache=False).last_hidden_state
+        inputs = {"input_ids": to(ids), "attention_mask": to(mask), "position_ids": to(positions)}
+        states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         before = np.concatenate([b * width + np.flatnonzero(part.response_mask) - 1 for b, part in enumerate(parts)])
         return states.flatten(0, 1).index_select(0, to(before))
 

@@ -1,9 +1,9 @@
 """What a user would pick instead, on CPU: TRL 1.16's DistillationTrainer and GRPOTrainer beside a step of this package.
 
-Same models, prompts, forced lengths, learning rate and threads, the rest each one's defaults. Each row is a process of its own, the
-rows take turns: ours (one step with both signals), ours-distillation, ours-reward, TRL's two trainers, bare-loop (Hugging Face
-generation and our loss in plain torch) and floor (the bare parts that no step can do without). TRL lives in an interpreter of its own:
-python -m venv trl && trl/bin/pip install trl==1.16.0, then --trl-python trl/bin/python.
+Same models, prompts, forced lengths, learning rate and threads, the batch in one pass on both sides, the rest each one's defaults. Each
+row is a process of its own, the rows take turns: ours (one step with both signals), ours-distillation, ours-reward, TRL's two trainers,
+bare-loop (Hugging Face generation and our loss in plain torch) and floor (the bare parts that no step can do without). TRL lives in an
+interpreter of its own: python -m venv trl && trl/bin/pip install trl==1.16.0, then --trl-python trl/bin/python.
 """
 
 import argparse
@@ -106,7 +106,7 @@ class Bench:
             f"run.dir={run_dir}", f"algorithm={algorithm}", f"model.path={self.student}", f"model.dtype={dtype}",
             f"+teachers.main.path={self.teacher}", f"+teachers.main.dtype={dtype}", "data.task=records", f"data.path={self.problems}",
             f"data.heldout_path={self.problems}", "data.num_heldout=8", f"+reward.functions.digits.function={self.reward}",
-            f"rollout.max_new_tokens={LENGTH}", "rollout.max_model_len=96",
+            f"rollout.max_new_tokens={LENGTH}", "rollout.max_model_len=96", f"rollout.groups_per_chunk={PROMPTS}",
             f"train.steps={self.steps}", f"train.prompts_per_step={PROMPTS}", f"train.samples_per_prompt={SAMPLES}",
             f"train.lr={self.pair.lr}", "eval.every=0", "eval.teacher=false", "checkpoint.every=0", "checkpoint.export=false",
             "tracking.wandb=disabled", "cluster.device=cpu", f"cluster.threads_per_worker={self.options.threads}",

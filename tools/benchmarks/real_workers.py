@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hybridrl.config import RunSettings
 from hybridrl.data.collate import collate, train_sequences
 from hybridrl.data.shards import micro_batches
+from hybridrl.models.decoder_layers import attends_plainly, compile_layers
 from hybridrl.models.loading import load_model
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.hybrid import teacher_weight
@@ -117,16 +118,16 @@ class BareEngine:
 class BareLearner:
     """Forward, the same head pass, backward, clip and AdamW on fp32 weights, over micro-batches made beforehand.
 
-    Attention and optimizer are the product's, so that what is left between them is what the product adds.
+    Layers and optimizer are the product's, so that what is left between them is what the product adds.
     """
 
     def __init__(self, settings: RunSettings) -> None:
-        from hybridrl.workers.learner import attends_plainly  # and DeepSpeed with it, which the engines here have no use for
-
         self.settings = settings
         self.model = load_model(settings.model.path, settings.model.dtype)
-        if attends_plainly(settings, torch.device("cpu")):
+        tokens, packed = settings.rollout.max_model_len, settings.train.packing
+        if attends_plainly(self.model, tokens):
             self.model.set_attn_implementation("eager")
+        compile_layers(self.model, tokens=tokens, packed=packed, learns=True)
         self.parameters = list(self.model.parameters())
         self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.parameters]
         train = settings.train
