@@ -195,7 +195,7 @@ class ChunkHeader:
     newest_version: Int  # [N] greatest; -1 where it has none
     mean_policy_version: float  # over response tokens
     nbytes: int  # of the batch in the object store
-    finish_s: Float  # [N] the engine's own clock, from the wave's start to the response's end; 0 for data
+    finish_s: Float  # [N] the engine's own clock, from the order's arrival to the response's end; 0 for data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

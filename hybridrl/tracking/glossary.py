@@ -168,7 +168,7 @@ SECTIONS = (
         ("time/step_s", "s", "wall time of a step, without evaluation and checkpoint", "steady"),
         ("time/<phase>_s", "s", "wall time that the controller waited in a phase; scoring overlaps with rollout, sync holds probe",
          "the largest is the bottleneck"),
-        ("time/response_s_p50", "s", "from a wave's start to a response's end, by the engines' clocks: median", "near p95: no stragglers"),
+        ("time/response_s_p50", "s", "from its order's arrival to a response's end, engines' clocks: median", "near p95: no stragglers"),
         ("time/response_s_p95", "s", "the same, 95th percentile", "far above the median: a long tail; see rollout.oversample"),
         ("time/response_s_max", "s", "the same, the last response", "what a step waits for"),
         ("time/scorers_busy_s", "s", "sum over the scorers' calls, by their own clocks",

@@ -141,9 +141,9 @@ class Rollout:
         Raises:
             DataError: the engine refused a prompt.
         """
+        started = time.monotonic()
         failpoints.hit("rollout.generate", wave=order.wave)
         futures = await self._waves.arrive(order, prompts)
-        started = time.monotonic()
         finished = await asyncio.gather(*futures)
         outputs = [complete(done.output) for done in finished]
         asked = [prompt for prompt in prompts for _ in range(order.group_size)]
