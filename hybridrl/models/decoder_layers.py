@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 PLAIN_ATTENTION_TOKENS = 1024
 
 COMPILE_FROM = 256
-"""Hidden size from which layers are worth a compilation (half a minute once, kept on disk by torch; then seconds a start)."""
+"""Hidden size from which layers are worth a compilation (some 46 s once, kept on disk by torch; then 8 s a start)."""
 
 TRACED_TOKENS = 61
 """Of each sequence that the graphs are made from; like no size of a model."""
