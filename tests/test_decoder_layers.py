@@ -114,3 +114,18 @@ def test_layers_that_the_compiler_fails_on_run_as_they_are(monkeypatch, caplog: 
     assert "LlamaForCausalLM: its layers run as they are, for compiling them failed: no such instruction" in caplog.text
     assert "a page more" not in caplog.text
     assert torch.equal(model.base_model(**inputs, use_cache=False).last_hidden_state, before)
+
+
+def test_layers_that_branch_on_what_they_compute_run_as_they_are(caplog: pytest.LogCaptureFixture):
+    model, inputs = model_of(), padded(2, 9)
+    forward = (last := model.base_model.layers[-1]).forward
+
+    def doubled_where_positive(*args: Tensor, **kwargs: object) -> Tensor:
+        hidden = forward(*args, **kwargs)
+        return 2 * hidden if float(hidden.sum()) > 0 else hidden
+
+    last.forward = doubled_where_positive
+    before = model.base_model(**inputs, use_cache=False).last_hidden_state
+    assert not compile_layers(model, tokens=100, packed=False, learns=False)
+    assert "its layers run as they are" in caplog.text
+    assert torch.equal(model.base_model(**inputs, use_cache=False).last_hidden_state, before)

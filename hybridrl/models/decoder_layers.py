@@ -20,6 +20,9 @@ PLAIN_ATTENTION_TOKENS = 1024
 COMPILE_FROM = 256
 """Hidden size from which layers are worth a compilation (some 46 s once, kept on disk by torch; then 8 s a start)."""
 
+MOST_GRAPHS = 16
+"""Of all layers together: two kinds of layers, each with and without gradients, for one row and for several, and room for as many."""
+
 TRACED_TOKENS = 61
 """Of each sequence that the graphs are made from; like no size of a model."""
 
@@ -46,7 +49,7 @@ def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns:
         learns: gradients will be asked for, besides plain forward passes.
 
     Returns:
-        whether they are compiled.
+        whether they are compiled; layers that are no single graph each, as those that choose among experts, are not.
     """
     layers, config = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)], model.config.get_text_config()
     if not (layers and attends_plainly(model, tokens) and config.hidden_size >= COMPILE_FROM and has_compiler()):
@@ -54,7 +57,7 @@ def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns:
     started, attention = time.monotonic(), config._attn_implementation
     model.set_attn_implementation("eager")
     for layer in layers:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, fullgraph=True, recompile_limit=MOST_GRAPHS)
     try:
         for rows in (1,) if packed else (2, 1):  # torch makes graphs of their own for one row
             for gradients in (True, False) if learns else (False,):
