@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 PLAIN_ATTENTION_TOKENS = 1024
 
 COMPILE_FROM = 256
-"""Hidden size from which layers are worth a compilation (some 46 s once, kept on disk by torch; then 8 s a start)."""
+"""Hidden size from which layers are worth a compilation (of SmolLM2: 46 s once, kept on disk by torch; then 8 to 10 s a start)."""
 
 MOST_GRAPHS = 16
 """Of all layers together: two kinds of layers, each with and without gradients, for one row and for several, and room for as many."""
