@@ -17,6 +17,7 @@ from learner_job import GROUPS, LR, chunk_of, plan_for, settings_for
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hybridrl.compose import load_config
 from hybridrl.data.collate import collate, train_sequences
 from hybridrl.errors import CheckpointError
 from hybridrl.models.fragments import PARTS, Fragment, FragmentReader, write_fragments
@@ -29,6 +30,7 @@ from hybridrl.ops.head import HeadRule, TokenTerms
 from hybridrl.ops.teachers import HiddenTeacher
 from hybridrl.tracking.glossary import explain
 from hybridrl.types import ScoredBatch
+from hybridrl.workers.learner import deepspeed_config
 from hybridrl.workers.optimizer_state import check_model
 from hybridrl.workers.student import Student, output_weight
 
@@ -234,6 +236,17 @@ def test_the_probe_sees_the_global_batch_on_two_ranks_and_leaves_the_step_alone(
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert one["loss"] == pytest.approx(result(folder, "one")["loss"][:1], abs=1e-5)
     assert weight_distance(folder, case, "diagnosed") < 1e-5
+
+
+# -- sums over ranks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ranks", "stage", "sums"), [(1, 1, None), (2, 1, "fp32"), (1, 2, "fp32"), (1, 3, "fp32"), (2, 3, "fp32")])
+def test_gradients_are_summed_in_fp32_wherever_there_is_something_to_sum(ranks: int, stage: int, sums: str | None):
+    overrides = ["model.dtype=bfloat16", f"learner.ranks={ranks}", f"learner.zero_stage={stage}"]
+    config = deepspeed_config(load_config(["run.dir=here", "experiment=quickstart", *overrides]))
+    assert config.get("communication_data_type") == sums
+    assert config["zero_optimization"]["reduce_scatter"] == (sums is not None)
 
 
 # -- attention ------------------------------------------------------------------------------------------------------
