@@ -45,18 +45,31 @@ class ScheduleConfig:
 
     def check(self, key: str) -> None:
         """Raise ConfigError under the schedule's own name, which only its owner knows."""
-        if self.kind in (ScheduleKind.linear, ScheduleKind.cosine, ScheduleKind.step) and self.end is None:
-            raise ConfigError(f"{key}.kind={self.kind}: needs an end value; set {key}.end, or {key}.kind=constant")
+        if (
+            self.kind in (ScheduleKind.linear, ScheduleKind.cosine, ScheduleKind.step)
+            and self.end is None
+        ):
+            raise ConfigError(
+                f"{key}.kind={self.kind}: needs an end value; set {key}.end, or {key}.kind=constant"
+            )
         if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"{key}.steps={self.steps}: must be at least 1, or null for train.steps")
+            raise ConfigError(
+                f"{key}.steps={self.steps}: must be at least 1, or null for train.steps"
+            )
         if self.kind is not ScheduleKind.feedback:
             return
         if not self.metric or self.target is None or self.target == 0:
-            raise ConfigError(f"{key}.kind=feedback: needs {key}.metric, e.g. kl/token, and a {key}.target that is not 0")
+            raise ConfigError(
+                f"{key}.kind=feedback: needs {key}.metric, e.g. kl/token, and a {key}.target that is not 0"
+            )
         if not 0 < abs(self.gain) < 1:
-            raise ConfigError(f"{key}.gain={self.gain}: must lie in (-1, 1) and not be 0, or one step could turn the weight's sign")
+            raise ConfigError(
+                f"{key}.gain={self.gain}: must lie in (-1, 1) and not be 0, or one step could turn the weight's sign"
+            )
         if self.value <= 0 or self.low < 0 or (self.high is not None and self.high < self.low):
-            raise ConfigError(f"{key}.value={self.value}, low={self.low}, high={self.high}: needs value > 0 and 0 <= low <= high")
+            raise ConfigError(
+                f"{key}.value={self.value}, low={self.low}, high={self.high}: needs value > 0 and 0 <= low <= high"
+            )
 
     def is_zero(self) -> bool:
         return self.value == 0 and (self.kind is ScheduleKind.constant or not self.end)
@@ -70,7 +83,9 @@ class TopKConfig:
 
     def __post_init__(self) -> None:
         if self.k < 1:
-            raise ConfigError(f"algorithm.topk.k={self.k}: must be at least 1; for no support at all set algorithm.support=sampled")
+            raise ConfigError(
+                f"algorithm.topk.k={self.k}: must be at least 1; for no support at all set algorithm.support=sampled"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,9 +101,13 @@ class RatioConfig:
 
     def __post_init__(self) -> None:
         if self.low < 0 or (self.high is not None and self.high <= 0):
-            raise ConfigError(f"algorithm.ratio.low={self.low}, high={self.high}: needs low >= 0 and high > 0 or null")
+            raise ConfigError(
+                f"algorithm.ratio.low={self.low}, high={self.high}: needs low >= 0 and high > 0 or null"
+            )
         if self.kind is Ratio.clip and self.level is RatioLevel.sequence:
-            raise ConfigError("algorithm.ratio.kind=clip: works on tokens; set algorithm.ratio.level=token, or kind=truncate")
+            raise ConfigError(
+                "algorithm.ratio.kind=clip: works on tokens; set algorithm.ratio.level=token, or kind=truncate"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -165,16 +184,26 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
             raise ConfigError(f"algorithm.gamma={self.gamma}: a discount lies in [0, 1]")
-        if self.gamma > 0 and self.divergence is not Divergence.reverse_kl and not self.imitation_weight.is_zero():
+        if (
+            self.gamma > 0
+            and self.divergence is not Divergence.reverse_kl
+            and not self.imitation_weight.is_zero()
+        ):
             raise ConfigError(
                 f"algorithm.gamma={self.gamma}: future costs are log p - log q, which only divergence=reverse_kl has; set algorithm.gamma=0"
             )
         if not self.temperature > 0:
-            raise ConfigError(f"algorithm.temperature={self.temperature}: must be positive; greedy decoding belongs to evaluation")
+            raise ConfigError(
+                f"algorithm.temperature={self.temperature}: must be positive; greedy decoding belongs to evaluation"
+            )
         if not 0 < self.jsd_beta < 1:
-            raise ConfigError(f"algorithm.jsd_beta={self.jsd_beta}: lies inside (0, 1); the ends are divergence=forward_kl and reverse_kl")
+            raise ConfigError(
+                f"algorithm.jsd_beta={self.jsd_beta}: lies inside (0, 1); the ends are divergence=forward_kl and reverse_kl"
+            )
         if self.log_ratio_clip is not None and not self.log_ratio_clip > 0:
-            raise ConfigError(f"algorithm.log_ratio_clip={self.log_ratio_clip}: must be positive, or null for none")
+            raise ConfigError(
+                f"algorithm.log_ratio_clip={self.log_ratio_clip}: must be positive, or null for none"
+            )
         if self.scale is Scale.batch and self.baseline is Baseline.value:
             raise ConfigError(
                 "algorithm.scale=batch: not with baseline=value, whose advantages are centred already; set algorithm.scale=none"

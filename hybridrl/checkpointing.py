@@ -20,9 +20,13 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0:
-            raise ConfigError(f"checkpoint.every={self.every}: must not be negative; 0 saves only at the end")
+            raise ConfigError(
+                f"checkpoint.every={self.every}: must not be negative; 0 saves only at the end"
+            )
         if self.keep < 1:
-            raise ConfigError(f"checkpoint.keep={self.keep}: must be at least 1, or a crash leaves nothing to resume")
+            raise ConfigError(
+                f"checkpoint.keep={self.keep}: must be at least 1, or a crash leaves nothing to resume"
+            )
 
     def check_best(self, eval_every: int) -> None:
         """Every step that is saved must have its evaluation, where that is to choose the best.

@@ -35,7 +35,9 @@ class Support(StrEnum):
 
     full = "full"  # the whole vocabulary: no sampling variance
     topk = "topk"  # K tokens chosen from the prefix, see Correction
-    sampled = "sampled"  # the drawn token alone: a score-function estimate, as cheap as a policy gradient
+    sampled = (
+        "sampled"  # the drawn token alone: a score-function estimate, as cheap as a policy gradient
+    )
 
 
 class SupportSource(StrEnum):
@@ -49,7 +51,9 @@ class Correction(StrEnum):
     """What stands for the tokens outside the K."""
 
     unbiased = "unbiased"  # exact on the K, a score-function term for a drawn token outside them
-    tail_bucket = "tail_bucket"  # one more category that holds the rest: the KL of a coarser distribution
+    tail_bucket = (
+        "tail_bucket"  # one more category that holds the rest: the KL of a coarser distribution
+    )
     truncate = "truncate"  # nothing: not a divergence, biased
     renormalize = "renormalize"  # both distributions rescaled to the K: biased, and zero for K = 1
 
@@ -70,7 +74,9 @@ class Future(StrEnum):
 
 class Baseline(StrEnum):
     none = "none"
-    group_mean = "group_mean"  # mean of the K siblings at the same position, the sequence itself included
+    group_mean = (
+        "group_mean"  # mean of the K siblings at the same position, the sequence itself included
+    )
     leave_one_out = "leave_one_out"  # mean of the K-1 others at the same position: unbiased
     value = "value"  # a learned value head with generalised advantage estimation (PPO)
 
@@ -89,7 +95,9 @@ class Ratio(StrEnum):
     none = "none"  # left out: right when sampler and learner are the same policy
     truncate = "truncate"  # rho bounded to [low, high] (TIS); low=0 and high=null: plain importance sampling
     mask = "mask"  # rho, and 0 outside [low, high] (IcePop, MOPD)
-    clip = "clip"  # PPO: rho, and 0 where the advantage pushes it further out of [1 - low, 1 + high]
+    clip = (
+        "clip"  # PPO: rho, and 0 where the advantage pushes it further out of [1 - low, 1 + high]
+    )
 
 
 class RatioLevel(StrEnum):
@@ -100,7 +108,9 @@ class RatioLevel(StrEnum):
 class Normalizer(StrEnum):
     token_mean = "token_mean"  # divide by the global number of response tokens (DAPO)
     sequence_mean = "sequence_mean"  # mean over each response, over its siblings, over prompts: short ones weigh more (GRPO, GKD)
-    constant = "constant"  # divide by sequences * max_new_tokens: unbiased at any batch size (Dr. GRPO)
+    constant = (
+        "constant"  # divide by sequences * max_new_tokens: unbiased at any batch size (Dr. GRPO)
+    )
 
 
 class PairLoss(StrEnum):
@@ -114,7 +124,9 @@ class PairLoss(StrEnum):
     dil_lsif = "dil_lsif"
     dil_ukl = "dil_ukl"
     dil_bce = "dil_bce"
-    bradley_terry = "bradley_terry"  # trains a reward model: the value head's score of the whole response
+    bradley_terry = (
+        "bradley_terry"  # trains a reward model: the value head's score of the whole response
+    )
 
 
 class Reference(StrEnum):

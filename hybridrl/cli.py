@@ -11,7 +11,14 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from hybridrl import redact
-from hybridrl.compose import check_overrides, conf_dir, load_config, one_sentence, register_schema, to_settings
+from hybridrl.compose import (
+    check_overrides,
+    conf_dir,
+    load_config,
+    one_sentence,
+    register_schema,
+    to_settings,
+)
 from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError, HybridRLError, Preempted
 
@@ -36,7 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 ended at once by Ctrl-C."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     redact.log_warnings()
-    verbs = {"train": train_verb, "report": report_verb, "export": export_verb, "check": check_verb, "doctor": doctor_verb}
+    verbs = {
+        "train": train_verb,
+        "report": report_verb,
+        "export": export_verb,
+        "check": check_verb,
+        "doctor": doctor_verb,
+    }
     if verb in verbs:
         return said(lambda: verbs[verb](rest))
     print(USAGE, end="", file=sys.stdout if verb in HELP else sys.stderr)
@@ -85,13 +98,18 @@ def doctor_verb(arguments: Sequence[str]) -> int:
 
 
 def run_training(settings: RunSettings) -> int:
-    from hybridrl.controller.run import train  # torch and ray load here, after the settings are known to be good
+    from hybridrl.controller.run import (
+        train,
+    )  # torch and ray load here, after the settings are known to be good
 
     quiet_environment()
     done = train(settings)
     if done.accuracy_before is not None and done.accuracy_after is not None:
         teachers = ", ".join(f"{name} {level:.1%}" for name, level in done.teacher_accuracy.items())
-        print(f"held-out accuracy {done.accuracy_before:.1%} -> {done.accuracy_after:.1%}" + (f" (teacher {teachers})" if teachers else ""))
+        print(
+            f"held-out accuracy {done.accuracy_before:.1%} -> {done.accuracy_after:.1%}"
+            + (f" (teacher {teachers})" if teachers else "")
+        )
     if done.export:
         print(f"model   {done.export}")
     print(f"report  {done.report}")
@@ -117,7 +135,9 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
         redact.log_warnings()  # Hydra's own logging lets every library talk
         settings = to_settings(composed, overrides)
         if settings.run.dir in used:
-            raise ConfigError(f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set run.dir='runs/${{hydra:job.num}}'")
+            raise ConfigError(
+                f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set run.dir='runs/${{hydra:job.num}}'"
+            )
         used.add(settings.run.dir)
         return run(settings)
 
@@ -132,7 +152,11 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
     main_of = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-    sys.argv = ["hybridrl train", *overrides, *flags]  # Hydra takes overrides on one side of a flag only
+    sys.argv = [
+        "hybridrl train",
+        *overrides,
+        *flags,
+    ]  # Hydra takes overrides on one side of a flag only
     shown = io.StringIO()  # the config, where Hydra prints it and runs no job
     try:
         with one_sentence(overrides), redirect_stdout(shown) if shows else nullcontext():
@@ -169,7 +193,11 @@ def usage(line: str, arguments: Sequence[str]) -> int:
 
 def quiet_environment() -> None:
     """No usage statistics, no fork warnings; a user's own setting wins."""
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1"}.items():
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DO_NOT_TRACK": "1",
+    }.items():
         os.environ.setdefault(name, value)
 
 

@@ -55,7 +55,10 @@ def load_config(overrides: Sequence[str] = ()) -> RunSettings:
     """
     register_schema()
     GlobalHydra.instance().clear()
-    with one_sentence(overrides, of=(Exception,)), initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+    with (
+        one_sentence(overrides, of=(Exception,)),
+        initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"),
+    ):
         composed = compose("config", overrides=list(overrides))
     return to_settings(composed, overrides)
 
@@ -80,7 +83,13 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
 
 def check_finite(tree: Any, key: str = "") -> None:
     """Raise ConfigError for a number that is NaN or infinite: no setting means anything by it, and a deadline would be none."""
-    parts = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
+    parts = (
+        tree.items()
+        if isinstance(tree, Mapping)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for name, part in parts:
         check_finite(part, f"{key}.{name}" if key else str(name))
     if isinstance(tree, float) and not math.isfinite(tree):
@@ -112,13 +121,21 @@ def check_overrides(overrides: Sequence[str]) -> None:
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             value = override.value()
             if isinstance(value, ChoiceSweep):
-                check_overrides([f"{override.get_key_element()}={choice}" for choice in override.sweep_string_iterator()])
+                check_overrides(
+                    [
+                        f"{override.get_key_element()}={choice}"
+                        for choice in override.sweep_string_iterator()
+                    ]
+                )
             elif not isinstance(value, Sweep):  # of numbers, or of files of conf/
                 check_secrets(value, override.key_or_group)
 
 
 @contextmanager
-def one_sentence(overrides: Sequence[str], of: tuple[type[Exception], ...] = (HydraException, OmegaConfBaseException)) -> Iterator[None]:
+def one_sentence(
+    overrides: Sequence[str],
+    of: tuple[type[Exception], ...] = (HydraException, OmegaConfBaseException),
+) -> Iterator[None]:
     """What Hydra or OmegaConf raises inside becomes a ConfigError of one sentence.
 
     Args:
@@ -130,10 +147,14 @@ def one_sentence(overrides: Sequence[str], of: tuple[type[Exception], ...] = (Hy
         raise
     except MissingMandatoryValue as error:
         key = error.full_key or "?"
-        raise ConfigError(f"{key} is not set: it has no default; add {key}=... to the command") from error
+        raise ConfigError(
+            f"{key} is not set: it has no default; add {key}=... to the command"
+        ) from error
     except of as error:
         told = _sentence(error, overrides)
-        raise ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in told)) from error  # a line break as \n
+        raise ConfigError(
+            "".join(c if c.isprintable() else repr(c)[1:-1] for c in told)
+        ) from error  # a line break as \n
 
 
 def to_yaml(settings: RunSettings) -> str:
@@ -179,7 +200,11 @@ def known_keys(schema: type = RunSettings, prefix: str = "") -> list[str]:
     for name, hint in get_type_hints(schema).items():
         key = f"{prefix}{name}"
         keys.append(key)
-        nested = hint if is_dataclass(hint) else next((a for a in get_args(hint) if is_dataclass(a)), None)
+        nested = (
+            hint
+            if is_dataclass(hint)
+            else next((a for a in get_args(hint) if is_dataclass(a)), None)
+        )
         if nested is not None and is_dataclass(hint):
             keys += known_keys(nested, f"{key}.")
     return keys
@@ -193,13 +218,24 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     text = next(iter(str(error).splitlines()), type(error).__name__)
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         key, near = cause.full_key, f"{cause.full_key}."
-        given = next((o.lstrip("+~") for o in overrides if o.lstrip("+~").split("=")[0] == key or o.lstrip("+~").startswith(near)), key)
+        given = next(
+            (
+                o.lstrip("+~")
+                for o in overrides
+                if o.lstrip("+~").split("=")[0] == key or o.lstrip("+~").startswith(near)
+            ),
+            key,
+        )
         reason = str(cause).splitlines()[0]
         if isinstance(cause, ConfigKeyError) or "not in" in reason:
             return _no_such_setting(given, given.partition("=")[0])
         return f"{given}: {reason}"
-    if "Could not append" in str(error) and (doubled := next((o for o in overrides if o.startswith("+") and o[1:] in str(error)), None)):
-        return f"{doubled}: there is a {doubled[1:].partition('=')[0]} already; write it without the +"
+    if "Could not append" in str(error) and (
+        doubled := next((o for o in overrides if o.startswith("+") and o[1:] in str(error)), None)
+    ):
+        return (
+            f"{doubled}: there is a {doubled[1:].partition('=')[0]} already; write it without the +"
+        )
     if "Could not find" in text:
         for override in overrides:
             group, _, choice = override.lstrip("+").partition("=")
@@ -223,11 +259,16 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
 def _no_such_setting(given: str, key: str) -> str:
     """For a key that does not exist: how to add it where names are free, else the nearest known one."""
     known = known_keys()
-    for section, schema in {"teachers": TeacherConfig, "reward.functions": RewardFunctionConfig}.items():
+    for section, schema in {
+        "teachers": TeacherConfig,
+        "reward.functions": RewardFunctionConfig,
+    }.items():
         if key.startswith(f"{section}."):
             entry = ".".join(key.split(".")[: section.count(".") + 2])
             known = [f"{entry}.{f.name}" for f in fields(schema)]
     if key in known or ".options." in key:
         return f"{given}: not in the config so far; write +{given} to add it"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"{given}: no such setting" + (f"; did you mean {near[0]}?" if near else "; see hybridrl train --help")
+    return f"{given}: no such setting" + (
+        f"; did you mean {near[0]}?" if near else "; see hybridrl train --help"
+    )

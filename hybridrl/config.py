@@ -34,7 +34,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"run.seed={self.seed}: must be in [0, 2**32), as the engines take it")
+            raise ConfigError(
+                f"run.seed={self.seed}: must be in [0, 2**32), as the engines take it"
+            )
 
 
 DTYPES = ("float32", "bfloat16")
@@ -96,7 +98,13 @@ class TrainConfig:
     """bfloat16 on CPU: logits by fp32 products, for a student that nearly equals its teacher; on GPUs they are exact anyway"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "samples_per_prompt", "max_tokens_per_micro_batch", "head_chunk"):
+        for name in (
+            "steps",
+            "prompts_per_step",
+            "samples_per_prompt",
+            "max_tokens_per_micro_batch",
+            "head_chunk",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must be at least 1")
         for name in ("lr_warmup_steps", "weight_decay", "grad_clip", "max_skipped"):
@@ -140,15 +148,25 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.task not in ("countdown", "reasoning_gym", *RECORDS):
-            raise ConfigError(f"data.task={self.task}: must be countdown, reasoning_gym or {' or '.join(RECORDS)}")
+            raise ConfigError(
+                f"data.task={self.task}: must be countdown, reasoning_gym or {' or '.join(RECORDS)}"
+            )
         if self.task in RECORDS and not (self.path and self.heldout_path):
-            raise ConfigError(f"data.task={self.task}: needs data.path and data.heldout_path, two files or splits")
+            raise ConfigError(
+                f"data.task={self.task}: needs data.path and data.heldout_path, two files or splits"
+            )
         if self.task not in RECORDS and (self.path or self.heldout_path):
-            raise ConfigError(f"data.path={self.path or self.heldout_path}: data.task={self.task} reads no file; set data.task=records")
+            raise ConfigError(
+                f"data.path={self.path or self.heldout_path}: data.task={self.task} reads no file; set data.task=records"
+            )
         if self.task == "reasoning_gym" and not self.dataset:
-            raise ConfigError("data.task=reasoning_gym: needs data.dataset, the generator's name, e.g. chain_sum")
+            raise ConfigError(
+                "data.task=reasoning_gym: needs data.dataset, the generator's name, e.g. chain_sum"
+            )
         if self.num_train < 1 or self.num_heldout < 1:
-            raise ConfigError(f"data.num_train={self.num_train}, data.num_heldout={self.num_heldout}: both must be at least 1")
+            raise ConfigError(
+                f"data.num_train={self.num_train}, data.num_heldout={self.num_heldout}: both must be at least 1"
+            )
         if "{prompt}" not in self.instruction:
             raise ConfigError(f"data.instruction={self.instruction!r}: must contain {{prompt}}")
 
@@ -183,7 +201,9 @@ class RewardConfig:
         if not self.timeout_s > 0:
             raise ConfigError(f"reward.timeout_s={self.timeout_s}: must be positive")
         if self.workers < 1 or self.processes < 1:
-            raise ConfigError(f"reward.workers={self.workers}, reward.processes={self.processes}: both must be at least 1")
+            raise ConfigError(
+                f"reward.workers={self.workers}, reward.processes={self.processes}: both must be at least 1"
+            )
         if not 0 <= self.max_error_rate <= 1:
             raise ConfigError(f"reward.max_error_rate={self.max_error_rate}: a fraction, in [0, 1]")
 
@@ -197,7 +217,9 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):
-            raise ConfigError(f"learner.zero_stage={self.zero_stage}: must be 1, 2 or 3; stage 0 follows another trajectory in bf16")
+            raise ConfigError(
+                f"learner.zero_stage={self.zero_stage}: must be 1, 2 or 3; stage 0 follows another trajectory in bf16"
+            )
         if self.ranks < 1:
             raise ConfigError(f"learner.ranks={self.ranks}: must be at least 1")
 
@@ -225,7 +247,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.samples < 0:
-            raise ConfigError(f"eval.every={self.every}, eval.samples={self.samples}: neither may be negative; 0 means none")
+            raise ConfigError(
+                f"eval.every={self.every}, eval.samples={self.samples}: neither may be negative; 0 means none"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -235,7 +259,9 @@ class DiagnosticsConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0:
-            raise ConfigError(f"diagnostics.every={self.every}: must not be negative; 0 means never")
+            raise ConfigError(
+                f"diagnostics.every={self.every}: must not be negative; 0 means never"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -263,7 +289,9 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         if self.max_restarts < 0:
-            raise ConfigError(f"cluster.max_restarts={self.max_restarts}: must not be negative; 0 ends the run at the first loss")
+            raise ConfigError(
+                f"cluster.max_restarts={self.max_restarts}: must not be negative; 0 ends the run at the first loss"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -317,9 +345,13 @@ class RunSettings:
     def __post_init__(self) -> None:
         for name, teacher in self.teachers.items():
             if teacher.dtype not in DTYPES:
-                raise ConfigError(f"teachers.{name}.dtype={teacher.dtype}: must be {' or '.join(DTYPES)}")
+                raise ConfigError(
+                    f"teachers.{name}.dtype={teacher.dtype}: must be {' or '.join(DTYPES)}"
+                )
             if teacher.revision and teacher.path is None:
-                raise ConfigError(f"teachers.{name}.revision={teacher.revision}: without a path it is the student; set model.revision")
+                raise ConfigError(
+                    f"teachers.{name}.revision={teacher.revision}: without a path it is the student; set model.revision"
+                )
         for key, schedule in self.schedules.items():
             schedule.check(key)
         self.checkpoint.check_best(self.eval.every)
@@ -333,8 +365,14 @@ class RunSettings:
         return {
             "algorithm.imitation_weight": self.algorithm.imitation_weight,
             "algorithm.reward_weight": self.algorithm.reward_weight,
-            **{f"teachers.{name}.schedule": teacher.schedule for name, teacher in self.teachers.items()},
-            **{f"reward.functions.{name}.schedule": function.schedule for name, function in self.reward.functions.items()},
+            **{
+                f"teachers.{name}.schedule": teacher.schedule
+                for name, teacher in self.teachers.items()
+            },
+            **{
+                f"reward.functions.{name}.schedule": function.schedule
+                for name, function in self.reward.functions.items()
+            },
         }
 
     @property
@@ -347,5 +385,9 @@ class RunSettings:
     def teacher_model(self, name: str) -> ModelConfig:
         """The weights of a teacher; one without a path has the student's, as they were before training."""
         teacher = self.teachers[name]
-        path, revision = (teacher.path, teacher.revision) if teacher.path else (self.model.path, self.model.revision)
+        path, revision = (
+            (teacher.path, teacher.revision)
+            if teacher.path
+            else (self.model.path, self.model.revision)
+        )
         return ModelConfig(path=path, dtype=teacher.dtype, revision=revision)

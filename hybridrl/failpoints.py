@@ -31,7 +31,9 @@ class Failpoint:
     once: Path | None  # made when the point fires; None: it fires every time
 
     def fires(self, place: str, where: dict[str, object]) -> bool:
-        if place != self.place or any(str(where.get(key)) != value for key, value in self.where.items()):
+        if place != self.place or any(
+            str(where.get(key)) != value for key, value in self.where.items()
+        ):
             return False
         try:
             if self.once is not None:

@@ -33,17 +33,31 @@ class RolloutConfig:
     """nats; a larger mean |sampler - learner| log-prob difference means the engines do not run the learner's weights: the run stops"""
 
     def __post_init__(self) -> None:
-        for name in ("engines", "tensor_parallel", "max_new_tokens", "max_num_seqs", "groups_per_chunk"):
+        for name in (
+            "engines",
+            "tensor_parallel",
+            "max_new_tokens",
+            "max_num_seqs",
+            "groups_per_chunk",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.oversample <= 1:
-            raise ConfigError(f"rollout.oversample={self.oversample}: a share of train.prompts_per_step, in [0, 1]")
+            raise ConfigError(
+                f"rollout.oversample={self.oversample}: a share of train.prompts_per_step, in [0, 1]"
+            )
         if self.oversample and self.groups_per_chunk > 1:
-            raise ConfigError(f"rollout.groups_per_chunk={self.groups_per_chunk}: rollout.oversample cancels single groups; set it to 1")
+            raise ConfigError(
+                f"rollout.groups_per_chunk={self.groups_per_chunk}: rollout.oversample cancels single groups; set it to 1"
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: a fraction of the device, in (0, 1]")
+            raise ConfigError(
+                f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: a fraction of the device, in (0, 1]"
+            )
         if self.kv_cache_bytes is not None and self.kv_cache_bytes < 1:
-            raise ConfigError(f"rollout.kv_cache_bytes={self.kv_cache_bytes}: must be positive, or null to have it chosen")
+            raise ConfigError(
+                f"rollout.kv_cache_bytes={self.kv_cache_bytes}: must be positive, or null to have it chosen"
+            )
         if self.max_model_len <= self.max_new_tokens:
             raise ConfigError(
                 f"rollout.max_model_len={self.max_model_len}: must hold a prompt and rollout.max_new_tokens={self.max_new_tokens}; raise it"
@@ -66,11 +80,15 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         for name in ("ahead", "max_staleness"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"pipeline.{name}={getattr(self, name)}: must not be negative; 0 means none")
+                raise ConfigError(
+                    f"pipeline.{name}={getattr(self, name)}: must not be negative; 0 means none"
+                )
         if self.on_stale is OnStale.wait and self.ahead > self.max_staleness:
             raise ConfigError(
                 f"pipeline.ahead={self.ahead}: pipeline.on_stale=wait lets sampling run no further ahead than "
                 f"pipeline.max_staleness={self.max_staleness}; raise that, or choose drop or reweight"
             )
         if self.max_inflight_bytes is not None and self.max_inflight_bytes < 1:
-            raise ConfigError(f"pipeline.max_inflight_bytes={self.max_inflight_bytes}: must be positive, or null to have it chosen")
+            raise ConfigError(
+                f"pipeline.max_inflight_bytes={self.max_inflight_bytes}: must be positive, or null to have it chosen"
+            )

@@ -38,14 +38,26 @@ def shares(prompts: int, algorithm: "AlgorithmConfig") -> tuple[int, int, int]:
 
 
 def _check_counts(settings: "RunSettings") -> None:
-    rollout, algorithm, prompts = settings.rollout, settings.algorithm, settings.train.prompts_per_step
-    for name, count in {"rollout.engines": rollout.engines, "learner.ranks": settings.learner.ranks}.items():
+    rollout, algorithm, prompts = (
+        settings.rollout,
+        settings.algorithm,
+        settings.train.prompts_per_step,
+    )
+    for name, count in {
+        "rollout.engines": rollout.engines,
+        "learner.ranks": settings.learner.ranks,
+    }.items():
         if prompts < count:
-            raise ConfigError(f"train.prompts_per_step={prompts}: must be at least {name}={count}, one prompt for each; raise it")
+            raise ConfigError(
+                f"train.prompts_per_step={prompts}: must be at least {name}={count}, one prompt for each; raise it"
+            )
     by_student, by_teacher, by_data = shares(prompts, algorithm)
     chunks = -(-by_student // chunk_size(by_student, rollout.groups_per_chunk, rollout.engines))
     chunks += -(-by_teacher // chunk_size(by_teacher, rollout.groups_per_chunk, 1)) + (by_data > 0)
-    counts = {"scorer.replicas": settings.scorer.replicas if settings.scored_teachers else 1, "reward.workers": settings.reward.workers}
+    counts = {
+        "scorer.replicas": settings.scorer.replicas if settings.scored_teachers else 1,
+        "reward.workers": settings.reward.workers,
+    }
     for name, count in counts.items():
         if count > chunks:
             raise ConfigError(
@@ -59,7 +71,9 @@ def _check_weight_transfer(settings: "RunSettings") -> None:
     if chosen not in (WeightTransfer.nccl, WeightTransfer.ipc):
         return
     if settings.cluster.device is Device.cpu:
-        raise ConfigError(f"rollout.weight_transfer={chosen}: needs GPUs, cluster.device is cpu; use object_store")
+        raise ConfigError(
+            f"rollout.weight_transfer={chosen}: needs GPUs, cluster.device is cpu; use object_store"
+        )
     if chosen is WeightTransfer.ipc and settings.rollout.tensor_parallel > 1:
         raise ConfigError(
             f"rollout.weight_transfer=ipc: hands over memory of one GPU, and rollout.tensor_parallel={settings.rollout.tensor_parallel} "

@@ -20,14 +20,21 @@ MASK = "***"
 SHORTEST = 8
 """Characters; a shorter value of a secret variable is too likely an ordinary word to be masked wherever it stands."""
 
-VARIABLE = re.compile(r"((^|_)(key|token|credential)s?(?=_|$)|secret|passw(or)?d|apikey)(?!.*_(path|file|dir)$)", re.IGNORECASE)
+VARIABLE = re.compile(
+    r"((^|_)(key|token|credential)s?(?=_|$)|secret|passw(or)?d|apikey)(?!.*_(path|file|dir)$)",
+    re.IGNORECASE,
+)
 SETTING = re.compile(
     r"(^|[._-])(api|access|auth|bearer|hf|hub|private|secret|session|wandb)[_-]?(key|token)s?$|secret|passw(or)?d|credential|(^|\.)token$",
     re.IGNORECASE,
 )
-OPTION = re.compile(r"(^|[._-])(key|token|pat|pwd|auth|authorization|bearer|passphrase)$", re.IGNORECASE)
+OPTION = re.compile(
+    r"(^|[._-])(key|token|pat|pwd|auth|authorization|bearer|passphrase)$", re.IGNORECASE
+)
 """Further secrets among `options`, whose names are not ours; but for ORDINARY ones."""
-ORDINARY = re.compile(r"(eos|bos|pad|unk|sep|cls|mask|stop|start|end|answer|sort)[_-](token|key)", re.IGNORECASE)
+ORDINARY = re.compile(
+    r"(eos|bos|pad|unk|sep|cls|mask|stop|start|end|answer|sort)[_-](token|key)", re.IGNORECASE
+)
 REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 URL_USER = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
 ASSIGNMENT = re.compile(r"([\w.-]+)=(?!['\"]?(?:\$\{|$))[^\s,;&]+")
@@ -47,7 +54,8 @@ def setting_is_secret(key: str) -> bool:
     *outer, name = key.split(".")
     free = [*outer, name][outer.index("options") + 1 :] if "options" in outer else []
     return SETTING.search(name) is not None or any(
-        SETTING.search(part) or (OPTION.search(part) and not ORDINARY.fullmatch(part)) for part in free
+        SETTING.search(part) or (OPTION.search(part) and not ORDINARY.fullmatch(part))
+        for part in free
     )
 
 
@@ -65,7 +73,9 @@ def referred(written: Any, resolved: Any) -> Any:
     if not isinstance(written, str) or not isinstance(resolved, str):
         return resolved
     values = [os.environ.get(name, "") for name in REFERENCE.findall(written)]
-    hidden = [value for value in values if value and not (os.path.isabs(value) and os.path.exists(value))]
+    hidden = [
+        value for value in values if value and not (os.path.isabs(value) and os.path.exists(value))
+    ]
     remember(hidden)
     return Secret(resolved) if hidden else resolved
 
@@ -82,7 +92,9 @@ _remembered: set[str] = set()
 
 def remember(values: Iterable[str]) -> None:
     """Values that this process masks wherever they stand, beside those of its environment; of "Bearer abc..." also the second word."""
-    _remembered.update(form for value in values for form in (value, re.sub(r"^\w+\s+(?=\S+$)", "", value)))
+    _remembered.update(
+        form for value in values for form in (value, re.sub(r"^\w+\s+(?=\S+$)", "", value))
+    )
 
 
 def secrets_in(value: Any, key: str = "") -> Iterator[str]:
@@ -102,7 +114,9 @@ def secrets_in(value: Any, key: str = "") -> Iterator[str]:
 def text(value: str) -> str:
     """`value` with secrets masked: what is remembered, values of secret variables, users of URLs, what stands after SECRET_KEY=."""
     secrets = _remembered | {v for name, v in os.environ.items() if variable_is_secret(name)}
-    for secret in sorted((s for s in secrets if len(s) >= SHORTEST), key=len, reverse=True):  # one may hold another
+    for secret in sorted(
+        (s for s in secrets if len(s) >= SHORTEST), key=len, reverse=True
+    ):  # one may hold another
         value = value.replace(secret, MASK)
     value = ASSIGNMENT.sub(lambda m: f"{m[1]}={MASK}" if setting_is_secret(m[1]) else m[0], value)
     return URL_USER.sub(MASK, value)
@@ -111,7 +125,9 @@ def text(value: str) -> str:
 def tree(value: Any, key: str = "") -> Any:
     """A copy of nested mappings and lists in which secrets are masked, by key and by value."""
     if isinstance(value, Mapping):
-        return {name: tree(part, f"{key}.{name}" if key else str(name)) for name, part in value.items()}
+        return {
+            name: tree(part, f"{key}.{name}" if key else str(name)) for name, part in value.items()
+        }
     if isinstance(value, list | tuple):
         return [tree(part, key) for part in value]
     if is_secret(value, key):
@@ -121,7 +137,9 @@ def tree(value: Any, key: str = "") -> Any:
 
 def yaml_text(value: str) -> str:
     """As `text`, and what stands after a key of block YAML that is secret among options is masked, a reference ${...} left."""
-    return SETTING_LINE.sub(lambda m: f"{m[1]}'{MASK}'" if setting_is_secret(f"options.{m[2]}") else m[0], text(value))
+    return SETTING_LINE.sub(
+        lambda m: f"{m[1]}'{MASK}'" if setting_is_secret(f"options.{m[2]}") else m[0], text(value)
+    )
 
 
 def worker_variables() -> dict[str, str]:
@@ -131,7 +149,11 @@ def worker_variables() -> dict[str, str]:
 
 def drop_variables(*, needed: tuple[str, ...] = ()) -> dict[str, str]:
     """Take secret variables out of this process's environment; returns them."""
-    return {name: os.environ.pop(name) for name in list(os.environ) if variable_is_secret(name) and name not in needed}
+    return {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if variable_is_secret(name) and name not in needed
+    }
 
 
 @contextmanager

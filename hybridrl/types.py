@@ -52,7 +52,9 @@ class Prompt:
     input_ids: tuple[int, ...]
     text: str  # what was tokenized (after the chat template, if any)
     columns: dict[str, Any]  # what the rewards may look at, JSON-serialisable
-    responses: tuple[tuple[int, ...], ...] = ()  # given ones, end token included: none, one to imitate, or (chosen, rejected)
+    responses: tuple[
+        tuple[int, ...], ...
+    ] = ()  # given ones, end token included: none, one to imitate, or (chosen, rejected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,9 @@ class RolloutBatch:
     policy_versions: NDArray[np.int32]  # [T]
     finish_reasons: tuple[FinishReason, ...]  # [N]
     source: Source  # who wrote the responses; log-probs of data are 0
-    support_ids: NDArray[np.int32]  # [R, K] the sampler's most likely tokens at each response token; K=0 unless asked for
+    support_ids: NDArray[
+        np.int32
+    ]  # [R, K] the sampler's most likely tokens at each response token; K=0 unless asked for
 
     @property
     def num_sequences(self) -> int:
@@ -121,7 +125,11 @@ class RolloutBatch:
         support_ids: NDArray[np.int32] | None = None,
     ) -> "RolloutBatch":
         """Join trajectories, K per prompt in prompt order, into columns; support_ids None: K=0."""
-        assert len(trajectories) == len(prompts) * group_size, (len(trajectories), len(prompts), group_size)
+        assert len(trajectories) == len(prompts) * group_size, (
+            len(trajectories),
+            len(prompts),
+            group_size,
+        )
         lengths = [len(t.input_ids) for t in trajectories]
         return RolloutBatch(
             uids=tuple(p.uid for p in prompts),
@@ -131,11 +139,17 @@ class RolloutBatch:
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             input_ids=np.concatenate([t.input_ids for t in trajectories]).astype(np.int32),
             response_mask=np.concatenate([t.response_mask for t in trajectories]).astype(np.bool_),
-            rollout_logprobs=np.concatenate([t.rollout_logprobs for t in trajectories]).astype(np.float32),
-            policy_versions=np.concatenate([t.policy_versions for t in trajectories]).astype(np.int32),
+            rollout_logprobs=np.concatenate([t.rollout_logprobs for t in trajectories]).astype(
+                np.float32
+            ),
+            policy_versions=np.concatenate([t.policy_versions for t in trajectories]).astype(
+                np.int32
+            ),
             finish_reasons=tuple(t.finish_reason for t in trajectories),
             source=source,
-            support_ids=np.zeros((sum(len(t.response_ids) for t in trajectories), 0), np.int32) if support_ids is None else support_ids,
+            support_ids=np.zeros((sum(len(t.response_ids) for t in trajectories), 0), np.int32)
+            if support_ids is None
+            else support_ids,
         )
 
 
@@ -191,7 +205,9 @@ class ChunkHeader:
     response_lengths: Int  # [N]
     truncated: Bool  # [N]
     aborted: Bool  # [N] no response: its whole group is never trained on
-    oldest_version: Int  # [N] least weight version that sampled one of its tokens; NO_VERSION where it has none
+    oldest_version: (
+        Int  # [N] least weight version that sampled one of its tokens; NO_VERSION where it has none
+    )
     newest_version: Int  # [N] greatest; -1 where it has none
     mean_policy_version: float  # over response tokens
     nbytes: int  # of the batch in the object store
@@ -262,7 +278,9 @@ class UpdatePlan:
     num_micro_batches: int  # the same on every rank, else ZeRO stages 2 and 3 hang
     lr: float
     teacher_weights: tuple[float, ...]  # w_i at this step
-    teacher_routes: tuple[dict[str, Any], ...]  # column values of the prompts each teacher is asked about; empty: all
+    teacher_routes: tuple[
+        dict[str, Any], ...
+    ]  # column values of the prompts each teacher is asked about; empty: all
     reward_weight: float  # lambda at this step
     diagnose: bool = False  # look at what is too dear for every step
 
@@ -271,7 +289,9 @@ class UpdatePlan:
 class LearnerStats:
     """What one optimizer step measured, over the global batch and equal on every rank. learner -> controller."""
 
-    metrics: dict[str, float]  # by their keys in the step's row; those that nothing was measured for are absent
+    metrics: dict[
+        str, float
+    ]  # by their keys in the step's row; those that nothing was measured for are absent
     learn_s: float  # the rank's own clock
 
 
@@ -311,5 +331,7 @@ class RunInfo:
 def per_token_bytes(value: object) -> int:
     """Bytes of per-token columns in `value`: what the controller must never fetch."""
     if isinstance(value, RolloutBatch | TokenScores):
-        return sum(a.nbytes for f in fields(value) if isinstance(a := getattr(value, f.name), np.ndarray))
+        return sum(
+            a.nbytes for f in fields(value) if isinstance(a := getattr(value, f.name), np.ndarray)
+        )
     return 0

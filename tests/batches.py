@@ -4,14 +4,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hybridrl.types import FinishReason, Prompt, Rewards, RolloutBatch, TokenScores, Trajectory, UpdatePlan
+from hybridrl.types import (
+    FinishReason,
+    Prompt,
+    Rewards,
+    RolloutBatch,
+    TokenScores,
+    Trajectory,
+    UpdatePlan,
+)
 
 Ids = Sequence[int]
 
 
 def make_batch(groups: Sequence[tuple[Ids, Sequence[Ids]]], logprob: float = -1.0) -> RolloutBatch:
     """One group per (prompt ids, responses); every response token has the same sampler log-prob."""
-    prompts = [Prompt(uid=f"p{g}", input_ids=tuple(prompt), text="", columns={}) for g, (prompt, _) in enumerate(groups)]
+    prompts = [
+        Prompt(uid=f"p{g}", input_ids=tuple(prompt), text="", columns={})
+        for g, (prompt, _) in enumerate(groups)
+    ]
     trajectories = [
         Trajectory(
             uid=f"p{g}",
@@ -27,7 +38,9 @@ def make_batch(groups: Sequence[tuple[Ids, Sequence[Ids]]], logprob: float = -1.
     return RolloutBatch.pack(prompts, len(groups[0][1]), trajectories)
 
 
-def make_rewards(batch: RolloutBatch, values: Sequence[float], keep: Sequence[bool] | None = None) -> Rewards:
+def make_rewards(
+    batch: RolloutBatch, values: Sequence[float], keep: Sequence[bool] | None = None
+) -> Rewards:
     """One reward function that says `values`; all kept unless told."""
     n = batch.num_sequences
     return Rewards(
@@ -42,19 +55,32 @@ def make_rewards(batch: RolloutBatch, values: Sequence[float], keep: Sequence[bo
     )
 
 
-def make_scores(batch: RolloutBatch, logprobs: Sequence[float], hidden: np.ndarray | None = None) -> TokenScores:
+def make_scores(
+    batch: RolloutBatch, logprobs: Sequence[float], hidden: np.ndarray | None = None
+) -> TokenScores:
     """A teacher that gives the response tokens, in batch order, these log-probs."""
     column = np.zeros(len(batch.input_ids), np.float32)
     column[batch.response_mask] = logprobs
     rows = np.zeros((len(logprobs), 2), np.float32) if hidden is None else hidden
-    return TokenScores(teacher="main", logprobs=column, rows=rows, support_ids=np.zeros((len(logprobs), 0), np.int32))
+    return TokenScores(
+        teacher="main",
+        logprobs=column,
+        rows=rows,
+        support_ids=np.zeros((len(logprobs), 0), np.int32),
+    )
 
 
 def make_plan(batch: RolloutBatch, **changes) -> UpdatePlan:
     """Step 0 over exactly this batch: one teacher of weight 1, lambda 1, one micro-batch."""
     values = {
-        "step": 0, "num_tokens": int(batch.response_mask.sum()), "num_sequences": batch.num_sequences, "num_groups": len(batch.uids),
-        "num_micro_batches": 1, "lr": 1e-2, "teacher_weights": (1.0,), "reward_weight": 1.0,
+        "step": 0,
+        "num_tokens": int(batch.response_mask.sum()),
+        "num_sequences": batch.num_sequences,
+        "num_groups": len(batch.uids),
+        "num_micro_batches": 1,
+        "lr": 1e-2,
+        "teacher_weights": (1.0,),
+        "reward_weight": 1.0,
         "diagnose": False,
-    } | changes  # fmt: skip
+    } | changes
     return UpdatePlan(**{"teacher_routes": ({},) * len(values["teacher_weights"])} | values)

@@ -94,8 +94,12 @@ def forward_kl(answers: Answers) -> Tensor:
 
 def gkd(answers: Answers) -> Tensor:
     """(1 - l) E_data[D] + l E_student[D], D a mean over the response, l = beta = 0.5 (2306.13649)."""
-    own, given = ([a for a in answers if a.by_student is by_student] for by_student in (True, False))
-    return 0.5 * sequence_mean(given, lambda a: jsd(a, 0.5)) + 0.5 * sequence_mean(own, lambda a: jsd(a, 0.5))
+    own, given = (
+        [a for a in answers if a.by_student is by_student] for by_student in (True, False)
+    )
+    return 0.5 * sequence_mean(given, lambda a: jsd(a, 0.5)) + 0.5 * sequence_mean(
+        own, lambda a: jsd(a, 0.5)
+    )
 
 
 def minillm(answers: Answers) -> Tensor:
@@ -108,7 +112,9 @@ def minillm(answers: Answers) -> Tensor:
     def loss(a: Answer) -> Tensor:
         gain = (a.lq() - a.lp).detach()
         size = len(gain)
-        returns = torch.stack([gain[t + 1 :].mean() if t + 1 < size else gain[0] * 0 for t in range(size)])
+        returns = torch.stack(
+            [gain[t + 1 :].mean() if t + 1 < size else gain[0] * 0 for t in range(size)]
+        )
         return kl(a.logp, a.logq()) + clipped(a, returns)
 
     return sequence_mean(answers, loss)
@@ -165,9 +171,13 @@ def hybrid(weight: float, gamma: float) -> Loss:
     def sparse(answers: Answers, a: Answer) -> Tensor:
         others = [b for b in siblings(answers, a) if b is not a]
         base = [sum(future(b, t) for b in others) / len(others) for t in range(len(a.ids))]
-        return torch.tensor([future(a, t) - base[t] for t in range(len(a.ids))], dtype=torch.float64)
+        return torch.tensor(
+            [future(a, t) - base[t] for t in range(len(a.ids))], dtype=torch.float64
+        )
 
-    return lambda answers: token_mean(answers, lambda a: kl(a.logp, a.logq()) + sparse(answers, a) * a.lp)
+    return lambda answers: token_mean(
+        answers, lambda a: kl(a.logp, a.logq()) + sparse(answers, a) * a.lp
+    )
 
 
 # -- reward ----------------------------------------------------------------------------------------------------------
@@ -176,10 +186,14 @@ def hybrid(weight: float, gamma: float) -> Loss:
 def clipped(a: Answer, advantage: Tensor, low: float = 0.2, high: float = 0.2) -> Tensor:
     """-min(rho A, clip(rho, 1 - low, 1 + high) A), rho = p/mu (1707.06347)."""
     rho = (a.lp - a.mu).exp()
-    return -torch.minimum(rho * advantage.detach(), rho.clamp(1 - low, 1 + high) * advantage.detach())
+    return -torch.minimum(
+        rho * advantage.detach(), rho.clamp(1 - low, 1 + high) * advantage.detach()
+    )
 
 
-def standard_score(answers: Answers, a: Answer, reward: Callable[[Answer], float] = lambda a: a.reward) -> Tensor:
+def standard_score(
+    answers: Answers, a: Answer, reward: Callable[[Answer], float] = lambda a: a.reward
+) -> Tensor:
     """(R - mean) / (std + 1e-6) in the group (2402.03300)."""
     group = torch.tensor([reward(b) for b in siblings(answers, a)], dtype=torch.float64)
     return (reward(a) - group.mean()) / ((group - group.mean()).square().mean().sqrt() + 1e-6)
@@ -205,7 +219,9 @@ def grpo(answers: Answers) -> Tensor:
 
     def loss(a: Answer) -> Tensor:
         log_ratio = a.lq() - a.lp
-        return clipped(a, standard_score(answers, a).expand(len(a.ids))) + 0.04 * (log_ratio.exp() - log_ratio - 1)
+        return clipped(a, standard_score(answers, a).expand(len(a.ids))) + 0.04 * (
+            log_ratio.exp() - log_ratio - 1
+        )
 
     return sequence_mean(answers, loss)
 
@@ -225,7 +241,12 @@ def dr_grpo(longest: int) -> Loss:
     def loss(answers: Answers) -> Tensor:
         def one(a: Answer) -> Tensor:
             group = [b.reward for b in siblings(answers, a)]
-            return clipped(a, torch.tensor(a.reward - sum(group) / len(group), dtype=torch.float64).expand(len(a.ids)))
+            return clipped(
+                a,
+                torch.tensor(a.reward - sum(group) / len(group), dtype=torch.float64).expand(
+                    len(a.ids)
+                ),
+            )
 
         return sum(one(a).sum() for a in answers) / (len(answers) * longest)
 
@@ -243,7 +264,10 @@ def dapo(longest: int, cache: int) -> Loss:
 
     def loss(answers: Answers) -> Tensor:
         used = [a for a in answers if len({b.reward for b in siblings(answers, a)}) > 1]
-        return token_mean(used, lambda a: clipped(a, standard_score(used, a, shaped).expand(len(a.ids)), 0.2, 0.28))
+        return token_mean(
+            used,
+            lambda a: clipped(a, standard_score(used, a, shaped).expand(len(a.ids)), 0.2, 0.28),
+        )
 
     return loss
 
@@ -253,7 +277,9 @@ def reinforce_pp(answers: Answers) -> Tensor:
     raw = [a.reward - 0.1 * (a.mu - a.lq()).flip(0).cumsum(0).flip(0) for a in answers]
     every = torch.cat(raw)
     deviation = (every - every.mean()).square().mean().sqrt() + 1e-8
-    parts = [clipped(a, (r - every.mean()) / deviation).sum() for a, r in zip(answers, raw, strict=True)]
+    parts = [
+        clipped(a, (r - every.mean()) / deviation).sum() for a, r in zip(answers, raw, strict=True)
+    ]
     return sum(parts) / len(every)
 
 
@@ -283,7 +309,9 @@ def ppo(answers: Answers) -> Tensor:
 
 def pairs(answers: Answers, loss: Callable[[Answer, Answer], Tensor]) -> Tensor:
     """Mean over prompts of the loss of their best and worst answer; a prompt whose answers are all as good has none."""
-    groups = [sorted(group, key=lambda a: -a.reward) for _, group in groupby(answers, lambda a: a.group)]
+    groups = [
+        sorted(group, key=lambda a: -a.reward) for _, group in groupby(answers, lambda a: a.group)
+    ]
     losses = [loss(g[0], g[-1]) for g in groups if g[0].reward > g[-1].reward]
     return sum(losses) / len(losses)
 

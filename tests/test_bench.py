@@ -14,9 +14,24 @@ ROOT = Path(__file__).parent.parent
 def bench(tmp_path: Path, *arguments: str) -> dict:
     """What `tools/bench ARGUMENTS` keeps; it draws its picture too."""
     kept, picture = tmp_path / "found.json", tmp_path / "found.png"
-    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tools'}:{ROOT}", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [sys.executable, "-m", "benchmarks", *arguments, "--json", str(kept), "--picture", str(picture)]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    env = os.environ | {
+        "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        *arguments,
+        "--json",
+        str(kept),
+        "--picture",
+        str(picture),
+    ]
+    done = subprocess.run(
+        command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert picture.stat().st_size > 1000
     found = json.loads(kept.read_text())
@@ -27,11 +42,25 @@ def bench(tmp_path: Path, *arguments: str) -> dict:
 @pytest.mark.graph
 def test_the_pipeline_bench_compares_three_schedules_and_loses_no_prompt(tmp_path):
     """The bench itself asserts that every prompt is trained on once, or owed."""
-    found = bench(tmp_path, "pipeline", "--steps", "1", "--tail-steps", "1", "--scale", "0.05", "--real-steps", "0")
+    found = bench(
+        tmp_path,
+        "pipeline",
+        "--steps",
+        "1",
+        "--tail-steps",
+        "1",
+        "--scale",
+        "0.05",
+        "--real-steps",
+        "0",
+    )
     assert [row["late"] for row in found["tail"]] == [0, pytest.approx(4 / 20)]
     rows = found["waits"]
     assert len(rows) == 4
-    assert all({"phases", "sync", "sum", "streamed", "pipelined", "limit", "ratio"} == row.keys() for row in rows.values())
+    assert all(
+        {"phases", "sync", "sum", "streamed", "pipelined", "limit", "ratio"} == row.keys()
+        for row in rows.values()
+    )
 
 
 @pytest.mark.graph
@@ -54,7 +83,17 @@ def test_the_overhead_bench_grows_engines_groups_and_tokens(tmp_path):
 @pytest.mark.graph
 def test_the_overhead_bench_runs_the_same_requests_and_micro_batches_bare(tmp_path):
     """The bench itself asserts that a bare engine gives the same number of tokens for the same seeds, in fp32 as here."""
-    found = bench(tmp_path, "overhead", "--parts", "generation", "learner", "--models", "tiny", "--repeats", "1")
+    found = bench(
+        tmp_path,
+        "overhead",
+        "--parts",
+        "generation",
+        "learner",
+        "--models",
+        "tiny",
+        "--repeats",
+        "1",
+    )
     generation = found["generation"]["tiny"]
     assert generation["share"] > 0 and generation["tokens"]["ours"] == generation["tokens"]["bare"]
     assert found["learner"]["tiny"]["tokens"] == 96 * 4 * 16

@@ -18,8 +18,18 @@ ASKED = "R1 R2 K1 K2 K3 K4 E1 E2 E3 E4 E5 E6 W1 W2 L1 L2 T1 T2 V1 V2 V3 V4 N1 G1
 
 
 def row(key: str, *, passed: bool) -> Row:
-    found = Finding(passed=passed, said="killed | seen", detected_s=0.5, recovered_s=21.4, lost_steps=2, lost_uids=0, duplicated_uids=1)
-    return Row(id=key, fault="engine killed", proof="tests/test_graph.py", seconds=60.0, finding=found)
+    found = Finding(
+        passed=passed,
+        said="killed | seen",
+        detected_s=0.5,
+        recovered_s=21.4,
+        lost_steps=2,
+        lost_uids=0,
+        duplicated_uids=1,
+    )
+    return Row(
+        id=key, fault="engine killed", proof="tests/test_graph.py", seconds=60.0, finding=found
+    )
 
 
 def test_every_fault_is_there_once_and_its_proof_is_a_file():
@@ -27,9 +37,16 @@ def test_every_fault_is_there_once_and_its_proof_is_a_file():
     assert [fault.id for fault in matrix.MATRIX if not (ROOT / fault.proof).is_file()] == []
 
 
-def test_the_card_is_put_together_from_pieces_and_names_what_was_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_card_is_put_together_from_pieces_and_names_what_was_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     readme = tmp_path / "README.md"
-    for name, path in {"RESULTS": tmp_path, "FINDINGS": tmp_path / "f.json", "CARD": tmp_path / "c.md", "README": readme}.items():
+    for name, path in {
+        "RESULTS": tmp_path,
+        "FINDINGS": tmp_path / "f.json",
+        "CARD": tmp_path / "c.md",
+        "README": readme,
+    }.items():
         monkeypatch.setattr(finding, name, path)
     readme.write_text(f"above\n{finding.BEGIN}old{finding.END}\nbelow\n")
     order = ["E1", "E2", "L1"]
@@ -38,11 +55,19 @@ def test_the_card_is_put_together_from_pieces_and_names_what_was_not_run(tmp_pat
     finding.keep([row("E1", passed=True)], order, made)
     finding.keep([row("E2", passed=True)], order, made)
     card = (tmp_path / "c.md").read_text()
-    assert "2 of 2 rows pass; not run: L1" in card and list(json.loads((tmp_path / "f.json").read_text())) == ["E1", "E2"]
-    assert "| [E1](../../../tests/test_graph.py) | engine killed | 0.50 s | 21 s | 2 | 0 / 1 | pass | killed / seen |" in card
+    assert "2 of 2 rows pass; not run: L1" in card and list(
+        json.loads((tmp_path / "f.json").read_text())
+    ) == ["E1", "E2"]
+    assert (
+        "| [E1](../../../tests/test_graph.py) | engine killed | 0.50 s | 21 s | 2 | 0 / 1 | pass | killed / seen |"
+        in card
+    )
     shown = readme.read_text()
     assert shown.startswith("above\n") and shown.endswith("\nbelow\n") and "old" not in shown
-    assert "| [E1](tests/test_graph.py) | engine killed | 0.50 s | 21 s | 2 | 0 / 1 |\n" in shown and "not run: L1. All at" in shown
+    assert (
+        "| [E1](tests/test_graph.py) | engine killed | 0.50 s | 21 s | 2 | 0 / 1 |\n" in shown
+        and "not run: L1. All at" in shown
+    )
     told = "All at commit abc in several runs. Detected in 0.50 s (median), 0.50 s (most) over 2 faults; recovered in 21 s (median), 21 s"
     assert told in card and told in shown
 
@@ -54,9 +79,15 @@ def on_file(key: str, **made: object) -> dict:
 def test_the_card_says_at_which_commit_and_whether_in_one_run():
     whole = [on_file(key, commit="abc", whole_minutes=61.7) for key in ("E1", "E2")]
     assert finding.provenance(whole) == "All at commit abc in one run of 62 min."
-    assert finding.provenance([whole[0], on_file("E2", commit="abc", whole_minutes=None)]) == "All at commit abc in several runs."
+    assert (
+        finding.provenance([whole[0], on_file("E2", commit="abc", whole_minutes=None)])
+        == "All at commit abc in several runs."
+    )
     mixed = [*whole, on_file("L1", commit="def+", whole_minutes=None), on_file("T1")]
-    assert finding.provenance(mixed) == "2 were run at commit abc, 2 at other commits (1 at def+, 1 at unknown)."
+    assert (
+        finding.provenance(mixed)
+        == "2 were run at commit abc, 2 at other commits (1 at def+, 1 at unknown)."
+    )
 
 
 def test_the_median_and_the_most_leave_out_faults_without_a_time():
@@ -81,5 +112,7 @@ def test_prompts_are_lost_or_trained_twice_against_the_run_without_a_fault(tmp_p
         with closing(Ledger(tmp_path / name, 0)) as ledger:
             ledger.record(1, trained)
             ledger.record(2, ["d"] if name == "clean" else [])
-    assert prompts_against(tmp_path / "ours", tmp_path / "clean", 1) == (1, 1), "b is lost, a came twice"
+    assert prompts_against(tmp_path / "ours", tmp_path / "clean", 1) == (1, 1), (
+        "b is lost, a came twice"
+    )
     assert prompts_against(tmp_path / "ours", tmp_path / "clean", 2) == (2, 1)

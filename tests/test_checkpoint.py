@@ -23,9 +23,13 @@ from hybridrl.models.fragments import MASTER, Fragment, FragmentReader, write_fr
 from hybridrl.types import SavedFile
 
 STATE = RunState(
-    step=10, weight_version=10, optimizer_steps=9, parts={"prompts": {"epoch": 1, "at": 7}, "schedules": {"reward": 1.5}},
-    metrics={"eval/accuracy": 0.5}, wandb_id=None,
-)  # fmt: skip
+    step=10,
+    weight_version=10,
+    optimizer_steps=9,
+    parts={"prompts": {"epoch": 1, "at": 7}, "schedules": {"reward": 1.5}},
+    metrics={"eval/accuracy": 0.5},
+    wandb_id=None,
+)
 SECONDS = 60
 
 
@@ -59,7 +63,11 @@ def names(checkpointer: Checkpointer) -> list[str]:
 def test_what_was_saved_is_read_back(tmp_path: Path):
     folder = Checkpointer(tmp_path, CheckpointConfig()).save(STATE, [Weights()])
     assert folder == tmp_path / "checkpoints" / "step_000010"
-    assert sorted(p.name for p in folder.iterdir()) == ["learner.safetensors", "manifest.json", "state.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "learner.safetensors",
+        "manifest.json",
+        "state.json",
+    ]
     checkpoint = read_checkpoint(folder)
     assert checkpoint.state == STATE and checkpoint.folder == folder
 
@@ -82,7 +90,9 @@ def test_age_is_the_number_and_not_the_spelling(tmp_path: Path):
 def test_the_same_step_again_replaces_the_old_one(tmp_path: Path):
     checkpointer = save_steps(tmp_path, 3)
     checkpointer.save(replace(STATE, step=3, weight_version=77), [Weights()])
-    assert names(checkpointer) == ["step_000003"] and checkpointer.newest().state.weight_version == 77
+    assert (
+        names(checkpointer) == ["step_000003"] and checkpointer.newest().state.weight_version == 77
+    )
 
 
 def test_a_save_that_was_cut_off_leaves_the_older_checkpoint_alone(tmp_path: Path):
@@ -115,18 +125,25 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip_a_byte, truncate, Path.unlink])
 @pytest.mark.parametrize("name", ["learner.safetensors", "state.json"])
-def test_a_damaged_file_is_named_and_the_one_before_is_used_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage, name: str):
+def test_a_damaged_file_is_named_and_the_one_before_is_used_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage, name: str
+):
     checkpointer = save_steps(tmp_path, 1, 2)
     path = checkpointer.root / "step_000002" / name
     damage(path)
-    with pytest.raises(CheckpointError, match=f"step_000002/{name}: missing or not what the manifest says"):
+    with pytest.raises(
+        CheckpointError, match=f"step_000002/{name}: missing or not what the manifest says"
+    ):
         read_checkpoint(path.parent)
     with caplog.at_level(logging.ERROR):
         assert checkpointer.newest().state.step == 1
     assert str(path) in caplog.text
 
 
-@pytest.mark.parametrize("damage", [truncate, Path.unlink, lambda p: p.write_text("[]"), lambda p: p.write_text('{"files": []}')])
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, Path.unlink, lambda p: p.write_text("[]"), lambda p: p.write_text('{"files": []}')],
+)
 def test_a_manifest_that_cannot_be_read_names_its_folder(tmp_path: Path, damage):
     checkpointer = save_steps(tmp_path, 1, 2)
     damage(checkpointer.root / "step_000002" / "manifest.json")
@@ -139,7 +156,10 @@ def test_when_all_are_damaged_the_run_does_not_start_afresh(tmp_path: Path):
     checkpointer = save_steps(tmp_path, 1, 2)
     for folder in checkpointer.folders():
         (folder / "learner.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"(?s)no usable checkpoint.*step_000002.*step_000001.*remove the folder"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"(?s)no usable checkpoint.*step_000002.*step_000001.*remove the folder",
+    ):
         checkpointer.newest()
 
 
@@ -153,8 +173,13 @@ def edit_manifest(folder: Path, change) -> None:
 def test_a_manifest_may_name_only_files_of_its_folder(tmp_path: Path, name: str):
     folder = save_steps(tmp_path, 1).folders()[0]
     (folder.parent / "x").write_bytes(b"")
-    edit_manifest(folder, lambda manifest: manifest["files"].update({name: {"sha256": "0", "bytes": 0}}))
-    with pytest.raises(CheckpointError, match="no plain file name" if name != ".." else r"step_000001/\.\.: missing"):
+    edit_manifest(
+        folder, lambda manifest: manifest["files"].update({name: {"sha256": "0", "bytes": 0}})
+    )
+    with pytest.raises(
+        CheckpointError,
+        match="no plain file name" if name != ".." else r"step_000001/\.\.: missing",
+    ):
         read_checkpoint(folder)
 
 
@@ -169,11 +194,17 @@ def test_a_link_in_the_place_of_a_file_is_refused_though_it_leads_to_the_same_by
 @pytest.mark.parametrize("where", ["", "parts"])
 def test_a_target_in_the_state_of_a_checkpoint_is_never_called(tmp_path: Path, where: str):
     """It is a value like any other in the parts, and no field of the state itself."""
-    folder, call = save_steps(tmp_path, 1).folders()[0], {"_target_": "pathlib.Path.touch", "_args_": [str(tmp_path / "hit")]}
+    folder, call = (
+        save_steps(tmp_path, 1).folders()[0],
+        {"_target_": "pathlib.Path.touch", "_args_": [str(tmp_path / "hit")]},
+    )
     state = json.loads((folder / "state.json").read_text())
     (state[where] if where else state).update(call)
     (folder / "state.json").write_text(json.dumps(state))
-    entry = {"sha256": sha256(folder / "state.json"), "bytes": (folder / "state.json").stat().st_size}
+    entry = {
+        "sha256": sha256(folder / "state.json"),
+        "bytes": (folder / "state.json").stat().st_size,
+    }
     edit_manifest(folder, lambda manifest: manifest["files"].update({"state.json": entry}))
     if where:
         assert read_checkpoint(folder).state.parts["_target_"] == "pathlib.Path.touch"
@@ -202,7 +233,9 @@ def test_files_that_the_manifest_does_not_name_are_not_loaded(tmp_path: Path):
     (folder / "notes.txt").write_text("read nowhere")
     assert read_checkpoint(folder).state.step == 1
     (folder / "learner-rank00001-of-00002.safetensors").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"00001-of-00002\.safetensors: the manifest does not name it"):
+    with pytest.raises(
+        CheckpointError, match=r"00001-of-00002\.safetensors: the manifest does not name it"
+    ):
         read_checkpoint(folder)
 
 
@@ -218,9 +251,16 @@ def test_another_format_is_told_and_not_guessed_at(tmp_path: Path):
 
 def test_a_disk_without_room_is_told_with_path_and_bytes_before_anything_is_written(tmp_path: Path):
     checkpointer = save_steps(tmp_path, 1, keep=1)
-    with pytest.raises(CheckpointError, match=rf"step_000002: not saved: needs {10**18 + (1 << 20)} bytes, the disk has \d+ free"):
-        checkpointer.save(replace(STATE, step=2), [Weights(lambda path: pytest.fail("written"), size=10**18)])
-    assert [p.name for p in checkpointer.root.iterdir()] == ["step_000001"] and checkpointer.newest().state.step == 1
+    with pytest.raises(
+        CheckpointError,
+        match=rf"step_000002: not saved: needs {10**18 + (1 << 20)} bytes, the disk has \d+ free",
+    ):
+        checkpointer.save(
+            replace(STATE, step=2), [Weights(lambda path: pytest.fail("written"), size=10**18)]
+        )
+    assert [p.name for p in checkpointer.root.iterdir()] == [
+        "step_000001"
+    ] and checkpointer.newest().state.step == 1
 
 
 def full(path: Path) -> None:
@@ -231,12 +271,19 @@ def misreport(path: Path) -> None:
     raise CheckpointError(f"{path}: 22 bytes could not be written")
 
 
-@pytest.mark.parametrize(("failure", "says"), [(full, "step_000002: not saved: .*No space left"), (misreport, "22 bytes could not")])
-def test_a_save_that_fails_leaves_the_older_one_and_nothing_of_its_own(tmp_path: Path, failure, says: str):
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [(full, "step_000002: not saved: .*No space left"), (misreport, "22 bytes could not")],
+)
+def test_a_save_that_fails_leaves_the_older_one_and_nothing_of_its_own(
+    tmp_path: Path, failure, says: str
+):
     checkpointer = save_steps(tmp_path, 1, keep=1)
     with pytest.raises(CheckpointError, match=says):
         checkpointer.save(replace(STATE, step=2), [Weights(failure)])
-    assert [p.name for p in checkpointer.root.iterdir()] == ["step_000001"] and checkpointer.newest().state.step == 1
+    assert [p.name for p in checkpointer.root.iterdir()] == [
+        "step_000001"
+    ] and checkpointer.newest().state.step == 1
     checkpointer.save(replace(STATE, step=3), [Weights()])
     assert names(checkpointer) == ["step_000003"]
 
@@ -252,24 +299,36 @@ class Forgetful(Weights):
 
 def test_what_the_disk_does_not_give_back_is_never_committed(tmp_path: Path):
     checkpointer = save_steps(tmp_path, 1, keep=1)
-    with pytest.raises(CheckpointError, match=r"learner\.safetensors: missing or not what the manifest says"):
+    with pytest.raises(
+        CheckpointError, match=r"learner\.safetensors: missing or not what the manifest says"
+    ):
         checkpointer.save(replace(STATE, step=2), [Forgetful()])
     assert [p.name for p in checkpointer.root.iterdir()] == ["step_000001"]
 
 
-def test_a_save_that_is_killed_at_any_of_its_file_operations_leaves_a_whole_checkpoint(tmp_path: Path):
+def test_a_save_that_is_killed_at_any_of_its_file_operations_leaves_a_whole_checkpoint(
+    tmp_path: Path,
+):
     """checkpoint_job.py forks a save for each operation, ends it there without a word and looks at what is left."""
     job = Path(__file__).parent / "checkpoint_job.py"
-    done = subprocess.run([sys.executable, job, tmp_path], capture_output=True, text=True, timeout=SECONDS)
+    done = subprocess.run(
+        [sys.executable, job, tmp_path], capture_output=True, text=True, timeout=SECONDS
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     killed = json.loads(done.stdout)
-    assert len(killed["new"]) > 20 and set(killed["new"]) == {1, 2}, "before the rename the old one, after it the new one"
-    assert len(killed["again"]) > 20 and set(killed["again"]) == {2}, "the step was there already, and is whole throughout"
+    assert len(killed["new"]) > 20 and set(killed["new"]) == {1, 2}, (
+        "before the rename the old one, after it the new one"
+    )
+    assert len(killed["again"]) > 20 and set(killed["again"]) == {2}, (
+        "the step was there already, and is whole throughout"
+    )
 
 
 def test_what_a_killed_run_left_is_removed_or_put_back_at_the_start(tmp_path: Path):
     checkpointer = save_steps(tmp_path, 1, 2)
-    shutil.copytree(checkpointer.root / "step_000001", checkpointer.root / ".unfinished-step_000003")
+    shutil.copytree(
+        checkpointer.root / "step_000001", checkpointer.root / ".unfinished-step_000003"
+    )
     (checkpointer.root / "step_000002").rename(checkpointer.root / ".replaced-step_000002")
     shutil.copytree(checkpointer.root / "step_000001", checkpointer.root / ".replaced-step_000001")
     checkpointer.clean()
@@ -283,7 +342,9 @@ def test_of_a_checkpoint_that_its_owner_moved_and_linked_only_the_link_is_droppe
     for name in ("step_000001", "step_000003", ".unfinished-step_000009", ".replaced-step_000002"):
         (root / name).symlink_to(elsewhere)
     checkpointer.save(replace(STATE, step=3), [Weights()])
-    assert names(checkpointer) == ["step_000003"] and not (root / "step_000003").is_symlink(), "saved in the place of the link"
+    assert names(checkpointer) == ["step_000003"] and not (root / "step_000003").is_symlink(), (
+        "saved in the place of the link"
+    )
     checkpointer.save(replace(STATE, step=2), [Weights()])
     checkpointer.clean()
     assert [p.name for p in root.iterdir()] == ["step_000002"]
@@ -291,7 +352,9 @@ def test_of_a_checkpoint_that_its_owner_moved_and_linked_only_the_link_is_droppe
 
 
 def test_what_cannot_be_removed_is_told_by_its_name(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"/gone: cannot be removed: .*No such file.*; remove it by hand"):
+    with pytest.raises(
+        CheckpointError, match=r"/gone: cannot be removed: .*No such file.*; remove it by hand"
+    ):
         remove(tmp_path / "gone")
 
 
@@ -327,7 +390,11 @@ def kept_of(run_dir: Path, values: dict[int, float | None], **config) -> list[in
     ("values", "config", "kept"),
     [
         ({1: 0.2, 2: 0.9, 3: 0.4, 4: 0.5}, {"best": "eval/accuracy"}, [2, 4]),
-        ({1: 0.2, 2: 0.9, 3: 0.4, 4: 0.5}, {"best": "eval/accuracy", "best_mode": BestMode.min}, [1, 4]),
+        (
+            {1: 0.2, 2: 0.9, 3: 0.4, 4: 0.5},
+            {"best": "eval/accuracy", "best_mode": BestMode.min},
+            [1, 4],
+        ),
         ({1: 0.2, 2: 0.9, 3: 0.4, 4: 0.95}, {"best": "eval/accuracy"}, [4]),
         ({1: 0.9, 2: 0.9, 3: 0.9}, {"best": "eval/accuracy"}, [1, 3]),
         ({1: None, 2: 0.1, 3: None, 4: float("nan")}, {"best": "eval/accuracy"}, [2, 4]),
@@ -339,7 +406,9 @@ def test_the_best_one_stays_beside_the_newest(tmp_path: Path, values, config, ke
     assert kept_of(tmp_path, values, **config) == kept
 
 
-def test_a_step_without_the_metric_that_chooses_the_best_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_step_without_the_metric_that_chooses_the_best_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     kept_of(tmp_path, {1: 0.5, 2: None}, best="eval/accuracy")
     assert [r.getMessage() for r in caplog.records] == [
         f"{tmp_path / 'checkpoints' / 'step_000002'}: its step has no finite eval/accuracy, so checkpoint.best leaves it out"
@@ -350,8 +419,13 @@ def test_a_damaged_newer_one_never_pushes_out_a_whole_one(tmp_path: Path):
     checkpointer = save_steps(tmp_path, 2, 4, keep=2)
     flip_a_byte(checkpointer.root / "step_000004" / "learner.safetensors")
     assert checkpointer.newest().state.step == 2
-    Checkpointer(tmp_path, CheckpointConfig(keep=1, best="eval/accuracy")).save(replace(STATE, step=3, metrics={}), [Weights()])
-    assert names(checkpointer) == ["step_000002", "step_000003"] and checkpointer.newest().state.step == 3
+    Checkpointer(tmp_path, CheckpointConfig(keep=1, best="eval/accuracy")).save(
+        replace(STATE, step=3, metrics={}), [Weights()]
+    )
+    assert (
+        names(checkpointer) == ["step_000002", "step_000003"]
+        and checkpointer.newest().state.step == 3
+    )
 
 
 def test_only_folders_with_a_manifest_of_ours_are_ever_removed(tmp_path: Path):
@@ -365,12 +439,20 @@ def test_only_folders_with_a_manifest_of_ours_are_ever_removed(tmp_path: Path):
 # -- the learner's pieces --------------------------------------------------------------------------------------------
 
 
-def pieces(folder: Path, *ranks: list[tuple[int, list[float]]], shape: tuple[int, ...] = (2, 3)) -> FragmentReader:
+def pieces(
+    folder: Path, *ranks: list[tuple[int, list[float]]], shape: tuple[int, ...] = (2, 3)
+) -> FragmentReader:
     """Files of ranks that hold (offset, values) of one parameter; its moments are 10 and 100 times the values."""
     for rank, held in enumerate(ranks):
         parts = [(offset, torch.tensor(values)) for offset, values in held]
         fragments = [
-            Fragment(name="w", shape=shape, offset=o, tensors={MASTER: v, "exp_avg": 10 * v, "exp_avg_sq": 100 * v}) for o, v in parts
+            Fragment(
+                name="w",
+                shape=shape,
+                offset=o,
+                tensors={MASTER: v, "exp_avg": 10 * v, "exp_avg_sq": 100 * v},
+            )
+            for o, v in parts
         ]
         write_fragments(folder, rank, len(ranks), fragments)
     return FragmentReader(folder)
@@ -386,7 +468,10 @@ def test_a_slice_is_read_from_the_files_that_hold_it(tmp_path: Path):
 @pytest.mark.parametrize(
     ("ranks", "says"),
     [
-        ([[(0, [0.0, 1.0])], [(3, [3.0, 4.0, 5.0])]], "pieces of w do not cover its 6 elements exactly once"),
+        (
+            [[(0, [0.0, 1.0])], [(3, [3.0, 4.0, 5.0])]],
+            "pieces of w do not cover its 6 elements exactly once",
+        ),
         ([[(0, [0.0, 1.0, 2.0, 3.0])], [(3, [3.0, 4.0, 5.0])]], "exactly once"),
         ([[(0, [0.0, 1.0, 2.0, 3.0, 4.0])], []], "exactly once"),
     ],
@@ -411,14 +496,20 @@ class Bomb:
         return os.mkdir, (str(self.canary),)
 
 
-@pytest.mark.parametrize("dump", [lambda bomb, path: path.write_bytes(pickle.dumps(bomb)), torch.save])
+@pytest.mark.parametrize(
+    "dump", [lambda bomb, path: path.write_bytes(pickle.dumps(bomb)), torch.save]
+)
 def test_a_pickle_in_place_of_a_shard_is_refused_and_never_run(tmp_path: Path, dump):
     canary, folder = tmp_path / "canary", save_steps(tmp_path, 1).folders()[0]
     shard = folder / "learner-rank00000-of-00001.safetensors"
     dump(Bomb(canary), shard)
     entry = {shard.name: {"sha256": sha256(shard), "bytes": shard.stat().st_size}}
-    edit_manifest(folder, lambda manifest: manifest["files"].update(entry))  # by someone who can write the manifest too
+    edit_manifest(
+        folder, lambda manifest: manifest["files"].update(entry)
+    )  # by someone who can write the manifest too
     assert read_checkpoint(folder).state.step == 1
-    with pytest.raises(CheckpointError, match=r"rank00000-of-00001\.safetensors: no safetensors file"):
+    with pytest.raises(
+        CheckpointError, match=r"rank00000-of-00001\.safetensors: no safetensors file"
+    ):
         FragmentReader(folder)
     assert not canary.exists()

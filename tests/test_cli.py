@@ -30,7 +30,9 @@ from tests.test_run_directory import STATE, settings_of, start
 # -- export ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_exported_with_equal_weights_in_the_models_dtype(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_checkpoint_is_exported_with_equal_weights_in_the_models_dtype(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
     trained = save_checkpoint(tmp_path, "model.dtype=bfloat16")
     assert main(["export", str(tmp_path)]) == 0
     folder = tmp_path / "export" / "step_000010"
@@ -64,7 +66,12 @@ def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
     weights = {name: (p.detach() * 1.25).contiguous() for name, p in model.named_parameters()}
     parameters = {**weights, VALUE_HEAD: torch.full((1, 128), 0.75)}
     fragments = [
-        Fragment(name=n, shape=tuple(t.shape), offset=0, tensors={part: t.flatten().clone() for part in PARTS})
+        Fragment(
+            name=n,
+            shape=tuple(t.shape),
+            offset=0,
+            tensors={part: t.flatten().clone() for part in PARTS},
+        )
         for n, t in parameters.items()
     ]
     with run_directory(settings) as folder:
@@ -75,7 +82,9 @@ def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
 
 def test_the_newest_sound_checkpoint_is_exported_into_a_folder_of_ones_choice(tmp_path: Path):
     save_checkpoint(tmp_path / "run")
-    folder = Checkpointer(tmp_path / "run", CheckpointConfig()).save(replace(STATE, step=20), [Learned([])])
+    folder = Checkpointer(tmp_path / "run", CheckpointConfig()).save(
+        replace(STATE, step=20), [Learned([])]
+    )
     (folder / "learner-rank00000-of-00001.safetensors").write_text("damaged")
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == torch.float32
@@ -85,10 +94,15 @@ def test_the_newest_sound_checkpoint_is_exported_into_a_folder_of_ones_choice(tm
 def test_an_export_overwrites_nothing_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture):
     save_checkpoint(tmp_path / "run")
     (tmp_path / "mine").mkdir()
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "mine")]) == 0, "an empty folder is fine"
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "mine")]) == 0, (
+        "an empty folder is fine"
+    )
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "mine")]) == 2
-    assert capsys.readouterr().err == f"hybridrl: {tmp_path / 'mine'}: exists and is not empty; name a new folder\n"
+    assert (
+        capsys.readouterr().err
+        == f"hybridrl: {tmp_path / 'mine'}: exists and is not empty; name a new folder\n"
+    )
 
 
 def test_nothing_to_export_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -106,29 +120,47 @@ def test_nothing_to_export_is_one_sentence(tmp_path: Path, capsys: pytest.Captur
 # -- the command line ------------------------------------------------------------------------------------------------
 
 
-def hydra_job(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path, status: int = 0) -> tuple[int, list[RunSettings]]:
+def hydra_job(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path, status: int = 0
+) -> tuple[int, list[RunSettings]]:
     """Exit status of `hybridrl train ARGUMENTS`, and the settings of each job it would have run."""
     ran: list[RunSettings] = []
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    return hydra_flags(["experiment=quickstart", *arguments], lambda settings: ran.append(settings) or status), ran
+    return hydra_flags(
+        ["experiment=quickstart", *arguments], lambda settings: ran.append(settings) or status
+    ), ran
 
 
 def test_the_jobs_of_a_sweep_each_have_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    status, ran = hydra_job(["-m", "train.lr=1e-3,1e-4", "run.dir=runs/${hydra:job.num}"], monkeypatch, tmp_path)
-    assert status == 0 and [(s.run.dir, s.train.lr) for s in ran] == [("runs/0", 1e-3), ("runs/1", 1e-4)]
+    status, ran = hydra_job(
+        ["-m", "train.lr=1e-3,1e-4", "run.dir=runs/${hydra:job.num}"], monkeypatch, tmp_path
+    )
+    assert status == 0 and [(s.run.dir, s.train.lr) for s in ran] == [
+        ("runs/0", 1e-3),
+        ("runs/1", 1e-4),
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["multirun"], "Hydra's own record, no log file"
 
 
-def test_two_jobs_of_a_sweep_may_not_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_two_jobs_of_a_sweep_may_not_share_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     status, ran = hydra_job(["-m", "learner.ranks=1,2", "run.dir=x"], monkeypatch, tmp_path)
     assert (status, [s.learner.ranks for s in ran]) == (2, [1])
-    assert capsys.readouterr().err == "hybridrl: run.dir=x: an earlier job of the sweep has it; set run.dir='runs/${hydra:job.num}'\n"
+    assert (
+        capsys.readouterr().err
+        == "hybridrl: run.dir=x: an earlier job of the sweep has it; set run.dir='runs/${hydra:job.num}'\n"
+    )
 
 
-def test_a_failed_job_of_a_sweep_does_not_stop_the_others_and_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    status, ran = hydra_job(["-m", "train.lr=-1,1e-4", "run.dir=runs/${hydra:job.num}"], monkeypatch, tmp_path)
+def test_a_failed_job_of_a_sweep_does_not_stop_the_others_and_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    status, ran = hydra_job(
+        ["-m", "train.lr=-1,1e-4", "run.dir=runs/${hydra:job.num}"], monkeypatch, tmp_path
+    )
     assert (status, [s.train.lr for s in ran]) == (2, [1e-4])
     assert hydra_job(["-m", "run.dir=a,b"], monkeypatch, tmp_path, status=1)[0] == 1
 
@@ -136,12 +168,21 @@ def test_a_failed_job_of_a_sweep_does_not_stop_the_others_and_is_not_forgotten(t
 @pytest.mark.parametrize(
     ("how", "status", "sentence"),
     [
-        (Preempted("told to end by SIGTERM; the same command continues"), 75, "told to end by SIGTERM; the same command continues"),
+        (
+            Preempted("told to end by SIGTERM; the same command continues"),
+            75,
+            "told to end by SIGTERM; the same command continues",
+        ),
         (KeyboardInterrupt(), 130, "ended at once by Ctrl-C; what was saved before it stands"),
     ],
 )
 def test_a_sweep_whose_job_was_told_to_end_starts_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, how: BaseException, status: int, sentence: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    how: BaseException,
+    status: int,
+    sentence: str,
 ):
     ran: list[str] = []
 
@@ -161,20 +202,33 @@ def test_a_sweep_whose_job_was_told_to_end_starts_no_other(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["-m", "run.dir=x", "train.stepz=3"], "train.stepz=3: no such setting; did you mean train.steps?"),
+        (
+            ["-m", "run.dir=x", "train.stepz=3"],
+            "train.stepz=3: no such setting; did you mean train.steps?",
+        ),
         (["-m", "run.dir=x", "train.lr=-1"], "train.lr=-1.0: must be positive and finite"),
-        (["-m", "train.lr=1"], "run.dir is not set: it has no default; add run.dir=... to the command"),
-        (["--cfg", "job", "train.stepz=3"], "train.stepz=3: no such setting; did you mean train.steps?"),
+        (
+            ["-m", "train.lr=1"],
+            "run.dir is not set: it has no default; add run.dir=... to the command",
+        ),
+        (
+            ["--cfg", "job", "train.stepz=3"],
+            "train.stepz=3: no such setting; did you mean train.steps?",
+        ),
     ],
 )
-def test_a_bad_setting_beside_a_hydra_flag_is_one_sentence_too(tmp_path: Path, arguments: list[str], sentence: str):
+def test_a_bad_setting_beside_a_hydra_flag_is_one_sentence_too(
+    tmp_path: Path, arguments: list[str], sentence: str
+):
     command = [sys.executable, "-m", "hybridrl.cli", "train", "experiment=quickstart", *arguments]
     path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=path)
     assert (done.returncode, done.stderr) == (2, f"hybridrl: {sentence}\n")
 
 
-def test_help_names_every_verb_and_train_help_says_how_to_sweep(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_help_names_every_verb_and_train_help_says_how_to_sweep(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     assert main([]) == main(["--help"]) == 0
     told = capsys.readouterr().out
     assert all(f"hybridrl {verb} " in told for verb in ("train", "report", "export"))
@@ -201,14 +255,20 @@ def write_a_line(run_dir: Path) -> None:
 @contextmanager
 def closing_sink(run_dir: Path) -> Iterator[JsonlSink]:
     sink = JsonlSink()
-    sink.start(RunInfo(run_dir=str(run_dir), name="x", total_steps=2, first_step=1, config={}, wandb_id=None))
+    sink.start(
+        RunInfo(
+            run_dir=str(run_dir), name="x", total_steps=2, first_step=1, config={}, wandb_id=None
+        )
+    )
     try:
         yield sink
     finally:
         sink.close(1)
 
 
-@pytest.mark.parametrize(("write", "name"), [(write_a_row, "metrics.jsonl"), (write_a_line, "ledger.jsonl")])
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_a_row, "metrics.jsonl"), (write_a_line, "ledger.jsonl")]
+)
 def test_a_file_that_cannot_grow_ends_the_run_in_one_sentence_and_the_checkpoint_stands(
     tmp_path: Path, capsys: pytest.CaptureFixture, write: Callable[[Path], None], name: str
 ):
@@ -219,7 +279,9 @@ def test_a_file_that_cannot_grow_ends_the_run_in_one_sentence_and_the_checkpoint
         write(tmp_path)
         return 0
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))  # as a full disk, but for the error's number
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (20, before[1])
+    )  # as a full disk, but for the error's number
     try:
         status = said(run)
     finally:

@@ -37,7 +37,11 @@ def test_every_experiment_loads_with_its_own_algorithm(experiment: str):
 
 def test_every_yaml_file_is_one_of_those_choices():
     files = {str(path.relative_to(conf_dir())) for path in conf_dir().rglob("*.yaml")}
-    groups = {f"{group}/{choice}.yaml" for group in ("algorithm", "experiment", "schedule") for choice in choices(group)}
+    groups = {
+        f"{group}/{choice}.yaml"
+        for group in ("algorithm", "experiment", "schedule")
+        for choice in choices(group)
+    }
     assert files == {"config.yaml"} | groups
 
 
@@ -71,13 +75,17 @@ def test_overrides_reach_the_typed_settings():
         ]
     )
     assert settings.train.lr == 1e-4 and settings.algorithm.baseline is Baseline.group_mean
-    assert settings.algorithm.reward_weight == ScheduleConfig(kind=ScheduleKind.linear, value=0.0, end=2.0, steps=10)
+    assert settings.algorithm.reward_weight == ScheduleConfig(
+        kind=ScheduleKind.linear, value=0.0, end=2.0, steps=10
+    )
     assert list(settings.teachers) == ["main", "b"] and settings.teachers["b"].weight == 0.5
     assert settings.data.options["num_numbers"] == 4
 
 
 def test_pure_distillation_needs_no_reward_and_pure_reinforcement_no_teacher():
-    assert not load_config([*BASE, "algorithm=opd_full", "~reward.functions.countdown"]).reward.functions
+    assert not load_config(
+        [*BASE, "algorithm=opd_full", "~reward.functions.countdown"]
+    ).reward.functions
     assert not load_config([*BASE, "algorithm=rloo", "~teachers.main"]).teachers
 
 
@@ -94,7 +102,15 @@ def test_a_config_that_was_loaded_before_leaves_nothing_behind():
 
 def test_the_written_settings_load_back_to_the_same(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    settings = load_config([*BASE, "model.dtype=bfloat16", "tracking.group=${run.dir}/g", "+teachers.b.path=/b", "train.lr_end=1e-5"])
+    settings = load_config(
+        [
+            *BASE,
+            "model.dtype=bfloat16",
+            "tracking.group=${run.dir}/g",
+            "+teachers.b.path=/b",
+            "train.lr_end=1e-5",
+        ]
+    )
     text = to_yaml(settings)
     assert to_settings(OmegaConf.create(text)) == settings
     assert "group: here/g" in text and "${" not in text and "k" * 40 not in text
@@ -111,7 +127,13 @@ def test_reading_a_config_loads_neither_torch_nor_ray():
         "import sys; from hybridrl.compose import load_config; load_config(['run.dir=here', 'experiment=quickstart']); "
         "print(*sorted({'torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'wandb'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=True,
+    )
     assert done.stdout.strip() == ""
 
 
@@ -125,31 +147,58 @@ BAD = [
     ("trian.lr=1", "trian.lr=1: no such setting; did you mean train.lr?"),
     ("foo=1", "foo=1: no such setting; see hybridrl train --help"),
     ("resume=never", "resume=never: no such setting; did you mean run.resume?"),
-    ("teachers.main.pth=x", "teachers.main.pth=x: no such setting; did you mean teachers.main.path?"),
+    (
+        "teachers.main.pth=x",
+        "teachers.main.pth=x: no such setting; did you mean teachers.main.path?",
+    ),
     ("+teachers.b.pth=x", "teachers.b.pth=x: no such setting; did you mean teachers.b.path?"),
-    ("teachers.b.path=x", "teachers.b.path=x: not in the config so far; write +teachers.b.path=x to add it"),
-    ("teachers.main.weight=2", "teachers.main.weight=2: not in the config so far; write +teachers.main.weight=2 to add it"),
-    ("data.options.depth=4", "data.options.depth=4: not in the config so far; write +data.options.depth=4 to add it"),
+    (
+        "teachers.b.path=x",
+        "teachers.b.path=x: not in the config so far; write +teachers.b.path=x to add it",
+    ),
+    (
+        "teachers.main.weight=2",
+        "teachers.main.weight=2: not in the config so far; write +teachers.main.weight=2 to add it",
+    ),
+    (
+        "data.options.depth=4",
+        "data.options.depth=4: not in the config so far; write +data.options.depth=4 to add it",
+    ),
     ("algorithm=hybird", "algorithm=hybird: no such choice; did you mean hybrid?"),
     ("experiment=quikstart", "experiment=quikstart: no such choice; did you mean quickstart?"),
     ("train=3", "train=3: a section, not a value; set train.NAME=..."),
     ("train.lr=[", "train.lr=[: not KEY=VALUE as Hydra reads it"),
     # values of another type
-    ("train.steps=many", "train.steps=many: Value 'many' of type 'str' could not be converted to Integer"),
-    ("train.steps=1.5", "train.steps=1.5: Value '1.5' of type 'float' could not be converted to Integer"),
+    (
+        "train.steps=many",
+        "train.steps=many: Value 'many' of type 'str' could not be converted to Integer",
+    ),
+    (
+        "train.steps=1.5",
+        "train.steps=1.5: Value '1.5' of type 'float' could not be converted to Integer",
+    ),
     ("run.seed=null", "run.seed=null: Incompatible value 'None' for field of type 'int'"),
     ("cluster.colocate=maybe", "cluster.colocate=maybe: Value 'maybe' is not a valid bool"),
     (
         "algorithm.baseline=median",
         "algorithm.baseline=median: Invalid value 'median', expected one of [none, group_mean, leave_one_out, value]",
     ),
-    ("reward.on_error=ignore", "reward.on_error=ignore: Invalid value 'ignore', expected one of [fail, drop_group, value]"),
+    (
+        "reward.on_error=ignore",
+        "reward.on_error=ignore: Invalid value 'ignore', expected one of [fail, drop_group, value]",
+    ),
     ("model.path=${nope}", "model.path=${nope}: Interpolation key 'nope' not found"),
     # values out of range
     ("algorithm.gamma=1.5", "algorithm.gamma=1.5: a discount lies in [0, 1]"),
     ("algorithm.temperature=0", "algorithm.temperature=0.0: must be positive"),
-    ("algorithm.imitation_weight.kind=linear", "algorithm.imitation_weight.kind=linear: needs an end value"),
-    ("algorithm.imitation_weight.steps=0", "algorithm.imitation_weight.steps=0: must be at least 1"),
+    (
+        "algorithm.imitation_weight.kind=linear",
+        "algorithm.imitation_weight.kind=linear: needs an end value",
+    ),
+    (
+        "algorithm.imitation_weight.steps=0",
+        "algorithm.imitation_weight.steps=0: must be at least 1",
+    ),
     ("train.lr=-1", "train.lr=-1.0: must be positive and finite"),
     ("train.lr=nan", "train.lr=nan: must be positive and finite"),
     ("train.steps=0", "train.steps=0: must be at least 1"),
@@ -169,35 +218,95 @@ BAD = [
     ("data.task=sudoku", "data.task=sudoku: must be countdown, reasoning_gym or jsonl"),
     ("data.instruction=hello", "data.instruction='hello': must contain {prompt}"),
     # settings that contradict each other
-    ("~teachers.main", "teachers={}: algorithm.imitation_weight is not 0, so a teacher is needed; add +teachers.NAME.path=..."),
-    ("~reward.functions.countdown", "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed"),
+    (
+        "~teachers.main",
+        "teachers={}: algorithm.imitation_weight is not 0, so a teacher is needed; add +teachers.NAME.path=...",
+    ),
+    (
+        "~reward.functions.countdown",
+        "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed",
+    ),
     (
         "algorithm.imitation_weight.value=0 algorithm.reward_weight.value=0 algorithm.reward_weight.end=0",
         "algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from; raise one of them",
     ),
-    ("+reward.functions.b.weight=2", "reward.functions.b.function is not set: it has no default; add reward.functions.b.function=..."),
-    ("train.samples_per_prompt=1", "train.samples_per_prompt=1: algorithm.baseline=leave_one_out compares siblings, needs >= 2"),
-    ("train.prompts_per_step=3 rollout.engines=4", "train.prompts_per_step=3: must be at least rollout.engines=4"),
-    ("algorithm=word_kd algorithm.support=sampled", "algorithm.support=sampled: estimates by the drawn token, and data was not drawn"),
-    ("algorithm=word_kd algorithm.support=topk algorithm.topk.source=teacher", "algorithm.topk.correction=unbiased: corrects by the drawn"),
-    ("algorithm=minillm algorithm.nll_weight=1", "algorithm.nll_weight: the likelihood of what the teacher wrote is no return"),
-    ("algorithm=dpo +teachers.initial.route={domain:math}", "teachers.initial.route: algorithm.pair.loss=dpo takes every pair's"),
-    ("algorithm=sft algorithm.data_fraction=0", "algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from"),
-    ("algorithm=dr_grpo train.samples_per_prompt=1", "train.samples_per_prompt=1: algorithm.baseline=group_mean compares siblings"),
-    ("data.path=train.jsonl", "data.path=train.jsonl: data.task=countdown reads no file; set data.task=records"),
+    (
+        "+reward.functions.b.weight=2",
+        "reward.functions.b.function is not set: it has no default; add reward.functions.b.function=...",
+    ),
+    (
+        "train.samples_per_prompt=1",
+        "train.samples_per_prompt=1: algorithm.baseline=leave_one_out compares siblings, needs >= 2",
+    ),
+    (
+        "train.prompts_per_step=3 rollout.engines=4",
+        "train.prompts_per_step=3: must be at least rollout.engines=4",
+    ),
+    (
+        "algorithm=word_kd algorithm.support=sampled",
+        "algorithm.support=sampled: estimates by the drawn token, and data was not drawn",
+    ),
+    (
+        "algorithm=word_kd algorithm.support=topk algorithm.topk.source=teacher",
+        "algorithm.topk.correction=unbiased: corrects by the drawn",
+    ),
+    (
+        "algorithm=minillm algorithm.nll_weight=1",
+        "algorithm.nll_weight: the likelihood of what the teacher wrote is no return",
+    ),
+    (
+        "algorithm=dpo +teachers.initial.route={domain:math}",
+        "teachers.initial.route: algorithm.pair.loss=dpo takes every pair's",
+    ),
+    (
+        "algorithm=sft algorithm.data_fraction=0",
+        "algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from",
+    ),
+    (
+        "algorithm=dr_grpo train.samples_per_prompt=1",
+        "train.samples_per_prompt=1: algorithm.baseline=group_mean compares siblings",
+    ),
+    (
+        "data.path=train.jsonl",
+        "data.path=train.jsonl: data.task=countdown reads no file; set data.task=records",
+    ),
     ("run.seed=-1", "run.seed=-1: must be in [0, 2**32)"),
     ("run.seed=4294967296", "run.seed=4294967296: must be in [0, 2**32)"),
-    ("algorithm=dapo train.samples_per_prompt=1", "train.samples_per_prompt=1: algorithm.dynamic_sampling compares siblings"),
+    (
+        "algorithm=dapo train.samples_per_prompt=1",
+        "train.samples_per_prompt=1: algorithm.dynamic_sampling compares siblings",
+    ),
     ("pipeline.ahead=-1", "pipeline.ahead=-1: must not be negative"),
-    ("pipeline.ahead=2 pipeline.max_staleness=1", "pipeline.ahead=2: pipeline.on_stale=wait lets sampling run no further ahead than"),
-    ("pipeline.ahead=1 pipeline.on_stale=reweight", "pipeline.on_stale=reweight: stale tokens are weighted by algorithm.ratio"),
+    (
+        "pipeline.ahead=2 pipeline.max_staleness=1",
+        "pipeline.ahead=2: pipeline.on_stale=wait lets sampling run no further ahead than",
+    ),
+    (
+        "pipeline.ahead=1 pipeline.on_stale=reweight",
+        "pipeline.on_stale=reweight: stale tokens are weighted by algorithm.ratio",
+    ),
     ("pipeline.max_inflight_bytes=0", "pipeline.max_inflight_bytes=0: must be positive"),
     ("rollout.oversample=2", "rollout.oversample=2.0: a share of train.prompts_per_step"),
-    ("rollout.oversample=0.5", "rollout.groups_per_chunk=96: rollout.oversample cancels single groups"),
-    ("train.prompts_per_step=3 learner.ranks=4", "train.prompts_per_step=3: must be at least learner.ranks=4"),
-    ("rollout.weight_transfer=nccl cluster.device=cpu", "rollout.weight_transfer=nccl: needs GPUs, cluster.device is cpu"),
-    ("rollout.max_model_len=16 rollout.max_new_tokens=16", "rollout.max_model_len=16: must hold a prompt and rollout.max_new_tokens=16"),
-    ("data.task=jsonl data.path=train.jsonl", "data.task=jsonl: needs data.path and data.heldout_path"),
+    (
+        "rollout.oversample=0.5",
+        "rollout.groups_per_chunk=96: rollout.oversample cancels single groups",
+    ),
+    (
+        "train.prompts_per_step=3 learner.ranks=4",
+        "train.prompts_per_step=3: must be at least learner.ranks=4",
+    ),
+    (
+        "rollout.weight_transfer=nccl cluster.device=cpu",
+        "rollout.weight_transfer=nccl: needs GPUs, cluster.device is cpu",
+    ),
+    (
+        "rollout.max_model_len=16 rollout.max_new_tokens=16",
+        "rollout.max_model_len=16: must hold a prompt and rollout.max_new_tokens=16",
+    ),
+    (
+        "data.task=jsonl data.path=train.jsonl",
+        "data.task=jsonl: needs data.path and data.heldout_path",
+    ),
     ("data.task=reasoning_gym", "data.task=reasoning_gym: needs data.dataset"),
 ]
 
@@ -211,7 +320,9 @@ def test_a_bad_setting_is_answered_with_one_sentence(overrides: str, sentence: s
     assert "\n" not in message and "Error" not in message and len(message) < 240
 
 
-@pytest.mark.parametrize(("overrides", "key"), [(["experiment=quickstart"], "run.dir"), (["run.dir=here"], "model.path")])
+@pytest.mark.parametrize(
+    ("overrides", "key"), [(["experiment=quickstart"], "run.dir"), (["run.dir=here"], "model.path")]
+)
 def test_a_setting_without_default_must_be_given(overrides: list[str], key: str):
     with pytest.raises(ConfigError) as caught:
         load_config(overrides)
@@ -225,22 +336,42 @@ def test_a_config_error_is_a_value_error_so_the_command_line_can_say_whose_fault
 
 def test_the_longest_silence_is_that_of_the_slowest_kind_of_call():
     assert DeadlineConfig().longest_silence_s == 1800, "a step of the learner, or a checkpoint"
-    assert DeadlineConfig(learn_s=10, save_s=10, rollout_s=700).longest_silence_s == 700, "a response"
+    assert DeadlineConfig(learn_s=10, save_s=10, rollout_s=700).longest_silence_s == 700, (
+        "a response"
+    )
 
 
 @pytest.mark.parametrize(
-    ("best", "every"), [("eval/accuracy", (40, 20)), ("eval/accuracy", (0, 20)), ("train/loss", (50, 20)), ("train/loss", (50, 0))]
+    ("best", "every"),
+    [
+        ("eval/accuracy", (40, 20)),
+        ("eval/accuracy", (0, 20)),
+        ("train/loss", (50, 20)),
+        ("train/loss", (50, 0)),
+    ],
 )
-def test_the_best_checkpoint_is_chosen_by_what_every_saved_step_has(best: str, every: tuple[int, int]):
+def test_the_best_checkpoint_is_chosen_by_what_every_saved_step_has(
+    best: str, every: tuple[int, int]
+):
     said = [f"checkpoint.best={best}", f"checkpoint.every={every[0]}", f"eval.every={every[1]}"]
     settings = load_config(["experiment=quickstart", "run.dir=here", *said])
-    assert (settings.checkpoint.best, settings.checkpoint.every, settings.eval.every) == (best, *every)
+    assert (settings.checkpoint.best, settings.checkpoint.every, settings.eval.every) == (
+        best,
+        *every,
+    )
 
 
 @pytest.mark.parametrize("every", [0, 20, 100])
 def test_an_evaluation_that_saved_steps_lack_cannot_choose_the_best(every: int):
     with pytest.raises(ConfigError) as caught:
-        load_config(["experiment=quickstart", "run.dir=here", "checkpoint.best=eval/accuracy", f"eval.every={every}"])
+        load_config(
+            [
+                "experiment=quickstart",
+                "run.dir=here",
+                "checkpoint.best=eval/accuracy",
+                f"eval.every={every}",
+            ]
+        )
     assert str(caught.value) == (
         f"checkpoint.best=eval/accuracy: is measured at steps divisible by eval.every={every}, and saved are those by "
         "checkpoint.every=50; set eval.every=50"

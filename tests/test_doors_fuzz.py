@@ -21,7 +21,10 @@ derandomized = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    phases=[Phase.explicit, Phase.generate],  # a failure is told as found: making it smaller takes minutes
+    phases=[
+        Phase.explicit,
+        Phase.generate,
+    ],  # a failure is told as found: making it smaller takes minutes
     suppress_health_check=list(HealthCheck),
 )
 
@@ -30,15 +33,66 @@ LOADED = load_config(["experiment=quickstart", "run.dir=x"])
 # -- settings --------------------------------------------------------------------------------------------------------
 
 VALUES = [
-    "", "0", "1", "-1", "2.5", "1e400", "nan", "inf", "true", "null", "x", "[]", "[1,2]",
-    "[a,null]", "{}", "{a:1}", "{kind:linear}", "'a b'",
-    "'${run.dir}'", "'${nowhere}'", "'${oc.env:NO_SUCH_VARIABLE}'", "'\\${x}'", "'${'", "a=b", "a,b", "[", "{", "'", "\\", "9" * 20,
-    "???", "!!python/object/apply:os.getcwd []", "../../x", "\u00e9\u2028", "{_target_:os.getcwd}", "[[1],[2]]",
-    "{a:{b:[1,{c:2}]}}", "*x", "&x 1",
-]  # fmt: skip
-KEYS = [*known_keys(), "teachers.main.path", "teachers.b", "reward.functions.countdown", "reward.functions.f.options",
-        "algorithm", "experiment", "hydra.job.name", "hydra", "_target_", "data.options._target_", "train.stepz", "", ".",
-        "a..b", "train.betas.0", "@x", "a@b"]  # fmt: skip
+    "",
+    "0",
+    "1",
+    "-1",
+    "2.5",
+    "1e400",
+    "nan",
+    "inf",
+    "true",
+    "null",
+    "x",
+    "[]",
+    "[1,2]",
+    "[a,null]",
+    "{}",
+    "{a:1}",
+    "{kind:linear}",
+    "'a b'",
+    "'${run.dir}'",
+    "'${nowhere}'",
+    "'${oc.env:NO_SUCH_VARIABLE}'",
+    "'\\${x}'",
+    "'${'",
+    "a=b",
+    "a,b",
+    "[",
+    "{",
+    "'",
+    "\\",
+    "9" * 20,
+    "???",
+    "!!python/object/apply:os.getcwd []",
+    "../../x",
+    "\u00e9\u2028",
+    "{_target_:os.getcwd}",
+    "[[1],[2]]",
+    "{a:{b:[1,{c:2}]}}",
+    "*x",
+    "&x 1",
+]
+KEYS = [
+    *known_keys(),
+    "teachers.main.path",
+    "teachers.b",
+    "reward.functions.countdown",
+    "reward.functions.f.options",
+    "algorithm",
+    "experiment",
+    "hydra.job.name",
+    "hydra",
+    "_target_",
+    "data.options._target_",
+    "train.stepz",
+    "",
+    ".",
+    "a..b",
+    "train.betas.0",
+    "@x",
+    "a@b",
+]
 
 override = st.builds(
     lambda mark, key, sign, value: f"{mark}{key}{sign}{value}",
@@ -63,7 +117,15 @@ def test_any_override_works_or_is_one_sentence(overrides: list[str]):
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "'nan'"])
-@pytest.mark.parametrize("key", ["deadlines.rollout_s", "algorithm.reward_weight.end", "rollout.max_logprob_gap", "train.lr_end"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "deadlines.rollout_s",
+        "algorithm.reward_weight.end",
+        "rollout.max_logprob_gap",
+        "train.lr_end",
+    ],
+)
 def test_no_number_of_the_settings_is_infinite_or_none(key: str, value: str):
     with pytest.raises(ConfigError, match=rf"{key}=.*(must be|needs)"):
         load_config(["experiment=quickstart", "run.dir=x", f"{key}={value}"])
@@ -87,19 +149,34 @@ def test_any_text_in_the_place_of_settings_is_refused_in_one_sentence(text: str)
 
 # -- data ------------------------------------------------------------------------------------------------------------
 
-texts = st.sampled_from(["", " ", "1 2=3:", "3*", "\ud800", "\u2028", "\0", "9" * 60, "x"]) | st.text(max_size=6)
+texts = st.sampled_from(
+    ["", " ", "1 2=3:", "3*", "\ud800", "\u2028", "\0", "9" * 60, "x"]
+) | st.text(max_size=6)
 scalars = texts | st.none() | st.booleans() | st.integers() | st.floats()
-anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=6)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
 message = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system", "tool"]) | anything, "content": texts | anything}, optional={"name": anything}
+    {
+        "role": st.sampled_from(["user", "assistant", "system", "tool"]) | anything,
+        "content": texts | anything,
+    },
+    optional={"name": anything},
 )
 chat = st.lists(message, max_size=3)
 row = st.dictionaries(
-    st.sampled_from(["prompt", "completion", "messages", "chosen", "rejected", "uid", "_target_", "completions"]) | texts,
+    st.sampled_from(
+        ["prompt", "completion", "messages", "chosen", "rejected", "uid", "_target_", "completions"]
+    )
+    | texts,
     texts | chat | anything,
     max_size=4,
 )
-broken = st.text(max_size=20) | st.sampled_from(["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "NaN"])
+broken = st.text(max_size=20) | st.sampled_from(
+    ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "NaN"]
+)
 line = row.map(json.dumps) | anything.map(json.dumps) | broken
 
 
@@ -114,14 +191,23 @@ TOKENIZER.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 @settings(derandomized, max_examples=500)
 @given(
-    st.lists(line, min_size=1, max_size=2).map(lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass")) | st.binary(max_size=30),
+    st.lists(line, min_size=1, max_size=2).map(
+        lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass")
+    )
+    | st.binary(max_size=30),
     st.booleans(),
 )
-def test_any_file_of_rows_becomes_prompts_or_an_error_that_names_the_row(file: Path, content: bytes, templated: bool):
+def test_any_file_of_rows_becomes_prompts_or_an_error_that_names_the_row(
+    file: Path, content: bytes, templated: bool
+):
     file.write_bytes(content)
-    config = DataConfig(task="jsonl", path=str(file), heldout_path=str(file), chat_template=templated)
+    config = DataConfig(
+        task="jsonl", path=str(file), heldout_path=str(file), chat_template=templated
+    )
     try:
-        prompts = tokenize(load_problems(config, seed=0)[0], TOKENIZER, config, max_prompt_tokens=48)
+        prompts = tokenize(
+            load_problems(config, seed=0)[0], TOKENIZER, config, max_prompt_tokens=48
+        )
     except DataError as error:
         assert str(error).startswith(str(file))
     else:
@@ -130,7 +216,9 @@ def test_any_file_of_rows_becomes_prompts_or_an_error_that_names_the_row(file: P
 
 def test_a_separator_of_lines_that_json_allows_inside_a_text_ends_no_row(file: Path):
     file.write_text('{"prompt": "1 2=3:", "note": "a\u2028b"}\r\n{"prompt": "4"}', encoding="utf-8")
-    rows = load_problems(DataConfig(task="jsonl", path=str(file), heldout_path=str(file)), seed=0)[0]
+    rows = load_problems(DataConfig(task="jsonl", path=str(file), heldout_path=str(file)), seed=0)[
+        0
+    ]
     assert [(p.prompt, p.columns) for p in rows] == [("1 2=3:", {"note": "a\u2028b"}), ("4", {})]
 
 
@@ -189,7 +277,18 @@ VALUE_NAMES = [
     "list",
     "surrogate",
 ]
-WHOLE_NAMES = ["scalar", "none", "dict", "text", "stops", "uncountable", "array", "matrix", "mute", "type"]
+WHOLE_NAMES = [
+    "scalar",
+    "none",
+    "dict",
+    "text",
+    "stops",
+    "uncountable",
+    "array",
+    "matrix",
+    "mute",
+    "type",
+]
 RAISED_NAMES = ["exit", "stop", "interrupt", "memory", "mute", "x"]
 
 
@@ -197,7 +296,12 @@ RAISED_NAMES = ["exit", "stop", "interrupt", "memory", "mute", "x"]
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardPool]:
     path = tmp_path_factory.mktemp("rewards") / "odd.py"
     path.write_text(ODD)
-    opened = RewardPool({"odd": RewardCall(function=f"{path}:odd", options={})}, processes=1, timeout_s=20.0, max_timeouts=0.5)
+    opened = RewardPool(
+        {"odd": RewardCall(function=f"{path}:odd", options={})},
+        processes=1,
+        timeout_s=20.0,
+        max_timeouts=0.5,
+    )
     yield opened
     opened.close()
 
@@ -209,7 +313,9 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardPool]:
     | st.tuples(st.just("whole"), st.sampled_from(WHOLE_NAMES))
     | st.tuples(st.just("raise"), st.sampled_from(RAISED_NAMES))
 )
-def test_whatever_a_reward_function_does_is_a_finite_number_or_a_failure_of_a_known_kind(pool: RewardPool, asked: tuple[str, object]):
+def test_whatever_a_reward_function_does_is_a_finite_number_or_a_failure_of_a_known_kind(
+    pool: RewardPool, asked: tuple[str, object]
+):
     [outcome] = pool.call("odd", {"completions": [json.dumps(asked)]})
     if isinstance(outcome, Failure):
         assert outcome.kind in (FailureKind.raised, FailureKind.invalid) and outcome.text

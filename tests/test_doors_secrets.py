@@ -41,7 +41,13 @@ JUDGE = [
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "JUDGE_API_KEY"):
+    for name in (
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "DB_PASSWORD",
+        "JUDGE_API_KEY",
+    ):
         monkeypatch.setenv(name, f"{CANARY}-{name}")
     monkeypatch.setenv("PLAIN", "plain-value")
 
@@ -51,77 +57,150 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "secret"),
-    [("WANDB_API_KEY", True), ("HF_TOKEN", True), ("AWS_SECRET_ACCESS_KEY", True), ("AWS_ACCESS_KEY_ID", True), ("PGPASSWORD", True),
-     ("OPENAI_APIKEY", True), ("my_key", True), ("TOKENIZERS_PARALLELISM", False), ("PWD", False), ("KEYBOARD", False),
-     ("RAY_AUTH_TOKEN_PATH", False), ("GOOGLE_CREDENTIALS_FILE", False)],
-)  # fmt: skip
+    [
+        ("WANDB_API_KEY", True),
+        ("HF_TOKEN", True),
+        ("AWS_SECRET_ACCESS_KEY", True),
+        ("AWS_ACCESS_KEY_ID", True),
+        ("PGPASSWORD", True),
+        ("OPENAI_APIKEY", True),
+        ("my_key", True),
+        ("TOKENIZERS_PARALLELISM", False),
+        ("PWD", False),
+        ("KEYBOARD", False),
+        ("RAY_AUTH_TOKEN_PATH", False),
+        ("GOOGLE_CREDENTIALS_FILE", False),
+    ],
+)
 def test_a_variable_is_a_secret_by_its_name(name: str, secret: bool):
     assert redact.variable_is_secret(name) is secret
 
 
 @pytest.mark.parametrize(
     ("key", "secret"),
-    [("options.api_key", True), ("api-key", True), ("apiKey", True), ("judge.token", True), ("hf_token", True), ("client_secret", True),
-     ("db_password", True), ("eos_token", False), ("pad_token", False), ("key", False), ("answer_key", False), ("num_tokens", False),
-     ("options.github_token", True), ("options.openai_key", True), ("options.judge_token", True), ("a.options.headers.Authorization", True),
-     ("options.pat", True), ("options.credentials.value", True), ("options.max_tokens", False), ("options.tokenizer", False),
-     ("options.eos_token", False), ("options.answer_key", False), ("options.keywords", False), ("functions.secret_judge.weight", False)],
-)  # fmt: skip
+    [
+        ("options.api_key", True),
+        ("api-key", True),
+        ("apiKey", True),
+        ("judge.token", True),
+        ("hf_token", True),
+        ("client_secret", True),
+        ("db_password", True),
+        ("eos_token", False),
+        ("pad_token", False),
+        ("key", False),
+        ("answer_key", False),
+        ("num_tokens", False),
+        ("options.github_token", True),
+        ("options.openai_key", True),
+        ("options.judge_token", True),
+        ("a.options.headers.Authorization", True),
+        ("options.pat", True),
+        ("options.credentials.value", True),
+        ("options.max_tokens", False),
+        ("options.tokenizer", False),
+        ("options.eos_token", False),
+        ("options.answer_key", False),
+        ("options.keywords", False),
+        ("functions.secret_judge.weight", False),
+    ],
+)
 def test_a_setting_is_a_secret_by_its_key(key: str, secret: bool):
     assert redact.setting_is_secret(key) is secret
 
 
 def ordinary_options() -> set[str]:
     """Names of options of our reward functions and generators, and of what a judge's client takes beside its key."""
-    rewards = {name for path in BUILT_IN.values() for name in accepted_names(resolve_name(path)) or ()}
-    return rewards | {field.name for field in fields(Countdown)} | {"max_tokens", "max_completion_tokens", "top_k", "tokenizer", "key_fn"}
+    rewards = {
+        name for path in BUILT_IN.values() for name in accepted_names(resolve_name(path)) or ()
+    }
+    return (
+        rewards
+        | {field.name for field in fields(Countdown)}
+        | {"max_tokens", "max_completion_tokens", "top_k", "tokenizer", "key_fn"}
+    )
 
 
 def test_no_setting_of_ours_is_taken_for_a_secret():
     assert [key for key in known_keys() if redact.setting_is_secret(key)] == []
-    assert [key for key in known_keys() if redact.setting_is_secret(f"options.{key}")] == [], "as it is shown by --cfg"
-    assert [name for name in ordinary_options() if redact.setting_is_secret(f"options.{name}")] == []
+    assert [key for key in known_keys() if redact.setting_is_secret(f"options.{key}")] == [], (
+        "as it is shown by --cfg"
+    )
+    assert [
+        name for name in ordinary_options() if redact.setting_is_secret(f"options.{name}")
+    ] == []
 
 
-def test_values_and_the_users_of_urls_are_masked_wherever_they_stand(monkeypatch: pytest.MonkeyPatch):
+def test_values_and_the_users_of_urls_are_masked_wherever_they_stand(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setenv("A_KEY", "12345678")
     monkeypatch.setenv("LONGER_KEY", "12345678-9")
     monkeypatch.setenv("SHORT_KEY", "batch")
-    assert redact.text("batch 12345678 and 12345678-9, https://me:pw@host/x") == "batch *** and ***, https://***@host/x"
+    assert (
+        redact.text("batch 12345678 and 12345678-9, https://me:pw@host/x")
+        == "batch *** and ***, https://***@host/x"
+    )
 
 
 # -- what a run writes -----------------------------------------------------------------------------------------------
 
 
-def test_the_written_settings_and_what_trackers_get_hold_no_secret(environment: None, tmp_path: Path):
+def test_the_written_settings_and_what_trackers_get_hold_no_secret(
+    environment: None, tmp_path: Path
+):
     settings = load_config([*BASE, *JUDGE])
-    assert settings.reward.functions["judge"].options["api_key"] == f"{CANARY}-JUDGE_API_KEY", "the function itself gets it"
+    assert settings.reward.functions["judge"].options["api_key"] == f"{CANARY}-JUDGE_API_KEY", (
+        "the function itself gets it"
+    )
     options = {"api_key": "***", "url": "https://***@host/x"}
     assert from_yaml(to_yaml(settings)).reward.functions["judge"].options == options
-    assert run_info(settings, tmp_path, None).config["reward"]["functions"]["judge"]["options"] == options
+    assert (
+        run_info(settings, tmp_path, None).config["reward"]["functions"]["judge"]["options"]
+        == options
+    )
     assert CANARY not in to_yaml(settings)
-    assert changes(from_yaml(to_yaml(settings)), settings) == {}, "a run that is continued finds no difference"
+    assert changes(from_yaml(to_yaml(settings)), settings) == {}, (
+        "a run that is continued finds no difference"
+    )
 
 
-def test_the_teachers_levels_name_the_judges_options_by_their_sha256(environment: None, monkeypatch: pytest.MonkeyPatch):
+def test_the_teachers_levels_name_the_judges_options_by_their_sha256(
+    environment: None, monkeypatch: pytest.MonkeyPatch
+):
     first = ["~reward.functions.countdown", *JUDGE]
     written = json.dumps(conditions_of(load_config([*BASE, *first]), []))
     assert "f.py:f" in written and CANARY not in written and "me:pw" not in written
     monkeypatch.setenv("JUDGE_API_KEY", f"{CANARY}-other")
-    assert json.dumps(conditions_of(load_config([*BASE, *first]), [])) != written, "another key may be another judge: measured again"
+    assert json.dumps(conditions_of(load_config([*BASE, *first]), [])) != written, (
+        "another key may be another judge: measured again"
+    )
 
 
 @pytest.mark.parametrize(
-    "key", ["+data.options.api_key", "+reward.functions.countdown.options.client_secret", "+teachers.main.route.token"]
+    "key",
+    [
+        "+data.options.api_key",
+        "+reward.functions.countdown.options.client_secret",
+        "+teachers.main.route.token",
+    ],
 )
 def test_a_secret_that_is_written_out_is_refused_and_not_repeated(key: str):
     with pytest.raises(ConfigError) as caught:
         load_config([*BASE, f"{key}={CANARY}"])
-    assert str(caught.value).startswith(f"{key[1:]}: a secret must not be written out") and CANARY not in str(caught.value)
+    assert str(caught.value).startswith(
+        f"{key[1:]}: a secret must not be written out"
+    ) and CANARY not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("password", "12345678"), ("github_token", CANARY), ("pat", "1.5"), ("keys.token", f"[{CANARY}]")]
+    ("key", "value"),
+    [
+        ("password", "12345678"),
+        ("github_token", CANARY),
+        ("pat", "1.5"),
+        ("keys.token", f"[{CANARY}]"),
+    ],
 )
 def test_a_secret_among_options_is_refused_also_as_a_number_or_in_a_list(key: str, value: str):
     with pytest.raises(ConfigError, match=f"options.{key}: a secret must not be written out"):
@@ -133,19 +212,33 @@ def test_a_sweep_with_a_secret_is_refused_before_hydra_writes_it_down(
     value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.chdir(tmp_path)
-    judge = f"+reward.functions.judge={{function: f.py:f, options: {{api_key: {value.split(',')[0]}}}}}"
+    judge = (
+        f"+reward.functions.judge={{function: f.py:f, options: {{api_key: {value.split(',')[0]}}}}}"
+    )
     for override in (f"+reward.functions.countdown.options.judge_token={value}", judge):
         assert main(["train", "-m", *BASE, "train.lr=1e-3,2e-3", override]) == 2
     told = "".join(capsys.readouterr())
-    assert told.count("a secret must not be written out") == 2 and CANARY not in told and "1234" not in told
+    assert (
+        told.count("a secret must not be written out") == 2
+        and CANARY not in told
+        and "1234" not in told
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_an_option_takes_from_the_environment_is_masked_whatever_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_an_option_takes_from_the_environment_is_masked_whatever_its_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("JUDGE_X", f"{CANARY}-x")
     monkeypatch.setenv("SCRATCH_HERE", str(tmp_path))
     options = "{header: 'Bearer ${oc.env:JUDGE_X}', parts: ['${oc.env:JUDGE_X}'], cache: '${oc.env:SCRATCH_HERE}/c', model: judge-large}"
-    settings = load_config([*BASE, f"+reward.functions.judge={{function: f.py:f, weight: 0, options: {options}}}", f"run.dir={CANARY}-x/a"])
+    settings = load_config(
+        [
+            *BASE,
+            f"+reward.functions.judge={{function: f.py:f, weight: 0, options: {options}}}",
+            f"run.dir={CANARY}-x/a",
+        ]
+    )
     judge = settings.reward.functions["judge"].options
     assert judge["header"] == f"Bearer {CANARY}-x", "the function itself gets it"
     written = from_yaml(to_yaml(settings))
@@ -153,20 +246,45 @@ def test_what_an_option_takes_from_the_environment_is_masked_whatever_its_names(
     assert written.reward.functions["judge"].options == masked and written.run.dir == "***/a"
     assert changes(written, settings) == {}, "a run that is continued finds no difference"
     sent = pickle.loads(pickle.dumps(settings))
-    assert set(redact.secrets_in({"settings": sent})) == {f"Bearer {CANARY}-x", f"{CANARY}-x"}, "a worker knows it too"
+    assert set(redact.secrets_in({"settings": sent})) == {f"Bearer {CANARY}-x", f"{CANARY}-x"}, (
+        "a worker knows it too"
+    )
 
 
-@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg", "job", "--resolve"], ["-c", "all", "--resolve"]])
-def test_the_settings_that_hydra_prints_hold_no_secret(environment: None, flags: list[str], tmp_path: Path):
+@pytest.mark.parametrize(
+    "flags", [["--cfg", "job"], ["--cfg", "job", "--resolve"], ["-c", "all", "--resolve"]]
+)
+def test_the_settings_that_hydra_prints_hold_no_secret(
+    environment: None, flags: list[str], tmp_path: Path
+):
     literal = f"+data.options.token={CANARY}"
-    command = [sys.executable, "-m", "hybridrl.cli", "train", *BASE, *JUDGE, literal, f"+data.options.plain={CANARY}-HF_TOKEN", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "hybridrl.cli",
+        "train",
+        *BASE,
+        *JUDGE,
+        literal,
+        f"+data.options.plain={CANARY}-HF_TOKEN",
+        *flags,
+    ]
     path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=path, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=path, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert "api_key: " in done.stdout and "token: '***'" in done.stdout and "plain: ***" in done.stdout and CANARY not in done.stdout
+    assert (
+        "api_key: " in done.stdout
+        and "token: '***'" in done.stdout
+        and "plain: ***" in done.stdout
+        and CANARY not in done.stdout
+    )
 
 
-def test_log_lines_tracebacks_and_error_sentences_hold_no_secret(environment: None, capsys: pytest.CaptureFixture, tmp_path: Path):
+def test_log_lines_tracebacks_and_error_sentences_hold_no_secret(
+    environment: None, capsys: pytest.CaptureFixture, tmp_path: Path
+):
     assert main(["train", *BASE, f"train.steps={CANARY}-HF_TOKEN"]) == 2
     assert main(["export", str(tmp_path / f"{CANARY}-HF_TOKEN")]) == 1
     try:
@@ -182,14 +300,19 @@ def test_log_lines_tracebacks_and_error_sentences_hold_no_secret(environment: No
 
 def test_a_workers_environment_is_emptied_of_secrets_but_for_what_it_needs(environment: None):
     env = worker_env(1, "cpu", take_turns=True)
-    assert {env[name] for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "JUDGE_API_KEY")} == {""}
+    assert {
+        env[name]
+        for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "JUDGE_API_KEY")
+    } == {""}
     assert "HF_TOKEN" not in env and "PLAIN" not in env, "inherited"
     assert not any(CANARY in value for value in env.values()), "Ray's dashboard shows it"
 
 
 class Failing:
     def __init__(self) -> None:
-        raise RuntimeError(f"HF_TOKEN={os.environ['HF_TOKEN']}, others {[n for n in os.environ if CANARY in os.environ[n]]}")
+        raise RuntimeError(
+            f"HF_TOKEN={os.environ['HF_TOKEN']}, others {[n for n in os.environ if CANARY in os.environ[n]]}"
+        )
 
 
 def test_a_worker_drops_what_its_node_adds_and_logs_no_secret(environment: None, tmp_path: Path):
@@ -210,23 +333,41 @@ class Judge:
 
     def __init__(self, config: RewardConfig, seen: str) -> None:
         options = config.functions["judge"].options
-        logging.getLogger("judge").warning("%s refused, node had %s, %s", options["headers"]["auth_token"].split()[1], seen, options["url"])
+        logging.getLogger("judge").warning(
+            "%s refused, node had %s, %s",
+            options["headers"]["auth_token"].split()[1],
+            seen,
+            options["url"],
+        )
 
 
 def build_judge(log: str) -> None:
     """Run in a process of its own: builds a Judge under a key that neither its environment nor a driver's has."""
     options = {"headers": {"auth_token": f"Bearer {CANARY}-judge"}, "url": "https://judge:8000"}
-    config = RewardConfig(functions={"judge": RewardFunctionConfig(function="f.py:f", options=options)})
-    build("tests.test_doors_secrets:Judge", log, {"config": config, "seen": os.environ["DB_PASSWORD"]})
+    config = RewardConfig(
+        functions={"judge": RewardFunctionConfig(function="f.py:f", options=options)}
+    )
+    build(
+        "tests.test_doors_secrets:Judge", log, {"config": config, "seen": os.environ["DB_PASSWORD"]}
+    )
 
 
-def test_a_worker_logs_neither_the_secrets_it_dropped_nor_those_of_its_settings(environment: None, tmp_path: Path):
-    program = "import sys; from tests.test_doors_secrets import build_judge; build_judge(sys.argv[1])"
+def test_a_worker_logs_neither_the_secrets_it_dropped_nor_those_of_its_settings(
+    environment: None, tmp_path: Path
+):
+    program = (
+        "import sys; from tests.test_doors_secrets import build_judge; build_judge(sys.argv[1])"
+    )
     root = Path(__file__).parent.parent
     subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "w.log")], env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, check=True
+        [sys.executable, "-c", program, str(tmp_path / "w.log")],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        cwd=root,
+        check=True,
     )
-    assert (tmp_path / "w.log").read_text() == "WARNING judge: *** refused, node had ***, https://judge:8000\n"
+    assert (
+        tmp_path / "w.log"
+    ).read_text() == "WARNING judge: *** refused, node had ***, https://judge:8000\n"
 
 
 SEES = """
@@ -238,9 +379,16 @@ def sees(completions):
 """
 
 
-def test_a_reward_child_is_started_without_secrets_and_the_parent_keeps_its_own(environment: None, tmp_path: Path):
+def test_a_reward_child_is_started_without_secrets_and_the_parent_keeps_its_own(
+    environment: None, tmp_path: Path
+):
     (tmp_path / "sees.py").write_text(SEES)
-    pool = RewardPool({"sees": RewardCall(function=f"{tmp_path}/sees.py:sees", options={})}, processes=1, timeout_s=10, max_timeouts=0.5)
+    pool = RewardPool(
+        {"sees": RewardCall(function=f"{tmp_path}/sees.py:sees", options={})},
+        processes=1,
+        timeout_s=10,
+        max_timeouts=0.5,
+    )
     names = ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", CANARY]
     outcomes = pool.call("sees", {"completions": [*names, "plain-value"]})
     pool.close()
@@ -248,7 +396,9 @@ def test_a_reward_child_is_started_without_secrets_and_the_parent_keeps_its_own(
     assert os.environ["HF_TOKEN"] == f"{CANARY}-HF_TOKEN"
 
 
-def test_the_token_that_ray_makes_meanwhile_becomes_the_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_token_that_ray_makes_meanwhile_becomes_the_owners_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HOME", str(tmp_path))
     token = tmp_path / ".ray" / "auth_token"
     with private_token():
@@ -266,7 +416,12 @@ def test_a_target_in_settings_data_or_a_model_is_never_called(tmp_path: Path):
     hit = tmp_path / "hit"
     call = {"_target_": "pathlib.Path.touch", "_args_": [str(hit)]}
     with pytest.raises(ConfigError, match=r"countdown takes num_numbers"):
-        load_problems(load_config([*BASE, f"+data.options={{_target_: pathlib.Path.touch, _args_: [{hit}]}}"]).data, seed=0)
+        load_problems(
+            load_config(
+                [*BASE, f"+data.options={{_target_: pathlib.Path.touch, _args_: [{hit}]}}"]
+            ).data,
+            seed=0,
+        )
     with pytest.raises(ConfigError, match=r"no such setting"):
         load_config([*BASE, "+train._target_=os.getcwd"])
     model = save_tiny(tmp_path / "model", 0)
@@ -286,7 +441,9 @@ def test_a_target_in_settings_data_or_a_model_is_never_called(tmp_path: Path):
 def test_a_name_that_comes_with_a_row_is_no_uid_and_no_path(tmp_path: Path, uid: str):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "1 2=3:", "uid": uid, "id": uid}) + "\n")
-    [problem], _ = load_problems(DataConfig(task="records", path=str(rows), heldout_path=str(rows)), seed=0)
+    [problem], _ = load_problems(
+        DataConfig(task="records", path=str(rows), heldout_path=str(rows)), seed=0
+    )
     assert (problem.uid, problem.columns) == ("train-000001", {"uid": uid, "id": uid})
 
 
@@ -294,7 +451,9 @@ def test_a_name_that_comes_with_a_row_is_no_uid_and_no_path(tmp_path: Path, uid:
 def test_the_index_of_a_model_cannot_point_outside_of_its_folder(tmp_path: Path, stolen: str):
     model, _ = save_tiny(tmp_path / "model", 0), save_tiny(tmp_path / "other", 1)
     stolen = stolen if stolen.startswith("..") else f"{tmp_path}{stolen}"
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": stolen}}))
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.embed_tokens.weight": stolen}})
+    )
     with pytest.raises(ConfigError, match="outside of the folder"):
         load_output_head(str(model), "float32")
 
@@ -305,19 +464,42 @@ def test_the_index_of_a_model_cannot_point_outside_of_its_folder(tmp_path: Path,
 @pytest.mark.parametrize(
     ("row", "template", "told"),
     [
-        ("9 " * 40, None, "the prompt has 81 tokens, rollout.max_model_len - rollout.max_new_tokens leaves room for 48"),
+        (
+            "9 " * 40,
+            None,
+            "the prompt has 81 tokens, rollout.max_model_len - rollout.max_new_tokens leaves room for 48",
+        ),
         (" ", None, "the prompt is empty"),
         ([{"role": "user", "content": "1"}], None, "the model's tokenizer has no chat template"),
-        ([{"role": "user", "content": "1"}], "{% for m in messages %}{{ m.content }", "the model's chat template refuses it"),
-        ([{"role": "user", "content": "1"}], "{{ messages[5].content.x }}", "the model's chat template refuses it"),
-        ([{"role": "user", "content": "1"}], "{{ ''.__class__.__mro__[1].__subclasses__() }}", "the model's chat template refuses it"),
+        (
+            [{"role": "user", "content": "1"}],
+            "{% for m in messages %}{{ m.content }",
+            "the model's chat template refuses it",
+        ),
+        (
+            [{"role": "user", "content": "1"}],
+            "{{ messages[5].content.x }}",
+            "the model's chat template refuses it",
+        ),
+        (
+            [{"role": "user", "content": "1"}],
+            "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            "the model's chat template refuses it",
+        ),
     ],
 )
-def test_a_row_that_the_model_cannot_read_is_named_by_its_number(tmp_path: Path, row: object, template: str | None, told: str):
+def test_a_row_that_the_model_cannot_read_is_named_by_its_number(
+    tmp_path: Path, row: object, template: str | None, told: str
+):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in (("1", row) if isinstance(row, str) else (row,))))
+    path.write_text(
+        "\n".join(
+            json.dumps({"prompt": prompt})
+            for prompt in (("1", row) if isinstance(row, str) else (row,))
+        )
+    )
     config = DataConfig(task="records", path=str(path), heldout_path=str(path))
     number = 2 if isinstance(row, str) else 1
     with pytest.raises(DataError) as caught:

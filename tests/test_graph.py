@@ -22,7 +22,14 @@ from hybridrl.controller.ledger import Ledger, check_ledger, drawn_uids, read_le
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run import prepare_prompts
 from hybridrl.data.prompts import PromptSource
-from hybridrl.errors import ConfigError, FleetExhausted, PlacementError, SkippedStep, WeightSyncError, WorkerTimeout
+from hybridrl.errors import (
+    ConfigError,
+    FleetExhausted,
+    PlacementError,
+    SkippedStep,
+    WeightSyncError,
+    WorkerTimeout,
+)
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team, bundle_nodes
 from hybridrl.runtime.groups import LearnerGroup
@@ -35,12 +42,33 @@ from tests.graph import tiny_settings
 pytestmark = pytest.mark.graph
 
 PROMISED = {
-    "train/step", "train/loss", "train/grad_norm", "grad/dense_norm", "grad/sparse_norm", "schedule/lambda", "kl/token", "reward/mean",
-    "reward/error_rate", "rollout/length_mean", "rollout/truncated_frac", "policy/staleness_mean", "policy/rho_mean", "policy/ess",
-    "policy/probe_gap", "perf/tokens_per_s", "time/step_s",
-    "time/rollout_s", "time/score_s", "time/reward_s", "time/learn_s", "time/sync_s",
-    "transfer/bytes_rollout", "transfer/bytes_scores", "transfer/bytes_weights", "controller/materialized_bytes",
-}  # fmt: skip
+    "train/step",
+    "train/loss",
+    "train/grad_norm",
+    "grad/dense_norm",
+    "grad/sparse_norm",
+    "schedule/lambda",
+    "kl/token",
+    "reward/mean",
+    "reward/error_rate",
+    "rollout/length_mean",
+    "rollout/truncated_frac",
+    "policy/staleness_mean",
+    "policy/rho_mean",
+    "policy/ess",
+    "policy/probe_gap",
+    "perf/tokens_per_s",
+    "time/step_s",
+    "time/rollout_s",
+    "time/score_s",
+    "time/reward_s",
+    "time/learn_s",
+    "time/sync_s",
+    "transfer/bytes_rollout",
+    "transfer/bytes_scores",
+    "transfer/bytes_weights",
+    "controller/materialized_bytes",
+}
 
 
 @dataclass
@@ -75,12 +103,22 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     nodes = RayNodes(initialize_head=True, head_node_args={"num_cpus": 2})
     nodes.add_node(num_cpus=2)
     settings = tiny_settings(
-        folder, "cluster.spread=true", "rollout.engines=2", "rollout.groups_per_chunk=2", "learner.ranks=2", "learner.zero_stage=2",
-        "scorer.replicas=2", "reward.workers=2", "cluster.threads_per_worker=1", f"cluster.address={nodes.address}",
-    )  # fmt: skip
+        folder,
+        "cluster.spread=true",
+        "rollout.engines=2",
+        "rollout.groups_per_chunk=2",
+        "learner.ranks=2",
+        "learner.zero_stage=2",
+        "scorer.replicas=2",
+        "reward.workers=2",
+        "cluster.threads_per_worker=1",
+        f"cluster.address={nodes.address}",
+    )
     with Cluster(settings) as cluster:
         slots, log_dir = place_workers(settings, cluster), str(folder / "logs")
-        workers = start_workers(settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir)
+        workers = start_workers(
+            settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir
+        )
         prompts, heldout = prepare_prompts(settings)
         yield Graph(settings, cluster, slots, workers, prompts, heldout, folder)
     nodes.shutdown()
@@ -103,7 +141,9 @@ def test_there_are_two_of_everything_and_both_nodes_are_used(graph):
     nodes = bundle_nodes(graph.cluster.group)
     for name in ("learner", "rollout", "reward", "scorer-main"):
         assert len(graph.slots[name]) == 2
-    assert len({nodes[slot.bundle]["NodeID"] for slots in graph.slots.values() for slot in slots}) == 2
+    assert (
+        len({nodes[slot.bundle]["NodeID"] for slots in graph.slots.values() for slot in slots}) == 2
+    )
 
 
 def test_the_sampler_and_the_learner_agree_on_the_log_probs_after_every_sync(controller):
@@ -118,7 +158,9 @@ def test_another_zero_stage_trains_in_the_same_graph(graph, stage):
     settings = replace(graph.settings, learner=replace(graph.settings.learner, zero_stage=stage))
     with Cluster(settings) as more_room:
         slots = more_room.place([Team(name="learner", size=2, gpus=0, heavy=True)])
-        learner = LearnerGroup(settings, slots["learner"], device="cpu", log_dir=str(graph.run_dir / f"logs-{stage}"))
+        learner = LearnerGroup(
+            settings, slots["learner"], device="cpu", log_dir=str(graph.run_dir / f"logs-{stage}")
+        )
         gather(learner.ready())
         controller = graph.controller(settings, replace(graph.workers, learner=learner))
         rows = [controller.step() for _ in range(2)]
@@ -129,25 +171,43 @@ def test_another_zero_stage_trains_in_the_same_graph(graph, stage):
 def test_pipelined_steps_overlap_within_their_bound_and_lose_no_prompt(graph):
     """Two steps ahead: the third step's tokens were asked for when version 0 served, and sampled while version 1 and 2 came."""
     pipelined = replace(graph.settings.pipeline, ahead=2, max_staleness=2)
-    settings = replace(graph.settings, pipeline=pipelined, train=replace(graph.settings.train, steps=4))
+    settings = replace(
+        graph.settings, pipeline=pipelined, train=replace(graph.settings.train, steps=4)
+    )
     controller = graph.controller(settings, graph.workers)
     rows, taken = [], []
     for _ in range(4):
         rows.append(controller.step())
         taken.append([p.uid for p in controller.pipeline.in_flight()])
         assert controller.state({}).parts["pipeline"]["prompts"]["owed"] == taken[-1]
-    assert [len(uids) for uids in taken] == [0, 32, 16, 0], "two waves ahead once one was seen whole, as far as there are steps"
-    assert all(row["policy/staleness_max"] <= 2 for row in rows) and max(row["policy/staleness_max"] for row in rows) > 0
-    assert all(row["controller/materialized_bytes"] == 0 and row["rollout/late_frac"] == 0 for row in rows)
+    assert [len(uids) for uids in taken] == [0, 32, 16, 0], (
+        "two waves ahead once one was seen whole, as far as there are steps"
+    )
+    assert (
+        all(row["policy/staleness_max"] <= 2 for row in rows)
+        and max(row["policy/staleness_max"] for row in rows) > 0
+    )
+    assert all(
+        row["controller/materialized_bytes"] == 0 and row["rollout/late_frac"] == 0 for row in rows
+    )
     assert controller.prompts.position == 64 and controller.prompts.owed == []
 
 
 @pytest.mark.parametrize("policy", [OnStale.drop, OnStale.reweight])
-def test_tokens_that_are_too_old_are_sampled_again_or_weighted_and_no_prompt_is_lost(graph, tmp_path, policy):
+def test_tokens_that_are_too_old_are_sampled_again_or_weighted_and_no_prompt_is_lost(
+    graph, tmp_path, policy
+):
     """Waves are drawn three versions ahead, where one is allowed."""
     pipeline = replace(graph.settings.pipeline, ahead=3, max_staleness=1, on_stale=policy)
-    algorithm = replace(graph.settings.algorithm, ratio=replace(graph.settings.algorithm.ratio, kind=Ratio.truncate))
-    settings = replace(graph.settings, pipeline=pipeline, algorithm=algorithm, train=replace(graph.settings.train, steps=6))
+    algorithm = replace(
+        graph.settings.algorithm, ratio=replace(graph.settings.algorithm.ratio, kind=Ratio.truncate)
+    )
+    settings = replace(
+        graph.settings,
+        pipeline=pipeline,
+        algorithm=algorithm,
+        train=replace(graph.settings.train, steps=6),
+    )
     graph.workers.learner.configure(settings)
     controller = replace(graph, run_dir=tmp_path).controller(settings, graph.workers)
     rows = [controller.step() for _ in range(6)]
@@ -155,9 +215,13 @@ def test_tokens_that_are_too_old_are_sampled_again_or_weighted_and_no_prompt_is_
     cursor = controller.pipeline.state_dict()["prompts"]
     check_ledger(tmp_path, 6, drawn_uids(graph.prompts, settings.run.seed, cursor))
     assert max(row["policy/staleness_max"] for row in rows) == 3
-    late, off_policy = ([row[key] for row in rows] for key in ("rollout/late_frac", "policy/kl_sampler"))
+    late, off_policy = (
+        [row[key] for row in rows] for key in ("rollout/late_frac", "policy/kl_sampler")
+    )
     if policy is OnStale.drop:
-        assert late == [0, 0, 0, 0.5, 0.5, 0.5] and max(off_policy[3:]) < 1e-9, "what was learned from was sampled anew"
+        assert late == [0, 0, 0, 0.5, 0.5, 0.5] and max(off_policy[3:]) < 1e-9, (
+            "what was learned from was sampled anew"
+        )
     else:
         assert max(late) == 0 and max(off_policy) > 1e-6, "the old tokens were learned from"
 
@@ -178,7 +242,9 @@ def test_an_engine_answers_pings_and_takes_new_weights_while_it_generates(graph,
     rollout = graph.workers.rollout
     version = controller.publish_weights() and controller.weight_version
     manifest, packed = graph.workers.learner.pack_weights(version + 1)
-    chunks = rollout.generate(graph.prompts[:32], wave="busy", group_size=32, temperature=1.0, seed=1)
+    chunks = rollout.generate(
+        graph.prompts[:32], wave="busy", group_size=32, temperature=1.0, seed=1
+    )
     busy = [ping["unfinished"] for _ in range(5) for ping in gather(rollout.ready())]
     rollout.load_weights(manifest, packed)
     headers = gather([chunk.header for chunk in chunks])
@@ -190,7 +256,9 @@ def test_an_engine_answers_pings_and_takes_new_weights_while_it_generates(graph,
 
 def test_an_abort_ends_a_wave_and_marks_what_it_cut(graph):
     rollout = graph.workers.rollout
-    chunks = rollout.generate(graph.prompts[:32], wave="doomed", group_size=32, temperature=1.0, seed=2)
+    chunks = rollout.generate(
+        graph.prompts[:32], wave="doomed", group_size=32, temperature=1.0, seed=2
+    )
     aborted = sum(gather(rollout.abort()))
     headers = gather([chunk.header for chunk in chunks])
     cut = sum(int((h.response_lengths == 0).sum()) for h in headers)
@@ -199,13 +267,19 @@ def test_an_abort_ends_a_wave_and_marks_what_it_cut(graph):
 
 def test_the_same_seed_gives_the_same_tokens_and_log_probs_bit_by_bit(graph):
     def sample(wave: str, seed: int) -> list:
-        chunks = graph.workers.rollout.generate(graph.prompts[:8], wave=wave, group_size=4, temperature=1.0, seed=seed)
+        chunks = graph.workers.rollout.generate(
+            graph.prompts[:8], wave=wave, group_size=4, temperature=1.0, seed=seed
+        )
         return [ray.get(chunk.batch.ref, timeout=60) for chunk in chunks]
 
     first, second, other = sample("one", 3), sample("two", 3), sample("three", 4)
     for a, b in zip(first, second, strict=True):
-        assert np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.rollout_logprobs, b.rollout_logprobs)
-    assert any(not np.array_equal(a.input_ids, b.input_ids) for a, b in zip(first, other, strict=True))
+        assert np.array_equal(a.input_ids, b.input_ids) and np.array_equal(
+            a.rollout_logprobs, b.rollout_logprobs
+        )
+    assert any(
+        not np.array_equal(a.input_ids, b.input_ids) for a, b in zip(first, other, strict=True)
+    )
 
 
 def test_an_engine_refuses_weights_whose_digest_is_not_what_was_sent(graph):
@@ -219,7 +293,10 @@ def test_an_engine_refuses_weights_whose_digest_is_not_what_was_sent(graph):
 
 def test_an_engine_refuses_weights_that_leave_a_parameter_out(graph):
     manifest, packed = graph.workers.learner.pack_weights(100)
-    short = replace(manifest, **{key: getattr(manifest, key)[1:] for key in ("names", "dtypes", "shapes", "offsets")})
+    short = replace(
+        manifest,
+        **{key: getattr(manifest, key)[1:] for key in ("names", "dtypes", "shapes", "offsets")},
+    )
     with pytest.raises(WeightSyncError, match="left untouched"):
         graph.workers.rollout.load_weights(short, packed)
     graph.workers.rollout.load_weights(manifest, packed)
@@ -227,7 +304,10 @@ def test_an_engine_refuses_weights_that_leave_a_parameter_out(graph):
 
 def test_a_placement_that_cannot_be_met_lists_demand_and_supply(graph):
     settings = replace(graph.settings, deadlines=replace(graph.settings.deadlines, placement_s=1.0))
-    with Cluster(settings) as cluster, pytest.raises(PlacementError, match=r"could not place 1000 workers.*demand.*supply"):
+    with (
+        Cluster(settings) as cluster,
+        pytest.raises(PlacementError, match=r"could not place 1000 workers.*demand.*supply"),
+    ):
         cluster.place([Team(name="rollout", size=1000, gpus=0, heavy=True)])
 
 
@@ -241,7 +321,9 @@ def test_a_stopped_scorer_ends_in_a_timeout_that_names_it(graph):
     group = graph.workers.scorers[0].group
     os.kill(pid := group.pids()[1], signal.SIGSTOP)
     try:
-        with pytest.raises(WorkerTimeout, match=r"scorer-main/1 failed in ping: no answer within 1 s"):
+        with pytest.raises(
+            WorkerTimeout, match=r"scorer-main/1 failed in ping: no answer within 1 s"
+        ):
             group.call_all("ping", deadline_s=1.0)
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -252,7 +334,9 @@ def steps_on(controller: Controller) -> dict[str, float]:
     """A step that lost nothing, whatever was lost."""
     position, restarts = controller.prompts.position, controller.workers.restarts
     row = controller.step()
-    assert (controller.prompts.position - position) % 64 == 16 and controller.prompts.owed == [], "of 64 prompts an epoch"
+    assert (controller.prompts.position - position) % 64 == 16 and controller.prompts.owed == [], (
+        "of 64 prompts an epoch"
+    )
     assert row["policy/logprob_gap"] < 1e-5 and row["cluster/restarts"] == restarts + 1
     return row
 
@@ -264,11 +348,24 @@ def test_a_killed_engine_is_replaced_while_the_other_answers_its_prompts(graph, 
     assert rollout.serving == {0} or rollout.serving == {0, 1}
     gather([*rollout.joining.values()])
     controller.step()
-    assert rollout.serving == {0, 1} and gather(rollout.ready())[1]["version"] == controller.weight_version
+    assert (
+        rollout.serving == {0, 1}
+        and gather(rollout.ready())[1]["version"] == controller.weight_version
+    )
 
 
-SHORT = DeadlineConfig(heartbeat_s=8.0, rollout_s=12.0, score_s=10.0, reward_s=10.0, learn_s=15.0, sync_s=15.0, save_s=15.0)
-SILENCE_S = replace(SHORT, placement_s=1.0, start_s=1.0).longest_silence_s  # of workers that have started
+SHORT = DeadlineConfig(
+    heartbeat_s=8.0,
+    rollout_s=12.0,
+    score_s=10.0,
+    reward_s=10.0,
+    learn_s=15.0,
+    sync_s=15.0,
+    save_s=15.0,
+)
+SILENCE_S = replace(
+    SHORT, placement_s=1.0, start_s=1.0
+).longest_silence_s  # of workers that have started
 SLACK_S = 10.0  # what else a step does until it asks that worker
 
 
@@ -293,12 +390,16 @@ def test_a_worker_that_stops_is_replaced_within_the_longest_silence_and_the_othe
     os.kill(group.pids()[int(index)], signal.SIGSTOP)
     stopped = time.time()
     steps_on(controller)
-    (told,) = [record for record in caplog.records if "starting another worker" in record.getMessage()]
+    (told,) = [
+        record for record in caplog.records if "starting another worker" in record.getMessage()
+    ]
     assert kind in told.getMessage() and told.created - stopped <= SILENCE_S + SLACK_S
     wait_until(lambda: log.read_text().count("most recent call first") > dumps)
 
 
-def test_an_engine_that_stops_while_weights_come_is_replaced_and_the_others_write_their_stacks(graph, controller, short_deadlines):
+def test_an_engine_that_stops_while_weights_come_is_replaced_and_the_others_write_their_stacks(
+    graph, controller, short_deadlines
+):
     log = graph.run_dir / "logs" / "learner-0.log"
     dumps, rollout = log.read_text().count("most recent call first"), graph.workers.rollout
     os.kill(rollout.group.pids()[0], signal.SIGSTOP)
@@ -311,13 +412,17 @@ def test_an_engine_that_stops_while_weights_come_is_replaced_and_the_others_writ
     assert rollout.serving == {0, 1}
 
 
-def test_a_learner_rank_that_stops_is_told_within_the_longest_silence(graph, controller, short_deadlines):
+def test_a_learner_rank_that_stops_is_told_within_the_longest_silence(
+    graph, controller, short_deadlines
+):
     """The run goes back to its checkpoint then, which tests/test_chaos_fast.py sees; here the rank goes on and the step is lost."""
     controller.probe.check()  # answered: the update is what the rank is asked next
     os.kill(pid := graph.workers.learner.group.pids()[1], signal.SIGSTOP)
     stopped = time.time()
     try:
-        with pytest.raises(WorkerTimeout, match=r"learner/\d failed in update: no answer within 15 s"):
+        with pytest.raises(
+            WorkerTimeout, match=r"learner/\d failed in update: no answer within 15 s"
+        ):
             controller.step()
         assert time.time() - stopped <= SILENCE_S + SLACK_S
     finally:
@@ -349,10 +454,15 @@ def test_a_killed_scorer_is_replaced_and_scores_the_same_tokens(graph, controlle
 
     os.kill(pid := group.pids()[1], signal.SIGKILL)
     controller.save({}, last=True)  # asks every scorer what it remembers
-    assert group.pids()[1] != pid and controller.checkpointer.newest().state.step == controller.steps_done
+    assert (
+        group.pids()[1] != pid
+        and controller.checkpointer.newest().state.step == controller.steps_done
+    )
 
 
-def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_is_learned_from_it(graph, controller):
+def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_is_learned_from_it(
+    graph, controller
+):
     """It received what was sent, and says so: the digest is right, the weights are not the learner's."""
     learner, group = graph.workers.learner, graph.workers.rollout.group
     manifest, packed = learner.pack_weights(controller.weight_version)
@@ -362,7 +472,9 @@ def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_
     assert gather([group.submit(1, "load_weights", sent, wrong, deadline_s=60.0)]) == [sent.digest]
     controller.probe.ask()
     before, steps = gather(learner.ready()), controller.steps_done
-    with pytest.raises(WeightSyncError, match=r"rollout/1 and the learner differ by .* nats per token"):
+    with pytest.raises(
+        WeightSyncError, match=r"rollout/1 and the learner differ by .* nats per token"
+    ):
         controller.step()
     assert gather(learner.ready()) == before and controller.steps_done == steps
     controller.pipeline.settle([])
@@ -395,14 +507,21 @@ def test_batches_that_are_left_out_are_passed_over_and_one_too_many_ends_the_run
         controller._step_or_skip()
 
 
-def test_an_engine_that_cannot_be_replaced_any_more_is_done_without_and_the_last_one_ends_the_run(graph, controller, caplog):
+def test_an_engine_that_cannot_be_replaced_any_more_is_done_without_and_the_last_one_ends_the_run(
+    graph, controller, caplog
+):
     """Last in this file: the graph has no engine afterwards."""
     rollout = graph.workers.rollout
     rollout.group.restarts_left = 0
     os.kill(rollout.group.pids()[1], signal.SIGKILL)
     controller.step()
-    assert rollout.serving == {0} and "cluster.max_restarts is used up for rollout workers" in caplog.text
+    assert (
+        rollout.serving == {0}
+        and "cluster.max_restarts is used up for rollout workers" in caplog.text
+    )
     assert controller.step()["policy/probe_gap"] < 1e-5
     os.kill(rollout.group.pids()[0], signal.SIGKILL)
-    with pytest.raises(FleetExhausted, match=r"rollout/0.*cluster.max_restarts is used up for rollout"):
+    with pytest.raises(
+        FleetExhausted, match=r"rollout/0.*cluster.max_restarts is used up for rollout"
+    ):
         controller.step()

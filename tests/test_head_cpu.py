@@ -11,7 +11,14 @@ from torch import Tensor
 from hybridrl.choices import Correction, Divergence, Ratio
 from hybridrl.ops import rows
 from hybridrl.ops.divergence import Measure
-from hybridrl.ops.head import PIECE, HeadRule, TokenTerms, chosen_logprobs, hybrid_head_loss, top_logprobs
+from hybridrl.ops.head import (
+    PIECE,
+    HeadRule,
+    TokenTerms,
+    chosen_logprobs,
+    hybrid_head_loss,
+    top_logprobs,
+)
 from hybridrl.ops.products import Tiles
 from hybridrl.ops.ratio import RatioBounds
 from hybridrl.ops.teachers import HiddenTeacher, SupportTeacher, Teacher, VocabularyTeacher
@@ -34,7 +41,10 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def leaves(num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    hidden, lm_head = normal(0, num_rows, WIDTH).to(dtype), (normal(1, VOCABULARY, WIDTH) / WIDTH**0.5).to(dtype)
+    hidden, lm_head = (
+        normal(0, num_rows, WIDTH).to(dtype),
+        (normal(1, VOCABULARY, WIDTH) / WIDTH**0.5).to(dtype),
+    )
     return hidden.requires_grad_(), lm_head.requires_grad_()
 
 
@@ -56,7 +66,9 @@ def hidden_teacher(num_rows: int, seed: int = 5, width: int = WIDTH) -> HiddenTe
     weight[0] = 0.0
     hidden = normal(seed, num_rows, width)
     hidden[0] = torch.nan
-    return HiddenTeacher(hidden=hidden, lm_head=normal(seed + 1, VOCABULARY + 3, width) / width**0.5, weight=weight)
+    return HiddenTeacher(
+        hidden=hidden, lm_head=normal(seed + 1, VOCABULARY + 3, width) / width**0.5, weight=weight
+    )
 
 
 def teachers_of(kind: str, num_rows: int) -> tuple[Teacher, ...]:
@@ -68,18 +80,43 @@ def teachers_of(kind: str, num_rows: int) -> tuple[Teacher, ...]:
             return (first,)
         case "two widths and a table":
             table = torch.log_softmax(normal(9, num_rows, VOCABULARY), -1)
-            return first, hidden_teacher(num_rows, 7, 16), VocabularyTeacher(logprobs=table, weight=torch.full((num_rows,), -0.25))
-    ids = torch.stack([torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(i))[:16] for i in range(num_rows)])
+            return (
+                first,
+                hidden_teacher(num_rows, 7, 16),
+                VocabularyTeacher(logprobs=table, weight=torch.full((num_rows,), -0.25)),
+            )
+    ids = torch.stack(
+        [
+            torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(i))[:16]
+            for i in range(num_rows)
+        ]
+    )
     known = torch.log_softmax(normal(10, num_rows, 20), -1)[:, :16]
-    return (SupportTeacher(ids=ids, logprobs=known, weight=first.weight, correction=Correction(kind)),)
+    return (
+        SupportTeacher(ids=ids, logprobs=known, weight=first.weight, correction=Correction(kind)),
+    )
 
 
-def results(hidden: Tensor, lm_head: Tensor, teachers: tuple[Teacher, ...], terms: TokenTerms, rule: HeadRule) -> list[Tensor]:
+def results(
+    hidden: Tensor,
+    lm_head: Tensor,
+    teachers: tuple[Teacher, ...],
+    terms: TokenTerms,
+    rule: HeadRule,
+) -> list[Tensor]:
     """Gradients, loss and every statistic."""
     hidden, lm_head = hidden.detach().requires_grad_(), lm_head.detach().requires_grad_()
     loss, stats = hybrid_head_loss(hidden, lm_head, teachers, terms, rule)
     loss.backward()
-    columns = stats.logprobs, stats.kl, stats.entropy, stats.bounded, stats.dense_sq, stats.sparse_sq, stats.dense_sparse
+    columns = (
+        stats.logprobs,
+        stats.kl,
+        stats.entropy,
+        stats.bounded,
+        stats.dense_sq,
+        stats.sparse_sq,
+        stats.dense_sparse,
+    )
     return [hidden.grad, lm_head.grad, loss.detach(), *columns]
 
 
@@ -89,7 +126,11 @@ def widened(*values: Tensor | Teacher | TokenTerms):
         if isinstance(value, Tensor):
             yield value.detach().double()
         else:
-            floats = {n: t for n in value.__slots__ if isinstance(t := getattr(value, n), Tensor) and t.is_floating_point()}
+            floats = {
+                n: t
+                for n in value.__slots__
+                if isinstance(t := getattr(value, n), Tensor) and t.is_floating_point()
+            }
             yield replace(value, **{name: t.double() for name, t in floats.items()})
 
 
@@ -99,7 +140,11 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 CASES = [
     ("hidden", Measure(log_ratio_clip=1.0), RatioBounds(kind=Ratio.truncate, low=0.5, high=2.0)),
-    ("two widths and a table", Measure(divergence=Divergence.forward_kl), RatioBounds(kind=Ratio.clip, low=0.2, high=0.2)),
+    (
+        "two widths and a table",
+        Measure(divergence=Divergence.forward_kl),
+        RatioBounds(kind=Ratio.clip, low=0.2, high=0.2),
+    ),
     ("hidden", Measure(divergence=Divergence.jsd, beta=0.3), RatioBounds()),
     ("none", Measure(), RatioBounds(kind=Ratio.mask, low=0.5, high=2.0)),
     *((correction.value, Measure(), RatioBounds()) for correction in Correction),
@@ -112,11 +157,18 @@ def test_compiled_rows_give_what_fp64_gives(kind: str, measure: Measure, ratio: 
     rule = HeadRule(chunk=4, temperature=0.9, measure=measure, ratio=ratio)
     assert rows.pays(torch.empty(4, VOCABULARY))
     found = results(hidden, lm_head, teachers_of(kind, 7), terms_of(7), rule)
-    exact = results(*widened(hidden, lm_head), tuple(widened(*teachers_of(kind, 7))), next(widened(terms_of(7))), rule)
+    exact = results(
+        *widened(hidden, lm_head),
+        tuple(widened(*teachers_of(kind, 7))),
+        next(widened(terms_of(7))),
+        rule,
+    )
     assert torch.equal(found[6], exact[6])
     for k in (0, 1, 2, 3, 4, 5, 7, 8):
         assert relative_error(found[k], exact[k]) < 3e-6, k
-    assert abs(float(found[9] - exact[9])) <= 1e-6 * float(exact[7] * exact[8]) ** 0.5  # an inner product may nearly vanish
+    assert (
+        abs(float(found[9] - exact[9])) <= 1e-6 * float(exact[7] * exact[8]) ** 0.5
+    )  # an inner product may nearly vanish
 
 
 def test_compiled_bf16_rows_are_within_bf16_of_fp64():
@@ -125,7 +177,9 @@ def test_compiled_bf16_rows_are_within_bf16_of_fp64():
     teacher = replace(teacher, hidden=teacher.hidden.bfloat16(), lm_head=teacher.lm_head.bfloat16())
     found = results(hidden, lm_head, (teacher,), terms_of(7), HeadRule(chunk=4))
     wide_hidden, wide_head, wide_teacher = widened(hidden, lm_head, teacher)
-    exact = results(wide_hidden, wide_head, (wide_teacher,), next(widened(terms_of(7))), HeadRule(chunk=4))
+    exact = results(
+        wide_hidden, wide_head, (wide_teacher,), next(widened(terms_of(7))), HeadRule(chunk=4)
+    )
     for k in (0, 1, 2, 3, 4, 5):
         assert relative_error(found[k], exact[k]) < 0.02, k
 
@@ -135,15 +189,31 @@ def test_one_graph_serves_every_number_of_rows():
     rows._compiled.cache_clear()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    for num_rows in (4, 7, 9, 13):  # chunks of 4, and of 3, 1 and 1: a single row is worked on eagerly
-        results(*leaves(num_rows, torch.float32), teachers_of("hidden", num_rows), terms_of(num_rows), HeadRule(chunk=4))
+    for num_rows in (
+        4,
+        7,
+        9,
+        13,
+    ):  # chunks of 4, and of 3, 1 and 1: a single row is worked on eagerly
+        results(
+            *leaves(num_rows, torch.float32),
+            teachers_of("hidden", num_rows),
+            terms_of(num_rows),
+            HeadRule(chunk=4),
+        )
     assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_run_repeats_itself_bit_by_bit():
     inputs = (*leaves(9, torch.bfloat16), teachers_of("hidden", 9), terms_of(9), HeadRule(chunk=4))
     inputs[2][0].hidden.nan_to_num_()
-    narrow = (replace(inputs[2][0], hidden=inputs[2][0].hidden.bfloat16(), lm_head=inputs[2][0].lm_head.bfloat16()),)
+    narrow = (
+        replace(
+            inputs[2][0],
+            hidden=inputs[2][0].hidden.bfloat16(),
+            lm_head=inputs[2][0].lm_head.bfloat16(),
+        ),
+    )
     first, second = (results(*inputs[:2], narrow, *inputs[3:]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -152,7 +222,12 @@ def test_the_memory_for_logits_grows_with_the_chunk_and_not_with_the_tokens():
     Tiles.release()
     sizes = []
     for num_rows in (4, 40):
-        results(*leaves(num_rows, torch.float32), teachers_of("hidden", num_rows), terms_of(num_rows), HeadRule(chunk=4))
+        results(
+            *leaves(num_rows, torch.float32),
+            teachers_of("hidden", num_rows),
+            terms_of(num_rows),
+            HeadRule(chunk=4),
+        )
         sizes.append(sum(tile.numel() for tile in Tiles._kept.__dict__.values()))
     assert sizes == [2 * 4 * VOCABULARY] * 2  # the student's and the teacher's
 
@@ -162,7 +237,10 @@ def test_a_chunk_is_worked_on_in_pieces_and_the_teachers_logits_exist_for_one_of
     num_rows = PIECE + 44
     case = *leaves(num_rows, torch.float32), teachers_of("hidden", num_rows), terms_of(num_rows)
     whole = results(*case, HeadRule(chunk=num_rows))
-    assert sum(tile.numel() for tile in Tiles._kept.__dict__.values()) == (num_rows + PIECE) * VOCABULARY
+    assert (
+        sum(tile.numel() for tile in Tiles._kept.__dict__.values())
+        == (num_rows + PIECE) * VOCABULARY
+    )
     pieces = results(*case, HeadRule(chunk=40))
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(whole, pieces, strict=True))
 
@@ -177,7 +255,9 @@ def test_what_a_piece_was_worked_out_from_is_gone_before_the_next_one_is_begun()
             given.append(weakref.ref(copy))
             return (copy,)
 
-    teacher = Watched(logprobs=torch.log_softmax(normal(9, 12, VOCABULARY).double(), -1), weight=torch.ones(12))
+    teacher = Watched(
+        logprobs=torch.log_softmax(normal(9, 12, VOCABULARY).double(), -1), weight=torch.ones(12)
+    )
     hidden, lm_head, terms = widened(*leaves(12, torch.float32), terms_of(12))
     results(hidden, lm_head, (teacher,), terms, HeadRule(chunk=4))
     assert alive == [0, 0, 0]
@@ -185,21 +265,31 @@ def test_what_a_piece_was_worked_out_from_is_gone_before_the_next_one_is_begun()
 
 def nearly_equal(dtype: torch.dtype) -> tuple[Tensor, Tensor, HiddenTeacher, TokenTerms]:
     """A student a little away from its teacher, with logits large enough for bf16 to round them coarsely."""
-    hidden, lm_head = (6 * normal(0, 8, WIDTH)).to(dtype), (normal(1, VOCABULARY, WIDTH) / WIDTH**0.5).to(dtype)
+    hidden, lm_head = (
+        (6 * normal(0, 8, WIDTH)).to(dtype),
+        (normal(1, VOCABULARY, WIDTH) / WIDTH**0.5).to(dtype),
+    )
     away = (hidden.float() * (1 + 0.02 * normal(11, 8, WIDTH))).to(dtype)
     teacher = HiddenTeacher(hidden=away, lm_head=lm_head, weight=torch.ones(8))
     return hidden, lm_head, teacher, replace(terms_of(8), sparse=torch.zeros(8))
 
 
 @pytest.mark.parametrize("measure", [Measure(), Measure(divergence=Divergence.jsd)])
-def test_exact_logits_keep_the_gradient_of_a_student_that_nearly_equals_its_teacher(measure: Measure):
+def test_exact_logits_keep_the_gradient_of_a_student_that_nearly_equals_its_teacher(
+    measure: Measure,
+):
     hidden, lm_head, teacher, terms = nearly_equal(torch.bfloat16)
     rule = HeadRule(chunk=8, measure=measure)
     wide_hidden, wide_head, wide_teacher = widened(hidden, lm_head, teacher)
     exact = results(wide_hidden, wide_head, (wide_teacher,), next(widened(terms)), rule)
-    rounded, kept = (results(hidden, lm_head, (teacher,), terms, replace(rule, exact_logits=on)) for on in (False, True))
+    rounded, kept = (
+        results(hidden, lm_head, (teacher,), terms, replace(rule, exact_logits=on))
+        for on in (False, True)
+    )
     for k in (0, 1):
-        assert relative_error(kept[k], exact[k]) < 0.01 and relative_error(rounded[k], exact[k]) > 0.05
+        assert (
+            relative_error(kept[k], exact[k]) < 0.01 and relative_error(rounded[k], exact[k]) > 0.05
+        )
 
 
 def test_compiled_log_probs_of_chosen_and_top_tokens_equal_the_log_softmax():
@@ -207,6 +297,10 @@ def test_compiled_log_probs_of_chosen_and_top_tokens_equal_the_log_softmax():
     logp = torch.log_softmax((hidden.double() @ lm_head.double().T) / 0.7, -1).detach()
     ids = torch.tensor([[0, VOCABULARY - 1]] * 7)
     rule = HeadRule(chunk=4, temperature=0.7)
-    assert torch.allclose(chosen_logprobs(hidden, lm_head, ids, rule).double(), logp.gather(1, ids), atol=1e-5)
+    assert torch.allclose(
+        chosen_logprobs(hidden, lm_head, ids, rule).double(), logp.gather(1, ids), atol=1e-5
+    )
     found, at = top_logprobs(hidden, lm_head, 3, rule)
-    assert torch.equal(found, logp.topk(3).indices) and torch.allclose(at.double(), logp.topk(3).values, atol=1e-5)
+    assert torch.equal(found, logp.topk(3).indices) and torch.allclose(
+        at.double(), logp.topk(3).values, atol=1e-5
+    )

@@ -10,11 +10,23 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hybridrl"
 
 LAYERS = [
-    {"errors", "failpoints"}, {"choices", "redact"}, {"algorithm", "checkpointing", "generation"},
-    {"config", "needs", "placement"}, {"compose"},
-    {"types"}, {"durable"}, {"ops"}, {"objectives"}, {"data", "models", "rewards"}, {"workers"}, {"tracking"}, {"runtime"},
-    {"controller"}, {"oracle", "doctor"}, {"cli"},
-]  # fmt: skip
+    {"errors", "failpoints"},
+    {"choices", "redact"},
+    {"algorithm", "checkpointing", "generation"},
+    {"config", "needs", "placement"},
+    {"compose"},
+    {"types"},
+    {"durable"},
+    {"ops"},
+    {"objectives"},
+    {"data", "models", "rewards"},
+    {"workers"},
+    {"tracking"},
+    {"runtime"},
+    {"controller"},
+    {"oracle", "doctor"},
+    {"cli"},
+]
 """From the bottom up; members of one set do not depend on the order among themselves."""
 
 ALLOWED = {
@@ -75,26 +87,55 @@ def misplaced_imports(package: Path) -> list[str]:
 
 
 PICKLES = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
-BANNED = ("eval", "exec", "compile", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load", "yaml.load", "hydra.utils.instantiate",
-          "instantiate", "hydra.utils.call", "get_class", "get_method")  # fmt: skip
+BANNED = (
+    "eval",
+    "exec",
+    "compile",
+    "os.system",
+    "os.popen",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "yaml.load",
+    "hydra.utils.instantiate",
+    "instantiate",
+    "hydra.utils.call",
+    "get_class",
+    "get_method",
+)
 """What runs code that it is given, or names to code that it is given: builtins without their module."""
 
 
 def dangerous_calls(package: Path) -> list[str]:
     """Evaluation, unpickling, shells, Hydra's instantiation and trust_remote_code, wherever they stand."""
-    calls = ((path, node) for path, tree in files(package) for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return [f"{path}:{call.lineno} calls {ast.unparse(call.func)}" for path, call in calls if is_dangerous(call)]
+    calls = (
+        (path, node)
+        for path, tree in files(package)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    )
+    return [
+        f"{path}:{call.lineno} calls {ast.unparse(call.func)}"
+        for path, call in calls
+        if is_dangerous(call)
+    ]
 
 
 def is_dangerous(call: ast.Call) -> bool:
     name = ast.unparse(call.func)
     given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-    wanted = {"trust_remote_code": "False", "allow_pickle": "False", "shell": "False", "weights_only": "True"}
+    wanted = {
+        "trust_remote_code": "False",
+        "allow_pickle": "False",
+        "shell": "False",
+        "weights_only": "True",
+    }
     if any(given.get(argument, value) != value for argument, value in wanted.items()):
         return True
     if name == "torch.load":
         return "weights_only" not in given
-    pickles = name.split(".")[0] in PICKLES and name.endswith((".load", ".loads", ".Unpickler", ".open"))
+    pickles = name.split(".")[0] in PICKLES and name.endswith(
+        (".load", ".loads", ".Unpickler", ".open")
+    )
     return name.removeprefix("builtins.") in BANNED or pickles
 
 
@@ -110,13 +151,28 @@ def test_ops_need_torch_and_the_standard_library_alone():
     allowed = ("torch", "triton", "hybridrl.ops", "hybridrl.choices", *sys.stdlib_module_names)
     for path, tree in files(PACKAGE):
         if path.startswith("ops/"):
-            assert [name for name in imports(tree) if not f"{name}.".startswith(tuple(f"{a}." for a in allowed))] == [], path
+            assert [
+                name
+                for name in imports(tree)
+                if not f"{name}.".startswith(tuple(f"{a}." for a in allowed))
+            ] == [], path
 
 
 def test_config_and_errors_and_types_load_without_torch():
     for path, tree in files(PACKAGE):
-        if path in ("choices.py", "algorithm.py", "config.py", "compose.py", "errors.py", "types.py"):
-            assert not {name.split(".")[0] for name in imports(tree)} & {"torch", "transformers", *ALLOWED} - {"hydra", "omegaconf"}, path
+        if path in (
+            "choices.py",
+            "algorithm.py",
+            "config.py",
+            "compose.py",
+            "errors.py",
+            "types.py",
+        ):
+            assert not {name.split(".")[0] for name in imports(tree)} & {
+                "torch",
+                "transformers",
+                *ALLOWED,
+            } - {"hydra", "omegaconf"}, path
 
 
 def test_nothing_evaluates_code_it_was_given():
@@ -125,9 +181,20 @@ def test_nothing_evaluates_code_it_was_given():
 
 def test_transformers_and_vllm_are_told_to_trust_no_code_wherever_they_load_a_model():
     loaders = ("from_pretrained", "EngineArgs")
-    calls = [(path, node) for path, tree in files(PACKAGE) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    loads = [(path, call) for path, call in calls if ast.unparse(call.func).rpartition(".")[2] in loaders]
-    untold = [f"{path}:{call.lineno}" for path, call in loads if "trust_remote_code" not in {keyword.arg for keyword in call.keywords}]
+    calls = [
+        (path, node)
+        for path, tree in files(PACKAGE)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    ]
+    loads = [
+        (path, call) for path, call in calls if ast.unparse(call.func).rpartition(".")[2] in loaders
+    ]
+    untold = [
+        f"{path}:{call.lineno}"
+        for path, call in loads
+        if "trust_remote_code" not in {keyword.arg for keyword in call.keywords}
+    ]
     assert loads and untold == []
 
 
@@ -161,7 +228,14 @@ def test_a_planted_upward_import_is_found(planted, text: str):
     assert len(upward_imports(planted("workers/learner.py", text))) >= 1
 
 
-@pytest.mark.parametrize("text", ["from hybridrl.ops.head import X", "import hybridrl.workers.student", "from hybridrl import data"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from hybridrl.ops.head import X",
+        "import hybridrl.workers.student",
+        "from hybridrl import data",
+    ],
+)
 def test_imports_downward_and_sideways_are_fine(planted, text: str):
     assert upward_imports(planted("workers/learner.py", text)) == []
 
@@ -211,4 +285,12 @@ def test_a_planted_heavy_import_is_found(planted, path: str, text: str):
 )
 def test_a_planted_danger_is_found(planted, text: str):
     assert len(dangerous_calls(planted("models/loading.py", text))) == 1
-    assert dangerous_calls(planted("models/loading.py", "model.eval()\nf(path, trust_remote_code=False)\nre.compile('x')")) == []
+    assert (
+        dangerous_calls(
+            planted(
+                "models/loading.py",
+                "model.eval()\nf(path, trust_remote_code=False)\nre.compile('x')",
+            )
+        )
+        == []
+    )

@@ -43,20 +43,32 @@ def run_ranks(folder: Path, world: int, cases: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja, for DeepSpeed's one compiled op
-        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
-    }
+    env = (
+        os.environ
+        | {
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja, for DeepSpeed's one compiled op
+            "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+        }
+    )
     logs = [(folder / f"{cases}-{rank}.log").open("w+") for rank in range(world)]
     ranks = [
-        subprocess.Popen([sys.executable, JOB, str(rank), str(world), str(port), folder, cases], env=env, stdout=log, stderr=log)
+        subprocess.Popen(
+            [sys.executable, JOB, str(rank), str(world), str(port), folder, cases],
+            env=env,
+            stdout=log,
+            stderr=log,
+        )
         for rank, log in enumerate(logs)
     ]
     try:
         end = time.monotonic() + DEADLINE_S
-        while any(r.poll() is None for r in ranks) and not any(r.poll() for r in ranks) and time.monotonic() < end:
+        while (
+            any(r.poll() is None for r in ranks)
+            and not any(r.poll() for r in ranks)
+            and time.monotonic() < end
+        ):
             time.sleep(0.1)
     finally:
         for r in ranks:
@@ -100,7 +112,9 @@ def weight_distance(folder: Path, case: str, other: str | dict[str, Tensor]) -> 
 # -- plain autograd --------------------------------------------------------------------------------------------------
 
 
-def written_out_loss(model: nn.Module, teacher_head: Tensor, *, dense: bool = True, sparse: bool = True) -> Tensor:
+def written_out_loss(
+    model: nn.Module, teacher_head: Tensor, *, dense: bool = True, sparse: bool = True
+) -> Tensor:
     """sum over response tokens of (sum_v p (log p - log q) + G log p(y)) / R, one sequence at a time, nothing fused."""
     batch, _, scores = chunk_of(0, 4)
     costs = credit().sparse
@@ -110,8 +124,14 @@ def written_out_loss(model: nn.Module, teacher_head: Tensor, *, dense: bool = Tr
         logits = model(input_ids=ids[None]).logits[0]
         for position in range(len(ids) - int(batch.response_lengths[i]), len(ids)):
             logp = torch.log_softmax(logits[position - 1], -1)
-            logq = torch.log_softmax(torch.from_numpy(scores.rows[row]).to(teacher_head.dtype) @ teacher_head.T, -1)
-            total = total + dense * (logp.exp() * (logp - logq)).sum() + sparse * costs[row].to(logp.dtype) * logp[ids[position]]
+            logq = torch.log_softmax(
+                torch.from_numpy(scores.rows[row]).to(teacher_head.dtype) @ teacher_head.T, -1
+            )
+            total = (
+                total
+                + dense * (logp.exp() * (logp - logq)).sum()
+                + sparse * costs[row].to(logp.dtype) * logp[ids[position]]
+            )
             row += 1
     assert row == len(costs)
     return total / row
@@ -119,7 +139,11 @@ def written_out_loss(model: nn.Module, teacher_head: Tensor, *, dense: bool = Tr
 
 def objective() -> HybridObjective:
     settings = settings_for(Path("unused"), 1)
-    assert settings.algorithm.gamma == 0.5 and settings.train.grad_clip == 1.0 and settings.train.weight_decay == 0.0
+    assert (
+        settings.algorithm.gamma == 0.5
+        and settings.train.grad_clip == 1.0
+        and settings.train.weight_decay == 0.0
+    )
     return HybridObjective(settings.algorithm, settings.rollout.max_new_tokens)
 
 
@@ -132,7 +156,9 @@ def credit() -> Credit:
     return objective().credit(scored(), plan_for(0, 1), None)
 
 
-def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_out_loss(folder: Path):
+def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_out_loss(
+    folder: Path,
+):
     model, plain = (load_model(str(folder / "student")).double() for _ in range(2))
     head = output_weight(load_model(str(folder / "teacher"))).detach().double()
     micro = collate(train_sequences(scored(), credit(), [torch.ones(8)]))
@@ -145,7 +171,15 @@ def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_o
     rows = torch.from_numpy(micro.teachers[0].rows).double()
     teachers = (HiddenTeacher(hidden=rows, lm_head=head, weight=torch.ones(len(rows))),)
     student = Student(model, HeadRule(chunk=5), with_value=False)
-    loss, _ = student(micro.input_ids, micro.attention_mask, micro.position_ids, micro.hidden_rows, teachers, terms, micro.value_slope)
+    loss, _ = student(
+        micro.input_ids,
+        micro.attention_mask,
+        micro.position_ids,
+        micro.hidden_rows,
+        teachers,
+        terms,
+        micro.value_slope,
+    )
     loss.backward()
     expected = written_out_loss(plain, head)
     expected.backward()
@@ -171,7 +205,9 @@ def test_two_steps_are_two_steps_of_a_plain_training_loop(folder: Path):
     ours = result(folder, "one")
     assert ours["loss"] == pytest.approx(losses, abs=1e-5)
     assert ours["grad_norm"] == pytest.approx(norms, rel=1e-5)
-    assert weight_distance(folder, "one", {n: p.detach() for n, p in model.named_parameters()}) < 1e-5
+    assert (
+        weight_distance(folder, "one", {n: p.detach() for n, p in model.named_parameters()}) < 1e-5
+    )
     assert weight_distance(folder, "one", "untouched") > 5e-4
 
 
@@ -226,13 +262,17 @@ def test_the_probe_sees_the_norms_and_the_angle_of_both_gradients_at_the_paramet
 
 
 @pytest.mark.parametrize("case", ["zero1-diagnosed", "zero2-diagnosed", "zero3-diagnosed"])
-def test_the_probe_sees_the_global_batch_on_two_ranks_and_leaves_the_step_alone(folder: Path, case: str):
+def test_the_probe_sees_the_global_batch_on_two_ranks_and_leaves_the_step_alone(
+    folder: Path, case: str
+):
     one, two = result(folder, "diagnosed"), result(folder, case)
     whole = {"grad/dense_parameter_norm", "grad/sparse_parameter_norm", "grad/cosine"}
     (expected,), (found,) = one["metrics"], two["metrics"]
     assert set(expected) - set(found) == (whole if case == "zero3-diagnosed" else set())
     assert found == pytest.approx({k: expected[k] for k in found}, rel=1e-3, abs=1e-6)
-    assert {f"teacher/{name}" for name in COMPARED} < set(found) and [k for k in expected if explain(k) is None] == []
+    assert {f"teacher/{name}" for name in COMPARED} < set(found) and [
+        k for k in expected if explain(k) is None
+    ] == []
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert one["loss"] == pytest.approx(result(folder, "one")["loss"][:1], abs=1e-5)
     assert weight_distance(folder, case, "diagnosed") < 1e-5
@@ -241,8 +281,13 @@ def test_the_probe_sees_the_global_batch_on_two_ranks_and_leaves_the_step_alone(
 # -- sums over ranks -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "stage", "sums"), [(1, 1, None), (2, 1, "fp32"), (1, 2, "fp32"), (1, 3, "fp32"), (2, 3, "fp32")])
-def test_gradients_are_summed_in_fp32_wherever_there_is_something_to_sum(ranks: int, stage: int, sums: str | None):
+@pytest.mark.parametrize(
+    ("ranks", "stage", "sums"),
+    [(1, 1, None), (2, 1, "fp32"), (1, 2, "fp32"), (1, 3, "fp32"), (2, 3, "fp32")],
+)
+def test_gradients_are_summed_in_fp32_wherever_there_is_something_to_sum(
+    ranks: int, stage: int, sums: str | None
+):
     overrides = ["model.dtype=bfloat16", f"learner.ranks={ranks}", f"learner.zero_stage={stage}"]
     config = deepspeed_config(load_config(["run.dir=here", "experiment=quickstart", *overrides]))
     assert config.get("communication_data_type") == sums
@@ -252,10 +297,18 @@ def test_gradients_are_summed_in_fp32_wherever_there_is_something_to_sum(ranks: 
 # -- attention ------------------------------------------------------------------------------------------------------
 
 
-def test_in_bf16_short_sequences_attend_by_plain_products_and_long_packed_ones_by_the_fused_kernel(folder: Path):
+def test_in_bf16_short_sequences_attend_by_plain_products_and_long_packed_ones_by_the_fused_kernel(
+    folder: Path,
+):
     plain, fused = result(folder, "bf16"), result(folder, "bf16-packed")
-    assert (plain["attention"], fused["attention"], result(folder, "one")["attention"]) == ("eager", "sdpa", "sdpa")
-    assert plain["loss"] == pytest.approx(fused["loss"], rel=0.02) and plain["grad_norm"] == pytest.approx(fused["grad_norm"], rel=0.02)
+    assert (plain["attention"], fused["attention"], result(folder, "one")["attention"]) == (
+        "eager",
+        "sdpa",
+        "sdpa",
+    )
+    assert plain["loss"] == pytest.approx(fused["loss"], rel=0.02) and plain[
+        "grad_norm"
+    ] == pytest.approx(fused["grad_norm"], rel=0.02)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
@@ -284,23 +337,34 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("case", STATES)
-def test_the_pieces_of_all_ranks_are_the_state_that_deepspeed_itself_gathers(folder: Path, case: str):
+def test_the_pieces_of_all_ranks_are_the_state_that_deepspeed_itself_gathers(
+    folder: Path, case: str
+):
     assert equal(saved_state(folder, case), load_file(folder / f"{case}-gathered.safetensors"))
 
 
 @pytest.mark.parametrize("case", ["zero1", "zero2", "zero3"])
 def test_no_rank_writes_more_than_its_share(folder: Path, case: str):
     files = sorted((folder / f"{case}-state").iterdir())
-    assert [f.name for f in files] == ["learner-rank00000-of-00002.safetensors", "learner-rank00001-of-00002.safetensors"]
+    assert [f.name for f in files] == [
+        "learner-rank00000-of-00002.safetensors",
+        "learner-rank00001-of-00002.safetensors",
+    ]
     elements = [sum(t.numel() for t in load_file(f).values()) for f in files]
     whole = sum(t.numel() for t in saved_state(folder, case).values())
     assert sum(elements) == whole and max(elements) < 0.51 * whole
 
 
 MOVES = {
-    "zero1-to-one": "zero1", "zero2-to-one": "zero2", "zero3-to-one": "zero3", "zero3-bf16-to-one": "zero3-bf16",
-    "one-to-zero1": "one", "one-to-zero2": "one", "one-to-zero3": "one", "bf16-to-zero3": "bf16",
-}  # fmt: skip
+    "zero1-to-one": "zero1",
+    "zero2-to-one": "zero2",
+    "zero3-to-one": "zero3",
+    "zero3-bf16-to-one": "zero3-bf16",
+    "one-to-zero1": "one",
+    "one-to-zero2": "one",
+    "one-to-zero3": "one",
+    "bf16-to-zero3": "bf16",
+}
 
 
 @pytest.mark.parametrize("case", MOVES)
@@ -310,7 +374,9 @@ def test_ranks_and_stage_may_change_and_not_a_bit_of_the_state_does(folder: Path
 
 
 @pytest.mark.parametrize("case", MOVES)
-def test_other_ranks_and_another_stage_take_the_same_next_step_within_rounding(folder: Path, case: str):
+def test_other_ranks_and_another_stage_take_the_same_next_step_within_rounding(
+    folder: Path, case: str
+):
     moved, stayed = result(folder, case), result(folder, f"{MOVES[case]}-straight")
     tolerance = 1e-2 if "bf16" in case else 1e-5
     assert moved["loss"] == pytest.approx(stayed["loss"], abs=tolerance)
@@ -318,19 +384,31 @@ def test_other_ranks_and_another_stage_take_the_same_next_step_within_rounding(f
 
 
 def test_the_state_of_another_model_is_refused_and_one_that_holds_more_is_not(tmp_path: Path):
-    parts = lambda: {part: torch.zeros(6) for part in PARTS}  # noqa: E731
-    write_fragments(tmp_path, 0, 1, [Fragment(name=name, shape=(2, 3), offset=0, tensors=parts()) for name in ("w", "value")])
+    def parts():
+        return {part: torch.zeros(6) for part in PARTS}
+
+    write_fragments(
+        tmp_path,
+        0,
+        1,
+        [Fragment(name=name, shape=(2, 3), offset=0, tensors=parts()) for name in ("w", "value")],
+    )
     reader = FragmentReader(tmp_path)
     check_model({"w": nn.Parameter(torch.zeros(2, 3))}, reader, tmp_path, "/m")
     for name, shape in (("w", (3, 2)), ("v", (2, 3))):
-        with pytest.raises(CheckpointError, match=rf"lacks {name} in the model's shape, so it is not of model\.path=/m"):
+        with pytest.raises(
+            CheckpointError,
+            match=rf"lacks {name} in the model's shape, so it is not of model\.path=/m",
+        ):
             check_model({name: nn.Parameter(torch.zeros(shape))}, reader, tmp_path, "/m")
 
 
 # -- what must stop --------------------------------------------------------------------------------------------------
 
 
-def test_a_nan_reward_that_was_not_dropped_steps_nothing_and_its_batch_is_kept_to_look_at(folder: Path):
+def test_a_nan_reward_that_was_not_dropped_steps_nothing_and_its_batch_is_kept_to_look_at(
+    folder: Path,
+):
     assert result(folder, "nan")["error"].startswith("step 0: loss is nan")
     assert "nothing was stepped" in result(folder, "nan")["error"]
     assert result(folder, "nan")["digest"] == result(folder, "untouched")["digest"]
@@ -338,7 +416,9 @@ def test_a_nan_reward_that_was_not_dropped_steps_nothing_and_its_batch_is_kept_t
     assert kept["0/sparse"].isnan().any() and kept["0/teachers/0/rows"].shape[1] == 128
 
 
-@pytest.mark.parametrize("case", [f"zero{stage}{dtype}" for stage in (1, 2, 3) for dtype in ("", "-bf16")])
+@pytest.mark.parametrize(
+    "case", [f"zero{stage}{dtype}" for stage in (1, 2, 3) for dtype in ("", "-bf16")]
+)
 def test_what_is_not_finite_on_one_of_two_ranks_steps_nothing_on_either(folder: Path, case: str):
     """ZeRO 1: a NaN reward of rank 1, 2: an infinite one, 3: infinite teacher states of both."""
     found = result(folder, f"{case}-left-out")
@@ -351,5 +431,7 @@ def test_weights_that_are_infinite_are_not_saved(folder: Path):
     assert "is not finite; it is not saved" in result(folder, "infinite")["error"]
 
 
-def test_after_a_batch_that_was_left_out_the_steps_are_those_of_a_learner_that_never_saw_it(folder: Path):
+def test_after_a_batch_that_was_left_out_the_steps_are_those_of_a_learner_that_never_saw_it(
+    folder: Path,
+):
     assert result(folder, "after-nan")["digest"] == result(folder, "one")["digest"]

@@ -25,11 +25,18 @@ pytestmark = pytest.mark.graph
 
 PRESETS = sorted(path.stem for path in (conf_dir() / "algorithm").glob("*.yaml"))
 RESPONSES = {"sft": "solution", "word_kd": "solution", "gkd": "solution"}
-RESPONSES |= dict.fromkeys(("dpo", "ipo", "slic", "simpo", "dil_lsif", "dil_ukl", "dil_bce", "reward_model"), "pair")
+RESPONSES |= dict.fromkeys(
+    ("dpo", "ipo", "slic", "simpo", "dil_lsif", "dil_ukl", "dil_bce", "reward_model"), "pair"
+)
 EVERYTHING = (
-    "ppo", "algorithm.teacher_fraction=0.25", "algorithm.data_fraction=0.25", "algorithm.ratio.kind=none", "+teachers.initial.path=null",
-    "algorithm.support=full", "+data.options.responses=pair",
-)  # fmt: skip
+    "ppo",
+    "algorithm.teacher_fraction=0.25",
+    "algorithm.data_fraction=0.25",
+    "algorithm.ratio.kind=none",
+    "+teachers.initial.path=null",
+    "algorithm.support=full",
+    "+data.options.responses=pair",
+)
 """What the graph is started for: a value head, a second scorer, the teacher's engine, responses of the data."""
 
 
@@ -43,12 +50,23 @@ class Methods:
     def settings(self, preset: str, *overrides: str) -> RunSettings:
         return load_config(
             [
-                f"run.dir={self.folder / 'run'}", "experiment=quickstart", f"algorithm={preset}", "train.prompts_per_step=16",
-                "train.lr_warmup_steps=0", "train.lr_end=null", "data.num_train=64", "data.num_heldout=16", "eval.every=0",
-                "tracking.wandb=disabled", "rollout.max_num_seqs=64", "cluster.threads_per_worker=1", "cluster.device=cpu",
-                *([f"+data.options.responses={RESPONSES[preset]}"] if preset in RESPONSES else []), *overrides,
+                f"run.dir={self.folder / 'run'}",
+                "experiment=quickstart",
+                f"algorithm={preset}",
+                "train.prompts_per_step=16",
+                "train.lr_warmup_steps=0",
+                "train.lr_end=null",
+                "data.num_train=64",
+                "data.num_heldout=16",
+                "eval.every=0",
+                "tracking.wandb=disabled",
+                "rollout.max_num_seqs=64",
+                "cluster.threads_per_worker=1",
+                "cluster.device=cpu",
+                *([f"+data.options.responses={RESPONSES[preset]}"] if preset in RESPONSES else []),
+                *overrides,
             ]
-        )  # fmt: skip
+        )
 
     def controller(self, settings: RunSettings) -> Controller:
         """Those workers that the settings ask for, told of the settings."""
@@ -78,23 +96,35 @@ def methods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Methods]:
     settings = made.settings(*EVERYTHING)
     with Cluster(settings) as cluster:
         slots, log_dir = place_workers(settings, cluster), str(made.folder / "logs")
-        made.workers = start_workers(settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir)
+        made.workers = start_workers(
+            settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir
+        )
         yield made
 
 
 OPTIONS = {
     "the sampler's top 4, the rest sampled": ("algorithm.support=topk", "algorithm.topk.k=4"),
     "the teacher's top 4 and a tail bucket": (
-        "algorithm.support=topk", "algorithm.topk.k=4", "algorithm.topk.source=teacher", "algorithm.topk.correction=tail_bucket",
+        "algorithm.support=topk",
+        "algorithm.topk.k=4",
+        "algorithm.topk.source=teacher",
+        "algorithm.topk.correction=tail_bucket",
     ),
     "log-probs of the whole vocabulary": ("algorithm.teacher_signal=logits", "algorithm.gamma=0.5"),
-    "ratios of whole sequences": ("algorithm.ratio.kind=truncate", "algorithm.ratio.level=sequence", "algorithm.ratio.high=2"),
-    "two teachers, one of them unasked": ("+teachers.initial={path:null,weight:0.5,route:{domain:elsewhere}}",),
+    "ratios of whole sequences": (
+        "algorithm.ratio.kind=truncate",
+        "algorithm.ratio.level=sequence",
+        "algorithm.ratio.high=2",
+    ),
+    "two teachers, one of them unasked": (
+        "+teachers.initial={path:null,weight:0.5,route:{domain:elsewhere}}",
+    ),
     "a weight held by feedback": (
-        "algorithm.reward_weight={kind:feedback,value:1.0,end:null,metric:kl/token,target:0.1,gain:-0.5}", "diagnostics.every=1",
+        "algorithm.reward_weight={kind:feedback,value:1.0,end:null,metric:kl/token,target:0.1,gain:-0.5}",
+        "diagnostics.every=1",
     ),
     "the student's own pairs": ("algorithm=dpo", "algorithm.data_fraction=0"),
-}  # fmt: skip
+}
 
 
 def assert_steps(controller: Controller) -> list[dict[str, float]]:
@@ -109,10 +139,16 @@ def assert_steps(controller: Controller) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("what", OPTIONS)
 def test_each_option_steps_in_the_running_graph(methods: Methods, what: str):
-    preset, *overrides = ("dpo", *OPTIONS[what][1:]) if OPTIONS[what][0] == "algorithm=dpo" else ("hybrid", *OPTIONS[what])
+    preset, *overrides = (
+        ("dpo", *OPTIONS[what][1:])
+        if OPTIONS[what][0] == "algorithm=dpo"
+        else ("hybrid", *OPTIONS[what])
+    )
     rows = assert_steps(methods.controller(methods.settings(preset, *overrides)))
     if what == "a weight held by feedback":
-        assert rows[0]["schedule/lambda"] == 1.0 and rows[1]["schedule/lambda"] == pytest.approx(0.5)  # KL is far above its target
+        assert rows[0]["schedule/lambda"] == 1.0 and rows[1]["schedule/lambda"] == pytest.approx(
+            0.5
+        )  # KL is far above its target
         assert -1 < rows[0]["grad/cosine"] < 1 and rows[0]["teacher/overlap"] > 0
 
 

@@ -38,10 +38,26 @@ from hybridrl.rewards.repetition import compressed_share, repeated_share
 from hybridrl.tracking.console import PHASES
 from hybridrl.tracking.figures import PANELS
 from hybridrl.tracking.glossary import SECTIONS, explain, page
-from hybridrl.types import ChunkHeader, LearnerStats, Rewards, RolloutBatch, ScoredBatch, ScoreHeader
+from hybridrl.types import (
+    ChunkHeader,
+    LearnerStats,
+    Rewards,
+    RolloutBatch,
+    ScoredBatch,
+    ScoreHeader,
+)
 from hybridrl.workers.probe import gradient_geometry
 from hybridrl.workers.rollout import chunk_header
-from hybridrl.workers.stats import MAXIMA, MEANS, SUMS, Tally, batch_metrics, count_credits, count_micro, quarters
+from hybridrl.workers.stats import (
+    MAXIMA,
+    MEANS,
+    SUMS,
+    Tally,
+    batch_metrics,
+    count_credits,
+    count_micro,
+    quarters,
+)
 from hybridrl.workers.student import HeadInputs, Student
 
 CPU = torch.device("cpu")
@@ -70,7 +86,12 @@ def test_means_are_over_all_that_was_added_and_nothing_has_no_mean():
     tally.add("train/loss", torch.tensor(0.25))
     tally.add("train/loss", torch.tensor(0.5))
     found = tally.reduced()
-    assert found == {"kl/token": 3.0, "policy/rho_max": 2.0, "train/loss": 0.75, **dict.fromkeys(SUMS[1:], 0.0)}
+    assert found == {
+        "kl/token": 3.0,
+        "policy/rho_max": 2.0,
+        "train/loss": 0.75,
+        **dict.fromkeys(SUMS[1:], 0.0),
+    }
 
 
 def micro_batch(batch: RolloutBatch, sparse: list[float], *, out: int | None = None) -> MicroBatch:
@@ -78,9 +99,17 @@ def micro_batch(batch: RolloutBatch, sparse: list[float], *, out: int | None = N
     weight = torch.ones(len(sparse))
     if out is not None:
         weight[out] = 0.0
-    scored = ScoredBatch(rollout=batch, scores=(), rewards=make_rewards(batch, [0.0] * batch.num_sequences))
-    credit = HybridObjective(AlgorithmConfig(), 8).credit(scored, make_plan(batch, teacher_weights=()), None)
-    return collate(train_sequences(scored, replace(credit, token_weight=weight, sparse=torch.tensor(sparse)), []))
+    scored = ScoredBatch(
+        rollout=batch, scores=(), rewards=make_rewards(batch, [0.0] * batch.num_sequences)
+    )
+    credit = HybridObjective(AlgorithmConfig(), 8).credit(
+        scored, make_plan(batch, teacher_weights=()), None
+    )
+    return collate(
+        train_sequences(
+            scored, replace(credit, token_weight=weight, sparse=torch.tensor(sparse)), []
+        )
+    )
 
 
 def head_stats(logprobs: list[float], entropy: list[float], kl: list[float]) -> HeadStats:
@@ -95,35 +124,77 @@ def head_stats(logprobs: list[float], entropy: list[float], kl: list[float]) -> 
     )
 
 
-LONG_AND_SHORT = make_batch([((1, 2), [(5, 6, 7, 8, 9, 2), (2,)])])  # the sampler said log-prob -1 of every token
+LONG_AND_SHORT = make_batch(
+    [((1, 2), [(5, 6, 7, 8, 9, 2), (2,)])]
+)  # the sampler said log-prob -1 of every token
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_step_is_measured_over_its_live_tokens():
     tally, log2 = Tally(CPU), math.log(2)
-    stats = head_stats([-1, -1 + log2, -1, -1, -1, -50, -1 - log2], [1, 2, 3, 4, 5, 99, 7], [1, 1, 1, 1, 1, 99, 3])
-    count_micro(tally, torch.tensor(0.5), stats, micro_batch(LONG_AND_SHORT, [-2.0, -1.0, 0.0, 0.0, 0.0, -99.0, 3.0], out=5), 0)
+    stats = head_stats(
+        [-1, -1 + log2, -1, -1, -1, -50, -1 - log2], [1, 2, 3, 4, 5, 99, 7], [1, 1, 1, 1, 1, 99, 3]
+    )
+    count_micro(
+        tally,
+        torch.tensor(0.5),
+        stats,
+        micro_batch(LONG_AND_SHORT, [-2.0, -1.0, 0.0, 0.0, 0.0, -99.0, 3.0], out=5),
+        0,
+    )
     row = batch_metrics(tally.reduced(), make_plan(LONG_AND_SHORT, num_tokens=12), 2.5)
     by_hand = {
-        "train/loss": 0.5, "train/grad_norm": 2.5,
-        "grad/dense_norm": 3.0, "grad/sparse_norm": 4.0, "grad/dense_sparse_ratio": 0.75, "grad/logit_cosine": -0.5,
-        "kl/token": 8 / 6, "kl/sequence": 4.0, "entropy/token": 22 / 6,
-        "entropy/token_q1": (1 + 2 + 7) / 3, "entropy/token_q2": 3.0, "entropy/token_q3": (4 + 5) / 2,
-        "advantage/mean": 0.0, "advantage/std": math.sqrt(14 / 6), "advantage/min": -3.0, "advantage/max": 2.0,
-        "advantage/positive_frac": 2 / 6, "advantage/abs_q1": (2 + 1 + 3) / 3, "advantage/abs_q2": 0.0, "advantage/abs_q3": 0.0,
-        "policy/rho_mean": 6.5 / 6, "policy/rho_max": 2.0, "policy/ess": 6.5**2 / (6 * 8.25), "policy/bounded_frac": 1 / 6,
-        "policy/logprob_gap": 2 * log2 / 6, "policy/logprob_gap_max": log2, "policy/kl_sampler": 0.5 / 6, "policy/kept_frac": 0.5,
-    }  # fmt: skip
-    assert row == pytest.approx(by_hand, abs=1e-6)  # the last quarter of the long one is the token that is out
+        "train/loss": 0.5,
+        "train/grad_norm": 2.5,
+        "grad/dense_norm": 3.0,
+        "grad/sparse_norm": 4.0,
+        "grad/dense_sparse_ratio": 0.75,
+        "grad/logit_cosine": -0.5,
+        "kl/token": 8 / 6,
+        "kl/sequence": 4.0,
+        "entropy/token": 22 / 6,
+        "entropy/token_q1": (1 + 2 + 7) / 3,
+        "entropy/token_q2": 3.0,
+        "entropy/token_q3": (4 + 5) / 2,
+        "advantage/mean": 0.0,
+        "advantage/std": math.sqrt(14 / 6),
+        "advantage/min": -3.0,
+        "advantage/max": 2.0,
+        "advantage/positive_frac": 2 / 6,
+        "advantage/abs_q1": (2 + 1 + 3) / 3,
+        "advantage/abs_q2": 0.0,
+        "advantage/abs_q3": 0.0,
+        "policy/rho_mean": 6.5 / 6,
+        "policy/rho_max": 2.0,
+        "policy/ess": 6.5**2 / (6 * 8.25),
+        "policy/bounded_frac": 1 / 6,
+        "policy/logprob_gap": 2 * log2 / 6,
+        "policy/logprob_gap_max": log2,
+        "policy/kl_sampler": 0.5 / 6,
+        "policy/kept_frac": 0.5,
+    }
+    assert row == pytest.approx(
+        by_hand, abs=1e-6
+    )  # the last quarter of the long one is the token that is out
 
 
 @pytest.mark.usefixtures("alone")
 def test_what_older_weights_sampled_does_not_count_as_a_gap_between_sampler_and_learner():
     """Version 0 sampled everything; version 1 learns: their difference is learning, not a fault."""
     tally = Tally(CPU)
-    count_micro(tally, torch.tensor(0.0), head_stats([-3.0] * 7, [1.0] * 7, [0.0] * 7), micro_batch(LONG_AND_SHORT, [0.0] * 7), 1)
+    count_micro(
+        tally,
+        torch.tensor(0.0),
+        head_stats([-3.0] * 7, [1.0] * 7, [0.0] * 7),
+        micro_batch(LONG_AND_SHORT, [0.0] * 7),
+        1,
+    )
     row = batch_metrics(tally.reduced(), make_plan(LONG_AND_SHORT), 1.0)
-    assert "policy/logprob_gap" not in row and "policy/logprob_gap_max" not in row and row["policy/kl_sampler"] > 0
+    assert (
+        "policy/logprob_gap" not in row
+        and "policy/logprob_gap_max" not in row
+        and row["policy/kl_sampler"] > 0
+    )
 
 
 @pytest.mark.usefixtures("alone")
@@ -131,15 +202,41 @@ def test_what_older_weights_sampled_does_not_count_as_a_gap_between_sampler_and_
 def test_who_did_not_sample_is_not_compared_with_the_learner(source: Source, sampled: bool):
     tally = Tally(CPU)
     batch = replace(LONG_AND_SHORT, source=source)
-    count_micro(tally, torch.tensor(0.0), head_stats([-3.0] * 7, [1.0] * 7, [0.0] * 7), micro_batch(batch, [0.0] * 7), 0)
+    count_micro(
+        tally,
+        torch.tensor(0.0),
+        head_stats([-3.0] * 7, [1.0] * 7, [0.0] * 7),
+        micro_batch(batch, [0.0] * 7),
+        0,
+    )
     row = batch_metrics(tally.reduced(), make_plan(batch), 1.0)
-    assert "policy/logprob_gap" not in row and "policy/kl_sampler" not in row and row["entropy/token"] == 1.0
+    assert (
+        "policy/logprob_gap" not in row
+        and "policy/kl_sampler" not in row
+        and row["entropy/token"] == 1.0
+    )
     assert ("policy/rho_mean" in row) == ("policy/ess" in row) == sampled
 
 
 def test_the_quarters_of_a_response_are_its_own():
     batch = make_batch([((1, 2), [(5, 6, 7, 8), (5, 2)]), ((1,), [(5, 6, 7, 8, 9, 5, 6, 2), (2,)])])
-    assert quarters(micro_batch(batch, [0.0] * 15)).tolist() == [0, 1, 2, 3, 0, 2, 0, 0, 1, 1, 2, 2, 3, 3, 0]
+    assert quarters(micro_batch(batch, [0.0] * 15)).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        0,
+        2,
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+        0,
+    ]
 
 
 def test_the_inner_product_of_both_gradients_is_that_of_the_gradients_alone():
@@ -163,12 +260,17 @@ def test_the_inner_product_of_both_gradients_is_that_of_the_gradients_alone():
     dense, _ = gradient(told, replace(terms, sparse=torch.zeros(5, dtype=torch.float64)))
     sparse, _ = gradient((), terms)
     _, stats = gradient(told, terms)
-    assert float(stats.dense_sparse) == pytest.approx(float((dense * sparse).sum()), rel=1e-12) and abs(float(stats.dense_sparse)) > 0.01
+    assert (
+        float(stats.dense_sparse) == pytest.approx(float((dense * sparse).sum()), rel=1e-12)
+        and abs(float(stats.dense_sparse)) > 0.01
+    )
 
 
 # -- what objectives watch -------------------------------------------------------------------------------------------
 
-PAIR = make_batch([((1,), [(5, 2), (6, 7, 8, 2)]), ((1, 2), [(5,), (6,)])])  # the second group's rewards are equal: no pair
+PAIR = make_batch(
+    [((1,), [(5, 2), (6, 7, 8, 2)]), ((1, 2), [(5,), (6,)])]
+)  # the second group's rewards are equal: no pair
 
 
 def watched(loss: PairLoss, **changes) -> dict[str, float]:
@@ -176,7 +278,9 @@ def watched(loss: PairLoss, **changes) -> dict[str, float]:
     scored = ScoredBatch(rollout=PAIR, scores=(make_scores(PAIR, [-1.0] * 8),), rewards=rewards)
     seen = torch.tensor([-0.5, -0.5, -2.0, -1.0, -1.0, -1.0, -9.0, -9.0])
     view = LearnerView(logprobs=seen, values=torch.arange(8.0))
-    credit = PairObjective(AlgorithmConfig(pair=PairConfig(loss=loss, **changes))).credit(scored, make_plan(PAIR, num_groups=1), view)
+    credit = PairObjective(AlgorithmConfig(pair=PairConfig(loss=loss, **changes))).credit(
+        scored, make_plan(PAIR, num_groups=1), view
+    )
     tally = Tally(CPU)
     count_credits(tally, [credit])
     return {name: value for name, value in tally.reduced().items() if name.startswith("pair/")}
@@ -187,10 +291,17 @@ def test_a_pair_is_told_by_its_scores():
     # log p: -1 of two tokens and -5 of four; log q: -2 and -4; so s_w = 1, s_l = -1
     assert watched(PairLoss.dpo) == pytest.approx(
         {
-            "pair/accuracy": 1.0, "pair/margin": 2.0, "pair/chosen_score": 1.0, "pair/rejected_score": -1.0, "pair/score_max": 1.0,
-            "pair/clamped_frac": 0.0, "pair/chosen_logprob": -0.5, "pair/rejected_logprob": -1.25, "pair/rejected_ratio": math.exp(-1),
+            "pair/accuracy": 1.0,
+            "pair/margin": 2.0,
+            "pair/chosen_score": 1.0,
+            "pair/rejected_score": -1.0,
+            "pair/score_max": 1.0,
+            "pair/clamped_frac": 0.0,
+            "pair/chosen_logprob": -0.5,
+            "pair/rejected_logprob": -1.25,
+            "pair/rejected_ratio": math.exp(-1),
         }
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.usefixtures("alone")
@@ -198,7 +309,11 @@ def test_a_clamp_is_counted_and_only_log_ratios_have_an_exponential():
     assert watched(PairLoss.dil_ukl, clamp=0.5)["pair/clamped_frac"] == 1.0
     assert watched(PairLoss.slic).keys().isdisjoint({"pair/rejected_ratio"})
     by_value = watched(PairLoss.bradley_terry)  # the values at the last tokens are 1 and 5
-    assert by_value["pair/margin"] == -4.0 and by_value["pair/accuracy"] == 0.0 and by_value["pair/score_max"] == 5.0
+    assert (
+        by_value["pair/margin"] == -4.0
+        and by_value["pair/accuracy"] == 0.0
+        and by_value["pair/score_max"] == 5.0
+    )
     assert by_value.keys().isdisjoint({"pair/rejected_ratio", "pair/chosen_logprob"})
 
 
@@ -211,9 +326,13 @@ def scored_by(name: str, values: list[float], k: int) -> Rewards:
 
 
 def test_groups_pass_with_any_response_and_equal_ones_are_counted():
-    row = reward_metrics([scored_by("it", [1, 0, 0, 0], 2), scored_by("it", [0.5, 0.5, math.nan, 1], 2)])
+    row = reward_metrics(
+        [scored_by("it", [1, 0, 0, 0], 2), scored_by("it", [0.5, 0.5, math.nan, 1], 2)]
+    )
     assert row["reward/mean"] == pytest.approx(3 / 7) and row["reward/error_rate"] == 1 / 8
-    assert row["reward/pass_at_k"] == 1 / 3 and row["reward/equal_groups_frac"] == 2 / 3  # the failed call's group is not known
+    assert (
+        row["reward/pass_at_k"] == 1 / 3 and row["reward/equal_groups_frac"] == 2 / 3
+    )  # the failed call's group is not known
     assert row["reward/it/mean"] == pytest.approx(3 / 7)
 
 
@@ -224,23 +343,40 @@ def test_ranks_of_the_data_are_no_rewards():
 
 
 def header(source: Source = Source.student, version: int = 3) -> ChunkHeader:
-    batch = replace(LONG_AND_SHORT, source=source, policy_versions=np.full_like(LONG_AND_SHORT.policy_versions, version))
+    batch = replace(
+        LONG_AND_SHORT,
+        source=source,
+        policy_versions=np.full_like(LONG_AND_SHORT.policy_versions, version),
+    )
     return chunk_header(batch, [1.0, 2.0])
 
 
 def test_lengths_ends_and_staleness_come_from_headers():
-    read = replace(make_rewards(LONG_AND_SHORT, [0, 0]), compressed=np.array([0.5, np.nan]), repeated=np.array([0.25, np.nan]))
-    cut = replace(header(version=1), truncated=np.array([True, False]), aborted=np.array([False, True]))
+    read = replace(
+        make_rewards(LONG_AND_SHORT, [0, 0]),
+        compressed=np.array([0.5, np.nan]),
+        repeated=np.array([0.25, np.nan]),
+    )
+    cut = replace(
+        header(version=1), truncated=np.array([True, False]), aborted=np.array([False, True])
+    )
     row = rollout_metrics([header(), cut, header(Source.data, 0)], [read], 3)
     assert row["rollout/length_mean"] == 3.5 and row["rollout/length_max"] == 6.0
     assert row["rollout/truncated_frac"] == 1 / 6 and row["rollout/eos_frac"] == 4 / 6
     assert row["rollout/compressed"] == 0.5 and row["rollout/repeated"] == 0.25
-    assert row["policy/staleness_mean"] == 1.0 and row["policy/staleness_max"] == 2.0  # data has no version
-    assert "rollout/compressed" not in rollout_metrics([header()], [make_rewards(LONG_AND_SHORT, [0, 0])], 3)
+    assert (
+        row["policy/staleness_mean"] == 1.0 and row["policy/staleness_max"] == 2.0
+    )  # data has no version
+    assert "rollout/compressed" not in rollout_metrics(
+        [header()], [make_rewards(LONG_AND_SHORT, [0, 0])], 3
+    )
 
 
 def test_repetition_is_seen_in_ids_and_in_text():
-    assert repeated_share([1, 2, 1, 2, 1, 2]) == pytest.approx(1 / 3) and repeated_share([1, 2, 3, 4, 5]) == 0.0
+    assert (
+        repeated_share([1, 2, 1, 2, 1, 2]) == pytest.approx(1 / 3)
+        and repeated_share([1, 2, 3, 4, 5]) == 0.0
+    )
     assert math.isnan(repeated_share([1, 2, 3])) and math.isnan(compressed_share(""))
     assert compressed_share("so it is 4. " * 50) < 0.1 < 0.9 < compressed_share("7*3-9")
     assert compressed_share("\ud800") > 0, "half a surrogate pair, as a cut response may end"
@@ -255,13 +391,20 @@ def probed() -> dict[str, float]:
     torch.manual_seed(0)
     student = Student(tiny_model(tiny_tokenizer()), HeadRule(), with_value=False)
     terms = TokenTerms(
-        token_ids=micro.token_ids, token_weight=micro.token_weight, sparse=micro.sparse, sampler_logprobs=micro.rollout_logprobs
+        token_ids=micro.token_ids,
+        token_weight=micro.token_weight,
+        sparse=micro.sparse,
+        sampler_logprobs=micro.rollout_logprobs,
     )
     inputs = HeadInputs(
-        input_ids=micro.input_ids, attention_mask=micro.attention_mask, position_ids=micro.position_ids,
-        hidden_rows=micro.hidden_rows, teachers=(), terms=terms,
+        input_ids=micro.input_ids,
+        attention_mask=micro.attention_mask,
+        position_ids=micro.position_ids,
+        hidden_rows=micro.hidden_rows,
+        teachers=(),
+        terms=terms,
         value_slope=micro.value_slope,
-    )  # fmt: skip
+    )
     return gradient_geometry(student, [inputs])
 
 
@@ -272,10 +415,15 @@ def everything() -> set[str]:
     read = replace(make_rewards(LONG_AND_SHORT, [0, 1]), compressed=np.ones(2), repeated=np.ones(2))
     scored = [ScoreHeader(teacher="main", nbytes={"teacher_hidden": 1}, score_s=1.0)]
     rows = [
-        learner_metrics(make_plan(LONG_AND_SHORT), stats), reward_metrics([read]), rollout_metrics([header()], [read], 3),
-        transfer_metrics([header()], scored, 1, 1.0), worker_times([header()], scored, stats), late_metrics([], 1),
-        summary([read], []).metrics, probed(),
-    ]  # fmt: skip
+        learner_metrics(make_plan(LONG_AND_SHORT), stats),
+        reward_metrics([read]),
+        rollout_metrics([header()], [read], 3),
+        transfer_metrics([header()], scored, 1, 1.0),
+        worker_times([header()], scored, stats),
+        late_metrics([], 1),
+        summary([read], []).metrics,
+        probed(),
+    ]
     others = (
         {"transfer/inflight_bytes", "cluster/restarts"}
         | {f"teacher/{name}" for name in COMPARED}
@@ -290,12 +438,20 @@ def test_every_key_is_in_the_glossary_and_every_entry_is_a_key():
     keys = everything()
     assert sorted(key for key in keys if explain(key) is None) == []
     assert sorted(m.key for m in METRICS if not any(explain(key) is m for key in keys)) == []
-    assert len({m.key for m in METRICS}) == len(METRICS) and all(m.formula and m.reading for m in METRICS)
+    assert len({m.key for m in METRICS}) == len(METRICS) and all(
+        m.formula and m.reading for m in METRICS
+    )
 
 
 def test_the_most_particular_entry_explains_a_key():
-    assert explain("reward/countdown/mean").key == "reward/<name>/mean" and explain("time/step_s").key == "time/step_s"
-    assert explain("time/rollout_s").key == "time/<phase>_s" and explain("entropy/token_q4").key == "entropy/token_q<quarter>"
+    assert (
+        explain("reward/countdown/mean").key == "reward/<name>/mean"
+        and explain("time/step_s").key == "time/step_s"
+    )
+    assert (
+        explain("time/rollout_s").key == "time/<phase>_s"
+        and explain("entropy/token_q4").key == "entropy/token_q<quarter>"
+    )
     assert explain("reward/a/b/mean") is None and explain("kl/tokens") is None
 
 
@@ -308,17 +464,31 @@ FOLLOWED = {
 
 @pytest.mark.parametrize("said", FOLLOWED)
 def test_a_metric_that_no_step_has_cannot_be_followed(said: str):
-    settings = load_config(["experiment=quickstart", "run.dir=here", "checkpoint.every=20", "eval.every=20", said])
+    settings = load_config(
+        ["experiment=quickstart", "run.dir=here", "checkpoint.every=20", "eval.every=20", said]
+    )
     with pytest.raises(ConfigError) as error:
         check_metrics(settings)
-    assert str(error.value) == f"{FOLLOWED[said]}: no step has such a metric; take one of hybridrl/tracking/METRICS.md, e.g. reward/mean"
+    assert (
+        str(error.value)
+        == f"{FOLLOWED[said]}: no step has such a metric; take one of hybridrl/tracking/METRICS.md, e.g. reward/mean"
+    )
 
 
 def test_a_weight_follows_what_each_step_measures_and_the_best_checkpoint_an_evaluation_too():
     feedback = "algorithm.reward_weight={{kind: feedback, value: 1, metric: {}, target: 0.5}}"
-    given = ["experiment=quickstart", "run.dir=here", "checkpoint.every=20", "eval.every=20", "checkpoint.best=eval/accuracy"]
+    given = [
+        "experiment=quickstart",
+        "run.dir=here",
+        "checkpoint.every=20",
+        "eval.every=20",
+        "checkpoint.best=eval/accuracy",
+    ]
     check_metrics(load_config([*given, feedback.format("reward/mean")]))
-    with pytest.raises(ConfigError, match=r"^algorithm\.reward_weight\.metric=eval/accuracy: is not measured in every step; "):
+    with pytest.raises(
+        ConfigError,
+        match=r"^algorithm\.reward_weight\.metric=eval/accuracy: is not measured in every step; ",
+    ):
         check_metrics(load_config([*given, feedback.format("eval/accuracy")]))
 
 
@@ -328,4 +498,6 @@ def test_the_curves_of_the_report_are_of_metrics_in_the_glossary():
 
 def test_the_page_of_metrics_is_up_to_date():
     written = Path(__file__).parent.parent / "hybridrl" / "tracking" / "METRICS.md"
-    assert written.read_text() == page(), "python -m hybridrl.tracking.glossary > hybridrl/tracking/METRICS.md"
+    assert written.read_text() == page(), (
+        "python -m hybridrl.tracking.glossary > hybridrl/tracking/METRICS.md"
+    )

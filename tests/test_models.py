@@ -35,7 +35,10 @@ def accuracy(name: str, num: int) -> float:
     equations = Countdown().heldout(num)
     model, tokenizer = load_model(f"builtin:{name}"), load_tokenizer(f"builtin:{name}")
     answers = greedy_answers(model, tokenizer, [e.prompt for e in equations])
-    return sum(countdown(answers, [list(e.numbers) for e in equations], [e.target for e in equations])) / num
+    return (
+        sum(countdown(answers, [list(e.numbers) for e in equations], [e.target for e in equations]))
+        / num
+    )
 
 
 def test_the_tiny_tokenizer_survives_saving_and_round_trips_every_character(tmp_path: Path) -> None:
@@ -45,7 +48,11 @@ def test_the_tiny_tokenizer_survives_saving_and_round_trips_every_character(tmp_
     ids = tokenizer(CHARACTERS).input_ids
     assert ids == [1, *range(4, 4 + len(CHARACTERS))]
     assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == CHARACTERS
-    assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == ("<pad>", "<bos>", "<eos>")
+    assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == (
+        "<pad>",
+        "<bos>",
+        "<eos>",
+    )
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
 
 
@@ -67,13 +74,17 @@ def test_a_shipped_model_is_a_small_plain_llama(name: str) -> None:
 
 def test_the_shipped_student_is_worse_than_its_teacher_as_the_readme_says() -> None:
     student, teacher = accuracy("countdown-student", 128), accuracy("countdown-teacher", 128)
-    assert abs(student - 0.328) < 0.05 and abs(teacher - 0.547) < 0.05  # assets/README.md; float32 sums may flip a few near-ties
+    assert (
+        abs(student - 0.328) < 0.05 and abs(teacher - 0.547) < 0.05
+    )  # assets/README.md; float32 sums may flip a few near-ties
     assert teacher - student > 0.15
 
 
 def test_sft_gives_the_same_weights_for_the_same_arguments() -> None:
     def weights(seed: int) -> dict[str, torch.Tensor]:
-        args = parser().parse_args(["--out", "unused", "--steps", "2", "--batch", "4", "--seed", str(seed)])
+        args = parser().parse_args(
+            ["--out", "unused", "--steps", "2", "--batch", "4", "--seed", str(seed)]
+        )
         return train(args)[0].state_dict()
 
     first, again, other = weights(0), weights(0), weights(1)
@@ -82,7 +93,9 @@ def test_sft_gives_the_same_weights_for_the_same_arguments() -> None:
 
 
 @pytest.mark.parametrize("as_numpy", [False, True])
-def test_an_exported_folder_gives_equal_logits_and_the_same_tokenizer(source: Path, tmp_path: Path, as_numpy: bool) -> None:
+def test_an_exported_folder_gives_equal_logits_and_the_same_tokenizer(
+    source: Path, tmp_path: Path, as_numpy: bool
+) -> None:
     torch.manual_seed(1)
     trained = tiny_model(tiny_tokenizer()).eval()
     state = {name: t.numpy() if as_numpy else t for name, t in trained.state_dict().items()}
@@ -90,12 +103,16 @@ def test_an_exported_folder_gives_equal_logits_and_the_same_tokenizer(source: Pa
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert loaded.dtype == torch.float32
     assert torch.equal(loaded(IDS).logits, trained(IDS).logits)
-    assert AutoTokenizer.from_pretrained(tmp_path / "export")("3 7=21:").input_ids == IDS[0].tolist()
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "export")("3 7=21:").input_ids == IDS[0].tolist()
+    )
     assert (tmp_path / "export" / "generation_config.json").is_file()
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in (tmp_path / "export").iterdir())
 
 
-def test_an_export_keeps_dtype_and_chat_template_and_replaces_an_older_one(source: Path, tmp_path: Path) -> None:
+def test_an_export_keeps_dtype_and_chat_template_and_replaces_an_older_one(
+    source: Path, tmp_path: Path
+) -> None:
     (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     state = load_model(str(source), "bfloat16").state_dict()
     (tmp_path / "export").mkdir()
@@ -109,14 +126,18 @@ def test_an_export_keeps_dtype_and_chat_template_and_replaces_an_older_one(sourc
     assert not (tmp_path / "export" / "old").exists()
 
 
-def test_an_export_of_other_weights_is_refused_and_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
+def test_an_export_of_other_weights_is_refused_and_leaves_nothing_behind(
+    source: Path, tmp_path: Path
+) -> None:
     state = tiny_model(tiny_tokenizer()).state_dict()
     missing = {name: t for name, t in state.items() if name != "model.norm.weight"}
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
         export(missing, source, tmp_path / "export")
     with pytest.raises(CheckpointError, match="extra is unknown"):
         export({**state, "extra": torch.zeros(1)}, source, tmp_path / "export")
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is \[3\], the model needs \[128\]"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.norm\.weight is \[3\], the model needs \[128\]"
+    ):
         export({**state, "model.norm.weight": torch.zeros(3)}, source, tmp_path / "export")
     (source / "no_file.json").mkdir()
     with pytest.raises(IsADirectoryError):
@@ -125,7 +146,10 @@ def test_an_export_of_other_weights_is_refused_and_leaves_nothing_behind(source:
 
 
 def test_a_path_with_no_model_is_a_config_error_that_names_the_setting(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.path=builtin:countdown.*must be one of countdown-student, countdown-teacher"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.path=builtin:countdown.*must be one of countdown-student, countdown-teacher",
+    ):
         resolve("builtin:countdown")
     with pytest.raises(ConfigError, match=r"model\.path=.*holds no config\.json"):
         resolve(str(tmp_path))
@@ -137,7 +161,15 @@ def test_a_path_with_no_model_is_a_config_error_that_names_the_setting(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"model_type": "llama", "hidden_size": "x"}', '{"model_type": 3}', "[]", "{", "null", '{"model_type": "no"}']
+    "text",
+    [
+        '{"model_type": "llama", "hidden_size": "x"}',
+        '{"model_type": 3}',
+        "[]",
+        "{",
+        "null",
+        '{"model_type": "no"}',
+    ],
 )
 def test_a_malformed_config_is_one_config_error(source: Path, tmp_path: Path, text: str) -> None:
     folder = tmp_path / "model"
@@ -152,7 +184,9 @@ def test_code_of_a_models_author_is_not_run(source: Path) -> None:
     (source / "evil.py").write_text("raise SystemExit('ran')")
     config = (source / "config.json").read_text()
     mapping = '{"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "model_type": "evil",'
-    (source / "config.json").write_text(mapping + config.replace('"model_type": "llama",', "").lstrip()[1:])
+    (source / "config.json").write_text(
+        mapping + config.replace('"model_type": "llama",', "").lstrip()[1:]
+    )
     with pytest.raises(ConfigError, match=r"model\.path=.*cannot be loaded"):
         load_model(str(source))
 

@@ -17,8 +17,12 @@ from hybridrl.objectives.schedule import Schedule
 from hybridrl.types import Rewards, RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
 
 
-def objective(gamma: float = 0.0, baseline: Baseline = Baseline.leave_one_out, **settings) -> HybridObjective:
-    return HybridObjective(AlgorithmConfig(gamma=gamma, baseline=baseline, **settings), max_new_tokens=16)
+def objective(
+    gamma: float = 0.0, baseline: Baseline = Baseline.leave_one_out, **settings
+) -> HybridObjective:
+    return HybridObjective(
+        AlgorithmConfig(gamma=gamma, baseline=baseline, **settings), max_new_tokens=16
+    )
 
 
 TRIPLE = make_batch([((1,), [(5, 6), (7,), (8, 9)])])
@@ -26,13 +30,21 @@ SHORT_AND_LONG = make_batch([((1, 2), [(5,), (6, 7, 8)])])  # sampler log-probs 
 COSTS = make_scores(SHORT_AND_LONG, [-1.0, -2.0, -3.0, -5.0])  # so costs are 0 | 1, 2, 4
 
 
-def sparse(objective: HybridObjective, batch: RolloutBatch, scores: list[TokenScores], rewards: Rewards, plan: UpdatePlan) -> list[float]:
+def sparse(
+    objective: HybridObjective,
+    batch: RolloutBatch,
+    scores: list[TokenScores],
+    rewards: Rewards,
+    plan: UpdatePlan,
+) -> list[float]:
     """[R] what the objective multiplies grad log p(y) with."""
     scored = ScoredBatch(rollout=batch, scores=tuple(scores), rewards=rewards)
     return objective.credit(scored, plan, None).sparse.tolist()
 
 
-def costs_of(objective: HybridObjective, rewards: list[float], reward_weight: float = 2.0) -> list[float]:
+def costs_of(
+    objective: HybridObjective, rewards: list[float], reward_weight: float = 2.0
+) -> list[float]:
     plan = make_plan(SHORT_AND_LONG, reward_weight=reward_weight)
     return sparse(objective, SHORT_AND_LONG, [COSTS], make_rewards(SHORT_AND_LONG, rewards), plan)
 
@@ -95,8 +107,13 @@ def test_the_response_grid_read_row_by_row_is_batch_order():
 
 def test_normalisers_are_of_the_global_batch():
     plan = make_plan(SHORT_AND_LONG, num_tokens=40, num_sequences=5, num_groups=3)
-    scored = ScoredBatch(rollout=SHORT_AND_LONG, scores=(), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0]))
-    weights = lambda kind: objective(normalizer=kind).token_weight(scored, plan, None).tolist()  # noqa: E731
+    scored = ScoredBatch(
+        rollout=SHORT_AND_LONG, scores=(), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0])
+    )
+
+    def weights(kind):
+        return objective(normalizer=kind).token_weight(scored, plan, None).tolist()
+
     assert weights(Normalizer.token_mean) == pytest.approx([1 / 40] * 4)
     assert weights(Normalizer.constant) == pytest.approx([1 / (5 * 16)] * 4)
     assert weights(Normalizer.sequence_mean) == pytest.approx([1 / 6, 1 / 18, 1 / 18, 1 / 18])
@@ -123,7 +140,13 @@ def test_pure_reinforcement_needs_no_teacher_at_any_gamma():
     off = ScheduleConfig(value=0.0)
     assert objective(gamma=1.0, imitation_weight=off).signals == {Signal.rewards}
     plan = make_plan(TRIPLE, teacher_weights=())
-    costs = sparse(objective(1.0, Baseline.none, imitation_weight=off), TRIPLE, [], make_rewards(TRIPLE, [1.0, 0.0, 3.0]), plan)
+    costs = sparse(
+        objective(1.0, Baseline.none, imitation_weight=off),
+        TRIPLE,
+        [],
+        make_rewards(TRIPLE, [1.0, 0.0, 3.0]),
+        plan,
+    )
     assert costs == [-1.0, -1.0, 0.0, -3.0, -3.0]
 
 
@@ -156,10 +179,24 @@ def test_a_schedule_that_ends_above_zero_is_not_zero():
 
 
 def test_a_feedback_schedule_moves_by_its_gain_within_its_bounds_and_keeps_its_place():
-    config = ScheduleConfig(kind=ScheduleKind.feedback, value=1.0, metric="kl/token", target=0.1, gain=-0.1, low=0.85, high=1.05)
+    config = ScheduleConfig(
+        kind=ScheduleKind.feedback,
+        value=1.0,
+        metric="kl/token",
+        target=0.1,
+        gain=-0.1,
+        low=0.85,
+        high=1.05,
+    )
     schedule = Schedule(config, 100)
     seen = []
-    for kl in (0.2, 0.4, math.nan, 0.1, 0.0):  # twice the target, four times: the error counts as 1 at most; unknown; met; none
+    for kl in (
+        0.2,
+        0.4,
+        math.nan,
+        0.1,
+        0.0,
+    ):  # twice the target, four times: the error counts as 1 at most; unknown; met; none
         schedule.observe({"kl/token": kl})
         seen.append(schedule.value(7))
     assert seen == pytest.approx([0.9, 0.85, 0.85, 0.85, 0.935])
@@ -171,7 +208,9 @@ def test_a_feedback_schedule_moves_by_its_gain_within_its_bounds_and_keeps_its_p
 def test_the_moments_of_a_rank_without_groups_are_zero_and_those_of_others_count_live_tokens():
     assert moments([]).tolist() == [0.0, 0.0, 0.0]
     scored = ScoredBatch(rollout=TRIPLE, scores=(), rewards=make_rewards(TRIPLE, [1.0, 0.0, 3.0]))
-    credit = objective(baseline=Baseline.none).credit(scored, make_plan(TRIPLE), None)  # costs -1, -1, 0, -3, -3
+    credit = objective(baseline=Baseline.none).credit(
+        scored, make_plan(TRIPLE), None
+    )  # costs -1, -1, 0, -3, -3
     assert moments([credit]).tolist() == [5.0, -8.0, 20.0]
 
 
@@ -179,27 +218,49 @@ def test_the_moments_of_a_rank_without_groups_are_zero_and_those_of_others_count
 def test_text_of_the_data_has_its_likelihood_alone_whatever_the_baseline(baseline: Baseline):
     single = make_batch([((1,), [(5, 6)])])
     data = replace(single, source=Source.data)
-    plan, view = make_plan(single, reward_weight=2.0), LearnerView(logprobs=torch.full((2,), -1.0), values=torch.full((2,), -0.5))
+    plan, view = (
+        make_plan(single, reward_weight=2.0),
+        LearnerView(logprobs=torch.full((2,), -1.0), values=torch.full((2,), -0.5)),
+    )
     given = ScoredBatch(rollout=data, scores=(), rewards=make_rewards(single, [1.0]))
     credit = objective(baseline=baseline, nll_weight=0.25).credit(given, plan, view)
-    assert credit.sparse.tolist() == [0.0, 0.0] and credit.cost.tolist() == [-0.25, -0.25] and credit.value_slope.tolist() == [0.0, 0.0]
-    assert credit.standardised(torch.tensor(1.0), torch.tensor(2.0)).cost.tolist() == [-0.25, -0.25] and moments([credit])[0] == 0.0
+    assert (
+        credit.sparse.tolist() == [0.0, 0.0]
+        and credit.cost.tolist() == [-0.25, -0.25]
+        and credit.value_slope.tolist() == [0.0, 0.0]
+    )
+    assert (
+        credit.standardised(torch.tensor(1.0), torch.tensor(2.0)).cost.tolist() == [-0.25, -0.25]
+        and moments([credit])[0] == 0.0
+    )
     assert not any(len(numbers) and numbers.any() for numbers in credit.watched.values())
 
 
 def test_the_likelihood_of_the_teachers_text_is_not_standardised_with_its_returns():
     written = replace(TRIPLE, source=Source.teacher)
     given = ScoredBatch(rollout=written, scores=(), rewards=make_rewards(TRIPLE, [1.0, 0.0, 3.0]))
-    credit = objective(baseline=Baseline.none, nll_weight=0.5).credit(given, make_plan(TRIPLE, reward_weight=1.0), None)
+    credit = objective(baseline=Baseline.none, nll_weight=0.5).credit(
+        given, make_plan(TRIPLE, reward_weight=1.0), None
+    )
     assert credit.sparse.tolist() == [-1.0, -1.0, 0.0, -3.0, -3.0]
-    assert credit.standardised(torch.tensor(-1.0), torch.tensor(2.0)).cost.tolist() == [-0.5, -0.5, 0.0, -1.5, -1.5]
+    assert credit.standardised(torch.tensor(-1.0), torch.tensor(2.0)).cost.tolist() == [
+        -0.5,
+        -0.5,
+        0.0,
+        -1.5,
+        -1.5,
+    ]
 
 
 def test_a_clip_of_the_log_ratio_bounds_future_costs_and_says_how_often():
     # costs of the long response are 1, 2, 4; clipped at 1.5: 1, 1.5, 1.5
     clipped = objective(gamma=1.0, baseline=Baseline.none, log_ratio_clip=1.5)
-    assert Signal.teacher_logprobs in objective(log_ratio_clip=1.5).signals, "for the share, at gamma 0 too"
-    scored = ScoredBatch(rollout=SHORT_AND_LONG, scores=(COSTS,), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0]))
+    assert Signal.teacher_logprobs in objective(log_ratio_clip=1.5).signals, (
+        "for the share, at gamma 0 too"
+    )
+    scored = ScoredBatch(
+        rollout=SHORT_AND_LONG, scores=(COSTS,), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0])
+    )
     credit = clipped.credit(scored, make_plan(SHORT_AND_LONG), None)
     assert credit.sparse.tolist() == [0.0, 3.0, 1.5, 0.0]
     assert credit.watched["kl/clipped_frac"].tolist() == [False, False, True, True]

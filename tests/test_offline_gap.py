@@ -40,7 +40,13 @@ def gradient_of_data(right: int, wrong: int) -> float:
 
 
 def binomial(n: int, k: int, p: float) -> float:
-    return math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p))
+    return math.exp(
+        math.lgamma(n + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(n - k + 1)
+        + k * math.log(p)
+        + (n - k) * math.log1p(-p)
+    )
 
 
 def offline_value(eps: float, samples: int) -> float:
@@ -50,7 +56,11 @@ def offline_value(eps: float, samples: int) -> float:
         for right in range(seen + 1):
             push = gradient_of_data(right, seen - right) if seen else 0.0
             correct = 1.0 if push > 1e-9 else 0.5 if push > -1e-9 else 0.0
-            value += binomial(samples, seen, eps / CONTEXTS) * (binomial(seen, right, 1 - DELTA) if seen else 1.0) * correct
+            value += (
+                binomial(samples, seen, eps / CONTEXTS)
+                * (binomial(seen, right, 1 - DELTA) if seen else 1.0)
+                * correct
+            )
     return value
 
 
@@ -63,14 +73,20 @@ def online_value(eps: float, samples: int) -> float:
 @pytest.mark.parametrize(
     ("eps", "samples", "offline", "online"),
     [
-        (1.0, 128, 0.977, 0.991), (0.3, 128, 0.821, 0.991), (0.1, 128, 0.646, 0.992), (0.03, 128, 0.550, 0.991),
-        (0.01, 128, 0.524, 0.991), (0.01, 2048, 0.711, 1.0),
+        (1.0, 128, 0.977, 0.991),
+        (0.3, 128, 0.821, 0.991),
+        (0.1, 128, 0.646, 0.992),
+        (0.03, 128, 0.550, 0.991),
+        (0.01, 128, 0.524, 0.991),
+        (0.01, 2048, 0.711, 1.0),
     ],
-)  # fmt: skip
+)
 def test_data_needs_ever_more_samples_as_the_expert_leaves_the_students_class_and_own_samples_do_not(
     eps: float, samples: int, offline: float, online: float
 ):
-    assert offline_value(eps, samples) == pytest.approx(offline, abs=0.007), "the published values are simulated"
+    assert offline_value(eps, samples) == pytest.approx(offline, abs=0.007), (
+        "the published values are simulated"
+    )
     assert online_value(eps, samples) == pytest.approx(online, abs=0.001)
 
 
@@ -78,5 +94,7 @@ def test_without_an_error_of_the_expert_the_regret_of_data_has_its_closed_form()
     eps, samples = 0.1, 128
     hidden = (1 - eps / CONTEXTS) ** samples  # nothing seen of a context
     assert 0.5 * hidden == pytest.approx(0.335, abs=5e-4)
-    assert 1 - offline_value(eps, samples) == pytest.approx(0.5 * hidden, abs=0.02), "delta 0.05 adds a little"
+    assert 1 - offline_value(eps, samples) == pytest.approx(0.5 * hidden, abs=0.02), (
+        "delta 0.05 adds a little"
+    )
     assert 1 - offline_value(eps, samples) > 0.5 * hidden

@@ -26,7 +26,9 @@ def test_every_method_and_option_is_what_it_is_declared_to_be():
 
 def test_what_is_not_biased_is_so_on_other_models_too():
     scope = Scope(seed=1, vocabulary=4, horizon=2)
-    others = [case for case in cases(4) if case.kind is not Kind.biased and case.world is not World.ended]
+    others = [
+        case for case in cases(4) if case.kind is not Kind.biased and case.world is not World.ended
+    ]
     assert len(others) > 50
     assert [case.label for case in others if not judge(case, scope).agrees] == []
 
@@ -66,7 +68,10 @@ class StateAdvantage(Estimator):
         p, q = (self.mdp.logp(table).exp() for table in (self.mdp.student, self.mdp.teachers[0]))
         ids = p.topk(2).indices
         p, q = p.gather(1, ids), q.gather(1, ids)
-        return replace(super().credit(batch, plan, members), sparse=(p * (p / q).log()).sum(1)[self._at(members)[0]])
+        return replace(
+            super().credit(batch, plan, members),
+            sparse=(p * (p / q).log()).sum(1)[self._at(members)[0]],
+        )
 
 
 class DrawnTokenInSupport(Estimator):
@@ -88,7 +93,9 @@ class DiscountedReward(Estimator):
         credit, mask = super().credit(batch, plan, members), self.mdp.mask[members.flatten()]
         is_last = (mask.flip(1).cumsum(1).flip(1) == 1)[mask]
         reward = self.mdp.rewards[members.flatten()][:, None].expand(mask.shape)[mask]
-        return replace(credit, sparse=credit.sparse + torch.where(is_last, 0.0, plan.reward_weight * reward))
+        return replace(
+            credit, sparse=credit.sparse + torch.where(is_last, 0.0, plan.reward_weight * reward)
+        )
 
 
 class SumsTheBaselineIn(Estimator):
@@ -123,10 +130,17 @@ def test_a_broken_gradient_is_found(case: Case, broken: type[Estimator], bias: f
 @pytest.mark.parametrize("correction", ["truncate", "renormalize", "tail_bucket"])
 @pytest.mark.parametrize("kind", [Kind.exact, Kind.unbiased])
 def test_one_token_sold_as_the_whole_divergence_is_found(correction: str, kind: Kind):
-    case = Case(method="opd_full", options=("support=topk", "topk.k=1", f"topk.correction={correction}"), target=SEMI, kind=kind)
+    case = Case(
+        method="opd_full",
+        options=("support=topk", "topk.k=1", f"topk.correction={correction}"),
+        target=SEMI,
+        kind=kind,
+    )
     row = judge(case, Scope())
     assert not row.agrees
-    assert correction != "renormalize" or (row.bias == 1.0 and row.variance == 0.0)  # no gradient at all
+    assert correction != "renormalize" or (
+        row.bias == 1.0 and row.variance == 0.0
+    )  # no gradient at all
 
 
 def test_a_wrong_size_of_a_bias_is_found():
@@ -137,7 +151,10 @@ def test_a_wrong_size_of_a_bias_is_found():
 
 
 def test_sampling_sold_as_exact_is_found():
-    assert judge(SAMPLED, Scope()).agrees and not judge(replace(SAMPLED, kind=Kind.exact), Scope()).agrees
+    assert (
+        judge(SAMPLED, Scope()).agrees
+        and not judge(replace(SAMPLED, kind=Kind.exact), Scope()).agrees
+    )
 
 
 def test_k2_as_a_loss_is_the_reverse_and_k3_the_forward_kl():
@@ -149,15 +166,27 @@ def test_k2_as_a_loss_is_the_reverse_and_k3_the_forward_kl():
 # -- sampling --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [("gamma=1",), ("gamma=1", "support=sampled"), ("gamma=1", "support=topk", "topk.k=2")])
+@pytest.mark.parametrize(
+    "options",
+    [("gamma=1",), ("gamma=1", "support=sampled"), ("gamma=1", "support=topk", "topk.k=2")],
+)
 def test_the_mean_of_20000_samples_is_within_four_standard_errors(options: tuple[str, ...]):
     case, scope, samples = Case(method="hybrid", options=options), Scope(), 20_000
     settings = settings_of(case, scope)
     mdp = scope.mdp(case.world)
     estimator = Estimator(settings, mdp)
-    drawn = torch.multinomial(mdp.probability(mdp.sampler), samples, replacement=True, generator=torch.Generator().manual_seed(0))
+    drawn = torch.multinomial(
+        mdp.probability(mdp.sampler),
+        samples,
+        replacement=True,
+        generator=torch.Generator().manual_seed(0),
+    )
     rows = estimator.rows(drawn[:, None], next(iter(written_by(settings.algorithm))))
-    mean = torch.zeros_like(mdp.student).index_add_(0, rows.prefixes, token_gradients(estimator, rows)) * mdp.mask.shape[1] / samples
+    mean = (
+        torch.zeros_like(mdp.student).index_add_(0, rows.prefixes, token_gradients(estimator, rows))
+        * mdp.mask.shape[1]
+        / samples
+    )
     error = float((mean - claim(case, settings, mdp).gradient()).norm())
     variance = measure(estimator, written_by(settings.algorithm), 1).variance
     assert 0.25 * (variance / samples) ** 0.5 < error < 4 * (variance / samples) ** 0.5
@@ -171,11 +200,17 @@ def test_rows_are_written_as_json_and_a_deviating_one_is_exit_status_1(capsys):
     assert report_json([good]) == 0
     (written,) = json.loads(capsys.readouterr().out)
     assert Row(**written) == good
-    assert (written["method"], written["declared"], written["verdict"]) == ("opd_full", "exact", "exact")
+    assert (written["method"], written["declared"], written["verdict"]) == (
+        "opd_full",
+        "exact",
+        "exact",
+    )
     assert report_json([good, bad]) == 1
 
 
-@pytest.mark.parametrize("wrong", [["--vocab", "3"], ["--horizon", "9"], ["--seed", "-1"], ["--colour"]])
+@pytest.mark.parametrize(
+    "wrong", [["--vocab", "3"], ["--horizon", "9"], ["--seed", "-1"], ["--colour"]]
+)
 def test_wrong_arguments_are_exit_status_2(wrong: list[str], capsys):
     assert main(wrong) == 2
     assert "".join(capsys.readouterr())

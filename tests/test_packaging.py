@@ -15,8 +15,21 @@ from packaging.requirements import Requirement
 from hybridrl.compose import load_config
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("tools/setup", "tools/test", "tools/quickstart", ".ci/run", "cluster/head.sh", "cluster/worker.sh")
-SET_UP_FILES = ("tools/setup", "tools/lock", "tools/uv-requirements.txt", "requirements-cpu.lock", "requirements-overrides.txt")
+COMMANDS = (
+    "tools/setup",
+    "tools/test",
+    "tools/quickstart",
+    ".ci/run",
+    "cluster/head.sh",
+    "cluster/worker.sh",
+)
+SET_UP_FILES = (
+    "tools/setup",
+    "tools/lock",
+    "tools/uv-requirements.txt",
+    "requirements-cpu.lock",
+    "requirements-overrides.txt",
+)
 RECIPES = ("cluster/README.md", "cluster/SMOKE.md", "cluster/rayjob.yaml", "cluster/slurm.sbatch")
 
 
@@ -26,16 +39,25 @@ def read(name: str) -> str:
 
 def locked() -> dict[str, tuple[str, int]]:
     """Version and number of hashes by package name."""
-    entries = re.findall(r"^(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})*)$", read("requirements-cpu.lock"), flags=re.MULTILINE)
+    entries = re.findall(
+        r"^(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})*)$",
+        read("requirements-cpu.lock"),
+        flags=re.MULTILINE,
+    )
     return {name: (version, hashes.count("sha256:")) for name, version, hashes in entries}
 
 
 def train_commands(text: str) -> list[list[str]]:
     """The settings of each training command that names an experiment, with shell variables replaced by a word."""
     joined = re.sub(r"\$\{?\w+(\[@\])?\}?|\$\*", "X", text.replace("\\\n", " "))
-    lines = re.findall(r"(?:hybridrl train|sbatch cluster/slurm.sbatch) ([^\n]*experiment=[^\n]*)", joined)
+    lines = re.findall(
+        r"(?:hybridrl train|sbatch cluster/slurm.sbatch) ([^\n]*experiment=[^\n]*)", joined
+    )
     settings = [[word for word in shlex.split(line) if "=" in word] for line in lines]
-    return [[*words, *([] if any(w.startswith("run.dir=") for w in words) else ["run.dir=X"])] for words in settings]
+    return [
+        [*words, *([] if any(w.startswith("run.dir=") for w in words) else ["run.dir=X"])]
+        for words in settings
+    ]
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "cluster/slurm.sbatch"])
@@ -51,12 +73,18 @@ def test_commands_are_executable(name: str) -> None:
 
 def test_ci_calls_the_test_command_and_nothing_else() -> None:
     lines = [line for line in read(".ci/run").splitlines() if line and not line.startswith("#")]
-    assert lines == ["set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."', "exec tools/test"]
+    assert lines == [
+        "set -euo pipefail",
+        'cd "$(dirname "${BASH_SOURCE[0]}")/.."',
+        "exec tools/test",
+    ]
 
 
 def test_every_line_of_the_lock_belongs_to_a_package_with_an_exact_version_and_a_hash() -> None:
     packages = locked()
-    lines = [line for line in read("requirements-cpu.lock").splitlines() if not line.startswith("#")]
+    lines = [
+        line for line in read("requirements-cpu.lock").splitlines() if not line.startswith("#")
+    ]
     assert len(lines) == sum(1 + count for _, count in packages.values())
     assert [name for name, (_, count) in packages.items() if count == 0] == []
 
@@ -66,7 +94,11 @@ def test_the_lock_holds_torch_for_each_supported_python() -> None:
 
 
 def test_the_lock_leaves_out_what_the_overrides_name() -> None:
-    left_out = {Requirement(line).name for line in read("requirements-overrides.txt").splitlines() if not line.startswith("#")}
+    left_out = {
+        Requirement(line).name
+        for line in read("requirements-overrides.txt").splitlines()
+        if not line.startswith("#")
+    }
     assert {"torchvision", "torchaudio", "torchcodec"} <= left_out
     assert left_out & set(locked()) == set()
 
@@ -79,7 +111,10 @@ def test_no_set_up_file_names_a_host_or_an_index(name: str) -> None:
 def test_locked_versions_lie_within_the_bounds_of_pyproject() -> None:
     project = tomllib.loads(read("pyproject.toml"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [Requirement(text) for text in [*project["dependencies"], *extras["cpu"], *extras["data"], *extras["dev"]]]
+    wanted = [
+        Requirement(text)
+        for text in [*project["dependencies"], *extras["cpu"], *extras["data"], *extras["dev"]]
+    ]
     versions = {name: version for name, (version, _) in locked().items()}
     assert [str(r) for r in wanted if not r.specifier.contains(versions.get(r.name, "0"))] == []
 
@@ -87,9 +122,16 @@ def test_locked_versions_lie_within_the_bounds_of_pyproject() -> None:
 def set_up_in(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """tools/setup in a copy of the files it reads, where it cannot get far."""
     (folder / "tools").mkdir()
-    for name in ("tools/setup", "tools/uv-requirements.txt", "requirements-cpu.lock", "pyproject.toml"):
+    for name in (
+        "tools/setup",
+        "tools/uv-requirements.txt",
+        "requirements-cpu.lock",
+        "pyproject.toml",
+    ):
         shutil.copy(ROOT / name, folder / name)
-    return subprocess.run([folder / "tools/setup"], env=os.environ | env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [folder / "tools/setup"], env=os.environ | env, capture_output=True, text=True, check=False
+    )
 
 
 def test_set_up_without_a_fitting_python_says_which_ones_fit(tmp_path: Path) -> None:
@@ -105,7 +147,9 @@ def test_set_up_without_a_fitting_python_says_which_ones_fit(tmp_path: Path) -> 
 def test_set_up_without_a_compiler_says_how_to_get_one_and_makes_nothing(tmp_path: Path) -> None:
     result = set_up_in(tmp_path, CXX="no-such-compiler")
     assert result.returncode == 1
-    assert result.stderr.startswith("tools/setup: no C++ compiler (no-such-compiler) on PATH: install one")
+    assert result.stderr.startswith(
+        "tools/setup: no C++ compiler (no-such-compiler) on PATH: install one"
+    )
     assert not (tmp_path / ".venv").exists()
 
 
@@ -119,7 +163,13 @@ def test_every_recipe_starts_ray_with_token_authentication() -> None:
 
 def test_a_worker_without_a_token_does_not_start(tmp_path: Path) -> None:
     env = os.environ | {"HOME": str(tmp_path)}
-    result = subprocess.run([ROOT / "cluster/worker.sh", "127.0.0.1:1"], env=env, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [ROOT / "cluster/worker.sh", "127.0.0.1:1"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 1
     assert result.stderr.startswith("cluster/worker.sh: no token in")
 
@@ -133,4 +183,7 @@ def test_every_setting_a_recipe_names_exists(name: str) -> None:
 
 
 def test_the_kubernetes_job_runs_the_pinned_ray() -> None:
-    assert yaml.safe_load(read("cluster/rayjob.yaml"))["spec"]["rayClusterSpec"]["rayVersion"] == locked()["ray"][0]
+    assert (
+        yaml.safe_load(read("cluster/rayjob.yaml"))["spec"]["rayClusterSpec"]["rayVersion"]
+        == locked()["ray"][0]
+    )

@@ -36,8 +36,12 @@ def pending(number: int) -> Pending:
 
 
 def drawn(prompts: list[Prompt], wave: str) -> list[Drawn]:
-    order = GenerateOrder(wave=wave, chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=1, seed=0)
-    chunks = [Chunk(order=order, prompts=(p,), header=pending(0), batch=pending(0)) for p in prompts]
+    order = GenerateOrder(
+        wave=wave, chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=1, seed=0
+    )
+    chunks = [
+        Chunk(order=order, prompts=(p,), header=pending(0), batch=pending(0)) for p in prompts
+    ]
     return [Drawn(writer=None, chunk=chunk, reward_weights=()) for chunk in chunks]
 
 
@@ -66,7 +70,9 @@ def test_in_step_a_wave_is_drawn_when_its_step_asks_for_it():
 
 def test_pipelined_two_steps_more_are_under_way_and_none_after_the_last():
     made, recorder, _ = pipeline("schedule=pipelined")
-    assert made.take(0).step == 0 and len(recorder.waves) == 1, "nobody knows yet how large a wave is"
+    assert made.take(0).step == 0 and len(recorder.waves) == 1, (
+        "nobody knows yet how large a wave is"
+    )
     made.wave_bytes = 10
     assert made.take(1).step == 1 and len(recorder.waves) == 4
     assert [made.take(step).step for step in (2, 3, 4, 5)] == [2, 3, 4, 5]
@@ -126,7 +132,10 @@ def test_a_batch_of_which_nothing_was_learned_is_owed_until_a_step_is_made():
     made.skip(late=first[:1])
     assert [p.uid for p in made.in_flight()] == [first[1].uid]
     second = made.take(0).prompts
-    assert second[0] == first[0] and [p.uid for p in made.in_flight()] == [first[1].uid, *(p.uid for p in second)]
+    assert second[0] == first[0] and [p.uid for p in made.in_flight()] == [
+        first[1].uid,
+        *(p.uid for p in second),
+    ]
     resumed = PromptSource(PROMPTS, 0)
     resumed.load_state_dict(source.state_dict(made.in_flight()))
     assert resumed.next_batch(3) == [first[1], *second]
@@ -148,14 +157,20 @@ def test_a_chunk_goes_to_the_engine_with_the_fewest_tokens_to_do(alone):
     assert load.assign([5, 5, 5, 5], {0, 1}) == [0, 1, 0, 1]
     never = ray.remote(num_cpus=99)(lambda: None).remote()
     load.add(0, 12, Pending(ref=never, worker="rollout/0", call="generate", deadline_s=1.0))
-    load.add(1, 99, Pending(ref=ray.put("done"), worker="rollout/1", call="generate", deadline_s=1.0))
+    load.add(
+        1, 99, Pending(ref=ray.put("done"), worker="rollout/1", call="generate", deadline_s=1.0)
+    )
     assert load.assign([5, 5, 5, 5], {0, 1}) == [1, 1, 1, 0] and load.assign([5, 5], {0}) == [0, 0]
 
 
 class Fleet:
     """Stands for the workers of a run: told of a loss, it does what `then` says."""
 
-    def __init__(self, silent: Pending | None = None, then: Callable[[WorkerError], None] = lambda error: None) -> None:
+    def __init__(
+        self,
+        silent: Pending | None = None,
+        then: Callable[[WorkerError], None] = lambda error: None,
+    ) -> None:
         self.asked, self.then, self.lost, self.cancelled = silent, then, [], []
         self.engines, self.scorers, self.replay, self.rewards = [self], [], None, self
 
@@ -178,7 +193,12 @@ class Fleet:
 
 
 def under_way(worker: str) -> Pending:
-    return Pending(ref=ray.remote(num_cpus=99)(lambda: None).remote(), worker=worker, call="generate", deadline_s=60.0)
+    return Pending(
+        ref=ray.remote(num_cpus=99)(lambda: None).remote(),
+        worker=worker,
+        call="generate",
+        deadline_s=60.0,
+    )
 
 
 def ended(value: object, worker: str = "rollout/0") -> Pending:
@@ -194,7 +214,10 @@ def died(worker: str) -> Pending:
 
 
 def sampled(headers: list[Pending]) -> list[Drawn]:
-    return [replace(d, chunk=replace(d.chunk, header=h)) for d, h in zip(drawn(PROMPTS, "train-0"), headers, strict=False)]
+    return [
+        replace(d, chunk=replace(d.chunk, header=h))
+        for d, h in zip(drawn(PROMPTS, "train-0"), headers, strict=False)
+    ]
 
 
 @pytest.mark.graph
@@ -228,34 +251,59 @@ def test_of_more_chunks_than_needed_those_of_a_dead_engine_do_not_count_as_done(
         d.writer = fleet
     done, late = Sampling(settings(), fleet, Preemption()).first(waited, 1)
     assert done == waited[1:2] and late == [waited[0], waited[2]]
-    assert fleet.lost == ["rollout/1"] and fleet.cancelled == [waited[0].chunk.prompts[0].uid, waited[2].chunk.prompts[0].uid]
+    assert fleet.lost == ["rollout/1"] and fleet.cancelled == [
+        waited[0].chunk.prompts[0].uid,
+        waited[2].chunk.prompts[0].uid,
+    ]
 
 
 def header(oldest: list[int], source: Source = Source.student) -> ChunkHeader:
     n = len(oldest)
     return ChunkHeader(
-        uids=tuple(f"p{i}" for i in range(n // 2)), source=source, group_size=2, num_tokens=np.full(n, 4), response_lengths=np.full(n, 2),
-        truncated=np.zeros(n, bool), aborted=np.zeros(n, bool), oldest_version=np.array(oldest), newest_version=np.array(oldest),
-        mean_policy_version=0.0, nbytes=0, finish_s=np.zeros(n, np.float32),
-    )  # fmt: skip
+        uids=tuple(f"p{i}" for i in range(n // 2)),
+        source=source,
+        group_size=2,
+        num_tokens=np.full(n, 4),
+        response_lengths=np.full(n, 2),
+        truncated=np.zeros(n, bool),
+        aborted=np.zeros(n, bool),
+        oldest_version=np.array(oldest),
+        newest_version=np.array(oldest),
+        mean_policy_version=0.0,
+        nbytes=0,
+        finish_s=np.zeros(n, np.float32),
+    )
 
 
 def rewards(n: int) -> Rewards:
     ones = np.ones(n, np.float32)
     return Rewards(
-        uids=(), values=ones, part_names=(), parts=ones[None], errors=ones < 0, keep=ones > 0, compressed=ones, repeated=ones
-    )  # fmt: skip
+        uids=(),
+        values=ones,
+        part_names=(),
+        parts=ones[None],
+        errors=ones < 0,
+        keep=ones > 0,
+        compressed=ones,
+        repeated=ones,
+    )
 
 
 def test_groups_with_a_token_that_is_too_old_are_left_out_and_come_again():
     """At step 5 with max_staleness=1, version 3 is too old; one sequence of the second group has it."""
     sampling = Sampling.__new__(Sampling)
-    sampling.settings = settings("pipeline.ahead=3", "pipeline.max_staleness=1", "pipeline.on_stale=drop")
+    sampling.settings = settings(
+        "pipeline.ahead=3", "pipeline.max_staleness=1", "pipeline.on_stale=drop"
+    )
     mixed, fresh = header([4, 5, 5, 3]), header([4, NO_VERSION])
-    assert sampling._used(mixed, rewards(4), 5) == (0,) and sampling._used(fresh, rewards(2), 5) == (0,)
+    assert sampling._used(mixed, rewards(4), 5) == (0,) and sampling._used(
+        fresh, rewards(2), 5
+    ) == (0,)
     assert sampling._used(header([3, 3], Source.data), rewards(2), 5) == (0,), "data has no version"
     (both,) = drawn(PROMPTS[:1], "train-5")
     chunk = replace(both.chunk, prompts=tuple(PROMPTS[:2]))
-    arrived = [Arrived(drawn=replace(both, chunk=chunk), header=mixed, rewards=rewards(4), groups=(0,))]
+    arrived = [
+        Arrived(drawn=replace(both, chunk=chunk), header=mixed, rewards=rewards(4), groups=(0,))
+    ]
     assert [p.uid for p in sampling.stale_prompts(arrived, 5)] == ["p1"]
     assert [a.groups for a in first_groups(arrived, 2)] == [(0,)]

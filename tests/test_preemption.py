@@ -10,12 +10,17 @@ import pytest
 from hybridrl.controller.preemption import Preemption
 from hybridrl.errors import Preempted
 
-BOTH = pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+BOTH = pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
+)
 
 
 @BOTH
 def test_while_a_run_starts_up_it_ends_where_it_stands(number: int, name: str):
-    with pytest.raises(Preempted, match=f"^told to end by {name}; the same command continues$"), Preemption().listening():
+    with (
+        pytest.raises(Preempted, match=f"^told to end by {name}; the same command continues$"),
+        Preemption().listening(),
+    ):
         with suppress(Exception):  # Ray's calls make a SystemError of one
             os.kill(os.getpid(), number)
         pytest.fail("the start went on")
@@ -32,7 +37,9 @@ def test_once_it_has_started_it_ends_where_it_asks(number: int, name: str):
 
 
 @BOTH
-def test_ctrl_c_ends_a_run_at_once_that_was_told_to_end_before(capfd: pytest.CaptureFixture, number: int, name: str):
+def test_ctrl_c_ends_a_run_at_once_that_was_told_to_end_before(
+    capfd: pytest.CaptureFixture, number: int, name: str
+):
     with Preemption().listening() as preemption:
         preemption.started()
         os.kill(os.getpid(), number)
@@ -50,7 +57,9 @@ def test_what_took_the_order_for_an_error_of_its_own_does_not_hide_it():
 
 
 @pytest.mark.parametrize(("status", "told"), [(signal.SIGTERM, Preempted), (3, SystemExit)])
-def test_an_end_by_rays_handler_of_the_signal_is_an_order_like_any_other(status: int, told: type[BaseException]):
+def test_an_end_by_rays_handler_of_the_signal_is_an_order_like_any_other(
+    status: int, told: type[BaseException]
+):
     with pytest.raises(told), Preemption().listening():
         sys.exit(status)
 

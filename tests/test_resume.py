@@ -49,7 +49,9 @@ class Recorder:
     def start(self, info: RunInfo) -> None: ...
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        self.rows.append({key: value for key, value in metrics.items() if not key.startswith(("time/", "perf/"))})
+        self.rows.append(
+            {key: value for key, value in metrics.items() if not key.startswith(("time/", "perf/"))}
+        )
         self.held.append(contents(self.controller))
         self.then()
 
@@ -93,7 +95,9 @@ class Graph:
     prompts: list[Prompt]
     heldout: list[Prompt]
 
-    def controller(self, run_dir: Path, steps_done: int = 0, settings: RunSettings | None = None) -> tuple[Controller, Recorder]:
+    def controller(
+        self, run_dir: Path, steps_done: int = 0, settings: RunSettings | None = None
+    ) -> tuple[Controller, Recorder]:
         run_dir.mkdir(exist_ok=True)
         recorder = Recorder()
         made = Controller(
@@ -115,13 +119,24 @@ class Graph:
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     folder = tmp_path_factory.mktemp("resume")
     settings = tiny_settings(
-        folder, f"train.steps={STEPS}", "train.prompts_per_step=8", "data.num_train=20", "eval.every=2", "eval.samples=2",
-        "checkpoint.every=1", f"checkpoint.keep={STEPS}", "learner.ranks=2", "learner.zero_stage=2", "cluster.threads_per_worker=1",
+        folder,
+        f"train.steps={STEPS}",
+        "train.prompts_per_step=8",
+        "data.num_train=20",
+        "eval.every=2",
+        "eval.samples=2",
+        "checkpoint.every=1",
+        f"checkpoint.keep={STEPS}",
+        "learner.ranks=2",
+        "learner.zero_stage=2",
+        "cluster.threads_per_worker=1",
         "algorithm.imitation_weight={kind: feedback, value: 1, metric: kl/token, target: 0.1}",
-    )  # fmt: skip
+    )
     with Cluster(settings) as cluster:
         slots, log_dir = place_workers(settings, cluster), str(folder / "logs")
-        workers = start_workers(settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir)
+        workers = start_workers(
+            settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir
+        )
         yield Graph(settings, workers, *prepare_prompts(settings))
 
 
@@ -155,7 +170,9 @@ def continued(graph: Graph, whole: Whole, step: int, run_dir: Path) -> tuple[Con
 
 @pytest.mark.graph
 @pytest.mark.parametrize("step", range(1, STEPS))
-def test_a_run_continued_after_any_step_is_bit_for_bit_the_one_that_went_on(graph: Graph, whole: Whole, step: int, tmp_path: Path):
+def test_a_run_continued_after_any_step_is_bit_for_bit_the_one_that_went_on(
+    graph: Graph, whole: Whole, step: int, tmp_path: Path
+):
     controller, recorder = continued(graph, whole, step, tmp_path)
     controller.run()
     assert [row["train/step"] for row in recorder.rows] == list(range(step + 1, STEPS + 1))
@@ -165,7 +182,9 @@ def test_a_run_continued_after_any_step_is_bit_for_bit_the_one_that_went_on(grap
     for done in range(step + 1, STEPS + 1):
         ours, theirs = tmp_path / "checkpoints" / f"step_{done:06d}", whole.folder(done)
         names = sorted(path.name for path in theirs.glob("*.safetensors"))
-        assert len(names) == 2 and all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in names)
+        assert len(names) == 2 and all(
+            (ours / name).read_bytes() == (theirs / name).read_bytes() for name in names
+        )
         assert read_checkpoint(ours).state.parts == read_checkpoint(theirs).state.parts
 
 
@@ -176,20 +195,35 @@ that follows the row moves."""
 
 @pytest.mark.graph
 @pytest.mark.parametrize("step", range(1, STEPS))
-def test_whatever_a_step_changes_in_the_controller_comes_back_with_the_checkpoint(graph: Graph, whole: Whole, step: int, tmp_path: Path):
+def test_whatever_a_step_changes_in_the_controller_comes_back_with_the_checkpoint(
+    graph: Graph, whole: Whole, step: int, tmp_path: Path
+):
     """Attribute by attribute: one that a step moves and no state_dict holds is found here by its name."""
     before, after = whole.fresh, whole.recorder.held[step - 1]
-    moved = {path for path in before | after if before.get(path) != after.get(path) and not any(name in path for name in NO_STATE)}
-    assert {".steps_done", ".weight_version", ".pipeline.prompts.position", ".weights_of.schedules[imitation].held"} <= moved
+    moved = {
+        path
+        for path in before | after
+        if before.get(path) != after.get(path) and not any(name in path for name in NO_STATE)
+    }
+    assert {
+        ".steps_done",
+        ".weight_version",
+        ".pipeline.prompts.position",
+        ".weights_of.schedules[imitation].held",
+    } <= moved
     controller, _ = continued(graph, whole, step, tmp_path)
     loaded = contents(controller)
     assert sorted(path for path in moved if loaded.get(path) != after.get(path)) == []
 
 
 @pytest.mark.graph
-def test_while_sampling_runs_ahead_a_stopped_run_still_trains_each_prompt_once(graph: Graph, whole: Whole, tmp_path: Path):
+def test_while_sampling_runs_ahead_a_stopped_run_still_trains_each_prompt_once(
+    graph: Graph, whole: Whole, tmp_path: Path
+):
     """Stopped after step 2 with the third step's prompts in flight: they are owed, and come again."""
-    settings = replace(graph.settings, pipeline=replace(graph.settings.pipeline, ahead=1, max_staleness=1))
+    settings = replace(
+        graph.settings, pipeline=replace(graph.settings.pipeline, ahead=1, max_staleness=1)
+    )
     shutil.copy(whole.run_dir / "ledger.jsonl", tmp_path)
     for folder, last in ((whole.folder(1), 2), (tmp_path / "checkpoints" / "step_000002", 3)):
         controller, _ = graph.controller(tmp_path, last - 1, settings)
@@ -207,9 +241,15 @@ def test_a_checkpoint_that_fails_is_told_and_the_run_goes_on_but_not_past_its_en
 ):
     controller, recorder = continued(graph, whole, 1, tmp_path)
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with caplog.at_level(logging.ERROR), pytest.raises(CheckpointError, match="step_000003: not saved"):
+    with (
+        caplog.at_level(logging.ERROR),
+        pytest.raises(CheckpointError, match="step_000003: not saved"),
+    ):
         controller.run()
-    assert "step 2 has no checkpoint, the older ones are whole: " in caplog.text and len(recorder.rows) == 2
+    assert (
+        "step 2 has no checkpoint, the older ones are whole: " in caplog.text
+        and len(recorder.rows) == 2
+    )
 
 
 @pytest.mark.graph
@@ -221,15 +261,22 @@ def test_told_to_end_while_checkpoints_fail_it_ends_as_told_and_says_that_the_st
     recorder.then = lambda: setattr(controller.preemption, "told_by", "SIGTERM")
     with caplog.at_level(logging.ERROR), pytest.raises(Preempted):
         controller.run()
-    assert len(recorder.rows) == 1 and "step 2 has no checkpoint, the older ones are whole: " in caplog.text
+    assert (
+        len(recorder.rows) == 1
+        and "step 2 has no checkpoint, the older ones are whole: " in caplog.text
+    )
 
 
 @pytest.mark.graph
-def test_a_checkpoint_without_the_state_of_a_part_is_refused(graph: Graph, whole: Whole, tmp_path: Path):
+def test_a_checkpoint_without_the_state_of_a_part_is_refused(
+    graph: Graph, whole: Whole, tmp_path: Path
+):
     controller, _ = graph.controller(tmp_path)
     checkpoint = read_checkpoint(whole.folder(1))
     state = replace(checkpoint.state, parts={"pipeline": checkpoint.state.parts["pipeline"]})
-    with pytest.raises(CheckpointError, match="has no state of schedules; it is of another version of hybridrl"):
+    with pytest.raises(
+        CheckpointError, match="has no state of schedules; it is of another version of hybridrl"
+    ):
         controller.load_state(state, str(checkpoint.folder))
 
 
@@ -245,10 +292,24 @@ def test_every_prompt_up_to_the_cursor_is_in_the_ledger_once(graph: Graph, whole
 
 def test_a_samples_seed_is_made_of_the_runs_seed_the_step_the_prompt_and_the_index_and_of_nothing_else():
     def seeds() -> list[int]:
-        waves = [wave_seed(run, kind, step) for run in (0, 1) for kind in ("train", "eval") for step in (0, 1)]
-        return [sample_seed(wave, uid, index) for wave in waves for uid in ("a@0", "a@1") for index in (0, 1)]
+        waves = [
+            wave_seed(run, kind, step)
+            for run in (0, 1)
+            for kind in ("train", "eval")
+            for step in (0, 1)
+        ]
+        return [
+            sample_seed(wave, uid, index)
+            for wave in waves
+            for uid in ("a@0", "a@1")
+            for index in (0, 1)
+        ]
 
-    assert seeds() == seeds() and len(set(seeds())) == 32 and all(0 <= seed < 2**63 for seed in seeds())
+    assert (
+        seeds() == seeds()
+        and len(set(seeds())) == 32
+        and all(0 <= seed < 2**63 for seed in seeds())
+    )
 
 
 def test_a_group_that_is_not_used_or_whose_reward_failed_is_passed_over_and_not_trained():
@@ -308,7 +369,9 @@ def test_a_resumed_run_takes_the_steps_after_its_checkpoint_again(tmp_path: Path
 
 
 def test_a_damaged_ledger_names_the_line(tmp_path: Path):
-    (tmp_path / "ledger.jsonl").write_text('{"step": 1}\n{"step": 2, "trained": [], "passed_over": []}\n')
+    (tmp_path / "ledger.jsonl").write_text(
+        '{"step": 1}\n{"step": 2, "trained": [], "passed_over": []}\n'
+    )
     with pytest.raises(LedgerError, match=r"ledger\.jsonl, line 1: no line of a ledger"):
         Ledger(tmp_path, 2)
 

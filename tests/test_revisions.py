@@ -13,7 +13,13 @@ from hybridrl.compose import load_config
 from hybridrl.config import ModelConfig
 from hybridrl.errors import ConfigError
 
-HUB = ["experiment=quickstart", "run.dir=r", "model.revision=s1", "teachers.main.path=me/teacher", "+teachers.main.revision=t2"]
+HUB = [
+    "experiment=quickstart",
+    "run.dir=r",
+    "model.revision=s1",
+    "teachers.main.path=me/teacher",
+    "+teachers.main.revision=t2",
+]
 
 ASKING = """
 from contextlib import suppress
@@ -59,16 +65,30 @@ def test_teachers_and_data_are_asked_for_at_their_revisions(tmp_path: Path):
         server.asked = []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         root = Path(__file__).parent.parent
-        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+        hub = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+            "HF_HOME": str(tmp_path),
+            "NO_PROXY": "127.0.0.1",
+        }
         env = os.environ | hub | {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(root)}
         done = subprocess.run(
-            [sys.executable, "-c", ASKING], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False
+            [sys.executable, "-c", ASKING],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         server.shutdown()
     assert done.returncode == 0 and done.stdout.count("asks") == 4, done.stderr
     teacher = [path for path in server.asked if "me/teacher" in path]
-    assert len(teacher) >= 3 and set(teacher) == {"/api/models/me/teacher/revision/t2"}, "tokenizer, weights and head"
-    assert next(path for path in server.asked if "me/other" in path).startswith("/datasets/me/other/resolve/d3/")
+    assert len(teacher) >= 3 and set(teacher) == {"/api/models/me/teacher/revision/t2"}, (
+        "tokenizer, weights and head"
+    )
+    assert next(path for path in server.asked if "me/other" in path).startswith(
+        "/datasets/me/other/resolve/d3/"
+    )
 
 
 def test_an_engine_that_serves_a_teacher_has_its_revision_or_the_students():
@@ -78,5 +98,8 @@ def test_an_engine_that_serves_a_teacher_has_its_revision_or_the_students():
 
 
 def test_a_revision_of_a_teacher_without_a_path_is_refused():
-    with pytest.raises(ConfigError, match=r"teachers\.main\.revision=t2: without a path it is the student; set model\.revision"):
+    with pytest.raises(
+        ConfigError,
+        match=r"teachers\.main\.revision=t2: without a path it is the student; set model\.revision",
+    ):
         load_config([*HUB[:3], "teachers.main.path=null", "+teachers.main.revision=t2"])

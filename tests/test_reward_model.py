@@ -57,26 +57,48 @@ def student(settings: RunSettings) -> Student:
 
 
 @pytest.fixture(scope="module")
-def exported(settings: RunSettings, student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(
+    settings: RunSettings, student: Student, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Through a learner's checkpoint, as `hybridrl export` does it."""
     base = tmp_path_factory.mktemp("run")
     weights = {f"model.{name}": p.detach() for name, p in student.body.named_parameters()}
     weights[VALUE_HEAD] = student.value_head.weight.detach()
-    write_fragments(base, 0, 1, [Fragment(name=n, shape=w.shape, offset=0, tensors={MASTER: w.flatten()}) for n, w in weights.items()])
+    write_fragments(
+        base,
+        0,
+        1,
+        [
+            Fragment(name=n, shape=w.shape, offset=0, tensors={MASTER: w.flatten()})
+            for n, w in weights.items()
+        ],
+    )
     export(master_weights(base, "float32"), Path(settings.model.path), base / "export")
     return base / "export"
 
 
 def view(student: Student, batch: RolloutBatch) -> LearnerView:
     """What the learner sees before an update, all sequences in one padded micro-batch."""
-    scored = ScoredBatch(rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS)))
+    scored = ScoredBatch(
+        rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS))
+    )
     micro = collate(train_sequences(scored, no_credit(scored), []))
     terms = TokenTerms(
-        token_ids=micro.token_ids, token_weight=micro.token_weight, sparse=micro.sparse, sampler_logprobs=micro.rollout_logprobs
+        token_ids=micro.token_ids,
+        token_weight=micro.token_weight,
+        sparse=micro.sparse,
+        sampler_logprobs=micro.rollout_logprobs,
     )
     with torch.no_grad():
         logprobs, values = student(
-            micro.input_ids, micro.attention_mask, micro.position_ids, micro.hidden_rows, (), terms, micro.value_slope, Look.view
+            micro.input_ids,
+            micro.attention_mask,
+            micro.position_ids,
+            micro.hidden_rows,
+            (),
+            terms,
+            micro.value_slope,
+            Look.view,
         )
     return LearnerView(logprobs=logprobs, values=values)
 
@@ -94,39 +116,67 @@ def test_the_exported_model_scores_as_the_learner_that_trained_it(student: Stude
 def test_a_score_does_not_depend_on_the_sequences_beside_it_nor_on_the_last_token(exported: Path):
     model = RewardModel(str(exported))
     together = model(**COLUMNS)
-    alone = [model([p], [c])[0] for p, c in zip(COLUMNS["prompt_ids"], COLUMNS["completion_ids"], strict=True)]
+    alone = [
+        model([p], [c])[0]
+        for p, c in zip(COLUMNS["prompt_ids"], COLUMNS["completion_ids"], strict=True)
+    ]
     assert alone == pytest.approx(together, abs=1e-5)
     assert model([[BOS, 6]], [[5, 14, EOS]]) == model([[BOS, 6]], [[5, 14, 9]])
     assert model([[BOS, 6]], [[5, 14, EOS]]) != model([[BOS, 6]], [[5, 15, EOS]])
 
 
-def test_bradley_terry_of_the_scores_is_the_loss_of_the_pairs(settings: RunSettings, student: Student, exported: Path):
+def test_bradley_terry_of_the_scores_is_the_loss_of_the_pairs(
+    settings: RunSettings, student: Student, exported: Path
+):
     batch = make_batch(GROUPS)
-    scored = ScoredBatch(rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS)))
+    scored = ScoredBatch(
+        rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS))
+    )
     chosen, rejected = torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5])
-    gradient = make_objective(settings).pair_gradient(scored, view(student, batch), chosen, rejected)
+    gradient = make_objective(settings).pair_gradient(
+        scored, view(student, batch), chosen, rejected
+    )
     scores = torch.tensor(RewardModel(str(exported))(**COLUMNS), dtype=torch.float64)
     losses = torch.nn.functional.softplus(scores[rejected] - scores[chosen])
     assert gradient.loss.tolist() == pytest.approx(losses.tolist(), abs=1e-5)
 
 
-def test_one_step_along_the_gradient_of_the_pairs_raises_chosen_scores_over_rejected_ones(settings: RunSettings, tmp_path: Path):
+def test_one_step_along_the_gradient_of_the_pairs_raises_chosen_scores_over_rejected_ones(
+    settings: RunSettings, tmp_path: Path
+):
     learner = Student(load_model(settings.model.path), head_rule(settings), with_value=True)
     batch = make_batch(GROUPS)
-    scored = ScoredBatch(rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS)))
-    credit = make_objective(settings).credit(scored, make_plan(batch, num_groups=3, teacher_weights=()), view(learner, batch))
+    scored = ScoredBatch(
+        rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS))
+    )
+    credit = make_objective(settings).credit(
+        scored, make_plan(batch, num_groups=3, teacher_weights=()), view(learner, batch)
+    )
     micro = collate(train_sequences(scored, credit, []))
     terms = TokenTerms(
-        token_ids=micro.token_ids, token_weight=micro.token_weight, sparse=micro.sparse, sampler_logprobs=micro.rollout_logprobs
+        token_ids=micro.token_ids,
+        token_weight=micro.token_weight,
+        sparse=micro.sparse,
+        sampler_logprobs=micro.rollout_logprobs,
     )
-    learner(micro.input_ids, micro.attention_mask, micro.position_ids, micro.hidden_rows, (), terms, micro.value_slope)[0].backward()
+    learner(
+        micro.input_ids,
+        micro.attention_mask,
+        micro.position_ids,
+        micro.hidden_rows,
+        (),
+        terms,
+        micro.value_slope,
+    )[0].backward()
     state = {f"model.{name}": p.detach() for name, p in learner.body.named_parameters()}
     stepped = -0.1 * learner.value_head.weight.grad  # from 0
     export({**state, VALUE_HEAD: stepped}, Path(settings.model.path), tmp_path / "export")
     scores = RewardModel(str(tmp_path / "export"))(**COLUMNS)
     gradient_norm = float(learner.value_head.weight.grad.norm())
     # At 0 each pair's slope is 1/2 over three pairs, so the summed margin of a step is 6 * 0.1 * |gradient|^2.
-    assert sum(scores[i] - scores[i + 1] for i in (0, 2, 4)) == pytest.approx(0.6 * gradient_norm**2, rel=1e-4)
+    assert sum(scores[i] - scores[i + 1] for i in (0, 2, 4)) == pytest.approx(
+        0.6 * gradient_norm**2, rel=1e-4
+    )
     assert gradient_norm > 0.01
 
 
@@ -140,7 +190,11 @@ def test_a_response_without_tokens_fails(exported: Path):
 
 def test_a_bfloat16_value_head_is_exported_as_it_was_trained(settings: RunSettings, tmp_path: Path):
     state = load_model(settings.model.path, "bfloat16").state_dict()
-    export({**state, VALUE_HEAD: torch.full((1, 128), 0.1).bfloat16()}, Path(settings.model.path), tmp_path / "export")
+    export(
+        {**state, VALUE_HEAD: torch.full((1, 128), 0.1).bfloat16()},
+        Path(settings.model.path),
+        tmp_path / "export",
+    )
     head = load_value_head(str(tmp_path / "export"), setting="path")
     assert head.dtype == torch.float32
     assert torch.equal(head, torch.full((1, 128), 0.1).bfloat16().float())
@@ -153,16 +207,29 @@ def test_engines_find_nothing_but_the_language_model_in_the_folder(exported: Pat
 
 def test_a_value_head_of_another_width_is_refused(settings: RunSettings, tmp_path: Path):
     state = load_model(settings.model.path).state_dict()
-    with pytest.raises(CheckpointError, match=r"value_head\.weight is \[1, 3\], the model needs \[1, 128\]"):
-        export({**state, VALUE_HEAD: torch.zeros(1, 3)}, Path(settings.model.path), tmp_path / "export")
+    with pytest.raises(
+        CheckpointError, match=r"value_head\.weight is \[1, 3\], the model needs \[1, 128\]"
+    ):
+        export(
+            {**state, VALUE_HEAD: torch.zeros(1, 3)}, Path(settings.model.path), tmp_path / "export"
+        )
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"path": "{new}/none"}, r"options\.path=.*none: there is no such folder; give the export/step_NNNNNN of a run with algorithm=rew"),
-        ({"path": "{plain}"}, r"options\.path=.*: holds no value head, value_head/model\.safetensors; give the export/"),
-        ({"path": "{bare}"}, r"options\.path=.*: exists but holds no config\.json; give a Hugging Face model folder"),
+        (
+            {"path": "{new}/none"},
+            r"options\.path=.*none: there is no such folder; give the export/step_NNNNNN of a run with algorithm=rew",
+        ),
+        (
+            {"path": "{plain}"},
+            r"options\.path=.*: holds no value head, value_head/model\.safetensors; give the export/",
+        ),
+        (
+            {"path": "{bare}"},
+            r"options\.path=.*: exists but holds no config\.json; give a Hugging Face model folder",
+        ),
         ({}, r"building it raised TypeError: .*missing .* 'path'; correct its options"),
     ],
 )
@@ -170,18 +237,33 @@ def test_a_folder_that_holds_no_reward_model_is_one_sentence(
     options: dict[str, str], sentence: str, settings: RunSettings, exported: Path, tmp_path: Path
 ):
     (tmp_path / "value_head").mkdir()
-    (tmp_path / "value_head" / "model.safetensors").write_bytes((exported / "value_head" / "model.safetensors").read_bytes())
-    options = {key: value.format(new=tmp_path, plain=settings.model.path, bare=tmp_path) for key, value in options.items()}
-    with pytest.raises(ConfigError, match=rf"reward\.functions\.rm\.function=reward_model: {sentence}") as raised:
+    (tmp_path / "value_head" / "model.safetensors").write_bytes(
+        (exported / "value_head" / "model.safetensors").read_bytes()
+    )
+    options = {
+        key: value.format(new=tmp_path, plain=settings.model.path, bare=tmp_path)
+        for key, value in options.items()
+    }
+    with pytest.raises(
+        ConfigError, match=rf"reward\.functions\.rm\.function=reward_model: {sentence}"
+    ) as raised:
         load_reward("rm", "reward_model", options)
     assert "\n" not in str(raised.value)
 
 
 def test_a_reward_model_with_another_vocabulary_is_refused_before_any_worker_starts(exported: Path):
-    rm = ("+reward.functions.rm.function=reward_model", f"+reward.functions.rm.options.path={exported}")
-    settings = load_config(["run.dir=here", "experiment=quickstart", "data.num_train=1", "data.num_heldout=1", *rm])
+    rm = (
+        "+reward.functions.rm.function=reward_model",
+        f"+reward.functions.rm.options.path={exported}",
+    )
+    settings = load_config(
+        ["run.dir=here", "experiment=quickstart", "data.num_train=1", "data.num_heldout=1", *rm]
+    )
     assert prepare_prompts(settings)
-    with pytest.raises(ConfigError, match=r"reward\.functions\.rm\.options\.path=.*: its vocabulary differs from that of model\.path"):
+    with pytest.raises(
+        ConfigError,
+        match=r"reward\.functions\.rm\.options\.path=.*: its vocabulary differs from that of model\.path",
+    ):
         check_reward_models(settings.reward, {"a": 0})
     tokenizer = (exported / "tokenizer.json").read_text()
     (exported / "tokenizer.json").write_text(tokenizer.replace('"+": ', '"&": '))
@@ -206,25 +288,49 @@ class Digits:
 def worker(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
     """The verifier first and only watched, the reward model learned from, as RL after a reward model has it."""
     file = tmp_path_factory.mktemp("verifier") / "verifier.py"
-    file.write_text("def short(completions):\n    return [float(len(c) < 4) for c in completions]\n")
+    file.write_text(
+        "def short(completions):\n    return [float(len(c) < 4) for c in completions]\n"
+    )
     given = ["run.dir=here", "experiment=quickstart", "reward.timeout_s=60"]
-    first = [f"reward.functions.countdown.function={file}:short", "+reward.functions.countdown.weight=0"]
-    second = ["+reward.functions.rm.function=reward_model", f"+reward.functions.rm.options.path={exported}"]
-    made = RewardWorker(load_config([*given, *first, *second]).reward, "digits", watch_only=False, load=lambda path, revision: Digits())
+    first = [
+        f"reward.functions.countdown.function={file}:short",
+        "+reward.functions.countdown.weight=0",
+    ]
+    second = [
+        "+reward.functions.rm.function=reward_model",
+        f"+reward.functions.rm.options.path={exported}",
+    ]
+    made = RewardWorker(
+        load_config([*given, *first, *second]).reward,
+        "digits",
+        watch_only=False,
+        load=lambda path, revision: Digits(),
+    )
     yield made
     made.close()
 
 
-def test_the_first_function_judges_and_the_reward_model_is_learned_from(worker: RewardWorker, exported: Path):
+def test_the_first_function_judges_and_the_reward_model_is_learned_from(
+    worker: RewardWorker, exported: Path
+):
     rewards = worker.score(make_batch(GROUPS), [0.0, 1.0])
     assert rewards.part_names == ("countdown", "rm")
-    assert rewards.parts[0].tolist() == [0.0, 1.0, 1.0, 0.0, 1.0, 0.0], "the row that evaluation takes for accuracy"
+    assert rewards.parts[0].tolist() == [0.0, 1.0, 1.0, 0.0, 1.0, 0.0], (
+        "the row that evaluation takes for accuracy"
+    )
     assert rewards.values.tolist() == pytest.approx(RewardModel(str(exported))(**COLUMNS), abs=1e-5)
     assert np.array_equal(rewards.values, rewards.parts[1])
     assert rewards.keep.all() and not rewards.errors.any()
 
 
 def test_a_folder_without_a_reward_model_is_found_before_any_worker_starts(tmp_path: Path):
-    config = RewardConfig(functions={"rm": RewardFunctionConfig(function="reward_model", options={"path": str(tmp_path)})})
-    with pytest.raises(ConfigError, match=r"reward\.functions\.rm\.function=reward_model: options\.path=.*: holds no value head"):
+    config = RewardConfig(
+        functions={
+            "rm": RewardFunctionConfig(function="reward_model", options={"path": str(tmp_path)})
+        }
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"reward\.functions\.rm\.function=reward_model: options\.path=.*: holds no value head",
+    ):
         check_rewards(config)

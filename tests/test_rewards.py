@@ -132,7 +132,11 @@ def user_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pool(user_file: Path) -> Iterator[RewardPool]:
     variables = dict.fromkeys(("SOME_API_KEY", "hf_token", "PLAIN_SETTING"), "1")
     os.environ.update(variables)
-    names = [line.split("(")[0].removeprefix("def ") for line in USER_FILE.splitlines() if line.startswith("def ")]
+    names = [
+        line.split("(")[0].removeprefix("def ")
+        for line in USER_FILE.splitlines()
+        if line.startswith("def ")
+    ]
     calls = {name: RewardCall(function=f"{user_file}:{name}", options={}) for name in names}
     opened = RewardPool(calls, processes=1, timeout_s=2.0, max_timeouts=0.5)
     yield opened
@@ -175,7 +179,9 @@ def kinds(outcomes: list[float | Failure]) -> list[float | str]:
         ("9**9**9", 0.0),
     ],
 )
-def test_countdown_gives_one_only_to_an_expression_of_the_given_numbers(completion: str, reward: float) -> None:
+def test_countdown_gives_one_only_to_an_expression_of_the_given_numbers(
+    completion: str, reward: float
+) -> None:
     assert countdown([completion], numbers=[[3, 7, 9]], target=[20]) == [reward]
 
 
@@ -188,7 +194,11 @@ def test_countdown_uses_a_number_as_often_as_it_is_given() -> None:
 
 
 def test_countdown_divides_exactly() -> None:
-    assert countdown(["1/49*49", "8/(3-8/3)", "7/2", "1/(2-2)"], [[49, 1, 49], [3, 3, 8, 8], [7, 2], [1, 2, 2]], [1, 24, 3, 0]) == [
+    assert countdown(
+        ["1/49*49", "8/(3-8/3)", "7/2", "1/(2-2)"],
+        [[49, 1, 49], [3, 3, 8, 8], [7, 2], [1, 2, 2]],
+        [1, 24, 3, 0],
+    ) == [
         1,
         1,
         0,
@@ -246,16 +256,25 @@ def test_builtin_functions_run_in_a_child() -> None:
 
 
 def test_a_user_function_gets_the_keywords_that_it_names(pool: RewardPool) -> None:
-    columns = {"completions": ["a", "bc"], "prompts": ["p", "q"], "completion_ids": [[1], [2, 3]], "target": [10, 20]}
+    columns = {
+        "completions": ["a", "bc"],
+        "prompts": ["p", "q"],
+        "completion_ids": [[1], [2, 3]],
+        "target": [10, 20],
+    }
     assert pool.call("length", columns) == [1.0, 2.0]
     assert pool.call("last_id", columns) == [11.0, 23.0]
 
 
-def test_options_are_arguments_of_a_function_and_stand_over_a_column_of_their_name(user_file: Path) -> None:
+def test_options_are_arguments_of_a_function_and_stand_over_a_column_of_their_name(
+    user_file: Path,
+) -> None:
     scaled = {"scaled": RewardCall(function=f"{user_file}:scaled", options={"factor": 3.0})}
     pool = RewardPool(scaled, processes=1, timeout_s=5, max_timeouts=0.5)
     try:
-        assert pool.call("scaled", {"completions": ["a", "bc"], "factor": [7, 7], "prompts": ["p", "q"]}) == [3.0, 6.0]
+        assert pool.call(
+            "scaled", {"completions": ["a", "bc"], "factor": [7, 7], "prompts": ["p", "q"]}
+        ) == [3.0, 6.0]
     finally:
         pool.close()
 
@@ -265,7 +284,9 @@ def test_a_class_is_built_once_from_its_options_and_called_with_columns(user_fil
     pool = RewardPool(built, processes=1, timeout_s=5, max_timeouts=0.5)
     try:
         assert pool.call("built", {"completions": ["a"]}) == [11.0]
-        assert pool.call("built", {"completions": ["a"], "prompts": ["p"], "base": [5]}) == [22.0], "a column may have an option's name"
+        assert pool.call("built", {"completions": ["a"], "prompts": ["p"], "base": [5]}) == [
+            22.0
+        ], "a column may have an option's name"
     finally:
         pool.close()
 
@@ -283,7 +304,9 @@ def test_a_class_is_built_once_from_its_options_and_called_with_columns(user_fil
         ("short", FailureKind.invalid),
     ],
 )
-def test_only_the_culprit_fails_and_the_pool_goes_on(pool: RewardPool, name: str, kind: FailureKind) -> None:
+def test_only_the_culprit_fails_and_the_pool_goes_on(
+    pool: RewardPool, name: str, kind: FailureKind
+) -> None:
     assert kinds(pool.call(name, {"completions": ["a", "x", "b"]})) == [1.0, kind, 1.0]
     assert pool.call(name, {"completions": ["a", "b"]}) == [1.0, 1.0]
 
@@ -310,29 +333,45 @@ def none_left(note: Path) -> bool:
 
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])
-def test_what_a_reward_function_started_ends_with_its_process(user_file: Path, tmp_path: Path, how: str) -> None:
+def test_what_a_reward_function_started_ends_with_its_process(
+    user_file: Path, tmp_path: Path, how: str
+) -> None:
     calls = {"starts_others": RewardCall(function=f"{user_file}:starts_others", options={})}
-    pool, note = RewardPool(calls, processes=1, timeout_s=2.0, max_timeouts=0.5), tmp_path / "session"
+    pool, note = (
+        RewardPool(calls, processes=1, timeout_s=2.0, max_timeouts=0.5),
+        tmp_path / "session",
+    )
     try:
-        outcomes = pool.call("starts_others", {"completions": ["a"], "how": [how], "note": [str(note)]})
+        outcomes = pool.call(
+            "starts_others", {"completions": ["a"], "how": [how], "note": [str(note)]}
+        )
         assert kinds(outcomes) == ["timeout" if how == "hangs" else "died"]
         assert none_left(note)
     finally:
         pool.close()
 
 
-def test_closing_the_pool_ends_what_a_reward_function_left_running(user_file: Path, tmp_path: Path) -> None:
+def test_closing_the_pool_ends_what_a_reward_function_left_running(
+    user_file: Path, tmp_path: Path
+) -> None:
     calls = {"starts_others": RewardCall(function=f"{user_file}:starts_others", options={})}
-    pool, note = RewardPool(calls, processes=1, timeout_s=5.0, max_timeouts=0.5), tmp_path / "session"
+    pool, note = (
+        RewardPool(calls, processes=1, timeout_s=5.0, max_timeouts=0.5),
+        tmp_path / "session",
+    )
     try:
-        assert pool.call("starts_others", {"completions": ["a"], "how": ["answers"], "note": [str(note)]}) == [1.0]
+        assert pool.call(
+            "starts_others", {"completions": ["a"], "how": ["answers"], "note": [str(note)]}
+        ) == [1.0]
         assert len(of_session(note)) >= 5, "the child, two it started, one of theirs, one it forked"
     finally:
         pool.close()
     assert none_left(note)
 
 
-def test_a_pool_whose_owner_is_killed_leaves_nothing_though_a_call_in_c_holds_the_interpreter(user_file: Path, tmp_path: Path) -> None:
+def test_a_pool_whose_owner_is_killed_leaves_nothing_though_a_call_in_c_holds_the_interpreter(
+    user_file: Path, tmp_path: Path
+) -> None:
     note, script = tmp_path / "session", tmp_path / "owner.py"
     script.write_text(
         "import os, signal, threading, time\n"
@@ -349,7 +388,13 @@ def test_a_pool_whose_owner_is_killed_leaves_nothing_though_a_call_in_c_holds_th
         "pool.call('r', {'completions': ['a'], 'how': ['regex'], 'note': [str(note)]})\n"
     )
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, script], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == -signal.SIGKILL
     assert none_left(note)
 
@@ -362,23 +407,41 @@ def test_a_relative_file_is_found_from_the_folder_of_the_run_and_reads_its_own_f
     user_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text("def f(completions):\n    return [float(open('table.txt').read())] * len(completions)\n")
+    Path("mine.py").write_text(
+        "def f(completions):\n    return [float(open('table.txt').read())] * len(completions)\n"
+    )
     Path("table.txt").write_text("7")
-    pool = RewardPool({"f": RewardCall(function="mine.py:f", options={})}, processes=1, timeout_s=5, max_timeouts=0.5)
+    pool = RewardPool(
+        {"f": RewardCall(function="mine.py:f", options={})},
+        processes=1,
+        timeout_s=5,
+        max_timeouts=0.5,
+    )
     try:
         assert pool.call("f", {"completions": ["a"]}) == [7.0]
     finally:
         pool.close()
 
 
-def test_a_function_that_always_hangs_is_given_up_after_the_share_that_may_time_out(user_file: Path) -> None:
-    pool = RewardPool({"hangs": RewardCall(function=f"{user_file}:hangs", options={})}, processes=2, timeout_s=0.5, max_timeouts=0.25)
+def test_a_function_that_always_hangs_is_given_up_after_the_share_that_may_time_out(
+    user_file: Path,
+) -> None:
+    pool = RewardPool(
+        {"hangs": RewardCall(function=f"{user_file}:hangs", options={})},
+        processes=2,
+        timeout_s=0.5,
+        max_timeouts=0.25,
+    )
     try:
         outcomes = pool.call("hangs", {"completions": ["x"] * 8})
         assert kinds(outcomes) == ["timeout"] * 8
         texts = [o.text for o in outcomes if isinstance(o, Failure)]
-        assert ["not run: more than 25% of the batch" in text for text in texts] == [False] * 4 + [True] * 4  # 2 at once: 2, then 4 > 2
-        assert pool.call("hangs", {"completions": ["x", "b", "b", "b"]})[1:] == [1.0, 1.0, 1.0], "one culprit does not condemn the rest"
+        assert ["not run: more than 25% of the batch" in text for text in texts] == [False] * 4 + [
+            True
+        ] * 4  # 2 at once: 2, then 4 > 2
+        assert pool.call("hangs", {"completions": ["x", "b", "b", "b"]})[1:] == [1.0, 1.0, 1.0], (
+            "one culprit does not condemn the rest"
+        )
     finally:
         pool.close()
 
@@ -390,7 +453,9 @@ def test_no_task_is_begun_when_the_time_of_a_call_is_over(user_file: Path) -> No
         outcomes = pool.call("hangs", {"completions": ["b", "x", "b"]})
         told = [o.text for o in outcomes if isinstance(o, Failure)]
         assert told == ["not run: more than 100% of the batch had timed out, or 0 s were over"] * 3
-        assert pool.call("hangs", {"completions": ["b", "b", "b"]}) == [1.0, 1.0, 1.0], "who answers in time is not touched by it"
+        assert pool.call("hangs", {"completions": ["b", "b", "b"]}) == [1.0, 1.0, 1.0], (
+            "who answers in time is not touched by it"
+        )
     finally:
         pool.close()
 
@@ -417,13 +482,18 @@ def test_two_children_share_a_batch_in_order(user_file: Path) -> None:
     calls = {"length": RewardCall(function=f"{user_file}:length", options={})}
     pool = RewardPool(calls, processes=2, timeout_s=5, max_timeouts=0.5)
     try:
-        assert pool.call("length", {"completions": ["a", "bb", "ccc"], "prompts": ["", "", ""]}) == [1.0, 2.0, 3.0]
+        assert pool.call(
+            "length", {"completions": ["a", "bb", "ccc"], "prompts": ["", "", ""]}
+        ) == [1.0, 2.0, 3.0]
     finally:
         pool.close()
 
 
 def test_a_child_sees_no_secret_and_imports_nothing_heavy(pool: RewardPool) -> None:
-    assert pool.call("secrets", {"completions": ["SOME_API_KEY hf_token", "PLAIN_SETTING"]}) == [0.0, 1.0]
+    assert pool.call("secrets", {"completions": ["SOME_API_KEY hf_token", "PLAIN_SETTING"]}) == [
+        0.0,
+        1.0,
+    ]
     assert pool.call("heavy_imports", {"completions": ["a"]}) == [0.0]
 
 
@@ -436,7 +506,13 @@ def test_a_child_does_not_run_the_main_script_again(user_file: Path, tmp_path: P
         "RewardPool(calls, processes=1, timeout_s=5, max_timeouts=0.5).close()\n"
     )
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, script], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
     assert (done.stdout, done.returncode) == ("runs as __main__\n", 0)
 
 
@@ -446,16 +522,39 @@ def test_a_child_does_not_run_the_main_script_again(user_file: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
-        ("countdwon", r"reward\.functions\.r\.function=countdwon: must be one of countdown, .*; did you mean countdown\?"),
-        ("nowhere/file.py:f", r"reward\.functions\.r\.function=nowhere/file\.py:f: there is no file /.*/nowhere/file\.py; give a path"),
-        ("{file}:nothing", r"reward\.functions\.r\.function=.*: .* has no nothing; name a function that the file defines"),
-        ("{file}:not_callable", r"reward\.functions\.r\.function=.*: not_callable must be callable; name"),
-        ("{file}:Built", r"reward\.functions\.r\.function=.*: building it raised TypeError: .* missing .* 'base'; correct its options"),
-        ("{broken}:f", r"reward\.functions\.r\.function=.*: running .*broken\.py raised ZeroDivisionError: .*; correct the file"),
-        ("{dies}:f", r"reward\.functions\.r\.function=.*: loading the reward functions ended their process; run the file by itself"),
+        (
+            "countdwon",
+            r"reward\.functions\.r\.function=countdwon: must be one of countdown, .*; did you mean countdown\?",
+        ),
+        (
+            "nowhere/file.py:f",
+            r"reward\.functions\.r\.function=nowhere/file\.py:f: there is no file /.*/nowhere/file\.py; give a path",
+        ),
+        (
+            "{file}:nothing",
+            r"reward\.functions\.r\.function=.*: .* has no nothing; name a function that the file defines",
+        ),
+        (
+            "{file}:not_callable",
+            r"reward\.functions\.r\.function=.*: not_callable must be callable; name",
+        ),
+        (
+            "{file}:Built",
+            r"reward\.functions\.r\.function=.*: building it raised TypeError: .* missing .* 'base'; correct its options",
+        ),
+        (
+            "{broken}:f",
+            r"reward\.functions\.r\.function=.*: running .*broken\.py raised ZeroDivisionError: .*; correct the file",
+        ),
+        (
+            "{dies}:f",
+            r"reward\.functions\.r\.function=.*: loading the reward functions ended their process; run the file by itself",
+        ),
     ],
 )
-def test_a_function_that_cannot_be_loaded_is_a_config_error(function: str, sentence: str, user_file: Path, tmp_path: Path) -> None:
+def test_a_function_that_cannot_be_loaded_is_a_config_error(
+    function: str, sentence: str, user_file: Path, tmp_path: Path
+) -> None:
     (tmp_path / "broken.py").write_text("1 / 0")
     (tmp_path / "dies.py").write_text("import os; os._exit(1)")
     path = function.format(file=user_file, broken=tmp_path / "broken.py", dies=tmp_path / "dies.py")
@@ -465,12 +564,23 @@ def test_a_function_that_cannot_be_loaded_is_a_config_error(function: str, sente
 
 def test_an_option_that_the_function_does_not_take_is_a_config_error(user_file: Path) -> None:
     options = {"factor": 2.0, "facto": 2.0}
-    with pytest.raises(ConfigError, match=r"reward\.functions\.r\.options\.facto: .* takes no such argument"):
-        check_rewards(RewardConfig(functions={"r": RewardFunctionConfig(function=f"{user_file}:scaled", options=options)}))
+    with pytest.raises(
+        ConfigError, match=r"reward\.functions\.r\.options\.facto: .* takes no such argument"
+    ):
+        check_rewards(
+            RewardConfig(
+                functions={
+                    "r": RewardFunctionConfig(function=f"{user_file}:scaled", options=options)
+                }
+            )
+        )
 
 
 def test_good_functions_pass_the_check_and_so_does_none(user_file: Path) -> None:
-    assert check_rewards(RewardConfig(functions={"a": RewardFunctionConfig(function="countdown")})) is None
+    assert (
+        check_rewards(RewardConfig(functions={"a": RewardFunctionConfig(function="countdown")}))
+        is None
+    )
     assert check_rewards(RewardConfig()) is None
 
 
@@ -491,13 +601,23 @@ Open = Callable[..., RewardWorker]
 def open_worker(user_file: Path) -> Iterator[Open]:
     opened: list[RewardWorker] = []
 
-    def build(on_error: OnError = OnError.drop_group, watch_only: bool = False, **weights: float) -> RewardWorker:
+    def build(
+        on_error: OnError = OnError.drop_group, watch_only: bool = False, **weights: float
+    ) -> RewardWorker:
         functions = {
-            name: RewardFunctionConfig(function=name if name == "countdown" else f"{user_file}:{name}", weight=weight)
+            name: RewardFunctionConfig(
+                function=name if name == "countdown" else f"{user_file}:{name}", weight=weight
+            )
             for name, weight in weights.items()
         }
-        config = RewardConfig(functions=functions, timeout_s=5.0, on_error=on_error, error_value=-3.0)
-        opened.append(RewardWorker(config, "letters", watch_only=watch_only, load=lambda path, revision: Letters()))
+        config = RewardConfig(
+            functions=functions, timeout_s=5.0, on_error=on_error, error_value=-3.0
+        )
+        opened.append(
+            RewardWorker(
+                config, "letters", watch_only=watch_only, load=lambda path, revision: Letters()
+            )
+        )
         return opened[-1]
 
     yield build
@@ -508,7 +628,10 @@ def open_worker(user_file: Path) -> Iterator[Open]:
 def rollouts(*responses: str) -> RolloutBatch:
     """Prompts "p0", "p1", ... with K=2 of the responses each, all with numbers [3, 7] and target 21."""
     prompts = [
-        Prompt(uid=f"p{i}", input_ids=(5, 6), text="3 7=21:", columns={"numbers": [3, 7], "target": 21}) for i in range(len(responses) // 2)
+        Prompt(
+            uid=f"p{i}", input_ids=(5, 6), text="3 7=21:", columns={"numbers": [3, 7], "target": 21}
+        )
+        for i in range(len(responses) // 2)
     ]
     trajectories = []
     for i, response in enumerate(responses):
@@ -527,7 +650,9 @@ def rollouts(*responses: str) -> RolloutBatch:
 
 
 def test_the_worker_sums_the_functions_by_weight(open_worker: Open) -> None:
-    rewards = open_worker(countdown=1.0, length=0.5).score(rollouts("3*7", "21", "7*3", "7"), [1.0, 0.5])
+    rewards = open_worker(countdown=1.0, length=0.5).score(
+        rollouts("3*7", "21", "7*3", "7"), [1.0, 0.5]
+    )
     assert rewards.uids == ("p0", "p1")
     assert rewards.part_names == ("countdown", "length")
     assert rewards.parts.tolist() == [[1, 0, 1, 0], [3, 2, 3, 1]]
@@ -539,16 +664,23 @@ def test_the_worker_sums_the_functions_by_weight(open_worker: Open) -> None:
 
 def test_the_response_alone_is_scored_without_special_tokens(open_worker: Open) -> None:
     rewards = open_worker(last_id=1.0).score(rollouts("a", "b"), [1.0])
-    assert rewards.values.tolist() == [21.0, 21.0]  # the ids end with the end token, 0, whatever the text
+    assert rewards.values.tolist() == [
+        21.0,
+        21.0,
+    ]  # the ids end with the end token, 0, whatever the text
 
 
 def test_the_tokens_of_the_prompt_are_a_column(open_worker: Open) -> None:
-    assert open_worker(num_prompt_tokens=1.0).score(rollouts("a", "bcd"), [1.0]).values.tolist() == [2.0, 2.0]
+    assert open_worker(num_prompt_tokens=1.0).score(
+        rollouts("a", "bcd"), [1.0]
+    ).values.tolist() == [2.0, 2.0]
 
 
 def test_the_worker_tells_how_much_a_response_repeats_itself(open_worker: Open) -> None:
     rewards = open_worker().score(rollouts("abcabcabc", "ab"), [])
-    assert rewards.repeated[0] == np.float32(3 / 7)  # abca, bcab and cabc come twice among seven, with the end token
+    assert rewards.repeated[0] == np.float32(
+        3 / 7
+    )  # abca, bcab and cabc come twice among seven, with the end token
     assert np.isnan(rewards.repeated[1]), "three tokens have no 4-gram"
     assert rewards.compressed[0] > 1, "zlib's header is longer than nine letters"
 
@@ -556,7 +688,11 @@ def test_the_worker_tells_how_much_a_response_repeats_itself(open_worker: Open) 
 def test_without_a_function_every_reward_is_zero(open_worker: Open) -> None:
     worker = open_worker()
     rewards = worker.score(rollouts("a", "b"), [])
-    assert (rewards.part_names, rewards.parts.shape, rewards.values.tolist()) == ((), (0, 2), [0.0, 0.0])
+    assert (rewards.part_names, rewards.parts.shape, rewards.values.tolist()) == (
+        (),
+        (0, 2),
+        [0.0, 0.0],
+    )
     worker.ping()
 
 
@@ -569,19 +705,26 @@ def test_drop_group_takes_the_siblings_out_and_invents_no_value(open_worker: Ope
 
 
 def test_value_gives_the_failed_sequence_the_error_value(open_worker: Open) -> None:
-    rewards = open_worker(OnError.value, raises=2.0, length=1.0).score(rollouts("a", "b", "x", "c"), [2.0, 1.0])
+    rewards = open_worker(OnError.value, raises=2.0, length=1.0).score(
+        rollouts("a", "b", "x", "c"), [2.0, 1.0]
+    )
     assert rewards.values.tolist() == [3.0, 3.0, -3.0, 3.0]
     assert rewards.errors.tolist() == [False, False, True, False]
     assert rewards.keep.all()
 
 
 def test_fail_names_problem_function_and_kind(open_worker: Open) -> None:
-    with pytest.raises(RewardError, match=r"reward\.functions\.raises failed on p1: raised: OwnError: no verdict; 1 of 4"):
+    with pytest.raises(
+        RewardError,
+        match=r"reward\.functions\.raises failed on p1: raised: OwnError: no verdict; 1 of 4",
+    ):
         open_worker(OnError.fail, raises=1.0).score(rollouts("a", "b", "x", "c"), [1.0])
 
 
 @pytest.mark.parametrize("on_error", OnError)
-def test_a_function_that_only_watches_stops_and_drops_nothing(open_worker: Open, on_error: OnError) -> None:
+def test_a_function_that_only_watches_stops_and_drops_nothing(
+    open_worker: Open, on_error: OnError
+) -> None:
     rewards = open_worker(on_error, length=1.0, raises=0.0).score(rollouts("a", "x"), [1.0, 0.0])
     assert rewards.values.tolist() == [1.0, 1.0]
     assert rewards.keep.all()
@@ -590,8 +733,12 @@ def test_a_function_that_only_watches_stops_and_drops_nothing(open_worker: Open,
 
 
 @pytest.mark.parametrize("on_error", OnError)
-def test_when_nothing_is_learned_from_rewards_a_failure_stops_and_drops_nothing(open_worker: Open, on_error: OnError) -> None:
-    rewards = open_worker(on_error, watch_only=True, length=1.0, raises=2.0).score(rollouts("a", "x"), [1.0, 2.0])
+def test_when_nothing_is_learned_from_rewards_a_failure_stops_and_drops_nothing(
+    open_worker: Open, on_error: OnError
+) -> None:
+    rewards = open_worker(on_error, watch_only=True, length=1.0, raises=2.0).score(
+        rollouts("a", "x"), [1.0, 2.0]
+    )
     assert rewards.values.tolist() == [3.0, 1.0]
     assert rewards.keep.tolist() == [True, True]
     assert rewards.errors.tolist() == [False, True], "and still it is told"
@@ -601,12 +748,20 @@ def test_when_nothing_is_learned_from_rewards_a_failure_stops_and_drops_nothing(
 def test_the_weights_of_the_step_count_not_those_of_the_settings(open_worker: Open) -> None:
     worker = open_worker(length=1.0, raises=2.0)
     assert worker.score(rollouts("a", "bcd"), [10.0, 0.5]).values.tolist() == [10.5, 30.5]
-    assert worker.score(rollouts("a", "x"), [1.0, 0.0]).errors.tolist() == [False, True], "a weight that is 0 now and then still counts"
+    assert worker.score(rollouts("a", "x"), [1.0, 0.0]).errors.tolist() == [False, True], (
+        "a weight that is 0 now and then still counts"
+    )
 
 
 def test_samples_hold_text_and_reward_and_nan_where_it_failed(open_worker: Open) -> None:
     worker, batch = open_worker(OnError.value, raises=1.0), rollouts("a", "x")
     first, second = worker.samples(batch, worker.score(batch, [1.0]), step=4, count=9)
-    assert (first.step, first.uid, first.prompt, first.response, first.reward) == (4, "p0", "3 7=21:", "a", 1.0)
+    assert (first.step, first.uid, first.prompt, first.response, first.reward) == (
+        4,
+        "p0",
+        "3 7=21:",
+        "a",
+        1.0,
+    )
     assert second.response == "x"
     assert np.isnan(second.reward)

@@ -20,14 +20,30 @@ from hybridrl.controller.checkpoint import Checkpointer, RunState
 from hybridrl.controller.evaluation import summary
 from hybridrl.controller.inputs import digests
 from hybridrl.controller.run import prepare_prompts, result
-from hybridrl.controller.run_directory import FREE, changes, check_inputs, find_checkpoint, flat, read_settings, run_directory
-from hybridrl.controller.teacher_levels import TEACHER_LEVELS, conditions_of, read_levels, teachers_in_use, teachers_to_measure
+from hybridrl.controller.run_directory import (
+    FREE,
+    changes,
+    check_inputs,
+    find_checkpoint,
+    flat,
+    read_settings,
+    run_directory,
+)
+from hybridrl.controller.teacher_levels import (
+    TEACHER_LEVELS,
+    conditions_of,
+    read_levels,
+    teachers_in_use,
+    teachers_to_measure,
+)
 from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
 from hybridrl.tracking.jsonl import JsonlSink
 from hybridrl.types import FinishReason, Prompt, Rewards, RunInfo, Sample
 from tests.graph import save_tiny
 
-STATE = RunState(step=10, weight_version=10, optimizer_steps=10, parts={}, metrics={}, wandb_id="one")
+STATE = RunState(
+    step=10, weight_version=10, optimizer_steps=10, parts={}, metrics={}, wandb_id="one"
+)
 CONSTANT = ["train.lr_end=null", "algorithm.reward_weight.kind=constant"]
 
 
@@ -62,24 +78,51 @@ def test_the_same_command_continues(tmp_path: Path):
 def test_where_how_fast_and_how_often_may_change(tmp_path: Path):
     start(settings_of(tmp_path))
     free = [
-        "cluster.device=cpu", "cluster.spread=true", "deadlines.sync_s=7", "tracking.wandb=disabled", "tracking.tags=[a]",
-        "checkpoint.every=1", "checkpoint.keep=3", "scorer.replicas=2", "run.resume=required",
-        "checkpoint.best=eval/accuracy", "checkpoint.best_mode=min", "run.resume_from=/elsewhere",
-        "eval.every=1", "eval.samples=1", "eval.teacher=false",
-        "rollout.engines=2", "rollout.tensor_parallel=2", "rollout.groups_per_chunk=2", "rollout.max_num_seqs=1",
-        "rollout.kv_cache_bytes=null", "rollout.gpu_memory_utilization=0.5", "rollout.enforce_eager=false",
-        "rollout.weight_transfer=object_store", "rollout.max_logprob_gap=1",
-        "learner.ranks=2", "learner.zero_stage=3", "learner.gradient_checkpointing=true",
-        "reward.workers=2", "reward.processes=2", "reward.timeout_s=1", "reward.max_error_rate=0.5",
-        "train.max_tokens_per_micro_batch=1", "train.head_chunk=1",
-    ]  # fmt: skip
+        "cluster.device=cpu",
+        "cluster.spread=true",
+        "deadlines.sync_s=7",
+        "tracking.wandb=disabled",
+        "tracking.tags=[a]",
+        "checkpoint.every=1",
+        "checkpoint.keep=3",
+        "scorer.replicas=2",
+        "run.resume=required",
+        "checkpoint.best=eval/accuracy",
+        "checkpoint.best_mode=min",
+        "run.resume_from=/elsewhere",
+        "eval.every=1",
+        "eval.samples=1",
+        "eval.teacher=false",
+        "rollout.engines=2",
+        "rollout.tensor_parallel=2",
+        "rollout.groups_per_chunk=2",
+        "rollout.max_num_seqs=1",
+        "rollout.kv_cache_bytes=null",
+        "rollout.gpu_memory_utilization=0.5",
+        "rollout.enforce_eager=false",
+        "rollout.weight_transfer=object_store",
+        "rollout.max_logprob_gap=1",
+        "learner.ranks=2",
+        "learner.zero_stage=3",
+        "learner.gradient_checkpointing=true",
+        "reward.workers=2",
+        "reward.processes=2",
+        "reward.timeout_s=1",
+        "reward.max_error_rate=0.5",
+        "train.max_tokens_per_micro_batch=1",
+        "train.head_chunk=1",
+    ]
     assert resume(settings_of(tmp_path, *free)) == 10
-    assert read_settings(tmp_path) == settings_of(tmp_path, *free), "config.yaml says how the run goes on"
+    assert read_settings(tmp_path) == settings_of(tmp_path, *free), (
+        "config.yaml says how the run goes on"
+    )
 
 
 def test_every_free_name_is_a_setting_or_a_section():
     keys = flat(asdict(load_config(["run.dir=x", "experiment=quickstart"])))
-    assert [name for name in FREE if not any(f"{key}.".startswith(f"{name}.") for key in keys)] == []
+    assert [
+        name for name in FREE if not any(f"{key}.".startswith(f"{name}.") for key in keys)
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -109,16 +152,23 @@ def test_what_decides_what_is_learned_may_not(tmp_path: Path, override: str, tol
         f"run.dir={tmp_path}: holds a run with other settings: {told}; "
         f"choose another run.dir, or continue that run with them by run.allow_changes=[{key}]"
     )
-    assert (tmp_path / "config.yaml").read_bytes() == before, "the settings of the run that is there are kept"
+    assert (tmp_path / "config.yaml").read_bytes() == before, (
+        "the settings of the run that is there are kept"
+    )
     assert resume(settings_of(tmp_path)) == 10, "and the lock is given back"
 
 
 def test_a_change_that_is_named_is_allowed_and_then_the_runs_own(tmp_path: Path):
     start(settings_of(tmp_path))
     changed = ["train.lr=2e-3", "algorithm.gamma=1", "algorithm.baseline=none"]
-    with pytest.raises(RunDirectoryError, match=r"settings: algorithm\.gamma: 0\.0 -> 1\.0, algorithm\.baseline: \S+ -> none; "):
+    with pytest.raises(
+        RunDirectoryError,
+        match=r"settings: algorithm\.gamma: 0\.0 -> 1\.0, algorithm\.baseline: \S+ -> none; ",
+    ):
         resume(settings_of(tmp_path, *changed, "run.allow_changes=[train.lr]"))
-    assert resume(settings_of(tmp_path, *changed, "run.allow_changes=[train.lr,algorithm]")) == 10, "a section names all in it"
+    assert (
+        resume(settings_of(tmp_path, *changed, "run.allow_changes=[train.lr,algorithm]")) == 10
+    ), "a section names all in it"
     assert resume(settings_of(tmp_path, *changed)) == 10
 
 
@@ -139,15 +189,25 @@ def test_a_run_can_be_prolonged_where_no_schedule_is_stretched(tmp_path: Path):
         (["train.lr_end=0", "algorithm.reward_weight.kind=constant"], "train.lr_end"),
         (["train.lr_end=null"], "algorithm.reward_weight"),
         ([*CONSTANT, "+teachers.main.schedule={kind: cosine, end: 0}"], "teachers.main.schedule"),
-        ([*CONSTANT, "+reward.functions.countdown.schedule={kind: linear, end: 0}"], "reward.functions.countdown.schedule"),
+        (
+            [*CONSTANT, "+reward.functions.countdown.schedule={kind: linear, end: 0}"],
+            "reward.functions.countdown.schedule",
+        ),
     ],
 )
-def test_other_steps_are_another_schedule_where_one_is_stretched_over_them(tmp_path: Path, stretched: list[str], names: str):
+def test_other_steps_are_another_schedule_where_one_is_stretched_over_them(
+    tmp_path: Path, stretched: list[str], names: str
+):
     start(settings_of(tmp_path, *stretched))
     with pytest.raises(RunDirectoryError) as caught:
         resume(settings_of(tmp_path, *stretched, "train.steps=400"))
     assert f"train.steps: 250 -> 400 (train.steps stretches {names});" in str(caught.value)
-    assert resume(settings_of(tmp_path, *stretched, "train.steps=400", "run.allow_changes=[train.steps]")) == 10
+    assert (
+        resume(
+            settings_of(tmp_path, *stretched, "train.steps=400", "run.allow_changes=[train.steps]")
+        )
+        == 10
+    )
 
 
 def test_a_schedule_of_its_own_length_is_not_stretched(tmp_path: Path):
@@ -157,9 +217,15 @@ def test_a_schedule_of_its_own_length_is_not_stretched(tmp_path: Path):
 
 
 def test_changes_are_told_by_dotted_key_with_both_values(tmp_path: Path):
-    old, new = settings_of(tmp_path), settings_of(tmp_path, "~teachers.main", "algorithm=rloo", "train.lr_warmup_steps=3")
+    old, new = (
+        settings_of(tmp_path),
+        settings_of(tmp_path, "~teachers.main", "algorithm=rloo", "train.lr_warmup_steps=3"),
+    )
     found = changes(old, new)
-    assert found["train.lr_warmup_steps"] == (10, 3) and found["teachers.main.path"] == ("builtin:countdown-teacher", "(not set)")
+    assert found["train.lr_warmup_steps"] == (10, 3) and found["teachers.main.path"] == (
+        "builtin:countdown-teacher",
+        "(not set)",
+    )
     assert not changes(new, new)
 
 
@@ -170,20 +236,39 @@ def test_a_run_that_died_before_its_first_checkpoint_may_start_again_with_anythi
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [(None, "cannot be read (No such file"), ("run: [", "no YAML"), ("{trian: 3}", "no such setting")]
+    ("text", "says"),
+    [
+        (None, "cannot be read (No such file"),
+        ("run: [", "no YAML"),
+        ("{trian: 3}", "no such setting"),
+    ],
 )
-def test_a_run_whose_settings_cannot_be_read_is_not_continued(tmp_path: Path, text: str | None, says: str):
+def test_a_run_whose_settings_cannot_be_read_is_not_continued(
+    tmp_path: Path, text: str | None, says: str
+):
     start(settings_of(tmp_path))
     (tmp_path / "config.yaml").unlink()
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(RunDirectoryError) as caught:
         resume(settings_of(tmp_path))
-    assert f"{tmp_path / 'config.yaml'}: " in str(caught.value) and says in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        f"{tmp_path / 'config.yaml'}: " in str(caught.value)
+        and says in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
-@pytest.mark.parametrize("leave", [lambda run_dir: (run_dir / "metrics.jsonl").touch(), lambda run_dir: start(settings_of(run_dir))])
-def test_resume_never_wants_a_directory_without_a_run(tmp_path: Path, leave: Callable[[Path], object]):
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda run_dir: (run_dir / "metrics.jsonl").touch(),
+        lambda run_dir: start(settings_of(run_dir)),
+    ],
+)
+def test_resume_never_wants_a_directory_without_a_run(
+    tmp_path: Path, leave: Callable[[Path], object]
+):
     assert resume(settings_of(tmp_path, "run.resume=never")) is None
     leave(tmp_path)
     with pytest.raises(RunDirectoryError, match=r"holds a run and run\.resume=never"):
@@ -216,10 +301,14 @@ with run_directory(load_config([f"run.dir={sys.argv[1]}", "experiment=quickstart
 
 
 def test_the_lock_ends_with_its_process_even_when_that_is_killed(tmp_path: Path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RunDirectoryError, match=f"another run holds it, process {holder.pid} on "):
+        with pytest.raises(
+            RunDirectoryError, match=f"another run holds it, process {holder.pid} on "
+        ):
             resume(settings_of(tmp_path))
     finally:
         holder.kill()
@@ -245,7 +334,9 @@ def test_a_new_directory_continues_the_checkpoint_it_is_given_with_the_rows_so_f
     start_from = f"run.resume_from={old / 'checkpoints' / 'step_000010'}"
     with run_directory(settings_of(new, start_from)) as run_dir:
         found = find_checkpoint(settings_of(new, start_from), run_dir, {})
-    assert found.folder == old / "checkpoints" / "step_000010" and found.state == replace(STATE, wandb_id=None)
+    assert found.folder == old / "checkpoints" / "step_000010" and found.state == replace(
+        STATE, wandb_id=None
+    )
     assert [(new / name).read_text() for name in ("metrics.jsonl", "ledger.jsonl")] == [
         (old / name).read_text() for name in ("metrics.jsonl", "ledger.jsonl")
     ]
@@ -253,15 +344,23 @@ def test_a_new_directory_continues_the_checkpoint_it_is_given_with_the_rows_so_f
     assert resume(settings_of(new, start_from)) == 12, "the same command goes on with the run's own"
 
 
-def test_a_named_checkpoint_is_not_passed_over_when_it_is_damaged_or_of_other_settings(tmp_path: Path):
+def test_a_named_checkpoint_is_not_passed_over_when_it_is_damaged_or_of_other_settings(
+    tmp_path: Path,
+):
     old, new = tmp_path / "old", tmp_path / "new"
     start(settings_of(old), step=5)
     start(settings_of(old))
     start_from = f"run.resume_from={old / 'checkpoints' / 'step_000010'}"
-    with pytest.raises(RunDirectoryError, match=rf"run.dir={old}: holds a run with other settings: train\.lr"):
+    with pytest.raises(
+        RunDirectoryError, match=rf"run.dir={old}: holds a run with other settings: train\.lr"
+    ):
         resume(settings_of(new, start_from, "train.lr=2e-3"))
-    assert not list(new.glob("*.jsonl")) and not (new / "config.yaml").exists(), "refused, the new directory stays empty"
-    assert resume(settings_of(new, start_from, "train.lr=2e-3", "run.allow_changes=[train.lr]")) == 10
+    assert not list(new.glob("*.jsonl")) and not (new / "config.yaml").exists(), (
+        "refused, the new directory stays empty"
+    )
+    assert (
+        resume(settings_of(new, start_from, "train.lr=2e-3", "run.allow_changes=[train.lr]")) == 10
+    )
     (old / "checkpoints" / "step_000010" / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"step_000010/state\.json: missing"):
         resume(settings_of(new, start_from))
@@ -272,7 +371,9 @@ def test_a_named_checkpoint_is_not_passed_over_when_it_is_damaged_or_of_other_se
 # -- teachers --------------------------------------------------------------------------------------------------------
 
 
-HELDOUT = [Prompt(uid="heldout-0", input_ids=(1, 7, 11), text="3=", columns={"numbers": [3], "target": 3})]
+HELDOUT = [
+    Prompt(uid="heldout-0", input_ids=(1, 7, 11), text="3=", columns={"numbers": [3], "target": 3})
+]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +392,14 @@ HELDOUT = [Prompt(uid="heldout-0", input_ids=(1, 7, 11), text="3=", columns={"nu
 def test_a_teachers_level_is_used_again_only_as_it_was_measured(tmp_path: Path, override: str):
     settings, target = settings_of(tmp_path), tmp_path / TEACHER_LEVELS
     assert read_levels(target, conditions_of(settings, HELDOUT)) is None
-    target.write_text(json.dumps({"measured_with": conditions_of(settings, HELDOUT), "levels": {"eval/accuracy_teacher/main": 0.5}}))
+    target.write_text(
+        json.dumps(
+            {
+                "measured_with": conditions_of(settings, HELDOUT),
+                "levels": {"eval/accuracy_teacher/main": 0.5},
+            }
+        )
+    )
     again = settings_of(tmp_path, "train.lr=1", "eval.every=1", "rollout.engines=2")
     assert read_levels(target, conditions_of(again, HELDOUT)) == {"eval/accuracy_teacher/main": 0.5}
     assert read_levels(target, conditions_of(settings_of(tmp_path, override), HELDOUT)) is None
@@ -302,17 +410,24 @@ def test_a_teachers_level_is_used_again_only_as_it_was_measured(tmp_path: Path, 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"eval/accuracy_teacher/main": 0.5}'])
 def test_a_level_of_unknown_origin_is_measured_again(tmp_path: Path, text: str):
     (tmp_path / TEACHER_LEVELS).write_text(text)
-    assert read_levels(tmp_path / TEACHER_LEVELS, conditions_of(settings_of(tmp_path), HELDOUT)) is None
+    assert (
+        read_levels(tmp_path / TEACHER_LEVELS, conditions_of(settings_of(tmp_path), HELDOUT))
+        is None
+    )
 
 
-def test_only_teachers_in_use_are_loaded_and_only_where_there_is_a_judge_are_they_measured(tmp_path: Path):
+def test_only_teachers_in_use_are_loaded_and_only_where_there_is_a_judge_are_they_measured(
+    tmp_path: Path,
+):
     def of(*overrides: str) -> tuple[list[str], list[str]]:
         settings = settings_of(tmp_path, *overrides)
         return teachers_in_use(settings), teachers_to_measure(settings)
 
     assert of() == (["main"], ["main"])
     assert of("algorithm=rloo") == ([], [])
-    assert of("algorithm=rloo", "algorithm.teacher_fraction=0.5") == (["main"], ["main"]), "it writes"
+    assert of("algorithm=rloo", "algorithm.teacher_fraction=0.5") == (["main"], ["main"]), (
+        "it writes"
+    )
     assert of("teachers.main.path=null") == (["main"], []), "it is the student before training"
     assert of("algorithm=opd_full", "~reward.functions.countdown") == (["main"], [])
     assert of("eval.teacher=false") == (["main"], [])
@@ -331,16 +446,27 @@ SMALL = ["data.num_train=4", "data.num_heldout=2"]
 
 
 def test_a_teacher_with_a_shorter_head_is_refused_before_anything_starts(tmp_path: Path):
-    student, short, long = (padded(tmp_path / name, rows) for name, rows in (("student", 24), ("short", 23), ("long", 32)))
+    student, short, long = (
+        padded(tmp_path / name, rows)
+        for name, rows in (("student", 24), ("short", 23), ("long", 32))
+    )
 
     def prepare(teacher: Path, *overrides: str) -> list[Prompt]:
-        return prepare_prompts(settings_of(tmp_path, f"model.path={student}", f"teachers.main.path={teacher}", *SMALL, *overrides))[0]
+        return prepare_prompts(
+            settings_of(
+                tmp_path,
+                f"model.path={student}",
+                f"teachers.main.path={teacher}",
+                *SMALL,
+                *overrides,
+            )
+        )[0]
 
     with pytest.raises(ConfigError) as caught:
         prepare(short)
     assert str(caught.value).startswith(
         f"teachers.main.path={short}: its output head has 23 rows, that of model.path={student} has 24, "
-    ) and "\n" not in str(caught.value)  # fmt: skip
+    ) and "\n" not in str(caught.value)
     assert len(prepare(long)) == len(prepare(student)) == 4, "rows that only pad do no harm"
     assert len(prepare(short, "algorithm=rloo")) == 4, "nobody asks it"
 
@@ -357,50 +483,91 @@ def test_pure_reinforcement_learning_does_not_look_at_its_teachers(tmp_path: Pat
 
 
 def rewards_of(*parts: list[float]) -> Rewards:
-    values = np.array(parts, np.float32).reshape(len(parts), -1) if parts else np.zeros((0, 2), np.float32)
+    values = (
+        np.array(parts, np.float32).reshape(len(parts), -1)
+        if parts
+        else np.zeros((0, 2), np.float32)
+    )
     no = np.zeros(values.shape[1], bool)
     names = tuple(f"r{i}" for i in range(len(parts)))
     unread = np.full(len(no), np.nan, np.float32)
     return Rewards(
-        uids=("a", "b"), values=values.sum(axis=0), part_names=names, parts=values, errors=no, keep=~no, compressed=unread, repeated=unread
+        uids=("a", "b"),
+        values=values.sum(axis=0),
+        part_names=names,
+        parts=values,
+        errors=no,
+        keep=~no,
+        compressed=unread,
+        repeated=unread,
     )
 
 
-SAMPLES = [Sample(step=0, uid="a", prompt="3=", response="3", reward=0.0, finish_reason=FinishReason.stop)]
+SAMPLES = [
+    Sample(step=0, uid="a", prompt="3=", response="3", reward=0.0, finish_reason=FinishReason.stop)
+]
 
 
 def test_accuracy_is_the_mean_of_the_first_reward_and_a_failed_call_is_not_a_wrong_answer():
-    found = summary([rewards_of([1.0, 0.0], [5.0, 5.0]), rewards_of([1.0, np.nan], [5.0, 5.0])], SAMPLES)
-    assert found.metrics["eval/accuracy"] == pytest.approx(2 / 3) and found.metrics["eval/error_rate"] == 0.25
+    found = summary(
+        [rewards_of([1.0, 0.0], [5.0, 5.0]), rewards_of([1.0, np.nan], [5.0, 5.0])], SAMPLES
+    )
+    assert (
+        found.metrics["eval/accuracy"] == pytest.approx(2 / 3)
+        and found.metrics["eval/error_rate"] == 0.25
+    )
     assert found.metrics["eval/accuracy_stderr"] == pytest.approx(1 / 3)  # sqrt(1/3 / 3)
     assert found.samples == tuple(SAMPLES)
 
 
 def test_without_a_reward_function_nothing_is_right_or_wrong():
     found = summary([rewards_of(), rewards_of()], SAMPLES)
-    assert found.metrics == {} and np.isnan(found.samples[0].reward) and found.samples[0].response == "3"
+    assert (
+        found.metrics == {}
+        and np.isnan(found.samples[0].reward)
+        and found.samples[0].response == "3"
+    )
 
 
 def test_a_run_without_accuracy_still_has_a_result(tmp_path: Path):
     sink = JsonlSink()
-    sink.start(RunInfo(run_dir=str(tmp_path), name="x", total_steps=1, first_step=0, config={}, wandb_id=None))
+    sink.start(
+        RunInfo(
+            run_dir=str(tmp_path), name="x", total_steps=1, first_step=0, config={}, wandb_id=None
+        )
+    )
     for step in (0, 1):
         sink.log({"train/step": step, "time/eval_s": 1.0})
     sink.close(0)
     done = result(tmp_path, None)
-    assert (done.accuracy_before, done.accuracy_after, done.teacher_accuracy) == (None, None, {}) and done.report.is_file()
+    assert (done.accuracy_before, done.accuracy_after, done.teacher_accuracy) == (
+        None,
+        None,
+        {},
+    ) and done.report.is_file()
 
 
 # -- what is read from outside ---------------------------------------------------------------------------------------
 
 
-def test_changed_prompts_and_a_changed_reward_file_are_refused_until_they_are_allowed(tmp_path: Path):
+def test_changed_prompts_and_a_changed_reward_file_are_refused_until_they_are_allowed(
+    tmp_path: Path,
+):
     file = tmp_path / "rewards.py"
     file.write_text("def score(completions): return [0.0] * len(completions)")
-    said = ["experiment=quickstart", f"run.dir={tmp_path}", f"+reward.functions.mine.function={file}:score"]
-    settings, prompts = load_config(said), [Prompt(uid=uid, input_ids=(1, 2), text="", columns={"target": 3}) for uid in "ab"]
+    said = [
+        "experiment=quickstart",
+        f"run.dir={tmp_path}",
+        f"+reward.functions.mine.function={file}:score",
+    ]
+    settings, prompts = (
+        load_config(said),
+        [Prompt(uid=uid, input_ids=(1, 2), text="", columns={"target": 3}) for uid in "ab"],
+    )
     before = digests(settings, prompts, [])
-    assert before.keys() == {"data", "reward.functions.mine"}, "a built-in reward is of this version"
+    assert before.keys() == {"data", "reward.functions.mine"}, (
+        "a built-in reward is of this version"
+    )
     check_inputs(settings, before, digests(settings, prompts, []))
     check_inputs(settings, {}, before)  # a checkpoint of an older version has none
     file.write_text("def score(completions): return [1.0] * len(completions)")
@@ -411,16 +578,24 @@ def test_changed_prompts_and_a_changed_reward_file_are_refused_until_they_are_al
         f"run.dir={tmp_path}: the prompts that data.* gives, the file of reward.functions.mine.function changed since the checkpoint; "
         "restore it, choose another run.dir, or continue that run with it by run.allow_changes=[data,reward.functions.mine]"
     )
-    check_inputs(load_config([*said, "run.allow_changes=[data,reward.functions]"]), before, digests(settings, other, []))
+    check_inputs(
+        load_config([*said, "run.allow_changes=[data,reward.functions]"]),
+        before,
+        digests(settings, other, []),
+    )
 
 
-def test_a_run_that_is_refused_for_its_inputs_leaves_the_settings_on_file_as_they_were(tmp_path: Path):
+def test_a_run_that_is_refused_for_its_inputs_leaves_the_settings_on_file_as_they_were(
+    tmp_path: Path,
+):
     settings = settings_of(tmp_path)
     with run_directory(settings) as run_dir:
         find_checkpoint(settings, run_dir, {"data": "a"})
         Checkpointer(run_dir, settings.checkpoint).save(replace(STATE, inputs={"data": "a"}), [])
         changed = settings_of(tmp_path, "train.lr=2e-3", "run.allow_changes=[train.lr]")
-        with pytest.raises(RunDirectoryError, match=r"the prompts that data\.\* gives changed since the checkpoint"):
+        with pytest.raises(
+            RunDirectoryError, match=r"the prompts that data\.\* gives changed since the checkpoint"
+        ):
             find_checkpoint(changed, run_dir, {"data": "b"})
         assert read_settings(run_dir) == settings
         assert find_checkpoint(settings, run_dir, {"data": "a"}).state.step == 10

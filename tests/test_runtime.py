@@ -55,17 +55,44 @@ SHARED = "cluster.colocate=true rollout.gpu_memory_utilization=0.4"
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ("rollout.weight_transfer=nccl cluster.device=cpu", "rollout.weight_transfer=nccl: needs GPUs, cluster.device is cpu"),
-        ("rollout.weight_transfer=ipc", "rollout.weight_transfer=ipc: learner and engine must use the same GPU; set cluster.colocate=true"),
-        (f"rollout.weight_transfer=ipc rollout.tensor_parallel=2 {SHARED}", "rollout.weight_transfer=ipc: hands over memory of one GPU"),
-        (f"rollout.weight_transfer=nccl {SHARED}", "rollout.weight_transfer=nccl: NCCL refuses two ranks on one GPU"),
-        (f"rollout.tensor_parallel=2 {SHARED}", "rollout.tensor_parallel=2: under cluster.colocate=true"),
+        (
+            "rollout.weight_transfer=nccl cluster.device=cpu",
+            "rollout.weight_transfer=nccl: needs GPUs, cluster.device is cpu",
+        ),
+        (
+            "rollout.weight_transfer=ipc",
+            "rollout.weight_transfer=ipc: learner and engine must use the same GPU; set cluster.colocate=true",
+        ),
+        (
+            f"rollout.weight_transfer=ipc rollout.tensor_parallel=2 {SHARED}",
+            "rollout.weight_transfer=ipc: hands over memory of one GPU",
+        ),
+        (
+            f"rollout.weight_transfer=nccl {SHARED}",
+            "rollout.weight_transfer=nccl: NCCL refuses two ranks on one GPU",
+        ),
+        (
+            f"rollout.tensor_parallel=2 {SHARED}",
+            "rollout.tensor_parallel=2: under cluster.colocate=true",
+        ),
         (f"rollout.engines=2 {SHARED}", "rollout.engines=2: under cluster.colocate=true"),
-        (f"rollout.engines=2 rollout.weight_transfer=ipc {SHARED}", "rollout.engines=2: under cluster.colocate=true"),
-        ("cluster.colocate=true", "rollout.gpu_memory_utilization=0.9: under cluster.colocate=true"),
-        ("cluster.colocate=true rollout.gpu_memory_utilization=0.51", "rollout.gpu_memory_utilization=0.51: under cluster.colocate=true"),
+        (
+            f"rollout.engines=2 rollout.weight_transfer=ipc {SHARED}",
+            "rollout.engines=2: under cluster.colocate=true",
+        ),
+        (
+            "cluster.colocate=true",
+            "rollout.gpu_memory_utilization=0.9: under cluster.colocate=true",
+        ),
+        (
+            "cluster.colocate=true rollout.gpu_memory_utilization=0.51",
+            "rollout.gpu_memory_utilization=0.51: under cluster.colocate=true",
+        ),
         ("scorer.replicas=2", "scorer.replicas=2: a step has 1 chunks"),
-        ("reward.workers=5 rollout.engines=2 rollout.groups_per_chunk=24", "reward.workers=5: a step has 4 chunks"),
+        (
+            "reward.workers=5 rollout.engines=2 rollout.groups_per_chunk=24",
+            "reward.workers=5: a step has 4 chunks",
+        ),
         ("rollout.kv_cache_bytes=0", "rollout.kv_cache_bytes=0: must be positive, or null"),
     ],
 )
@@ -97,14 +124,28 @@ def test_a_placement_that_works_is_taken(overrides: str):
 
 
 def test_every_prompt_is_answered_once_whatever_shares_the_teacher_and_the_data_have():
-    both = ["algorithm.data_fraction=0.5", "algorithm.teacher_fraction=0.5", "+data.options.responses=solution"]
+    both = [
+        "algorithm.data_fraction=0.5",
+        "algorithm.teacher_fraction=0.5",
+        "+data.options.responses=solution",
+    ]
     halves = load_config([*BASE, *both]).algorithm
-    assert [shares(n, halves) for n in (1, 2, 3, 4, 7)] == [(1, 0, 0), (0, 1, 1), (0, 1, 2), (0, 2, 2), (0, 3, 4)]
+    assert [shares(n, halves) for n in (1, 2, 3, 4, 7)] == [
+        (1, 0, 0),
+        (0, 1, 1),
+        (0, 1, 2),
+        (0, 2, 2),
+        (0, 3, 4),
+    ]
 
 
 @pytest.mark.parametrize("teams", range(1, 40))
 def test_the_shares_of_a_gpu_fit_into_it_in_the_unit_that_ray_rounds_to(teams: int):
-    assert teams * round(gpu_share(teams) * 10_000) <= 10_000 < (teams + 1) * round(gpu_share(teams) * 10_000) + 10_000 / teams
+    assert (
+        teams * round(gpu_share(teams) * 10_000)
+        <= 10_000
+        < (teams + 1) * round(gpu_share(teams) * 10_000) + 10_000 / teams
+    )
 
 
 # -- the connection --------------------------------------------------------------------------------------------------
@@ -120,21 +161,31 @@ def test_the_shares_of_a_gpu_fit_into_it_in_the_unit_that_ray_rounds_to(teams: i
         (Device.cuda, 8, "13.0", "cuda"),
     ],
 )
-def test_the_device_is_cuda_only_where_cluster_and_torch_both_have_it(wanted: Device, gpus: int, cuda_build: str | None, device: str):
+def test_the_device_is_cuda_only_where_cluster_and_torch_both_have_it(
+    wanted: Device, gpus: int, cuda_build: str | None, device: str
+):
     assert device_of(wanted, gpus, cuda_build) == device
 
 
-@pytest.mark.parametrize(("gpus", "cuda_build", "reason"), [(0, "13.0", "the Ray cluster has no GPU"), (8, None, "a build for CPUs")])
+@pytest.mark.parametrize(
+    ("gpus", "cuda_build", "reason"),
+    [(0, "13.0", "the Ray cluster has no GPU"), (8, None, "a build for CPUs")],
+)
 def test_cuda_that_cannot_be_had_is_refused(gpus: int, cuda_build: str | None, reason: str):
     with pytest.raises(ConfigError, match=reason):
         device_of(Device.cuda, gpus, cuda_build)
 
 
 def test_an_address_where_no_ray_is_ends_at_once_in_one_sentence():
-    with socket.socket() as closed:  # bound and not listening: nobody else can take the port, nobody answers
+    with (
+        socket.socket() as closed
+    ):  # bound and not listening: nobody else can take the port, nobody answers
         closed.bind(("127.0.0.1", 0))
         for address in (f"127.0.0.1:{closed.getsockname()[1]}", "nonsense"):
-            with pytest.raises(PlacementError, match=rf"cluster\.address={address}: no Ray cluster there \(.+\); give") as caught:
+            with pytest.raises(
+                PlacementError,
+                match=rf"cluster\.address={address}: no Ray cluster there \(.+\); give",
+            ) as caught:
                 Cluster(load_config([*BASE, f"cluster.address={address}"]))
             assert "\n" not in str(caught.value) and not ray.is_initialized()
 
@@ -158,13 +209,20 @@ def test_a_device_that_is_refused_leaves_no_ray_running():
     ],
 )
 def test_threads_wait_in_a_loop_only_where_nobody_else_needs_the_core(
-    monkeypatch: pytest.MonkeyPatch, overrides: str, device: str, size: int, threads: str, loops: str
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: str,
+    device: str,
+    size: int,
+    threads: str,
+    loops: str,
 ):
     node = {"NodeID": "n", "NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 2.0}}
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "cluster_resources", dict)
     monkeypatch.setattr(Cluster, "_reserve", lambda self, bundles: None)
-    monkeypatch.setattr(cluster_module, "bundle_nodes", lambda group: dict.fromkeys(range(size), node))
+    monkeypatch.setattr(
+        cluster_module, "bundle_nodes", lambda group: dict.fromkeys(range(size), node)
+    )
     cluster = Cluster(load_config([*BASE, *overrides.split()]))
     cluster.device = device
     for slot in cluster.place([Team(name="w", size=size, gpus=0, heavy=True)])["w"]:
@@ -172,7 +230,9 @@ def test_threads_wait_in_a_loop_only_where_nobody_else_needs_the_core(
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_does_not_cut_short_the_end_of_ray(monkeypatch: pytest.MonkeyPatch, second: signal.Signals):
+def test_a_second_signal_does_not_cut_short_the_end_of_ray(
+    monkeypatch: pytest.MonkeyPatch, second: signal.Signals
+):
     ended = []
 
     def shut_down() -> None:
@@ -203,7 +263,13 @@ def slot() -> Iterator[Slot]:
     with Cluster(load_config([*BASE, "cluster.device=cpu"])) as cluster:
         [slot] = cluster.place([Team(name="w", size=1, gpus=0, heavy=False)])["w"]
         yield replace(
-            slot, env={**slot.env, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parent.parent)))}
+            slot,
+            env={
+                **slot.env,
+                "PYTHONPATH": os.pathsep.join(
+                    map(str, (Path(__file__).parent, Path(__file__).parent.parent))
+                ),
+            },
         )
 
 
@@ -214,14 +280,20 @@ def slot() -> Iterator[Slot]:
     [
         (ConfigError("model.path=x: no such folder"), ConfigError, "model.path=x: no such folder"),
         (DataError("row 3: no prompt"), DataError, "row 3: no prompt"),
-        (OSError(28, "No space left"), WorkerError, "w/0 failed in its constructor: OSError: [Errno 28] No space left; see logs/w-0.log"),
+        (
+            OSError(28, "No space left"),
+            WorkerError,
+            "w/0 failed in its constructor: OSError: [Errno 28] No space left; see logs/w-0.log",
+        ),
     ],
 )
 def test_what_a_constructor_raises_reaches_the_first_call(
     slot: Slot, tmp_path: Path, concurrent: bool, error: Exception, kind: type, text: str
 ):
     path = f"failing_worker:{'AsyncFailing' if concurrent else 'Failing'}"
-    group = ActorGroup("w", path, [slot], [{"error": error}], log_dir=str(tmp_path), concurrent=concurrent)
+    group = ActorGroup(
+        "w", path, [slot], [{"error": error}], log_dir=str(tmp_path), concurrent=concurrent
+    )
     for _ in range(2):
         with pytest.raises(HybridRLError) as caught:
             group.call_all("ping", deadline_s=60)
@@ -240,10 +312,15 @@ def test_a_death_names_the_worker_what_ray_knows_of_it_and_the_log(slot: Slot, t
 
 
 @pytest.mark.graph
-def test_a_value_that_is_gone_is_not_blamed_on_the_worker_that_was_to_have_it(slot: Slot, tmp_path: Path):
+def test_a_value_that_is_gone_is_not_blamed_on_the_worker_that_was_to_have_it(
+    slot: Slot, tmp_path: Path
+):
     group = ActorGroup("w", "failing_worker:Failing", [slot], [{}], log_dir=str(tmp_path))
     _, gone = group.submit_pair(0, "lose_value", deadline_s=60)
-    with pytest.raises(WorkerDied, match=r"^the object store failed in keeping values: what w/0 was to .* in take is gone with its node$"):
+    with pytest.raises(
+        WorkerDied,
+        match=r"^the object store failed in keeping values: what w/0 was to .* in take is gone with its node$",
+    ):
         group.submit(0, "take", gone.ref, deadline_s=60).result()
     assert group.call_all("ping", deadline_s=60) == ["here"]
     rollout = engine(slot, tmp_path, "")
@@ -267,8 +344,12 @@ def answering_every(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "_fetch", lambda pending, left_s: pending.ref)
 
 
-def test_a_deadline_counts_from_the_last_answer_for_one_worker_may_have_many_calls(monkeypatch: pytest.MonkeyPatch):
-    pending = [calls.Pending(ref=name, worker="reward/0", call="score", deadline_s=10.0) for name in "abc"]
+def test_a_deadline_counts_from_the_last_answer_for_one_worker_may_have_many_calls(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    pending = [
+        calls.Pending(ref=name, worker="reward/0", call="score", deadline_s=10.0) for name in "abc"
+    ]
     answering_every(9.0, monkeypatch)
     assert calls.settle(pending) == (["a", "b", "c"], []), "27 s in all"
     answering_every(11.0, monkeypatch)
@@ -279,7 +360,10 @@ def test_a_deadline_counts_from_the_last_answer_for_one_worker_may_have_many_cal
 def test_the_stacks_are_asked_of_the_process_that_writes_the_log_and_of_no_other(tmp_path: Path):
     """To one that does not know the signal it is the end."""
     for log, status in (("w-0.log", -signal.SIGUSR1), ("other.log", 0)):
-        with (tmp_path / log).open("w") as out, subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out) as process:
+        with (
+            (tmp_path / log).open("w") as out,
+            subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out) as process,
+        ):
             ask_for_stacks(process.pid, str(tmp_path / "w-0.log"))
             process.stdin.close()
             assert process.wait(60) == status
@@ -293,9 +377,26 @@ class Judges(RewardGroup):
     worker = "failing_worker:Judge"
 
 
-def engine(slot: Slot, folder: Path, points: str, *, count: int = 1, backend: WeightTransfer = WeightTransfer.object_store) -> Engines:
-    settings, place = load_config([*BASE, "deadlines.sync_s=60"]), replace(slot, num_cpus=0, env={**slot.env, VARIABLE: points})
-    return Engines(settings, [place] * count, model=settings.model, device="cpu", backend=backend, log_dir=str(folder))
+def engine(
+    slot: Slot,
+    folder: Path,
+    points: str,
+    *,
+    count: int = 1,
+    backend: WeightTransfer = WeightTransfer.object_store,
+) -> Engines:
+    settings, place = (
+        load_config([*BASE, "deadlines.sync_s=60"]),
+        replace(slot, num_cpus=0, env={**slot.env, VARIABLE: points}),
+    )
+    return Engines(
+        settings,
+        [place] * count,
+        model=settings.model,
+        device="cpu",
+        backend=backend,
+        log_dir=str(folder),
+    )
 
 
 @pytest.mark.graph
@@ -309,23 +410,35 @@ def test_when_the_only_engine_dies_at_a_sync_another_serves_the_weights(slot: Sl
 @pytest.mark.graph
 def test_weights_that_every_engine_refuses_are_no_engines_fault(slot: Slot, tmp_path: Path):
     rollout = engine(slot, tmp_path, "engine.load_weights:do=raise")
-    with pytest.raises(WeightSyncError, match=r"^no engine took the weights: rollout/0 failed in load_weights: RuntimeError: failpoint"):
+    with pytest.raises(
+        WeightSyncError,
+        match=r"^no engine took the weights: rollout/0 failed in load_weights: RuntimeError: failpoint",
+    ):
         rollout.load_weights("version 1", ray.put(b""))
     assert rollout.serving == {0} and rollout.group.epochs == [0]
     rollout.close()
 
 
 @pytest.mark.graph
-def test_an_engine_lost_from_a_channel_of_vllms_own_ends_the_run_though_another_lives(slot: Slot, tmp_path: Path):
+def test_an_engine_lost_from_a_channel_of_vllms_own_ends_the_run_though_another_lives(
+    slot: Slot, tmp_path: Path
+):
     rollout = engine(slot, tmp_path, "", count=2, backend=WeightTransfer.nccl)
-    with pytest.raises(FleetExhausted, match=r"^rollout/1 failed in generate: gone; with rollout\.weight_transfer=nccl no other can join"):
+    with pytest.raises(
+        FleetExhausted,
+        match=r"^rollout/1 failed in generate: gone; with rollout\.weight_transfer=nccl no other can join",
+    ):
         rollout.lose(WorkerDied("rollout/1", "generate", "gone", 0))
     rollout.close()
 
 
 @pytest.mark.graph
-def test_a_ping_is_answered_however_many_chunks_wait_for_the_rest_of_their_wave(slot: Slot, tmp_path: Path):
-    group = ActorGroup("w", "failing_worker:Patient", [slot], [{}], log_dir=str(tmp_path), concurrent=True)
+def test_a_ping_is_answered_however_many_chunks_wait_for_the_rest_of_their_wave(
+    slot: Slot, tmp_path: Path
+):
+    group = ActorGroup(
+        "w", "failing_worker:Patient", [slot], [{}], log_dir=str(tmp_path), concurrent=True
+    )
     waiting = [group.submit(0, "wait", deadline_s=60) for _ in range(1200)]
     assert group.call_all("ping", deadline_s=60) == [0], "none of them is through"
     assert group.call_all("go", deadline_s=60) == [None] and calls.gather(waiting) == [None] * 1200
@@ -333,12 +446,23 @@ def test_a_ping_is_answered_however_many_chunks_wait_for_the_rest_of_their_wave(
 
 
 @pytest.mark.graph
-def test_an_engine_lost_in_an_evaluation_is_told_and_not_the_judge_that_waits_for_it(slot: Slot, tmp_path: Path):
+def test_an_engine_lost_in_an_evaluation_is_told_and_not_the_judge_that_waits_for_it(
+    slot: Slot, tmp_path: Path
+):
     rollout = engine(slot, tmp_path, "engine.generate:do=kill")
     rewards = Judges(rollout.settings, [replace(slot, num_cpus=0)], log_dir=str(tmp_path))
     prompts = [Prompt(uid="a", input_ids=(1,), text="", columns={})]
     with pytest.raises(WorkerDied, match=r"^rollout/0 failed in generate"):
-        evaluate(rollout.settings.eval, rollout, rewards, prompts, wave="eval", step=0, temperature=1.0, seed=0)
+        evaluate(
+            rollout.settings.eval,
+            rollout,
+            rewards,
+            prompts,
+            wave="eval",
+            step=0,
+            temperature=1.0,
+            seed=0,
+        )
     rollout.close()
     rewards.group.close()
 
@@ -346,10 +470,15 @@ def test_an_engine_lost_in_an_evaluation_is_told_and_not_the_judge_that_waits_fo
 @pytest.mark.graph
 @pytest.mark.skipif(torch.version.cuda is not None, reason="there may be GPUs")
 @pytest.mark.parametrize("chosen", [WeightTransfer.nccl, WeightTransfer.ipc])
-def test_a_way_over_gpus_is_refused_where_the_device_came_out_as_cpu(slot: Slot, chosen: WeightTransfer):
+def test_a_way_over_gpus_is_refused_where_the_device_came_out_as_cpu(
+    slot: Slot, chosen: WeightTransfer
+):
     colocate = SHARED.split() if chosen is WeightTransfer.ipc else []
     cluster = Cluster(load_config([*BASE, f"rollout.weight_transfer={chosen}", *colocate]))
-    with pytest.raises(ConfigError, match=rf"rollout\.weight_transfer={chosen}: needs GPUs, and cluster\.device=auto came out as cpu"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"rollout\.weight_transfer={chosen}: needs GPUs, and cluster\.device=auto came out as cpu",
+    ):
         _ = cluster.weight_transfer
 
 
@@ -362,11 +491,21 @@ def test_a_config_error_ends_the_command_with_status_2(capsys: pytest.CaptureFix
 
 
 def order(chunk: int, wave: str = "w", num_chunks: int = 3) -> GenerateOrder:
-    return GenerateOrder(wave=wave, chunk=chunk, num_chunks=num_chunks, group_size=1, temperature=1.0, max_new_tokens=4, seed=0)
+    return GenerateOrder(
+        wave=wave,
+        chunk=chunk,
+        num_chunks=num_chunks,
+        group_size=1,
+        temperature=1.0,
+        max_new_tokens=4,
+        seed=0,
+    )
 
 
 @pytest.mark.parametrize("arrival", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1)])
-def test_the_engine_gets_the_chunks_of_a_wave_in_order_however_they_arrive(arrival: tuple[int, ...]):
+def test_the_engine_gets_the_chunks_of_a_wave_in_order_however_they_arrive(
+    arrival: tuple[int, ...],
+):
     submitted: list[int] = []
     waves = Waves(lambda chunk, prompts: submitted.append(chunk.chunk) or [prompts])
 
@@ -402,7 +541,9 @@ def test_a_chunk_that_the_engine_refuses_fails_alone():
 
     async def run() -> list:
         waves = Waves(submit)
-        return await asyncio.gather(*(waves.arrive(order(chunk), ()) for chunk in (2, 1, 0)), return_exceptions=True)
+        return await asyncio.gather(
+            *(waves.arrive(order(chunk), ()) for chunk in (2, 1, 0)), return_exceptions=True
+        )
 
     last, refused, first = asyncio.run(run())
     assert (last, first) == ([2], [0]) and isinstance(refused, DataError)
@@ -417,9 +558,14 @@ def output(finish_reason: str = "stop") -> SimpleNamespace:
     """Two tokens, 7 and 8, with the two most likely at each: 7 is not among them, 8 is the second."""
     entries = [(7, -3.0), (1, -0.5), (2, -1.0), (8, -0.9), (3, -0.7), (8, -0.9)]
     ids, logprobs = zip(*entries, strict=True)
-    spans = [SimpleNamespace(start=0, end=1, version="3"), SimpleNamespace(start=1, end=2, version="4")]
+    spans = [
+        SimpleNamespace(start=0, end=1, version="3"),
+        SimpleNamespace(start=1, end=2, version="4"),
+    ]
     flat = SimpleNamespace(token_ids=list(ids), logprobs=list(logprobs))
-    return SimpleNamespace(token_ids=[7, 8], logprobs=flat, weight_versions=spans, finish_reason=finish_reason)
+    return SimpleNamespace(
+        token_ids=[7, 8], logprobs=flat, weight_versions=spans, finish_reason=finish_reason
+    )
 
 
 def test_an_engine_whose_core_has_ended_ends_too(monkeypatch: pytest.MonkeyPatch):
@@ -430,7 +576,9 @@ def test_an_engine_whose_core_has_ended_ends_too(monkeypatch: pytest.MonkeyPatch
         core.resources.engine_dead = len(seen) == 3
 
     monkeypatch.setattr(rollout_worker, "time", SimpleNamespace(sleep=sleep))
-    monkeypatch.setattr(rollout_worker, "os", SimpleNamespace(_exit=lambda status: seen.append(status)))
+    monkeypatch.setattr(
+        rollout_worker, "os", SimpleNamespace(_exit=lambda status: seen.append(status))
+    )
     rollout_worker.end_with(core)
     assert seen == ["alive"] * 3 + [1]
 
@@ -443,20 +591,42 @@ def test_the_support_is_the_most_likely_tokens_and_owes_nothing_to_the_drawn_one
 
 def test_a_trajectory_holds_the_drawn_tokens_own_log_probs_and_versions():
     row = trajectory(PROMPT, output())
-    assert row.input_ids.tolist() == [5, 6, 7, 8] and row.response_mask.tolist() == [False, False, True, True]
+    assert row.input_ids.tolist() == [5, 6, 7, 8] and row.response_mask.tolist() == [
+        False,
+        False,
+        True,
+        True,
+    ]
     assert row.rollout_logprobs.tolist() == [0, 0, -3.0, np.float32(-0.9)]
     assert row.policy_versions.tolist() == [0, 0, 3, 4] and row.finish_reason is FinishReason.stop
 
 
 @pytest.mark.parametrize("reason", ["abort", "error", "repetition", "something new", None])
-def test_a_response_that_did_not_end_by_itself_has_no_tokens_and_the_header_says_so(reason: str | None):
-    outputs = [complete(output(reason)), complete(output("length")), complete(output()), complete(None)]
+def test_a_response_that_did_not_end_by_itself_has_no_tokens_and_the_header_says_so(
+    reason: str | None,
+):
+    outputs = [
+        complete(output(reason)),
+        complete(output("length")),
+        complete(output()),
+        complete(None),
+    ]
     rows = [trajectory(PROMPT, o) for o in outputs]
     support = np.concatenate([top_tokens(o, 2) for o in outputs])
     batch = RolloutBatch.pack([PROMPT, PROMPT], 2, rows, Source.teacher, support)
     header = chunk_header(batch, [1.0] * batch.num_sequences)
-    assert header.aborted.tolist() == [True, False, False, True] and header.truncated.tolist() == [False, True, False, False]
-    assert header.response_lengths.tolist() == [0, 2, 2, 0] and header.num_tokens.tolist() == [2, 4, 4, 2]
+    assert header.aborted.tolist() == [True, False, False, True] and header.truncated.tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert header.response_lengths.tolist() == [0, 2, 2, 0] and header.num_tokens.tolist() == [
+        2,
+        4,
+        4,
+        2,
+    ]
     assert (header.group_size, header.source) == (2, Source.teacher)
     assert batch.support_ids.shape == (4, 2)
 
@@ -468,8 +638,19 @@ def engine_and_model(folder: Path) -> tuple[RolloutBatch, list[list[int]]]:
 
     model = load_model(str(save_tiny(folder / "model", 0)))
     settings = tiny_settings(folder / "run", f"model.path={folder / 'model'}")
-    prompts = [Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)]
-    ordered = GenerateOrder(wave="w", chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=12, seed=5, support=3)
+    prompts = [
+        Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)
+    ]
+    ordered = GenerateOrder(
+        wave="w",
+        chunk=0,
+        num_chunks=1,
+        group_size=2,
+        temperature=1.0,
+        max_new_tokens=12,
+        seed=5,
+        support=3,
+    )
 
     async def sample() -> RolloutBatch:
         engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store")

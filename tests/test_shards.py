@@ -10,7 +10,14 @@ import torch
 from batches import make_batch, make_plan, make_rewards, make_scores
 
 from hybridrl.algorithm import AlgorithmConfig
-from hybridrl.data.collate import TeacherColumns, collate, from_wire, idle_sequence, to_wire, train_sequences
+from hybridrl.data.collate import (
+    TeacherColumns,
+    collate,
+    from_wire,
+    idle_sequence,
+    to_wire,
+    train_sequences,
+)
 from hybridrl.data.scored import join, select_groups
 from hybridrl.data.shards import balance_groups, micro_batches
 from hybridrl.objectives.credit import Credit
@@ -79,18 +86,34 @@ SCORES = make_scores(BATCH, [-1.0] * 6, HIDDEN)
 SPARSE = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
 
 
-def sequences(scores: TokenScores = SCORES, groups: Sequence[int] = (0, 1), teacher_weights: Sequence[float] = (1.0,) * 4):
+def sequences(
+    scores: TokenScores = SCORES,
+    groups: Sequence[int] = (0, 1),
+    teacher_weights: Sequence[float] = (1.0,) * 4,
+):
     """What a rank with these groups makes of the batch, every token of weight 0.25."""
     scored = ScoredBatch(rollout=BATCH, scores=(scores,), rewards=make_rewards(BATCH, [0.0] * 4))
-    rows = [r for g in groups for r in range(3 * g, 3 * g + 3)]  # both groups have three response tokens
-    credit = Credit(token_weight=torch.full((len(rows),), 0.25), sparse=SPARSE[rows], value_slope=-SPARSE[rows], watched={})
+    rows = [
+        r for g in groups for r in range(3 * g, 3 * g + 3)
+    ]  # both groups have three response tokens
+    credit = Credit(
+        token_weight=torch.full((len(rows),), 0.25),
+        sparse=SPARSE[rows],
+        value_slope=-SPARSE[rows],
+        watched={},
+    )
     weights = torch.tensor(teacher_weights)[[n for g in groups for n in (2 * g, 2 * g + 1)]]
     return train_sequences(select_groups(scored, groups), credit, [weights])
 
 
 def test_each_response_token_is_predicted_by_the_position_before_it():
     micro = collate(sequences())
-    assert micro.input_ids.tolist() == [[11, 12, 21, 0], [11, 12, 22, 23], [13, 24, 25, 0], [13, 26, 0, 0]]
+    assert micro.input_ids.tolist() == [
+        [11, 12, 21, 0],
+        [11, 12, 22, 23],
+        [13, 24, 25, 0],
+        [13, 26, 0, 0],
+    ]
     assert micro.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]
     assert micro.token_ids.tolist() == [21, 22, 23, 24, 25, 26]
     assert micro.hidden_rows.tolist() == [1, 4 + 1, 4 + 2, 8 + 0, 8 + 1, 12 + 0]
@@ -103,11 +126,24 @@ def test_each_response_token_is_predicted_by_the_position_before_it():
 
 def test_packed_sequences_stand_in_one_row_and_count_their_positions_anew():
     micro = collate(sequences(), packed=True)
-    assert micro.input_ids.tolist() == [[11, 12, 21, 11, 12, 22, 23, 13, 24, 25, 13, 26]] and micro.attention_mask is None
+    assert (
+        micro.input_ids.tolist() == [[11, 12, 21, 11, 12, 22, 23, 13, 24, 25, 13, 26]]
+        and micro.attention_mask is None
+    )
     assert micro.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 0, 1]]
-    assert micro.hidden_rows.tolist() == [1, 4, 5, 7, 8, 10] and micro.owner.tolist() == [0, 1, 1, 2, 2, 3]
+    assert micro.hidden_rows.tolist() == [1, 4, 5, 7, 8, 10] and micro.owner.tolist() == [
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+    ]
     padded = collate(sequences())
-    assert padded.owner.tolist() == micro.owner.tolist() and padded.token_ids.tolist() == micro.token_ids.tolist()
+    assert (
+        padded.owner.tolist() == micro.owner.tolist()
+        and padded.token_ids.tolist() == micro.token_ids.tolist()
+    )
     assert padded.position_ids.tolist()[0] == [0, 1, 2, 0], "0 in the padding"
 
 
@@ -130,13 +166,30 @@ def test_a_rank_takes_the_columns_of_its_own_groups():
 
 
 def test_groups_keep_all_their_columns_when_selected_and_joined():
-    scored = ScoredBatch(rollout=BATCH, scores=(SCORES,), rewards=make_rewards(BATCH, [1.0, 2.0, 3.0, 4.0]))
+    scored = ScoredBatch(
+        rollout=BATCH, scores=(SCORES,), rewards=make_rewards(BATCH, [1.0, 2.0, 3.0, 4.0])
+    )
     back = join([select_groups(scored, [1]), select_groups(scored, [0])])
     assert back.rollout.uids == ("p1", "p0") and back.rollout.offsets.tolist() == [0, 3, 5, 8, 12]
     assert back.rollout.input_ids.tolist() == [13, 24, 25, 13, 26, 11, 12, 21, 11, 12, 22, 23]
-    assert back.rewards.values.tolist() == [3.0, 4.0, 1.0, 2.0] and back.rewards.parts.tolist() == [[3.0, 4.0, 1.0, 2.0]]
+    assert back.rewards.values.tolist() == [3.0, 4.0, 1.0, 2.0] and back.rewards.parts.tolist() == [
+        [3.0, 4.0, 1.0, 2.0]
+    ]
     assert back.scores[0].rows.tolist() == [*HIDDEN[3:].tolist(), *HIDDEN[:3].tolist()]
-    assert back.scores[0].logprobs.tolist() == [0.0, -1.0, -1.0, 0.0, -1.0, 0.0, 0.0, -1.0, 0.0, 0.0, -1.0, -1.0]
+    assert back.scores[0].logprobs.tolist() == [
+        0.0,
+        -1.0,
+        -1.0,
+        0.0,
+        -1.0,
+        0.0,
+        0.0,
+        -1.0,
+        0.0,
+        0.0,
+        -1.0,
+        -1.0,
+    ]
 
 
 def test_a_dropped_group_with_a_nan_reward_gives_a_finite_zero():
@@ -145,26 +198,42 @@ def test_a_dropped_group_with_a_nan_reward_gives_a_finite_zero():
     plan = make_plan(BATCH, num_tokens=4)
     credit = HybridObjective(AlgorithmConfig(), max_new_tokens=4).credit(scored, plan, None)
     micro = collate(train_sequences(scored, credit, [torch.ones(4)]))
-    assert micro.token_weight.tolist() == [0.0] * 3 + [0.25] * 3 and micro.sparse.tolist() == [0.0] * 3 + [-1.0, -1.0, 1.0]
+    assert micro.token_weight.tolist() == [0.0] * 3 + [0.25] * 3 and micro.sparse.tolist() == [
+        0.0
+    ] * 3 + [-1.0, -1.0, 1.0]
     terms = TokenTerms(
-        token_ids=micro.token_ids % 7, token_weight=micro.token_weight, sparse=micro.sparse, sampler_logprobs=micro.rollout_logprobs
+        token_ids=micro.token_ids % 7,
+        token_weight=micro.token_weight,
+        sparse=micro.sparse,
+        sampler_logprobs=micro.rollout_logprobs,
     )
     hidden, lm_head = torch.randn(6, 3).requires_grad_(), torch.randn(7, 3).requires_grad_()
     loss, _ = hybrid_head_loss(hidden, lm_head, (), terms, HeadRule(chunk=4))
     loss.backward()
-    assert loss.isfinite() and lm_head.grad.isfinite().all() and not hidden.grad[:3].any() and hidden.grad[3:].any()
+    assert (
+        loss.isfinite()
+        and lm_head.grad.isfinite().all()
+        and not hidden.grad[:3].any()
+        and hidden.grad[3:].any()
+    )
 
 
 def test_an_idle_sequence_can_be_collated_and_weighs_nothing():
-    columns = lambda w, dtype: TeacherColumns(  # noqa: E731
-        rows=np.zeros((1, w), dtype), support_ids=np.zeros((1, 0), np.int32), weight=np.zeros(1, np.float32)
-    )
+    def columns(w, dtype):
+        return TeacherColumns(
+            rows=np.zeros((1, w), dtype),
+            support_ids=np.zeros((1, 0), np.int32),
+            weight=np.zeros(1, np.float32),
+        )
+
     micro = collate([idle_sequence([columns(4, np.float32), columns(2, np.uint16)])])
     assert micro.token_weight.tolist() == [0.0] and micro.hidden_rows.tolist() == [0]
     assert [from_wire(t.rows).dtype for t in micro.teachers] == [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize(("dtype", "wire"), [(torch.bfloat16, np.uint16), (torch.float32, np.float32)])
+@pytest.mark.parametrize(
+    ("dtype", "wire"), [(torch.bfloat16, np.uint16), (torch.float32, np.float32)]
+)
 def test_hidden_states_travel_bit_for_bit(dtype: torch.dtype, wire: type):
     tensor = torch.tensor([[0.0, -0.0, 1.0], [1e-40, torch.inf, -3.140625]]).to(dtype)
     array = to_wire(tensor.T)  # not contiguous

@@ -40,12 +40,28 @@ reward: {functions: {countdown: {function: countdown, weight: 1.0}}}
 """
 
 
-def info(run_dir: Path, *, first_step: int = 0, total_steps: int = 4, wandb_id: str | None = None) -> RunInfo:
-    return RunInfo(run_dir=str(run_dir), name="demo", total_steps=total_steps, first_step=first_step, config={"a": 1}, wandb_id=wandb_id)
+def info(
+    run_dir: Path, *, first_step: int = 0, total_steps: int = 4, wandb_id: str | None = None
+) -> RunInfo:
+    return RunInfo(
+        run_dir=str(run_dir),
+        name="demo",
+        total_steps=total_steps,
+        first_step=first_step,
+        config={"a": 1},
+        wandb_id=wandb_id,
+    )
 
 
 def sample(step: int, response: str = "1+2", reward: float = 1.0) -> Sample:
-    return Sample(step=step, uid="held-0", prompt="1 2=3:", response=response, reward=reward, finish_reason=FinishReason.stop)
+    return Sample(
+        step=step,
+        uid="held-0",
+        prompt="1 2=3:",
+        response=response,
+        reward=reward,
+        finish_reason=FinishReason.stop,
+    )
 
 
 def write_rows(run_dir: Path, rows: Sequence[Mapping[str, float]], first_step: int = 0) -> None:
@@ -80,8 +96,13 @@ class RecordingSink:
 
 
 def test_metrics_read_back_as_written(tmp_path):
-    write_rows(tmp_path, [{"train/step": 1, "reward/mean": 0.25}, {"train/step": 2, "reward/mean": 0.5}])
-    assert read_metrics(tmp_path) == [{"train/step": 1, "reward/mean": 0.25}, {"train/step": 2, "reward/mean": 0.5}]
+    write_rows(
+        tmp_path, [{"train/step": 1, "reward/mean": 0.25}, {"train/step": 2, "reward/mean": 0.5}]
+    )
+    assert read_metrics(tmp_path) == [
+        {"train/step": 1, "reward/mean": 0.25},
+        {"train/step": 2, "reward/mean": 0.5},
+    ]
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
@@ -94,7 +115,12 @@ def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
 
 def test_nan_and_infinity_become_null_and_read_as_nan(tmp_path):
     write_rows(tmp_path, [{"train/step": 1, "a": math.nan, "b": -math.inf, "c": 1.5}])
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"train/step": 1, "a": None, "b": None, "c": 1.5}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "train/step": 1,
+        "a": None,
+        "b": None,
+        "c": 1.5,
+    }
     row = read_metrics(tmp_path)[0]
     assert math.isnan(row["a"]) and math.isnan(row["b"]) and row["c"] == 1.5
 
@@ -109,7 +135,12 @@ def test_resume_cuts_rows_and_samples_after_the_checkpoint_and_a_torn_line(tmp_p
     sink.start(info(tmp_path, first_step=2))
     sink.log({"train/step": 3, "x": 23})
     sink.close(0)
-    assert [(r["train/step"], r["x"]) for r in read_metrics(tmp_path)] == [(0, 10), (1, 11), (2, 12), (3, 23)]
+    assert [(r["train/step"], r["x"]) for r in read_metrics(tmp_path)] == [
+        (0, 10),
+        (1, 11),
+        (2, 12),
+        (3, 23),
+    ]
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step_000002.jsonl"]
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -214,10 +245,19 @@ class FallsSilent(BaseHTTPRequestHandler):
             self.server.over.wait()
             return
         project = {"id": "p", "name": "hybridrl", "entity": {"id": "e", "name": "me"}}
-        made = {"id": "r", "name": "r", "displayName": "r", "config": "{}", "historyLineCount": 0, "project": project}
+        made = {
+            "id": "r",
+            "name": "r",
+            "displayName": "r",
+            "config": "{}",
+            "historyLineCount": 0,
+            "project": project,
+        }
         if b"mutation UpsertBucket" in asked:
             self.server.silent.set()
-        answer = json.dumps({"data": {"upsertBucket": {"bucket": made, "inserted": True}, "model": None}}).encode()
+        answer = json.dumps(
+            {"data": {"upsertBucket": {"bucket": made, "inserted": True}, "model": None}}
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -227,7 +267,9 @@ class FallsSilent(BaseHTTPRequestHandler):
         """Nothing is printed."""
 
 
-def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(no_wandb_account, tmp_path):
+def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(
+    no_wandb_account, tmp_path
+):
     script = (
         "import logging, os, sys\n"
         "from hybridrl.choices import WandbMode\n"
@@ -250,18 +292,29 @@ def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(no_wand
     with ThreadingHTTPServer(("127.0.0.1", 0), FallsSilent) as server:
         server.silent, server.over = threading.Event(), threading.Event()
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        account = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_address[1]}", "WANDB_API_KEY": "0" * 40, "NO_PROXY": "127.0.0.1"}
+        account = {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_address[1]}",
+            "WANDB_API_KEY": "0" * 40,
+            "NO_PROXY": "127.0.0.1",
+        }
         root = Path(__file__).parent.parent
         try:
             done = subprocess.run(
-                [sys.executable, "-c", script, tmp_path], cwd=root, env=os.environ | account | {"PYTHONPATH": str(root)},
-                capture_output=True, text=True, timeout=60, check=False,
-            )  # fmt: skip
+                [sys.executable, "-c", script, tmp_path],
+                cwd=root,
+                env=os.environ | account | {"PYTHONPATH": str(root)},
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
         finally:
             server.over.set()
             server.shutdown()
     assert done.returncode == 0 and done.stdout.split() == ["begun", "closed"], done.stderr
-    assert "WandbSink failed and is off" in done.stderr and "within 2 s; `wandb sync " in done.stderr
+    assert (
+        "WandbSink failed and is off" in done.stderr and "within 2 s; `wandb sync " in done.stderr
+    )
     assert len(read_metrics(tmp_path)) == 100
 
 
@@ -279,20 +332,35 @@ def test_console_prints_one_plain_line_per_step_and_evaluations_stand_out(tmp_pa
     console = ConsoleSink(out)
     console.start(info(tmp_path))
     console.log({"train/step": 0, "eval/accuracy": 0.331, "eval/accuracy_teacher/main": 0.74})
-    step = {"reward/mean": 0.4123, "kl/token": 0.03, "schedule/lambda": 1.0, "perf/tokens_per_s": 8100.0}
-    console.log({"train/step": 2, **step, "time/rollout_s": 2.1, "time/step_s": 4.0, "eval/accuracy": 0.512})
+    step = {
+        "reward/mean": 0.4123,
+        "kl/token": 0.03,
+        "schedule/lambda": 1.0,
+        "perf/tokens_per_s": 8100.0,
+    }
+    console.log(
+        {"train/step": 2, **step, "time/rollout_s": 2.1, "time/step_s": 4.0, "eval/accuracy": 0.512}
+    )
     console.notice("a notice")
     console.close(0)
     lines = out.getvalue().splitlines()
     assert lines[1] == "step 0  eval accuracy 33.1 % (teacher 74.0 %)"
-    assert lines[2].startswith("step 2/4  reward 0.412  KL/token 0.0300  lambda 1.00  tok/s 8,100  4.0 s (rollout 2.1)  ")
+    assert lines[2].startswith(
+        "step 2/4  reward 0.412  KL/token 0.0300  lambda 1.00  tok/s 8,100  4.0 s (rollout 2.1)  "
+    )
     assert lines[3] == "step 2  eval accuracy 51.2 % (teacher 74.0 %, start 33.1 %)"
     assert lines[4:] == ["a notice", "done"]
     assert "\x1b" not in out.getvalue()
 
 
 def test_console_of_a_resumed_run_knows_the_start_and_the_teacher(tmp_path):
-    write_rows(tmp_path, [{"train/step": 0, "eval/accuracy": 0.25, "eval/accuracy_teacher/main": 0.75}, {"train/step": 1}])
+    write_rows(
+        tmp_path,
+        [
+            {"train/step": 0, "eval/accuracy": 0.25, "eval/accuracy_teacher/main": 0.75},
+            {"train/step": 1},
+        ],
+    )
     out = io.StringIO()
     console = ConsoleSink(out)
     console.start(info(tmp_path, first_step=1))
@@ -311,17 +379,40 @@ def test_console_on_a_terminal_shows_bar_columns_and_evaluation(tmp_path, monkey
     out = Terminal()
     console = ConsoleSink(out)
     console.start(info(tmp_path))
-    console.log({"train/step": 1, "reward/mean": 0.4123, "kl/token": 0.03, "schedule/lambda": 1.0, "eval/accuracy": 0.512})
+    console.log(
+        {
+            "train/step": 1,
+            "reward/mean": 0.4123,
+            "kl/token": 0.03,
+            "schedule/lambda": 1.0,
+            "eval/accuracy": 0.512,
+        }
+    )
     console.notice("a notice")
     console.close(3)
     text = out.getvalue()
-    for shown in ("1/4", "reward", "0.412", "accuracy", "KL/token", "lambda", "step 1  eval accuracy 51.2 %", "a notice", "stopped"):
+    for shown in (
+        "1/4",
+        "reward",
+        "0.412",
+        "accuracy",
+        "KL/token",
+        "lambda",
+        "step 1  eval accuracy 51.2 %",
+        "a notice",
+        "stopped",
+    ):
         assert shown in text
     assert "done" not in text
 
 
 def test_durations_read_as_people_say_them():
-    assert [duration(s) for s in (3.21, 42, 754, 3780)] == ["3.2 s", "42 s", "12 min 34 s", "1 h 3 min"]
+    assert [duration(s) for s in (3.21, 42, 754, 3780)] == [
+        "3.2 s",
+        "42 s",
+        "12 min 34 s",
+        "1 h 3 min",
+    ]
 
 
 def test_phase_clock_adds_up_a_phase_also_when_it_raises_and_forgets_when_taken():
@@ -344,12 +435,31 @@ def text_of(page: Path) -> str:
 def synthetic_run(run_dir: Path, steps: int = 2) -> None:
     sink = JsonlSink()
     sink.start(info(run_dir))
-    sink.log({"train/step": 0, "eval/accuracy": 0.23, "eval/accuracy_stderr": 0.019, "eval/accuracy_teacher/main": 0.73})
+    sink.log(
+        {
+            "train/step": 0,
+            "eval/accuracy": 0.23,
+            "eval/accuracy_stderr": 0.019,
+            "eval/accuracy_teacher/main": 0.73,
+        }
+    )
     sink.samples([sample(0, "<script>alert('x')</script>", 0.0)])
     for step in range(1, steps + 1):
         sink.log(
-            {"train/step": step, "reward/mean": 0.1 * step, "reward/stderr": 0.02, "kl/token": 0.5 / step, "schedule/lambda": 1.0}
-            | {"grad/dense_norm": 1.0, "grad/sparse_norm": 0.1, "time/rollout_s": 2.0, "time/learn_s": 1.5, "time/step_s": 4.0}
+            {
+                "train/step": step,
+                "reward/mean": 0.1 * step,
+                "reward/stderr": 0.02,
+                "kl/token": 0.5 / step,
+                "schedule/lambda": 1.0,
+            }
+            | {
+                "grad/dense_norm": 1.0,
+                "grad/sparse_norm": 0.1,
+                "time/rollout_s": 2.0,
+                "time/learn_s": 1.5,
+                "time/step_s": 4.0,
+            }
             | ({"eval/accuracy": 0.42} if step == steps else {})
         )
     sink.samples([sample(steps, "1+2", 1.0)])
@@ -363,8 +473,14 @@ def test_report_states_what_was_measured_and_escapes_what_the_model_wrote(tmp_pa
     page = text_of(path)
     assert path == tmp_path / "report.html"
     # (0.42 - 0.23) / (0.73 - 0.23) = 0.38; two steps of 4 s
-    assert "rose from 23.0 % (\u00b1 1.9) to 42.0 %; the teacher reaches 73.0 %, so 38.0 % of the gap was closed." in page
-    assert "countdown-student was trained for 2 steps on countdown problems to imitate countdown-teacher" in page
+    assert (
+        "rose from 23.0 % (\u00b1 1.9) to 42.0 %; the teacher reaches 73.0 %, so 38.0 % of the gap was closed."
+        in page
+    )
+    assert (
+        "countdown-student was trained for 2 steps on countdown problems to imitate countdown-teacher"
+        in page
+    )
     assert "The steps took 8.0 s of wall time" in page
     assert "&lt;script&gt;" in page and "<script" not in page
     assert "&#10003; right" in page and "&#10007; wrong" in page
@@ -388,18 +504,33 @@ def test_each_curve_says_what_its_metrics_are(tmp_path):
 
 
 def test_report_leaves_out_what_was_not_measured(tmp_path):
-    write_rows(tmp_path, [{"train/step": 1, "reward/mean": 0.0, "grad/dense_norm": 0.0, "kl/token": math.nan}])
+    write_rows(
+        tmp_path,
+        [{"train/step": 1, "reward/mean": 0.0, "grad/dense_norm": 0.0, "kl/token": math.nan}],
+    )
     page = text_of(write_report(tmp_path))
     assert page.count("<img") == 1 and "Training reward" in page
     assert "was not measured" in page and "nan" not in page.lower()
 
 
 def test_report_of_a_run_that_only_evaluated_has_one_accuracy_and_no_gap(tmp_path):
-    write_rows(tmp_path, [{"train/step": 0, "eval/accuracy": 0.0, "eval/accuracy_teacher/a": 0.5, "eval/accuracy_teacher/b": 0.6}])
+    write_rows(
+        tmp_path,
+        [
+            {
+                "train/step": 0,
+                "eval/accuracy": 0.0,
+                "eval/accuracy_teacher/a": 0.5,
+                "eval/accuracy_teacher/b": 0.6,
+            }
+        ],
+    )
     assert "measured once, 0.0 %; the teacher reaches 60.0 %." in text_of(write_report(tmp_path))
 
 
-@pytest.mark.parametrize("row", [{}, {"time/eval_s": 1.0}, {"time/eval_s": 1.0, "eval/accuracy": 0.5}])
+@pytest.mark.parametrize(
+    "row", [{}, {"time/eval_s": 1.0}, {"time/eval_s": 1.0, "eval/accuracy": 0.5}]
+)
 def test_a_run_can_be_reported_while_its_first_step_is_under_way(tmp_path, row):
     write_rows(tmp_path, [{"train/step": 0, **row}])
     page = text_of(write_report(tmp_path))
@@ -409,14 +540,22 @@ def test_a_run_can_be_reported_while_its_first_step_is_under_way(tmp_path, row):
 def test_a_run_without_rewards_has_no_accuracy_and_says_so(tmp_path):
     """What remains are the rollouts, which nobody scored."""
     write_rows(
-        tmp_path, [{"train/step": 0, "time/eval_s": 1.0}, {"train/step": 1, "kl/token": 0.5, "time/step_s": 4.0, "time/eval_s": 1.0}]
+        tmp_path,
+        [
+            {"train/step": 0, "time/eval_s": 1.0},
+            {"train/step": 1, "kl/token": 0.5, "time/step_s": 4.0, "time/eval_s": 1.0},
+        ],
     )
     sink = JsonlSink()
     sink.start(info(tmp_path, first_step=1))
     sink.samples([sample(1, reward=math.nan)])
     sink.close(0)
     page = text_of(write_report(tmp_path))
-    assert "accuracy on held-out problems was not measured" in page and "not scored" in page and "Held-out accuracy" not in page
+    assert (
+        "accuracy on held-out problems was not measured" in page
+        and "not scored" in page
+        and "Held-out accuracy" not in page
+    )
     out = io.StringIO()
     console = ConsoleSink(out)
     console.start(info(tmp_path, first_step=1))
@@ -425,7 +564,10 @@ def test_a_run_without_rewards_has_no_accuracy_and_says_so(tmp_path):
 
 
 def test_gap_closed_is_not_reported_when_the_teacher_is_not_ahead():
-    rows = [{"train/step": 0, "eval/accuracy": 0.5, "eval/accuracy_teacher/a": 0.5}, {"train/step": 1, "eval/accuracy": 0.6}]
+    rows = [
+        {"train/step": 0, "eval/accuracy": 0.5, "eval/accuracy_teacher/a": 0.5},
+        {"train/step": 1, "eval/accuracy": 0.6},
+    ]
     assert measure(rows).gap_closed is None
 
 
@@ -437,13 +579,23 @@ def test_report_of_an_empty_directory_is_a_data_error(tmp_path):
 def test_other_runs_are_compared_in_a_panel_of_their_own(tmp_path: Path):
     for name, last in (("sft", 0.5), ("dpo", 0.75)):
         (tmp_path / name).mkdir()
-        rows = [{"train/step": 0.0, "eval/accuracy": 0.25}, {"train/step": 2.0, "eval/accuracy": last}]
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [
+            {"train/step": 0.0, "eval/accuracy": 0.25},
+            {"train/step": 2.0, "eval/accuracy": last},
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     axes = Figure().add_subplot()
     panel = comparison_panel([tmp_path / "sft", tmp_path / "dpo"])
     panel.draw(axes, [])
-    assert [line.get_label() for line in axes.get_lines()] == ["sft  25.0 to 50.0 %", "dpo  25.0 to 75.0 %"]
+    assert [line.get_label() for line in axes.get_lines()] == [
+        "sft  25.0 to 50.0 %",
+        "dpo  25.0 to 75.0 %",
+    ]
     assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[0.25, 0.5], [0.25, 0.75]]
-    assert "Compared with other runs" in write_report(tmp_path / "sft", [tmp_path / "dpo"]).read_text()
+    assert (
+        "Compared with other runs" in write_report(tmp_path / "sft", [tmp_path / "dpo"]).read_text()
+    )
     with pytest.raises(DataError):
         write_report(tmp_path / "sft", [tmp_path / "nothing"])

@@ -30,9 +30,13 @@ BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parent.parent
 
 
-def shell(*command: str, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def shell(
+    *command: str, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=cwd)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=cwd
+    )
 
 
 def train(*overrides: str) -> subprocess.CompletedProcess[str]:
@@ -46,7 +50,14 @@ def lasting(row: dict[str, float]) -> dict[str, float]:
 
 CANARY = "canary-"
 CANARIES = {
-    name: f"{CANARY}{name.lower()}" for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DATABASE_PASSWORD", "JUDGE_API_KEY")
+    name: f"{CANARY}{name.lower()}"
+    for name in (
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "DATABASE_PASSWORD",
+        "JUDGE_API_KEY",
+    )
 }
 WATCH = """
 import os
@@ -63,7 +74,14 @@ def watch(completions, api_key):
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("train")
     (folder / "watch.py").write_text(WATCH)
-    sizes = ["train.steps=4", "checkpoint.every=2", "eval.every=2", "learner.ranks=2", "learner.zero_stage=3", "rollout.engines=2"]
+    sizes = [
+        "train.steps=4",
+        "checkpoint.every=2",
+        "eval.every=2",
+        "learner.ranks=2",
+        "learner.zero_stage=3",
+        "rollout.engines=2",
+    ]
     watch = f"{{function:{folder}/watch.py:watch,weight:0,options:{{api_key:'${{oc.env:JUDGE_API_KEY,none}}'}}}}"
     return [*tiny_overrides(folder), *sizes, f"+reward.functions.watch={watch}"]
 
@@ -72,10 +90,20 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps without a break, with every kind of tracking: two ranks of ZeRO-3, two engines, one machine."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    done = shell("hybridrl", "train", *overrides, f"run.dir={run_dir}", "tracking.wandb=offline", "eval.teacher=true", env=CANARIES)
+    done = shell(
+        "hybridrl",
+        "train",
+        *overrides,
+        f"run.dir={run_dir}",
+        "tracking.wandb=offline",
+        "eval.teacher=true",
+        env=CANARIES,
+    )
     (run_dir.parent / "printed.txt").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"held-out accuracy \d+\.\d% -> \d+\.\d% \(teacher main \d+\.\d%\)", done.stdout)
+    assert re.search(
+        r"held-out accuracy \d+\.\d% -> \d+\.\d% \(teacher main \d+\.\d%\)", done.stdout
+    )
     return run_dir
 
 
@@ -93,13 +121,22 @@ def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
 def test_a_run_leaves_the_promised_files(whole):
     names = {str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file()}
     assert {
-        "config.yaml", "metrics.jsonl", "report.html", "report.png",
-        "checkpoints/step_000004/manifest.json", "checkpoints/step_000004/state.json",
-        "checkpoints/step_000004/learner-rank00000-of-00002.safetensors", "ledger.jsonl",
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+        "report.png",
+        "checkpoints/step_000004/manifest.json",
+        "checkpoints/step_000004/state.json",
+        "checkpoints/step_000004/learner-rank00000-of-00002.safetensors",
+        "ledger.jsonl",
         "checkpoints/step_000004/learner-rank00001-of-00002.safetensors",
-        "export/step_000004/config.json", "export/step_000004/model.safetensors",
-        "samples/step_000000.jsonl", "samples/step_000004.jsonl", "logs/learner-1.log", "logs/rollout-1.log",
-    } <= names  # fmt: skip
+        "export/step_000004/config.json",
+        "export/step_000004/model.safetensors",
+        "samples/step_000000.jsonl",
+        "samples/step_000004.jsonl",
+        "logs/learner-1.log",
+        "logs/rollout-1.log",
+    } <= names
     assert any(name.startswith("wandb/") and name.endswith(".wandb") for name in names)
     assert read_checkpoint(whole / "checkpoints" / "step_000004").state.wandb_id
     assert not any(".unfinished" in name for name in names)
@@ -125,9 +162,16 @@ def test_every_step_is_in_the_metrics_once_and_the_teacher_is_measured(whole):
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped_bit_by_bit(whole, resumed):
-    assert [lasting(row) for row in read_metrics(resumed)][1:] == [lasting(row) for row in read_metrics(whole)][1:]
-    files = [f"checkpoints/step_000004/learner-rank0000{rank}-of-00002.safetensors" for rank in (0, 1)]
-    assert all((resumed / name).read_bytes() == (whole / name).read_bytes() for name in (*files, "ledger.jsonl"))
+    assert [lasting(row) for row in read_metrics(resumed)][1:] == [
+        lasting(row) for row in read_metrics(whole)
+    ][1:]
+    files = [
+        f"checkpoints/step_000004/learner-rank0000{rank}-of-00002.safetensors" for rank in (0, 1)
+    ]
+    assert all(
+        (resumed / name).read_bytes() == (whole / name).read_bytes()
+        for name in (*files, "ledger.jsonl")
+    )
 
 
 def test_a_finished_run_is_not_trained_again(whole, overrides):
@@ -139,15 +183,36 @@ def test_a_finished_run_is_not_trained_again(whole, overrides):
 
 def test_a_bad_setting_ends_in_one_sentence_before_any_actor_starts(tmp_path):
     done = train("experiment=quickstart", f"run.dir={tmp_path / 'x'}", "train.stepz=3")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "hybridrl: train.stepz=3: no such setting; did you mean train.steps?\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "hybridrl: train.stepz=3: no such setting; did you mean train.steps?\n",
+    )
     assert not (tmp_path / "x").exists()
 
 
 def test_hydra_flags_work_as_hydra_users_expect(tmp_path):
-    job = shell("hybridrl", "train", "experiment=quickstart", f"run.dir={tmp_path}", "train.steps=7", "--cfg", "job", cwd=tmp_path)
-    assert job.returncode == 0 and "steps: 7" in job.stdout and "path: builtin:countdown-student" in job.stdout
+    job = shell(
+        "hybridrl",
+        "train",
+        "experiment=quickstart",
+        f"run.dir={tmp_path}",
+        "train.steps=7",
+        "--cfg",
+        "job",
+        cwd=tmp_path,
+    )
+    assert (
+        job.returncode == 0
+        and "steps: 7" in job.stdout
+        and "path: builtin:countdown-student" in job.stdout
+    )
     listing = shell("hybridrl", "train", "--help", cwd=tmp_path)
-    assert listing.returncode == 0 and "quickstart" in listing.stdout and "max_new_tokens" in listing.stdout
+    assert (
+        listing.returncode == 0
+        and "quickstart" in listing.stdout
+        and "max_new_tokens" in listing.stdout
+    )
     assert not list(tmp_path.iterdir()), "neither flag writes anything"
 
 
@@ -158,7 +223,9 @@ def greedy_by_hand(run_dir: Path, prompt: list[int], tokens: int) -> list[int]:
     model.load_state_dict(state, strict=False)
     ids = list(prompt)
     with torch.no_grad():
-        while len(ids) < len(prompt) + tokens and (len(ids) == len(prompt) or ids[-1] != model.config.eos_token_id):
+        while len(ids) < len(prompt) + tokens and (
+            len(ids) == len(prompt) or ids[-1] != model.config.eos_token_id
+        ):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(prompt) :]
 
@@ -168,10 +235,31 @@ def served(folder: Path, log: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
     # what `vllm serve` runs; the CPU package's `vllm` script looks for a distribution of another name
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--host", "127.0.0.1", "--port", str(port),
-               "--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--kv-cache-memory-bytes", "67108864"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        folder,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "64",
+        "--kv-cache-memory-bytes",
+        "67108864",
+    ]
     with log.open("w") as out:
         server = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
     try:
@@ -195,7 +283,9 @@ def wait_until_up(url: str, server: subprocess.Popen, log: Path, deadline_s: flo
 
 
 def answer(url: str, body: dict) -> dict:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=60) as reply:
         return json.load(reply)
 
@@ -204,9 +294,17 @@ def test_vllm_serves_the_export_and_gives_the_learners_greedy_output(whole, tmp_
     prompts = [tiny_tokenizer()(text).input_ids for text in ("3 7 9=24:", "1 2 10=7:", "4 4 5=21:")]
     folder = whole / "export" / "step_000004"
     with served(folder, tmp_path / "serve.log") as url:
-        body = {"model": str(folder), "prompt": prompts, "temperature": 0, "max_tokens": 12, "return_token_ids": True}
+        body = {
+            "model": str(folder),
+            "prompt": prompts,
+            "temperature": 0,
+            "max_tokens": 12,
+            "return_token_ids": True,
+        }
         choices = answer(f"{url}/v1/completions", body)["choices"]
-    assert [choice["token_ids"] for choice in choices] == [greedy_by_hand(whole, prompt, 12) for prompt in prompts]
+    assert [choice["token_ids"] for choice in choices] == [
+        greedy_by_hand(whole, prompt, 12) for prompt in prompts
+    ]
 
 
 @pytest.fixture
@@ -220,10 +318,23 @@ def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
             probe.bind(("127.0.0.1", 0))
             ports.append(str(probe.getsockname()[1]))
     sessions = Path(mkdtemp(prefix="ray-"))  # short: the path of a Unix socket holds 107 bytes
-    env = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(sessions), "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    env = {
+        "HOME": str(home),
+        "RAY_AUTH_MODE": "token",
+        "RAY_TMPDIR": str(sessions),
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    }
     small = ("--num-cpus", "1", "--object-store-memory", "200000000")
     head = shell(
-        "cluster/head.sh", "--port", ports[0], "--dashboard-port", ports[1], "--dashboard-agent-listen-port", ports[2], *small, env=env
+        "cluster/head.sh",
+        "--port",
+        ports[0],
+        "--dashboard-port",
+        ports[1],
+        "--dashboard-agent-listen-port",
+        ports[2],
+        *small,
+        env=env,
     )
     assert head.returncode == 0, head.stdout + head.stderr
     worker = shell("cluster/worker.sh", f"127.0.0.1:{ports[0]}", *small, env=env)
@@ -233,21 +344,36 @@ def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
     shutil.rmtree(sessions, ignore_errors=True)
 
 
-def test_a_job_on_two_nodes_with_tokens_is_stopped_saves_what_it_learned_and_goes_on(two_nodes, overrides, tmp_path):
+def test_a_job_on_two_nodes_with_tokens_is_stopped_saves_what_it_learned_and_goes_on(
+    two_nodes, overrides, tmp_path
+):
     run_dir = tmp_path / "job"
     spread = ["cluster.spread=true", "cluster.threads_per_worker=1"]
     program = ["--", str(BIN / "hybridrl"), "train", *overrides, *spread, f"run.dir={run_dir}"]
     submit = ["ray", "job", "submit", "--working-dir", str(ROOT)]
-    begun = shell(*submit, "--no-wait", "--submission-id", "first", *program, "train.steps=1000", env=two_nodes)
+    begun = shell(
+        *submit,
+        "--no-wait",
+        "--submission-id",
+        "first",
+        *program,
+        "train.steps=1000",
+        env=two_nodes,
+    )
     assert begun.returncode == 0, begun.stdout[-3000:] + begun.stderr[-1000:]
     end = time.monotonic() + 300
     while len(read_metrics(run_dir)) < 3:
-        assert time.monotonic() < end, shell("ray", "job", "logs", "first", env=two_nodes).stdout[-3000:]
+        assert time.monotonic() < end, shell("ray", "job", "logs", "first", env=two_nodes).stdout[
+            -3000:
+        ]
         time.sleep(0.5)
     shell("ray", "job", "stop", "first", env=two_nodes)
     assert "was stopped" in shell("ray", "job", "status", "first", env=two_nodes).stdout
     last = int(read_metrics(run_dir)[-1]["train/step"])
-    assert last >= 2 and read_checkpoint(run_dir / "checkpoints" / f"step_{last:06d}").state.step == last
+    assert (
+        last >= 2
+        and read_checkpoint(run_dir / "checkpoints" / f"step_{last:06d}").state.step == last
+    )
 
     job = shell(*submit, *program, f"train.steps={last + 1}", env=two_nodes, timeout_s=400)
     assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-1000:]

@@ -22,11 +22,15 @@ def stream_of(folder: Path) -> WeightStream:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_packed_stream_unpacks_to_the_same_tensors_and_always_names_the_output_head(tmp_path, tied):
+def test_a_packed_stream_unpacks_to_the_same_tensors_and_always_names_the_output_head(
+    tmp_path, tied
+):
     stream = stream_of(save_tiny(tmp_path, 0, tied=tied))
     manifest, packed = stream.pack(version=3)
     unpacked = dict(unpack(manifest, packed))
-    assert manifest.names.count("lm_head.weight") == 1 and len(set(manifest.names)) == len(manifest.names)
+    assert manifest.names.count("lm_head.weight") == 1 and len(set(manifest.names)) == len(
+        manifest.names
+    )
     for name, parameter in load_model(str(tmp_path)).named_parameters():
         assert torch.equal(unpacked[name], parameter)
     assert torch.equal(unpacked["lm_head.weight"], unpacked["model.embed_tokens.weight"]) == tied
@@ -52,7 +56,9 @@ def test_parameters_are_gathered_one_layer_at_a_time(tmp_path):
         yield
 
     list(WeightStream(load_model(str(save_tiny(tmp_path, 0))), gather))
-    assert gathered == [1, 9, 9, 9, 9, 1, 1], "embedding, four layers of nine tensors, final norm, output head"
+    assert gathered == [1, 9, 9, 9, 9, 1, 1], (
+        "embedding, four layers of nine tensors, final norm, output head"
+    )
 
 
 def test_vllm_reads_the_same_names_and_shapes_before_and_while_it_receives(tmp_path):
@@ -60,7 +66,9 @@ def test_vllm_reads_the_same_names_and_shapes_before_and_while_it_receives(tmp_p
     from hybridrl.workers.weight_transfer import StreamSource
 
     source = StreamSource(stream_of(save_tiny(tmp_path, 0)))
-    assert [(m.name, m.dtype, m.shape) for m in source.metadata()] == [(n, t.dtype, tuple(t.shape)) for n, t in source]
+    assert [(m.name, m.dtype, m.shape) for m in source.metadata()] == [
+        (n, t.dtype, tuple(t.shape)) for n, t in source
+    ]
     assert sum(len(group) for group in source.groups()) == len(source.metadata())
     assert source.stream.nbytes == sum(t.nbytes for _, t in source)
 
@@ -69,7 +77,11 @@ def test_engines_get_nccl_ranks_one_after_another_behind_the_sender():
     from hybridrl.workers.weight_transfer import EngineClient
 
     calls: list[tuple] = []
-    client = EngineClient(lambda method, arguments: calls.append((method, arguments)), num_engines=3, tensor_parallel=2)
+    client = EngineClient(
+        lambda method, arguments: calls.append((method, arguments)),
+        num_engines=3,
+        tensor_parallel=2,
+    )
     client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 7})
     client.start_weight_update()
     client.update_weights({"names": ["a"]})
@@ -88,10 +100,16 @@ def largest_gap(folder: Path, tied: bool) -> tuple[float, float]:
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from hybridrl.workers.rollout import Rollout
 
-    old, new = (save_tiny(folder / name, seed, tied=tied) for seed, name in enumerate(("old", "new")))
+    old, new = (
+        save_tiny(folder / name, seed, tied=tied) for seed, name in enumerate(("old", "new"))
+    )
     settings = tiny_settings(folder / "run", f"model.path={old}")
-    prompts = [Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)]
-    order = GenerateOrder(wave="w", chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=12, seed=5)
+    prompts = [
+        Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)
+    ]
+    order = GenerateOrder(
+        wave="w", chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=12, seed=5
+    )
 
     async def sample() -> RolloutBatch:
         engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store")
@@ -100,7 +118,10 @@ def largest_gap(folder: Path, tied: bool) -> tuple[float, float]:
         return (await engine.generate(order, prompts))[1]
 
     batch = asyncio.run(sample())
-    assert set(batch.policy_versions[batch.response_mask]) == {1} and FinishReason.aborted not in batch.finish_reasons
+    assert (
+        set(batch.policy_versions[batch.response_mask]) == {1}
+        and FinishReason.aborted not in batch.finish_reasons
+    )
     return gap(batch, new), gap(batch, old)
 
 

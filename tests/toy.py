@@ -41,8 +41,13 @@ class Recurrence(nn.Module):
         super().__init__()
         self.embedding, self.mixing = nn.Embedding(VOCABULARY, width), nn.Linear(width, width)
 
-    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:  # [B, T] -> last_hidden_state [B, T, H]
-        state, states = torch.zeros(len(input_ids), self.mixing.in_features, dtype=self.mixing.weight.dtype), []
+    def forward(
+        self, input_ids: Tensor, **_: object
+    ) -> SimpleNamespace:  # [B, T] -> last_hidden_state [B, T, H]
+        state, states = (
+            torch.zeros(len(input_ids), self.mixing.in_features, dtype=self.mixing.weight.dtype),
+            [],
+        )
         for t in range(input_ids.shape[1]):
             state = torch.tanh(self.mixing(state) + self.embedding(input_ids[:, t]))
             states.append(state)
@@ -67,12 +72,17 @@ class Toy(nn.Module):
 
     def before(self, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
         """[T, H] the hidden state before each token of one response."""
-        return self.base_model(torch.tensor([[*prompt, *ids]])).last_hidden_state[0, len(prompt) - 1 : -1]
+        return self.base_model(torch.tensor([[*prompt, *ids]])).last_hidden_state[
+            0, len(prompt) - 1 : -1
+        ]
 
 
 def gradient_of(model: nn.Module) -> dict[str, Tensor]:
     """By parameter; 0 where nothing reached one."""
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +95,9 @@ class Response:
     source: Source = Source.student
     domain: str = "a"
     keep: bool = True
-    drift: tuple[float, ...] = ()  # log mu(y) - log p(y) of each token; empty: the sampler is the student
+    drift: tuple[
+        float, ...
+    ] = ()  # log mu(y) - log p(y) of each token; empty: the sampler is the student
 
 
 def save_heads(folder: Path) -> None:
@@ -93,16 +105,25 @@ def save_heads(folder: Path) -> None:
     for name, of in (("student", "initial"), ("main", "main"), ("second", "second")):
         (folder / name).mkdir()
         LlamaConfig(vocab_size=VOCABULARY).save_pretrained(folder / name)
-        save_file({"lm_head.weight": Toy(of).lm_head.weight.detach().float()}, folder / name / "model.safetensors")
+        save_file(
+            {"lm_head.weight": Toy(of).lm_head.weight.detach().float()},
+            folder / name / "model.safetensors",
+        )
 
 
 def preset(name: str, folder: Path, *overrides: str) -> RunSettings:
     return load_config(
         [
-            "run.dir=here", "experiment=quickstart", f"algorithm={name}", f"model.path={folder}/student",
-            f"teachers.main.path={folder}/main", f"rollout.max_new_tokens={MAX_NEW_TOKENS}", "train.head_chunk=5", *overrides,
+            "run.dir=here",
+            "experiment=quickstart",
+            f"algorithm={name}",
+            f"model.path={folder}/student",
+            f"teachers.main.path={folder}/main",
+            f"rollout.max_new_tokens={MAX_NEW_TOKENS}",
+            "train.head_chunk=5",
+            *overrides,
         ]
-    )  # fmt: skip
+    )
 
 
 def sampler_logprobs(response: Response) -> Tensor:
@@ -111,7 +132,9 @@ def sampler_logprobs(response: Response) -> Tensor:
         return torch.zeros(len(response.ids), dtype=torch.float64)
     writer = Toy("student" if response.source is Source.student else "main")
     with torch.no_grad():
-        logprobs = torch.log_softmax(writer.lm_head(writer.before(response.prompt, response.ids)), -1)
+        logprobs = torch.log_softmax(
+            writer.lm_head(writer.before(response.prompt, response.ids)), -1
+        )
     drawn = logprobs.gather(1, torch.tensor(response.ids)[:, None])[:, 0]
     return drawn + torch.tensor(response.drift or (0.0,) * len(response.ids), dtype=torch.float64)
 
@@ -143,7 +166,9 @@ class Production:
         micro = collate(sequences)
         terms = self._terms(micro, credits)
         if self.dtype is np.float64:
-            terms = replace(terms, sampler_logprobs=torch.cat([sampler_logprobs(r) for r in responses]))
+            terms = replace(
+                terms, sampler_logprobs=torch.cat([sampler_logprobs(r) for r in responses])
+            )
         loss, _ = self._forward(micro, terms, self._slopes(micro, credits), Look.learn)
         loss.backward()
         return gradient_of(self.model)
@@ -151,20 +176,28 @@ class Production:
     # -- what others say ---------------------------------------------------------------------------------------------
 
     def _scored(self, responses: list[Response]) -> ScoredBatch:
-        groups = [(prompt, list(siblings)) for prompt, siblings in groupby(responses, lambda r: r.prompt)]
+        groups = [
+            (prompt, list(siblings)) for prompt, siblings in groupby(responses, lambda r: r.prompt)
+        ]
         rollout = make_batch([(prompt, [r.ids for r in siblings]) for prompt, siblings in groups])
         rollout = replace(
             rollout,
             columns=tuple({"domain": siblings[0].domain} for _, siblings in groups),
-            rollout_logprobs=self._column(rollout, torch.cat([sampler_logprobs(r) for r in responses])),
+            rollout_logprobs=self._column(
+                rollout, torch.cat([sampler_logprobs(r) for r in responses])
+            ),
             source=responses[0].source,
         )
-        scores = tuple(self._scores(name, rollout, responses) for name in self.settings.scored_teachers)
+        scores = tuple(
+            self._scores(name, rollout, responses) for name in self.settings.scored_teachers
+        )
         rewards = make_rewards(rollout, [r.reward for r in responses], [r.keep for r in responses])
         return ScoredBatch(rollout=rollout, scores=scores, rewards=rewards)
 
     @torch.no_grad()
-    def _scores(self, name: str, rollout: RolloutBatch, responses: Sequence[Response]) -> TokenScores:
+    def _scores(
+        self, name: str, rollout: RolloutBatch, responses: Sequence[Response]
+    ) -> TokenScores:
         """What the signals ask of a teacher and no more."""
         teacher, signals = Toy(name), self.objective.signals
         hidden = torch.cat([teacher.before(r.prompt, r.ids) for r in responses])
@@ -189,16 +222,24 @@ class Production:
         kept = [b.rewards.keep for b in batches]
         settings, weights = self.settings, Weights(self.settings)
         groups = [b.rewards.values.reshape(-1, b.rollout.group_size) for b in batches]
-        whole = sum(int(b.rewards.keep.reshape(-1, b.rollout.group_size).all(1).sum()) for b in batches)
-        pairs = sum(int((g.max(1) > g.min(1)).sum()) for g in groups)  # NaN, as of a dropped group, is above nothing
+        whole = sum(
+            int(b.rewards.keep.reshape(-1, b.rollout.group_size).all(1).sum()) for b in batches
+        )
+        pairs = sum(
+            int((g.max(1) > g.min(1)).sum()) for g in groups
+        )  # NaN, as of a dropped group, is above nothing
         return make_plan(
             batches[0].rollout,
             step=step,
-            num_tokens=sum(int(b.rollout.response_lengths[k].sum()) for b, k in zip(batches, kept, strict=True)),
+            num_tokens=sum(
+                int(b.rollout.response_lengths[k].sum()) for b, k in zip(batches, kept, strict=True)
+            ),
             num_sequences=sum(int(k.sum()) for k in kept),
             num_groups=whole if settings.algorithm.pair.loss is PairLoss.none else pairs,
             teacher_weights=weights.teachers(step),
-            teacher_routes=tuple(settings.teachers[name].route for name in settings.scored_teachers),
+            teacher_routes=tuple(
+                settings.teachers[name].route for name in settings.scored_teachers
+            ),
             reward_weight=weights.reward(step),
         )
 
@@ -212,30 +253,58 @@ class Production:
         if self.objective.standardises:
             count, total, squares = moments(credits)
             mean = total / count
-            credits = [c.standardised(mean, (squares / count - mean.square()).sqrt()) for c in credits]
+            credits = [
+                c.standardised(mean, (squares / count - mean.square()).sqrt()) for c in credits
+            ]
         return credits
 
     @torch.no_grad()
     def _view(self, batch: ScoredBatch) -> LearnerView:
         nothing = torch.zeros(int(batch.rollout.response_lengths.sum()), dtype=torch.float64)
         zero = Credit(token_weight=nothing, sparse=nothing, value_slope=nothing, watched={})
-        micro = collate(train_sequences(batch, zero, [torch.zeros(batch.rollout.num_sequences)] * len(batch.scores)))
-        logprobs, values = self._forward(micro, self._terms(micro, [zero]), self._slopes(micro, [zero]), Look.view)
+        micro = collate(
+            train_sequences(
+                batch, zero, [torch.zeros(batch.rollout.num_sequences)] * len(batch.scores)
+            )
+        )
+        logprobs, values = self._forward(
+            micro, self._terms(micro, [zero]), self._slopes(micro, [zero]), Look.view
+        )
         kind = torch.from_numpy(np.zeros(0, self.dtype)).dtype
         return LearnerView(logprobs=logprobs.to(kind), values=values.to(kind))
 
     def _forward(self, micro: MicroBatch, terms: TokenTerms, slopes: Tensor, look: Look) -> tuple:
-        teachers = TeacherSide(self.settings, self.objective.signals, torch.device("cpu")).of(micro.teachers)
-        return self.student(micro.input_ids, micro.attention_mask, micro.position_ids, micro.hidden_rows, teachers, terms, slopes, look)
+        teachers = TeacherSide(self.settings, self.objective.signals, torch.device("cpu")).of(
+            micro.teachers
+        )
+        return self.student(
+            micro.input_ids,
+            micro.attention_mask,
+            micro.position_ids,
+            micro.hidden_rows,
+            teachers,
+            terms,
+            slopes,
+            look,
+        )
 
     def _terms(self, micro: MicroBatch, credits: Sequence[Credit]) -> TokenTerms:
         narrow = TokenTerms(
-            token_ids=micro.token_ids, token_weight=micro.token_weight, sparse=micro.sparse, sampler_logprobs=micro.rollout_logprobs
+            token_ids=micro.token_ids,
+            token_weight=micro.token_weight,
+            sparse=micro.sparse,
+            sampler_logprobs=micro.rollout_logprobs,
         )
         if self.dtype is np.float32:
             return narrow
-        wide = replace(narrow, token_weight=self._wide(credits, "token_weight"), sparse=self._wide(credits, "cost"))
-        assert torch.equal(wide.sparse.float(), narrow.sparse) and torch.equal(wide.token_weight.float(), narrow.token_weight)
+        wide = replace(
+            narrow,
+            token_weight=self._wide(credits, "token_weight"),
+            sparse=self._wide(credits, "cost"),
+        )
+        assert torch.equal(wide.sparse.float(), narrow.sparse) and torch.equal(
+            wide.token_weight.float(), narrow.token_weight
+        )
         return wide
 
     def _slopes(self, micro: MicroBatch, credits: Sequence[Credit]) -> Tensor:

@@ -57,7 +57,9 @@ class RunState:
     step: int  # optimizer steps done
     weight_version: int
     optimizer_steps: int
-    parts: dict[str, Any]  # state_dict of each Stateful part by its name: the data cursor, schedules
+    parts: dict[
+        str, Any
+    ]  # state_dict of each Stateful part by its name: the data cursor, schedules
     metrics: dict[str, float]  # the step's row, where checkpoint.best finds its metric
     wandb_id: str | None
     inputs: dict[str, str] = field(default_factory=dict)  # controller.inputs.digests
@@ -103,7 +105,11 @@ class Checkpointer:
                 raise CheckpointError(f"{final}: not saved: {error}") from error
             raise
         if self.config.best and not math.isfinite(state.metrics.get(self.config.best, math.nan)):
-            log.warning("%s: its step has no finite %s, so checkpoint.best leaves it out", final, self.config.best)
+            log.warning(
+                "%s: its step has no finite %s, so checkpoint.best leaves it out",
+                final,
+                self.config.best,
+            )
         self._prune(state.step)
         return final
 
@@ -145,18 +151,27 @@ class Checkpointer:
                 log.error("damaged checkpoint passed over: %s", error)
                 damaged.append(str(error))
         if damaged:
-            raise CheckpointError(f"no usable checkpoint in {self.root}: {'; '.join(damaged)}; remove the folder to start afresh")
+            raise CheckpointError(
+                f"no usable checkpoint in {self.root}: {'; '.join(damaged)}; remove the folder to start afresh"
+            )
         return None
 
     def best(self, folders: Sequence[Path]) -> Path | None:
         """That with the best value of checkpoint.best, the oldest of equals; None: not asked for, or none has one."""
         sign = 1 if self.config.best_mode is BestMode.max else -1
-        values = {folder: sign * metric_of(folder, self.config.best) for folder in folders if self.config.best}
+        values = {
+            folder: sign * metric_of(folder, self.config.best)
+            for folder in folders
+            if self.config.best
+        }
         known = {folder: value for folder, value in values.items() if math.isfinite(value)}
         return max(known, key=known.__getitem__, default=None)
 
     def _check_room(self, final: Path, writers: Sequence[Writer]) -> None:
-        needed, free = sum(w.state_bytes() for w in writers) + HEADROOM, shutil.disk_usage(self.root).free
+        needed, free = (
+            sum(w.state_bytes() for w in writers) + HEADROOM,
+            shutil.disk_usage(self.root).free,
+        )
         if free < needed:
             raise CheckpointError(
                 f"{final}: not saved: needs {needed} bytes, the disk has {free} free; free some, or lower checkpoint.keep"
@@ -212,7 +227,9 @@ def write(folder: Path, state: RunState, writers: Sequence[Writer]) -> None:
     files.append(seal(folder / STATE))
     failpoints.hit("checkpoint.state", step=state.step)
     entries = {f.name: {"sha256": f.sha256, "bytes": f.bytes} for f in files}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": state.step, "files": entries}, indent=1))
+    (folder / MANIFEST).write_text(
+        json.dumps({"format": FORMAT, "step": state.step, "files": entries}, indent=1)
+    )
     sync_to_disk(folder / MANIFEST)
     sync_to_disk(folder)
 
@@ -226,7 +243,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: of format {manifest['format']}, this version of hybridrl reads {FORMAT}")
+            raise CheckpointError(
+                f"{folder}: of format {manifest['format']}, this version of hybridrl reads {FORMAT}"
+            )
         verify(folder, manifest["files"])
         return Checkpoint(folder=folder, state=RunState(**json.loads((folder / STATE).read_text())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -241,7 +260,9 @@ def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         if Path(name).name != name:
             raise CheckpointError(f"{folder}: manifest names {name!r}, which is no plain file name")
         if (folder / name).is_symlink():
-            raise CheckpointError(f"{folder / name}: a link, which could point anywhere; put the file in its place")
+            raise CheckpointError(
+                f"{folder / name}: a link, which could point anywhere; put the file in its place"
+            )
         if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{folder / name}: missing or not what the manifest says")
     if STATE not in files:

@@ -28,7 +28,9 @@ PROBE_TOKENS = 8
 PROBE_PROMPTS = 4
 
 
-def check_teachers(settings: RunSettings, student: PreTrainedTokenizerBase) -> dict[str, PreTrainedTokenizerBase]:
+def check_teachers(
+    settings: RunSettings, student: PreTrainedTokenizerBase
+) -> dict[str, PreTrainedTokenizerBase]:
     """Refuse a teacher in use whose distribution is not over the student's tokens. Rows that only pad its head do no harm.
 
     Pad tokens may differ: no padding reaches a model unmasked.
@@ -62,10 +64,18 @@ def check_teachers(settings: RunSettings, student: PreTrainedTokenizerBase) -> d
 def different_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
     """How two tokenizers differ, in words; empty where they do not."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    differing = sorted((t for t in ours | theirs if ours.get(t) != theirs.get(t)), key=lambda t: (ours.get(t, len(ours)), t))
+    differing = sorted(
+        (t for t in ours | theirs if ours.get(t) != theirs.get(t)),
+        key=lambda t: (ours.get(t, len(ours)), t),
+    )
     if differing:
-        told = [f"{t!r} has id {theirs.get(t, 'none')}, here {ours.get(t, 'none')}" for t in differing[:SHOWN]]
-        return ", ".join(told) + (f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else "")
+        told = [
+            f"{t!r} has id {theirs.get(t, 'none')}, here {ours.get(t, 'none')}"
+            for t in differing[:SHOWN]
+        ]
+        return ", ".join(told) + (
+            f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        )
     for kind in ("bos_token_id", "eos_token_id"):
         if getattr(student, kind) != getattr(teacher, kind):
             return f"its {kind} is {getattr(teacher, kind)}, here {getattr(student, kind)}"
@@ -94,9 +104,14 @@ def check_templates(
         try:
             theirs = render(messages, teacher, problem.row, answered=False)
         except DataError as error:
-            raise ConfigError(f"teachers.{name}.path={settings.teachers[name].path}: {error}") from error
+            raise ConfigError(
+                f"teachers.{name}.path={settings.teachers[name].path}: {error}"
+            ) from error
         if theirs != ours:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+                min(len(ours), len(theirs)),
+            )
             raise ConfigError(
                 f"teachers.{name}.path={settings.teachers[name].path}: its chat template writes {problem.row} otherwise: "
                 f"{theirs[at : at + 40]!r} where model.path={settings.model.path} has {ours[at : at + 40]!r}; "
@@ -111,12 +126,20 @@ def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Pro
     Raises:
         ContractError: a scorer gave two answers to the same batch.
     """
-    topk = settings.algorithm.topk.k if Signal.sampler_support in make_objective(settings).signals else 0
+    topk = (
+        settings.algorithm.topk.k
+        if Signal.sampler_support in make_objective(settings).signals
+        else 0
+    )
     asked = probe_prompts(settings, prompts)
     tokens = min(PROBE_TOKENS, settings.rollout.max_new_tokens)
-    chunk, *_ = workers.rollout.probe(asked, num_tokens=tokens, temperature=0.0, support=topk).values()
+    chunk, *_ = workers.rollout.probe(
+        asked, num_tokens=tokens, temperature=0.0, support=topk
+    ).values()
     for scorer in workers.scorers:
-        answers = [scorer.score([chunk] * scorer.group.size) for _ in range(2)]  # one call per replica, twice
+        answers = [
+            scorer.score([chunk] * scorer.group.size) for _ in range(2)
+        ]  # one call per replica, twice
         once, again = (gather([scores for _, scores in answer]) for answer in answers)
         check_repeats(scorer.teacher, once, again)
 
@@ -124,7 +147,12 @@ def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Pro
 def probe_prompts(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The first few prompts, and of each routed teacher the first that it is asked about."""
     routes = [settings.teachers[name].route for name in settings.scored_teachers]
-    routed = [next((p for p in prompts if all(p.columns.get(k) == v for k, v in route.items())), prompts[0]) for route in routes]
+    routed = [
+        next(
+            (p for p in prompts if all(p.columns.get(k) == v for k, v in route.items())), prompts[0]
+        )
+        for route in routes
+    ]
     return list({p.uid: p for p in [*prompts[:PROBE_PROMPTS], *routed]}.values())
 
 

@@ -15,14 +15,28 @@ from hybridrl.controller.checkpoint import Checkpointer, RunState, Stateful
 from hybridrl.controller.engine_probe import EngineProbe
 from hybridrl.controller.evaluation import Evaluation, evaluate
 from hybridrl.controller.ledger import Ledger
-from hybridrl.controller.metrics import late_metrics, learner_metrics, reward_metrics, rollout_metrics, transfer_metrics, worker_times
+from hybridrl.controller.metrics import (
+    late_metrics,
+    learner_metrics,
+    reward_metrics,
+    rollout_metrics,
+    transfer_metrics,
+    worker_times,
+)
 from hybridrl.controller.pipeline import Pipeline, wave_seed
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
 from hybridrl.controller.weights import Weights
 from hybridrl.data.prompts import PromptSource
 from hybridrl.data.shards import balance_groups, micro_batches
-from hybridrl.errors import CheckpointError, Preempted, RewardError, SkippedStep, WeightSyncError, WorkerError
+from hybridrl.errors import (
+    CheckpointError,
+    Preempted,
+    RewardError,
+    SkippedStep,
+    WeightSyncError,
+    WorkerError,
+)
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import Meter
@@ -63,10 +77,24 @@ class Controller:
         self.settings = settings
         self.workers, self.learner = workers, workers.learner
         self.sampling, self.weights_of = Sampling(settings, workers, preemption), Weights(settings)
-        self.pipeline = Pipeline(settings, self.sampling, prompts, self.weights_of, store_bytes=object_store_bytes())
-        self.weights, self.probe = WeightSync(workers.learner, workers.rollout, backend), EngineProbe(settings, workers, prompts.prompts)
-        self.prompts, self.heldout, self.sinks, self.checkpointer, self.ledger = prompts, heldout, sinks, checkpointer, ledger
-        self.stateful: dict[str, Stateful] = {"pipeline": self.pipeline, "schedules": self.weights_of}
+        self.pipeline = Pipeline(
+            settings, self.sampling, prompts, self.weights_of, store_bytes=object_store_bytes()
+        )
+        self.weights, self.probe = (
+            WeightSync(workers.learner, workers.rollout, backend),
+            EngineProbe(settings, workers, prompts.prompts),
+        )
+        self.prompts, self.heldout, self.sinks, self.checkpointer, self.ledger = (
+            prompts,
+            heldout,
+            sinks,
+            checkpointer,
+            ledger,
+        )
+        self.stateful: dict[str, Stateful] = {
+            "pipeline": self.pipeline,
+            "schedules": self.weights_of,
+        }
         self.signals = make_objective(settings).signals
         self.preemption, self.clock = preemption, PhaseClock()
         self.steps_done = 0
@@ -87,17 +115,31 @@ class Controller:
             used = first_groups(arrived, self.settings.train.prompts_per_step)
             shards = self._shards(used)
             plan = self._plan(used, shards)
-            values = [[a.drawn.chunk.batch.ref, a.drawn.rewards[0].ref, *(scores.ref for _, scores in a.drawn.scores)] for a in used]
+            values = [
+                [
+                    a.drawn.chunk.batch.ref,
+                    a.drawn.rewards[0].ref,
+                    *(scores.ref for _, scores in a.drawn.scores),
+                ]
+                for a in used
+            ]
             probe_gap = self.probe.check()
             try:
-                stats = self.learner.update(plan, [s for s, _ in shards], [[ref for c in mine for ref in values[c]] for _, mine in shards])
+                stats = self.learner.update(
+                    plan,
+                    [s for s, _ in shards],
+                    [[ref for c in mine for ref in values[c]] for _, mine in shards],
+                )
             except SkippedStep:
                 self.pipeline.skip(late)
                 raise
             self._check_logprob_gap(stats)
         failpoints.hit("controller.learned", step=self.steps_done)
         self.steps_done += 1
-        sampled, skipped = self.pipeline.num_sampled, [prompt.uid for prompt in self.pipeline.skipped]
+        sampled, skipped = (
+            self.pipeline.num_sampled,
+            [prompt.uid for prompt in self.pipeline.skipped],
+        )
         self.pipeline.settle(late)
         trained, passed_over = trained_uids(arrived, used, late)
         self.ledger.record(self.steps_done, trained, [*skipped, *passed_over])
@@ -110,7 +152,12 @@ class Controller:
             **reward_metrics(rewards),
             **rollout_metrics(headers, rewards, plan.step),
             **learner_metrics(plan, stats),
-            **transfer_metrics(headers, score_headers, weight_bytes, self.clock.seconds("sync") - self.clock.seconds("probe")),
+            **transfer_metrics(
+                headers,
+                score_headers,
+                weight_bytes,
+                self.clock.seconds("sync") - self.clock.seconds("probe"),
+            ),
             **late_metrics(late, sampled),
             "policy/probe_gap": probe_gap,
             "transfer/inflight_bytes": float(self.pipeline.in_flight_bytes),
@@ -120,7 +167,7 @@ class Controller:
             "cluster/restarts": float(self.workers.restarts),
             **worker_times(headers, score_headers, stats),
             **self.clock.take(),
-        }  # fmt: skip
+        }
         self.pipeline.wave_bytes = int(row["transfer/bytes_rollout"] + row["transfer/bytes_scores"])
         self.weights_of.observe(row)
         return row
@@ -131,7 +178,9 @@ class Controller:
         settings, step = self.settings, self.steps_done
         wanted = settings.train.prompts_per_step
         enough = wanted if settings.algorithm.dynamic_sampling else 1
-        further = max(settings.algorithm.dynamic_sampling, int(settings.pipeline.on_stale is OnStale.drop))
+        further = max(
+            settings.algorithm.dynamic_sampling, int(settings.pipeline.on_stale is OnStale.drop)
+        )
         arrived: list[Arrived] = []
         late: list[Prompt] = []
         for again in range(1 + further):
@@ -168,9 +217,13 @@ class Controller:
             last = self.steps_done == settings.train.steps
             if last or (settings.eval.every and self.steps_done % settings.eval.every == 0):
                 row |= self.evaluate()
-            self.sinks.log(row)  # before the checkpoint: a resumed run keeps the rows up to its checkpoint's step
+            self.sinks.log(
+                row
+            )  # before the checkpoint: a resumed run keeps the rows up to its checkpoint's step
             failpoints.hit("controller.logged", step=self.steps_done)
-            if last or (settings.checkpoint.every and self.steps_done % settings.checkpoint.every == 0):
+            if last or (
+                settings.checkpoint.every and self.steps_done % settings.checkpoint.every == 0
+            ):
                 self.save(row, last=last)
             failpoints.hit("controller.saved", step=self.steps_done)
 
@@ -206,10 +259,16 @@ class Controller:
         for again in count():
             try:
                 return evaluate(
-                    self.settings.eval, self.workers.rollout, self.workers.rewards, self.heldout,
-                    wave=f"eval-{self.steps_done}.{again}", step=self.steps_done, temperature=self.settings.algorithm.temperature,
-                    seed=seed, watch=self.workers.silent,
-                )  # fmt: skip
+                    self.settings.eval,
+                    self.workers.rollout,
+                    self.workers.rewards,
+                    self.heldout,
+                    wave=f"eval-{self.steps_done}.{again}",
+                    step=self.steps_done,
+                    temperature=self.settings.algorithm.temperature,
+                    seed=seed,
+                    watch=self.workers.silent,
+                )
             except WorkerError as error:
                 self.workers.lose(error)
         raise AssertionError("count never ends")
@@ -229,7 +288,11 @@ class Controller:
             except CheckpointError as error:
                 if last:
                     raise
-                log.error("step %d has no checkpoint, the older ones are whole: %s", self.steps_done, error)
+                log.error(
+                    "step %d has no checkpoint, the older ones are whole: %s",
+                    self.steps_done,
+                    error,
+                )
 
     def _save(self, row: Mapping[str, float]) -> None:
         for _ in count():
@@ -257,7 +320,9 @@ class Controller:
         CheckpointError: a part of the controller has no state there, or the workers cannot load theirs.
         """
         if missing := self.stateful.keys() - state.parts.keys():
-            raise CheckpointError(f"{folder}: has no state of {', '.join(sorted(missing))}; it is of another version of hybridrl")
+            raise CheckpointError(
+                f"{folder}: has no state of {', '.join(sorted(missing))}; it is of another version of hybridrl"
+            )
         self.learner.load_state(folder, state.optimizer_steps)
         for scorer in self.workers.scorers:
             scorer.load_state(folder)
@@ -268,7 +333,9 @@ class Controller:
 
     # -- parts of a step ---------------------------------------------------------------------------------------------
 
-    def _plan(self, used: Sequence[Arrived], shards: Sequence[tuple[Shard, list[int]]]) -> UpdatePlan:
+    def _plan(
+        self, used: Sequence[Arrived], shards: Sequence[tuple[Shard, list[int]]]
+    ) -> UpdatePlan:
         settings, step = self.settings, self.steps_done
         keep = [a.of_groups(a.rewards.keep) for a in used]
         tokens = [a.of_groups(a.header.response_lengths) for a in used]
@@ -277,10 +344,14 @@ class Controller:
             num_tokens=int(sum(t[k].sum() for t, k in zip(tokens, keep, strict=True))),
             num_sequences=int(sum(k.sum() for k in keep)),
             num_groups=self.sampling.num_pairs(used),
-            num_micro_batches=max(self._count_micro_batches(shard, mine, used) for shard, mine in shards),
+            num_micro_batches=max(
+                self._count_micro_batches(shard, mine, used) for shard, mine in shards
+            ),
             lr=learning_rate(settings, step),
             teacher_weights=self.weights_of.teachers(step),
-            teacher_routes=tuple(settings.teachers[name].route for name in settings.scored_teachers),
+            teacher_routes=tuple(
+                settings.teachers[name].route for name in settings.scored_teachers
+            ),
             reward_weight=self.weights_of.reward(step),
             diagnose=bool(settings.diagnostics.every) and step % settings.diagnostics.every == 0,
         )
@@ -290,25 +361,45 @@ class Controller:
         tokens = [a.of_groups(a.header.num_tokens).sum(axis=1) for a in used]  # per chunk [G']
         where = [(c, g) for c, a in enumerate(used) for g in a.groups]
         shards = []
-        for groups in balance_groups([int(n) for t in tokens for n in t], self.settings.learner.ranks):
+        for groups in balance_groups(
+            [int(n) for t in tokens for n in t], self.settings.learner.ranks
+        ):
             mine = [where[i] for i in groups]
             chunks = sorted({c for c, _ in mine})
             per_chunk = tuple(tuple(g for c, g in mine if c == chunk) for chunk in chunks)
-            shards.append((Shard(num_chunks=len(chunks), num_teachers=len(self.workers.scorers), groups=per_chunk), chunks))
+            shards.append(
+                (
+                    Shard(
+                        num_chunks=len(chunks),
+                        num_teachers=len(self.workers.scorers),
+                        groups=per_chunk,
+                    ),
+                    chunks,
+                )
+            )
         return shards
 
-    def _count_micro_batches(self, shard: Shard, chunks: Sequence[int], used: Sequence[Arrived]) -> int:
+    def _count_micro_batches(
+        self, shard: Shard, chunks: Sequence[int], used: Sequence[Arrived]
+    ) -> int:
         lengths: list[int] = []
         for chunk, groups in zip(chunks, shard.groups, strict=True):
             header = used[chunk].header
-            lengths += header.num_tokens.reshape(-1, header.group_size)[list(groups)].flatten().tolist()
+            lengths += (
+                header.num_tokens.reshape(-1, header.group_size)[list(groups)].flatten().tolist()
+            )
         train = self.settings.train
-        return max(len(micro_batches(lengths, train.max_tokens_per_micro_batch, packed=train.packing)), 1)
+        return max(
+            len(micro_batches(lengths, train.max_tokens_per_micro_batch, packed=train.packing)), 1
+        )
 
     def _check_reward_errors(self, rewards: Sequence[Rewards]) -> None:
         if Signal.rewards not in self.signals:  # they are only watched
             return
-        rate, limit = float(np.concatenate([r.errors for r in rewards]).mean()), self.settings.reward.max_error_rate
+        rate, limit = (
+            float(np.concatenate([r.errors for r in rewards]).mean()),
+            self.settings.reward.max_error_rate,
+        )
         if rate > limit:
             raise RewardError(
                 f"step {self.steps_done}: {rate:.1%} of the reward calls failed, "
@@ -316,7 +407,10 @@ class Controller:
             )
 
     def _check_logprob_gap(self, stats: LearnerStats) -> None:
-        gap, limit = stats.metrics.get("policy/logprob_gap", 0.0), self.settings.rollout.max_logprob_gap
+        gap, limit = (
+            stats.metrics.get("policy/logprob_gap", 0.0),
+            self.settings.rollout.max_logprob_gap,
+        )
         if not gap <= limit:
             raise WeightSyncError(
                 f"step {self.steps_done}: sampler and learner differ by {gap:.3g} nats per token, "
@@ -336,9 +430,16 @@ def learning_rate(settings: RunSettings, step: int) -> float:
     return train.lr_end + (train.lr - train.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
-def trained_uids(arrived: Sequence[Arrived], used: Sequence[Arrived], late: Sequence[Prompt]) -> tuple[list[str], list[str]]:
+def trained_uids(
+    arrived: Sequence[Arrived], used: Sequence[Arrived], late: Sequence[Prompt]
+) -> tuple[list[str], list[str]]:
     """(trained on, passed over) of the prompts drawn: a group that is not used, or whose reward failed, teaches nothing. Those
     that come again are neither."""
-    trained = [a.header.uids[g] for a in used for g in a.groups if a.rewards.keep.reshape(-1, a.header.group_size)[g].all()]
+    trained = [
+        a.header.uids[g]
+        for a in used
+        for g in a.groups
+        if a.rewards.keep.reshape(-1, a.header.group_size)[g].all()
+    ]
     elsewhere = {*trained, *(prompt.uid for prompt in late)}
     return trained, [uid for a in arrived for uid in a.header.uids if uid not in elsewhere]

@@ -22,13 +22,17 @@ class EngineProbe:
     def __init__(self, settings: RunSettings, workers: Workers, prompts: Sequence[Prompt]) -> None:
         self.settings, self.workers, self.prompts = settings, workers, list(prompts[:PROMPTS])
         self.engines: list[str] = []
-        self.asked: list[Pending] = []  # of each learner rank: -> [float], one for each of `engines`
+        self.asked: list[
+            Pending
+        ] = []  # of each learner rank: -> [float], one for each of `engines`
 
     def ask(self) -> None:
         """Returns when the engines have sampled, so that no response shares a batch with the probe; the learner goes on meanwhile."""
         algorithm, rollout = self.settings.algorithm, self.settings.rollout
         tokens = min(TOKENS, rollout.max_new_tokens)
-        chunks = self.workers.rollout.probe(self.prompts, num_tokens=tokens, temperature=algorithm.temperature)
+        chunks = self.workers.rollout.probe(
+            self.prompts, num_tokens=tokens, temperature=algorithm.temperature
+        )
         self.engines = list(chunks)
         self.asked = self.workers.learner.logprob_gaps(list(chunks.values()))
 

@@ -16,7 +16,9 @@ from hybridrl.types import Prompt, Rewards, Sample
 class Evaluation:
     """What a row of metrics takes from an evaluation, and the rollouts kept to read."""
 
-    metrics: dict[str, float]  # eval/accuracy, _stderr and error_rate; empty without a reward function
+    metrics: dict[
+        str, float
+    ]  # eval/accuracy, _stderr and error_rate; empty without a reward function
     samples: tuple[Sample, ...]
 
 
@@ -44,11 +46,19 @@ def evaluate(
         WorkerError: naming the engine or reward worker that was lost.
     """
     chunks = rollout.generate(
-        prompts, wave=wave, group_size=1, temperature=0.0 if config.greedy else temperature, seed=seed,
+        prompts,
+        wave=wave,
+        group_size=1,
+        temperature=0.0 if config.greedy else temperature,
+        seed=seed,
         groups_per_chunk=len(prompts),
-    )  # fmt: skip
-    pending = rewards.score(chunks, [function.weight for function in rewards.settings.reward.functions.values()])
-    gather([chunk.header for chunk in chunks], watch)  # the loss of an engine fails the reward calls too, which are not to blame
+    )
+    pending = rewards.score(
+        chunks, [function.weight for function in rewards.settings.reward.functions.values()]
+    )
+    gather(
+        [chunk.header for chunk in chunks], watch
+    )  # the loss of an engine fails the reward calls too, which are not to blame
     scored = gather(pending)
     return summary(scored, rewards.samples(chunks[0], pending[0], step, config.samples))
 
@@ -65,7 +75,9 @@ def summary(scored: Sequence[Rewards], samples: Sequence[Sample]) -> Evaluation:
     return Evaluation(
         metrics={
             "eval/accuracy": float(sound.mean()) if len(sound) else math.nan,
-            "eval/accuracy_stderr": float(sound.std(ddof=1) / np.sqrt(len(sound))) if len(sound) > 1 else math.nan,
+            "eval/accuracy_stderr": float(sound.std(ddof=1) / np.sqrt(len(sound)))
+            if len(sound) > 1
+            else math.nan,
             "eval/error_rate": float(1 - len(sound) / len(values)),
         },
         samples=tuple(samples),

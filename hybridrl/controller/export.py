@@ -24,8 +24,14 @@ def export_checkpoint(run_dir: Path, folder: Path | None = None) -> Path:
     checkpointer = Checkpointer(run_dir, settings.checkpoint)
     checkpoint = checkpointer.newest()
     if checkpoint is None:
-        raise CheckpointError(f"{checkpointer.root}: no checkpoint to export; train until the first, see checkpoint.every")
-    if folder is not None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(
+            f"{checkpointer.root}: no checkpoint to export; train until the first, see checkpoint.every"
+        )
+    if (
+        folder is not None
+        and folder.exists()
+        and not (folder.is_dir() and not any(folder.iterdir()))
+    ):
         raise ConfigError(f"{folder}: exists and is not empty; name a new folder")
     target = folder or run_dir / "export" / checkpoint.folder.name
     source = resolve(settings.model.path, settings.model.revision)

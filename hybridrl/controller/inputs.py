@@ -11,11 +11,18 @@ from hybridrl.types import Prompt
 DATA = "data"
 
 
-def digests(settings: RunSettings, prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:
+def digests(
+    settings: RunSettings, prompts: Sequence[Prompt], heldout: Sequence[Prompt]
+) -> dict[str, str]:
     """sha256 of all prompts as the model and the rewards see them, and of each file with a reward function, by settings' keys."""
     data = hashlib.sha256()
     for prompt in (*prompts, *heldout):
         data.update(repr(prompt).encode())
-    files = {name: Path(function.function.rpartition(":")[0]) for name, function in settings.reward.functions.items()}
-    found = {f"reward.functions.{name}": sha256(path) for name, path in files.items() if path.is_file()}
+    files = {
+        name: Path(function.function.rpartition(":")[0])
+        for name, function in settings.reward.functions.items()
+    }
+    found = {
+        f"reward.functions.{name}": sha256(path) for name, path in files.items() if path.is_file()
+    }
     return {DATA: data.hexdigest()} | found

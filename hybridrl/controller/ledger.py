@@ -33,7 +33,11 @@ class Ledger:
 
     def record(self, step: int, trained: Sequence[str], passed_over: Sequence[str] = ()) -> None:
         """Args: passed_over: prompts that were drawn and not trained on, as aborted, failed or with equal rewards."""
-        append(self._file, json.dumps({"step": step, "trained": list(trained), "passed_over": list(passed_over)}) + "\n")
+        append(
+            self._file,
+            json.dumps({"step": step, "trained": list(trained), "passed_over": list(passed_over)})
+            + "\n",
+        )
 
     def close(self) -> None:
         self._file.close()
@@ -51,9 +55,17 @@ def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
-            found.append({"step": int(line["step"]), "trained": list(line["trained"]), "passed_over": list(line["passed_over"])})
+            found.append(
+                {
+                    "step": int(line["step"]),
+                    "trained": list(line["trained"]),
+                    "passed_over": list(line["passed_over"]),
+                }
+            )
         except (ValueError, KeyError, TypeError) as error:
-            raise LedgerError(f"{path}, line {number}: no line of a ledger; repair or remove it") from error
+            raise LedgerError(
+                f"{path}, line {number}: no line of a ledger; repair or remove it"
+            ) from error
     return found
 
 
@@ -71,7 +83,9 @@ def check_ledger(run_dir: Path, steps: int, drawn: Iterable[str]) -> None:
     found = Counter(uid for line in lines for uid in (*line["trained"], *line["passed_over"]))
     expected = set(drawn)
     problems = {
-        "steps": [] if [line["step"] for line in lines] == list(range(1, steps + 1)) else [f"not each of 1 ... {steps} once"],
+        "steps": []
+        if [line["step"] for line in lines] == list(range(1, steps + 1))
+        else [f"not each of 1 ... {steps} once"],
         "used twice": [uid for uid, count in found.items() if count > 1],
         "never used": sorted(expected - found.keys()),
         "not drawn": sorted(found.keys() - expected),
@@ -88,6 +102,8 @@ def drawn_uids(prompts: Sequence[Prompt], seed: int, cursor: Mapping[str, Any]) 
         prompts: all of the data, in its order.
         cursor: state_dict of the run's PromptSource.
     """
-    drawn = PromptSource(prompts, seed).next_batch(cursor["epoch"] * len(prompts) + cursor["position"])
+    drawn = PromptSource(prompts, seed).next_batch(
+        cursor["epoch"] * len(prompts) + cursor["position"]
+    )
     owed = set(cursor["owed"])
     return [prompt.uid for prompt in drawn if prompt.uid not in owed]

@@ -20,12 +20,20 @@ def check_metrics(settings: RunSettings) -> None:
     Raises:
         ConfigError: one sentence on the first that is not.
     """
-    feedback = {f"{key}.metric": s.metric for key, s in settings.schedules.items() if s.kind is ScheduleKind.feedback}
+    feedback = {
+        f"{key}.metric": s.metric
+        for key, s in settings.schedules.items()
+        if s.kind is ScheduleKind.feedback
+    }
     for key, metric in {**feedback, "checkpoint.best": settings.checkpoint.best}.items():
         if metric and explain(metric) is None:
-            raise ConfigError(f"{key}={metric}: no step has such a metric; take one of hybridrl/tracking/METRICS.md, e.g. reward/mean")
+            raise ConfigError(
+                f"{key}={metric}: no step has such a metric; take one of hybridrl/tracking/METRICS.md, e.g. reward/mean"
+            )
         if metric and metric.startswith("eval/") and key in feedback:
-            raise ConfigError(f"{key}={metric}: is not measured in every step; take one that is, e.g. reward/mean")
+            raise ConfigError(
+                f"{key}={metric}: is not measured in every step; take one that is, e.g. reward/mean"
+            )
 
 
 def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
@@ -33,13 +41,19 @@ def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
     scored = [r for r in rewards if r.part_names]
     if not scored:
         return {}
-    values, errors = (np.concatenate([getattr(r, name) for r in scored]) for name in ("values", "errors"))
+    values, errors = (
+        np.concatenate([getattr(r, name) for r in scored]) for name in ("values", "errors")
+    )
     sound = values[~errors]
     k = len(scored[0].values) // len(scored[0].uids)
-    groups = values.reshape(-1, k)[~errors.reshape(-1, k).any(axis=1)]  # [G, K] without failed calls
+    groups = values.reshape(-1, k)[
+        ~errors.reshape(-1, k).any(axis=1)
+    ]  # [G, K] without failed calls
     row = {
         "reward/mean": _mean(sound),
-        "reward/stderr": float(sound.std(ddof=1) / np.sqrt(len(sound))) if len(sound) > 1 else float("nan"),
+        "reward/stderr": float(sound.std(ddof=1) / np.sqrt(len(sound)))
+        if len(sound) > 1
+        else float("nan"),
         "reward/error_rate": float(errors.mean()),
         "reward/pass_at_k": _mean((groups > PASS_MARK).any(axis=1)),
         "reward/equal_groups_frac": _mean(groups.max(axis=1) == groups.min(axis=1)),
@@ -49,10 +63,13 @@ def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
     return row
 
 
-def rollout_metrics(headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], version: int) -> dict[str, float]:
+def rollout_metrics(
+    headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], version: int
+) -> dict[str, float]:
     """Of all responses; staleness of those that the student sampled; version: of the weights that learn."""
     lengths, truncated, aborted = (
-        np.concatenate([getattr(h, name) for h in headers]) for name in ("response_lengths", "truncated", "aborted")
+        np.concatenate([getattr(h, name) for h in headers])
+        for name in ("response_lengths", "truncated", "aborted")
     )
     row = {
         "rollout/length_mean": float(lengths.mean()),
@@ -65,7 +82,9 @@ def rollout_metrics(headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], 
         if np.isfinite(mean := _mean(np.concatenate([getattr(r, name) for r in rewards]))):
             row[key] = mean
     if own := [h for h in headers if h.source is Source.student and h.response_lengths.any()]:
-        sampled_by = np.average([h.mean_policy_version for h in own], weights=[h.response_lengths.sum() for h in own])
+        sampled_by = np.average(
+            [h.mean_policy_version for h in own], weights=[h.response_lengths.sum() for h in own]
+        )
         row["policy/staleness_mean"] = float(version - sampled_by)
         row["policy/staleness_max"] = float(version - min(h.oldest_version.min() for h in own))
     return row
@@ -81,9 +100,14 @@ def learner_metrics(plan: UpdatePlan, stats: LearnerStats) -> dict[str, float]:
     }
 
 
-def transfer_metrics(headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], weight_bytes: int, sync_s: float) -> dict[str, float]:
+def transfer_metrics(
+    headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], weight_bytes: int, sync_s: float
+) -> dict[str, float]:
     """What went through the object store, in all and per token of its kind."""
-    tokens, response_tokens = (int(sum(getattr(h, name).sum() for h in headers)) for name in ("num_tokens", "response_lengths"))
+    tokens, response_tokens = (
+        int(sum(getattr(h, name).sum() for h in headers))
+        for name in ("num_tokens", "response_lengths")
+    )
     rollout = sum(h.nbytes for h in headers)
     signals = sorted({signal for s in scores for signal in s.nbytes})
     by_signal = {signal: sum(s.nbytes.get(signal, 0) for s in scores) for signal in signals}
@@ -94,10 +118,15 @@ def transfer_metrics(headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeade
         "transfer/token_bytes/rollout": rollout / max(tokens, 1),
         "perf/weights_gb_per_s": weight_bytes / 1e9 / max(sync_s, 1e-9),
     }
-    return row | {f"transfer/token_bytes/{signal}": nbytes / max(response_tokens, 1) for signal, nbytes in by_signal.items()}
+    return row | {
+        f"transfer/token_bytes/{signal}": nbytes / max(response_tokens, 1)
+        for signal, nbytes in by_signal.items()
+    }
 
 
-def worker_times(headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], stats: LearnerStats) -> dict[str, float]:
+def worker_times(
+    headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], stats: LearnerStats
+) -> dict[str, float]:
     """By the workers' own clocks. How long responses took shows stragglers; how long workers were busy shows what overlaps."""
     finish_s = np.concatenate([h.finish_s for h in headers])
     return {

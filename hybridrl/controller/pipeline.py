@@ -37,18 +37,36 @@ class Pipeline:
     the queue's length bounds how old a token can be. With ahead=0 a wave is drawn when its step asks for it.
     """
 
-    def __init__(self, settings: RunSettings, sampling: Sampling, prompts: PromptSource, weights: Weights, *, store_bytes: float) -> None:
-        self.settings, self.sampling, self.prompts, self.weights = settings, sampling, prompts, weights
+    def __init__(
+        self,
+        settings: RunSettings,
+        sampling: Sampling,
+        prompts: PromptSource,
+        weights: Weights,
+        *,
+        store_bytes: float,
+    ) -> None:
+        self.settings, self.sampling, self.prompts, self.weights = (
+            settings,
+            sampling,
+            prompts,
+            weights,
+        )
         self.limit = settings.pipeline.max_inflight_bytes or STORE_SHARE * store_bytes
         self.waves: deque[Wave] = deque()
         self.current: list[Wave] = []  # handed out, and not trained on yet
         self.skipped: list[Prompt] = []  # of batches left out since the last step
         self.wave_bytes = 0  # of the last wave that was seen whole
-        self.oversampled = math.ceil(round(settings.train.prompts_per_step * (1 + settings.rollout.oversample), 6))
+        self.oversampled = math.ceil(
+            round(settings.train.prompts_per_step * (1 + settings.rollout.oversample), 6)
+        )
 
     def take(self, step: int) -> Wave:
         """The wave of `step`, after drawing as far ahead as the bounds allow."""
-        while not self.waves or (self._next(step) <= min(step + self.settings.pipeline.ahead, self._last_step()) and self._fits()):
+        while not self.waves or (
+            self._next(step) <= min(step + self.settings.pipeline.ahead, self._last_step())
+            and self._fits()
+        ):
             self.waves.append(self.draw(self._next(step)))
         self.current = [self.waves.popleft()]
         return self.current[0]
@@ -67,7 +85,9 @@ class Pipeline:
         """Nothing was learned from the waves at hand. Their prompts count as in flight until a step is made, so that no checkpoint
         misses them; those that come again do."""
         again = {prompt.uid for prompt in late}
-        self.skipped += [prompt for wave in self.current for prompt in wave.prompts if prompt.uid not in again]
+        self.skipped += [
+            prompt for wave in self.current for prompt in wave.prompts if prompt.uid not in again
+        ]
         self.current = []
         self.prompts.put_back(late)
 
@@ -88,7 +108,10 @@ class Pipeline:
 
     def in_flight(self) -> list[Prompt]:
         """Drawn, and not trained on yet."""
-        return [*self.skipped, *(prompt for wave in (*self.current, *self.waves) for prompt in wave.prompts)]
+        return [
+            *self.skipped,
+            *(prompt for wave in (*self.current, *self.waves) for prompt in wave.prompts),
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Prompts in flight are owed: their responses are not kept."""
@@ -119,4 +142,6 @@ class Pipeline:
 
 def wave_seed(run_seed: int, kind: str, step: int) -> int:
     """Seed of one rollout wave, from the run's seed alone: nothing to save, nothing to restore."""
-    return int.from_bytes(hashlib.sha256(f"{run_seed}/{kind}/{step}".encode()).digest()[:6], "little")
+    return int.from_bytes(
+        hashlib.sha256(f"{run_seed}/{kind}/{step}".encode()).digest()[:6], "little"
+    )

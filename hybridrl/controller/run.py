@@ -27,7 +27,14 @@ from hybridrl.rewards.reward_model import check_reward_models
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.group import dump_stacks
-from hybridrl.runtime.workers import Slots, Workers, place_workers, recover, start_rewards, start_workers
+from hybridrl.runtime.workers import (
+    Slots,
+    Workers,
+    place_workers,
+    recover,
+    start_rewards,
+    start_workers,
+)
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics
 from hybridrl.tracking.report import write_report
@@ -40,7 +47,9 @@ from hybridrl.types import Prompt, RunInfo
 class RunResult:
     run_dir: Path
     report: Path
-    accuracy_before: float | None  # on the held-out problems; None: there is no reward function to judge by
+    accuracy_before: (
+        float | None
+    )  # on the held-out problems; None: there is no reward function to judge by
     accuracy_after: float | None
     teacher_accuracy: dict[str, float]
     export: Path | None
@@ -57,7 +66,9 @@ def train(settings: RunSettings) -> RunResult:
     check_rewards(settings.reward)
     prompts, heldout = prepare_prompts(settings)
     with run_directory(settings) as run_dir, ExitStack() as stack:
-        settings = replace(settings, run=replace(settings.run, dir=str(run_dir)))  # for workers, who may run elsewhere
+        settings = replace(
+            settings, run=replace(settings.run, dir=str(run_dir))
+        )  # for workers, who may run elsewhere
         stack.enter_context((preemption := Preemption()).listening())
         inputs = digests(settings, prompts, heldout)
         checkpoint = find_checkpoint(settings, run_dir, inputs)
@@ -67,22 +78,50 @@ def train(settings: RunSettings) -> RunResult:
         sinks.start(run_info(settings, run_dir, checkpoint))
         preemption.check()  # an optional sink takes an exception for its own
         measured = "" if checkpoint else ", ".join(teachers_to_measure(settings))
-        console.notice("starting workers" + (f", and measuring teacher {measured} on the held-out problems ..." if measured else " ..."))
+        console.notice(
+            "starting workers"
+            + (
+                f", and measuring teacher {measured} on the held-out problems ..."
+                if measured
+                else " ..."
+            )
+        )
         cluster = stack.enter_context(Cluster(settings))
-        stack.enter_context(preemption.listening())  # again, for Ray takes the signal to itself when it starts
+        stack.enter_context(
+            preemption.listening()
+        )  # again, for Ray takes the signal to itself when it starts
         slots, log_dir = place_workers(settings, cluster), str(run_dir / "logs")
         rewards = start_rewards(settings, slots, log_dir)
         # A resumed run has them in its first row.
-        levels = {} if checkpoint else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir)
+        levels = (
+            {}
+            if checkpoint
+            else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir)
+        )
         workers = start_workers(settings, cluster, slots, rewards, log_dir)
         check_running(settings, workers, prompts)
-        took, silence = f"{time.monotonic() - began:.0f} s", f"the longest silent wait is {settings.deadlines.longest_silence_s:g} s"
-        console.notice(f"workers ready after {took} on {cluster.device}, weights travel by {cluster.weight_transfer}; {silence}")
+        took, silence = (
+            f"{time.monotonic() - began:.0f} s",
+            f"the longest silent wait is {settings.deadlines.longest_silence_s:g} s",
+        )
+        console.notice(
+            f"workers ready after {took} on {cluster.device}, weights travel by {cluster.weight_transfer}; {silence}"
+        )
         preemption.started()
         attempts = Attempts(
-            settings=settings, run_dir=run_dir, cluster=cluster, slots=slots, prompts=prompts, heldout=heldout, inputs=inputs,
-            levels=levels, console=console, sinks=sinks, wandb=wandb, preemption=preemption,
-        )  # fmt: skip
+            settings=settings,
+            run_dir=run_dir,
+            cluster=cluster,
+            slots=slots,
+            prompts=prompts,
+            heldout=heldout,
+            inputs=inputs,
+            levels=levels,
+            console=console,
+            sinks=sinks,
+            wandb=wandb,
+            preemption=preemption,
+        )
         controller = attempts.until_done(workers, checkpoint)
         exported = export_model(settings, controller, run_dir, first)
     return result(run_dir, exported)
@@ -115,14 +154,25 @@ class Attempts:
         for restarts_left in reversed(range(1 + self.settings.cluster.max_restarts)):
             try:
                 if lost is not None:
-                    workers = recover(self.settings, self.cluster, self.slots, workers, lost, str(self.run_dir / "logs"))
+                    workers = recover(
+                        self.settings,
+                        self.cluster,
+                        self.slots,
+                        workers,
+                        lost,
+                        str(self.run_dir / "logs"),
+                    )
                     checkpoint = self.go_back()
                 return self.attempt(workers, checkpoint)
-            except WorkerError as error:  # a lost engine, scorer or reward worker is replaced while the run goes on
+            except (
+                WorkerError
+            ) as error:  # a lost engine, scorer or reward worker is replaced while the run goes on
                 if isinstance(error, WorkerTimeout):
                     dump_stacks()
                 if not restarts_left:
-                    raise FleetExhausted(f"{error}; cluster.max_restarts is used up, the last checkpoint stands") from error
+                    raise FleetExhausted(
+                        f"{error}; cluster.max_restarts is used up, the last checkpoint stands"
+                    ) from error
                 self.console.notice(f"{error}; going back to the last checkpoint")
                 lost = error
         raise AssertionError("the last attempt returns or raises")
@@ -138,9 +188,15 @@ class Attempts:
         """Say so where it does not account for every prompt up to the checkpoint. It is a record: the run goes on without it."""
         cursor = checkpoint.state.parts["pipeline"]["prompts"]
         try:
-            check_ledger(self.run_dir, checkpoint.state.step, drawn_uids(self.prompts, self.settings.run.seed, cursor))
+            check_ledger(
+                self.run_dir,
+                checkpoint.state.step,
+                drawn_uids(self.prompts, self.settings.run.seed, cursor),
+            )
         except LedgerError as error:
-            self.console.notice(f"{error}; that each prompt was trained on once can no longer be shown of this run")
+            self.console.notice(
+                f"{error}; that each prompt was trained on once can no longer be shown of this run"
+            )
 
     def attempt(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
         gather(workers.learner.ready(), self.preemption.check)
@@ -159,13 +215,17 @@ class Attempts:
                 preemption=self.preemption,
             )
             known = checkpoint.state.wandb_id if checkpoint else None
-            controller.wandb_id = self.wandb.run_id if self.wandb else known  # a resume without W&B does not forget its run
+            controller.wandb_id = (
+                self.wandb.run_id if self.wandb else known
+            )  # a resume without W&B does not forget its run
             controller.inputs = self.inputs
             train_on(controller, checkpoint, self.levels)
         return controller
 
 
-def train_on(controller: Controller, checkpoint: Checkpoint | None, levels: Mapping[str, float]) -> None:
+def train_on(
+    controller: Controller, checkpoint: Checkpoint | None, levels: Mapping[str, float]
+) -> None:
     """From the checkpoint, or from the start, to the end.
 
     Args:
@@ -192,11 +252,15 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     check_reward_models(settings.reward, tokenizer.get_vocab())
     rows = head_rows(settings.model.path, settings.model.revision)
     if settings.algorithm.support is Support.topk and settings.algorithm.topk.k > rows:
-        raise ConfigError(f"algorithm.topk.k={settings.algorithm.topk.k}: model.path={settings.model.path} has {rows} tokens; lower it")
+        raise ConfigError(
+            f"algorithm.topk.k={settings.algorithm.topk.k}: model.path={settings.model.path} has {rows} tokens; lower it"
+        )
     rollout = settings.rollout
     room = rollout.max_model_len - rollout.max_new_tokens
     train_problems, heldout_problems = load_problems(settings.data, settings.run.seed)
-    given = rollout.max_model_len if settings.algorithm.data_fraction else None  # without it responses of the data are not used
+    given = (
+        rollout.max_model_len if settings.algorithm.data_fraction else None
+    )  # without it responses of the data are not used
     check_responses(settings, train_problems)
     check_templates(settings, tokenizer, teachers, train_problems)
     train_prompts = tokenize(train_problems, tokenizer, settings.data, room, given)
@@ -212,7 +276,11 @@ def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
     if not settings.algorithm.data_fraction:
         return
     pairs = settings.algorithm.pair.loss is not PairLoss.none
-    wanted, what, option = (2, "a chosen and a rejected response", "pair") if pairs else (1, "one response", "solution")
+    wanted, what, option = (
+        (2, "a chosen and a rejected response", "pair")
+        if pairs
+        else (1, "one response", "solution")
+    )
     for problem in problems:
         if len(problem.responses) != wanted:
             raise ConfigError(
@@ -224,7 +292,11 @@ def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
 def make_sinks(settings: RunSettings) -> tuple[ConsoleSink, Sinks, WandbSink | None]:
     console = ConsoleSink()
     wandb = None if settings.tracking.wandb is WandbMode.disabled else WandbSink(settings.tracking)
-    return console, Sinks(required=[JsonlSink()], optional=[console, *([wandb] if wandb else [])]), wandb
+    return (
+        console,
+        Sinks(required=[JsonlSink()], optional=[console, *([wandb] if wandb else [])]),
+        wandb,
+    )
 
 
 def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None) -> RunInfo:
@@ -238,7 +310,9 @@ def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None
     )
 
 
-def export_model(settings: RunSettings, controller: Controller, run_dir: Path, first: int) -> Path | None:
+def export_model(
+    settings: RunSettings, controller: Controller, run_dir: Path, first: int
+) -> Path | None:
     """The Hugging Face folder of the final student."""
     folder = run_dir / "export" / f"step_{controller.steps_done:06d}"
     if settings.checkpoint.export and not (folder.exists() and controller.steps_done == first):
@@ -254,6 +328,11 @@ def result(run_dir: Path, exported: Path | None) -> RunResult:
         report=write_report(run_dir),
         accuracy_before=evaluated[0] if evaluated else None,
         accuracy_after=evaluated[-1] if evaluated else None,
-        teacher_accuracy={k.rsplit("/", 1)[1]: v for row in rows for k, v in row.items() if k.startswith("eval/accuracy_teacher/")},
+        teacher_accuracy={
+            k.rsplit("/", 1)[1]: v
+            for row in rows
+            for k, v in row.items()
+            if k.startswith("eval/accuracy_teacher/")
+        },
         export=exported,
     )

@@ -26,15 +26,40 @@ CONFIG = "config.yaml"
 ABSENT = "(not set)"
 
 FREE = (
-    "cluster", "deadlines", "tracking", "checkpoint", "diagnostics", "scorer",
-    "run.resume", "run.resume_from", "run.dir", "run.allow_changes",
-    "eval.every", "eval.samples", "eval.teacher",
-    "rollout.engines", "rollout.tensor_parallel", "rollout.groups_per_chunk", "rollout.max_num_seqs", "rollout.kv_cache_bytes",
-    "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.weight_transfer", "rollout.max_logprob_gap",
-    "pipeline.max_inflight_bytes", "learner.ranks", "learner.zero_stage", "learner.gradient_checkpointing",
-    "reward.workers", "reward.processes", "reward.timeout_s", "reward.max_error_rate",
-    "train.max_tokens_per_micro_batch", "train.packing", "train.head_chunk",
-)  # fmt: skip
+    "cluster",
+    "deadlines",
+    "tracking",
+    "checkpoint",
+    "diagnostics",
+    "scorer",
+    "run.resume",
+    "run.resume_from",
+    "run.dir",
+    "run.allow_changes",
+    "eval.every",
+    "eval.samples",
+    "eval.teacher",
+    "rollout.engines",
+    "rollout.tensor_parallel",
+    "rollout.groups_per_chunk",
+    "rollout.max_num_seqs",
+    "rollout.kv_cache_bytes",
+    "rollout.gpu_memory_utilization",
+    "rollout.enforce_eager",
+    "rollout.weight_transfer",
+    "rollout.max_logprob_gap",
+    "pipeline.max_inflight_bytes",
+    "learner.ranks",
+    "learner.zero_stage",
+    "learner.gradient_checkpointing",
+    "reward.workers",
+    "reward.processes",
+    "reward.timeout_s",
+    "reward.max_error_rate",
+    "train.max_tokens_per_micro_batch",
+    "train.packing",
+    "train.head_chunk",
+)
 """Settings and sections that decide neither what is learned nor what accuracy means: where, how fast and how often.
 
 train.steps joins them where no schedule is stretched over it, so that a run can be prolonged. Whatever is not named
@@ -77,7 +102,9 @@ def holder_of(path: Path) -> str:
     return "which has not yet said who it is"
 
 
-def find_checkpoint(settings: RunSettings, run_dir: Path, inputs: Mapping[str, str]) -> Checkpoint | None:
+def find_checkpoint(
+    settings: RunSettings, run_dir: Path, inputs: Mapping[str, str]
+) -> Checkpoint | None:
     """Where to continue, None: from the start; config.yaml is `settings` afterwards. Call it under run_directory's lock.
 
     Args:
@@ -90,14 +117,20 @@ def find_checkpoint(settings: RunSettings, run_dir: Path, inputs: Mapping[str, s
     """
     checkpointer = Checkpointer(run_dir, settings.checkpoint)
     checkpointer.clean()
-    if settings.run.resume is Resume.never and ((run_dir / "metrics.jsonl").exists() or checkpointer.folders()):
-        raise RunDirectoryError(f"run.dir={run_dir}: holds a run and run.resume=never; choose another run.dir or run.resume=auto")
+    if settings.run.resume is Resume.never and (
+        (run_dir / "metrics.jsonl").exists() or checkpointer.folders()
+    ):
+        raise RunDirectoryError(
+            f"run.dir={run_dir}: holds a run and run.resume=never; choose another run.dir or run.resume=auto"
+        )
     checkpoint = checkpointer.newest()
     other = checkpoint is None and settings.run.resume_from is not None
     if other:
         checkpoint = read_checkpoint(Path(settings.run.resume_from).expanduser().absolute())
     if checkpoint is None and settings.run.resume is Resume.required:
-        raise CheckpointError(f"run.resume=required: no checkpoint in {checkpointer.root}; use run.resume=auto to start")
+        raise CheckpointError(
+            f"run.resume=required: no checkpoint in {checkpointer.root}; use run.resume=auto to start"
+        )
     if checkpoint:
         check_same_run(settings, checkpoint.folder.parent.parent)
         check_inputs(settings, checkpoint.state.inputs, inputs)
@@ -129,9 +162,13 @@ def read_settings(run_dir: Path) -> RunSettings:
     try:
         return from_yaml(path.read_text())
     except OSError as error:
-        raise RunDirectoryError(f"{path}: cannot be read ({error.strerror}), so nobody knows what run this is") from error
+        raise RunDirectoryError(
+            f"{path}: cannot be read ({error.strerror}), so nobody knows what run this is"
+        ) from error
     except ConfigError as error:
-        raise RunDirectoryError(f"{path}: no settings of this version of hybridrl: {error}") from error
+        raise RunDirectoryError(
+            f"{path}: no settings of this version of hybridrl: {error}"
+        ) from error
 
 
 def check_same_run(settings: RunSettings, run_dir: Path) -> None:
@@ -141,7 +178,11 @@ def check_same_run(settings: RunSettings, run_dir: Path) -> None:
         RunDirectoryError: names each changed setting with both values, and the remedies.
     """
     changed = changes(read_settings(run_dir), settings)
-    held = {key: values for key, values in changed.items() if not within(key, settings.run.allow_changes)}
+    held = {
+        key: values
+        for key, values in changed.items()
+        if not within(key, settings.run.allow_changes)
+    }
     if not held:
         return
     told = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in held.items())
@@ -163,7 +204,10 @@ def check_inputs(settings: RunSettings, before: Mapping[str, str], now: Mapping[
     changed = [key for key in before.keys() & now.keys() if before[key] != now[key]]
     held = sorted(key for key in changed if not within(key, settings.run.allow_changes))
     if held:
-        what = ", ".join("the prompts that data.* gives" if key == DATA else f"the file of {key}.function" for key in held)
+        what = ", ".join(
+            "the prompts that data.* gives" if key == DATA else f"the file of {key}.function"
+            for key in held
+        )
         allow = ",".join([*settings.run.allow_changes, *held])
         raise RunDirectoryError(
             f"run.dir={settings.run.dir}: {what} changed since the checkpoint; restore it, choose another run.dir, or continue that run "
@@ -176,8 +220,14 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
 
     Example: {"train.lr": (0.001, 0.002), "teachers.b.path": ("(not set)", "/models/b")}
     """
-    free = (*FREE, *(() if stretched_by_steps(old) or stretched_by_steps(new) else ("train.steps",)))
-    before, after = flat(redact.tree(asdict(old))), flat(redact.tree(asdict(new)))  # secrets are masked in what is on file
+    free = (
+        *FREE,
+        *(() if stretched_by_steps(old) or stretched_by_steps(new) else ("train.steps",)),
+    )
+    before, after = (
+        flat(redact.tree(asdict(old))),
+        flat(redact.tree(asdict(new))),
+    )  # secrets are masked in what is on file
     pairs = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in before | after}
     return {key: (a, b) for key, (a, b) in pairs.items() if a != b and not within(key, free)}
 
@@ -185,7 +235,11 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
 def stretched_by_steps(settings: RunSettings) -> list[str]:
     """Schedules that run to train.steps: with another number of steps, every step so far would have been another one."""
     moving = (ScheduleKind.linear, ScheduleKind.cosine)
-    names = [name for name, schedule in settings.schedules.items() if schedule.kind in moving and schedule.steps is None]
+    names = [
+        name
+        for name, schedule in settings.schedules.items()
+        if schedule.kind in moving and schedule.steps is None
+    ]
     return [*(["train.lr_end"] if settings.train.lr_end is not None else []), *names]
 
 
@@ -193,7 +247,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys of nested mappings. Example: {"a": {"b": 1, "c": [2]}} -> {"a.b": 1, "a.c": [2]}."""
     found = {}
     for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        found |= (
+            flat(value, f"{prefix}{name}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{name}": value}
+        )
     return found
 
 

@@ -27,7 +27,9 @@ class Drawn:
     writer: RolloutGroup | ReplayGroup
     chunk: Chunk
     reward_weights: Sequence[float]
-    scores: list[tuple[Pending, Pending]] = field(default_factory=list)  # per teacher: -> ScoreHeader, -> TokenScores
+    scores: list[tuple[Pending, Pending]] = field(
+        default_factory=list
+    )  # per teacher: -> ScoreHeader, -> TokenScores
     rewards: list[Pending] = field(default_factory=list)  # the one call -> Rewards
 
 
@@ -50,28 +52,52 @@ class Sampling:
 
     def __init__(self, settings: RunSettings, workers: Workers, preemption: Preemption) -> None:
         self.settings, self.workers, self.preemption = settings, workers, preemption
-        self.support = settings.algorithm.topk.k if Signal.sampler_support in make_objective(settings).signals else 0
+        self.support = (
+            settings.algorithm.topk.k
+            if Signal.sampler_support in make_objective(settings).signals
+            else 0
+        )
 
-    def draw(self, prompts: Sequence[Prompt], *, wave: str, seed: int, reward_weights: Sequence[float]) -> list[Drawn]:
+    def draw(
+        self, prompts: Sequence[Prompt], *, wave: str, seed: int, reward_weights: Sequence[float]
+    ) -> list[Drawn]:
         """Start a wave. Chunks of the student come first, then the teacher's, then the data's, each in prompt order."""
         algorithm, k = self.settings.algorithm, self.settings.train.samples_per_prompt
         by_student, by_teacher, by_data = shares(len(prompts), algorithm)
-        order = {"wave": wave, "group_size": k, "temperature": algorithm.temperature, "seed": seed, "support": self.support}
-        rollout, teacher, replay = self.workers.rollout, self.workers.teacher_rollout, self.workers.replay
+        order = {
+            "wave": wave,
+            "group_size": k,
+            "temperature": algorithm.temperature,
+            "seed": seed,
+            "support": self.support,
+        }
+        rollout, teacher, replay = (
+            self.workers.rollout,
+            self.workers.teacher_rollout,
+            self.workers.replay,
+        )
         drawn: list[Drawn] = []
         if by_student:
-            drawn += [self._drawn(rollout, c, reward_weights) for c in rollout.generate(prompts[:by_student], **order)]
+            drawn += [
+                self._drawn(rollout, c, reward_weights)
+                for c in rollout.generate(prompts[:by_student], **order)
+            ]
         if by_teacher:
             assert teacher is not None, "algorithm.teacher_fraction starts one"
             written = teacher.generate(prompts[by_student : by_student + by_teacher], **order)
             drawn += [self._drawn(teacher, c, reward_weights) for c in written]
         if by_data:
             assert replay is not None, "algorithm.data_fraction starts one"
-            drawn += [self._drawn(replay, c, reward_weights) for c in replay.generate(prompts[by_student + by_teacher :], wave=wave)]
+            drawn += [
+                self._drawn(replay, c, reward_weights)
+                for c in replay.generate(prompts[by_student + by_teacher :], wave=wave)
+            ]
         self._ask(drawn)
         return drawn
 
-    def _drawn(self, writer: RolloutGroup | ReplayGroup, chunk: Chunk, reward_weights: Sequence[float]) -> Drawn:
+    def _drawn(
+        self, writer: RolloutGroup | ReplayGroup, chunk: Chunk, reward_weights: Sequence[float]
+    ) -> Drawn:
         return Drawn(writer=writer, chunk=chunk, reward_weights=reward_weights)
 
     def _ask(self, drawn: Sequence[Drawn]) -> None:
@@ -85,7 +111,11 @@ class Sampling:
         """The data ranks its own responses; the others are judged by the reward functions."""
         given = [d for d in drawn if d.writer is self.workers.replay]
         judged = [d for d in drawn if d.writer is not self.workers.replay]
-        calls = self.workers.rewards.score([d.chunk for d in judged], judged[0].reward_weights) if judged else []
+        calls = (
+            self.workers.rewards.score([d.chunk for d in judged], judged[0].reward_weights)
+            if judged
+            else []
+        )
         calls += self.workers.replay.rank([d.chunk for d in given]) if given else []
         for d, call in zip([*judged, *given], calls, strict=True):
             d.rewards = [call]
@@ -115,7 +145,11 @@ class Sampling:
         return found
 
     def _settled(
-        self, drawn: Sequence[Drawn], call: Callable[[Drawn], Pending], again: Callable[[Drawn], None], count: int | None = None
+        self,
+        drawn: Sequence[Drawn],
+        call: Callable[[Drawn], Pending],
+        again: Callable[[Drawn], None],
+        count: int | None = None,
     ) -> list[Any]:
         """Results in order, at least `count` of them (None: all), None for the others. A call whose worker is lost is made again."""
         while True:
@@ -143,31 +177,44 @@ class Sampling:
                 engines.cancel([d.chunk for d in late])
         return done, late
 
-    def arrived(self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader], step: int) -> list[Arrived]:
+    def arrived(
+        self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader], step: int
+    ) -> list[Arrived]:
         """Wait for the rewards. Groups with an aborted response are not used; under algorithm.dynamic_sampling nor are those
         sampled whose rewards are all equal; under pipeline.on_stale=drop nor are those with a token too old at `step`."""
         rewards = self.rewards(drawn)
         return [
             Arrived(drawn=d, header=h, rewards=r, groups=self._used(h, r, step))
             for d, h, r in zip(drawn, headers, rewards, strict=True)
-        ]  # fmt: skip
+        ]
 
     def _used(self, header: ChunkHeader, rewards: Rewards, step: int) -> tuple[int, ...]:
-        usable = ~header.aborted.reshape(-1, header.group_size).any(axis=1) & ~self._stale(header, step)
+        usable = ~header.aborted.reshape(-1, header.group_size).any(axis=1) & ~self._stale(
+            header, step
+        )
         if self.settings.algorithm.dynamic_sampling:
-            usable &= differing(header, rewards) | (header.source is Source.data)  # the data is not compared
+            usable &= differing(header, rewards) | (
+                header.source is Source.data
+            )  # the data is not compared
         return tuple(np.flatnonzero(usable).tolist())
 
     def _stale(self, header: ChunkHeader, step: int) -> np.ndarray:
         """[G] bool: not trained on, because some token of the group is older than pipeline.max_staleness."""
-        pipeline, oldest = self.settings.pipeline, header.oldest_version.reshape(-1, header.group_size).min(axis=1)
+        pipeline, oldest = (
+            self.settings.pipeline,
+            header.oldest_version.reshape(-1, header.group_size).min(axis=1),
+        )
         if pipeline.on_stale is not OnStale.drop or header.source is not Source.student:
             return np.zeros(len(oldest), bool)
         return oldest < step - pipeline.max_staleness
 
     def stale_prompts(self, arrived: Sequence[Arrived], step: int) -> list[Prompt]:
         """Of the groups that are too old."""
-        return [a.drawn.chunk.prompts[g] for a in arrived for g in np.flatnonzero(self._stale(a.header, step))]
+        return [
+            a.drawn.chunk.prompts[g]
+            for a in arrived
+            for g in np.flatnonzero(self._stale(a.header, step))
+        ]
 
     def num_pairs(self, arrived: Sequence[Arrived]) -> int:
         """Groups that the loss is averaged over: those with a best and a worst response, or all that are kept."""
@@ -179,7 +226,9 @@ class Sampling:
 def differing(header: ChunkHeader, rewards: Rewards) -> np.ndarray:
     """[G] bool: the group is kept and its rewards are not all equal."""
     values = rewards.values.reshape(-1, header.group_size)
-    return rewards.keep.reshape(-1, header.group_size).all(axis=1) & (values.max(axis=1) > values.min(axis=1))
+    return rewards.keep.reshape(-1, header.group_size).all(axis=1) & (
+        values.max(axis=1) > values.min(axis=1)
+    )
 
 
 def first_groups(arrived: Sequence[Arrived], count: int) -> list[Arrived]:

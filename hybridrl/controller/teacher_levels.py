@@ -32,7 +32,12 @@ def teachers_to_measure(settings: RunSettings) -> list[str]:
 
 
 def measure_teachers(
-    settings: RunSettings, cluster: Cluster, slots: Slots, rewards: RewardGroup, heldout: Sequence[Prompt], run_dir: Path
+    settings: RunSettings,
+    cluster: Cluster,
+    slots: Slots,
+    rewards: RewardGroup,
+    heldout: Sequence[Prompt],
+    run_dir: Path,
 ) -> dict[str, float]:
     """eval/accuracy_teacher/NAME of each, on a short-lived engine; read back where the directory has them already."""
     names = teachers_to_measure(settings)
@@ -53,9 +58,15 @@ def measure_teachers(
         )
         gather(engine.ready())
         found = evaluate(
-            settings.eval, engine, rewards, heldout,
-            wave="eval-0", step=0, temperature=settings.algorithm.temperature, seed=settings.run.seed,
-        )  # fmt: skip
+            settings.eval,
+            engine,
+            rewards,
+            heldout,
+            wave="eval-0",
+            step=0,
+            temperature=settings.algorithm.temperature,
+            seed=settings.run.seed,
+        )
         levels[f"eval/accuracy_teacher/{name}"] = found.metrics["eval/accuracy"]
         engine.close()
     target.write_text(json.dumps({"measured_with": conditions, "levels": levels}, indent=1))
@@ -89,5 +100,10 @@ def read_levels(path: Path, conditions: dict[str, Any]) -> dict[str, float] | No
     try:
         stored = json.loads(path.read_text())
         return stored["levels"] if stored["measured_with"] == conditions else None
-    except (OSError, ValueError, KeyError, TypeError):  # absent, torn, or of another form: measure again
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # absent, torn, or of another form: measure again
         return None

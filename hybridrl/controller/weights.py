@@ -15,8 +15,14 @@ class Weights:
         self.schedules = {
             "imitation": Schedule(settings.algorithm.imitation_weight, steps),
             "reward": Schedule(settings.algorithm.reward_weight, steps),
-            **{f"teachers.{name}": Schedule(settings.teachers[name].schedule, steps) for name in settings.teachers},
-            **{f"reward.{name}": Schedule(f.schedule, steps) for name, f in settings.reward.functions.items()},
+            **{
+                f"teachers.{name}": Schedule(settings.teachers[name].schedule, steps)
+                for name in settings.teachers
+            },
+            **{
+                f"reward.{name}": Schedule(f.schedule, steps)
+                for name, f in settings.reward.functions.items()
+            },
         }
 
     def reward(self, step: int) -> float:
@@ -27,12 +33,17 @@ class Weights:
         """w_i of each scored teacher."""
         imitation = self.schedules["imitation"].value(step)
         names, teachers = self.settings.scored_teachers, self.settings.teachers
-        return tuple(imitation * teachers[name].weight * self.schedules[f"teachers.{name}"].value(step) for name in names)
+        return tuple(
+            imitation * teachers[name].weight * self.schedules[f"teachers.{name}"].value(step)
+            for name in names
+        )
 
     def rewards(self, step: int) -> tuple[float, ...]:
         """Of each reward function, in the order of reward.functions."""
         functions = self.settings.reward.functions
-        return tuple(f.weight * self.schedules[f"reward.{name}"].value(step) for name, f in functions.items())
+        return tuple(
+            f.weight * self.schedules[f"reward.{name}"].value(step) for name, f in functions.items()
+        )
 
     def observe(self, row: Mapping[str, float]) -> None:
         """Show the step's metrics to feedback schedules."""

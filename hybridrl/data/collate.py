@@ -62,11 +62,19 @@ class MicroBatch:
 
     def tensors(self) -> dict[str, Tensor]:
         """The columns by name, teachers' rows too, to look at."""
-        own = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return own | {f"teachers/{i}/rows": from_wire(t.rows).float() for i, t in enumerate(self.teachers)}
+        own = {
+            f.name: value
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return own | {
+            f"teachers/{i}/rows": from_wire(t.rows).float() for i, t in enumerate(self.teachers)
+        }
 
 
-def train_sequences(batch: ScoredBatch, credit: Credit, teacher_weights: Sequence[Tensor]) -> list[TrainSequence]:
+def train_sequences(
+    batch: ScoredBatch, credit: Credit, teacher_weights: Sequence[Tensor]
+) -> list[TrainSequence]:
     """Cut a batch into its sequences.
 
     Args:
@@ -74,14 +82,20 @@ def train_sequences(batch: ScoredBatch, credit: Credit, teacher_weights: Sequenc
     """
     rollout = batch.rollout
     rows = np.concatenate([[0], np.cumsum(rollout.response_lengths)])
-    weight, sparse, slope = (c.float().numpy() for c in (credit.token_weight, credit.cost, credit.value_slope))
+    weight, sparse, slope = (
+        c.float().numpy() for c in (credit.token_weight, credit.cost, credit.value_slope)
+    )
     sequences = []
     for i in range(rollout.num_sequences):
         span = slice(int(rollout.offsets[i]), int(rollout.offsets[i + 1]))
         row = slice(int(rows[i]), int(rows[i + 1]))
         at = np.flatnonzero(rollout.response_mask[span])
         teachers = tuple(
-            TeacherColumns(rows=s.rows[row], support_ids=s.support_ids[row], weight=np.full(len(at), float(w[i]), np.float32))
+            TeacherColumns(
+                rows=s.rows[row],
+                support_ids=s.support_ids[row],
+                weight=np.full(len(at), float(w[i]), np.float32),
+            )
             for s, w in zip(batch.scores, teacher_weights, strict=True)
         )
         sequences.append(
@@ -104,31 +118,53 @@ def collate(sequences: Sequence[TrainSequence], *, packed: bool = False) -> Micr
     """Pad on the right and stack, or put one after the other. At least one sequence."""
     lengths = [len(s.input_ids) for s in sequences]
     shape = (1, sum(lengths)) if packed else (len(sequences), max(lengths))
-    starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(sequences)) * shape[1]  # in the flattened [B*T]
+    starts = (
+        np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(sequences)) * shape[1]
+    )  # in the flattened [B*T]
     ids, mask, positions = (np.zeros(shape[0] * shape[1], np.int64) for _ in range(3))
     for s, start, length in zip(sequences, starts, lengths, strict=True):
-        ids[start : start + length], mask[start : start + length], positions[start : start + length] = s.input_ids, 1, np.arange(length)
+        (
+            ids[start : start + length],
+            mask[start : start + length],
+            positions[start : start + length],
+        ) = s.input_ids, 1, np.arange(length)
     owners = [np.full(len(s.response_at), i) for i, s in enumerate(sequences)]
-    column = lambda name: torch.from_numpy(np.concatenate([getattr(s, name) for s in sequences]).astype(np.float32))  # noqa: E731
+
+    def column(name):
+        return torch.from_numpy(
+            np.concatenate([getattr(s, name) for s in sequences]).astype(np.float32)
+        )
+
     return MicroBatch(
         input_ids=torch.from_numpy(ids.reshape(shape)),
         attention_mask=None if packed else torch.from_numpy(mask.reshape(shape)),
         position_ids=torch.from_numpy(positions.reshape(shape)),
         owner=torch.from_numpy(np.concatenate(owners)),
-        hidden_rows=torch.from_numpy(np.concatenate([start + s.response_at - 1 for s, start in zip(sequences, starts, strict=True)])),
-        token_ids=torch.from_numpy(np.concatenate([s.input_ids[s.response_at] for s in sequences]).astype(np.int64)),
+        hidden_rows=torch.from_numpy(
+            np.concatenate(
+                [start + s.response_at - 1 for s, start in zip(sequences, starts, strict=True)]
+            )
+        ),
+        token_ids=torch.from_numpy(
+            np.concatenate([s.input_ids[s.response_at] for s in sequences]).astype(np.int64)
+        ),
         token_weight=column("token_weight"),
         sparse=column("sparse"),
         value_slope=column("value_slope"),
         rollout_logprobs=column("rollout_logprobs"),
-        teachers=tuple(stack_teachers(columns) for columns in zip(*(s.teachers for s in sequences), strict=True)),
+        teachers=tuple(
+            stack_teachers(columns)
+            for columns in zip(*(s.teachers for s in sequences), strict=True)
+        ),
         sources=tuple(s.source for s in sequences),
         oldest_versions=torch.tensor([s.oldest_version for s in sequences]),
     )
 
 
 def stack_teachers(columns: Sequence[TeacherColumns]) -> TeacherColumns:
-    join = lambda name: np.concatenate([getattr(c, name) for c in columns])  # noqa: E731
+    def join(name):
+        return np.concatenate([getattr(c, name) for c in columns])
+
     return TeacherColumns(rows=join("rows"), support_ids=join("support_ids"), weight=join("weight"))
 
 
@@ -138,7 +174,9 @@ def idle_sequence(teachers: Sequence[TeacherColumns]) -> TrainSequence:
     Args:
         teachers: one row each, in the widths and dtypes of the run.
     """
-    return _unlearned(np.zeros(2, np.int32), np.array([1]), np.zeros(1, np.float32), tuple(teachers))
+    return _unlearned(
+        np.zeros(2, np.int32), np.array([1]), np.zeros(1, np.float32), tuple(teachers)
+    )
 
 
 def plain_sequences(rollout: RolloutBatch) -> list[TrainSequence]:
@@ -146,16 +184,27 @@ def plain_sequences(rollout: RolloutBatch) -> list[TrainSequence]:
     found = []
     for start, stop in pairwise(rollout.offsets.tolist()):
         at = np.flatnonzero(rollout.response_mask[start:stop])
-        found.append(_unlearned(rollout.input_ids[start:stop], at, rollout.rollout_logprobs[start:stop][at]))
+        found.append(
+            _unlearned(rollout.input_ids[start:stop], at, rollout.rollout_logprobs[start:stop][at])
+        )
     return found
 
 
-def _unlearned(ids: np.ndarray, at: np.ndarray, logprobs: np.ndarray, teachers: tuple[TeacherColumns, ...] = ()) -> TrainSequence:
+def _unlearned(
+    ids: np.ndarray, at: np.ndarray, logprobs: np.ndarray, teachers: tuple[TeacherColumns, ...] = ()
+) -> TrainSequence:
     zero = np.zeros(len(at), np.float32)
     return TrainSequence(
-        input_ids=ids, response_at=at, rollout_logprobs=logprobs, token_weight=zero, sparse=zero, value_slope=zero, teachers=teachers,
-        source=Source.student, oldest_version=NO_VERSION,
-    )  # fmt: skip
+        input_ids=ids,
+        response_at=at,
+        rollout_logprobs=logprobs,
+        token_weight=zero,
+        sparse=zero,
+        value_slope=zero,
+        teachers=teachers,
+        source=Source.student,
+        oldest_version=NO_VERSION,
+    )
 
 
 def to_wire(tensor: Tensor) -> np.ndarray:

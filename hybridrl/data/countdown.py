@@ -29,7 +29,9 @@ class Responses(StrEnum):
     pair = "pair"  # (a right answer, an expression of the same numbers with another value)
 
 
-Key = tuple[tuple[int, ...], int]  # (sorted numbers, target): equal for two orders of the same problem
+Key = tuple[
+    tuple[int, ...], int
+]  # (sorted numbers, target): equal for two orders of the same problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +72,14 @@ class Countdown:
     max_target: int = 100
 
     def __post_init__(self) -> None:
-        if not all(isinstance(value, int) for value in (self.num_numbers, self.max_number, self.max_target)):
+        if not all(
+            isinstance(value, int) for value in (self.num_numbers, self.max_number, self.max_target)
+        ):
             raise ConfigError(f"data.options={self}: its values must be whole numbers")
         if self.num_numbers < 2 or self.max_number < 1 or self.max_target < 2:
-            raise ConfigError(f"data.options={self}: needs num_numbers >= 2, max_number >= 1, max_target >= 2")
+            raise ConfigError(
+                f"data.options={self}: needs num_numbers >= 2, max_number >= 1, max_target >= 2"
+            )
 
     def draw(self, rng: random.Random) -> Equation:
         """One equation whose target lies in 1..max_target.
@@ -87,8 +93,12 @@ class Countdown:
             operators, grouped = _shape(len(numbers), rng)
             target = _value(numbers, operators, grouped)
             if 1 <= target <= self.max_target:
-                return Equation(numbers=shown, target=target, solution=_text(numbers, operators, grouped))
-        raise ConfigError(f"data.options={self}: hardly any expression has a value in 1..max_target; raise it or lower max_number")
+                return Equation(
+                    numbers=shown, target=target, solution=_text(numbers, operators, grouped)
+                )
+        raise ConfigError(
+            f"data.options={self}: hardly any expression has a value in 1..max_target; raise it or lower max_number"
+        )
 
     def stream(self, rng: random.Random, without: Collection[Key] = ()) -> Iterator[Equation]:
         """Endless draws whose key is not in `without`; repeats happen."""
@@ -109,7 +119,9 @@ class Countdown:
             equation = self.draw(rng)
             misses = misses + 1 if equation.key in found else 0
             if misses > PATIENCE:
-                raise ConfigError(f"data.num_heldout={num}: {self} has only about {len(found)} problems; lower it or widen data.options")
+                raise ConfigError(
+                    f"data.num_heldout={num}: {self} has only about {len(found)} problems; lower it or widen data.options"
+                )
             found.setdefault(equation.key, equation)
         return list(found.values())
 
@@ -128,11 +140,15 @@ class Countdown:
             if new:
                 found[equation.numbers, equation.target] = equation
         if not found:
-            raise ConfigError(f"data.num_heldout={len(without)}: leaves no training problem; lower it or widen data.options")
+            raise ConfigError(
+                f"data.num_heldout={len(without)}: leaves no training problem; lower it or widen data.options"
+            )
         return list(found.values())
 
 
-def load(options: dict[str, object], num_train: int, num_heldout: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+def load(
+    options: dict[str, object], num_train: int, num_heldout: int, seed: int
+) -> tuple[list[Problem], list[Problem]]:
     """Training problems under `seed`, with what responses data.options.responses asks for, and the fixed held-out ones, with none.
 
     Raises:
@@ -142,11 +158,15 @@ def load(options: dict[str, object], num_train: int, num_heldout: int, seed: int
     try:
         responses = Responses(game_options.pop("responses", Responses.none))  # type: ignore[arg-type]
     except ValueError as error:
-        raise ConfigError(f"data.options.responses={options['responses']}: must be {', '.join(Responses)}") from error
+        raise ConfigError(
+            f"data.options.responses={options['responses']}: must be {', '.join(Responses)}"
+        ) from error
     try:
         game = Countdown(**game_options)  # type: ignore[arg-type]
     except TypeError as error:
-        raise ConfigError(f"data.options={options}: countdown takes num_numbers, max_number, max_target and responses") from error
+        raise ConfigError(
+            f"data.options={options}: countdown takes num_numbers, max_number, max_target and responses"
+        ) from error
     heldout = game.heldout(num_heldout)
     train = game.train(num_train, seed, {equation.key for equation in heldout})
     return _problems(train, "train", responses), _problems(heldout, "heldout", Responses.none)
@@ -171,14 +191,20 @@ def _responses(equation: Equation, kind: Responses) -> tuple[str, ...]:
             return ()
         case Responses.solution:
             return (equation.solution,)
-        case Responses.pair:  # seeded by the problem alone, so that it is the same in every run that holds it
-            return equation.solution, equation.mistake(random.Random(f"countdown mistake {equation.prompt}"))
+        case (
+            Responses.pair
+        ):  # seeded by the problem alone, so that it is the same in every run that holds it
+            return equation.solution, equation.mistake(
+                random.Random(f"countdown mistake {equation.prompt}")
+            )
 
 
 def _shape(num_numbers: int, rng: random.Random) -> tuple[list[str], int | None]:
     """Operators between the numbers, and which of them stands in parentheses."""
     operators = [rng.choice("+-*") for _ in range(num_numbers - 1)]
-    grouped = rng.randrange(len(operators)) if len(operators) > 1 and rng.random() < PARENTHESES else None
+    grouped = (
+        rng.randrange(len(operators)) if len(operators) > 1 and rng.random() < PARENTHESES else None
+    )
     return operators, grouped
 
 
@@ -188,7 +214,9 @@ def _text(numbers: list[int], operators: list[str], grouped: int | None) -> str:
     if grouped is not None:
         words[grouped] = f"({words[grouped]}"
         words[grouped + 1] = f"{words[grouped + 1]})"
-    return words[0] + "".join(operator + word for operator, word in zip(operators, words[1:], strict=True))
+    return words[0] + "".join(
+        operator + word for operator, word in zip(operators, words[1:], strict=True)
+    )
 
 
 def _value(numbers: list[int], operators: list[str], grouped: int | None) -> int:

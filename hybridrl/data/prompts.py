@@ -30,14 +30,22 @@ def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Pr
         case "countdown":
             return countdown.load(config.options, config.num_train, config.num_heldout, seed)
         case "reasoning_gym":
-            from hybridrl.data import reasoning_gym  # seconds to import, and most runs need none of it
+            from hybridrl.data import (
+                reasoning_gym,
+            )  # seconds to import, and most runs need none of it
 
             assert config.dataset is not None  # DataConfig checks it
-            return reasoning_gym.load(config.dataset, config.options, config.num_train, config.num_heldout, seed)
+            return reasoning_gym.load(
+                config.dataset, config.options, config.num_train, config.num_heldout, seed
+            )
         case _:
-            assert config.path is not None and config.heldout_path is not None  # DataConfig checks it
+            assert (
+                config.path is not None and config.heldout_path is not None
+            )  # DataConfig checks it
             heldout = records.load(config.heldout_path, "heldout", config.revision)
-            return records.load(config.path, "train", config.revision), heldout[: config.num_heldout]
+            return records.load(config.path, "train", config.revision), heldout[
+                : config.num_heldout
+            ]
 
 
 def tokenize(
@@ -61,7 +69,9 @@ def tokenize(
             need for a chat template that the tokenizer lacks; the message names the row. Or nothing was left.
     """
     if config.system_prompt is not None and not config.chat_template:
-        raise ConfigError("data.system_prompt: is a chat message, so it needs data.chat_template=true; or set it to null")
+        raise ConfigError(
+            "data.system_prompt: is a chat message, so it needs data.chat_template=true; or set it to null"
+        )
     prompts = []
     for problem in problems:
         try:
@@ -70,9 +80,15 @@ def tokenize(
             if not config.drop_too_long:
                 raise
     if len(prompts) < len(problems):
-        log.warning("data.drop_too_long: left out %d of %d rows", len(problems) - len(prompts), len(problems))
+        log.warning(
+            "data.drop_too_long: left out %d of %d rows",
+            len(problems) - len(prompts),
+            len(problems),
+        )
         if not prompts:
-            raise DataError(f"data.drop_too_long: all {len(problems)} rows are too long; raise rollout.max_model_len")
+            raise DataError(
+                f"data.drop_too_long: all {len(problems)} rows are too long; raise rollout.max_model_len"
+            )
     return prompts
 
 
@@ -115,14 +131,20 @@ class PromptSource:
         Args:
             in_flight: handed out and not trained on yet; a resumed run hands them out first.
         """
-        return {"epoch": self.epoch, "position": self.position, "owed": [p.uid for p in (*in_flight, *self.owed)]}
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "owed": [p.uid for p in (*in_flight, *self.owed)],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises:
         DataError: the state is of a source with other prompts.
         """
         if not 0 <= state["position"] <= len(self.prompts):
-            raise DataError(f"the checkpoint stands at prompt {state['position']} of an epoch; the data has only {len(self.prompts)}")
+            raise DataError(
+                f"the checkpoint stands at prompt {state['position']} of an epoch; the data has only {len(self.prompts)}"
+            )
         by_uid = {p.uid: p for p in self.prompts} if state["owed"] else {}
         owed = [uid.rpartition("@") for uid in state["owed"]]
         if unknown := next((uid for uid, _, _ in owed if uid not in by_uid), None):
@@ -132,7 +154,9 @@ class PromptSource:
         self._order = self._permutation()
 
     def _permutation(self) -> list[int]:
-        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.prompts)).tolist()
+        return (
+            np.random.default_rng([self.seed, self.epoch]).permutation(len(self.prompts)).tolist()
+        )
 
 
 def _of_epoch(prompt: Prompt, epoch: int) -> Prompt:
@@ -140,13 +164,21 @@ def _of_epoch(prompt: Prompt, epoch: int) -> Prompt:
 
 
 def _prompt(
-    problem: Problem, tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_prompt_tokens: int, max_tokens: int | None
+    problem: Problem,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    max_prompt_tokens: int,
+    max_tokens: int | None,
 ) -> Prompt:
     messages = conversation(problem, config)
     if not messages[-1]["content"].strip():
         raise DataError(f"{problem.row}: the prompt is empty")
     templated = is_templated(problem, config)
-    text = render(messages, tokenizer, problem.row, answered=False) if templated else messages[-1]["content"]
+    text = (
+        render(messages, tokenizer, problem.row, answered=False)
+        if templated
+        else messages[-1]["content"]
+    )
     # A chat template writes its own special tokens; plain text gets the tokenizer's.
     input_ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
     if len(input_ids) > max_prompt_tokens:
@@ -155,15 +187,26 @@ def _prompt(
             f"{max_prompt_tokens}; shorten it, raise rollout.max_model_len or set data.drop_too_long=true"
         )
     if has_unknown(input_ids, tokenizer):
-        raise DataError(f"{problem.row}: the tokenizer has no token for some character of {text[:80]!r}")
-    responses = tuple(response_ids(r, messages if templated else None, text, input_ids, tokenizer, problem.row) for r in problem.responses)
+        raise DataError(
+            f"{problem.row}: the tokenizer has no token for some character of {text[:80]!r}"
+        )
+    responses = tuple(
+        response_ids(r, messages if templated else None, text, input_ids, tokenizer, problem.row)
+        for r in problem.responses
+    )
     longest = len(input_ids) + max(map(len, responses), default=0)
     if max_tokens is not None and longest > max_tokens:
         raise TooLong(
             f"{problem.row}: prompt and response have {longest} tokens, rollout.max_model_len is {max_tokens}; "
             "raise it, or set data.drop_too_long=true to leave such rows out"
         )
-    return Prompt(uid=problem.uid, input_ids=tuple(input_ids), text=text, columns=problem.columns, responses=responses)
+    return Prompt(
+        uid=problem.uid,
+        input_ids=tuple(input_ids),
+        text=text,
+        columns=problem.columns,
+        responses=responses,
+    )
 
 
 def is_templated(problem: Problem, config: DataConfig) -> bool:
@@ -173,8 +216,19 @@ def is_templated(problem: Problem, config: DataConfig) -> bool:
 
 def conversation(problem: Problem, config: DataConfig) -> list[dict[str, Any]]:
     """The conversation, with data.instruction around its last message and data.system_prompt before it."""
-    given = [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
+    given = (
+        [{"role": "user", "content": problem.prompt}]
+        if isinstance(problem.prompt, str)
+        else problem.prompt
+    )
     content = given[-1]["content"]
-    last = {**given[-1], "content": config.instruction.replace("{prompt}", content) if content.strip() else content}
-    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt is not None else []
+    last = {
+        **given[-1],
+        "content": config.instruction.replace("{prompt}", content) if content.strip() else content,
+    }
+    system = (
+        [{"role": "system", "content": config.system_prompt}]
+        if config.system_prompt is not None
+        else []
+    )
     return [*system, *given[:-1], last]

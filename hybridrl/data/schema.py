@@ -35,7 +35,9 @@ def problem(row: dict[str, Any], name: str, uid: str) -> Problem:
             json.dumps(value, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             use = "be read" if key in KEYS else "be handed to the rewards"
-            raise DataError(f"{name}: `{key}` cannot {use}: {error}; leave it out or store it as text") from error
+            raise DataError(
+                f"{name}: `{key}` cannot {use}: {error}; leave it out or store it as text"
+            ) from error
     prompt, responses = _split(given, name)
     return Problem(uid=uid, prompt=prompt, columns=columns, row=name, responses=responses)
 
@@ -45,9 +47,13 @@ def _split(given: dict[str, Any], name: str) -> tuple[Text, tuple[str, ...]]:
     if "chosen" in given or "rejected" in given:
         if not ("chosen" in given and "rejected" in given):
             raise DataError(f"{name}: `chosen` and `rejected` need each other")
-        (prompt, chosen), (other, rejected) = (_answer(given, key, name) for key in ("chosen", "rejected"))
+        (prompt, chosen), (other, rejected) = (
+            _answer(given, key, name) for key in ("chosen", "rejected")
+        )
         if prompt != other:
-            raise DataError(f"{name}: `chosen` and `rejected` answer different prompts; only their last messages may differ")
+            raise DataError(
+                f"{name}: `chosen` and `rejected` answer different prompts; only their last messages may differ"
+            )
         return prompt, (chosen, rejected)
     for key in ("messages", "completion"):
         if key in given:
@@ -65,7 +71,9 @@ def _answer(given: dict[str, Any], key: str, name: str) -> tuple[Text, str]:
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
     if not messages or messages[-1]["role"] != "assistant":
-        raise DataError(f"{name}: `{key}` must {'hold' if key == 'messages' else 'end with'} an assistant message, the response")
+        raise DataError(
+            f"{name}: `{key}` must {'hold' if key == 'messages' else 'end with'} an assistant message, the response"
+        )
     before = messages[:-1]
     return before or _prompt(given, name), messages[-1]["content"]
 
@@ -78,6 +86,12 @@ def _prompt(given: dict[str, Any], name: str) -> Text:
 def _messages(value: Any, what: str) -> list[dict[str, Any]]:
     """A copy of a conversation without keys that are null, as columnar files fill them in."""
     chat = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
-    if not chat or not all(isinstance(message.get(key), str) for message in value for key in ("role", "content")):
-        raise DataError(f"{what} must be text or a list of messages with `role` and `content`, both text")
-    return [{key: field for key, field in message.items() if field is not None} for message in value]
+    if not chat or not all(
+        isinstance(message.get(key), str) for message in value for key in ("role", "content")
+    ):
+        raise DataError(
+            f"{what} must be text or a list of messages with `role` and `content`, both text"
+        )
+    return [
+        {key: field for key, field in message.items() if field is not None} for message in value
+    ]

@@ -19,7 +19,9 @@ def balance_groups(group_tokens: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(s) for s in shards]
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, *, packed: bool = False
+) -> list[list[int]]:
     """Put sequences into micro-batches of at most `max_tokens` padded tokens (longest x count), or tokens when packed.
 
     Sequences of similar length go together; one longer than the budget gets a micro-batch of its own.
@@ -28,7 +30,10 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool = Fal
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         joined = sum(lengths[i] for i in batches[-1]) + lengths[index] if packed and batches else 0
-        if batches and (joined if packed else (len(batches[-1]) + 1) * lengths[index]) <= max_tokens:
+        if (
+            batches
+            and (joined if packed else (len(batches[-1]) + 1) * lengths[index]) <= max_tokens
+        ):
             batches[-1].append(index)
         else:
             batches.append([index])

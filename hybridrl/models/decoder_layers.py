@@ -34,7 +34,11 @@ def attends_plainly(model: PreTrainedModel, tokens: int) -> bool:
     Args:
         tokens: of the longest row.
     """
-    return model.device.type == "cpu" and model.dtype is torch.bfloat16 and tokens <= PLAIN_ATTENTION_TOKENS
+    return (
+        model.device.type == "cpu"
+        and model.dtype is torch.bfloat16
+        and tokens <= PLAIN_ATTENTION_TOKENS
+    )
 
 
 def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns: bool) -> bool:
@@ -51,8 +55,16 @@ def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns:
     Returns:
         whether they are compiled; layers that are no single graph each, as those that choose among experts, are not.
     """
-    layers, config = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)], model.config.get_text_config()
-    if not (layers and attends_plainly(model, tokens) and config.hidden_size >= COMPILE_FROM and has_compiler()):
+    layers, config = (
+        [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)],
+        model.config.get_text_config(),
+    )
+    if not (
+        layers
+        and attends_plainly(model, tokens)
+        and config.hidden_size >= COMPILE_FROM
+        and has_compiler()
+    ):
         return False
     started, attention = time.monotonic(), config._attn_implementation
     model.set_attn_implementation("eager")
@@ -67,7 +79,11 @@ def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns:
             layer._compiled_call_impl = None
         model.set_attn_implementation(attention)
         told = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.warning("%s: its layers run as they are, for compiling them failed: %s", type(model).__name__, told)
+        logger.warning(
+            "%s: its layers run as they are, for compiling them failed: %s",
+            type(model).__name__,
+            told,
+        )
         return False
     logger.info("%d layers compiled in %.1f s", len(layers), time.monotonic() - started)
     return True
@@ -79,7 +95,9 @@ def trace(model: PreTrainedModel, rows: int, *, packed: bool, gradients: bool) -
     positions = torch.arange(TRACED_TOKENS).repeat(rows, 1)
     with torch.set_grad_enabled(gradients):
         mask = None if packed else torch.ones_like(ids)
-        hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        hidden = model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
     if gradients:
         hidden.sum().backward()
         model.zero_grad(set_to_none=True)

@@ -16,10 +16,17 @@ from hybridrl.errors import CheckpointError
 from hybridrl.models.fragments import MASTER, FragmentReader
 from hybridrl.models.loading import VALUE_HEAD, VALUE_HEAD_FILE
 
-COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, chat template, generation settings
+COMPANIONS = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+)  # config, tokenizer, chat template, generation settings
 
 
-def export(state: Mapping[str, torch.Tensor | NDArray[np.generic]], source: Path, folder: Path) -> None:
+def export(
+    state: Mapping[str, torch.Tensor | NDArray[np.generic]], source: Path, folder: Path
+) -> None:
     """Write `state` with everything else of the model it was trained from; the folder appears whole or not at all.
 
     Args:
@@ -88,7 +95,9 @@ def _check(tensors: dict[str, torch.Tensor], config: AutoConfig) -> None:
         if name in wanted and t.shape != wanted[name]
     ]
     if problems:
-        raise CheckpointError(f"not the weights of {config.architectures}: {'; '.join(sorted(problems)[:5])}")
+        raise CheckpointError(
+            f"not the weights of {config.architectures}: {'; '.join(sorted(problems)[:5])}"
+        )
 
 
 def _swap(new: Path, folder: Path) -> None:

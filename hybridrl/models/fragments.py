@@ -47,13 +47,24 @@ def write_fragments(folder: Path, rank: int, world: int, fragments: Iterable[Fra
     tensors: dict[str, Tensor] = {}
     index = []
     for f in fragments:
-        tensors |= {f"{part}/{f.name}": t.detach().cpu().contiguous() for part, t in f.tensors.items()}
-        index.append({"name": f.name, "shape": f.shape, "offset": f.offset, "length": f.tensors[MASTER].numel()})
+        tensors |= {
+            f"{part}/{f.name}": t.detach().cpu().contiguous() for part, t in f.tensors.items()
+        }
+        index.append(
+            {
+                "name": f.name,
+                "shape": f.shape,
+                "offset": f.offset,
+                "length": f.tensors[MASTER].numel(),
+            }
+        )
     try:
         save_file(tensors, path, {INDEX: json.dumps(index)})
     except (SafetensorError, OSError) as error:
         size = sum(t.nbytes for t in tensors.values())
-        raise CheckpointError(f"{path}: {size} bytes could not be written: {error}; every learner rank must reach run.dir") from error
+        raise CheckpointError(
+            f"{path}: {size} bytes could not be written: {error}; every learner rank must reach run.dir"
+        ) from error
     return path
 
 
@@ -92,13 +103,20 @@ class FragmentReader:
         """
         stop = offset + length
         parts = [
-            self._slice(p.file, f"{part}/{name}", max(offset, p.start) - p.start, min(stop, p.stop) - p.start)
+            self._slice(
+                p.file,
+                f"{part}/{name}",
+                max(offset, p.start) - p.start,
+                min(stop, p.stop) - p.start,
+            )
             for p in self._pieces[name]
             if p.start < stop and offset < p.stop
         ]
         found = torch.cat(parts) if parts else torch.empty(0)
         if found.shape != (length,) or found.dtype != torch.float32:
-            raise CheckpointError(f"{self.folder}: {part}/{name} is {found.dtype} {list(found.shape)}, not float32 [{length}]")
+            raise CheckpointError(
+                f"{self.folder}: {part}/{name} is {found.dtype} {list(found.shape)}, not float32 [{length}]"
+            )
         return found
 
     def whole(self, part: str, name: str) -> Tensor:
@@ -106,11 +124,17 @@ class FragmentReader:
         return self.read(part, name, 0, prod(self.shapes[name])).reshape(self.shapes[name])
 
     def _paths(self) -> list[Path]:
-        found = {path: match for path in sorted(self.folder.iterdir()) if (match := FILE.fullmatch(path.name))}
+        found = {
+            path: match
+            for path in sorted(self.folder.iterdir())
+            if (match := FILE.fullmatch(path.name))
+        }
         worlds = {int(match[2]) for match in found.values()}
         ranks = sorted(int(match[1]) for match in found.values())
         if len(worlds) != 1 or ranks != list(range(*worlds)):
-            raise CheckpointError(f"{self.folder}: holds learner files {[p.name for p in found]}, not one of each rank")
+            raise CheckpointError(
+                f"{self.folder}: holds learner files {[p.name for p in found]}, not one of each rank"
+            )
         return list(found)
 
     def _open(self, path: Path) -> safe_open:
@@ -125,16 +149,24 @@ class FragmentReader:
                 name, start = str(entry["name"]), int(entry["offset"])
                 shape = tuple(int(n) for n in entry["shape"])
                 if self.shapes.setdefault(name, shape) != shape:
-                    raise CheckpointError(f"{self.folder}: the learner files disagree about the shape of {name}")
-                self._pieces.setdefault(name, []).append(_Piece(file=number, start=start, stop=start + int(entry["length"])))
+                    raise CheckpointError(
+                        f"{self.folder}: the learner files disagree about the shape of {name}"
+                    )
+                self._pieces.setdefault(name, []).append(
+                    _Piece(file=number, start=start, stop=start + int(entry["length"]))
+                )
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.folder}: a learner file without a readable index of its pieces") from error
+            raise CheckpointError(
+                f"{self.folder}: a learner file without a readable index of its pieces"
+            ) from error
 
     def _check_tiling(self, name: str, size: int) -> None:
         pieces = sorted(self._pieces[name], key=lambda p: p.start)
         edges = [0, *(p.stop for p in pieces)]
         if edges[-1] != size or [p.start for p in pieces] != edges[:-1]:
-            raise CheckpointError(f"{self.folder}: the pieces of {name} do not cover its {size} elements exactly once")
+            raise CheckpointError(
+                f"{self.folder}: the pieces of {name} do not cover its {size} elements exactly once"
+            )
         self._pieces[name] = pieces
 
     def _slice(self, file: int, key: str, start: int, stop: int) -> Tensor:

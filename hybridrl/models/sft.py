@@ -29,16 +29,23 @@ def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
     torch.manual_seed(args.seed)
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay
+    )
     game = Countdown()
-    equations = game.stream(random.Random(f"countdown sft {args.seed}"), {e.key for e in game.heldout(NUM_HELDOUT)})
+    equations = game.stream(
+        random.Random(f"countdown sft {args.seed}"), {e.key for e in game.heldout(NUM_HELDOUT)}
+    )
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = _lr(step, args)
         input_ids, labels = _batch(list(islice(equations, args.batch)), tokenizer)
         logits = model(input_ids=input_ids).logits[:, :-1]  # [B, T-1, V] float32
         loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, label_smoothing=args.label_smoothing
+            logits.flatten(0, 1),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORED,
+            label_smoothing=args.label_smoothing,
         )
         optimizer.zero_grad()
         loss.backward()
@@ -50,46 +57,71 @@ def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 
 def greedy_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int = 16
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 16,
 ) -> list[str]:
     """The most likely answers, without special tokens; one that did not end within max_new_tokens is cut there."""
     batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
     with torch.no_grad():
         output = model.eval().generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=max_new_tokens, do_sample=False
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
         )
-    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(
+        output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
 
 
 def _lr(step: int, args: argparse.Namespace) -> float:
     warm = min(1.0, (step + 1) / max(1, args.warmup))
-    return warm * (args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+    return warm * (
+        args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+    )
 
 
-def _batch(equations: Sequence[Equation], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+def _batch(
+    equations: Sequence[Equation], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tensor, Tensor]:
     """input_ids, labels: [B, T] int64, padded on the right; labels are IGNORED on prompts and padding."""
     rows, labels = [], []
     for equation in equations:
         prompt = tokenizer(equation.prompt)["input_ids"]
-        answer = [*tokenizer(equation.solution, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        answer = [
+            *tokenizer(equation.solution, add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
         rows.append(torch.tensor(prompt + answer))
         labels.append(torch.tensor([IGNORED] * len(prompt) + answer))
     pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id), pad(labels, batch_first=True, padding_value=IGNORED)
+    return pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id), pad(
+        labels, batch_first=True, padding_value=IGNORED
+    )
 
 
 def parser() -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(prog="python -m hybridrl.models.sft", description="Supervised training of the tiny model.")
-    arguments.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
+    arguments = argparse.ArgumentParser(
+        prog="python -m hybridrl.models.sft", description="Supervised training of the tiny model."
+    )
+    arguments.add_argument(
+        "--out", type=Path, required=True, help="the Hugging Face folder to write"
+    )
     arguments.add_argument("--steps", type=int, required=True)
     arguments.add_argument("--batch", type=int, default=128, help="problems a step")
     arguments.add_argument("--lr", type=float, default=1e-3)
-    arguments.add_argument("--lr-end", type=float, default=0.0, help="where the cosine ends; equal to --lr: constant")
+    arguments.add_argument(
+        "--lr-end", type=float, default=0.0, help="where the cosine ends; equal to --lr: constant"
+    )
     arguments.add_argument("--warmup", type=int, default=100, help="steps")
     arguments.add_argument("--weight-decay", type=float, default=0.1)
     arguments.add_argument("--label-smoothing", type=float, default=0.01)
     arguments.add_argument("--seed", type=int, default=0, help="of weights and problems")
-    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the saved weights")
+    arguments.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the saved weights"
+    )
     return arguments
 
 

@@ -43,9 +43,13 @@ class Credit:
     token_weight: Tensor  # [R] 1/normaliser, times the sequence's ratio; 0 takes the token out
     sparse: Tensor  # [R] cost minus baseline, multiplies grad log p(y)
     value_slope: Tensor  # [R] d loss / d value, token_weight included; 0 without a value head
-    watched: Mapping[str, Tensor]  # metric -> the numbers, of any shape, of which a step's row has the mean or maximum
+    watched: Mapping[
+        str, Tensor
+    ]  # metric -> the numbers, of any shape, of which a step's row has the mean or maximum
     nll: float = 0.0  # weight of -log p(y) itself
-    has_returns: bool = True  # False: text of the data, whose sparse term is 0 and not to be standardised
+    has_returns: bool = (
+        True  # False: text of the data, whose sparse term is 0 and not to be standardised
+    )
 
     @property
     def cost(self) -> Tensor:
@@ -53,14 +57,18 @@ class Credit:
         return self.sparse - self.nll
 
     def standardised(self, mean: Tensor, std: Tensor) -> "Credit":
-        return replace(self, sparse=(self.sparse - mean) / (std + 1e-8)) if self.has_returns else self
+        return (
+            replace(self, sparse=(self.sparse - mean) / (std + 1e-8)) if self.has_returns else self
+        )
 
 
 class Objective(Protocol):
     """Turns a scored batch into credit. It never sees logits."""
 
     signals: frozenset[Signal]
-    standardises: bool  # the sparse term is to be standardised over all live tokens of the global batch
+    standardises: (
+        bool  # the sparse term is to be standardised over all live tokens of the global batch
+    )
 
     def credit(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Credit:
         """learner: None unless the signals ask for it."""
@@ -71,7 +79,9 @@ def moments(credits: Sequence[Credit]) -> Tensor:
     """[3] float64 over live tokens that have returns: count, sum and sum of squares of the sparse term; they add up over ranks."""
     parts = [c.sparse[c.token_weight > 0] for c in credits if c.has_returns]
     live = torch.cat([torch.zeros(0), *parts]).double()  # a rank may have no group
-    return torch.stack([torch.tensor(float(len(live)), dtype=torch.float64), live.sum(), live.square().sum()])
+    return torch.stack(
+        [torch.tensor(float(len(live)), dtype=torch.float64), live.sum(), live.square().sum()]
+    )
 
 
 def no_credit(batch: ScoredBatch) -> Credit:

@@ -36,7 +36,9 @@ class HybridObjective:
 
     def __init__(self, config: AlgorithmConfig, max_new_tokens: int) -> None:
         self.config, self.max_new_tokens = config, max_new_tokens
-        self.measure = Measure(divergence=config.divergence, beta=config.jsd_beta, log_ratio_clip=config.log_ratio_clip)
+        self.measure = Measure(
+            divergence=config.divergence, beta=config.jsd_beta, log_ratio_clip=config.log_ratio_clip
+        )
         self.estimates = config.support is Support.sampled or (
             config.support is Support.topk and config.topk.correction is Correction.unbiased
         )  # part of the dense term comes from the drawn token
@@ -53,9 +55,13 @@ class HybridObjective:
                 signals.add(Signal.teacher_support)
                 if config.topk.source is SupportSource.sampler:
                     signals.add(Signal.sampler_support)
-            if config.gamma > 0 or self.estimates or config.log_ratio_clip is not None:  # a clip's share is logged
+            if (
+                config.gamma > 0 or self.estimates or config.log_ratio_clip is not None
+            ):  # a clip's share is logged
                 signals.add(Signal.teacher_logprobs)
-                if config.teacher_fraction:  # the sampler's log-probs of what a teacher wrote are that teacher's
+                if (
+                    config.teacher_fraction
+                ):  # the sampler's log-probs of what a teacher wrote are that teacher's
                     signals.add(Signal.learner_logprobs)
         if config.learns_from_rewards:
             signals.add(Signal.rewards)
@@ -72,13 +78,17 @@ class HybridObjective:
         own, cost = self._imitation(batch, plan, learner)
         returns = self._returns(batch, plan, own, cost, mask)
         values = torch.zeros_like(returns)
-        match Baseline.none if rollout.source is Source.data else self.config.baseline:  # data is no policy's, and has no return
+        match (
+            Baseline.none if rollout.source is Source.data else self.config.baseline
+        ):  # data is no policy's, and has no return
             case Baseline.none:
                 advantage = returns
             case Baseline.value:
                 assert learner is not None, "baseline=value asks for learner_values"
                 values[mask] = learner.values.to(values.dtype)
-                advantage = generalised_advantage(returns, values, mask, self.config.value.gae_lambda)
+                advantage = generalised_advantage(
+                    returns, values, mask, self.config.value.gae_lambda
+                )
             case _:
                 loo = self.config.baseline is Baseline.leave_one_out
                 advantage = returns - sibling_mean(returns, rollout.group_size, leave_one_out=loo)
@@ -94,13 +104,19 @@ class HybridObjective:
             has_returns=rollout.source is not Source.data,
             value_slope=self.config.value.loss_weight * weight * error,
             watched={
-                **({"kl/sampled": cost[live & cost.isfinite()]} if rollout.source is Source.student else {}),
+                **(
+                    {"kl/sampled": cost[live & cost.isfinite()]}
+                    if rollout.source is Source.student
+                    else {}
+                ),
                 **({"value/loss": error[live].square() / 2} if has_values else {}),
                 **({"kl/clipped_frac": self._clipped(batch, plan, learner)[live]} if clips else {}),
             },
         )
 
-    def token_weight(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Tensor:
+    def token_weight(
+        self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None
+    ) -> Tensor:
         """[R] 1 / normaliser; 0 for dropped groups; times the sequence's importance ratio where that is asked for."""
         rollout, sequences = batch.rollout, max(plan.num_sequences, 1)
         lengths = torch.from_numpy(rollout.response_lengths.copy()).double()
@@ -108,25 +124,38 @@ class HybridObjective:
             case Normalizer.token_mean:
                 weight = torch.full_like(lengths, 1.0 / max(plan.num_tokens, 1))
             case Normalizer.sequence_mean:
-                weight = 1.0 / (max(plan.num_groups, 1) * rollout.group_size * lengths)  # every prompt weighs the same
+                weight = 1.0 / (
+                    max(plan.num_groups, 1) * rollout.group_size * lengths
+                )  # every prompt weighs the same
             case Normalizer.constant:
                 weight = torch.full_like(lengths, 1.0 / (sequences * self.max_new_tokens))
         weight = torch.where(torch.from_numpy(batch.rewards.keep.copy()), weight, 0.0)
-        if self.config.ratio.kind is not Ratio.none and self.config.ratio.level is RatioLevel.sequence:
+        if (
+            self.config.ratio.kind is not Ratio.none
+            and self.config.ratio.level is RatioLevel.sequence
+        ):
             assert learner is not None, "ratio.level=sequence asks for learner_logprobs"
             weight = weight * self._sequence_ratio(rollout, learner)
-        return per_token(weight, rollout).to(torch.from_numpy(rollout.rollout_logprobs[:0].copy()).dtype)
+        return per_token(weight, rollout).to(
+            torch.from_numpy(rollout.rollout_logprobs[:0].copy()).dtype
+        )
 
     def _sequence_ratio(self, rollout: RolloutBatch, learner: LearnerView) -> Tensor:
         """[N] prod_t p(y_t) / mu(y_t), bounded as algorithm.ratio says."""
         mask = response_grid(rollout)
         log_ratio = torch.zeros(mask.shape, dtype=torch.float64)
-        log_ratio[mask] = learner.logprobs.double() - response_rows(rollout, rollout.rollout_logprobs).double()
-        bounds = RatioBounds(kind=self.config.ratio.kind, low=self.config.ratio.low, high=self.config.ratio.high)
+        log_ratio[mask] = (
+            learner.logprobs.double() - response_rows(rollout, rollout.rollout_logprobs).double()
+        )
+        bounds = RatioBounds(
+            kind=self.config.ratio.kind, low=self.config.ratio.low, high=self.config.ratio.high
+        )
         total = log_ratio.sum(1)
         return bounds.factor(total, torch.ones_like(total))[0]
 
-    def _imitation(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> tuple[Tensor, Tensor]:
+    def _imitation(
+        self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None
+    ) -> tuple[Tensor, Tensor]:
         """The drawn token's share of the dense term, and its imitation cost sum_i w_i (log p - log q_i); both [R].
 
         log p is the learner's where it has looked, else the sampler's. Data was not drawn from the student, so neither
@@ -144,8 +173,12 @@ class HybridObjective:
             cost += torch.where(heard, weight * log_ratio.score(logp, logq), 0.0)
             if self.estimates:
                 drawn = torch.from_numpy(rollout.input_ids[rollout.response_mask].astype(np.int64))
-                inside = (torch.from_numpy(scores.support_ids.astype(np.int64)) == drawn[:, None]).any(1)
-                own += torch.where(heard, weight * tail_score(logp, logq, inside, self.measure), 0.0)
+                inside = (
+                    torch.from_numpy(scores.support_ids.astype(np.int64)) == drawn[:, None]
+                ).any(1)
+                own += torch.where(
+                    heard, weight * tail_score(logp, logq, inside, self.measure), 0.0
+                )
         return own, cost
 
     def _clipped(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Tensor:
@@ -154,10 +187,15 @@ class HybridObjective:
         beyond = torch.zeros_like(logp, dtype=torch.bool)
         for k, scores in enumerate(batch.scores):
             heard = per_token(teacher_weight(batch, plan, k), batch.rollout) != 0
-            beyond |= heard & ((logp - response_rows(batch.rollout, scores.logprobs)).abs() > self.config.log_ratio_clip)
+            beyond |= heard & (
+                (logp - response_rows(batch.rollout, scores.logprobs)).abs()
+                > self.config.log_ratio_clip
+            )
         return beyond
 
-    def _returns(self, batch: ScoredBatch, plan: UpdatePlan, own: Tensor, cost: Tensor, mask: Tensor) -> Tensor:
+    def _returns(
+        self, batch: ScoredBatch, plan: UpdatePlan, own: Tensor, cost: Tensor, mask: Tensor
+    ) -> Tensor:
         """[N, T] own + future costs - lambda R, padded with -lambda R where a sequence has ended."""
         reward = torch.from_numpy(batch.rewards.values.astype(np.float64))
         if self.config.overlong_buffer:
@@ -165,7 +203,9 @@ class HybridObjective:
         if self.config.scale is Scale.group_std:
             reward = standard_scores(reward, batch.rollout.group_size)
         known = batch.rollout.source is not Source.data and self.config.learns_from_rewards
-        terminal = (-plan.reward_weight * reward if known else torch.zeros_like(reward)).to(own.dtype)[:, None]
+        terminal = (-plan.reward_weight * reward if known else torch.zeros_like(reward)).to(
+            own.dtype
+        )[:, None]
         grid_own, grid_cost = (torch.zeros(mask.shape, dtype=own.dtype) for _ in range(2))
         grid_own[mask] = own
         if self.config.gamma > 0:
@@ -186,7 +226,10 @@ class HybridObjective:
 def teacher_weight(batch: ScoredBatch, plan: UpdatePlan, teacher: int) -> Tensor:
     """[N] w_i of each sequence: 0 where the prompt is not routed to this teacher."""
     route = plan.teacher_routes[teacher]
-    asked = [all(columns.get(key) == value for key, value in route.items()) for columns in batch.rollout.columns]
+    asked = [
+        all(columns.get(key) == value for key, value in route.items())
+        for columns in batch.rollout.columns
+    ]
     weight = plan.teacher_weights[teacher] * torch.tensor(asked, dtype=torch.float64)
     return weight.repeat_interleave(batch.rollout.group_size)
 

@@ -24,7 +24,10 @@ class PairObjective:
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config = config
         self.scores_by_value = config.pair.loss is PairLoss.bradley_terry
-        signals = {Signal.learner_values if self.scores_by_value else Signal.learner_logprobs, Signal.rewards}
+        signals = {
+            Signal.learner_values if self.scores_by_value else Signal.learner_logprobs,
+            Signal.rewards,
+        }
         if config.pair.loss in REFERENCED:
             signals.add(Signal.teacher_logprobs)
         self.signals = frozenset(signals)
@@ -41,7 +44,9 @@ class PairObjective:
         watched = self._watched(gradient, learner, rollout, chosen, rejected)
         return self._per_token(rollout, slope, weight, watched)
 
-    def _per_token(self, rollout: RolloutBatch, slope: Tensor, weight: Tensor, watched: dict[str, Tensor]) -> Credit:
+    def _per_token(
+        self, rollout: RolloutBatch, slope: Tensor, weight: Tensor, watched: dict[str, Tensor]
+    ) -> Credit:
         weights, slopes = per_token(weight, rollout), per_token(slope, rollout)
         still = torch.zeros_like(slopes)
         if not self.scores_by_value:
@@ -51,7 +56,12 @@ class PairObjective:
         return Credit(token_weight=weights, sparse=still, value_slope=value_slope, watched=watched)
 
     def _watched(
-        self, gradient: PairGradient, learner: LearnerView, rollout: RolloutBatch, chosen: Tensor, rejected: Tensor
+        self,
+        gradient: PairGradient,
+        learner: LearnerView,
+        rollout: RolloutBatch,
+        chosen: Tensor,
+        rejected: Tensor,
     ) -> dict[str, Tensor]:
         found = {
             "pair/accuracy": gradient.margin > 0,
@@ -62,13 +72,20 @@ class PairObjective:
             "pair/clamped_frac": gradient.clamped,
         }
         if not self.scores_by_value:
-            mean_logp = sums(learner.logprobs, rollout) / torch.from_numpy(rollout.response_lengths.copy())
-            found |= {"pair/chosen_logprob": mean_logp[chosen], "pair/rejected_logprob": mean_logp[rejected]}
+            mean_logp = sums(learner.logprobs, rollout) / torch.from_numpy(
+                rollout.response_lengths.copy()
+            )
+            found |= {
+                "pair/chosen_logprob": mean_logp[chosen],
+                "pair/rejected_logprob": mean_logp[rejected],
+            }
         if Signal.teacher_logprobs in self.signals:  # the scores are log-ratios
             found["pair/rejected_ratio"] = gradient.rejected_score.exp()
         return found
 
-    def pair_gradient(self, batch: ScoredBatch, learner: LearnerView, chosen: Tensor, rejected: Tensor) -> PairGradient:
+    def pair_gradient(
+        self, batch: ScoredBatch, learner: LearnerView, chosen: Tensor, rejected: Tensor
+    ) -> PairGradient:
         """The loss of each pair; chosen, rejected: [P] indices of sequences."""
         rollout, pair = batch.rollout, self.config.pair
         if self.scores_by_value:
@@ -77,17 +94,28 @@ class PairObjective:
         else:
             policy = sums(learner.logprobs, rollout)
         by_reference = Signal.teacher_logprobs in self.signals
-        reference = sums(response_rows(rollout, batch.scores[0].logprobs), rollout) if by_reference else torch.zeros_like(policy)
+        reference = (
+            sums(response_rows(rollout, batch.scores[0].logprobs), rollout)
+            if by_reference
+            else torch.zeros_like(policy)
+        )
         lengths = torch.from_numpy(rollout.response_lengths.copy()).to(policy.dtype)
         scores = PairScores(
-            chosen_logp=policy[chosen], rejected_logp=policy[rejected],
-            chosen_ref=reference[chosen].to(policy.dtype), rejected_ref=reference[rejected].to(policy.dtype),
-            chosen_len=lengths[chosen], rejected_len=lengths[rejected],
-        )  # fmt: skip
+            chosen_logp=policy[chosen],
+            rejected_logp=policy[rejected],
+            chosen_ref=reference[chosen].to(policy.dtype),
+            rejected_ref=reference[rejected].to(policy.dtype),
+            chosen_len=lengths[chosen],
+            rejected_len=lengths[rejected],
+        )
         options = PairOptions(
-            beta=pair.beta, target=pair.target, nll_weight=pair.nll_weight, average=pair.average,
-            log_ratio_clamp=pair.clamp, reference=pair.reference,
-        )  # fmt: skip
+            beta=pair.beta,
+            target=pair.target,
+            nll_weight=pair.nll_weight,
+            average=pair.average,
+            log_ratio_clamp=pair.clamp,
+            reference=pair.reference,
+        )
         return PAIR_LOSSES[pair.loss](scores, options)
 
 
@@ -105,7 +133,9 @@ def ranked(batch: ScoredBatch) -> tuple[Tensor, Tensor]:
 def sums(column: Tensor, batch: RolloutBatch) -> Tensor:
     """[R] -> [N] float64 sums over each response."""
     owner = per_token(torch.arange(batch.num_sequences), batch)
-    return torch.zeros(batch.num_sequences, dtype=torch.float64).index_add_(0, owner, column.double())
+    return torch.zeros(batch.num_sequences, dtype=torch.float64).index_add_(
+        0, owner, column.double()
+    )
 
 
 def last_tokens(batch: RolloutBatch) -> Tensor:

@@ -35,12 +35,18 @@ class Schedule:
     def observe(self, row: Mapping[str, float]) -> None:
         """Move a feedback weight by the metrics of the step that used it; a missing or NaN metric moves nothing."""
         config = self.config
-        if config.kind is not ScheduleKind.feedback or config.metric is None or config.target is None:
+        if (
+            config.kind is not ScheduleKind.feedback
+            or config.metric is None
+            or config.target is None
+        ):
             return
         error = row.get(config.metric, math.nan) / config.target - 1
         if math.isfinite(error):
             moved = self.held * (1 + config.gain * max(-1.0, min(error, 1.0)))
-            self.held = min(max(moved, config.low), math.inf if config.high is None else config.high)
+            self.held = min(
+                max(moved, config.low), math.inf if config.high is None else config.high
+            )
 
     def state_dict(self) -> float:
         return self.held

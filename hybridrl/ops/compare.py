@@ -4,8 +4,15 @@ import torch
 from torch import Tensor
 
 COMPARED = (
-    "forward_kl", "top1_agree", "overlap", "overlap_mass_student", "overlap_mass_teacher", "overlap_advantage", "entropy", "entropy_gap",
-)  # fmt: skip
+    "forward_kl",
+    "top1_agree",
+    "overlap",
+    "overlap_mass_student",
+    "overlap_mass_teacher",
+    "overlap_advantage",
+    "entropy",
+    "entropy_gap",
+)
 """Columns of `compare`, each a mean over tokens once divided by their number."""
 
 
@@ -26,11 +33,18 @@ def compare(logp: Tensor, logq: Tensor, k: int = 16) -> Tensor:
     """
     k = min(k, logp.shape[-1])
     p, q = logp.exp(), logq.exp()
-    among = [torch.zeros_like(x, dtype=torch.bool).scatter_(-1, x.topk(k, dim=-1).indices, True) for x in (logp, logq)]
+    among = [
+        torch.zeros_like(x, dtype=torch.bool).scatter_(-1, x.topk(k, dim=-1).indices, True)
+        for x in (logp, logq)
+    ]
     both = among[0] & among[1]
     mass_p, mass_q = (torch.where(both, x, 0.0).sum(-1) for x in (p, q))
-    entropy_p, entropy_q = (-torch.where(x > 0, x * logx, 0.0).sum(-1) for x, logx in ((p, logp), (q, logq)))
-    inside = torch.where(both, p * (logq - logp), 0.0).sum(-1) / mass_p + mass_p.log() - mass_q.log()
+    entropy_p, entropy_q = (
+        -torch.where(x > 0, x * logx, 0.0).sum(-1) for x, logx in ((p, logp), (q, logq))
+    )
+    inside = (
+        torch.where(both, p * (logq - logp), 0.0).sum(-1) / mass_p + mass_p.log() - mass_q.log()
+    )
     return torch.stack(
         [
             torch.where(q > 0, q * (logq - logp), 0.0).sum(-1),

@@ -34,14 +34,20 @@ class Measure:
 
     divergence: Divergence = Divergence.reverse_kl
     beta: float = 0.5  # of the JSD, in (0, 1)
-    log_ratio_clip: float | None = None  # bound of |log p - log q| in the reverse KL; None: no bound
+    log_ratio_clip: float | None = (
+        None  # bound of |log p - log q| in the reverse KL; None: no bound
+    )
 
     def score(self, logp: Tensor, logq: Tensor) -> Tensor:
         """a = d phi / d p, 0 where p = q; elementwise on log-probabilities."""
         match self.divergence:
             case Divergence.reverse_kl:
                 cost = logp - logq
-                return cost if self.log_ratio_clip is None else cost.clamp(-self.log_ratio_clip, self.log_ratio_clip)
+                return (
+                    cost
+                    if self.log_ratio_clip is None
+                    else cost.clamp(-self.log_ratio_clip, self.log_ratio_clip)
+                )
             case Divergence.forward_kl:
                 return 1 - exp(logq - logp)
             case Divergence.jsd:
@@ -68,7 +74,9 @@ class Measure:
     @property
     def offset(self) -> float:
         """What `score` lacks of d phi / d p; it matters only when the sum does not run over a whole distribution."""
-        return {Divergence.reverse_kl: 1.0, Divergence.forward_kl: -1.0, Divergence.jsd: 0.0}[self.divergence]
+        return {Divergence.reverse_kl: 1.0, Divergence.forward_kl: -1.0, Divergence.jsd: 0.0}[
+            self.divergence
+        ]
 
     def _log_mixture(self, logp: Tensor, logq: Tensor) -> Tensor:
         return torch.logaddexp(logq + math.log(self.beta), logp + math.log1p(-self.beta))
@@ -84,12 +92,18 @@ def dense(logp: Tensor, logq: Tensor, measure: Measure) -> tuple[Tensor, Tensor]
         value [c] and gradient [c, V], which sums to 0 over the vocabulary and is 0 where p = q.
     """
     weighted = measure.weighted_score(logp, logq)
-    value = weighted.sum(-1) if measure.divergence is Divergence.reverse_kl else measure.terms(logp, logq).sum(-1)
+    value = (
+        weighted.sum(-1)
+        if measure.divergence is Divergence.reverse_kl
+        else measure.terms(logp, logq).sum(-1)
+    )
     gradient = weighted - exp(logp) * weighted.sum(-1, keepdim=True)
     return value, gradient
 
 
-def dense_on_support(logp: Tensor, ids: Tensor, logq: Tensor, measure: Measure, correction: Correction) -> tuple[Tensor, Tensor]:
+def dense_on_support(
+    logp: Tensor, ids: Tensor, logq: Tensor, measure: Measure, correction: Correction
+) -> tuple[Tensor, Tensor]:
     """The divergence as far as K tokens know it, and the gradient of that at all logits.
 
     - unbiased: the K tokens' part of the full gradient, sum_S p_v a_v (e_v - p). The rest is the score term of a drawn
@@ -119,7 +133,9 @@ def dense_on_support(logp: Tensor, ids: Tensor, logq: Tensor, measure: Measure, 
         rest = measure.weighted_score(rest_p, rest_q)  # [c]
         value = value + measure.terms(rest_p, rest_q)
         mean = weighted.sum(-1) + rest
-        outside = p * (rest * exp(-rest_p) - mean)[:, None]  # p_v (a_rest - mean) at every v, then S put right
+        outside = (
+            p * (rest * exp(-rest_p) - mean)[:, None]
+        )  # p_v (a_rest - mean) at every v, then S put right
         gradient = outside.scatter(-1, ids, weighted - exp(chosen) * mean[:, None])
         return value, gradient
     if correction is Correction.truncate:

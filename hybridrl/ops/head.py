@@ -47,7 +47,11 @@ class HeadStats:
 
 
 def hybrid_head_loss(
-    hidden: Tensor, lm_head: Tensor, teachers: tuple[Teacher, ...], terms: TokenTerms, rule: HeadRule
+    hidden: Tensor,
+    lm_head: Tensor,
+    teachers: tuple[Teacher, ...],
+    terms: TokenTerms,
+    rule: HeadRule,
 ) -> tuple[Tensor, HeadStats]:
     """Loss whose gradient is the hybrid gradient, and statistics.
 
@@ -63,9 +67,18 @@ def hybrid_head_loss(
     Returns:
         loss [] and HeadStats.
     """
-    assert hidden.ndim == 2 and lm_head.ndim == 2 and hidden.shape[1] == lm_head.shape[1], (hidden.shape, lm_head.shape)
+    assert hidden.ndim == 2 and lm_head.ndim == 2 and hidden.shape[1] == lm_head.shape[1], (
+        hidden.shape,
+        lm_head.shape,
+    )
     rows = hidden.shape[0]
-    assert terms.token_ids.shape == terms.token_weight.shape == terms.sparse.shape == terms.sampler_logprobs.shape == (rows,), rows
+    assert (
+        terms.token_ids.shape
+        == terms.token_weight.shape
+        == terms.sparse.shape
+        == terms.sampler_logprobs.shape
+        == (rows,)
+    ), rows
     assert all(teacher.weight.shape == (rows,) for teacher in teachers), "one weight a token"
     loss, *stats = _HybridHead.apply(hidden, lm_head, teachers, terms, rule)
     names = ("logprobs", "kl", "entropy", "bounded", "dense_sq", "sparse_sq", "dense_sparse")
@@ -76,11 +89,18 @@ class _HybridHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lm_head, teachers, terms, rule):
         rows, wide, tiles = hidden.shape[0], softmax_dtype(hidden), Tiles(exact=rule.exact_logits)
-        logprobs, kl, entropy = (torch.zeros(rows, dtype=wide, device=hidden.device) for _ in range(3))
+        logprobs, kl, entropy = (
+            torch.zeros(rows, dtype=wide, device=hidden.device) for _ in range(3)
+        )
         bounded = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
-        sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)  # loss, dense_sq, sparse_sq, dense_sparse
+        sums = torch.zeros(
+            4, dtype=torch.float64, device=hidden.device
+        )  # loss, dense_sq, sparse_sq, dense_sparse
         d_hidden, head = torch.zeros_like(hidden), lm_head.to(hidden.dtype)
-        row_rule, forms = RowRule(temperature=rule.temperature, measure=rule.measure, ratio=rule.ratio), tuple(t.form for t in teachers)
+        row_rule, forms = (
+            RowRule(temperature=rule.temperature, measure=rule.measure, ratio=rule.ratio),
+            tuple(t.form for t in teachers),
+        )
         d_head = head_gradient(lm_head, hidden.dtype, chunks=-(-rows // rule.chunk))
         if not rows:
             d_head.zero_()
@@ -91,7 +111,9 @@ class _HybridHead(torch.autograd.Function):
             logits = tiles.logits(hidden[piece], head, place=d_logits)
             evidence = tuple(teacher.evidence(piece, len(head), tiles) for teacher in teachers)
             weights = tuple(teacher.weight[piece] for teacher in teachers)
-            found = row_work(row_rule, forms, logits, hidden.dtype)(logits, evidence, weights, terms.rows(piece))
+            found = row_work(row_rule, forms, logits, hidden.dtype)(
+                logits, evidence, weights, terms.rows(piece)
+            )
             gradient, logprobs[piece], kl[piece], entropy[piece], bounded[piece], *columns = found
             sums.add_(torch.stack(columns).sum(1, dtype=torch.float64))
             if gradient.data_ptr() != d_logits.data_ptr():
@@ -115,8 +137,12 @@ class _HybridHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         d_hidden, d_head = ctx.saved_tensors
-        if not (grad_loss.is_cpu and grad_loss == 1):  # asking a GPU would take longer than the product
-            d_hidden.mul_(grad_loss)  # in place, for a second d_head would be the largest tensor of all;
+        if not (
+            grad_loss.is_cpu and grad_loss == 1
+        ):  # asking a GPU would take longer than the product
+            d_hidden.mul_(
+                grad_loss
+            )  # in place, for a second d_head would be the largest tensor of all;
             d_head.mul_(grad_loss)  # torch refuses a later backward through the same graph
         return d_hidden, d_head, None, None, None
 
@@ -130,7 +156,10 @@ def chosen_logprobs(hidden: Tensor, lm_head: Tensor, token_ids: Tensor, rule: He
     Returns:
         [R, K] float32
     """
-    assert hidden.ndim == 2 and token_ids.ndim == 2 and token_ids.shape[0] == hidden.shape[0], (hidden.shape, token_ids.shape)
+    assert hidden.ndim == 2 and token_ids.ndim == 2 and token_ids.shape[0] == hidden.shape[0], (
+        hidden.shape,
+        token_ids.shape,
+    )
     out = torch.zeros(token_ids.shape, dtype=softmax_dtype(hidden), device=hidden.device)
     for at, logits in _logits(hidden, lm_head, rule):
         out[at] = chosen_work(rule.temperature, logits)(logits, token_ids[at])
@@ -156,20 +185,36 @@ def top_logprobs(hidden: Tensor, lm_head: Tensor, k: int, rule: HeadRule) -> tup
     return ids, out
 
 
-def compared_sums(hidden: Tensor, lm_head: Tensor, teachers: tuple[Teacher, ...], terms: TokenTerms, rule: HeadRule) -> Tensor:
+def compared_sums(
+    hidden: Tensor,
+    lm_head: Tensor,
+    teachers: tuple[Teacher, ...],
+    terms: TokenTerms,
+    rule: HeadRule,
+) -> Tensor:
     """[1 + len(COMPARED)] float64: number of (live token, teacher) pairs, and the sums of ops.compare over them, no gradient.
 
     Teachers whose distribution is known on a support only are left out.
     """
-    sums, tiles = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=hidden.device), Tiles(exact=rule.exact_logits)
+    sums, tiles = (
+        torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=hidden.device),
+        Tiles(exact=rule.exact_logits),
+    )
     whole = [teacher for teacher in teachers if not isinstance(teacher, SupportTeacher)]
     for at, logits in _logits(hidden, lm_head, rule) if whole else ():
         logp = log_softmax(logits, rule.temperature)
         for teacher in whole:
             tiles.restart()  # the student's logits are not needed any more
-            logq = distribution(teacher.form, teacher.evidence(at, len(lm_head), tiles), logp.dtype, rule.temperature)
+            logq = distribution(
+                teacher.form,
+                teacher.evidence(at, len(lm_head), tiles),
+                logp.dtype,
+                rule.temperature,
+            )
             live = (terms.token_weight[at] > 0) & (teacher.weight[at] != 0)
-            sums += torch.cat([live.sum()[None].double(), compare(logp, logq)[live].double().sum(0)])
+            sums += torch.cat(
+                [live.sum()[None].double(), compare(logp, logq)[live].double().sum(0)]
+            )
     return sums
 
 

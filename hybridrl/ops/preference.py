@@ -38,7 +38,9 @@ class PairOptions:
     target: float  # ipo: tau, the margin aimed at is 1/(2 tau); slic: d, the margin that costs nothing; simpo: gamma
     nll_weight: float  # l: adds -l log pi(chosen) to any loss but bradley_terry. slic has one; simpo with target 0, summed, and one is CPO
     average: bool  # log-probs per token: part of simpo and, in the official code, of DIL. False: sums, as in dpo and slic
-    log_ratio_clamp: float | None  # of dil_*: where its terms become straight lines; None: MAX_LOG_RATIO, which is also the most
+    log_ratio_clamp: (
+        float | None
+    )  # of dil_*: where its terms become straight lines; None: MAX_LOG_RATIO, which is also the most
     reference: Reference  # of dil_*: which responses stand for draws from pi_ref. rejected is exact only if rejected ones follow
     # pi_ref; both is exact if the pair was drawn from pi_ref before it was ranked
 
@@ -48,7 +50,9 @@ class PairGradient:
     """What a loss makes of P pairs; all [P]. Example: dpo, beta 1, s_w = s_l: loss log 2, d_chosen -0.5, d_rejected 0.5."""
 
     loss: Tensor
-    d_chosen: Tensor  # d loss / d chosen_logp, the SUM over tokens: any division by the length is inside
+    d_chosen: (
+        Tensor  # d loss / d chosen_logp, the SUM over tokens: any division by the length is inside
+    )
     d_rejected: Tensor
     margin: Tensor  # s_w - s_l; positive: the pair is ranked as labelled
     chosen_score: Tensor  # s_w, per token where options.average
@@ -115,7 +119,12 @@ def simpo(scores: PairScores, options: PairOptions) -> PairGradient:
 
 def dil_lsif(scores: PairScores, options: PairOptions) -> PairGradient:
     """-exp(s_w) + E_ref[exp(2 s)] / 2: DIL with h(r) = (r - 1)^2 / 2 (arXiv 2503.05079)."""
-    return _dil(scores, options, lambda s: (-s.exp(), -s.exp()), lambda s: (0.5 * (2 * s).exp(), (2 * s).exp()))
+    return _dil(
+        scores,
+        options,
+        lambda s: (-s.exp(), -s.exp()),
+        lambda s: (0.5 * (2 * s).exp(), (2 * s).exp()),
+    )
 
 
 def dil_ukl(scores: PairScores, options: PairOptions) -> PairGradient:
@@ -161,7 +170,10 @@ class _Sides:
 def _policy_logprobs(scores: PairScores, options: PairOptions) -> _Sides:
     chosen, rejected = scores.chosen_logp, scores.rejected_logp
     assert chosen.ndim == 1 and chosen.shape == rejected.shape, (chosen.shape, rejected.shape)
-    scales = [1 / n.to(chosen.dtype) if options.average else torch.ones_like(chosen) for n in (scores.chosen_len, scores.rejected_len)]
+    scales = [
+        1 / n.to(chosen.dtype) if options.average else torch.ones_like(chosen)
+        for n in (scores.chosen_len, scores.rejected_len)
+    ]
     return _Sides(
         chosen=chosen * scales[0],
         rejected=rejected * scales[1],
@@ -187,7 +199,9 @@ def _logistic(margin: Tensor) -> tuple[Tensor, Tensor]:
     return -logsigmoid(margin), -torch.sigmoid(-margin)
 
 
-def _dil(scores: PairScores, options: PairOptions, chosen_term: Term, reference_term: Term) -> PairGradient:
+def _dil(
+    scores: PairScores, options: PairOptions, chosen_term: Term, reference_term: Term
+) -> PairGradient:
     """E_chosen[chosen_term(s)] + E_ref[reference_term(s)], the Bregman divergence that DIL minimises over r = exp(s) = pi/pi_ref.
 
     Above the clamp c a term goes on along its tangent, f(c) + f'(c) (s - c). So a loss is finite wherever s is, its
@@ -195,7 +209,11 @@ def _dil(scores: PairScores, options: PairOptions, chosen_term: Term, reference_
     plain clamp of s would leave it without any gradient.
     """
     sides = _log_ratios(scores, options)
-    limit = MAX_LOG_RATIO if options.log_ratio_clamp is None else min(options.log_ratio_clamp, MAX_LOG_RATIO)
+    limit = (
+        MAX_LOG_RATIO
+        if options.log_ratio_clamp is None
+        else min(options.log_ratio_clamp, MAX_LOG_RATIO)
+    )
     loss, d_chosen = _straightened(chosen_term, sides.chosen, limit)
     at_rejected, d_rejected = _straightened(reference_term, sides.rejected, limit)
     if options.reference is Reference.both:
@@ -213,7 +231,12 @@ def _straightened(term: Term, s: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
 
 def _gradient(
-    sides: _Sides, options: PairOptions, loss: Tensor, d_chosen: Tensor, d_rejected: Tensor, clamped: Tensor | None = None
+    sides: _Sides,
+    options: PairOptions,
+    loss: Tensor,
+    d_chosen: Tensor,
+    d_rejected: Tensor,
+    clamped: Tensor | None = None,
 ) -> PairGradient:
     """From derivatives with respect to s_w and s_l to those with respect to summed log-probs, the NLL term added.
 

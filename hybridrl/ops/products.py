@@ -69,7 +69,11 @@ class Tiles:
 def head_gradient(lm_head: Tensor, dtype: torch.dtype, *, chunks: int) -> Tensor:
     """[V, H] to hand to `add_head_gradient`: of one chunk in its own dtype, of several as sums in fp32 (fp64 for fp64)."""
     wide = torch.promote_types(dtype, torch.float32)
-    return torch.empty(lm_head.shape, dtype=lm_head.dtype if chunks == 1 and dtype == lm_head.dtype else wide, device=lm_head.device)
+    return torch.empty(
+        lm_head.shape,
+        dtype=lm_head.dtype if chunks == 1 and dtype == lm_head.dtype else wide,
+        device=lm_head.device,
+    )
 
 
 def add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, *, first: bool) -> None:
@@ -79,7 +83,9 @@ def add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, *, first:
     elif total.dtype == hidden.dtype:
         total.addmm_(d_logits.T, hidden)
     elif hidden.is_cuda:
-        torch.addmm(total, d_logits.T, hidden, beta=0 if first else 1, out_dtype=total.dtype, out=total)
+        torch.addmm(
+            total, d_logits.T, hidden, beta=0 if first else 1, out_dtype=total.dtype, out=total
+        )
     else:  # piece by piece, so that the rounded product stays in the cache
         for start in range(0, len(total), VOCABULARY_TILE):
             columns = slice(start, start + VOCABULARY_TILE)

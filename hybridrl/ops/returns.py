@@ -47,7 +47,11 @@ def sibling_mean(returns: Tensor, group_size: int, *, leave_one_out: bool) -> Te
     assert group_size >= 2 or not leave_one_out, "leave-one-out needs a sibling"
     groups = returns.unflatten(0, (-1, group_size))  # [N/K, K, T]
     total = groups.sum(dim=1, keepdim=True)
-    mean = (total - groups) / (group_size - 1) if leave_one_out else (total / group_size).expand_as(groups)
+    mean = (
+        (total - groups) / (group_size - 1)
+        if leave_one_out
+        else (total / group_size).expand_as(groups)
+    )
     return mean.flatten(0, 1)
 
 
@@ -63,7 +67,9 @@ def standard_scores(rewards: Tensor, group_size: int) -> Tensor:
     return (centred / (groups.std(dim=1, correction=0, keepdim=True) + 1e-6)).flatten()
 
 
-def generalised_advantage(returns: Tensor, values: Tensor, mask: Tensor, gae_lambda: float) -> Tensor:
+def generalised_advantage(
+    returns: Tensor, values: Tensor, mask: Tensor, gae_lambda: float
+) -> Tensor:
     """Cost advantages between the return (gae_lambda = 1) and one step of bootstrapping (0) (arXiv 1506.02438).
 
     The cost of one step is what the return loses over it, g_t = G_t - G_{t+1}, so any return will do:
@@ -76,8 +82,15 @@ def generalised_advantage(returns: Tensor, values: Tensor, mask: Tensor, gae_lam
     Returns:
         [N, T], 0 where masked.
     """
-    assert returns.shape == values.shape == mask.shape and returns.ndim == 2, (returns.shape, values.shape, mask.shape)
-    ahead = lambda x: torch.nn.functional.pad(torch.where(mask, x, 0.0)[:, 1:], (0, 1))  # noqa: E731
+    assert returns.shape == values.shape == mask.shape and returns.ndim == 2, (
+        returns.shape,
+        values.shape,
+        mask.shape,
+    )
+
+    def ahead(x):
+        return torch.nn.functional.pad(torch.where(mask, x, 0.0)[:, 1:], (0, 1))
+
     delta = torch.where(mask, returns - ahead(returns) + ahead(values) - values, 0.0)
     advantage = torch.zeros_like(delta)
     last = torch.zeros_like(delta[:, 0])

@@ -38,7 +38,9 @@ class TokenTerms:
 
     token_ids: Tensor  # [R] int64, y_t
     token_weight: Tensor  # [R] float32, 1/normaliser; 0 takes the token out
-    sparse: Tensor  # [R] float32, G_{t+1} minus its baseline, a COST: positive pushes the token down
+    sparse: (
+        Tensor  # [R] float32, G_{t+1} minus its baseline, a COST: positive pushes the token down
+    )
     sampler_logprobs: Tensor  # [R] float32, log mu(y_t), the denominator of rho
 
     def rows(self, at: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,14 +80,22 @@ def row_gradients(
     """
     ids = terms[0]
     logp = log_softmax(logits, rule.temperature)
-    pairs = [divergence(form, said, logp, rule.measure, rule.temperature) for form, said in zip(forms, evidence, strict=True)]
+    pairs = [
+        divergence(form, said, logp, rule.measure, rule.temperature)
+        for form, said in zip(forms, evidence, strict=True)
+    ]
     p, drawn = exp(logp), logp.gather(1, ids[:, None]).squeeze(1)
     entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
-    kl, loss, bounded, scales, cost = coefficients(rule, drawn, tuple(value for value, _ in pairs), weights, terms)
+    kl, loss, bounded, scales, cost = coefficients(
+        rule, drawn, tuple(value for value, _ in pairs), weights, terms
+    )
     dense = torch.zeros_like(logp)
     for scale, (_, gradient) in zip(scales, pairs, strict=True):
         dense = dense + torch.where(scale[:, None] != 0, scale[:, None] * gradient, 0.0)
-    onehot = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)[None] == ids.to(torch.int32)[:, None]
+    onehot = (
+        torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)[None]
+        == ids.to(torch.int32)[:, None]
+    )
     sparse = cost[:, None] * torch.where(onehot, 1 - p, -p)
     norms = (dense * dense).sum(-1), (sparse * sparse).sum(-1), (dense * sparse).sum(-1)
     total = (dense + sparse).to(dtype)
@@ -95,7 +105,11 @@ def row_gradients(
 
 
 def coefficients(
-    rule: RowRule, drawn: Tensor, values: tuple[Tensor, ...], weights: tuple[Tensor, ...], terms: tuple[Tensor, Tensor, Tensor, Tensor]
+    rule: RowRule,
+    drawn: Tensor,
+    values: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...],
+    terms: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor]:
     """What multiplies the parts of the gradient, exactly 0 where a part is not asked for: there it may hold anything.
 
@@ -116,16 +130,33 @@ def coefficients(
     factor, bounded = rule.ratio.factor(drawn - sampler, cost)
     cost = torch.where(live, cost * factor, 0.0)
     loss = torch.where(live, weight * (kl + cost * drawn), 0.0)
-    return kl, loss, bounded, tuple(scales), torch.where(live, weight * cost / rule.temperature, 0.0)
+    return (
+        kl,
+        loss,
+        bounded,
+        tuple(scales),
+        torch.where(live, weight * cost / rule.temperature, 0.0),
+    )
 
 
-def row_work(rule: RowRule, forms: tuple[Form | Correction, ...], logits: Tensor, dtype: torch.dtype) -> Work:
+def row_work(
+    rule: RowRule, forms: tuple[Form | Correction, ...], logits: Tensor, dtype: torch.dtype
+) -> Work:
     """`row_gradients` of (logits, evidence, weights, terms): compiled where that pays, in Triton where every teacher is hidden."""
-    if logits.is_cuda and logits.dtype is torch.float32 and set(forms) <= {Form.logits} and importlib.util.find_spec("triton"):
+    if (
+        logits.is_cuda
+        and logits.dtype is torch.float32
+        and set(forms) <= {Form.logits}
+        and importlib.util.find_spec("triton")
+    ):
         from hybridrl.ops import triton_rows
 
         return partial(triton_rows.row_gradients, rule, dtype)
-    return _compiled(row_gradients, rule, forms, dtype) if pays(logits) else partial(row_gradients, rule, forms, dtype)
+    return (
+        _compiled(row_gradients, rule, forms, dtype)
+        if pays(logits)
+        else partial(row_gradients, rule, forms, dtype)
+    )
 
 
 def chosen_work(temperature: float, logits: Tensor) -> Work:
@@ -141,7 +172,12 @@ def pays(logits: Tensor) -> bool:
     """Whether work on these rows is to be compiled: a function of the problem alone, so that a run repeats itself."""
     rows, vocabulary = logits.shape
     large = rows > 1 and vocabulary >= COMPILE_FROM  # a graph for any number of rows starts at 2
-    return large and logits.device.type == "cpu" and logits.dtype is not torch.float64 and has_compiler()
+    return (
+        large
+        and logits.device.type == "cpu"
+        and logits.dtype is not torch.float64
+        and has_compiler()
+    )
 
 
 @lru_cache
@@ -161,7 +197,11 @@ def _compiled(work: Work, *settings: Any) -> Work:
     return run
 
 
-FUSE = {"realize_reads_threshold": 1 << 20, "realize_opcount_threshold": 1 << 20, "realize_acc_reads_threshold": 1 << 20}
+FUSE = {
+    "realize_reads_threshold": 1 << 20,
+    "realize_opcount_threshold": 1 << 20,
+    "realize_acc_reads_threshold": 1 << 20,
+}
 """To the C++ backend: compute again what a loop needs rather than write it to memory."""
 
 
@@ -170,5 +210,8 @@ def has_compiler() -> bool:
     """Whether torch.compile finds a C++ compiler; without one the rows are worked on eagerly, with a warning."""
     found = shutil.which(os.environ.get("CXX", "g++")) is not None
     if not found:
-        warnings.warn("no C++ compiler (g++, or CXX): the loss over the vocabulary runs eagerly, several times slower", stacklevel=2)
+        warnings.warn(
+            "no C++ compiler (g++, or CXX): the loss over the vocabulary runs eagerly, several times slower",
+            stacklevel=2,
+        )
     return found

@@ -75,7 +75,11 @@ Teacher = HiddenTeacher | VocabularyTeacher | SupportTeacher
 
 
 def divergence(
-    form: Form | Correction, evidence: tuple[Tensor, ...], logp: Tensor, measure: Measure, temperature: float
+    form: Form | Correction,
+    evidence: tuple[Tensor, ...],
+    logp: Tensor,
+    measure: Measure,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Divergence [c] and its logit gradient [c, V], given log p [c, V]."""
     if isinstance(form, Correction):
@@ -84,7 +88,9 @@ def divergence(
     return dense(logp, distribution(form, evidence, logp.dtype, temperature), measure)
 
 
-def distribution(form: Form, evidence: tuple[Tensor, ...], dtype: torch.dtype, temperature: float) -> Tensor:
+def distribution(
+    form: Form, evidence: tuple[Tensor, ...], dtype: torch.dtype, temperature: float
+) -> Tensor:
     """[c, V] log q."""
     (said,) = evidence
     return said.to(dtype) if form is Form.logprobs else log_softmax(said, temperature).to(dtype)

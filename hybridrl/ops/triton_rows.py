@@ -40,13 +40,19 @@ def row_gradients(
     """
     assert logits.dtype is torch.float32 and logits.is_contiguous(), (logits.dtype, logits.stride())
     teachers = tuple(said for (said,) in evidence)
-    assert all(t.dtype is torch.float32 and t.stride(1) == 1 and t.shape == logits.shape for t in teachers), "fp32 logits in rows"
+    assert all(
+        t.dtype is torch.float32 and t.stride(1) == 1 and t.shape == logits.shape for t in teachers
+    ), "fp32 logits in rows"
     count, vocabulary = logits.shape
     block = {"BLOCK": min(LARGEST_BLOCK, triton.next_power_of_2(vocabulary)), "num_warps": 8}
     measure = _constants(rule.measure) | {"INVERSE_T": 1 / rule.temperature}
     ids = terms[0]
-    row = torch.empty(count, 3, dtype=torch.float32, device=logits.device)  # normaliser, log p(y), entropy
-    each = torch.empty(count, len(teachers), 3, dtype=torch.float32, device=logits.device)  # normaliser, mean score, divergence
+    row = torch.empty(
+        count, 3, dtype=torch.float32, device=logits.device
+    )  # normaliser, log p(y), entropy
+    each = torch.empty(
+        count, len(teachers), 3, dtype=torch.float32, device=logits.device
+    )  # normaliser, mean score, divergence
     _sums_kernel[(count,)](logits, teachers, ids, row, each, vocabulary, **measure, **block)
     values = tuple(each[:, i, 2] for i in range(len(teachers)))
     kl, loss, bounded, dense, sparse = coefficients(rule, row[:, 1], values, weights, terms)
@@ -54,13 +60,31 @@ def row_gradients(
     scales = torch.stack(dense, 1) if dense else row
     gradient = logits.view(dtype)[:, :vocabulary]
     stride = gradient.stride(0)
-    _gradient_kernel[(count,)](logits, teachers, ids, row, each, scales, sparse, gradient, stride, norms, vocabulary, **measure, **block)
+    _gradient_kernel[(count,)](
+        logits,
+        teachers,
+        ids,
+        row,
+        each,
+        scales,
+        sparse,
+        gradient,
+        stride,
+        norms,
+        vocabulary,
+        **measure,
+        **block,
+    )
     return gradient, row[:, 1], kl, row[:, 2], bounded, loss, *norms.unbind(1)
 
 
 def _constants(measure: Measure) -> dict[str, float | int]:
     clip = math.inf if measure.log_ratio_clip is None else measure.log_ratio_clip
-    return {"DIVERGENCE": list(Divergence).index(measure.divergence), "BETA": measure.beta, "CLIP": clip}
+    return {
+        "DIVERGENCE": list(Divergence).index(measure.divergence),
+        "BETA": measure.beta,
+        "CLIP": clip,
+    }
 
 
 @triton.jit
@@ -84,7 +108,9 @@ def _weighted_score(logp, logq, DIVERGENCE: tl.constexpr, BETA: tl.constexpr, CL
         terms = tl.where(q > 0, q * (logq - logp), 0.0)
     else:
         high = tl.maximum(logp, logq)
-        scaled = (1 - BETA) * tl.exp(logp - high) + BETA * tl.exp(logq - high)  # m where it does not underflow
+        scaled = (1 - BETA) * tl.exp(logp - high) + BETA * tl.exp(
+            logq - high
+        )  # m where it does not underflow
         logm = high + tl.log(scaled)
         weighted = tl.where(p > 0, p * (1 - BETA) * (logp - logm), 0.0)
         terms = weighted + tl.where(q > 0, q * BETA * (logq - logm), 0.0)
@@ -93,15 +119,26 @@ def _weighted_score(logp, logq, DIVERGENCE: tl.constexpr, BETA: tl.constexpr, CL
 
 @triton.jit
 def _sums_kernel(
-    logits, teachers, ids, row_out, each_out, V,
-    DIVERGENCE: tl.constexpr, BETA: tl.constexpr, CLIP: tl.constexpr, INVERSE_T: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    teachers,
+    ids,
+    row_out,
+    each_out,
+    V,
+    DIVERGENCE: tl.constexpr,
+    BETA: tl.constexpr,
+    CLIP: tl.constexpr,
+    INVERSE_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     student = logits + row * V
     peak, total = float("-inf"), 0.0
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        peak, total = _normaliser(tl.load(student + at, mask=at < V, other=float("-inf")) * INVERSE_T, peak, total)
+        peak, total = _normaliser(
+            tl.load(student + at, mask=at < V, other=float("-inf")) * INVERSE_T, peak, total
+        )
     normaliser = peak + tl.log(total)
     entropy = 0.0
     for start in range(0, V, BLOCK):
@@ -117,13 +154,17 @@ def _sums_kernel(
         peak_q, total_q = float("-inf"), 0.0
         for start in range(0, V, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            peak_q, total_q = _normaliser(tl.load(teacher + at, mask=at < V, other=float("-inf")) * INVERSE_T, peak_q, total_q)
+            peak_q, total_q = _normaliser(
+                tl.load(teacher + at, mask=at < V, other=float("-inf")) * INVERSE_T, peak_q, total_q
+            )
         normaliser_q = peak_q + tl.log(total_q)
         mean, value = 0.0, 0.0
         for start in range(0, V, BLOCK):
             at = start + tl.arange(0, BLOCK)
             logp = tl.load(student + at, mask=at < V, other=float("-inf")) * INVERSE_T - normaliser
-            logq = tl.load(teacher + at, mask=at < V, other=float("-inf")) * INVERSE_T - normaliser_q
+            logq = (
+                tl.load(teacher + at, mask=at < V, other=float("-inf")) * INVERSE_T - normaliser_q
+            )
             weighted, terms = _weighted_score(logp, logq, DIVERGENCE, BETA, CLIP)
             mean += tl.sum(weighted, 0)
             value += tl.sum(terms, 0)
@@ -135,12 +176,30 @@ def _sums_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    logits, teachers, ids, row_in, each_in, scales, sparse_in, gradient, gradient_stride, norms, V,
-    DIVERGENCE: tl.constexpr, BETA: tl.constexpr, CLIP: tl.constexpr, INVERSE_T: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    teachers,
+    ids,
+    row_in,
+    each_in,
+    scales,
+    sparse_in,
+    gradient,
+    gradient_stride,
+    norms,
+    V,
+    DIVERGENCE: tl.constexpr,
+    BETA: tl.constexpr,
+    CLIP: tl.constexpr,
+    INVERSE_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     student = logits + row * V
-    normaliser, drawn, cost = tl.load(row_in + 3 * row), tl.load(ids + row), tl.load(sparse_in + row)
+    normaliser, drawn, cost = (
+        tl.load(row_in + 3 * row),
+        tl.load(ids + row),
+        tl.load(sparse_in + row),
+    )
     dense_sq, sparse_sq, dense_sparse = 0.0, 0.0, 0.0
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -150,7 +209,9 @@ def _gradient_kernel(
         for i in tl.static_range(len(teachers)):
             said = each_in + 3 * (row * len(teachers) + i)
             scale = tl.load(scales + row * len(teachers) + i)
-            logq = tl.load(teachers[i] + row * V + at, mask=at < V, other=float("-inf")) * INVERSE_T - tl.load(said)
+            logq = tl.load(
+                teachers[i] + row * V + at, mask=at < V, other=float("-inf")
+            ) * INVERSE_T - tl.load(said)
             weighted, _ = _weighted_score(logp, logq, DIVERGENCE, BETA, CLIP)
             dense += tl.where(scale != 0, scale * (weighted - p * tl.load(said + 1)), 0.0)
         sparse = cost * tl.where(at == drawn, 1 - p, -p)
@@ -158,7 +219,11 @@ def _gradient_kernel(
         sparse_sq += tl.sum(sparse * sparse, 0)
         dense_sparse += tl.sum(dense * sparse, 0)
         tl.debug_barrier()  # a narrow gradient lies over the front of this block: every thread has read before any writes
-        tl.store(gradient + row * gradient_stride + at, (dense + sparse).to(gradient.dtype.element_ty), mask=at < V)
+        tl.store(
+            gradient + row * gradient_stride + at,
+            (dense + sparse).to(gradient.dtype.element_ty),
+            mask=at < V,
+        )
         tl.debug_barrier()
     tl.store(norms + 3 * row, dense_sq)
     tl.store(norms + 3 * row + 1, sparse_sq)

@@ -46,10 +46,15 @@ class Case:
     @property
     def label(self) -> str:
         marks = {
-            "off-policy": self.off_policy, "exact values": self.value is Value.exact, f"K={self.group_size}": self.group_size > 1,
+            "off-policy": self.off_policy,
+            "exact values": self.value is Value.exact,
+            f"K={self.group_size}": self.group_size > 1,
             f"[{self.world}]": self.world is not World.fixed,
-        }  # fmt: skip
-        return " ".join([*self.options, *(mark for mark, shown in marks.items() if shown)]) or "as it is"
+        }
+        return (
+            " ".join([*self.options, *(mark for mark, shown in marks.items() if shown)])
+            or "as it is"
+        )
 
 
 PLAIN = ("baseline=none", "normalizer=constant", "reward_weight.value=2")
@@ -61,7 +66,16 @@ SEMI = Target.semi_gradient
 
 def cases(vocabulary: int) -> list[Case]:
     """All rows, methods first."""
-    return [*methods(), *divergences(), *supports(vocabulary), *returns(), *groups(), *off_policy(), *lengths(), *teachers()]
+    return [
+        *methods(),
+        *divergences(),
+        *supports(vocabulary),
+        *returns(),
+        *groups(),
+        *off_policy(),
+        *lengths(),
+        *teachers(),
+    ]
 
 
 def biased(method: str, bias: float, *options: str, **where) -> Case:
@@ -77,7 +91,9 @@ def methods() -> Iterator[Case]:
         yield Case(method=samples, target=SEMI)
     yield biased("minillm", 0.318)
     yield biased("mopd", 0.212, target=SEMI, group_size=4, **tiny)
-    yield Case(method="hybrid", options=("baseline=leave_one_out",), target=SEMI, group_size=3, **tiny)
+    yield Case(
+        method="hybrid", options=("baseline=leave_one_out",), target=SEMI, group_size=3, **tiny
+    )
     yield Case(method="hybrid_rising", target=SEMI, group_size=3, **tiny)
     yield Case(method="reinforce_kl", group_size=3, **tiny)
     yield biased("reinforce_pp", 1.152, group_size=2, **tiny)
@@ -95,10 +111,19 @@ def divergences() -> Iterator[Case]:
     """Dense terms over the whole vocabulary, and their score-function estimates from the drawn token."""
     yield Case(method="opd_full", options=("support=sampled",), target=SEMI)
     for divergence in (Divergence.forward_kl, Divergence.jsd):
-        yield Case(method="opd_full", options=(f"divergence={divergence}",), target=SEMI, kind=Kind.exact)
-        yield Case(method="opd_full", options=(f"divergence={divergence}", "support=sampled"), target=SEMI)
+        yield Case(
+            method="opd_full", options=(f"divergence={divergence}",), target=SEMI, kind=Kind.exact
+        )
+        yield Case(
+            method="opd_full", options=(f"divergence={divergence}", "support=sampled"), target=SEMI
+        )
     for beta in (0.1, 0.9):
-        yield Case(method="opd_full", options=("divergence=jsd", f"jsd_beta={beta}"), target=SEMI, kind=Kind.exact)
+        yield Case(
+            method="opd_full",
+            options=("divergence=jsd", f"jsd_beta={beta}"),
+            target=SEMI,
+            kind=Kind.exact,
+        )
     yield Case(method="opd_full", options=("teacher_signal=logits",), target=SEMI, kind=Kind.exact)
     yield Case(method="hybrid", options=("gamma=1", "temperature=0.7"))
     yield Case(method="hybrid", options=("data_fraction=0.3", "nll_weight=1"), target=SEMI)
@@ -122,12 +147,23 @@ def supports(vocabulary: int) -> Iterator[Case]:
         options = (f"divergence={divergence}", "support=topk", "topk.k=2", f"topk.source={source}")
         yield Case(method="opd_full", options=options, target=SEMI)
         for correction, bias in zip(BIASED, biases, strict=True):
-            yield Case(method="opd_full", options=(*options, f"topk.correction={correction}"), target=Target.support, kind=Kind.exact)
+            yield Case(
+                method="opd_full",
+                options=(*options, f"topk.correction={correction}"),
+                target=Target.support,
+                kind=Kind.exact,
+            )
             yield biased("opd_full", bias, *options, f"topk.correction={correction}", target=SEMI)
     for correction, outside in zip(BIASED, (1, 0, 0), strict=True):
-        options = ("support=topk", f"topk.k={vocabulary - outside}", f"topk.correction={correction}")
+        options = (
+            "support=topk",
+            f"topk.k={vocabulary - outside}",
+            f"topk.correction={correction}",
+        )
         yield Case(method="opd_full", options=options, target=SEMI, kind=Kind.exact)
-    yield biased("opd_full", 1.0, "support=topk", "topk.k=1", "topk.correction=renormalize", target=SEMI)
+    yield biased(
+        "opd_full", 1.0, "support=topk", "topk.k=1", "topk.correction=renormalize", target=SEMI
+    )
 
 
 def returns() -> Iterator[Case]:
@@ -138,10 +174,16 @@ def returns() -> Iterator[Case]:
     yield Case(method="hybrid", options=("gamma=1",))
     yield Case(method="hybrid", options=("gamma=1", "support=sampled"))
     yield Case(method="hybrid", options=("gamma=1", "support=topk", "topk.k=2"))
-    yield Case(method="hybrid", options=("gamma=1", "support=topk", "topk.k=2", "topk.source=teacher"))
+    yield Case(
+        method="hybrid", options=("gamma=1", "support=topk", "topk.k=2", "topk.source=teacher")
+    )
     yield biased("hybrid", 0.256, "gamma=1", "future=mean")
     yield Case(method="hybrid", options=("gamma=1", "baseline=value", "value.gae_lambda=1"))
-    yield Case(method="hybrid", options=("gamma=1", "baseline=value", "value.gae_lambda=0"), value=Value.exact)
+    yield Case(
+        method="hybrid",
+        options=("gamma=1", "baseline=value", "value.gae_lambda=0"),
+        value=Value.exact,
+    )
     yield biased("hybrid", 0.761, "gamma=1", "baseline=value", "value.gae_lambda=0")
     yield Case(method="hybrid", options=("overlong_buffer=2",), target=SEMI, world=World.ended)
     for bound, bias in ((0.5, 0.897), (1, 0.632), (2, 0.368)):
@@ -150,9 +192,19 @@ def returns() -> Iterator[Case]:
 
 def groups() -> Iterator[Case]:
     """Baselines and scales that compare K siblings."""
-    yield Case(method="hybrid", options=("gamma=1", "baseline=leave_one_out"), group_size=2, world=World.ended)
+    yield Case(
+        method="hybrid",
+        options=("gamma=1", "baseline=leave_one_out"),
+        group_size=2,
+        world=World.ended,
+    )
     yield biased("hybrid", 0.222, "gamma=1", "baseline=group_mean", group_size=2, world=World.ended)
-    yield Case(method="hybrid", options=("gamma=1", "support=sampled", "baseline=leave_one_out"), group_size=3, world=World.tiny)
+    yield Case(
+        method="hybrid",
+        options=("gamma=1", "support=sampled", "baseline=leave_one_out"),
+        group_size=3,
+        world=World.tiny,
+    )
     for k in (2, 3, 4):
         yield biased("raft", 1 / k, "baseline=group_mean", group_size=k, world=World.tiny)
     yield biased("raft", 0.640, "scale=group_std", group_size=4, world=World.tiny)
@@ -163,17 +215,25 @@ def off_policy() -> Iterator[Case]:
     """A sampler 0.5 N(0,1) away in every logit; the costs are the sampler's where the learner has not looked."""
     away = {"off_policy": True, "world": World.ended}
     ratios = (
-        ((), 0.774), (("kind=truncate",), 0.378), (("kind=truncate", "high=2"), 0.379), (("kind=mask", "low=0.5", "high=2"), 0.645),
-        (("kind=clip", "low=0.2", "high=0.2"), 0.868), (("kind=truncate", "level=sequence", "high=2"), 0.120),
+        ((), 0.774),
+        (("kind=truncate",), 0.378),
+        (("kind=truncate", "high=2"), 0.379),
+        (("kind=mask", "low=0.5", "high=2"), 0.645),
+        (("kind=clip", "low=0.2", "high=0.2"), 0.868),
+        (("kind=truncate", "level=sequence", "high=2"), 0.120),
         (("kind=mask", "level=sequence", "low=0.5", "high=2"), 0.345),
-    )  # fmt: skip
+    )
     for ratio, bias in ratios:
-        yield biased("hybrid", bias, "gamma=1", "support=sampled", *(f"ratio.{r}" for r in ratio), **away)
+        yield biased(
+            "hybrid", bias, "gamma=1", "support=sampled", *(f"ratio.{r}" for r in ratio), **away
+        )
     whole = ("ratio.kind=truncate", "ratio.level=sequence")
     yield Case(method="hybrid", options=("gamma=1", *whole), **away)
     yield Case(method="hybrid", options=("gamma=1", "support=sampled", *whole), **away)
     yield Case(method="hybrid", options=("gamma=1", "support=topk", "topk.k=2", *whole), **away)
-    yield Case(method="hybrid", options=("gamma=1", "teacher_fraction=1", *whole), world=World.ended)
+    yield Case(
+        method="hybrid", options=("gamma=1", "teacher_fraction=1", *whole), world=World.ended
+    )
     yield Case(method="rloo", options=("normalizer=constant", *whole), group_size=2, **away)
     yield biased("rloo", 0.215, "normalizer=constant", "ratio.kind=truncate", group_size=2, **away)
     yield biased("opd", 0.267, "normalizer=constant", target=SEMI, **away)
@@ -195,6 +255,9 @@ def teachers() -> Iterator[Case]:
         yield Case(method="opd_full", options=(second,), target=SEMI, kind=Kind.exact)
         yield Case(method="hybrid", options=("gamma=1", second))
         yield Case(method="hybrid", options=("gamma=1", "support=sampled", second))
-        yield Case(method="hybrid", options=("gamma=1", "support=topk", "topk.k=2", "topk.source=teacher", second))
+        yield Case(
+            method="hybrid",
+            options=("gamma=1", "support=topk", "topk.k=2", "topk.source=teacher", second),
+        )
     elsewhere = "+teachers.second={path: null, route: {domain: elsewhere}}"
     yield Case(method="mopd", options=("scale=none", elsewhere), target=SEMI)

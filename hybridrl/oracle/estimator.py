@@ -40,7 +40,11 @@ class Estimator:
         """values: [P] what the value head says; None: the MDP's own, unrelated ones."""
         self.settings, self.mdp = settings, mdp
         self.values = mdp.values if values is None else values
-        self.objective, self.rule, self.weights = make_objective(settings), head_rule(settings), Weights(settings)
+        self.objective, self.rule, self.weights = (
+            make_objective(settings),
+            head_rule(settings),
+            Weights(settings),
+        )
 
     def rows(self, members: Tensor, source: Source) -> Rows:
         """members: [B, K] indices of sequences; each group is a global batch of its own, all with the same number of tokens."""
@@ -69,16 +73,24 @@ class Estimator:
         """As the controller orders the first step."""
         names = self.settings.scored_teachers
         return UpdatePlan(
-            step=0, num_tokens=num_tokens, num_sequences=num_sequences, num_groups=1, num_micro_batches=1, lr=0.0,
-            teacher_weights=self.weights.teachers(0), teacher_routes=tuple(self.settings.teachers[name].route for name in names),
+            step=0,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            num_groups=1,
+            num_micro_batches=1,
+            lr=0.0,
+            teacher_weights=self.weights.teachers(0),
+            teacher_routes=tuple(self.settings.teachers[name].route for name in names),
             reward_weight=self.weights.reward(0),
-        )  # fmt: skip
+        )
 
     def credit(self, batch: ScoredBatch, plan: UpdatePlan, members: Tensor) -> Credit:
         at, tokens = self._at(members)
         view = None
         if self.objective.signals & {Signal.learner_logprobs, Signal.learner_values}:
-            view = LearnerView(logprobs=self.mdp.logp(self.mdp.student)[at, tokens], values=self.values[at])
+            view = LearnerView(
+                logprobs=self.mdp.logp(self.mdp.student)[at, tokens], values=self.values[at]
+            )
         credit = self.objective.credit(batch, plan, view)
         if not self.objective.standardises:
             return credit
@@ -91,14 +103,24 @@ class Estimator:
         """As the learner makes them of what scorers sent."""
         signals, found = self.objective.signals, []
         for k, scores in enumerate(batch.scores):
-            weight, rows = per_token(teacher_weight(batch, plan, k), batch.rollout), torch.from_numpy(scores.rows)
+            weight, rows = (
+                per_token(teacher_weight(batch, plan, k), batch.rollout),
+                torch.from_numpy(scores.rows),
+            )
             if Signal.teacher_hidden in signals:
-                found.append(HiddenTeacher(hidden=rows, lm_head=self.mdp.teachers[k].T, weight=weight))
+                found.append(
+                    HiddenTeacher(hidden=rows, lm_head=self.mdp.teachers[k].T, weight=weight)
+                )
             elif Signal.teacher_vocabulary in signals:
                 found.append(VocabularyTeacher(logprobs=rows, weight=weight))
             elif Signal.teacher_support in signals:
-                correction, ids = self.settings.algorithm.topk.correction, torch.from_numpy(scores.support_ids.astype(np.int64))
-                found.append(SupportTeacher(ids=ids, logprobs=rows, weight=weight, correction=correction))
+                correction, ids = (
+                    self.settings.algorithm.topk.correction,
+                    torch.from_numpy(scores.support_ids.astype(np.int64)),
+                )
+                found.append(
+                    SupportTeacher(ids=ids, logprobs=rows, weight=weight, correction=correction)
+                )
         return tuple(found)
 
     def batch(self, members: Tensor, source: Source) -> ScoredBatch:
@@ -111,15 +133,29 @@ class Estimator:
         mask[offsets[:-1]] = False
         ids = np.zeros(len(mask), np.int32)
         ids[mask] = tokens
-        support = self.sampler_support(at, tokens, source) if Signal.sampler_support in self.objective.signals else torch.zeros(len(at), 0)
+        support = (
+            self.sampler_support(at, tokens, source)
+            if Signal.sampler_support in self.objective.signals
+            else torch.zeros(len(at), 0)
+        )
         uids = tuple(f"g{g}" for g in range(groups))
         logp = mdp.logp(author(mdp, source))[at, tokens]
         rollout = RolloutBatch(
-            uids=uids, columns=(COLUMNS,) * groups, prompt_texts=("",) * groups, group_size=k, offsets=offsets, input_ids=ids,
-            response_mask=mask, rollout_logprobs=on_tokens(mask, torch.zeros_like(logp) if source is Source.data else logp),
-            policy_versions=np.zeros(len(mask), np.int32), finish_reasons=(FinishReason.stop,) * (groups * k), source=source,
+            uids=uids,
+            columns=(COLUMNS,) * groups,
+            prompt_texts=("",) * groups,
+            group_size=k,
+            offsets=offsets,
+            input_ids=ids,
+            response_mask=mask,
+            rollout_logprobs=on_tokens(
+                mask, torch.zeros_like(logp) if source is Source.data else logp
+            ),
+            policy_versions=np.zeros(len(mask), np.int32),
+            finish_reasons=(FinishReason.stop,) * (groups * k),
+            source=source,
             support_ids=support.numpy().astype(np.int32),
-        )  # fmt: skip
+        )
         values = mdp.rewards[members.flatten()].numpy()
         rewards = Rewards(
             uids=uids,
@@ -132,16 +168,24 @@ class Estimator:
             repeated=np.full(len(values), np.nan),
         )
         names = self.settings.scored_teachers
-        scores = tuple(self.scores(name, mdp.teachers[i], rollout, at, tokens) for i, name in enumerate(names))
+        scores = tuple(
+            self.scores(name, mdp.teachers[i], rollout, at, tokens) for i, name in enumerate(names)
+        )
         return ScoredBatch(rollout=rollout, scores=scores, rewards=rewards)
 
     def sampler_support(self, at: Tensor, tokens: Tensor, source: Source) -> Tensor:
         """[R, K] the most likely tokens of who wrote the sequence."""
         return author(self.mdp, source)[at].topk(self.settings.algorithm.topk.k).indices
 
-    def scores(self, name: str, teacher: Tensor, rollout: RolloutBatch, at: Tensor, tokens: Tensor) -> TokenScores:
+    def scores(
+        self, name: str, teacher: Tensor, rollout: RolloutBatch, at: Tensor, tokens: Tensor
+    ) -> TokenScores:
         """As a scorer fills them: hidden states here are one-hot prefixes, the teacher's table its output head."""
-        signals, topk, logq = self.objective.signals, self.settings.algorithm.topk, self.mdp.logp(teacher)[at]
+        signals, topk, logq = (
+            self.objective.signals,
+            self.settings.algorithm.topk,
+            self.mdp.logp(teacher)[at],
+        )
         ids, rows = torch.zeros(len(at), 0), torch.zeros(len(at), 0)
         if Signal.teacher_hidden in signals:
             rows = torch.eye(len(teacher), dtype=teacher.dtype)[at]
@@ -149,12 +193,23 @@ class Estimator:
             rows = logq
         elif Signal.teacher_support in signals:
             by_teacher = topk.source is SupportSource.teacher
-            ids = teacher[at].topk(topk.k).indices if by_teacher else torch.from_numpy(rollout.support_ids.astype(np.int64))
+            ids = (
+                teacher[at].topk(topk.k).indices
+                if by_teacher
+                else torch.from_numpy(rollout.support_ids.astype(np.int64))
+            )
             rows = logq.gather(1, ids)
         heard = Signal.teacher_logprobs in signals or Signal.teacher_support in signals
-        drawn = logq.gather(1, tokens[:, None])[:, 0] if heard else torch.zeros(len(at), dtype=logq.dtype)
+        drawn = (
+            logq.gather(1, tokens[:, None])[:, 0]
+            if heard
+            else torch.zeros(len(at), dtype=logq.dtype)
+        )
         return TokenScores(
-            teacher=name, logprobs=on_tokens(rollout.response_mask, drawn), rows=rows.numpy(), support_ids=ids.numpy().astype(np.int32)
+            teacher=name,
+            logprobs=on_tokens(rollout.response_mask, drawn),
+            rows=rows.numpy(),
+            support_ids=ids.numpy().astype(np.int32),
         )
 
     def _at(self, members: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,9 +42,17 @@ class Claim:
         for source, share in self.shares.items():
             writer = author(mdp, source)
             if source is Source.student:
-                total = total - share * self.reward_weight * (mdp.probability(logits) * self._rewards()).sum()
+                total = (
+                    total
+                    - share * self.reward_weight * (mdp.probability(logits) * self._rewards()).sum()
+                )
             else:
-                total = total - share * self.algorithm.nll_weight * (mdp.probability(writer) * mdp.token_logp(logits).sum(1)).sum()
+                total = (
+                    total
+                    - share
+                    * self.algorithm.nll_weight
+                    * (mdp.probability(writer) * mdp.token_logp(logits).sum(1)).sum()
+                )
             fixed = self.target is not Target.objective or source is not Source.student
             visits = mdp.visits(writer if fixed else logits)
             for weight, teacher in zip(self.weights, mdp.teachers, strict=False):
@@ -76,7 +84,9 @@ class Claim:
         mdp, buffer = self.mdp, self.algorithm.overlong_buffer
         if not buffer:
             return mdp.rewards
-        return mdp.rewards - torch.clamp((mdp.lengths - (mdp.mask.shape[1] - buffer)) / buffer, 0, 1)
+        return mdp.rewards - torch.clamp(
+            (mdp.lengths - (mdp.mask.shape[1] - buffer)) / buffer, 0, 1
+        )
 
 
 def divergence(p: Tensor, q: Tensor, algorithm: AlgorithmConfig) -> Tensor:
@@ -88,15 +98,21 @@ def divergence(p: Tensor, q: Tensor, algorithm: AlgorithmConfig) -> Tensor:
             return (q * (q / p).log()).sum(1)
         case Divergence.jsd:
             m = algorithm.jsd_beta * q + (1 - algorithm.jsd_beta) * p
-            return algorithm.jsd_beta * (q * (q / m).log()).sum(1) + (1 - algorithm.jsd_beta) * (p * (p / m).log()).sum(1)
+            return algorithm.jsd_beta * (q * (q / m).log()).sum(1) + (1 - algorithm.jsd_beta) * (
+                p * (p / m).log()
+            ).sum(1)
 
 
 def author(mdp: Mdp, source: Source) -> Tensor:
     """[P, V] logits of who writes the sequences of a source."""
-    return {Source.student: mdp.sampler, Source.teacher: mdp.teachers[0], Source.data: mdp.data}[source]
+    return {Source.student: mdp.sampler, Source.teacher: mdp.teachers[0], Source.data: mdp.data}[
+        source
+    ]
 
 
-def finite_differences(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5) -> Tensor:
+def finite_differences(
+    function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5
+) -> Tensor:
     """Central differences of a scalar function, one entry at a time: same shape as `at`."""
     gradient = torch.zeros_like(at)
     for entry in np.ndindex(*at.shape):

@@ -49,10 +49,14 @@ class Mdp:
     def visits(self, logits: Tensor) -> Tensor:
         """[P] how often a sequence of this policy passes each prefix."""
         weight = torch.where(self.mask, self.probability(logits)[:, None], 0.0)
-        return torch.zeros(len(logits), dtype=weight.dtype).index_add_(0, self.prefixes.flatten(), weight.flatten())
+        return torch.zeros(len(logits), dtype=weight.dtype).index_add_(
+            0, self.prefixes.flatten(), weight.flatten()
+        )
 
 
-def make_mdp(*, seed: int, vocabulary: int, horizon: int, ends: bool, off_policy: bool = False) -> Mdp:
+def make_mdp(
+    *, seed: int, vocabulary: int, horizon: int, ends: bool, off_policy: bool = False
+) -> Mdp:
     """Draws, in this order: student N(0,1), teacher 1.5 N(0,1), rewards below 0.3, then the sampler's distance 0.5 N(0,1),
     a second teacher, the data's author and the values. Prefixes stand by length, then in order; so do sequences.
 
@@ -65,9 +69,15 @@ def make_mdp(*, seed: int, vocabulary: int, horizon: int, ends: bool, off_policy
     stopped = [(*p, vocabulary - 1) for p in prefixes] if ends else []
     sequences = sorted(stopped + list(product(going, repeat=horizon)), key=lambda y: (len(y), y))
     row = {prefix: i for i, prefix in enumerate(prefixes)}
-    pad = lambda values: [*values, *[0] * (horizon - len(values))]  # noqa: E731
+
+    def pad(values):
+        return [*values, *[0] * (horizon - len(values))]
+
     rng = np.random.default_rng(seed)
-    table = lambda: torch.from_numpy(rng.standard_normal((len(prefixes), vocabulary)))  # noqa: E731
+
+    def table():
+        return torch.from_numpy(rng.standard_normal((len(prefixes), vocabulary)))
+
     student = table()
     near = student if ends else torch.zeros_like(student)
     teacher = near + 1.5 * table()

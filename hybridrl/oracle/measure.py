@@ -32,7 +32,9 @@ def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: in
             rows, chance = estimator.rows(members, source), share * probability[members].prod(1)
             mean += table_gradient(estimator, rows, chance[rows.group])
             tokens = token_gradients(estimator, rows)
-            each = torch.zeros(len(members), *table.shape, dtype=table.dtype).index_put_((rows.group, rows.prefixes), tokens, True)
+            each = torch.zeros(len(members), *table.shape, dtype=table.dtype).index_put_(
+                (rows.group, rows.prefixes), tokens, True
+            )
             squares += float((chance * each.square().sum((1, 2))).sum())
             luck = max(luck, spread(tokens / rows.terms.token_weight[:, None], rows.prefixes))
     scale = tokens_per_sequence(estimator)
@@ -43,7 +45,9 @@ def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: in
 def pieces(estimator: Estimator, group_size: int) -> list[Tensor]:
     """[B, K] each: all K-tuples of sequences, together where they share a plan; alone where a batch is standardised."""
     lengths = estimator.mdp.lengths
-    everything = torch.cartesian_prod(*[torch.arange(len(lengths))] * group_size).reshape(-1, group_size)
+    everything = torch.cartesian_prod(*[torch.arange(len(lengths))] * group_size).reshape(
+        -1, group_size
+    )
     if estimator.objective.standardises:
         return list(everything[:, None])
     tokens = lengths[everything].sum(1)
@@ -57,22 +61,32 @@ def table_gradient(estimator: Estimator, rows: Rows, chance: Tensor) -> Tensor:
     """
     hidden = torch.eye(len(estimator.mdp.student), dtype=torch.float64)[rows.prefixes]
     lm_head = estimator.mdp.student.T.clone().requires_grad_()
-    estimator.loss(hidden, lm_head, rows, replace(rows.terms, token_weight=rows.terms.token_weight * chance)).backward()
+    estimator.loss(
+        hidden, lm_head, rows, replace(rows.terms, token_weight=rows.terms.token_weight * chance)
+    ).backward()
     return lm_head.grad.T
 
 
 def token_gradients(estimator: Estimator, rows: Rows) -> Tensor:
     """[R, V] at each token's own logits: they are the hidden states, the output head is the identity."""
     logits = estimator.mdp.student[rows.prefixes].requires_grad_()
-    estimator.loss(logits, torch.eye(logits.shape[1], dtype=logits.dtype), rows, rows.terms).backward()
+    estimator.loss(
+        logits, torch.eye(logits.shape[1], dtype=logits.dtype), rows, rows.terms
+    ).backward()
     return logits.grad
 
 
 def spread(gradients: Tensor, prefixes: Tensor) -> float:
     """Largest difference between rows [R, V] of the same prefix."""
     where = prefixes[:, None].expand_as(gradients)
-    ends = [torch.zeros(int(prefixes.max()) + 1, gradients.shape[1], dtype=gradients.dtype) for _ in range(2)]
-    high, low = (e.scatter_reduce(0, where, gradients, way, include_self=False) for e, way in zip(ends, ("amax", "amin"), strict=True))
+    ends = [
+        torch.zeros(int(prefixes.max()) + 1, gradients.shape[1], dtype=gradients.dtype)
+        for _ in range(2)
+    ]
+    high, low = (
+        e.scatter_reduce(0, where, gradients, way, include_self=False)
+        for e, way in zip(ends, ("amax", "amin"), strict=True)
+    )
     return float((high - low).max())
 
 

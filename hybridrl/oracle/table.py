@@ -17,17 +17,33 @@ LIMIT = 2000
 def main(arguments: Sequence[str]) -> int:
     """Print the table; with --json a list of row objects. Exit status: 0 all as declared, 1 something deviates, 2 wrong arguments."""
     usual = Scope()
-    parser = argparse.ArgumentParser(prog="hybridrl check", description="Every method's gradient against exact enumeration.")
-    parser.add_argument("--seed", type=int, default=usual.seed, help="of the tiny models; another one has no declared sizes of biases")
-    parser.add_argument("--vocab", type=int, default=usual.vocabulary, help="tokens of the model without an end, at least 4")
+    parser = argparse.ArgumentParser(
+        prog="hybridrl check", description="Every method's gradient against exact enumeration."
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=usual.seed,
+        help="of the tiny models; another one has no declared sizes of biases",
+    )
+    parser.add_argument(
+        "--vocab",
+        type=int,
+        default=usual.vocabulary,
+        help="tokens of the model without an end, at least 4",
+    )
     parser.add_argument("--horizon", type=int, default=usual.horizon, help="its steps, at least 2")
-    parser.add_argument("--json", action="store_true", help="a list of row objects instead of a table")
+    parser.add_argument(
+        "--json", action="store_true", help="a list of row objects instead of a table"
+    )
     try:
         given = parser.parse_args(list(arguments))
     except SystemExit as stopped:
         return int(stopped.code or 0)
     if given.vocab < 4 or given.horizon < 2 or given.vocab**given.horizon > LIMIT or given.seed < 0:
-        print(f"--vocab {given.vocab} --horizon {given.horizon}: at least 4 and 2, and vocab^horizon at most {LIMIT}; --seed not negative")
+        print(
+            f"--vocab {given.vocab} --horizon {given.horizon}: at least 4 and 2, and vocab^horizon at most {LIMIT}; --seed not negative"
+        )
         return 2
     rows = all_rows(Scope(seed=given.seed, vocabulary=given.vocab, horizon=given.horizon))
     return report_json(rows) if given.json else report_table(rows)
@@ -56,14 +72,23 @@ def all_rows(scope: Scope) -> Iterator[Row]:
     for case in listed:
         yield judge(case, scope)
     for method in sorted(online_methods() - {case.method for case in listed}):
-        yield replace(judge(Case(method=method, group_size=2, world=World.tiny), scope), declared="nothing", agrees=False)
+        yield replace(
+            judge(Case(method=method, group_size=2, world=World.tiny), scope),
+            declared="nothing",
+            agrees=False,
+        )
 
 
 def online_methods() -> set[str]:
     """The presets that are not losses over pairs."""
     names = [path.stem for path in conf_dir().glob("algorithm/*.yaml")]
-    made = {name: load_config(["run.dir=check", "experiment=quickstart", f"algorithm={name}"]) for name in names}
-    return {name for name, settings in made.items() if settings.algorithm.pair.loss is PairLoss.none}
+    made = {
+        name: load_config(["run.dir=check", "experiment=quickstart", f"algorithm={name}"])
+        for name in names
+    }
+    return {
+        name for name, settings in made.items() if settings.algorithm.pair.loss is PairLoss.none
+    }
 
 
 HEADER = f"{'method':<14} {'option':<92} {'estimates':<19} {'bias':>8} {'cosine':>7} {'variance':>9}  {'declared':<13} verdict"

@@ -37,7 +37,12 @@ class Scope:
     def mdp(self, world: World, *, off_policy: bool = False) -> Mdp:
         match world:
             case World.fixed:
-                size = {"seed": self.seed, "vocabulary": self.vocabulary, "horizon": self.horizon, "ends": False}
+                size = {
+                    "seed": self.seed,
+                    "vocabulary": self.vocabulary,
+                    "horizon": self.horizon,
+                    "ends": False,
+                }
             case World.ended:
                 size = {"seed": self.seed + 3, "vocabulary": 4, "horizon": 4, "ends": True}
             case World.tiny:
@@ -63,19 +68,30 @@ class Row:
 def judge(case: Case, scope: Scope, estimator_class: type[Estimator] = Estimator) -> Row:
     """Measure a case and compare it with its declaration."""
     settings = settings_of(case, scope)
-    mdp = replace(scope.mdp(case.world, off_policy=case.off_policy), temperature=settings.algorithm.temperature)
+    mdp = replace(
+        scope.mdp(case.world, off_policy=case.off_policy),
+        temperature=settings.algorithm.temperature,
+    )
     values = exact_values(settings, mdp) if case.value is Value.exact else None
-    measured = measure(estimator_class(settings, mdp, values), written_by(settings.algorithm), case.group_size)
+    measured = measure(
+        estimator_class(settings, mdp, values), written_by(settings.algorithm), case.group_size
+    )
     truth = claim(case, settings, mdp).gradient()
     bias = relative(measured.mean, truth)
     found = class_of(bias, measured.luck)
     sized = case.kind is Kind.biased and scope.has_sizes
     agrees = found is case.kind or (case.kind is Kind.biased and math.isfinite(bias))
     return Row(
-        method=case.method, option=case.label, estimates=case.target, bias=bias, cosine=cosine(measured.mean, truth),
-        variance=measured.variance, declared=f"{case.kind} {case.bias:.3f}" if sized else case.kind, verdict=found,
+        method=case.method,
+        option=case.label,
+        estimates=case.target,
+        bias=bias,
+        cosine=cosine(measured.mean, truth),
+        variance=measured.variance,
+        declared=f"{case.kind} {case.bias:.3f}" if sized else case.kind,
+        verdict=found,
         agrees=abs(bias - case.bias) < TOLERANCE if sized else agrees,
-    )  # fmt: skip
+    )
 
 
 def class_of(bias: float, luck: float) -> Kind:
@@ -99,29 +115,48 @@ def settings_of(case: Case, scope: Scope) -> RunSettings:
     longest = scope.mdp(case.world).mask.shape[1]
     return load_config(
         [
-            "run.dir=check", "experiment=quickstart", f"algorithm={case.method}", f"rollout.max_new_tokens={longest}",
-            f"train.samples_per_prompt={case.group_size}", *(o if o.startswith("+") else f"algorithm.{o}" for o in options),
+            "run.dir=check",
+            "experiment=quickstart",
+            f"algorithm={case.method}",
+            f"rollout.max_new_tokens={longest}",
+            f"train.samples_per_prompt={case.group_size}",
+            *(o if o.startswith("+") else f"algorithm.{o}" for o in options),
         ]
-    )  # fmt: skip
+    )
 
 
 def claim(case: Case, settings: RunSettings, mdp: Mdp) -> Claim:
     """What the case is compared with."""
     weights, names = Weights(settings), settings.scored_teachers
-    asked = [all(COLUMNS.get(key) == value for key, value in settings.teachers[name].route.items()) for name in names]
+    asked = [
+        all(COLUMNS.get(key) == value for key, value in settings.teachers[name].route.items())
+        for name in names
+    ]
     shares = written_by(settings.algorithm)
-    if settings.algorithm.ratio.kind is not Ratio.none:  # reweighted, a teacher's sequences stand for the student's
+    if (
+        settings.algorithm.ratio.kind is not Ratio.none
+    ):  # reweighted, a teacher's sequences stand for the student's
         shares[Source.student] = shares.get(Source.student, 0.0) + shares.pop(Source.teacher, 0.0)
     return Claim(
-        mdp=mdp, algorithm=settings.algorithm, target=case.target, reward_weight=weights.reward(0), shares=shares,
-        weights=tuple(w if heard else 0.0 for w, heard in zip(weights.teachers(0), asked, strict=True)),
-    )  # fmt: skip
+        mdp=mdp,
+        algorithm=settings.algorithm,
+        target=case.target,
+        reward_weight=weights.reward(0),
+        shares=shares,
+        weights=tuple(
+            w if heard else 0.0 for w, heard in zip(weights.teachers(0), asked, strict=True)
+        ),
+    )
 
 
 def written_by(algorithm: AlgorithmConfig) -> dict[Source, float]:
     """The share of the batches of each source that has one."""
     student = 1 - algorithm.teacher_fraction - algorithm.data_fraction
-    shares = {Source.student: student, Source.teacher: algorithm.teacher_fraction, Source.data: algorithm.data_fraction}
+    shares = {
+        Source.student: student,
+        Source.teacher: algorithm.teacher_fraction,
+        Source.data: algorithm.data_fraction,
+    }
     return {source: share for source, share in shares.items() if share > 0}
 
 
@@ -131,4 +166,6 @@ def exact_values(settings: RunSettings, mdp: Mdp) -> Tensor:
     rows = Estimator(plain, mdp).rows(torch.arange(len(mdp.tokens))[:, None], Source.student)
     chance = mdp.probability(mdp.student)[rows.group]
     total, weight = (torch.zeros(len(mdp.student), dtype=chance.dtype) for _ in range(2))
-    return total.index_add_(0, rows.prefixes, chance * rows.terms.sparse) / weight.index_add_(0, rows.prefixes, chance)
+    return total.index_add_(0, rows.prefixes, chance * rows.terms.sparse) / weight.index_add_(
+        0, rows.prefixes, chance
+    )

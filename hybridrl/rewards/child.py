@@ -76,8 +76,13 @@ def call(name: str, num_sequences: int, keywords: dict[str, Any]) -> list[float 
         if len(values) == num_sequences:
             return [_checked(value) for value in values]
     except BaseException as error:  # what it returned has code of its own
-        return Raised(text=f"returned {type(values).__name__}, must be a list of numbers ({_told(error)})", wrong_result=True)
-    return Raised(text=f"returned {len(values)} values for {num_sequences} completions", wrong_result=True)
+        return Raised(
+            text=f"returned {type(values).__name__}, must be a list of numbers ({_told(error)})",
+            wrong_result=True,
+        )
+    return Raised(
+        text=f"returned {len(values)} values for {num_sequences} completions", wrong_result=True
+    )
 
 
 def _told(error: BaseException) -> str:

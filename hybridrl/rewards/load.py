@@ -50,18 +50,34 @@ def load_reward(name: str, function: str, options: dict[str, Any]) -> RewardFunc
     elif colon and path.endswith(".py"):
         loaded = getattr(_module(field, Path(path)), attribute, None)
         if loaded is None:
-            raise ConfigError(f"{field}: {path} has no {attribute}; name a function that the file defines")
+            raise ConfigError(
+                f"{field}: {path} has no {attribute}; name a function that the file defines"
+            )
         if not callable(loaded):
-            raise ConfigError(f"{field}: {attribute} must be callable; name a function that the file defines")
+            raise ConfigError(
+                f"{field}: {attribute} must be callable; name a function that the file defines"
+            )
     else:
         near = difflib.get_close_matches(function, BUILT_IN, n=1)
-        remedy = f"did you mean {near[0]}?" if near else "write one of those, or path/to/file.py:function"
-        raise ConfigError(f"{field}: must be one of {', '.join(BUILT_IN)} or file.py:function; {remedy}")
+        remedy = (
+            f"did you mean {near[0]}?"
+            if near
+            else "write one of those, or path/to/file.py:function"
+        )
+        raise ConfigError(
+            f"{field}: must be one of {', '.join(BUILT_IN)} or file.py:function; {remedy}"
+        )
     accepted = accepted_names(loaded)
     for option in options:
         if accepted is not None and option not in accepted:
-            raise ConfigError(f"reward.functions.{name}.options.{option}: {function} takes no such argument; remove it")
-    return _built(field, loaded, options) if isinstance(loaded, type) else _with_options(loaded, options)
+            raise ConfigError(
+                f"reward.functions.{name}.options.{option}: {function} takes no such argument; remove it"
+            )
+    return (
+        _built(field, loaded, options)
+        if isinstance(loaded, type)
+        else _with_options(loaded, options)
+    )
 
 
 def accepted_names(function: RewardFunction) -> frozenset[str] | None:
@@ -69,7 +85,9 @@ def accepted_names(function: RewardFunction) -> frozenset[str] | None:
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
-    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return frozenset(
+        p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    )
 
 
 def _built(field: str, kind: type, options: dict[str, Any]) -> RewardFunction:
@@ -78,7 +96,9 @@ def _built(field: str, kind: type, options: dict[str, Any]) -> RewardFunction:
     except ConfigError as error:
         raise ConfigError(f"{field}: {error}") from error
     except Exception as error:
-        raise ConfigError(f"{field}: building it raised {type(error).__name__}: {error}; correct its options") from error
+        raise ConfigError(
+            f"{field}: building it raised {type(error).__name__}: {error}; correct its options"
+        ) from error
 
 
 def _with_options(function: RewardFunction, options: dict[str, Any]) -> RewardFunction:
@@ -91,7 +111,9 @@ def _with_options(function: RewardFunction, options: dict[str, Any]) -> RewardFu
 
 def _module(field: str, path: Path) -> ModuleType:
     if not path.is_file():
-        raise ConfigError(f"{field}: there is no file {path.absolute()}; give a path that every node can read")
+        raise ConfigError(
+            f"{field}: there is no file {path.absolute()}; give a path that every node can read"
+        )
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -99,5 +121,7 @@ def _module(field: str, path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(f"{field}: running {path} raised {type(error).__name__}: {error}; correct the file") from error
+        raise ConfigError(
+            f"{field}: running {path} raised {type(error).__name__}: {error}; correct the file"
+        ) from error
     return module

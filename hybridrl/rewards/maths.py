@@ -10,7 +10,9 @@ from math_verify import parse, verify
 # math-verify's own timeouts turn a slow answer into a wrong one; ours is the deadline of the call, which is an error.
 NO_TIMEOUT = None
 for module in ("parser", "grader"):
-    logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)  # each warns once that its timeout is off
+    logging.getLogger(f"math_verify.{module}").setLevel(
+        logging.ERROR
+    )  # each warns once that its timeout is off
 
 
 def math(completions: list[str], answer: list[str]) -> list[float]:
@@ -19,7 +21,10 @@ def math(completions: list[str], answer: list[str]) -> list[float]:
     Raises:
         ValueError: a reference answer that math-verify cannot read: no completion could be right.
     """
-    return [_equal(completion, str(reference)) for completion, reference in zip(completions, answer, strict=True)]
+    return [
+        _equal(completion, str(reference))
+        for completion, reference in zip(completions, answer, strict=True)
+    ]
 
 
 def _equal(completion: str, reference: str) -> float:
@@ -27,4 +32,6 @@ def _equal(completion: str, reference: str) -> float:
     gold = parse(delimited, parsing_timeout=NO_TIMEOUT)
     if not gold:
         raise ValueError(f"answer={reference!r}: math-verify finds no expression in it")
-    return float(verify(gold, parse(completion, parsing_timeout=NO_TIMEOUT), timeout_seconds=NO_TIMEOUT))
+    return float(
+        verify(gold, parse(completion, parsing_timeout=NO_TIMEOUT), timeout_seconds=NO_TIMEOUT)
+    )

@@ -68,9 +68,20 @@ class RewardPool:
     """
 
     def __init__(
-        self, calls: Mapping[str, RewardCall], *, processes: int, timeout_s: float, max_timeouts: float, budget_s: float = math.inf
+        self,
+        calls: Mapping[str, RewardCall],
+        *,
+        processes: int,
+        timeout_s: float,
+        max_timeouts: float,
+        budget_s: float = math.inf,
     ) -> None:
-        self._calls, self._processes, self._timeout_s, self._max_timeouts = dict(calls), processes, timeout_s, max_timeouts
+        self._calls, self._processes, self._timeout_s, self._max_timeouts = (
+            dict(calls),
+            processes,
+            timeout_s,
+            max_timeouts,
+        )
         self._budget_s = budget_s
         self._pool = self._fresh()
         try:
@@ -93,7 +104,9 @@ class RewardPool:
                 retried += part
             else:
                 outcomes |= _spread(part, answer)
-        outcomes |= self._alone(name, passed, retried, most=self._max_timeouts * num_sequences, end=end)
+        outcomes |= self._alone(
+            name, passed, retried, most=self._max_timeouts * num_sequences, end=end
+        )
         return [outcomes[i] for i in range(num_sequences)]
 
     def close(self) -> None:
@@ -101,25 +114,41 @@ class RewardPool:
         self._pool.stop()
         self._pool.join()
 
-    def _alone(self, name: str, columns: dict[str, list[Any]], retried: list[int], most: float, end: float) -> dict[int, Outcome]:
+    def _alone(
+        self, name: str, columns: dict[str, list[Any]], retried: list[int], most: float, end: float
+    ) -> dict[int, Outcome]:
         """One call a sequence, as many at once as there are children, until more than `most` have timed out or time is up."""
         outcomes: dict[int, Outcome] = {}
         told = f"not run: more than {self._max_timeouts:.0%} of the batch had timed out, or {self._budget_s:g} s were over"
         skipped = Failure(kind=FailureKind.timeout, text=told)
         for start in range(0, len(retried), self._processes):
             parts = [range(i, i + 1) for i in retried[start : start + self._processes]]
-            hung = sum(isinstance(o, Failure) and o.kind is FailureKind.timeout for o in outcomes.values())
-            answers = self._answers(name, columns, parts) if hung <= most and time.monotonic() < end else [skipped] * len(parts)
+            hung = sum(
+                isinstance(o, Failure) and o.kind is FailureKind.timeout for o in outcomes.values()
+            )
+            answers = (
+                self._answers(name, columns, parts)
+                if hung <= most and time.monotonic() < end
+                else [skipped] * len(parts)
+            )
             for part, answer in zip(parts, answers, strict=True):
                 outcomes |= _spread(part, answer)
         return outcomes
 
-    def _answers(self, name: str, columns: dict[str, list[Any]], parts: list[range]) -> list[list[Outcome] | Failure]:
-        answers = [self._wait(future) for future in [self._send(name, columns, part) for part in parts]]
+    def _answers(
+        self, name: str, columns: dict[str, list[Any]], parts: list[range]
+    ) -> list[list[Outcome] | Failure]:
+        answers = [
+            self._wait(future) for future in [self._send(name, columns, part) for part in parts]
+        ]
         for i, answer in enumerate(answers):
-            if answer is None:  # the pool broke under it, by another's fault perhaps: once more, alone
+            if (
+                answer is None
+            ):  # the pool broke under it, by another's fault perhaps: once more, alone
                 answers[i] = self._wait(self._send(name, columns, parts[i]))
-        died = Failure(kind=FailureKind.died, text="the process ended before it took the call, twice")
+        died = Failure(
+            kind=FailureKind.died, text="the process ended before it took the call, twice"
+        )
         return [died if answer is None else answer for answer in answers]
 
     def _send(self, name: str, columns: dict[str, list[Any]], part: range) -> ProcessFuture:
@@ -127,7 +156,9 @@ class RewardPool:
         arguments = (name, len(part), keywords)
         try:
             return self._pool.schedule(child.call, arguments, timeout=self._timeout_s)
-        except RuntimeError:  # pebble gives up when a child dies between calls, e.g. for lack of memory
+        except (
+            RuntimeError
+        ):  # pebble gives up when a child dies between calls, e.g. for lack of memory
             self.close()
             self._pool = self._fresh()
             return self._pool.schedule(child.call, arguments, timeout=self._timeout_s)
@@ -137,34 +168,57 @@ class RewardPool:
         try:
             result = future.result()
         except TimeoutError:
-            return Failure(kind=FailureKind.timeout, text=f"no answer within reward.timeout_s={self._timeout_s:g}")
+            return Failure(
+                kind=FailureKind.timeout,
+                text=f"no answer within reward.timeout_s={self._timeout_s:g}",
+            )
         except ProcessExpired as error:
-            return Failure(kind=FailureKind.died, text=f"the process ended with exit code {error.exitcode}")
+            return Failure(
+                kind=FailureKind.died, text=f"the process ended with exit code {error.exitcode}"
+            )
         except BrokenProcessPool:
             return None
         if isinstance(result, Raised):
-            return Failure(kind=FailureKind.invalid if result.wrong_result else FailureKind.raised, text=result.text)
-        return [Failure(kind=FailureKind.invalid, text=value) if isinstance(value, str) else value for value in result]
+            return Failure(
+                kind=FailureKind.invalid if result.wrong_result else FailureKind.raised,
+                text=result.text,
+            )
+        return [
+            Failure(kind=FailureKind.invalid, text=value) if isinstance(value, str) else value
+            for value in result
+        ]
 
     def _load(self, name: str) -> frozenset[str] | None:
         field = f"reward.functions.{name}.function={self._calls[name].function}"
         try:
             accepted = self._pool.schedule(child.loaded, (name,)).result(timeout=LOAD_S)
         except TimeoutError as error:
-            raise ConfigError(f"{field}: a process with all reward functions must load within {LOAD_S:g} s; import less") from error
+            raise ConfigError(
+                f"{field}: a process with all reward functions must load within {LOAD_S:g} s; import less"
+            ) from error
         except (ProcessExpired, RuntimeError) as error:
-            raise ConfigError(f"{field}: loading the reward functions ended their process; run the file by itself") from error
+            raise ConfigError(
+                f"{field}: loading the reward functions ended their process; run the file by itself"
+            ) from error
         if isinstance(accepted, str):
             raise ConfigError(accepted)
         return accepted
 
     def _fresh(self) -> ProcessPool:
-        return ProcessPool(max_workers=self._processes, initializer=child.start, initargs=(self._calls,), context=_BareContext())
+        return ProcessPool(
+            max_workers=self._processes,
+            initializer=child.start,
+            initargs=(self._calls,),
+            context=_BareContext(),
+        )
 
 
 def reward_calls(config: "RewardConfig") -> dict[str, RewardCall]:
     """`reward.functions` as the pool takes it."""
-    return {name: RewardCall(function=f.function, options=dict(f.options)) for name, f in config.functions.items()}
+    return {
+        name: RewardCall(function=f.function, options=dict(f.options))
+        for name, f in config.functions.items()
+    }
 
 
 def check_rewards(config: "RewardConfig") -> None:
@@ -174,11 +228,20 @@ def check_rewards(config: "RewardConfig") -> None:
         ConfigError: one sentence on the first that cannot be loaded.
     """
     if config.functions:
-        RewardPool(reward_calls(config), processes=1, timeout_s=config.timeout_s, max_timeouts=config.max_error_rate).close()
+        RewardPool(
+            reward_calls(config),
+            processes=1,
+            timeout_s=config.timeout_s,
+            max_timeouts=config.max_error_rate,
+        ).close()
 
 
 def _spread(part: range, answer: list[Outcome] | Failure) -> dict[int, Outcome]:
-    return dict.fromkeys(part, answer) if isinstance(answer, Failure) else dict(zip(part, answer, strict=True))
+    return (
+        dict.fromkeys(part, answer)
+        if isinstance(answer, Failure)
+        else dict(zip(part, answer, strict=True))
+    )
 
 
 class _BareProcess(SpawnProcess):

@@ -15,7 +15,11 @@ from hybridrl.rewards.countdown import answer_text
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-def reasoning_gym(completions: list[str], reasoning_gym_dataset: list[str], reasoning_gym_entry: list[dict[str, Any]]) -> list[float]:
+def reasoning_gym(
+    completions: list[str],
+    reasoning_gym_dataset: list[str],
+    reasoning_gym_entry: list[dict[str, Any]],
+) -> list[float]:
     """The named generator's score per completion [N].
 
     The answer is the last <answer>...</answer>; without a tag it is the last number of the completion where the
@@ -25,7 +29,9 @@ def reasoning_gym(completions: list[str], reasoning_gym_dataset: list[str], reas
         ValueError: no such generator.
     """
     rows = zip(completions, reasoning_gym_dataset, reasoning_gym_entry, strict=True)
-    return [float(_scorer(name)(_answer(completion, entry), entry)) for completion, name, entry in rows]
+    return [
+        float(_scorer(name)(_answer(completion, entry), entry)) for completion, name, entry in rows
+    ]
 
 
 @cache

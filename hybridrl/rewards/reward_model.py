@@ -47,13 +47,20 @@ class RewardModel:
         """
         if not all(completion_ids):
             raise ValueError("a response without tokens has no score")
-        read = [torch.tensor([*prompt, *completion][:-1]) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        read = [
+            torch.tensor([*prompt, *completion][:-1])
+            for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+        ]
         scores = torch.zeros(len(read))
         for batch in micro_batches([len(ids) for ids in read], MAX_TOKENS):
             ends = torch.tensor([len(read[i]) for i in batch])
-            ids = torch.nn.utils.rnn.pad_sequence([read[i] for i in batch], batch_first=True)  # [B, T] int64
+            ids = torch.nn.utils.rnn.pad_sequence(
+                [read[i] for i in batch], batch_first=True
+            )  # [B, T] int64
             mask = (torch.arange(ids.shape[1])[None, :] < ends[:, None]).long()
-            states = self.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # [B, T, H] float32
+            states = self.body(
+                input_ids=ids, attention_mask=mask, use_cache=False
+            ).last_hidden_state  # [B, T, H] float32
             scores[batch] = states[torch.arange(len(batch)), ends - 1] @ self.value_head[0]
         return scores.tolist()
 

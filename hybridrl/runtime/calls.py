@@ -53,7 +53,9 @@ def gather(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nob
 
 
 def settle(
-    pending: Sequence[Pending], watch: Callable[[], Pending | None] = nobody, count: int | None = None
+    pending: Sequence[Pending],
+    watch: Callable[[], Pending | None] = nobody,
+    count: int | None = None,
 ) -> tuple[list[Any], list[WorkerError]]:
     """(results in order, workers lost). A lost worker ends the wait: its error stands for each of its calls, None for what is
     under way. The deadline, the longest of theirs, is of silence: one worker may have many calls to answer, one after the other.
@@ -98,8 +100,16 @@ def outcomes(pending: Sequence[Pending], watch: Callable[[], Pending | None] = n
     """
     limit = max((p.deadline_s for p in pending), default=0.0)
     end, done, silent = time.monotonic() + limit, set(), set()
-    while waiting := [p.ref for p in pending if p.ref not in done and (p.worker, p.epoch) not in silent]:
-        done |= set(ray.wait(waiting, num_returns=len(waiting), timeout=max(min(end - time.monotonic(), WATCH_S), 0))[0])
+    while waiting := [
+        p.ref for p in pending if p.ref not in done and (p.worker, p.epoch) not in silent
+    ]:
+        done |= set(
+            ray.wait(
+                waiting,
+                num_returns=len(waiting),
+                timeout=max(min(end - time.monotonic(), WATCH_S), 0),
+            )[0]
+        )
         if time.monotonic() >= end:
             break
         if (ping := watch()) is not None:
@@ -142,20 +152,31 @@ def _fetch(pending: Pending, left_s: float) -> Any:
         value = ray.get(pending.ref, timeout=max(left_s, DELIVERY_S))
     except GetTimeoutError as error:
         raise WorkerTimeout(
-            pending.worker, pending.call, f"its result was not delivered within {pending.deadline_s:g} s", pending.epoch
+            pending.worker,
+            pending.call,
+            f"its result was not delivered within {pending.deadline_s:g} s",
+            pending.epoch,
         ) from error
-    except ObjectLostError as error:  # not the fault of whom it was handed to, who would only be replaced and fail again
+    except (
+        ObjectLostError
+    ) as error:  # not the fault of whom it was handed to, who would only be replaced and fail again
         reason = f"what {pending.worker} was to give or to be given in {pending.call} is gone with its node"
         raise WorkerDied(OBJECT_STORE, "keeping values", reason) from error
     except RayActorError as error:
-        raise WorkerDied(pending.worker, pending.call, f"{_last_line(error)}; see {_log(pending)}", pending.epoch) from error
+        raise WorkerDied(
+            pending.worker, pending.call, f"{_last_line(error)}; see {_log(pending)}", pending.epoch
+        ) from error
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, HybridRLError):
             raise cause from error
         if isinstance(cause, NotBuilt):
-            raise WorkerError(pending.worker, "its constructor", f"{cause}; see {_log(pending)}", pending.epoch) from error
-        raise WorkerError(pending.worker, pending.call, f"{type(cause).__name__}: {cause}", pending.epoch) from error
+            raise WorkerError(
+                pending.worker, "its constructor", f"{cause}; see {_log(pending)}", pending.epoch
+            ) from error
+        raise WorkerError(
+            pending.worker, pending.call, f"{type(cause).__name__}: {cause}", pending.epoch
+        ) from error
     except RayError as error:
         raise WorkerError(pending.worker, pending.call, _last_line(error), pending.epoch) from error
     Meter.materialized_bytes += per_token_bytes(value)

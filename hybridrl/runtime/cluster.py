@@ -15,7 +15,12 @@ from pathlib import Path
 
 import ray
 import torch
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from hybridrl import failpoints
 from hybridrl.choices import Device, WeightTransfer
@@ -53,7 +58,9 @@ class Cluster:
         if self.owns_ray:
             connect(settings)
         try:
-            self.device = device_of(settings.cluster.device, ray.cluster_resources().get("GPU", 0), torch.version.cuda)
+            self.device = device_of(
+                settings.cluster.device, ray.cluster_resources().get("GPU", 0), torch.version.cuda
+            )
         except ConfigError:
             self.__exit__()
             raise
@@ -95,7 +102,12 @@ class Cluster:
         on_gpu = self.device == "cuda"
         colocated = on_gpu and self.settings.cluster.colocate
         share = gpu_share(sum(team.gpus > 0 for team in teams))
-        gpus = {team.name: 0.0 if not on_gpu else (share if colocated and team.gpus else float(team.gpus)) for team in teams}
+        gpus = {
+            team.name: 0.0
+            if not on_gpu
+            else (share if colocated and team.gpus else float(team.gpus))
+            for team in teams
+        }
         if colocated:
             width = max(team.size for team in teams if team.gpus)
             bundles = [{"CPU": 1.0, "GPU": 1.0} for _ in range(width)]
@@ -105,7 +117,9 @@ class Cluster:
             for team in teams:
                 for _ in range(team.size):
                     seats.append((team, len(bundles)))
-                    bundles.append({"CPU": CPU_SHARE} | ({"GPU": gpus[team.name]} if gpus[team.name] else {}))
+                    bundles.append(
+                        {"CPU": CPU_SHARE} | ({"GPU": gpus[team.name]} if gpus[team.name] else {})
+                    )
         self.group = self._reserve(bundles)
         nodes = bundle_nodes(self.group)
         crowd = Counter((team.name, nodes[bundle]["NodeID"]) for team, bundle in seats)
@@ -127,7 +141,9 @@ class Cluster:
         return slots
 
     def _reserve(self, bundles: list[dict[str, float]]) -> PlacementGroup:
-        group = placement_group(bundles, strategy="SPREAD" if self.settings.cluster.spread else "PACK")
+        group = placement_group(
+            bundles, strategy="SPREAD" if self.settings.cluster.spread else "PACK"
+        )
         limit = self.settings.deadlines.placement_s
         if not group.wait(limit):
             remove_placement_group(group)
@@ -155,7 +171,9 @@ def undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
@@ -215,9 +233,13 @@ def device_of(wanted: Device, gpus: float, cuda_build: str | None) -> str:
         ConfigError: cuda is wanted and cannot be had.
     """
     if wanted is Device.cuda and not gpus:
-        raise ConfigError("cluster.device=cuda: the Ray cluster has no GPU; use cluster.device=cpu or start Ray with --num-gpus")
+        raise ConfigError(
+            "cluster.device=cuda: the Ray cluster has no GPU; use cluster.device=cpu or start Ray with --num-gpus"
+        )
     if wanted is Device.cuda and not cuda_build:
-        raise ConfigError("cluster.device=cuda: the installed torch is a build for CPUs; use cluster.device=cpu or install the gpu extra")
+        raise ConfigError(
+            "cluster.device=cuda: the installed torch is a build for CPUs; use cluster.device=cpu or install the gpu extra"
+        )
     return "cuda" if wanted is not Device.cpu and gpus and cuda_build else "cpu"
 
 
@@ -234,7 +256,10 @@ def gpu_share(teams: int) -> float:
 def bundle_nodes(group: PlacementGroup) -> dict[int, dict]:
     """Ray's record of the node under each bundle."""
     by_id = {node["NodeID"]: node for node in ray.nodes()}
-    return {int(bundle): by_id[node_id] for bundle, node_id in placement_group_table(group)["bundles_to_node_id"].items()}
+    return {
+        int(bundle): by_id[node_id]
+        for bundle, node_id in placement_group_table(group)["bundles_to_node_id"].items()
+    }
 
 
 def cpus_of(node: dict) -> int:
@@ -255,13 +280,28 @@ def worker_env(threads: int, device: str, *, take_turns: bool) -> dict[str, str]
         take_turns: the phases of a step do not overlap, and the workers of one phase have cores enough.
     """
     count, loops = str(threads), take_turns and device == "cpu"
-    return worker_variables() | {
-        "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count,
-        "GOMP_SPINCOUNT": "10000" if loops else "0", "KMP_BLOCKTIME": "1" if loops else "0",
-        "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62), "MALLOC_TOP_PAD_": str(2**26),
-        "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"),
-        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}",  # ninja lives beside python
-        "DS_ACCELERATOR": "cpu" if device == "cpu" else "cuda",
-        **({failpoints.VARIABLE: os.environ[failpoints.VARIABLE]} if failpoints.VARIABLE in os.environ else {}),
-    }  # fmt: skip
+    return (
+        worker_variables()
+        | {
+            "OMP_NUM_THREADS": count,
+            "MKL_NUM_THREADS": count,
+            "GOMP_SPINCOUNT": "10000" if loops else "0",
+            "KMP_BLOCKTIME": "1" if loops else "0",
+            "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": str(2**62),
+            "MALLOC_TOP_PAD_": str(2**26),
+            "TOKENIZERS_PARALLELISM": "false",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "TORCH_EXTENSIONS_DIR": os.environ.get(
+                "TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"
+            ),
+            "PATH": f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}",  # ninja lives beside python
+            "DS_ACCELERATOR": "cpu" if device == "cpu" else "cuda",
+            **(
+                {failpoints.VARIABLE: os.environ[failpoints.VARIABLE]}
+                if failpoints.VARIABLE in os.environ
+                else {}
+            ),
+        }
+    )

@@ -53,13 +53,21 @@ class ActorGroup:
         concurrent: bool = False,
         any_order: bool = False,
     ) -> None:
-        self.name, self.path, self.slots, self.kwargs, self.log_dir = name, path, slots, kwargs, log_dir
+        self.name, self.path, self.slots, self.kwargs, self.log_dir = (
+            name,
+            path,
+            slots,
+            kwargs,
+            log_dir,
+        )
         self.size, self.concurrent, self.any_order = len(slots), concurrent, any_order
         self.names = [f"{name}/{i}" for i in range(self.size)]
         self.epochs = [0] * self.size  # how many workers were there before
         self.restarts_left = max_restarts
         self.actors = [self._start(i) for i in range(self.size)]
-        self.pid_refs = [actor.pid.remote() for actor in self.actors]  # asked now: a worker that hangs does not answer
+        self.pid_refs = [
+            actor.pid.remote() for actor in self.actors
+        ]  # asked now: a worker that hangs does not answer
         self.driver = ray.get_runtime_context().get_worker_id()
         ALIVE.add(self)
 
@@ -68,7 +76,9 @@ class ActorGroup:
         actor = ray.remote(AsyncHost if self.concurrent else Host).options(
             num_cpus=slot.num_cpus,
             num_gpus=slot.num_gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                slot.group, placement_group_bundle_index=slot.bundle
+            ),
             runtime_env={"env_vars": slot.env},
             allow_out_of_order_execution=self.concurrent or self.any_order,
             **({"max_concurrency": CALLS} if self.concurrent else {}),
@@ -91,7 +101,9 @@ class ActorGroup:
             dump_stacks()
         ray.kill(self.actors[index])
         if self.restarts_left == 0:
-            raise FleetExhausted(f"{lost}; cluster.max_restarts is used up for {self.name} workers, the last checkpoint stands")
+            raise FleetExhausted(
+                f"{lost}; cluster.max_restarts is used up for {self.name} workers, the last checkpoint stands"
+            )
         self.restarts_left -= 1
         self.epochs[index] += 1
         self.actors[index] = self._start(index)
@@ -112,16 +124,26 @@ class ActorGroup:
 
     def submit(self, index: int, method: str, *args: Any, deadline_s: float) -> Pending:
         """Call one worker; refs among `args` arrive as their values."""
-        return self._pending(index, self.actors[index].call.remote(method, *args), method, deadline_s)
+        return self._pending(
+            index, self.actors[index].call.remote(method, *args), method, deadline_s
+        )
 
-    def submit_pair(self, index: int, method: str, *args: Any, deadline_s: float) -> tuple[Pending, Pending]:
+    def submit_pair(
+        self, index: int, method: str, *args: Any, deadline_s: float
+    ) -> tuple[Pending, Pending]:
         """Call one worker whose method returns two values; each is an object of its own."""
         refs = self.actors[index].call.options(num_returns=2).remote(method, *args)
         first, second = (self._pending(index, ref, method, deadline_s) for ref in refs)
         return first, second
 
     def _pending(self, index: int, ref: ray.ObjectRef, method: str, deadline_s: float) -> Pending:
-        return Pending(ref=ref, worker=self.names[index], call=method, deadline_s=deadline_s, epoch=self.epochs[index])
+        return Pending(
+            ref=ref,
+            worker=self.names[index],
+            call=method,
+            deadline_s=deadline_s,
+            epoch=self.epochs[index],
+        )
 
     def submit_all(self, method: str, *args: Any, deadline_s: float) -> list[Pending]:
         return [self.submit(i, method, *args, deadline_s=deadline_s) for i in range(self.size)]
@@ -137,8 +159,12 @@ class ActorGroup:
         """Of every worker that can write them into its log; one reference each, there when it was asked."""
         asked = []
         for slot, pid, name in zip(self.slots, self.pid_refs, self.names, strict=True):
-            there = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
-            ask = ray.remote(ask_for_stacks).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+            there = PlacementGroupSchedulingStrategy(
+                slot.group, placement_group_bundle_index=slot.bundle
+            )
+            ask = ray.remote(ask_for_stacks).options(
+                num_cpus=0, scheduling_strategy=there, max_retries=0
+            )
             asked.append(ask.remote(pid, self._log(name)))
         return asked
 
@@ -181,4 +207,9 @@ class EngineCall:
     deadline_s: float
 
     def __call__(self, method: str, arguments: Sequence[tuple]) -> None:
-        gather([self.group.submit(i, method, *args, deadline_s=self.deadline_s) for i, args in enumerate(arguments)])
+        gather(
+            [
+                self.group.submit(i, method, *args, deadline_s=self.deadline_s)
+                for i, args in enumerate(arguments)
+            ]
+        )

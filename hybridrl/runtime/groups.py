@@ -12,12 +12,28 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hybridrl.choices import PairLoss, Source, WeightTransfer
 from hybridrl.config import ModelConfig, RunSettings
-from hybridrl.errors import FleetExhausted, HybridRLError, WeightSyncError, WorkerDied, WorkerError, WorkerTimeout
+from hybridrl.errors import (
+    FleetExhausted,
+    HybridRLError,
+    WeightSyncError,
+    WorkerDied,
+    WorkerError,
+    WorkerTimeout,
+)
 from hybridrl.placement import chunk_size
 from hybridrl.runtime.calls import Pending, gather, is_done, nobody, outcomes
 from hybridrl.runtime.engine_load import EngineLoad
 from hybridrl.runtime.group import ActorGroup, EngineCall, Slot
-from hybridrl.types import GenerateOrder, LearnerStats, Prompt, Sample, SavedFile, Shard, UpdatePlan, WeightManifest
+from hybridrl.types import (
+    GenerateOrder,
+    LearnerStats,
+    Prompt,
+    Sample,
+    SavedFile,
+    Shard,
+    UpdatePlan,
+    WeightManifest,
+)
 
 log = logging.getLogger(__name__)
 PROBE = "probe"
@@ -50,15 +66,29 @@ class RolloutGroup:
         source: Source = Source.student,
     ) -> None:
         self.settings, self.backend = settings, backend
-        kwargs = {"settings": settings, "model": model, "device": device, "backend": str(backend), "source": source}
+        kwargs = {
+            "settings": settings,
+            "model": model,
+            "device": device,
+            "backend": str(backend),
+            "source": source,
+        }
         restarts = settings.cluster.max_restarts
         self.group = ActorGroup(
-            name, self.worker, slots, [kwargs] * len(slots), log_dir=log_dir, max_restarts=restarts, concurrent=True
-        )  # fmt: skip
+            name,
+            self.worker,
+            slots,
+            [kwargs] * len(slots),
+            log_dir=log_dir,
+            max_restarts=restarts,
+            concurrent=True,
+        )
         self.load = EngineLoad(len(slots))
         self.serving = set(range(len(slots)))
         self.joining: dict[int, Pending] = {}  # engines started anew -> their first ping
-        self.latest: tuple[WeightManifest, ray.ObjectRef] | None = None  # what an engine must hold to serve; None: as from disk
+        self.latest: tuple[WeightManifest, ray.ObjectRef] | None = (
+            None  # what an engine must hold to serve; None: as from disk
+        )
         self.pings: dict[int, tuple[Pending, float]] = {}  # with the time they were sent
 
     def ready(self) -> list[Pending]:
@@ -82,16 +112,27 @@ class RolloutGroup:
         """
         self.admit()
         rollout = self.settings.rollout
-        size = chunk_size(len(prompts), groups_per_chunk or rollout.groups_per_chunk, self.group.size)
+        size = chunk_size(
+            len(prompts), groups_per_chunk or rollout.groups_per_chunk, self.group.size
+        )
         pieces = [tuple(prompts[i : i + size]) for i in range(0, len(prompts), size)]
-        tokens = [sum(len(p.input_ids) + rollout.max_new_tokens for p in piece) * group_size for piece in pieces]
+        tokens = [
+            sum(len(p.input_ids) + rollout.max_new_tokens for p in piece) * group_size
+            for piece in pieces
+        ]
         engines, numbers = self.load.assign(tokens, self.serving), [0] * self.group.size
         chunks = []
         for piece, engine, num_tokens in zip(pieces, engines, tokens, strict=True):
             order = GenerateOrder(
-                wave=wave, chunk=numbers[engine], num_chunks=engines.count(engine), group_size=group_size,
-                temperature=temperature, max_new_tokens=rollout.max_new_tokens, seed=seed, support=support,
-            )  # fmt: skip
+                wave=wave,
+                chunk=numbers[engine],
+                num_chunks=engines.count(engine),
+                group_size=group_size,
+                temperature=temperature,
+                max_new_tokens=rollout.max_new_tokens,
+                seed=seed,
+                support=support,
+            )
             numbers[engine] += 1
             chunks.append(self._submit(engine, order, piece, num_tokens))
         return chunks
@@ -100,16 +141,24 @@ class RolloutGroup:
         """The same responses once more, from an engine that serves."""
         self.admit()
         order = replace(chunk.order, wave=f"{chunk.order.wave}'", chunk=0, num_chunks=1)
-        tokens = sum(len(p.input_ids) + order.max_new_tokens for p in chunk.prompts) * order.group_size
+        tokens = (
+            sum(len(p.input_ids) + order.max_new_tokens for p in chunk.prompts) * order.group_size
+        )
         (engine,) = self.load.assign([tokens], self.serving)
         return self._submit(engine, order, chunk.prompts, tokens)
 
-    def _submit(self, engine: int, order: GenerateOrder, prompts: tuple[Prompt, ...], tokens: int) -> Chunk:
-        header, batch = self.group.submit_pair(engine, "generate", order, prompts, deadline_s=self.settings.deadlines.rollout_s)
+    def _submit(
+        self, engine: int, order: GenerateOrder, prompts: tuple[Prompt, ...], tokens: int
+    ) -> Chunk:
+        header, batch = self.group.submit_pair(
+            engine, "generate", order, prompts, deadline_s=self.settings.deadlines.rollout_s
+        )
         self.load.add(engine, tokens, header)
         return Chunk(order=order, prompts=prompts, header=header, batch=batch)
 
-    def probe(self, prompts: Sequence[Prompt], *, num_tokens: int, temperature: float, support: int = 0) -> dict[str, Chunk]:
+    def probe(
+        self, prompts: Sequence[Prompt], *, num_tokens: int, temperature: float, support: int = 0
+    ) -> dict[str, Chunk]:
         """The same prompts on every engine that serves: one chunk by the engine's name, of one engine at least. Waits; who does not
         answer, or no ping meanwhile, is lost. An engine takes these before all that waits for its turn.
 
@@ -117,15 +166,26 @@ class RolloutGroup:
             FleetExhausted: all engines were, and cannot be replaced any more.
         """
         order = GenerateOrder(
-            wave=PROBE, chunk=0, num_chunks=1, group_size=1, temperature=temperature, max_new_tokens=num_tokens, seed=0, support=support,
+            wave=PROBE,
+            chunk=0,
+            num_chunks=1,
+            group_size=1,
+            temperature=temperature,
+            max_new_tokens=num_tokens,
+            seed=0,
+            support=support,
             priority=-1,
-        )  # fmt: skip
+        )
         asked, found, limit = tuple(prompts), {}, self.settings.deadlines.rollout_s
         while not found:
             self.admit()
             for engine in sorted(self.serving):
-                header, batch = self.group.submit_pair(engine, "generate", order, asked, deadline_s=limit)
-                found[self.group.names[engine]] = Chunk(order=order, prompts=asked, header=header, batch=batch)
+                header, batch = self.group.submit_pair(
+                    engine, "generate", order, asked, deadline_s=limit
+                )
+                found[self.group.names[engine]] = Chunk(
+                    order=order, prompts=asked, header=header, batch=batch
+                )
             failed = self._failed([chunk.header for chunk in found.values()], self.silent)
             self._lose_all(failed)
             for error in failed:
@@ -153,7 +213,9 @@ class RolloutGroup:
                 way to let an engine in again, nor to go on without one.
         """
         if self.backend is not WeightTransfer.object_store:
-            raise FleetExhausted(f"{lost}; with rollout.weight_transfer={self.backend} no other can join, the last checkpoint stands")
+            raise FleetExhausted(
+                f"{lost}; with rollout.weight_transfer={self.backend} no other can join, the last checkpoint stands"
+            )
         try:
             engine = self.group.replace(lost)
         except FleetExhausted as error:
@@ -166,7 +228,9 @@ class RolloutGroup:
             return
         if engine is not None:
             self.serving.discard(engine)
-            self.joining[engine] = self.group.submit(engine, "ping", deadline_s=self.settings.deadlines.start_s)
+            self.joining[engine] = self.group.submit(
+                engine, "ping", deadline_s=self.settings.deadlines.start_s
+            )
 
     def admit(self) -> None:
         """Let new engines serve that are ready, once they acknowledged the newest weights; where none serves, wait for them."""
@@ -187,7 +251,9 @@ class RolloutGroup:
 
     def cancel(self, chunks: Sequence[Chunk]) -> None:
         """Stop sampling these chunks, wherever they are; an engine that does not answer is lost."""
-        groups = [f"{chunk.order.wave}/{prompt.uid}" for chunk in chunks for prompt in chunk.prompts]
+        groups = [
+            f"{chunk.order.wave}/{prompt.uid}" for chunk in chunks for prompt in chunk.prompts
+        ]
         self._lose_all(self._failed(self._each_serving("abort", groups)))
 
     def abort(self) -> list[Pending]:
@@ -203,7 +269,9 @@ class RolloutGroup:
             WeightSyncError: none of them took the weights, and some answered: the fault is not theirs.
         """
         self.latest = (manifest, packed)
-        errors = self._failed([self._load(engine, manifest, packed) for engine in sorted(self.serving)])
+        errors = self._failed(
+            [self._load(engine, manifest, packed) for engine in sorted(self.serving)]
+        )
         refused = [error for error in errors if not isinstance(error, WorkerDied | WorkerTimeout)]
         if refused and len(errors) == len(self.serving):
             raise WeightSyncError(f"no engine took the weights: {refused[0]}") from refused[0]
@@ -214,13 +282,17 @@ class RolloutGroup:
         """Stop all sampling; an engine that does not answer is lost."""
         self._lose_all(self._failed(self.abort()))
 
-    def _failed(self, calls: Sequence[Pending], watch: Callable[[], Pending | None] = nobody) -> list[WorkerError]:
+    def _failed(
+        self, calls: Sequence[Pending], watch: Callable[[], Pending | None] = nobody
+    ) -> list[WorkerError]:
         """What kept an engine from doing what it was told to; all have the same time."""
         errors = []
         for call, outcome in zip(calls, outcomes(calls, watch), strict=True):
             if isinstance(outcome, WorkerError):
                 errors.append(outcome)
-            elif isinstance(outcome, HybridRLError):  # raised on purpose, as of weights that it refused
+            elif isinstance(
+                outcome, HybridRLError
+            ):  # raised on purpose, as of weights that it refused
                 errors.append(WorkerError(call.worker, call.call, str(outcome), call.epoch))
         return errors
 
@@ -230,14 +302,19 @@ class RolloutGroup:
             self.lose(error)
 
     def _load(self, engine: int, manifest: WeightManifest, packed: ray.ObjectRef) -> Pending:
-        return self.group.submit(engine, "load_weights", manifest, packed, deadline_s=self.settings.deadlines.sync_s)
+        return self.group.submit(
+            engine, "load_weights", manifest, packed, deadline_s=self.settings.deadlines.sync_s
+        )
 
     def set_version(self, version: int) -> list[Pending]:
         return self._each_serving("update_weight_version", str(version))
 
     def _each_serving(self, method: str, *args: Any) -> list[Pending]:
         limit = self.settings.deadlines.sync_s
-        return [self.group.submit(engine, method, *args, deadline_s=limit) for engine in sorted(self.serving)]
+        return [
+            self.group.submit(engine, method, *args, deadline_s=limit)
+            for engine in sorted(self.serving)
+        ]
 
     def close(self) -> None:
         self.group.close()
@@ -248,7 +325,15 @@ class ScorerGroup:
 
     worker = "hybridrl.workers.scorer:Scorer"
 
-    def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, teacher: str, device: str, log_dir: str) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        slots: Sequence[Slot],
+        *,
+        teacher: str,
+        device: str,
+        log_dir: str,
+    ) -> None:
         self.settings, self.teacher = settings, teacher
         kwargs = {"settings": settings, "teacher": teacher, "device": device}
         self.group = ActorGroup(
@@ -282,13 +367,20 @@ class ScorerGroup:
     def _each_replica(self, method: str, folder: str) -> list[SavedFile]:
         """Each writes or reads its own files."""
         limit, size = self.settings.deadlines.save_s, self.group.size
-        written = gather([self.group.submit(i, method, folder, i, size, deadline_s=limit) for i in range(size)])
+        written = gather(
+            [self.group.submit(i, method, folder, i, size, deadline_s=limit) for i in range(size)]
+        )
         return [file for files in written for file in files]
 
     def score(self, chunks: Sequence[Chunk]) -> list[tuple[Pending, Pending]]:
         """One call per chunk, which starts when the chunk is done: (-> ScoreHeader, -> TokenScores)."""
-        limit = self.settings.deadlines.score_s  # counts once the chunks are done: nobody waits for a score before
-        return [self.group.submit_pair(i % self.group.size, "score", c.batch.ref, deadline_s=limit) for i, c in enumerate(chunks)]
+        limit = (
+            self.settings.deadlines.score_s
+        )  # counts once the chunks are done: nobody waits for a score before
+        return [
+            self.group.submit_pair(i % self.group.size, "score", c.batch.ref, deadline_s=limit)
+            for i, c in enumerate(chunks)
+        ]
 
 
 class RewardGroup:
@@ -296,10 +388,20 @@ class RewardGroup:
 
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, log_dir: str) -> None:
         self.settings = settings
-        watch_only = settings.algorithm.reward_weight.is_zero() and settings.algorithm.pair.loss is PairLoss.none
+        watch_only = (
+            settings.algorithm.reward_weight.is_zero()
+            and settings.algorithm.pair.loss is PairLoss.none
+        )
         model = {"tokenizer_path": settings.model.path, "revision": settings.model.revision}
-        kwargs = {"config": settings.reward, **model, "watch_only": watch_only, "deadline_s": settings.deadlines.reward_s}
-        self.group = ActorGroup("reward", self.worker, slots, [kwargs] * len(slots), **replaceable(settings, log_dir))
+        kwargs = {
+            "config": settings.reward,
+            **model,
+            "watch_only": watch_only,
+            "deadline_s": settings.deadlines.reward_s,
+        }
+        self.group = ActorGroup(
+            "reward", self.worker, slots, [kwargs] * len(slots), **replaceable(settings, log_dir)
+        )
 
     def lose(self, lost: WorkerError) -> None:
         """Start another worker in its place; it holds no state that the run would miss."""
@@ -311,22 +413,32 @@ class RewardGroup:
     def score(self, chunks: Sequence[Chunk], weights: Sequence[float]) -> list[Pending]:
         """One call per chunk: -> Rewards. `weights`: of the functions at this step, in the order of reward.functions."""
         limit = self.settings.deadlines.reward_s  # as of a score
-        return [self.group.submit(i % self.group.size, "score", c.batch.ref, weights, deadline_s=limit) for i, c in enumerate(chunks)]
+        return [
+            self.group.submit(i % self.group.size, "score", c.batch.ref, weights, deadline_s=limit)
+            for i, c in enumerate(chunks)
+        ]
 
     def samples(self, chunk: Chunk, rewards: Pending, step: int, count: int) -> tuple[Sample, ...]:
         """The first `count` rollouts of a chunk as text."""
         limit = self.settings.deadlines.reward_s
-        return self.group.submit(0, "samples", chunk.batch.ref, rewards.ref, step, count, deadline_s=limit).result()
+        return self.group.submit(
+            0, "samples", chunk.batch.ref, rewards.ref, step, count, deadline_s=limit
+        ).result()
 
 
 class LearnerGroup:
     worker = "hybridrl.workers.learner:Learner"
 
-    def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, device: str, log_dir: str) -> None:
+    def __init__(
+        self, settings: RunSettings, slots: Sequence[Slot], *, device: str, log_dir: str
+    ) -> None:
         self.settings = settings
         self.slot = slots[0]
         master = free_port_at(self.slot, settings.deadlines.start_s)
-        kwargs = [{"settings": settings, "rank": rank, "master": master, "device": device} for rank in range(len(slots))]
+        kwargs = [
+            {"settings": settings, "rank": rank, "master": master, "device": device}
+            for rank in range(len(slots))
+        ]
         self.group = ActorGroup("learner", self.worker, slots, kwargs, log_dir=log_dir)
         self.master = master
 
@@ -338,28 +450,48 @@ class LearnerGroup:
         self.settings = settings
         self.group.call_all("configure", settings, deadline_s=settings.deadlines.start_s)
 
-    def update(self, plan: UpdatePlan, shards: Sequence[Shard], values: Sequence[Sequence[ray.ObjectRef]]) -> LearnerStats:
+    def update(
+        self, plan: UpdatePlan, shards: Sequence[Shard], values: Sequence[Sequence[ray.ObjectRef]]
+    ) -> LearnerStats:
         """One optimizer step; shard i and its refs go to rank i. Every rank returns the same global statistics."""
         limit = self.settings.deadlines.learn_s
         per_rank = enumerate(zip(shards, values, strict=True))
-        return gather([self.group.submit(rank, "update", plan, shard, *refs, deadline_s=limit) for rank, (shard, refs) in per_rank])[0]
+        return gather(
+            [
+                self.group.submit(rank, "update", plan, shard, *refs, deadline_s=limit)
+                for rank, (shard, refs) in per_rank
+            ]
+        )[0]
 
     def logprob_gaps(self, chunks: Sequence[Chunk]) -> list[Pending]:
         """Of each rank: -> mean |log p - log mu| in nats of each chunk, by the weights as they are. Does not wait; all say the same."""
         refs, limit = [chunk.batch.ref for chunk in chunks], self.settings.deadlines.learn_s
-        return [self.group.submit(rank, "logprob_gaps", *refs, deadline_s=limit) for rank in range(self.group.size)]
+        return [
+            self.group.submit(rank, "logprob_gaps", *refs, deadline_s=limit)
+            for rank in range(self.group.size)
+        ]
 
     def pack_weights(self, version: int) -> tuple[WeightManifest, ray.ObjectRef]:
         """The student's weights as one object; only the manifest comes to the caller."""
         limit = self.settings.deadlines.sync_s
-        pairs = [self.group.submit_pair(rank, "pack_weights", version, deadline_s=limit) for rank in range(self.group.size)]
+        pairs = [
+            self.group.submit_pair(rank, "pack_weights", version, deadline_s=limit)
+            for rank in range(self.group.size)
+        ]
         manifests = gather([manifest for manifest, _ in pairs])
         return manifests[0], pairs[0][1].ref
 
     def connect_engines(self, backend: WeightTransfer, rollout: RolloutGroup) -> None:
         limit = self.settings.deadlines.start_s
         call = EngineCall(rollout.group, limit)
-        self.group.call_all("connect_engines", str(backend), free_port_at(self.slot, limit), call, rollout.group.size, deadline_s=limit)
+        self.group.call_all(
+            "connect_engines",
+            str(backend),
+            free_port_at(self.slot, limit),
+            call,
+            rollout.group.size,
+            deadline_s=limit,
+        )
 
     def send_weights(self) -> int:
         """-> bytes that went into each engine"""
@@ -370,10 +502,18 @@ class LearnerGroup:
 
     def save_state(self, folder: str) -> list[SavedFile]:
         """Every rank writes its own file."""
-        return [file for files in self.group.call_all("save_state", folder, deadline_s=self.settings.deadlines.save_s) for file in files]
+        return [
+            file
+            for files in self.group.call_all(
+                "save_state", folder, deadline_s=self.settings.deadlines.save_s
+            )
+            for file in files
+        ]
 
     def load_state(self, folder: str, optimizer_steps: int) -> None:
-        self.group.call_all("load_state", folder, optimizer_steps, deadline_s=self.settings.deadlines.save_s)
+        self.group.call_all(
+            "load_state", folder, optimizer_steps, deadline_s=self.settings.deadlines.save_s
+        )
 
     def export(self, folder: str) -> None:
         self.group.call_all("export", folder, deadline_s=self.settings.deadlines.save_s)
@@ -391,7 +531,13 @@ def free_port_at(slot: Slot, start_s: float) -> tuple[str, int]:
     """Address and a free TCP port of the node that the slot is on now, or will be when Ray has found it another."""
     there = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
     ref = ray.remote(_free_port).options(num_cpus=0, scheduling_strategy=there).remote()
-    return gather([Pending(ref=ref, worker=f"the node of {slot.node_ip}", call="free_port", deadline_s=start_s)])[0]
+    return gather(
+        [
+            Pending(
+                ref=ref, worker=f"the node of {slot.node_ip}", call="free_port", deadline_s=start_s
+            )
+        ]
+    )[0]
 
 
 def _free_port() -> tuple[str, int]:

@@ -42,7 +42,11 @@ def build(path: str, log: str, kwargs: dict[str, Any]) -> Any:
         return getattr(importlib.import_module(module), name)(**kwargs)
     except Exception as error:
         print(redact.text(traceback.format_exc()), file=sys.stderr)
-        return Unbuilt(error if isinstance(error, HybridRLError) else NotBuilt(redact.text(f"{type(error).__name__}: {error}")))
+        return Unbuilt(
+            error
+            if isinstance(error, HybridRLError)
+            else NotBuilt(redact.text(f"{type(error).__name__}: {error}"))
+        )
 
 
 class Unbuilt:

@@ -14,7 +14,13 @@ class ReplayGroup:
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, log_dir: str) -> None:
         self.settings = settings
         kwargs = [{}] * len(slots)
-        self.group = ActorGroup("replay", "hybridrl.workers.replay:Replay", slots, kwargs, **replaceable(settings, log_dir))
+        self.group = ActorGroup(
+            "replay",
+            "hybridrl.workers.replay:Replay",
+            slots,
+            kwargs,
+            **replaceable(settings, log_dir),
+        )
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
@@ -22,10 +28,17 @@ class ReplayGroup:
     def generate(self, prompts: Sequence[Prompt], *, wave: str) -> list[Chunk]:
         """One chunk with all responses of each prompt."""
         order = GenerateOrder(
-            wave=wave, chunk=0, num_chunks=1, group_size=len(prompts[0].responses),
-            temperature=0.0, max_new_tokens=self.settings.rollout.max_new_tokens, seed=0,
-        )  # fmt: skip
-        header, batch = self.group.submit_pair(0, "generate", order, list(prompts), deadline_s=self.settings.deadlines.rollout_s)
+            wave=wave,
+            chunk=0,
+            num_chunks=1,
+            group_size=len(prompts[0].responses),
+            temperature=0.0,
+            max_new_tokens=self.settings.rollout.max_new_tokens,
+            seed=0,
+        )
+        header, batch = self.group.submit_pair(
+            0, "generate", order, list(prompts), deadline_s=self.settings.deadlines.rollout_s
+        )
         return [Chunk(order=order, prompts=tuple(prompts), header=header, batch=batch)]
 
     def again(self, chunk: Chunk) -> Chunk:
@@ -37,4 +50,7 @@ class ReplayGroup:
 
     def rank(self, chunks: Sequence[Chunk]) -> list[Pending]:
         """One call per chunk: -> Rewards, the data's own order."""
-        return [self.group.submit(0, "rank", c.batch.ref, deadline_s=self.settings.deadlines.reward_s) for c in chunks]
+        return [
+            self.group.submit(0, "rank", c.batch.ref, deadline_s=self.settings.deadlines.reward_s)
+            for c in chunks
+        ]

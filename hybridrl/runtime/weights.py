@@ -8,7 +8,9 @@ from hybridrl.runtime.groups import LearnerGroup, RolloutGroup
 class WeightSync:
     """Publishes versions; an engine serves a version only after every worker in it acknowledged the bytes' digest."""
 
-    def __init__(self, learner: LearnerGroup, rollout: RolloutGroup, backend: WeightTransfer) -> None:
+    def __init__(
+        self, learner: LearnerGroup, rollout: RolloutGroup, backend: WeightTransfer
+    ) -> None:
         self.learner, self.rollout, self.backend = learner, rollout, backend
         if backend is not WeightTransfer.object_store:
             learner.connect_engines(backend, rollout)

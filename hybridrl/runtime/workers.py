@@ -34,7 +34,14 @@ class Workers:
 
     @property
     def groups(self) -> list[Group]:
-        found = (self.rollout, self.teacher_rollout, self.replay, *self.scorers, self.rewards, self.learner)
+        found = (
+            self.rollout,
+            self.teacher_rollout,
+            self.replay,
+            *self.scorers,
+            self.rewards,
+            self.learner,
+        )
         return [group for group in found if group is not None]
 
     @property
@@ -71,15 +78,26 @@ def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
         PlacementError: the cluster cannot hold them.
     """
     rollout = settings.rollout
-    scorers = [Team(name=f"scorer-{name}", size=settings.scorer.replicas, gpus=1, heavy=True) for name in settings.scored_teachers]
+    scorers = [
+        Team(name=f"scorer-{name}", size=settings.scorer.replicas, gpus=1, heavy=True)
+        for name in settings.scored_teachers
+    ]
     return cluster.place(
         [
             Team(name="learner", size=settings.learner.ranks, gpus=1, heavy=True),
             Team(name="rollout", size=rollout.engines, gpus=rollout.tensor_parallel, heavy=True),
             Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False),
             *scorers,
-            *([Team(name="teacher", size=1, gpus=rollout.tensor_parallel, heavy=True)] if settings.algorithm.teacher_fraction else []),
-            *([Team(name="replay", size=1, gpus=0, heavy=False)] if settings.algorithm.data_fraction else []),
+            *(
+                [Team(name="teacher", size=1, gpus=rollout.tensor_parallel, heavy=True)]
+                if settings.algorithm.teacher_fraction
+                else []
+            ),
+            *(
+                [Team(name="replay", size=1, gpus=0, heavy=False)]
+                if settings.algorithm.data_fraction
+                else []
+            ),
         ]
     )
 
@@ -90,7 +108,9 @@ def start_rewards(settings: RunSettings, slots: Slots, log_dir: str) -> RewardGr
     return rewards
 
 
-def start_workers(settings: RunSettings, cluster: Cluster, slots: Slots, rewards: RewardGroup, log_dir: str) -> Workers:
+def start_workers(
+    settings: RunSettings, cluster: Cluster, slots: Slots, rewards: RewardGroup, log_dir: str
+) -> Workers:
     """Start learner, scorers and engines at the same time; return when all answer.
 
     Raises:
@@ -101,17 +121,28 @@ def start_workers(settings: RunSettings, cluster: Cluster, slots: Slots, rewards
     rollout = RolloutGroup(settings, slots["rollout"], model=settings.model, **engine)
     engines = [rollout]
     if settings.algorithm.teacher_fraction:
-        writer = {"model": settings.teacher_model(next(iter(settings.teachers))), "source": Source.teacher, "name": "teacher"}
-        if settings.cluster.colocate:  # an engine measures the free memory of its GPU; nobody else may move in meanwhile
+        writer = {
+            "model": settings.teacher_model(next(iter(settings.teachers))),
+            "source": Source.teacher,
+            "name": "teacher",
+        }
+        if (
+            settings.cluster.colocate
+        ):  # an engine measures the free memory of its GPU; nobody else may move in meanwhile
             gather(rollout.ready())
         engines.append(RolloutGroup(settings, slots["teacher"], **writer, **engine))
     if settings.cluster.colocate:
         gather(engines[-1].ready())
     learner = LearnerGroup(settings, slots["learner"], device=device, log_dir=log_dir)
     scorers = [
-        ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir) for name in settings.scored_teachers
+        ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir)
+        for name in settings.scored_teachers
     ]
-    replay = ReplayGroup(settings, slots["replay"], log_dir=log_dir) if settings.algorithm.data_fraction else None
+    replay = (
+        ReplayGroup(settings, slots["replay"], log_dir=log_dir)
+        if settings.algorithm.data_fraction
+        else None
+    )
     starting = [*engines, learner, *scorers, *([replay] if replay else [])]
     try:
         gather([pending for group in starting for pending in group.ready()])
@@ -128,7 +159,14 @@ def start_workers(settings: RunSettings, cluster: Cluster, slots: Slots, rewards
     )
 
 
-def recover(settings: RunSettings, cluster: Cluster, slots: Slots, workers: Workers, lost: WorkerError, log_dir: str) -> Workers:
+def recover(
+    settings: RunSettings,
+    cluster: Cluster,
+    slots: Slots,
+    workers: Workers,
+    lost: WorkerError,
+    log_dir: str,
+) -> Workers:
     """The same workers with a new learner, and with another worker in the place of `lost` if that was none of the learner's;
     what was being sampled for the old one is given up. The new one is under way when this returns.
 

@@ -8,7 +8,14 @@ from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -43,7 +50,9 @@ class ConsoleSink:
         if info.first_step > 0:
             for row in read_metrics(info.run_dir):
                 self._learn_levels(row)
-            self.notice(f"{info.name}: continues after step {info.first_step} of {info.total_steps}, in {info.run_dir}")
+            self.notice(
+                f"{info.name}: continues after step {info.first_step} of {info.total_steps}, in {info.run_dir}"
+            )
         else:
             self.notice(f"{info.name}: {info.total_steps} steps, in {info.run_dir}")
         if self._stream.isatty() and self._live is None:
@@ -95,12 +104,19 @@ class ConsoleSink:
         """Remember what evaluation rows are compared with: the first accuracy and the teachers'."""
         if metrics["train/step"] == 0:
             self._start_accuracy = metrics.get("eval/accuracy")
-            self._teachers = {key.removeprefix(TEACHER): value for key, value in metrics.items() if key.startswith(TEACHER)}
+            self._teachers = {
+                key.removeprefix(TEACHER): value
+                for key, value in metrics.items()
+                if key.startswith(TEACHER)
+            }
         self._accuracy = metrics.get("eval/accuracy", self._accuracy)
 
     def _step_line(self, step: int, metrics: Mapping[str, float]) -> str:
         width = len(str(self._total))
-        parts = [f"step {step:>{width}}/{self._total}", *(f"{name} {text}" for name, text in _columns(metrics))]
+        parts = [
+            f"step {step:>{width}}/{self._total}",
+            *(f"{name} {text}" for name, text in _columns(metrics)),
+        ]
         if phases := _phases(metrics):
             parts.append(f"{metrics.get('time/step_s', math.nan):.1f} s ({phases})")
         parts.append(f"{duration(self._pace(step, metrics) * max(self._total - step, 0))} left")
@@ -120,7 +136,9 @@ class ConsoleSink:
             levels = [f"teacher {value:.1%}" for value in self._teachers.values()]
         if step > 0 and self._start_accuracy is not None:
             levels.append(f"start {self._start_accuracy:.1%}")
-        line = f"step {step}  eval accuracy {accuracy:.1%}" + (f" ({', '.join(levels)})" if levels else "")
+        line = f"step {step}  eval accuracy {accuracy:.1%}" + (
+            f" ({', '.join(levels)})" if levels else ""
+        )
         line = line.replace("%", " %")
         if self._live is not None:
             self._live.console.print(Text(line, style="bold green"))

@@ -18,10 +18,20 @@ Rows = Sequence[dict[str, float]]
 Float64 = NDArray[np.float64]
 
 # Okabe and Ito's palette: told apart with every kind of colour vision.
-BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442"
+BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#56B4E9",
+    "#CC79A7",
+    "#F0E442",
+)
 INK, FAINT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 TEACHER_COLOURS = (VERMILION, PURPLE, ORANGE, GREEN)
-PHASE_COLOURS = dict(zip(PHASES, (BLUE, SKY, ORANGE, GREEN, PURPLE, VERMILION, YELLOW), strict=True))
+PHASE_COLOURS = dict(
+    zip(PHASES, (BLUE, SKY, ORANGE, GREEN, PURPLE, VERMILION, YELLOW), strict=True)
+)
 MAX_BARS = 50
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g} %")
 PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
@@ -41,12 +51,19 @@ class Panel:
 def series(rows: Rows, key: str) -> tuple[Float64, Float64]:
     """Steps [n] and finite values [n] of a metric, float64, in the order of the rows."""
     pairs = [(row["train/step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
-    return np.array([s for s, _ in pairs], dtype=np.float64), np.array([v for _, v in pairs], dtype=np.float64)
+    return np.array([s for s, _ in pairs], dtype=np.float64), np.array(
+        [v for _, v in pairs], dtype=np.float64
+    )
 
 
 def teacher_levels(rows: Rows) -> dict[str, float]:
     """Each teacher's held-out accuracy, as measured before training."""
-    return {k.removeprefix(TEACHER): v for row in rows for k, v in row.items() if k.startswith(TEACHER) and math.isfinite(v)}
+    return {
+        k.removeprefix(TEACHER): v
+        for row in rows
+        for k, v in row.items()
+        if k.startswith(TEACHER) and math.isfinite(v)
+    }
 
 
 def panels_of(rows: Rows) -> list[Panel]:
@@ -106,13 +123,24 @@ def _dress(axes: Axes, last_step: float) -> None:
     axes.grid(axis="y", color=GRID, linewidth=0.9)
     axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, labelsize=10, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10], min_n_ticks=1)
+    )
     axes.set_xlabel("optimizer step", fontsize=10, color=FAINT)
     room = max(0.5, 0.015 * last_step)
     axes.set_xlim(-room, last_step + room)
 
 
-def _line(axes: Axes, rows: Rows, key: str, colour: str, label: str = "", *, smooth: bool = False, style: str = "-") -> None:
+def _line(
+    axes: Axes,
+    rows: Rows,
+    key: str,
+    colour: str,
+    label: str = "",
+    *,
+    smooth: bool = False,
+    style: str = "-",
+) -> None:
     """A metric over steps; `smooth` puts a running mean over a pale raw line. One value is drawn as a dot."""
     steps, values = series(rows, key)
     marker = "o" if len(values) == 1 else None
@@ -120,7 +148,15 @@ def _line(axes: Axes, rows: Rows, key: str, colour: str, label: str = "", *, smo
     if smooth and reach > 0:
         axes.plot(steps, values, color=colour, alpha=0.28, linewidth=1)
         values = _running_mean(values, reach)
-    axes.plot(steps, values, color=colour, linewidth=2, linestyle=style, marker=marker, label=label or None)
+    axes.plot(
+        steps,
+        values,
+        color=colour,
+        linewidth=2,
+        linestyle=style,
+        marker=marker,
+        label=label or None,
+    )
 
 
 def _running_mean(values: Float64, reach: int) -> Float64:
@@ -149,14 +185,36 @@ def _accuracy(axes: Axes, rows: Rows) -> None:
     axes.fill_between(steps, values - errors, values + errors, color=BLUE, alpha=0.15, linewidth=0)
     axes.plot(steps, values, color=BLUE, linewidth=2.4, marker="o", markersize=5, label="student")
     levels = teacher_levels(rows)
-    for place, ((name, level), colour) in enumerate(zip(levels.items(), TEACHER_COLOURS * len(levels), strict=False)):
+    for place, ((name, level), colour) in enumerate(
+        zip(levels.items(), TEACHER_COLOURS * len(levels), strict=False)
+    ):
         axes.axhline(level, color=colour, linewidth=1.8, linestyle=(0, (5, 3)))
-        label = f"teacher {100 * level:.1f} %" if len(levels) == 1 else f"teacher {name} {100 * level:.1f} %"
-        axes.annotate(label, (0.25 * (place % 4), level), xycoords=("axes fraction", "data"), xytext=(4, 5), textcoords="offset points",
-                      color=colour, fontsize=11, fontweight="bold")  # fmt: skip
+        label = (
+            f"teacher {100 * level:.1f} %"
+            if len(levels) == 1
+            else f"teacher {name} {100 * level:.1f} %"
+        )
+        axes.annotate(
+            label,
+            (0.25 * (place % 4), level),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 5),
+            textcoords="offset points",
+            color=colour,
+            fontsize=11,
+            fontweight="bold",
+        )
     for step, value in {steps[0]: values[0], steps[-1]: values[-1]}.items():
-        axes.annotate(f"{100 * value:.1f} %", (step, value), xytext=(0, -19), textcoords="offset points", color=BLUE, fontsize=12,
-                      fontweight="bold", ha="left" if step == steps[0] else "right")  # fmt: skip
+        axes.annotate(
+            f"{100 * value:.1f} %",
+            (step, value),
+            xytext=(0, -19),
+            textcoords="offset points",
+            color=BLUE,
+            fontsize=12,
+            fontweight="bold",
+            ha="left" if step == steps[0] else "right",
+        )
     axes.yaxis.set_major_formatter(PERCENT)
     top = max([*values, *levels.values()])
     low = min([*values, *levels.values()])
@@ -165,15 +223,36 @@ def _accuracy(axes: Axes, rows: Rows) -> None:
 
 
 def _reward(axes: Axes, rows: Rows) -> None:
-    banded = [row for row in rows if math.isfinite(row.get("reward/stderr", math.nan)) and math.isfinite(row.get("reward/mean", math.nan))]
+    banded = [
+        row
+        for row in rows
+        if math.isfinite(row.get("reward/stderr", math.nan))
+        and math.isfinite(row.get("reward/mean", math.nan))
+    ]
     steps, mean = series(banded, "reward/mean")
     _, error = series(banded, "reward/stderr")
     axes.fill_between(steps, mean - error, mean + error, color=BLUE, alpha=0.14, linewidth=0)
     _line(axes, rows, "reward/mean", BLUE, "sum", smooth=True)
-    parts = sorted({key for row in rows for key in row if key.startswith("reward/") and key.endswith("/mean") and key != "reward/mean"})
+    parts = sorted(
+        {
+            key
+            for row in rows
+            for key in row
+            if key.startswith("reward/") and key.endswith("/mean") and key != "reward/mean"
+        }
+    )
     if len(parts) > 1:
-        for key, colour in zip(parts, (ORANGE, GREEN, PURPLE, SKY, VERMILION) * len(parts), strict=False):
-            _line(axes, rows, key, colour, key.removeprefix("reward/").removesuffix("/mean"), smooth=True)
+        for key, colour in zip(
+            parts, (ORANGE, GREEN, PURPLE, SKY, VERMILION) * len(parts), strict=False
+        ):
+            _line(
+                axes,
+                rows,
+                key,
+                colour,
+                key.removeprefix("reward/").removesuffix("/mean"),
+                smooth=True,
+            )
     _legend(axes)
 
 
@@ -185,8 +264,15 @@ def _schedules(axes: Axes, rows: Rows) -> None:
 
 
 def _gradients(axes: Axes, rows: Rows) -> None:
-    drawn = [row for row in rows if row.get("grad/dense_norm", 0) > 0 or row.get("grad/sparse_norm", 0) > 0]
-    for key, colour, label in (("grad/dense_norm", BLUE, "dense (imitation)"), ("grad/sparse_norm", VERMILION, "sparse (reward)")):
+    drawn = [
+        row
+        for row in rows
+        if row.get("grad/dense_norm", 0) > 0 or row.get("grad/sparse_norm", 0) > 0
+    ]
+    for key, colour, label in (
+        ("grad/dense_norm", BLUE, "dense (imitation)"),
+        ("grad/sparse_norm", VERMILION, "sparse (reward)"),
+    ):
         positive = [row for row in drawn if row.get(key, 0) > 0]
         _line(axes, positive, key, colour, label, smooth=True)
     axes.set_yscale("log")
@@ -206,9 +292,18 @@ def _phases(axes: Axes, rows: Rows) -> None:
     bottom = np.zeros(len(groups))
     for name in PHASES:
         key = f"time/{name}_s"
-        heights = np.array([np.mean([np.nan_to_num(row.get(key, 0.0)) for row in group]) for group in groups])
+        heights = np.array(
+            [np.mean([np.nan_to_num(row.get(key, 0.0)) for row in group]) for group in groups]
+        )
         if heights.any():
-            axes.bar(centres, heights, width=0.82 * size, bottom=bottom, color=PHASE_COLOURS[name], label=name)
+            axes.bar(
+                centres,
+                heights,
+                width=0.82 * size,
+                bottom=bottom,
+                color=PHASE_COLOURS[name],
+                label=name,
+            )
             bottom += heights
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
     axes.set_ylim(0, 1.3 * bottom.max())
@@ -284,7 +379,9 @@ PANELS = (
     Panel(
         title="Where the time goes",
         caption="Wall seconds per step by phase; in long runs each bar averages neighbouring steps.",
-        needs=("time/step_s",),  # which rows of steps have, and evaluations before training have not
+        needs=(
+            "time/step_s",
+        ),  # which rows of steps have, and evaluations before training have not
         draw=_phases,
         hide_zero=True,
     ),

@@ -71,7 +71,11 @@ class JsonlSink:
         self._dir = Path(info.run_dir)
         (self._dir / SAMPLES).mkdir(parents=True, exist_ok=True)
         metrics = self._dir / METRICS
-        kept = [row for row in _read(metrics, needed="train/step") if 0 < info.first_step >= row["train/step"]]
+        kept = [
+            row
+            for row in _read(metrics, needed="train/step")
+            if 0 < info.first_step >= row["train/step"]
+        ]
         replace_text(metrics, "".join(map(_line, kept)))
         for path in (self._dir / SAMPLES).glob("step_*.jsonl"):
             if not 0 < info.first_step >= int(path.stem.removeprefix("step_")):
@@ -80,13 +84,19 @@ class JsonlSink:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         assert self._file is not None, "log before start"
-        row = {"train/step": int(metrics["train/step"]), **{k: v for k, v in metrics.items() if k != "train/step"}}
+        row = {
+            "train/step": int(metrics["train/step"]),
+            **{k: v for k, v in metrics.items() if k != "train/step"},
+        }
         append(self._file, _line(row))
 
     def samples(self, rows: Sequence[Sample]) -> None:
         assert self._dir is not None, "samples before start"
         if rows:
-            replace_text(self._dir / SAMPLES / f"step_{rows[0].step:06d}.jsonl", "".join(_line(asdict(row)) for row in rows))
+            replace_text(
+                self._dir / SAMPLES / f"step_{rows[0].step:06d}.jsonl",
+                "".join(_line(asdict(row)) for row in rows),
+            )
 
     def close(self, exit_code: int) -> None:
         if self._file is not None:
@@ -103,9 +113,13 @@ def _read(path: Path, needed: str) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); repair or remove the line") from error
+            raise DataError(
+                f"{path}, line {number}: not JSON ({error.msg}); repair or remove the line"
+            ) from error
         if not isinstance(row, dict) or needed not in row:
-            raise DataError(f"{path}, line {number}: no object with {needed}; repair or remove the line")
+            raise DataError(
+                f"{path}, line {number}: no object with {needed}; repair or remove the line"
+            )
         rows.append(row)
     return rows
 

@@ -59,7 +59,9 @@ def render(
     figures: Sequence[tuple[str, str]],  # (number, what it is)
     curves: Sequence[tuple[Panel, bytes]],  # with its PNG
     setup: Sequence[tuple[str, str]],  # (setting, value)
-    evaluations: Sequence[Sequence[Sample]],  # first and last, the same list twice when there was one
+    evaluations: Sequence[
+        Sequence[Sample]
+    ],  # first and last, the same list twice when there was one
     full_mark: float,  # the reward of a right response
     config_text: str,
 ) -> str:
@@ -75,10 +77,14 @@ def render(
     if evaluations:
         parts.append(_samples(evaluations[0], evaluations[-1], full_mark))
     if setup:
-        cells = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in setup)
+        cells = "".join(
+            f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in setup
+        )
         parts.append(f'<h2>Set-up</h2><table class="setup">{cells}</table>')
     if config_text:
-        parts.append(f"<details><summary>All settings (config.yaml)</summary><pre>{escape(config_text)}</pre></details>")
+        parts.append(
+            f"<details><summary>All settings (config.yaml)</summary><pre>{escape(config_text)}</pre></details>"
+        )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -98,7 +104,11 @@ def _curve(panel: Panel, png: bytes) -> str:
 def _keys(panel: Panel) -> str:
     """What the drawn metrics are, folded away under the picture."""
     metrics = [(key, explain(key)) for key in panel.needs]
-    told = "".join(f"<dt><code>{escape(k)}</code></dt><dd>{escape(f'{m.formula} - {m.reading}')}</dd>" for k, m in metrics if m)
+    told = "".join(
+        f"<dt><code>{escape(k)}</code></dt><dd>{escape(f'{m.formula} - {m.reading}')}</dd>"
+        for k, m in metrics
+        if m
+    )
     return f'<details class="keys"><summary>How to read it</summary><dl>{told}</dl></details>'
 
 
@@ -107,7 +117,10 @@ def _samples(first: Sequence[Sample], last: Sequence[Sample], full_mark: float) 
     columns = [first] if first[0].step == last[0].step else [first, last]
     prompts = {row.uid: row.prompt for column in columns for row in column}
     answers = [{row.uid: row for row in column} for column in columns]
-    heads = "".join(f"<th>{'Before training' if c[0].step == 0 else f'After step {c[0].step}'}</th>" for c in columns)
+    heads = "".join(
+        f"<th>{'Before training' if c[0].step == 0 else f'After step {c[0].step}'}</th>"
+        for c in columns
+    )
     body = "".join(
         f"<tr><td><pre>{escape(prompt)}</pre></td>{''.join(_answer(by_uid.get(uid), full_mark) for by_uid in answers)}</tr>\n"
         for uid, prompt in prompts.items()
@@ -126,7 +139,9 @@ def _answer(sample: Sample | None, full_mark: float) -> str:
     elif sample.reward >= full_mark - 1e-6:
         verdict, mark = "right", "&#10003; right"
     else:
-        verdict, mark = ("partly", "partly right") if sample.reward > 0 else ("wrong", "&#10007; wrong")
+        verdict, mark = (
+            ("partly", "partly right") if sample.reward > 0 else ("wrong", "&#10007; wrong")
+        )
     reward = "" if math.isnan(sample.reward) else f", reward {sample.reward:g}"
     cut = ", cut off at the length limit" if sample.finish_reason is FinishReason.length else ""
     return f'<td class="answer {verdict}"><pre>{escape(sample.response)}</pre><div class="mark">{mark}{reward}{cut}</div></td>'

@@ -11,7 +11,14 @@ import yaml
 from hybridrl.errors import DataError
 from hybridrl.tracking.comparison import comparison_panel
 from hybridrl.tracking.console import duration
-from hybridrl.tracking.figures import Rows, draw_overview, draw_panel, panels_of, series, teacher_levels
+from hybridrl.tracking.figures import (
+    Rows,
+    draw_overview,
+    draw_panel,
+    panels_of,
+    series,
+    teacher_levels,
+)
 from hybridrl.tracking.jsonl import METRICS, read_metrics, read_samples
 from hybridrl.tracking.page import render
 
@@ -26,7 +33,9 @@ class Facts:
     before_stderr: float
     after_stderr: float
     teacher: tuple[str, float] | None  # the best teacher and its accuracy
-    gap_closed: float | None  # (after - before) / (teacher - before); None unless the teacher was ahead
+    gap_closed: (
+        float | None
+    )  # (after - before) / (teacher - before); None unless the teacher was ahead
     wall_s: float | None  # sum of time/step_s
     tokens_per_s: float | None  # mean over steps
     kl_token: float | None  # of the last step
@@ -44,7 +53,9 @@ def write_report(run_dir: str | Path, others: Sequence[Path] = ()) -> Path:
     run_dir = Path(run_dir)
     rows = sorted(read_metrics(run_dir), key=lambda row: row["train/step"])
     if not rows:
-        raise DataError(f"{run_dir / METRICS}: no metrics, nothing to report; give the run.dir of a run that did a step")
+        raise DataError(
+            f"{run_dir / METRICS}: no metrics, nothing to report; give the run.dir of a run that did a step"
+        )
     settings = run_dir / "config.yaml"
     config_text = settings.read_text(encoding="utf-8") if settings.is_file() else ""
     config = yaml.safe_load(config_text) or {}
@@ -79,7 +90,9 @@ def measure(rows: Rows) -> Facts:
     gap = None
     if teacher and before is not None and after is not None and teacher[1] > before:
         gap = (after - before) / (teacher[1] - before)
-    wall, speed, kl = (series(rows, key)[1] for key in ("time/step_s", "perf/tokens_per_s", "kl/token"))
+    wall, speed, kl = (
+        series(rows, key)[1] for key in ("time/step_s", "perf/tokens_per_s", "kl/token")
+    )
     return Facts(
         steps=int(rows[-1]["train/step"]),
         before=before,
@@ -98,7 +111,10 @@ def headline(facts: Facts) -> str:
     """The overview picture's second line."""
     parts = [_steps(facts.steps, "optimizer step")]
     if facts.after is not None:
-        parts.insert(0, f"held-out accuracy {percent(facts.before)} \N{RIGHTWARDS ARROW} {percent(facts.after)}")
+        parts.insert(
+            0,
+            f"held-out accuracy {percent(facts.before)} \N{RIGHTWARDS ARROW} {percent(facts.after)}",
+        )
     if facts.teacher:
         parts.insert(-1, f"teacher {percent(facts.teacher[1])}")
     if facts.wall_s is not None:
@@ -115,11 +131,18 @@ def summarize(facts: Facts, config: dict[str, Any]) -> list[str]:
 
 
 def _goal(config: dict[str, Any]) -> str:
-    teachers = [_short(t.get("path")) or "its own starting point" for t in (_get(config, "teachers") or {}).values()]
+    teachers = [
+        _short(t.get("path")) or "its own starting point"
+        for t in (_get(config, "teachers") or {}).values()
+    ]
     imitates = bool(teachers) and not _is_zero(_get(config, "algorithm.imitation_weight"))
-    rewarded = bool(_get(config, "reward.functions")) and not _is_zero(_get(config, "algorithm.reward_weight"))
+    rewarded = bool(_get(config, "reward.functions")) and not _is_zero(
+        _get(config, "algorithm.reward_weight")
+    )
     imitate = f"imitate {' and '.join(teachers)} token by token (full-vocabulary KL divergence)"
-    reward = f"earn the reward of its own answers ({', '.join(_get(config, 'reward.functions') or ())})"
+    reward = (
+        f"earn the reward of its own answers ({', '.join(_get(config, 'reward.functions') or ())})"
+    )
     if imitates and rewarded:
         return f" to {imitate} and, in the same gradient, to {reward}"
     return f" to {imitate}" if imitates else f" to {reward}" if rewarded else ""
@@ -149,7 +172,9 @@ def _outcome(facts: Facts) -> str:
 def _cost(facts: Facts) -> str:
     if facts.wall_s is None:
         return f"The run recorded {_steps(facts.steps, 'step')} and no times."
-    speed = f", at {facts.tokens_per_s:,.0f} tokens per second on average" if facts.tokens_per_s else ""
+    speed = (
+        f", at {facts.tokens_per_s:,.0f} tokens per second on average" if facts.tokens_per_s else ""
+    )
     return f"The steps took {duration(facts.wall_s)} of wall time{speed}."
 
 
@@ -159,10 +184,14 @@ def key_figures(facts: Facts) -> list[tuple[str, str]]:
         (percent(facts.before), "accuracy before") if facts.before is not None else None,
         (percent(facts.after), "accuracy after") if facts.after is not None else None,
         (percent(facts.teacher[1]), "teacher's accuracy") if facts.teacher else None,
-        (percent(facts.gap_closed), "of the gap to the teacher closed") if facts.gap_closed is not None else None,
+        (percent(facts.gap_closed), "of the gap to the teacher closed")
+        if facts.gap_closed is not None
+        else None,
         (f"{facts.steps}", "optimizer steps"),
         (duration(facts.wall_s), "wall time of the steps") if facts.wall_s is not None else None,
-        (f"{facts.kl_token:.3f}", "final distance to the teacher (KL, nats per token)") if facts.kl_token is not None else None,
+        (f"{facts.kl_token:.3f}", "final distance to the teacher (KL, nats per token)")
+        if facts.kl_token is not None
+        else None,
     ]
     return [figure for figure in shown if figure]
 
@@ -172,7 +201,13 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
     algorithm = "algorithm."
     pairs = [
         ("Student", _get(config, "model.path")),
-        ("Teachers", ", ".join(t.get("path") or "the untrained student" for t in (_get(config, "teachers") or {}).values())),
+        (
+            "Teachers",
+            ", ".join(
+                t.get("path") or "the untrained student"
+                for t in (_get(config, "teachers") or {}).values()
+            ),
+        ),
         ("Task", _get(config, "data.dataset") or _get(config, "data.task")),
         ("Reward", ", ".join(_get(config, "reward.functions") or ())),
         ("Imitation weight", _schedule(_get(config, algorithm + "imitation_weight"))),
@@ -200,7 +235,11 @@ def percent(value: float | None) -> str:
 
 
 def _with_error(value: float, stderr: float) -> str:
-    return f"{percent(value)} (\N{PLUS-MINUS SIGN} {100 * stderr:.1f})" if math.isfinite(stderr) else percent(value)
+    return (
+        f"{percent(value)} (\N{PLUS-MINUS SIGN} {100 * stderr:.1f})"
+        if math.isfinite(stderr)
+        else percent(value)
+    )
 
 
 def _steps(count: int, noun: str) -> str:

@@ -65,4 +65,9 @@ class Sinks:
                 act(sink)
             except Exception as error:
                 self._optional.remove(sink)
-                log.warning("%s failed and is off for the rest of the run: %s", type(sink).__name__, error, exc_info=True)
+                log.warning(
+                    "%s failed and is off for the rest of the run: %s",
+                    type(sink).__name__,
+                    error,
+                    exc_info=True,
+                )

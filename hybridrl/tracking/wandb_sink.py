@@ -84,7 +84,9 @@ class WandbSink:
             return
         import wandb
 
-        table = wandb.Table(columns=[f.name for f in fields(Sample)], data=[list(astuple(row)) for row in rows])
+        table = wandb.Table(
+            columns=[f.name for f in fields(Sample)], data=[list(astuple(row)) for row in rows]
+        )
         self._run.log({"train/step": rows[0].step, "eval/samples": table})
 
     def close(self, exit_code: int) -> None:
@@ -95,7 +97,9 @@ class WandbSink:
             self._run.finish(exit_code=exit_code)
         except TimeoutError as error:
             remedy = f"`wandb sync {self._run.settings.sync_dir}` sends it"
-            raise TimeoutError(f"the server did not take the rest of the run within {self._finish_s:g} s; {remedy}") from error
+            raise TimeoutError(
+                f"the server did not take the rest of the run within {self._finish_s:g} s; {remedy}"
+            ) from error
 
 
 def resolve_mode(mode: WandbMode) -> WandbMode:

@@ -19,7 +19,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybridrl import failpoints
 from hybridrl.config import RunSettings
-from hybridrl.data.collate import MicroBatch, TrainSequence, collate, idle_sequence, plain_sequences, train_sequences
+from hybridrl.data.collate import (
+    MicroBatch,
+    TrainSequence,
+    collate,
+    idle_sequence,
+    plain_sequences,
+    train_sequences,
+)
 from hybridrl.data.scored import join, select_groups
 from hybridrl.data.shards import micro_batches
 from hybridrl.durable import seal
@@ -32,7 +39,17 @@ from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import ROWS, Credit, LearnerView, Signal, moments, no_credit
 from hybridrl.objectives.hybrid import teacher_weight
 from hybridrl.ops.head import TokenTerms
-from hybridrl.types import LearnerStats, Rewards, RolloutBatch, SavedFile, ScoredBatch, Shard, TokenScores, UpdatePlan, WeightManifest
+from hybridrl.types import (
+    LearnerStats,
+    Rewards,
+    RolloutBatch,
+    SavedFile,
+    ScoredBatch,
+    Shard,
+    TokenScores,
+    UpdatePlan,
+    WeightManifest,
+)
 from hybridrl.workers.optimizer_state import check_finite, check_model, load_part, local_fragments
 from hybridrl.workers.probe import gradient_geometry, teacher_distance
 from hybridrl.workers.stats import Tally, batch_metrics, count_credits, count_micro
@@ -44,30 +61,45 @@ from hybridrl.workers.weights import WeightStream
 class Learner:
     """Holds a shard of the student and its optimizer; every method is called on all ranks together."""
 
-    def __init__(self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str) -> None:
+    def __init__(
+        self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str
+    ) -> None:
         self.settings, self.rank, self.world = settings, rank, settings.learner.ranks
         self.device = torch.device(device)
         os.environ |= {
-            "RANK": str(rank), "WORLD_SIZE": str(self.world), "LOCAL_RANK": "0",
-            "MASTER_ADDR": master[0], "MASTER_PORT": str(master[1]),
-        }  # fmt: skip
+            "RANK": str(rank),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": master[0],
+            "MASTER_PORT": str(master[1]),
+        }
         deepspeed.init_distributed(
             "nccl" if self.device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=settings.deadlines.learn_s),
             verbose=False,
         )
         config = deepspeed_config(settings)
-        sharded_loading = HfDeepSpeedConfig(config) if settings.learner.zero_stage == 3 else None  # alive while the model loads
+        sharded_loading = (
+            HfDeepSpeedConfig(config) if settings.learner.zero_stage == 3 else None
+        )  # alive while the model loads
         self.model = load_model(settings.model.path, settings.model.dtype, settings.model.revision)
         del sharded_loading
         set_layers(self.model, settings, self.device)
-        student = Student(self.model, head_rule(settings), with_value=Signal.learner_values in make_objective(settings).signals)
+        student = Student(
+            self.model,
+            head_rule(settings),
+            with_value=Signal.learner_values in make_objective(settings).signals,
+        )
         self.parameters = dict(self.model.named_parameters())  # by the names that checkpoints use
         if student.value_head is not None:
             self.parameters[VALUE_HEAD] = student.value_head.weight
         train = settings.train
         optimizer = torch.optim.AdamW(  # fused: one pass over the memory, where the default makes one for each of its operations
-            student.parameters(), lr=train.lr, betas=tuple(train.betas), weight_decay=train.weight_decay, fused=True
+            student.parameters(),
+            lr=train.lr,
+            betas=tuple(train.betas),
+            weight_decay=train.weight_decay,
+            fused=True,
         )
         self.engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
         self.stream = WeightStream(self.model, self._gather)
@@ -81,8 +113,13 @@ class Learner:
             ConfigError: they need a value head, and the student was built without one.
         """
         self.objective = make_objective(settings)
-        if Signal.learner_values in self.objective.signals and self.engine.module.value_head is None:
-            raise ConfigError("algorithm: needs a value head, which the running learner lacks; start a run of its own")
+        if (
+            Signal.learner_values in self.objective.signals
+            and self.engine.module.value_head is None
+        ):
+            raise ConfigError(
+                "algorithm: needs a value head, which the running learner lacks; start a run of its own"
+            )
         self.settings = settings
         self.engine.module.head.rule = head_rule(settings)
         self.teachers = TeacherSide(settings, self.objective.signals, self.device)
@@ -92,7 +129,9 @@ class Learner:
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def update(self, plan: UpdatePlan, shard: Shard, *values: RolloutBatch | Rewards | TokenScores) -> LearnerStats:
+    def update(
+        self, plan: UpdatePlan, shard: Shard, *values: RolloutBatch | Rewards | TokenScores
+    ) -> LearnerStats:
         """One optimizer step on this rank's groups.
 
         Args:
@@ -108,7 +147,11 @@ class Learner:
         weights = [[teacher_weight(b, plan, k) for k in range(shard.num_teachers)] for b in batches]
         credits = self._credits(plan, batches, weights)
         tally = Tally(self.device)
-        sequences = [s for b, c, w in zip(batches, credits, weights, strict=True) for s in train_sequences(b, c, w)]
+        sequences = [
+            s
+            for b, c, w in zip(batches, credits, weights, strict=True)
+            for s in train_sequences(b, c, w)
+        ]
         batches_of = self._micro_batches(sequences, plan.num_micro_batches)
         micros = [self._collate([sequences[i] for i in batch]) for batch in batches_of]
         diagnostics = self._diagnostics(micros) if plan.diagnose else {}
@@ -122,22 +165,35 @@ class Learner:
         grad_norm = float(self.engine.get_global_grad_norm())
         self._check_finite(plan, found["train/loss"], grad_norm, micros)
         self.optimizer_steps += 1
-        return LearnerStats(metrics=batch_metrics(found, plan, grad_norm) | diagnostics, learn_s=time.monotonic() - started)
+        return LearnerStats(
+            metrics=batch_metrics(found, plan, grad_norm) | diagnostics,
+            learn_s=time.monotonic() - started,
+        )
 
-    def _check_finite(self, plan: UpdatePlan, loss: float, grad_norm: float, micros: Sequence[MicroBatch]) -> None:
+    def _check_finite(
+        self, plan: UpdatePlan, loss: float, grad_norm: float, micros: Sequence[MicroBatch]
+    ) -> None:
         """Raises what `update` says; every rank raises the same."""
         if np.isfinite(loss) and np.isfinite(grad_norm):
             return
         folder = Path(self.settings.run.dir).expanduser() / "skipped"
         folder.mkdir(parents=True, exist_ok=True)
-        columns = {f"{i}/{name}": value for i, micro in enumerate(micros) for name, value in micro.tensors().items()}
+        columns = {
+            f"{i}/{name}": value
+            for i, micro in enumerate(micros)
+            for name, value in micro.tensors().items()
+        }
         save_file(columns, folder / f"step_{plan.step:06d}-rank{self.rank}.safetensors")
         told = f"step {plan.step}: loss is {loss}, gradient norm {grad_norm}; lower train.lr or look at the batch, which is in {folder}"
         if not self.engine.optimizer.overflow:
-            raise NonFiniteError(f"{told}; the weights were stepped, the last checkpoint is untouched")
+            raise NonFiniteError(
+                f"{told}; the weights were stepped, the last checkpoint is untouched"
+            )
         raise SkippedStep(f"{told}; nothing was stepped")
 
-    def _credits(self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]) -> list[Credit]:
+    def _credits(
+        self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]
+    ) -> list[Credit]:
         """What the objective makes of this rank's groups, after the learner's own view of them where it asks for one."""
         views: list[LearnerView | None] = [None] * len(batches)
         if self.objective.signals & {Signal.learner_logprobs, Signal.learner_values}:
@@ -151,34 +207,58 @@ class Learner:
             credits = [c.standardised(mean, std) for c in credits]
         return credits
 
-    def _view(self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]) -> list[LearnerView]:
+    def _view(
+        self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]
+    ) -> list[LearnerView]:
         """log p(y) and values before the update: one more forward, in the same micro-batches."""
-        sequences = [s for b, w in zip(batches, weights, strict=True) for s in train_sequences(b, no_credit(b), w)]
+        sequences = [
+            s
+            for b, w in zip(batches, weights, strict=True)
+            for s in train_sequences(b, no_credit(b), w)
+        ]
         seen: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(sequences)
         for batch in self._micro_batches(sequences, plan.num_micro_batches):
             micro = self._collate([sequences[i] for i in batch])
             with torch.no_grad():
-                logprobs, values = self.engine(*self._inputs(micro, heard=False).arguments(), Look.view)
+                logprobs, values = self.engine(
+                    *self._inputs(micro, heard=False).arguments(), Look.view
+                )
             lengths = [len(sequences[i].response_at) for i in batch]
-            for i, lp, v in zip(batch, *(x.cpu()[: sum(lengths)].split(lengths) for x in (logprobs, values)), strict=True):
+            for i, lp, v in zip(
+                batch,
+                *(x.cpu()[: sum(lengths)].split(lengths) for x in (logprobs, values)),
+                strict=True,
+            ):
                 seen[i] = lp, v
         views, first = [], 0
         for b in batches:
             mine = seen[first : first + b.rollout.num_sequences]
-            views.append(LearnerView(logprobs=torch.cat([lp for lp, _ in mine]), values=torch.cat([v for _, v in mine])))
+            views.append(
+                LearnerView(
+                    logprobs=torch.cat([lp for lp, _ in mine]),
+                    values=torch.cat([v for _, v in mine]),
+                )
+            )
             first += b.rollout.num_sequences
         return views
 
     def _micro_batches(self, sequences: Sequence[TrainSequence], count: int) -> list[list[int]]:
         """Indices per micro-batch; empty ones up to `count`, which is the same on every rank."""
         train = self.settings.train
-        batches = micro_batches([len(s.input_ids) for s in sequences], train.max_tokens_per_micro_batch, packed=train.packing)
+        batches = micro_batches(
+            [len(s.input_ids) for s in sequences],
+            train.max_tokens_per_micro_batch,
+            packed=train.packing,
+        )
         assert len(batches) <= count, (len(batches), count)
         return batches + [[]] * (count - len(batches))
 
     def _inputs(self, micro: MicroBatch, *, heard: bool = True) -> HeadInputs:
         """On the device; without teachers where nobody listens to them."""
-        to = lambda t: t.to(self.device)  # noqa: E731
+
+        def to(t):
+            return t.to(self.device)
+
         terms = TokenTerms(
             token_ids=to(micro.token_ids),
             token_weight=to(micro.token_weight),
@@ -200,7 +280,9 @@ class Learner:
         loss, stats = self.engine(*self._inputs(micro).arguments(), Look.learn)
         # DeepSpeed averages gradients over ranks; the objective's normaliser is already global.
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
-        count_micro(tally, loss, stats, micro, version, compared=bool(self.objective.signals & ROWS))
+        count_micro(
+            tally, loss, stats, micro, version, compared=bool(self.objective.signals & ROWS)
+        )
 
     def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
         """What is too dear for every step."""
@@ -212,17 +294,25 @@ class Learner:
 
     def _collate(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
         """One forward pass; of an idle sequence where there is nothing to do."""
-        return collate(sequences or [idle_sequence(self.teachers.idle())], packed=self.settings.train.packing)
+        return collate(
+            sequences or [idle_sequence(self.teachers.idle())], packed=self.settings.train.packing
+        )
 
     def logprob_gaps(self, *batches: RolloutBatch) -> list[float]:
         """Mean |log p(y) - log mu(y)| of each batch's response tokens in nats, by the weights as they are; NaN of no tokens."""
         gaps, train = [], self.settings.train
         for sequences in map(plain_sequences, batches):
             found = [torch.zeros(0)]
-            for indices in micro_batches([len(s.input_ids) for s in sequences], train.max_tokens_per_micro_batch, packed=train.packing):
+            for indices in micro_batches(
+                [len(s.input_ids) for s in sequences],
+                train.max_tokens_per_micro_batch,
+                packed=train.packing,
+            ):
                 micro = self._collate([sequences[i] for i in indices])
                 with torch.no_grad():
-                    logprobs, _ = self.engine(*self._inputs(micro, heard=False).arguments(), Look.view)
+                    logprobs, _ = self.engine(
+                        *self._inputs(micro, heard=False).arguments(), Look.view
+                    )
                 found.append((logprobs.cpu() - micro.rollout_logprobs).abs())
             gaps.append(float(torch.cat(found).mean()))
         return gaps
@@ -237,7 +327,9 @@ class Learner:
             pass
         return None, None
 
-    def connect_engines(self, backend: str, master: tuple[str, int], call: Callable, num_engines: int) -> None:
+    def connect_engines(
+        self, backend: str, master: tuple[str, int], call: Callable, num_engines: int
+    ) -> None:
         """Open vLLM's own nccl or ipc channel to the engines; every rank calls it, rank 0 sends."""
         from hybridrl.workers.weight_transfer import EngineClient, trainer_engine
 
@@ -259,13 +351,17 @@ class Learner:
             with self._gather([self.parameters[VALUE_HEAD]]):
                 state[VALUE_HEAD] = self.parameters[VALUE_HEAD].detach().cpu().clone()
         if self.rank == 0:
-            export(state, resolve(self.settings.model.path, self.settings.model.revision), Path(folder))
+            export(
+                state, resolve(self.settings.model.path, self.settings.model.revision), Path(folder)
+            )
 
     # -- checkpoint --------------------------------------------------------------------------------------------------
 
     def state_bytes(self) -> int:
         """What save_state will write on this rank, headers aside."""
-        return sum(t.nbytes for f in local_fragments(self.parameters, [MASTER]) for t in f.tensors.values()) * len(PARTS)
+        return sum(
+            t.nbytes for f in local_fragments(self.parameters, [MASTER]) for t in f.tensors.values()
+        ) * len(PARTS)
 
     def save_state(self, folder: str) -> list[SavedFile]:
         """This rank's pieces of the fp32 master weights and Adam moments, into a file of its own.
@@ -314,13 +410,17 @@ class Learner:
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
 
 
-def scored_batches(shard: Shard, values: Sequence[RolloutBatch | Rewards | TokenScores]) -> list[ScoredBatch]:
+def scored_batches(
+    shard: Shard, values: Sequence[RolloutBatch | Rewards | TokenScores]
+) -> list[ScoredBatch]:
     """This rank's groups, one batch per source, in the order of the chunks."""
     stride, found = 2 + shard.num_teachers, {}
     for chunk in range(shard.num_chunks):
         rollout, rewards, *scores = values[chunk * stride : (chunk + 1) * stride]
         batch = ScoredBatch(rollout=rollout, scores=tuple(scores), rewards=rewards)
-        found.setdefault((rollout.source, rollout.group_size), []).append(select_groups(batch, shard.groups[chunk]))
+        found.setdefault((rollout.source, rollout.group_size), []).append(
+            select_groups(batch, shard.groups[chunk])
+        )
     return [join(parts) for parts in found.values()]
 
 
@@ -332,7 +432,9 @@ def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.devi
         model.set_attn_implementation("eager")
     if settings.learner.gradient_checkpointing:
         checkpoint_activations(model)
-    elif device.type == "cpu" and settings.learner.zero_stage < 3:  # 3 exchanges parameters inside of layers
+    elif (
+        device.type == "cpu" and settings.learner.zero_stage < 3
+    ):  # 3 exchanges parameters inside of layers
         compile_layers(model, tokens=tokens, packed=train.packing, learns=True)
 
 
@@ -348,7 +450,9 @@ def checkpoint_activations(model: nn.Module) -> None:
 def deepspeed_config(settings: RunSettings) -> dict:
     """ZeRO with micro-batches of our own size: one step() per batch, gradients summed, never averaged over micro-batches."""
     stage = settings.learner.zero_stage
-    alone = settings.learner.ranks == 1 and stage == 1  # nothing is summed, so nothing need be widened, divided and narrowed for it
+    alone = (
+        settings.learner.ranks == 1 and stage == 1
+    )  # nothing is summed, so nothing need be widened, divided and narrowed for it
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

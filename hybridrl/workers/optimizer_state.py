@@ -17,14 +17,18 @@ from hybridrl.errors import CheckpointError, NonFiniteError
 from hybridrl.models.fragments import MASTER, PARTS, Fragment, FragmentReader
 
 
-def local_fragments(parameters: Mapping[str, nn.Parameter], parts: Sequence[str] = PARTS) -> list[Fragment]:
+def local_fragments(
+    parameters: Mapping[str, nn.Parameter], parts: Sequence[str] = PARTS
+) -> list[Fragment]:
     """This rank's pieces, as views where the optimizer's own memory is on CPU; parameters it holds nothing of are left out."""
     found = []
     for name, parameter in parameters.items():
         offset, length = span(parameter)
         if length:
             tensors = {part: local_values(parameter, part)[:length] for part in parts}
-            found.append(Fragment(name=name, shape=whole_shape(parameter), offset=offset, tensors=tensors))
+            found.append(
+                Fragment(name=name, shape=whole_shape(parameter), offset=offset, tensors=tensors)
+            )
     return found
 
 
@@ -36,15 +40,23 @@ def load_part(parameters: Mapping[str, nn.Parameter], reader: FragmentReader, pa
             set_local_values(parameter, part, reader.read(part, name, offset, length))
 
 
-def check_model(parameters: Mapping[str, nn.Parameter], reader: FragmentReader, folder: Path, model: str) -> None:
+def check_model(
+    parameters: Mapping[str, nn.Parameter], reader: FragmentReader, folder: Path, model: str
+) -> None:
     """A state may hold more, as a value head that the algorithm no longer asks for.
 
     Raises:
         CheckpointError: a parameter is missing there, or has another shape.
     """
-    differing = [name for name, parameter in parameters.items() if reader.shapes.get(name) != whole_shape(parameter)]
+    differing = [
+        name
+        for name, parameter in parameters.items()
+        if reader.shapes.get(name) != whole_shape(parameter)
+    ]
     if differing:
-        raise CheckpointError(f"{folder}: lacks {', '.join(differing[:3])} in the model's shape, so it is not of model.path={model}")
+        raise CheckpointError(
+            f"{folder}: lacks {', '.join(differing[:3])} in the model's shape, so it is not of model.path={model}"
+        )
 
 
 def check_finite(fragments: Sequence[Fragment]) -> None:
@@ -54,7 +66,9 @@ def check_finite(fragments: Sequence[Fragment]) -> None:
     for fragment in fragments:
         for part, tensor in fragment.tensors.items():
             if not bool(tensor.isfinite().all()):
-                raise NonFiniteError(f"{part} of {fragment.name} is not finite; it is not saved, the last checkpoint is untouched")
+                raise NonFiniteError(
+                    f"{part} of {fragment.name} is not finite; it is not saved, the last checkpoint is untouched"
+                )
 
 
 # -- the two layouts -------------------------------------------------------------------------------------------------
@@ -70,7 +84,11 @@ def span(parameter: nn.Parameter) -> tuple[int, int]:
         offset = min(dist.get_rank() * share, parameter.ds_numel)
         return offset, min(share, parameter.ds_numel - offset)
     mapping = parameter._hp_mapping
-    return (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel) if mapping else (0, 0)
+    return (
+        (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+        if mapping
+        else (0, 0)
+    )
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -80,7 +98,11 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 def local_values(parameter: nn.Parameter, part: str) -> Tensor:
     """[at least length] float32, padding included."""
     if is_sharded(parameter):
-        return safe_get_local_fp32_param(parameter) if part == MASTER else safe_get_local_optimizer_state(parameter, part)
+        return (
+            safe_get_local_fp32_param(parameter)
+            if part == MASTER
+            else safe_get_local_optimizer_state(parameter, part)
+        )
     return parameter._hp_mapping.get_hp_fragment(None if part == MASTER else part)
 
 

@@ -22,10 +22,16 @@ def gradient_geometry(student: Student, inputs: Sequence[HeadInputs]) -> dict[st
     squares = [float(sum(g.square().sum() for g in gradient)) for gradient in (dense, sparse)]
     norms = [square**0.5 for square in squares]
     cosine = float(product) / (norms[0] * norms[1]) if all(norms) else 0.0
-    return {"grad/dense_parameter_norm": norms[0], "grad/sparse_parameter_norm": norms[1], "grad/cosine": cosine}
+    return {
+        "grad/dense_parameter_norm": norms[0],
+        "grad/sparse_parameter_norm": norms[1],
+        "grad/cosine": cosine,
+    }
 
 
-def teacher_distance(forward: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[HeadInputs]) -> dict[str, float]:
+def teacher_distance(
+    forward: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[HeadInputs]
+) -> dict[str, float]:
     """Means of ops.compare over the response tokens of the global batch and all teachers with a full distribution.
 
     Args:
@@ -37,7 +43,14 @@ def teacher_distance(forward: Callable[..., tuple[Tensor, Tensor]], inputs: Sequ
             sums += forward(*i.arguments(), Look.compare)[0].cpu()
     dist.all_reduce(sums)
     count = float(sums[0])
-    return {f"teacher/{name}": float(total) / count for name, total in zip(COMPARED, sums[1:], strict=True)} if count else {}
+    return (
+        {
+            f"teacher/{name}": float(total) / count
+            for name, total in zip(COMPARED, sums[1:], strict=True)
+        }
+        if count
+        else {}
+    )
 
 
 def _gradient(student: Student, inputs: Sequence[HeadInputs]) -> list[Tensor]:
@@ -46,7 +59,9 @@ def _gradient(student: Student, inputs: Sequence[HeadInputs]) -> list[Tensor]:
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     for i in inputs:
         loss, _ = nn.Module.__call__(student, *i.arguments(), Look.learn)
-        for into, found in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        for into, found in zip(
+            total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+        ):
             if found is not None:
                 into += found
     for part in total:

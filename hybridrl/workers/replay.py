@@ -6,7 +6,15 @@ import numpy as np
 
 from hybridrl.choices import Source
 from hybridrl.errors import DataError
-from hybridrl.types import ChunkHeader, FinishReason, GenerateOrder, Prompt, Rewards, RolloutBatch, Trajectory
+from hybridrl.types import (
+    ChunkHeader,
+    FinishReason,
+    GenerateOrder,
+    Prompt,
+    Rewards,
+    RolloutBatch,
+    Trajectory,
+)
 from hybridrl.workers.rollout import chunk_header
 
 
@@ -16,7 +24,9 @@ class Replay:
     def ping(self) -> None:
         """Answers once the worker is built."""
 
-    def generate(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> tuple[ChunkHeader, RolloutBatch]:
+    def generate(
+        self, order: GenerateOrder, prompts: Sequence[Prompt]
+    ) -> tuple[ChunkHeader, RolloutBatch]:
         """K = order.group_size responses of each prompt, in the data's order.
 
         Raises:
@@ -24,8 +34,12 @@ class Replay:
         """
         for prompt in prompts:
             if len(prompt.responses) != order.group_size:
-                raise DataError(f"{prompt.uid}: has {len(prompt.responses)} responses in the data, needs {order.group_size}")
-        trajectories = [given(prompt, response) for prompt in prompts for response in prompt.responses]
+                raise DataError(
+                    f"{prompt.uid}: has {len(prompt.responses)} responses in the data, needs {order.group_size}"
+                )
+        trajectories = [
+            given(prompt, response) for prompt in prompts for response in prompt.responses
+        ]
         batch = RolloutBatch.pack(prompts, order.group_size, trajectories, Source.data)
         return chunk_header(batch, [0.0] * batch.num_sequences), batch
 

@@ -53,8 +53,14 @@ class RewardWorker:
         self.tokenizer = load(tokenizer_path, revision)
         calls = reward_calls(config)
         # of a function, whose last task may begin when it is over; at least one round of tasks
-        budget_s = max(IN_TIME * deadline_s / max(len(calls), 1) - config.timeout_s, config.timeout_s)
-        limits = {"timeout_s": config.timeout_s, "max_timeouts": config.max_error_rate, "budget_s": budget_s}
+        budget_s = max(
+            IN_TIME * deadline_s / max(len(calls), 1) - config.timeout_s, config.timeout_s
+        )
+        limits = {
+            "timeout_s": config.timeout_s,
+            "max_timeouts": config.max_error_rate,
+            "budget_s": budget_s,
+        }
         # None: no reward function, nothing to call
         self.pool = RewardPool(calls, processes=config.processes, **limits) if calls else None
 
@@ -77,13 +83,17 @@ class RewardWorker:
         names = tuple(self.config.functions)
         columns = self._columns(batch)
         outcomes = [self._call(name, batch, columns) for name in names]
-        parts = np.array([[np.nan if isinstance(o, Failure) else o for o in row] for row in outcomes])
+        parts = np.array(
+            [[np.nan if isinstance(o, Failure) else o for o in row] for row in outcomes]
+        )
         parts = parts.reshape(len(names), batch.num_sequences)  # [P, N] float64
         assert len(weights) == len(names), (weights, names)
         counted = np.array([f.weight != 0 for f in self.config.functions.values()], bool)  # [P]
         errors = np.isnan(parts[counted]).any(axis=0)  # [N]
         summed = np.nan_to_num(parts[counted], nan=0.0) if self.watch_only else parts[counted]
-        values = np.asarray(weights, float)[counted] @ summed  # [N], NaN where a counted function failed
+        values = (
+            np.asarray(weights, float)[counted] @ summed
+        )  # [N], NaN where a counted function failed
         if self.config.on_error is OnError.value and not self.watch_only:
             values = np.where(errors, self.config.error_value, values)
         return Rewards(
@@ -93,11 +103,17 @@ class RewardWorker:
             parts=parts.astype(np.float32),
             errors=errors,
             keep=self._kept(errors, batch.group_size),
-            compressed=np.array([compressed_share(text) for text in columns["completions"]], np.float32),
-            repeated=np.array([repeated_share(ids) for ids in columns["completion_ids"]], np.float32),
+            compressed=np.array(
+                [compressed_share(text) for text in columns["completions"]], np.float32
+            ),
+            repeated=np.array(
+                [repeated_share(ids) for ids in columns["completion_ids"]], np.float32
+            ),
         )
 
-    def samples(self, batch: RolloutBatch, rewards: Rewards, step: int, count: int) -> tuple[Sample, ...]:
+    def samples(
+        self, batch: RolloutBatch, rewards: Rewards, step: int, count: int
+    ) -> tuple[Sample, ...]:
         """The first `count` sequences as text; fewer where the batch has fewer."""
         return tuple(
             Sample(
@@ -122,21 +138,34 @@ class RewardWorker:
         ids = [t.response_ids.tolist() for t in trajectories]
         k = batch.group_size
         names = dict.fromkeys(name for columns in batch.columns for name in columns)
-        return {name: _repeat([columns.get(name) for columns in batch.columns], k) for name in names} | {
+        return {
+            name: _repeat([columns.get(name) for columns in batch.columns], k) for name in names
+        } | {
             "prompts": _repeat(batch.prompt_texts, k),
             "completions": [self._decode(response) for response in ids],
             "completion_ids": ids,
             "prompt_ids": [t.input_ids[~t.response_mask].tolist() for t in trajectories],
         }
 
-    def _call(self, name: str, batch: RolloutBatch, columns: Mapping[str, list[Any]]) -> list[Outcome]:
+    def _call(
+        self, name: str, batch: RolloutBatch, columns: Mapping[str, list[Any]]
+    ) -> list[Outcome]:
         assert self.pool is not None
         outcomes = self.pool.call(name, columns)
-        failed = [(batch.uids[i // batch.group_size], o) for i, o in enumerate(outcomes) if isinstance(o, Failure)]
-        told = [f"reward.functions.{name} failed on {uid}: {failure.kind}: {failure.text}" for uid, failure in failed]
+        failed = [
+            (batch.uids[i // batch.group_size], o)
+            for i, o in enumerate(outcomes)
+            if isinstance(o, Failure)
+        ]
+        told = [
+            f"reward.functions.{name} failed on {uid}: {failure.kind}: {failure.text}"
+            for uid, failure in failed
+        ]
         counts = self.config.functions[name].weight != 0 and not self.watch_only
         if told and self.config.on_error is OnError.fail and counts:
-            raise RewardError(f"{told[0]}; {len(told)} of {len(outcomes)} calls failed and reward.on_error=fail")
+            raise RewardError(
+                f"{told[0]}; {len(told)} of {len(outcomes)} calls failed and reward.on_error=fail"
+            )
         for line in told[:LOGGED]:
             logger.warning(line)
         if len(told) > LOGGED:

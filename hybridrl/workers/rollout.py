@@ -55,9 +55,13 @@ class Waves:
         submit: from a chunk to the futures of its outputs.
     """
 
-    def __init__(self, submit: Callable[[GenerateOrder, Sequence[Prompt]], list[asyncio.Future]]) -> None:
+    def __init__(
+        self, submit: Callable[[GenerateOrder, Sequence[Prompt]], list[asyncio.Future]]
+    ) -> None:
         self._submit = submit
-        self._waiting: dict[str, dict[int, tuple[GenerateOrder, Sequence[Prompt], asyncio.Future]]] = {}  # wave -> chunk -> ...
+        self._waiting: dict[
+            str, dict[int, tuple[GenerateOrder, Sequence[Prompt], asyncio.Future]]
+        ] = {}  # wave -> chunk -> ...
 
     async def arrive(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> list[asyncio.Future]:
         """What `submit` made of this chunk, or its DataError."""
@@ -83,20 +87,36 @@ class Rollout:
         source: whom the model stands for.
     """
 
-    def __init__(self, settings: RunSettings, *, model: ModelConfig, device: str, backend: str, source: Source = Source.student) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        *,
+        model: ModelConfig,
+        device: str,
+        backend: str,
+        source: Source = Source.student,
+    ) -> None:
         rollout = settings.rollout
         self.source = source
         # one device: the engine in this process, for IPC handles do not pass vLLM's message queue, and an engine in a process
         # of its own steps as soon as the first request is there, so that the batch depends on arrival times
         self.own_process = rollout.tensor_parallel > 1
-        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(self.own_process))}
+        os.environ |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(self.own_process)),
+        }
         from vllm import EngineArgs
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.llm_engine import LLMEngine
 
         # vLLM's CPU runner cannot rewind a seeded generator after a partial prefill, so prompts are prefilled whole there
         whole_prompts = (
-            {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, rollout.max_model_len)} if device == "cpu" else {}
+            {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(8192, rollout.max_model_len),
+            }
+            if device == "cpu"
+            else {}
         )
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(
@@ -108,7 +128,8 @@ class Rollout:
                 tensor_parallel_size=rollout.tensor_parallel,
                 distributed_executor_backend="mp" if self.own_process else "uni",
                 enforce_eager=rollout.enforce_eager,
-                kv_cache_memory_bytes=rollout.kv_cache_bytes or (CPU_KV_CACHE_BYTES if device == "cpu" else None),
+                kv_cache_memory_bytes=rollout.kv_cache_bytes
+                or (CPU_KV_CACHE_BYTES if device == "cpu" else None),
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 logprobs_mode="processed_logprobs",  # with the temperature in it: the sampler's own distribution
                 max_logprobs=max(settings.algorithm.topk.k, 20),
@@ -135,7 +156,9 @@ class Rollout:
 
     # -- sampling ----------------------------------------------------------------------------------------------------
 
-    async def generate(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> tuple[ChunkHeader, RolloutBatch]:
+    async def generate(
+        self, order: GenerateOrder, prompts: Sequence[Prompt]
+    ) -> tuple[ChunkHeader, RolloutBatch]:
         """Sample K responses of each prompt.
 
         Raises:
@@ -147,7 +170,9 @@ class Rollout:
         finished = await asyncio.gather(*futures)
         outputs = [complete(done.output) for done in finished]
         asked = [prompt for prompt in prompts for _ in range(order.group_size)]
-        trajectories = [trajectory(prompt, output) for prompt, output in zip(asked, outputs, strict=True)]
+        trajectories = [
+            trajectory(prompt, output) for prompt, output in zip(asked, outputs, strict=True)
+        ]
         support_ids = np.concatenate([top_tokens(output, order.support) for output in outputs])
         batch = RolloutBatch.pack(prompts, order.group_size, trajectories, self.source, support_ids)
         return chunk_header(batch, [done.at - started for done in finished]), batch
@@ -162,7 +187,11 @@ class Rollout:
             how many responses were given up.
         """
         chosen = None if groups is None else set(groups)
-        waiting = [request for request in self._finished if chosen is None or request.rpartition("/")[0] in chosen]
+        waiting = [
+            request
+            for request in self._finished
+            if chosen is None or request.rpartition("/")[0] in chosen
+        ]
         self.engine.abort_request(waiting)
         for request_id in waiting:
             self._finish(request_id, None)
@@ -173,13 +202,23 @@ class Rollout:
         if future is not None and not future.done():
             future.set_result(Finished(output, time.monotonic()))
 
-    def _submit_chunk(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> list[asyncio.Future]:
-        futures = [self._submit(f"{order.wave}/{p.uid}/{k}", p, k, order) for p in prompts for k in range(order.group_size)]
+    def _submit_chunk(
+        self, order: GenerateOrder, prompts: Sequence[Prompt]
+    ) -> list[asyncio.Future]:
+        futures = [
+            self._submit(f"{order.wave}/{p.uid}/{k}", p, k, order)
+            for p in prompts
+            for k in range(order.group_size)
+        ]
         if self._decoding is None or self._decoding.done():
-            self._decoding = asyncio.create_task(self._decode())  # starts when the wave's other chunks are submitted too
+            self._decoding = asyncio.create_task(
+                self._decode()
+            )  # starts when the wave's other chunks are submitted too
         return futures
 
-    def _submit(self, request_id: str, prompt: Prompt, index: int, order: GenerateOrder) -> asyncio.Future:
+    def _submit(
+        self, request_id: str, prompt: Prompt, index: int, order: GenerateOrder
+    ) -> asyncio.Future:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
@@ -193,11 +232,19 @@ class Rollout:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         # the salt keeps a prefix computed by older weights from being reused, and one that an evaluation happened to compute
-        tokens = TokensPrompt(prompt_token_ids=list(prompt.input_ids), cache_salt=f"v{self.version}/{order.wave}")
+        tokens = TokensPrompt(
+            prompt_token_ids=list(prompt.input_ids), cache_salt=f"v{self.version}/{order.wave}"
+        )
         future = self._finished[request_id] = asyncio.get_running_loop().create_future()
         try:
             # of one priority the earlier goes first, by a count: a clock may be set back
-            self.engine.add_request(request_id, tokens, params, arrival_time=float(next(self._arrivals)), priority=order.priority)
+            self.engine.add_request(
+                request_id,
+                tokens,
+                params,
+                arrival_time=float(next(self._arrivals)),
+                priority=order.priority,
+            )
         except ValueError as error:
             self._finished.pop(request_id)
             raise DataError(f"prompt {prompt.uid}: {error}") from error
@@ -231,13 +278,19 @@ class Rollout:
         try:
             self.engine.collective_rpc("start_weight_update")
             with self._within_reach(packed) as place:
-                self.engine.collective_rpc("update_weights", args=({"manifest": asdict(manifest), **place},))
+                self.engine.collective_rpc(
+                    "update_weights", args=({"manifest": asdict(manifest), **place},)
+                )
             self.engine.collective_rpc("finish_weight_update")
         except Exception as error:
-            raise WeightSyncError(f"weights of version {manifest.version} were not loaded: {error}") from error
+            raise WeightSyncError(
+                f"weights of version {manifest.version} were not loaded: {error}"
+            ) from error
         digests = set(self.engine.collective_rpc("received_digest"))
         if digests != {manifest.digest}:
-            raise WeightSyncError(f"weights of version {manifest.version}: workers acknowledge {digests}, sent {manifest.digest}")
+            raise WeightSyncError(
+                f"weights of version {manifest.version}: workers acknowledge {digests}, sent {manifest.digest}"
+            )
         await self.update_weight_version(str(manifest.version))
         return manifest.digest
 
@@ -247,7 +300,9 @@ class Rollout:
         if not self.own_process:
             yield {"packed": packed}
             return
-        with NamedTemporaryFile(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None, prefix="hybridrl-") as file:
+        with NamedTemporaryFile(
+            dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None, prefix="hybridrl-"
+        ) as file:
             packed.tofile(file.name)
             yield {"path": file.name}
 
@@ -283,7 +338,9 @@ def end_with(core: Any) -> None:
 
 def sample_seed(seed: int, uid: str, index: int) -> int:
     """63 bits from (seed of run and wave, prompt, sample index): the same whatever engine or batch it falls into."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{uid}/{index}".encode()).digest()[:8], "little") >> 1
+    return (
+        int.from_bytes(hashlib.sha256(f"{seed}/{uid}/{index}".encode()).digest()[:8], "little") >> 1
+    )
 
 
 def complete(output: Any) -> Any:
@@ -294,7 +351,11 @@ def complete(output: Any) -> Any:
 def trajectory(prompt: Prompt, output: Any) -> Trajectory:
     """Columns of one finished response; `output` None: aborted, no response tokens, so nothing to train on."""
     sampled = list(output.token_ids) if output is not None else []
-    logprobs = np.asarray(output.logprobs.logprobs, np.float32).reshape(len(sampled), -1)[:, 0] if sampled else []
+    logprobs = (
+        np.asarray(output.logprobs.logprobs, np.float32).reshape(len(sampled), -1)[:, 0]
+        if sampled
+        else []
+    )
     versions = np.full(len(sampled), -1, np.int32)
     for span in (output.weight_versions or []) if output is not None else []:
         versions[span.start : span.end] = int(span.version)
@@ -320,7 +381,10 @@ def top_tokens(output: Any, support: int) -> np.ndarray:
 
 
 def chunk_header(batch: RolloutBatch, finish_s: Sequence[float]) -> ChunkHeader:
-    versions = [batch.policy_versions[a:b][batch.response_mask[a:b]] for a, b in pairwise(batch.offsets.tolist())]
+    versions = [
+        batch.policy_versions[a:b][batch.response_mask[a:b]]
+        for a, b in pairwise(batch.offsets.tolist())
+    ]
     sampled = batch.policy_versions[batch.response_mask]
     return ChunkHeader(
         uids=batch.uids,

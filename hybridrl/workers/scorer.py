@@ -39,15 +39,23 @@ class Scorer:
         model = settings.teacher_model(teacher)
         self.teacher, self.device = teacher, torch.device(device)
         self.model = load_model(model.path, model.dtype, model.revision).to(self.device).eval()
-        compile_layers(self.model, tokens=settings.rollout.max_model_len, packed=False, learns=False)
+        compile_layers(
+            self.model, tokens=settings.rollout.max_model_len, packed=False, learns=False
+        )
         # Rows past the student's vocabulary are padding: no probability may stand on them.
-        self.head = output_weight(self.model)[: head_rows(settings.model.path, settings.model.revision)]
+        self.head = output_weight(self.model)[
+            : head_rows(settings.model.path, settings.model.revision)
+        ]
         self.configure(settings)
 
     def configure(self, settings: RunSettings) -> None:
         """Answer what other settings ask for from here on. The teacher stays."""
         self.route = settings.teachers[self.teacher].route
-        model, self.rule, self.topk = settings.teacher_model(self.teacher), head_rule(settings), settings.algorithm.topk
+        model, self.rule, self.topk = (
+            settings.teacher_model(self.teacher),
+            head_rule(settings),
+            settings.algorithm.topk,
+        )
         self.identity = f"{model.path} {model.revision} {model.dtype} {self.rule.temperature}"  # what log q depends on besides the tokens
         self.max_tokens = settings.scorer.max_tokens_per_micro_batch
         self.signals = make_objective(settings).signals
@@ -64,7 +72,11 @@ class Scorer:
         started = time.monotonic()
         first_row = np.concatenate([[0], np.cumsum(batch.response_lengths)])
         scores = self._empty(batch, int(first_row[-1]))
-        asked = [i for i in range(batch.num_sequences) if self._is_asked(batch, i) and not self._remembers(batch, i, scores.logprobs)]
+        asked = [
+            i
+            for i in range(batch.num_sequences)
+            if self._is_asked(batch, i) and not self._remembers(batch, i, scores.logprobs)
+        ]
         lengths = np.diff(batch.offsets)[asked].tolist()
         for indices in micro_batches(lengths, self.max_tokens):
             sequences = [asked[i] for i in indices]
@@ -73,11 +85,16 @@ class Scorer:
             self._fill(scores, batch, self._states(batch, sequences), rows, tokens)
             for i in sequences:
                 self._remember(batch, i, scores.logprobs)
-        return ScoreHeader(teacher=self.teacher, nbytes=self._nbytes(scores), score_s=time.monotonic() - started), scores
+        return ScoreHeader(
+            teacher=self.teacher, nbytes=self._nbytes(scores), score_s=time.monotonic() - started
+        ), scores
 
     def _nbytes(self, scores: TokenScores) -> dict[str, int]:
         """Of what travels, by signal: rows are of one, a number a token of another."""
-        rows = {str(signal): scores.rows.nbytes + scores.support_ids.nbytes for signal in self.signals & ROWS}
+        rows = {
+            str(signal): scores.rows.nbytes + scores.support_ids.nbytes
+            for signal in self.signals & ROWS
+        }
         return rows | {str(Signal.teacher_logprobs): scores.logprobs.nbytes}
 
     def _empty(self, batch: RolloutBatch, num_rows: int) -> TokenScores:
@@ -93,10 +110,19 @@ class Scorer:
             teacher=self.teacher,
             logprobs=np.zeros(len(batch.input_ids), np.float32),
             rows=np.zeros((num_rows, width), np.uint16 if states else np.float32),
-            support_ids=np.tile(np.arange(support, dtype=np.int32), (num_rows, 1)),  # distinct, where nobody asks
+            support_ids=np.tile(
+                np.arange(support, dtype=np.int32), (num_rows, 1)
+            ),  # distinct, where nobody asks
         )
 
-    def _fill(self, scores: TokenScores, batch: RolloutBatch, states: Tensor, rows: np.ndarray, tokens: np.ndarray) -> None:
+    def _fill(
+        self,
+        scores: TokenScores,
+        batch: RolloutBatch,
+        states: Tensor,
+        rows: np.ndarray,
+        tokens: np.ndarray,
+    ) -> None:
         """Write what the signals ask of R' tokens. states [R', H]; rows, tokens [R'] where they are in rows and columns."""
         head, rule = self.head, self.rule
         if Signal.teacher_hidden in self.signals:
@@ -123,10 +149,15 @@ class Scorer:
         positions = np.tile(np.arange(width), (len(parts), 1))
         for b, part in enumerate(parts):
             ids[b, : len(part.input_ids)], mask[b, : len(part.input_ids)] = part.input_ids, 1
-        to = lambda a: torch.from_numpy(a).to(self.device)  # noqa: E731
+
+        def to(a):
+            return torch.from_numpy(a).to(self.device)
+
         inputs = {"input_ids": to(ids), "attention_mask": to(mask), "position_ids": to(positions)}
         states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        before = np.concatenate([b * width + np.flatnonzero(part.response_mask) - 1 for b, part in enumerate(parts)])
+        before = np.concatenate(
+            [b * width + np.flatnonzero(part.response_mask) - 1 for b, part in enumerate(parts)]
+        )
         return states.flatten(0, 1).index_select(0, to(before))
 
     def _is_asked(self, batch: RolloutBatch, sequence: int) -> bool:
@@ -146,7 +177,9 @@ class Scorer:
 
     def _remember(self, batch: RolloutBatch, sequence: int, logprobs: np.ndarray) -> None:
         if batch.source is Source.data and self.remembers:
-            self.remembered[data_key(batch, sequence)] = logprobs[response_tokens(batch, sequence)].copy()
+            self.remembered[data_key(batch, sequence)] = logprobs[
+                response_tokens(batch, sequence)
+            ].copy()
 
     # -- checkpoint ------------------------------------------------------------------------------------------------------
 
@@ -166,7 +199,9 @@ class Scorer:
             save_file(self.remembered, path, {"identity": self.identity})
             return [seal(path)]
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {self.state_bytes()} bytes could not be written: {error}") from error
+            raise CheckpointError(
+                f"{path}: {self.state_bytes()} bytes could not be written: {error}"
+            ) from error
 
     def load_state(self, folder: str, replica: int, replicas: int) -> list[SavedFile]:
         """What this replica remembered; where there were more or fewer replicas, what any of them did. Nothing, where the teacher was
@@ -178,7 +213,11 @@ class Scorer:
         every = sorted(Path(folder).glob(f"scorer-{self.teacher}-?????-of-?????.safetensors"))
         alike = [path for path in every if path.stem.endswith(f"-of-{replicas:05d}")]
         self.remembered = {}
-        for path in [p for p in alike if p.stem.endswith(f"-{replica:05d}-of-{replicas:05d}")] if alike else every:
+        for path in (
+            [p for p in alike if p.stem.endswith(f"-{replica:05d}-of-{replicas:05d}")]
+            if alike
+            else every
+        ):
             try:
                 with safe_open(path, framework="numpy") as file:
                     if (file.metadata() or {}).get("identity") == self.identity:

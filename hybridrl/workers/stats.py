@@ -18,13 +18,36 @@ from hybridrl.types import UpdatePlan
 QUARTERS = 4
 SUMS = ("train/loss", "tokens", "dense_sq", "sparse_sq", "dense_sparse")
 MEANS = (
-    "kl/token", "kl/sampled", "kl/clipped_frac", "entropy/token", "advantage/mean", "advantage_sq", "advantage/positive_frac", "value/loss",
-    "policy/rho_mean", "rho_sq", "policy/logprob_gap", "policy/kl_sampler", "policy/bounded_frac",
-    "pair/accuracy", "pair/margin", "pair/chosen_score", "pair/rejected_score", "pair/rejected_ratio", "pair/clamped_frac",
-    "pair/chosen_logprob", "pair/rejected_logprob",
+    "kl/token",
+    "kl/sampled",
+    "kl/clipped_frac",
+    "entropy/token",
+    "advantage/mean",
+    "advantage_sq",
+    "advantage/positive_frac",
+    "value/loss",
+    "policy/rho_mean",
+    "rho_sq",
+    "policy/logprob_gap",
+    "policy/kl_sampler",
+    "policy/bounded_frac",
+    "pair/accuracy",
+    "pair/margin",
+    "pair/chosen_score",
+    "pair/rejected_score",
+    "pair/rejected_ratio",
+    "pair/clamped_frac",
+    "pair/chosen_logprob",
+    "pair/rejected_logprob",
     *(f"{name}_q{q + 1}" for name in ("entropy/token", "advantage/abs") for q in range(QUARTERS)),
-)  # fmt: skip
-MAXIMA = ("advantage/max", "minus_advantage", "policy/rho_max", "policy/logprob_gap_max", "pair/score_max")
+)
+MAXIMA = (
+    "advantage/max",
+    "minus_advantage",
+    "policy/rho_max",
+    "policy/logprob_gap_max",
+    "pair/score_max",
+)
 
 
 class Tally:
@@ -35,31 +58,58 @@ class Tally:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in SUMS + MEANS}  # of values, and their number
-        self.maxima = {name: torch.full((), -torch.inf, dtype=torch.float64, device=device) for name in MAXIMA}
+        self.sums = {
+            name: torch.zeros(2, dtype=torch.float64, device=device) for name in SUMS + MEANS
+        }  # of values, and their number
+        self.maxima = {
+            name: torch.full((), -torch.inf, dtype=torch.float64, device=device) for name in MAXIMA
+        }
 
     def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
         """Count values of any shape and dtype; where: bool of the same shape, None counts all."""
         values = values.detach().to(self.device, torch.float64).flatten()
-        where = torch.ones_like(values, dtype=torch.bool) if where is None else where.to(self.device).flatten()
+        where = (
+            torch.ones_like(values, dtype=torch.bool)
+            if where is None
+            else where.to(self.device).flatten()
+        )
         if name not in self.maxima:
-            self.sums[name] += torch.stack([torch.where(where, values, 0.0).sum(), where.sum().double()])
+            self.sums[name] += torch.stack(
+                [torch.where(where, values, 0.0).sum(), where.sum().double()]
+            )
         elif len(values):
-            self.maxima[name] = torch.maximum(self.maxima[name], torch.where(where, values, -torch.inf).max())
+            self.maxima[name] = torch.maximum(
+                self.maxima[name], torch.where(where, values, -torch.inf).max()
+            )
 
     def reduced(self) -> dict[str, float]:
         """Over all ranks, equal on each; means and maxima of nothing are left out. Every rank must call it."""
-        sums, maxima = torch.stack(list(self.sums.values())), torch.stack(list(self.maxima.values()))
+        sums, maxima = (
+            torch.stack(list(self.sums.values())),
+            torch.stack(list(self.maxima.values())),
+        )
         dist.all_reduce(sums)
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
         found = {}
         for name, (total, count) in zip(self.sums, sums.tolist(), strict=True):
             if name in SUMS or count:
                 found[name] = total if name in SUMS else total / count
-        return found | {name: value for name, value in zip(self.maxima, maxima.tolist(), strict=True) if value > -torch.inf}
+        return found | {
+            name: value
+            for name, value in zip(self.maxima, maxima.tolist(), strict=True)
+            if value > -torch.inf
+        }
 
 
-def count_micro(tally: Tally, loss: Tensor, stats: HeadStats, micro: MicroBatch, version: int, *, compared: bool = True) -> None:
+def count_micro(
+    tally: Tally,
+    loss: Tensor,
+    stats: HeadStats,
+    micro: MicroBatch,
+    version: int,
+    *,
+    compared: bool = True,
+) -> None:
     """Count one micro-batch; tokens of weight 0 count nowhere.
 
     Args:
@@ -68,7 +118,12 @@ def count_micro(tally: Tally, loss: Tensor, stats: HeadStats, micro: MicroBatch,
     """
     device = stats.logprobs.device
     live = (micro.token_weight > 0).to(device)
-    for name, part in {"train/loss": loss, "dense_sq": stats.dense_sq, "sparse_sq": stats.sparse_sq, "tokens": live}.items():
+    for name, part in {
+        "train/loss": loss,
+        "dense_sq": stats.dense_sq,
+        "sparse_sq": stats.sparse_sq,
+        "tokens": live,
+    }.items():
         tally.add(name, part)
     tally.add("dense_sparse", stats.dense_sparse)
     if compared:
@@ -76,9 +131,12 @@ def count_micro(tally: Tally, loss: Tensor, stats: HeadStats, micro: MicroBatch,
     tally.add("entropy/token", stats.entropy, live)
     advantage = -micro.sparse.to(device).double()
     for name, part in {
-        "advantage/mean": advantage, "advantage_sq": advantage.square(), "advantage/positive_frac": advantage > 0,
-        "advantage/max": advantage, "minus_advantage": -advantage,
-    }.items():  # fmt: skip
+        "advantage/mean": advantage,
+        "advantage_sq": advantage.square(),
+        "advantage/positive_frac": advantage > 0,
+        "advantage/max": advantage,
+        "minus_advantage": -advantage,
+    }.items():
         tally.add(name, part, live)
     quarter = quarters(micro).to(device)
     for q in range(QUARTERS):
@@ -87,15 +145,22 @@ def count_micro(tally: Tally, loss: Tensor, stats: HeadStats, micro: MicroBatch,
     count_ratio(tally, stats, micro, live, version)
 
 
-def count_ratio(tally: Tally, stats: HeadStats, micro: MicroBatch, live: Tensor, version: int) -> None:
+def count_ratio(
+    tally: Tally, stats: HeadStats, micro: MicroBatch, live: Tensor, version: int
+) -> None:
     """Count rho = p(y) / mu(y): of all tokens that a model sampled; sampler against learner where the student did,
     their gap where it was with the very weights that learn."""
     student, data = (
-        torch.tensor([s is source for s in micro.sources])[micro.owner].to(live.device) for source in (Source.student, Source.data)
+        torch.tensor([s is source for s in micro.sources])[micro.owner].to(live.device)
+        for source in (Source.student, Source.data)
     )
     log_ratio = stats.logprobs.double() - micro.rollout_logprobs.to(live.device).double()
     rho = log_ratio.exp()
-    for name, part in {"policy/rho_mean": rho, "rho_sq": rho.square(), "policy/rho_max": rho}.items():
+    for name, part in {
+        "policy/rho_mean": rho,
+        "rho_sq": rho.square(),
+        "policy/rho_max": rho,
+    }.items():
         tally.add(name, part, live & ~data)
     tally.add("policy/kl_sampler", rho - 1 - log_ratio, live & student)
     same = (micro.oldest_versions >= version)[micro.owner].to(live.device)
@@ -125,7 +190,10 @@ def batch_metrics(found: dict[str, float], plan: UpdatePlan, grad_norm: float) -
     dense, sparse = found["dense_sq"] ** 0.5, found["sparse_sq"] ** 0.5
     row |= {"train/grad_norm": grad_norm, "grad/dense_norm": dense, "grad/sparse_norm": sparse}
     if dense and sparse:
-        row |= {"grad/dense_sparse_ratio": dense / sparse, "grad/logit_cosine": found["dense_sparse"] / (dense * sparse)}
+        row |= {
+            "grad/dense_sparse_ratio": dense / sparse,
+            "grad/logit_cosine": found["dense_sparse"] / (dense * sparse),
+        }
     row["policy/kept_frac"] = found["tokens"] / max(plan.num_tokens, 1)
     if found["tokens"]:
         if "kl/token" in found:

@@ -11,7 +11,14 @@ from hybridrl.choices import PairLoss, RatioLevel
 from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError
 from hybridrl.ops.divergence import Measure
-from hybridrl.ops.head import HeadRule, HeadStats, TokenTerms, chosen_logprobs, compared_sums, hybrid_head_loss
+from hybridrl.ops.head import (
+    HeadRule,
+    HeadStats,
+    TokenTerms,
+    chosen_logprobs,
+    compared_sums,
+    hybrid_head_loss,
+)
 from hybridrl.ops.ratio import RatioBounds
 from hybridrl.ops.teachers import Teacher
 
@@ -37,7 +44,15 @@ class HeadInputs:
     value_slope: Tensor  # [R]
 
     def arguments(self) -> tuple:
-        return self.input_ids, self.attention_mask, self.position_ids, self.hidden_rows, self.teachers, self.terms, self.value_slope
+        return (
+            self.input_ids,
+            self.attention_mask,
+            self.position_ids,
+            self.hidden_rows,
+            self.teachers,
+            self.terms,
+            self.value_slope,
+        )
 
     def without_sparse(self) -> "HeadInputs":
         """Only the dense term is left."""
@@ -52,7 +67,9 @@ class OutputHead(nn.Module):
         super().__init__()
         self.weight, self.rule = weight, rule
 
-    def forward(self, hidden: Tensor, teachers: tuple[Teacher, ...], terms: TokenTerms, look: Look) -> tuple[Tensor, HeadStats | None]:
+    def forward(
+        self, hidden: Tensor, teachers: tuple[Teacher, ...], terms: TokenTerms, look: Look
+    ) -> tuple[Tensor, HeadStats | None]:
         match look:
             case Look.learn:
                 return hybrid_head_loss(hidden, self.weight, teachers, terms, self.rule)
@@ -72,7 +89,9 @@ class Student(nn.Module):
         self.head = OutputHead(output_weight(model), rule)
         self.value_head: nn.Linear | None = None  # None: no objective of this run looks at values
         if with_value:
-            self.value_head = nn.Linear(self.head.weight.shape[1], 1, bias=False, dtype=self.head.weight.dtype)
+            self.value_head = nn.Linear(
+                self.head.weight.shape[1], 1, bias=False, dtype=self.head.weight.dtype
+            )
             nn.init.zeros_(self.value_head.weight)
 
     def forward(
@@ -87,10 +106,18 @@ class Student(nn.Module):
         look: Look = Look.learn,
     ) -> tuple[Tensor, HeadStats | Tensor | None]:
         """The fields of HeadInputs; returns what `look` says."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
         hidden = self.body(**inputs, use_cache=False).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, hidden_rows)
-        values = torch.zeros_like(value_slope) if self.value_head is None else self.value_head(rows)[:, 0].to(value_slope.dtype)
+        values = (
+            torch.zeros_like(value_slope)
+            if self.value_head is None
+            else self.value_head(rows)[:, 0].to(value_slope.dtype)
+        )
         out, stats = self.head(rows, teachers, terms, look)
         if look is Look.view:
             return out, values
@@ -103,10 +130,24 @@ def head_rule(settings: RunSettings) -> HeadRule:
     """The settings of the head pass; a ratio of whole sequences is part of the token weights instead."""
     algorithm = settings.algorithm
     per_token = algorithm.ratio.level is RatioLevel.token and algorithm.pair.loss is PairLoss.none
-    ratio = RatioBounds(kind=algorithm.ratio.kind, low=algorithm.ratio.low, high=algorithm.ratio.high) if per_token else RatioBounds()
-    measure = Measure(divergence=algorithm.divergence, beta=algorithm.jsd_beta, log_ratio_clip=algorithm.log_ratio_clip)
+    ratio = (
+        RatioBounds(kind=algorithm.ratio.kind, low=algorithm.ratio.low, high=algorithm.ratio.high)
+        if per_token
+        else RatioBounds()
+    )
+    measure = Measure(
+        divergence=algorithm.divergence,
+        beta=algorithm.jsd_beta,
+        log_ratio_clip=algorithm.log_ratio_clip,
+    )
     chunk, exact = settings.train.head_chunk, settings.train.exact_logits
-    return HeadRule(temperature=algorithm.temperature, chunk=chunk, exact_logits=exact, measure=measure, ratio=ratio)
+    return HeadRule(
+        temperature=algorithm.temperature,
+        chunk=chunk,
+        exact_logits=exact,
+        measure=measure,
+        ratio=ratio,
+    )
 
 
 def output_weight(model: PreTrainedModel) -> nn.Parameter:
@@ -117,8 +158,12 @@ def output_weight(model: PreTrainedModel) -> nn.Parameter:
     """
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        raise ConfigError(f"model.path: {type(model).__name__} has no output embedding without bias; choose another causal language model")
+        raise ConfigError(
+            f"model.path: {type(model).__name__} has no output embedding without bias; choose another causal language model"
+        )
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
         if getattr(model.config.get_text_config(), name, None) not in (None, 1.0):
-            raise ConfigError(f"model.path: {type(model).__name__} changes its logits by {name}; such models are not supported")
+            raise ConfigError(
+                f"model.path: {type(model).__name__} changes its logits by {name}; such models are not supported"
+            )
     return head.weight

@@ -20,7 +20,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.factory import (
+    WeightTransferEngineFactory,
+    WeightTransferTrainerFactory,
+)
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -64,7 +67,11 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
         manifest = WeightManifest(**update_info.manifest)
-        packed = np.fromfile(update_info.path, dtype=np.uint8) if update_info.packed is None else update_info.packed
+        packed = (
+            np.fromfile(update_info.path, dtype=np.uint8)
+            if update_info.packed is None
+            else update_info.packed
+        )
         digest = xxhash.xxh3_128_hexdigest(packed)
         if packed.nbytes != manifest.nbytes or digest != manifest.digest:
             raise ValueError(
@@ -74,7 +81,9 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
         loaded = self.model.load_weights((name, tensor.to(self.device)) for name, tensor in weights)
         missing = self._expected - set(loaded or ())
         if missing:
-            raise ValueError(f"{len(missing)} parameters were left untouched, e.g. {sorted(missing)[0]}")
+            raise ValueError(
+                f"{len(missing)} parameters were left untouched, e.g. {sorted(missing)[0]}"
+            )
         self.received_digest = digest
 
     def finish_weight_update(self) -> None:
@@ -142,10 +151,14 @@ def trainer_engine(
     """vLLM's trainer side of `nccl` or `ipc`, fed by our stream. Every learner rank calls it; rank 0 sends."""
     if backend == "nccl":
         world = 1 + client.num_engines * client.tensor_parallel
-        info = NCCLTrainerInitInfo(rank=rank, master_address=master[0], master_port=master[1], world_size=world)
+        info = NCCLTrainerInitInfo(
+            rank=rank, master_address=master[0], master_port=master[1], world_size=world
+        )
     else:
         info = IPCTrainerInitInfo(rank=rank)
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=StreamSource(stream))
+    return WeightTransferTrainerFactory.trainer_init(
+        info, client=client, source=StreamSource(stream)
+    )
 
 
 def register() -> None:

@@ -16,7 +16,9 @@ from hybridrl.types import WeightManifest
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
 """Makes the given parameters whole while the context lasts; a collective when they are sharded."""
 
-ALIGNMENT = 64  # bytes; a tensor view needs its own dtype's alignment, 64 suits all and vector loads
+ALIGNMENT = (
+    64  # bytes; a tensor view needs its own dtype's alignment, 64 suits all and vector loads
+)
 
 
 class WeightStream:
@@ -28,7 +30,9 @@ class WeightStream:
 
     def __init__(self, model: PreTrainedModel, gather: Gather) -> None:
         self.gather = gather
-        self.buffer: Tensor | None = None  # [nbytes] uint8 of the last pack; None: nothing was packed
+        self.buffer: Tensor | None = (
+            None  # [nbytes] uint8 of the last pack; None: nothing was packed
+        )
         self.named = [(name, parameter) for name, parameter in model.named_parameters()]
         if "lm_head.weight" not in dict(self.named):
             self.named.append(("lm_head.weight", model.get_output_embeddings().weight))
@@ -40,7 +44,10 @@ class WeightStream:
     @property
     def nbytes(self) -> int:
         """Of all that iterating yields, a tied head and its embedding each."""
-        return sum(math.prod(shape) * p.element_size() for shape, (_, p) in zip(self.shapes(), self.named, strict=True))
+        return sum(
+            math.prod(shape) * p.element_size()
+            for shape, (_, p) in zip(self.shapes(), self.named, strict=True)
+        )
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for group in self._layers():
@@ -101,7 +108,9 @@ def unpack(manifest: WeightManifest, packed: np.ndarray) -> Iterator[tuple[str, 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         buffer = torch.from_numpy(packed)
-    for name, dtype, shape, start in zip(manifest.names, manifest.dtypes, manifest.shapes, manifest.offsets, strict=True):
+    for name, dtype, shape, start in zip(
+        manifest.names, manifest.dtypes, manifest.shapes, manifest.offsets, strict=True
+    ):
         kind = getattr(torch, dtype)
         yield name, buffer[start : start + math.prod(shape) * kind.itemsize].view(kind).view(shape)
 

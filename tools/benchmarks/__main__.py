@@ -9,7 +9,11 @@ from pathlib import Path
 import benchmarks
 from benchmarks.machine import describe
 
-VERBS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\ndef add_options(" in path.read_text())
+VERBS = sorted(
+    path.stem
+    for path in Path(__file__).parent.glob("*.py")
+    if "\ndef add_options(" in path.read_text()
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -18,7 +22,9 @@ def main(arguments: list[str]) -> int:
     verb = importlib.import_module(f"benchmarks.{parser.parse_args(arguments[:1]).verb}")
     parser = argparse.ArgumentParser(prog=f"tools/bench {arguments[0]}", description=verb.__doc__)
     verb.add_options(parser)
-    parser.add_argument("--json", type=Path, help="keep every number, with the machine, in this file")
+    parser.add_argument(
+        "--json", type=Path, help="keep every number, with the machine, in this file"
+    )
     parser.add_argument("--picture", type=Path, help="draw them into this .png")
     options = parser.parse_args(arguments[1:])
     found = {"machine": describe(), **verb.run(options)}

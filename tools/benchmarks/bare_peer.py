@@ -26,30 +26,63 @@ class BareLoop:
 
     def __init__(self, order: dict) -> None:
         self.order, dtype = order, getattr(torch, order["dtype"])
-        load = lambda name: AutoModelForCausalLM.from_pretrained(order[name], dtype=dtype).eval()  # noqa: E731
+
+        def load(name):
+            return AutoModelForCausalLM.from_pretrained(order[name], dtype=dtype).eval()
+
         self.student, self.teacher = load("student"), load("teacher").requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(order["student"], padding_side="left")
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=order["lr"], betas=tuple(order["betas"]), weight_decay=0.0, fused=True
+            self.student.parameters(),
+            lr=order["lr"],
+            betas=tuple(order["betas"]),
+            weight_decay=0.0,
+            fused=True,
         )
         rows = [json.loads(line) for line in Path(order["problems"]).read_text().splitlines()]
-        prompts = [row["prompt"] for row in rows[: order["prompts"]] for _ in range(order["samples"])]
+        prompts = [
+            row["prompt"] for row in rows[: order["prompts"]] for _ in range(order["samples"])
+        ]
         self.inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
         self.rule = HeadRule()
-        self.spent: dict[str, list[float]] = {"rollout_s": [], "score_s": [], "learn_s": [], "step_s": [], "cpu_s": []}
+        self.spent: dict[str, list[float]] = {
+            "rollout_s": [],
+            "score_s": [],
+            "learn_s": [],
+            "step_s": [],
+            "cpu_s": [],
+        }
 
     def step(self) -> None:
         clock, cpu = [time.perf_counter()], time.process_time()
         width, length = self.inputs.input_ids.shape[1], self.order["max_new_tokens"]
         with torch.no_grad():
-            ids = self.student.generate(**self.inputs, max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+            ids = self.student.generate(
+                **self.inputs,
+                max_new_tokens=length,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+            )
             assert ids.shape[1] == width + length, ids.shape
             clock.append(time.perf_counter())
-            mask = torch.cat([self.inputs.attention_mask, torch.ones(len(ids), length, dtype=torch.int64)], 1)
-            body = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0), "use_cache": False}
+            mask = torch.cat(
+                [self.inputs.attention_mask, torch.ones(len(ids), length, dtype=torch.int64)], 1
+            )
+            body = {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
+                "use_cache": False,
+            }
             taught = self.states(self.teacher.base_model(**body).last_hidden_state, width)
             clock.append(time.perf_counter())
-        self.learn(self.states(self.student.base_model(**body).last_hidden_state, width), taught, ids[:, width:].flatten())
+        self.learn(
+            self.states(self.student.base_model(**body).last_hidden_state, width),
+            taught,
+            ids[:, width:].flatten(),
+        )
         clock.append(time.perf_counter())
         for name, a, b in zip(self.spent, clock, clock[1:], strict=False):
             self.spent[name].append(b - a)
@@ -62,9 +95,18 @@ class BareLoop:
 
     def learn(self, hidden: Tensor, taught: Tensor, drawn: Tensor) -> None:
         ones = torch.ones(len(drawn))
-        terms = TokenTerms(token_ids=drawn, token_weight=ones / len(drawn), sparse=torch.randn(len(drawn)), sampler_logprobs=0 * ones)
-        teacher = HiddenTeacher(hidden=taught, lm_head=self.teacher.get_output_embeddings().weight, weight=ones)
-        loss, _ = hybrid_head_loss(hidden, self.student.get_output_embeddings().weight, (teacher,), terms, self.rule)
+        terms = TokenTerms(
+            token_ids=drawn,
+            token_weight=ones / len(drawn),
+            sparse=torch.randn(len(drawn)),
+            sampler_logprobs=0 * ones,
+        )
+        teacher = HiddenTeacher(
+            hidden=taught, lm_head=self.teacher.get_output_embeddings().weight, weight=ones
+        )
+        loss, _ = hybrid_head_loss(
+            hidden, self.student.get_output_embeddings().weight, (teacher,), terms, self.rule
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
@@ -77,7 +119,14 @@ def main(order: dict) -> None:
     loop = BareLoop(order)
     for _ in range(order["steps"]):
         loop.step()
-    print(MARK + json.dumps(loop.spent | {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+    print(
+        MARK
+        + json.dumps(
+            loop.spent
+            | {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        ),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ class Size:
     @property
     def nbytes(self) -> int:
         """Of the scores and rollouts, by their dtypes."""
-        return self.sequences * (self.tokens * (4 + 1 + 4 + 4 + 4) + self.response * 8 * self.support)
+        return self.sequences * (
+            self.tokens * (4 + 1 + 4 + 4 + 4) + self.response * 8 * self.support
+        )
 
 
 SIZES = [
@@ -46,38 +48,72 @@ WHOLE = Size(sequences=512, tokens=32768, support=100)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store-gb", type=float, default=6.0, help="of Ray's object store; larger batches are left out")
+    parser.add_argument(
+        "--store-gb",
+        type=float,
+        default=6.0,
+        help="of Ray's object store; larger batches are left out",
+    )
     parser.add_argument("--shrink", type=int, default=1, help="divides the sequences of every size")
     parser.add_argument("--repeats", type=int, default=3)
 
 
 def run(options: argparse.Namespace) -> dict:
     store = int(options.store_gb * 1e9)
-    sizes = [Size(sequences=max(s.sequences // options.shrink, GROUP), tokens=s.tokens, support=s.support) for s in (*SIZES, WHOLE)]
+    sizes = [
+        Size(
+            sequences=max(s.sequences // options.shrink, GROUP), tokens=s.tokens, support=s.support
+        )
+        for s in (*SIZES, WHOLE)
+    ]
     settings = settings_for(sizes[0])
     rows = []
-    print(f"{'sequences x tokens, K':24s} {'GB':>6s} {'driver s':>9s} {'CPU s':>7s} {'bytes in driver':>16s} {'materialising s':>16s}")
+    print(
+        f"{'sequences x tokens, K':24s} {'GB':>6s} {'driver s':>9s} {'CPU s':>7s} {'bytes in driver':>16s} {'materialising s':>16s}"
+    )
     with Stage(settings, store_bytes=store) as stage:
         for size in (s for s in sizes if s.nbytes < 0.9 * store):
-            rows.append(measure(stage, size, options.repeats, with_other=2 * size.nbytes < 0.9 * store))
+            rows.append(
+                measure(stage, size, options.repeats, with_other=2 * size.nbytes < 0.9 * store)
+            )
             show(rows[-1])
     worst = max(row["driver_s"] for row in rows)
-    verdict = "reached" if worst <= TARGET_S and not any(row["driver_bytes"] for row in rows) else "MISSED"
-    print(f"slowest {worst:.3f} s, target {TARGET_S:.0f} s and 0 bytes: {verdict}; published by others: {PUBLISHED_S:.0f} s")
+    verdict = (
+        "reached"
+        if worst <= TARGET_S and not any(row["driver_bytes"] for row in rows)
+        else "MISSED"
+    )
+    print(
+        f"slowest {worst:.3f} s, target {TARGET_S:.0f} s and 0 bytes: {verdict}; published by others: {PUBLISHED_S:.0f} s"
+    )
     whole_fits = sizes[-1].nbytes < 0.9 * store
     if not whole_fits:
-        print(f"the whole batch of {WHOLE.nbytes / 1e9:.1f} GB does not fit the object store; its three axes grow apart from each other")
-    return {"target_s": TARGET_S, "published_s": PUBLISHED_S, "group_size": GROUP, "whole_batch_measured": whole_fits, "rows": rows}
+        print(
+            f"the whole batch of {WHOLE.nbytes / 1e9:.1f} GB does not fit the object store; its three axes grow apart from each other"
+        )
+    return {
+        "target_s": TARGET_S,
+        "published_s": PUBLISHED_S,
+        "group_size": GROUP,
+        "whole_batch_measured": whole_fits,
+        "rows": rows,
+    }
 
 
 def settings_for(size: Size):
     groups = size.sequences // GROUP
     return settings_of(
-        "algorithm=opd_full", "algorithm.support=topk", f"algorithm.topk.k={max(size.support, 1)}", "algorithm.topk.source=teacher",
-        f"train.prompts_per_step={groups}", f"train.samples_per_prompt={GROUP}", "rollout.groups_per_chunk=1",
-        f"rollout.max_new_tokens={size.response}", f"rollout.max_model_len={size.tokens}",
+        "algorithm=opd_full",
+        "algorithm.support=topk",
+        f"algorithm.topk.k={max(size.support, 1)}",
+        "algorithm.topk.source=teacher",
+        f"train.prompts_per_step={groups}",
+        f"train.samples_per_prompt={GROUP}",
+        "rollout.groups_per_chunk=1",
+        f"rollout.max_new_tokens={size.response}",
+        f"rollout.max_model_len={size.tokens}",
         f"train.max_tokens_per_micro_batch={2 * size.tokens}",
-    )  # fmt: skip
+    )
 
 
 def measure(stage: Stage, size: Size, repeats: int, *, with_other: bool) -> dict:
@@ -85,16 +121,28 @@ def measure(stage: Stage, size: Size, repeats: int, *, with_other: bool) -> dict
     walls, cpus, fetched, others = [], [], 0.0, []
     for _ in range(repeats):
         wall, cpu, row = ours(stage.controller(settings_for(size), prompt_tokens=PROMPT_TOKENS))
-        walls, cpus, fetched = [*walls, wall], [*cpus, cpu], fetched + row["controller/materialized_bytes"]
+        walls, cpus, fetched = (
+            [*walls, wall],
+            [*cpus, cpu],
+            fetched + row["controller/materialized_bytes"],
+        )
         gc.collect()
     payload = row["transfer/bytes_rollout"] + row["transfer/bytes_scores"]
     for _ in range(repeats if with_other else 0):
-        others.append(materialising(stage.controller(settings_for(size), prompt_tokens=PROMPT_TOKENS)))
+        others.append(
+            materialising(stage.controller(settings_for(size), prompt_tokens=PROMPT_TOKENS))
+        )
         gc.collect()
     return {
-        "sequences": size.sequences, "tokens": size.tokens, "support": size.support, "bytes": payload, "driver_s": statistics.median(walls),
-        "driver_cpu_s": statistics.median(cpus), "driver_bytes": fetched, "materialising_s": statistics.median(others) if others else None,
-    }  # fmt: skip
+        "sequences": size.sequences,
+        "tokens": size.tokens,
+        "support": size.support,
+        "bytes": payload,
+        "driver_s": statistics.median(walls),
+        "driver_cpu_s": statistics.median(cpus),
+        "driver_bytes": fetched,
+        "materialising_s": statistics.median(others) if others else None,
+    }
 
 
 def ours(controller: Controller) -> tuple[float, float, dict]:
@@ -116,10 +164,12 @@ def materialising(controller: Controller) -> float:
     began = time.perf_counter()
     parts = [
         ScoredBatch(
-            rollout=ray.get(d.chunk.batch.ref), rewards=ray.get(d.rewards[0].ref), scores=tuple(ray.get(s.ref) for _, s in d.scores)
+            rollout=ray.get(d.chunk.batch.ref),
+            rewards=ray.get(d.rewards[0].ref),
+            scores=tuple(ray.get(s.ref) for _, s in d.scores),
         )
         for d in wave.drawn
-    ]  # fmt: skip
+    ]
     whole = join(parts)
     shard = select_groups(whole, range(len(whole.rollout.uids)))
     sent = ray.put(shard)
@@ -141,7 +191,11 @@ def cpu_seconds() -> float:
 
 
 def show(row: dict) -> None:
-    other = f"{row['materialising_s']:16.2f}" if row["materialising_s"] is not None else f"{'does not fit':>16s}"
+    other = (
+        f"{row['materialising_s']:16.2f}"
+        if row["materialising_s"] is not None
+        else f"{'does not fit':>16s}"
+    )
     name = f"{row['sequences']} x {row['tokens']}, {row['support']}"
     print(
         f"{name:24s} {row['bytes'] / 1e9:6.2f} {row['driver_s']:9.3f} {row['driver_cpu_s']:7.3f} {row['driver_bytes']:16.0f} {other}",
@@ -157,10 +211,25 @@ def draw(found: dict, path: Path) -> None:
 
     rows = sorted(found["rows"], key=lambda row: row["bytes"])
     figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    axis.loglog([r["bytes"] / 1e9 for r in rows], [r["driver_s"] for r in rows], "o", label="driver holds references")
+    axis.loglog(
+        [r["bytes"] / 1e9 for r in rows],
+        [r["driver_s"] for r in rows],
+        "o",
+        label="driver holds references",
+    )
     held = [r for r in rows if r["materialising_s"] is not None]
-    axis.loglog([r["bytes"] / 1e9 for r in held], [r["materialising_s"] for r in held], "s", label="driver materialises (one node)")
-    axis.axhline(found["target_s"], color="black", linestyle="dashed", label=f"target {found['target_s']:.0f} s")
+    axis.loglog(
+        [r["bytes"] / 1e9 for r in held],
+        [r["materialising_s"] for r in held],
+        "s",
+        label="driver materialises (one node)",
+    )
+    axis.axhline(
+        found["target_s"],
+        color="black",
+        linestyle="dashed",
+        label=f"target {found['target_s']:.0f} s",
+    )
     axis.set_xlabel("GB of rollouts and scores in the batch")
     axis.set_ylabel("s in the driver")
     axis.legend(fontsize=8)

@@ -52,10 +52,14 @@ class Engine:
     With work.spread it generates all chunks side by side, and none slows another.
     """
 
-    def __init__(self, settings: RunSettings, *, model: object, device: str, backend: str, source: Source) -> None:
+    def __init__(
+        self, settings: RunSettings, *, model: object, device: str, backend: str, source: Source
+    ) -> None:
         self.work, self.version = Work(), -1
         self.device, self.free_at, self.stopped_s = asyncio.Lock(), 0.0, 0.0
-        self.ends: dict[str, asyncio.Event] = {}  # "wave/uid" of a chunk's first prompt -> tells it to stop
+        self.ends: dict[
+            str, asyncio.Event
+        ] = {}  # "wave/uid" of a chunk's first prompt -> tells it to stop
 
     async def ping(self) -> str:
         return "here"
@@ -63,17 +67,28 @@ class Engine:
     async def assign(self, work: Work) -> None:
         self.work = work
 
-    async def generate(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> tuple[ChunkHeader, RolloutBatch]:
+    async def generate(
+        self, order: GenerateOrder, prompts: Sequence[Prompt]
+    ) -> tuple[ChunkHeader, RolloutBatch]:
         arrived = time.monotonic()
         if order.wave == PROBE:  # a few tokens, where the work is that of whole waves
             batch = rollouts(order, prompts, max(self.version, 0))
             return header(batch, 0.0), batch
         if self.work.spread:
-            whole = await self._alone(f"{order.wave}/{prompts[0].uid}", self.work.generate_s * stretch(order, prompts, self.work.spread))
-            batch = rollouts(order if whole else replace(order, max_new_tokens=0), prompts, max(self.version, 0))
+            whole = await self._alone(
+                f"{order.wave}/{prompts[0].uid}",
+                self.work.generate_s * stretch(order, prompts, self.work.spread),
+            )
+            batch = rollouts(
+                order if whole else replace(order, max_new_tokens=0), prompts, max(self.version, 0)
+            )
             return header(batch, time.monotonic() - arrived), batch
         async with self.device:
-            end = max(arrived, self.free_at) + self.work.generate_s / order.num_chunks - self.stopped_s
+            end = (
+                max(arrived, self.free_at)
+                + self.work.generate_s / order.num_chunks
+                - self.stopped_s
+            )
             while (left := end + self.stopped_s - time.monotonic()) > 0:
                 await asyncio.sleep(left)
             self.free_at = end + self.stopped_s
@@ -115,8 +130,14 @@ class Scorer:
         self.work = work
 
     def score(self, batch: RolloutBatch) -> tuple[ScoreHeader, TokenScores]:
-        started, tokens, rows = time.monotonic(), len(batch.input_ids), int(batch.response_mask.sum())
-        time.sleep(self.work.score_s * len(batch.uids) / self.prompts * (rows > 0))  # nothing to score in what was aborted
+        started, tokens, rows = (
+            time.monotonic(),
+            len(batch.input_ids),
+            int(batch.response_mask.sum()),
+        )
+        time.sleep(
+            self.work.score_s * len(batch.uids) / self.prompts * (rows > 0)
+        )  # nothing to score in what was aborted
         shape = (rows, self.work.support)
         scores = TokenScores(
             teacher=self.teacher,
@@ -125,13 +146,23 @@ class Scorer:
             support_ids=np.zeros(shape, np.int32),
         )
         nbytes = {"teacher_support": per_token_bytes(scores)}
-        return ScoreHeader(teacher=self.teacher, nbytes=nbytes, score_s=time.monotonic() - started), scores
+        return ScoreHeader(
+            teacher=self.teacher, nbytes=nbytes, score_s=time.monotonic() - started
+        ), scores
 
 
 class Judge:
     """Rewards of 0 and 1 in turn."""
 
-    def __init__(self, config: RewardConfig, *, tokenizer_path: str, revision: str | None, watch_only: bool, deadline_s: float) -> None:
+    def __init__(
+        self,
+        config: RewardConfig,
+        *,
+        tokenizer_path: str,
+        revision: str | None,
+        watch_only: bool,
+        deadline_s: float,
+    ) -> None:
         self.names = tuple(config.functions)
 
     def ping(self) -> str:
@@ -141,13 +172,21 @@ class Judge:
         n = batch.num_sequences
         values = (np.arange(n) % 2).astype(np.float32)
         return Rewards(
-            uids=batch.uids, values=values, part_names=self.names, parts=np.tile(values, (len(self.names), 1)), errors=np.zeros(n, bool),
-            keep=np.ones(n, bool), compressed=np.full(n, np.nan, np.float32), repeated=np.full(n, np.nan, np.float32),
-        )  # fmt: skip
+            uids=batch.uids,
+            values=values,
+            part_names=self.names,
+            parts=np.tile(values, (len(self.names), 1)),
+            errors=np.zeros(n, bool),
+            keep=np.ones(n, bool),
+            compressed=np.full(n, np.nan, np.float32),
+            repeated=np.full(n, np.nan, np.float32),
+        )
 
 
 class Learner:
-    def __init__(self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str) -> None:
+    def __init__(
+        self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str
+    ) -> None:
         self.work = Work()
 
     def ping(self) -> str:
@@ -165,13 +204,24 @@ class Learner:
 
     def pack_weights(self, version: int) -> tuple[WeightManifest, np.ndarray]:
         time.sleep(self.work.pack_s)
-        nothing = {"names": (), "dtypes": (), "shapes": (), "offsets": (), "nbytes": 1, "digest": "none"}
+        nothing = {
+            "names": (),
+            "dtypes": (),
+            "shapes": (),
+            "offsets": (),
+            "nbytes": 1,
+            "digest": "none",
+        }
         return WeightManifest(version=version, **nothing), np.zeros(1, np.uint8)
 
 
 def stretch(order: GenerateOrder, prompts: Sequence[Prompt], spread: float) -> float:
     """Log-normal of median 1; the same for the same seed and prompt."""
-    return float(np.random.default_rng([order.seed, zlib.crc32(prompts[0].uid.encode())]).lognormal(sigma=spread))
+    return float(
+        np.random.default_rng([order.seed, zlib.crc32(prompts[0].uid.encode())]).lognormal(
+            sigma=spread
+        )
+    )
 
 
 def rollouts(order: GenerateOrder, prompts: Sequence[Prompt], version: int) -> RolloutBatch:
@@ -198,8 +248,16 @@ def rollouts(order: GenerateOrder, prompts: Sequence[Prompt], version: int) -> R
 def header(batch: RolloutBatch, finish_s: float) -> ChunkHeader:
     n, version = batch.num_sequences, int(batch.policy_versions.max())
     return ChunkHeader(
-        uids=batch.uids, source=batch.source, group_size=batch.group_size, num_tokens=np.diff(batch.offsets),
-        response_lengths=batch.response_lengths, truncated=batch.response_lengths > 0, aborted=batch.response_lengths == 0,
-        oldest_version=np.full(n, version), newest_version=np.full(n, version), mean_policy_version=float(version),
-        nbytes=per_token_bytes(batch), finish_s=np.full(n, finish_s, np.float32),
-    )  # fmt: skip
+        uids=batch.uids,
+        source=batch.source,
+        group_size=batch.group_size,
+        num_tokens=np.diff(batch.offsets),
+        response_lengths=batch.response_lengths,
+        truncated=batch.response_lengths > 0,
+        aborted=batch.response_lengths == 0,
+        oldest_version=np.full(n, version),
+        newest_version=np.full(n, version),
+        mean_policy_version=float(version),
+        nbytes=per_token_bytes(batch),
+        finish_s=np.full(n, finish_s, np.float32),
+    )

@@ -34,7 +34,9 @@ def products(order: dict, tokens: int) -> dict[str, float]:
 
     One layer's shapes are timed forward, and stand for the backward's, which are the same products transposed.
     """
-    model = AutoModelForCausalLM.from_pretrained(order["student"], dtype=getattr(torch, order["dtype"]))
+    model = AutoModelForCausalLM.from_pretrained(
+        order["student"], dtype=getattr(torch, order["dtype"])
+    )
     layer = model.base_model.layers[0]
     weights = [p.detach() for p in layer.parameters() if p.ndim == 2]
     inputs = [torch.randn(tokens, w.shape[1]).to(w.dtype) for w in weights]
@@ -44,14 +46,20 @@ def products(order: dict, tokens: int) -> dict[str, float]:
     hidden = torch.randn(rows, head.shape[1]).to(head.dtype)
     head_s = median_s(lambda: hidden @ head.T)
     forward_s = layer_s * len(model.base_model.layers)
-    buffer = torch.empty(sum(p.numel() * p.element_size() for p in model.parameters()), dtype=torch.uint8)
+    buffer = torch.empty(
+        sum(p.numel() * p.element_size() for p in model.parameters()), dtype=torch.uint8
+    )
     target = torch.empty_like(buffer)
     return {
-        "student_products_s": 3 * forward_s, "teacher_products_s": forward_s, "head_products_s": 4 * head_s,
+        "student_products_s": 3 * forward_s,
+        "teacher_products_s": forward_s,
+        "head_products_s": 4 * head_s,
         "body_gflops": 2 * tokens * sum(w.numel() for w in weights) / layer_s / 1e9,
         "head_gflops": 2 * rows * head.numel() / head_s / 1e9,
-        "weights_copy_s": median_s(lambda: target.copy_(buffer)), "weights_bytes": buffer.numel(), "tokens": tokens,
-    }  # fmt: skip
+        "weights_copy_s": median_s(lambda: target.copy_(buffer)),
+        "weights_bytes": buffer.numel(),
+        "tokens": tokens,
+    }
 
 
 def bare_engine(order: dict, prompts: list[list[int]]) -> list[float]:
@@ -64,20 +72,33 @@ def bare_engine(order: dict, prompts: list[list[int]]) -> list[float]:
     length = order["max_new_tokens"]
     engine = LLMEngine.from_engine_args(
         EngineArgs(
-            model=order["student"], dtype=order["dtype"], max_model_len=max(map(len, prompts)) + length, enforce_eager=True,
-            max_num_seqs=len(prompts), distributed_executor_backend="uni", kv_cache_memory_bytes=2**28, disable_log_stats=True,
+            model=order["student"],
+            dtype=order["dtype"],
+            max_model_len=max(map(len, prompts)) + length,
+            enforce_eager=True,
+            max_num_seqs=len(prompts),
+            distributed_executor_backend="uni",
+            kv_cache_memory_bytes=2**28,
+            disable_log_stats=True,
         ),
         enable_multiprocessing=False,
-    )  # fmt: skip
+    )
     seconds = []
     for turn in range(order["steps"]):
         started = time.perf_counter()
         for i, ids in enumerate(prompts):
             params = SamplingParams(
-                temperature=1.0, max_tokens=length, seed=i, logprobs=0, flat_logprobs=True, detokenize=False,
+                temperature=1.0,
+                max_tokens=length,
+                seed=i,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
-            )  # fmt: skip
-            engine.add_request(f"{turn}/{i}", TokensPrompt(prompt_token_ids=ids, cache_salt=str(turn)), params)
+            )
+            engine.add_request(
+                f"{turn}/{i}", TokensPrompt(prompt_token_ids=ids, cache_salt=str(turn)), params
+            )
         while engine.has_unfinished_requests():
             engine.step()
         seconds.append(time.perf_counter() - started)
@@ -87,7 +108,10 @@ def bare_engine(order: dict, prompts: list[list[int]]) -> list[float]:
 def main(order: dict) -> None:
     torch.set_num_threads(order["threads"])
     tokenizer = AutoTokenizer.from_pretrained(order["student"])
-    rows = [json.loads(line) for line in Path(order["problems"]).read_text().splitlines()[: order["prompts"]]]
+    rows = [
+        json.loads(line)
+        for line in Path(order["problems"]).read_text().splitlines()[: order["prompts"]]
+    ]
     prompts = [tokenizer(row["prompt"]).input_ids for row in rows for _ in range(order["samples"])]
     found = products(order, sum(map(len, prompts)) + len(prompts) * order["max_new_tokens"])
     print(MARK + json.dumps(found | {"engine_s": bare_engine(order, prompts)}), flush=True)

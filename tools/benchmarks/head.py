@@ -62,9 +62,15 @@ class Problem:
 def problem(shape: Shape, dtype: torch.dtype, device: str, *, peaked: bool) -> Problem:
     """Flat: independent logits of variance 1. Peaked: of variance 16, and the teacher is the student with noise, as late in training."""
     g = torch.Generator(device).manual_seed(0)
-    normal = lambda *size, scale: (torch.randn(*size, generator=g, device=device) * scale).to(dtype)  # noqa: E731
+
+    def normal(*size, scale):
+        return (torch.randn(*size, generator=g, device=device) * scale).to(dtype)
+
     spread = 4.0 if peaked else 1.0
-    hidden, lm_head = normal(shape.rows, shape.width, scale=spread), normal(shape.vocabulary, shape.width, scale=shape.width**-0.5)
+    hidden, lm_head = (
+        normal(shape.rows, shape.width, scale=spread),
+        normal(shape.vocabulary, shape.width, scale=shape.width**-0.5),
+    )
     teacher_hidden = normal(shape.rows, shape.teacher_width, scale=1.0)
     teacher_head = normal(shape.vocabulary, shape.teacher_width, scale=shape.teacher_width**-0.5)
     if peaked:
@@ -85,7 +91,12 @@ def problem(shape: Shape, dtype: torch.dtype, device: str, *, peaked: bool) -> P
 def ours(p: Problem, rule: HeadRule, *, hybrid: bool) -> None:
     """Both gradients in one pass, chunk by chunk."""
     ones = torch.ones(len(p.ids), device=p.ids.device)
-    terms = TokenTerms(token_ids=p.ids, token_weight=ones / len(p.ids), sparse=p.cost * hybrid, sampler_logprobs=0 * ones)
+    terms = TokenTerms(
+        token_ids=p.ids,
+        token_weight=ones / len(p.ids),
+        sparse=p.cost * hybrid,
+        sampler_logprobs=0 * ones,
+    )
     teacher = HiddenTeacher(hidden=p.teacher_hidden, lm_head=p.teacher_head, weight=ones)
     hybrid_head_loss(p.hidden, p.lm_head, (teacher,), terms, rule)[0].backward()
 
@@ -122,54 +133,102 @@ def outputs(p: Problem) -> tuple[Tensor, ...]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, nargs="+", default=[512, 2048], help="N, a table for each")
-    for name, default in {"width": 576, "teacher-width": 576, "vocabulary": 49152, "chunk": 512, "repeats": 5}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--peaked", action="store_true", help="a student near its teacher, as late in training; else independent ones")
     parser.add_argument(
-        "--all-shapes", action="store_true", help="N of 1024 to 16384 for three pairs of models, flat and peaked: for a GPU"
+        "--rows", type=int, nargs="+", default=[512, 2048], help="N, a table for each"
     )
-    parser.add_argument("--trl", type=Path, help="a wheel of TRL to take its kernel from; else an installed trl, else left out")
+    for name, default in {
+        "width": 576,
+        "teacher-width": 576,
+        "vocabulary": 49152,
+        "chunk": 512,
+        "repeats": 5,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument(
+        "--peaked",
+        action="store_true",
+        help="a student near its teacher, as late in training; else independent ones",
+    )
+    parser.add_argument(
+        "--all-shapes",
+        action="store_true",
+        help="N of 1024 to 16384 for three pairs of models, flat and peaked: for a GPU",
+    )
+    parser.add_argument(
+        "--trl",
+        type=Path,
+        help="a wheel of TRL to take its kernel from; else an installed trl, else left out",
+    )
 
 
 def run(options: argparse.Namespace) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    widths = {"width": options.width, "teacher_width": options.teacher_width, "vocabulary": options.vocabulary}
+    widths = {
+        "width": options.width,
+        "teacher_width": options.teacher_width,
+        "vocabulary": options.vocabulary,
+    }
     asked = [(Shape(rows=n, **widths), options.peaked) for n in options.rows]
     if options.all_shapes:
-        asked = [(Shape(rows=n, width=s, teacher_width=t, vocabulary=v), k) for s, t, v in SHAPES for n in ROWS for k in (False, True)]
+        asked = [
+            (Shape(rows=n, width=s, teacher_width=t, vocabulary=v), k)
+            for s, t, v in SHAPES
+            for n in ROWS
+            for k in (False, True)
+        ]
     square = square_rate(device)
-    print("square products: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in square.items()))
+    print(
+        "square products: "
+        + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in square.items())
+    )
     shapes = [one(options, device, square, *a) for a in asked]
     return {
-        "device": device, "chunk": options.chunk, "square_flop_s": square, "peers": head_peers.versions(options.trl), "shapes": shapes,
-    }  # fmt: skip
+        "device": device,
+        "chunk": options.chunk,
+        "square_flop_s": square,
+        "peers": head_peers.versions(options.trl),
+        "shapes": shapes,
+    }
 
 
-def variants(p: Problem, name: str, options: argparse.Namespace) -> dict[str, Callable[[Problem], object]]:
+def variants(
+    p: Problem, name: str, options: argparse.Namespace
+) -> dict[str, Callable[[Problem], object]]:
     """name -> call, of the inputs in one dtype."""
     rule, device = HeadRule(chunk=options.chunk), p.hidden.device.type
-    found: dict[str, Callable[[Problem], object]] = {f"products {name}": partial(products, out=outputs(p))}
+    found: dict[str, Callable[[Problem], object]] = {
+        f"products {name}": partial(products, out=outputs(p))
+    }
     for kind, hybrid in (("hybrid", True), ("dense", False)):
         found[f"ours {name} {kind}"] = partial(ours, rule=rule, hybrid=hybrid)
         found[f"autograd {name} {kind}"] = partial(autograd, hybrid=hybrid)
     if name == "bf16" and device == "cpu":
-        found["ours bf16 hybrid, fp32 logits"] = partial(ours, rule=replace(rule, exact_logits=True), hybrid=True)
+        found["ours bf16 hybrid, fp32 logits"] = partial(
+            ours, rule=replace(rule, exact_logits=True), hybrid=True
+        )
     if device == "cuda":
         found[f"torch.compile {name} hybrid"] = partial(autograd, hybrid=True, compiled=True)
     return found | (head_peers.found(options.trl) if name == "bf16" else {})
 
 
-def one(options: argparse.Namespace, device: str, square: dict[str, float], shape: Shape, peaked: bool) -> dict:
+def one(
+    options: argparse.Namespace, device: str, square: dict[str, float], shape: Shape, peaked: bool
+) -> dict:
     """Times, memory and errors of every variant on one problem; one that fails says so and is left out."""
     calls, rates, measured, failed = {}, {}, {}, {}
     for name, dtype in DTYPES.items() if device == "cpu" else (("bf16", torch.bfloat16),):
-        p, part = (problem(replace(shape, rows=n), dtype, device, peaked=peaked) for n in (shape.rows, min(shape.rows, SLICE)))
+        p, part = (
+            problem(replace(shape, rows=n), dtype, device, peaked=peaked)
+            for n in (shape.rows, min(shape.rows, SLICE))
+        )
         for variant, call in variants(p, name, options).items():
             try:
                 timed = partial(_timed, p, call, device)
                 timed()  # what compiles, compiles here
-                measured[variant] = {"extra_bytes": extra_bytes(p, timed, device), "error": _error(part, call, "hybrid" in variant)}
+                measured[variant] = {
+                    "extra_bytes": extra_bytes(p, timed, device),
+                    "error": _error(part, call, "hybrid" in variant),
+                }
                 calls[variant], rates[variant] = timed, square[name]
             except Exception as error:  # another's kernel, or a GPU too small for full logits: the rest is still worth measuring
                 failed[variant] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -178,7 +237,13 @@ def one(options: argparse.Namespace, device: str, square: dict[str, float], shap
     for variant, values in seconds.items():
         rate = shape.flop / statistics.median(values)
         measured[variant] |= {"seconds": values, "share_of_square": rate / rates[variant]}
-    result = {**asdict(shape), "peaked": peaked, "flop": shape.flop, "variants": measured, "failed": failed}
+    result = {
+        **asdict(shape),
+        "peaked": peaked,
+        "flop": shape.flop,
+        "variants": measured,
+        "failed": failed,
+    }
     show(result)
     return result
 
@@ -212,7 +277,11 @@ def extra_bytes(p: Problem, call: Callable[[], object], device: str) -> int:
 
 def resident(mark: str) -> int:
     """Bytes of this process, from the kernel."""
-    return 1024 * next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(mark))
+    return 1024 * next(
+        int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(mark)
+    )
 
 
 def _error(p: Problem, call: Callable[[Problem], object], hybrid: bool) -> dict[str, float] | None:
@@ -221,11 +290,22 @@ def _error(p: Problem, call: Callable[[Problem], object], hybrid: bool) -> dict[
     call(p)
     if p.hidden.grad is None:
         return None
-    wide = {name: value.detach().double() for name, value in asdict_shallow(p).items() if value.is_floating_point()}
-    exact = replace(p, **wide | {"hidden": wide["hidden"].requires_grad_(), "lm_head": wide["lm_head"].requires_grad_()})
+    wide = {
+        name: value.detach().double()
+        for name, value in asdict_shallow(p).items()
+        if value.is_floating_point()
+    }
+    exact = replace(
+        p,
+        **wide
+        | {"hidden": wide["hidden"].requires_grad_(), "lm_head": wide["lm_head"].requires_grad_()},
+    )
     autograd(exact, hybrid=hybrid)
     pairs = {"hidden": (p.hidden, exact.hidden), "head": (p.lm_head, exact.lm_head)}
-    return {name: float((a.grad.double() - b.grad).norm() / b.grad.norm()) for name, (a, b) in pairs.items()}
+    return {
+        name: float((a.grad.double() - b.grad).norm() / b.grad.norm())
+        for name, (a, b) in pairs.items()
+    }
 
 
 def asdict_shallow(p: Problem) -> dict[str, Tensor]:
@@ -253,9 +333,14 @@ def show(found: dict) -> None:
     middle = medians({name: row["seconds"] for name, row in found["variants"].items()})
     for name, row in found["variants"].items():
         error = " ".join(f"{e:.1e}" for e in row["error"].values()) if row["error"] else ""
-        rate, ratio = found["flop"] / middle[name] / 1e9, middle[name] / middle.get("ours bf16 hybrid", math.nan)
+        rate, ratio = (
+            found["flop"] / middle[name] / 1e9,
+            middle[name] / middle.get("ours bf16 hybrid", math.nan),
+        )
         speed = f"{rate:8.0f} GFLOP/s {row['share_of_square']:6.1%} of a square product"
-        print(f"{name:37s} {middle[name]:8.4f} s {speed} {ratio:6.2f} x ours {row['extra_bytes'] / 2**20:8.0f} MiB  {error}")
+        print(
+            f"{name:37s} {middle[name]:8.4f} s {speed} {ratio:6.2f} x ours {row['extra_bytes'] / 2**20:8.0f} MiB  {error}"
+        )
     for name, why in found["failed"].items():
         print(f"{name:32s} left out: {why}")
 
@@ -265,13 +350,23 @@ def draw(found: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     shapes = found["shapes"]
-    figure, axes = pyplot.subplots(len(shapes), 1, figsize=(8, 0.5 + 3 * len(shapes)), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        len(shapes), 1, figsize=(8, 0.5 + 3 * len(shapes)), squeeze=False, layout="constrained"
+    )
     for axis, shape in zip(axes[:, 0], shapes, strict=True):
         middle = medians({name: row["seconds"] for name, row in shape["variants"].items()})
-        bars = axis.barh(list(middle), list(middle.values()), color=["C1" if name.startswith("ours") else "C0" for name in middle])
+        bars = axis.barh(
+            list(middle),
+            list(middle.values()),
+            color=["C1" if name.startswith("ours") else "C0" for name in middle],
+        )
         axis.bar_label(bars, [f"{s:.3g} s" for s in middle.values()], padding=3)
         axis.axvline(middle["products bf16"], color="black", linewidth=0.8)
         axis.invert_yaxis()
-        axis.set(xlabel="seconds", title="N={rows} Hs={width} Ht={teacher_width} V={vocabulary}".format(**shape), xmargin=0.15)
+        axis.set(
+            xlabel="seconds",
+            title="N={rows} Hs={width} Ht={teacher_width} V={vocabulary}".format(**shape),
+            xmargin=0.15,
+        )
     figure.savefig(path, dpi=80)
     pyplot.close(figure)

@@ -42,7 +42,9 @@ def _trl(wheel: Path | None) -> Callable[[Any], object]:
     kernel = _trl_kernels(wheel).ChunkedDivergenceFunction
 
     def call(p: Any) -> None:
-        kernel.apply(p.hidden, p.lm_head, None, p.teacher_hidden, p.teacher_head, None, 1.0)[0].mean().backward()  # 1.0: KL(p || q)
+        kernel.apply(p.hidden, p.lm_head, None, p.teacher_hidden, p.teacher_head, None, 1.0)[
+            0
+        ].mean().backward()  # 1.0: KL(p || q)
 
     return call
 
@@ -56,7 +58,9 @@ def _trl_kernels(wheel: Path | None) -> types.ModuleType:
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = []
     utils = types.ModuleType(f"{name}.trainer.utils")
-    utils.maybe_gather_lm_head_ctx = lambda *_: nullcontext()  # gathers ZeRO-3 shards; here there are none
+    utils.maybe_gather_lm_head_ctx = lambda *_: (
+        nullcontext()
+    )  # gathers ZeRO-3 shards; here there are none
     sys.modules[utils.__name__] = utils
     for part in ("chunked_logprob", "chunked_divergence"):
         file = _trl_file(wheel, f"trl/kernels/{part}.py")
@@ -80,9 +84,15 @@ def _liger() -> dict[str, Callable[[Any], object]]:
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
-    wide = {"accum_dtype": torch.float32} if "accum_dtype" in inspect.signature(LigerFusedLinearJSD).parameters else {}
+    wide = (
+        {"accum_dtype": torch.float32}
+        if "accum_dtype" in inspect.signature(LigerFusedLinearJSD).parameters
+        else {}
+    )
     in_kernel = LigerFusedLinearJSD(jsd_beta=1.0, **wide)
-    policy = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, chunk_size=1024)  # sequences; by itself it takes one at a time
+    policy = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, chunk_size=1024
+    )  # sequences; by itself it takes one at a time
 
     def distil(p: Any) -> torch.Tensor:
         return chunked(p.hidden, p.lm_head, p.teacher_hidden, p.teacher_head, p.ids)
@@ -94,6 +104,8 @@ def _liger() -> dict[str, Callable[[Any], object]]:
 
     return {
         "Liger FusedLinearJSDLoss bf16 dense": lambda p: distil(p).backward(),
-        "Liger FusedLinearJSD bf16 dense": lambda p: in_kernel(p.hidden, p.lm_head, p.teacher_hidden, p.teacher_head, None).backward(),
+        "Liger FusedLinearJSD bf16 dense": lambda p: in_kernel(
+            p.hidden, p.lm_head, p.teacher_hidden, p.teacher_head, None
+        ).backward(),
         "Liger JSDLoss + GRPOLoss bf16 hybrid": lambda p: (distil(p) + reinforce(p)).backward(),
     }

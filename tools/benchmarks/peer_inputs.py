@@ -23,14 +23,20 @@ class Pair:
 
 PAIRS = {
     "smollm2": Pair(
-        student="builtin:smollm2-135m-instruct", teacher="builtin:smollm2-135m-instruct", dtype="bfloat16", lr=1e-5,
+        student="builtin:smollm2-135m-instruct",
+        teacher="builtin:smollm2-135m-instruct",
+        dtype="bfloat16",
+        lr=1e-5,
         instruction="Write an expression of these numbers that has this value: {prompt}",
     ),
     "tiny": Pair(
-        student="builtin:countdown-student", teacher="builtin:countdown-teacher", dtype="float32", lr=1e-4,
+        student="builtin:countdown-student",
+        teacher="builtin:countdown-teacher",
+        dtype="float32",
+        lr=1e-4,
         instruction="{prompt}",
     ),
-}  # fmt: skip
+}
 
 NEVER = "<never>"
 POSITIONS = 128  # room for a prompt and the forced response, which the tiny model is not made for; rotary, so without weights
@@ -45,20 +51,38 @@ def endless(model: str, folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     end = config["vocab_size"]
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     tokenizer["added_tokens"].append({"id": end, "content": NEVER} | flags)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     positions = max(POSITIONS, config["max_position_embeddings"])
-    changes = {"config.json": {"eos_token_id": end, "max_position_embeddings": positions}, "generation_config.json": {"eos_token_id": end}}
-    changes |= {"tokenizer_config.json": {"eos_token": NEVER, "pad_token": tokenizer["added_tokens"][0]["content"]}}
+    changes = {
+        "config.json": {"eos_token_id": end, "max_position_embeddings": positions},
+        "generation_config.json": {"eos_token_id": end},
+    }
+    changes |= {
+        "tokenizer_config.json": {
+            "eos_token": NEVER,
+            "pad_token": tokenizer["added_tokens"][0]["content"],
+        }
+    }
     for name, values in changes.items():
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
     return folder
 
 
-def write_problems(folder: Path, instruction: str, count: int, num_heldout: int = 1, seed: int = 0) -> Path:
+def write_problems(
+    folder: Path, instruction: str, count: int, num_heldout: int = 1, seed: int = 0
+) -> Path:
     """Countdown problems, one JSON object a line: prompt, numbers, target; none of them is among the held-out ones."""
-    problems, _ = load_problems(DataConfig(task="countdown", num_train=count, num_heldout=num_heldout), seed=seed)
+    problems, _ = load_problems(
+        DataConfig(task="countdown", num_train=count, num_heldout=num_heldout), seed=seed
+    )
     rows = [{"prompt": instruction.replace("{prompt}", p.prompt)} | p.columns for p in problems]
     path = folder / "problems.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

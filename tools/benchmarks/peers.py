@@ -27,14 +27,20 @@ BARE, FLOOR = "bare-loop", "floor"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trl-python", help="an interpreter with trl 1.16; without it TRL's rows are left out")
+    parser.add_argument(
+        "--trl-python", help="an interpreter with trl 1.16; without it TRL's rows are left out"
+    )
     parser.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--rows", nargs="+", choices=(*OURS, *TRL, BARE, FLOOR), help="only these")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each row, in turn")
-    parser.add_argument("--steps", type=int, default=3, help="counted steps of each process, after --warm-up")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="counted steps of each process, after --warm-up"
+    )
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--under", default="", help='a command in front of each process, e.g. "taskset -c 0,1"')
+    parser.add_argument(
+        "--under", default="", help='a command in front of each process, e.g. "taskset -c 0,1"'
+    )
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -51,7 +57,11 @@ def run(options: argparse.Namespace) -> dict:
             found[name] = {"runs": runs, "summary": summary(runs, options.warm_up)}
             report(name, found[name]["summary"])
     shape = {"prompts": PROMPTS, "samples": SAMPLES, "forced_tokens": LENGTH}
-    return {"shape": shape | {key: getattr(options, key) for key in ("rounds", "steps", "warm_up", "threads")}, "models": found}
+    return {
+        "shape": shape
+        | {key: getattr(options, key) for key in ("rounds", "steps", "warm_up", "threads")},
+        "models": found,
+    }
 
 
 class Bench:
@@ -59,7 +69,10 @@ class Bench:
 
     def __init__(self, folder: Path, pair: Pair, options: argparse.Namespace) -> None:
         self.folder, self.pair, self.options = folder, pair, options
-        self.student, self.teacher = endless(pair.student, folder / "student"), endless(pair.teacher, folder / "teacher")
+        self.student, self.teacher = (
+            endless(pair.student, folder / "student"),
+            endless(pair.teacher, folder / "teacher"),
+        )
         self.problems = write_problems(folder, pair.instruction, PROMPTS)
         self.reward = f"{HERE / 'digit_reward.py'}:digit_share"
         self.steps = options.warm_up + options.steps
@@ -70,52 +83,115 @@ class Bench:
 
     def _order(self) -> dict:
         return {
-            "work": str(self.folder / "trl"), "student": str(self.student), "teacher": str(self.teacher), "dtype": self.pair.dtype,
-            "problems": str(self.problems), "reward": self.reward, "prompts": PROMPTS, "samples": SAMPLES, "max_new_tokens": LENGTH,
-            "steps": self.steps, "lr": self.pair.lr, "betas": [0.9, 0.95], "threads": self.options.threads, "save": None,
-        }  # fmt: skip
+            "work": str(self.folder / "trl"),
+            "student": str(self.student),
+            "teacher": str(self.teacher),
+            "dtype": self.pair.dtype,
+            "problems": str(self.problems),
+            "reward": self.reward,
+            "prompts": PROMPTS,
+            "samples": SAMPLES,
+            "max_new_tokens": LENGTH,
+            "steps": self.steps,
+            "lr": self.pair.lr,
+            "betas": [0.9, 0.95],
+            "threads": self.options.threads,
+            "save": None,
+        }
 
     def measure(self, row: str) -> dict:
         """Per-step seconds, and what was seen of the process."""
         if row in OURS:
             return self._ours(OURS[row])
         if row in TRL:
-            return self._script([self.options.trl_python, HERE / "trl_peer.py", TRL[row], self.order], {"PYTHONPATH": ""})
-        return self._script([sys.executable, HERE / ("floor_peer.py" if row == FLOOR else "bare_peer.py"), self.order], {})
+            return self._script(
+                [self.options.trl_python, HERE / "trl_peer.py", TRL[row], self.order],
+                {"PYTHONPATH": ""},
+            )
+        return self._script(
+            [
+                sys.executable,
+                HERE / ("floor_peer.py" if row == FLOOR else "bare_peer.py"),
+                self.order,
+            ],
+            {},
+        )
 
     def _script(self, command: list, env: dict[str, str]) -> dict:
-        seen = watched.run([str(part) for part in command], under=self.options.under, env=self.env | env)
+        seen = watched.run(
+            [str(part) for part in command], under=self.options.under, env=self.env | env
+        )
         return seen.told() | process(seen)
 
     def _ours(self, algorithm: str) -> dict:
         run_dir = Path(tempfile.mkdtemp(prefix=f"{algorithm}-", dir=self.folder)) / "run"
-        command = [sys.executable, "-m", "hybridrl.cli", "train", *self._settings(run_dir, algorithm)]
+        command = [
+            sys.executable,
+            "-m",
+            "hybridrl.cli",
+            "train",
+            *self._settings(run_dir, algorithm),
+        ]
         rows = run_dir / "metrics.jsonl"  # the first one is of no step
-        done = lambda: len(rows.read_text().splitlines()) - 1 if rows.is_file() else -1  # noqa: E731
-        seen = watched.run(command, under=self.options.under, env=self.env | {"RAY_ADDRESS": ""}, progress=done)
+
+        def done():
+            return len(rows.read_text().splitlines()) - 1 if rows.is_file() else -1
+
+        seen = watched.run(
+            command, under=self.options.under, env=self.env | {"RAY_ADDRESS": ""}, progress=done
+        )
         lines = [json.loads(line) for line in rows.read_text().splitlines()]
         steps = [line for line in lines if line["train/step"] > 0]
-        assert all(line["rollout/length_mean"] == LENGTH for line in steps), "every response runs to the limit"
-        phases = {f"{phase}_s": [line[f"time/{phase}_s"] for line in steps] for phase in ("step", *PHASES)}
+        assert all(line["rollout/length_mean"] == LENGTH for line in steps), (
+            "every response runs to the limit"
+        )
+        phases = {
+            f"{phase}_s": [line[f"time/{phase}_s"] for line in steps] for phase in ("step", *PHASES)
+        }
         phases["cpu_s"] = cpu_per_step(seen.cpu_at, self.steps)
-        return phases | {"logprob_gap": [line.get("policy/logprob_gap") for line in steps]} | process(seen)
+        return (
+            phases
+            | {"logprob_gap": [line.get("policy/logprob_gap") for line in steps]}
+            | process(seen)
+        )
 
     def _settings(self, run_dir: Path, algorithm: str) -> list[str]:
         dtype = self.pair.dtype
         return [
-            f"run.dir={run_dir}", f"algorithm={algorithm}", f"model.path={self.student}", f"model.dtype={dtype}",
-            f"+teachers.main.path={self.teacher}", f"+teachers.main.dtype={dtype}", "data.task=records", f"data.path={self.problems}",
-            f"data.heldout_path={self.problems}", "data.num_heldout=8", f"+reward.functions.digits.function={self.reward}",
-            f"rollout.max_new_tokens={LENGTH}", "rollout.max_model_len=96", f"rollout.groups_per_chunk={PROMPTS}",
-            f"train.steps={self.steps}", f"train.prompts_per_step={PROMPTS}", f"train.samples_per_prompt={SAMPLES}",
-            f"train.lr={self.pair.lr}", "eval.every=0", "eval.teacher=false", "checkpoint.every=0", "checkpoint.export=false",
-            "tracking.wandb=disabled", "cluster.device=cpu", f"cluster.threads_per_worker={self.options.threads}",
-        ]  # fmt: skip
+            f"run.dir={run_dir}",
+            f"algorithm={algorithm}",
+            f"model.path={self.student}",
+            f"model.dtype={dtype}",
+            f"+teachers.main.path={self.teacher}",
+            f"+teachers.main.dtype={dtype}",
+            "data.task=records",
+            f"data.path={self.problems}",
+            f"data.heldout_path={self.problems}",
+            "data.num_heldout=8",
+            f"+reward.functions.digits.function={self.reward}",
+            f"rollout.max_new_tokens={LENGTH}",
+            "rollout.max_model_len=96",
+            f"rollout.groups_per_chunk={PROMPTS}",
+            f"train.steps={self.steps}",
+            f"train.prompts_per_step={PROMPTS}",
+            f"train.samples_per_prompt={SAMPLES}",
+            f"train.lr={self.pair.lr}",
+            "eval.every=0",
+            "eval.teacher=false",
+            "checkpoint.every=0",
+            "checkpoint.export=false",
+            "tracking.wandb=disabled",
+            "cluster.device=cpu",
+            f"cluster.threads_per_worker={self.options.threads}",
+        ]
 
 
 def process(seen: watched.Watched) -> dict:
     keep = ("peak_bytes", "others_cores", "wall_s")
-    return {key: getattr(seen, key) for key in keep} | {"load": os.getloadavg()[0], "process_cpu_s": seen.cpu_s}
+    return {key: getattr(seen, key) for key in keep} | {
+        "load": os.getloadavg()[0],
+        "process_cpu_s": seen.cpu_s,
+    }
 
 
 def cpu_per_step(cpu_at: dict[int, float], steps: int) -> list[float]:
@@ -128,7 +204,9 @@ def cpu_per_step(cpu_at: dict[int, float], steps: int) -> list[float]:
 
 def describe(found: dict) -> str:
     seconds = found.get("step_s") or found["engine_s"]
-    memory = f"{found['peak_bytes'] / 2**30:.1f} GiB, {found['others_cores']:.2f} cores busy elsewhere"
+    memory = (
+        f"{found['peak_bytes'] / 2**30:.1f} GiB, {found['others_cores']:.2f} cores busy elsewhere"
+    )
     return " ".join(f"{s:.2f}" for s in seconds) + f" s; {memory}"
 
 
@@ -136,10 +214,20 @@ def summary(runs: dict[str, list[dict]], warm_up: int) -> dict[str, dict]:
     """Per row: medians over the counted steps of every process, rates, and the largest memory."""
     found: dict[str, dict] = {}
     for row, processes in runs.items():
-        keys = [key for key in processes[0] if key.endswith("_s") and isinstance(processes[0][key], list)]
-        values = {key: statistics.median([s for p in processes for s in p[key][warm_up:]]) for key in keys}
+        keys = [
+            key
+            for key in processes[0]
+            if key.endswith("_s") and isinstance(processes[0][key], list)
+        ]
+        values = {
+            key: statistics.median([s for p in processes for s in p[key][warm_up:]]) for key in keys
+        }
         if row == FLOOR:
-            values |= {key: statistics.median([p[key] for p in processes]) for key, v in processes[0].items() if isinstance(v, int | float)}
+            values |= {
+                key: statistics.median([p[key] for p in processes])
+                for key, v in processes[0].items()
+                if isinstance(v, int | float)
+            }
         else:
             values |= {"tokens_per_s": PROMPTS * SAMPLES * LENGTH / values["step_s"]}
             if values.get("rollout_s"):
@@ -155,33 +243,64 @@ def with_hf_generation(ours: dict, bare: dict) -> dict:
     step_s = ours["step_s"] - ours["rollout_s"] - ours["sync_s"] + bare["rollout_s"]
     kept = {key: ours[key] for key in ("score_s", "reward_s", "learn_s")}
     tokens = PROMPTS * SAMPLES * LENGTH
-    return {"step_s": step_s, "rollout_s": bare["rollout_s"], **kept, "tokens_per_s": tokens / step_s, "computed": True}
+    return {
+        "step_s": step_s,
+        "rollout_s": bare["rollout_s"],
+        **kept,
+        "tokens_per_s": tokens / step_s,
+        "computed": True,
+    }
 
 
 def report(name: str, found: dict[str, dict]) -> None:
     print(f"\n{name}, {PROMPTS} x {SAMPLES} responses of {LENGTH} tokens; medians")
     for row, values in found.items():
         if row != FLOOR:
-            phases = "  ".join(f"{phase} {values[f'{phase}_s']:.2f}" for phase in PHASES if f"{phase}_s" in values)
-            memory = f"{values['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in values else "computed"
+            phases = "  ".join(
+                f"{phase} {values[f'{phase}_s']:.2f}" for phase in PHASES if f"{phase}_s" in values
+            )
+            memory = (
+                f"{values['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in values else "computed"
+            )
             cpu, rate = values.get("cpu_s", float("nan")), values["tokens_per_s"]
-            print(f"  {row:24s} {values['step_s']:8.2f} s a step  {cpu:7.2f} CPU s  {rate:6.0f} tokens/s  {memory:9s} {phases}")
+            print(
+                f"  {row:24s} {values['step_s']:8.2f} s a step  {cpu:7.2f} CPU s  {rate:6.0f} tokens/s  {memory:9s} {phases}"
+            )
     ours = found["ours"]["step_s"] if "ours" in found else None
     if ours and all(row in found for row in TRL):
-        distillation, both = found["trl-distillation"]["step_s"], sum(found[row]["step_s"] for row in TRL)
+        distillation, both = (
+            found["trl-distillation"]["step_s"],
+            sum(found[row]["step_s"] for row in TRL),
+        )
         print(f"  TRL distillation / ours (both signals): {distillation / ours:.2f} (target 2)")
         print(f"  TRL distillation + GRPO / ours (both signals): {both / ours:.2f} (target 3)")
         cpu = {row: found[row]["cpu_s"] for row in ("ours", *TRL)}
-        print(f"  the same by CPU seconds: {cpu['trl-distillation'] / cpu['ours']:.2f}, {sum(cpu[row] for row in TRL) / cpu['ours']:.2f}")
+        print(
+            f"  the same by CPU seconds: {cpu['trl-distillation'] / cpu['ours']:.2f}, {sum(cpu[row] for row in TRL) / cpu['ours']:.2f}"
+        )
     if FLOOR in found and ours:
         report_floor(found[FLOOR], ours)
     print(flush=True)
 
 
 def report_floor(floor: dict, ours: float) -> None:
-    parts = {key: floor[key] for key in ("engine_s", "teacher_products_s", "student_products_s", "head_products_s", "weights_copy_s")}
+    parts = {
+        key: floor[key]
+        for key in (
+            "engine_s",
+            "teacher_products_s",
+            "student_products_s",
+            "head_products_s",
+            "weights_copy_s",
+        )
+    }
     total = sum(parts.values())
-    print("  floor: " + "  ".join(f"{key.removesuffix('_s').replace('_', ' ')} {s:.2f}" for key, s in parts.items()))
+    print(
+        "  floor: "
+        + "  ".join(
+            f"{key.removesuffix('_s').replace('_', ' ')} {s:.2f}" for key, s in parts.items()
+        )
+    )
     print(
         f"  floor in all {total:.2f} s = {total / ours:.0%} of our step; products at {floor['body_gflops']:.0f} GFLOP/s (body) "
         f"and {floor['head_gflops']:.0f} (head)"
@@ -195,12 +314,17 @@ def draw(found: dict, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(found["models"]), figsize=(7 * len(found["models"]), 4), squeeze=False)
+    figure, panels = pyplot.subplots(
+        1, len(found["models"]), figsize=(7 * len(found["models"]), 4), squeeze=False
+    )
     for panel, (name, model) in zip(panels[0], found["models"].items(), strict=True):
         rows = {row: values for row, values in model["summary"].items() if row != FLOOR}
         left = dict.fromkeys(rows, 0.0)
         for phase in (*PHASES, "rest"):
-            width = [values.get(f"{phase}_s", 0.0) if phase != "rest" else values["step_s"] - left[row] for row, values in rows.items()]
+            width = [
+                values.get(f"{phase}_s", 0.0) if phase != "rest" else values["step_s"] - left[row]
+                for row, values in rows.items()
+            ]
             panel.barh(list(rows), width, left=list(left.values()), label=phase)
             left = {row: left[row] + w for row, w in zip(rows, width, strict=True)}
         panel.set(title=f"{name}: seconds a step", xlabel="s")

@@ -27,18 +27,37 @@ TARGET = 1.05
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of each mix; 0 leaves the waits out")
-    parser.add_argument("--tail-steps", type=int, default=20, help="timed steps of each turn of the heavy tail; 0 leaves it out")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="timed steps of each mix; 0 leaves the waits out"
+    )
+    parser.add_argument(
+        "--tail-steps",
+        type=int,
+        default=20,
+        help="timed steps of each turn of the heavy tail; 0 leaves it out",
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every wait")
-    parser.add_argument("--real-steps", type=int, default=12, help="steps of each turn of the quickstart on the CPU; 0 leaves it out")
-    parser.add_argument("--turns", type=int, default=2, help="turns of each variant of the quickstart")
+    parser.add_argument(
+        "--real-steps",
+        type=int,
+        default=12,
+        help="steps of each turn of the quickstart on the CPU; 0 leaves it out",
+    )
+    parser.add_argument(
+        "--turns", type=int, default=2, help="turns of each variant of the quickstart"
+    )
 
 
 def scaled(work: Work, scale: float) -> Work:
     g, s, t, _ = work.phases
     return replace(
-        work, generate_s=g * scale, score_s=s * scale, learn_s=t * scale, pack_s=work.pack_s * scale, load_s=work.load_s * scale
-    )  # fmt: skip
+        work,
+        generate_s=g * scale,
+        score_s=s * scale,
+        learn_s=t * scale,
+        pack_s=work.pack_s * scale,
+        load_s=work.load_s * scale,
+    )
 
 
 def step_seconds(stage: Stage, work: Work, steps: int, *overrides: str) -> float:
@@ -46,18 +65,27 @@ def step_seconds(stage: Stage, work: Work, steps: int, *overrides: str) -> float
     return timed_steps(stage, work, steps, *overrides)[0]
 
 
-def timed_steps(stage: Stage, work: Work, steps: int, *overrides: str) -> tuple[float, list[dict[str, float]]]:
+def timed_steps(
+    stage: Stage, work: Work, steps: int, *overrides: str
+) -> tuple[float, list[dict[str, float]]]:
     """-> seconds of a step, and the rows of metrics of the timed ones"""
     stage.assign(work)
-    controller = stage.controller(settings_of(*SIZE, f"train.steps={WARM_UP + steps + DRAIN}", *overrides))
+    controller = stage.controller(
+        settings_of(*SIZE, f"train.steps={WARM_UP + steps + DRAIN}", *overrides)
+    )
     ends, rows = [], []
     for _ in range(WARM_UP + steps + DRAIN):
         rows.append(controller.step())
         ends.append(time.perf_counter())
     trained, source = trained_by(controller), controller.prompts
-    come_again, handed_out = {p.uid for p in source.owed}, source.epoch * len(source.prompts) + source.position
+    come_again, handed_out = (
+        {p.uid for p in source.owed},
+        source.epoch * len(source.prompts) + source.position,
+    )
     assert len(trained) == len(ends) * PROMPTS, "a step trained on too few"
-    assert len({*trained, *come_again}) == len(trained) + len(come_again) == handed_out, "a prompt was lost or came twice"
+    assert len({*trained, *come_again}) == len(trained) + len(come_again) == handed_out, (
+        "a prompt was lost or came twice"
+    )
     return (ends[WARM_UP + steps - 1] - ends[WARM_UP - 1]) / steps, rows[WARM_UP : WARM_UP + steps]
 
 
@@ -75,7 +103,9 @@ def run(options: argparse.Namespace) -> dict:
 def waits(options: argparse.Namespace) -> dict:
     """Sync, streamed and pipelined seconds per step of each mix, beside g + s + t + w and max(g, s, t) + w."""
     rows = {}
-    print(f"{'seconds per step':18s} {'sync':>7s} {'g+s+t+w':>8s} {'streamed':>9s} {'pipelined':>10s} {'max+w':>7s} {'ratio':>6s}  gain")
+    print(
+        f"{'seconds per step':18s} {'sync':>7s} {'g+s+t+w':>8s} {'streamed':>9s} {'pipelined':>10s} {'max+w':>7s} {'ratio':>6s}  gain"
+    )
     with Stage(settings_of(*SIZE)) as stage:
         for name, mix in MIXES.items():
             work = scaled(mix, options.scale)
@@ -86,9 +116,14 @@ def waits(options: argparse.Namespace) -> dict:
             pipelined = step_seconds(stage, work, options.steps, whole, "schedule=pipelined")
             limit = max(phases) + w
             rows[name] = {
-                "phases": work.phases, "sync": sync, "sum": sum(work.phases), "streamed": streamed, "pipelined": pipelined,
-                "limit": limit, "ratio": pipelined / limit,
-            }  # fmt: skip
+                "phases": work.phases,
+                "sync": sync,
+                "sum": sum(work.phases),
+                "streamed": streamed,
+                "pipelined": pipelined,
+                "limit": limit,
+                "ratio": pipelined / limit,
+            }
             verdict = "reached" if pipelined / limit <= TARGET else "MISSED"
             print(
                 f"{name:18s} {sync:7.3f} {sum(work.phases):8.3f} {streamed:9.3f} {pipelined:10.3f} {limit:7.3f} {pipelined / limit:6.3f}"
@@ -108,12 +143,21 @@ def tail(steps: int, scale: float) -> list[dict[str, float]]:
         for share in OVERSAMPLE:
             how = ("rollout.groups_per_chunk=1", f"rollout.oversample={share}")
             step_s, rows = timed_steps(stage, scaled(TAIL, scale), steps, *how)
-            keys = {"p50": "time/response_s_p50", "p95": "time/response_s_p95", "max": "time/response_s_max", "late": "rollout/late_frac"}
+            keys = {
+                "p50": "time/response_s_p50",
+                "p95": "time/response_s_p95",
+                "max": "time/response_s_max",
+                "late": "rollout/late_frac",
+            }
             seen = {name: statistics.fmean(row[key] for row in rows) for name, key in keys.items()}
             found.append({"oversample": share, "step": step_s, **seen})
             times = "  ".join(f"{name} {seen[name]:.3f}" for name in ("p50", "p95", "max"))
-            print(f"heavy tail, rollout.oversample={share:<4}: step {step_s:.3f} s, responses {times}, {seen['late']:.0%} cancelled")
-    print(f"rollout.oversample={OVERSAMPLE[1]} makes a step {found[0]['step'] / found[1]['step']:.2f}x as fast")
+            print(
+                f"heavy tail, rollout.oversample={share:<4}: step {step_s:.3f} s, responses {times}, {seen['late']:.0%} cancelled"
+            )
+    print(
+        f"rollout.oversample={OVERSAMPLE[1]} makes a step {found[0]['step'] / found[1]['step']:.2f}x as fast"
+    )
     return found
 
 
@@ -125,7 +169,9 @@ def draw(found: dict, path: Path) -> None:
 
     parts = {"waits": draw_waits, "tail": draw_tail, "quickstart": draw_quickstart}
     parts = {name: part for name, part in parts.items() if name in found}
-    figure, axes = pyplot.subplots(1, len(parts), figsize=(5.5 * len(parts), 4), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(parts), figsize=(5.5 * len(parts), 4), squeeze=False, layout="constrained"
+    )
     for axis, (name, part) in zip(axes[0], parts.items(), strict=True):
         part(axis, found[name])
         axis.set_ylabel("s per step")
@@ -134,9 +180,21 @@ def draw(found: dict, path: Path) -> None:
 
 def draw_waits(axis, rows: dict) -> None:
     for i, kind in enumerate(("sync", "streamed", "pipelined")):
-        axis.bar([x + (i - 1) * 0.27 for x in range(len(rows))], [row[kind] for row in rows.values()], 0.27, label=kind)
+        axis.bar(
+            [x + (i - 1) * 0.27 for x in range(len(rows))],
+            [row[kind] for row in rows.values()],
+            0.27,
+            label=kind,
+        )
     for x, row in enumerate(rows.values()):
-        axis.hlines(row["limit"], x - 0.42, x + 0.42, colors="black", linestyles="dashed", label=None if x else "max(g, s, t) + w")
+        axis.hlines(
+            row["limit"],
+            x - 0.42,
+            x + 0.42,
+            colors="black",
+            linestyles="dashed",
+            label=None if x else "max(g, s, t) + w",
+        )
     axis.set_xticks(range(len(rows)), rows, fontsize=8)
     axis.set_title("A device for each phase (workers that wait)", fontsize=10)
     axis.margins(y=0.35)
@@ -147,14 +205,27 @@ def draw_tail(axis, rows: list[dict[str, float]]) -> None:
     kinds = ("p50", "p95", "max", "step")
     for i, row in enumerate(rows):
         places = [x + (i - 0.5) * 0.4 for x in range(len(kinds))]
-        axis.bar(places, [row[kind] for kind in kinds], 0.4, label=f"rollout.oversample={row['oversample']}")
-    axis.set_xticks(range(len(kinds)), [*(f"response {kind}" for kind in kinds[:3]), "step"], fontsize=8)
+        axis.bar(
+            places,
+            [row[kind] for kind in kinds],
+            0.4,
+            label=f"rollout.oversample={row['oversample']}",
+        )
+    axis.set_xticks(
+        range(len(kinds)), [*(f"response {kind}" for kind in kinds[:3]), "step"], fontsize=8
+    )
     axis.set_title("A heavy tail of responses (workers that wait)", fontsize=10)
     axis.legend(fontsize=8)
 
 
 def draw_quickstart(axis, found: dict) -> None:
     variants = found["variants"]
-    axis.bar(range(len(variants)), [statistics.median(v["step_s"]) for v in variants.values()], color="tab:gray")
-    axis.set_xticks(range(len(variants)), [name.replace(", ", ",\n") for name in variants], fontsize=8)
+    axis.bar(
+        range(len(variants)),
+        [statistics.median(v["step_s"]) for v in variants.values()],
+        color="tab:gray",
+    )
+    axis.set_xticks(
+        range(len(variants)), [name.replace(", ", ",\n") for name in variants], fontsize=8
+    )
     axis.set_title("Quickstart on one CPU for all", fontsize=10)

@@ -17,7 +17,12 @@ from hybridrl.runtime.workers import Workers, place_workers, start_rewards, star
 from hybridrl.types import Prompt
 
 COMMON = ["train.lr=5e-4", "train.lr_warmup_steps=0", "train.lr_end=null"]
-KEPT = ("reward/mean", "policy/staleness_mean", "policy/staleness_max", "controller/materialized_bytes")
+KEPT = (
+    "reward/mean",
+    "policy/staleness_mean",
+    "policy/staleness_max",
+    "controller/materialized_bytes",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +37,9 @@ class Ground:
 class Turns:
     """What the turns of one variant gave, one entry a turn."""
 
-    step_s: list[float] = field(default_factory=list)  # wall of the turn over its steps, the first and last ones included
+    step_s: list[float] = field(
+        default_factory=list
+    )  # wall of the turn over its steps, the first and last ones included
     accuracy: list[float] = field(default_factory=list)  # held out, after the turn
     rows: list[list[dict[str, float]]] = field(default_factory=list)
 
@@ -42,7 +49,9 @@ class Turns:
         for key in KEPT:
             found[key] = statistics.fmean(row[key] for row in rows)
         found["policy/staleness_max"] = max(row["policy/staleness_max"] for row in rows)
-        found["reward_last_5"] = statistics.fmean(row["reward/mean"] for turn in self.rows for row in turn[-5:])
+        found["reward_last_5"] = statistics.fmean(
+            row["reward/mean"] for turn in self.rows for row in turn[-5:]
+        )
         found["workers_busy_s"] = statistics.median(busy_s(row) for row in rows)
         found["median_step_s"] = statistics.median(row["time/step_s"] for row in rows)
         return found
@@ -84,7 +93,15 @@ def in_turns(steps: int, turns: int, folder: Path) -> dict:
     found = {name: Turns() for name in variants}
     for turn in range(1 + turns):  # the first one warms up
         for name, (schedule, on) in variants.items():
-            take_turn(found[name] if turn else Turns(), schedule, on, steps if turn else 3, prompts, heldout, folder)
+            take_turn(
+                found[name] if turn else Turns(),
+                schedule,
+                on,
+                steps if turn else 3,
+                prompts,
+                heldout,
+                folder,
+            )
     return report({name: seen.summary() for name, seen in found.items()}, before, steps)
 
 
@@ -92,35 +109,58 @@ def ground(threads: int, folder: Path) -> Ground:
     settings = settings_of(*COMMON, f"cluster.threads_per_worker={threads}", "train.steps=1")
     cluster = Cluster(settings)
     slots, log_dir = place_workers(settings, cluster), str(folder / f"logs-{threads}")
-    return Ground(settings=settings, workers=start_workers(settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir))
+    return Ground(
+        settings=settings,
+        workers=start_workers(
+            settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir
+        ),
+    )
 
 
 def take_turn(
-    turns: Turns, schedule: str, on: Ground, steps: int, prompts: list[Prompt], heldout: list[Prompt], folder: Path
-) -> None:  # fmt: skip
+    turns: Turns,
+    schedule: str,
+    on: Ground,
+    steps: int,
+    prompts: list[Prompt],
+    heldout: list[Prompt],
+    folder: Path,
+) -> None:
     settings = settings_of(*COMMON, f"schedule={schedule}", f"train.steps={steps}")
     on.workers.learner.load_state(str(folder), 1)
     controller = controller_of(settings, on.workers, prompts, folder, heldout)
     started = time.perf_counter()
     rows = [controller.step() for _ in range(steps)]
     turns.step_s.append((time.perf_counter() - started) / steps)
-    drawn = PromptSource(prompts, settings.run.seed).next_batch(steps * settings.train.prompts_per_step)
-    assert sorted(trained_by(controller)) == sorted(p.uid for p in drawn), "a prompt was lost or came twice"
+    drawn = PromptSource(prompts, settings.run.seed).next_batch(
+        steps * settings.train.prompts_per_step
+    )
+    assert sorted(trained_by(controller)) == sorted(p.uid for p in drawn), (
+        "a prompt was lost or came twice"
+    )
     turns.rows.append(rows)
     turns.accuracy.append(controller.evaluate()["eval/accuracy"])
 
 
 def report(variants: dict[str, dict], before: float, steps: int) -> dict:
-    best = min(statistics.median(v["step_s"]) for name, v in variants.items() if name.startswith("sync"))
+    best = min(
+        statistics.median(v["step_s"]) for name, v in variants.items() if name.startswith("sync")
+    )
     print(f"\nquickstart on this CPU, {steps} steps a turn, held-out accuracy before {before:.1%}")
-    print(f"{'':34s} {'s/step':>7s} {'best sync/it':>12s} {'accuracy':>9s} {'reward':>7s} {'staleness':>10s}")
+    print(
+        f"{'':34s} {'s/step':>7s} {'best sync/it':>12s} {'accuracy':>9s} {'reward':>7s} {'staleness':>10s}"
+    )
     for name, v in variants.items():
         seconds, accuracy = statistics.median(v["step_s"]), statistics.fmean(v["accuracy_after"])
         age = f"{v['policy/staleness_mean']:.2f}, <= {v['policy/staleness_max']:.0f}"
-        print(f"{name:34s} {seconds:7.3f} {best / seconds:12.3f} {accuracy:9.1%} {v['reward_last_5']:7.3f} {age:>10s}")
+        print(
+            f"{name:34s} {seconds:7.3f} {best / seconds:12.3f} {accuracy:9.1%} {v['reward_last_5']:7.3f} {age:>10s}"
+        )
     for name, v in variants.items():
         if name.startswith("sync"):
             share = 1 - v["workers_busy_s"] / v["median_step_s"]
-            print(f"{name}: {share:.1%} of a step is not workers' time (target 5 %: {'reached' if share <= 0.05 else 'MISSED'})")
+            print(
+                f"{name}: {share:.1%} of a step is not workers' time (target 5 %: {'reached' if share <= 0.05 else 'MISSED'})"
+            )
             v["controller_share"] = share
     return {"steps": steps, "accuracy_before": before, "variants": variants}

@@ -18,7 +18,16 @@ from hybridrl.models.loading import load_model
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.hybrid import teacher_weight
 from hybridrl.ops.head import TokenTerms, hybrid_head_loss
-from hybridrl.types import GenerateOrder, Prompt, Rewards, RolloutBatch, ScoredBatch, TokenScores, UpdatePlan, WeightManifest
+from hybridrl.types import (
+    GenerateOrder,
+    Prompt,
+    Rewards,
+    RolloutBatch,
+    ScoredBatch,
+    TokenScores,
+    UpdatePlan,
+    WeightManifest,
+)
 from hybridrl.workers.rollout import Rollout, sample_seed
 from hybridrl.workers.student import head_rule, output_weight
 from hybridrl.workers.teachers import TeacherSide
@@ -28,8 +37,12 @@ from hybridrl.workers.weights import WeightStream, unpack
 class WeightHost:
     """In the learner's place: a model and its WeightStream, without an optimizer."""
 
-    def __init__(self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str) -> None:
-        self.stream = WeightStream(load_model(settings.model.path, settings.model.dtype), lambda parameters: nullcontext())
+    def __init__(
+        self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str
+    ) -> None:
+        self.stream = WeightStream(
+            load_model(settings.model.path, settings.model.dtype), lambda parameters: nullcontext()
+        )
         self.pack_s = 0.0
 
     def ping(self) -> str:
@@ -52,7 +65,11 @@ class WeightHost:
         np.copyto(there, packed)
         copied = time.perf_counter()
         xxhash.xxh3_128_hexdigest(packed)
-        return {"pack": self.pack_s, "memcpy": copied - started, "digest": time.perf_counter() - copied}
+        return {
+            "pack": self.pack_s,
+            "memcpy": copied - started,
+            "digest": time.perf_counter() - copied,
+        }
 
 
 class TimedRollout(Rollout):
@@ -90,12 +107,16 @@ class BareEngine:
     """The same vLLM engine with nothing around it: add every request, step until all are done."""
 
     def __init__(self, settings: RunSettings) -> None:
-        self.engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store").engine
+        self.engine = Rollout(
+            settings, model=settings.model, device="cpu", backend="object_store"
+        ).engine
 
     def ping(self) -> str:
         return "here"
 
-    def generate(self, prompts: Sequence[Prompt], order: GenerateOrder, seeded: bool) -> tuple[int, float]:
+    def generate(
+        self, prompts: Sequence[Prompt], order: GenerateOrder, seeded: bool
+    ) -> tuple[int, float]:
         """-> response tokens, seconds"""
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
@@ -104,12 +125,23 @@ class BareEngine:
         for prompt in prompts:
             for k in range(order.group_size):
                 params = SamplingParams(
-                    temperature=order.temperature, max_tokens=order.max_new_tokens, logprobs=order.support, flat_logprobs=True,
-                    seed=sample_seed(order.seed, prompt.uid, k) if seeded else None, detokenize=False,
+                    temperature=order.temperature,
+                    max_tokens=order.max_new_tokens,
+                    logprobs=order.support,
+                    flat_logprobs=True,
+                    seed=sample_seed(order.seed, prompt.uid, k) if seeded else None,
+                    detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
-                )  # fmt: skip
-                name, salt = f"{order.wave}/{prompt.uid}/{k}", order.wave  # no prefix of an earlier call is reused
-                self.engine.add_request(name, TokensPrompt(prompt_token_ids=list(prompt.input_ids), cache_salt=salt), params)
+                )
+                name, salt = (
+                    f"{order.wave}/{prompt.uid}/{k}",
+                    order.wave,
+                )  # no prefix of an earlier call is reused
+                self.engine.add_request(
+                    name,
+                    TokensPrompt(prompt_token_ids=list(prompt.input_ids), cache_salt=salt),
+                    params,
+                )
         while self.engine.has_unfinished_requests():
             tokens += sum(len(output.outputs[0].token_ids) for output in self.engine.step())
         return tokens, time.perf_counter() - started
@@ -131,18 +163,35 @@ class BareLearner:
         self.parameters = list(self.model.parameters())
         self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.parameters]
         train = settings.train
-        self.optimizer = torch.optim.AdamW(self.masters, lr=train.lr, betas=tuple(train.betas), weight_decay=train.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.masters,
+            lr=train.lr,
+            betas=tuple(train.betas),
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
         self.rule, objective = head_rule(settings), make_objective(settings)
-        self.objective, self.teachers = objective, TeacherSide(settings, objective.signals, torch.device("cpu"))
+        self.objective, self.teachers = (
+            objective,
+            TeacherSide(settings, objective.signals, torch.device("cpu")),
+        )
 
     def ping(self) -> str:
         return "here"
 
-    def prepare(self, plan: UpdatePlan, rollout: RolloutBatch, rewards: Rewards, scores: TokenScores) -> None:
+    def prepare(
+        self, plan: UpdatePlan, rollout: RolloutBatch, rewards: Rewards, scores: TokenScores
+    ) -> None:
         batch = ScoredBatch(rollout=rollout, rewards=rewards, scores=(scores,))
-        sequences = train_sequences(batch, self.objective.credit(batch, plan, None), [teacher_weight(batch, plan, 0)])
+        sequences = train_sequences(
+            batch, self.objective.credit(batch, plan, None), [teacher_weight(batch, plan, 0)]
+        )
         train = self.settings.train
-        indices = micro_batches([len(s.input_ids) for s in sequences], train.max_tokens_per_micro_batch, packed=train.packing)
+        indices = micro_batches(
+            [len(s.input_ids) for s in sequences],
+            train.max_tokens_per_micro_batch,
+            packed=train.packing,
+        )
         micros = [collate([sequences[i] for i in batch], packed=train.packing) for batch in indices]
         self.micros = [(micro, self.teachers.of(micro.teachers)) for micro in micros]
 
@@ -150,13 +199,22 @@ class BareLearner:
         """-> seconds"""
         started = time.perf_counter()
         for micro, teachers in self.micros:
-            inputs = {"input_ids": micro.input_ids, "attention_mask": micro.attention_mask, "position_ids": micro.position_ids}
+            inputs = {
+                "input_ids": micro.input_ids,
+                "attention_mask": micro.attention_mask,
+                "position_ids": micro.position_ids,
+            }
             hidden: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
             terms = TokenTerms(
-                token_ids=micro.token_ids, token_weight=micro.token_weight, sparse=micro.sparse, sampler_logprobs=micro.rollout_logprobs
+                token_ids=micro.token_ids,
+                token_weight=micro.token_weight,
+                sparse=micro.sparse,
+                sampler_logprobs=micro.rollout_logprobs,
             )
             rows = hidden.flatten(0, 1).index_select(0, micro.hidden_rows)
-            hybrid_head_loss(rows, output_weight(self.model), teachers, terms, self.rule)[0].backward()
+            hybrid_head_loss(rows, output_weight(self.model), teachers, terms, self.rule)[
+                0
+            ].backward()
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             master.grad, parameter.grad = parameter.grad.float(), None
         nn.utils.clip_grad_norm_(self.masters, self.settings.train.grad_clip)

@@ -45,7 +45,15 @@ class FakeLearner(LearnerGroup):
 
 
 def settings_of(*overrides: str) -> RunSettings:
-    return load_config(["run.dir=bench", "experiment=quickstart", "tracking.wandb=disabled", "cluster.device=cpu", *overrides])
+    return load_config(
+        [
+            "run.dir=bench",
+            "experiment=quickstart",
+            "tracking.wandb=disabled",
+            "cluster.device=cpu",
+            *overrides,
+        ]
+    )
 
 
 def prompts_of(count: int, tokens: int) -> list[Prompt]:
@@ -53,7 +61,11 @@ def prompts_of(count: int, tokens: int) -> list[Prompt]:
 
 
 def controller_of(
-    settings: RunSettings, workers: Workers, prompts: Sequence[Prompt], folder: Path, heldout: Sequence[Prompt] = ()
+    settings: RunSettings,
+    workers: Workers,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    heldout: Sequence[Prompt] = (),
 ) -> Controller:
     """A controller at step 0 whose engines serve version 0."""
     controller = Controller(
@@ -73,7 +85,9 @@ def controller_of(
 
 def trained_by(controller: Controller) -> list[str]:
     """The prompts that it trained on, by its ledger."""
-    return [uid for line in read_ledger(controller.checkpointer.root.parent) for uid in line["trained"]]
+    return [
+        uid for line in read_ledger(controller.checkpointer.root.parent) for uid in line["trained"]
+    ]
 
 
 class Stage:
@@ -89,19 +103,37 @@ class Stage:
         ray.init(address="local", object_store_memory=store_bytes, **quiet)
         self.folder = Path(tempfile.mkdtemp(prefix="hybridrl-bench-"))
         self.cluster = Cluster(settings)
-        slots, log_dir, here = place_workers(settings, self.cluster), str(self.folder / "logs"), {"device": "cpu"}
+        slots, log_dir, here = (
+            place_workers(settings, self.cluster),
+            str(self.folder / "logs"),
+            {"device": "cpu"},
+        )
         teacher = settings.scored_teachers[0]
         self.workers = Workers(
             rollout=FakeRollout(
-                settings, slots["rollout"], model=settings.model, backend=WeightTransfer.object_store, log_dir=log_dir, **here
+                settings,
+                slots["rollout"],
+                model=settings.model,
+                backend=WeightTransfer.object_store,
+                log_dir=log_dir,
+                **here,
             ),
             teacher_rollout=None,
             replay=None,
-            scorers=[FakeScorer(settings, slots[f"scorer-{teacher}"], teacher=teacher, log_dir=log_dir, **here)],
+            scorers=[
+                FakeScorer(
+                    settings, slots[f"scorer-{teacher}"], teacher=teacher, log_dir=log_dir, **here
+                )
+            ],
             rewards=FakeReward(settings, slots["reward"], log_dir=log_dir),
             learner=FakeLearner(settings, slots["learner"], log_dir=log_dir, **here),
         )
-        groups = (self.workers.rollout, *self.workers.scorers, self.workers.rewards, self.workers.learner)
+        groups = (
+            self.workers.rollout,
+            *self.workers.scorers,
+            self.workers.rewards,
+            self.workers.learner,
+        )
         gather([pending for group in groups for pending in group.ready()])
 
     def __enter__(self) -> "Stage":
@@ -116,11 +148,22 @@ class Stage:
         for group in (self.workers.rollout, *self.workers.scorers, self.workers.learner):
             group.group.call_all("assign", work, deadline_s=60.0)
 
-    def controller(self, settings: RunSettings, *, engines: int | None = None, prompt_tokens: int = 8) -> Controller:
+    def controller(
+        self, settings: RunSettings, *, engines: int | None = None, prompt_tokens: int = 8
+    ) -> Controller:
         """A fresh run over the same workers, or over the first `engines` of them."""
         rollout = copy.copy(self.workers.rollout)
         rollout.settings, rollout.group = settings, copy.copy(rollout.group)
         rollout.group.size = engines or rollout.group.size
-        rollout.load, rollout.serving, rollout.pings = EngineLoad(rollout.group.size), set(range(rollout.group.size)), {}
+        rollout.load, rollout.serving, rollout.pings = (
+            EngineLoad(rollout.group.size),
+            set(range(rollout.group.size)),
+            {},
+        )
         workers = replace(self.workers, rollout=rollout)
-        return controller_of(settings, workers, prompts_of(settings.train.prompts_per_step, prompt_tokens), self.folder)
+        return controller_of(
+            settings,
+            workers,
+            prompts_of(settings.train.prompts_per_step, prompt_tokens),
+            self.folder,
+        )

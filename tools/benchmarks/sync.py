@@ -21,7 +21,11 @@ TARGET = 1.5
 TINY = ["model.path=builtin:countdown-student"]
 MODELS = {
     "tiny fp32": TINY,
-    "SmolLM2 bf16": ["model.path=builtin:smollm2-135m-instruct", "model.dtype=bfloat16", "rollout.max_num_seqs=16"],
+    "SmolLM2 bf16": [
+        "model.path=builtin:smollm2-135m-instruct",
+        "model.dtype=bfloat16",
+        "rollout.max_num_seqs=16",
+    ],
 }
 
 
@@ -41,7 +45,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict:
     connect(settings_of())
     rows = {}
-    columns = ("MB", "pack", "engine", "rest", "total", "GB/s", "memcpy", "digest", "own load", "ratio")
+    columns = (
+        "MB",
+        "pack",
+        "engine",
+        "rest",
+        "total",
+        "GB/s",
+        "memcpy",
+        "digest",
+        "own load",
+        "ratio",
+    )
     print(f"{'ms, medians':14s}" + "".join(f"{column:>9s}" for column in columns))
     try:
         for name in options.models:
@@ -53,23 +68,40 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def measure(settings: RunSettings, repeats: int) -> dict:
-    with tempfile.TemporaryDirectory(prefix="hybridrl-bench-") as logs, Cluster(settings) as cluster:
+    with (
+        tempfile.TemporaryDirectory(prefix="hybridrl-bench-") as logs,
+        Cluster(settings) as cluster,
+    ):
         teams = [Team(name=name, size=1, gpus=0, heavy=True) for name in ("learner", "rollout")]
         slots = cluster.place(teams)
         backend = WeightTransfer.object_store
-        engines = TimedEngines(settings, slots["rollout"], model=settings.model, device="cpu", backend=backend, log_dir=logs)
+        engines = TimedEngines(
+            settings,
+            slots["rollout"],
+            model=settings.model,
+            device="cpu",
+            backend=backend,
+            log_dir=logs,
+        )
         host = WeightHosts(settings, slots["learner"], device="cpu", log_dir=logs)
         gather([*engines.ready(), *host.ready()])
         sync, seconds = WeightSync(host, engines, backend), []
         manifest, packed = host.pack_weights(0)
         engines.group.call_all("keep", manifest, packed, deadline_s=60.0)
         del packed
-        ask = lambda group, method: group.submit(0, method, deadline_s=60.0).result()  # noqa: E731
+
+        def ask(group, method):
+            return group.submit(0, method, deadline_s=60.0).result()
+
         for version in range(2 + repeats):
             started = time.perf_counter()
             nbytes = sync.publish(version)
             total = time.perf_counter() - started
-            found = {"total": total, "engine": ask(engines.group, "last_load"), **ask(host.group, "parts")}
+            found = {
+                "total": total,
+                "engine": ask(engines.group, "last_load"),
+                **ask(host.group, "parts"),
+            }
             seconds.append(found | {"own_load": ask(engines.group, "own_load")})
         engines.close(), host.close()
     return summary(seconds[2:], nbytes)
@@ -79,15 +111,38 @@ def summary(seconds: list[dict[str, float]], nbytes: int) -> dict:
     median = {key: statistics.median(one[key] for one in seconds) for key in seconds[0]}
     ratio = statistics.median(one["total"] / (one["memcpy"] + one["own_load"]) for one in seconds)
     rest = statistics.median(one["total"] - one["pack"] - one["engine"] for one in seconds)
-    return {"bytes": nbytes, "seconds": seconds, "median": median, "rest": rest, "ratio": ratio, "gb_per_s": nbytes / 1e9 / median["total"]}
+    return {
+        "bytes": nbytes,
+        "seconds": seconds,
+        "median": median,
+        "rest": rest,
+        "ratio": ratio,
+        "gb_per_s": nbytes / 1e9 / median["total"],
+    }
 
 
 def show(name: str, row: dict) -> None:
     ms = {key: 1e3 * value for key, value in row["median"].items()}
-    verdict = "reached" if row["ratio"] <= TARGET else f"MISSED: {1e3 * row['rest']:.1f} ms are two calls and one object of Ray"
-    numbers = [row["bytes"] / 1e6, ms["pack"], ms["engine"], 1e3 * row["rest"], ms["total"], row["gb_per_s"]]
+    verdict = (
+        "reached"
+        if row["ratio"] <= TARGET
+        else f"MISSED: {1e3 * row['rest']:.1f} ms are two calls and one object of Ray"
+    )
+    numbers = [
+        row["bytes"] / 1e6,
+        ms["pack"],
+        ms["engine"],
+        1e3 * row["rest"],
+        ms["total"],
+        row["gb_per_s"],
+    ]
     numbers += [ms["memcpy"], ms["digest"], ms["own_load"], row["ratio"]]
-    print(f"{name:14s}" + "".join(f"{number:9.2f}" for number in numbers) + f"  target {TARGET}: {verdict}", flush=True)
+    print(
+        f"{name:14s}"
+        + "".join(f"{number:9.2f}" for number in numbers)
+        + f"  target {TARGET}: {verdict}",
+        flush=True,
+    )
 
 
 def draw(found: dict, path: Path) -> None:
@@ -96,7 +151,13 @@ def draw(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(found["models"]), figsize=(4 * len(found["models"]), 4), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1,
+        len(found["models"]),
+        figsize=(4 * len(found["models"]), 4),
+        squeeze=False,
+        layout="constrained",
+    )
     for axis, (name, row) in zip(axes[0], found["models"].items(), strict=True):
         m = row["median"]
         stacks = {"sync": {"pack": m["pack"], "put, call": row["rest"], "engine": m["engine"]}}

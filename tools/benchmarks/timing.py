@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: int = 1
+) -> dict[str, list[float]]:
     """Seconds of each call, `repeats` times in turn; the first `warm_up` turns are not counted.
 
     Args:

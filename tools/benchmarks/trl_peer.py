@@ -38,7 +38,13 @@ class Clock(TrainerCallback):
         self.ends.append((time.perf_counter(), time.process_time()))
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
-        self.logs.append({key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)})
+        self.logs.append(
+            {
+                key: float(value)
+                for key, value in (logs or {}).items()
+                if isinstance(value, int | float)
+            }
+        )
 
 
 def common(order: dict) -> dict:
@@ -88,13 +94,25 @@ def reward_function(name: str):
 def trainer_of(kind: str, order: dict, rows: list[dict], clock: Clock):
     if kind == "distillation":  # one response a prompt: K of them are K rows
         rows = [row for row in rows for _ in range(order["samples"])]
-        args = DistillationConfig(**common(order), beta=1.0, teacher_model_init_kwargs={"dtype": order["dtype"]})
+        args = DistillationConfig(
+            **common(order), beta=1.0, teacher_model_init_kwargs={"dtype": order["dtype"]}
+        )
         return DistillationTrainer(
-            model=order["student"], teacher_model=order["teacher"], args=args, train_dataset=Dataset.from_list(rows), callbacks=[clock]
+            model=order["student"],
+            teacher_model=order["teacher"],
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            callbacks=[clock],
         )
     args = GRPOConfig(**common(order), num_generations=order["samples"], **order.get("grpo", {}))
     reward = reward_function(order["reward"])
-    return GRPOTrainer(model=order["student"], reward_funcs=reward, args=args, train_dataset=Dataset.from_list(rows), callbacks=[clock])
+    return GRPOTrainer(
+        model=order["student"],
+        reward_funcs=reward,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[clock],
+    )
 
 
 def timed_generation(trainer) -> list[float]:
@@ -113,7 +131,9 @@ def timed_generation(trainer) -> list[float]:
 
 def main(kind: str, order: dict) -> None:
     torch.set_num_threads(order["threads"])
-    Hasher.hash = classmethod(lambda cls, value: "0" * 16)  # datasets 5.2 cannot hash what pyarrow 26 holds
+    Hasher.hash = classmethod(
+        lambda cls, value: "0" * 16
+    )  # datasets 5.2 cannot hash what pyarrow 26 holds
     rows = [json.loads(line) for line in Path(order["problems"]).read_text().splitlines()]
     clock = Clock()
     trainer = trainer_of(kind, order, rows, clock)

@@ -24,8 +24,12 @@ class Watched:
     peak_bytes: int = 0
     cpu_s: float = 0.0
     wall_s: float = 0.0
-    others_cores: float = 0.0  # cores that other programs kept busy while this one computed, on average
-    cpu_at: dict[int, float] = field(default_factory=dict)  # CPU seconds so far when `progress` first said so many
+    others_cores: float = (
+        0.0  # cores that other programs kept busy while this one computed, on average
+    )
+    cpu_at: dict[int, float] = field(
+        default_factory=dict
+    )  # CPU seconds so far when `progress` first said so many
     output: str = field(default="", repr=False)
 
     def told(self) -> dict:
@@ -53,9 +57,17 @@ def run(
     """
     seen, started = Watched(), time.perf_counter()
     full = [*shlex.split(under), *command]
-    with subprocess.Popen(full, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        full,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
         done = threading.Event()
-        watcher = threading.Thread(target=watch, args=(process.pid, seen, done, progress), daemon=True)
+        watcher = threading.Thread(
+            target=watch, args=(process.pid, seen, done, progress), daemon=True
+        )
         watcher.start()
         try:
             seen.output, _ = process.communicate(timeout=limit_s)
@@ -66,7 +78,9 @@ def run(
             done.set()
             watcher.join()
     if process.returncode:
-        raise RuntimeError(f"{shlex.join(full)}: exit status {process.returncode}\n{seen.output[-3000:]}")
+        raise RuntimeError(
+            f"{shlex.join(full)}: exit status {process.returncode}\n{seen.output[-3000:]}"
+        )
     seen.wall_s = time.perf_counter() - started
     return seen
 

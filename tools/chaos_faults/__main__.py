@@ -25,26 +25,44 @@ from chaos_faults.training import ROOT
 
 def main(arguments: list[str]) -> int:
     known = {fault.id: fault for fault in MATRIX}
-    parser = argparse.ArgumentParser(prog="tools/chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="tools/chaos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {' '.join(known)}; none: all")
     parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()) / f"hybridrl-chaos-{os.getuid()}", help="folder of the runs"
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / f"hybridrl-chaos-{os.getuid()}",
+        help="folder of the runs",
     )
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background deaf to it, and so its runs
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell starts what is in its background deaf to it, and so its runs
     if unknown := set(options.ids) - known.keys():
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
     if not options.ids:
         shutil.rmtree(options.work, ignore_errors=True)
     ground, failed, done = Ground(options.work), False, []
-    made, began = Made(machine=f"{os.cpu_count()} cores of {machine.processor()}", commit=commit()), time.monotonic()
+    made, began = (
+        Made(machine=f"{os.cpu_count()} cores of {machine.processor()}", commit=commit()),
+        time.monotonic(),
+    )
     for do, ids in grouped([key for key in known if key in (options.ids or known)]):
         started = time.monotonic()
         found = attempt(do, ground, ids)
         took = time.monotonic() - started
-        rows = [Row(id=i, fault=known[i].name, proof=known[i].proof, seconds=took, finding=found[i]) for i in ids]
+        rows = [
+            Row(id=i, fault=known[i].name, proof=known[i].proof, seconds=took, finding=found[i])
+            for i in ids
+        ]
         for row in rows:
-            print(f"{'pass' if row.finding.passed else 'FAIL'}  {row.id}  {row.fault}: {row.finding.said}  [{took:.0f} s]", flush=True)
+            print(
+                f"{'pass' if row.finding.passed else 'FAIL'}  {row.id}  {row.fault}: {row.finding.said}  [{took:.0f} s]",
+                flush=True,
+            )
             failed |= not row.finding.passed
         keep(rows, list(known), made)
         done += rows
@@ -68,23 +86,55 @@ def attempt(do: Do | str, ground: Ground, ids: list[str]) -> dict[str, Finding]:
     try:
         found = dict.fromkeys(ids, tests(do)) if isinstance(do, str) else do(ground, ids)
         return {key: found.get(key) or Finding(passed=False, said="not reached") for key in ids}
-    except (OSError, AssertionError, RuntimeError, ValueError, LookupError, StopIteration, subprocess.SubprocessError) as error:
-        return dict.fromkeys(ids, Finding(passed=False, said=f"broke off: {type(error).__name__}: {error}"[:300]))
+    except (
+        OSError,
+        AssertionError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        StopIteration,
+        subprocess.SubprocessError,
+    ) as error:
+        return dict.fromkeys(
+            ids, Finding(passed=False, said=f"broke off: {type(error).__name__}: {error}"[:300])
+        )
 
 
 def tests(selection: str) -> Finding:
     """Args: selection: files, and after -k the names' parts with | between them."""
     files, _, names = selection.partition(" -k ")
     chosen = ["-k", names.replace("|", " or ")] if names else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files.split(), *chosen]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *files.split(),
+        *chosen,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False
+    )
     last = (done.stdout.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     return Finding(passed=done.returncode == 0, said=f"tests: {last.strip('= ')}")
 
 
 def commit() -> str:
     """Short hash, with + where tracked files differ from it other than those that this tool writes."""
-    git = ["git", "-C", str(ROOT), "diff", "--quiet", "HEAD", "--", ".", ":!README.md", ":!tools/chaos_faults/results"]
+    git = [
+        "git",
+        "-C",
+        str(ROOT),
+        "diff",
+        "--quiet",
+        "HEAD",
+        "--",
+        ".",
+        ":!README.md",
+        ":!tools/chaos_faults/results",
+    ]
     differs = subprocess.run(git, check=False).returncode == 1
     return machine.commit().rstrip("+") + ("+" if differs else "")
 

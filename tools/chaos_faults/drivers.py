@@ -13,23 +13,35 @@ from chaos_faults.training import START_S, Training, kill, training, usage
 from chaos_faults.workers import alive_after, name
 
 KILLED_AT = [
-    "controller.sampled:step=2", "controller.learned:step=4", "controller.synced:step=6", "controller.logged:step=8",
-    "checkpoint.shards:step=10", "checkpoint.renamed:step=12", "controller.saved:step=14",
-]  # fmt: skip
+    "controller.sampled:step=2",
+    "controller.learned:step=4",
+    "controller.synced:step=6",
+    "controller.logged:step=8",
+    "checkpoint.shards:step=10",
+    "checkpoint.renamed:step=12",
+    "controller.saved:step=14",
+]
 K1_STEPS, K2_STEPS, K2_KILLS, K2_STARTING, K2_MEAN_S, K2_SEED = 16, 200, 10, (1, 4, 8), 5.0, 7
 SAVE_EVERY = 2
 DELAYED = [
-    "CoreWorkerService.grpc_server.PushTask", "CoreWorkerService.grpc_server.GetObjectStatus",
-    "CoreWorkerService.grpc_server.PubsubLongPolling", "NodeManagerService.grpc_server.RequestWorkerLease",
-]  # fmt: skip
+    "CoreWorkerService.grpc_server.PushTask",
+    "CoreWorkerService.grpc_server.GetObjectStatus",
+    "CoreWorkerService.grpc_server.PubsubLongPolling",
+    "NodeManagerService.grpc_server.RequestWorkerLease",
+]
 """Not all: with a delay of every handler Ray's own raylet ends itself."""
 LOST = [
-    "NodeManagerService.grpc_client.RequestWorkerLease", "NodeManagerService.grpc_client.PinObjectIDs",
-    "CoreWorkerService.grpc_client.GetObjectStatus", "CoreWorkerService.grpc_client.PubsubLongPolling",
-]  # fmt: skip
+    "NodeManagerService.grpc_client.RequestWorkerLease",
+    "NodeManagerService.grpc_client.PinObjectIDs",
+    "CoreWorkerService.grpc_client.GetObjectStatus",
+    "CoreWorkerService.grpc_client.PubsubLongPolling",
+]
 """Those that Ray promises to repeat. A lost CoreWorkerService.grpc_client.PushTask is an ActorUnavailableError: it may have been done."""
 SOAKED = (500, 1500)
-LEFT_S, RAYS_OWN = 10.0, r"ray::(DashboardAgent|RuntimeEnvAgent)|[^\0]*python\0[^\0]*/ray/_private/workers/"
+LEFT_S, RAYS_OWN = (
+    10.0,
+    r"ray::(DashboardAgent|RuntimeEnvAgent)|[^\0]*python\0[^\0]*/ray/_private/workers/",
+)
 """After which none of the processes of a killed run is left but Ray's own: its agents, which try for 60 s to tell a control store that is
 gone that their raylet is gone too, and workers that Ray had just started, which ask for their raylet for 27 s. A worker that has reported
 there, as all of ours have, bears its actor's name."""
@@ -41,7 +53,9 @@ def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """K1: one logical run, killed at one place after another, each time continued by the same command."""
     ground = ground.light
     run_dir, resumed, redone, left = ground.run_dir("failpoints"), [], [], []
-    points = ";".join(f"{place}:do=kill:once={run_dir / f'fired-{i}'}" for i, place in enumerate(KILLED_AT))
+    points = ";".join(
+        f"{place}:do=kill:once={run_dir / f'fired-{i}'}" for i, place in enumerate(KILLED_AT)
+    )
     told = 0
     for _ in range(len(KILLED_AT) + 1):
         with training([*ground.overrides, f"train.steps={K1_STEPS}"], run_dir, points) as run:
@@ -57,13 +71,23 @@ def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         if status == 0:
             break
     kills = len(list(run_dir.glob("fired-*")))
-    within = status == 0 and kills == len(KILLED_AT) and max(redone) <= SAVE_EVERY and max(resumed) <= RESUMED_S and not left
+    within = (
+        status == 0
+        and kills == len(KILLED_AT)
+        and max(redone) <= SAVE_EVERY
+        and max(resumed) <= RESUMED_S
+        and not left
+    )
     said = (
         f"SIGKILL of the run's process at {kills} of {len(KILLED_AT)} places, the same command each time; to the next step "
         f"{min(resumed):.0f} to {max(resumed):.0f} s with start (bound {RESUMED_S:g} s), "
         f"{len(left)} processes of ours left {LEFT_S:g} s after a kill{' '.join(['', *left])}"
     )
-    return {"K1": ground.judged(run_dir, K1_STEPS, said, within=within, recovered_s=max(resumed), lost_steps=max(redone))}
+    return {
+        "K1": ground.judged(
+            run_dir, K1_STEPS, said, within=within, recovered_s=max(resumed), lost_steps=max(redone)
+        )
+    }
 
 
 def names(pids: list[int]) -> list[str]:
@@ -72,7 +96,11 @@ def names(pids: list[int]) -> list[str]:
 
 def lost_by(run: Training, told: int) -> int:
     """Steps done again: from the step that the run goes on from to the last one that its predecessor told of."""
-    found = [int(match[1]) for _, text in run.lines if (match := re.search(r"continues after step (\d+)", text))]
+    found = [
+        int(match[1])
+        for _, text in run.lines
+        if (match := re.search(r"continues after step (\d+)", text))
+    ]
     return max(told - (found[0] if found else 0), 0)
 
 
@@ -81,7 +109,9 @@ def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     ground, dice = ground.light, random.Random(K2_SEED)
     run_dir, command = ground.run_dir("random"), [*ground.overrides, f"train.steps={K2_STEPS}"]
     delays = [
-        ("starting workers", dice.uniform(0, 20)) if i in K2_STARTING else ("workers ready", dice.expovariate(1 / K2_MEAN_S))
+        ("starting workers", dice.uniform(0, 20))
+        if i in K2_STARTING
+        else ("workers ready", dice.expovariate(1 / K2_MEAN_S))
         for i in range(K2_KILLS)
     ]
     told, done, redone, left = 0, 0, [], []
@@ -129,39 +159,62 @@ def interrupt(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         )
         found["J2"] = Finding(passed=status in (75, 130) and not left, said=said, detected_s=took)
     if "J3" in wanted:
-        with training([*ground.overrides, "train.steps=4", "checkpoint.export=true"], ground.run_dir("end")) as run:
+        with training(
+            [*ground.overrides, "train.steps=4", "checkpoint.export=true"], ground.run_dir("end")
+        ) as run:
             at = run.until(r"^step +4/")
             family, status = run.family(), run.ended(60)
             took = time.time() - at
             left = alive_after(family, 10)
         said = f"from the last step to the exit, with evaluation, checkpoint, export and report; {len(left)} processes left"
-        found["J3"] = Finding(passed=status == 0 and took <= 10 and not left, said=said, recovered_s=took)
+        found["J3"] = Finding(
+            passed=status == 0 and took <= 10 and not left, said=said, recovered_s=took
+        )
     return found
 
 
 def exhaust(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """E5: engines die whenever they are given version 3."""
     run_dir = ground.run_dir("exhausted")
-    with training([*ground.overrides, "cluster.max_restarts=2"], run_dir, "rollout.load_weights:version=3:do=kill") as run:
+    with training(
+        [*ground.overrides, "cluster.max_restarts=2"],
+        run_dir,
+        "rollout.load_weights:version=3:do=kill",
+    ) as run:
         run.until(STEP)
         family, status = run.family(), run.ended(START_S)
         took = time.time() - max(at for at, text in run.lines if "starting another worker" in text)
         left = alive_after(family, 10)
     typed = run.said("^hybridrl: .*cluster.max_restarts is used up") and not run.said("Traceback")
     said = f"every engine dies at version 3, 2 replacements: exit status {status}, checkpoint 2 stands, {len(left)} processes left"
-    kept = ground.judged(run_dir, 2, said, within=status == 1 and typed and took <= 30 and not left, recovered_s=took)
+    kept = ground.judged(
+        run_dir, 2, said, within=status == 1 and typed and took <= 30 and not left, recovered_s=took
+    )
     return {"E5": kept}
 
 
 def refuse(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """C4: more workers than Ray has CPUs for."""
-    settings = ["rollout.engines=400", "train.prompts_per_step=400", "data.num_train=400", "deadlines.placement_s=10"]
+    settings = [
+        "rollout.engines=400",
+        "train.prompts_per_step=400",
+        "data.num_train=400",
+        "deadlines.placement_s=10",
+    ]
     with training([*ground.overrides, *settings], ground.run_dir("crowd")) as run:
         at = run.until("starting workers")
         status = run.ended(90)
         took = time.time() - at
-    told = run.said(r"could not place 40\d workers within deadlines.placement_s=10: demand .* supply")
-    return {"C4": Finding(passed=status == 1 and told, said=f"400 engines: exit status {status}, demand and supply told", detected_s=took)}
+    told = run.said(
+        r"could not place 40\d workers within deadlines.placement_s=10: demand .* supply"
+    )
+    return {
+        "C4": Finding(
+            passed=status == 1 and told,
+            said=f"400 engines: exit status {status}, demand and supply told",
+            detected_s=took,
+        )
+    }
 
 
 def blackhole(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
@@ -169,8 +222,13 @@ def blackhole(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     ground = ground.light
     run_dir = ground.run_dir("unreachable")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        env = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}", "WANDB_API_KEY": "0" * 40}
-        with training([*ground.overrides, "train.steps=4", "tracking.wandb=online"], run_dir, env=env) as run:
+        env = {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "WANDB_API_KEY": "0" * 40,
+        }
+        with training(
+            [*ground.overrides, "train.steps=4", "tracking.wandb=online"], run_dir, env=env
+        ) as run:
             status = run.ended(START_S)
     warned = sum("WandbSink failed and is off" in text for _, text in run.lines)
     said = f"W&B online at an address that takes connections and never answers: exit status {status}, {warned} warning"
@@ -180,14 +238,20 @@ def blackhole(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 def starve(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """O3: Ray's memory monitor kills workers."""
     env = {"RAY_memory_usage_threshold": "0.02", "RAY_memory_monitor_refresh_ms": "250"}
-    with training([*ground.overrides, "cluster.max_restarts=1"], ground.run_dir("memory"), env=env) as run:
+    with training(
+        [*ground.overrides, "cluster.max_restarts=1"], ground.run_dir("memory"), env=env
+    ) as run:
         at = time.time()
         status = run.ended(START_S)
         took = time.time() - at
     last = run.lines[-1][1] if run.lines else ""
     told = "memory" in " ".join(text for _, text in run.lines).lower() and not run.said("Traceback")
     return {
-        "O3": Finding(passed=status == 1 and told, said=f"memory threshold of 2 %: exit status {status}: {last[:160]}", detected_s=took)
+        "O3": Finding(
+            passed=status == 1 and told,
+            said=f"memory threshold of 2 %: exit status {status}: {last[:160]}",
+            detected_s=took,
+        )
     }
 
 
@@ -195,34 +259,58 @@ def faulty_rpc(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """C3: calls between Ray's processes are delayed, and some are lost on their way there or back."""
     ground = ground.light
     run_dir = ground.run_dir("rpc")
-    lost = {method: {"num_failures": 20, "req_failure_prob": 20, "resp_failure_prob": 20} for method in LOST}  # of each process; in percent
-    env = {"RAY_testing_asio_delay_us": ",".join(f"{handler}=0:20000" for handler in DELAYED), "RAY_testing_rpc_failure": json.dumps(lost)}
+    lost = {
+        method: {"num_failures": 20, "req_failure_prob": 20, "resp_failure_prob": 20}
+        for method in LOST
+    }  # of each process; in percent
+    env = {
+        "RAY_testing_asio_delay_us": ",".join(f"{handler}=0:20000" for handler in DELAYED),
+        "RAY_testing_rpc_failure": json.dumps(lost),
+    }
     with training([*ground.overrides, "train.steps=4"], run_dir, env=env) as run:
         status = run.ended(START_S)
     said = (
         f"tasks, leases and questions after values delayed by up to 20 ms each; of leases, pins, questions and news 40 % lost, "
         f"half of them with their work done, up to 20 in each process: exit status {status}"
     )
-    return {"C3": ground.judged(run_dir, 4, said + (f", {run.tail()[-160:]}" if status else ""), within=status == 0)}
+    return {
+        "C3": ground.judged(
+            run_dir, 4, said + (f", {run.tail()[-160:]}" if status else ""), within=status == 0
+        )
+    }
 
 
 def soak(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """X2: memory and open files of every process. Until step 500 the learner's allocator still meets longer batches than before."""
     run_dir, (first, last), seen = ground.run_dir("soak"), SOAKED, {}
-    sizes = [f"train.steps={last + 10}", "train.samples_per_prompt=2", "train.prompts_per_step=4", "rollout.engines=1", "learner.ranks=1"]
+    sizes = [
+        f"train.steps={last + 10}",
+        "train.samples_per_prompt=2",
+        "train.prompts_per_step=4",
+        "rollout.engines=1",
+        "learner.ranks=1",
+    ]
     small = [*sizes, "checkpoint.every=50", "checkpoint.keep=2"]
     with training([*ground.overrides, *small], run_dir) as run:
         for step in SOAKED:
             while last_step(run) < step:
                 run.until(STEP)
-            seen[step] = {worker: usage(run.pid(worker)) for worker in ("rollout/0", "learner/0", "scorer-main/0", "reward/0")}
+            seen[step] = {
+                worker: usage(run.pid(worker))
+                for worker in ("rollout/0", "learner/0", "scorer-main/0", "reward/0")
+            }
             seen[step]["controller"] = usage(run.process.pid)
         status = run.ended(START_S)
-    slopes = {name: (seen[last][name][0] - seen[first][name][0]) / (last - first) * 100 for name in seen[first]}  # MB per 100 steps
+    slopes = {
+        name: (seen[last][name][0] - seen[first][name][0]) / (last - first) * 100
+        for name in seen[first]
+    }  # MB per 100 steps
     files = {name: seen[last][name][1] - seen[first][name][1] for name in seen[first]}
     worst, most = max(slopes, key=slopes.__getitem__), max(files, key=files.__getitem__)
     said = (
         f"steps {first} to {last}: memory grows most in {worst}, {slopes[worst]:.2f} MB per 100 steps (bound 1); "
         f"open files in {most}, {files[most]:+d} (bound 5)"
     )
-    return {"X2": Finding(passed=status == 0 and slopes[worst] < 1 and abs(files[most]) <= 5, said=said)}
+    return {
+        "X2": Finding(passed=status == 0 and slopes[worst] < 1 and abs(files[most]) <= 5, said=said)
+    }

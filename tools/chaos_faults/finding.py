@@ -23,9 +23,13 @@ class Finding:
     passed: bool
     said: str  # one line: what was done and seen
     detected_s: float | None = None  # from the fault to the first word of it
-    recovered_s: float | None = None  # from the fault to the first step after it, or to an engine that serves again
+    recovered_s: float | None = (
+        None  # from the fault to the first step after it, or to an engine that serves again
+    )
     lost_steps: int | None = None  # steps done twice
-    lost_uids: int | None = None  # prompts that the run without a fault trained on and this one did not
+    lost_uids: int | None = (
+        None  # prompts that the run without a fault trained on and this one did not
+    )
     duplicated_uids: int | None = None
 
 
@@ -46,7 +50,9 @@ class Made:
 
     machine: str
     commit: str
-    whole_minutes: float | None = None  # of the run of the tool that did every fault; None: it did some, or is not through
+    whole_minutes: float | None = (
+        None  # of the run of the tool that did every fault; None: it did some, or is not through
+    )
 
 
 def keep(rows: Iterable[Row], order: list[str], made: Made) -> list[dict]:
@@ -59,7 +65,9 @@ def keep(rows: Iterable[Row], order: list[str], made: Made) -> list[dict]:
     missing = [key for key in order if key not in found]
     CARD.write_text(card(list(ordered.values()), missing))
     before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(before + BEGIN + short_card(list(ordered.values()), missing) + END + rest.partition(END)[2])
+    README.write_text(
+        before + BEGIN + short_card(list(ordered.values()), missing) + END + rest.partition(END)[2]
+    )
     return list(ordered.values())
 
 
@@ -67,15 +75,20 @@ def card(rows: list[dict], missing: list[str]) -> str:
     passed = sum(row["finding"]["passed"] for row in rows)
     machines = sorted({row["machine"] for row in rows})
     lines = [
-        "# Reliability card", "",
+        "# Reliability card",
+        "",
         f"Made by `tools/chaos` on {'; '.join(machines)}. {passed} of {len(rows)} rows pass"
-        + (f"; not run: {', '.join(missing)}." if missing else ".") + f" {provenance(rows)} {summary(rows)}", "",
+        + (f"; not run: {', '.join(missing)}." if missing else ".")
+        + f" {provenance(rows)} {summary(rows)}",
+        "",
         "Detected: from the fault to the first word of it. Recovered: to the first step after it, or for an engine until it serves again.",
-        f"The longest silent wait for a worker, by the default deadlines: {DeadlineConfig().longest_silence_s:g} s.", "",
-        "Lost: steps done twice. Prompts: lost / trained on twice, by the ledger against that of a run without a fault.", "",
+        f"The longest silent wait for a worker, by the default deadlines: {DeadlineConfig().longest_silence_s:g} s.",
+        "",
+        "Lost: steps done twice. Prompts: lost / trained on twice, by the ledger against that of a run without a fault.",
+        "",
         "| | fault | detected | recovered | lost | prompts | verdict | what was done and seen |",
         "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     return "\n".join([*lines, *map(line, rows)]) + "\n"
 
 
@@ -84,14 +97,20 @@ def short_card(rows: list[dict], missing: list[str]) -> str:
     whole = [row for row in rows if not row["finding"]["said"].startswith("tests:")]
     tested = [f"[{row['fault']}]({row['proof']})" for row in rows if row not in whole]
     failed = [row["id"] for row in rows if not row["finding"]["passed"]]
-    verdict = f"{len(rows) - len(failed)} of {len(rows)} faults pass" + (f", {', '.join(failed)} do not" if failed else "")
+    verdict = f"{len(rows) - len(failed)} of {len(rows)} faults pass" + (
+        f", {', '.join(failed)} do not" if failed else ""
+    )
     lines = [
-        verdict + (f"; not run: {', '.join(missing)}" if missing else "") + f". {provenance(rows)} {summary(rows)} Done to whole runs:", "",
+        verdict
+        + (f"; not run: {', '.join(missing)}" if missing else "")
+        + f". {provenance(rows)} {summary(rows)} Done to whole runs:",
+        "",
         "| | fault | detected in | recovered in | steps done again | prompts lost / trained on twice |",
         "|---|---|---|---|---|---|",
-        *(f"| {' | '.join(cells(row, ''))} |" for row in whole), "",
+        *(f"| {' | '.join(cells(row, ''))} |" for row in whole),
+        "",
         f"And to the parts, by tests: {'; '.join(tested)}.",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -103,16 +122,22 @@ def provenance(rows: list[dict]) -> str:
         return f"{most} were run at commit {commit}, {len(rows) - most} at other commits ({told})."
     runs = {row.get("whole_minutes") for row in rows}
     whole = next(iter(runs)) if len(runs) == 1 else None
-    return f"All at commit {commit} in " + ("several runs." if whole is None else f"one run of {whole:.0f} min.")
+    return f"All at commit {commit} in " + (
+        "several runs." if whole is None else f"one run of {whole:.0f} min."
+    )
 
 
 def summary(rows: list[dict]) -> str:
     """Median and maximum of the times over the faults that have them."""
     told = []
     for name in ("detected", "recovered"):
-        times = [row["finding"][f"{name}_s"] for row in rows if row["finding"][f"{name}_s"] is not None]
+        times = [
+            row["finding"][f"{name}_s"] for row in rows if row["finding"][f"{name}_s"] is not None
+        ]
         if times:
-            told.append(f"{name} in {seconds(median(times))} (median), {seconds(max(times))} (most) over {len(times)} faults")
+            told.append(
+                f"{name} in {seconds(median(times))} (median), {seconds(max(times))} (most) over {len(times)} faults"
+            )
     return ("; ".join(told) + ".").capitalize() if told else ""
 
 
@@ -124,9 +149,18 @@ def line(row: dict) -> str:
 
 def cells(row: dict, up: str) -> list[str]:
     found = row["finding"]
-    pair = "-" if found["lost_uids"] is None else f"{found['lost_uids']} / {found['duplicated_uids']}"
+    pair = (
+        "-" if found["lost_uids"] is None else f"{found['lost_uids']} / {found['duplicated_uids']}"
+    )
     lost = "-" if found["lost_steps"] is None else str(found["lost_steps"])
-    return [f"[{row['id']}]({up}{row['proof']})", row["fault"], seconds(found["detected_s"]), seconds(found["recovered_s"]), lost, pair]
+    return [
+        f"[{row['id']}]({up}{row['proof']})",
+        row["fault"],
+        seconds(found["detected_s"]),
+        seconds(found["recovered_s"]),
+        lost,
+        pair,
+    ]
 
 
 def seconds(value: float | None) -> str:

@@ -6,17 +6,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chaos_faults.finding import Finding
-from chaos_faults.training import START_S, Training, prompts_against, state_at, steps_saved, training
+from chaos_faults.training import (
+    START_S,
+    Training,
+    prompts_against,
+    state_at,
+    steps_saved,
+    training,
+)
 from hybridrl.tracking.jsonl import read_metrics
 from tests.graph import tiny_overrides
 
 STEP = r"^step +(\d+)/"
 CLEAN_STEPS = 60
 SETTINGS = [
-    "train.prompts_per_step=8", "train.steps=1000", "rollout.engines=2", "rollout.groups_per_chunk=2", "learner.ranks=2",
-    "learner.zero_stage=2", "cluster.threads_per_worker=1", "checkpoint.every=2", "checkpoint.keep=1000", "checkpoint.export=false",
+    "train.prompts_per_step=8",
+    "train.steps=1000",
+    "rollout.engines=2",
+    "rollout.groups_per_chunk=2",
+    "learner.ranks=2",
+    "learner.zero_stage=2",
+    "cluster.threads_per_worker=1",
+    "checkpoint.every=2",
+    "checkpoint.keep=1000",
+    "checkpoint.export=false",
     "cluster.max_restarts=20",
-]  # fmt: skip
+]
 """fp32, one thread a worker; enough steps for any scenario, which ends its run itself."""
 LIGHT = ["rollout.engines=1", "learner.ranks=1"]
 """Where the run itself is what the fault happens to; it starts in half the time."""
@@ -67,19 +82,35 @@ class Ground:
             and rows(run_dir, step) == rows(clean, step)
         )
 
-    def judged(self, run_dir: Path, step: int, said: str, *, within: bool = True, **times: float | int | None) -> Finding:
+    def judged(
+        self,
+        run_dir: Path,
+        step: int,
+        said: str,
+        *,
+        within: bool = True,
+        **times: float | int | None,
+    ) -> Finding:
         """A finding on a run that must be what it would have been."""
         same = self.equal(run_dir, step)
         lost, twice = prompts_against(run_dir, self.clean(max(step, CLEAN_STEPS)), step)
         told = f"{said}; at step {step} {'bit-equal to' if same else 'DIFFERENT FROM'} the run without a fault"
-        return Finding(passed=same and within and not lost and not twice, said=told, lost_uids=lost, duplicated_uids=twice, **times)
+        return Finding(
+            passed=same and within and not lost and not twice,
+            said=told,
+            lost_uids=lost,
+            duplicated_uids=twice,
+            **times,
+        )
 
 
 def rows(run_dir: Path, steps: int) -> list[dict[str, float]]:
     """Its metrics without what a clock or a count of losses measured."""
     timed = ("time/", "perf/", "cluster/restarts", "eval/", "transfer/")
     found = [row for row in read_metrics(run_dir) if row["train/step"] <= steps]
-    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in found]
+    return [
+        {key: value for key, value in row.items() if not key.startswith(timed)} for row in found
+    ]
 
 
 def last_step(run: Training) -> int:

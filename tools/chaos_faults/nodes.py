@@ -23,16 +23,22 @@ SPACES = ("hybridrl-head", "hybridrl-far")
 LINK = "veth0"
 """In both; gloo would take the interface that the host's name leads to, which is in neither."""
 TUNED = {
-    "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
-}  # fmt: skip
+}
 LOST = r"failed in .*(starting another worker|going back to the last checkpoint)"
 DETECTED_S, RESUMED_S, CUT_S = 5.0, 60.0, 10.0
 
 
 def lose_node(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """C1: every process of the far node is killed at once."""
-    return {"C1": on_two_nodes(ground, "the far node's processes killed", lambda nodes: nodes.kill_far())}
+    return {
+        "C1": on_two_nodes(
+            ground, "the far node's processes killed", lambda nodes: nodes.kill_far()
+        )
+    }
 
 
 def cut_off(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
@@ -67,7 +73,14 @@ def on_two_nodes(ground: Ground, what: str, strike) -> Finding:
             saved, goes_on = next_save(run, 120), last_step(run)
         within = detected - at <= DETECTED_S and recovered - at <= RESUMED_S
         said = f"{what}, {', '.join(there)} on it; went on to step {goes_on} (bounds {DETECTED_S:g} s and {RESUMED_S:g} s)"
-        return ground.judged(run_dir, saved, said, within=within and bool(there), detected_s=detected - at, recovered_s=recovered - at)
+        return ground.judged(
+            run_dir,
+            saved,
+            said,
+            within=within and bool(there),
+            detected_s=detected - at,
+            recovered_s=recovered - at,
+        )
 
 
 WORKERS = ("rollout/0", "rollout/1", "learner/0", "learner/1", "scorer-main/0", "reward/0")
@@ -91,17 +104,39 @@ class Nodes:
 @contextmanager
 def two_nodes() -> Iterator[Nodes]:
     sessions = Path(mkdtemp(prefix="ray-"))  # short: the path of a Unix socket holds 107 bytes
-    own = {"HOME": str(sessions), "RAY_TMPDIR": str(sessions), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {
+        "HOME": str(sessions),
+        "RAY_TMPDIR": str(sessions),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     nodes = Nodes({**TUNED, **own, "GLOO_SOCKET_IFNAME": LINK})
     try:
         for space in SPACES:
             ip("netns", "add", space)
-        ip("link", "add", LINK, "netns", SPACES[0], "type", "veth", "peer", "name", LINK, "netns", SPACES[1])
+        ip(
+            "link",
+            "add",
+            LINK,
+            "netns",
+            SPACES[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            LINK,
+            "netns",
+            SPACES[1],
+        )
         for space, address in zip(SPACES, (HEAD, FAR), strict=True):
             ip("-n", space, "addr", "add", f"{address}/24", "dev", LINK)
             ip("-n", space, "link", "set", LINK, "up")
             ip("-n", space, "link", "set", "lo", "up")
-        start_ray(nodes, SPACES[0], ["--head", "--port=6399", f"--node-ip-address={HEAD}", "--include-dashboard=false"])
+        start_ray(
+            nodes,
+            SPACES[0],
+            ["--head", "--port=6399", f"--node-ip-address={HEAD}", "--include-dashboard=false"],
+        )
         start_ray(nodes, SPACES[1], [f"--address={HEAD}:6399", f"--node-ip-address={FAR}"])
         yield nodes
     finally:
@@ -115,10 +150,29 @@ def two_nodes() -> Iterator[Nodes]:
 
 def start_ray(nodes: Nodes, space: str, options: list[str]) -> None:
     ray = str(Path(sys.executable).parent / "ray")
-    command = ["ip", "netns", "exec", space, ray, "start", *options, "--num-cpus=2", "--object-store-memory=300000000"]
-    done = subprocess.run(command, env={**os.environ, **nodes.env}, capture_output=True, text=True, timeout=START_S, check=False)
+    command = [
+        "ip",
+        "netns",
+        "exec",
+        space,
+        ray,
+        "start",
+        *options,
+        "--num-cpus=2",
+        "--object-store-memory=300000000",
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **nodes.env},
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-500:]
 
 
 def ip(*words: str) -> str:
-    return subprocess.run(["ip", *words], capture_output=True, text=True, check=False, timeout=30).stdout
+    return subprocess.run(
+        ["ip", *words], capture_output=True, text=True, check=False, timeout=30
+    ).stdout

@@ -56,7 +56,9 @@ class Training:
                 break
             if item is None:
                 self.arriving.put(None)
-                raise TimeoutError(f"the run ended with {self.process.wait()} before {pattern!r}: {self.tail()}")
+                raise TimeoutError(
+                    f"the run ended with {self.process.wait()} before {pattern!r}: {self.tail()}"
+                )
             self.lines.append(item)
             if re.search(pattern, item[1]):
                 return item[0]
@@ -76,7 +78,9 @@ class Training:
             while (item := self.arriving.get(timeout=30)) is not None:
                 self.lines.append(item)
         except queue.Empty as error:
-            raise TimeoutError(f"the run ended with {status}, and some process of its still holds its output: {self.tail()}") from error
+            raise TimeoutError(
+                f"the run ended with {status}, and some process of its still holds its output: {self.tail()}"
+            ) from error
         self.arriving.put(None)
         return status
 
@@ -122,7 +126,11 @@ def output_of(pid: int) -> str | None:
 
 @contextmanager
 def training(
-    overrides: list[str], run_dir: Path, points: str = "", env: Mapping[str, str] | None = None, within: Sequence[str] = ()
+    overrides: list[str],
+    run_dir: Path,
+    points: str = "",
+    env: Mapping[str, str] | None = None,
+    within: Sequence[str] = (),
 ) -> Iterator[Training]:
     """Killed with everything it started, if it is not at its end when the block is.
 
@@ -130,11 +138,31 @@ def training(
         within: a command that runs the one that follows it.
     """
     variables = {
-        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT), **(env or {}), **({VARIABLE: points} if points else {}),
-    }  # fmt: skip
-    command = [*within, sys.executable, "-u", "-m", "hybridrl.cli", "train", *overrides, f"run.dir={run_dir}"]
-    process = subprocess.Popen(command, env=variables, text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **(env or {}),
+        **({VARIABLE: points} if points else {}),
+    }
+    command = [
+        *within,
+        sys.executable,
+        "-u",
+        "-m",
+        "hybridrl.cli",
+        "train",
+        *overrides,
+        f"run.dir={run_dir}",
+    ]
+    process = subprocess.Popen(
+        command,
+        env=variables,
+        text=True,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     run = Training(process, run_dir)
     try:
         yield run
@@ -155,7 +183,9 @@ def kill(pid: int, number: int = signal.SIGKILL) -> float:
 
 def usage(pid: int) -> tuple[float, int]:
     """(resident MB that is not shared, open files)."""
-    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    lines = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
     return int(lines["RssAnon"].split()[0]) / 1024, len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
@@ -169,7 +199,9 @@ def state_at(run_dir: Path, step: int) -> object | None:
         state = read_checkpoint(folder).state
     except CheckpointError:
         return None
-    return state.parts, {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+    return state.parts, {
+        path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))
+    }
 
 
 def steps_saved(run_dir: Path) -> list[int]:
@@ -177,7 +209,12 @@ def steps_saved(run_dir: Path) -> list[int]:
 
 
 def uids(run_dir: Path, steps: int) -> Counter[str]:
-    return Counter(uid for row in read_ledger(run_dir) if row["step"] <= steps for uid in (*row["trained"], *row["passed_over"]))
+    return Counter(
+        uid
+        for row in read_ledger(run_dir)
+        if row["step"] <= steps
+        for uid in (*row["trained"], *row["passed_over"])
+    )
 
 
 def prompts_against(run_dir: Path, clean: Path, steps: int) -> tuple[int, int]:
