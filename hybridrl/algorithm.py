@@ -220,6 +220,11 @@ class AlgorithmConfig:
                 raise ConfigError(f"algorithm.{name}={getattr(self, name)}: must not be negative")
 
     @property
+    def responses_per_prompt(self) -> int:
+        """How many responses a row of data brings: a chosen and a rejected one for a pair loss, else the one to imitate."""
+        return 1 if self.pair.loss is PairLoss.none else 2
+
+    @property
     def learns_from_rewards(self) -> bool:
         return not self.reward_weight.is_zero()
 

@@ -26,8 +26,8 @@ USAGE = """usage: hybridrl VERB ...
 
   hybridrl train experiment=quickstart run.dir=DIR [KEY=VALUE ...]   train, or continue the run in DIR
   hybridrl train --help                                              every setting; also --cfg job, and -m to sweep
-  hybridrl report DIR [OTHER ...]                                    write DIR/report.html and DIR/report.png;
-                                                                     with OTHER runs, compare their accuracy
+  hybridrl report DIR                                                write DIR/report.html and DIR/report.png
+  hybridrl report DIR OTHER ...                                      compare runs: DIR/comparison.html and .png
   hybridrl export DIR [FOLDER]                                       newest checkpoint as a Hugging Face model folder;
                                                                      FOLDER is DIR/export/step_NNNNNN if not given
   hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]       every method's gradient against exact enumeration
@@ -169,10 +169,11 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
 def report_verb(arguments: Sequence[str]) -> int:
     if not arguments or any(a.startswith("-") for a in arguments):
         return usage("hybridrl report DIR [OTHER ...]", arguments)
+    from hybridrl.tracking.comparison import write_comparison
     from hybridrl.tracking.report import write_report
 
-    first, *others = map(Path, arguments)
-    print(write_report(first, others))
+    run_dirs = [Path(argument) for argument in arguments]
+    print(write_report(run_dirs[0]) if len(run_dirs) == 1 else write_comparison(run_dirs))
     return 0
 
 

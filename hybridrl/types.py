@@ -55,6 +55,8 @@ class Prompt:
     responses: tuple[
         tuple[int, ...], ...
     ] = ()  # given ones, end token included: none, one to imitate, or (chosen, rejected)
+    question: str = ""  # the conversation as a person reads it, without the template's tokens
+    answer: str | None = None  # the reference answer; None: the data has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,6 +316,8 @@ class Sample:
     response: str
     reward: float  # NaN when the reward call failed
     finish_reason: FinishReason
+    question: str = ""  # as Prompt.question; empty in files of earlier versions
+    answer: str | None = None  # as Prompt.answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Every preset trains the Countdown student for two steps, all of them in one running graph with real workers."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,7 +157,24 @@ def test_each_option_steps_in_the_running_graph(methods: Methods, what: str):
 def test_each_method_steps_in_the_running_graph(methods: Methods, preset: str):
     controller = methods.controller(methods.settings(preset))
     assert_steps(controller)
-    assert controller.evaluate()["eval/accuracy"] >= 0
+    row = controller.evaluate()
+    assert row["eval/accuracy"] >= 0
+    assert ("eval/loss" in row) == (preset in RESPONSES) and math.isfinite(row.get("eval/loss", 0))
+
+
+@pytest.mark.parametrize(("preset", "loss"), [("sft", "train/loss"), ("dpo", "pair/loss")])
+def test_the_loss_on_held_out_data_is_that_of_a_step_on_the_same_data(
+    methods: Methods, preset: str, loss: str
+):
+    controller = methods.controller(methods.settings(preset, "data.num_train=16"))
+    controller.heldout_data = list(controller.prompts.prompts)  # what the next step is made of
+    before = controller.learner.pack_weights(0)[0].digest
+    evaluated = controller.evaluate()
+    assert controller.learner.pack_weights(0)[0].digest == before, "nothing is learned from it"
+    row = controller.step()
+    assert evaluated["eval/loss"] == pytest.approx(row[loss], rel=1e-5)
+    if preset == "dpo":
+        assert evaluated["eval/pair_accuracy"] == row["pair/accuracy"]
 
 
 def test_the_running_learner_exports_its_value_head(methods: Methods):

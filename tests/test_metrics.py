@@ -56,6 +56,7 @@ from hybridrl.workers.stats import (
     batch_metrics,
     count_credits,
     count_micro,
+    heldout_metrics,
     quarters,
 )
 from hybridrl.workers.student import HeadInputs, Student
@@ -291,6 +292,7 @@ def test_a_pair_is_told_by_its_scores():
     # log p: -1 of two tokens and -5 of four; log q: -2 and -4; so s_w = 1, s_l = -1
     assert watched(PairLoss.dpo) == pytest.approx(
         {
+            "pair/loss": math.log1p(math.exp(-0.1 * 2)),  # beta 0.1
             "pair/accuracy": 1.0,
             "pair/margin": 2.0,
             "pair/chosen_score": 1.0,
@@ -422,6 +424,7 @@ def everything() -> set[str]:
         worker_times([header()], scored, stats),
         late_metrics([], 1),
         summary([read], []).metrics,
+        heldout_metrics(found),
         probed(),
     ]
     others = (

@@ -13,12 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 from hybridrl.choices import WandbMode
 from hybridrl.config import TrackingConfig
 from hybridrl.errors import ConfigError, DataError
-from hybridrl.tracking.comparison import comparison_panel
 from hybridrl.tracking.console import ConsoleSink, duration
 from hybridrl.tracking.glossary import explain
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics, read_samples
@@ -553,7 +551,7 @@ def test_a_run_without_rewards_has_no_accuracy_and_says_so(tmp_path):
     page = text_of(write_report(tmp_path))
     assert (
         "accuracy on held-out problems was not measured" in page
-        and "not scored" in page
+        and "not scored" not in page  # nothing is, so that no verdict stands under any response
         and "Held-out accuracy" not in page
     )
     out = io.StringIO()
@@ -574,28 +572,3 @@ def test_gap_closed_is_not_reported_when_the_teacher_is_not_ahead():
 def test_report_of_an_empty_directory_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="no metrics"):
         write_report(tmp_path)
-
-
-def test_other_runs_are_compared_in_a_panel_of_their_own(tmp_path: Path):
-    for name, last in (("sft", 0.5), ("dpo", 0.75)):
-        (tmp_path / name).mkdir()
-        rows = [
-            {"train/step": 0.0, "eval/accuracy": 0.25},
-            {"train/step": 2.0, "eval/accuracy": last},
-        ]
-        (tmp_path / name / "metrics.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
-    axes = Figure().add_subplot()
-    panel = comparison_panel([tmp_path / "sft", tmp_path / "dpo"])
-    panel.draw(axes, [])
-    assert [line.get_label() for line in axes.get_lines()] == [
-        "sft  25.0 to 50.0 %",
-        "dpo  25.0 to 75.0 %",
-    ]
-    assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[0.25, 0.5], [0.25, 0.75]]
-    assert (
-        "Compared with other runs" in write_report(tmp_path / "sft", [tmp_path / "dpo"]).read_text()
-    )
-    with pytest.raises(DataError):
-        write_report(tmp_path / "sft", [tmp_path / "nothing"])

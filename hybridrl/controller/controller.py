@@ -39,7 +39,7 @@ from hybridrl.errors import (
 )
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
-from hybridrl.runtime.calls import Meter
+from hybridrl.runtime.calls import Meter, Reference
 from hybridrl.runtime.cluster import object_store_bytes
 from hybridrl.runtime.weights import WeightSync
 from hybridrl.runtime.workers import Workers
@@ -95,6 +95,7 @@ class Controller:
             "pipeline": self.pipeline,
             "schedules": self.weights_of,
         }
+        self.heldout_data = heldout_with_responses(settings, heldout)
         self.signals = make_objective(settings).signals
         self.preemption, self.clock = preemption, PhaseClock()
         self.steps_done = 0
@@ -115,20 +116,10 @@ class Controller:
             used = first_groups(arrived, self.settings.train.prompts_per_step)
             shards = self._shards(used)
             plan = self._plan(used, shards)
-            values = [
-                [
-                    a.drawn.chunk.batch.ref,
-                    a.drawn.rewards[0].ref,
-                    *(scores.ref for _, scores in a.drawn.scores),
-                ]
-                for a in used
-            ]
             probe_gap = self.probe.check()
             try:
                 stats = self.learner.update(
-                    plan,
-                    [s for s, _ in shards],
-                    [[ref for c in mine for ref in values[c]] for _, mine in shards],
+                    plan, [shard for shard, _ in shards], values_of(used, shards)
                 )
             except SkippedStep:
                 self.pipeline.skip(late)
@@ -250,8 +241,24 @@ class Controller:
         with self.clock.phase("eval"):
             self.probe.check()
             result = self._evaluate()
+            data_metrics = self._evaluate_on_data()
         self.sinks.samples(result.samples)
-        return result.metrics | self.clock.take()
+        return result.metrics | data_metrics | self.clock.take()
+
+    def _evaluate_on_data(self) -> dict[str, float]:
+        """The loss on the held-out data's own responses (eval/loss, ...); empty where the run learns from no data."""
+        prompts = self.heldout_data
+        if not prompts:
+            return {}
+        drawn = self.sampling.heldout(prompts, wave=f"eval-data-{self.steps_done}")
+        headers = self.sampling.headers(drawn)
+        arrived = self.sampling.arrived(drawn, headers, self.steps_done)
+        self.sampling.scores(drawn)
+        shards = self._shards(arrived)
+        plan = self._plan(arrived, shards)
+        return self.learner.evaluate(
+            plan, [shard for shard, _ in shards], values_of(arrived, shards)
+        ).metrics
 
     def _evaluate(self) -> Evaluation:
         """Once more from the start when a worker is lost, in a wave of another name: engines that live still have the old one."""
@@ -417,6 +424,29 @@ class Controller:
                 f"rollout.max_logprob_gap is {limit:g}; "
                 "the engines do not run the learner's weights, or not in the learner's precision"
             )
+
+
+def heldout_with_responses(settings: RunSettings, heldout: Sequence[Prompt]) -> list[Prompt]:
+    """Held-out prompts with responses such as the run learns from; none where it learns from no data."""
+    if not settings.algorithm.data_fraction:
+        return []
+    wanted = settings.algorithm.responses_per_prompt
+    return [prompt for prompt in heldout if len(prompt.responses) == wanted]
+
+
+def values_of(
+    used: Sequence[Arrived], shards: Sequence[tuple[Shard, list[int]]]
+) -> list[list[Reference]]:
+    """Per learner rank, the references that follow its shard: of each of its chunks the batch, the rewards and the scores."""
+    of_chunk = [
+        [
+            a.drawn.chunk.batch.ref,
+            a.drawn.rewards[0].ref,
+            *(scores.ref for _, scores in a.drawn.scores),
+        ]
+        for a in used
+    ]
+    return [[ref for chunk in chunks for ref in of_chunk[chunk]] for _, chunks in shards]
 
 
 def learning_rate(settings: RunSettings, step: int) -> float:

@@ -60,7 +60,12 @@ def evaluate(
         [chunk.header for chunk in chunks], watch
     )  # the loss of an engine fails the reward calls too, which are not to blame
     scored = gather(pending)
-    return summary(scored, rewards.samples(chunks[0], pending[0], step, config.samples))
+    samples = rewards.samples(chunks[0], pending[0], step, config.samples)
+    by_uid = {prompt.uid: prompt for prompt in prompts}
+    readable = [
+        replace(s, question=by_uid[s.uid].question, answer=by_uid[s.uid].answer) for s in samples
+    ]
+    return summary(scored, readable)
 
 
 def summary(scored: Sequence[Rewards], samples: Sequence[Sample]) -> Evaluation:

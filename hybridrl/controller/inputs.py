@@ -16,8 +16,10 @@ def digests(
 ) -> dict[str, str]:
     """sha256 of all prompts as the model and the rewards see them, and of each file with a reward function, by settings' keys."""
     data = hashlib.sha256()
-    for prompt in (*prompts, *heldout):
-        data.update(repr(prompt).encode())
+    for prompt in prompts:
+        data.update(described(prompt, prompt.responses).encode())
+    for prompt in heldout:  # their responses are only measured, nothing is learned from them
+        data.update(described(prompt, ()).encode())
     files = {
         name: Path(function.function.rpartition(":")[0])
         for name, function in settings.reward.functions.items()
@@ -26,3 +28,11 @@ def digests(
         f"reward.functions.{name}": sha256(path) for name, path in files.items() if path.is_file()
     }
     return {DATA: data.hexdigest()} | found
+
+
+def described(prompt: Prompt, responses: tuple[tuple[int, ...], ...]) -> str:
+    """What the model and the rewards see of a prompt. The form is that of the first version, whose runs can be continued."""
+    return (
+        f"Prompt(uid={prompt.uid!r}, input_ids={prompt.input_ids!r}, text={prompt.text!r}, "
+        f"columns={prompt.columns!r}, responses={responses!r})"
+    )

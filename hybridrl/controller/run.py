@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hybridrl import redact
-from hybridrl.choices import PairLoss, Resume, Support, WandbMode
+from hybridrl.choices import Resume, Support, WandbMode
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.contract import check_running, check_teachers, check_templates
@@ -264,7 +264,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     check_responses(settings, train_problems)
     check_templates(settings, tokenizer, teachers, train_problems)
     train_prompts = tokenize(train_problems, tokenizer, settings.data, room, given)
-    return train_prompts, tokenize(heldout_problems, tokenizer, settings.data, room)
+    return train_prompts, tokenize(heldout_problems, tokenizer, settings.data, room, given)
 
 
 def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
@@ -275,12 +275,11 @@ def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
     """
     if not settings.algorithm.data_fraction:
         return
-    pairs = settings.algorithm.pair.loss is not PairLoss.none
-    wanted, what, option = (
-        (2, "a chosen and a rejected response", "pair")
-        if pairs
-        else (1, "one response", "solution")
-    )
+    wanted = settings.algorithm.responses_per_prompt
+    what, option = {
+        1: ("one response", "solution"),
+        2: ("a chosen and a rejected response", "pair"),
+    }[wanted]
     for problem in problems:
         if len(problem.responses) != wanted:
             raise ConfigError(

@@ -88,12 +88,29 @@ class Sampling:
             drawn += [self._drawn(teacher, c, reward_weights) for c in written]
         if by_data:
             assert replay is not None, "algorithm.data_fraction starts one"
-            drawn += [
-                self._drawn(replay, c, reward_weights)
-                for c in replay.generate(prompts[by_student + by_teacher :], wave=wave)
-            ]
+            drawn += self._given(replay, prompts[by_student + by_teacher :], wave, reward_weights)
         self._ask(drawn)
         return drawn
+
+    def heldout(self, prompts: Sequence[Prompt], *, wave: str) -> list[Drawn]:
+        """Start a wave of the data's own responses to held-out prompts, ranked by the data and scored by the teachers."""
+        replay = self.workers.replay
+        assert replay is not None, "algorithm.data_fraction starts one"
+        drawn = self._given(replay, prompts, wave, ())
+        self._ask(drawn)
+        return drawn
+
+    def _given(
+        self,
+        replay: ReplayGroup,
+        prompts: Sequence[Prompt],
+        wave: str,
+        reward_weights: Sequence[float],
+    ) -> list[Drawn]:
+        return [
+            self._drawn(replay, chunk, reward_weights)
+            for chunk in replay.generate(prompts, wave=wave)
+        ]
 
     def _drawn(
         self, writer: RolloutGroup | ReplayGroup, chunk: Chunk, reward_weights: Sequence[float]

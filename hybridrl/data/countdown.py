@@ -149,7 +149,7 @@ class Countdown:
 def load(
     options: dict[str, object], num_train: int, num_heldout: int, seed: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Training problems under `seed`, with what responses data.options.responses asks for, and the fixed held-out ones, with none.
+    """Training problems under `seed` and the fixed held-out ones, both with the responses that data.options.responses names.
 
     Raises:
         ConfigError: an option that the generator lacks, or that allows no problem.
@@ -169,7 +169,7 @@ def load(
         ) from error
     heldout = game.heldout(num_heldout)
     train = game.train(num_train, seed, {equation.key for equation in heldout})
-    return _problems(train, "train", responses), _problems(heldout, "heldout", Responses.none)
+    return _problems(train, "train", responses), _problems(heldout, "heldout", responses)
 
 
 def _problems(equations: list[Equation], split: str, responses: Responses) -> list[Problem]:

@@ -206,7 +206,28 @@ def _prompt(
         text=text,
         columns=problem.columns,
         responses=responses,
+        question=readable(messages),
+        answer=reference_answer(problem),
     )
+
+
+REFERENCE_COLUMNS = ("answer", "solution", "reference", "ground_truth")
+"""Where data sets keep the right answer; the first one that a row has is shown in the report."""
+
+
+def readable(messages: Sequence[dict[str, Any]]) -> str:
+    """A conversation as text: one message alone is its content, several are named by their roles."""
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def reference_answer(problem: Problem) -> str | None:
+    """The answer that the data gives to a problem: a column of REFERENCE_COLUMNS, else its first response."""
+    for name in REFERENCE_COLUMNS:
+        if problem.columns.get(name) is not None:
+            return str(problem.columns[name])
+    return problem.responses[0] if problem.responses else None
 
 
 def is_templated(problem: Problem, config: DataConfig) -> bool:

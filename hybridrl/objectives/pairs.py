@@ -64,6 +64,7 @@ class PairObjective:
         rejected: Tensor,
     ) -> dict[str, Tensor]:
         found = {
+            "pair/loss": gradient.loss,
             "pair/accuracy": gradient.margin > 0,
             "pair/margin": gradient.margin,
             "pair/chosen_score": gradient.chosen_score,

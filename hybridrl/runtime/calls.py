@@ -19,6 +19,10 @@ class Meter:
     materialized_bytes = 0
 
 
+Reference = ray.ObjectRef
+"""Names a value in the object store; the controller passes references on without fetching the values."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
     """One call under way. `ref` may be handed to other calls without waiting."""

@@ -454,11 +454,26 @@ class LearnerGroup:
         self, plan: UpdatePlan, shards: Sequence[Shard], values: Sequence[Sequence[ray.ObjectRef]]
     ) -> LearnerStats:
         """One optimizer step; shard i and its refs go to rank i. Every rank returns the same global statistics."""
+        return self._on_shards("update", plan, shards, values)
+
+    def evaluate(
+        self, plan: UpdatePlan, shards: Sequence[Shard], values: Sequence[Sequence[ray.ObjectRef]]
+    ) -> LearnerStats:
+        """As `update` of held-out data, of which nothing is learned."""
+        return self._on_shards("evaluate", plan, shards, values)
+
+    def _on_shards(
+        self,
+        method: str,
+        plan: UpdatePlan,
+        shards: Sequence[Shard],
+        values: Sequence[Sequence[ray.ObjectRef]],
+    ) -> LearnerStats:
         limit = self.settings.deadlines.learn_s
         per_rank = enumerate(zip(shards, values, strict=True))
         return gather(
             [
-                self.group.submit(rank, "update", plan, shard, *refs, deadline_s=limit)
+                self.group.submit(rank, method, plan, shard, *refs, deadline_s=limit)
                 for rank, (shard, refs) in per_rank
             ]
         )[0]

@@ -39,6 +39,7 @@ class ConsoleSink:
         self._live: Live | None = None
         self._progress: Progress | None = None
         self._start_accuracy: float | None = None
+        self._start_loss: float | None = None  # held-out loss before training
         self._teachers: dict[str, float] = {}
         self._accuracy: float | None = None
         self._total = self._first = 0
@@ -75,6 +76,8 @@ class ConsoleSink:
             self.notice(self._step_line(step, metrics))
         if "eval/accuracy" in metrics:
             self._print_evaluation(step, metrics["eval/accuracy"])
+        if "eval/loss" in metrics:
+            self._highlight(self._loss_line(step, metrics))
 
     def samples(self, rows: Sequence[Sample]) -> None:
         """Samples are for the report; a console shows none."""
@@ -104,6 +107,7 @@ class ConsoleSink:
         """Remember what evaluation rows are compared with: the first accuracy and the teachers'."""
         if metrics["train/step"] == 0:
             self._start_accuracy = metrics.get("eval/accuracy")
+            self._start_loss = metrics.get("eval/loss")
             self._teachers = {
                 key.removeprefix(TEACHER): value
                 for key, value in metrics.items()
@@ -139,7 +143,19 @@ class ConsoleSink:
         line = f"step {step}  eval accuracy {accuracy:.1%}" + (
             f" ({', '.join(levels)})" if levels else ""
         )
-        line = line.replace("%", " %")
+        self._highlight(line.replace("%", " %"))
+
+    def _loss_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """The evaluation on the held-out data's own responses, with the loss before training."""
+        line = f"step {step}  held-out loss {metrics['eval/loss']:.4f}"
+        if step > 0 and self._start_loss is not None:
+            line += f" (start {self._start_loss:.4f})"
+        if "eval/pair_accuracy" in metrics:
+            share = f"{metrics['eval/pair_accuracy']:.1%}".replace("%", " %")
+            line += f", {share} of pairs ranked right, margin {metrics['eval/pair_margin']:.3f}"
+        return line
+
+    def _highlight(self, line: str) -> None:
         if self._live is not None:
             self._live.console.print(Text(line, style="bold green"))
         else:
@@ -160,11 +176,20 @@ def _columns(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """The watched numbers of one row, those it has, as (name, text)."""
     formats = (
         ("reward/mean", "reward", "{:.3f}"),
+        ("pair/loss", "loss", "{:.4f}"),
+        ("pair/accuracy", "pairs ranked right", "{:.1%}"),
+        ("pair/margin", "margin", "{:.3f}"),
+        ("nll/token", "nll/token", "{:.4f}"),
         ("kl/token" if "kl/token" in metrics else "kl/sampled", "KL/token", "{:.4f}"),
         ("schedule/lambda", "lambda", "{:.2f}"),
         ("perf/tokens_per_s", "tok/s", "{:,.0f}"),
     )
-    return [(name, form.format(metrics[key])) for key, name, form in formats if key in metrics]
+    shown = [entry for entry in formats if entry[0] in metrics]
+    if "reward/mean" not in metrics:  # the weight of a reward that the run does not have
+        shown = [entry for entry in shown if entry[0] != "schedule/lambda"]
+    if "pair/loss" in metrics:  # a pair loss is of both responses, not of the likelihood of all
+        shown = [entry for entry in shown if entry[0] != "nll/token"]
+    return [(name, form.format(metrics[key]).replace("%", " %")) for key, name, form in shown]
 
 
 def _phases(metrics: Mapping[str, float]) -> str:

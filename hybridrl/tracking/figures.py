@@ -271,7 +271,7 @@ def _gradients(axes: Axes, rows: Rows) -> None:
     ]
     for key, colour, label in (
         ("grad/dense_norm", BLUE, "dense (imitation)"),
-        ("grad/sparse_norm", VERMILION, "sparse (reward)"),
+        ("grad/sparse_norm", VERMILION, f"sparse ({_sparse_part(rows)})"),
     ):
         positive = [row for row in drawn if row.get(key, 0) > 0]
         _line(axes, positive, key, colour, label, smooth=True)
@@ -282,6 +282,52 @@ def _gradients(axes: Axes, rows: Rows) -> None:
     if high / low < 12:
         axes.set_ylim(low / 3, high * 3)
     _legend(axes)
+
+
+def _sparse_part(rows: Rows) -> str:
+    """What the sparse term of the gradient is made of in this run."""
+    if series(rows, "pair/loss")[1].size:
+        return "ranked pairs"
+    parts = []
+    if series(rows, "schedule/lambda")[1].any():
+        parts.append("reward")
+    if series(rows, "nll/token")[1].size:
+        parts.append("likelihood of the data")
+    return " and ".join(parts) or "returns"
+
+
+def _loss(axes: Axes, rows: Rows) -> None:
+    for key, label in (("pair/loss", "training pairs"), ("nll/token", "training data")):
+        if series(rows, key)[1].size:
+            _line(axes, rows, key, BLUE, label, smooth=True)
+            break
+    _evaluations(axes, rows, "eval/loss", "held-out data")
+    axes.yaxis.set_major_formatter(PLAIN)
+    _legend(axes)
+
+
+def _pair_accuracy(axes: Axes, rows: Rows) -> None:
+    _line(axes, rows, "pair/accuracy", BLUE, "training pairs", smooth=True)
+    _evaluations(axes, rows, "eval/pair_accuracy", "held-out pairs")
+    axes.axhline(0.5, color=FAINT, linewidth=1, linestyle=(0, (2, 3)))
+    axes.yaxis.set_major_formatter(PERCENT)
+    _legend(axes)
+
+
+def _pair_scores(axes: Axes, rows: Rows) -> None:
+    _line(axes, rows, "pair/chosen_score", GREEN, "chosen", smooth=True)
+    _line(axes, rows, "pair/rejected_score", VERMILION, "rejected", smooth=True)
+    axes.yaxis.set_major_formatter(PLAIN)
+    _legend(axes)
+
+
+def _evaluations(axes: Axes, rows: Rows, key: str, label: str) -> None:
+    """A metric of evaluations: each is a marker."""
+    steps, values = series(rows, key)
+    if values.size:
+        axes.plot(
+            steps, values, color=VERMILION, linewidth=1.8, marker="o", markersize=5, label=label
+        )
 
 
 def _phases(axes: Axes, rows: Rows) -> None:
@@ -306,7 +352,7 @@ def _phases(axes: Axes, rows: Rows) -> None:
             )
             bottom += heights
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
-    axes.set_ylim(0, 1.3 * bottom.max())
+    axes.set_ylim(0, 1.3 * bottom.max() or 1.0)  # rows that name no phase
     _legend(axes, ncols=4, loc="upper left", columnspacing=1.2, handleheight=0.8)
 
 
@@ -352,6 +398,25 @@ PANELS = (
         draw=_accuracy,
     ),
     Panel(
+        title="Loss on given responses",
+        caption="Negative log-likelihood of the data's responses per token, or the loss of its ranked pairs. "
+        "Held-out rows are never trained on.",
+        needs=("pair/loss", "nll/token", "eval/loss"),
+        draw=_loss,
+    ),
+    Panel(
+        title="Pairs ranked right",
+        caption="Share of pairs whose chosen response scores above the rejected one; a coin reaches 50 %.",
+        needs=("pair/accuracy", "eval/pair_accuracy"),
+        draw=_pair_accuracy,
+    ),
+    Panel(
+        title="Scores of both responses",
+        caption="Mean score that the loss compares: log-ratio to the reference, log-likelihood, or the reward model's value.",
+        needs=("pair/chosen_score", "pair/rejected_score"),
+        draw=_pair_scores,
+    ),
+    Panel(
         title="Training reward",
         caption="Mean reward of the responses sampled in each step (band: one standard error; thick: running mean).",
         needs=("reward/mean",),
@@ -368,10 +433,12 @@ PANELS = (
         caption="How strongly each step weighs earning reward (lambda) and imitating the teacher.",
         needs=("schedule/lambda", "schedule/imitation"),
         draw=_schedules,
+        hide_zero=True,
     ),
     Panel(
-        title="Gradient of the two goals",
-        caption="Norm of the logit gradient: imitation speaks at every token (dense), reward once per response (sparse). Log scale.",
+        title="Gradient by its parts",
+        caption="Norm of the logit gradient: the dense part compares the whole vocabulary with a teacher at every token, "
+        "the sparse part weighs the tokens that were written. Log scale.",
         needs=("grad/dense_norm", "grad/sparse_norm"),
         draw=_gradients,
         hide_zero=True,

@@ -54,6 +54,12 @@ SECTIONS = (
             "its gradient is the objective's, its value is not J: need not fall",
         ),
         (
+            "nll/token",
+            "nats",
+            "mean of -log p(y) over the tokens that the data or a teacher wrote",
+            "falls; the loss of supervised fine-tuning",
+        ),
+        (
             "train/grad_norm",
             "",
             "norm of the gradient at the parameters, before clipping",
@@ -284,6 +290,20 @@ SECTIONS = (
         ),
         ("eval/error_rate", "share", "failed calls; they do not count as wrong", "0"),
         (
+            "eval/loss",
+            "",
+            "pair/loss or train/loss on the held-out data's own responses; with data_fraction > 0",
+            "falls; when it rises while the training loss falls, the student learns rows by heart",
+        ),
+        (
+            "eval/kl_token",
+            "nats",
+            "kl/token on the held-out data's own responses",
+            "falls towards 0",
+        ),
+        ("eval/pair_accuracy", "share", "pair/accuracy on held-out pairs", "rises from 0.5"),
+        ("eval/pair_margin", "", "pair/margin on held-out pairs", "rises"),
+        (
             "eval/accuracy_teacher/<name>",
             "share",
             "a teacher's accuracy on the same problems, in row 0",
@@ -400,6 +420,7 @@ SECTIONS = (
         "Pairs",
         "With algorithm.pair.loss. s_w, s_l: the scores of the chosen and the rejected response, log p - log q, log p without a "
         "reference, or the reward model's value; per token with algorithm.pair.average.",
+        ("pair/loss", "", "mean of the pair loss itself", "falls; train/loss is a surrogate here"),
         ("pair/accuracy", "share", "pairs with s_w > s_l", "rises from 0.5"),
         ("pair/margin", "", "mean of s_w - s_l", "rises"),
         (

@@ -44,6 +44,8 @@ def read_samples(run_dir: str | Path) -> list[list[Sample]]:
                 response=row["response"],
                 reward=math.nan if row["reward"] is None else row["reward"],
                 finish_reason=FinishReason(row["finish_reason"]),
+                question=row.get("question", ""),
+                answer=row.get("answer"),
             )
             for row in _read(path, needed="finish_reason")
         ]
@@ -130,6 +132,6 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> Any:
     """A number JSON can hold: numpy scalars as float, NaN and infinities, which JSON lacks, as None."""
-    if isinstance(value, str | int):
+    if value is None or isinstance(value, str | int):
         return value
     return float(value) if math.isfinite(value) else None

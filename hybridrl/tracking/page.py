@@ -67,7 +67,6 @@ def render(
 ) -> str:
     """The whole page."""
     parts = [
-        f'<h1>{escape(name)}</h1><p class="kind">Report of a hybridrl training run</p>',
         f'<p class="summary">{escape(" ".join(sentences))}</p>',
         f'<dl class="figures">{"".join(f"<div><dt>{escape(what)}</dt><dd>{escape(n)}</dd></div>" for n, what in figures)}</dl>',
         '<h2>How it went</h2><div class="curves">',
@@ -85,11 +84,49 @@ def render(
         parts.append(
             f"<details><summary>All settings (config.yaml)</summary><pre>{escape(config_text)}</pre></details>"
         )
+    return document(name, "Report of a hybridrl training run", parts)
+
+
+def document(title: str, kind: str, parts: Sequence[str]) -> str:
+    """A whole page of HTML parts, with its title and what kind of page it is."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)} - hybridrl report</title><style>{STYLE}</style></head>\n"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
+        f"<title>{escape(title)} - hybridrl report</title><style>{STYLE}</style></head>\n"
+        f'<body><main><h1>{escape(title)}</h1><p class="kind">{escape(kind)}</p>'
+        f"{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def render_comparison(
+    *,
+    names: Sequence[str],
+    curves: Sequence[tuple[Panel, bytes]],  # with its PNG
+    numbers: Sequence[Sequence[str]],  # rows: what it is, then a cell per run
+    settings: Sequence[Sequence[str]],  # rows: the key, then a cell per run
+) -> str:
+    """The page that compares runs."""
+    parts = [
+        '<h2>How they went</h2><div class="curves">',
+        *(_curve(panel, png) for panel, png in curves),
+        "</div>",
+        "<h2>In numbers</h2>",
+        _table(["", *names], numbers),
+        "<h2>Settings that differ</h2>",
+        _table(["", *names], settings) if settings else "<p>None but run.dir.</p>",
+    ]
+    return document(" / ".join(names), "Comparison of hybridrl training runs", parts)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -113,27 +150,58 @@ def _keys(panel: Panel) -> str:
 
 
 def _samples(first: Sequence[Sample], last: Sequence[Sample], full_mark: float) -> str:
-    """One problem a row, the answers of the first and the last evaluation beside each other."""
+    """One problem a row, the answers of the first and the last evaluation beside each other, the most changed ones first."""
     columns = [first] if first[0].step == last[0].step else [first, last]
-    prompts = {row.uid: row.prompt for column in columns for row in column}
     answers = [{row.uid: row for row in column} for column in columns]
+    problems = {row.uid: row for column in columns for row in column}
+    ordered = sorted(problems.values(), key=lambda s: _change([a.get(s.uid) for a in answers]))
+    scored = any(math.isfinite(row.reward) for row in problems.values())
     heads = "".join(
         f"<th>{'Before training' if c[0].step == 0 else f'After step {c[0].step}'}</th>"
         for c in columns
     )
     body = "".join(
-        f"<tr><td><pre>{escape(prompt)}</pre></td>{''.join(_answer(by_uid.get(uid), full_mark) for by_uid in answers)}</tr>\n"
-        for uid, prompt in prompts.items()
+        f"<tr><td>{_problem(sample)}</td>"
+        f"{''.join(_answer(by_uid.get(sample.uid), full_mark, scored) for by_uid in answers)}</tr>\n"
+        for sample in ordered
     )
+    order = ", those that changed most first" if len(columns) == 2 else ""
     return (
-        '<h2>What it answers</h2><div class="scroll"><table class="samples">'
+        f'<h2>What it answers</h2><p class="kind">Held-out problems{order}.</p>'
+        '<div class="scroll"><table class="samples">'
         f"<thead><tr><th>Held-out problem</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _answer(sample: Sample | None, full_mark: float) -> str:
+def _change(answers: Sequence[Sample | None]) -> tuple[float, bool]:
+    """A sort key: the largest change of reward first, then changed texts before equal ones."""
+    before, after = answers[0], answers[-1]
+    if before is None or after is None:
+        return 0.0, True
+    change = abs(after.reward - before.reward)
+    return (-change if math.isfinite(change) else 0.0), before.response == after.response
+
+
+def _problem(sample: Sample) -> str:
+    """The question as a person reads it, with the reference answer where the data has one."""
+    reference = (
+        f'<div class="mark">reference answer</div><pre>{escape(sample.answer)}</pre>'
+        if sample.answer is not None
+        else ""
+    )
+    return f"<pre>{escape(sample.question or sample.prompt)}</pre>{reference}"
+
+
+def _answer(sample: Sample | None, full_mark: float, scored: bool) -> str:
+    """One response with its verdict, which is left out where no response of the table has a reward."""
     if sample is None:
         return "<td></td>"
+    cut = "cut off at the length limit" if sample.finish_reason is FinishReason.length else ""
+    if not scored:
+        return (
+            f'<td class="answer"><pre>{escape(sample.response)}</pre>'
+            f'<div class="mark">{cut}</div></td>'
+        )
     if math.isnan(sample.reward):
         verdict, mark = "unscored", "? not scored"
     elif sample.reward >= full_mark - 1e-6:
@@ -143,5 +211,8 @@ def _answer(sample: Sample | None, full_mark: float) -> str:
             ("partly", "partly right") if sample.reward > 0 else ("wrong", "&#10007; wrong")
         )
     reward = "" if math.isnan(sample.reward) else f", reward {sample.reward:g}"
-    cut = ", cut off at the length limit" if sample.finish_reason is FinishReason.length else ""
-    return f'<td class="answer {verdict}"><pre>{escape(sample.response)}</pre><div class="mark">{mark}{reward}{cut}</div></td>'
+    cut = f", {cut}" if cut else ""
+    return (
+        f'<td class="answer {verdict}"><pre>{escape(sample.response)}</pre>'
+        f'<div class="mark">{mark}{reward}{cut}</div></td>'
+    )

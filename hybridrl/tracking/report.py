@@ -1,7 +1,6 @@
 """`hybridrl report`: a finished or running run as one page and one picture, from its run directory alone."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import yaml
 
 from hybridrl.errors import DataError
-from hybridrl.tracking.comparison import comparison_panel
 from hybridrl.tracking.console import duration
 from hybridrl.tracking.figures import (
     Rows,
@@ -39,13 +37,12 @@ class Facts:
     wall_s: float | None  # sum of time/step_s
     tokens_per_s: float | None  # mean over steps
     kl_token: float | None  # of the last step
+    loss: tuple[float, float] | None  # on the held-out data's responses, first and last evaluation
+    pair_accuracy: tuple[float, float] | None  # on held-out pairs, first and last evaluation
 
 
-def write_report(run_dir: str | Path, others: Sequence[Path] = ()) -> Path:
+def write_report(run_dir: str | Path) -> Path:
     """Write report.html and report.png into the run directory; returns the path of the page.
-
-    Args:
-        others: run directories whose held-out accuracy is drawn beside this run's.
 
     Raises:
         DataError: the run has no metrics yet, or damaged ones.
@@ -60,8 +57,6 @@ def write_report(run_dir: str | Path, others: Sequence[Path] = ()) -> Path:
     config_text = settings.read_text(encoding="utf-8") if settings.is_file() else ""
     config = yaml.safe_load(config_text) or {}
     facts, panels, name = measure(rows), panels_of(rows), run_dir.resolve().name
-    if others:
-        panels.insert(1, comparison_panel([run_dir, *others]))
     (run_dir / "report.png").write_bytes(draw_overview(panels, rows, name, headline(facts)))
     evaluations = read_samples(run_dir)
     page = render(
@@ -104,7 +99,14 @@ def measure(rows: Rows) -> Facts:
         wall_s=float(wall.sum()) if wall.size else None,
         tokens_per_s=float(speed.mean()) if speed.size else None,
         kl_token=float(kl[-1]) if kl.size else None,
+        loss=_first_and_last(rows, "eval/loss"),
+        pair_accuracy=_first_and_last(rows, "eval/pair_accuracy"),
     )
+
+
+def _first_and_last(rows: Rows, key: str) -> tuple[float, float] | None:
+    _, values = series(rows, key)
+    return (float(values[0]), float(values[-1])) if values.size else None
 
 
 def headline(facts: Facts) -> str:
@@ -115,6 +117,9 @@ def headline(facts: Facts) -> str:
             0,
             f"held-out accuracy {percent(facts.before)} \N{RIGHTWARDS ARROW} {percent(facts.after)}",
         )
+    if facts.loss is not None:
+        before, after = facts.loss
+        parts.insert(-1, f"held-out loss {before:.3f} \N{RIGHTWARDS ARROW} {after:.3f}")
     if facts.teacher:
         parts.insert(-1, f"teacher {percent(facts.teacher[1])}")
     if facts.wall_s is not None:
@@ -125,27 +130,111 @@ def headline(facts: Facts) -> str:
 def summarize(facts: Facts, config: dict[str, Any]) -> list[str]:
     """The plain summary: what was trained how, what came of it, what it took."""
     trained = f"{_short(_get(config, 'model.path')) or 'A language model'} was trained for {_steps(facts.steps, 'step')}"
-    if task := _get(config, "data.dataset") or _get(config, "data.task"):
-        trained += f" on {task} problems"
-    return [f"{trained}{_goal(config)}.", _outcome(facts), _cost(facts)]
+    if task := _task(config):
+        trained += f" on {task}"
+    sentences = [f"{trained}{_goal(config)}."]
+    if watched := _rewards(config, counted=False):
+        sentences.append(
+            f"The reward {' and '.join(watched)} was only watched: it has no part in the gradient."
+        )
+    return [*sentences, *_outcomes(facts), _cost(facts)]
+
+
+def _task(config: dict[str, Any]) -> str:
+    """What the prompts are, in words: the file's name, or the generator's problems."""
+    if path := _get(config, "data.path"):
+        return _short(str(path))
+    name = _get(config, "data.dataset") or _get(config, "data.task")
+    return f"{name} problems" if name else ""
+
+
+def _rewards(config: dict[str, Any], *, counted: bool) -> list[str]:
+    """The reward functions that have a part in the gradient, or those that have none."""
+    functions = _get(config, "reward.functions") or {}
+    ranks_own_pairs = _is_pairs(config) and not _get(config, "algorithm.data_fraction")
+    used = ranks_own_pairs or not _is_zero(_get(config, "algorithm.reward_weight"))
+    return [
+        name
+        for name, function in functions.items()
+        if (used and float((function or {}).get("weight", 1.0)) != 0) is counted
+    ]
+
+
+def _is_pairs(config: dict[str, Any]) -> bool:
+    return _get(config, "algorithm.pair.loss") not in (None, "none")
 
 
 def _goal(config: dict[str, Any]) -> str:
-    teachers = [
-        _short(t.get("path")) or "its own starting point"
+    """What the run learned from, as a clause that begins with a blank; empty where config.yaml does not say."""
+    goals = [_pair_goal(config), *_likelihood_goals(config), _imitation_goal(config)]
+    if not _is_pairs(config) and (rewards := _rewards(config, counted=True)):
+        goals.append(f"earn the reward of its own answers ({', '.join(rewards)})")
+    goals = [goal for goal in goals if goal]
+    if len(goals) == 2:
+        return f" to {goals[0]} and, in the same gradient, to {goals[1]}"
+    return f" to {', to '.join(goals)}" if goals else ""
+
+
+def _pair_goal(config: dict[str, Any]) -> str:
+    if not _is_pairs(config):
+        return ""
+    pairs = f"the {_get(config, 'algorithm.pair.loss')} loss"
+    if _get(config, "algorithm.data_fraction"):
+        return (
+            f"prefer the chosen response of each pair in the data over the rejected one ({pairs})"
+        )
+    rewards = " and ".join(_rewards(config, counted=True)) or "reward"
+    return f"prefer the best of its own answers by {rewards} over the worst ({pairs})"
+
+
+def _likelihood_goals(config: dict[str, Any]) -> list[str]:
+    if _is_pairs(config) or not _get(config, "algorithm.nll_weight"):
+        return []
+    goals = []
+    if _get(config, "algorithm.data_fraction"):
+        goals.append("write the responses that the data gives (their likelihood)")
+    if _get(config, "algorithm.teacher_fraction"):
+        goals.append(f"write what {_teachers(config)[0]} writes (its likelihood)")
+    return goals
+
+
+def _imitation_goal(config: dict[str, Any]) -> str:
+    if not _teachers(config) or _is_zero(_get(config, "algorithm.imitation_weight")):
+        return ""
+    divergence = {"forward_kl": "forward KL divergence", "jsd": "Jensen-Shannon divergence"}.get(
+        str(_get(config, "algorithm.divergence")), "KL divergence"
+    )
+    support = {"sampled": "on sampled tokens", "topk": "on the most likely tokens"}.get(
+        str(_get(config, "algorithm.support")), "full-vocabulary"
+    )
+    how = f"{support} {divergence}" if support == "full-vocabulary" else f"{divergence} {support}"
+    return f"imitate {' and '.join(_teachers(config))} token by token ({how})"
+
+
+def _teachers(config: dict[str, Any]) -> list[str]:
+    return [
+        _short((t or {}).get("path")) or "its own starting point"
         for t in (_get(config, "teachers") or {}).values()
     ]
-    imitates = bool(teachers) and not _is_zero(_get(config, "algorithm.imitation_weight"))
-    rewarded = bool(_get(config, "reward.functions")) and not _is_zero(
-        _get(config, "algorithm.reward_weight")
-    )
-    imitate = f"imitate {' and '.join(teachers)} token by token (full-vocabulary KL divergence)"
-    reward = (
-        f"earn the reward of its own answers ({', '.join(_get(config, 'reward.functions') or ())})"
-    )
-    if imitates and rewarded:
-        return f" to {imitate} and, in the same gradient, to {reward}"
-    return f" to {imitate}" if imitates else f" to {reward}" if rewarded else ""
+
+
+def _outcomes(facts: Facts) -> list[str]:
+    """What held-out data says, on answers that the student samples and on responses that the data gives."""
+    sentences = []
+    if facts.before is not None or facts.loss is None:
+        sentences.append(_outcome(facts))
+    if facts.loss is not None:
+        before, after = facts.loss
+        sentences.append(
+            f"Its loss on the held-out data's responses went from {before:.3f} to {after:.3f}."
+        )
+    if facts.pair_accuracy is not None:
+        before, after = facts.pair_accuracy
+        sentences.append(
+            f"It ranked {percent(before)} of the held-out pairs right before, "
+            f"{percent(after)} after."
+        )
+    return sentences
 
 
 def _outcome(facts: Facts) -> str:
@@ -189,6 +278,10 @@ def key_figures(facts: Facts) -> list[tuple[str, str]]:
         else None,
         (f"{facts.steps}", "optimizer steps"),
         (duration(facts.wall_s), "wall time of the steps") if facts.wall_s is not None else None,
+        (f"{facts.loss[1]:.3f}", "final loss on held-out data") if facts.loss is not None else None,
+        (percent(facts.pair_accuracy[1]), "held-out pairs ranked right")
+        if facts.pair_accuracy is not None
+        else None,
         (f"{facts.kl_token:.3f}", "final distance to the teacher (KL, nats per token)")
         if facts.kl_token is not None
         else None,
@@ -208,8 +301,9 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
                 for t in (_get(config, "teachers") or {}).values()
             ),
         ),
-        ("Task", _get(config, "data.dataset") or _get(config, "data.task")),
-        ("Reward", ", ".join(_get(config, "reward.functions") or ())),
+        ("Task", _task(config)),
+        ("Reward", ", ".join(_rewards(config, counted=True))),
+        ("Watched, not learned from", ", ".join(_rewards(config, counted=False))),
         ("Imitation weight", _schedule(_get(config, algorithm + "imitation_weight"))),
         ("Reward weight (lambda)", _schedule(_get(config, algorithm + "reward_weight"))),
         ("Discount of future imitation cost (gamma)", _get(config, algorithm + "gamma")),

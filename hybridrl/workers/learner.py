@@ -52,7 +52,13 @@ from hybridrl.types import (
 )
 from hybridrl.workers.optimizer_state import check_finite, check_model, load_part, local_fragments
 from hybridrl.workers.probe import gradient_geometry, teacher_distance
-from hybridrl.workers.stats import Tally, batch_metrics, count_credits, count_micro
+from hybridrl.workers.stats import (
+    Tally,
+    batch_metrics,
+    count_credits,
+    count_micro,
+    heldout_metrics,
+)
 from hybridrl.workers.student import HeadInputs, Look, Student, head_rule
 from hybridrl.workers.teachers import TeacherSide
 from hybridrl.workers.weights import WeightStream
@@ -143,17 +149,8 @@ class Learner:
         """
         started = time.monotonic()
         failpoints.hit("learner.update", step=plan.step, rank=self.rank)
-        batches = scored_batches(shard, values)
-        weights = [[teacher_weight(b, plan, k) for k in range(shard.num_teachers)] for b in batches]
-        credits = self._credits(plan, batches, weights)
         tally = Tally(self.device)
-        sequences = [
-            s
-            for b, c, w in zip(batches, credits, weights, strict=True)
-            for s in train_sequences(b, c, w)
-        ]
-        batches_of = self._micro_batches(sequences, plan.num_micro_batches)
-        micros = [self._collate([sequences[i] for i in batch]) for batch in batches_of]
+        credits, micros = self._prepare(plan, shard, values)
         diagnostics = self._diagnostics(micros) if plan.diagnose else {}
         for micro in micros:
             self._backward(micro, tally, plan.step)
@@ -169,6 +166,48 @@ class Learner:
             metrics=batch_metrics(found, plan, grad_norm) | diagnostics,
             learn_s=time.monotonic() - started,
         )
+
+    def evaluate(
+        self, plan: UpdatePlan, shard: Shard, *values: RolloutBatch | Rewards | TokenScores
+    ) -> LearnerStats:
+        """Measure this rank's groups of held-out data as `update` measures its batch; nothing is learned.
+
+        Args:
+            plan: its counts are those of the held-out data.
+            values: as in `update`.
+
+        Returns:
+            Statistics whose metrics have the keys eval/*.
+        """
+        started = time.monotonic()
+        tally = Tally(self.device)
+        credits, micros = self._prepare(plan, shard, values)
+        with torch.no_grad():
+            for micro in micros:
+                self._forward(micro, tally, plan.step)
+        count_credits(tally, credits)
+        return LearnerStats(
+            metrics=heldout_metrics(tally.reduced()), learn_s=time.monotonic() - started
+        )
+
+    def _prepare(
+        self,
+        plan: UpdatePlan,
+        shard: Shard,
+        values: Sequence[RolloutBatch | Rewards | TokenScores],
+    ) -> tuple[list[Credit], list[MicroBatch]]:
+        """The credit of this rank's groups, and the micro-batches of their tokens."""
+        batches = scored_batches(shard, values)
+        weights = [[teacher_weight(b, plan, k) for k in range(shard.num_teachers)] for b in batches]
+        credits = self._credits(plan, batches, weights)
+        sequences = [
+            s
+            for b, c, w in zip(batches, credits, weights, strict=True)
+            for s in train_sequences(b, c, w)
+        ]
+        batches_of = self._micro_batches(sequences, plan.num_micro_batches)
+        micros = [self._collate([sequences[i] for i in batch]) for batch in batches_of]
+        return credits, micros
 
     def _check_finite(
         self, plan: UpdatePlan, loss: float, grad_norm: float, micros: Sequence[MicroBatch]
@@ -277,12 +316,17 @@ class Learner:
 
     def _backward(self, micro: MicroBatch, tally: Tally, version: int) -> None:
         """Forward and backward of one micro-batch, counted in `tally`."""
-        loss, stats = self.engine(*self._inputs(micro).arguments(), Look.learn)
+        loss = self._forward(micro, tally, version)
         # DeepSpeed averages gradients over ranks; the objective's normaliser is already global.
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
+
+    def _forward(self, micro: MicroBatch, tally: Tally, version: int) -> Tensor:
+        """The loss [] of one micro-batch, counted in `tally`."""
+        loss, stats = self.engine(*self._inputs(micro).arguments(), Look.learn)
         count_micro(
             tally, loss, stats, micro, version, compared=bool(self.objective.signals & ROWS)
         )
+        return loss
 
     def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
         """What is too dear for every step."""

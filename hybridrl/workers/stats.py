@@ -31,6 +31,8 @@ MEANS = (
     "policy/logprob_gap",
     "policy/kl_sampler",
     "policy/bounded_frac",
+    "nll/token",
+    "pair/loss",
     "pair/accuracy",
     "pair/margin",
     "pair/chosen_score",
@@ -48,6 +50,16 @@ MAXIMA = (
     "policy/logprob_gap_max",
     "pair/score_max",
 )
+
+
+HELDOUT = {
+    "train/loss": "eval/loss",
+    "kl/token": "eval/kl_token",
+    "pair/loss": "eval/loss",
+    "pair/accuracy": "eval/pair_accuracy",
+    "pair/margin": "eval/pair_margin",
+}
+"""What is reported of held-out data, in rising precedence: the surrogate whose gradient a pair loss has is not its value."""
 
 
 class Tally:
@@ -129,6 +141,8 @@ def count_micro(
     if compared:
         tally.add("kl/token", stats.kl, live)
     tally.add("entropy/token", stats.entropy, live)
+    by_others = torch.tensor([s is not Source.student for s in micro.sources])[micro.owner]
+    tally.add("nll/token", -stats.logprobs, live & by_others.to(device))
     advantage = -micro.sparse.to(device).double()
     for name, part in {
         "advantage/mean": advantage,
@@ -203,3 +217,10 @@ def batch_metrics(found: dict[str, float], plan: UpdatePlan, grad_norm: float) -
     if found.get("rho_sq"):
         row["policy/ess"] = found["policy/rho_mean"] ** 2 / found["rho_sq"]
     return row
+
+
+def heldout_metrics(found: dict[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation on held-out data, of what Tally.reduced found; none where no token counts."""
+    if not found["tokens"]:
+        return {}
+    return {key: found[name] for name, key in HELDOUT.items() if name in found}
