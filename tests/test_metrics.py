@@ -1,7 +1,7 @@
 """What is measured of a step, against numbers counted by hand, and the page that explains it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -274,11 +274,13 @@ PAIR = make_batch(
 )  # the second group's rewards are equal: no pair
 
 
-def watched(loss: PairLoss, **changes) -> dict[str, float]:
+SEEN = (-0.5, -0.5, -2.0, -1.0, -1.0, -1.0, -9.0, -9.0)
+
+
+def watched(loss: PairLoss, seen: Sequence[float] = SEEN, **changes) -> dict[str, float]:
     rewards = make_rewards(PAIR, [1.0, 0.0, 1.0, 1.0])
     scored = ScoredBatch(rollout=PAIR, scores=(make_scores(PAIR, [-1.0] * 8),), rewards=rewards)
-    seen = torch.tensor([-0.5, -0.5, -2.0, -1.0, -1.0, -1.0, -9.0, -9.0])
-    view = LearnerView(logprobs=seen, values=torch.arange(8.0))
+    view = LearnerView(logprobs=torch.tensor(seen), values=torch.arange(8.0))
     credit = PairObjective(AlgorithmConfig(pair=PairConfig(loss=loss, **changes))).credit(
         scored, make_plan(PAIR, num_groups=1), view
     )
@@ -304,6 +306,12 @@ def test_a_pair_is_told_by_its_scores():
             "pair/rejected_ratio": math.exp(-1),
         }
     )
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_pair_of_equal_scores_counts_as_half_ranked():
+    as_reference = [-1.0] * 8  # what make_scores says of each token, so s_w = s_l = 0
+    assert watched(PairLoss.dpo, as_reference)["pair/accuracy"] == 0.5
 
 
 @pytest.mark.usefixtures("alone")

@@ -223,8 +223,8 @@ def test_a_comparison_draws_each_metric_with_one_curve_per_run(tmp_path):
     panel = panel_of(METRICS[0], runs)
     panel.draw(axes, [])
     assert [line.get_label() for line in axes.get_lines()] == [
-        "sft  25 % to 50 %",
-        "dpo  25 % to 75 %",
+        "sft  25.0 % to 50.0 %",
+        "dpo  25.0 % to 75.0 %",
     ]
     assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[0.25, 0.5], [0.25, 0.75]]
     drawn = [metric.key for metric in METRICS if panel_of(metric, runs) is not None]

@@ -65,7 +65,9 @@ class PairObjective:
     ) -> dict[str, Tensor]:
         found = {
             "pair/loss": gradient.loss,
-            "pair/accuracy": gradient.margin > 0,
+            "pair/accuracy": torch.heaviside(
+                gradient.margin, torch.tensor(0.5).to(gradient.margin)
+            ),
             "pair/margin": gradient.margin,
             "pair/chosen_score": gradient.chosen_score,
             "pair/rejected_score": gradient.rejected_score,

@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
 
 from hybridrl.errors import DataError
 from hybridrl.tracking.console import duration
@@ -54,8 +53,12 @@ class Compared:
     key: str
     title: str
     caption: str
-    form: FuncFormatter = PLAIN
+    share: bool = False  # shown in per cent
     marked: bool = False  # a value per evaluation, not per step
+
+    def text(self, value: float) -> str:
+        """Example: 0.2993 as a share is "29.9 %", otherwise "0.2993"."""
+        return f"{100 * value:.1f} %" if self.share else f"{value:,.4g}"
 
 
 METRICS = (
@@ -63,7 +66,7 @@ METRICS = (
         key="eval/accuracy",
         title="Held-out accuracy",
         caption="Share of problems never trained on that are solved. Dashed: the teacher, where all runs have the same.",
-        form=PERCENT,
+        share=True,
         marked=True,
     ),
     Compared(
@@ -76,7 +79,7 @@ METRICS = (
         key="eval/pair_accuracy",
         title="Held-out pairs ranked right",
         caption="Share of held-out pairs whose chosen response scores above the rejected one.",
-        form=PERCENT,
+        share=True,
         marked=True,
     ),
     Compared(
@@ -182,7 +185,7 @@ def panel_of(metric: Compared, runs: Sequence[Run]) -> Panel | None:
         for (name, (steps, values)), (colour, marker) in zip(curves.items(), styles, strict=False):
             if values.size:
                 marker = marker if metric.marked or values.size == 1 else None
-                ends = f"{metric.form(values[0])} to {metric.form(values[-1])}"
+                ends = f"{metric.text(values[0])} to {metric.text(values[-1])}"
                 axes.plot(
                     steps,
                     values,
@@ -194,10 +197,10 @@ def panel_of(metric: Compared, runs: Sequence[Run]) -> Panel | None:
                 )
         same_teacher = levels and math.isclose(min(levels), max(levels))
         if metric.key == "eval/accuracy" and same_teacher:
-            label = f"teacher  {metric.form(levels[0])}"
+            label = f"teacher  {metric.text(levels[0])}"
             axes.axhline(levels[0], color=FAINT, linewidth=1.5, linestyle=(0, (5, 3)), label=label)
         axes.set_xlim(-0.5, last + 0.5)
-        axes.yaxis.set_major_formatter(metric.form)
+        axes.yaxis.set_major_formatter(PERCENT if metric.share else PLAIN)
         axes.legend(fontsize=8, frameon=False, loc="best")
 
     return Panel(title=metric.title, caption=metric.caption, needs=(metric.key,), draw=draw)
@@ -223,8 +226,8 @@ def _final(rows: Rows, metric: Compared) -> str:
     if not values.size:
         return ""
     if metric.marked:
-        return f"{metric.form(values[0])} to {metric.form(values[-1])}"
-    return metric.form(float(values[-LAST_STEPS:].mean()))
+        return f"{metric.text(values[0])} to {metric.text(values[-1])}"
+    return metric.text(float(values[-LAST_STEPS:].mean()))
 
 
 def differing_settings(runs: Sequence[Run]) -> list[list[str]]:

@@ -143,6 +143,8 @@ def _line(
 ) -> None:
     """A metric over steps; `smooth` puts a running mean over a pale raw line. One value is drawn as a dot."""
     steps, values = series(rows, key)
+    if not values.size:  # no entry in the legend for what was not measured
+        return
     marker = "o" if len(values) == 1 else None
     reach = len(values) // 40
     if smooth and reach > 0:

@@ -421,7 +421,7 @@ SECTIONS = (
         "With algorithm.pair.loss. s_w, s_l: the scores of the chosen and the rejected response, log p - log q, log p without a "
         "reference, or the reward model's value; per token with algorithm.pair.average.",
         ("pair/loss", "", "mean of the pair loss itself", "falls; train/loss is a surrogate here"),
-        ("pair/accuracy", "share", "pairs with s_w > s_l", "rises from 0.5"),
+        ("pair/accuracy", "share", "pairs with s_w > s_l; a tie counts half", "rises from 0.5"),
         ("pair/margin", "", "mean of s_w - s_l", "rises"),
         (
             "pair/chosen_score",
