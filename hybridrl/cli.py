@@ -1,16 +1,17 @@
 """The command line: hybridrl train | report | export | check | doctor."""
 
+import difflib
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from hybridrl import redact
+from hybridrl import __version__, redact
 from hybridrl.compose import (
     check_overrides,
     conf_dir,
@@ -21,10 +22,14 @@ from hybridrl.compose import (
 )
 from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError, HybridRLError, Preempted
+from hybridrl.settings_file import continued_run, own_file, saved_config
 
 USAGE = """usage: hybridrl VERB ...
 
   hybridrl train experiment=quickstart run.dir=DIR [KEY=VALUE ...]   train, or continue the run in DIR
+  hybridrl train --config FILE [KEY=VALUE ...]                       the same with a YAML file of one's own settings
+  hybridrl train run.dir=DIR                                         continue the run in DIR by its own settings
+  hybridrl train --dry-run ...                                       only check, and show the first prompt
   hybridrl train --help                                              every setting; also --cfg job, and -m to sweep
   hybridrl report DIR                                                write DIR/report.html and DIR/report.png
   hybridrl report DIR OTHER ...                                      compare runs: DIR/comparison.html and .png
@@ -52,8 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if verb in verbs:
         return said(lambda: verbs[verb](rest))
-    print(USAGE, end="", file=sys.stdout if verb in HELP else sys.stderr)
-    return 0 if verb in HELP else 2
+    if verb in ("--version", "-V"):
+        print(f"hybridrl {__version__}")
+        return 0
+    if verb in HELP:
+        print(USAGE, end="")
+        return 0
+    near = difflib.get_close_matches(verb, verbs, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(verbs)}"
+    print(f"hybridrl: {verb}: no such verb; {remedy}", file=sys.stderr)
+    return 2
 
 
 def said(act: Callable[[], int]) -> int:
@@ -78,9 +91,40 @@ def said(act: Callable[[], int]) -> int:
 
 
 def train_verb(arguments: Sequence[str]) -> int:
-    if any(a.startswith("-") for a in arguments):
-        return hydra_flags(arguments)
-    return run_training(load_config(arguments))
+    """Train, or with --dry-run only check; --config FILE is the base of the settings, all other flags are Hydra's."""
+    rest = [a for a in arguments if a != "--dry-run"]
+    run = run_training if len(rest) == len(arguments) else run_checks
+    rest, file = option("--config", rest)
+    shown = any(a.startswith("-") for a in rest)
+    with ExitStack() as stack:
+        base: list[str] = []
+        if file is not None:
+            base = stack.enter_context(own_file(Path(file).expanduser()))
+        elif not shown and (saved := continued_run(rest)):
+            base = stack.enter_context(saved_config(saved))
+        if shown:
+            return hydra_flags([*base, *rest], run)
+        return run(load_config([*base, *rest]))
+
+
+def option(name: str, arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """The other arguments, and the value of `name VALUE` or `name=VALUE`; None: it is not given.
+
+    Raises:
+        ConfigError: it is given without a value, or twice.
+    """
+    rest, values = [], []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument == name:
+            values.append(next(waiting, ""))
+        elif argument.startswith(f"{name}="):
+            values.append(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    if not all(values) or len(values) > 1:
+        raise ConfigError(f"{name}: takes one file of settings, once; write {name} FILE")
+    return rest, values[0] if values else None
 
 
 def check_verb(arguments: Sequence[str]) -> int:
@@ -113,6 +157,16 @@ def run_training(settings: RunSettings) -> int:
     if done.export:
         print(f"model   {done.export}")
     print(f"report  {done.report}")
+    return 0
+
+
+def run_checks(settings: RunSettings) -> int:
+    """--dry-run: check all that needs no worker and print what would be run; nothing is written."""
+    from hybridrl.controller.dry_run import describe
+
+    quiet_environment()
+    for line in describe(settings):
+        print(line)
     return 0
 
 

@@ -10,11 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hybridrl"
 
 LAYERS = [
-    {"errors", "failpoints"},
+    {"__version__", "errors", "failpoints"},
     {"choices", "redact"},
     {"algorithm", "checkpointing", "generation"},
     {"config", "needs", "placement"},
     {"compose"},
+    {"settings_file"},
     {"types"},
     {"durable"},
     {"ops"},
@@ -34,8 +35,8 @@ ALLOWED = {
     "vllm": ("workers/rollout", "workers/weight_transfer.py"),
     "deepspeed": ("workers/learner.py", "workers/optimizer_state.py", "workers/scorer.py"),
     "wandb": ("tracking/wandb_sink.py",),
-    "hydra": ("compose.py", "cli.py"),
-    "omegaconf": ("config.py", "algorithm.py", "compose.py", "cli.py"),
+    "hydra": ("compose.py", "settings_file.py", "cli.py"),
+    "omegaconf": ("config.py", "algorithm.py", "compose.py", "settings_file.py", "cli.py"),
 }
 """Who may import what is heavy, by the beginning of a path inside the package."""
 

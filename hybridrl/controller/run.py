@@ -62,9 +62,7 @@ def train(settings: RunSettings) -> RunResult:
         HybridRLError: what went wrong, in one sentence; nothing is left running.
     """
     began = time.monotonic()
-    check_metrics(settings)
-    check_rewards(settings.reward)
-    prompts, heldout = prepare_prompts(settings)
+    prompts, heldout = preflight(settings)
     with run_directory(settings) as run_dir, ExitStack() as stack:
         settings = replace(
             settings, run=replace(settings.run, dir=str(run_dir))
@@ -237,6 +235,17 @@ def train_on(
     if not checkpoint:
         controller.sinks.log({"train/step": 0.0, **levels, **controller.evaluate()})
     controller.run()
+
+
+def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
+    """All checks that need no worker, after those that the settings make of themselves; -> (training, held-out) prompts.
+
+    Raises:
+        ConfigError, DataError: one sentence on the first thing that cannot work.
+    """
+    check_metrics(settings)
+    check_rewards(settings.reward)
+    return prepare_prompts(settings)
 
 
 def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:

@@ -140,6 +140,27 @@ def find_checkpoint(
     return checkpoint
 
 
+def describe_directory(settings: RunSettings, inputs: Mapping[str, str]) -> str:
+    """What a run of these settings would do with its run.dir, in words; nothing is written.
+
+    Raises:
+        RunDirectoryError, CheckpointError: as find_checkpoint.
+    """
+    run_dir = Path(settings.run.dir).expanduser().absolute()
+    checkpointer = Checkpointer(run_dir, settings.checkpoint)
+    holds_run = (run_dir / METRICS).exists() or bool(checkpointer.folders())
+    if settings.run.resume is Resume.never and holds_run:
+        raise RunDirectoryError(
+            f"run.dir={run_dir}: holds a run and run.resume=never; choose another run.dir or run.resume=auto"
+        )
+    checkpoint = checkpointer.newest()
+    if checkpoint is None:
+        return "holds a run without a checkpoint, which starts afresh" if holds_run else "a new run"
+    check_same_run(settings, run_dir)
+    check_inputs(settings, checkpoint.state.inputs, inputs)
+    return f"continues after step {checkpoint.state.step}"
+
+
 def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
     """Begin run_dir as a copy of the run that the checkpoint is of: its rows, samples and ledger, which are cut at the
     checkpoint's step when the run starts. On wandb it is a run of its own."""
