@@ -266,7 +266,7 @@ def _no_such_setting(given: str, key: str) -> str:
         if key.startswith(f"{section}."):
             entry = ".".join(key.split(".")[: section.count(".") + 2])
             known = [f"{entry}.{f.name}" for f in fields(schema)]
-    if key in known or ".options." in key:
+    if key in known or ".options." in key or key.startswith("data.columns."):
         return f"{given}: not in the config so far; write +{given} to add it"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"{given}: no such setting" + (

@@ -119,16 +119,22 @@ class TrainConfig:
 RECORDS = ("jsonl", "records")
 """Two words for one task: rows from data.path."""
 
+ROW_KEYS = ("prompt", "completion", "messages", "chosen", "rejected")
+"""What a row may hold beside the columns for the rewards; hybridrl/data/schema.py says which combinations mean what."""
+
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     task: str = "countdown"
     """countdown, reasoning_gym (data.dataset) or records (data.path; jsonl means the same)"""
     path: str | None = None
-    """records: a .jsonl or .parquet file, a dataset's folder[:SPLIT], or OWNER/NAME[:CONFIG][:SPLIT] on the hub. A row holds `prompt`
-    (text or chat messages), `prompt` and `completion`, `messages`, or `prompt`, `chosen` and `rejected`; other keys reach the rewards"""
+    """records: a file (JSON lines, a JSON array, CSV, TSV or Parquet; also compressed), a dataset's folder[:SPLIT], or
+    OWNER/NAME[:CONFIG][:SPLIT] on the hub. A row holds `prompt` (text or chat messages), `prompt` and `completion`, `messages`, or
+    `prompt`, `chosen` and `rejected`; other keys reach the rewards"""
     heldout_path: str | None = None
     """records: held-out problems"""
+    columns: dict[str, Any] = field(default_factory=lambda: {key: key for key in ROW_KEYS})
+    """records: the row's key behind each name, e.g. {prompt: question, completion: answer}; null: the row's key is not read"""
     revision: str | None = None
     """hub revision of both paths; null: the newest"""
     dataset: str | None = None
@@ -158,6 +164,15 @@ class DataConfig:
         if self.task not in RECORDS and (self.path or self.heldout_path):
             raise ConfigError(
                 f"data.path={self.path or self.heldout_path}: data.task={self.task} reads no file; set data.task=records"
+            )
+        for name, key in self.columns.items():
+            if not (key is None or (isinstance(key, str) and key)):
+                raise ConfigError(
+                    f"data.columns.{name}={key!r}: must be the name of a key in the rows of data.path, or null to leave it out"
+                )
+        if self.task not in RECORDS and any(name != key for name, key in self.columns.items()):
+            raise ConfigError(
+                f"data.columns={self.columns}: data.task={self.task} reads no rows; set data.task=records, or leave data.columns out"
             )
         if self.task == "reasoning_gym" and not self.dataset:
             raise ConfigError(

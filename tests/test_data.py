@@ -1,7 +1,6 @@
 """Problems, their tokenization and the cursor."""
 
 import ast
-import datetime
 import json
 import logging
 from importlib.util import find_spec
@@ -271,7 +270,7 @@ def test_rows_become_a_prompt_and_its_responses(tmp_path: Path) -> None:
     ("row", "reason"),
     [
         ({"prompt": "1+1=", "chosen": "2"}, "need each other"),
-        ({"chosen": "2", "rejected": "3"}, "`prompt` must be"),
+        ({"chosen": "2", "rejected": "3"}, "are whole texts without a `prompt`"),
         ({"chosen": said("1+1=", "2"), "rejected": said("1+2=", "3")}, "different prompts"),
         (
             {"chosen": said("1+1="), "rejected": said("1+1=")},
@@ -321,11 +320,6 @@ def test_parquet_rows_are_read_like_lines(tmp_path: Path) -> None:
         ("train-000002", said("2+2="), ("4", ""), {"score": None}),
     ]
     assert [p.uid for p in heldout] == ["heldout-000001"]
-    parquet.write_table(
-        pyarrow.Table.from_pylist([{"prompt": "1", "day": datetime.date(2024, 1, 1)}]), path
-    )
-    with pytest.raises(DataError, match=r"a\.parquet:1: `day` cannot be handed to the rewards"):
-        load_problems(DataConfig(task="records", path=path, heldout_path=path), seed=0)
     (tmp_path / "a.parquet").write_text("no")
     with pytest.raises(DataError, match=r"a\.parquet: cannot be read as parquet"):
         load_problems(DataConfig(task="records", path=path, heldout_path=path), seed=0)

@@ -1,5 +1,6 @@
 """From problems to tokenized prompts, and the cursor that walks over them, epoch after epoch."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,10 +43,31 @@ def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Pr
             assert (
                 config.path is not None and config.heldout_path is not None
             )  # DataConfig checks it
-            heldout = records.load(config.heldout_path, "heldout", config.revision)
-            return records.load(config.path, "train", config.revision), heldout[
-                : config.num_heldout
-            ]
+            heldout = records.load(config.heldout_path, "heldout", config.revision, config.columns)
+            heldout = heldout[: config.num_heldout]
+            train = records.load(config.path, "train", config.revision, config.columns)
+            warn_of_shared(train, heldout, config)
+            return train, heldout
+
+
+def warn_of_shared(train: list[Problem], heldout: list[Problem], config: DataConfig) -> None:
+    """Log how many held-out prompts are training prompts too: the same file, a copy of it, or a few of its rows."""
+
+    def key(problem: Problem) -> str:
+        return json.dumps(problem.prompt, sort_keys=True)
+
+    trained = {key(problem) for problem in train}
+    shared = [problem for problem in heldout if key(problem) in trained]
+    if shared:
+        log.warning(
+            "data.heldout_path=%s: %d of %d held-out prompts are in data.path=%s too, %s the first; accuracy on them "
+            "does not show what is learned beyond the training data: hold out other rows",
+            config.heldout_path,
+            len(shared),
+            len(heldout),
+            config.path,
+            shared[0].row,
+        )
 
 
 def tokenize(

@@ -8,16 +8,16 @@
 P is text or a list of chat messages. R is text, a list of one assistant message, or a whole conversation, which then
 brings its own prompt: chosen and rejected share it, and the row's `prompt`, if any, is not read. Keys that are null
 count as absent. Where a row fits several lines, chosen and rejected come before messages, and those before completion.
-All other keys become columns, which the rewards may look at.
+ShareGPT's turns are read as messages. All other keys become columns, which the rewards may look at.
 """
 
-import json
 from typing import Any
 
+from hybridrl.config import ROW_KEYS
+from hybridrl.data.columns import not_json
+from hybridrl.data.layouts import as_messages, unreadable_layout
 from hybridrl.data.problem import Problem
 from hybridrl.errors import DataError
-
-KEYS = ("prompt", "completion", "messages", "chosen", "rejected")
 
 Text = str | list[dict[str, Any]]
 
@@ -26,18 +26,15 @@ def problem(row: dict[str, Any], name: str, uid: str) -> Problem:
     """Args: name: what errors call the row, e.g. "train.jsonl:7".
 
     Raises:
-        DataError: no schema fits, or a column is no JSON value.
+        DataError: no schema fits, or a value that one reads is not JSON.
     """
-    given = {key: row[key] for key in KEYS if row.get(key) is not None}
-    columns = {key: value for key, value in row.items() if key not in KEYS}
-    for key, value in row.items():
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            use = "be read" if key in KEYS else "be handed to the rewards"
-            raise DataError(
-                f"{name}: `{key}` cannot {use}: {error}; leave it out or store it as text"
-            ) from error
+    given = {key: as_messages(row[key]) for key in ROW_KEYS if row.get(key) is not None}
+    for key, value in given.items():
+        if (reason := not_json(value)) is not None:
+            raise DataError(f"{name}: `{key}` cannot be read: {reason}; store it as text")
+    if (misfit := unreadable_layout(row)) is not None:
+        raise DataError(f"{name}: {misfit}")
+    columns = {key: value for key, value in row.items() if key not in ROW_KEYS}
     prompt, responses = _split(given, name)
     return Problem(uid=uid, prompt=prompt, columns=columns, row=name, responses=responses)
 

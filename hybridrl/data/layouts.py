@@ -1,0 +1,129 @@
+"""How other projects lay out their rows: what can be read as it is, and which setting or change makes the rest readable."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+PROMPT_NAMES = ("question", "query", "problem", "instruction", "input", "user", "text")
+ANSWER_NAMES = ("answer", "response", "output", "solution", "target", "completion")
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+SHOWN = 8  # keys that a message lists
+
+
+def as_messages(turns: Any) -> Any:
+    """ShareGPT's turns, {"from": "human", "value": T}, as messages with `role` and `content`; anything else as it is."""
+    if not is_sharegpt(turns):
+        return turns
+    return [
+        {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+        for turn in turns
+    ]
+
+
+def is_sharegpt(turns: Any) -> bool:
+    return (
+        isinstance(turns, list)
+        and bool(turns)
+        and all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in turns)
+        and not any("role" in turn or "content" in turn for turn in turns)
+    )
+
+
+def unreadable_layout(row: Mapping[str, Any]) -> str | None:
+    """What to do about a row that holds no prompt, beginning with the keys that it has; None where it holds one.
+
+    Example: unreadable_layout({"question": "1+1=", "answer": "2"}) ==
+    "the row has `question`, `answer` and no prompt; set 'data.columns={prompt: question}', and completion: answer too where the
+    answer is to be imitated"
+    """
+    given = {key: value for key, value in row.items() if value is not None}
+    if "chosen" in given and "rejected" in given and "prompt" not in given:
+        texts = isinstance(given["chosen"], str) and isinstance(given["rejected"], str)
+        return _two_whole_texts() if texts else None
+    if "prompt" in given:
+        return None
+    if "messages" in given:
+        return _unanswered(given["messages"])
+    return f"the row has {listed(given)} and no prompt; {_remedy(given)}"
+
+
+def listed(keys: Iterable[str]) -> str:
+    """Example: listed(["a", "b"]) == "`a`, `b`"."""
+    names = [f"`{key}`" for key in keys]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return (", ".join(names[:SHOWN]) or "no key") + more
+
+
+def _remedy(given: Mapping[str, Any]) -> str:
+    names = {key.strip().lower(): key for key in given}
+    spelled = {ours: names[ours] for ours in ("prompt", "messages") if ours in names}
+    if spelled:
+        ours, key = next(iter(spelled.items()))
+        return f"set {_columns({ours: key})}"
+    turns = next((key for key, value in given.items() if is_sharegpt(value)), None)
+    if turns is not None:
+        return f"its turns are ShareGPT's: set {_columns({'messages': turns})}"
+    chat = next((key for key, value in given.items() if _is_chat(value)), None)
+    if chat is not None:
+        return f"set {_columns({'messages': chat})}, or prompt: {chat} where the conversation waits for its answer"
+    answer = next((names[name] for name in ANSWER_NAMES if name in names), None)
+    if "instruction" in names and "input" in names:
+        return (
+            f"as in Alpaca's data: join `{names['instruction']}` and `{names['input']}` into one `prompt`"
+            + (
+                f" and name the answer by {_columns({'completion': answer})}"
+                if answer is not None
+                else ""
+            )
+            + f"; where every `{names['input']}` is empty, set {_columns({'prompt': names['instruction']})}"
+        )
+    prompt = next((names[name] for name in PROMPT_NAMES if name in names), None)
+    if prompt is None:
+        return (
+            f"rename the key that holds it to `prompt`, or name it by {_columns({'prompt': 'KEY'})}"
+        )
+    return f"set {_columns({'prompt': prompt})}" + (
+        f", and completion: {answer} too where the answer is to be imitated"
+        if answer is not None
+        else ""
+    )
+
+
+def _two_whole_texts() -> str:
+    return (
+        "`chosen` and `rejected` are whole texts without a `prompt`, as in HH-RLHF; cut both after the last "
+        "'\\n\\nAssistant:' that they share, and store the part before the cut as `prompt`"
+    )
+
+
+def _unanswered(messages: Any) -> str | None:
+    if isinstance(messages, str):
+        return (
+            "`messages` must be a list of messages with `role` and `content`, not text; "
+            "save the rows as JSON lines, which can hold one"
+        )
+    messages = as_messages(messages)
+    if not _is_chat(messages) or any(message["role"] == "assistant" for message in messages):
+        return None
+    return (
+        "`messages` must hold an assistant message, the response; for a prompt that the model is to answer set "
+        + _columns({"prompt": "messages"})
+    )
+
+
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value
+        )
+    )
+
+
+def _columns(mapping: Mapping[str, str]) -> str:
+    """The setting as one writes it in a shell."""
+    pairs = (f"{ours}: {key if key.isidentifier() else repr(key)}" for ours, key in mapping.items())
+    text = f"data.columns={{{', '.join(pairs)}}}"
+    return f'"{text}"' if "'" in text else f"'{text}'"
