@@ -11,9 +11,10 @@ class RolloutConfig:
     engines: int = 1
     tensor_parallel: int = 1
     """devices inside one engine"""
-    max_new_tokens: int = 16
-    max_model_len: int = 64
-    """prompt + response"""
+    max_new_tokens: int | None = None
+    """tokens of the longest response; null: the run ends before it starts, in a sentence that proposes a value for the data"""
+    max_model_len: int | None = None
+    """tokens of the longest prompt with its response; null: as max_new_tokens"""
     max_num_seqs: int = 256
     """sequences decoded at once by one engine"""
     kv_cache_bytes: int | None = None
@@ -40,8 +41,9 @@ class RolloutConfig:
             "max_num_seqs",
             "groups_per_chunk",
         ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"rollout.{name}={value}: must be at least 1")
         if not 0 <= self.oversample <= 1:
             raise ConfigError(
                 f"rollout.oversample={self.oversample}: a share of train.prompts_per_step, in [0, 1]"
@@ -58,7 +60,8 @@ class RolloutConfig:
             raise ConfigError(
                 f"rollout.kv_cache_bytes={self.kv_cache_bytes}: must be positive, or null to have it chosen"
             )
-        if self.max_model_len <= self.max_new_tokens:
+        both = self.max_new_tokens is not None and self.max_model_len is not None
+        if both and self.max_model_len <= self.max_new_tokens:
             raise ConfigError(
                 f"rollout.max_model_len={self.max_model_len}: must hold a prompt and rollout.max_new_tokens={self.max_new_tokens}; raise it"
             )

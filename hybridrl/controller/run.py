@@ -14,6 +14,7 @@ from hybridrl.controller.contract import check_running, check_teachers, check_te
 from hybridrl.controller.controller import Controller
 from hybridrl.controller.inputs import digests
 from hybridrl.controller.ledger import Ledger, check_ledger, drawn_uids
+from hybridrl.controller.lengths import check_lengths
 from hybridrl.controller.metrics import check_metrics
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
@@ -253,7 +254,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
 
     Raises:
         ConfigError: a teacher in use or a reward model does not share the student's vocabulary, or a teacher its chat template; or
-            as load_problems and tokenize.
+            as load_problems, check_lengths and tokenize.
         DataError: as load_problems and tokenize.
     """
     tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
@@ -264,9 +265,10 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
         raise ConfigError(
             f"algorithm.topk.k={settings.algorithm.topk.k}: model.path={settings.model.path} has {rows} tokens; lower it"
         )
+    train_problems, heldout_problems = load_problems(settings.data, settings.run.seed)
+    check_lengths(settings, tokenizer, [*train_problems, *heldout_problems])
     rollout = settings.rollout
     room = rollout.max_model_len - rollout.max_new_tokens
-    train_problems, heldout_problems = load_problems(settings.data, settings.run.seed)
     given = (
         rollout.max_model_len if settings.algorithm.data_fraction else None
     )  # without it responses of the data are not used

@@ -150,6 +150,18 @@ def head_rows(path: str, revision: str | None = None) -> int:
         )
 
 
+def most_positions(path: str, revision: str | None = None) -> float:
+    """Tokens of the longest sequence that the model's config allows; infinite where it sets no limit.
+
+    Raises:
+        ConfigError: as head_rows.
+    """
+    folder = resolve(path, revision)
+    with loaded_as("a model's config", f"model.path={path}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or float("inf")
+
+
 def load_tokenizer(
     path: str, revision: str | None = None, *, setting: str = "model.path"
 ) -> PreTrainedTokenizerBase:

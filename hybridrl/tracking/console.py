@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hybridrl.tracking.jsonl import read_metrics
+from hybridrl.tracking.symptoms import Watch, watch
 from hybridrl.types import RunInfo, Sample
 
 TEACHER = "eval/accuracy_teacher/"
@@ -44,12 +45,16 @@ class ConsoleSink:
         self._accuracy: float | None = None
         self._total = self._first = 0
         self._began: float | None = None  # when the first step of this process was logged
+        self._watch = Watch()
 
     def start(self, info: RunInfo) -> None:
         self._stream = self._stream or sys.stdout
         self._total, self._first, self._began = info.total_steps, info.first_step, None
+        self._watch = Watch()
         if info.first_step > 0:
-            for row in read_metrics(info.run_dir):
+            rows = read_metrics(info.run_dir)
+            self._watch = watch(rows)
+            for row in rows:
                 self._learn_levels(row)
             self.notice(
                 f"{info.name}: continues after step {info.first_step} of {info.total_steps}, in {info.run_dir}"
@@ -78,6 +83,8 @@ class ConsoleSink:
             self._print_evaluation(step, metrics["eval/accuracy"])
         if "eval/loss" in metrics:
             self._highlight(self._loss_line(step, metrics))
+        if (sentence := self._watch.see(metrics)) is not None:
+            self.notice(f"warning: {sentence}")
 
     def samples(self, rows: Sequence[Sample]) -> None:
         """Samples are for the report; a console shows none."""
@@ -86,6 +93,8 @@ class ConsoleSink:
         if self._live is not None:
             self._live.stop()
             self._live = None
+        if (sentence := self._watch.summary()) is not None:
+            self.notice(f"warning: {sentence}")
         self.notice("done" if exit_code == 0 else "stopped")
 
     def _open_display(self) -> None:

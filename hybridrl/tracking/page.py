@@ -19,6 +19,7 @@ h1 { font-size: clamp(28px, 4vw, 40px); line-height: 1.15; letter-spacing: -0.02
 h2 { font-size: 22px; letter-spacing: -0.01em; margin: 56px 0 16px; }
 h3 { font-size: 16px; margin: 0 0 2px; }
 .kind { color: var(--soft); margin: 0 0 20px; }
+.warning { border-left: 4px solid var(--orange); padding-left: 12px; max-width: 50em; }
 .summary { font-size: 19px; max-width: 50em; margin: 0 0 32px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); gap: 12px; margin: 0; }
 .figures div { background: var(--wash); border-radius: 10px; padding: 14px 16px;
@@ -55,6 +56,7 @@ details pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono",
 def render(
     *,
     name: str,
+    warning: str | None,  # what kept the run from learning; None: nothing seen
     sentences: Sequence[str],
     figures: Sequence[tuple[str, str]],  # (number, what it is)
     curves: Sequence[tuple[Panel, bytes]],  # with its PNG
@@ -67,6 +69,7 @@ def render(
 ) -> str:
     """The whole page."""
     parts = [
+        f'<p class="warning">Warning: {escape(warning)}.</p>' if warning else "",
         f'<p class="summary">{escape(" ".join(sentences))}</p>',
         f'<dl class="figures">{"".join(f"<div><dt>{escape(what)}</dt><dd>{escape(n)}</dd></div>" for n, what in figures)}</dl>',
         '<h2>How it went</h2><div class="curves">',

@@ -19,6 +19,7 @@ from hybridrl.tracking.figures import (
 )
 from hybridrl.tracking.jsonl import METRICS, read_metrics, read_samples
 from hybridrl.tracking.page import render
+from hybridrl.tracking.symptoms import watch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,7 @@ def write_report(run_dir: str | Path) -> Path:
     evaluations = read_samples(run_dir)
     page = render(
         name=name,
+        warning=watch(rows).summary(),
         sentences=summarize(facts, config),
         figures=key_figures(facts),
         curves=[(panel, draw_panel(panel, rows)) for panel in panels],
