@@ -50,10 +50,10 @@ def info(folder: Path, first_step: int = 0) -> RunInfo:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ([CUT], "most responses were cut at rollout.max_new_tokens (raise it, and rollout.max_mod"),
-        ([EMPTY], "most responses were empty (look at the end of a prompt in the report, and set"),
-        ([EQUAL], "all rewards were equal (compare the responses in the report with what reward."),
-        ([STILL], "the gradient was 0 (raise algorithm.imitation_weight or algorithm.reward_weig"),
+        ([CUT], "most responses were cut at rollout.max_new_tokens (raise it and rollout.max_mod"),
+        ([EMPTY], "most responses were empty (see in the report how a prompt ends, and set"),
+        ([EQUAL], "all rewards were equal (see in the report what reward.functions makes of the"),
+        ([STILL], "the gradient was 0 (raise algorithm.imitation_weight, algorithm.reward_wei"),
     ],
 )
 def test_a_step_that_teaches_nothing_is_told_once_with_the_setting_to_change(
@@ -128,7 +128,7 @@ def test_the_console_warns_at_the_step_and_at_the_end_and_the_report_at_its_top(
             sink.log(logged)
         sink.close(0)
     lines = [line for line in out.getvalue().splitlines() if line.startswith("warning: ")]
-    summary = "most responses were cut at rollout.max_new_tokens in 2 of 2 steps (raise it, and rollout.max_model_len with it)"
+    summary = "most responses were cut at rollout.max_new_tokens in 2 of 2 steps (raise it and rollout.max_model_len with it)"
     assert len(lines) == 2 and lines[1] == f"warning: {summary}"
     page = write_report(tmp_path).read_text()
     assert page.index(f"Warning: {summary}.") < page.index('class="summary"')

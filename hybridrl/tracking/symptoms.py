@@ -42,23 +42,22 @@ SYMPTOMS = (
     Symptom(
         shows=_most_cut,
         what="most responses were cut at rollout.max_new_tokens",
-        remedy="raise it, and rollout.max_model_len with it",
+        remedy="raise it and rollout.max_model_len",
     ),
     Symptom(
         shows=_most_empty,
         what="most responses were empty",
-        remedy="look at the end of a prompt in the report, and set data.chat_template or data.instruction",
+        remedy="see in the report how a prompt ends, and set data.chat_template or data.instruction",
     ),
     Symptom(
         shows=_rewards_equal,
         what="all rewards were equal",
-        remedy="compare the responses in the report with what reward.functions expects, or choose problems of which the model solves some",
+        remedy="see in the report what reward.functions makes of the responses, or choose problems of which the model solves some",
     ),
     Symptom(
         shows=_no_gradient,
         what="the gradient was 0",
-        remedy="raise algorithm.imitation_weight or algorithm.reward_weight, or let rewards differ more by "
-        "train.samples_per_prompt or algorithm.temperature",
+        remedy="raise algorithm.imitation_weight, algorithm.reward_weight, train.samples_per_prompt or algorithm.temperature",
     ),
 )
 """Causes before what follows from them."""
