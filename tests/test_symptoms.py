@@ -128,7 +128,7 @@ def test_the_console_warns_at_the_step_and_at_the_end_and_the_report_at_its_top(
             sink.log(logged)
         sink.close(0)
     lines = [line for line in out.getvalue().splitlines() if line.startswith("warning: ")]
-    summary = "most responses were cut at rollout.max_new_tokens in 2 of 2 steps (raise it and rollout.max_model_len with it)"
+    summary = "most responses were cut at rollout.max_new_tokens in 2 of 2 steps (raise it and rollout.max_model_len)"
     assert len(lines) == 2 and lines[1] == f"warning: {summary}"
     page = write_report(tmp_path).read_text()
     assert page.index(f"Warning: {summary}.") < page.index('class="summary"')
