@@ -13,8 +13,6 @@ from hybridrl.data.prompts import tokenize
 from hybridrl.errors import ConfigError
 from hybridrl.models.loading import most_positions
 
-ANSWERS = ("answer", "solution", "reference", "ground_truth")
-"""Columns in which data keeps a reference answer."""
 LEAST = (
     256  # new tokens that are proposed where the model has room: it may think before a short answer
 )
@@ -82,10 +80,9 @@ def measure(
     prompts = tokenize(problems, tokenizer, settings.data, sys.maxsize)
     responses = [max(map(len, prompt.responses), default=0) for prompt in prompts]
     answers = [
-        len(tokenizer(str(p.columns[key]), add_special_tokens=False)["input_ids"]) + 1
-        for p in problems
-        for key in ANSWERS
-        if p.columns.get(key) is not None
+        len(tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]) + 1  # and its end
+        for prompt in prompts
+        if prompt.answer is not None
     ]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
     return Needs(
