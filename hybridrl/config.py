@@ -391,6 +391,15 @@ class RunSettings:
         }
 
     @property
+    def sampler_differs(self) -> bool:
+        """Whether the policy that sampled a response may differ from the policy that learns from it.
+
+        It may where sampling runs ahead of learning, and in bfloat16, where the engine and the learner round the same
+        weights differently. In float32 they agree to about 1e-6 nats a token.
+        """
+        return self.pipeline.ahead > 0 or self.model.dtype == "bfloat16"
+
+    @property
     def scored_teachers(self) -> list[str]:
         """Whose log-probs or hidden states the objective asks for; none for pure reinforcement learning."""
         if self.algorithm.pair.loss in REFERENCED:

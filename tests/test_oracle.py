@@ -6,6 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hybridrl.compose import load_config
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.credit import Signal
+from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.oracle.cases import Case, Kind, World, cases
 from hybridrl.oracle.estimator import Estimator
 from hybridrl.oracle.exact import Target
@@ -161,6 +165,75 @@ def test_k2_as_a_loss_is_the_reverse_and_k3_the_forward_kl():
     assert judge(SAMPLED, Scope(), K2).agrees
     forward = replace(SAMPLED, options=("support=sampled", "divergence=forward_kl"))
     assert judge(forward, Scope(), K3).agrees and not judge(forward, Scope(), K2).agrees
+
+
+# -- a sampler that is not the learner ---------------------------------------------------------------------------------
+
+
+class SamplersCost(Estimator):
+    """The imitation cost of a drawn token by the sampler's log-prob of it, as in a run without stale rollouts."""
+
+    def __init__(self, settings, mdp, values=None):
+        super().__init__(settings, mdp, values)
+        algorithm, longest = settings.algorithm, settings.rollout.max_new_tokens
+        self.objective = HybridObjective(algorithm, longest, sampler_differs=False)
+
+
+OFF_POLICY = {"sampler_distance": 0.3, "learned": 0.99}
+PER_TOKEN = ("normalizer=constant", "ratio.kind=truncate")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(method="opd", options=PER_TOKEN, target=SEMI, **OFF_POLICY),
+        Case(
+            method="opd_full",
+            options=("support=topk", "topk.k=2", "divergence=jsd", *PER_TOKEN),
+            target=SEMI,
+            **OFF_POLICY,
+        ),
+        Case(
+            method="grpo",
+            options=("reward_weight.value=0", "ratio.low=0", "ratio.high=null", *PER_TOKEN),
+            target=SEMI,
+            **OFF_POLICY,
+        ),
+    ],
+)
+def test_near_the_teacher_the_learners_own_cost_is_unbiased_and_the_samplers_is_nothing_but_bias(
+    case: Case,
+):
+    assert judge(case, Scope()).bias < 1e-7
+    assert judge(case, Scope(), SamplersCost).bias > 5
+
+
+def test_near_the_teacher_future_costs_of_the_sampler_point_uphill():
+    case = Case(method="opd", options=("gamma=1", *PER_TOKEN), kind=Kind.biased, **OFF_POLICY)
+    assert judge(case, Scope()).bias < 0.2, "of the prefixes, which a ratio per token leaves alone"
+    broken = judge(case, Scope(), SamplersCost)
+    assert broken.bias > 10 and broken.cosine < 0
+
+
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [
+        ([], False),
+        (["schedule=pipelined"], True),
+        (["model.dtype=bfloat16"], True),
+        (["pipeline.max_staleness=2"], False),
+    ],
+)
+def test_the_learner_looks_first_only_where_the_sampler_may_differ(
+    options: list[str], differs: bool
+):
+    made = ["run.dir=here", "experiment=quickstart", *options]
+    for method in ("opd", "grpo", "reinforce_kl", "reinforce_pp"):
+        signals = make_objective(load_config([*made, f"algorithm={method}"])).signals
+        assert (Signal.learner_logprobs in signals) is differs
+    for method in ("hybrid", "opd_full", "rloo"):  # no cost of a drawn token enters their gradient
+        signals = make_objective(load_config([*made, f"algorithm={method}"])).signals
+        assert Signal.learner_logprobs not in signals
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,14 @@ Its gradient splits into a dense term, the closed form of KL(p || q) at each vis
 G_{t+1} grad log p(y_t) with G_{t+1} = sum_{k>t} gamma^(k-t) c_k - lambda R. This class makes G before the head pass;
 ops.head makes both gradients in that pass. Where the dense term is estimated from the drawn token instead of summed
 over the vocabulary, that token's own cost is part of G. Methods differ in settings only: conf/algorithm holds them.
+
+The costs c = log p(y) - log q(y) in G are the learner's. The sampler mu has log-probs too, but a cost of
+log mu - log q adds E[(log mu - log p) grad log p] to the gradient, which no importance ratio removes. That addition
+does not become smaller as p comes closer to q, so near the teacher it decides the direction: with the student 99 % of
+the way to the teacher and the sampler's logits 0.3 N(0,1) away it is 20 times the gradient, and the sum of the two
+points uphill (tests/test_oracle.py). So wherever sampler and learner may differ (RunSettings.sampler_differs) and a cost of a drawn token
+enters G, the learner computes log p(y) in a forward pass of its own before the update. In float32 without stale
+rollouts mu is p to rounding, and the sampler's log-probs are taken as they are.
 """
 
 import numpy as np
@@ -34,8 +42,13 @@ from hybridrl.types import RolloutBatch, ScoredBatch, UpdatePlan
 class HybridObjective:
     """Turns a scored batch into per-token weights and costs."""
 
-    def __init__(self, config: AlgorithmConfig, max_new_tokens: int) -> None:
-        self.config, self.max_new_tokens = config, max_new_tokens
+    def __init__(
+        self, config: AlgorithmConfig, max_new_tokens: int, *, sampler_differs: bool = False
+    ) -> None:
+        """sampler_differs: the log-probs that come with a response may not be the learner's."""
+        self.config = config
+        self.max_new_tokens = max_new_tokens
+        self.sampler_differs = sampler_differs or config.teacher_fraction > 0
         self.measure = Measure(
             divergence=config.divergence, beta=config.jsd_beta, log_ratio_clip=config.log_ratio_clip
         )
@@ -55,13 +68,12 @@ class HybridObjective:
                 signals.add(Signal.teacher_support)
                 if config.topk.source is SupportSource.sampler:
                     signals.add(Signal.sampler_support)
+            costs_enter = config.gamma > 0 or self.estimates
             if (
-                config.gamma > 0 or self.estimates or config.log_ratio_clip is not None
-            ):  # a clip's share is logged
+                costs_enter or config.log_ratio_clip is not None
+            ):  # the share of clipped costs is logged
                 signals.add(Signal.teacher_logprobs)
-                if (
-                    config.teacher_fraction
-                ):  # the sampler's log-probs of what a teacher wrote are that teacher's
+                if self.sampler_differs:
                     signals.add(Signal.learner_logprobs)
         if config.learns_from_rewards:
             signals.add(Signal.rewards)
@@ -158,8 +170,8 @@ class HybridObjective:
     ) -> tuple[Tensor, Tensor]:
         """The drawn token's share of the dense term, and its imitation cost sum_i w_i (log p - log q_i); both [R].
 
-        log p is the learner's where it has looked, else the sampler's. Data was not drawn from the student, so neither
-        is defined there.
+        log p is the learner's where the sampler may differ from it (see the top of this file). Data was not drawn from
+        the student, so neither is defined there.
         """
         rollout, logp = batch.rollout, drawn_logprobs(batch.rollout, learner)
         own, cost = torch.zeros_like(logp), torch.zeros_like(logp)
@@ -235,7 +247,7 @@ def teacher_weight(batch: ScoredBatch, plan: UpdatePlan, teacher: int) -> Tensor
 
 
 def drawn_logprobs(batch: RolloutBatch, learner: LearnerView | None) -> Tensor:
-    """[R] log p(y): the learner's where it has looked, else the sampler's."""
+    """[R] log p(y): from the learner's own forward pass where there was one, else from the sampler."""
     sampled = response_rows(batch, batch.rollout_logprobs)
     return sampled if learner is None else learner.logprobs.to(sampled.dtype)
 

@@ -34,7 +34,7 @@ class Scope:
         """The declared sizes of biases hold here."""
         return self == Scope()
 
-    def mdp(self, world: World, *, off_policy: bool = False) -> Mdp:
+    def mdp(self, world: World, *, sampler_distance: float = 0.0, learned: float = 0.0) -> Mdp:
         match world:
             case World.fixed:
                 size = {
@@ -47,7 +47,7 @@ class Scope:
                 size = {"seed": self.seed + 3, "vocabulary": 4, "horizon": 4, "ends": True}
             case World.tiny:
                 size = {"seed": self.seed, "vocabulary": 3, "horizon": 2, "ends": False}
-        return make_mdp(**size, off_policy=off_policy)
+        return make_mdp(**size, sampler_distance=sampler_distance, learned=learned)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ def judge(case: Case, scope: Scope, estimator_class: type[Estimator] = Estimator
     """Measure a case and compare it with its declaration."""
     settings = settings_of(case, scope)
     mdp = replace(
-        scope.mdp(case.world, off_policy=case.off_policy),
+        scope.mdp(case.world, sampler_distance=case.sampler_distance, learned=case.learned),
         temperature=settings.algorithm.temperature,
     )
     values = exact_values(settings, mdp) if case.value is Value.exact else None
@@ -120,6 +120,7 @@ def settings_of(case: Case, scope: Scope) -> RunSettings:
             f"algorithm={case.method}",
             f"rollout.max_new_tokens={longest}",
             f"train.samples_per_prompt={case.group_size}",
+            f"schedule={'pipelined' if case.sampler_distance else 'sync'}",
             *(o if o.startswith("+") else f"algorithm.{o}" for o in options),
         ]
     )
