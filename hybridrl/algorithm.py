@@ -173,9 +173,10 @@ class AlgorithmConfig:
     nll_weight: float = 0.0
     """weight of -log p(y) on responses that the student did not sample"""
     teacher_fraction: float = 0.0
-    """share of a step's prompts that the first teacher answers instead of the student (MiniLLM, SeqKD)"""
+    """share of the prompts that the first teacher answers instead of the student (MiniLLM, SeqKD); a share of less than one prompt a
+    step is carried to the next step. Rewards and costs of its answers need a ratio"""
     data_fraction: float = 0.0
-    """share of a step's prompts whose responses come from the data (SFT, GKD, preference pairs)"""
+    """share of the prompts whose responses come from the data (SFT, GKD, preference pairs), carried like teacher_fraction"""
     pair: PairConfig = field(default_factory=PairConfig)
     normalizer: Normalizer = Normalizer.token_mean
     temperature: float = 1.0
@@ -223,6 +224,18 @@ class AlgorithmConfig:
     def responses_per_prompt(self) -> int:
         """How many responses a row of data brings: a chosen and a rejected one for a pair loss, else the one to imitate."""
         return 1 if self.pair.loss is PairLoss.none else 2
+
+    @property
+    def estimates_divergence(self) -> bool:
+        """Whether a part of the dense term is estimated from the drawn token."""
+        return self.support is Support.sampled or (
+            self.support is Support.topk and self.topk.correction is Correction.unbiased
+        )
+
+    @property
+    def learns_from_costs(self) -> bool:
+        """Whether imitation costs of drawn tokens enter the sparse term."""
+        return self.imitates and (self.gamma > 0 or self.estimates_divergence)
 
     @property
     def learns_from_rewards(self) -> bool:

@@ -255,6 +255,22 @@ BAD = [
         "algorithm.nll_weight: the likelihood of what the teacher wrote is no return",
     ),
     (
+        "algorithm=minillm algorithm.ratio.kind=none",
+        "algorithm.teacher_fraction=0.2: rewards and costs of what the teacher wrote count for",
+    ),
+    (
+        "algorithm=rloo algorithm.teacher_fraction=0.5",
+        "algorithm.teacher_fraction=0.5: rewards and costs of what the teacher wrote count for",
+    ),
+    (
+        "algorithm=opd_full algorithm.teacher_fraction=0.5 algorithm.support=topk",
+        "algorithm.teacher_fraction=0.5: rewards and costs of what the teacher wrote count for",
+    ),
+    (
+        "algorithm=seqkd rollout.groups_per_chunk=1 rollout.oversample=0.5",
+        "rollout.oversample: the groups that are done first would decide the teacher's share",
+    ),
+    (
         "algorithm=dpo +teachers.initial.route={domain:math}",
         "teachers.initial.route: algorithm.pair.loss=dpo takes every pair's",
     ),

@@ -21,7 +21,6 @@ from torch import Tensor
 from hybridrl.algorithm import AlgorithmConfig
 from hybridrl.choices import (
     Baseline,
-    Correction,
     Future,
     Normalizer,
     Ratio,
@@ -52,9 +51,6 @@ class HybridObjective:
         self.measure = Measure(
             divergence=config.divergence, beta=config.jsd_beta, log_ratio_clip=config.log_ratio_clip
         )
-        self.estimates = config.support is Support.sampled or (
-            config.support is Support.topk and config.topk.correction is Correction.unbiased
-        )  # part of the dense term comes from the drawn token
         self.signals = frozenset(self._signals())
         self.standardises = config.scale is Scale.batch
 
@@ -68,10 +64,8 @@ class HybridObjective:
                 signals.add(Signal.teacher_support)
                 if config.topk.source is SupportSource.sampler:
                     signals.add(Signal.sampler_support)
-            costs_enter = config.gamma > 0 or self.estimates
-            if (
-                costs_enter or config.log_ratio_clip is not None
-            ):  # the share of clipped costs is logged
+            clips = config.log_ratio_clip is not None  # the share of clipped costs is a metric
+            if config.learns_from_costs or clips:
                 signals.add(Signal.teacher_logprobs)
                 if self.sampler_differs:
                     signals.add(Signal.learner_logprobs)
@@ -183,7 +177,7 @@ class HybridObjective:
             logq = response_rows(rollout, scores.logprobs)
             heard = weight != 0
             cost += torch.where(heard, weight * log_ratio.score(logp, logq), 0.0)
-            if self.estimates:
+            if self.config.estimates_divergence:
                 drawn = torch.from_numpy(rollout.input_ids[rollout.response_mask].astype(np.int64))
                 inside = (
                     torch.from_numpy(scores.support_ids.astype(np.int64)) == drawn[:, None]
