@@ -112,6 +112,10 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must not be negative")
         if not self.lr > 0 or not math.isfinite(self.lr):
             raise ConfigError(f"train.lr={self.lr}: must be positive and finite")
+        if self.lr_end is not None and not (self.lr_end >= 0 and math.isfinite(self.lr_end)):
+            raise ConfigError(
+                f"train.lr_end={self.lr_end}: must be finite and not negative, or training would end by going uphill"
+            )
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"train.betas={self.betas}: AdamW needs two numbers in [0, 1)")
 

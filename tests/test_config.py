@@ -201,6 +201,42 @@ BAD = [
     ),
     ("train.lr=-1", "train.lr=-1.0: must be positive and finite"),
     ("train.lr=nan", "train.lr=nan: must be positive and finite"),
+    ("train.lr_end=-1", "train.lr_end=-1.0: must be finite and not negative"),
+    ("algorithm=dpo algorithm.pair.beta=0", "algorithm.pair.beta=0.0: must be positive"),
+    ("algorithm=simpo algorithm.pair.beta=-1", "algorithm.pair.beta=-1.0: must be positive"),
+    (
+        "algorithm=ipo algorithm.pair.target=0",
+        "algorithm.pair.target=0.0: with pair.loss=ipo it must be positive",
+    ),
+    (
+        "algorithm=slic algorithm.pair.target=-1",
+        "algorithm.pair.target=-1.0: with pair.loss=slic it must not be negative",
+    ),
+    (
+        "algorithm=slic algorithm.pair.nll_weight=-1",
+        "algorithm.pair.nll_weight=-1.0: must not be negative",
+    ),
+    (
+        "algorithm=gkd algorithm.jsd_beta=1e-6",
+        "algorithm.jsd_beta=1e-06: lies in [0.001, 1), below which float32 rounds",
+    ),
+    ("algorithm=gkd algorithm.jsd_beta=1", "algorithm.jsd_beta=1.0: lies in [0.001, 1)"),
+    (
+        "algorithm.ratio.kind=mask algorithm.ratio.low=2 algorithm.ratio.high=0.5",
+        "algorithm.ratio.low=2.0, high=0.5: with kind=mask no ratio lies between them",
+    ),
+    (
+        "algorithm=ppo algorithm.value.loss_weight=-1",
+        "algorithm.value.loss_weight=-1.0: must not be negative",
+    ),
+    (
+        "algorithm=rloo algorithm.reward_weight.value=-1",
+        "algorithm.reward_weight=-1.0, end=None: must not be negative",
+    ),
+    (
+        "algorithm.reward_weight.end=-2",
+        "algorithm.reward_weight=0.5, end=-2.0: must not be negative",
+    ),
     ("train.steps=0", "train.steps=0: must be at least 1"),
     ("train.betas=[0.9]", "train.betas=[0.9]: AdamW needs two numbers in [0, 1)"),
     ("train.grad_clip=-1", "train.grad_clip=-1.0: must not be negative"),
