@@ -95,7 +95,8 @@ class TrainConfig:
     head_chunk: int = 1024
     """response tokens whose logits exist at once in the head op"""
     exact_logits: bool = False
-    """bfloat16 on CPU: logits by fp32 products, for a student that nearly equals its teacher; on GPUs they are exact anyway"""
+    """bfloat16 on CPUs: logits by float32 products, several times slower. For a student that nearly equals its teacher: of the dense
+    gradient 20 % are rounding at a KL of 0.01 nats a token, 40 % at 0.003, all below 0.001. On GPUs logits are exact anyway"""
 
     def __post_init__(self) -> None:
         for name in (
@@ -230,12 +231,13 @@ class RewardConfig:
 @dataclass(kw_only=True, slots=True)
 class LearnerConfig:
     ranks: int = 1
-    zero_stage: int = 1
-    """DeepSpeed ZeRO 1, 2 or 3; with model.dtype=bfloat16, 1 adds the gradients of micro-batches in bfloat16, 2 and 3 in float32"""
+    zero_stage: int | None = None
+    """DeepSpeed ZeRO 1, 2 or 3; null: 2 with model.dtype=bfloat16, else 1. In bfloat16, 1 adds the gradients of micro-batches in
+    bfloat16, so that two ranks differ from one by about 2 % of a step; 2 and 3 add them in float32"""
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (1, 2, 3):
+        if self.zero_stage not in (None, 1, 2, 3):
             raise ConfigError(
                 f"learner.zero_stage={self.zero_stage}: must be 1, 2 or 3; stage 0 follows another trajectory in bf16"
             )
@@ -362,6 +364,8 @@ class RunSettings:
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:
+        if self.learner.zero_stage is None:
+            self.learner.zero_stage = 2 if self.model.dtype == "bfloat16" else 1
         for name, teacher in self.teachers.items():
             if teacher.dtype not in DTYPES:
                 raise ConfigError(

@@ -9,8 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from hybridrl.choices import Baseline, OnStale, ScheduleKind
-from hybridrl.compose import conf_dir, known_keys, load_config, to_settings, to_yaml
+from hybridrl.compose import conf_dir, from_yaml, known_keys, load_config, to_settings, to_yaml
 from hybridrl.config import DeadlineConfig, RunSettings, ScheduleConfig
+from hybridrl.controller.rounding import rounding_warning
 from hybridrl.errors import ConfigError
 
 BASE = ["run.dir=here", "experiment=quickstart"]
@@ -428,3 +429,47 @@ def test_an_evaluation_that_saved_steps_lack_cannot_choose_the_best(every: int):
         f"checkpoint.best=eval/accuracy: is measured at steps divisible by eval.every={every}, and saved are those by "
         "checkpoint.every=50; set eval.every=50"
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage"),
+    [
+        ([], 1),
+        (["model.dtype=bfloat16"], 2),
+        (["model.dtype=bfloat16", "learner.zero_stage=1"], 1),
+        (["model.dtype=bfloat16", "learner.zero_stage=3"], 3),
+        (["learner.zero_stage=null"], 1),
+    ],
+)
+def test_the_zero_stage_follows_the_dtype_unless_it_is_set_and_config_yaml_has_the_number(
+    overrides: list[str], stage: int
+):
+    settings = load_config([*BASE, *overrides])
+    assert settings.learner.zero_stage == stage
+    assert f"zero_stage: {stage}" in to_yaml(settings)
+    assert from_yaml(to_yaml(settings)) == settings
+
+
+ALONE_AND_NEAR = {"kl/token": 0.003, "grad/sparse_norm": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "metrics", "device", "warned"),
+    [
+        ([], ALONE_AND_NEAR, "cpu", True),
+        ([], ALONE_AND_NEAR | {"kl/token": 0.05}, "cpu", False),
+        ([], ALONE_AND_NEAR | {"kl/token": 0.0}, "cpu", False),
+        ([], ALONE_AND_NEAR | {"grad/sparse_norm": 0.1}, "cpu", False),
+        ([], {"grad/sparse_norm": 0.0}, "cpu", False),
+        ([], ALONE_AND_NEAR, "cuda", False),
+        (["train.exact_logits=true"], ALONE_AND_NEAR, "cpu", False),
+        (["model.dtype=float32"], ALONE_AND_NEAR, "cpu", False),
+    ],
+)
+def test_exact_logits_are_suggested_where_rounding_is_a_large_part_of_all_that_is_learned(
+    overrides: list[str], metrics: dict[str, float], device: str, warned: bool
+):
+    settings = load_config([*BASE, "model.dtype=bfloat16", *overrides])
+    sentence = rounding_warning(settings, metrics, device)
+    assert (sentence is not None) is warned
+    assert sentence is None or "train.exact_logits=true" in sentence
