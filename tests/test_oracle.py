@@ -90,6 +90,11 @@ class Ascends(Estimator):
         return -super().loss(hidden, lm_head, rows, terms)
 
 
+class TenTimes(Estimator):
+    def loss(self, hidden, lm_head, rows, terms):
+        return 10 * super().loss(hidden, lm_head, rows, terms)
+
+
 class DiscountedReward(Estimator):
     """gamma^(T-t) on the terminal reward: at gamma = 0 only the last token hears of it."""
 
@@ -152,6 +157,30 @@ def test_a_wrong_size_of_a_bias_is_found():
     assert judge(case, Scope()).agrees
     assert not judge(replace(case, bias=0.312), Scope()).agrees
     assert not judge(case, Scope(), DiscountedReward).agrees
+
+
+BIASED = [
+    Case(method="hybrid", options=("gamma=0.5",), kind=Kind.biased, bias=0.310),
+    Case(method="minillm", kind=Kind.biased, bias=0.318),
+    Case(method="grpo", target=SEMI, group_size=3, world=World.tiny, kind=Kind.biased, bias=0.679),
+]
+
+
+@pytest.mark.parametrize("case", BIASED, ids=lambda case: case.method)
+def test_a_bias_is_bounded_on_other_models_too(case: Case):
+    other = Scope(seed=2)
+    row = judge(case, other)
+    assert row.agrees and row.declared == "biased" and row.bias > 0.1
+    assert not judge(case, other, Ascends).agrees
+    assert not judge(case, other, TenTimes).agrees
+
+
+def test_what_holds_for_equal_lengths_only_says_so():
+    whole = Case(method="opd_full", target=SEMI, kind=Kind.exact)
+    fixed = Case(method="raft", options=("normalizer=constant",))
+    assert judge(whole, Scope()).option == "as it is [equal lengths]"
+    assert judge(fixed, Scope()).option == "normalizer=constant"
+    assert judge(replace(whole, kind=Kind.biased), Scope()).option == "as it is"
 
 
 def test_sampling_sold_as_exact_is_found():
@@ -282,8 +311,17 @@ def test_rows_are_written_as_json_and_a_deviating_one_is_exit_status_1(capsys):
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--vocab", "3"], ["--horizon", "9"], ["--seed", "-1"], ["--colour"]]
+    ("wrong", "sentence"),
+    [
+        (["--vocab", "3"], "--vocab 3: must be at least 4"),
+        (["--horizon", "1"], "--horizon 1: must be at least 2"),
+        (["--horizon", "9"], "--vocab 5 --horizon 9: vocab^horizon is 1953125 sequences"),
+        (["--seed", "-1"], "--seed -1: must not be negative"),
+        (["--colour"], "usage: hybridrl check"),
+    ],
 )
-def test_wrong_arguments_are_exit_status_2(wrong: list[str], capsys):
+def test_wrong_arguments_are_exit_status_2_and_one_sentence_names_them(
+    wrong: list[str], sentence: str, capsys
+):
     assert main(wrong) == 2
-    assert "".join(capsys.readouterr())
+    assert "".join(capsys.readouterr()).startswith(sentence)
