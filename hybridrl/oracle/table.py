@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         "--seed",
         type=int,
         default=usual.seed,
-        help="of the tiny models; another one has no declared sizes of biases",
+        help="of the tiny models; with another one biases are bounded, not equal to a declared size",
     )
     parser.add_argument(
         "--vocab",
