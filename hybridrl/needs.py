@@ -89,6 +89,16 @@ def check_needs(settings: "RunSettings") -> None:
         )
     if (
         algorithm.teacher_fraction
+        and algorithm.ratio.kind is Ratio.none
+        and (algorithm.learns_from_rewards or algorithm.learns_from_costs)
+    ):
+        raise ConfigError(
+            f"algorithm.teacher_fraction={algorithm.teacher_fraction}: rewards and costs of what the teacher wrote count for the "
+            "student only when they are weighted by algorithm.ratio; set algorithm.ratio.kind=truncate, "
+            "or algorithm.teacher_fraction=0"
+        )
+    if (
+        algorithm.teacher_fraction
         and algorithm.nll_weight
         and algorithm.ratio.kind is not Ratio.none
     ):
@@ -133,6 +143,11 @@ def check_pipeline(settings: "RunSettings") -> None:
         raise ConfigError(
             "pipeline.on_stale=reweight: stale tokens are weighted by algorithm.ratio, and algorithm.ratio.kind=none leaves it out; "
             "set algorithm.ratio.kind=truncate, or pipeline.on_stale=wait"
+        )
+    if settings.rollout.oversample and algorithm.teacher_fraction:
+        raise ConfigError(
+            "rollout.oversample: the groups that are done first would decide the teacher's share, not algorithm.teacher_fraction; "
+            "set one of them to 0"
         )
     if settings.rollout.oversample and algorithm.data_fraction:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Which counts of workers, devices and ways of moving weights go together: what one section of the settings cannot see."""
 
+import math
 from typing import TYPE_CHECKING
 
 from hybridrl.choices import Device, WeightTransfer
@@ -30,11 +31,32 @@ def chunk_size(prompts: int, groups_per_chunk: int, engines: int) -> int:
     return max(min(groups_per_chunk, -(-prompts // engines)), 1)
 
 
-def shares(prompts: int, algorithm: "AlgorithmConfig") -> tuple[int, int, int]:
-    """How many prompts the student, the first teacher and the data answer. Example: 3 prompts, half by each of the latter: 0, 1, 2."""
-    by_data = round(algorithm.data_fraction * prompts)
-    by_teacher = min(round(algorithm.teacher_fraction * prompts), prompts - by_data)
-    return prompts - by_data - by_teacher, by_teacher, by_data
+def shares(prompts: int, algorithm: "AlgorithmConfig", step: int) -> tuple[int, int, int]:
+    """How many of a step's prompts the student, the first teacher and the data answer; they add up to `prompts`.
+
+    What rounding takes from a share at one step it gets at a later one: over steps 0 ... n each has answered its share
+    of all prompts to within one. The numbers depend on the step alone, so a resumed run continues them.
+    Example: 4 prompts, a tenth of them for the teacher: the teacher answers 0, 1, 0, 1, 0, 0, 1, 0, 1, 0 in ten steps.
+
+    Args:
+        prompts: of one step, the same number at every step.
+        step: from 0.
+    """
+    now = _answered(prompts * (step + 1), algorithm)
+    before = _answered(prompts * step, algorithm)
+    by_student, by_teacher, by_data = (a - b for a, b in zip(now, before, strict=True))
+    return by_student, by_teacher, by_data
+
+
+def _answered(prompts: int, algorithm: "AlgorithmConfig") -> tuple[int, int, int]:
+    """Of the first `prompts` prompts of a run. No entry ever falls as `prompts` grows: the teacher's is a share of what
+    the data leaves."""
+    by_data = math.floor(algorithm.data_fraction * prompts + 0.5)
+    rest = prompts - by_data
+    sampled_fraction = 1 - algorithm.data_fraction
+    share = min(algorithm.teacher_fraction / sampled_fraction, 1.0) if sampled_fraction else 0.0
+    by_teacher = math.floor(share * rest + 0.5)
+    return rest - by_teacher, by_teacher, by_data
 
 
 def _check_counts(settings: "RunSettings") -> None:
@@ -51,7 +73,7 @@ def _check_counts(settings: "RunSettings") -> None:
             raise ConfigError(
                 f"train.prompts_per_step={prompts}: must be at least {name}={count}, one prompt for each; raise it"
             )
-    by_student, by_teacher, by_data = shares(prompts, algorithm)
+    by_student, by_teacher, by_data = shares(prompts, algorithm, step=0)
     chunks = -(-by_student // chunk_size(by_student, rollout.groups_per_chunk, rollout.engines))
     chunks += -(-by_teacher // chunk_size(by_teacher, rollout.groups_per_chunk, 1)) + (by_data > 0)
     counts = {

@@ -9,8 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from hybridrl.choices import Baseline, OnStale, ScheduleKind
-from hybridrl.compose import conf_dir, known_keys, load_config, to_settings, to_yaml
+from hybridrl.compose import conf_dir, from_yaml, known_keys, load_config, to_settings, to_yaml
 from hybridrl.config import DeadlineConfig, RunSettings, ScheduleConfig
+from hybridrl.controller.rounding import rounding_warning
 from hybridrl.errors import ConfigError
 
 BASE = ["run.dir=here", "experiment=quickstart"]
@@ -201,6 +202,42 @@ BAD = [
     ),
     ("train.lr=-1", "train.lr=-1.0: must be positive and finite"),
     ("train.lr=nan", "train.lr=nan: must be positive and finite"),
+    ("train.lr_end=-1", "train.lr_end=-1.0: must be finite and not negative"),
+    ("algorithm=dpo algorithm.pair.beta=0", "algorithm.pair.beta=0.0: must be positive"),
+    ("algorithm=simpo algorithm.pair.beta=-1", "algorithm.pair.beta=-1.0: must be positive"),
+    (
+        "algorithm=ipo algorithm.pair.target=0",
+        "algorithm.pair.target=0.0: with pair.loss=ipo it must be positive",
+    ),
+    (
+        "algorithm=slic algorithm.pair.target=-1",
+        "algorithm.pair.target=-1.0: with pair.loss=slic it must not be negative",
+    ),
+    (
+        "algorithm=slic algorithm.pair.nll_weight=-1",
+        "algorithm.pair.nll_weight=-1.0: must not be negative",
+    ),
+    (
+        "algorithm=gkd algorithm.jsd_beta=1e-6",
+        "algorithm.jsd_beta=1e-06: lies in [0.001, 1), below which float32 rounds",
+    ),
+    ("algorithm=gkd algorithm.jsd_beta=1", "algorithm.jsd_beta=1.0: lies in [0.001, 1)"),
+    (
+        "algorithm.ratio.kind=mask algorithm.ratio.low=2 algorithm.ratio.high=0.5",
+        "algorithm.ratio.low=2.0, high=0.5: with kind=mask no ratio lies between them",
+    ),
+    (
+        "algorithm=ppo algorithm.value.loss_weight=-1",
+        "algorithm.value.loss_weight=-1.0: must not be negative",
+    ),
+    (
+        "algorithm=rloo algorithm.reward_weight.value=-1",
+        "algorithm.reward_weight=-1.0, end=None: must not be negative",
+    ),
+    (
+        "algorithm.reward_weight.end=-2",
+        "algorithm.reward_weight=0.5, end=-2.0: must not be negative",
+    ),
     ("train.steps=0", "train.steps=0: must be at least 1"),
     ("train.betas=[0.9]", "train.betas=[0.9]: AdamW needs two numbers in [0, 1)"),
     ("train.grad_clip=-1", "train.grad_clip=-1.0: must not be negative"),
@@ -253,6 +290,22 @@ BAD = [
     (
         "algorithm=minillm algorithm.nll_weight=1",
         "algorithm.nll_weight: the likelihood of what the teacher wrote is no return",
+    ),
+    (
+        "algorithm=minillm algorithm.ratio.kind=none",
+        "algorithm.teacher_fraction=0.2: rewards and costs of what the teacher wrote count for",
+    ),
+    (
+        "algorithm=rloo algorithm.teacher_fraction=0.5",
+        "algorithm.teacher_fraction=0.5: rewards and costs of what the teacher wrote count for",
+    ),
+    (
+        "algorithm=opd_full algorithm.teacher_fraction=0.5 algorithm.support=topk",
+        "algorithm.teacher_fraction=0.5: rewards and costs of what the teacher wrote count for",
+    ),
+    (
+        "algorithm=seqkd rollout.groups_per_chunk=1 rollout.oversample=0.5",
+        "rollout.oversample: the groups that are done first would decide the teacher's share",
     ),
     (
         "algorithm=dpo +teachers.initial.route={domain:math}",
@@ -376,3 +429,47 @@ def test_an_evaluation_that_saved_steps_lack_cannot_choose_the_best(every: int):
         f"checkpoint.best=eval/accuracy: is measured at steps divisible by eval.every={every}, and saved are those by "
         "checkpoint.every=50; set eval.every=50"
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage"),
+    [
+        ([], 1),
+        (["model.dtype=bfloat16"], 2),
+        (["model.dtype=bfloat16", "learner.zero_stage=1"], 1),
+        (["model.dtype=bfloat16", "learner.zero_stage=3"], 3),
+        (["learner.zero_stage=null"], 1),
+    ],
+)
+def test_the_zero_stage_follows_the_dtype_unless_it_is_set_and_config_yaml_has_the_number(
+    overrides: list[str], stage: int
+):
+    settings = load_config([*BASE, *overrides])
+    assert settings.learner.zero_stage == stage
+    assert f"zero_stage: {stage}" in to_yaml(settings)
+    assert from_yaml(to_yaml(settings)) == settings
+
+
+ALONE_AND_NEAR = {"kl/token": 0.003, "grad/sparse_norm": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "metrics", "device", "warned"),
+    [
+        ([], ALONE_AND_NEAR, "cpu", True),
+        ([], ALONE_AND_NEAR | {"kl/token": 0.05}, "cpu", False),
+        ([], ALONE_AND_NEAR | {"kl/token": 0.0}, "cpu", False),
+        ([], ALONE_AND_NEAR | {"grad/sparse_norm": 0.1}, "cpu", False),
+        ([], {"grad/sparse_norm": 0.0}, "cpu", False),
+        ([], ALONE_AND_NEAR, "cuda", False),
+        (["train.exact_logits=true"], ALONE_AND_NEAR, "cpu", False),
+        (["model.dtype=float32"], ALONE_AND_NEAR, "cpu", False),
+    ],
+)
+def test_exact_logits_are_suggested_where_rounding_is_a_large_part_of_all_that_is_learned(
+    overrides: list[str], metrics: dict[str, float], device: str, warned: bool
+):
+    settings = load_config([*BASE, "model.dtype=bfloat16", *overrides])
+    sentence = rounding_warning(settings, metrics, device)
+    assert (sentence is not None) is warned
+    assert sentence is None or "train.exact_logits=true" in sentence

@@ -27,7 +27,7 @@ SCOPE = Scope()
 MDP, ENDED, AWAY = (
     SCOPE.mdp(World.fixed),
     SCOPE.mdp(World.ended),
-    SCOPE.mdp(World.ended, off_policy=True),
+    SCOPE.mdp(World.ended, sampler_distance=0.5),
 )
 LAMBDA = 2.0
 ON_POLICY = {Source.student: 1.0}

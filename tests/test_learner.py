@@ -410,6 +410,7 @@ def test_a_nan_reward_that_was_not_dropped_steps_nothing_and_its_batch_is_kept_t
     folder: Path,
 ):
     assert result(folder, "nan")["error"].startswith("step 0: loss is nan")
+    assert "a reward, or a teacher's log-probability" in result(folder, "nan")["error"]
     assert "nothing was stepped" in result(folder, "nan")["error"]
     assert result(folder, "nan")["digest"] == result(folder, "untouched")["digest"]
     kept = load_file(folder / "skipped" / "step_000000-rank0.safetensors")
@@ -423,6 +424,8 @@ def test_what_is_not_finite_on_one_of_two_ranks_steps_nothing_on_either(folder: 
     """ZeRO 1: a NaN reward of rank 1, 2: an infinite one, 3: infinite teacher states of both."""
     found = result(folder, f"{case}-left-out")
     assert "nothing was stepped" in found["error"] and found["digest"] == found["before"]
+    assert ("divergence from a teacher is not finite" in found["error"]) is ("zero3" in case)
+    assert "lower train.lr" not in found["error"]
     assert (folder / "skipped" / "step_000003-rank1.safetensors").is_file()
 
 

@@ -58,6 +58,7 @@ from hybridrl.workers.stats import (
     count_micro,
     heldout_metrics,
     quarters,
+    remedy,
 )
 from hybridrl.workers.student import HeadInputs, Student
 
@@ -217,6 +218,22 @@ def test_who_did_not_sample_is_not_compared_with_the_learner(source: Source, sam
         and row["entropy/token"] == 1.0
     )
     assert ("policy/rho_mean" in row) == ("policy/ess" in row) == sampled
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        ({"entropy/token": math.nan, "kl/token": math.nan}, "the student's probabilities"),
+        ({"entropy/token": 1.0, "kl/token": math.inf}, "the divergence from a teacher"),
+        ({"entropy/token": 1.0, "advantage/mean": -math.inf}, "a reward, or a teacher's"),
+        ({"entropy/token": 1.0, "kl/token": 0.1, "advantage/mean": 0.0}, "lower train.lr"),
+    ],
+)
+def test_a_step_that_is_not_finite_names_what_was_not(found: dict[str, float], sentence: str):
+    assert remedy(found).startswith(sentence)
+    assert ("lower train.lr" in remedy(found)) is (
+        sentence in ("the student's probabilities", "lower train.lr")
+    )
 
 
 def test_the_quarters_of_a_response_are_its_own():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridrl.choices import Divergence
 from hybridrl.ops.compare import COMPARED, compare
 from hybridrl.ops.divergence import Measure, dense
 from hybridrl.ops.head import HeadRule, TokenTerms, chosen_logprobs, hybrid_head_loss
@@ -319,6 +320,28 @@ def one_token(student: list[float], teacher: list[float]):
 def test_a_token_that_only_the_teacher_rules_out_costs_infinity_and_not_nan():
     loss, _, _, stats = one_token([0.0, 0.0, 0.0], [0.0, 0.0, -torch.inf])
     assert float(loss) == torch.inf and float(stats.kl[0]) == torch.inf
+
+
+@pytest.mark.parametrize(
+    ("measure", "value"),
+    [  # p = 1/3 each, q = (1/2, 1/2, 0)
+        (Measure(divergence=Divergence.forward_kl), math.log(1.5)),
+        (Measure(log_ratio_clip=2.0), 2 / 3 * math.log(2 / 3) + 2 / 3),
+        (
+            Measure(divergence=Divergence.jsd),  # m = (5/12, 5/12, 1/6)
+            0.5 * math.log(6 / 5) + 0.5 * (2 / 3 * math.log(4 / 5) + 1 / 3 * math.log(2)),
+        ),
+    ],
+)
+def test_other_divergences_are_finite_where_the_teacher_rules_a_token_out(
+    measure: Measure, value: float
+):
+    logp = torch.full((1, 3), 1 / 3, dtype=torch.float64).log()
+    logq = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log()
+    found, gradient = dense(logp, logq, measure)
+    assert float(found) == pytest.approx(value)
+    assert gradient.isfinite().all() and float(gradient.sum()) == pytest.approx(0.0, abs=1e-12)
+    assert float(gradient[0, 2]) > 0, "the step goes down: the token becomes less likely"
 
 
 def test_a_token_that_both_rule_out_contributes_nothing():

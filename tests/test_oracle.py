@@ -6,6 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hybridrl.compose import load_config
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.credit import Signal
+from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.oracle.cases import Case, Kind, World, cases
 from hybridrl.oracle.estimator import Estimator
 from hybridrl.oracle.exact import Target
@@ -86,6 +90,11 @@ class Ascends(Estimator):
         return -super().loss(hidden, lm_head, rows, terms)
 
 
+class TenTimes(Estimator):
+    def loss(self, hidden, lm_head, rows, terms):
+        return 10 * super().loss(hidden, lm_head, rows, terms)
+
+
 class DiscountedReward(Estimator):
     """gamma^(T-t) on the terminal reward: at gamma = 0 only the last token hears of it."""
 
@@ -150,6 +159,30 @@ def test_a_wrong_size_of_a_bias_is_found():
     assert not judge(case, Scope(), DiscountedReward).agrees
 
 
+BIASED = [
+    Case(method="hybrid", options=("gamma=0.5",), kind=Kind.biased, bias=0.310),
+    Case(method="minillm", kind=Kind.biased, bias=0.318),
+    Case(method="grpo", target=SEMI, group_size=3, world=World.tiny, kind=Kind.biased, bias=0.679),
+]
+
+
+@pytest.mark.parametrize("case", BIASED, ids=lambda case: case.method)
+def test_a_bias_is_bounded_on_other_models_too(case: Case):
+    other = Scope(seed=2)
+    row = judge(case, other)
+    assert row.agrees and row.declared == "biased" and row.bias > 0.1
+    assert not judge(case, other, Ascends).agrees
+    assert not judge(case, other, TenTimes).agrees
+
+
+def test_what_holds_for_equal_lengths_only_says_so():
+    whole = Case(method="opd_full", target=SEMI, kind=Kind.exact)
+    fixed = Case(method="raft", options=("normalizer=constant",))
+    assert judge(whole, Scope()).option == "as it is [equal lengths]"
+    assert judge(fixed, Scope()).option == "normalizer=constant"
+    assert judge(replace(whole, kind=Kind.biased), Scope()).option == "as it is"
+
+
 def test_sampling_sold_as_exact_is_found():
     assert (
         judge(SAMPLED, Scope()).agrees
@@ -161,6 +194,75 @@ def test_k2_as_a_loss_is_the_reverse_and_k3_the_forward_kl():
     assert judge(SAMPLED, Scope(), K2).agrees
     forward = replace(SAMPLED, options=("support=sampled", "divergence=forward_kl"))
     assert judge(forward, Scope(), K3).agrees and not judge(forward, Scope(), K2).agrees
+
+
+# -- a sampler that is not the learner ---------------------------------------------------------------------------------
+
+
+class SamplersCost(Estimator):
+    """The imitation cost of a drawn token by the sampler's log-prob of it, as in a run without stale rollouts."""
+
+    def __init__(self, settings, mdp, values=None):
+        super().__init__(settings, mdp, values)
+        algorithm, longest = settings.algorithm, settings.rollout.max_new_tokens
+        self.objective = HybridObjective(algorithm, longest, sampler_differs=False)
+
+
+OFF_POLICY = {"sampler_distance": 0.3, "learned": 0.99}
+PER_TOKEN = ("normalizer=constant", "ratio.kind=truncate")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(method="opd", options=PER_TOKEN, target=SEMI, **OFF_POLICY),
+        Case(
+            method="opd_full",
+            options=("support=topk", "topk.k=2", "divergence=jsd", *PER_TOKEN),
+            target=SEMI,
+            **OFF_POLICY,
+        ),
+        Case(
+            method="grpo",
+            options=("reward_weight.value=0", "ratio.low=0", "ratio.high=null", *PER_TOKEN),
+            target=SEMI,
+            **OFF_POLICY,
+        ),
+    ],
+)
+def test_near_the_teacher_the_learners_own_cost_is_unbiased_and_the_samplers_is_nothing_but_bias(
+    case: Case,
+):
+    assert judge(case, Scope()).bias < 1e-7
+    assert judge(case, Scope(), SamplersCost).bias > 5
+
+
+def test_near_the_teacher_future_costs_of_the_sampler_point_uphill():
+    case = Case(method="opd", options=("gamma=1", *PER_TOKEN), kind=Kind.biased, **OFF_POLICY)
+    assert judge(case, Scope()).bias < 0.2, "of the prefixes, which a ratio per token leaves alone"
+    broken = judge(case, Scope(), SamplersCost)
+    assert broken.bias > 10 and broken.cosine < 0
+
+
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [
+        ([], False),
+        (["schedule=pipelined"], True),
+        (["model.dtype=bfloat16"], True),
+        (["pipeline.max_staleness=2"], False),
+    ],
+)
+def test_the_learner_looks_first_only_where_the_sampler_may_differ(
+    options: list[str], differs: bool
+):
+    made = ["run.dir=here", "experiment=quickstart", *options]
+    for method in ("opd", "grpo", "reinforce_kl", "reinforce_pp"):
+        signals = make_objective(load_config([*made, f"algorithm={method}"])).signals
+        assert (Signal.learner_logprobs in signals) is differs
+    for method in ("hybrid", "opd_full", "rloo"):  # no cost of a drawn token enters their gradient
+        signals = make_objective(load_config([*made, f"algorithm={method}"])).signals
+        assert Signal.learner_logprobs not in signals
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------
@@ -209,8 +311,17 @@ def test_rows_are_written_as_json_and_a_deviating_one_is_exit_status_1(capsys):
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--vocab", "3"], ["--horizon", "9"], ["--seed", "-1"], ["--colour"]]
+    ("wrong", "sentence"),
+    [
+        (["--vocab", "3"], "--vocab 3: must be at least 4"),
+        (["--horizon", "1"], "--horizon 1: must be at least 2"),
+        (["--horizon", "9"], "--vocab 5 --horizon 9: vocab^horizon is 1953125 sequences"),
+        (["--seed", "-1"], "--seed -1: must not be negative"),
+        (["--colour"], "usage: hybridrl check"),
+    ],
 )
-def test_wrong_arguments_are_exit_status_2(wrong: list[str], capsys):
+def test_wrong_arguments_are_exit_status_2_and_one_sentence_names_them(
+    wrong: list[str], sentence: str, capsys
+):
     assert main(wrong) == 2
-    assert "".join(capsys.readouterr())
+    assert "".join(capsys.readouterr()).startswith(sentence)

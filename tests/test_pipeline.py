@@ -51,7 +51,7 @@ class Recorder:
     def __init__(self) -> None:
         self.waves: list[tuple[str, list[str]]] = []
 
-    def draw(self, prompts, *, wave, seed, reward_weights):
+    def draw(self, prompts, *, step, wave, seed, reward_weights):
         self.waves.append((wave, [p.uid for p in prompts]))
         return drawn(prompts, wave)
 

@@ -425,9 +425,8 @@ def test_only_teachers_in_use_are_loaded_and_only_where_there_is_a_judge_are_the
 
     assert of() == (["main"], ["main"])
     assert of("algorithm=rloo") == ([], [])
-    assert of("algorithm=rloo", "algorithm.teacher_fraction=0.5") == (["main"], ["main"]), (
-        "it writes"
-    )
+    writes = ("algorithm.teacher_fraction=0.5", "algorithm.ratio.kind=truncate")
+    assert of("algorithm=rloo", *writes) == (["main"], ["main"])
     assert of("teachers.main.path=null") == (["main"], []), "it is the student before training"
     assert of("algorithm=opd_full", "~reward.functions.countdown") == (["main"], [])
     assert of("eval.teacher=false") == (["main"], [])

@@ -19,6 +19,7 @@ import torch
 from graph import save_tiny, tiny_settings
 from omegaconf import OmegaConf
 
+from hybridrl.algorithm import AlgorithmConfig
 from hybridrl.choices import Device, Source, WeightTransfer
 from hybridrl.cli import main
 from hybridrl.compose import load_config
@@ -124,19 +125,38 @@ def test_a_placement_that_works_is_taken(overrides: str):
 
 
 def test_every_prompt_is_answered_once_whatever_shares_the_teacher_and_the_data_have():
-    both = [
-        "algorithm.data_fraction=0.5",
-        "algorithm.teacher_fraction=0.5",
-        "+data.options.responses=solution",
+    halves = AlgorithmConfig(data_fraction=0.5, teacher_fraction=0.5)
+    assert [shares(1, halves, step) for step in range(4)] == [
+        (0, 0, 1),
+        (0, 1, 0),
+        (0, 0, 1),
+        (0, 1, 0),
     ]
-    halves = load_config([*BASE, *both]).algorithm
-    assert [shares(n, halves) for n in (1, 2, 3, 4, 7)] == [
-        (1, 0, 0),
-        (0, 1, 1),
-        (0, 1, 2),
-        (0, 2, 2),
-        (0, 3, 4),
-    ]
+    assert [shares(4, halves, step) for step in range(3)] == [(0, 2, 2)] * 3
+
+
+@pytest.mark.parametrize("data", [0.0, 0.1, 0.29, 0.4, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("teacher", [0.0, 0.05, 0.1, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("prompts", [1, 2, 3, 4, 7, 100])
+def test_a_share_too_small_for_a_prompt_of_each_step_gets_one_every_few_steps(
+    prompts: int, teacher: float, data: float
+):
+    if teacher + data > 1:
+        teacher = 1 - data
+    algorithm = AlgorithmConfig(data_fraction=data, teacher_fraction=teacher)
+    total = np.zeros(3)
+    for step in range(300):
+        drawn = shares(prompts, algorithm, step)
+        assert sum(drawn) == prompts and min(drawn) >= 0
+        total += drawn
+        due = np.array([1 - data - teacher, teacher, data]) * prompts * (step + 1)
+        assert abs(total - due).max() <= 1 + 1e-9
+
+
+def test_a_tenth_of_four_prompts_is_one_prompt_in_two_or_three_steps():
+    tenth = AlgorithmConfig(teacher_fraction=0.1)
+    assert [shares(4, tenth, step)[1] for step in range(10)] == [0, 1, 0, 1, 0, 0, 1, 0, 1, 0]
+    assert shares(96, AlgorithmConfig(teacher_fraction=0.25), 7) == (72, 24, 0)
 
 
 @pytest.mark.parametrize("teams", range(1, 40))

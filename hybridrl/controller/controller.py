@@ -25,6 +25,7 @@ from hybridrl.controller.metrics import (
 )
 from hybridrl.controller.pipeline import Pipeline, wave_seed
 from hybridrl.controller.preemption import Preemption
+from hybridrl.controller.rounding import rounding_warning
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
 from hybridrl.controller.weights import Weights
 from hybridrl.data.prompts import PromptSource
@@ -102,6 +103,7 @@ class Controller:
         self.weight_version = 0
         self.saved_step = 0
         self.wandb_id: str | None = None  # None: wandb is off
+        self.warned_of_rounding = False
         self.inputs: dict[str, str] = {}  # controller.inputs.digests, for checkpoints
 
     def step(self) -> dict[str, float]:
@@ -125,6 +127,7 @@ class Controller:
                 self.pipeline.skip(late)
                 raise
             self._check_logprob_gap(stats)
+        self._warn_of_rounding(stats)
         failpoints.hit("controller.learned", step=self.steps_done)
         self.steps_done += 1
         sampled, skipped = (
@@ -424,6 +427,15 @@ class Controller:
                 f"rollout.max_logprob_gap is {limit:g}; "
                 "the engines do not run the learner's weights, or not in the learner's precision"
             )
+
+    def _warn_of_rounding(self, stats: LearnerStats) -> None:
+        """Once in a run."""
+        if self.warned_of_rounding:
+            return
+        sentence = rounding_warning(self.settings, stats.metrics, self.learner.device)
+        if sentence:
+            log.warning("step %d: %s", self.steps_done, sentence)
+            self.warned_of_rounding = True
 
 
 def heldout_with_responses(settings: RunSettings, heldout: Sequence[Prompt]) -> list[Prompt]:

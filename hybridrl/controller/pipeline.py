@@ -95,6 +95,7 @@ class Pipeline:
         """Start a wave for `step`; again: how many there were before it for the same step."""
         drawn = self.sampling.draw(
             self.prompts.next_batch(self.oversampled),
+            step=step,
             wave=f"train-{step}" + (f".{again}" if again else ""),
             seed=wave_seed(self.settings.run.seed, "train", step),
             reward_weights=self.weights.rewards(step),

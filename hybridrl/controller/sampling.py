@@ -59,11 +59,17 @@ class Sampling:
         )
 
     def draw(
-        self, prompts: Sequence[Prompt], *, wave: str, seed: int, reward_weights: Sequence[float]
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int,
+        wave: str,
+        seed: int,
+        reward_weights: Sequence[float],
     ) -> list[Drawn]:
-        """Start a wave. Chunks of the student come first, then the teacher's, then the data's, each in prompt order."""
+        """Start a wave for `step`. Chunks of the student come first, then the teacher's, then the data's, each in prompt order."""
         algorithm, k = self.settings.algorithm, self.settings.train.samples_per_prompt
-        by_student, by_teacher, by_data = shares(len(prompts), algorithm)
+        by_student, by_teacher, by_data = shares(len(prompts), algorithm, step)
         order = {
             "wave": wave,
             "group_size": k,

@@ -11,4 +11,8 @@ def make_objective(settings: RunSettings) -> Objective:
     """Pairs where a pair loss is set, returns otherwise."""
     if settings.algorithm.pair.loss is not PairLoss.none:
         return PairObjective(settings.algorithm)
-    return HybridObjective(settings.algorithm, settings.rollout.max_new_tokens)
+    return HybridObjective(
+        settings.algorithm,
+        settings.rollout.max_new_tokens,
+        sampler_differs=settings.sampler_differs,
+    )

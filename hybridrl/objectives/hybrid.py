@@ -4,6 +4,19 @@ Its gradient splits into a dense term, the closed form of KL(p || q) at each vis
 G_{t+1} grad log p(y_t) with G_{t+1} = sum_{k>t} gamma^(k-t) c_k - lambda R. This class makes G before the head pass;
 ops.head makes both gradients in that pass. Where the dense term is estimated from the drawn token instead of summed
 over the vocabulary, that token's own cost is part of G. Methods differ in settings only: conf/algorithm holds them.
+
+The costs c = log p(y) - log q(y) in G are the learner's. The sampler mu has log-probs too, but a cost of
+log mu - log q adds E[(log mu - log p) grad log p] to the gradient, which no importance ratio removes. That addition
+does not become smaller as p comes closer to q, so near the teacher it decides the direction: with the student 99 % of
+the way to the teacher and the sampler's logits 0.3 N(0,1) away it is 20 times the gradient, and the sum of the two
+points uphill (tests/test_oracle.py). So wherever sampler and learner may differ (RunSettings.sampler_differs) and a cost of a drawn token
+enters G, the learner computes log p(y) in a forward pass of its own before the update. In float32 without stale
+rollouts mu is p to rounding, and the sampler's log-probs are taken as they are.
+
+bfloat16 is such a difference too, without any stale rollout: engine and learner round the same weights differently, by
+0.04 to 0.05 nats a token in the mean on SmolLM2-135M. Distilled into itself (opd, where the gradient is 0) the sampler's
+costs gave a gradient norm of 0.36 to 0.50, and the learner's exactly 0. What is left of the gap is in the tokens, drawn
+from mu and not from p; algorithm.ratio weights them, where it is set.
 """
 
 import numpy as np
@@ -13,7 +26,6 @@ from torch import Tensor
 from hybridrl.algorithm import AlgorithmConfig
 from hybridrl.choices import (
     Baseline,
-    Correction,
     Future,
     Normalizer,
     Ratio,
@@ -34,14 +46,16 @@ from hybridrl.types import RolloutBatch, ScoredBatch, UpdatePlan
 class HybridObjective:
     """Turns a scored batch into per-token weights and costs."""
 
-    def __init__(self, config: AlgorithmConfig, max_new_tokens: int) -> None:
-        self.config, self.max_new_tokens = config, max_new_tokens
+    def __init__(
+        self, config: AlgorithmConfig, max_new_tokens: int, *, sampler_differs: bool = False
+    ) -> None:
+        """sampler_differs: the log-probs that come with a response may not be the learner's."""
+        self.config = config
+        self.max_new_tokens = max_new_tokens
+        self.sampler_differs = sampler_differs or config.teacher_fraction > 0
         self.measure = Measure(
             divergence=config.divergence, beta=config.jsd_beta, log_ratio_clip=config.log_ratio_clip
         )
-        self.estimates = config.support is Support.sampled or (
-            config.support is Support.topk and config.topk.correction is Correction.unbiased
-        )  # part of the dense term comes from the drawn token
         self.signals = frozenset(self._signals())
         self.standardises = config.scale is Scale.batch
 
@@ -55,13 +69,10 @@ class HybridObjective:
                 signals.add(Signal.teacher_support)
                 if config.topk.source is SupportSource.sampler:
                     signals.add(Signal.sampler_support)
-            if (
-                config.gamma > 0 or self.estimates or config.log_ratio_clip is not None
-            ):  # a clip's share is logged
+            clips = config.log_ratio_clip is not None  # the share of clipped costs is a metric
+            if config.learns_from_costs or clips:
                 signals.add(Signal.teacher_logprobs)
-                if (
-                    config.teacher_fraction
-                ):  # the sampler's log-probs of what a teacher wrote are that teacher's
+                if self.sampler_differs:
                     signals.add(Signal.learner_logprobs)
         if config.learns_from_rewards:
             signals.add(Signal.rewards)
@@ -158,8 +169,8 @@ class HybridObjective:
     ) -> tuple[Tensor, Tensor]:
         """The drawn token's share of the dense term, and its imitation cost sum_i w_i (log p - log q_i); both [R].
 
-        log p is the learner's where it has looked, else the sampler's. Data was not drawn from the student, so neither
-        is defined there.
+        log p is the learner's where the sampler may differ from it (see the top of this file). Data was not drawn from
+        the student, so neither is defined there.
         """
         rollout, logp = batch.rollout, drawn_logprobs(batch.rollout, learner)
         own, cost = torch.zeros_like(logp), torch.zeros_like(logp)
@@ -171,7 +182,7 @@ class HybridObjective:
             logq = response_rows(rollout, scores.logprobs)
             heard = weight != 0
             cost += torch.where(heard, weight * log_ratio.score(logp, logq), 0.0)
-            if self.estimates:
+            if self.config.estimates_divergence:
                 drawn = torch.from_numpy(rollout.input_ids[rollout.response_mask].astype(np.int64))
                 inside = (
                     torch.from_numpy(scores.support_ids.astype(np.int64)) == drawn[:, None]
@@ -235,7 +246,7 @@ def teacher_weight(batch: ScoredBatch, plan: UpdatePlan, teacher: int) -> Tensor
 
 
 def drawn_logprobs(batch: RolloutBatch, learner: LearnerView | None) -> Tensor:
-    """[R] log p(y): the learner's where it has looked, else the sampler's."""
+    """[R] log p(y): from the learner's own forward pass where there was one, else from the sampler."""
     sampled = response_rows(batch, batch.rollout_logprobs)
     return sampled if learner is None else learner.logprobs.to(sampled.dtype)
 

@@ -40,13 +40,15 @@ class Case:
     bias: float = 0.0  # the relative bias of Kind.biased with --seed 0 --vocab 5 --horizon 3
     world: World = World.fixed
     group_size: int = 1
-    off_policy: bool = False
+    sampler_distance: float = 0.0  # as in mdp.make_mdp; not 0: settings of a pipelined run
+    learned: float = 0.0  # as in mdp.make_mdp
     value: Value = Value.unrelated
 
     @property
     def label(self) -> str:
         marks = {
-            "off-policy": self.off_policy,
+            f"sampler {self.sampler_distance} away": self.sampler_distance > 0,
+            f"{self.learned:.0%} learned": self.learned > 0,
             "exact values": self.value is Value.exact,
             f"K={self.group_size}": self.group_size > 1,
             f"[{self.world}]": self.world is not World.fixed,
@@ -73,6 +75,7 @@ def cases(vocabulary: int) -> list[Case]:
         *returns(),
         *groups(),
         *off_policy(),
+        *distances(),
         *lengths(),
         *teachers(),
     ]
@@ -212,14 +215,14 @@ def groups() -> Iterator[Case]:
 
 
 def off_policy() -> Iterator[Case]:
-    """A sampler 0.5 N(0,1) away in every logit; the costs are the sampler's where the learner has not looked."""
-    away = {"off_policy": True, "world": World.ended}
+    """A sampler 0.5 N(0,1) away in every logit. A ratio per token leaves the prefixes of the sampler."""
+    away = {"sampler_distance": 0.5, "world": World.ended}
     ratios = (
-        ((), 0.774),
-        (("kind=truncate",), 0.378),
-        (("kind=truncate", "high=2"), 0.379),
-        (("kind=mask", "low=0.5", "high=2"), 0.645),
-        (("kind=clip", "low=0.2", "high=0.2"), 0.868),
+        ((), 0.575),
+        (("kind=truncate",), 0.342),
+        (("kind=truncate", "high=2"), 0.343),
+        (("kind=mask", "low=0.5", "high=2"), 0.624),
+        (("kind=clip", "low=0.2", "high=0.2"), 0.877),
         (("kind=truncate", "level=sequence", "high=2"), 0.120),
         (("kind=mask", "level=sequence", "low=0.5", "high=2"), 0.345),
     )
@@ -236,7 +239,28 @@ def off_policy() -> Iterator[Case]:
     )
     yield Case(method="rloo", options=("normalizer=constant", *whole), group_size=2, **away)
     yield biased("rloo", 0.215, "normalizer=constant", "ratio.kind=truncate", group_size=2, **away)
-    yield biased("opd", 0.267, "normalizer=constant", target=SEMI, **away)
+    yield Case(method="opd", options=("normalizer=constant",), target=SEMI, **away)
+
+
+def distances() -> Iterator[Case]:
+    """A sampler 0.3 N(0,1) away from a student on its way to the teacher. The costs of drawn tokens vanish at the teacher,
+    so an error of them that does not vanish too would be all that is learned from there."""
+    per_token = ("normalizer=constant", "ratio.kind=truncate")
+    top_two = ("support=topk", "topk.k=2", *per_token)
+    for learned, bias in ((0.0, 0.146), (0.5, 0.142), (0.9, 0.102), (0.99, 0.095)):
+        where = {"sampler_distance": 0.3, "learned": learned, "world": World.ended}
+        yield Case(method="opd", options=per_token, target=SEMI, **where)
+        yield Case(method="opd_full", options=top_two, target=SEMI, **where)
+        yield Case(method="opd", options=("gamma=1", *per_token, "ratio.level=sequence"), **where)
+        yield biased("opd", bias, "gamma=1", *per_token, **where)
+    near = {"sampler_distance": 0.3, "learned": 0.9, "world": World.ended}
+    for divergence in (Divergence.forward_kl, Divergence.jsd):
+        yield Case(
+            method="opd_full",
+            options=(f"divergence={divergence}", *top_two),
+            target=SEMI,
+            **near,
+        )
 
 
 def lengths() -> Iterator[Case]:

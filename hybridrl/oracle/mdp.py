@@ -20,7 +20,9 @@ class Mdp:
     """
 
     student: Tensor  # [P, V]
-    sampler: Tensor  # [P, V] the student, or a neighbour of it that wrote the student's sequences
+    sampler: (
+        Tensor  # [P, V] writes the student's sequences: the student itself, or a policy near it
+    )
     teachers: tuple[Tensor, ...]  # [P, V] each
     data: Tensor  # [P, V] who wrote the data
     values: Tensor  # [P] what a value head says before each token, unrelated to anything
@@ -55,12 +57,20 @@ class Mdp:
 
 
 def make_mdp(
-    *, seed: int, vocabulary: int, horizon: int, ends: bool, off_policy: bool = False
+    *,
+    seed: int,
+    vocabulary: int,
+    horizon: int,
+    ends: bool,
+    sampler_distance: float = 0.0,
+    learned: float = 0.0,
 ) -> Mdp:
-    """Draws, in this order: student N(0,1), teacher 1.5 N(0,1), rewards below 0.3, then the sampler's distance 0.5 N(0,1),
-    a second teacher, the data's author and the values. Prefixes stand by length, then in order; so do sequences.
+    """Draws, in this order: student N(0,1), teacher 1.5 N(0,1), rewards below 0.3, then the sampler's distance in units of
+    N(0,1), a second teacher, the data's author and the values. Prefixes stand by length, then in order; so do sequences.
 
     Args:
+        sampler_distance: standard deviation of the sampler's logits around the student's; 0: the sampler is the student.
+        learned: how far of the way from its own logits to the first teacher's the student has come, in [0, 1].
         ends: the last token ends a sequence; without it all have `horizon` tokens. With it the teachers' draws are
             their distance from the student, else a sequence's cost would be mostly whether it ends.
     """
@@ -83,10 +93,13 @@ def make_mdp(
     teacher = near + 1.5 * table()
     luck = rng.random(len(sequences))
     rewarded = ((luck < 0.3) | (luck == luck.min())) & (luck != luck.max())
-    distance, second, data = 0.5 * table(), near + 1.5 * table(), table()
+    distance = sampler_distance * table()
+    second = near + 1.5 * table()
+    data = table()
+    student = student + learned * (teacher - student)
     return Mdp(
         student=student,
-        sampler=student + distance if off_policy else student,
+        sampler=student + distance,
         teachers=(teacher, second),
         data=data,
         values=torch.from_numpy(rng.standard_normal(len(prefixes))),

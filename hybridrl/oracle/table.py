@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         "--seed",
         type=int,
         default=usual.seed,
-        help="of the tiny models; another one has no declared sizes of biases",
+        help="of the tiny models; with another one biases are bounded, not equal to a declared size",
     )
     parser.add_argument(
         "--vocab",
@@ -40,13 +40,30 @@ def main(arguments: Sequence[str]) -> int:
         given = parser.parse_args(list(arguments))
     except SystemExit as stopped:
         return int(stopped.code or 0)
-    if given.vocab < 4 or given.horizon < 2 or given.vocab**given.horizon > LIMIT or given.seed < 0:
-        print(
-            f"--vocab {given.vocab} --horizon {given.horizon}: at least 4 and 2, and vocab^horizon at most {LIMIT}; --seed not negative"
-        )
+    wrong = complaint(given.seed, given.vocab, given.horizon)
+    if wrong:
+        print(wrong)
         return 2
     rows = all_rows(Scope(seed=given.seed, vocabulary=given.vocab, horizon=given.horizon))
     return report_json(rows) if given.json else report_table(rows)
+
+
+def complaint(seed: int, vocabulary: int, horizon: int) -> str | None:
+    """One sentence on the first argument that is out of range, None where all are right."""
+    if seed < 0:
+        return f"--seed {seed}: must not be negative; give 0 or more"
+    if vocabulary < 4:
+        return (
+            f"--vocab {vocabulary}: must be at least 4, as rows compare supports of up to 4 tokens"
+        )
+    if horizon < 2:
+        return f"--horizon {horizon}: must be at least 2, or there is no future cost"
+    if vocabulary**horizon > LIMIT:
+        return (
+            f"--vocab {vocabulary} --horizon {horizon}: vocab^horizon is {vocabulary**horizon} sequences, at most {LIMIT} "
+            "are enumerated; lower one of them"
+        )
+    return None
 
 
 def report_json(rows: Iterable[Row]) -> int:

@@ -1,13 +1,12 @@
 """One row: an estimator measured against its claim, and whether it is what it was declared to be."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hybridrl.algorithm import AlgorithmConfig
-from hybridrl.choices import Baseline, Ratio, Source
+from hybridrl.choices import Baseline, Normalizer, Ratio, Source
 from hybridrl.compose import load_config
 from hybridrl.config import RunSettings
 from hybridrl.controller.weights import Weights
@@ -34,7 +33,7 @@ class Scope:
         """The declared sizes of biases hold here."""
         return self == Scope()
 
-    def mdp(self, world: World, *, off_policy: bool = False) -> Mdp:
+    def mdp(self, world: World, *, sampler_distance: float = 0.0, learned: float = 0.0) -> Mdp:
         match world:
             case World.fixed:
                 size = {
@@ -47,7 +46,7 @@ class Scope:
                 size = {"seed": self.seed + 3, "vocabulary": 4, "horizon": 4, "ends": True}
             case World.tiny:
                 size = {"seed": self.seed, "vocabulary": 3, "horizon": 2, "ends": False}
-        return make_mdp(**size, off_policy=off_policy)
+        return make_mdp(**size, sampler_distance=sampler_distance, learned=learned)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +68,7 @@ def judge(case: Case, scope: Scope, estimator_class: type[Estimator] = Estimator
     """Measure a case and compare it with its declaration."""
     settings = settings_of(case, scope)
     mdp = replace(
-        scope.mdp(case.world, off_policy=case.off_policy),
+        scope.mdp(case.world, sampler_distance=case.sampler_distance, learned=case.learned),
         temperature=settings.algorithm.temperature,
     )
     values = exact_values(settings, mdp) if case.value is Value.exact else None
@@ -80,18 +79,41 @@ def judge(case: Case, scope: Scope, estimator_class: type[Estimator] = Estimator
     bias = relative(measured.mean, truth)
     found = class_of(bias, measured.luck)
     sized = case.kind is Kind.biased and scope.has_sizes
-    agrees = found is case.kind or (case.kind is Kind.biased and math.isfinite(bias))
+    alike = cosine(measured.mean, truth)
+    agrees = is_bounded(case, bias, alike) if case.kind is Kind.biased else found is case.kind
     return Row(
         method=case.method,
-        option=case.label,
+        option=case.label + (f" {EQUAL_LENGTHS}" if needs_equal_lengths(case, settings) else ""),
         estimates=case.target,
         bias=bias,
-        cosine=cosine(measured.mean, truth),
+        cosine=alike,
         variance=measured.variance,
         declared=f"{case.kind} {case.bias:.3f}" if sized else case.kind,
         verdict=found,
         agrees=abs(bias - case.bias) < TOLERANCE if sized else agrees,
     )
+
+
+LARGEST_GROWTH = 8.0
+LEAST_COSINE = -0.25
+"""Bounds of biased rows on other models than those their sizes are declared for. On seeds 1 to 6 the bias grew at most
+6.2 times (where batches are standardised, on a model with a small gradient) or stayed below 1.1, and no cosine was below -0.19."""
+
+
+def is_bounded(case: Case, bias: float, cosine: float) -> bool:
+    """Whether a biased row on another model is no worse than its declaration allows: a gradient of the wrong sign, or of
+    another order of magnitude, is a fault and no bias. A bias that is not a number is not bounded."""
+    return bias <= max(LARGEST_GROWTH * case.bias, 1.5) and cosine >= LEAST_COSINE
+
+
+EQUAL_LENGTHS = "[equal lengths]"
+"""Mark of a row whose preset divides by the lengths of a batch's responses: what is declared of it holds where those are
+all equal, as they are in the worlds without an end."""
+
+
+def needs_equal_lengths(case: Case, settings: RunSettings) -> bool:
+    divides = settings.algorithm.normalizer is not Normalizer.constant
+    return divides and case.kind is not Kind.biased and case.world is not World.ended
 
 
 def class_of(bias: float, luck: float) -> Kind:
@@ -120,6 +142,7 @@ def settings_of(case: Case, scope: Scope) -> RunSettings:
             f"algorithm={case.method}",
             f"rollout.max_new_tokens={longest}",
             f"train.samples_per_prompt={case.group_size}",
+            f"schedule={'pipelined' if case.sampler_distance else 'sync'}",
             *(o if o.startswith("+") else f"algorithm.{o}" for o in options),
         ]
     )

@@ -433,6 +433,7 @@ class LearnerGroup:
         self, settings: RunSettings, slots: Sequence[Slot], *, device: str, log_dir: str
     ) -> None:
         self.settings = settings
+        self.device = device
         self.slot = slots[0]
         master = free_port_at(self.slot, settings.deadlines.start_s)
         kwargs = [

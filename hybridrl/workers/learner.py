@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -58,6 +58,7 @@ from hybridrl.workers.stats import (
     count_credits,
     count_micro,
     heldout_metrics,
+    remedy,
 )
 from hybridrl.workers.student import HeadInputs, Look, Student, head_rule
 from hybridrl.workers.teachers import TeacherSide
@@ -160,7 +161,7 @@ class Learner:
             group["lr"] = plan.lr
         self.engine.step()  # leaves everything as it was where a gradient is not finite
         grad_norm = float(self.engine.get_global_grad_norm())
-        self._check_finite(plan, found["train/loss"], grad_norm, micros)
+        self._check_finite(plan, found, grad_norm, micros)
         self.optimizer_steps += 1
         return LearnerStats(
             metrics=batch_metrics(found, plan, grad_norm) | diagnostics,
@@ -210,9 +211,14 @@ class Learner:
         return credits, micros
 
     def _check_finite(
-        self, plan: UpdatePlan, loss: float, grad_norm: float, micros: Sequence[MicroBatch]
+        self,
+        plan: UpdatePlan,
+        found: Mapping[str, float],
+        grad_norm: float,
+        micros: Sequence[MicroBatch],
     ) -> None:
-        """Raises what `update` says; every rank raises the same."""
+        """Raises what `update` says; every rank raises the same. found: what Tally.reduced returned."""
+        loss = found["train/loss"]
         if np.isfinite(loss) and np.isfinite(grad_norm):
             return
         folder = Path(self.settings.run.dir).expanduser() / "skipped"
@@ -223,12 +229,15 @@ class Learner:
             for name, value in micro.tensors().items()
         }
         save_file(columns, folder / f"step_{plan.step:06d}-rank{self.rank}.safetensors")
-        told = f"step {plan.step}: loss is {loss}, gradient norm {grad_norm}; lower train.lr or look at the batch, which is in {folder}"
+        sentence = (
+            f"step {plan.step}: loss is {loss}, gradient norm {grad_norm}; {remedy(found)}; "
+            f"the batch is in {folder}"
+        )
         if not self.engine.optimizer.overflow:
             raise NonFiniteError(
-                f"{told}; the weights were stepped, the last checkpoint is untouched"
+                f"{sentence}; the weights were stepped, the last checkpoint is untouched"
             )
-        raise SkippedStep(f"{told}; nothing was stepped")
+        raise SkippedStep(f"{sentence}; nothing was stepped")
 
     def _credits(
         self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]

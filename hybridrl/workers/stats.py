@@ -3,7 +3,8 @@
 Names with a slash are metrics, explained in hybridrl.tracking.glossary; the others are parts of some.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -196,6 +197,32 @@ def quarters(micro: MicroBatch) -> Tensor:
     lengths = torch.bincount(owner, minlength=len(micro.sources))
     position = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
     return QUARTERS * position // lengths[owner]
+
+
+def remedy(found: Mapping[str, float]) -> str:
+    """What to change after a step whose loss or gradient is not finite, by the first mean of the batch that is not finite.
+
+    Args:
+        found: what Tally.reduced returned.
+    """
+
+    def finite(name: str) -> bool:
+        return math.isfinite(found.get(name, 0.0))
+
+    if not finite("entropy/token"):  # the student's own distribution
+        return "the student's probabilities are not finite; lower train.lr"
+    if not finite("kl/token"):
+        return (
+            "the divergence from a teacher is not finite although the student is: the teacher gives a token probability 0, "
+            "which reverse KL cannot compare, or is not finite itself; set algorithm.divergence=jsd or "
+            "algorithm.log_ratio_clip, or choose another teacher"
+        )
+    if not finite("advantage/mean"):
+        return (
+            "a reward, or a teacher's log-probability of a sampled token, is not finite; look at the reward functions, "
+            "or set algorithm.log_ratio_clip where a teacher gives a sampled token probability 0"
+        )
+    return "lower train.lr"
 
 
 def batch_metrics(found: dict[str, float], plan: UpdatePlan, grad_norm: float) -> dict[str, float]:
