@@ -16,6 +16,7 @@ from hybridrl.compose import (
     check_overrides,
     conf_dir,
     load_config,
+    masked_yaml,
     one_sentence,
     register_schema,
     to_settings,
@@ -216,7 +217,8 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
         with one_sentence(overrides), redirect_stdout(shown) if shows else nullcontext():
             main_of(next_job)()
     finally:
-        print(redact.yaml_text(shown.getvalue()), end="")
+        redact.referred(overrides, overrides)  # with --resolve their variables' values are shown
+        print(masked_yaml(shown.getvalue()), end="")
     return max(status, default=0)
 
 

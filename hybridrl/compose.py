@@ -98,17 +98,15 @@ def check_finite(tree: Any, key: str = "") -> None:
 
 def check_secrets(tree: Any, key: str = "") -> None:
     """Raise ConfigError for a secret that is written out instead of referred to by ${oc.env:NAME}."""
-    if isinstance(tree, Mapping):
-        for name, part in tree.items():
-            check_secrets(part, f"{key}.{name}" if key else str(name))
-    elif isinstance(tree, list):
-        for part in tree:
-            check_secrets(part, key)
-    elif redact.is_secret(tree, key) and tree != redact.MASK and "${" not in str(tree):
-        raise ConfigError(
-            f"{key}: a secret must not be written out, where the shell's history and every list of processes keep it; "
-            f"set an environment variable NAME_TOKEN and write {key}='${{oc.env:NAME_TOKEN}}'"
-        )
+
+    def check(value: Any, name: str) -> None:
+        if redact.is_secret(value, name) and value != redact.MASK and "${" not in str(value):
+            raise ConfigError(
+                f"{name}: a secret must not be written out, where the shell's history and every list of processes keep it; "
+                f"set an environment variable NAME_TOKEN and write {name}='${{oc.env:NAME_TOKEN}}'"
+            )
+
+    redact.rebuilt(tree, check, key)
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -160,6 +158,17 @@ def one_sentence(
 def to_yaml(settings: RunSettings) -> str:
     """The resolved settings as YAML, as written to run.dir/config.yaml; secrets are masked."""
     return OmegaConf.to_yaml(OmegaConf.create(_literal(redact.tree(_named(asdict(settings))))))
+
+
+def masked_yaml(text: str) -> str:
+    """What Hydra prints of settings, as YAML or otherwise, with secrets masked; references ${oc.env:NAME} stay as they are."""
+    try:
+        printed = OmegaConf.to_container(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException):
+        return redact.text(text)
+    if not isinstance(printed, Mapping) or not printed:
+        return redact.text(text)
+    return OmegaConf.to_yaml(OmegaConf.create(redact.tree(printed, references=True)))
 
 
 def from_yaml(text: str) -> RunSettings:
