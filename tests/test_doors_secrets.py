@@ -341,7 +341,8 @@ def test_a_variable_named_like_a_secret_leaves_paths_and_words_in_the_settings(
     paths = ["model.path=/data/production/m", f"+teachers.b.path={there}", "run.dir=/a/postgres"]
     settings = load_config([*BASE, *paths])
     assert from_yaml(to_yaml(settings)) == settings
-    assert worker_env(1, "cpu", take_turns=True).keys().isdisjoint({"S3_KEY_PREFIX", "CACHE_KEY"})
+    env = worker_env(1, "cpu", "float32", take_turns=True)
+    assert env.keys().isdisjoint({"S3_KEY_PREFIX", "CACHE_KEY"})
 
 
 def test_a_run_that_is_continued_in_another_environment_finds_no_difference(
@@ -502,7 +503,7 @@ def test_log_lines_tracebacks_and_error_sentences_hold_no_secret(
 
 
 def test_a_workers_environment_is_emptied_of_secrets_but_for_what_it_needs(environment: None):
-    env = worker_env(1, "cpu", take_turns=True)
+    env = worker_env(1, "cpu", "float32", take_turns=True)
     assert {
         env[name]
         for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "JUDGE_API_KEY")
