@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from hybridrl import __version__, redact
 from hybridrl.compose import (
+    check_flags,
     check_overrides,
     conf_dir,
     load_config,
@@ -184,6 +185,7 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
 
     overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
     flags = [a for a in arguments if a not in overrides]  # with their values
+    check_flags(flags)
     status, used = [], set()
 
     def job(composed: DictConfig) -> int:

@@ -62,7 +62,9 @@ def load_config(overrides: Sequence[str] = ()) -> RunSettings:
         initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"),
     ):
         composed = compose("config", overrides=list(overrides))
-    return to_settings(composed, overrides)
+    settings = to_settings(composed, overrides)
+    check_unmasked(settings)
+    return settings
 
 
 def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSettings:
@@ -165,6 +167,35 @@ def check_secrets(tree: Any, key: str = "") -> None:
             )
 
     redact.rebuilt(tree, check, key)
+
+
+def check_unmasked(settings: RunSettings) -> None:
+    """Raise ConfigError for a secret that was masked when these settings were written, as a run's config.yaml is."""
+
+    def check(value: Any, key: str) -> None:
+        if value == redact.MASK or (isinstance(value, str) and f"://{redact.MASK}@" in value):
+            raise ConfigError(
+                f"{key}={value}: a secret was masked here when the settings were written; add {key}='${{oc.env:NAME}}' to the "
+                "command, with the variable that holds it"
+            )
+
+    redact.rebuilt(settings, check)
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Raise ConfigError for a setting of ours or of another system that is written as a flag: --learning_rate=1e-5."""
+    known = known_keys()
+    for flag in flags:
+        name, equals, value = flag.lstrip("-").partition("=")
+        key = name.replace("-", "_")
+        if not flag.startswith("--"):
+            continue
+        if key in known:
+            raise ConfigError(
+                f"{flag}: a setting is written without dashes: {key}={value if equals else '...'}"
+            )
+        if synonym_of(key) or any(own.endswith(f".{key}") for own in known):
+            raise ConfigError(f"{_no_such_setting(flag, key)}; a setting is written KEY=VALUE")
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

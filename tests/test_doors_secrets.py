@@ -33,6 +33,7 @@ from hybridrl.rewards.load import BUILT_IN, accepted_names
 from hybridrl.rewards.pool import RewardPool
 from hybridrl.runtime.cluster import private_token, worker_env
 from hybridrl.runtime.host import build
+from hybridrl.settings_file import saved_config
 from tests.graph import save_tiny
 
 CANARY = "canary-0123456789"
@@ -323,6 +324,21 @@ def test_the_teachers_levels_name_the_judges_options_by_their_sha256(
     assert json.dumps(conditions_of(load_config([*BASE, *first]), [])) != written, (
         "another key may be another judge: measured again"
     )
+
+
+def test_a_secret_that_was_masked_in_a_runs_own_settings_must_be_named_again(
+    environment: None, tmp_path: Path
+):
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config([*BASE, *JUDGE])))
+    again = "reward.functions.judge.options.api_key='${oc.env:JUDGE_API_KEY}'"
+    with saved_config(tmp_path / "config.yaml") as base:
+        with pytest.raises(ConfigError, match=r"options\.api_key=\*\*\*: a secret was masked here"):
+            load_config(base)
+        with pytest.raises(ConfigError, match=r"options\.url=https://\*\*\*@host/x: a secret"):
+            load_config([*base, again])
+        url = "reward.functions.judge.options.url=https://host/x"
+        judge = load_config([*base, again, url]).reward.functions["judge"]
+    assert judge.options["api_key"] == f"{CANARY}-JUDGE_API_KEY"
 
 
 def test_a_variable_named_like_a_secret_leaves_paths_and_words_in_the_settings(

@@ -1,13 +1,16 @@
 """Settings of TRL, verl and OpenRLHF are answered with ours, short forms are read, and text is shown in the right quotes."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from hybridrl.choices import ScheduleKind
+from hybridrl.cli import main
 from hybridrl.compose import conf_dir, from_yaml, known_keys, load_config, quoted, to_yaml
 from hybridrl.config import ScheduleConfig, TeacherConfig
 from hybridrl.errors import ConfigError
+from hybridrl.settings_file import own_file
 from hybridrl.synonyms import SYNONYMS, markdown, synonym_of
 
 BASE = ["run.dir=here", "experiment=quickstart"]
@@ -68,6 +71,25 @@ def test_the_table_in_the_readme_is_the_table_that_is_used():
     text = (conf_dir() / "README.md").read_text()
     _, _, rest = text.partition("<!-- made by python -m hybridrl.synonyms -->\n")
     assert rest.partition("<!-- end of the table -->")[0] == markdown()
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        (
+            "--learning_rate=1e-5",
+            "no such setting; did you mean train.lr?; a setting is written KEY=VALUE",
+        ),
+        ("--lora-rank", "not supported: all weights are trained"),
+        ("--lr", "no such setting; did you mean train.lr?"),
+        ("--train.lr=3", "a setting is written without dashes: train.lr=3"),
+    ],
+)
+def test_a_setting_that_is_written_as_a_flag_is_answered_too(
+    flag: str, said: str, capsys: pytest.CaptureFixture
+):
+    assert main(["train", *BASE, flag, *([] if "=" in flag else ["8"])]) == 2
+    assert capsys.readouterr().err.startswith(f"hybridrl: {flag}: {said}")
 
 
 # -- short forms -----------------------------------------------------------------------------------------------------
@@ -131,6 +153,20 @@ def test_a_value_of_the_wrong_form_names_its_key_and_shows_the_right_one(overrid
     said = answer(override)
     key = override.lstrip("+").partition("=")[0]
     assert said.startswith(f"{key}=") and right in said and "\n" not in said and len(said) < 240
+
+
+def test_short_forms_work_in_a_file_of_ones_own(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "experiment: quickstart\nalgorithm: {reward_weight: 2}\nteachers: {ref: initial}\n"
+        "reward: {functions: {mine: 'rewards.py:score'}}\ntracking: {tags: a}\n"
+    )
+    with own_file(file) as base:
+        settings = load_config([*base, "run.dir=here"])
+    assert settings.algorithm.reward_weight == ScheduleConfig(value=2)
+    assert settings.teachers["ref"] == TeacherConfig()
+    assert settings.reward.functions["mine"].function == "rewards.py:score"
+    assert settings.tracking.tags == ["a"]
 
 
 # -- text ------------------------------------------------------------------------------------------------------------
