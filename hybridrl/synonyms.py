@@ -161,6 +161,13 @@ SYNONYMS = (
         "with data.task=records and data.heldout_path",
     ),
     Synonym("data.heldout_path", "eval_dataset test_split", "val_files", "eval_dataset"),
+    Synonym(
+        "data.columns",
+        "dataset_text_field",
+        "prompt_key",
+        "input_key label_key",
+        "which key of a row is the prompt: data.columns.prompt=question",
+    ),
     Synonym("data.num_train", "", "train_max_samples", "max_samples"),
     Synonym("data.chat_template", "", "", "apply_chat_template"),
     Synonym("data.instruction", "", "", "input_template"),
