@@ -23,7 +23,7 @@ from hybridrl.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
-    """A weight as a function of the step t = 0, 1, ... or of what was measured."""
+    """A weight as a function of the step t = 0, 1, ... or of what was measured; a number in its place is a constant weight."""
 
     kind: ScheduleKind = ScheduleKind.constant
     value: float = 1.0

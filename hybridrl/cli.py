@@ -13,9 +13,11 @@ from omegaconf import DictConfig
 
 from hybridrl import __version__, redact
 from hybridrl.compose import (
+    check_flags,
     check_overrides,
     conf_dir,
     load_config,
+    masked_yaml,
     one_sentence,
     register_schema,
     to_settings,
@@ -183,6 +185,7 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
 
     overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
     flags = [a for a in arguments if a not in overrides]  # with their values
+    check_flags(flags)
     status, used = [], set()
 
     def job(composed: DictConfig) -> int:
@@ -216,7 +219,8 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
         with one_sentence(overrides), redirect_stdout(shown) if shows else nullcontext():
             main_of(next_job)()
     finally:
-        print(redact.yaml_text(shown.getvalue()), end="")
+        redact.referred(overrides, overrides)  # with --resolve their variables' values are shown
+        print(masked_yaml(shown.getvalue()), end="")
     return max(status, default=0)
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -19,13 +19,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Sweep
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from hybridrl import redact
+from hybridrl.algorithm import ScheduleConfig
 from hybridrl.config import RewardFunctionConfig, RunSettings, TeacherConfig
 from hybridrl.errors import ConfigError
+from hybridrl.synonyms import synonym_of
 
 CONF_DIRS = (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf")
 
@@ -60,7 +62,9 @@ def load_config(overrides: Sequence[str] = ()) -> RunSettings:
         initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"),
     ):
         composed = compose("config", overrides=list(overrides))
-    return to_settings(composed, overrides)
+    settings = to_settings(composed, overrides)
+    check_unmasked(settings)
+    return settings
 
 
 def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSettings:
@@ -70,15 +74,71 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
         ConfigError: as load_config.
     """
     with one_sentence(overrides, of=(Exception,)):
-        check_secrets(OmegaConf.to_container(composed))
+        written = OmegaConf.to_container(composed)
+        check_secrets(written)
+        written = spelled_out(written, RunSettings)
+        composed = OmegaConf.create(written)
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), composed))
         assert isinstance(settings, RunSettings)
-        written = OmegaConf.to_container(composed.reward.functions)
         for name, function in settings.reward.functions.items():
-            if isinstance(written[name], Mapping):  # else it is a reference to another one
-                function.options = redact.referred(written[name].get("options"), function.options)
+            entry = written["reward"]["functions"][name]
+            if isinstance(entry, Mapping):  # else it is a reference to another one
+                function.options = redact.referred(entry.get("options"), function.options)
         check_finite(asdict(settings))
     return settings
+
+
+INITIAL = "initial"
+"""In the place of a teacher's path: the student as it was before training, frozen."""
+EXAMPLES = {
+    ScheduleConfig: "{key}=0.5 or '{key}={{kind: linear, value: 0, end: 1}}'",
+    TeacherConfig: "{key}=PATH, {key}=initial (the start model) or '{key}={{path: PATH, weight: 0.5}}'",
+    RewardFunctionConfig: "{key}=FILE.py:FUNCTION or '{key}={{function: FILE.py:FUNCTION, weight: 0.5}}'",
+}
+"""How an entry of these types is written."""
+
+
+def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
+    """Settings as they are written, with short forms in full: a number for a constant schedule, the path of a teacher or
+    `initial`, the name of a reward function, and one value for a list of one.
+
+    Args:
+        hint: the type that the schema gives to the setting `key`.
+
+    Raises:
+        ConfigError: a value where a section or names and values stand; shows the right form.
+    """
+    if isinstance(value, str) and ("${" in value or value == MISSING):
+        return value
+    if get_origin(hint) is list:
+        return [value] if isinstance(value, str | int | float) else value
+    if hint is ScheduleConfig and isinstance(value, int | float) and not isinstance(value, bool):
+        return {"value": value}
+    if hint is TeacherConfig and isinstance(value, str):
+        return {} if value == INITIAL else {"path": value}
+    if hint is RewardFunctionConfig and isinstance(value, str):
+        return {"function": value}
+    entries = get_args(hint)[1] if get_origin(hint) is dict else None
+    if not is_dataclass(hint) and entries is None:
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}={value}: {_right_form(hint, entries, key)}")
+    hints = get_type_hints(hint) if entries is None else dict.fromkeys(value, entries)
+    return {
+        name: spelled_out(part, hints.get(name), f"{key}.{name}" if key else str(name))
+        for name, part in value.items()
+    }
+
+
+def _right_form(hint: Any, entries: Any, key: str) -> str:
+    """How a section, or names and values, are written where one value stands."""
+    if hint in EXAMPLES:
+        return f"cannot be read; write {EXAMPLES[hint].format(key=key)}"
+    if entries in EXAMPLES:
+        return f"has an entry for each name; write {EXAMPLES[entries].format(key=f'+{key}.NAME')}"
+    if entries is not None:
+        return f"holds names and values; write +{key}.NAME=VALUE or '{key}={{NAME: VALUE}}'"
+    return f"a section, not a value; set {key}.NAME=..."
 
 
 def check_finite(tree: Any, key: str = "") -> None:
@@ -98,17 +158,44 @@ def check_finite(tree: Any, key: str = "") -> None:
 
 def check_secrets(tree: Any, key: str = "") -> None:
     """Raise ConfigError for a secret that is written out instead of referred to by ${oc.env:NAME}."""
-    if isinstance(tree, Mapping):
-        for name, part in tree.items():
-            check_secrets(part, f"{key}.{name}" if key else str(name))
-    elif isinstance(tree, list):
-        for part in tree:
-            check_secrets(part, key)
-    elif redact.is_secret(tree, key) and tree != redact.MASK and "${" not in str(tree):
-        raise ConfigError(
-            f"{key}: a secret must not be written out, where the shell's history and every list of processes keep it; "
-            f"set an environment variable NAME_TOKEN and write {key}='${{oc.env:NAME_TOKEN}}'"
-        )
+
+    def check(value: Any, name: str) -> None:
+        if redact.is_secret(value, name) and value != redact.MASK and "${" not in str(value):
+            raise ConfigError(
+                f"{name}: a secret must not be written out, where the shell's history and every list of processes keep it; "
+                f"set an environment variable NAME_TOKEN and write {name}='${{oc.env:NAME_TOKEN}}'"
+            )
+
+    redact.rebuilt(tree, check, key)
+
+
+def check_unmasked(settings: RunSettings) -> None:
+    """Raise ConfigError for a secret that was masked when these settings were written, as a run's config.yaml is."""
+
+    def check(value: Any, key: str) -> None:
+        if value == redact.MASK or (isinstance(value, str) and f"://{redact.MASK}@" in value):
+            raise ConfigError(
+                f"{key}={value}: a secret was masked here when the settings were written; add {key}='${{oc.env:NAME}}' to the "
+                "command, with the variable that holds it"
+            )
+
+    redact.rebuilt(settings, check)
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Raise ConfigError for a setting of ours or of another system that is written as a flag: --learning_rate=1e-5."""
+    known = known_keys()
+    for flag in flags:
+        name, equals, value = flag.lstrip("-").partition("=")
+        key = name.replace("-", "_")
+        if not flag.startswith("--"):
+            continue
+        if key in known:
+            raise ConfigError(
+                f"{flag}: a setting is written without dashes: {key}={value if equals else '...'}"
+            )
+        if synonym_of(key) or any(own.endswith(f".{key}") for own in known):
+            raise ConfigError(f"{_no_such_setting(flag, key)}; a setting is written KEY=VALUE")
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -160,6 +247,17 @@ def one_sentence(
 def to_yaml(settings: RunSettings) -> str:
     """The resolved settings as YAML, as written to run.dir/config.yaml; secrets are masked."""
     return OmegaConf.to_yaml(OmegaConf.create(_literal(redact.tree(_named(asdict(settings))))))
+
+
+def masked_yaml(text: str) -> str:
+    """What Hydra prints of settings, as YAML or otherwise, with secrets masked; references ${oc.env:NAME} stay as they are."""
+    try:
+        printed = OmegaConf.to_container(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException):
+        return redact.text(text)
+    if not isinstance(printed, Mapping) or not printed:
+        return redact.text(text)
+    return OmegaConf.to_yaml(OmegaConf.create(redact.tree(printed, references=True)))
 
 
 def from_yaml(text: str) -> RunSettings:
@@ -246,14 +344,43 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
                 return f"{group}={choice}: no such choice; " + (
                     f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(names)}"
                 )
+    if (bad := getattr(error, "override", None)) is not None:  # Hydra cannot parse it
+        return f"{bad}: not KEY=VALUE as Hydra reads it{_how_to_quote(bad)}"
+    if "Ambiguous value" in text:
+        bad = next((o for o in overrides if o in str(error)), text)
+        key, _, values = bad.partition("=")
+        return f"{bad}: commas separate the values of a sweep (-m); write a list as {key}=[{values}], text as {quoted(bad)}"
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key and key in text and key not in known_keys():
             return _no_such_setting(override, key)
         if is_dataclass(get_type_hints(RunSettings).get(key)) and not (conf_dir() / key).is_dir():
             return f"{override}: a section, not a value; set {key}.NAME=..."
-    bad = getattr(error, "override", None)
-    return f"{bad}: not KEY=VALUE as Hydra reads it, {text}" if bad else text
+    return text
+
+
+def _how_to_quote(override: str) -> str:
+    """What to do with an override that Hydra cannot parse."""
+    _, equals, value = override.partition("=")
+    if not equals:
+        return ""
+    if re.match(r"\[|\{\s*[\w.]+\s*:", value):  # a list, or names and values
+        return """; quote the texts in it that have special characters: '...{NAME: "TEXT"}' or '...["TEXT"]'"""
+    return f"; write text with special characters as {quoted(override)}"
+
+
+def quoted(override: str) -> str:
+    """KEY=VALUE as a shell and Hydra take it where VALUE is text of any characters: in quotes of Hydra's inside of the shell's.
+
+    Example: data.system_prompt=Be brief, please -> 'data.system_prompt="Be brief, please"'
+    """
+    key, _, value = override.partition("=")
+    # Hydra takes backslashes as they are, but for those before a quote.
+    inner = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + (m[2] and '\\"'), value)
+    word = f'{key}="{inner}"'
+    if "'" not in word:
+        return f"'{word}'"
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", word) + '"'
 
 
 def _no_such_setting(given: str, key: str) -> str:
@@ -265,10 +392,17 @@ def _no_such_setting(given: str, key: str) -> str:
     }.items():
         if key.startswith(f"{section}."):
             entry = ".".join(key.split(".")[: section.count(".") + 2])
-            known = [f"{entry}.{f.name}" for f in fields(schema)]
+            known = [entry, *(f"{entry}.{f.name}" for f in fields(schema))]
     if key in known or ".options." in key or key.startswith("data.columns."):
         return f"{given}: not in the config so far; write +{given} to add it"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if (synonym := synonym_of(key)) is not None:
+        if synonym.ours is None:
+            return f"{given}: not supported: {synonym.note}"
+        note = f" ({synonym.note})" if synonym.note else ""
+        return f"{given}: no such setting; did you mean {synonym.ours}?{note}"
+    last = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    near = same if len(same) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"{given}: no such setting" + (
         f"; did you mean {near[0]}?" if near else "; see hybridrl train --help"
     )

@@ -176,6 +176,15 @@ class Job:
             message = str(error)
         self.report(case, learner, [], error=message, before=before.digest if before else None)
 
+    def valued(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
+        """Two steps with a value head, its export, and one more step after it was saved and loaded."""
+        overrides = ("algorithm=ppo", *overrides)
+        learner, shard, values = self.two_steps(
+            case, [chunk_of(0, 4)], groups, num_micro_batches, *overrides
+        )
+        learner.export(str(self.folder / f"{case}-export"))
+        self.resume(case, learner, shard, values, num_micro_batches, *overrides)
+
     def gathered(self, case: str, learner) -> None:
         """The whole state by DeepSpeed's own gathering, which knows nothing of our offsets."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -237,6 +246,7 @@ def two_ranks(job: Job) -> None:
         )
         job.resume(f"zero{stage}-bf16", learner, shard, values, 6, *bf16)
         job.left_out(f"zero{stage}-bf16-left-out", learner, shard, 6, BROKEN[stage])
+    job.valued("zero3-value", groups, 6, "learner.zero_stage=3", ONE_EACH)
 
 
 def two_ranks_again(job: Job) -> None:
@@ -299,6 +309,8 @@ def one_rank(job: Job) -> None:
     except NonFiniteError as error:
         message = str(error)
     job.report("infinite", learner, [], error=message)
+
+    job.valued("value", everything, 1)
 
     for saved, stage in ((1, 3), (2, 3), (3, 2)):
         job.resharded(

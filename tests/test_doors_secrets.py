@@ -1,5 +1,7 @@
 """Secrets stay out of what is written and out of processes that do not need them; names from data stay inside the run."""
 
+import base64
+import html
 import json
 import logging
 import os
@@ -7,6 +9,7 @@ import pickle
 import stat
 import subprocess
 import sys
+import urllib.parse
 from dataclasses import fields
 from pathlib import Path
 from pkgutil import resolve_name
@@ -15,7 +18,7 @@ import pytest
 
 from hybridrl import redact
 from hybridrl.cli import main
-from hybridrl.compose import from_yaml, known_keys, load_config, to_yaml
+from hybridrl.compose import check_secrets, from_yaml, known_keys, load_config, to_yaml
 from hybridrl.config import DataConfig, RewardConfig, RewardFunctionConfig
 from hybridrl.controller.run import run_info
 from hybridrl.controller.run_directory import changes
@@ -30,6 +33,7 @@ from hybridrl.rewards.load import BUILT_IN, accepted_names
 from hybridrl.rewards.pool import RewardPool
 from hybridrl.runtime.cluster import private_token, worker_env
 from hybridrl.runtime.host import build
+from hybridrl.settings_file import saved_config
 from tests.graph import save_tiny
 
 CANARY = "canary-0123456789"
@@ -56,24 +60,62 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "secret"),
+    "name",
     [
-        ("WANDB_API_KEY", True),
-        ("HF_TOKEN", True),
-        ("AWS_SECRET_ACCESS_KEY", True),
-        ("AWS_ACCESS_KEY_ID", True),
-        ("PGPASSWORD", True),
-        ("OPENAI_APIKEY", True),
-        ("my_key", True),
-        ("TOKENIZERS_PARALLELISM", False),
-        ("PWD", False),
-        ("KEYBOARD", False),
-        ("RAY_AUTH_TOKEN_PATH", False),
-        ("GOOGLE_CREDENTIALS_FILE", False),
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "HF_TOKENS",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_ACCESS_KEY_ID",
+        "PGPASSWORD",
+        "SMTP_PASS",
+        "OPENAI_APIKEY",
+        "SESSION_COOKIE",
+        "my_key",
+        "githubToken",
     ],
 )
-def test_a_variable_is_a_secret_by_its_name(name: str, secret: bool):
-    assert redact.variable_is_secret(name) is secret
+def test_a_variable_is_a_secret_by_its_name(name: str):
+    assert redact.variable_is_secret(name, CANARY)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TOKENIZERS_PARALLELISM", CANARY),
+        ("PWD", CANARY),
+        ("KEYBOARD", CANARY),
+        ("NUM_TOKENS", "123456789"),
+        ("RAY_AUTH_TOKEN_PATH", CANARY),
+        ("GOOGLE_CREDENTIALS_FILE", CANARY),
+        ("S3_KEY_PREFIX", "/data/production"),
+        ("S3_KEY_PREFIX", "runs-8f3a2b1c/production"),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/secrets/gcp-key.json"),
+        ("DB_PASSWORD", "/run/secrets/db_password"),
+        ("TOKEN_URI", "https://auth.example.com/oauth/token"),
+        ("OPENAI_API_KEY", "not-needed"),
+        ("PARTITION_KEY", "created_at"),
+        ("PAD_TOKEN", "<|endoftext|>"),
+    ],
+)
+def test_a_variable_with_another_name_or_a_plain_value_is_none(name: str, value: str):
+    assert not redact.variable_is_secret(name, value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+        "/9j/4AAQSkZJRgABAQAAAQABAAD",  # base64 may begin with a slash
+        "AKIAIOSFODNN7EXAMPLE",
+        "aBcDeFgHiJkLmNoPqRsT",
+        "XK42-PQ17-ZZ09",
+        "12345678",
+        "abcdefghijklmnop",
+    ],
+)
+def test_what_a_generator_of_keys_makes_is_never_plain(value: str):
+    assert not redact.is_plain(value)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +130,6 @@ def test_a_variable_is_a_secret_by_its_name(name: str, secret: bool):
         ("db_password", True),
         ("eos_token", False),
         ("pad_token", False),
-        ("key", False),
         ("answer_key", False),
         ("num_tokens", False),
         ("options.github_token", True),
@@ -96,17 +137,43 @@ def test_a_variable_is_a_secret_by_its_name(name: str, secret: bool):
         ("options.judge_token", True),
         ("a.options.headers.Authorization", True),
         ("options.pat", True),
+        ("options.pass", True),
+        ("options.smtpPass", True),
+        ("options.cookie", True),
+        ("options.keys", True),
         ("options.credentials.value", True),
         ("options.max_tokens", False),
         ("options.tokenizer", False),
         ("options.eos_token", False),
         ("options.answer_key", False),
+        ("options.think_token", False),
         ("options.keywords", False),
+        ("options.pass_rate", False),
         ("functions.secret_judge.weight", False),
     ],
 )
 def test_a_setting_is_a_secret_by_its_key(key: str, secret: bool):
-    assert redact.setting_is_secret(key) is secret
+    assert redact.setting_is_secret(key, CANARY) is secret
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "key=answer",
+        "key=createdAt",
+        "think_token='<think>'",
+        "turn_token='<|im_start|>'",
+        "api_key=EMPTY",
+        "keys=[question,answer]",
+        "pass=1",
+        "auth=basic",
+        "token=512",
+    ],
+)
+def test_an_option_with_a_plain_value_is_accepted_and_written_as_it_is(option: str):
+    settings = load_config([*BASE, f"+reward.functions.countdown.options.{option}"])
+    [(name, value)] = settings.reward.functions["countdown"].options.items()
+    assert from_yaml(to_yaml(settings)).reward.functions["countdown"].options == {name: value}
 
 
 def ordinary_options() -> set[str]:
@@ -122,13 +189,9 @@ def ordinary_options() -> set[str]:
 
 
 def test_no_setting_of_ours_is_taken_for_a_secret():
-    assert [key for key in known_keys() if redact.setting_is_secret(key)] == []
-    assert [key for key in known_keys() if redact.setting_is_secret(f"options.{key}")] == [], (
-        "as it is shown by --cfg"
-    )
-    assert [
-        name for name in ordinary_options() if redact.setting_is_secret(f"options.{name}")
-    ] == []
+    assert [key for key in known_keys() if redact.setting_is_secret(key, CANARY)] == []
+    names = [*known_keys(), *ordinary_options()]
+    assert [name for name in names if redact.setting_is_secret(f"options.{name}", CANARY)] == []
 
 
 def test_values_and_the_users_of_urls_are_masked_wherever_they_stand(
@@ -141,6 +204,92 @@ def test_values_and_the_users_of_urls_are_masked_wherever_they_stand(
         redact.text("batch 12345678 and 12345678-9, https://me:pw@host/x")
         == "batch *** and ***, https://***@host/x"
     )
+
+
+PEM = "-----BEGIN KEY-----\nMIIEvgIBADANBgkqhkiG9w0B\nAQEFAASCBKgwggSkAgEAAoIB\n-----END KEY-----"
+
+
+def form(value: str) -> dict[str, str]:
+    """The value as other programs write it."""
+    basic = base64.b64encode(f"user:{value}".encode()).decode()
+    return {
+        "repr": repr(value),
+        "bytes": repr(value.encode()),
+        "json": json.dumps(value),
+        "json of bytes": json.dumps(value, ensure_ascii=False),
+        "url": urllib.parse.quote(value, safe=""),
+        "form": urllib.parse.urlencode({"a": value}),
+        "html": html.escape(value),
+        "basic": f"Basic {basic}",
+        "longer name": base64.b64encode(f"longer:{value}:x".encode()).decode(),
+        "longest name": base64.urlsafe_b64encode(f"longest:{value}".encode()).decode(),
+    }
+
+
+@pytest.mark.parametrize("how", list(form("")))
+def test_a_secret_is_masked_in_each_form_in_which_it_may_be_written(
+    how: str, monkeypatch: pytest.MonkeyPatch
+):
+    secret = 'c4n\'ry "x" <\u00fc>/+?&\n0123'
+    monkeypatch.setenv("DB_PASSWORD", secret)
+    masked = redact.text(f"before {form(secret)[how]} after")
+    assert masked.startswith("before ") and masked.endswith(" after") and "***" in masked
+    assert "4n" not in masked and "0123" not in masked and len(masked) < 30
+
+
+def test_single_lines_of_a_key_are_masked_and_its_frame_is_not(monkeypatch: pytest.MonkeyPatch):
+    for value in (PEM, PEM.replace("\n", "\\n")):
+        monkeypatch.setenv("TLS_KEY", value)
+        assert redact.text(f"line 2: {PEM.splitlines()[1]}.") == "line 2: ***."
+        assert redact.text("-----BEGIN KEY-----") == "-----BEGIN KEY-----"
+
+
+def test_the_password_of_a_url_and_the_fields_of_a_json_object_in_a_variable_are_masked(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("DATABASE_URL", "postgres://me:c4n%40ry-0123@db.example.com/x")
+    monkeypatch.setenv("GCP_ACCOUNT", json.dumps({"project": "alpha", "private_key": PEM}))
+    said = f"c4n@ry-0123, c4n%40ry-0123, {PEM.splitlines()[2]}, alpha"
+    assert redact.text(said) == "***, ***, ***, alpha"
+
+
+@pytest.mark.parametrize(
+    ("said", "masked"),
+    [
+        ("https://me:p@ss/w'or\"d@host/x", "https://***@host/x"),
+        ("https://ghp_0123456789@github.com/x", "https://***@github.com/x"),
+        ("pg://a:b1@h,pg://c:d@e/f@i", "pg://***@h,pg://***@i"),
+        ('{"a":"https://x:y@h","b":"me@c"}', '{"a":"https://***@h","b":"me@c"}'),
+        ("https://b/x?sv=1&sig=aB3%2Fd6gH9&se=2", "https://b/x?sv=1&sig=***&se=2"),
+        ("s3://b/x?X-Amz-Signature=0a1b2c3d4e", "s3://b/x?X-Amz-Signature=***"),
+        ("https://b/x?key=AIzaSyD4x9", "https://b/x?key=***"),
+        ("Authorization: Bearer ab12cd34ef", "Authorization: ***"),
+        ("('Cookie', 'id=ab12cd34; s=12')", "('Cookie', '***')"),
+        ("x-api-key: ab12cd34ef, retry", "x-api-key: ***, retry"),
+        ("{'api_key': 'ab12cd34ef', 'n': 2}", "{'api_key': '***', 'n': 2}"),
+        ("password='a b c', next", "password='***', next"),
+    ],
+)
+def test_what_says_itself_that_it_is_a_secret_is_masked_whatever_its_value(said: str, masked: str):
+    assert redact.text(said) == masked
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "https://host:8080/x@v1",
+        "git+https://github.com/owner/repo@v1.2",
+        "http://[::1]:8265/x@y",
+        "https://medium.com/@author/post",
+        "https://host/x?sort_key=name&page=2",
+        "Authorization: failed for this user",
+        "options.key=answer",
+        "train.max_tokens_per_micro_batch=16384, tokens_seen=123456789",
+        "the key: value pairs of a token: one each",
+    ],
+)
+def test_what_only_looks_like_a_secret_stands_as_it_is(said: str):
+    assert redact.text(said) == said
 
 
 # -- what a run writes -----------------------------------------------------------------------------------------------
@@ -177,6 +326,73 @@ def test_the_teachers_levels_name_the_judges_options_by_their_sha256(
     )
 
 
+def test_a_secret_that_was_masked_in_a_runs_own_settings_must_be_named_again(
+    environment: None, tmp_path: Path
+):
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config([*BASE, *JUDGE])))
+    again = "reward.functions.judge.options.api_key='${oc.env:JUDGE_API_KEY}'"
+    with saved_config(tmp_path / "config.yaml") as base:
+        with pytest.raises(ConfigError, match=r"options\.api_key=\*\*\*: a secret was masked here"):
+            load_config(base)
+        with pytest.raises(ConfigError, match=r"options\.url=https://\*\*\*@host/x: a secret"):
+            load_config([*base, again])
+        url = "reward.functions.judge.options.url=https://host/x"
+        judge = load_config([*base, again, url]).reward.functions["judge"]
+    assert judge.options["api_key"] == f"{CANARY}-JUDGE_API_KEY"
+
+
+def test_a_variable_named_like_a_secret_leaves_paths_and_words_in_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    there = tmp_path / "gcp-8f3a2b1c.json"
+    there.touch()
+    named = {
+        "S3_KEY_PREFIX": "/data/production",
+        "GOOGLE_APPLICATION_CREDENTIALS": str(there),
+        "POSTGRES_PASSWORD": "postgres",
+        "CACHE_KEY": "countdown",
+    }
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    paths = ["model.path=/data/production/m", f"+teachers.b.path={there}", "run.dir=/a/postgres"]
+    settings = load_config([*BASE, *paths])
+    assert from_yaml(to_yaml(settings)) == settings
+    env = worker_env(1, "cpu", "float32", take_turns=True)
+    assert env.keys().isdisjoint({"S3_KEY_PREFIX", "CACHE_KEY"})
+
+
+def test_a_run_that_is_continued_in_another_environment_finds_no_difference(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    settings = load_config([*BASE, f"model.path=/data/{CANARY}/m"])
+    plain = from_yaml(to_yaml(settings))
+    monkeypatch.setenv("A_TOKEN", CANARY)
+    masked = from_yaml(to_yaml(settings))
+    assert (plain.model.path, masked.model.path) == (f"/data/{CANARY}/m", "/data/***/m")
+    assert changes(plain, settings) == {} and changes(masked, settings) == {}
+    monkeypatch.delenv("A_TOKEN")
+    assert changes(masked, settings) == {}
+    other = load_config([*BASE, "model.path=/data/other"])
+    assert list(changes(masked, other)) == ["model.path"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": f"Bearer {CANARY}"},
+        [["Authorization", f"Bearer {CANARY}"], ["Accept", "json"]],
+        [f"Authorization: Bearer {CANARY}"],
+        [{"name": "Cookie", "value": f"id={CANARY}"}],
+    ],
+)
+def test_headers_that_authorise_are_refused_and_masked_in_every_shape(headers: object):
+    options = {"options": {"headers": headers}}
+    assert CANARY not in str(redact.tree(options)) and "***" in str(redact.tree(options))
+    assert len(redact.secrets_in(options)) == 1
+    with pytest.raises(ConfigError, match="a secret must not be written out"):
+        check_secrets(options)
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -198,7 +414,7 @@ def test_a_secret_that_is_written_out_is_refused_and_not_repeated(key: str):
     [
         ("password", "12345678"),
         ("github_token", CANARY),
-        ("pat", "1.5"),
+        ("pat", "12345678.5"),
         ("keys.token", f"[{CANARY}]"),
     ],
 )
@@ -231,7 +447,11 @@ def test_what_an_option_takes_from_the_environment_is_masked_whatever_its_names(
 ):
     monkeypatch.setenv("JUDGE_X", f"{CANARY}-x")
     monkeypatch.setenv("SCRATCH_HERE", str(tmp_path))
-    options = "{header: 'Bearer ${oc.env:JUDGE_X}', parts: ['${oc.env:JUDGE_X}'], cache: '${oc.env:SCRATCH_HERE}/c', model: judge-large}"
+    monkeypatch.setenv("JUDGE_MODEL", "judge-large")
+    options = (
+        "{header: 'Bearer ${oc.env:JUDGE_X}', parts: ['${oc.env:JUDGE_X}'], "
+        "cache: '${oc.env:SCRATCH_HERE}/c', model: '${oc.env:JUDGE_MODEL}'}"
+    )
     settings = load_config(
         [
             *BASE,
@@ -277,7 +497,7 @@ def test_the_settings_that_hydra_prints_hold_no_secret(
     assert (
         "api_key: " in done.stdout
         and "token: '***'" in done.stdout
-        and "plain: ***" in done.stdout
+        and "plain: '***'" in done.stdout
         and CANARY not in done.stdout
     )
 
@@ -299,7 +519,7 @@ def test_log_lines_tracebacks_and_error_sentences_hold_no_secret(
 
 
 def test_a_workers_environment_is_emptied_of_secrets_but_for_what_it_needs(environment: None):
-    env = worker_env(1, "cpu", take_turns=True)
+    env = worker_env(1, "cpu", "float32", take_turns=True)
     assert {
         env[name]
         for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "JUDGE_API_KEY")

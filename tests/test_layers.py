@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "hybridrl"
 
 LAYERS = [
     {"__version__", "errors", "failpoints"},
-    {"choices", "redact"},
+    {"choices", "redact", "synonyms"},
     {"algorithm", "checkpointing", "generation"},
     {"config", "needs", "placement"},
     {"compose"},

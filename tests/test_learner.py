@@ -21,7 +21,7 @@ from hybridrl.compose import load_config
 from hybridrl.data.collate import collate, train_sequences
 from hybridrl.errors import CheckpointError
 from hybridrl.models.fragments import PARTS, Fragment, FragmentReader, write_fragments
-from hybridrl.models.loading import load_model
+from hybridrl.models.loading import load_model, load_value_head
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 from hybridrl.objectives.credit import Credit
 from hybridrl.objectives.hybrid import HybridObjective
@@ -30,9 +30,10 @@ from hybridrl.ops.head import HeadRule, TokenTerms
 from hybridrl.ops.teachers import HiddenTeacher
 from hybridrl.tracking.glossary import explain
 from hybridrl.types import ScoredBatch
+from hybridrl.workers import probe
 from hybridrl.workers.learner import deepspeed_config
 from hybridrl.workers.optimizer_state import check_model
-from hybridrl.workers.student import Student, output_weight
+from hybridrl.workers.student import HeadInputs, Student, output_weight
 
 JOB = Path(__file__).parent / "learner_job.py"
 DEADLINE_S = 240  # of one process group; it takes about 20 s
@@ -311,10 +312,57 @@ def test_in_bf16_short_sequences_attend_by_plain_products_and_long_packed_ones_b
     ] == pytest.approx(fused["grad_norm"], rel=0.02)
 
 
+# -- a value head ----------------------------------------------------------------------------------------------------
+
+
+def test_a_value_head_learns_and_is_exported_alike_whether_parameters_are_sharded_or_not(
+    folder: Path,
+):
+    whole, sharded = result(folder, "value"), result(folder, "zero3-value")
+    assert sharded["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+    heads = [
+        load_value_head(str(folder / f"{case}-export"), setting="path")
+        for case in ("value", "zero3-value")
+    ]
+    assert heads[0].shape == (1, 128) and heads[0].abs().max() > 0
+    assert torch.allclose(*heads, atol=1e-6)
+
+
+def test_distances_from_a_teacher_are_summed_where_the_student_computes(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A process group for GPUs alone refuses tensors of the CPU; here the device without memory takes the GPU's place."""
+
+    def all_reduce(sums: Tensor) -> None:
+        raise RuntimeError(f"reduces on {sums.device}")
+
+    monkeypatch.setattr(probe.dist, "all_reduce", all_reduce)
+    there = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device="meta")
+    none = torch.zeros(0, device="meta")
+    terms = TokenTerms(token_ids=none, token_weight=none, sparse=none, sampler_logprobs=none)
+    inputs = HeadInputs(
+        input_ids=none,
+        attention_mask=None,
+        position_ids=none,
+        hidden_rows=none,
+        teachers=(),
+        terms=terms,
+        value_slope=none,
+    )
+    with pytest.raises(RuntimeError, match="reduces on meta"):
+        probe.teacher_distance(lambda *arguments: (there, None), [inputs])
+
+
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-STATES = ["one", "bf16", *(f"zero{stage}{dtype}" for stage in (1, 2, 3) for dtype in ("", "-bf16"))]
+STATES = [
+    "one",
+    "bf16",
+    "value",
+    "zero3-value",
+    *(f"zero{stage}{dtype}" for stage in (1, 2, 3) for dtype in ("", "-bf16")),
+]
 
 
 @pytest.mark.parametrize("case", STATES)

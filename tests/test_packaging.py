@@ -182,6 +182,34 @@ def test_every_setting_a_recipe_names_exists(name: str) -> None:
         load_config(overrides)
 
 
+def test_the_extras_admit_the_triton_that_the_cuda_wheel_of_torch_pins() -> None:
+    """The wheel for CPUs pins none; that of 2.13.0 for CUDA requires 3.7.1 exactly, or the gpu extra cannot be resolved."""
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    texts = [project["dependencies"], *project["optional-dependencies"].values()]
+    wanted = {r.name: r.specifier for part in texts for r in map(Requirement, part)}
+    assert wanted["torch"] == "==2.13.0" and wanted["triton"].contains("3.7.1")
+
+
+def gibibytes(text: str) -> int:
+    assert text.endswith("Gi")
+    return int(text.removesuffix("Gi"))
+
+
+def test_the_kubernetes_pods_give_ray_three_tenths_of_their_memory_and_share_one_cache_of_models() -> (
+    None
+):
+    cluster = yaml.safe_load(read("cluster/rayjob.yaml"))["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        [container] = pod["containers"]
+        [shm] = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm"]
+        memory = gibibytes(container["resources"]["limits"]["memory"])
+        assert gibibytes(shm["sizeLimit"]) >= 0.3 * memory
+        assert {"name": "HF_HOME", "value": "/shared/huggingface"} in container["env"]
+        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounts == {"/shared", "/dev/shm"}
+
+
 def test_the_kubernetes_job_runs_the_pinned_ray() -> None:
     assert (
         yaml.safe_load(read("cluster/rayjob.yaml"))["spec"]["rayClusterSpec"]["rayVersion"]

@@ -40,9 +40,10 @@ from hybridrl.models.loading import load_model
 from hybridrl.placement import shares
 from hybridrl.runtime import calls
 from hybridrl.runtime import cluster as cluster_module
-from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
+from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share, worker_env
 from hybridrl.runtime.group import ActorGroup, Slot, ask_for_stacks
 from hybridrl.runtime.groups import RewardGroup, RolloutGroup
+from hybridrl.runtime.host import visible_gpus
 from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
 from hybridrl.workers import rollout as rollout_worker
 from hybridrl.workers.rollout import Waves, chunk_header, complete, top_tokens, trajectory
@@ -216,6 +217,70 @@ def test_a_device_that_is_refused_leaves_no_ray_running():
     with pytest.raises(ConfigError, match=r"cluster\.device=cuda"):
         Cluster(load_config([*BASE, "cluster.device=cuda"]))
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kept", "precision"),
+    [
+        ("cpu", "float32", "0", None),
+        ("cuda", "float32", None, "ieee"),
+        ("cuda", "bfloat16", None, None),
+    ],
+)
+def test_a_worker_keeps_freed_memory_on_the_cpu_and_multiplies_float32_exactly_on_a_gpu(
+    device: str, dtype: str, kept: str | None, precision: str | None
+):
+    env = worker_env(1, device, dtype, take_turns=True)
+    assert (env.get("MALLOC_MMAP_MAX_"), env.get("TRITON_F32_DEFAULT")) == (kept, precision)
+
+
+NVIDIA_SMI = """#!/bin/sh
+echo "GPU-1f00-aa, 0"
+echo "GPU-2e11-bb, 1"
+echo "GPU-2e22-cc, 2"
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "visible"),
+    [
+        ([3], {"CUDA_VISIBLE_DEVICES": "3"}),
+        ([2, 5], {"CUDA_VISIBLE_DEVICES": "2,5"}),
+        (
+            ["GPU-2e22-cc", "GPU-1f00-aa"],
+            {"CUDA_VISIBLE_DEVICES": "2,0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+        ),
+        (["GPU-2e11"], {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
+    ],
+)
+def test_a_worker_sees_the_gpus_that_ray_gave_it_by_their_numbers(
+    given: list, visible: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert visible_gpus(given) == visible
+
+
+@pytest.mark.parametrize("given", ["MIG-1f00-aa", "GPU-2e", "GPU-9"])
+def test_a_slice_of_a_gpu_or_one_that_is_not_there_is_one_sentence(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(
+        PlacementError, match=f"{given}: is no GPU of this node, which has GPU-1f00"
+    ):
+        visible_gpus([given])
+
+
+def test_gpus_that_nvidia_smi_cannot_number_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PlacementError, match="start Ray with the GPUs' numbers"):
+        visible_gpus(["GPU-1f00-aa"])
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,11 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
         flat(redact.tree(asdict(new))),
     )  # secrets are masked in what is on file
     pairs = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in before | after}
-    return {key: (a, b) for key, (a, b) in pairs.items() if a != b and not within(key, free)}
+    return {
+        key: (a, b)
+        for key, (a, b) in pairs.items()
+        if not redact.agree(a, b) and not within(key, free)
+    }
 
 
 def stretched_by_steps(settings: RunSettings) -> list[str]:

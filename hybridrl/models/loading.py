@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,10 @@ BUILTIN = "builtin:"
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = ("countdown-student", "countdown-teacher")
 SMOLLM2 = "smollm2-135m-instruct"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles
+TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+"""Config, tokenizer and chat templates: all that is downloaded where no weights are needed."""
+HUB_FILES = (*TEXT_FILES, "*.safetensors")
+"""A whole model; no pickles."""
 
 
 def cache_dir() -> Path:
@@ -38,10 +41,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("HYBRIDRL_CACHE") or Path.home() / ".cache" / "hybridrl")
 
 
-def resolve(path: str, revision: str | None = None, *, setting: str = "model.path") -> Path:
+def resolve(
+    path: str,
+    revision: str | None = None,
+    *,
+    setting: str = "model.path",
+    files: Sequence[str] = HUB_FILES,
+) -> Path:
     """The Hugging Face folder behind builtin:NAME, a folder, or a name on the hub (downloaded to its cache).
 
     Args:
+        files: patterns of what is downloaded from the hub, where it is not in the cache already.
         setting: what the error calls the value, e.g. "teachers.main.path".
 
     Raises:
@@ -56,7 +66,7 @@ def resolve(path: str, revision: str | None = None, *, setting: str = "model.pat
             f"{setting}={path}: exists but holds no config.json; give a Hugging Face model folder"
         )
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(files)))
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -100,18 +110,17 @@ def load_output_head(path: str, dtype: str, revision: str | None = None) -> Tens
     Raises:
         ConfigError: nothing is there, or the folder's index names a file outside of it.
     """
-    folder = resolve(path, revision)
+    folder = resolve(path, revision, files=TEXT_FILES)
     index = folder / "model.safetensors.index.json"
     where = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
     if escaped := next((file for file in where.values() if Path(file).name != file), None):
         raise ConfigError(
             f"model.path={path}: {index.name} names {escaped}, a file outside of the folder; get the model anew"
         )
-    files = [folder / where[name] for name in OUTPUT_HEADS if name in where] or [
-        folder / "model.safetensors"
-    ]
-    if files[0].is_file():
-        with safe_open(files[0], framework="pt") as tensors:
+    file = next((where[name] for name in OUTPUT_HEADS if name in where), "model.safetensors")
+    folder = resolve(path, revision, files=(*TEXT_FILES, file))
+    if (folder / file).is_file():
+        with safe_open(folder / file, framework="pt") as tensors:
             name = next((n for n in OUTPUT_HEADS if n in tensors.keys()), None)  # noqa: SIM118 (not a dict)
             if name is not None:
                 return tensors.get_tensor(name).to(getattr(torch, dtype))
@@ -143,7 +152,7 @@ def head_rows(path: str, revision: str | None = None) -> int:
     Raises:
         ConfigError: nothing is there, or no config that transformers knows by itself.
     """
-    folder = resolve(path, revision)
+    folder = resolve(path, revision, files=TEXT_FILES)
     with loaded_as("a model's config", f"model.path={path}"):
         return (
             AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
@@ -170,7 +179,7 @@ def load_tokenizer(
     Raises:
         ConfigError: nothing is there, or no tokenizer that transformers knows by itself.
     """
-    folder = resolve(path, revision, setting=setting)
+    folder = resolve(path, revision, setting=setting, files=TEXT_FILES)
     with loaded_as("a tokenizer", f"{setting}={path}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token_id is None:

@@ -32,6 +32,13 @@ from hybridrl.runtime.group import Slot
 CPU_SHARE = 0.01
 """Ray's CPUs are bookkeeping, not cores; workers on CPU share the cores, so they ask for next to nothing."""
 
+KEPT_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**62),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+"""glibc keeps freed memory; see worker_env."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Team:
@@ -135,7 +142,9 @@ class Cluster:
                 node_ip=node["NodeManagerAddress"],
                 num_cpus=CPU_SHARE / 8 if colocated else CPU_SHARE,
                 num_gpus=gpus[team.name],
-                env=worker_env(threads, self.device, take_turns=take_turns),
+                env=worker_env(
+                    threads, self.device, self.settings.model.dtype, take_turns=take_turns
+                ),
             )
             slots[team.name].append(slot)
         return slots
@@ -266,17 +275,22 @@ def cpus_of(node: dict) -> int:
     return int(node["Resources"].get("CPU", 1))
 
 
-def worker_env(threads: int, device: str, *, take_turns: bool) -> dict[str, str]:
+def worker_env(threads: int, device: str, dtype: str, *, take_turns: bool) -> dict[str, str]:
     """Environment of a worker process: its share of the cores, no telemetry, no secret it does not need.
 
     Ray's dashboard shows it, so it holds no secret either. glibc gives a freed tensor of more than 32 MiB back to the kernel and
     gets the next one as fresh pages, zeroed one by one: a quarter of a learner's step on CPU. The MALLOC variables make it keep them.
+    A process that computes on a GPU frees its host memory: that of a model just loaded would be kept as long as the process lives.
+
+    vLLM's attention for float32 on GPUs is a Triton kernel, whose products are TF32 unless Triton is told otherwise: too coarse for
+    rollout.max_logprob_gap of float32.
 
     An engine decodes by thousands of small products a second. Threads that sleep between two of them take a third of its speed; those
     that wait in a loop take half of that of another worker on the same cores. So they loop, for half a millisecond at most, where
     workers compute one after another.
 
     Args:
+        dtype: model.dtype.
         take_turns: the phases of a step do not overlap, and the workers of one phase have cores enough.
     """
     count, loops = str(threads), take_turns and device == "cpu"
@@ -287,9 +301,6 @@ def worker_env(threads: int, device: str, *, take_turns: bool) -> dict[str, str]
             "MKL_NUM_THREADS": count,
             "GOMP_SPINCOUNT": "10000" if loops else "0",
             "KMP_BLOCKTIME": "1" if loops else "0",
-            "MALLOC_MMAP_MAX_": "0",
-            "MALLOC_TRIM_THRESHOLD_": str(2**62),
-            "MALLOC_TOP_PAD_": str(2**26),
             "TOKENIZERS_PARALLELISM": "false",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
@@ -298,6 +309,8 @@ def worker_env(threads: int, device: str, *, take_turns: bool) -> dict[str, str]
             ),
             "PATH": f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}",  # ninja lives beside python
             "DS_ACCELERATOR": "cpu" if device == "cpu" else "cuda",
+            **(KEPT_MEMORY if device == "cpu" else {}),
+            **({"TRITON_F32_DEFAULT": "ieee"} if device == "cuda" and dtype == "float32" else {}),
             **(
                 {failpoints.VARIABLE: os.environ[failpoints.VARIABLE]}
                 if failpoints.VARIABLE in os.environ

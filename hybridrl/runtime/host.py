@@ -7,13 +7,17 @@ import faulthandler
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from hybridrl import redact
-from hybridrl.errors import HybridRLError
+from hybridrl.errors import HybridRLError, PlacementError
 
 STACKS = signal.SIGUSR1
 """Makes a worker write the stack of each of its threads into its log, also while it is busy outside Python."""
@@ -39,6 +43,8 @@ def build(path: str, log: str, kwargs: dict[str, Any]) -> Any:
     faulthandler.register(STACKS, file=descriptor, all_threads=True)
     module, name = path.split(":")
     try:
+        if ray.is_initialized() and (gpus := ray.get_gpu_ids()):
+            os.environ |= visible_gpus(gpus)
         return getattr(importlib.import_module(module), name)(**kwargs)
     except Exception as error:
         print(redact.text(traceback.format_exc()), file=sys.stderr)
@@ -47,6 +53,42 @@ def build(path: str, log: str, kwargs: dict[str, Any]) -> Any:
             if isinstance(error, HybridRLError)
             else NotBuilt(redact.text(f"{type(error).__name__}: {error}"))
         )
+
+
+def visible_gpus(given: Sequence[int | str]) -> dict[str, str]:
+    """The variables by which this process sees the GPUs that Ray gave it, and no other; set before torch is imported.
+
+    Ray leaves them alone where RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set, and all workers would compute on the
+    first GPU. DeepSpeed reads them as numbers, so UUIDs become the numbers that nvidia-smi gives in the order of the bus.
+
+    Raises:
+        PlacementError: an id is neither a number nor a GPU's UUID, as that of a MIG slice, or nvidia-smi does not answer.
+    """
+    names = [str(name) for name in given]
+    if all(name.isdecimal() for name in names):
+        return {"CUDA_VISIBLE_DEVICES": ",".join(names)}
+    query = ["nvidia-smi", "--query-gpu=uuid,index", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise PlacementError(
+            f"CUDA_VISIBLE_DEVICES={','.join(names)}: nvidia-smi does not say which numbers these GPUs have ({error}); "
+            "start Ray with the GPUs' numbers in CUDA_VISIBLE_DEVICES"
+        ) from error
+    indices = dict(line.split(", ") for line in answer.stdout.splitlines())
+    found = []
+    for name in names:
+        # CUDA also accepts the beginning of a UUID.
+        matches = [index for uuid, index in indices.items() if uuid.startswith(name)]
+        if name.isdecimal():
+            matches = [name]
+        if len(matches) != 1:
+            raise PlacementError(
+                f"CUDA_VISIBLE_DEVICES={name}: is no GPU of this node, which has {', '.join(indices)}; slices of a GPU (MIG) "
+                "cannot be used, start Ray with whole GPUs"
+            )
+        found += matches
+    return {"CUDA_VISIBLE_DEVICES": ",".join(found), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 class Unbuilt:

@@ -37,11 +37,14 @@ def teacher_distance(
     Args:
         forward: of the (possibly sharded) student, called once per input on every rank.
     """
-    sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64)
+    # On the device of the student: a process group of GPUs reduces nothing that lies in host memory.
+    device = inputs[0].input_ids.device
+    sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=device)
     for i in inputs:
         with torch.no_grad():
-            sums += forward(*i.arguments(), Look.compare)[0].cpu()
+            sums += forward(*i.arguments(), Look.compare)[0]
     dist.all_reduce(sums)
+    sums = sums.cpu()
     count = float(sums[0])
     return (
         {

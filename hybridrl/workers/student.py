@@ -89,9 +89,9 @@ class Student(nn.Module):
         self.head = OutputHead(output_weight(model), rule)
         self.value_head: nn.Linear | None = None  # None: no objective of this run looks at values
         if with_value:
-            self.value_head = nn.Linear(
-                self.head.weight.shape[1], 1, bias=False, dtype=self.head.weight.dtype
-            )
+            # Under ZeRO 3 the weight is partitioned already and has no shape of its own.
+            _, width = getattr(self.head.weight, "ds_shape", self.head.weight.shape)
+            self.value_head = nn.Linear(width, 1, bias=False, dtype=self.head.weight.dtype)
             nn.init.zeros_(self.value_head.weight)
 
     def forward(

@@ -68,7 +68,9 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
         manifest = WeightManifest(**update_info.manifest)
         packed = (
-            np.fromfile(update_info.path, dtype=np.uint8)
+            np.memmap(
+                update_info.path, dtype=np.uint8, mode="r"
+            )  # tensor-parallel workers share it
             if update_info.packed is None
             else update_info.packed
         )
