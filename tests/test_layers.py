@@ -17,7 +17,7 @@ LAYERS = [
     {"compose"},
     {"settings_file"},
     {"types"},
-    {"durable"},
+    {"durable", "json_lines"},
     {"ops"},
     {"objectives"},
     {"data", "models", "rewards"},
