@@ -4,12 +4,10 @@ import json
 import logging
 import os
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from hybridrl.durable import seal, sha256
 from hybridrl.errors import CheckpointError, DamagedCheckpoint
 from hybridrl.models.fragments import MASTER, Fragment, FragmentReader, write_fragments
 from hybridrl.types import SavedFile
+from tests.failing_disk import no_more_files
 
 STATE = RunState(
     step=10,
@@ -302,28 +301,6 @@ def test_another_format_is_told_and_not_guessed_at(tmp_path: Path):
 
 
 # -- a read that fails ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def no_more_files() -> Iterator[Callable[[], None]]:
-    """While it lasts, this process has as many files open as it may: every open fails with EMFILE. Yields what ends that."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
-    held = []
-    try:
-        with suppress(OSError):
-            while True:
-                held.append(os.open("/dev/null", os.O_RDONLY))
-
-        def end() -> None:
-            while held:
-                os.close(held.pop())
-
-        yield end
-    finally:
-        end()
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(

@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from hybridrl.choices import Resume
 from hybridrl.compose import load_config
-from hybridrl.config import RunSettings
-from hybridrl.controller.checkpoint import Checkpointer, RunState
+from hybridrl.config import RunConfig, RunSettings
+from hybridrl.controller.checkpoint import Checkpointer, RunState, SettingsFile
 from hybridrl.controller.evaluation import summary
 from hybridrl.controller.inputs import digests
 from hybridrl.controller.run import prepare_prompts, result
@@ -314,6 +314,161 @@ def test_the_lock_ends_with_its_process_even_when_that_is_killed(tmp_path: Path)
         holder.kill()
         holder.communicate(timeout=60)
     assert resume(settings_of(tmp_path)) is None
+
+
+def test_a_removed_lock_file_lets_no_second_run_in(tmp_path: Path):
+    with run_directory(settings_of(tmp_path)):
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(RunDirectoryError, match=f"another run holds it, process {os.getpid()}"):
+            resume(settings_of(tmp_path))
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """The content of every file under a folder, by its path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("where", ["", " ", "."])
+def test_a_directory_with_files_that_was_never_a_run_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("database: mine\n")
+    (tmp_path / "metrics.jsonl").write_text('{"rows": "of another program"}\n')
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step_000001.jsonl").write_text("mine")
+    before = everything(tmp_path)
+    wanted = (
+        r"holds files \(config\.yaml, .*never was a run" if where == "." else "run.dir is empty"
+    )
+    with pytest.raises((RunDirectoryError, ConfigError), match=wanted):
+        resume(load_config([f"run.dir='{where}'", "experiment=quickstart"]))
+    assert everything(tmp_path) == before
+
+
+def test_a_directory_with_a_run_in_it_or_with_nothing_to_lose_is_used(tmp_path: Path):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / ".gitignore").write_text("*")
+    start(settings_of(tmp_path))
+    (tmp_path / "notes.txt").write_text("of the run's owner")
+    for path in (tmp_path / ".lock", tmp_path / ".holder"):
+        path.unlink()  # as where a copy leaves out hidden files
+    assert resume(settings_of(tmp_path)) == 10
+    (tmp_path / ".holder").unlink()
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(RunDirectoryError, match="it is unknown what run this is"):
+        resume(settings_of(tmp_path))  # a run's, by its checkpoint
+
+
+def test_the_log_of_the_command_itself_may_lie_in_the_new_directory(tmp_path: Path):
+    command = [sys.executable, "-c", HOLD.replace("signal.pause()", ""), tmp_path]
+    with (tmp_path / "train.log").open("w") as file:
+        subprocess.run(command, stdout=file, stderr=file, timeout=120, check=False)
+    assert (tmp_path / "train.log").read_text() == "held\n"
+
+
+def test_a_checkpoint_alone_continues_with_the_settings_saved_in_it(tmp_path: Path):
+    settings = settings_of(tmp_path)
+    Checkpointer(tmp_path, settings.checkpoint).save(STATE, [SettingsFile(settings)])
+    with pytest.raises(RunDirectoryError, match=r"train\.lr: 0\.001 -> 0\.002"):
+        resume(settings_of(tmp_path, "train.lr=2e-3"))
+    assert resume(settings) == 10 and read_settings(tmp_path) == settings
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_when_the_run_goes_on(tmp_path: Path):
+    settings = settings_of(tmp_path)
+    start(settings)
+    start(settings, step=20)
+    (tmp_path / "checkpoints" / "step_000020" / "state.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match="other settings"):
+        resume(settings_of(tmp_path, "train.lr=1"))
+    assert (tmp_path / "checkpoints" / "step_000020").is_dir(), "a refused start changes nothing"
+    assert resume(settings) == 10
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names[0] == "step_000010" and names[1].startswith("step_000020.damaged-")
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path):
+    start(settings_of(tmp_path, *CONSTANT), step=10**9)
+    with pytest.raises(RunDirectoryError, match=r"1000000000 steps are done, and train\.steps=250"):
+        resume(settings_of(tmp_path, *CONSTANT))
+
+
+# -- from somebody else ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.jsonl", "ledger.jsonl", "samples", "checkpoints", "export", ".lock", "logs/a.log"],
+)
+def test_nothing_is_written_or_removed_through_a_link(tmp_path: Path, name: str):
+    run_dir, outside = tmp_path / "run", tmp_path / "outside"
+    start(settings_of(run_dir), step=None)
+    outside.mkdir()
+    (outside / "step_000001.jsonl").write_text("mine")
+    (run_dir / name).unlink(missing_ok=True)
+    (run_dir / name).parent.mkdir(exist_ok=True)
+    (run_dir / name).symlink_to(outside)
+    before = everything(outside)
+    with pytest.raises(RunDirectoryError, match=f"{run_dir / name}: a link"):
+        resume(settings_of(run_dir))
+    assert everything(outside) == before
+
+
+def test_files_that_are_replaced_whole_take_the_place_of_a_link(tmp_path: Path):
+    mine = tmp_path / "bashrc"
+    mine.write_text("mine")
+    run_dir = start(settings_of(tmp_path / "run"), step=None)
+    for name in (".holder", ".config.yaml", "..holder"):
+        (run_dir / name).unlink(missing_ok=True)
+        (run_dir / name).symlink_to(mine)
+    assert resume(settings_of(run_dir)) is None
+    assert mine.read_text() == "mine" and not (run_dir / ".holder").is_symlink()
+
+
+def test_a_link_in_the_place_of_saved_settings_is_not_read(tmp_path: Path):
+    start(settings_of(tmp_path))
+    (tmp_path / "config.yaml").rename(tmp_path / "elsewhere.yaml")
+    (tmp_path / "config.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml: a link"):
+        read_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: {path: '${oc.env:HOME}'}", r"model\.path: refers to '\$\{oc\.env:HOME\}'"),
+        ("run: {dir: 'x${.seed}'}", r"run\.dir: refers to"),
+        ("tracking: {tags: ['\\\\${oc.env:HOME}']}", r"tracking\.tags: refers to"),
+        ("a: &a [1]\nb: *a", "a YAML alias"),
+        ("a: " + "[" * 3000, "no YAML"),
+        ("when: 2020-99-99", "no YAML"),
+        ("- a", "no mapping of settings"),
+    ],
+)
+def test_saved_settings_refer_to_nothing_outside_of_them(tmp_path: Path, text: str, says: str):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(RunDirectoryError, match=rf"config\.yaml: no settings .*{says}") as caught:
+        read_settings(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x00b", "a\udcffb", "\x1b[2J"])
+def test_a_name_that_no_message_can_show_is_refused_in_one_sentence(name: str):
+    with pytest.raises(ConfigError, match=r"run\.dir=.*give it another name") as caught:
+        RunConfig(dir=name)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["$HOME", "_a", "a b", "\N{SNOWMAN}", "a,b=c", "${x}"])
+def test_any_other_name_works(tmp_path: Path, name: str):
+    settings = settings_of(tmp_path)
+    settings = replace(settings, run=replace(settings.run, dir=str(tmp_path / name)))
+    start(settings)
+    assert resume(settings) == 10 and read_settings(tmp_path / name) == settings
 
 
 def test_leftovers_of_a_killed_save_are_gone_when_the_run_goes_on(tmp_path: Path):

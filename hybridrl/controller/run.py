@@ -13,7 +13,7 @@ from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.contract import check_running, check_teachers, check_templates
 from hybridrl.controller.controller import Controller
 from hybridrl.controller.inputs import digests
-from hybridrl.controller.ledger import Ledger, check_ledger, drawn_uids
+from hybridrl.controller.ledger import Ledger, check_cursor, check_ledger, drawn_uids
 from hybridrl.controller.lengths import check_lengths
 from hybridrl.controller.metrics import check_metrics
 from hybridrl.controller.preemption import Preemption
@@ -21,7 +21,14 @@ from hybridrl.controller.run_directory import find_checkpoint, run_directory
 from hybridrl.controller.teacher_levels import measure_teachers, teachers_to_measure
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
-from hybridrl.errors import ConfigError, FleetExhausted, LedgerError, WorkerError, WorkerTimeout
+from hybridrl.errors import (
+    CheckpointError,
+    ConfigError,
+    FleetExhausted,
+    LedgerError,
+    WorkerError,
+    WorkerTimeout,
+)
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.rewards import check_rewards
 from hybridrl.rewards.reward_model import check_reward_models
@@ -184,14 +191,20 @@ class Attempts:
         return checkpoint
 
     def check_ledger(self, checkpoint: Checkpoint) -> None:
-        """Say so where it does not account for every prompt up to the checkpoint. It is a record: the run goes on without it."""
-        cursor = checkpoint.state.parts["pipeline"]["prompts"]
+        """Say so where it does not account for every prompt up to the checkpoint. It is a record: the run goes on without it.
+
+        Raises:
+            CheckpointError: the checkpoint's data cursor has another form than that of this version.
+        """
         try:
-            check_ledger(
-                self.run_dir,
-                checkpoint.state.step,
-                drawn_uids(self.prompts, self.settings.run.seed, cursor),
-            )
+            cursor = checkpoint.state.parts["pipeline"]["prompts"]
+            check_cursor(self.run_dir, self.prompts, cursor)
+            drawn = drawn_uids(self.prompts, self.settings.run.seed, cursor)
+            check_ledger(self.run_dir, checkpoint.state.step, drawn)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{checkpoint.folder}: its data cursor has another form than this version of hybridrl writes: {error!r}"
+            ) from error
         except LedgerError as error:
             self.console.notice(
                 f"{error}; that each prompt was trained on once can no longer be shown of this run"
