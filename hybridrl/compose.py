@@ -205,7 +205,7 @@ def _check_references(tree: Any, key: str = "") -> None:
         for part in tree:
             _check_references(part, key)
     elif isinstance(tree, str) and re.search(r"(?<!\\)(\\\\)*\$\{", tree):
-        raise ConfigError(f"{key}: refers to {tree!r:.80}; a saved config holds values alone")
+        raise ConfigError(f"{key}: holds a reference ${{...}}, which no run writes")
 
 
 def _named(tree: Any) -> Any:

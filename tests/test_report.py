@@ -369,7 +369,7 @@ def test_samples_of_other_types_are_named_by_file_and_line(tmp_path, change):
         ),
         ({"algorithm": {"reward_weight": 2}}, r"algorithm\.reward_weight is 2, not a section"),
         ({"model": {"path": ["a"]}}, r"model\.path is \['a'\]"),
-        ({"model": {"path": "${oc.env:HOME}"}}, r"model\.path: refers to"),
+        ({"model": {"path": "${oc.env:HOME}"}}, r"model\.path: holds a reference"),
     ],
 )
 def test_settings_of_other_types_are_named(tmp_path, config, says: str):

@@ -31,6 +31,7 @@ from hybridrl.data.prompts import PromptSource
 from hybridrl.data.shards import balance_groups, micro_batches
 from hybridrl.errors import (
     CheckpointError,
+    DataError,
     Preempted,
     RewardError,
     RunDirectoryError,
@@ -334,7 +335,8 @@ class Controller:
 
     def load_state(self, state: RunState, folder: str) -> None:
         """Raises:
-        CheckpointError: a part of the controller has no state there, or the workers cannot load theirs.
+        CheckpointError: a part of the controller has no state there or one of another form, or the workers cannot load theirs.
+        DataError: the state is of other prompts.
         """
         if missing := self.stateful.keys() - state.parts.keys():
             raise CheckpointError(
@@ -346,7 +348,9 @@ class Controller:
         for name, part in self.stateful.items():
             try:
                 part.load_state_dict(state.parts[name])
-            except (TypeError, KeyError, AttributeError, IndexError) as error:
+            except DataError:  # of other prompts, and it says so
+                raise
+            except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
                 raise CheckpointError(
                     f"{folder}: its state of {name} has another form than this version of hybridrl "
                     f"writes: {error!r}"

@@ -12,12 +12,12 @@ from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.contract import check_running, check_teachers, check_templates
 from hybridrl.controller.controller import Controller
-from hybridrl.controller.inputs import digests
+from hybridrl.controller.inputs import digests, pinned
 from hybridrl.controller.ledger import Ledger, check_cursor, check_ledger, drawn_uids
 from hybridrl.controller.lengths import check_lengths
 from hybridrl.controller.metrics import check_metrics
 from hybridrl.controller.preemption import Preemption
-from hybridrl.controller.run_directory import find_checkpoint, run_directory
+from hybridrl.controller.run_directory import earlier_settings, find_checkpoint, run_directory
 from hybridrl.controller.teacher_levels import measure_teachers, teachers_to_measure
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
@@ -70,6 +70,7 @@ def train(settings: RunSettings) -> RunResult:
         HybridRLError: what went wrong, in one sentence; nothing is left running.
     """
     began = time.monotonic()
+    settings = pinned(settings, earlier_settings(settings))
     prompts, heldout = preflight(settings)
     with run_directory(settings) as run_dir, ExitStack() as stack:
         settings = replace(
@@ -102,7 +103,7 @@ def train(settings: RunSettings) -> RunResult:
         levels = (
             {}
             if checkpoint
-            else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir)
+            else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir, inputs)
         )
         workers = start_workers(settings, cluster, slots, rewards, log_dir)
         check_running(settings, workers, prompts)
@@ -201,7 +202,7 @@ class Attempts:
             check_cursor(self.run_dir, self.prompts, cursor)
             drawn = drawn_uids(self.prompts, self.settings.run.seed, cursor)
             check_ledger(self.run_dir, checkpoint.state.step, drawn)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"{checkpoint.folder}: its data cursor has another form than this version of hybridrl writes: {error!r}"
             ) from error

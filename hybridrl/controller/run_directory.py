@@ -24,7 +24,7 @@ from hybridrl.controller.checkpoint import (
     read_checkpoint,
     step_folders,
 )
-from hybridrl.controller.inputs import DATA
+from hybridrl.controller.inputs import DATA, IMPORTS
 from hybridrl.controller.ledger import LEDGER
 from hybridrl.durable import entries, read_bytes, read_text, replace_bytes, replace_text
 from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
@@ -281,6 +281,22 @@ def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
     return replace(checkpoint, state=replace(checkpoint.state, wandb_id=None))
 
 
+def earlier_settings(settings: RunSettings) -> RunSettings | None:
+    """Settings of the run that `settings` would continue, before anything is checked; None: there is none, or none that this
+    version can read, which find_checkpoint says where it matters.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    origins = [Path(settings.run.dir)]
+    if settings.run.resume_from is not None:
+        origins.append(Path(settings.run.resume_from).parent.parent)
+    for run_dir in origins:
+        with suppress(RunDirectoryError):
+            return read_settings(run_dir.expanduser().absolute())
+    return None
+
+
 def read_settings(run_dir: Path) -> RunSettings:
     """What the run was last started with; where config.yaml is gone, what its newest checkpoint was saved with.
 
@@ -336,15 +352,23 @@ def check_inputs(settings: RunSettings, before: Mapping[str, str], now: Mapping[
     changed = [key for key in before.keys() & now.keys() if before[key] != now[key]]
     held = sorted(key for key in changed if not within(key, settings.run.allow_changes))
     if held:
-        what = ", ".join(
-            "the prompts that data.* gives" if key == DATA else f"the file of {key}.function"
-            for key in held
-        )
+        what = ", ".join(described_input(key) for key in held)
         allow = ",".join([*settings.run.allow_changes, *held])
         raise RunDirectoryError(
             f"run.dir={settings.run.dir}: {what} changed since the checkpoint; restore it, choose another run.dir, or continue that run "
             f"with it by run.allow_changes=[{allow}]"
         )
+
+
+def described_input(key: str) -> str:
+    """What a digest is of, in words."""
+    if key == DATA:
+        return "the prompts that data.* gives"
+    if key.endswith(".path"):
+        return f"the files of {key}"
+    if key.endswith(f".{IMPORTS}"):
+        return f"a module that the file of {key.removesuffix(f'.{IMPORTS}')}.function imports"
+    return f"the file of {key}.function"
 
 
 def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
