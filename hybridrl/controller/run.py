@@ -17,7 +17,12 @@ from hybridrl.controller.ledger import Ledger, check_cursor, check_ledger, drawn
 from hybridrl.controller.lengths import check_lengths
 from hybridrl.controller.metrics import check_metrics
 from hybridrl.controller.preemption import Preemption
-from hybridrl.controller.run_directory import earlier_settings, find_checkpoint, run_directory
+from hybridrl.controller.run_directory import (
+    check_usable,
+    earlier_settings,
+    find_checkpoint,
+    run_directory,
+)
 from hybridrl.controller.teacher_levels import measure_teachers, teachers_to_measure
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
@@ -256,9 +261,10 @@ def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """All checks that need no worker, after those that the settings make of themselves; -> (training, held-out) prompts.
 
     Raises:
-        ConfigError, DataError: one sentence on the first thing that cannot work.
+        ConfigError, DataError, RunDirectoryError: one sentence on the first thing that cannot work.
     """
     check_metrics(settings)
+    check_usable(settings)
     check_rewards(settings.reward)
     return prepare_prompts(settings)
 

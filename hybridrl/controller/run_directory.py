@@ -17,6 +17,7 @@ from hybridrl.choices import Resume, ScheduleKind
 from hybridrl.compose import from_yaml, saved_tree, to_yaml
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import (
+    CHECKPOINTS,
     CONFIG,
     MANIFEST,
     Checkpoint,
@@ -31,9 +32,10 @@ from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
 from hybridrl.tracking.jsonl import METRICS, SAMPLES, samples_files
 
 HOLDER = ".holder"
-LOGS = "logs"
-OURS = (".lock", METRICS, LEDGER, SAMPLES, LOGS, "checkpoints", "export", "wandb")
-"""Files and folders of a run directory that a run writes to in place, or removes files from, by their names."""
+WRITTEN_INTO = ("logs", "skipped")
+"""Folders whose files workers write."""
+PARTS = (".lock", METRICS, LEDGER, SAMPLES, CHECKPOINTS, "export", "wandb", *WRITTEN_INTO)
+"""Files and folders that a run writes to in place, or removes files from."""
 
 ABSENT = "(not set)"
 
@@ -83,7 +85,21 @@ def run_directory(settings: RunSettings) -> Iterator[Path]:
     """The run directory, made if need be, locked while the run lasts.
 
     Raises:
-        RunDirectoryError: another run holds it, it holds files and never was a run's, or a part of it is a link.
+        RunDirectoryError: another run holds it, or as check_usable.
+        ConfigError: as check_usable.
+    """
+    run_dir = check_usable(settings)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir):
+        replace_text(run_dir / HOLDER, f"process {os.getpid()} on {socket.gethostname()}")
+        yield run_dir
+
+
+def check_usable(settings: RunSettings) -> Path:
+    """The absolute path of run.dir, where a run may write; nothing is made or changed.
+
+    Raises:
+        RunDirectoryError: it holds files and never was a run's, or a part of it is a link.
         ConfigError: it would vanish with a Ray job's upload folder.
     """
     run_dir = Path(settings.run.dir).expanduser().absolute()
@@ -94,10 +110,7 @@ def run_directory(settings: RunSettings) -> Iterator[Path]:
         )
     check_not_foreign(run_dir)
     check_no_links(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with locked(run_dir):
-        replace_text(run_dir / HOLDER, f"process {os.getpid()} on {socket.gethostname()}")
-        yield run_dir
+    return run_dir
 
 
 def check_not_foreign(run_dir: Path) -> None:
@@ -146,13 +159,14 @@ def was_run(run_dir: Path) -> bool:
 def check_no_links(run_dir: Path) -> None:
     """Refuse a directory in which a part that is written to leads elsewhere, as one that was made by somebody else may.
 
-    Files that are replaced whole, like config.yaml, need no check: the link itself is replaced. Links to single
-    checkpoints are never written through either.
+    Files that are replaced whole, like config.yaml, need no check: the link itself is replaced. A link to a single
+    checkpoint is renamed or removed, never written through.
 
     Raises:
         RunDirectoryError: names the link.
     """
-    parts = [run_dir / name for name in OURS] + entries(run_dir / LOGS)
+    inner = [path for folder in WRITTEN_INTO for path in entries(run_dir / folder)]
+    parts = [*(run_dir / name for name in PARTS), *inner]
     if link := next((path for path in parts if path.is_symlink()), None):
         raise RunDirectoryError(
             f"{link}: a link, and a run does not write through links in its directory; put what it leads to in its "
