@@ -405,8 +405,10 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "name",
-    ["metrics.jsonl", "ledger.jsonl", "samples", "checkpoints", "export", ".lock"]
-    + ["logs/learner-0.log", "skipped/step_000001"],
+    [
+        *("metrics.jsonl", "ledger.jsonl", "samples", "checkpoints", "export", ".lock"),
+        *("logs/learner-0.log", "skipped/step_000001"),
+    ],
 )
 def test_nothing_is_written_or_removed_through_a_link(tmp_path: Path, name: str):
     run_dir, outside = tmp_path / "run", tmp_path / "outside"
