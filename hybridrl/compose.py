@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -21,7 +22,6 @@ from hydra.core.override_parser.types import ChoiceSweep, Sweep
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
 
 from hybridrl import redact
 from hybridrl.algorithm import ScheduleConfig
@@ -261,17 +261,49 @@ def masked_yaml(text: str) -> str:
 
 
 def from_yaml(text: str) -> RunSettings:
-    """The inverse of to_yaml.
+    """The inverse of to_yaml. Nothing is looked up: what the text says is all that it can say.
 
     Raises:
-        ConfigError: it is no YAML, or holds no settings of this version.
+        ConfigError: it is no YAML, or holds no settings of this version, or refers to something outside of it.
     """
+    saved_tree(text)
     with one_sentence((), of=(Exception,)):
-        try:
-            composed = OmegaConf.create(text)
-        except YAMLError as error:
-            raise ConfigError(f"no YAML: {str(error).splitlines()[0]}") from error
-        return to_settings(composed)
+        return to_settings(OmegaConf.create(text))
+
+
+def saved_tree(text: str) -> dict[str, Any]:
+    """The plain content of a saved config.yaml, of this or another version; it may have been written by anybody.
+
+    Raises:
+        ConfigError: it is no mapping in YAML; or it holds what to_yaml never writes: a reference like ${oc.env:NAME}, which
+            would bring a secret of this machine into the settings, or a YAML alias, with which a few lines fill the memory.
+    """
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ConfigError(
+                "holds a YAML alias (*NAME), which no run writes; write the value out"
+            )
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"no YAML: {str(error).splitlines()[0]}") from error
+    except (ValueError, RecursionError) as error:  # a date or a number out of range, deep nesting
+        raise ConfigError(f"no YAML: {error}".splitlines()[0]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError("no mapping of settings")
+    _check_references(tree)
+    return tree
+
+
+def _check_references(tree: Any, key: str = "") -> None:
+    """Raise ConfigError for a ${ that is not escaped, wherever it stands."""
+    if isinstance(tree, Mapping):
+        for name, part in tree.items():
+            _check_references(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for part in tree:
+            _check_references(part, key)
+    elif isinstance(tree, str) and re.search(r"(?<!\\)(\\\\)*\$\{", tree):
+        raise ConfigError(f"{key}: holds a reference ${{...}}, which no run writes")
 
 
 def _named(tree: Any) -> Any:

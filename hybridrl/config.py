@@ -6,6 +6,7 @@ and compose.py puts the two together with the command line.
 """
 
 import math
+import unicodedata
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -33,10 +34,25 @@ class RunConfig:
     """settings, or sections of them, that may differ from those the run in run.dir was started with, e.g. [train.lr, data]"""
 
     def __post_init__(self) -> None:
+        for name in ("dir", "resume_from"):
+            check_path(f"run.{name}", getattr(self, name))
         if not 0 <= self.seed < 2**32:
             raise ConfigError(
                 f"run.seed={self.seed}: must be in [0, 2**32), as the engines take it"
             )
+
+
+def check_path(key: str, path: str | None) -> None:
+    """Raise ConfigError for a path that is empty, as from a variable that is not set, or that no message could show."""
+    if path is None or path == MISSING:
+        return
+    if not path.strip():
+        raise ConfigError(f"{key} is empty, as from a variable that is not set; give a folder")
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in path):
+        raise ConfigError(
+            f"{key}={path!a}: holds a line break, a control character or bytes that are no UTF-8; "
+            "give it another name"
+        )
 
 
 DTYPES = ("float32", "bfloat16")

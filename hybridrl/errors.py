@@ -21,8 +21,16 @@ class CheckpointError(HybridRLError):
     """A checkpoint that is missing, incomplete or not what its manifest says."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose files are certainly not those that were saved."""
+
+
 class RunDirectoryError(HybridRLError):
-    """The run directory cannot be used: locked by another run, or holds another run."""
+    """The run directory cannot be used: locked by another run, holds another run, or was changed under the run."""
+
+
+class RunDirectoryTaken(RunDirectoryError):
+    """Another directory stands in the place of the run's own; nothing may be written there."""
 
 
 class LedgerError(HybridRLError):

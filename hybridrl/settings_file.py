@@ -4,7 +4,6 @@ Hydra composes it like a file of conf/experiment, so overrides of the command li
 """
 
 import difflib
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hybridrl.compose import conf_dir, one_sentence
+from hybridrl.compose import conf_dir, one_sentence, saved_tree
 from hybridrl.config import RunSettings
+from hybridrl.durable import read_text
 from hybridrl.errors import ConfigError
 
 GROUPS = ("experiment", "algorithm", "schedule")
@@ -26,9 +26,6 @@ GROUPS = ("experiment", "algorithm", "schedule")
 
 NAME = "settings-file"
 """The name under which Hydra finds the file among the experiments."""
-
-REFERENCE = re.compile(r"(?<!\\)(\\\\)*\$\{")
-"""Text that OmegaConf would replace: an unescaped ${."""
 
 
 @contextmanager
@@ -66,15 +63,21 @@ def saved_config(path: Path) -> Iterator[list[str]]:
     environment variable, and cannot configure Hydra.
 
     Raises:
-        ConfigError: the file cannot be read, or holds what no run writes there.
+        ConfigError: the file holds what no run writes there.
+        RunDirectoryError: it is a link or a special file.
+        OSError: it cannot be read.
     """
-    tree = read_mapping(path)
+    try:
+        tree = saved_tree(read_text(path) or "")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path}: {error}; do not trust this file, or name the settings yourself"
+        ) from error
     if unknown := sorted(tree.keys() - {f.name for f in fields(RunSettings)}):
         raise ConfigError(
             f"{path}: {unknown[0]} is no setting of this version of hybridrl; name the settings yourself, "
             "e.g. experiment=quickstart"
         )
-    check_no_references(tree, path)
     with _searched(tree) as overrides:
         # The presets that conf/config.yaml begins with would add entries that the run did not have.
         yield ["~algorithm", "~schedule", *overrides]
@@ -131,21 +134,6 @@ def defaults_of(tree: Mapping[str, Any], path: Path) -> list[Any]:
             raise ConfigError(f"{path}: {group}: {choice}: no such choice; {remedy}")
         defaults.append(choice if group == "experiment" else {f"override /{group}": choice})
     return [*defaults, "_self_"]
-
-
-def check_no_references(tree: Any, path: Path, key: str = "") -> None:
-    """Raise ConfigError for a text that would be replaced, such as ${oc.env:HOME}: settings are saved resolved."""
-    if isinstance(tree, Mapping):
-        for name, part in tree.items():
-            check_no_references(part, path, f"{key}.{name}" if key else str(name))
-    elif isinstance(tree, list):
-        for part in tree:
-            check_no_references(part, path, key)
-    elif isinstance(tree, str) and REFERENCE.search(tree):
-        raise ConfigError(
-            f"{path}: {key}: holds a reference ${{...}}, which no run writes; do not trust this file, "
-            "or name the settings yourself"
-        )
 
 
 def continued_run(overrides: Sequence[str]) -> Path | None:

@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from hybridrl import durable
 from hybridrl.checkpointing import CheckpointConfig
 from hybridrl.choices import BestMode
 from hybridrl.controller.checkpoint import Checkpointer, RunState, read_checkpoint, remove
 from hybridrl.durable import seal, sha256
-from hybridrl.errors import CheckpointError
+from hybridrl.errors import CheckpointError, DamagedCheckpoint
 from hybridrl.models.fragments import MASTER, Fragment, FragmentReader, write_fragments
 from hybridrl.types import SavedFile
+from tests.failing_disk import no_more_files
 
 STATE = RunState(
     step=10,
@@ -228,6 +230,58 @@ def test_other_things_in_the_folder_are_no_checkpoints(tmp_path: Path):
     assert names(checkpointer) == ["step_000001"]
 
 
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda manifest: manifest.update(step="../../x"), "unreadable manifest"),
+        (lambda manifest: manifest.update(step=-1), "unreadable manifest"),
+        (lambda manifest: manifest.update(step=10**9), "speak of the steps 1, 1000000000"),
+        (lambda manifest: manifest.update(step=True), "unreadable manifest"),
+        (lambda manifest: manifest.update(format="2"), "unreadable manifest"),
+        (lambda manifest: manifest.update(files=[["state.json"]]), "unreadable manifest"),
+        (lambda manifest: manifest["files"]["state.json"].update(bytes="9"), "unreadable manifest"),
+        (lambda manifest: manifest["files"]["state.json"].pop("sha256"), "unreadable manifest"),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused_in_one_sentence(tmp_path: Path, damage, says: str):
+    folder = save_steps(tmp_path, 1).folders()[0]
+    edit_manifest(folder, damage)
+    with pytest.raises(CheckpointError, match=rf"step_000001.*{says}") as caught:
+        read_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "1"},
+        {"step": 1.5},
+        {"parts": []},
+        {"metrics": 3},
+        {"inputs": None},
+        {"wandb_id": 7},
+    ],
+)
+def test_a_state_of_other_types_is_refused_in_one_sentence(tmp_path: Path, change: dict):
+    folder = save_steps(tmp_path, 1).folders()[0]
+    state = json.loads((folder / "state.json").read_text()) | change
+    (folder / "state.json").write_text(json.dumps(state))
+    saved = seal(folder / "state.json")
+    entry = {"sha256": saved.sha256, "bytes": saved.bytes}
+    edit_manifest(folder, lambda manifest: manifest["files"].update({"state.json": entry}))
+    with pytest.raises(CheckpointError, match=r"state\.json: not a state of this version"):
+        read_checkpoint(folder)
+
+
+def test_a_checkpoint_under_another_step_s_name_is_refused_and_not_passed_over(tmp_path: Path):
+    checkpointer = save_steps(tmp_path, 1, 2)
+    (checkpointer.root / "step_000002").rename(checkpointer.root / "step_000009")
+    with pytest.raises(
+        CheckpointError, match="step_000009: its name, manifest and state speak of the steps 2, 9"
+    ):
+        checkpointer.newest()
+
+
 def test_files_that_the_manifest_does_not_name_are_not_loaded(tmp_path: Path):
     folder = save_steps(tmp_path, 1).folders()[0]
     (folder / "notes.txt").write_text("read nowhere")
@@ -244,6 +298,65 @@ def test_another_format_is_told_and_not_guessed_at(tmp_path: Path):
     edit_manifest(folder, lambda manifest: manifest.update(format=1))
     with pytest.raises(CheckpointError, match="of format 1, this version of hybridrl reads 2"):
         read_checkpoint(folder)
+
+
+# -- a read that fails ---------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpointer = save_steps(tmp_path, 80, 100)
+    monkeypatch.setattr(durable, "RETRY_AFTER_S", (0.0, 0.0))
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        checkpointer.newest()
+    with no_more_files(), pytest.raises(CheckpointError, match="cannot be read now") as caught:
+        read_checkpoint(checkpointer.root / "step_000100")
+    assert not isinstance(caught.value, DamagedCheckpoint)
+    assert checkpointer.newest().state.step == 100
+
+
+def test_an_error_that_passes_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpointer = save_steps(tmp_path, 80, 100)
+    with no_more_files() as end:
+        monkeypatch.setattr(durable.time, "sleep", lambda seconds: end())
+        assert checkpointer.newest().state.step == 100
+
+
+def test_what_was_passed_over_is_kept_under_another_name_while_its_step_is_saved_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    checkpointer = save_steps(tmp_path, 80, 100, keep=1 + 1)
+    flip_a_byte(checkpointer.root / "step_000100" / "learner.safetensors")
+    damaged = (checkpointer.root / "step_000100" / "learner.safetensors").read_bytes()
+    checkpointer.set_aside_newer(checkpointer.newest().state.step)
+    checkpointer.save(replace(STATE, step=100), [Weights()])
+    checkpointer.save(replace(STATE, step=120), [Weights()])
+    checkpointer.clean()
+    assert names(checkpointer) == ["step_000100", "step_000120"]
+    (aside,) = checkpointer.root.glob("step_000100.damaged-*")
+    assert (aside / "learner.safetensors").read_bytes() == damaged and aside.name in caplog.text
+
+
+def test_a_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path):
+    checkpointer = save_steps(tmp_path, 80, 100)
+    edit_manifest(checkpointer.root / "step_000100", lambda manifest: manifest.update(format=3))
+    with pytest.raises(CheckpointError, match="of format 3, this version of hybridrl reads 2"):
+        checkpointer.newest()
+
+
+def test_no_checkpoint_is_removed_while_the_best_one_cannot_be_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """state.json of the best step is a link, which is not followed: its metric is unknown, and so all stay."""
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1, best="eval/accuracy"))
+    for step, accuracy in ((1, 0.9), (2, 0.1)):
+        checkpointer.save(replace(STATE, step=step, metrics={"eval/accuracy": accuracy}), [])
+    state = checkpointer.root / "step_000001" / "state.json"
+    state.symlink_to(state.rename(tmp_path / "elsewhere.json"))
+    checkpointer.save(replace(STATE, step=3, metrics={"eval/accuracy": 0.2}), [])
+    assert names(checkpointer) == ["step_000001", "step_000002", "step_000003"]
+    assert "older checkpoints stay for now" in caplog.text
 
 
 # -- a save that fails -----------------------------------------------------------------------------------------------
@@ -339,15 +452,15 @@ def test_of_a_checkpoint_that_its_owner_moved_and_linked_only_the_link_is_droppe
     checkpointer, elsewhere = save_steps(tmp_path, 1, 2), tmp_path / "elsewhere"
     root, checkpointer.config.keep = checkpointer.root, 1
     (root / "step_000001").rename(elsewhere)
-    for name in ("step_000001", "step_000003", ".unfinished-step_000009", ".replaced-step_000002"):
+    for name in ("step_000001", "step_000003", ".unfinished-step_000009", ".replaced-step_000004"):
         (root / name).symlink_to(elsewhere)
     checkpointer.save(replace(STATE, step=3), [Weights()])
     assert names(checkpointer) == ["step_000003"] and not (root / "step_000003").is_symlink(), (
         "saved in the place of the link"
     )
-    checkpointer.save(replace(STATE, step=2), [Weights()])
+    checkpointer.save(replace(STATE, step=4), [Weights()])
     checkpointer.clean()
-    assert [p.name for p in root.iterdir()] == ["step_000002"]
+    assert [p.name for p in root.iterdir()] == ["step_000004"]
     assert read_checkpoint(elsewhere).state.step == 1, "what was moved is its owner's"
 
 
@@ -422,10 +535,8 @@ def test_a_damaged_newer_one_never_pushes_out_a_whole_one(tmp_path: Path):
     Checkpointer(tmp_path, CheckpointConfig(keep=1, best="eval/accuracy")).save(
         replace(STATE, step=3, metrics={}), [Weights()]
     )
-    assert (
-        names(checkpointer) == ["step_000002", "step_000003"]
-        and checkpointer.newest().state.step == 3
-    )
+    assert names(checkpointer) == ["step_000002", "step_000003", "step_000004"], "nothing newer"
+    assert checkpointer.newest().state.step == 3
 
 
 def test_only_folders_with_a_manifest_of_ours_are_ever_removed(tmp_path: Path):

@@ -19,8 +19,9 @@ from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer, read_checkpoint
 from hybridrl.controller.ledger import Ledger
 from hybridrl.controller.run_directory import find_checkpoint, run_directory
-from hybridrl.durable import append, seal
+from hybridrl.durable import seal
 from hybridrl.errors import Preempted
+from hybridrl.json_lines import Appender
 from hybridrl.models.fragments import PARTS, Fragment, write_fragments
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
 from hybridrl.tracking.jsonl import JsonlSink
@@ -297,8 +298,8 @@ def test_a_file_that_cannot_grow_ends_the_run_in_one_sentence_and_the_checkpoint
 
 def test_a_full_disk_is_named_with_the_file(tmp_path: Path, capsys: pytest.CaptureFixture):
     def run() -> int:
-        with open("/dev/full", "ab", buffering=0) as full:
-            append(full, "a line")
+        with closing(Appender(Path("/dev/full"))) as full:
+            full.append("a line")
         return 0
 
     assert said(run) == 1

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from hybridrl.config import DataConfig
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import tokenize
-from hybridrl.errors import DataError
+from hybridrl.errors import DataError, RunDirectoryError
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.tracking.comparison import (
     METRICS,
@@ -256,6 +257,134 @@ def test_runs_of_equal_directory_names_are_told_apart(tmp_path):
     assert short_names(paths) == ["exp1/run", "exp2/run", "other"]
     with pytest.raises(DataError, match="given twice"):
         short_names([paths[0], tmp_path / "exp2/../exp1/run"])
+
+
+@pytest.mark.parametrize(
+    "name", ["$HOME", "a$b$", "_a", "a\nb", "a\udcffb", "\x1b[2J", "\N{SNOWMAN}"]
+)
+def test_a_run_of_any_name_is_reported_and_compared(tmp_path, name: str):
+    for run_dir in (tmp_path / name, tmp_path / "other"):
+        write_run(run_dir, SFT_ROWS, SFT | {"teachers": {name: {"path": name}}})
+    assert write_report(tmp_path / name).is_file()
+    assert write_comparison([tmp_path / name, tmp_path / "other"]).is_file()
+
+
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path):
+    for name in ("_a", "b"):
+        write_run(tmp_path / name, [{"train/step": 1, "reward/mean": 0.5}], {})
+    axes = Figure().add_subplot()
+    panel_of(METRICS[3], load_runs([tmp_path / "_a", tmp_path / "b"])).draw(axes, [])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [" _a", "b"]
+
+
+def test_the_report_is_written_beside_what_a_link_leads_to_and_never_into_it(tmp_path):
+    mine = tmp_path / "bashrc"
+    mine.write_text("mine")
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run_dir in runs:
+        write_run(run_dir, SFT_ROWS, SFT)
+    for kind in ("report", "comparison"):
+        for name in (f"{kind}.html", f"{kind}.png", f".{kind}.html"):
+            (runs[0] / name).symlink_to(mine)
+    assert write_report(runs[0]).stat().st_size > 4 and write_comparison(runs).stat().st_size > 4
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "samples/step_000001.jsonl"])
+@pytest.mark.parametrize("special", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo])
+def test_what_the_report_reads_is_a_file_or_it_says_so(tmp_path, name: str, special):
+    write_run(tmp_path, SFT_ROWS, SFT)
+    (tmp_path / "samples").mkdir()
+    (tmp_path / name).unlink(missing_ok=True)
+    special(tmp_path / name)
+    with pytest.raises(RunDirectoryError, match=rf"{name}: (a link|not a file)"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [],
+        "x",
+        {},
+        {"train/step": None},
+        {"train/step": "1"},
+        {"train/step": -1},
+        {"train/step": 0.5},
+        {"train/step": float("inf")},
+        {"train/step": 10**400},
+        {"train/step": 1, "eval/accuracy": "high"},
+        {"train/step": 1, "eval/accuracy": [0.5]},
+        {"train/step": 1, "eval/accuracy": True},
+        {"train/step": 1, "eval/accuracy": 10**400},
+        {"train/step": 1, "time/step_s": {"a": 1}},
+    ],
+)
+def test_rows_of_other_types_are_named_by_file_and_line(tmp_path, row):
+    write_run(tmp_path, [{"train/step": 0, "eval/accuracy": 0.5}, row], SFT)
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: .*; repair or remove the line"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "1"},
+        {"uid": 1},
+        {"prompt": None},
+        {"prompt": ["a"]},
+        {"response": {}},
+        {"reward": "1"},
+        {"finish_reason": "tired"},
+        {"finish_reason": []},
+        {"question": 3},
+        {"answer": 4},
+    ],
+)
+def test_samples_of_other_types_are_named_by_file_and_line(tmp_path, change):
+    write_run(tmp_path, SFT_ROWS, SFT)
+    good = {"step": 1, "uid": "a", "prompt": "1+1=", "response": "2", "reward": 1.0}
+    good |= {"finish_reason": "stop"}
+    (tmp_path / "samples").mkdir()
+    path = tmp_path / "samples" / "step_000001.jsonl"
+    path.write_text(f"{json.dumps(good)}\n{json.dumps(good | change)}\n")
+    with pytest.raises(DataError, match=r"step_000001\.jsonl, line 2: "):
+        write_report(tmp_path)
+    path.rename(path.with_name("step_1 (copy).jsonl"))
+    assert write_report(tmp_path).is_file(), "files of other names are not a run's"
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ([], "no mapping of settings"),
+        ({"teachers": [1]}, r"teachers is \[1\], not a section"),
+        ({"teachers": {"a": 3}}, r"teachers\.a is 3, not a section"),
+        ({"teachers": {"a": {"path": 3}}}, r"teachers\.a\.path is 3"),
+        ({"reward": {"functions": "x"}}, r"reward\.functions is 'x', not a section"),
+        ({"reward": {"functions": {"f": {"weight": "x"}}}}, r"reward\.functions\.f\.weight is 'x'"),
+        (
+            {"reward": {"functions": {"f": {"weight": None}}}},
+            r"reward\.functions\.f\.weight is None",
+        ),
+        ({"algorithm": {"reward_weight": 2}}, r"algorithm\.reward_weight is 2, not a section"),
+        ({"model": {"path": ["a"]}}, r"model\.path is \['a'\]"),
+        ({"model": {"path": "${oc.env:HOME}"}}, r"model\.path: holds a reference"),
+    ],
+)
+def test_settings_of_other_types_are_named(tmp_path, config, says: str):
+    write_run(tmp_path, SFT_ROWS, config)
+    with pytest.raises(DataError, match=rf"config\.yaml: {says}.*; correct the file") as caught:
+        write_report(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_sections_that_are_null_or_missing_are_left_out(tmp_path):
+    empty = {"teachers": {"a": None}, "reward": {"functions": {"f": None}}, "algorithm": None}
+    write_run(tmp_path, SFT_ROWS, empty)
+    assert write_report(tmp_path).is_file()
+    (tmp_path / "config.yaml").unlink()
+    assert write_report(tmp_path).is_file()
 
 
 def test_a_directory_without_metrics_cannot_be_compared(tmp_path):

@@ -15,22 +15,37 @@ import numpy as np
 import pytest
 from batches import make_batch, make_rewards
 
+from hybridrl import durable
 from hybridrl.choices import WeightTransfer
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer, read_checkpoint
 from hybridrl.controller.controller import Controller, trained_uids
-from hybridrl.controller.ledger import Ledger, check_ledger, drawn_uids, read_ledger
+from hybridrl.controller.ledger import (
+    Ledger,
+    check_cursor,
+    check_ledger,
+    drawn_uids,
+    read_ledger,
+)
 from hybridrl.controller.pipeline import wave_seed
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.run import prepare_prompts
+from hybridrl.controller.run_directory import find_checkpoint, run_directory
 from hybridrl.controller.sampling import Arrived
 from hybridrl.data.prompts import PromptSource
-from hybridrl.errors import CheckpointError, LedgerError, Preempted
+from hybridrl.errors import (
+    CheckpointError,
+    LedgerError,
+    Preempted,
+    RunDirectoryError,
+    RunDirectoryTaken,
+)
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.workers import Workers, place_workers, start_rewards, start_workers
 from hybridrl.tracking.sink import Sinks
 from hybridrl.types import Prompt, RunInfo, Sample
 from hybridrl.workers.rollout import chunk_header, sample_seed
+from tests.failing_disk import no_more_files
 from tests.graph import tiny_settings
 
 STEPS = 3
@@ -268,6 +283,59 @@ def test_told_to_end_while_checkpoints_fail_it_ends_as_told_and_says_that_the_st
 
 
 @pytest.mark.graph
+def test_a_run_whose_directory_is_removed_saves_what_it_learned_ends_and_can_be_continued(
+    graph: Graph, whole: Whole, tmp_path: Path
+):
+    """Step 2 is not due to be saved, and all that the directory held is gone when its row is written."""
+    run_dir = tmp_path / "run"
+    seldom = replace(graph.settings, checkpoint=replace(graph.settings.checkpoint, every=0))
+    controller, recorder = graph.controller(run_dir, 1, seldom)
+    folder = whole.folder(1)
+    controller.load_state(read_checkpoint(folder).state, str(folder))
+    controller.publish_weights()
+    recorder.then = lambda: shutil.rmtree(run_dir)
+    with pytest.raises(RunDirectoryError, match=r"ledger\.jsonl: was removed, moved or replaced"):
+        controller.run()
+    settings = replace(seldom, run=replace(seldom.run, dir=str(run_dir)))
+    with run_directory(settings):
+        assert find_checkpoint(settings, run_dir, {}).state.step == 2
+
+
+@pytest.mark.graph
+def test_a_run_whose_directory_another_one_has_now_saves_nothing_there(
+    graph: Graph, whole: Whole, tmp_path: Path
+):
+    run_dir = tmp_path / "run"
+    controller, recorder = continued(graph, whole, 1, run_dir)
+
+    def take() -> None:
+        run_dir.rename(tmp_path / "moved")
+        run_dir.mkdir()
+
+    recorder.then = take
+    with pytest.raises(RunDirectoryTaken, match="run: another directory has taken the place"):
+        controller.run()
+    assert list(run_dir.iterdir()) == []
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"pipeline": [], "schedules": {}},
+        {"pipeline": {"prompts": {"epoch": "x", "position": 1, "owed": []}}, "schedules": {}},
+        {"pipeline": {"prompts": {"epoch": 0, "position": 1, "owed": [3]}}, "schedules": {}},
+        {"pipeline": {"prompts": {}, "wave_bytes": 0}, "schedules": {}},
+    ],
+)
+def test_a_state_of_another_form_is_refused(graph: Graph, whole: Whole, tmp_path: Path, parts):
+    controller, _ = graph.controller(tmp_path)
+    checkpoint = read_checkpoint(whole.folder(1))
+    with pytest.raises(CheckpointError, match="its state of pipeline has another form"):
+        controller.load_state(replace(checkpoint.state, parts=parts), str(checkpoint.folder))
+
+
+@pytest.mark.graph
 def test_a_checkpoint_without_the_state_of_a_part_is_refused(
     graph: Graph, whole: Whole, tmp_path: Path
 ):
@@ -374,6 +442,46 @@ def test_a_damaged_ledger_names_the_line(tmp_path: Path):
     )
     with pytest.raises(LedgerError, match=r"ledger\.jsonl, line 1: no line of a ledger"):
         Ledger(tmp_path, 2)
+
+
+@pytest.mark.parametrize("damage", ["no json", '{"step": 3}', "[]", '{"step": "x"}', "{" * 2000])
+def test_damage_after_the_checkpoints_step_is_cut_and_before_it_ends_the_resume(
+    tmp_path: Path, damage: str
+):
+    ledger(tmp_path, (1, ["a@0"], []), (2, ["b@0"], []), (3, ["c@0"], []))
+    lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
+
+    def resumed(*texts: str, step: int) -> list[int]:
+        (tmp_path / "ledger.jsonl").write_text("".join(f"{text}\n" for text in texts))
+        Ledger(tmp_path, step).close()
+        return [line["step"] for line in read_ledger(tmp_path)]
+
+    assert resumed(lines[0], lines[1], damage, step=2) == [1, 2]
+    assert resumed(lines[0], lines[1], damage, lines[2], step=2) == [1, 2]
+    assert resumed(lines[0], damage, step=0) == []
+    with pytest.raises(LedgerError, match=r"ledger\.jsonl, line 2: "):
+        resumed(lines[0], damage, lines[1], step=2)
+    with pytest.raises(LedgerError, match=r"ledger\.jsonl, line 2: "):
+        resumed(lines[0], damage, step=2)  # it may have been the line of step 2
+
+
+def test_a_ledger_that_cannot_be_read_now_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ledger(tmp_path, (1, ["a@0"], []))
+    before = (tmp_path / "ledger.jsonl").read_bytes()
+    monkeypatch.setattr(durable, "RETRY_AFTER_S", ())
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        Ledger(tmp_path, 1)
+    assert (tmp_path / "ledger.jsonl").read_bytes() == before
+
+
+def test_a_cursor_far_beyond_the_ledger_is_not_counted_out(tmp_path: Path):
+    ledger(tmp_path, (1, ["a@0"], []))
+    prompts = [Prompt(uid="a", input_ids=(1,), text="a", columns={})]
+    check_cursor(tmp_path, prompts, {"epoch": 9, "position": 0, "owed": []})
+    with pytest.raises(LedgerError, match=r"records 1 prompts, but .* stands at 1000000000000"):
+        check_cursor(tmp_path, prompts, {"epoch": 10**12, "position": 0, "owed": []})
 
 
 def test_the_drawn_prompts_are_those_before_the_cursor():

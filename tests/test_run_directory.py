@@ -15,15 +15,17 @@ from transformers import AutoConfig
 
 from hybridrl.choices import Resume
 from hybridrl.compose import load_config
-from hybridrl.config import RunSettings
-from hybridrl.controller.checkpoint import Checkpointer, RunState
+from hybridrl.config import RunConfig, RunSettings
+from hybridrl.controller.checkpoint import Checkpointer, RunState, SettingsFile
+from hybridrl.controller.contents import CACHED_FROM, digest
 from hybridrl.controller.evaluation import summary
-from hybridrl.controller.inputs import digests
+from hybridrl.controller.inputs import digests, pinned
 from hybridrl.controller.run import prepare_prompts, result
 from hybridrl.controller.run_directory import (
     FREE,
     changes,
     check_inputs,
+    earlier_settings,
     find_checkpoint,
     flat,
     read_settings,
@@ -32,6 +34,7 @@ from hybridrl.controller.run_directory import (
 from hybridrl.controller.teacher_levels import (
     TEACHER_LEVELS,
     conditions_of,
+    files_of,
     read_levels,
     teachers_in_use,
     teachers_to_measure,
@@ -316,6 +319,164 @@ def test_the_lock_ends_with_its_process_even_when_that_is_killed(tmp_path: Path)
     assert resume(settings_of(tmp_path)) is None
 
 
+def test_a_removed_lock_file_lets_no_second_run_in(tmp_path: Path):
+    with run_directory(settings_of(tmp_path)):
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(RunDirectoryError, match=f"another run holds it, process {os.getpid()}"):
+            resume(settings_of(tmp_path))
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """The content of every file under a folder, by its path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("where", ["", " ", "."])
+def test_a_directory_with_files_that_was_never_a_run_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("database: mine\n")
+    (tmp_path / "metrics.jsonl").write_text('{"rows": "of another program"}\n')
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step_000001.jsonl").write_text("mine")
+    before = everything(tmp_path)
+    wanted = (
+        r"holds files \(config\.yaml, .*never was a run" if where == "." else "run.dir is empty"
+    )
+    with pytest.raises((RunDirectoryError, ConfigError), match=wanted):
+        resume(load_config([f"run.dir='{where}'", "experiment=quickstart"]))
+    assert everything(tmp_path) == before
+
+
+def test_a_directory_with_a_run_in_it_or_with_nothing_to_lose_is_used(tmp_path: Path):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / ".gitignore").write_text("*")
+    start(settings_of(tmp_path))
+    (tmp_path / "notes.txt").write_text("of the run's owner")
+    for path in (tmp_path / ".lock", tmp_path / ".holder"):
+        path.unlink()  # as where a copy leaves out hidden files
+    assert resume(settings_of(tmp_path)) == 10
+    (tmp_path / ".holder").unlink()
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(RunDirectoryError, match="it is unknown what run this is"):
+        resume(settings_of(tmp_path))  # a run's, by its checkpoint
+
+
+def test_the_log_of_the_command_itself_may_lie_in_the_new_directory(tmp_path: Path):
+    command = [sys.executable, "-c", HOLD.replace("signal.pause()", ""), tmp_path]
+    with (tmp_path / "train.log").open("w") as file:
+        subprocess.run(command, stdout=file, stderr=file, timeout=120, check=False)
+    assert (tmp_path / "train.log").read_text() == "held\n"
+
+
+def test_a_checkpoint_alone_continues_with_the_settings_saved_in_it(tmp_path: Path):
+    settings = settings_of(tmp_path)
+    Checkpointer(tmp_path, settings.checkpoint).save(STATE, [SettingsFile(settings)])
+    with pytest.raises(RunDirectoryError, match=r"train\.lr: 0\.001 -> 0\.002"):
+        resume(settings_of(tmp_path, "train.lr=2e-3"))
+    assert resume(settings) == 10 and read_settings(tmp_path) == settings
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_when_the_run_goes_on(tmp_path: Path):
+    settings = settings_of(tmp_path)
+    start(settings)
+    start(settings, step=20)
+    (tmp_path / "checkpoints" / "step_000020" / "state.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match="other settings"):
+        resume(settings_of(tmp_path, "train.lr=1"))
+    assert (tmp_path / "checkpoints" / "step_000020").is_dir(), "a refused start changes nothing"
+    assert resume(settings) == 10
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names[0] == "step_000010" and names[1].startswith("step_000020.damaged-")
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path):
+    start(settings_of(tmp_path, *CONSTANT), step=10**9)
+    with pytest.raises(RunDirectoryError, match=r"1000000000 steps are done, and train\.steps=250"):
+        resume(settings_of(tmp_path, *CONSTANT))
+
+
+# -- from somebody else ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("metrics.jsonl", "ledger.jsonl", "samples", "checkpoints", "export", ".lock"),
+        *("logs/learner-0.log", "skipped/step_000001"),
+    ],
+)
+def test_nothing_is_written_or_removed_through_a_link(tmp_path: Path, name: str):
+    run_dir, outside = tmp_path / "run", tmp_path / "outside"
+    start(settings_of(run_dir), step=None)
+    outside.mkdir()
+    (outside / "step_000001.jsonl").write_text("mine")
+    (run_dir / name).unlink(missing_ok=True)
+    (run_dir / name).parent.mkdir(exist_ok=True)
+    (run_dir / name).symlink_to(outside)
+    before = everything(outside)
+    with pytest.raises(RunDirectoryError, match=f"{run_dir / name}: a link"):
+        resume(settings_of(run_dir))
+    assert everything(outside) == before
+
+
+def test_files_that_are_replaced_whole_take_the_place_of_a_link(tmp_path: Path):
+    mine = tmp_path / "bashrc"
+    mine.write_text("mine")
+    run_dir = start(settings_of(tmp_path / "run"), step=None)
+    for name in (".holder", ".config.yaml", "..holder"):
+        (run_dir / name).unlink(missing_ok=True)
+        (run_dir / name).symlink_to(mine)
+    assert resume(settings_of(run_dir)) is None
+    assert mine.read_text() == "mine" and not (run_dir / ".holder").is_symlink()
+
+
+def test_a_link_in_the_place_of_saved_settings_is_not_read(tmp_path: Path):
+    start(settings_of(tmp_path))
+    (tmp_path / "config.yaml").rename(tmp_path / "elsewhere.yaml")
+    (tmp_path / "config.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml: a link"):
+        read_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: {path: '${oc.env:HOME}'}", r"model\.path: holds a reference"),
+        ("run: {dir: 'x${.seed}'}", r"run\.dir: holds a reference"),
+        ("tracking: {tags: ['\\\\${oc.env:HOME}']}", r"tracking\.tags: holds a reference"),
+        ("a: &a [1]\nb: *a", "a YAML alias"),
+        ("a: " + "[" * 3000, "no YAML"),
+        ("when: 2020-99-99", "no YAML"),
+        ("- a", "no mapping of settings"),
+    ],
+)
+def test_saved_settings_refer_to_nothing_outside_of_them(tmp_path: Path, text: str, says: str):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(RunDirectoryError, match=rf"config\.yaml: no settings .*{says}") as caught:
+        read_settings(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x00b", "a\udcffb", "\x1b[2J"])
+def test_a_name_that_no_message_can_show_is_refused_in_one_sentence(name: str):
+    with pytest.raises(ConfigError, match=r"run\.dir=.*give it another name") as caught:
+        RunConfig(dir=name)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["$HOME", "_a", "a b", "\N{SNOWMAN}", "a,b=c", "${x}"])
+def test_any_other_name_works(tmp_path: Path, name: str):
+    settings = settings_of(tmp_path)
+    settings = replace(settings, run=replace(settings.run, dir=str(tmp_path / name)))
+    start(settings)
+    assert resume(settings) == 10 and read_settings(tmp_path / name) == settings
+
+
 def test_leftovers_of_a_killed_save_are_gone_when_the_run_goes_on(tmp_path: Path):
     start(settings_of(tmp_path))
     (tmp_path / "checkpoints" / ".unfinished-step_000012").mkdir()
@@ -364,7 +525,7 @@ def test_a_named_checkpoint_is_not_passed_over_when_it_is_damaged_or_of_other_se
     (old / "checkpoints" / "step_000010" / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"step_000010/state\.json: missing"):
         resume(settings_of(new, start_from))
-    with pytest.raises(CheckpointError, match="nowhere: unreadable manifest"):
+    with pytest.raises(CheckpointError, match=r"nowhere/manifest\.json: missing"):
         resume(settings_of(new, f"run.resume_from={tmp_path / 'nowhere'}"))
 
 
@@ -564,7 +725,8 @@ def test_changed_prompts_and_a_changed_reward_file_are_refused_until_they_are_al
         [Prompt(uid=uid, input_ids=(1, 2), text="", columns={"target": 3}) for uid in "ab"],
     )
     before = digests(settings, prompts, [])
-    assert before.keys() == {"data", "reward.functions.mine"}, (
+    models = {"model.path", "teachers.main.path"}
+    assert before.keys() == {"data", "reward.functions.mine", *models}, (
         "a built-in reward is of this version"
     )
     check_inputs(settings, before, digests(settings, prompts, []))
@@ -598,3 +760,153 @@ def test_a_run_that_is_refused_for_its_inputs_leaves_the_settings_on_file_as_the
             find_checkpoint(changed, run_dir, {"data": "b"})
         assert read_settings(run_dir) == settings
         assert find_checkpoint(settings, run_dir, {"data": "a"}).state.step == 10
+
+
+def refused(settings: RunSettings, before: dict[str, str]) -> str:
+    """What is said of the inputs as they are now."""
+    with pytest.raises(RunDirectoryError) as caught:
+        check_inputs(settings, before, digests(settings, [], []))
+    return str(caught.value).partition("; ")[0].removeprefix(f"run.dir={settings.run.dir}: ")
+
+
+@pytest.mark.parametrize("key", ["model.path", "teachers.main.path"])
+def test_another_model_under_the_same_name_is_refused_until_it_is_allowed(tmp_path: Path, key: str):
+    """Of the same names and sizes, and even of the same times of change."""
+    student, teacher = save_tiny(tmp_path / "student", 0), save_tiny(tmp_path / "teacher", 1)
+    said = [f"model.path={student}", f"teachers.main.path={teacher}"]
+    settings = settings_of(tmp_path, *said)
+    before = digests(settings, [], [])
+    check_inputs(settings, before, digests(settings, [], []))
+    weights = (student if key == "model.path" else teacher) / "model.safetensors"
+    old = weights.stat()
+    other = save_tiny(tmp_path / "other", 2) / "model.safetensors"
+    assert other.stat().st_size == old.st_size
+    weights.write_bytes(other.read_bytes())
+    os.utime(weights, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert refused(settings, before) == f"the files of {key} changed since the checkpoint"
+    allowed = settings_of(tmp_path, *said, f"run.allow_changes=[{key}]")
+    check_inputs(allowed, before, digests(settings, [], []))
+
+
+def test_of_a_model_every_file_that_is_loaded_counts_and_no_other(tmp_path: Path):
+    student = save_tiny(tmp_path / "student", 0)
+    settings = settings_of(tmp_path, f"model.path={student}")
+    before = digests(settings, [], [])
+    (student / "README.md").write_text("a word")
+    check_inputs(settings, before, digests(settings, [], []))
+    for name in ("chat_template.jinja", "value_head/model.safetensors", "added_tokens.json"):
+        (student / name).parent.mkdir(exist_ok=True)
+        (student / name).write_text("{}")
+        assert refused(settings, before).startswith("the files of model.path changed"), name
+        before = digests(settings, [], [])
+
+
+def test_a_changed_reward_model_is_refused(tmp_path: Path):
+    folder = save_tiny(tmp_path / "judge", 0)
+    judge = "{function: reward_model, options: {path: %s}}" % folder  # noqa: UP031 (braces)
+    settings = settings_of(tmp_path, f"+reward.functions.judge={judge}")
+    before = digests(settings, [], [])
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    path = "reward.functions.judge.options.path"
+    assert refused(settings, before) == f"the files of {path} changed since the checkpoint"
+
+
+def test_a_large_file_is_read_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is looked up is seen by writing another digest where the first one was kept."""
+    monkeypatch.setenv("HYBRIDRL_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(bytes(CACHED_FROM))
+    first = digest(file)
+    assert not (tmp_path / "cache").exists(), "it may change again within the same time stamp"
+    os.utime(file, (1, 1))
+    assert digest(file) == first
+    (entry,) = (tmp_path / "cache" / "digests").iterdir()
+    entry.write_text(json.dumps(json.loads(entry.read_text()) | {"digest": "kept"}))
+    assert digest(file) == "kept"
+    file.write_bytes(bytes(CACHED_FROM - 1) + b"1")
+    os.utime(file, (1, 1))
+    assert digest(file) not in ("kept", first), "the time of its inode's change cannot be set back"
+    entry.write_text("[1]")
+    assert digest(file) != "kept"
+
+
+def test_a_changed_module_that_the_reward_file_imports_is_refused(tmp_path: Path):
+    """Neighbours, one through another, of a package, and one that is imported only when the function is called."""
+    files = {
+        "rewards.py": "import json, numpy, near\nfrom pack.inner import thing\n"
+        "def score(completions):\n    import late\n    return [0.0]",
+        "near.py": "import far",
+        "far.py": "x = 1",
+        "late.py": "x = 1",
+        "pack/__init__.py": "from . import sibling",
+        "pack/inner.py": "thing = 1",
+        "pack/sibling.py": "x = 1",
+        "unused.py": "x = 1",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    settings = settings_of(
+        tmp_path, f"+reward.functions.mine.function={tmp_path / 'rewards.py'}:score"
+    )
+    before = digests(settings, [], [])
+    (tmp_path / "unused.py").write_text("x = 2")
+    check_inputs(settings, before, digests(settings, [], []))
+    for name in files.keys() - {"rewards.py", "unused.py"}:
+        (tmp_path / name).write_text(f"{files[name]}\ny = 2")
+        what = "a module that the file of reward.functions.mine.function imports changed"
+        assert refused(settings, before).startswith(what), name
+        (tmp_path / name).write_text(files[name])
+    check_inputs(settings, before, digests(settings, [], []))
+
+
+def test_a_teacher_of_other_weights_under_the_same_name_is_measured_again(tmp_path: Path):
+    teacher = save_tiny(tmp_path / "teacher", 1)
+    settings = settings_of(tmp_path, f"teachers.main.path={teacher}")
+    before = files_of(digests(settings, [], []))
+    (teacher / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes()[::-1])
+    assert files_of(digests(settings, [], [])) != before
+
+
+def hub_snapshot(hub: Path, name: str, commit: str) -> None:
+    """A model of the hub as its cache holds it, whose newest revision is `commit`."""
+    model = hub / f"models--{name.replace('/', '--')}"
+    (model / "refs").mkdir(parents=True, exist_ok=True)
+    (model / "refs" / "main").write_text(commit)
+    save_tiny(model / "snapshots" / commit, 0)
+
+
+def test_a_name_on_the_hub_means_the_commit_that_the_run_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("me/student", "me/teacher"):
+        hub_snapshot(tmp_path / "hub", name, "a" * 40)
+    named = ["model.path=me/student", "teachers.main.path=me/teacher"]
+    settings = settings_of(tmp_path / "run", *named)
+    first = pinned(settings, earlier_settings(settings))
+    assert (first.model.revision, first.teachers["main"].revision) == ("a" * 40, "a" * 40)
+    start(first)
+    for name in ("me/student", "me/teacher"):
+        hub_snapshot(tmp_path / "hub", name, "b" * 40)
+    assert pinned(settings, earlier_settings(settings)) == first, "the hub moved, the run does not"
+    assert resume(pinned(settings, earlier_settings(settings))) == 10
+    new = settings_of(
+        tmp_path / "new", *named, f"run.resume_from={tmp_path}/run/checkpoints/step_000010"
+    )
+    assert pinned(new, earlier_settings(new)).model.revision == "a" * 40
+    other = settings_of(tmp_path / "other", *named)
+    assert pinned(other, earlier_settings(other)).model.revision == "b" * 40
+    chosen = settings_of(tmp_path / "run", *named, f"model.revision={'b' * 40}")
+    with pytest.raises(RunDirectoryError, match=r"model\.revision: a+ -> b+"):
+        resume(pinned(chosen, earlier_settings(chosen)))
+
+
+def test_folders_and_built_in_models_have_no_commit_and_an_old_run_keeps_none(tmp_path: Path):
+    settings = settings_of(tmp_path)
+    assert pinned(settings, None) == settings
+    named = settings_of(tmp_path, "model.path=me/gone")
+    assert pinned(named, None) == named, "loading it says that it cannot be had"
+    assert pinned(named, named) == named

@@ -3,26 +3,33 @@
 import json
 import logging
 import math
+import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from hybridrl import failpoints
 from hybridrl.choices import BestMode
-from hybridrl.config import CheckpointConfig
-from hybridrl.durable import seal, sha256, sync_to_disk
-from hybridrl.errors import CheckpointError
+from hybridrl.compose import to_yaml
+from hybridrl.config import CheckpointConfig, RunSettings
+from hybridrl.durable import ABSENT, entries, read_bytes, retry, seal, sha256, sync_to_disk
+from hybridrl.errors import CheckpointError, DamagedCheckpoint, RunDirectoryError
+from hybridrl.json_lines import shortened, whole_number
 from hybridrl.types import SavedFile
 
 log = logging.getLogger(__name__)
 MANIFEST, STATE, FORMAT = "manifest.json", "state.json", 2
+CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
 UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
+STEP_FOLDER = re.compile(r"step_(\d{6,18})", re.ASCII)
 HEADROOM = 1 << 20  # bytes for state, manifest and headers
 HASHING = 8  # threads; hashlib lets go of the interpreter lock
 
@@ -48,6 +55,21 @@ class Writer(Protocol):
         Raises:
             CheckpointError: one could not be written.
         """
+
+
+class SettingsFile:
+    """A Writer of config.yaml: with it a checkpoint can be used where the rest of its run directory is gone."""
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.text = to_yaml(settings)
+
+    def state_bytes(self) -> int:
+        return len(self.text)
+
+    def save_state(self, folder: str) -> list[SavedFile]:
+        path = Path(folder) / CONFIG
+        path.write_text(self.text, encoding="utf-8", errors="backslashreplace")
+        return [seal(path)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +100,7 @@ class Checkpointer:
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
-        self.root, self.config = run_dir / "checkpoints", config
+        self.root, self.config = run_dir / CHECKPOINTS, config
 
     def save(self, state: RunState, writers: Sequence[Writer]) -> Path:
         """Write into a temporary folder, sync it to disk, read it back, rename it; only then drop what is not kept.
@@ -110,7 +132,13 @@ class Checkpointer:
                 final,
                 self.config.best,
             )
-        self._prune(state.step)
+        try:
+            self._prune(state.step)
+        except (
+            OSError,
+            RunDirectoryError,
+        ) as error:  # nothing is removed on the strength of a read that failed
+            log.warning("%s: older checkpoints stay for now: %s", self.root, error)
         return final
 
     def aside(self, final: Path) -> Path:
@@ -123,31 +151,38 @@ class Checkpointer:
         Raises:
             CheckpointError: something of it cannot be removed.
         """
-        for left in self.root.glob(f"{UNFINISHED}*"):
-            remove(left)
-        for left in self.root.glob(f"{REPLACED}*"):
-            final = self.root / left.name.removeprefix(REPLACED)
-            if final.exists():
-                remove(left)
-            else:
-                left.rename(final)
+        for path in entries(self.root):
+            replaced = path.name.removeprefix(REPLACED)
+            if path.name.startswith(UNFINISHED):
+                remove(path)
+            elif replaced != path.name and STEP_FOLDER.fullmatch(replaced):
+                final = self.root / replaced
+                if os.path.lexists(final):
+                    remove(path)
+                else:
+                    path.rename(final)
 
     def folders(self) -> list[Path]:
-        """Committed checkpoints, oldest first."""
-        found = [p for p in self.root.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)]
-        return sorted(found, key=step_of)
-
-    def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is what its manifest says; a damaged one is named aloud and passed over.
+        """Committed checkpoints, oldest first.
 
         Raises:
-            CheckpointError: there are checkpoints and all are damaged: starting afresh would hide the loss.
+            OSError: the folder of checkpoints is there and cannot be listed.
+        """
+        return step_folders(self.root.parent)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is what its manifest says; one that is certainly damaged is logged and passed over.
+
+        Raises:
+            CheckpointError: one cannot be read now, or is of another version: it may be sound, so no older one is used in its
+                place. Or there are checkpoints and all are damaged: starting afresh would hide the loss.
+            OSError: the folder of checkpoints is there and cannot be listed.
         """
         damaged = []
         for folder in reversed(self.folders()):
             try:
                 return read_checkpoint(folder)
-            except CheckpointError as error:
+            except DamagedCheckpoint as error:
                 log.error("damaged checkpoint passed over: %s", error)
                 damaged.append(str(error))
         if damaged:
@@ -155,6 +190,17 @@ class Checkpointer:
                 f"no usable checkpoint in {self.root}: {'; '.join(damaged)}; remove the folder to start afresh"
             )
         return None
+
+    def set_aside_newer(self, step: int) -> None:
+        """Rename the checkpoints after `step`, which were passed over, so that the run can save those steps again.
+
+        They are never removed: what is damaged for this machine may be of use to its owner.
+        """
+        for folder in self.folders():
+            if step_of(folder) > step:
+                aside = folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:6]}")
+                folder.rename(aside)
+                log.error("%s: damaged, kept as %s", folder, aside.name)
 
     def best(self, folders: Sequence[Path]) -> Path | None:
         """That with the best value of checkpoint.best, the oldest of equals; None: not asked for, or none has one."""
@@ -180,7 +226,7 @@ class Checkpointer:
     def _commit(self, unfinished: Path, final: Path) -> None:
         """Two renames where the step is there already; `clean` takes the first one back if the second never came."""
         replaced = self.root / f"{REPLACED}{final.name}"
-        if final.exists():
+        if os.path.lexists(final):
             final.rename(replaced)
         failpoints.hit("checkpoint.replaced", step=step_of(final))
         unfinished.rename(final)
@@ -190,17 +236,29 @@ class Checkpointer:
             remove(replaced)
 
     def _prune(self, step: int) -> None:
-        """Drop our own folders but the newest up to `step` and the best. Newer than `step` are those that were damaged when
-        the run continued from an older one."""
-        ours = [folder for folder in self.folders() if (folder / MANIFEST).is_file()]
-        done = [folder for folder in ours if step_of(folder) <= step]
+        """Remove our own folders up to `step` but the newest and the best. What is newer than `step` stays."""
+        done = [
+            folder
+            for folder in self.folders()
+            if step_of(folder) <= step and read_bytes(folder / MANIFEST) is not None
+        ]
         kept = {*done[-self.config.keep :], self.best(done)}
-        for folder in ours:
+        for folder in done:
             if folder not in kept:
                 doomed = folder.rename(self.aside(folder))  # half removed, it is no checkpoint
                 failpoints.hit("checkpoint.pruned", step=step)
                 with suppress(CheckpointError):  # `clean` comes again
                     remove(doomed)
+
+
+def step_folders(run_dir: Path) -> list[Path]:
+    """The committed checkpoints of a run, oldest first.
+
+    Raises:
+        OSError: the folder of checkpoints is there and cannot be listed.
+    """
+    found = [path for path in entries(run_dir / CHECKPOINTS) if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=step_of)
 
 
 def remove(path: Path) -> None:
@@ -238,42 +296,128 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Verify every file against the manifest, then read the state; nothing is loaded before.
 
     Raises:
-        CheckpointError: naming the file that is missing, differs, or that the manifest does not know.
+        DamagedCheckpoint: a file is certainly missing or has other bytes than the manifest says.
+        CheckpointError: it cannot be read now; or it is whole and not what this version of hybridrl writes.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder}: of format {manifest['format']}, this version of hybridrl reads {FORMAT}"
-            )
+        manifest = read_manifest(folder)
         verify(folder, manifest["files"])
-        return Checkpoint(folder=folder, state=RunState(**json.loads((folder / STATE).read_text())))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: unreadable manifest or state: {error}") from error
+        state = read_state(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder}: cannot be read now ({error.strerror}), which may pass, so no older checkpoint is "
+            f"used in its place and nothing was changed; give the same command again, or move {folder.name} elsewhere to "
+            "continue from an older one"
+        ) from error
+    named = STEP_FOLDER.fullmatch(folder.name)
+    steps = {manifest["step"], state.step, *([int(named[1])] if named else [])}
+    if len(steps) > 1:
+        raise CheckpointError(
+            f"{folder}: its name, manifest and state speak of the steps {', '.join(map(str, sorted(steps)))}, "
+            "so it was renamed or edited; give it back its name, or move it elsewhere"
+        )
+    return Checkpoint(folder=folder, state=state)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, in the form that `write` gives it.
+
+    Raises:
+        DamagedCheckpoint: there is none, or it has another form.
+        CheckpointError: it is of another version, or names files elsewhere.
+        OSError: it cannot be read.
+    """
+    manifest = read_json(folder / MANIFEST)
+    try:
+        version = whole_number(manifest["format"], "format")
+        if version != FORMAT:
+            raise CheckpointError(
+                f"{folder}: of format {version}, this version of hybridrl reads {FORMAT}"
+            )
+        whole_number(manifest["step"], "step")
+        for name, entry in manifest["files"].items():
+            if Path(name).name != name or "\0" in name:
+                raise CheckpointError(
+                    f"{folder}: manifest names {name!r}, which is no plain file name"
+                )
+            whole_number(entry["bytes"], f"size of {name}")
+            if not isinstance(entry["sha256"], str):
+                raise ValueError(f"{name} has no sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = shortened(error)
+        raise DamagedCheckpoint(f"{folder / MANIFEST}: unreadable manifest: {reason}") from error
+    if STATE not in manifest["files"]:
+        raise CheckpointError(f"{folder}: manifest without {STATE}")
+    return manifest
+
+
+def read_state(folder: Path) -> RunState:
+    """Raises:
+    CheckpointError: it has other fields or types than RunState.
+    OSError: it cannot be read.
+    """
+    try:
+        state = RunState(**read_json(folder / STATE))
+        for what in ("step", "weight_version", "optimizer_steps"):
+            whole_number(getattr(state, what), what)
+        for what in ("parts", "metrics", "inputs"):
+            if not isinstance(getattr(state, what), dict):
+                raise ValueError(f"{what} is no mapping")
+        if not isinstance(state.wandb_id, str | None):
+            raise ValueError("wandb_id is no text")
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / STATE}: not a state of this version of hybridrl: {error}"
+        ) from error
+    return state
+
+
+def read_json(path: Path) -> Any:
+    """What a file of a checkpoint holds.
+
+    Raises:
+        DamagedCheckpoint: there is no such file, or it is not JSON.
+        CheckpointError: it is a link or a special file.
+        OSError: it cannot be read.
+    """
+    try:
+        content = read_bytes(path)
+        if content is None:
+            raise DamagedCheckpoint(f"{path}: missing")
+        return json.loads(content)
+    except RunDirectoryError as error:
+        raise CheckpointError(str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path}: unreadable: {error}") from error
 
 
 def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises:
-    CheckpointError: the folder is not what `files`, of a manifest, says.
+    DamagedCheckpoint: a file of `files`, of a manifest, is certainly missing or has other bytes.
+    CheckpointError: a file is a link or a special file, or the folder holds weights that `files` does not name.
+    OSError: a file cannot be read.
     """
+    different = "missing or not what the manifest says"
     for name, entry in files.items():
-        if Path(name).name != name:
-            raise CheckpointError(f"{folder}: manifest names {name!r}, which is no plain file name")
-        if (folder / name).is_symlink():
+        path = folder / name
+        try:
+            found = retry(partial(os.stat, path, follow_symlinks=False))
+        except ABSENT as error:
+            raise DamagedCheckpoint(f"{path}: {different}") from error
+        if stat.S_ISLNK(found.st_mode):
             raise CheckpointError(
-                f"{folder / name}: a link, which could point anywhere; put the file in its place"
+                f"{path}: a link, which could point anywhere; put the file in its place"
             )
-        if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{folder / name}: missing or not what the manifest says")
-    if STATE not in files:
-        raise CheckpointError(f"{folder}: manifest without {STATE}")
-    if unknown := sorted(p.name for p in folder.glob("*.safetensors") if p.name not in files):
-        raise CheckpointError(f"{folder / unknown[0]}: the manifest does not name it")
+        if not stat.S_ISREG(found.st_mode) or found.st_size != entry["bytes"]:
+            raise DamagedCheckpoint(f"{path}: {different}")
+    weights = [path for path in entries(folder) if path.suffix == ".safetensors"]
+    if unknown := [path for path in weights if path.name not in files]:
+        raise CheckpointError(f"{unknown[0]}: the manifest does not name it")
     with ThreadPoolExecutor(HASHING) as pool:
         digests = pool.map(lambda name: sha256(folder / name), files)
         for (name, entry), digest in zip(files.items(), digests, strict=True):
             if digest != entry["sha256"]:
-                raise CheckpointError(f"{folder / name}: missing or not what the manifest says")
+                raise DamagedCheckpoint(f"{folder / name}: {different}")
 
 
 def step_of(folder: Path) -> int:
@@ -281,8 +425,12 @@ def step_of(folder: Path) -> int:
 
 
 def metric_of(folder: Path, name: str) -> float:
-    """A metric of the checkpoint's step; NaN: it was not measured there, or the state cannot be read."""
+    """A metric of the checkpoint's step; NaN: it was not measured there, or the state is damaged.
+
+    Raises:
+        OSError: the state cannot be read now.
+    """
     try:
-        return float(json.loads((folder / STATE).read_text())["metrics"][name])
-    except (OSError, ValueError, KeyError, TypeError):
+        return float(json.loads(read_bytes(folder / STATE) or b"")["metrics"][name])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return math.nan

@@ -11,7 +11,7 @@ import numpy as np
 from hybridrl import failpoints
 from hybridrl.choices import OnStale, WeightTransfer
 from hybridrl.config import RunSettings
-from hybridrl.controller.checkpoint import Checkpointer, RunState, Stateful
+from hybridrl.controller.checkpoint import Checkpointer, RunState, SettingsFile, Stateful
 from hybridrl.controller.engine_probe import EngineProbe
 from hybridrl.controller.evaluation import Evaluation, evaluate
 from hybridrl.controller.ledger import Ledger
@@ -32,8 +32,11 @@ from hybridrl.data.prompts import PromptSource
 from hybridrl.data.shards import balance_groups, micro_batches
 from hybridrl.errors import (
     CheckpointError,
+    DataError,
     Preempted,
     RewardError,
+    RunDirectoryError,
+    RunDirectoryTaken,
     SkippedStep,
     WeightSyncError,
     WorkerError,
@@ -198,22 +201,27 @@ class Controller:
 
         Raises:
             Preempted: the run was told to end; what was learned so far is saved.
+            RunDirectoryTaken: the run directory is another run's now; nothing is saved there.
+            RunDirectoryError: the run directory or a file of it was removed, moved or replaced. What was learned so far is
+                saved under its path.
         """
         settings, row = self.settings, {}
         while self.steps_done < settings.train.steps:
             try:
                 self.preemption.check()
+                self.ledger.check_in_place()
                 row = self._step_or_skip()
-            except Preempted:
+                last = self.steps_done == settings.train.steps
+                if last or (settings.eval.every and self.steps_done % settings.eval.every == 0):
+                    row |= self.evaluate()
+                # Before the checkpoint: a resumed run keeps the rows up to its checkpoint's step.
+                self.sinks.log(row)
+            except RunDirectoryTaken:
+                raise
+            except (Preempted, RunDirectoryError):
                 if self.steps_done > self.saved_step:
                     self.save(row, last=False)
                 raise
-            last = self.steps_done == settings.train.steps
-            if last or (settings.eval.every and self.steps_done % settings.eval.every == 0):
-                row |= self.evaluate()
-            self.sinks.log(
-                row
-            )  # before the checkpoint: a resumed run keeps the rows up to its checkpoint's step
             failpoints.hit("controller.logged", step=self.steps_done)
             if last or (
                 settings.checkpoint.every and self.steps_done % settings.checkpoint.every == 0
@@ -289,8 +297,10 @@ class Controller:
 
         Raises:
             CheckpointError: the last one failed.
+            RunDirectoryTaken: the run directory is another run's now.
             WorkerError: a learner rank was lost.
         """
+        self.ledger.check_folder()
         with self.clock.phase("save"):
             try:
                 self._save(row)
@@ -306,8 +316,9 @@ class Controller:
 
     def _save(self, row: Mapping[str, float]) -> None:
         for _ in count():
+            writers = [self.learner, *self.workers.scorers, SettingsFile(self.settings)]
             try:
-                self.checkpointer.save(self.state(row), [self.learner, *self.workers.scorers])
+                self.checkpointer.save(self.state(row), writers)
                 return
             except WorkerError as error:
                 self.workers.lose(error)
@@ -327,7 +338,8 @@ class Controller:
 
     def load_state(self, state: RunState, folder: str) -> None:
         """Raises:
-        CheckpointError: a part of the controller has no state there, or the workers cannot load theirs.
+        CheckpointError: a part of the controller has no state there or one of another form, or the workers cannot load theirs.
+        DataError: the state is of other prompts.
         """
         if missing := self.stateful.keys() - state.parts.keys():
             raise CheckpointError(
@@ -337,7 +349,15 @@ class Controller:
         for scorer in self.workers.scorers:
             scorer.load_state(folder)
         for name, part in self.stateful.items():
-            part.load_state_dict(state.parts[name])
+            try:
+                part.load_state_dict(state.parts[name])
+            except DataError:  # of other prompts, and it says so
+                raise
+            except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+                raise CheckpointError(
+                    f"{folder}: its state of {name} has another form than this version of hybridrl "
+                    f"writes: {error!r}"
+                ) from error
         self.steps_done = self.saved_step = state.step
         self.weight_version = state.weight_version
 

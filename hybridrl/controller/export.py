@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hybridrl.controller.checkpoint import Checkpointer
-from hybridrl.controller.run_directory import read_settings
+from hybridrl.controller.run_directory import check_no_links, read_settings
 from hybridrl.errors import CheckpointError, ConfigError
 from hybridrl.models.export import export, master_weights
 from hybridrl.models.loading import resolve
@@ -16,11 +16,12 @@ def export_checkpoint(run_dir: Path, folder: Path | None = None) -> Path:
         folder: must be new or empty; None: export/step_NNNNNN in the run directory, replaced if it is there.
 
     Raises:
-        RunDirectoryError: `run_dir` holds no run.
+        RunDirectoryError: `run_dir` holds no run, or a part of it is a link.
         CheckpointError: there is no checkpoint, or none is sound.
         ConfigError: `folder` holds something, or the model that training started from is gone.
     """
     settings = read_settings(run_dir)
+    check_no_links(run_dir)
     checkpointer = Checkpointer(run_dir, settings.checkpoint)
     checkpoint = checkpointer.newest()
     if checkpoint is None:

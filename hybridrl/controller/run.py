@@ -12,16 +12,28 @@ from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.contract import check_running, check_teachers, check_templates
 from hybridrl.controller.controller import Controller
-from hybridrl.controller.inputs import digests
-from hybridrl.controller.ledger import Ledger, check_ledger, drawn_uids
+from hybridrl.controller.inputs import digests, pinned
+from hybridrl.controller.ledger import Ledger, check_cursor, check_ledger, drawn_uids
 from hybridrl.controller.lengths import check_lengths
 from hybridrl.controller.metrics import check_metrics
 from hybridrl.controller.preemption import Preemption
-from hybridrl.controller.run_directory import find_checkpoint, run_directory
+from hybridrl.controller.run_directory import (
+    check_usable,
+    earlier_settings,
+    find_checkpoint,
+    run_directory,
+)
 from hybridrl.controller.teacher_levels import measure_teachers, teachers_to_measure
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
-from hybridrl.errors import ConfigError, FleetExhausted, LedgerError, WorkerError, WorkerTimeout
+from hybridrl.errors import (
+    CheckpointError,
+    ConfigError,
+    FleetExhausted,
+    LedgerError,
+    WorkerError,
+    WorkerTimeout,
+)
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.rewards import check_rewards
 from hybridrl.rewards.reward_model import check_reward_models
@@ -63,6 +75,7 @@ def train(settings: RunSettings) -> RunResult:
         HybridRLError: what went wrong, in one sentence; nothing is left running.
     """
     began = time.monotonic()
+    settings = pinned(settings, earlier_settings(settings))
     prompts, heldout = preflight(settings)
     with run_directory(settings) as run_dir, ExitStack() as stack:
         settings = replace(
@@ -95,7 +108,7 @@ def train(settings: RunSettings) -> RunResult:
         levels = (
             {}
             if checkpoint
-            else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir)
+            else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir, inputs)
         )
         workers = start_workers(settings, cluster, slots, rewards, log_dir)
         check_running(settings, workers, prompts)
@@ -184,14 +197,20 @@ class Attempts:
         return checkpoint
 
     def check_ledger(self, checkpoint: Checkpoint) -> None:
-        """Say so where it does not account for every prompt up to the checkpoint. It is a record: the run goes on without it."""
-        cursor = checkpoint.state.parts["pipeline"]["prompts"]
+        """Say so where it does not account for every prompt up to the checkpoint. It is a record: the run goes on without it.
+
+        Raises:
+            CheckpointError: the checkpoint's data cursor has another form than that of this version.
+        """
         try:
-            check_ledger(
-                self.run_dir,
-                checkpoint.state.step,
-                drawn_uids(self.prompts, self.settings.run.seed, cursor),
-            )
+            cursor = checkpoint.state.parts["pipeline"]["prompts"]
+            check_cursor(self.run_dir, self.prompts, cursor)
+            drawn = drawn_uids(self.prompts, self.settings.run.seed, cursor)
+            check_ledger(self.run_dir, checkpoint.state.step, drawn)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(
+                f"{checkpoint.folder}: its data cursor has another form than this version of hybridrl writes: {error!r}"
+            ) from error
         except LedgerError as error:
             self.console.notice(
                 f"{error}; that each prompt was trained on once can no longer be shown of this run"
@@ -242,9 +261,10 @@ def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """All checks that need no worker, after those that the settings make of themselves; -> (training, held-out) prompts.
 
     Raises:
-        ConfigError, DataError: one sentence on the first thing that cannot work.
+        ConfigError, DataError, RunDirectoryError: one sentence on the first thing that cannot work.
     """
     check_metrics(settings)
+    check_usable(settings)
     check_rewards(settings.reward)
     return prepare_prompts(settings)
 

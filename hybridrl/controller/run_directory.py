@@ -1,8 +1,9 @@
 """The run directory: locked while a run lasts, and holding one run only, whose settings are its config.yaml."""
 
+import fcntl
 import os
-import shutil
 import socket
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -13,16 +14,29 @@ from filelock import FileLock, Timeout
 
 from hybridrl import redact
 from hybridrl.choices import Resume, ScheduleKind
-from hybridrl.compose import from_yaml, to_yaml
+from hybridrl.compose import from_yaml, saved_tree, to_yaml
 from hybridrl.config import RunSettings
-from hybridrl.controller.checkpoint import Checkpoint, Checkpointer, read_checkpoint
-from hybridrl.controller.inputs import DATA
+from hybridrl.controller.checkpoint import (
+    CHECKPOINTS,
+    CONFIG,
+    MANIFEST,
+    Checkpoint,
+    Checkpointer,
+    read_checkpoint,
+    step_folders,
+)
+from hybridrl.controller.inputs import DATA, IMPORTS
 from hybridrl.controller.ledger import LEDGER
-from hybridrl.durable import replace_text
+from hybridrl.durable import entries, read_bytes, read_text, replace_bytes, replace_text
 from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
-from hybridrl.tracking.jsonl import METRICS, SAMPLES
+from hybridrl.tracking.jsonl import METRICS, SAMPLES, samples_files
 
-CONFIG = "config.yaml"
+HOLDER = ".holder"
+WRITTEN_INTO = ("logs", "skipped")
+"""Folders whose files workers write."""
+PARTS = (".lock", METRICS, LEDGER, SAMPLES, CHECKPOINTS, "export", "wandb", *WRITTEN_INTO)
+"""Files and folders that a run writes to in place, or removes files from."""
+
 ABSENT = "(not set)"
 
 FREE = (
@@ -71,7 +85,21 @@ def run_directory(settings: RunSettings) -> Iterator[Path]:
     """The run directory, made if need be, locked while the run lasts.
 
     Raises:
-        RunDirectoryError: another run holds it.
+        RunDirectoryError: another run holds it, or as check_usable.
+        ConfigError: as check_usable.
+    """
+    run_dir = check_usable(settings)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir):
+        replace_text(run_dir / HOLDER, f"process {os.getpid()} on {socket.gethostname()}")
+        yield run_dir
+
+
+def check_usable(settings: RunSettings) -> Path:
+    """The absolute path of run.dir, where a run may write; nothing is made or changed.
+
+    Raises:
+        RunDirectoryError: it holds files and never was a run's, or a part of it is a link.
         ConfigError: it would vanish with a Ray job's upload folder.
     """
     run_dir = Path(settings.run.dir).expanduser().absolute()
@@ -80,26 +108,106 @@ def run_directory(settings: RunSettings) -> Iterator[Path]:
             f"run.dir={settings.run.dir}: lies in the Ray job's upload folder {run_dir}, which is deleted; "
             "give an absolute path on shared storage"
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(run_dir / ".lock"), run_dir / ".holder"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
+    check_not_foreign(run_dir)
+    check_no_links(run_dir)
+    return run_dir
+
+
+def check_not_foreign(run_dir: Path) -> None:
+    """Refuse a directory whose files are somebody's own: a run replaces files and removes old ones.
+
+    Hidden files do no harm, nor a file that this process's own output goes to.
+
+    Raises:
+        RunDirectoryError: names some of the files.
+    """
+    files = [
+        path.name
+        for path in entries(run_dir)
+        if not path.name.startswith(".") and path.name != "lost+found" and not is_output(path)
+    ]
+    if files and not was_run(run_dir):
+        names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
         raise RunDirectoryError(
-            f"run.dir={run_dir}: another run holds it, {holder_of(holder)}; wait for it, end it, or choose another run.dir"
-        ) from error
+            f"run.dir={run_dir}: holds files ({names}) and never was a run of hybridrl, which would replace files there; "
+            "choose a new or empty directory"
+        )
+
+
+def is_output(path: Path) -> bool:
+    """Whether this process's stdout or stderr goes to that file, as in `hybridrl train ... > DIR/log`."""
+    streams = [stream for stream in (sys.__stdout__, sys.__stderr__) if stream is not None]
+    with suppress(OSError, ValueError):  # closed, or no file at all
+        there = path.stat()
+        return any(os.path.samestat(os.fstat(stream.fileno()), there) for stream in streams)
+    return False
+
+
+def was_run(run_dir: Path) -> bool:
+    """Whether a run was started in the directory: it wrote its name there, or its settings, or a checkpoint."""
+    names = {path.name for path in entries(run_dir)}
+    if HOLDER in names:
+        return True
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        yield run_dir
+        if {"run", "model", "train"} <= saved_tree(read_text(run_dir / CONFIG) or "").keys():
+            return True
+    except (ConfigError, RunDirectoryError):
+        pass  # no settings of ours
+    return any(read_bytes(path / MANIFEST) is not None for path in step_folders(run_dir))
+
+
+def check_no_links(run_dir: Path) -> None:
+    """Refuse a directory in which a part that is written to leads elsewhere, as one that was made by somebody else may.
+
+    Files that are replaced whole, like config.yaml, need no check: the link itself is replaced. A link to a single
+    checkpoint is renamed or removed, never written through.
+
+    Raises:
+        RunDirectoryError: names the link.
+    """
+    inner = [path for folder in WRITTEN_INTO for path in entries(run_dir / folder)]
+    parts = [*(run_dir / name for name in PARTS), *inner]
+    if link := next((path for path in parts if path.is_symlink()), None):
+        raise RunDirectoryError(
+            f"{link}: a link, and a run does not write through links in its directory; put what it leads to in its "
+            "place, or make the run directory as a whole a link"
+        )
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Two locks, of the directory itself and of its file .lock; both are the kernel's and end with this process, however
+    that ends. The first cannot be lost by removing a file, the second also works where directories cannot be locked (NFS).
+
+    Raises:
+        RunDirectoryError: another run holds one of them.
+    """
+    file_lock = FileLock(run_dir / ".lock")
+    directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # a file system without such locks
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise held_by_another(run_dir) from error
+        try:
+            file_lock.acquire(timeout=0)
+        except Timeout as error:
+            raise held_by_another(run_dir) from error
+        yield
     finally:
-        lock.release()
+        file_lock.release()
+        os.close(directory)
 
 
-def holder_of(path: Path) -> str:
-    """Who wrote that it holds the lock; the lock itself is the kernel's and ends with its process, however that ends."""
-    with suppress(OSError):
-        return path.read_text()
-    return "which has not yet said who it is"
+def held_by_another(run_dir: Path) -> RunDirectoryError:
+    holder = None
+    with suppress(OSError, RunDirectoryError):
+        holder = read_text(run_dir / HOLDER)
+    return RunDirectoryError(
+        f"run.dir={run_dir}: another run holds it, {holder or 'which has not yet said who it is'}; "
+        "wait for it, end it, or choose another run.dir"
+    )
 
 
 def find_checkpoint(
@@ -111,14 +219,15 @@ def find_checkpoint(
         inputs: controller.inputs.digests of what the run would read.
 
     Raises:
-        RunDirectoryError: run.resume=never and the directory holds a run, or it holds one of other settings or inputs; it is left as it
-            was.
-        CheckpointError: run.resume=required and there is none, or all are damaged, or that of run.resume_from is.
+        RunDirectoryError: run.resume=never and the directory holds a run, or it holds one of other settings or inputs, or one
+            that is beyond train.steps; it is left as it was.
+        CheckpointError: run.resume=required and there is none, or all are damaged, or that of run.resume_from is, or the
+            newest one cannot be read now.
     """
     checkpointer = Checkpointer(run_dir, settings.checkpoint)
     checkpointer.clean()
     if settings.run.resume is Resume.never and (
-        (run_dir / "metrics.jsonl").exists() or checkpointer.folders()
+        os.path.lexists(run_dir / METRICS) or checkpointer.folders()
     ):
         raise RunDirectoryError(
             f"run.dir={run_dir}: holds a run and run.resume=never; choose another run.dir or run.resume=auto"
@@ -134,8 +243,15 @@ def find_checkpoint(
     if checkpoint:
         check_same_run(settings, checkpoint.folder.parent.parent)
         check_inputs(settings, checkpoint.state.inputs, inputs)
+        if checkpoint.state.step > settings.train.steps:
+            raise RunDirectoryError(
+                f"{checkpoint.folder}: {checkpoint.state.step} steps are done, and train.steps={settings.train.steps}; "
+                "set it as high at least, or choose another run.dir"
+            )
     if other:
         checkpoint = continue_other(checkpoint, run_dir)
+    elif checkpoint:
+        checkpointer.set_aside_newer(checkpoint.state.step)
     replace_text(run_dir / CONFIG, to_yaml(settings))
     return checkpoint
 
@@ -163,33 +279,58 @@ def describe_directory(settings: RunSettings, inputs: Mapping[str, str]) -> str:
 
 def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
     """Begin run_dir as a copy of the run that the checkpoint is of: its rows, samples and ledger, which are cut at the
-    checkpoint's step when the run starts. On wandb it is a run of its own."""
+    checkpoint's step when the run starts. On wandb it is a run of its own.
+
+    Raises:
+        RunDirectoryError: one of those files is a link or a special file.
+        OSError: one cannot be read or copied.
+    """
     origin = checkpoint.folder.parent.parent
-    for name in (METRICS, LEDGER):
-        if (origin / name).is_file():
-            shutil.copy(origin / name, run_dir / name)
-    if (origin / SAMPLES).is_dir():
-        shutil.copytree(origin / SAMPLES, run_dir / SAMPLES, dirs_exist_ok=True)
+    samples = [Path(SAMPLES, path.name) for _, path in samples_files(origin)]
+    (run_dir / SAMPLES).mkdir(exist_ok=True)
+    for name in (Path(METRICS), Path(LEDGER), *samples):
+        content = read_bytes(origin / name)
+        if content is not None:
+            replace_bytes(run_dir / name, content)
     return replace(checkpoint, state=replace(checkpoint.state, wandb_id=None))
 
 
+def earlier_settings(settings: RunSettings) -> RunSettings | None:
+    """Settings of the run that `settings` would continue, before anything is checked; None: there is none, or none that this
+    version can read, which find_checkpoint says where it matters.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    origins = [Path(settings.run.dir)]
+    if settings.run.resume_from is not None:
+        origins.append(Path(settings.run.resume_from).parent.parent)
+    for run_dir in origins:
+        with suppress(RunDirectoryError):
+            return read_settings(run_dir.expanduser().absolute())
+    return None
+
+
 def read_settings(run_dir: Path) -> RunSettings:
-    """What the run was started with.
+    """What the run was last started with; where config.yaml is gone, what its newest checkpoint was saved with.
 
     Raises:
         RunDirectoryError: there is no config.yaml, or it is not of this version.
+        OSError: it cannot be read.
     """
-    path = run_dir / CONFIG
-    try:
-        return from_yaml(path.read_text())
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{path}: cannot be read ({error.strerror}), so nobody knows what run this is"
-        ) from error
-    except ConfigError as error:
-        raise RunDirectoryError(
-            f"{path}: no settings of this version of hybridrl: {error}"
-        ) from error
+    for folder in (run_dir, *reversed(step_folders(run_dir))):
+        text = read_text(folder / CONFIG)
+        if text is None:
+            continue
+        try:
+            return from_yaml(text)
+        except ConfigError as error:
+            raise RunDirectoryError(
+                f"{folder / CONFIG}: no settings of this version of hybridrl: {error}"
+            ) from error
+    raise RunDirectoryError(
+        f"{run_dir / CONFIG}: cannot be read (No such file), so it is unknown what run this is"
+    )
 
 
 def check_same_run(settings: RunSettings, run_dir: Path) -> None:
@@ -225,15 +366,23 @@ def check_inputs(settings: RunSettings, before: Mapping[str, str], now: Mapping[
     changed = [key for key in before.keys() & now.keys() if before[key] != now[key]]
     held = sorted(key for key in changed if not within(key, settings.run.allow_changes))
     if held:
-        what = ", ".join(
-            "the prompts that data.* gives" if key == DATA else f"the file of {key}.function"
-            for key in held
-        )
+        what = ", ".join(described_input(key) for key in held)
         allow = ",".join([*settings.run.allow_changes, *held])
         raise RunDirectoryError(
             f"run.dir={settings.run.dir}: {what} changed since the checkpoint; restore it, choose another run.dir, or continue that run "
             f"with it by run.allow_changes=[{allow}]"
         )
+
+
+def described_input(key: str) -> str:
+    """What a digest is of, in words."""
+    if key == DATA:
+        return "the prompts that data.* gives"
+    if key.endswith(".path"):
+        return f"the files of {key}"
+    if key.endswith(f".{IMPORTS}"):
+        return f"a module that the file of {key.removesuffix(f'.{IMPORTS}')}.function imports"
+    return f"the file of {key}.function"
 
 
 def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hybridrl.config import RunSettings
 from hybridrl.controller.evaluation import evaluate
+from hybridrl.durable import read_bytes, replace_text
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.groups import RewardGroup, RolloutGroup
@@ -38,10 +39,16 @@ def measure_teachers(
     rewards: RewardGroup,
     heldout: Sequence[Prompt],
     run_dir: Path,
+    inputs: Mapping[str, str],
 ) -> dict[str, float]:
-    """eval/accuracy_teacher/NAME of each, on a short-lived engine; read back where the directory has them already."""
+    """eval/accuracy_teacher/NAME of each, on a short-lived engine; read back where the directory has them already.
+
+    Args:
+        inputs: controller.inputs.digests, by which a level is measured again when a teacher's or the judge's files changed.
+    """
     names = teachers_to_measure(settings)
-    target, conditions = run_dir / TEACHER_LEVELS, conditions_of(settings, heldout)
+    target = run_dir / TEACHER_LEVELS
+    conditions = conditions_of(settings, heldout) | files_of(inputs)
     levels = read_levels(target, conditions)
     if levels is not None or not names:
         return levels or {}
@@ -69,7 +76,7 @@ def measure_teachers(
         )
         levels[f"eval/accuracy_teacher/{name}"] = found.metrics["eval/accuracy"]
         engine.close()
-    target.write_text(json.dumps({"measured_with": conditions, "levels": levels}, indent=1))
+    replace_text(target, json.dumps({"measured_with": conditions, "levels": levels}, indent=1))
     return levels
 
 
@@ -91,19 +98,25 @@ def conditions_of(settings: RunSettings, heldout: Sequence[Prompt]) -> dict[str,
     }
 
 
+def files_of(inputs: Mapping[str, str]) -> dict[str, Any]:
+    """The digests of the files that a level depends on besides: those of the teachers and of the judge.
+
+    Args:
+        inputs: controller.inputs.digests.
+    """
+    names = ("teachers.", "reward.")
+    return {"files": {key: value for key, value in inputs.items() if key.startswith(names)}}
+
+
 def sha256_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_levels(path: Path, conditions: dict[str, Any]) -> dict[str, float] | None:
-    """The levels on file; None: there are none, or they were measured under other conditions."""
+    """The levels on file; None: there are none, or they were measured under other conditions, or cannot be read."""
     try:
-        stored = json.loads(path.read_text())
-        return stored["levels"] if stored["measured_with"] == conditions else None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # absent, torn, or of another form: measure again
+        stored = json.loads(read_bytes(path) or b"")
+        levels = stored["levels"] if stored["measured_with"] == conditions else {"": None}
+        return {str(name): float(level) for name, level in levels.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

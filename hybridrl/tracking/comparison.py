@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.axes import Axes
 
+from hybridrl.durable import replace_bytes, replace_text
 from hybridrl.errors import DataError
 from hybridrl.tracking.console import duration
 from hybridrl.tracking.figures import (
@@ -30,6 +30,7 @@ from hybridrl.tracking.figures import (
 )
 from hybridrl.tracking.jsonl import read_metrics
 from hybridrl.tracking.page import render_comparison
+from hybridrl.tracking.saved_config import read_config
 
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#7f7f7f", "#8c6d31")
 MARKERS = "osD^vP*X"
@@ -104,7 +105,9 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
     """Write comparison.html and comparison.png into the first run's directory; returns the path of the page.
 
     Raises:
-        DataError: a directory holds no metrics, or damaged ones.
+        DataError: a directory holds no metrics, or a file of it is damaged.
+        RunDirectoryError: a file that is read is a link or a special file.
+        OSError: a file cannot be read or written.
     """
     runs = load_runs(run_dirs)
     panels = [panel_of(metric, runs) for metric in METRICS]
@@ -118,9 +121,9 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
         settings=differing_settings(runs),
     )
     picture = draw_overview(panels, longest, "Comparison", "  \N{MIDDLE DOT}  ".join(names))
-    (run_dirs[0] / "comparison.png").write_bytes(picture)
+    replace_bytes(run_dirs[0] / "comparison.png", picture)
     path = run_dirs[0] / "comparison.html"
-    path.write_text(page, encoding="utf-8")
+    replace_text(path, page)
     return path
 
 
@@ -137,9 +140,8 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
             raise DataError(
                 f"{directory}: no metrics, nothing to compare; give the run.dir of a run that did a step"
             )
-        path = directory / "config.yaml"
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        runs.append(Run(name=name, rows=rows, settings=flat(config or {})))
+        config, _ = read_config(directory)
+        runs.append(Run(name=name, rows=rows, settings=flat(config)))
     return runs
 
 
@@ -185,6 +187,8 @@ def panel_of(metric: Compared, runs: Sequence[Run]) -> Panel | None:
         for (name, (steps, values)), (colour, marker) in zip(curves.items(), styles, strict=False):
             if values.size:
                 marker = marker if metric.marked or values.size == 1 else None
+                # A legend leaves out labels that begin with an underscore.
+                shown = f" {name}" if name.startswith("_") else name
                 ends = f"{metric.text(values[0])} to {metric.text(values[-1])}"
                 axes.plot(
                     steps,
@@ -193,7 +197,7 @@ def panel_of(metric: Compared, runs: Sequence[Run]) -> Panel | None:
                     marker=marker,
                     markersize=5,
                     linewidth=2 if metric.marked else 1.4,
-                    label=f"{name}  {ends}" if metric.marked else name,
+                    label=f"{shown}  {ends}" if metric.marked else shown,
                 )
         same_teacher = levels and math.isclose(min(levels), max(levels))
         if metric.key == "eval/accuracy" and same_teacher:

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
@@ -110,10 +111,18 @@ def draw_overview(panels: Sequence[Panel], rows: Rows, title: str, subtitle: str
 
 
 def _png(figure: Figure, dpi: int) -> bytes:
+    for text in figure.findobj(Text):  # names of directories, teachers and metrics are no formulas
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
+
+
+def printable(text: str) -> str:
+    """With line breaks, control characters and lone surrogates, which no font has, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _dress(axes: Axes, last_step: float) -> None:

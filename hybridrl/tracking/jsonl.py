@@ -1,32 +1,36 @@
 """metrics.jsonl and samples/step_NNNNNN.jsonl: the run's own record, and its readers."""
 
-import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from hybridrl.durable import append, replace_text
-from hybridrl.errors import DataError
+from hybridrl.durable import entries, replace_text
+from hybridrl.json_lines import Appender, read_lines, shortened, whole_number
 from hybridrl.types import FinishReason, RunInfo, Sample
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
+SAMPLES_FILE = re.compile(r"step_(\d{6,18})\.jsonl", re.ASCII)
 
 
-def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
+def read_metrics(run_dir: str | Path, through: int | None = None) -> list[dict[str, float]]:
     """Every row of a run, oldest first; null reads as NaN, a torn last line is left out, no file is no rows.
 
+    Args:
+        through: rows up to this step alone; damage after them is of no account. None: all.
+
     Raises:
-        DataError: a line before the last one is no JSON object with train/step.
+        DataError: a line before the last one is no row of numbers with train/step.
+        RunDirectoryError: the file is a link or a special file.
+        OSError: the file cannot be read.
     """
-    return [
-        {key: math.nan if value is None else value for key, value in row.items()}
-        for row in _read(Path(run_dir) / METRICS, needed="train/step")
-    ]
+    return read_lines(
+        Path(run_dir) / METRICS, _row, step=lambda row: int(row["train/step"]), through=through
+    )
 
 
 def read_samples(run_dir: str | Path) -> list[list[Sample]]:
@@ -34,23 +38,61 @@ def read_samples(run_dir: str | Path) -> list[list[Sample]]:
 
     Raises:
         DataError: a file holds something else.
+        RunDirectoryError: a file is a link or a special file.
+        OSError: a file cannot be read.
     """
     return [
-        [
-            Sample(
-                step=row["step"],
-                uid=row["uid"],
-                prompt=row["prompt"],
-                response=row["response"],
-                reward=math.nan if row["reward"] is None else row["reward"],
-                finish_reason=FinishReason(row["finish_reason"]),
-                question=row.get("question", ""),
-                answer=row.get("answer"),
-            )
-            for row in _read(path, needed="finish_reason")
-        ]
-        for path in sorted((Path(run_dir) / SAMPLES).glob("step_*.jsonl"))
+        read_lines(path, _sample, step=lambda sample: sample.step)
+        for _, path in samples_files(Path(run_dir))
     ]
+
+
+def samples_files(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, file) of every evaluation, oldest first; files of other names are not ours."""
+    paths = [(SAMPLES_FILE.fullmatch(path.name), path) for path in entries(run_dir / SAMPLES)]
+    return sorted((int(match[1]), path) for match, path in paths if match)
+
+
+def _row(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict) or "train/step" not in value:
+        raise ValueError("no object with train/step")
+    row: dict[str, float] = {"train/step": whole_number(value["train/step"], "train/step")}
+    for key, number in value.items():
+        if key != "train/step":
+            row[key] = _number(number, key)
+    return row
+
+
+def _number(value: Any, key: str) -> float:
+    """A number, NaN for null."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{shortened(key)} is {shortened(value)}, not a number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{shortened(key)} is {shortened(value)}, too large a number")
+    return value
+
+
+def _sample(value: Any) -> Sample:
+    if not isinstance(value, dict):
+        raise ValueError("no object with finish_reason")
+    for key in ("uid", "prompt", "response", "finish_reason"):
+        if not isinstance(value.get(key), str):
+            raise ValueError(f"no object with {key}, a text")
+    question, answer = value.get("question", ""), value.get("answer")
+    if not isinstance(question, str) or not isinstance(answer, str | None):
+        raise ValueError("question or answer is no text")
+    return Sample(
+        step=whole_number(value.get("step"), "step"),
+        uid=value["uid"],
+        prompt=value["prompt"],
+        response=value["response"],
+        reward=_number(value.get("reward"), "reward"),
+        finish_reason=FinishReason(value["finish_reason"]),
+        question=question,
+        answer=answer,
+    )
 
 
 class JsonlSink:
@@ -61,40 +103,41 @@ class JsonlSink:
 
     def __init__(self) -> None:
         self._dir: Path | None = None
-        self._file: FileIO | None = None
+        self._file: Appender | None = None
 
     def start(self, info: RunInfo) -> None:
         """Open the files of info.run_dir, less all that is newer than step info.first_step (0: all).
 
         Raises:
-            DataError: the metrics file is damaged before its last line.
+            DataError: the metrics file is damaged before the end of that step.
+            OSError: it cannot be read, and is left as it is, or cannot be written.
         """
         self.close(0)
         self._dir = Path(info.run_dir)
         (self._dir / SAMPLES).mkdir(parents=True, exist_ok=True)
         metrics = self._dir / METRICS
-        kept = [
-            row
-            for row in _read(metrics, needed="train/step")
-            if 0 < info.first_step >= row["train/step"]
-        ]
+        kept = read_metrics(self._dir, info.first_step) if info.first_step else []
         replace_text(metrics, "".join(map(_line, kept)))
-        for path in (self._dir / SAMPLES).glob("step_*.jsonl"):
-            if not 0 < info.first_step >= int(path.stem.removeprefix("step_")):
+        for step, path in samples_files(self._dir):
+            if not 0 < info.first_step >= step:
                 path.unlink()
-        self._file = metrics.open("ab", buffering=0)
+        self._file = Appender(metrics)
 
     def log(self, metrics: Mapping[str, float]) -> None:
+        """Raises: RunDirectoryError: the file or its directory was removed, moved or replaced."""
         assert self._file is not None, "log before start"
+        self._file.check()
         row = {
             "train/step": int(metrics["train/step"]),
             **{k: v for k, v in metrics.items() if k != "train/step"},
         }
-        append(self._file, _line(row))
+        self._file.append(_line(row))
 
     def samples(self, rows: Sequence[Sample]) -> None:
-        assert self._dir is not None, "samples before start"
+        assert self._dir is not None and self._file is not None, "samples before start"
         if rows:
+            self._file.check()
+            (self._dir / SAMPLES).mkdir(exist_ok=True)
             replace_text(
                 self._dir / SAMPLES / f"step_{rows[0].step:06d}.jsonl",
                 "".join(_line(asdict(row)) for row in rows),
@@ -103,27 +146,6 @@ class JsonlSink:
     def close(self, exit_code: int) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def _read(path: Path, needed: str) -> list[dict[str, Any]]:
-    """The objects of a file; a process killed while writing leaves at most one torn line, the last."""
-    rows: list[dict[str, Any]] = []
-    text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
-    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not JSON ({error.msg}); repair or remove the line"
-            ) from error
-        if not isinstance(row, dict) or needed not in row:
-            raise DataError(
-                f"{path}, line {number}: no object with {needed}; repair or remove the line"
-            )
-        rows.append(row)
-    return rows
 
 
 def _line(row: Mapping[str, Any]) -> str:

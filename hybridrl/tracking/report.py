@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hybridrl.durable import replace_bytes, replace_text
 from hybridrl.errors import DataError
 from hybridrl.tracking.console import duration
 from hybridrl.tracking.figures import (
@@ -19,6 +18,7 @@ from hybridrl.tracking.figures import (
 )
 from hybridrl.tracking.jsonl import METRICS, read_metrics, read_samples
 from hybridrl.tracking.page import render
+from hybridrl.tracking.saved_config import read_config
 from hybridrl.tracking.symptoms import watch
 
 
@@ -46,7 +46,9 @@ def write_report(run_dir: str | Path) -> Path:
     """Write report.html and report.png into the run directory; returns the path of the page.
 
     Raises:
-        DataError: the run has no metrics yet, or damaged ones.
+        DataError: the run has no metrics yet, or a file of it is damaged.
+        RunDirectoryError: a file that is read is a link or a special file.
+        OSError: a file cannot be read or written.
     """
     run_dir = Path(run_dir)
     rows = sorted(read_metrics(run_dir), key=lambda row: row["train/step"])
@@ -54,11 +56,9 @@ def write_report(run_dir: str | Path) -> Path:
         raise DataError(
             f"{run_dir / METRICS}: no metrics, nothing to report; give the run.dir of a run that did a step"
         )
-    settings = run_dir / "config.yaml"
-    config_text = settings.read_text(encoding="utf-8") if settings.is_file() else ""
-    config = yaml.safe_load(config_text) or {}
+    config, config_text = read_config(run_dir)
     facts, panels, name = measure(rows), panels_of(rows), run_dir.resolve().name
-    (run_dir / "report.png").write_bytes(draw_overview(panels, rows, name, headline(facts)))
+    replace_bytes(run_dir / "report.png", draw_overview(panels, rows, name, headline(facts)))
     evaluations = read_samples(run_dir)
     page = render(
         name=name,
@@ -72,7 +72,7 @@ def write_report(run_dir: str | Path) -> Path:
         config_text=config_text,
     )
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    replace_text(path, page)
     return path
 
 
@@ -299,7 +299,7 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "Teachers",
             ", ".join(
-                t.get("path") or "the untrained student"
+                (t or {}).get("path") or "the untrained student"
                 for t in (_get(config, "teachers") or {}).values()
             ),
         ),
@@ -322,7 +322,7 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
 def full_mark(config: dict[str, Any]) -> float:
     """The reward of a response that is right in everything: the sum of the reward weights, 1 when unknown."""
     functions = _get(config, "reward.functions") or {}
-    return sum(float(f.get("weight", 1.0)) for f in functions.values()) or 1.0
+    return sum(float((f or {}).get("weight", 1.0)) for f in functions.values()) or 1.0
 
 
 def percent(value: float | None) -> str:
