@@ -15,7 +15,7 @@ LAYERS = [
     {"algorithm", "checkpointing", "generation"},
     {"config", "needs", "placement"},
     {"compose"},
-    {"settings_file"},
+    {"settings_file", "terminal"},
     {"types"},
     {"durable"},
     {"ops"},
