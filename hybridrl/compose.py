@@ -22,6 +22,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Sweep
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from hybridrl import redact
 from hybridrl.algorithm import ScheduleConfig

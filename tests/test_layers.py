@@ -15,7 +15,7 @@ LAYERS = [
     {"algorithm", "checkpointing", "generation"},
     {"config", "needs", "placement"},
     {"compose"},
-    {"types"},
+    {"types", "terminal"},
     {"durable", "json_lines"},
     {"settings_file"},
     {"ops"},

@@ -11,7 +11,12 @@ from hybridrl.controller.preemption import Preemption
 from hybridrl.errors import Preempted
 
 BOTH = pytest.mark.parametrize(
-    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
+    ("number", "name"),
+    [
+        (signal.SIGTERM, "SIGTERM"),
+        (signal.SIGINT, "Ctrl-C"),
+        (signal.SIGHUP, "SIGHUP, the terminal was closed"),
+    ],
 )
 
 
@@ -72,3 +77,15 @@ def test_who_took_the_signal_before_has_it_again():
         with pytest.raises(Preempted), preemption.listening():
             os.kill(os.getpid(), signal.SIGTERM)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_run_under_nohup_does_not_end_with_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption().listening() as preemption:
+            preemption.started()
+            os.kill(os.getpid(), signal.SIGHUP)
+            preemption.check()
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

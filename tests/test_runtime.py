@@ -44,6 +44,7 @@ from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share, worker
 from hybridrl.runtime.group import ActorGroup, Slot, ask_for_stacks
 from hybridrl.runtime.groups import RewardGroup, RolloutGroup
 from hybridrl.runtime.host import visible_gpus
+from hybridrl.runtime.start_up import StartUp
 from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
 from hybridrl.workers import rollout as rollout_worker
 from hybridrl.workers.rollout import Waves, chunk_header, complete, top_tokens, trajectory
@@ -490,6 +491,45 @@ def test_when_the_only_engine_dies_at_a_sync_another_serves_the_weights(slot: Sl
     rollout.load_weights("version 1", ray.put(b""))
     assert rollout.serving == {0} and rollout.group.epochs == [1] and not rollout.joining
     rollout.close()
+
+
+@pytest.mark.graph
+def test_a_fresh_engine_that_fails_as_the_one_before_it_ends_the_run(slot: Slot, tmp_path: Path):
+    rollout = engine(slot, tmp_path, "engine.generate:do=raise")
+    with pytest.raises(
+        FleetExhausted, match=r"^rollout/0 failed in generate: RuntimeError: failpoint"
+    ):
+        rollout.probe([], num_tokens=1, temperature=0.0)
+    assert rollout.group.epochs == [1], (
+        "one replacement was tried, cluster.max_restarts allows more"
+    )
+    rollout.close()
+
+
+@pytest.mark.graph
+def test_an_engine_that_has_answered_is_replaced_again_after_the_same_error(
+    slot: Slot, tmp_path: Path
+):
+    group = engine(slot, tmp_path, "").group
+    group.replace(WorkerError("rollout/0", "generate", "out of memory", 0))
+    header, _ = group.submit_pair(0, "generate", None, None, deadline_s=60)
+    assert calls.gather([header]) == ["header"]
+    assert group.replace(WorkerError("rollout/0", "generate", "out of memory", 1)) == 0
+    with pytest.raises(FleetExhausted, match="failed with it at once"):
+        group.replace(WorkerError("rollout/0", "generate", "out of memory", 2))
+    group.close()
+
+
+@pytest.mark.graph
+def test_each_worker_is_announced_once_when_it_is_up(slot: Slot, tmp_path: Path):
+    group = ActorGroup("w", "failing_worker:Failing", [slot], [{}], log_dir=str(tmp_path))
+    lines: list[str] = []
+    start_up = StartUp(pending := group.submit_all("ping", deadline_s=60), lines.append)
+    calls.gather(pending)
+    start_up.watch()
+    start_up.watch()
+    assert [line.partition(" after ")[0] for line in lines] == ["  w/0 is up"]
+    group.close()
 
 
 @pytest.mark.graph

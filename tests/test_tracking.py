@@ -23,7 +23,7 @@ from hybridrl.tracking.jsonl import JsonlSink, read_metrics, read_samples
 from hybridrl.tracking.report import measure, write_report
 from hybridrl.tracking.sink import Sinks
 from hybridrl.tracking.timing import PhaseClock
-from hybridrl.tracking.wandb_sink import WandbSink, resolve_mode
+from hybridrl.tracking.wandb_sink import WandbSink, resolve_mode, unreachable
 from hybridrl.types import FinishReason, RunInfo, Sample
 
 CONFIG = """\
@@ -314,6 +314,51 @@ def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(
         "WandbSink failed and is off" in done.stderr and "within 2 s; `wandb sync " in done.stderr
     )
     assert len(read_metrics(tmp_path)) == 100
+
+
+class Answer(BaseHTTPRequestHandler):
+    """A server that is no W&B: it answers every request in one way."""
+
+    status, body = 500, b"out of order"
+
+    def answer(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_: object) -> None: ...
+
+
+class LoginPage(Answer):
+    status, body = 200, b"<html><form>Please log in</form></html>"
+
+
+@pytest.mark.parametrize(
+    ("handler", "reason"),
+    [(Answer, "answers with status 500"), (LoginPage, "answers with a page")],
+)
+def test_a_server_that_is_no_wandb_leaves_an_offline_run_and_one_warning(
+    no_wandb_account, monkeypatch, tmp_path, caplog, handler, reason
+):
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        sink = WandbSink(TrackingConfig(wandb=WandbMode.online))
+        sink.start(info(tmp_path))
+        server.shutdown()
+    sink.log({"train/step": 1})
+    sink.close(0)
+    (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("hybridrl")]
+    assert reason in warning and f"wandb sync {tmp_path}/wandb/offline-run-*" in warning
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_a_refused_connection_is_a_reason_to_track_offline(no_wandb_account, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert unreachable().startswith("there is no answer from http://127.0.0.1:9 (")
 
 
 def test_wandb_disabled_does_nothing_and_keeps_the_checkpoint_s_id(no_wandb_account, tmp_path):

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from hybridrl.config import RunSettings
+from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.controller.inputs import digests
 from hybridrl.controller.run import preflight
 from hybridrl.controller.run_directory import describe_directory
 from hybridrl.controller.teacher_levels import teachers_in_use
+from hybridrl.errors import ConfigError
 from hybridrl.models.loading import load_tokenizer
+from hybridrl.models.reach import reach
 from hybridrl.types import Prompt
 
 
@@ -22,15 +24,29 @@ def describe(settings: RunSettings) -> Iterator[str]:
     prompts, heldout = preflight(settings)
     directory = describe_directory(settings, digests(settings, prompts, heldout))
     yield "all checks passed; nothing was started and nothing was written"
-    yield f"model     {settings.model.path}, {settings.model.dtype}"
+    model = settings.model
+    yield f"model     {model.path}, {model.dtype}; {reached('model.path', model)}"
     for name in teachers_in_use(settings):
         teacher = settings.teacher_model(name)
-        yield f"teacher   {name}: {teacher.path}, {teacher.dtype}"
+        key = f"teachers.{name}.path"
+        yield f"teacher   {name}: {teacher.path}, {teacher.dtype}; {reached(key, teacher)}"
     yield f"rewards   {', '.join(settings.reward.functions) or 'none'}"
     yield f"data      {len(prompts)} training prompts, {len(heldout)} held out; {lengths(prompts)}"
     yield f"a step    {step_sizes(settings, len(prompts))}"
     yield f"run.dir   {settings.run.dir}: {directory}"
     yield from first_prompt(settings, prompts[0])
+
+
+def reached(key: str, model: ModelConfig) -> str:
+    """Where the model's files are.
+
+    Raises:
+        ConfigError: they cannot be had with the token at hand.
+    """
+    found = reach(model.path, model.revision)
+    if not found.reached:
+        raise ConfigError(f"{key}={model.path}: {found.text}")
+    return found.text
 
 
 def lengths(prompts: Sequence[Prompt]) -> str:

@@ -1,15 +1,22 @@
-"""SIGTERM, as a scheduler or `ray job stop` sends it, or Ctrl-C: the run saves what it has and ends, to be continued."""
+"""SIGTERM (from a scheduler or `ray job stop`), SIGHUP of a closed terminal, or Ctrl-C: the run saves what it has and ends.
+
+The same command continues it.
+"""
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from hybridrl.errors import Preempted
 
-NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+NAMES = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGHUP: "SIGHUP, the terminal was closed",
+    signal.SIGINT: "Ctrl-C",
+}
 SAID = b"Ctrl-C: the run ends as soon as what it learned is saved; once more ends it at once\n"
 
 
@@ -31,7 +38,7 @@ class Preemption:
 
     @contextmanager
     def listening(self) -> Iterator["Preemption"]:
-        """Take both signals while the block lasts. In a thread that gets no signals, do nothing.
+        """Take these signals while the block lasts. In a thread that gets no signals, do nothing.
 
         Raises:
             Preempted: one came while the run starts up.
@@ -39,7 +46,9 @@ class Preemption:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._tell) for number in NAMES}
+        before = {
+            number: signal.signal(number, self._tell) for number in NAMES if not _ignored(number)
+        }
         try:
             yield self
         except SystemExit as ended:  # Ray's own handler, which it sets while it starts
@@ -71,4 +80,10 @@ class Preemption:
         if at_once:
             raise KeyboardInterrupt
         if signum == signal.SIGINT:
-            os.write(2, SAID)  # print may be what the signal came in the midst of
+            with suppress(OSError):
+                os.write(2, SAID)  # print may be what the signal came in the midst of
+
+
+def _ignored(number: signal.Signals) -> bool:
+    """Whether nohup has made the process deaf to a closed terminal, which is then no reason to end."""
+    return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

@@ -1,8 +1,9 @@
 """One run from settings to report: check, place, train, evaluate, save, and leave nothing running."""
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from hybridrl.errors import (
     LedgerError,
     WorkerError,
     WorkerTimeout,
+    raised,
 )
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.rewards import check_rewards
@@ -55,11 +57,13 @@ from hybridrl.tracking.sink import Sinks
 from hybridrl.tracking.wandb_sink import WandbSink
 from hybridrl.types import Prompt, RunInfo
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
     run_dir: Path
-    report: Path
+    report: Path | None  # None: it could not be written, which the console says
     accuracy_before: (
         float | None
     )  # on the held-out problems; None: there is no reward function to judge by
@@ -98,6 +102,7 @@ def train(settings: RunSettings) -> RunResult:
                 else " ..."
             )
         )
+        stack.enter_context(naming_what_is_saved(settings, run_dir))
         cluster = stack.enter_context(Cluster(settings))
         stack.enter_context(
             preemption.listening()
@@ -110,7 +115,7 @@ def train(settings: RunSettings) -> RunResult:
             if checkpoint
             else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir, inputs)
         )
-        workers = start_workers(settings, cluster, slots, rewards, log_dir)
+        workers = start_workers(settings, cluster, slots, rewards, log_dir, console.notice)
         check_running(settings, workers, prompts)
         took, silence = (
             f"{time.monotonic() - began:.0f} s",
@@ -137,6 +142,23 @@ def train(settings: RunSettings) -> RunResult:
         controller = attempts.until_done(workers, checkpoint)
         exported = export_model(settings, controller, run_dir, first)
     return result(run_dir, exported)
+
+
+@contextmanager
+def naming_what_is_saved(settings: RunSettings, run_dir: Path) -> Iterator[None]:
+    """A run that ends for lost workers says in its last sentence from where the same command goes on.
+
+    Raises:
+        FleetExhausted: with that addition.
+    """
+    try:
+        yield
+    except FleetExhausted as error:
+        folders = Checkpointer(run_dir, settings.checkpoint).folders()
+        where = (
+            f"goes on from {folders[-1].name}" if folders else "starts afresh: nothing is saved yet"
+        )
+        raise FleetExhausted(f"{error}; the same command {where}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,10 +203,12 @@ class Attempts:
             ) as error:  # a lost engine, scorer or reward worker is replaced while the run goes on
                 if isinstance(error, WorkerTimeout):
                     dump_stacks()
-                if not restarts_left:
+                if lost is not None and raised(error) and error.args[:3] == lost.args[:3]:
                     raise FleetExhausted(
-                        f"{error}; cluster.max_restarts is used up, the last checkpoint stands"
+                        f"{error}; it failed in the same way after it was started again, so a further attempt would too"
                     ) from error
+                if not restarts_left:
+                    raise FleetExhausted(f"{error}; cluster.max_restarts is used up") from error
                 self.console.notice(f"{error}; going back to the last checkpoint")
                 lost = error
         raise AssertionError("the last attempt returns or raises")
@@ -351,11 +375,21 @@ def export_model(
 
 
 def result(run_dir: Path, exported: Path | None) -> RunResult:
+    """What a finished run came to. A report that cannot be written does not make it fail."""
+    report: Path | None = None
+    try:
+        report = write_report(run_dir)
+    except Exception as error:  # drawing depends on a large library, fonts and the disk
+        log.exception("the report of %s could not be written", run_dir)
+        print(
+            f"the run is finished, but its report could not be written ({type(error).__name__}: {error}); "
+            f"'hybridrl report {run_dir}' tries again"
+        )
     rows = read_metrics(run_dir)
     evaluated = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
     return RunResult(
         run_dir=run_dir,
-        report=write_report(run_dir),
+        report=report,
         accuracy_before=evaluated[0] if evaluated else None,
         accuracy_after=evaluated[-1] if evaluated else None,
         teacher_accuracy={

@@ -151,6 +151,17 @@ def is_done(pending: Pending) -> bool:
     return bool(ray.wait([pending.ref], timeout=0)[0])
 
 
+def succeeded(pending: Pending) -> bool:
+    """Whether the call has ended with a result; does not wait for it, but for the delivery of a result that is there."""
+    if not is_done(pending):
+        return False
+    try:
+        _fetch(pending, DELIVERY_S)
+    except HybridRLError:
+        return False
+    return True
+
+
 def _fetch(pending: Pending, left_s: float) -> Any:
     try:
         value = ray.get(pending.ref, timeout=max(left_s, DELIVERY_S))

@@ -173,7 +173,7 @@ class Cluster:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Neither a second Ctrl-C nor a second SIGTERM cuts the block short; a Ray whose end is broken off leaves processes for a minute.
+    """No further Ctrl-C, SIGTERM or SIGHUP cuts the block short; a Ray whose end is broken off leaves processes for a minute.
 
     In a thread that gets no signals, do nothing.
     """
@@ -181,7 +181,8 @@ def undisturbed() -> Iterator[None]:
         yield
         return
     before = {
-        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
         yield

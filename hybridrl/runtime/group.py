@@ -12,8 +12,8 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hybridrl.errors import FleetExhausted, WorkerError, WorkerTimeout
-from hybridrl.runtime.calls import Pending, gather, settle
+from hybridrl.errors import FleetExhausted, WorkerError, WorkerTimeout, raised
+from hybridrl.runtime.calls import Pending, gather, settle, succeeded
 from hybridrl.runtime.host import STACKS, AsyncHost, Host
 
 CALLS = 1_000_000
@@ -64,6 +64,10 @@ class ActorGroup:
         self.names = [f"{name}/{i}" for i in range(self.size)]
         self.epochs = [0] * self.size  # how many workers were there before
         self.restarts_left = max_restarts
+        self.last_reasons: list[str | None] = [None] * self.size
+        """Why the worker before this one was replaced, where it raised an error; None: it died, hung, or is the first."""
+        self.first_calls: list[dict[str, Pending]] = [{} for _ in range(self.size)]
+        """The first call of each method to the present worker."""
         self.actors = [self._start(i) for i in range(self.size)]
         self.pid_refs = [
             actor.pid.remote() for actor in self.actors
@@ -89,7 +93,8 @@ class ActorGroup:
         """End the worker that is told of and start another in its place; its index, or None: that was done before.
 
         Raises:
-            FleetExhausted: there were too many; the worker is ended all the same.
+            FleetExhausted: there were too many, or a fresh worker failed at once as the one before it; the worker is ended
+                all the same.
             WorkerError: `lost` itself, where it is no worker of this group that was lost.
         """
         if lost.worker not in self.names:
@@ -100,15 +105,26 @@ class ActorGroup:
         if isinstance(lost, WorkerTimeout):
             dump_stacks()
         ray.kill(self.actors[index])
-        if self.restarts_left == 0:
+        if self._fails_always(index, lost):
             raise FleetExhausted(
-                f"{lost}; cluster.max_restarts is used up for {self.name} workers, the last checkpoint stands"
+                f"{lost}; the worker that replaced another one after this error failed with it at once, so a further one would too"
             )
+        if self.restarts_left == 0:
+            raise FleetExhausted(f"{lost}; cluster.max_restarts is used up for {self.name} workers")
+        self.last_reasons[index] = lost.reason if raised(lost) else None
+        self.first_calls[index] = {}
         self.restarts_left -= 1
         self.epochs[index] += 1
         self.actors[index] = self._start(index)
         self.pid_refs[index] = self.actors[index].pid.remote()
         return index
+
+    def _fails_always(self, index: int, lost: WorkerError) -> bool:
+        """Whether a fresh worker raised its predecessor's error at its first such call: nothing that passes could be the reason."""
+        if not raised(lost) or lost.reason != self.last_reasons[index]:
+            return False
+        first = self.first_calls[index].get(lost.call)
+        return first is None or not succeeded(first)
 
     def rebuild(self, lost: WorkerError, start_s: float) -> None:
         """Replace a worker and wait until the new one answers, so that the deadline of a call does not count its start.
@@ -137,13 +153,15 @@ class ActorGroup:
         return first, second
 
     def _pending(self, index: int, ref: ray.ObjectRef, method: str, deadline_s: float) -> Pending:
-        return Pending(
+        pending = Pending(
             ref=ref,
             worker=self.names[index],
             call=method,
             deadline_s=deadline_s,
             epoch=self.epochs[index],
         )
+        self.first_calls[index].setdefault(method, pending)
+        return pending
 
     def submit_all(self, method: str, *args: Any, deadline_s: float) -> list[Pending]:
         return [self.submit(i, method, *args, deadline_s=deadline_s) for i in range(self.size)]

@@ -214,7 +214,7 @@ class RolloutGroup:
         """
         if self.backend is not WeightTransfer.object_store:
             raise FleetExhausted(
-                f"{lost}; with rollout.weight_transfer={self.backend} no other can join, the last checkpoint stands"
+                f"{lost}; with rollout.weight_transfer={self.backend} no other can join"
             )
         try:
             engine = self.group.replace(lost)

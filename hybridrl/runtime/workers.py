@@ -1,7 +1,7 @@
 """All workers of a run: what is placed where, how they are started together, and how lost ones are replaced."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -13,6 +13,7 @@ from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.group import Slot, dump_stacks
 from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
 from hybridrl.runtime.replay import ReplayGroup
+from hybridrl.runtime.start_up import StartUp
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +110,17 @@ def start_rewards(settings: RunSettings, slots: Slots, log_dir: str) -> RewardGr
 
 
 def start_workers(
-    settings: RunSettings, cluster: Cluster, slots: Slots, rewards: RewardGroup, log_dir: str
+    settings: RunSettings,
+    cluster: Cluster,
+    slots: Slots,
+    rewards: RewardGroup,
+    log_dir: str,
+    say: Callable[[str], None] = log.info,
 ) -> Workers:
     """Start learner, scorers and engines at the same time; return when all answer.
+
+    Args:
+        say: prints a line about each worker that is up.
 
     Raises:
         WorkerError: a worker could not be built, within deadlines.start_s.
@@ -145,7 +154,10 @@ def start_workers(
     )
     starting = [*engines, learner, *scorers, *([replay] if replay else [])]
     try:
-        gather([pending for group in starting for pending in group.ready()])
+        pending = [call for group in starting for call in group.ready()]
+        start_up = StartUp(pending, say)
+        gather(pending, start_up.watch)
+        start_up.watch()
     except WorkerTimeout:
         dump_stacks()
         raise

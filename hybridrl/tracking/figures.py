@@ -105,8 +105,19 @@ def draw_overview(panels: Sequence[Panel], rows: Rows, title: str, subtitle: str
         panel.draw(axes, rows)
         axes.set_title(panel.title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=9)
     inset = 0.16 / (5.6 * columns)
-    figure.text(inset, 1 - 0.2 / height, title, fontsize=19, fontweight="bold", color=INK, va="top")
-    figure.text(inset, 1 - 0.6 / height, subtitle, fontsize=12, color=FAINT, va="top")
+    figure.text(
+        inset,
+        1 - 0.2 / height,
+        title,
+        fontsize=19,
+        fontweight="bold",
+        color=INK,
+        va="top",
+        parse_math=False,  # a $ in a directory's name is no formula
+    )
+    figure.text(
+        inset, 1 - 0.6 / height, subtitle, fontsize=12, color=FAINT, va="top", parse_math=False
+    )
     return _png(figure, dpi=110)
 
 

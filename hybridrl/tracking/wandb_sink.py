@@ -1,7 +1,12 @@
 """Weights & Biases: online when a key is configured, else offline. Never asks for an account."""
 
+import http.client
+import json
+import logging
 import netrc
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields
 from typing import Any
@@ -13,6 +18,10 @@ from hybridrl.errors import ConfigError
 from hybridrl.types import RunInfo, Sample
 
 INIT_S, FINISH_S = 30.0, 60.0
+REACH_S = 5.0
+"""For the first answer of the server."""
+
+log = logging.getLogger(__name__)
 
 
 class WandbSink:
@@ -42,6 +51,28 @@ class WandbSink:
         self._run_id = self._run_id or info.wandb_id
         if self._mode is WandbMode.disabled or self._run is not None:
             return
+        if self._mode is WandbMode.online and (reason := unreachable()):
+            log.warning(
+                "W&B: %s; this run is tracked offline, `wandb sync %s/wandb/offline-run-*` sends it later",
+                reason,
+                info.run_dir,
+            )
+            self._mode = WandbMode.offline
+        try:
+            self._open(info)
+        except Exception as error:  # W&B's client raises what it likes when the server refuses it
+            if self._mode is not WandbMode.online:
+                raise
+            log.warning(
+                "W&B: the server at %s refused the run (%s); it is tracked offline, `wandb sync %s/wandb/offline-run-*` sends it later",
+                base_url(),
+                str(error).splitlines()[0] if str(error) else type(error).__name__,
+                info.run_dir,
+            )
+            self._mode = WandbMode.offline
+            self._open(info)
+
+    def _open(self, info: RunInfo) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -120,11 +151,41 @@ def resolve_mode(mode: WandbMode) -> WandbMode:
     return mode
 
 
+def base_url() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def unreachable() -> str:
+    """Why the W&B server would not take a run, in words; empty where it answers as one does.
+
+    W&B's own client repeats requests for most of a minute before it says so. A login page of a proxy answers with
+    HTML, and a server with a fault with a status of 500 or above; a refused key is left to the client, which names it.
+    """
+    url = f"{base_url().rstrip('/')}/graphql"
+    query = json.dumps({"query": "{ serverInfo { cliVersionInfo } }"}).encode()
+    request = urllib.request.Request(
+        url, data=query, headers={"Content-Type": "application/json", "User-Agent": "hybridrl"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=REACH_S) as answer:
+            body = answer.read(65536)
+    except urllib.error.HTTPError as error:
+        status = error.code
+        return f"the server at {base_url()} answers with status {status}" if status >= 500 else ""
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"there is no answer from {base_url()} ({getattr(error, 'reason', error)})"
+    try:
+        json.loads(body)
+    except ValueError:
+        return f"{base_url()} answers with a page and not as a W&B server does, perhaps the login page of a proxy"
+    return ""
+
+
 def has_key() -> bool:
     """Whether W&B can log in without asking: WANDB_API_KEY, or a netrc entry for its host."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlsplit(base_url()).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

@@ -1,0 +1,73 @@
+"""Whether a model or a dataset can be had, with the token at hand, before anything is downloaded."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hybridrl.models.loading import BUILTIN
+
+LIMIT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    reached: bool
+    text: str  # where it is, or why it cannot be had and what to do
+
+
+def reach(
+    path: str, revision: str | None, *, api: HfApi | None = None, kind: str = "model"
+) -> Reach:
+    """Args: kind: "model" or "dataset". api: of the hub; None: at HF_ENDPOINT."""
+    if path.startswith(BUILTIN):
+        return Reach(reached=True, text="comes with hybridrl")
+    if Path(path).exists():
+        return Reach(reached=True, text="is on this disk")
+    if path.startswith(("/", "./", "../", "~")):
+        return Reach(reached=False, text="there is no such file or folder; correct the path")
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return _cached(path, revision, kind)
+    return _on_hub(path, revision, api or HfApi(), kind)
+
+
+def _cached(path: str, revision: str | None, kind: str) -> Reach:
+    try:
+        found = try_to_load_from_cache(path, "config.json", revision=revision, repo_type=kind)
+    except HFValidationError as error:
+        return Reach(reached=False, text=f"is no name on the hub: {error}")
+    if isinstance(found, str):
+        return Reach(reached=True, text="is in the hub's cache here")
+    return Reach(
+        reached=False, text="is not in the cache here, and HF_HUB_OFFLINE is set; unset it"
+    )
+
+
+def _on_hub(path: str, revision: str | None, api: HfApi, kind: str) -> Reach:
+    token = (
+        "with the token at hand" if api.token or os.environ.get("HF_TOKEN") else "without a token"
+    )
+    try:
+        info = api.repo_info(path, revision=revision, repo_type=kind, timeout=LIMIT_S)
+        api.auth_check(path, repo_type=kind)
+    except GatedRepoError:
+        text = f"is gated on the hub, and {token} it is closed; accept its terms there and set HF_TOKEN"
+        return Reach(reached=False, text=text)
+    except RevisionNotFoundError:
+        return Reach(reached=False, text=f"has no revision {revision} on the hub; correct it")
+    except RepositoryNotFoundError:
+        text = f"is not on the hub, or private and {token} closed; correct the name or set HF_TOKEN"
+        return Reach(reached=False, text=text)
+    except HFValidationError as error:
+        return Reach(reached=False, text=f"is no name on the hub: {error}")
+    except Exception as error:  # the client raises its transport's errors, which are of many kinds
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Reach(reached=False, text=f"the hub does not answer: {first}")
+    return Reach(reached=True, text=f"is on the hub, at commit {(info.sha or '')[:12]}")

@@ -1,0 +1,35 @@
+"""What the console says while workers start, which takes from seconds to many minutes."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from hybridrl.runtime.calls import Pending, is_done
+
+REMINDER_S = 20.0
+
+
+class StartUp:
+    """Announces each worker when it is ready, and from time to time those that are not.
+
+    Its `watch` is given to calls.gather, which calls it about every second.
+
+    Args:
+        pending: the first call to each worker.
+        say: prints one line.
+    """
+
+    def __init__(self, pending: Sequence[Pending], say: Callable[[str], None]) -> None:
+        self._waiting = list(pending)
+        self._say = say
+        self._began = time.monotonic()
+        self._reminded = self._began
+
+    def watch(self) -> None:
+        for pending in [p for p in self._waiting if is_done(p)]:
+            self._waiting.remove(pending)
+            self._say(f"  {pending.worker} is up after {time.monotonic() - self._began:.0f} s")
+        now = time.monotonic()
+        if self._waiting and now - self._reminded >= REMINDER_S:
+            self._reminded = now
+            names = ", ".join(p.worker for p in self._waiting)
+            self._say(f"  {now - self._began:.0f} s: {names} still loading or compiling; see logs/")
