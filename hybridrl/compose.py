@@ -22,7 +22,6 @@ from hydra.core.override_parser.types import ChoiceSweep, Sweep
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
 
 from hybridrl import redact
 from hybridrl.algorithm import ScheduleConfig
@@ -254,7 +253,7 @@ def masked_yaml(text: str) -> str:
     """What Hydra prints of settings, as YAML or otherwise, with secrets masked; references ${oc.env:NAME} stay as they are."""
     try:
         printed = OmegaConf.to_container(OmegaConf.create(text))
-    except (YAMLError, OmegaConfBaseException):
+    except (yaml.YAMLError, OmegaConfBaseException):
         return redact.text(text)
     if not isinstance(printed, Mapping) or not printed:
         return redact.text(text)
