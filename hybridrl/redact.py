@@ -4,9 +4,9 @@ A secret comes from the environment. The driver, which knows its value, masks it
 the children that run reward functions do not need it and start without it. What is promised:
 
 - A secret is the value of an environment variable whose name says so (WANDB_API_KEY, DB_PASSWORD); what an option takes from
-  a variable by ${oc.env:NAME}; the password of a URL, or a field named like a secret of a JSON object, in a variable.
-- A value that is plain is none: a path, a word, words such as `not-needed`, a special token. A variable or option named after
-  a password or a secret may hide several words too; a single word and a path are never hidden.
+  any variable by ${oc.env:NAME}; the password of a URL, or a field named like a secret of a JSON object, in a variable.
+- A value that is plain is none: a path, a word, words such as `not-needed`, a special token. What is named after a password or
+  a secret, or comes by ${oc.env:NAME}, may be several words too; a single word and a path are never hidden.
 - A secret of at least SHORTEST characters is masked wherever it stands, also as its repr, in JSON, HTML or a URL, as a single
   line of several, and inside of base64, as in `Authorization: Basic`.
 - Masked whatever their value: the user and password of a URL, the signature and key of a URL's query, headers that
@@ -109,6 +109,7 @@ def is_path(value: str) -> bool:
         return True
     return (
         PATH.match(value) is not None
+        and digits(value) <= 8
         and all(PATH_WORD.fullmatch(word) for word in re.split(r"[\W_]+", value))
         and not URL_USER.search(value)
     )
@@ -119,7 +120,21 @@ def is_plain(value: str) -> bool:
     if len(value) < SHORTEST or is_path(value):
         return True
     words = re.split(r"[\W_]+", value)
-    return all(WORD.fullmatch(word) for word in words) and not URL_USER.search(value)
+    return (
+        digits(value) <= 4
+        and all(WORD.fullmatch(word) for word in words)
+        and not URL_USER.search(value)
+    )
+
+
+def digits(value: str) -> int:
+    """How many digits a text has: words and dates have few, where several groups of four are a code."""
+    return sum(character.isdigit() for character in value)
+
+
+def is_shown(value: str) -> bool:
+    """Whether this is never hidden, even as a password: a single word, or a path."""
+    return WORD.fullmatch(value) is not None or is_path(value)
 
 
 def variable_is_secret(name: str, value: str) -> bool:
@@ -149,7 +164,7 @@ class Secret(str):
 
 def referred(written: Any, resolved: Any) -> Any:
     """`resolved`, in which each text that refers to a variable, ${oc.env:NAME} in `written`, is a Secret, unless the variable's value
-    is plain; the other variables' values are remembered."""
+    is a single word or a path; the other variables' values are remembered."""
     if isinstance(written, Mapping):
         return {key: referred(part, resolved[key]) for key, part in written.items()}
     if isinstance(written, list):
@@ -160,7 +175,7 @@ def referred(written: Any, resolved: Any) -> Any:
     hidden = [
         value
         for name, value in values.items()
-        if variable_is_secret(name, value) or not is_plain(value)
+        if variable_is_secret(name, value) or not is_shown(value)
     ]
     remember(hidden)
     return Secret(resolved) if hidden else resolved
@@ -243,7 +258,7 @@ def spellings(secret: str) -> tuple[str, ...]:
     texts: set[str] = set()
     runs: set[str] = set()
     for text in whole:
-        if len(text) < SHORTEST or WORD.fullmatch(text) or is_path(text):
+        if len(text) < SHORTEST or is_shown(text):
             continue
         data = text.encode(errors="surrogateescape")
         quoted = {quote(data), quote(data, safe=""), quote_plus(data)}

@@ -111,6 +111,8 @@ def test_a_variable_with_another_name_or_a_plain_value_is_none(name: str, value:
         "aBcDeFgHiJkLmNoPqRsT",
         "XK42-PQ17-ZZ09",
         "12345678",
+        "1234-5678-9012-3456",
+        "01+23/45-67",
         "abcdefghijklmnop",
     ],
 )
@@ -314,6 +316,18 @@ def test_the_written_settings_and_what_trackers_get_hold_no_secret(
     )
 
 
+@pytest.mark.parametrize("value", ["can\"ary/01+23 45'67", "correct horse battery"])
+def test_what_an_option_takes_from_a_variable_is_masked_also_where_it_is_made_of_words(
+    value: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("JUDGE_X", value)
+    options = "+reward.functions.judge={function: f.py:f, options: {key: '${oc.env:JUDGE_X}'}}"
+    settings = load_config([*BASE, options])
+    judge = from_yaml(to_yaml(settings)).reward.functions["judge"]
+    assert settings.reward.functions["judge"].options == {"key": value}
+    assert judge.options == {"key": "***"} and redact.text(f"key {value!r}") == "key '***'"
+
+
 def test_the_teachers_levels_name_the_judges_options_by_their_sha256(
     environment: None, monkeypatch: pytest.MonkeyPatch
 ):
@@ -447,7 +461,7 @@ def test_what_an_option_takes_from_the_environment_is_masked_whatever_its_names(
 ):
     monkeypatch.setenv("JUDGE_X", f"{CANARY}-x")
     monkeypatch.setenv("SCRATCH_HERE", str(tmp_path))
-    monkeypatch.setenv("JUDGE_MODEL", "judge-large")
+    monkeypatch.setenv("JUDGE_MODEL", "large")
     options = (
         "{header: 'Bearer ${oc.env:JUDGE_X}', parts: ['${oc.env:JUDGE_X}'], "
         "cache: '${oc.env:SCRATCH_HERE}/c', model: '${oc.env:JUDGE_MODEL}'}"
@@ -462,7 +476,7 @@ def test_what_an_option_takes_from_the_environment_is_masked_whatever_its_names(
     judge = settings.reward.functions["judge"].options
     assert judge["header"] == f"Bearer {CANARY}-x", "the function itself gets it"
     written = from_yaml(to_yaml(settings))
-    masked = {"header": "***", "parts": ["***"], "cache": f"{tmp_path}/c", "model": "judge-large"}
+    masked = {"header": "***", "parts": ["***"], "cache": f"{tmp_path}/c", "model": "large"}
     assert written.reward.functions["judge"].options == masked and written.run.dir == "***/a"
     assert changes(written, settings) == {}, "a run that is continued finds no difference"
     sent = pickle.loads(pickle.dumps(settings))
