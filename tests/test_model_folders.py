@@ -49,8 +49,8 @@ def set_config(model: Path, **values: object) -> None:
 )
 def test_a_missing_weight_is_refused_by_its_name_and_not_drawn_at_random(model: Path, name: str):
     rewrite(model, {name: None})
-    # The teacher's head alone needs no input embedding; the driver looks at every folder before.
-    for load in LOADS[:2] if name == "model.embed_tokens.weight" else LOADS:
+    # The head alone is loaded without a look at the rest, which the scorer loads.
+    for load in LOADS if name == "lm_head.weight" else LOADS[:2]:
         with pytest.raises(
             ConfigError, match=rf"model\.path=.*: its files lack {name}, which would"
         ):

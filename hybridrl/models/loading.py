@@ -188,11 +188,11 @@ def load_output_head(
     where = f"{setting}={path}"
     names = output_names(load_layout(path, revision, setting=setting))
     indexed = index_of(resolve(path, revision, setting=setting, files=TEXT_FILES), where)
-    file = next((indexed[name] for name in names if name in indexed), WEIGHTS)
-    folder = resolve(path, revision, setting=setting, files=(*TEXT_FILES, file))
-    if (folder / file).is_file():
-        with opened(folder / file, where) as tensors:
-            for name in names:
+    places = indexed or dict.fromkeys(names, WEIGHTS)
+    for name in (name for name in names if name in places):
+        folder = resolve(path, revision, setting=setting, files=(*TEXT_FILES, places[name]))
+        if (folder / places[name]).is_file():
+            with opened(folder / places[name], where) as tensors:
                 if name in tensors.keys():  # noqa: SIM118 (not a dict)
                     return tensors.get_tensor(name).to(getattr(torch, dtype))
     model = load_model(path, dtype, revision, setting=setting)
