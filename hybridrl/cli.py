@@ -1,5 +1,6 @@
 """The command line: hybridrl train | report | export | check | doctor."""
 
+import argparse
 import difflib
 import io
 import os
@@ -36,8 +37,9 @@ USAGE = """usage: hybridrl VERB ...
   hybridrl train --help                                              every setting; also --cfg job, and -m to sweep
   hybridrl report DIR                                                write DIR/report.html and DIR/report.png
   hybridrl report DIR OTHER ...                                      compare runs: DIR/comparison.html and .png
-  hybridrl export DIR [FOLDER]                                       newest checkpoint as a Hugging Face model folder;
-                                                                     FOLDER is DIR/export/step_NNNNNN if not given
+  hybridrl export DIR [FOLDER] [--step N|best] [--dtype TYPE]        a checkpoint, the newest if not said otherwise, as a
+                                                                     Hugging Face model folder; DIR is a run or one of its
+                                                                     checkpoints, FOLDER by default DIR/export/step_NNNNNN
   hybridrl serve DIR|FOLDER [--port N]                               answer OpenAI's API with a run's newest export
   hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]       every method's gradient against exact enumeration
   hybridrl doctor [run.dir=DIR] [KEY=VALUE ...]                      is this machine fit to train on, are its doors closed,
@@ -242,11 +244,30 @@ def report_verb(arguments: Sequence[str]) -> int:
 
 
 def export_verb(arguments: Sequence[str]) -> int:
-    if len(arguments) not in (1, 2) or any(a.startswith("-") for a in arguments):
-        return usage("hybridrl export DIR [FOLDER]", arguments)
+    parser = argparse.ArgumentParser(
+        prog="hybridrl export", description="Write a checkpoint as a Hugging Face model folder."
+    )
+    parser.add_argument("source", metavar="DIR", type=Path, help="a run, or one of its checkpoints")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        type=Path,
+        nargs="?",
+        help="a new or empty folder; by default export/step_NNNNNN in the run",
+    )
+    parser.add_argument(
+        "--step", metavar="N|best", help="which checkpoint; by default the newest that is sound"
+    )
+    parser.add_argument(
+        "--dtype", metavar="TYPE", help="float32 or bfloat16; by default model.dtype of the run"
+    )
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as end:  # argparse has printed the help, or what is wrong
+        return int(end.code or 0)
     from hybridrl.controller.export import export_checkpoint
 
-    print(export_checkpoint(*map(Path, arguments)))
+    print(export_checkpoint(options.source, options.folder, step=options.step, dtype=options.dtype))
     return 0
 
 

@@ -439,3 +439,7 @@ class RunSettings:
             else (self.model.path, self.model.revision)
         )
         return ModelConfig(path=path, dtype=teacher.dtype, revision=revision)
+
+    def model_setting(self, teacher: str) -> str:
+        """The setting that teacher_model takes the path from, as errors call it."""
+        return f"teachers.{teacher}.path" if self.teachers[teacher].path else "model.path"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from hybridrl.compose import load_config
 from hybridrl.config import RunSettings
-from hybridrl.errors import NonFiniteError, SkippedStep
+from hybridrl.errors import ConfigError, NonFiniteError, SkippedStep
 from hybridrl.types import Rewards, RolloutBatch, Shard, TokenScores, UpdatePlan
 
 WIDTH = 128  # of the tiny model
@@ -98,6 +98,15 @@ class Job:
             master=("127.0.0.1", self.port),
             device="cpu",
         )
+
+    def refused(self, case: str, model: str, *overrides: str) -> None:
+        """The error of a learner that cannot be built over another model."""
+        try:
+            self.learner(f"model.path={self.folder}/{model}", *overrides)
+            message = "no error"
+        except ConfigError as error:
+            message = str(error)
+        (self.folder / f"{case}.json").write_text(json.dumps(message))
 
     def report(self, case: str, learner, stats: list, **more) -> None:
         """What a test may look at; every rank helps to gather the weights."""
@@ -270,6 +279,11 @@ def two_ranks_again(job: Job) -> None:
 
 def one_rank(job: Job) -> None:
     everything = ((0, 1, 2, 3),)
+    job.refused("opt-padded", "opt")
+    for stage in (1, 3):
+        zero = f"learner.zero_stage={stage}"
+        job.refused(f"opt-packed-{stage}", "opt", zero, "train.packing=true")
+        job.refused(f"gemma2-{stage}", "gemma2", zero)
     job.diagnosed("diagnosed", everything, 1)
     learner, shard, values = job.two_steps("one", [chunk_of(0, 4)], everything, 1)
     job.resume("one", learner, shard, values, 1)

@@ -22,7 +22,7 @@ from hybridrl.controller.run_directory import find_checkpoint, run_directory
 from hybridrl.durable import seal
 from hybridrl.errors import Preempted
 from hybridrl.json_lines import Appender
-from hybridrl.models.fragments import PARTS, Fragment, write_fragments
+from hybridrl.models.fragments import MASTER, PARTS, Fragment, FragmentReader, write_fragments
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
 from hybridrl.tracking.jsonl import JsonlSink
 from hybridrl.types import RunInfo, SavedFile
@@ -104,6 +104,75 @@ def test_an_export_overwrites_nothing_of_the_users(tmp_path: Path, capsys: pytes
         capsys.readouterr().err
         == f"hybridrl: {tmp_path / 'mine'}: exists and is not empty; name a new folder\n"
     )
+
+
+def save_steps(run_dir: Path) -> dict[int, torch.Tensor]:
+    """A run with checkpoints of steps 10, 20 and 30, the best of which is 20; returns each one's norm weight."""
+    save_checkpoint(run_dir, "checkpoint.best=eval/accuracy", "checkpoint.keep=9")
+    reader = FragmentReader(run_dir / "checkpoints" / "step_000010")
+    weights = {10: reader.whole(MASTER, "model.norm.weight")}
+    for step, accuracy in ((20, 0.9), (30, 0.1)):
+        whole = {name: reader.whole(MASTER, name) + step for name in reader.shapes}
+        fragments = [
+            Fragment(
+                name=name,
+                shape=tuple(t.shape),
+                offset=0,
+                tensors={part: t.flatten().clone() for part in PARTS},
+            )
+            for name, t in whole.items()
+        ]
+        state = replace(STATE, step=step, metrics={"eval/accuracy": accuracy})
+        Checkpointer(run_dir, CheckpointConfig(keep=9)).save(state, [Learned(fragments)])
+        weights[step] = whole["model.norm.weight"]
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "step", "name", "dtype"),
+    [
+        ("", [], 30, "step_000030", torch.float32),
+        ("", ["--step", "10"], 10, "step_000010", torch.float32),
+        ("", ["--step=best", "--dtype=bfloat16"], 20, "step_000020-bfloat16", torch.bfloat16),
+        ("checkpoints/step_000020", [], 20, "step_000020", torch.float32),
+    ],
+)
+def test_any_checkpoint_of_a_run_is_exported_in_any_dtype(
+    source: str, options: list[str], step: int, name: str, dtype: torch.dtype, tmp_path: Path
+):
+    weights = save_steps(tmp_path)
+    assert main(["export", str(tmp_path / source), *options]) == 0
+    (folder,) = (tmp_path / "export").iterdir()
+    assert folder.name == name
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype == dtype
+    assert torch.equal(loaded.model.norm.weight, weights[step].to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "status", "sentence"),
+    [
+        ("", ["--step", "15"], 1, "holds no checkpoint of that step, only of 10"),
+        ("", ["--step", "last"], 2, "--step last: must be the number of a step, or best"),
+        ("", ["--step", "-1"], 2, "--step -1: must be the number of a step, or best"),
+        ("", ["--step", "best"], 2, "no checkpoint.best, the metric to choose by; give one of its"),
+        ("", ["--dtype", "int8"], 2, "--dtype int8: must be float32 or bfloat16"),
+        ("", ["--dtpye", "float32"], 2, "unrecognized arguments: --dtpye"),
+        ("checkpoints/step_000010", ["--step", "10"], 2, "is one checkpoint; give its run direct"),
+    ],
+)
+def test_an_export_of_what_is_not_there_is_one_sentence(
+    source: str,
+    options: list[str],
+    status: int,
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+):
+    save_checkpoint(tmp_path)
+    assert main(["export", str(tmp_path / source), *options]) == status
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()
 
 
 def test_nothing_to_export_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -22,6 +22,7 @@ from hybridrl.data.collate import collate, train_sequences
 from hybridrl.errors import CheckpointError
 from hybridrl.models.fragments import PARTS, Fragment, FragmentReader, write_fragments
 from hybridrl.models.loading import load_model, load_value_head
+from hybridrl.models.output_head import output_weight
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 from hybridrl.objectives.credit import Credit
 from hybridrl.objectives.hybrid import HybridObjective
@@ -33,7 +34,8 @@ from hybridrl.types import ScoredBatch
 from hybridrl.workers import probe
 from hybridrl.workers.learner import deepspeed_config
 from hybridrl.workers.optimizer_state import check_model
-from hybridrl.workers.student import HeadInputs, Student, output_weight
+from hybridrl.workers.student import HeadInputs, Student
+from tests.test_packing import APART, TOGETHER, tiny
 
 JOB = Path(__file__).parent / "learner_job.py"
 DEADLINE_S = 240  # of one process group; it takes about 20 s
@@ -92,10 +94,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(seed)
         tiny_model(tokenizer).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    for kind, sizes in (("opt", TOGETHER["opt"]), ("gemma2", APART["gemma3_text"])):
+        tiny(kind, sizes, torch.float32).save_pretrained(folder / kind)
     run_ranks(folder, 2, "two_ranks")
     run_ranks(folder, 1, "one_rank")
     run_ranks(folder, 2, "two_ranks_again")
     return folder
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_student_is_tried_when_it_is_loaded_also_where_its_weights_are_sharded(
+    folder: Path, stage: int
+):
+    assert result(folder, "opt-padded") == "no error"
+    packed = result(folder, f"opt-packed-{stage}")
+    assert packed.startswith("train.packing=true: OPTForCausalLM does not keep packed sequences")
+    assert "logits of Gemma2ForCausalLM are not its last" in result(folder, f"gemma2-{stage}")
 
 
 def result(folder: Path, case: str) -> dict:

@@ -1,31 +1,139 @@
-"""What the objective takes for granted of teachers and engines, checked instead of believed.
+"""What the objective takes for granted of models, teachers and engines, checked instead of believed.
 
-Before anything starts: each teacher has the student's tokens and special tokens, and writes a conversation the same way.
+Before anything starts: the folder of each model is whole and the model reads sequences as long as the run's and every token of the
+data; each teacher has the student's tokens and special tokens, and writes a conversation the same way.
 Before the first step: each scorer gives the same answer twice. That the engines compute what the learner does is asked after every
 sync (controller.engine_probe).
 That teachers score at the sampler's temperature holds by construction: both read algorithm.temperature.
 """
 
+import logging
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from hybridrl.config import RunSettings
-from hybridrl.controller.teacher_levels import teachers_in_use
+from hybridrl.controller.teacher_levels import teachers_in_use, teachers_to_measure
 from hybridrl.data.chat import render
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import conversation, is_templated
 from hybridrl.errors import ConfigError, ContractError, DataError
-from hybridrl.models.loading import head_rows, load_tokenizer
+from hybridrl.models.limits import CPU_HEAD_SIZES, most_positions, unserved_head_size
+from hybridrl.models.loading import (
+    head_rows,
+    is_on_hub,
+    load_outline,
+    load_tokenizer,
+    model_config,
+)
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.workers import Workers
 from hybridrl.types import Prompt, TokenScores
 
+log = logging.getLogger(__name__)
 SHOWN = 3  # differing tokens that an error names
 PROBE_TOKENS = 8
 PROBE_PROMPTS = 4
+
+
+def models_in_use(settings: RunSettings) -> dict[str, tuple[str, str | None]]:
+    """Path and revision of every model that a worker of this run loads, by the setting that names it."""
+    models = {"model.path": (settings.model.path, settings.model.revision)}
+    for name in teachers_in_use(settings):
+        teacher = settings.teacher_model(name)
+        models[settings.model_setting(name)] = (teacher.path, teacher.revision)
+    for name, function in settings.reward.functions.items():
+        if function.function == "reward_model":
+            models[f"reward.functions.{name}.options.path"] = (function.options["path"], None)
+    return models
+
+
+def check_models(settings: RunSettings) -> None:
+    """Refuse a model that could not be loaded whole, or not read what the run will give it. Reads no weights, only their headers.
+
+    Raises:
+        ConfigError: as load_outline; or the model has fewer positions than rollout.max_model_len, or is a reward model with fewer
+            rows than the student, which could draw tokens that the reward model cannot read.
+    """
+    length = settings.rollout.max_model_len  # None: check_lengths refuses it, and proposes one
+    rows = head_rows(settings.model.path, settings.model.revision)
+    for setting, (path, revision) in models_in_use(settings).items():
+        config = model_config(path, revision, setting=setting)
+        if not is_on_hub(
+            path
+        ):  # weights from the hub are downloaded where they are used, and checked there
+            load_outline(path, revision, setting=setting)
+        if length is not None and length > (positions := most_positions(config)):
+            raise ConfigError(
+                f"rollout.max_model_len={length}: {setting}={path} reads at most {positions:g} tokens; lower it to that"
+            )
+        if (
+            setting.startswith("reward.")
+            and (its_rows := config.get_text_config().vocab_size) < rows
+        ):
+            raise ConfigError(
+                f"{setting}={path}: has {its_rows} rows of embeddings, model.path={settings.model.path} has {rows}, so the student "
+                "could draw tokens that it cannot read; train the reward model from a model with as many rows"
+            )
+
+
+def check_engines(settings: RunSettings, device: str) -> None:
+    """Refuse a model that an engine of this run would have to serve and cannot.
+
+    Args:
+        device: cpu or cuda, where the engines will run.
+
+    Raises:
+        ConfigError: the size of its attention heads is none that vLLM's CPU engine has a kernel for.
+    """
+    if device != "cpu":
+        return
+    served = {"model.path": settings.model}
+    for name in {*teachers_to_measure(settings), *teachers_in_use(settings)}:
+        served[settings.model_setting(name)] = settings.teacher_model(name)
+    for setting, model in served.items():
+        size = unserved_head_size(model_config(model.path, model.revision, setting=setting))
+        if size is not None:
+            raise ConfigError(
+                f"{setting}={model.path}: its attention heads have {size} numbers each, which the engine cannot serve on a CPU; "
+                f"choose a model with heads of {', '.join(map(str, CPU_HEAD_SIZES))}, or run on a GPU"
+            )
+
+
+def check_token_ids(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+) -> None:
+    """Refuse data with a token that some model has no row of embeddings for.
+
+    A tokenizer may have more tokens than its model has rows, as that of Gemma 3 has one for images: that does no harm as
+    long as no prompt and no response contains one of them.
+
+    Args:
+        tokenizer: the student's.
+        prompts: of training and of evaluation.
+
+    Raises:
+        ConfigError: names the token, the prompt and the model.
+    """
+    for setting, (path, revision) in models_in_use(settings).items():
+        rows = model_config(path, revision, setting=setting).get_text_config().vocab_size
+        size = max(tokenizer.get_vocab().values()) + 1
+        if size <= rows:
+            continue
+        remedy = "add rows to the model (resize_token_embeddings) and save it, or use the tokenizer that it was trained with"
+        lacking = f"{setting}={path}: its tokenizer has {size} tokens and the model {rows} rows of embeddings"
+        if (end := tokenizer.eos_token_id) is not None and end >= rows:
+            raise ConfigError(
+                f"{lacking}, none for the end token {tokenizer.eos_token!r}; {remedy}"
+            )
+        for prompt in prompts:
+            largest = max(max(ids) for ids in (prompt.input_ids, *prompt.responses))
+            if largest >= rows:
+                token = tokenizer.convert_ids_to_tokens(largest)
+                raise ConfigError(f"{lacking}, none for {token!r} in {prompt.uid}; {remedy}")
+        log.warning("%s; no prompt contains one of the tokens without a row", lacking)
 
 
 def check_teachers(

@@ -1,40 +1,110 @@
-"""A run's newest checkpoint as a Hugging Face folder; needs neither Ray nor a GPU."""
+"""A checkpoint as a Hugging Face folder; needs neither Ray nor a GPU."""
 
 from pathlib import Path
 
-from hybridrl.controller.checkpoint import Checkpointer
+from hybridrl.config import DTYPES
+from hybridrl.controller.checkpoint import (
+    CHECKPOINTS,
+    CONFIG,
+    MANIFEST,
+    Checkpoint,
+    Checkpointer,
+    read_checkpoint,
+    step_of,
+)
 from hybridrl.controller.run_directory import check_no_links, read_settings
 from hybridrl.errors import CheckpointError, ConfigError
 from hybridrl.models.export import export, master_weights
-from hybridrl.models.loading import resolve
+from hybridrl.models.loading import TEXT_FILES, resolve
+
+BEST = "best"
 
 
-def export_checkpoint(run_dir: Path, folder: Path | None = None) -> Path:
+def export_checkpoint(
+    source: Path, folder: Path | None = None, *, step: str | None = None, dtype: str | None = None
+) -> Path:
     """Write what the learner itself would export at that step; returns the folder.
 
     Args:
-        folder: must be new or empty; None: export/step_NNNNNN in the run directory, replaced if it is there.
+        source: a run directory, or one checkpoint, RUN/checkpoints/step_NNNNNN.
+        folder: must be new or empty; None: export/step_NNNNNN in the run directory, with the dtype in its name where that is not
+            model.dtype; replaced if it is there.
+        step: which checkpoint of the run: a number, or "best" by checkpoint.best; None: the newest that is sound.
+        dtype: of the written weights, float32 or bfloat16; None: model.dtype.
 
     Raises:
-        RunDirectoryError: `run_dir` holds no run, or a part of it is a link.
-        CheckpointError: there is no checkpoint, or none is sound.
-        ConfigError: `folder` holds something, or the model that training started from is gone.
+        RunDirectoryError: `source` holds no run, or a part of it is a link.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        ConfigError: `folder` holds something, or is needed for a checkpoint outside of its run; `step` or `dtype` is none; or the
+            model that training started from is gone.
     """
-    settings = read_settings(run_dir)
-    check_no_links(run_dir)
-    checkpointer = Checkpointer(run_dir, settings.checkpoint)
-    checkpoint = checkpointer.newest()
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{checkpointer.root}: no checkpoint to export; train until the first, see checkpoint.every"
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: must be {' or '.join(DTYPES)}")
+    one_checkpoint = (source / MANIFEST).is_file()
+    if one_checkpoint and step is not None:
+        raise ConfigError(
+            f"--step {step}: {source} is one checkpoint; give its run directory instead"
         )
+    run_dir = source.absolute().parent.parent if one_checkpoint else source
+    if one_checkpoint and folder is None and source.absolute().parent.name != CHECKPOINTS:
+        raise ConfigError(f"{source}: a checkpoint outside of its run; name the folder to write to")
+    settings = read_settings(source if (source / CONFIG).is_file() else run_dir)
+    if folder is None:
+        check_no_links(run_dir)
+    checkpointer = Checkpointer(run_dir, settings.checkpoint)
+    checkpoint = read_checkpoint(source) if one_checkpoint else _chosen(checkpointer, step)
     if (
         folder is not None
         and folder.exists()
         and not (folder.is_dir() and not any(folder.iterdir()))
     ):
         raise ConfigError(f"{folder}: exists and is not empty; name a new folder")
-    target = folder or run_dir / "export" / checkpoint.folder.name
-    source = resolve(settings.model.path, settings.model.revision)
-    export(master_weights(checkpoint.folder, settings.model.dtype), source, target)
+    dtype = dtype or settings.model.dtype
+    name = f"step_{checkpoint.state.step:06d}"
+    if dtype != settings.model.dtype:
+        name += f"-{dtype}"
+    target = folder or run_dir / "export" / name
+    model = resolve(settings.model.path, settings.model.revision, files=TEXT_FILES)
+    export(master_weights(checkpoint.folder, dtype), model, target)
     return target
+
+
+def _chosen(checkpointer: Checkpointer, step: str | None) -> Checkpoint:
+    """The checkpoint that `step` names; None: the newest that is sound."""
+    folders = checkpointer.folders()
+    if not folders:
+        raise CheckpointError(
+            f"{checkpointer.root}: no checkpoint to export; train until the first, see checkpoint.every"
+        )
+    if step is None:
+        newest = checkpointer.newest()
+        assert newest is not None, "there are folders, and it raises where none is sound"
+        return newest
+    if step == BEST:
+        return read_checkpoint(_best(checkpointer, folders))
+    if not (step.isascii() and step.isdecimal()):
+        raise ConfigError(f"--step {step}: must be the number of a step, or {BEST}")
+    there = {step_of(folder): folder for folder in folders}
+    if int(step) not in there:
+        raise CheckpointError(
+            f"--step {step}: {checkpointer.root} holds no checkpoint of that step, only of {_steps(folders)}"
+        )
+    return read_checkpoint(there[int(step)])
+
+
+def _best(checkpointer: Checkpointer, folders: list[Path]) -> Path:
+    metric = checkpointer.config.best
+    if metric is None:
+        raise ConfigError(
+            f"--step {BEST}: the run has no checkpoint.best, the metric to choose by; give one of its steps, {_steps(folders)}"
+        )
+    best = checkpointer.best(folders)
+    if best is None:
+        raise CheckpointError(
+            f"--step {BEST}: no checkpoint in {checkpointer.root} has a value of {metric}; give one of its steps, {_steps(folders)}"
+        )
+    return best
+
+
+def _steps(folders: list[Path]) -> str:
+    return ", ".join(str(step_of(folder)) for folder in folders)

@@ -11,7 +11,8 @@ from hybridrl.config import RunSettings
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import tokenize
 from hybridrl.errors import ConfigError
-from hybridrl.models.loading import most_positions
+from hybridrl.models.limits import most_positions
+from hybridrl.models.loading import model_config
 
 LEAST = (
     256  # new tokens that are proposed where the model has room: it may think before a short answer
@@ -54,7 +55,7 @@ def check_lengths(
         return
     model = settings.model
     needs = measure(settings, tokenizer, problems)
-    positions = most_positions(model.path, model.revision)
+    positions = most_positions(model_config(model.path, model.revision))
     lengths = propose(needs, positions, *given.values())
     proposed = {
         "rollout.max_new_tokens": lengths.max_new_tokens,

@@ -11,7 +11,14 @@ from hybridrl import redact
 from hybridrl.choices import Resume, Support, WandbMode
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
-from hybridrl.controller.contract import check_running, check_teachers, check_templates
+from hybridrl.controller.contract import (
+    check_engines,
+    check_models,
+    check_running,
+    check_teachers,
+    check_templates,
+    check_token_ids,
+)
 from hybridrl.controller.controller import Controller
 from hybridrl.controller.inputs import digests, pinned
 from hybridrl.controller.ledger import Ledger, check_cursor, check_ledger, drawn_uids
@@ -104,6 +111,7 @@ def train(settings: RunSettings) -> RunResult:
         )
         stack.enter_context(naming_what_is_saved(settings, run_dir))
         cluster = stack.enter_context(Cluster(settings))
+        check_engines(settings, cluster.device)
         stack.enter_context(
             preemption.listening()
         )  # again, for Ray takes the signal to itself when it starts
@@ -297,10 +305,11 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """Tokenized training and held-out prompts.
 
     Raises:
-        ConfigError: a teacher in use or a reward model does not share the student's vocabulary, or a teacher its chat template; or
-            as load_problems, check_lengths and tokenize.
+        ConfigError: a model cannot be used (contract.check_models, check_token_ids), a teacher in use or a reward model does not
+            share the student's vocabulary, or a teacher its chat template; or as load_problems, check_lengths and tokenize.
         DataError: as load_problems and tokenize.
     """
+    check_models(settings)
     tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
     teachers = check_teachers(settings, tokenizer)
     check_reward_models(settings.reward, tokenizer.get_vocab())
@@ -319,7 +328,9 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     check_responses(settings, train_problems)
     check_templates(settings, tokenizer, teachers, train_problems)
     train_prompts = tokenize(train_problems, tokenizer, settings.data, room, given)
-    return train_prompts, tokenize(heldout_problems, tokenizer, settings.data, room, given)
+    heldout_prompts = tokenize(heldout_problems, tokenizer, settings.data, room, given)
+    check_token_ids(settings, tokenizer, [*train_prompts, *heldout_prompts])
+    return train_prompts, heldout_prompts
 
 
 def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:

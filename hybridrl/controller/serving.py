@@ -12,7 +12,8 @@ from pathlib import Path
 from hybridrl.controller.export import export_checkpoint
 from hybridrl.controller.run_directory import CONFIG
 from hybridrl.errors import ConfigError
-from hybridrl.models.loading import load_tokenizer, most_positions, resolve
+from hybridrl.models.limits import most_positions
+from hybridrl.models.loading import load_tokenizer, model_config, resolve
 
 SERVER = "vllm.entrypoints.openai.api_server"
 CPU_KV_CACHE_BYTES = 2**30
@@ -46,7 +47,7 @@ def server_command(
     folder = model_folder(source)
     command = [sys.executable, "-m", SERVER, "--model", str(folder)]
     command += ["--served-model-name", folder.name, "--host", host, "--port", str(port)]
-    positions = most_positions(str(folder))
+    positions = most_positions(model_config(str(folder)))
     if device == "cpu":
         longest = min(positions, 4096)
         command += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES), "--enforce-eager"]

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hybridrl.data.template_limits import bounded
 from hybridrl.errors import DataError
 
 
@@ -25,9 +26,10 @@ def render(
             f"{row}: the model's tokenizer has no chat template; use text prompts and data.chat_template=false"
         )
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=not answered
-        )
+        with bounded(tokenizer.chat_template):
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=not answered
+            )
     except (
         Exception
     ) as error:  # templates are programs of the model's author and raise what they like

@@ -174,7 +174,7 @@ def idle_sequence(teachers: Sequence[TeacherColumns]) -> TrainSequence:
     Args:
         teachers: one row each, in the widths and dtypes of the run.
     """
-    return _unlearned(
+    return unlearned_sequence(
         np.zeros(2, np.int32), np.array([1]), np.zeros(1, np.float32), tuple(teachers)
     )
 
@@ -185,14 +185,24 @@ def plain_sequences(rollout: RolloutBatch) -> list[TrainSequence]:
     for start, stop in pairwise(rollout.offsets.tolist()):
         at = np.flatnonzero(rollout.response_mask[start:stop])
         found.append(
-            _unlearned(rollout.input_ids[start:stop], at, rollout.rollout_logprobs[start:stop][at])
+            unlearned_sequence(
+                rollout.input_ids[start:stop], at, rollout.rollout_logprobs[start:stop][at]
+            )
         )
     return found
 
 
-def _unlearned(
+def unlearned_sequence(
     ids: np.ndarray, at: np.ndarray, logprobs: np.ndarray, teachers: tuple[TeacherColumns, ...] = ()
 ) -> TrainSequence:
+    """A sequence that has no part in the loss.
+
+    Args:
+        ids: [T] int32, prompt and response.
+        at: [R] where the response tokens are.
+        logprobs: [R] float32, the sampler's.
+        teachers: R rows each.
+    """
     zero = np.zeros(len(at), np.float32)
     return TrainSequence(
         input_ids=ids,

@@ -1,6 +1,6 @@
 """From the model.path of a config to a folder, a model and a tokenizer. No code of a model's author is ever run."""
 
-import json
+import logging
 import os
 import shutil
 import tempfile
@@ -13,27 +13,38 @@ import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from hybridrl.errors import ConfigError
+from hybridrl.models.weight_files import (
+    WEIGHTS,
+    check_config_file,
+    index_of,
+    opened,
+    tensor_files,
+)
+
+logger = logging.getLogger(__name__)
 
 BUILTIN = "builtin:"
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = ("countdown-student", "countdown-teacher")
 SMOLLM2 = "smollm2-135m-instruct"
-TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
-"""Config, tokenizer and chat templates: all that is downloaded where no weights are needed."""
+TEXT_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt")
+"""Config, tokenizer and chat templates (one, or several with names): all that is downloaded where no weights are needed."""
 HUB_FILES = (*TEXT_FILES, "*.safetensors")
 """A whole model; no pickles."""
+SHOWN = 5  # names of weights that an error lists
 
 
 def cache_dir() -> Path:
@@ -55,8 +66,14 @@ def resolve(
         setting: what the error calls the value, e.g. "teachers.main.path".
 
     Raises:
-        ConfigError: nothing is there.
+        ConfigError: nothing is there, or its config.json is one that cannot be worked with (weight_files).
     """
+    folder = _find(path, revision, setting, files)
+    check_config_file(folder, f"{setting}={path}")
+    return folder
+
+
+def _find(path: str, revision: str | None, setting: str, files: Sequence[str]) -> Path:
     if path.startswith(BUILTIN):
         return _builtin(path.removeprefix(BUILTIN), setting)
     if (Path(path) / "config.json").is_file():
@@ -72,6 +89,11 @@ def resolve(
         raise ConfigError(
             f"{setting}={path}: no such folder, and no model of that name can be had from the hub: {reason}"
         ) from error
+
+
+def is_on_hub(path: str) -> bool:
+    """Whether the path names a model on the hub, whose files have to be downloaded."""
+    return not path.startswith(BUILTIN) and not Path(path).exists()
 
 
 @contextmanager
@@ -91,40 +113,133 @@ def load_model(
     """The causal language model at `path`, on CPU, in `dtype` (a torch dtype's name), in evaluation mode.
 
     Raises:
-        ConfigError: nothing is there, or it is no causal language model that transformers knows by itself.
+        ConfigError: nothing is there, it is no causal language model that transformers knows by itself, its weights
+            are not safetensors, or one of them is missing.
     """
-    folder = resolve(path, revision, setting=setting)
-    with loaded_as("a causal language model", f"{setting}={path}"):
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), trust_remote_code=False
-        )
+    return _load(path, revision, setting, dtype=getattr(torch, dtype))
 
 
-OUTPUT_HEADS = ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight")
-"""Where a folder's safetensors keep the output embedding; the last two are tied to the input."""
+def load_outline(
+    path: str, revision: str | None = None, *, setting: str = "model.path"
+) -> PreTrainedModel:
+    """The model at `path` with all its names and shapes and no numbers, on torch's meta device.
 
-
-def load_output_head(path: str, dtype: str, revision: str | None = None) -> Tensor:
-    """[V, H] output embedding alone, on CPU; the rest of the model is not read where its folder allows.
+    Of weight files in a folder only headers are read; those of a model on the hub are downloaded.
 
     Raises:
-        ConfigError: nothing is there, or the folder's index names a file outside of it.
+        ConfigError: as load_model.
     """
-    folder = resolve(path, revision, files=TEXT_FILES)
-    index = folder / "model.safetensors.index.json"
-    where = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-    if escaped := next((file for file in where.values() if Path(file).name != file), None):
-        raise ConfigError(
-            f"model.path={path}: {index.name} names {escaped}, a file outside of the folder; get the model anew"
+    progress_bars = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # its report is our error's, or our warning
+    try:
+        return _load(path, revision, setting, device_map="meta")
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if progress_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load(path: str, revision: str | None, setting: str, **options: object) -> PreTrainedModel:
+    """from_pretrained that refuses to fill a missing weight with random numbers."""
+    folder = resolve(path, revision, setting=setting)
+    where = f"{setting}={path}"
+    model_config(path, revision, setting=setting)
+    tensor_files(folder, where)
+    with loaded_as("a causal language model", where):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
-    file = next((where[name] for name in OUTPUT_HEADS if name in where), "model.safetensors")
-    folder = resolve(path, revision, files=(*TEXT_FILES, file))
-    if (folder / file).is_file():
-        with safe_open(folder / file, framework="pt") as tensors:
-            name = next((n for n in OUTPUT_HEADS if n in tensors.keys()), None)  # noqa: SIM118 (not a dict)
-            if name is not None:
-                return tensors.get_tensor(name).to(getattr(torch, dtype))
-    return load_model(path, dtype, revision).get_output_embeddings().weight.detach()
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"{where}: its files lack {_listed(missing)}, which would be random numbers; get the model anew or, where "
+            "the weight is meant to be shared with another, correct its config.json (tie_word_embeddings)"
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        logger.warning(
+            "%s: its files hold %s, which the model in config.json does not have; they are not used",
+            where,
+            _listed(unused),
+        )
+    return model
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def load_output_head(
+    path: str, dtype: str, revision: str | None = None, *, setting: str = "model.path"
+) -> Tensor:
+    """[V, H] output embedding alone, on CPU; the rest of the model is not read where its folder allows.
+
+    It is the matrix that load_model gives the same model: where the folder holds no output embedding it is the input
+    embedding only if the config ties the two.
+
+    Raises:
+        ConfigError: as load_model.
+    """
+    where = f"{setting}={path}"
+    names = output_names(load_layout(path, revision, setting=setting))
+    indexed = index_of(resolve(path, revision, setting=setting, files=TEXT_FILES), where)
+    places = indexed or dict.fromkeys(names, WEIGHTS)
+    for name in (name for name in names if name in places):
+        folder = resolve(path, revision, setting=setting, files=(*TEXT_FILES, places[name]))
+        if (folder / places[name]).is_file():
+            with opened(folder / places[name], where) as tensors:
+                if name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    return tensors.get_tensor(name).to(getattr(torch, dtype))
+    model = load_model(path, dtype, revision, setting=setting)
+    return model.get_output_embeddings().weight.detach()
+
+
+def load_layout(path: str, revision: str | None = None, *, setting: str) -> PreTrainedModel:
+    """The model that config.json alone describes, on torch's meta device; no weight file need be there.
+
+    Raises:
+        ConfigError: nothing is there, or no config of a causal language model that transformers knows by itself.
+    """
+    config = model_config(path, revision, setting=setting)
+    with loaded_as("a causal language model", f"{setting}={path}"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def output_names(model: PreTrainedModel) -> list[str]:
+    """Under which names files may keep the output embedding: its own and, where the two are tied, the input embedding's."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return []
+    names = [weight_name(model, head)]
+    if model.config.get_text_config().tie_word_embeddings:
+        tied = weight_name(model, model.get_input_embeddings())
+        names += [tied, tied.removeprefix(f"{model.base_model_prefix}.")]
+    return names
+
+
+def weight_name(model: PreTrainedModel, module: nn.Module) -> str:
+    """Of a module's weight in the state of the model."""
+    return next(f"{name}.weight" for name, other in model.named_modules() if other is module)
+
+
+def is_wrongly_tied(path: str, revision: str | None = None, *, setting: str = "model.path") -> bool:
+    """Whether the config ties the embeddings and the files hold two different ones; transformers then keeps them apart.
+
+    Raises:
+        ConfigError: as load_model.
+    """
+    head, *inputs = output_names(load_layout(path, revision, setting=setting)) or [""]
+    files = tensor_files(resolve(path, revision, setting=setting), f"{setting}={path}")
+    tied = next((name for name in inputs if name in files), None)
+    if tied is None or head not in files:
+        return False
+    with safe_open(files[head], framework="pt") as first, safe_open(files[tied], "pt") as second:
+        return not torch.equal(first.get_tensor(head), second.get_tensor(tied))
 
 
 VALUE_HEAD = "value_head.weight"
@@ -139,11 +254,37 @@ def load_value_head(path: str, *, setting: str) -> Tensor:
         ConfigError: there is no such folder, or no value head in it.
     """
     remedy = "give the export/step_NNNNNN of a run with algorithm=reward_model"
+    file = Path(path) / VALUE_HEAD_FILE
     if not Path(path).is_dir():
         raise ConfigError(f"{setting}={path}: there is no such folder; {remedy}")
-    if not (Path(path) / VALUE_HEAD_FILE).is_file():
+    if not file.is_file():
         raise ConfigError(f"{setting}={path}: holds no value head, {VALUE_HEAD_FILE}; {remedy}")
-    return load_file(Path(path) / VALUE_HEAD_FILE)[VALUE_HEAD].float()
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            head = tensors.get_tensor(VALUE_HEAD).float()
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{setting}={path}: {VALUE_HEAD_FILE} is damaged: {error}; {remedy}"
+        ) from error
+    width = model_config(path, setting=setting).get_text_config().hidden_size
+    if head.shape != (1, width):
+        raise ConfigError(
+            f"{setting}={path}: its value head is {list(head.shape)}, its model needs {[1, width]}; {remedy}"
+        )
+    return head
+
+
+def model_config(
+    path: str, revision: str | None = None, *, setting: str = "model.path"
+) -> PreTrainedConfig:
+    """What config.json says of the model at `path`.
+
+    Raises:
+        ConfigError: nothing is there, or no config that transformers knows by itself.
+    """
+    folder = resolve(path, revision, setting=setting, files=TEXT_FILES)
+    with loaded_as("a model's config", f"{setting}={path}"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def head_rows(path: str, revision: str | None = None) -> int:
@@ -152,23 +293,7 @@ def head_rows(path: str, revision: str | None = None) -> int:
     Raises:
         ConfigError: nothing is there, or no config that transformers knows by itself.
     """
-    folder = resolve(path, revision, files=TEXT_FILES)
-    with loaded_as("a model's config", f"model.path={path}"):
-        return (
-            AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
-        )
-
-
-def most_positions(path: str, revision: str | None = None) -> float:
-    """Tokens of the longest sequence that the model's config allows; infinite where it sets no limit.
-
-    Raises:
-        ConfigError: as head_rows.
-    """
-    folder = resolve(path, revision)
-    with loaded_as("a model's config", f"model.path={path}"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    return getattr(config, "max_position_embeddings", None) or float("inf")
+    return model_config(path, revision).get_text_config().vocab_size
 
 
 def load_tokenizer(

@@ -51,6 +51,7 @@ from hybridrl.types import (
     WeightManifest,
 )
 from hybridrl.workers.optimizer_state import check_finite, check_model, load_part, local_fragments
+from hybridrl.workers.packing import check_packing
 from hybridrl.workers.probe import gradient_geometry, teacher_distance
 from hybridrl.workers.stats import (
     Tally,
@@ -92,11 +93,13 @@ class Learner:
         self.model = load_model(settings.model.path, settings.model.dtype, settings.model.revision)
         del sharded_loading
         set_layers(self.model, settings, self.device)
-        student = Student(
-            self.model,
-            head_rule(settings),
-            with_value=Signal.learner_values in make_objective(settings).signals,
-        )
+        head = self.model.get_output_embeddings()
+        with self._gather([head.weight] if head is not None else []):  # Student tries its head
+            student = Student(
+                self.model,
+                head_rule(settings),
+                with_value=Signal.learner_values in make_objective(settings).signals,
+            )
         self.parameters = dict(self.model.named_parameters())  # by the names that checkpoints use
         if student.value_head is not None:
             self.parameters[VALUE_HEAD] = student.value_head.weight
@@ -112,6 +115,13 @@ class Learner:
         self.stream = WeightStream(self.model, self._gather)
         self.optimizer_steps = 0
         self.configure(settings)
+        if settings.train.packing:
+            check_packing(
+                self._logprobs,
+                vocabulary=self.model.config.get_text_config().vocab_size,
+                dtype=self.model.dtype,
+                model=type(self.model).__name__,
+            )
 
     def configure(self, settings: RunSettings) -> None:
         """Learn by other settings from here on: algorithm, teachers, learning rate, micro-batches. The student stays.
@@ -361,14 +371,19 @@ class Learner:
                 train.max_tokens_per_micro_batch,
                 packed=train.packing,
             ):
-                micro = self._collate([sequences[i] for i in indices])
-                with torch.no_grad():
-                    logprobs, _ = self.engine(
-                        *self._inputs(micro, heard=False).arguments(), Look.view
-                    )
-                found.append((logprobs.cpu() - micro.rollout_logprobs).abs())
+                part = [sequences[i] for i in indices]
+                sampled = np.concatenate([s.rollout_logprobs for s in part])
+                found.append((self._logprobs(part) - torch.from_numpy(sampled)).abs())
             gaps.append(float(torch.cat(found).mean()))
         return gaps
+
+    @torch.no_grad()
+    def _logprobs(self, sequences: Sequence[TrainSequence]) -> Tensor:
+        """[R] log p of the sequences' response tokens in one forward pass, on CPU, by the weights as they are."""
+        micro = self._collate(sequences)
+        inputs = self._inputs(micro, heard=False)
+        logprobs, _ = self.engine(*inputs.arguments(), Look.view)
+        return logprobs.cpu()
 
     # -- weights out -------------------------------------------------------------------------------------------------
 

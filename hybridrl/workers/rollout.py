@@ -20,7 +20,7 @@ from hybridrl import failpoints
 from hybridrl.choices import Source
 from hybridrl.config import ModelConfig, RunSettings
 from hybridrl.errors import DataError, WeightSyncError
-from hybridrl.models.loading import resolve
+from hybridrl.models.loading import is_wrongly_tied, resolve
 from hybridrl.types import (
     NO_VERSION,
     ChunkHeader,
@@ -122,6 +122,11 @@ class Rollout:
             EngineArgs(
                 model=str(resolve(model.path, model.revision)),
                 trust_remote_code=False,
+                load_format="safetensors",
+                # vLLM ties by the config alone; the learner, by the weights
+                hf_overrides={"tie_word_embeddings": False}
+                if is_wrongly_tied(model.path, model.revision)
+                else {},
                 dtype=model.dtype,
                 max_model_len=rollout.max_model_len,
                 max_num_seqs=rollout.max_num_seqs,

@@ -20,11 +20,12 @@ from hybridrl.durable import seal
 from hybridrl.errors import CheckpointError
 from hybridrl.models.decoder_layers import compile_layers
 from hybridrl.models.loading import head_rows, load_model
+from hybridrl.models.output_head import output_weight
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import ROWS, Signal
 from hybridrl.ops.head import chosen_logprobs, top_logprobs, vocabulary_logprobs
 from hybridrl.types import RolloutBatch, SavedFile, ScoreHeader, TokenScores
-from hybridrl.workers.student import head_rule, output_weight
+from hybridrl.workers.student import head_rule
 
 
 class Scorer:
@@ -38,12 +39,14 @@ class Scorer:
     def __init__(self, settings: RunSettings, *, teacher: str, device: str) -> None:
         model = settings.teacher_model(teacher)
         self.teacher, self.device = teacher, torch.device(device)
-        self.model = load_model(model.path, model.dtype, model.revision).to(self.device).eval()
+        setting = settings.model_setting(teacher)
+        loaded = load_model(model.path, model.dtype, model.revision, setting=setting)
+        self.model = loaded.to(self.device).eval()
         compile_layers(
             self.model, tokens=settings.rollout.max_model_len, packed=False, learns=False
         )
         # Rows past the student's vocabulary are padding: no probability may stand on them.
-        self.head = output_weight(self.model)[
+        self.head = output_weight(self.model, setting=f"{setting}={model.path}")[
             : head_rows(settings.model.path, settings.model.revision)
         ]
         self.configure(settings)

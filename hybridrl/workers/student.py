@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hybridrl.choices import PairLoss, RatioLevel
 from hybridrl.config import RunSettings
-from hybridrl.errors import ConfigError
+from hybridrl.models.output_head import output_weight
 from hybridrl.ops.divergence import Measure
 from hybridrl.ops.head import (
     HeadRule,
@@ -148,22 +148,3 @@ def head_rule(settings: RunSettings) -> HeadRule:
         measure=measure,
         ratio=ratio,
     )
-
-
-def output_weight(model: PreTrainedModel) -> nn.Parameter:
-    """[V, H] of a model whose logits are exactly hidden @ weight^T.
-
-    Raises:
-        ConfigError: for models that bend their logits after the head; their gradient would be another one.
-    """
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ConfigError(
-            f"model.path: {type(model).__name__} has no output embedding without bias; choose another causal language model"
-        )
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
-        if getattr(model.config.get_text_config(), name, None) not in (None, 1.0):
-            raise ConfigError(
-                f"model.path: {type(model).__name__} changes its logits by {name}; such models are not supported"
-            )
-    return head.weight

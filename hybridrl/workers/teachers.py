@@ -26,12 +26,13 @@ class TeacherSide:
         )
         self.vocabulary = head_rows(settings.model.path, settings.model.revision)
         self.k = settings.algorithm.topk.k if Signal.teacher_support in signals else 0
-        models = [settings.teacher_model(name) for name in settings.scored_teachers]
-        self.num_teachers = len(models)
+        self.num_teachers = len(settings.scored_teachers)
         self.heads: list[Tensor] = []
         if Signal.teacher_hidden in signals:
-            for model in models:
-                head = load_output_head(model.path, model.dtype, model.revision)
+            for name in settings.scored_teachers:
+                model = settings.teacher_model(name)
+                setting = settings.model_setting(name)
+                head = load_output_head(model.path, model.dtype, model.revision, setting=setting)
                 self.heads.append(head[: self.vocabulary].to(device).clone())
 
     def of(self, columns: Sequence[TeacherColumns]) -> tuple[Teacher, ...]:

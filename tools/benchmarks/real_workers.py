@@ -15,6 +15,7 @@ from hybridrl.data.collate import collate, train_sequences
 from hybridrl.data.shards import micro_batches
 from hybridrl.models.decoder_layers import attends_plainly, compile_layers
 from hybridrl.models.loading import load_model
+from hybridrl.models.output_head import output_weight
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.hybrid import teacher_weight
 from hybridrl.ops.head import TokenTerms, hybrid_head_loss
@@ -29,7 +30,7 @@ from hybridrl.types import (
     WeightManifest,
 )
 from hybridrl.workers.rollout import Rollout, sample_seed
-from hybridrl.workers.student import head_rule, output_weight
+from hybridrl.workers.student import head_rule
 from hybridrl.workers.teachers import TeacherSide
 from hybridrl.workers.weights import WeightStream, unpack
 

@@ -1,0 +1,66 @@
+"""A chat template comes with the model and is a program: it gets a limited time for each conversation."""
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from types import FrameType
+
+from jinja2 import Environment, TemplateSyntaxError
+
+SECONDS = 10.0
+"""For one conversation; the templates that models ship take about a millisecond."""
+
+
+class BoundlessTemplate(Exception):
+    """The template takes too long, or could take so long that nothing can interrupt it."""
+
+
+@contextmanager
+def bounded(
+    template: str | Mapping[str, str] | None, *, seconds: float = SECONDS
+) -> Iterator[None]:
+    """Interrupt what is done with `template` after some seconds.
+
+    Python interrupts itself between two operations, by a signal that only the main thread receives: other threads have no limit. A
+    power of whole numbers, as 10**(10**8), is one operation that takes minutes, so a template with one is refused beforehand.
+
+    Args:
+        template: its text, or several by their names.
+
+    Raises:
+        BoundlessTemplate: as said.
+    """
+    sources = template.values() if isinstance(template, Mapping) else [template or ""]
+    if any(_has_power(source) for source in sources):
+        raise BoundlessTemplate("it raises a number to a power, which could take for ever")
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signal_number: int, frame: FrameType | None) -> None:
+        raise BoundlessTemplate(f"it took longer than {seconds:g} s for one conversation")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@lru_cache(maxsize=16)
+def _has_power(source: str) -> bool:
+    """Whether `**` stands between two values; behind a bracket or a comma it passes keyword arguments on."""
+    before = ""
+    try:
+        for _, kind, value in Environment().lex(source):
+            if value == "**" and kind == "operator" and before not in ("(", ","):
+                return True
+            if kind != "whitespace":
+                before = value
+    except TemplateSyntaxError:  # rendering it will say so
+        pass
+    return False

@@ -1,0 +1,137 @@
+"""What a model folder claims and holds, checked before any of it is loaded: sizes in config.json, safetensors files."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from hybridrl.errors import ConfigError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+MOST_LAYERS = 10_000
+"""Layers, blocks or experts. transformers builds as many as config.json says before it looks at a weight."""
+COUNTS = re.compile(r".*(layers?|blocks|experts)")
+
+
+def check_config_file(folder: Path, where: str) -> None:
+    """Refuse a config.json that would keep transformers busy for ever, or send it to files of its own choice.
+
+    A config.json that is no JSON object is left to transformers, whose error becomes a ConfigError.
+
+    Args:
+        where: the setting and its value, e.g. "model.path=/models/a", which begins the error's sentence.
+
+    Raises:
+        ConfigError: it claims more than MOST_LAYERS layers or experts, or names its weight file itself.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return
+    for key, value in _numbers(config):
+        if COUNTS.fullmatch(key) and abs(value) > MOST_LAYERS:
+            raise ConfigError(
+                f"{where}: config.json says {key}={value:g}, the limit is {MOST_LAYERS}; correct its config.json"
+            )
+    if isinstance(config, dict) and config.get("transformers_weights") is not None:
+        raise ConfigError(
+            f"{where}: config.json sets transformers_weights, which is not supported; "
+            f"name the weights {WEIGHTS} and remove the key"
+        )
+
+
+def _numbers(config: Any) -> Iterator[tuple[str, float]]:
+    """Every number that stands under a key, at any depth that json.loads can read."""
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting.extend(value)
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+            for key, number in value.items():
+                if isinstance(number, int | float) and not isinstance(number, bool):
+                    yield key, number
+
+
+def tensor_files(folder: Path, where: str) -> dict[str, Path]:
+    """The file of each tensor by the tensor's name in it. Reads headers only.
+
+    Args:
+        where: as in check_config_file.
+
+    Raises:
+        ConfigError: there is no safetensors file, the index or a header is damaged, or the index names a file that is
+            missing or lies outside of the folder.
+    """
+    names = sorted(set(index_of(folder, where).values()))
+    if not names and not (folder / WEIGHTS).is_file():
+        raise ConfigError(f"{where}: {_no_weights(folder)}")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ConfigError(
+            f"{where}: {INDEX} names {missing[0]}, which is missing; get the model anew"
+        )
+    if names and WEIGHTS not in names and (folder / WEIGHTS).is_file():
+        raise ConfigError(
+            f"{where}: holds two sets of weights, {WEIGHTS} and the files of {INDEX}; remove one"
+        )
+    found: dict[str, Path] = {}
+    for file in (folder / name for name in names or [WEIGHTS]):
+        with opened(file, where) as tensors:
+            found |= dict.fromkeys(tensors.keys(), file)
+    return found
+
+
+def index_of(folder: Path, where: str) -> dict[str, str]:
+    """The name of each tensor's file, where the weights are several files; empty where they are one.
+
+    Raises:
+        ConfigError: the index is damaged, or names a file outside of the folder.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return {}
+    try:
+        files = {
+            str(key): name for key, name in json.loads(index.read_text())["weight_map"].items()
+        }
+        escaped = [name for name in files.values() if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: {INDEX} is damaged: {error or type(error).__name__}; get the model anew"
+        ) from error
+    if escaped:
+        raise ConfigError(
+            f"{where}: {INDEX} names {escaped[0]}, a file outside of the folder; get the model anew"
+        )
+    return files
+
+
+def opened(file: Path, where: str) -> safe_open:
+    """A safetensors file with its header checked.
+
+    Raises:
+        ConfigError: it is damaged, or shorter than its header says.
+    """
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{where}: {file.name} is damaged or cut off: {error}; get the model anew"
+        ) from error
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    pickles += sorted(path.name for path in folder.glob("*.pt*"))
+    if not pickles:
+        return f"holds no {WEIGHTS}; give a folder with the weights of a whole model"
+    return (
+        f"holds pickled weights ({pickles[0]}), which are not read because a pickle can run code; convert them once: "
+        "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW), and copy the tokenizer's files to NEW"
+    )
