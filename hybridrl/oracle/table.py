@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 
+import torch
+
 from hybridrl.choices import PairLoss
 from hybridrl.compose import conf_dir, load_config
 from hybridrl.oracle.cases import PLAIN, Case, World, cases
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     if wrong:
         print(wrong)
         return 2
+    torch.set_num_threads(1)  # the tables are small, and threads would mostly wait for each other
     rows = all_rows(Scope(seed=given.seed, vocabulary=given.vocab, horizon=given.horizon))
     return report_json(rows) if given.json else report_table(rows)
 
