@@ -6,15 +6,16 @@ sync (controller.engine_probe).
 That teachers score at the sampler's temperature holds by construction: both read algorithm.temperature.
 """
 
+import logging
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from hybridrl.config import RunSettings
 from hybridrl.controller.teacher_levels import teachers_in_use
-from hybridrl.data.chat import render
+from hybridrl.data.chat import ChatTemplate
+from hybridrl.data.conversation import Conversation, conversation, is_templated
 from hybridrl.data.problem import Problem
-from hybridrl.data.prompts import conversation, is_templated
 from hybridrl.errors import ConfigError, ContractError, DataError
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.objectives import make_objective
@@ -22,6 +23,8 @@ from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.workers import Workers
 from hybridrl.types import Prompt, TokenScores
+
+log = logging.getLogger(__name__)
 
 SHOWN = 3  # differing tokens that an error names
 PROBE_TOKENS = 8
@@ -88,34 +91,56 @@ def check_templates(
     teachers: dict[str, PreTrainedTokenizerBase],
     problems: Sequence[Problem],
 ) -> None:
-    """Refuse a teacher that would write the first conversation of the data in another way; one without a template has no way.
+    """Refuse a teacher that would write a conversation of the data in another way; one without a template has no way.
+
+    The first conversation of each sequence of roles is compared, with tools and without. A template that the settings name
+    counts for all models, so a teacher whose own one differs from it is only warned of.
 
     Raises:
         ConfigError: names the teacher and where the two texts part.
     """
-    problem = next((p for p in problems if is_templated(p, settings.data)), None)
-    if problem is None:
-        return
-    messages = conversation(problem, settings.data)
-    ours = render(messages, student, problem.row, answered=False)
-    for name, teacher in teachers.items():
-        if not teacher.chat_template:
-            continue
-        try:
-            theirs = render(messages, teacher, problem.row, answered=False)
-        except DataError as error:
-            raise ConfigError(
-                f"teachers.{name}.path={settings.teachers[name].path}: {error}"
-            ) from error
-        if theirs != ours:
+    compared: dict[tuple[object, ...], Conversation] = {}
+    for problem in problems:
+        if is_templated(problem, settings.data):
+            chat = conversation(problem, settings.data)
+            roles = tuple(message["role"] for message in chat.messages)
+            compared.setdefault((roles, bool(chat.tools)), chat)
+    template = ChatTemplate.of(student, settings.data)
+    file = settings.data.chat_template_file
+    source = f"data.chat_template_file={file}" if file else f"model.path={settings.model.path}"
+    for chat in compared.values():
+        ours = chat.prompt_text(template)
+        for name, teacher in teachers.items():
+            if not teacher.chat_template:
+                continue
+            path = settings.teachers[name].path
+            own = ChatTemplate(teacher, settings.data.chat_template_kwargs)
+            try:
+                theirs = chat.prompt_text(own)
+                refusal = ""
+            except DataError as error:
+                theirs = ""
+                refusal = str(error)
+            if theirs == ours:
+                continue
             at = next(
                 (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
                 min(len(ours), len(theirs)),
             )
-            raise ConfigError(
-                f"teachers.{name}.path={settings.teachers[name].path}: its chat template writes {problem.row} otherwise: "
-                f"{theirs[at : at + 40]!r} where model.path={settings.model.path} has {ours[at : at + 40]!r}; "
-                "give both folders the same chat template"
+            difference = refusal or (
+                f"its chat template writes {chat.row} otherwise: {theirs[at : at + 40]!r} where {source} has "
+                f"{ours[at : at + 40]!r}"
+            )
+            if file is None:
+                raise ConfigError(
+                    f"teachers.{name}.path={path}: {difference}; give both folders the same chat template, "
+                    "or name one for both by data.chat_template_file"
+                )
+            log.warning(
+                "teachers.%s.path=%s: %s; it scores what data.chat_template_file writes",
+                name,
+                path,
+                difference,
             )
 
 

@@ -313,13 +313,15 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     check_lengths(settings, tokenizer, [*train_problems, *heldout_problems])
     rollout = settings.rollout
     room = rollout.max_model_len - rollout.max_new_tokens
-    given = (
-        rollout.max_model_len if settings.algorithm.data_fraction else None
-    )  # without it responses of the data are not used
+    used = settings.algorithm.data_fraction > 0  # otherwise the data's responses are not
+    length = rollout.max_model_len
     check_responses(settings, train_problems)
     check_templates(settings, tokenizer, teachers, train_problems)
-    train_prompts = tokenize(train_problems, tokenizer, settings.data, room, given)
-    return train_prompts, tokenize(heldout_problems, tokenizer, settings.data, room, given)
+    train_prompts = tokenize(train_problems, tokenizer, settings.data, room, length, responses=used)
+    heldout_prompts = tokenize(
+        heldout_problems, tokenizer, settings.data, room, length, responses=used
+    )
+    return train_prompts, heldout_prompts
 
 
 def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
