@@ -170,7 +170,7 @@ class DataConfig:
     chat_template_file: str | None = None
     """a Jinja file to use in place of the model's chat template, for teachers too; exports carry it. null: the model's own"""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """arguments of the chat template, e.g. {enable_thinking: false}; one that it does not read is refused"""
+    """arguments of the chat template, e.g. +data.chat_template_kwargs.enable_thinking=false; one that it does not read is refused"""
     system_prompt: str | None = None
     """a system message before each prompt, in the chat template"""
     instruction: str = "{prompt}"

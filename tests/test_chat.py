@@ -268,7 +268,6 @@ def test_a_tag_that_the_template_opened_is_not_mistaken_for_one_that_a_user_wrot
         (QWEN3, [says("human", "1")], "message 1, role `human`: '1'"),
         (QWEN3, [says("critic", "user"), user("1")], "message 1, role `critic`: 'user'"),
         (R1, [says("system", "Be brief."), user("1")], "message 1, role `system`: 'Be brief.'"),
-        (R1, [user("<think>1</think>2"), user("3")], ""),
         (MISTRAL, [says("system", "1"), user("2")], "Only user and assistant roles"),
         ("{{ messages[-1].content }}", [user("1"), bot("2"), user("3")], "message 1, role `user`"),
         ("{{ messages[0].content[:5] }}", [user("123456")], "message 1, role `user`: '123456'"),
@@ -286,11 +285,8 @@ def test_a_tag_that_the_template_opened_is_not_mistaken_for_one_that_a_user_wrot
 def test_what_a_template_leaves_out_of_a_prompt_is_named(
     template: str, messages: list[dict[str, Any]], lost: str
 ) -> None:
-    if lost:
-        message = refusal(template, messages)
-        assert lost in message and message.startswith("train.jsonl:3: ")
-    else:
-        assert one(template, messages)
+    message = refusal(template, messages)
+    assert lost in message and message.startswith("train.jsonl:3: ")
 
 
 def test_a_dropped_system_prompt_and_a_template_of_the_users_own_are_named(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridrl.config import RunSettings
 from hybridrl.controller.teacher_levels import teachers_in_use
-from hybridrl.data.chat import ChatTemplate
+from hybridrl.data.chat import ChatTemplate, split_prefill
 from hybridrl.data.conversation import Conversation, conversation, is_templated
 from hybridrl.data.problem import Problem
+from hybridrl.data.tokens import closed, encode
 from hybridrl.errors import ConfigError, ContractError, DataError
-from hybridrl.models.loading import head_rows, load_tokenizer
+from hybridrl.models.loading import head_rows, load_tokenizer, stop_token_ids
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import gather
@@ -142,6 +143,46 @@ def check_templates(
                 path,
                 difference,
             )
+
+
+def check_end_of_turn(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> None:
+    """Warn where the chat template ends the assistant's turn with a token at which generation does not stop.
+
+    A model that writes this token, as it learns to from given responses, would go on after its answer.
+
+    Args:
+        tokenizer: the student's.
+
+    Raises:
+        ConfigError: as stop_token_ids and ChatTemplate.of.
+        DataError: as conversation.
+    """
+    problem = next((p for p in problems if is_templated(p, settings.data)), None)
+    if problem is None:
+        return
+    template = ChatTemplate.of(tokenizer, settings.data)
+    chat = conversation(problem, settings.data)
+    before, _ = split_prefill(chat.messages)
+    try:
+        text = template.end_of_turn(before, chat.tools, chat.row)
+    except DataError:  # a template that takes no answers shows no end of one
+        return
+    ids = encode(text, tokenizer, special_tokens=False)
+    end = closed(ids, tokenizer, templated=True)[-1]
+    model = settings.model
+    stops = stop_token_ids(model.path, tokenizer, model.revision)
+    if end is not None and end not in stops:
+        log.warning(
+            "%s ends the assistant's turn with %r, but generation with model.path=%s only stops at %s: responses run on to "
+            "rollout.max_new_tokens; add %d to eos_token_id in the model's generation_config.json",
+            template.name,
+            tokenizer.decode([end]),
+            model.path,
+            ", ".join(repr(tokenizer.decode([stop])) for stop in sorted(stops)) or "no token",
+            end,
+        )
 
 
 def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Prompt]) -> None:

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpointer
 from hybridrl.controller.run_directory import check_no_links, read_settings
+from hybridrl.data.chat import read_template
+from hybridrl.durable import replace_text
 from hybridrl.errors import CheckpointError, ConfigError
-from hybridrl.models.export import export, master_weights
+from hybridrl.models.export import TEMPLATE, export, master_weights
 from hybridrl.models.loading import resolve
 
 
@@ -36,5 +39,15 @@ def export_checkpoint(run_dir: Path, folder: Path | None = None) -> Path:
         raise ConfigError(f"{folder}: exists and is not empty; name a new folder")
     target = folder or run_dir / "export" / checkpoint.folder.name
     source = resolve(settings.model.path, settings.model.revision)
-    export(master_weights(checkpoint.folder, settings.model.dtype), source, target)
+    weights = master_weights(checkpoint.folder, settings.model.dtype)
+    export(weights, source, target, run_dir / TEMPLATE)
     return target
+
+
+def keep_template(settings: RunSettings, run_dir: Path) -> None:
+    """Copy data.chat_template_file into the run directory, for exports must read conversations as the run did."""
+    kept = run_dir / TEMPLATE
+    if settings.data.chat_template_file is None:
+        kept.unlink(missing_ok=True)
+    else:
+        replace_text(kept, read_template(settings.data.chat_template_file))

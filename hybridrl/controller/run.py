@@ -11,8 +11,14 @@ from hybridrl import redact
 from hybridrl.choices import Resume, Support, WandbMode
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
-from hybridrl.controller.contract import check_running, check_teachers, check_templates
+from hybridrl.controller.contract import (
+    check_end_of_turn,
+    check_running,
+    check_teachers,
+    check_templates,
+)
 from hybridrl.controller.controller import Controller
+from hybridrl.controller.export import keep_template
 from hybridrl.controller.inputs import digests, pinned
 from hybridrl.controller.ledger import Ledger, check_cursor, check_ledger, drawn_uids
 from hybridrl.controller.lengths import check_lengths
@@ -88,6 +94,7 @@ def train(settings: RunSettings) -> RunResult:
         stack.enter_context((preemption := Preemption()).listening())
         inputs = digests(settings, prompts, heldout)
         checkpoint = find_checkpoint(settings, run_dir, inputs)
+        keep_template(settings, run_dir)
         console, sinks, wandb = make_sinks(settings)
         stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
         first = checkpoint.state.step if checkpoint else 0
@@ -317,6 +324,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     length = rollout.max_model_len
     check_responses(settings, train_problems)
     check_templates(settings, tokenizer, teachers, train_problems)
+    check_end_of_turn(settings, tokenizer, train_problems)
     train_prompts = tokenize(train_problems, tokenizer, settings.data, room, length, responses=used)
     heldout_prompts = tokenize(
         heldout_problems, tokenizer, settings.data, room, length, responses=used

@@ -148,7 +148,19 @@ class ChatTemplate:
                 "tool calls or thinking cannot be separated from it; set data.chat_template_file to a template that only appends"
             )
         rest = self._continuation(before, begun, answer["content"], tools, row)
-        return rest + self._end_of_turn(before, tools, row)
+        return rest + self.end_of_turn(before, tools, row)
+
+    def end_of_turn(self, messages: Sequence[Message], tools: Tools, row: str) -> str:
+        """What the template writes after an answer to `messages`; empty where this cannot be seen.
+
+        Raises:
+            DataError: as render.
+        """
+        placeholder = Marks().around("0", "the answer")
+        answer = {"role": "assistant", "content": placeholder}
+        written = self.render([*messages, answer], tools, row, answered=True)
+        _, found, end = written.rpartition(placeholder)
+        return end if found else ""
 
     def render(self, messages: Sequence[Message], tools: Tools, row: str, *, answered: bool) -> str:
         """What the template writes, unchecked. `messages` end with the answer, or else the assistant's turn is opened.
@@ -237,14 +249,6 @@ class ChatTemplate:
                 "take it out of the response, or change data.chat_template_kwargs"
             )
         return rest
-
-    def _end_of_turn(self, messages: Sequence[Message], tools: Tools, row: str) -> str:
-        """What the template writes after an answer; empty where that cannot be seen."""
-        placeholder = Marks().around("0", "the answer")
-        answer = {"role": "assistant", "content": placeholder}
-        written = self.render([*messages, answer], tools, row, answered=True)
-        _, found, end = written.rpartition(placeholder)
-        return end if found else ""
 
 
 def split_prefill(messages: Sequence[Message]) -> tuple[list[Message], Message]:

@@ -24,8 +24,15 @@ COMPANIONS = (
 )  # config, tokenizer, chat template, generation settings
 
 
+TEMPLATE = "chat_template.jinja"
+"""Where a folder keeps its chat template; it goes before one in tokenizer_config.json."""
+
+
 def export(
-    state: Mapping[str, torch.Tensor | NDArray[np.generic]], source: Path, folder: Path
+    state: Mapping[str, torch.Tensor | NDArray[np.generic]],
+    source: Path,
+    folder: Path,
+    template: Path | None = None,
 ) -> None:
     """Write `state` with everything else of the model it was trained from; the folder appears whole or not at all.
 
@@ -34,6 +41,7 @@ def export(
             head comes with the others and goes to a file of its own, which only loading.load_value_head reads.
         source: the folder that training started from (loading.resolve).
         folder: replaced if it exists.
+        template: the chat template that the run trained with; None, or no such file: the source's own.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape is not the model's.
@@ -51,6 +59,8 @@ def export(
             for path in source.glob(pattern):
                 if not path.name.endswith(".index.json"):  # names the source's weight shards
                     shutil.copy(path, unfinished)
+        if template is not None and template.is_file():
+            shutil.copy(template, unfinished / TEMPLATE)
         config.dtype = next(iter(tensors.values())).dtype
         config.save_pretrained(unfinished)
         _save(tensors, unfinished / "model.safetensors")
