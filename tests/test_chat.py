@@ -1,6 +1,7 @@
 """Chat templates in the forms that models ship: what a row says is what the model reads and learns, or an error."""
 
 import json
+import logging
 import string
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,21 @@ R1 = """\
 {%- if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"""
 
 R1_WHOLE = R1.replace(".split('</think>')[-1]", "")
+
+SHORT_THINK = """\
+{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{{ '<think></think>' if m.role == 'assistant' and '</think>' not in m.content }}{{ m.content }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
+"""Opens <think> with a line break, and writes it without one."""
+
+ENDS_TWICE = """\
+{%- for m in messages %}
+  {%- if m.role == 'assistant' %}<|assistant|>{% endif %}{{ m.content }}<|im_end|>{{ '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"""
+"""Ends the turn, and the conversation with a token of its own."""
 
 SPLITS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
 
@@ -206,6 +222,9 @@ THOUGHT = "<think>a</think>4"
         ),
         (R1, THOUGHT, "<s><|user|>1+1?<|assistant|><think>\n", "a</think>4</s>"),
         (R1, "a</think>4", "<s><|user|>1+1?<|assistant|><think>\n", "a</think>4</s>"),
+        (SHORT_THINK, "4", OPENED + "<think>\n", "</think>4<|im_end|>"),
+        (SHORT_THINK, THOUGHT, OPENED + "<think>\n", "a</think>4<|im_end|>"),
+        (ENDS_TWICE, "4", "1+1?<|im_end|>\n<|assistant|>", "4<|im_end|>"),
         (ROLELESS, "4", "1+1?|", "4|</s>"),
     ],
 )
@@ -213,6 +232,22 @@ def test_a_response_is_what_the_template_writes_after_the_prompt(
     template: str, response: str, prompt_text: str, response_text: str
 ) -> None:
     assert one(template, [user("1+1?")], response) == (prompt_text, response_text)
+
+
+def test_responses_that_do_not_close_the_thinking_that_the_template_opened_are_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert one(R1, [user("1+1?")], "4", "a</think>4")[1] == "4</s>"
+    assert (
+        "<think>, which 1 given responses do not close, that of train.jsonl:3 first" in caplog.text
+    )
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        one(R1, [user("1+1?")], THOUGHT)
+        one(SHORT_THINK, [user("1+1?")], "4")
+        one(R1, [user("1+1?")])
+    assert not caplog.records
 
 
 def test_a_template_that_cuts_the_thinking_of_a_response_is_refused_with_row_role_and_template() -> (
@@ -481,14 +516,19 @@ def test_an_end_token_within_a_response_is_refused(template: str | None, respons
 def test_a_prompt_that_ends_with_the_assistant_is_continued() -> None:
     begun = [user("1+1?"), bot("It is")]
     assert one(CHATML, begun, " 4") == (OPENED + "It is", " 4<|im_end|>")
-    assert one(QWEN3, begun, " 4") == (OPENED + "It is", " 4<|im_end|>")
+    assert one(MISTRAL, begun, " 4") == ("<s>[INST] 1+1?[/INST] It is", " 4</s>")
     assert one(CHATML, begun) == (OPENED + "It is",)
+    unthinking = OPENED + "<think>\n\n</think>\n\nIt is"
+    assert one(QWEN3, begun, " 4") == (unthinking, " 4<|im_end|>")
     thinks = [user("1+1?"), bot("<think>\nIt is")]
+    thought = (OPENED + "<think>\nIt is", " 2\n</think>\n\n4<|im_end|>")
+    assert one(QWEN3, thinks, " 2</think>4") == thought
     assert one(OPENS_THINK, thinks, " 2</think>4")[0] == OPENED + "<think>\nIt is"
     assert one(OPENS_THINK, thinks, " 2</think>4")[1].startswith(" 2")
 
 
-def test_a_tool_call_that_waits_for_its_answer_cannot_be_continued() -> None:
+def test_a_prompt_that_ends_with_a_tool_call_or_with_thinking_cannot_be_continued() -> None:
+    assert "cannot be continued" in refusal(QWEN3, [user("1"), bot("2", reasoning_content="a")])
     assert "cannot be continued" in refusal(QWEN3, [user("1"), bot("", tool_calls=[CALL])])
     assert "cannot be continued" in refusal(QWEN3, [bot("1")])
 

@@ -166,7 +166,7 @@ def check_end_of_turn(
     chat = conversation(problem, settings.data)
     before, _ = split_prefill(chat.messages)
     try:
-        text = template.end_of_turn(before, chat.tools, chat.row)
+        _, text = template.around_answer(before, chat.tools, chat.row, "")
     except DataError:  # a template that takes no answers shows no end of one
         return
     ids = encode(text, tokenizer, special_tokens=False)

@@ -26,6 +26,9 @@ Tools = Sequence[dict[str, Any]]
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Where a message keeps the thinking that belongs before its content."""
 
+SAYS_MORE = (*THINKING_KEYS, "tool_calls")
+"""Keys with which an assistant's message says something besides its content."""
+
 END_OF_THINKING = "</think>"
 
 OPENING_TAG = r"<\w+>|\[\w+\]"
@@ -56,6 +59,8 @@ class ChatTemplate:
         self.arguments = dict(arguments)
         self.source = source
         self.name = name
+        self.unclosed: list[tuple[str, str]] = []
+        """Rows whose response does not close a tag with which the template opens the turn, and the tag."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> "ChatTemplate":
@@ -109,13 +114,18 @@ class ChatTemplate:
             text = self.render(before, tools, row, answered=False)
             self._check(text, before, tools, row, answered=False)
             return text
-        if not before or prefill.get("tool_calls"):
+        if not before or any(prefill.get(key) for key in SAYS_MORE):
             raise DataError(
                 f"{row}: the prompt ends with a message of the assistant that cannot be continued; "
                 "end it with a user's or a tool's message, or with the beginning of an answer after one of those"
             )
         text = self.prompt(before, tools, row)
-        return text + self._continuation(before, "", prefill["content"], tools, row)
+        begun = prefill["content"]
+        start, _ = self.around_answer(before, tools, row, text)
+        tag = re.match(rf"\s*({OPENING_TAG})", begun)
+        if tag and (tag.group(1) in start or text.rstrip().endswith(tag.group(1))):
+            start = ""  # the row has thinking of its own in the place of the template's empty one
+        return text + start + self._continuation(before, "", begun, tools, row)
 
     def response(
         self, messages: Sequence[Message], answer: Message, tools: Tools, prompt: str, row: str
@@ -138,20 +148,26 @@ class ChatTemplate:
         whole = {**prefill, **answer, "content": begun + answer["content"]}
         answered = [*before, whole]
         written = self.render(answered, tools, row, answered=True)
-        if written.startswith(prompt):
+        rest = after(prompt, written)
+        if rest is not None:
             self._check(written, answered, tools, row, answered=True)
-            rest = written[len(prompt) :]
             return self._continuation(before, begun, rest, tools, row)
-        if any(answer.get(key) for key in (*THINKING_KEYS, "tool_calls")):
+        if any(answer.get(key) for key in SAYS_MORE):
             raise DataError(
                 f"{row}: {self.name} writes the prompt otherwise once the assistant has answered, so the tokens of the response's "
                 "tool calls or thinking cannot be separated from it; set data.chat_template_file to a template that only appends"
             )
         rest = self._continuation(before, begun, answer["content"], tools, row)
-        return rest + self.end_of_turn(before, tools, row)
+        tag = re.search(r"<\w+>$", prompt.rstrip())
+        if tag and tag.group().replace("<", "</") not in rest:
+            self.unclosed.append((row, tag.group()))
+        _, end = self.around_answer(before, tools, row, prompt)
+        return rest + end
 
-    def end_of_turn(self, messages: Sequence[Message], tools: Tools, row: str) -> str:
-        """What the template writes after an answer to `messages`; empty where this cannot be seen.
+    def around_answer(
+        self, messages: Sequence[Message], tools: Tools, row: str, prompt: str
+    ) -> tuple[str, str]:
+        """What the template writes between the prompt's text and an answer to it, and after the answer; empty where it cannot be seen.
 
         Raises:
             DataError: as render.
@@ -159,8 +175,8 @@ class ChatTemplate:
         placeholder = Marks().around("0", "the answer")
         answer = {"role": "assistant", "content": placeholder}
         written = self.render([*messages, answer], tools, row, answered=True)
-        _, found, end = written.rpartition(placeholder)
-        return end if found else ""
+        head, found, end = written.rpartition(placeholder)
+        return (after(prompt, head) or "", end) if found else ("", "")
 
     def render(self, messages: Sequence[Message], tools: Tools, row: str, *, answered: bool) -> str:
         """What the template writes, unchecked. `messages` end with the answer, or else the assistant's turn is opened.
@@ -249,6 +265,19 @@ class ChatTemplate:
                 "take it out of the response, or change data.chat_template_kwargs"
             )
         return rest
+
+
+def after(prompt: str, written: str) -> str | None:
+    """What follows `prompt` in `written`; None: `written` begins with other text.
+
+    White space after an opening tag at the end of `prompt` may be missing, as in "<think></think>4" after "<think>\\n".
+    """
+    if written.startswith(prompt):
+        return written[len(prompt) :]
+    opened = prompt.rstrip()
+    if written.startswith(opened) and re.search(rf"(?:{OPENING_TAG})$", opened):
+        return written[len(opened) :]
+    return None
 
 
 def split_prefill(messages: Sequence[Message]) -> tuple[list[Message], Message]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridrl.config import DataConfig
-from hybridrl.data.chat import THINKING_KEYS, ChatTemplate, Message
+from hybridrl.data.chat import SAYS_MORE, ChatTemplate, Message
 from hybridrl.data.problem import Problem
 from hybridrl.errors import ConfigError, DataError
 
@@ -45,7 +45,7 @@ class Conversation:
         )
         if self.templated:
             return template.response(self.messages, answer, self.tools, prompt_text, self.row)
-        extra = next((key for key in (*THINKING_KEYS, "tool_calls") if answer.get(key)), None)
+        extra = next((key for key in SAYS_MORE if answer.get(key)), None)
         if extra is not None:
             raise DataError(
                 f"{self.row}: the response holds `{extra}`, which only a chat template can write; set data.chat_template=true"

@@ -114,6 +114,16 @@ def tokenize(
         except TooLong:
             if not config.drop_too_long:
                 raise
+    if template.unclosed:
+        row, tag = template.unclosed[0]
+        log.warning(
+            "%s opens the assistant's turn with %s, which %d given responses do not close, that of %s first: they are learned as "
+            "what belongs within the tag; begin them with it, or set data.chat_template_file",
+            template.name,
+            tag,
+            len(template.unclosed),
+            row,
+        )
     if len(prompts) < len(problems):
         log.warning(
             "data.drop_too_long: left out %d of %d rows",

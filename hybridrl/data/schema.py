@@ -17,6 +17,7 @@ import json
 from typing import Any
 
 from hybridrl.config import ROW_KEYS
+from hybridrl.data.chat import SAYS_MORE
 from hybridrl.data.columns import not_json
 from hybridrl.data.layouts import as_messages, unreadable_layout
 from hybridrl.data.problem import Problem
@@ -114,16 +115,12 @@ def _before(before: list[dict[str, Any]], given: dict[str, Any], key: str, name:
 
 
 def _response(message: dict[str, Any]) -> Response:
-    return message if SAYS_MORE & message.keys() else message["content"]
+    return message if message.keys() & SAYS_MORE else message["content"]
 
 
 def _prompt(given: dict[str, Any], name: str) -> Text:
     prompt = given.get("prompt")
     return prompt if isinstance(prompt, str) else _messages(prompt, f"{name}: `prompt`")
-
-
-SAYS_MORE = {"tool_calls", "reasoning_content", "reasoning", "thinking"}
-"""Keys with which an assistant's message says something besides, or in place of, its content."""
 
 
 def _messages(value: Any, what: str) -> list[dict[str, Any]]:
@@ -137,7 +134,7 @@ def _messages(value: Any, what: str) -> list[dict[str, Any]]:
             for message in value
         ]
         for message in messages:
-            if message.get("role") == "assistant" and SAYS_MORE & message.keys():
+            if message.get("role") == "assistant" and message.keys() & SAYS_MORE:
                 message.setdefault("content", "")
             _check_calls(message, what)
         if all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):

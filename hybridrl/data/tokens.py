@@ -64,7 +64,13 @@ def _end_of_turn(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int 
     special = {
         token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
     }
-    last = max((i for i, token_id in enumerate(ids) if token_id in special), default=None)
-    if last is None or tokenizer.decode(ids[last + 1 :]).strip():
+    positions = [i for i, token_id in enumerate(ids) if token_id in special]
+    if not positions or tokenizer.decode(ids[positions[-1] + 1 :]).strip():
         return None
-    return last
+    # After white space another token is the end of the whole conversation, as in "<|end|>\n<eos>".
+    end = positions.pop()
+    while positions and end - positions[-1] > 1:
+        if tokenizer.decode(ids[positions[-1] + 1 : end]).strip():
+            break
+        end = positions.pop()
+    return end

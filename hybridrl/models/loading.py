@@ -198,10 +198,7 @@ def stop_token_ids(
     """
     folder = resolve(path, revision)
     with loaded_as("a model's generation settings", f"model.path={path}"):
-        if (folder / "generation_config.json").is_file():
-            kind = GenerationConfig
-        else:
-            kind = AutoConfig
+        kind = GenerationConfig if (folder / "generation_config.json").is_file() else AutoConfig
         ends = kind.from_pretrained(folder, trust_remote_code=False).eos_token_id
     given = ends if isinstance(ends, list) else [ends]
     return {token_id for token_id in (*given, tokenizer.eos_token_id) if token_id is not None}
