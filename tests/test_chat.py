@@ -298,7 +298,7 @@ def test_a_tag_that_the_template_opened_is_not_mistaken_for_one_that_a_user_wrot
         (
             USERS_ONLY,
             [says("User", "1")],
-            "the role `User` is not one of chat templates; write `user`",
+            "chat templates do not know the role `User`; write `user`",
         ),
         (QWEN3, [says("human", "1")], "message 1, role `human`: '1'"),
         (QWEN3, [says("critic", "user"), user("1")], "message 1, role `critic`: 'user'"),

@@ -154,7 +154,7 @@ class ChatTemplate:
             return self._continuation(before, begun, rest, tools, row)
         if any(answer.get(key) for key in SAYS_MORE):
             raise DataError(
-                f"{row}: {self.name} writes the prompt otherwise once the assistant has answered, so the tokens of the response's "
+                f"{row}: {self.name} writes the prompt differently once the assistant has answered, so the tokens of the response's "
                 "tool calls or thinking cannot be separated from it; set data.chat_template_file to a template that only appends"
             )
         rest = self._continuation(before, begun, answer["content"], tools, row)

@@ -57,7 +57,7 @@ def conversation(problem: Problem, config: DataConfig) -> Conversation:
     """
     Raises:
         ConfigError: data.system_prompt where the row has a system message, or data.instruction where it has no user's.
-        DataError: an empty prompt, a role that templates spell otherwise, or tools without a chat template.
+        DataError: an empty prompt, a role in another spelling than that of templates, or tools without a chat template.
     """
     row = problem.row
     messages = (
@@ -71,7 +71,7 @@ def conversation(problem: Problem, config: DataConfig) -> Conversation:
         spelled = role.strip().lower()
         if role != spelled and spelled in ROLES:
             raise DataError(
-                f"{row}: the role `{role}` is not one of chat templates; write `{spelled}`"
+                f"{row}: chat templates do not know the role `{role}`; write `{spelled}`"
             )
     if problem.tools and not templated:
         raise DataError(
