@@ -425,7 +425,8 @@ def _no_such_setting(given: str, key: str) -> str:
         if key.startswith(f"{section}."):
             entry = ".".join(key.split(".")[: section.count(".") + 2])
             known = [entry, *(f"{entry}.{f.name}" for f in fields(schema))]
-    if key in known or ".options." in key or key.startswith("data.columns."):
+    free = ("data.columns.", "data.chat_template_kwargs.")  # whose names the user chooses
+    if key in known or ".options." in key or key.startswith(free):
         return f"{given}: not in the config so far; write +{given} to add it"
     if (synonym := synonym_of(key)) is not None:
         if synonym.ours is None:

@@ -166,10 +166,15 @@ class DataConfig:
     """distinct training problems drawn from the generator; cycled in a new order each epoch"""
     num_heldout: int = 512
     chat_template: bool = False
-    """wrap each prompt as a user message in the model's chat template"""
+    """wrap each text prompt as a user message in the model's chat template; prompts that are messages always go through it"""
+    chat_template_file: str | None = None
+    """a Jinja file to use in place of the model's chat template, for teachers too; exports carry it. null: the model's own"""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """arguments of the chat template, e.g. +data.chat_template_kwargs.enable_thinking=false; one that it does not read is refused"""
     system_prompt: str | None = None
+    """a system message before each prompt, in the chat template"""
     instruction: str = "{prompt}"
-    """text around each prompt"""
+    """text around each prompt; in a conversation, around the last text of a user"""
     drop_too_long: bool = False
     """leave out rows whose prompt or response has too many tokens for rollout.max_model_len, and log how many; false: stop at the first"""
 

@@ -239,7 +239,7 @@ def test_rows_become_a_prompt_and_its_responses(tmp_path: Path) -> None:
         ({"prompt": "1+1=", "chosen": "2", "rejected": ""}, "1+1=", ("2", "")),
         (
             {
-                "prompt": "1",
+                "prompt": "1+1=",
                 "chosen": said("1+1=", "2"),
                 "rejected": said("1+1=", "3"),
                 "messages": said("1", "2"),

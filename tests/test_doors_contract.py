@@ -1,6 +1,7 @@
 """What is taken for granted of teachers and engines is checked: tokens, templates, reproducibility, equal engines."""
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,6 +155,48 @@ def test_a_teachers_template_that_raises_names_the_teacher(tmp_path: Path, rows:
     assert "chat template refuses it" in refusal(
         tmp_path, templated("{{ raise_exception('no') }}"), *rows, template=PLAIN
     )
+
+
+def test_a_teacher_that_differs_in_a_later_kind_of_conversation_is_refused(
+    tmp_path: Path, rows: list[str]
+):
+    system = '{"prompt": [{"role": "system", "content": "1"}, {"role": "user", "content": "2"}]}\n'
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(system)
+    only_users = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    message = refusal(tmp_path, templated(only_users), *rows, template=PLAIN)
+    assert "rows.jsonl:2: the model's chat template leaves out the content of message 1" in message
+
+
+def test_a_template_of_the_settings_counts_for_teachers_too_and_a_difference_is_logged(
+    tmp_path: Path, rows: list[str], caplog: pytest.LogCaptureFixture
+):
+    own = tmp_path / "own.jinja"
+    own.write_text(PLAIN + "=")
+    rows = [*rows, f"data.chat_template_file={own}"]
+    with caplog.at_level(logging.WARNING):
+        (prompt,) = prepare(tmp_path, templated(PLAIN), *rows, template=PLAIN)
+    assert prompt.text == "1 2=3:="
+    assert f"where data.chat_template_file={own} has '='" in caplog.text
+
+
+def test_arguments_reach_the_teachers_template_too(tmp_path: Path, rows: list[str]):
+    ours = PLAIN + "{{ '=' if short else '+' }}"
+    rows = [*rows, "+data.chat_template_kwargs.short=true"]
+    (prompt,) = prepare(tmp_path, templated(ours), *rows, template=ours)
+    assert prompt.text == "1 2=3:="
+    assert "otherwise: '+' where" in refusal(tmp_path, templated(PLAIN + "+"), *rows, template=ours)
+
+
+@pytest.mark.parametrize(("end", "warned"), [("<pad>", True), ("<eos>", False), ("", False)])
+def test_an_end_of_turn_at_which_generation_does_not_stop_is_logged(
+    tmp_path: Path, rows: list[str], caplog: pytest.LogCaptureFixture, end: str, warned: bool
+):
+    ends = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    with caplog.at_level(logging.WARNING):
+        prepare(tmp_path, templated(None), *rows, template=ends)
+    assert (f"ends the assistant's turn with {end!r}" in caplog.text) == warned
+    assert ("only stops at '<eos>': responses run on" in caplog.text) == warned
 
 
 # -- running workers -------------------------------------------------------------------------------------------------

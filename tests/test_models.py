@@ -7,12 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from hybridrl.compose import load_config
+from hybridrl.controller.export import keep_template
 from hybridrl.data.countdown import Countdown
 from hybridrl.errors import CheckpointError, ConfigError
-from hybridrl.models.export import export
-from hybridrl.models.loading import _build_once, head_rows, load_model, load_tokenizer, resolve
+from hybridrl.models.export import TEMPLATE, export
+from hybridrl.models.loading import (
+    _build_once,
+    head_rows,
+    load_model,
+    load_tokenizer,
+    resolve,
+    stop_token_ids,
+)
 from hybridrl.models.sft import greedy_answers, parser, train
 from hybridrl.models.tiny import CHARACTERS, tiny_model, tiny_tokenizer
 from hybridrl.rewards.countdown import countdown
@@ -124,6 +133,38 @@ def test_an_export_keeps_dtype_and_chat_template_and_replaces_an_older_one(
     assert load_tokenizer(str(tmp_path / "export")).chat_template == "{{ messages[0]['content'] }}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "source"]
     assert not (tmp_path / "export" / "old").exists()
+
+
+def test_an_export_carries_the_chat_template_that_the_run_trained_with(
+    source: Path, tmp_path: Path
+) -> None:
+    (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ messages[-1]['content'] }}")
+    settings = load_config(["run.dir=x", "experiment=quickstart"])
+    settings.data.chat_template_file = str(own)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    keep_template(settings, run_dir)
+    own.unlink()
+    state = load_model(str(source), "float32").state_dict()
+    export(state, source, tmp_path / "export", run_dir / TEMPLATE)
+    assert load_tokenizer(str(tmp_path / "export")).chat_template == "{{ messages[-1]['content'] }}"
+    settings.data.chat_template_file = None
+    keep_template(settings, run_dir)
+    export(state, source, tmp_path / "export", run_dir / TEMPLATE)
+    assert load_tokenizer(str(tmp_path / "export")).chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_generation_stops_at_the_end_tokens_of_tokenizer_and_generation_settings(
+    source: Path,
+) -> None:
+    tokenizer = tiny_tokenizer()
+    assert stop_token_ids(str(source), tokenizer) == {2}
+    GenerationConfig(eos_token_id=[4, 5]).save_pretrained(source)
+    assert stop_token_ids(str(source), tokenizer) == {2, 4, 5}
+    (source / "generation_config.json").unlink()
+    assert stop_token_ids(str(source), tokenizer) == {2}
 
 
 def test_an_export_of_other_weights_is_refused_and_leaves_nothing_behind(

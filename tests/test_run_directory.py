@@ -407,7 +407,7 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path):
     "name",
     [
         *("metrics.jsonl", "ledger.jsonl", "samples", "checkpoints", "export", ".lock"),
-        *("logs/learner-0.log", "skipped/step_000001"),
+        *("logs/learner-0.log", "skipped/step_000001", "chat_template.jinja"),
     ],
 )
 def test_nothing_is_written_or_removed_through_a_link(tmp_path: Path, name: str):

@@ -140,7 +140,9 @@ def test_a_dry_run_shows_what_the_model_will_see_and_writes_nothing(
     out = capsys.readouterr().out
     assert "1 prompts x 4 responses = 4; 4 steps pass over the data 2 times, once in 2 steps" in out
     assert "prompt 1, 8 tokens as the model sees them:\n<bos>3 7=21:\n" in out
-    assert "response 1 of the data, 4 tokens:\n3*7<eos>\n" in out
+    assert "of the data, 4 tokens" not in out, "opd uses no responses of the data"
+    assert main(["train", *QUICKSTART, "algorithm=sft", *overrides, "--dry-run"]) == 0
+    assert "response 1 of the data, 4 tokens:\n3*7<eos>\n" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridrl.config import RunSettings
 from hybridrl.controller.teacher_levels import teachers_in_use, teachers_to_measure
-from hybridrl.data.chat import render
+from hybridrl.data.chat import ChatTemplate, split_prefill
+from hybridrl.data.conversation import Conversation, conversation, is_templated
 from hybridrl.data.problem import Problem
-from hybridrl.data.prompts import conversation, is_templated
+from hybridrl.data.tokens import closed, encode
 from hybridrl.errors import ConfigError, ContractError, DataError
 from hybridrl.models.limits import CPU_HEAD_SIZES, most_positions, unserved_head_size
 from hybridrl.models.loading import (
@@ -25,6 +26,7 @@ from hybridrl.models.loading import (
     load_outline,
     load_tokenizer,
     model_config,
+    stop_token_ids,
 )
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
@@ -33,6 +35,7 @@ from hybridrl.runtime.workers import Workers
 from hybridrl.types import Prompt, TokenScores
 
 log = logging.getLogger(__name__)
+
 SHOWN = 3  # differing tokens that an error names
 PROBE_TOKENS = 8
 PROBE_PROMPTS = 4
@@ -196,35 +199,97 @@ def check_templates(
     teachers: dict[str, PreTrainedTokenizerBase],
     problems: Sequence[Problem],
 ) -> None:
-    """Refuse a teacher that would write the first conversation of the data in another way; one without a template has no way.
+    """Refuse a teacher that would write a conversation of the data in another way; one without a template has no way.
+
+    The first conversation of each sequence of roles is compared, with tools and without. A template that the settings name
+    counts for all models, so a teacher whose own one differs from it is only warned of.
 
     Raises:
         ConfigError: names the teacher and where the two texts part.
     """
-    problem = next((p for p in problems if is_templated(p, settings.data)), None)
-    if problem is None:
-        return
-    messages = conversation(problem, settings.data)
-    ours = render(messages, student, problem.row, answered=False)
-    for name, teacher in teachers.items():
-        if not teacher.chat_template:
-            continue
-        try:
-            theirs = render(messages, teacher, problem.row, answered=False)
-        except DataError as error:
-            raise ConfigError(
-                f"teachers.{name}.path={settings.teachers[name].path}: {error}"
-            ) from error
-        if theirs != ours:
+    compared: dict[tuple[object, ...], Conversation] = {}
+    for problem in problems:
+        if is_templated(problem, settings.data):
+            chat = conversation(problem, settings.data)
+            roles = tuple(message["role"] for message in chat.messages)
+            compared.setdefault((roles, bool(chat.tools)), chat)
+    template = ChatTemplate.of(student, settings.data)
+    file = settings.data.chat_template_file
+    source = f"data.chat_template_file={file}" if file else f"model.path={settings.model.path}"
+    for chat in compared.values():
+        ours = chat.prompt_text(template)
+        for name, teacher in teachers.items():
+            if not teacher.chat_template:
+                continue
+            path = settings.teachers[name].path
+            own = ChatTemplate(teacher, settings.data.chat_template_kwargs)
+            try:
+                theirs = chat.prompt_text(own)
+                refusal = ""
+            except DataError as error:
+                theirs = ""
+                refusal = str(error)
+            if theirs == ours:
+                continue
             at = next(
                 (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
                 min(len(ours), len(theirs)),
             )
-            raise ConfigError(
-                f"teachers.{name}.path={settings.teachers[name].path}: its chat template writes {problem.row} otherwise: "
-                f"{theirs[at : at + 40]!r} where model.path={settings.model.path} has {ours[at : at + 40]!r}; "
-                "give both folders the same chat template"
+            difference = refusal or (
+                f"its chat template writes {chat.row} otherwise: {theirs[at : at + 40]!r} where {source} has "
+                f"{ours[at : at + 40]!r}"
             )
+            if file is None:
+                raise ConfigError(
+                    f"teachers.{name}.path={path}: {difference}; give both folders the same chat template, "
+                    "or name one for both by data.chat_template_file"
+                )
+            log.warning(
+                "teachers.%s.path=%s: %s; it scores what data.chat_template_file writes",
+                name,
+                path,
+                difference,
+            )
+
+
+def check_end_of_turn(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> None:
+    """Warn where the chat template ends the assistant's turn with a token at which generation does not stop.
+
+    A model that writes this token, as it learns to from given responses, would go on after its answer.
+
+    Args:
+        tokenizer: the student's.
+
+    Raises:
+        ConfigError: as stop_token_ids and ChatTemplate.of.
+        DataError: as conversation.
+    """
+    problem = next((p for p in problems if is_templated(p, settings.data)), None)
+    if problem is None:
+        return
+    template = ChatTemplate.of(tokenizer, settings.data)
+    chat = conversation(problem, settings.data)
+    before, _ = split_prefill(chat.messages)
+    try:
+        _, text = template.around_answer(before, chat.tools, chat.row, "")
+    except DataError:  # a template that takes no answers shows no end of one
+        return
+    ids = encode(text, tokenizer, special_tokens=False)
+    end = closed(ids, tokenizer, templated=True)[-1]
+    model = settings.model
+    stops = stop_token_ids(model.path, tokenizer, model.revision)
+    if end is not None and end not in stops:
+        log.warning(
+            "%s ends the assistant's turn with %r, but generation with model.path=%s only stops at %s: responses run on to "
+            "rollout.max_new_tokens; add %d to eos_token_id in the model's generation_config.json",
+            template.name,
+            tokenizer.decode([end]),
+            model.path,
+            ", ".join(repr(tokenizer.decode([stop])) for stop in sorted(stops)) or "no token",
+            end,
+        )
 
 
 def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Prompt]) -> None:

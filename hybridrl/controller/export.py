@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hybridrl.config import DTYPES
+from hybridrl.config import DTYPES, RunSettings
 from hybridrl.controller.checkpoint import (
     CHECKPOINTS,
     CONFIG,
@@ -13,8 +13,10 @@ from hybridrl.controller.checkpoint import (
     step_of,
 )
 from hybridrl.controller.run_directory import check_no_links, read_settings
+from hybridrl.data.chat import read_template
+from hybridrl.durable import replace_text
 from hybridrl.errors import CheckpointError, ConfigError
-from hybridrl.models.export import export, master_weights
+from hybridrl.models.export import TEMPLATE, export, master_weights
 from hybridrl.models.loading import TEXT_FILES, resolve
 
 BEST = "best"
@@ -65,7 +67,7 @@ def export_checkpoint(
         name += f"-{dtype}"
     target = folder or run_dir / "export" / name
     model = resolve(settings.model.path, settings.model.revision, files=TEXT_FILES)
-    export(master_weights(checkpoint.folder, dtype), model, target)
+    export(master_weights(checkpoint.folder, dtype), model, target, run_dir / TEMPLATE)
     return target
 
 
@@ -108,3 +110,12 @@ def _best(checkpointer: Checkpointer, folders: list[Path]) -> Path:
 
 def _steps(folders: list[Path]) -> str:
     return ", ".join(str(step_of(folder)) for folder in folders)
+
+
+def keep_template(settings: RunSettings, run_dir: Path) -> None:
+    """Copy data.chat_template_file into the run directory, for exports must read conversations as the run did."""
+    kept = run_dir / TEMPLATE
+    if settings.data.chat_template_file is None:
+        kept.unlink(missing_ok=True)
+    else:
+        replace_text(kept, read_template(settings.data.chat_template_file))

@@ -78,7 +78,8 @@ def measure(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
 ) -> Needs:
     """What the problems take of a model's length. At least one problem."""
-    prompts = tokenize(problems, tokenizer, settings.data, sys.maxsize)
+    used = settings.algorithm.data_fraction > 0
+    prompts = tokenize(problems, tokenizer, settings.data, sys.maxsize, responses=used)
     responses = [max(map(len, prompt.responses), default=0) for prompt in prompts]
     answers = [
         len(tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]) + 1  # and its end

@@ -12,6 +12,7 @@ from hybridrl.choices import Resume, Support, WandbMode
 from hybridrl.config import RunSettings
 from hybridrl.controller.checkpoint import Checkpoint, Checkpointer
 from hybridrl.controller.contract import (
+    check_end_of_turn,
     check_engines,
     check_models,
     check_running,
@@ -20,6 +21,7 @@ from hybridrl.controller.contract import (
     check_token_ids,
 )
 from hybridrl.controller.controller import Controller
+from hybridrl.controller.export import keep_template
 from hybridrl.controller.inputs import digests, pinned
 from hybridrl.controller.ledger import Ledger, check_cursor, check_ledger, drawn_uids
 from hybridrl.controller.lengths import check_lengths
@@ -95,6 +97,7 @@ def train(settings: RunSettings) -> RunResult:
         stack.enter_context((preemption := Preemption()).listening())
         inputs = digests(settings, prompts, heldout)
         checkpoint = find_checkpoint(settings, run_dir, inputs)
+        keep_template(settings, run_dir)
         console, sinks, wandb = make_sinks(settings)
         stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
         first = checkpoint.state.step if checkpoint else 0
@@ -322,13 +325,15 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     check_lengths(settings, tokenizer, [*train_problems, *heldout_problems])
     rollout = settings.rollout
     room = rollout.max_model_len - rollout.max_new_tokens
-    given = (
-        rollout.max_model_len if settings.algorithm.data_fraction else None
-    )  # without it responses of the data are not used
+    used = settings.algorithm.data_fraction > 0  # otherwise the data's responses are not
+    length = rollout.max_model_len
     check_responses(settings, train_problems)
     check_templates(settings, tokenizer, teachers, train_problems)
-    train_prompts = tokenize(train_problems, tokenizer, settings.data, room, given)
-    heldout_prompts = tokenize(heldout_problems, tokenizer, settings.data, room, given)
+    check_end_of_turn(settings, tokenizer, train_problems)
+    train_prompts = tokenize(train_problems, tokenizer, settings.data, room, length, responses=used)
+    heldout_prompts = tokenize(
+        heldout_problems, tokenizer, settings.data, room, length, responses=used
+    )
     check_token_ids(settings, tokenizer, [*train_prompts, *heldout_prompts])
     return train_prompts, heldout_prompts
 

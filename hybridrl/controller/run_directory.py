@@ -29,13 +29,24 @@ from hybridrl.controller.inputs import DATA, IMPORTS
 from hybridrl.controller.ledger import LEDGER
 from hybridrl.durable import entries, read_bytes, read_text, replace_bytes, replace_text
 from hybridrl.errors import CheckpointError, ConfigError, RunDirectoryError
+from hybridrl.models.export import TEMPLATE
 from hybridrl.tracking.jsonl import METRICS, SAMPLES, samples_files
 
 HOLDER = ".holder"
 WRITTEN_INTO = ("logs", "skipped")
 """Folders whose files workers write."""
-PARTS = (".lock", METRICS, LEDGER, SAMPLES, CHECKPOINTS, "export", "wandb", *WRITTEN_INTO)
-"""Files and folders that a run writes to in place, or removes files from."""
+PARTS = (
+    ".lock",
+    METRICS,
+    LEDGER,
+    SAMPLES,
+    CHECKPOINTS,
+    TEMPLATE,
+    "export",
+    "wandb",
+    *WRITTEN_INTO,
+)
+"""Files and folders that a run writes to in place, removes files from, or copies into exports."""
 
 ABSENT = "(not set)"
 

@@ -15,4 +15,7 @@ class Problem:
     prompt: str | list[dict[str, Any]]  # text, or chat messages with `role` and `content`
     columns: dict[str, Any]  # what the rewards may look at
     row: str  # where it came from, for error messages, e.g. "train.jsonl:7"
-    responses: tuple[str, ...] = ()  # given answers: none, one to imitate, or (chosen, rejected)
+    responses: tuple[
+        str | dict[str, Any], ...
+    ] = ()  # given answers: none, one to imitate, or (chosen, rejected); an assistant's message where it is more than its content
+    tools: tuple[dict[str, Any], ...] = ()  # descriptions of functions, for the chat template

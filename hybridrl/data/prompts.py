@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridrl.config import DataConfig
 from hybridrl.data import countdown, records
-from hybridrl.data.chat import render
+from hybridrl.data.chat import ChatTemplate
+from hybridrl.data.conversation import check_template_settings, conversation
 from hybridrl.data.problem import Problem
-from hybridrl.data.responses import has_unknown, response_ids
-from hybridrl.errors import ConfigError, DataError
+from hybridrl.data.responses import response_ids
+from hybridrl.data.tokens import encode, has_unknown
+from hybridrl.errors import DataError
 from hybridrl.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,8 @@ def tokenize(
     config: DataConfig,
     max_prompt_tokens: int,
     max_tokens: int | None = None,
+    *,
+    responses: bool = True,
 ) -> list[Prompt]:
     """What the model sees of each problem and its responses, special tokens included; uids are kept.
 
@@ -84,23 +88,42 @@ def tokenize(
     Args:
         max_prompt_tokens: rollout.max_model_len - rollout.max_new_tokens.
         max_tokens: of a prompt with any one of its responses, rollout.max_model_len; None: any number.
+        responses: whether the run uses the given responses; otherwise they are left out, and need not be usable.
 
     Raises:
-        ConfigError: a system prompt without a chat template.
-        DataError: an empty or too long prompt, a too long response, characters that the tokenizer lacks, or a
-            need for a chat template that the tokenizer lacks; the message names the row. Or nothing was left.
+        ConfigError: a setting of the chat template that has no effect, or that contradicts a row.
+        DataError: an empty or too long prompt, a too long response, characters that the tokenizer lacks, a chat template that
+            is missing, refuses a row or leaves out what it says; the message names the row. Or no row remained.
     """
-    if config.system_prompt is not None and not config.chat_template:
-        raise ConfigError(
-            "data.system_prompt: is a chat message, so it needs data.chat_template=true; or set it to null"
-        )
+    check_template_settings(config, problems)
+    template = ChatTemplate.of(tokenizer, config)
     prompts = []
     for problem in problems:
         try:
-            prompts.append(_prompt(problem, tokenizer, config, max_prompt_tokens, max_tokens))
+            prompts.append(
+                _prompt(
+                    problem,
+                    problem.responses if responses else (),
+                    tokenizer,
+                    config,
+                    template,
+                    max_prompt_tokens,
+                    max_tokens,
+                )
+            )
         except TooLong:
             if not config.drop_too_long:
                 raise
+    if template.unclosed:
+        row, tag = template.unclosed[0]
+        log.warning(
+            "%s opens the assistant's turn with %s, which %d given responses do not close, that of %s first: they are learned as "
+            "what belongs within the tag; begin them with it, or set data.chat_template_file",
+            template.name,
+            tag,
+            len(template.unclosed),
+            row,
+        )
     if len(prompts) < len(problems):
         log.warning(
             "data.drop_too_long: left out %d of %d rows",
@@ -187,39 +210,34 @@ def _of_epoch(prompt: Prompt, epoch: int) -> Prompt:
 
 def _prompt(
     problem: Problem,
+    given: Sequence[str | dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
+    template: ChatTemplate,
     max_prompt_tokens: int,
     max_tokens: int | None,
 ) -> Prompt:
-    messages = conversation(problem, config)
-    if not messages[-1]["content"].strip():
-        raise DataError(f"{problem.row}: the prompt is empty")
-    templated = is_templated(problem, config)
-    text = (
-        render(messages, tokenizer, problem.row, answered=False)
-        if templated
-        else messages[-1]["content"]
-    )
-    # A chat template writes its own special tokens; plain text gets the tokenizer's.
-    input_ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
+    row = problem.row
+    chat = conversation(problem, config)
+    text = chat.prompt_text(template)
+    input_ids = encode(text, tokenizer, special_tokens=not chat.templated)
     if len(input_ids) > max_prompt_tokens:
         raise TooLong(
-            f"{problem.row}: the prompt has {len(input_ids)} tokens, rollout.max_model_len - rollout.max_new_tokens leaves room for "
+            f"{row}: the prompt has {len(input_ids)} tokens, rollout.max_model_len - rollout.max_new_tokens leaves room for "
             f"{max_prompt_tokens}; shorten it, raise rollout.max_model_len or set data.drop_too_long=true"
         )
     if has_unknown(input_ids, tokenizer):
-        raise DataError(
-            f"{problem.row}: the tokenizer has no token for some character of {text[:80]!r}"
+        raise DataError(f"{row}: the tokenizer has no token for some character of {text[:80]!r}")
+    responses = []
+    for response in given:
+        answer = chat.response_text(response, text, template)
+        responses.append(
+            response_ids(answer, text, input_ids, tokenizer, row, templated=chat.templated)
         )
-    responses = tuple(
-        response_ids(r, messages if templated else None, text, input_ids, tokenizer, problem.row)
-        for r in problem.responses
-    )
     longest = len(input_ids) + max(map(len, responses), default=0)
     if max_tokens is not None and longest > max_tokens:
         raise TooLong(
-            f"{problem.row}: prompt and response have {longest} tokens, rollout.max_model_len is {max_tokens}; "
+            f"{row}: prompt and response have {longest} tokens, rollout.max_model_len is {max_tokens}; "
             "raise it, or set data.drop_too_long=true to leave such rows out"
         )
     return Prompt(
@@ -227,8 +245,8 @@ def _prompt(
         input_ids=tuple(input_ids),
         text=text,
         columns=problem.columns,
-        responses=responses,
-        question=readable(messages),
+        responses=tuple(responses),
+        question=readable(chat.messages),
         answer=reference_answer(problem),
     )
 
@@ -245,33 +263,11 @@ def readable(messages: Sequence[dict[str, Any]]) -> str:
 
 
 def reference_answer(problem: Problem) -> str | None:
-    """The answer that the data gives to a problem: a column of REFERENCE_COLUMNS, else its first response."""
+    """The answer that the data gives to a problem: a column of REFERENCE_COLUMNS, else the text of its first response."""
     for name in REFERENCE_COLUMNS:
         if problem.columns.get(name) is not None:
             return str(problem.columns[name])
-    return problem.responses[0] if problem.responses else None
-
-
-def is_templated(problem: Problem, config: DataConfig) -> bool:
-    """Whether the model sees the problem through its chat template."""
-    return config.chat_template or not isinstance(problem.prompt, str)
-
-
-def conversation(problem: Problem, config: DataConfig) -> list[dict[str, Any]]:
-    """The conversation, with data.instruction around its last message and data.system_prompt before it."""
-    given = (
-        [{"role": "user", "content": problem.prompt}]
-        if isinstance(problem.prompt, str)
-        else problem.prompt
-    )
-    content = given[-1]["content"]
-    last = {
-        **given[-1],
-        "content": config.instruction.replace("{prompt}", content) if content.strip() else content,
-    }
-    system = (
-        [{"role": "system", "content": config.system_prompt}]
-        if config.system_prompt is not None
-        else []
-    )
-    return [*system, *given[:-1], last]
+    if not problem.responses:
+        return None
+    response = problem.responses[0]
+    return response if isinstance(response, str) else response["content"]

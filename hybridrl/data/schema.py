@@ -5,21 +5,28 @@
     {"messages": [..., {"role": "assistant", ...}]}             the last assistant message, after what stands before it
     {"prompt": P, "chosen": R, "rejected": R}                   two responses, the better one first
 
-P is text or a list of chat messages. R is text, a list of one assistant message, or a whole conversation, which then
-brings its own prompt: chosen and rejected share it, and the row's `prompt`, if any, is not read. Keys that are null
-count as absent. Where a row fits several lines, chosen and rejected come before messages, and those before completion.
-ShareGPT's turns are read as messages. All other keys become columns, which the rewards may look at.
+P is text or a list of chat messages. R is text, or a list of messages that ends with one of the assistant, the response;
+earlier messages of R belong to the prompt. R or `messages` continues the row's `prompt` where it begins with the
+assistant; otherwise it is a whole conversation, which must contain `prompt` where the row has one. Chosen and rejected
+share their prompt. Keys that are null count as absent. Where a row fits several lines, chosen and rejected come before
+messages, and those before completion. ShareGPT's turns are read as messages. `tools`, a list of function descriptions or
+its JSON text, goes to the chat template. All other keys, and `tools`, become columns, which the rewards may look at.
 """
 
+import json
 from typing import Any
 
 from hybridrl.config import ROW_KEYS
+from hybridrl.data.chat import SAYS_MORE
 from hybridrl.data.columns import not_json
 from hybridrl.data.layouts import as_messages, unreadable_layout
 from hybridrl.data.problem import Problem
 from hybridrl.errors import DataError
 
 Text = str | list[dict[str, Any]]
+
+Response = str | dict[str, Any]
+"""A text, or an assistant's message that says more than its content."""
 
 
 def problem(row: dict[str, Any], name: str, uid: str) -> Problem:
@@ -36,10 +43,17 @@ def problem(row: dict[str, Any], name: str, uid: str) -> Problem:
         raise DataError(f"{name}: {misfit}")
     columns = {key: value for key, value in row.items() if key not in ROW_KEYS}
     prompt, responses = _split(given, name)
-    return Problem(uid=uid, prompt=prompt, columns=columns, row=name, responses=responses)
+    return Problem(
+        uid=uid,
+        prompt=prompt,
+        columns=columns,
+        row=name,
+        responses=responses,
+        tools=_tools(row.get("tools"), name),
+    )
 
 
-def _split(given: dict[str, Any], name: str) -> tuple[Text, tuple[str, ...]]:
+def _split(given: dict[str, Any], name: str) -> tuple[Text, tuple[Response, ...]]:
     """The prompt and its responses."""
     if "chosen" in given or "rejected" in given:
         if not ("chosen" in given and "rejected" in given):
@@ -59,7 +73,7 @@ def _split(given: dict[str, Any], name: str) -> tuple[Text, tuple[str, ...]]:
     return _prompt(given, name), ()
 
 
-def _answer(given: dict[str, Any], key: str, name: str) -> tuple[Text, str]:
+def _answer(given: dict[str, Any], key: str, name: str) -> tuple[Text, Response]:
     """The prompt and the response that given[key] holds."""
     if isinstance(given[key], str) and key != "messages":
         return _prompt(given, name), given[key]
@@ -71,8 +85,37 @@ def _answer(given: dict[str, Any], key: str, name: str) -> tuple[Text, str]:
         raise DataError(
             f"{name}: `{key}` must {'hold' if key == 'messages' else 'end with'} an assistant message, the response"
         )
-    before = messages[:-1]
-    return before or _prompt(given, name), messages[-1]["content"]
+    return _before(messages[:-1], given, key, name), _response(messages[-1])
+
+
+def _before(before: list[dict[str, Any]], given: dict[str, Any], key: str, name: str) -> Text:
+    """The prompt of a response that stands after `before` in given[key].
+
+    Raises:
+        DataError: `before` begins a conversation that does not contain the row's own prompt.
+    """
+    if not before:
+        return _prompt(given, name)
+    if given.get("prompt") is None:
+        return before
+    prompt = _prompt(given, name)
+    if before[0]["role"] == "assistant":
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [*asked, *before]
+    if isinstance(prompt, str):
+        contained = any(message["content"].strip() == prompt.strip() for message in before)
+    else:
+        contained = all(message in before for message in prompt)
+    if not contained:
+        raise DataError(
+            f"{name}: `{key}` is a whole conversation that does not contain `prompt`; leave `prompt` out, "
+            f"or let `{key}` hold only what follows it, beginning with the assistant"
+        )
+    return before
+
+
+def _response(message: dict[str, Any]) -> Response:
+    return message if message.keys() & SAYS_MORE else message["content"]
 
 
 def _prompt(given: dict[str, Any], name: str) -> Text:
@@ -81,14 +124,58 @@ def _prompt(given: dict[str, Any], name: str) -> Text:
 
 
 def _messages(value: Any, what: str) -> list[dict[str, Any]]:
-    """A copy of a conversation without keys that are null, as columnar files fill them in."""
-    chat = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
-    if not chat or not all(
-        isinstance(message.get(key), str) for message in value for key in ("role", "content")
+    """A copy of a conversation without keys that are null, as columnar files fill them in.
+
+    An assistant's message without content has the empty one where it calls a tool or thinks.
+    """
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        messages = [
+            {key: field for key, field in message.items() if field is not None and field != []}
+            for message in value
+        ]
+        for message in messages:
+            if message.get("role") == "assistant" and message.keys() & SAYS_MORE:
+                message.setdefault("content", "")
+            _check_calls(message, what)
+        if all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
+            return messages
+    raise DataError(
+        f"{what} must be text or a list of messages with `role` and `content`, both text"
+    )
+
+
+def _check_calls(message: dict[str, Any], what: str) -> None:
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(
+        isinstance(call, dict)
+        and isinstance(function := call.get("function", call), dict)
+        and isinstance(function.get("name"), str)
+        for call in calls
     ):
         raise DataError(
-            f"{what} must be text or a list of messages with `role` and `content`, both text"
+            f"{what}: `tool_calls` must be a list of calls, each with a `function` that has a `name` and `arguments`"
         )
-    return [
-        {key: field for key, field in message.items() if field is not None} for message in value
-    ]
+
+
+def _tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
+    """What the row's `tools` describe; none where it is absent.
+
+    Raises:
+        DataError: it is something else than a list of objects.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{name}: `tools` is text that is not JSON: {error}; it holds function descriptions for the chat template, "
+                "so rename the column if it is meant for the rewards"
+            ) from error
+    if not value:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise DataError(
+            f"{name}: `tools` must be a list of function descriptions, or its JSON text; "
+            "rename the column if it is meant for the rewards"
+        )
+    return tuple(value)

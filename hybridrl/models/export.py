@@ -17,9 +17,15 @@ from hybridrl.errors import CheckpointError
 from hybridrl.models.fragments import MASTER, FragmentReader
 from hybridrl.models.loading import TEXT_FILES, VALUE_HEAD, VALUE_HEAD_FILE, weight_name
 
+TEMPLATE = "chat_template.jinja"
+"""Where a folder keeps its chat template; it goes before one in tokenizer_config.json."""
+
 
 def export(
-    state: Mapping[str, torch.Tensor | NDArray[np.generic]], source: Path, folder: Path
+    state: Mapping[str, torch.Tensor | NDArray[np.generic]],
+    source: Path,
+    folder: Path,
+    template: Path | None = None,
 ) -> None:
     """Write `state` with everything else of the model it was trained from; the folder appears whole or not at all.
 
@@ -28,6 +34,7 @@ def export(
             head comes with the others and goes to a file of its own, which only loading.load_value_head reads.
         source: the folder that training started from (loading.resolve).
         folder: replaced if it exists.
+        template: the chat template that the run trained with; None, or no such file: the source's own.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape is not the model's.
@@ -46,6 +53,8 @@ def export(
                     copy = unfinished / path.relative_to(source)
                     copy.parent.mkdir(exist_ok=True)
                     shutil.copy(path, copy)
+        if template is not None and template.is_file():
+            shutil.copy(template, unfinished / TEMPLATE)
         dtype = next(iter(tensors.values())).dtype
         _write_config(unfinished / "config.json", config, dtype, tied)
         _save(tensors, unfinished / "model.safetensors")

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -310,6 +311,22 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def stop_token_ids(
+    path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None
+) -> set[int]:
+    """The tokens at which the engines end a response: the tokenizer's end token, and those of the model's generation settings.
+
+    Raises:
+        ConfigError: nothing is there, or its settings are malformed.
+    """
+    folder = resolve(path, revision)
+    with loaded_as("a model's generation settings", f"model.path={path}"):
+        kind = GenerationConfig if (folder / "generation_config.json").is_file() else AutoConfig
+        ends = kind.from_pretrained(folder, trust_remote_code=False).eos_token_id
+    given = ends if isinstance(ends, list) else [ends]
+    return {token_id for token_id in (*given, tokenizer.eos_token_id) if token_id is not None}
 
 
 def _builtin(name: str, setting: str) -> Path:

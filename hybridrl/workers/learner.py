@@ -32,7 +32,7 @@ from hybridrl.data.shards import micro_batches
 from hybridrl.durable import seal
 from hybridrl.errors import CheckpointError, ConfigError, NonFiniteError, SkippedStep
 from hybridrl.models.decoder_layers import attends_plainly, compile_layers
-from hybridrl.models.export import export
+from hybridrl.models.export import TEMPLATE, export
 from hybridrl.models.fragments import MASTER, MOMENTS, PARTS, FragmentReader, write_fragments
 from hybridrl.models.loading import VALUE_HEAD, load_model, resolve
 from hybridrl.objectives import make_objective
@@ -420,7 +420,10 @@ class Learner:
                 state[VALUE_HEAD] = self.parameters[VALUE_HEAD].detach().cpu().clone()
         if self.rank == 0:
             export(
-                state, resolve(self.settings.model.path, self.settings.model.revision), Path(folder)
+                state,
+                resolve(self.settings.model.path, self.settings.model.revision),
+                Path(folder),
+                Path(self.settings.run.dir).expanduser() / TEMPLATE,
             )
 
     # -- checkpoint --------------------------------------------------------------------------------------------------

@@ -1,0 +1,134 @@
+"""A row as the conversation that the model reads: with data.system_prompt before it and data.instruction around the user's text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hybridrl.config import DataConfig
+from hybridrl.data.chat import SAYS_MORE, ChatTemplate, Message
+from hybridrl.data.problem import Problem
+from hybridrl.errors import ConfigError, DataError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Those that templates write in this spelling. Others are the model's own and pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What comes before the response."""
+
+    messages: list[Message]
+    tools: tuple[dict[str, Any], ...]
+    templated: bool  # the model reads it through a chat template
+    row: str
+
+    def prompt_text(self, template: ChatTemplate) -> str:
+        """The text that the model continues.
+
+        Raises:
+            DataError: as ChatTemplate.prompt.
+        """
+        if not self.templated:
+            return self.messages[-1]["content"]
+        return template.prompt(self.messages, self.tools, self.row)
+
+    def response_text(
+        self, response: str | Message, prompt_text: str, template: ChatTemplate
+    ) -> str:
+        """What follows prompt_text, with the end of the turn where a template writes one.
+
+        Raises:
+            DataError: as ChatTemplate.response; or a response with tool calls or thinking, and no template to write them.
+        """
+        answer = (
+            {"role": "assistant", "content": response} if isinstance(response, str) else response
+        )
+        if self.templated:
+            return template.response(self.messages, answer, self.tools, prompt_text, self.row)
+        extra = next((key for key in SAYS_MORE if answer.get(key)), None)
+        if extra is not None:
+            raise DataError(
+                f"{self.row}: the response holds `{extra}`, which only a chat template can write; set data.chat_template=true"
+            )
+        return answer["content"]
+
+
+def conversation(problem: Problem, config: DataConfig) -> Conversation:
+    """
+    Raises:
+        ConfigError: data.system_prompt where the row has a system message, or data.instruction where it has no user's.
+        DataError: an empty prompt, a role in another spelling than that of templates, or tools without a chat template.
+    """
+    row = problem.row
+    messages = (
+        [{"role": "user", "content": problem.prompt}]
+        if isinstance(problem.prompt, str)
+        else list(problem.prompt)
+    )
+    templated = is_templated(problem, config)
+    for message in messages:
+        role = message["role"]
+        spelled = role.strip().lower()
+        if role != spelled and spelled in ROLES:
+            raise DataError(
+                f"{row}: chat templates do not know the role `{role}`; write `{spelled}`"
+            )
+    if problem.tools and not templated:
+        raise DataError(
+            f"{row}: the row's `tools` can only be written by a chat template; set data.chat_template=true, or rename "
+            "the column if it is meant for the rewards"
+        )
+    asked = [message for message in messages if message["role"] != "assistant"] or messages
+    if not asked[-1]["content"].strip():
+        raise DataError(f"{row}: the prompt is empty")
+    messages = _instructed(messages, config.instruction, row)
+    if config.system_prompt is not None:
+        if any(message["role"] in ("system", "developer") for message in messages):
+            raise ConfigError(
+                f"data.system_prompt={config.system_prompt!r}: {row} has a system message of its own; "
+                "set data.system_prompt=null, or take the message out of the rows"
+            )
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    return Conversation(messages=messages, tools=problem.tools, templated=templated, row=row)
+
+
+def is_templated(problem: Problem, config: DataConfig) -> bool:
+    """Whether the model sees the problem through its chat template."""
+    return config.chat_template or not isinstance(problem.prompt, str)
+
+
+def check_template_settings(config: DataConfig, problems: Sequence[Problem]) -> None:
+    """Refuse a setting of the chat template in a run that uses none.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    given = {
+        "system_prompt": config.system_prompt is not None,
+        "chat_template_kwargs": bool(config.chat_template_kwargs),
+        "chat_template_file": config.chat_template_file is not None,
+    }
+    name = next((name for name, is_given in given.items() if is_given), None)
+    if name is None or all(is_templated(problem, config) for problem in problems):
+        return
+    raise ConfigError(
+        f"data.{name}: only has an effect in a chat template, so it needs data.chat_template=true; or leave it out"
+    )
+
+
+def _instructed(messages: Sequence[Message], instruction: str, row: str) -> list[Message]:
+    """With the instruction around the last text of a user."""
+    instructed = list(messages)
+    if instruction == "{prompt}":
+        return instructed
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not users:
+        raise ConfigError(
+            f"data.instruction={instruction!r}: {row} has no message of a user to put it around; set it to '{{prompt}}'"
+        )
+    content = messages[users[-1]]["content"]
+    instructed[users[-1]] = {
+        **messages[users[-1]],
+        "content": instruction.replace("{prompt}", content),
+    }
+    return instructed
