@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from graph import tiny_settings
 from tokenizers import Tokenizer
-from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from hybridrl.controller.contract import check_repeats, different_tokens, probe_prompts
 from hybridrl.controller.run import prepare_prompts
@@ -102,9 +106,9 @@ def test_another_end_token_is_refused_and_another_pad_token_is_not(tmp_path: Pat
 def test_a_head_padded_by_128_rows_is_tolerated(tmp_path: Path):
     settings = tiny_settings(tmp_path)
     teacher = settings.teachers["main"].path
-    config = AutoConfig.from_pretrained(teacher)
-    config.vocab_size += 128
-    config.save_pretrained(teacher)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    model.resize_token_embeddings(model.config.vocab_size + 128)
+    model.save_pretrained(teacher)
     assert len(prepare_prompts(settings)[0]) == 64
 
 
