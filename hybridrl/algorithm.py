@@ -239,11 +239,12 @@ class AlgorithmConfig:
             )
         for name in ("imitation_weight", "reward_weight"):
             schedule = getattr(self, name)
-            if schedule.value < 0 or (schedule.end is not None and schedule.end < 0):
-                raise ConfigError(
-                    f"algorithm.{name}={schedule.value}, end={schedule.end}: must not be negative; give a negative weight to one "
-                    "of teachers.* or reward.functions.* instead"
-                )
+            for part, value in {"value": schedule.value, "end": schedule.end}.items():
+                if value is not None and value < 0:
+                    raise ConfigError(
+                        f"algorithm.{name}.{part}={value}: must be at least 0; give a negative weight to one of teachers.* or "
+                        "reward.functions.* instead"
+                    )
         if self.log_ratio_clip is not None and not self.log_ratio_clip > 0:
             raise ConfigError(
                 f"algorithm.log_ratio_clip={self.log_ratio_clip}: must be positive, or null for none"

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from hybridrl.data.chat import render
+from hybridrl.data.chat import ChatTemplate
 from hybridrl.data.template_limits import BoundlessTemplate, bounded
 from hybridrl.errors import DataError
 from hybridrl.models.tiny import tiny_tokenizer
@@ -27,7 +27,7 @@ def test_a_template_with_a_power_is_refused_before_it_runs(template: str | dict[
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=r"row 1: the model's chat template .*raises a number to a"):
-        render([{"role": "user", "content": "1"}], tokenizer, "row 1", answered=False)
+        ChatTemplate(tokenizer, {}).prompt([{"role": "user", "content": "1"}], (), "row 1")
 
 
 @pytest.mark.parametrize("template", [LOOP, GROWING])
