@@ -232,11 +232,11 @@ BAD = [
     ),
     (
         "algorithm=rloo algorithm.reward_weight.value=-1",
-        "algorithm.reward_weight=-1.0, end=None: must not be negative",
+        "algorithm.reward_weight.value=-1.0: must be at least 0",
     ),
     (
         "algorithm.reward_weight.end=-2",
-        "algorithm.reward_weight=0.5, end=-2.0: must not be negative",
+        "algorithm.reward_weight.end=-2.0: must be at least 0",
     ),
     ("train.steps=0", "train.steps=0: must be at least 1"),
     ("train.betas=[0.9]", "train.betas=[0.9]: AdamW needs two numbers in [0, 1)"),
