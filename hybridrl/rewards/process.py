@@ -18,6 +18,9 @@ from hybridrl.rewards.child import Answer, Raised, RewardCall
 from hybridrl.rewards.signature import Signature
 from hybridrl.rewards.text import plain
 
+MAX_CHARS = (
+    2000  # of a text from a child, which has bounded it itself unless a function forged the answer
+)
 MAX_BYTES = 64 * 1024 * 1024  # of one answer
 STUCK_S = 30.0  # on a connection in the middle of a message, or for the guard's last word
 
@@ -56,7 +59,9 @@ class RewardProcess:
             raise ProcessEnded("it wrote into the connection to its owner") from error
         self._starter.join()  # it ended when the guard began
 
-    def take(self, name: str, num_sequences: int, keywords: dict[str, Any], timeout_s: float) -> None:
+    def take(
+        self, name: str, num_sequences: int, keywords: dict[str, Any], timeout_s: float
+    ) -> None:
         """Hand a call over.
 
         Raises:
@@ -81,7 +86,7 @@ class RewardProcess:
         try:
             fields = json.loads(message)
             if "text" in fields:
-                text = plain(fields["text"])
+                text = plain(fields["text"], limit=MAX_CHARS)
                 return Raised(text=text, wrong_result=bool(fields["wrong_result"]))
             values = [_value(value) for value in fields["values"]]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -116,7 +121,9 @@ class RewardProcess:
     def _ended(self) -> ProcessEnded:
         try:
             if self._line.poll(STUCK_S):
-                return ProcessEnded(f"the process ended with exit code {int(self._line.recv_bytes(100))}")
+                return ProcessEnded(
+                    f"the process ended with exit code {int(self._line.recv_bytes(100))}"
+                )
         except (OSError, EOFError, ValueError):
             pass
         return ProcessEnded("the process closed its connection, or its guard was killed")
@@ -124,7 +131,7 @@ class RewardProcess:
 
 def _signature(given: Any) -> Signature | str:
     if isinstance(given, str):
-        return plain(given, limit=2000)
+        return plain(given, limit=MAX_CHARS)
     return Signature(
         accepted=tuple(given["accepted"]),
         required=tuple(given["required"]),
@@ -136,7 +143,7 @@ def _value(given: Any) -> float | str | None:
     if given is None:
         return None
     if isinstance(given, str):
-        return plain(given)
+        return plain(given, limit=MAX_CHARS)
     number = float(given)
     return number if math.isfinite(number) else f"returned {number}, must be a finite number"
 

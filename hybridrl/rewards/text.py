@@ -4,7 +4,7 @@ MAX_CHARS = 500
 
 
 def plain(text: str, limit: int = MAX_CHARS) -> str:
-    r"""`text` with every character that is not printable escaped, cut to about `limit` characters.
+    r"""`text` with every character that is not printable escaped, in at most `limit` characters, which must be 50 or more.
 
     A terminal does not act on the result, and it cannot pass for a log line of its own.
 
@@ -14,7 +14,8 @@ def plain(text: str, limit: int = MAX_CHARS) -> str:
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in head)
     if len(text) <= limit and len(escaped) <= limit:
         return escaped
-    return f"{escaped[:limit]}... ({len(text)} characters)"
+    mark = f"... ({len(text)} characters)"
+    return escaped[: limit - len(mark)] + mark
 
 
 def described(error: BaseException) -> str:
