@@ -460,7 +460,9 @@ def test_no_task_is_begun_when_the_time_of_a_call_is_over(user_file: Path) -> No
         pool.close()
 
 
-def test_what_is_no_finite_number_is_invalid_and_never_zero_and_none_is_no_number(pool: RewardPool) -> None:
+def test_what_is_no_finite_number_is_invalid_and_never_zero_and_none_is_no_number(
+    pool: RewardPool,
+) -> None:
     outcomes = pool.call("odd", {"completions": ["nan", "inf", "none", "str", "huge", "fine"]})
     assert kinds(outcomes) == ["invalid", "invalid", None, "invalid", "invalid", 1.0]
     assert kinds(pool.call("no_list", {"completions": ["a", "b"]})) == ["invalid", "invalid"]

@@ -29,7 +29,7 @@ from typing import Any
 from hybridrl import redact
 from hybridrl.rewards.guard import start_guard
 from hybridrl.rewards.load import RewardFunction, load_reward
-from hybridrl.rewards.signature import Signature, signature_of
+from hybridrl.rewards.signature import signature_of
 from hybridrl.rewards.text import described, plain
 
 FLOAT32_MAX = 3.4e38  # values travel as float32
