@@ -222,6 +222,8 @@ class RewardFunctionConfig:
     """multiplies the weight"""
     options: dict[str, Any] = field(default_factory=dict)
     """keyword arguments to the function; of reward_model: path, the exported folder"""
+    skip_special_tokens: bool = True
+    """leave tokens such as the end of a turn out of `completions`; false: the function sees them as text"""
 
 
 @dataclass(kw_only=True, slots=True)

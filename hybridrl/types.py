@@ -189,7 +189,7 @@ class Rewards:
     uids: tuple[str, ...]  # [G]
     values: Float  # [N] weighted sum over the reward functions
     part_names: tuple[str, ...]  # [P]
-    parts: Float  # [P, N] each function's own value; NaN where it failed
+    parts: Float  # [P, N] each function's own value; NaN where it failed or does not apply
     errors: Bool  # [N] some function failed or timed out
     keep: Bool  # [N] False: on_error=drop_group took the sequence's whole group out of training
     compressed: Float  # [N] bytes of the text after zlib over before; NaN where there is no text

@@ -29,8 +29,9 @@ from hybridrl.errors import ConfigError, DataError
 from hybridrl.models.loading import load_output_head, load_tokenizer
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.rewards.child import RewardCall
-from hybridrl.rewards.load import BUILT_IN, accepted_names
+from hybridrl.rewards.load import BUILT_IN
 from hybridrl.rewards.pool import RewardPool
+from hybridrl.rewards.signature import signature_of
 from hybridrl.runtime.cluster import private_token, worker_env
 from hybridrl.runtime.host import build
 from hybridrl.settings_file import saved_config
@@ -181,7 +182,7 @@ def test_an_option_with_a_plain_value_is_accepted_and_written_as_it_is(option: s
 def ordinary_options() -> set[str]:
     """Names of options of our reward functions and generators, and of what a judge's client takes beside its key."""
     rewards = {
-        name for path in BUILT_IN.values() for name in accepted_names(resolve_name(path)) or ()
+        name for path in BUILT_IN.values() for name in signature_of(resolve_name(path)).accepted
     }
     return (
         rewards

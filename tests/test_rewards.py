@@ -17,7 +17,7 @@ from hybridrl.errors import ConfigError, RewardError
 from hybridrl.rewards import check_rewards
 from hybridrl.rewards.countdown import countdown
 from hybridrl.rewards.maths import math
-from hybridrl.rewards.pool import Failure, FailureKind, RewardCall, RewardPool
+from hybridrl.rewards.pool import Failure, FailureKind, Outcome, RewardCall, RewardPool
 from hybridrl.types import FinishReason, Prompt, RolloutBatch, Trajectory
 from hybridrl.workers.reward import RewardWorker
 
@@ -145,7 +145,7 @@ def pool(user_file: Path) -> Iterator[RewardPool]:
         del os.environ[name]
 
 
-def kinds(outcomes: list[float | Failure]) -> list[float | str]:
+def kinds(outcomes: list[Outcome]) -> list[float | str | None]:
     return [o.kind.value if isinstance(o, Failure) else o for o in outcomes]
 
 
@@ -460,9 +460,11 @@ def test_no_task_is_begun_when_the_time_of_a_call_is_over(user_file: Path) -> No
         pool.close()
 
 
-def test_what_is_no_finite_number_is_invalid_and_never_zero(pool: RewardPool) -> None:
+def test_what_is_no_finite_number_is_invalid_and_never_zero_and_none_is_no_number(
+    pool: RewardPool,
+) -> None:
     outcomes = pool.call("odd", {"completions": ["nan", "inf", "none", "str", "huge", "fine"]})
-    assert kinds(outcomes) == ["invalid"] * 5 + [1.0]
+    assert kinds(outcomes) == ["invalid", "invalid", None, "invalid", "invalid", 1.0]
     assert kinds(pool.call("no_list", {"completions": ["a", "b"]})) == ["invalid", "invalid"]
 
 

@@ -46,7 +46,7 @@ from hybridrl.errors import (
     raised,
 )
 from hybridrl.models.loading import head_rows, load_tokenizer
-from hybridrl.rewards import check_rewards
+from hybridrl.rewards import check_columns, loaded_rewards
 from hybridrl.rewards.reward_model import check_reward_models
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
@@ -300,8 +300,11 @@ def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """
     check_metrics(settings)
     check_usable(settings)
-    check_rewards(settings.reward)
-    return prepare_prompts(settings)
+    with loaded_rewards(settings.reward) as rewards:
+        prompts, heldout = prepare_prompts(settings)
+        if rewards is not None:
+            check_columns(rewards, prompts, heldout)
+    return prompts, heldout
 
 
 def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:

@@ -1,5 +1,5 @@
 """Reward functions, and the pool of killable processes that calls them."""
 
-from hybridrl.rewards.pool import check_rewards
+from hybridrl.rewards.check import check_columns, check_rewards, loaded_rewards
 
-__all__ = ["check_rewards"]
+__all__ = ["check_columns", "check_rewards", "loaded_rewards"]

@@ -2,7 +2,7 @@
 
 A reward function has TRL's batch signature:
 
-    def f(completions: list[str], prompts: list[str], **columns: list) -> list[float]
+    def f(completions: list[str], prompts: list[str], **columns: list) -> list[float | None]
 
 It is called with keywords, lists of one length: `completions`, `prompts`, `completion_ids`, `prompt_ids` and the
 problem's columns, as many of them as its signature names (all, if it has **kwargs), and with its options. Each sequence
@@ -13,18 +13,21 @@ A class is built once in each child process, from its options; what it builds is
 
 import difflib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from hybridrl.errors import ConfigError
+from hybridrl.rewards.text import described
 
-RewardFunction = Callable[..., list[float]]
+RewardFunction = Callable[..., Any]  # a list [N] of float | None, or an awaitable of one
 
 # Import paths, not callables: only the process that runs a function pays for importing what it needs.
 BUILT_IN = {
@@ -67,61 +70,121 @@ def load_reward(name: str, function: str, options: dict[str, Any]) -> RewardFunc
         raise ConfigError(
             f"{field}: must be one of {', '.join(BUILT_IN)} or file.py:function; {remedy}"
         )
-    accepted = accepted_names(loaded)
+    parameters = _parameters(field, loaded)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for option in options:
-        if accepted is not None and option not in accepted:
+        if not takes_any and option not in parameters:
             raise ConfigError(
                 f"reward.functions.{name}.options.{option}: {function} takes no such argument; remove it"
             )
-    return (
-        _built(field, loaded, options)
-        if isinstance(loaded, type)
-        else _with_options(loaded, options)
-    )
+    if isinstance(loaded, type):
+        return _built(field, loaded, options)
+    return _with_options(loaded, options)
 
 
-def accepted_names(function: RewardFunction) -> frozenset[str] | None:
-    """The keywords that `function` takes; None: any, it has **kwargs."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return frozenset(
-        p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    )
+def _parameters(field: str, function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{field}: its arguments cannot be read ({described(error)}); name a function written in Python"
+        ) from error
+    for parameter in parameters.values():
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+            raise ConfigError(
+                f"{field}: its argument {parameter.name} cannot be given by name; "
+                "remove the / that follows it"
+            )
+    return dict(parameters)
 
 
 def _built(field: str, kind: type, options: dict[str, Any]) -> RewardFunction:
     try:
-        return kind(**options)
+        built = kind(**options)
     except ConfigError as error:
         raise ConfigError(f"{field}: {error}") from error
     except Exception as error:
         raise ConfigError(
-            f"{field}: building it raised {type(error).__name__}: {error}; correct its options"
+            f"{field}: building it raised {described(error)}; correct its options"
         ) from error
+    if not callable(built):
+        raise ConfigError(f"{field}: an object of this class is called, but it has no __call__")
+    _parameters(field, built)
+    return built
 
 
 def _with_options(function: RewardFunction, options: dict[str, Any]) -> RewardFunction:
-    @functools.wraps(function)  # with its signature
-    def called(**columns: list[Any]) -> list[float]:
-        return function(**columns | options)  # over a column of the same name
+    """The function with its options given, which stand over columns of their names."""
 
+    @functools.wraps(function)
+    def called(**columns: list[Any]) -> Any:
+        return function(**columns | options)
+
+    signature = inspect.signature(function)
+    free = [p for p in signature.parameters.values() if p.name not in options]
+    called.__signature__ = signature.replace(parameters=free)
     return called
 
 
 def _module(field: str, path: Path) -> ModuleType:
+    """The file as a module, run once in this process.
+
+    It is imported under its own name, from its own folder, as `python path` would do: it can import
+    its neighbours, and a process that it starts can import its functions. Where that name means
+    another module (math.py, or a second rewards.py), it has a private name instead, under which
+    processes that are started by spawn cannot import it.
+    """
+    path = path.absolute()
     if not path.is_file():
-        raise ConfigError(
-            f"{field}: there is no file {path.absolute()}; give a path that every node can read"
-        )
-    spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
+        raise ConfigError(f"{field}: there is no file {path}; give a path that every node can read")
+    if str(path) in _modules:
+        return _modules[str(path)]
+    _check_neighbours(field, path)
+    folder = str(path.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = _spec(path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except BaseException as error:
+        del sys.modules[spec.name]
         raise ConfigError(
-            f"{field}: running {path} raised {type(error).__name__}: {error}; correct the file"
+            f"{field}: running {path} raised {described(error)}; correct the file"
         ) from error
+    _modules[str(path)] = module
     return module
+
+
+_modules: dict[str, ModuleType] = {}  # by absolute path
+
+
+def _spec(path: Path) -> ModuleSpec | None:
+    name = path.stem
+    if name not in sys.modules:
+        importlib.invalidate_caches()
+        found = importlib.util.find_spec(name) if name.isidentifier() else None
+        if found is not None and found.origin == str(path):
+            return found
+    private = f"reward_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    return importlib.util.spec_from_file_location(private, path)
+
+
+def _check_neighbours(field: str, path: Path) -> None:
+    """Refuse a file whose imports would give it modules from the folder of another reward file."""
+    for loaded in _modules.values():
+        other = Path(str(loaded.__file__)).parent
+        if other == path.parent:
+            continue
+        for neighbour in path.parent.iterdir():
+            module = sys.modules.get(neighbour.stem)
+            source = getattr(module, "__file__", None)
+            if source is None or module is loaded:
+                continue
+            if Path(source).parent in (other, other / neighbour.stem):
+                raise ConfigError(
+                    f"{field}: {path.parent} and {other} both have {neighbour.name}, and one process can import "
+                    "only one of them; rename one, or put both reward files into one folder"
+                )

@@ -1,9 +1,13 @@
 """Mathematics: 1 if the completion's final answer equals the reference, as math-verify judges, else 0.
 
 answer "1/2"      "so it is $\\frac{2}{4}$" -> 1.0      "0.5" -> 1.0      "2" -> 0.0
+
+math-verify evaluates parts of the text with sympy, so call it only where the pool calls it: in a child process that
+holds no secrets and is killed at its deadline. It is no protection from a text that is written to run code.
 """
 
 import logging
+import math as numbers
 
 from math_verify import parse, verify
 
@@ -15,16 +19,24 @@ for module in ("parser", "grader"):
     )  # each warns once that its timeout is off
 
 
-def math(completions: list[str], answer: list[str]) -> list[float]:
-    """1.0 or 0.0 per completion [N]; `answer` is LaTeX or a plain expression, with or without $ or \\boxed.
+def math(completions: list[str], answer: list[str | int | float]) -> list[float]:
+    """1.0 or 0.0 per completion [N]; `answer` is a number, LaTeX or a plain expression, with or without $ or \\boxed.
 
     Raises:
-        ValueError: a reference answer that math-verify cannot read: no completion could be right.
+        ValueError: a reference answer that is neither text nor a finite number, or that math-verify cannot read: no
+            completion could be right.
     """
     return [
-        _equal(completion, str(reference))
+        _equal(completion, _reference(reference))
         for completion, reference in zip(completions, answer, strict=True)
     ]
+
+
+def _reference(answer: object) -> str:
+    number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    if isinstance(answer, str) or (number and numbers.isfinite(answer)):
+        return str(answer)
+    raise ValueError(f"answer={answer!r:.100}: must be text or a finite number")
 
 
 def _equal(completion: str, reference: str) -> float:

@@ -9,27 +9,18 @@ function that always hangs costs about (1 + max_timeouts * N / processes) deadli
 """
 
 import math
-import os
-import signal
-import sys
 import time
-import types
 from collections.abc import Mapping
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import TYPE_CHECKING, Any
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
-
 from hybridrl.errors import ConfigError
-from hybridrl.redact import without_secrets
-from hybridrl.rewards import child
 from hybridrl.rewards.child import Raised, RewardCall
+from hybridrl.rewards.process import ProcessEnded, RewardProcess
+from hybridrl.rewards.signature import Signature
 
-if TYPE_CHECKING:  # children import this module, and must not pay for Hydra
+if TYPE_CHECKING:  # children import this package, and must not pay for Hydra
     from hybridrl.config import RewardConfig
 
 LOAD_S = 120.0  # for a child to start and import what the functions need
@@ -50,11 +41,12 @@ class Failure:
     text: str
 
 
-Outcome = float | Failure
+Outcome = float | None | Failure
+"""The value of one sequence; None: the function does not apply to it."""
 
 
 class RewardPool:
-    """`processes` children, each with every function loaded; a child that dies is replaced.
+    """`processes` children, each with every function loaded; a child that ends is replaced.
 
     Args:
         calls: reward name -> function and options.
@@ -76,26 +68,26 @@ class RewardPool:
         max_timeouts: float,
         budget_s: float = math.inf,
     ) -> None:
-        self._calls, self._processes, self._timeout_s, self._max_timeouts = (
-            dict(calls),
-            processes,
-            timeout_s,
-            max_timeouts,
-        )
+        self._calls = dict(calls)
+        self._timeout_s = timeout_s
+        self._max_timeouts = max_timeouts
         self._budget_s = budget_s
-        self._pool = self._fresh()
+        self._processes = [RewardProcess(self._calls) for _ in range(processes)]
         try:
-            self._accepted = {name: self._load(name) for name in calls}
+            self.signatures = self._load()
         except ConfigError:
             self.close()
             raise
 
     def call(self, name: str, columns: Mapping[str, list[Any]]) -> list[Outcome]:
-        """One outcome per sequence, for lists of length N >= 1; passes only the columns that the function takes."""
-        num_sequences, end = len(columns["completions"]), time.monotonic() + self._budget_s
-        accepted = self._accepted[name]
-        passed = {k: v for k, v in columns.items() if accepted is None or k in accepted}
-        size = -(-num_sequences // self._processes)
+        """One outcome per sequence, for lists of length N >= 1; passes only the columns that the function takes.
+
+        A column that the function requires and `columns` lacks is passed as N times None.
+        """
+        num_sequences = len(columns["completions"])
+        end = time.monotonic() + self._budget_s
+        passed = self.signatures[name].passed(dict(columns))
+        size = -(-num_sequences // len(self._processes))
         parts = [range(i, min(i + size, num_sequences)) for i in range(0, num_sequences, size)]
         outcomes: dict[int, Outcome] = {}
         retried: list[int] = []
@@ -109,20 +101,25 @@ class RewardPool:
         )
         return [outcomes[i] for i in range(num_sequences)]
 
+    def describe(self, name: str) -> str:
+        """The setting that named the function, for a message."""
+        return f"reward.functions.{name}.function={self._calls[name].function}"
+
     def close(self) -> None:
         """Kill the children, and all that they started."""
-        self._pool.stop()
-        self._pool.join()
+        for process in self._processes:
+            process.end()
+        self._processes = []
 
     def _alone(
         self, name: str, columns: dict[str, list[Any]], retried: list[int], most: float, end: float
     ) -> dict[int, Outcome]:
         """One call a sequence, as many at once as there are children, until more than `most` have timed out or time is up."""
         outcomes: dict[int, Outcome] = {}
-        told = f"not run: more than {self._max_timeouts:.0%} of the batch had timed out, or {self._budget_s:g} s were over"
-        skipped = Failure(kind=FailureKind.timeout, text=told)
-        for start in range(0, len(retried), self._processes):
-            parts = [range(i, i + 1) for i in retried[start : start + self._processes]]
+        reason = f"not run: more than {self._max_timeouts:.0%} of the batch had timed out, or {self._budget_s:g} s were over"
+        skipped = Failure(kind=FailureKind.timeout, text=reason)
+        for start in range(0, len(retried), len(self._processes)):
+            parts = [range(i, i + 1) for i in retried[start : start + len(self._processes)]]
             hung = sum(
                 isinstance(o, Failure) and o.kind is FailureKind.timeout for o in outcomes.values()
             )
@@ -138,79 +135,75 @@ class RewardPool:
     def _answers(
         self, name: str, columns: dict[str, list[Any]], parts: list[range]
     ) -> list[list[Outcome] | Failure]:
-        answers = [
-            self._wait(future) for future in [self._send(name, columns, part) for part in parts]
+        """Of each part, which goes to the process of its position; there are no more parts than processes."""
+        refused = [self._send(i, name, columns, part) for i, part in enumerate(parts)]
+        end = time.monotonic() + self._timeout_s
+        return [
+            failure or self._receive(i, len(parts[i]), end) for i, failure in enumerate(refused)
         ]
-        for i, answer in enumerate(answers):
-            if (
-                answer is None
-            ):  # the pool broke under it, by another's fault perhaps: once more, alone
-                answers[i] = self._wait(self._send(name, columns, parts[i]))
-        died = Failure(
-            kind=FailureKind.died, text="the process ended before it took the call, twice"
-        )
-        return [died if answer is None else answer for answer in answers]
 
-    def _send(self, name: str, columns: dict[str, list[Any]], part: range) -> ProcessFuture:
+    def _send(
+        self, i: int, name: str, columns: dict[str, list[Any]], part: range
+    ) -> Failure | None:
+        """Let process i take a part, or its replacement, if it has ended between two calls."""
         keywords = {k: v[part.start : part.stop] for k, v in columns.items()}
-        arguments = (name, len(part), keywords)
-        try:
-            return self._pool.schedule(child.call, arguments, timeout=self._timeout_s)
-        except (
-            RuntimeError
-        ):  # pebble gives up when a child dies between calls, e.g. for lack of memory
-            self.close()
-            self._pool = self._fresh()
-            return self._pool.schedule(child.call, arguments, timeout=self._timeout_s)
+        reason = ""
+        for _ in range(2):
+            process = self._processes[i]
+            try:
+                process.load(LOAD_S)
+                process.take(name, len(part), keywords, self._timeout_s)
+                return None
+            except ProcessEnded as error:
+                reason = f"the process ended before it took the call, twice: {error}"
+            except TimeoutError:
+                reason = "the process did not take the call, twice"
+            self._replace(i)
+        return Failure(kind=FailureKind.died, text=reason)
 
-    def _wait(self, future: ProcessFuture) -> list[Outcome] | Failure | None:
-        """What the call came to; None: the pool broke and does not say which call did it."""
+    def _receive(self, i: int, num_sequences: int, end: float) -> list[Outcome] | Failure:
+        """What the part that process i has taken comes to."""
         try:
-            result = future.result()
+            answer = self._processes[i].answer(num_sequences, max(end - time.monotonic(), 0.0))
         except TimeoutError:
-            return Failure(
-                kind=FailureKind.timeout,
-                text=f"no answer within reward.timeout_s={self._timeout_s:g}",
-            )
-        except ProcessExpired as error:
-            return Failure(
-                kind=FailureKind.died, text=f"the process ended with exit code {error.exitcode}"
-            )
-        except BrokenProcessPool:
-            return None
-        if isinstance(result, Raised):
-            return Failure(
-                kind=FailureKind.invalid if result.wrong_result else FailureKind.raised,
-                text=result.text,
-            )
+            self._replace(i)
+            reason = f"no answer within reward.timeout_s={self._timeout_s:g}"
+            return Failure(kind=FailureKind.timeout, text=reason)
+        except ProcessEnded as error:
+            self._replace(i)
+            return Failure(kind=FailureKind.died, text=str(error))
+        if isinstance(answer, Raised):
+            kind = FailureKind.invalid if answer.wrong_result else FailureKind.raised
+            return Failure(kind=kind, text=answer.text)
         return [
             Failure(kind=FailureKind.invalid, text=value) if isinstance(value, str) else value
-            for value in result
+            for value in answer
         ]
 
-    def _load(self, name: str) -> frozenset[str] | None:
-        field = f"reward.functions.{name}.function={self._calls[name].function}"
-        try:
-            accepted = self._pool.schedule(child.loaded, (name,)).result(timeout=LOAD_S)
-        except TimeoutError as error:
-            raise ConfigError(
-                f"{field}: a process with all reward functions must load within {LOAD_S:g} s; import less"
-            ) from error
-        except (ProcessExpired, RuntimeError) as error:
-            raise ConfigError(
-                f"{field}: loading the reward functions ended their process; run the file by itself"
-            ) from error
-        if isinstance(accepted, str):
-            raise ConfigError(accepted)
-        return accepted
+    def _replace(self, i: int) -> None:
+        self._processes[i].end()
+        self._processes[i] = RewardProcess(self._calls)
 
-    def _fresh(self) -> ProcessPool:
-        return ProcessPool(
-            max_workers=self._processes,
-            initializer=child.start,
-            initargs=(self._calls,),
-            context=_BareContext(),
-        )
+    def _load(self) -> dict[str, Signature]:
+        field = ", ".join(self.describe(name) for name in self._calls)
+        signatures: dict[str, Signature] = {}
+        for process in self._processes:
+            try:
+                process.load(LOAD_S)
+            except TimeoutError as error:
+                raise ConfigError(
+                    f"{field}: a process with all reward functions must load within {LOAD_S:g} s; import less"
+                ) from error
+            except ProcessEnded as error:
+                raise ConfigError(
+                    f"{field}: loading the reward functions ended their process; run the file by itself"
+                ) from error
+            assert process.loaded is not None
+            for name, signature in process.loaded.items():
+                if isinstance(signature, str):
+                    raise ConfigError(signature)
+                signatures[name] = signature
+        return signatures
 
 
 def reward_calls(config: "RewardConfig") -> dict[str, RewardCall]:
@@ -221,64 +214,9 @@ def reward_calls(config: "RewardConfig") -> dict[str, RewardCall]:
     }
 
 
-def check_rewards(config: "RewardConfig") -> None:
-    """Load every configured function once, in a child, before any worker starts.
-
-    Raises:
-        ConfigError: one sentence on the first that cannot be loaded.
-    """
-    if config.functions:
-        RewardPool(
-            reward_calls(config),
-            processes=1,
-            timeout_s=config.timeout_s,
-            max_timeouts=config.max_error_rate,
-        ).close()
-
-
 def _spread(part: range, answer: list[Outcome] | Failure) -> dict[int, Outcome]:
     return (
         dict.fromkeys(part, answer)
         if isinstance(answer, Failure)
         else dict(zip(part, answer, strict=True))
     )
-
-
-class _BareProcess(SpawnProcess):
-    """A spawned process that inherits no secret variable and does not run the parent's main script again, which may import torch or ray.
-
-    It ends together with all that it started, be it killed or dead by itself; what left its session on purpose excepted.
-    """
-
-    _swept = False
-
-    @staticmethod
-    def _Popen(process: SpawnProcess) -> object:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")  # spawn finds no file to run in it
-        try:
-            with without_secrets():
-                return SpawnProcess._Popen(process)
-        finally:
-            sys.modules["__main__"] = main
-
-    def terminate(self) -> None:
-        """SIGKILL at once: a late child has nothing to tidy up."""
-        self._sweep()
-        self.kill()  # where it has no session of its own yet
-
-    def is_alive(self) -> bool:
-        alive = super().is_alive()
-        if not alive and not self._swept:  # once: its number may belong to another one day
-            self._sweep()
-        return alive
-
-    def _sweep(self) -> None:
-        self._swept = True
-        if self.pid is not None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
-
-
-class _BareContext(SpawnContext):
-    Process = _BareProcess

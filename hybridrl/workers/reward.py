@@ -17,7 +17,7 @@ from hybridrl.rewards.repetition import compressed_share, repeated_share
 from hybridrl.types import Bool, Rewards, RolloutBatch, Sample
 
 logger = logging.getLogger(__name__)
-LOGGED = 10  # failures told in full per function and batch
+LOGGED = 10  # failures logged in full per function and batch
 IN_TIME = 0.9  # of the deadline for the functions, the rest for all else
 
 
@@ -70,32 +70,36 @@ class RewardWorker:
     def score(self, batch: RolloutBatch, weights: Sequence[float]) -> Rewards:
         """The weighted sum of all functions, for each of the N sequences.
 
-        Where a function whose weight in the settings is not 0 failed: on_error=value gives `reward.error_value`,
-        drop_group gives NaN and takes the K siblings out. Under watch_only the function adds 0 there, and all is kept.
+        A function that returns None does not apply to the sequence and adds nothing to its sum. Where a function whose weight
+        in the settings is not 0 failed, or none of these applies: on_error=value gives `reward.error_value`, drop_group gives
+        NaN and takes the K siblings out. Under watch_only the function adds 0 there, and all is kept.
 
         Args:
             weights: [P] of the functions at this step, in the order of `config.functions`.
 
         Raises:
-            RewardError: a function failed under on_error=fail.
+            RewardError: a function failed, or none applied, under on_error=fail.
         """
         failpoints.hit("reward.score", uid=batch.uids[0])
         names = tuple(self.config.functions)
         columns = self._columns(batch)
         outcomes = [self._call(name, batch, columns) for name in names]
+        shape = (len(names), batch.num_sequences)  # [P, N]
         parts = np.array(
-            [[np.nan if isinstance(o, Failure) else o for o in row] for row in outcomes]
-        )
-        parts = parts.reshape(len(names), batch.num_sequences)  # [P, N] float64
+            [[o if isinstance(o, float) else np.nan for o in row] for row in outcomes]
+        ).reshape(shape)  # float64
+        failed = np.array([[isinstance(o, Failure) for o in row] for row in outcomes], bool)
+        failed = failed.reshape(shape)
         assert len(weights) == len(names), (weights, names)
         counted = np.array([f.weight != 0 for f in self.config.functions.values()], bool)  # [P]
-        errors = np.isnan(parts[counted]).any(axis=0)  # [N]
-        summed = np.nan_to_num(parts[counted], nan=0.0) if self.watch_only else parts[counted]
-        values = (
-            np.asarray(weights, float)[counted] @ summed
-        )  # [N], NaN where a counted function failed
-        if self.config.on_error is OnError.value and not self.watch_only:
-            values = np.where(errors, self.config.error_value, values)
+        errors = failed[counted].any(axis=0)  # [N]
+        if counted.any():
+            errors |= self._without_value(batch, np.isnan(parts[counted]).all(axis=0) & ~errors)
+        # What does not apply adds nothing; the sum means nothing where a counted function failed.
+        values = np.asarray(weights, float)[counted] @ np.nan_to_num(parts[counted], nan=0.0)  # [N]
+        if not self.watch_only:
+            replaced = self.config.error_value if self.config.on_error is OnError.value else np.nan
+            values = np.where(errors, replaced, values)
         return Rewards(
             uids=batch.uids,
             values=values.astype(np.float32),
@@ -151,34 +155,48 @@ class RewardWorker:
         self, name: str, batch: RolloutBatch, columns: Mapping[str, list[Any]]
     ) -> list[Outcome]:
         assert self.pool is not None
+        if not self.config.functions[name].skip_special_tokens:
+            texts = [self._decode(ids, skip_special=False) for ids in columns["completion_ids"]]
+            columns = {**columns, "completions": texts}
         outcomes = self.pool.call(name, columns)
         failed = [
             (batch.uids[i // batch.group_size], o)
             for i, o in enumerate(outcomes)
             if isinstance(o, Failure)
         ]
-        told = [
+        lines = [
             f"reward.functions.{name} failed on {uid}: {failure.kind}: {failure.text}"
             for uid, failure in failed
         ]
         counts = self.config.functions[name].weight != 0 and not self.watch_only
-        if told and self.config.on_error is OnError.fail and counts:
+        if lines and self.config.on_error is OnError.fail and counts:
             raise RewardError(
-                f"{told[0]}; {len(told)} of {len(outcomes)} calls failed and reward.on_error=fail"
+                f"{lines[0]}; {len(lines)} of {len(outcomes)} calls failed and reward.on_error=fail"
             )
-        for line in told[:LOGGED]:
+        for line in lines[:LOGGED]:
             logger.warning(line)
-        if len(told) > LOGGED:
-            logger.warning("reward.functions.%s failed on %d more", name, len(told) - LOGGED)
+        if len(lines) > LOGGED:
+            logger.warning("reward.functions.%s failed on %d more", name, len(lines) - LOGGED)
         return outcomes
+
+    def _without_value(self, batch: RolloutBatch, rows: Bool) -> Bool:
+        """`rows`, the sequences [N] to which no function applies: an error, since 0 would be an invented reward."""
+        uids = [batch.uids[i // batch.group_size] for i in np.flatnonzero(rows)]
+        if not uids:
+            return rows
+        line = f"no reward function applies to {uids[0]}: each whose weight is not 0 returned None"
+        if self.config.on_error is OnError.fail and not self.watch_only:
+            raise RewardError(f"{line}; {len(uids)} such responses and reward.on_error=fail")
+        logger.warning("%s, as for %d of %d responses", line, len(uids), batch.num_sequences)
+        return rows
 
     def _kept(self, errors: Bool, group_size: int) -> Bool:
         if self.config.on_error is not OnError.drop_group or self.watch_only:
             return np.ones_like(errors)
         return np.repeat(~errors.reshape(-1, group_size).any(axis=1), group_size)
 
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def _decode(self, ids: list[int], *, skip_special: bool = True) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special)
 
 
 def _repeat(per_group: Sequence[Any], k: int) -> list[Any]:

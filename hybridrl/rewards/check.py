@@ -1,0 +1,137 @@
+"""What can be known of the reward functions before any worker starts: that they load, and that they fit the data.
+
+Each function is also called once, on the first prompt that has its columns and on a short text as response. When it
+raises, that is only a warning, since a function may refuse a text that no trained model would write.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hybridrl.errors import ConfigError
+from hybridrl.rewards.pool import Failure, FailureKind, RewardPool, reward_calls
+
+if TYPE_CHECKING:  # children import this package, and must not pay for Hydra or numpy
+    from hybridrl.config import RewardConfig
+    from hybridrl.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+GIVEN = ("completions", "prompts", "completion_ids", "prompt_ids")
+"""What a function can ask for beside the columns of the data."""
+
+TRIAL = "The answer is 42."
+
+LISTS = "def score(completions: list[str], prompts: list[str], **columns: list) -> list[float]"
+FOREIGN = {
+    "solution_str": f"it scores one response at a time; write {LISTS}",
+    "data_source": f"it scores one response at a time; write {LISTS}",
+    "response": "responses are passed as the list `completions`",
+    "responses": "responses are passed as the list `completions`",
+    "completion": "responses are passed as the list `completions`",
+    "prompt": "prompts are passed as the list `prompts`",
+    "queries": "prompts are passed as the list `prompts`",
+}
+"""Arguments of other frameworks, and what takes their place."""
+
+
+def check_rewards(config: "RewardConfig") -> None:
+    """Load every configured function once, in a child.
+
+    Raises:
+        ConfigError: one sentence on the first that cannot be loaded.
+    """
+    with loaded_rewards(config):
+        pass
+
+
+@contextmanager
+def loaded_rewards(config: "RewardConfig") -> Iterator[RewardPool | None]:
+    """A pool of one child with every configured function loaded; None where there is no function.
+
+    Raises:
+        ConfigError: one sentence on the first that cannot be loaded.
+    """
+    if not config.functions:
+        yield None
+        return
+    pool = RewardPool(
+        reward_calls(config),
+        processes=1,
+        timeout_s=config.timeout_s,
+        max_timeouts=config.max_error_rate,
+    )
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def check_columns(
+    pool: RewardPool, prompts: Sequence["Prompt"], heldout: Sequence["Prompt"]
+) -> None:
+    """Refuse a function that requires what the data does not have, or that reads messages where it is given text.
+
+    Raises:
+        ConfigError: one sentence on the first such function.
+    """
+    for name, signature in pool.signatures.items():
+        for split in (prompts, heldout):
+            _check_required(pool.describe(name), signature.required, split)
+        if prompts:
+            _try_out(pool, name, signature.required, prompts)
+
+
+def _check_required(field: str, required: Sequence[str], prompts: Sequence["Prompt"]) -> None:
+    if not prompts:
+        return
+    columns = dict.fromkeys(column for prompt in prompts for column in prompt.columns)
+    for argument in required:
+        if argument in GIVEN or argument in columns:
+            continue
+        first = prompts[0]
+        known = ", ".join(columns) or "none"
+        remedy = FOREIGN.get(
+            argument,
+            f"name the data's key for it with '+data.columns={{{argument}: KEY}}', set its value in the function's "
+            "options, or give the argument a default",
+        )
+        raise ConfigError(
+            f"{field}: its argument `{argument}` is no column of the data, whose columns are {known} "
+            f"(as of {first.uid}, the first row); {remedy}"
+        )
+
+
+def _try_out(
+    pool: RewardPool, name: str, required: Sequence[str], prompts: Sequence["Prompt"]
+) -> None:
+    wanted = [column for column in required if column not in GIVEN]
+    prompt = next((p for p in prompts if all(c in p.columns for c in wanted)), prompts[0])
+    outcome = pool.call(name, _columns(prompt, prompts=prompt.text, completions=TRIAL))[0]
+    if not isinstance(outcome, Failure):
+        return
+    if outcome.kind is FailureKind.raised:
+        asked = [{"role": "user", "content": prompt.text}]
+        answered = [{"role": "assistant", "content": TRIAL}]
+        columns = _columns(prompt, prompts=asked, completions=answered)
+        if not isinstance(pool.call(name, columns)[0], Failure):
+            raise ConfigError(
+                f"{pool.describe(name)}: it reads lists of messages, and raised {outcome.text} on text; completions and "
+                "prompts are texts here, also of conversations: write `completion`, not `completion[0]['content']`"
+            )
+    logger.warning(
+        "reward.functions.%s failed on %s with the response %r: %s: %s; such responses are handled by reward.on_error",
+        *(name, prompt.uid, TRIAL, outcome.kind, outcome.text),
+    )
+
+
+def _columns(prompt: "Prompt", *, prompts: Any, completions: Any) -> dict[str, list[Any]]:
+    """What a function is given for one sequence."""
+    response = prompt.responses[0] if prompt.responses else prompt.input_ids[-1:]
+    return {column: [value] for column, value in prompt.columns.items()} | {
+        "prompts": [prompts],
+        "completions": [completions],
+        "completion_ids": [list(response)],
+        "prompt_ids": [list(prompt.input_ids)],
+    }

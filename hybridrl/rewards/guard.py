@@ -1,0 +1,259 @@
+"""The guard of a child process: it ends the child with everything that the child started.
+
+    owner == line == guard --- child --- what a reward function starts, sessions of its own and orphans included
+
+The guard works when the line closes, which is also how the owner's SIGKILL shows, when a message
+arrives on the line, and when the child ends by itself. It is not a child of the owner, because Ray
+kills the children of a worker together with the worker. It leads a session of its own and is the
+reaper of its descendants: an orphan becomes the guard's child instead of init's, so nothing that a
+reward function starts leaves the tree below the guard. Where the kernel lets the guard make a
+control group (cgroup v2), the child runs in it and one write kills all of it, however fast it forks.
+
+The guard also forwards what the child and its descendants print, bounded and escaped.
+"""
+
+import ctypes
+import fcntl
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Thread
+
+from hybridrl import redact
+from hybridrl.rewards.text import plain
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+NO_CONTROL_GROUP = "HYBRIDRL_NO_CONTROL_GROUP"
+"""An environment variable; where it is set, the guard makes no control group and ends processes one by one."""
+
+GIVE_UP_S = 60.0  # on a process that does not end by SIGKILL, e.g. one of another user
+OUTPUT_BYTES = 64 * 1024  # printed by a child in one period
+OUTPUT_PERIOD_S = 60.0
+LINE_CHARS = 2000
+PIPE_BYTES = 1024 * 1024
+
+
+def start_guard(line: Connection) -> None:
+    """Turn this process into a guarded child: the call returns in the child, and only there.
+
+    The calling process ends at once with exit status 0. The guard sends the child's exit code as
+    text over the `line`, and closes it once everything has ended.
+
+    Args:
+        line: the guard's end of a connection whose other end only the owner holds.
+    """
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    group = make_control_group()
+    output, printed = os.pipe()
+    with suppress(OSError):  # the user's pipes may hold too much already
+        fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # a flood costs fewer switches
+    child = os.fork()
+    if child == 0:
+        _become_child(group, printed)
+        line.close()
+        os.close(output)
+        return
+    try:
+        os.close(printed)
+        _guard(line, child, group, output)
+    finally:
+        os._exit(0)
+
+
+def _become_child(group: Path | None, printed: int) -> None:
+    """A session of its own, in the group, which ends with the guard, and prints into the pipe."""
+    guard = os.getppid()
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != guard:  # the guard ended before the kernel knew of the wish
+        os._exit(1)
+    os.setsid()
+    if group is not None:
+        (group / "cgroup.procs").write_text("0")
+    for descriptor in (1, 2):
+        os.dup2(printed, descriptor)
+    os.close(printed)
+    # New streams: Python's own know whether the owner's were files, terminals or closed.
+    sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+
+
+def _guard(line: Connection, child: int, group: Path | None, output: int) -> None:
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # only so that it wakes `select`
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the guard ends with the owner, not before
+    forwarder = Thread(target=_forward, args=(output,), daemon=True)
+    forwarder.start()
+    try:
+        while (status := reaped().get(child)) is None:
+            ready, _, _ = select.select([line, woken], [], [])
+            if line in ready:
+                break
+            os.read(woken, 4096)
+        if status is not None:
+            line.send_bytes(str(os.waitstatus_to_exitcode(status)).encode())
+    except OSError:  # the owner is gone
+        pass
+    finally:
+        end_descendants(group)
+        forwarder.join(timeout=1.0)
+
+
+def reaped() -> dict[int, int]:
+    """The wait status of each child that has ended, by process id.
+
+    Raises:
+        ChildProcessError: there is no child, neither alive nor ended.
+    """
+    ended: dict[int, int] = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            if ended:
+                return ended
+            raise
+        if pid == 0:
+            return ended
+        ended[pid] = status
+
+
+def end_descendants(group: Path | None) -> None:
+    """SIGKILL to the descendants of this process, which reaps them, until there are none."""
+    end = time.monotonic() + GIVE_UP_S
+    with suppress(ChildProcessError):
+        while time.monotonic() < end:
+            if group is not None:
+                with suppress(OSError):
+                    (group / "cgroup.kill").write_text("1")
+            for pid in descendants(os.getpid()):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if not reaped():
+                time.sleep(0.005)
+    if group is not None:
+        with suppress(OSError):
+            group.rmdir()
+
+
+def descendants(root: int) -> list[int]:
+    """The process ids of all that descend from `root`, zombies included, parents first."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in _parents():
+        children.setdefault(parent, []).append(pid)
+    found: list[int] = []
+    waiting = [root]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with suppress(OSError):  # it has ended meanwhile
+                stat = Path("/proc", entry, "stat").read_bytes()
+                yield int(entry), int(stat.rpartition(b") ")[2].split()[1])
+
+
+def make_control_group() -> Path | None:
+    """A control group inside the one of this process; None where the kernel or the rights do not allow it."""
+    if NO_CONTROL_GROUP in os.environ:
+        return None
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next(line[3:] for line in groups if line.startswith("0::"))
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+        root = next(fields[1] for fields in mounts if fields[2] == "cgroup2")
+        group = Path(root, own.strip("/"), f"hybridrl-reward-{os.getpid()}")
+        group.mkdir()
+    except (OSError, StopIteration):
+        return None
+    try:
+        # Writing a process id may be refused although making the folder was not.
+        probe = os.fork()
+        if probe == 0:
+            _join_and_exit(group)
+        if os.waitpid(probe, 0)[1] == 0 and (group / "cgroup.kill").exists():
+            return group
+        group.rmdir()
+    except OSError:
+        pass
+    return None
+
+
+def _join_and_exit(group: Path) -> None:
+    status = 1
+    with suppress(OSError):
+        (group / "cgroup.procs").write_text("0")
+        status = 0
+    os._exit(status)
+
+
+def prctl(option: int, value: int) -> None:
+    """Raises: OSError: the kernel refuses it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
+
+
+def _forward(output: int) -> None:
+    """Write the lines that arrive on the pipe to stderr, escaped and at a bounded rate.
+
+    It runs in a thread, since stderr may be a pipe that is not read.
+    """
+    left = OUTPUT_BYTES
+    dropped = 0
+    end = 0.0
+    line = b""
+    while chunk := os.read(output, PIPE_BYTES):
+        now = time.monotonic()
+        if now >= end:
+            _print_dropped(dropped)
+            left = OUTPUT_BYTES
+            dropped = 0
+            end = now + OUTPUT_PERIOD_S
+        taken = chunk[:left]
+        left -= len(taken)
+        dropped += len(chunk) - len(taken)
+        *lines, line = (line + taken).split(b"\n")
+        if len(line) > LINE_CHARS or not left:
+            lines.append(line)
+            line = b""
+        for one in filter(None, lines):
+            _print_line(one)
+    if line:
+        _print_line(line)
+    _print_dropped(dropped)
+
+
+def _print_line(line: bytes) -> None:
+    # Cut first, since masking takes time quadratic in the length of a word.
+    text = line[: 2 * LINE_CHARS].decode(errors="backslashreplace")
+    _print(plain(redact.text(text), LINE_CHARS))
+
+
+def _print_dropped(count: int) -> None:
+    if count:
+        limit = f"{OUTPUT_BYTES // 1024} KiB in {OUTPUT_PERIOD_S:g} s are shown"
+        _print(f"... {count} further bytes are not shown: {limit}")
+
+
+def _print(text: str) -> None:
+    with suppress(OSError):  # the owner's stderr is closed, or its disk is full
+        os.write(2, f"reward function prints: {text}\n".encode())
