@@ -36,7 +36,7 @@ def check_config_file(folder: Path, where: str) -> None:
     for key, value in _numbers(config):
         if COUNTS.fullmatch(key) and abs(value) > MOST_LAYERS:
             raise ConfigError(
-                f"{where}: config.json says {key}={value:g}, the limit is {MOST_LAYERS}; correct its config.json"
+                f"{where}: config.json says {key}={value:.0f}, the limit is {MOST_LAYERS}; correct its config.json"
             )
     if isinstance(config, dict) and config.get("transformers_weights") is not None:
         raise ConfigError(
