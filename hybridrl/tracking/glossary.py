@@ -288,7 +288,12 @@ SECTIONS = (
             "its standard error over problems",
             "changes below twice this are noise",
         ),
-        ("eval/error_rate", "share", "responses without a value (failed, or None); not counted as wrong", "0"),
+        (
+            "eval/error_rate",
+            "share",
+            "responses without a value (failed, or None); not counted as wrong",
+            "0",
+        ),
         (
             "eval/loss",
             "",
