@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         directory = [] if directories else [f"run.dir={run_dir}"]
         settings = load_config([*arguments, *directory])
     failed = False
-    for finding in [*findings(run_dir), *(sources(settings) if settings else ())]:
+    for finding in chain(findings(run_dir), sources(settings) if settings else ()):
         print(finding, flush=True)
         failed |= finding.level is Level.fail
     return int(failed)
@@ -324,6 +325,10 @@ def sources(settings: RunSettings) -> Iterator[Finding]:
     for name, teacher in settings.teachers.items():
         if teacher.path is not None:
             names[f"teachers.{name}.path"] = (teacher.path, teacher.revision, "model")
+    for name, function in settings.reward.functions.items():
+        if function.function == "reward_model" and "path" in function.options:
+            key = f"reward.functions.{name}.options.path"
+            names[key] = (str(function.options["path"]), None, "model")
     data = settings.data
     for key, path in {"data.path": data.path, "data.heldout_path": data.heldout_path}.items():
         if path is not None:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from hybridrl import doctor
 from hybridrl.cli import main
-from hybridrl.doctor import GIB, Level
+from hybridrl.doctor import GIB, Finding, Level, ok
 
 OK, WARN, FAIL = Level.ok, Level.warn, Level.fail
 NEEDS = [
@@ -288,9 +288,23 @@ def test_the_exit_status_is_one_where_anything_fails(
     assert "canary" not in told
 
 
+def test_each_finding_is_printed_before_the_next_one_is_sought(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Loading torch and vLLM takes a while; what is known is shown meanwhile."""
+    shown: list[str] = []
+
+    def findings(run_dir: Path) -> Iterator[Finding]:
+        yield ok("first", "is quick")
+        shown.append(capsys.readouterr().out)
+        yield ok("second", "is slow")
+
+    monkeypatch.setattr(doctor, "findings", findings)
+    assert main(["doctor"]) == 0
+    assert shown == ["[ok]   first: is quick\n"]
+
+
 def test_other_arguments_are_refused(capsys: pytest.CaptureFixture):
     assert main(["doctor", "runs/a"]) == 2
-    assert capsys.readouterr().err.startswith(
-        "hybridrl: runs/a: hybridrl doctor takes run.dir=DIR alone"
-    )
+    assert capsys.readouterr().err.startswith("hybridrl: runs/a: not KEY=VALUE")
     assert main(["doctor", "--help"]) == 0
