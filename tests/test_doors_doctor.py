@@ -288,6 +288,18 @@ def test_the_exit_status_is_one_where_anything_fails(
     assert "canary" not in told
 
 
+def test_a_containers_limits_count_where_they_are_lower_than_the_machine(tmp_path: Path):
+    unlimited = doctor.memory_bytes(tmp_path), doctor.usable_cores(tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert (doctor.memory_bytes(tmp_path), doctor.usable_cores(tmp_path)) == unlimited
+    (tmp_path / "memory.max").write_text(f"{GIB}\n")
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert (doctor.memory_bytes(tmp_path), doctor.usable_cores(tmp_path)) == (GIB, 1)
+    found = doctor.machine(1, 8, GIB)
+    assert found.level is Level.warn and found.text.startswith("1 of 8 cores, 1.0 GiB of memory")
+
+
 def test_each_finding_is_printed_before_the_next_one_is_sought(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
