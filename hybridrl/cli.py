@@ -40,7 +40,7 @@ USAGE = """usage: hybridrl VERB ...
   hybridrl export DIR [FOLDER] [--step N|best] [--dtype TYPE]        a checkpoint, the newest if not said otherwise, as a
                                                                      Hugging Face model folder; DIR is a run or one of its
                                                                      checkpoints, FOLDER by default DIR/export/step_NNNNNN
-  hybridrl serve DIR|FOLDER [--port N]                               answer OpenAI's API with a run's newest export
+  hybridrl serve DIR|FOLDER [--port N]                               answer OpenAI's API with a run's newest model
   hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]       every method's gradient against exact enumeration
   hybridrl doctor [run.dir=DIR] [KEY=VALUE ...]                      is this machine fit to train on, are its doors closed,
                                                                      can the models and data be had?

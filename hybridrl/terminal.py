@@ -61,6 +61,8 @@ class SurvivingStream(io.TextIOBase):
         if self.failure is None:
             try:
                 self._stream.write(text)
+            except BlockingIOError:  # a slow reader of a pipe that does not block is still there
+                pass
             except (OSError, ValueError) as error:
                 self._give_up(error)
         return len(text)
@@ -73,6 +75,8 @@ class SurvivingStream(io.TextIOBase):
         if self.failure is None:
             try:
                 self._stream.flush()
+            except BlockingIOError:
+                pass
             except (OSError, ValueError) as error:
                 self._give_up(error)
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from hybridrl import doctor
 from hybridrl.cli import main
-from hybridrl.doctor import GIB, Level
+from hybridrl.doctor import GIB, Finding, Level, ok
 
 OK, WARN, FAIL = Level.ok, Level.warn, Level.fail
 NEEDS = [
@@ -288,9 +288,35 @@ def test_the_exit_status_is_one_where_anything_fails(
     assert "canary" not in told
 
 
+def test_a_containers_limits_count_where_they_are_lower_than_the_machine(tmp_path: Path):
+    unlimited = doctor.memory_bytes(tmp_path), doctor.usable_cores(tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert (doctor.memory_bytes(tmp_path), doctor.usable_cores(tmp_path)) == unlimited
+    (tmp_path / "memory.max").write_text(f"{GIB}\n")
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert (doctor.memory_bytes(tmp_path), doctor.usable_cores(tmp_path)) == (GIB, 1)
+    found = doctor.machine(1, 8, GIB)
+    assert found.level is Level.warn and found.text.startswith("1 of 8 cores, 1.0 GiB of memory")
+
+
+def test_each_finding_is_printed_before_the_next_one_is_sought(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Loading torch and vLLM takes a while; what is known is shown meanwhile."""
+    shown: list[str] = []
+
+    def findings(run_dir: Path) -> Iterator[Finding]:
+        yield ok("first", "is quick")
+        shown.append(capsys.readouterr().out)
+        yield ok("second", "is slow")
+
+    monkeypatch.setattr(doctor, "findings", findings)
+    assert main(["doctor"]) == 0
+    assert shown == ["[ok]   first: is quick\n"]
+
+
 def test_other_arguments_are_refused(capsys: pytest.CaptureFixture):
     assert main(["doctor", "runs/a"]) == 2
-    assert capsys.readouterr().err.startswith(
-        "hybridrl: runs/a: hybridrl doctor takes run.dir=DIR alone"
-    )
+    assert capsys.readouterr().err.startswith("hybridrl: runs/a: not KEY=VALUE")
     assert main(["doctor", "--help"]) == 0

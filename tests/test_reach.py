@@ -48,7 +48,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HfApi]:
 
 def test_what_is_here_is_reached_without_a_hub(tmp_path: Path):
     assert reach("builtin:countdown-student", None).text == "comes with hybridrl"
+    (tmp_path / "config.json").write_text("{}")
     assert reach(str(tmp_path), None).text == "is on this disk"
+    assert reach(str(tmp_path), None, kind="dataset").reached
     assert not reach(str(tmp_path / "none"), None).reached
 
 
@@ -73,6 +75,40 @@ def test_a_model_that_cannot_be_had_is_named_with_the_reason(hub: HfApi, path: s
 def test_a_hub_that_does_not_answer_is_said_so(hub: HfApi):
     found = reach("org/open", None, api=HfApi(endpoint="http://127.0.0.1:9", token=False))
     assert not found.reached and "the hub does not answer" in found.text
+
+
+def test_a_folder_that_is_no_model_is_not_taken_for_one(tmp_path: Path):
+    found = reach(str(tmp_path), None)
+    assert not found.reached and "holds no config.json" in found.text
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_what_the_cache_holds_is_reached_without_the_hub(
+    hub: HfApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    """A data set has no config.json; and while the hub is out of order, loading takes the cache too."""
+    repository = tmp_path / f"{kind}s--org--kept"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123")
+    (repository / "snapshots" / "0123").mkdir(parents=True)
+    (repository / "snapshots" / "0123" / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    out_of_order = HfApi(endpoint="http://127.0.0.1:9", token=False)
+    found = reach("org/kept", None, api=out_of_order, kind=kind)
+    assert found.reached and "cache here, as the hub does not answer" in found.text
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert reach("org/kept", None, kind=kind).text == "is in the hub's cache here"
+    assert not reach("org/other", None, kind=kind).reached
+
+
+def test_a_token_that_was_stored_by_a_login_counts(
+    hub: HfApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert "without a token" in reach("org/none", None, api=hub).text
+    (tmp_path / "token").write_text("hf_abc")
+    assert "with the token at hand" in reach("org/none", None, api=hub).text
 
 
 def test_offline_only_the_cache_counts(monkeypatch: pytest.MonkeyPatch):

@@ -95,6 +95,23 @@ def test_the_console_loses_its_lines_and_nothing_else(error: Exception):
     assert failing.lines == ["one"] and stream.failure is not None
 
 
+def test_a_reader_that_is_slow_for_a_while_is_not_given_up():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    os.set_blocking(reader, False)
+    stream = SurvivingStream(os.fdopen(writer, "w"))
+    for _ in range(3000):
+        stream.write("a line of a hundred letters" + "." * 73 + "\n")
+        stream.flush()
+    received = b""
+    for _ in range(10):
+        stream.write("the last line\n")
+        stream.flush()
+        received = os.read(reader, 10**6)
+    os.close(reader)
+    assert stream.failure is None and received.endswith(b"the last line\n")
+
+
 def test_version_answers_with_every_descriptor_closed(tmp_path: Path):
     command = f"{sys.executable} -m hybridrl.cli --version <&- >&- 2>&-"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

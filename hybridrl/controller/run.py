@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -38,9 +38,11 @@ from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
 from hybridrl.errors import (
     CheckpointError,
+    ClusterLost,
     ConfigError,
     FleetExhausted,
     LedgerError,
+    Preempted,
     WorkerError,
     WorkerTimeout,
     raised,
@@ -119,7 +121,7 @@ def train(settings: RunSettings) -> RunResult:
             preemption.listening()
         )  # again, for Ray takes the signal to itself when it starts
         slots, log_dir = place_workers(settings, cluster), str(run_dir / "logs")
-        rewards = start_rewards(settings, slots, log_dir)
+        rewards = start_rewards(settings, slots, log_dir, console.notice)
         # A resumed run has them in its first row.
         levels = (
             {}
@@ -157,19 +159,39 @@ def train(settings: RunSettings) -> RunResult:
 
 @contextmanager
 def naming_what_is_saved(settings: RunSettings, run_dir: Path) -> Iterator[None]:
-    """A run that ends for lost workers says in its last sentence from where the same command goes on.
+    """A run that ends before its last step says in its last sentence how it goes on.
 
     Raises:
-        FleetExhausted: with that addition.
+        FleetExhausted, ClusterLost, Preempted: with that addition.
     """
     try:
         yield
-    except FleetExhausted as error:
-        folders = Checkpointer(run_dir, settings.checkpoint).folders()
-        where = (
-            f"goes on from {folders[-1].name}" if folders else "starts afresh: nothing is saved yet"
-        )
-        raise FleetExhausted(f"{error}; the same command {where}") from error
+    except (FleetExhausted, ClusterLost) as error:
+        folders = []
+        with suppress(OSError):  # the folder cannot be listed: the error itself matters more
+            folders = Checkpointer(run_dir, settings.checkpoint).folders()
+        newest = folders[-1].name if folders else None
+        raise type(error)(f"{error}; {how_to_continue(settings, newest)}") from error
+    except Preempted as error:
+        if settings.run.resume is not Resume.never:
+            raise
+        raise Preempted(f"{error}, but with run.resume=auto") from error
+
+
+def how_to_continue(settings: RunSettings, newest: str | None) -> str:
+    """What the same command would do after the run has ended.
+
+    Args:
+        newest: the run's newest checkpoint; None: there is none.
+    """
+    if settings.run.resume is Resume.never:
+        from_where = f"goes on from {newest}" if newest else "starts afresh, as nothing is saved"
+        return f"the same command with run.resume=auto {from_where}"
+    if newest:
+        return f"the same command goes on from {newest}"
+    if settings.run.resume_from:
+        return f"the same command starts from {settings.run.resume_from} again"
+    return "the same command starts afresh: nothing is saved yet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +218,7 @@ class Attempts:
             FleetExhausted: there were more losses than cluster.max_restarts.
         """
         lost: WorkerError | None = None
+        lost_at: float | None = None  # the step that was done before
         for restarts_left in reversed(range(1 + self.settings.cluster.max_restarts)):
             try:
                 if lost is not None:
@@ -214,15 +237,23 @@ class Attempts:
             ) as error:  # a lost engine, scorer or reward worker is replaced while the run goes on
                 if isinstance(error, WorkerTimeout):
                     dump_stacks()
-                if lost is not None and raised(error) and error.args[:3] == lost.args[:3]:
+                step = self.last_step()
+                if lost is not None and same_fault(lost, lost_at, error, step):
                     raise FleetExhausted(
-                        f"{error}; it failed in the same way after it was started again, so a further attempt would too"
+                        f"{error}; it failed in the same way at the same step after it was started again, "
+                        "so a further attempt would too"
                     ) from error
                 if not restarts_left:
                     raise FleetExhausted(f"{error}; cluster.max_restarts is used up") from error
                 self.console.notice(f"{error}; going back to the last checkpoint")
                 lost = error
+                lost_at = step
         raise AssertionError("the last attempt returns or raises")
+
+    def last_step(self) -> float | None:
+        """The last step of which there is a row of metrics; None: there is none yet."""
+        rows = read_metrics(self.run_dir)
+        return rows[-1]["train/step"] if rows else None
 
     def go_back(self) -> Checkpoint | None:
         """What there is in the run's directory now, whatever the first attempt was to do with it."""
@@ -274,6 +305,18 @@ class Attempts:
             controller.inputs = self.inputs
             train_on(controller, checkpoint, self.levels)
         return controller
+
+
+def same_fault(
+    before: WorkerError, before_at: float | None, error: WorkerError, at: float | None
+) -> bool:
+    """Whether an error that a worker raised came again at the same step, so that nothing that passes can be its reason.
+
+    Args:
+        before_at, at: the step that was done before each of the two.
+    """
+    same = (before.worker, before.call, before.reason) == (error.worker, error.call, error.reason)
+    return raised(error) and same and before_at == at
 
 
 def train_on(

@@ -5,14 +5,17 @@ cache for a whole machine. The server itself is the same module, started here wi
 """
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from hybridrl.controller.checkpoint import step_folders, step_of
 from hybridrl.controller.export import export_checkpoint
 from hybridrl.controller.run_directory import CONFIG
 from hybridrl.errors import ConfigError
-from hybridrl.models.limits import most_positions
 from hybridrl.models.loading import load_tokenizer, model_config, resolve
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -26,7 +29,11 @@ def serve(source: str, *, host: str, port: int, device: str, arguments: Sequence
         source: a run directory, a Hugging Face folder, or another value of model.path.
         device: cpu or cuda.
         arguments: further ones for vLLM, which override ours.
+
+    Raises:
+        ConfigError: another program listens there; vLLM would find out after it has loaded the model.
     """
+    check_free(host, port)
     command = server_command(source, host=host, port=port, device=device, arguments=arguments)
     folder = command[command.index("--model") + 1]
     print(f"serving {folder} on http://{host}:{port}/v1, as the model {Path(folder).name}")
@@ -34,6 +41,23 @@ def serve(source: str, *, host: str, port: int, device: str, arguments: Sequence
         print("the model has no chat template, so it answers /v1/completions alone")
     sys.stdout.flush()
     os.execve(sys.executable, command, server_environment(device))
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises:
+    ConfigError: no server can listen at that address.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot listen there ({error.strerror}); name another"
+        ) from error
 
 
 def server_command(
@@ -47,22 +71,32 @@ def server_command(
     folder = model_folder(source)
     command = [sys.executable, "-m", SERVER, "--model", str(folder)]
     command += ["--served-model-name", folder.name, "--host", host, "--port", str(port)]
-    positions = most_positions(model_config(str(folder)))
-    if device == "cpu":
-        longest = min(positions, 4096)
+    config = model_config(str(folder))
+    if getattr(config, "dtype", None) == torch.float32:
+        command += ["--dtype", "float32"]  # vLLM would round the weights to 16 bits
+    if device == "cpu":  # the longest sequence is what fits into this cache
         command += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES), "--enforce-eager"]
-        command += ["--max-model-len", str(int(longest))]
+        command += ["--max-model-len", "auto"]
     return [*command, *arguments]
 
 
 def model_folder(source: str) -> Path:
-    """A run's newest export, which is made where there is none; or the folder of another model."""
+    """A run's newest checkpoint as a model folder, exported where that was not done; or the folder of another model.
+
+    A run without checkpoints has its newest export served.
+    """
     path = Path(source).expanduser()
     if not (path / CONFIG).is_file():
         return resolve(str(path) if path.exists() else source, setting="serve")
-    exports = sorted((path / "export").glob("step_*"))
-    if exports:
-        return exports[-1].absolute()
+    saved = {step_of(folder) for folder in step_folders(path)}
+    exported = {
+        step_of(folder): folder
+        for folder in (path / "export").glob("step_*")
+        if folder.name.removeprefix("step_").isdecimal()
+    }
+    newest = max(saved | exported.keys(), default=None)
+    if newest in exported:
+        return exported[newest].absolute()
     return export_checkpoint(path).absolute()
 
 
@@ -98,6 +132,6 @@ def parse(arguments: Sequence[str]) -> tuple[str, str, int, list[str]]:
             sources.append(argument)
     if len(sources) != 1:
         raise ConfigError("hybridrl serve takes one run directory or model folder")
-    if not values["--port"].isdecimal():
-        raise ConfigError(f"--port {values['--port']}: must be a number")
+    if not values["--port"].isdecimal() or not 1 <= int(values["--port"]) <= 65535:
+        raise ConfigError(f"--port {values['--port']}: must be a number from 1 to 65535")
     return sources[0], values["--host"], int(values["--port"]), further

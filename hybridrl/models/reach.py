@@ -4,10 +4,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -30,6 +31,9 @@ def reach(
     if path.startswith(BUILTIN):
         return Reach(reached=True, text="comes with hybridrl")
     if Path(path).exists():
+        if kind == "model" and not (Path(path) / "config.json").is_file():
+            text = "exists but holds no config.json; give a Hugging Face model folder"
+            return Reach(reached=False, text=text)
         return Reach(reached=True, text="is on this disk")
     if path.startswith(("/", "./", "../", "~")):
         return Reach(reached=False, text="there is no such file or folder; correct the path")
@@ -40,20 +44,18 @@ def reach(
 
 def _cached(path: str, revision: str | None, kind: str) -> Reach:
     try:
-        found = try_to_load_from_cache(path, "config.json", revision=revision, repo_type=kind)
+        snapshot_download(path, revision=revision, repo_type=kind, local_files_only=True)
     except HFValidationError as error:
         return Reach(reached=False, text=f"is no name on the hub: {error}")
-    if isinstance(found, str):
-        return Reach(reached=True, text="is in the hub's cache here")
-    return Reach(
-        reached=False, text="is not in the cache here, and HF_HUB_OFFLINE is set; unset it"
-    )
+    except LocalEntryNotFoundError:
+        return Reach(
+            reached=False, text="is not in the cache here, and HF_HUB_OFFLINE is set; unset it"
+        )
+    return Reach(reached=True, text="is in the hub's cache here")
 
 
 def _on_hub(path: str, revision: str | None, api: HfApi, kind: str) -> Reach:
-    token = (
-        "with the token at hand" if api.token or os.environ.get("HF_TOKEN") else "without a token"
-    )
+    token = "with the token at hand" if api.token or get_token() else "without a token"
     try:
         info = api.repo_info(path, revision=revision, repo_type=kind, timeout=LIMIT_S)
         api.auth_check(path, repo_type=kind)
@@ -69,5 +71,9 @@ def _on_hub(path: str, revision: str | None, api: HfApi, kind: str) -> Reach:
         return Reach(reached=False, text=f"is no name on the hub: {error}")
     except Exception as error:  # the client raises its transport's errors, which are of many kinds
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Reach(reached=False, text=f"the hub does not answer: {first}")
+        cached = _cached(path, revision, kind)
+        text = f"the hub does not answer: {first}"
+        if cached.reached:  # loading falls back to it too
+            text = f"is in the hub's cache here, as {text}"
+        return Reach(reached=cached.reached, text=text)
     return Reach(reached=True, text=f"is on the hub, at commit {(info.sha or '')[:12]}")

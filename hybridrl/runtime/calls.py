@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from hybridrl.errors import HybridRLError, WorkerDied, WorkerError, WorkerTimeout
+from hybridrl.runtime.head import HEAD, check_own_node
 from hybridrl.runtime.host import NotBuilt
 from hybridrl.types import per_token_bytes
 
@@ -70,6 +71,7 @@ def settle(
 
     Raises:
         HybridRLError: what a worker raised on purpose.
+        ClusterLost: Ray's head is gone.
     """
     heard, waiting = time.monotonic(), {p.ref: p for p in pending}
     next_watch = heard + WATCH_S
@@ -78,6 +80,7 @@ def settle(
     lost: dict[tuple[str, int], WorkerError] = {}
     enough = len(waiting) if count is None else count
     while len(values) < enough and not lost:
+        HEAD.check()
         left = heard + deadline_s - time.monotonic()
         for ref in _ready(list(waiting), max(min(left, next_watch - time.monotonic()), 0.001)):
             done, heard = waiting.pop(ref), time.monotonic()
@@ -101,12 +104,16 @@ def outcomes(pending: Sequence[Pending], watch: Callable[[], Pending | None] = n
 
     Args:
         watch: as in `settle`; whose ping is not answered is not waited for.
+
+    Raises:
+        ClusterLost: Ray's head is gone.
     """
     limit = max((p.deadline_s for p in pending), default=0.0)
     end, done, silent = time.monotonic() + limit, set(), set()
     while waiting := [
         p.ref for p in pending if p.ref not in done and (p.worker, p.epoch) not in silent
     ]:
+        HEAD.check()
         done |= set(
             ray.wait(
                 waiting,
@@ -178,6 +185,8 @@ def _fetch(pending: Pending, left_s: float) -> Any:
         reason = f"what {pending.worker} was to give or to be given in {pending.call} is gone with its node"
         raise WorkerDied(OBJECT_STORE, "keeping values", reason) from error
     except RayActorError as error:
+        if not HEAD.is_silent:
+            check_own_node()
         raise WorkerDied(
             pending.worker, pending.call, f"{_last_line(error)}; see {_log(pending)}", pending.epoch
         ) from error

@@ -28,6 +28,7 @@ from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError, PlacementError
 from hybridrl.redact import worker_variables
 from hybridrl.runtime.group import Slot
+from hybridrl.runtime.head import HEAD
 
 CPU_SHARE = 0.01
 """Ray's CPUs are bookkeeping, not cores; workers on CPU share the cores, so they ask for next to nothing."""
@@ -77,7 +78,7 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         with undisturbed():
-            if self.group is not None:
+            if self.group is not None and not HEAD.is_silent:
                 remove_placement_group(self.group)
             if self.owns_ray:
                 ray.shutdown()
@@ -203,7 +204,7 @@ def connect(settings: RunSettings) -> None:
         check_answers(address, settings.deadlines.placement_s)
         # calls that wait for a lost worker's result fail with it; they are made again, and nobody asks for the old ones
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-        with private_token() if address == "local" else nullcontext():
+        with private_token() if address == "local" else nullcontext(), sighup_blocked():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
@@ -211,6 +212,20 @@ def connect(settings: RunSettings) -> None:
             f"cluster.address={address}: no Ray cluster there ({reason}); "
             "give the address that cluster/head.sh printed, or null to run here"
         ) from error
+
+
+@contextmanager
+def sighup_blocked() -> Iterator[None]:
+    """Processes started meanwhile, and their children, do not get SIGHUP; this process gets it afterwards.
+
+    A terminal that is closed sends it to all of them, and Ray's own would end before the driver has saved what was
+    learned. Ray does the same with SIGINT.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

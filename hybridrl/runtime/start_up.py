@@ -3,9 +3,20 @@
 import time
 from collections.abc import Callable, Sequence
 
-from hybridrl.runtime.calls import Pending, is_done
+from hybridrl.runtime.calls import Pending, gather, is_done
 
 REMINDER_S = 20.0
+
+
+def wait_for_start(pending: Sequence[Pending], say: Callable[[str], None]) -> None:
+    """Wait for the first call to each of some workers, and announce each that answers.
+
+    Raises:
+        WorkerError: a worker could not be built, or did not answer in time.
+    """
+    start_up = StartUp(pending, say)
+    gather(pending, start_up.watch)
+    start_up.watch()
 
 
 class StartUp:

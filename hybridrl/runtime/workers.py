@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from hybridrl.choices import Source
 from hybridrl.config import RunSettings
 from hybridrl.errors import WorkerError, WorkerTimeout
-from hybridrl.runtime.calls import Pending, gather
+from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.group import Slot, dump_stacks
 from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
 from hybridrl.runtime.replay import ReplayGroup
-from hybridrl.runtime.start_up import StartUp
+from hybridrl.runtime.start_up import wait_for_start
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +103,11 @@ def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
     )
 
 
-def start_rewards(settings: RunSettings, slots: Slots, log_dir: str) -> RewardGroup:
+def start_rewards(
+    settings: RunSettings, slots: Slots, log_dir: str, say: Callable[[str], None] = log.info
+) -> RewardGroup:
     rewards = RewardGroup(settings, slots["reward"], log_dir=log_dir)
-    gather(rewards.ready())
+    wait_for_start(rewards.ready(), say)
     return rewards
 
 
@@ -138,10 +140,10 @@ def start_workers(
         if (
             settings.cluster.colocate
         ):  # an engine measures the free memory of its GPU; nobody else may move in meanwhile
-            gather(rollout.ready())
+            wait_for_start(rollout.ready(), say)
         engines.append(RolloutGroup(settings, slots["teacher"], **writer, **engine))
     if settings.cluster.colocate:
-        gather(engines[-1].ready())
+        wait_for_start(engines[-1].ready(), say)
     learner = LearnerGroup(settings, slots["learner"], device=device, log_dir=log_dir)
     scorers = [
         ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir)
@@ -152,12 +154,11 @@ def start_workers(
         if settings.algorithm.data_fraction
         else None
     )
-    starting = [*engines, learner, *scorers, *([replay] if replay else [])]
+    starting = [learner, *scorers, *([replay] if replay else [])]
+    if not settings.cluster.colocate:  # else the engines are up already
+        starting = [*engines, *starting]
     try:
-        pending = [call for group in starting for call in group.ready()]
-        start_up = StartUp(pending, say)
-        gather(pending, start_up.watch)
-        start_up.watch()
+        wait_for_start([call for group in starting for call in group.ready()], say)
     except WorkerTimeout:
         dump_stacks()
         raise

@@ -20,6 +20,8 @@ from hybridrl.types import RunInfo, Sample
 INIT_S, FINISH_S = 30.0, 60.0
 REACH_S = 5.0
 """For the first answer of the server."""
+MOST_BYTES = 65536
+"""That are read of it."""
 
 log = logging.getLogger(__name__)
 
@@ -158,8 +160,8 @@ def base_url() -> str:
 def unreachable() -> str:
     """Why the W&B server would not take a run, in words; empty where it answers as one does.
 
-    W&B's own client repeats requests for most of a minute before it says so. A login page of a proxy answers with
-    HTML, and a server with a fault with a status of 500 or above; a refused key is left to the client, which names it.
+    W&B's own client repeats requests for most of a minute before it says so. Only an answer of GraphQL is one of W&B: not
+    a login page, a page of a proxy or another service's JSON. That a key is refused is left to the client, which names it.
     """
     url = f"{base_url().rstrip('/')}/graphql"
     query = json.dumps({"query": "{ serverInfo { cliVersionInfo } }"}).encode()
@@ -168,16 +170,21 @@ def unreachable() -> str:
     )
     try:
         with urllib.request.urlopen(request, timeout=REACH_S) as answer:
-            body = answer.read(65536)
+            status = answer.status
+            body = answer.read(MOST_BYTES)
     except urllib.error.HTTPError as error:
         status = error.code
-        return f"the server at {base_url()} answers with status {status}" if status >= 500 else ""
+        body = error.read(MOST_BYTES)
     except (OSError, ValueError, http.client.HTTPException) as error:
         return f"there is no answer from {base_url()} ({getattr(error, 'reason', error)})"
+    if status >= 500:
+        return f"the server at {base_url()} answers with status {status}"
     try:
-        json.loads(body)
+        parsed = json.loads(body)
     except ValueError:
-        return f"{base_url()} answers with a page and not as a W&B server does, perhaps the login page of a proxy"
+        return f"{base_url()} answers with a page (status {status}) and not as a W&B server does, perhaps the login page of a proxy"
+    if not isinstance(parsed, dict) or not parsed.keys() & {"data", "errors"}:
+        return f"{base_url()} answers with status {status}, but not as a W&B server does"
     return ""
 
 
