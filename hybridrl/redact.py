@@ -348,7 +348,7 @@ def worker_variables() -> dict[str, str]:
     return {
         name: ""
         for name, value in os.environ.items()
-        if variable_is_secret(name, value) and name not in NEEDED
+        if is_withheld(name, value) and name not in NEEDED
     }
 
 
@@ -357,8 +357,17 @@ def drop_variables(*, needed: tuple[str, ...] = ()) -> dict[str, str]:
     return {
         name: os.environ.pop(name)
         for name, value in list(os.environ.items())
-        if variable_is_secret(name, value) and name not in needed
+        if is_withheld(name, value) and name not in needed
     }
+
+
+def is_withheld(name: str, value: str) -> bool:
+    """Whether a process that runs foreign code goes without this variable: also where a variable named like a key holds
+    words, which are not masked anywhere but may be a pass phrase. A path is no secret.
+    """
+    if variable_is_secret(name, value):
+        return True
+    return named(name) is Named.key and value != "" and not is_path(value)
 
 
 @contextmanager
