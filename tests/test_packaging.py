@@ -5,7 +5,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from hybridrl.compose import load_config
+from hybridrl.doctor import lock_file
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
@@ -27,8 +30,8 @@ SET_UP_FILES = (
     "tools/setup",
     "tools/lock",
     "tools/uv-requirements.txt",
-    "requirements-cpu.lock",
-    "requirements-overrides.txt",
+    "tools/requirements-cpu.lock",
+    "tools/requirements-overrides.txt",
 )
 RECIPES = ("cluster/README.md", "cluster/SMOKE.md", "cluster/rayjob.yaml", "cluster/slurm.sbatch")
 
@@ -41,7 +44,7 @@ def locked() -> dict[str, tuple[str, int]]:
     """Version and number of hashes by package name."""
     entries = re.findall(
         r"^(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})*)$",
-        read("requirements-cpu.lock"),
+        read("tools/requirements-cpu.lock"),
         flags=re.MULTILINE,
     )
     return {name: (version, hashes.count("sha256:")) for name, version, hashes in entries}
@@ -83,7 +86,9 @@ def test_ci_calls_the_test_command_and_nothing_else() -> None:
 def test_every_line_of_the_lock_belongs_to_a_package_with_an_exact_version_and_a_hash() -> None:
     packages = locked()
     lines = [
-        line for line in read("requirements-cpu.lock").splitlines() if not line.startswith("#")
+        line
+        for line in read("tools/requirements-cpu.lock").splitlines()
+        if not line.startswith("#")
     ]
     assert len(lines) == sum(1 + count for _, count in packages.values())
     assert [name for name, (_, count) in packages.items() if count == 0] == []
@@ -96,7 +101,7 @@ def test_the_lock_holds_torch_for_each_supported_python() -> None:
 def test_the_lock_leaves_out_what_the_overrides_name() -> None:
     left_out = {
         Requirement(line).name
-        for line in read("requirements-overrides.txt").splitlines()
+        for line in read("tools/requirements-overrides.txt").splitlines()
         if not line.startswith("#")
     }
     assert {"torchvision", "torchaudio", "torchcodec"} <= left_out
@@ -119,13 +124,32 @@ def test_locked_versions_lie_within_the_bounds_of_pyproject() -> None:
     assert [str(r) for r in wanted if not r.specifier.contains(versions.get(r.name, "0"))] == []
 
 
+def test_a_wheel_holds_the_tested_versions_and_doctor_reads_those_alone(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    site = tmp_path / "site-packages"
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    (site / "tools").mkdir()
+    (site / "tools" / "requirements-cpu.lock").write_text("of another project")
+    found = lock_file(site / "hybridrl")
+    assert found is not None
+    assert found.is_relative_to(site / "hybridrl")
+    assert found.read_text() == read("tools/requirements-cpu.lock")
+
+
+def test_doctor_reads_the_tested_versions_of_a_checkout_in_tools(tmp_path: Path) -> None:
+    assert lock_file(ROOT / "hybridrl") == ROOT / "tools" / "requirements-cpu.lock"
+    assert lock_file(tmp_path / "hybridrl") is None
+
+
 def set_up_in(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """tools/setup in a copy of the files it reads, where it cannot get far."""
     (folder / "tools").mkdir()
     for name in (
         "tools/setup",
         "tools/uv-requirements.txt",
-        "requirements-cpu.lock",
+        "tools/requirements-cpu.lock",
         "pyproject.toml",
     ):
         shutil.copy(ROOT / name, folder / name)
