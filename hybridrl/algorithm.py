@@ -26,6 +26,7 @@ class ScheduleConfig:
     """A weight as a function of the step t = 0, 1, ... or of what was measured; a number in its place is a constant weight."""
 
     kind: ScheduleKind = ScheduleKind.constant
+    """how the weight changes"""
     value: float = 1.0
     """at t = 0"""
     end: float | None = None
@@ -83,8 +84,11 @@ and of 0.03 to 0.3 at 1e-6, on random logits of 20 to 150000 tokens."""
 @dataclass(kw_only=True, slots=True)
 class TopKConfig:
     k: int = 16
+    """tokens of the vocabulary in the support"""
     source: SupportSource = SupportSource.sampler
+    """which model chooses the K tokens"""
     correction: Correction = Correction.unbiased
+    """what accounts for the tokens outside the K"""
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -98,7 +102,9 @@ class RatioConfig:
     """Correction for a sampler that is not the learner, and PPO's clip."""
 
     kind: Ratio = Ratio.none
+    """what is done with rho = p(y) / mu(y), learner over sampler, in the sparse term"""
     level: RatioLevel = RatioLevel.token
+    """over what the ratio is taken"""
     low: float = 0.0
     """least rho (truncate, mask); clip: 1 - low"""
     high: float | None = None
@@ -126,7 +132,9 @@ class ValueConfig:
     """The value head of baseline=value."""
 
     gae_lambda: float = 0.95
+    """advantages: 1 uses the whole return, 0 one step and the value after it; between them bias is traded for variance"""
     loss_weight: float = 0.5
+    """weight of the value head's squared error in the loss"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.gae_lambda <= 1:
@@ -142,6 +150,7 @@ class PairConfig:
     """A loss over two ranked responses of one prompt, in place of returns."""
 
     loss: PairLoss = PairLoss.none
+    """the loss over a chosen and a rejected response; formulas in hybridrl/ops/preference.py"""
     against: str | None = None
     """which of teachers.* the log-ratios are to; null: the only one"""
     beta: float = 0.1
@@ -183,11 +192,14 @@ class AlgorithmConfig:
     """J = sum_i w_i D_i - lambda R (arXiv 2512.23097)."""
 
     divergence: Divergence = Divergence.reverse_kl
+    """between the student p and a teacher q, per token"""
     jsd_beta: float = 0.5
-    """of the JSD: to 0 it is like the forward KL, to 1 like the reverse KL"""
+    """of the JSD: near 0 it acts like the forward KL, near 1 like the reverse KL"""
     support: Support = Support.full
+    """over which tokens the dense term is summed"""
     topk: TopKConfig = field(default_factory=TopKConfig)
     teacher_signal: TeacherSignal = TeacherSignal.hidden
+    """how the full vocabulary of a teacher reaches the learner"""
     log_ratio_clip: float | None = None
     """bound of |log p - log q| in the reverse KL, biased; null: none"""
     imitation_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -197,8 +209,11 @@ class AlgorithmConfig:
     gamma: float = 0.0
     """discount of FUTURE imitation costs, gamma^(k-t); the terminal reward is never discounted. 0: reward only, 1: exact gradient of J"""
     future: Future = Future.sum
+    """how the future imitation costs of a token are combined when gamma > 0"""
     baseline: Baseline = Baseline.leave_one_out
+    """what is subtracted from the return of a token"""
     scale: Scale = Scale.none
+    """by what the sparse term is divided"""
     ratio: RatioConfig = field(default_factory=RatioConfig)
     value: ValueConfig = field(default_factory=ValueConfig)
     overlong_buffer: int = 0
@@ -214,6 +229,7 @@ class AlgorithmConfig:
     """share of the prompts whose responses come from the data (SFT, GKD, preference pairs), carried like teacher_fraction"""
     pair: PairConfig = field(default_factory=PairConfig)
     normalizer: Normalizer = Normalizer.token_mean
+    """by what the sum over tokens is divided"""
     temperature: float = 1.0
     """of student, teacher and sampler alike"""
 

@@ -15,6 +15,7 @@ class CheckpointConfig:
     best: str | None = None
     """a metric, e.g. eval/accuracy: the checkpoint whose step has the best value of it is kept beside the newest; null: none"""
     best_mode: BestMode = BestMode.max
+    """which value of checkpoint.best is the best"""
     export: bool = True
     """write a Hugging Face folder at the end"""
 

@@ -28,6 +28,7 @@ class RunConfig:
     seed: int = 0
     """every sampling seed derives from it"""
     resume: Resume = Resume.auto
+    """what is done with an earlier run in run.dir"""
     resume_from: str | None = None
     """a checkpoint folder of another run, which a run.dir without checkpoints of its own continues; a damaged one is an error"""
     allow_changes: list[str] = field(default_factory=list)
@@ -79,12 +80,13 @@ class TeacherConfig:
     revision: str | None = None
     """hub revision of path; null: the newest"""
     dtype: str = "float32"
+    """float32 or bfloat16: of its forward pass"""
     weight: float = 1.0
     """w_i of the objective, times algorithm.imitation_weight; below 0 pushes the student away (reward extrapolation, G-OPD)"""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """multiplies the weight"""
     route: dict[str, Any] = field(default_factory=dict)
-    """asked only about prompts whose columns hold these values, e.g. {domain: math}; empty: about every prompt"""
+    """scores only prompts whose columns hold these values, e.g. {domain: math}; empty: every prompt"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,14 +94,19 @@ class TrainConfig:
     steps: int = 100
     """optimizer steps"""
     prompts_per_step: int = 32
+    """prompts of one optimizer step, over all learner ranks"""
     samples_per_prompt: int = 8
     """K rollouts of each prompt"""
     lr: float = 5e-4
+    """AdamW's learning rate after the warm-up"""
     lr_warmup_steps: int = 0
+    """steps over which the learning rate rises linearly to lr"""
     lr_end: float | None = None
     """cosine from lr to lr_end over train.steps; null: constant"""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's decay rates of the gradient's mean and of its square"""
     weight_decay: float = 0.0
+    """AdamW's decoupled weight decay"""
     grad_clip: float = 1.0
     """largest gradient norm; 0 never clips"""
     max_tokens_per_micro_batch: int = 16384
@@ -165,6 +172,7 @@ class DataConfig:
     num_train: int = 100000
     """distinct training problems drawn from the generator; cycled in a new order each epoch"""
     num_heldout: int = 512
+    """held-out problems of each evaluation, at most"""
     chat_template: bool = False
     """wrap each text prompt as a user message in the model's chat template; prompts that are messages always go through it"""
     chat_template_file: str | None = None
@@ -236,7 +244,9 @@ class RewardConfig:
     timeout_s: float = 10.0
     """deadline of one call for one sequence; the child past it is killed"""
     on_error: OnError = OnError.drop_group
+    """what is done where a reward function raises, hangs or returns no finite number"""
     error_value: float = 0.0
+    """the reward of a failed call under on_error=value"""
     max_error_rate: float = 0.1
     """stop the run when more than this fraction of a step's calls fail; on_error=value too"""
 
@@ -254,10 +264,12 @@ class RewardConfig:
 @dataclass(kw_only=True, slots=True)
 class LearnerConfig:
     ranks: int = 1
+    """processes that share the student's optimizer state and the batch; on GPUs each takes one"""
     zero_stage: int | None = None
     """DeepSpeed ZeRO 1, 2 or 3; null: 2 with model.dtype=bfloat16, else 1. In bfloat16, 1 adds the gradients of micro-batches in
     bfloat16, so that two ranks differ from one by about 2 % of a step; 2 and 3 add them in float32"""
     gradient_checkpointing: bool = False
+    """compute activations again in the backward pass: less memory, more time"""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (None, 1, 2, 3):
@@ -273,6 +285,7 @@ class ScorerConfig:
     replicas: int = 1
     """frozen copies of each teacher"""
     max_tokens_per_micro_batch: int = 32768
+    """padded tokens in one forward pass of a teacher"""
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -284,6 +297,7 @@ class EvalConfig:
     every: int = 20
     """steps between evaluations on the held-out problems; 0: only before and after"""
     greedy: bool = True
+    """the most likely token each time; false: sample with algorithm.temperature"""
     samples: int = 8
     """how many rollouts of each evaluation are kept to read"""
     teacher: bool = True
@@ -311,10 +325,15 @@ class DiagnosticsConfig:
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     wandb: WandbMode = WandbMode.auto
+    """how Weights & Biases is used"""
     project: str = "hybridrl"
+    """project in Weights & Biases"""
     entity: str | None = None
+    """user or team in Weights & Biases; null: that of the key"""
     group: str | None = None
+    """group in Weights & Biases; null: none"""
     tags: list[str] = field(default_factory=list)
+    """tags in Weights & Biases"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -322,6 +341,7 @@ class ClusterConfig:
     address: str | None = None
     """Ray address; null: RAY_ADDRESS if set (as in a Ray job), else a private local Ray"""
     device: Device = Device.auto
+    """where models run"""
     colocate: bool = False
     """learner, engines and scorers share the same GPUs; without effect on CPU"""
     spread: bool = False
@@ -343,15 +363,23 @@ class DeadlineConfig:
     """Seconds after which a silent worker counts as hung. Every wait has one."""
 
     placement_s: float = 60.0
+    """until the cluster has answered and has room for all workers"""
     start_s: float = 600.0
+    """until a worker is built and has loaded its model"""
     heartbeat_s: float = 60.0
     """an engine that does not answer a ping for so long, also while it samples, counts as lost"""
     rollout_s: float = 600.0
+    """until an engine has sampled what it was given"""
     score_s: float = 600.0
+    """until a scorer has scored a chunk"""
     reward_s: float = 300.0
+    """until a reward worker has scored a chunk"""
     learn_s: float = 1800.0
+    """until a learner rank has done its update"""
     sync_s: float = 300.0
+    """until weights have been sent to an engine and loaded there"""
     save_s: float = 1800.0
+    """until a worker has written, read or exported its state"""
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -9,6 +9,7 @@ from hybridrl.errors import ConfigError
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:
     engines: int = 1
+    """vLLM engines; on GPUs each takes tensor_parallel of them"""
     tensor_parallel: int = 1
     """devices inside one engine"""
     max_new_tokens: int | None = None
@@ -30,6 +31,7 @@ class RolloutConfig:
     """share of prompts sampled beyond train.prompts_per_step; a step takes the groups that are done first and cancels the rest, whose
     prompts come again. Cuts the wait for the longest responses, and so prefers short ones; which are first is not reproducible"""
     weight_transfer: WeightTransfer = WeightTransfer.auto
+    """how the learner's weights reach the engines"""
     max_logprob_gap: float = 0.1
     """nats; a larger mean |sampler - learner| log-prob difference means the engines do not run the learner's weights: the run stops"""
 

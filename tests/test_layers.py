@@ -17,7 +17,7 @@ LAYERS = [
     {"compose"},
     {"types", "terminal"},
     {"durable", "json_lines"},
-    {"settings_file"},
+    {"settings_file", "settings_page"},
     {"ops"},
     {"objectives"},
     {"data", "models", "rewards"},
@@ -36,7 +36,14 @@ ALLOWED = {
     "deepspeed": ("workers/learner.py", "workers/optimizer_state.py", "workers/scorer.py"),
     "wandb": ("tracking/wandb_sink.py",),
     "hydra": ("compose.py", "settings_file.py", "cli.py"),
-    "omegaconf": ("config.py", "algorithm.py", "compose.py", "settings_file.py", "cli.py"),
+    "omegaconf": (
+        "config.py",
+        "algorithm.py",
+        "compose.py",
+        "settings_file.py",
+        "settings_page.py",
+        "cli.py",
+    ),
 }
 """Who may import what is heavy, by the beginning of a path inside the package."""
 
