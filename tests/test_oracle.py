@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hybridrl.compose import load_config
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
 from hybridrl.objectives.hybrid import HybridObjective
+from hybridrl.oracle import page
 from hybridrl.oracle.cases import Case, Kind, World, cases
 from hybridrl.oracle.estimator import Estimator
 from hybridrl.oracle.exact import Target
@@ -24,8 +26,21 @@ REWARD_ONLY = Case(method="hybrid", options=("gamma=0",), target=SEMI)
 FULL = Case(method="opd_full", target=SEMI, kind=Kind.exact)
 
 
-def test_every_method_and_option_is_what_it_is_declared_to_be():
-    assert [(row.method, row.option, row.bias) for row in all_rows(Scope()) if not row.agrees] == []
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    """What `hybridrl check` prints."""
+    return list(all_rows(Scope()))
+
+
+def test_every_method_and_option_is_what_it_is_declared_to_be(rows: list[Row]):
+    assert [(row.method, row.option, row.bias) for row in rows if not row.agrees] == []
+
+
+def test_the_page_of_rows_is_up_to_date(rows: list[Row]):
+    written = Path(page.__file__).parent / "README.md"
+    assert written.read_text() == page.page(rows), (
+        "python -m hybridrl.oracle.page > hybridrl/oracle/README.md"
+    )
 
 
 def test_what_is_not_biased_is_so_on_other_models_too():
