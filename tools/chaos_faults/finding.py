@@ -1,4 +1,4 @@
-"""What a fault did to a run, kept in results/findings.json, shown in results/CARD.md and, shorter, in the README."""
+"""What a fault did to a run, kept in results/findings.json and shown in results/CARD.md."""
 
 import json
 from collections import Counter
@@ -12,8 +12,7 @@ from hybridrl.config import DeadlineConfig
 RESULTS = Path(__file__).parent / "results"
 FINDINGS, CARD = RESULTS / "findings.json", RESULTS / "CARD.md"
 UP = "../../../"
-README = Path(__file__).parent.parent.parent / "README.md"
-BEGIN, END = "<!-- reliability card, written by tools/chaos -->\n", "<!-- end of the card -->"
+"""From results/ to the root of the repository."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +63,6 @@ def keep(rows: Iterable[Row], order: list[str], made: Made) -> list[dict]:
     FINDINGS.write_text(json.dumps(ordered, indent=1) + "\n")
     missing = [key for key in order if key not in found]
     CARD.write_text(card(list(ordered.values()), missing))
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(
-        before + BEGIN + short_card(list(ordered.values()), missing) + END + rest.partition(END)[2]
-    )
     return list(ordered.values())
 
 
@@ -90,28 +85,6 @@ def card(rows: list[dict], missing: list[str]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *map(line, rows)]) + "\n"
-
-
-def short_card(rows: list[dict], missing: list[str]) -> str:
-    """The faults done to whole runs; those that tests do are named."""
-    whole = [row for row in rows if not row["finding"]["said"].startswith("tests:")]
-    tested = [f"[{row['fault']}]({row['proof']})" for row in rows if row not in whole]
-    failed = [row["id"] for row in rows if not row["finding"]["passed"]]
-    verdict = f"{len(rows) - len(failed)} of {len(rows)} faults pass" + (
-        f", {', '.join(failed)} do not" if failed else ""
-    )
-    lines = [
-        verdict
-        + (f"; not run: {', '.join(missing)}" if missing else "")
-        + f". {provenance(rows)} {summary(rows)} Done to whole runs:",
-        "",
-        "| | fault | detected in | recovered in | steps done again | prompts lost / trained on twice |",
-        "|---|---|---|---|---|---|",
-        *(f"| {' | '.join(cells(row, ''))} |" for row in whole),
-        "",
-        f"And to the parts, by tests: {'; '.join(tested)}.",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def provenance(rows: list[dict]) -> str:
@@ -143,18 +116,18 @@ def summary(rows: list[dict]) -> str:
 
 def line(row: dict) -> str:
     found = row["finding"]
-    shown = [*cells(row, UP), "pass" if found["passed"] else "**FAIL**", found["said"]]
+    shown = [*cells(row), "pass" if found["passed"] else "**FAIL**", found["said"]]
     return f"| {' | '.join(cell.replace('|', '/') for cell in shown)} |"
 
 
-def cells(row: dict, up: str) -> list[str]:
+def cells(row: dict) -> list[str]:
     found = row["finding"]
     pair = (
         "-" if found["lost_uids"] is None else f"{found['lost_uids']} / {found['duplicated_uids']}"
     )
     lost = "-" if found["lost_steps"] is None else str(found["lost_steps"])
     return [
-        f"[{row['id']}]({up}{row['proof']})",
+        f"[{row['id']}]({UP}{row['proof']})",
         row["fault"],
         seconds(found["detected_s"]),
         seconds(found["recovered_s"]),
