@@ -33,7 +33,18 @@ SET_UP_FILES = (
     "tools/requirements-cpu.lock",
     "tools/requirements-overrides.txt",
 )
-RECIPES = ("cluster/README.md", "cluster/SMOKE.md", "cluster/rayjob.yaml", "cluster/slurm.sbatch")
+RECIPES = (
+    "README.md",
+    "conf/README.md",
+    "conf/algorithm/README.md",
+    "hybridrl/rewards/README.md",
+    "tools/chaos_faults/README.md",
+    "cluster/README.md",
+    "cluster/SMOKE.md",
+    "cluster/rayjob.yaml",
+    "cluster/slurm.sbatch",
+)
+FOLDERS = (".", "cluster", "conf", "hybridrl", "tools")
 
 
 def read(name: str) -> str:
@@ -56,7 +67,9 @@ def train_commands(text: str) -> list[list[str]]:
     lines = re.findall(
         r"(?:hybridrl train|sbatch cluster/slurm.sbatch) ([^\n]*experiment=[^\n]*)", joined
     )
-    settings = [[word for word in shlex.split(line) if "=" in word] for line in lines]
+    settings = [
+        [word for word in shlex.split(line, comments=True) if "=" in word] for line in lines
+    ]
     return [
         [*words, *([] if any(w.startswith("run.dir=") for w in words) else ["run.dir=X"])]
         for words in settings
@@ -232,6 +245,34 @@ def test_the_kubernetes_pods_give_ray_three_tenths_of_their_memory_and_share_one
         assert {"name": "HF_HOME", "value": "/shared/huggingface"} in container["env"]
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
         assert mounts == {"/shared", "/dev/shm"}
+
+
+def pages() -> list[Path]:
+    """Every page of the documentation."""
+    return sorted(
+        page
+        for folder in FOLDERS
+        for page in (ROOT / folder).glob("*.md" if folder == "." else "**/*.md")
+    )
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them from its headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading_that_exist() -> None:
+    broken = []
+    for page in pages():
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if "://" not in link and not (
+                target.exists() and (not anchor or anchor in headings(target))
+            ):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert broken == []
 
 
 def test_the_kubernetes_job_runs_the_pinned_ray() -> None:
