@@ -34,7 +34,7 @@ class Support(StrEnum):
     """Over which tokens the dense term is summed."""
 
     full = "full"  # the whole vocabulary: no sampling variance
-    topk = "topk"  # K tokens chosen from the prefix, see Correction
+    topk = "topk"  # K tokens chosen from the prefix, see topk.correction
     sampled = (
         "sampled"  # the drawn token alone: a score-function estimate, as cheap as a policy gradient
     )

@@ -26,6 +26,7 @@ from hybridrl.compose import (
 from hybridrl.config import RunSettings
 from hybridrl.errors import ConfigError, HybridRLError, Preempted
 from hybridrl.settings_file import continued_run, own_file, saved_config
+from hybridrl.settings_page import commented
 from hybridrl.terminal import secure_streams
 
 USAGE = """usage: hybridrl VERB ...
@@ -228,7 +229,8 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
             main_of(next_job)()
     finally:
         redact.referred(overrides, overrides)  # with --resolve their variables' values are shown
-        print(masked_yaml(shown.getvalue()), end="")
+        text = masked_yaml(shown.getvalue())
+        print(commented(text) if any(flag in HELP for flag in flags) else text, end="")
     return max(status, default=0)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hybridrl.compose import known_keys
 from hybridrl.config import RunSettings
-from hybridrl.settings_page import Setting, page, settings_of
+from hybridrl.settings_page import Setting, commented, page, settings_of
 
 PAGE = Path(__file__).parent.parent / "conf" / "SETTINGS.md"
 
@@ -57,6 +57,21 @@ def test_every_setting_of_a_run_is_listed_and_has_a_meaning() -> None:
     ]
     schedules = ("algorithm.imitation_weight.", "algorithm.reward_weight.")
     assert [k for k in leaves if k not in names and not k.startswith(schedules)] == []
+
+
+def test_a_listing_gets_the_meaning_of_each_setting_above_it() -> None:
+    listing = "usage: hybridrl\ntrain:\n  steps: 100\nteachers:\n  main:\n    schedule:\n      kind: step\n"
+    assert commented(listing).splitlines() == [
+        "usage: hybridrl",
+        "train:",
+        "  # optimizer steps",
+        "  steps: 100",
+        "teachers:",
+        "  main:",
+        "    # multiplies the weight",
+        "    schedule:",
+        "      kind: step",
+    ]
 
 
 def test_the_page_of_settings_is_up_to_date() -> None:
