@@ -486,7 +486,9 @@ class Skipping:
     """The learner of a graph, which leaves its next batches out."""
 
     def __init__(self, learner: LearnerGroup, count: int) -> None:
-        self.learner, self.left = learner, count
+        self.learner = learner
+        self.device = learner.device
+        self.left = count
 
     def update(self, *arguments: object) -> LearnerStats:
         if self.left:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoConfig
+from transformers import AutoModelForCausalLM
 
 from hybridrl.choices import Resume
 from hybridrl.compose import load_config
@@ -594,11 +594,11 @@ def test_only_teachers_in_use_are_loaded_and_only_where_there_is_a_judge_are_the
 
 
 def padded(folder: Path, rows: int) -> Path:
-    """A model with the countdown tokenizer, whose head has `rows` rows; the config is all that is read."""
+    """A model with the countdown tokenizer, whose head has `rows` rows."""
     save_tiny(folder, 0)
-    config = AutoConfig.from_pretrained(folder)
-    config.vocab_size = rows
-    config.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -16,6 +16,7 @@ from batches import make_batch, make_plan, make_rewards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutput
 
 from hybridrl.choices import PairLoss, Source
 from hybridrl.compose import load_config
@@ -61,7 +62,8 @@ class Toy(nn.Module):
         super().__init__()
         seed, width = MODELS[name]
         torch.manual_seed(seed)
-        self.base_model, self.lm_head = Recurrence(width), nn.Linear(width, VOCABULARY, bias=False)
+        self.base_model = Recurrence(width)
+        self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
         self.value_head = nn.Linear(width, 1, bias=False)
         nn.init.normal_(self.lm_head.weight)  # in float32, as the head of a teacher is kept on disk
         self.config = PreTrainedConfig()
@@ -69,6 +71,13 @@ class Toy(nn.Module):
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
+
+    def get_decoder(self) -> nn.Module:
+        return self.base_model
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> CausalLMOutput:
+        states = self.base_model(input_ids).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(states))
 
     def before(self, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
         """[T, H] the hidden state before each token of one response."""

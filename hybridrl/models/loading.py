@@ -154,7 +154,14 @@ def _load(path: str, revision: str | None, setting: str, **options: object) -> P
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # transformers' own error does not say which; ours does
             **options,
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise ConfigError(
+            f"{where}: {name} has shape {list(stored)} in its files, but its config.json describes "
+            f"{list(expected)} ({len(mismatched)} such weights); get the model anew, or correct its config.json"
         )
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
