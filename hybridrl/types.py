@@ -1,17 +1,18 @@
 """Every value that crosses a process.
 
-Batches are packed numpy columns plus offsets: one buffer per column goes through the object store without a
-copy. Arrays that come out of the store are read-only, so nothing here is edited in place.
+Batches are packed numpy columns plus offsets: one buffer per column goes through the object store
+without a copy. Arrays that come out of the store are read-only, so nothing here is edited in place.
 
-Alignment: a per-token column has one entry per entry of `input_ids`. Entry t is about token t given the tokens
-before it. Prompt tokens are masked (`response_mask` False) and hold 0.
+Alignment: a per-token column has one entry per entry of `input_ids`. Entry t is about token t given
+the tokens before it. Prompt tokens are masked (`response_mask` False) and hold 0.
 
     sequence      P0   P1   P2 | A0    A1    EOS
     response_mask 0    0    0  | 1     1     1
     logprobs      0    0    0  | -.1   -.7   -.2      log p(A0 | P0 P1 P2), ...
 
-Who makes what: data -> Prompt -> rollout -> RolloutBatch -> scorer -> TokenScores, reward -> Rewards; the
-learner joins the three. The controller sees only ChunkHeader and Rewards (scalars per sequence) and refs.
+Who makes what: data -> Prompt -> rollout -> RolloutBatch -> scorer -> TokenScores, reward ->
+Rewards; the learner joins the three. The controller sees only ChunkHeader and Rewards (scalars per
+sequence) and refs.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridrl.choices import Source
+from hybridrl.settings.choices import Source
 
 Float = NDArray[np.float32]
 Int = NDArray[np.int64]
@@ -45,7 +46,8 @@ class FinishReason(StrEnum):
 class Prompt:
     """One problem, tokenized. data -> rollout.
 
-    Example: Prompt(uid="train-000007", input_ids=(1, 15, 9), text="3 7=21:", columns={"numbers": [3, 7], "target": 21})
+    Example: Prompt(uid="train-000007", input_ids=(1, 15, 9), text="3 7=21:", columns={"numbers":
+    [3, 7], "target": 21})
     """
 
     uid: str  # unique in its source; seeds and ledgers are keyed by it
@@ -79,7 +81,8 @@ class Trajectory:
 class RolloutBatch:
     """Whole prompt groups as packed columns. rollout -> object store -> scorer, reward, learner.
 
-    G groups of K siblings each make N = G*K sequences with T tokens in all. Sequence i is group i // K.
+    G groups of K siblings each make N = G*K sequences with T tokens in all. Sequence i is group i
+    // K.
 
     Example: two prompts, K=2: uids ("a", "b"), offsets [0, 5, 11, 16, 20], input_ids [20].
     """
@@ -159,13 +162,16 @@ class RolloutBatch:
 class TokenScores:
     """What one teacher says of the tokens of a RolloutBatch. scorer -> object store -> learner.
 
-    `rows` is what the dense term needs of each response token: the teacher's last hidden state just before it (the
-    learner rebuilds the distribution from the teacher's lm_head instead of receiving V floats a token), or its
-    log-probs over the vocabulary, or over `support_ids`; width 0 where the drawn token's log-prob is all.
+    `rows` is what the dense term needs of each response token: the teacher's last hidden state just
+    before it (the learner rebuilds the distribution from the teacher's lm_head instead of receiving
+    V floats a token), or its log-probs over the vocabulary, or over `support_ids`; width 0 where
+    the drawn token's log-prob is all.
     """
 
     teacher: str
-    logprobs: Float  # [T] log q(token t | tokens before); 0 where not response, or when the objective does not need it
+    # [T] log q(token t | tokens before); 0 where not response, or when the objective does not need
+    # it
+    logprobs: Float
     rows: NDArray[np.uint16] | NDArray[np.float32]  # [R, W] in batch order; uint16 is bf16 bits
     support_ids: NDArray[np.int32]  # [R, K] tokens of `rows`; K=0 unless rows are over a support
 
@@ -198,7 +204,9 @@ class Rewards:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkHeader:
-    """What the controller may know of a RolloutBatch: scalars per sequence, never tokens. rollout -> controller."""
+    """What the controller may know of a RolloutBatch: scalars per sequence, never tokens. rollout
+    -> controller.
+    """
 
     uids: tuple[str, ...]  # [G]
     source: Source
@@ -213,12 +221,14 @@ class ChunkHeader:
     newest_version: Int  # [N] greatest; -1 where it has none
     mean_policy_version: float  # over response tokens
     nbytes: int  # of the batch in the object store
-    finish_s: Float  # [N] the engine's own clock, from the order's arrival to the response's end; 0 for data
+    # [N] the engine's own clock, from the order's arrival to the response's end; 0 for data
+    finish_s: Float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredBatch:
-    """Whole groups with everything that others said of them; what a learner rank makes of the values it is handed.
+    """Whole groups with everything that others said of them; what a learner rank makes of the
+    values it is handed.
 
     All parts speak of the same N sequences in the same order.
     """
@@ -232,8 +242,9 @@ class ScoredBatch:
 class GenerateOrder:
     """How to sample one chunk of a wave. controller -> rollout.
 
-    An engine starts decoding when all `num_chunks` chunks of its wave have arrived and takes them in order, so what
-    shares a forward pass, and with it every bit of the result, does not depend on arrival times.
+    An engine starts decoding when all `num_chunks` chunks of its wave have arrived and takes them
+    in order, so what shares a forward pass, and with it every bit of the result, does not depend on
+    arrival times.
     """
 
     wave: str  # e.g. "train-12", "eval-20"
@@ -249,7 +260,9 @@ class GenerateOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """What one learner rank takes of the chunks whose values follow it in the call. controller -> learner."""
+    """What one learner rank takes of the chunks whose values follow it in the call. controller ->
+    learner.
+    """
 
     num_chunks: int
     num_teachers: int
@@ -289,7 +302,9 @@ class UpdatePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerStats:
-    """What one optimizer step measured, over the global batch and equal on every rank. learner -> controller."""
+    """What one optimizer step measured, over the global batch and equal on every rank. learner ->
+    controller.
+    """
 
     metrics: dict[
         str, float
@@ -299,7 +314,9 @@ class LearnerStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedFile:
-    """A file of a checkpoint as its writer left it. learner, scorer -> controller, which looks whether that is what lies there."""
+    """A file of a checkpoint as its writer left it. learner, scorer -> controller, which looks
+    whether that is what lies there.
+    """
 
     name: str
     bytes: int
@@ -308,7 +325,9 @@ class SavedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One held-out rollout kept to read. controller -> samples/step_NNNNNN.jsonl, wandb table, report."""
+    """One held-out rollout kept to read. controller -> samples/step_NNNNNN.jsonl, wandb table,
+    report.
+    """
 
     step: int
     uid: str

@@ -1,4 +1,6 @@
-"""The command line without Ray: help, bad settings beside Hydra's flags, sweeps, and the export verb."""
+"""The command line without Ray: help, bad settings beside Hydra's flags, sweeps, and the export
+verb.
+"""
 
 import os
 import resource
@@ -13,22 +15,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hybridrl.checkpointing import CheckpointConfig
 from hybridrl.cli import hydra_flags, main, said
-from hybridrl.config import RunSettings
-from hybridrl.controller.checkpoint import Checkpointer, read_checkpoint
-from hybridrl.controller.ledger import Ledger
-from hybridrl.controller.run_directory import find_checkpoint, run_directory
-from hybridrl.durable import seal
-from hybridrl.errors import Preempted
-from hybridrl.json_lines import Appender
-from hybridrl.models.fragments import MASTER, PARTS, Fragment, FragmentReader, write_fragments
+from hybridrl.core.errors import Preempted
+from hybridrl.core.json_lines import Appender
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
+from hybridrl.run_dir.checkpoint import Checkpointer, read_checkpoint
+from hybridrl.run_dir.directory import find_checkpoint, run_directory
+from hybridrl.run_dir.ledger import Ledger
+from hybridrl.run_dir.saved_file import seal
+from hybridrl.settings.checkpointing import CheckpointConfig
+from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.jsonl import JsonlSink
 from hybridrl.types import RunInfo, SavedFile
-from tests.test_run_directory import STATE, settings_of, start
+from hybridrl.weights.fragments import MASTER, PARTS, Fragment, FragmentReader, write_fragments
+from tests.run_dir.test_directory import STATE, settings_of, start
 
-# -- export ----------------------------------------------------------------------------------------------------------
+# -- export ----------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_is_exported_with_equal_weights_in_the_models_dtype(
@@ -61,7 +63,9 @@ class Learned:
 
 
 def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
-    """A checkpoint as the learner writes it, of weights that are not the student's own; returns them."""
+    """A checkpoint as the learner writes it, of weights that are not the student's own; returns
+    them.
+    """
     settings = settings_of(run_dir, *overrides)
     model = load_model("builtin:countdown-student")
     weights = {name: (p.detach() * 1.25).contiguous() for name, p in model.named_parameters()}
@@ -107,7 +111,9 @@ def test_an_export_overwrites_nothing_of_the_users(tmp_path: Path, capsys: pytes
 
 
 def save_steps(run_dir: Path) -> dict[int, torch.Tensor]:
-    """A run with checkpoints of steps 10, 20 and 30, the best of which is 20; returns each one's norm weight."""
+    """A run with checkpoints of steps 10, 20 and 30, the best of which is 20; returns each one's
+    norm weight.
+    """
     save_checkpoint(run_dir, "checkpoint.best=eval/accuracy", "checkpoint.keep=9")
     reader = FragmentReader(run_dir / "checkpoints" / "step_000010")
     weights = {10: reader.whole(MASTER, "model.norm.weight")}
@@ -182,12 +188,13 @@ def test_nothing_to_export_is_one_sentence(tmp_path: Path, capsys: pytest.Captur
     assert main(["export", str(tmp_path)]) == 1
     assert (
         capsys.readouterr().err
-        == f"hybridrl: {tmp_path / 'checkpoints'}: no checkpoint to export; train until the first, see checkpoint.every\n"
+        == f"hybridrl: {tmp_path / 'checkpoints'}: no checkpoint to export; train until the "
+        "first, see checkpoint.every\n"
     )
     assert main(["export"]) == main(["export", "a", "b", "c"]) == main(["export", "-x"]) == 2
 
 
-# -- the command line ------------------------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 
 def hydra_job(
@@ -220,8 +227,8 @@ def test_two_jobs_of_a_sweep_may_not_share_a_directory(
     status, ran = hydra_job(["-m", "learner.ranks=1,2", "run.dir=x"], monkeypatch, tmp_path)
     assert (status, [s.learner.ranks for s in ran]) == (2, [1])
     assert (
-        capsys.readouterr().err
-        == "hybridrl: run.dir=x: an earlier job of the sweep has it; set run.dir='runs/${hydra:job.num}'\n"
+        capsys.readouterr().err == "hybridrl: run.dir=x: an earlier job of the sweep has it; set "
+        "run.dir='runs/${hydra:job.num}'\n"
     )
 
 
@@ -358,7 +365,8 @@ def test_a_file_that_cannot_grow_ends_the_run_in_one_sentence_and_the_checkpoint
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 1
     assert capsys.readouterr().err == (
-        f"hybridrl: {tmp_path / name}: File too large; what was saved before it stands: put that right and give the same command again\n"
+        f"hybridrl: {tmp_path / name}: File too large; what was saved before it stands: put that "
+        "right and give the same command again\n"
     )
     assert read_checkpoint(checkpoint).state == STATE
     assert said(run) == 0, "the same command, once there is room"

@@ -1,0 +1,1 @@
+"""The training loop. It holds headers and references, never per-token data."""

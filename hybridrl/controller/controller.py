@@ -1,4 +1,6 @@
-"""The central loop. It holds headers and references; tokens, log-probs and weights go from worker to worker."""
+"""The central loop. It holds headers and references; tokens, log-probs and weights go from worker
+to worker.
+"""
 
 import logging
 import math
@@ -8,13 +10,10 @@ from itertools import count
 
 import numpy as np
 
-from hybridrl import failpoints
-from hybridrl.choices import OnStale, WeightTransfer
-from hybridrl.config import RunSettings
-from hybridrl.controller.checkpoint import Checkpointer, RunState, SettingsFile, Stateful
+from hybridrl.batch.balance import balance_groups, micro_batches
+from hybridrl.controller.coefficients import Weights
 from hybridrl.controller.engine_probe import EngineProbe
 from hybridrl.controller.evaluation import Evaluation, evaluate
-from hybridrl.controller.ledger import Ledger
 from hybridrl.controller.metrics import (
     late_metrics,
     learner_metrics,
@@ -27,10 +26,8 @@ from hybridrl.controller.pipeline import Pipeline, wave_seed
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.rounding import rounding_warning
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
-from hybridrl.controller.weights import Weights
-from hybridrl.data.prompts import PromptSource
-from hybridrl.data.shards import balance_groups, micro_batches
-from hybridrl.errors import (
+from hybridrl.core import failpoints
+from hybridrl.core.errors import (
     CheckpointError,
     DataError,
     Preempted,
@@ -41,12 +38,17 @@ from hybridrl.errors import (
     WeightSyncError,
     WorkerError,
 )
+from hybridrl.data.prompts import PromptSource
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
+from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile, Stateful
+from hybridrl.run_dir.ledger import Ledger
 from hybridrl.runtime.calls import Meter, Reference
 from hybridrl.runtime.cluster import object_store_bytes
-from hybridrl.runtime.weights import WeightSync
+from hybridrl.runtime.weight_sync import WeightSync
 from hybridrl.runtime.workers import Workers
+from hybridrl.settings.choices import OnStale, WeightTransfer
+from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.sink import Sinks
 from hybridrl.tracking.timing import PhaseClock
 from hybridrl.types import LearnerStats, Prompt, Rewards, Shard, UpdatePlan
@@ -60,9 +62,9 @@ class Controller:
     prompts -> rollout -> chunks -+-> scorers -> scores  -+
                                   +-> rewards -> rewards -+-> learner -> weights -> rollout
 
-    Arrows between workers are object-store references. Scoring of a chunk starts when the chunk is done, while
-    others still generate; learning starts when every chunk's header is here, in prompt order. With pipeline.ahead > 0 the
-    same goes on for the next steps' prompts meanwhile.
+    Arrows between workers are object-store references. Scoring of a chunk starts when the chunk is
+    done, while others still generate; learning starts when every chunk's header is here, in prompt
+    order. With pipeline.ahead > 0 the same goes on for the next steps' prompts meanwhile.
     """
 
     def __init__(
@@ -170,8 +172,10 @@ class Controller:
         return row
 
     def _sample(self) -> tuple[list[Arrived], list[Prompt]]:
-        """Rollouts with their rewards, and prompts that come again. Further waves while too few groups are usable, as far as
-        algorithm.dynamic_sampling and pipeline.on_stale make that a normal thing."""
+        """Rollouts with their rewards, and prompts that come again. Further waves while too few
+        groups are usable, as far as algorithm.dynamic_sampling and pipeline.on_stale make that a
+        normal thing.
+        """
         settings, step = self.settings, self.steps_done
         wanted = settings.train.prompts_per_step
         enough = wanted if settings.algorithm.dynamic_sampling else 1
@@ -197,13 +201,14 @@ class Controller:
         return arrived, late
 
     def run(self) -> None:
-        """Train to train.steps from wherever the state stands; evaluate, checkpoint and log on the way.
+        """Train to train.steps from wherever the state stands; evaluate, checkpoint and log on the
+        way.
 
         Raises:
             Preempted: the run was told to end; what was learned so far is saved.
             RunDirectoryTaken: the run directory is another run's now; nothing is saved there.
-            RunDirectoryError: the run directory or a file of it was removed, moved or replaced. What was learned so far is
-                saved under its path.
+            RunDirectoryError: the run directory or a file of it was removed, moved or replaced.
+                What was learned so far is saved under its path.
         """
         settings, row = self.settings, {}
         while self.steps_done < settings.train.steps:
@@ -230,7 +235,9 @@ class Controller:
             failpoints.hit("controller.saved", step=self.steps_done)
 
     def _step_or_skip(self) -> dict[str, float]:
-        """A step; batches of which nothing could be learned are left out, train.max_skipped of them in a row."""
+        """A step; batches of which nothing could be learned are left out, train.max_skipped of them
+        in a row.
+        """
         for left in reversed(range(1 + self.settings.train.max_skipped)):
             try:
                 return self.step()
@@ -241,7 +248,9 @@ class Controller:
         raise AssertionError("the last try returns or raises")
 
     def publish_weights(self) -> int:
-        """Engines sample step k's rollouts with version k; returns the bytes sent to each engine."""
+        """Engines sample step k's rollouts with version k; returns the bytes sent to each
+        engine.
+        """
         self.weight_version = self.steps_done
         num_bytes = self.weights.publish(self.weight_version)
         with self.clock.phase("probe"):
@@ -257,7 +266,9 @@ class Controller:
         return result.metrics | data_metrics | self.clock.take()
 
     def _evaluate_on_data(self) -> dict[str, float]:
-        """The loss on the held-out data's own responses (eval/loss, ...); empty where the run learns from no data."""
+        """The loss on the held-out data's own responses (eval/loss, ...); empty where the run
+        learns from no data.
+        """
         prompts = self.heldout_data
         if not prompts:
             return {}
@@ -272,7 +283,9 @@ class Controller:
         ).metrics
 
     def _evaluate(self) -> Evaluation:
-        """Once more from the start when a worker is lost, in a wave of another name: engines that live still have the old one."""
+        """Once more from the start when a worker is lost, in a wave of another name: engines that
+        live still have the old one.
+        """
         seed = wave_seed(self.settings.run.seed, "eval", self.steps_done)
         for again in count():
             try:
@@ -292,8 +305,9 @@ class Controller:
         raise AssertionError("count never ends")
 
     def save(self, row: Mapping[str, float], *, last: bool) -> None:
-        """Commit a checkpoint; its time appears in the next step's row. One that fails is told and tried again when the
-        next is due: the older ones are whole, and the run may go on. A scorer that is lost is replaced first.
+        """Commit a checkpoint; its time appears in the next step's row. One that fails is told and
+        tried again when the next is due: the older ones are whole, and the run may go on. A scorer
+        that is lost is replaced first.
 
         Raises:
             CheckpointError: the last one failed.
@@ -323,7 +337,7 @@ class Controller:
             except WorkerError as error:
                 self.workers.lose(error)
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def state(self, row: Mapping[str, float]) -> RunState:
         return RunState(
@@ -338,12 +352,13 @@ class Controller:
 
     def load_state(self, state: RunState, folder: str) -> None:
         """Raises:
-        CheckpointError: a part of the controller has no state there or one of another form, or the workers cannot load theirs.
-        DataError: the state is of other prompts.
+        CheckpointError: a part of the controller has no state there or one of another form, or the
+        workers cannot load theirs. DataError: the state is of other prompts.
         """
         if missing := self.stateful.keys() - state.parts.keys():
             raise CheckpointError(
-                f"{folder}: has no state of {', '.join(sorted(missing))}; it is of another version of hybridrl"
+                f"{folder}: has no state of {', '.join(sorted(missing))}; it is of another "
+                "version of hybridrl"
             )
         self.learner.load_state(folder, state.optimizer_steps)
         for scorer in self.workers.scorers:
@@ -361,7 +376,7 @@ class Controller:
         self.steps_done = self.saved_step = state.step
         self.weight_version = state.weight_version
 
-    # -- parts of a step ---------------------------------------------------------------------------------------------
+    # -- parts of a step ---------------------------------------------------------------------------
 
     def _plan(
         self, used: Sequence[Arrived], shards: Sequence[tuple[Shard, list[int]]]
@@ -459,7 +474,9 @@ class Controller:
 
 
 def heldout_with_responses(settings: RunSettings, heldout: Sequence[Prompt]) -> list[Prompt]:
-    """Held-out prompts with responses such as the run learns from; none where it learns from no data."""
+    """Held-out prompts with responses such as the run learns from; none where it learns from no
+    data.
+    """
     if not settings.algorithm.data_fraction:
         return []
     wanted = settings.algorithm.responses_per_prompt
@@ -469,7 +486,9 @@ def heldout_with_responses(settings: RunSettings, heldout: Sequence[Prompt]) -> 
 def values_of(
     used: Sequence[Arrived], shards: Sequence[tuple[Shard, list[int]]]
 ) -> list[list[Reference]]:
-    """Per learner rank, the references that follow its shard: of each of its chunks the batch, the rewards and the scores."""
+    """Per learner rank, the references that follow its shard: of each of its chunks the batch, the
+    rewards and the scores.
+    """
     of_chunk = [
         [
             a.drawn.chunk.batch.ref,
@@ -495,8 +514,9 @@ def learning_rate(settings: RunSettings, step: int) -> float:
 def trained_uids(
     arrived: Sequence[Arrived], used: Sequence[Arrived], late: Sequence[Prompt]
 ) -> tuple[list[str], list[str]]:
-    """(trained on, passed over) of the prompts drawn: a group that is not used, or whose reward failed, teaches nothing. Those
-    that come again are neither."""
+    """(trained on, passed over) of the prompts drawn: a group that is not used, or whose reward
+    failed, teaches nothing. Those that come again are neither.
+    """
     trained = [
         a.header.uids[g]
         for a in used

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hybridrl.config import EvalConfig
 from hybridrl.runtime.calls import Pending, gather, nobody
-from hybridrl.runtime.groups import RewardGroup, RolloutGroup
+from hybridrl.runtime.reward_group import RewardGroup
+from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.settings.run import EvalConfig
 from hybridrl.types import Prompt, Rewards, Sample
 
 
@@ -69,9 +70,11 @@ def evaluate(
 
 
 def summary(scored: Sequence[Rewards], samples: Sequence[Sample]) -> Evaluation:
-    """Accuracy is the mean value of the first reward function; a failed call counts in eval/error_rate, not as wrong.
+    """Accuracy is the mean value of the first reward function; a failed call counts in
+    eval/error_rate, not as wrong.
 
-    Without a reward function nothing is right or wrong: no metrics, and the samples' rewards are NaN.
+    Without a reward function nothing is right or wrong: no metrics, and the samples' rewards are
+    NaN.
     """
     if not scored[0].part_names:
         return Evaluation(metrics={}, samples=tuple(replace(s, reward=math.nan) for s in samples))

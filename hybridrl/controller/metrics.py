@@ -1,12 +1,14 @@
-"""One flat row per step, from headers and scalars alone. Every key is explained in hybridrl.tracking.glossary."""
+"""One flat row per step, from headers and scalars alone. Every key is explained in
+hybridrl.tracking.glossary.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from hybridrl.choices import ScheduleKind, Source
-from hybridrl.config import RunSettings
-from hybridrl.errors import ConfigError
+from hybridrl.core.errors import ConfigError
+from hybridrl.settings.choices import ScheduleKind, Source
+from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.glossary import explain
 from hybridrl.types import ChunkHeader, LearnerStats, Prompt, Rewards, ScoreHeader, UpdatePlan
 
@@ -15,7 +17,8 @@ PASS_MARK = 0.5
 
 
 def check_metrics(settings: RunSettings) -> None:
-    """What a setting follows is measured; otherwise a weight would stand still, and no checkpoint be the best, unnoticed.
+    """What a setting follows is measured; otherwise a weight would stand still, and no checkpoint
+    be the best, unnoticed.
 
     Raises:
         ConfigError: one sentence on the first that is not.
@@ -28,7 +31,8 @@ def check_metrics(settings: RunSettings) -> None:
     for key, metric in {**feedback, "checkpoint.best": settings.checkpoint.best}.items():
         if metric and explain(metric) is None:
             raise ConfigError(
-                f"{key}={metric}: no step has such a metric; take one of hybridrl/tracking/METRICS.md, e.g. reward/mean"
+                f"{key}={metric}: no step has such a metric; take one of "
+                "hybridrl/tracking/METRICS.md, e.g. reward/mean"
             )
         if metric and metric.startswith("eval/") and key in feedback:
             raise ConfigError(
@@ -66,7 +70,9 @@ def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
 def rollout_metrics(
     headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], version: int
 ) -> dict[str, float]:
-    """Of all responses; staleness of those that the student sampled; version: of the weights that learn."""
+    """Of all responses; staleness of those that the student sampled; version: of the weights that
+    learn.
+    """
     lengths, truncated, aborted = (
         np.concatenate([getattr(h, name) for h in headers])
         for name in ("response_lengths", "truncated", "aborted")
@@ -127,7 +133,9 @@ def transfer_metrics(
 def worker_times(
     headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], stats: LearnerStats
 ) -> dict[str, float]:
-    """By the workers' own clocks. How long responses took shows stragglers; how long workers were busy shows what overlaps."""
+    """By the workers' own clocks. How long responses took shows stragglers; how long workers were
+    busy shows what overlaps.
+    """
     finish_s = np.concatenate([h.finish_s for h in headers])
     return {
         "time/response_s_p50": float(np.percentile(finish_s, 50)),
@@ -139,7 +147,9 @@ def worker_times(
 
 
 def late_metrics(late: Sequence[Prompt], num_sampled: int) -> dict[str, float]:
-    """Share of the sampled groups, those that were cancelled included, that were cancelled or too old."""
+    """Share of the sampled groups, those that were cancelled included, that were cancelled or too
+    old.
+    """
     return {"rollout/late_frac": len(late) / num_sampled}
 
 

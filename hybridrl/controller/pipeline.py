@@ -1,4 +1,6 @@
-"""How far sampling runs ahead of learning: the waves of responses under way, one for each of the coming steps."""
+"""How far sampling runs ahead of learning: the waves of responses under way, one for each of the
+coming steps.
+"""
 
 import hashlib
 import math
@@ -7,14 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridrl.config import RunSettings
+from hybridrl.controller.coefficients import Weights
 from hybridrl.controller.sampling import Drawn, Sampling
-from hybridrl.controller.weights import Weights
 from hybridrl.data.prompts import PromptSource
+from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
 
 STORE_SHARE = 0.5
-"""Of the object store, for rollouts and scores of the steps ahead, unless pipeline.max_inflight_bytes says otherwise."""
+"""Of the object store, for rollouts and scores of the steps ahead, unless
+pipeline.max_inflight_bytes says otherwise.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +36,10 @@ class Wave:
 class Pipeline:
     """A queue of waves, in the order of their steps.
 
-    consumes prompts / produces waves / waits for nothing / bounded by pipeline.ahead, and in bytes by
-    pipeline.max_inflight_bytes. A wave for step k is drawn when the engines serve version k - pipeline.ahead or newer, so
-    the queue's length bounds how old a token can be. With ahead=0 a wave is drawn when its step asks for it.
+    consumes prompts / produces waves / waits for nothing / bounded by pipeline.ahead, and in bytes
+    by pipeline.max_inflight_bytes. A wave for step k is drawn when the engines serve version k -
+    pipeline.ahead or newer, so the queue's length bounds how old a token can be. With ahead=0 a
+    wave is drawn when its step asks for it.
     """
 
     def __init__(
@@ -82,8 +87,9 @@ class Pipeline:
         self.prompts.put_back(late)
 
     def skip(self, late: Sequence[Prompt]) -> None:
-        """Nothing was learned from the waves at hand. Their prompts count as in flight until a step is made, so that no checkpoint
-        misses them; those that come again do."""
+        """Nothing was learned from the waves at hand. Their prompts count as in flight until a step
+        is made, so that no checkpoint misses them; those that come again do.
+        """
         again = {prompt.uid for prompt in late}
         self.skipped += [
             prompt for wave in self.current for prompt in wave.prompts if prompt.uid not in again

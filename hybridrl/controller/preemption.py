@@ -1,4 +1,5 @@
-"""SIGTERM (from a scheduler or `ray job stop`), SIGHUP of a closed terminal, or Ctrl-C: the run saves what it has and ends.
+"""SIGTERM (from a scheduler or `ray job stop`), SIGHUP of a closed terminal, or Ctrl-C: the run
+saves what it has and ends.
 
 The same command continues it.
 """
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from hybridrl.errors import Preempted
+from hybridrl.core.errors import Preempted
 
 NAMES = {
     signal.SIGTERM: "SIGTERM",
@@ -21,7 +22,9 @@ SAID = b"Ctrl-C: the run ends as soon as what it learned is saved; once more end
 
 
 class Preemption:
-    """Whether the run was told to end. Asked at places where nothing would be lost; while it starts up, that is everywhere."""
+    """Whether the run was told to end. Asked at places where nothing would be lost; while it starts
+    up, that is everywhere.
+    """
 
     def __init__(self) -> None:
         self.told_by: str | None = None
@@ -31,7 +34,8 @@ class Preemption:
         """From here on only `check` raises.
 
         Raises:
-            Preempted: the run was told to end before, and whoever was at work then took it for an error of his own.
+            Preempted: the run was told to end before, and whoever was at work then took it for an
+                error of his own.
         """
         self.starting = False
         self.check()
@@ -73,7 +77,8 @@ class Preemption:
 
     def _tell(self, signum: int, frame: FrameType | None) -> None:
         """Raises:
-        KeyboardInterrupt: the run is starting up; or Ctrl-C, and it had been told to end before. Inside Ray's calls only this one passes.
+        KeyboardInterrupt: the run is starting up; or Ctrl-C, and it had been told to end before.
+        Inside Ray's calls only this one passes.
         """
         at_once = self.starting or (self.told_by and signum == signal.SIGINT)
         self.told_by = self.told_by or NAMES[signum]
@@ -85,5 +90,7 @@ class Preemption:
 
 
 def _ignored(number: signal.Signals) -> bool:
-    """Whether nohup has made the process deaf to a closed terminal, which is then no reason to end."""
+    """Whether nohup has made the process deaf to a closed terminal, which is then no reason to
+    end.
+    """
     return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

@@ -6,23 +6,27 @@ from typing import Any
 
 import numpy as np
 
-from hybridrl.choices import OnStale, PairLoss, Source
-from hybridrl.config import RunSettings
 from hybridrl.controller.preemption import Preemption
-from hybridrl.errors import WorkerError
+from hybridrl.core.errors import WorkerError
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Signal
-from hybridrl.placement import shares
 from hybridrl.runtime.calls import Pending, settle
-from hybridrl.runtime.groups import Chunk, RolloutGroup, ScorerGroup
-from hybridrl.runtime.replay import ReplayGroup
+from hybridrl.runtime.chunk import Chunk
+from hybridrl.runtime.replay_group import ReplayGroup
+from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.runtime.scorer_group import ScorerGroup
 from hybridrl.runtime.workers import Workers
+from hybridrl.settings.choices import OnStale, PairLoss, Source
+from hybridrl.settings.run import RunSettings
+from hybridrl.settings.shares import shares
 from hybridrl.types import ChunkHeader, Prompt, Rewards, ScoreHeader
 
 
 @dataclass(slots=True, kw_only=True)
 class Drawn:
-    """A chunk under way, with what others are asked to say of it. Calls are replaced when their worker is lost."""
+    """A chunk under way, with what others are asked to say of it. Calls are replaced when their
+    worker is lost.
+    """
 
     writer: RolloutGroup | ReplayGroup
     chunk: Chunk
@@ -48,7 +52,9 @@ class Arrived:
 
 
 class Sampling:
-    """Asks student engines, the teacher's engine and the data for responses, in the shares that algorithm.* sets."""
+    """Asks student engines, the teacher's engine and the data for responses, in the shares that
+    algorithm.* sets.
+    """
 
     def __init__(self, settings: RunSettings, workers: Workers, preemption: Preemption) -> None:
         self.settings, self.workers, self.preemption = settings, workers, preemption
@@ -67,7 +73,9 @@ class Sampling:
         seed: int,
         reward_weights: Sequence[float],
     ) -> list[Drawn]:
-        """Start a wave for `step`. Chunks of the student come first, then the teacher's, then the data's, each in prompt order."""
+        """Start a wave for `step`. Chunks of the student come first, then the teacher's, then the
+        data's, each in prompt order.
+        """
         algorithm, k = self.settings.algorithm, self.settings.train.samples_per_prompt
         by_student, by_teacher, by_data = shares(len(prompts), algorithm, step)
         order = {
@@ -99,7 +107,9 @@ class Sampling:
         return drawn
 
     def heldout(self, prompts: Sequence[Prompt], *, wave: str) -> list[Drawn]:
-        """Start a wave of the data's own responses to held-out prompts, ranked by the data and scored by the teachers."""
+        """Start a wave of the data's own responses to held-out prompts, ranked by the data and
+        scored by the teachers.
+        """
         replay = self.workers.replay
         assert replay is not None, "algorithm.data_fraction starts one"
         drawn = self._given(replay, prompts, wave, ())
@@ -143,10 +153,12 @@ class Sampling:
         for d, call in zip([*judged, *given], calls, strict=True):
             d.rewards = [call]
 
-    # -- waiting, whatever workers are lost meanwhile ---------------------------------------------------------------------
+    # -- waiting, whatever workers are lost meanwhile ----------------------------------------------
 
     def headers(self, drawn: Sequence[Drawn]) -> list[ChunkHeader]:
-        """Of every chunk. Those of a lost engine are sampled again elsewhere, with the same seeds, and asked about again."""
+        """Of every chunk. Those of a lost engine are sampled again elsewhere, with the same seeds,
+        and asked about again.
+        """
         return self._settled(drawn, lambda d: d.chunk.header, self._sample_again)
 
     def _sample_again(self, d: Drawn) -> None:
@@ -174,7 +186,9 @@ class Sampling:
         again: Callable[[Drawn], None],
         count: int | None = None,
     ) -> list[Any]:
-        """Results in order, at least `count` of them (None: all), None for the others. A call whose worker is lost is made again."""
+        """Results in order, at least `count` of them (None: all), None for the others. A call whose
+        worker is lost is made again.
+        """
         while True:
             outcomes, lost = settle([call(d) for d in drawn], self._watch, count)
             if not lost:
@@ -186,12 +200,16 @@ class Sampling:
                     again(d)
 
     def _watch(self) -> Pending | None:
-        """While waiting for responses nothing would be lost: the place to end, if the run was told to."""
+        """While waiting for responses nothing would be lost: the place to end, if the run was told
+        to.
+        """
         self.preemption.check()
         return self.workers.silent()
 
     def first(self, drawn: Sequence[Drawn], count: int) -> tuple[list[Drawn], list[Drawn]]:
-        """Wait until `count` chunks are done, stop the others; -> those that are done, in order, and the others."""
+        """Wait until `count` chunks are done, stop the others; -> those that are done, in order,
+        and the others.
+        """
         headers = self._settled(drawn, lambda d: d.chunk.header, self._sample_again, count)
         done = [d for d, header in zip(drawn, headers, strict=True) if header is not None][:count]
         late = [d for d in drawn if all(d is not other for other in done)]
@@ -203,8 +221,10 @@ class Sampling:
     def arrived(
         self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader], step: int
     ) -> list[Arrived]:
-        """Wait for the rewards. Groups with an aborted response are not used; under algorithm.dynamic_sampling nor are those
-        sampled whose rewards are all equal; under pipeline.on_stale=drop nor are those with a token too old at `step`."""
+        """Wait for the rewards. Groups with an aborted response are not used; under
+        algorithm.dynamic_sampling nor are those sampled whose rewards are all equal; under
+        pipeline.on_stale=drop nor are those with a token too old at `step`.
+        """
         rewards = self.rewards(drawn)
         return [
             Arrived(drawn=d, header=h, rewards=r, groups=self._used(h, r, step))
@@ -222,7 +242,9 @@ class Sampling:
         return tuple(np.flatnonzero(usable).tolist())
 
     def _stale(self, header: ChunkHeader, step: int) -> np.ndarray:
-        """[G] bool: not trained on, because some token of the group is older than pipeline.max_staleness."""
+        """[G] bool: not trained on, because some token of the group is older than
+        pipeline.max_staleness.
+        """
         pipeline, oldest = (
             self.settings.pipeline,
             header.oldest_version.reshape(-1, header.group_size).min(axis=1),
@@ -240,7 +262,9 @@ class Sampling:
         ]
 
     def num_pairs(self, arrived: Sequence[Arrived]) -> int:
-        """Groups that the loss is averaged over: those with a best and a worst response, or all that are kept."""
+        """Groups that the loss is averaged over: those with a best and a worst response, or all
+        that are kept.
+        """
         if self.settings.algorithm.pair.loss is PairLoss.none:
             return int(sum(a.of_groups(a.rewards.keep).all(axis=1).sum() for a in arrived))
         return int(sum(differing(a.header, a.rewards)[list(a.groups)].sum() for a in arrived))

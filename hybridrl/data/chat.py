@@ -1,11 +1,14 @@
-"""A conversation as the text that a model reads, and the check that this text holds all that the conversation says.
+"""A conversation as the text that a model reads, and the check that this text holds all that the
+conversation says.
 
-A chat template is a program of the model's author. It may leave out a role, a key or a part of a text without an error. So every
-text of a row is looked up in what the template wrote, and a missing one is an error that names row, role and template.
+A chat template is a program of the model's author. It may leave out a role, a key or a part of a
+text without an error. So every text of a row is looked up in what the template wrote, and a missing
+one is an error that names row, role and template.
 
-What a template may change: white space at both ends of a text and around tags such as </think>; and JSON may escape the text.
-It may also leave out the thinking of earlier assistant turns, as the templates of reasoning models do: the model reads
-such turns without their thinking when it is used, too. Of the response that is trained on nothing may be missing.
+What a template may change: white space at both ends of a text and around tags such as </think>; and
+JSON may escape the text. It may also leave out the thinking of earlier assistant turns, as the
+templates of reasoning models do: the model reads such turns without their thinking when it is used,
+too. Of the response that is trained on nothing may be missing.
 """
 
 import inspect
@@ -16,10 +19,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hybridrl.config import DataConfig
+from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.data.marks import Marks
 from hybridrl.data.template_limits import bounded
-from hybridrl.errors import ConfigError, DataError
+from hybridrl.settings.run import DataConfig
 
 Message = dict[str, Any]
 Tools = Sequence[dict[str, Any]]
@@ -42,7 +45,9 @@ RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).para
 
 
 class ChatTemplate:
-    """A tokenizer's template, or that of data.chat_template_file, with the arguments of data.chat_template_kwargs."""
+    """A tokenizer's template, or that of data.chat_template_file, with the arguments of
+    data.chat_template_kwargs.
+    """
 
     def __init__(
         self,
@@ -61,7 +66,9 @@ class ChatTemplate:
         self.source = source
         self.name = name
         self.unclosed: list[tuple[str, str]] = []
-        """Rows whose response does not close a tag with which the template opens the turn, and the tag."""
+        """Rows whose response does not close a tag with which the template opens the turn, and the
+        tag.
+        """
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> "ChatTemplate":
@@ -96,19 +103,21 @@ class ChatTemplate:
                 )
             if not re.search(rf"\b{re.escape(str(name))}\b", source):
                 raise ConfigError(
-                    f"data.chat_template_kwargs.{name}: {self.name} does not read an argument of this name; "
-                    "correct the name, or leave it out"
+                    f"data.chat_template_kwargs.{name}: {self.name} does not read an argument of "
+                    "this name; correct the name, or leave it out"
                 )
 
     def prompt(self, messages: Sequence[Message], tools: Tools, row: str) -> str:
-        """The text that asks for the assistant's next turn, or, where the last message is the assistant's, for the rest of that turn.
+        """The text that asks for the assistant's next turn, or, where the last message is the
+        assistant's, for the rest of that turn.
 
         Args:
             tools: may be empty.
             row: what errors call the conversation.
 
         Raises:
-            DataError: no template, one that refuses the messages, or one that leaves out something that they say.
+            DataError: no template, one that refuses the messages, or one that leaves out something
+                that they say.
         """
         before, prefill = split_prefill(messages)
         if not prefill:
@@ -117,8 +126,9 @@ class ChatTemplate:
             return text
         if not before or any(prefill.get(key) for key in SAYS_MORE):
             raise DataError(
-                f"{row}: the prompt ends with a message of the assistant that cannot be continued; "
-                "end it with a user's or a tool's message, or with the beginning of an answer after one of those"
+                f"{row}: the prompt ends with a message of the assistant that cannot be "
+                "continued; end it with a user's or a tool's message, or with the beginning of "
+                "an answer after one of those"
             )
         text = self.prompt(before, tools, row)
         begun = prefill["content"]
@@ -131,18 +141,21 @@ class ChatTemplate:
     def response(
         self, messages: Sequence[Message], answer: Message, tools: Tools, prompt: str, row: str
     ) -> str:
-        """What stands after the prompt's text once it is answered, with what the template writes at the end of the turn.
+        """What stands after the prompt's text once it is answered, with what the template writes at
+        the end of the turn.
 
-        Where the template opens the assistant's turn with other text than it writes for an answered one, the answer's own text
-        follows what was opened, as it would in generation.
+        Where the template opens the assistant's turn with other text than it writes for an answered
+        one, the answer's own text follows what was opened, as it would in generation.
 
         Args:
             messages: those of the prompt.
-            answer: the assistant's message, which continues the last one of `messages` where that is the assistant's.
+            answer: the assistant's message, which continues the last one of `messages` where that
+                is the assistant's.
             prompt: prompt(messages, tools, row).
 
         Raises:
-            DataError: the template leaves out something that the answer says, or cannot write it after `prompt`.
+            DataError: the template leaves out something that the answer says, or cannot write it
+                after `prompt`.
         """
         before, prefill = split_prefill(messages)
         begun = prefill.get("content", "")
@@ -155,8 +168,9 @@ class ChatTemplate:
             return self._continuation(before, begun, rest, tools, row)
         if any(answer.get(key) for key in SAYS_MORE):
             raise DataError(
-                f"{row}: {self.name} writes the prompt differently once the assistant has answered, so the tokens of the response's "
-                "tool calls or thinking cannot be separated from it; set data.chat_template_file to a template that only appends"
+                f"{row}: {self.name} writes the prompt differently once the assistant has "
+                "answered, so the tokens of the response's tool calls or thinking cannot be "
+                "separated from it; set data.chat_template_file to a template that only appends"
             )
         rest = self._continuation(before, begun, answer["content"], tools, row)
         tag = re.search(r"<\w+>$", prompt.rstrip())
@@ -168,7 +182,8 @@ class ChatTemplate:
     def around_answer(
         self, messages: Sequence[Message], tools: Tools, row: str, prompt: str
     ) -> tuple[str, str]:
-        """What the template writes between the prompt's text and an answer to it, and after the answer; empty where it cannot be seen.
+        """What the template writes between the prompt's text and an answer to it, and after the
+        answer; empty where it cannot be seen.
 
         Raises:
             DataError: as render.
@@ -180,15 +195,16 @@ class ChatTemplate:
         return (after(prompt, head) or "", end) if found else ("", "")
 
     def render(self, messages: Sequence[Message], tools: Tools, row: str, *, answered: bool) -> str:
-        """What the template writes, unchecked. `messages` end with the answer, or else the assistant's turn is opened.
+        """What the template writes, unchecked. `messages` end with the answer, or else the
+        assistant's turn is opened.
 
         Raises:
             DataError: no chat template, or one that refuses the messages.
         """
         if not (self.source or self.tokenizer.chat_template):
             raise DataError(
-                f"{row}: the model's tokenizer has no chat template; set data.chat_template_file to one, "
-                "or use text prompts and data.chat_template=false"
+                f"{row}: the model's tokenizer has no chat template; set data.chat_template_file "
+                "to one, or use text prompts and data.chat_template=false"
             )
         try:
             with bounded(self.source or self.tokenizer.chat_template):
@@ -233,14 +249,15 @@ class ChatTemplate:
         missing = marks.missing(rendered, text)
         if missing is not None:
             raise DataError(
-                f"{row}: {self.name} leaves out {missing.what}: {missing.text[:80]!r}; correct the row, or set "
-                "data.chat_template_file to a template that writes it"
+                f"{row}: {self.name} leaves out {missing.what}: {missing.text[:80]!r}; correct "
+                "the row, or set data.chat_template_file to a template that writes it"
             )
 
     def _continuation(
         self, messages: Sequence[Message], begun: str, rest: str, tools: Tools, row: str
     ) -> str:
-        """`rest` without a first tag that stands before it already, such as the <think> with which a template opens a turn.
+        """`rest` without a first tag that stands before it already, such as the <think> with which
+        a template opens a turn.
 
         Args:
             messages: all before the assistant's turn.
@@ -263,8 +280,9 @@ class ChatTemplate:
         repeated = next((tag for tag in re.findall(OPENING_TAG, opening) if tag in tags), None)
         if repeated is not None:
             raise DataError(
-                f"{row}: {self.name} opens the assistant's turn with {opening!r}, and the response holds {repeated} once more; "
-                "take it out of the response, or change data.chat_template_kwargs"
+                f"{row}: {self.name} opens the assistant's turn with {opening!r}, and the "
+                f"response holds {repeated} once more; take it out of the response, or change "
+                "data.chat_template_kwargs"
             )
         return rest
 
@@ -272,7 +290,8 @@ class ChatTemplate:
 def after(prompt: str, written: str) -> str | None:
     """What follows `prompt` in `written`; None: `written` begins with other text.
 
-    White space after an opening tag at the end of `prompt` may be missing, as in "<think></think>4" after "<think>\\n".
+    White space after an opening tag at the end of `prompt` may be missing, as in "<think></think>4"
+    after "<think>\\n".
     """
     if written.startswith(prompt):
         return written[len(prompt) :]
@@ -283,7 +302,9 @@ def after(prompt: str, written: str) -> str | None:
 
 
 def split_prefill(messages: Sequence[Message]) -> tuple[list[Message], Message]:
-    """The messages before a last one of the assistant, and that one; empty: the last one is somebody else's."""
+    """The messages before a last one of the assistant, and that one; empty: the last one is
+    somebody else's.
+    """
     if messages[-1]["role"] == "assistant":
         return list(messages[:-1]), messages[-1]
     return list(messages), {}

@@ -1,4 +1,6 @@
-"""The row's keys under the names that are read (data.columns), and the values that no reward function can be given."""
+"""The row's keys under the names that are read (data.columns), and the values that no reward
+function can be given.
+"""
 
 import json
 import logging
@@ -6,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hybridrl.config import ROW_KEYS
-from hybridrl.data.files import Unreadable
+from hybridrl.core.errors import DataError
 from hybridrl.data.layouts import listed
 from hybridrl.data.problem import Problem
-from hybridrl.errors import DataError
+from hybridrl.data.row_files import Unreadable
+from hybridrl.settings.run import ROW_KEYS
 
 log = logging.getLogger(__name__)
 
@@ -22,14 +24,16 @@ DEEPEST = (
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str | None], name: str) -> dict[str, Any]:
     """The row with the keys of data.columns under their new names.
 
-    A key that is renamed stays a column for the rewards under its old name too, unless that is one of ROW_KEYS.
+    A key that is renamed stays a column for the rewards under its old name too, unless that is one
+    of ROW_KEYS.
 
     Args:
         columns: data.columns; names that are absent mean themselves.
         name: what errors call the row.
 
     Raises:
-        DataError: the row lacks a key that data.columns names, or another key would be read instead of it.
+        DataError: the row lacks a key that data.columns names, or another key would be read instead
+            of it.
     """
     chosen = {ours: key for ours, key in columns.items() if key is not None and key != ours}
     for ours, key in chosen.items():
@@ -44,14 +48,17 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str | None], name: str
     for ours in chosen:
         if (instead := _read_instead(ours, found)) is not None:
             raise DataError(
-                f"{name}: data.columns.{ours}={chosen[ours]}: is not read, since the row holds `{instead}` too, which "
-                f"comes first; leave that out by data.columns.{instead}=null"
+                f"{name}: data.columns.{ours}={chosen[ours]}: is not read, since the row holds "
+                f"`{instead}` too, which comes first; leave that out by "
+                f"data.columns.{instead}=null"
             )
     return found
 
 
 def _read_instead(ours: str, row: Mapping[str, Any]) -> str | None:
-    """The key that the schema reads in the place of `ours`; None where it reads `ours`, or `ours` is a column."""
+    """The key that the schema reads in the place of `ours`; None where it reads `ours`, or `ours`
+    is a column.
+    """
     if ours not in ROW_KEYS:
         return None
     ranks = (("chosen", "rejected"), ("messages",), ("completion",))
@@ -90,7 +97,9 @@ def _is_deep(value: Any) -> bool:
 
 
 def json_columns(problems: Sequence[Problem]) -> list[Problem]:
-    """The problems without the columns that some of them cannot hand to the rewards; which and why is logged once each."""
+    """The problems without the columns that some of them cannot hand to the rewards; which and why
+    is logged once each.
+    """
     reasons: dict[str, str] = {}
     for problem in problems:
         for key, value in problem.columns.items():
@@ -98,7 +107,8 @@ def json_columns(problems: Sequence[Problem]) -> list[Problem]:
                 reasons[key] = f"{problem.row}: {reason}"
     for key, reason in reasons.items():
         log.warning(
-            "the column `%s` is left out, so that no reward function can read it (%s); store it as text if one needs it",
+            "the column `%s` is left out, so that no reward function can read it (%s); store it "
+            "as text if one needs it",
             key,
             reason,
         )

@@ -1,13 +1,15 @@
-"""A row as the conversation that the model reads: with data.system_prompt before it and data.instruction around the user's text."""
+"""A row as the conversation that the model reads: with data.system_prompt before it and
+data.instruction around the user's text.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridrl.config import DataConfig
+from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.data.chat import SAYS_MORE, ChatTemplate, Message
 from hybridrl.data.problem import Problem
-from hybridrl.errors import ConfigError, DataError
+from hybridrl.settings.run import DataConfig
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Those that templates write in this spelling. Others are the model's own and pass."""
@@ -38,7 +40,8 @@ class Conversation:
         """What follows prompt_text, with the end of the turn where a template writes one.
 
         Raises:
-            DataError: as ChatTemplate.response; or a response with tool calls or thinking, and no template to write them.
+            DataError: as ChatTemplate.response; or a response with tool calls or thinking, and no
+                template to write them.
         """
         answer = (
             {"role": "assistant", "content": response} if isinstance(response, str) else response
@@ -48,7 +51,8 @@ class Conversation:
         extra = next((key for key in SAYS_MORE if answer.get(key)), None)
         if extra is not None:
             raise DataError(
-                f"{self.row}: the response holds `{extra}`, which only a chat template can write; set data.chat_template=true"
+                f"{self.row}: the response holds `{extra}`, which only a chat template can write; "
+                "set data.chat_template=true"
             )
         return answer["content"]
 
@@ -56,8 +60,10 @@ class Conversation:
 def conversation(problem: Problem, config: DataConfig) -> Conversation:
     """
     Raises:
-        ConfigError: data.system_prompt where the row has a system message, or data.instruction where it has no user's.
-        DataError: an empty prompt, a role in another spelling than that of templates, or tools without a chat template.
+        ConfigError: data.system_prompt where the row has a system message, or data.instruction
+            where it has no user's.
+        DataError: an empty prompt, a role in another spelling than that of templates, or tools
+            without a chat template.
     """
     row = problem.row
     messages = (
@@ -75,8 +81,8 @@ def conversation(problem: Problem, config: DataConfig) -> Conversation:
             )
     if problem.tools and not templated:
         raise DataError(
-            f"{row}: the row's `tools` can only be written by a chat template; set data.chat_template=true, or rename "
-            "the column if it is meant for the rewards"
+            f"{row}: the row's `tools` can only be written by a chat template; set "
+            "data.chat_template=true, or rename the column if it is meant for the rewards"
         )
     asked = [message for message in messages if message["role"] != "assistant"] or messages
     if not asked[-1]["content"].strip():
@@ -85,8 +91,8 @@ def conversation(problem: Problem, config: DataConfig) -> Conversation:
     if config.system_prompt is not None:
         if any(message["role"] in ("system", "developer") for message in messages):
             raise ConfigError(
-                f"data.system_prompt={config.system_prompt!r}: {row} has a system message of its own; "
-                "set data.system_prompt=null, or take the message out of the rows"
+                f"data.system_prompt={config.system_prompt!r}: {row} has a system message of its "
+                "own; set data.system_prompt=null, or take the message out of the rows"
             )
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     return Conversation(messages=messages, tools=problem.tools, templated=templated, row=row)
@@ -112,7 +118,8 @@ def check_template_settings(config: DataConfig, problems: Sequence[Problem]) -> 
     if name is None or all(is_templated(problem, config) for problem in problems):
         return
     raise ConfigError(
-        f"data.{name}: only has an effect in a chat template, so it needs data.chat_template=true; or leave it out"
+        f"data.{name}: only has an effect in a chat template, so it needs "
+        "data.chat_template=true; or leave it out"
     )
 
 
@@ -124,7 +131,8 @@ def _instructed(messages: Sequence[Message], instruction: str, row: str) -> list
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not users:
         raise ConfigError(
-            f"data.instruction={instruction!r}: {row} has no message of a user to put it around; set it to '{{prompt}}'"
+            f"data.instruction={instruction!r}: {row} has no message of a user to put it around; "
+            "set it to '{prompt}'"
         )
     content = messages[users[-1]]["content"]
     instructed[users[-1]] = {

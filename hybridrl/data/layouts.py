@@ -1,4 +1,6 @@
-"""How other projects lay out their rows: what can be read as it is, and which setting or change makes the rest readable."""
+"""How other projects lay out their rows: what can be read as it is, and which setting or change
+makes the rest readable.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +14,9 @@ SHOWN = 8  # keys that a message lists
 
 
 def as_messages(turns: Any) -> Any:
-    """ShareGPT's turns, {"from": "human", "value": T}, as messages with `role` and `content`; anything else as it is."""
+    """ShareGPT's turns, {"from": "human", "value": T}, as messages with `role` and `content`;
+    anything else as it is.
+    """
     if not is_sharegpt(turns):
         return turns
     return [
@@ -31,11 +35,12 @@ def is_sharegpt(turns: Any) -> bool:
 
 
 def unreadable_layout(row: Mapping[str, Any]) -> str | None:
-    """What to do about a row that holds no prompt, beginning with the keys that it has; None where it holds one.
+    """What to do about a row that holds no prompt, beginning with the keys that it has; None where
+    it holds one.
 
-    Example: unreadable_layout({"question": "1+1=", "answer": "2"}) ==
-    "the row has `question`, `answer` and no prompt; set 'data.columns={prompt: question}', and completion: answer too where the
-    answer is to be imitated"
+    Example: unreadable_layout({"question": "1+1=", "answer": "2"}) == "the row has `question`,
+    `answer` and no prompt; set 'data.columns={prompt: question}', and completion: answer too where
+    the answer is to be imitated"
     """
     given = {key: value for key, value in row.items() if value is not None}
     if "chosen" in given and "rejected" in given and "prompt" not in given:
@@ -66,17 +71,22 @@ def _remedy(given: Mapping[str, Any]) -> str:
         return f"its turns are ShareGPT's: set {_columns({'messages': turns})}"
     chat = next((key for key, value in given.items() if _is_chat(value)), None)
     if chat is not None:
-        return f"set {_columns({'messages': chat})}, or prompt: {chat} where the conversation waits for its answer"
+        return (
+            f"set {_columns({'messages': chat})}, or prompt: {chat} where the conversation "
+            "waits for its answer"
+        )
     answer = next((names[name] for name in ANSWER_NAMES if name in names), None)
     if "instruction" in names and "input" in names:
         return (
-            f"as in Alpaca's data: join `{names['instruction']}` and `{names['input']}` into one `prompt`"
+            f"as in Alpaca's data: join `{names['instruction']}` and `{names['input']}` into one "
+            "`prompt`"
             + (
                 f" and name the answer by {_columns({'completion': answer})}"
                 if answer is not None
                 else ""
             )
-            + f"; where every `{names['input']}` is empty, set {_columns({'prompt': names['instruction']})}"
+            + f"; where every `{names['input']}` is empty, set "
+            f"{_columns({'prompt': names['instruction']})}"
         )
     prompt = next((names[name] for name in PROMPT_NAMES if name in names), None)
     if prompt is None:
@@ -92,8 +102,9 @@ def _remedy(given: Mapping[str, Any]) -> str:
 
 def _two_whole_texts() -> str:
     return (
-        "`chosen` and `rejected` are whole texts without a `prompt`, as in HH-RLHF; cut both after the last "
-        "'\\n\\nAssistant:' that they share, and store the part before the cut as `prompt`"
+        "`chosen` and `rejected` are whole texts without a `prompt`, as in HH-RLHF; cut both "
+        "after the last '\\n\\nAssistant:' that they share, and store the part before the cut as "
+        "`prompt`"
     )
 
 
@@ -107,8 +118,8 @@ def _unanswered(messages: Any) -> str | None:
     if not _is_chat(messages) or any(message["role"] == "assistant" for message in messages):
         return None
     return (
-        "`messages` must hold an assistant message, the response; for a prompt that the model is to answer set "
-        + _columns({"prompt": "messages"})
+        "`messages` must hold an assistant message, the response; for a prompt that the model is "
+        "to answer set " + _columns({"prompt": "messages"})
     )
 
 

@@ -1,7 +1,9 @@
-"""Marks around texts that go through a template, by which each of them is recognised in what comes out.
+"""Marks around texts that go through a template, by which each of them is recognised in what comes
+out.
 
-A text alone does not show where it came from: "4" may be somebody's answer or part of "42". So each text is put between two
-private characters of its own, and what stands between them afterwards is compared with the text.
+A text alone does not show where it came from: "4" may be somebody's answer or part of "42". So each
+text is put between two private characters of its own, and what stands between them afterwards is
+compared with the text.
 """
 
 import json
@@ -55,7 +57,8 @@ class Marks:
         self.pieces: list[Piece] = []
 
     def around(self, text: str, what: str, *, escaped: bool = True) -> str:
-        """`text` with marks within its outer white space and tags, so that a template sees how it begins and ends.
+        """`text` with marks within its outer white space and tags, so that a template sees how it
+        begins and ends.
 
         Example: around("<think>a</think>4", ...) == "<think>Ma</think>4M", M a private character
         """
@@ -73,8 +76,9 @@ class Marks:
 
         Args:
             marked: what the template made of the marked texts.
-            rendered: what it made of the texts themselves. Where it differs by more than the marks, the template looks at
-                texts before it writes them, and they are looked for in `rendered` alone.
+            rendered: what it made of the texts themselves. Where it differs by more than the marks,
+                the template looks at texts before it writes them, and they are looked for in
+                `rendered` alone.
         """
         same = MARK.sub("", marked) == MARK.sub("", rendered)
         for piece in self.pieces:

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hybridrl.config import DataConfig
-from hybridrl.data import countdown, records
+from hybridrl.core.errors import DataError
+from hybridrl.data import countdown_puzzles as countdown
+from hybridrl.data import records
 from hybridrl.data.chat import ChatTemplate
 from hybridrl.data.conversation import check_template_settings, conversation
 from hybridrl.data.problem import Problem
 from hybridrl.data.responses import response_ids
 from hybridrl.data.tokens import encode, has_unknown
-from hybridrl.errors import DataError
+from hybridrl.settings.run import DataConfig
 from hybridrl.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,9 @@ def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Pr
 
 
 def warn_of_shared(train: list[Problem], heldout: list[Problem], config: DataConfig) -> None:
-    """Log how many held-out prompts are training prompts too: the same file, a copy of it, or a few of its rows."""
+    """Log how many held-out prompts are training prompts too: the same file, a copy of it, or a few
+    of its rows.
+    """
 
     def key(problem: Problem) -> str:
         return json.dumps(problem.prompt, sort_keys=True)
@@ -62,8 +65,9 @@ def warn_of_shared(train: list[Problem], heldout: list[Problem], config: DataCon
     shared = [problem for problem in heldout if key(problem) in trained]
     if shared:
         log.warning(
-            "data.heldout_path=%s: %d of %d held-out prompts are in data.path=%s too, %s the first; accuracy on them "
-            "does not show what is learned beyond the training data: hold out other rows",
+            "data.heldout_path=%s: %d of %d held-out prompts are in data.path=%s too, %s the "
+            "first; accuracy on them does not show what is learned beyond the training data: hold "
+            "out other rows",
             config.heldout_path,
             len(shared),
             len(heldout),
@@ -81,19 +85,24 @@ def tokenize(
     *,
     responses: bool = True,
 ) -> list[Prompt]:
-    """What the model sees of each problem and its responses, special tokens included; uids are kept.
+    """What the model sees of each problem and its responses, special tokens included; uids are
+    kept.
 
-    A problem with too many tokens is an error, or with data.drop_too_long left out; how many were is logged.
+    A problem with too many tokens is an error, or with data.drop_too_long left out; how many were
+    is logged.
 
     Args:
         max_prompt_tokens: rollout.max_model_len - rollout.max_new_tokens.
-        max_tokens: of a prompt with any one of its responses, rollout.max_model_len; None: any number.
-        responses: whether the run uses the given responses; otherwise they are left out, and need not be usable.
+        max_tokens: of a prompt with any one of its responses, rollout.max_model_len; None: any
+            number.
+        responses: whether the run uses the given responses; otherwise they are left out, and need
+            not be usable.
 
     Raises:
         ConfigError: a setting of the chat template that has no effect, or that contradicts a row.
-        DataError: an empty or too long prompt, a too long response, characters that the tokenizer lacks, a chat template that
-            is missing, refuses a row or leaves out what it says; the message names the row. Or no row remained.
+        DataError: an empty or too long prompt, a too long response, characters that the tokenizer
+            lacks, a chat template that is missing, refuses a row or leaves out what it says; the
+            message names the row. Or no row remained.
     """
     check_template_settings(config, problems)
     template = ChatTemplate.of(tokenizer, config)
@@ -117,8 +126,9 @@ def tokenize(
     if template.unclosed:
         row, tag = template.unclosed[0]
         log.warning(
-            "%s opens the assistant's turn with %s, which %d given responses do not close, that of %s first: they are learned as "
-            "what belongs within the tag; begin them with it, or set data.chat_template_file",
+            "%s opens the assistant's turn with %s, which %d given responses do not close, that "
+            "of %s first: they are learned as what belongs within the tag; begin them with it, or "
+            "set data.chat_template_file",
             template.name,
             tag,
             len(template.unclosed),
@@ -132,7 +142,8 @@ def tokenize(
         )
         if not prompts:
             raise DataError(
-                f"data.drop_too_long: all {len(problems)} rows are too long; raise rollout.max_model_len"
+                f"data.drop_too_long: all {len(problems)} rows are too long; raise "
+                "rollout.max_model_len"
             )
     return prompts
 
@@ -142,9 +153,11 @@ class TooLong(DataError):
 
 
 class PromptSource:
-    """A cursor over one seeded permutation per epoch; the permutation depends on (seed, epoch) alone.
+    """A cursor over one seeded permutation per epoch; the permutation depends on (seed, epoch)
+    alone.
 
-    Example: with three prompts, next_batch(2) twice gives "b@0" "a@0", then "c@0" "a@1": the batch runs over the edge.
+    Example: with three prompts, next_batch(2) twice gives "b@0" "a@0", then "c@0" "a@1": the batch
+    runs over the edge.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
@@ -157,7 +170,9 @@ class PromptSource:
         self._order = self._permutation()
 
     def next_batch(self, n: int) -> list[Prompt]:
-        """The next `n` prompts, those that came back first; their uids end in "@EPOCH" and so are unique in the run."""
+        """The next `n` prompts, those that came back first; their uids end in "@EPOCH" and so are
+        unique in the run.
+        """
         batch, self.owed = self.owed[:n], self.owed[n:]
         while len(batch) < n:
             if self.position == len(self.prompts):
@@ -188,7 +203,8 @@ class PromptSource:
         """
         if not 0 <= state["position"] <= len(self.prompts):
             raise DataError(
-                f"the checkpoint stands at prompt {state['position']} of an epoch; the data has only {len(self.prompts)}"
+                f"the checkpoint stands at prompt {state['position']} of an epoch; the data has "
+                f"only {len(self.prompts)}"
             )
         by_uid = {p.uid: p for p in self.prompts} if state["owed"] else {}
         owed = [uid.rpartition("@") for uid in state["owed"]]
@@ -223,8 +239,9 @@ def _prompt(
     input_ids = encode(text, tokenizer, special_tokens=not chat.templated)
     if len(input_ids) > max_prompt_tokens:
         raise TooLong(
-            f"{row}: the prompt has {len(input_ids)} tokens, rollout.max_model_len - rollout.max_new_tokens leaves room for "
-            f"{max_prompt_tokens}; shorten it, raise rollout.max_model_len or set data.drop_too_long=true"
+            f"{row}: the prompt has {len(input_ids)} tokens, rollout.max_model_len - "
+            f"rollout.max_new_tokens leaves room for {max_prompt_tokens}; shorten it, raise "
+            "rollout.max_model_len or set data.drop_too_long=true"
         )
     if has_unknown(input_ids, tokenizer):
         raise DataError(f"{row}: the tokenizer has no token for some character of {text[:80]!r}")
@@ -237,8 +254,8 @@ def _prompt(
     longest = len(input_ids) + max(map(len, responses), default=0)
     if max_tokens is not None and longest > max_tokens:
         raise TooLong(
-            f"{row}: prompt and response have {longest} tokens, rollout.max_model_len is {max_tokens}; "
-            "raise it, or set data.drop_too_long=true to leave such rows out"
+            f"{row}: prompt and response have {longest} tokens, rollout.max_model_len is "
+            f"{max_tokens}; raise it, or set data.drop_too_long=true to leave such rows out"
         )
     return Prompt(
         uid=problem.uid,
@@ -256,14 +273,18 @@ REFERENCE_COLUMNS = ("answer", "solution", "reference", "ground_truth")
 
 
 def readable(messages: Sequence[dict[str, Any]]) -> str:
-    """A conversation as text: one message alone is its content, several are named by their roles."""
+    """A conversation as text: one message alone is its content, several are named by their
+    roles.
+    """
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def reference_answer(problem: Problem) -> str | None:
-    """The answer that the data gives to a problem: a column of REFERENCE_COLUMNS, else the text of its first response."""
+    """The answer that the data gives to a problem: a column of REFERENCE_COLUMNS, else the text of
+    its first response.
+    """
     for name in REFERENCE_COLUMNS:
         if problem.columns.get(name) is not None:
             return str(problem.columns[name])

@@ -1,10 +1,12 @@
-"""Problems from the rows of a file, a folder or a dataset on the hub; schema.py says what a row may hold.
+"""Problems from the rows of a file, a folder or a dataset on the hub; schema.py says what a row may
+hold.
 
     train.jsonl, train.csv.gz, ...           a file of one of the kinds in files.py
     DIR, DIR:SPLIT                           a dataset's folder, of save_to_disk or of data files
     OWNER/NAME[:CONFIG][:SPLIT]              a dataset on the Hugging Face hub
 
-The last two, and Parquet, need the optional packages of hybridrl[data]. A dataset of one split needs no :SPLIT.
+The last two, and Parquet, need the optional packages of hybridrl[data]. A dataset of one split
+needs no :SPLIT.
 """
 
 import re
@@ -12,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hybridrl.core.errors import DataError
 from hybridrl.data import schema
 from hybridrl.data.columns import json_columns, renamed
-from hybridrl.data.files import Row, file_rows, is_file_name, package
 from hybridrl.data.problem import Problem
-from hybridrl.errors import DataError
+from hybridrl.data.row_files import Row, file_rows, is_file_name, package
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]+){0,2}")
 
@@ -33,7 +35,8 @@ def load(
     revision: str | None = None,
     columns: Mapping[str, str | None] = NO_COLUMNS,
 ) -> list[Problem]:
-    """Problems of one source; uids count its rows from 1, in JSON lines and CSV by line, e.g. "train-000003".
+    """Problems of one source; uids count its rows from 1, in JSON lines and CSV by line, e.g.
+    "train-000003".
 
     Args:
         split: "train" or "heldout", how uids begin.
@@ -50,7 +53,8 @@ def load(
         problems.append(schema.problem(renamed(row, columns, name), name, f"{split}-{number:06d}"))
     if not problems:
         raise DataError(
-            f"{path}: holds no rows; needs at least one with a `prompt`, `messages`, or `chosen` and `rejected`"
+            f"{path}: holds no rows; needs at least one with a `prompt`, `messages`, or `chosen` "
+            "and `rejected`"
         )
     return json_columns(problems)
 
@@ -89,20 +93,23 @@ def _dataset(
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         reason = error.__cause__ if generating else error  # its own text says only that it failed
         raise DataError(
-            f"{path}: no dataset can be read there: {reason}; correct the path, or give one file of it"
+            f"{path}: no dataset can be read there: {reason}; correct the path, or give one file "
+            "of it"
         ) from error
     splits = found if isinstance(found, dict) else {split: found}
     if not split and len(splits) == 1:
         split = next(iter(splits))
     if split not in splits:
         raise DataError(
-            f"{path}: name one of its splits, e.g. {name}:{next(iter(splits))}; it has {', '.join(map(str, splits))}"
+            f"{path}: name one of its splits, e.g. {name}:{next(iter(splits))}; it has "
+            f"{', '.join(map(str, splits))}"
         )
     return _dataset_rows(path, splits[split])
 
 
 def _name_bad_file(folder: Path) -> None:
-    """Read the data files of a folder one by one, for the library does not say which one it could not read.
+    """Read the data files of a folder one by one, for the library does not say which one it could
+    not read.
 
     Raises:
         DataError: the first of them that cannot be read by itself.
@@ -114,7 +121,9 @@ def _name_bad_file(folder: Path) -> None:
 
 
 def _dataset_rows(path: str, dataset: Any) -> Iterator[Row]:
-    """The rows with media as stored bytes: decoding them takes packages of their own, and no text is in them."""
+    """The rows with media as stored bytes: decoding them takes packages of their own, and no text
+    is in them.
+    """
     for name, feature in dataset.features.items():
         if getattr(feature, "decode", False):
             dataset = dataset.cast_column(name, type(feature)(decode=False))

@@ -1,11 +1,13 @@
-"""A given response as the tokens that generation would have made: what follows the prompt's tokens, the end token last."""
+"""A given response as the tokens that generation would have made: what follows the prompt's tokens,
+the end token last.
+"""
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from hybridrl.core.errors import DataError
 from hybridrl.data.tokens import closed, encode, has_unknown
-from hybridrl.errors import DataError
 
 
 def response_ids(
@@ -19,8 +21,9 @@ def response_ids(
 ) -> tuple[int, ...]:
     """Tokens of `text` after `prompt`; an empty response is the end token alone.
 
-    Prompt and response together are the tokenization of the whole text. Where a tokenizer would merge the prompt's last
-    token with the response's first, which no generation can do, the response is tokenized by itself.
+    Prompt and response together are the tokenization of the whole text. Where a tokenizer would
+    merge the prompt's last token with the response's first, which no generation can do, the
+    response is tokenized by itself.
 
     Args:
         text: the response, of a template with the end of its turn (ChatTemplate.response).
@@ -28,7 +31,8 @@ def response_ids(
         templated: whether a chat template wrote both.
 
     Raises:
-        DataError: a character without a token, a tokenizer without an end token, or an end token within the response.
+        DataError: a character without a token, a tokenizer without an end token, or an end token
+            within the response.
     """
     if tokenizer.eos_token_id is None:
         raise DataError(f"{row}: the model's tokenizer has no end token, so a response cannot end")
@@ -39,8 +43,9 @@ def response_ids(
     for end in (response[-1], tokenizer.eos_token_id):
         if end in response[:-1]:
             raise DataError(
-                f"{row}: the response {text[:80]!r} holds the end token {tokenizer.decode([end])!r} before its end, "
-                "where generation would have stopped; take it out of the text, for one is added at the end"
+                f"{row}: the response {text[:80]!r} holds the end token "
+                f"{tokenizer.decode([end])!r} before its end, where generation would have "
+                "stopped; take it out of the text, for one is added at the end"
             )
     return response
 

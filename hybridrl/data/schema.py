@@ -5,23 +5,25 @@
     {"messages": [..., {"role": "assistant", ...}]}             the last assistant message, after what stands before it
     {"prompt": P, "chosen": R, "rejected": R}                   two responses, the better one first
 
-P is text or a list of chat messages. R is text, or a list of messages that ends with one of the assistant, the response;
-earlier messages of R belong to the prompt. R or `messages` continues the row's `prompt` where it begins with the
-assistant; otherwise it is a whole conversation, which must contain `prompt` where the row has one. Chosen and rejected
-share their prompt. Keys that are null count as absent. Where a row fits several lines, chosen and rejected come before
-messages, and those before completion. ShareGPT's turns are read as messages. `tools`, a list of function descriptions or
-its JSON text, goes to the chat template. All other keys, and `tools`, become columns, which the rewards may look at.
+P is text or a list of chat messages. R is text, or a list of messages that ends with one of the
+assistant, the response; earlier messages of R belong to the prompt. R or `messages` continues the
+row's `prompt` where it begins with the assistant; otherwise it is a whole conversation, which must
+contain `prompt` where the row has one. Chosen and rejected share their prompt. Keys that are null
+count as absent. Where a row fits several lines, chosen and rejected come before messages, and those
+before completion. ShareGPT's turns are read as messages. `tools`, a list of function descriptions
+or its JSON text, goes to the chat template. All other keys, and `tools`, become columns, which the
+rewards may look at.
 """
 
 import json
 from typing import Any
 
-from hybridrl.config import ROW_KEYS
+from hybridrl.core.errors import DataError
 from hybridrl.data.chat import SAYS_MORE
 from hybridrl.data.columns import not_json
 from hybridrl.data.layouts import as_messages, unreadable_layout
 from hybridrl.data.problem import Problem
-from hybridrl.errors import DataError
+from hybridrl.settings.run import ROW_KEYS
 
 Text = str | list[dict[str, Any]]
 
@@ -63,7 +65,8 @@ def _split(given: dict[str, Any], name: str) -> tuple[Text, tuple[Response, ...]
         )
         if prompt != other:
             raise DataError(
-                f"{name}: `chosen` and `rejected` answer different prompts; only their last messages may differ"
+                f"{name}: `chosen` and `rejected` answer different prompts; only their last "
+                "messages may differ"
             )
         return prompt, (chosen, rejected)
     for key in ("messages", "completion"):
@@ -83,7 +86,8 @@ def _answer(given: dict[str, Any], key: str, name: str) -> tuple[Text, Response]
             messages.pop()
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError(
-            f"{name}: `{key}` must {'hold' if key == 'messages' else 'end with'} an assistant message, the response"
+            f"{name}: `{key}` must {'hold' if key == 'messages' else 'end with'} an assistant "
+            "message, the response"
         )
     return _before(messages[:-1], given, key, name), _response(messages[-1])
 
@@ -108,8 +112,8 @@ def _before(before: list[dict[str, Any]], given: dict[str, Any], key: str, name:
         contained = all(message in before for message in prompt)
     if not contained:
         raise DataError(
-            f"{name}: `{key}` is a whole conversation that does not contain `prompt`; leave `prompt` out, "
-            f"or let `{key}` hold only what follows it, beginning with the assistant"
+            f"{name}: `{key}` is a whole conversation that does not contain `prompt`; leave "
+            f"`prompt` out, or let `{key}` hold only what follows it, beginning with the assistant"
         )
     return before
 
@@ -153,7 +157,8 @@ def _check_calls(message: dict[str, Any], what: str) -> None:
         for call in calls
     ):
         raise DataError(
-            f"{what}: `tool_calls` must be a list of calls, each with a `function` that has a `name` and `arguments`"
+            f"{what}: `tool_calls` must be a list of calls, each with a `function` that has a "
+            "`name` and `arguments`"
         )
 
 
@@ -168,8 +173,9 @@ def _tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{name}: `tools` is text that is not JSON: {error}; it holds function descriptions for the chat template, "
-                "so rename the column if it is meant for the rewards"
+                f"{name}: `tools` is text that is not JSON: {error}; it holds function "
+                "descriptions for the chat template, so rename the column if it is meant for the "
+                "rewards"
             ) from error
     if not value:
         return ()

@@ -1,4 +1,6 @@
-"""A chat template comes with the model and is a program: it gets a limited time for each conversation."""
+"""A chat template comes with the model and is a program: it gets a limited time for each
+conversation.
+"""
 
 import signal
 import threading
@@ -23,8 +25,9 @@ def bounded(
 ) -> Iterator[None]:
     """Interrupt what is done with `template` after some seconds.
 
-    Python interrupts itself between two operations, by a signal that only the main thread receives: other threads have no limit. A
-    power of whole numbers, as 10**(10**8), is one operation that takes minutes, so a template with one is refused beforehand.
+    Python interrupts itself between two operations, by a signal that only the main thread receives:
+    other threads have no limit. A power of whole numbers, as 10**(10**8), is one operation that
+    takes minutes, so a template with one is refused beforehand.
 
     Args:
         template: its text, or several by their names.
@@ -53,7 +56,9 @@ def bounded(
 
 @lru_cache(maxsize=16)
 def _has_power(source: str) -> bool:
-    """Whether `**` stands between two values; behind a bracket or a comma it passes keyword arguments on."""
+    """Whether `**` stands between two values; behind a bracket or a comma it passes keyword
+    arguments on.
+    """
     before = ""
     try:
         for _, kind, value in Environment().lex(source):

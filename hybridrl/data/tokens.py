@@ -6,11 +6,12 @@ from transformers import PreTrainedTokenizerBase
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> list[int]:
-    """The ids of `text`, ready to be continued: no token that the tokenizer itself would add stands at its end.
+    """The ids of `text`, ready to be continued: no token that the tokenizer itself would add stands
+    at its end.
 
     Args:
-        special_tokens: the tokenizer puts its own before the text. A template writes its special tokens itself. A first token
-            that the text brings already is not repeated.
+        special_tokens: the tokenizer puts its own before the text. A template writes its special
+            tokens itself. A first token that the text brings already is not repeated.
     """
     if not special_tokens:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -28,7 +29,8 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: boo
 def has_unknown(ids: Collection[int], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether some character had no token.
 
-    Where the unknown token serves as another special token too, this cannot be seen; such tokenizers know every byte.
+    Where the unknown token serves as another special token too, this cannot be seen; such
+    tokenizers know every byte.
     """
     unknown = tokenizer.unk_token_id
     return unknown in ids and unknown not in (
@@ -42,10 +44,12 @@ def has_unknown(ids: Collection[int], tokenizer: PreTrainedTokenizerBase) -> boo
 def closed(
     ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, templated: bool
 ) -> tuple[int, ...]:
-    """A response that ends with one end token: the special token with which a template ends the turn, else the tokenizer's.
+    """A response that ends with one end token: the special token with which a template ends the
+    turn, else the tokenizer's.
 
     Args:
-        ids: of the response; white space may follow the template's end token, and is cut off with it.
+        ids: of the response; white space may follow the template's end token, and is cut off with
+            it.
         templated: a template wrote the response.
     """
     end = _end_of_turn(ids, tokenizer) if templated else None

@@ -1,1 +1,3 @@
-"""Models as Hugging Face folders: the tiny shipped ones, loading, export, and the SFT that made them."""
+"""Models as Hugging Face folders: the tiny shipped ones, loading, export, and the SFT that made
+them.
+"""

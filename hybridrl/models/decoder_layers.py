@@ -1,7 +1,8 @@
-"""How decoder layers run on the CPU: attention by plain matrix products and layers as compiled graphs, where either pays.
+"""How decoder layers run on the CPU: attention by plain matrix products and layers as compiled
+graphs, where either pays.
 
-Between its matrix products a layer of transformers makes some fifty passes over its activations. Compiled (torch.compile, its
-C++ backend) they are a few; the products stay as they are.
+Between its matrix products a layer of transformers makes some fifty passes over its activations.
+Compiled (torch.compile, its C++ backend) they are a few; the products stay as they are.
 """
 
 import logging
@@ -11,25 +12,30 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hybridrl.ops.rows import has_compiler
+from hybridrl.core.compiler import has_compiler
 
 logger = logging.getLogger(__name__)
 
 PLAIN_ATTENTION_TOKENS = 1024
 
 COMPILE_FROM = 256
-"""Hidden size from which layers are worth a compilation (of SmolLM2: 46 s once, kept on disk by torch; then 8 to 10 s a start)."""
+"""Hidden size from which layers are worth a compilation (of SmolLM2: 46 s once, kept on disk by
+torch; then 8 to 10 s a start).
+"""
 
 MOST_GRAPHS = 16
-"""Of all layers together: two kinds of layers, each with and without gradients, for one row and for several, and room for as many."""
+"""Of all layers together: two kinds of layers, each with and without gradients, for one row and for
+several, and room for as many.
+"""
 
 TRACED_TOKENS = 61
 """Of each sequence that the graphs are made from; like no size of a model."""
 
 
 def attends_plainly(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether a learner's attention is to be plain matrix products. In bf16 torch's fused kernel for CPUs takes four times as long over
-    84 tokens, forward and backward, and still 1.6 times over 512; it is kept where scores of all pairs of tokens would be large.
+    """Whether a learner's attention is to be plain matrix products. In bf16 torch's fused kernel
+    for CPUs takes four times as long over 84 tokens, forward and backward, and still 1.6 times over
+    512; it is kept where scores of all pairs of tokens would be large.
 
     Args:
         tokens: of the longest row.
@@ -42,18 +48,22 @@ def attends_plainly(model: PreTrainedModel, tokens: int) -> bool:
 
 
 def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns: bool) -> bool:
-    """Compile the layers, with plain attention, where that is plain anyway and the model is large enough.
+    """Compile the layers, with plain attention, where that is plain anyway and the model is large
+    enough.
 
-    The graphs serve every number of sequences and tokens, and are made here, from sizes that are always the same: made from the
-    first batch, they could differ with it in how they round, and a resumed run has another first batch.
+    The graphs serve every number of sequences and tokens, and are made here, from sizes that are
+    always the same: made from the first batch, they could differ with it in how they round, and a
+    resumed run has another first batch.
 
     Args:
         tokens: of the longest row.
-        packed: sequences will come one after the other in one row, without a mask; otherwise padded, with one.
+        packed: sequences will come one after the other in one row, without a mask; otherwise
+            padded, with one.
         learns: gradients will be asked for, besides plain forward passes.
 
     Returns:
-        whether they are compiled; layers that are no single graph each, as those that choose among experts, are not.
+        whether they are compiled; layers that are no single graph each, as those that choose among
+        experts, are not.
     """
     layers, config = (
         [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)],

@@ -1,14 +1,20 @@
-"""How long a sequence a model can read, and which models the engine can serve, as far as config.json tells."""
+"""How long a sequence a model can read, and which models the engine can serve, as far as
+config.json tells.
+"""
 
 from transformers import PreTrainedConfig
 
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-"""Where architectures keep the number of their positions; those without any have no limit (ALiBi, recurrent layers)."""
+"""Where architectures keep the number of their positions; those without any have no limit (ALiBi,
+recurrent layers).
+"""
 ALREADY_SCALED = ("default", "llama3", "longrope", "su", "yarn")
 """Kinds of rotary scaling whose factor the number of positions includes already."""
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Of vLLM 0.32's attention on CPUs, CPUAttentionBackend.get_supported_head_sizes(); on GPUs vLLM serves every size."""
+"""Of vLLM 0.32's attention on CPUs, CPUAttentionBackend.get_supported_head_sizes(); on GPUs vLLM
+serves every size.
+"""
 
 
 def most_positions(config: PreTrainedConfig) -> float:
@@ -30,7 +36,9 @@ def _rope_factors(config: PreTrainedConfig) -> list[float]:
 
 
 def unserved_head_size(config: PreTrainedConfig) -> int | None:
-    """The size of an attention head, if vLLM's CPU engine cannot serve it; None where it can or there are no such heads."""
+    """The size of an attention head, if vLLM's CPU engine cannot serve it; None where it can or
+    there are no such heads.
+    """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if not heads or getattr(text, "kv_lora_rank", None):  # latent attention has sizes of its own

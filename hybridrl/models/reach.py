@@ -1,4 +1,6 @@
-"""Whether a model or a dataset can be had, with the token at hand, before anything is downloaded."""
+"""Whether a model or a dataset can be had, with the token at hand, before anything is
+downloaded.
+"""
 
 import os
 from dataclasses import dataclass
@@ -60,7 +62,10 @@ def _on_hub(path: str, revision: str | None, api: HfApi, kind: str) -> Reach:
         info = api.repo_info(path, revision=revision, repo_type=kind, timeout=LIMIT_S)
         api.auth_check(path, repo_type=kind)
     except GatedRepoError:
-        text = f"is gated on the hub, and {token} it is closed; accept its terms there and set HF_TOKEN"
+        text = (
+            f"is gated on the hub, and {token} it is closed; accept its terms there and set "
+            "HF_TOKEN"
+        )
         return Reach(reached=False, text=text)
     except RevisionNotFoundError:
         return Reach(reached=False, text=f"has no revision {revision} on the hub; correct it")

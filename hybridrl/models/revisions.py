@@ -9,8 +9,9 @@ from hybridrl.models.loading import BUILTIN
 
 
 def newest_commit(path: str) -> str | None:
-    """The commit that a name without a revision means now. None: it is a folder or built in, or cannot be had, which loading
-    it will say."""
+    """The commit that a name without a revision means now. None: it is a folder or built in, or
+    cannot be had, which loading it will say.
+    """
     if path.startswith(BUILTIN) or Path(path).exists():
         return None
     try:

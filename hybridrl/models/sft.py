@@ -1,4 +1,5 @@
-"""Supervised training of the tiny model on solved Countdown problems: it made the shipped student and teacher.
+"""Supervised training of the tiny model on solved Countdown problems: it made the shipped student
+and teacher.
 
     python -m hybridrl.models.sft --out runs/teacher --steps 2000
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hybridrl.data.countdown import Countdown, Equation
+from hybridrl.data.countdown_puzzles import Countdown, Equation
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 
 NUM_HELDOUT = 512  # kept out of training, as by data.num_heldout's default
@@ -24,7 +25,9 @@ IGNORED = -100  # the label that cross_entropy skips
 
 
 def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Cross-entropy of the solution and its end token, given the prompt; AdamW, linear warm-up, cosine to lr_end."""
+    """Cross-entropy of the solution and its end token, given the prompt; AdamW, linear warm-up,
+    cosine to lr_end.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     tokenizer = tiny_tokenizer()
@@ -62,7 +65,9 @@ def greedy_answers(
     prompts: Sequence[str],
     max_new_tokens: int = 16,
 ) -> list[str]:
-    """The most likely answers, without special tokens; one that did not end within max_new_tokens is cut there."""
+    """The most likely answers, without special tokens; one that did not end within max_new_tokens
+    is cut there.
+    """
     batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
     with torch.no_grad():
         output = model.eval().generate(
@@ -86,7 +91,9 @@ def _lr(step: int, args: argparse.Namespace) -> float:
 def _batch(
     equations: Sequence[Equation], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, Tensor]:
-    """input_ids, labels: [B, T] int64, padded on the right; labels are IGNORED on prompts and padding."""
+    """input_ids, labels: [B, T] int64, padded on the right; labels are IGNORED on prompts and
+    padding.
+    """
     rows, labels = [], []
     for equation in equations:
         prompt = tokenizer(equation.prompt)["input_ids"]

@@ -1,4 +1,6 @@
-"""A Llama of 0.8 M parameters over single characters: small enough to learn Countdown on two CPU cores in minutes."""
+"""A Llama of 0.8 M parameters over single characters: small enough to learn Countdown on two CPU
+cores in minutes.
+"""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

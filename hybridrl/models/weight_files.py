@@ -1,4 +1,6 @@
-"""What a model folder claims and holds, checked before any of it is loaded: sizes in config.json, safetensors files."""
+"""What a model folder claims and holds, checked before any of it is loaded: sizes in config.json,
+safetensors files.
+"""
 
 import json
 import re
@@ -8,26 +10,31 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hybridrl.errors import ConfigError
+from hybridrl.core.errors import ConfigError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 MOST_LAYERS = 10_000
-"""Layers, blocks or experts. transformers builds as many as config.json says before it looks at a weight."""
+"""Layers, blocks or experts. transformers builds as many as config.json says before it looks at a
+weight.
+"""
 COUNTS = re.compile(r".*(layers?|blocks|experts)")
 
 
 def check_config_file(folder: Path, where: str) -> None:
-    """Refuse a config.json that would keep transformers busy for ever, or send it to files of its own choice.
+    """Refuse a config.json that would keep transformers busy for ever, or send it to files of its
+    own choice.
 
     A config.json that is no JSON object is left to transformers, whose error becomes a ConfigError.
 
     Args:
-        where: the setting and its value, e.g. "model.path=/models/a", which begins the error's sentence.
+        where: the setting and its value, e.g. "model.path=/models/a", which begins the error's
+            sentence.
 
     Raises:
-        ConfigError: it claims more than MOST_LAYERS layers or experts, or names its weight file itself.
+        ConfigError: it claims more than MOST_LAYERS layers or experts, or names its weight file
+            itself.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -36,7 +43,8 @@ def check_config_file(folder: Path, where: str) -> None:
     for key, value in _numbers(config):
         if COUNTS.fullmatch(key) and abs(value) > MOST_LAYERS:
             raise ConfigError(
-                f"{where}: config.json says {key}={value:.0f}, the limit is {MOST_LAYERS}; correct its config.json"
+                f"{where}: config.json says {key}={value:.0f}, the limit is {MOST_LAYERS}; "
+                "correct its config.json"
             )
     if isinstance(config, dict) and config.get("transformers_weights") is not None:
         raise ConfigError(
@@ -66,8 +74,8 @@ def tensor_files(folder: Path, where: str) -> dict[str, Path]:
         where: as in check_config_file.
 
     Raises:
-        ConfigError: there is no safetensors file, the index or a header is damaged, or the index names a file that is
-            missing or lies outside of the folder.
+        ConfigError: there is no safetensors file, the index or a header is damaged, or the index
+            names a file that is missing or lies outside of the folder.
     """
     names = sorted(set(index_of(folder, where).values()))
     if not names and not (folder / WEIGHTS).is_file():
@@ -88,7 +96,8 @@ def tensor_files(folder: Path, where: str) -> dict[str, Path]:
 
 
 def index_of(folder: Path, where: str) -> dict[str, str]:
-    """The name of each tensor's file, where the weights are several files; empty where they are one.
+    """The name of each tensor's file, where the weights are several files; empty where they are
+    one.
 
     Raises:
         ConfigError: the index is damaged, or names a file outside of the folder.
@@ -132,6 +141,7 @@ def _no_weights(folder: Path) -> str:
     if not pickles:
         return f"holds no {WEIGHTS}; give a folder with the weights of a whole model"
     return (
-        f"holds pickled weights ({pickles[0]}), which are not read because a pickle can run code; convert them once: "
-        "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW), and copy the tokenizer's files to NEW"
+        f"holds pickled weights ({pickles[0]}), which are not read because a pickle can run code; "
+        "convert them once: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW), and "
+        "copy the tokenizer's files to NEW"
     )

@@ -1,10 +1,12 @@
-"""Objectives: what each token of a scored batch is worth. The online one has every method as a preset."""
+"""Objectives: what each token of a scored batch is worth. The online one has every method as a
+preset.
+"""
 
-from hybridrl.choices import PairLoss
-from hybridrl.config import RunSettings
 from hybridrl.objectives.credit import Objective
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.objectives.pairs import PairObjective
+from hybridrl.settings.choices import PairLoss
+from hybridrl.settings.run import RunSettings
 
 
 def make_objective(settings: RunSettings) -> Objective:

@@ -1,4 +1,6 @@
-"""What an objective gives each response token before the head pass, and what it may ask for first."""
+"""What an objective gives each response token before the head pass, and what it may ask for
+first.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +27,16 @@ class Signal(StrEnum):
 
 
 ROWS = frozenset({Signal.teacher_hidden, Signal.teacher_vocabulary, Signal.teacher_support})
-"""Those of more than a number a token: with one of them the student is compared over more than the drawn token."""
+"""Those of more than a number a token: with one of them the student is compared over more than the
+drawn token.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerView:
-    """What the learner itself says of the tokens before an update; R response tokens in batch order."""
+    """What the learner itself says of the tokens before an update; R response tokens in batch
+    order.
+    """
 
     logprobs: Tensor  # [R] log p(y_t)
     values: Tensor  # [R] the value head before each token; 0 without one
@@ -76,7 +82,9 @@ class Objective(Protocol):
 
 
 def moments(credits: Sequence[Credit]) -> Tensor:
-    """[3] float64 over live tokens that have returns: count, sum and sum of squares of the sparse term; they add up over ranks."""
+    """[3] float64 over live tokens that have returns: count, sum and sum of squares of the sparse
+    term; they add up over ranks.
+    """
     parts = [c.sparse[c.token_weight > 0] for c in credits if c.has_returns]
     live = torch.cat([torch.zeros(0), *parts]).double()  # a rank may have no group
     return torch.stack(
@@ -91,7 +99,9 @@ def no_credit(batch: ScoredBatch) -> Credit:
 
 
 def response_grid(batch: RolloutBatch) -> Tensor:
-    """[N, T] bool: response tokens left-aligned, T the longest response; row-major order is batch order."""
+    """[N, T] bool: response tokens left-aligned, T the longest response; row-major order is batch
+    order.
+    """
     lengths = torch.from_numpy(batch.response_lengths.copy())
     return torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
 

@@ -1,30 +1,39 @@
-"""The one online objective: J = E[ sum_t sum_i w_i (log p - log q_i) - lambda R ] (arXiv 2512.23097).
+"""The one online objective: J = E[ sum_t sum_i w_i (log p - log q_i) - lambda R ] (arXiv
+2512.23097).
 
-Its gradient splits into a dense term, the closed form of KL(p || q) at each visited prefix, and a sparse term,
-G_{t+1} grad log p(y_t) with G_{t+1} = sum_{k>t} gamma^(k-t) c_k - lambda R. This class makes G before the head pass;
-ops.head makes both gradients in that pass. Where the dense term is estimated from the drawn token instead of summed
-over the vocabulary, that token's own cost is part of G. Methods differ in settings only: conf/algorithm holds them.
+Its gradient splits into a dense term, the closed form of KL(p || q) at each visited prefix, and a
+sparse term, G_{t+1} grad log p(y_t) with G_{t+1} = sum_{k>t} gamma^(k-t) c_k - lambda R. This
+class makes G before the head pass; kernels.head makes both gradients in that pass. Where the dense
+term is estimated from the drawn token instead of summed over the vocabulary, that token's own cost
+is part of G. Methods differ in settings only: conf/algorithm holds them.
 
-The costs c = log p(y) - log q(y) in G are the learner's. The sampler mu has log-probs too, but a cost of
-log mu - log q adds E[(log mu - log p) grad log p] to the gradient, which no importance ratio removes. That addition
-does not become smaller as p comes closer to q, so near the teacher it decides the direction: with the student 99 % of
-the way to the teacher and the sampler's logits 0.3 N(0,1) away it is 20 times the gradient, and the sum of the two
-points uphill (tests/test_oracle.py). So wherever sampler and learner may differ (RunSettings.sampler_differs) and a cost of a drawn token
-enters G, the learner computes log p(y) in a forward pass of its own before the update. In float32 without stale
-rollouts mu is p to rounding, and the sampler's log-probs are taken as they are.
+The costs c = log p(y) - log q(y) in G are the learner's. The sampler mu has log-probs too, but a
+cost of log mu - log q adds E[(log mu - log p) grad log p] to the gradient, which no importance
+ratio removes. That addition does not become smaller as p comes closer to q, so near the teacher it
+decides the direction: with the student 99 % of the way to the teacher and the sampler's logits 0.3
+N(0,1) away it is 20 times the gradient, and the sum of the two points uphill
+(tests/oracle/test_oracle.py). So wherever sampler and learner may differ
+(RunSettings.sampler_differs) and a cost of a drawn token enters G, the learner computes log p(y)
+in a forward pass of its own before the update. In float32 without stale rollouts mu is p to
+rounding, and the sampler's log-probs are taken as they are.
 
-bfloat16 is such a difference too, without any stale rollout: engine and learner round the same weights differently, by
-0.04 to 0.05 nats a token in the mean on SmolLM2-135M. Distilled into itself (opd, where the gradient is 0) the sampler's
-costs gave a gradient norm of 0.36 to 0.50, and the learner's exactly 0. What is left of the gap is in the tokens, drawn
-from mu and not from p; algorithm.ratio weights them, where it is set.
+bfloat16 is such a difference too, without any stale rollout: engine and learner round the same
+weights differently, by 0.04 to 0.05 nats a token in the mean on SmolLM2-135M. Distilled into
+itself (opd, where the gradient is 0) the sampler's costs gave a gradient norm of 0.36 to 0.50, and
+the learner's exactly 0. What is left of the gap is in the tokens, drawn from mu and not from p;
+algorithm.ratio weights them, where it is set.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.algorithm import AlgorithmConfig
-from hybridrl.choices import (
+from hybridrl.objectives.credit import Credit, LearnerView, Signal, per_token, response_grid
+from hybridrl.ops.divergence import Measure, tail_score
+from hybridrl.ops.ratio import RatioBounds
+from hybridrl.ops.returns import future_cost, generalised_advantage, sibling_mean, standard_scores
+from hybridrl.settings.algorithm import AlgorithmConfig
+from hybridrl.settings.choices import (
     Baseline,
     Future,
     Normalizer,
@@ -36,10 +45,6 @@ from hybridrl.choices import (
     SupportSource,
     TeacherSignal,
 )
-from hybridrl.objectives.credit import Credit, LearnerView, Signal, per_token, response_grid
-from hybridrl.ops.divergence import Measure, tail_score
-from hybridrl.ops.ratio import RatioBounds
-from hybridrl.ops.returns import future_cost, generalised_advantage, sibling_mean, standard_scores
 from hybridrl.types import RolloutBatch, ScoredBatch, UpdatePlan
 
 
@@ -128,7 +133,9 @@ class HybridObjective:
     def token_weight(
         self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None
     ) -> Tensor:
-        """[R] 1 / normaliser; 0 for dropped groups; times the sequence's importance ratio where that is asked for."""
+        """[R] 1 / normaliser; 0 for dropped groups; times the sequence's importance ratio where
+        that is asked for.
+        """
         rollout, sequences = batch.rollout, max(plan.num_sequences, 1)
         lengths = torch.from_numpy(rollout.response_lengths.copy()).double()
         match self.config.normalizer:
@@ -167,10 +174,11 @@ class HybridObjective:
     def _imitation(
         self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None
     ) -> tuple[Tensor, Tensor]:
-        """The drawn token's share of the dense term, and its imitation cost sum_i w_i (log p - log q_i); both [R].
+        """The drawn token's share of the dense term, and its imitation cost sum_i w_i (log p - log
+        q_i); both [R].
 
-        log p is the learner's where the sampler may differ from it (see the top of this file). Data was not drawn from
-        the student, so neither is defined there.
+        log p is the learner's where the sampler may differ from it (see the top of this file). Data
+        was not drawn from the student, so neither is defined there.
         """
         rollout, logp = batch.rollout, drawn_logprobs(batch.rollout, learner)
         own, cost = torch.zeros_like(logp), torch.zeros_like(logp)
@@ -193,7 +201,9 @@ class HybridObjective:
         return own, cost
 
     def _clipped(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Tensor:
-        """[R] bool, the drawn token's |log p - log q| is beyond algorithm.log_ratio_clip for some teacher."""
+        """[R] bool, the drawn token's |log p - log q| is beyond algorithm.log_ratio_clip for some
+        teacher.
+        """
         logp = drawn_logprobs(batch.rollout, learner)
         beyond = torch.zeros_like(logp, dtype=torch.bool)
         for k, scores in enumerate(batch.scores):
@@ -207,7 +217,9 @@ class HybridObjective:
     def _returns(
         self, batch: ScoredBatch, plan: UpdatePlan, own: Tensor, cost: Tensor, mask: Tensor
     ) -> Tensor:
-        """[N, T] own + future costs - lambda R, padded with -lambda R where a sequence has ended."""
+        """[N, T] own + future costs - lambda R, padded with -lambda R where a sequence has
+        ended.
+        """
         reward = torch.from_numpy(batch.rewards.values.astype(np.float64))
         if self.config.overlong_buffer:
             reward = reward + self._overlong_penalty(batch.rollout)
@@ -228,7 +240,9 @@ class HybridObjective:
         return grid_own + future + terminal
 
     def _overlong_penalty(self, rollout: RolloutBatch) -> Tensor:
-        """[N] 0 up to max - buffer tokens, then down to -1 at max (DAPO, arXiv 2503.14476, equation 13)."""
+        """[N] 0 up to max - buffer tokens, then down to -1 at max (DAPO, arXiv 2503.14476, equation
+        13).
+        """
         lengths = torch.from_numpy(rollout.response_lengths.copy()).double()
         free = self.max_new_tokens - self.config.overlong_buffer
         return ((free - lengths) / self.config.overlong_buffer).clamp(-1.0, 0.0)
@@ -246,7 +260,9 @@ def teacher_weight(batch: ScoredBatch, plan: UpdatePlan, teacher: int) -> Tensor
 
 
 def drawn_logprobs(batch: RolloutBatch, learner: LearnerView | None) -> Tensor:
-    """[R] log p(y): from the learner's own forward pass where there was one, else from the sampler."""
+    """[R] log p(y): from the learner's own forward pass where there was one, else from the
+    sampler.
+    """
     sampled = response_rows(batch, batch.rollout_logprobs)
     return sampled if learner is None else learner.logprobs.to(sampled.dtype)
 

@@ -1,23 +1,26 @@
-"""Preference losses: each group's best and worst response, ranked by the data or by the reward, become one pair.
+"""Preference losses: each group's best and worst response, ranked by the data or by the reward,
+become one pair.
 
-The loss of a pair looks at summed log-probs that were computed before the update, so its derivative is a fixed
-coefficient of grad log p(y) for every token of both responses: the same sparse term that returns use.
+The loss of a pair looks at summed log-probs that were computed before the update, so its derivative
+is a fixed coefficient of grad log p(y) for every token of both responses: the same sparse term that
+returns use.
 """
 
 import torch
 from torch import Tensor
 
-from hybridrl.algorithm import AlgorithmConfig
-from hybridrl.choices import PairLoss
-from hybridrl.needs import REFERENCED
 from hybridrl.objectives.credit import Credit, LearnerView, Signal, per_token
 from hybridrl.objectives.hybrid import response_rows
 from hybridrl.ops.preference import PAIR_LOSSES, PairGradient, PairOptions, PairScores
+from hybridrl.settings.algorithm import AlgorithmConfig
+from hybridrl.settings.choices import REFERENCED, PairLoss
 from hybridrl.types import RolloutBatch, ScoredBatch, UpdatePlan
 
 
 class PairObjective:
-    """A loss over (chosen, rejected) in place of returns; groups whose rewards are all equal have no pair."""
+    """A loss over (chosen, rejected) in place of returns; groups whose rewards are all equal have
+    no pair.
+    """
 
     standardises = False
 
@@ -123,7 +126,9 @@ class PairObjective:
 
 
 def ranked(batch: ScoredBatch) -> tuple[Tensor, Tensor]:
-    """Sequence indices of the best and the worst response of each group that is kept and whose rewards differ; both [P]."""
+    """Sequence indices of the best and the worst response of each group that is kept and whose
+    rewards differ; both [P].
+    """
     k = batch.rollout.group_size
     rewards = torch.from_numpy(batch.rewards.values.copy()).unflatten(0, (-1, k))  # [G, K]
     kept = torch.from_numpy(batch.rewards.keep.copy()).unflatten(0, (-1, k)).all(1)

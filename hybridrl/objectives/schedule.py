@@ -3,15 +3,15 @@
 import math
 from collections.abc import Mapping
 
-from hybridrl.algorithm import ScheduleConfig
-from hybridrl.choices import ScheduleKind
+from hybridrl.settings.algorithm import ScheduleConfig
+from hybridrl.settings.choices import ScheduleKind
 
 
 class Schedule:
     """The weight of each step; only a feedback schedule has state.
 
-    Example: linear from 0 to 2 over 4 steps: 0, 0.5, 1, 1.5, 2, 2, ...; feedback at 1.0 with gain -0.1 that sees a KL
-    of twice its target: 0.9, 0.81, ...
+    Example: linear from 0 to 2 over 4 steps: 0, 0.5, 1, 1.5, 2, 2, ...; feedback at 1.0 with gain
+    -0.1 that sees a KL of twice its target: 0.9, 0.81, ...
     """
 
     def __init__(self, config: ScheduleConfig, train_steps: int) -> None:
@@ -33,7 +33,9 @@ class Schedule:
         return config.value + (config.end - config.value) * done
 
     def observe(self, row: Mapping[str, float]) -> None:
-        """Move a feedback weight by the metrics of the step that used it; a missing or NaN metric moves nothing."""
+        """Move a feedback weight by the metrics of the step that used it; a missing or NaN metric
+        moves nothing.
+        """
         config = self.config
         if (
             config.kind is not ScheduleKind.feedback

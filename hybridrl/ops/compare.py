@@ -1,4 +1,6 @@
-"""How far apart student and teacher are, beyond the divergence that is trained: looked at every few steps."""
+"""How far apart student and teacher are, beyond the divergence that is trained: looked at every few
+steps.
+"""
 
 import torch
 from torch import Tensor
@@ -21,8 +23,10 @@ def compare(logp: Tensor, logq: Tensor, k: int = 16) -> Tensor:
 
     - forward_kl: KL(q || p), nats.
     - top1_agree: 1 where the most likely token is the same.
-    - overlap: |top-K(p) and top-K(q)| / K; overlap_mass_*: p and q of that intersection (0.97 to 0.99 is usual).
-    - overlap_advantage: sum over the intersection of pb (log qb - log pb), both renormalised on it; 0 when they agree.
+    - overlap: |top-K(p) and top-K(q)| / K; overlap_mass_*: p and q of that intersection (0.97 to
+      0.99 is usual).
+    - overlap_advantage: sum over the intersection of pb (log qb - log pb), both renormalised on it;
+      0 when they agree.
     - entropy: of q; entropy_gap: |H(q) - H(p)|, nats.
 
     Args:

@@ -1,17 +1,20 @@
-"""Per-token divergences between student p and teacher q, and their gradients at the student's logits.
+"""Per-token divergences between student p and teacher q, and their gradients at the student's
+logits.
 
-Every divergence here is a sum over the vocabulary D = sum_v phi(p_v, q_v). With the score a_v = d phi / d p_v its
-gradient at the logits is
+Every divergence here is a sum over the vocabulary D = sum_v phi(p_v, q_v). With the score a_v = d
+phi / d p_v its gradient at the logits is
 
     dD/dz = p * (a - sum_v p_v a_v)
 
-and a constant added to a changes nothing. The scores below have that constant chosen so that a = 0 where p = q:
+and a constant added to a changes nothing. The scores below have that constant chosen so that a = 0
+where p = q:
 
     reverse KL  a = log p - log q            forward KL  a = 1 - q / p
     JSD_beta    a = (1 - beta) (log p - log m),  m = beta q + (1 - beta) p
 
-so a drawn token's a_y is also the unbiased score coefficient of the same gradient (f(u) - u f'(u) with u = q/p, up
-to that constant), without variance at p = q. References: arXiv 2512.23097 (proposition 4), 2306.13649 (JSD_beta).
+so a drawn token's a_y is also the unbiased score coefficient of the same gradient (f(u) - u f'(u)
+with u = q/p, up to that constant), without variance at p = q. References: arXiv 2512.23097
+(proposition 4), 2306.13649 (JSD_beta).
 """
 
 import math
@@ -20,11 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybridrl.choices import Correction, Divergence
+from hybridrl.settings.choices import Correction, Divergence
 
 
 def exp(x: Tensor) -> Tensor:
-    """exp, such that the C++ backend of torch.compile computes a reused one again in each loop instead of writing it to memory."""
+    """exp, such that the C++ backend of torch.compile computes a reused one again in each loop
+    instead of writing it to memory.
+    """
     return torch.exp2(x * (1 / math.log(2))) if torch.compiler.is_compiling() else torch.exp(x)
 
 
@@ -73,7 +78,9 @@ class Measure:
 
     @property
     def offset(self) -> float:
-        """What `score` lacks of d phi / d p; it matters only when the sum does not run over a whole distribution."""
+        """What `score` lacks of d phi / d p; it matters only when the sum does not run over a whole
+        distribution.
+        """
         return {Divergence.reverse_kl: 1.0, Divergence.forward_kl: -1.0, Divergence.jsd: 0.0}[
             self.divergence
         ]
@@ -106,10 +113,11 @@ def dense_on_support(
 ) -> tuple[Tensor, Tensor]:
     """The divergence as far as K tokens know it, and the gradient of that at all logits.
 
-    - unbiased: the K tokens' part of the full gradient, sum_S p_v a_v (e_v - p). The rest is the score term of a drawn
-      token outside S (`tail_score`); together they have the full gradient as expectation for any S that does not
-      depend on the drawn token.
-    - truncate: the same sum with the constant of d phi / d p left in, the gradient of sum_S phi. Not a divergence.
+    - unbiased: the K tokens' part of the full gradient, sum_S p_v a_v (e_v - p). The rest is the
+      score term of a drawn token outside S (`tail_score`); together they have the full gradient as
+      expectation for any S that does not depend on the drawn token.
+    - truncate: the same sum with the constant of d phi / d p left in, the gradient of sum_S phi.
+      Not a divergence.
     - tail_bucket: the divergence of the K+1 categories (S, rest).
     - renormalize: the divergence of p and q both conditioned on S; K = 1 has no gradient at all.
 
@@ -145,7 +153,8 @@ def dense_on_support(
 
 
 def tail_score(logp: Tensor, logq: Tensor, inside: Tensor, measure: Measure) -> Tensor:
-    """The score coefficient of drawn tokens outside the support, 0 inside: the other half of Correction.unbiased.
+    """The score coefficient of drawn tokens outside the support, 0 inside: the other half of
+    Correction.unbiased.
 
     Args:
         logp, logq: [R] log p(y), log q(y).

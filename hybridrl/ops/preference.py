@@ -1,10 +1,11 @@
 """Losses on pairs of responses, a chosen and a rejected one, and their derivatives in closed form.
 
-Each function of PAIR_LOSSES looks only at sums of token log-probs that were computed before, without a graph, and
-returns d loss / d (sum of policy log-probs) of both responses: fixed coefficients that the head op backpropagates.
+Each function of PAIR_LOSSES looks only at sums of token log-probs that were computed before,
+without a graph, and returns d loss / d (sum of policy log-probs) of both responses: fixed
+coefficients that the head op backpropagates.
 
-P pairs. s_w, s_l are the scores that a loss compares: log pi - log pi_ref of the chosen (w) and of the rejected (l)
-response, or log pi alone where the loss has no reference model.
+P pairs. s_w, s_l are the scores that a loss compares: log pi - log pi_ref of the chosen (w) and of
+the rejected (l) response, or log pi alone where the loss has no reference model.
 """
 
 from collections.abc import Callable
@@ -14,15 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from hybridrl.choices import PairLoss, Reference
+from hybridrl.settings.choices import PairLoss, Reference
 
 MAX_LOG_RATIO = 20.0
-"""From here on each term of a DIL loss is a straight line. LSIF's slope is then exp(2 * 20) = 2.4e17: fp32 holds even its square."""
+"""From here on each term of a DIL loss is a straight line. LSIF's slope is then exp(2 * 20) =
+2.4e17: fp32 holds even its square.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairScores:
-    """Sums over the response tokens, end token included. All [P] and of one floating dtype; log-probs in nats."""
+    """Sums over the response tokens, end token included. All [P] and of one floating dtype;
+    log-probs in nats.
+    """
 
     chosen_logp: Tensor  # [P] log pi(chosen); bradley_terry: the reward model's score
     rejected_logp: Tensor  # [P]
@@ -35,19 +40,29 @@ class PairScores:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairOptions:
     beta: float  # of dpo and simpo
-    target: float  # ipo: tau, the margin aimed at is 1/(2 tau); slic: d, the margin that costs nothing; simpo: gamma
-    nll_weight: float  # l: adds -l log pi(chosen) to any loss but bradley_terry. slic has one; simpo with target 0, summed, and one is CPO
-    average: bool  # log-probs per token: part of simpo and, in the official code, of DIL. False: sums, as in dpo and slic
+    # ipo: tau, the margin aimed at is 1/(2 tau); slic: d, the margin that costs nothing; simpo:
+    # gamma
+    target: float
+    # l: adds -l log pi(chosen) to any loss but bradley_terry. slic has one; simpo with target 0,
+    # summed, and one is CPO
+    nll_weight: float
+    # log-probs per token: part of simpo and, in the official code, of DIL. False: sums, as in dpo
+    # and slic
+    average: bool
     log_ratio_clamp: (
         float | None
     )  # of dil_*: where its terms become straight lines; None: MAX_LOG_RATIO, which is also the most
-    reference: Reference  # of dil_*: which responses stand for draws from pi_ref. rejected is exact only if rejected ones follow
+    # of dil_*: which responses stand for draws from pi_ref. rejected is exact only if rejected ones
+    # follow
+    reference: Reference
     # pi_ref; both is exact if the pair was drawn from pi_ref before it was ranked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairGradient:
-    """What a loss makes of P pairs; all [P]. Example: dpo, beta 1, s_w = s_l: loss log 2, d_chosen -0.5, d_rejected 0.5."""
+    """What a loss makes of P pairs; all [P]. Example: dpo, beta 1, s_w = s_l: loss log 2, d_chosen
+    -0.5, d_rejected 0.5.
+    """
 
     loss: Tensor
     d_chosen: (
@@ -74,7 +89,9 @@ def bradley_terry(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def reward_model(scores: PairScores, options: PairOptions) -> PairGradient:
-    """bradley_terry on chosen_logp and rejected_logp, which here hold a reward model's scores; no option is read."""
+    """bradley_terry on chosen_logp and rejected_logp, which here hold a reward model's scores; no
+    option is read.
+    """
     chosen, rejected = scores.chosen_logp, scores.rejected_logp
     loss, d_chosen, d_rejected = bradley_terry(chosen, rejected)
     return PairGradient(
@@ -111,7 +128,9 @@ def slic(scores: PairScores, options: PairOptions) -> PairGradient:
 
 
 def simpo(scores: PairScores, options: PairOptions) -> PairGradient:
-    """-log sigma(beta (log pi(w)/|w| - log pi(l)/|l|) - gamma) (arXiv 2405.14734); no reference model."""
+    """-log sigma(beta (log pi(w)/|w| - log pi(l)/|l|) - gamma) (arXiv 2405.14734); no reference
+    model.
+    """
     sides = _policy_logprobs(scores, options)
     loss, slope = _logistic(options.beta * sides.margin - options.target)
     return _gradient(sides, options, loss, options.beta * slope, -options.beta * slope)
@@ -133,7 +152,9 @@ def dil_ukl(scores: PairScores, options: PairOptions) -> PairGradient:
 
 
 def dil_bce(scores: PairScores, options: PairOptions) -> PairGradient:
-    """-log sigma(s_w) - E_ref[log sigma(-s)]: DIL with h(r) = r log r - (1 + r) log(1 + r) (arXiv 2503.05079)."""
+    """-log sigma(s_w) - E_ref[log sigma(-s)]: DIL with h(r) = r log r - (1 + r) log(1 + r) (arXiv
+    2503.05079).
+    """
     return _dil(scores, options, _logistic, lambda s: (-logsigmoid(-s), s.sigmoid()))
 
 
@@ -202,11 +223,12 @@ def _logistic(margin: Tensor) -> tuple[Tensor, Tensor]:
 def _dil(
     scores: PairScores, options: PairOptions, chosen_term: Term, reference_term: Term
 ) -> PairGradient:
-    """E_chosen[chosen_term(s)] + E_ref[reference_term(s)], the Bregman divergence that DIL minimises over r = exp(s) = pi/pi_ref.
+    """E_chosen[chosen_term(s)] + E_ref[reference_term(s)], the Bregman divergence that DIL
+    minimises over r = exp(s) = pi/pi_ref.
 
-    Above the clamp c a term goes on along its tangent, f(c) + f'(c) (s - c). So a loss is finite wherever s is, its
-    slope is bounded by the one at c, and a rejected response that became far too likely is still pushed down; a
-    plain clamp of s would leave it without any gradient.
+    Above the clamp c a term goes on along its tangent, f(c) + f'(c) (s - c). So a loss is finite
+    wherever s is, its slope is bounded by the one at c, and a rejected response that became far too
+    likely is still pushed down; a plain clamp of s would leave it without any gradient.
     """
     sides = _log_ratios(scores, options)
     limit = (
@@ -238,7 +260,8 @@ def _gradient(
     d_rejected: Tensor,
     clamped: Tensor | None = None,
 ) -> PairGradient:
-    """From derivatives with respect to s_w and s_l to those with respect to summed log-probs, the NLL term added.
+    """From derivatives with respect to s_w and s_l to those with respect to summed log-probs, the
+    NLL term added.
 
     Args:
         clamped: [P] bool; None: the loss never clamps.

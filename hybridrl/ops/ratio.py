@@ -1,6 +1,7 @@
 """Importance ratios rho = p(y) / mu(y) of the learner p over the sampler mu, and their bounds.
 
-Truncation: TIS. Mask: IcePop, MOPD (arXiv 2601.02780). Clip: PPO, with DAPO's two sides (arXiv 2503.14476).
+Truncation: TIS. Mask: IcePop, MOPD (arXiv 2601.02780). Clip: PPO, with DAPO's two sides (arXiv
+2503.14476).
 """
 
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybridrl.choices import Ratio
+from hybridrl.settings.choices import Ratio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

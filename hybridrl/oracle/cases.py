@@ -1,11 +1,13 @@
-"""Every configuration the oracle looks at, and what each is declared to be: the one table of what is biased, and how much."""
+"""Every configuration the oracle looks at, and what each is declared to be: the one table of what
+is biased, and how much.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from hybridrl.choices import Correction, Divergence, SupportSource
 from hybridrl.oracle.exact import Target
+from hybridrl.settings.choices import Correction, Divergence, SupportSource
 
 
 class Kind(StrEnum):
@@ -111,7 +113,9 @@ def methods() -> Iterator[Case]:
 
 
 def divergences() -> Iterator[Case]:
-    """Dense terms over the whole vocabulary, and their score-function estimates from the drawn token."""
+    """Dense terms over the whole vocabulary, and their score-function estimates from the drawn
+    token.
+    """
     yield Case(method="opd_full", options=("support=sampled",), target=SEMI)
     for divergence in (Divergence.forward_kl, Divergence.jsd):
         yield Case(
@@ -145,7 +149,9 @@ BIAS_OF_SUPPORT = {
 
 
 def supports(vocabulary: int) -> Iterator[Case]:
-    """K tokens: `unbiased` is so for the whole divergence; the others are exact for their own and biased for the whole."""
+    """K tokens: `unbiased` is so for the whole divergence; the others are exact for their own and
+    biased for the whole.
+    """
     for (divergence, source), biases in BIAS_OF_SUPPORT.items():
         options = (f"divergence={divergence}", "support=topk", "topk.k=2", f"topk.source={source}")
         yield Case(method="opd_full", options=options, target=SEMI)
@@ -215,7 +221,9 @@ def groups() -> Iterator[Case]:
 
 
 def off_policy() -> Iterator[Case]:
-    """A sampler 0.5 N(0,1) away in every logit. A ratio per token leaves the prefixes of the sampler."""
+    """A sampler 0.5 N(0,1) away in every logit. A ratio per token leaves the prefixes of the
+    sampler.
+    """
     away = {"sampler_distance": 0.5, "world": World.ended}
     ratios = (
         ((), 0.575),
@@ -243,8 +251,10 @@ def off_policy() -> Iterator[Case]:
 
 
 def distances() -> Iterator[Case]:
-    """A sampler 0.3 N(0,1) away from a student on its way to the teacher. The costs of drawn tokens vanish at the teacher,
-    so an error of them that does not vanish too would be all that is learned from there."""
+    """A sampler 0.3 N(0,1) away from a student on its way to the teacher. The costs of drawn tokens
+    vanish at the teacher, so an error of them that does not vanish too would be all that is learned
+    from there.
+    """
     per_token = ("normalizer=constant", "ratio.kind=truncate")
     top_two = ("support=topk", "topk.k=2", *per_token)
     for learned, bias in ((0.0, 0.146), (0.5, 0.142), (0.9, 0.102), (0.99, 0.095)):

@@ -1,4 +1,6 @@
-"""The production code path on enumerated sequences: objective, head rule, teachers and head op, all in float64."""
+"""The production code path on enumerated sequences: objective, head rule, teachers and head op, all
+in float64.
+"""
 
 from dataclasses import dataclass
 
@@ -6,18 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.choices import Source, SupportSource
-from hybridrl.config import RunSettings
-from hybridrl.controller.weights import Weights
+from hybridrl.controller.coefficients import Weights
+from hybridrl.kernels.head import hybrid_head_loss
+from hybridrl.kernels.teacher_rows import HiddenTeacher, SupportTeacher, Teacher, VocabularyTeacher
+from hybridrl.kernels.terms import TokenTerms
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, LearnerView, Signal, moments, per_token
 from hybridrl.objectives.hybrid import response_rows, teacher_weight
-from hybridrl.ops.head import TokenTerms, hybrid_head_loss
-from hybridrl.ops.teachers import HiddenTeacher, SupportTeacher, Teacher, VocabularyTeacher
 from hybridrl.oracle.exact import author
 from hybridrl.oracle.mdp import Mdp
+from hybridrl.policy.student import head_rule
+from hybridrl.settings.choices import Source, SupportSource
+from hybridrl.settings.run import RunSettings
 from hybridrl.types import FinishReason, Rewards, RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
-from hybridrl.workers.student import head_rule
 
 COLUMNS = {"domain": "here"}
 """What routes of teachers may look at."""
@@ -34,7 +37,9 @@ class Rows:
 
 
 class Estimator:
-    """One configuration's gradient. Subclasses that override one method are how a broken one is made."""
+    """One configuration's gradient. Subclasses that override one method are how a broken one is
+    made.
+    """
 
     def __init__(self, settings: RunSettings, mdp: Mdp, values: Tensor | None = None) -> None:
         """values: [P] what the value head says; None: the MDP's own, unrelated ones."""
@@ -47,7 +52,9 @@ class Estimator:
         )
 
     def rows(self, members: Tensor, source: Source) -> Rows:
-        """members: [B, K] indices of sequences; each group is a global batch of its own, all with the same number of tokens."""
+        """members: [B, K] indices of sequences; each group is a global batch of its own, all with
+        the same number of tokens.
+        """
         batch = self.batch(members, source)
         plan = self.plan(int(self.mdp.lengths[members[0]].sum()), members.shape[1])
         credit = self.credit(batch, plan, members)
@@ -124,7 +131,9 @@ class Estimator:
         return tuple(found)
 
     def batch(self, members: Tensor, source: Source) -> ScoredBatch:
-        """What rollout, scorers and rewards would send, in float64; a prompt of one token before each response."""
+        """What rollout, scorers and rewards would send, in float64; a prompt of one token before
+        each response.
+        """
         mdp, (groups, k) = self.mdp, members.shape
         at, tokens = self._at(members)
         lengths = mdp.lengths[members.flatten()].numpy()
@@ -180,7 +189,9 @@ class Estimator:
     def scores(
         self, name: str, teacher: Tensor, rollout: RolloutBatch, at: Tensor, tokens: Tensor
     ) -> TokenScores:
-        """As a scorer fills them: hidden states here are one-hot prefixes, the teacher's table its output head."""
+        """As a scorer fills them: hidden states here are one-hot prefixes, the teacher's table its
+        output head.
+        """
         signals, topk, logq = (
             self.objective.signals,
             self.settings.algorithm.topk,

@@ -1,6 +1,8 @@
-"""What a row claims to estimate, as a plain function of the student's logits, and its gradient by finite differences.
+"""What a row claims to estimate, as a plain function of the student's logits, and its gradient by
+finite differences.
 
-Written from the definitions, with probabilities and sums over all sequences; nothing here is shared with the code under test.
+Written from the definitions, with probabilities and sums over all sequences; nothing here is shared
+with the code under test.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.algorithm import AlgorithmConfig
-from hybridrl.choices import Correction, Divergence, Source, Support, SupportSource
 from hybridrl.oracle.mdp import Mdp
+from hybridrl.settings.algorithm import AlgorithmConfig
+from hybridrl.settings.choices import Correction, Divergence, Source, Support, SupportSource
 
 
 class Target(StrEnum):
@@ -80,7 +82,9 @@ class Claim:
         return divergence(p, q, self.algorithm)
 
     def _rewards(self) -> Tensor:
-        """[S] with DAPO's penalty, which falls from 0 at (longest - buffer) tokens to -1 at the longest."""
+        """[S] with DAPO's penalty, which falls from 0 at (longest - buffer) tokens to -1 at the
+        longest.
+        """
         mdp, buffer = self.mdp, self.algorithm.overlong_buffer
         if not buffer:
             return mdp.rewards

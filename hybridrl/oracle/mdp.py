@@ -1,4 +1,5 @@
-"""A language model small enough to enumerate: one logit row per prefix, every sequence with its probability.
+"""A language model small enough to enumerate: one logit row per prefix, every sequence with its
+probability.
 
 Letters: V vocabulary, T longest response, P prefixes, S sequences.
 """
@@ -13,10 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mdp:
-    """Student, sampler, teachers and the data's author as tables of logits, and a reward per sequence; all float64.
+    """Student, sampler, teachers and the data's author as tables of logits, and a reward per
+    sequence; all float64.
 
-    Example: V=5, T=3 without an end token has 31 prefixes and 125 sequences; V=4, T=4 where token 3 ends a sequence
-    has 40 and 121.
+    Example: V=5, T=3 without an end token has 31 prefixes and 125 sequences; V=4, T=4 where token 3
+    ends a sequence has 40 and 121.
     """
 
     student: Tensor  # [P, V]
@@ -65,14 +67,18 @@ def make_mdp(
     sampler_distance: float = 0.0,
     learned: float = 0.0,
 ) -> Mdp:
-    """Draws, in this order: student N(0,1), teacher 1.5 N(0,1), rewards below 0.3, then the sampler's distance in units of
-    N(0,1), a second teacher, the data's author and the values. Prefixes stand by length, then in order; so do sequences.
+    """Draws, in this order: student N(0,1), teacher 1.5 N(0,1), rewards below 0.3, then the
+    sampler's distance in units of N(0,1), a second teacher, the data's author and the values.
+    Prefixes stand by length, then in order; so do sequences.
 
     Args:
-        sampler_distance: standard deviation of the sampler's logits around the student's; 0: the sampler is the student.
-        learned: how far of the way from its own logits to the first teacher's the student has come, in [0, 1].
-        ends: the last token ends a sequence; without it all have `horizon` tokens. With it the teachers' draws are
-            their distance from the student, else a sequence's cost would be mostly whether it ends.
+        sampler_distance: standard deviation of the sampler's logits around the student's; 0: the
+            sampler is the student.
+        learned: how far of the way from its own logits to the first teacher's the student has come,
+            in [0, 1].
+        ends: the last token ends a sequence; without it all have `horizon` tokens. With it the
+            teachers' draws are their distance from the student, else a sequence's cost would be
+            mostly whether it ends.
     """
     going = range(vocabulary - 1 if ends else vocabulary)
     prefixes = [p for length in range(horizon) for p in product(going, repeat=length)]

@@ -1,4 +1,6 @@
-"""The exact mean and variance of an estimator's gradient over everything that could have been sampled."""
+"""The exact mean and variance of an estimator's gradient over everything that could have been
+sampled.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,16 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hybridrl.choices import Normalizer, Source
 from hybridrl.oracle.estimator import Estimator, Rows
 from hybridrl.oracle.exact import author
+from hybridrl.settings.choices import Normalizer, Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     mean: Tensor  # [P, V] gradient per sequence at the student's logits
     variance: float  # trace of the covariance, times the sequences of a batch: per sample
-    luck: float  # largest change of a token's logit gradient with what was drawn, the prefix being the same
+    # largest change of a token's logit gradient with what was drawn, the prefix being the same
+    luck: float
 
 
 def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: int) -> Measured:
@@ -43,7 +46,9 @@ def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: in
 
 
 def pieces(estimator: Estimator, group_size: int) -> list[Tensor]:
-    """[B, K] each: all K-tuples of sequences, together where they share a plan; alone where a batch is standardised."""
+    """[B, K] each: all K-tuples of sequences, together where they share a plan; alone where a batch
+    is standardised.
+    """
     lengths = estimator.mdp.lengths
     everything = torch.cartesian_prod(*[torch.arange(len(lengths))] * group_size).reshape(
         -1, group_size
@@ -57,7 +62,8 @@ def pieces(estimator: Estimator, group_size: int) -> list[Tensor]:
 def table_gradient(estimator: Estimator, rows: Rows, chance: Tensor) -> Tensor:
     """[P, V] sum over tokens, each times its chance [R].
 
-    One-hot hidden states and the table as output head make the op's logits the table, so the head's gradient is the table's.
+    One-hot hidden states and the table as output head make the op's logits the table, so the head's
+    gradient is the table's.
     """
     hidden = torch.eye(len(estimator.mdp.student), dtype=torch.float64)[rows.prefixes]
     lm_head = estimator.mdp.student.T.clone().requires_grad_()
@@ -68,7 +74,9 @@ def table_gradient(estimator: Estimator, rows: Rows, chance: Tensor) -> Tensor:
 
 
 def token_gradients(estimator: Estimator, rows: Rows) -> Tensor:
-    """[R, V] at each token's own logits: they are the hidden states, the output head is the identity."""
+    """[R, V] at each token's own logits: they are the hidden states, the output head is the
+    identity.
+    """
     logits = estimator.mdp.student[rows.prefixes].requires_grad_()
     estimator.loss(
         logits, torch.eye(logits.shape[1], dtype=logits.dtype), rows, rows.terms

@@ -1,4 +1,6 @@
-"""What `hybridrl check` finds, as a page. `python -m hybridrl.oracle.page > hybridrl/oracle/README.md` writes it."""
+"""What `hybridrl check` finds, as a page. `python -m hybridrl.oracle.page >
+hybridrl/oracle/README.md` writes it.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -19,7 +21,7 @@ hybridrl check --seed 1       # other models: biases are bounded there, not equa
 hybridrl check --json         # a list of row objects
 ```
 
-The losses on ranked pairs have no rows: [tests/test_presets.py](../../tests/test_presets.py) compares them, and every
+The losses on ranked pairs have no rows: [tests/objectives/test_presets.py](../../tests/objectives/test_presets.py) compares them, and every
 other preset, with a direct implementation of the published formula.
 
 ## How to read a row

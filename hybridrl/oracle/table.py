@@ -7,17 +7,19 @@ from dataclasses import asdict, replace
 
 import torch
 
-from hybridrl.choices import PairLoss
-from hybridrl.compose import conf_dir, load_config
 from hybridrl.oracle.cases import PLAIN, Case, World, cases
 from hybridrl.oracle.verdict import Row, Scope, judge
+from hybridrl.settings.choices import PairLoss
+from hybridrl.settings.compose import conf_dir, load_config
 
 LIMIT = 2000
 """Sequences of the model without an end; more take minutes."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table; with --json a list of row objects. Exit status: 0 all as declared, 1 something deviates, 2 wrong arguments."""
+    """Print the table; with --json a list of row objects. Exit status: 0 all as declared, 1
+    something deviates, 2 wrong arguments.
+    """
     usual = Scope()
     parser = argparse.ArgumentParser(
         prog="hybridrl check", description="Every method's gradient against exact enumeration."
@@ -26,7 +28,8 @@ def main(arguments: Sequence[str]) -> int:
         "--seed",
         type=int,
         default=usual.seed,
-        help="of the tiny models; with another one biases are bounded, not equal to a declared size",
+        help="of the tiny models; with another one biases are bounded, not equal to a declared "
+        "size",
     )
     parser.add_argument(
         "--vocab",
@@ -63,8 +66,8 @@ def complaint(seed: int, vocabulary: int, horizon: int) -> str | None:
         return f"--horizon {horizon}: must be at least 2, or there is no future cost"
     if vocabulary**horizon > LIMIT:
         return (
-            f"--vocab {vocabulary} --horizon {horizon}: vocab^horizon is {vocabulary**horizon} sequences, at most {LIMIT} "
-            "are enumerated; lower one of them"
+            f"--vocab {vocabulary} --horizon {horizon}: vocab^horizon is {vocabulary**horizon} "
+            f"sequences, at most {LIMIT} are enumerated; lower one of them"
         )
     return None
 
@@ -111,13 +114,19 @@ def online_methods() -> set[str]:
     }
 
 
-HEADER = f"{'method':<14} {'option':<92} {'estimates':<19} {'bias':>8} {'cosine':>7} {'variance':>9}  {'declared':<13} verdict"
-FOOTER = f"hybrid starts from {' '.join(PLAIN)}; options are settings under algorithm. Bias is relative, variance a trace per sample."
+HEADER = (
+    f"{'method':<14} {'option':<92} {'estimates':<19} {'bias':>8} {'cosine':>7} "
+    f"{'variance':>9}  {'declared':<13} verdict"
+)
+FOOTER = (
+    f"hybrid starts from {' '.join(PLAIN)}; options are settings under algorithm. Bias is "
+    "relative, variance a trace per sample."
+)
 
 
 def line(row: Row) -> str:
     verdict = row.verdict if row.agrees else f"{row.verdict}: DEVIATES"
     return (
-        f"{row.method:<14} {row.option:<92} {row.estimates:<19} {row.bias:>8.3f} {row.cosine:>7.3f} {row.variance:>9.3f}  "
-        f"{row.declared:<13} {verdict}"
+        f"{row.method:<14} {row.option:<92} {row.estimates:<19} {row.bias:>8.3f} "
+        f"{row.cosine:>7.3f} {row.variance:>9.3f}  {row.declared:<13} {verdict}"
     )

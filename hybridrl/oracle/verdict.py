@@ -1,20 +1,22 @@
-"""One row: an estimator measured against its claim, and whether it is what it was declared to be."""
+"""One row: an estimator measured against its claim, and whether it is what it was declared to
+be.
+"""
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hybridrl.algorithm import AlgorithmConfig
-from hybridrl.choices import Baseline, Normalizer, Ratio, Source
-from hybridrl.compose import load_config
-from hybridrl.config import RunSettings
-from hybridrl.controller.weights import Weights
+from hybridrl.controller.coefficients import Weights
 from hybridrl.oracle.cases import PLAIN, TOLERANCE, Case, Kind, Value, World
 from hybridrl.oracle.estimator import COLUMNS, Estimator
 from hybridrl.oracle.exact import Claim
 from hybridrl.oracle.mdp import Mdp, make_mdp
 from hybridrl.oracle.measure import measure
+from hybridrl.settings.algorithm import AlgorithmConfig
+from hybridrl.settings.choices import Baseline, Normalizer, Ratio, Source
+from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import RunSettings
 
 ROUNDING = 1e-7
 """Largest relative difference that still counts as none; finite differences are good to 1e-10."""
@@ -96,19 +98,24 @@ def judge(case: Case, scope: Scope, estimator_class: type[Estimator] = Estimator
 
 LARGEST_GROWTH = 8.0
 LEAST_COSINE = -0.25
-"""Bounds of biased rows on other models than those their sizes are declared for. On seeds 1 to 6 the bias grew at most
-6.2 times (where batches are standardised, on a model with a small gradient) or stayed below 1.1, and no cosine was below -0.19."""
+"""Bounds of biased rows on other models than those their sizes are declared for. On seeds 1 to 6
+the bias grew at most 6.2 times (where batches are standardised, on a model with a small gradient)
+or stayed below 1.1, and no cosine was below -0.19.
+"""
 
 
 def is_bounded(case: Case, bias: float, cosine: float) -> bool:
-    """Whether a biased row on another model is no worse than its declaration allows: a gradient of the wrong sign, or of
-    another order of magnitude, is a fault and no bias. A bias that is not a number is not bounded."""
+    """Whether a biased row on another model is no worse than its declaration allows: a gradient of
+    the wrong sign, or of another order of magnitude, is a fault and no bias. A bias that is not a
+    number is not bounded.
+    """
     return bias <= max(LARGEST_GROWTH * case.bias, 1.5) and cosine >= LEAST_COSINE
 
 
 EQUAL_LENGTHS = "[equal lengths]"
-"""Mark of a row whose preset divides by the lengths of a batch's responses: what is declared of it holds where those are
-all equal, as they are in the worlds without an end."""
+"""Mark of a row whose preset divides by the lengths of a batch's responses: what is declared of it
+holds where those are all equal, as they are in the worlds without an end.
+"""
 
 
 def needs_equal_lengths(case: Case, settings: RunSettings) -> bool:

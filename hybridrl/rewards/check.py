@@ -1,7 +1,9 @@
-"""What can be known of the reward functions before any worker starts: that they load, and that they fit the data.
+"""What can be known of the reward functions before any worker starts: that they load, and that they
+fit the data.
 
-Each function is also called once, on the first prompt that has its columns and on a short text as response. When it
-raises, that is only a warning, since a function may refuse a text that no trained model would write.
+Each function is also called once, on the first prompt that has its columns and on a short text as
+response. When it raises, that is only a warning, since a function may refuse a text that no trained
+model would write.
 """
 
 import logging
@@ -9,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hybridrl.errors import ConfigError
+from hybridrl.core.errors import ConfigError
 from hybridrl.rewards.pool import Failure, FailureKind, RewardPool, reward_calls
 
 if TYPE_CHECKING:  # children import this package, and must not pay for Hydra or numpy
-    from hybridrl.config import RewardConfig
+    from hybridrl.settings.run import RewardConfig
     from hybridrl.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,8 @@ def loaded_rewards(config: "RewardConfig") -> Iterator[RewardPool | None]:
 def check_columns(
     pool: RewardPool, prompts: Sequence["Prompt"], heldout: Sequence["Prompt"]
 ) -> None:
-    """Refuse a function that requires what the data does not have, or that reads messages where it is given text.
+    """Refuse a function that requires what the data does not have, or that reads messages where it
+    is given text.
 
     Raises:
         ConfigError: one sentence on the first such function.
@@ -94,12 +97,12 @@ def _check_required(field: str, required: Sequence[str], prompts: Sequence["Prom
         known = ", ".join(columns) or "none"
         remedy = FOREIGN.get(
             argument,
-            f"name the data's key for it with '+data.columns={{{argument}: KEY}}', set its value in the function's "
-            "options, or give the argument a default",
+            f"name the data's key for it with '+data.columns={{{argument}: KEY}}', set its value "
+            "in the function's options, or give the argument a default",
         )
         raise ConfigError(
-            f"{field}: its argument `{argument}` is no column of the data, whose columns are {known} "
-            f"(as of {first.uid}, the first row); {remedy}"
+            f"{field}: its argument `{argument}` is no column of the data, whose columns are "
+            f"{known} (as of {first.uid}, the first row); {remedy}"
         )
 
 
@@ -117,11 +120,13 @@ def _try_out(
         columns = _columns(prompt, prompts=asked, completions=answered)
         if not isinstance(pool.call(name, columns)[0], Failure):
             raise ConfigError(
-                f"{pool.describe(name)}: it reads lists of messages, and raised {outcome.text} on text; completions and "
-                "prompts are texts here, also of conversations: write `completion`, not `completion[0]['content']`"
+                f"{pool.describe(name)}: it reads lists of messages, and raised {outcome.text} on "
+                "text; completions and prompts are texts here, also of conversations: write "
+                "`completion`, not `completion[0]['content']`"
             )
     logger.warning(
-        "reward.functions.%s failed on %s with the response %r: %s: %s; such responses are handled by reward.on_error",
+        "reward.functions.%s failed on %s with the response %r: %s: %s; such responses are "
+        "handled by reward.on_error",
         *(name, prompt.uid, TRIAL, outcome.kind, outcome.text),
     )
 

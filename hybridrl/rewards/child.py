@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 from numbers import Real
 from typing import Any
 
-from hybridrl import redact
+from hybridrl.core import redact
 from hybridrl.rewards.guard import start_guard
 from hybridrl.rewards.load import RewardFunction, load_reward
 from hybridrl.rewards.signature import signature_of
@@ -53,11 +53,15 @@ class Raised:
 
 
 Answer = list[float | str | None] | Raised
-"""One entry per sequence: its value, None where the function does not apply, or why it is no value."""
+"""One entry per sequence: its value, None where the function does not apply, or why it is no
+value.
+"""
 
 
 def run(line: Connection, work: Connection, calls: Mapping[str, RewardCall]) -> None:
-    """Start a guard and, below it, a child that loads the functions and answers calls until `work` closes."""
+    """Start a guard and, below it, a child that loads the functions and answers calls until `work`
+    closes.
+    """
     for call in calls.values():
         redact.remember(redact.secrets_in(call.options, "options"))
     start_guard(line)
@@ -99,7 +103,8 @@ def answer_of(
             return [_checked(value) for value in values]
     except BaseException as error:  # what it returned has code of its own
         return Raised(
-            text=f"returned {type(values).__name__}, must be a list of numbers ({described(error)})",
+            text=f"returned {type(values).__name__}, must be a list of numbers "
+            f"({described(error)})",
             wrong_result=True,
         )
     count = len(values) if len(values) < num_sequences else f"more than {num_sequences}"
@@ -110,7 +115,9 @@ def answer_of(
 
 @cache
 def event_loop() -> asyncio.Runner:
-    """One for all calls: what an async function keeps from call to call, e.g. a session, belongs to its loop."""
+    """One for all calls: what an async function keeps from call to call, e.g. a session, belongs to
+    its loop.
+    """
     return asyncio.Runner()
 
 

@@ -2,7 +2,8 @@
 
     numbers [3, 7, 9], target 20      "3*9-7" -> 1.0      "20" -> 0.0      "3*9-" -> 0.0
 
-The completion is read by a small recursive-descent parser, never by Python, and computed in exact fractions:
+The completion is read by a small recursive-descent parser, never by Python, and computed in exact
+fractions:
 
     sum = product (("+" | "-") product)*    product = atom (("*" | "/") atom)*    atom = integer | "(" sum ")"
 """
@@ -19,7 +20,8 @@ TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 def countdown(completions: list[str], numbers: list[list[int]], target: list[int]) -> list[float]:
     """1.0 or 0.0 per completion [N]; anything but one well-formed expression is 0.0.
 
-    The expression is the last <answer>...</answer> if there is one, else the whole completion without outer spaces.
+    The expression is the last <answer>...</answer> if there is one, else the whole completion
+    without outer spaces.
     """
     rows = zip(completions, numbers, target, strict=True)
     return [float(_reaches(completion, given, goal)) for completion, given, goal in rows]

@@ -1,13 +1,15 @@
 """The guard of a child process: it ends the child with everything that the child started.
 
-    owner == line == guard --- child --- what a reward function starts, sessions of its own and orphans included
+    owner == line == guard --- child --- what a reward function starts, sessions of its own and
+    orphans included
 
 The guard works when the line closes, which is also how the owner's SIGKILL shows, when a message
 arrives on the line, and when the child ends by itself. It is not a child of the owner, because Ray
 kills the children of a worker together with the worker. It leads a session of its own and is the
 reaper of its descendants: an orphan becomes the guard's child instead of init's, so nothing that a
 reward function starts leaves the tree below the guard. Where the kernel lets the guard make a
-control group (cgroup v2), the child runs in it and one write kills all of it, however fast it forks.
+control group (cgroup v2), the child runs in it and one write kills all of it, however fast it
+forks.
 
 The guard also forwards what the child and its descendants print, bounded and escaped.
 """
@@ -25,14 +27,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
 
-from hybridrl import redact
+from hybridrl.core import redact
 from hybridrl.rewards.text import plain
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 NO_CONTROL_GROUP = "HYBRIDRL_NO_CONTROL_GROUP"
-"""An environment variable; where it is set, the guard makes no control group and ends processes one by one."""
+"""An environment variable; where it is set, the guard makes no control group and ends processes one
+by one.
+"""
 
 GIVE_UP_S = 60.0  # on a process that does not end by SIGKILL, e.g. one of another user
 OUTPUT_BYTES = 64 * 1024  # printed by a child in one period
@@ -172,7 +176,9 @@ def _parents() -> Iterator[tuple[int, int]]:
 
 
 def make_control_group() -> Path | None:
-    """A control group inside the one of this process; None where the kernel or the rights do not allow it."""
+    """A control group inside the one of this process; None where the kernel or the rights do not
+    allow it.
+    """
     if NO_CONTROL_GROUP in os.environ:
         return None
     try:

@@ -1,4 +1,6 @@
-"""Which files of its author's own a reward file needs: what it imports, directly or through one another."""
+"""Which files of its author's own a reward file needs: what it imports, directly or through one
+another.
+"""
 
 import ast
 import sys
@@ -15,10 +17,12 @@ INSTALLED = tuple(
 
 
 def imported_files(file: Path) -> list[Path]:
-    """The files of the modules that `file` imports, those within functions included, without itself.
+    """The files of the modules that `file` imports, those within functions included, without
+    itself.
 
-    Left out are the standard library, installed packages and hybridrl itself, which are of one version for the whole
-    environment, and what is imported by a name that only the running program knows.
+    Left out are the standard library, installed packages and hybridrl itself, which are of one
+    version for the whole environment, and what is imported by a name that only the running program
+    knows.
     """
     file = file.resolve()
     found: dict[Path, None] = {}
@@ -60,7 +64,9 @@ def search_path(folder: Path) -> list[Path]:
 
 
 def find_module(names: list[str], roots: list[Path]) -> Iterator[Path]:
-    """The files along a dotted name, packages first; the last name may be something inside of a module."""
+    """The files along a dotted name, packages first; the last name may be something inside of a
+    module.
+    """
     top = names[0]
     if top in sys.stdlib_module_names or top in ("hybridrl", "*"):
         return
@@ -79,7 +85,9 @@ def find_module(names: list[str], roots: list[Path]) -> Iterator[Path]:
 
 
 def editable_root(top: str) -> list[Path]:
-    """The folder that a package is imported from which was installed as a link to its sources; empty for any other."""
+    """The folder that a package is imported from which was installed as a link to its sources;
+    empty for any other.
+    """
     with suppress(Exception):  # finders of any package may answer, and raise what they like
         spec = find_spec(top)
         if spec is not None and spec.origin and not is_installed(Path(spec.origin).resolve()):

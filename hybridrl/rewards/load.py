@@ -4,11 +4,13 @@ A reward function has TRL's batch signature:
 
     def f(completions: list[str], prompts: list[str], **columns: list) -> list[float | None]
 
-It is called with keywords, lists of one length: `completions`, `prompts`, `completion_ids`, `prompt_ids` and the
-problem's columns, as many of them as its signature names (all, if it has **kwargs), and with its options. Each sequence
-must be scored by itself: a function that fails is called again with one sequence at a time.
+It is called with keywords, lists of one length: `completions`, `prompts`, `completion_ids`,
+`prompt_ids` and the problem's columns, as many of them as its signature names (all, if it has
+**kwargs), and with its options. Each sequence must be scored by itself: a function that fails is
+called again with one sequence at a time.
 
-A class is built once in each child process, from its options; what it builds is then called with the columns.
+A class is built once in each child process, from its options; what it builds is then called with
+the columns.
 """
 
 import difflib
@@ -24,12 +26,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hybridrl.errors import ConfigError
+from hybridrl.core.errors import ConfigError
 from hybridrl.rewards.text import described
 
 RewardFunction = Callable[..., Any]  # a list [N] of float | None, or an awaitable of one
 
-# Import paths, not callables: only the process that runs a function pays for importing what it needs.
+# Import paths, not callables: only the process that runs a function pays for importing what it
+# needs.
 BUILT_IN = {
     "countdown": "hybridrl.rewards.countdown:countdown",
     "math": "hybridrl.rewards.maths:math",
@@ -39,11 +42,12 @@ BUILT_IN = {
 
 
 def load_reward(name: str, function: str, options: dict[str, Any]) -> RewardFunction:
-    """The callable of `reward.functions.<name>.function`, with its options in it; a file.py:function runs the file.
+    """The callable of `reward.functions.<name>.function`, with its options in it; a
+    file.py:function runs the file.
 
     Raises:
-        ConfigError: unknown name, no such file, no such function in it, the file raises, an option it does not take, a
-            class that cannot be built from its options.
+        ConfigError: unknown name, no such file, no such function in it, the file raises, an option
+            it does not take, a class that cannot be built from its options.
     """
     field = f"reward.functions.{name}.function={function}"
     path, colon, attribute = function.rpartition(":")
@@ -75,7 +79,8 @@ def load_reward(name: str, function: str, options: dict[str, Any]) -> RewardFunc
     for option in options:
         if not takes_any and option not in parameters:
             raise ConfigError(
-                f"reward.functions.{name}.options.{option}: {function} takes no such argument; remove it"
+                f"reward.functions.{name}.options.{option}: {function} takes no such argument; "
+                "remove it"
             )
     if isinstance(loaded, type):
         return _built(field, loaded, options)
@@ -87,7 +92,8 @@ def _parameters(field: str, function: Callable[..., Any]) -> dict[str, inspect.P
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"{field}: its arguments cannot be read ({described(error)}); name a function written in Python"
+            f"{field}: its arguments cannot be read ({described(error)}); name a function written "
+            "in Python"
         ) from error
     for parameter in parameters.values():
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
@@ -185,6 +191,7 @@ def _check_neighbours(field: str, path: Path) -> None:
                 continue
             if Path(source).parent in (other, other / neighbour.stem):
                 raise ConfigError(
-                    f"{field}: {path.parent} and {other} both have {neighbour.name}, and one process can import "
-                    "only one of them; rename one, or put both reward files into one folder"
+                    f"{field}: {path.parent} and {other} both have {neighbour.name}, and one "
+                    "process can import only one of them; rename one, or put both reward files "
+                    "into one folder"
                 )

@@ -1,9 +1,11 @@
-"""Mathematics: 1 if the completion's final answer equals the reference, as math-verify judges, else 0.
+"""Mathematics: 1 if the completion's final answer equals the reference, as math-verify judges, else
+0.
 
 answer "1/2"      "so it is $\\frac{2}{4}$" -> 1.0      "0.5" -> 1.0      "2" -> 0.0
 
-math-verify evaluates parts of the text with sympy, so call it only where the pool calls it: in a child process that
-holds no secrets and is killed at its deadline. It is no protection from a text that is written to run code.
+math-verify evaluates parts of the text with sympy, so call it only where the pool calls it: in a
+child process that holds no secrets and is killed at its deadline. It is no protection from a text
+that is written to run code.
 """
 
 import logging
@@ -11,7 +13,8 @@ import math as numbers
 
 from math_verify import parse, verify
 
-# math-verify's own timeouts turn a slow answer into a wrong one; ours is the deadline of the call, which is an error.
+# math-verify's own timeouts turn a slow answer into a wrong one; ours is the deadline of the call,
+# which is an error.
 NO_TIMEOUT = None
 for module in ("parser", "grader"):
     logging.getLogger(f"math_verify.{module}").setLevel(
@@ -20,11 +23,12 @@ for module in ("parser", "grader"):
 
 
 def math(completions: list[str], answer: list[str | int | float]) -> list[float]:
-    """1.0 or 0.0 per completion [N]; `answer` is a number, LaTeX or a plain expression, with or without $ or \\boxed.
+    """1.0 or 0.0 per completion [N]; `answer` is a number, LaTeX or a plain expression, with or
+    without $ or \\boxed.
 
     Raises:
-        ValueError: a reference answer that is neither text nor a finite number, or that math-verify cannot read: no
-            completion could be right.
+        ValueError: a reference answer that is neither text nor a finite number, or that math-verify
+            cannot read: no completion could be right.
     """
     return [
         _equal(completion, _reference(reference))

@@ -1,9 +1,10 @@
 """Reward functions in child processes that can be killed, one by one, at a deadline.
 
-The sequences go out as one task per child. When a task hangs, crashes, raises or returns a wrong length, its
-sequences are called again one at a time, each with the deadline, so that only the culprits fail. Once more than
-`max_timeouts` of the batch have hung, or `budget_s` has passed, the rest is not run any more and counts as timed out too: a
-function that always hangs costs about (1 + max_timeouts * N / processes) deadlines, not N.
+The sequences go out as one task per child. When a task hangs, crashes, raises or returns a wrong
+length, its sequences are called again one at a time, each with the deadline, so that only the
+culprits fail. Once more than `max_timeouts` of the batch have hung, or `budget_s` has passed, the
+rest is not run any more and counts as timed out too: a function that always hangs costs about (1 +
+max_timeouts * N / processes) deadlines, not N.
 
     pool.call("score", {"completions": ["a", "b"]})  ->  [1.0, Failure(kind=FailureKind.timeout, text="...")]
 """
@@ -15,13 +16,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from hybridrl.errors import ConfigError
+from hybridrl.core.errors import ConfigError
 from hybridrl.rewards.child import Raised, RewardCall
 from hybridrl.rewards.process import ProcessEnded, RewardProcess
 from hybridrl.rewards.signature import Signature
 
 if TYPE_CHECKING:  # children import this package, and must not pay for Hydra
-    from hybridrl.config import RewardConfig
+    from hybridrl.settings.run import RewardConfig
 
 LOAD_S = 120.0  # for a child to start and import what the functions need
 
@@ -80,7 +81,8 @@ class RewardPool:
             raise
 
     def call(self, name: str, columns: Mapping[str, list[Any]]) -> list[Outcome]:
-        """One outcome per sequence, for lists of length N >= 1; passes only the columns that the function takes.
+        """One outcome per sequence, for lists of length N >= 1; passes only the columns that the
+        function takes.
 
         A column that the function requires and `columns` lacks is passed as N times None.
         """
@@ -114,9 +116,14 @@ class RewardPool:
     def _alone(
         self, name: str, columns: dict[str, list[Any]], retried: list[int], most: float, end: float
     ) -> dict[int, Outcome]:
-        """One call a sequence, as many at once as there are children, until more than `most` have timed out or time is up."""
+        """One call a sequence, as many at once as there are children, until more than `most` have
+        timed out or time is up.
+        """
         outcomes: dict[int, Outcome] = {}
-        reason = f"not run: more than {self._max_timeouts:.0%} of the batch had timed out, or {self._budget_s:g} s were over"
+        reason = (
+            f"not run: more than {self._max_timeouts:.0%} of the batch had timed out, or "
+            f"{self._budget_s:g} s were over"
+        )
         skipped = Failure(kind=FailureKind.timeout, text=reason)
         for start in range(0, len(retried), len(self._processes)):
             parts = [range(i, i + 1) for i in retried[start : start + len(self._processes)]]
@@ -135,7 +142,9 @@ class RewardPool:
     def _answers(
         self, name: str, columns: dict[str, list[Any]], parts: list[range]
     ) -> list[list[Outcome] | Failure]:
-        """Of each part, which goes to the process of its position; there are no more parts than processes."""
+        """Of each part, which goes to the process of its position; there are no more parts than
+        processes.
+        """
         refused = [self._send(i, name, columns, part) for i, part in enumerate(parts)]
         end = time.monotonic() + self._timeout_s
         return [
@@ -192,11 +201,13 @@ class RewardPool:
                 process.load(LOAD_S)
             except TimeoutError as error:
                 raise ConfigError(
-                    f"{field}: a process with all reward functions must load within {LOAD_S:g} s; import less"
+                    f"{field}: a process with all reward functions must load within {LOAD_S:g} s; "
+                    "import less"
                 ) from error
             except ProcessEnded as error:
                 raise ConfigError(
-                    f"{field}: loading the reward functions ended their process; run the file by itself"
+                    f"{field}: loading the reward functions ended their process; run the file by "
+                    "itself"
                 ) from error
             assert process.loaded is not None
             for name, signature in process.loaded.items():

@@ -1,4 +1,6 @@
-"""A child process of the pool as its owner sees it: it takes one call at a time and can be ended at any moment."""
+"""A child process of the pool as its owner sees it: it takes one call at a time and can be ended at
+any moment.
+"""
 
 import json
 import math
@@ -12,7 +14,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
-from hybridrl.redact import without_secrets
+from hybridrl.core.redact import without_secrets
 from hybridrl.rewards import child
 from hybridrl.rewards.child import Answer, Raised, RewardCall
 from hybridrl.rewards.signature import Signature
@@ -157,7 +159,9 @@ def _limit_waits(connection: Connection) -> None:
 
 
 class _BareProcess(SpawnProcess):
-    """A spawned process that inherits no secret variable and does not run the parent's main script again, which may import torch or ray."""
+    """A spawned process that inherits no secret variable and does not run the parent's main script
+    again, which may import torch or ray.
+    """
 
     @staticmethod
     def _Popen(process: SpawnProcess) -> object:

@@ -22,8 +22,8 @@ def reasoning_gym(
 ) -> list[float]:
     """The named generator's score per completion [N].
 
-    The answer is the last <answer>...</answer>; without a tag it is the last number of the completion where the
-    entry's own answer is a number, else the whole completion.
+    The answer is the last <answer>...</answer>; without a tag it is the last number of the
+    completion where the entry's own answer is a number, else the whole completion.
 
     Raises:
         ValueError: no such generator.

@@ -1,12 +1,14 @@
-"""A trained reward model as a reward: the score that algorithm=reward_model trains (Bradley-Terry) and exports.
+"""A trained reward model as a reward: the score that algorithm=reward_model trains (Bradley-Terry)
+and exports.
 
-The score of a response is the value head, w, at the last hidden state before the response's last token: training takes
-each token's value from the state that predicts it (data.collate), and the last token's value as the score
-(objectives.pairs). So the last token itself is never read.
+The score of a response is the value head, w, at the last hidden state before the response's last
+token: training takes each token's value from the state that predicts it (batch.micro_batch), and
+the last token's value as the score (objectives.pairs). So the last token itself is never read.
 
     P0 P1 | A0 A1 EOS      score = w . h(P0 P1 A0 A1), the state at A1
 
-Computed on CPU in float32; of a model trained in bfloat16 that is its score without the rounding of the forward pass.
+Computed on CPU in float32; of a model trained in bfloat16 that is its score without the rounding of
+the forward pass.
 """
 
 from collections.abc import Mapping
@@ -14,18 +16,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hybridrl.data.shards import micro_batches
-from hybridrl.errors import ConfigError
+from hybridrl.batch.balance import micro_batches
+from hybridrl.core.errors import ConfigError
 from hybridrl.models.loading import load_model, load_tokenizer, load_value_head
 
 if TYPE_CHECKING:  # children import this module, and must not pay for Hydra
-    from hybridrl.config import RewardConfig
+    from hybridrl.settings.run import RewardConfig
 
 MAX_TOKENS = 8192  # padded tokens of one forward pass
 
 
 class RewardModel:
-    """Example: RewardModel("runs/rm/export/step_000100")(prompt_ids=[[1, 5]], completion_ids=[[7, 8, 2]]) == [0.31...]
+    """Example: RewardModel("runs/rm/export/step_000100")(prompt_ids=[[1, 5]], completion_ids=[[7,
+    8, 2]]) == [0.31...]
 
     Args:
         path: the folder that a run with algorithm=reward_model exported.
@@ -66,7 +69,8 @@ class RewardModel:
 
 
 def check_reward_models(config: "RewardConfig", vocabulary: Mapping[str, int]) -> None:
-    """Refuse a reward model that reads other text in the student's tokens. check_rewards has seen that there is one.
+    """Refuse a reward model that reads other text in the student's tokens. check_rewards has seen
+    that there is one.
 
     Args:
         vocabulary: of the student's tokenizer.
@@ -80,6 +84,6 @@ def check_reward_models(config: "RewardConfig", vocabulary: Mapping[str, int]) -
         setting, path = f"reward.functions.{name}.options.path", function.options["path"]
         if load_tokenizer(path, setting=setting).get_vocab() != vocabulary:
             raise ConfigError(
-                f"{setting}={path}: its vocabulary differs from that of model.path, whose tokens it would score; "
-                "train the reward model with the same tokenizer"
+                f"{setting}={path}: its vocabulary differs from that of model.path, whose tokens "
+                "it would score; train the reward model with the same tokenizer"
             )

@@ -8,14 +8,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """Example: of def f(completions, answer, strict=False): accepted all three, required (completions, answer)."""
+    """Example: of def f(completions, answer, strict=False): accepted all three, required
+    (completions, answer).
+    """
 
     accepted: tuple[str, ...]
     required: tuple[str, ...]
     any_column: bool  # it has **kwargs
 
     def passed(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Those of the columns, lists [N], that the function takes; a required one that is absent becomes N times None."""
+        """Those of the columns, lists [N], that the function takes; a required one that is absent
+        becomes N times None.
+        """
         rows = len(columns["completions"])
         absent = {name: [None] * rows for name in self.required if name not in columns}
         return absent | {

@@ -1,14 +1,18 @@
-"""Text that a reward function wrote, made safe to log: short, on one line, without control characters."""
+"""Text that a reward function wrote, made safe to log: short, on one line, without control
+characters.
+"""
 
 MAX_CHARS = 500
 
 
 def plain(text: str, limit: int = MAX_CHARS) -> str:
-    r"""`text` with every character that is not printable escaped, in at most `limit` characters, which must be 50 or more.
+    r"""`text` with every character that is not printable escaped, in at most `limit` characters,
+    which must be 50 or more.
 
     A terminal does not act on the result, and it cannot pass for a log line of its own.
 
-    Example: plain("a\n\x1b[2J") == r"a\n\x1b[2J"; the result has one line of ten printable characters.
+    Example: plain("a\n\x1b[2J") == r"a\n\x1b[2J"; the result has one line of ten printable
+    characters.
     """
     head = text[:limit]
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in head)
@@ -19,7 +23,9 @@ def plain(text: str, limit: int = MAX_CHARS) -> str:
 
 
 def described(error: BaseException) -> str:
-    """Type and message of what a function raised, in `plain` text, although both may be code of its own."""
+    """Type and message of what a function raised, in `plain` text, although both may be code of its
+    own.
+    """
     try:
         name = str(type(error).__name__)
     except BaseException:

@@ -1,0 +1,3 @@
+"""Ray actors, calls with timeouts, placement and the typed worker groups; the only package that
+imports ray.
+"""

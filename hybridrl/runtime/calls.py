@@ -1,4 +1,6 @@
-"""A call to a worker that is under way, and how to wait for it: with a deadline, ending in a typed error."""
+"""A call to a worker that is under way, and how to wait for it: with a deadline, ending in a typed
+error.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,8 +10,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
-from hybridrl.errors import HybridRLError, WorkerDied, WorkerError, WorkerTimeout
-from hybridrl.runtime.head import HEAD, check_own_node
+from hybridrl.core.errors import HybridRLError, WorkerDied, WorkerError, WorkerTimeout
+from hybridrl.runtime.head_node import HEAD, check_own_node
 from hybridrl.runtime.host import NotBuilt
 from hybridrl.types import per_token_bytes
 
@@ -21,7 +23,9 @@ class Meter:
 
 
 Reference = ray.ObjectRef
-"""Names a value in the object store; the controller passes references on without fetching the values."""
+"""Names a value in the object store; the controller passes references on without fetching the
+values.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,8 @@ def gather(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nob
         watch: as in `settle`.
 
     Raises:
-        WorkerTimeout, WorkerDied, WorkerError: naming the worker and the call; or the worker's own HybridRLError.
+        WorkerTimeout, WorkerDied, WorkerError: naming the worker and the call; or the worker's own
+            HybridRLError.
     """
     values, lost = settle(pending, watch)
     if lost:
@@ -62,11 +67,13 @@ def settle(
     watch: Callable[[], Pending | None] = nobody,
     count: int | None = None,
 ) -> tuple[list[Any], list[WorkerError]]:
-    """(results in order, workers lost). A lost worker ends the wait: its error stands for each of its calls, None for what is
-    under way. The deadline, the longest of theirs, is of silence: one worker may have many calls to answer, one after the other.
+    """(results in order, workers lost). A lost worker ends the wait: its error stands for each of
+    its calls, None for what is under way. The deadline, the longest of theirs, is of silence: one
+    worker may have many calls to answer, one after the other.
 
     Args:
-        watch: called every WATCH_S; a call that should have been answered by now, or None: its worker counts as lost.
+        watch: called every WATCH_S; a call that should have been answered by now, or None: its
+            worker counts as lost.
         count: results to wait for, at least; None: all.
 
     Raises:
@@ -100,7 +107,8 @@ def settle(
 
 
 def outcomes(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nobody) -> list[Any]:
-    """Of every call its result or its HybridRLError, in order; none waits longer than the longest deadline.
+    """Of every call its result or its HybridRLError, in order; none waits longer than the longest
+    deadline.
 
     Args:
         watch: as in `settle`; whose ping is not answered is not waited for.
@@ -136,7 +144,9 @@ def outcomes(pending: Sequence[Pending], watch: Callable[[], Pending | None] = n
 
 WATCH_S = 1.0
 DELIVERY_S = 5.0
-"""For a result that is there, when the time of its call is used up: what comes to the caller is small."""
+"""For a result that is there, when the time of its call is used up: what comes to the caller is
+small.
+"""
 OBJECT_STORE = "the object store"
 """In the place of a worker that nobody can replace."""
 
@@ -149,7 +159,10 @@ def _ready(refs: list[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
 
 
 def _late(pending: Pending, deadline_s: float) -> WorkerTimeout:
-    reason = f"no answer within {deadline_s:g} s; raise the matching deadlines.* if it only needed longer"
+    reason = (
+        f"no answer within {deadline_s:g} s; raise the matching deadlines.* if it only "
+        "needed longer"
+    )
     return WorkerTimeout(pending.worker, pending.call, reason, pending.epoch)
 
 
@@ -159,7 +172,9 @@ def is_done(pending: Pending) -> bool:
 
 
 def succeeded(pending: Pending) -> bool:
-    """Whether the call has ended with a result; does not wait for it, but for the delivery of a result that is there."""
+    """Whether the call has ended with a result; does not wait for it, but for the delivery of a
+    result that is there.
+    """
     if not is_done(pending):
         return False
     try:
@@ -182,7 +197,10 @@ def _fetch(pending: Pending, left_s: float) -> Any:
     except (
         ObjectLostError
     ) as error:  # not the fault of whom it was handed to, who would only be replaced and fail again
-        reason = f"what {pending.worker} was to give or to be given in {pending.call} is gone with its node"
+        reason = (
+            f"what {pending.worker} was to give or to be given in {pending.call} is gone "
+            "with its node"
+        )
         raise WorkerDied(OBJECT_STORE, "keeping values", reason) from error
     except RayActorError as error:
         if not HEAD.is_silent:

@@ -1,4 +1,6 @@
-"""Connection to Ray and placement: which worker runs on which node, with which devices and how many threads."""
+"""Connection to Ray and placement: which worker runs on which node, with which devices and how many
+threads.
+"""
 
 import logging
 import math
@@ -22,16 +24,18 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from hybridrl import failpoints
-from hybridrl.choices import Device, WeightTransfer
-from hybridrl.config import RunSettings
-from hybridrl.errors import ConfigError, PlacementError
-from hybridrl.redact import worker_variables
-from hybridrl.runtime.group import Slot
-from hybridrl.runtime.head import HEAD
+from hybridrl.core import failpoints
+from hybridrl.core.errors import ConfigError, PlacementError
+from hybridrl.core.redact import worker_variables
+from hybridrl.runtime.actor_group import Slot
+from hybridrl.runtime.head_node import HEAD
+from hybridrl.settings.choices import Device, WeightTransfer
+from hybridrl.settings.run import RunSettings
 
 CPU_SHARE = 0.01
-"""Ray's CPUs are bookkeeping, not cores; workers on CPU share the cores, so they ask for next to nothing."""
+"""Ray's CPUs are bookkeeping, not cores; workers on CPU share the cores, so they ask for next to
+nothing.
+"""
 
 KEPT_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -93,7 +97,8 @@ class Cluster:
         chosen = self.settings.rollout.weight_transfer
         if chosen in (WeightTransfer.nccl, WeightTransfer.ipc) and self.device == "cpu":
             raise ConfigError(
-                f"rollout.weight_transfer={chosen}: needs GPUs, and cluster.device=auto came out as cpu here; use object_store or auto"
+                f"rollout.weight_transfer={chosen}: needs GPUs, and cluster.device=auto came out "
+                "as cpu here; use object_store or auto"
             )
         if chosen is not WeightTransfer.auto:
             return chosen
@@ -105,7 +110,8 @@ class Cluster:
         """Reserve everything at once.
 
         Raises:
-            PlacementError: the cluster cannot hold it within deadlines.placement_s; lists demand and supply.
+            PlacementError: the cluster cannot hold it within deadlines.placement_s; lists demand
+                and supply.
         """
         on_gpu = self.device == "cuda"
         colocated = on_gpu and self.settings.cluster.colocate
@@ -161,8 +167,9 @@ class Cluster:
             supply = {kind: ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")}
             free = {kind: ray.available_resources().get(kind, 0) for kind in ("CPU", "GPU")}
             raise PlacementError(
-                f"the cluster could not place {len(bundles)} workers within deadlines.placement_s={limit:g}: "
-                f"demand {demand}, supply {supply}, free now {free}; lower rollout.engines, learner.ranks or scorer.replicas, or add nodes"
+                f"the cluster could not place {len(bundles)} workers within "
+                f"deadlines.placement_s={limit:g}: demand {demand}, supply {supply}, free now "
+                f"{free}; lower rollout.engines, learner.ranks or scorer.replicas, or add nodes"
             )
         return group
 
@@ -174,7 +181,8 @@ class Cluster:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No further Ctrl-C, SIGTERM or SIGHUP cuts the block short; a Ray whose end is broken off leaves processes for a minute.
+    """No further Ctrl-C, SIGTERM or SIGHUP cuts the block short; a Ray whose end is broken off
+    leaves processes for a minute.
 
     In a thread that gets no signals, do nothing.
     """
@@ -202,7 +210,8 @@ def connect(settings: RunSettings) -> None:
     local = {"include_dashboard": False} if address == "local" else {}
     try:
         check_answers(address, settings.deadlines.placement_s)
-        # calls that wait for a lost worker's result fail with it; they are made again, and nobody asks for the old ones
+        # calls that wait for a lost worker's result fail with it; they are made again, and nobody
+        # asks for the old ones
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         with private_token() if address == "local" else nullcontext(), sighup_blocked():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
@@ -216,10 +225,11 @@ def connect(settings: RunSettings) -> None:
 
 @contextmanager
 def sighup_blocked() -> Iterator[None]:
-    """Processes started meanwhile, and their children, do not get SIGHUP; this process gets it afterwards.
+    """Processes started meanwhile, and their children, do not get SIGHUP; this process gets it
+    afterwards.
 
-    A terminal that is closed sends it to all of them, and Ray's own would end before the driver has saved what was
-    learned. Ray does the same with SIGINT.
+    A terminal that is closed sends it to all of them, and Ray's own would end before the driver has
+    saved what was learned. Ray does the same with SIGINT.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -230,7 +240,9 @@ def sighup_blocked() -> Iterator[None]:
 
 @contextmanager
 def private_token() -> Iterator[None]:
-    """Ray makes the token of a local cluster meanwhile, readable by every user of the machine; afterwards it is the owner's alone."""
+    """Ray makes the token of a local cluster meanwhile, readable by every user of the machine;
+    afterwards it is the owner's alone.
+    """
     token = Path.home() / ".ray" / "auth_token"
     token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
@@ -241,14 +253,17 @@ def private_token() -> Iterator[None]:
 
 
 def check_answers(address: str, limit_s: float) -> None:
-    """Raise OSError unless something listens at host:port; Ray itself would try for minutes and then end the process."""
+    """Raise OSError unless something listens at host:port; Ray itself would try for minutes and
+    then end the process.
+    """
     host, colon, port = address.rpartition(":")
     if colon and port.isdecimal() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=limit_s).close()
 
 
 def device_of(wanted: Device, gpus: float, cuda_build: str | None) -> str:
-    """cpu or cuda. Ray counts GPUs through the driver, so they are there also for a torch without CUDA.
+    """cpu or cuda. Ray counts GPUs through the driver, so they are there also for a torch without
+    CUDA.
 
     Args:
         gpus: of the Ray cluster.
@@ -259,11 +274,13 @@ def device_of(wanted: Device, gpus: float, cuda_build: str | None) -> str:
     """
     if wanted is Device.cuda and not gpus:
         raise ConfigError(
-            "cluster.device=cuda: the Ray cluster has no GPU; use cluster.device=cpu or start Ray with --num-gpus"
+            "cluster.device=cuda: the Ray cluster has no GPU; use cluster.device=cpu or start Ray "
+            "with --num-gpus"
         )
     if wanted is Device.cuda and not cuda_build:
         raise ConfigError(
-            "cluster.device=cuda: the installed torch is a build for CPUs; use cluster.device=cpu or install the gpu extra"
+            "cluster.device=cuda: the installed torch is a build for CPUs; use cluster.device=cpu "
+            "or install the gpu extra"
         )
     return "cuda" if wanted is not Device.cpu and gpus and cuda_build else "cpu"
 
@@ -274,7 +291,9 @@ def object_store_bytes() -> float:
 
 
 def gpu_share(teams: int) -> float:
-    """What each of `teams` workers asks of the GPU they share; rounded down to Ray's unit, so that all fit into 1."""
+    """What each of `teams` workers asks of the GPU they share; rounded down to Ray's unit, so that
+    all fit into 1.
+    """
     return math.floor(10_000 / max(teams, 1)) / 10_000
 
 
@@ -292,45 +311,48 @@ def cpus_of(node: dict) -> int:
 
 
 def worker_env(threads: int, device: str, dtype: str, *, take_turns: bool) -> dict[str, str]:
-    """Environment of a worker process: its share of the cores, no telemetry, no secret it does not need.
+    """Environment of a worker process: its share of the cores, no telemetry, no secret it does not
+    need.
 
-    Ray's dashboard shows it, so it holds no secret either. glibc gives a freed tensor of more than 32 MiB back to the kernel and
-    gets the next one as fresh pages, zeroed one by one: a quarter of a learner's step on CPU. The MALLOC variables make it keep them.
-    A process that computes on a GPU frees its host memory: that of a model just loaded would be kept as long as the process lives.
+    Ray's dashboard shows it, so it holds no secret either. glibc gives a freed tensor of more than
+    32 MiB back to the kernel and gets the next one as fresh pages, zeroed one by one: a quarter of
+    a learner's step on CPU. The MALLOC variables make it keep them. A process that computes on a
+    GPU frees its host memory: that of a model just loaded would be kept as long as the process
+    lives.
 
-    vLLM's attention for float32 on GPUs is a Triton kernel, whose products are TF32 unless Triton is told otherwise: too coarse for
-    rollout.max_logprob_gap of float32.
+    vLLM's attention for float32 on GPUs is a Triton kernel, whose products are TF32 unless Triton
+    is told otherwise: too coarse for rollout.max_logprob_gap of float32.
 
-    An engine decodes by thousands of small products a second. Threads that sleep between two of them take a third of its speed; those
-    that wait in a loop take half of that of another worker on the same cores. So they loop, for half a millisecond at most, where
-    workers compute one after another.
+    An engine decodes by thousands of small products a second. Threads that sleep between two of
+    them take a third of its speed; those that wait in a loop take half of that of another worker on
+    the same cores. So they loop, for half a millisecond at most, where workers compute one after
+    another.
 
     Args:
         dtype: model.dtype.
-        take_turns: the phases of a step do not overlap, and the workers of one phase have cores enough.
+        take_turns: the phases of a step do not overlap, and the workers of one phase have cores
+            enough.
     """
     count, loops = str(threads), take_turns and device == "cpu"
-    return (
-        worker_variables()
-        | {
-            "OMP_NUM_THREADS": count,
-            "MKL_NUM_THREADS": count,
-            "GOMP_SPINCOUNT": "10000" if loops else "0",
-            "KMP_BLOCKTIME": "1" if loops else "0",
-            "TOKENIZERS_PARALLELISM": "false",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            "TORCH_EXTENSIONS_DIR": os.environ.get(
-                "TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"
-            ),
-            "PATH": f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}",  # ninja lives beside python
-            "DS_ACCELERATOR": "cpu" if device == "cpu" else "cuda",
-            **(KEPT_MEMORY if device == "cpu" else {}),
-            **({"TRITON_F32_DEFAULT": "ieee"} if device == "cuda" and dtype == "float32" else {}),
-            **(
-                {failpoints.VARIABLE: os.environ[failpoints.VARIABLE]}
-                if failpoints.VARIABLE in os.environ
-                else {}
-            ),
-        }
-    )
+    return worker_variables() | {
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "GOMP_SPINCOUNT": "10000" if loops else "0",
+        "KMP_BLOCKTIME": "1" if loops else "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "TORCH_EXTENSIONS_DIR": os.environ.get(
+            "TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"
+        ),
+        # ninja lives beside python
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}",
+        "DS_ACCELERATOR": "cpu" if device == "cpu" else "cuda",
+        **(KEPT_MEMORY if device == "cpu" else {}),
+        **({"TRITON_F32_DEFAULT": "ieee"} if device == "cuda" and dtype == "float32" else {}),
+        **(
+            {failpoints.VARIABLE: os.environ[failpoints.VARIABLE]}
+            if failpoints.VARIABLE in os.environ
+            else {}
+        ),
+    }

@@ -6,7 +6,9 @@ from hybridrl.runtime.calls import Pending, is_done
 
 
 class EngineLoad:
-    """Who has how many tokens to do: prompt and longest possible response of every chunk that is not done."""
+    """Who has how many tokens to do: prompt and longest possible response of every chunk that is
+    not done.
+    """
 
     def __init__(self, engines: int) -> None:
         self.under_way: list[list[tuple[int, Pending]]] = [
@@ -14,7 +16,8 @@ class EngineLoad:
         ]  # per engine (tokens, -> header)
 
     def assign(self, tokens: Sequence[int], serving: Collection[int]) -> list[int]:
-        """One of the `serving` engines for each chunk, in order: always the one with the least to do, of equals the first.
+        """One of the `serving` engines for each chunk, in order: always the one with the least to
+        do, of equals the first.
 
         All idle: the same at each call.
         """

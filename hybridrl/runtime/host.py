@@ -1,6 +1,8 @@
-"""The Ray actor around a worker: a plain class, named by its import path so that the driver never imports torch.
+"""The Ray actor around a worker: a plain class, named by its import path so that the driver never
+imports torch.
 
-What a worker's constructor raises is kept and raised by the first call: Ray would end the actor and tell of its death.
+What a worker's constructor raises is kept and raised by the first call: Ray would end the actor and
+tell of its death.
 """
 
 import faulthandler
@@ -16,11 +18,13 @@ from typing import Any
 
 import ray
 
-from hybridrl import redact
-from hybridrl.errors import HybridRLError, PlacementError
+from hybridrl.core import redact
+from hybridrl.core.errors import HybridRLError, PlacementError
 
 STACKS = signal.SIGUSR1
-"""Makes a worker write the stack of each of its threads into its log, also while it is busy outside Python."""
+"""Makes a worker write the stack of each of its threads into its log, also while it is busy outside
+Python.
+"""
 
 
 class NotBuilt(Exception):
@@ -28,10 +32,11 @@ class NotBuilt(Exception):
 
 
 def build(path: str, log: str, kwargs: dict[str, Any]) -> Any:
-    """Instantiate "module:Class"; what the process prints goes to the file `log`. On an error: an Unbuilt.
+    """Instantiate "module:Class"; what the process prints goes to the file `log`. On an error: an
+    Unbuilt.
 
-    Secrets that the node's environment had beside those of the driver are dropped first. They, and those in the settings among
-    `kwargs`, are masked in what the process logs.
+    Secrets that the node's environment had beside those of the driver are dropped first. They, and
+    those in the settings among `kwargs`, are masked in what the process logs.
     """
     dropped = redact.drop_variables(needed=redact.NEEDED)
     redact.remember([*dropped.values(), *redact.secrets_in(kwargs)])
@@ -56,13 +61,16 @@ def build(path: str, log: str, kwargs: dict[str, Any]) -> Any:
 
 
 def visible_gpus(given: Sequence[int | str]) -> dict[str, str]:
-    """The variables by which this process sees the GPUs that Ray gave it, and no other; set before torch is imported.
+    """The variables by which this process sees the GPUs that Ray gave it, and no other; set before
+    torch is imported.
 
-    Ray leaves them alone where RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set, and all workers would compute on the
-    first GPU. DeepSpeed reads them as numbers, so UUIDs become the numbers that nvidia-smi gives in the order of the bus.
+    Ray leaves them alone where RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set, and all workers
+    would compute on the first GPU. DeepSpeed reads them as numbers, so UUIDs become the numbers
+    that nvidia-smi gives in the order of the bus.
 
     Raises:
-        PlacementError: an id is neither a number nor a GPU's UUID, as that of a MIG slice, or nvidia-smi does not answer.
+        PlacementError: an id is neither a number nor a GPU's UUID, as that of a MIG slice, or
+            nvidia-smi does not answer.
     """
     names = [str(name) for name in given]
     if all(name.isdecimal() for name in names):
@@ -72,8 +80,8 @@ def visible_gpus(given: Sequence[int | str]) -> dict[str, str]:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise PlacementError(
-            f"CUDA_VISIBLE_DEVICES={','.join(names)}: nvidia-smi does not say which numbers these GPUs have ({error}); "
-            "start Ray with the GPUs' numbers in CUDA_VISIBLE_DEVICES"
+            f"CUDA_VISIBLE_DEVICES={','.join(names)}: nvidia-smi does not say which numbers these "
+            f"GPUs have ({error}); start Ray with the GPUs' numbers in CUDA_VISIBLE_DEVICES"
         ) from error
     indices = dict(line.split(", ") for line in answer.stdout.splitlines())
     found = []
@@ -84,8 +92,9 @@ def visible_gpus(given: Sequence[int | str]) -> dict[str, str]:
             matches = [name]
         if len(matches) != 1:
             raise PlacementError(
-                f"CUDA_VISIBLE_DEVICES={name}: is no GPU of this node, which has {', '.join(indices)}; slices of a GPU (MIG) "
-                "cannot be used, start Ray with whole GPUs"
+                f"CUDA_VISIBLE_DEVICES={name}: is no GPU of this node, which has "
+                f"{', '.join(indices)}; slices of a GPU (MIG) cannot be used, start Ray with "
+                "whole GPUs"
             )
         found += matches
     return {"CUDA_VISIBLE_DEVICES": ",".join(found), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

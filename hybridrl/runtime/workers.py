@@ -1,19 +1,24 @@
-"""All workers of a run: what is placed where, how they are started together, and how lost ones are replaced."""
+"""All workers of a run: what is placed where, how they are started together, and how lost ones are
+replaced.
+"""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from hybridrl.choices import Source
-from hybridrl.config import RunSettings
-from hybridrl.errors import WorkerError, WorkerTimeout
+from hybridrl.core.errors import WorkerError, WorkerTimeout
+from hybridrl.runtime.actor_group import Slot, dump_stacks
 from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.cluster import Cluster, Team
-from hybridrl.runtime.group import Slot, dump_stacks
-from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
-from hybridrl.runtime.replay import ReplayGroup
+from hybridrl.runtime.learner_group import LearnerGroup
+from hybridrl.runtime.replay_group import ReplayGroup
+from hybridrl.runtime.reward_group import RewardGroup
+from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.runtime.scorer_group import ScorerGroup
 from hybridrl.runtime.start_up import wait_for_start
+from hybridrl.settings.choices import Source
+from hybridrl.settings.run import RunSettings
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +28,9 @@ Group = RolloutGroup | ScorerGroup | RewardGroup | ReplayGroup | LearnerGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """The running groups. scorers: one group per scored teacher, in the order of settings.scored_teachers."""
+    """The running groups. scorers: one group per scored teacher, in the order of
+    settings.scored_teachers.
+    """
 
     rollout: RolloutGroup
     teacher_rollout: RolloutGroup | None  # None: the teacher writes nothing
@@ -62,7 +69,8 @@ class Workers:
         """Replace a worker.
 
         Raises:
-            WorkerError: `lost` itself, where only going back to a checkpoint helps: a learner's rank, or values of a lost node.
+            WorkerError: `lost` itself, where only going back to a checkpoint helps: a learner's
+                rank, or values of a lost node.
             FleetExhausted: too many of its kind were lost.
         """
         for group in self.groups:
@@ -180,8 +188,9 @@ def recover(
     lost: WorkerError,
     log_dir: str,
 ) -> Workers:
-    """The same workers with a new learner, and with another worker in the place of `lost` if that was none of the learner's;
-    what was being sampled for the old one is given up. The new one is under way when this returns.
+    """The same workers with a new learner, and with another worker in the place of `lost` if that
+    was none of the learner's; what was being sampled for the old one is given up. The new one is
+    under way when this returns.
 
     Raises:
         FleetExhausted: too many workers of another kind were lost.

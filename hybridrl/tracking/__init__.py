@@ -1,0 +1,1 @@
+"""Where a step's metrics go, and what they mean."""

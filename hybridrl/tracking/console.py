@@ -1,4 +1,6 @@
-"""What a person watching the run sees: a live display on a terminal, one plain line per step elsewhere."""
+"""What a person watching the run sees: a live display on a terminal, one plain line per step
+elsewhere.
+"""
 
 import math
 import sys
@@ -28,7 +30,8 @@ PHASES = ("rollout", "score", "reward", "learn", "sync", "eval", "save")
 
 
 class ConsoleSink:
-    """Prints progress to `stream` (None: sys.stdout at start). Rich is used only where the stream is a terminal.
+    """Prints progress to `stream` (None: sys.stdout at start). Rich is used only where the stream
+    is a terminal.
 
     Example of the plain lines, as under `ray job logs`:
         step  40/200  reward 0.412  KL/token 0.0312  lambda 1.00  tok/s 8,123  4.2 s (rollout 2.1, learn 1.2)  11 min 3 s left
@@ -57,7 +60,8 @@ class ConsoleSink:
             for row in rows:
                 self._learn_levels(row)
             self.notice(
-                f"{info.name}: continues after step {info.first_step} of {info.total_steps}, in {info.run_dir}"
+                f"{info.name}: continues after step {info.first_step} of {info.total_steps}, in "
+                f"{info.run_dir}"
             )
         else:
             self.notice(f"{info.name}: {info.total_steps} steps, in {info.run_dir}")

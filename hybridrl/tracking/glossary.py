@@ -1,4 +1,6 @@
-"""What every metric is. `python -m hybridrl.tracking.glossary > hybridrl/tracking/METRICS.md` writes the page of it."""
+"""What every metric is. `python -m hybridrl.tracking.glossary > hybridrl/tracking/METRICS.md`
+writes the page of it.
+"""
 
 import re
 from dataclasses import dataclass
@@ -81,7 +83,8 @@ SECTIONS = (
     ),
     _section(
         "Two gradients",
-        "Dense: imitation at every visited prefix. Sparse: returns, REINFORCE. At the logits, over the whole batch.",
+        "Dense: imitation at every visited prefix. Sparse: returns, REINFORCE. At the logits, "
+        "over the whole batch.",
         (
             "grad/dense_norm",
             "",
@@ -143,11 +146,13 @@ SECTIONS = (
     ),
     _section(
         "Student and teacher",
-        "p student, q teacher; means over response tokens. Those under teacher/ every diagnostics.every steps.",
+        "p student, q teacher; means over response tokens. Those under teacher/ every "
+        "diagnostics.every steps.",
         (
             "kl/token",
             "nats",
-            "mean of sum_i w_i D_i(p, q_i), in the divergence and support that are trained; none with support=sampled",
+            "mean of sum_i w_i D_i(p, q_i), in the divergence and support that are trained; none "
+            "with support=sampled",
             "falls towards 0, a perfect copy",
         ),
         (
@@ -215,7 +220,8 @@ SECTIONS = (
     ),
     _section(
         "Advantages",
-        "A = -(G minus its baseline), what multiplies grad log p(y); over response tokens. For pairs: minus the loss's slope.",
+        "A = -(G minus its baseline), what multiplies grad log p(y); over response tokens. For "
+        "pairs: minus the loss's slope.",
         ("advantage/mean", "", "mean of A", "near 0 with a baseline of the siblings"),
         (
             "advantage/std",
@@ -358,18 +364,22 @@ SECTIONS = (
     ),
     _section(
         "Sampler against learner",
-        "rho = p(y) / mu(y), learner over sampler, at the drawn tokens; data has no sampler and does not count.",
+        "rho = p(y) / mu(y), learner over sampler, at the drawn tokens; data has no sampler and "
+        "does not count.",
         (
             "policy/logprob_gap",
             "nats",
-            "mean of |log p(y) - log mu(y)| of responses that the student sampled with the weights that learn",
+            "mean of |log p(y) - log mu(y)| of responses that the student sampled with the "
+            "weights that learn",
             "1e-6 in fp32, up to 0.05 in bf16; above rollout.max_logprob_gap the run stops",
         ),
         (
             "policy/probe_gap",
             "nats",
-            "the same of a few tokens that each engine samples right after a sync, of the worst engine",
-            "as policy/logprob_gap; above rollout.max_logprob_gap the run stops before it learns from that engine",
+            "the same of a few tokens that each engine samples right after a sync, of the worst "
+            "engine",
+            "as policy/logprob_gap; above rollout.max_logprob_gap the run stops before it learns "
+            "from that engine",
         ),
         (
             "policy/logprob_gap_max",
@@ -423,8 +433,9 @@ SECTIONS = (
     ),
     _section(
         "Pairs",
-        "With algorithm.pair.loss. s_w, s_l: the scores of the chosen and the rejected response, log p - log q, log p without a "
-        "reference, or the reward model's value; per token with algorithm.pair.average.",
+        "With algorithm.pair.loss. s_w, s_l: the scores of the chosen and the rejected response, "
+        "log p - log q, log p without a reference, or the reward model's value; per token with "
+        "algorithm.pair.average.",
         ("pair/loss", "", "mean of the pair loss itself", "falls; train/loss is a surrogate here"),
         ("pair/accuracy", "share", "pairs with s_w > s_l; a tie counts half", "rises from 0.5"),
         ("pair/margin", "", "mean of s_w - s_l", "rises"),
@@ -469,7 +480,8 @@ SECTIONS = (
         (
             "time/<phase>_s",
             "s",
-            "wall time that the controller waited in a phase; scoring overlaps with rollout, sync holds probe",
+            "wall time that the controller waited in a phase; scoring overlaps with rollout, sync "
+            "holds probe",
             "the largest is the bottleneck",
         ),
         (
@@ -506,7 +518,8 @@ SECTIONS = (
         (
             "rollout/late_frac",
             "share",
-            "drawn prompt groups cancelled under rollout.oversample or too old under pipeline.on_stale=drop",
+            "drawn prompt groups cancelled under rollout.oversample or too old under "
+            "pipeline.on_stale=drop",
             "0 otherwise; their prompts come again",
         ),
         (

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hybridrl.durable import entries, replace_text
-from hybridrl.json_lines import Appender, read_lines, shortened, whole_number
+from hybridrl.core.files import entries, replace_text
+from hybridrl.core.json_lines import Appender, read_lines, shortened, whole_number
 from hybridrl.types import FinishReason, RunInfo, Sample
 
 METRICS = "metrics.jsonl"
@@ -18,7 +18,8 @@ SAMPLES_FILE = re.compile(r"step_(\d{6,18})\.jsonl", re.ASCII)
 
 
 def read_metrics(run_dir: str | Path, through: int | None = None) -> list[dict[str, float]]:
-    """Every row of a run, oldest first; null reads as NaN, a torn last line is left out, no file is no rows.
+    """Every row of a run, oldest first; null reads as NaN, a torn last line is left out, no file is
+    no rows.
 
     Args:
         through: rows up to this step alone; damage after them is of no account. None: all.
@@ -96,9 +97,11 @@ def _sample(value: Any) -> Sample:
 
 
 class JsonlSink:
-    """Appends one JSON object a line, on disk row by row, so that a killed run keeps every finished row and a checkpoint those before it.
+    """Appends one JSON object a line, on disk row by row, so that a killed run keeps every finished
+    row and a checkpoint those before it.
 
-    A resumed run first cuts what lies after its checkpoint, so the file holds each step exactly once.
+    A resumed run first cuts what lies after its checkpoint, so the file holds each step exactly
+    once.
     """
 
     def __init__(self) -> None:
@@ -106,7 +109,8 @@ class JsonlSink:
         self._file: Appender | None = None
 
     def start(self, info: RunInfo) -> None:
-        """Open the files of info.run_dir, less all that is newer than step info.first_step (0: all).
+        """Open the files of info.run_dir, less all that is newer than step info.first_step (0:
+        all).
 
         Raises:
             DataError: the metrics file is damaged before the end of that step.
@@ -153,7 +157,9 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A number JSON can hold: numpy scalars as float, NaN and infinities, which JSON lacks, as None."""
+    """A number JSON can hold: numpy scalars as float, NaN and infinities, which JSON lacks, as
+    None.
+    """
     if value is None or isinstance(value, str | int):
         return value
     return float(value) if math.isfinite(value) else None

@@ -29,7 +29,8 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """Sinks that act as one. A required sink's errors propagate; an optional one that fails is switched off.
+    """Sinks that act as one. A required sink's errors propagate; an optional one that fails is
+    switched off.
 
     Example: Sinks(required=[JsonlSink()], optional=[WandbSink(config), ConsoleSink()])
     """

@@ -47,17 +47,20 @@ SYMPTOMS = (
     Symptom(
         shows=_most_empty,
         what="most responses were empty",
-        remedy="see in the report how a prompt ends, and set data.chat_template or data.instruction",
+        remedy="see in the report how a prompt ends, and set data.chat_template or "
+        "data.instruction",
     ),
     Symptom(
         shows=_rewards_equal,
         what="all rewards were equal",
-        remedy="see in the report what reward.functions makes of the responses, or choose problems of which the model solves some",
+        remedy="see in the report what reward.functions makes of the responses, or choose "
+        "problems of which the model solves some",
     ),
     Symptom(
         shows=_no_gradient,
         what="the gradient was 0",
-        remedy="raise algorithm.imitation_weight, algorithm.reward_weight, train.samples_per_prompt or algorithm.temperature",
+        remedy="raise algorithm.imitation_weight, algorithm.reward_weight, "
+        "train.samples_per_prompt or algorithm.temperature",
     ),
 )
 """Causes before what follows from them."""
@@ -66,8 +69,9 @@ SYMPTOMS = (
 class Watch:
     """Counts the steps that show each symptom.
 
-    Example: the first row with {"train/step": 3, "train/grad_norm": 0} makes see() return "in step 3 the gradient was 0
-    (raise ...)", later ones None; after 20 steps, 18 of them such, summary() is "the gradient was 0 in 18 of 20 steps (raise ...)".
+    Example: the first row with {"train/step": 3, "train/grad_norm": 0} makes see() return "in step
+    3 the gradient was 0 (raise ...)", later ones None; after 20 steps, 18 of them such, summary()
+    is "the gradient was 0 in 18 of 20 steps (raise ...)".
     """
 
     def __init__(self) -> None:

@@ -32,7 +32,9 @@ class PhaseClock:
         return self._seconds.get(name, 0.0)
 
     def take(self) -> dict[str, float]:
-        """Seconds per phase since the last take, keyed "time/<phase>_s"; the clock starts again from nothing."""
+        """Seconds per phase since the last take, keyed "time/<phase>_s"; the clock starts again
+        from nothing.
+        """
         taken = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
         return taken

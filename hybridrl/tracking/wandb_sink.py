@@ -12,9 +12,9 @@ from dataclasses import astuple, fields
 from typing import Any
 from urllib.parse import urlsplit
 
-from hybridrl.choices import WandbMode
-from hybridrl.config import TrackingConfig
-from hybridrl.errors import ConfigError
+from hybridrl.core.errors import ConfigError
+from hybridrl.settings.choices import WandbMode
+from hybridrl.settings.run import TrackingConfig
 from hybridrl.types import RunInfo, Sample
 
 INIT_S, FINISH_S = 30.0, 60.0
@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 class WandbSink:
     """One W&B run. A resumed training continues the same run through the id kept in the checkpoint.
 
-    What is logged goes to wandb's own process, which keeps it on disk and sends it; only start and close wait for a server.
+    What is logged goes to wandb's own process, which keeps it on disk and sends it; only start and
+    close wait for a server.
 
     Args:
         finish_s: seconds that the server has at the end to take what is left.
@@ -55,7 +56,8 @@ class WandbSink:
             return
         if self._mode is WandbMode.online and (reason := unreachable()):
             log.warning(
-                "W&B: %s; this run is tracked offline, `wandb sync %s/wandb/offline-run-*` sends it later",
+                "W&B: %s; this run is tracked offline, `wandb sync %s/wandb/offline-run-*` sends "
+                "it later",
                 reason,
                 info.run_dir,
             )
@@ -66,7 +68,8 @@ class WandbSink:
             if self._mode is not WandbMode.online:
                 raise
             log.warning(
-                "W&B: the server at %s refused the run (%s); it is tracked offline, `wandb sync %s/wandb/offline-run-*` sends it later",
+                "W&B: the server at %s refused the run (%s); it is tracked offline, `wandb sync "
+                "%s/wandb/offline-run-*` sends it later",
                 base_url(),
                 str(error).splitlines()[0] if str(error) else type(error).__name__,
                 info.run_dir,
@@ -88,7 +91,8 @@ class WandbSink:
             group=self._config.group,
             tags=list(self._config.tags),
             config=info.config,
-            # Metrics are ours; probes of machine, git and packages would only take time and publish more than asked.
+            # Metrics are ours; probes of machine, git and packages would only take time and publish
+            # more than asked.
             settings=wandb.Settings(
                 console="off",
                 silent=True,
@@ -148,7 +152,8 @@ def resolve_mode(mode: WandbMode) -> WandbMode:
         return WandbMode.online if has_key() else WandbMode.offline
     if mode is WandbMode.online and not has_key():
         raise ConfigError(
-            "tracking.wandb=online: no WANDB_API_KEY and no netrc entry; set one, run `wandb login`, or set tracking.wandb=offline"
+            "tracking.wandb=online: no WANDB_API_KEY and no netrc entry; set one, run `wandb "
+            "login`, or set tracking.wandb=offline"
         )
     return mode
 
@@ -160,8 +165,9 @@ def base_url() -> str:
 def unreachable() -> str:
     """Why the W&B server would not take a run, in words; empty where it answers as one does.
 
-    W&B's own client repeats requests for most of a minute before it says so. Only an answer of GraphQL is one of W&B: not
-    a login page, a page of a proxy or another service's JSON. That a key is refused is left to the client, which names it.
+    W&B's own client repeats requests for most of a minute before it says so. Only an answer of
+    GraphQL is one of W&B: not a login page, a page of a proxy or another service's JSON. That a key
+    is refused is left to the client, which names it.
     """
     url = f"{base_url().rstrip('/')}/graphql"
     query = json.dumps({"query": "{ serverInfo { cliVersionInfo } }"}).encode()
@@ -182,7 +188,10 @@ def unreachable() -> str:
     try:
         parsed = json.loads(body)
     except ValueError:
-        return f"{base_url()} answers with a page (status {status}) and not as a W&B server does, perhaps the login page of a proxy"
+        return (
+            f"{base_url()} answers with a page (status {status}) and not as a W&B server "
+            "does, perhaps the login page of a proxy"
+        )
     if not isinstance(parsed, dict) or not parsed.keys() & {"data", "errors"}:
         return f"{base_url()} answers with status {status}, but not as a W&B server does"
     return ""

@@ -1,4 +1,6 @@
-"""tools/bench VERB [OPTIONS]: a verb is a module beside this one with `add_options(parser)` and `run(options) -> dict`."""
+"""tools/bench VERB [OPTIONS]: a verb is a module beside this one with `add_options(parser)` and
+`run(options) -> dict`.
+"""
 
 import argparse
 import importlib

@@ -1,4 +1,5 @@
-"""A script: Hugging Face generation, teacher, one backward pass of this package's loss and AdamW in one plain process.
+"""A script: Hugging Face generation, teacher, one backward pass of this package's loss and AdamW in
+one plain process.
 
     python bare_peer.py ORDER.json
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybridrl.ops.head import HeadRule, TokenTerms, hybrid_head_loss
-from hybridrl.ops.teachers import HiddenTeacher
+from hybridrl.kernels.head import HeadRule, hybrid_head_loss
+from hybridrl.kernels.teacher_rows import HiddenTeacher
+from hybridrl.kernels.terms import TokenTerms
 
 MARK = "PEER "
 

@@ -1,4 +1,6 @@
-"""What the driver does for one large batch: draw, headers, rewards, plan, update. Beside it a driver that holds the batch itself."""
+"""What the driver does for one large batch: draw, headers, rewards, plan, update. Beside it a
+driver that holds the batch itself.
+"""
 
 import argparse
 import gc
@@ -12,9 +14,9 @@ import ray
 
 from benchmarks.fake_workers import Work
 from benchmarks.stage import Stage, settings_of
+from hybridrl.batch.groups import join, select_groups
 from hybridrl.controller.controller import Controller
 from hybridrl.controller.pipeline import Wave
-from hybridrl.data.scored import join, select_groups
 from hybridrl.types import ScoredBatch
 
 GROUP, PROMPT_TOKENS, PUBLISHED_S = 8, 768, 135.0
@@ -69,7 +71,8 @@ def run(options: argparse.Namespace) -> dict:
     settings = settings_for(sizes[0])
     rows = []
     print(
-        f"{'sequences x tokens, K':24s} {'GB':>6s} {'driver s':>9s} {'CPU s':>7s} {'bytes in driver':>16s} {'materialising s':>16s}"
+        f"{'sequences x tokens, K':24s} {'GB':>6s} {'driver s':>9s} {'CPU s':>7s} "
+        f"{'bytes in driver':>16s} {'materialising s':>16s}"
     )
     with Stage(settings, store_bytes=store) as stage:
         for size in (s for s in sizes if s.nbytes < 0.9 * store):
@@ -84,12 +87,14 @@ def run(options: argparse.Namespace) -> dict:
         else "MISSED"
     )
     print(
-        f"slowest {worst:.3f} s, target {TARGET_S:.0f} s and 0 bytes: {verdict}; published by others: {PUBLISHED_S:.0f} s"
+        f"slowest {worst:.3f} s, target {TARGET_S:.0f} s and 0 bytes: {verdict}; published by "
+        f"others: {PUBLISHED_S:.0f} s"
     )
     whole_fits = sizes[-1].nbytes < 0.9 * store
     if not whole_fits:
         print(
-            f"the whole batch of {WHOLE.nbytes / 1e9:.1f} GB does not fit the object store; its three axes grow apart from each other"
+            f"the whole batch of {WHOLE.nbytes / 1e9:.1f} GB does not fit the object store; its "
+            "three axes grow apart from each other"
         )
     return {
         "target_s": TARGET_S,
@@ -146,7 +151,9 @@ def measure(stage: Stage, size: Size, repeats: int, *, with_other: bool) -> dict
 
 
 def ours(controller: Controller) -> tuple[float, float, dict]:
-    """-> wall and CPU seconds of the driver, and the step's row. The workers' own time, between draw and headers, is left out."""
+    """-> wall and CPU seconds of the driver, and the step's row. The workers' own time, between
+    draw and headers, is left out.
+    """
     began, cpu = time.perf_counter(), cpu_seconds()
     wave = controller.pipeline.draw(0)
     drew, drew_cpu = time.perf_counter() - began, cpu_seconds() - cpu
@@ -158,7 +165,9 @@ def ours(controller: Controller) -> tuple[float, float, dict]:
 
 
 def materialising(controller: Controller) -> float:
-    """Seconds of a driver that fetches every rollout and score, joins them to one batch, cuts it for its ranks and sends it on."""
+    """Seconds of a driver that fetches every rollout and score, joins them to one batch, cuts it
+    for its ranks and sends it on.
+    """
     wave = controller.pipeline.draw(0)
     wait_for(wave)
     began = time.perf_counter()
@@ -198,7 +207,8 @@ def show(row: dict) -> None:
     )
     name = f"{row['sequences']} x {row['tokens']}, {row['support']}"
     print(
-        f"{name:24s} {row['bytes'] / 1e9:6.2f} {row['driver_s']:9.3f} {row['driver_cpu_s']:7.3f} {row['driver_bytes']:16.0f} {other}",
+        f"{name:24s} {row['bytes'] / 1e9:6.2f} {row['driver_s']:9.3f} {row['driver_cpu_s']:7.3f} "
+        f"{row['driver_bytes']:16.0f} {other}",
         flush=True,
     )
 

@@ -1,4 +1,6 @@
-"""Workers that only wait, and make values of the right shapes. They import neither torch nor vllm: a process of 90 MB each."""
+"""Workers that only wait, and make values of the right shapes. They import neither torch nor vllm:
+a process of 90 MB each.
+"""
 
 import asyncio
 import time
@@ -8,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hybridrl.choices import Source
-from hybridrl.config import RewardConfig, RunSettings
-from hybridrl.runtime.groups import PROBE
+from hybridrl.runtime.rollout_group import PROBE
+from hybridrl.settings.choices import Source
+from hybridrl.settings.run import RewardConfig, RunSettings
 from hybridrl.types import (
     ChunkHeader,
     FinishReason,
@@ -37,7 +39,9 @@ class Work:
     learn_s: float = 0.0
     pack_s: float = 0.0
     load_s: float = 0.0  # of an engine, which generates nothing meanwhile
-    spread: float = 0.0  # above 0: chunks side by side, each its generate_s times exp(spread x normal), drawn by seed and prompt
+    # above 0: chunks side by side, each its generate_s times exp(spread x normal), drawn by seed
+    # and prompt
+    spread: float = 0.0
     support: int = 0  # K log-probs and token ids of each response token that a scorer sends
 
     @property
@@ -47,7 +51,8 @@ class Work:
 
 
 class Engine:
-    """A device that generates one chunk after the other; a weight update stops it, as it stops an engine.
+    """A device that generates one chunk after the other; a weight update stops it, as it stops an
+    engine.
 
     With work.spread it generates all chunks side by side, and none slows another.
     """

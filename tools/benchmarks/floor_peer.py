@@ -2,8 +2,8 @@
 
     python floor_peer.py ORDER.json
 
-ORDER is that of trl_peer.py. Prints seconds of the bare matrix products of a step at the rate measured here, of the bare engine
-for the same requests, and of one copy of the weights.
+ORDER is that of trl_peer.py. Prints seconds of the bare matrix products of a step at the rate
+measured here, of the bare engine for the same requests, and of one copy of the weights.
 """
 
 import json
@@ -30,9 +30,11 @@ def median_s(call: Callable[[], object], repeats: int = 5) -> float:
 
 
 def products(order: dict, tokens: int) -> dict[str, float]:
-    """Forward 2, backward 4 operations a weight and token; the head 8NVH (student, teacher, dHidden, dHead). Attention is left out.
+    """Forward 2, backward 4 operations a weight and token; the head 8NVH (student, teacher,
+    dHidden, dHead). Attention is left out.
 
-    One layer's shapes are timed forward, and stand for the backward's, which are the same products transposed.
+    One layer's shapes are timed forward, and stand for the backward's, which are the same products
+    transposed.
     """
     model = AutoModelForCausalLM.from_pretrained(
         order["student"], dtype=getattr(torch, order["dtype"])
@@ -63,7 +65,9 @@ def products(order: dict, tokens: int) -> dict[str, float]:
 
 
 def bare_engine(order: dict, prompts: list[list[int]]) -> list[float]:
-    """Seconds of vLLM's own loop for each step's requests, with what this package asks of it and nothing around it."""
+    """Seconds of vLLM's own loop for each step's requests, with what this package asks of it and
+    nothing around it.
+    """
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import EngineArgs, SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind

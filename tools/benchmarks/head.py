@@ -1,6 +1,8 @@
-"""The loss over the vocabulary: this package's one pass, plain autograd on full logits, others' kernels, the bare matrix products.
+"""The loss over the vocabulary: this package's one pass, plain autograd on full logits, others'
+kernels, the bare matrix products.
 
-Dense rows train KL(p || q) alone; the rows called `hybrid` have a cost per token too. On a GPU run `tools/bench head --all-shapes`.
+Dense rows train KL(p || q) alone; the rows called `hybrid` have a cost per token too. On a GPU run
+`tools/bench head --all-shapes`.
 """
 
 import argparse
@@ -17,9 +19,10 @@ from torch import Tensor
 
 from benchmarks import head_peers
 from benchmarks.timing import interleaved, medians
-from hybridrl.ops.head import HeadRule, TokenTerms, hybrid_head_loss
-from hybridrl.ops.products import Tiles
-from hybridrl.ops.teachers import HiddenTeacher
+from hybridrl.kernels.head import HeadRule, hybrid_head_loss
+from hybridrl.kernels.teacher_rows import HiddenTeacher
+from hybridrl.kernels.terms import TokenTerms
+from hybridrl.kernels.workspace import Tiles
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROWS = (1024, 4096, 8192, 16384)
@@ -60,7 +63,9 @@ class Problem:
 
 
 def problem(shape: Shape, dtype: torch.dtype, device: str, *, peaked: bool) -> Problem:
-    """Flat: independent logits of variance 1. Peaked: of variance 16, and the teacher is the student with noise, as late in training."""
+    """Flat: independent logits of variance 1. Peaked: of variance 16, and the teacher is the
+    student with noise, as late in training.
+    """
     g = torch.Generator(device).manual_seed(0)
 
     def normal(*size, scale):
@@ -116,7 +121,9 @@ def autograd(p: Problem, *, hybrid: bool, compiled: bool = False) -> None:
 
 
 def products(p: Problem, *, out: tuple[Tensor, ...]) -> None:
-    """The four matrix products that any exact method needs, into memory that is there: ours keeps its own between passes too."""
+    """The four matrix products that any exact method needs, into memory that is there: ours keeps
+    its own between passes too.
+    """
     logits, teacher_logits, d_hidden, d_head = out
     rows = slice(len(p.ids))
     with torch.no_grad():
@@ -127,7 +134,9 @@ def products(p: Problem, *, out: tuple[Tensor, ...]) -> None:
 
 
 def outputs(p: Problem) -> tuple[Tensor, ...]:
-    """Logits of student and teacher [N, V], dHidden [N, Hs], dHead [V, Hs]; zeros, so that every page is mapped."""
+    """Logits of student and teacher [N, V], dHidden [N, Hs], dHead [V, Hs]; zeros, so that every
+    page is mapped.
+    """
     logits = p.hidden.new_zeros(len(p.ids), len(p.lm_head))
     return logits, torch.zeros_like(logits), torch.zeros_like(p.hidden), torch.zeros_like(p.lm_head)
 
@@ -214,7 +223,9 @@ def variants(
 def one(
     options: argparse.Namespace, device: str, square: dict[str, float], shape: Shape, peaked: bool
 ) -> dict:
-    """Times, memory and errors of every variant on one problem; one that fails says so and is left out."""
+    """Times, memory and errors of every variant on one problem; one that fails says so and is left
+    out.
+    """
     calls, rates, measured, failed = {}, {}, {}, {}
     for name, dtype in DTYPES.items() if device == "cpu" else (("bf16", torch.bfloat16),):
         p, part = (
@@ -256,7 +267,8 @@ def _timed(p: Problem, call: Callable[[Problem], object], device: str) -> None:
 
 
 def extra_bytes(p: Problem, call: Callable[[], object], device: str) -> int:
-    """Growth at the peak of a call beyond the two gradients: of the allocator's count on CUDA, else of the resident set.
+    """Growth at the peak of a call beyond the two gradients: of the allocator's count on CUDA, else
+    of the resident set.
 
     0 for the bare products, which write into what is there.
     """
@@ -285,7 +297,9 @@ def resident(mark: str) -> int:
 
 
 def _error(p: Problem, call: Callable[[Problem], object], hybrid: bool) -> dict[str, float] | None:
-    """Relative errors of both gradients against fp64 on a few rows; None: the call makes no gradients."""
+    """Relative errors of both gradients against fp64 on a few rows; None: the call makes no
+    gradients.
+    """
     p.forget()
     call(p)
     if p.hidden.grad is None:
@@ -313,7 +327,9 @@ def asdict_shallow(p: Problem) -> dict[str, Tensor]:
 
 
 def square_rate(device: str) -> dict[str, float]:
-    """FLOP/s of a 2048 (on CUDA 8192) square product in each dtype, best of 5: the machine's rate without any overhead."""
+    """FLOP/s of a 2048 (on CUDA 8192) square product in each dtype, best of 5: the machine's rate
+    without any overhead.
+    """
     size, found = 8192 if device == "cuda" else 2048, {}
     for name, dtype in DTYPES.items():
         a = torch.randn(size, size, device=device).to(dtype)
@@ -339,7 +355,8 @@ def show(found: dict) -> None:
         )
         speed = f"{rate:8.0f} GFLOP/s {row['share_of_square']:6.1%} of a square product"
         print(
-            f"{name:37s} {middle[name]:8.4f} s {speed} {ratio:6.2f} x ours {row['extra_bytes'] / 2**20:8.0f} MiB  {error}"
+            f"{name:37s} {middle[name]:8.4f} s {speed} {ratio:6.2f} x ours "
+            f"{row['extra_bytes'] / 2**20:8.0f} MiB  {error}"
         )
     for name, why in found["failed"].items():
         print(f"{name:32s} left out: {why}")

@@ -1,7 +1,9 @@
-"""Losses over the vocabulary that others ship, called as their documentation says; only what can be imported is measured.
+"""Losses over the vocabulary that others ship, called as their documentation says; only what can be
+imported is measured.
 
-TRL's kernel file imports the trainer, which wants far more than the kernel: its two files are loaded alone, straight from
-a wheel or from an installed trl, with a stub for the one function they take from there.
+TRL's kernel file imports the trainer, which wants far more than the kernel: its two files are
+loaded alone, straight from a wheel or from an installed trl, with a stub for the one function they
+take from there.
 """
 
 import importlib.util

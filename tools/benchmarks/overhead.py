@@ -1,4 +1,6 @@
-"""What this package adds to its parts: to vLLM, to a PyTorch training loop, and to a step (controller and Ray)."""
+"""What this package adds to its parts: to vLLM, to a PyTorch training loop, and to a step
+(controller and Ray).
+"""
 
 import argparse
 import statistics
@@ -11,12 +13,13 @@ import ray
 
 from benchmarks.fake_workers import Work, rollouts
 from benchmarks.stage import Stage, prompts_of, settings_of
-from hybridrl.choices import WeightTransfer
-from hybridrl.config import RunSettings
+from hybridrl.runtime.actor_group import ActorGroup
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team, connect
-from hybridrl.runtime.group import ActorGroup
-from hybridrl.runtime.groups import LearnerGroup, RolloutGroup
+from hybridrl.runtime.learner_group import LearnerGroup
+from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.settings.choices import WeightTransfer
+from hybridrl.settings.run import RunSettings
 from hybridrl.types import (
     GenerateOrder,
     Prompt,
@@ -73,7 +76,8 @@ def run(options: argparse.Namespace) -> dict:
                 row = found[part][name]
                 verdict = "reached" if row["share"] >= TARGETS[part] else "MISSED"
                 print(
-                    f"{part:11s} {name:8s} {row['text']}: {row['share']:.1%} of bare, target {TARGETS[part]:.0%}: {verdict}",
+                    f"{part:11s} {name:8s} {row['text']}: {row['share']:.1%} of bare, target "
+                    f"{TARGETS[part]:.0%}: {verdict}",
                     flush=True,
                 )
     if "controller" in options.parts:
@@ -113,13 +117,15 @@ def shares(wholes: list[float], parts: list[float]) -> float:
     return statistics.median(part / whole for whole, part in zip(wholes, parts, strict=True))
 
 
-# -- generation and learner, against the bare parts ----------------------------------------------------------------------
+# -- generation and learner, against the bare parts ------------------------------------------------
 
 
 def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
-    """Tokens per second from generate to the last header, and of a bare engine for the same requests and seeds.
+    """Tokens per second from generate to the last header, and of a bare engine for the same
+    requests and seeds.
 
-    In fp32 both give the same number of tokens; in bf16 a response may depend on which others are in its batch.
+    In fp32 both give the same number of tokens; in bf16 a response may depend on which others are
+    in its batch.
     """
     ours = RolloutGroup(
         settings,
@@ -164,7 +170,10 @@ def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> d
             rates[kind].append(tokens / seconds)
     rate, tokens = statistics.median(rates["ours"]), {kind: made[kind][0] for kind in kinds}
     share, unseeded = (shares(rates[kind], rates["ours"]) for kind in kinds[1:])
-    text = f"{tokens['ours']} tokens ({tokens['bare']} bare), {rate:.0f} tok/s ({unseeded:.1%} of bare without seeds)"
+    text = (
+        f"{tokens['ours']} tokens ({tokens['bare']} bare), {rate:.0f} tok/s ({unseeded:.1%} "
+        "of bare without seeds)"
+    )
     return {
         "tokens": tokens,
         "tokens_per_s": rates,
@@ -175,7 +184,9 @@ def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> d
 
 
 def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
-    """Seconds of LearnerGroup.update as its caller sees it, and of a bare loop over the same micro-batches."""
+    """Seconds of LearnerGroup.update as its caller sees it, and of a bare loop over the same
+    micro-batches.
+    """
     ours = LearnerGroup(settings, slots["ours"], device="cpu", log_dir=logs)
     loop = bare("BareLearner", settings, slots, logs)
     gather([*ours.ready(), *loop.submit_all("ping", deadline_s=600.0)])
@@ -193,7 +204,10 @@ def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict
             for kind, value in took.items():
                 seconds[kind].append(value)
     median = {kind: statistics.median(values) for kind, values in seconds.items()}
-    text = f"{plan.num_tokens} tokens, {median['ours']:.3f} s (worker {median['worker']:.3f}, bare {median['bare']:.3f})"
+    text = (
+        f"{plan.num_tokens} tokens, {median['ours']:.3f} s (worker {median['worker']:.3f}, "
+        f"bare {median['bare']:.3f})"
+    )
     return {
         "tokens": plan.num_tokens,
         "seconds": seconds,
@@ -204,7 +218,7 @@ def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict
 
 def problem(settings: RunSettings) -> tuple[UpdatePlan, RolloutBatch, Rewards, TokenScores]:
     """One step's batch of random tokens, rewards and teacher states."""
-    from hybridrl.data.shards import micro_batches
+    from hybridrl.batch.balance import micro_batches
     from hybridrl.models.loading import load_output_head
 
     train, rng = settings.train, np.random.default_rng(0)
@@ -259,11 +273,13 @@ def problem(settings: RunSettings) -> tuple[UpdatePlan, RolloutBatch, Rewards, T
     return plan, RolloutBatch(**values), rewards, scores
 
 
-# -- controller and Ray, with workers that wait ------------------------------------------------------------------------------
+# -- controller and Ray, with workers that wait ----------------------------------------------------
 
 
 def controller_share(repeats: int) -> dict:
-    """Share of a step, as long as one of the quickstart, that is nobody's work: whole waves, and one call for each group."""
+    """Share of a step, as long as one of the quickstart, that is nobody's work: whole waves, and
+    one call for each group.
+    """
     rows = {}
     with Stage(settings_of()) as stage:
         stage.assign(QUICKSTART)
@@ -281,15 +297,18 @@ def controller_share(repeats: int) -> dict:
             rows[name] = {"step_s": step_s, "busy_s": busy, "share": 1 - busy / step_s}
             verdict = "reached" if rows[name]["share"] <= TARGETS["controller"] else "MISSED"
             print(
-                f"controller  {name}: step {step_s:.3f} s, workers {busy:.3f} s: {rows[name]['share']:.1%} is controller and Ray, "
-                f"target {TARGETS['controller']:.0%}: {verdict}",
+                f"controller  {name}: step {step_s:.3f} s, workers {busy:.3f} s: "
+                f"{rows[name]['share']:.1%} is controller and Ray, target "
+                f"{TARGETS['controller']:.0%}: {verdict}",
                 flush=True,
             )
     return rows
 
 
 def scaling(most_engines: int, most_groups: int) -> dict:
-    """Driver CPU and wall seconds of a step of workers that do nothing, as one of engines, groups and tokens grows."""
+    """Driver CPU and wall seconds of a step of workers that do nothing, as one of engines, groups
+    and tokens grows.
+    """
     base = {"engines": min(4, most_engines), "groups": min(256, most_groups), "tokens": 256}
 
     def fourfold(first, last):
@@ -320,7 +339,10 @@ def growth(points: list[dict], axis: str) -> str:
         return "one point only"
     before, last = points[-2:]
     times, cost = last[axis] / before[axis], last["wall_s"] / before["wall_s"]
-    return f"{times:.0f} times the {axis} cost {cost:.2f} times: {'at most linear' if cost <= 1.1 * times else 'MORE than linear'}"
+    return (
+        f"{times:.0f} times the {axis} cost {cost:.2f} times: "
+        f"{'at most linear' if cost <= 1.1 * times else 'MORE than linear'}"
+    )
 
 
 def driver_cost(stage: Stage, *, engines: int, groups: int, tokens: int, repeats: int = 3) -> dict:

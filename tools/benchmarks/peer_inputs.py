@@ -5,9 +5,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridrl.config import DataConfig
 from hybridrl.data.prompts import load_problems
 from hybridrl.models.loading import resolve
+from hybridrl.settings.run import DataConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +39,17 @@ PAIRS = {
 }
 
 NEVER = "<never>"
-POSITIONS = 128  # room for a prompt and the forced response, which the tiny model is not made for; rotary, so without weights
+# room for a prompt and the forced response, which the tiny model is not made for; rotary, so
+# without weights
+POSITIONS = 128
 
 
 def endless(model: str, folder: Path) -> Path:
-    """A copy of the model whose end token has no row in the output embedding, so every response runs to the limit.
+    """A copy of the model whose end token has no row in the output embedding, so every response
+    runs to the limit.
 
-    Log-probs are as they were, where a least length would take the end token out of the distribution.
+    Log-probs are as they were, where a least length would take the end token out of the
+    distribution.
     """
     shutil.copytree(resolve(model), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -79,7 +83,9 @@ def endless(model: str, folder: Path) -> Path:
 def write_problems(
     folder: Path, instruction: str, count: int, num_heldout: int = 1, seed: int = 0
 ) -> Path:
-    """Countdown problems, one JSON object a line: prompt, numbers, target; none of them is among the held-out ones."""
+    """Countdown problems, one JSON object a line: prompt, numbers, target; none of them is among
+    the held-out ones.
+    """
     problems, _ = load_problems(
         DataConfig(task="countdown", num_train=count, num_heldout=num_heldout), seed=seed
     )

@@ -1,9 +1,12 @@
-"""What a user would pick instead, on CPU: TRL 1.16's DistillationTrainer and GRPOTrainer beside a step of this package.
+"""What a user would pick instead, on CPU: TRL 1.16's DistillationTrainer and GRPOTrainer beside a
+step of this package.
 
-Same models, prompts, forced lengths, learning rate and threads, the batch in one pass on both sides, the rest each one's defaults. Each
-row is a process of its own, the rows take turns: ours (one step with both signals), ours-distillation, ours-reward, TRL's two trainers,
-bare-loop (Hugging Face generation and our loss in plain torch) and floor (the bare parts that no step can do without). TRL lives in an
-interpreter of its own: python -m venv trl && trl/bin/pip install trl==1.16.0, then --trl-python trl/bin/python.
+Same models, prompts, forced lengths, learning rate and threads, the batch in one pass on both
+sides, the rest each one's defaults. Each row is a process of its own, the rows take turns: ours
+(one step with both signals), ours-distillation, ours-reward, TRL's two trainers, bare-loop (Hugging
+Face generation and our loss in plain torch) and floor (the bare parts that no step can do without).
+TRL lives in an interpreter of its own: python -m venv trl && trl/bin/pip install trl==1.16.0, then
+--trl-python trl/bin/python.
 """
 
 import argparse
@@ -195,7 +198,9 @@ def process(seen: watched.Watched) -> dict:
 
 
 def cpu_per_step(cpu_at: dict[int, float], steps: int) -> list[float]:
-    """CPU seconds of each step, to half a second of two cores; a step that no look fell into shares the next one's."""
+    """CPU seconds of each step, to half a second of two cores; a step that no look fell into shares
+    the next one's.
+    """
     found: list[float] = []
     for before, after in pairwise(step for step in sorted(cpu_at) if 0 <= step <= steps):
         found += [(cpu_at[after] - cpu_at[before]) / (after - before)] * (after - before)
@@ -239,7 +244,9 @@ def summary(runs: dict[str, list[dict]], warm_up: int) -> dict[str, dict]:
 
 
 def with_hf_generation(ours: dict, bare: dict) -> dict:
-    """A step of ours whose rollout takes what generate() took: computed, not run. No engine, so no weights to sync."""
+    """A step of ours whose rollout takes what generate() took: computed, not run. No engine, so no
+    weights to sync.
+    """
     step_s = ours["step_s"] - ours["rollout_s"] - ours["sync_s"] + bare["rollout_s"]
     kept = {key: ours[key] for key in ("score_s", "reward_s", "learn_s")}
     tokens = PROMPTS * SAMPLES * LENGTH
@@ -264,7 +271,8 @@ def report(name: str, found: dict[str, dict]) -> None:
             )
             cpu, rate = values.get("cpu_s", float("nan")), values["tokens_per_s"]
             print(
-                f"  {row:24s} {values['step_s']:8.2f} s a step  {cpu:7.2f} CPU s  {rate:6.0f} tokens/s  {memory:9s} {phases}"
+                f"  {row:24s} {values['step_s']:8.2f} s a step  {cpu:7.2f} CPU s  {rate:6.0f} "
+                f"tokens/s  {memory:9s} {phases}"
             )
     ours = found["ours"]["step_s"] if "ours" in found else None
     if ours and all(row in found for row in TRL):
@@ -276,7 +284,8 @@ def report(name: str, found: dict[str, dict]) -> None:
         print(f"  TRL distillation + GRPO / ours (both signals): {both / ours:.2f} (target 3)")
         cpu = {row: found[row]["cpu_s"] for row in ("ours", *TRL)}
         print(
-            f"  the same by CPU seconds: {cpu['trl-distillation'] / cpu['ours']:.2f}, {sum(cpu[row] for row in TRL) / cpu['ours']:.2f}"
+            f"  the same by CPU seconds: {cpu['trl-distillation'] / cpu['ours']:.2f}, "
+            f"{sum(cpu[row] for row in TRL) / cpu['ours']:.2f}"
         )
     if FLOOR in found and ours:
         report_floor(found[FLOOR], ours)
@@ -302,8 +311,8 @@ def report_floor(floor: dict, ours: float) -> None:
         )
     )
     print(
-        f"  floor in all {total:.2f} s = {total / ours:.0%} of our step; products at {floor['body_gflops']:.0f} GFLOP/s (body) "
-        f"and {floor['head_gflops']:.0f} (head)"
+        f"  floor in all {total:.2f} s = {total / ours:.0%} of our step; products at "
+        f"{floor['body_gflops']:.0f} GFLOP/s (body) and {floor['head_gflops']:.0f} (head)"
     )
 
 

@@ -1,8 +1,10 @@
-"""What equal steps buy: TRL 1.16's trainers and this package from the same tiny student, prompts, batch, learning rate and optimizer.
+"""What equal steps buy: TRL 1.16's trainers and this package from the same tiny student, prompts,
+batch, learning rate and optimizer.
 
-Over several seeds, each with the same problems for all. Every student is then judged by the same code: greedy accuracy on held-out
-Countdown problems, and KL(student || teacher) over the whole vocabulary on held-out responses that the initial student drew once. For
---trl-python see `tools/bench peers`.
+Over several seeds, each with the same problems for all. Every student is then judged by the same
+code: greedy accuracy on held-out Countdown problems, and KL(student || teacher) over the whole
+vocabulary on held-out responses that the initial student drew once. For --trl-python see
+`tools/bench peers`.
 """
 
 import argparse
@@ -19,10 +21,10 @@ from transformers import PreTrainedModel
 
 from benchmarks import watched
 from benchmarks.peer_inputs import PAIRS, write_problems
-from hybridrl.config import DataConfig
 from hybridrl.data.prompts import load_problems
 from hybridrl.models.loading import load_model, load_tokenizer, resolve
 from hybridrl.rewards.countdown import countdown
+from hybridrl.settings.run import DataConfig
 
 HERE, LENGTH, HELDOUT = Path(__file__).parent, 16, 512
 REWARD = f"{HERE.parent.parent / 'hybridrl' / 'rewards' / 'countdown.py'}:countdown"
@@ -76,7 +78,10 @@ def run(options: argparse.Namespace) -> dict:
 
 def told(row: str, each: list[dict[str, float]]) -> str:
     accuracy, kl = ([values[key] for values in each] for key in ("accuracy", "kl"))
-    return f"{row:18s} accuracy {mean(accuracy):6.1%}   KL to the teacher {mean(kl):.4f} nats a token   of {len(each)} seeds"
+    return (
+        f"{row:18s} accuracy {mean(accuracy):6.1%}   KL to the teacher {mean(kl):.4f} nats a "
+        f"token   of {len(each)} seeds"
+    )
 
 
 def trained_by_trl(

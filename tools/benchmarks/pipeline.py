@@ -1,4 +1,5 @@
-"""What the pipelined schedule gains: where every phase has a device of its own (workers that only wait), and on this machine's CPU.
+"""What the pipelined schedule gains: where every phase has a device of its own (workers that only
+wait), and on this machine's CPU.
 
 And what rollout.oversample gains where a few responses take much longer than most.
 """
@@ -61,7 +62,9 @@ def scaled(work: Work, scale: float) -> Work:
 
 
 def step_seconds(stage: Stage, work: Work, steps: int, *overrides: str) -> float:
-    """Of one step, the mean of `steps` in a row between a warm-up and the last ones, which draw nothing ahead."""
+    """Of one step, the mean of `steps` in a row between a warm-up and the last ones, which draw
+    nothing ahead.
+    """
     return timed_steps(stage, work, steps, *overrides)[0]
 
 
@@ -101,10 +104,13 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def waits(options: argparse.Namespace) -> dict:
-    """Sync, streamed and pipelined seconds per step of each mix, beside g + s + t + w and max(g, s, t) + w."""
+    """Sync, streamed and pipelined seconds per step of each mix, beside g + s + t + w and max(g, s,
+    t) + w.
+    """
     rows = {}
     print(
-        f"{'seconds per step':18s} {'sync':>7s} {'g+s+t+w':>8s} {'streamed':>9s} {'pipelined':>10s} {'max+w':>7s} {'ratio':>6s}  gain"
+        f"{'seconds per step':18s} {'sync':>7s} {'g+s+t+w':>8s} {'streamed':>9s} "
+        f"{'pipelined':>10s} {'max+w':>7s} {'ratio':>6s}  gain"
     )
     with Stage(settings_of(*SIZE)) as stage:
         for name, mix in MIXES.items():
@@ -126,17 +132,19 @@ def waits(options: argparse.Namespace) -> dict:
             }
             verdict = "reached" if pipelined / limit <= TARGET else "MISSED"
             print(
-                f"{name:18s} {sync:7.3f} {sum(work.phases):8.3f} {streamed:9.3f} {pipelined:10.3f} {limit:7.3f} {pipelined / limit:6.3f}"
-                f"  {sync / pipelined:.2f}x  target {TARGET}: {verdict}"
+                f"{name:18s} {sync:7.3f} {sum(work.phases):8.3f} {streamed:9.3f} "
+                f"{pipelined:10.3f} {limit:7.3f} {pipelined / limit:6.3f}  "
+                f"{sync / pipelined:.2f}x  target {TARGET}: {verdict}"
             )
     return rows
 
 
 def tail(steps: int, scale: float) -> list[dict[str, float]]:
-    """Seconds of a step and of its responses (those it trains on) without and with rollout.oversample.
+    """Seconds of a step and of its responses (those it trains on) without and with
+    rollout.oversample.
 
-    Times of groups are log-normal, p95 / median = 5; a group that comes again draws anew, and more groups slow no other: what
-    rollout.oversample costs an engine that is full is not in it.
+    Times of groups are log-normal, p95 / median = 5; a group that comes again draws anew, and more
+    groups slow no other: what rollout.oversample costs an engine that is full is not in it.
     """
     found = []
     with Stage(settings_of(*SIZE)) as stage:
@@ -153,10 +161,12 @@ def tail(steps: int, scale: float) -> list[dict[str, float]]:
             found.append({"oversample": share, "step": step_s, **seen})
             times = "  ".join(f"{name} {seen[name]:.3f}" for name in ("p50", "p95", "max"))
             print(
-                f"heavy tail, rollout.oversample={share:<4}: step {step_s:.3f} s, responses {times}, {seen['late']:.0%} cancelled"
+                f"heavy tail, rollout.oversample={share:<4}: step {step_s:.3f} s, responses "
+                f"{times}, {seen['late']:.0%} cancelled"
             )
     print(
-        f"rollout.oversample={OVERSAMPLE[1]} makes a step {found[0]['step'] / found[1]['step']:.2f}x as fast"
+        f"rollout.oversample={OVERSAMPLE[1]} makes a step "
+        f"{found[0]['step'] / found[1]['step']:.2f}x as fast"
     )
     return found
 

@@ -1,4 +1,6 @@
-"""The quickstart with its real workers, in step and pipelined, in turns from the same weights over the same workers."""
+"""The quickstart with its real workers, in step and pipelined, in turns from the same weights over
+the same workers.
+"""
 
 import statistics
 import tempfile
@@ -9,11 +11,11 @@ from pathlib import Path
 import ray
 
 from benchmarks.stage import controller_of, settings_of, trained_by
-from hybridrl.config import RunSettings
-from hybridrl.controller.run import prepare_prompts
 from hybridrl.data.prompts import PromptSource
+from hybridrl.launch.session import prepare_prompts
 from hybridrl.runtime.cluster import Cluster, connect
 from hybridrl.runtime.workers import Workers, place_workers, start_rewards, start_workers
+from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
 
 COMMON = ["train.lr=5e-4", "train.lr_warmup_steps=0", "train.lr_end=null"]
@@ -60,16 +62,19 @@ class Turns:
 def busy_s(row: dict[str, float]) -> float:
     """Seconds of a sync step in which some worker was at work; the rest is controller and Ray.
 
-    The step has one chunk: scoring and rewards begin together, when it is sampled, and nothing else goes on meanwhile. So of their
-    times the longer one counts, and the others follow one after the other. Reward workers have no clock of their own: theirs is how
-    long the controller waited for them.
+    The step has one chunk: scoring and rewards begin together, when it is sampled, and nothing else
+    goes on meanwhile. So of their times the longer one counts, and the others follow one after the
+    other. Reward workers have no clock of their own: theirs is how long the controller waited for
+    them.
     """
     judged = max(row["time/scorers_busy_s"], row["time/reward_s"])
     return row["time/response_s_max"] + judged + row["time/learner_busy_s"] + row["time/sync_s"]
 
 
 def compare_schedules(steps: int, turns: int) -> dict:
-    """`turns` turns of `steps` steps of each variant, interleaved, each from the weights and optimizer of the same first step."""
+    """`turns` turns of `steps` steps of each variant, interleaved, each from the weights and
+    optimizer of the same first step.
+    """
     connect(settings_of())
     try:
         with tempfile.TemporaryDirectory(prefix="hybridrl-bench-") as folder:
@@ -148,19 +153,22 @@ def report(variants: dict[str, dict], before: float, steps: int) -> dict:
     )
     print(f"\nquickstart on this CPU, {steps} steps a turn, held-out accuracy before {before:.1%}")
     print(
-        f"{'':34s} {'s/step':>7s} {'best sync/it':>12s} {'accuracy':>9s} {'reward':>7s} {'staleness':>10s}"
+        f"{'':34s} {'s/step':>7s} {'best sync/it':>12s} {'accuracy':>9s} {'reward':>7s} "
+        f"{'staleness':>10s}"
     )
     for name, v in variants.items():
         seconds, accuracy = statistics.median(v["step_s"]), statistics.fmean(v["accuracy_after"])
         age = f"{v['policy/staleness_mean']:.2f}, <= {v['policy/staleness_max']:.0f}"
         print(
-            f"{name:34s} {seconds:7.3f} {best / seconds:12.3f} {accuracy:9.1%} {v['reward_last_5']:7.3f} {age:>10s}"
+            f"{name:34s} {seconds:7.3f} {best / seconds:12.3f} {accuracy:9.1%} "
+            f"{v['reward_last_5']:7.3f} {age:>10s}"
         )
     for name, v in variants.items():
         if name.startswith("sync"):
             share = 1 - v["workers_busy_s"] / v["median_step_s"]
             print(
-                f"{name}: {share:.1%} of a step is not workers' time (target 5 %: {'reached' if share <= 0.05 else 'MISSED'})"
+                f"{name}: {share:.1%} of a step is not workers' time (target 5 %: "
+                f"{'reached' if share <= 0.05 else 'MISSED'})"
             )
             v["controller_share"] = share
     return {"steps": steps, "accuracy_before": before, "variants": variants}

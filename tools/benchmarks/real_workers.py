@@ -1,4 +1,6 @@
-"""The production workers with a clock in them, and the bare loops that they are compared with. Each runs as an actor of its own."""
+"""The production workers with a clock in them, and the bare loops that they are compared with. Each
+runs as an actor of its own.
+"""
 
 import time
 from collections.abc import Sequence
@@ -10,15 +12,19 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from hybridrl.config import RunSettings
-from hybridrl.data.collate import collate, train_sequences
-from hybridrl.data.shards import micro_batches
+from hybridrl.batch.balance import micro_batches
+from hybridrl.batch.micro_batch import collate, train_sequences
+from hybridrl.kernels.head import hybrid_head_loss
+from hybridrl.kernels.terms import TokenTerms
 from hybridrl.models.decoder_layers import attends_plainly, compile_layers
 from hybridrl.models.loading import load_model
 from hybridrl.models.output_head import output_weight
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.hybrid import teacher_weight
-from hybridrl.ops.head import TokenTerms, hybrid_head_loss
+from hybridrl.policy.student import head_rule
+from hybridrl.rollout.engine import Rollout, sample_seed
+from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.inbox import TeacherSide
 from hybridrl.types import (
     GenerateOrder,
     Prompt,
@@ -29,10 +35,7 @@ from hybridrl.types import (
     UpdatePlan,
     WeightManifest,
 )
-from hybridrl.workers.rollout import Rollout, sample_seed
-from hybridrl.workers.student import head_rule
-from hybridrl.workers.teachers import TeacherSide
-from hybridrl.workers.weights import WeightStream, unpack
+from hybridrl.weights.stream import WeightStream, unpack
 
 
 class WeightHost:
@@ -56,7 +59,9 @@ class WeightHost:
         return packed
 
     def parts(self) -> dict[str, float]:
-        """Seconds of the last pack, of one memcpy of as many bytes into warm memory, and of one digest."""
+        """Seconds of the last pack, of one memcpy of as many bytes into warm memory, and of one
+        digest.
+        """
         packed = self.stream.buffer.numpy()
         there = getattr(self, "there", None)
         if there is None:
@@ -92,7 +97,9 @@ class TimedRollout(Rollout):
         self.kept = manifest, np.array(packed)
 
     async def own_load(self) -> float:
-        """Seconds of the engine's own load of weights that are in its memory: no digest, no checks."""
+        """Seconds of the engine's own load of weights that are in its memory: no digest, no
+        checks.
+        """
         started = time.perf_counter()
         self.engine.collective_rpc("start_weight_update")
         self.engine.collective_rpc(load_plainly, args=self.kept)
@@ -149,9 +156,11 @@ class BareEngine:
 
 
 class BareLearner:
-    """Forward, the same head pass, backward, clip and AdamW on fp32 weights, over micro-batches made beforehand.
+    """Forward, the same head pass, backward, clip and AdamW on fp32 weights, over micro-batches
+    made beforehand.
 
-    Layers and optimizer are the product's, so that what is left between them is what the product adds.
+    Layers and optimizer are the product's, so that what is left between them is what the product
+    adds.
     """
 
     def __init__(self, settings: RunSettings) -> None:

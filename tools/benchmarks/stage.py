@@ -1,4 +1,6 @@
-"""The production controller, sampling, pipeline and groups, with workers of our choice behind them."""
+"""The production controller, sampling, pipeline and groups, with workers of our choice behind
+them.
+"""
 
 import copy
 import logging
@@ -11,19 +13,22 @@ from pathlib import Path
 import ray
 
 from benchmarks.fake_workers import Work
-from hybridrl.choices import WeightTransfer
-from hybridrl.compose import load_config
-from hybridrl.config import RunSettings
-from hybridrl.controller.checkpoint import Checkpointer
 from hybridrl.controller.controller import Controller
-from hybridrl.controller.ledger import Ledger, read_ledger
 from hybridrl.controller.preemption import Preemption
 from hybridrl.data.prompts import PromptSource
+from hybridrl.run_dir.checkpoint import Checkpointer
+from hybridrl.run_dir.ledger import Ledger, read_ledger
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.engine_load import EngineLoad
-from hybridrl.runtime.groups import LearnerGroup, RewardGroup, RolloutGroup, ScorerGroup
+from hybridrl.runtime.learner_group import LearnerGroup
+from hybridrl.runtime.reward_group import RewardGroup
+from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.runtime.scorer_group import ScorerGroup
 from hybridrl.runtime.workers import Workers, place_workers
+from hybridrl.settings.choices import WeightTransfer
+from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.sink import Sinks
 from hybridrl.types import Prompt
 
@@ -93,7 +98,8 @@ def trained_by(controller: Controller) -> list[str]:
 class Stage:
     """Fake workers on a Ray of their own. Use as a context manager.
 
-    Example: with Stage(settings_of()) as stage: stage.assign(Work(generate_s=0.5)); stage.controller(settings).step()
+    Example: with Stage(settings_of()) as stage: stage.assign(Work(generate_s=0.5));
+    stage.controller(settings).step()
     """
 
     def __init__(self, settings: RunSettings, *, store_bytes: int | None = None) -> None:

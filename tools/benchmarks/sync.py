@@ -1,4 +1,6 @@
-"""Weights from the learner's side into a real vLLM engine, beside one memcpy of as many bytes and the engine's own load."""
+"""Weights from the learner's side into a real vLLM engine, beside one memcpy of as many bytes and
+the engine's own load.
+"""
 
 import argparse
 import statistics
@@ -9,12 +11,13 @@ from pathlib import Path
 import ray
 
 from benchmarks.stage import settings_of
-from hybridrl.choices import WeightTransfer
-from hybridrl.config import RunSettings
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team, connect
-from hybridrl.runtime.groups import LearnerGroup, RolloutGroup
-from hybridrl.runtime.weights import WeightSync
+from hybridrl.runtime.learner_group import LearnerGroup
+from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.runtime.weight_sync import WeightSync
+from hybridrl.settings.choices import WeightTransfer
+from hybridrl.settings.run import RunSettings
 
 TARGET = 1.5
 """Largest total over memcpy + the engine's own load."""

@@ -1,9 +1,11 @@
-"""A script for an interpreter with trl 1.16: trains by one of its trainers and prints what each step took, as JSON.
+"""A script for an interpreter with trl 1.16: trains by one of its trainers and prints what each
+step took, as JSON.
 
     python trl_peer.py distillation|grpo ORDER.json
 
-ORDER holds student, teacher, problems (.jsonl), reward (file.py:function), dtype, prompts, samples, max_new_tokens, steps, lr,
-betas, threads, repeat_prompts and save (a folder, or null). Only TRL, transformers and the standard library are imported.
+ORDER holds student, teacher, problems (.jsonl), reward (file.py:function), dtype, prompts, samples,
+max_new_tokens, steps, lr, betas, threads, repeat_prompts and save (a folder, or null). Only TRL,
+transformers and the standard library are imported.
 """
 
 import importlib.util
@@ -25,7 +27,9 @@ MARK = "PEER "
 
 
 class Clock(TrainerCallback):
-    """Wall and CPU seconds from the end of one step to the end of the next, so that the data loader is in them, and the losses."""
+    """Wall and CPU seconds from the end of one step to the end of the next, so that the data loader
+    is in them, and the losses.
+    """
 
     def __init__(self) -> None:
         self.ends: list[tuple[float, float]] = []

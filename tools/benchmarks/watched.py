@@ -1,4 +1,6 @@
-"""A process with all that it starts: how long, how much memory, and how busy the machine was with something else."""
+"""A process with all that it starts: how long, how much memory, and how busy the machine was with
+something else.
+"""
 
 import json
 import os
@@ -18,7 +20,8 @@ EVERY_S = 0.5
 class Watched:
     """Filled while the process runs.
 
-    Memory is anonymous (private, not file-backed) and summed over the processes that live at the same time.
+    Memory is anonymous (private, not file-backed) and summed over the processes that live at the
+    same time.
     """
 
     peak_bytes: int = 0
@@ -53,7 +56,8 @@ def run(
         progress: how many steps are done, asked twice a second.
 
     Raises:
-        RuntimeError: it failed or took longer than limit_s; the end of its output is in the message.
+        RuntimeError: it failed or took longer than limit_s; the end of its output is in the
+            message.
     """
     seen, started = Watched(), time.perf_counter()
     full = [*shlex.split(under), *command]

@@ -1,1 +1,3 @@
-"""The fault matrix, done to real runs of tiny models on one machine; what was found is kept in results/."""
+"""The fault matrix, done to real runs of tiny models on one machine; what was found is kept in
+results/.
+"""

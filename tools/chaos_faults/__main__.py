@@ -1,7 +1,8 @@
-"""tools/chaos [ID ...]: do faults to real runs, print a line for each, keep findings and card in tools/chaos_faults/results.
+"""tools/chaos [ID ...]: do faults to real runs, print a line for each, keep findings and card in
+tools/chaos_faults/results.
 
-IDs that were run before are replaced on the card, so it can be run in pieces; each row keeps the commit it was run at. Exit status 1
-where one fails.
+IDs that were run before are replaced on the card, so it can be run in pieces; each row keeps the
+commit it was run at. Exit status 1 where one fails.
 """
 
 import argparse
@@ -60,7 +61,8 @@ def main(arguments: list[str]) -> int:
         ]
         for row in rows:
             print(
-                f"{'pass' if row.finding.passed else 'FAIL'}  {row.id}  {row.fault}: {row.finding.said}  [{took:.0f} s]",
+                f"{'pass' if row.finding.passed else 'FAIL'}  {row.id}  {row.fault}: "
+                f"{row.finding.said}  [{took:.0f} s]",
                 flush=True,
             )
             failed |= not row.finding.passed
@@ -122,7 +124,9 @@ def tests(selection: str) -> Finding:
 
 
 def commit() -> str:
-    """Short hash, with + where tracked files differ from it other than those that this tool writes."""
+    """Short hash, with + where tracked files differ from it other than those that this tool
+    writes.
+    """
     git = [
         "git",
         "-C",

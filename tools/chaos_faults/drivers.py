@@ -1,4 +1,6 @@
-"""K, J and the like: the run's own process is killed, told to end, or refused; the same command goes on."""
+"""K, J and the like: the run's own process is killed, told to end, or refused; the same command
+goes on.
+"""
 
 import json
 import random
@@ -36,21 +38,27 @@ LOST = [
     "CoreWorkerService.grpc_client.GetObjectStatus",
     "CoreWorkerService.grpc_client.PubsubLongPolling",
 ]
-"""Those that Ray promises to repeat. A lost CoreWorkerService.grpc_client.PushTask is an ActorUnavailableError: it may have been done."""
+"""Those that Ray promises to repeat. A lost CoreWorkerService.grpc_client.PushTask is an
+ActorUnavailableError: it may have been done.
+"""
 SOAKED = (500, 1500)
 LEFT_S, RAYS_OWN = (
     10.0,
     r"ray::(DashboardAgent|RuntimeEnvAgent)|[^\0]*python\0[^\0]*/ray/_private/workers/",
 )
-"""After which none of the processes of a killed run is left but Ray's own: its agents, which try for 60 s to tell a control store that is
-gone that their raylet is gone too, and workers that Ray had just started, which ask for their raylet for 27 s. A worker that has reported
-there, as all of ours have, bears its actor's name."""
+"""After which none of the processes of a killed run is left but Ray's own: its agents, which try
+for 60 s to tell a control store that is gone that their raylet is gone too, and workers that Ray
+had just started, which ask for their raylet for 27 s. A worker that has reported there, as all of
+ours have, bears its actor's name.
+"""
 RESUMED_S = 120.0
 """Two cores start a run in 50 to 90 s."""
 
 
 def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """K1: one logical run, killed at one place after another, each time continued by the same command."""
+    """K1: one logical run, killed at one place after another, each time continued by the same
+    command.
+    """
     ground = ground.light
     run_dir, resumed, redone, left = ground.run_dir("failpoints"), [], [], []
     points = ";".join(
@@ -79,9 +87,10 @@ def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         and not left
     )
     said = (
-        f"SIGKILL of the run's process at {kills} of {len(KILLED_AT)} places, the same command each time; to the next step "
-        f"{min(resumed):.0f} to {max(resumed):.0f} s with start (bound {RESUMED_S:g} s), "
-        f"{len(left)} processes of ours left {LEFT_S:g} s after a kill{' '.join(['', *left])}"
+        f"SIGKILL of the run's process at {kills} of {len(KILLED_AT)} places, the same command "
+        f"each time; to the next step {min(resumed):.0f} to {max(resumed):.0f} s with start "
+        f"(bound {RESUMED_S:g} s), {len(left)} processes of ours left {LEFT_S:g} s after a "
+        f"kill{' '.join(['', *left])}"
     )
     return {
         "K1": ground.judged(
@@ -95,7 +104,9 @@ def names(pids: list[int]) -> list[str]:
 
 
 def lost_by(run: Training, told: int) -> int:
-    """Steps done again: from the step that the run goes on from to the last one that its predecessor told of."""
+    """Steps done again: from the step that the run goes on from to the last one that its
+    predecessor told of.
+    """
     found = [
         int(match[1])
         for _, text in run.lines
@@ -105,7 +116,9 @@ def lost_by(run: Training, told: int) -> int:
 
 
 def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """K2: one logical run, killed ten times: three while it starts, the others at any moment from then on."""
+    """K2: one logical run, killed ten times: three while it starts, the others at any moment from
+    then on.
+    """
     ground, dice = ground.light, random.Random(K2_SEED)
     run_dir, command = ground.run_dir("random"), [*ground.overrides, f"train.steps={K2_STEPS}"]
     delays = [
@@ -133,8 +146,9 @@ def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         status = run.ended(START_S)
     redone.append(lost_by(run, told))
     said = (
-        f"{done} SIGKILLs, {len(K2_STARTING)} while it starts, the others at random times after it (seed {K2_SEED}, mean {K2_MEAN_S:g} s, "
-        f"a third of a second a step), the same command each time, {len(left)} processes of ours left {LEFT_S:g} s after a "
+        f"{done} SIGKILLs, {len(K2_STARTING)} while it starts, the others at random times after "
+        f"it (seed {K2_SEED}, mean {K2_MEAN_S:g} s, a third of a second a step), the same command "
+        f"each time, {len(left)} processes of ours left {LEFT_S:g} s after a "
         f"kill{' '.join(['', *left])}"
     )
     within = status == 0 and done == K2_KILLS and max(redone) <= SAVE_EVERY and not left
@@ -153,9 +167,9 @@ def interrupt(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
             status, took = run.ended(60), time.time() - at
             left = names(alive_after(family, LEFT_S))
         said = (
-            f"SIGINT twice, the second as soon as the first is answered: exit status {status} after {took:.1f} s, "
-            f"{len(left)} of {len(family)} processes left after "
-            f"{LEFT_S:g} s{' '.join(['', *left])}"
+            f"SIGINT twice, the second as soon as the first is answered: exit status {status} "
+            f"after {took:.1f} s, {len(left)} of {len(family)} processes left after {LEFT_S:g} "
+            f"s{' '.join(['', *left])}"
         )
         found["J2"] = Finding(passed=status in (75, 130) and not left, said=said, detected_s=took)
     if "J3" in wanted:
@@ -166,7 +180,10 @@ def interrupt(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
             family, status = run.family(), run.ended(60)
             took = time.time() - at
             left = alive_after(family, 10)
-        said = f"from the last step to the exit, with evaluation, checkpoint, export and report; {len(left)} processes left"
+        said = (
+            "from the last step to the exit, with evaluation, checkpoint, export and report; "
+            f"{len(left)} processes left"
+        )
         found["J3"] = Finding(
             passed=status == 0 and took <= 10 and not left, said=said, recovered_s=took
         )
@@ -186,7 +203,10 @@ def exhaust(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         took = time.time() - max(at for at, text in run.lines if "starting another worker" in text)
         left = alive_after(family, 10)
     typed = run.said("^hybridrl: .*cluster.max_restarts is used up") and not run.said("Traceback")
-    said = f"every engine dies at version 3, 2 replacements: exit status {status}, checkpoint 2 stands, {len(left)} processes left"
+    said = (
+        f"every engine dies at version 3, 2 replacements: exit status {status}, checkpoint 2 "
+        f"stands, {len(left)} processes left"
+    )
     kept = ground.judged(
         run_dir, 2, said, within=status == 1 and typed and took <= 30 and not left, recovered_s=took
     )
@@ -231,7 +251,10 @@ def blackhole(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         ) as run:
             status = run.ended(START_S)
     warned = sum("this run is tracked offline" in text for _, text in run.lines)
-    said = f"W&B online at an address that takes connections and never answers: exit status {status}, {warned} warning"
+    said = (
+        "W&B online at an address that takes connections and never answers: exit status "
+        f"{status}, {warned} warning"
+    )
     return {"X1": ground.judged(run_dir, 4, said, within=status == 0 and warned == 1)}
 
 
@@ -256,7 +279,9 @@ def starve(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 
 def faulty_rpc(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """C3: calls between Ray's processes are delayed, and some are lost on their way there or back."""
+    """C3: calls between Ray's processes are delayed, and some are lost on their way there or
+    back.
+    """
     ground = ground.light
     run_dir = ground.run_dir("rpc")
     lost = {
@@ -270,8 +295,9 @@ def faulty_rpc(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     with training([*ground.overrides, "train.steps=4"], run_dir, env=env) as run:
         status = run.ended(START_S)
     said = (
-        f"tasks, leases and questions after values delayed by up to 20 ms each; of leases, pins, questions and news 40 % lost, "
-        f"half of them with their work done, up to 20 in each process: exit status {status}"
+        "tasks, leases and questions after values delayed by up to 20 ms each; of leases, pins, "
+        "questions and news 40 % lost, half of them with their work done, up to 20 in each "
+        f"process: exit status {status}"
     )
     return {
         "C3": ground.judged(
@@ -281,7 +307,9 @@ def faulty_rpc(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 
 def soak(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """X2: memory and open files of every process. Until step 500 the learner's allocator still meets longer batches than before."""
+    """X2: memory and open files of every process. Until step 500 the learner's allocator still
+    meets longer batches than before.
+    """
     run_dir, (first, last), seen = ground.run_dir("soak"), SOAKED, {}
     sizes = [
         f"train.steps={last + 10}",
@@ -308,8 +336,8 @@ def soak(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     files = {name: seen[last][name][1] - seen[first][name][1] for name in seen[first]}
     worst, most = max(slopes, key=slopes.__getitem__), max(files, key=files.__getitem__)
     said = (
-        f"steps {first} to {last}: memory grows most in {worst}, {slopes[worst]:.2f} MB per 100 steps (bound 1); "
-        f"open files in {most}, {files[most]:+d} (bound 5)"
+        f"steps {first} to {last}: memory grows most in {worst}, {slopes[worst]:.2f} MB per 100 "
+        f"steps (bound 1); open files in {most}, {files[most]:+d} (bound 5)"
     )
     return {
         "X2": Finding(passed=status == 0 and slopes[worst] < 1 and abs(files[most]) <= 5, said=said)

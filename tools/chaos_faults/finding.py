@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from hybridrl.config import DeadlineConfig
+from hybridrl.settings.run import DeadlineConfig
 
 RESULTS = Path(__file__).parent / "results"
 FINDINGS, CARD = RESULTS / "findings.json", RESULTS / "CARD.md"
@@ -17,7 +17,9 @@ UP = "../../../"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """None stands for what the fault has not: a run that ends on purpose recovers in no time, a refused setting loses no step."""
+    """None stands for what the fault has not: a run that ends on purpose recovers in no time, a
+    refused setting loses no step.
+    """
 
     passed: bool
     said: str  # one line: what was done and seen
@@ -55,7 +57,9 @@ class Made:
 
 
 def keep(rows: Iterable[Row], order: list[str], made: Made) -> list[dict]:
-    """Add rows to those on file, each in the place of an older one of its id, and write the card anew; all that are now on file."""
+    """Add rows to those on file, each in the place of an older one of its id, and write the card
+    anew; all that are now on file.
+    """
     RESULTS.mkdir(exist_ok=True)
     found = json.loads(FINDINGS.read_text()) if FINDINGS.is_file() else {}
     found |= {row.id: asdict(row) | asdict(made) for row in rows}
@@ -76,10 +80,13 @@ def card(rows: list[dict], missing: list[str]) -> str:
         + (f"; not run: {', '.join(missing)}." if missing else ".")
         + f" {provenance(rows)} {summary(rows)}",
         "",
-        "Detected: from the fault to the first word of it. Recovered: to the first step after it, or for an engine until it serves again.",
-        f"The longest silent wait for a worker, by the default deadlines: {DeadlineConfig().longest_silence_s:g} s.",
+        "Detected: from the fault to the first word of it. Recovered: to the first step after it, "
+        "or for an engine until it serves again.",
+        "The longest silent wait for a worker, by the default deadlines: "
+        f"{DeadlineConfig().longest_silence_s:g} s.",
         "",
-        "Lost: steps done twice. Prompts: lost / trained on twice, by the ledger against that of a run without a fault.",
+        "Lost: steps done twice. Prompts: lost / trained on twice, by the ledger against that of "
+        "a run without a fault.",
         "",
         "| | fault | detected | recovered | lost | prompts | verdict | what was done and seen |",
         "|---|---|---|---|---|---|---|---|",
@@ -88,7 +95,9 @@ def card(rows: list[dict], missing: list[str]) -> str:
 
 
 def provenance(rows: list[dict]) -> str:
-    """At which commit, and in how many runs of the tool; unknown: the row is older than this entry."""
+    """At which commit, and in how many runs of the tool; unknown: the row is older than this
+    entry.
+    """
     (commit, most), *others = Counter(row.get("commit", "unknown") for row in rows).most_common()
     if others:
         told = ", ".join(f"{count} at {other}" for other, count in others)
@@ -109,7 +118,8 @@ def summary(rows: list[dict]) -> str:
         ]
         if times:
             told.append(
-                f"{name} in {seconds(median(times))} (median), {seconds(max(times))} (most) over {len(times)} faults"
+                f"{name} in {seconds(median(times))} (median), {seconds(max(times))} (most) over "
+                f"{len(times)} faults"
             )
     return ("; ".join(told) + ".").capitalize() if told else ""
 

@@ -15,7 +15,7 @@ from chaos_faults.training import (
     training,
 )
 from hybridrl.tracking.jsonl import read_metrics
-from tests.graph import tiny_overrides
+from tests.support.graph import tiny_overrides
 
 STEP = r"^step +(\d+)/"
 CLEAN_STEPS = 60
@@ -39,7 +39,9 @@ LIGHT = ["rollout.engines=1", "learner.ranks=1"]
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """A folder that scenarios share from one call of the tool to the next; a run of the whole matrix begins with a new one."""
+    """A folder that scenarios share from one call of the tool to the next; a run of the whole
+    matrix begins with a new one.
+    """
 
     folder: Path
     less: tuple[str, ...] = ()
@@ -94,7 +96,10 @@ class Ground:
         """A finding on a run that must be what it would have been."""
         same = self.equal(run_dir, step)
         lost, twice = prompts_against(run_dir, self.clean(max(step, CLEAN_STEPS)), step)
-        told = f"{said}; at step {step} {'bit-equal to' if same else 'DIFFERENT FROM'} the run without a fault"
+        told = (
+            f"{said}; at step {step} {'bit-equal to' if same else 'DIFFERENT FROM'} the run "
+            "without a fault"
+        )
         return Finding(
             passed=same and within and not lost and not twice,
             said=told,

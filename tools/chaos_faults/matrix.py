@@ -1,4 +1,6 @@
-"""The faults: what each is called, what does it, and where it is proved in every run of the tests."""
+"""The faults: what each is called, what does it, and where it is proved in every run of the
+tests.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,17 +10,18 @@ from chaos_faults.finding import Finding
 from chaos_faults.ground import Ground
 
 Do = Callable[[Ground, list[str]], dict[str, Finding]]
-GRAPH, FAST, RESUME, SAVE, REWARDS = (
-    f"tests/test_{name}.py" for name in ("graph", "chaos_fast", "resume", "checkpoint", "rewards")
-)
-DOORS, LEARNER, RUN_DIR, DATA = (
-    f"tests/test_{name}.py" for name in ("doors_contract", "learner", "run_directory", "data")
-)
-SYNC, PIPELINE, TOOL = (
-    "tests/test_weight_transfer.py",
-    "tests/test_pipeline.py",
-    "tools/chaos_faults",
-)
+GRAPH = "tests/controller/test_graph.py"
+FAST = "tests/launch/test_faults.py"
+RESUME = "tests/run_dir/test_resume.py"
+SAVE = "tests/run_dir/test_checkpoint.py"
+REWARDS = "tests/rewards/test_rewards.py"
+DOORS = "tests/launch/test_preflight.py"
+LEARNER = "tests/policy/test_learner.py"
+RUN_DIR = "tests/run_dir/test_directory.py"
+DATA = "tests/data/test_prompts.py"
+SYNC = "tests/weights/test_vllm_transfer.py"
+PIPELINE = "tests/controller/test_pipeline.py"
+TOOL = "tools/chaos_faults"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +120,7 @@ MATRIX = [
     Fault(
         id="G1",
         name="endless responses",
-        do=f"tests/test_runtime.py {GRAPH} -k did_not_end|abort_ends|oversampling",
+        do=f"tests/runtime/test_runtime.py {GRAPH} -k did_not_end|abort_ends|oversampling",
         proof=GRAPH,
     ),
     Fault(
@@ -156,7 +159,7 @@ MATRIX = [
     Fault(
         id="F1",
         name="arbitrary settings, rows and rewards",
-        do="tests/test_doors_fuzz.py",
-        proof="tests/test_doors_fuzz.py",
+        do="tests/test_fuzz.py",
+        proof="tests/test_fuzz.py",
     ),
 ]

@@ -1,7 +1,8 @@
 """C1 and C2: a run on two Ray nodes, one of which dies, or is cut off and comes back.
 
-The nodes are network namespaces joined by a pair of virtual interfaces, so that a partition is a real one; making them needs root.
-Ray's health checks are tuned, so that it gives a node up after about 4.5 s instead of a minute.
+The nodes are network namespaces joined by a pair of virtual interfaces, so that a partition is a
+real one; making them needs root. Ray's health checks are tuned, so that it gives a node up after
+about 4.5 s instead of a minute.
 """
 
 import os
@@ -42,7 +43,9 @@ def lose_node(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 
 def cut_off(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """C2: the link goes down for 10 s and comes up again; what was on the far node must not be heard again."""
+    """C2: the link goes down for 10 s and comes up again; what was on the far node must not be
+    heard again.
+    """
 
     def cut(nodes: "Nodes") -> None:
         ip("-n", SPACES[0], "link", "set", LINK, "down")
@@ -72,7 +75,10 @@ def on_two_nodes(ground: Ground, what: str, strike) -> Finding:
                 run.until(STEP, 120)
             saved, goes_on = next_save(run, 120), last_step(run)
         within = detected - at <= DETECTED_S and recovered - at <= RESUMED_S
-        said = f"{what}, {', '.join(there)} on it; went on to step {goes_on} (bounds {DETECTED_S:g} s and {RESUMED_S:g} s)"
+        said = (
+            f"{what}, {', '.join(there)} on it; went on to step {goes_on} (bounds "
+            f"{DETECTED_S:g} s and {RESUMED_S:g} s)"
+        )
         return ground.judged(
             run_dir,
             saved,

@@ -1,4 +1,6 @@
-"""`hybridrl train` in a process of its own, with what it says, whom it started, and what it left behind."""
+"""`hybridrl train` in a process of its own, with what it says, whom it started, and what it left
+behind.
+"""
 
 import os
 import queue
@@ -14,10 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hybridrl.controller.checkpoint import read_checkpoint
-from hybridrl.controller.ledger import read_ledger
-from hybridrl.errors import CheckpointError
-from hybridrl.failpoints import VARIABLE
+from hybridrl.core.errors import CheckpointError
+from hybridrl.core.failpoints import VARIABLE
+from hybridrl.run_dir.checkpoint import read_checkpoint
+from hybridrl.run_dir.ledger import read_ledger
 
 ROOT = Path(__file__).parent.parent.parent
 START_S = 240.0
@@ -79,7 +81,8 @@ class Training:
                 self.lines.append(item)
         except queue.Empty as error:
             raise TimeoutError(
-                f"the run ended with {status}, and some process of its still holds its output: {self.tail()}"
+                f"the run ended with {status}, and some process of its still holds its output: "
+                f"{self.tail()}"
             ) from error
         self.arriving.put(None)
         return status
@@ -91,7 +94,9 @@ class Training:
         return any(re.search(pattern, text) for _, text in self.lines)
 
     def pid(self, worker: str) -> int:
-        """Of e.g. rollout/1: the process whose output goes to that worker's log, not one of its children. Titles lie, this does not."""
+        """Of e.g. rollout/1: the process whose output goes to that worker's log, not one of its
+        children. Titles lie, this does not.
+        """
         log = str(self.run_dir / "logs" / f"{worker.replace('/', '-')}.log")
         found = {pid: parent for pid, parent in processes().items() if output_of(pid) == log}
         return next(pid for pid, parent in found.items() if parent not in found)
@@ -189,11 +194,13 @@ def usage(pid: int) -> tuple[float, int]:
     return int(lines["RssAnon"].split()[0]) / 1024, len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-# -- what a run left -------------------------------------------------------------------------------------------------
+# -- what a run left -------------------------------------------------------------------------------
 
 
 def state_at(run_dir: Path, step: int) -> object | None:
-    """Every digest and the controller's state of a checkpoint; None: there is none, or it is damaged."""
+    """Every digest and the controller's state of a checkpoint; None: there is none, or it is
+    damaged.
+    """
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     try:
         state = read_checkpoint(folder).state

@@ -1,4 +1,6 @@
-"""E, W, T and L: workers of one run die, hang and fail, one after another, while it goes on; then SIGTERM ends it (J1)."""
+"""E, W, T and L: workers of one run die, hang and fail, one after another, while it goes on; then
+SIGTERM ends it (J1).
+"""
 
 import contextlib
 import re
@@ -49,7 +51,9 @@ RECOVERED_S = {
     "L1": 45.0,
     "L2": 90.0,
 }
-"""Bounds on the time from the fault until all is as it was: at least twice what two cores took, whose every start of a worker is slow."""
+"""Bounds on the time from the fault until all is as it was: at least twice what two cores took,
+whose every start of a worker is slow.
+"""
 ENDED_S = 8.0
 """Bound from SIGTERM to the end of the run."""
 
@@ -120,7 +124,9 @@ STRIKES = {
 
 
 def run(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """One run; every failpoint is set from the start, and armed by removing the file that says it has fired."""
+    """One run; every failpoint is set from the start, and armed by removing the file that says it
+    has fired.
+    """
     run_dir = ground.run_dir("workers")
     (armed := run_dir / "armed").mkdir()
     points = []
@@ -193,7 +199,9 @@ def held(
 
 
 def kill_core(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """E3: an engine with a process of its own, which only one of several devices has; its actor lives on."""
+    """E3: an engine with a process of its own, which only one of several devices has; its actor
+    lives on.
+    """
     run_dir = ground.run_dir("core")
     with training(
         [*ground.overrides, "rollout.engines=1", "rollout.tensor_parallel=2"], run_dir
@@ -209,7 +217,10 @@ def kill_core(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     rows = [row for row in read_metrics(run_dir) if row["train/step"] > 0]
     gap = max(row["policy/logprob_gap"] for row in rows)
     within, word = held(detected - at, CORE_S, recovered - at, RECOVERED_S["E3"])
-    said = f"SIGKILL to the engine core of an engine of two ranks ({word}); went on to step {saved}, log-prob gap at most {gap:.1e}"
+    said = (
+        f"SIGKILL to the engine core of an engine of two ranks ({word}); went on to step "
+        f"{saved}, log-prob gap at most {gap:.1e}"
+    )
     within = within and gap < 1e-4
     lost, twice = prompts_against(run_dir, ground.clean(), saved)
     times = {"detected_s": detected - at, "recovered_s": recovered - at}
@@ -241,8 +252,8 @@ def terminate(ground: Ground, under_way: Training) -> Callable[[], Finding]:
     with training([*ground.overrides, f"train.steps={end}"], under_way.run_dir) as again:
         resumed = again.ended(240) == 0 and again.said(f"continues after step {step} of")
     said = (
-        f"SIGTERM in a step: exit status {status} after {took:.1f} s (bound {ENDED_S:g} s), {len(orphans)} processes left; "
-        f"the same command went on from step {step}"
+        f"SIGTERM in a step: exit status {status} after {took:.1f} s (bound {ENDED_S:g} s), "
+        f"{len(orphans)} processes left; the same command went on from step {step}"
     )
     within = status == 75 and took <= ENDED_S and told and resumed and not orphans and lost == 0
     return lambda: ground.judged(
@@ -257,7 +268,9 @@ def terminate(ground: Ground, under_way: Training) -> Callable[[], Finding]:
 
 
 def alive_after(pids: list[int], limit_s: float, besides: str = "(?!)") -> list[int]:
-    """Those that still run after so long, or none as soon as all have ended but those whose names match the regular expression."""
+    """Those that still run after so long, or none as soon as all have ended but those whose names
+    match the regular expression.
+    """
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
         left = [pid for pid in pids if running(pid) and not re.match(besides, name(pid))]

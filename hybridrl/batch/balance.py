@@ -1,0 +1,44 @@
+"""Who trains on what: groups to learner ranks, sequences to micro-batches. Pure functions of
+lengths.
+"""
+
+from collections.abc import Sequence
+
+
+def balance_groups(group_tokens: Sequence[int], ranks: int) -> list[list[int]]:
+    """Give each rank whole groups with nearly equal tokens: largest first, to the lightest rank.
+
+    Example: tokens (5, 1, 4, 2) on 2 ranks -> [[0, 1], [2, 3]].
+
+    Returns:
+        group indices per rank, ascending; together each index exactly once.
+    """
+    load, shards = [0] * ranks, [[] for _ in range(ranks)]
+    for group in sorted(range(len(group_tokens)), key=lambda g: (-group_tokens[g], g)):
+        rank = min(range(ranks), key=lambda r: (load[r], len(shards[r]), r))
+        load[rank] += group_tokens[group]
+        shards[rank].append(group)
+    return [sorted(s) for s in shards]
+
+
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, *, packed: bool = False
+) -> list[list[int]]:
+    """Put sequences into micro-batches of at most `max_tokens` padded tokens (longest x count), or
+    tokens when packed.
+
+    Sequences of similar length go together; one longer than the budget gets a micro-batch of its
+    own. Example: lengths (2, 9, 3) with 9 tokens -> [[0, 2], [1]]; (2, 4, 3) are 3 x 4 = 12 padded
+    tokens, 9 packed ones.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        joined = sum(lengths[i] for i in batches[-1]) + lengths[index] if packed and batches else 0
+        if (
+            batches
+            and (joined if packed else (len(batches[-1]) + 1) * lengths[index]) <= max_tokens
+        ):
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

@@ -1,0 +1,3 @@
+"""What every other package may use: errors, files that survive a crash, redaction of secrets,
+failpoints.
+"""

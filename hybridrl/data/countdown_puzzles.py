@@ -1,0 +1,241 @@
+"""Countdown: combine all the given numbers, each once, with + - * into the target.
+
+    prompt "3 7 9=20:"    solution "3*9-7"
+
+Every problem is made from a random expression, so it has a solution; a training problem carries it
+as a response to imitate (data.options.responses=solution), or with a wrong one to rank it above
+(pair). Training and held-out problems are disjoint as (sorted numbers, target), and the held-out
+ones do not depend on the run's seed.
+"""
+
+import random
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.data.problem import Problem
+
+HELDOUT_SEED = 20_240_229
+PATIENCE = 500  # so many repeats in a row mean that the space of problems is as good as exhausted
+DRAWS = 10_000  # expressions tried for one problem
+PARENTHESES = 0.3  # how often an expression of three or more numbers gets one pair of parentheses
+
+
+class Responses(StrEnum):
+    """Which responses the training problems carry."""
+
+    none = "none"
+    solution = "solution"  # one right answer
+    pair = "pair"  # (a right answer, an expression of the same numbers with another value)
+
+
+Key = tuple[
+    tuple[int, ...], int
+]  # (sorted numbers, target): equal for two orders of the same problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equation:
+    """Example: Equation(numbers=(2, 3, 4), target=20, solution="(3+2)*4")"""
+
+    numbers: tuple[int, ...]  # in the order shown
+    target: int
+    solution: str  # one of the right answers
+
+    @property
+    def key(self) -> Key:
+        return tuple(sorted(self.numbers)), self.target
+
+    def mistake(self, rng: random.Random) -> str:
+        """An expression of all the numbers whose value is not the target."""
+        while True:  # ends: the sum and a difference of positive numbers are never equal
+            numbers = rng.sample(self.numbers, len(self.numbers))
+            operators, grouped = _shape(len(numbers), rng)
+            if _value(numbers, operators, grouped) != self.target:
+                return _text(numbers, operators, grouped)
+
+    @property
+    def prompt(self) -> str:
+        return f"{' '.join(map(str, self.numbers))}={self.target}:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Countdown:
+    """The generator; its fields are what data.options may set, beside `responses`.
+
+    Raises:
+        ConfigError: options that allow no problem.
+    """
+
+    num_numbers: int = 3
+    max_number: int = 10
+    max_target: int = 100
+
+    def __post_init__(self) -> None:
+        if not all(
+            isinstance(value, int) for value in (self.num_numbers, self.max_number, self.max_target)
+        ):
+            raise ConfigError(f"data.options={self}: its values must be whole numbers")
+        if self.num_numbers < 2 or self.max_number < 1 or self.max_target < 2:
+            raise ConfigError(
+                f"data.options={self}: needs num_numbers >= 2, max_number >= 1, max_target >= 2"
+            )
+
+    def draw(self, rng: random.Random) -> Equation:
+        """One equation whose target lies in 1..max_target.
+
+        Raises:
+            ConfigError: none of so many random expressions does.
+        """
+        for _ in range(DRAWS):
+            numbers = [rng.randint(1, self.max_number) for _ in range(self.num_numbers)]
+            shown = tuple(rng.sample(numbers, len(numbers)))
+            operators, grouped = _shape(len(numbers), rng)
+            target = _value(numbers, operators, grouped)
+            if 1 <= target <= self.max_target:
+                return Equation(
+                    numbers=shown, target=target, solution=_text(numbers, operators, grouped)
+                )
+        raise ConfigError(
+            f"data.options={self}: hardly any expression has a value in 1..max_target; raise it "
+            "or lower max_number"
+        )
+
+    def stream(self, rng: random.Random, without: Collection[Key] = ()) -> Iterator[Equation]:
+        """Endless draws whose key is not in `without`; repeats happen."""
+        while True:
+            equation = self.draw(rng)
+            if equation.key not in without:
+                yield equation
+
+    def heldout(self, num: int) -> list[Equation]:
+        """The first `num` different keys under the constant seed; a smaller `num` is a prefix of a
+        larger one.
+
+        Raises:
+            ConfigError: the options allow fewer.
+        """
+        found: dict[Key, Equation] = {}
+        rng, misses = random.Random(HELDOUT_SEED), 0
+        while len(found) < num:
+            equation = self.draw(rng)
+            misses = misses + 1 if equation.key in found else 0
+            if misses > PATIENCE:
+                raise ConfigError(
+                    f"data.num_heldout={num}: {self} has only about {len(found)} problems; lower "
+                    "it or widen data.options"
+                )
+            found.setdefault(equation.key, equation)
+        return list(found.values())
+
+    def train(self, num: int, seed: int, without: Collection[Key]) -> list[Equation]:
+        """Up to `num` different (numbers as shown, target); fewer where the options allow no more.
+
+        Raises:
+            ConfigError: nothing is left beside `without`.
+        """
+        found: dict[tuple[tuple[int, ...], int], Equation] = {}
+        rng, misses = random.Random(f"countdown train {seed}"), 0
+        while len(found) < num and misses <= PATIENCE:
+            equation = self.draw(rng)
+            new = (equation.numbers, equation.target) not in found and equation.key not in without
+            misses = 0 if new else misses + 1
+            if new:
+                found[equation.numbers, equation.target] = equation
+        if not found:
+            raise ConfigError(
+                f"data.num_heldout={len(without)}: leaves no training problem; lower it or widen "
+                "data.options"
+            )
+        return list(found.values())
+
+
+def load(
+    options: dict[str, object], num_train: int, num_heldout: int, seed: int
+) -> tuple[list[Problem], list[Problem]]:
+    """Training problems under `seed` and the fixed held-out ones, both with the responses that
+    data.options.responses names.
+
+    Raises:
+        ConfigError: an option that the generator lacks, or that allows no problem.
+    """
+    game_options = dict(options)
+    try:
+        responses = Responses(game_options.pop("responses", Responses.none))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(
+            f"data.options.responses={options['responses']}: must be {', '.join(Responses)}"
+        ) from error
+    try:
+        game = Countdown(**game_options)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ConfigError(
+            f"data.options={options}: countdown takes num_numbers, max_number, max_target and "
+            "responses"
+        ) from error
+    heldout = game.heldout(num_heldout)
+    train = game.train(num_train, seed, {equation.key for equation in heldout})
+    return _problems(train, "train", responses), _problems(heldout, "heldout", responses)
+
+
+def _problems(equations: list[Equation], split: str, responses: Responses) -> list[Problem]:
+    return [
+        Problem(
+            uid=f"{split}-{i:06d}",
+            prompt=e.prompt,
+            columns={"numbers": list(e.numbers), "target": e.target, "solution": e.solution},
+            row=f"countdown {split} problem {i}",
+            responses=_responses(e, responses),
+        )
+        for i, e in enumerate(equations)
+    ]
+
+
+def _responses(equation: Equation, kind: Responses) -> tuple[str, ...]:
+    match kind:
+        case Responses.none:
+            return ()
+        case Responses.solution:
+            return (equation.solution,)
+        case (
+            Responses.pair
+        ):  # seeded by the problem alone, so that it is the same in every run that holds it
+            return equation.solution, equation.mistake(
+                random.Random(f"countdown mistake {equation.prompt}")
+            )
+
+
+def _shape(num_numbers: int, rng: random.Random) -> tuple[list[str], int | None]:
+    """Operators between the numbers, and which of them stands in parentheses."""
+    operators = [rng.choice("+-*") for _ in range(num_numbers - 1)]
+    grouped = (
+        rng.randrange(len(operators)) if len(operators) > 1 and rng.random() < PARENTHESES else None
+    )
+    return operators, grouped
+
+
+def _text(numbers: list[int], operators: list[str], grouped: int | None) -> str:
+    """`grouped` is the operator whose two numbers stand in parentheses."""
+    words = [str(n) for n in numbers]
+    if grouped is not None:
+        words[grouped] = f"({words[grouped]}"
+        words[grouped + 1] = f"{words[grouped + 1]})"
+    return words[0] + "".join(
+        operator + word for operator, word in zip(operators, words[1:], strict=True)
+    )
+
+
+def _value(numbers: list[int], operators: list[str], grouped: int | None) -> int:
+    if grouped is not None:
+        inner = _value(numbers[grouped : grouped + 2], [operators[grouped]], None)
+        numbers = [*numbers[:grouped], inner, *numbers[grouped + 2 :]]
+        operators = operators[:grouped] + operators[grouped + 1 :]
+    total, product, sign = 0, numbers[0], 1
+    for operator, number in zip(operators, numbers[1:], strict=True):
+        if operator == "*":
+            product *= number
+        else:
+            total += sign * product
+            product, sign = number, 1 if operator == "+" else -1
+    return total + sign * product

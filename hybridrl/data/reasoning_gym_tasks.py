@@ -1,0 +1,70 @@
+"""Problems from a generator of the reasoning-gym library, e.g. chain_sum."""
+
+import random
+from typing import Any
+
+import reasoning_gym
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.data.problem import Problem
+
+HELDOUT_SEED = 20_240_229
+
+
+def load(
+    dataset: str, options: dict[str, Any], num_train: int, num_heldout: int, seed: int
+) -> tuple[list[Problem], list[Problem]]:
+    """Training problems under `seed`, fixed held-out ones, no question in both and none twice.
+
+    Columns: reasoning_gym_dataset, reasoning_gym_entry (what the library's scorer wants) and
+    answer.
+
+    Raises:
+        ConfigError: a dataset or an option that the library lacks, or one with too few questions.
+    """
+    heldout = _draw(dataset, options, num_heldout, HELDOUT_SEED, "heldout", frozenset())
+    questions = frozenset(p.columns["reasoning_gym_entry"]["question"] for p in heldout)
+    # The library seeds entry i with seed + i, so neighbouring run seeds are spread out first.
+    train = _draw(
+        dataset,
+        options,
+        num_train,
+        random.Random(f"reasoning_gym train {seed}").getrandbits(30),
+        "train",
+        questions,
+    )
+    if not train:
+        raise ConfigError(
+            f"data.num_train={num_train}: {dataset} gave no question beside the held-out ones; "
+            "widen data.options"
+        )
+    return train, heldout
+
+
+def _draw(
+    dataset: str, options: dict[str, Any], num: int, seed: int, split: str, without: frozenset[str]
+) -> list[Problem]:
+    try:
+        entries = list(reasoning_gym.create_dataset(dataset, size=num, seed=seed, **options))
+    except (
+        Exception
+    ) as error:  # each generator checks its options, or fails over them, in its own way
+        raise ConfigError(
+            f"data.dataset={dataset}, data.options={options}: reasoning_gym refuses them: {error}"
+        ) from error
+    seen = set(without)
+    problems = []
+    for i, entry in enumerate(entries):
+        if entry["question"] in seen:
+            continue
+        seen.add(entry["question"])
+        columns = {
+            "reasoning_gym_dataset": dataset,
+            "reasoning_gym_entry": entry,
+            "answer": entry["answer"],
+        }
+        row = f"reasoning_gym {dataset} {split} entry {i}"
+        problems.append(
+            Problem(uid=f"{split}-{i:06d}", prompt=entry["question"], columns=columns, row=row)
+        )
+    return problems

@@ -1,0 +1,303 @@
+"""The rows of one file: JSON lines, a JSON array, CSV, TSV or Parquet, each of them also
+compressed.
+
+The name's ending says CSV, TSV or Parquet; everything else is JSON. Compression and the encoding of
+text (UTF-8, or UTF-16 and UTF-32 with a byte order mark) are recognised by the first bytes. Every
+error names the file, the line where there is one, and what to do.
+"""
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hybridrl.core.errors import ConfigError, DataError
+from hybridrl.data.layouts import listed
+
+Row = tuple[int, dict[str, Any]]
+"""Number, from 1, and what the row holds."""
+
+COMPRESSED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
+"""By the first bytes of a file."""
+
+FOREIGN = {
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save the sheet as .csv",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it with unzstd",
+    b"ARROW1": "an Arrow file; save it as .parquet",
+    b"\x80\x04": "a pickle, which could run any code; save it as JSON lines",
+    b"\x80\x05": "a pickle, which could run any code; save it as JSON lines",
+}
+"""What is recognised by the first bytes and not read."""
+
+PARQUET = b"PAR1"
+
+BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's does
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zip")
+ENDINGS = (".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv", ".parquet", ".pq")
+
+LARGEST_CELL = 2**31 - 1  # characters; the csv module's own limit is 131072
+
+
+def is_file_name(path: str) -> bool:
+    """Whether the name ends like one of a data file, present or not."""
+    return Path(path).suffix.lower() in ENDINGS + COMPRESSED_ENDINGS
+
+
+def file_rows(path: str) -> Iterator[Row]:
+    """The rows of the file at `path`; of JSON lines and CSV they are numbered by the line that they
+    begin on.
+
+    Raises:
+        ConfigError: Parquet, and the package that reads it is not installed.
+        DataError: no such file, or the first thing in it that cannot be read.
+    """
+    data = _content(path)
+    ending = _ending(path)
+    if data.startswith(PARQUET) or ending in (".parquet", ".pq"):
+        return table_rows(path, _parquet(path, data))
+    text = _text(path, data)
+    if ending in (".csv", ".tsv"):
+        return _csv(path, text, "\t" if ending == ".tsv" else ",")
+    return _array(path, text) if text.lstrip().startswith("[") else _lines(path, text)
+
+
+def _ending(path: str) -> str:
+    """The one that says what the file holds, e.g. ".csv" of rows.csv.gz."""
+    whole = Path(path)
+    if whole.suffix.lower() in COMPRESSED_ENDINGS:
+        whole = whole.with_suffix("")
+    return whole.suffix.lower()
+
+
+def _content(path: str) -> bytes:
+    """The bytes of the file, unpacked."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file; correct the path") from error
+    except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    for start, what in FOREIGN.items():
+        if data.startswith(start):
+            raise DataError(f"{path}: is {what}")
+    for start, unpack in COMPRESSED.items():
+        if data.startswith(start):
+            try:
+                return unpack(data)
+            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+                raise DataError(
+                    f"{path}: cannot be unpacked: {error}; get the file again, it may be cut short"
+                ) from error
+    return data
+
+
+def _text(path: str, data: bytes) -> str:
+    marked = (name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark))
+    encoding = next(marked, "utf-8")
+    if encoding == "utf-8" and b"\0" in data:
+        line = data[: data.index(b"\0")].count(b"\n") + 1
+        raise DataError(
+            f"{path}:{line}: holds a NUL byte, so it is not UTF-8 text; save the file as UTF-8"
+        )
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path}:{line}: the byte 0x{data[error.start]:02x} is not valid {encoding.upper()}; "
+            f"convert the file, e.g. iconv -f WINDOWS-1252 -t UTF-8 {Path(path).name} > "
+            f"converted{Path(path).suffix}"
+        ) from error
+
+
+def _lines(path: str, text: str) -> Iterator[Row]:
+    first = True
+    for number, line in enumerate(text.split("\n"), 1):  # JSON allows other line ends in a text
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except RecursionError as error:
+            raise DataError(f"{path}:{number}: is nested too deep; flatten it") from error
+        except ValueError as error:
+            keys = _keys_of_one_object(text) if first else None
+            if keys is not None:
+                raise DataError(
+                    f"{path}: is one JSON object, with {listed(keys)}; write one object a line, "
+                    "or an array of objects"
+                ) from error
+            raise DataError(
+                f"{path}:{number}: not JSON: {_reason(error, line)}; write one JSON object a "
+                "line, as json.dumps does"
+            ) from error
+        yield number, _checked_object(row, f"{path}:{number}")
+        first = False
+
+
+def _keys_of_one_object(text: str) -> list[str] | None:
+    """The keys where the whole text is one object written over several lines."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return list(whole) if isinstance(whole, dict) else None
+
+
+def _array(path: str, text: str) -> Iterator[Row]:
+    try:
+        rows = json.loads(text)
+    except RecursionError as error:
+        raise DataError(f"{path}: is nested too deep; flatten its rows") from error
+    except ValueError as error:
+        if _is_json(text.lstrip().partition("\n")[0]):
+            return _lines(path, text)  # one value a line, the first of them a list
+        line = getattr(error, "lineno", 1)
+        raise DataError(
+            f"{path}:{line}: not JSON: {_reason(error, text)}; correct the array, or write one "
+            "JSON object a line"
+        ) from error
+    return (
+        (number, _checked_object(row, f"{path}:{number}")) for number, row in enumerate(rows, 1)
+    )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _reason(error: ValueError, text: str) -> str:
+    """What is wrong, and what stands there."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    shown = text[error.pos : error.pos + 30]
+    return f"{error.msg} at column {error.colno}, before {shown!r}"
+
+
+def _checked_object(row: Any, name: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{name}: is of type {type(row).__name__}; needs an object with a `prompt` key"
+        )
+    return row
+
+
+def _csv(path: str, text: str, delimiter: str) -> Iterator[Row]:
+    """Rows by the names in the header; every cell is text."""
+    limit = csv.field_size_limit(LARGEST_CELL)
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        begins = 1  # the line on which the next row begins
+        while True:
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise DataError(
+                    f"{path}:{begins}: not CSV: {error}; put a cell with quotes, commas or line breaks into "
+                    'double quotes, and write a quote inside of it as ""'
+                ) from error
+            number = begins
+            begins = reader.line_num + 1
+            if cells is None:
+                return
+            if not any(cell.strip() for cell in cells):
+                continue
+            if header is None:
+                header = _header(cells, f"{path}:{number}")
+                continue
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{path}:{number}: has {len(cells)} cells, the header has {len(header)}; "
+                    "put a cell that holds a comma, a tab or a line break into double quotes"
+                )
+            yield number, dict(zip(header, cells, strict=True))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _header(cells: list[str], name: str) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    doubled = next((cell for cell in header if header.count(cell) > 1), None)
+    if doubled is not None or "" in header:
+        what = f"names `{doubled}` twice" if doubled else "has a column without a name"
+        raise DataError(f"{name}: the header {what}; give each column a name of its own")
+    return header
+
+
+def _parquet(path: str, data: bytes) -> Any:
+    parquet = package("pyarrow.parquet", path)
+    try:
+        return parquet.read_table(io.BytesIO(data))
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise DataError(
+            f"{path}: cannot be read as parquet: {error}; get the file again, or save it as JSON "
+            "lines"
+        ) from error
+
+
+class Unreadable:
+    """In the place of a cell whose value Python cannot hold; `reason` says why."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def table_rows(path: str, table: Any) -> Iterator[Row]:
+    """The rows of a pyarrow.Table, column by column, so that one that cannot be read spoils no
+    other.
+
+    A year 300000 or an unknown time zone becomes an Unreadable; what it says about the row is up to
+    the reader.
+    """
+    columns = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            columns[name] = column.to_pylist()
+        except Exception:  # the conversions raise what they like
+            columns[name] = [_cell(scalar) for scalar in column]
+    return (
+        (number + 1, {name: values[number] for name, values in columns.items()})
+        for number in range(table.num_rows)
+    )
+
+
+def _cell(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except Exception as error:
+        return Unreadable(f"{type(error).__name__}: {error}")
+
+
+def package(name: str, path: str) -> ModuleType:
+    """An optional package.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"data.path or data.heldout_path={path}: reading it needs {name}; pip install "
+            "'hybridrl[data]'"
+        ) from error

@@ -1,0 +1,3 @@
+"""The head pass: loss and gradients at the logits, chunk by chunk, without storing the whole
+vocabulary.
+"""

@@ -1,0 +1,242 @@
+"""The head: one pass over the vocabulary makes the dense and the sparse gradient together.
+
+Per response token the gradient of J at the student's logits z is (arXiv 2512.23097, any divergence
+of ops.divergence)
+
+    dz = token_weight * [ sum_i w_i dD_i/dz  +  G f(rho) (onehot(y) - p) ] / temperature
+
+so both terms need the same softmax. The gradients with respect to the hidden states and the lm_head
+are made in the forward, chunk by chunk of response tokens; full logits [R, V] never exist. G is
+fixed before the pass, so the sparse term costs no extra matrix product.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybridrl.kernels.rows import chosen_work, row_work
+from hybridrl.kernels.teacher_rows import SupportTeacher, Teacher, distribution, log_softmax
+from hybridrl.kernels.terms import RowRule, TokenTerms
+from hybridrl.kernels.workspace import Tiles, add_head_gradient, head_gradient, softmax_dtype
+from hybridrl.ops.compare import COMPARED, compare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRule(RowRule):
+    """The settings of the pass, the same for every row."""
+
+    # rows whose logits, then logit gradients, exist at once; a teacher's logits: PIECE of them
+    chunk: int = 1024
+    # bf16 on the CPU: logits by products in fp32 (kernels.workspace), several times slower ones
+    exact_logits: bool = False
+
+
+PIECE = 256
+"""Rows of a chunk whose logits are worked on at once on the CPU: products still run at their full
+rate. A GPU needs the whole chunk.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadStats:
+    """What the pass saw, without gradient. Sums are over rows with token_weight > 0."""
+
+    logprobs: Tensor  # [R] float32, log p(y_t)
+    kl: Tensor  # [R] float32, sum_i w_i D_i
+    entropy: Tensor  # [R] float32, nats
+    bounded: Tensor  # [R] bool, a bound of the ratio was active
+    dense_sq: Tensor  # [] float64, squared norm of the dense part of dz
+    sparse_sq: Tensor  # [] float64, squared norm of the sparse part of dz
+    dense_sparse: Tensor  # [] float64, inner product of the two parts
+
+
+def hybrid_head_loss(
+    hidden: Tensor,
+    lm_head: Tensor,
+    teachers: tuple[Teacher, ...],
+    terms: TokenTerms,
+    rule: HeadRule,
+) -> tuple[Tensor, HeadStats]:
+    """Loss whose gradient is the hybrid gradient, and statistics.
+
+    The value is sum_rows token_weight (sum_i w_i D_i + G f(rho) log p(y)), a surrogate: its
+    gradient is exact, its value is not J. Softmaxes run in fp32 (fp64 for fp64 inputs) whatever the
+    dtype of the inputs.
+
+    Args:
+        hidden: [R, H] student hidden states; receives a gradient.
+        lm_head: [V, H] student output embedding; receives a gradient.
+        teachers: any number, each over the same vocabulary.
+        terms: what the objective asks, [R] each.
+
+    Returns:
+        loss [] and HeadStats.
+    """
+    assert hidden.ndim == 2 and lm_head.ndim == 2 and hidden.shape[1] == lm_head.shape[1], (
+        hidden.shape,
+        lm_head.shape,
+    )
+    rows = hidden.shape[0]
+    assert (
+        terms.token_ids.shape
+        == terms.token_weight.shape
+        == terms.sparse.shape
+        == terms.sampler_logprobs.shape
+        == (rows,)
+    ), rows
+    assert all(teacher.weight.shape == (rows,) for teacher in teachers), "one weight a token"
+    loss, *stats = _HybridHead.apply(hidden, lm_head, teachers, terms, rule)
+    names = ("logprobs", "kl", "entropy", "bounded", "dense_sq", "sparse_sq", "dense_sparse")
+    return loss, HeadStats(**dict(zip(names, stats, strict=True)))
+
+
+class _HybridHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, lm_head, teachers, terms, rule):
+        rows, wide, tiles = hidden.shape[0], softmax_dtype(hidden), Tiles(exact=rule.exact_logits)
+        logprobs, kl, entropy = (
+            torch.zeros(rows, dtype=wide, device=hidden.device) for _ in range(3)
+        )
+        bounded = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
+        sums = torch.zeros(
+            4, dtype=torch.float64, device=hidden.device
+        )  # loss, dense_sq, sparse_sq, dense_sparse
+        d_hidden, head = torch.zeros_like(hidden), lm_head.to(hidden.dtype)
+        row_rule, forms = (
+            RowRule(temperature=rule.temperature, measure=rule.measure, ratio=rule.ratio),
+            tuple(t.form for t in teachers),
+        )
+        d_head = head_gradient(lm_head, hidden.dtype, chunks=-(-rows // rule.chunk))
+        if not rows:
+            d_head.zero_()
+
+        def work_on(piece: slice, d_logits: Tensor) -> None:
+            """Fill the rows [p, V] of the logit gradients. The logits and evidence die here, before
+            any other matrix is made.
+            """
+            tiles.restart(kept=1)
+            logits = tiles.logits(hidden[piece], head, place=d_logits)
+            evidence = tuple(teacher.evidence(piece, len(head), tiles) for teacher in teachers)
+            weights = tuple(teacher.weight[piece] for teacher in teachers)
+            found = row_work(row_rule, forms, logits, hidden.dtype)(
+                logits, evidence, weights, terms.rows(piece)
+            )
+            gradient, logprobs[piece], kl[piece], entropy[piece], bounded[piece], *columns = found
+            sums.add_(torch.stack(columns).sum(1, dtype=torch.float64))
+            if gradient.data_ptr() != d_logits.data_ptr():
+                d_logits.copy_(gradient)
+
+        def work_on_chunk(at: slice) -> None:
+            tiles.restart()
+            d_logits = tiles.matrix(at.stop - at.start, len(head), hidden)  # [c, V]
+            for piece in slices(at.start, at.stop, rule.chunk if hidden.is_cuda else PIECE):
+                work_on(piece, d_logits[piece.start - at.start : piece.stop - at.start])
+            torch.mm(d_logits, head, out=d_hidden[at])
+            add_head_gradient(d_head, d_logits, hidden[at], first=at.start == 0)
+
+        for at in slices(0, rows, rule.chunk):
+            work_on_chunk(at)
+        ctx.save_for_backward(d_hidden, d_head.to(lm_head.dtype))
+        stats = (logprobs, kl, entropy, bounded, *sums[1:].clone())
+        ctx.mark_non_differentiable(*stats)
+        return (sums[0].to(wide), *stats)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        d_hidden, d_head = ctx.saved_tensors
+        if not (
+            grad_loss.is_cpu and grad_loss == 1
+        ):  # asking a GPU would take longer than the product
+            d_hidden.mul_(
+                grad_loss
+            )  # in place, for a second d_head would be the largest tensor of all;
+            d_head.mul_(grad_loss)  # torch refuses a later backward through the same graph
+        return d_hidden, d_head, None, None, None
+
+
+def chosen_logprobs(hidden: Tensor, lm_head: Tensor, token_ids: Tensor, rule: HeadRule) -> Tensor:
+    """log softmax(hidden lm_head^T / temperature) at the given ids, chunk by chunk, no gradient.
+
+    Args:
+        hidden: [R, H]; lm_head: [V, H]; token_ids: [R, K] int64.
+
+    Returns:
+        [R, K] float32
+    """
+    assert hidden.ndim == 2 and token_ids.ndim == 2 and token_ids.shape[0] == hidden.shape[0], (
+        hidden.shape,
+        token_ids.shape,
+    )
+    out = torch.zeros(token_ids.shape, dtype=softmax_dtype(hidden), device=hidden.device)
+    for at, logits in _logits(hidden, lm_head, rule):
+        out[at] = chosen_work(rule.temperature, logits)(logits, token_ids[at])
+    return out
+
+
+def vocabulary_logprobs(hidden: Tensor, lm_head: Tensor, rule: HeadRule) -> Tensor:
+    """log softmax over the whole vocabulary, [R, V] float32, no gradient."""
+    out = torch.zeros(len(hidden), len(lm_head), dtype=softmax_dtype(hidden), device=hidden.device)
+    for at, logits in _logits(hidden, lm_head, rule):
+        out[at] = log_softmax(logits, rule.temperature)
+    return out
+
+
+def top_logprobs(hidden: Tensor, lm_head: Tensor, k: int, rule: HeadRule) -> tuple[Tensor, Tensor]:
+    """The K most likely tokens of each row: ids [R, K] int64 and log-probs [R, K] float32, no
+    gradient.
+    """
+    assert 1 <= k <= lm_head.shape[0], (k, lm_head.shape)
+    ids = torch.zeros(len(hidden), k, dtype=torch.int64, device=hidden.device)
+    out = torch.zeros(len(hidden), k, dtype=softmax_dtype(hidden), device=hidden.device)
+    for at, logits in _logits(hidden, lm_head, rule):
+        ids[at] = logits.topk(k, dim=-1).indices
+        out[at] = chosen_work(rule.temperature, logits)(logits, ids[at])
+    return ids, out
+
+
+def compared_sums(
+    hidden: Tensor,
+    lm_head: Tensor,
+    teachers: tuple[Teacher, ...],
+    terms: TokenTerms,
+    rule: HeadRule,
+) -> Tensor:
+    """[1 + len(COMPARED)] float64: number of (live token, teacher) pairs, and the sums of
+    ops.compare over them, no gradient.
+
+    Teachers whose distribution is known on a support only are left out.
+    """
+    sums, tiles = (
+        torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=hidden.device),
+        Tiles(exact=rule.exact_logits),
+    )
+    whole = [teacher for teacher in teachers if not isinstance(teacher, SupportTeacher)]
+    for at, logits in _logits(hidden, lm_head, rule) if whole else ():
+        logp = log_softmax(logits, rule.temperature)
+        for teacher in whole:
+            tiles.restart()  # the student's logits are not needed any more
+            logq = distribution(
+                teacher.form,
+                teacher.evidence(at, len(lm_head), tiles),
+                logp.dtype,
+                rule.temperature,
+            )
+            live = (terms.token_weight[at] > 0) & (teacher.weight[at] != 0)
+            sums += torch.cat(
+                [live.sum()[None].double(), compare(logp, logq)[live].double().sum(0)]
+            )
+    return sums
+
+
+def _logits(hidden: Tensor, lm_head: Tensor, rule: HeadRule) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of rows and their logits [c, V], no gradient."""
+    hidden, lm_head, tiles = hidden.detach(), lm_head.detach(), Tiles(exact=rule.exact_logits)
+    for at in slices(0, len(hidden), rule.chunk):
+        tiles.restart()
+        yield at, tiles.logits(hidden[at], lm_head)
+
+
+def slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(at, min(at + size, stop)) for at in range(start, stop, size))

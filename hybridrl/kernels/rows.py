@@ -1,0 +1,150 @@
+"""The work on rows: from the logits of a chunk to their gradient and statistics, one function of
+plain tensors.
+
+On the CPU that function is compiled for large vocabularies (torch.compile, its C++ backend): one
+loop over a row for each sum that the next one needs, nothing of size [c, V] in between, the
+gradient in the place of the logits.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from hybridrl.core.compiler import has_compiler
+from hybridrl.kernels.teacher_rows import Form, divergence, log_softmax
+from hybridrl.kernels.terms import RowRule, coefficients
+from hybridrl.ops.divergence import exp
+from hybridrl.settings.choices import Correction
+
+Work = Callable[..., Any]
+"""A function of a chunk's tensors."""
+
+COMPILE_FROM = 4096
+"""Vocabulary from which the rows are worth a compilation (10 s once, kept on disk by torch): below,
+eager is as fast.
+"""
+
+
+def row_gradients(
+    rule: RowRule,
+    forms: tuple[Form | Correction, ...],
+    dtype: torch.dtype,
+    logits: Tensor,
+    evidence: tuple[tuple[Tensor, ...], ...],
+    weights: tuple[Tensor, ...],
+    terms: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> tuple[Tensor, ...]:
+    """The hybrid gradient at the logits of c tokens; the formula stands in kernels.head.
+
+    Args:
+        forms: how each teacher's evidence is to be read.
+        dtype: of the gradient; where it is that of the logits, the gradient takes their place in
+            memory.
+        logits: [c, V], before the temperature.
+        evidence, weights: of each teacher; a weight is [c].
+        terms: TokenTerms.rows.
+
+    Returns:
+        gradient [c, V]; log p(y), sum_i w_i D_i, entropy, whether the ratio was bounded, the row's
+        loss; the row's squared norms
+        of the dense and the sparse part and their inner product: [c] each.
+    """
+    ids = terms[0]
+    logp = log_softmax(logits, rule.temperature)
+    pairs = [
+        divergence(form, said, logp, rule.measure, rule.temperature)
+        for form, said in zip(forms, evidence, strict=True)
+    ]
+    p, drawn = exp(logp), logp.gather(1, ids[:, None]).squeeze(1)
+    entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
+    kl, loss, bounded, scales, cost = coefficients(
+        rule, drawn, tuple(value for value, _ in pairs), weights, terms
+    )
+    dense = torch.zeros_like(logp)
+    for scale, (_, gradient) in zip(scales, pairs, strict=True):
+        dense = dense + torch.where(scale[:, None] != 0, scale[:, None] * gradient, 0.0)
+    onehot = (
+        torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)[None]
+        == ids.to(torch.int32)[:, None]
+    )
+    sparse = cost[:, None] * torch.where(onehot, 1 - p, -p)
+    norms = (dense * dense).sum(-1), (sparse * sparse).sum(-1), (dense * sparse).sum(-1)
+    total = (dense + sparse).to(dtype)
+    if dtype == logits.dtype:
+        total = logits.copy_(total)
+    return total, drawn, kl, entropy, bounded, loss, *norms
+
+
+def row_work(
+    rule: RowRule, forms: tuple[Form | Correction, ...], logits: Tensor, dtype: torch.dtype
+) -> Work:
+    """`row_gradients` of (logits, evidence, weights, terms): compiled where that pays, in Triton
+    where every teacher is hidden.
+    """
+    if (
+        logits.is_cuda
+        and logits.dtype is torch.float32
+        and set(forms) <= {Form.logits}
+        and importlib.util.find_spec("triton")
+    ):
+        from hybridrl.kernels import triton_rows
+
+        return partial(triton_rows.row_gradients, rule, dtype)
+    return (
+        _compiled(row_gradients, rule, forms, dtype)
+        if pays(logits)
+        else partial(row_gradients, rule, forms, dtype)
+    )
+
+
+def chosen_work(temperature: float, logits: Tensor) -> Work:
+    """log p of (logits [c, V], ids [c, K]), [c, K]; compiled where that pays."""
+    return _compiled(_chosen, temperature) if pays(logits) else partial(_chosen, temperature)
+
+
+def _chosen(temperature: float, logits: Tensor, ids: Tensor) -> Tensor:
+    return log_softmax(logits, temperature).gather(1, ids)
+
+
+def pays(logits: Tensor) -> bool:
+    """Whether work on these rows is to be compiled: a function of the problem alone, so that a run
+    repeats itself.
+    """
+    rows, vocabulary = logits.shape
+    large = rows > 1 and vocabulary >= COMPILE_FROM  # a graph for any number of rows starts at 2
+    return (
+        large
+        and logits.device.type == "cpu"
+        and logits.dtype is not torch.float64
+        and has_compiler()
+    )
+
+
+@lru_cache
+def _compiled(work: Work, *settings: Any) -> Work:
+    """`work` with its settings, as one graph for any number of rows."""
+
+    def whole(*tensors: Any) -> Any:
+        return work(*settings, *tensors)
+
+    compiled = torch.compile(whole, fullgraph=True, options=FUSE, isolate_recompiles=True)
+
+    def run(*tensors: Any) -> Any:
+        for tensor in tree_leaves(tensors):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        return compiled(*tensors)
+
+    return run
+
+
+FUSE = {
+    "realize_reads_threshold": 1 << 20,
+    "realize_opcount_threshold": 1 << 20,
+    "realize_acc_reads_threshold": 1 << 20,
+}
+"""To the C++ backend: compute again what a loop needs rather than write it to memory."""

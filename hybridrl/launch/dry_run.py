@@ -1,0 +1,92 @@
+"""`hybridrl train --dry-run`: everything that can be checked without a worker, and what the run
+would do.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.launch.session import preflight
+from hybridrl.models.loading import load_tokenizer
+from hybridrl.models.reach import reach
+from hybridrl.run_dir.directory import describe_directory
+from hybridrl.run_dir.inputs import digests
+from hybridrl.settings.run import ModelConfig, RunSettings
+from hybridrl.types import Prompt
+
+
+def describe(settings: RunSettings) -> Iterator[str]:
+    """Lines on the models, the data, a step, the run directory and the first prompt as the model
+    will see it.
+
+    Raises:
+        HybridRLError: as `train` before it starts anything.
+    """
+    prompts, heldout = preflight(settings)
+    directory = describe_directory(settings, digests(settings, prompts, heldout))
+    yield "all checks passed; nothing was started and nothing was written"
+    model = settings.model
+    yield f"model     {model.path}, {model.dtype}; {reached('model.path', model)}"
+    for name in settings.teachers_in_use:
+        teacher = settings.teacher_model(name)
+        key = f"teachers.{name}.path"
+        yield f"teacher   {name}: {teacher.path}, {teacher.dtype}; {reached(key, teacher)}"
+    yield f"rewards   {', '.join(settings.reward.functions) or 'none'}"
+    yield f"data      {len(prompts)} training prompts, {len(heldout)} held out; {lengths(prompts)}"
+    yield f"a step    {step_sizes(settings, len(prompts))}"
+    yield f"run.dir   {settings.run.dir}: {directory}"
+    yield from first_prompt(settings, prompts[0])
+
+
+def reached(key: str, model: ModelConfig) -> str:
+    """Where the model's files are.
+
+    Raises:
+        ConfigError: they cannot be had with the token at hand.
+    """
+    found = reach(model.path, model.revision)
+    if not found.reached:
+        raise ConfigError(f"{key}={model.path}: {found.text}")
+    return found.text
+
+
+def lengths(prompts: Sequence[Prompt]) -> str:
+    """Example: "prompts of 9 to 14 tokens (median 12)", and the same of given responses where there
+    are any.
+    """
+    text = f"prompts of {_span([len(p.input_ids) for p in prompts])}"
+    responses = [len(response) for p in prompts for response in p.responses]
+    return f"{text}, given responses of {_span(responses)}" if responses else text
+
+
+def _span(counts: Sequence[int]) -> str:
+    return f"{min(counts)} to {max(counts)} tokens (median {np.median(counts):g})"
+
+
+def step_sizes(settings: RunSettings, num_prompts: int) -> str:
+    """Example: "96 prompts x 4 responses = 384; 250 steps pass over the data 1.2 times, once in
+    208.3 steps".
+    """
+    train = settings.train
+    per_epoch = num_prompts / train.prompts_per_step
+    size = f"{train.prompts_per_step} prompts"
+    if settings.algorithm.data_fraction < 1:
+        rollouts = train.prompts_per_step * train.samples_per_prompt
+        size += f" x {train.samples_per_prompt} responses = {rollouts}"
+    return (
+        f"{size}; {train.steps} steps pass over the data {train.steps / per_epoch:.3g} times, "
+        f"once in {per_epoch:.4g} steps"
+    )
+
+
+def first_prompt(settings: RunSettings, prompt: Prompt) -> Iterator[str]:
+    """The prompt and its responses, decoded from the tokens that the model gets, special tokens
+    included.
+    """
+    tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
+    yield f"prompt 1, {len(prompt.input_ids)} tokens as the model sees them:"
+    yield tokenizer.decode(list(prompt.input_ids))
+    for number, response in enumerate(prompt.responses, 1):
+        yield f"response {number} of the data, {len(response)} tokens:"
+        yield tokenizer.decode(list(response))

@@ -1,0 +1,128 @@
+"""A checkpoint as a Hugging Face folder; needs neither Ray nor a GPU."""
+
+from pathlib import Path
+
+from hybridrl.core.errors import CheckpointError, ConfigError
+from hybridrl.core.files import replace_text
+from hybridrl.data.chat import read_template
+from hybridrl.models.loading import TEXT_FILES, resolve
+from hybridrl.run_dir.checkpoint import (
+    CHECKPOINTS,
+    CONFIG,
+    MANIFEST,
+    Checkpoint,
+    Checkpointer,
+    read_checkpoint,
+    step_of,
+)
+from hybridrl.run_dir.directory import check_no_links, read_settings
+from hybridrl.settings.run import DTYPES, RunSettings
+from hybridrl.weights.hugging_face import TEMPLATE, export, master_weights
+
+BEST = "best"
+
+
+def export_checkpoint(
+    source: Path, folder: Path | None = None, *, step: str | None = None, dtype: str | None = None
+) -> Path:
+    """Write what the learner itself would export at that step; returns the folder.
+
+    Args:
+        source: a run directory, or one checkpoint, RUN/checkpoints/step_NNNNNN.
+        folder: must be new or empty; None: export/step_NNNNNN in the run directory, with the dtype
+            in its name where that is not model.dtype; replaced if it is there.
+        step: which checkpoint of the run: a number, or "best" by checkpoint.best; None: the newest
+            that is sound.
+        dtype: of the written weights, float32 or bfloat16; None: model.dtype.
+
+    Raises:
+        RunDirectoryError: `source` holds no run, or a part of it is a link.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        ConfigError: `folder` holds something, or is needed for a checkpoint outside of its run;
+            `step` or `dtype` is none; or the model that training started from is gone.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: must be {' or '.join(DTYPES)}")
+    one_checkpoint = (source / MANIFEST).is_file()
+    if one_checkpoint and step is not None:
+        raise ConfigError(
+            f"--step {step}: {source} is one checkpoint; give its run directory instead"
+        )
+    run_dir = source.absolute().parent.parent if one_checkpoint else source
+    if one_checkpoint and folder is None and source.absolute().parent.name != CHECKPOINTS:
+        raise ConfigError(f"{source}: a checkpoint outside of its run; name the folder to write to")
+    settings = read_settings(source if (source / CONFIG).is_file() else run_dir)
+    if folder is None:
+        check_no_links(run_dir)
+    checkpointer = Checkpointer(run_dir, settings.checkpoint)
+    checkpoint = read_checkpoint(source) if one_checkpoint else _chosen(checkpointer, step)
+    if (
+        folder is not None
+        and folder.exists()
+        and not (folder.is_dir() and not any(folder.iterdir()))
+    ):
+        raise ConfigError(f"{folder}: exists and is not empty; name a new folder")
+    dtype = dtype or settings.model.dtype
+    name = f"step_{checkpoint.state.step:06d}"
+    if dtype != settings.model.dtype:
+        name += f"-{dtype}"
+    target = folder or run_dir / "export" / name
+    model = resolve(settings.model.path, settings.model.revision, files=TEXT_FILES)
+    export(master_weights(checkpoint.folder, dtype), model, target, run_dir / TEMPLATE)
+    return target
+
+
+def _chosen(checkpointer: Checkpointer, step: str | None) -> Checkpoint:
+    """The checkpoint that `step` names; None: the newest that is sound."""
+    folders = checkpointer.folders()
+    if not folders:
+        raise CheckpointError(
+            f"{checkpointer.root}: no checkpoint to export; train until the first, see "
+            "checkpoint.every"
+        )
+    if step is None:
+        newest = checkpointer.newest()
+        assert newest is not None, "there are folders, and it raises where none is sound"
+        return newest
+    if step == BEST:
+        return read_checkpoint(_best(checkpointer, folders))
+    if not (step.isascii() and step.isdecimal()):
+        raise ConfigError(f"--step {step}: must be the number of a step, or {BEST}")
+    there = {step_of(folder): folder for folder in folders}
+    if int(step) not in there:
+        raise CheckpointError(
+            f"--step {step}: {checkpointer.root} holds no checkpoint of that step, only of "
+            f"{_steps(folders)}"
+        )
+    return read_checkpoint(there[int(step)])
+
+
+def _best(checkpointer: Checkpointer, folders: list[Path]) -> Path:
+    metric = checkpointer.config.best
+    if metric is None:
+        raise ConfigError(
+            f"--step {BEST}: the run has no checkpoint.best, the metric to choose by; give one of "
+            f"its steps, {_steps(folders)}"
+        )
+    best = checkpointer.best(folders)
+    if best is None:
+        raise CheckpointError(
+            f"--step {BEST}: no checkpoint in {checkpointer.root} has a value of {metric}; give "
+            f"one of its steps, {_steps(folders)}"
+        )
+    return best
+
+
+def _steps(folders: list[Path]) -> str:
+    return ", ".join(str(step_of(folder)) for folder in folders)
+
+
+def keep_template(settings: RunSettings, run_dir: Path) -> None:
+    """Copy data.chat_template_file into the run directory, for exports must read conversations as
+    the run did.
+    """
+    kept = run_dir / TEMPLATE
+    if settings.data.chat_template_file is None:
+        kept.unlink(missing_ok=True)
+    else:
+        replace_text(kept, read_template(settings.data.chat_template_file))

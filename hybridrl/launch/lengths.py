@@ -1,0 +1,127 @@
+"""rollout.max_new_tokens and rollout.max_model_len, which only the data and the model can
+suggest.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.data.problem import Problem
+from hybridrl.data.prompts import tokenize
+from hybridrl.models.limits import most_positions
+from hybridrl.models.loading import model_config
+from hybridrl.settings.run import RunSettings
+
+LEAST = (
+    256  # new tokens that are proposed where the model has room: it may think before a short answer
+)
+STEP = 64  # proposals are multiples of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Tokens, special ones included."""
+
+    prompt: int  # the longest
+    row: str  # of the longest prompt
+    whole: int  # the longest prompt with its response
+    answer: int  # the longest response or reference answer; 0: the data has none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    max_new_tokens: int
+    max_model_len: int
+    drop_too_long: bool  # some rows are too long for the model
+
+
+def check_lengths(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> None:
+    """Refuse settings without the two lengths, and propose them.
+
+    Raises:
+        ConfigError: one is missing.
+        DataError: as tokenize.
+    """
+    given = {
+        "rollout.max_new_tokens": settings.rollout.max_new_tokens,
+        "rollout.max_model_len": settings.rollout.max_model_len,
+    }
+    missing = [key for key, value in given.items() if value is None]
+    if not missing:
+        return
+    model = settings.model
+    needs = measure(settings, tokenizer, problems)
+    positions = most_positions(model_config(model.path, model.revision))
+    lengths = propose(needs, positions, *given.values())
+    proposed = {
+        "rollout.max_new_tokens": lengths.max_new_tokens,
+        "rollout.max_model_len": lengths.max_model_len,
+    }
+    changed = [f"{key}={value}" for key, value in proposed.items() if value != given[key]]
+    if lengths.drop_too_long:
+        changed.append("data.drop_too_long=true")
+    answers = (
+        f"the longest answer {needs.answer}" if needs.answer else "there are no reference answers"
+    )
+    limit = "no limit to its length" if positions == math.inf else f"{positions:.0f} positions"
+    raise ConfigError(
+        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: the longest "
+        f"prompt has {needs.prompt} tokens ({needs.row}), {answers}, and model.path={model.path} "
+        f"has {limit}; for example {' '.join(changed)}"
+    )
+
+
+def measure(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> Needs:
+    """What the problems take of a model's length. At least one problem."""
+    used = settings.algorithm.data_fraction > 0
+    prompts = tokenize(problems, tokenizer, settings.data, sys.maxsize, responses=used)
+    responses = [max(map(len, prompt.responses), default=0) for prompt in prompts]
+    answers = [
+        len(tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]) + 1  # and its end
+        for prompt in prompts
+        if prompt.answer is not None
+    ]
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
+    return Needs(
+        prompt=len(prompts[longest].input_ids),
+        row=problems[longest].row,
+        whole=max(len(p.input_ids) + r for p, r in zip(prompts, responses, strict=True)),
+        answer=max([*responses, *answers]),
+    )
+
+
+def propose(
+    needs: Needs, positions: float, max_new_tokens: int | None, max_model_len: int | None
+) -> Lengths:
+    """Lengths that hold every row and twice the longest answer, as far as the model's positions
+    allow.
+
+    Args:
+        positions: of the model; infinity: it sets no limit.
+        max_new_tokens, max_model_len: as set; None: to be proposed. A setting that leaves no room
+            is proposed anew.
+    """
+    limit = positions if max_model_len is None else min(positions, max_model_len)
+    if max_new_tokens is not None and max_new_tokens >= limit:
+        max_new_tokens = None
+    new = max_new_tokens or _rounded_up(max(2 * needs.answer, LEAST))
+    if needs.prompt + new > limit and max_new_tokens is None:
+        new = min(new, max(int(limit) - needs.prompt, needs.answer, 1))
+    fits = needs.prompt + new <= limit
+    if not fits and max_new_tokens is None:
+        new = max(min(new, int(limit) // 2), 1)
+    enough = _rounded_up(max(needs.prompt + new, needs.whole))
+    length = int(min(enough, limit)) if max_model_len is None else max_model_len
+    return Lengths(max_new_tokens=new, max_model_len=length, drop_too_long=not fits)
+
+
+def _rounded_up(tokens: int) -> int:
+    return math.ceil(tokens / STEP) * STEP

@@ -1,0 +1,480 @@
+"""One run from settings to report: check, place, train, evaluate, save, and leave nothing
+running.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from hybridrl.controller.controller import Controller
+from hybridrl.controller.metrics import check_metrics
+from hybridrl.controller.preemption import Preemption
+from hybridrl.core import redact
+from hybridrl.core.errors import (
+    CheckpointError,
+    ClusterLost,
+    ConfigError,
+    FleetExhausted,
+    LedgerError,
+    Preempted,
+    WorkerError,
+    WorkerTimeout,
+    raised,
+)
+from hybridrl.data.problem import Problem
+from hybridrl.data.prompts import PromptSource, load_problems, tokenize
+from hybridrl.launch.export import keep_template
+from hybridrl.launch.lengths import check_lengths
+from hybridrl.launch.preflight import (
+    check_end_of_turn,
+    check_engines,
+    check_models,
+    check_running,
+    check_teachers,
+    check_templates,
+    check_token_ids,
+)
+from hybridrl.launch.teacher_levels import measure_teachers, teachers_to_measure
+from hybridrl.models.loading import head_rows, load_tokenizer
+from hybridrl.report.report import write_report
+from hybridrl.rewards.check import check_columns, loaded_rewards
+from hybridrl.rewards.reward_model import check_reward_models
+from hybridrl.run_dir.checkpoint import Checkpoint, Checkpointer
+from hybridrl.run_dir.directory import (
+    check_usable,
+    earlier_settings,
+    find_checkpoint,
+    run_directory,
+)
+from hybridrl.run_dir.inputs import digests, pinned
+from hybridrl.run_dir.ledger import Ledger, check_cursor, check_ledger, drawn_uids
+from hybridrl.runtime.actor_group import dump_stacks
+from hybridrl.runtime.calls import gather
+from hybridrl.runtime.cluster import Cluster
+from hybridrl.runtime.workers import (
+    Slots,
+    Workers,
+    place_workers,
+    recover,
+    start_rewards,
+    start_workers,
+)
+from hybridrl.settings.choices import Resume, Support, WandbMode
+from hybridrl.settings.run import RunSettings
+from hybridrl.tracking.console import ConsoleSink
+from hybridrl.tracking.jsonl import JsonlSink, read_metrics
+from hybridrl.tracking.sink import Sinks
+from hybridrl.tracking.wandb_sink import WandbSink
+from hybridrl.types import Prompt, RunInfo
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    run_dir: Path
+    report: Path | None  # None: it could not be written, which the console says
+    accuracy_before: (
+        float | None
+    )  # on the held-out problems; None: there is no reward function to judge by
+    accuracy_after: float | None
+    teacher_accuracy: dict[str, float]
+    export: Path | None
+
+
+def train(settings: RunSettings) -> RunResult:
+    """Run or resume `settings`; the same call continues where the last one stopped.
+
+    Raises:
+        HybridRLError: what went wrong, in one sentence; nothing is left running.
+    """
+    began = time.monotonic()
+    settings = pinned(settings, earlier_settings(settings))
+    prompts, heldout = preflight(settings)
+    with run_directory(settings) as run_dir, ExitStack() as stack:
+        settings = replace(
+            settings, run=replace(settings.run, dir=str(run_dir))
+        )  # for workers, who may run elsewhere
+        stack.enter_context((preemption := Preemption()).listening())
+        inputs = digests(settings, prompts, heldout)
+        checkpoint = find_checkpoint(settings, run_dir, inputs)
+        keep_template(settings, run_dir)
+        console, sinks, wandb = make_sinks(settings)
+        stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
+        first = checkpoint.state.step if checkpoint else 0
+        sinks.start(run_info(settings, run_dir, checkpoint))
+        preemption.check()  # an optional sink takes an exception for its own
+        measured = "" if checkpoint else ", ".join(teachers_to_measure(settings))
+        console.notice(
+            "starting workers"
+            + (
+                f", and measuring teacher {measured} on the held-out problems ..."
+                if measured
+                else " ..."
+            )
+        )
+        stack.enter_context(naming_what_is_saved(settings, run_dir))
+        cluster = stack.enter_context(Cluster(settings))
+        check_engines(settings, cluster.device)
+        stack.enter_context(
+            preemption.listening()
+        )  # again, for Ray takes the signal to itself when it starts
+        slots, log_dir = place_workers(settings, cluster), str(run_dir / "logs")
+        rewards = start_rewards(settings, slots, log_dir, console.notice)
+        # A resumed run has them in its first row.
+        levels = (
+            {}
+            if checkpoint
+            else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir, inputs)
+        )
+        workers = start_workers(settings, cluster, slots, rewards, log_dir, console.notice)
+        check_running(settings, workers, prompts)
+        took, silence = (
+            f"{time.monotonic() - began:.0f} s",
+            f"the longest silent wait is {settings.deadlines.longest_silence_s:g} s",
+        )
+        console.notice(
+            f"workers ready after {took} on {cluster.device}, weights travel by "
+            f"{cluster.weight_transfer}; {silence}"
+        )
+        preemption.started()
+        attempts = Attempts(
+            settings=settings,
+            run_dir=run_dir,
+            cluster=cluster,
+            slots=slots,
+            prompts=prompts,
+            heldout=heldout,
+            inputs=inputs,
+            levels=levels,
+            console=console,
+            sinks=sinks,
+            wandb=wandb,
+            preemption=preemption,
+        )
+        controller = attempts.until_done(workers, checkpoint)
+        exported = export_model(settings, controller, run_dir, first)
+    return result(run_dir, exported)
+
+
+@contextmanager
+def naming_what_is_saved(settings: RunSettings, run_dir: Path) -> Iterator[None]:
+    """A run that ends before its last step says in its last sentence how it goes on.
+
+    Raises:
+        FleetExhausted, ClusterLost, Preempted: with that addition.
+    """
+    try:
+        yield
+    except (FleetExhausted, ClusterLost) as error:
+        folders = []
+        with suppress(OSError):  # the folder cannot be listed: the error itself matters more
+            folders = Checkpointer(run_dir, settings.checkpoint).folders()
+        newest = folders[-1].name if folders else None
+        raise type(error)(f"{error}; {how_to_continue(settings, newest)}") from error
+    except Preempted as error:
+        if settings.run.resume is not Resume.never:
+            raise
+        raise Preempted(f"{error}, but with run.resume=auto") from error
+
+
+def how_to_continue(settings: RunSettings, newest: str | None) -> str:
+    """What the same command would do after the run has ended.
+
+    Args:
+        newest: the run's newest checkpoint; None: there is none.
+    """
+    if settings.run.resume is Resume.never:
+        from_where = f"goes on from {newest}" if newest else "starts afresh, as nothing is saved"
+        return f"the same command with run.resume=auto {from_where}"
+    if newest:
+        return f"the same command goes on from {newest}"
+    if settings.run.resume_from:
+        return f"the same command starts from {settings.run.resume_from} again"
+    return "the same command starts afresh: nothing is saved yet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempts:
+    """Training that goes back to its last checkpoint, in the same job, when a worker is lost whose
+    state nobody else holds.
+    """
+
+    settings: RunSettings
+    run_dir: Path
+    cluster: Cluster
+    slots: Slots
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+    inputs: dict[str, str]  # controller.inputs.digests
+    levels: Mapping[str, float]  # the teachers', for the first row of a run
+    console: ConsoleSink
+    sinks: Sinks
+    wandb: WandbSink | None
+    preemption: Preemption
+
+    def until_done(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
+        """The controller of the attempt that came to the end.
+
+        Raises:
+            FleetExhausted: there were more losses than cluster.max_restarts.
+        """
+        lost: WorkerError | None = None
+        lost_at: float | None = None  # the step that was done before
+        for restarts_left in reversed(range(1 + self.settings.cluster.max_restarts)):
+            try:
+                if lost is not None:
+                    workers = recover(
+                        self.settings,
+                        self.cluster,
+                        self.slots,
+                        workers,
+                        lost,
+                        str(self.run_dir / "logs"),
+                    )
+                    checkpoint = self.go_back()
+                return self.attempt(workers, checkpoint)
+            except (
+                WorkerError
+            ) as error:  # a lost engine, scorer or reward worker is replaced while the run goes on
+                if isinstance(error, WorkerTimeout):
+                    dump_stacks()
+                step = self.last_step()
+                if lost is not None and same_fault(lost, lost_at, error, step):
+                    raise FleetExhausted(
+                        f"{error}; it failed in the same way at the same step after it was "
+                        "started again, so a further attempt would too"
+                    ) from error
+                if not restarts_left:
+                    raise FleetExhausted(f"{error}; cluster.max_restarts is used up") from error
+                self.console.notice(f"{error}; going back to the last checkpoint")
+                lost = error
+                lost_at = step
+        raise AssertionError("the last attempt returns or raises")
+
+    def last_step(self) -> float | None:
+        """The last step of which there is a row of metrics; None: there is none yet."""
+        rows = read_metrics(self.run_dir)
+        return rows[-1]["train/step"] if rows else None
+
+    def go_back(self) -> Checkpoint | None:
+        """What there is in the run's directory now, whatever the first attempt was to do with
+        it.
+        """
+        goes_on = replace(self.settings, run=replace(self.settings.run, resume=Resume.auto))
+        checkpoint = find_checkpoint(goes_on, self.run_dir, self.inputs)
+        self.sinks.start(run_info(self.settings, self.run_dir, checkpoint))
+        return checkpoint
+
+    def check_ledger(self, checkpoint: Checkpoint) -> None:
+        """Say so where it does not account for every prompt up to the checkpoint. It is a record:
+        the run goes on without it.
+
+        Raises:
+            CheckpointError: the checkpoint's data cursor has another form than that of this
+                version.
+        """
+        try:
+            cursor = checkpoint.state.parts["pipeline"]["prompts"]
+            check_cursor(self.run_dir, self.prompts, cursor)
+            drawn = drawn_uids(self.prompts, self.settings.run.seed, cursor)
+            check_ledger(self.run_dir, checkpoint.state.step, drawn)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(
+                f"{checkpoint.folder}: its data cursor has another form than this version of "
+                f"hybridrl writes: {error!r}"
+            ) from error
+        except LedgerError as error:
+            self.console.notice(
+                f"{error}; that each prompt was trained on once can no longer be shown of this run"
+            )
+
+    def attempt(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
+        gather(workers.learner.ready(), self.preemption.check)
+        with closing(Ledger(self.run_dir, checkpoint.state.step if checkpoint else 0)) as ledger:
+            if checkpoint:
+                self.check_ledger(checkpoint)
+            controller = Controller(
+                self.settings,
+                workers=workers,
+                backend=self.cluster.weight_transfer,
+                prompts=PromptSource(self.prompts, self.settings.run.seed),
+                heldout=self.heldout,
+                sinks=self.sinks,
+                checkpointer=Checkpointer(self.run_dir, self.settings.checkpoint),
+                ledger=ledger,
+                preemption=self.preemption,
+            )
+            known = checkpoint.state.wandb_id if checkpoint else None
+            controller.wandb_id = (
+                self.wandb.run_id if self.wandb else known
+            )  # a resume without W&B does not forget its run
+            controller.inputs = self.inputs
+            train_on(controller, checkpoint, self.levels)
+        return controller
+
+
+def same_fault(
+    before: WorkerError, before_at: float | None, error: WorkerError, at: float | None
+) -> bool:
+    """Whether an error that a worker raised came again at the same step, so that nothing that
+    passes can be its reason.
+
+    Args:
+        before_at, at: the step that was done before each of the two.
+    """
+    same = (before.worker, before.call, before.reason) == (error.worker, error.call, error.reason)
+    return raised(error) and same and before_at == at
+
+
+def train_on(
+    controller: Controller, checkpoint: Checkpoint | None, levels: Mapping[str, float]
+) -> None:
+    """From the checkpoint, or from the start, to the end.
+
+    Args:
+        levels: the teachers', for the first row of a run.
+    """
+    if checkpoint:
+        controller.load_state(checkpoint.state, str(checkpoint.folder))
+    controller.publish_weights()
+    if not checkpoint:
+        controller.sinks.log({"train/step": 0.0, **levels, **controller.evaluate()})
+    controller.run()
+
+
+def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
+    """All checks that need no worker, after those that the settings make of themselves; ->
+    (training, held-out) prompts.
+
+    Raises:
+        ConfigError, DataError, RunDirectoryError: one sentence on the first thing that cannot work.
+    """
+    check_metrics(settings)
+    check_usable(settings)
+    with loaded_rewards(settings.reward) as rewards:
+        prompts, heldout = prepare_prompts(settings)
+        if rewards is not None:
+            check_columns(rewards, prompts, heldout)
+    return prompts, heldout
+
+
+def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
+    """Tokenized training and held-out prompts.
+
+    Raises:
+        ConfigError: a model cannot be used (contract.check_models, check_token_ids), a teacher in
+            use or a reward model does not share the student's vocabulary, or a teacher its chat
+            template; or as load_problems, check_lengths and tokenize.
+        DataError: as load_problems and tokenize.
+    """
+    check_models(settings)
+    tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
+    teachers = check_teachers(settings, tokenizer)
+    check_reward_models(settings.reward, tokenizer.get_vocab())
+    rows = head_rows(settings.model.path, settings.model.revision)
+    if settings.algorithm.support is Support.topk and settings.algorithm.topk.k > rows:
+        raise ConfigError(
+            f"algorithm.topk.k={settings.algorithm.topk.k}: model.path={settings.model.path} has "
+            f"{rows} tokens; lower it"
+        )
+    train_problems, heldout_problems = load_problems(settings.data, settings.run.seed)
+    check_lengths(settings, tokenizer, [*train_problems, *heldout_problems])
+    rollout = settings.rollout
+    room = rollout.max_model_len - rollout.max_new_tokens
+    used = settings.algorithm.data_fraction > 0  # otherwise the data's responses are not
+    length = rollout.max_model_len
+    check_responses(settings, train_problems)
+    check_templates(settings, tokenizer, teachers, train_problems)
+    check_end_of_turn(settings, tokenizer, train_problems)
+    train_prompts = tokenize(train_problems, tokenizer, settings.data, room, length, responses=used)
+    heldout_prompts = tokenize(
+        heldout_problems, tokenizer, settings.data, room, length, responses=used
+    )
+    check_token_ids(settings, tokenizer, [*train_prompts, *heldout_prompts])
+    return train_prompts, heldout_prompts
+
+
+def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
+    """Refuse data that does not bring what algorithm.data_fraction asks of it: a response, or a
+    chosen and a rejected one.
+
+    Raises:
+        ConfigError: the first problem that has another number of responses, named by its row.
+    """
+    if not settings.algorithm.data_fraction:
+        return
+    wanted = settings.algorithm.responses_per_prompt
+    what, option = {
+        1: ("one response", "solution"),
+        2: ("a chosen and a rejected response", "pair"),
+    }[wanted]
+    for problem in problems:
+        if len(problem.responses) != wanted:
+            raise ConfigError(
+                f"algorithm.data_fraction={settings.algorithm.data_fraction}: needs {what} for "
+                f"each prompt, {problem.row} brings {len(problem.responses)}; give data that "
+                f"does, or on countdown +data.options.responses={option}"
+            )
+
+
+def make_sinks(settings: RunSettings) -> tuple[ConsoleSink, Sinks, WandbSink | None]:
+    console = ConsoleSink()
+    wandb = None if settings.tracking.wandb is WandbMode.disabled else WandbSink(settings.tracking)
+    return (
+        console,
+        Sinks(required=[JsonlSink()], optional=[console, *([wandb] if wandb else [])]),
+        wandb,
+    )
+
+
+def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None) -> RunInfo:
+    return RunInfo(
+        run_dir=str(run_dir),
+        name=run_dir.name,
+        total_steps=settings.train.steps,
+        first_step=checkpoint.state.step if checkpoint else 0,
+        config=redact.tree(asdict(settings)),
+        wandb_id=checkpoint.state.wandb_id if checkpoint else None,
+    )
+
+
+def export_model(
+    settings: RunSettings, controller: Controller, run_dir: Path, first: int
+) -> Path | None:
+    """The Hugging Face folder of the final student."""
+    folder = run_dir / "export" / f"step_{controller.steps_done:06d}"
+    if settings.checkpoint.export and not (folder.exists() and controller.steps_done == first):
+        controller.learner.export(str(folder))
+    return folder if folder.exists() else None
+
+
+def result(run_dir: Path, exported: Path | None) -> RunResult:
+    """What a finished run came to. A report that cannot be written does not make it fail."""
+    report: Path | None = None
+    try:
+        report = write_report(run_dir)
+    except Exception as error:  # drawing depends on a large library, fonts and the disk
+        log.exception("the report of %s could not be written", run_dir)
+        print(
+            f"the run is finished, but its report could not be written ({type(error).__name__}: "
+            f"{error}); 'hybridrl report {run_dir}' tries again"
+        )
+    rows = read_metrics(run_dir)
+    evaluated = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
+    return RunResult(
+        run_dir=run_dir,
+        report=report,
+        accuracy_before=evaluated[0] if evaluated else None,
+        accuracy_after=evaluated[-1] if evaluated else None,
+        teacher_accuracy={
+            k.rsplit("/", 1)[1]: v
+            for row in rows
+            for k, v in row.items()
+            if k.startswith("eval/accuracy_teacher/")
+        },
+        export=exported,
+    )

@@ -1,0 +1,78 @@
+"""What is looked at every diagnostics.every steps: both terms' gradients at the parameters, and
+student against teacher.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hybridrl.ops.compare import COMPARED
+from hybridrl.policy.student import HeadInputs, Look, Student
+
+
+def gradient_geometry(student: Student, inputs: Sequence[HeadInputs]) -> dict[str, float]:
+    """Norms of the dense and of the sparse gradient at the parameters of the global batch, and
+    their cosine.
+
+    Two more forward and backward passes, outside of DeepSpeed's accumulation. Parameters must be
+    whole (ZeRO 1 or 2).
+    """
+    dense = _gradient(student, [i.without_sparse() for i in inputs])
+    sparse = _gradient(student, [replace(i, teachers=()) for i in inputs])
+    product = sum((a * b).sum() for a, b in zip(dense, sparse, strict=True))
+    squares = [float(sum(g.square().sum() for g in gradient)) for gradient in (dense, sparse)]
+    norms = [square**0.5 for square in squares]
+    cosine = float(product) / (norms[0] * norms[1]) if all(norms) else 0.0
+    return {
+        "grad/dense_parameter_norm": norms[0],
+        "grad/sparse_parameter_norm": norms[1],
+        "grad/cosine": cosine,
+    }
+
+
+def teacher_distance(
+    forward: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[HeadInputs]
+) -> dict[str, float]:
+    """Means of ops.compare over the response tokens of the global batch and all teachers with a
+    full distribution.
+
+    Args:
+        forward: of the (possibly sharded) student, called once per input on every rank.
+    """
+    # On the device of the student: a process group of GPUs reduces nothing that lies in host
+    # memory.
+    device = inputs[0].input_ids.device
+    sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=device)
+    for i in inputs:
+        with torch.no_grad():
+            sums += forward(*i.arguments(), Look.compare)[0]
+    dist.all_reduce(sums)
+    sums = sums.cpu()
+    count = float(sums[0])
+    return (
+        {
+            f"teacher/{name}": float(total) / count
+            for name, total in zip(COMPARED, sums[1:], strict=True)
+        }
+        if count
+        else {}
+    )
+
+
+def _gradient(student: Student, inputs: Sequence[HeadInputs]) -> list[Tensor]:
+    """Per parameter, fp32, summed over micro-batches and ranks."""
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    for i in inputs:
+        loss, _ = nn.Module.__call__(student, *i.arguments(), Look.learn)
+        for into, found in zip(
+            total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+        ):
+            if found is not None:
+                into += found
+    for part in total:
+        dist.all_reduce(part)
+    return total

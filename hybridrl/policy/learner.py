@@ -1,0 +1,573 @@
+"""One rank of the student's learner: DeepSpeed ZeRO 1-3 around forward, hybrid gradient and AdamW
+step.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hybridrl.batch.balance import micro_batches
+from hybridrl.batch.groups import join, select_groups
+from hybridrl.batch.micro_batch import (
+    MicroBatch,
+    TrainSequence,
+    collate,
+    idle_sequence,
+    plain_sequences,
+    train_sequences,
+)
+from hybridrl.batch.packing import check_packing
+from hybridrl.core import failpoints
+from hybridrl.core.errors import CheckpointError, ConfigError, NonFiniteError, SkippedStep
+from hybridrl.kernels.terms import TokenTerms
+from hybridrl.models.decoder_layers import attends_plainly, compile_layers
+from hybridrl.models.loading import VALUE_HEAD, load_model, resolve
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.credit import ROWS, Credit, LearnerView, Signal, moments, no_credit
+from hybridrl.objectives.hybrid import teacher_weight
+from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
+from hybridrl.policy.optimizer_state import check_finite, check_model, load_part, local_fragments
+from hybridrl.policy.statistics import (
+    Tally,
+    batch_metrics,
+    count_credits,
+    count_micro,
+    heldout_metrics,
+    remedy,
+)
+from hybridrl.policy.student import HeadInputs, Look, Student, head_rule
+from hybridrl.run_dir.saved_file import seal
+from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.inbox import TeacherSide
+from hybridrl.types import (
+    LearnerStats,
+    Rewards,
+    RolloutBatch,
+    SavedFile,
+    ScoredBatch,
+    Shard,
+    TokenScores,
+    UpdatePlan,
+    WeightManifest,
+)
+from hybridrl.weights.fragments import MASTER, MOMENTS, PARTS, FragmentReader, write_fragments
+from hybridrl.weights.hugging_face import TEMPLATE, export
+from hybridrl.weights.stream import WeightStream
+
+
+class Learner:
+    """Holds a shard of the student and its optimizer; every method is called on all ranks
+    together.
+    """
+
+    def __init__(
+        self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str
+    ) -> None:
+        self.settings, self.rank, self.world = settings, rank, settings.learner.ranks
+        self.device = torch.device(device)
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": master[0],
+            "MASTER_PORT": str(master[1]),
+        }
+        deepspeed.init_distributed(
+            "nccl" if self.device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=settings.deadlines.learn_s),
+            verbose=False,
+        )
+        config = deepspeed_config(settings)
+        sharded_loading = (
+            HfDeepSpeedConfig(config) if settings.learner.zero_stage == 3 else None
+        )  # alive while the model loads
+        self.model = load_model(settings.model.path, settings.model.dtype, settings.model.revision)
+        del sharded_loading
+        set_layers(self.model, settings, self.device)
+        head = self.model.get_output_embeddings()
+        with self._gather([head.weight] if head is not None else []):  # Student tries its head
+            student = Student(
+                self.model,
+                head_rule(settings),
+                with_value=Signal.learner_values in make_objective(settings).signals,
+            )
+        self.parameters = dict(self.model.named_parameters())  # by the names that checkpoints use
+        if student.value_head is not None:
+            self.parameters[VALUE_HEAD] = student.value_head.weight
+        train = settings.train
+        # fused: one pass over the memory, where the default makes one for each of its operations
+        optimizer = torch.optim.AdamW(
+            student.parameters(),
+            lr=train.lr,
+            betas=tuple(train.betas),
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        self.engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
+        self.stream = WeightStream(self.model, self._gather)
+        self.optimizer_steps = 0
+        self.configure(settings)
+        if settings.train.packing:
+            check_packing(
+                self._logprobs,
+                vocabulary=self.model.config.get_text_config().vocab_size,
+                dtype=self.model.dtype,
+                model=type(self.model).__name__,
+            )
+
+    def configure(self, settings: RunSettings) -> None:
+        """Learn by other settings from here on: algorithm, teachers, learning rate, micro-batches.
+        The student stays.
+
+        Raises:
+            ConfigError: they need a value head, and the student was built without one.
+        """
+        self.objective = make_objective(settings)
+        if (
+            Signal.learner_values in self.objective.signals
+            and self.engine.module.value_head is None
+        ):
+            raise ConfigError(
+                "algorithm: needs a value head, which the running learner lacks; start a run of "
+                "its own"
+            )
+        self.settings = settings
+        self.engine.module.head.rule = head_rule(settings)
+        self.teachers = TeacherSide(settings, self.objective.signals, self.device)
+
+    def ping(self) -> int:
+        return self.optimizer_steps
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def update(
+        self, plan: UpdatePlan, shard: Shard, *values: RolloutBatch | Rewards | TokenScores
+    ) -> LearnerStats:
+        """One optimizer step on this rank's groups.
+
+        Args:
+            values: for each chunk of the shard its RolloutBatch, its Rewards and one TokenScores
+                per teacher.
+
+        Raises:
+            SkippedStep: the gradient is NaN or infinite; nothing was stepped, and the rank's batch
+                lies in run.dir/skipped.
+            NonFiniteError: the loss is, and the weights were stepped; the batch lies there too.
+        """
+        started = time.monotonic()
+        failpoints.hit("learner.update", step=plan.step, rank=self.rank)
+        tally = Tally(self.device)
+        credits, micros = self._prepare(plan, shard, values)
+        diagnostics = self._diagnostics(micros) if plan.diagnose else {}
+        for micro in micros:
+            self._backward(micro, tally, plan.step)
+        count_credits(tally, credits)
+        found = tally.reduced()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = plan.lr
+        self.engine.step()  # leaves everything as it was where a gradient is not finite
+        grad_norm = float(self.engine.get_global_grad_norm())
+        self._check_finite(plan, found, grad_norm, micros)
+        self.optimizer_steps += 1
+        return LearnerStats(
+            metrics=batch_metrics(found, plan, grad_norm) | diagnostics,
+            learn_s=time.monotonic() - started,
+        )
+
+    def evaluate(
+        self, plan: UpdatePlan, shard: Shard, *values: RolloutBatch | Rewards | TokenScores
+    ) -> LearnerStats:
+        """Measure this rank's groups of held-out data as `update` measures its batch; nothing is
+        learned.
+
+        Args:
+            plan: its counts are those of the held-out data.
+            values: as in `update`.
+
+        Returns:
+            Statistics whose metrics have the keys eval/*.
+        """
+        started = time.monotonic()
+        tally = Tally(self.device)
+        credits, micros = self._prepare(plan, shard, values)
+        with torch.no_grad():
+            for micro in micros:
+                self._forward(micro, tally, plan.step)
+        count_credits(tally, credits)
+        return LearnerStats(
+            metrics=heldout_metrics(tally.reduced()), learn_s=time.monotonic() - started
+        )
+
+    def _prepare(
+        self,
+        plan: UpdatePlan,
+        shard: Shard,
+        values: Sequence[RolloutBatch | Rewards | TokenScores],
+    ) -> tuple[list[Credit], list[MicroBatch]]:
+        """The credit of this rank's groups, and the micro-batches of their tokens."""
+        batches = scored_batches(shard, values)
+        weights = [[teacher_weight(b, plan, k) for k in range(shard.num_teachers)] for b in batches]
+        credits = self._credits(plan, batches, weights)
+        sequences = [
+            s
+            for b, c, w in zip(batches, credits, weights, strict=True)
+            for s in train_sequences(b, c, w)
+        ]
+        batches_of = self._micro_batches(sequences, plan.num_micro_batches)
+        micros = [self._collate([sequences[i] for i in batch]) for batch in batches_of]
+        return credits, micros
+
+    def _check_finite(
+        self,
+        plan: UpdatePlan,
+        found: Mapping[str, float],
+        grad_norm: float,
+        micros: Sequence[MicroBatch],
+    ) -> None:
+        """Raises what `update` says; every rank raises the same. found: what Tally.reduced
+        returned.
+        """
+        loss = found["train/loss"]
+        if np.isfinite(loss) and np.isfinite(grad_norm):
+            return
+        folder = Path(self.settings.run.dir).expanduser() / "skipped"
+        folder.mkdir(parents=True, exist_ok=True)
+        columns = {
+            f"{i}/{name}": value
+            for i, micro in enumerate(micros)
+            for name, value in micro.tensors().items()
+        }
+        save_file(columns, folder / f"step_{plan.step:06d}-rank{self.rank}.safetensors")
+        sentence = (
+            f"step {plan.step}: loss is {loss}, gradient norm {grad_norm}; {remedy(found)}; "
+            f"the batch is in {folder}"
+        )
+        if not self.engine.optimizer.overflow:
+            raise NonFiniteError(
+                f"{sentence}; the weights were stepped, the last checkpoint is untouched"
+            )
+        raise SkippedStep(f"{sentence}; nothing was stepped")
+
+    def _credits(
+        self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]
+    ) -> list[Credit]:
+        """What the objective makes of this rank's groups, after the learner's own view of them
+        where it asks for one.
+        """
+        views: list[LearnerView | None] = [None] * len(batches)
+        if self.objective.signals & {Signal.learner_logprobs, Signal.learner_values}:
+            views = self._view(plan, batches, weights)
+        credits = [self.objective.credit(b, plan, v) for b, v in zip(batches, views, strict=True)]
+        if self.objective.standardises:
+            dist.all_reduce(sums := moments(credits).to(self.device))
+            count, total, squares = sums.cpu()
+            mean = total / count.clamp_min(1)
+            std = (squares / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+            credits = [c.standardised(mean, std) for c in credits]
+        return credits
+
+    def _view(
+        self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]
+    ) -> list[LearnerView]:
+        """log p(y) and values before the update: one more forward, in the same micro-batches."""
+        sequences = [
+            s
+            for b, w in zip(batches, weights, strict=True)
+            for s in train_sequences(b, no_credit(b), w)
+        ]
+        seen: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(sequences)
+        for batch in self._micro_batches(sequences, plan.num_micro_batches):
+            micro = self._collate([sequences[i] for i in batch])
+            with torch.no_grad():
+                logprobs, values = self.engine(
+                    *self._inputs(micro, heard=False).arguments(), Look.view
+                )
+            lengths = [len(sequences[i].response_at) for i in batch]
+            for i, lp, v in zip(
+                batch,
+                *(x.cpu()[: sum(lengths)].split(lengths) for x in (logprobs, values)),
+                strict=True,
+            ):
+                seen[i] = lp, v
+        views, first = [], 0
+        for b in batches:
+            mine = seen[first : first + b.rollout.num_sequences]
+            views.append(
+                LearnerView(
+                    logprobs=torch.cat([lp for lp, _ in mine]),
+                    values=torch.cat([v for _, v in mine]),
+                )
+            )
+            first += b.rollout.num_sequences
+        return views
+
+    def _micro_batches(self, sequences: Sequence[TrainSequence], count: int) -> list[list[int]]:
+        """Indices per micro-batch; empty ones up to `count`, which is the same on every rank."""
+        train = self.settings.train
+        batches = micro_batches(
+            [len(s.input_ids) for s in sequences],
+            train.max_tokens_per_micro_batch,
+            packed=train.packing,
+        )
+        assert len(batches) <= count, (len(batches), count)
+        return batches + [[]] * (count - len(batches))
+
+    def _inputs(self, micro: MicroBatch, *, heard: bool = True) -> HeadInputs:
+        """On the device; without teachers where nobody listens to them."""
+
+        def to(t):
+            return t.to(self.device)
+
+        terms = TokenTerms(
+            token_ids=to(micro.token_ids),
+            token_weight=to(micro.token_weight),
+            sparse=to(micro.sparse),
+            sampler_logprobs=to(micro.rollout_logprobs),
+        )
+        return HeadInputs(
+            input_ids=to(micro.input_ids),
+            attention_mask=None if micro.attention_mask is None else to(micro.attention_mask),
+            position_ids=to(micro.position_ids),
+            hidden_rows=to(micro.hidden_rows),
+            teachers=self.teachers.of(micro.teachers) if heard else (),
+            terms=terms,
+            value_slope=to(micro.value_slope),
+        )
+
+    def _backward(self, micro: MicroBatch, tally: Tally, version: int) -> None:
+        """Forward and backward of one micro-batch, counted in `tally`."""
+        loss = self._forward(micro, tally, version)
+        # DeepSpeed averages gradients over ranks; the objective's normaliser is already global.
+        self.engine.backward(loss * self.world, scale_wrt_gas=False)
+
+    def _forward(self, micro: MicroBatch, tally: Tally, version: int) -> Tensor:
+        """The loss [] of one micro-batch, counted in `tally`."""
+        loss, stats = self.engine(*self._inputs(micro).arguments(), Look.learn)
+        count_micro(
+            tally, loss, stats, micro, version, compared=bool(self.objective.signals & ROWS)
+        )
+        return loss
+
+    def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
+        """What is too dear for every step."""
+        inputs = [self._inputs(micro) for micro in micros]
+        found = teacher_distance(self.engine, inputs)
+        if self.settings.learner.zero_stage < 3:
+            found |= gradient_geometry(self.engine.module, inputs)
+        return found
+
+    def _collate(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
+        """One forward pass; of an idle sequence where there is nothing to do."""
+        return collate(
+            sequences or [idle_sequence(self.teachers.idle())], packed=self.settings.train.packing
+        )
+
+    def logprob_gaps(self, *batches: RolloutBatch) -> list[float]:
+        """Mean |log p(y) - log mu(y)| of each batch's response tokens in nats, by the weights as
+        they are; NaN of no tokens.
+        """
+        gaps, train = [], self.settings.train
+        for sequences in map(plain_sequences, batches):
+            found = [torch.zeros(0)]
+            for indices in micro_batches(
+                [len(s.input_ids) for s in sequences],
+                train.max_tokens_per_micro_batch,
+                packed=train.packing,
+            ):
+                part = [sequences[i] for i in indices]
+                sampled = np.concatenate([s.rollout_logprobs for s in part])
+                found.append((self._logprobs(part) - torch.from_numpy(sampled)).abs())
+            gaps.append(float(torch.cat(found).mean()))
+        return gaps
+
+    @torch.no_grad()
+    def _logprobs(self, sequences: Sequence[TrainSequence]) -> Tensor:
+        """[R] log p of the sequences' response tokens in one forward pass, on CPU, by the weights
+        as they are.
+        """
+        micro = self._collate(sequences)
+        inputs = self._inputs(micro, heard=False)
+        logprobs, _ = self.engine(*inputs.arguments(), Look.view)
+        return logprobs.cpu()
+
+    # -- weights out -------------------------------------------------------------------------------
+
+    def pack_weights(self, version: int) -> tuple[WeightManifest | None, np.ndarray | None]:
+        """The student's weights in its own dtype; rank 0 returns them, the others only help to
+        gather.
+        """
+        if self.rank == 0:
+            return self.stream.pack(version)
+        for _ in self.stream:
+            pass
+        return None, None
+
+    def connect_engines(
+        self, backend: str, master: tuple[str, int], call: Callable, num_engines: int
+    ) -> None:
+        """Open vLLM's own nccl or ipc channel to the engines; every rank calls it, rank 0 sends."""
+        from hybridrl.weights.vllm_transfer import EngineClient, trainer_engine
+
+        client = EngineClient(call, num_engines, self.settings.rollout.tensor_parallel)
+        self.sender = trainer_engine(backend, self.rank, master, client, self.stream)
+
+    def send_weights(self) -> int:
+        """Push the weights through that channel; when every engine has loaded them, returns the
+        bytes that each one got.
+        """
+        self.sender.send_weights()
+        return self.stream.nbytes
+
+    def export(self, folder: str) -> None:
+        """Write the student as a Hugging Face folder (rank 0), with its value head where the run
+        has one.
+        """
+        state: dict[str, Tensor] = {}
+        for name, weight in self.stream:
+            if self.rank == 0 and name in self.parameters:  # without the repeated tied head
+                state[name] = weight.cpu().clone()
+        if VALUE_HEAD in self.parameters:
+            with self._gather([self.parameters[VALUE_HEAD]]):
+                state[VALUE_HEAD] = self.parameters[VALUE_HEAD].detach().cpu().clone()
+        if self.rank == 0:
+            export(
+                state,
+                resolve(self.settings.model.path, self.settings.model.revision),
+                Path(folder),
+                Path(self.settings.run.dir).expanduser() / TEMPLATE,
+            )
+
+    # -- checkpoint --------------------------------------------------------------------------------
+
+    def state_bytes(self) -> int:
+        """What save_state will write on this rank, headers aside."""
+        return sum(
+            t.nbytes for f in local_fragments(self.parameters, [MASTER]) for t in f.tensors.values()
+        ) * len(PARTS)
+
+    def save_state(self, folder: str) -> list[SavedFile]:
+        """This rank's pieces of the fp32 master weights and Adam moments, into a file of its own.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite.
+            CheckpointError: the file cannot be written.
+        """
+        fragments = local_fragments(self.parameters)
+        check_finite(fragments)
+        path = write_fragments(Path(folder), self.rank, self.world, fragments)
+        try:
+            return [seal(path)]
+        except OSError as error:
+            raise CheckpointError(f"{path}: not on disk: {error}") from error
+
+    def load_state(self, folder: str, optimizer_steps: int) -> None:
+        """The inverse of save_state, from any number of ranks and any ZeRO stage. The files were
+        verified by the caller.
+
+        Raises:
+            CheckpointError: a file is missing or is none of ours, or the state is another model's.
+        """
+        reader = FragmentReader(Path(folder))
+        check_model(self.parameters, reader, Path(folder), self.settings.model.path)
+        load_part(self.parameters, reader, MASTER)
+        self._step_without_moving()
+        for moment in MOMENTS:
+            load_part(self.parameters, reader, moment)
+        for state in self.engine.optimizer.optimizer.state.values():
+            state["step"] = torch.full_like(state["step"], optimizer_steps)
+        self.optimizer_steps = optimizer_steps
+
+    def _step_without_moving(self) -> None:
+        """Zero gradient, zero learning rate: DeepSpeed copies the master weights to those of the
+        forward pass, and creates Adam's moments, which it does at the first step only.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = 0.0
+        self._backward(self._collate([]), Tally(self.device), 0)
+        self.engine.step()
+
+    # -- helpers -----------------------------------------------------------------------------------
+
+    def _gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
+        if self.settings.learner.zero_stage < 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+
+
+def scored_batches(
+    shard: Shard, values: Sequence[RolloutBatch | Rewards | TokenScores]
+) -> list[ScoredBatch]:
+    """This rank's groups, one batch per source, in the order of the chunks."""
+    stride, found = 2 + shard.num_teachers, {}
+    for chunk in range(shard.num_chunks):
+        rollout, rewards, *scores = values[chunk * stride : (chunk + 1) * stride]
+        batch = ScoredBatch(rollout=rollout, scores=tuple(scores), rewards=rewards)
+        found.setdefault((rollout.source, rollout.group_size), []).append(
+            select_groups(batch, shard.groups[chunk])
+        )
+    return [join(parts) for parts in found.values()]
+
+
+def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.device) -> None:
+    """Attention, recomputation and compilation of the decoder layers, as this learner needs
+    them.
+    """
+    train = settings.train
+    tokens = train.max_tokens_per_micro_batch if train.packing else settings.rollout.max_model_len
+    if device.type == "cpu" and attends_plainly(model, tokens):
+        model.set_attn_implementation("eager")
+    if settings.learner.gradient_checkpointing:
+        checkpoint_activations(model)
+    elif (
+        device.type == "cpu" and settings.learner.zero_stage < 3
+    ):  # 3 exchanges parameters inside of layers
+        compile_layers(model, tokens=tokens, packed=train.packing, learns=True)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute layers in the backward. The model stays in evaluation mode, without dropout; only
+    the layers that transformers wraps for this are told that they train, or they would not
+    recompute.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def deepspeed_config(settings: RunSettings) -> dict:
+    """ZeRO with micro-batches of our own size: one step() per batch, gradients summed, never
+    averaged over micro-batches.
+    """
+    stage = settings.learner.zero_stage
+    alone = (
+        settings.learner.ranks == 1 and stage == 1
+    )  # nothing is summed, so nothing need be widened, divided and narrowed for it
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": settings.train.grad_clip,
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_scatter": not alone},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": settings.model.dtype == "bfloat16"},
+        # Sums over ranks, and over micro-batches where gradients are sharded, in fp32 whatever the
+        # model's dtype.
+        **({} if alone else {"communication_data_type": "fp32"}),
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if stage > 1 else {}),
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }

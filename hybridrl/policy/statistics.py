@@ -1,0 +1,267 @@
+"""What the learner counts over micro-batches and ranks, and the metrics of the global batch made of
+it.
+
+Names with a slash are metrics, explained in hybridrl.tracking.glossary; the others are parts of
+some.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybridrl.batch.micro_batch import MicroBatch
+from hybridrl.kernels.head import HeadStats
+from hybridrl.objectives.credit import Credit
+from hybridrl.settings.choices import Source
+from hybridrl.types import UpdatePlan
+
+QUARTERS = 4
+SUMS = ("train/loss", "tokens", "dense_sq", "sparse_sq", "dense_sparse")
+MEANS = (
+    "kl/token",
+    "kl/sampled",
+    "kl/clipped_frac",
+    "entropy/token",
+    "advantage/mean",
+    "advantage_sq",
+    "advantage/positive_frac",
+    "value/loss",
+    "policy/rho_mean",
+    "rho_sq",
+    "policy/logprob_gap",
+    "policy/kl_sampler",
+    "policy/bounded_frac",
+    "nll/token",
+    "pair/loss",
+    "pair/accuracy",
+    "pair/margin",
+    "pair/chosen_score",
+    "pair/rejected_score",
+    "pair/rejected_ratio",
+    "pair/clamped_frac",
+    "pair/chosen_logprob",
+    "pair/rejected_logprob",
+    *(f"{name}_q{q + 1}" for name in ("entropy/token", "advantage/abs") for q in range(QUARTERS)),
+)
+MAXIMA = (
+    "advantage/max",
+    "minus_advantage",
+    "policy/rho_max",
+    "policy/logprob_gap_max",
+    "pair/score_max",
+)
+
+
+HELDOUT = {
+    "train/loss": "eval/loss",
+    "kl/token": "eval/kl_token",
+    "pair/loss": "eval/loss",
+    "pair/accuracy": "eval/pair_accuracy",
+    "pair/margin": "eval/pair_margin",
+}
+"""What is reported of held-out data, in rising precedence: the surrogate whose gradient a pair loss
+has is not its value.
+"""
+
+
+class Tally:
+    """Named sums, means and maxima of numbers that are spread over micro-batches and ranks.
+
+    Example: add("kl/token", [1, 3]) on one rank and add("kl/token", [5]) on another: {"kl/token":
+    3.0} on both.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums = {
+            name: torch.zeros(2, dtype=torch.float64, device=device) for name in SUMS + MEANS
+        }  # of values, and their number
+        self.maxima = {
+            name: torch.full((), -torch.inf, dtype=torch.float64, device=device) for name in MAXIMA
+        }
+
+    def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
+        """Count values of any shape and dtype; where: bool of the same shape, None counts all."""
+        values = values.detach().to(self.device, torch.float64).flatten()
+        where = (
+            torch.ones_like(values, dtype=torch.bool)
+            if where is None
+            else where.to(self.device).flatten()
+        )
+        if name not in self.maxima:
+            self.sums[name] += torch.stack(
+                [torch.where(where, values, 0.0).sum(), where.sum().double()]
+            )
+        elif len(values):
+            self.maxima[name] = torch.maximum(
+                self.maxima[name], torch.where(where, values, -torch.inf).max()
+            )
+
+    def reduced(self) -> dict[str, float]:
+        """Over all ranks, equal on each; means and maxima of nothing are left out. Every rank must
+        call it.
+        """
+        sums, maxima = (
+            torch.stack(list(self.sums.values())),
+            torch.stack(list(self.maxima.values())),
+        )
+        dist.all_reduce(sums)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX)
+        found = {}
+        for name, (total, count) in zip(self.sums, sums.tolist(), strict=True):
+            if name in SUMS or count:
+                found[name] = total if name in SUMS else total / count
+        return found | {
+            name: value
+            for name, value in zip(self.maxima, maxima.tolist(), strict=True)
+            if value > -torch.inf
+        }
+
+
+def count_micro(
+    tally: Tally,
+    loss: Tensor,
+    stats: HeadStats,
+    micro: MicroBatch,
+    version: int,
+    *,
+    compared: bool = True,
+) -> None:
+    """Count one micro-batch; tokens of weight 0 count nowhere.
+
+    Args:
+        version: of the weights that learn.
+        compared: whether the student was compared with teachers over more than the drawn token;
+            stats.kl says nothing else.
+    """
+    device = stats.logprobs.device
+    live = (micro.token_weight > 0).to(device)
+    for name, part in {
+        "train/loss": loss,
+        "dense_sq": stats.dense_sq,
+        "sparse_sq": stats.sparse_sq,
+        "tokens": live,
+    }.items():
+        tally.add(name, part)
+    tally.add("dense_sparse", stats.dense_sparse)
+    if compared:
+        tally.add("kl/token", stats.kl, live)
+    tally.add("entropy/token", stats.entropy, live)
+    by_others = torch.tensor([s is not Source.student for s in micro.sources])[micro.owner]
+    tally.add("nll/token", -stats.logprobs, live & by_others.to(device))
+    advantage = -micro.sparse.to(device).double()
+    for name, part in {
+        "advantage/mean": advantage,
+        "advantage_sq": advantage.square(),
+        "advantage/positive_frac": advantage > 0,
+        "advantage/max": advantage,
+        "minus_advantage": -advantage,
+    }.items():
+        tally.add(name, part, live)
+    quarter = quarters(micro).to(device)
+    for q in range(QUARTERS):
+        tally.add(f"entropy/token_q{q + 1}", stats.entropy, live & (quarter == q))
+        tally.add(f"advantage/abs_q{q + 1}", advantage.abs(), live & (quarter == q))
+    count_ratio(tally, stats, micro, live, version)
+
+
+def count_ratio(
+    tally: Tally, stats: HeadStats, micro: MicroBatch, live: Tensor, version: int
+) -> None:
+    """Count rho = p(y) / mu(y): of all tokens that a model sampled; sampler against learner where
+    the student did, their gap where it was with the very weights that learn.
+    """
+    student, data = (
+        torch.tensor([s is source for s in micro.sources])[micro.owner].to(live.device)
+        for source in (Source.student, Source.data)
+    )
+    log_ratio = stats.logprobs.double() - micro.rollout_logprobs.to(live.device).double()
+    rho = log_ratio.exp()
+    for name, part in {
+        "policy/rho_mean": rho,
+        "rho_sq": rho.square(),
+        "policy/rho_max": rho,
+    }.items():
+        tally.add(name, part, live & ~data)
+    tally.add("policy/kl_sampler", rho - 1 - log_ratio, live & student)
+    same = (micro.oldest_versions >= version)[micro.owner].to(live.device)
+    for name in ("policy/logprob_gap", "policy/logprob_gap_max"):
+        tally.add(name, log_ratio.abs(), live & student & same)
+    tally.add("policy/bounded_frac", stats.bounded, live)
+
+
+def count_credits(tally: Tally, credits: Sequence[Credit]) -> None:
+    """Count what the objective watches, which is known before the head pass."""
+    for credit in credits:
+        for name, values in credit.watched.items():
+            tally.add(name, values)
+
+
+def quarters(micro: MicroBatch) -> Tensor:
+    """[R] int64, 0 ... 3: in which quarter of its response a token stands."""
+    owner = micro.owner
+    lengths = torch.bincount(owner, minlength=len(micro.sources))
+    position = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
+    return QUARTERS * position // lengths[owner]
+
+
+def remedy(found: Mapping[str, float]) -> str:
+    """What to change after a step whose loss or gradient is not finite, by the first mean of the
+    batch that is not finite.
+
+    Args:
+        found: what Tally.reduced returned.
+    """
+
+    def finite(name: str) -> bool:
+        return math.isfinite(found.get(name, 0.0))
+
+    if not finite("entropy/token"):  # the student's own distribution
+        return "the student's probabilities are not finite; lower train.lr"
+    if not finite("kl/token"):
+        return (
+            "the divergence from a teacher is not finite although the student is: the teacher "
+            "gives a token probability 0, which reverse KL cannot compare, or is not finite "
+            "itself; set algorithm.divergence=jsd or algorithm.log_ratio_clip, or choose another "
+            "teacher"
+        )
+    if not finite("advantage/mean"):
+        return (
+            "a reward, or a teacher's log-probability of a sampled token, is not finite; look at "
+            "the reward functions, or set algorithm.log_ratio_clip where a teacher gives a "
+            "sampled token probability 0"
+        )
+    return "lower train.lr"
+
+
+def batch_metrics(found: dict[str, float], plan: UpdatePlan, grad_norm: float) -> dict[str, float]:
+    """The metrics of a step from what Tally.reduced found."""
+    row = {name: value for name, value in found.items() if "/" in name}
+    dense, sparse = found["dense_sq"] ** 0.5, found["sparse_sq"] ** 0.5
+    row |= {"train/grad_norm": grad_norm, "grad/dense_norm": dense, "grad/sparse_norm": sparse}
+    if dense and sparse:
+        row |= {
+            "grad/dense_sparse_ratio": dense / sparse,
+            "grad/logit_cosine": found["dense_sparse"] / (dense * sparse),
+        }
+    row["policy/kept_frac"] = found["tokens"] / max(plan.num_tokens, 1)
+    if found["tokens"]:
+        if "kl/token" in found:
+            row["kl/sequence"] = found["kl/token"] * found["tokens"] / max(plan.num_sequences, 1)
+        row["advantage/min"] = -found["minus_advantage"]
+        row["advantage/std"] = max(found["advantage_sq"] - found["advantage/mean"] ** 2, 0.0) ** 0.5
+    if found.get("rho_sq"):
+        row["policy/ess"] = found["policy/rho_mean"] ** 2 / found["rho_sq"]
+    return row
+
+
+def heldout_metrics(found: dict[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation on held-out data, of what Tally.reduced found; none where no
+    token counts.
+    """
+    if not found["tokens"]:
+        return {}
+    return {key: found[name] for name, key in HELDOUT.items() if name in found}

@@ -1,0 +1,155 @@
+"""The student as one module: body and head, so that a sharded run gathers every parameter inside a
+forward call.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hybridrl.kernels.head import (
+    HeadRule,
+    HeadStats,
+    chosen_logprobs,
+    compared_sums,
+    hybrid_head_loss,
+)
+from hybridrl.kernels.teacher_rows import Teacher
+from hybridrl.kernels.terms import TokenTerms
+from hybridrl.models.output_head import output_weight
+from hybridrl.ops.divergence import Measure
+from hybridrl.ops.ratio import RatioBounds
+from hybridrl.settings.choices import PairLoss, RatioLevel
+from hybridrl.settings.run import RunSettings
+
+
+class Look(StrEnum):
+    """What a forward pass is for."""
+
+    learn = "learn"  # -> the loss, and HeadStats
+    view = "view"  # -> log p(y) [R] and values [R]; nothing is learned
+    # -> [1 + len(COMPARED)] float64 sums over tokens, the first their number; nothing is learned
+    compare = "compare"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadInputs:
+    """One micro-batch on the learner's device; R response tokens of B sequences."""
+
+    input_ids: Tensor  # [B, T]
+    attention_mask: Tensor | None  # [B, T]; None: packed
+    position_ids: Tensor  # [B, T]
+    hidden_rows: Tensor  # [R] into the flattened [B*T] positions
+    teachers: tuple[Teacher, ...]
+    terms: TokenTerms
+    value_slope: Tensor  # [R]
+
+    def arguments(self) -> tuple:
+        return (
+            self.input_ids,
+            self.attention_mask,
+            self.position_ids,
+            self.hidden_rows,
+            self.teachers,
+            self.terms,
+            self.value_slope,
+        )
+
+    def without_sparse(self) -> "HeadInputs":
+        """Only the dense term is left."""
+        terms = replace(self.terms, sparse=torch.zeros_like(self.terms.sparse))
+        return replace(self, terms=terms, value_slope=torch.zeros_like(self.value_slope))
+
+
+class OutputHead(nn.Module):
+    """Owns the output embedding (shared with the input embedding when the model ties them)."""
+
+    def __init__(self, weight: nn.Parameter, rule: HeadRule) -> None:
+        super().__init__()
+        self.weight, self.rule = weight, rule
+
+    def forward(
+        self, hidden: Tensor, teachers: tuple[Teacher, ...], terms: TokenTerms, look: Look
+    ) -> tuple[Tensor, HeadStats | None]:
+        match look:
+            case Look.learn:
+                return hybrid_head_loss(hidden, self.weight, teachers, terms, self.rule)
+            case Look.view:
+                ids = terms.token_ids[:, None]
+                return chosen_logprobs(hidden, self.weight, ids, self.rule)[:, 0], None
+            case Look.compare:
+                return compared_sums(hidden, self.weight, teachers, terms, self.rule), None
+
+
+class Student(nn.Module):
+    """forward(tokens, what the objective asks) -> loss. Nothing outside calls the submodules."""
+
+    def __init__(self, model: PreTrainedModel, rule: HeadRule, *, with_value: bool) -> None:
+        super().__init__()
+        self.body = model.base_model
+        self.head = OutputHead(output_weight(model), rule)
+        self.value_head: nn.Linear | None = None  # None: no objective of this run looks at values
+        if with_value:
+            # Under ZeRO 3 the weight is partitioned already and has no shape of its own.
+            _, width = getattr(self.head.weight, "ds_shape", self.head.weight.shape)
+            self.value_head = nn.Linear(width, 1, bias=False, dtype=self.head.weight.dtype)
+            nn.init.zeros_(self.value_head.weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        hidden_rows: Tensor,
+        teachers: tuple[Teacher, ...],
+        terms: TokenTerms,
+        value_slope: Tensor,
+        look: Look = Look.learn,
+    ) -> tuple[Tensor, HeadStats | Tensor | None]:
+        """The fields of HeadInputs; returns what `look` says."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        hidden = self.body(**inputs, use_cache=False).last_hidden_state
+        rows = hidden.flatten(0, 1).index_select(0, hidden_rows)
+        values = (
+            torch.zeros_like(value_slope)
+            if self.value_head is None
+            else self.value_head(rows)[:, 0].to(value_slope.dtype)
+        )
+        out, stats = self.head(rows, teachers, terms, look)
+        if look is Look.view:
+            return out, values
+        if look is Look.learn and self.value_head is not None:
+            out = out + (values * value_slope).sum()
+        return out, stats
+
+
+def head_rule(settings: RunSettings) -> HeadRule:
+    """The settings of the head pass; a ratio of whole sequences is part of the token weights
+    instead.
+    """
+    algorithm = settings.algorithm
+    per_token = algorithm.ratio.level is RatioLevel.token and algorithm.pair.loss is PairLoss.none
+    ratio = (
+        RatioBounds(kind=algorithm.ratio.kind, low=algorithm.ratio.low, high=algorithm.ratio.high)
+        if per_token
+        else RatioBounds()
+    )
+    measure = Measure(
+        divergence=algorithm.divergence,
+        beta=algorithm.jsd_beta,
+        log_ratio_clip=algorithm.log_ratio_clip,
+    )
+    chunk, exact = settings.train.head_chunk, settings.train.exact_logits
+    return HeadRule(
+        temperature=algorithm.temperature,
+        chunk=chunk,
+        exact_logits=exact,
+        measure=measure,
+        ratio=ratio,
+    )

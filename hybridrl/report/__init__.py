@@ -1,0 +1,1 @@
+"""A finished run as one page, one picture and a comparison with other runs."""

@@ -1,0 +1,211 @@
+"""Scores whole prompt groups: decodes the responses, calls every reward function, applies
+`reward.on_error`.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from hybridrl.core import failpoints
+from hybridrl.core.errors import RewardError
+from hybridrl.models.loading import load_tokenizer
+from hybridrl.rewards.pool import Failure, Outcome, RewardPool, reward_calls
+from hybridrl.rewards.repetition import compressed_share, repeated_share
+from hybridrl.settings.choices import OnError
+from hybridrl.settings.run import RewardConfig
+from hybridrl.types import Bool, Rewards, RolloutBatch, Sample
+
+logger = logging.getLogger(__name__)
+LOGGED = 10  # failures logged in full per function and batch
+IN_TIME = 0.9  # of the deadline for the functions, the rest for all else
+
+
+class Tokenizer(Protocol):
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+class RewardWorker:
+    """Owns a pool of killable processes, in which the functions run.
+
+    A function of weight 0 only watches: where it fails, its part is NaN and nothing else happens.
+
+    Args:
+        watch_only: nothing is learned from the rewards, so a failure stops nothing and drops
+            nothing.
+        deadline_s: of `score`. What hangs is given up early enough for it.
+        load: from tokenizer_path and revision to the tokenizer.
+
+    Raises:
+        ConfigError: a reward function or the tokenizer cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        config: RewardConfig,
+        tokenizer_path: str,
+        revision: str | None = None,
+        *,
+        watch_only: bool,
+        deadline_s: float = math.inf,
+        load: Callable[[str, str | None], Tokenizer] = load_tokenizer,
+    ) -> None:
+        self.config, self.watch_only = config, watch_only
+        self.tokenizer = load(tokenizer_path, revision)
+        calls = reward_calls(config)
+        # of a function, whose last task may begin when it is over; at least one round of tasks
+        budget_s = max(
+            IN_TIME * deadline_s / max(len(calls), 1) - config.timeout_s, config.timeout_s
+        )
+        limits = {
+            "timeout_s": config.timeout_s,
+            "max_timeouts": config.max_error_rate,
+            "budget_s": budget_s,
+        }
+        # None: no reward function, nothing to call
+        self.pool = RewardPool(calls, processes=config.processes, **limits) if calls else None
+
+    def ping(self) -> None:
+        """Answers once the constructor is through, that is with every function loaded."""
+
+    def score(self, batch: RolloutBatch, weights: Sequence[float]) -> Rewards:
+        """The weighted sum of all functions, for each of the N sequences.
+
+        A function that returns None does not apply to the sequence and adds nothing to its sum.
+        Where a function whose weight in the settings is not 0 failed, or none of these applies:
+        on_error=value gives `reward.error_value`, drop_group gives NaN and takes the K siblings
+        out. Under watch_only the function adds 0 there, and all is kept.
+
+        Args:
+            weights: [P] of the functions at this step, in the order of `config.functions`.
+
+        Raises:
+            RewardError: a function failed, or none applied, under on_error=fail.
+        """
+        failpoints.hit("reward.score", uid=batch.uids[0])
+        names = tuple(self.config.functions)
+        columns = self._columns(batch)
+        outcomes = [self._call(name, batch, columns) for name in names]
+        shape = (len(names), batch.num_sequences)  # [P, N]
+        parts = np.array(
+            [[o if isinstance(o, float) else np.nan for o in row] for row in outcomes]
+        ).reshape(shape)  # float64
+        failed = np.array([[isinstance(o, Failure) for o in row] for row in outcomes], bool)
+        failed = failed.reshape(shape)
+        assert len(weights) == len(names), (weights, names)
+        counted = np.array([f.weight != 0 for f in self.config.functions.values()], bool)  # [P]
+        errors = failed[counted].any(axis=0)  # [N]
+        if counted.any():
+            errors |= self._without_value(batch, np.isnan(parts[counted]).all(axis=0) & ~errors)
+        # What does not apply adds nothing; the sum means nothing where a counted function failed.
+        values = np.asarray(weights, float)[counted] @ np.nan_to_num(parts[counted], nan=0.0)  # [N]
+        if not self.watch_only:
+            replaced = self.config.error_value if self.config.on_error is OnError.value else np.nan
+            values = np.where(errors, replaced, values)
+        return Rewards(
+            uids=batch.uids,
+            values=values.astype(np.float32),
+            part_names=names,
+            parts=parts.astype(np.float32),
+            errors=errors,
+            keep=self._kept(errors, batch.group_size),
+            compressed=np.array(
+                [compressed_share(text) for text in columns["completions"]], np.float32
+            ),
+            repeated=np.array(
+                [repeated_share(ids) for ids in columns["completion_ids"]], np.float32
+            ),
+        )
+
+    def samples(
+        self, batch: RolloutBatch, rewards: Rewards, step: int, count: int
+    ) -> tuple[Sample, ...]:
+        """The first `count` sequences as text; fewer where the batch has fewer."""
+        return tuple(
+            Sample(
+                step=step,
+                uid=batch.uids[i // batch.group_size],
+                prompt=batch.prompt_texts[i // batch.group_size],
+                response=self._decode(batch.trajectory(i).response_ids.tolist()),
+                reward=float("nan") if rewards.errors[i] else float(rewards.values[i]),
+                finish_reason=batch.finish_reasons[i],
+            )
+            for i in range(min(count, batch.num_sequences))
+        )
+
+    def close(self) -> None:
+        """Kill the child processes."""
+        if self.pool is not None:
+            self.pool.close()
+
+    def _columns(self, batch: RolloutBatch) -> dict[str, list[Any]]:
+        """What TRL hands to a reward function, and prompt_ids: lists [N]; a column that a problem
+        lacks is None there.
+        """
+        trajectories = [batch.trajectory(i) for i in range(batch.num_sequences)]
+        ids = [t.response_ids.tolist() for t in trajectories]
+        k = batch.group_size
+        names = dict.fromkeys(name for columns in batch.columns for name in columns)
+        return {
+            name: _repeat([columns.get(name) for columns in batch.columns], k) for name in names
+        } | {
+            "prompts": _repeat(batch.prompt_texts, k),
+            "completions": [self._decode(response) for response in ids],
+            "completion_ids": ids,
+            "prompt_ids": [t.input_ids[~t.response_mask].tolist() for t in trajectories],
+        }
+
+    def _call(
+        self, name: str, batch: RolloutBatch, columns: Mapping[str, list[Any]]
+    ) -> list[Outcome]:
+        assert self.pool is not None
+        if not self.config.functions[name].skip_special_tokens:
+            texts = [self._decode(ids, skip_special=False) for ids in columns["completion_ids"]]
+            columns = {**columns, "completions": texts}
+        outcomes = self.pool.call(name, columns)
+        failed = [
+            (batch.uids[i // batch.group_size], o)
+            for i, o in enumerate(outcomes)
+            if isinstance(o, Failure)
+        ]
+        lines = [
+            f"reward.functions.{name} failed on {uid}: {failure.kind}: {failure.text}"
+            for uid, failure in failed
+        ]
+        counts = self.config.functions[name].weight != 0 and not self.watch_only
+        if lines and self.config.on_error is OnError.fail and counts:
+            raise RewardError(
+                f"{lines[0]}; {len(lines)} of {len(outcomes)} calls failed and reward.on_error=fail"
+            )
+        for line in lines[:LOGGED]:
+            logger.warning(line)
+        if len(lines) > LOGGED:
+            logger.warning("reward.functions.%s failed on %d more", name, len(lines) - LOGGED)
+        return outcomes
+
+    def _without_value(self, batch: RolloutBatch, rows: Bool) -> Bool:
+        """`rows`, the sequences [N] to which no function applies: an error, since 0 would be an
+        invented reward.
+        """
+        uids = [batch.uids[i // batch.group_size] for i in np.flatnonzero(rows)]
+        if not uids:
+            return rows
+        line = f"no reward function applies to {uids[0]}: each whose weight is not 0 returned None"
+        if self.config.on_error is OnError.fail and not self.watch_only:
+            raise RewardError(f"{line}; {len(uids)} such responses and reward.on_error=fail")
+        logger.warning("%s, as for %d of %d responses", line, len(uids), batch.num_sequences)
+        return rows
+
+    def _kept(self, errors: Bool, group_size: int) -> Bool:
+        if self.config.on_error is not OnError.drop_group or self.watch_only:
+            return np.ones_like(errors)
+        return np.repeat(~errors.reshape(-1, group_size).any(axis=1), group_size)
+
+    def _decode(self, ids: list[int], *, skip_special: bool = True) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special)
+
+
+def _repeat(per_group: Sequence[Any], k: int) -> list[Any]:
+    return [value for value in per_group for _ in range(k)]

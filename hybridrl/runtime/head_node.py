@@ -1,0 +1,99 @@
+"""Ray's own processes: the head's service (GCS), which places and replaces workers, and this
+machine's raylet.
+
+Without them a run can only end.
+
+Ray waits for a minute for a head that is gone, while calls between processes go on, and then ends
+this process from within: no sink is closed and no sentence says why. So the driver looks for
+itself, and ends the run before that.
+"""
+
+import socket
+import time
+
+import ray
+
+from hybridrl.core.errors import ClusterLost
+
+CHECK_S = 1.0
+SILENCE_S = 20.0
+"""A head that was restarted meanwhile is not lost. Well below Ray's own 60 s, because closing takes
+time too.
+"""
+
+
+class Head:
+    """Whether the head of the present Ray connection takes connections.
+
+    Args:
+        check_s: at most one connection is tried in this time.
+        silence_s: how long it may take none.
+    """
+
+    def __init__(self, *, check_s: float = CHECK_S, silence_s: float = SILENCE_S) -> None:
+        self._check_s = check_s
+        self.silence_s = silence_s
+        self._next_check = 0.0
+        self._address: str | None = None
+        self._silent_since: float | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the last connection failed; a call that needs the head would wait for a
+        minute.
+        """
+        return self._silent_since is not None
+
+    def check(self, address: str | None = None) -> None:
+        """Try a connection, unless that was done a moment ago.
+
+        Args:
+            address: HOST:PORT; None: of the Ray that this process is connected to.
+
+        Raises:
+            ClusterLost: no connection was taken for `silence_s`.
+        """
+        now = time.monotonic()
+        if now < self._next_check:
+            return
+        self._next_check = now + self._check_s
+        address = address or ray.get_runtime_context().gcs_address
+        if address != self._address or takes_connections(address):
+            self._address = address
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = now
+        elif now >= self._silent_since + self.silence_s:
+            raise ClusterLost(
+                f"Ray's head at {address} has not answered for {now - self._silent_since:.0f} s, "
+                "so that no worker can be started or replaced"
+            )
+
+
+def check_own_node() -> None:
+    """Ask the head about this machine. Call it where a worker has died: all die with the node that
+    owns them.
+
+    Raises:
+        ClusterLost: the raylet of this machine is gone.
+    """
+    mine = ray.get_runtime_context().get_node_id()
+    if any(node["NodeID"] == mine and not node["Alive"] for node in ray.nodes()):
+        raise ClusterLost(
+            "Ray's process on this machine, the raylet, is gone and with it every worker of this "
+            "run"
+        )
+
+
+def takes_connections(address: str) -> bool:
+    """Args: address: HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CHECK_S).close()
+    except OSError:
+        return False
+    return True
+
+
+HEAD = Head()
+"""Of this process, which is connected to one Ray at a time."""

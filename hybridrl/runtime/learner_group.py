@@ -1,0 +1,158 @@
+"""The ranks of the learner, which are called together."""
+
+import socket
+from collections.abc import Sequence
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from hybridrl.runtime.actor_group import ActorGroup, EngineCall, Slot
+from hybridrl.runtime.calls import Pending, gather
+from hybridrl.runtime.chunk import Chunk
+from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.settings.choices import WeightTransfer
+from hybridrl.settings.run import RunSettings
+from hybridrl.types import (
+    LearnerStats,
+    SavedFile,
+    Shard,
+    UpdatePlan,
+    WeightManifest,
+)
+
+
+class LearnerGroup:
+    worker = "hybridrl.policy.learner:Learner"
+
+    def __init__(
+        self, settings: RunSettings, slots: Sequence[Slot], *, device: str, log_dir: str
+    ) -> None:
+        self.settings = settings
+        self.device = device
+        self.slot = slots[0]
+        master = free_port_at(self.slot, settings.deadlines.start_s)
+        kwargs = [
+            {"settings": settings, "rank": rank, "master": master, "device": device}
+            for rank in range(len(slots))
+        ]
+        self.group = ActorGroup("learner", self.worker, slots, kwargs, log_dir=log_dir)
+        self.master = master
+
+    def ready(self) -> list[Pending]:
+        return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
+
+    def configure(self, settings: RunSettings) -> None:
+        """Learn by other settings from here on; the student stays."""
+        self.settings = settings
+        self.group.call_all("configure", settings, deadline_s=settings.deadlines.start_s)
+
+    def update(
+        self, plan: UpdatePlan, shards: Sequence[Shard], values: Sequence[Sequence[ray.ObjectRef]]
+    ) -> LearnerStats:
+        """One optimizer step; shard i and its refs go to rank i. Every rank returns the same global
+        statistics.
+        """
+        return self._on_shards("update", plan, shards, values)
+
+    def evaluate(
+        self, plan: UpdatePlan, shards: Sequence[Shard], values: Sequence[Sequence[ray.ObjectRef]]
+    ) -> LearnerStats:
+        """As `update` of held-out data, of which nothing is learned."""
+        return self._on_shards("evaluate", plan, shards, values)
+
+    def _on_shards(
+        self,
+        method: str,
+        plan: UpdatePlan,
+        shards: Sequence[Shard],
+        values: Sequence[Sequence[ray.ObjectRef]],
+    ) -> LearnerStats:
+        limit = self.settings.deadlines.learn_s
+        per_rank = enumerate(zip(shards, values, strict=True))
+        return gather(
+            [
+                self.group.submit(rank, method, plan, shard, *refs, deadline_s=limit)
+                for rank, (shard, refs) in per_rank
+            ]
+        )[0]
+
+    def logprob_gaps(self, chunks: Sequence[Chunk]) -> list[Pending]:
+        """Of each rank: -> mean |log p - log mu| in nats of each chunk, by the weights as they are.
+        Does not wait; all say the same.
+        """
+        refs, limit = [chunk.batch.ref for chunk in chunks], self.settings.deadlines.learn_s
+        return [
+            self.group.submit(rank, "logprob_gaps", *refs, deadline_s=limit)
+            for rank in range(self.group.size)
+        ]
+
+    def pack_weights(self, version: int) -> tuple[WeightManifest, ray.ObjectRef]:
+        """The student's weights as one object; only the manifest comes to the caller."""
+        limit = self.settings.deadlines.sync_s
+        pairs = [
+            self.group.submit_pair(rank, "pack_weights", version, deadline_s=limit)
+            for rank in range(self.group.size)
+        ]
+        manifests = gather([manifest for manifest, _ in pairs])
+        return manifests[0], pairs[0][1].ref
+
+    def connect_engines(self, backend: WeightTransfer, rollout: RolloutGroup) -> None:
+        limit = self.settings.deadlines.start_s
+        call = EngineCall(rollout.group, limit)
+        self.group.call_all(
+            "connect_engines",
+            str(backend),
+            free_port_at(self.slot, limit),
+            call,
+            rollout.group.size,
+            deadline_s=limit,
+        )
+
+    def send_weights(self) -> int:
+        """-> bytes that went into each engine"""
+        return self.group.call_all("send_weights", deadline_s=self.settings.deadlines.sync_s)[0]
+
+    def state_bytes(self) -> int:
+        return sum(self.group.call_all("state_bytes", deadline_s=self.settings.deadlines.save_s))
+
+    def save_state(self, folder: str) -> list[SavedFile]:
+        """Every rank writes its own file."""
+        return [
+            file
+            for files in self.group.call_all(
+                "save_state", folder, deadline_s=self.settings.deadlines.save_s
+            )
+            for file in files
+        ]
+
+    def load_state(self, folder: str, optimizer_steps: int) -> None:
+        self.group.call_all(
+            "load_state", folder, optimizer_steps, deadline_s=self.settings.deadlines.save_s
+        )
+
+    def export(self, folder: str) -> None:
+        self.group.call_all("export", folder, deadline_s=self.settings.deadlines.save_s)
+
+    def close(self) -> None:
+        self.group.close()
+
+
+def free_port_at(slot: Slot, start_s: float) -> tuple[str, int]:
+    """Address and a free TCP port of the node that the slot is on now, or will be when Ray has
+    found it another.
+    """
+    there = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
+    ref = ray.remote(_free_port).options(num_cpus=0, scheduling_strategy=there).remote()
+    return gather(
+        [
+            Pending(
+                ref=ref, worker=f"the node of {slot.node_ip}", call="free_port", deadline_s=start_s
+            )
+        ]
+    )[0]
+
+
+def _free_port() -> tuple[str, int]:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return ray.util.get_node_ip_address(), probe.getsockname()[1]

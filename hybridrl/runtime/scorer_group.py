@@ -1,0 +1,80 @@
+"""The replicas of one teacher."""
+
+from collections.abc import Sequence
+
+from hybridrl.core.errors import (
+    WorkerError,
+)
+from hybridrl.runtime.actor_group import ActorGroup, Slot
+from hybridrl.runtime.calls import Pending, gather
+from hybridrl.runtime.chunk import Chunk
+from hybridrl.runtime.replaceable import replaceable
+from hybridrl.settings.run import RunSettings
+from hybridrl.types import (
+    SavedFile,
+)
+
+
+class ScorerGroup:
+    """The replicas of one teacher."""
+
+    worker = "hybridrl.teachers.scorer:Scorer"
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        slots: Sequence[Slot],
+        *,
+        teacher: str,
+        device: str,
+        log_dir: str,
+    ) -> None:
+        self.settings, self.teacher = settings, teacher
+        kwargs = {"settings": settings, "teacher": teacher, "device": device}
+        self.group = ActorGroup(
+            f"scorer-{teacher}",
+            self.worker,
+            slots,
+            [kwargs] * len(slots),
+            **replaceable(settings, log_dir),
+        )
+
+    def lose(self, lost: WorkerError) -> None:
+        """Start another worker in its place; it holds no state that the run would miss."""
+        self.group.rebuild(lost, self.settings.deadlines.start_s)
+
+    def ready(self) -> list[Pending]:
+        return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
+
+    def configure(self, settings: RunSettings) -> None:
+        self.settings = settings
+        self.group.call_all("configure", settings, deadline_s=settings.deadlines.start_s)
+
+    def state_bytes(self) -> int:
+        return sum(self.group.call_all("state_bytes", deadline_s=self.settings.deadlines.save_s))
+
+    def save_state(self, folder: str) -> list[SavedFile]:
+        return self._each_replica("save_state", folder)
+
+    def load_state(self, folder: str) -> None:
+        self._each_replica("load_state", folder)
+
+    def _each_replica(self, method: str, folder: str) -> list[SavedFile]:
+        """Each writes or reads its own files."""
+        limit, size = self.settings.deadlines.save_s, self.group.size
+        written = gather(
+            [self.group.submit(i, method, folder, i, size, deadline_s=limit) for i in range(size)]
+        )
+        return [file for files in written for file in files]
+
+    def score(self, chunks: Sequence[Chunk]) -> list[tuple[Pending, Pending]]:
+        """One call per chunk, which starts when the chunk is done: (-> ScoreHeader, ->
+        TokenScores).
+        """
+        limit = (
+            self.settings.deadlines.score_s
+        )  # counts once the chunks are done: nobody waits for a score before
+        return [
+            self.group.submit_pair(i % self.group.size, "score", c.batch.ref, deadline_s=limit)
+            for i, c in enumerate(chunks)
+        ]

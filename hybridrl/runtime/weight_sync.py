@@ -1,0 +1,33 @@
+"""From the learner to every engine: one weight version after another."""
+
+from hybridrl.runtime.calls import gather
+from hybridrl.runtime.learner_group import LearnerGroup
+from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.settings.choices import WeightTransfer
+
+
+class WeightSync:
+    """Publishes versions; an engine serves a version only after every worker in it acknowledged the
+    bytes' digest.
+    """
+
+    def __init__(
+        self, learner: LearnerGroup, rollout: RolloutGroup, backend: WeightTransfer
+    ) -> None:
+        self.learner, self.rollout, self.backend = learner, rollout, backend
+        if backend is not WeightTransfer.object_store:
+            learner.connect_engines(backend, rollout)
+
+    def publish(self, version: int) -> int:
+        """Make every engine serve `version`; returns the bytes that went into each engine.
+
+        Raises:
+            WeightSyncError: every engine received something else, or did not load all of it.
+        """
+        if self.backend is WeightTransfer.object_store:
+            manifest, packed = self.learner.pack_weights(version)
+            self.rollout.load_weights(manifest, packed)
+            return manifest.nbytes
+        nbytes = self.learner.send_weights()
+        gather(self.rollout.set_version(version))
+        return nbytes

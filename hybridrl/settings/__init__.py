@@ -1,0 +1,3 @@
+"""Every setting with its default and meaning, the checks across settings, and how they are
+composed.
+"""

@@ -1,0 +1,344 @@
+"""The objective's settings. Named methods are files of these in conf/algorithm; no code knows their
+names.
+"""
+
+from dataclasses import dataclass, field
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.settings.choices import (
+    Baseline,
+    Correction,
+    Divergence,
+    Future,
+    Normalizer,
+    PairLoss,
+    Ratio,
+    RatioLevel,
+    Reference,
+    Scale,
+    ScheduleKind,
+    Support,
+    SupportSource,
+    TeacherSignal,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig:
+    """A weight as a function of the step t = 0, 1, ... or of what was measured; a number in its
+    place is a constant weight.
+    """
+
+    kind: ScheduleKind = ScheduleKind.constant
+    """how the weight changes"""
+    value: float = 1.0
+    """at t = 0"""
+    end: float | None = None
+    """where linear, cosine and step go; null only for constant and feedback"""
+    steps: int | None = None
+    """how long linear and cosine take (a warm-up is a short one), when step switches; null:
+    train.steps
+    """
+    metric: str | None = None
+    """feedback: a metric of the step's row, e.g. kl/token or reward/mean"""
+    target: float | None = None
+    """feedback: where the metric is to be held"""
+    gain: float = 0.1
+    """feedback: a step multiplies the weight by 1 + gain * clip(metric/target - 1, -1, 1); below 0
+    if more weight raises the metric
+    """
+    low: float = 0.0
+    """feedback: smallest weight"""
+    high: float | None = None
+    """feedback: largest weight"""
+
+    def check(self, key: str) -> None:
+        """Raise ConfigError under the schedule's own name, which only its owner knows."""
+        if (
+            self.kind in (ScheduleKind.linear, ScheduleKind.cosine, ScheduleKind.step)
+            and self.end is None
+        ):
+            raise ConfigError(
+                f"{key}.kind={self.kind}: needs an end value; set {key}.end, or {key}.kind=constant"
+            )
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(
+                f"{key}.steps={self.steps}: must be at least 1, or null for train.steps"
+            )
+        if self.kind is not ScheduleKind.feedback:
+            return
+        if not self.metric or self.target is None or self.target == 0:
+            raise ConfigError(
+                f"{key}.kind=feedback: needs {key}.metric, e.g. kl/token, and a {key}.target that "
+                "is not 0"
+            )
+        if not 0 < abs(self.gain) < 1:
+            raise ConfigError(
+                f"{key}.gain={self.gain}: must lie in (-1, 1) and not be 0, or one step could "
+                "turn the weight's sign"
+            )
+        if self.value <= 0 or self.low < 0 or (self.high is not None and self.high < self.low):
+            raise ConfigError(
+                f"{key}.value={self.value}, low={self.low}, high={self.high}: needs value > 0 and "
+                "0 <= low <= high"
+            )
+
+    def is_zero(self) -> bool:
+        return self.value == 0 and (self.kind is ScheduleKind.constant or not self.end)
+
+
+LEAST_JSD_BETA = 1e-3
+"""The gradient of the JSD shrinks like beta, the rounding of its logarithms in float32 does not:
+relative errors of 6e-4 at 1e-3 and of 0.03 to 0.3 at 1e-6, on random logits of 20 to 150000 tokens.
+"""
+
+
+@dataclass(kw_only=True, slots=True)
+class TopKConfig:
+    k: int = 16
+    """tokens of the vocabulary in the support"""
+    source: SupportSource = SupportSource.sampler
+    """which model chooses the K tokens"""
+    correction: Correction = Correction.unbiased
+    """what accounts for the tokens outside the K"""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(
+                f"algorithm.topk.k={self.k}: must be at least 1; for no support at all set "
+                "algorithm.support=sampled"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class RatioConfig:
+    """Correction for a sampler that is not the learner, and PPO's clip."""
+
+    kind: Ratio = Ratio.none
+    """what is done with rho = p(y) / mu(y), learner over sampler, in the sparse term"""
+    level: RatioLevel = RatioLevel.token
+    """over what the ratio is taken"""
+    low: float = 0.0
+    """least rho (truncate, mask); clip: 1 - low"""
+    high: float | None = None
+    """largest rho (truncate, mask), null: no bound; clip: 1 + high"""
+
+    def __post_init__(self) -> None:
+        if self.low < 0 or (self.high is not None and self.high <= 0):
+            raise ConfigError(
+                f"algorithm.ratio.low={self.low}, high={self.high}: needs low >= 0 and high > 0 "
+                "or null"
+            )
+        if self.kind is Ratio.clip and self.level is RatioLevel.sequence:
+            raise ConfigError(
+                "algorithm.ratio.kind=clip: works on tokens; set algorithm.ratio.level=token, or "
+                "kind=truncate"
+            )
+        bounded = self.kind in (Ratio.truncate, Ratio.mask) and self.high is not None
+        if bounded and self.high < self.low:
+            raise ConfigError(
+                f"algorithm.ratio.low={self.low}, high={self.high}: with kind={self.kind} no "
+                "ratio lies between them; needs low <= high"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class ValueConfig:
+    """The value head of baseline=value."""
+
+    gae_lambda: float = 0.95
+    """advantages: 1 uses the whole return, 0 one step and the value after it; between them bias is
+    traded for variance
+    """
+    loss_weight: float = 0.5
+    """weight of the value head's squared error in the loss"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gae_lambda <= 1:
+            raise ConfigError(f"algorithm.value.gae_lambda={self.gae_lambda}: lies in [0, 1]")
+        if self.loss_weight < 0:
+            raise ConfigError(
+                f"algorithm.value.loss_weight={self.loss_weight}: must not be negative, or the "
+                "value head would learn to be wrong"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class PairConfig:
+    """A loss over two ranked responses of one prompt, in place of returns."""
+
+    loss: PairLoss = PairLoss.none
+    """the loss over a chosen and a rejected response; formulas in hybridrl/ops/preference.py"""
+    against: str | None = None
+    """which of teachers.* the log-ratios are to; null: the only one"""
+    beta: float = 0.1
+    """scale of the log-ratio (dpo, simpo)"""
+    target: float = 0.5
+    """tau of IPO, margin of SLiC, gamma of SimPO"""
+    nll_weight: float = 0.0
+    """SLiC's regularisation: weight of the chosen response's negative log-likelihood"""
+    average: bool = False
+    """log-ratios averaged over tokens; the DIL losses are free of hyper-parameters only with it"""
+    clamp: float | None = None
+    """dil_*: log-ratio from which on a term follows its tangent; null: 20, which fp32 needs"""
+    reference: Reference = Reference.rejected
+    """whose log-ratios estimate DIL's expectation under the reference"""
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ConfigError(
+                f"algorithm.pair.beta={self.beta}: must be positive; 0 learns nothing and a "
+                "negative one prefers the rejected response"
+            )
+        if self.target < 0 or (self.target == 0 and self.loss is PairLoss.ipo):
+            positive = self.loss is PairLoss.ipo
+            rule = (
+                "must be positive, the margin is 1/(2 target)"
+                if positive
+                else "must not be negative"
+            )
+            raise ConfigError(
+                f"algorithm.pair.target={self.target}: with pair.loss={self.loss} it {rule}"
+            )
+        if self.nll_weight < 0:
+            raise ConfigError(
+                f"algorithm.pair.nll_weight={self.nll_weight}: must not be negative, or the "
+                "chosen response would become less likely"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class AlgorithmConfig:
+    """J = sum_i w_i D_i - lambda R (arXiv 2512.23097)."""
+
+    divergence: Divergence = Divergence.reverse_kl
+    """between the student p and a teacher q, per token"""
+    jsd_beta: float = 0.5
+    """of the JSD: near 0 it acts like the forward KL, near 1 like the reverse KL"""
+    support: Support = Support.full
+    """over which tokens the dense term is summed"""
+    topk: TopKConfig = field(default_factory=TopKConfig)
+    teacher_signal: TeacherSignal = TeacherSignal.hidden
+    """how the full vocabulary of a teacher reaches the learner"""
+    log_ratio_clip: float | None = None
+    """bound of |log p - log q| in the reverse KL, biased; null: none"""
+    imitation_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """multiplies every teacher's weight; 0: pure reinforcement learning, no teacher is loaded"""
+    reward_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """lambda; 0: pure distillation, rewards are only watched"""
+    gamma: float = 0.0
+    """discount of FUTURE imitation costs, gamma^(k-t); the terminal reward is never discounted. 0:
+    reward only, 1: exact gradient of J
+    """
+    future: Future = Future.sum
+    """how the future imitation costs of a token are combined when gamma > 0"""
+    baseline: Baseline = Baseline.leave_one_out
+    """what is subtracted from the return of a token"""
+    scale: Scale = Scale.none
+    """by what the sparse term is divided"""
+    ratio: RatioConfig = field(default_factory=RatioConfig)
+    value: ValueConfig = field(default_factory=ValueConfig)
+    overlong_buffer: int = 0
+    """DAPO: the reward falls by 1 over the last this many tokens before rollout.max_new_tokens; 0:
+    no penalty
+    """
+    dynamic_sampling: int = 0
+    """DAPO: how many more waves of prompts replace groups whose rewards are all equal; 0: they are
+    kept
+    """
+    nll_weight: float = 0.0
+    """weight of -log p(y) on responses that the student did not sample"""
+    teacher_fraction: float = 0.0
+    """share of the prompts that the first teacher answers instead of the student (MiniLLM, SeqKD);
+    a share of less than one prompt a step is carried to the next step. Rewards and costs of its
+    answers need a ratio
+    """
+    data_fraction: float = 0.0
+    """share of the prompts whose responses come from the data (SFT, GKD, preference pairs), carried
+    like teacher_fraction
+    """
+    pair: PairConfig = field(default_factory=PairConfig)
+    normalizer: Normalizer = Normalizer.token_mean
+    """by what the sum over tokens is divided"""
+    temperature: float = 1.0
+    """of student, teacher and sampler alike"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise ConfigError(f"algorithm.gamma={self.gamma}: a discount lies in [0, 1]")
+        if (
+            self.gamma > 0
+            and self.divergence is not Divergence.reverse_kl
+            and not self.imitation_weight.is_zero()
+        ):
+            raise ConfigError(
+                f"algorithm.gamma={self.gamma}: future costs are log p - log q, which only "
+                "divergence=reverse_kl has; set algorithm.gamma=0"
+            )
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"algorithm.temperature={self.temperature}: must be positive; greedy decoding "
+                "belongs to evaluation"
+            )
+        if not LEAST_JSD_BETA <= self.jsd_beta < 1:
+            raise ConfigError(
+                f"algorithm.jsd_beta={self.jsd_beta}: lies in [{LEAST_JSD_BETA}, 1), below which "
+                "float32 rounds the gradient away; the ends are divergence=forward_kl and "
+                "reverse_kl"
+            )
+        for name in ("imitation_weight", "reward_weight"):
+            schedule = getattr(self, name)
+            for part, value in {"value": schedule.value, "end": schedule.end}.items():
+                if value is not None and value < 0:
+                    raise ConfigError(
+                        f"algorithm.{name}.{part}={value}: must be at least 0; give a negative "
+                        "weight to one of teachers.* or reward.functions.* instead"
+                    )
+        if self.log_ratio_clip is not None and not self.log_ratio_clip > 0:
+            raise ConfigError(
+                f"algorithm.log_ratio_clip={self.log_ratio_clip}: must be positive, or null for "
+                "none"
+            )
+        if self.scale is Scale.batch and self.baseline is Baseline.value:
+            raise ConfigError(
+                "algorithm.scale=batch: not with baseline=value, whose advantages are centred "
+                "already; set algorithm.scale=none"
+            )
+        for name in ("teacher_fraction", "data_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"algorithm.{name}={getattr(self, name)}: a share, in [0, 1]")
+        if self.teacher_fraction + self.data_fraction > 1:
+            raise ConfigError(
+                "algorithm.teacher_fraction + data_fraction = "
+                f"{self.teacher_fraction + self.data_fraction}: more than all prompts"
+            )
+        for name in ("overlong_buffer", "dynamic_sampling", "nll_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"algorithm.{name}={getattr(self, name)}: must not be negative")
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """How many responses a row of data brings: a chosen and a rejected one for a pair loss,
+        else the one to imitate.
+        """
+        return 1 if self.pair.loss is PairLoss.none else 2
+
+    @property
+    def estimates_divergence(self) -> bool:
+        """Whether a part of the dense term is estimated from the drawn token."""
+        return self.support is Support.sampled or (
+            self.support is Support.topk and self.topk.correction is Correction.unbiased
+        )
+
+    @property
+    def learns_from_costs(self) -> bool:
+        """Whether imitation costs of drawn tokens enter the sparse term."""
+        return self.imitates and (self.gamma > 0 or self.estimates_divergence)
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        return not self.reward_weight.is_zero()
+
+    @property
+    def imitates(self) -> bool:
+        return not self.imitation_weight.is_zero()

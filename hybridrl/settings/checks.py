@@ -1,0 +1,316 @@
+"""Checks across sections of the settings: what one section cannot see by itself.
+
+Each section checks its own values when it is built. `check_settings` runs everything in this file;
+what has to read models and data is checked in launch/preflight.py.
+"""
+
+from collections.abc import Callable
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.settings.algorithm import AlgorithmConfig
+from hybridrl.settings.choices import (
+    REFERENCED,
+    Baseline,
+    Correction,
+    Device,
+    OnStale,
+    PairLoss,
+    Ratio,
+    Support,
+    SupportSource,
+    WeightTransfer,
+)
+from hybridrl.settings.run import DTYPES, RunSettings
+from hybridrl.settings.shares import chunk_size, shares
+
+SHARED_GPU_LIMIT = 0.5
+"""Largest rollout.gpu_memory_utilization on a GPU that learner and teachers use too."""
+
+
+def check_settings(settings: RunSettings) -> None:
+    """Run every check in CHECKS.
+
+    Raises:
+        ConfigError: one sentence on the first rule that is broken.
+    """
+    for check in CHECKS:
+        check(settings)
+
+
+def check_teachers(settings: RunSettings) -> None:
+    for name, teacher in settings.teachers.items():
+        if teacher.dtype not in DTYPES:
+            raise ConfigError(
+                f"teachers.{name}.dtype={teacher.dtype}: must be {' or '.join(DTYPES)}"
+            )
+        if teacher.revision and teacher.path is None:
+            raise ConfigError(
+                f"teachers.{name}.revision={teacher.revision}: without a path it is the student; "
+                "set model.revision"
+            )
+
+
+def check_schedules(settings: RunSettings) -> None:
+    for key, schedule in settings.schedules.items():
+        schedule.check(key)
+
+
+def check_best_checkpoint(settings: RunSettings) -> None:
+    settings.checkpoint.check_best(settings.eval.every)
+
+
+def check_needs(settings: RunSettings) -> None:
+    """What the objective asks for is there, and what it is given it uses."""
+    algorithm, pairs = settings.algorithm, settings.algorithm.pair.loss is not PairLoss.none
+    from_student = algorithm.data_fraction + algorithm.teacher_fraction < 1
+    likelihood = algorithm.nll_weight and algorithm.data_fraction + algorithm.teacher_fraction
+    if not (pairs or algorithm.imitates or algorithm.learns_from_rewards or likelihood):
+        raise ConfigError(
+            "algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from; "
+            "raise one of them"
+        )
+    if algorithm.imitates and not settings.teachers:
+        raise ConfigError(
+            "teachers={}: algorithm.imitation_weight is not 0, so a teacher is needed; "
+            "add +teachers.NAME.path=..., or set algorithm.imitation_weight.value=0"
+        )
+    against = algorithm.pair.against
+    if algorithm.pair.loss in REFERENCED and (
+        against not in settings.teachers if against else len(settings.teachers) != 1
+    ):
+        raise ConfigError(
+            f"algorithm.pair.against={against}: algorithm.pair.loss={algorithm.pair.loss} needs "
+            f"one reference among teachers={{{', '.join(settings.teachers)}}}; name one, e.g. "
+            "+teachers.initial.path=null algorithm.pair.against=initial"
+        )
+    if (
+        algorithm.pair.loss in REFERENCED
+        and settings.teachers[against or next(iter(settings.teachers))].route
+    ):
+        raise ConfigError(
+            f"teachers.{against or next(iter(settings.teachers))}.route: "
+            f"algorithm.pair.loss={algorithm.pair.loss} takes every pair's log-ratio to it; leave "
+            "the route out"
+        )
+    if algorithm.teacher_fraction and not settings.teachers:
+        raise ConfigError(
+            "teachers={}: algorithm.teacher_fraction is not 0, so a teacher must write; add "
+            "+teachers.NAME.path=..."
+        )
+    if (
+        algorithm.learns_from_rewards or (pairs and from_student)
+    ) and not settings.reward.functions:
+        raise ConfigError(
+            "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed; "
+            "add +reward.functions.NAME.function=..., or set algorithm.reward_weight.value=0"
+        )
+    k = settings.train.samples_per_prompt
+    compares = algorithm.baseline in (Baseline.leave_one_out, Baseline.group_mean)
+    if (
+        from_student
+        and not pairs
+        and compares
+        and k < 2
+        and (algorithm.learns_from_rewards or algorithm.imitates)
+    ):
+        raise ConfigError(
+            f"train.samples_per_prompt={k}: algorithm.baseline={algorithm.baseline} compares "
+            "siblings, needs >= 2; raise it or set algorithm.baseline=none"
+        )
+    if pairs and from_student and k < 2:
+        raise ConfigError(
+            f"train.samples_per_prompt={k}: algorithm.pair.loss={algorithm.pair.loss} ranks "
+            "siblings, needs >= 2; raise it"
+        )
+    if pairs and algorithm.teacher_fraction:
+        raise ConfigError(
+            "algorithm.teacher_fraction: pairs come from the student or the data; set it to 0, or "
+            "algorithm.pair.loss=none"
+        )
+    if algorithm.data_fraction and algorithm.ratio.kind is not Ratio.none:
+        raise ConfigError(
+            "algorithm.data_fraction: data has no sampler log-probs to take a ratio with; set "
+            "algorithm.ratio.kind=none"
+        )
+    if (
+        algorithm.data_fraction
+        and algorithm.support is Support.topk
+        and algorithm.topk.source is SupportSource.sampler
+    ):
+        raise ConfigError(
+            "algorithm.data_fraction: data has no sampler whose tokens could be the support; set "
+            "algorithm.topk.source=teacher"
+        )
+    if (
+        algorithm.teacher_fraction
+        and algorithm.ratio.kind is Ratio.none
+        and (algorithm.learns_from_rewards or algorithm.learns_from_costs)
+    ):
+        raise ConfigError(
+            f"algorithm.teacher_fraction={algorithm.teacher_fraction}: rewards and costs of what "
+            "the teacher wrote count for the student only when they are weighted by "
+            "algorithm.ratio; set algorithm.ratio.kind=truncate, or algorithm.teacher_fraction=0"
+        )
+    if (
+        algorithm.teacher_fraction
+        and algorithm.nll_weight
+        and algorithm.ratio.kind is not Ratio.none
+    ):
+        raise ConfigError(
+            "algorithm.nll_weight: the likelihood of what the teacher wrote is no return to be "
+            "weighted by algorithm.ratio; set algorithm.ratio.kind=none, or algorithm.nll_weight=0"
+        )
+    if algorithm.data_fraction and algorithm.imitates and not pairs:
+        check_imitation_of_data(algorithm)
+    if algorithm.dynamic_sampling and not algorithm.learns_from_rewards:
+        raise ConfigError(
+            "algorithm.dynamic_sampling: compares rewards, and algorithm.reward_weight is 0; set "
+            "it to 0"
+        )
+    if algorithm.dynamic_sampling and k < 2:
+        raise ConfigError(
+            f"train.samples_per_prompt={k}: algorithm.dynamic_sampling compares siblings, needs "
+            ">= 2; raise it"
+        )
+
+
+def check_imitation_of_data(algorithm: AlgorithmConfig) -> None:
+    """Where nobody drew the token, nothing can be estimated from it."""
+    if algorithm.support is Support.sampled and not algorithm.nll_weight:
+        raise ConfigError(
+            "algorithm.support=sampled: estimates by the drawn token, and data was not drawn; set "
+            "algorithm.support=full or topk, or algorithm.data_fraction=0"
+        )
+    if algorithm.support is Support.topk and algorithm.topk.correction is Correction.unbiased:
+        raise ConfigError(
+            "algorithm.topk.correction=unbiased: corrects by the drawn token, and data was not "
+            "drawn; choose another correction, algorithm.support=full, or "
+            "algorithm.data_fraction=0"
+        )
+
+
+def check_pipeline(settings: RunSettings) -> None:
+    """What runs ahead, or finishes first, is something that the objective and the data can do
+    with.
+    """
+    algorithm, pipeline = settings.algorithm, settings.pipeline
+    if (
+        pipeline.on_stale is OnStale.reweight
+        and pipeline.ahead
+        and algorithm.ratio.kind is Ratio.none
+    ):
+        raise ConfigError(
+            "pipeline.on_stale=reweight: stale tokens are weighted by algorithm.ratio, and "
+            "algorithm.ratio.kind=none leaves it out; set algorithm.ratio.kind=truncate, or "
+            "pipeline.on_stale=wait"
+        )
+    if settings.rollout.oversample and algorithm.teacher_fraction:
+        raise ConfigError(
+            "rollout.oversample: the groups that are done first would decide the teacher's share, "
+            "not algorithm.teacher_fraction; set one of them to 0"
+        )
+    if settings.rollout.oversample and algorithm.data_fraction:
+        raise ConfigError(
+            "rollout.oversample: data is not sampled, so nothing of it is late; set it to 0, or "
+            "algorithm.data_fraction=0"
+        )
+
+
+def check_places(settings: RunSettings) -> None:
+    """Every worker has something to do, and a way to do it where it stands.
+
+    Raises:
+        ConfigError: one sentence on the first rule that is broken.
+    """
+    _check_counts(settings)
+    _check_weight_transfer(settings)
+    if settings.cluster.colocate and settings.cluster.device is not Device.cpu:
+        _check_shared_gpus(settings)
+
+
+def _check_counts(settings: RunSettings) -> None:
+    rollout, algorithm, prompts = (
+        settings.rollout,
+        settings.algorithm,
+        settings.train.prompts_per_step,
+    )
+    for name, count in {
+        "rollout.engines": rollout.engines,
+        "learner.ranks": settings.learner.ranks,
+    }.items():
+        if prompts < count:
+            raise ConfigError(
+                f"train.prompts_per_step={prompts}: must be at least {name}={count}, one prompt "
+                "for each; raise it"
+            )
+    by_student, by_teacher, by_data = shares(prompts, algorithm, step=0)
+    chunks = -(-by_student // chunk_size(by_student, rollout.groups_per_chunk, rollout.engines))
+    chunks += -(-by_teacher // chunk_size(by_teacher, rollout.groups_per_chunk, 1)) + (by_data > 0)
+    counts = {
+        "scorer.replicas": settings.scorer.replicas if settings.scored_teachers else 1,
+        "reward.workers": settings.reward.workers,
+    }
+    for name, count in counts.items():
+        if count > chunks:
+            raise ConfigError(
+                f"{name}={count}: a step has {chunks} chunks, each for one worker, so the rest "
+                f"would idle; lower it or rollout.groups_per_chunk={rollout.groups_per_chunk}"
+            )
+
+
+def _check_weight_transfer(settings: RunSettings) -> None:
+    chosen = settings.rollout.weight_transfer
+    if chosen not in (WeightTransfer.nccl, WeightTransfer.ipc):
+        return
+    if settings.cluster.device is Device.cpu:
+        raise ConfigError(
+            f"rollout.weight_transfer={chosen}: needs GPUs, cluster.device is cpu; use object_store"
+        )
+    if chosen is WeightTransfer.ipc and settings.rollout.tensor_parallel > 1:
+        raise ConfigError(
+            "rollout.weight_transfer=ipc: hands over memory of one GPU, and "
+            f"rollout.tensor_parallel={settings.rollout.tensor_parallel} needs several; set "
+            "rollout.tensor_parallel=1, or use nccl"
+        )
+    if chosen is WeightTransfer.ipc and not settings.cluster.colocate:
+        raise ConfigError(
+            "rollout.weight_transfer=ipc: learner and engine must use the same GPU; set "
+            "cluster.colocate=true, or use nccl or auto"
+        )
+    if chosen is WeightTransfer.nccl and settings.cluster.colocate:
+        raise ConfigError(
+            "rollout.weight_transfer=nccl: NCCL refuses two ranks on one GPU, which is what "
+            "cluster.colocate=true means; use ipc, object_store or auto"
+        )
+
+
+def _check_shared_gpus(settings: RunSettings) -> None:
+    rollout, ranks = settings.rollout, settings.learner.ranks
+    if rollout.tensor_parallel > 1:
+        raise ConfigError(
+            f"rollout.tensor_parallel={rollout.tensor_parallel}: under cluster.colocate=true an "
+            "engine has a share of one GPU; set it to 1, or cluster.colocate=false"
+        )
+    if rollout.weight_transfer is not WeightTransfer.object_store and rollout.engines > ranks:
+        raise ConfigError(
+            f"rollout.engines={rollout.engines}: under cluster.colocate=true an engine's weights "
+            f"come from the learner rank on its GPU, and learner.ranks={ranks}; lower it, or use "
+            "rollout.weight_transfer=object_store"
+        )
+    if rollout.gpu_memory_utilization > SHARED_GPU_LIMIT:
+        raise ConfigError(
+            f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}: under "
+            "cluster.colocate=true learner and teachers need the rest of the GPU; set it to "
+            f"{SHARED_GPU_LIMIT} or less"
+        )
+
+
+CHECKS: tuple[Callable[[RunSettings], None], ...] = (
+    check_teachers,
+    check_schedules,
+    check_best_checkpoint,
+    check_needs,
+    check_pipeline,
+    check_places,
+)
+"""All of them, in the order in which they run."""

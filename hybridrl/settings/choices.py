@@ -1,0 +1,193 @@
+"""The settings that are one of a few words. Hydra matches the member's name, so each is named as
+YAML spells it.
+"""
+
+from enum import StrEnum
+
+
+class Resume(StrEnum):
+    auto = "auto"  # continue from the newest valid checkpoint in run.dir, else start
+    never = "never"  # refuse a run.dir that already holds a run
+    required = "required"  # refuse to start from scratch
+
+
+class BestMode(StrEnum):
+    max = "max"  # the highest value is the best
+    min = "min"  # the lowest is
+
+
+class ScheduleKind(StrEnum):
+    constant = "constant"  # value
+    # value -> end over `steps`, then end; the paper's lam0 (1 + alpha t) has alpha = (end/value -
+    # 1)/steps
+    linear = "linear"
+    cosine = "cosine"  # value -> end over `steps` along half a cosine, then end
+    step = "step"  # value before step `steps`, end from there on
+    feedback = "feedback"  # moved by a controller that holds `metric` at `target`
+
+
+class Divergence(StrEnum):
+    """Between the student p and a teacher q, per token."""
+
+    reverse_kl = "reverse_kl"  # KL(p || q)
+    forward_kl = "forward_kl"  # KL(q || p)
+    jsd = "jsd"  # beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p (GKD)
+
+
+class Support(StrEnum):
+    """Over which tokens the dense term is summed."""
+
+    full = "full"  # the whole vocabulary: no sampling variance
+    topk = "topk"  # K tokens chosen from the prefix, see topk.correction
+    sampled = (
+        "sampled"  # the drawn token alone: a score-function estimate, as cheap as a policy gradient
+    )
+
+
+class SupportSource(StrEnum):
+    """Who chooses the K tokens."""
+
+    sampler = "sampler"  # the engine's most likely tokens
+    teacher = "teacher"  # the teacher's
+
+
+class Correction(StrEnum):
+    """What stands for the tokens outside the K."""
+
+    unbiased = "unbiased"  # exact on the K, a score-function term for a drawn token outside them
+    tail_bucket = (
+        "tail_bucket"  # one more category that holds the rest: the KL of a coarser distribution
+    )
+    truncate = "truncate"  # nothing: not a divergence, biased
+    renormalize = "renormalize"  # both distributions rescaled to the K: biased, and zero for K = 1
+
+
+class TeacherSignal(StrEnum):
+    """How the full vocabulary of a teacher reaches the learner."""
+
+    hidden = "hidden"  # its last hidden states; the learner keeps its output head
+    # its log-probs, V numbers a token: less than hidden states only for a vocabulary smaller than
+    # the width
+    logits = "logits"
+
+
+class Future(StrEnum):
+    """How the future imitation costs of a token are put together when gamma > 0."""
+
+    sum = "sum"  # gamma-discounted sum: the exact gradient of J for gamma = 1
+    # that sum over the number of remaining tokens (MiniLLM's length normalisation): biased
+    mean = "mean"
+
+
+class Baseline(StrEnum):
+    none = "none"
+    group_mean = (
+        "group_mean"  # mean of the K siblings at the same position, the sequence itself included
+    )
+    leave_one_out = "leave_one_out"  # mean of the K-1 others at the same position: unbiased
+    value = "value"  # a learned value head with generalised advantage estimation (PPO)
+
+
+class Scale(StrEnum):
+    """By what the sparse term is divided."""
+
+    none = "none"
+    group_std = "group_std"  # the reward over the standard deviation of its group's rewards (GRPO)
+    # the return minus the mean over the standard deviation of all tokens of the batch (REINFORCE++)
+    batch = "batch"
+
+
+class Ratio(StrEnum):
+    """What is done with rho = p(y) / mu(y), learner over sampler, in the sparse term."""
+
+    none = "none"  # left out: right when sampler and learner are the same policy
+    # rho bounded to [low, high] (TIS); low=0 and high=null: plain importance sampling
+    truncate = "truncate"
+    mask = "mask"  # rho, and 0 outside [low, high] (IcePop, MOPD)
+    clip = (
+        "clip"  # PPO: rho, and 0 where the advantage pushes it further out of [1 - low, 1 + high]
+    )
+
+
+class RatioLevel(StrEnum):
+    token = "token"
+    # the product over the response, for the dense term too: unbiased when not bounded
+    sequence = "sequence"
+
+
+class Normalizer(StrEnum):
+    token_mean = "token_mean"  # divide by the global number of response tokens (DAPO)
+    # mean over each response, over its siblings, over prompts: short ones weigh more (GRPO, GKD)
+    sequence_mean = "sequence_mean"
+    constant = (
+        "constant"  # divide by sequences * max_new_tokens: unbiased at any batch size (Dr. GRPO)
+    )
+
+
+class PairLoss(StrEnum):
+    """Over a chosen and a rejected response of one prompt; formulas in ops.preference."""
+
+    none = "none"  # no pairs: the objective's returns
+    dpo = "dpo"
+    ipo = "ipo"
+    slic = "slic"
+    simpo = "simpo"
+    dil_lsif = "dil_lsif"
+    dil_ukl = "dil_ukl"
+    dil_bce = "dil_bce"
+    bradley_terry = (
+        "bradley_terry"  # trains a reward model: the value head's score of the whole response
+    )
+
+
+REFERENCED = (PairLoss.dpo, PairLoss.ipo, PairLoss.dil_lsif, PairLoss.dil_ukl, PairLoss.dil_bce)
+"""Pair losses over log-ratios to a reference."""
+
+
+class Reference(StrEnum):
+    """Whose responses stand for samples of the reference in DIL."""
+
+    rejected = "rejected"  # as the official code
+    both = "both"
+
+
+class Source(StrEnum):
+    """Who wrote a response."""
+
+    student = "student"
+    teacher = "teacher"
+    data = "data"
+
+
+class OnError(StrEnum):
+    fail = "fail"  # any reward error stops the run
+    drop_group = "drop_group"  # the prompt's whole group is left out of the step
+    value = "value"  # use reward.error_value
+
+
+class OnStale(StrEnum):
+    """What keeps tokens from being older than pipeline.max_staleness."""
+
+    wait = "wait"  # sampling does not run that far ahead
+    drop = "drop"  # groups with an older token are not trained on; their prompts come again
+    reweight = "reweight"  # nothing: older tokens are trained on with their importance ratio
+
+
+class Device(StrEnum):
+    auto = "auto"  # cuda when the cluster has GPUs
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class WeightTransfer(StrEnum):
+    auto = "auto"  # object_store on CPU; on GPUs ipc when learner and engines share them, else nccl
+    object_store = "object_store"
+    nccl = "nccl"
+    ipc = "ipc"
+
+
+class WandbMode(StrEnum):
+    auto = "auto"  # online when a key is configured, else offline
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"

@@ -1,0 +1,470 @@
+"""From conf/ and the command line to validated settings, or to one sentence that says what is
+wrong.
+
+Nothing here or in config.py imports torch or ray, so a typo costs a second, not a cluster.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Sweep
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from hybridrl.core import redact
+from hybridrl.core.errors import ConfigError
+from hybridrl.settings.algorithm import ScheduleConfig
+from hybridrl.settings.checks import check_settings
+from hybridrl.settings.run import RewardFunctionConfig, RunSettings, TeacherConfig
+from hybridrl.settings.synonyms import synonym_of
+
+PACKAGE = Path(__file__).parent.parent
+CONF_DIRS = (PACKAGE / "conf", PACKAGE.parent / "conf")
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside the wheel, or beside the package in a checkout."""
+    for path in CONF_DIRS:
+        if path.is_dir():
+            return path
+    raise ConfigError(f"no conf folder at {' or '.join(map(str, CONF_DIRS))}: reinstall hybridrl")
+
+
+def register_schema() -> None:
+    """Tell Hydra every key and default; conf/config.yaml names this first in its defaults.
+
+    The node is a plain tree, so that +teachers.NAME.path=... can add an entry; types are checked by
+    to_settings.
+    """
+    tree = OmegaConf.to_container(OmegaConf.structured(RunSettings), enum_to_str=True)
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(tree))
+
+
+def load_config(overrides: Sequence[str] = ()) -> RunSettings:
+    """Compose conf/config.yaml with command-line overrides and check everything.
+
+    Raises:
+        ConfigError: one sentence with field, value, rule and remedy.
+    """
+    register_schema()
+    GlobalHydra.instance().clear()
+    with (
+        one_sentence(overrides, of=(Exception,)),
+        initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"),
+    ):
+        composed = compose("config", overrides=list(overrides))
+    settings = to_settings(composed, overrides)
+    check_unmasked(settings)
+    return settings
+
+
+def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSettings:
+    """The typed settings of a composed config; `overrides` only make its errors clearer.
+
+    Raises:
+        ConfigError: as load_config.
+    """
+    with one_sentence(overrides, of=(Exception,)):
+        written = OmegaConf.to_container(composed)
+        check_secrets(written)
+        written = spelled_out(written, RunSettings)
+        composed = OmegaConf.create(written)
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), composed))
+        assert isinstance(settings, RunSettings)
+        for name, function in settings.reward.functions.items():
+            entry = written["reward"]["functions"][name]
+            if isinstance(entry, Mapping):  # else it is a reference to another one
+                function.options = redact.referred(entry.get("options"), function.options)
+        check_finite(asdict(settings))
+        check_settings(settings)
+    return settings
+
+
+INITIAL = "initial"
+"""In the place of a teacher's path: the student as it was before training, frozen."""
+EXAMPLES = {
+    ScheduleConfig: "{key}=0.5 or '{key}={{kind: linear, value: 0, end: 1}}'",
+    TeacherConfig: "{key}=PATH, {key}=initial (the start model) or '{key}={{path: PATH, weight: "
+    "0.5}}'",
+    RewardFunctionConfig: "{key}=FILE.py:FUNCTION or '{key}={{function: FILE.py:FUNCTION, weight: "
+    "0.5}}'",
+}
+"""How an entry of these types is written."""
+
+
+def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
+    """Settings as they are written, with short forms in full: a number for a constant schedule, the
+    path of a teacher or `initial`, the name of a reward function, and one value for a list of one.
+
+    Args:
+        hint: the type that the schema gives to the setting `key`.
+
+    Raises:
+        ConfigError: a value where a section or names and values stand; shows the right form.
+    """
+    if isinstance(value, str) and ("${" in value or value == MISSING):
+        return value
+    if get_origin(hint) is list:
+        return [value] if isinstance(value, str | int | float) else value
+    if hint is ScheduleConfig and isinstance(value, int | float) and not isinstance(value, bool):
+        return {"value": value}
+    if hint is TeacherConfig and isinstance(value, str):
+        return {} if value == INITIAL else {"path": value}
+    if hint is RewardFunctionConfig and isinstance(value, str):
+        return {"function": value}
+    entries = get_args(hint)[1] if get_origin(hint) is dict else None
+    if not is_dataclass(hint) and entries is None:
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}={value}: {_right_form(hint, entries, key)}")
+    hints = get_type_hints(hint) if entries is None else dict.fromkeys(value, entries)
+    return {
+        name: spelled_out(part, hints.get(name), f"{key}.{name}" if key else str(name))
+        for name, part in value.items()
+    }
+
+
+def _right_form(hint: Any, entries: Any, key: str) -> str:
+    """How a section, or names and values, are written where one value stands."""
+    if hint in EXAMPLES:
+        return f"cannot be read; write {EXAMPLES[hint].format(key=key)}"
+    if entries in EXAMPLES:
+        return f"has an entry for each name; write {EXAMPLES[entries].format(key=f'+{key}.NAME')}"
+    if entries is not None:
+        return f"holds names and values; write +{key}.NAME=VALUE or '{key}={{NAME: VALUE}}'"
+    return f"a section, not a value; set {key}.NAME=..."
+
+
+def check_finite(tree: Any, key: str = "") -> None:
+    """Raise ConfigError for a number that is NaN or infinite: no setting means anything by it, and
+    a deadline would be none.
+    """
+    parts = (
+        tree.items()
+        if isinstance(tree, Mapping)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
+    for name, part in parts:
+        check_finite(part, f"{key}.{name}" if key else str(name))
+    if isinstance(tree, float) and not math.isfinite(tree):
+        raise ConfigError(f"{key}={tree}: must be a finite number")
+
+
+def check_secrets(tree: Any, key: str = "") -> None:
+    """Raise ConfigError for a secret that is written out instead of referred to by
+    ${oc.env:NAME}.
+    """
+
+    def check(value: Any, name: str) -> None:
+        if redact.is_secret(value, name) and value != redact.MASK and "${" not in str(value):
+            raise ConfigError(
+                f"{name}: a secret must not be written out, where the shell's history and every "
+                "list of processes keep it; set an environment variable NAME_TOKEN and write "
+                f"{name}='${{oc.env:NAME_TOKEN}}'"
+            )
+
+    redact.rebuilt(tree, check, key)
+
+
+def check_unmasked(settings: RunSettings) -> None:
+    """Raise ConfigError for a secret that was masked when these settings were written, as a run's
+    config.yaml is.
+    """
+
+    def check(value: Any, key: str) -> None:
+        if value == redact.MASK or (isinstance(value, str) and f"://{redact.MASK}@" in value):
+            raise ConfigError(
+                f"{key}={value}: a secret was masked here when the settings were written; add "
+                f"{key}='${{oc.env:NAME}}' to the command, with the variable that holds it"
+            )
+
+    redact.rebuilt(settings, check)
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Raise ConfigError for a setting of ours or of another system that is written as a flag:
+    --learning_rate=1e-5.
+    """
+    known = known_keys()
+    for flag in flags:
+        name, equals, value = flag.lstrip("-").partition("=")
+        key = name.replace("-", "_")
+        if not flag.startswith("--"):
+            continue
+        if key in known:
+            raise ConfigError(
+                f"{flag}: a setting is written without dashes: {key}={value if equals else '...'}"
+            )
+        if synonym_of(key) or any(own.endswith(f".{key}") for own in known):
+            raise ConfigError(f"{_no_such_setting(flag, key)}; a setting is written KEY=VALUE")
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """As check_secrets, of the command line alone: Hydra writes a sweep's overrides down before it
+    composes anything.
+
+    Raises:
+        ConfigError: a secret is written out, or an override is none.
+    """
+    with one_sentence(overrides, of=(Exception,)):
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            value = override.value()
+            if isinstance(value, ChoiceSweep):
+                check_overrides(
+                    [
+                        f"{override.get_key_element()}={choice}"
+                        for choice in override.sweep_string_iterator()
+                    ]
+                )
+            elif not isinstance(value, Sweep):  # of numbers, or of files of conf/
+                check_secrets(value, override.key_or_group)
+
+
+@contextmanager
+def one_sentence(
+    overrides: Sequence[str],
+    of: tuple[type[Exception], ...] = (HydraException, OmegaConfBaseException),
+) -> Iterator[None]:
+    """What Hydra or OmegaConf raises inside becomes a ConfigError of one sentence.
+
+    Args:
+        of: Exception, where nothing but settings is at work: for some input both let errors of
+            Python's own through.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except MissingMandatoryValue as error:
+        key = error.full_key or "?"
+        raise ConfigError(
+            f"{key} is not set: it has no default; add {key}=... to the command"
+        ) from error
+    except of as error:
+        told = _sentence(error, overrides)
+        raise ConfigError(
+            "".join(c if c.isprintable() else repr(c)[1:-1] for c in told)
+        ) from error  # a line break as \n
+
+
+def to_yaml(settings: RunSettings) -> str:
+    """The resolved settings as YAML, as written to run.dir/config.yaml; secrets are masked."""
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(redact.tree(_named(asdict(settings))))))
+
+
+def masked_yaml(text: str) -> str:
+    """What Hydra prints of settings, as YAML or otherwise, with secrets masked; references
+    ${oc.env:NAME} stay as they are.
+    """
+    try:
+        printed = OmegaConf.to_container(OmegaConf.create(text))
+    except (yaml.YAMLError, OmegaConfBaseException):
+        return redact.text(text)
+    if not isinstance(printed, Mapping) or not printed:
+        return redact.text(text)
+    return OmegaConf.to_yaml(OmegaConf.create(redact.tree(printed, references=True)))
+
+
+def from_yaml(text: str) -> RunSettings:
+    """The inverse of to_yaml. Nothing is looked up: what the text says is all that it can say.
+
+    Raises:
+        ConfigError: it is no YAML, or holds no settings of this version, or refers to something
+            outside of it.
+    """
+    saved_tree(text)
+    with one_sentence((), of=(Exception,)):
+        return to_settings(OmegaConf.create(text))
+
+
+def saved_tree(text: str) -> dict[str, Any]:
+    """The plain content of a saved config.yaml, of this or another version; it may have been
+    written by anybody.
+
+    Raises:
+        ConfigError: it is no mapping in YAML; or it holds what to_yaml never writes: a reference
+            like ${oc.env:NAME}, which would bring a secret of this machine into the settings, or a
+            YAML alias, with which a few lines fill the memory.
+    """
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ConfigError(
+                "holds a YAML alias (*NAME), which no run writes; write the value out"
+            )
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"no YAML: {str(error).splitlines()[0]}") from error
+    except (ValueError, RecursionError) as error:  # a date or a number out of range, deep nesting
+        raise ConfigError(f"no YAML: {error}".splitlines()[0]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError("no mapping of settings")
+    _check_references(tree)
+    return tree
+
+
+def _check_references(tree: Any, key: str = "") -> None:
+    """Raise ConfigError for a ${ that is not escaped, wherever it stands."""
+    if isinstance(tree, Mapping):
+        for name, part in tree.items():
+            _check_references(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for part in tree:
+            _check_references(part, key)
+    elif isinstance(tree, str) and re.search(r"(?<!\\)(\\\\)*\$\{", tree):
+        raise ConfigError(f"{key}: holds a reference ${{...}}, which no run writes")
+
+
+def _named(tree: Any) -> Any:
+    """Enum members by name, as OmegaConf reads them."""
+    if isinstance(tree, Mapping):
+        return {key: _named(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_named(value) for value in tree]
+    return tree.name if isinstance(tree, Enum) else tree
+
+
+def _literal(tree: Any) -> Any:
+    """With the ${ of resolved text escaped, so that it is no reference when it is read again."""
+    if isinstance(tree, Mapping):
+        return {key: _literal(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_literal(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
+
+
+def known_keys(schema: type = RunSettings, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, for did-you-mean."""
+    keys = []
+    for name, hint in get_type_hints(schema).items():
+        key = f"{prefix}{name}"
+        keys.append(key)
+        nested = (
+            hint
+            if is_dataclass(hint)
+            else next((a for a in get_args(hint) if is_dataclass(a)), None)
+        )
+        if nested is not None and is_dataclass(hint):
+            keys += known_keys(nested, f"{key}.")
+    return keys
+
+
+def _sentence(error: Exception, overrides: Sequence[str]) -> str:
+    """One sentence from Hydra's several lines, with the nearest known key or choice."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    text = next(iter(str(error).splitlines()), type(error).__name__)
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        key, near = cause.full_key, f"{cause.full_key}."
+        given = next(
+            (
+                o.lstrip("+~")
+                for o in overrides
+                if o.lstrip("+~").split("=")[0] == key or o.lstrip("+~").startswith(near)
+            ),
+            key,
+        )
+        reason = str(cause).splitlines()[0]
+        if isinstance(cause, ConfigKeyError) or "not in" in reason:
+            return _no_such_setting(given, given.partition("=")[0])
+        return f"{given}: {reason}"
+    if "Could not append" in str(error) and (
+        doubled := next((o for o in overrides if o.startswith("+") and o[1:] in str(error)), None)
+    ):
+        return (
+            f"{doubled}: there is a {doubled[1:].partition('=')[0]} already; write it without the +"
+        )
+    if "Could not find" in text:
+        for override in overrides:
+            group, _, choice = override.lstrip("+").partition("=")
+            folder = conf_dir() / group
+            if folder.is_dir() and not (folder / f"{choice}.yaml").is_file():
+                names = sorted(p.stem for p in folder.glob("*.yaml"))
+                near = difflib.get_close_matches(choice, names, n=1)
+                return f"{group}={choice}: no such choice; " + (
+                    f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(names)}"
+                )
+    if (bad := getattr(error, "override", None)) is not None:  # Hydra cannot parse it
+        return f"{bad}: not KEY=VALUE as Hydra reads it{_how_to_quote(bad)}"
+    if "Ambiguous value" in text:
+        bad = next((o for o in overrides if o in str(error)), text)
+        key, _, values = bad.partition("=")
+        return (
+            f"{bad}: commas separate the values of a sweep (-m); write a list as "
+            f"{key}=[{values}], text as {quoted(bad)}"
+        )
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key and key in text and key not in known_keys():
+            return _no_such_setting(override, key)
+        if is_dataclass(get_type_hints(RunSettings).get(key)) and not (conf_dir() / key).is_dir():
+            return f"{override}: a section, not a value; set {key}.NAME=..."
+    return text
+
+
+def _how_to_quote(override: str) -> str:
+    """What to do with an override that Hydra cannot parse."""
+    _, equals, value = override.partition("=")
+    if not equals:
+        return ""
+    if re.match(r"\[|\{\s*[\w.]+\s*:", value):  # a list, or names and values
+        return """; quote the texts in it that have special characters: '...{NAME: "TEXT"}' or '...["TEXT"]'"""
+    return f"; write text with special characters as {quoted(override)}"
+
+
+def quoted(override: str) -> str:
+    """KEY=VALUE as a shell and Hydra take it where VALUE is text of any characters: in quotes of
+    Hydra's inside of the shell's.
+
+    Example: data.system_prompt=Be brief, please -> 'data.system_prompt="Be brief, please"'
+    """
+    key, _, value = override.partition("=")
+    # Hydra takes backslashes as they are, but for those before a quote.
+    inner = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + (m[2] and '\\"'), value)
+    word = f'{key}="{inner}"'
+    if "'" not in word:
+        return f"'{word}'"
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", word) + '"'
+
+
+def _no_such_setting(given: str, key: str) -> str:
+    """For a key that does not exist: how to add it where names are free, else the nearest known
+    one.
+    """
+    known = known_keys()
+    for section, schema in {
+        "teachers": TeacherConfig,
+        "reward.functions": RewardFunctionConfig,
+    }.items():
+        if key.startswith(f"{section}."):
+            entry = ".".join(key.split(".")[: section.count(".") + 2])
+            known = [entry, *(f"{entry}.{f.name}" for f in fields(schema))]
+    free = ("data.columns.", "data.chat_template_kwargs.")  # whose names the user chooses
+    if key in known or ".options." in key or key.startswith(free):
+        return f"{given}: not in the config so far; write +{given} to add it"
+    if (synonym := synonym_of(key)) is not None:
+        if synonym.ours is None:
+            return f"{given}: not supported: {synonym.note}"
+        note = f" ({synonym.note})" if synonym.note else ""
+        return f"{given}: no such setting; did you mean {synonym.ours}?{note}"
+    last = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    near = same if len(same) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"{given}: no such setting" + (
+        f"; did you mean {near[0]}?" if near else "; see hybridrl train --help"
+    )

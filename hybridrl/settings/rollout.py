@@ -1,0 +1,120 @@
+"""How responses are sampled, and how far sampling runs ahead of learning."""
+
+from dataclasses import dataclass
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.settings.choices import OnStale, WeightTransfer
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    engines: int = 1
+    """vLLM engines; on GPUs each takes tensor_parallel of them"""
+    tensor_parallel: int = 1
+    """devices inside one engine"""
+    max_new_tokens: int | None = None
+    """tokens of the longest response; null: the run ends before it starts, in a sentence that
+    proposes a value for the data
+    """
+    max_model_len: int | None = None
+    """tokens of the longest prompt with its response; null: as max_new_tokens"""
+    max_num_seqs: int = 256
+    """sequences decoded at once by one engine"""
+    kv_cache_bytes: int | None = None
+    """KV cache of one engine; null: 256 MiB on CPU, on GPUs what gpu_memory_utilization leaves"""
+    gpu_memory_utilization: float = 0.9
+    """share of a GPU that an engine may use; at most 0.5 with cluster.colocate"""
+    enforce_eager: bool = True
+    """false: let vLLM compile; pays after minutes of generation"""
+    groups_per_chunk: int = 1
+    """prompt groups that leave an engine together; scoring and rewards of a chunk start when it is
+    done, while others still generate. Larger chunks make fewer and larger calls, which suits small
+    models
+    """
+    oversample: float = 0.0
+    """share of prompts sampled beyond train.prompts_per_step; a step takes the groups that are done
+    first and cancels the rest, whose prompts come again. Cuts the wait for the longest responses,
+    and so prefers short ones; which are first is not reproducible
+    """
+    weight_transfer: WeightTransfer = WeightTransfer.auto
+    """how the learner's weights reach the engines"""
+    max_logprob_gap: float = 0.1
+    """nats; a larger mean |sampler - learner| log-prob difference means the engines do not run the
+    learner's weights: the run stops
+    """
+
+    def __post_init__(self) -> None:
+        for name in (
+            "engines",
+            "tensor_parallel",
+            "max_new_tokens",
+            "max_num_seqs",
+            "groups_per_chunk",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"rollout.{name}={value}: must be at least 1")
+        if not 0 <= self.oversample <= 1:
+            raise ConfigError(
+                f"rollout.oversample={self.oversample}: a share of train.prompts_per_step, in [0, "
+                "1]"
+            )
+        if self.oversample and self.groups_per_chunk > 1:
+            raise ConfigError(
+                f"rollout.groups_per_chunk={self.groups_per_chunk}: rollout.oversample cancels "
+                "single groups; set it to 1"
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: a fraction of the "
+                "device, in (0, 1]"
+            )
+        if self.kv_cache_bytes is not None and self.kv_cache_bytes < 1:
+            raise ConfigError(
+                f"rollout.kv_cache_bytes={self.kv_cache_bytes}: must be positive, or null to have "
+                "it chosen"
+            )
+        both = self.max_new_tokens is not None and self.max_model_len is not None
+        if both and self.max_model_len <= self.max_new_tokens:
+            raise ConfigError(
+                f"rollout.max_model_len={self.max_model_len}: must hold a prompt and "
+                f"rollout.max_new_tokens={self.max_new_tokens}; raise it"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class PipelineConfig:
+    """What the engines and scorers do while the learner works. `schedule=pipelined` on the command
+    line sets ahead and max_staleness.
+    """
+
+    ahead: int = 0
+    """steps whose prompts are sampled and scored while the learner works on an earlier one; 0: one
+    after the other, bit-reproducible
+    """
+    max_staleness: int = 0
+    """weight versions that a token's sampler may be behind the learner that trains on it"""
+    on_stale: OnStale = OnStale.wait
+    """how max_staleness is kept"""
+    max_inflight_bytes: int | None = None
+    """sampling waits while rollouts and scores of the steps ahead would take more of the object
+    store; null: half of the store
+    """
+
+    def __post_init__(self) -> None:
+        for name in ("ahead", "max_staleness"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"pipeline.{name}={getattr(self, name)}: must not be negative; 0 means none"
+                )
+        if self.on_stale is OnStale.wait and self.ahead > self.max_staleness:
+            raise ConfigError(
+                f"pipeline.ahead={self.ahead}: pipeline.on_stale=wait lets sampling run no "
+                f"further ahead than pipeline.max_staleness={self.max_staleness}; raise that, or "
+                "choose drop or reweight"
+            )
+        if self.max_inflight_bytes is not None and self.max_inflight_bytes < 1:
+            raise ConfigError(
+                f"pipeline.max_inflight_bytes={self.max_inflight_bytes}: must be positive, or "
+                "null to have it chosen"
+            )

@@ -1,0 +1,531 @@
+"""Every setting: its type, default, meaning and the checks between settings.
+
+The dataclasses are Hydra's schema; those of algorithm.*, rollout.*, pipeline.* and checkpoint.* are
+in algorithm.py, generation.py and checkpointing.py. A default stands there or here and nowhere
+else; files in conf/ set what an experiment or an algorithm preset means, and compose.py puts the
+two together with the command line.
+"""
+
+import math
+import unicodedata
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from omegaconf import MISSING
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.settings.algorithm import AlgorithmConfig, ScheduleConfig
+from hybridrl.settings.checkpointing import CheckpointConfig
+from hybridrl.settings.choices import REFERENCED, Device, OnError, Resume, WandbMode
+from hybridrl.settings.rollout import PipelineConfig, RolloutConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    dir: str = MISSING
+    """run directory; absolute when submitted to a cluster"""
+    seed: int = 0
+    """every sampling seed derives from it"""
+    resume: Resume = Resume.auto
+    """what is done with an earlier run in run.dir"""
+    resume_from: str | None = None
+    """a checkpoint folder of another run, which a run.dir without checkpoints of its own continues;
+    a damaged one is an error
+    """
+    allow_changes: list[str] = field(default_factory=list)
+    """settings, or sections of them, that may differ from those the run in run.dir was started
+    with, e.g. [train.lr, data]
+    """
+
+    def __post_init__(self) -> None:
+        for name in ("dir", "resume_from"):
+            check_path(f"run.{name}", getattr(self, name))
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(
+                f"run.seed={self.seed}: must be in [0, 2**32), as the engines take it"
+            )
+
+
+def check_path(key: str, path: str | None) -> None:
+    """Raise ConfigError for a path that is empty, as from a variable that is not set, or that no
+    message could show.
+    """
+    if path is None or path == MISSING:
+        return
+    if not path.strip():
+        raise ConfigError(f"{key} is empty, as from a variable that is not set; give a folder")
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in path):
+        raise ConfigError(
+            f"{key}={path!a}: holds a line break, a control character or bytes that are no UTF-8; "
+            "give it another name"
+        )
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    path: str = MISSING
+    """a Hugging Face folder or name, or builtin:NAME (countdown-student, countdown-teacher,
+    smollm2-135m-instruct)
+    """
+    dtype: str = "float32"
+    """float32 or bfloat16: of the forward pass; the learner keeps fp32 master weights"""
+    revision: str | None = None
+    """hub revision; null: the newest"""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"model.dtype={self.dtype}: must be {' or '.join(DTYPES)}")
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    path: str | None = None
+    """as model.path; null: the student as it was before training, frozen"""
+    revision: str | None = None
+    """hub revision of path; null: the newest"""
+    dtype: str = "float32"
+    """float32 or bfloat16: of its forward pass"""
+    weight: float = 1.0
+    """w_i of the objective, times algorithm.imitation_weight; below 0 pushes the student away
+    (reward extrapolation, G-OPD)
+    """
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """multiplies the weight"""
+    route: dict[str, Any] = field(default_factory=dict)
+    """scores only prompts whose columns hold these values, e.g. {domain: math}; empty: every
+    prompt
+    """
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    steps: int = 100
+    """optimizer steps"""
+    prompts_per_step: int = 32
+    """prompts of one optimizer step, over all learner ranks"""
+    samples_per_prompt: int = 8
+    """K rollouts of each prompt"""
+    lr: float = 5e-4
+    """AdamW's learning rate after the warm-up"""
+    lr_warmup_steps: int = 0
+    """steps over which the learning rate rises linearly to lr"""
+    lr_end: float | None = None
+    """cosine from lr to lr_end over train.steps; null: constant"""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's decay rates of the gradient's mean and of its square"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay"""
+    grad_clip: float = 1.0
+    """largest gradient norm; 0 never clips"""
+    max_tokens_per_micro_batch: int = 16384
+    """padded tokens in one forward pass of one learner rank; tokens when packing"""
+    packing: bool = False
+    """sequences one after the other instead of padded; pays for long ones of unequal length"""
+    max_skipped: int = 0
+    """batches in a row that may be left out because their gradient is NaN or infinite; one more
+    ends the run
+    """
+    head_chunk: int = 1024
+    """response tokens whose logits exist at once in the head op"""
+    exact_logits: bool = False
+    """bfloat16 on CPUs: logits by float32 products, several times slower. For a student that nearly
+    equals its teacher: of the dense gradient 20 % are rounding at a KL of 0.01 nats a token, 40 %
+    at 0.003, all below 0.001. On GPUs logits are exact anyway
+    """
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "prompts_per_step",
+            "samples_per_prompt",
+            "max_tokens_per_micro_batch",
+            "head_chunk",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("lr_warmup_steps", "weight_decay", "grad_clip", "max_skipped"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"train.{name}={getattr(self, name)}: must not be negative")
+        if not self.lr > 0 or not math.isfinite(self.lr):
+            raise ConfigError(f"train.lr={self.lr}: must be positive and finite")
+        if self.lr_end is not None and not (self.lr_end >= 0 and math.isfinite(self.lr_end)):
+            raise ConfigError(
+                f"train.lr_end={self.lr_end}: must be finite and not negative, or training would "
+                "end by going uphill"
+            )
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError(f"train.betas={self.betas}: AdamW needs two numbers in [0, 1)")
+
+
+RECORDS = ("jsonl", "records")
+"""Two words for one task: rows from data.path."""
+
+ROW_KEYS = ("prompt", "completion", "messages", "chosen", "rejected")
+"""What a row may hold beside the columns for the rewards; hybridrl/data/schema.py says which
+combinations mean what.
+"""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    task: str = "countdown"
+    """countdown, reasoning_gym (data.dataset) or records (data.path; jsonl means the same)"""
+    path: str | None = None
+    """records: a file (JSON lines, a JSON array, CSV, TSV or Parquet; also compressed), a dataset's
+    folder[:SPLIT], or OWNER/NAME[:CONFIG][:SPLIT] on the hub. A row holds `prompt` (text or chat
+    messages), `prompt` and `completion`, `messages`, or `prompt`, `chosen` and `rejected`; other
+    keys reach the rewards
+    """
+    heldout_path: str | None = None
+    """records: held-out problems"""
+    columns: dict[str, Any] = field(default_factory=lambda: {key: key for key in ROW_KEYS})
+    """records: the row's key behind each name, e.g. {prompt: question, completion: answer}; null:
+    the row's key is not read
+    """
+    revision: str | None = None
+    """hub revision of both paths; null: the newest"""
+    dataset: str | None = None
+    """reasoning_gym: name of the generator, e.g. chain_sum"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """generator options, e.g. {num_numbers: 3, max_number: 10, responses: pair} for countdown"""
+    num_train: int = 100000
+    """distinct training problems drawn from the generator; cycled in a new order each epoch"""
+    num_heldout: int = 512
+    """held-out problems of each evaluation, at most"""
+    chat_template: bool = False
+    """wrap each text prompt as a user message in the model's chat template; prompts that are
+    messages always go through it
+    """
+    chat_template_file: str | None = None
+    """a Jinja file to use in place of the model's chat template, for teachers too; exports carry
+    it. null: the model's own
+    """
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """arguments of the chat template, e.g. +data.chat_template_kwargs.enable_thinking=false; one
+    that it does not read is refused
+    """
+    system_prompt: str | None = None
+    """a system message before each prompt, in the chat template"""
+    instruction: str = "{prompt}"
+    """text around each prompt; in a conversation, around the last text of a user"""
+    drop_too_long: bool = False
+    """leave out rows whose prompt or response has too many tokens for rollout.max_model_len, and
+    log how many; false: stop at the first
+    """
+
+    def __post_init__(self) -> None:
+        if self.task not in ("countdown", "reasoning_gym", *RECORDS):
+            raise ConfigError(
+                f"data.task={self.task}: must be countdown, reasoning_gym or {' or '.join(RECORDS)}"
+            )
+        if self.task in RECORDS and not (self.path and self.heldout_path):
+            raise ConfigError(
+                f"data.task={self.task}: needs data.path and data.heldout_path, two files or splits"
+            )
+        if self.task not in RECORDS and (self.path or self.heldout_path):
+            raise ConfigError(
+                f"data.path={self.path or self.heldout_path}: data.task={self.task} reads no "
+                "file; set data.task=records"
+            )
+        for name, key in self.columns.items():
+            if not (key is None or (isinstance(key, str) and key)):
+                raise ConfigError(
+                    f"data.columns.{name}={key!r}: must be the name of a key in the rows of "
+                    "data.path, or null to leave it out"
+                )
+        if self.task not in RECORDS and any(name != key for name, key in self.columns.items()):
+            raise ConfigError(
+                f"data.columns={self.columns}: data.task={self.task} reads no rows; set "
+                "data.task=records, or leave data.columns out"
+            )
+        if self.task == "reasoning_gym" and not self.dataset:
+            raise ConfigError(
+                "data.task=reasoning_gym: needs data.dataset, the generator's name, e.g. chain_sum"
+            )
+        if self.num_train < 1 or self.num_heldout < 1:
+            raise ConfigError(
+                f"data.num_train={self.num_train}, data.num_heldout={self.num_heldout}: both must "
+                "be at least 1"
+            )
+        if "{prompt}" not in self.instruction:
+            raise ConfigError(f"data.instruction={self.instruction!r}: must contain {{prompt}}")
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardFunctionConfig:
+    function: str = MISSING
+    """countdown, math, reasoning_gym, reward_model, or file.py:function of yours"""
+    weight: float = 1.0
+    """share in the reward, times algorithm.reward_weight; 0: the function is only watched"""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """multiplies the weight"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """keyword arguments to the function; of reward_model: path, the exported folder"""
+    skip_special_tokens: bool = True
+    """leave tokens such as the end of a turn out of `completions`; false: the function sees them as
+    text
+    """
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardConfig:
+    functions: dict[str, RewardFunctionConfig] = field(default_factory=dict)
+    workers: int = 1
+    """actors; each runs calls in its own killable child processes"""
+    processes: int = 1
+    """child processes per worker"""
+    timeout_s: float = 10.0
+    """deadline of one call for one sequence; the child past it is killed"""
+    on_error: OnError = OnError.drop_group
+    """what is done where a reward function raises, hangs or returns no finite number"""
+    error_value: float = 0.0
+    """the reward of a failed call under on_error=value"""
+    max_error_rate: float = 0.1
+    """stop the run when more than this fraction of a step's calls fail; on_error=value too"""
+
+    def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise ConfigError(f"reward.timeout_s={self.timeout_s}: must be positive")
+        if self.workers < 1 or self.processes < 1:
+            raise ConfigError(
+                f"reward.workers={self.workers}, reward.processes={self.processes}: both must be "
+                "at least 1"
+            )
+        if not 0 <= self.max_error_rate <= 1:
+            raise ConfigError(f"reward.max_error_rate={self.max_error_rate}: a fraction, in [0, 1]")
+
+
+@dataclass(kw_only=True, slots=True)
+class LearnerConfig:
+    ranks: int = 1
+    """processes that share the student's optimizer state and the batch; on GPUs each takes one"""
+    zero_stage: int | None = None
+    """DeepSpeed ZeRO 1, 2 or 3; null: 2 with model.dtype=bfloat16, else 1. In bfloat16, 1 adds the
+    gradients of micro-batches in bfloat16, so that two ranks differ from one by about 2 % of a
+    step; 2 and 3 add them in float32
+    """
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass: less memory, more time"""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (None, 1, 2, 3):
+            raise ConfigError(
+                f"learner.zero_stage={self.zero_stage}: must be 1, 2 or 3; stage 0 follows "
+                "another trajectory in bf16"
+            )
+        if self.ranks < 1:
+            raise ConfigError(f"learner.ranks={self.ranks}: must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class ScorerConfig:
+    replicas: int = 1
+    """frozen copies of each teacher"""
+    max_tokens_per_micro_batch: int = 32768
+    """padded tokens in one forward pass of a teacher"""
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ConfigError(f"scorer.replicas={self.replicas}: must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    every: int = 20
+    """steps between evaluations on the held-out problems; 0: only before and after"""
+    greedy: bool = True
+    """the most likely token each time; false: sample with algorithm.temperature"""
+    samples: int = 8
+    """how many rollouts of each evaluation are kept to read"""
+    teacher: bool = True
+    """measure each teacher with a path once, before training, so that the report can draw its
+    level
+    """
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.samples < 0:
+            raise ConfigError(
+                f"eval.every={self.every}, eval.samples={self.samples}: neither may be negative; "
+                "0 means none"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class DiagnosticsConfig:
+    every: int = 0
+    """steps between looks at the parameter-space gradients of both terms (ZeRO 1 and 2) and at
+    student against teacher; 0: never
+    """
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(
+                f"diagnostics.every={self.every}: must not be negative; 0 means never"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    wandb: WandbMode = WandbMode.auto
+    """how Weights & Biases is used"""
+    project: str = "hybridrl"
+    """project in Weights & Biases"""
+    entity: str | None = None
+    """user or team in Weights & Biases; null: that of the key"""
+    group: str | None = None
+    """group in Weights & Biases; null: none"""
+    tags: list[str] = field(default_factory=list)
+    """tags in Weights & Biases"""
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    address: str | None = None
+    """Ray address; null: RAY_ADDRESS if set (as in a Ray job), else a private local Ray"""
+    device: Device = Device.auto
+    """where models run"""
+    colocate: bool = False
+    """learner, engines and scorers share the same GPUs; without effect on CPU"""
+    spread: bool = False
+    """put the workers of one group on different nodes where possible"""
+    threads_per_worker: int | None = None
+    """CPU threads of one learner, engine or scorer; null: the node's cores over the group's workers
+    on it
+    """
+    max_restarts: int = 3
+    """how often lost workers of one kind are replaced while the run goes on, and how often it goes
+    back to its last checkpoint
+    """
+
+    def __post_init__(self) -> None:
+        if self.max_restarts < 0:
+            raise ConfigError(
+                f"cluster.max_restarts={self.max_restarts}: must not be negative; 0 ends the run "
+                "at the first loss"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class DeadlineConfig:
+    """Seconds after which a silent worker counts as hung. Every wait has one."""
+
+    placement_s: float = 60.0
+    """until the cluster has answered and has room for all workers"""
+    start_s: float = 600.0
+    """until a worker is built and has loaded its model"""
+    heartbeat_s: float = 60.0
+    """an engine that does not answer a ping for so long, also while it samples, counts as lost"""
+    rollout_s: float = 600.0
+    """until an engine has sampled what it was given"""
+    score_s: float = 600.0
+    """until a scorer has scored a chunk"""
+    reward_s: float = 300.0
+    """until a reward worker has scored a chunk"""
+    learn_s: float = 1800.0
+    """until a learner rank has done its update"""
+    sync_s: float = 300.0
+    """until weights have been sent to an engine and loaded there"""
+    save_s: float = 1800.0
+    """until a worker has written, read or exported its state"""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if not getattr(self, f.name) > 0:
+                raise ConfigError(f"deadlines.{f.name}={getattr(self, f.name)}: must be positive")
+
+    @property
+    def longest_silence_s(self) -> float:
+        """The longest that a run waits for one worker that says nothing."""
+        return max(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(kw_only=True, slots=True)
+class RunSettings:
+    """All settings of one run. settings/checks.py has the checks across sections;
+    compose.load_config runs them.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
+
+    def __post_init__(self) -> None:
+        if self.learner.zero_stage is None:
+            self.learner.zero_stage = 2 if self.model.dtype == "bfloat16" else 1
+
+    @property
+    def schedules(self) -> dict[str, ScheduleConfig]:
+        """Every weight that may change with the step, by its dotted key."""
+        return {
+            "algorithm.imitation_weight": self.algorithm.imitation_weight,
+            "algorithm.reward_weight": self.algorithm.reward_weight,
+            **{
+                f"teachers.{name}.schedule": teacher.schedule
+                for name, teacher in self.teachers.items()
+            },
+            **{
+                f"reward.functions.{name}.schedule": function.schedule
+                for name, function in self.reward.functions.items()
+            },
+        }
+
+    @property
+    def sampler_differs(self) -> bool:
+        """Whether the policy that sampled a response may differ from the policy that learns from
+        it.
+
+        It may where sampling runs ahead of learning, and in bfloat16, where the engine and the
+        learner round the same weights differently, by about 0.04 nats a token. In float32 they
+        agree to about 1e-6.
+        """
+        return self.pipeline.ahead > 0 or self.model.dtype == "bfloat16"
+
+    @property
+    def scored_teachers(self) -> list[str]:
+        """Whose log-probs or hidden states the objective asks for; none for pure reinforcement
+        learning.
+        """
+        if self.algorithm.pair.loss in REFERENCED:
+            return [self.algorithm.pair.against or next(iter(self.teachers))]
+        return list(self.teachers) if self.algorithm.imitates else []
+
+    @property
+    def teachers_in_use(self) -> list[str]:
+        """Those that score, and the first one where it writes; the others of the config are not
+        loaded.
+        """
+        writer = list(self.teachers)[:1] if self.algorithm.teacher_fraction else []
+        return list(dict.fromkeys([*self.scored_teachers, *writer]))
+
+    def teacher_model(self, name: str) -> ModelConfig:
+        """The weights of a teacher; one without a path has the student's, as they were before
+        training.
+        """
+        teacher = self.teachers[name]
+        path, revision = (
+            (teacher.path, teacher.revision)
+            if teacher.path
+            else (self.model.path, self.model.revision)
+        )
+        return ModelConfig(path=path, dtype=teacher.dtype, revision=revision)
+
+    def model_setting(self, teacher: str) -> str:
+        """The setting that teacher_model takes the path from, as errors call it."""
+        return f"teachers.{teacher}.path" if self.teachers[teacher].path else "model.path"

@@ -1,0 +1,163 @@
+"""A YAML file of settings as the base of a run: one's own (`train --config FILE`), or the
+config.yaml that a run left.
+
+Hydra composes it like a file of conf/experiment, so overrides of the command line go on top of it.
+"""
+
+import difflib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.core.files import read_text
+from hybridrl.settings.compose import conf_dir, one_sentence, saved_tree
+from hybridrl.settings.run import RunSettings
+
+GROUPS = ("experiment", "algorithm", "schedule")
+"""The folders of conf/. A file chooses one of their files by name, e.g. `algorithm: grpo`."""
+
+NAME = "settings-file"
+"""The name under which Hydra finds the file among the experiments."""
+
+
+@contextmanager
+def own_file(path: Path) -> Iterator[list[str]]:
+    """The Hydra overrides that make a user's file the base of the settings; valid inside the
+    context.
+
+    The file is a mapping of settings, as the command line names them but nested. A key of GROUPS
+    with a name as its value begins with that file of conf/. A file that has a `defaults` list of
+    its own is handed to Hydra as it is.
+
+    Example: a file of the three lines below trains the quickstart with another method and learning
+    rate.
+
+        experiment: quickstart
+        algorithm: grpo
+        train: {lr: 2.0e-4}
+
+    Raises:
+        ConfigError: the file cannot be read, is no mapping, or chooses a file of conf/ that does
+            not exist.
+    """
+    tree = read_mapping(path)
+    if "defaults" not in tree:
+        tree = {"defaults": defaults_of(tree, path)} | {
+            key: part
+            for key, part in tree.items()
+            if not (key in GROUPS and isinstance(part, str | None))
+        }
+    with _searched(tree) as overrides:
+        yield overrides
+
+
+@contextmanager
+def saved_config(path: Path) -> Iterator[list[str]]:
+    """The Hydra overrides that make a run's own config.yaml the base of the settings; valid inside
+    the context.
+
+    The file may have come from elsewhere with its run directory, so it is data alone: it cannot
+    read an environment variable, and cannot configure Hydra.
+
+    Raises:
+        ConfigError: the file holds what no run writes there.
+        RunDirectoryError: it is a link or a special file.
+        OSError: it cannot be read.
+    """
+    try:
+        tree = saved_tree(read_text(path) or "")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path}: {error}; do not trust this file, or name the settings yourself"
+        ) from error
+    if unknown := sorted(tree.keys() - {f.name for f in fields(RunSettings)}):
+        raise ConfigError(
+            f"{path}: {unknown[0]} is no setting of this version of hybridrl; name the settings "
+            "yourself, e.g. experiment=quickstart"
+        )
+    with _searched(tree) as overrides:
+        # The presets that conf/config.yaml begins with would add entries that the run did not have.
+        yield ["~algorithm", "~schedule", *overrides]
+
+
+@contextmanager
+def _searched(tree: Mapping[str, Any]) -> Iterator[list[str]]:
+    """A folder with the tree as its only experiment, on Hydra's search path."""
+    with tempfile.TemporaryDirectory(prefix="hybridrl-settings-") as folder:
+        file = Path(folder) / "experiment" / f"{NAME}.yaml"
+        file.parent.mkdir()
+        text = OmegaConf.to_yaml(OmegaConf.create(dict(tree)))
+        file.write_text(f"# @package _global_\n{text}", encoding="utf-8")
+        yield [f"hydra.searchpath=['file://{folder}']", f"experiment={NAME}"]
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The file's settings, references unresolved.
+
+    Raises:
+        ConfigError: it cannot be read, or is no YAML mapping.
+    """
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); name an existing file of settings"
+        ) from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{path}: is no YAML file of settings: {first}") from error
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(
+            f"{path}: must be a mapping of settings, e.g. 'train: {{lr: 1.0e-3}}', and is "
+            "something else"
+        )
+    return tree
+
+
+def defaults_of(tree: Mapping[str, Any], path: Path) -> list[Any]:
+    """Hydra's defaults list for the groups that a file chooses by name.
+
+    Raises:
+        ConfigError: a group has no file of that name.
+    """
+    defaults: list[Any] = []
+    for group in GROUPS:
+        choice = tree.get(group)
+        if not isinstance(choice, str):
+            continue
+        names = sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+        if choice not in names:
+            near = difflib.get_close_matches(choice, names, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(names)}"
+            raise ConfigError(f"{path}: {group}: {choice}: no such choice; {remedy}")
+        defaults.append(choice if group == "experiment" else {f"override /{group}": choice})
+    return [*defaults, "_self_"]
+
+
+def continued_run(overrides: Sequence[str]) -> Path | None:
+    """The config.yaml of the run that a command continues without naming its settings; None: it
+    names them.
+
+    That is so where run.dir holds one and no override chooses a file of conf/.
+
+    Raises:
+        ConfigError: an override is not KEY=VALUE.
+    """
+    with one_sentence(overrides):
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    if any(override.key_or_group in GROUPS for override in parsed):
+        return None
+    named = [o.value() for o in parsed if o.key_or_group == "run.dir" and not o.is_sweep_override()]
+    if not named or not isinstance(named[-1], str) or not named[-1]:
+        return None
+    path = Path(named[-1]).expanduser() / "config.yaml"
+    return path if path.is_file() else None

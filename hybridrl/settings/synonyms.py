@@ -1,0 +1,328 @@
+"""What TRL, verl and OpenRLHF call our settings, for "did you mean", and what they have that
+hybridrl has not.
+
+    synonym_of("train.learning_rate").ours               -> "train.lr"
+    synonym_of("actor_rollout_ref.rollout.n").ours       -> "train.samples_per_prompt"
+    synonym_of("lora.rank").ours                         -> None, with the reason in its note
+
+`python -m hybridrl.settings.synonyms` prints the table of conf/README.md.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Synonym:
+    """Names in other systems, each the end of a dotted key or of a flag, separated by spaces; ""
+    where one has none.
+    """
+
+    ours: str | None
+    """None: not supported"""
+    trl: str = ""
+    verl: str = ""
+    openrlhf: str = ""
+    note: str = ""
+    """what differs; where it is not supported, the reason or what to do instead"""
+
+    @property
+    def names(self) -> list[str]:
+        return f"{self.trl} {self.verl} {self.openrlhf}".split()
+
+
+WEIGHTS = "all weights are trained; learner.ranks with learner.zero_stage=3 spreads them over GPUs"
+WHOLE = "responses are drawn from the student's whole distribution, which its gradient is exact for"
+ONCE = "each batch makes one optimizer step"
+TEACHER = "the KL to a teacher; +teachers.ref=initial is the frozen start model as reference"
+
+SYNONYMS = (
+    # optimizer
+    Synonym("train.lr", "learning_rate", "optim.lr", "actor_learning_rate"),
+    Synonym(
+        "train.lr_warmup_steps",
+        "warmup_steps warmup_ratio",
+        "optim.lr_warmup_steps lr_warmup_steps_ratio",
+        "lr_warmup_ratio",
+        "a number of steps, not a share",
+    ),
+    Synonym(
+        "train.lr_end",
+        "lr_scheduler_type",
+        "warmup_style min_lr_ratio",
+        "lr_scheduler",
+        "a cosine from train.lr to it; null: constant",
+    ),
+    Synonym("train.grad_clip", "max_grad_norm", "actor.grad_clip", "max_norm"),
+    Synonym("train.weight_decay", "weight_decay", "optim.weight_decay", "l2"),
+    Synonym("train.betas", "adam_beta1 adam_beta2", "optim.betas", "adam_betas"),
+    Synonym(
+        "train.steps",
+        "max_steps num_train_epochs",
+        "total_training_steps total_epochs",
+        "num_episodes",
+        "optimizer steps, not epochs",
+    ),
+    # batches
+    Synonym(
+        "train.prompts_per_step",
+        "per_device_train_batch_size batch_size generation_batch_size",
+        "train_batch_size ppo_mini_batch_size",
+        "rollout_batch_size train_batch_size",
+        "prompts of one optimizer step on all devices together",
+    ),
+    Synonym(
+        "train.max_tokens_per_micro_batch",
+        "gradient_accumulation_steps",
+        "ppo_micro_batch_size ppo_micro_batch_size_per_gpu ppo_max_token_len_per_gpu "
+        "use_dynamic_bsz",
+        "micro_train_batch_size max_tokens_per_gpu",
+        "tokens in memory at once; decides nothing else",
+    ),
+    Synonym(
+        "train.samples_per_prompt",
+        "num_generations group_size",
+        "rollout.n",
+        "n_samples_per_prompt",
+    ),
+    Synonym("train.packing", "padding_free", "use_remove_padding", "packing_samples"),
+    # lengths and sampling
+    Synonym(
+        "rollout.max_new_tokens",
+        "max_completion_length",
+        "max_response_length response_length",
+        "generate_max_len",
+    ),
+    Synonym(
+        "rollout.max_model_len",
+        "max_prompt_length max_length max_seq_length vllm_max_model_length",
+        "max_prompt_length prompt_length",
+        "prompt_max_len max_len",
+        "of prompt and response; rollout.max_model_len - rollout.max_new_tokens remain for the "
+        "prompt",
+    ),
+    Synonym("algorithm.temperature", "temperature", "rollout.temperature", "temperature"),
+    # the objective
+    Synonym(
+        "algorithm.imitation_weight",
+        "beta kl_coef",
+        "kl_coef kl_loss_coef use_kl_loss use_kl_in_reward",
+        "init_kl_coef use_kl_loss",
+        f"{TEACHER}; of DPO: algorithm.pair.beta",
+    ),
+    Synonym(
+        "algorithm.imitation_weight.target",
+        "target_kl",
+        "kl_ctrl.target_kl",
+        "kl_target",
+        "with algorithm.imitation_weight.kind=feedback and metric=kl/token",
+    ),
+    Synonym(
+        "algorithm.divergence",
+        "f_divergence_type",
+        "kl_loss_type kl_penalty",
+        "kl_estimator",
+        "exact over the vocabulary, not estimated from one token",
+    ),
+    Synonym(
+        "algorithm.ratio.low",
+        "epsilon clip_range cliprange",
+        "clip_ratio clip_ratio_low",
+        "eps_clip eps_clip_low_high",
+        "with algorithm.ratio.kind=clip; the upper side is algorithm.ratio.high",
+    ),
+    Synonym("algorithm.ratio.high", "epsilon_high", "clip_ratio_high", "", "kind=clip"),
+    Synonym(
+        "algorithm.baseline",
+        "",
+        "adv_estimator",
+        "advantage_estimator",
+        "or a whole method: algorithm=grpo, rloo, ppo, reinforce_pp",
+    ),
+    Synonym(
+        "algorithm.normalizer", "loss_type", "loss_agg_mode", "", "a whole method: algorithm=NAME"
+    ),
+    Synonym("algorithm.scale", "scale_rewards", "norm_adv_by_std_in_grpo", "no_advantage_std_norm"),
+    Synonym("algorithm.value.gae_lambda", "lam", "algorithm.lam", "lambd"),
+    Synonym("algorithm.value.loss_weight", "vf_coef", "value_loss_coef", ""),
+    Synonym("algorithm.dynamic_sampling", "", "filter_groups.enable", "dynamic_filtering"),
+    Synonym("algorithm.overlong_buffer", "", "overlong_buffer.len", "overlong_buffer_len"),
+    Synonym("algorithm.nll_weight", "rpo_alpha", "sft_loss_coef", "ptx_coef nll_loss_coef"),
+    # models, data and rewards
+    Synonym("model.path", "model_name_or_path", "", "pretrain"),
+    Synonym("model.dtype", "bf16 fp16 torch_dtype", "model_dtype", "param_dtype"),
+    Synonym(
+        "teachers.NAME.path",
+        "teacher_model_name_or_path ref_model",
+        "ref.model.path",
+        "teacher_model ref_pretrain",
+        "+teachers.NAME=PATH",
+    ),
+    Synonym(
+        "data.path",
+        "dataset_name",
+        "train_files",
+        "prompt_data dataset",
+        "with data.task=records and data.heldout_path",
+    ),
+    Synonym("data.heldout_path", "eval_dataset test_split", "val_files", "eval_dataset"),
+    Synonym(
+        "data.columns",
+        "dataset_text_field",
+        "prompt_key",
+        "input_key label_key",
+        "which key of a row is the prompt: data.columns.prompt=question",
+    ),
+    Synonym("data.num_train", "", "train_max_samples", "max_samples"),
+    Synonym("data.chat_template", "", "", "apply_chat_template"),
+    Synonym("data.instruction", "", "", "input_template"),
+    Synonym("data.drop_too_long", "", "filter_overlong_prompts data.truncation", ""),
+    Synonym(
+        "reward.functions.NAME.function",
+        "reward_funcs",
+        "custom_reward_function.path custom_reward_function.name reward_manager",
+        "remote_rm_url reward_pretrain",
+        "+reward.functions.NAME=FILE.py:FUNCTION",
+    ),
+    Synonym("reward.functions.NAME.weight", "reward_weights", "", ""),
+    # machines
+    Synonym("learner.gradient_checkpointing", "", "enable_gradient_checkpointing", ""),
+    Synonym("learner.zero_stage", "deepspeed fsdp", "actor.strategy fsdp_config", "zero_stage"),
+    Synonym(
+        "learner.ranks",
+        "num_processes",
+        "n_gpus_per_node nnodes",
+        "actor_num_gpus_per_node actor_num_nodes",
+        "rollout.engines and scorer.replicas are counted apart",
+    ),
+    Synonym("rollout.engines", "", "", "vllm_num_engines"),
+    Synonym(
+        "rollout.tensor_parallel",
+        "vllm_tensor_parallel_size",
+        "tensor_model_parallel_size",
+        "vllm_tensor_parallel_size",
+    ),
+    Synonym(
+        "rollout.gpu_memory_utilization",
+        "vllm_gpu_memory_utilization",
+        "gpu_memory_utilization",
+        "vllm_gpu_memory_utilization",
+    ),
+    Synonym("rollout.weight_transfer", "", "", "vllm_sync_backend"),
+    Synonym(
+        "cluster.colocate", "vllm_mode", "hybrid_engine", "colocate_all_models colocate_actor_ref"
+    ),
+    # the run
+    Synonym("checkpoint.every", "save_steps", "save_freq", "save_steps"),
+    Synonym("checkpoint.keep", "save_total_limit", "max_actor_ckpt_to_keep", "max_ckpt_num"),
+    Synonym(
+        "checkpoint.best", "metric_for_best_model load_best_model_at_end", "", "best_metric_key"
+    ),
+    Synonym("eval.every", "eval_steps", "test_freq", "eval_steps"),
+    Synonym(
+        "run.dir",
+        "output_dir run_name",
+        "default_local_dir experiment_name",
+        "save_path ckpt_path wandb_run_name",
+        "the folder's name is the run's",
+    ),
+    Synonym(
+        "run.resume",
+        "resume_from_checkpoint",
+        "resume_mode",
+        "load_checkpoint",
+        "the same command continues; another run's checkpoint: run.resume_from",
+    ),
+    Synonym("tracking.wandb", "report_to", "trainer.logger", "use_wandb"),
+    Synonym("tracking.project", "", "project_name", "wandb_project"),
+    Synonym("tracking.group", "", "", "wandb_group"),
+    Synonym("tracking.entity", "", "", "wandb_org"),
+    # not supported
+    Synonym(
+        None,
+        "lora_r lora_alpha lora_dropout lora_target_modules use_peft load_in_4bit",
+        "lora_rank",
+        "lora_rank lora_alpha target_modules",
+        WEIGHTS,
+    ),
+    Synonym(None, "top_p top_k min_p repetition_penalty", "rollout.top_p", "top_p", WHOLE),
+    Synonym(None, "num_iterations num_ppo_epochs", "ppo_epochs", "max_epochs", ONCE),
+    Synonym(
+        None,
+        "",
+        "critic.optim.lr critic.model.path",
+        "critic_learning_rate critic_pretrain",
+        "the value head shares the student's layers and train.lr (algorithm=ppo)",
+    ),
+    Synonym(
+        None, "entropy_coef", "entropy_coeff", "entropy_loss_coef", "there is no entropy bonus"
+    ),
+    Synonym(
+        None,
+        "",
+        "param_offload optimizer_offload",
+        "adam_offload",
+        "learner.ranks with learner.zero_stage=3 spreads weights and optimizer over GPUs",
+    ),
+    Synonym(None, "optim", "", "", "the optimizer is AdamW"),
+    Synonym(
+        None,
+        "attn_implementation",
+        "override_config.attn_implementation",
+        "flash_attn attn_implementation",
+        "the attention is chosen by device and lengths",
+    ),
+    Synonym(
+        None,
+        "context_parallel_size",
+        "ulysses_sequence_parallel_size",
+        "ring_attn_size",
+        "a sequence lies on one GPU; learner.gradient_checkpointing=true makes room",
+    ),
+    Synonym(
+        None,
+        "sync_ref_model ref_model_sync_steps",
+        "",
+        "enable_ema",
+        "teachers and references are frozen",
+    ),
+    Synonym(
+        None, "push_to_hub hub_model_id", "", "", "upload the folder that hybridrl export writes"
+    ),
+    Synonym(None, "logging_steps", "", "logging_steps", "every step is written to metrics.jsonl"),
+    Synonym(
+        None, "trust_remote_code", "trust_remote_code", "", "no code of a model's author is run"
+    ),
+)
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"[.-]", "_", name).lower()
+
+
+BY_NAME = {_snake(name): synonym for synonym in reversed(SYNONYMS) for name in synonym.names}
+
+
+def synonym_of(key: str) -> Synonym | None:
+    """Of a (dotted) key by the longest end of it that another system has as a setting; None: no
+    such end.
+    """
+    parts = key.lstrip("-").split(".")
+    ends = [_snake("_".join(parts[i:])) for i in range(len(parts))]
+    return next((BY_NAME[end] for end in ends if end in BY_NAME), None)
+
+
+def markdown() -> str:
+    """The whole table, as it stands in conf/README.md."""
+    rows = [("hybridrl", "TRL", "verl", "OpenRLHF", "note")]
+    rows += [("---",) * 5]
+    for s in SYNONYMS:
+        cells = (
+            " ".join(f"`{name}`" for name in names.split()) for names in (s.trl, s.verl, s.openrlhf)
+        )
+        rows.append((f"`{s.ours}`" if s.ours else "not supported", *cells, s.note))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,182 @@
+"""The learner's state on disk: of every parameter, the pieces that each rank holds.
+
+One file a rank, learner-rank00000-of-00002.safetensors. Its tensors are flat float32 pieces
+PART/NAME; its header says where in the flattened parameter NAME the piece lies. Whoever loads reads
+the slices it needs from whichever files hold them, so nothing is gathered anywhere and the number
+of ranks and the ZeRO stage may change between saving and loading.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hybridrl.core.errors import CheckpointError
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PARTS = (MASTER, *MOMENTS)
+"""fp32 weights, and AdamW's two moments."""
+INDEX = "fragments"
+FILE = re.compile(r"learner-rank(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fragment:
+    """Elements offset ... offset+length-1 of the flattened parameter, all parts of them."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole parameter
+    offset: int
+    tensors: Mapping[str, Tensor]  # by part, each [length] float32
+
+
+def write_fragments(folder: Path, rank: int, world: int, fragments: Iterable[Fragment]) -> Path:
+    """Put one rank's pieces into `folder`.
+
+    Raises:
+        CheckpointError: naming the file and its bytes when it cannot be written.
+    """
+    path = folder / f"learner-rank{rank:05d}-of-{world:05d}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    index = []
+    for f in fragments:
+        tensors |= {
+            f"{part}/{f.name}": t.detach().cpu().contiguous() for part, t in f.tensors.items()
+        }
+        index.append(
+            {
+                "name": f.name,
+                "shape": f.shape,
+                "offset": f.offset,
+                "length": f.tensors[MASTER].numel(),
+            }
+        )
+    try:
+        save_file(tensors, path, {INDEX: json.dumps(index)})
+    except (SafetensorError, OSError) as error:
+        size = sum(t.nbytes for t in tensors.values())
+        raise CheckpointError(
+            f"{path}: {size} bytes could not be written: {error}; every learner rank must reach "
+            "run.dir"
+        ) from error
+    return path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    file: int  # index into the reader's files
+    start: int
+    stop: int
+
+
+class FragmentReader:
+    """All ranks' files as one state. Opening reads headers only, reading touches only what is asked
+    for.
+
+    Example: of "w" with 6 elements, two ranks saved [0, 4) and [4, 6); read("master", "w", 3, 2)
+    takes one element from each file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises:
+        CheckpointError: a rank's file is missing or is no such file, or the pieces do not tile a
+        parameter.
+        """
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
+        self._files = [self._open(path) for path in self._paths()]
+        for number, file in enumerate(self._files):
+            self._list(number, (file.metadata() or {}).get(INDEX, ""))
+        for name, shape in self.shapes.items():
+            self._check_tiling(name, prod(shape))
+
+    def read(self, part: str, name: str, offset: int, length: int) -> Tensor:
+        """[length] float32 on CPU: that slice of the flattened parameter.
+
+        Raises:
+            CheckpointError: the files hold no such part, or in another dtype.
+        """
+        stop = offset + length
+        parts = [
+            self._slice(
+                p.file,
+                f"{part}/{name}",
+                max(offset, p.start) - p.start,
+                min(stop, p.stop) - p.start,
+            )
+            for p in self._pieces[name]
+            if p.start < stop and offset < p.stop
+        ]
+        found = torch.cat(parts) if parts else torch.empty(0)
+        if found.shape != (length,) or found.dtype != torch.float32:
+            raise CheckpointError(
+                f"{self.folder}: {part}/{name} is {found.dtype} {list(found.shape)}, not float32 "
+                f"[{length}]"
+            )
+        return found
+
+    def whole(self, part: str, name: str) -> Tensor:
+        """The parameter in its own shape, float32 on CPU."""
+        return self.read(part, name, 0, prod(self.shapes[name])).reshape(self.shapes[name])
+
+    def _paths(self) -> list[Path]:
+        found = {
+            path: match
+            for path in sorted(self.folder.iterdir())
+            if (match := FILE.fullmatch(path.name))
+        }
+        worlds = {int(match[2]) for match in found.values()}
+        ranks = sorted(int(match[1]) for match in found.values())
+        if len(worlds) != 1 or ranks != list(range(*worlds)):
+            raise CheckpointError(
+                f"{self.folder}: holds learner files {[p.name for p in found]}, not one of each "
+                "rank"
+            )
+        return list(found)
+
+    def _open(self, path: Path) -> safe_open:
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: no safetensors file: {error}") from error
+
+    def _list(self, number: int, index: str) -> None:
+        try:
+            for entry in json.loads(index):
+                name, start = str(entry["name"]), int(entry["offset"])
+                shape = tuple(int(n) for n in entry["shape"])
+                if self.shapes.setdefault(name, shape) != shape:
+                    raise CheckpointError(
+                        f"{self.folder}: the learner files disagree about the shape of {name}"
+                    )
+                self._pieces.setdefault(name, []).append(
+                    _Piece(file=number, start=start, stop=start + int(entry["length"]))
+                )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.folder}: a learner file without a readable index of its pieces"
+            ) from error
+
+    def _check_tiling(self, name: str, size: int) -> None:
+        pieces = sorted(self._pieces[name], key=lambda p: p.start)
+        edges = [0, *(p.stop for p in pieces)]
+        if edges[-1] != size or [p.start for p in pieces] != edges[:-1]:
+            raise CheckpointError(
+                f"{self.folder}: the pieces of {name} do not cover its {size} elements exactly once"
+            )
+        self._pieces[name] = pieces
+
+    def _slice(self, file: int, key: str, start: int, stop: int) -> Tensor:
+        try:
+            return self._files[file].get_slice(key)[start:stop]
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.folder}: cannot read {key}: {error}") from error

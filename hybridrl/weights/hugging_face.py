@@ -1,0 +1,168 @@
+"""A trained model as a Hugging Face folder that transformers, vLLM and `vllm serve` load."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from hybridrl.core.errors import CheckpointError
+from hybridrl.models.loading import TEXT_FILES, VALUE_HEAD, VALUE_HEAD_FILE, weight_name
+from hybridrl.weights.fragments import MASTER, FragmentReader
+
+TEMPLATE = "chat_template.jinja"
+"""Where a folder keeps its chat template; it goes before one in tokenizer_config.json."""
+
+
+def export(
+    state: Mapping[str, torch.Tensor | NDArray[np.generic]],
+    source: Path,
+    folder: Path,
+    template: Path | None = None,
+) -> None:
+    """Write `state` with everything else of the model it was trained from; the folder appears whole
+    or not at all.
+
+    Args:
+        state: every parameter by its Hugging Face name, on CPU; dtypes are kept. Tied names may be
+            left out. A value head comes with the others and goes to a file of its own, which only
+            loading.load_value_head reads.
+        source: the folder that training started from (loading.resolve).
+        folder: replaced if it exists.
+        template: the chat template that the run trained with; None, or no such file: the source's
+            own.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape is not the model's.
+    """
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    tensors = {name: torch.as_tensor(value).detach().contiguous() for name, value in state.items()}
+    value_head = tensors.pop(VALUE_HEAD, None)
+    tied = _tie(tensors, config)
+    _check(tensors, value_head, config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for pattern in TEXT_FILES:
+            for path in source.glob(pattern):
+                if not path.name.endswith(".index.json"):  # names the source's weight shards
+                    copy = unfinished / path.relative_to(source)
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copy(path, copy)
+        if template is not None and template.is_file():
+            shutil.copy(template, unfinished / TEMPLATE)
+        dtype = next(iter(tensors.values())).dtype
+        _write_config(unfinished / "config.json", config, dtype, tied)
+        _save(tensors, unfinished / "model.safetensors")
+        if value_head is not None:
+            _save({VALUE_HEAD: value_head}, unfinished / VALUE_HEAD_FILE)
+        unfinished.chmod(0o755)  # mkdtemp makes it for its owner alone
+        _swap(unfinished, folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _tie(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> bool:
+    """Whether the two embeddings are one, by the weights where there are two of them; then the
+    output embedding leaves `tensors`.
+
+    transformers keeps two that differ apart, whatever the config says, and so they are trained.
+    """
+    text = config.get_text_config()
+    if not text.tie_word_embeddings:
+        return False
+    model = _outline(config)
+    output = weight_name(model, model.get_output_embeddings())
+    embedding = tensors.get(weight_name(model, model.get_input_embeddings()))
+    if output in tensors and embedding is not None and not torch.equal(tensors[output], embedding):
+        config.tie_word_embeddings = False
+        text.tie_word_embeddings = False
+        return False
+    tensors.pop(output, None)
+    return True
+
+
+def _outline(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _write_config(file: Path, config: PreTrainedConfig, dtype: torch.dtype, tied: bool) -> None:
+    """Change in the source's config.json, which is there already, no more than the weights ask for.
+
+    Values that newer versions of transformers spell in another way are written in both spellings: a
+    program that knows the older one alone would read its default instead, a rotary base of 10000
+    among them.
+    """
+    written = json.loads(file.read_text())
+    text = next((written[key] for key in ("text_config",) if key in written), written)
+    name = str(dtype).removeprefix("torch.")
+    for section in (written, text):
+        section |= {"dtype": name, "torch_dtype": name}
+        if not tied:
+            section["tie_word_embeddings"] = False
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if "rope_theta" in rope and "rope_theta" not in text:  # one for all layers
+        text["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            text.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+    file.write_text(json.dumps(written, indent=2) + "\n")
+
+
+def master_weights(folder: Path, dtype: str) -> dict[str, torch.Tensor]:
+    """The student's parameters in a checkpoint, by name, rounded from fp32 to `dtype` as the
+    learner's own are.
+
+    Optimizer moments are not read. A value head, where the run has one, is among them.
+
+    Raises:
+        CheckpointError: the folder does not hold a whole learner state.
+    """
+    reader = FragmentReader(folder)
+    return {name: reader.whole(MASTER, name).to(getattr(torch, dtype)) for name in reader.shapes}
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files for their owner alone
+
+
+def _check(
+    tensors: dict[str, torch.Tensor], value_head: torch.Tensor | None, config: PreTrainedConfig
+) -> None:
+    parameters = _outline(config).named_parameters()  # tied parameters appear once
+    wanted = {name: p.shape for name, p in parameters}
+    given = dict(tensors)
+    if value_head is not None:
+        wanted[VALUE_HEAD] = torch.Size([1, config.get_text_config().hidden_size])
+        given[VALUE_HEAD] = value_head
+    problems = [f"{name} is missing" for name in wanted.keys() - given.keys()]
+    problems += [f"{name} is unknown" for name in given.keys() - wanted.keys()]
+    problems += [
+        f"{name} is {list(t.shape)}, the model needs {list(wanted[name])}"
+        for name, t in given.items()
+        if name in wanted and t.shape != wanted[name]
+    ]
+    if problems:
+        raise CheckpointError(
+            f"not the weights of {config.architectures}: {'; '.join(sorted(problems)[:5])}"
+        )
+
+
+def _swap(new: Path, folder: Path) -> None:
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+        os.rename(folder, old)
+        os.rename(new, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(new, folder)

@@ -1,0 +1,182 @@
+"""vLLM's side of a weight update: the `object_store` backend, and the learner's feed for `nccl` and
+`ipc`.
+
+The backend receives one packed buffer, in the object store's own memory or as a file in shared
+memory (an engine's child processes cannot read Ray's object store), checks its digest, names,
+shapes and coverage, and loads it layer by layer. It works on any hardware and has no process group
+that a lost engine could poison.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerWeightTransferEngine,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import (
+    WeightTransferEngineFactory,
+    WeightTransferTrainerFactory,
+)
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+from hybridrl.types import WeightManifest
+from hybridrl.weights.stream import WeightStream, unpack
+
+BACKEND = "object_store"
+EngineCall = Callable[[str, Sequence[tuple]], None]
+
+
+@dataclass
+class ObjectStoreInitInfo(WeightTransferInitInfo):
+    """Nothing to set up."""
+
+
+@dataclass
+class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
+    """Where the bytes lie and what they are; plain values where they cross vLLM's own process
+    border.
+    """
+
+    manifest: dict
+    packed: np.ndarray | None = None  # [nbytes] uint8; None: they are in the file
+    path: str | None = None
+
+
+class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
+    """Loads a packed buffer into the model between two engine steps."""
+
+    init_info_cls = ObjectStoreInitInfo
+    update_info_cls = ObjectStoreUpdateInfo
+    received_digest: str | None = None  # of the bytes loaded last; None before and during an update
+
+    def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self.received_digest = None
+        self._expected = {name for name, _ in self.model.named_parameters()}
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
+        manifest = WeightManifest(**update_info.manifest)
+        packed = (
+            np.memmap(
+                update_info.path, dtype=np.uint8, mode="r"
+            )  # tensor-parallel workers share it
+            if update_info.packed is None
+            else update_info.packed
+        )
+        digest = xxhash.xxh3_128_hexdigest(packed)
+        if packed.nbytes != manifest.nbytes or digest != manifest.digest:
+            raise ValueError(
+                f"received {packed.nbytes} bytes with digest {digest[:12]}, sent "
+                f"{manifest.nbytes} with {manifest.digest[:12]}"
+            )
+        weights = unpack(manifest, packed)
+        loaded = self.model.load_weights((name, tensor.to(self.device)) for name, tensor in weights)
+        missing = self._expected - set(loaded or ())
+        if missing:
+            raise ValueError(
+                f"{len(missing)} parameters were left untouched, e.g. {sorted(missing)[0]}"
+            )
+        self.received_digest = digest
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        pass
+
+
+class WorkerExtension:
+    """Methods added to vLLM's worker, callable by name through collective_rpc."""
+
+    def received_digest(self) -> str | None:
+        """XXH3-128 of the weights this worker loaded last; None when the transfer backend keeps
+        none.
+        """
+        return getattr(self.weight_transfer_engine, "received_digest", None)
+
+
+class StreamSource(WeightSource):
+    """A WeightStream as vLLM's trainer side reads it: ZeRO-3 shapes in the metadata, gathered
+    tensors in the stream.
+    """
+
+    def __init__(self, stream: WeightStream) -> None:
+        self.stream = stream
+
+    def metadata(self) -> list[ParamMeta]:
+        named = zip(self.stream.named, self.stream.shapes(), strict=True)
+        return [ParamMeta(name, parameter.dtype, shape) for (name, parameter), shape in named]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.stream)
+
+
+class EngineClient:
+    """vLLM's control-plane protocol over our engines: each call goes to every engine and waits for
+    all.
+
+    Args:
+        call: (method, one argument tuple per engine) -> None; has its own deadline.
+        num_engines, tensor_parallel: the engines' NCCL ranks follow the sender's rank 0, engine
+            after engine.
+    """
+
+    def __init__(self, call: EngineCall, num_engines: int, tensor_parallel: int) -> None:
+        self.call, self.num_engines, self.tensor_parallel = call, num_engines, tensor_parallel
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        infos = [dict(init_info) for _ in range(self.num_engines)]
+        if "rank_offset" in init_info:
+            for i, info in enumerate(infos):
+                info["rank_offset"] = init_info["rank_offset"] + i * self.tensor_parallel
+        self.call("init_weight_transfer_engine", [(info,) for info in infos])
+
+    def start_weight_update(self) -> None:
+        self.call("start_weight_update", [()] * self.num_engines)
+
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        self.call("update_weights", [(update_info,)] * self.num_engines)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.call("finish_weight_update", [()] * self.num_engines)
+
+
+def trainer_engine(
+    backend: str, rank: int, master: tuple[str, int], client: EngineClient, stream: WeightStream
+) -> TrainerWeightTransferEngine:
+    """vLLM's trainer side of `nccl` or `ipc`, fed by our stream. Every learner rank calls it; rank
+    0 sends.
+    """
+    if backend == "nccl":
+        world = 1 + client.num_engines * client.tensor_parallel
+        info = NCCLTrainerInitInfo(
+            rank=rank, master_address=master[0], master_port=master[1], world_size=world
+        )
+    else:
+        info = IPCTrainerInitInfo(rank=rank)
+    return WeightTransferTrainerFactory.trainer_init(
+        info, client=client, source=StreamSource(stream)
+    )
+
+
+def register() -> None:
+    """Entry point `vllm.general_plugins`: vLLM calls it in every process of an engine."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, __name__, "ObjectStoreTransferEngine")

@@ -1,0 +1,190 @@
+"""Every preset trains the Countdown student for two steps, all of them in one running graph with
+real workers.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybridrl.controller.controller import Controller
+from hybridrl.controller.preemption import Preemption
+from hybridrl.data.prompts import PromptSource
+from hybridrl.launch.session import prepare_prompts
+from hybridrl.models.loading import load_value_head
+from hybridrl.run_dir.checkpoint import Checkpointer
+from hybridrl.run_dir.ledger import Ledger
+from hybridrl.runtime.cluster import Cluster
+from hybridrl.runtime.workers import Workers, place_workers, start_rewards, start_workers
+from hybridrl.settings.choices import WeightTransfer
+from hybridrl.settings.compose import conf_dir, load_config
+from hybridrl.settings.run import RunSettings
+from hybridrl.tracking.sink import Sinks
+
+pytestmark = pytest.mark.graph
+
+PRESETS = sorted(path.stem for path in (conf_dir() / "algorithm").glob("*.yaml"))
+RESPONSES = {"sft": "solution", "word_kd": "solution", "gkd": "solution"}
+RESPONSES |= dict.fromkeys(
+    ("dpo", "ipo", "slic", "simpo", "dil_lsif", "dil_ukl", "dil_bce", "reward_model"), "pair"
+)
+EVERYTHING = (
+    "ppo",
+    "algorithm.teacher_fraction=0.25",
+    "algorithm.data_fraction=0.25",
+    "algorithm.ratio.kind=none",
+    "algorithm.gamma=0",
+    "algorithm.reward_weight.value=0",
+    "+teachers.initial.path=null",
+    "algorithm.support=full",
+    "+data.options.responses=pair",
+)
+"""What the graph is started for: a value head, a second scorer, the teacher's engine, responses of
+the data.
+"""
+
+
+@dataclass
+class Methods:
+    """The running graph, and settings of any method on it."""
+
+    folder: Path
+    workers: Workers | None = None
+
+    def settings(self, preset: str, *overrides: str) -> RunSettings:
+        return load_config(
+            [
+                f"run.dir={self.folder / 'run'}",
+                "experiment=quickstart",
+                f"algorithm={preset}",
+                "train.prompts_per_step=16",
+                "train.lr_warmup_steps=0",
+                "train.lr_end=null",
+                "data.num_train=64",
+                "data.num_heldout=16",
+                "eval.every=0",
+                "tracking.wandb=disabled",
+                "rollout.max_num_seqs=64",
+                "cluster.threads_per_worker=1",
+                "cluster.device=cpu",
+                *([f"+data.options.responses={RESPONSES[preset]}"] if preset in RESPONSES else []),
+                *overrides,
+            ]
+        )
+
+    def controller(self, settings: RunSettings) -> Controller:
+        """Those workers that the settings ask for, told of the settings."""
+        by_name = {scorer.teacher: scorer for scorer in self.workers.scorers}
+        used = replace(self.workers, scorers=[by_name[name] for name in settings.scored_teachers])
+        for group in (used.learner, *used.scorers):
+            group.configure(settings)
+        prompts, heldout = prepare_prompts(settings)
+        made = Controller(
+            settings,
+            workers=used,
+            backend=WeightTransfer.object_store,
+            prompts=PromptSource(prompts, settings.run.seed),
+            heldout=heldout,
+            sinks=Sinks(required=[]),
+            checkpointer=Checkpointer(self.folder, settings.checkpoint),
+            ledger=Ledger(self.folder, 0),
+            preemption=Preemption(),
+        )
+        made.publish_weights()
+        return made
+
+
+@pytest.fixture(scope="module")
+def methods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Methods]:
+    made = Methods(tmp_path_factory.mktemp("methods"))
+    settings = made.settings(*EVERYTHING)
+    with Cluster(settings) as cluster:
+        slots, log_dir = place_workers(settings, cluster), str(made.folder / "logs")
+        made.workers = start_workers(
+            settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir
+        )
+        yield made
+
+
+OPTIONS = {
+    "the sampler's top 4, the rest sampled": ("algorithm.support=topk", "algorithm.topk.k=4"),
+    "the teacher's top 4 and a tail bucket": (
+        "algorithm.support=topk",
+        "algorithm.topk.k=4",
+        "algorithm.topk.source=teacher",
+        "algorithm.topk.correction=tail_bucket",
+    ),
+    "log-probs of the whole vocabulary": ("algorithm.teacher_signal=logits", "algorithm.gamma=0.5"),
+    "ratios of whole sequences": (
+        "algorithm.ratio.kind=truncate",
+        "algorithm.ratio.level=sequence",
+        "algorithm.ratio.high=2",
+    ),
+    "two teachers, one of them unasked": (
+        "+teachers.initial={path:null,weight:0.5,route:{domain:elsewhere}}",
+    ),
+    "a weight held by feedback": (
+        "algorithm.reward_weight={kind:feedback,value:1.0,end:null,metric:kl/token,target:0.1,gain:-0.5}",
+        "diagnostics.every=1",
+    ),
+    "the student's own pairs": ("algorithm=dpo", "algorithm.data_fraction=0"),
+}
+
+
+def assert_steps(controller: Controller) -> list[dict[str, float]]:
+    before = controller.learner.pack_weights(0)[0].digest
+    rows = [controller.step() for _ in range(2)]
+    for row in rows:
+        assert np.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0
+        assert row["controller/materialized_bytes"] == 0 and row["train/tokens"] > 0
+    assert controller.learner.pack_weights(1)[0].digest != before
+    return rows
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_each_option_steps_in_the_running_graph(methods: Methods, what: str):
+    preset, *overrides = (
+        ("dpo", *OPTIONS[what][1:])
+        if OPTIONS[what][0] == "algorithm=dpo"
+        else ("hybrid", *OPTIONS[what])
+    )
+    rows = assert_steps(methods.controller(methods.settings(preset, *overrides)))
+    if what == "a weight held by feedback":
+        assert rows[0]["schedule/lambda"] == 1.0 and rows[1]["schedule/lambda"] == pytest.approx(
+            0.5
+        )  # KL is far above its target
+        assert -1 < rows[0]["grad/cosine"] < 1 and rows[0]["teacher/overlap"] > 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_method_steps_in_the_running_graph(methods: Methods, preset: str):
+    controller = methods.controller(methods.settings(preset))
+    assert_steps(controller)
+    row = controller.evaluate()
+    assert row["eval/accuracy"] >= 0
+    assert ("eval/loss" in row) == (preset in RESPONSES) and math.isfinite(row.get("eval/loss", 0))
+
+
+@pytest.mark.parametrize(("preset", "loss"), [("sft", "train/loss"), ("dpo", "pair/loss")])
+def test_the_loss_on_held_out_data_is_that_of_a_step_on_the_same_data(
+    methods: Methods, preset: str, loss: str
+):
+    controller = methods.controller(methods.settings(preset, "data.num_train=16"))
+    controller.heldout_data = list(controller.prompts.prompts)  # what the next step is made of
+    before = controller.learner.pack_weights(0)[0].digest
+    evaluated = controller.evaluate()
+    assert controller.learner.pack_weights(0)[0].digest == before, "nothing is learned from it"
+    row = controller.step()
+    assert evaluated["eval/loss"] == pytest.approx(row[loss], rel=1e-5)
+    if preset == "dpo":
+        assert evaluated["eval/pair_accuracy"] == row["pair/accuracy"]
+
+
+def test_the_running_learner_exports_its_value_head(methods: Methods):
+    folder = methods.folder / "exported"
+    methods.workers.learner.export(str(folder))
+    head = load_value_head(str(folder), setting="path")
+    assert head.shape == (1, 128) and (folder / "config.json").is_file()

@@ -1,0 +1,532 @@
+"""What is measured of a step, against numbers counted by hand, and the page that explains it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from hybridrl.batch.micro_batch import MicroBatch, collate, train_sequences
+from hybridrl.controller.evaluation import summary
+from hybridrl.controller.metrics import (
+    check_metrics,
+    late_metrics,
+    learner_metrics,
+    reward_metrics,
+    rollout_metrics,
+    transfer_metrics,
+    worker_times,
+)
+from hybridrl.core.errors import ConfigError
+from hybridrl.kernels.head import HeadRule, HeadStats, hybrid_head_loss
+from hybridrl.kernels.teacher_rows import HiddenTeacher
+from hybridrl.kernels.terms import TokenTerms
+from hybridrl.models.tiny import tiny_model, tiny_tokenizer
+from hybridrl.objectives.credit import LearnerView
+from hybridrl.objectives.hybrid import HybridObjective
+from hybridrl.objectives.pairs import PairObjective
+from hybridrl.ops.compare import COMPARED
+from hybridrl.policy.diagnostics import gradient_geometry
+from hybridrl.policy.statistics import (
+    MAXIMA,
+    MEANS,
+    SUMS,
+    Tally,
+    batch_metrics,
+    count_credits,
+    count_micro,
+    heldout_metrics,
+    quarters,
+    remedy,
+)
+from hybridrl.policy.student import HeadInputs, Student
+from hybridrl.report.figures import PANELS
+from hybridrl.rewards.repetition import compressed_share, repeated_share
+from hybridrl.rollout.header import chunk_header
+from hybridrl.settings.algorithm import AlgorithmConfig, PairConfig
+from hybridrl.settings.choices import PairLoss, Source
+from hybridrl.settings.compose import load_config
+from hybridrl.tracking.console import PHASES
+from hybridrl.tracking.glossary import SECTIONS, explain, page
+from hybridrl.types import (
+    ChunkHeader,
+    LearnerStats,
+    Rewards,
+    RolloutBatch,
+    ScoredBatch,
+    ScoreHeader,
+)
+from tests.controller.test_graph import PROMISED
+from tests.support.batches import make_batch, make_plan, make_rewards, make_scores
+
+CPU = torch.device("cpu")
+METRICS = [metric for section in SECTIONS for metric in section.metrics]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """A process group of this process; test_learner.py has the same metrics on two ranks."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# -- counting --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("alone")
+def test_means_are_over_all_that_was_added_and_nothing_has_no_mean():
+    tally = Tally(CPU)
+    tally.add("kl/token", torch.tensor([1.0, 3.0, math.nan]), torch.tensor([True, True, False]))
+    tally.add("kl/token", torch.tensor([5.0]))
+    tally.add("policy/rho_max", torch.tensor([9.0, 2.0]), torch.tensor([False, True]))
+    tally.add("policy/rho_max", torch.tensor([-1.0]))
+    tally.add("advantage/max", torch.zeros(0))
+    tally.add("train/loss", torch.tensor(0.25))
+    tally.add("train/loss", torch.tensor(0.5))
+    found = tally.reduced()
+    assert found == {
+        "kl/token": 3.0,
+        "policy/rho_max": 2.0,
+        "train/loss": 0.75,
+        **dict.fromkeys(SUMS[1:], 0.0),
+    }
+
+
+def micro_batch(batch: RolloutBatch, sparse: list[float], *, out: int | None = None) -> MicroBatch:
+    """Every response token of weight 1, but for the one at `out`."""
+    weight = torch.ones(len(sparse))
+    if out is not None:
+        weight[out] = 0.0
+    scored = ScoredBatch(
+        rollout=batch, scores=(), rewards=make_rewards(batch, [0.0] * batch.num_sequences)
+    )
+    credit = HybridObjective(AlgorithmConfig(), 8).credit(
+        scored, make_plan(batch, teacher_weights=()), None
+    )
+    return collate(
+        train_sequences(
+            scored, replace(credit, token_weight=weight, sparse=torch.tensor(sparse)), []
+        )
+    )
+
+
+def head_stats(logprobs: list[float], entropy: list[float], kl: list[float]) -> HeadStats:
+    return HeadStats(
+        logprobs=torch.tensor(logprobs),
+        kl=torch.tensor(kl),
+        entropy=torch.tensor(entropy),
+        bounded=torch.tensor([value > -1 for value in logprobs]),
+        dense_sq=torch.tensor(9.0, dtype=torch.float64),
+        sparse_sq=torch.tensor(16.0, dtype=torch.float64),
+        dense_sparse=torch.tensor(-6.0, dtype=torch.float64),
+    )
+
+
+LONG_AND_SHORT = make_batch(
+    [((1, 2), [(5, 6, 7, 8, 9, 2), (2,)])]
+)  # the sampler said log-prob -1 of every token
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_step_is_measured_over_its_live_tokens():
+    tally, log2 = Tally(CPU), math.log(2)
+    stats = head_stats(
+        [-1, -1 + log2, -1, -1, -1, -50, -1 - log2], [1, 2, 3, 4, 5, 99, 7], [1, 1, 1, 1, 1, 99, 3]
+    )
+    count_micro(
+        tally,
+        torch.tensor(0.5),
+        stats,
+        micro_batch(LONG_AND_SHORT, [-2.0, -1.0, 0.0, 0.0, 0.0, -99.0, 3.0], out=5),
+        0,
+    )
+    row = batch_metrics(tally.reduced(), make_plan(LONG_AND_SHORT, num_tokens=12), 2.5)
+    by_hand = {
+        "train/loss": 0.5,
+        "train/grad_norm": 2.5,
+        "grad/dense_norm": 3.0,
+        "grad/sparse_norm": 4.0,
+        "grad/dense_sparse_ratio": 0.75,
+        "grad/logit_cosine": -0.5,
+        "kl/token": 8 / 6,
+        "kl/sequence": 4.0,
+        "entropy/token": 22 / 6,
+        "entropy/token_q1": (1 + 2 + 7) / 3,
+        "entropy/token_q2": 3.0,
+        "entropy/token_q3": (4 + 5) / 2,
+        "advantage/mean": 0.0,
+        "advantage/std": math.sqrt(14 / 6),
+        "advantage/min": -3.0,
+        "advantage/max": 2.0,
+        "advantage/positive_frac": 2 / 6,
+        "advantage/abs_q1": (2 + 1 + 3) / 3,
+        "advantage/abs_q2": 0.0,
+        "advantage/abs_q3": 0.0,
+        "policy/rho_mean": 6.5 / 6,
+        "policy/rho_max": 2.0,
+        "policy/ess": 6.5**2 / (6 * 8.25),
+        "policy/bounded_frac": 1 / 6,
+        "policy/logprob_gap": 2 * log2 / 6,
+        "policy/logprob_gap_max": log2,
+        "policy/kl_sampler": 0.5 / 6,
+        "policy/kept_frac": 0.5,
+    }
+    assert row == pytest.approx(
+        by_hand, abs=1e-6
+    )  # the last quarter of the long one is the token that is out
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_older_weights_sampled_does_not_count_as_a_gap_between_sampler_and_learner():
+    """Version 0 sampled everything; version 1 learns: their difference is learning, not a fault."""
+    tally = Tally(CPU)
+    count_micro(
+        tally,
+        torch.tensor(0.0),
+        head_stats([-3.0] * 7, [1.0] * 7, [0.0] * 7),
+        micro_batch(LONG_AND_SHORT, [0.0] * 7),
+        1,
+    )
+    row = batch_metrics(tally.reduced(), make_plan(LONG_AND_SHORT), 1.0)
+    assert (
+        "policy/logprob_gap" not in row
+        and "policy/logprob_gap_max" not in row
+        and row["policy/kl_sampler"] > 0
+    )
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("source", "sampled"), [(Source.teacher, True), (Source.data, False)])
+def test_who_did_not_sample_is_not_compared_with_the_learner(source: Source, sampled: bool):
+    tally = Tally(CPU)
+    batch = replace(LONG_AND_SHORT, source=source)
+    count_micro(
+        tally,
+        torch.tensor(0.0),
+        head_stats([-3.0] * 7, [1.0] * 7, [0.0] * 7),
+        micro_batch(batch, [0.0] * 7),
+        0,
+    )
+    row = batch_metrics(tally.reduced(), make_plan(batch), 1.0)
+    assert (
+        "policy/logprob_gap" not in row
+        and "policy/kl_sampler" not in row
+        and row["entropy/token"] == 1.0
+    )
+    assert ("policy/rho_mean" in row) == ("policy/ess" in row) == sampled
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        ({"entropy/token": math.nan, "kl/token": math.nan}, "the student's probabilities"),
+        ({"entropy/token": 1.0, "kl/token": math.inf}, "the divergence from a teacher"),
+        ({"entropy/token": 1.0, "advantage/mean": -math.inf}, "a reward, or a teacher's"),
+        ({"entropy/token": 1.0, "kl/token": 0.1, "advantage/mean": 0.0}, "lower train.lr"),
+    ],
+)
+def test_a_step_that_is_not_finite_names_what_was_not(found: dict[str, float], sentence: str):
+    assert remedy(found).startswith(sentence)
+    assert ("lower train.lr" in remedy(found)) is (
+        sentence in ("the student's probabilities", "lower train.lr")
+    )
+
+
+def test_the_quarters_of_a_response_are_its_own():
+    batch = make_batch([((1, 2), [(5, 6, 7, 8), (5, 2)]), ((1,), [(5, 6, 7, 8, 9, 5, 6, 2), (2,)])])
+    assert quarters(micro_batch(batch, [0.0] * 15)).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        0,
+        2,
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+        0,
+    ]
+
+
+def test_the_inner_product_of_both_gradients_is_that_of_the_gradients_alone():
+    g = torch.Generator().manual_seed(1)
+    logits, teacher = (torch.randn(5, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    eye = torch.eye(4, dtype=torch.float64)  # as output head: hidden states are logits
+    terms = TokenTerms(
+        token_ids=torch.tensor([0, 3, 1, 2, 2]),
+        token_weight=torch.tensor([0.5, 0.25, 0.0, 0.25, 1.0], dtype=torch.float64),
+        sparse=torch.tensor([1.0, -2.0, 9.0, 0.5, 3.0], dtype=torch.float64),
+        sampler_logprobs=torch.zeros(5, dtype=torch.float64),
+    )
+    told = (HiddenTeacher(hidden=teacher, lm_head=eye, weight=torch.ones(5)),)
+
+    def gradient(teachers, terms) -> tuple[torch.Tensor, HeadStats]:
+        hidden = logits.clone().requires_grad_()
+        loss, stats = hybrid_head_loss(hidden, eye, teachers, terms, HeadRule(chunk=2))
+        loss.backward()
+        return hidden.grad, stats
+
+    dense, _ = gradient(told, replace(terms, sparse=torch.zeros(5, dtype=torch.float64)))
+    sparse, _ = gradient((), terms)
+    _, stats = gradient(told, terms)
+    assert (
+        float(stats.dense_sparse) == pytest.approx(float((dense * sparse).sum()), rel=1e-12)
+        and abs(float(stats.dense_sparse)) > 0.01
+    )
+
+
+# -- what objectives watch -------------------------------------------------------------------------
+
+PAIR = make_batch(
+    [((1,), [(5, 2), (6, 7, 8, 2)]), ((1, 2), [(5,), (6,)])]
+)  # the second group's rewards are equal: no pair
+
+
+SEEN = (-0.5, -0.5, -2.0, -1.0, -1.0, -1.0, -9.0, -9.0)
+
+
+def watched(loss: PairLoss, seen: Sequence[float] = SEEN, **changes) -> dict[str, float]:
+    rewards = make_rewards(PAIR, [1.0, 0.0, 1.0, 1.0])
+    scored = ScoredBatch(rollout=PAIR, scores=(make_scores(PAIR, [-1.0] * 8),), rewards=rewards)
+    view = LearnerView(logprobs=torch.tensor(seen), values=torch.arange(8.0))
+    credit = PairObjective(AlgorithmConfig(pair=PairConfig(loss=loss, **changes))).credit(
+        scored, make_plan(PAIR, num_groups=1), view
+    )
+    tally = Tally(CPU)
+    count_credits(tally, [credit])
+    return {name: value for name, value in tally.reduced().items() if name.startswith("pair/")}
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_pair_is_told_by_its_scores():
+    # log p: -1 of two tokens and -5 of four; log q: -2 and -4; so s_w = 1, s_l = -1
+    assert watched(PairLoss.dpo) == pytest.approx(
+        {
+            "pair/loss": math.log1p(math.exp(-0.1 * 2)),  # beta 0.1
+            "pair/accuracy": 1.0,
+            "pair/margin": 2.0,
+            "pair/chosen_score": 1.0,
+            "pair/rejected_score": -1.0,
+            "pair/score_max": 1.0,
+            "pair/clamped_frac": 0.0,
+            "pair/chosen_logprob": -0.5,
+            "pair/rejected_logprob": -1.25,
+            "pair/rejected_ratio": math.exp(-1),
+        }
+    )
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_pair_of_equal_scores_counts_as_half_ranked():
+    as_reference = [-1.0] * 8  # what make_scores says of each token, so s_w = s_l = 0
+    assert watched(PairLoss.dpo, as_reference)["pair/accuracy"] == 0.5
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_clamp_is_counted_and_only_log_ratios_have_an_exponential():
+    assert watched(PairLoss.dil_ukl, clamp=0.5)["pair/clamped_frac"] == 1.0
+    assert watched(PairLoss.slic).keys().isdisjoint({"pair/rejected_ratio"})
+    by_value = watched(PairLoss.bradley_terry)  # the values at the last tokens are 1 and 5
+    assert (
+        by_value["pair/margin"] == -4.0
+        and by_value["pair/accuracy"] == 0.0
+        and by_value["pair/score_max"] == 5.0
+    )
+    assert by_value.keys().isdisjoint({"pair/rejected_ratio", "pair/chosen_logprob"})
+
+
+# -- from headers and scalars ----------------------------------------------------------------------
+
+
+def scored_by(name: str, values: list[float], k: int) -> Rewards:
+    batch = make_batch([((1,), [(2,)] * k)] * (len(values) // k))
+    return replace(make_rewards(batch, values), part_names=(name,))
+
+
+def test_groups_pass_with_any_response_and_equal_ones_are_counted():
+    row = reward_metrics(
+        [scored_by("it", [1, 0, 0, 0], 2), scored_by("it", [0.5, 0.5, math.nan, 1], 2)]
+    )
+    assert row["reward/mean"] == pytest.approx(3 / 7) and row["reward/error_rate"] == 1 / 8
+    assert (
+        row["reward/pass_at_k"] == 1 / 3 and row["reward/equal_groups_frac"] == 2 / 3
+    )  # the failed call's group is not known
+    assert row["reward/it/mean"] == pytest.approx(3 / 7)
+
+
+def test_ranks_of_the_data_are_no_rewards():
+    ranked = replace(scored_by("it", [1, 0], 2), part_names=(), parts=np.zeros((0, 2), np.float32))
+    assert reward_metrics([ranked]) == {}
+    assert reward_metrics([ranked, scored_by("it", [1, 1], 2)])["reward/mean"] == 1.0
+
+
+def header(source: Source = Source.student, version: int = 3) -> ChunkHeader:
+    batch = replace(
+        LONG_AND_SHORT,
+        source=source,
+        policy_versions=np.full_like(LONG_AND_SHORT.policy_versions, version),
+    )
+    return chunk_header(batch, [1.0, 2.0])
+
+
+def test_lengths_ends_and_staleness_come_from_headers():
+    read = replace(
+        make_rewards(LONG_AND_SHORT, [0, 0]),
+        compressed=np.array([0.5, np.nan]),
+        repeated=np.array([0.25, np.nan]),
+    )
+    cut = replace(
+        header(version=1), truncated=np.array([True, False]), aborted=np.array([False, True])
+    )
+    row = rollout_metrics([header(), cut, header(Source.data, 0)], [read], 3)
+    assert row["rollout/length_mean"] == 3.5 and row["rollout/length_max"] == 6.0
+    assert row["rollout/truncated_frac"] == 1 / 6 and row["rollout/eos_frac"] == 4 / 6
+    assert row["rollout/compressed"] == 0.5 and row["rollout/repeated"] == 0.25
+    assert (
+        row["policy/staleness_mean"] == 1.0 and row["policy/staleness_max"] == 2.0
+    )  # data has no version
+    assert "rollout/compressed" not in rollout_metrics(
+        [header()], [make_rewards(LONG_AND_SHORT, [0, 0])], 3
+    )
+
+
+def test_repetition_is_seen_in_ids_and_in_text():
+    assert (
+        repeated_share([1, 2, 1, 2, 1, 2]) == pytest.approx(1 / 3)
+        and repeated_share([1, 2, 3, 4, 5]) == 0.0
+    )
+    assert math.isnan(repeated_share([1, 2, 3])) and math.isnan(compressed_share(""))
+    assert compressed_share("so it is 4. " * 50) < 0.1 < 0.9 < compressed_share("7*3-9")
+    assert compressed_share("\ud800") > 0, "half a surrogate pair, as a cut response may end"
+
+
+# -- the glossary ----------------------------------------------------------------------------------
+
+
+def probed() -> dict[str, float]:
+    """The probe's keys, from a batch in which nothing is learned."""
+    micro = micro_batch(LONG_AND_SHORT, [0.0] * 7)
+    torch.manual_seed(0)
+    student = Student(tiny_model(tiny_tokenizer()), HeadRule(), with_value=False)
+    terms = TokenTerms(
+        token_ids=micro.token_ids,
+        token_weight=micro.token_weight,
+        sparse=micro.sparse,
+        sampler_logprobs=micro.rollout_logprobs,
+    )
+    inputs = HeadInputs(
+        input_ids=micro.input_ids,
+        attention_mask=micro.attention_mask,
+        position_ids=micro.position_ids,
+        hidden_rows=micro.hidden_rows,
+        teachers=(),
+        terms=terms,
+        value_slope=micro.value_slope,
+    )
+    return gradient_geometry(student, [inputs])
+
+
+def everything() -> set[str]:
+    """Every key that some row has."""
+    found = dict.fromkeys(SUMS + MEANS + MAXIMA, 1.0)
+    stats = LearnerStats(metrics=batch_metrics(found, make_plan(LONG_AND_SHORT), 1.0), learn_s=1.0)
+    read = replace(make_rewards(LONG_AND_SHORT, [0, 1]), compressed=np.ones(2), repeated=np.ones(2))
+    scored = [ScoreHeader(teacher="main", nbytes={"teacher_hidden": 1}, score_s=1.0)]
+    rows = [
+        learner_metrics(make_plan(LONG_AND_SHORT), stats),
+        reward_metrics([read]),
+        rollout_metrics([header()], [read], 3),
+        transfer_metrics([header()], scored, 1, 1.0),
+        worker_times([header()], scored, stats),
+        late_metrics([], 1),
+        summary([read], []).metrics,
+        heldout_metrics(found),
+        probed(),
+    ]
+    others = (
+        {"transfer/inflight_bytes", "cluster/restarts"}
+        | {f"teacher/{name}" for name in COMPARED}
+        | {f"time/{phase}_s" for phase in PHASES}
+        | {"eval/accuracy_teacher/main"}
+    )
+    return {key for row in rows for key in row} | PROMISED | others
+
+
+@pytest.mark.usefixtures("alone")
+def test_every_key_is_in_the_glossary_and_every_entry_is_a_key():
+    keys = everything()
+    assert sorted(key for key in keys if explain(key) is None) == []
+    assert sorted(m.key for m in METRICS if not any(explain(key) is m for key in keys)) == []
+    assert len({m.key for m in METRICS}) == len(METRICS) and all(
+        m.formula and m.reading for m in METRICS
+    )
+
+
+def test_the_most_particular_entry_explains_a_key():
+    assert (
+        explain("reward/countdown/mean").key == "reward/<name>/mean"
+        and explain("time/step_s").key == "time/step_s"
+    )
+    assert (
+        explain("time/rollout_s").key == "time/<phase>_s"
+        and explain("entropy/token_q4").key == "entropy/token_q<quarter>"
+    )
+    assert explain("reward/a/b/mean") is None and explain("kl/tokens") is None
+
+
+FOLLOWED = {
+    "algorithm.reward_weight={kind: feedback, value: 1, metric: reward/maen, target: 0.5}": "algorithm.reward_weight.metric=reward/maen",
+    "+teachers.main.schedule={kind: feedback, value: 1, metric: kl/tokens, target: 0.1}": "teachers.main.schedule.metric=kl/tokens",
+    "checkpoint.best=eval/acuracy": "checkpoint.best=eval/acuracy",
+}
+
+
+@pytest.mark.parametrize("said", FOLLOWED)
+def test_a_metric_that_no_step_has_cannot_be_followed(said: str):
+    settings = load_config(
+        ["experiment=quickstart", "run.dir=here", "checkpoint.every=20", "eval.every=20", said]
+    )
+    with pytest.raises(ConfigError) as error:
+        check_metrics(settings)
+    assert (
+        str(error.value) == f"{FOLLOWED[said]}: no step has such a metric; take one of "
+        "hybridrl/tracking/METRICS.md, e.g. reward/mean"
+    )
+
+
+def test_a_weight_follows_what_each_step_measures_and_the_best_checkpoint_an_evaluation_too():
+    feedback = "algorithm.reward_weight={{kind: feedback, value: 1, metric: {}, target: 0.5}}"
+    given = [
+        "experiment=quickstart",
+        "run.dir=here",
+        "checkpoint.every=20",
+        "eval.every=20",
+        "checkpoint.best=eval/accuracy",
+    ]
+    check_metrics(load_config([*given, feedback.format("reward/mean")]))
+    with pytest.raises(
+        ConfigError,
+        match=r"^algorithm\.reward_weight\.metric=eval/accuracy: is not measured in every step; ",
+    ):
+        check_metrics(load_config([*given, feedback.format("eval/accuracy")]))
+
+
+def test_the_curves_of_the_report_are_of_metrics_in_the_glossary():
+    assert [key for panel in PANELS for key in panel.needs if explain(key) is None] == []
+
+
+def test_the_page_of_metrics_is_up_to_date():
+    written = Path(__file__).parent.parent.parent / "hybridrl" / "tracking" / "METRICS.md"
+    assert written.read_text() == page(), (
+        "python -m hybridrl.tracking.glossary > hybridrl/tracking/METRICS.md"
+    )

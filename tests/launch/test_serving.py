@@ -1,0 +1,40 @@
+"""`hybridrl serve`: the command line of the server; tests/launch/test_train.py starts a real
+one.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from hybridrl.cli import main
+from hybridrl.core.errors import ConfigError
+from hybridrl.launch.serving import parse, server_command
+from hybridrl.models.loading import resolve
+
+
+def test_the_command_names_the_model_by_its_folder_and_fits_a_cpu():
+    command = server_command(
+        "builtin:countdown-student", host="h", port=1, device="cpu", arguments=["--seed", "3"]
+    )
+    folder = resolve("builtin:countdown-student")
+    assert command[3:7] == ["--model", str(folder), "--served-model-name", folder.name]
+    assert "--enforce-eager" in command and command[-2:] == ["--seed", "3"]
+    on_gpu = server_command(str(folder), host="h", port=1, device="cuda", arguments=[])
+    assert "--enforce-eager" not in on_gpu
+
+
+def test_the_arguments_of_vllm_follow_two_dashes():
+    assert parse(["runs/a", "--port=9", "--", "--seed", "3"]) == (
+        "runs/a",
+        "127.0.0.1",
+        9,
+        ["--seed", "3"],
+    )
+    for wrong in (["a", "--seed", "3"], [], ["a", "b"], ["a", "--port", "x"]):
+        with pytest.raises(ConfigError):
+            parse(wrong)
+
+
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["serve", str(tmp_path)]) == 2
+    assert "exists but holds no config.json" in capsys.readouterr().err

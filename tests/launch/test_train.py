@@ -1,0 +1,377 @@
+"""The program as its user runs it: `hybridrl train` from the shell, resumed, exported, served, and
+submitted as a Ray job.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hybridrl.models.tiny import tiny_tokenizer
+from hybridrl.run_dir.checkpoint import read_checkpoint
+from hybridrl.tracking.jsonl import read_metrics
+from hybridrl.weights.hugging_face import master_weights
+from tests.support.graph import tiny_overrides
+
+pytestmark = pytest.mark.graph
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parent.parent.parent
+
+
+def shell(
+    *command: str, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=cwd
+    )
+
+
+def train(*overrides: str) -> subprocess.CompletedProcess[str]:
+    return shell("hybridrl", "train", *overrides)
+
+
+def lasting(row: dict[str, float]) -> dict[str, float]:
+    """A metrics row without what a clock measured."""
+    return {key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))}
+
+
+CANARY = "canary-"
+CANARIES = {
+    name: f"{CANARY}{name.lower()}"
+    for name in (
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "DATABASE_PASSWORD",
+        "JUDGE_API_KEY",
+    )
+}
+WATCH = """
+import os
+from pathlib import Path
+
+def watch(completions, api_key):
+    seen = [*os.environ.values(), Path("/proc/self/environ").read_text()]
+    return [float(not any("canary-" in value for value in seen))] * len(completions)
+"""
+"""A reward that is only watched: 1 where its process sees no secret but the one that its option
+hands to it.
+"""
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "watch.py").write_text(WATCH)
+    sizes = [
+        "train.steps=4",
+        "checkpoint.every=2",
+        "eval.every=2",
+        "learner.ranks=2",
+        "learner.zero_stage=3",
+        "rollout.engines=2",
+    ]
+    watch = f"{{function:{folder}/watch.py:watch,weight:0,options:{{api_key:'${{oc.env:JUDGE_API_KEY,none}}'}}}}"
+    return [*tiny_overrides(folder), *sizes, f"+reward.functions.watch={watch}"]
+
+
+@pytest.fixture(scope="module")
+def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps without a break, with every kind of tracking: two ranks of ZeRO-3, two engines,
+    one machine.
+    """
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    done = shell(
+        "hybridrl",
+        "train",
+        *overrides,
+        f"run.dir={run_dir}",
+        "tracking.wandb=offline",
+        "eval.teacher=true",
+        env=CANARIES,
+    )
+    (run_dir.parent / "printed.txt").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(
+        r"held-out accuracy \d+\.\d% -> \d+\.\d% \(teacher main \d+\.\d%\)", done.stdout
+    )
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, stopped after two steps and continued by the same command."""
+    run_dir = tmp_path_factory.mktemp("resumed") / "run"
+    for steps in (2, 4):
+        done = train(*overrides, f"run.dir={run_dir}", f"train.steps={steps}")
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "continues after step 2 of 4" in done.stdout
+    return run_dir
+
+
+def test_a_run_leaves_the_promised_files(whole):
+    names = {str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file()}
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+        "report.png",
+        "checkpoints/step_000004/manifest.json",
+        "checkpoints/step_000004/state.json",
+        "checkpoints/step_000004/learner-rank00000-of-00002.safetensors",
+        "ledger.jsonl",
+        "checkpoints/step_000004/learner-rank00001-of-00002.safetensors",
+        "export/step_000004/config.json",
+        "export/step_000004/model.safetensors",
+        "samples/step_000000.jsonl",
+        "samples/step_000004.jsonl",
+        "logs/learner-1.log",
+        "logs/rollout-1.log",
+    } <= names
+    assert any(name.startswith("wandb/") and name.endswith(".wandb") for name in names)
+    assert read_checkpoint(whole / "checkpoints" / "step_000004").state.wandb_id
+    assert not any(".unfinished" in name for name in names)
+
+
+def test_no_secret_of_the_environment_is_in_anything_that_a_run_leaves_or_prints(whole):
+    files = [path for path in whole.parent.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files) and whole.parent / "printed.txt" in files
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+    assert "api_key: '***'" in (whole / "config.yaml").read_text()
+
+
+def test_the_children_that_run_reward_functions_see_no_secret(whole):
+    assert [row["reward/watch/mean"] for row in read_metrics(whole)[1:]] == [1.0] * 4
+
+
+def test_every_step_is_in_the_metrics_once_and_the_teacher_is_measured(whole):
+    rows = read_metrics(whole)
+    assert [row["train/step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [("eval/accuracy" in row) for row in rows] == [True, False, True, False, True]
+    assert "eval/accuracy_teacher/main" in rows[0]
+    assert all(row["controller/materialized_bytes"] == 0 for row in rows[1:])
+
+
+def test_a_resumed_run_equals_one_that_was_never_stopped_bit_by_bit(whole, resumed):
+    assert [lasting(row) for row in read_metrics(resumed)][1:] == [
+        lasting(row) for row in read_metrics(whole)
+    ][1:]
+    files = [
+        f"checkpoints/step_000004/learner-rank0000{rank}-of-00002.safetensors" for rank in (0, 1)
+    ]
+    assert all(
+        (resumed / name).read_bytes() == (whole / name).read_bytes()
+        for name in (*files, "ledger.jsonl")
+    )
+
+
+def test_a_finished_run_is_not_trained_again(whole, overrides):
+    before = (whole / "metrics.jsonl").read_bytes()
+    done = train(*overrides, f"run.dir={whole}", "run.resume=never")
+    assert done.returncode == 1 and "holds a run and run.resume=never" in done.stderr
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_bad_setting_ends_in_one_sentence_before_any_actor_starts(tmp_path):
+    done = train("experiment=quickstart", f"run.dir={tmp_path / 'x'}", "train.stepz=3")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "hybridrl: train.stepz=3: no such setting; did you mean train.steps?\n",
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_hydra_flags_work_as_hydra_users_expect(tmp_path):
+    job = shell(
+        "hybridrl",
+        "train",
+        "experiment=quickstart",
+        f"run.dir={tmp_path}",
+        "train.steps=7",
+        "--cfg",
+        "job",
+        cwd=tmp_path,
+    )
+    assert (
+        job.returncode == 0
+        and "steps: 7" in job.stdout
+        and "path: builtin:countdown-student" in job.stdout
+    )
+    listing = shell("hybridrl", "train", "--help", cwd=tmp_path)
+    assert (
+        listing.returncode == 0
+        and "quickstart" in listing.stdout
+        and "max_new_tokens" in listing.stdout
+    )
+    assert not list(tmp_path.iterdir()), "neither flag writes anything"
+
+
+def greedy_by_hand(run_dir: Path, prompt: list[int], tokens: int) -> list[int]:
+    """Greedy continuation by the learner's fp32 master weights, without a cache and without the
+    export.
+    """
+    state = master_weights(run_dir / "checkpoints" / "step_000004", "float32")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "export" / "step_000004")
+    model.load_state_dict(state, strict=False)
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + tokens and (
+            len(ids) == len(prompt) or ids[-1] != model.config.eos_token_id
+        ):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@contextmanager
+def served(run_dir: Path, template: Path, log: Path) -> Iterator[str]:
+    """`hybridrl serve RUN` as a user starts it; its chat template is one that the tiny tokenizer
+    lacks.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(BIN / "hybridrl"), "serve", str(run_dir), "--port", str(port)]
+    command += ["--", "--chat-template", str(template)]
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        wait_until_up(f"http://127.0.0.1:{port}", server, log, deadline_s=180)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def wait_until_up(url: str, server: subprocess.Popen, log: Path, deadline_s: float) -> None:
+    end = time.monotonic() + deadline_s
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=10).close()
+            return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > end:
+                pytest.fail(f"the server did not come up:\n{log.read_text()[-3000:]}")
+            time.sleep(0.5)
+
+
+def answer(url: str, body: dict) -> dict:
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)
+
+
+def test_a_served_run_answers_chats_and_completions_with_the_learners_greedy_output(
+    whole, tmp_path
+):
+    tokenizer = tiny_tokenizer()
+    texts = ("3 7 9=24:", "1 2 10=7:", "4 4 5=21:")
+    prompts = [tokenizer(text).input_ids for text in texts]
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    with served(whole, template, tmp_path / "serve.log") as url:
+        common = {"model": "step_000004", "temperature": 0, "max_tokens": 12}
+        common["return_token_ids"] = True
+        choices = answer(f"{url}/v1/completions", {**common, "prompt": prompts})["choices"]
+        messages = [{"role": "user", "content": texts[0]}]
+        chat = answer(f"{url}/v1/chat/completions", {**common, "messages": messages})["choices"]
+    by_hand = [greedy_by_hand(whole, prompt, 12) for prompt in prompts]
+    assert [choice["token_ids"] for choice in choices] == by_hand
+    assert chat[0]["token_ids"] == by_hand[0]
+    expected = tokenizer.decode(by_hand[0], skip_special_tokens=True)
+    assert chat[0]["message"]["content"] == expected
+
+
+@pytest.fixture
+def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
+    """A cluster made by the shipped scripts, with token authentication; yields the environment of
+    its users.
+    """
+    home = tmp_path / "home"
+    home.mkdir()
+    ports = []
+    for _ in range(3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(str(probe.getsockname()[1]))
+    sessions = Path(mkdtemp(prefix="ray-"))  # short: the path of a Unix socket holds 107 bytes
+    env = {
+        "HOME": str(home),
+        "RAY_AUTH_MODE": "token",
+        "RAY_TMPDIR": str(sessions),
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    }
+    small = ("--num-cpus", "1", "--object-store-memory", "200000000")
+    head = shell(
+        "cluster/head.sh",
+        "--port",
+        ports[0],
+        "--dashboard-port",
+        ports[1],
+        "--dashboard-agent-listen-port",
+        ports[2],
+        *small,
+        env=env,
+    )
+    assert head.returncode == 0, head.stdout + head.stderr
+    worker = shell("cluster/worker.sh", f"127.0.0.1:{ports[0]}", *small, env=env)
+    assert worker.returncode == 0, worker.stdout + worker.stderr
+    yield env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+    shell("pkill", "-9", "-f", str(sessions))
+    shutil.rmtree(sessions, ignore_errors=True)
+
+
+def test_a_job_on_two_nodes_with_tokens_is_stopped_saves_what_it_learned_and_goes_on(
+    two_nodes, overrides, tmp_path
+):
+    run_dir = tmp_path / "job"
+    spread = ["cluster.spread=true", "cluster.threads_per_worker=1"]
+    program = ["--", str(BIN / "hybridrl"), "train", *overrides, *spread, f"run.dir={run_dir}"]
+    submit = ["ray", "job", "submit", "--working-dir", str(ROOT)]
+    begun = shell(
+        *submit,
+        "--no-wait",
+        "--submission-id",
+        "first",
+        *program,
+        "train.steps=1000",
+        env=two_nodes,
+    )
+    assert begun.returncode == 0, begun.stdout[-3000:] + begun.stderr[-1000:]
+    end = time.monotonic() + 300
+    while len(read_metrics(run_dir)) < 3:
+        assert time.monotonic() < end, shell("ray", "job", "logs", "first", env=two_nodes).stdout[
+            -3000:
+        ]
+        time.sleep(0.5)
+    shell("ray", "job", "stop", "first", env=two_nodes)
+    assert "was stopped" in shell("ray", "job", "status", "first", env=two_nodes).stdout
+    last = int(read_metrics(run_dir)[-1]["train/step"])
+    assert (
+        last >= 2
+        and read_checkpoint(run_dir / "checkpoints" / f"step_{last:06d}").state.step == last
+    )
+
+    job = shell(*submit, *program, f"train.steps={last + 1}", env=two_nodes, timeout_s=400)
+    assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-1000:]
+    assert "succeeded" in job.stdout and f"continues after step {last} of {last + 1}" in job.stdout
+    assert [row["train/step"] for row in read_metrics(run_dir)] == list(range(last + 2))
+    refused = shell("ray", "job", "list", env={**two_nodes, "RAY_AUTH_TOKEN": "not-the-token"})
+    assert refused.returncode != 0, "without the token nobody gets in"

@@ -1,0 +1,119 @@
+"""Whether models can be had: on this disk, in the cache, or from a stand-in of the hub."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi
+
+from hybridrl.models.reach import reach
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Knows org/open and org/gated; answers as the hub does."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/models/org/open"):
+            self.answer(200, {"id": "org/open", "sha": "0123456789abcdef", "siblings": []})
+        elif self.path.startswith("/api/models/org/gated/auth-check"):
+            self.answer(403, {"error": "restricted"}, code="GatedRepo")
+        elif self.path.startswith("/api/models/org/gated"):
+            self.answer(200, {"id": "org/gated", "sha": "0123", "siblings": [], "gated": "manual"})
+        else:
+            self.answer(404, {"error": "Repository not found"}, code="RepoNotFound")
+
+    def answer(self, status: int, body: dict[str, object], code: str | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        if code is not None:
+            self.send_header("X-Error-Code", code)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HfApi]:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token=False)
+        server.shutdown()
+
+
+def test_what_is_here_is_reached_without_a_hub(tmp_path: Path):
+    assert reach("builtin:countdown-student", None).text == "comes with hybridrl"
+    (tmp_path / "config.json").write_text("{}")
+    assert reach(str(tmp_path), None).text == "is on this disk"
+    assert reach(str(tmp_path), None, kind="dataset").reached
+    assert not reach(str(tmp_path / "none"), None).reached
+
+
+def test_a_model_on_the_hub_is_reached_at_its_commit(hub: HfApi):
+    found = reach("org/open", None, api=hub)
+    assert found.reached and found.text == "is on the hub, at commit 0123456789ab"
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("org/gated", "is gated on the hub"),
+        ("org/none", "is not on the hub, or private"),
+        ("a/b/c", "is no name on the hub"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_named_with_the_reason(hub: HfApi, path: str, reason: str):
+    found = reach(path, None, api=hub)
+    assert not found.reached and reason in found.text
+
+
+def test_a_hub_that_does_not_answer_is_said_so(hub: HfApi):
+    found = reach("org/open", None, api=HfApi(endpoint="http://127.0.0.1:9", token=False))
+    assert not found.reached and "the hub does not answer" in found.text
+
+
+def test_a_folder_that_is_no_model_is_not_taken_for_one(tmp_path: Path):
+    found = reach(str(tmp_path), None)
+    assert not found.reached and "holds no config.json" in found.text
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_what_the_cache_holds_is_reached_without_the_hub(
+    hub: HfApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    """A data set has no config.json; and while the hub is out of order, loading takes the cache
+    too.
+    """
+    repository = tmp_path / f"{kind}s--org--kept"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123")
+    (repository / "snapshots" / "0123").mkdir(parents=True)
+    (repository / "snapshots" / "0123" / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    out_of_order = HfApi(endpoint="http://127.0.0.1:9", token=False)
+    found = reach("org/kept", None, api=out_of_order, kind=kind)
+    assert found.reached and "cache here, as the hub does not answer" in found.text
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert reach("org/kept", None, kind=kind).text == "is in the hub's cache here"
+    assert not reach("org/other", None, kind=kind).reached
+
+
+def test_a_token_that_was_stored_by_a_login_counts(
+    hub: HfApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert "without a token" in reach("org/none", None, api=hub).text
+    (tmp_path / "token").write_text("hf_abc")
+    assert "with the token at hand" in reach("org/none", None, api=hub).text
+
+
+def test_offline_only_the_cache_counts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = reach("org/open", None)
+    assert not found.reached and "HF_HUB_OFFLINE is set" in found.text

@@ -1,0 +1,107 @@
+"""What comes from the hub comes at the revision that the settings name. The hub is a local server
+that has nothing.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import ModelConfig
+
+HUB = [
+    "experiment=quickstart",
+    "run.dir=r",
+    "model.revision=s1",
+    "teachers.main.path=me/teacher",
+    "+teachers.main.revision=t2",
+]
+
+ASKING = """
+from contextlib import suppress
+from tests.models.test_revisions import HUB
+from hybridrl.settings.compose import load_config
+from hybridrl.launch.preflight import check_teachers
+from hybridrl.data.prompts import load_problems
+from hybridrl.core.errors import ConfigError, DataError
+from hybridrl.models.tiny import tiny_tokenizer
+from hybridrl.teachers.scorer import Scorer
+from hybridrl.teachers.inbox import Signal, TeacherSide
+import torch
+
+settings = load_config([*HUB, "data.task=records", "data.path=me/rows", "data.heldout_path=me/other", "data.revision=d3"])
+device = torch.device("cpu")
+for ask in (
+    lambda: check_teachers(settings, tiny_tokenizer()),
+    lambda: Scorer(settings, teacher="main", device="cpu"),
+    lambda: TeacherSide(settings, {Signal.teacher_hidden}, device),
+    lambda: load_problems(settings.data, 0),
+):
+    print("asks", flush=True)
+    with suppress(ConfigError, DataError):
+        ask()
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        self.send_response(404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *parts: object) -> None:
+        """Nothing is printed."""
+
+
+def test_teachers_and_data_are_asked_for_at_their_revisions(tmp_path: Path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = Path(__file__).parent.parent.parent
+        hub = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+            "HF_HOME": str(tmp_path),
+            "NO_PROXY": "127.0.0.1",
+        }
+        env = os.environ | hub | {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(root)}
+        done = subprocess.run(
+            [sys.executable, "-c", ASKING],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        server.shutdown()
+    assert done.returncode == 0 and done.stdout.count("asks") == 4, done.stderr
+    teacher = [path for path in server.asked if "me/teacher" in path]
+    assert len(teacher) >= 3 and set(teacher) == {"/api/models/me/teacher/revision/t2"}, (
+        "tokenizer, weights and head"
+    )
+    assert next(path for path in server.asked if "me/other" in path).startswith(
+        "/datasets/me/other/resolve/d3/"
+    )
+
+
+def test_an_engine_that_serves_a_teacher_has_its_revision_or_the_students():
+    settings = load_config(HUB)
+    assert settings.teacher_model("main") == ModelConfig(path="me/teacher", revision="t2")
+    assert load_config([*HUB[:3], "teachers.main.path=null"]).teacher_model("main").revision == "s1"
+
+
+def test_a_revision_of_a_teacher_without_a_path_is_refused():
+    with pytest.raises(
+        ConfigError,
+        match=r"teachers\.main\.revision=t2: without a path it is the student; set model\.revision",
+    ):
+        load_config([*HUB[:3], "teachers.main.path=null", "+teachers.main.revision=t2"])

@@ -1,0 +1,269 @@
+"""The objective on groups small enough to work out by hand, its schedules and what each preset
+needs.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hybridrl.objectives.credit import LearnerView, Signal, moments, response_grid
+from hybridrl.objectives.hybrid import HybridObjective
+from hybridrl.objectives.schedule import Schedule
+from hybridrl.settings.algorithm import AlgorithmConfig, ScheduleConfig
+from hybridrl.settings.choices import Baseline, Normalizer, ScheduleKind, Source
+from hybridrl.settings.compose import load_config
+from hybridrl.types import Rewards, RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
+from tests.support.batches import make_batch, make_plan, make_rewards, make_scores
+
+
+def objective(
+    gamma: float = 0.0, baseline: Baseline = Baseline.leave_one_out, **settings
+) -> HybridObjective:
+    return HybridObjective(
+        AlgorithmConfig(gamma=gamma, baseline=baseline, **settings), max_new_tokens=16
+    )
+
+
+TRIPLE = make_batch([((1,), [(5, 6), (7,), (8, 9)])])
+SHORT_AND_LONG = make_batch([((1, 2), [(5,), (6, 7, 8)])])  # sampler log-probs are -1 everywhere
+COSTS = make_scores(SHORT_AND_LONG, [-1.0, -2.0, -3.0, -5.0])  # so costs are 0 | 1, 2, 4
+
+
+def sparse(
+    objective: HybridObjective,
+    batch: RolloutBatch,
+    scores: list[TokenScores],
+    rewards: Rewards,
+    plan: UpdatePlan,
+) -> list[float]:
+    """[R] what the objective multiplies grad log p(y) with."""
+    scored = ScoredBatch(rollout=batch, scores=tuple(scores), rewards=rewards)
+    return objective.credit(scored, plan, None).sparse.tolist()
+
+
+def costs_of(
+    objective: HybridObjective, rewards: list[float], reward_weight: float = 2.0
+) -> list[float]:
+    plan = make_plan(SHORT_AND_LONG, reward_weight=reward_weight)
+    return sparse(objective, SHORT_AND_LONG, [COSTS], make_rewards(SHORT_AND_LONG, rewards), plan)
+
+
+# -- costs -----------------------------------------------------------------------------------------
+
+
+def test_without_future_every_token_costs_minus_lambda_times_reward_above_the_others():
+    plan = make_plan(TRIPLE, reward_weight=2.0)
+    costs = sparse(objective(), TRIPLE, [], make_rewards(TRIPLE, [1.0, 0.0, 3.0]), plan)
+    # minus 2 * (1 - 1.5), minus 2 * (0 - 2), minus 2 * (3 - 0.5)
+    assert costs == [1.0, 1.0, 4.0, -5.0, -5.0]
+
+
+def test_the_future_cost_of_a_token_is_discounted_and_the_reward_is_not():
+    # future of the long response: .5*2 + .25*4, .5*4, 0; the reward of the short one counts 2 * 1
+    assert costs_of(objective(0.5, Baseline.none), [1.0, 0.0]) == [-2.0, 2.0, 2.0, 0.0]
+    assert costs_of(objective(1.0, Baseline.none), [1.0, 0.5]) == [-2.0, 5.0, 3.0, -1.0]
+    assert costs_of(objective(0.0, Baseline.none), [1.0, 0.5]) == [-2.0, -1.0, -1.0, -1.0]
+
+
+def test_a_sibling_that_has_ended_is_compared_by_its_reward_and_no_future():
+    # returns: short -2 at every position; long 2, 2, 0. At position 0 the long one is the short
+    # one's baseline.
+    assert costs_of(objective(0.5), [1.0, 0.0]) == [-4.0, 4.0, 4.0, 2.0]
+    assert costs_of(objective(0.5, Baseline.group_mean), [1.0, 0.0]) == [-2.0, 2.0, 2.0, 1.0]
+
+
+def test_a_siblings_costs_do_not_enter_when_gamma_is_zero():
+    assert costs_of(objective(0.0), [1.0, 0.0]) == [-2.0, 2.0, 2.0, 2.0]
+
+
+def test_several_teachers_add_their_weighted_costs():
+    second = make_scores(SHORT_AND_LONG, [-1.0, -1.0, -9.0, -1.0])  # costs 0 | 0, 8, 0
+    plan = make_plan(SHORT_AND_LONG, teacher_weights=(1.0, 0.25), reward_weight=0.0)
+    rewards = make_rewards(SHORT_AND_LONG, [1.0, 0.0])
+    costs = sparse(objective(0.5, Baseline.none), SHORT_AND_LONG, [COSTS, second], rewards, plan)
+    assert costs == [0.0, 3.0, 2.0, 0.0]  # costs 0 | 1, 4, 4
+
+
+def test_groups_are_compared_among_themselves_only():
+    batch = make_batch([((1,), [(5,), (6,)]), ((2,), [(7,), (8,)])])
+    rewards = make_rewards(batch, [1.0, 0.0, math.nan, math.nan], keep=[True, True, False, False])
+    assert sparse(objective(), batch, [], rewards, make_plan(batch)) == [-1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_rewards_array_is_only_read():
+    rewards = make_rewards(TRIPLE, [1.0, 0.0, 3.0])
+    rewards.values.flags.writeable = False  # as the object store hands it out
+    sparse(objective(), TRIPLE, [], rewards, make_plan(TRIPLE))
+    assert rewards.values.tolist() == [1.0, 0.0, 3.0]
+
+
+def test_the_response_grid_read_row_by_row_is_batch_order():
+    grid = response_grid(SHORT_AND_LONG)
+    assert grid.tolist() == [[True, False, False], [True, True, True]]
+    filled = np.zeros(grid.shape, np.int32)
+    filled[grid.numpy()] = SHORT_AND_LONG.input_ids[SHORT_AND_LONG.response_mask]
+    assert filled.tolist() == [[5, 0, 0], [6, 7, 8]]
+
+
+def test_normalisers_are_of_the_global_batch():
+    plan = make_plan(SHORT_AND_LONG, num_tokens=40, num_sequences=5, num_groups=3)
+    scored = ScoredBatch(
+        rollout=SHORT_AND_LONG, scores=(), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0])
+    )
+
+    def weights(kind):
+        return objective(normalizer=kind).token_weight(scored, plan, None).tolist()
+
+    assert weights(Normalizer.token_mean) == pytest.approx([1 / 40] * 4)
+    assert weights(Normalizer.constant) == pytest.approx([1 / (5 * 16)] * 4)
+    assert weights(Normalizer.sequence_mean) == pytest.approx([1 / 6, 1 / 18, 1 / 18, 1 / 18])
+
+
+# -- what each method needs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "signals"),
+    [
+        ("hybrid", {Signal.teacher_hidden, Signal.rewards}),
+        ("opd_full", {Signal.teacher_hidden}),
+        ("rloo", {Signal.rewards}),
+        ("reinforce_kl", {Signal.teacher_hidden, Signal.teacher_logprobs, Signal.rewards}),
+    ],
+)
+def test_each_preset_asks_for_what_it_uses_and_nothing_more(preset: str, signals: set[Signal]):
+    settings = load_config(["run.dir=here", "experiment=quickstart", f"algorithm={preset}"])
+    assert HybridObjective(settings.algorithm, 16).signals == signals
+
+
+def test_pure_reinforcement_needs_no_teacher_at_any_gamma():
+    off = ScheduleConfig(value=0.0)
+    assert objective(gamma=1.0, imitation_weight=off).signals == {Signal.rewards}
+    plan = make_plan(TRIPLE, teacher_weights=())
+    costs = sparse(
+        objective(1.0, Baseline.none, imitation_weight=off),
+        TRIPLE,
+        [],
+        make_rewards(TRIPLE, [1.0, 0.0, 3.0]),
+        plan,
+    )
+    assert costs == [-1.0, -1.0, 0.0, -3.0, -3.0]
+
+
+# -- schedules -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (ScheduleKind.constant, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        (ScheduleKind.linear, [1.0, 1.5, 2.0, 2.5, 3.0, 3.0]),
+        (ScheduleKind.cosine, [1.0, 2 - math.sqrt(0.5), 2.0, 2 + math.sqrt(0.5), 3.0, 3.0]),
+        (ScheduleKind.step, [1.0, 1.0, 1.0, 1.0, 3.0, 3.0]),
+    ],
+)
+def test_each_kind_of_schedule_goes_from_1_to_3_in_4_steps(kind: ScheduleKind, values: list[float]):
+    config = ScheduleConfig(kind=kind, value=1.0, end=3.0, steps=4)
+    assert [Schedule(config, 100).value(t) for t in range(6)] == pytest.approx(values)
+
+
+def test_a_schedule_without_a_length_takes_the_whole_training():
+    config = ScheduleConfig(kind=ScheduleKind.linear, value=0.0, end=1.0)
+    assert [Schedule(config, 10).value(t) for t in (0, 5, 10)] == [0.0, 0.5, 1.0]
+
+
+def test_a_schedule_that_ends_above_zero_is_not_zero():
+    assert ScheduleConfig(value=0.0).is_zero()
+    assert ScheduleConfig(value=0.0, end=1.0).is_zero(), "constant: the end is not read"
+    assert not ScheduleConfig(kind=ScheduleKind.linear, value=0.0, end=1.0).is_zero()
+
+
+def test_a_feedback_schedule_moves_by_its_gain_within_its_bounds_and_keeps_its_place():
+    config = ScheduleConfig(
+        kind=ScheduleKind.feedback,
+        value=1.0,
+        metric="kl/token",
+        target=0.1,
+        gain=-0.1,
+        low=0.85,
+        high=1.05,
+    )
+    schedule = Schedule(config, 100)
+    seen = []
+    for kl in (
+        0.2,
+        0.4,
+        math.nan,
+        0.1,
+        0.0,
+    ):  # twice the target, four times: the error counts as 1 at most; unknown; met; none
+        schedule.observe({"kl/token": kl})
+        seen.append(schedule.value(7))
+    assert seen == pytest.approx([0.9, 0.85, 0.85, 0.85, 0.935])
+    again = Schedule(config, 100)
+    again.load_state_dict(schedule.state_dict())
+    assert again.value(0) == schedule.value(0)
+
+
+def test_the_moments_of_a_rank_without_groups_are_zero_and_those_of_others_count_live_tokens():
+    assert moments([]).tolist() == [0.0, 0.0, 0.0]
+    scored = ScoredBatch(rollout=TRIPLE, scores=(), rewards=make_rewards(TRIPLE, [1.0, 0.0, 3.0]))
+    credit = objective(baseline=Baseline.none).credit(
+        scored, make_plan(TRIPLE), None
+    )  # costs -1, -1, 0, -3, -3
+    assert moments([credit]).tolist() == [5.0, -8.0, 20.0]
+
+
+@pytest.mark.parametrize("baseline", Baseline)
+def test_text_of_the_data_has_its_likelihood_alone_whatever_the_baseline(baseline: Baseline):
+    single = make_batch([((1,), [(5, 6)])])
+    data = replace(single, source=Source.data)
+    plan, view = (
+        make_plan(single, reward_weight=2.0),
+        LearnerView(logprobs=torch.full((2,), -1.0), values=torch.full((2,), -0.5)),
+    )
+    given = ScoredBatch(rollout=data, scores=(), rewards=make_rewards(single, [1.0]))
+    credit = objective(baseline=baseline, nll_weight=0.25).credit(given, plan, view)
+    assert (
+        credit.sparse.tolist() == [0.0, 0.0]
+        and credit.cost.tolist() == [-0.25, -0.25]
+        and credit.value_slope.tolist() == [0.0, 0.0]
+    )
+    assert (
+        credit.standardised(torch.tensor(1.0), torch.tensor(2.0)).cost.tolist() == [-0.25, -0.25]
+        and moments([credit])[0] == 0.0
+    )
+    assert not any(len(numbers) and numbers.any() for numbers in credit.watched.values())
+
+
+def test_the_likelihood_of_the_teachers_text_is_not_standardised_with_its_returns():
+    written = replace(TRIPLE, source=Source.teacher)
+    given = ScoredBatch(rollout=written, scores=(), rewards=make_rewards(TRIPLE, [1.0, 0.0, 3.0]))
+    credit = objective(baseline=Baseline.none, nll_weight=0.5).credit(
+        given, make_plan(TRIPLE, reward_weight=1.0), None
+    )
+    assert credit.sparse.tolist() == [-1.0, -1.0, 0.0, -3.0, -3.0]
+    assert credit.standardised(torch.tensor(-1.0), torch.tensor(2.0)).cost.tolist() == [
+        -0.5,
+        -0.5,
+        0.0,
+        -1.5,
+        -1.5,
+    ]
+
+
+def test_a_clip_of_the_log_ratio_bounds_future_costs_and_says_how_often():
+    # costs of the long response are 1, 2, 4; clipped at 1.5: 1, 1.5, 1.5
+    clipped = objective(gamma=1.0, baseline=Baseline.none, log_ratio_clip=1.5)
+    assert Signal.teacher_logprobs in objective(log_ratio_clip=1.5).signals, (
+        "for the share, at gamma 0 too"
+    )
+    scored = ScoredBatch(
+        rollout=SHORT_AND_LONG, scores=(COSTS,), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0])
+    )
+    credit = clipped.credit(scored, make_plan(SHORT_AND_LONG), None)
+    assert credit.sparse.tolist() == [0.0, 3.0, 1.5, 0.0]
+    assert credit.watched["kl/clipped_frac"].tolist() == [False, False, True, True]

@@ -1,0 +1,509 @@
+"""The real Learner - DeepSpeed, gloo, ranks in their own processes - against plain autograd and
+against itself.
+
+Three process groups serve all tests: two ranks that go through ZeRO 1, 2 and 3 in turn, one rank,
+and two ranks again.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hybridrl.batch.micro_batch import collate, train_sequences
+from hybridrl.core.errors import CheckpointError
+from hybridrl.kernels.head import HeadRule
+from hybridrl.kernels.teacher_rows import HiddenTeacher
+from hybridrl.kernels.terms import TokenTerms
+from hybridrl.models.loading import load_model, load_value_head
+from hybridrl.models.output_head import output_weight
+from hybridrl.models.tiny import tiny_model, tiny_tokenizer
+from hybridrl.objectives.credit import Credit
+from hybridrl.objectives.hybrid import HybridObjective
+from hybridrl.ops.compare import COMPARED
+from hybridrl.policy import diagnostics as probe
+from hybridrl.policy.learner import deepspeed_config
+from hybridrl.policy.optimizer_state import check_model
+from hybridrl.policy.student import HeadInputs, Student
+from hybridrl.settings.compose import load_config
+from hybridrl.tracking.glossary import explain
+from hybridrl.types import ScoredBatch
+from hybridrl.weights.fragments import PARTS, Fragment, FragmentReader, write_fragments
+from tests.batch.test_packing import APART, TOGETHER, tiny
+from tests.support.learner_job import GROUPS, LR, chunk_of, plan_for, settings_for
+
+ROOT = Path(__file__).parents[2]
+JOB = ROOT / "tests" / "support" / "learner_job.py"
+DEADLINE_S = 240  # of one process group; it takes about 20 s
+
+
+def run_ranks(folder: Path, world: int, cases: str) -> None:
+    """Start every rank, wait for all; one that fails ends the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        # ninja, for DeepSpeed's one compiled op
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+    }
+    logs = [(folder / f"{cases}-{rank}.log").open("w+") for rank in range(world)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, JOB, str(rank), str(world), str(port), folder, cases],
+            env=env,
+            stdout=log,
+            stderr=log,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        end = time.monotonic() + DEADLINE_S
+        while (
+            any(r.poll() is None for r in ranks)
+            and not any(r.poll() for r in ranks)
+            and time.monotonic() < end
+        ):
+            time.sleep(0.1)
+    finally:
+        for r in ranks:
+            r.kill()
+            r.wait()
+    said = []
+    for number, (rank, log) in enumerate(zip(ranks, logs, strict=True)):
+        log.seek(0)
+        said.append(f"rank {number} ended with {rank.returncode}: {log.read()[-3000:]}")
+        log.close()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both models, and what the process groups left."""
+    folder = tmp_path_factory.mktemp("learner")
+    tokenizer = tiny_tokenizer()
+    for seed, name in enumerate(("student", "teacher")):
+        torch.manual_seed(seed)
+        tiny_model(tokenizer).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for kind, sizes in (("opt", TOGETHER["opt"]), ("gemma2", APART["gemma3_text"])):
+        tiny(kind, sizes, torch.float32).save_pretrained(folder / kind)
+    run_ranks(folder, 2, "two_ranks")
+    run_ranks(folder, 1, "one_rank")
+    run_ranks(folder, 2, "two_ranks_again")
+    return folder
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_student_is_tried_when_it_is_loaded_also_where_its_weights_are_sharded(
+    folder: Path, stage: int
+):
+    assert result(folder, "opt-padded") == "no error"
+    packed = result(folder, f"opt-packed-{stage}")
+    assert packed.startswith("train.packing=true: OPTForCausalLM does not keep packed sequences")
+    assert "logits of Gemma2ForCausalLM are not its last" in result(folder, f"gemma2-{stage}")
+
+
+def result(folder: Path, case: str) -> dict:
+    return json.loads((folder / f"{case}.json").read_text())
+
+
+def weight_distance(folder: Path, case: str, other: str | dict[str, Tensor]) -> float:
+    """The largest difference between any two weights."""
+    ours = load_file(folder / f"{case}.safetensors")
+    theirs = load_file(folder / f"{other}.safetensors") if isinstance(other, str) else other
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+# -- plain autograd --------------------------------------------------------------------------------
+
+
+def written_out_loss(
+    model: nn.Module, teacher_head: Tensor, *, dense: bool = True, sparse: bool = True
+) -> Tensor:
+    """sum over response tokens of (sum_v p (log p - log q) + G log p(y)) / R, one sequence at a
+    time, nothing fused.
+    """
+    batch, _, scores = chunk_of(0, 4)
+    costs = credit().sparse
+    total, row = torch.zeros((), dtype=teacher_head.dtype), 0
+    for i in range(batch.num_sequences):
+        ids = torch.from_numpy(batch.trajectory(i).input_ids).long()
+        logits = model(input_ids=ids[None]).logits[0]
+        for position in range(len(ids) - int(batch.response_lengths[i]), len(ids)):
+            logp = torch.log_softmax(logits[position - 1], -1)
+            logq = torch.log_softmax(
+                torch.from_numpy(scores.rows[row]).to(teacher_head.dtype) @ teacher_head.T, -1
+            )
+            total = (
+                total
+                + dense * (logp.exp() * (logp - logq)).sum()
+                + sparse * costs[row].to(logp.dtype) * logp[ids[position]]
+            )
+            row += 1
+    assert row == len(costs)
+    return total / row
+
+
+def objective() -> HybridObjective:
+    settings = settings_for(Path("unused"), 1)
+    assert (
+        settings.algorithm.gamma == 0.5
+        and settings.train.grad_clip == 1.0
+        and settings.train.weight_decay == 0.0
+    )
+    return HybridObjective(settings.algorithm, settings.rollout.max_new_tokens)
+
+
+def scored() -> ScoredBatch:
+    batch, rewards, scores = chunk_of(0, 4)
+    return ScoredBatch(rollout=batch, scores=(scores,), rewards=rewards)
+
+
+def credit() -> Credit:
+    return objective().credit(scored(), plan_for(0, 1), None)
+
+
+def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_out_loss(
+    folder: Path,
+):
+    model, plain = (load_model(str(folder / "student")).double() for _ in range(2))
+    head = output_weight(load_model(str(folder / "teacher"))).detach().double()
+    micro = collate(train_sequences(scored(), credit(), [torch.ones(8)]))
+    terms = TokenTerms(
+        token_ids=micro.token_ids,
+        token_weight=micro.token_weight.double(),
+        sparse=micro.sparse.double(),
+        sampler_logprobs=micro.rollout_logprobs.double(),
+    )
+    rows = torch.from_numpy(micro.teachers[0].rows).double()
+    teachers = (HiddenTeacher(hidden=rows, lm_head=head, weight=torch.ones(len(rows))),)
+    student = Student(model, HeadRule(chunk=5), with_value=False)
+    loss, _ = student(
+        micro.input_ids,
+        micro.attention_mask,
+        micro.position_ids,
+        micro.hidden_rows,
+        teachers,
+        terms,
+        micro.value_slope,
+    )
+    loss.backward()
+    expected = written_out_loss(plain, head)
+    expected.backward()
+    assert abs(loss.item() - expected.item()) < 1e-7  # token_weight is a float32
+    theirs = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert float((parameter.grad - theirs[name].grad).abs().max()) < 1e-7, name
+    assert float(theirs["model.embed_tokens.weight"].grad.norm()) > 0.1
+
+
+def test_two_steps_are_two_steps_of_a_plain_training_loop(folder: Path):
+    model = load_model(str(folder / "student"))
+    head = output_weight(load_model(str(folder / "teacher"))).detach()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    losses, norms = [], []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = written_out_loss(model, head)
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        losses.append(loss.item())
+    ours = result(folder, "one")
+    assert ours["loss"] == pytest.approx(losses, abs=1e-5)
+    assert ours["grad_norm"] == pytest.approx(norms, rel=1e-5)
+    assert (
+        weight_distance(folder, "one", {n: p.detach() for n, p in model.named_parameters()}) < 1e-5
+    )
+    assert weight_distance(folder, "one", "untouched") > 5e-4
+
+
+# -- equal under any split -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "one-each",  # one sequence a micro-batch, without padding, and an idle one
+        "packed",  # one after the other in a single row, without padding
+        "chunks",  # the batch arrives as two chunks
+        "zero1",  # two ranks with shards of 6 and 2 sequences, one sequence a micro-batch
+        "zero2",
+        "zero3",
+    ],
+)
+def test_loss_and_weights_do_not_depend_on_the_split(folder: Path, case: str):
+    one, other = result(folder, "one"), result(folder, case)
+    assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    for ours, theirs in zip(other["metrics"], one["metrics"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert weight_distance(folder, case, "one") < 1e-5
+
+
+def test_a_group_taken_out_changes_nothing(folder: Path):
+    without, dropped = result(folder, "first-three"), result(folder, "fourth-dropped")
+    assert dropped["loss"] == pytest.approx(without["loss"], abs=1e-5)
+    for ours, theirs in zip(dropped["metrics"], without["metrics"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert weight_distance(folder, "fourth-dropped", "first-three") < 1e-5
+    assert weight_distance(folder, "one", "first-three") > 1e-4 and len(GROUPS) == 4
+
+
+# -- diagnostics -----------------------------------------------------------------------------------
+
+
+def test_the_probe_sees_the_norms_and_the_angle_of_both_gradients_at_the_parameters(folder: Path):
+    head = output_weight(load_model(str(folder / "teacher"))).detach()
+    flat = []
+    for parts in ({"sparse": False}, {"dense": False}):
+        model = load_model(str(folder / "student"))
+        written_out_loss(model, head, **parts).backward()
+        flat.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    dense, sparse = flat
+    cosine = float(dense @ sparse / dense.norm() / sparse.norm())
+    (found,) = result(folder, "diagnosed")["metrics"]
+    assert found["grad/dense_parameter_norm"] == pytest.approx(float(dense.norm()), rel=1e-4)
+    assert found["grad/sparse_parameter_norm"] == pytest.approx(float(sparse.norm()), rel=1e-4)
+    assert found["grad/cosine"] == pytest.approx(cosine, abs=1e-4) and 0.01 < abs(cosine) < 0.99
+
+
+@pytest.mark.parametrize("case", ["zero1-diagnosed", "zero2-diagnosed", "zero3-diagnosed"])
+def test_the_probe_sees_the_global_batch_on_two_ranks_and_leaves_the_step_alone(
+    folder: Path, case: str
+):
+    one, two = result(folder, "diagnosed"), result(folder, case)
+    whole = {"grad/dense_parameter_norm", "grad/sparse_parameter_norm", "grad/cosine"}
+    (expected,), (found,) = one["metrics"], two["metrics"]
+    assert set(expected) - set(found) == (whole if case == "zero3-diagnosed" else set())
+    assert found == pytest.approx({k: expected[k] for k in found}, rel=1e-3, abs=1e-6)
+    assert {f"teacher/{name}" for name in COMPARED} < set(found) and [
+        k for k in expected if explain(k) is None
+    ] == []
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert one["loss"] == pytest.approx(result(folder, "one")["loss"][:1], abs=1e-5)
+    assert weight_distance(folder, case, "diagnosed") < 1e-5
+
+
+# -- sums over ranks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "sums"),
+    [(1, 1, None), (2, 1, "fp32"), (1, 2, "fp32"), (1, 3, "fp32"), (2, 3, "fp32")],
+)
+def test_gradients_are_summed_in_fp32_wherever_there_is_something_to_sum(
+    ranks: int, stage: int, sums: str | None
+):
+    overrides = ["model.dtype=bfloat16", f"learner.ranks={ranks}", f"learner.zero_stage={stage}"]
+    config = deepspeed_config(load_config(["run.dir=here", "experiment=quickstart", *overrides]))
+    assert config.get("communication_data_type") == sums
+    assert config["zero_optimization"]["reduce_scatter"] == (sums is not None)
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def test_in_bf16_short_sequences_attend_by_plain_products_and_long_packed_ones_by_the_fused_kernel(
+    folder: Path,
+):
+    plain, fused = result(folder, "bf16"), result(folder, "bf16-packed")
+    assert (plain["attention"], fused["attention"], result(folder, "one")["attention"]) == (
+        "eager",
+        "sdpa",
+        "sdpa",
+    )
+    assert plain["loss"] == pytest.approx(fused["loss"], rel=0.02) and plain[
+        "grad_norm"
+    ] == pytest.approx(fused["grad_norm"], rel=0.02)
+
+
+# -- a value head ----------------------------------------------------------------------------------
+
+
+def test_a_value_head_learns_and_is_exported_alike_whether_parameters_are_sharded_or_not(
+    folder: Path,
+):
+    whole, sharded = result(folder, "value"), result(folder, "zero3-value")
+    assert sharded["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+    heads = [
+        load_value_head(str(folder / f"{case}-export"), setting="path")
+        for case in ("value", "zero3-value")
+    ]
+    assert heads[0].shape == (1, 128) and heads[0].abs().max() > 0
+    assert torch.allclose(*heads, atol=1e-6)
+
+
+def test_distances_from_a_teacher_are_summed_where_the_student_computes(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A process group for GPUs alone refuses tensors of the CPU; here the device without memory
+    takes the GPU's place.
+    """
+
+    def all_reduce(sums: Tensor) -> None:
+        raise RuntimeError(f"reduces on {sums.device}")
+
+    monkeypatch.setattr(probe.dist, "all_reduce", all_reduce)
+    there = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device="meta")
+    none = torch.zeros(0, device="meta")
+    terms = TokenTerms(token_ids=none, token_weight=none, sparse=none, sampler_logprobs=none)
+    inputs = HeadInputs(
+        input_ids=none,
+        attention_mask=None,
+        position_ids=none,
+        hidden_rows=none,
+        teachers=(),
+        terms=terms,
+        value_slope=none,
+    )
+    with pytest.raises(RuntimeError, match="reduces on meta"):
+        probe.teacher_distance(lambda *arguments: (there, None), [inputs])
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+STATES = [
+    "one",
+    "bf16",
+    "value",
+    "zero3-value",
+    *(f"zero{stage}{dtype}" for stage in (1, 2, 3) for dtype in ("", "-bf16")),
+]
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_step_after_loading_is_bit_for_bit_the_step_that_would_have_come(folder: Path, case: str):
+    saved, loaded = result(folder, case), result(folder, f"{case}-loaded")
+    assert loaded["digest"] == saved["digest"] and loaded["optimizer_steps"] == 2
+    straight, resumed = result(folder, f"{case}-straight"), result(folder, f"{case}-resumed")
+    assert resumed["digest"] == straight["digest"] != saved["digest"]
+    assert resumed["loss"] == straight["loss"] and resumed["grad_norm"] == straight["grad_norm"]
+
+
+def saved_state(folder: Path, case: str) -> dict[str, Tensor]:
+    """The saved pieces put together."""
+    reader = FragmentReader(folder / f"{case}-state")
+    return {f"{part}/{name}": reader.whole(part, name) for name in reader.shapes for part in PARTS}
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_the_pieces_of_all_ranks_are_the_state_that_deepspeed_itself_gathers(
+    folder: Path, case: str
+):
+    assert equal(saved_state(folder, case), load_file(folder / f"{case}-gathered.safetensors"))
+
+
+@pytest.mark.parametrize("case", ["zero1", "zero2", "zero3"])
+def test_no_rank_writes_more_than_its_share(folder: Path, case: str):
+    files = sorted((folder / f"{case}-state").iterdir())
+    assert [f.name for f in files] == [
+        "learner-rank00000-of-00002.safetensors",
+        "learner-rank00001-of-00002.safetensors",
+    ]
+    elements = [sum(t.numel() for t in load_file(f).values()) for f in files]
+    whole = sum(t.numel() for t in saved_state(folder, case).values())
+    assert sum(elements) == whole and max(elements) < 0.51 * whole
+
+
+MOVES = {
+    "zero1-to-one": "zero1",
+    "zero2-to-one": "zero2",
+    "zero3-to-one": "zero3",
+    "zero3-bf16-to-one": "zero3-bf16",
+    "one-to-zero1": "one",
+    "one-to-zero2": "one",
+    "one-to-zero3": "one",
+    "bf16-to-zero3": "bf16",
+}
+
+
+@pytest.mark.parametrize("case", MOVES)
+def test_ranks_and_stage_may_change_and_not_a_bit_of_the_state_does(folder: Path, case: str):
+    assert equal(saved_state(folder, case), saved_state(folder, MOVES[case]))
+    assert result(folder, f"{case}-loaded")["digest"] == result(folder, MOVES[case])["digest"]
+
+
+@pytest.mark.parametrize("case", MOVES)
+def test_other_ranks_and_another_stage_take_the_same_next_step_within_rounding(
+    folder: Path, case: str
+):
+    moved, stayed = result(folder, case), result(folder, f"{MOVES[case]}-straight")
+    tolerance = 1e-2 if "bf16" in case else 1e-5
+    assert moved["loss"] == pytest.approx(stayed["loss"], abs=tolerance)
+    assert weight_distance(folder, case, f"{MOVES[case]}-straight") < tolerance
+
+
+def test_the_state_of_another_model_is_refused_and_one_that_holds_more_is_not(tmp_path: Path):
+    def parts():
+        return {part: torch.zeros(6) for part in PARTS}
+
+    write_fragments(
+        tmp_path,
+        0,
+        1,
+        [Fragment(name=name, shape=(2, 3), offset=0, tensors=parts()) for name in ("w", "value")],
+    )
+    reader = FragmentReader(tmp_path)
+    check_model({"w": nn.Parameter(torch.zeros(2, 3))}, reader, tmp_path, "/m")
+    for name, shape in (("w", (3, 2)), ("v", (2, 3))):
+        with pytest.raises(
+            CheckpointError,
+            match=rf"lacks {name} in the model's shape, so it is not of model\.path=/m",
+        ):
+            check_model({name: nn.Parameter(torch.zeros(shape))}, reader, tmp_path, "/m")
+
+
+# -- what must stop --------------------------------------------------------------------------------
+
+
+def test_a_nan_reward_that_was_not_dropped_steps_nothing_and_its_batch_is_kept_to_look_at(
+    folder: Path,
+):
+    assert result(folder, "nan")["error"].startswith("step 0: loss is nan")
+    assert "a reward, or a teacher's log-probability" in result(folder, "nan")["error"]
+    assert "nothing was stepped" in result(folder, "nan")["error"]
+    assert result(folder, "nan")["digest"] == result(folder, "untouched")["digest"]
+    kept = load_file(folder / "skipped" / "step_000000-rank0.safetensors")
+    assert kept["0/sparse"].isnan().any() and kept["0/teachers/0/rows"].shape[1] == 128
+
+
+@pytest.mark.parametrize(
+    "case", [f"zero{stage}{dtype}" for stage in (1, 2, 3) for dtype in ("", "-bf16")]
+)
+def test_what_is_not_finite_on_one_of_two_ranks_steps_nothing_on_either(folder: Path, case: str):
+    """ZeRO 1: a NaN reward of rank 1, 2: an infinite one, 3: infinite teacher states of both."""
+    found = result(folder, f"{case}-left-out")
+    assert "nothing was stepped" in found["error"] and found["digest"] == found["before"]
+    assert ("divergence from a teacher is not finite" in found["error"]) is ("zero3" in case)
+    assert "lower train.lr" not in found["error"]
+    assert (folder / "skipped" / "step_000003-rank1.safetensors").is_file()
+
+
+def test_weights_that_are_infinite_are_not_saved(folder: Path):
+    assert result(folder, "infinite")["error"].startswith("master of ")
+    assert "is not finite; it is not saved" in result(folder, "infinite")["error"]
+
+
+def test_after_a_batch_that_was_left_out_the_steps_are_those_of_a_learner_that_never_saw_it(
+    folder: Path,
+):
+    assert result(folder, "after-nan")["digest"] == result(folder, "one")["digest"]

@@ -1,0 +1,140 @@
+"""Before any worker starts, each reward function is compared with the columns of the data."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.launch.session import preflight
+from hybridrl.rewards.check import check_columns, loaded_rewards
+from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
+from hybridrl.types import Prompt
+
+USER_FILE = """
+def needs(completions, answer, level):
+    return [1.0] * len(completions)
+
+def may_use(completions, answer=None, **columns):
+    return [1.0] * len(completions)
+
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    return 1.0
+
+def openrlhf(queries, prompts, labels):
+    return 1.0
+
+def trl_messages(completions, prompts, **kwargs):
+    return [float(p[-1]["content"] != c[0]["content"]) for p, c in zip(prompts, completions)]
+
+def strict(completions):
+    return [float(c.split("<answer>")[1]) for c in completions]
+
+def wants_none(completions, level):
+    return [float(x is None) for x in level]
+"""
+
+
+@pytest.fixture
+def user_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(USER_FILE)
+    return path
+
+
+def prompt(uid: str, **columns: object) -> Prompt:
+    return Prompt(uid=uid, input_ids=(5, 6), text="3 7=21:", columns=columns)
+
+
+def check(
+    user_file: Path,
+    function: str,
+    *prompts: Prompt,
+    heldout: tuple[Prompt, ...] = (),
+    **options: object,
+) -> None:
+    configured = RewardFunctionConfig(function=f"{user_file}:{function}", options=options)
+    with loaded_rewards(RewardConfig(functions={"r": configured})) as pool:
+        assert pool is not None
+        check_columns(pool, prompts, heldout)
+
+
+def test_a_column_that_the_data_lacks_is_named_with_the_columns_that_there_are(
+    user_file: Path,
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"reward\.functions\.r\.function=.*:needs: its argument `level` is no column of the data, whose columns are "
+        r"answer, question \(as of train-000000, the first row\); name the data's key for it with '\+data\.columns=\{level: KEY\}'",
+    ):
+        check(user_file, "needs", prompt("train-000000", answer="21", question="?"))
+
+
+def test_held_out_data_must_have_the_column_too(user_file: Path) -> None:
+    both = prompt("train-000000", answer="21", level=1)
+    check(user_file, "needs", both, heldout=(both,))
+    with pytest.raises(ConfigError, match=r"`level` is no column .* \(as of heldout-000000"):
+        check(user_file, "needs", both, heldout=(prompt("heldout-000000", answer="21"),))
+
+
+def test_defaults_options_and_columns_of_other_rows_satisfy_a_function(user_file: Path) -> None:
+    check(user_file, "may_use", prompt("train-000000"))
+    check(user_file, "needs", prompt("train-000000", answer="21"), level=3)
+    check(user_file, "needs", prompt("a", answer="21"), prompt("b", answer="21", level=1))
+
+
+def test_a_column_that_a_batch_lacks_is_passed_as_none(user_file: Path) -> None:
+    configured = RewardFunctionConfig(function=f"{user_file}:wants_none")
+    with loaded_rewards(RewardConfig(functions={"r": configured})) as pool:
+        assert pool is not None
+        assert pool.call("r", {"completions": ["a", "b"]}) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (
+            "verl",
+            r"`data_source` .*; it scores one response at a time; write def score\(completions",
+        ),
+        ("openrlhf", r"`queries` .*; prompts are passed as the list `prompts`"),
+        (
+            "trl_messages",
+            r"it reads lists of messages, and raised TypeError: .*; completions and prompts are "
+            r"texts here, .*: write `completion`",
+        ),
+    ],
+)
+def test_a_function_for_another_framework_is_refused_with_what_to_write(
+    user_file: Path, function: str, sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check(user_file, function, prompt("train-000000", ground_truth="21"))
+
+
+def test_a_function_that_raises_on_a_first_short_text_is_a_warning(
+    user_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        check(user_file, "strict", prompt("train-000000"))
+    assert "reward.functions.r failed on train-000000 with the response 'The answer is 42.'" in (
+        caplog.text
+    )
+
+
+def test_preflight_compares_rewards_and_data(tmp_path: Path, user_file: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "3 7=21:", "solution": "3*7"}\n')
+    settings = load_config(
+        [
+            "experiment=quickstart",
+            f"run.dir={tmp_path}/run",
+            "data.task=records",
+            f"data.path={rows}",
+            f"data.heldout_path={rows}",
+            f"reward.functions.countdown.function={user_file}:needs",
+        ]
+    )
+    with pytest.raises(ConfigError, match=r"`answer` is no column .*, whose columns are solution"):
+        preflight(settings)

@@ -1,0 +1,321 @@
+"""What a reward function starts, prints and raises does not outlive its call, nor reach a log
+unbounded or unescaped.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hybridrl.rewards import guard
+from hybridrl.rewards.pool import Failure, FailureKind, RewardCall, RewardPool
+from hybridrl.rewards.text import described, plain
+
+ROOT = Path(__file__).parent.parent.parent
+
+# `mark` is in the environment of every process that a call starts, whatever its session or parent.
+USER_FILE = """
+import os, subprocess, sys, time
+
+def daemon():
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execvp("sleep", ["sleep", "1000"])
+        os._exit(0)
+
+def starts(completions, mark, how):
+    os.environ["HYBRIDRL_TEST_MARK"] = mark[0]
+    subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    subprocess.Popen(["setsid", "--fork", "sleep", "1000"])
+    subprocess.Popen(["timeout", "1000", "sleep", "1000"])
+    subprocess.Popen(["sh", "-c", "trap '' TERM HUP INT; sleep 1000 & sleep 1000 & exit"])
+    subprocess.Popen([sys.executable, "-c", "import os, time\\nwhile True:\\n if os.fork(): os._exit(0)\\n os.setsid()"])
+    daemon()
+    time.sleep(0.3)
+    if how[0] == "hangs":
+        time.sleep(1000)
+    if how[0] == "exits":
+        os._exit(0)
+    return [1.0]
+
+def exit_zero(completions):
+    if "x" in completions:
+        os._exit(0)
+    return [1.0] * len(completions)
+
+def closes_everything(completions):
+    if "x" in completions:
+        os.closerange(3, 1000)
+    return [1.0] * len(completions)
+
+class NoName(type):
+    @property
+    def __name__(cls):
+        raise SystemExit("no name")
+
+class Nameless(Exception, metaclass=NoName):
+    def __reduce__(self):
+        return (os._exit, (7,))
+
+class Wide(Exception):
+    def __str__(self):
+        raise KeyboardInterrupt
+
+def raises(completions):
+    for c in completions:
+        if c == "long":
+            raise ValueError("y" * 100_000_000)
+        if c == "terminal":
+            raise ValueError("\\x1b[2J\\x1b]0;owned\\x07\\nERROR forged line\\r\\u202e\\u2028\\ud800")
+        if c == "nameless":
+            raise Nameless("a")
+        if c == "wide":
+            raise Wide
+    return [1.0] * len(completions)
+
+class Loud:
+    def __repr__(self):
+        return "\\x1b[2J" * 10_000_000
+
+def returns_loud(completions):
+    return [Loud()] * len(completions)
+
+def floods(completions):
+    for _ in range(20):
+        os.write(1, b"z" * 1_000_000)
+    os.write(2, b"\\n")
+    return [1.0] * len(completions)
+
+def prints(completions):
+    print("first\\x1b[2J")
+    os.system("echo from a shell")
+    print("last\\rERROR forged", file=sys.stderr)
+    return [1.0] * len(completions)
+
+def forges_answers(completions):
+    import gc
+    from multiprocessing.connection import Connection
+    for found in gc.get_objects():
+        if isinstance(found, Connection) and not found.closed:
+            found.send_bytes(b'{"values": [' + b"[" * 5000)
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def user_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("user") / "isolated.py"
+    path.write_text(USER_FILE)
+    return path
+
+
+def open_pool(user_file: Path, name: str, timeout_s: float = 20.0) -> RewardPool:
+    calls = {name: RewardCall(function=f"{user_file}:{name}", options={})}
+    return RewardPool(calls, processes=1, timeout_s=timeout_s, max_timeouts=0.5)
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that have the mark in their environment."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"HYBRIDRL_TEST_MARK={mark}".encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+        except OSError:  # it has ended meanwhile, or belongs to the kernel
+            continue
+    return found
+
+
+def remaining(mark: str) -> list[int]:
+    """Those of `marked` that do not end within 10 s."""
+    end = time.monotonic() + 10
+    while marked(mark) and time.monotonic() < end:
+        time.sleep(0.02)
+    return marked(mark)
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", ["control group", "process by process"])
+@pytest.mark.parametrize("how", ["hangs", "exits", "answers"])
+def test_sessions_orphans_and_a_chain_of_forks_end_with_the_call_or_with_the_pool(
+    user_file: Path, monkeypatch: pytest.MonkeyPatch, how: str, group: str
+) -> None:
+    if (
+        group == "process by process"
+    ):  # the variable reaches the guard, which is a process of its own
+        monkeypatch.setenv(guard.NO_CONTROL_GROUP, "1")
+    mark = f"{os.getpid()}-{how}-{group}"
+    pool = open_pool(user_file, "starts", timeout_s=2.0)
+    try:
+        [outcome] = pool.call("starts", {"completions": ["a"], "mark": [mark], "how": [how]})
+        if how == "answers":
+            assert outcome == 1.0
+            assert len(marked(mark)) >= 6
+        else:
+            kind = FailureKind.timeout if how == "hangs" else FailureKind.died
+            assert isinstance(outcome, Failure) and outcome.kind is kind
+            assert remaining(mark) == []
+    finally:
+        pool.close()
+    assert remaining(mark) == []
+
+
+OWNER = """
+import multiprocessing, os, signal, sys, threading, time
+from hybridrl.rewards.pool import RewardCall, RewardPool
+
+calls = {"starts": RewardCall(function=sys.argv[1], options={})}
+pool = RewardPool(calls, processes=1, timeout_s=60, max_timeouts=0.5)
+call = {"completions": ["a"], "mark": [sys.argv[2]], "how": ["answers"]}
+assert pool.call("starts", call) == [1.0]
+for child in multiprocessing.active_children():  # as Ray does with the children of a worker that it kills
+    child.kill()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_nothing_is_left_of_an_owner_that_is_killed_together_with_its_children(
+    user_file: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER)
+    mark = f"{os.getpid()}-owner"
+    done = subprocess.run(
+        [sys.executable, script, f"{user_file}:starts", mark],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert remaining(mark) == []
+
+
+def test_no_control_group_is_left_behind(user_file: Path) -> None:
+    groups = Path("/sys/fs/cgroup")
+    before = set(groups.glob("**/hybridrl-reward-*"))
+    pool = open_pool(user_file, "exit_zero")
+    pool.close()
+    assert set(groups.glob("**/hybridrl-reward-*")) <= before
+
+
+@pytest.mark.parametrize("name", ["exit_zero", "closes_everything"])
+def test_a_call_that_ends_its_process_or_its_connection_died_and_does_not_time_out(
+    user_file: Path, name: str
+) -> None:
+    pool = open_pool(user_file, name, timeout_s=300.0)
+    try:
+        first, second, third = pool.call(name, {"completions": ["a", "x", "b"]})
+    finally:
+        pool.close()
+    assert (first, third) == (1.0, 1.0)
+    assert isinstance(second, Failure) and second.kind is FailureKind.died
+    if name == "exit_zero":
+        assert second.text == "the process ended with exit code 0"
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def test_plain_text_is_short_and_has_no_character_that_a_terminal_acts_on() -> None:
+    assert plain("a\n\x1b[2J\u202eb\ud800") == r"a\n\x1b[2J\u202eb\ud800"
+    assert plain("Zürich 東京") == "Zürich 東京"
+    assert plain("y" * 1000, limit=50) == "y" * 29 + "... (1000 characters)"
+    assert plain("\0" * 20, limit=50) == r"\x00" * 7 + r"\x0... (20 characters)"
+    assert plain(plain("\0" * 9999)) == plain("\0" * 9999)
+
+
+def test_an_exception_is_described_although_its_type_and_message_have_code_of_their_own() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise SystemExit
+
+    assert described(Mute("a")) == "Mute"
+    assert described(ValueError("a\nb")) == r"ValueError: a\nb"
+
+
+def test_what_a_function_raises_arrives_short_and_escaped(user_file: Path) -> None:
+    pool = open_pool(user_file, "raises")
+    try:
+        texts = []
+        for completion in ("long", "terminal", "nameless", "wide"):
+            [outcome] = pool.call("raises", {"completions": [completion]})
+            assert isinstance(outcome, Failure) and outcome.kind is FailureKind.raised
+            texts.append(outcome.text)
+    finally:
+        pool.close()
+    long, terminal, nameless, wide = texts
+    assert long == f"ValueError: {'y' * 462}... (100000012 characters)"
+    assert terminal == (
+        r"ValueError: \x1b[2J\x1b]0;owned\x07\nERROR forged line\r\u202e\u2028\ud800"
+    )
+    assert nameless == "an exception whose type has no readable name: a"
+    assert wide == "Wide"
+
+
+def test_a_value_whose_text_is_long_and_full_of_escapes_is_shown_short_and_escaped(
+    user_file: Path,
+) -> None:
+    pool = open_pool(user_file, "returns_loud")
+    try:
+        [outcome] = pool.call("returns_loud", {"completions": ["a"]})
+    finally:
+        pool.close()
+    assert isinstance(outcome, Failure) and outcome.kind is FailureKind.invalid
+    assert outcome.text.isprintable() and len(outcome.text) < 400
+
+
+def test_what_no_child_would_answer_fails_the_call_and_nothing_else(user_file: Path) -> None:
+    pool = open_pool(user_file, "forges_answers")
+    try:
+        [outcome] = pool.call("forges_answers", {"completions": ["a"]})
+        [again] = pool.call("forges_answers", {"completions": ["a"]})
+    finally:
+        pool.close()
+    assert isinstance(outcome, Failure) and outcome.kind is FailureKind.died
+    assert isinstance(again, Failure) and again.kind is FailureKind.died
+
+
+def printed_by(user_file: Path, name: str) -> list[str]:
+    """The lines that reach the owner's stdout and stderr."""
+    script = (
+        "from hybridrl.rewards.pool import RewardCall, RewardPool\n"
+        f"calls = {{'r': RewardCall(function={f'{user_file}:{name}'!r}, options={{}})}}\n"
+        "pool = RewardPool(calls, processes=1, timeout_s=60, max_timeouts=0.5)\n"
+        "print(pool.call('r', {'completions': ['a']}), flush=True)\n"
+        "pool.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=120,
+        check=True,
+    )
+    return sorted(done.stdout.decode().splitlines())
+
+
+def test_what_a_function_prints_is_marked_and_escaped_line_by_line(user_file: Path) -> None:
+    assert printed_by(user_file, "prints") == [
+        "[1.0]",
+        "reward function prints: first\\x1b[2J",
+        "reward function prints: from a shell",
+        "reward function prints: last\\rERROR forged",
+    ]
+
+
+def test_a_flood_on_stdout_is_cut_and_neither_stops_the_call_nor_fills_a_log(
+    user_file: Path,
+) -> None:
+    lines = printed_by(user_file, "floods")
+    assert "[1.0]" in lines
+    assert sum(len(line) for line in lines) < 2 * guard.OUTPUT_BYTES
+    dropped = 20_000_001 - guard.OUTPUT_BYTES
+    assert any(f"... {dropped} further bytes are not shown" in line for line in lines)

@@ -1,0 +1,345 @@
+"""A reward model after its training: exported with its value head, it scores as the learner did,
+wherever a reward may stand.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hybridrl.batch.micro_batch import collate, train_sequences
+from hybridrl.core.errors import CheckpointError, ConfigError
+from hybridrl.kernels.terms import TokenTerms
+from hybridrl.launch.session import prepare_prompts
+from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.credit import LearnerView, no_credit
+from hybridrl.objectives.pairs import last_tokens
+from hybridrl.policy.student import Look, Student, head_rule
+from hybridrl.rewards.check import check_rewards
+from hybridrl.rewards.load import load_reward
+from hybridrl.rewards.reward_model import RewardModel, check_reward_models
+from hybridrl.rewards.worker import RewardWorker
+from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import RewardConfig, RewardFunctionConfig, RunSettings
+from hybridrl.types import RolloutBatch, ScoredBatch
+from hybridrl.weights.fragments import MASTER, Fragment, write_fragments
+from hybridrl.weights.hugging_face import export, master_weights
+from tests.support.batches import make_batch, make_plan, make_rewards
+from tests.support.graph import save_tiny
+
+BOS, EOS = 1, 2
+GROUPS = [
+    ((BOS, 7, 20, 11, 21), [(7, 16, 11, EOS), (9, EOS)]),
+    ((BOS, 6), [(5,), (5, 14, 8, 8, 19, EOS)]),  # one response is a single token, cut there
+    ((BOS, 12, 20, 4), [(4, 4, EOS), (4, 4, 4, EOS)]),
+]
+COLUMNS = {
+    "prompt_ids": [list(prompt) for prompt, responses in GROUPS for _ in responses],
+    "completion_ids": [list(response) for _, responses in GROUPS for response in responses],
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
+    """Of a run that trains a reward model, with random weights."""
+    folder = save_tiny(tmp_path_factory.mktemp("source"), 0)
+    pairs = ("algorithm=reward_model", "+data.options.responses=pair")
+    return load_config(["run.dir=here", "experiment=quickstart", f"model.path={folder}", *pairs])
+
+
+@pytest.fixture(scope="module")
+def student(settings: RunSettings) -> Student:
+    made = Student(load_model(settings.model.path), head_rule(settings), with_value=True)
+    torch.manual_seed(3)
+    torch.nn.init.normal_(made.value_head.weight)
+    return made
+
+
+@pytest.fixture(scope="module")
+def exported(
+    settings: RunSettings, student: Student, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Through a learner's checkpoint, as `hybridrl export` does it."""
+    base = tmp_path_factory.mktemp("run")
+    weights = {f"model.{name}": p.detach() for name, p in student.body.named_parameters()}
+    weights[VALUE_HEAD] = student.value_head.weight.detach()
+    write_fragments(
+        base,
+        0,
+        1,
+        [
+            Fragment(name=n, shape=w.shape, offset=0, tensors={MASTER: w.flatten()})
+            for n, w in weights.items()
+        ],
+    )
+    export(master_weights(base, "float32"), Path(settings.model.path), base / "export")
+    return base / "export"
+
+
+def view(student: Student, batch: RolloutBatch) -> LearnerView:
+    """What the learner sees before an update, all sequences in one padded micro-batch."""
+    scored = ScoredBatch(
+        rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS))
+    )
+    micro = collate(train_sequences(scored, no_credit(scored), []))
+    terms = TokenTerms(
+        token_ids=micro.token_ids,
+        token_weight=micro.token_weight,
+        sparse=micro.sparse,
+        sampler_logprobs=micro.rollout_logprobs,
+    )
+    with torch.no_grad():
+        logprobs, values = student(
+            micro.input_ids,
+            micro.attention_mask,
+            micro.position_ids,
+            micro.hidden_rows,
+            (),
+            terms,
+            micro.value_slope,
+            Look.view,
+        )
+    return LearnerView(logprobs=logprobs, values=values)
+
+
+# -- the score -------------------------------------------------------------------------------------
+
+
+def test_the_exported_model_scores_as_the_learner_that_trained_it(student: Student, exported: Path):
+    batch = make_batch(GROUPS)
+    learned = view(student, batch).values[last_tokens(batch)]
+    assert RewardModel(str(exported))(**COLUMNS) == pytest.approx(learned.tolist(), abs=1e-5)
+    assert float(learned.std()) > 0.1, "scores that tell responses apart"
+
+
+def test_a_score_does_not_depend_on_the_sequences_beside_it_nor_on_the_last_token(exported: Path):
+    model = RewardModel(str(exported))
+    together = model(**COLUMNS)
+    alone = [
+        model([p], [c])[0]
+        for p, c in zip(COLUMNS["prompt_ids"], COLUMNS["completion_ids"], strict=True)
+    ]
+    assert alone == pytest.approx(together, abs=1e-5)
+    assert model([[BOS, 6]], [[5, 14, EOS]]) == model([[BOS, 6]], [[5, 14, 9]])
+    assert model([[BOS, 6]], [[5, 14, EOS]]) != model([[BOS, 6]], [[5, 15, EOS]])
+
+
+def test_bradley_terry_of_the_scores_is_the_loss_of_the_pairs(
+    settings: RunSettings, student: Student, exported: Path
+):
+    batch = make_batch(GROUPS)
+    scored = ScoredBatch(
+        rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS))
+    )
+    chosen, rejected = torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5])
+    gradient = make_objective(settings).pair_gradient(
+        scored, view(student, batch), chosen, rejected
+    )
+    scores = torch.tensor(RewardModel(str(exported))(**COLUMNS), dtype=torch.float64)
+    losses = torch.nn.functional.softplus(scores[rejected] - scores[chosen])
+    assert gradient.loss.tolist() == pytest.approx(losses.tolist(), abs=1e-5)
+
+
+def test_one_step_along_the_gradient_of_the_pairs_raises_chosen_scores_over_rejected_ones(
+    settings: RunSettings, tmp_path: Path
+):
+    learner = Student(load_model(settings.model.path), head_rule(settings), with_value=True)
+    batch = make_batch(GROUPS)
+    scored = ScoredBatch(
+        rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS))
+    )
+    credit = make_objective(settings).credit(
+        scored, make_plan(batch, num_groups=3, teacher_weights=()), view(learner, batch)
+    )
+    micro = collate(train_sequences(scored, credit, []))
+    terms = TokenTerms(
+        token_ids=micro.token_ids,
+        token_weight=micro.token_weight,
+        sparse=micro.sparse,
+        sampler_logprobs=micro.rollout_logprobs,
+    )
+    learner(
+        micro.input_ids,
+        micro.attention_mask,
+        micro.position_ids,
+        micro.hidden_rows,
+        (),
+        terms,
+        micro.value_slope,
+    )[0].backward()
+    state = {f"model.{name}": p.detach() for name, p in learner.body.named_parameters()}
+    stepped = -0.1 * learner.value_head.weight.grad  # from 0
+    export({**state, VALUE_HEAD: stepped}, Path(settings.model.path), tmp_path / "export")
+    scores = RewardModel(str(tmp_path / "export"))(**COLUMNS)
+    gradient_norm = float(learner.value_head.weight.grad.norm())
+    # At 0 each pair's slope is 1/2 over three pairs, so the summed margin of a step is 6 * 0.1 *
+    # |gradient|^2.
+    assert sum(scores[i] - scores[i + 1] for i in (0, 2, 4)) == pytest.approx(
+        0.6 * gradient_norm**2, rel=1e-4
+    )
+    assert gradient_norm > 0.01
+
+
+def test_a_response_without_tokens_fails(exported: Path):
+    with pytest.raises(ValueError, match="a response without tokens has no score"):
+        RewardModel(str(exported))([[BOS, 6], [BOS, 6]], [[5, EOS], []])
+
+
+# -- the folder ------------------------------------------------------------------------------------
+
+
+def test_a_bfloat16_value_head_is_exported_as_it_was_trained(settings: RunSettings, tmp_path: Path):
+    state = load_model(settings.model.path, "bfloat16").state_dict()
+    export(
+        {**state, VALUE_HEAD: torch.full((1, 128), 0.1).bfloat16()},
+        Path(settings.model.path),
+        tmp_path / "export",
+    )
+    head = load_value_head(str(tmp_path / "export"), setting="path")
+    assert head.dtype == torch.float32
+    assert torch.equal(head, torch.full((1, 128), 0.1).bfloat16().float())
+
+
+def test_engines_find_nothing_but_the_language_model_in_the_folder(exported: Path):
+    assert [path.name for path in exported.glob("*.safetensors")] == ["model.safetensors"]
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in exported.rglob("*"))
+
+
+def test_a_value_head_of_another_width_is_refused(settings: RunSettings, tmp_path: Path):
+    state = load_model(settings.model.path).state_dict()
+    with pytest.raises(
+        CheckpointError, match=r"value_head\.weight is \[1, 3\], the model needs \[1, 128\]"
+    ):
+        export(
+            {**state, VALUE_HEAD: torch.zeros(1, 3)}, Path(settings.model.path), tmp_path / "export"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"path": "{new}/none"},
+            r"options\.path=.*none: there is no such folder; give the export/step_NNNNNN of a run "
+            r"with algorithm=rew",
+        ),
+        (
+            {"path": "{plain}"},
+            r"options\.path=.*: holds no value head, value_head/model\.safetensors; give the "
+            r"export/",
+        ),
+        (
+            {"path": "{bare}"},
+            r"options\.path=.*: exists but holds no config\.json; give a Hugging Face model folder",
+        ),
+        ({}, r"building it raised TypeError: .*missing .* 'path'; correct its options"),
+    ],
+)
+def test_a_folder_that_holds_no_reward_model_is_one_sentence(
+    options: dict[str, str], sentence: str, settings: RunSettings, exported: Path, tmp_path: Path
+):
+    (tmp_path / "value_head").mkdir()
+    (tmp_path / "value_head" / "model.safetensors").write_bytes(
+        (exported / "value_head" / "model.safetensors").read_bytes()
+    )
+    options = {
+        key: value.format(new=tmp_path, plain=settings.model.path, bare=tmp_path)
+        for key, value in options.items()
+    }
+    with pytest.raises(
+        ConfigError, match=rf"reward\.functions\.rm\.function=reward_model: {sentence}"
+    ) as raised:
+        load_reward("rm", "reward_model", options)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_reward_model_with_another_vocabulary_is_refused_before_any_worker_starts(exported: Path):
+    rm = (
+        "+reward.functions.rm.function=reward_model",
+        f"+reward.functions.rm.options.path={exported}",
+    )
+    settings = load_config(
+        ["run.dir=here", "experiment=quickstart", "data.num_train=1", "data.num_heldout=1", *rm]
+    )
+    assert prepare_prompts(settings)
+    with pytest.raises(
+        ConfigError,
+        match=r"reward\.functions\.rm\.options\.path=.*: its vocabulary differs from that of "
+        r"model\.path",
+    ):
+        check_reward_models(settings.reward, {"a": 0})
+    tokenizer = (exported / "tokenizer.json").read_text()
+    (exported / "tokenizer.json").write_text(tokenizer.replace('"+": ', '"&": '))
+    try:
+        with pytest.raises(ConfigError, match="its vocabulary differs"):
+            prepare_prompts(settings)
+    finally:
+        (exported / "tokenizer.json").write_text(tokenizer)
+
+
+# -- as a reward -----------------------------------------------------------------------------------
+
+
+class Digits:
+    """Text of the ids as the verifier below reads it."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return " ".join(str(i) for i in token_ids if i > EOS or not skip_special_tokens)
+
+
+@pytest.fixture(scope="module")
+def worker(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
+    """The verifier first and only watched, the reward model learned from, as RL after a reward
+    model has it.
+    """
+    file = tmp_path_factory.mktemp("verifier") / "verifier.py"
+    file.write_text(
+        "def short(completions):\n    return [float(len(c) < 4) for c in completions]\n"
+    )
+    given = ["run.dir=here", "experiment=quickstart", "reward.timeout_s=60"]
+    first = [
+        f"reward.functions.countdown.function={file}:short",
+        "+reward.functions.countdown.weight=0",
+    ]
+    second = [
+        "+reward.functions.rm.function=reward_model",
+        f"+reward.functions.rm.options.path={exported}",
+    ]
+    made = RewardWorker(
+        load_config([*given, *first, *second]).reward,
+        "digits",
+        watch_only=False,
+        load=lambda path, revision: Digits(),
+    )
+    yield made
+    made.close()
+
+
+def test_the_first_function_judges_and_the_reward_model_is_learned_from(
+    worker: RewardWorker, exported: Path
+):
+    rewards = worker.score(make_batch(GROUPS), [0.0, 1.0])
+    assert rewards.part_names == ("countdown", "rm")
+    assert rewards.parts[0].tolist() == [0.0, 1.0, 1.0, 0.0, 1.0, 0.0], (
+        "the row that evaluation takes for accuracy"
+    )
+    assert rewards.values.tolist() == pytest.approx(RewardModel(str(exported))(**COLUMNS), abs=1e-5)
+    assert np.array_equal(rewards.values, rewards.parts[1])
+    assert rewards.keep.all() and not rewards.errors.any()
+
+
+def test_a_folder_without_a_reward_model_is_found_before_any_worker_starts(tmp_path: Path):
+    config = RewardConfig(
+        functions={
+            "rm": RewardFunctionConfig(function="reward_model", options={"path": str(tmp_path)})
+        }
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"reward\.functions\.rm\.function=reward_model: options\.path=.*: holds no value "
+        r"head",
+    ):
+        check_rewards(config)

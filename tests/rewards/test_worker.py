@@ -1,0 +1,199 @@
+"""What counts as the value of a response: numbers of every library, None for what does not apply,
+never a silent 0.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybridrl.core.errors import RewardError
+from hybridrl.rewards.child import Raised, answer_of
+from hybridrl.rewards.maths import math
+from hybridrl.rewards.worker import RewardWorker
+from hybridrl.settings.choices import OnError
+from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
+from hybridrl.types import FinishReason, Prompt, Rewards, RolloutBatch, Trajectory
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (np.bool_(True), 1.0),
+        (np.array(0.5), 0.5),
+        (np.float16(0.25), 0.25),
+        (np.int64(3), 3.0),
+        (True, 1.0),
+        (None, None),
+    ],
+)
+def test_a_number_of_any_library_is_a_number(value: object, number: float | None) -> None:
+    assert answer_of(lambda: [value], 1, {}) == [number]
+
+
+def test_a_tensor_without_dimensions_is_a_number_and_a_tensor_of_all_is_a_list() -> None:
+    import torch
+
+    assert answer_of(lambda: [torch.tensor(0.5), torch.tensor(True)], 2, {}) == [0.5, 1.0]
+    assert answer_of(lambda: torch.tensor([0.5, 2.0], dtype=torch.bfloat16), 2, {}) == [0.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.float16("inf"), np.float16("nan"), np.array(np.inf), 10**400, np.array([1.0]), "1", 1j],
+)
+def test_what_is_no_finite_number_is_said_to_be_none(value: object) -> None:
+    [reason] = answer_of(lambda: [value], 1, {})
+    assert isinstance(reason, str) and reason.endswith("must be a finite number")
+
+
+@pytest.mark.parametrize("whole", [{0: 1.0, 1: 2.0}, b"ab", {1.0, 2.0}, "11"])
+def test_a_collection_whose_items_are_no_values_in_order_is_refused(whole: object) -> None:
+    answer = answer_of(lambda: whole, 2, {})
+    assert isinstance(answer, Raised) and answer.wrong_result
+    assert answer.text.startswith(f"returned {type(whole).__name__}, must be a list of numbers")
+
+
+def test_a_generator_without_an_end_is_a_wrong_number_of_values() -> None:
+    def ones() -> Iterator[float]:
+        while True:
+            yield 1.0
+
+    answer = answer_of(ones, 2, {})
+    assert isinstance(answer, Raised)
+    assert answer.text == "returned more than 2 values for 2 completions"
+
+
+@pytest.mark.parametrize("answer", [None, float("nan"), float("inf"), {"a": 1}, [1], True, ""])
+def test_math_refuses_a_reference_that_is_no_answer(answer: object) -> None:
+    with pytest.raises(ValueError, match="answer="):
+        math(["1"], answer=[answer])
+
+
+def test_math_reads_references_that_are_numbers() -> None:
+    assert math(["it is 2", "it is 0.5", "3"], answer=[2, 0.5, 2]) == [1.0, 1.0, 0.0]
+
+
+# -- the worker ------------------------------------------------------------------------------------
+
+USER_FILE = """
+def numbers(completions):
+    return [None if c == "word" else 1.0 for c in completions]
+
+def words(completions):
+    return [10.0 if c == "word" else None for c in completions]
+
+def nowhere(completions):
+    return [None] * len(completions)
+
+def marks(completions):
+    return [float(c.count("\\0")) for c in completions]
+"""
+
+
+class Letters:
+    """Token id = code point; 0 is the special end token."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join(chr(i) for i in token_ids if i or not skip_special_tokens)
+
+
+def batch(*responses: str) -> RolloutBatch:
+    """Each response is of a prompt of its own."""
+    prompts = [
+        Prompt(uid=f"p{i}", input_ids=(5, 6), text="?", columns={}) for i in range(len(responses))
+    ]
+    trajectories = []
+    for i, response in enumerate(responses):
+        ids = np.array([5, 6, *map(ord, response), 0], np.int32)
+        trajectories.append(
+            Trajectory(
+                uid=f"p{i}",
+                input_ids=ids,
+                response_mask=np.arange(len(ids)) >= 2,
+                rollout_logprobs=np.zeros(len(ids), np.float32),
+                policy_versions=np.zeros(len(ids), np.int32),
+                finish_reason=FinishReason.stop,
+            )
+        )
+    return RolloutBatch.pack(prompts, 1, trajectories)
+
+
+Score = Callable[..., Rewards]
+
+
+@pytest.fixture
+def score(tmp_path: Path) -> Iterator[Score]:
+    path = tmp_path / "mine.py"
+    path.write_text(USER_FILE)
+    opened: list[RewardWorker] = []
+
+    def run(
+        functions: dict[str, float],
+        *responses: str,
+        on_error: OnError = OnError.drop_group,
+        watch_only: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> Rewards:
+        config = RewardConfig(
+            functions={
+                name: RewardFunctionConfig(
+                    function=f"{path}:{name}",
+                    weight=weight,
+                    skip_special_tokens=skip_special_tokens,
+                )
+                for name, weight in functions.items()
+            },
+            on_error=on_error,
+            error_value=-3.0,
+        )
+        worker = RewardWorker(
+            config, "letters", watch_only=watch_only, load=lambda path, revision: Letters()
+        )
+        opened.append(worker)
+        return worker.score(batch(*responses), list(functions.values()))
+
+    yield run
+    for worker in opened:
+        worker.close()
+
+
+def test_a_function_that_does_not_apply_adds_nothing_and_is_no_error(score: Score) -> None:
+    rewards = score({"numbers": 2.0, "words": 0.5}, "1", "word")
+    assert rewards.values.tolist() == [2.0, 5.0]
+    assert not rewards.errors.any() and rewards.keep.all()
+    assert np.array_equal(rewards.parts, [[1, np.nan], [np.nan, 10]], equal_nan=True)
+
+
+def test_a_response_to_which_no_function_applies_is_an_error_and_not_a_reward_of_0(
+    score: Score, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        rewards = score({"numbers": 1.0, "nowhere": 1.0}, "1", "word")
+    assert np.array_equal(rewards.values, [1, np.nan], equal_nan=True)
+    assert rewards.errors.tolist() == [False, True] and rewards.keep.tolist() == [True, False]
+    assert (
+        "no reward function applies to p1: each whose weight is not 0 returned None" in caplog.text
+    )
+
+
+def test_error_value_and_failure_hold_also_where_no_function_applies(score: Score) -> None:
+    assert score({"numbers": 1.0}, "1", "word", on_error=OnError.value).values.tolist() == [1, -3]
+    with pytest.raises(RewardError, match="no reward function applies to p1"):
+        score({"numbers": 1.0}, "1", "word", on_error=OnError.fail)
+    watched = score({"numbers": 1.0}, "1", "word", on_error=OnError.fail, watch_only=True)
+    assert watched.values.tolist() == [1.0, 0.0] and watched.keep.all()
+
+
+def test_a_watched_function_that_does_not_apply_is_no_error(score: Score) -> None:
+    rewards = score({"numbers": 1.0, "nowhere": 0.0}, "1")
+    assert rewards.values.tolist() == [1.0] and not rewards.errors.any()
+
+
+@pytest.mark.parametrize(("skip", "ends"), [(True, 0.0), (False, 1.0)])
+def test_a_function_sees_special_tokens_where_it_is_set_to(
+    score: Score, skip: bool, ends: float
+) -> None:
+    assert score({"marks": 1.0}, "ab", skip_special_tokens=skip).values.tolist() == [ends]

@@ -1,0 +1,919 @@
+"""One run directory, one run: what may change when it is continued, and what the command line says
+when it may not.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+
+from hybridrl.controller.evaluation import summary
+from hybridrl.core.errors import CheckpointError, ConfigError, RunDirectoryError
+from hybridrl.launch.session import prepare_prompts, result
+from hybridrl.launch.teacher_levels import (
+    TEACHER_LEVELS,
+    conditions_of,
+    files_of,
+    read_levels,
+    teachers_to_measure,
+)
+from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile
+from hybridrl.run_dir.contents import CACHED_FROM, digest
+from hybridrl.run_dir.directory import (
+    FREE,
+    changes,
+    check_inputs,
+    earlier_settings,
+    find_checkpoint,
+    flat,
+    read_settings,
+    run_directory,
+)
+from hybridrl.run_dir.inputs import digests, pinned
+from hybridrl.settings.choices import Resume
+from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import RunConfig, RunSettings
+from hybridrl.tracking.jsonl import JsonlSink
+from hybridrl.types import FinishReason, Prompt, Rewards, RunInfo, Sample
+from tests.support.graph import save_tiny
+
+STATE = RunState(
+    step=10, weight_version=10, optimizer_steps=10, parts={}, metrics={}, wandb_id="one"
+)
+CONSTANT = ["train.lr_end=null", "algorithm.reward_weight.kind=constant"]
+
+
+def settings_of(run_dir: Path, *overrides: str) -> RunSettings:
+    return load_config([f"run.dir={run_dir}", "experiment=quickstart", *overrides])
+
+
+def start(settings: RunSettings, *, step: int | None = 10) -> Path:
+    """What a run of `settings` leaves behind: config.yaml, and a checkpoint (step None: it died
+    before the first).
+    """
+    with run_directory(settings) as run_dir:
+        find_checkpoint(settings, run_dir, {})
+        if step is not None:
+            Checkpointer(run_dir, settings.checkpoint).save(replace(STATE, step=step), [])
+    return run_dir
+
+
+def resume(settings: RunSettings) -> int | None:
+    """The step that a run of `settings` would continue after; None: it would start."""
+    with run_directory(settings) as run_dir:
+        checkpoint = find_checkpoint(settings, run_dir, {})
+    return checkpoint.state.step if checkpoint else None
+
+
+# -- what may change -------------------------------------------------------------------------------
+
+
+def test_the_same_command_continues(tmp_path: Path):
+    start(settings_of(tmp_path))
+    assert resume(settings_of(tmp_path)) == 10
+
+
+def test_where_how_fast_and_how_often_may_change(tmp_path: Path):
+    start(settings_of(tmp_path))
+    free = [
+        "cluster.device=cpu",
+        "cluster.spread=true",
+        "deadlines.sync_s=7",
+        "tracking.wandb=disabled",
+        "tracking.tags=[a]",
+        "checkpoint.every=1",
+        "checkpoint.keep=3",
+        "scorer.replicas=2",
+        "run.resume=required",
+        "checkpoint.best=eval/accuracy",
+        "checkpoint.best_mode=min",
+        "run.resume_from=/elsewhere",
+        "eval.every=1",
+        "eval.samples=1",
+        "eval.teacher=false",
+        "rollout.engines=2",
+        "rollout.tensor_parallel=2",
+        "rollout.groups_per_chunk=2",
+        "rollout.max_num_seqs=1",
+        "rollout.kv_cache_bytes=null",
+        "rollout.gpu_memory_utilization=0.5",
+        "rollout.enforce_eager=false",
+        "rollout.weight_transfer=object_store",
+        "rollout.max_logprob_gap=1",
+        "learner.ranks=2",
+        "learner.zero_stage=3",
+        "learner.gradient_checkpointing=true",
+        "reward.workers=2",
+        "reward.processes=2",
+        "reward.timeout_s=1",
+        "reward.max_error_rate=0.5",
+        "train.max_tokens_per_micro_batch=1",
+        "train.head_chunk=1",
+    ]
+    assert resume(settings_of(tmp_path, *free)) == 10
+    assert read_settings(tmp_path) == settings_of(tmp_path, *free), (
+        "config.yaml says how the run goes on"
+    )
+
+
+def test_every_free_name_is_a_setting_or_a_section():
+    keys = flat(asdict(load_config(["run.dir=x", "experiment=quickstart"])))
+    assert [
+        name for name in FREE if not any(f"{key}.".startswith(f"{name}.") for key in keys)
+    ] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.lr=2e-3", "train.lr: 0.001 -> 0.002"),
+        ("run.seed=1", "run.seed: 0 -> 1"),
+        ("model.path=/m", "model.path: builtin:countdown-student -> /m"),
+        ("algorithm.gamma=1", "algorithm.gamma: 0.0 -> 1.0"),
+        ("algorithm.baseline=none", "algorithm.baseline: leave_one_out -> none"),
+        ("+data.options.num_numbers=4", "data.options.num_numbers: (not set) -> 4"),
+        ("data.num_heldout=8", "data.num_heldout: 512 -> 8"),
+        ("eval.greedy=false", "eval.greedy: True -> False"),
+        ("rollout.max_new_tokens=8", "rollout.max_new_tokens: 16 -> 8"),
+        ("reward.on_error=value", "reward.on_error: drop_group -> value"),
+        ("+teachers.main.weight=2", "teachers.main.weight: 1.0 -> 2.0"),
+        ("train.betas=[0.8,0.9]", "train.betas: [0.9, 0.95] -> [0.8, 0.9]"),
+    ],
+)
+def test_what_decides_what_is_learned_may_not(tmp_path: Path, override: str, told: str):
+    start(settings_of(tmp_path))
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(RunDirectoryError) as caught:
+        resume(settings_of(tmp_path, override))
+    key = told.partition(":")[0]
+    assert str(caught.value) == (
+        f"run.dir={tmp_path}: holds a run with other settings: {told}; "
+        f"choose another run.dir, or continue that run with them by run.allow_changes=[{key}]"
+    )
+    assert (tmp_path / "config.yaml").read_bytes() == before, (
+        "the settings of the run that is there are kept"
+    )
+    assert resume(settings_of(tmp_path)) == 10, "and the lock is given back"
+
+
+def test_a_change_that_is_named_is_allowed_and_then_the_runs_own(tmp_path: Path):
+    start(settings_of(tmp_path))
+    changed = ["train.lr=2e-3", "algorithm.gamma=1", "algorithm.baseline=none"]
+    with pytest.raises(
+        RunDirectoryError,
+        match=r"settings: algorithm\.gamma: 0\.0 -> 1\.0, algorithm\.baseline: \S+ -> none; ",
+    ):
+        resume(settings_of(tmp_path, *changed, "run.allow_changes=[train.lr]"))
+    assert (
+        resume(settings_of(tmp_path, *changed, "run.allow_changes=[train.lr,algorithm]")) == 10
+    ), "a section names all in it"
+    assert resume(settings_of(tmp_path, *changed)) == 10
+
+
+def test_a_name_allows_no_setting_that_only_begins_like_it(tmp_path: Path):
+    start(settings_of(tmp_path))
+    with pytest.raises(RunDirectoryError, match=r"train\.lr_warmup_steps: 10 -> 0"):
+        resume(settings_of(tmp_path, "train.lr_warmup_steps=0", "run.allow_changes=[train.lr]"))
+
+
+def test_a_run_can_be_prolonged_where_no_schedule_is_stretched(tmp_path: Path):
+    start(settings_of(tmp_path, *CONSTANT))
+    assert resume(settings_of(tmp_path, *CONSTANT, "train.steps=400")) == 10
+
+
+@pytest.mark.parametrize(
+    ("stretched", "names"),
+    [
+        (["train.lr_end=0", "algorithm.reward_weight.kind=constant"], "train.lr_end"),
+        (["train.lr_end=null"], "algorithm.reward_weight"),
+        ([*CONSTANT, "+teachers.main.schedule={kind: cosine, end: 0}"], "teachers.main.schedule"),
+        (
+            [*CONSTANT, "+reward.functions.countdown.schedule={kind: linear, end: 0}"],
+            "reward.functions.countdown.schedule",
+        ),
+    ],
+)
+def test_other_steps_are_another_schedule_where_one_is_stretched_over_them(
+    tmp_path: Path, stretched: list[str], names: str
+):
+    start(settings_of(tmp_path, *stretched))
+    with pytest.raises(RunDirectoryError) as caught:
+        resume(settings_of(tmp_path, *stretched, "train.steps=400"))
+    assert f"train.steps: 250 -> 400 (train.steps stretches {names});" in str(caught.value)
+    assert (
+        resume(
+            settings_of(tmp_path, *stretched, "train.steps=400", "run.allow_changes=[train.steps]")
+        )
+        == 10
+    )
+
+
+def test_a_schedule_of_its_own_length_is_not_stretched(tmp_path: Path):
+    fixed = ["train.lr_end=null", "algorithm.reward_weight.steps=100"]
+    start(settings_of(tmp_path, *fixed))
+    assert resume(settings_of(tmp_path, *fixed, "train.steps=400")) == 10
+
+
+def test_changes_are_told_by_dotted_key_with_both_values(tmp_path: Path):
+    old, new = (
+        settings_of(tmp_path),
+        settings_of(tmp_path, "~teachers.main", "algorithm=rloo", "train.lr_warmup_steps=3"),
+    )
+    found = changes(old, new)
+    assert found["train.lr_warmup_steps"] == (10, 3) and found["teachers.main.path"] == (
+        "builtin:countdown-teacher",
+        "(not set)",
+    )
+    assert not changes(new, new)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_may_start_again_with_anything(tmp_path: Path):
+    start(settings_of(tmp_path), step=None)
+    assert resume(settings_of(tmp_path, "train.lr=2e-3")) is None
+    assert read_settings(tmp_path).train.lr == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "cannot be read (No such file"),
+        ("run: [", "no YAML"),
+        ("{trian: 3}", "no such setting"),
+    ],
+)
+def test_a_run_whose_settings_cannot_be_read_is_not_continued(
+    tmp_path: Path, text: str | None, says: str
+):
+    start(settings_of(tmp_path))
+    (tmp_path / "config.yaml").unlink()
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(RunDirectoryError) as caught:
+        resume(settings_of(tmp_path))
+    assert (
+        f"{tmp_path / 'config.yaml'}: " in str(caught.value)
+        and says in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda run_dir: (run_dir / "metrics.jsonl").touch(),
+        lambda run_dir: start(settings_of(run_dir)),
+    ],
+)
+def test_resume_never_wants_a_directory_without_a_run(
+    tmp_path: Path, leave: Callable[[Path], object]
+):
+    assert resume(settings_of(tmp_path, "run.resume=never")) is None
+    leave(tmp_path)
+    with pytest.raises(RunDirectoryError, match=r"holds a run and run\.resume=never"):
+        resume(settings_of(tmp_path, "run.resume=never"))
+
+
+def test_resume_required_wants_a_checkpoint(tmp_path: Path):
+    settings = settings_of(tmp_path, "run.resume=required")
+    assert settings.run.resume is Resume.required
+    with pytest.raises(CheckpointError, match=r"run\.resume=required: no checkpoint in "):
+        resume(settings)
+
+
+def test_a_directory_belongs_to_one_run_at_a_time_and_the_second_is_told_who_has_it(tmp_path: Path):
+    who = f"another run holds it, process {os.getpid()} on {socket.gethostname()};"
+    with run_directory(settings_of(tmp_path)), pytest.raises(RunDirectoryError, match=who):
+        resume(settings_of(tmp_path))
+    assert resume(settings_of(tmp_path)) is None
+
+
+HOLD = """
+import os, signal, sys
+from pathlib import Path
+from hybridrl.settings.compose import load_config
+from hybridrl.run_dir.directory import run_directory
+with run_directory(load_config([f"run.dir={sys.argv[1]}", "experiment=quickstart"])):
+    print("held", flush=True)
+    signal.pause()
+"""
+
+
+def test_the_lock_ends_with_its_process_even_when_that_is_killed(tmp_path: Path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(
+            RunDirectoryError, match=f"another run holds it, process {holder.pid} on "
+        ):
+            resume(settings_of(tmp_path))
+    finally:
+        holder.kill()
+        holder.communicate(timeout=60)
+    assert resume(settings_of(tmp_path)) is None
+
+
+def test_a_removed_lock_file_lets_no_second_run_in(tmp_path: Path):
+    with run_directory(settings_of(tmp_path)):
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(RunDirectoryError, match=f"another run holds it, process {os.getpid()}"):
+            resume(settings_of(tmp_path))
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """The content of every file under a folder, by its path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("where", ["", " ", "."])
+def test_a_directory_with_files_that_was_never_a_run_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("database: mine\n")
+    (tmp_path / "metrics.jsonl").write_text('{"rows": "of another program"}\n')
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step_000001.jsonl").write_text("mine")
+    before = everything(tmp_path)
+    wanted = (
+        r"holds files \(config\.yaml, .*never was a run" if where == "." else "run.dir is empty"
+    )
+    with pytest.raises((RunDirectoryError, ConfigError), match=wanted):
+        resume(load_config([f"run.dir='{where}'", "experiment=quickstart"]))
+    assert everything(tmp_path) == before
+
+
+def test_a_directory_with_a_run_in_it_or_with_nothing_to_lose_is_used(tmp_path: Path):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / ".gitignore").write_text("*")
+    start(settings_of(tmp_path))
+    (tmp_path / "notes.txt").write_text("of the run's owner")
+    for path in (tmp_path / ".lock", tmp_path / ".holder"):
+        path.unlink()  # as where a copy leaves out hidden files
+    assert resume(settings_of(tmp_path)) == 10
+    (tmp_path / ".holder").unlink()
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(RunDirectoryError, match="it is unknown what run this is"):
+        resume(settings_of(tmp_path))  # a run's, by its checkpoint
+
+
+def test_the_log_of_the_command_itself_may_lie_in_the_new_directory(tmp_path: Path):
+    command = [sys.executable, "-c", HOLD.replace("signal.pause()", ""), tmp_path]
+    with (tmp_path / "train.log").open("w") as file:
+        subprocess.run(command, stdout=file, stderr=file, timeout=120, check=False)
+    assert (tmp_path / "train.log").read_text() == "held\n"
+
+
+def test_a_checkpoint_alone_continues_with_the_settings_saved_in_it(tmp_path: Path):
+    settings = settings_of(tmp_path)
+    Checkpointer(tmp_path, settings.checkpoint).save(STATE, [SettingsFile(settings)])
+    with pytest.raises(RunDirectoryError, match=r"train\.lr: 0\.001 -> 0\.002"):
+        resume(settings_of(tmp_path, "train.lr=2e-3"))
+    assert resume(settings) == 10 and read_settings(tmp_path) == settings
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_when_the_run_goes_on(tmp_path: Path):
+    settings = settings_of(tmp_path)
+    start(settings)
+    start(settings, step=20)
+    (tmp_path / "checkpoints" / "step_000020" / "state.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match="other settings"):
+        resume(settings_of(tmp_path, "train.lr=1"))
+    assert (tmp_path / "checkpoints" / "step_000020").is_dir(), "a refused start changes nothing"
+    assert resume(settings) == 10
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names[0] == "step_000010" and names[1].startswith("step_000020.damaged-")
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path):
+    start(settings_of(tmp_path, *CONSTANT), step=10**9)
+    with pytest.raises(RunDirectoryError, match=r"1000000000 steps are done, and train\.steps=250"):
+        resume(settings_of(tmp_path, *CONSTANT))
+
+
+# -- from somebody else ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("metrics.jsonl", "ledger.jsonl", "samples", "checkpoints", "export", ".lock"),
+        *("logs/learner-0.log", "skipped/step_000001", "chat_template.jinja"),
+    ],
+)
+def test_nothing_is_written_or_removed_through_a_link(tmp_path: Path, name: str):
+    run_dir, outside = tmp_path / "run", tmp_path / "outside"
+    start(settings_of(run_dir), step=None)
+    outside.mkdir()
+    (outside / "step_000001.jsonl").write_text("mine")
+    (run_dir / name).unlink(missing_ok=True)
+    (run_dir / name).parent.mkdir(exist_ok=True)
+    (run_dir / name).symlink_to(outside)
+    before = everything(outside)
+    with pytest.raises(RunDirectoryError, match=f"{run_dir / name}: a link"):
+        resume(settings_of(run_dir))
+    assert everything(outside) == before
+
+
+def test_files_that_are_replaced_whole_take_the_place_of_a_link(tmp_path: Path):
+    mine = tmp_path / "bashrc"
+    mine.write_text("mine")
+    run_dir = start(settings_of(tmp_path / "run"), step=None)
+    for name in (".holder", ".config.yaml", "..holder"):
+        (run_dir / name).unlink(missing_ok=True)
+        (run_dir / name).symlink_to(mine)
+    assert resume(settings_of(run_dir)) is None
+    assert mine.read_text() == "mine" and not (run_dir / ".holder").is_symlink()
+
+
+def test_a_link_in_the_place_of_saved_settings_is_not_read(tmp_path: Path):
+    start(settings_of(tmp_path))
+    (tmp_path / "config.yaml").rename(tmp_path / "elsewhere.yaml")
+    (tmp_path / "config.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml: a link"):
+        read_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: {path: '${oc.env:HOME}'}", r"model\.path: holds a reference"),
+        ("run: {dir: 'x${.seed}'}", r"run\.dir: holds a reference"),
+        ("tracking: {tags: ['\\\\${oc.env:HOME}']}", r"tracking\.tags: holds a reference"),
+        ("a: &a [1]\nb: *a", "a YAML alias"),
+        ("a: " + "[" * 3000, "no YAML"),
+        ("when: 2020-99-99", "no YAML"),
+        ("- a", "no mapping of settings"),
+    ],
+)
+def test_saved_settings_refer_to_nothing_outside_of_them(tmp_path: Path, text: str, says: str):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(RunDirectoryError, match=rf"config\.yaml: no settings .*{says}") as caught:
+        read_settings(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x00b", "a\udcffb", "\x1b[2J"])
+def test_a_name_that_no_message_can_show_is_refused_in_one_sentence(name: str):
+    with pytest.raises(ConfigError, match=r"run\.dir=.*give it another name") as caught:
+        RunConfig(dir=name)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["$HOME", "_a", "a b", "\N{SNOWMAN}", "a,b=c", "${x}"])
+def test_any_other_name_works(tmp_path: Path, name: str):
+    settings = settings_of(tmp_path)
+    settings = replace(settings, run=replace(settings.run, dir=str(tmp_path / name)))
+    start(settings)
+    assert resume(settings) == 10 and read_settings(tmp_path / name) == settings
+
+
+def test_leftovers_of_a_killed_save_are_gone_when_the_run_goes_on(tmp_path: Path):
+    start(settings_of(tmp_path))
+    (tmp_path / "checkpoints" / ".unfinished-step_000012").mkdir()
+    assert resume(settings_of(tmp_path)) == 10
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000010"]
+
+
+# -- from a checkpoint of another run --------------------------------------------------------------
+
+
+def test_a_new_directory_continues_the_checkpoint_it_is_given_with_the_rows_so_far(tmp_path: Path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    start(settings_of(old))
+    (old / "metrics.jsonl").write_text('{"train/step": 10}\n')
+    (old / "ledger.jsonl").write_text('{"step": 10, "trained": ["a@0"], "passed_over": []}\n')
+    start_from = f"run.resume_from={old / 'checkpoints' / 'step_000010'}"
+    with run_directory(settings_of(new, start_from)) as run_dir:
+        found = find_checkpoint(settings_of(new, start_from), run_dir, {})
+    assert found.folder == old / "checkpoints" / "step_000010" and found.state == replace(
+        STATE, wandb_id=None
+    )
+    assert [(new / name).read_text() for name in ("metrics.jsonl", "ledger.jsonl")] == [
+        (old / name).read_text() for name in ("metrics.jsonl", "ledger.jsonl")
+    ]
+    start(settings_of(new, start_from), step=12)
+    assert resume(settings_of(new, start_from)) == 12, "the same command goes on with the run's own"
+
+
+def test_a_named_checkpoint_is_not_passed_over_when_it_is_damaged_or_of_other_settings(
+    tmp_path: Path,
+):
+    old, new = tmp_path / "old", tmp_path / "new"
+    start(settings_of(old), step=5)
+    start(settings_of(old))
+    start_from = f"run.resume_from={old / 'checkpoints' / 'step_000010'}"
+    with pytest.raises(
+        RunDirectoryError, match=rf"run.dir={old}: holds a run with other settings: train\.lr"
+    ):
+        resume(settings_of(new, start_from, "train.lr=2e-3"))
+    assert not list(new.glob("*.jsonl")) and not (new / "config.yaml").exists(), (
+        "refused, the new directory stays empty"
+    )
+    assert (
+        resume(settings_of(new, start_from, "train.lr=2e-3", "run.allow_changes=[train.lr]")) == 10
+    )
+    (old / "checkpoints" / "step_000010" / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step_000010/state\.json: missing"):
+        resume(settings_of(new, start_from))
+    with pytest.raises(CheckpointError, match=r"nowhere/manifest\.json: missing"):
+        resume(settings_of(new, f"run.resume_from={tmp_path / 'nowhere'}"))
+
+
+# -- teachers --------------------------------------------------------------------------------------
+
+
+HELDOUT = [
+    Prompt(uid="heldout-0", input_ids=(1, 7, 11), text="3=", columns={"numbers": [3], "target": 3})
+]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "teachers.main.path=/other",
+        "+teachers.main.dtype=bfloat16",
+        "rollout.max_new_tokens=8",
+        "rollout.max_model_len=40",
+        "eval.greedy=false",
+        "reward.functions.countdown.function=math",
+        "+reward.functions.countdown.options.strict=true",
+        "eval.teacher=false",
+    ],
+)
+def test_a_teachers_level_is_used_again_only_as_it_was_measured(tmp_path: Path, override: str):
+    settings, target = settings_of(tmp_path), tmp_path / TEACHER_LEVELS
+    assert read_levels(target, conditions_of(settings, HELDOUT)) is None
+    target.write_text(
+        json.dumps(
+            {
+                "measured_with": conditions_of(settings, HELDOUT),
+                "levels": {"eval/accuracy_teacher/main": 0.5},
+            }
+        )
+    )
+    again = settings_of(tmp_path, "train.lr=1", "eval.every=1", "rollout.engines=2")
+    assert read_levels(target, conditions_of(again, HELDOUT)) == {"eval/accuracy_teacher/main": 0.5}
+    assert read_levels(target, conditions_of(settings_of(tmp_path, override), HELDOUT)) is None
+    other = [replace(HELDOUT[0], columns={"numbers": [3], "target": 4})]
+    assert read_levels(target, conditions_of(settings, other)) is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"eval/accuracy_teacher/main": 0.5}'])
+def test_a_level_of_unknown_origin_is_measured_again(tmp_path: Path, text: str):
+    (tmp_path / TEACHER_LEVELS).write_text(text)
+    assert (
+        read_levels(tmp_path / TEACHER_LEVELS, conditions_of(settings_of(tmp_path), HELDOUT))
+        is None
+    )
+
+
+def test_only_teachers_in_use_are_loaded_and_only_where_there_is_a_judge_are_they_measured(
+    tmp_path: Path,
+):
+    def of(*overrides: str) -> tuple[list[str], list[str]]:
+        settings = settings_of(tmp_path, *overrides)
+        return settings.teachers_in_use, teachers_to_measure(settings)
+
+    assert of() == (["main"], ["main"])
+    assert of("algorithm=rloo") == ([], [])
+    writes = ("algorithm.teacher_fraction=0.5", "algorithm.ratio.kind=truncate")
+    assert of("algorithm=rloo", *writes) == (["main"], ["main"])
+    assert of("teachers.main.path=null") == (["main"], []), "it is the student before training"
+    assert of("algorithm=opd_full", "~reward.functions.countdown") == (["main"], [])
+    assert of("eval.teacher=false") == (["main"], [])
+
+
+def padded(folder: Path, rows: int) -> Path:
+    """A model with the countdown tokenizer, whose head has `rows` rows."""
+    save_tiny(folder, 0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(folder)
+    return folder
+
+
+SMALL = ["data.num_train=4", "data.num_heldout=2"]
+
+
+def test_a_teacher_with_a_shorter_head_is_refused_before_anything_starts(tmp_path: Path):
+    student, short, long = (
+        padded(tmp_path / name, rows)
+        for name, rows in (("student", 24), ("short", 23), ("long", 32))
+    )
+
+    def prepare(teacher: Path, *overrides: str) -> list[Prompt]:
+        return prepare_prompts(
+            settings_of(
+                tmp_path,
+                f"model.path={student}",
+                f"teachers.main.path={teacher}",
+                *SMALL,
+                *overrides,
+            )
+        )[0]
+
+    with pytest.raises(ConfigError) as caught:
+        prepare(short)
+    assert str(caught.value).startswith(
+        f"teachers.main.path={short}: its output head has 23 rows, that of model.path={student} "
+        "has 24, "
+    ) and "\n" not in str(caught.value)
+    assert len(prepare(long)) == len(prepare(student)) == 4, "rows that only pad do no harm"
+    assert len(prepare(short, "algorithm=rloo")) == 4, "nobody asks it"
+
+
+def test_pure_reinforcement_learning_does_not_look_at_its_teachers(tmp_path: Path):
+    overrides = ["teachers.main.path=/no/such/model", *SMALL]
+    with pytest.raises(ConfigError, match=r"teachers\.main\.path=/no/such/model"):
+        prepare_prompts(settings_of(tmp_path, *overrides))
+    train, heldout = prepare_prompts(settings_of(tmp_path, "algorithm=rloo", *overrides))
+    assert (len(train), len(heldout)) == (4, 2)
+
+
+# -- evaluation ------------------------------------------------------------------------------------
+
+
+def rewards_of(*parts: list[float]) -> Rewards:
+    values = (
+        np.array(parts, np.float32).reshape(len(parts), -1)
+        if parts
+        else np.zeros((0, 2), np.float32)
+    )
+    no = np.zeros(values.shape[1], bool)
+    names = tuple(f"r{i}" for i in range(len(parts)))
+    unread = np.full(len(no), np.nan, np.float32)
+    return Rewards(
+        uids=("a", "b"),
+        values=values.sum(axis=0),
+        part_names=names,
+        parts=values,
+        errors=no,
+        keep=~no,
+        compressed=unread,
+        repeated=unread,
+    )
+
+
+SAMPLES = [
+    Sample(step=0, uid="a", prompt="3=", response="3", reward=0.0, finish_reason=FinishReason.stop)
+]
+
+
+def test_accuracy_is_the_mean_of_the_first_reward_and_a_failed_call_is_not_a_wrong_answer():
+    found = summary(
+        [rewards_of([1.0, 0.0], [5.0, 5.0]), rewards_of([1.0, np.nan], [5.0, 5.0])], SAMPLES
+    )
+    assert (
+        found.metrics["eval/accuracy"] == pytest.approx(2 / 3)
+        and found.metrics["eval/error_rate"] == 0.25
+    )
+    assert found.metrics["eval/accuracy_stderr"] == pytest.approx(1 / 3)  # sqrt(1/3 / 3)
+    assert found.samples == tuple(SAMPLES)
+
+
+def test_without_a_reward_function_nothing_is_right_or_wrong():
+    found = summary([rewards_of(), rewards_of()], SAMPLES)
+    assert (
+        found.metrics == {}
+        and np.isnan(found.samples[0].reward)
+        and found.samples[0].response == "3"
+    )
+
+
+def test_a_run_without_accuracy_still_has_a_result(tmp_path: Path):
+    sink = JsonlSink()
+    sink.start(
+        RunInfo(
+            run_dir=str(tmp_path), name="x", total_steps=1, first_step=0, config={}, wandb_id=None
+        )
+    )
+    for step in (0, 1):
+        sink.log({"train/step": step, "time/eval_s": 1.0})
+    sink.close(0)
+    done = result(tmp_path, None)
+    assert (done.accuracy_before, done.accuracy_after, done.teacher_accuracy) == (
+        None,
+        None,
+        {},
+    ) and done.report.is_file()
+
+
+# -- what is read from outside ---------------------------------------------------------------------
+
+
+def test_changed_prompts_and_a_changed_reward_file_are_refused_until_they_are_allowed(
+    tmp_path: Path,
+):
+    file = tmp_path / "rewards.py"
+    file.write_text("def score(completions): return [0.0] * len(completions)")
+    said = [
+        "experiment=quickstart",
+        f"run.dir={tmp_path}",
+        f"+reward.functions.mine.function={file}:score",
+    ]
+    settings, prompts = (
+        load_config(said),
+        [Prompt(uid=uid, input_ids=(1, 2), text="", columns={"target": 3}) for uid in "ab"],
+    )
+    before = digests(settings, prompts, [])
+    models = {"model.path", "teachers.main.path"}
+    assert before.keys() == {"data", "reward.functions.mine", *models}, (
+        "a built-in reward is of this version"
+    )
+    check_inputs(settings, before, digests(settings, prompts, []))
+    check_inputs(settings, {}, before)  # a checkpoint of an older version has none
+    file.write_text("def score(completions): return [1.0] * len(completions)")
+    other = [prompts[0], replace(prompts[1], columns={"target": 4})]
+    with pytest.raises(RunDirectoryError) as caught:
+        check_inputs(settings, before, digests(settings, other, []))
+    assert str(caught.value) == (
+        f"run.dir={tmp_path}: the prompts that data.* gives, the file of "
+        "reward.functions.mine.function changed since the checkpoint; restore it, choose another "
+        "run.dir, or continue that run with it by run.allow_changes=[data,reward.functions.mine]"
+    )
+    check_inputs(
+        load_config([*said, "run.allow_changes=[data,reward.functions]"]),
+        before,
+        digests(settings, other, []),
+    )
+
+
+def test_a_run_that_is_refused_for_its_inputs_leaves_the_settings_on_file_as_they_were(
+    tmp_path: Path,
+):
+    settings = settings_of(tmp_path)
+    with run_directory(settings) as run_dir:
+        find_checkpoint(settings, run_dir, {"data": "a"})
+        Checkpointer(run_dir, settings.checkpoint).save(replace(STATE, inputs={"data": "a"}), [])
+        changed = settings_of(tmp_path, "train.lr=2e-3", "run.allow_changes=[train.lr]")
+        with pytest.raises(
+            RunDirectoryError, match=r"the prompts that data\.\* gives changed since the checkpoint"
+        ):
+            find_checkpoint(changed, run_dir, {"data": "b"})
+        assert read_settings(run_dir) == settings
+        assert find_checkpoint(settings, run_dir, {"data": "a"}).state.step == 10
+
+
+def refused(settings: RunSettings, before: dict[str, str]) -> str:
+    """What is said of the inputs as they are now."""
+    with pytest.raises(RunDirectoryError) as caught:
+        check_inputs(settings, before, digests(settings, [], []))
+    return str(caught.value).partition("; ")[0].removeprefix(f"run.dir={settings.run.dir}: ")
+
+
+@pytest.mark.parametrize("key", ["model.path", "teachers.main.path"])
+def test_another_model_under_the_same_name_is_refused_until_it_is_allowed(tmp_path: Path, key: str):
+    """Of the same names and sizes, and even of the same times of change."""
+    student, teacher = save_tiny(tmp_path / "student", 0), save_tiny(tmp_path / "teacher", 1)
+    said = [f"model.path={student}", f"teachers.main.path={teacher}"]
+    settings = settings_of(tmp_path, *said)
+    before = digests(settings, [], [])
+    check_inputs(settings, before, digests(settings, [], []))
+    weights = (student if key == "model.path" else teacher) / "model.safetensors"
+    old = weights.stat()
+    other = save_tiny(tmp_path / "other", 2) / "model.safetensors"
+    assert other.stat().st_size == old.st_size
+    weights.write_bytes(other.read_bytes())
+    os.utime(weights, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert refused(settings, before) == f"the files of {key} changed since the checkpoint"
+    allowed = settings_of(tmp_path, *said, f"run.allow_changes=[{key}]")
+    check_inputs(allowed, before, digests(settings, [], []))
+
+
+def test_of_a_model_every_file_that_is_loaded_counts_and_no_other(tmp_path: Path):
+    student = save_tiny(tmp_path / "student", 0)
+    settings = settings_of(tmp_path, f"model.path={student}")
+    before = digests(settings, [], [])
+    (student / "README.md").write_text("a word")
+    check_inputs(settings, before, digests(settings, [], []))
+    for name in ("chat_template.jinja", "value_head/model.safetensors", "added_tokens.json"):
+        (student / name).parent.mkdir(exist_ok=True)
+        (student / name).write_text("{}")
+        assert refused(settings, before).startswith("the files of model.path changed"), name
+        before = digests(settings, [], [])
+
+
+def test_a_changed_reward_model_is_refused(tmp_path: Path):
+    folder = save_tiny(tmp_path / "judge", 0)
+    judge = "{function: reward_model, options: {path: %s}}" % folder  # noqa: UP031 (braces)
+    settings = settings_of(tmp_path, f"+reward.functions.judge={judge}")
+    before = digests(settings, [], [])
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    path = "reward.functions.judge.options.path"
+    assert refused(settings, before) == f"the files of {path} changed since the checkpoint"
+
+
+def test_a_large_file_is_read_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is looked up is seen by writing another digest where the first one was kept."""
+    monkeypatch.setenv("HYBRIDRL_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(bytes(CACHED_FROM))
+    first = digest(file)
+    assert not (tmp_path / "cache").exists(), "it may change again within the same time stamp"
+    os.utime(file, (1, 1))
+    assert digest(file) == first
+    (entry,) = (tmp_path / "cache" / "digests").iterdir()
+    entry.write_text(json.dumps(json.loads(entry.read_text()) | {"digest": "kept"}))
+    assert digest(file) == "kept"
+    file.write_bytes(bytes(CACHED_FROM - 1) + b"1")
+    os.utime(file, (1, 1))
+    assert digest(file) not in ("kept", first), "the time of its inode's change cannot be set back"
+    entry.write_text("[1]")
+    assert digest(file) != "kept"
+
+
+def test_a_changed_module_that_the_reward_file_imports_is_refused(tmp_path: Path):
+    """Neighbours, one through another, of a package, and one that is imported only when the
+    function is called.
+    """
+    files = {
+        "rewards.py": "import json, numpy, near\nfrom pack.inner import thing\n"
+        "def score(completions):\n    import late\n    return [0.0]",
+        "near.py": "import far",
+        "far.py": "x = 1",
+        "late.py": "x = 1",
+        "pack/__init__.py": "from . import sibling",
+        "pack/inner.py": "thing = 1",
+        "pack/sibling.py": "x = 1",
+        "unused.py": "x = 1",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    settings = settings_of(
+        tmp_path, f"+reward.functions.mine.function={tmp_path / 'rewards.py'}:score"
+    )
+    before = digests(settings, [], [])
+    (tmp_path / "unused.py").write_text("x = 2")
+    check_inputs(settings, before, digests(settings, [], []))
+    for name in files.keys() - {"rewards.py", "unused.py"}:
+        (tmp_path / name).write_text(f"{files[name]}\ny = 2")
+        what = "a module that the file of reward.functions.mine.function imports changed"
+        assert refused(settings, before).startswith(what), name
+        (tmp_path / name).write_text(files[name])
+    check_inputs(settings, before, digests(settings, [], []))
+
+
+def test_a_teacher_of_other_weights_under_the_same_name_is_measured_again(tmp_path: Path):
+    teacher = save_tiny(tmp_path / "teacher", 1)
+    settings = settings_of(tmp_path, f"teachers.main.path={teacher}")
+    before = files_of(digests(settings, [], []))
+    (teacher / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes()[::-1])
+    assert files_of(digests(settings, [], [])) != before
+
+
+def hub_snapshot(hub: Path, name: str, commit: str) -> None:
+    """A model of the hub as its cache holds it, whose newest revision is `commit`."""
+    model = hub / f"models--{name.replace('/', '--')}"
+    (model / "refs").mkdir(parents=True, exist_ok=True)
+    (model / "refs" / "main").write_text(commit)
+    save_tiny(model / "snapshots" / commit, 0)
+
+
+def test_a_name_on_the_hub_means_the_commit_that_the_run_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("me/student", "me/teacher"):
+        hub_snapshot(tmp_path / "hub", name, "a" * 40)
+    named = ["model.path=me/student", "teachers.main.path=me/teacher"]
+    settings = settings_of(tmp_path / "run", *named)
+    first = pinned(settings, earlier_settings(settings))
+    assert (first.model.revision, first.teachers["main"].revision) == ("a" * 40, "a" * 40)
+    start(first)
+    for name in ("me/student", "me/teacher"):
+        hub_snapshot(tmp_path / "hub", name, "b" * 40)
+    assert pinned(settings, earlier_settings(settings)) == first, "the hub moved, the run does not"
+    assert resume(pinned(settings, earlier_settings(settings))) == 10
+    new = settings_of(
+        tmp_path / "new", *named, f"run.resume_from={tmp_path}/run/checkpoints/step_000010"
+    )
+    assert pinned(new, earlier_settings(new)).model.revision == "a" * 40
+    other = settings_of(tmp_path / "other", *named)
+    assert pinned(other, earlier_settings(other)).model.revision == "b" * 40
+    chosen = settings_of(tmp_path / "run", *named, f"model.revision={'b' * 40}")
+    with pytest.raises(RunDirectoryError, match=r"model\.revision: a+ -> b+"):
+        resume(pinned(chosen, earlier_settings(chosen)))
+
+
+def test_folders_and_built_in_models_have_no_commit_and_an_old_run_keeps_none(tmp_path: Path):
+    settings = settings_of(tmp_path)
+    assert pinned(settings, None) == settings
+    named = settings_of(tmp_path, "model.path=me/gone")
+    assert pinned(named, None) == named, "loading it says that it cannot be had"
+    assert pinned(named, named) == named

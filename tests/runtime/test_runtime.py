@@ -1,0 +1,823 @@
+"""Placement rules, the connection to Ray, errors on their way from a worker, and what an engine
+makes of a wave.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+import torch
+from omegaconf import OmegaConf
+
+from hybridrl.cli import main
+from hybridrl.controller.evaluation import evaluate
+from hybridrl.core.errors import (
+    ConfigError,
+    DataError,
+    FleetExhausted,
+    HybridRLError,
+    PlacementError,
+    WeightSyncError,
+    WorkerDied,
+    WorkerError,
+    WorkerTimeout,
+)
+from hybridrl.core.failpoints import VARIABLE
+from hybridrl.models.loading import load_model
+from hybridrl.rollout import engine as rollout_worker
+from hybridrl.rollout.engine import Waves, chunk_header, complete, top_tokens, trajectory
+from hybridrl.runtime import calls
+from hybridrl.runtime import cluster as cluster_module
+from hybridrl.runtime.actor_group import ActorGroup, Slot, ask_for_stacks
+from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share, worker_env
+from hybridrl.runtime.host import visible_gpus
+from hybridrl.runtime.reward_group import RewardGroup
+from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.runtime.start_up import StartUp
+from hybridrl.settings.algorithm import AlgorithmConfig
+from hybridrl.settings.choices import Device, Source, WeightTransfer
+from hybridrl.settings.compose import load_config
+from hybridrl.settings.shares import shares
+from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
+from tests.support.graph import save_tiny, tiny_settings
+
+BASE = ["run.dir=here", "experiment=quickstart"]
+SHARED = "cluster.colocate=true rollout.gpu_memory_utilization=0.4"
+
+# -- placement rules -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            "rollout.weight_transfer=nccl cluster.device=cpu",
+            "rollout.weight_transfer=nccl: needs GPUs, cluster.device is cpu",
+        ),
+        (
+            "rollout.weight_transfer=ipc",
+            "rollout.weight_transfer=ipc: learner and engine must use the same GPU; set "
+            "cluster.colocate=true",
+        ),
+        (
+            f"rollout.weight_transfer=ipc rollout.tensor_parallel=2 {SHARED}",
+            "rollout.weight_transfer=ipc: hands over memory of one GPU",
+        ),
+        (
+            f"rollout.weight_transfer=nccl {SHARED}",
+            "rollout.weight_transfer=nccl: NCCL refuses two ranks on one GPU",
+        ),
+        (
+            f"rollout.tensor_parallel=2 {SHARED}",
+            "rollout.tensor_parallel=2: under cluster.colocate=true",
+        ),
+        (f"rollout.engines=2 {SHARED}", "rollout.engines=2: under cluster.colocate=true"),
+        (
+            f"rollout.engines=2 rollout.weight_transfer=ipc {SHARED}",
+            "rollout.engines=2: under cluster.colocate=true",
+        ),
+        (
+            "cluster.colocate=true",
+            "rollout.gpu_memory_utilization=0.9: under cluster.colocate=true",
+        ),
+        (
+            "cluster.colocate=true rollout.gpu_memory_utilization=0.51",
+            "rollout.gpu_memory_utilization=0.51: under cluster.colocate=true",
+        ),
+        ("scorer.replicas=2", "scorer.replicas=2: a step has 1 chunks"),
+        (
+            "reward.workers=5 rollout.engines=2 rollout.groups_per_chunk=24",
+            "reward.workers=5: a step has 4 chunks",
+        ),
+        ("rollout.kv_cache_bytes=0", "rollout.kv_cache_bytes=0: must be positive, or null"),
+    ],
+)
+def test_a_placement_that_cannot_work_is_answered_with_one_sentence(overrides: str, sentence: str):
+    with pytest.raises(ConfigError) as caught:
+        load_config([*BASE, *overrides.split()])
+    message = str(caught.value)
+    assert (message.startswith(sentence) and "; " in message) or "null" in message
+    assert "\n" not in message and len(message) < 240
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        SHARED,
+        f"rollout.weight_transfer=ipc {SHARED}",
+        f"rollout.engines=2 learner.ranks=2 {SHARED}",
+        f"rollout.engines=2 rollout.weight_transfer=object_store {SHARED}",
+        "cluster.colocate=true rollout.gpu_memory_utilization=0.5",
+        "cluster.colocate=true cluster.device=cpu",
+        "rollout.weight_transfer=nccl rollout.tensor_parallel=2",
+        "scorer.replicas=4 reward.workers=4 rollout.engines=2 rollout.groups_per_chunk=24",
+    ],
+)
+def test_a_placement_that_works_is_taken(overrides: str):
+    taken = OmegaConf.structured(load_config([*BASE, *overrides.split()]))
+    for key, value in (override.split("=") for override in overrides.split()):
+        assert str(OmegaConf.select(taken, key)).lower().endswith(value)
+
+
+def test_every_prompt_is_answered_once_whatever_shares_the_teacher_and_the_data_have():
+    halves = AlgorithmConfig(data_fraction=0.5, teacher_fraction=0.5)
+    assert [shares(1, halves, step) for step in range(4)] == [
+        (0, 0, 1),
+        (0, 1, 0),
+        (0, 0, 1),
+        (0, 1, 0),
+    ]
+    assert [shares(4, halves, step) for step in range(3)] == [(0, 2, 2)] * 3
+
+
+@pytest.mark.parametrize("data", [0.0, 0.1, 0.29, 0.4, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("teacher", [0.0, 0.05, 0.1, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("prompts", [1, 2, 3, 4, 7, 100])
+def test_a_share_too_small_for_a_prompt_of_each_step_gets_one_every_few_steps(
+    prompts: int, teacher: float, data: float
+):
+    if teacher + data > 1:
+        teacher = 1 - data
+    algorithm = AlgorithmConfig(data_fraction=data, teacher_fraction=teacher)
+    total = np.zeros(3)
+    for step in range(300):
+        drawn = shares(prompts, algorithm, step)
+        assert sum(drawn) == prompts and min(drawn) >= 0
+        total += drawn
+        due = np.array([1 - data - teacher, teacher, data]) * prompts * (step + 1)
+        assert abs(total - due).max() <= 1 + 1e-9
+
+
+def test_a_tenth_of_four_prompts_is_one_prompt_in_two_or_three_steps():
+    tenth = AlgorithmConfig(teacher_fraction=0.1)
+    assert [shares(4, tenth, step)[1] for step in range(10)] == [0, 1, 0, 1, 0, 0, 1, 0, 1, 0]
+    assert shares(96, AlgorithmConfig(teacher_fraction=0.25), 7) == (72, 24, 0)
+
+
+@pytest.mark.parametrize("teams", range(1, 40))
+def test_the_shares_of_a_gpu_fit_into_it_in_the_unit_that_ray_rounds_to(teams: int):
+    assert (
+        teams * round(gpu_share(teams) * 10_000)
+        <= 10_000
+        < (teams + 1) * round(gpu_share(teams) * 10_000) + 10_000 / teams
+    )
+
+
+# -- the connection --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "cuda_build", "device"),
+    [
+        (Device.auto, 8, "13.0", "cuda"),
+        (Device.auto, 8, None, "cpu"),  # torch for CPUs on a machine with GPUs
+        (Device.auto, 0, "13.0", "cpu"),
+        (Device.cpu, 8, "13.0", "cpu"),
+        (Device.cuda, 8, "13.0", "cuda"),
+    ],
+)
+def test_the_device_is_cuda_only_where_cluster_and_torch_both_have_it(
+    wanted: Device, gpus: int, cuda_build: str | None, device: str
+):
+    assert device_of(wanted, gpus, cuda_build) == device
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cuda_build", "reason"),
+    [(0, "13.0", "the Ray cluster has no GPU"), (8, None, "a build for CPUs")],
+)
+def test_cuda_that_cannot_be_had_is_refused(gpus: int, cuda_build: str | None, reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        device_of(Device.cuda, gpus, cuda_build)
+
+
+def test_an_address_where_no_ray_is_ends_at_once_in_one_sentence():
+    with (
+        socket.socket() as closed
+    ):  # bound and not listening: nobody else can take the port, nobody answers
+        closed.bind(("127.0.0.1", 0))
+        for address in (f"127.0.0.1:{closed.getsockname()[1]}", "nonsense"):
+            with pytest.raises(
+                PlacementError,
+                match=rf"cluster\.address={address}: no Ray cluster there \(.+\); give",
+            ) as caught:
+                Cluster(load_config([*BASE, f"cluster.address={address}"]))
+            assert "\n" not in str(caught.value) and not ray.is_initialized()
+
+
+@pytest.mark.graph
+@pytest.mark.skipif(torch.version.cuda is not None, reason="there may be GPUs")
+def test_a_device_that_is_refused_leaves_no_ray_running():
+    with pytest.raises(ConfigError, match=r"cluster\.device=cuda"):
+        Cluster(load_config([*BASE, "cluster.device=cuda"]))
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kept", "precision"),
+    [
+        ("cpu", "float32", "0", None),
+        ("cuda", "float32", None, "ieee"),
+        ("cuda", "bfloat16", None, None),
+    ],
+)
+def test_a_worker_keeps_freed_memory_on_the_cpu_and_multiplies_float32_exactly_on_a_gpu(
+    device: str, dtype: str, kept: str | None, precision: str | None
+):
+    env = worker_env(1, device, dtype, take_turns=True)
+    assert (env.get("MALLOC_MMAP_MAX_"), env.get("TRITON_F32_DEFAULT")) == (kept, precision)
+
+
+NVIDIA_SMI = """#!/bin/sh
+echo "GPU-1f00-aa, 0"
+echo "GPU-2e11-bb, 1"
+echo "GPU-2e22-cc, 2"
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "visible"),
+    [
+        ([3], {"CUDA_VISIBLE_DEVICES": "3"}),
+        ([2, 5], {"CUDA_VISIBLE_DEVICES": "2,5"}),
+        (
+            ["GPU-2e22-cc", "GPU-1f00-aa"],
+            {"CUDA_VISIBLE_DEVICES": "2,0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+        ),
+        (["GPU-2e11"], {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
+    ],
+)
+def test_a_worker_sees_the_gpus_that_ray_gave_it_by_their_numbers(
+    given: list, visible: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert visible_gpus(given) == visible
+
+
+@pytest.mark.parametrize("given", ["MIG-1f00-aa", "GPU-2e", "GPU-9"])
+def test_a_slice_of_a_gpu_or_one_that_is_not_there_is_one_sentence(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(
+        PlacementError, match=f"{given}: is no GPU of this node, which has GPU-1f00"
+    ):
+        visible_gpus([given])
+
+
+def test_gpus_that_nvidia_smi_cannot_number_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PlacementError, match="start Ray with the GPUs' numbers"):
+        visible_gpus(["GPU-1f00-aa"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "size", "threads", "loops"),
+    [
+        ("", "cpu", 1, "2", "10000"),
+        ("", "cpu", 2, "1", "10000"),
+        ("", "cuda", 1, "2", "0"),
+        ("cluster.threads_per_worker=2", "cpu", 2, "2", "0"),
+        ("schedule=pipelined", "cpu", 1, "2", "0"),
+    ],
+)
+def test_threads_wait_in_a_loop_only_where_nobody_else_needs_the_core(
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: str,
+    device: str,
+    size: int,
+    threads: str,
+    loops: str,
+):
+    node = {"NodeID": "n", "NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 2.0}}
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(Cluster, "_reserve", lambda self, bundles: None)
+    monkeypatch.setattr(
+        cluster_module, "bundle_nodes", lambda group: dict.fromkeys(range(size), node)
+    )
+    cluster = Cluster(load_config([*BASE, *overrides.split()]))
+    cluster.device = device
+    for slot in cluster.place([Team(name="w", size=size, gpus=0, heavy=True)])["w"]:
+        assert (slot.env["OMP_NUM_THREADS"], slot.env["GOMP_SPINCOUNT"]) == (threads, loops)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_cut_short_the_end_of_ray(
+    monkeypatch: pytest.MonkeyPatch, second: signal.Signals
+):
+    ended = []
+
+    def shut_down() -> None:
+        signal.raise_signal(second)
+        ended.append(ray)
+
+    def leave(signum: int, frame: object) -> None:
+        raise SystemExit(signum)  # as Ray's own handler of SIGTERM does
+
+    monkeypatch.setattr(cluster_module, "connect", lambda settings: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "shutdown", shut_down)
+    before = signal.signal(second, leave)
+    try:
+        with pytest.raises(KeyboardInterrupt), Cluster(load_config(BASE)):
+            raise KeyboardInterrupt
+        assert ended == [ray] and signal.getsignal(second) is leave
+    finally:
+        signal.signal(second, before)
+
+
+# -- errors of a worker ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slot() -> Iterator[Slot]:
+    with Cluster(load_config([*BASE, "cluster.device=cpu"])) as cluster:
+        [slot] = cluster.place([Team(name="w", size=1, gpus=0, heavy=False)])["w"]
+        yield replace(
+            slot,
+            env={
+                **slot.env,
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+            },
+        )
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("concurrent", [False, True])
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (ConfigError("model.path=x: no such folder"), ConfigError, "model.path=x: no such folder"),
+        (DataError("row 3: no prompt"), DataError, "row 3: no prompt"),
+        (
+            OSError(28, "No space left"),
+            WorkerError,
+            "w/0 failed in its constructor: OSError: [Errno 28] No space left; see logs/w-0.log",
+        ),
+    ],
+)
+def test_what_a_constructor_raises_reaches_the_first_call(
+    slot: Slot, tmp_path: Path, concurrent: bool, error: Exception, kind: type, text: str
+):
+    path = f"tests.support.failing_worker:{'AsyncFailing' if concurrent else 'Failing'}"
+    group = ActorGroup(
+        "w", path, [slot], [{"error": error}], log_dir=str(tmp_path), concurrent=concurrent
+    )
+    for _ in range(2):
+        with pytest.raises(HybridRLError) as caught:
+            group.call_all("ping", deadline_s=60)
+        assert type(caught.value) is kind and str(caught.value) == text
+    assert "Traceback" in (tmp_path / "w-0.log").read_text()
+    group.close()
+
+
+@pytest.mark.graph
+def test_a_death_names_the_worker_what_ray_knows_of_it_and_the_log(slot: Slot, tmp_path: Path):
+    group = ActorGroup(
+        "w", "tests.support.failing_worker:Failing", [slot], [{}], log_dir=str(tmp_path)
+    )
+    assert group.call_all("ping", deadline_s=60) == ["here"]
+    with pytest.raises(WorkerDied, match=r"^w/0 failed in die: .*exit.*; see logs/w-0\.log$"):
+        group.call_all("die", deadline_s=60)
+    group.close()
+
+
+@pytest.mark.graph
+def test_a_value_that_is_gone_is_not_blamed_on_the_worker_that_was_to_have_it(
+    slot: Slot, tmp_path: Path
+):
+    group = ActorGroup(
+        "w", "tests.support.failing_worker:Failing", [slot], [{}], log_dir=str(tmp_path)
+    )
+    _, gone = group.submit_pair(0, "lose_value", deadline_s=60)
+    with pytest.raises(
+        WorkerDied,
+        match=r"^the object store failed in keeping values: what w/0 was to .* in take is gone "
+        r"with its node$",
+    ):
+        group.submit(0, "take", gone.ref, deadline_s=60).result()
+    assert group.call_all("ping", deadline_s=60) == ["here"]
+    rollout = engine(slot, tmp_path, "")
+    with pytest.raises(WorkerDied, match=r"^the object store"):
+        rollout.load_weights("version 1", gone.ref)
+    assert rollout.group.epochs == [0]
+    for made in (rollout, group):
+        made.close()
+
+
+def answering_every(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call after the other has its answer, which is its name, by a clock of its own; after more
+    than 10 s none has.
+    """
+    now = [0.0]
+
+    def ready(refs: list[str], timeout_s: float) -> list[str]:
+        now[0] += seconds
+        return refs[:1] if seconds < 10 else []
+
+    monkeypatch.setattr(calls, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(calls, "_ready", ready)
+    monkeypatch.setattr(calls, "_fetch", lambda pending, left_s: pending.ref)
+
+
+def test_a_deadline_counts_from_the_last_answer_for_one_worker_may_have_many_calls(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    pending = [
+        calls.Pending(ref=name, worker="reward/0", call="score", deadline_s=10.0) for name in "abc"
+    ]
+    answering_every(9.0, monkeypatch)
+    assert calls.settle(pending) == (["a", "b", "c"], []), "27 s in all"
+    answering_every(11.0, monkeypatch)
+    with pytest.raises(WorkerTimeout, match="reward/0 failed in score: no answer within 10 s"):
+        calls.gather(pending)
+
+
+def test_the_stacks_are_asked_of_the_process_that_writes_the_log_and_of_no_other(tmp_path: Path):
+    """To one that does not know the signal it is the end."""
+    for log, status in (("w-0.log", -signal.SIGUSR1), ("other.log", 0)):
+        with (
+            (tmp_path / log).open("w") as out,
+            subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out) as process,
+        ):
+            ask_for_stacks(process.pid, str(tmp_path / "w-0.log"))
+            process.stdin.close()
+            assert process.wait(60) == status
+
+
+class Engines(RolloutGroup):
+    worker = "tests.support.failing_worker:Engine"
+
+
+class Judges(RewardGroup):
+    worker = "tests.support.failing_worker:Judge"
+
+
+def engine(
+    slot: Slot,
+    folder: Path,
+    points: str,
+    *,
+    count: int = 1,
+    backend: WeightTransfer = WeightTransfer.object_store,
+) -> Engines:
+    settings, place = (
+        load_config([*BASE, "deadlines.sync_s=60"]),
+        replace(slot, num_cpus=0, env={**slot.env, VARIABLE: points}),
+    )
+    return Engines(
+        settings,
+        [place] * count,
+        model=settings.model,
+        device="cpu",
+        backend=backend,
+        log_dir=str(folder),
+    )
+
+
+@pytest.mark.graph
+def test_when_the_only_engine_dies_at_a_sync_another_serves_the_weights(slot: Slot, tmp_path: Path):
+    rollout = engine(slot, tmp_path, f"engine.load_weights:do=kill:once={tmp_path / 'fired'}")
+    rollout.load_weights("version 1", ray.put(b""))
+    assert rollout.serving == {0} and rollout.group.epochs == [1] and not rollout.joining
+    rollout.close()
+
+
+@pytest.mark.graph
+def test_a_fresh_engine_that_fails_as_the_one_before_it_ends_the_run(slot: Slot, tmp_path: Path):
+    rollout = engine(slot, tmp_path, "engine.generate:do=raise")
+    with pytest.raises(
+        FleetExhausted, match=r"^rollout/0 failed in generate: RuntimeError: failpoint"
+    ):
+        rollout.probe([], num_tokens=1, temperature=0.0)
+    assert rollout.group.epochs == [1], (
+        "one replacement was tried, cluster.max_restarts allows more"
+    )
+    rollout.close()
+
+
+@pytest.mark.graph
+def test_an_engine_that_has_answered_is_replaced_again_after_the_same_error(
+    slot: Slot, tmp_path: Path
+):
+    group = engine(slot, tmp_path, "").group
+    group.replace(WorkerError("rollout/0", "generate", "out of memory", 0))
+    header, _ = group.submit_pair(0, "generate", None, None, deadline_s=60)
+    assert calls.gather([header]) == ["header"]
+    assert group.replace(WorkerError("rollout/0", "generate", "out of memory", 1)) == 0
+    with pytest.raises(FleetExhausted, match="failed with it at once"):
+        group.replace(WorkerError("rollout/0", "generate", "out of memory", 2))
+    group.close()
+
+
+@pytest.mark.graph
+def test_each_worker_is_announced_once_when_it_is_up(slot: Slot, tmp_path: Path):
+    group = ActorGroup(
+        "w", "tests.support.failing_worker:Failing", [slot], [{}], log_dir=str(tmp_path)
+    )
+    lines: list[str] = []
+    start_up = StartUp(pending := group.submit_all("ping", deadline_s=60), lines.append)
+    calls.gather(pending)
+    start_up.watch()
+    start_up.watch()
+    assert [line.partition(" after ")[0] for line in lines] == ["  w/0 is up"]
+    group.close()
+
+
+@pytest.mark.graph
+def test_weights_that_every_engine_refuses_are_no_engines_fault(slot: Slot, tmp_path: Path):
+    rollout = engine(slot, tmp_path, "engine.load_weights:do=raise")
+    with pytest.raises(
+        WeightSyncError,
+        match=r"^no engine took the weights: rollout/0 failed in load_weights: RuntimeError: "
+        r"failpoint",
+    ):
+        rollout.load_weights("version 1", ray.put(b""))
+    assert rollout.serving == {0} and rollout.group.epochs == [0]
+    rollout.close()
+
+
+@pytest.mark.graph
+def test_an_engine_lost_from_a_channel_of_vllms_own_ends_the_run_though_another_lives(
+    slot: Slot, tmp_path: Path
+):
+    rollout = engine(slot, tmp_path, "", count=2, backend=WeightTransfer.nccl)
+    with pytest.raises(
+        FleetExhausted,
+        match=r"^rollout/1 failed in generate: gone; with rollout\.weight_transfer=nccl no other "
+        r"can join",
+    ):
+        rollout.lose(WorkerDied("rollout/1", "generate", "gone", 0))
+    rollout.close()
+
+
+@pytest.mark.graph
+def test_a_ping_is_answered_however_many_chunks_wait_for_the_rest_of_their_wave(
+    slot: Slot, tmp_path: Path
+):
+    group = ActorGroup(
+        "w",
+        "tests.support.failing_worker:Patient",
+        [slot],
+        [{}],
+        log_dir=str(tmp_path),
+        concurrent=True,
+    )
+    waiting = [group.submit(0, "wait", deadline_s=60) for _ in range(1200)]
+    assert group.call_all("ping", deadline_s=60) == [0], "none of them is through"
+    assert group.call_all("go", deadline_s=60) == [None] and calls.gather(waiting) == [None] * 1200
+    group.close()
+
+
+@pytest.mark.graph
+def test_an_engine_lost_in_an_evaluation_is_told_and_not_the_judge_that_waits_for_it(
+    slot: Slot, tmp_path: Path
+):
+    rollout = engine(slot, tmp_path, "engine.generate:do=kill")
+    rewards = Judges(rollout.settings, [replace(slot, num_cpus=0)], log_dir=str(tmp_path))
+    prompts = [Prompt(uid="a", input_ids=(1,), text="", columns={})]
+    with pytest.raises(WorkerDied, match=r"^rollout/0 failed in generate"):
+        evaluate(
+            rollout.settings.eval,
+            rollout,
+            rewards,
+            prompts,
+            wave="eval",
+            step=0,
+            temperature=1.0,
+            seed=0,
+        )
+    rollout.close()
+    rewards.group.close()
+
+
+@pytest.mark.graph
+@pytest.mark.skipif(torch.version.cuda is not None, reason="there may be GPUs")
+@pytest.mark.parametrize("chosen", [WeightTransfer.nccl, WeightTransfer.ipc])
+def test_a_way_over_gpus_is_refused_where_the_device_came_out_as_cpu(
+    slot: Slot, chosen: WeightTransfer
+):
+    colocate = SHARED.split() if chosen is WeightTransfer.ipc else []
+    cluster = Cluster(load_config([*BASE, f"rollout.weight_transfer={chosen}", *colocate]))
+    with pytest.raises(
+        ConfigError,
+        match=rf"rollout\.weight_transfer={chosen}: needs GPUs, and cluster\.device=auto came out "
+        r"as cpu",
+    ):
+        _ = cluster.weight_transfer
+
+
+def test_a_config_error_ends_the_command_with_status_2(capsys: pytest.CaptureFixture):
+    assert main(["train", *BASE, "scorer.replicas=2"]) == 2
+    assert capsys.readouterr().err.startswith("hybridrl: scorer.replicas=2: ")
+
+
+# -- a wave ----------------------------------------------------------------------------------------
+
+
+def order(chunk: int, wave: str = "w", num_chunks: int = 3) -> GenerateOrder:
+    return GenerateOrder(
+        wave=wave,
+        chunk=chunk,
+        num_chunks=num_chunks,
+        group_size=1,
+        temperature=1.0,
+        max_new_tokens=4,
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize("arrival", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1)])
+def test_the_engine_gets_the_chunks_of_a_wave_in_order_however_they_arrive(
+    arrival: tuple[int, ...],
+):
+    submitted: list[int] = []
+    waves = Waves(lambda chunk, prompts: submitted.append(chunk.chunk) or [prompts])
+
+    async def run() -> list:
+        tasks = [asyncio.create_task(waves.arrive(order(chunk), (chunk,))) for chunk in arrival]
+        return [await task for task in tasks]
+
+    assert asyncio.run(run()) == [[(chunk,)] for chunk in arrival], "each gets its own"
+    assert submitted == [0, 1, 2]
+
+
+def test_a_wave_waits_for_its_last_chunk_and_another_wave_does_not():
+    submitted: list[str] = []
+    waves = Waves(lambda chunk, prompts: submitted.append(f"{chunk.wave}{chunk.chunk}") or [])
+
+    async def run() -> None:
+        first = asyncio.create_task(waves.arrive(order(1, num_chunks=2), ()))
+        await asyncio.sleep(0)
+        await waves.arrive(order(0, wave="other", num_chunks=1), ())
+        assert not first.done()
+        await waves.arrive(order(0, num_chunks=2), ())
+        await first
+
+    asyncio.run(run())
+    assert submitted == ["other0", "w0", "w1"]
+
+
+def test_a_chunk_that_the_engine_refuses_fails_alone():
+    def submit(chunk: GenerateOrder, prompts: tuple) -> list:
+        if chunk.chunk == 1:
+            raise DataError("prompt p: too long")
+        return [chunk.chunk]
+
+    async def run() -> list:
+        waves = Waves(submit)
+        return await asyncio.gather(
+            *(waves.arrive(order(chunk), ()) for chunk in (2, 1, 0)), return_exceptions=True
+        )
+
+    last, refused, first = asyncio.run(run())
+    assert (last, first) == ([2], [0]) and isinstance(refused, DataError)
+
+
+# -- an engine's output ----------------------------------------------------------------------------
+
+PROMPT = Prompt(uid="p", input_ids=(5, 6), text="", columns={})
+
+
+def output(finish_reason: str = "stop") -> SimpleNamespace:
+    """Two tokens, 7 and 8, with the two most likely at each: 7 is not among them, 8 is the
+    second.
+    """
+    entries = [(7, -3.0), (1, -0.5), (2, -1.0), (8, -0.9), (3, -0.7), (8, -0.9)]
+    ids, logprobs = zip(*entries, strict=True)
+    spans = [
+        SimpleNamespace(start=0, end=1, version="3"),
+        SimpleNamespace(start=1, end=2, version="4"),
+    ]
+    flat = SimpleNamespace(token_ids=list(ids), logprobs=list(logprobs))
+    return SimpleNamespace(
+        token_ids=[7, 8], logprobs=flat, weight_versions=spans, finish_reason=finish_reason
+    )
+
+
+def test_an_engine_whose_core_has_ended_ends_too(monkeypatch: pytest.MonkeyPatch):
+    core, seen = SimpleNamespace(resources=SimpleNamespace(engine_dead=False)), []
+
+    def sleep(seconds: float) -> None:
+        seen.append("alive")
+        core.resources.engine_dead = len(seen) == 3
+
+    monkeypatch.setattr(rollout_worker, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(
+        rollout_worker, "os", SimpleNamespace(_exit=lambda status: seen.append(status))
+    )
+    rollout_worker.end_with(core)
+    assert seen == ["alive"] * 3 + [1]
+
+
+def test_the_support_is_the_most_likely_tokens_and_owes_nothing_to_the_drawn_one():
+    assert top_tokens(output(), 2).tolist() == [[1, 2], [3, 8]]
+    assert top_tokens(output(), 2).dtype == np.int32
+    assert top_tokens(None, 2).shape == (0, 2)
+
+
+def test_a_trajectory_holds_the_drawn_tokens_own_log_probs_and_versions():
+    row = trajectory(PROMPT, output())
+    assert row.input_ids.tolist() == [5, 6, 7, 8] and row.response_mask.tolist() == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert row.rollout_logprobs.tolist() == [0, 0, -3.0, np.float32(-0.9)]
+    assert row.policy_versions.tolist() == [0, 0, 3, 4] and row.finish_reason is FinishReason.stop
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "repetition", "something new", None])
+def test_a_response_that_did_not_end_by_itself_has_no_tokens_and_the_header_says_so(
+    reason: str | None,
+):
+    outputs = [
+        complete(output(reason)),
+        complete(output("length")),
+        complete(output()),
+        complete(None),
+    ]
+    rows = [trajectory(PROMPT, o) for o in outputs]
+    support = np.concatenate([top_tokens(o, 2) for o in outputs])
+    batch = RolloutBatch.pack([PROMPT, PROMPT], 2, rows, Source.teacher, support)
+    header = chunk_header(batch, [1.0] * batch.num_sequences)
+    assert header.aborted.tolist() == [True, False, False, True] and header.truncated.tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert header.response_lengths.tolist() == [0, 2, 2, 0] and header.num_tokens.tolist() == [
+        2,
+        4,
+        4,
+        2,
+    ]
+    assert (header.group_size, header.source) == (2, Source.teacher)
+    assert batch.support_ids.shape == (4, 2)
+
+
+def engine_and_model(folder: Path) -> tuple[RolloutBatch, list[list[int]]]:
+    """In a process of its own, because vLLM's CPU worker patches torch: a batch with a support of
+    3, and a plain forward pass's top 3.
+    """
+    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from hybridrl.rollout.engine import Rollout
+
+    model = load_model(str(save_tiny(folder / "model", 0)))
+    settings = tiny_settings(folder / "run", f"model.path={folder / 'model'}")
+    prompts = [
+        Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)
+    ]
+    ordered = GenerateOrder(
+        wave="w",
+        chunk=0,
+        num_chunks=1,
+        group_size=2,
+        temperature=1.0,
+        max_new_tokens=12,
+        seed=5,
+        support=3,
+    )
+
+    async def sample() -> RolloutBatch:
+        engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store")
+        return (await engine.generate(ordered, prompts))[1]
+
+    batch, expected = asyncio.run(sample()), []
+    for i in range(batch.num_sequences):
+        row = batch.trajectory(i)
+        with torch.no_grad():
+            logits = model(torch.from_numpy(row.input_ids.astype(np.int64))[None]).logits[0]
+        expected += logits[np.flatnonzero(row.response_mask) - 1].topk(3).indices.tolist()
+    return batch, expected
+
+
+@pytest.mark.graph
+def test_the_engine_reports_the_top_tokens_of_a_plain_forward_pass(tmp_path: Path):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        batch, expected = pool.submit(engine_and_model, tmp_path).result(timeout=240)
+    drawn = batch.input_ids[batch.response_mask]
+    assert batch.support_ids.tolist() == expected
+    among = (batch.support_ids == drawn[:, None]).any(axis=1)
+    assert among.any() and not among.all(), "both kinds of drawn token occur"

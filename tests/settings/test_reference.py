@@ -1,0 +1,81 @@
+"""The page of every setting: complete, and what conf/SETTINGS.md holds."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from hybridrl.settings.compose import known_keys
+from hybridrl.settings.reference import Setting, commented, page, settings_of
+from hybridrl.settings.run import RunSettings
+
+PAGE = Path(__file__).parent.parent.parent / "conf" / "SETTINGS.md"
+
+
+class Colour(StrEnum):
+    red = "red"  # as fire
+    blue = "blue"  # as the sea, far from the shore
+    grey = "grey"
+
+
+@dataclass(kw_only=True, slots=True)
+class Entry:
+    size: int = 1
+    """how large
+    it is"""
+
+
+@dataclass(kw_only=True, slots=True)
+class Section:
+    colour: Colour = Colour.blue
+    """of the walls"""
+    rate: float = 1e-5
+    silent: bool = False
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class Root:
+    section: Section = field(default_factory=Section)
+
+
+def test_settings_are_listed_with_default_and_meaning_also_of_nested_and_named_entries() -> None:
+    words = "`red` (as fire), `blue` (as the sea, far from the shore), `grey`"
+    assert list(settings_of(Root)) == [
+        Setting(key="section.colour", default="blue", meaning=f"of the walls: {words}"),
+        Setting(key="section.rate", default="1e-05", meaning=""),
+        Setting(key="section.silent", default="false", meaning=""),
+        Setting(key="section.entries.NAME.size", default="1", meaning="how large it is"),
+    ]
+
+
+def test_every_setting_of_a_run_is_listed_and_has_a_meaning() -> None:
+    listed = list(settings_of(RunSettings))
+    assert [s.key for s in listed if not s.meaning or s.meaning.startswith(":")] == []
+    names = {s.key.partition(".NAME")[0] for s in listed}
+    leaves = [
+        k for k in known_keys() if not any(other.startswith(f"{k}.") for other in known_keys())
+    ]
+    schedules = ("algorithm.imitation_weight.", "algorithm.reward_weight.")
+    assert [k for k in leaves if k not in names and not k.startswith(schedules)] == []
+
+
+def test_a_listing_gets_the_meaning_of_each_setting_above_it() -> None:
+    listing = (
+        "usage: hybridrl\ntrain:\n  steps: 100\nteachers:\n  main:\n    schedule:\n      "
+        "kind: step\n"
+    )
+    assert commented(listing).splitlines() == [
+        "usage: hybridrl",
+        "train:",
+        "  # optimizer steps",
+        "  steps: 100",
+        "teachers:",
+        "  main:",
+        "    # multiplies the weight",
+        "    schedule:",
+        "      kind: step",
+    ]
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    assert PAGE.read_text() == page(), "python -m hybridrl.settings.reference > conf/SETTINGS.md"

@@ -1,0 +1,359 @@
+"""The real Learner outside pytest: `python learner_job.py RANK WORLD PORT FOLDER CASES` runs a
+function of this file.
+
+FOLDER holds the models `student` and `teacher`; rank 0 leaves CASE.json and CASE.safetensors (the
+weights) there.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
+from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import RunSettings
+from hybridrl.types import Rewards, RolloutBatch, Shard, TokenScores, UpdatePlan
+from tests.support.batches import make_batch, make_plan, make_rewards, make_scores
+
+WIDTH = 128  # of the tiny model
+LR = 5e-4
+GROUPS = [
+    ((1, 5, 6), [(7, 8, 2), (9, 2)]),
+    ((1, 10, 11, 12, 13), [(14,), (15, 16, 17, 18, 2)]),
+    ((1, 19), [(20, 21, 2), (22, 2)]),
+    ((1, 4, 4, 4), [(5, 2), (5, 6, 7, 2)]),
+]
+VALUES = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.5, -1.0]
+Chunk = tuple[RolloutBatch, Rewards, TokenScores]
+
+
+def chunk_of(
+    first: int, last: int, *, keep: list[bool] | None = None, values: list[float] = VALUES
+) -> Chunk:
+    """Groups first ... last-1 of the problem with their scores; the teacher's numbers do not depend
+    on the cut.
+    """
+    whole = make_batch(GROUPS)
+    rng = np.random.default_rng(0)
+    rows = int(whole.response_mask.sum())
+    hidden, logprobs = (
+        rng.standard_normal((rows, WIDTH)).astype(np.float32),
+        -3 * rng.random(rows).astype(np.float32),
+    )
+    ends = np.concatenate([[0], np.cumsum(whole.response_lengths)])
+    span = slice(int(ends[2 * first]), int(ends[2 * last]))
+    batch = make_batch(GROUPS[first:last])
+    return (
+        batch,
+        make_rewards(batch, values[2 * first : 2 * last], keep),
+        make_scores(batch, logprobs[span], hidden[span]),
+    )
+
+
+def inf_teacher() -> Chunk:
+    batch, rewards, scores = chunk_of(0, 4)
+    return batch, rewards, replace(scores, rows=np.full_like(scores.rows, np.inf))
+
+
+def settings_for(folder: Path, ranks: int, *overrides: str) -> RunSettings:
+    return load_config(
+        [
+            f"run.dir={folder}",
+            "experiment=quickstart",
+            f"model.path={folder}/student",
+            f"teachers.main.path={folder}/teacher",
+            "algorithm.gamma=0.5",
+            "train.head_chunk=5",
+            f"learner.ranks={ranks}",
+            "deadlines.learn_s=60",
+            "cluster.device=cpu",
+            *overrides,
+        ]
+    )
+
+
+def plan_for(step: int, num_micro_batches: int, groups: int = 4, **changes) -> UpdatePlan:
+    return make_plan(
+        make_batch(GROUPS[:groups]),
+        step=step,
+        num_micro_batches=num_micro_batches,
+        lr=LR,
+        **changes,
+    )
+
+
+class Job:
+    """One rank; `run` builds a fresh Learner on the same process group."""
+
+    def __init__(self, rank: int, world: int, port: int, folder: Path) -> None:
+        self.rank, self.world, self.port, self.folder = rank, world, port, folder
+
+    def learner(self, *overrides: str):
+        from hybridrl.policy.learner import Learner
+
+        return Learner(
+            settings_for(self.folder, self.world, *overrides),
+            rank=self.rank,
+            master=("127.0.0.1", self.port),
+            device="cpu",
+        )
+
+    def refused(self, case: str, model: str, *overrides: str) -> None:
+        """The error of a learner that cannot be built over another model."""
+        try:
+            self.learner(f"model.path={self.folder}/{model}", *overrides)
+            message = "no error"
+        except ConfigError as error:
+            message = str(error)
+        (self.folder / f"{case}.json").write_text(json.dumps(message))
+
+    def report(self, case: str, learner, stats: list, **more) -> None:
+        """What a test may look at; every rank helps to gather the weights."""
+        weights = {name: weight.float().clone() for name, weight in learner.stream}
+        manifest, _ = learner.pack_weights(0)
+        if self.rank == 0:
+            weights.pop("lm_head.weight")
+            save_file(weights, self.folder / f"{case}.safetensors")
+
+            def column(key):
+                return [s.metrics[key] for s in stats]
+
+            result = {"loss": column("train/loss"), "grad_norm": column("train/grad_norm")}
+            result |= {"digest": manifest.digest, "metrics": [s.metrics for s in stats]}
+            result |= {"attention": learner.model.config._attn_implementation} | more
+            (self.folder / f"{case}.json").write_text(json.dumps(result))
+
+    def two_steps(
+        self,
+        case: str,
+        chunks: list[Chunk],
+        groups: tuple,
+        num_micro_batches: int,
+        *overrides: str,
+        num_groups: int = 4,
+    ):
+        learner = self.learner(*overrides)
+        shard = Shard(num_chunks=len(chunks), num_teachers=1, groups=groups)
+        values = [value for chunk in chunks for value in chunk]
+        stats = [
+            learner.update(plan_for(step, num_micro_batches, num_groups), shard, *values)
+            for step in range(2)
+        ]
+        self.report(case, learner, stats)
+        return learner, shard, values
+
+    def diagnosed(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
+        learner = self.learner(*overrides)
+        shard, plan = (
+            Shard(num_chunks=1, num_teachers=1, groups=groups),
+            plan_for(0, num_micro_batches, diagnose=True),
+        )
+        stats = learner.update(plan, shard, *chunk_of(0, 4))
+        self.report(case, learner, [stats])
+
+    def resume(
+        self,
+        case: str,
+        learner,
+        shard: Shard,
+        values: list,
+        num_micro_batches: int,
+        *overrides: str,
+    ) -> None:
+        """Save, step on; then load into a new learner and take the same step."""
+        saved = self.folder / f"{case}-state"
+        saved.mkdir(exist_ok=True)
+        learner.save_state(str(saved))
+        self.gathered(case, learner)
+        plan = plan_for(2, num_micro_batches)
+        self.report(f"{case}-straight", learner, [learner.update(plan, shard, *values)])
+        again = self.learner(*overrides)
+        again.load_state(str(saved), 2)
+        self.report(f"{case}-loaded", again, [], optimizer_steps=again.ping())
+        self.report(f"{case}-resumed", again, [again.update(plan, shard, *values)])
+
+    def left_out(
+        self, case: str, learner, shard: Shard, num_micro_batches: int, chunk: Chunk
+    ) -> None:
+        """A batch of which nothing can be learned: what the rank says, and the weights before and
+        after.
+        """
+        before, _ = learner.pack_weights(0)
+        try:
+            learner.update(plan_for(3, num_micro_batches), shard, *chunk)
+            message = "no error"
+        except SkippedStep as error:
+            message = str(error)
+        self.report(case, learner, [], error=message, before=before.digest if before else None)
+
+    def valued(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
+        """Two steps with a value head, its export, and one more step after it was saved and
+        loaded.
+        """
+        overrides = ("algorithm=ppo", *overrides)
+        learner, shard, values = self.two_steps(
+            case, [chunk_of(0, 4)], groups, num_micro_batches, *overrides
+        )
+        learner.export(str(self.folder / f"{case}-export"))
+        self.resume(case, learner, shard, values, num_micro_batches, *overrides)
+
+    def gathered(self, case: str, learner) -> None:
+        """The whole state by DeepSpeed's own gathering, which knows nothing of our offsets."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        tensors = {}
+        for name, p in learner.parameters.items():
+            tensors[f"master/{name}"] = safe_get_full_fp32_param(p).clone()
+            tensors |= {
+                f"{m}/{name}": safe_get_full_optimizer_state(p, m).clone()
+                for m in ("exp_avg", "exp_avg_sq")
+            }
+        if self.rank == 0:
+            save_file(tensors, self.folder / f"{case}-gathered.safetensors")
+
+    def resharded(
+        self,
+        case: str,
+        saved: str,
+        shard: Shard,
+        values: list,
+        num_micro_batches: int,
+        *overrides: str,
+    ) -> None:
+        """Load what other ranks saved, save it again, and take the next step."""
+        learner, again = self.learner(*overrides), self.folder / f"{case}-state"
+        learner.load_state(str(self.folder / f"{saved}-state"), 2)
+        again.mkdir(exist_ok=True)
+        learner.save_state(str(again))
+        self.report(f"{case}-loaded", learner, [])
+        self.report(case, learner, [learner.update(plan_for(2, num_micro_batches), shard, *values)])
+
+
+NAN_REWARD = chunk_of(
+    0, 4, values=[*VALUES[:4], float("nan"), *VALUES[5:]]
+)  # of the group that rank 1 has
+INF_REWARD = chunk_of(0, 4, values=[*VALUES[:4], float("inf"), *VALUES[5:]])
+BROKEN = dict(zip((1, 2, 3), (NAN_REWARD, INF_REWARD, inf_teacher()), strict=True))  # by ZeRO stage
+ONE_EACH = "train.max_tokens_per_micro_batch=1"
+
+
+def uneven(job: Job) -> tuple:
+    return ((0, 1, 3),) if job.rank == 0 else ((2,),)
+
+
+def two_ranks(job: Job) -> None:
+    """Uneven shards, one sequence a micro-batch: rank 1 idles through four of six."""
+    groups = uneven(job)
+    for stage in (1, 2, 3):
+        overrides = (f"learner.zero_stage={stage}", ONE_EACH)
+        learner, shard, values = job.two_steps(
+            f"zero{stage}", [chunk_of(0, 4)], groups, 6, *overrides
+        )
+        job.resume(f"zero{stage}", learner, shard, values, 6, *overrides)
+        job.left_out(f"zero{stage}-left-out", learner, shard, 6, BROKEN[stage])
+        job.diagnosed(f"zero{stage}-diagnosed", groups, 6, *overrides)
+        bf16 = (*overrides, "model.dtype=bfloat16")
+        learner, shard, values = job.two_steps(
+            f"zero{stage}-bf16", [chunk_of(0, 4)], groups, 6, *bf16
+        )
+        job.resume(f"zero{stage}-bf16", learner, shard, values, 6, *bf16)
+        job.left_out(f"zero{stage}-bf16-left-out", learner, shard, 6, BROKEN[stage])
+    job.valued("zero3-value", groups, 6, "learner.zero_stage=3", ONE_EACH)
+
+
+def two_ranks_again(job: Job) -> None:
+    """From one rank of ZeRO 1 to two of any stage."""
+    shard, values = Shard(num_chunks=1, num_teachers=1, groups=uneven(job)), list(chunk_of(0, 4))
+    for stage in (1, 2, 3):
+        job.resharded(
+            f"one-to-zero{stage}", "one", shard, values, 6, f"learner.zero_stage={stage}", ONE_EACH
+        )
+    job.resharded(
+        "bf16-to-zero3",
+        "bf16",
+        shard,
+        values,
+        6,
+        "learner.zero_stage=3",
+        ONE_EACH,
+        "model.dtype=bfloat16",
+    )
+
+
+def one_rank(job: Job) -> None:
+    everything = ((0, 1, 2, 3),)
+    job.refused("opt-padded", "opt")
+    for stage in (1, 3):
+        zero = f"learner.zero_stage={stage}"
+        job.refused(f"opt-packed-{stage}", "opt", zero, "train.packing=true")
+        job.refused(f"gemma2-{stage}", "gemma2", zero)
+    job.diagnosed("diagnosed", everything, 1)
+    learner, shard, values = job.two_steps("one", [chunk_of(0, 4)], everything, 1)
+    job.resume("one", learner, shard, values, 1)
+    job.two_steps("one-each", [chunk_of(0, 4)], everything, 9, ONE_EACH)
+    job.two_steps("packed", [chunk_of(0, 4)], everything, 1, "train.packing=true")
+    job.two_steps("chunks", [chunk_of(0, 1), chunk_of(1, 4)], ((0,), (0, 1, 2)), 1)
+    job.two_steps("first-three", [chunk_of(0, 3)], ((0, 1, 2),), 1, num_groups=3)
+    dropped = chunk_of(0, 4, keep=[True] * 6 + [False] * 2, values=VALUES[:6] + [float("nan")] * 2)
+    job.two_steps("fourth-dropped", [dropped], everything, 1, num_groups=3)
+
+    bf16 = ("model.dtype=bfloat16",)
+    learner, shard, values = job.two_steps("bf16", [chunk_of(0, 4)], everything, 1, *bf16)
+    job.resume("bf16", learner, shard, values, 1, *bf16)
+    job.two_steps("bf16-packed", [chunk_of(0, 4)], everything, 1, "train.packing=true", *bf16)
+
+    learner = job.learner()
+    job.report("untouched", learner, [])
+    batch, rewards, scores = chunk_of(0, 4, values=[float("nan"), *VALUES[1:]])
+    try:
+        learner.update(plan_for(0, 1), shard, batch, rewards, scores)
+        message = "no error"
+    except SkippedStep as error:
+        message = str(error)
+    job.report("nan", learner, [], error=message)
+    job.report(
+        "after-nan",
+        learner,
+        [learner.update(plan_for(step, 1), shard, *chunk_of(0, 4)) for step in range(2)],
+    )
+
+    with torch.no_grad():
+        for group in learner.engine.optimizer.single_partition_of_fp32_groups:
+            group[0] = float("inf")
+    try:
+        learner.save_state(str(job.folder / "one-state"))
+        message = "no error"
+    except NonFiniteError as error:
+        message = str(error)
+    job.report("infinite", learner, [], error=message)
+
+    job.valued("value", everything, 1)
+
+    for saved, stage in ((1, 3), (2, 3), (3, 2)):
+        job.resharded(
+            f"zero{saved}-to-one",
+            f"zero{saved}",
+            shard,
+            list(chunk_of(0, 4)),
+            1,
+            f"learner.zero_stage={stage}",
+        )
+    job.resharded(
+        "zero3-bf16-to-one", "zero3-bf16", shard, list(chunk_of(0, 4)), 1, "model.dtype=bfloat16"
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    this = Job(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    {"one_rank": one_rank, "two_ranks": two_ranks, "two_ranks_again": two_ranks_again}[sys.argv[5]](
+        this
+    )
+    # a rank that leaves while gloo still has threads of the group can abort at its very end
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,329 @@
+"""A small recurrent language model in float64, its responses, and the gradient that the production
+path makes of them.
+
+The path is that of the learner without its processes: settings, objective, the learner's view,
+credit, sequences, micro-batch, student, backward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutput
+
+from hybridrl.batch.micro_batch import MicroBatch, collate, train_sequences
+from hybridrl.controller.coefficients import Weights
+from hybridrl.kernels.terms import TokenTerms
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.credit import Credit, LearnerView, Objective, Signal, moments
+from hybridrl.objectives.hybrid import teacher_weight
+from hybridrl.policy.student import Look, Student, head_rule
+from hybridrl.settings.choices import PairLoss, Source
+from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.inbox import TeacherSide
+from hybridrl.types import RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
+from tests.support.batches import make_batch, make_plan, make_rewards
+
+VOCABULARY, MAX_NEW_TOKENS = 7, 6
+MODELS = {"student": (0, 5), "initial": (1, 5), "main": (2, 4), "second": (3, 6)}  # seed and width
+
+
+class Recurrence(nn.Module):
+    """h_t = tanh(W h_{t-1} + e(x_t)): padding on the right reaches nothing before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding, self.mixing = nn.Embedding(VOCABULARY, width), nn.Linear(width, width)
+
+    def forward(
+        self, input_ids: Tensor, **_: object
+    ) -> SimpleNamespace:  # [B, T] -> last_hidden_state [B, T, H]
+        state, states = (
+            torch.zeros(len(input_ids), self.mixing.in_features, dtype=self.mixing.weight.dtype),
+            [],
+        )
+        for t in range(input_ids.shape[1]):
+            state = torch.tanh(self.mixing(state) + self.embedding(input_ids[:, t]))
+            states.append(state)
+        return SimpleNamespace(last_hidden_state=torch.stack(states, 1))
+
+
+class Toy(nn.Module):
+    """What the student module and the scorer need of a causal language model, and a head for
+    values.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        seed, width = MODELS[name]
+        torch.manual_seed(seed)
+        self.base_model = Recurrence(width)
+        self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
+        self.value_head = nn.Linear(width, 1, bias=False)
+        nn.init.normal_(self.lm_head.weight)  # in float32, as the head of a teacher is kept on disk
+        self.config = PreTrainedConfig()
+        self.double()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def get_decoder(self) -> nn.Module:
+        return self.base_model
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> CausalLMOutput:
+        states = self.base_model(input_ids).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(states))
+
+    def before(self, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
+        """[T, H] the hidden state before each token of one response."""
+        return self.base_model(torch.tensor([[*prompt, *ids]])).last_hidden_state[
+            0, len(prompt) - 1 : -1
+        ]
+
+
+def gradient_of(model: nn.Module) -> dict[str, Tensor]:
+    """By parameter; 0 where nothing reached one."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """One written response; those of a prompt stand side by side."""
+
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    reward: float = 0.0
+    source: Source = Source.student
+    domain: str = "a"
+    keep: bool = True
+    drift: tuple[
+        float, ...
+    ] = ()  # log mu(y) - log p(y) of each token; empty: the sampler is the student
+
+
+def save_heads(folder: Path) -> None:
+    """Folders with as much of a model as the learner reads of a teacher; a path of null means the
+    student's.
+    """
+    for name, of in (("student", "initial"), ("main", "main"), ("second", "second")):
+        (folder / name).mkdir()
+        LlamaConfig(vocab_size=VOCABULARY).save_pretrained(folder / name)
+        save_file(
+            {"lm_head.weight": Toy(of).lm_head.weight.detach().float()},
+            folder / name / "model.safetensors",
+        )
+
+
+def preset(name: str, folder: Path, *overrides: str) -> RunSettings:
+    return load_config(
+        [
+            "run.dir=here",
+            "experiment=quickstart",
+            f"algorithm={name}",
+            f"model.path={folder}/student",
+            f"teachers.main.path={folder}/main",
+            f"rollout.max_new_tokens={MAX_NEW_TOKENS}",
+            "train.head_chunk=5",
+            *overrides,
+        ]
+    )
+
+
+def sampler_logprobs(response: Response) -> Tensor:
+    """[T] float64 log mu(y): the student's own and its drift, the first teacher's, or 0 of data."""
+    if response.source is Source.data:
+        return torch.zeros(len(response.ids), dtype=torch.float64)
+    writer = Toy("student" if response.source is Source.student else "main")
+    with torch.no_grad():
+        logprobs = torch.log_softmax(
+            writer.lm_head(writer.before(response.prompt, response.ids)), -1
+        )
+    drawn = logprobs.gather(1, torch.tensor(response.ids)[:, None])[:, 0]
+    return drawn + torch.tensor(response.drift or (0.0,) * len(response.ids), dtype=torch.float64)
+
+
+class Production:
+    """The gradient of one preset.
+
+    Columns travel as float32. With `wide` they are float64 all the way, which leaves nothing but
+    rounding.
+    """
+
+    def __init__(self, settings: RunSettings, *, wide: bool) -> None:
+        self.settings, self.dtype = settings, np.float64 if wide else np.float32
+        self.objective: Objective = make_objective(settings)
+        self.model = Toy("student")
+        self.with_value = Signal.learner_values in self.objective.signals
+        self.student = Student(self.model, head_rule(settings), with_value=self.with_value)
+        if self.student.value_head is not None:
+            self.student.value_head = self.model.value_head
+
+    def gradient(self, responses: Sequence[Response], step: int = 0) -> dict[str, Tensor]:
+        """By parameter; responses of one source stand side by side."""
+        sources = groupby(responses, lambda r: r.source)
+        batches = [self._scored(list(of_source)) for _, of_source in sources]
+        plan = self._plan(batches, step)
+        credits, sequences = self._credits(batches, plan), []
+        for batch, credit in zip(batches, credits, strict=True):
+            weights = [teacher_weight(batch, plan, k) for k in range(len(batch.scores))]
+            sequences += train_sequences(batch, credit, weights)
+        micro = collate(sequences)
+        terms = self._terms(micro, credits)
+        if self.dtype is np.float64:
+            terms = replace(
+                terms, sampler_logprobs=torch.cat([sampler_logprobs(r) for r in responses])
+            )
+        loss, _ = self._forward(micro, terms, self._slopes(micro, credits), Look.learn)
+        loss.backward()
+        return gradient_of(self.model)
+
+    # -- what others say ---------------------------------------------------------------------------
+
+    def _scored(self, responses: list[Response]) -> ScoredBatch:
+        groups = [
+            (prompt, list(siblings)) for prompt, siblings in groupby(responses, lambda r: r.prompt)
+        ]
+        rollout = make_batch([(prompt, [r.ids for r in siblings]) for prompt, siblings in groups])
+        rollout = replace(
+            rollout,
+            columns=tuple({"domain": siblings[0].domain} for _, siblings in groups),
+            rollout_logprobs=self._column(
+                rollout, torch.cat([sampler_logprobs(r) for r in responses])
+            ),
+            source=responses[0].source,
+        )
+        scores = tuple(
+            self._scores(name, rollout, responses) for name in self.settings.scored_teachers
+        )
+        rewards = make_rewards(rollout, [r.reward for r in responses], [r.keep for r in responses])
+        return ScoredBatch(rollout=rollout, scores=scores, rewards=rewards)
+
+    @torch.no_grad()
+    def _scores(
+        self, name: str, rollout: RolloutBatch, responses: Sequence[Response]
+    ) -> TokenScores:
+        """What the signals ask of a teacher and no more."""
+        teacher, signals = Toy(name), self.objective.signals
+        hidden = torch.cat([teacher.before(r.prompt, r.ids) for r in responses])
+        drawn = torch.tensor([y for r in responses for y in r.ids])[:, None]
+        logq = torch.log_softmax(teacher.lm_head(hidden), -1).gather(1, drawn)[:, 0]
+        if Signal.teacher_logprobs not in signals:
+            logq = torch.zeros_like(logq)
+        rows = hidden if Signal.teacher_hidden in signals else hidden[:, :0]
+        return TokenScores(
+            teacher=name,
+            logprobs=self._column(rollout, logq),
+            rows=rows.numpy().astype(self.dtype),
+            support_ids=np.zeros((len(rows), 0), np.int32),
+        )
+
+    def _column(self, rollout: RolloutBatch, values: Tensor) -> np.ndarray:
+        column = np.zeros(len(rollout.input_ids), self.dtype)
+        column[rollout.response_mask] = values.numpy()
+        return column
+
+    def _plan(self, batches: Sequence[ScoredBatch], step: int) -> UpdatePlan:
+        kept = [b.rewards.keep for b in batches]
+        settings, weights = self.settings, Weights(self.settings)
+        groups = [b.rewards.values.reshape(-1, b.rollout.group_size) for b in batches]
+        whole = sum(
+            int(b.rewards.keep.reshape(-1, b.rollout.group_size).all(1).sum()) for b in batches
+        )
+        pairs = sum(
+            int((g.max(1) > g.min(1)).sum()) for g in groups
+        )  # NaN, as of a dropped group, is above nothing
+        return make_plan(
+            batches[0].rollout,
+            step=step,
+            num_tokens=sum(
+                int(b.rollout.response_lengths[k].sum()) for b, k in zip(batches, kept, strict=True)
+            ),
+            num_sequences=sum(int(k.sum()) for k in kept),
+            num_groups=whole if settings.algorithm.pair.loss is PairLoss.none else pairs,
+            teacher_weights=weights.teachers(step),
+            teacher_routes=tuple(
+                settings.teachers[name].route for name in settings.scored_teachers
+            ),
+            reward_weight=weights.reward(step),
+        )
+
+    # -- what the learner does ---------------------------------------------------------------------
+
+    def _credits(self, batches: Sequence[ScoredBatch], plan: UpdatePlan) -> list[Credit]:
+        views: list[LearnerView | None] = [None] * len(batches)
+        if self.objective.signals & {Signal.learner_logprobs, Signal.learner_values}:
+            views = [self._view(b) for b in batches]
+        credits = [self.objective.credit(b, plan, v) for b, v in zip(batches, views, strict=True)]
+        if self.objective.standardises:
+            count, total, squares = moments(credits)
+            mean = total / count
+            credits = [
+                c.standardised(mean, (squares / count - mean.square()).sqrt()) for c in credits
+            ]
+        return credits
+
+    @torch.no_grad()
+    def _view(self, batch: ScoredBatch) -> LearnerView:
+        nothing = torch.zeros(int(batch.rollout.response_lengths.sum()), dtype=torch.float64)
+        zero = Credit(token_weight=nothing, sparse=nothing, value_slope=nothing, watched={})
+        micro = collate(
+            train_sequences(
+                batch, zero, [torch.zeros(batch.rollout.num_sequences)] * len(batch.scores)
+            )
+        )
+        logprobs, values = self._forward(
+            micro, self._terms(micro, [zero]), self._slopes(micro, [zero]), Look.view
+        )
+        kind = torch.from_numpy(np.zeros(0, self.dtype)).dtype
+        return LearnerView(logprobs=logprobs.to(kind), values=values.to(kind))
+
+    def _forward(self, micro: MicroBatch, terms: TokenTerms, slopes: Tensor, look: Look) -> tuple:
+        teachers = TeacherSide(self.settings, self.objective.signals, torch.device("cpu")).of(
+            micro.teachers
+        )
+        return self.student(
+            micro.input_ids,
+            micro.attention_mask,
+            micro.position_ids,
+            micro.hidden_rows,
+            teachers,
+            terms,
+            slopes,
+            look,
+        )
+
+    def _terms(self, micro: MicroBatch, credits: Sequence[Credit]) -> TokenTerms:
+        narrow = TokenTerms(
+            token_ids=micro.token_ids,
+            token_weight=micro.token_weight,
+            sparse=micro.sparse,
+            sampler_logprobs=micro.rollout_logprobs,
+        )
+        if self.dtype is np.float32:
+            return narrow
+        wide = replace(
+            narrow,
+            token_weight=self._wide(credits, "token_weight"),
+            sparse=self._wide(credits, "cost"),
+        )
+        assert torch.equal(wide.sparse.float(), narrow.sparse) and torch.equal(
+            wide.token_weight.float(), narrow.token_weight
+        )
+        return wide
+
+    def _slopes(self, micro: MicroBatch, credits: Sequence[Credit]) -> Tensor:
+        return micro.value_slope if self.dtype is np.float32 else self._wide(credits, "value_slope")
+
+    def _wide(self, credits: Sequence[Credit], name: str) -> Tensor:
+        return torch.cat([getattr(c, name) for c in credits]).double()

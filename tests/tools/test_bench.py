@@ -1,0 +1,110 @@
+"""Each verb of tools/bench at its smallest: it runs, and what it keeps has the keys that its
+readers look for.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def bench(tmp_path: Path, *arguments: str) -> dict:
+    """What `tools/bench ARGUMENTS` keeps; it draws its picture too."""
+    kept, picture = tmp_path / "found.json", tmp_path / "found.png"
+    env = os.environ | {
+        "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        *arguments,
+        "--json",
+        str(kept),
+        "--picture",
+        str(picture),
+    ]
+    done = subprocess.run(
+        command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert picture.stat().st_size > 1000
+    found = json.loads(kept.read_text())
+    assert {"cpu", "cores", "commit"} <= found["machine"].keys()
+    return found
+
+
+@pytest.mark.graph
+def test_the_pipeline_bench_compares_three_schedules_and_loses_no_prompt(tmp_path):
+    """The bench itself asserts that every prompt is trained on once, or owed."""
+    found = bench(
+        tmp_path,
+        "pipeline",
+        "--steps",
+        "1",
+        "--tail-steps",
+        "1",
+        "--scale",
+        "0.05",
+        "--real-steps",
+        "0",
+    )
+    assert [row["late"] for row in found["tail"]] == [0, pytest.approx(4 / 20)]
+    rows = found["waits"]
+    assert len(rows) == 4
+    assert all(
+        {"phases", "sync", "sum", "streamed", "pipelined", "limit", "ratio"} == row.keys()
+        for row in rows.values()
+    )
+
+
+@pytest.mark.graph
+def test_the_dispatch_bench_counts_the_bytes_in_the_driver_and_finds_none(tmp_path):
+    found = bench(tmp_path, "dispatch", "--shrink", "32", "--store-gb", "0.2", "--repeats", "1")
+    rows = found["rows"]
+    assert {row["tokens"] for row in rows} >= {1024, 2048, 32768}
+    assert all(row["driver_bytes"] == 0 and row["bytes"] > 0 for row in rows)
+    assert any(row["materialising_s"] is not None for row in rows)
+
+
+@pytest.mark.graph
+def test_the_overhead_bench_grows_engines_groups_and_tokens(tmp_path):
+    sizes = ["--most-engines", "4", "--most-groups", "64", "--repeats", "1"]
+    found = bench(tmp_path, "overhead", "--parts", "controller", "scaling", *sizes)
+    assert [row["engines"] for row in found["scaling"]["engines"]] == [1, 4]
+    assert {"step_s", "busy_s", "share"} == found["controller"]["one chunk"].keys()
+
+
+@pytest.mark.graph
+def test_the_overhead_bench_runs_the_same_requests_and_micro_batches_bare(tmp_path):
+    """The bench itself asserts that a bare engine gives the same number of tokens for the same
+    seeds, in fp32 as here.
+    """
+    found = bench(
+        tmp_path,
+        "overhead",
+        "--parts",
+        "generation",
+        "learner",
+        "--models",
+        "tiny",
+        "--repeats",
+        "1",
+    )
+    generation = found["generation"]["tiny"]
+    assert generation["share"] > 0 and generation["tokens"]["ours"] == generation["tokens"]["bare"]
+    assert found["learner"]["tiny"]["tokens"] == 96 * 4 * 16
+
+
+@pytest.mark.graph
+def test_the_sync_bench_takes_the_way_of_the_weights_apart(tmp_path):
+    row = bench(tmp_path, "sync", "--models", "tiny fp32", "--repeats", "1")["models"]["tiny fp32"]
+    assert {"total", "engine", "pack", "memcpy", "digest", "own_load"} == row["median"].keys()
+    assert row["bytes"] > 3_000_000

@@ -1,0 +1,120 @@
+"""tools/chaos: what it keeps of a fault, and that it leaves out none."""
+
+import json
+from collections import Counter
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from chaos_faults import finding, matrix, workers
+from chaos_faults.finding import Finding, Made, Row
+from chaos_faults.training import prompts_against
+
+from hybridrl.run_dir.ledger import Ledger
+
+ROOT = Path(__file__).parent.parent.parent
+ASKED = (
+    "R1 R2 K1 K2 K3 K4 E1 E2 E3 E4 E5 E6 W1 W2 L1 L2 T1 T2 V1 V2 V3 V4 N1 G1 G2 O1 O2 O3 C1 "
+    "C2 C3 C4 J1 J2 J3 J4 X1 X2 F1"
+)
+
+
+def row(key: str, *, passed: bool) -> Row:
+    found = Finding(
+        passed=passed,
+        said="killed | seen",
+        detected_s=0.5,
+        recovered_s=21.4,
+        lost_steps=2,
+        lost_uids=0,
+        duplicated_uids=1,
+    )
+    return Row(
+        id=key,
+        fault="engine killed",
+        proof="tests/controller/test_graph.py",
+        seconds=60.0,
+        finding=found,
+    )
+
+
+def test_every_fault_is_there_once_and_its_proof_is_a_file():
+    assert Counter(fault.id for fault in matrix.MATRIX) == Counter(ASKED.split())
+    assert [fault.id for fault in matrix.MATRIX if not (ROOT / fault.proof).is_file()] == []
+
+
+def test_the_card_is_put_together_from_pieces_and_names_what_was_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, path in {
+        "RESULTS": tmp_path,
+        "FINDINGS": tmp_path / "f.json",
+        "CARD": tmp_path / "c.md",
+    }.items():
+        monkeypatch.setattr(finding, name, path)
+    order = ["E1", "E2", "L1"]
+    made = Made(machine="2 cores", commit="abc")
+    finding.keep([row("E2", passed=False)], order, made)
+    finding.keep([row("E1", passed=True)], order, made)
+    finding.keep([row("E2", passed=True)], order, made)
+    card = (tmp_path / "c.md").read_text()
+    assert "2 of 2 rows pass; not run: L1" in card and list(
+        json.loads((tmp_path / "f.json").read_text())
+    ) == ["E1", "E2"]
+    assert (
+        "| [E1](../../../tests/controller/test_graph.py) | engine killed | 0.50 s | 21 s | 2 | 0 "
+        "/ 1 | pass | killed / seen |" in card
+    )
+    assert (
+        "All at commit abc in several runs. Detected in 0.50 s (median), 0.50 s (most) over 2 "
+        "faults; recovered in 21 s (median), 21 s" in card
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.md", "f.json"]
+
+
+def on_file(key: str, **made: object) -> dict:
+    return asdict(row(key, passed=True)) | made
+
+
+def test_the_card_says_at_which_commit_and_whether_in_one_run():
+    whole = [on_file(key, commit="abc", whole_minutes=61.7) for key in ("E1", "E2")]
+    assert finding.provenance(whole) == "All at commit abc in one run of 62 min."
+    assert (
+        finding.provenance([whole[0], on_file("E2", commit="abc", whole_minutes=None)])
+        == "All at commit abc in several runs."
+    )
+    mixed = [*whole, on_file("L1", commit="def+", whole_minutes=None), on_file("T1")]
+    assert (
+        finding.provenance(mixed)
+        == "2 were run at commit abc, 2 at other commits (1 at def+, 1 at unknown)."
+    )
+
+
+def test_the_median_and_the_most_leave_out_faults_without_a_time():
+    times = [(0.1, None), (3.0, 20.0), (12.0, 60.0), (None, None)]
+    rows = [{"finding": {"detected_s": found, "recovered_s": back}} for found, back in times]
+    assert finding.summary(rows) == (
+        "Detected in 3.00 s (median), 12 s (most) over 3 faults; recovered in 40 s (median), 60 s "
+        "(most) over 2 faults."
+    )
+    assert finding.summary(rows[3:]) == ""
+
+
+def test_a_fault_of_a_worker_has_a_bound_on_both_times_and_the_finding_says_which_was_missed():
+    assert workers.RECOVERED_S.keys() == {*workers.STRIKES, "E3"}
+    assert workers.held(1.0, 2.0, 59.0, 60.0) == (True, "bounds 2 s and 60 s")
+    assert workers.held(1.0, 2.0, 61.0, 60.0) == (False, "bounds 2 s and 60 s MISSED")
+    assert workers.held(3.0, 2.0, 59.0, 60.0) == (False, "bounds 2 s MISSED and 60 s")
+
+
+def test_prompts_are_lost_or_trained_twice_against_the_run_without_a_fault(tmp_path: Path):
+    for name, trained in {"clean": ["a", "b", "c"], "ours": ["a", "a", "c"]}.items():
+        (tmp_path / name).mkdir()
+        with closing(Ledger(tmp_path / name, 0)) as ledger:
+            ledger.record(1, trained)
+            ledger.record(2, ["d"] if name == "clean" else [])
+    assert prompts_against(tmp_path / "ours", tmp_path / "clean", 1) == (1, 1), (
+        "b is lost, a came twice"
+    )
+    assert prompts_against(tmp_path / "ours", tmp_path / "clean", 2) == (2, 1)

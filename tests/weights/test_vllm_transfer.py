@@ -1,0 +1,150 @@
+"""Weights from learner to engine: the packed stream, the real vLLM engine, and the logic of the GPU
+backends.
+"""
+
+import asyncio
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hybridrl.models.loading import load_model
+from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
+from hybridrl.weights.stream import WeightStream, unpack
+from tests.support.graph import save_tiny, tiny_settings
+
+
+def stream_of(folder: Path) -> WeightStream:
+    return WeightStream(load_model(str(folder)), lambda parameters: nullcontext())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_stream_unpacks_to_the_same_tensors_and_always_names_the_output_head(
+    tmp_path, tied
+):
+    stream = stream_of(save_tiny(tmp_path, 0, tied=tied))
+    manifest, packed = stream.pack(version=3)
+    unpacked = dict(unpack(manifest, packed))
+    assert manifest.names.count("lm_head.weight") == 1 and len(set(manifest.names)) == len(
+        manifest.names
+    )
+    for name, parameter in load_model(str(tmp_path)).named_parameters():
+        assert torch.equal(unpacked[name], parameter)
+    assert torch.equal(unpacked["lm_head.weight"], unpacked["model.embed_tokens.weight"]) == tied
+    assert manifest.version == 3 and manifest.nbytes == packed.nbytes
+
+
+def test_one_changed_byte_changes_the_digest(tmp_path):
+    model = load_model(str(save_tiny(tmp_path, 0)))
+    stream = WeightStream(model, lambda parameters: nullcontext())
+    before, _ = stream.pack(0)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-7
+    assert stream.pack(0)[0].digest != before.digest
+
+
+def test_parameters_are_gathered_one_layer_at_a_time(tmp_path):
+    """A ZeRO-3 learner never holds more than a layer of whole parameters."""
+    gathered: list[int] = []
+
+    @contextmanager
+    def gather(parameters):
+        gathered.append(len(parameters))
+        yield
+
+    list(WeightStream(load_model(str(save_tiny(tmp_path, 0))), gather))
+    assert gathered == [1, 9, 9, 9, 9, 1, 1], (
+        "embedding, four layers of nine tensors, final norm, output head"
+    )
+
+
+def test_vllm_reads_the_same_names_and_shapes_before_and_while_it_receives(tmp_path):
+    """The nccl receiver sizes its buffers from the metadata alone."""
+    from hybridrl.weights.vllm_transfer import StreamSource
+
+    source = StreamSource(stream_of(save_tiny(tmp_path, 0)))
+    assert [(m.name, m.dtype, m.shape) for m in source.metadata()] == [
+        (n, t.dtype, tuple(t.shape)) for n, t in source
+    ]
+    assert sum(len(group) for group in source.groups()) == len(source.metadata())
+    assert source.stream.nbytes == sum(t.nbytes for _, t in source)
+
+
+def test_engines_get_nccl_ranks_one_after_another_behind_the_sender():
+    from hybridrl.weights.vllm_transfer import EngineClient
+
+    calls: list[tuple] = []
+    client = EngineClient(
+        lambda method, arguments: calls.append((method, arguments)),
+        num_engines=3,
+        tensor_parallel=2,
+    )
+    client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 7})
+    client.start_weight_update()
+    client.update_weights({"names": ["a"]})
+    client.finish_weight_update()
+    assert [info["rank_offset"] for (info,) in calls[0][1]] == [1, 3, 5]
+    assert calls[1:] == [
+        ("start_weight_update", [()] * 3),
+        ("update_weights", [({"names": ["a"]},)] * 3),
+        ("finish_weight_update", [()] * 3),
+    ]
+
+
+def largest_gap(folder: Path, tied: bool) -> tuple[float, float]:
+    """In a process of its own, because vLLM's CPU worker patches torch: the largest difference in
+    nats between the engine's log-probs and a plain forward pass of the weights it was sent, and of
+    the weights it started with.
+    """
+    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from hybridrl.rollout.engine import Rollout
+
+    old, new = (
+        save_tiny(folder / name, seed, tied=tied) for seed, name in enumerate(("old", "new"))
+    )
+    settings = tiny_settings(folder / "run", f"model.path={old}")
+    prompts = [
+        Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)
+    ]
+    order = GenerateOrder(
+        wave="w", chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=12, seed=5
+    )
+
+    async def sample() -> RolloutBatch:
+        engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store")
+        manifest, packed = stream_of(new).pack(version=1)
+        assert await engine.load_weights(manifest, packed) == manifest.digest
+        return (await engine.generate(order, prompts))[1]
+
+    batch = asyncio.run(sample())
+    assert (
+        set(batch.policy_versions[batch.response_mask]) == {1}
+        and FinishReason.aborted not in batch.finish_reasons
+    )
+    return gap(batch, new), gap(batch, old)
+
+
+def gap(batch: RolloutBatch, folder: Path) -> float:
+    model, worst = load_model(str(folder)), 0.0
+    for i in range(batch.num_sequences):
+        row = batch.trajectory(i)
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(ids[None]).logits[0].double(), -1)
+        at = np.flatnonzero(row.response_mask)
+        mine = logprobs[at - 1, ids[at]].numpy()
+        worst = max(worst, float(np.abs(mine - row.rollout_logprobs[at]).max()))
+    return worst
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("tied", [True, False])
+def test_after_a_sync_the_engine_samples_from_exactly_the_weights_it_was_sent(tmp_path, tied):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        sent, stale = pool.submit(largest_gap, tmp_path, tied).result(timeout=240)
+    assert sent < 1e-4 and stale > 0.1
