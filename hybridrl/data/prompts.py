@@ -34,12 +34,11 @@ def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Pr
         case "countdown":
             return countdown.load(config.options, config.num_train, config.num_heldout, seed)
         case "reasoning_gym":
-            from hybridrl.data import (
-                reasoning_gym,
-            )  # seconds to import, and most runs need none of it
+            # It takes seconds to import, and most runs do not need it.
+            from hybridrl.data import reasoning_gym_tasks
 
             assert config.dataset is not None  # DataConfig checks it
-            return reasoning_gym.load(
+            return reasoning_gym_tasks.load(
                 config.dataset, config.options, config.num_train, config.num_heldout, seed
             )
         case _:

@@ -37,7 +37,7 @@ def test_a_point_with_a_file_fires_once_whoever_comes_by(monkeypatch, tmp_path):
 
 
 def test_kill_ends_the_process_without_a_word():
-    code = "from hybridrl import failpoints; failpoints.hit('x'); print('alive')"
+    code = "from hybridrl.core import failpoints; failpoints.hit('x'); print('alive')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={failpoints.VARIABLE: "x:do=kill"},
