@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.batch.micro_batch import TrainSequence, unlearned_sequence
+from hybridrl.batch.micro_batch import TrainSequence
 from hybridrl.core.errors import ConfigError
+from hybridrl.kernels.token_columns import TokenColumns
+from hybridrl.settings.choices import Source
+from hybridrl.types import NO_VERSION
 
 TOKENS = 6  # of each sequence
 FACTOR = 10  # by how much rounding may differ between two measurements
@@ -66,4 +69,12 @@ def check_packing(
 def _sequence(first: int, vocabulary: int) -> TrainSequence:
     """TOKENS tokens from `first` on; all but the first one are its response."""
     ids = np.arange(first, first + TOKENS, dtype=np.int32) % vocabulary
-    return unlearned_sequence(ids, np.arange(1, TOKENS), np.zeros(TOKENS - 1, np.float32))
+    response = torch.from_numpy(ids[1:].astype(np.int64))
+    return TrainSequence(
+        input_ids=ids,
+        response_at=np.arange(1, TOKENS),
+        columns=TokenColumns.unlearned(response, torch.zeros(TOKENS - 1)),
+        teachers=(),
+        source=Source.student,
+        oldest_version=NO_VERSION,
+    )

@@ -40,7 +40,6 @@ from hybridrl.core.errors import (
 )
 from hybridrl.data.prompts import PromptSource
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Signal
 from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile, Stateful
 from hybridrl.run_dir.ledger import Ledger
 from hybridrl.runtime.calls import Meter, Reference
@@ -102,7 +101,7 @@ class Controller:
             "schedules": self.weights_of,
         }
         self.heldout_data = heldout_with_responses(settings, heldout)
-        self.signals = make_objective(settings).signals
+        self.needs = make_objective(settings).needs
         self.preemption, self.clock = preemption, PhaseClock()
         self.steps_done = 0
         self.weight_version = 0
@@ -439,7 +438,7 @@ class Controller:
         )
 
     def _check_reward_errors(self, rewards: Sequence[Rewards]) -> None:
-        if Signal.rewards not in self.signals:  # they are only watched
+        if not self.needs.rewards:  # they are only watched
             return
         rate, limit = (
             float(np.concatenate([r.errors for r in rewards]).mean()),

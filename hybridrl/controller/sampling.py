@@ -9,7 +9,6 @@ import numpy as np
 from hybridrl.controller.preemption import Preemption
 from hybridrl.core.errors import WorkerError
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import Pending, settle
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.replay_group import ReplayGroup
@@ -58,11 +57,7 @@ class Sampling:
 
     def __init__(self, settings: RunSettings, workers: Workers, preemption: Preemption) -> None:
         self.settings, self.workers, self.preemption = settings, workers, preemption
-        self.support = (
-            settings.algorithm.topk.k
-            if Signal.sampler_support in make_objective(settings).signals
-            else 0
-        )
+        self.support = make_objective(settings).needs.sampler_support
 
     def draw(
         self,

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hybridrl.kernels.row_rule import RowRule
 from hybridrl.kernels.rows import chosen_work, row_work
 from hybridrl.kernels.teacher_rows import SupportTeacher, Teacher, distribution, log_softmax
-from hybridrl.kernels.terms import RowRule, TokenTerms
+from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.kernels.workspace import Tiles, add_head_gradient, head_gradient, softmax_dtype
 from hybridrl.ops.compare import COMPARED, compare
 
@@ -56,7 +57,7 @@ def hybrid_head_loss(
     hidden: Tensor,
     lm_head: Tensor,
     teachers: tuple[Teacher, ...],
-    terms: TokenTerms,
+    columns: TokenColumns,
     rule: HeadRule,
 ) -> tuple[Tensor, HeadStats]:
     """Loss whose gradient is the hybrid gradient, and statistics.
@@ -69,7 +70,7 @@ def hybrid_head_loss(
         hidden: [R, H] student hidden states; receives a gradient.
         lm_head: [V, H] student output embedding; receives a gradient.
         teachers: any number, each over the same vocabulary.
-        terms: what the objective asks, [R] each.
+        columns: what the objective made of each token, R rows.
 
     Returns:
         loss [] and HeadStats.
@@ -79,35 +80,38 @@ def hybrid_head_loss(
         lm_head.shape,
     )
     rows = hidden.shape[0]
-    assert (
-        terms.token_ids.shape
-        == terms.token_weight.shape
-        == terms.sparse.shape
-        == terms.sampler_logprobs.shape
-        == (rows,)
-    ), rows
+    assert all(column.shape == (rows,) for column in columns.rows(slice(None))), rows
     assert all(teacher.weight.shape == (rows,) for teacher in teachers), "one weight a token"
-    loss, *stats = _HybridHead.apply(hidden, lm_head, teachers, terms, rule)
-    names = ("logprobs", "kl", "entropy", "bounded", "dense_sq", "sparse_sq", "dense_sparse")
-    return loss, HeadStats(**dict(zip(names, stats, strict=True)))
+    loss, logprobs, kl, entropy, bounded, dense_sq, sparse_sq, dense_sparse = _HybridHead.apply(
+        hidden, lm_head, teachers, columns, rule
+    )
+    return loss, HeadStats(
+        logprobs=logprobs,
+        kl=kl,
+        entropy=entropy,
+        bounded=bounded,
+        dense_sq=dense_sq,
+        sparse_sq=sparse_sq,
+        dense_sparse=dense_sparse,
+    )
 
 
 class _HybridHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, lm_head, teachers, terms, rule):
-        rows, wide, tiles = hidden.shape[0], softmax_dtype(hidden), Tiles(exact=rule.exact_logits)
+    def forward(ctx, hidden, lm_head, teachers, columns, rule):
+        rows = hidden.shape[0]
+        wide = softmax_dtype(hidden)
+        tiles = Tiles(exact=rule.exact_logits)
         logprobs, kl, entropy = (
             torch.zeros(rows, dtype=wide, device=hidden.device) for _ in range(3)
         )
         bounded = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
-        sums = torch.zeros(
-            4, dtype=torch.float64, device=hidden.device
-        )  # loss, dense_sq, sparse_sq, dense_sparse
-        d_hidden, head = torch.zeros_like(hidden), lm_head.to(hidden.dtype)
-        row_rule, forms = (
-            RowRule(temperature=rule.temperature, measure=rule.measure, ratio=rule.ratio),
-            tuple(t.form for t in teachers),
-        )
+        # loss, dense_sq, sparse_sq, dense_sparse
+        sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)
+        d_hidden = torch.zeros_like(hidden)
+        head = lm_head.to(hidden.dtype)
+        row_rule = RowRule(temperature=rule.temperature, measure=rule.measure, ratio=rule.ratio)
+        forms = tuple(t.form for t in teachers)
         d_head = head_gradient(lm_head, hidden.dtype, chunks=-(-rows // rule.chunk))
         if not rows:
             d_head.zero_()
@@ -120,13 +124,16 @@ class _HybridHead(torch.autograd.Function):
             logits = tiles.logits(hidden[piece], head, place=d_logits)
             evidence = tuple(teacher.evidence(piece, len(head), tiles) for teacher in teachers)
             weights = tuple(teacher.weight[piece] for teacher in teachers)
-            found = row_work(row_rule, forms, logits, hidden.dtype)(
-                logits, evidence, weights, terms.rows(piece)
-            )
-            gradient, logprobs[piece], kl[piece], entropy[piece], bounded[piece], *columns = found
-            sums.add_(torch.stack(columns).sum(1, dtype=torch.float64))
-            if gradient.data_ptr() != d_logits.data_ptr():
-                d_logits.copy_(gradient)
+            work = row_work(row_rule, forms, logits, hidden.dtype)
+            result = work(logits, evidence, weights, columns.rows(piece))
+            logprobs[piece] = result.logprobs
+            kl[piece] = result.kl
+            entropy[piece] = result.entropy
+            bounded[piece] = result.bounded
+            summed = (result.loss, result.dense_sq, result.sparse_sq, result.dense_sparse)
+            sums.add_(torch.stack(summed).sum(1, dtype=torch.float64))
+            if result.gradient.data_ptr() != d_logits.data_ptr():
+                d_logits.copy_(result.gradient)
 
         def work_on_chunk(at: slice) -> None:
             tiles.restart()
@@ -200,7 +207,7 @@ def compared_sums(
     hidden: Tensor,
     lm_head: Tensor,
     teachers: tuple[Teacher, ...],
-    terms: TokenTerms,
+    columns: TokenColumns,
     rule: HeadRule,
 ) -> Tensor:
     """[1 + len(COMPARED)] float64: number of (live token, teacher) pairs, and the sums of
@@ -223,7 +230,7 @@ def compared_sums(
                 logp.dtype,
                 rule.temperature,
             )
-            live = (terms.token_weight[at] > 0) & (teacher.weight[at] != 0)
+            live = (columns.token_weight[at] > 0) & (teacher.weight[at] != 0)
             sums += torch.cat(
                 [live.sum()[None].double(), compare(logp, logq)[live].double().sum(0)]
             )

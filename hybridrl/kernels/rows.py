@@ -9,15 +9,16 @@ gradient in the place of the logits.
 import importlib.util
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hybridrl.core.compiler import has_compiler
+from hybridrl.kernels.row_rule import RowRule, coefficients
 from hybridrl.kernels.teacher_rows import Form, divergence, log_softmax
-from hybridrl.kernels.terms import RowRule, coefficients
+from hybridrl.kernels.token_columns import RowColumns
 from hybridrl.ops.divergence import exp
 from hybridrl.settings.choices import Correction
 
@@ -30,6 +31,20 @@ eager is as fast.
 """
 
 
+class RowResult(NamedTuple):
+    """What the work on c rows gives: their logit gradient, and numbers of each row."""
+
+    gradient: Tensor  # [c, V]
+    logprobs: Tensor  # [c] log p(y)
+    kl: Tensor  # [c] sum_i w_i D_i
+    entropy: Tensor  # [c]
+    bounded: Tensor  # [c] bool, whether the importance ratio was bounded
+    loss: Tensor  # [c]
+    dense_sq: Tensor  # [c] squared norm of the dense part of the gradient
+    sparse_sq: Tensor  # [c] squared norm of its sparse part
+    dense_sparse: Tensor  # [c] their inner product
+
+
 def row_gradients(
     rule: RowRule,
     forms: tuple[Form | Correction, ...],
@@ -37,8 +52,8 @@ def row_gradients(
     logits: Tensor,
     evidence: tuple[tuple[Tensor, ...], ...],
     weights: tuple[Tensor, ...],
-    terms: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> tuple[Tensor, ...]:
+    columns: RowColumns,
+) -> RowResult:
     """The hybrid gradient at the logits of c tokens; the formula stands in kernels.head.
 
     Args:
@@ -47,43 +62,48 @@ def row_gradients(
             memory.
         logits: [c, V], before the temperature.
         evidence, weights: of each teacher; a weight is [c].
-        terms: TokenTerms.rows.
-
-    Returns:
-        gradient [c, V]; log p(y), sum_i w_i D_i, entropy, whether the ratio was bounded, the row's
-        loss; the row's squared norms
-        of the dense and the sparse part and their inner product: [c] each.
     """
-    ids = terms[0]
+    ids = columns.token_ids
     logp = log_softmax(logits, rule.temperature)
     pairs = [
         divergence(form, said, logp, rule.measure, rule.temperature)
         for form, said in zip(forms, evidence, strict=True)
     ]
-    p, drawn = exp(logp), logp.gather(1, ids[:, None]).squeeze(1)
+    p = exp(logp)
+    drawn = logp.gather(1, ids[:, None]).squeeze(1)
     entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
-    kl, loss, bounded, scales, cost = coefficients(
-        rule, drawn, tuple(value for value, _ in pairs), weights, terms
-    )
+    factors = coefficients(rule, drawn, tuple(value for value, _ in pairs), weights, columns)
     dense = torch.zeros_like(logp)
-    for scale, (_, gradient) in zip(scales, pairs, strict=True):
+    for scale, (_, gradient) in zip(factors.dense, pairs, strict=True):
         dense = dense + torch.where(scale[:, None] != 0, scale[:, None] * gradient, 0.0)
     onehot = (
         torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)[None]
         == ids.to(torch.int32)[:, None]
     )
-    sparse = cost[:, None] * torch.where(onehot, 1 - p, -p)
-    norms = (dense * dense).sum(-1), (sparse * sparse).sum(-1), (dense * sparse).sum(-1)
+    sparse = factors.sparse[:, None] * torch.where(onehot, 1 - p, -p)
+    dense_sq = (dense * dense).sum(-1)
+    sparse_sq = (sparse * sparse).sum(-1)
+    dense_sparse = (dense * sparse).sum(-1)
     total = (dense + sparse).to(dtype)
     if dtype == logits.dtype:
         total = logits.copy_(total)
-    return total, drawn, kl, entropy, bounded, loss, *norms
+    return RowResult(
+        gradient=total,
+        logprobs=drawn,
+        kl=factors.kl,
+        entropy=entropy,
+        bounded=factors.bounded,
+        loss=factors.loss,
+        dense_sq=dense_sq,
+        sparse_sq=sparse_sq,
+        dense_sparse=dense_sparse,
+    )
 
 
 def row_work(
     rule: RowRule, forms: tuple[Form | Correction, ...], logits: Tensor, dtype: torch.dtype
 ) -> Work:
-    """`row_gradients` of (logits, evidence, weights, terms): compiled where that pays, in Triton
+    """`row_gradients` of (logits, evidence, weights, columns): compiled where that pays, in Triton
     where every teacher is hidden.
     """
     if (
@@ -94,7 +114,10 @@ def row_work(
     ):
         from hybridrl.kernels import triton_rows
 
-        return partial(triton_rows.row_gradients, rule, dtype)
+        def by_triton(*tensors: Any) -> RowResult:
+            return RowResult(*triton_rows.row_gradients(rule, dtype, *tensors))
+
+        return by_triton
     return (
         _compiled(row_gradients, rule, forms, dtype)
         if pays(logits)

@@ -2,7 +2,7 @@
 
 One program a row. `_sums_kernel` reads a row twice (normalisers; then means, values, entropy),
 `_gradient_kernel` once more and writes the gradient into the memory of the student's logits; what
-happens per row in between is kernels.terms.coefficients. Bytes per (token, vocabulary) entry of one
+happens per row in between is kernels.row_rule. Bytes per (token, vocabulary) entry of one
 teacher: 24 read, 2 written.
 
 The numerics are proved with Triton's interpreter (tests/kernels/test_triton_rows.py); speed on a
@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridrl.kernels.terms import RowRule, coefficients
+from hybridrl.kernels.row_rule import RowRule, coefficients
+from hybridrl.kernels.token_columns import RowColumns
 from hybridrl.ops.divergence import Measure
 from hybridrl.settings.choices import Divergence
 
@@ -30,9 +31,9 @@ def row_gradients(
     logits: Tensor,
     evidence: tuple[tuple[Tensor, ...], ...],
     weights: tuple[Tensor, ...],
-    terms: tuple[Tensor, Tensor, Tensor, Tensor],
+    columns: RowColumns,
 ) -> tuple[Tensor, ...]:
-    """As kernels.rows.row_gradients, where every teacher is hidden.
+    """The fields of kernels.rows.RowResult, where every teacher is hidden.
 
     Args:
         dtype: of the gradient, 2 or 4 bytes wide. A narrow one fills the front half of each row of
@@ -48,7 +49,7 @@ def row_gradients(
     count, vocabulary = logits.shape
     block = {"BLOCK": min(LARGEST_BLOCK, triton.next_power_of_2(vocabulary)), "num_warps": 8}
     measure = _constants(rule.measure) | {"INVERSE_T": 1 / rule.temperature}
-    ids = terms[0]
+    ids = columns.token_ids
     row = torch.empty(
         count, 3, dtype=torch.float32, device=logits.device
     )  # normaliser, log p(y), entropy
@@ -57,9 +58,9 @@ def row_gradients(
     )  # normaliser, mean score, divergence
     _sums_kernel[(count,)](logits, teachers, ids, row, each, vocabulary, **measure, **block)
     values = tuple(each[:, i, 2] for i in range(len(teachers)))
-    kl, loss, bounded, dense, sparse = coefficients(rule, row[:, 1], values, weights, terms)
+    factors = coefficients(rule, row[:, 1], values, weights, columns)
     norms = torch.empty(count, 3, dtype=torch.float32, device=logits.device)
-    scales = torch.stack(dense, 1) if dense else row
+    scales = torch.stack(factors.dense, 1) if factors.dense else row
     gradient = logits.view(dtype)[:, :vocabulary]
     stride = gradient.stride(0)
     _gradient_kernel[(count,)](
@@ -69,7 +70,7 @@ def row_gradients(
         row,
         each,
         scales,
-        sparse,
+        factors.sparse,
         gradient,
         stride,
         norms,
@@ -77,7 +78,15 @@ def row_gradients(
         **measure,
         **block,
     )
-    return gradient, row[:, 1], kl, row[:, 2], bounded, loss, *norms.unbind(1)
+    return (
+        gradient,
+        row[:, 1],
+        factors.kl,
+        row[:, 2],
+        factors.bounded,
+        factors.loss,
+        *norms.unbind(1),
+    )
 
 
 def _constants(measure: Measure) -> dict[str, float | int]:

@@ -30,10 +30,10 @@ from hybridrl.models.loading import (
     stop_token_ids,
 )
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Signal
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.workers import Workers
 from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.route import takes
 from hybridrl.types import Prompt, TokenScores
 
 log = logging.getLogger(__name__)
@@ -324,15 +324,13 @@ def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Pro
     Raises:
         ContractError: a scorer gave two answers to the same batch.
     """
-    topk = (
-        settings.algorithm.topk.k
-        if Signal.sampler_support in make_objective(settings).signals
-        else 0
-    )
     asked = probe_prompts(settings, prompts)
     tokens = min(PROBE_TOKENS, settings.rollout.max_new_tokens)
     chunk, *_ = workers.rollout.probe(
-        asked, num_tokens=tokens, temperature=0.0, support=topk
+        asked,
+        num_tokens=tokens,
+        temperature=0.0,
+        support=make_objective(settings).needs.sampler_support,
     ).values()
     for scorer in workers.scorers:
         answers = [
@@ -345,12 +343,7 @@ def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Pro
 def probe_prompts(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The first few prompts, and of each routed teacher the first that it is asked about."""
     routes = [settings.teachers[name].route for name in settings.scored_teachers]
-    routed = [
-        next(
-            (p for p in prompts if all(p.columns.get(k) == v for k, v in route.items())), prompts[0]
-        )
-        for route in routes
-    ]
+    routed = [next((p for p in prompts if takes(route, p.columns)), prompts[0]) for route in routes]
     return list({p.uid: p for p in [*prompts[:PROBE_PROMPTS], *routed]}.values())
 
 

@@ -62,7 +62,7 @@ from hybridrl.runtime.workers import (
     start_rewards,
     start_workers,
 )
-from hybridrl.settings.choices import Resume, Support, WandbMode
+from hybridrl.settings.choices import EvidenceKind, Resume, WandbMode
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics
@@ -376,7 +376,8 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     teachers = check_teachers(settings, tokenizer)
     check_reward_models(settings.reward, tokenizer.get_vocab())
     rows = head_rows(settings.model.path, settings.model.revision)
-    if settings.algorithm.support is Support.topk and settings.algorithm.topk.k > rows:
+    kinds = {settings.evidence_kind(name) for name in settings.scored_teachers}
+    if EvidenceKind.support in kinds and settings.algorithm.topk.k > rows:
         raise ConfigError(
             f"algorithm.topk.k={settings.algorithm.topk.k}: model.path={settings.model.path} has "
             f"{rows} tokens; lower it"

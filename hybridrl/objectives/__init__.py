@@ -16,5 +16,6 @@ def make_objective(settings: RunSettings) -> Objective:
     return HybridObjective(
         settings.algorithm,
         settings.rollout.max_new_tokens,
+        kinds=[settings.evidence_kind(name) for name in settings.scored_teachers],
         sampler_differs=settings.sampler_differs,
     )

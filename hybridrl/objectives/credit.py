@@ -1,111 +1,101 @@
-"""What an objective gives each response token before the head pass, and what it may ask for
-first.
-"""
+"""What an objective gives each response token before the head pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hybridrl.types import RolloutBatch, ScoredBatch, UpdatePlan
-
-
-class Signal(StrEnum):
-    """What a configuration needs from the other workers, or from the learner before its update."""
-
-    teacher_hidden = "teacher_hidden"  # the teacher's last hidden states
-    teacher_vocabulary = "teacher_vocabulary"  # its log-probs over the vocabulary
-    teacher_support = "teacher_support"  # its log-probs at K tokens
-    teacher_logprobs = "teacher_logprobs"  # log q(y_t), one head pass of the scorer
-    sampler_support = "sampler_support"  # the sampler's K most likely tokens
-    rewards = "rewards"
-    learner_logprobs = "learner_logprobs"  # log p(y_t) before the update, one more forward
-    learner_values = "learner_values"  # the value head's outputs before the update
-
-
-ROWS = frozenset({Signal.teacher_hidden, Signal.teacher_vocabulary, Signal.teacher_support})
-"""Those of more than a number a token: with one of them the student is compared over more than the
-drawn token.
-"""
+from hybridrl.kernels.token_columns import TokenColumns
+from hybridrl.objectives.needs import Needs
+from hybridrl.types import ScoredBatch, UpdatePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerView:
-    """What the learner itself says of the tokens before an update; R response tokens in batch
-    order.
-    """
+    """The learner's own log-probs and values of R response tokens before an update."""
 
-    logprobs: Tensor  # [R] log p(y_t)
+    logprobs: Tensor  # [R] log p(y_t), in batch order
     values: Tensor  # [R] the value head before each token; 0 without one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """Per response token, in batch order."""
+    """What each of R response tokens of a batch is worth, in batch order."""
 
-    token_weight: Tensor  # [R] 1/normaliser, times the sequence's ratio; 0 takes the token out
-    sparse: Tensor  # [R] cost minus baseline, multiplies grad log p(y)
-    value_slope: Tensor  # [R] d loss / d value, token_weight included; 0 without a value head
-    watched: Mapping[
-        str, Tensor
-    ]  # metric -> the numbers, of any shape, of which a step's row has the mean or maximum
+    # R rows; its sparse column is cost minus baseline, before standardisation and nll
+    columns: TokenColumns
+    teacher_weights: tuple[Tensor, ...]  # of each scored teacher [N], w_i of each sequence
+    # metric -> the numbers, of any shape, of which a step's row has the mean or maximum
+    watched: Mapping[str, Tensor]
     nll: float = 0.0  # weight of -log p(y) itself
-    has_returns: bool = (
-        True  # False: text of the data, whose sparse term is 0 and not to be standardised
-    )
-
-    @property
-    def cost(self) -> Tensor:
-        """[R] what multiplies grad log p(y) in all."""
-        return self.sparse - self.nll
+    # False: text of the data, whose sparse term is 0 and not to be standardised
+    has_returns: bool = True
 
     def standardised(self, mean: Tensor, std: Tensor) -> "Credit":
-        return (
-            replace(self, sparse=(self.sparse - mean) / (std + 1e-8)) if self.has_returns else self
+        """With the sparse column in units of the batch's deviation from its mean."""
+        if not self.has_returns:
+            return self
+        sparse = (self.columns.sparse - mean) / (std + 1e-8)
+        return replace(self, columns=replace(self.columns, sparse=sparse))
+
+    def learned(self, dtype: torch.dtype) -> TokenColumns:
+        """The columns as the head pass reads them: with the likelihood's weight, in `dtype`."""
+        columns = self.columns
+        return TokenColumns(
+            token_ids=columns.token_ids,
+            token_weight=columns.token_weight.to(dtype),
+            sparse=(columns.sparse - self.nll).to(dtype),
+            value_slope=columns.value_slope.to(dtype),
+            sampler_logprobs=columns.sampler_logprobs.to(dtype),
         )
 
 
 class Objective(Protocol):
     """Turns a scored batch into credit. It never sees logits."""
 
-    signals: frozenset[Signal]
-    standardises: (
-        bool  # the sparse term is to be standardised over all live tokens of the global batch
-    )
+    needs: Needs
+    # The sparse column is to be standardised over all live tokens of the global batch.
+    standardises: bool
 
     def credit(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Credit:
-        """learner: None unless the signals ask for it."""
+        """learner: None unless `needs` asks for it."""
         ...
 
 
-def moments(credits: Sequence[Credit]) -> Tensor:
-    """[3] float64 over live tokens that have returns: count, sum and sum of squares of the sparse
-    term; they add up over ranks.
+class SumOverRanks(Protocol):
+    def __call__(self, sums: Tensor) -> Tensor:
+        """The sum of this tensor over all ranks of the learner, on the CPU."""
+        ...
+
+
+def assign_credit(
+    objective: Objective,
+    batches: Sequence[ScoredBatch],
+    plan: UpdatePlan,
+    views: Sequence[LearnerView | None],
+    sum_over_ranks: SumOverRanks = lambda sums: sums,
+) -> list[Credit]:
+    """The credit of one rank's batches, standardised over the global batch where that is asked.
+
+    Every rank calls it, also one without a batch.
     """
-    parts = [c.sparse[c.token_weight > 0] for c in credits if c.has_returns]
+    credits = [objective.credit(b, plan, v) for b, v in zip(batches, views, strict=True)]
+    if not objective.standardises:
+        return credits
+    count, total, squares = sum_over_ranks(moments(credits))
+    mean = total / count.clamp_min(1)
+    std = (squares / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+    return [c.standardised(mean, std) for c in credits]
+
+
+def moments(credits: Sequence[Credit]) -> Tensor:
+    """[3] float64: count, sum and sum of squares of the sparse column over live tokens that have
+    returns. They add up over ranks.
+    """
+    parts = [c.columns.sparse[c.columns.token_weight > 0] for c in credits if c.has_returns]
     live = torch.cat([torch.zeros(0), *parts]).double()  # a rank may have no group
     return torch.stack(
         [torch.tensor(float(len(live)), dtype=torch.float64), live.sum(), live.square().sum()]
     )
-
-
-def no_credit(batch: ScoredBatch) -> Credit:
-    """Nothing is learned from any token."""
-    zero = torch.zeros(int(batch.rollout.response_lengths.sum()))
-    return Credit(token_weight=zero, sparse=zero, value_slope=zero, watched={})
-
-
-def response_grid(batch: RolloutBatch) -> Tensor:
-    """[N, T] bool: response tokens left-aligned, T the longest response; row-major order is batch
-    order.
-    """
-    lengths = torch.from_numpy(batch.response_lengths.copy())
-    return torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
-
-
-def per_token(per_sequence: Tensor, batch: RolloutBatch) -> Tensor:
-    """[N] -> [R], each sequence's number at each of its response tokens."""
-    return per_sequence.repeat_interleave(torch.from_numpy(batch.response_lengths.copy()))

@@ -24,27 +24,32 @@ the learner's exactly 0. What is left of the gap is in the tokens, drawn from mu
 algorithm.ratio weights them, where it is set.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.objectives.credit import Credit, LearnerView, Signal, per_token, response_grid
+from hybridrl.batch.views import per_token, response_grid, response_ids, response_rows
+from hybridrl.kernels.token_columns import TokenColumns
+from hybridrl.objectives.credit import Credit, LearnerView
+from hybridrl.objectives.needs import Needs
 from hybridrl.ops.divergence import Measure, tail_score
 from hybridrl.ops.ratio import RatioBounds
 from hybridrl.ops.returns import future_cost, generalised_advantage, sibling_mean, standard_scores
 from hybridrl.settings.algorithm import AlgorithmConfig
 from hybridrl.settings.choices import (
     Baseline,
+    EvidenceKind,
     Future,
     Normalizer,
     Ratio,
     RatioLevel,
     Scale,
     Source,
-    Support,
-    SupportSource,
-    TeacherSignal,
 )
+from hybridrl.teachers.evidence import make_evidence
+from hybridrl.teachers.route import takes
 from hybridrl.types import RolloutBatch, ScoredBatch, UpdatePlan
 
 
@@ -52,46 +57,47 @@ class HybridObjective:
     """Turns a scored batch into per-token weights and costs."""
 
     def __init__(
-        self, config: AlgorithmConfig, max_new_tokens: int, *, sampler_differs: bool = False
+        self,
+        config: AlgorithmConfig,
+        max_new_tokens: int,
+        *,
+        kinds: Sequence[EvidenceKind] = (),
+        sampler_differs: bool = False,
     ) -> None:
-        """sampler_differs: the log-probs that come with a response may not be the learner's."""
+        """Build the objective of one run.
+
+        Args:
+            kinds: the evidence of each scored teacher; none for pure reinforcement learning.
+            sampler_differs: the log-probs that come with a response may not be the learner's.
+        """
         self.config = config
         self.max_new_tokens = max_new_tokens
-        self.sampler_differs = sampler_differs or config.teacher_fraction > 0
         self.measure = Measure(
             divergence=config.divergence, beta=config.jsd_beta, log_ratio_clip=config.log_ratio_clip
         )
-        self.signals = frozenset(self._signals())
         self.standardises = config.scale is Scale.batch
-
-    def _signals(self) -> set[Signal]:
-        config, signals = self.config, set()
-        if config.imitates:
-            if config.support is Support.full:
-                by_hidden = config.teacher_signal is TeacherSignal.hidden
-                signals.add(Signal.teacher_hidden if by_hidden else Signal.teacher_vocabulary)
-            elif config.support is Support.topk:
-                signals.add(Signal.teacher_support)
-                if config.topk.source is SupportSource.sampler:
-                    signals.add(Signal.sampler_support)
-            clips = config.log_ratio_clip is not None  # the share of clipped costs is a metric
-            if config.learns_from_costs or clips:
-                signals.add(Signal.teacher_logprobs)
-                if self.sampler_differs:
-                    signals.add(Signal.learner_logprobs)
-        if config.learns_from_rewards:
-            signals.add(Signal.rewards)
-        if config.ratio.kind is not Ratio.none and config.ratio.level is RatioLevel.sequence:
-            signals.add(Signal.learner_logprobs)
-        if config.baseline is Baseline.value:
-            signals |= {Signal.learner_logprobs, Signal.learner_values}
-        return signals
+        clips = config.log_ratio_clip is not None  # the share of clipped costs is a metric
+        estimates = any(make_evidence(kind, config, drawn=False).estimates for kind in kinds)
+        self.has_costs = bool(kinds) and (config.gamma > 0 or estimates or clips)
+        by_sequence = (
+            config.ratio.kind is not Ratio.none and config.ratio.level is RatioLevel.sequence
+        )
+        has_values = config.baseline is Baseline.value
+        own_costs = self.has_costs and (sampler_differs or config.teacher_fraction > 0)
+        self.needs = Needs(
+            evidence=tuple(make_evidence(kind, config, drawn=self.has_costs) for kind in kinds),
+            rewards=config.learns_from_rewards,
+            learner_logprobs=own_costs or by_sequence or has_values,
+            learner_values=has_values,
+        )
 
     def credit(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Credit:
         """G_{t+1} minus its baseline for each response token of whole groups of one source."""
-        rollout, mask = batch.rollout, response_grid(batch.rollout)  # [N, T]
+        rollout = batch.rollout
+        mask = response_grid(rollout)  # [N, T]
+        teacher_weights = teacher_weights_of(batch, plan)
         weight = self.token_weight(batch, plan, learner)
-        own, cost = self._imitation(batch, plan, learner)
+        own, cost = self._imitation(batch, teacher_weights, learner)
         returns = self._returns(batch, plan, own, cost, mask)
         values = torch.zeros_like(returns)
         match (
@@ -113,21 +119,26 @@ class HybridObjective:
         live = weight > 0  # a dropped group's reward is NaN, and 0 * NaN is not 0
         sparse = torch.where(live, advantage[mask], 0.0)
         error = -sparse if has_values else torch.zeros_like(sparse)  # value minus its target
-        return Credit(
+        columns = TokenColumns(
+            token_ids=response_ids(rollout),
             token_weight=weight,
             sparse=sparse,
+            value_slope=self.config.value.loss_weight * weight * error,
+            sampler_logprobs=response_rows(rollout, rollout.rollout_logprobs),
+        )
+        watched = {}
+        if rollout.source is Source.student:
+            watched["kl/sampled"] = cost[live & cost.isfinite()]
+        if has_values:
+            watched["value/loss"] = error[live].square() / 2
+        if clips:
+            watched["kl/clipped_frac"] = self._clipped(batch, teacher_weights, learner)[live]
+        return Credit(
+            columns=columns,
+            teacher_weights=teacher_weights,
+            watched=watched,
             nll=0.0 if rollout.source is Source.student else self.config.nll_weight,
             has_returns=rollout.source is not Source.data,
-            value_slope=self.config.value.loss_weight * weight * error,
-            watched={
-                **(
-                    {"kl/sampled": cost[live & cost.isfinite()]}
-                    if rollout.source is Source.student
-                    else {}
-                ),
-                **({"value/loss": error[live].square() / 2} if has_values else {}),
-                **({"kl/clipped_frac": self._clipped(batch, plan, learner)[live]} if clips else {}),
-            },
         )
 
     def token_weight(
@@ -172,7 +183,7 @@ class HybridObjective:
         return bounds.factor(total, torch.ones_like(total))[0]
 
     def _imitation(
-        self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None
+        self, batch: ScoredBatch, teacher_weights: Sequence[Tensor], learner: LearnerView | None
     ) -> tuple[Tensor, Tensor]:
         """The drawn token's share of the dense term, and its imitation cost sum_i w_i (log p - log
         q_i); both [R].
@@ -180,38 +191,42 @@ class HybridObjective:
         log p is the learner's where the sampler may differ from it (see the top of this file). Data
         was not drawn from the student, so neither is defined there.
         """
-        rollout, logp = batch.rollout, drawn_logprobs(batch.rollout, learner)
-        own, cost = torch.zeros_like(logp), torch.zeros_like(logp)
-        if rollout.source is Source.data or Signal.teacher_logprobs not in self.signals:
+        rollout = batch.rollout
+        logp = drawn_logprobs(rollout, learner)
+        own = torch.zeros_like(logp)
+        cost = torch.zeros_like(logp)
+        if rollout.source is Source.data or not self.has_costs:
             return own, torch.full_like(cost, torch.nan)
         log_ratio = Measure(log_ratio_clip=self.config.log_ratio_clip)
-        for k, scores in enumerate(batch.scores):
-            weight = per_token(teacher_weight(batch, plan, k), rollout).to(logp.dtype)
+        drawn = response_ids(rollout)
+        for evidence, scores, of_sequence in zip(
+            self.needs.evidence, batch.scores, teacher_weights, strict=True
+        ):
+            weight = per_token(of_sequence, rollout).to(logp.dtype)
             logq = response_rows(rollout, scores.logprobs)
-            heard = weight != 0
-            cost += torch.where(heard, weight * log_ratio.score(logp, logq), 0.0)
-            if self.config.estimates_divergence:
-                drawn = torch.from_numpy(rollout.input_ids[rollout.response_mask].astype(np.int64))
-                inside = (
-                    torch.from_numpy(scores.support_ids.astype(np.int64)) == drawn[:, None]
-                ).any(1)
-                own += torch.where(
-                    heard, weight * tail_score(logp, logq, inside, self.measure), 0.0
-                )
+            scored = weight != 0
+            cost += torch.where(scored, weight * log_ratio.score(logp, logq), 0.0)
+            if evidence.estimates:
+                support = torch.from_numpy(scores.support_ids.astype(np.int64))
+                inside = (support == drawn[:, None]).any(1)
+                score = tail_score(logp, logq, inside, self.measure)
+                own += torch.where(scored, weight * score, 0.0)
         return own, cost
 
-    def _clipped(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Tensor:
+    def _clipped(
+        self, batch: ScoredBatch, teacher_weights: Sequence[Tensor], learner: LearnerView | None
+    ) -> Tensor:
         """[R] bool, the drawn token's |log p - log q| is beyond algorithm.log_ratio_clip for some
         teacher.
         """
+        limit = self.config.log_ratio_clip
+        assert limit is not None, "asked for only where it is set"
         logp = drawn_logprobs(batch.rollout, learner)
         beyond = torch.zeros_like(logp, dtype=torch.bool)
-        for k, scores in enumerate(batch.scores):
-            heard = per_token(teacher_weight(batch, plan, k), batch.rollout) != 0
-            beyond |= heard & (
-                (logp - response_rows(batch.rollout, scores.logprobs)).abs()
-                > self.config.log_ratio_clip
-            )
+        for scores, of_sequence in zip(batch.scores, teacher_weights, strict=True):
+            scored = per_token(of_sequence, batch.rollout) != 0
+            log_ratio = logp - response_rows(batch.rollout, scores.logprobs)
+            beyond |= scored & (log_ratio.abs() > limit)
         return beyond
 
     def _returns(
@@ -248,15 +263,14 @@ class HybridObjective:
         return ((free - lengths) / self.config.overlong_buffer).clamp(-1.0, 0.0)
 
 
-def teacher_weight(batch: ScoredBatch, plan: UpdatePlan, teacher: int) -> Tensor:
-    """[N] w_i of each sequence: 0 where the prompt is not routed to this teacher."""
-    route = plan.teacher_routes[teacher]
-    asked = [
-        all(columns.get(key) == value for key, value in route.items())
-        for columns in batch.rollout.columns
-    ]
-    weight = plan.teacher_weights[teacher] * torch.tensor(asked, dtype=torch.float64)
-    return weight.repeat_interleave(batch.rollout.group_size)
+def teacher_weights_of(batch: ScoredBatch, plan: UpdatePlan) -> tuple[Tensor, ...]:
+    """Of each scored teacher [N], w_i of each sequence: 0 where its prompt is not routed to it."""
+    weights = []
+    for weight, route in zip(plan.teacher_weights, plan.teacher_routes, strict=True):
+        routed = [takes(route, columns) for columns in batch.rollout.columns]
+        of_group = weight * torch.tensor(routed, dtype=torch.float64)
+        weights.append(of_group.repeat_interleave(batch.rollout.group_size))
+    return tuple(weights)
 
 
 def drawn_logprobs(batch: RolloutBatch, learner: LearnerView | None) -> Tensor:
@@ -265,8 +279,3 @@ def drawn_logprobs(batch: RolloutBatch, learner: LearnerView | None) -> Tensor:
     """
     sampled = response_rows(batch, batch.rollout_logprobs)
     return sampled if learner is None else learner.logprobs.to(sampled.dtype)
-
-
-def response_rows(batch: RolloutBatch, column: np.ndarray) -> Tensor:
-    """[T] -> [R] a per-token column at the response tokens."""
-    return torch.from_numpy(column[batch.response_mask])

@@ -9,11 +9,15 @@ returns use.
 import torch
 from torch import Tensor
 
-from hybridrl.objectives.credit import Credit, LearnerView, Signal, per_token
-from hybridrl.objectives.hybrid import response_rows
+from hybridrl.batch.views import per_token, response_ids, response_rows
+from hybridrl.kernels.token_columns import TokenColumns
+from hybridrl.objectives.credit import Credit, LearnerView
+from hybridrl.objectives.hybrid import teacher_weights_of
+from hybridrl.objectives.needs import Needs
 from hybridrl.ops.preference import PAIR_LOSSES, PairGradient, PairOptions, PairScores
 from hybridrl.settings.algorithm import AlgorithmConfig
 from hybridrl.settings.choices import REFERENCED, PairLoss
+from hybridrl.teachers.evidence import Drawn
 from hybridrl.types import RolloutBatch, ScoredBatch, UpdatePlan
 
 
@@ -27,13 +31,12 @@ class PairObjective:
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config = config
         self.scores_by_value = config.pair.loss is PairLoss.bradley_terry
-        signals = {
-            Signal.learner_values if self.scores_by_value else Signal.learner_logprobs,
-            Signal.rewards,
-        }
-        if config.pair.loss in REFERENCED:
-            signals.add(Signal.teacher_logprobs)
-        self.signals = frozenset(signals)
+        self.needs = Needs(
+            evidence=(Drawn(),) if config.pair.loss in REFERENCED else (),
+            rewards=True,
+            learner_logprobs=not self.scores_by_value,
+            learner_values=self.scores_by_value,
+        )
 
     def credit(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Credit:
         assert learner is not None, "pairs ask for the learner's view"
@@ -45,18 +48,26 @@ class PairObjective:
         weight = torch.zeros_like(slope)
         weight[chosen] = weight[rejected] = 1.0 / max(plan.num_groups, 1)
         watched = self._watched(gradient, learner, rollout, chosen, rejected)
-        return self._per_token(rollout, slope, weight, watched)
+        columns = self._columns(rollout, slope, weight)
+        return Credit(
+            columns=columns, teacher_weights=teacher_weights_of(batch, plan), watched=watched
+        )
 
-    def _per_token(
-        self, rollout: RolloutBatch, slope: Tensor, weight: Tensor, watched: dict[str, Tensor]
-    ) -> Credit:
-        weights, slopes = per_token(weight, rollout), per_token(slope, rollout)
-        still = torch.zeros_like(slopes)
-        if not self.scores_by_value:
-            return Credit(token_weight=weights, sparse=slopes, value_slope=still, watched=watched)
-        last = last_tokens(rollout)  # the reward model's score is its value at the end
-        value_slope = torch.where(last, weights * slopes, 0.0)
-        return Credit(token_weight=weights, sparse=still, value_slope=value_slope, watched=watched)
+    def _columns(self, rollout: RolloutBatch, slope: Tensor, weight: Tensor) -> TokenColumns:
+        """slope, weight: [N], the derivative of a pair's loss, and 1 / number of pairs."""
+        weights = per_token(weight, rollout)
+        sparse = per_token(slope, rollout)
+        value_slope = torch.zeros_like(sparse)
+        if self.scores_by_value:  # a reward model's score is its value at the end
+            value_slope = torch.where(last_tokens(rollout), weights * sparse, 0.0)
+            sparse = torch.zeros_like(sparse)
+        return TokenColumns(
+            token_ids=response_ids(rollout),
+            token_weight=weights,
+            sparse=sparse,
+            value_slope=value_slope,
+            sampler_logprobs=response_rows(rollout, rollout.rollout_logprobs),
+        )
 
     def _watched(
         self,
@@ -85,7 +96,7 @@ class PairObjective:
                 "pair/chosen_logprob": mean_logp[chosen],
                 "pair/rejected_logprob": mean_logp[rejected],
             }
-        if Signal.teacher_logprobs in self.signals:  # the scores are log-ratios
+        if self.needs.evidence:  # the scores are log-ratios
             found["pair/rejected_ratio"] = gradient.rejected_score.exp()
         return found
 
@@ -99,10 +110,9 @@ class PairObjective:
             policy += learner.values[last_tokens(rollout)]
         else:
             policy = sums(learner.logprobs, rollout)
-        by_reference = Signal.teacher_logprobs in self.signals
         reference = (
             sums(response_rows(rollout, batch.scores[0].logprobs), rollout)
-            if by_reference
+            if self.needs.evidence
             else torch.zeros_like(policy)
         )
         lengths = torch.from_numpy(rollout.response_lengths.copy()).to(policy.dtype)

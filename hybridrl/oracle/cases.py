@@ -283,7 +283,9 @@ def lengths() -> Iterator[Case]:
 
 
 def teachers() -> Iterator[Case]:
-    """Several of them, one of negative weight, one that is asked about other prompts only."""
+    """Several of them: one of negative weight, one that says drawn tokens' log-probs alone beside
+    one of hidden states, and one that other prompts only are routed to.
+    """
     for weight in (0.5, -0.2):
         second = f"+teachers.second={{path: null, weight: {weight}}}"
         yield Case(method="opd_full", options=(second,), target=SEMI, kind=Kind.exact)
@@ -293,5 +295,8 @@ def teachers() -> Iterator[Case]:
             method="hybrid",
             options=("gamma=1", "support=topk", "topk.k=2", "topk.source=teacher", second),
         )
+    drawn = "+teachers.second={path: null, weight: 0.5, evidence: drawn}"
+    yield Case(method="opd_full", options=(drawn,), target=SEMI)
+    yield Case(method="hybrid", options=("gamma=1", drawn))
     elsewhere = "+teachers.second={path: null, route: {domain: elsewhere}}"
     yield Case(method="mopd", options=("scale=none", elsewhere), target=SEMI)

@@ -8,18 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybridrl.batch.micro_batch import collate, train_sequences
 from hybridrl.controller.coefficients import Weights
 from hybridrl.kernels.head import hybrid_head_loss
-from hybridrl.kernels.teacher_rows import HiddenTeacher, SupportTeacher, Teacher, VocabularyTeacher
-from hybridrl.kernels.terms import TokenTerms
+from hybridrl.kernels.teacher_rows import Teacher
+from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Credit, LearnerView, Signal, moments, per_token
-from hybridrl.objectives.hybrid import response_rows, teacher_weight
+from hybridrl.objectives.credit import Credit, LearnerView, assign_credit
 from hybridrl.oracle.exact import author
 from hybridrl.oracle.mdp import Mdp
 from hybridrl.policy.student import head_rule
-from hybridrl.settings.choices import Source, SupportSource
+from hybridrl.settings.choices import Source
 from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.evidence import Evidence
+from hybridrl.teachers.inbox import TeacherInbox
+from hybridrl.teachers.scores import empty_scores, fill_scores
 from hybridrl.types import FinishReason, Rewards, RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
 
 COLUMNS = {"domain": "here"}
@@ -31,50 +34,56 @@ class Rows:
     """What the head pass is given: R response tokens of B groups of K sequences."""
 
     prefixes: Tensor  # [R] int64
-    terms: TokenTerms
+    columns: TokenColumns
     teachers: tuple[Teacher, ...]
-    group: Tensor  # [R] int64, whose token it is
+    group: Tensor  # [R] int64, the group of each token
 
 
 class Estimator:
-    """One configuration's gradient. Subclasses that override one method are how a broken one is
-    made.
-    """
+    """One configuration's gradient. A subclass that overrides one method is a broken one."""
 
     def __init__(self, settings: RunSettings, mdp: Mdp, values: Tensor | None = None) -> None:
         """values: [P] what the value head says; None: the MDP's own, unrelated ones."""
-        self.settings, self.mdp = settings, mdp
+        self.settings = settings
+        self.mdp = mdp
         self.values = mdp.values if values is None else values
-        self.objective, self.rule, self.weights = (
-            make_objective(settings),
-            head_rule(settings),
-            Weights(settings),
+        self.objective = make_objective(settings)
+        self.rule = head_rule(settings)
+        self.weights = Weights(settings)
+        heads = [teacher.T for teacher in mdp.teachers]
+        self.inbox = TeacherInbox(
+            self.objective.needs.evidence,
+            [
+                head if evidence.needs_head else None
+                for evidence, head in zip(self.objective.needs.evidence, heads, strict=False)
+            ],
+            vocabulary=mdp.student.shape[1],
+            device=torch.device("cpu"),
         )
 
     def rows(self, members: Tensor, source: Source) -> Rows:
-        """members: [B, K] indices of sequences; each group is a global batch of its own, all with
-        the same number of tokens.
+        """The rows of some groups, each a global batch of its own with the same number of tokens.
+
+        Args:
+            members: [B, K] indices of sequences.
         """
         batch = self.batch(members, source)
         plan = self.plan(int(self.mdp.lengths[members[0]].sum()), members.shape[1])
         credit = self.credit(batch, plan, members)
-        terms = TokenTerms(
-            token_ids=response_rows(batch.rollout, batch.rollout.input_ids).long(),
-            token_weight=credit.token_weight,
-            sparse=credit.cost,
-            sampler_logprobs=response_rows(batch.rollout, batch.rollout.rollout_logprobs),
+        sequences = train_sequences(
+            batch.rollout, credit.learned(torch.float64), batch.scores, credit.teacher_weights
         )
-        owner = torch.arange(len(members)).repeat_interleave(members.shape[1])
+        micro = collate(sequences, packed=True)
         mask = self.mdp.mask[members.flatten()]
         return Rows(
             prefixes=self.mdp.prefixes[members.flatten()][mask],
-            terms=terms,
-            teachers=self.teachers(batch, plan),
-            group=per_token(owner, batch.rollout),
+            columns=micro.columns,
+            teachers=self.inbox.head_inputs(micro.teachers),
+            group=micro.owner // members.shape[1],
         )
 
-    def loss(self, hidden: Tensor, lm_head: Tensor, rows: Rows, terms: TokenTerms) -> Tensor:
-        return hybrid_head_loss(hidden, lm_head, rows.teachers, terms, self.rule)[0]
+    def loss(self, hidden: Tensor, lm_head: Tensor, rows: Rows, columns: TokenColumns) -> Tensor:
+        return hybrid_head_loss(hidden, lm_head, rows.teachers, columns, self.rule)[0]
 
     def plan(self, num_tokens: int, num_sequences: int) -> UpdatePlan:
         """As the controller orders the first step."""
@@ -92,43 +101,16 @@ class Estimator:
         )
 
     def credit(self, batch: ScoredBatch, plan: UpdatePlan, members: Tensor) -> Credit:
-        at, tokens = self._at(members)
         view = None
-        if self.objective.signals & {Signal.learner_logprobs, Signal.learner_values}:
+        if self.objective.needs.learner_view:
+            at, tokens = self._at(members)
             view = LearnerView(
                 logprobs=self.mdp.logp(self.mdp.student)[at, tokens], values=self.values[at]
             )
-        credit = self.objective.credit(batch, plan, view)
-        if not self.objective.standardises:
-            return credit
-        assert len(members) == 1, "a standardised batch is measured alone"
-        count, total, squares = moments([credit])
-        mean = total / count
-        return credit.standardised(mean, (squares / count - mean.square()).clamp_min(0).sqrt())
-
-    def teachers(self, batch: ScoredBatch, plan: UpdatePlan) -> tuple[Teacher, ...]:
-        """As the learner makes them of what scorers sent."""
-        signals, found = self.objective.signals, []
-        for k, scores in enumerate(batch.scores):
-            weight, rows = (
-                per_token(teacher_weight(batch, plan, k), batch.rollout),
-                torch.from_numpy(scores.rows),
-            )
-            if Signal.teacher_hidden in signals:
-                found.append(
-                    HiddenTeacher(hidden=rows, lm_head=self.mdp.teachers[k].T, weight=weight)
-                )
-            elif Signal.teacher_vocabulary in signals:
-                found.append(VocabularyTeacher(logprobs=rows, weight=weight))
-            elif Signal.teacher_support in signals:
-                correction, ids = (
-                    self.settings.algorithm.topk.correction,
-                    torch.from_numpy(scores.support_ids.astype(np.int64)),
-                )
-                found.append(
-                    SupportTeacher(ids=ids, logprobs=rows, weight=weight, correction=correction)
-                )
-        return tuple(found)
+        assert not self.objective.standardises or len(members) == 1, (
+            "a standardised batch is measured alone"
+        )
+        return assign_credit(self.objective, [batch], plan, [view])[0]
 
     def batch(self, members: Tensor, source: Source) -> ScoredBatch:
         """What rollout, scorers and rewards would send, in float64; a prompt of one token before
@@ -142,11 +124,7 @@ class Estimator:
         mask[offsets[:-1]] = False
         ids = np.zeros(len(mask), np.int32)
         ids[mask] = tokens
-        support = (
-            self.sampler_support(at, tokens, source)
-            if Signal.sampler_support in self.objective.signals
-            else torch.zeros(len(at), 0)
-        )
+        support = self.sampler_support(at, tokens, source)
         uids = tuple(f"g{g}" for g in range(groups))
         logp = mdp.logp(author(mdp, source))[at, tokens]
         rollout = RolloutBatch(
@@ -178,50 +156,39 @@ class Estimator:
         )
         names = self.settings.scored_teachers
         scores = tuple(
-            self.scores(name, mdp.teachers[i], rollout, at, tokens) for i, name in enumerate(names)
+            self.scores(name, mdp.teachers[i], evidence, rollout, at)
+            for i, (name, evidence) in enumerate(
+                zip(names, self.objective.needs.evidence, strict=True)
+            )
         )
         return ScoredBatch(rollout=rollout, scores=scores, rewards=rewards)
 
     def sampler_support(self, at: Tensor, tokens: Tensor, source: Source) -> Tensor:
-        """[R, K] the most likely tokens of who wrote the sequence."""
-        return author(self.mdp, source)[at].topk(self.settings.algorithm.topk.k).indices
+        """[R, K] the most likely tokens of the policy that wrote the sequence, as it sends them."""
+        return author(self.mdp, source)[at].topk(self.objective.needs.sampler_support).indices
 
     def scores(
-        self, name: str, teacher: Tensor, rollout: RolloutBatch, at: Tensor, tokens: Tensor
+        self, teacher: str, table: Tensor, evidence: Evidence, rollout: RolloutBatch, at: Tensor
     ) -> TokenScores:
-        """As a scorer fills them: hidden states here are one-hot prefixes, the teacher's table its
-        output head.
+        """What the scorer sends.
+
+        Args:
+            table: [P, V] the teacher's logits at each prefix.
+            at: [R] the prefix before each response token.
         """
-        signals, topk, logq = (
-            self.objective.signals,
-            self.settings.algorithm.topk,
-            self.mdp.logp(teacher)[at],
+        head = table.T
+        scores = empty_scores(evidence, teacher, rollout, head)
+        fill_scores(
+            scores,
+            evidence,
+            rollout,
+            torch.eye(len(table), dtype=table.dtype)[at],
+            head,
+            self.rule,
+            np.arange(len(at)),
+            np.flatnonzero(rollout.response_mask),
         )
-        ids, rows = torch.zeros(len(at), 0), torch.zeros(len(at), 0)
-        if Signal.teacher_hidden in signals:
-            rows = torch.eye(len(teacher), dtype=teacher.dtype)[at]
-        elif Signal.teacher_vocabulary in signals:
-            rows = logq
-        elif Signal.teacher_support in signals:
-            by_teacher = topk.source is SupportSource.teacher
-            ids = (
-                teacher[at].topk(topk.k).indices
-                if by_teacher
-                else torch.from_numpy(rollout.support_ids.astype(np.int64))
-            )
-            rows = logq.gather(1, ids)
-        heard = Signal.teacher_logprobs in signals or Signal.teacher_support in signals
-        drawn = (
-            logq.gather(1, tokens[:, None])[:, 0]
-            if heard
-            else torch.zeros(len(at), dtype=logq.dtype)
-        )
-        return TokenScores(
-            teacher=name,
-            logprobs=on_tokens(rollout.response_mask, drawn),
-            rows=rows.numpy(),
-            support_ids=ids.numpy().astype(np.int32),
-        )
+        return scores
 
     def _at(self, members: Tensor) -> tuple[Tensor, Tensor]:
         """[R] the prefix before each response token, and the token."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hybridrl.oracle.mdp import Mdp
 from hybridrl.settings.algorithm import AlgorithmConfig
-from hybridrl.settings.choices import Correction, Divergence, Source, Support, SupportSource
+from hybridrl.settings.choices import Correction, Divergence, Source, SupportSource
 
 
 class Target(StrEnum):
@@ -72,7 +72,6 @@ class Claim:
             return divergence(p, q, self.algorithm)
         top = teacher if self.algorithm.topk.source is SupportSource.teacher else self.mdp.sampler
         ids = top.topk(self.algorithm.topk.k).indices
-        assert self.algorithm.support is Support.topk
         p, q = p.gather(1, ids), q.gather(1, ids)
         match self.algorithm.topk.correction:
             case Correction.renormalize:

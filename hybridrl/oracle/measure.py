@@ -39,7 +39,7 @@ def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: in
                 (rows.group, rows.prefixes), tokens, True
             )
             squares += float((chance * each.square().sum((1, 2))).sum())
-            luck = max(luck, spread(tokens / rows.terms.token_weight[:, None], rows.prefixes))
+            luck = max(luck, spread(tokens / rows.columns.token_weight[:, None], rows.prefixes))
     scale = tokens_per_sequence(estimator)
     variance = (squares - float(mean.square().sum())) * scale**2 * group_size
     return Measured(mean=mean * scale, variance=max(variance, 0.0), luck=luck)
@@ -68,7 +68,10 @@ def table_gradient(estimator: Estimator, rows: Rows, chance: Tensor) -> Tensor:
     hidden = torch.eye(len(estimator.mdp.student), dtype=torch.float64)[rows.prefixes]
     lm_head = estimator.mdp.student.T.clone().requires_grad_()
     estimator.loss(
-        hidden, lm_head, rows, replace(rows.terms, token_weight=rows.terms.token_weight * chance)
+        hidden,
+        lm_head,
+        rows,
+        replace(rows.columns, token_weight=rows.columns.token_weight * chance),
     ).backward()
     return lm_head.grad.T
 
@@ -79,7 +82,7 @@ def token_gradients(estimator: Estimator, rows: Rows) -> Tensor:
     """
     logits = estimator.mdp.student[rows.prefixes].requires_grad_()
     estimator.loss(
-        logits, torch.eye(logits.shape[1], dtype=logits.dtype), rows, rows.terms
+        logits, torch.eye(logits.shape[1], dtype=logits.dtype), rows, rows.columns
     ).backward()
     return logits.grad
 

@@ -17,6 +17,7 @@ from hybridrl.settings.algorithm import AlgorithmConfig
 from hybridrl.settings.choices import Baseline, Normalizer, Ratio, Source
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.route import takes
 
 ROUNDING = 1e-7
 """Largest relative difference that still counts as none; finite differences are good to 1e-10."""
@@ -158,10 +159,7 @@ def settings_of(case: Case, scope: Scope) -> RunSettings:
 def claim(case: Case, settings: RunSettings, mdp: Mdp) -> Claim:
     """What the case is compared with."""
     weights, names = Weights(settings), settings.scored_teachers
-    asked = [
-        all(COLUMNS.get(key) == value for key, value in settings.teachers[name].route.items())
-        for name in names
-    ]
+    asked = [takes(settings.teachers[name].route, COLUMNS) for name in names]
     shares = written_by(settings.algorithm)
     if (
         settings.algorithm.ratio.kind is not Ratio.none
@@ -196,6 +194,6 @@ def exact_values(settings: RunSettings, mdp: Mdp) -> Tensor:
     rows = Estimator(plain, mdp).rows(torch.arange(len(mdp.tokens))[:, None], Source.student)
     chance = mdp.probability(mdp.student)[rows.group]
     total, weight = (torch.zeros(len(mdp.student), dtype=chance.dtype) for _ in range(2))
-    return total.index_add_(0, rows.prefixes, chance * rows.terms.sparse) / weight.index_add_(
+    return total.index_add_(0, rows.prefixes, chance * rows.columns.sparse) / weight.index_add_(
         0, rows.prefixes, chance
     )

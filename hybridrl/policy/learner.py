@@ -26,18 +26,16 @@ from hybridrl.batch.micro_batch import (
     TrainSequence,
     collate,
     idle_sequence,
-    plain_sequences,
     train_sequences,
+    unlearned_sequences,
 )
 from hybridrl.batch.packing import check_packing
 from hybridrl.core import failpoints
 from hybridrl.core.errors import CheckpointError, ConfigError, NonFiniteError, SkippedStep
-from hybridrl.kernels.terms import TokenTerms
 from hybridrl.models.decoder_layers import attends_plainly, compile_layers
 from hybridrl.models.loading import VALUE_HEAD, load_model, resolve
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import ROWS, Credit, LearnerView, Signal, moments, no_credit
-from hybridrl.objectives.hybrid import teacher_weight
+from hybridrl.objectives.credit import Credit, LearnerView, assign_credit
 from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
 from hybridrl.policy.optimizer_state import check_finite, check_model, load_part, local_fragments
 from hybridrl.policy.statistics import (
@@ -51,7 +49,7 @@ from hybridrl.policy.statistics import (
 from hybridrl.policy.student import HeadInputs, Look, Student, head_rule
 from hybridrl.run_dir.saved_file import seal
 from hybridrl.settings.run import RunSettings
-from hybridrl.teachers.inbox import TeacherSide
+from hybridrl.teachers.inbox import TeacherInbox
 from hybridrl.types import (
     LearnerStats,
     Rewards,
@@ -102,7 +100,7 @@ class Learner:
             student = Student(
                 self.model,
                 head_rule(settings),
-                with_value=Signal.learner_values in make_objective(settings).signals,
+                with_value=make_objective(settings).needs.learner_values,
             )
         self.parameters = dict(self.model.named_parameters())  # by the names that checkpoints use
         if student.value_head is not None:
@@ -136,17 +134,14 @@ class Learner:
             ConfigError: they need a value head, and the student was built without one.
         """
         self.objective = make_objective(settings)
-        if (
-            Signal.learner_values in self.objective.signals
-            and self.engine.module.value_head is None
-        ):
+        if self.objective.needs.learner_values and self.engine.module.value_head is None:
             raise ConfigError(
                 "algorithm: needs a value head, which the running learner lacks; start a run of "
                 "its own"
             )
         self.settings = settings
         self.engine.module.head.rule = head_rule(settings)
-        self.teachers = TeacherSide(settings, self.objective.signals, self.device)
+        self.teachers = TeacherInbox.load(settings, self.objective.needs.evidence, self.device)
 
     def ping(self) -> int:
         return self.optimizer_steps
@@ -219,15 +214,19 @@ class Learner:
     ) -> tuple[list[Credit], list[MicroBatch]]:
         """The credit of this rank's groups, and the micro-batches of their tokens."""
         batches = scored_batches(shard, values)
-        weights = [[teacher_weight(b, plan, k) for k in range(shard.num_teachers)] for b in batches]
-        credits = self._credits(plan, batches, weights)
+        credits = self._credits(plan, batches)
         sequences = [
-            s
-            for b, c, w in zip(batches, credits, weights, strict=True)
-            for s in train_sequences(b, c, w)
+            sequence
+            for batch, credit in zip(batches, credits, strict=True)
+            for sequence in train_sequences(
+                batch.rollout,
+                credit.learned(torch.float32),
+                batch.scores,
+                credit.teacher_weights,
+            )
         ]
-        batches_of = self._micro_batches(sequences, plan.num_micro_batches)
-        micros = [self._collate([sequences[i] for i in batch]) for batch in batches_of]
+        indices = self._micro_batches(sequences, plan.num_micro_batches)
+        micros = [self._collate([sequences[i] for i in batch]) for batch in indices]
         return credits, micros
 
     def _check_finite(
@@ -261,57 +260,46 @@ class Learner:
             )
         raise SkippedStep(f"{sentence}; nothing was stepped")
 
-    def _credits(
-        self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]
-    ) -> list[Credit]:
-        """What the objective makes of this rank's groups, after the learner's own view of them
-        where it asks for one.
+    def _credits(self, plan: UpdatePlan, batches: Sequence[ScoredBatch]) -> list[Credit]:
+        """The credit of this rank's groups, after the learner's own view of them where the
+        objective needs one.
         """
         views: list[LearnerView | None] = [None] * len(batches)
-        if self.objective.signals & {Signal.learner_logprobs, Signal.learner_values}:
-            views = self._view(plan, batches, weights)
-        credits = [self.objective.credit(b, plan, v) for b, v in zip(batches, views, strict=True)]
-        if self.objective.standardises:
-            dist.all_reduce(sums := moments(credits).to(self.device))
-            count, total, squares = sums.cpu()
-            mean = total / count.clamp_min(1)
-            std = (squares / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
-            credits = [c.standardised(mean, std) for c in credits]
-        return credits
+        if self.objective.needs.learner_view:
+            views = list(self._views(plan, batches))
+        return assign_credit(self.objective, batches, plan, views, self._sum_over_ranks)
 
-    def _view(
-        self, plan: UpdatePlan, batches: Sequence[ScoredBatch], weights: Sequence[Sequence[Tensor]]
-    ) -> list[LearnerView]:
+    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
+        on_device = sums.to(self.device)
+        dist.all_reduce(on_device)
+        return on_device.cpu()
+
+    def _views(self, plan: UpdatePlan, batches: Sequence[ScoredBatch]) -> list[LearnerView]:
         """log p(y) and values before the update: one more forward, in the same micro-batches."""
-        sequences = [
-            s
-            for b, w in zip(batches, weights, strict=True)
-            for s in train_sequences(b, no_credit(b), w)
-        ]
-        seen: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(sequences)
-        for batch in self._micro_batches(sequences, plan.num_micro_batches):
-            micro = self._collate([sequences[i] for i in batch])
+        sequences = [s for batch in batches for s in unlearned_sequences(batch.rollout)]
+        logprobs = [torch.empty(0)] * len(sequences)
+        values = [torch.empty(0)] * len(sequences)
+        for indices in self._micro_batches(sequences, plan.num_micro_batches):
+            micro = self._collate([sequences[i] for i in indices])
             with torch.no_grad():
-                logprobs, values = self.engine(
-                    *self._inputs(micro, heard=False).arguments(), Look.view
+                outputs = self.engine(
+                    *self._inputs(micro, with_teachers=False).arguments(), Look.view
                 )
-            lengths = [len(sequences[i].response_at) for i in batch]
-            for i, lp, v in zip(
-                batch,
-                *(x.cpu()[: sum(lengths)].split(lengths) for x in (logprobs, values)),
-                strict=True,
-            ):
-                seen[i] = lp, v
-        views, first = [], 0
-        for b in batches:
-            mine = seen[first : first + b.rollout.num_sequences]
+            lengths = [len(sequences[i].response_at) for i in indices]
+            parts = [output.cpu()[: sum(lengths)].split(lengths) for output in outputs]
+            for i, of_logprobs, of_values in zip(indices, *parts, strict=True):
+                logprobs[i] = of_logprobs
+                values[i] = of_values
+        views = []
+        first = 0
+        for batch in batches:
+            last = first + batch.rollout.num_sequences
             views.append(
                 LearnerView(
-                    logprobs=torch.cat([lp for lp, _ in mine]),
-                    values=torch.cat([v for _, v in mine]),
+                    logprobs=torch.cat(logprobs[first:last]), values=torch.cat(values[first:last])
                 )
             )
-            first += b.rollout.num_sequences
+            first = last
         return views
 
     def _micro_batches(self, sequences: Sequence[TrainSequence], count: int) -> list[list[int]]:
@@ -325,26 +313,16 @@ class Learner:
         assert len(batches) <= count, (len(batches), count)
         return batches + [[]] * (count - len(batches))
 
-    def _inputs(self, micro: MicroBatch, *, heard: bool = True) -> HeadInputs:
-        """On the device; without teachers where nobody listens to them."""
-
-        def to(t):
-            return t.to(self.device)
-
-        terms = TokenTerms(
-            token_ids=to(micro.token_ids),
-            token_weight=to(micro.token_weight),
-            sparse=to(micro.sparse),
-            sampler_logprobs=to(micro.rollout_logprobs),
-        )
+    def _inputs(self, micro: MicroBatch, *, with_teachers: bool = True) -> HeadInputs:
+        """The micro-batch on the device. Without teachers, only log-probs and values come out."""
+        mask = micro.attention_mask
         return HeadInputs(
-            input_ids=to(micro.input_ids),
-            attention_mask=None if micro.attention_mask is None else to(micro.attention_mask),
-            position_ids=to(micro.position_ids),
-            hidden_rows=to(micro.hidden_rows),
-            teachers=self.teachers.of(micro.teachers) if heard else (),
-            terms=terms,
-            value_slope=to(micro.value_slope),
+            input_ids=micro.input_ids.to(self.device),
+            attention_mask=None if mask is None else mask.to(self.device),
+            position_ids=micro.position_ids.to(self.device),
+            hidden_rows=micro.hidden_rows.to(self.device),
+            teachers=self.teachers.head_inputs(micro.teachers) if with_teachers else (),
+            columns=micro.columns.to(self.device),
         )
 
     def _backward(self, micro: MicroBatch, tally: Tally, version: int) -> None:
@@ -356,13 +334,11 @@ class Learner:
     def _forward(self, micro: MicroBatch, tally: Tally, version: int) -> Tensor:
         """The loss [] of one micro-batch, counted in `tally`."""
         loss, stats = self.engine(*self._inputs(micro).arguments(), Look.learn)
-        count_micro(
-            tally, loss, stats, micro, version, compared=bool(self.objective.signals & ROWS)
-        )
+        count_micro(tally, loss, stats, micro, version, compared=self.teachers.compares_rows)
         return loss
 
     def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
-        """What is too dear for every step."""
+        """Diagnostics that are too expensive for every step."""
         inputs = [self._inputs(micro) for micro in micros]
         found = teacher_distance(self.engine, inputs)
         if self.settings.learner.zero_stage < 3:
@@ -379,18 +355,18 @@ class Learner:
         """Mean |log p(y) - log mu(y)| of each batch's response tokens in nats, by the weights as
         they are; NaN of no tokens.
         """
-        gaps, train = [], self.settings.train
-        for sequences in map(plain_sequences, batches):
-            found = [torch.zeros(0)]
+        train = self.settings.train
+        gaps = []
+        for sequences in map(unlearned_sequences, batches):
+            parts = [torch.zeros(0)]
+            lengths = [len(s.input_ids) for s in sequences]
             for indices in micro_batches(
-                [len(s.input_ids) for s in sequences],
-                train.max_tokens_per_micro_batch,
-                packed=train.packing,
+                lengths, train.max_tokens_per_micro_batch, packed=train.packing
             ):
                 part = [sequences[i] for i in indices]
-                sampled = np.concatenate([s.rollout_logprobs for s in part])
-                found.append((self._logprobs(part) - torch.from_numpy(sampled)).abs())
-            gaps.append(float(torch.cat(found).mean()))
+                sampled = torch.cat([s.columns.sampler_logprobs for s in part])
+                parts.append((self._logprobs(part) - sampled).abs())
+            gaps.append(float(torch.cat(parts).mean()))
         return gaps
 
     @torch.no_grad()
@@ -399,7 +375,7 @@ class Learner:
         as they are.
         """
         micro = self._collate(sequences)
-        inputs = self._inputs(micro, heard=False)
+        inputs = self._inputs(micro, with_teachers=False)
         logprobs, _ = self.engine(*inputs.arguments(), Look.view)
         return logprobs.cpu()
 

@@ -138,7 +138,7 @@ def count_micro(
             stats.kl says nothing else.
     """
     device = stats.logprobs.device
-    live = (micro.token_weight > 0).to(device)
+    live = (micro.columns.token_weight > 0).to(device)
     for name, part in {
         "train/loss": loss,
         "dense_sq": stats.dense_sq,
@@ -152,7 +152,7 @@ def count_micro(
     tally.add("entropy/token", stats.entropy, live)
     by_others = torch.tensor([s is not Source.student for s in micro.sources])[micro.owner]
     tally.add("nll/token", -stats.logprobs, live & by_others.to(device))
-    advantage = -micro.sparse.to(device).double()
+    advantage = -micro.columns.sparse.to(device).double()
     for name, part in {
         "advantage/mean": advantage,
         "advantage_sq": advantage.square(),
@@ -178,7 +178,7 @@ def count_ratio(
         torch.tensor([s is source for s in micro.sources])[micro.owner].to(live.device)
         for source in (Source.student, Source.data)
     )
-    log_ratio = stats.logprobs.double() - micro.rollout_logprobs.to(live.device).double()
+    log_ratio = stats.logprobs.double() - micro.columns.sampler_logprobs.to(live.device).double()
     rho = log_ratio.exp()
     for name, part in {
         "policy/rho_mean": rho,

@@ -17,7 +17,7 @@ from hybridrl.kernels.head import (
     hybrid_head_loss,
 )
 from hybridrl.kernels.teacher_rows import Teacher
-from hybridrl.kernels.terms import TokenTerms
+from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.models.output_head import output_weight
 from hybridrl.ops.divergence import Measure
 from hybridrl.ops.ratio import RatioBounds
@@ -43,24 +43,22 @@ class HeadInputs:
     position_ids: Tensor  # [B, T]
     hidden_rows: Tensor  # [R] into the flattened [B*T] positions
     teachers: tuple[Teacher, ...]
-    terms: TokenTerms
-    value_slope: Tensor  # [R]
+    columns: TokenColumns  # R rows
 
     def arguments(self) -> tuple:
+        """The fields in order: DeepSpeed's hooks look for tensors among positional arguments."""
         return (
             self.input_ids,
             self.attention_mask,
             self.position_ids,
             self.hidden_rows,
             self.teachers,
-            self.terms,
-            self.value_slope,
+            self.columns,
         )
 
     def without_sparse(self) -> "HeadInputs":
-        """Only the dense term is left."""
-        terms = replace(self.terms, sparse=torch.zeros_like(self.terms.sparse))
-        return replace(self, terms=terms, value_slope=torch.zeros_like(self.value_slope))
+        """Only the dense term remains."""
+        return replace(self, columns=self.columns.without_sparse())
 
 
 class OutputHead(nn.Module):
@@ -68,19 +66,20 @@ class OutputHead(nn.Module):
 
     def __init__(self, weight: nn.Parameter, rule: HeadRule) -> None:
         super().__init__()
-        self.weight, self.rule = weight, rule
+        self.weight = weight
+        self.rule = rule
 
     def forward(
-        self, hidden: Tensor, teachers: tuple[Teacher, ...], terms: TokenTerms, look: Look
+        self, hidden: Tensor, teachers: tuple[Teacher, ...], columns: TokenColumns, look: Look
     ) -> tuple[Tensor, HeadStats | None]:
         match look:
             case Look.learn:
-                return hybrid_head_loss(hidden, self.weight, teachers, terms, self.rule)
+                return hybrid_head_loss(hidden, self.weight, teachers, columns, self.rule)
             case Look.view:
-                ids = terms.token_ids[:, None]
+                ids = columns.token_ids[:, None]
                 return chosen_logprobs(hidden, self.weight, ids, self.rule)[:, 0], None
             case Look.compare:
-                return compared_sums(hidden, self.weight, teachers, terms, self.rule), None
+                return compared_sums(hidden, self.weight, teachers, columns, self.rule), None
 
 
 class Student(nn.Module):
@@ -104,28 +103,27 @@ class Student(nn.Module):
         position_ids: Tensor,
         hidden_rows: Tensor,
         teachers: tuple[Teacher, ...],
-        terms: TokenTerms,
-        value_slope: Tensor,
+        columns: TokenColumns,
         look: Look = Look.learn,
     ) -> tuple[Tensor, HeadStats | Tensor | None]:
         """The fields of HeadInputs; returns what `look` says."""
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
-        hidden = self.body(**inputs, use_cache=False).last_hidden_state
+        hidden = self.body(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, hidden_rows)
         values = (
-            torch.zeros_like(value_slope)
+            torch.zeros_like(columns.value_slope)
             if self.value_head is None
-            else self.value_head(rows)[:, 0].to(value_slope.dtype)
+            else self.value_head(rows)[:, 0].to(columns.value_slope.dtype)
         )
-        out, stats = self.head(rows, teachers, terms, look)
+        out, stats = self.head(rows, teachers, columns, look)
         if look is Look.view:
             return out, values
         if look is Look.learn and self.value_head is not None:
-            out = out + (values * value_slope).sum()
+            out = out + (values * columns.value_slope).sum()
         return out, stats
 
 

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 
-from hybridrl.core.errors import (
-    WorkerError,
-)
+from hybridrl.core.errors import WorkerError
+from hybridrl.kernels.head import HeadRule
+from hybridrl.objectives import make_objective
+from hybridrl.policy.student import head_rule
 from hybridrl.runtime.actor_group import ActorGroup, Slot
 from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.replaceable import replaceable
 from hybridrl.settings.run import RunSettings
-from hybridrl.types import (
-    SavedFile,
-)
+from hybridrl.teachers.evidence import Evidence
+from hybridrl.types import SavedFile
 
 
 class ScorerGroup:
@@ -29,8 +29,16 @@ class ScorerGroup:
         device: str,
         log_dir: str,
     ) -> None:
-        self.settings, self.teacher = settings, teacher
-        kwargs = {"settings": settings, "teacher": teacher, "device": device}
+        self.settings = settings
+        self.teacher = teacher
+        evidence, rule = scoring(settings, teacher)
+        kwargs = {
+            "settings": settings,
+            "teacher": teacher,
+            "device": device,
+            "evidence": evidence,
+            "rule": rule,
+        }
         self.group = ActorGroup(
             f"scorer-{teacher}",
             self.worker,
@@ -47,8 +55,12 @@ class ScorerGroup:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
 
     def configure(self, settings: RunSettings) -> None:
+        """Score by other settings from here on, if they score with this teacher at all."""
         self.settings = settings
-        self.group.call_all("configure", settings, deadline_s=settings.deadlines.start_s)
+        if self.teacher in settings.scored_teachers:
+            evidence, rule = scoring(settings, self.teacher)
+            limit = settings.deadlines.start_s
+            self.group.call_all("configure", settings, evidence, rule, deadline_s=limit)
 
     def state_bytes(self) -> int:
         return sum(self.group.call_all("state_bytes", deadline_s=self.settings.deadlines.save_s))
@@ -78,3 +90,9 @@ class ScorerGroup:
             self.group.submit_pair(i % self.group.size, "score", c.batch.ref, deadline_s=limit)
             for i, c in enumerate(chunks)
         ]
+
+
+def scoring(settings: RunSettings, teacher: str) -> tuple[Evidence, HeadRule]:
+    """What a scored teacher sends of each token, and the rule of the head pass it sends it for."""
+    position = settings.scored_teachers.index(teacher)
+    return make_objective(settings).needs.evidence[position], head_rule(settings)

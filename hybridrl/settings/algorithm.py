@@ -9,6 +9,7 @@ from hybridrl.settings.choices import (
     Baseline,
     Correction,
     Divergence,
+    EvidenceKind,
     Future,
     Normalizer,
     PairLoss,
@@ -324,16 +325,16 @@ class AlgorithmConfig:
         return 1 if self.pair.loss is PairLoss.none else 2
 
     @property
-    def estimates_divergence(self) -> bool:
-        """Whether a part of the dense term is estimated from the drawn token."""
-        return self.support is Support.sampled or (
-            self.support is Support.topk and self.topk.correction is Correction.unbiased
-        )
-
-    @property
-    def learns_from_costs(self) -> bool:
-        """Whether imitation costs of drawn tokens enter the sparse term."""
-        return self.imitates and (self.gamma > 0 or self.estimates_divergence)
+    def evidence_kind(self) -> EvidenceKind:
+        """What a teacher says of a response token that has no `evidence` of its own."""
+        match self.support:
+            case Support.full:
+                by_hidden = self.teacher_signal is TeacherSignal.hidden
+                return EvidenceKind.hidden if by_hidden else EvidenceKind.vocabulary
+            case Support.topk:
+                return EvidenceKind.support
+            case Support.sampled:
+                return EvidenceKind.drawn
 
     @property
     def learns_from_rewards(self) -> bool:

@@ -7,16 +7,15 @@ what has to read models and data is checked in launch/preflight.py.
 from collections.abc import Callable
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.settings.algorithm import AlgorithmConfig
 from hybridrl.settings.choices import (
     REFERENCED,
     Baseline,
     Correction,
     Device,
+    EvidenceKind,
     OnStale,
     PairLoss,
     Ratio,
-    Support,
     SupportSource,
     WeightTransfer,
 )
@@ -47,6 +46,18 @@ def check_teachers(settings: RunSettings) -> None:
             raise ConfigError(
                 f"teachers.{name}.revision={teacher.revision}: without a path it is the student; "
                 "set model.revision"
+            )
+
+
+def check_evidence(settings: RunSettings) -> None:
+    """A pair loss compares with a reference by the drawn tokens; nothing else would be read."""
+    for name, teacher in settings.teachers.items():
+        pairs = settings.algorithm.pair.loss is not PairLoss.none
+        if pairs and teacher.evidence not in (None, EvidenceKind.drawn):
+            raise ConfigError(
+                f"teachers.{name}.evidence={teacher.evidence}: "
+                f"algorithm.pair.loss={settings.algorithm.pair.loss} reads the drawn tokens' "
+                "log-probs alone; leave it out"
             )
 
 
@@ -132,9 +143,10 @@ def check_needs(settings: RunSettings) -> None:
             "algorithm.data_fraction: data has no sampler log-probs to take a ratio with; set "
             "algorithm.ratio.kind=none"
         )
+    kinds = {settings.evidence_kind(name) for name in settings.scored_teachers}
     if (
         algorithm.data_fraction
-        and algorithm.support is Support.topk
+        and EvidenceKind.support in kinds
         and algorithm.topk.source is SupportSource.sampler
     ):
         raise ConfigError(
@@ -144,7 +156,7 @@ def check_needs(settings: RunSettings) -> None:
     if (
         algorithm.teacher_fraction
         and algorithm.ratio.kind is Ratio.none
-        and (algorithm.learns_from_rewards or algorithm.learns_from_costs)
+        and (algorithm.learns_from_rewards or settings.learns_from_costs)
     ):
         raise ConfigError(
             f"algorithm.teacher_fraction={algorithm.teacher_fraction}: rewards and costs of what "
@@ -161,7 +173,7 @@ def check_needs(settings: RunSettings) -> None:
             "weighted by algorithm.ratio; set algorithm.ratio.kind=none, or algorithm.nll_weight=0"
         )
     if algorithm.data_fraction and algorithm.imitates and not pairs:
-        check_imitation_of_data(algorithm)
+        check_imitation_of_data(settings)
     if algorithm.dynamic_sampling and not algorithm.learns_from_rewards:
         raise ConfigError(
             "algorithm.dynamic_sampling: compares rewards, and algorithm.reward_weight is 0; set "
@@ -174,19 +186,24 @@ def check_needs(settings: RunSettings) -> None:
         )
 
 
-def check_imitation_of_data(algorithm: AlgorithmConfig) -> None:
-    """Where nobody drew the token, nothing can be estimated from it."""
-    if algorithm.support is Support.sampled and not algorithm.nll_weight:
-        raise ConfigError(
-            "algorithm.support=sampled: estimates by the drawn token, and data was not drawn; set "
-            "algorithm.support=full or topk, or algorithm.data_fraction=0"
-        )
-    if algorithm.support is Support.topk and algorithm.topk.correction is Correction.unbiased:
-        raise ConfigError(
-            "algorithm.topk.correction=unbiased: corrects by the drawn token, and data was not "
-            "drawn; choose another correction, algorithm.support=full, or "
-            "algorithm.data_fraction=0"
-        )
+def check_imitation_of_data(settings: RunSettings) -> None:
+    """Data was not drawn by the student, so nothing can be estimated from its tokens."""
+    algorithm = settings.algorithm
+    for name in settings.scored_teachers:
+        kind = settings.evidence_kind(name)
+        own = settings.teachers[name].evidence
+        setting = "algorithm.support=sampled" if own is None else f"teachers.{name}.evidence={own}"
+        if kind is EvidenceKind.drawn and not algorithm.nll_weight:
+            raise ConfigError(
+                f"{setting}: estimates by the drawn token, and data was not drawn; set "
+                "algorithm.support=full or topk, or algorithm.data_fraction=0"
+            )
+        if kind is EvidenceKind.support and algorithm.topk.correction is Correction.unbiased:
+            raise ConfigError(
+                "algorithm.topk.correction=unbiased: corrects by the drawn token, and data was not "
+                "drawn; choose another correction, algorithm.support=full, or "
+                "algorithm.data_fraction=0"
+            )
 
 
 def check_pipeline(settings: RunSettings) -> None:
@@ -309,6 +326,7 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_teachers,
     check_schedules,
     check_best_checkpoint,
+    check_evidence,
     check_needs,
     check_pipeline,
     check_places,

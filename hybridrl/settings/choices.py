@@ -62,6 +62,15 @@ class Correction(StrEnum):
     renormalize = "renormalize"  # both distributions rescaled to the K: biased, and zero for K = 1
 
 
+class EvidenceKind(StrEnum):
+    """What a teacher says of a response token; its classes are in teachers.evidence."""
+
+    hidden = "hidden"  # its last hidden state, from which the learner makes its distribution
+    vocabulary = "vocabulary"  # its log-probs of the whole vocabulary
+    support = "support"  # its log-probs of algorithm.topk.k tokens and of the drawn one
+    drawn = "drawn"  # its log-prob of the drawn token
+
+
 class TeacherSignal(StrEnum):
     """How the full vocabulary of a teacher reaches the learner."""
 

@@ -16,7 +16,16 @@ from omegaconf import MISSING
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.algorithm import AlgorithmConfig, ScheduleConfig
 from hybridrl.settings.checkpointing import CheckpointConfig
-from hybridrl.settings.choices import REFERENCED, Device, OnError, Resume, WandbMode
+from hybridrl.settings.choices import (
+    REFERENCED,
+    Correction,
+    Device,
+    EvidenceKind,
+    OnError,
+    PairLoss,
+    Resume,
+    WandbMode,
+)
 from hybridrl.settings.rollout import PipelineConfig, RolloutConfig
 
 
@@ -97,6 +106,10 @@ class TeacherConfig:
     route: dict[str, Any] = field(default_factory=dict)
     """scores only prompts whose columns hold these values, e.g. {domain: math}; empty: every
     prompt
+    """
+    evidence: EvidenceKind | None = None
+    """what it says of a response token; null: as algorithm.support and algorithm.teacher_signal
+    say. With drawn, its part of the dense term is estimated from the drawn token
     """
 
 
@@ -504,7 +517,27 @@ class RunSettings:
         """
         if self.algorithm.pair.loss in REFERENCED:
             return [self.algorithm.pair.against or next(iter(self.teachers))]
+        if self.algorithm.pair.loss is not PairLoss.none:
+            return []
         return list(self.teachers) if self.algorithm.imitates else []
+
+    def evidence_kind(self, teacher: str) -> EvidenceKind:
+        """What this teacher says of a response token."""
+        kind = self.teachers[teacher].evidence
+        return self.algorithm.evidence_kind if kind is None else kind
+
+    @property
+    def estimates_divergence(self) -> bool:
+        """Whether a part of the dense term is estimated from the drawn token."""
+        kinds = {self.evidence_kind(name) for name in self.scored_teachers}
+        unbiased = self.algorithm.topk.correction is Correction.unbiased
+        return EvidenceKind.drawn in kinds or (EvidenceKind.support in kinds and unbiased)
+
+    @property
+    def learns_from_costs(self) -> bool:
+        """Whether imitation costs of drawn tokens enter the sparse term."""
+        costs = self.algorithm.gamma > 0 or self.estimates_divergence
+        return self.algorithm.imitates and costs
 
     @property
     def teachers_in_use(self) -> list[str]:

@@ -1,86 +1,97 @@
 """The learner's side of the teachers: from the columns that scorers sent to what the head pass
-compares with.
+compares the student with.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.batch.micro_batch import TeacherColumns, from_wire
-from hybridrl.kernels.teacher_rows import HiddenTeacher, SupportTeacher, Teacher, VocabularyTeacher
+from hybridrl.batch.micro_batch import TeacherColumns
+from hybridrl.batch.wire import from_wire, to_wire
+from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.models.loading import head_rows, load_output_head
-from hybridrl.objectives.credit import Signal
 from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.evidence import Evidence, Received
 
 
-class TeacherSide:
-    """One entry per scored teacher. Output heads are kept here only when hidden states are what
-    travels.
+class TeacherInbox:
+    """What the learner keeps of each scored teacher: its evidence, and its output embedding where
+    the evidence needs one.
     """
 
     def __init__(
-        self, settings: RunSettings, signals: Collection[Signal], device: torch.device
+        self,
+        evidence: Sequence[Evidence],
+        heads: Sequence[Tensor | None],
+        vocabulary: int,
+        device: torch.device,
     ) -> None:
-        self.device, self.signals, self.correction = (
-            device,
-            signals,
-            settings.algorithm.topk.correction,
-        )
-        self.vocabulary = head_rows(settings.model.path, settings.model.revision)
-        self.k = settings.algorithm.topk.k if Signal.teacher_support in signals else 0
-        self.num_teachers = len(settings.scored_teachers)
-        self.heads: list[Tensor] = []
-        if Signal.teacher_hidden in signals:
-            for name in settings.scored_teachers:
-                model = settings.teacher_model(name)
-                setting = settings.model_setting(name)
-                head = load_output_head(model.path, model.dtype, model.revision, setting=setting)
-                self.heads.append(head[: self.vocabulary].to(device).clone())
+        """heads: of each teacher [V, H], on the device; None: its evidence needs none."""
+        self.evidence = tuple(evidence)
+        self.heads = tuple(heads)
+        self.vocabulary = vocabulary
+        self.device = device
 
-    def of(self, columns: Sequence[TeacherColumns]) -> tuple[Teacher, ...]:
-        """What the head pass compares the student with; none where the drawn token's log-prob was
-        all.
+    @classmethod
+    def load(
+        cls, settings: RunSettings, evidence: Sequence[Evidence], device: torch.device
+    ) -> "TeacherInbox":
+        """Read the output embeddings that the evidence of the scored teachers needs.
+
+        Raises:
+            ConfigError: a teacher cannot be loaded.
         """
+        vocabulary = head_rows(settings.model.path, settings.model.revision)
+        heads: list[Tensor | None] = []
+        for name, kind in zip(settings.scored_teachers, evidence, strict=True):
+            if not kind.needs_head:
+                heads.append(None)
+                continue
+            model = settings.teacher_model(name)
+            setting = settings.model_setting(name)
+            head = load_output_head(model.path, model.dtype, model.revision, setting=setting)
+            heads.append(head[:vocabulary].to(device).clone())
+        return cls(evidence, heads, vocabulary, device)
 
-        def to(t):
-            return t.to(self.device)
+    @property
+    def compares_rows(self) -> bool:
+        """Whether the head pass compares the student with a teacher over more than the drawn
+        token.
+        """
+        return any(evidence.name for evidence in self.evidence)
 
-        weights = [to(torch.from_numpy(c.weight)) for c in columns]
-        rows = [to(from_wire(c.rows)) for c in columns]
-        if Signal.teacher_hidden in self.signals:
-            named = zip(rows, self.heads, weights, strict=True)
-            return tuple(HiddenTeacher(hidden=r, lm_head=h, weight=w) for r, h, w in named)
-        if Signal.teacher_vocabulary in self.signals:
-            return tuple(
-                VocabularyTeacher(logprobs=r, weight=w) for r, w in zip(rows, weights, strict=True)
+    def head_inputs(self, columns: Sequence[TeacherColumns]) -> tuple[Teacher, ...]:
+        """What the head pass compares the student with; a teacher that says only the drawn token's
+        log-prob is not among them.
+        """
+        teachers = []
+        for evidence, head, column in zip(self.evidence, self.heads, columns, strict=True):
+            received = Received(
+                rows=from_wire(column.rows).to(self.device),
+                support_ids=torch.from_numpy(column.support_ids.astype(np.int64)).to(self.device),
+                weight=torch.from_numpy(column.weight).to(self.device),
+                head=head,
             )
-        if Signal.teacher_support in self.signals:
-            ids = [to(torch.from_numpy(c.support_ids.astype(np.int64))) for c in columns]
-            named = zip(ids, rows, weights, strict=True)
-            return tuple(
-                SupportTeacher(ids=i, logprobs=r, weight=w, correction=self.correction)
-                for i, r, w in named
-            )
-        return ()
+            teacher = evidence.head_input(received)
+            if teacher is not None:
+                teachers.append(teacher)
+        return tuple(teachers)
 
     def idle(self) -> list[TeacherColumns]:
-        """One row of weight 0 per teacher."""
+        """One row of weight 0 per teacher, in the widths and dtypes of the run."""
         return [
             TeacherColumns(
-                rows=self._idle_rows(k),
-                support_ids=np.arange(self.k, dtype=np.int32)[None],
+                rows=self._idle_rows(evidence, head),
+                support_ids=np.arange(evidence.support(), dtype=np.int32)[None],
                 weight=np.zeros(1, np.float32),
             )
-            for k in range(self.num_teachers)
+            for evidence, head in zip(self.evidence, self.heads, strict=True)
         ]
 
-    def _idle_rows(self, teacher: int) -> np.ndarray:
-        if Signal.teacher_hidden in self.signals:
-            head = self.heads[teacher]
-            return np.zeros(
-                (1, head.shape[1]), np.uint16 if head.dtype == torch.bfloat16 else np.float32
-            )
-        width = self.vocabulary if Signal.teacher_vocabulary in self.signals else self.k
-        return np.zeros((1, width), np.float32)
+    def _idle_rows(self, evidence: Evidence, head: Tensor | None) -> np.ndarray:
+        hidden = 0 if head is None else head.shape[1]
+        dtype = torch.float32 if head is None else head.dtype
+        width = evidence.width(self.vocabulary, hidden)
+        return to_wire(torch.zeros(1, width, dtype=evidence.row_dtype(dtype)))

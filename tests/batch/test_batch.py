@@ -13,18 +13,17 @@ from hybridrl.batch.groups import join, select_groups
 from hybridrl.batch.micro_batch import (
     TeacherColumns,
     collate,
-    from_wire,
     idle_sequence,
-    to_wire,
     train_sequences,
 )
+from hybridrl.batch.views import response_ids, response_rows
+from hybridrl.batch.wire import from_wire, to_wire
 from hybridrl.kernels.head import HeadRule, hybrid_head_loss
-from hybridrl.kernels.terms import TokenTerms
-from hybridrl.objectives.credit import Credit
+from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.settings.algorithm import AlgorithmConfig
 from hybridrl.types import ScoredBatch, TokenScores
-from tests.support.batches import make_batch, make_plan, make_rewards, make_scores
+from tests.support.batches import make_batch, make_plan, make_rewards, make_scores, token_columns
 
 # -- groups to ranks -------------------------------------------------------------------------------
 
@@ -97,14 +96,16 @@ def sequences(
     rows = [
         r for g in groups for r in range(3 * g, 3 * g + 3)
     ]  # both groups have three response tokens
-    credit = Credit(
+    own = select_groups(scored, groups)
+    columns = TokenColumns(
+        token_ids=response_ids(own.rollout),
         token_weight=torch.full((len(rows),), 0.25),
         sparse=SPARSE[rows],
         value_slope=-SPARSE[rows],
-        watched={},
+        sampler_logprobs=response_rows(own.rollout, own.rollout.rollout_logprobs),
     )
     weights = torch.tensor(teacher_weights)[[n for g in groups for n in (2 * g, 2 * g + 1)]]
-    return train_sequences(select_groups(scored, groups), credit, [weights])
+    return train_sequences(own.rollout, columns, own.scores, [weights])
 
 
 def test_each_response_token_is_predicted_by_the_position_before_it():
@@ -116,12 +117,18 @@ def test_each_response_token_is_predicted_by_the_position_before_it():
         [13, 26, 0, 0],
     ]
     assert micro.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]
-    assert micro.token_ids.tolist() == [21, 22, 23, 24, 25, 26]
+    assert micro.columns.token_ids.tolist() == [21, 22, 23, 24, 25, 26]
     assert micro.hidden_rows.tolist() == [1, 4 + 1, 4 + 2, 8 + 0, 8 + 1, 12 + 0]
     # the token in the row after hidden_rows is the one it predicts
-    assert micro.input_ids.flatten()[micro.hidden_rows + 1].tolist() == micro.token_ids.tolist()
-    assert micro.sparse.tolist() == SPARSE.tolist() and micro.token_weight.tolist() == [0.25] * 6
-    assert micro.value_slope.tolist() == (-SPARSE).tolist()
+    assert (
+        micro.input_ids.flatten()[micro.hidden_rows + 1].tolist()
+        == micro.columns.token_ids.tolist()
+    )
+    assert (
+        micro.columns.sparse.tolist() == SPARSE.tolist()
+        and micro.columns.token_weight.tolist() == [0.25] * 6
+    )
+    assert micro.columns.value_slope.tolist() == (-SPARSE).tolist()
     assert micro.teachers[0].rows.tolist() == HIDDEN.tolist()
 
 
@@ -143,7 +150,7 @@ def test_packed_sequences_stand_in_one_row_and_count_their_positions_anew():
     padded = collate(sequences())
     assert (
         padded.owner.tolist() == micro.owner.tolist()
-        and padded.token_ids.tolist() == micro.token_ids.tolist()
+        and padded.columns.token_ids.tolist() == micro.columns.token_ids.tolist()
     )
     assert padded.position_ids.tolist()[0] == [0, 1, 2, 0], "0 in the padding"
 
@@ -161,9 +168,13 @@ def test_a_teacher_weighs_each_token_by_its_sequence():
 
 def test_a_rank_takes_the_columns_of_its_own_groups():
     micro = collate(sequences(groups=[1]))
-    assert micro.token_ids.tolist() == [24, 25, 26] and micro.sparse.tolist() == [4.0, 5.0, 6.0]
+    assert micro.columns.token_ids.tolist() == [24, 25, 26] and micro.columns.sparse.tolist() == [
+        4.0,
+        5.0,
+        6.0,
+    ]
     assert micro.teachers[0].rows.tolist() == HIDDEN[3:].tolist()
-    assert micro.rollout_logprobs.tolist() == [-1.0] * 3
+    assert micro.columns.sampler_logprobs.tolist() == [-1.0] * 3
 
 
 def test_groups_keep_all_their_columns_when_selected_and_joined():
@@ -198,15 +209,16 @@ def test_a_dropped_group_with_a_nan_reward_gives_a_finite_zero():
     scored = ScoredBatch(rollout=BATCH, scores=(SCORES,), rewards=rewards)
     plan = make_plan(BATCH, num_tokens=4)
     credit = HybridObjective(AlgorithmConfig(), max_new_tokens=4).credit(scored, plan, None)
-    micro = collate(train_sequences(scored, credit, [torch.ones(4)]))
-    assert micro.token_weight.tolist() == [0.0] * 3 + [0.25] * 3 and micro.sparse.tolist() == [
-        0.0
-    ] * 3 + [-1.0, -1.0, 1.0]
-    terms = TokenTerms(
-        token_ids=micro.token_ids % 7,
-        token_weight=micro.token_weight,
-        sparse=micro.sparse,
-        sampler_logprobs=micro.rollout_logprobs,
+    columns = credit.learned(torch.float32)
+    micro = collate(train_sequences(scored.rollout, columns, scored.scores, [torch.ones(4)]))
+    assert micro.columns.token_weight.tolist() == [0.0] * 3 + [
+        0.25
+    ] * 3 and micro.columns.sparse.tolist() == [0.0] * 3 + [-1.0, -1.0, 1.0]
+    terms = token_columns(
+        token_ids=micro.columns.token_ids % 7,
+        token_weight=micro.columns.token_weight,
+        sparse=micro.columns.sparse,
+        sampler_logprobs=micro.columns.sampler_logprobs,
     )
     hidden, lm_head = torch.randn(6, 3).requires_grad_(), torch.randn(7, 3).requires_grad_()
     loss, _ = hybrid_head_loss(hidden, lm_head, (), terms, HeadRule(chunk=4))
@@ -228,7 +240,7 @@ def test_an_idle_sequence_can_be_collated_and_weighs_nothing():
         )
 
     micro = collate([idle_sequence([columns(4, np.float32), columns(2, np.uint16)])])
-    assert micro.token_weight.tolist() == [0.0] and micro.hidden_rows.tolist() == [0]
+    assert micro.columns.token_weight.tolist() == [0.0] and micro.hidden_rows.tolist() == [0]
     assert [from_wire(t.rows).dtype for t in micro.teachers] == [torch.float32, torch.bfloat16]
 
 

@@ -50,7 +50,9 @@ def check(model: PreTrainedModel) -> None:
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
         logits = hidden[batch.hidden_rows] @ model.get_output_embeddings().weight.T
-        return torch.log_softmax(logits.float(), -1).gather(1, batch.token_ids[:, None])[:, 0]
+        return torch.log_softmax(logits.float(), -1).gather(1, batch.columns.token_ids[:, None])[
+            :, 0
+        ]
 
     check_packing(logprobs, vocabulary=23, dtype=model.dtype, model=type(model).__name__)
 

@@ -126,6 +126,9 @@ OPTIONS = {
     "two teachers, one of them unasked": (
         "+teachers.initial={path:null,weight:0.5,route:{domain:elsewhere}}",
     ),
+    "one teacher by hidden states, another by its drawn tokens": (
+        "+teachers.initial={path:null,weight:0.5,evidence:drawn}",
+    ),
     "a weight held by feedback": (
         "algorithm.reward_weight={kind:feedback,value:1.0,end:null,metric:kl/token,target:0.1,gain:-0.5}",
         "diagnostics.every=1",

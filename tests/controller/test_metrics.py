@@ -24,7 +24,6 @@ from hybridrl.controller.metrics import (
 from hybridrl.core.errors import ConfigError
 from hybridrl.kernels.head import HeadRule, HeadStats, hybrid_head_loss
 from hybridrl.kernels.teacher_rows import HiddenTeacher
-from hybridrl.kernels.terms import TokenTerms
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 from hybridrl.objectives.credit import LearnerView
 from hybridrl.objectives.hybrid import HybridObjective
@@ -61,7 +60,7 @@ from hybridrl.types import (
     ScoreHeader,
 )
 from tests.controller.test_graph import PROMISED
-from tests.support.batches import make_batch, make_plan, make_rewards, make_scores
+from tests.support.batches import make_batch, make_plan, make_rewards, make_scores, token_columns
 
 CPU = torch.device("cpu")
 METRICS = [metric for section in SECTIONS for metric in section.metrics]
@@ -108,11 +107,10 @@ def micro_batch(batch: RolloutBatch, sparse: list[float], *, out: int | None = N
     credit = HybridObjective(AlgorithmConfig(), 8).credit(
         scored, make_plan(batch, teacher_weights=()), None
     )
-    return collate(
-        train_sequences(
-            scored, replace(credit, token_weight=weight, sparse=torch.tensor(sparse)), []
-        )
+    columns = replace(
+        credit.learned(torch.float32), token_weight=weight, sparse=torch.tensor(sparse)
     )
+    return collate(train_sequences(scored.rollout, columns))
 
 
 def head_stats(logprobs: list[float], entropy: list[float], kl: list[float]) -> HeadStats:
@@ -262,7 +260,7 @@ def test_the_inner_product_of_both_gradients_is_that_of_the_gradients_alone():
     g = torch.Generator().manual_seed(1)
     logits, teacher = (torch.randn(5, 4, generator=g, dtype=torch.float64) for _ in range(2))
     eye = torch.eye(4, dtype=torch.float64)  # as output head: hidden states are logits
-    terms = TokenTerms(
+    terms = token_columns(
         token_ids=torch.tensor([0, 3, 1, 2, 2]),
         token_weight=torch.tensor([0.5, 0.25, 0.0, 0.25, 1.0], dtype=torch.float64),
         sparse=torch.tensor([1.0, -2.0, 9.0, 0.5, 3.0], dtype=torch.float64),
@@ -418,20 +416,13 @@ def probed() -> dict[str, float]:
     micro = micro_batch(LONG_AND_SHORT, [0.0] * 7)
     torch.manual_seed(0)
     student = Student(tiny_model(tiny_tokenizer()), HeadRule(), with_value=False)
-    terms = TokenTerms(
-        token_ids=micro.token_ids,
-        token_weight=micro.token_weight,
-        sparse=micro.sparse,
-        sampler_logprobs=micro.rollout_logprobs,
-    )
     inputs = HeadInputs(
         input_ids=micro.input_ids,
         attention_mask=micro.attention_mask,
         position_ids=micro.position_ids,
         hidden_rows=micro.hidden_rows,
         teachers=(),
-        terms=terms,
-        value_slope=micro.value_slope,
+        columns=micro.columns,
     )
     return gradient_geometry(student, [inputs])
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from hybridrl.kernels import rows
 from hybridrl.kernels.head import PIECE, HeadRule, chosen_logprobs, hybrid_head_loss, top_logprobs
 from hybridrl.kernels.teacher_rows import HiddenTeacher, SupportTeacher, Teacher, VocabularyTeacher
-from hybridrl.kernels.terms import TokenTerms
+from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.kernels.workspace import Tiles
 from hybridrl.ops.divergence import Measure
 from hybridrl.ops.ratio import RatioBounds
 from hybridrl.settings.choices import Correction, Divergence, Ratio
+from tests.support.batches import token_columns
 
 VOCABULARY = rows.COMPILE_FROM + 8  # not a multiple of a vector's width
 WIDTH = 32
@@ -44,11 +45,11 @@ def leaves(num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return hidden.requires_grad_(), lm_head.requires_grad_()
 
 
-def terms_of(num_rows: int) -> TokenTerms:
+def terms_of(num_rows: int) -> TokenColumns:
     """Costs of both signs; the second token is out."""
     weight = torch.full((num_rows,), 1 / num_rows)
     weight[1] = 0.0
-    return TokenTerms(
+    return token_columns(
         token_ids=(normal(2, num_rows).abs() * 1000).long(),
         token_weight=weight,
         sparse=normal(3, num_rows),
@@ -97,7 +98,7 @@ def results(
     hidden: Tensor,
     lm_head: Tensor,
     teachers: tuple[Teacher, ...],
-    terms: TokenTerms,
+    terms: TokenColumns,
     rule: HeadRule,
 ) -> list[Tensor]:
     """Gradients, loss and every statistic."""
@@ -116,7 +117,7 @@ def results(
     return [hidden.grad, lm_head.grad, loss.detach(), *columns]
 
 
-def widened(*values: Tensor | Teacher | TokenTerms):
+def widened(*values: Tensor | Teacher | TokenColumns):
     """In fp64, which is never compiled."""
     for value in values:
         if isinstance(value, Tensor):
@@ -259,7 +260,7 @@ def test_what_a_piece_was_worked_out_from_is_gone_before_the_next_one_is_begun()
     assert alive == [0, 0, 0]
 
 
-def nearly_equal(dtype: torch.dtype) -> tuple[Tensor, Tensor, HiddenTeacher, TokenTerms]:
+def nearly_equal(dtype: torch.dtype) -> tuple[Tensor, Tensor, HiddenTeacher, TokenColumns]:
     """A student a little away from its teacher, with logits large enough for bf16 to round them
     coarsely.
     """

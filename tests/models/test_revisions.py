@@ -31,16 +31,24 @@ from hybridrl.launch.preflight import check_teachers
 from hybridrl.data.prompts import load_problems
 from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.models.tiny import tiny_tokenizer
+from hybridrl.kernels.head import HeadRule
 from hybridrl.teachers.scorer import Scorer
-from hybridrl.teachers.inbox import Signal, TeacherSide
+from hybridrl.teachers.evidence import Hidden
+from hybridrl.teachers.inbox import TeacherInbox
 import torch
 
 settings = load_config([*HUB, "data.task=records", "data.path=me/rows", "data.heldout_path=me/other", "data.revision=d3"])
 device = torch.device("cpu")
 for ask in (
     lambda: check_teachers(settings, tiny_tokenizer()),
-    lambda: Scorer(settings, teacher="main", device="cpu"),
-    lambda: TeacherSide(settings, {Signal.teacher_hidden}, device),
+    lambda: Scorer(
+        settings,
+        teacher="main",
+        device="cpu",
+        evidence=Hidden(drawn=False),
+        rule=HeadRule(),
+    ),
+    lambda: TeacherInbox.load(settings, [Hidden(drawn=False)], device),
     lambda: load_problems(settings.data, 0),
 ):
     print("asks", flush=True)

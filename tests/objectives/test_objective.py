@@ -9,22 +9,30 @@ import numpy as np
 import pytest
 import torch
 
-from hybridrl.objectives.credit import LearnerView, Signal, moments, response_grid
+from hybridrl.batch.views import response_grid
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.credit import LearnerView, moments
 from hybridrl.objectives.hybrid import HybridObjective
+from hybridrl.objectives.needs import Needs
 from hybridrl.objectives.schedule import Schedule
 from hybridrl.settings.algorithm import AlgorithmConfig, ScheduleConfig
 from hybridrl.settings.choices import Baseline, Normalizer, ScheduleKind, Source
 from hybridrl.settings.compose import load_config
+from hybridrl.teachers.evidence import Hidden
 from hybridrl.types import Rewards, RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
 from tests.support.batches import make_batch, make_plan, make_rewards, make_scores
 
 
 def objective(
-    gamma: float = 0.0, baseline: Baseline = Baseline.leave_one_out, **settings
+    gamma: float = 0.0,
+    baseline: Baseline = Baseline.leave_one_out,
+    *,
+    teachers: int = 1,
+    **settings,
 ) -> HybridObjective:
-    return HybridObjective(
-        AlgorithmConfig(gamma=gamma, baseline=baseline, **settings), max_new_tokens=16
-    )
+    config = AlgorithmConfig(gamma=gamma, baseline=baseline, **settings)
+    kinds = [config.evidence_kind] * teachers
+    return HybridObjective(config, max_new_tokens=16, kinds=kinds)
 
 
 TRIPLE = make_batch([((1,), [(5, 6), (7,), (8, 9)])])
@@ -41,7 +49,7 @@ def sparse(
 ) -> list[float]:
     """[R] what the objective multiplies grad log p(y) with."""
     scored = ScoredBatch(rollout=batch, scores=tuple(scores), rewards=rewards)
-    return objective.credit(scored, plan, None).sparse.tolist()
+    return objective.credit(scored, plan, None).columns.sparse.tolist()
 
 
 def costs_of(
@@ -83,7 +91,9 @@ def test_several_teachers_add_their_weighted_costs():
     second = make_scores(SHORT_AND_LONG, [-1.0, -1.0, -9.0, -1.0])  # costs 0 | 0, 8, 0
     plan = make_plan(SHORT_AND_LONG, teacher_weights=(1.0, 0.25), reward_weight=0.0)
     rewards = make_rewards(SHORT_AND_LONG, [1.0, 0.0])
-    costs = sparse(objective(0.5, Baseline.none), SHORT_AND_LONG, [COSTS, second], rewards, plan)
+    costs = sparse(
+        objective(0.5, Baseline.none, teachers=2), SHORT_AND_LONG, [COSTS, second], rewards, plan
+    )
     assert costs == [0.0, 3.0, 2.0, 0.0]  # costs 0 | 1, 4, 4
 
 
@@ -126,25 +136,25 @@ def test_normalisers_are_of_the_global_batch():
 
 
 @pytest.mark.parametrize(
-    ("preset", "signals"),
+    ("preset", "needs"),
     [
-        ("hybrid", {Signal.teacher_hidden, Signal.rewards}),
-        ("opd_full", {Signal.teacher_hidden}),
-        ("rloo", {Signal.rewards}),
-        ("reinforce_kl", {Signal.teacher_hidden, Signal.teacher_logprobs, Signal.rewards}),
+        ("hybrid", Needs(evidence=(Hidden(drawn=False),), rewards=True)),
+        ("opd_full", Needs(evidence=(Hidden(drawn=False),))),
+        ("rloo", Needs(rewards=True)),
+        ("reinforce_kl", Needs(evidence=(Hidden(drawn=True),), rewards=True)),
     ],
 )
-def test_each_preset_asks_for_what_it_uses_and_nothing_more(preset: str, signals: set[Signal]):
+def test_each_preset_asks_for_what_it_uses_and_nothing_more(preset: str, needs: Needs):
     settings = load_config(["run.dir=here", "experiment=quickstart", f"algorithm={preset}"])
-    assert HybridObjective(settings.algorithm, 16).signals == signals
+    assert make_objective(settings).needs == needs
 
 
 def test_pure_reinforcement_needs_no_teacher_at_any_gamma():
     off = ScheduleConfig(value=0.0)
-    assert objective(gamma=1.0, imitation_weight=off).signals == {Signal.rewards}
+    assert objective(gamma=1.0, imitation_weight=off, teachers=0).needs == Needs(rewards=True)
     plan = make_plan(TRIPLE, teacher_weights=())
     costs = sparse(
-        objective(1.0, Baseline.none, imitation_weight=off),
+        objective(1.0, Baseline.none, imitation_weight=off, teachers=0),
         TRIPLE,
         [],
         make_rewards(TRIPLE, [1.0, 0.0, 3.0]),
@@ -228,12 +238,15 @@ def test_text_of_the_data_has_its_likelihood_alone_whatever_the_baseline(baselin
     given = ScoredBatch(rollout=data, scores=(), rewards=make_rewards(single, [1.0]))
     credit = objective(baseline=baseline, nll_weight=0.25).credit(given, plan, view)
     assert (
-        credit.sparse.tolist() == [0.0, 0.0]
-        and credit.cost.tolist() == [-0.25, -0.25]
-        and credit.value_slope.tolist() == [0.0, 0.0]
+        credit.columns.sparse.tolist() == [0.0, 0.0]
+        and credit.learned(torch.float32).sparse.tolist() == [-0.25, -0.25]
+        and credit.columns.value_slope.tolist() == [0.0, 0.0]
     )
     assert (
-        credit.standardised(torch.tensor(1.0), torch.tensor(2.0)).cost.tolist() == [-0.25, -0.25]
+        credit.standardised(torch.tensor(1.0), torch.tensor(2.0))
+        .learned(torch.float32)
+        .sparse.tolist()
+        == [-0.25, -0.25]
         and moments([credit])[0] == 0.0
     )
     assert not any(len(numbers) and numbers.any() for numbers in credit.watched.values())
@@ -245,8 +258,10 @@ def test_the_likelihood_of_the_teachers_text_is_not_standardised_with_its_return
     credit = objective(baseline=Baseline.none, nll_weight=0.5).credit(
         given, make_plan(TRIPLE, reward_weight=1.0), None
     )
-    assert credit.sparse.tolist() == [-1.0, -1.0, 0.0, -3.0, -3.0]
-    assert credit.standardised(torch.tensor(-1.0), torch.tensor(2.0)).cost.tolist() == [
+    assert credit.columns.sparse.tolist() == [-1.0, -1.0, 0.0, -3.0, -3.0]
+    assert credit.standardised(torch.tensor(-1.0), torch.tensor(2.0)).learned(
+        torch.float32
+    ).sparse.tolist() == [
         -0.5,
         -0.5,
         0.0,
@@ -258,12 +273,11 @@ def test_the_likelihood_of_the_teachers_text_is_not_standardised_with_its_return
 def test_a_clip_of_the_log_ratio_bounds_future_costs_and_says_how_often():
     # costs of the long response are 1, 2, 4; clipped at 1.5: 1, 1.5, 1.5
     clipped = objective(gamma=1.0, baseline=Baseline.none, log_ratio_clip=1.5)
-    assert Signal.teacher_logprobs in objective(log_ratio_clip=1.5).signals, (
-        "for the share, at gamma 0 too"
-    )
+    unbounded = objective(log_ratio_clip=1.5).needs.evidence
+    assert unbounded == (Hidden(drawn=True),), "for the share, at gamma 0 too"
     scored = ScoredBatch(
         rollout=SHORT_AND_LONG, scores=(COSTS,), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0])
     )
     credit = clipped.credit(scored, make_plan(SHORT_AND_LONG), None)
-    assert credit.sparse.tolist() == [0.0, 3.0, 1.5, 0.0]
+    assert credit.columns.sparse.tolist() == [0.0, 3.0, 1.5, 0.0]
     assert credit.watched["kl/clipped_frac"].tolist() == [False, False, True, True]

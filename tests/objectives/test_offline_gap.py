@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from hybridrl.kernels.head import HeadRule, hybrid_head_loss
-from hybridrl.kernels.terms import TokenTerms
 from hybridrl.ops.divergence import Measure, dense
+from tests.support.batches import token_columns
 
 CONTEXTS, DELTA = 32, 0.05
 
@@ -41,7 +41,7 @@ def gradient_of_data(right: int, wrong: int) -> float:
     ids = torch.tensor([0] * right + [1] * wrong)
     one = torch.ones(len(ids), dtype=torch.float64)
     head = torch.zeros(2, 1, dtype=torch.float64, requires_grad=True)
-    terms = TokenTerms(token_ids=ids, token_weight=one, sparse=-one, sampler_logprobs=0 * one)
+    terms = token_columns(token_ids=ids, token_weight=one, sparse=-one, sampler_logprobs=0 * one)
     hybrid_head_loss(one[:, None], head, (), terms, HeadRule())[0].backward()
     return -float(head.grad[0, 0])
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 import tests.support.published as published
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Signal
+from hybridrl.objectives.needs import Needs
 from hybridrl.settings.choices import Source
 from hybridrl.settings.compose import conf_dir
+from hybridrl.teachers.evidence import Drawn, Hidden
 from tests.support.published import PAIRS, Answer, Loss
 from tests.support.toy import (
     MAX_NEW_TOKENS,
@@ -231,6 +232,20 @@ def test_g_opd_is_the_teacher_extrapolated_away_from_the_initial_student(folder:
     assert_is_published("g_opd", folder, published.g_opd, student())
 
 
+def test_a_teacher_of_drawn_tokens_adds_its_estimate_to_the_closed_form_of_another(folder: Path):
+    second = f"+teachers.second={{path: {folder}/second, weight: 0.5, evidence: drawn}}"
+
+    def gradient(*overrides: str) -> dict[str, Tensor]:
+        settings = preset("opd_full", folder, "algorithm.baseline=none", *overrides)
+        return Production(settings, wide=True).gradient(student())
+
+    both = gradient(second)
+    closed_form = gradient()
+    estimate = gradient(second, "+teachers.main.weight=0")
+    assert distance(both, {n: closed_form[n] + estimate[n] for n in both}) < 1e-12
+    assert distance(both, closed_form) > 1e-3
+
+
 # -- imitation and reward --------------------------------------------------------------------------
 
 
@@ -357,44 +372,37 @@ def test_a_pair_loss_on_the_students_answers_compares_the_best_with_the_worst(
 # -- what each method needs ------------------------------------------------------------------------
 
 NEEDS = {
-    "sft": set(),
-    "seqkd": set(),
-    "word_kd": {Signal.teacher_hidden},
-    "dagger": {Signal.teacher_hidden},
-    "gkd": {Signal.teacher_hidden},
-    "minillm": {
-        Signal.teacher_hidden,
-        Signal.teacher_logprobs,
-        Signal.learner_logprobs,
-    },  # the last for the teacher's answers
-    "opd": {Signal.teacher_logprobs},
-    "opd_full": {Signal.teacher_hidden},
-    "mopd": {Signal.teacher_logprobs, Signal.rewards},
-    "g_opd": {Signal.teacher_logprobs},
-    "hybrid": {Signal.teacher_hidden, Signal.rewards},
-    "hybrid_rising": {Signal.teacher_hidden, Signal.rewards},
-    "reinforce_kl": {Signal.teacher_hidden, Signal.teacher_logprobs, Signal.rewards},
-    "reinforce_pp": {Signal.teacher_logprobs, Signal.rewards},
-    "rloo": {Signal.rewards},
-    "grpo": {Signal.teacher_logprobs, Signal.rewards},
-    "dr_grpo": {Signal.rewards},
-    "dapo": {Signal.rewards},
-    "ppo": {
-        Signal.teacher_logprobs,
-        Signal.rewards,
-        Signal.learner_logprobs,
-        Signal.learner_values,
-    },
-    "raft": {Signal.rewards},
-    "dpo": {Signal.teacher_logprobs, Signal.rewards, Signal.learner_logprobs},
-    "ipo": {Signal.teacher_logprobs, Signal.rewards, Signal.learner_logprobs},
-    "slic": {Signal.rewards, Signal.learner_logprobs},
-    "simpo": {Signal.rewards, Signal.learner_logprobs},
-    "dil_lsif": {Signal.teacher_logprobs, Signal.rewards, Signal.learner_logprobs},
-    "dil_ukl": {Signal.teacher_logprobs, Signal.rewards, Signal.learner_logprobs},
-    "dil_bce": {Signal.teacher_logprobs, Signal.rewards, Signal.learner_logprobs},
-    "reward_model": {Signal.rewards, Signal.learner_values},
+    "sft": Needs(),
+    "seqkd": Needs(),
+    "word_kd": Needs(evidence=(Hidden(drawn=False),)),
+    "dagger": Needs(evidence=(Hidden(drawn=False),)),
+    "gkd": Needs(evidence=(Hidden(drawn=False),)),
+    # The learner's log-probs are for the teacher's answers.
+    "minillm": Needs(evidence=(Hidden(drawn=True),), learner_logprobs=True),
+    "opd": Needs(evidence=(Drawn(),)),
+    "opd_full": Needs(evidence=(Hidden(drawn=False),)),
+    "mopd": Needs(evidence=(Drawn(),), rewards=True),
+    "g_opd": Needs(evidence=(Drawn(),)),
+    "hybrid": Needs(evidence=(Hidden(drawn=False),), rewards=True),
+    "hybrid_rising": Needs(evidence=(Hidden(drawn=False),), rewards=True),
+    "reinforce_kl": Needs(evidence=(Hidden(drawn=True),), rewards=True),
+    "reinforce_pp": Needs(evidence=(Drawn(),), rewards=True),
+    "rloo": Needs(rewards=True),
+    "grpo": Needs(evidence=(Drawn(),), rewards=True),
+    "dr_grpo": Needs(rewards=True),
+    "dapo": Needs(rewards=True),
+    "ppo": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True, learner_values=True),
+    "raft": Needs(rewards=True),
+    "dpo": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True),
+    "ipo": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True),
+    "slic": Needs(rewards=True, learner_logprobs=True),
+    "simpo": Needs(rewards=True, learner_logprobs=True),
+    "dil_lsif": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True),
+    "dil_ukl": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True),
+    "dil_bce": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True),
+    "reward_model": Needs(rewards=True, learner_values=True),
 }
+"""With the evidence of one teacher; every teacher has the same."""
 
 
 def test_every_preset_is_listed():
@@ -403,4 +411,7 @@ def test_every_preset_is_listed():
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_each_preset_asks_for_what_it_uses_and_nothing_more(folder: Path, name: str):
-    assert make_objective(preset(name, folder)).signals == NEEDS[name]
+    settings = preset(name, folder)
+    needs = make_objective(settings).needs
+    assert len(needs.evidence) == len(settings.scored_teachers)
+    assert replace(needs, evidence=tuple(dict.fromkeys(needs.evidence))) == NEEDS[name]

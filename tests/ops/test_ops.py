@@ -12,12 +12,13 @@ from torch import Tensor
 
 from hybridrl.kernels.head import HeadRule, chosen_logprobs, hybrid_head_loss
 from hybridrl.kernels.teacher_rows import HiddenTeacher
-from hybridrl.kernels.terms import TokenTerms
+from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.ops.compare import COMPARED, compare
 from hybridrl.ops.divergence import Measure, dense
 from hybridrl.ops.returns import future_cost, sibling_mean
 from hybridrl.oracle.mdp import make_mdp
 from hybridrl.settings.choices import Divergence
+from tests.support.batches import token_columns
 
 MDP = make_mdp(seed=0, vocabulary=5, horizon=3, ends=False)
 
@@ -47,7 +48,7 @@ def random_problem(
     )
     weight = torch.full((rows,), 0.25, dtype=torch.float64)
     weight[1] = 0.0
-    terms = TokenTerms(
+    terms = token_columns(
         token_ids=torch.randint(vocabulary, (rows,), generator=g),
         token_weight=weight,
         sparse=torch.randn(rows, generator=g, dtype=torch.float64),
@@ -60,7 +61,7 @@ def gradients(
     hidden: Tensor,
     lm_head: Tensor,
     teachers,
-    terms: TokenTerms,
+    terms: TokenColumns,
     *,
     temperature=1.0,
     chunk=1024,
@@ -168,7 +169,7 @@ def group_gradient(group_size: int, leave_one_out: bool | None) -> Tensor:
         returns = returns - sibling_mean(returns, group_size, leave_one_out=leave_one_out)
     weight = probability[groups].prod(1).repeat_interleave(group_size) / group_size
     live = mask[members]
-    terms = TokenTerms(
+    terms = token_columns(
         token_ids=sequences[members][live],
         token_weight=weight[:, None].expand_as(returns)[live],
         sparse=returns[live],
@@ -258,7 +259,7 @@ def test_tokens_of_weight_zero_change_neither_loss_nor_gradient():
     hidden, lm_head, teachers, terms = random_problem()
     live = terms.token_weight > 0
     assert live.tolist() == [True, False, True, True, True, True]
-    rest = TokenTerms(
+    rest = token_columns(
         token_ids=terms.token_ids[live],
         token_weight=terms.token_weight[live],
         sparse=terms.sparse[live],
@@ -310,7 +311,7 @@ def one_token(student: list[float], teacher: list[float]):
         return torch.tensor(values, dtype=torch.float64)[:, None]
 
     one = torch.ones(1, 1, dtype=torch.float64)
-    terms = TokenTerms(
+    terms = token_columns(
         token_ids=torch.tensor([0]),
         token_weight=one[0],
         sparse=torch.zeros_like(one[0]),
@@ -380,7 +381,7 @@ def test_a_row_of_weight_0_may_hold_an_infinite_divergence():
     far = torch.tensor([[0.0], [-1e308]], dtype=torch.float64)
     forbids = torch.tensor([[10.0], [0.0]], dtype=torch.float64)  # row 0: q forbids token 1
     teacher = HiddenTeacher(hidden=forbids, lm_head=far, weight=torch.ones(2))
-    terms = TokenTerms(
+    terms = token_columns(
         token_ids=torch.tensor([0, 1]),
         token_weight=torch.tensor([0.0, 1.0], dtype=torch.float64),
         sparse=torch.zeros(2, dtype=torch.float64),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Signal
+from hybridrl.objectives.credit import Credit
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.oracle import page
 from hybridrl.oracle.cases import Case, Kind, World, cases
@@ -59,6 +59,10 @@ def test_every_online_preset_has_a_row():
 # -- broken on purpose -----------------------------------------------------------------------------
 
 
+def with_sparse(credit: Credit, sparse: torch.Tensor) -> Credit:
+    return replace(credit, columns=replace(credit.columns, sparse=sparse))
+
+
 class TokenLoss(Estimator):
     """Autograd through a function of c = log p(y) - log q(y), as many systems do."""
 
@@ -87,10 +91,8 @@ class StateAdvantage(Estimator):
         p, q = (self.mdp.logp(table).exp() for table in (self.mdp.student, self.mdp.teachers[0]))
         ids = p.topk(2).indices
         p, q = p.gather(1, ids), q.gather(1, ids)
-        return replace(
-            super().credit(batch, plan, members),
-            sparse=(p * (p / q).log()).sum(1)[self._at(members)[0]],
-        )
+        sparse = (p * (p / q).log()).sum(1)[self._at(members)[0]]
+        return with_sparse(super().credit(batch, plan, members), sparse)
 
 
 class DrawnTokenInSupport(Estimator):
@@ -117,9 +119,8 @@ class DiscountedReward(Estimator):
         credit, mask = super().credit(batch, plan, members), self.mdp.mask[members.flatten()]
         is_last = (mask.flip(1).cumsum(1).flip(1) == 1)[mask]
         reward = self.mdp.rewards[members.flatten()][:, None].expand(mask.shape)[mask]
-        return replace(
-            credit, sparse=credit.sparse + torch.where(is_last, 0.0, plan.reward_weight * reward)
-        )
+        missing = torch.where(is_last, 0.0, plan.reward_weight * reward)
+        return with_sparse(credit, credit.columns.sparse + missing)
 
 
 class SumsTheBaselineIn(Estimator):
@@ -128,7 +129,7 @@ class SumsTheBaselineIn(Estimator):
     def credit(self, batch, plan, members):
         k = batch.rollout.group_size
         credit = super().credit(batch, plan, members)
-        return replace(credit, sparse=credit.sparse * (k - 1) / k)
+        return with_sparse(credit, credit.columns.sparse * (k - 1) / k)
 
 
 @pytest.mark.parametrize(
@@ -275,11 +276,11 @@ def test_the_learner_looks_first_only_where_the_sampler_may_differ(
 ):
     made = ["run.dir=here", "experiment=quickstart", *options]
     for method in ("opd", "grpo", "reinforce_kl", "reinforce_pp"):
-        signals = make_objective(load_config([*made, f"algorithm={method}"])).signals
-        assert (Signal.learner_logprobs in signals) is differs
+        needs = make_objective(load_config([*made, f"algorithm={method}"])).needs
+        assert needs.learner_logprobs is differs
     for method in ("hybrid", "opd_full", "rloo"):  # no cost of a drawn token enters their gradient
-        signals = make_objective(load_config([*made, f"algorithm={method}"])).signals
-        assert Signal.learner_logprobs not in signals
+        needs = make_objective(load_config([*made, f"algorithm={method}"])).needs
+        assert not needs.learner_logprobs
 
 
 # -- sampling --------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from hybridrl.batch.micro_batch import collate, train_sequences
 from hybridrl.core.errors import CheckpointError
 from hybridrl.kernels.head import HeadRule
 from hybridrl.kernels.teacher_rows import HiddenTeacher
-from hybridrl.kernels.terms import TokenTerms
 from hybridrl.models.loading import load_model, load_value_head
 from hybridrl.models.output_head import output_weight
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
@@ -38,6 +37,7 @@ from hybridrl.tracking.glossary import explain
 from hybridrl.types import ScoredBatch
 from hybridrl.weights.fragments import PARTS, Fragment, FragmentReader, write_fragments
 from tests.batch.test_packing import APART, TOGETHER, tiny
+from tests.support.batches import token_columns
 from tests.support.learner_job import GROUPS, LR, chunk_of, plan_for, settings_for
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,11 @@ def objective() -> HybridObjective:
         and settings.train.grad_clip == 1.0
         and settings.train.weight_decay == 0.0
     )
-    return HybridObjective(settings.algorithm, settings.rollout.max_new_tokens)
+    return HybridObjective(
+        settings.algorithm,
+        settings.rollout.max_new_tokens,
+        kinds=[settings.algorithm.evidence_kind],
+    )
 
 
 def scored() -> ScoredBatch:
@@ -181,12 +185,13 @@ def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_o
 ):
     model, plain = (load_model(str(folder / "student")).double() for _ in range(2))
     head = output_weight(load_model(str(folder / "teacher"))).detach().double()
-    micro = collate(train_sequences(scored(), credit(), [torch.ones(8)]))
-    terms = TokenTerms(
-        token_ids=micro.token_ids,
-        token_weight=micro.token_weight.double(),
-        sparse=micro.sparse.double(),
-        sampler_logprobs=micro.rollout_logprobs.double(),
+    columns = credit().learned(torch.float32)
+    micro = collate(train_sequences(scored().rollout, columns, scored().scores, [torch.ones(8)]))
+    terms = token_columns(
+        token_ids=micro.columns.token_ids,
+        token_weight=micro.columns.token_weight.double(),
+        sparse=micro.columns.sparse.double(),
+        sampler_logprobs=micro.columns.sampler_logprobs.double(),
     )
     rows = torch.from_numpy(micro.teachers[0].rows).double()
     teachers = (HiddenTeacher(hidden=rows, lm_head=head, weight=torch.ones(len(rows))),)
@@ -198,7 +203,7 @@ def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_o
         micro.hidden_rows,
         teachers,
         terms,
-        micro.value_slope,
+        micro.columns.value_slope,
     )
     loss.backward()
     expected = written_out_loss(plain, head)
@@ -360,15 +365,14 @@ def test_distances_from_a_teacher_are_summed_where_the_student_computes(
     monkeypatch.setattr(probe.dist, "all_reduce", all_reduce)
     there = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device="meta")
     none = torch.zeros(0, device="meta")
-    terms = TokenTerms(token_ids=none, token_weight=none, sparse=none, sampler_logprobs=none)
+    terms = token_columns(token_ids=none, token_weight=none, sparse=none, sampler_logprobs=none)
     inputs = HeadInputs(
         input_ids=none,
         attention_mask=None,
         position_ids=none,
         hidden_rows=none,
         teachers=(),
-        terms=terms,
-        value_slope=none,
+        columns=terms,
     )
     with pytest.raises(RuntimeError, match="reduces on meta"):
         probe.teacher_distance(lambda *arguments: (there, None), [inputs])

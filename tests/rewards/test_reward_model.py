@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from hybridrl.batch.micro_batch import collate, train_sequences
+from hybridrl.batch.micro_batch import collate, train_sequences, unlearned_sequences
 from hybridrl.core.errors import CheckpointError, ConfigError
-from hybridrl.kernels.terms import TokenTerms
 from hybridrl.launch.session import prepare_prompts
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import LearnerView, no_credit
+from hybridrl.objectives.credit import LearnerView
 from hybridrl.objectives.pairs import last_tokens
 from hybridrl.policy.student import Look, Student, head_rule
 from hybridrl.rewards.check import check_rewards
@@ -81,16 +80,7 @@ def exported(
 
 def view(student: Student, batch: RolloutBatch) -> LearnerView:
     """What the learner sees before an update, all sequences in one padded micro-batch."""
-    scored = ScoredBatch(
-        rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS))
-    )
-    micro = collate(train_sequences(scored, no_credit(scored), []))
-    terms = TokenTerms(
-        token_ids=micro.token_ids,
-        token_weight=micro.token_weight,
-        sparse=micro.sparse,
-        sampler_logprobs=micro.rollout_logprobs,
-    )
+    micro = collate(unlearned_sequences(batch))
     with torch.no_grad():
         logprobs, values = student(
             micro.input_ids,
@@ -98,8 +88,7 @@ def view(student: Student, batch: RolloutBatch) -> LearnerView:
             micro.position_ids,
             micro.hidden_rows,
             (),
-            terms,
-            micro.value_slope,
+            micro.columns,
             Look.view,
         )
     return LearnerView(logprobs=logprobs, values=values)
@@ -154,21 +143,14 @@ def test_one_step_along_the_gradient_of_the_pairs_raises_chosen_scores_over_reje
     credit = make_objective(settings).credit(
         scored, make_plan(batch, num_groups=3, teacher_weights=()), view(learner, batch)
     )
-    micro = collate(train_sequences(scored, credit, []))
-    terms = TokenTerms(
-        token_ids=micro.token_ids,
-        token_weight=micro.token_weight,
-        sparse=micro.sparse,
-        sampler_logprobs=micro.rollout_logprobs,
-    )
+    micro = collate(train_sequences(scored.rollout, credit.learned(torch.float32)))
     learner(
         micro.input_ids,
         micro.attention_mask,
         micro.position_ids,
         micro.hidden_rows,
         (),
-        terms,
-        micro.value_slope,
+        micro.columns,
     )[0].backward()
     state = {f"model.{name}": p.detach() for name, p in learner.body.named_parameters()}
     stepped = -0.1 * learner.value_head.weight.grad  # from 0

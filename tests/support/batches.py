@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.types import (
     FinishReason,
     Prompt,
@@ -84,3 +87,16 @@ def make_plan(batch: RolloutBatch, **changes) -> UpdatePlan:
         "diagnose": False,
     } | changes
     return UpdatePlan(**{"teacher_routes": ({},) * len(values["teacher_weights"])} | values)
+
+
+def token_columns(
+    *, token_ids: Tensor, token_weight: Tensor, sparse: Tensor, sampler_logprobs: Tensor
+) -> TokenColumns:
+    """Columns [R] of a run without a value head."""
+    return TokenColumns(
+        token_ids=token_ids,
+        token_weight=token_weight,
+        sparse=sparse,
+        value_slope=torch.zeros_like(sampler_logprobs),
+        sampler_logprobs=sampler_logprobs,
+    )

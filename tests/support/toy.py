@@ -18,17 +18,21 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from hybridrl.batch.micro_batch import MicroBatch, collate, train_sequences
+from hybridrl.batch.micro_batch import (
+    MicroBatch,
+    collate,
+    train_sequences,
+    unlearned_sequences,
+)
 from hybridrl.controller.coefficients import Weights
-from hybridrl.kernels.terms import TokenTerms
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Credit, LearnerView, Objective, Signal, moments
-from hybridrl.objectives.hybrid import teacher_weight
+from hybridrl.objectives.credit import LearnerView, Objective, assign_credit
 from hybridrl.policy.student import Look, Student, head_rule
 from hybridrl.settings.choices import PairLoss, Source
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
-from hybridrl.teachers.inbox import TeacherSide
+from hybridrl.teachers.inbox import TeacherInbox
+from hybridrl.teachers.scores import empty_scores, fill_scores
 from hybridrl.types import RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
 from tests.support.batches import make_batch, make_plan, make_rewards
 
@@ -164,8 +168,9 @@ class Production:
         self.settings, self.dtype = settings, np.float64 if wide else np.float32
         self.objective: Objective = make_objective(settings)
         self.model = Toy("student")
-        self.with_value = Signal.learner_values in self.objective.signals
-        self.student = Student(self.model, head_rule(settings), with_value=self.with_value)
+        self.with_value = self.objective.needs.learner_values
+        self.rule = head_rule(settings)
+        self.student = Student(self.model, self.rule, with_value=self.with_value)
         if self.student.value_head is not None:
             self.student.value_head = self.model.value_head
 
@@ -174,17 +179,19 @@ class Production:
         sources = groupby(responses, lambda r: r.source)
         batches = [self._scored(list(of_source)) for _, of_source in sources]
         plan = self._plan(batches, step)
-        credits, sequences = self._credits(batches, plan), []
-        for batch, credit in zip(batches, credits, strict=True):
-            weights = [teacher_weight(batch, plan, k) for k in range(len(batch.scores))]
-            sequences += train_sequences(batch, credit, weights)
-        micro = collate(sequences)
-        terms = self._terms(micro, credits)
-        if self.dtype is np.float64:
-            terms = replace(
-                terms, sampler_logprobs=torch.cat([sampler_logprobs(r) for r in responses])
+        views: list[LearnerView | None] = [None] * len(batches)
+        if self.objective.needs.learner_view:
+            views = [self._view(b) for b in batches]
+        credits = assign_credit(self.objective, batches, plan, views)
+        dtype = torch.float64 if self.dtype is np.float64 else torch.float32
+        sequences = [
+            sequence
+            for batch, credit in zip(batches, credits, strict=True)
+            for sequence in train_sequences(
+                batch.rollout, credit.learned(dtype), batch.scores, credit.teacher_weights
             )
-        loss, _ = self._forward(micro, terms, self._slopes(micro, credits), Look.learn)
+        ]
+        loss, _ = self._forward(collate(sequences), Look.learn)
         loss.backward()
         return gradient_of(self.model)
 
@@ -213,19 +220,23 @@ class Production:
     def _scores(
         self, name: str, rollout: RolloutBatch, responses: Sequence[Response]
     ) -> TokenScores:
-        """What the signals ask of a teacher and no more."""
-        teacher, signals = Toy(name), self.objective.signals
+        """What the production code sends of this teacher."""
+        teacher = Toy(name)
+        evidence = self.objective.needs.evidence[self.settings.scored_teachers.index(name)]
+        kind = torch.from_numpy(np.zeros(0, self.dtype)).dtype
+        head = teacher.lm_head.weight.to(kind)
         hidden = torch.cat([teacher.before(r.prompt, r.ids) for r in responses])
-        drawn = torch.tensor([y for r in responses for y in r.ids])[:, None]
-        logq = torch.log_softmax(teacher.lm_head(hidden), -1).gather(1, drawn)[:, 0]
-        if Signal.teacher_logprobs not in signals:
-            logq = torch.zeros_like(logq)
-        rows = hidden if Signal.teacher_hidden in signals else hidden[:, :0]
-        return TokenScores(
-            teacher=name,
-            logprobs=self._column(rollout, logq),
-            rows=rows.numpy().astype(self.dtype),
-            support_ids=np.zeros((len(rows), 0), np.int32),
+        scores = empty_scores(evidence, name, rollout, head)
+        rows = np.arange(len(hidden))
+        tokens = np.flatnonzero(rollout.response_mask)
+        wide = empty_scores(evidence, name, rollout, teacher.lm_head.weight)
+        fill_scores(
+            wide, evidence, rollout, hidden, teacher.lm_head.weight, self.rule, rows, tokens
+        )
+        return replace(
+            wide,
+            logprobs=wide.logprobs.astype(scores.logprobs.dtype),
+            rows=wide.rows.astype(scores.rows.dtype),
         )
 
     def _column(self, rollout: RolloutBatch, values: Tensor) -> np.ndarray:
@@ -260,70 +271,21 @@ class Production:
 
     # -- what the learner does ---------------------------------------------------------------------
 
-    def _credits(self, batches: Sequence[ScoredBatch], plan: UpdatePlan) -> list[Credit]:
-        views: list[LearnerView | None] = [None] * len(batches)
-        if self.objective.signals & {Signal.learner_logprobs, Signal.learner_values}:
-            views = [self._view(b) for b in batches]
-        credits = [self.objective.credit(b, plan, v) for b, v in zip(batches, views, strict=True)]
-        if self.objective.standardises:
-            count, total, squares = moments(credits)
-            mean = total / count
-            credits = [
-                c.standardised(mean, (squares / count - mean.square()).sqrt()) for c in credits
-            ]
-        return credits
-
     @torch.no_grad()
     def _view(self, batch: ScoredBatch) -> LearnerView:
-        nothing = torch.zeros(int(batch.rollout.response_lengths.sum()), dtype=torch.float64)
-        zero = Credit(token_weight=nothing, sparse=nothing, value_slope=nothing, watched={})
-        micro = collate(
-            train_sequences(
-                batch, zero, [torch.zeros(batch.rollout.num_sequences)] * len(batch.scores)
-            )
-        )
-        logprobs, values = self._forward(
-            micro, self._terms(micro, [zero]), self._slopes(micro, [zero]), Look.view
-        )
+        logprobs, values = self._forward(collate(unlearned_sequences(batch.rollout)), Look.view)
         kind = torch.from_numpy(np.zeros(0, self.dtype)).dtype
         return LearnerView(logprobs=logprobs.to(kind), values=values.to(kind))
 
-    def _forward(self, micro: MicroBatch, terms: TokenTerms, slopes: Tensor, look: Look) -> tuple:
-        teachers = TeacherSide(self.settings, self.objective.signals, torch.device("cpu")).of(
-            micro.teachers
-        )
+    def _forward(self, micro: MicroBatch, look: Look) -> tuple:
+        inbox = TeacherInbox.load(self.settings, self.objective.needs.evidence, torch.device("cpu"))
+        teachers = inbox.head_inputs(micro.teachers) if look is Look.learn else ()
         return self.student(
             micro.input_ids,
             micro.attention_mask,
             micro.position_ids,
             micro.hidden_rows,
             teachers,
-            terms,
-            slopes,
+            micro.columns,
             look,
         )
-
-    def _terms(self, micro: MicroBatch, credits: Sequence[Credit]) -> TokenTerms:
-        narrow = TokenTerms(
-            token_ids=micro.token_ids,
-            token_weight=micro.token_weight,
-            sparse=micro.sparse,
-            sampler_logprobs=micro.rollout_logprobs,
-        )
-        if self.dtype is np.float32:
-            return narrow
-        wide = replace(
-            narrow,
-            token_weight=self._wide(credits, "token_weight"),
-            sparse=self._wide(credits, "cost"),
-        )
-        assert torch.equal(wide.sparse.float(), narrow.sparse) and torch.equal(
-            wide.token_weight.float(), narrow.token_weight
-        )
-        return wide
-
-    def _slopes(self, micro: MicroBatch, credits: Sequence[Credit]) -> Tensor:
-        return micro.value_slope if self.dtype is np.float32 else self._wide(credits, "value_slope")
-
-    def _wide(self, credits: Sequence[Credit], name: str) -> Tensor:
-        return torch.cat([getattr(c, name) for c in credits]).double()

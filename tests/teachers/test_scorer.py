@@ -8,6 +8,7 @@ import torch
 
 from hybridrl.core.errors import CheckpointError
 from hybridrl.models.loading import load_model
+from hybridrl.runtime.scorer_group import scoring
 from hybridrl.settings.choices import Source
 from hybridrl.settings.compose import load_config
 from hybridrl.teachers.scorer import Scorer, data_key
@@ -33,9 +34,9 @@ def scorer(folder: Path, *overrides: str) -> Scorer:
         f"model.path={folder}/student",
         f"teachers.main.path={folder}/teacher",
     ]
-    return Scorer(
-        load_config([*base, "train.head_chunk=3", *overrides]), teacher="main", device="cpu"
-    )
+    settings = load_config([*base, "train.head_chunk=3", *overrides])
+    evidence, rule = scoring(settings, "main")
+    return Scorer(settings, teacher="main", device="cpu", evidence=evidence, rule=rule)
 
 
 def expected(folder: Path, batch: RolloutBatch, temperature: float = 1.0) -> torch.Tensor:
@@ -206,10 +207,10 @@ def test_a_replica_remembers_its_own_and_other_numbers_of_replicas_share_it_all(
 
     def loaded(replica: int, replicas: int) -> set[str]:
         one.load_state(str(tmp_path), replica, replicas)
-        return set(one.remembered)
+        return set(one.cached)
 
     assert loaded(0, 2) == set(keys[0]) and loaded(1, 2) == set(keys[1])
-    assert loaded(0, 1) == loaded(2, 3) == {*keys[0], *keys[1]} and len(one.remembered) == 8
+    assert loaded(0, 1) == loaded(2, 3) == {*keys[0], *keys[1]} and len(one.cached) == 8
 
 
 def test_a_pickle_in_place_of_what_a_scorer_remembers_is_refused(folder: Path, tmp_path: Path):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridrl.kernels.head import HeadRule, hybrid_head_loss
 from hybridrl.kernels.teacher_rows import HiddenTeacher
-from hybridrl.kernels.terms import TokenTerms
+from hybridrl.kernels.token_columns import TokenColumns
 
 MARK = "PEER "
 
@@ -97,10 +97,11 @@ class BareLoop:
 
     def learn(self, hidden: Tensor, taught: Tensor, drawn: Tensor) -> None:
         ones = torch.ones(len(drawn))
-        terms = TokenTerms(
+        terms = TokenColumns(
             token_ids=drawn,
             token_weight=ones / len(drawn),
             sparse=torch.randn(len(drawn)),
+            value_slope=0 * ones,
             sampler_logprobs=0 * ones,
         )
         teacher = HiddenTeacher(

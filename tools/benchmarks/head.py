@@ -21,7 +21,7 @@ from benchmarks import head_peers
 from benchmarks.timing import interleaved, medians
 from hybridrl.kernels.head import HeadRule, hybrid_head_loss
 from hybridrl.kernels.teacher_rows import HiddenTeacher
-from hybridrl.kernels.terms import TokenTerms
+from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.kernels.workspace import Tiles
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -96,10 +96,11 @@ def problem(shape: Shape, dtype: torch.dtype, device: str, *, peaked: bool) -> P
 def ours(p: Problem, rule: HeadRule, *, hybrid: bool) -> None:
     """Both gradients in one pass, chunk by chunk."""
     ones = torch.ones(len(p.ids), device=p.ids.device)
-    terms = TokenTerms(
+    terms = TokenColumns(
         token_ids=p.ids,
         token_weight=ones / len(p.ids),
         sparse=p.cost * hybrid,
+        value_slope=0 * ones,
         sampler_logprobs=0 * ones,
     )
     teacher = HiddenTeacher(hidden=p.teacher_hidden, lm_head=p.teacher_head, weight=ones)

@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from hybridrl.batch.balance import micro_batches
 from hybridrl.batch.micro_batch import collate, train_sequences
 from hybridrl.kernels.head import hybrid_head_loss
-from hybridrl.kernels.terms import TokenTerms
 from hybridrl.models.decoder_layers import attends_plainly, compile_layers
 from hybridrl.models.loading import load_model
 from hybridrl.models.output_head import output_weight
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.hybrid import teacher_weight
 from hybridrl.policy.student import head_rule
 from hybridrl.rollout.engine import Rollout, sample_seed
 from hybridrl.settings.run import RunSettings
-from hybridrl.teachers.inbox import TeacherSide
+from hybridrl.teachers.inbox import TeacherInbox
 from hybridrl.types import (
     GenerateOrder,
     Prompt,
@@ -180,10 +178,10 @@ class BareLearner:
             weight_decay=train.weight_decay,
             fused=True,
         )
-        self.rule, objective = head_rule(settings), make_objective(settings)
-        self.objective, self.teachers = (
-            objective,
-            TeacherSide(settings, objective.signals, torch.device("cpu")),
+        self.rule = head_rule(settings)
+        self.objective = make_objective(settings)
+        self.teachers = TeacherInbox.load(
+            settings, self.objective.needs.evidence, torch.device("cpu")
         )
 
     def ping(self) -> str:
@@ -193,8 +191,9 @@ class BareLearner:
         self, plan: UpdatePlan, rollout: RolloutBatch, rewards: Rewards, scores: TokenScores
     ) -> None:
         batch = ScoredBatch(rollout=rollout, rewards=rewards, scores=(scores,))
+        credit = self.objective.credit(batch, plan, None)
         sequences = train_sequences(
-            batch, self.objective.credit(batch, plan, None), [teacher_weight(batch, plan, 0)]
+            rollout, credit.learned(torch.float32), batch.scores, credit.teacher_weights
         )
         train = self.settings.train
         indices = micro_batches(
@@ -203,7 +202,7 @@ class BareLearner:
             packed=train.packing,
         )
         micros = [collate([sequences[i] for i in batch], packed=train.packing) for batch in indices]
-        self.micros = [(micro, self.teachers.of(micro.teachers)) for micro in micros]
+        self.micros = [(micro, self.teachers.head_inputs(micro.teachers)) for micro in micros]
 
     def update(self) -> float:
         """-> seconds"""
@@ -215,12 +214,7 @@ class BareLearner:
                 "position_ids": micro.position_ids,
             }
             hidden: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-            terms = TokenTerms(
-                token_ids=micro.token_ids,
-                token_weight=micro.token_weight,
-                sparse=micro.sparse,
-                sampler_logprobs=micro.rollout_logprobs,
-            )
+            terms = micro.columns
             rows = hidden.flatten(0, 1).index_select(0, micro.hidden_rows)
             hybrid_head_loss(rows, output_weight(self.model), teachers, terms, self.rule)[
                 0

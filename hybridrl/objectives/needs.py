@@ -1,0 +1,25 @@
+"""What an objective asks of the other workers, and of the learner before its update."""
+
+from dataclasses import dataclass
+
+from hybridrl.teachers.evidence import Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Example: the reward alone, as GRPO without a reference: Needs(rewards=True)."""
+
+    evidence: tuple[Evidence, ...] = ()  # of each scored teacher
+    rewards: bool = False
+    learner_logprobs: bool = False  # log p(y_t) before the update: one more forward pass
+    learner_values: bool = False  # the value head's outputs before the update: likewise
+
+    @property
+    def learner_view(self) -> bool:
+        """Whether the learner runs a forward pass before its update."""
+        return self.learner_logprobs or self.learner_values
+
+    @property
+    def sampler_support(self) -> int:
+        """How many of its most likely tokens the sampler sends with each token; 0: none."""
+        return max((e.sampler_support for e in self.evidence), default=0)
