@@ -324,6 +324,14 @@ BAD = [
         "rollout.oversample: the groups that are done first would decide the teacher's share",
     ),
     (
+        "algorithm=dpo +teachers.initial.evidence=hidden",
+        "teachers.initial.evidence=hidden: algorithm.pair.loss=dpo reads the drawn tokens'",
+    ),
+    (
+        "algorithm=word_kd +teachers.main.evidence=drawn",
+        "teachers.main.evidence=drawn: estimates by the drawn token",
+    ),
+    (
         "algorithm=dpo +teachers.initial.route={domain:math}",
         "teachers.initial.route: algorithm.pair.loss=dpo takes every pair's",
     ),
