@@ -44,6 +44,8 @@ USAGE = """usage: hybridrl VERB ...
                                                                      checkpoints, FOLDER by default DIR/export/step_NNNNNN
   hybridrl serve DIR|FOLDER [--port N]                               answer OpenAI's API with a run's newest model
   hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]       every method's gradient against exact enumeration
+  hybridrl check algorithm.advantage=FILE.py:CLASS                   the same of an estimator, token weight or pair loss
+                                                                     of one's own
   hybridrl doctor [run.dir=DIR] [KEY=VALUE ...]                      is this machine fit to train on, are its doors closed,
                                                                      can the models and data be had?
 """

@@ -15,7 +15,7 @@ from hybridrl.runtime.replay_group import ReplayGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.scorer_group import ScorerGroup
 from hybridrl.runtime.workers import Workers
-from hybridrl.settings.choices import OnStale, PairLoss, Source
+from hybridrl.settings.choices import OnStale, Source
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.shares import shares
 from hybridrl.types import ChunkHeader, Prompt, Rewards, ScoreHeader
@@ -260,9 +260,9 @@ class Sampling:
         """Groups that the loss is averaged over: those with a best and a worst response, or all
         that are kept.
         """
-        if self.settings.algorithm.pair.loss is PairLoss.none:
-            return int(sum(a.of_groups(a.rewards.keep).all(axis=1).sum() for a in arrived))
-        return int(sum(differing(a.header, a.rewards)[list(a.groups)].sum() for a in arrived))
+        if self.settings.algorithm.ranks_pairs:
+            return int(sum(differing(a.header, a.rewards)[list(a.groups)].sum() for a in arrived))
+        return int(sum(a.of_groups(a.rewards.keep).all(axis=1).sum() for a in arrived))
 
 
 def differing(header: ChunkHeader, rewards: Rewards) -> np.ndarray:

@@ -39,6 +39,7 @@ from hybridrl.launch.preflight import (
 )
 from hybridrl.launch.teacher_levels import measure_teachers, teachers_to_measure
 from hybridrl.models.loading import head_rows, load_tokenizer
+from hybridrl.objectives.user_code import check_user_code
 from hybridrl.report.report import write_report
 from hybridrl.rewards.check import check_columns, loaded_rewards
 from hybridrl.rewards.reward_model import check_reward_models
@@ -355,6 +356,7 @@ def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """
     check_metrics(settings)
     check_usable(settings)
+    check_user_code(settings)
     with loaded_rewards(settings.reward) as rewards:
         prompts, heldout = prepare_prompts(settings)
         if rewards is not None:

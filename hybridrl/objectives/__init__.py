@@ -5,13 +5,12 @@ preset.
 from hybridrl.objectives.credit import Objective
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.objectives.pairs import PairObjective
-from hybridrl.settings.choices import PairLoss
 from hybridrl.settings.run import RunSettings
 
 
 def make_objective(settings: RunSettings) -> Objective:
     """Pairs where a pair loss is set, returns otherwise."""
-    if settings.algorithm.pair.loss is not PairLoss.none:
+    if settings.algorithm.ranks_pairs:
         return PairObjective(settings.algorithm)
     return HybridObjective(
         settings.algorithm,

@@ -32,17 +32,18 @@ from torch import Tensor
 
 from hybridrl.batch.views import per_token, response_grid, response_ids, response_rows
 from hybridrl.kernels.token_columns import TokenColumns
+from hybridrl.objectives.advantages.advantage import ReturnGrid
+from hybridrl.objectives.chosen import chosen_advantage, chosen_token_weight
 from hybridrl.objectives.credit import Credit, LearnerView
 from hybridrl.objectives.needs import Needs
+from hybridrl.objectives.token_weights.token_weight import TokenCounts
 from hybridrl.ops.divergence import Measure, tail_score
 from hybridrl.ops.ratio import RatioBounds
-from hybridrl.ops.returns import future_cost, generalised_advantage, sibling_mean, standard_scores
+from hybridrl.ops.returns import future_cost, standard_scores
 from hybridrl.settings.algorithm import AlgorithmConfig
 from hybridrl.settings.choices import (
-    Baseline,
     EvidenceKind,
     Future,
-    Normalizer,
     Ratio,
     RatioLevel,
     Scale,
@@ -75,6 +76,8 @@ class HybridObjective:
         self.measure = Measure(
             divergence=config.divergence, beta=config.jsd_beta, log_ratio_clip=config.log_ratio_clip
         )
+        self.advantage = chosen_advantage(config)
+        self.weight_of_tokens = chosen_token_weight(config)
         self.standardises = config.scale is Scale.batch
         clips = config.log_ratio_clip is not None  # the share of clipped costs is a metric
         estimates = any(make_evidence(kind, config, drawn=False).estimates for kind in kinds)
@@ -82,7 +85,7 @@ class HybridObjective:
         by_sequence = (
             config.ratio.kind is not Ratio.none and config.ratio.level is RatioLevel.sequence
         )
-        has_values = config.baseline is Baseline.value
+        has_values = self.advantage.needs_values
         own_costs = self.has_costs and (sampler_differs or config.teacher_fraction > 0)
         self.needs = Needs(
             evidence=tuple(make_evidence(kind, config, drawn=self.has_costs) for kind in kinds),
@@ -99,22 +102,10 @@ class HybridObjective:
         weight = self.token_weight(batch, plan, learner)
         own, cost = self._imitation(batch, teacher_weights, learner)
         returns = self._returns(batch, plan, own, cost, mask)
-        values = torch.zeros_like(returns)
-        match (
-            Baseline.none if rollout.source is Source.data else self.config.baseline
-        ):  # data is no policy's, and has no return
-            case Baseline.none:
-                advantage = returns
-            case Baseline.value:
-                assert learner is not None, "baseline=value asks for learner_values"
-                values[mask] = learner.values.to(values.dtype)
-                advantage = generalised_advantage(
-                    returns, values, mask, self.config.value.gae_lambda
-                )
-            case _:
-                loo = self.config.baseline is Baseline.leave_one_out
-                advantage = returns - sibling_mean(returns, rollout.group_size, leave_one_out=loo)
-        has_values = self.config.baseline is Baseline.value
+        has_values = self.advantage.needs_values
+        # Data is no policy's, and has no return from which a baseline could be subtracted.
+        from_data = rollout.source is Source.data
+        advantage = returns if from_data else self._advantages(returns, mask, rollout, learner)
         clips = self.config.log_ratio_clip is not None and rollout.source is not Source.data
         live = weight > 0  # a dropped group's reward is NaN, and 0 * NaN is not 0
         sparse = torch.where(live, advantage[mask], 0.0)
@@ -141,33 +132,44 @@ class HybridObjective:
             has_returns=rollout.source is not Source.data,
         )
 
+    def _advantages(
+        self, returns: Tensor, mask: Tensor, rollout: RolloutBatch, learner: LearnerView | None
+    ) -> Tensor:
+        """[N, T] returns above their baseline."""
+        values = torch.zeros_like(returns)
+        if self.advantage.needs_values:
+            assert learner is not None, "an estimator that needs values gets the learner's view"
+            values[mask] = learner.values.to(values.dtype)
+        grid = ReturnGrid(returns=returns, values=values, mask=mask, group_size=rollout.group_size)
+        advantages = self.advantage.advantages(grid, self.config)
+        assert advantages.shape == mask.shape, (advantages.shape, mask.shape)
+        return advantages.to(returns.dtype)
+
     def token_weight(
         self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None
     ) -> Tensor:
-        """[R] 1 / normaliser; 0 for dropped groups; times the sequence's importance ratio where
-        that is asked for.
+        """[R] how much each token counts; 0 for dropped groups; times the sequence's importance
+        ratio with ratio.level=sequence.
         """
-        rollout, sequences = batch.rollout, max(plan.num_sequences, 1)
-        lengths = torch.from_numpy(rollout.response_lengths.copy()).double()
-        match self.config.normalizer:
-            case Normalizer.token_mean:
-                weight = torch.full_like(lengths, 1.0 / max(plan.num_tokens, 1))
-            case Normalizer.sequence_mean:
-                weight = 1.0 / (
-                    max(plan.num_groups, 1) * rollout.group_size * lengths
-                )  # every prompt weighs the same
-            case Normalizer.constant:
-                weight = torch.full_like(lengths, 1.0 / (sequences * self.max_new_tokens))
-        weight = torch.where(torch.from_numpy(batch.rewards.keep.copy()), weight, 0.0)
+        rollout = batch.rollout
+        mask = response_grid(rollout)  # [N, T]
+        counts = TokenCounts(
+            mask=mask,
+            group_size=rollout.group_size,
+            num_tokens=max(plan.num_tokens, 1),
+            num_sequences=max(plan.num_sequences, 1),
+            num_groups=max(plan.num_groups, 1),
+            max_new_tokens=self.max_new_tokens,
+        )
+        keep = torch.from_numpy(batch.rewards.keep.copy())[:, None]
+        weight = torch.where(keep, self.weight_of_tokens(counts).broadcast_to(mask.shape), 0.0)
         if (
             self.config.ratio.kind is not Ratio.none
             and self.config.ratio.level is RatioLevel.sequence
         ):
             assert learner is not None, "ratio.level=sequence asks for learner_logprobs"
-            weight = weight * self._sequence_ratio(rollout, learner)
-        return per_token(weight, rollout).to(
-            torch.from_numpy(rollout.rollout_logprobs[:0].copy()).dtype
-        )
+            weight = weight * self._sequence_ratio(rollout, learner)[:, None]
+        return weight[mask].to(torch.from_numpy(rollout.rollout_logprobs[:0].copy()).dtype)
 
     def _sequence_ratio(self, rollout: RolloutBatch, learner: LearnerView) -> Tensor:
         """[N] prod_t p(y_t) / mu(y_t), bounded as algorithm.ratio says."""

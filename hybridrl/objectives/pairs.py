@@ -11,12 +11,12 @@ from torch import Tensor
 
 from hybridrl.batch.views import per_token, response_ids, response_rows
 from hybridrl.kernels.token_columns import TokenColumns
+from hybridrl.objectives.chosen import chosen_pair_loss
 from hybridrl.objectives.credit import Credit, LearnerView
 from hybridrl.objectives.hybrid import teacher_weights_of
 from hybridrl.objectives.needs import Needs
-from hybridrl.ops.preference import PAIR_LOSSES, PairGradient, PairOptions, PairScores
+from hybridrl.objectives.pair_losses.pair_loss import PairGradient, PairScores
 from hybridrl.settings.algorithm import AlgorithmConfig
-from hybridrl.settings.choices import REFERENCED, PairLoss
 from hybridrl.teachers.evidence import Drawn
 from hybridrl.types import RolloutBatch, ScoredBatch, UpdatePlan
 
@@ -30,12 +30,12 @@ class PairObjective:
 
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config = config
-        self.scores_by_value = config.pair.loss is PairLoss.bradley_terry
+        self.loss = chosen_pair_loss(config.pair)
         self.needs = Needs(
-            evidence=(Drawn(),) if config.pair.loss in REFERENCED else (),
+            evidence=(Drawn(),) if self.loss.needs_reference else (),
             rewards=True,
-            learner_logprobs=not self.scores_by_value,
-            learner_values=self.scores_by_value,
+            learner_logprobs=not self.loss.scores_by_value,
+            learner_values=self.loss.scores_by_value,
         )
 
     def credit(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Credit:
@@ -58,7 +58,7 @@ class PairObjective:
         weights = per_token(weight, rollout)
         sparse = per_token(slope, rollout)
         value_slope = torch.zeros_like(sparse)
-        if self.scores_by_value:  # a reward model's score is its value at the end
+        if self.loss.scores_by_value:  # a reward model's score is its value at the end
             value_slope = torch.where(last_tokens(rollout), weights * sparse, 0.0)
             sparse = torch.zeros_like(sparse)
         return TokenColumns(
@@ -88,7 +88,7 @@ class PairObjective:
             "pair/score_max": torch.cat([gradient.chosen_score, gradient.rejected_score]).abs(),
             "pair/clamped_frac": gradient.clamped,
         }
-        if not self.scores_by_value:
+        if not self.loss.scores_by_value:
             mean_logp = sums(learner.logprobs, rollout) / torch.from_numpy(
                 rollout.response_lengths.copy()
             )
@@ -96,7 +96,7 @@ class PairObjective:
                 "pair/chosen_logprob": mean_logp[chosen],
                 "pair/rejected_logprob": mean_logp[rejected],
             }
-        if self.needs.evidence:  # the scores are log-ratios
+        if self.loss.needs_reference:  # the scores are log-ratios
             found["pair/rejected_ratio"] = gradient.rejected_score.exp()
         return found
 
@@ -104,15 +104,15 @@ class PairObjective:
         self, batch: ScoredBatch, learner: LearnerView, chosen: Tensor, rejected: Tensor
     ) -> PairGradient:
         """The loss of each pair; chosen, rejected: [P] indices of sequences."""
-        rollout, pair = batch.rollout, self.config.pair
-        if self.scores_by_value:
+        rollout = batch.rollout
+        if self.loss.scores_by_value:
             policy = torch.zeros(rollout.num_sequences, dtype=learner.values.dtype)
             policy += learner.values[last_tokens(rollout)]
         else:
             policy = sums(learner.logprobs, rollout)
         reference = (
             sums(response_rows(rollout, batch.scores[0].logprobs), rollout)
-            if self.needs.evidence
+            if self.loss.needs_reference
             else torch.zeros_like(policy)
         )
         lengths = torch.from_numpy(rollout.response_lengths.copy()).to(policy.dtype)
@@ -124,15 +124,7 @@ class PairObjective:
             chosen_len=lengths[chosen],
             rejected_len=lengths[rejected],
         )
-        options = PairOptions(
-            beta=pair.beta,
-            target=pair.target,
-            nll_weight=pair.nll_weight,
-            average=pair.average,
-            log_ratio_clamp=pair.clamp,
-            reference=pair.reference,
-        )
-        return PAIR_LOSSES[pair.loss](scores, options)
+        return self.loss.gradient(scores, self.config.pair)
 
 
 def ranked(batch: ScoredBatch) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,9 @@ from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, LearnerView, assign_credit
+from hybridrl.objectives.head_rule import head_rule
 from hybridrl.oracle.exact import author
 from hybridrl.oracle.mdp import Mdp
-from hybridrl.policy.student import head_rule
 from hybridrl.settings.choices import Source
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridrl.oracle.estimator import Estimator, Rows
 from hybridrl.oracle.exact import author
-from hybridrl.settings.choices import Normalizer, Source
+from hybridrl.settings.choices import Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +29,12 @@ def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: in
     """
     table = estimator.mdp.student
     mean, squares, luck = torch.zeros_like(table), 0.0, 0.0
+    weight = 0.0
     for source, share in shares.items():
         probability = estimator.mdp.probability(author(estimator.mdp, source))
         for members in pieces(estimator, group_size):
             rows, chance = estimator.rows(members, source), share * probability[members].prod(1)
+            weight += float((rows.columns.token_weight * chance[rows.group]).sum())
             mean += table_gradient(estimator, rows, chance[rows.group])
             tokens = token_gradients(estimator, rows)
             each = torch.zeros(len(members), *table.shape, dtype=table.dtype).index_put_(
@@ -40,7 +42,7 @@ def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: in
             )
             squares += float((chance * each.square().sum((1, 2))).sum())
             luck = max(luck, spread(tokens / rows.columns.token_weight[:, None], rows.prefixes))
-    scale = tokens_per_sequence(estimator)
+    scale = tokens_per_sequence(estimator, weight)
     variance = (squares - float(mean.square().sum())) * scale**2 * group_size
     return Measured(mean=mean * scale, variance=max(variance, 0.0), luck=luck)
 
@@ -101,9 +103,18 @@ def spread(gradients: Tensor, prefixes: Tensor) -> float:
     return float((high - low).max())
 
 
-def tokens_per_sequence(estimator: Estimator) -> float:
-    """What undoes the normaliser, on average where lengths vary."""
+def tokens_per_sequence(estimator: Estimator, weight: float) -> float:
+    """What undoes the normaliser, on average where lengths vary. A user's own may have any size: a
+    constant factor is left to the learning rate.
+
+    Args:
+        weight: the mean of the sum of a batch's token weights, which is 1 where they make a mean.
+    """
     mdp = estimator.mdp
-    if estimator.settings.algorithm.normalizer is Normalizer.constant:
+    algorithm = estimator.settings.algorithm
+    length = float((mdp.probability(mdp.student) * mdp.lengths).sum())
+    if algorithm.token_weight is not None:
+        return length / weight
+    if algorithm.normalizer == "constant":
         return float(estimator.settings.rollout.max_new_tokens)
-    return float((mdp.probability(mdp.student) * mdp.lengths).sum())
+    return length

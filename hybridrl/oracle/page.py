@@ -19,10 +19,15 @@ not what it is declared to be in [cases.py](cases.py).
 hybridrl check                # the table below
 hybridrl check --seed 1       # other models: biases are bounded there, not equal to the declared size
 hybridrl check --json         # a list of row objects
+hybridrl check algorithm.advantage=mine.py:Mine     # an estimator, token weight or pair loss of your own
 ```
 
-The losses on ranked pairs have no rows: [tests/objectives/test_presets.py](../../tests/objectives/test_presets.py) compares them, and every
-other preset, with a direct implementation of the published formula.
+What is given as settings of `algorithm`, of your own or built in, is measured in place of the table: nothing is declared of it, so the
+verdict is the finding, and the exit status is 1 if it is biased. [hybridrl/objectives](../objectives/README.md#your-own) has examples.
+The derivatives of a pair loss are compared with finite differences of the loss.
+
+The losses on ranked pairs have no rows in the table: [tests/objectives/test_presets.py](../../tests/objectives/test_presets.py) compares
+them, and every other preset, with a direct implementation of the published formula.
 
 ## How to read a row
 

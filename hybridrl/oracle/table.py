@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 import torch
 
 from hybridrl.oracle.cases import PLAIN, Case, World, cases
+from hybridrl.oracle.user_rows import is_own_setting, user_rows
 from hybridrl.oracle.verdict import Row, Scope, judge
-from hybridrl.settings.choices import PairLoss
 from hybridrl.settings.compose import conf_dir, load_config
 
 LIMIT = 2000
@@ -17,8 +17,8 @@ LIMIT = 2000
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table; with --json a list of row objects. Exit status: 0 all as declared, 1
-    something deviates, 2 wrong arguments.
+    """Print the table, or the rows of the settings that are given; with --json a list of row
+    objects. Exit status: 0 all as declared, 1 something deviates or is biased, 2 wrong arguments.
     """
     usual = Scope()
     parser = argparse.ArgumentParser(
@@ -41,20 +41,30 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--json", action="store_true", help="a list of row objects instead of a table"
     )
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="settings of algorithm, e.g. algorithm.advantage=file.py:Class: what their gradient "
+        "is, in place of the table",
+    )
     try:
         given = parser.parse_args(list(arguments))
     except SystemExit as stopped:
         return int(stopped.code or 0)
-    wrong = complaint(given.seed, given.vocab, given.horizon)
+    wrong = complaint(given.seed, given.vocab, given.horizon, given.settings)
     if wrong:
         print(wrong)
         return 2
     torch.set_num_threads(1)  # the tables are small, and threads would mostly wait for each other
-    rows = all_rows(Scope(seed=given.seed, vocabulary=given.vocab, horizon=given.horizon))
-    return report_json(rows) if given.json else report_table(rows)
+    scope = Scope(seed=given.seed, vocabulary=given.vocab, horizon=given.horizon)
+    if given.settings:
+        rows = list(user_rows(given.settings, scope))
+        return report_json(rows) if given.json else report_user_rows(rows)
+    return report_json(all_rows(scope)) if given.json else report_table(all_rows(scope))
 
 
-def complaint(seed: int, vocabulary: int, horizon: int) -> str | None:
+def complaint(seed: int, vocabulary: int, horizon: int, settings: Sequence[str] = ()) -> str | None:
     """One sentence on the first argument that is out of range, None where all are right."""
     if seed < 0:
         return f"--seed {seed}: must not be negative; give 0 or more"
@@ -69,6 +79,12 @@ def complaint(seed: int, vocabulary: int, horizon: int) -> str | None:
             f"--vocab {vocabulary} --horizon {horizon}: vocab^horizon is {vocabulary**horizon} "
             f"sequences, at most {LIMIT} are enumerated; lower one of them"
         )
+    for setting in settings:
+        if not is_own_setting(setting):
+            return (
+                f"{setting}: must be a setting of algorithm; write algorithm.KEY=VALUE, or "
+                "algorithm=NAME for the preset to start from"
+            )
     return None
 
 
@@ -87,6 +103,18 @@ def report_table(rows: Iterable[Row]) -> int:
         agreeing.append(row.agrees)
     print(f"{len(agreeing)} rows, {agreeing.count(False)} deviate. {FOOTER}")
     return int(not all(agreeing))
+
+
+def report_user_rows(rows: Sequence[Row]) -> int:
+    """Rows of which nothing is declared, so their verdict is the finding."""
+    print(HEADER)
+    for row in rows:
+        print(line(row))
+    biased = [row for row in rows if not row.agrees]
+    largest = f", by up to {max(row.bias for row in biased):.3f}" if biased else ""
+    start = f" {FOOTER}" if any(row.method == "hybrid" for row in rows) else ""
+    print(f"{len(rows)} rows, {len(biased)} biased{largest}.{start}")
+    return int(bool(biased))
 
 
 def all_rows(scope: Scope) -> Iterator[Row]:
@@ -109,9 +137,7 @@ def online_methods() -> set[str]:
         name: load_config(["run.dir=check", "experiment=quickstart", f"algorithm={name}"])
         for name in names
     }
-    return {
-        name for name, settings in made.items() if settings.algorithm.pair.loss is PairLoss.none
-    }
+    return {name for name, settings in made.items() if not settings.algorithm.ranks_pairs}
 
 
 HEADER = (
@@ -125,7 +151,8 @@ FOOTER = (
 
 
 def line(row: Row) -> str:
-    verdict = row.verdict if row.agrees else f"{row.verdict}: DEVIATES"
+    deviates = row.declared and not row.agrees
+    verdict = f"{row.verdict}: DEVIATES" if deviates else row.verdict
     return (
         f"{row.method:<14} {row.option:<92} {row.estimates:<19} {row.bias:>8.3f} "
         f"{row.cosine:>7.3f} {row.variance:>9.3f}  {row.declared:<13} {verdict}"

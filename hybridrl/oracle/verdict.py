@@ -14,7 +14,7 @@ from hybridrl.oracle.exact import Claim
 from hybridrl.oracle.mdp import Mdp, make_mdp
 from hybridrl.oracle.measure import measure
 from hybridrl.settings.algorithm import AlgorithmConfig
-from hybridrl.settings.choices import Baseline, Normalizer, Ratio, Source
+from hybridrl.settings.choices import Ratio, Source
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.route import takes
@@ -120,7 +120,8 @@ holds where those are all equal, as they are in the worlds without an end.
 
 
 def needs_equal_lengths(case: Case, settings: RunSettings) -> bool:
-    divides = settings.algorithm.normalizer is not Normalizer.constant
+    algorithm = settings.algorithm
+    divides = algorithm.token_weight is not None or algorithm.normalizer != "constant"
     return divides and case.kind is not Kind.biased and case.world is not World.ended
 
 
@@ -190,7 +191,9 @@ def written_by(algorithm: AlgorithmConfig) -> dict[Source, float]:
 
 def exact_values(settings: RunSettings, mdp: Mdp) -> Tensor:
     """[P] the mean return of each prefix: what a perfect value head would say."""
-    plain = replace(settings, algorithm=replace(settings.algorithm, baseline=Baseline.none))
+    plain = replace(
+        settings, algorithm=replace(settings.algorithm, baseline="none", advantage=None)
+    )
     rows = Estimator(plain, mdp).rows(torch.arange(len(mdp.tokens))[:, None], Source.student)
     chance = mdp.probability(mdp.student)[rows.group]
     total, weight = (torch.zeros(len(mdp.student), dtype=chance.dtype) for _ in range(2))

@@ -36,6 +36,7 @@ from hybridrl.models.decoder_layers import attends_plainly, compile_layers
 from hybridrl.models.loading import VALUE_HEAD, load_model, resolve
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, LearnerView, assign_credit
+from hybridrl.objectives.head_rule import head_rule
 from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
 from hybridrl.policy.optimizer_state import check_finite, check_model, load_part, local_fragments
 from hybridrl.policy.statistics import (
@@ -46,7 +47,7 @@ from hybridrl.policy.statistics import (
     heldout_metrics,
     remedy,
 )
-from hybridrl.policy.student import HeadInputs, Look, Student, head_rule
+from hybridrl.policy.student import HeadInputs, Look, Student
 from hybridrl.run_dir.saved_file import seal
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.inbox import TeacherInbox

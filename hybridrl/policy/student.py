@@ -19,10 +19,6 @@ from hybridrl.kernels.head import (
 from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.models.output_head import output_weight
-from hybridrl.ops.divergence import Measure
-from hybridrl.ops.ratio import RatioBounds
-from hybridrl.settings.choices import PairLoss, RatioLevel
-from hybridrl.settings.run import RunSettings
 
 
 class Look(StrEnum):
@@ -125,29 +121,3 @@ class Student(nn.Module):
         if look is Look.learn and self.value_head is not None:
             out = out + (values * columns.value_slope).sum()
         return out, stats
-
-
-def head_rule(settings: RunSettings) -> HeadRule:
-    """The settings of the head pass; a ratio of whole sequences is part of the token weights
-    instead.
-    """
-    algorithm = settings.algorithm
-    per_token = algorithm.ratio.level is RatioLevel.token and algorithm.pair.loss is PairLoss.none
-    ratio = (
-        RatioBounds(kind=algorithm.ratio.kind, low=algorithm.ratio.low, high=algorithm.ratio.high)
-        if per_token
-        else RatioBounds()
-    )
-    measure = Measure(
-        divergence=algorithm.divergence,
-        beta=algorithm.jsd_beta,
-        log_ratio_clip=algorithm.log_ratio_clip,
-    )
-    chunk, exact = settings.train.head_chunk, settings.train.exact_logits
-    return HeadRule(
-        temperature=algorithm.temperature,
-        chunk=chunk,
-        exact_logits=exact,
-        measure=measure,
-        ratio=ratio,
-    )

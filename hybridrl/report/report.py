@@ -327,7 +327,7 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
         ("Imitation weight", _schedule(_get(config, algorithm + "imitation_weight"))),
         ("Reward weight (lambda)", _schedule(_get(config, algorithm + "reward_weight"))),
         ("Discount of future imitation cost (gamma)", _get(config, algorithm + "gamma")),
-        ("Baseline", _get(config, algorithm + "baseline")),
+        ("Baseline", _get(config, algorithm + "advantage") or _get(config, algorithm + "baseline")),
         ("Prompts per step", _get(config, "train.prompts_per_step")),
         ("Responses per prompt", _get(config, "train.samples_per_prompt")),
         ("Learning rate", _get(config, "train.lr")),

@@ -27,10 +27,10 @@ from numbers import Real
 from typing import Any
 
 from hybridrl.core import redact
+from hybridrl.core.plain_text import described, plain
 from hybridrl.rewards.guard import start_guard
 from hybridrl.rewards.load import RewardFunction, load_reward
 from hybridrl.rewards.signature import signature_of
-from hybridrl.rewards.text import described, plain
 
 FLOAT32_MAX = 3.4e38  # values travel as float32
 TAKEN = b"taken"

@@ -28,7 +28,7 @@ from pathlib import Path
 from threading import Thread
 
 from hybridrl.core import redact
-from hybridrl.rewards.text import plain
+from hybridrl.core.plain_text import plain
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36

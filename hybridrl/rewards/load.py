@@ -15,19 +15,14 @@ the columns.
 
 import difflib
 import functools
-import hashlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from importlib import import_module
-from importlib.machinery import ModuleSpec
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.rewards.text import described
+from hybridrl.core.plain_text import described
+from hybridrl.core.user_files import load_from_file
 
 RewardFunction = Callable[..., Any]  # a list [N] of float | None, or an awaitable of one
 
@@ -55,15 +50,7 @@ def load_reward(name: str, function: str, options: dict[str, Any]) -> RewardFunc
         module, _, attribute = BUILT_IN[function].partition(":")
         loaded = getattr(import_module(module), attribute)
     elif colon and path.endswith(".py"):
-        loaded = getattr(_module(field, Path(path)), attribute, None)
-        if loaded is None:
-            raise ConfigError(
-                f"{field}: {path} has no {attribute}; name a function that the file defines"
-            )
-        if not callable(loaded):
-            raise ConfigError(
-                f"{field}: {attribute} must be callable; name a function that the file defines"
-            )
+        loaded = load_from_file(field, function)
     else:
         near = difflib.get_close_matches(function, BUILT_IN, n=1)
         remedy = (
@@ -130,68 +117,3 @@ def _with_options(function: RewardFunction, options: dict[str, Any]) -> RewardFu
     free = [p for p in signature.parameters.values() if p.name not in options]
     called.__signature__ = signature.replace(parameters=free)
     return called
-
-
-def _module(field: str, path: Path) -> ModuleType:
-    """The file as a module, run once in this process.
-
-    It is imported under its own name, from its own folder, as `python path` would do: it can import
-    its neighbours, and a process that it starts can import its functions. Where that name means
-    another module (math.py, or a second rewards.py), it has a private name instead, under which
-    processes that are started by spawn cannot import it.
-    """
-    path = path.absolute()
-    if not path.is_file():
-        raise ConfigError(f"{field}: there is no file {path}; give a path that every node can read")
-    if str(path) in _modules:
-        return _modules[str(path)]
-    _check_neighbours(field, path)
-    folder = str(path.parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    spec = _spec(path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[spec.name]
-        raise ConfigError(
-            f"{field}: running {path} raised {described(error)}; correct the file"
-        ) from error
-    _modules[str(path)] = module
-    return module
-
-
-_modules: dict[str, ModuleType] = {}  # by absolute path
-
-
-def _spec(path: Path) -> ModuleSpec | None:
-    name = path.stem
-    if name not in sys.modules:
-        importlib.invalidate_caches()
-        found = importlib.util.find_spec(name) if name.isidentifier() else None
-        if found is not None and found.origin == str(path):
-            return found
-    private = f"reward_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    return importlib.util.spec_from_file_location(private, path)
-
-
-def _check_neighbours(field: str, path: Path) -> None:
-    """Refuse a file whose imports would give it modules from the folder of another reward file."""
-    for loaded in _modules.values():
-        other = Path(str(loaded.__file__)).parent
-        if other == path.parent:
-            continue
-        for neighbour in path.parent.iterdir():
-            module = sys.modules.get(neighbour.stem)
-            source = getattr(module, "__file__", None)
-            if source is None or module is loaded:
-                continue
-            if Path(source).parent in (other, other / neighbour.stem):
-                raise ConfigError(
-                    f"{field}: {path.parent} and {other} both have {neighbour.name}, and one "
-                    "process can import only one of them; rename one, or put both reward files "
-                    "into one folder"
-                )

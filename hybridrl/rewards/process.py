@@ -14,11 +14,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
+from hybridrl.core.plain_text import plain
 from hybridrl.core.redact import without_secrets
 from hybridrl.rewards import child
 from hybridrl.rewards.child import Answer, Raised, RewardCall
 from hybridrl.rewards.signature import Signature
-from hybridrl.rewards.text import plain
 
 MAX_CHARS = (
     2000  # of a text from a child, which has bounded it itself unless a function forged the answer

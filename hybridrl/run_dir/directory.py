@@ -409,8 +409,13 @@ def described_input(key: str) -> str:
     if key.endswith(".path"):
         return f"the files of {key}"
     if key.endswith(f".{IMPORTS}"):
-        return f"a module that the file of {key.removesuffix(f'.{IMPORTS}')}.function imports"
-    return f"the file of {key}.function"
+        return f"a module that the file of {file_setting(key.removesuffix(f'.{IMPORTS}'))} imports"
+    return f"the file of {file_setting(key)}"
+
+
+def file_setting(key: str) -> str:
+    """The setting that names a user's file, from the key of its digest."""
+    return f"{key}.function" if key.startswith("reward.functions.") else key
 
 
 def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from hybridrl.core.files import sha256
+from hybridrl.core.imported_files import imported_files
 from hybridrl.models.loading import HUB_FILES, resolve
 from hybridrl.models.revisions import newest_commit
-from hybridrl.rewards.imports import imported_files
 from hybridrl.run_dir.contents import digest_of_files
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
@@ -26,7 +26,7 @@ def digests(
     settings: RunSettings, prompts: Sequence[Prompt], heldout: Sequence[Prompt]
 ) -> dict[str, str]:
     """A digest of each thing that is read, by the setting that names it: all prompts as the model
-    and the rewards see them, each file with a reward function, the modules that it imports, and the
+    and the rewards see them, each file with code of the user's, the modules that it imports, and the
     files of each model in use.
 
     Raises:
@@ -38,22 +38,37 @@ def digests(
         data.update(described(prompt, prompt.responses).encode())
     for prompt in heldout:  # their responses are only measured, nothing is learned from them
         data.update(described(prompt, ()).encode())
-    return {DATA: data.hexdigest()} | reward_digests(settings) | model_digests(settings)
+    return {DATA: data.hexdigest()} | file_digests(settings) | model_digests(settings)
 
 
-def reward_digests(settings: RunSettings) -> dict[str, str]:
+def file_digests(settings: RunSettings) -> dict[str, str]:
+    """Of each Python file of the user's that the run executes, and of the modules it imports."""
     found = {}
-    for name, function in settings.reward.functions.items():
-        path = Path(function.function.rpartition(":")[0])
+    for key, named in user_files(settings).items():
+        path = Path(named.rpartition(":")[0])
         if path.is_file():
-            key = f"reward.functions.{name}"
             found[key] = sha256(path)
             modules = imported_files(path)
             if modules:
                 home = path.resolve().parent
-                named = [(os.path.relpath(module, home), module) for module in modules]
-                found[f"{key}.{IMPORTS}"] = digest_of_files(named)
+                listed = [(os.path.relpath(module, home), module) for module in modules]
+                found[f"{key}.{IMPORTS}"] = digest_of_files(listed)
     return found
+
+
+def user_files(settings: RunSettings) -> dict[str, str]:
+    """file.py:name of what a user's files add, or a built-in name, by the setting that names it."""
+    algorithm = settings.algorithm
+    own = {
+        "algorithm.advantage": algorithm.advantage,
+        "algorithm.token_weight": algorithm.token_weight,
+        "algorithm.pair.loss": algorithm.pair.loss,
+    }
+    rewards = {
+        f"reward.functions.{name}": function.function
+        for name, function in settings.reward.functions.items()
+    }
+    return rewards | {key: name for key, name in own.items() if name is not None}
 
 
 def model_digests(settings: RunSettings) -> dict[str, str]:

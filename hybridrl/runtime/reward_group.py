@@ -9,7 +9,6 @@ from hybridrl.runtime.actor_group import ActorGroup, Slot
 from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.replaceable import replaceable
-from hybridrl.settings.choices import PairLoss
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import (
     Sample,
@@ -22,8 +21,7 @@ class RewardGroup:
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, log_dir: str) -> None:
         self.settings = settings
         watch_only = (
-            settings.algorithm.reward_weight.is_zero()
-            and settings.algorithm.pair.loss is PairLoss.none
+            settings.algorithm.reward_weight.is_zero() and not settings.algorithm.ranks_pairs
         )
         model = {"tokenizer_path": settings.model.path, "revision": settings.model.revision}
         kwargs = {

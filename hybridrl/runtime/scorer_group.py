@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hybridrl.core.errors import WorkerError
 from hybridrl.kernels.head import HeadRule
 from hybridrl.objectives import make_objective
-from hybridrl.policy.student import head_rule
+from hybridrl.objectives.head_rule import head_rule
 from hybridrl.runtime.actor_group import ActorGroup, Slot
 from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.chunk import Chunk

@@ -5,14 +5,20 @@ names.
 from dataclasses import dataclass, field
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.settings.built_in import (
+    ADVANTAGES,
+    NO_PAIRS,
+    PAIR_LOSSES,
+    TOKEN_WEIGHTS,
+    check_own,
+    check_word,
+    is_own,
+)
 from hybridrl.settings.choices import (
-    Baseline,
     Correction,
     Divergence,
     EvidenceKind,
     Future,
-    Normalizer,
-    PairLoss,
     Ratio,
     RatioLevel,
     Reference,
@@ -135,8 +141,8 @@ class RatioConfig:
                 "algorithm.ratio.kind=clip: works on tokens; set algorithm.ratio.level=token, or "
                 "kind=truncate"
             )
-        bounded = self.kind in (Ratio.truncate, Ratio.mask) and self.high is not None
-        if bounded and self.high < self.low:
+        bounded = self.kind in (Ratio.truncate, Ratio.mask)
+        if bounded and self.high is not None and self.high < self.low:
             raise ConfigError(
                 f"algorithm.ratio.low={self.low}, high={self.high}: with kind={self.kind} no "
                 "ratio lies between them; needs low <= high"
@@ -168,14 +174,18 @@ class ValueConfig:
 class PairConfig:
     """A loss over two ranked responses of one prompt, in place of returns."""
 
-    loss: PairLoss = PairLoss.none
-    """the loss over a chosen and a rejected response; formulas in hybridrl/ops/preference.py"""
+    loss: str = NO_PAIRS
+    """the loss over a chosen and a rejected response, or file.py:Class of yours
+    (hybridrl/objectives/README.md); formulas in hybridrl/objectives/pair_losses
+    """
     against: str | None = None
-    """which of teachers.* the log-ratios are to; null: the only one"""
+    """which of teachers.* the log-ratios are to; null: the only one. A loss of yours that needs a
+    reference has it named here
+    """
     beta: float = 0.1
     """scale of the log-ratio (dpo, simpo)"""
     target: float = 0.5
-    """tau of IPO, margin of SLiC, gamma of SimPO"""
+    """what the loss aims at: see its file, e.g. tau of IPO, margin of SLiC, gamma of SimPO"""
     nll_weight: float = 0.0
     """SLiC's regularisation: weight of the chosen response's negative log-likelihood"""
     average: bool = False
@@ -191,21 +201,32 @@ class PairConfig:
                 f"algorithm.pair.beta={self.beta}: must be positive; 0 learns nothing and a "
                 "negative one prefers the rejected response"
             )
-        if self.target < 0 or (self.target == 0 and self.loss is PairLoss.ipo):
-            positive = self.loss is PairLoss.ipo
-            rule = (
-                "must be positive, the margin is 1/(2 target)"
-                if positive
-                else "must not be negative"
-            )
+        if self.target < 0:
             raise ConfigError(
-                f"algorithm.pair.target={self.target}: with pair.loss={self.loss} it {rule}"
+                f"algorithm.pair.target={self.target}: with pair.loss={self.loss} it must not be "
+                "negative"
             )
         if self.nll_weight < 0:
             raise ConfigError(
                 f"algorithm.pair.nll_weight={self.nll_weight}: must not be negative, or the "
                 "chosen response would become less likely"
             )
+        if not is_own(self.loss):
+            check_word(
+                "algorithm.pair.loss",
+                self.loss,
+                {NO_PAIRS: None, **PAIR_LOSSES},
+                "write one of those, or algorithm.pair.loss=path/to/file.py:Class",
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference model. A built-in one says so itself; of a
+        loss in a user's file, which is not read here, `against` says it.
+        """
+        if self.loss in PAIR_LOSSES:
+            return bool(PAIR_LOSSES[self.loss].load().needs_reference)
+        return is_own(self.loss) and self.against is not None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -233,8 +254,12 @@ class AlgorithmConfig:
     """
     future: Future = Future.sum
     """how the future imitation costs of a token are combined when gamma > 0"""
-    baseline: Baseline = Baseline.leave_one_out
+    baseline: str = "leave_one_out"
     """what is subtracted from the return of a token"""
+    advantage: str | None = None
+    """file.py:Class, an advantage estimator of yours in the place of algorithm.baseline
+    (hybridrl/objectives/README.md)
+    """
     scale: Scale = Scale.none
     """by what the sparse term is divided"""
     ratio: RatioConfig = field(default_factory=RatioConfig)
@@ -259,12 +284,17 @@ class AlgorithmConfig:
     like teacher_fraction
     """
     pair: PairConfig = field(default_factory=PairConfig)
-    normalizer: Normalizer = Normalizer.token_mean
+    normalizer: str = "token_mean"
     """by what the sum over tokens is divided"""
+    token_weight: str | None = None
+    """file.py:function, a token weight of yours in the place of algorithm.normalizer
+    (hybridrl/objectives/README.md)
+    """
     temperature: float = 1.0
     """of student, teacher and sampler alike"""
 
     def __post_init__(self) -> None:
+        self._check_words()
         if not 0 <= self.gamma <= 1:
             raise ConfigError(f"algorithm.gamma={self.gamma}: a discount lies in [0, 1]")
         if (
@@ -300,11 +330,6 @@ class AlgorithmConfig:
                 f"algorithm.log_ratio_clip={self.log_ratio_clip}: must be positive, or null for "
                 "none"
             )
-        if self.scale is Scale.batch and self.baseline is Baseline.value:
-            raise ConfigError(
-                "algorithm.scale=batch: not with baseline=value, whose advantages are centred "
-                "already; set algorithm.scale=none"
-            )
         for name in ("teacher_fraction", "data_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"algorithm.{name}={getattr(self, name)}: a share, in [0, 1]")
@@ -317,12 +342,39 @@ class AlgorithmConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"algorithm.{name}={getattr(self, name)}: must not be negative")
 
+    def _check_words(self) -> None:
+        own = "write one of those, or algorithm.{}=path/to/file.py:{} for your own"
+        check_word(
+            "algorithm.baseline", self.baseline, ADVANTAGES, own.format("advantage", "Class")
+        )
+        check_word(
+            "algorithm.normalizer",
+            self.normalizer,
+            TOKEN_WEIGHTS,
+            own.format("token_weight", "function"),
+        )
+        if self.advantage is not None:
+            check_own("algorithm.advantage", self.advantage, "Class", ADVANTAGES, "baseline")
+        if self.token_weight is not None:
+            check_own(
+                "algorithm.token_weight",
+                self.token_weight,
+                "function",
+                TOKEN_WEIGHTS,
+                "normalizer",
+            )
+
+    @property
+    def ranks_pairs(self) -> bool:
+        """Whether the run learns from ranked pairs of responses instead of returns."""
+        return self.pair.loss != NO_PAIRS
+
     @property
     def responses_per_prompt(self) -> int:
         """How many responses a row of data brings: a chosen and a rejected one for a pair loss,
         else the one to imitate.
         """
-        return 1 if self.pair.loss is PairLoss.none else 2
+        return 2 if self.ranks_pairs else 1
 
     @property
     def evidence_kind(self) -> EvidenceKind:

@@ -7,15 +7,14 @@ what has to read models and data is checked in launch/preflight.py.
 from collections.abc import Callable
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.settings.built_in import ADVANTAGES, PAIR_LOSSES
 from hybridrl.settings.choices import (
-    REFERENCED,
-    Baseline,
     Correction,
     Device,
     EvidenceKind,
     OnStale,
-    PairLoss,
     Ratio,
+    Scale,
     SupportSource,
     WeightTransfer,
 )
@@ -52,7 +51,7 @@ def check_teachers(settings: RunSettings) -> None:
 def check_evidence(settings: RunSettings) -> None:
     """A pair loss compares with a reference by the drawn tokens; nothing else would be read."""
     for name, teacher in settings.teachers.items():
-        pairs = settings.algorithm.pair.loss is not PairLoss.none
+        pairs = settings.algorithm.ranks_pairs
         if pairs and teacher.evidence not in (None, EvidenceKind.drawn):
             raise ConfigError(
                 f"teachers.{name}.evidence={teacher.evidence}: "
@@ -72,7 +71,8 @@ def check_best_checkpoint(settings: RunSettings) -> None:
 
 def check_needs(settings: RunSettings) -> None:
     """What the objective asks for is there, and what it is given it uses."""
-    algorithm, pairs = settings.algorithm, settings.algorithm.pair.loss is not PairLoss.none
+    algorithm = settings.algorithm
+    pairs = algorithm.ranks_pairs
     from_student = algorithm.data_fraction + algorithm.teacher_fraction < 1
     likelihood = algorithm.nll_weight and algorithm.data_fraction + algorithm.teacher_fraction
     if not (pairs or algorithm.imitates or algorithm.learns_from_rewards or likelihood):
@@ -86,7 +86,7 @@ def check_needs(settings: RunSettings) -> None:
             "add +teachers.NAME.path=..., or set algorithm.imitation_weight.value=0"
         )
     against = algorithm.pair.against
-    if algorithm.pair.loss in REFERENCED and (
+    if algorithm.pair.needs_reference and (
         against not in settings.teachers if against else len(settings.teachers) != 1
     ):
         raise ConfigError(
@@ -95,7 +95,7 @@ def check_needs(settings: RunSettings) -> None:
             "+teachers.initial.path=null algorithm.pair.against=initial"
         )
     if (
-        algorithm.pair.loss in REFERENCED
+        algorithm.pair.needs_reference
         and settings.teachers[against or next(iter(settings.teachers))].route
     ):
         raise ConfigError(
@@ -116,13 +116,13 @@ def check_needs(settings: RunSettings) -> None:
             "add +reward.functions.NAME.function=..., or set algorithm.reward_weight.value=0"
         )
     k = settings.train.samples_per_prompt
-    compares = algorithm.baseline in (Baseline.leave_one_out, Baseline.group_mean)
     if (
         from_student
         and not pairs
-        and compares
         and k < 2
         and (algorithm.learns_from_rewards or algorithm.imitates)
+        and algorithm.advantage is None
+        and ADVANTAGES[algorithm.baseline].load().needs_siblings
     ):
         raise ConfigError(
             f"train.samples_per_prompt={k}: algorithm.baseline={algorithm.baseline} compares "
@@ -183,6 +183,24 @@ def check_needs(settings: RunSettings) -> None:
         raise ConfigError(
             f"train.samples_per_prompt={k}: algorithm.dynamic_sampling compares siblings, needs "
             ">= 2; raise it"
+        )
+
+
+def check_objective(settings: RunSettings) -> None:
+    """What the built-in estimator or loss says of other settings; objectives/user_code.py has the
+    same rules for a user's own.
+    """
+    algorithm = settings.algorithm
+    if algorithm.pair.loss in PAIR_LOSSES:
+        PAIR_LOSSES[algorithm.pair.loss].load()().check(algorithm.pair)
+    if (
+        algorithm.scale is Scale.batch
+        and algorithm.advantage is None
+        and ADVANTAGES[algorithm.baseline].load().needs_values
+    ):
+        raise ConfigError(
+            f"algorithm.scale=batch: not with baseline={algorithm.baseline}, whose advantages are "
+            "centred already; set algorithm.scale=none"
         )
 
 
@@ -323,6 +341,7 @@ def _check_shared_gpus(settings: RunSettings) -> None:
 
 
 CHECKS: tuple[Callable[[RunSettings], None], ...] = (
+    check_objective,
     check_teachers,
     check_schedules,
     check_best_checkpoint,

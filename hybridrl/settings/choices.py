@@ -88,15 +88,6 @@ class Future(StrEnum):
     mean = "mean"
 
 
-class Baseline(StrEnum):
-    none = "none"
-    group_mean = (
-        "group_mean"  # mean of the K siblings at the same position, the sequence itself included
-    )
-    leave_one_out = "leave_one_out"  # mean of the K-1 others at the same position: unbiased
-    value = "value"  # a learned value head with generalised advantage estimation (PPO)
-
-
 class Scale(StrEnum):
     """By what the sparse term is divided."""
 
@@ -122,35 +113,6 @@ class RatioLevel(StrEnum):
     token = "token"
     # the product over the response, for the dense term too: unbiased when not bounded
     sequence = "sequence"
-
-
-class Normalizer(StrEnum):
-    token_mean = "token_mean"  # divide by the global number of response tokens (DAPO)
-    # mean over each response, over its siblings, over prompts: short ones weigh more (GRPO, GKD)
-    sequence_mean = "sequence_mean"
-    constant = (
-        "constant"  # divide by sequences * max_new_tokens: unbiased at any batch size (Dr. GRPO)
-    )
-
-
-class PairLoss(StrEnum):
-    """Over a chosen and a rejected response of one prompt; formulas in ops.preference."""
-
-    none = "none"  # no pairs: the objective's returns
-    dpo = "dpo"
-    ipo = "ipo"
-    slic = "slic"
-    simpo = "simpo"
-    dil_lsif = "dil_lsif"
-    dil_ukl = "dil_ukl"
-    dil_bce = "dil_bce"
-    bradley_terry = (
-        "bradley_terry"  # trains a reward model: the value head's score of the whole response
-    )
-
-
-REFERENCED = (PairLoss.dpo, PairLoss.ipo, PairLoss.dil_lsif, PairLoss.dil_ukl, PairLoss.dil_bce)
-"""Pair losses over log-ratios to a reference."""
 
 
 class Reference(StrEnum):

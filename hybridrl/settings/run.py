@@ -17,12 +17,10 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.settings.algorithm import AlgorithmConfig, ScheduleConfig
 from hybridrl.settings.checkpointing import CheckpointConfig
 from hybridrl.settings.choices import (
-    REFERENCED,
     Correction,
     Device,
     EvidenceKind,
     OnError,
-    PairLoss,
     Resume,
     WandbMode,
 )
@@ -515,9 +513,9 @@ class RunSettings:
         """Whose log-probs or hidden states the objective asks for; none for pure reinforcement
         learning.
         """
-        if self.algorithm.pair.loss in REFERENCED:
+        if self.algorithm.pair.needs_reference:
             return [self.algorithm.pair.against or next(iter(self.teachers))]
-        if self.algorithm.pair.loss is not PairLoss.none:
+        if self.algorithm.ranks_pairs:
             return []
         return list(self.teachers) if self.algorithm.imitates else []
 

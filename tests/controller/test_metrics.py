@@ -47,7 +47,7 @@ from hybridrl.report.figures import PANELS
 from hybridrl.rewards.repetition import compressed_share, repeated_share
 from hybridrl.rollout.header import chunk_header
 from hybridrl.settings.algorithm import AlgorithmConfig, PairConfig
-from hybridrl.settings.choices import PairLoss, Source
+from hybridrl.settings.choices import Source
 from hybridrl.settings.compose import load_config
 from hybridrl.tracking.console import PHASES
 from hybridrl.tracking.glossary import SECTIONS, explain, page
@@ -293,7 +293,7 @@ PAIR = make_batch(
 SEEN = (-0.5, -0.5, -2.0, -1.0, -1.0, -1.0, -9.0, -9.0)
 
 
-def watched(loss: PairLoss, seen: Sequence[float] = SEEN, **changes) -> dict[str, float]:
+def watched(loss: str, seen: Sequence[float] = SEEN, **changes) -> dict[str, float]:
     rewards = make_rewards(PAIR, [1.0, 0.0, 1.0, 1.0])
     scored = ScoredBatch(rollout=PAIR, scores=(make_scores(PAIR, [-1.0] * 8),), rewards=rewards)
     view = LearnerView(logprobs=torch.tensor(seen), values=torch.arange(8.0))
@@ -308,7 +308,7 @@ def watched(loss: PairLoss, seen: Sequence[float] = SEEN, **changes) -> dict[str
 @pytest.mark.usefixtures("alone")
 def test_a_pair_is_told_by_its_scores():
     # log p: -1 of two tokens and -5 of four; log q: -2 and -4; so s_w = 1, s_l = -1
-    assert watched(PairLoss.dpo) == pytest.approx(
+    assert watched("dpo") == pytest.approx(
         {
             "pair/loss": math.log1p(math.exp(-0.1 * 2)),  # beta 0.1
             "pair/accuracy": 1.0,
@@ -327,14 +327,14 @@ def test_a_pair_is_told_by_its_scores():
 @pytest.mark.usefixtures("alone")
 def test_a_pair_of_equal_scores_counts_as_half_ranked():
     as_reference = [-1.0] * 8  # what make_scores says of each token, so s_w = s_l = 0
-    assert watched(PairLoss.dpo, as_reference)["pair/accuracy"] == 0.5
+    assert watched("dpo", as_reference)["pair/accuracy"] == 0.5
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_clamp_is_counted_and_only_log_ratios_have_an_exponential():
-    assert watched(PairLoss.dil_ukl, clamp=0.5)["pair/clamped_frac"] == 1.0
-    assert watched(PairLoss.slic).keys().isdisjoint({"pair/rejected_ratio"})
-    by_value = watched(PairLoss.bradley_terry)  # the values at the last tokens are 1 and 5
+    assert watched("dil_ukl", clamp=0.5)["pair/clamped_frac"] == 1.0
+    assert watched("slic").keys().isdisjoint({"pair/rejected_ratio"})
+    by_value = watched("bradley_terry")  # the values at the last tokens are 1 and 5
     assert (
         by_value["pair/margin"] == -4.0
         and by_value["pair/accuracy"] == 0.0

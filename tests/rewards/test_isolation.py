@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hybridrl.core.plain_text import described, plain
 from hybridrl.rewards import guard
 from hybridrl.rewards.pool import Failure, FailureKind, RewardCall, RewardPool
-from hybridrl.rewards.text import described, plain
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -15,8 +15,9 @@ from hybridrl.launch.session import prepare_prompts
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import LearnerView
+from hybridrl.objectives.head_rule import head_rule
 from hybridrl.objectives.pairs import last_tokens
-from hybridrl.policy.student import Look, Student, head_rule
+from hybridrl.policy.student import Look, Student
 from hybridrl.rewards.check import check_rewards
 from hybridrl.rewards.load import load_reward
 from hybridrl.rewards.reward_model import RewardModel, check_reward_models

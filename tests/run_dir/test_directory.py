@@ -837,6 +837,24 @@ def test_a_large_file_is_read_once_until_it_changes(
     assert digest(file) != "kept"
 
 
+@pytest.mark.parametrize(
+    "setting", ["algorithm.advantage", "algorithm.token_weight", "algorithm.pair.loss"]
+)
+def test_a_changed_file_of_an_estimator_weight_or_loss_is_refused(setting: str, tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text("import near\n")
+    (tmp_path / "near.py").write_text("x = 1")
+    settings = settings_of(tmp_path, f"{setting}={file}:Mine")
+    before = digests(settings, [], [])
+    check_inputs(settings, before, digests(settings, [], []))
+    file.write_text("import near\ny = 2\n")
+    assert refused(settings, before) == f"the file of {setting} changed since the checkpoint"
+    file.write_text("import near\n")
+    (tmp_path / "near.py").write_text("x = 2")
+    what = f"a module that the file of {setting} imports changed since the checkpoint"
+    assert refused(settings, before) == what
+
+
 def test_a_changed_module_that_the_reward_file_imports_is_refused(tmp_path: Path):
     """Neighbours, one through another, of a package, and one that is imported only when the
     function is called.

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from hybridrl.controller.rounding import rounding_warning
 from hybridrl.core.errors import ConfigError
-from hybridrl.settings.choices import Baseline, OnStale, ScheduleKind
+from hybridrl.settings.choices import OnStale, ScheduleKind
 from hybridrl.settings.compose import (
     conf_dir,
     from_yaml,
@@ -66,10 +66,10 @@ def test_the_presets_are_the_methods_they_are_named_after():
         a = load_config([*BASE, f"algorithm={name}"]).algorithm
         return a.imitation_weight.value, a.reward_weight.value, a.gamma, a.baseline
 
-    assert preset("hybrid") == (1.0, 1.0, 0.0, Baseline.leave_one_out)
-    assert preset("opd_full") == (1.0, 0.0, 0.0, Baseline.none)
-    assert preset("rloo") == (0.0, 1.0, 0.0, Baseline.leave_one_out)
-    assert preset("reinforce_kl") == (1.0, 10.0, 1.0, Baseline.leave_one_out)
+    assert preset("hybrid") == (1.0, 1.0, 0.0, "leave_one_out")
+    assert preset("opd_full") == (1.0, 0.0, 0.0, "none")
+    assert preset("rloo") == (0.0, 1.0, 0.0, "leave_one_out")
+    assert preset("reinforce_kl") == (1.0, 10.0, 1.0, "leave_one_out")
 
 
 def test_overrides_reach_the_typed_settings():
@@ -84,7 +84,7 @@ def test_overrides_reach_the_typed_settings():
             "+data.options.num_numbers=4",
         ]
     )
-    assert settings.train.lr == 1e-4 and settings.algorithm.baseline is Baseline.group_mean
+    assert settings.train.lr == 1e-4 and settings.algorithm.baseline == "group_mean"
     assert settings.algorithm.reward_weight == ScheduleConfig(
         kind=ScheduleKind.linear, value=0.0, end=2.0, steps=10
     )
@@ -192,8 +192,32 @@ BAD = [
     ("cluster.colocate=maybe", "cluster.colocate=maybe: Value 'maybe' is not a valid bool"),
     (
         "algorithm.baseline=median",
-        "algorithm.baseline=median: Invalid value 'median', expected one of [none, group_mean, "
-        "leave_one_out, value]",
+        "algorithm.baseline=median: must be one of none, group_mean, leave_one_out, value; "
+        "write one of those, or algorithm.advantage=path/to/file.py:Class for your own",
+    ),
+    (
+        "algorithm.baseline=leave_one_ot",
+        "algorithm.baseline=leave_one_ot: must be one of none, group_mean, leave_one_out, value; "
+        "did you mean leave_one_out?",
+    ),
+    (
+        "algorithm.normalizer=sequence",
+        "algorithm.normalizer=sequence: must be one of token_mean, sequence_mean, constant; "
+        "did you mean sequence_mean?",
+    ),
+    (
+        "algorithm.pair.loss=dp",
+        "algorithm.pair.loss=dp: must be one of none, dpo, ipo, slic, simpo, dil_lsif, dil_ukl, "
+        "dil_bce, bradley_terry; did you mean dpo?",
+    ),
+    (
+        "algorithm.advantage=leave_one_out",
+        "algorithm.advantage=leave_one_out: is built in; set algorithm.baseline=leave_one_out",
+    ),
+    (
+        "algorithm.token_weight=mine.py",
+        "algorithm.token_weight=mine.py: must be the function of a file of yours; write "
+        "algorithm.token_weight=path/to/file.py:function",
     ),
     (
         "reward.on_error=ignore",

@@ -15,6 +15,9 @@ class Colour(StrEnum):
     red = "red"  # as fire
     blue = "blue"  # as the sea, far from the shore
     grey = "grey"
+    # as
+    # grass
+    green = "green"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,7 +42,7 @@ class Root:
 
 
 def test_settings_are_listed_with_default_and_meaning_also_of_nested_and_named_entries() -> None:
-    words = "`red` (as fire), `blue` (as the sea, far from the shore), `grey`"
+    words = "`red` (as fire), `blue` (as the sea, far from the shore), `grey`, `green` (as grass)"
     assert list(settings_of(Root)) == [
         Setting(key="section.colour", default="blue", meaning=f"of the walls: {words}"),
         Setting(key="section.rate", default="1e-05", meaning=""),

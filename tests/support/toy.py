@@ -27,8 +27,9 @@ from hybridrl.batch.micro_batch import (
 from hybridrl.controller.coefficients import Weights
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import LearnerView, Objective, assign_credit
-from hybridrl.policy.student import Look, Student, head_rule
-from hybridrl.settings.choices import PairLoss, Source
+from hybridrl.objectives.head_rule import head_rule
+from hybridrl.policy.student import Look, Student
+from hybridrl.settings.choices import Source
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.inbox import TeacherInbox
@@ -261,7 +262,7 @@ class Production:
                 int(b.rollout.response_lengths[k].sum()) for b, k in zip(batches, kept, strict=True)
             ),
             num_sequences=sum(int(k.sum()) for k in kept),
-            num_groups=whole if settings.algorithm.pair.loss is PairLoss.none else pairs,
+            num_groups=pairs if settings.algorithm.ranks_pairs else whole,
             teacher_weights=weights.teachers(step),
             teacher_routes=tuple(
                 settings.teachers[name].route for name in settings.scored_teachers

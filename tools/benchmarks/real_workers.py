@@ -19,7 +19,7 @@ from hybridrl.models.decoder_layers import attends_plainly, compile_layers
 from hybridrl.models.loading import load_model
 from hybridrl.models.output_head import output_weight
 from hybridrl.objectives import make_objective
-from hybridrl.policy.student import head_rule
+from hybridrl.objectives.head_rule import head_rule
 from hybridrl.rollout.engine import Rollout, sample_seed
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.inbox import TeacherInbox

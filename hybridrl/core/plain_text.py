@@ -1,4 +1,4 @@
-"""Text that a reward function wrote, made safe to log: short, on one line, without control
+"""Text that code of the user's wrote, made safe to log: short, on one line, without control
 characters.
 """
 

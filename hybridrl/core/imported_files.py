@@ -1,4 +1,4 @@
-"""Which files of its author's own a reward file needs: what it imports, directly or through one
+"""Which files of its author's own a user's file needs: what it imports, directly or through one
 another.
 """
 
@@ -40,7 +40,7 @@ def modules_of(file: Path, folder: Path) -> Iterator[Path]:
     """The files of the modules that one file names in its imports.
 
     Args:
-        folder: of the reward file, whose neighbours it imports by their names.
+        folder: of the user's file, whose neighbours it imports by their names.
     """
     try:
         tree = ast.parse(file.read_bytes())

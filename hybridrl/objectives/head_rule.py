@@ -1,0 +1,32 @@
+"""The objective's rule for the head pass; the learner, the scorers and the oracle use the same one."""
+
+from hybridrl.kernels.head import HeadRule
+from hybridrl.ops.divergence import Measure
+from hybridrl.ops.ratio import RatioBounds
+from hybridrl.settings.choices import RatioLevel
+from hybridrl.settings.run import RunSettings
+
+
+def head_rule(settings: RunSettings) -> HeadRule:
+    """The settings of the head pass; a ratio of whole sequences is part of the token weights
+    instead.
+    """
+    algorithm = settings.algorithm
+    per_token = algorithm.ratio.level is RatioLevel.token and not algorithm.ranks_pairs
+    ratio = (
+        RatioBounds(kind=algorithm.ratio.kind, low=algorithm.ratio.low, high=algorithm.ratio.high)
+        if per_token
+        else RatioBounds()
+    )
+    measure = Measure(
+        divergence=algorithm.divergence,
+        beta=algorithm.jsd_beta,
+        log_ratio_clip=algorithm.log_ratio_clip,
+    )
+    return HeadRule(
+        temperature=algorithm.temperature,
+        chunk=settings.train.head_chunk,
+        exact_logits=settings.train.exact_logits,
+        measure=measure,
+        ratio=ratio,
+    )

@@ -1,0 +1,186 @@
+"""`hybridrl check algorithm.advantage=file.py:Class`: a user's own estimator, token weight or pair
+loss on the models of the table, through the production code.
+
+An estimator or token weight is measured as any other row is: the mean of its gradient over
+everything that could be sampled, against the gradient of the objective. Nothing is declared of it,
+so the row says what was found. The derivatives of a pair loss are compared with finite differences
+of the loss itself, token by token.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hybridrl.objectives.chosen import chosen_advantage, chosen_pair_loss
+from hybridrl.objectives.credit import Credit, LearnerView
+from hybridrl.objectives.pairs import PairObjective, ranked
+from hybridrl.objectives.user_code import check_user_code
+from hybridrl.oracle.cases import Case, Kind, Value, World
+from hybridrl.oracle.estimator import Estimator
+from hybridrl.oracle.exact import Target
+from hybridrl.oracle.verdict import Row, Scope, cosine, judge, relative, settings_of
+from hybridrl.settings.algorithm import PairConfig
+from hybridrl.settings.choices import Scale, Source
+from hybridrl.settings.run import RunSettings
+from hybridrl.types import ScoredBatch
+
+METHOD = "algorithm="
+SECTION = "algorithm."
+PAIR_LOSS = "pair.loss="
+MOST_PAIRS = 500
+STEP = 1e-5
+"""Of the finite differences of a pair loss, in nats; they are good to about 1e-9."""
+ROUNDING = 1e-6
+"""Largest relative error of a pair loss's derivatives that still counts as none."""
+
+
+def user_rows(overrides: Sequence[str], scope: Scope) -> Iterator[Row]:
+    """The rows of one configuration.
+
+    Args:
+        overrides: settings under `algorithm`, and `algorithm=NAME` for the preset to start from: by
+            default hybrid with gamma=1, or dpo for a pair loss.
+
+    Raises:
+        ConfigError: a setting is wrong, or a user's file cannot be used.
+    """
+    case = start(overrides)
+    settings = settings_of(case, scope)
+    check_user_code(settings)
+    if settings.algorithm.ranks_pairs:
+        yield from pair_rows(case, settings, scope)
+        return
+    for placed in placements(case, settings):
+        row = judge(placed, scope)
+        yield replace(row, declared="", agrees=row.verdict != Kind.biased)
+
+
+def is_own_setting(override: str) -> bool:
+    """Whether `hybridrl check` takes this argument as a setting."""
+    return override.startswith((METHOD, SECTION)) and "=" in override
+
+
+def start(overrides: Sequence[str]) -> Case:
+    """The preset with the settings, two responses to a prompt, which every estimator can use."""
+    methods = [o.removeprefix(METHOD) for o in overrides if o.startswith(METHOD)]
+    options = [o.removeprefix(SECTION) for o in overrides if not o.startswith(METHOD)]
+    losses = [o.removeprefix(PAIR_LOSS) for o in options if o.startswith(PAIR_LOSS)]
+    if methods:
+        method = methods[-1]
+    elif losses:
+        method = "dpo"
+        if not chosen_pair_loss(PairConfig(loss=losses[-1])).needs_reference:
+            options.append("pair.against=null")
+    else:
+        method = "hybrid"
+        if not any(option.startswith("gamma=") for option in options):
+            options.append("gamma=1")
+    return Case(method=method, options=tuple(options), group_size=2)
+
+
+def placements(case: Case, settings: RunSettings) -> Iterator[Case]:
+    """The case on the models that can show what its estimator does."""
+    algorithm = settings.algorithm
+    advantage = chosen_advantage(algorithm)
+    exact = algorithm.gamma == 1 or not algorithm.imitates
+    case = replace(case, target=Target.objective if exact else Target.semi_gradient)
+    alone = algorithm.scale is Scale.batch  # each group is a batch, and one model has few of them
+    if advantage.needs_siblings or alone:
+        places = [(World.tiny, 3)] if alone else [(World.ended, 2), (World.tiny, 3)]
+    else:
+        places = [(World.fixed, 1), (World.ended, 1), (World.ended, 2)]
+    for world, group_size in places:
+        for value in Value if advantage.needs_values else [Value.unrelated]:
+            yield replace(case, world=world, group_size=group_size, value=value)
+
+
+def pair_rows(case: Case, settings: RunSettings, scope: Scope) -> Iterator[Row]:
+    """One row for the derivatives with respect to the chosen responses, one for the rejected."""
+    trial = PairTrial(settings, scope)
+    for side, sequences in zip(("chosen", "rejected"), trial.pairs, strict=True):
+        claimed, found = trial.derivatives(sequences)
+        same = bool((claimed == found).all())  # both may be 0
+        bias = 0.0 if same else relative(claimed, found)
+        verdict = Kind.exact if bias < ROUNDING else Kind.biased
+        yield Row(
+            method=case.method,
+            option=" ".join([*case.options, side]),
+            estimates="d loss / d log p" if not trial.by_value else "d loss / d value",
+            bias=bias,
+            cosine=1.0 if same else cosine(claimed, found),
+            variance=0.0,
+            declared="",
+            verdict=verdict,
+            agrees=verdict is Kind.exact,
+        )
+
+
+class PairTrial:
+    """Pairs of enumerated sequences, and what the production objective makes of them."""
+
+    def __init__(self, settings: RunSettings, scope: Scope) -> None:
+        mdp = scope.mdp(World.ended)
+        self.estimator = Estimator(settings, mdp)
+        assert isinstance(self.estimator.objective, PairObjective)
+        self.objective = self.estimator.objective
+        self.by_value = self.objective.loss.scores_by_value
+        self.members = different_pairs(mdp.rewards)  # [P, 2]
+        self.batch: ScoredBatch = self.estimator.batch(self.members, Source.student)
+        self.pairs = ranked(self.batch)  # chosen and rejected, [P] each
+        chosen = self.members.flatten()
+        self.mask = mdp.mask[chosen]  # [2P, T]
+        at = mdp.prefixes[chosen][self.mask]
+        tokens = mdp.tokens[chosen][self.mask]
+        self.view = LearnerView(
+            logprobs=mdp.logp(mdp.student)[at, tokens], values=mdp.values[at]
+        )  # [R]
+
+    def derivatives(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each pair's loss with respect to each token of one of its responses, as the objective
+        hands them to the head pass, and by central differences; both [P, T].
+        """
+        claimed = self._grid(self._coefficients(self.credit(self.view)))[sequences]
+        found = torch.zeros_like(claimed)
+        for t in range(self.mask.shape[1]):
+            step = torch.zeros(self.mask.shape, dtype=torch.float64)
+            step[sequences, t] = STEP
+            step = step[self.mask]
+            up = self._losses(step)
+            down = self._losses(-step)
+            found[:, t] = torch.where(self.mask[sequences, t], (up - down) / (2 * STEP), 0.0)
+        return claimed, found
+
+    def credit(self, view: LearnerView) -> Credit:
+        plan = self.estimator.plan(int(self.mask.sum()), len(self.mask))
+        return self.objective.credit(self.batch, plan, view)
+
+    def _coefficients(self, credit: Credit) -> Tensor:
+        """[R] d loss of the pair / d log p of the token, or d value; a plan of one group divides by
+        1.
+        """
+        columns = credit.columns
+        return columns.value_slope if self.by_value else columns.token_weight * columns.sparse
+
+    def _losses(self, step: Tensor) -> Tensor:
+        """[P] the loss of each pair, every token's number moved by its step [R]."""
+        moved = (
+            replace(self.view, values=self.view.values + step)
+            if self.by_value
+            else replace(self.view, logprobs=self.view.logprobs + step)
+        )
+        return self.credit(moved).watched["pair/loss"]
+
+    def _grid(self, column: Tensor) -> Tensor:
+        """[R] -> [2P, T]."""
+        grid = torch.zeros(self.mask.shape, dtype=column.dtype)
+        grid[self.mask] = column
+        return grid
+
+
+def different_pairs(rewards: Tensor) -> Tensor:
+    """[P, 2] at most MOST_PAIRS pairs of sequences whose rewards differ, spread over all."""
+    pairs = torch.cartesian_prod(torch.arange(len(rewards)), torch.arange(len(rewards)))
+    pairs = pairs[rewards[pairs[:, 0]] != rewards[pairs[:, 1]]]
+    return pairs[:: -(-len(pairs) // MOST_PAIRS)]

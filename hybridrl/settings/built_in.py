@@ -1,0 +1,126 @@
+"""The built-in advantage estimators, token weights and pair losses, by the word that a setting
+has.
+
+Each is a class or function in a file of its own under hybridrl/objectives/, given here as an import
+path: settings are read without torch, and only a process that uses one imports it. A user's own is
+`file.py:Name` in its place.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from hybridrl.core.errors import ConfigError
+
+OBJECTIVES = "hybridrl.objectives"
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    place: str
+    """module:name, the module inside hybridrl.objectives"""
+    meaning: str = ""
+    """for the page of settings"""
+
+    def load(self) -> Any:
+        """The class or function itself."""
+        module, _, name = self.place.partition(":")
+        return getattr(import_module(f"{OBJECTIVES}.{module}"), name)
+
+
+ADVANTAGES = {
+    "none": BuiltIn("advantages.whole_return:WholeReturn"),
+    "group_mean": BuiltIn(
+        "advantages.group_mean:GroupMean",
+        "mean of the K siblings at the same position, the sequence itself included",
+    ),
+    "leave_one_out": BuiltIn(
+        "advantages.leave_one_out:LeaveOneOut",
+        "mean of the K-1 others at the same position: unbiased",
+    ),
+    "value": BuiltIn(
+        "advantages.generalised:GeneralisedAdvantage",
+        "a learned value head with generalised advantage estimation (PPO)",
+    ),
+}
+
+TOKEN_WEIGHTS = {
+    "token_mean": BuiltIn(
+        "token_weights.token_mean:token_mean",
+        "divide by the global number of response tokens (DAPO)",
+    ),
+    "sequence_mean": BuiltIn(
+        "token_weights.sequence_mean:sequence_mean",
+        "mean over each response, over its siblings, over prompts: short ones weigh more (GRPO, "
+        "GKD)",
+    ),
+    "constant": BuiltIn(
+        "token_weights.constant:constant",
+        "divide by sequences * max_new_tokens: unbiased at any batch size (Dr. GRPO)",
+    ),
+}
+
+PAIR_LOSSES = {
+    "dpo": BuiltIn("pair_losses.dpo:Dpo"),
+    "ipo": BuiltIn("pair_losses.ipo:Ipo"),
+    "slic": BuiltIn("pair_losses.slic:Slic"),
+    "simpo": BuiltIn("pair_losses.simpo:Simpo"),
+    "dil_lsif": BuiltIn("pair_losses.dil_lsif:DilLsif"),
+    "dil_ukl": BuiltIn("pair_losses.dil_ukl:DilUkl"),
+    "dil_bce": BuiltIn("pair_losses.dil_bce:DilBce"),
+    "bradley_terry": BuiltIn(
+        "pair_losses.bradley_terry:BradleyTerry",
+        "trains a reward model: the value head's score of the whole response",
+    ),
+}
+
+NO_PAIRS = "none"
+"""In the place of a pair loss: the objective's returns."""
+
+
+def check_word(setting: str, value: str, words: Mapping[str, Any], otherwise: str) -> None:
+    """Refuse a word that is not among those that a setting takes.
+
+    Args:
+        otherwise: the remedy where no word is near.
+
+    Raises:
+        ConfigError: it is none of them; says which one may have been meant.
+    """
+    if value in words:
+        return
+    near = difflib.get_close_matches(value, words, n=1)
+    remedy = f"did you mean {near[0]}?" if near else otherwise
+    raise ConfigError(f"{setting}={value}: must be one of {', '.join(words)}; {remedy}")
+
+
+def check_own(
+    setting: str, value: str, kind: str, words: Mapping[str, Any], word_setting: str
+) -> None:
+    """Refuse what is not the name of something in a user's file. The file is not read.
+
+    Args:
+        kind: Class or function, as an example names it.
+        words: the built-in ones, which algorithm.<word_setting> takes.
+
+    Raises:
+        ConfigError: it does not have the form file.py:Name.
+    """
+    if value in words:
+        raise ConfigError(
+            f"{setting}={value}: is built in; set algorithm.{word_setting}={value}, and leave "
+            f"{setting} out"
+        )
+    if not is_own(value):
+        raise ConfigError(
+            f"{setting}={value}: must be the {kind.lower()} of a file of yours; write "
+            f"{setting}=path/to/file.py:{kind}"
+        )
+
+
+def is_own(value: str) -> bool:
+    """Whether a value names something in a user's file, as file.py:Name does."""
+    return re.search(r"\.py:\w+$", value) is not None

@@ -1,0 +1,32 @@
+"""Files with an estimator, a token weight and a pair loss of a user's."""
+
+import re
+from pathlib import Path
+
+import hybridrl.objectives
+
+README = Path(hybridrl.objectives.__file__).parent / "README.md"
+
+
+def write_examples(folder: Path) -> Path:
+    """The worked examples of hybridrl/objectives/README.md, as one file."""
+    file = folder / "mine.py"
+    file.write_text("\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)))
+    return file
+
+
+def write_file(folder: Path, text: str, name: str = "mine.py") -> Path:
+    """A file of the text, after the imports that the examples make."""
+    file = folder / name
+    file.write_text(f"{IMPORTS}\n\n{text}")
+    return file
+
+
+IMPORTS = """
+import torch
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.objectives.advantages.advantage import Advantage
+from hybridrl.objectives.pair_losses.pair_loss import PairLoss
+from hybridrl.objectives.pair_losses.scored_sides import log_ratios, policy_logprobs
+"""
