@@ -31,6 +31,10 @@ def describe(settings: RunSettings) -> Iterator[str]:
     for name in settings.teachers_in_use:
         teacher = settings.teacher_model(name)
         key = f"teachers.{name}.path"
+        own_class = settings.teachers[name].model
+        if own_class is not None:
+            yield f"teacher   {name}: {own_class}"
+            continue
         yield f"teacher   {name}: {teacher.path}, {teacher.dtype}; {reached(key, teacher)}"
     yield f"rewards   {', '.join(settings.reward.functions) or 'none'}"
     yield f"data      {len(prompts)} training prompts, {len(heldout)} held out; {lengths(prompts)}"

@@ -68,7 +68,10 @@ def user_files(settings: RunSettings) -> dict[str, str]:
         f"reward.functions.{name}": function.function
         for name, function in settings.reward.functions.items()
     }
-    return rewards | {key: name for key, name in own.items() if name is not None}
+    teachers = {
+        f"teachers.{name}.model": settings.teachers[name].model for name in settings.teachers_in_use
+    }
+    return rewards | {k: name for k, name in (own | teachers).items() if name is not None}
 
 
 def model_digests(settings: RunSettings) -> dict[str, str]:

@@ -4,6 +4,7 @@ Each section checks its own values when it is built. `check_settings` runs every
 what has to read models and data is checked in launch/preflight.py.
 """
 
+import re
 from collections.abc import Callable
 
 from hybridrl.core.errors import ConfigError
@@ -40,6 +41,23 @@ def check_teachers(settings: RunSettings) -> None:
         if teacher.dtype not in DTYPES:
             raise ConfigError(
                 f"teachers.{name}.dtype={teacher.dtype}: must be {' or '.join(DTYPES)}"
+            )
+        own_class = teacher.model
+        if own_class is not None and not re.fullmatch(r".+\.py:\w+", own_class):
+            raise ConfigError(
+                f"teachers.{name}.model={own_class}: must be FILE.py:CLASS; for a model's folder "
+                f"or name set teachers.{name}.path"
+            )
+        if own_class is not None and teacher.path is not None:
+            raise ConfigError(
+                f"teachers.{name}.model={own_class}: is instead of teachers.{name}.path="
+                f"{teacher.path}; leave one of them out"
+            )
+        writes = settings.algorithm.teacher_fraction and name == next(iter(settings.teachers))
+        if own_class is not None and writes:
+            raise ConfigError(
+                f"teachers.{name}.model={own_class}: scores responses and writes none; set "
+                "algorithm.teacher_fraction=0, or put another teacher first"
             )
         if teacher.revision and teacher.path is None:
             raise ConfigError(

@@ -91,6 +91,8 @@ class ModelConfig:
 class TeacherConfig:
     path: str | None = None
     """as model.path; null: the student as it was before training, frozen"""
+    model: str | None = None
+    """FILE.py:CLASS of yours in the place of a model at path, see hybridrl/teachers/README.md"""
     revision: str | None = None
     """hub revision of path; null: the newest"""
     dtype: str = "float32"

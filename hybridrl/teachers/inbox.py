@@ -11,9 +11,10 @@ from torch import Tensor
 from hybridrl.batch.micro_batch import TeacherColumns
 from hybridrl.batch.wire import from_wire, to_wire
 from hybridrl.kernels.teacher_rows import Teacher
-from hybridrl.models.loading import head_rows, load_output_head
+from hybridrl.models.loading import head_rows
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence, Received
+from hybridrl.teachers.teacher_model import load_teacher_head
 
 
 class TeacherInbox:
@@ -49,9 +50,7 @@ class TeacherInbox:
             if not kind.needs_head:
                 heads.append(None)
                 continue
-            model = settings.teacher_model(name)
-            setting = settings.model_setting(name)
-            head = load_output_head(model.path, model.dtype, model.revision, setting=setting)
+            head = load_teacher_head(settings, name)
             heads.append(head[:vocabulary].to(device).clone())
         return cls(evidence, heads, vocabulary, device)
 

@@ -16,15 +16,14 @@ from hybridrl.batch.balance import micro_batches
 from hybridrl.core import failpoints
 from hybridrl.core.errors import CheckpointError
 from hybridrl.kernels.head import HeadRule
-from hybridrl.models.decoder_layers import compile_layers
-from hybridrl.models.loading import head_rows, load_model
-from hybridrl.models.output_head import output_weight
+from hybridrl.models.loading import head_rows
 from hybridrl.run_dir.saved_file import seal
 from hybridrl.settings.choices import Source
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.route import takes
 from hybridrl.teachers.scores import empty_scores, fill_scores
+from hybridrl.teachers.teacher_model import load_teacher
 from hybridrl.types import RolloutBatch, SavedFile, ScoreHeader, TokenScores
 
 
@@ -44,19 +43,12 @@ class Scorer:
         evidence: Evidence,
         rule: HeadRule,
     ) -> None:
-        model = settings.teacher_model(teacher)
         self.teacher = teacher
         self.device = torch.device(device)
-        setting = settings.model_setting(teacher)
-        loaded = load_model(model.path, model.dtype, model.revision, setting=setting)
-        self.model = loaded.to(self.device).eval()
-        compile_layers(
-            self.model, tokens=settings.rollout.max_model_len, packed=False, learns=False
-        )
+        self.model = load_teacher(settings, teacher, self.device)
         # Rows past the student's vocabulary are padding: no probability may be on them.
-        self.head = output_weight(self.model, setting=f"{setting}={model.path}")[
-            : head_rows(settings.model.path, settings.model.revision)
-        ]
+        rows = head_rows(settings.model.path, settings.model.revision)
+        self.head = self.model.head[:rows].to(self.device)
         self.configure(settings, evidence, rule)
 
     def configure(self, settings: RunSettings, evidence: Evidence, rule: HeadRule) -> None:
@@ -71,7 +63,8 @@ class Scorer:
         self.rule = rule
         model = settings.teacher_model(self.teacher)
         # What log q depends on besides the tokens.
-        self.identity = f"{model.path} {model.revision} {model.dtype} {rule.temperature}"
+        weights = settings.teachers[self.teacher].model or model.path
+        self.identity = f"{weights} {model.revision} {model.dtype} {rule.temperature}"
         self.max_tokens = settings.scorer.max_tokens_per_micro_batch
         self.caches = evidence.width(*self.head.shape) == 0
         self.cached: dict[str, np.ndarray] = {}  # data_key -> [r] log q
@@ -131,12 +124,9 @@ class Scorer:
         for row, part in enumerate(parts):
             ids[row, : len(part.input_ids)] = part.input_ids
             mask[row, : len(part.input_ids)] = 1
-        states = self.model.base_model(
-            input_ids=self._on_device(ids),
-            attention_mask=self._on_device(mask),
-            position_ids=self._on_device(positions),
-            use_cache=False,
-        ).last_hidden_state
+        states = self.model.states(
+            self._on_device(ids), self._on_device(mask), self._on_device(positions)
+        )
         before = [
             row * width + np.flatnonzero(part.response_mask) - 1 for row, part in enumerate(parts)
         ]

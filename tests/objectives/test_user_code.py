@@ -251,8 +251,8 @@ def test_reading_the_settings_that_a_run_left_runs_no_file(tmp_path: Path) -> No
 
 
 def test_every_word_of_the_settings_names_a_class_or_function_that_exists() -> None:
-    assert all(issubclass(word.load(), Advantage) for word in ADVANTAGES.values())
-    assert all(issubclass(word.load(), PairLoss) for word in PAIR_LOSSES.values())
+    assert all(Advantage in word.load().__mro__ for word in ADVANTAGES.values())
+    assert all(PairLoss in word.load().__mro__ for word in PAIR_LOSSES.values())
     assert all(callable(word.load()) for word in TOKEN_WEIGHTS.values())
     places = [w.place for words in (ADVANTAGES, PAIR_LOSSES, TOKEN_WEIGHTS) for w in words.values()]
     assert len(set(places)) == len(places)

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from hybridrl.core.errors import CheckpointError
-from hybridrl.models.loading import load_model
+from hybridrl.batch.micro_batch import TeacherColumns
+from hybridrl.core.errors import CheckpointError, ConfigError
+from hybridrl.models.loading import head_rows, load_model
+from hybridrl.objectives import make_objective
 from hybridrl.runtime.scorer_group import scoring
 from hybridrl.settings.choices import Source
 from hybridrl.settings.compose import load_config
+from hybridrl.teachers.inbox import TeacherInbox
 from hybridrl.teachers.scorer import Scorer, data_key
 from hybridrl.types import RolloutBatch
 from tests.support.batches import make_batch
@@ -27,14 +30,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scorer(folder: Path, *overrides: str) -> Scorer:
-    base = [
+def base_of(folder: Path) -> list[str]:
+    return [
         f"run.dir={folder}",
         "experiment=quickstart",
         f"model.path={folder}/student",
         f"teachers.main.path={folder}/teacher",
     ]
-    settings = load_config([*base, "train.head_chunk=3", *overrides])
+
+
+def scorer(folder: Path, *overrides: str) -> Scorer:
+    settings = load_config([*base_of(folder), "train.head_chunk=3", *overrides])
     evidence, rule = scoring(settings, "main")
     return Scorer(settings, teacher="main", device="cpu", evidence=evidence, rule=rule)
 
@@ -108,6 +114,76 @@ def test_the_whole_vocabulary_can_travel_instead_of_hidden_states(folder: Path):
     assert torch.allclose(torch.from_numpy(scores.rows), expected(folder, batch), atol=1e-5)
 
 
+TABLE = """
+import torch
+
+V = VOCABULARY
+
+class Table:
+    # The next token depends on the last one alone: log q(b | a) is row a of a table.
+
+    def __init__(self):
+        self.head = torch.eye(V)
+        self.table = torch.log_softmax(torch.arange(V * V).reshape(V, V) % 7 / 2.0, -1)
+
+    def states(self, input_ids, attention_mask, position_ids):
+        return self.table[input_ids]
+"""
+
+
+@pytest.mark.parametrize("evidence", ["hidden", "vocabulary", "support", "drawn"])
+def test_a_teacher_that_answers_from_a_table_is_one_file_of_the_users(
+    folder: Path, tmp_path: Path, evidence: str
+):
+    v = head_rows(f"{folder}/student")
+    (tmp_path / "table.py").write_text(TABLE.replace("VOCABULARY", str(v)))
+    batch = make_batch(PROMPTS)
+    own = (
+        "teachers.main.path=null",
+        f"+teachers.main.model={tmp_path}/table.py:Table",
+        f"+teachers.main.evidence={evidence}",
+        "algorithm.topk.source=teacher",
+        "algorithm.topk.k=3",
+        "algorithm.gamma=1",
+    )
+    _, scores = scorer(folder, *own).score(batch)
+    table = torch.log_softmax(torch.arange(v * v).reshape(v, v) % 7 / 2.0, -1)
+    before = torch.from_numpy(batch.input_ids[np.flatnonzero(batch.response_mask) - 1]).long()
+    logq = table[before].gather(1, drawn(batch)[:, None])[:, 0]
+    assert torch.allclose(torch.from_numpy(scores.logprobs[batch.response_mask]), logq, atol=1e-6)
+    # What the learner makes of it: the head of the table's own file where states travel.
+    settings = load_config([*base_of(folder), *own])
+    inbox = TeacherInbox.load(
+        settings, make_objective(settings).needs.evidence, torch.device("cpu")
+    )
+    columns = TeacherColumns(
+        rows=scores.rows, support_ids=scores.support_ids, weight=np.ones(11, np.float32)
+    )
+    teachers = inbox.head_inputs([columns])
+    assert len(teachers) == (0 if evidence == "drawn" else 1)
+    if evidence == "hidden":
+        assert torch.equal(teachers[0].hidden @ teachers[0].lm_head.T, table[before])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("class Table:\n    head = 1", "its class has no states"),
+        (
+            "import torch\nclass Table:\n    head = torch.eye(3)\n    states = print",
+            r"\(3, 3\), must",
+        ),
+    ],
+)
+def test_a_class_that_is_no_teacher_is_refused(
+    folder: Path, tmp_path: Path, text: str, message: str
+):
+    (tmp_path / "bad.py").write_text(text)
+    own = ("teachers.main.path=null", f"+teachers.main.model={tmp_path}/bad.py:Table")
+    with pytest.raises(ConfigError, match=message):
+        scorer(folder, *own)
+
+
 def test_a_prompt_that_is_routed_elsewhere_costs_no_forward_pass(folder: Path):
     plain = make_batch(PROMPTS)
     columns = ({"domain": "math"}, {"domain": "code"})
@@ -115,7 +191,7 @@ def test_a_prompt_that_is_routed_elsewhere_costs_no_forward_pass(folder: Path):
         **{f: getattr(plain, f) for f in plain.__dataclass_fields__} | {"columns": columns}
     )
     one, seen = scorer(folder, "+teachers.main.route={domain:code}"), []
-    one.model.base_model.register_forward_pre_hook(
+    one.model.model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     _, scores = one.score(batch)
@@ -133,7 +209,7 @@ def test_log_probs_of_data_are_computed_once_and_those_of_samples_every_time(fol
         **{f: getattr(given, f) for f in given.__dataclass_fields__} | {"uids": ("a@1", "b@1")}
     )
     one, passes = scorer(folder, "algorithm=dpo", "algorithm.pair.against=main"), []
-    one.model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    one.model.model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
     first, second = one.score(given)[1].logprobs, one.score(again)[1].logprobs
     assert first.tolist() == second.tolist() and len(passes) == 1 and first.any()
     one.score(plain)
@@ -162,7 +238,7 @@ def test_what_a_scorer_remembers_is_in_its_checkpoint(folder: Path, tmp_path: Pa
     (saved,) = one.save_state(str(tmp_path), 0, 2)
     assert saved.name == "scorer-main-00000-of-00002.safetensors" and one.state_bytes() == 4 * 11
     again, passes = scorer(folder, *DPO), []
-    again.model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    again.model.model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
     assert again.save_state(str(tmp_path), 1, 2) == [], "nothing to remember, no file"
     again.load_state(str(tmp_path), 0, 2)
     assert (

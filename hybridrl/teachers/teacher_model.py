@@ -1,0 +1,105 @@
+"""What a scorer runs: a Hugging Face model, or a user's own class."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.core.user_files import load_from_file
+from hybridrl.models.decoder_layers import compile_layers
+from hybridrl.models.loading import head_rows, load_model, load_output_head
+from hybridrl.models.output_head import output_weight
+from hybridrl.settings.run import RunSettings
+
+
+class TeacherModel(Protocol):
+    """A language model whose logits are states @ head^T. It is never trained.
+
+    B sequences of at most T tokens, padded on the right; H numbers in a state, V tokens.
+    """
+
+    @property
+    def head(self) -> Tensor:
+        """[V, H] float32 or bfloat16, rows in the order of the student's tokens."""
+        ...
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, T, H]: from the state at t follow the logits of the token at t + 1.
+
+        Args:
+            input_ids, attention_mask, position_ids: [B, T] int64; the mask is 0 in the padding.
+        """
+        ...
+
+
+class LocalModel:
+    """A Hugging Face model on one device."""
+
+    def __init__(self, model: PreTrainedModel, setting: str) -> None:
+        self.model = model
+        self._head = output_weight(model, setting=setting).detach()
+
+    @property
+    def head(self) -> Tensor:
+        return self._head
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        return self.model.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+
+
+def load_teacher(settings: RunSettings, teacher: str, device: torch.device) -> TeacherModel:
+    """The model of teachers.<teacher>, on the device.
+
+    Raises:
+        ConfigError: it cannot be loaded, or a user's class lacks what TeacherModel has.
+    """
+    own_class = settings.teachers[teacher].model
+    if own_class is not None:
+        return _of_users_file(settings, teacher, own_class)
+    model = settings.teacher_model(teacher)
+    setting = settings.model_setting(teacher)
+    loaded = load_model(model.path, model.dtype, model.revision, setting=setting).to(device).eval()
+    longest = settings.rollout.max_model_len
+    assert longest is not None, "the lengths are checked before a worker starts"
+    compile_layers(loaded, tokens=longest, packed=False, learns=False)
+    return LocalModel(loaded, f"{setting}={model.path}")
+
+
+def load_teacher_head(settings: RunSettings, teacher: str) -> Tensor:
+    """[V, H] the output embedding of teachers.<teacher> alone, on the CPU; V rows or more.
+
+    Raises:
+        ConfigError: as load_teacher.
+    """
+    own_class = settings.teachers[teacher].model
+    if own_class is not None:
+        return _of_users_file(settings, teacher, own_class).head
+    model = settings.teacher_model(teacher)
+    setting = settings.model_setting(teacher)
+    return load_output_head(model.path, model.dtype, model.revision, setting=setting)
+
+
+def _of_users_file(settings: RunSettings, teacher: str, name: str) -> TeacherModel:
+    field = f"teachers.{teacher}.model={name}"
+    model = load_from_file(field, name)()
+    lacking = [part for part in ("head", "states") if not hasattr(model, part)]
+    if lacking:
+        raise ConfigError(
+            f"{field}: its class has no {' and no '.join(lacking)}; "
+            "hybridrl/teachers/README.md shows a class that has both"
+        )
+    rows = head_rows(settings.model.path, settings.model.revision)
+    if not isinstance(model.head, Tensor) or model.head.ndim != 2 or len(model.head) < rows:
+        shape = tuple(model.head.shape) if isinstance(model.head, Tensor) else type(model.head)
+        raise ConfigError(
+            f"{field}: its head is {shape}, must be a tensor [V, H] with a row for each of the "
+            f"{rows} tokens of model.path={settings.model.path}"
+        )
+    return model
