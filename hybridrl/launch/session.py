@@ -67,7 +67,8 @@ from hybridrl.settings.choices import EvidenceKind, Resume, WandbMode
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics
-from hybridrl.tracking.sink import Sinks
+from hybridrl.tracking.sink import Sink, Sinks
+from hybridrl.tracking.user_sinks import build_sinks, check_sinks
 from hybridrl.tracking.wandb_sink import WandbSink
 from hybridrl.types import Prompt, RunInfo
 
@@ -355,6 +356,7 @@ def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
         ConfigError, DataError, RunDirectoryError: one sentence on the first thing that cannot work.
     """
     check_metrics(settings)
+    check_sinks(settings.tracking)
     check_usable(settings)
     check_user_code(settings)
     with loaded_rewards(settings.reward) as rewards:
@@ -427,11 +429,11 @@ def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
 def make_sinks(settings: RunSettings) -> tuple[ConsoleSink, Sinks, WandbSink | None]:
     console = ConsoleSink()
     wandb = None if settings.tracking.wandb is WandbMode.disabled else WandbSink(settings.tracking)
-    return (
-        console,
-        Sinks(required=[JsonlSink()], optional=[console, *([wandb] if wandb else [])]),
-        wandb,
-    )
+    optional: dict[str, Sink] = {"the console": console}
+    if wandb is not None:
+        optional["tracking.wandb"] = wandb
+    optional |= build_sinks(settings.tracking)
+    return console, Sinks(required=[JsonlSink()], optional=optional), wandb
 
 
 def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None) -> RunInfo:
