@@ -12,15 +12,6 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.core.plain_text import described
 
 
-def names_file(name: str) -> bool:
-    """Whether a name has the form file.py:NAME.
-
-    Example: names_file("rewards.py:score") is True, names_file("countdown") is False.
-    """
-    path, colon, _ = name.rpartition(":")
-    return bool(colon) and path.endswith(".py")
-
-
 def load_from_file(field: str, name: str, kind: str = "function") -> Any:
     """What a user's file defines under a name. The file runs once in this process.
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.core.plain_text import described
-from hybridrl.core.user_files import load_from_file, names_file
+from hybridrl.core.user_files import load_from_file
+from hybridrl.settings.built_in import is_own
 from hybridrl.settings.run import SinkConfig, TrackingConfig
 from hybridrl.tracking.sink import Sink
 
@@ -60,7 +61,7 @@ def load_sink_class(name: str, entry: SinkConfig) -> Callable[..., Sink]:
         ConfigError: as check_sinks.
     """
     field = f"tracking.sinks.{name}.sink={entry.sink}"
-    if not names_file(entry.sink):
+    if not is_own(entry.sink):
         raise ConfigError(f"{field}: must be a class in a file; write path/to/file.py:Class")
     loaded = load_from_file(field, entry.sink, kind="class")
     if not isinstance(loaded, type):

@@ -139,7 +139,9 @@ def test_locked_versions_lie_within_the_bounds_of_pyproject() -> None:
     assert [str(r) for r in wanted if not r.specifier.contains(versions.get(r.name, "0"))] == []
 
 
-def test_a_wheel_holds_the_tested_versions_and_doctor_reads_those_alone(tmp_path: Path) -> None:
+def test_a_wheel_is_typed_and_holds_the_tested_versions_and_doctor_reads_those_alone(
+    tmp_path: Path,
+) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     site = tmp_path / "site-packages"
@@ -151,6 +153,7 @@ def test_a_wheel_holds_the_tested_versions_and_doctor_reads_those_alone(tmp_path
     assert found is not None
     assert found.is_relative_to(site / "hybridrl")
     assert found.read_text() == read("tools/requirements-cpu.lock")
+    assert (site / "hybridrl" / "py.typed").is_file(), "type checkers read the annotations"
 
 
 def test_doctor_reads_the_tested_versions_of_a_checkout_in_tools(tmp_path: Path) -> None:
