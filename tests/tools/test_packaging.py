@@ -282,6 +282,12 @@ def test_every_link_of_a_page_leads_to_a_file_and_a_heading_that_exist() -> None
     assert broken == []
 
 
+def test_the_map_of_the_code_has_a_line_for_every_folder() -> None:
+    lines = re.findall(r"^\| \[?`?(\w+)", read("hybridrl/README.md"), flags=re.MULTILINE)
+    folders = {path.parent.name for path in (ROOT / "hybridrl").glob("*/__init__.py")}
+    assert folders - set(lines) == set()
+
+
 def test_the_kubernetes_job_runs_the_pinned_ray() -> None:
     assert (
         yaml.safe_load(read("cluster/rayjob.yaml"))["spec"]["rayClusterSpec"]["rayVersion"]
