@@ -74,8 +74,9 @@ def own_checks(schema: type = RunSettings, prefix: str = "") -> Iterator[tuple[s
     hints = get_type_hints(schema)
     for field in fields(schema):
         hint = hints[field.name]
-        entry = next((part for part in get_args(hint) if is_dataclass(part)), None)
-        if is_dataclass(hint):
+        parts = [part for part in (hint, *get_args(hint)) if isinstance(part, type)]
+        entry = next((part for part in parts if is_dataclass(part)), None)
+        if entry is hint:
             yield from own_checks(hint, f"{prefix}{field.name}.")
         elif entry is not None:
             yield from own_checks(entry, f"{prefix}{field.name}.NAME.")
@@ -142,7 +143,7 @@ def parsed(file: str) -> ast.Module:
 
 def imported_names(module: ast.Module) -> dict[str, str]:
     """The file in the package that each imported name comes from."""
-    names = {}
+    names: dict[str, str] = {}
     for node in ast.walk(module):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hybridrl."):
             file = f"{str(node.module).removeprefix('hybridrl.').replace('.', '/')}.py"
