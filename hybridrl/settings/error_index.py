@@ -76,10 +76,9 @@ def own_checks(schema: type = RunSettings, prefix: str = "") -> Iterator[tuple[s
         hint = hints[field.name]
         parts = [part for part in (hint, *get_args(hint)) if isinstance(part, type)]
         entry = next((part for part in parts if is_dataclass(part)), None)
-        if entry is hint:
-            yield from own_checks(hint, f"{prefix}{field.name}.")
-        elif entry is not None:
-            yield from own_checks(entry, f"{prefix}{field.name}.NAME.")
+        if entry is not None:
+            names = "" if entry is hint else "NAME."
+            yield from own_checks(entry, f"{prefix}{field.name}.{names}")
     if prefix and "__post_init__" in vars(schema):
         yield prefix.rstrip("."), schema
 
