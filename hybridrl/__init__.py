@@ -1,3 +1,24 @@
 """hybridrl: distributed post-training by one objective, dense imitation plus sparse reward."""
 
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["RunResult", "__version__", "train"]
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hybridrl.api import train
+    from hybridrl.launch.run_result import RunResult
+
+
+def __getattr__(name: str) -> Any:
+    """What takes long to import is imported at its first use."""
+    if name == "train":
+        from hybridrl.api import train
+
+        return train
+    if name == "RunResult":
+        from hybridrl.launch.run_result import RunResult
+
+        return RunResult
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from hybridrl import __version__
+from hybridrl.api import quiet_environment, run_settings
 from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError, HybridRLError, Preempted
 from hybridrl.core.terminal import secure_streams
@@ -20,7 +21,6 @@ from hybridrl.settings.compose import (
     check_flags,
     check_overrides,
     conf_dir,
-    load_config,
     masked_yaml,
     one_sentence,
     register_schema,
@@ -28,7 +28,7 @@ from hybridrl.settings.compose import (
 )
 from hybridrl.settings.reference import commented
 from hybridrl.settings.run import RunSettings
-from hybridrl.settings.settings_file import continued_run, own_file, saved_config
+from hybridrl.settings.settings_file import load_settings, own_file
 
 USAGE = """usage: hybridrl VERB ...
 
@@ -115,17 +115,12 @@ def train_verb(arguments: Sequence[str]) -> int:
     """
     rest = [a for a in arguments if a != "--dry-run"]
     run = run_training if len(rest) == len(arguments) else run_checks
-    rest, file = option("--config", rest)
-    shown = any(a.startswith("-") for a in rest)
-    with ExitStack() as stack:
-        base: list[str] = []
-        if file is not None:
-            base = stack.enter_context(own_file(Path(file).expanduser()))
-        elif not shown and (saved := continued_run(rest)):
-            base = stack.enter_context(saved_config(saved))
-        if shown:
-            return hydra_flags([*base, *rest], run)
-        return run(load_config([*base, *rest]))
+    rest, name = option("--config", rest)
+    file = None if name is None else Path(name).expanduser()
+    if not any(a.startswith("-") for a in rest):
+        return run(load_settings(rest, file))
+    with nullcontext([]) if file is None else own_file(file) as base:
+        return hydra_flags([*base, *rest], run)
 
 
 def option(name: str, arguments: Sequence[str]) -> tuple[list[str], str | None]:
@@ -163,12 +158,7 @@ def doctor_verb(arguments: Sequence[str]) -> int:
 
 
 def run_training(settings: RunSettings) -> int:
-    from hybridrl.launch.session import (
-        train,
-    )  # torch and ray load here, after the settings are known to be good
-
-    quiet_environment()
-    done = train(settings)
+    done = run_settings(settings)
     if done.accuracy_before is not None and done.accuracy_after is not None:
         teachers = ", ".join(f"{name} {level:.1%}" for name, level in done.teacher_accuracy.items())
         print(
@@ -301,16 +291,6 @@ def usage(line: str, arguments: Sequence[str]) -> int:
     asked = bool(arguments) and arguments[0] in HELP
     print(f"usage: {line}", file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
-
-
-def quiet_environment() -> None:
-    """No usage statistics, no fork warnings; a user's own setting wins."""
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        "DO_NOT_TRACK": "1",
-    }.items():
-        os.environ.setdefault(name, value)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ LAYERS = [
     {"controller"},
     {"report"},
     {"launch"},
-    {"oracle"},
+    {"oracle", "api"},
     {"cli"},
 ]
 """From the bottom up; members of one set do not depend on the order among themselves."""

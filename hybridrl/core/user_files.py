@@ -12,12 +12,13 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.core.plain_text import described
 
 
-def load_from_file(field: str, name: str) -> Any:
+def load_from_file(field: str, name: str, kind: str = "function") -> Any:
     """What a user's file defines under a name. The file runs once in this process.
 
     Args:
         field: the setting and its value, as errors begin.
         name: file.py:name.
+        kind: what errors call it, "function" or "class".
 
     Raises:
         ConfigError: there is no such file, it raises, or defines no callable of that name.
@@ -26,11 +27,11 @@ def load_from_file(field: str, name: str) -> Any:
     loaded = getattr(load_file(field, Path(path)), attribute, None)
     if loaded is None:
         raise ConfigError(
-            f"{field}: {path} has no {attribute}; name a function that the file defines"
+            f"{field}: {path} has no {attribute}; name a {kind} that the file defines"
         )
     if not callable(loaded):
         raise ConfigError(
-            f"{field}: {attribute} must be callable; name a function that the file defines"
+            f"{field}: {attribute} must be callable; name a {kind} that the file defines"
         )
     return loaded
 

@@ -37,10 +37,10 @@ from hybridrl.launch.preflight import (
     check_templates,
     check_token_ids,
 )
+from hybridrl.launch.run_result import ExitReason, RunResult, run_result
 from hybridrl.launch.teacher_levels import measure_teachers, teachers_to_measure
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.objectives.user_code import check_user_code
-from hybridrl.report.report import write_report
 from hybridrl.rewards.check import check_columns, loaded_rewards
 from hybridrl.rewards.reward_model import check_reward_models
 from hybridrl.run_dir.checkpoint import Checkpoint, Checkpointer
@@ -67,23 +67,12 @@ from hybridrl.settings.choices import EvidenceKind, Resume, WandbMode
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics
-from hybridrl.tracking.sink import Sinks
+from hybridrl.tracking.sink import Sink, Sinks
+from hybridrl.tracking.user_sinks import build_sinks, check_sinks
 from hybridrl.tracking.wandb_sink import WandbSink
 from hybridrl.types import Prompt, RunInfo
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    run_dir: Path
-    report: Path | None  # None: it could not be written, which the console says
-    accuracy_before: (
-        float | None
-    )  # on the held-out problems; None: there is no reward function to judge by
-    accuracy_after: float | None
-    teacher_accuracy: dict[str, float]
-    export: Path | None
 
 
 def train(settings: RunSettings) -> RunResult:
@@ -158,7 +147,8 @@ def train(settings: RunSettings) -> RunResult:
         )
         controller = attempts.until_done(workers, checkpoint)
         exported = export_model(settings, controller, run_dir, first)
-    return result(run_dir, exported)
+    reason = ExitReason.already_finished if first == settings.train.steps else ExitReason.finished
+    return run_result(run_dir, exported, reason)
 
 
 @contextmanager
@@ -355,6 +345,7 @@ def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
         ConfigError, DataError, RunDirectoryError: one sentence on the first thing that cannot work.
     """
     check_metrics(settings)
+    check_sinks(settings.tracking)
     check_usable(settings)
     check_user_code(settings)
     with loaded_rewards(settings.reward) as rewards:
@@ -427,11 +418,11 @@ def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
 def make_sinks(settings: RunSettings) -> tuple[ConsoleSink, Sinks, WandbSink | None]:
     console = ConsoleSink()
     wandb = None if settings.tracking.wandb is WandbMode.disabled else WandbSink(settings.tracking)
-    return (
-        console,
-        Sinks(required=[JsonlSink()], optional=[console, *([wandb] if wandb else [])]),
-        wandb,
-    )
+    optional: dict[str, Sink] = {"the console": console}
+    if wandb is not None:
+        optional["tracking.wandb"] = wandb
+    optional |= build_sinks(settings.tracking)
+    return console, Sinks(required=[JsonlSink()], optional=optional), wandb
 
 
 def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None) -> RunInfo:
@@ -453,31 +444,3 @@ def export_model(
     if settings.checkpoint.export and not (folder.exists() and controller.steps_done == first):
         controller.learner.export(str(folder))
     return folder if folder.exists() else None
-
-
-def result(run_dir: Path, exported: Path | None) -> RunResult:
-    """What a finished run came to. A report that cannot be written does not make it fail."""
-    report: Path | None = None
-    try:
-        report = write_report(run_dir)
-    except Exception as error:  # drawing depends on a large library, fonts and the disk
-        log.exception("the report of %s could not be written", run_dir)
-        print(
-            f"the run is finished, but its report could not be written ({type(error).__name__}: "
-            f"{error}); 'hybridrl report {run_dir}' tries again"
-        )
-    rows = read_metrics(run_dir)
-    evaluated = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
-    return RunResult(
-        run_dir=run_dir,
-        report=report,
-        accuracy_before=evaluated[0] if evaluated else None,
-        accuracy_after=evaluated[-1] if evaluated else None,
-        teacher_accuracy={
-            k.rsplit("/", 1)[1]: v
-            for row in rows
-            for k, v in row.items()
-            if k.startswith("eval/accuracy_teacher/")
-        },
-        export=exported,
-    )

@@ -37,6 +37,7 @@ def check_settings(settings: RunSettings) -> None:
 
 
 def check_teachers(settings: RunSettings) -> None:
+    """Each teacher has a known dtype, and a revision only beside a path."""
     for name, teacher in settings.teachers.items():
         if teacher.dtype not in DTYPES:
             raise ConfigError(
@@ -79,11 +80,13 @@ def check_evidence(settings: RunSettings) -> None:
 
 
 def check_schedules(settings: RunSettings) -> None:
+    """Each weight that changes with the step has the values that its kind needs."""
     for key, schedule in settings.schedules.items():
         schedule.check(key)
 
 
 def check_best_checkpoint(settings: RunSettings) -> None:
+    """The metric of the best checkpoint is measured at the steps that are saved."""
     settings.checkpoint.check_best(settings.eval.every)
 
 

@@ -28,7 +28,7 @@ from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.algorithm import ScheduleConfig
 from hybridrl.settings.checks import check_settings
-from hybridrl.settings.run import RewardFunctionConfig, RunSettings, TeacherConfig
+from hybridrl.settings.run import RewardFunctionConfig, RunSettings, SinkConfig, TeacherConfig
 from hybridrl.settings.synonyms import synonym_of
 
 PACKAGE = Path(__file__).parent.parent
@@ -84,10 +84,14 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
         composed = OmegaConf.create(written)
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), composed))
         assert isinstance(settings, RunSettings)
-        for name, function in settings.reward.functions.items():
-            entry = written["reward"]["functions"][name]
-            if isinstance(entry, Mapping):  # else it is a reference to another one
-                function.options = redact.referred(entry.get("options"), function.options)
+        for written_entries, entries in (
+            (written["reward"]["functions"], settings.reward.functions),
+            (written["tracking"]["sinks"], settings.tracking.sinks),
+        ):
+            for name, entry in entries.items():
+                as_written = written_entries[name]
+                if isinstance(as_written, Mapping):  # else it is a reference to another one
+                    entry.options = redact.referred(as_written.get("options"), entry.options)
         check_finite(asdict(settings))
         check_settings(settings)
     return settings
@@ -101,13 +105,15 @@ EXAMPLES = {
     "0.5}}'",
     RewardFunctionConfig: "{key}=FILE.py:FUNCTION or '{key}={{function: FILE.py:FUNCTION, weight: "
     "0.5}}'",
+    SinkConfig: "{key}=FILE.py:CLASS or '{key}={{sink: FILE.py:CLASS, options: {{NAME: VALUE}}}}'",
 }
 """How an entry of these types is written."""
 
 
 def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
     """Settings as they are written, with short forms in full: a number for a constant schedule, the
-    path of a teacher or `initial`, the name of a reward function, and one value for a list of one.
+    path of a teacher or `initial`, the name of a reward function or of a sink, and one value for a
+    list of one.
 
     Args:
         hint: the type that the schema gives to the setting `key`.
@@ -125,6 +131,8 @@ def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
         return {} if value == INITIAL else {"path": value}
     if hint is RewardFunctionConfig and isinstance(value, str):
         return {"function": value}
+    if hint is SinkConfig and isinstance(value, str):
+        return {"sink": value}
     entries = get_args(hint)[1] if get_origin(hint) is dict else None
     if not is_dataclass(hint) and entries is None:
         return value
@@ -450,6 +458,7 @@ def _no_such_setting(given: str, key: str) -> str:
     for section, schema in {
         "teachers": TeacherConfig,
         "reward.functions": RewardFunctionConfig,
+        "tracking.sinks": SinkConfig,
     }.items():
         if key.startswith(f"{section}."):
             entry = ".".join(key.split(".")[: section.count(".") + 2])

@@ -168,7 +168,9 @@ def commented(listing: str) -> str:
         if found := re.match(r"((?:  )*)(\w+):(?: |$)", line):
             indent, name = found.groups()
             path = [*path[: len(indent) // 2], name]
-            key = re.sub(r"^(teachers|reward\.functions)\.\w+", r"\1.NAME", ".".join(path))
+            key = re.sub(
+                r"^(teachers|reward\.functions|tracking\.sinks)\.\w+", r"\1.NAME", ".".join(path)
+            )
             comment = meanings.get(key, "").replace("`", "")
             prefix = f"{indent}# "
             lines += textwrap.wrap(

@@ -381,6 +381,14 @@ class DiagnosticsConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SinkConfig:
+    sink: str = MISSING
+    """file.py:Class of yours, which receives every row of metrics"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """keyword arguments that the object is built from"""
+
+
+@dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     wandb: WandbMode = WandbMode.auto
     """how Weights & Biases is used"""
@@ -392,6 +400,7 @@ class TrackingConfig:
     """group in Weights & Biases; null: none"""
     tags: list[str] = field(default_factory=list)
     """tags in Weights & Biases"""
+    sinks: dict[str, SinkConfig] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, slots=True)

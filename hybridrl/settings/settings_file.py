@@ -7,7 +7,7 @@ Hydra composes it like a file of conf/experiment, so overrides of the command li
 import difflib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.core.files import read_text
-from hybridrl.settings.compose import conf_dir, one_sentence, saved_tree
+from hybridrl.settings.compose import conf_dir, load_config, one_sentence, saved_tree
 from hybridrl.settings.run import RunSettings
 
 GROUPS = ("experiment", "algorithm", "schedule")
@@ -27,6 +27,29 @@ GROUPS = ("experiment", "algorithm", "schedule")
 
 NAME = "settings-file"
 """The name under which Hydra finds the file among the experiments."""
+
+
+def load_settings(overrides: Sequence[str], file: Path | None = None) -> RunSettings:
+    """The settings that a command means.
+
+    The overrides go on top of the user's file, or where none is given, of the settings of the run
+    that they continue, or else of conf/ alone.
+
+    Args:
+        overrides: KEY=VALUE, as on the command line.
+        file: a YAML file of the user's settings; None: there is none.
+
+    Raises:
+        ConfigError: one sentence on the first that is wrong.
+        RunDirectoryError, OSError: as saved_config, of a run that is continued.
+    """
+    with ExitStack() as stack:
+        base: list[str] = []
+        if file is not None:
+            base = stack.enter_context(own_file(file.expanduser()))
+        elif (saved := continued_run(overrides)) is not None:
+            base = stack.enter_context(saved_config(saved))
+        return load_config([*base, *overrides])
 
 
 @contextmanager

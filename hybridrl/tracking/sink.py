@@ -1,10 +1,12 @@
 """Where metrics and samples go: the protocol, and a list of sinks that acts as one."""
 
 import logging
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
+from hybridrl.core.plain_text import described
 from hybridrl.types import RunInfo, Sample
 
 log = logging.getLogger(__name__)
@@ -30,23 +32,31 @@ class Sink(Protocol):
 
 class Sinks:
     """Sinks that act as one. A required sink's errors propagate; an optional one that fails is
-    switched off.
+    switched off with a warning.
 
-    Example: Sinks(required=[JsonlSink()], optional=[WandbSink(config), ConsoleSink()])
+    Each sink receives a row of its own, so that what one of them does to it does not reach the
+    others.
+
+    Example: Sinks(required=[JsonlSink()], optional={"the console": ConsoleSink()})
+
+    Args:
+        optional: the sinks by the names that warnings call them.
     """
 
-    def __init__(self, *, required: Sequence[Sink], optional: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self, *, required: Sequence[Sink], optional: Mapping[str, Sink] | None = None
+    ) -> None:
         self._required = list(required)
-        self._optional = list(optional)
+        self._optional = dict(optional or {})
 
     def start(self, info: RunInfo) -> None:
         self._each(lambda sink: sink.start(info))
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        self._each(lambda sink: sink.log(metrics))
+        self._each(lambda sink: sink.log(dict(metrics)))
 
     def samples(self, rows: Sequence[Sample]) -> None:
-        self._each(lambda sink: sink.samples(rows))
+        self._each(lambda sink: sink.samples(tuple(rows)))
 
     def close(self, exit_code: int) -> None:
         """Close every sink, also when one fails to."""
@@ -61,14 +71,16 @@ class Sinks:
         self._each_optional(act)
 
     def _each_optional(self, act: Callable[[Sink], None]) -> None:
-        for sink in list(self._optional):
+        for name, sink in list(self._optional.items()):
             try:
                 act(sink)
-            except Exception as error:
-                self._optional.remove(sink)
+            except (Exception, SystemExit) as error:
+                if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+                    raise  # from Ray's handler of that signal, and not from the sink
+                del self._optional[name]
                 log.warning(
                     "%s failed and is off for the rest of the run: %s",
-                    type(sink).__name__,
-                    error,
+                    name,
+                    described(error),
                     exc_info=True,
                 )

@@ -1,5 +1,5 @@
-"""The program as its user runs it: `hybridrl train` from the shell, resumed, exported, served, and
-submitted as a Ray job.
+"""The program as its user runs it: `hybridrl train` from the shell and from Python, resumed,
+exported, served, and submitted as a Ray job.
 """
 
 import json
@@ -73,6 +73,33 @@ def watch(completions, api_key):
 hands to it.
 """
 
+TRACKER = """
+import json
+from pathlib import Path
+
+class Tracker:
+    def __init__(self, file):
+        self.path = Path(file)
+    def start(self, info):
+        self.path.write_text("")
+    def log(self, metrics):
+        with self.path.open("a") as file:
+            file.write(json.dumps(metrics) + "\\n")
+    def samples(self, rows):
+        with self.path.with_suffix(".samples").open("a") as file:
+            file.write(f"{len(rows)} of step {rows[0].step}\\n")
+    def close(self, exit_code):
+        self.path.with_suffix(".end").write_text(str(exit_code))
+"""
+FROM_PYTHON = """
+import dataclasses, json, sys
+import hybridrl
+
+result = hybridrl.train(sys.argv[2:])
+with open(sys.argv[1], "w") as file:
+    json.dump(dataclasses.asdict(result), file, default=str)
+"""
+
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
@@ -96,12 +123,15 @@ def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     one machine.
     """
     run_dir = tmp_path_factory.mktemp("whole") / "run"
+    (run_dir.parent / "tracker.py").write_text(TRACKER)
+    tracker = f"{{sink:{run_dir.parent}/tracker.py:Tracker,options:{{file:{run_dir.parent}/rows}}}}"
     done = shell(
         "hybridrl",
         "train",
         *overrides,
         f"run.dir={run_dir}",
         "tracking.wandb=offline",
+        f"+tracking.sinks.mine={tracker}",
         "eval.teacher=true",
         env=CANARIES,
     )
@@ -115,10 +145,11 @@ def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, stopped after two steps and continued by the same command."""
+    """The same, stopped after two steps that ran from Python and continued by the command."""
     run_dir = tmp_path_factory.mktemp("resumed") / "run"
-    for steps in (2, 4):
-        done = train(*overrides, f"run.dir={run_dir}", f"train.steps={steps}")
+    python = (sys.executable, "-c", FROM_PYTHON, str(run_dir.parent / "result.json"))
+    for program, steps in ((python, 2), (("hybridrl", "train"), 4)):
+        done = shell(*program, *overrides, f"run.dir={run_dir}", f"train.steps={steps}")
         assert done.returncode == 0, done.stderr[-3000:]
     assert "continues after step 2 of 4" in done.stdout
     return run_dir
@@ -178,6 +209,29 @@ def test_a_resumed_run_equals_one_that_was_never_stopped_bit_by_bit(whole, resum
         (resumed / name).read_bytes() == (whole / name).read_bytes()
         for name in (*files, "ledger.jsonl")
     )
+
+
+def test_a_run_from_python_returns_its_last_row_and_the_paths_of_what_it_left(resumed):
+    result = json.loads((resumed.parent / "result.json").read_text())
+    assert result["metrics"] == read_metrics(resumed)[2]
+    assert result["accuracy_after"] == result["metrics"]["eval/accuracy"]
+    assert {key: result[key] for key in ("exit_reason", "run_dir")} == {
+        "exit_reason": "finished",
+        "run_dir": str(resumed),
+    }
+    assert {key: result[key] for key in ("checkpoint", "export", "report")} == {
+        "checkpoint": str(resumed / "checkpoints" / "step_000002"),
+        "export": str(resumed / "export" / "step_000002"),
+        "report": str(resumed / "report.html"),
+    }
+
+
+def test_a_tracker_in_a_users_file_receives_every_row_and_sample_and_the_end(whole):
+    rows = whole.parent / "rows"
+    assert [json.loads(line) for line in rows.read_text().splitlines()] == read_metrics(whole)
+    samples = rows.with_suffix(".samples").read_text().splitlines()
+    assert [line.partition(" of ")[2] for line in samples] == ["step 0", "step 2", "step 4"]
+    assert rows.with_suffix(".end").read_text() == "0"
 
 
 def test_a_finished_run_is_not_trained_again(whole, overrides):

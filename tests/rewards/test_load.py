@@ -2,6 +2,7 @@
 processes import it.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from hybridrl.rewards.check import check_rewards
 from hybridrl.rewards.pool import Outcome, RewardCall, RewardPool
 from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
 
+README = Path(__file__).parent.parent.parent / "hybridrl" / "rewards" / "README.md"
+
 
 def scores(functions: dict[str, str], *completions: str) -> dict[str, list[Outcome]]:
     """What each function makes of the completions."""
@@ -18,6 +21,18 @@ def scores(functions: dict[str, str], *completions: str) -> dict[str, list[Outco
     pool = RewardPool(calls, processes=1, timeout_s=30, max_timeouts=0.5)
     try:
         return {name: pool.call(name, {"completions": list(completions)}) for name in functions}
+    finally:
+        pool.close()
+
+
+def test_the_function_of_the_readme_scores_with_a_column_of_the_data(tmp_path: Path) -> None:
+    [code, *_] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (tmp_path / "rewards.py").write_text(code)
+    calls = {"mine": RewardCall(function=f"{tmp_path}/rewards.py:score", options={})}
+    pool = RewardPool(calls, processes=1, timeout_s=30, max_timeouts=0.5)
+    try:
+        columns = {"completions": [" 24", "25"], "answer": ["24", "24"], "level": [1, 2]}
+        assert pool.call("mine", columns) == [1.0, 0.0]
     finally:
         pool.close()
 

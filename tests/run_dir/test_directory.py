@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from hybridrl.controller.evaluation import summary
 from hybridrl.core.errors import CheckpointError, ConfigError, RunDirectoryError
-from hybridrl.launch.session import prepare_prompts, result
+from hybridrl.launch.run_result import ExitReason, run_result
+from hybridrl.launch.session import prepare_prompts
 from hybridrl.launch.teacher_levels import (
     TEACHER_LEVELS,
     conditions_of,
@@ -703,12 +704,13 @@ def test_a_run_without_accuracy_still_has_a_result(tmp_path: Path):
     for step in (0, 1):
         sink.log({"train/step": step, "time/eval_s": 1.0})
     sink.close(0)
-    done = result(tmp_path, None)
+    done = run_result(tmp_path, None, ExitReason.finished)
     assert (done.accuracy_before, done.accuracy_after, done.teacher_accuracy) == (
         None,
         None,
         {},
     ) and done.report.is_file()
+    assert done.metrics == {"train/step": 1, "time/eval_s": 1.0} and done.checkpoint is None
 
 
 # -- what is read from outside ---------------------------------------------------------------------

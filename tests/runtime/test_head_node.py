@@ -189,7 +189,7 @@ class Closing:
 
 def job() -> int:
     with ExitStack() as stack:
-        sinks = Sinks(required=[], optional=[Closing()])
+        sinks = Sinks(required=[], optional={"closing": Closing()})
         stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
         cluster = stack.enter_context(Cluster(settings))
         slots = cluster.place([Team(name="w", size=1, gpus=0, heavy=False)])["w"]

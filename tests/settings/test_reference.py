@@ -13,7 +13,9 @@ PAGE = Path(__file__).parent.parent.parent / "conf" / "SETTINGS.md"
 
 class Colour(StrEnum):
     red = "red"  # as fire
-    blue = "blue"  # as the sea, far from the shore
+    # as the sea,
+    # far from the shore
+    blue = "blue"
     grey = "grey"
     # as
     # grass

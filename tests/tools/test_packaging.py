@@ -139,7 +139,9 @@ def test_locked_versions_lie_within_the_bounds_of_pyproject() -> None:
     assert [str(r) for r in wanted if not r.specifier.contains(versions.get(r.name, "0"))] == []
 
 
-def test_a_wheel_holds_the_tested_versions_and_doctor_reads_those_alone(tmp_path: Path) -> None:
+def test_a_wheel_is_typed_and_holds_the_tested_versions_and_doctor_reads_those_alone(
+    tmp_path: Path,
+) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     site = tmp_path / "site-packages"
@@ -151,6 +153,7 @@ def test_a_wheel_holds_the_tested_versions_and_doctor_reads_those_alone(tmp_path
     assert found is not None
     assert found.is_relative_to(site / "hybridrl")
     assert found.read_text() == read("tools/requirements-cpu.lock")
+    assert (site / "hybridrl" / "py.typed").is_file(), "type checkers read the annotations"
 
 
 def test_doctor_reads_the_tested_versions_of_a_checkout_in_tools(tmp_path: Path) -> None:
@@ -277,6 +280,12 @@ def test_every_link_of_a_page_leads_to_a_file_and_a_heading_that_exist() -> None
             ):
                 broken.append(f"{page.relative_to(ROOT)}: {link}")
     assert broken == []
+
+
+def test_the_map_of_the_code_has_a_line_for_every_folder() -> None:
+    lines = re.findall(r"^\| \[?`?(\w+)", read("hybridrl/README.md"), flags=re.MULTILINE)
+    folders = {path.parent.name for path in (ROOT / "hybridrl").glob("*/__init__.py")}
+    assert folders - set(lines) == set()
 
 
 def test_the_kubernetes_job_runs_the_pinned_ray() -> None:

@@ -1,0 +1,76 @@
+"""hybridrl from Python: `hybridrl.train` runs what the command `hybridrl train` runs.
+
+Nothing here imports torch or ray before the settings are known to be good.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybridrl.core import redact
+from hybridrl.core.errors import ConfigError
+from hybridrl.settings.run import RunSettings
+from hybridrl.settings.settings_file import load_settings
+
+if TYPE_CHECKING:
+    from hybridrl.launch.run_result import RunResult
+
+
+def train(overrides: Sequence[str], *, config: str | Path | None = None) -> "RunResult":
+    """Train, or continue the run in run.dir, as the command `hybridrl train` does.
+
+        result = hybridrl.train(["experiment=quickstart", "run.dir=runs/a"])
+        result.metrics["eval/accuracy"]
+
+    The workers run in Ray: in the cluster at cluster.address or RAY_ADDRESS, in the Ray that this
+    process is connected to, or in a private one that ends with the call. Progress is printed.
+
+    SIGTERM, SIGHUP and Ctrl-C that arrive during the call, in the main thread, save what was
+    learned and raise Preempted; the same call continues. A second Ctrl-C raises KeyboardInterrupt
+    at once.
+
+    Args:
+        overrides: settings as on the command line, KEY=VALUE, for example "algorithm=grpo" or
+            "+teachers.main=/models/teacher".
+        config: a YAML file of settings that the overrides go on top of; None: conf/ alone, or the
+            settings of the run in run.dir where `overrides` choose no file of conf/.
+
+    Returns:
+        the final metrics and the paths of what the run left.
+
+    Raises:
+        ConfigError: a setting is wrong; nothing was started and nothing was written.
+        Preempted: the run was ended by a signal and has saved what it could.
+        HybridRLError: the run failed; one of the types in hybridrl.core.errors. Nothing is left
+            running.
+    """
+    if isinstance(overrides, str):
+        raise ConfigError(f"{overrides}: is one text; give a list of them, [{overrides!r}]")
+    settings = load_settings(overrides, None if config is None else Path(config))
+    if not logging.getLogger().handlers:  # else the caller decides what becomes of log lines
+        redact.log_warnings()
+    return run_settings(settings)
+
+
+def run_settings(settings: RunSettings) -> "RunResult":
+    """Run or continue `settings`.
+
+    Raises:
+        HybridRLError: what went wrong, in one sentence; nothing is left running.
+    """
+    from hybridrl.launch.session import train as train_session  # loads torch and ray
+
+    quiet_environment()
+    return train_session(settings)
+
+
+def quiet_environment() -> None:
+    """Switch off usage statistics and warnings about forks; a user's own setting wins."""
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DO_NOT_TRACK": "1",
+    }.items():
+        os.environ.setdefault(name, value)

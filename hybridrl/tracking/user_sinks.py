@@ -1,0 +1,112 @@
+"""Sinks of the user's own, `tracking.sinks.NAME.sink=file.py:Class`.
+
+The file runs on the driver. Its class has the methods of tracking/sink.py and is built from the
+entry's options.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.core.plain_text import described
+from hybridrl.core.user_files import load_from_file
+from hybridrl.settings.built_in import is_own
+from hybridrl.settings.run import SinkConfig, TrackingConfig
+from hybridrl.tracking.sink import Sink
+
+METHODS = {
+    "start": "info",
+    "log": "metrics",
+    "samples": "rows",
+    "close": "exit_code",
+}
+"""Of a sink, each with the name of its argument."""
+
+
+def check_sinks(config: TrackingConfig) -> None:
+    """Load the class of each sink and compare it with the protocol; nothing is built.
+
+    Raises:
+        ConfigError: the file or class does not exist, the file raises, or the class lacks a method
+            or does not take one of the options.
+    """
+    for name, entry in config.sinks.items():
+        load_sink_class(name, entry)
+
+
+def build_sinks(config: TrackingConfig) -> Mapping[str, Sink]:
+    """The user's sinks, by the settings that name them.
+
+    Raises:
+        ConfigError: as check_sinks, or building one raises.
+    """
+    sinks: dict[str, Sink] = {}
+    for name, entry in config.sinks.items():
+        sink_class = load_sink_class(name, entry)
+        try:
+            sinks[f"tracking.sinks.{name}"] = sink_class(**entry.options)
+        except Exception as error:
+            raise ConfigError(
+                f"tracking.sinks.{name}.sink={entry.sink}: building it raised {described(error)}; "
+                "correct the file or the options"
+            ) from error
+    return sinks
+
+
+def load_sink_class(name: str, entry: SinkConfig) -> Callable[..., Sink]:
+    """The class of `tracking.sinks.<name>`.
+
+    Raises:
+        ConfigError: as check_sinks.
+    """
+    field = f"tracking.sinks.{name}.sink={entry.sink}"
+    if not is_own(entry.sink):
+        raise ConfigError(f"{field}: must be a class in a file; write path/to/file.py:Class")
+    loaded = load_from_file(field, entry.sink, kind="class")
+    if not isinstance(loaded, type):
+        raise ConfigError(f"{field}: must be a class; name a class that the file defines")
+    for method, argument in METHODS.items():
+        _check_method(field, loaded, method, argument)
+    _check_options(name, entry, loaded)
+    return loaded
+
+
+def _check_method(field: str, sink_class: type, method: str, argument: str) -> None:
+    remedy = f"write def {method}(self, {argument})"
+    function = getattr(sink_class, method, None)
+    if not callable(function):
+        raise ConfigError(f"{field}: the class has no method {method}; {remedy}")
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(
+            f"{field}: its method {method} is async, and it is called without await; {remedy}"
+        )
+    if not _takes(function, None, None):
+        raise ConfigError(
+            f"{field}: its method {method} must take one argument beside self; {remedy}"
+        )
+
+
+def _check_options(name: str, entry: SinkConfig, sink_class: type) -> None:
+    parameters = inspect.signature(sink_class).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for option in entry.options:
+        if not takes_any and option not in parameters:
+            raise ConfigError(
+                f"tracking.sinks.{name}.options.{option}: {entry.sink} takes no such argument; "
+                "remove it"
+            )
+    if not _takes(sink_class, **entry.options):
+        raise ConfigError(
+            f"tracking.sinks.{name}.options={entry.options}: {entry.sink} cannot be built from "
+            f"them; give each argument of {inspect.signature(sink_class)} that has no default"
+        )
+
+
+def _takes(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> bool:
+    """Whether a call with these arguments fits the function's signature."""
+    try:
+        inspect.signature(function).bind(*arguments, **keywords)
+    except TypeError:
+        return False
+    return True
