@@ -2,12 +2,11 @@
 step.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import deepspeed
 import numpy as np
@@ -15,9 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybridrl.batch.balance import micro_batches
 from hybridrl.batch.groups import join, select_groups
@@ -31,14 +28,13 @@ from hybridrl.batch.micro_batch import (
 )
 from hybridrl.batch.packing import check_packing
 from hybridrl.core import failpoints
-from hybridrl.core.errors import CheckpointError, ConfigError, NonFiniteError, SkippedStep
-from hybridrl.models.decoder_layers import attends_plainly, compile_layers
-from hybridrl.models.loading import VALUE_HEAD, load_model, resolve
+from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
+from hybridrl.models.loading import load_model
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, LearnerView, assign_credit
 from hybridrl.objectives.head_rule import head_rule
 from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
-from hybridrl.policy.optimizer_state import check_finite, check_model, load_part, local_fragments
+from hybridrl.policy.optimizer_state import OptimizerState
 from hybridrl.policy.statistics import (
     Tally,
     batch_metrics,
@@ -48,7 +44,15 @@ from hybridrl.policy.statistics import (
     remedy,
 )
 from hybridrl.policy.student import HeadInputs, Look, Student
-from hybridrl.run_dir.saved_file import seal
+from hybridrl.policy.training_setup import (
+    adam,
+    deepspeed_config,
+    join_ranks,
+    set_layers,
+    zero_stage,
+)
+from hybridrl.policy.weight_publisher import WeightPublisher
+from hybridrl.settings.choices import Source
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.inbox import TeacherInbox
 from hybridrl.types import (
@@ -62,9 +66,7 @@ from hybridrl.types import (
     UpdatePlan,
     WeightManifest,
 )
-from hybridrl.weights.fragments import MASTER, MOMENTS, PARTS, FragmentReader, write_fragments
-from hybridrl.weights.hugging_face import TEMPLATE, export
-from hybridrl.weights.stream import WeightStream
+from hybridrl.weights.parameters import WeightsKind, train_only, weights_kind
 
 
 class Learner:
@@ -73,28 +75,29 @@ class Learner:
     """
 
     def __init__(
-        self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str
+        self,
+        settings: RunSettings,
+        *,
+        rank: int,
+        master: tuple[str, int],
+        device: str,
+        weights: WeightsKind | None = None,
     ) -> None:
-        self.settings, self.rank, self.world = settings, rank, settings.learner.ranks
+        """
+        Args:
+            weights: the class of student weights to train; None: the one that the settings name.
+        """
+        self.settings = settings
+        self.rank = rank
+        self.world = settings.learner.ranks
         self.device = torch.device(device)
-        os.environ |= {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(self.world),
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": master[0],
-            "MASTER_PORT": str(master[1]),
-        }
-        deepspeed.init_distributed(
-            "nccl" if self.device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=settings.deadlines.learn_s),
-            verbose=False,
-        )
+        join_ranks(settings, rank, master, self.device)
         config = deepspeed_config(settings)
-        sharded_loading = (
-            HfDeepSpeedConfig(config) if settings.learner.zero_stage == 3 else None
-        )  # alive while the model loads
+        # With ZeRO-3, transformers shards each weight as it loads it for as long as this object
+        # is alive.
+        sharding = HfDeepSpeedConfig(config) if zero_stage(settings) == 3 else None
         self.model = load_model(settings.model.path, settings.model.dtype, settings.model.revision)
-        del sharded_loading
+        del sharding
         set_layers(self.model, settings, self.device)
         head = self.model.get_output_embeddings()
         with self._gather([head.weight] if head is not None else []):  # Student tries its head
@@ -103,20 +106,16 @@ class Learner:
                 head_rule(settings),
                 with_value=make_objective(settings).needs.learner_values,
             )
-        self.parameters = dict(self.model.named_parameters())  # by the names that checkpoints use
-        if student.value_head is not None:
-            self.parameters[VALUE_HEAD] = student.value_head.weight
-        train = settings.train
-        # fused: one pass over the memory, where the default makes one for each of its operations
-        optimizer = torch.optim.AdamW(
-            student.parameters(),
-            lr=train.lr,
-            betas=tuple(train.betas),
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
+        self.weights_kind = weights or weights_kind(settings)
+        value_head = student.value_head
+        head_weight = None if value_head is None else value_head.get_parameter("weight")
+        self.weights = self.weights_kind(self.model, head_weight)
+        optimizer = adam(train_only(self.weights, student), settings)
         self.engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
-        self.stream = WeightStream(self.model, self._gather)
+        self.publisher = WeightPublisher(self.weights, self._gather, rank=rank)
+        self.state = OptimizerState(
+            self.weights.saved(), self.engine.optimizer, self._step_without_moving
+        )
         self.optimizer_steps = 0
         self.configure(settings)
         if settings.train.packing:
@@ -386,69 +385,47 @@ class Learner:
         """The student's weights in its own dtype; rank 0 returns them, the others only help to
         gather.
         """
-        if self.rank == 0:
-            return self.stream.pack(version)
-        for _ in self.stream:
-            pass
-        return None, None
+        return self.publisher.pack(version)
 
     def connect_engines(
         self, backend: str, master: tuple[str, int], call: Callable, num_engines: int
     ) -> None:
         """Open vLLM's own nccl or ipc channel to the engines; every rank calls it, rank 0 sends."""
-        from hybridrl.weights.vllm_transfer import EngineClient, trainer_engine
-
-        client = EngineClient(call, num_engines, self.settings.rollout.tensor_parallel)
-        self.sender = trainer_engine(backend, self.rank, master, client, self.stream)
+        self.publisher.connect(
+            backend,
+            master,
+            call,
+            num_engines=num_engines,
+            tensor_parallel=self.settings.rollout.tensor_parallel,
+        )
 
     def send_weights(self) -> int:
         """Push the weights through that channel; when every engine has loaded them, returns the
-        bytes that each one got.
+        bytes that each one received.
         """
-        self.sender.send_weights()
-        return self.stream.nbytes
+        return self.publisher.send()
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder (rank 0), with its value head where the run
         has one.
         """
-        state: dict[str, Tensor] = {}
-        for name, weight in self.stream:
-            if self.rank == 0 and name in self.parameters:  # without the repeated tied head
-                state[name] = weight.cpu().clone()
-        if VALUE_HEAD in self.parameters:
-            with self._gather([self.parameters[VALUE_HEAD]]):
-                state[VALUE_HEAD] = self.parameters[VALUE_HEAD].detach().cpu().clone()
-        if self.rank == 0:
-            export(
-                state,
-                resolve(self.settings.model.path, self.settings.model.revision),
-                Path(folder),
-                Path(self.settings.run.dir).expanduser() / TEMPLATE,
-            )
+        self.publisher.export(self.settings, Path(folder), self.weights_kind)
 
     # -- checkpoint --------------------------------------------------------------------------------
 
     def state_bytes(self) -> int:
         """What save_state will write on this rank, headers aside."""
-        return sum(
-            t.nbytes for f in local_fragments(self.parameters, [MASTER]) for t in f.tensors.values()
-        ) * len(PARTS)
+        return self.state.nbytes()
 
     def save_state(self, folder: str) -> list[SavedFile]:
-        """This rank's pieces of the fp32 master weights and Adam moments, into a file of its own.
+        """Write this rank's pieces of the fp32 master weights and Adam moments into a file of its
+        own.
 
         Raises:
             NonFiniteError: one of them is NaN or infinite.
             CheckpointError: the file cannot be written.
         """
-        fragments = local_fragments(self.parameters)
-        check_finite(fragments)
-        path = write_fragments(Path(folder), self.rank, self.world, fragments)
-        try:
-            return [seal(path)]
-        except OSError as error:
-            raise CheckpointError(f"{path}: not on disk: {error}") from error
+        return [self.state.save(Path(folder))]
 
     def load_state(self, folder: str, optimizer_steps: int) -> None:
         """The inverse of save_state, from any number of ranks and any ZeRO stage. The files were
@@ -457,14 +434,7 @@ class Learner:
         Raises:
             CheckpointError: a file is missing or is none of ours, or the state is another model's.
         """
-        reader = FragmentReader(Path(folder))
-        check_model(self.parameters, reader, Path(folder), self.settings.model.path)
-        load_part(self.parameters, reader, MASTER)
-        self._step_without_moving()
-        for moment in MOMENTS:
-            load_part(self.parameters, reader, moment)
-        for state in self.engine.optimizer.optimizer.state.values():
-            state["step"] = torch.full_like(state["step"], optimizer_steps)
+        self.state.load(Path(folder), optimizer_steps, self.settings.model.path)
         self.optimizer_steps = optimizer_steps
 
     def _step_without_moving(self) -> None:
@@ -479,7 +449,7 @@ class Learner:
     # -- helpers -----------------------------------------------------------------------------------
 
     def _gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
-        if self.settings.learner.zero_stage < 3:
+        if zero_stage(self.settings) < 3:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
 
@@ -488,63 +458,15 @@ def scored_batches(
     shard: Shard, values: Sequence[RolloutBatch | Rewards | TokenScores]
 ) -> list[ScoredBatch]:
     """This rank's groups, one batch per source, in the order of the chunks."""
-    stride, found = 2 + shard.num_teachers, {}
+    stride = 2 + shard.num_teachers
+    found: dict[tuple[Source, int], list[ScoredBatch]] = {}
     for chunk in range(shard.num_chunks):
         rollout, rewards, *scores = values[chunk * stride : (chunk + 1) * stride]
-        batch = ScoredBatch(rollout=rollout, scores=tuple(scores), rewards=rewards)
+        assert isinstance(rollout, RolloutBatch) and isinstance(rewards, Rewards)
+        batch = ScoredBatch(
+            rollout=rollout, scores=tuple(cast("list[TokenScores]", scores)), rewards=rewards
+        )
         found.setdefault((rollout.source, rollout.group_size), []).append(
             select_groups(batch, shard.groups[chunk])
         )
     return [join(parts) for parts in found.values()]
-
-
-def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.device) -> None:
-    """Attention, recomputation and compilation of the decoder layers, as this learner needs
-    them.
-    """
-    train = settings.train
-    tokens = train.max_tokens_per_micro_batch if train.packing else settings.rollout.max_model_len
-    if device.type == "cpu" and attends_plainly(model, tokens):
-        model.set_attn_implementation("eager")
-    if settings.learner.gradient_checkpointing:
-        checkpoint_activations(model)
-    elif (
-        device.type == "cpu" and settings.learner.zero_stage < 3
-    ):  # 3 exchanges parameters inside of layers
-        compile_layers(model, tokens=tokens, packed=train.packing, learns=True)
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute layers in the backward. The model stays in evaluation mode, without dropout; only
-    the layers that transformers wraps for this are told that they train, or they would not
-    recompute.
-    """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-
-
-def deepspeed_config(settings: RunSettings) -> dict:
-    """ZeRO with micro-batches of our own size: one step() per batch, gradients summed, never
-    averaged over micro-batches.
-    """
-    stage = settings.learner.zero_stage
-    alone = (
-        settings.learner.ranks == 1 and stage == 1
-    )  # nothing is summed, so nothing need be widened, divided and narrowed for it
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": settings.train.grad_clip,
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_scatter": not alone},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": settings.model.dtype == "bfloat16"},
-        # Sums over ranks, and over micro-batches where gradients are sharded, in fp32 whatever the
-        # model's dtype.
-        **({} if alone else {"communication_data_type": "fp32"}),
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if stage > 1 else {}),
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
