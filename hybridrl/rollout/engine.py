@@ -170,6 +170,7 @@ def engine_args(
     from vllm.config import WeightTransferConfig
 
     rollout = settings.rollout
+    assert rollout.max_model_len is not None, "launch.lengths decides it before any engine starts"
     on_cpu = device == "cpu"
     return EngineArgs(
         model=str(resolve(model.path, model.revision)),
