@@ -58,7 +58,7 @@ def test_vllm_is_the_version_that_was_read():
 
 
 def test_the_client_of_an_engine_core_knows_that_its_process_has_ended():
-    assert "engine_dead" in {field for field in BackgroundResources.__dataclass_fields__}
+    assert "engine_dead" in BackgroundResources.__dataclass_fields__
     assert "self.resources = BackgroundResources(" in inspect.getsource(MPClient.__init__)
 
 
