@@ -275,7 +275,7 @@ def test_a_response_of_two_turns_is_learned_as_each_turn_after_all_that_came_bef
     together, apart = result(folder, "two-turns"), result(folder, "turns-apart")
     assert together["loss"] == pytest.approx(apart["loss"], abs=1e-5)
     assert together["grad_norm"] == pytest.approx(apart["grad_norm"], rel=1e-4)
-    assert weight_distance(folder, "two-turns", "turns-apart") < 1e-5
+    assert weight_distance(folder, "two-turns", "turns-apart") < 5e-5
     assert weight_distance(folder, "two-turns", "untouched") > 1e-4
 
 
