@@ -13,13 +13,13 @@ import torch
 
 from hybridrl.batch.groups import join, select_groups
 from hybridrl.models.loading import load_model
-from hybridrl.objectives.hybrid import HybridObjective
+from hybridrl.objectives import make_objective
 from hybridrl.rewards.worker import RewardWorker
 from hybridrl.rollout.sampler import Sampler
-from hybridrl.settings.algorithm import AlgorithmConfig
-from hybridrl.settings.choices import Baseline, Source
+from hybridrl.runtime.scorer_group import scoring
+from hybridrl.settings.choices import Source
 from hybridrl.settings.compose import load_config
-from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
+from hybridrl.settings.run import RewardConfig, RewardFunctionConfig, RunSettings
 from hybridrl.teachers.scorer import Scorer
 from hybridrl.types import ChunkHeader, GenerateOrder, Prompt, RolloutBatch, ScoredBatch
 from tests.support.batches import make_plan, make_rewards, make_scores
@@ -118,18 +118,17 @@ def test_a_reward_reads_the_observation_as_part_of_the_completion_and_not_of_the
     assert (sample.prompt, sample.response) == ("1", "4=97"), "without the tokens that end a turn"
 
 
+def settings_of(folder: Path, *overrides: str) -> RunSettings:
+    models = [f"model.path={folder}/student", f"teachers.main.path={folder}/teacher"]
+    return load_config([f"run.dir={folder}", "experiment=quickstart", *models, *overrides])
+
+
 def test_a_teacher_scores_the_models_tokens_after_all_that_came_before_them(made, folder: Path):
     _, batch = made
-    settings = load_config(
-        [
-            f"run.dir={folder}",
-            "experiment=quickstart",
-            f"model.path={folder}/student",
-            f"teachers.main.path={folder}/teacher",
-            "algorithm.support=sampled",
-        ]
-    )
-    _, scores = Scorer(settings, teacher="main", device="cpu").score(batch)
+    settings = settings_of(folder, "algorithm.support=sampled")
+    evidence, rule = scoring(settings, "main")
+    scorer = Scorer(settings, teacher="main", device="cpu", evidence=evidence, rule=rule)
+    _, scores = scorer.score(batch)
     assert not scores.logprobs[~batch.response_mask].any()
     model = load_model(str(folder / "teacher"))
     for i in range(batch.num_sequences):
@@ -143,8 +142,8 @@ def test_a_teacher_scores_the_models_tokens_after_all_that_came_before_them(made
 
 
 def scored(batch: RolloutBatch) -> ScoredBatch:
-    """The teacher's log-probs are such that every one of the model's tokens costs 1, 2, 4, ... in
-    its own sequence.
+    """The teacher's log-probs are such that the model's tokens cost 1, 2, 4, ... in each
+    sequence.
     """
     costs = [2.0**t for r in batch.response_lengths for t in range(r)]
     logprobs = batch.rollout_logprobs[batch.response_mask]
@@ -154,15 +153,18 @@ def scored(batch: RolloutBatch) -> ScoredBatch:
     )
 
 
-def test_credit_flows_back_from_the_second_turn_to_the_first_one_over_the_observation(made):
+def test_credit_flows_back_from_the_second_turn_to_the_first_one_over_the_observation(
+    made, folder: Path
+):
     _, batch = made
-    config = AlgorithmConfig(gamma=0.5, baseline=Baseline.none)
-    objective = HybridObjective(config, max_new_tokens=16)
+    objective = make_objective(
+        settings_of(folder, "algorithm.gamma=0.5", "algorithm.baseline=none")
+    )
     credit = objective.credit(scored(batch), make_plan(batch, reward_weight=3.0), None)
     # Costs 1, 2, 4, 8 of the four tokens of "a": the two of the observation discount nothing.
     future = [0.5 * 2 + 0.25 * 4 + 0.125 * 8, 0.5 * 4 + 0.25 * 8, 0.5 * 8, 0]
-    assert credit.sparse[:8].tolist() == [f - 3.0 for f in future] + future
-    assert len(credit.sparse) == 18, "the model's tokens alone"
+    assert credit.columns.sparse[:8].tolist() == pytest.approx([f - 3.0 for f in future] + future)
+    assert len(credit.columns.sparse) == 18, "the model's tokens alone"
 
 
 def test_groups_keep_their_prompts_lengths_when_they_are_chosen_and_joined(made):
