@@ -10,6 +10,16 @@ the tokens before it. Prompt tokens are masked (`response_mask` False) and hold 
     response_mask 0    0    0  | 1     1     1
     logprobs      0    0    0  | -.1   -.7   -.2      log p(A0 | P0 P1 P2), ...
 
+The response is everything after the prompt. Between two turns of the model it can hold observations
+(O0, O1: what a tool or an environment answered). They are masked like the prompt and are part of
+the response only as text: rewards read them, nothing is learned from them.
+
+    sequence      P0   P1   P2 | A0    EOS   O0   O1   A1    EOS
+    response_mask 0    0    0  | 1     1     0    0    1     1
+    logprobs      0    0    0  | -.1   -.2   0    0    -.7   -.3
+
+In names and comments R counts the response tokens that are not masked.
+
 Who makes what: data -> Prompt -> rollout -> RolloutBatch -> scorer -> TokenScores, reward ->
 Rewards; the learner joins the three. The controller sees only ChunkHeader and Rewards (scalars per
 sequence) and refs.
@@ -63,18 +73,28 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """One response: a view into a RolloutBatch, all columns [T]."""
+    """A prompt with one response. rollouter -> RolloutBatch, which can show it again as a view.
+
+    Example: the prompt (1, 5), the completion (7, 2), the observation (9,), the completion (8, 2):
+    prompt_length 2, input_ids [1, 5, 7, 2, 9, 8, 2], response_mask [0, 0, 1, 1, 0, 1, 1].
+    """
 
     uid: str  # of its prompt
+    prompt_length: int  # input_ids[prompt_length:] is the response
     input_ids: NDArray[np.int32]  # [T] prompt then response
-    response_mask: Bool  # [T]
+    response_mask: Bool  # [T] True where the model wrote the token
     rollout_logprobs: Float  # [T] from the sampler
     policy_versions: NDArray[np.int32]  # [T] weight version that sampled the token
+    support_ids: NDArray[np.int32]  # [R, K] as in RolloutBatch
     finish_reason: FinishReason
 
     @property
-    def response_ids(self) -> NDArray[np.int32]:  # [T_response]
-        return self.input_ids[self.response_mask]
+    def prompt_ids(self) -> NDArray[np.int32]:  # [T_prompt]
+        return self.input_ids[: self.prompt_length]
+
+    @property
+    def response_ids(self) -> NDArray[np.int32]:  # [T - T_prompt], observations included
+        return self.input_ids[self.prompt_length :]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +110,11 @@ class RolloutBatch:
     uids: tuple[str, ...]  # [G]
     columns: tuple[dict[str, Any], ...]  # [G] what the rewards may look at
     prompt_texts: tuple[str, ...]  # [G]
+    prompt_lengths: tuple[int, ...]  # [G] tokens; what follows them in a sequence is the response
     group_size: int  # K
     offsets: Int  # [N+1] sequence i is input_ids[offsets[i]:offsets[i+1]]
     input_ids: NDArray[np.int32]  # [T]
-    response_mask: Bool  # [T]
+    response_mask: Bool  # [T] True where the model wrote the token
     rollout_logprobs: Float  # [T]
     policy_versions: NDArray[np.int32]  # [T]
     finish_reasons: tuple[FinishReason, ...]  # [N]
@@ -107,17 +128,22 @@ class RolloutBatch:
         return len(self.offsets) - 1
 
     @property
-    def response_lengths(self) -> Int:  # [N]
+    def response_lengths(self) -> Int:  # [N] tokens that the model wrote, so without observations
         return np.add.reduceat(self.response_mask.astype(np.int64), self.offsets[:-1])
 
     def trajectory(self, i: int) -> Trajectory:
-        span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+        start = int(self.offsets[i])
+        end = int(self.offsets[i + 1])
+        mask = self.response_mask[start:end]
+        first_row = np.count_nonzero(self.response_mask[:start])
         return Trajectory(
             uid=self.uids[i // self.group_size],
-            input_ids=self.input_ids[span],
-            response_mask=self.response_mask[span],
-            rollout_logprobs=self.rollout_logprobs[span],
-            policy_versions=self.policy_versions[span],
+            prompt_length=self.prompt_lengths[i // self.group_size],
+            input_ids=self.input_ids[start:end],
+            response_mask=mask,
+            rollout_logprobs=self.rollout_logprobs[start:end],
+            policy_versions=self.policy_versions[start:end],
+            support_ids=self.support_ids[first_row : first_row + np.count_nonzero(mask)],
             finish_reason=self.finish_reasons[i],
         )
 
@@ -127,19 +153,22 @@ class RolloutBatch:
         group_size: int,
         trajectories: Sequence[Trajectory],
         source: Source = Source.student,
-        support_ids: NDArray[np.int32] | None = None,
     ) -> "RolloutBatch":
-        """Join trajectories, K per prompt in prompt order, into columns; support_ids None: K=0."""
+        """Join trajectories, K per prompt in prompt order, into columns."""
         assert len(trajectories) == len(prompts) * group_size, (
             len(trajectories),
             len(prompts),
             group_size,
         )
+        for i, trajectory in enumerate(trajectories):
+            prompt = prompts[i // group_size]
+            assert trajectory.prompt_length == len(prompt.input_ids), (prompt.uid, i)
         lengths = [len(t.input_ids) for t in trajectories]
         return RolloutBatch(
             uids=tuple(p.uid for p in prompts),
             columns=tuple(p.columns for p in prompts),
             prompt_texts=tuple(p.text for p in prompts),
+            prompt_lengths=tuple(len(p.input_ids) for p in prompts),
             group_size=group_size,
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             input_ids=np.concatenate([t.input_ids for t in trajectories]).astype(np.int32),
@@ -152,9 +181,7 @@ class RolloutBatch:
             ),
             finish_reasons=tuple(t.finish_reason for t in trajectories),
             source=source,
-            support_ids=np.zeros((sum(len(t.response_ids) for t in trajectories), 0), np.int32)
-            if support_ids is None
-            else support_ids,
+            support_ids=np.concatenate([t.support_ids for t in trajectories]).astype(np.int32),
         )
 
 
@@ -212,7 +239,7 @@ class ChunkHeader:
     source: Source
     group_size: int  # K
     num_tokens: Int  # [N] prompt + response
-    response_lengths: Int  # [N]
+    response_lengths: Int  # [N] tokens that the model wrote
     truncated: Bool  # [N]
     aborted: Bool  # [N] no response: its whole group is never trained on
     oldest_version: (
@@ -252,8 +279,8 @@ class GenerateOrder:
     num_chunks: int
     group_size: int  # K samples a prompt
     temperature: float  # 0: greedy
-    max_new_tokens: int
-    seed: int  # of the run and wave; each sample's own seed derives from it, its uid and its index
+    max_new_tokens: int  # of a whole response, its observations included
+    seed: int  # of the run and wave; that of a completion derives from it, uid, sample and turn
     support: int = 0  # how many of the most likely tokens are reported with each response token
     priority: int = 0  # an engine takes what has the lowest first
 

@@ -38,7 +38,7 @@ LAYERS = [
 
 ALLOWED = {
     "ray": ("runtime/", "cli.py"),
-    "vllm": ("rollout/engine.py", "weights/vllm_transfer.py"),
+    "vllm": ("rollout/", "weights/vllm_transfer.py"),
     "deepspeed": ("policy/", "teachers/"),
     "wandb": ("tracking/wandb_sink.py",),
     "hydra": ("settings/compose.py", "settings/settings_file.py", "cli.py"),

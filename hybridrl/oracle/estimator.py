@@ -131,6 +131,7 @@ class Estimator:
             uids=uids,
             columns=(COLUMNS,) * groups,
             prompt_texts=("",) * groups,
+            prompt_lengths=(1,) * groups,
             group_size=k,
             offsets=offsets,
             input_ids=ids,

@@ -142,7 +142,8 @@ class RewardWorker:
 
     def _columns(self, batch: RolloutBatch) -> dict[str, list[Any]]:
         """What TRL hands to a reward function, and prompt_ids: lists [N]; a column that a problem
-        lacks is None there.
+        lacks is None there. A completion is all that follows the prompt: also what tools or an
+        environment answered between two turns of the model.
         """
         trajectories = [batch.trajectory(i) for i in range(batch.num_sequences)]
         ids = [t.response_ids.tolist() for t in trajectories]
@@ -154,7 +155,7 @@ class RewardWorker:
             "prompts": _repeat(batch.prompt_texts, k),
             "completions": [self._decode(response) for response in ids],
             "completion_ids": ids,
-            "prompt_ids": [t.input_ids[~t.response_mask].tolist() for t in trajectories],
+            "prompt_ids": [t.prompt_ids.tolist() for t in trajectories],
         }
 
     def _call(

@@ -1,91 +1,45 @@
-"""One vLLM engine: samples responses, and answers pings, aborts and weight updates while it
-does.
+"""The worker around one vLLM engine: samples responses, and answers pings, aborts and weight
+updates in the meantime.
 """
 
-import asyncio
-import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hybridrl.core import failpoints
-from hybridrl.core.errors import DataError, WeightSyncError
+from hybridrl.core.errors import WeightSyncError
 from hybridrl.models.loading import is_wrongly_tied, resolve
-from hybridrl.rollout.header import chunk_header
+from hybridrl.rollout.rollouter import Rollouter, SingleTurn
+from hybridrl.rollout.sampler import Sampler
+from hybridrl.rollout.vllm_internals import core_has_ended, environment
 from hybridrl.settings.choices import Source
 from hybridrl.settings.run import ModelConfig, RunSettings
-from hybridrl.types import (
-    ChunkHeader,
-    FinishReason,
-    GenerateOrder,
-    Prompt,
-    RolloutBatch,
-    Trajectory,
-    WeightManifest,
-)
+from hybridrl.types import ChunkHeader, GenerateOrder, Prompt, RolloutBatch, WeightManifest
+
+if TYPE_CHECKING:
+    from vllm import EngineArgs, LLMEngine
 
 logger = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
-FINISH = {"stop": FinishReason.stop, "length": FinishReason.length}
 CPU_KV_CACHE_BYTES = 2**28
 CORE_WATCH_S = 1.0
 
 
-class Finished(NamedTuple):
-    """How a request ended."""
-
-    output: Any  # the engine's completion; None: it was told to stop
-    at: float  # time.monotonic()
-
-
-class Waves:
-    """Holds the chunks of a wave until all are here. The last to arrive submits every one, in chunk
-    order and without yielding, so that what the engine sees does not depend on arrival times.
-
-    Args:
-        submit: from a chunk to the futures of its outputs.
-    """
-
-    def __init__(
-        self, submit: Callable[[GenerateOrder, Sequence[Prompt]], list[asyncio.Future]]
-    ) -> None:
-        self._submit = submit
-        self._waiting: dict[
-            str, dict[int, tuple[GenerateOrder, Sequence[Prompt], asyncio.Future]]
-        ] = {}  # wave -> chunk -> ...
-
-    async def arrive(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> list[asyncio.Future]:
-        """What `submit` made of this chunk, or its DataError."""
-        gate: asyncio.Future = asyncio.get_running_loop().create_future()
-        arrived = self._waiting.setdefault(order.wave, {})
-        arrived[order.chunk] = (order, prompts, gate)
-        if len(arrived) == order.num_chunks:
-            del self._waiting[order.wave]
-            for _, (chunk, its_prompts, its_gate) in sorted(arrived.items()):
-                try:
-                    its_gate.set_result(self._submit(chunk, its_prompts))
-                except DataError as error:
-                    its_gate.set_exception(error)
-        return await gate
-
-
 class Rollout:
-    """All methods are coroutines of one event loop. The engine steps inline in `_decode`, which
-    yields to the loop between steps: consumes queued requests, produces finished trajectories,
-    waits for nothing, runs while there are unfinished requests.
+    """All methods are coroutines of one event loop, on which the sampler steps the engine.
 
     Args:
-        source: whom the model stands for.
+        source: who writes the responses.
+        rollouter: makes a response out of the engine's completions.
     """
 
     def __init__(
@@ -96,182 +50,45 @@ class Rollout:
         device: str,
         backend: str,
         source: Source = Source.student,
+        rollouter: Rollouter | None = None,
     ) -> None:
-        rollout = settings.rollout
-        self.source = source
-        # one device: the engine in this process, for IPC handles do not pass vLLM's message queue,
-        # and an engine in a process of its own steps as soon as the first request is there, so that
-        # the batch depends on arrival times
-        self.own_process = rollout.tensor_parallel > 1
-        os.environ |= {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(self.own_process)),
-        }
-        from vllm import EngineArgs
-        from vllm.config import WeightTransferConfig
-        from vllm.v1.engine.llm_engine import LLMEngine
+        # One device: the engine runs in this process, because IPC handles do not pass through
+        # vLLM's message queue, and because an engine in a process of its own steps as soon as the
+        # first request is there, so that the batch would depend on arrival times.
+        self.own_process = settings.rollout.tensor_parallel > 1
+        os.environ |= environment(own_process=self.own_process)
+        from vllm import LLMEngine
 
-        # vLLM's CPU runner cannot rewind a seeded generator after a partial prefill, so prompts are
-        # prefilled whole there
-        whole_prompts = (
-            {
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(8192, rollout.max_model_len),
-            }
-            if device == "cpu"
-            else {}
-        )
-        self.engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=str(resolve(model.path, model.revision)),
-                trust_remote_code=False,
-                load_format="safetensors",
-                # vLLM ties by the config alone; the learner, by the weights
-                hf_overrides={"tie_word_embeddings": False}
-                if is_wrongly_tied(model.path, model.revision)
-                else {},
-                dtype=model.dtype,
-                max_model_len=rollout.max_model_len,
-                max_num_seqs=rollout.max_num_seqs,
-                tensor_parallel_size=rollout.tensor_parallel,
-                distributed_executor_backend="mp" if self.own_process else "uni",
-                enforce_eager=rollout.enforce_eager,
-                kv_cache_memory_bytes=rollout.kv_cache_bytes
-                or (CPU_KV_CACHE_BYTES if device == "cpu" else None),
-                gpu_memory_utilization=rollout.gpu_memory_utilization,
-                # with the temperature in it: the sampler's own distribution
-                logprobs_mode="processed_logprobs",
-                max_logprobs=max(settings.algorithm.topk.k, 20),
-                seed=settings.run.seed,
-                weight_transfer_config=WeightTransferConfig(backend=backend),
-                worker_extension_cls="hybridrl.weights.vllm_transfer.WorkerExtension",
-                disable_log_stats=True,
-                scheduling_policy="priority",
-                **whole_prompts,
-            ),
-            enable_multiprocessing=self.own_process,
+        self.engine: LLMEngine = LLMEngine.from_engine_args(
+            engine_args(settings, model, device, backend), enable_multiprocessing=self.own_process
         )
         if self.own_process:
-            Thread(target=end_with, args=(self.engine.engine_core,), daemon=True).start()
-        self.version = -1  # of the weights that serve; -1: as loaded from disk
-        self.engine.set_weight_version(str(self.version))
-        self._finished: dict[str, asyncio.Future] = {}  # request id -> its output
-        self._arrivals = count()
-        self._waves = Waves(self._submit_chunk)
-        self._decoding: asyncio.Task | None = None
+            Thread(target=end_with_core, args=(self.engine,), daemon=True).start()
+        self.sampler = Sampler(self.engine, rollouter or SingleTurn(), source)
+        self.engine.set_weight_version(str(self.sampler.version))
 
     async def ping(self) -> dict[str, int]:
-        return {"unfinished": self.engine.get_num_unfinished_requests(), "version": self.version}
+        return {
+            "unfinished": self.engine.get_num_unfinished_requests(),
+            "version": self.sampler.version,
+        }
 
     # -- sampling ----------------------------------------------------------------------------------
 
     async def generate(
         self, order: GenerateOrder, prompts: Sequence[Prompt]
     ) -> tuple[ChunkHeader, RolloutBatch]:
-        """Sample K responses of each prompt.
+        """Sample K responses to each prompt.
 
         Raises:
             DataError: the engine refused a prompt.
         """
-        started = time.monotonic()
         failpoints.hit("rollout.generate", wave=order.wave)
-        futures = await self._waves.arrive(order, prompts)
-        finished = await asyncio.gather(*futures)
-        outputs = [complete(done.output) for done in finished]
-        asked = [prompt for prompt in prompts for _ in range(order.group_size)]
-        trajectories = [
-            trajectory(prompt, output) for prompt, output in zip(asked, outputs, strict=True)
-        ]
-        support_ids = np.concatenate([top_tokens(output, order.support) for output in outputs])
-        batch = RolloutBatch.pack(prompts, order.group_size, trajectories, self.source, support_ids)
-        return chunk_header(batch, [done.at - started for done in finished]), batch
+        return await self.sampler.generate(order, prompts)
 
     async def abort(self, groups: Sequence[str] | None = None) -> int:
-        """Stop what is being sampled; the waiting calls get empty responses, marked aborted.
-
-        Args:
-            groups: "wave/uid" of each prompt group to stop; None: all.
-
-        Returns:
-            how many responses were given up.
-        """
-        chosen = None if groups is None else set(groups)
-        waiting = [
-            request
-            for request in self._finished
-            if chosen is None or request.rpartition("/")[0] in chosen
-        ]
-        self.engine.abort_request(waiting)
-        for request_id in waiting:
-            self._finish(request_id, None)
-        return len(waiting)
-
-    def _finish(self, request_id: str, output: Any) -> None:
-        future = self._finished.pop(request_id, None)
-        if future is not None and not future.done():
-            future.set_result(Finished(output, time.monotonic()))
-
-    def _submit_chunk(
-        self, order: GenerateOrder, prompts: Sequence[Prompt]
-    ) -> list[asyncio.Future]:
-        futures = [
-            self._submit(f"{order.wave}/{p.uid}/{k}", p, k, order)
-            for p in prompts
-            for k in range(order.group_size)
-        ]
-        if self._decoding is None or self._decoding.done():
-            self._decoding = asyncio.create_task(
-                self._decode()
-            )  # starts when the wave's other chunks are submitted too
-        return futures
-
-    def _submit(
-        self, request_id: str, prompt: Prompt, index: int, order: GenerateOrder
-    ) -> asyncio.Future:
-        from vllm import SamplingParams, TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            temperature=order.temperature,
-            max_tokens=order.max_new_tokens,
-            seed=None if order.temperature == 0 else sample_seed(order.seed, prompt.uid, index),
-            logprobs=order.support,  # so many besides the drawn token's own
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        # the salt keeps a prefix computed by older weights from being reused, and one that an
-        # evaluation happened to compute
-        tokens = TokensPrompt(
-            prompt_token_ids=list(prompt.input_ids), cache_salt=f"v{self.version}/{order.wave}"
-        )
-        future = self._finished[request_id] = asyncio.get_running_loop().create_future()
-        try:
-            # of one priority the earlier goes first, by a count: a clock may be set back
-            self.engine.add_request(
-                request_id,
-                tokens,
-                params,
-                arrival_time=float(next(self._arrivals)),
-                priority=order.priority,
-            )
-        except ValueError as error:
-            self._finished.pop(request_id)
-            raise DataError(f"prompt {prompt.uid}: {error}") from error
-        return future
-
-    async def _decode(self) -> None:
-        try:
-            while self.engine.has_unfinished_requests():
-                for output in self.engine.step():
-                    self._finish(output.request_id, output.outputs[0])
-                await asyncio.sleep(0)
-        except Exception as error:  # every waiting call must hear of it
-            for future in self._finished.values():
-                if not future.done():
-                    future.set_exception(error)
-            self._finished.clear()
-            raise
+        """Stop what is being sampled, see Sampler.abort."""
+        return self.sampler.abort(groups)
 
     # -- weights, backend object_store -------------------------------------------------------------
 
@@ -337,63 +154,60 @@ class Rollout:
         """Stamp every token sampled from here on; drop cached prefixes of older weights."""
         self.engine.reset_prefix_cache()
         self.engine.set_weight_version(version)
-        self.version = int(version)
+        self.sampler.version = int(version)
 
 
-def end_with(core: Any) -> None:
-    """End this process once its engine core's has ended. vLLM's client notices too, but a call that
-    the core was to answer waits on for ever, and no other is served meanwhile.
+def engine_args(
+    settings: RunSettings, model: ModelConfig, device: str, backend: str
+) -> "EngineArgs":
+    """How the settings start the engine.
+
+    Args:
+        model: the weights that the engine loads from disk.
+        backend: by which weights arrive later on, a value of `rollout.weight_transfer`.
     """
-    while not core.resources.engine_dead:
+    from vllm import EngineArgs
+    from vllm.config import WeightTransferConfig
+
+    rollout = settings.rollout
+    assert rollout.max_model_len is not None, "launch.lengths decides it before any engine starts"
+    on_cpu = device == "cpu"
+    return EngineArgs(
+        model=str(resolve(model.path, model.revision)),
+        trust_remote_code=False,
+        load_format="safetensors",
+        # vLLM ties by the config alone; the learner, by the weights
+        hf_overrides={"tie_word_embeddings": False}
+        if is_wrongly_tied(model.path, model.revision)
+        else {},
+        dtype=model.dtype,
+        max_model_len=rollout.max_model_len,
+        max_num_seqs=rollout.max_num_seqs,
+        tensor_parallel_size=rollout.tensor_parallel,
+        distributed_executor_backend="mp" if rollout.tensor_parallel > 1 else "uni",
+        enforce_eager=rollout.enforce_eager,
+        kv_cache_memory_bytes=rollout.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        # vLLM's CPU runner cannot rewind a seeded generator after a partial prefill, so prompts are
+        # prefilled whole there; None: vLLM's own choice
+        enable_chunked_prefill=False if on_cpu else None,
+        max_num_batched_tokens=max(8192, rollout.max_model_len) if on_cpu else None,
+        # with the temperature in it: the sampler's own distribution
+        logprobs_mode="processed_logprobs",
+        max_logprobs=max(settings.algorithm.topk.k, 20),
+        seed=settings.run.seed,
+        weight_transfer_config=WeightTransferConfig(backend=backend),
+        worker_extension_cls="hybridrl.weights.vllm_transfer.WorkerExtension",
+        disable_log_stats=True,
+        scheduling_policy="priority",
+    )
+
+
+def end_with_core(engine: "LLMEngine") -> None:
+    """End this process when the process of its engine core has ended. vLLM notices that too, but a
+    call that is already under way would wait forever and block all others.
+    """
+    while not core_has_ended(engine):
         time.sleep(CORE_WATCH_S)
     logger.error("the engine core's process has ended, and so does this one")
     os._exit(1)
-
-
-def sample_seed(seed: int, uid: str, index: int) -> int:
-    """63 bits from (seed of run and wave, prompt, sample index): the same whatever engine or batch
-    it falls into.
-    """
-    return (
-        int.from_bytes(hashlib.sha256(f"{seed}/{uid}/{index}".encode()).digest()[:8], "little") >> 1
-    )
-
-
-def complete(output: Any) -> Any:
-    """The engine's output, or None where the response did not end by itself or at its limit."""
-    return output if output is not None and output.finish_reason in FINISH else None
-
-
-def trajectory(prompt: Prompt, output: Any) -> Trajectory:
-    """Columns of one finished response; `output` None: aborted, no response tokens, so nothing to
-    train on.
-    """
-    sampled = list(output.token_ids) if output is not None else []
-    logprobs = (
-        np.asarray(output.logprobs.logprobs, np.float32).reshape(len(sampled), -1)[:, 0]
-        if sampled
-        else []
-    )
-    versions = np.full(len(sampled), -1, np.int32)
-    for span in (output.weight_versions or []) if output is not None else []:
-        versions[span.start : span.end] = int(span.version)
-    zeros = np.zeros(len(prompt.input_ids), np.float32)
-    return Trajectory(
-        uid=prompt.uid,
-        input_ids=np.asarray([*prompt.input_ids, *sampled], np.int32),
-        response_mask=np.concatenate([zeros.astype(bool), np.ones(len(sampled), bool)]),
-        rollout_logprobs=np.concatenate([zeros, np.asarray(logprobs, np.float32)]),
-        policy_versions=np.concatenate([zeros.astype(np.int32), versions]),
-        finish_reason=FINISH[output.finish_reason] if output is not None else FinishReason.aborted,
-    )
-
-
-def top_tokens(output: Any, support: int) -> np.ndarray:
-    """[T_response, K] int32, the K most likely tokens at each response token, most likely first.
-
-    vLLM reports 1 + K entries a token: the drawn token, then the K most likely ones, the drawn
-    token once more if it is among them. So the first entry is left out and the support depends on
-    the prefix alone.
-    """
-    entries = output.logprobs.token_ids if output is not None else []
-    return np.asarray(entries, np.int32).reshape(-1, 1 + support)[:, 1:]

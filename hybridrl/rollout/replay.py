@@ -71,9 +71,11 @@ def given(prompt: Prompt, response: Sequence[int]) -> Trajectory:
     zeros = np.zeros(length, np.float32)
     return Trajectory(
         uid=prompt.uid,
+        prompt_length=len(prompt.input_ids),
         input_ids=np.array([*prompt.input_ids, *response], np.int32),
         response_mask=np.arange(length) >= len(prompt.input_ids),
         rollout_logprobs=zeros,
         policy_versions=zeros.astype(np.int32),
+        support_ids=np.zeros((len(response), 0), np.int32),
         finish_reason=FinishReason.stop,
     )

@@ -271,6 +271,17 @@ def test_a_group_taken_out_changes_nothing(folder: Path):
     assert weight_distance(folder, "one", "first-three") > 1e-4 and len(GROUPS) == 4
 
 
+def test_a_response_of_two_turns_is_learned_as_each_turn_after_all_that_came_before_it(
+    folder: Path,
+):
+    """The observation is read and not learned: it has neither a cost nor a part in the count."""
+    together, apart = result(folder, "two-turns"), result(folder, "turns-apart")
+    assert together["loss"] == pytest.approx(apart["loss"], abs=1e-5)
+    assert together["grad_norm"] == pytest.approx(apart["grad_norm"], rel=1e-4)
+    assert weight_distance(folder, "two-turns", "turns-apart") < 5e-5
+    assert weight_distance(folder, "two-turns", "untouched") > 1e-4
+
+
 # -- diagnostics -----------------------------------------------------------------------------------
 
 

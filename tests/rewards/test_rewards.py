@@ -653,10 +653,12 @@ def rollouts(*responses: str) -> RolloutBatch:
         trajectories.append(
             Trajectory(
                 uid=f"p{i // 2}",
+                prompt_length=2,
                 input_ids=ids,
                 response_mask=np.arange(len(ids)) >= 2,
                 rollout_logprobs=np.zeros(len(ids), np.float32),
                 policy_versions=np.zeros(len(ids), np.int32),
+                support_ids=np.zeros((len(ids) - 2, 0), np.int32),
                 finish_reason=FinishReason.stop,
             )
         )

@@ -29,8 +29,8 @@ from hybridrl.core.errors import (
 )
 from hybridrl.data.prompts import PromptSource
 from hybridrl.launch.session import prepare_prompts
-from hybridrl.rollout.engine import sample_seed
 from hybridrl.rollout.header import chunk_header
+from hybridrl.rollout.sampler import sample_seed
 from hybridrl.run_dir.checkpoint import Checkpointer, read_checkpoint
 from hybridrl.run_dir.directory import find_checkpoint, run_directory
 from hybridrl.run_dir.ledger import (

@@ -1,15 +1,10 @@
-"""Placement rules, the connection to Ray, errors on their way from a worker, and what an engine
-makes of a wave.
-"""
+"""Placement rules, the connection to Ray, and errors on their way from a worker."""
 
-import asyncio
-import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,9 +29,6 @@ from hybridrl.core.errors import (
     WorkerTimeout,
 )
 from hybridrl.core.failpoints import VARIABLE
-from hybridrl.models.loading import load_model
-from hybridrl.rollout import engine as rollout_worker
-from hybridrl.rollout.engine import Waves, chunk_header, complete, top_tokens, trajectory
 from hybridrl.runtime import calls
 from hybridrl.runtime import cluster as cluster_module
 from hybridrl.runtime.actor_group import ActorGroup, Slot, ask_for_stacks
@@ -46,11 +38,10 @@ from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.start_up import StartUp
 from hybridrl.settings.algorithm import AlgorithmConfig
-from hybridrl.settings.choices import Device, Source, WeightTransfer
+from hybridrl.settings.choices import Device, WeightTransfer
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.shares import shares
-from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
-from tests.support.graph import save_tiny, tiny_settings
+from hybridrl.types import Prompt
 
 BASE = ["run.dir=here", "experiment=quickstart"]
 SHARED = "cluster.colocate=true rollout.gpu_memory_utilization=0.4"
@@ -629,195 +620,3 @@ def test_a_way_over_gpus_is_refused_where_the_device_came_out_as_cpu(
 def test_a_config_error_ends_the_command_with_status_2(capsys: pytest.CaptureFixture):
     assert main(["train", *BASE, "scorer.replicas=2"]) == 2
     assert capsys.readouterr().err.startswith("hybridrl: scorer.replicas=2: ")
-
-
-# -- a wave ----------------------------------------------------------------------------------------
-
-
-def order(chunk: int, wave: str = "w", num_chunks: int = 3) -> GenerateOrder:
-    return GenerateOrder(
-        wave=wave,
-        chunk=chunk,
-        num_chunks=num_chunks,
-        group_size=1,
-        temperature=1.0,
-        max_new_tokens=4,
-        seed=0,
-    )
-
-
-@pytest.mark.parametrize("arrival", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1)])
-def test_the_engine_gets_the_chunks_of_a_wave_in_order_however_they_arrive(
-    arrival: tuple[int, ...],
-):
-    submitted: list[int] = []
-    waves = Waves(lambda chunk, prompts: submitted.append(chunk.chunk) or [prompts])
-
-    async def run() -> list:
-        tasks = [asyncio.create_task(waves.arrive(order(chunk), (chunk,))) for chunk in arrival]
-        return [await task for task in tasks]
-
-    assert asyncio.run(run()) == [[(chunk,)] for chunk in arrival], "each gets its own"
-    assert submitted == [0, 1, 2]
-
-
-def test_a_wave_waits_for_its_last_chunk_and_another_wave_does_not():
-    submitted: list[str] = []
-    waves = Waves(lambda chunk, prompts: submitted.append(f"{chunk.wave}{chunk.chunk}") or [])
-
-    async def run() -> None:
-        first = asyncio.create_task(waves.arrive(order(1, num_chunks=2), ()))
-        await asyncio.sleep(0)
-        await waves.arrive(order(0, wave="other", num_chunks=1), ())
-        assert not first.done()
-        await waves.arrive(order(0, num_chunks=2), ())
-        await first
-
-    asyncio.run(run())
-    assert submitted == ["other0", "w0", "w1"]
-
-
-def test_a_chunk_that_the_engine_refuses_fails_alone():
-    def submit(chunk: GenerateOrder, prompts: tuple) -> list:
-        if chunk.chunk == 1:
-            raise DataError("prompt p: too long")
-        return [chunk.chunk]
-
-    async def run() -> list:
-        waves = Waves(submit)
-        return await asyncio.gather(
-            *(waves.arrive(order(chunk), ()) for chunk in (2, 1, 0)), return_exceptions=True
-        )
-
-    last, refused, first = asyncio.run(run())
-    assert (last, first) == ([2], [0]) and isinstance(refused, DataError)
-
-
-# -- an engine's output ----------------------------------------------------------------------------
-
-PROMPT = Prompt(uid="p", input_ids=(5, 6), text="", columns={})
-
-
-def output(finish_reason: str = "stop") -> SimpleNamespace:
-    """Two tokens, 7 and 8, with the two most likely at each: 7 is not among them, 8 is the
-    second.
-    """
-    entries = [(7, -3.0), (1, -0.5), (2, -1.0), (8, -0.9), (3, -0.7), (8, -0.9)]
-    ids, logprobs = zip(*entries, strict=True)
-    spans = [
-        SimpleNamespace(start=0, end=1, version="3"),
-        SimpleNamespace(start=1, end=2, version="4"),
-    ]
-    flat = SimpleNamespace(token_ids=list(ids), logprobs=list(logprobs))
-    return SimpleNamespace(
-        token_ids=[7, 8], logprobs=flat, weight_versions=spans, finish_reason=finish_reason
-    )
-
-
-def test_an_engine_whose_core_has_ended_ends_too(monkeypatch: pytest.MonkeyPatch):
-    core, seen = SimpleNamespace(resources=SimpleNamespace(engine_dead=False)), []
-
-    def sleep(seconds: float) -> None:
-        seen.append("alive")
-        core.resources.engine_dead = len(seen) == 3
-
-    monkeypatch.setattr(rollout_worker, "time", SimpleNamespace(sleep=sleep))
-    monkeypatch.setattr(
-        rollout_worker, "os", SimpleNamespace(_exit=lambda status: seen.append(status))
-    )
-    rollout_worker.end_with(core)
-    assert seen == ["alive"] * 3 + [1]
-
-
-def test_the_support_is_the_most_likely_tokens_and_owes_nothing_to_the_drawn_one():
-    assert top_tokens(output(), 2).tolist() == [[1, 2], [3, 8]]
-    assert top_tokens(output(), 2).dtype == np.int32
-    assert top_tokens(None, 2).shape == (0, 2)
-
-
-def test_a_trajectory_holds_the_drawn_tokens_own_log_probs_and_versions():
-    row = trajectory(PROMPT, output())
-    assert row.input_ids.tolist() == [5, 6, 7, 8] and row.response_mask.tolist() == [
-        False,
-        False,
-        True,
-        True,
-    ]
-    assert row.rollout_logprobs.tolist() == [0, 0, -3.0, np.float32(-0.9)]
-    assert row.policy_versions.tolist() == [0, 0, 3, 4] and row.finish_reason is FinishReason.stop
-
-
-@pytest.mark.parametrize("reason", ["abort", "error", "repetition", "something new", None])
-def test_a_response_that_did_not_end_by_itself_has_no_tokens_and_the_header_says_so(
-    reason: str | None,
-):
-    outputs = [
-        complete(output(reason)),
-        complete(output("length")),
-        complete(output()),
-        complete(None),
-    ]
-    rows = [trajectory(PROMPT, o) for o in outputs]
-    support = np.concatenate([top_tokens(o, 2) for o in outputs])
-    batch = RolloutBatch.pack([PROMPT, PROMPT], 2, rows, Source.teacher, support)
-    header = chunk_header(batch, [1.0] * batch.num_sequences)
-    assert header.aborted.tolist() == [True, False, False, True] and header.truncated.tolist() == [
-        False,
-        True,
-        False,
-        False,
-    ]
-    assert header.response_lengths.tolist() == [0, 2, 2, 0] and header.num_tokens.tolist() == [
-        2,
-        4,
-        4,
-        2,
-    ]
-    assert (header.group_size, header.source) == (2, Source.teacher)
-    assert batch.support_ids.shape == (4, 2)
-
-
-def engine_and_model(folder: Path) -> tuple[RolloutBatch, list[list[int]]]:
-    """In a process of its own, because vLLM's CPU worker patches torch: a batch with a support of
-    3, and a plain forward pass's top 3.
-    """
-    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    from hybridrl.rollout.engine import Rollout
-
-    model = load_model(str(save_tiny(folder / "model", 0)))
-    settings = tiny_settings(folder / "run", f"model.path={folder / 'model'}")
-    prompts = [
-        Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)
-    ]
-    ordered = GenerateOrder(
-        wave="w",
-        chunk=0,
-        num_chunks=1,
-        group_size=2,
-        temperature=1.0,
-        max_new_tokens=12,
-        seed=5,
-        support=3,
-    )
-
-    async def sample() -> RolloutBatch:
-        engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store")
-        return (await engine.generate(ordered, prompts))[1]
-
-    batch, expected = asyncio.run(sample()), []
-    for i in range(batch.num_sequences):
-        row = batch.trajectory(i)
-        with torch.no_grad():
-            logits = model(torch.from_numpy(row.input_ids.astype(np.int64))[None]).logits[0]
-        expected += logits[np.flatnonzero(row.response_mask) - 1].topk(3).indices.tolist()
-    return batch, expected
-
-
-@pytest.mark.graph
-def test_the_engine_reports_the_top_tokens_of_a_plain_forward_pass(tmp_path: Path):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        batch, expected = pool.submit(engine_and_model, tmp_path).result(timeout=240)
-    drawn = batch.input_ids[batch.response_mask]
-    assert batch.support_ids.tolist() == expected
-    among = (batch.support_ids == drawn[:, None]).any(axis=1)
-    assert among.any() and not among.all(), "both kinds of drawn token occur"

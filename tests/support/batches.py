@@ -29,10 +29,12 @@ def make_batch(groups: Sequence[tuple[Ids, Sequence[Ids]]], logprob: float = -1.
     trajectories = [
         Trajectory(
             uid=f"p{g}",
+            prompt_length=len(prompt),
             input_ids=np.array([*prompt, *response], np.int32),
             response_mask=np.array([False] * len(prompt) + [True] * len(response)),
             rollout_logprobs=np.array([0.0] * len(prompt) + [logprob] * len(response), np.float32),
             policy_versions=np.zeros(len(prompt) + len(response), np.int32),
+            support_ids=np.zeros((len(response), 0), np.int32),
             finish_reason=FinishReason.stop,
         )
         for g, (prompt, responses) in enumerate(groups)

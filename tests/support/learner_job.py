@@ -15,9 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
+from hybridrl.rollout.rollouter import Completion, join_turns
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
-from hybridrl.types import Rewards, RolloutBatch, Shard, TokenScores, UpdatePlan
+from hybridrl.types import (
+    FinishReason,
+    Prompt,
+    Rewards,
+    RolloutBatch,
+    Shard,
+    TokenScores,
+    UpdatePlan,
+)
 from hybridrl.weights.parameters import WeightsKind
 from hybridrl.weights.stream import unpack
 from tests.support.batches import make_batch, make_plan, make_rewards, make_scores
@@ -61,6 +70,48 @@ def chunk_of(
 def inf_teacher() -> Chunk:
     batch, rewards, scores = chunk_of(0, 4)
     return batch, rewards, replace(scores, rows=np.full_like(scores.rows, np.inf))
+
+
+Tokens = tuple[int, ...]
+TURNS: list[tuple[Tokens, Tokens, Tokens, Tokens]] = [
+    ((1, 5, 6), (7, 8, 2), (19, 4), (9, 2)),
+    ((1, 10), (14, 2), (19,), (15, 16, 2)),
+]
+"""Prompt, first turn, observation, second turn."""
+
+
+def turns_chunk(*, apart: bool) -> Chunk:
+    """TURNS with their scores, one response a prompt: of two turns each, or with every turn as the
+    response to all that came before it.
+    """
+    prompts = []
+    trajectories = []
+    for i, (ids, first, observation, second) in enumerate(TURNS):
+        start = Prompt(uid=f"p{i}", input_ids=ids, text="", columns={})
+        read = Prompt(uid=f"p{i}-read", input_ids=(*ids, *first, *observation), text="", columns={})
+        turns = [written(first), written(second)]
+        if apart:
+            prompts += [start, read]
+            trajectories += [join_turns(start, turns[:1]), join_turns(read, turns[1:])]
+        else:
+            prompts += [start]
+            trajectories += [join_turns(start, [turns[0], observation, turns[1]])]
+    batch = RolloutBatch.pack(prompts, 1, trajectories)
+    rng = np.random.default_rng(1)
+    hidden = rng.standard_normal((10, WIDTH)).astype(np.float32)
+    values = [1.0, 1.0, -0.5, -0.5] if apart else [1.0, -0.5]
+    return batch, make_rewards(batch, values), make_scores(batch, [-2.0] * 10, hidden)
+
+
+def written(ids: Tokens) -> Completion:
+    """A turn of the model; every token has the sampler log-prob -1."""
+    return Completion(
+        token_ids=ids,
+        logprobs=np.full(len(ids), -1, np.float32),
+        policy_versions=np.zeros(len(ids), np.int32),
+        support_ids=np.zeros((len(ids), 0), np.int32),
+        finish_reason=FinishReason.stop,
+    )
 
 
 def settings_for(folder: Path, ranks: int, *overrides: str) -> RunSettings:
@@ -150,6 +201,14 @@ class Job:
         ]
         self.report(case, learner, stats)
         return learner, shard, values
+
+    def turns(self, case: str, *, apart: bool) -> None:
+        """Two steps on the turns of TURNS. No return reaches from one turn into another."""
+        learner = self.learner("algorithm.gamma=0", "algorithm.baseline=none")
+        chunk = turns_chunk(apart=apart)
+        shard = Shard(num_chunks=1, num_teachers=1, groups=(tuple(range(len(chunk[0].uids))),))
+        plans = [make_plan(chunk[0], step=step, lr=LR) for step in range(2)]
+        self.report(case, learner, [learner.update(plan, shard, *chunk) for plan in plans])
 
     def diagnosed(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
         learner = self.learner(*overrides)
@@ -328,6 +387,8 @@ def one_rank(job: Job) -> None:
     job.two_steps("packed", [chunk_of(0, 4)], everything, 1, "train.packing=true")
     job.two_steps("chunks", [chunk_of(0, 1), chunk_of(1, 4)], ((0,), (0, 1, 2)), 1)
     job.two_steps("first-three", [chunk_of(0, 3)], ((0, 1, 2),), 1, num_groups=3)
+    job.turns("two-turns", apart=False)
+    job.turns("turns-apart", apart=True)
     dropped = chunk_of(0, 4, keep=[True] * 6 + [False] * 2, values=VALUES[:6] + [float("nan")] * 2)
     job.two_steps("fourth-dropped", [dropped], everything, 1, num_groups=3)
 

@@ -238,6 +238,7 @@ def rollouts(order: GenerateOrder, prompts: Sequence[Prompt], version: int) -> R
         uids=tuple(p.uid for p in prompts),
         columns=tuple(p.columns for p in prompts),
         prompt_texts=tuple(p.text for p in prompts),
+        prompt_lengths=tuple(len(p.input_ids) for p in prompts),
         group_size=order.group_size,
         offsets=offsets,
         input_ids=np.ones(offsets[-1], np.int32),

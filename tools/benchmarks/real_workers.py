@@ -20,7 +20,8 @@ from hybridrl.models.loading import load_model
 from hybridrl.models.output_head import output_weight
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.head_rule import head_rule
-from hybridrl.rollout.engine import Rollout, sample_seed
+from hybridrl.rollout.engine import Rollout
+from hybridrl.rollout.sampler import sample_seed
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.inbox import TeacherInbox
 from hybridrl.types import (

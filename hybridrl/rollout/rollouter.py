@@ -1,0 +1,126 @@
+"""A rollouter makes one response to one prompt, out of completions that an engine samples for it.
+
+prompt ---> Rollouter.run ---> Trajectory
+              |       ^
+    token ids |       | Completion
+              v       |
+               engine
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybridrl.types import FinishReason, Float, Prompt, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What the model wrote in one turn: r tokens, the end token included. engine -> rollouter.
+
+    `finish_reason` is `length` where the response has no room for more tokens (r may be 0 then):
+    the rollouter should end the response there. It is never `aborted`.
+    """
+
+    token_ids: tuple[int, ...]  # [r]
+    logprobs: Float  # [r] from the sampler
+    policy_versions: NDArray[np.int32]  # [r] weight version that sampled the token
+    support_ids: NDArray[np.int32]  # [r, K] the sampler's most likely tokens, K as in the order
+    finish_reason: FinishReason
+
+
+Sample = Callable[[Sequence[int]], Awaitable[Completion]]
+"""Continues a sequence of tokens, which begins with the prompt's own, until the model ends its turn
+or the response reaches `rollout.max_new_tokens`.
+
+Raises asyncio.CancelledError when the response is aborted, so a rollouter needs no code for that
+(`finally` blocks run): the trajectory then has no response and its group is not trained on.
+"""
+
+
+class Rollouter(Protocol):
+    """One object serves all responses of an engine; calls of `run` overlap."""
+
+    async def run(self, prompt: Prompt, sample: Sample) -> Trajectory:
+        """Make one response to the prompt.
+
+        Each call of `sample` has a seed of its own, derived from the prompt, the sample's index and
+        the number of the call. `join_turns` makes the trajectory.
+        """
+        ...
+
+
+class SingleTurn:
+    """The response is one completion of the prompt."""
+
+    async def run(self, prompt: Prompt, sample: Sample) -> Trajectory:
+        return join_turns(prompt, [await sample(prompt.input_ids)])
+
+
+def join_turns(prompt: Prompt, turns: Sequence[Completion | Sequence[int]]) -> Trajectory:
+    """The trajectory of a prompt and the turns that followed it.
+
+    Args:
+        turns: in their order: what the model wrote as Completions (at least one), what it was
+            given to read in between (observations) as token ids.
+    """
+    completions = [turn for turn in turns if isinstance(turn, Completion)]
+    assert completions, f"prompt {prompt.uid}: a response needs at least one completion"
+    ids = [turn.token_ids if isinstance(turn, Completion) else turn for turn in turns]
+    parts = [np.asarray(part, np.int32) for part in (prompt.input_ids, *ids)]
+    sampled = [False, *(isinstance(turn, Completion) for turn in turns)]
+    mask = np.repeat(sampled, [len(part) for part in parts])  # [T]
+    logprobs = np.zeros(len(mask), np.float32)
+    logprobs[mask] = np.concatenate([completion.logprobs for completion in completions])
+    versions = np.zeros(len(mask), np.int32)
+    versions[mask] = np.concatenate([completion.policy_versions for completion in completions])
+    return Trajectory(
+        uid=prompt.uid,
+        prompt_length=len(prompt.input_ids),
+        input_ids=np.concatenate(parts),
+        response_mask=mask,
+        rollout_logprobs=logprobs,
+        policy_versions=versions,
+        support_ids=np.concatenate([completion.support_ids for completion in completions]),
+        finish_reason=completions[-1].finish_reason,
+    )
+
+
+def aborted_trajectory(prompt: Prompt, support: int) -> Trajectory:
+    """A trajectory without a response, so without anything to train on.
+
+    Args:
+        support: K, the width of `support_ids`.
+    """
+    nothing = Completion(
+        token_ids=(),
+        logprobs=np.zeros(0, np.float32),
+        policy_versions=np.zeros(0, np.int32),
+        support_ids=np.zeros((0, support), np.int32),
+        finish_reason=FinishReason.aborted,
+    )
+    return join_turns(prompt, [nothing])
+
+
+def cut_response(trajectory: Trajectory, limit: int) -> Trajectory:
+    """The trajectory with at most `limit` response tokens, observations included.
+
+    The sampler keeps to the limit by itself, so what is cut off are observations after it. A
+    response that was cut counts as truncated.
+    """
+    end = trajectory.prompt_length + limit
+    if len(trajectory.input_ids) <= end:
+        return trajectory
+    mask = trajectory.response_mask[:end]
+    return replace(
+        trajectory,
+        input_ids=trajectory.input_ids[:end],
+        response_mask=mask,
+        rollout_logprobs=trajectory.rollout_logprobs[:end],
+        policy_versions=trajectory.policy_versions[:end],
+        support_ids=trajectory.support_ids[: np.count_nonzero(mask)],
+        finish_reason=FinishReason.length,
+    )

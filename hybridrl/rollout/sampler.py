@@ -1,0 +1,248 @@
+"""From orders to trajectories: runs a rollouter for each response over one vLLM engine."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Sequence
+from itertools import count
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hybridrl.core.errors import DataError
+from hybridrl.rollout.header import chunk_header
+from hybridrl.rollout.rollouter import (
+    Completion,
+    Rollouter,
+    aborted_trajectory,
+    cut_response,
+)
+from hybridrl.rollout.vllm_internals import read_completion
+from hybridrl.rollout.waves import Waves
+from hybridrl.settings.choices import Source
+from hybridrl.types import (
+    ChunkHeader,
+    FinishReason,
+    GenerateOrder,
+    Prompt,
+    RolloutBatch,
+    Trajectory,
+)
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine, SamplingParams
+    from vllm.outputs import CompletionOutput
+
+
+class Sampler:
+    """All methods run on one event loop, which has two kinds of tasks.
+
+    One task per trajectory runs the rollouter. It adds requests to the engine, waits for their
+    outputs, and is cancelled by `abort`.
+
+    One task, `_decode`, steps the engine inline and yields to the event loop between steps. It
+    consumes the requests, produces their outputs, waits for nothing, and runs while the engine has
+    unfinished requests.
+
+    Args:
+        engine: in which no one else places requests.
+        source: who writes the responses.
+    """
+
+    def __init__(self, engine: "LLMEngine", rollouter: Rollouter, source: Source) -> None:
+        self.engine = engine
+        self.rollouter = rollouter
+        self.source = source
+        self.version = -1  # of the engine's weights; -1: as loaded from disk
+        self._waves: Waves[list[asyncio.Task[Trajectory]]] = Waves(self._start_chunk)
+        self._trajectories: dict[str, asyncio.Task[Trajectory]] = {}  # "wave/uid/sample"
+        self._requests: dict[str, asyncio.Future[CompletionOutput]] = {}  # "wave/uid/sample/turn"
+        self._arrivals = count()
+        self._decoding: asyncio.Task[None] | None = None
+
+    async def generate(
+        self, order: GenerateOrder, prompts: Sequence[Prompt]
+    ) -> tuple[ChunkHeader, RolloutBatch]:
+        """Make K responses to each prompt.
+
+        Raises:
+            DataError: the engine refused a prompt.
+        """
+        started = time.monotonic()
+        tasks = await self._waves.arrive(order, prompts)
+        ends = await asyncio.gather(*map(end_of, tasks))
+        of_task = [prompt for prompt in prompts for _ in range(order.group_size)]
+        trajectories = [
+            aborted_trajectory(prompt, order.support) if task.cancelled() else task.result()
+            for prompt, task in zip(of_task, tasks, strict=True)
+        ]
+        batch = RolloutBatch.pack(prompts, order.group_size, trajectories, self.source)
+        return chunk_header(batch, [end - started for end in ends]), batch
+
+    def abort(self, groups: Sequence[str] | None = None) -> int:
+        """Stop responses; the calls of `generate` that wait for them get trajectories without a
+        response, marked aborted.
+
+        Args:
+            groups: "wave/uid" of each prompt group to stop; None: all.
+
+        Returns:
+            The number of responses that were stopped.
+        """
+        chosen = None if groups is None else set(groups)
+        names = {
+            name
+            for name in self._trajectories
+            if chosen is None or name.rpartition("/")[0] in chosen
+        }
+        self.engine.abort_request(
+            [
+                request
+                for request, output in self._requests.items()
+                if request.rpartition("/")[0] in names and not output.done()
+            ]
+        )
+        return sum(self._trajectories.pop(name).cancel() for name in names)
+
+    # -- trajectories ------------------------------------------------------------------------------
+
+    def _start_chunk(
+        self, order: GenerateOrder, prompts: Sequence[Prompt]
+    ) -> list[asyncio.Task[Trajectory]]:
+        return [self._start(order, p, k) for p in prompts for k in range(order.group_size)]
+
+    def _start(self, order: GenerateOrder, prompt: Prompt, index: int) -> asyncio.Task[Trajectory]:
+        """The task that makes one response. Tasks begin in the order in which they were created,
+        and each adds its first request before it waits.
+        """
+        name = f"{order.wave}/{prompt.uid}/{index}"
+        turns = count()
+
+        async def sample(token_ids: Sequence[int]) -> Completion:
+            return await self._complete(order, prompt, index, next(turns), token_ids)
+
+        async def respond() -> Trajectory:
+            trajectory = await self.rollouter.run(prompt, sample)
+            return cut_response(trajectory, order.max_new_tokens)
+
+        def forget(task: asyncio.Task[Trajectory]) -> None:
+            if self._trajectories.get(name) is task:
+                del self._trajectories[name]
+
+        task = asyncio.create_task(respond())
+        self._trajectories[name] = task
+        task.add_done_callback(forget)
+        return task
+
+    async def _complete(
+        self, order: GenerateOrder, prompt: Prompt, index: int, turn: int, token_ids: Sequence[int]
+    ) -> Completion:
+        """One request. Its seed depends on neither the engine nor on what else is sampled there."""
+        room = order.max_new_tokens - (len(token_ids) - len(prompt.input_ids))
+        if room < 1:
+            return no_room(order.support)
+        request = f"{order.wave}/{prompt.uid}/{index}/{turn}"
+        seed = sample_seed(order.seed, prompt.uid, index, turn)
+        try:
+            output = self._add(request, token_ids, sampling_params(order, room, seed), order)
+        except ValueError as error:
+            raise DataError(f"prompt {prompt.uid}: {error}") from error
+        try:
+            return read_completion(await output, order.support)
+        finally:
+            del self._requests[request]
+
+    # -- the engine --------------------------------------------------------------------------------
+
+    def _add(
+        self,
+        request: str,
+        token_ids: Sequence[int],
+        params: "SamplingParams",
+        order: GenerateOrder,
+    ) -> "asyncio.Future[CompletionOutput]":
+        """Place a request.
+
+        Raises:
+            ValueError: the engine refuses it.
+        """
+        from vllm import TokensPrompt
+
+        # The salt keeps a prefix computed by older weights from being reused, and one that an
+        # evaluation happened to compute.
+        tokens = TokensPrompt(
+            prompt_token_ids=[int(token) for token in token_ids],
+            cache_salt=f"v{self.version}/{order.wave}",
+        )
+        # Of equal priority the earlier request goes first, by a count: a clock may be set back.
+        self.engine.add_request(
+            request,
+            tokens,
+            params,
+            arrival_time=float(next(self._arrivals)),
+            priority=order.priority,
+        )
+        output = asyncio.get_running_loop().create_future()
+        self._requests[request] = output
+        if self._decoding is None or self._decoding.done():
+            # It begins after the other tasks of the wave, which were all created before.
+            self._decoding = asyncio.create_task(self._decode())
+        return output
+
+    async def _decode(self) -> None:
+        try:
+            while self.engine.has_unfinished_requests():
+                for finished in self.engine.step():
+                    output = self._requests.get(finished.request_id)
+                    if output is not None and not output.done():
+                        output.set_result(finished.outputs[0])
+                await asyncio.sleep(0)
+        except Exception as error:  # every trajectory that waits must end with it
+            for output in self._requests.values():
+                if not output.done():
+                    output.set_exception(error)
+            raise
+
+
+async def end_of(task: asyncio.Task[Trajectory]) -> float:
+    """Wait for a trajectory. Returns time.monotonic() at its end, also when it was aborted; raises
+    what the task raised.
+    """
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.result()
+    return time.monotonic()
+
+
+def sampling_params(order: GenerateOrder, max_tokens: int, seed: int) -> "SamplingParams":
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=order.temperature,
+        max_tokens=max_tokens,
+        seed=None if order.temperature == 0 else seed,
+        logprobs=order.support,  # so many besides the drawn token's own
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def sample_seed(seed: int, uid: str, index: int, turn: int = 0) -> int:
+    """63 bits from (seed of run and wave, prompt, sample's index, turn): the same on any engine and
+    in any batch.
+    """
+    key = f"{seed}/{uid}/{index}" if turn == 0 else f"{seed}/{uid}/{index}:{turn}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+
+
+def no_room(support: int) -> Completion:
+    """The completion of a response that is as long as it may be."""
+    return Completion(
+        token_ids=(),
+        logprobs=np.zeros(0, np.float32),
+        policy_versions=np.zeros(0, np.int32),
+        support_ids=np.zeros((0, support), np.int32),
+        finish_reason=FinishReason.length,
+    )

@@ -1,0 +1,73 @@
+"""What the engine takes from vLLM beyond its documented interface.
+
+Read in the version below. tests/rollout/test_vllm_internals.py fails when another version is
+installed or when one of these details is no longer as described here.
+
+- `LLMEngine.engine_core.resources.engine_dead`: set when the process of the engine core has ended.
+- Flat log-probs (`SamplingParams.flat_logprobs`): 1 + K entries a token, the drawn token first.
+- The priority queue of the scheduler orders by (priority, arrival_time), and arrival_time may be any
+  number.
+- The environment variables below are read while the engine starts.
+- Workers have the methods that `collective_rpc` calls by name: `start_weight_update`,
+  `update_weights`, `finish_weight_update` and `init_weight_transfer_engine`.
+"""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hybridrl.rollout.rollouter import Completion
+from hybridrl.types import FinishReason
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine
+    from vllm.outputs import CompletionOutput
+
+VERSION = "0.32.0"
+FINISH_REASONS = {"stop": FinishReason.stop, "length": FinishReason.length}
+
+
+def environment(*, own_process: bool) -> dict[str, str]:
+    """Variables that must be set before vLLM is imported.
+
+    Args:
+        own_process: whether the engine core runs in a process of its own.
+    """
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
+    }
+
+
+def core_has_ended(engine: "LLMEngine") -> bool:
+    """Whether the process of the engine core has ended; the core must be in one of its own."""
+    return engine.engine_core.resources.engine_dead
+
+
+def read_completion(output: "CompletionOutput", support: int) -> Completion:
+    """The finished output of one request, asked for with flat log-probs of `support` tokens.
+
+    vLLM reports 1 + K entries a token: the drawn token, then the K most likely ones, with the drawn
+    token once more if it is among them. The first entry is not part of the support, which therefore
+    depends on the prefix alone.
+
+    Raises:
+        asyncio.CancelledError: the response neither ended by itself nor at its limit.
+    """
+    if output.finish_reason not in FINISH_REASONS:
+        raise asyncio.CancelledError(f"vLLM ended the request: {output.finish_reason}")
+    r = len(output.token_ids)
+    flat = output.logprobs
+    logprobs = np.asarray(flat.logprobs if r else [], np.float32).reshape(r, 1 + support)
+    entries = np.asarray(flat.token_ids if r else [], np.int32).reshape(r, 1 + support)
+    versions = np.full(r, -1, np.int32)
+    for span in output.weight_versions or []:
+        versions[span.start : span.end] = int(span.version)
+    return Completion(
+        token_ids=tuple(output.token_ids),
+        logprobs=logprobs[:, 0],
+        policy_versions=versions,
+        support_ids=entries[:, 1:],
+        finish_reason=FINISH_REASONS[output.finish_reason],
+    )

@@ -1,0 +1,114 @@
+"""The real vLLM engine, in a process of its own because vLLM's CPU worker patches torch."""
+
+import asyncio
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from hybridrl.models.loading import load_model
+from hybridrl.rollout import engine as engine_module
+from hybridrl.rollout.engine import end_with_core
+from hybridrl.types import GenerateOrder, Prompt, RolloutBatch
+from tests.support.graph import save_tiny, tiny_settings
+
+OBSERVATION = (21, 6, 5)
+SUPPORT = 3
+
+
+def test_an_engine_whose_core_has_ended_ends_too(monkeypatch: pytest.MonkeyPatch):
+    resources = SimpleNamespace(engine_dead=False)
+    engine = SimpleNamespace(engine_core=SimpleNamespace(resources=resources))
+    seen: list[str | int] = []
+
+    def sleep(seconds: float) -> None:
+        seen.append("alive")
+        resources.engine_dead = len(seen) == 3
+
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(engine_module, "os", SimpleNamespace(_exit=seen.append))
+    end_with_core(engine)
+    assert seen == ["alive"] * 3 + [1]
+
+
+class Sampled(NamedTuple):
+    """What one engine made of the same order with one turn and with two."""
+
+    single: RolloutBatch
+    double: RolloutBatch
+
+
+def sampled(folder: Path) -> Sampled:
+    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from hybridrl.rollout.engine import Rollout
+    from tests.support.scripted_engine import TwoTurns
+
+    settings = tiny_settings(folder / "run", f"model.path={save_tiny(folder / 'model', 0)}")
+    prompts = [
+        Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)
+    ]
+    order = GenerateOrder(
+        wave="w",
+        chunk=0,
+        num_chunks=1,
+        group_size=2,
+        temperature=1.0,
+        max_new_tokens=24,
+        seed=5,
+        support=SUPPORT,
+    )
+
+    async def sample() -> Sampled:
+        engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store")
+        _, single = await engine.generate(order, prompts)
+        engine.sampler.rollouter = TwoTurns(OBSERVATION)
+        _, double = await engine.generate(order, prompts)
+        return Sampled(single, double)
+
+    return asyncio.run(sample())
+
+
+@pytest.mark.graph
+def test_the_engine_reports_what_a_plain_forward_pass_gives_with_one_turn_and_with_two(
+    tmp_path: Path,
+):
+    """Both the most likely tokens, and the drawn tokens' log-probs."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        batches = pool.submit(sampled, tmp_path).result(timeout=240)
+    model = load_model(str(tmp_path / "model"))
+    for batch in batches:
+        drawn = batch.input_ids[batch.response_mask]
+        among = (batch.support_ids == drawn[:, None]).any(axis=1)
+        assert among.any() and not among.all(), "both kinds of drawn token occur"
+        for i in range(batch.num_sequences):
+            row = batch.trajectory(i)
+            ids = torch.from_numpy(row.input_ids.astype(np.int64))
+            at = np.flatnonzero(row.response_mask)
+            with torch.no_grad():
+                logprobs = torch.log_softmax(model(ids[None]).logits[0], -1)[at - 1]
+            assert row.support_ids.tolist() == logprobs.topk(SUPPORT).indices.tolist()
+            drawn_logprobs = logprobs.gather(1, ids[at][:, None])[:, 0].numpy()
+            assert np.abs(drawn_logprobs - row.rollout_logprobs[at]).max() < 1e-4
+    first_turns_agree(batches)
+
+
+def first_turns_agree(batches: Sampled) -> None:
+    """A first turn is, token for token, the response of the single turn; some have a second one."""
+    continued = 0
+    for i in range(batches.single.num_sequences):
+        response = batches.single.trajectory(i).response_ids.tolist()
+        row = batches.double.trajectory(i)
+        r = len(response)
+        assert row.response_ids[:r].tolist() == response and row.response_mask[5 : 5 + r].all()
+        if len(row.response_ids) > r + len(OBSERVATION):
+            continued += 1
+            observed = slice(r, r + len(OBSERVATION))
+            assert row.response_ids[observed].tolist() == list(OBSERVATION)
+            assert not row.response_mask[5:][observed].any()
+    assert continued >= 4

@@ -1,0 +1,91 @@
+"""What the engine relies on in vLLM beyond its documented interface is as it was read."""
+
+import asyncio
+import inspect
+
+import pytest
+import vllm
+from vllm.envs import environment_variables
+from vllm.logprobs import FlatLogprobs
+from vllm.outputs import CompletionOutput, WeightVersionSpan
+from vllm.v1.core.sched.request_queue import PriorityRequestQueue
+from vllm.v1.engine.core_client import BackgroundResources, MPClient
+from vllm.v1.request import Request
+from vllm.v1.worker.gpu_worker import Worker
+
+from hybridrl.rollout.vllm_internals import VERSION, environment, read_completion
+from hybridrl.types import FinishReason
+
+
+def output(finish_reason: str | None = "stop") -> CompletionOutput:
+    """Two tokens, 7 and 8, with the two most likely at each: 7 is not among them, 8 is the
+    second.
+    """
+    return CompletionOutput(
+        index=0,
+        text="",
+        token_ids=[7, 8],
+        cumulative_logprob=None,
+        logprobs=FlatLogprobs(
+            token_ids=[7, 1, 2, 8, 3, 8], logprobs=[-3.0, -0.5, -1.0, -0.9, -0.7, -0.9]
+        ),
+        finish_reason=finish_reason,
+        weight_versions=[WeightVersionSpan("3", 0, 1), WeightVersionSpan("4", 1, 2)],
+    )
+
+
+def test_a_completion_holds_the_drawn_tokens_own_log_probs_and_versions():
+    completion = read_completion(output("length"), support=2)
+    assert completion.token_ids == (7, 8)
+    assert completion.logprobs.tolist() == pytest.approx([-3.0, -0.9])
+    assert completion.policy_versions.tolist() == [3, 4]
+    assert completion.finish_reason is FinishReason.length
+
+
+def test_the_support_is_the_most_likely_tokens_and_owes_nothing_to_the_drawn_one():
+    assert read_completion(output(), support=2).support_ids.tolist() == [[1, 2], [3, 8]]
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "repetition", "something new", None])
+def test_a_response_that_did_not_end_by_itself_is_aborted(reason: str | None):
+    with pytest.raises(asyncio.CancelledError):
+        read_completion(output(reason), support=2)
+
+
+def test_vllm_is_the_version_that_was_read():
+    """After an upgrade: read again what rollout/vllm_internals.py lists, then change VERSION."""
+    assert vllm.__version__.split("+")[0] == VERSION
+
+
+def test_the_client_of_an_engine_core_knows_that_its_process_has_ended():
+    assert "engine_dead" in BackgroundResources.__dataclass_fields__
+    assert "self.resources = BackgroundResources(" in inspect.getsource(MPClient.__init__)
+
+
+def test_the_scheduler_takes_the_lowest_priority_and_then_the_lowest_arrival_time_first():
+    queue = PriorityRequestQueue()
+    for name, priority, arrival in (("c", 0, 2.0), ("b", 0, 1.0), ("d", 1, 0.0), ("a", -1, 3.0)):
+        request = Request.__new__(Request)
+        request.request_id = name
+        request.priority = priority
+        request.arrival_time = arrival
+        queue.add_request(request)
+    assert [queue.pop_request().request_id for _ in range(4)] == ["a", "b", "c", "d"]
+
+
+def test_vllm_reads_the_environment_that_the_engine_sets():
+    assert environment(own_process=True)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+    assert environment(own_process=False).keys() <= environment_variables.keys()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "init_weight_transfer_engine",
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+    ],
+)
+def test_a_worker_of_vllm_has_the_methods_that_are_called_by_name(method: str):
+    assert callable(getattr(Worker, method))
