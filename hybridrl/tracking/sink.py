@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from hybridrl.types import RunInfo, Sample
 
@@ -28,6 +28,19 @@ class Sink(Protocol):
         """End the run; 0: it finished."""
 
 
+@runtime_checkable
+class ResumableSink(Sink, Protocol):
+    """A sink that continues the same run of its tracker after a resume, by the id of that run."""
+
+    name: str  # of the tracker; a checkpoint holds the id under it
+
+    def state_dict(self) -> str | None:
+        """The id; None: the tracker has no run yet."""
+
+    def load_state_dict(self, state: str | None) -> None:
+        """Continue the run of that id. Called before start."""
+
+
 class Sinks:
     """Sinks that act as one. A required sink's errors propagate; an optional one that fails is
     switched off.
@@ -38,6 +51,23 @@ class Sinks:
     def __init__(self, *, required: Sequence[Sink], optional: Sequence[Sink] = ()) -> None:
         self._required = list(required)
         self._optional = list(optional)
+        self._resumable = [s for s in (*required, *optional) if isinstance(s, ResumableSink)]
+        self._ids: dict[str, str] = {}  # of the trackers, as the checkpoint holds them
+
+    def state_dict(self) -> dict[str, str]:
+        """The ids of the trackers' runs by the trackers' names, for the checkpoint.
+
+        The id of a tracker that this run does not use, or whose sink has failed, is retained: a
+        later resume with it continues the same run.
+        """
+        ids = {sink.name: sink.state_dict() for sink in self._resumable}
+        return self._ids | {name: run_id for name, run_id in ids.items() if run_id is not None}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Continue the runs of these ids. Call it before `start`."""
+        self._ids = dict(state)
+        for sink in self._resumable:
+            sink.load_state_dict(state.get(sink.name))
 
     def start(self, info: RunInfo) -> None:
         self._each(lambda sink: sink.start(info))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import ray
 
-from hybridrl.controller.coefficients import Weights
+from hybridrl.controller.coefficients import Coefficients
 from hybridrl.controller.controller import first_groups
 from hybridrl.controller.pipeline import Pipeline
 from hybridrl.controller.preemption import Preemption
@@ -58,7 +58,7 @@ class Recorder:
 
 def pipeline(*overrides: str) -> tuple[Pipeline, Recorder, PromptSource]:
     given, recorder, source = settings(*overrides), Recorder(), PromptSource(PROMPTS, 0)
-    return Pipeline(given, recorder, source, Weights(given), store_bytes=1e9), recorder, source
+    return Pipeline(given, recorder, source, Coefficients(given), store_bytes=1e9), recorder, source
 
 
 def test_in_step_a_wave_is_drawn_when_its_step_asks_for_it():
