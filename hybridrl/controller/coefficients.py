@@ -75,10 +75,10 @@ class Coefficients:
             metric: steps + 1 for metric, steps in self.unmeasured.items() if metric not in row
         }
         limit = max(UNMEASURED_STEPS, self.settings.diagnostics.every)
-        for key, schedule in self.settings.schedules.items():
-            if schedule.metric and self.unmeasured.get(schedule.metric, 0) >= limit:
+        for key, config in self.settings.schedules.items():
+            if config.metric and self.unmeasured.get(config.metric, 0) >= limit:
                 raise MetricError(
-                    f"{key}.metric={schedule.metric}: none of the last {limit} steps measured it, "
+                    f"{key}.metric={config.metric}: none of the last {limit} steps measured it, "
                     "so that the weight stands still; follow a metric that these settings "
                     "measure, e.g. one of those in metrics.jsonl"
                 )

@@ -15,7 +15,7 @@ from hybridrl.types import Prompt, Rewards, Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What an evaluation measured, and the rollouts that are kept to read."""
+    """What an evaluation measured, and the rollouts that are saved to read."""
 
     # eval/accuracy, _stderr and error_rate; empty without a reward function
     metrics: dict[str, float]

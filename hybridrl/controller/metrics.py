@@ -102,7 +102,7 @@ def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
         "reward/stderr": stderr,
         "reward/error_rate": float(errors.mean()),
         "reward/pass_at_k": _mean((groups > PASS_MARK).any(axis=1)),
-        "reward/equal_groups_frac": _mean(groups.max(axis=1) == groups.min(axis=1)),
+        "reward/equal_groups_frac": _mean(np.equal(groups.max(axis=1), groups.min(axis=1))),
     }
     for i, name in enumerate(judged[0].part_names):
         row[f"reward/{name}/mean"] = _mean(np.concatenate([r.parts[i] for r in judged]))

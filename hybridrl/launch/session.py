@@ -367,7 +367,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """Tokenized training and held-out prompts.
 
     Raises:
-        ConfigError: a model cannot be used (contract.check_models, check_token_ids), a teacher in
+        ConfigError: a model cannot be used (check_models, check_token_ids), a teacher in
             use or a reward model does not share the student's vocabulary, or a teacher its chat
             template; or as load_problems, check_lengths and tokenize.
         DataError: as load_problems and tokenize.

@@ -66,7 +66,7 @@ class RolloutGroup:
         self.latest: tuple[WeightManifest, ray.ObjectRef] | None = None
 
     def configure(self, settings: RunSettings) -> None:
-        """Take sizes and deadlines from other settings from here on; the engines are not told."""
+        """Take sizes and deadlines from other settings from here on; the engines are unchanged."""
         self.settings = settings
         self.fleet.deadlines = settings.deadlines
 
