@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hybridrl.controller.step_cost import StepCost
 from hybridrl.core.errors import ConfigError
@@ -188,7 +189,8 @@ def worker_times(
     }
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: ArrayLike) -> float:
     """The mean of the finite values; NaN if there is none."""
-    finite = values[np.isfinite(values)]
+    array = np.asarray(values)
+    finite = array[np.isfinite(array)]
     return float(finite.mean()) if len(finite) else float("nan")

@@ -5,7 +5,7 @@ error if it fails.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
@@ -22,7 +22,7 @@ class Meter:
     materialized_bytes = 0
 
 
-Reference = ray.ObjectRef
+Reference: TypeAlias = ray.ObjectRef
 """Names a value in the object store; the controller passes references on without fetching the
 values.
 """
