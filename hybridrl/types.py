@@ -333,9 +333,13 @@ class LearnerStats:
     controller.
     """
 
-    metrics: dict[
-        str, float
-    ]  # by their keys in the step's row; those that nothing was measured for are absent
+    # The fields are what the controller acts on; `metrics` is only reported.
+    # Mean |log p - log mu| in nats over the tokens that the student sampled with the very weights
+    # that learn here; None: the batch has no such token.
+    logprob_gap: float | None
+    token_kl: float | None  # nats, mean over tokens; None: no teacher was compared over its rows
+    sparse_norm: float  # of the gradient of rewards and costs at the logits
+    metrics: dict[str, float]  # by their keys in the step's row; absent: nothing was measured
     learn_s: float  # the rank's own clock
 
 
@@ -375,7 +379,6 @@ class RunInfo:
     total_steps: int
     first_step: int  # number of steps already done: 0, or what the checkpoint says
     config: dict[str, Any]  # resolved, without secrets
-    wandb_id: str | None  # from the checkpoint; None: a new wandb run
 
 
 def per_token_bytes(value: object) -> int:

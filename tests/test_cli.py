@@ -332,11 +332,7 @@ def write_a_line(run_dir: Path) -> None:
 @contextmanager
 def closing_sink(run_dir: Path) -> Iterator[JsonlSink]:
     sink = JsonlSink()
-    sink.start(
-        RunInfo(
-            run_dir=str(run_dir), name="x", total_steps=2, first_step=1, config={}, wandb_id=None
-        )
-    )
+    sink.start(RunInfo(run_dir=str(run_dir), name="x", total_steps=2, first_step=1, config={}))
     try:
         yield sink
     finally:

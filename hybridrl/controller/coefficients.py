@@ -1,19 +1,30 @@
-"""The weights of the objective at each step, and their state."""
+"""The coefficients of the objective at each step, and their state."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from hybridrl.core.errors import MetricError
 from hybridrl.objectives.schedule import Schedule
+from hybridrl.settings.choices import ScheduleKind
 from hybridrl.settings.run import RunSettings
 
+UNMEASURED_STEPS = 20
+"""Steps that a feedback schedule waits for the first value of its metric. Not every step measures
+every metric: the rewards are missing where all responses of a step came from the data.
+"""
 
-class Weights:
+
+class Coefficients:
     """Every schedule of a run: lambda, the imitation weight, one per teacher and one per reward
     function.
+
+    Feedback schedules follow a metric of the user's choice. `observe` is the only place where
+    control reads a row of metrics.
     """
 
     def __init__(self, settings: RunSettings) -> None:
-        self.settings, steps = settings, settings.train.steps
+        self.settings = settings
+        steps = settings.train.steps
         self.schedules = {
             "imitation": Schedule(settings.algorithm.imitation_weight, steps),
             "reward": Schedule(settings.algorithm.reward_weight, steps),
@@ -22,33 +33,55 @@ class Weights:
                 for name in settings.teachers
             },
             **{
-                f"reward.{name}": Schedule(f.schedule, steps)
-                for name, f in settings.reward.functions.items()
+                f"reward.{name}": Schedule(function.schedule, steps)
+                for name, function in settings.reward.functions.items()
             },
         }
+        self.unmeasured: dict[str, int] = {
+            schedule.metric: 0
+            for schedule in settings.schedules.values()
+            if schedule.kind is ScheduleKind.feedback and schedule.metric is not None
+        }
+        """Metrics that no step of this process has measured yet, with the number of steps."""
 
     def reward(self, step: int) -> float:
         """lambda"""
         return self.schedules["reward"].value(step)
 
     def teachers(self, step: int) -> tuple[float, ...]:
-        """w_i of each scored teacher."""
+        """w_i of each scored teacher, in the order of settings.scored_teachers."""
         imitation = self.schedules["imitation"].value(step)
-        names, teachers = self.settings.scored_teachers, self.settings.teachers
+        teachers = self.settings.teachers
         return tuple(
             imitation * teachers[name].weight * self.schedules[f"teachers.{name}"].value(step)
-            for name in names
+            for name in self.settings.scored_teachers
         )
 
     def rewards(self, step: int) -> tuple[float, ...]:
-        """Of each reward function, in the order of reward.functions."""
-        functions = self.settings.reward.functions
+        """The weight of each reward function, in the order of reward.functions."""
         return tuple(
-            f.weight * self.schedules[f"reward.{name}"].value(step) for name, f in functions.items()
+            function.weight * self.schedules[f"reward.{name}"].value(step)
+            for name, function in self.settings.reward.functions.items()
         )
 
     def observe(self, row: Mapping[str, float]) -> None:
-        """Show the step's metrics to feedback schedules."""
+        """Move the feedback schedules by the metrics of the step that used them.
+
+        Raises:
+            MetricError: the first UNMEASURED_STEPS steps, or as many as lie between two
+                diagnostics, measured nothing under the name that a schedule follows.
+        """
+        self.unmeasured = {
+            metric: steps + 1 for metric, steps in self.unmeasured.items() if metric not in row
+        }
+        limit = max(UNMEASURED_STEPS, self.settings.diagnostics.every)
+        for key, config in self.settings.schedules.items():
+            if config.metric and self.unmeasured.get(config.metric, 0) >= limit:
+                raise MetricError(
+                    f"{key}.metric={config.metric}: none of the last {limit} steps measured it, "
+                    "so that the weight stands still; follow a metric that these settings "
+                    "measure, e.g. one of those in metrics.jsonl"
+                )
         for schedule in self.schedules.values():
             schedule.observe(row)
 
@@ -56,6 +89,6 @@ class Weights:
         return {name: schedule.state_dict() for name, schedule in self.schedules.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, held in state.items():
+        for name, value in state.items():
             if name in self.schedules:
-                self.schedules[name].load_state_dict(held)
+                self.schedules[name].load_state_dict(value)

@@ -16,41 +16,42 @@ TOKENS = 4
 
 
 class EngineProbe:
-    """After a sync every engine samples a few tokens, and the learner says what log-probs it gives
+    """After a sync every engine samples a few tokens, and the learner computes its own log-probs of
     them.
 
-    consumes the same few prompts / produces one gap an engine / waits for the engines, and for the
-    learner when asked for the answer.
+    consumes the same few prompts / produces one gap per engine / `start` waits for the engines,
+    `check` for the learner.
     """
 
     def __init__(self, settings: RunSettings, workers: Workers, prompts: Sequence[Prompt]) -> None:
-        self.settings, self.workers, self.prompts = settings, workers, list(prompts[:PROMPTS])
+        self.settings = settings
+        self.workers = workers
+        self.prompts = list(prompts[:PROMPTS])
         self.engines: list[str] = []
-        self.asked: list[
-            Pending
-        ] = []  # of each learner rank: -> [float], one for each of `engines`
+        self.gaps: list[Pending] = []  # per learner rank: -> [float], one for each of `engines`
 
-    def ask(self) -> None:
+    def start(self) -> None:
         """Returns when the engines have sampled, so that no response shares a batch with the probe;
         the learner goes on meanwhile.
         """
-        algorithm, rollout = self.settings.algorithm, self.settings.rollout
-        tokens = min(TOKENS, rollout.max_new_tokens)
         chunks = self.workers.rollout.probe(
-            self.prompts, num_tokens=tokens, temperature=algorithm.temperature
+            self.prompts,
+            num_tokens=min(TOKENS, self.settings.rollout.max_new_tokens),
+            temperature=self.settings.algorithm.temperature,
         )
         self.engines = list(chunks)
-        self.asked = self.workers.learner.logprob_gaps(list(chunks.values()))
+        self.gaps = self.workers.learner.logprob_gaps(list(chunks.values()))
 
     def check(self) -> float:
-        """The largest mean gap of an engine in nats a token.
+        """Wait for the learner's log-probs; the largest mean gap of an engine in nats a token.
 
         Raises:
-            WeightSyncError: one is above rollout.max_logprob_gap; names the engine.
+            WeightSyncError: a gap is above rollout.max_logprob_gap; names the engine.
         """
-        limit, (gaps, *_) = self.settings.rollout.max_logprob_gap, gather(self.asked)
+        limit = self.settings.rollout.max_logprob_gap
+        gaps: list[float] = gather(self.gaps)[0]
         for engine, gap in zip(self.engines, gaps, strict=True):
-            if not gap <= limit:
+            if not gap <= limit:  # true of NaN too
                 raise WeightSyncError(
                     f"{engine} and the learner differ by {gap:.3g} nats per token on the same few "
                     f"tokens, rollout.max_logprob_gap is {limit:g}; the engine does not run the "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hybridrl.runtime.calls import Pending, gather, nobody
+from hybridrl.runtime.calls import Pending, gather, watch_nothing
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.settings.run import EvalConfig
@@ -15,11 +15,10 @@ from hybridrl.types import Prompt, Rewards, Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What a row of metrics takes from an evaluation, and the rollouts kept to read."""
+    """What an evaluation measured, and the rollouts that are saved to read."""
 
-    metrics: dict[
-        str, float
-    ]  # eval/accuracy, _stderr and error_rate; empty without a reward function
+    # eval/accuracy, _stderr and error_rate; empty without a reward function
+    metrics: dict[str, float]
     samples: tuple[Sample, ...]
 
 
@@ -33,18 +32,18 @@ def evaluate(
     step: int,
     temperature: float,
     seed: int,
-    watch: Callable[[], Pending | None] = nobody,
+    watch: Callable[[], Pending | None] = watch_nothing,
 ) -> Evaluation:
-    """One response per problem, greedy unless eval.greedy is false.
+    """Sample one response per problem, greedily unless eval.greedy is false, and judge it.
 
     Args:
         wave: a name that no other wave under way has.
         step: optimizer steps done, for the samples.
-        temperature: of sampling when not greedy.
+        temperature: used when sampling is not greedy.
         watch: as in runtime.calls.settle.
 
     Raises:
-        WorkerError: naming the engine or reward worker that was lost.
+        WorkerError: naming the engine or reward worker that failed.
     """
     chunks = rollout.generate(
         prompts,
@@ -54,12 +53,11 @@ def evaluate(
         seed=seed,
         groups_per_chunk=len(prompts),
     )
-    pending = rewards.score(
-        chunks, [function.weight for function in rewards.settings.reward.functions.values()]
-    )
-    gather(
-        [chunk.header for chunk in chunks], watch
-    )  # the loss of an engine fails the reward calls too, which are not to blame
+    weights = [function.weight for function in rewards.settings.reward.functions.values()]
+    pending = rewards.score(chunks, weights)
+    # The headers come first: if an engine fails, the reward calls fail with it, and the error must
+    # name the engine.
+    gather([chunk.header for chunk in chunks], watch)
     scored = gather(pending)
     samples = rewards.samples(chunks[0], pending[0], step, config.samples)
     by_uid = {prompt.uid: prompt for prompt in prompts}
@@ -73,20 +71,19 @@ def summary(scored: Sequence[Rewards], samples: Sequence[Sample]) -> Evaluation:
     """Accuracy is the mean value of the first reward function; a failed call counts in
     eval/error_rate, not as wrong.
 
-    Without a reward function nothing is right or wrong: no metrics, and the samples' rewards are
-    NaN.
+    Without a reward function nothing is right or wrong: there are no metrics, and the samples'
+    rewards are NaN.
     """
     if not scored[0].part_names:
         return Evaluation(metrics={}, samples=tuple(replace(s, reward=math.nan) for s in samples))
     values = np.concatenate([r.parts[0] for r in scored])
-    sound = values[np.isfinite(values)]
+    valid = values[np.isfinite(values)]
+    stderr = float(valid.std(ddof=1) / np.sqrt(len(valid))) if len(valid) > 1 else math.nan
     return Evaluation(
         metrics={
-            "eval/accuracy": float(sound.mean()) if len(sound) else math.nan,
-            "eval/accuracy_stderr": float(sound.std(ddof=1) / np.sqrt(len(sound)))
-            if len(sound) > 1
-            else math.nan,
-            "eval/error_rate": float(1 - len(sound) / len(values)),
+            "eval/accuracy": float(valid.mean()) if len(valid) else math.nan,
+            "eval/accuracy_stderr": stderr,
+            "eval/error_rate": float(1 - len(valid) / len(values)),
         },
         samples=tuple(samples),
     )

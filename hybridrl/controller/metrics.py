@@ -2,31 +2,56 @@
 hybridrl.tracking.glossary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from hybridrl.controller.step_cost import StepCost
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.choices import ScheduleKind, Source
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.glossary import explain
-from hybridrl.types import ChunkHeader, LearnerStats, Prompt, Rewards, ScoreHeader, UpdatePlan
+from hybridrl.types import ChunkHeader, LearnerStats, Rewards, ScoreHeader, UpdatePlan
 
 PASS_MARK = 0.5
 """A response passes with a reward above it, as with a reward of 0 or 1."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What the controller knows of a finished step."""
+
+    steps_done: int
+    headers: Sequence[ChunkHeader]
+    rewards: Sequence[Rewards]
+    scores: Sequence[ScoreHeader]
+    plan: UpdatePlan
+    stats: LearnerStats
+    cost: StepCost
+    probe_gap: float  # nats a token, the largest of an engine
+    num_late: int  # groups that were cancelled or too old
+    num_sampled: int  # groups, including the cancelled ones
+    in_flight_bytes: int  # of the waves of later steps
+    materialized_bytes: int  # per-token data that the controller fetched
+    restarts: int  # workers that were replaced so far
+    step_s: float
+    sync_s: float  # of the step: from the learner's weights to the engines' acknowledgement
+    phases: Mapping[str, float]  # time/<phase>_s
+
+
 def check_metrics(settings: RunSettings) -> None:
-    """What a setting follows is measured; otherwise a weight would stand still, and no checkpoint
-    be the best, unnoticed.
+    """Check that the metrics which settings follow exist; otherwise a weight would stand still, or
+    no checkpoint be the best, without notice.
 
     Raises:
-        ConfigError: one sentence on the first that is not.
+        ConfigError: one sentence on the first that does not exist, or not in every step.
     """
     feedback = {
-        f"{key}.metric": s.metric
-        for key, s in settings.schedules.items()
-        if s.kind is ScheduleKind.feedback
+        f"{key}.metric": schedule.metric
+        for key, schedule in settings.schedules.items()
+        if schedule.kind is ScheduleKind.feedback
     }
     for key, metric in {**feedback, "checkpoint.best": settings.checkpoint.best}.items():
         if metric and explain(metric) is None:
@@ -40,43 +65,62 @@ def check_metrics(settings: RunSettings) -> None:
             )
 
 
+def step_row(record: StepRecord) -> dict[str, float]:
+    """The metrics of a step."""
+    num_tokens = float(sum(header.response_lengths.sum() for header in record.headers))
+    return {
+        "train/step": float(record.steps_done),
+        **reward_metrics(record.rewards),
+        **rollout_metrics(record.headers, record.rewards, record.plan.step),
+        **learner_metrics(record.plan, record.stats),
+        **transfer_metrics(record.headers, record.scores, record.cost, record.sync_s),
+        "rollout/late_frac": record.num_late / record.num_sampled,
+        "policy/probe_gap": record.probe_gap,
+        "transfer/inflight_bytes": float(record.in_flight_bytes),
+        "controller/materialized_bytes": float(record.materialized_bytes),
+        "perf/tokens_per_s": num_tokens / record.step_s,
+        "time/step_s": record.step_s,
+        "cluster/restarts": float(record.restarts),
+        **worker_times(record.headers, record.scores, record.stats),
+        **record.phases,
+    }
+
+
 def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
-    """Of the responses that reward functions have scored; nothing where there is none."""
-    scored = [r for r in rewards if r.part_names]
-    if not scored:
+    """Rewards of the responses that reward functions have judged; empty where there is none."""
+    judged = [r for r in rewards if r.part_names]
+    if not judged:
         return {}
-    values, errors = (
-        np.concatenate([getattr(r, name) for r in scored]) for name in ("values", "errors")
-    )
-    sound = values[~errors]
-    k = len(scored[0].values) // len(scored[0].uids)
-    groups = values.reshape(-1, k)[
-        ~errors.reshape(-1, k).any(axis=1)
-    ]  # [G, K] without failed calls
+    values = np.concatenate([r.values for r in judged])  # [N] float32
+    errors = np.concatenate([r.errors for r in judged])  # [N] bool
+    valid = values[~errors]
+    group_size = len(judged[0].values) // len(judged[0].uids)
+    failed = errors.reshape(-1, group_size).any(axis=1)  # [G] bool
+    groups = values.reshape(-1, group_size)[~failed]  # [G', K] without failed calls
+    stderr = float(valid.std(ddof=1) / np.sqrt(len(valid))) if len(valid) > 1 else float("nan")
     row = {
-        "reward/mean": _mean(sound),
-        "reward/stderr": float(sound.std(ddof=1) / np.sqrt(len(sound)))
-        if len(sound) > 1
-        else float("nan"),
+        "reward/mean": _mean(valid),
+        "reward/stderr": stderr,
         "reward/error_rate": float(errors.mean()),
         "reward/pass_at_k": _mean((groups > PASS_MARK).any(axis=1)),
-        "reward/equal_groups_frac": _mean(groups.max(axis=1) == groups.min(axis=1)),
+        "reward/equal_groups_frac": _mean(np.equal(groups.max(axis=1), groups.min(axis=1))),
     }
-    for i, name in enumerate(scored[0].part_names):
-        row[f"reward/{name}/mean"] = _mean(np.concatenate([r.parts[i] for r in scored]))
+    for i, name in enumerate(judged[0].part_names):
+        row[f"reward/{name}/mean"] = _mean(np.concatenate([r.parts[i] for r in judged]))
     return row
 
 
 def rollout_metrics(
     headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], version: int
 ) -> dict[str, float]:
-    """Of all responses; staleness of those that the student sampled; version: of the weights that
-    learn.
+    """Lengths and ends of all responses, and the staleness of those that the student sampled.
+
+    Args:
+        version: of the weights that learn.
     """
-    lengths, truncated, aborted = (
-        np.concatenate([getattr(h, name) for h in headers])
-        for name in ("response_lengths", "truncated", "aborted")
-    )
+    lengths = np.concatenate([h.response_lengths for h in headers])  # [N] int64
+    truncated = np.concatenate([h.truncated for h in headers])  # [N] bool
+    aborted = np.concatenate([h.aborted for h in headers])  # [N] bool
     row = {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_p95": float(np.percentile(lengths, 95)),
@@ -84,10 +128,14 @@ def rollout_metrics(
         "rollout/truncated_frac": float(truncated.mean()),
         "rollout/eos_frac": float((~truncated & ~aborted).mean()),
     }
-    for key, name in {"rollout/compressed": "compressed", "rollout/repeated": "repeated"}.items():
-        if np.isfinite(mean := _mean(np.concatenate([getattr(r, name) for r in rewards]))):
-            row[key] = mean
-    if own := [h for h in headers if h.source is Source.student and h.response_lengths.any()]:
+    compressed = _mean(np.concatenate([r.compressed for r in rewards]))
+    repeated = _mean(np.concatenate([r.repeated for r in rewards]))
+    if np.isfinite(compressed):
+        row["rollout/compressed"] = compressed
+    if np.isfinite(repeated):
+        row["rollout/repeated"] = repeated
+    own = [h for h in headers if h.source is Source.student and h.response_lengths.any()]
+    if own:
         sampled_by = np.average(
             [h.mean_policy_version for h in own], weights=[h.response_lengths.sum() for h in own]
         )
@@ -107,36 +155,31 @@ def learner_metrics(plan: UpdatePlan, stats: LearnerStats) -> dict[str, float]:
 
 
 def transfer_metrics(
-    headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], weight_bytes: int, sync_s: float
+    headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], cost: StepCost, sync_s: float
 ) -> dict[str, float]:
     """What went through the object store, in all and per token of its kind."""
-    tokens, response_tokens = (
-        int(sum(getattr(h, name).sum() for h in headers))
-        for name in ("num_tokens", "response_lengths")
-    )
-    rollout = sum(h.nbytes for h in headers)
-    signals = sorted({signal for s in scores for signal in s.nbytes})
-    by_signal = {signal: sum(s.nbytes.get(signal, 0) for s in scores) for signal in signals}
+    num_tokens = int(sum(h.num_tokens.sum() for h in headers))
+    num_response_tokens = int(sum(h.response_lengths.sum() for h in headers))
     row = {
-        "transfer/bytes_rollout": float(rollout),
-        "transfer/bytes_scores": float(sum(by_signal.values())),
-        "transfer/bytes_weights": float(weight_bytes),
-        "transfer/token_bytes/rollout": rollout / max(tokens, 1),
-        "perf/weights_gb_per_s": weight_bytes / 1e9 / max(sync_s, 1e-9),
+        "transfer/bytes_rollout": float(cost.rollout_bytes),
+        "transfer/bytes_scores": float(cost.score_bytes),
+        "transfer/bytes_weights": float(cost.weight_bytes),
+        "transfer/token_bytes/rollout": cost.rollout_bytes / max(num_tokens, 1),
+        "perf/weights_gb_per_s": cost.weight_bytes / 1e9 / max(sync_s, 1e-9),
     }
-    return row | {
-        f"transfer/token_bytes/{signal}": nbytes / max(response_tokens, 1)
-        for signal, nbytes in by_signal.items()
-    }
+    for signal in sorted({signal for score in scores for signal in score.nbytes}):
+        nbytes = sum(score.nbytes.get(signal, 0) for score in scores)
+        row[f"transfer/token_bytes/{signal}"] = nbytes / max(num_response_tokens, 1)
+    return row
 
 
 def worker_times(
     headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], stats: LearnerStats
 ) -> dict[str, float]:
-    """By the workers' own clocks. How long responses took shows stragglers; how long workers were
-    busy shows what overlaps.
+    """Times by the workers' own clocks. How long responses took shows stragglers; how long workers
+    were busy shows what overlaps.
     """
-    finish_s = np.concatenate([h.finish_s for h in headers])
+    finish_s = np.concatenate([h.finish_s for h in headers])  # [N] float32
     return {
         "time/response_s_p50": float(np.percentile(finish_s, 50)),
         "time/response_s_p95": float(np.percentile(finish_s, 95)),
@@ -146,14 +189,8 @@ def worker_times(
     }
 
 
-def late_metrics(late: Sequence[Prompt], num_sampled: int) -> dict[str, float]:
-    """Share of the sampled groups, those that were cancelled included, that were cancelled or too
-    old.
-    """
-    return {"rollout/late_frac": len(late) / num_sampled}
-
-
-def _mean(values: np.ndarray) -> float:
-    """Of the finite ones; NaN of none."""
-    finite = values[np.isfinite(values)]
+def _mean(values: ArrayLike) -> float:
+    """The mean of the finite values; NaN if there is none."""
+    array = np.asarray(values)
+    finite = array[np.isfinite(array)]
     return float(finite.mean()) if len(finite) else float("nan")

@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridrl.controller.coefficients import Weights
+from hybridrl.controller.coefficients import Coefficients
 from hybridrl.controller.sampling import Drawn, Sampling
 from hybridrl.data.prompts import PromptSource
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
 
 STORE_SHARE = 0.5
-"""Of the object store, for rollouts and scores of the steps ahead, unless
-pipeline.max_inflight_bytes says otherwise.
+"""The part of the object store that rollouts and scores of the steps ahead may fill, unless
+pipeline.max_inflight_bytes is set.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wave:
-    """What is sampled for one step, and what others are asked to say of it."""
+    """The chunks of one step, under way or done, with the calls that judge them."""
 
     step: int
     drawn: list[Drawn]
@@ -37,9 +37,9 @@ class Pipeline:
     """A queue of waves, in the order of their steps.
 
     consumes prompts / produces waves / waits for nothing / bounded by pipeline.ahead, and in bytes
-    by pipeline.max_inflight_bytes. A wave for step k is drawn when the engines serve version k -
-    pipeline.ahead or newer, so the queue's length bounds how old a token can be. With ahead=0 a
-    wave is drawn when its step asks for it.
+    by pipeline.max_inflight_bytes. A wave for step k is drawn when the engines serve version
+    k - pipeline.ahead or newer, so the length of the queue bounds how old a token can be. With
+    ahead=0 a wave is drawn when its step takes it.
     """
 
     def __init__(
@@ -47,21 +47,20 @@ class Pipeline:
         settings: RunSettings,
         sampling: Sampling,
         prompts: PromptSource,
-        weights: Weights,
+        coefficients: Coefficients,
         *,
         store_bytes: float,
     ) -> None:
-        self.settings, self.sampling, self.prompts, self.weights = (
-            settings,
-            sampling,
-            prompts,
-            weights,
-        )
+        """Args: store_bytes: size of the object store."""
+        self.settings = settings
+        self.sampling = sampling
+        self.prompts = prompts
+        self.coefficients = coefficients
         self.limit = settings.pipeline.max_inflight_bytes or STORE_SHARE * store_bytes
         self.waves: deque[Wave] = deque()
-        self.current: list[Wave] = []  # handed out, and not trained on yet
+        self.current: list[Wave] = []  # taken by the present step, and not trained on yet
         self.skipped: list[Prompt] = []  # of batches left out since the last step
-        self.wave_bytes = 0  # of the last wave that was seen whole
+        self.wave_bytes = 0  # of the last wave that is complete; 0: there was none
         self.oversampled = math.ceil(
             round(settings.train.prompts_per_step * (1 + settings.rollout.oversample), 6)
         )
@@ -77,51 +76,56 @@ class Pipeline:
         return self.current[0]
 
     def redraw(self, step: int) -> Wave:
-        """One more wave for the step at hand."""
+        """One more wave for the present step."""
         self.current.append(self.draw(step, again=len(self.current)))
         return self.current[-1]
 
-    def settle(self, late: Sequence[Prompt]) -> None:
-        """The waves at hand are trained on, but for prompts that come again."""
-        self.current, self.skipped = [], []
-        self.prompts.put_back(late)
+    def settle(self, returning: Sequence[Prompt]) -> None:
+        """Record that the current waves were trained on, except for prompts that come again."""
+        self.current = []
+        self.skipped = []
+        self.prompts.put_back(returning)
 
-    def skip(self, late: Sequence[Prompt]) -> None:
-        """Nothing was learned from the waves at hand. Their prompts count as in flight until a step
-        is made, so that no checkpoint misses them; those that come again do.
+    def skip(self, returning: Sequence[Prompt]) -> None:
+        """Record that nothing was learned from the current waves. Their prompts count as in flight
+        until a step succeeds, so that no checkpoint misses them; so do those that come again.
         """
-        again = {prompt.uid for prompt in late}
+        again = {prompt.uid for prompt in returning}
         self.skipped += [
             prompt for wave in self.current for prompt in wave.prompts if prompt.uid not in again
         ]
         self.current = []
-        self.prompts.put_back(late)
+        self.prompts.put_back(returning)
 
     def draw(self, step: int, again: int = 0) -> Wave:
-        """Start a wave for `step`; again: how many there were before it for the same step."""
+        """Start a wave for `step`.
+
+        Args:
+            again: how many waves the same step had before.
+        """
         drawn = self.sampling.draw(
             self.prompts.next_batch(self.oversampled),
             step=step,
             wave=f"train-{step}" + (f".{again}" if again else ""),
             seed=wave_seed(self.settings.run.seed, "train", step),
-            reward_weights=self.weights.rewards(step),
+            reward_weights=self.coefficients.rewards(step),
         )
         return Wave(step=step, drawn=drawn)
 
     @property
     def num_sampled(self) -> int:
-        """Prompts of the waves at hand, the cancelled ones too."""
+        """Prompts of the current waves, including the cancelled ones."""
         return sum(len(wave.prompts) for wave in self.current)
 
     def in_flight(self) -> list[Prompt]:
-        """Drawn, and not trained on yet."""
+        """Prompts that were drawn and not trained on yet."""
         return [
             *self.skipped,
             *(prompt for wave in (*self.current, *self.waves) for prompt in wave.prompts),
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Prompts in flight are owed: their responses are not kept."""
+        """Prompts in flight are owed: their responses are not saved."""
         return {"prompts": self.prompts.state_dict(self.in_flight()), "wave_bytes": self.wave_bytes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -143,12 +147,13 @@ class Pipeline:
         return self.settings.train.steps - 1
 
     def _fits(self) -> bool:
-        """Unknown before a first wave was seen whole: then none is drawn ahead."""
+        """Whether one more wave fits. Before a first wave is complete its size is unknown, and none
+        is drawn ahead.
+        """
         return bool(self.wave_bytes) and self.in_flight_bytes + self.wave_bytes <= self.limit
 
 
 def wave_seed(run_seed: int, kind: str, step: int) -> int:
     """Seed of one rollout wave, from the run's seed alone: nothing to save, nothing to restore."""
-    return int.from_bytes(
-        hashlib.sha256(f"{run_seed}/{kind}/{step}".encode()).digest()[:6], "little"
-    )
+    digest = hashlib.sha256(f"{run_seed}/{kind}/{step}".encode()).digest()
+    return int.from_bytes(digest[:6], "little")

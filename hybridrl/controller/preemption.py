@@ -1,5 +1,5 @@
 """SIGTERM (from a scheduler or `ray job stop`), SIGHUP of a closed terminal, or Ctrl-C: the run
-saves what it has and ends.
+saves its state and ends.
 
 The same command continues it.
 """
@@ -18,46 +18,45 @@ NAMES = {
     signal.SIGHUP: "SIGHUP, the terminal was closed",
     signal.SIGINT: "Ctrl-C",
 }
-SAID = b"Ctrl-C: the run ends as soon as what it learned is saved; once more ends it at once\n"
+NOTICE = b"Ctrl-C: the run ends as soon as what it learned is saved; once more ends it at once\n"
 
 
 class Preemption:
-    """Whether the run was told to end. Asked at places where nothing would be lost; while it starts
-    up, that is everywhere.
+    """Whether a stop signal has arrived. The run checks where nothing would be lost; while it
+    starts up, the signal interrupts it anywhere.
     """
 
     def __init__(self) -> None:
-        self.told_by: str | None = None
+        self.signal_name: str | None = None  # of the first stop signal; None: none has arrived
         self.starting = True
 
     def started(self) -> None:
         """From here on only `check` raises.
 
         Raises:
-            Preempted: the run was told to end before, and whoever was at work then took it for an
-                error of his own.
+            Preempted: a stop signal arrived earlier, and a library swallowed the exception.
         """
         self.starting = False
         self.check()
 
     @contextmanager
     def listening(self) -> Iterator["Preemption"]:
-        """Take these signals while the block lasts. In a thread that gets no signals, do nothing.
+        """Handle stop signals while the block lasts. In a thread that gets no signals, do nothing.
 
         Raises:
-            Preempted: one came while the run starts up.
+            Preempted: one arrived while the run starts up.
         """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         before = {
-            number: signal.signal(number, self._tell) for number in NAMES if not _ignored(number)
+            number: signal.signal(number, self._handle) for number in NAMES if not _ignored(number)
         }
         try:
             yield self
-        except SystemExit as ended:  # Ray's own handler, which it sets while it starts
-            if ended.code == signal.SIGTERM:
-                self.told_by = self.told_by or NAMES[signal.SIGTERM]
+        except SystemExit as error:  # from Ray's own handler, which it sets while it starts
+            if error.code == signal.SIGTERM:
+                self.signal_name = self.signal_name or NAMES[signal.SIGTERM]
             self.check()
             raise
         except KeyboardInterrupt:
@@ -70,27 +69,27 @@ class Preemption:
 
     def check(self) -> None:
         """Raises:
-        Preempted: the run was told to end.
+        Preempted: a stop signal has arrived.
         """
-        if self.told_by:
-            raise Preempted(f"told to end by {self.told_by}; the same command continues")
+        if self.signal_name:
+            raise Preempted(f"told to end by {self.signal_name}; the same command continues")
 
-    def _tell(self, signum: int, frame: FrameType | None) -> None:
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
         """Raises:
-        KeyboardInterrupt: the run is starting up; or Ctrl-C, and it had been told to end before.
-        Inside Ray's calls only this one passes.
+        KeyboardInterrupt: the run is starting up; or this is Ctrl-C, and not the first stop signal.
+        No other exception passes through Ray's calls.
         """
-        at_once = self.starting or (self.told_by and signum == signal.SIGINT)
-        self.told_by = self.told_by or NAMES[signum]
+        at_once = self.starting or (self.signal_name and signum == signal.SIGINT)
+        self.signal_name = self.signal_name or NAMES[signal.Signals(signum)]
         if at_once:
             raise KeyboardInterrupt
         if signum == signal.SIGINT:
             with suppress(OSError):
-                os.write(2, SAID)  # print may be what the signal came in the midst of
+                os.write(2, NOTICE)  # the signal may have interrupted a print, so print is unsafe
 
 
 def _ignored(number: signal.Signals) -> bool:
-    """Whether nohup has made the process deaf to a closed terminal, which is then no reason to
+    """Whether nohup has made the process ignore a closed terminal, which is then no reason to
     end.
     """
     return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

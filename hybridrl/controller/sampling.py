@@ -1,4 +1,4 @@
-"""What one step trains on: who answers which prompts, and which of the answered groups are used."""
+"""What one step trains on: where its responses come from, and which of their groups are used."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from hybridrl.runtime.calls import Pending, settle
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.replay_group import ReplayGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
-from hybridrl.runtime.scorer_group import ScorerGroup
+from hybridrl.runtime.scorer_group import ScoreCall
 from hybridrl.runtime.workers import Workers
 from hybridrl.settings.choices import OnStale, Source
 from hybridrl.settings.run import RunSettings
@@ -23,22 +23,20 @@ from hybridrl.types import ChunkHeader, Prompt, Rewards, ScoreHeader
 
 @dataclass(slots=True, kw_only=True)
 class Drawn:
-    """A chunk under way, with what others are asked to say of it. Calls are replaced when their
-    worker is lost.
+    """A chunk under way, with the calls that judge it. A call to a worker that failed is replaced
+    by another one.
     """
 
     writer: RolloutGroup | ReplayGroup
     chunk: Chunk
     reward_weights: Sequence[float]
-    scores: list[tuple[Pending, Pending]] = field(
-        default_factory=list
-    )  # per teacher: -> ScoreHeader, -> TokenScores
-    rewards: list[Pending] = field(default_factory=list)  # the one call -> Rewards
+    rewards: Pending  # -> Rewards
+    scores: list[ScoreCall] = field(default_factory=list)  # one per teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrived:
-    """A chunk whose header and rewards are here. Tokens are not."""
+    """A chunk whose header and rewards are here. Its tokens are not."""
 
     drawn: Drawn
     header: ChunkHeader
@@ -51,12 +49,18 @@ class Arrived:
 
 
 class Sampling:
-    """Asks student engines, the teacher's engine and the data for responses, in the shares that
-    algorithm.* sets.
+    """Gets responses from the student's engines, the teacher's engine and the data, in the shares
+    that algorithm.* sets, and has them judged and scored.
+
+    consumes prompts / produces chunks under way, then their headers, rewards and scores / `draw`
+    waits for nothing, the others for the workers that they are about; a worker that fails meanwhile
+    is replaced, and its calls are made again.
     """
 
     def __init__(self, settings: RunSettings, workers: Workers, preemption: Preemption) -> None:
-        self.settings, self.workers, self.preemption = settings, workers, preemption
+        self.settings = settings
+        self.workers = workers
+        self.preemption = preemption
         self.support = make_objective(settings).needs.sampler_support
 
     def draw(
@@ -71,35 +75,21 @@ class Sampling:
         """Start a wave for `step`. Chunks of the student come first, then the teacher's, then the
         data's, each in prompt order.
         """
-        algorithm, k = self.settings.algorithm, self.settings.train.samples_per_prompt
-        by_student, by_teacher, by_data = shares(len(prompts), algorithm, step)
-        order = {
-            "wave": wave,
-            "group_size": k,
-            "temperature": algorithm.temperature,
-            "seed": seed,
-            "support": self.support,
-        }
-        rollout, teacher, replay = (
-            self.workers.rollout,
-            self.workers.teacher_rollout,
-            self.workers.replay,
-        )
-        drawn: list[Drawn] = []
+        by_student, by_teacher, by_data = shares(len(prompts), self.settings.algorithm, step)
+        teacher = self.workers.teacher_rollout
+        replay = self.workers.replay
+        written: list[tuple[RolloutGroup | ReplayGroup, Chunk]] = []
         if by_student:
-            drawn += [
-                self._drawn(rollout, c, reward_weights)
-                for c in rollout.generate(prompts[:by_student], **order)
-            ]
+            written += self._sampled(self.workers.rollout, prompts[:by_student], wave, seed)
         if by_teacher:
             assert teacher is not None, "algorithm.teacher_fraction starts one"
-            written = teacher.generate(prompts[by_student : by_student + by_teacher], **order)
-            drawn += [self._drawn(teacher, c, reward_weights) for c in written]
+            theirs = prompts[by_student : by_student + by_teacher]
+            written += self._sampled(teacher, theirs, wave, seed)
         if by_data:
             assert replay is not None, "algorithm.data_fraction starts one"
-            drawn += self._given(replay, prompts[by_student + by_teacher :], wave, reward_weights)
-        self._ask(drawn)
-        return drawn
+            given = replay.generate(prompts[by_student + by_teacher :], wave=wave)
+            written += [(replay, chunk) for chunk in given]
+        return self._judged(written, reward_weights)
 
     def heldout(self, prompts: Sequence[Prompt], *, wave: str) -> list[Drawn]:
         """Start a wave of the data's own responses to held-out prompts, ranked by the data and
@@ -107,72 +97,96 @@ class Sampling:
         """
         replay = self.workers.replay
         assert replay is not None, "algorithm.data_fraction starts one"
-        drawn = self._given(replay, prompts, wave, ())
-        self._ask(drawn)
-        return drawn
+        return self._judged([(replay, chunk) for chunk in replay.generate(prompts, wave=wave)], ())
 
-    def _given(
+    def _sampled(
+        self, engines: RolloutGroup, prompts: Sequence[Prompt], wave: str, seed: int
+    ) -> list[tuple[RolloutGroup | ReplayGroup, Chunk]]:
+        chunks = engines.generate(
+            prompts,
+            wave=wave,
+            group_size=self.settings.train.samples_per_prompt,
+            temperature=self.settings.algorithm.temperature,
+            seed=seed,
+            support=self.support,
+        )
+        return [(engines, chunk) for chunk in chunks]
+
+    def _judged(
         self,
-        replay: ReplayGroup,
-        prompts: Sequence[Prompt],
-        wave: str,
+        written: Sequence[tuple[RolloutGroup | ReplayGroup, Chunk]],
         reward_weights: Sequence[float],
     ) -> list[Drawn]:
-        return [
-            self._drawn(replay, chunk, reward_weights)
-            for chunk in replay.generate(prompts, wave=wave)
+        """The chunks with their calls to reward workers and scorers, which start when a chunk is
+        done.
+        """
+        calls = self._reward_calls(written, reward_weights)
+        drawn = [
+            Drawn(writer=writer, chunk=chunk, reward_weights=reward_weights, rewards=call)
+            for (writer, chunk), call in zip(written, calls, strict=True)
         ]
+        self._start_scores(drawn)
+        return drawn
 
-    def _drawn(
-        self, writer: RolloutGroup | ReplayGroup, chunk: Chunk, reward_weights: Sequence[float]
-    ) -> Drawn:
-        return Drawn(writer=writer, chunk=chunk, reward_weights=reward_weights)
+    def _reward_calls(
+        self,
+        written: Sequence[tuple[RolloutGroup | ReplayGroup, Chunk]],
+        weights: Sequence[float],
+    ) -> list[Pending]:
+        """One call per chunk, in order. The data ranks its own responses; reward functions judge
+        the others.
+        """
+        replay = self.workers.replay
+        given = [chunk for writer, chunk in written if writer is replay]
+        sampled = [chunk for writer, chunk in written if writer is not replay]
+        judged = iter(self.workers.rewards.score(sampled, weights) if sampled else [])
+        ranked = iter(replay.rank(given) if given and replay is not None else [])
+        return [next(ranked if writer is replay else judged) for writer, _ in written]
 
-    def _ask(self, drawn: Sequence[Drawn]) -> None:
-        """Have the chunks judged and scored."""
-        self._ask_rewards(drawn)
-        by_teacher = [scorer.score([d.chunk for d in drawn]) for scorer in self.workers.scorers]
+    def _start_rewards(self, drawn: Drawn) -> None:
+        [drawn.rewards] = self._reward_calls([(drawn.writer, drawn.chunk)], drawn.reward_weights)
+
+    def _start_scores(self, drawn: Sequence[Drawn]) -> None:
+        chunks = [d.chunk for d in drawn]
+        by_teacher = [scorer.score(chunks) for scorer in self.workers.scorers]
         for i, d in enumerate(drawn):
-            d.scores = [scores[i] for scores in by_teacher]
+            d.scores = [calls[i] for calls in by_teacher]
 
-    def _ask_rewards(self, drawn: Sequence[Drawn]) -> None:
-        """The data ranks its own responses; the others are judged by the reward functions."""
-        given = [d for d in drawn if d.writer is self.workers.replay]
-        judged = [d for d in drawn if d.writer is not self.workers.replay]
-        calls = (
-            self.workers.rewards.score([d.chunk for d in judged], judged[0].reward_weights)
-            if judged
-            else []
-        )
-        calls += self.workers.replay.rank([d.chunk for d in given]) if given else []
-        for d, call in zip([*judged, *given], calls, strict=True):
-            d.rewards = [call]
-
-    # -- waiting, whatever workers are lost meanwhile ----------------------------------------------
+    # -- waiting, while failed workers are replaced ------------------------------------------------
 
     def headers(self, drawn: Sequence[Drawn]) -> list[ChunkHeader]:
-        """Of every chunk. Those of a lost engine are sampled again elsewhere, with the same seeds,
-        and asked about again.
+        """Wait for every chunk. Those of a failed engine are sampled again elsewhere, with the same
+        seeds, and judged again.
         """
-        return self._settled(drawn, lambda d: d.chunk.header, self._sample_again)
+        return self._settled(drawn, _header_call, self._sample_again)
 
-    def _sample_again(self, d: Drawn) -> None:
-        d.chunk = d.writer.again(d.chunk)
-        self._ask([d])
+    def _sample_again(self, drawn: Drawn) -> None:
+        drawn.chunk = drawn.writer.again(drawn.chunk)
+        self._start_rewards(drawn)
+        self._start_scores([drawn])
 
     def rewards(self, drawn: Sequence[Drawn]) -> list[Rewards]:
-        return self._settled(drawn, lambda d: d.rewards[0], lambda d: self._ask_rewards([d]))
+        """Wait for the rewards of every chunk."""
+        return self._settled(drawn, _reward_call, self._start_rewards)
 
     def scores(self, drawn: Sequence[Drawn]) -> list[ScoreHeader]:
-        """Of every teacher for every chunk, teacher by teacher."""
-        found = []
-        for k, scorer in enumerate(self.workers.scorers):
+        """Wait for every teacher's scores of every chunk; the headers, teacher by teacher."""
+        headers: list[ScoreHeader] = []
+        for k in range(len(self.workers.scorers)):
+            headers += self._scores_of(k, drawn)
+        return headers
 
-            def again(d: Drawn, k: int = k, scorer: ScorerGroup = scorer) -> None:
-                d.scores[k] = scorer.score([d.chunk])[0]
+    def _scores_of(self, teacher: int, drawn: Sequence[Drawn]) -> list[ScoreHeader]:
+        """Wait for the scores of one teacher, by its index."""
+        scorer = self.workers.scorers[teacher]
 
-            found += self._settled(drawn, lambda d, k=k: d.scores[k][0], again)
-        return found
+        def score_call(d: Drawn) -> Pending:
+            return d.scores[teacher].header
+
+        def score_again(d: Drawn) -> None:
+            [d.scores[teacher]] = scorer.score([d.chunk])
+
+        return self._settled(drawn, score_call, score_again)
 
     def _settled(
         self,
@@ -181,31 +195,41 @@ class Sampling:
         again: Callable[[Drawn], None],
         count: int | None = None,
     ) -> list[Any]:
-        """Results in order, at least `count` of them (None: all), None for the others. A call whose
-        worker is lost is made again.
+        """Wait for one call of each chunk.
+
+        consumes calls / produces their results / waits for `count` results / unblocked by results,
+        and by the failure of a worker: it is replaced, and `again` makes its calls anew.
+
+        Args:
+            count: results to wait for, at least; None: all.
+
+        Returns:
+            The results in order; None for a call that is still under way.
         """
         while True:
-            outcomes, lost = settle([call(d) for d in drawn], self._watch, count)
-            if not lost:
-                return outcomes
-            for error in lost:
+            results, failures = settle([call(d) for d in drawn], self._watch, count)
+            if not failures:
+                return results
+            for error in failures:
                 self.workers.lose(error)
-            for d, outcome in zip(drawn, outcomes, strict=True):
-                if isinstance(outcome, WorkerError):
+            for d, result in zip(drawn, results, strict=True):
+                if isinstance(result, WorkerError):
                     again(d)
 
     def _watch(self) -> Pending | None:
-        """While waiting for responses nothing would be lost: the place to end, if the run was told
-        to.
+        """Called while waiting: nothing would be lost if the run ended here, so this is where a
+        stop signal is obeyed.
         """
         self.preemption.check()
         return self.workers.silent()
 
     def first(self, drawn: Sequence[Drawn], count: int) -> tuple[list[Drawn], list[Drawn]]:
-        """Wait until `count` chunks are done, stop the others; -> those that are done, in order,
-        and the others.
+        """Wait until `count` chunks are done and cancel the others.
+
+        Returns:
+            The chunks that are done, in order, and the cancelled ones.
         """
-        headers = self._settled(drawn, lambda d: d.chunk.header, self._sample_again, count)
+        headers = self._settled(drawn, _header_call, self._sample_again, count)
         done = [d for d, header in zip(drawn, headers, strict=True) if header is not None][:count]
         late = [d for d in drawn if all(d is not other for other in done)]
         if late:
@@ -216,9 +240,9 @@ class Sampling:
     def arrived(
         self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader], step: int
     ) -> list[Arrived]:
-        """Wait for the rewards. Groups with an aborted response are not used; under
-        algorithm.dynamic_sampling nor are those sampled whose rewards are all equal; under
-        pipeline.on_stale=drop nor are those with a token too old at `step`.
+        """Wait for the rewards, and decide which groups are used. Not used are groups with an
+        aborted response; under algorithm.dynamic_sampling, sampled groups whose rewards are all
+        equal; under pipeline.on_stale=drop, groups with a token too old at `step`.
         """
         rewards = self.rewards(drawn)
         return [
@@ -227,29 +251,25 @@ class Sampling:
         ]
 
     def _used(self, header: ChunkHeader, rewards: Rewards, step: int) -> tuple[int, ...]:
-        usable = ~header.aborted.reshape(-1, header.group_size).any(axis=1) & ~self._stale(
-            header, step
-        )
+        aborted = header.aborted.reshape(-1, header.group_size).any(axis=1)  # [G] bool
+        usable = ~aborted & ~self._stale(header, step)
         if self.settings.algorithm.dynamic_sampling:
-            usable &= differing(header, rewards) | (
-                header.source is Source.data
-            )  # the data is not compared
+            given = header.source is Source.data  # given responses are not compared by rewards
+            usable &= differing(header, rewards) | given
         return tuple(np.flatnonzero(usable).tolist())
 
     def _stale(self, header: ChunkHeader, step: int) -> np.ndarray:
         """[G] bool: not trained on, because some token of the group is older than
         pipeline.max_staleness.
         """
-        pipeline, oldest = (
-            self.settings.pipeline,
-            header.oldest_version.reshape(-1, header.group_size).min(axis=1),
-        )
+        pipeline = self.settings.pipeline
+        oldest = header.oldest_version.reshape(-1, header.group_size).min(axis=1)  # [G] int64
         if pipeline.on_stale is not OnStale.drop or header.source is not Source.student:
             return np.zeros(len(oldest), bool)
         return oldest < step - pipeline.max_staleness
 
     def stale_prompts(self, arrived: Sequence[Arrived], step: int) -> list[Prompt]:
-        """Of the groups that are too old."""
+        """The prompts of groups that are too old."""
         return [
             a.drawn.chunk.prompts[g]
             for a in arrived
@@ -257,28 +277,37 @@ class Sampling:
         ]
 
     def num_pairs(self, arrived: Sequence[Arrived]) -> int:
-        """Groups that the loss is averaged over: those with a best and a worst response, or all
-        that are kept.
+        """Groups that the loss is averaged over: those with a best and a worst response where pairs
+        are ranked, otherwise those whose rewards are kept.
         """
         if self.settings.algorithm.ranks_pairs:
             return int(sum(differing(a.header, a.rewards)[list(a.groups)].sum() for a in arrived))
         return int(sum(a.of_groups(a.rewards.keep).all(axis=1).sum() for a in arrived))
 
 
+def _header_call(drawn: Drawn) -> Pending:
+    return drawn.chunk.header
+
+
+def _reward_call(drawn: Drawn) -> Pending:
+    return drawn.rewards
+
+
 def differing(header: ChunkHeader, rewards: Rewards) -> np.ndarray:
-    """[G] bool: the group is kept and its rewards are not all equal."""
+    """[G] bool: the rewards of the group are kept and not all equal."""
     values = rewards.values.reshape(-1, header.group_size)
-    return rewards.keep.reshape(-1, header.group_size).all(axis=1) & (
-        values.max(axis=1) > values.min(axis=1)
-    )
+    keep = rewards.keep.reshape(-1, header.group_size).all(axis=1)
+    return keep & (values.max(axis=1) > values.min(axis=1))
 
 
 def first_groups(arrived: Sequence[Arrived], count: int) -> list[Arrived]:
-    """At most `count` used groups, in order; chunks left without one are dropped."""
-    kept = []
+    """At most `count` used groups, in order; chunks without one are left out."""
+    selected = []
     for a in arrived:
         groups = a.groups[: max(count, 0)]
         count -= len(groups)
         if groups:
-            kept.append(Arrived(drawn=a.drawn, header=a.header, rewards=a.rewards, groups=groups))
-    return kept
+            selected.append(
+                Arrived(drawn=a.drawn, header=a.header, rewards=a.rewards, groups=groups)
+            )
+    return selected

@@ -53,6 +53,10 @@ class WeightSyncError(HybridRLError):
     """An engine did not receive the weights that the learner sent."""
 
 
+class MetricError(HybridRLError):
+    """A setting follows a metric that no step of the run measures."""
+
+
 class RewardError(HybridRLError):
     """More reward calls failed than `reward.max_error_rate` allows, or the policy is to fail."""
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from hybridrl.controller.controller import Controller
@@ -66,7 +66,7 @@ from hybridrl.runtime.workers import (
 from hybridrl.settings.choices import EvidenceKind, Resume, WandbMode
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.console import ConsoleSink
-from hybridrl.tracking.jsonl import JsonlSink, read_metrics
+from hybridrl.tracking.jsonl import JsonlSink
 from hybridrl.tracking.sink import Sink, Sinks
 from hybridrl.tracking.user_sinks import build_sinks, check_sinks
 from hybridrl.tracking.wandb_sink import WandbSink
@@ -79,59 +79,44 @@ def train(settings: RunSettings) -> RunResult:
     """Run or resume `settings`; the same call continues where the last one stopped.
 
     Raises:
-        HybridRLError: what went wrong, in one sentence; nothing is left running.
+        HybridRLError: what went wrong, in one sentence; no process is left running.
     """
     began = time.monotonic()
     settings = pinned(settings, earlier_settings(settings))
     prompts, heldout = preflight(settings)
     with run_directory(settings) as run_dir, ExitStack() as stack:
-        settings = replace(
-            settings, run=replace(settings.run, dir=str(run_dir))
-        )  # for workers, who may run elsewhere
-        stack.enter_context((preemption := Preemption()).listening())
+        # An absolute path, because workers may run in another directory.
+        settings = replace(settings, run=replace(settings.run, dir=str(run_dir)))
+        preemption = stack.enter_context(Preemption().listening())
         inputs = digests(settings, prompts, heldout)
         checkpoint = find_checkpoint(settings, run_dir, inputs)
         keep_template(settings, run_dir)
-        console, sinks, wandb = make_sinks(settings)
+        console, sinks = make_sinks(settings)
         stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
-        first = checkpoint.state.step if checkpoint else 0
+        if checkpoint:
+            sinks.load_state_dict(checkpoint.state.trackers)
         sinks.start(run_info(settings, run_dir, checkpoint))
-        preemption.check()  # an optional sink takes an exception for its own
-        measured = "" if checkpoint else ", ".join(teachers_to_measure(settings))
-        console.notice(
-            "starting workers"
-            + (
-                f", and measuring teacher {measured} on the held-out problems ..."
-                if measured
-                else " ..."
-            )
-        )
+        preemption.check()  # an optional sink swallows an exception, the signal's too
+        console.notice(start_notice(settings, checkpoint))
         stack.enter_context(naming_what_is_saved(settings, run_dir))
         cluster = stack.enter_context(Cluster(settings))
         check_engines(settings, cluster.device)
-        stack.enter_context(
-            preemption.listening()
-        )  # again, for Ray takes the signal to itself when it starts
-        slots, log_dir = place_workers(settings, cluster), str(run_dir / "logs")
+        stack.enter_context(preemption.listening())  # again: Ray replaces the handlers at its start
+        log_dir = str(run_dir / "logs")
+        slots = place_workers(settings, cluster)
         rewards = start_rewards(settings, slots, log_dir, console.notice)
-        # A resumed run has them in its first row.
-        levels = (
-            {}
-            if checkpoint
-            else measure_teachers(settings, cluster, slots, rewards, heldout, run_dir, inputs)
-        )
+        levels: dict[str, float] = {}
+        if checkpoint is None:  # a resumed run has them in its first row
+            levels = measure_teachers(settings, cluster, slots, rewards, heldout, run_dir, inputs)
         workers = start_workers(settings, cluster, slots, rewards, log_dir, console.notice)
         check_running(settings, workers, prompts)
-        took, silence = (
-            f"{time.monotonic() - began:.0f} s",
-            f"the longest silent wait is {settings.deadlines.longest_silence_s:g} s",
-        )
         console.notice(
-            f"workers ready after {took} on {cluster.device}, weights travel by "
-            f"{cluster.weight_transfer}; {silence}"
+            f"workers ready after {time.monotonic() - began:.0f} s on {cluster.device}, weights "
+            f"travel by {cluster.weight_transfer}; the longest silent wait is "
+            f"{settings.deadlines.longest_silence_s:g} s"
         )
         preemption.started()
-        attempts = Attempts(
+        session = Session(
             settings=settings,
             run_dir=run_dir,
             cluster=cluster,
@@ -142,18 +127,26 @@ def train(settings: RunSettings) -> RunResult:
             levels=levels,
             console=console,
             sinks=sinks,
-            wandb=wandb,
             preemption=preemption,
         )
-        controller = attempts.until_done(workers, checkpoint)
+        controller = session.run(workers, checkpoint)
+        first = checkpoint.state.step if checkpoint else 0
         exported = export_model(settings, controller, run_dir, first)
     reason = ExitReason.already_finished if first == settings.train.steps else ExitReason.finished
     return run_result(run_dir, exported, reason)
 
 
+def start_notice(settings: RunSettings, checkpoint: Checkpoint | None) -> str:
+    """The line that the console prints while workers start."""
+    teachers = "" if checkpoint else ", ".join(teachers_to_measure(settings))
+    if not teachers:
+        return "starting workers ..."
+    return f"starting workers, and measuring teacher {teachers} on the held-out problems ..."
+
+
 @contextmanager
 def naming_what_is_saved(settings: RunSettings, run_dir: Path) -> Iterator[None]:
-    """A run that ends before its last step says in its last sentence how it goes on.
+    """If the run ends before its last step, add to the error how it can be continued.
 
     Raises:
         FleetExhausted, ClusterLost, Preempted: with that addition.
@@ -188,10 +181,14 @@ def how_to_continue(settings: RunSettings, newest: str | None) -> str:
     return "the same command starts afresh: nothing is saved yet"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attempts:
-    """Training that goes back to its last checkpoint, in the same job, when a worker is lost whose
-    state nobody else holds.
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """Training in one job. When a worker fails whose state no other holds, the session goes back to
+    the last checkpoint.
+
+    consumes prompts / produces a trained student and its run directory / waits for the controller /
+    unblocked by its end, and by a worker's error: then a new attempt begins, at most
+    cluster.max_restarts times.
     """
 
     settings: RunSettings
@@ -200,41 +197,37 @@ class Attempts:
     slots: Slots
     prompts: list[Prompt]
     heldout: list[Prompt]
-    inputs: dict[str, str]  # controller.inputs.digests
-    levels: Mapping[str, float]  # the teachers', for the first row of a run
+    inputs: dict[str, str]  # run_dir.inputs.digests
+    levels: Mapping[str, float]  # the teachers' accuracies, for the first row of a run
     console: ConsoleSink
     sinks: Sinks
-    wandb: WandbSink | None
     preemption: Preemption
+    steps_done: int | None = field(default=None, init=False)
+    """By the newest attempt when it ended; None: none has come to its first step yet."""
 
-    def until_done(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
-        """The controller of the attempt that came to the end.
+    def run(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
+        """Train to the last step.
+
+        Returns:
+            The controller of the attempt that reached it.
 
         Raises:
-            FleetExhausted: there were more losses than cluster.max_restarts.
+            FleetExhausted: workers failed more often than cluster.max_restarts allows, or in the
+                same way at the same step again.
         """
-        lost: WorkerError | None = None
-        lost_at: float | None = None  # the step that was done before
+        last_error: WorkerError | None = None
+        last_step: int | None = None  # what was done before it
         for restarts_left in reversed(range(1 + self.settings.cluster.max_restarts)):
             try:
-                if lost is not None:
-                    workers = recover(
-                        self.settings,
-                        self.cluster,
-                        self.slots,
-                        workers,
-                        lost,
-                        str(self.run_dir / "logs"),
-                    )
+                if last_error is not None:
+                    workers = self.recover(workers, last_error)
                     checkpoint = self.go_back()
                 return self.attempt(workers, checkpoint)
-            except (
-                WorkerError
-            ) as error:  # a lost engine, scorer or reward worker is replaced while the run goes on
+            except WorkerError as error:  # engines, scorers and reward workers are replaced before
                 if isinstance(error, WorkerTimeout):
                     dump_stacks()
-                step = self.last_step()
-                if lost is not None and same_fault(lost, lost_at, error, step):
+                step = self.steps_done
+                if last_error is not None and same_fault(last_error, last_step, error, step):
                     raise FleetExhausted(
                         f"{error}; it failed in the same way at the same step after it was "
                         "started again, so a further attempt would too"
@@ -242,27 +235,55 @@ class Attempts:
                 if not restarts_left:
                     raise FleetExhausted(f"{error}; cluster.max_restarts is used up") from error
                 self.console.notice(f"{error}; going back to the last checkpoint")
-                lost = error
-                lost_at = step
+                last_error = error
+                last_step = step
         raise AssertionError("the last attempt returns or raises")
 
-    def last_step(self) -> float | None:
-        """The last step of which there is a row of metrics; None: there is none yet."""
-        rows = read_metrics(self.run_dir)
-        return rows[-1]["train/step"] if rows else None
+    def recover(self, workers: Workers, error: WorkerError) -> Workers:
+        """The workers with a new learner, and another one in the place of the failed worker."""
+        log_dir = str(self.run_dir / "logs")
+        return recover(self.settings, self.cluster, self.slots, workers, error, log_dir)
 
     def go_back(self) -> Checkpoint | None:
-        """What there is in the run's directory now, whatever the first attempt was to do with
-        it.
+        """The newest checkpoint, regardless of run.resume, which applied only to the first
+        attempt.
         """
-        goes_on = replace(self.settings, run=replace(self.settings.run, resume=Resume.auto))
-        checkpoint = find_checkpoint(goes_on, self.run_dir, self.inputs)
+        resumed = replace(self.settings, run=replace(self.settings.run, resume=Resume.auto))
+        checkpoint = find_checkpoint(resumed, self.run_dir, self.inputs)
         self.sinks.start(run_info(self.settings, self.run_dir, checkpoint))
         return checkpoint
 
+    def attempt(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
+        """Train from the checkpoint, or from the start, to the last step.
+
+        Raises:
+            WorkerError: a worker failed whose state no other holds.
+        """
+        gather(workers.learner.ready(), self.preemption.check)
+        with closing(Ledger(self.run_dir, checkpoint.state.step if checkpoint else 0)) as ledger:
+            if checkpoint:
+                self.check_ledger(checkpoint)
+            controller = Controller(
+                self.settings,
+                workers=workers,
+                backend=self.cluster.weight_transfer,
+                prompts=PromptSource(self.prompts, self.settings.run.seed),
+                heldout=self.heldout,
+                inputs=self.inputs,
+                sinks=self.sinks,
+                checkpointer=Checkpointer(self.run_dir, self.settings.checkpoint),
+                ledger=ledger,
+                preemption=self.preemption,
+            )
+            try:
+                train_on(controller, checkpoint, self.levels)
+            finally:
+                self.steps_done = controller.steps_done
+        return controller
+
     def check_ledger(self, checkpoint: Checkpoint) -> None:
-        """Say so where it does not account for every prompt up to the checkpoint. It is a record:
-        the run goes on without it.
+        """Print a notice if the ledger does not account for every prompt up to the checkpoint. It
+        is a record: the run goes on without it.
 
         Raises:
             CheckpointError: the checkpoint's data cursor has another form than that of this
@@ -283,51 +304,28 @@ class Attempts:
                 f"{error}; that each prompt was trained on once can no longer be shown of this run"
             )
 
-    def attempt(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
-        gather(workers.learner.ready(), self.preemption.check)
-        with closing(Ledger(self.run_dir, checkpoint.state.step if checkpoint else 0)) as ledger:
-            if checkpoint:
-                self.check_ledger(checkpoint)
-            controller = Controller(
-                self.settings,
-                workers=workers,
-                backend=self.cluster.weight_transfer,
-                prompts=PromptSource(self.prompts, self.settings.run.seed),
-                heldout=self.heldout,
-                sinks=self.sinks,
-                checkpointer=Checkpointer(self.run_dir, self.settings.checkpoint),
-                ledger=ledger,
-                preemption=self.preemption,
-            )
-            known = checkpoint.state.wandb_id if checkpoint else None
-            controller.wandb_id = (
-                self.wandb.run_id if self.wandb else known
-            )  # a resume without W&B does not forget its run
-            controller.inputs = self.inputs
-            train_on(controller, checkpoint, self.levels)
-        return controller
-
 
 def same_fault(
-    before: WorkerError, before_at: float | None, error: WorkerError, at: float | None
+    before: WorkerError, before_step: int | None, error: WorkerError, step: int | None
 ) -> bool:
-    """Whether an error that a worker raised came again at the same step, so that nothing that
-    passes can be its reason.
+    """Whether a worker raised the same error at the same step again, so that its cause is not
+    transient.
 
     Args:
-        before_at, at: the step that was done before each of the two.
+        before_step, step: the steps that were done before each of the two; None: no attempt came
+            so far.
     """
     same = (before.worker, before.call, before.reason) == (error.worker, error.call, error.reason)
-    return raised(error) and same and before_at == at
+    return raised(error) and same and before_step == step
 
 
 def train_on(
     controller: Controller, checkpoint: Checkpoint | None, levels: Mapping[str, float]
 ) -> None:
-    """From the checkpoint, or from the start, to the end.
+    """Train from the checkpoint, or from the start, to the last step.
 
     Args:
-        levels: the teachers', for the first row of a run.
+        levels: the teachers' accuracies, for the first row of a run.
     """
     if checkpoint:
         controller.load_state(checkpoint.state, str(checkpoint.folder))
@@ -338,8 +336,10 @@ def train_on(
 
 
 def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
-    """All checks that need no worker, after those that the settings make of themselves; ->
-    (training, held-out) prompts.
+    """Run every check that needs no worker and is not made by the settings themselves.
+
+    Returns:
+        The training and the held-out prompts.
 
     Raises:
         ConfigError, DataError, RunDirectoryError: one sentence on the first thing that cannot work.
@@ -359,7 +359,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """Tokenized training and held-out prompts.
 
     Raises:
-        ConfigError: a model cannot be used (contract.check_models, check_token_ids), a teacher in
+        ConfigError: a model cannot be used (check_models, check_token_ids), a teacher in
             use or a reward model does not share the student's vocabulary, or a teacher its chat
             template; or as load_problems, check_lengths and tokenize.
         DataError: as load_problems and tokenize.
@@ -393,19 +393,17 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
-    """Refuse data that does not bring what algorithm.data_fraction asks of it: a response, or a
+    """Refuse data without the responses that algorithm.data_fraction needs: one per prompt, or a
     chosen and a rejected one.
 
     Raises:
-        ConfigError: the first problem that has another number of responses, named by its row.
+        ConfigError: a problem has another number of responses; names the first by its row.
     """
     if not settings.algorithm.data_fraction:
         return
     wanted = settings.algorithm.responses_per_prompt
-    what, option = {
-        1: ("one response", "solution"),
-        2: ("a chosen and a rejected response", "pair"),
-    }[wanted]
+    what = {1: "one response", 2: "a chosen and a rejected response"}[wanted]
+    option = {1: "solution", 2: "pair"}[wanted]
     for problem in problems:
         if len(problem.responses) != wanted:
             raise ConfigError(
@@ -415,14 +413,14 @@ def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
             )
 
 
-def make_sinks(settings: RunSettings) -> tuple[ConsoleSink, Sinks, WandbSink | None]:
+def make_sinks(settings: RunSettings) -> tuple[ConsoleSink, Sinks]:
+    """The console, for notices, and all sinks, the console among them."""
     console = ConsoleSink()
-    wandb = None if settings.tracking.wandb is WandbMode.disabled else WandbSink(settings.tracking)
     optional: dict[str, Sink] = {"the console": console}
-    if wandb is not None:
-        optional["tracking.wandb"] = wandb
+    if settings.tracking.wandb is not WandbMode.disabled:
+        optional["tracking.wandb"] = WandbSink(settings.tracking)
     optional |= build_sinks(settings.tracking)
-    return console, Sinks(required=[JsonlSink()], optional=optional), wandb
+    return console, Sinks(required=[JsonlSink()], optional=optional)
 
 
 def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None) -> RunInfo:
@@ -432,14 +430,20 @@ def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None
         total_steps=settings.train.steps,
         first_step=checkpoint.state.step if checkpoint else 0,
         config=redact.tree(asdict(settings)),
-        wandb_id=checkpoint.state.wandb_id if checkpoint else None,
     )
 
 
 def export_model(
     settings: RunSettings, controller: Controller, run_dir: Path, first: int
 ) -> Path | None:
-    """The Hugging Face folder of the final student."""
+    """Write the final student as a Hugging Face folder, unless it is there already.
+
+    Args:
+        first: the steps that were done when this session began.
+
+    Returns:
+        The folder; None: checkpoint.export is off.
+    """
     folder = run_dir / "export" / f"step_{controller.steps_done:06d}"
     if settings.checkpoint.export and not (folder.exists() and controller.steps_done == first):
         controller.learner.export(str(folder))

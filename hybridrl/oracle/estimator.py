@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridrl.batch.micro_batch import collate, train_sequences
-from hybridrl.controller.coefficients import Weights
+from hybridrl.controller.coefficients import Coefficients
 from hybridrl.kernels.head import hybrid_head_loss
 from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.kernels.token_columns import TokenColumns
@@ -49,7 +49,7 @@ class Estimator:
         self.values = mdp.values if values is None else values
         self.objective = make_objective(settings)
         self.rule = head_rule(settings)
-        self.weights = Weights(settings)
+        self.weights = Coefficients(settings)
         heads = [teacher.T for teacher in mdp.teachers]
         self.inbox = TeacherInbox(
             self.objective.needs.evidence,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hybridrl.controller.coefficients import Weights
+from hybridrl.controller.coefficients import Coefficients
 from hybridrl.oracle.cases import PLAIN, TOLERANCE, Case, Kind, Value, World
 from hybridrl.oracle.estimator import COLUMNS, Estimator
 from hybridrl.oracle.exact import Claim
@@ -159,7 +159,7 @@ def settings_of(case: Case, scope: Scope) -> RunSettings:
 
 def claim(case: Case, settings: RunSettings, mdp: Mdp) -> Claim:
     """What the case is compared with."""
-    weights, names = Weights(settings), settings.scored_teachers
+    weights, names = Coefficients(settings), settings.scored_teachers
     asked = [takes(settings.teachers[name].route, COLUMNS) for name in names]
     shares = written_by(settings.algorithm)
     if (

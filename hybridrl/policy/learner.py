@@ -41,6 +41,7 @@ from hybridrl.policy.statistics import (
     count_credits,
     count_micro,
     heldout_metrics,
+    learner_stats,
     remedy,
 )
 from hybridrl.policy.student import HeadInputs, Look, Student
@@ -177,10 +178,8 @@ class Learner:
         grad_norm = float(self.engine.get_global_grad_norm())
         self._check_finite(plan, found, grad_norm, micros)
         self.optimizer_steps += 1
-        return LearnerStats(
-            metrics=batch_metrics(found, plan, grad_norm) | diagnostics,
-            learn_s=time.monotonic() - started,
-        )
+        metrics = batch_metrics(found, plan, grad_norm) | diagnostics
+        return learner_stats(found, metrics, time.monotonic() - started)
 
     def evaluate(
         self, plan: UpdatePlan, shard: Shard, *values: RolloutBatch | Rewards | TokenScores
@@ -202,9 +201,8 @@ class Learner:
             for micro in micros:
                 self._forward(micro, tally, plan.step)
         count_credits(tally, credits)
-        return LearnerStats(
-            metrics=heldout_metrics(tally.reduced()), learn_s=time.monotonic() - started
-        )
+        found = tally.reduced()
+        return learner_stats(found, heldout_metrics(found), time.monotonic() - started)
 
     def _prepare(
         self,

@@ -16,12 +16,17 @@ from hybridrl.batch.micro_batch import MicroBatch
 from hybridrl.kernels.head import HeadStats
 from hybridrl.objectives.credit import Credit
 from hybridrl.settings.choices import Source
-from hybridrl.types import UpdatePlan
+from hybridrl.types import LearnerStats, UpdatePlan
 
 QUARTERS = 4
-SUMS = ("train/loss", "tokens", "dense_sq", "sparse_sq", "dense_sparse")
+TOKEN_KL = "kl/token"
+LOGPROB_GAP = "policy/logprob_gap"
+SPARSE_SQ = "sparse_sq"
+"""Counted under one name, so that LearnerStats cannot look for another."""
+
+SUMS = ("train/loss", "tokens", "dense_sq", SPARSE_SQ, "dense_sparse")
 MEANS = (
-    "kl/token",
+    TOKEN_KL,
     "kl/sampled",
     "kl/clipped_frac",
     "entropy/token",
@@ -31,7 +36,7 @@ MEANS = (
     "value/loss",
     "policy/rho_mean",
     "rho_sq",
-    "policy/logprob_gap",
+    LOGPROB_GAP,
     "policy/kl_sampler",
     "policy/bounded_frac",
     "nll/token",
@@ -142,13 +147,13 @@ def count_micro(
     for name, part in {
         "train/loss": loss,
         "dense_sq": stats.dense_sq,
-        "sparse_sq": stats.sparse_sq,
+        SPARSE_SQ: stats.sparse_sq,
         "tokens": live,
     }.items():
         tally.add(name, part)
     tally.add("dense_sparse", stats.dense_sparse)
     if compared:
-        tally.add("kl/token", stats.kl, live)
+        tally.add(TOKEN_KL, stats.kl, live)
     tally.add("entropy/token", stats.entropy, live)
     by_others = torch.tensor([s is not Source.student for s in micro.sources])[micro.owner]
     tally.add("nll/token", -stats.logprobs, live & by_others.to(device))
@@ -188,7 +193,7 @@ def count_ratio(
         tally.add(name, part, live & ~data)
     tally.add("policy/kl_sampler", rho - 1 - log_ratio, live & student)
     same = (micro.oldest_versions >= version)[micro.owner].to(live.device)
-    for name in ("policy/logprob_gap", "policy/logprob_gap_max"):
+    for name in (LOGPROB_GAP, "policy/logprob_gap_max"):
         tally.add(name, log_ratio.abs(), live & student & same)
     tally.add("policy/bounded_frac", stats.bounded, live)
 
@@ -256,6 +261,25 @@ def batch_metrics(found: dict[str, float], plan: UpdatePlan, grad_norm: float) -
     if found.get("rho_sq"):
         row["policy/ess"] = found["policy/rho_mean"] ** 2 / found["rho_sq"]
     return row
+
+
+def learner_stats(
+    found: Mapping[str, float], metrics: dict[str, float], learn_s: float
+) -> LearnerStats:
+    """The typed statistics of a batch.
+
+    Args:
+        found: what Tally.reduced returned.
+        metrics: what is reported of the batch.
+        learn_s: seconds that this rank took.
+    """
+    return LearnerStats(
+        logprob_gap=found.get(LOGPROB_GAP),
+        token_kl=found.get(TOKEN_KL),
+        sparse_norm=found[SPARSE_SQ] ** 0.5,
+        metrics=metrics,
+        learn_s=learn_s,
+    )
 
 
 def heldout_metrics(found: dict[str, float]) -> dict[str, float]:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 MANIFEST, STATE, FORMAT = "manifest.json", "state.json", 2
 CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
 UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
+TRACKER_ID = "_id"
 STEP_FOLDER = re.compile(r"step_(\d{6,18})", re.ASCII)
 HEADROOM = 1 << 20  # bytes for state, manifest and headers
 HASHING = 8  # threads; hashlib lets go of the interpreter lock
@@ -90,8 +91,8 @@ class RunState:
         str, Any
     ]  # state_dict of each Stateful part by its name: the data cursor, schedules
     metrics: dict[str, float]  # the step's row, where checkpoint.best finds its metric
-    wandb_id: str | None
-    inputs: dict[str, str] = field(default_factory=dict)  # controller.inputs.digests
+    trackers: dict[str, str] = field(default_factory=dict)  # ids by tracker, of Sinks.state_dict
+    inputs: dict[str, str] = field(default_factory=dict)  # run_dir.inputs.digests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,8 +306,7 @@ def write(folder: Path, state: RunState, writers: Sequence[Writer]) -> None:
     """
     files = [file for writer in writers for file in writer.save_state(str(folder))]
     failpoints.hit("checkpoint.shards", step=state.step)
-    metrics = {key: float(value) for key, value in state.metrics.items() if math.isfinite(value)}
-    (folder / STATE).write_text(json.dumps(asdict(state) | {"metrics": metrics}, indent=1))
+    (folder / STATE).write_text(json.dumps(state_to_json(state), indent=1))
     files.append(seal(folder / STATE))
     failpoints.hit("checkpoint.state", step=state.step)
     entries = {f.name: {"sha256": f.sha256, "bytes": f.bytes} for f in files}
@@ -378,20 +378,48 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def state_to_json(state: RunState) -> dict[str, Any]:
+    """What state.json holds: the fields of the state, its finite metrics, and the id of each
+    tracker's run under NAME_id.
+
+    Example: trackers={"wandb": "x1"} becomes "wandb_id": "x1".
+    """
+    content = asdict(state)
+    del content["trackers"]
+    content["metrics"] = {
+        key: float(value) for key, value in state.metrics.items() if math.isfinite(value)
+    }
+    return content | {f"{name}{TRACKER_ID}": run_id for name, run_id in state.trackers.items()}
+
+
+def state_from_json(content: Any) -> RunState:
+    """Raises: TypeError, ValueError: `content` is not what `state_to_json` makes."""
+    if not isinstance(content, dict):
+        raise ValueError("it is no mapping")
+    ids = {key: value for key, value in content.items() if key.endswith(TRACKER_ID)}
+    for key, value in ids.items():
+        if not isinstance(value, str | None):
+            raise ValueError(f"{key} is no text")
+    return RunState(
+        **{key: value for key, value in content.items() if key not in ids},
+        trackers={
+            key.removesuffix(TRACKER_ID): value for key, value in ids.items() if value is not None
+        },
+    )
+
+
 def read_state(folder: Path) -> RunState:
     """Raises:
     CheckpointError: it has other fields or types than RunState.
     OSError: it cannot be read.
     """
     try:
-        state = RunState(**read_json(folder / STATE))
+        state = state_from_json(read_json(folder / STATE))
         for what in ("step", "weight_version", "optimizer_steps"):
             whole_number(getattr(state, what), what)
         for what in ("parts", "metrics", "inputs"):
             if not isinstance(getattr(state, what), dict):
                 raise ValueError(f"{what} is no mapping")
-        if not isinstance(state.wandb_id, str | None):
-            raise ValueError("wandb_id is no text")
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{folder / STATE}: not a state of this version of hybridrl: {error}"

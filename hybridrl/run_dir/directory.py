@@ -305,7 +305,7 @@ def describe_directory(settings: RunSettings, inputs: Mapping[str, str]) -> str:
 
 def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
     """Begin run_dir as a copy of the run that the checkpoint is of: its rows, samples and ledger,
-    which are cut at the checkpoint's step when the run starts. On wandb it is a run of its own.
+    which are cut at the checkpoint's step when the run starts. Trackers get a run of its own.
 
     Raises:
         RunDirectoryError: one of those files is a link or a special file.
@@ -318,7 +318,7 @@ def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
         content = read_bytes(origin / name)
         if content is not None:
             replace_bytes(run_dir / name, content)
-    return replace(checkpoint, state=replace(checkpoint.state, wandb_id=None))
+    return replace(checkpoint, state=replace(checkpoint.state, trackers={}))
 
 
 def earlier_settings(settings: RunSettings) -> RunSettings | None:

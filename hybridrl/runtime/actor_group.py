@@ -1,7 +1,7 @@
-"""N actors of one kind. The typed groups in groups.py are its only callers."""
+"""Some actors of one kind. The typed groups of runtime/ are its only callers."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +17,8 @@ from hybridrl.runtime.calls import Pending, gather, settle, succeeded
 from hybridrl.runtime.host import STACKS, AsyncHost, Host
 
 CALLS = 1_000_000
-"""That a worker of coroutines takes at once. Chunks wait in it for the rest of their wave, and a
-ping must not wait for them.
+"""Calls that a worker of coroutines accepts at once. Chunks wait inside it for the rest of their
+wave, and a ping must not wait for them.
 """
 
 
@@ -35,10 +35,16 @@ class Slot:
 
 
 class ActorGroup:
-    """submit_*: start and return Pending; call_all: wait for everyone.
+    """Starts workers, calls them, and replaces those that fail. submit_* start a call and return it
+    as Pending; call_all waits for all workers.
+
+    The driver never imports a worker's module, which may load torch or vLLM, so that a worker is
+    named by its path, and its constructor's arguments are checked when it is built.
 
     Args:
-        max_restarts: how often lost workers of this group may be replaced.
+        path: "module:Class" of the worker.
+        arguments: the keyword arguments of each worker's constructor.
+        max_restarts: how often failed workers of this group may be replaced.
         concurrent: the worker's methods are coroutines.
         any_order: a call whose arguments are ready overtakes one that still waits for its own.
     """
@@ -48,23 +54,23 @@ class ActorGroup:
         name: str,
         path: str,
         slots: Sequence[Slot],
-        kwargs: Sequence[dict[str, Any]],
+        arguments: Sequence[Mapping[str, object]],
         *,
         log_dir: str,
         max_restarts: int = 0,
         concurrent: bool = False,
         any_order: bool = False,
     ) -> None:
-        self.name, self.path, self.slots, self.kwargs, self.log_dir = (
-            name,
-            path,
-            slots,
-            kwargs,
-            log_dir,
-        )
-        self.size, self.concurrent, self.any_order = len(slots), concurrent, any_order
+        self.name = name
+        self.path = path
+        self.slots = slots
+        self.arguments = arguments
+        self.log_dir = log_dir
+        self.concurrent = concurrent
+        self.any_order = any_order
+        self.size = len(slots)
         self.names = [f"{name}/{i}" for i in range(self.size)]
-        self.epochs = [0] * self.size  # how many workers were there before
+        self.epochs = [0] * self.size  # how many workers there were before, per index
         self.restarts_left = max_restarts
         self.last_reasons: list[str | None] = [None] * self.size
         """Why the worker before this one was replaced, where it raised an error; None: it died,
@@ -73,14 +79,13 @@ class ActorGroup:
         self.first_calls: list[dict[str, Pending]] = [{} for _ in range(self.size)]
         """The first call of each method to the present worker."""
         self.actors = [self._start(i) for i in range(self.size)]
-        self.pid_refs = [
-            actor.pid.remote() for actor in self.actors
-        ]  # asked now: a worker that hangs does not answer
+        # Requested now: a worker that hangs does not answer.
+        self.pid_refs = [actor.pid.remote() for actor in self.actors]
         self.driver = ray.get_runtime_context().get_worker_id()
         ALIVE.add(self)
 
     def _start(self, index: int) -> ActorHandle:
-        slot, log = self.slots[index], self._log(self.names[index])
+        slot = self.slots[index]
         actor = ray.remote(AsyncHost if self.concurrent else Host).options(
             num_cpus=slot.num_cpus,
             num_gpus=slot.num_gpus,
@@ -91,33 +96,37 @@ class ActorGroup:
             allow_out_of_order_execution=self.concurrent or self.any_order,
             **({"max_concurrency": CALLS} if self.concurrent else {}),
         )
-        return actor.remote(self.path, log, self.kwargs[index])
+        return actor.remote(self.path, self._log(self.names[index]), self.arguments[index])
 
-    def replace(self, lost: WorkerError) -> int | None:
-        """End the worker that is told of and start another in its place; its index, or None: that
-        was done before.
+    def replace(self, error: WorkerError) -> int | None:
+        """End the worker that failed and start another in its place.
+
+        Returns:
+            The index of the worker; None: it has been replaced already.
 
         Raises:
-            FleetExhausted: there were too many, or a fresh worker failed at once as the one before
-                it; the worker is ended all the same.
-            WorkerError: `lost` itself, where it is no worker of this group that was lost.
+            FleetExhausted: max_restarts is used up, or a fresh worker failed at once in the same
+                way as the one before it; the worker is ended all the same.
+            WorkerError: `error` itself, if it names no worker of this group.
         """
-        if lost.worker not in self.names:
-            raise lost
-        index = self.names.index(lost.worker)
-        if self.epochs[index] != lost.epoch:
+        if error.worker not in self.names:
+            raise error
+        index = self.names.index(error.worker)
+        if self.epochs[index] != error.epoch:
             return None
-        if isinstance(lost, WorkerTimeout):
+        if isinstance(error, WorkerTimeout):
             dump_stacks()
         ray.kill(self.actors[index])
-        if self._fails_always(index, lost):
+        if self._fails_always(index, error):
             raise FleetExhausted(
-                f"{lost}; the worker that replaced another one after this error failed with it at "
+                f"{error}; the worker that replaced another one after this error failed with it at "
                 "once, so a further one would too"
             )
         if self.restarts_left == 0:
-            raise FleetExhausted(f"{lost}; cluster.max_restarts is used up for {self.name} workers")
-        self.last_reasons[index] = lost.reason if raised(lost) else None
+            raise FleetExhausted(
+                f"{error}; cluster.max_restarts is used up for {self.name} workers"
+            )
+        self.last_reasons[index] = error.reason if raised(error) else None
         self.first_calls[index] = {}
         self.restarts_left -= 1
         self.epochs[index] += 1
@@ -125,27 +134,27 @@ class ActorGroup:
         self.pid_refs[index] = self.actors[index].pid.remote()
         return index
 
-    def _fails_always(self, index: int, lost: WorkerError) -> bool:
-        """Whether a fresh worker raised its predecessor's error at its first such call: nothing
-        that passes could be the reason.
+    def _fails_always(self, index: int, error: WorkerError) -> bool:
+        """Whether a fresh worker raised its predecessor's error at its first such call, so that the
+        cause is not transient.
         """
-        if not raised(lost) or lost.reason != self.last_reasons[index]:
+        if not raised(error) or error.reason != self.last_reasons[index]:
             return False
-        first = self.first_calls[index].get(lost.call)
+        first = self.first_calls[index].get(error.call)
         return first is None or not succeeded(first)
 
-    def rebuild(self, lost: WorkerError, start_s: float) -> None:
+    def rebuild(self, error: WorkerError, start_s: float) -> None:
         """Replace a worker and wait until the new one answers, so that the deadline of a call does
         not count its start.
 
         Raises:
             FleetExhausted: as in `replace`.
         """
-        while (index := self.replace(lost)) is not None:
-            _, again = settle([self.submit(index, "ping", deadline_s=start_s)])
-            if not again:
+        while (index := self.replace(error)) is not None:
+            _, failures = settle([self.submit(index, "ping", deadline_s=start_s)])
+            if not failures:
                 return
-            lost = again[0]
+            error = failures[0]
 
     def submit(self, index: int, method: str, *args: Any, deadline_s: float) -> Pending:
         """Call one worker; refs among `args` arrive as their values."""
@@ -183,10 +192,12 @@ class ActorGroup:
         return ray.get(self.pid_refs, timeout=60)
 
     def ask_for_stacks(self) -> list[ray.ObjectRef]:
-        """Of every worker that can write them into its log; one reference each, there when it was
-        asked.
+        """Have every worker that can do so write its stacks into its log.
+
+        Returns:
+            One reference per worker, which resolves when the worker has been signalled.
         """
-        asked = []
+        requests = []
         for slot, pid, name in zip(self.slots, self.pid_refs, self.names, strict=True):
             there = PlacementGroupSchedulingStrategy(
                 slot.group, placement_group_bundle_index=slot.bundle
@@ -194,8 +205,8 @@ class ActorGroup:
             ask = ray.remote(ask_for_stacks).options(
                 num_cpus=0, scheduling_strategy=there, max_retries=0
             )
-            asked.append(ask.remote(pid, self._log(name)))
-        return asked
+            requests.append(ask.remote(pid, self._log(name)))
+        return requests
 
     def _log(self, name: str) -> str:
         return f"{self.log_dir}/{name.replace('/', '-')}.log"
@@ -208,24 +219,24 @@ class ActorGroup:
 
 
 ALIVE: WeakSet[ActorGroup] = WeakSet()
-"""The groups of this process that were not closed."""
+"""The groups of this process that are not closed."""
 DUMP_S = 5.0
-"""For the stacks of all workers; one whose node is gone writes none."""
+"""For signalling all workers; one whose node is gone cannot be signalled."""
 
 
 def dump_stacks() -> None:
-    """Have all workers write the stacks of their threads into their logs; waits a moment, for one
-    of them is ended next.
+    """Have all workers write the stacks of their threads into their logs. Waits until they are
+    signalled, because one of them is ended next.
     """
-    here = ray.get_runtime_context().get_worker_id()  # groups of an earlier Ray are gone with it
-    asked = [ref for group in ALIVE if group.driver == here for ref in group.ask_for_stacks()]
-    if asked:
-        ray.wait(asked, num_returns=len(asked), timeout=DUMP_S)
+    driver = ray.get_runtime_context().get_worker_id()  # groups of an earlier Ray are gone with it
+    requests = [ref for group in ALIVE if group.driver == driver for ref in group.ask_for_stacks()]
+    if requests:
+        ray.wait(requests, num_returns=len(requests), timeout=DUMP_S)
 
 
 def ask_for_stacks(pid: int, log: str) -> None:
-    """Ask a process of this node for its stacks; see runtime.host. Where another process has that
-    number by now: nothing.
+    """Signal a process of this node to write its stacks; see runtime.host. Does nothing if the
+    process is gone, or another one has that number now.
     """
     with suppress(OSError):
         if os.readlink(f"/proc/{pid}/fd/1") == os.path.realpath(log):
@@ -234,7 +245,7 @@ def ask_for_stacks(pid: int, log: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """Lets the learner's sending rank call every engine, with a deadline; picklable."""
+    """With it the learner's sending rank calls every engine, with a deadline; picklable."""
 
     group: ActorGroup
     deadline_s: float

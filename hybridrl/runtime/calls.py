@@ -1,11 +1,11 @@
-"""A call to a worker that is under way, and how to wait for it: with a deadline, ending in a typed
-error.
+"""A call to a worker that is under way, and how to wait for it: with a deadline, and with a typed
+error if it fails.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
@@ -22,10 +22,18 @@ class Meter:
     materialized_bytes = 0
 
 
-Reference = ray.ObjectRef
+Reference: TypeAlias = ray.ObjectRef
 """Names a value in the object store; the controller passes references on without fetching the
 values.
 """
+WATCH_S = 1.0
+"""Between two calls of `watch` while waiting."""
+DELIVERY_S = 5.0
+"""For fetching a result that is there when the time of its call is used up: what comes to the
+caller is small.
+"""
+OBJECT_STORE = "the object store"
+"""Named as the failed worker where no worker is at fault, so that none is replaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,126 +47,203 @@ class Pending:
     epoch: int = 0  # how many workers of that name there were before the one that was called
 
     def result(self) -> Any:
+        """Wait for the result.
+
+        Raises:
+            WorkerTimeout, WorkerDied, WorkerError, HybridRLError: as `gather`.
+        """
         return gather([self])[0]
 
 
-def nobody() -> None:
-    """Watches nothing."""
+class ResultStore(Protocol):
+    """Where the results of calls arrive."""
+
+    def check(self) -> None:
+        """Raises:
+        ClusterLost: no result can arrive any more.
+        """
+
+    def wait(self, refs: Sequence[Reference], timeout_s: float) -> list[Reference]:
+        """All of `refs` that have arrived, once one has; empty after `timeout_s`."""
+
+    def fetch(self, pending: Pending, timeout_s: float) -> Any:
+        """A result that has arrived.
+
+        Raises:
+            WorkerTimeout, WorkerDied, WorkerError: naming the worker and the call.
+            HybridRLError: what the worker raised on purpose.
+        """
 
 
-def gather(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nobody) -> list[Any]:
-    """Results in order. The first failure ends the wait at once, whatever else still runs.
+def watch_nothing() -> None:
+    """The default `watch`."""
+
+
+def gather(
+    pending: Sequence[Pending], watch: Callable[[], Pending | None] = watch_nothing
+) -> list[Any]:
+    """Results in order. The first failure ends the wait at once, whatever else is under way.
 
     Args:
         watch: as in `settle`.
 
     Raises:
-        WorkerTimeout, WorkerDied, WorkerError: naming the worker and the call; or the worker's own
-            HybridRLError.
+        WorkerTimeout, WorkerDied, WorkerError: naming the worker and the call.
+        HybridRLError: what a worker raised on purpose.
+        ClusterLost: Ray's head is gone.
     """
-    values, lost = settle(pending, watch)
-    if lost:
-        raise lost[0]
-    return values
+    results, failures = settle(pending, watch)
+    if failures:
+        raise failures[0]
+    return results
+
+
+class RayStore:
+    """Ray's object store, as this process reaches it."""
+
+    def check(self) -> None:
+        HEAD.check()
+
+    def wait(self, refs: Sequence[Reference], timeout_s: float) -> list[Reference]:
+        first, others = ray.wait(list(refs), num_returns=1, timeout=timeout_s)
+        more = ray.wait(others, num_returns=len(others), timeout=0)[0] if first and others else []
+        return [*first, *more]
+
+    def fetch(self, pending: Pending, timeout_s: float) -> Any:
+        try:
+            value = ray.get(pending.ref, timeout=max(timeout_s, DELIVERY_S))
+        except GetTimeoutError as error:
+            raise WorkerTimeout(
+                pending.worker,
+                pending.call,
+                f"its result was not delivered within {pending.deadline_s:g} s",
+                pending.epoch,
+            ) from error
+        except ObjectLostError as error:
+            # A value was lost, not the worker that needed it; restarting that worker would not
+            # help.
+            reason = (
+                f"what {pending.worker} was to give or to be given in {pending.call} is gone "
+                "with its node"
+            )
+            raise WorkerDied(OBJECT_STORE, "keeping values", reason) from error
+        except RayActorError as error:
+            if not HEAD.is_silent:
+                check_own_node()
+            reason = f"{_last_line(error)}; see {_log(pending)}"
+            raise WorkerDied(pending.worker, pending.call, reason, pending.epoch) from error
+        except RayTaskError as error:
+            raise _raised_by_worker(pending, error) from error
+        except RayError as error:
+            raise WorkerError(
+                pending.worker, pending.call, _last_line(error), pending.epoch
+            ) from error
+        Meter.materialized_bytes += per_token_bytes(value)
+        return value
+
+
+RAY_STORE = RayStore()
 
 
 def settle(
     pending: Sequence[Pending],
-    watch: Callable[[], Pending | None] = nobody,
+    watch: Callable[[], Pending | None] = watch_nothing,
     count: int | None = None,
+    *,
+    store: ResultStore = RAY_STORE,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[list[Any], list[WorkerError]]:
-    """(results in order, workers lost). A lost worker ends the wait: its error stands for each of
-    its calls, None for what is under way. The deadline, the longest of theirs, is of silence: one
-    worker may have many calls to answer, one after the other.
+    """Wait for results until enough are there or a worker fails.
+
+    consumes calls / produces results in order, and the errors of failed workers / waits for
+    `count` results / unblocked by the failure of a worker, by `watch`, and by the deadline: it
+    bounds the time since the last answer, because one worker may have many calls to answer one
+    after the other, and is the longest among the calls.
 
     Args:
-        watch: called every WATCH_S; a call that should have been answered by now, or None: its
-            worker counts as lost.
+        watch: called every WATCH_S; returns a call that should have been answered by now, whose
+            worker then counts as failed, or None.
         count: results to wait for, at least; None: all.
+        store: where the results arrive.
+        clock: seconds, never going back.
+
+    Returns:
+        For each call its result, the error of its worker if that failed, or None if it is still
+        under way; and one error per failed worker.
 
     Raises:
         HybridRLError: what a worker raised on purpose.
         ClusterLost: Ray's head is gone.
     """
-    heard, waiting = time.monotonic(), {p.ref: p for p in pending}
-    next_watch = heard + WATCH_S
+    last_answer = clock()
+    next_watch = last_answer + WATCH_S
+    waiting = {p.ref: p for p in pending}
     deadline_s = max((p.deadline_s for p in pending), default=0.0)
-    values: dict[ray.ObjectRef, Any] = {}
-    lost: dict[tuple[str, int], WorkerError] = {}
+    values: dict[Reference, Any] = {}
+    failures: dict[tuple[str, int], WorkerError] = {}
     enough = len(waiting) if count is None else count
-    while len(values) < enough and not lost:
-        HEAD.check()
-        left = heard + deadline_s - time.monotonic()
-        for ref in _ready(list(waiting), max(min(left, next_watch - time.monotonic()), 0.001)):
-            done, heard = waiting.pop(ref), time.monotonic()
+    while len(values) < enough and not failures:
+        store.check()
+        time_left = last_answer + deadline_s - clock()
+        timeout_s = max(min(time_left, next_watch - clock()), 0.001)
+        for ref in store.wait(list(waiting), timeout_s):
+            done = waiting.pop(ref)
+            last_answer = clock()
             try:
-                values[ref] = _fetch(done, left)
+                values[ref] = store.fetch(done, time_left)
             except WorkerError as error:
-                values[ref] = lost[done.worker, done.epoch] = error
-        if waiting and time.monotonic() >= next_watch:  # not with each answer: it asks every engine
-            next_watch = time.monotonic() + WATCH_S
-            if (silent := watch()) is not None:
-                lost[silent.worker, silent.epoch] = _late(silent, silent.deadline_s)
-        if len(values) < enough and time.monotonic() >= heard + deadline_s:
-            lost |= {(p.worker, p.epoch): _late(p, deadline_s) for p in waiting.values()}
+                values[ref] = error
+                failures[done.worker, done.epoch] = error
+        if waiting and clock() >= next_watch:  # not after each answer: it pings every engine
+            next_watch = clock() + WATCH_S
+            if (unanswered := watch()) is not None:
+                key = unanswered.worker, unanswered.epoch
+                failures[key] = _timeout(unanswered, unanswered.deadline_s)
+        if len(values) < enough and clock() >= last_answer + deadline_s:
+            failures |= {(p.worker, p.epoch): _timeout(p, deadline_s) for p in waiting.values()}
     for ref, p in waiting.items():
-        values[ref] = lost.get((p.worker, p.epoch))
-    return [values[p.ref] for p in pending], list(lost.values())
+        values[ref] = failures.get((p.worker, p.epoch))
+    return [values[p.ref] for p in pending], list(failures.values())
 
 
-def outcomes(pending: Sequence[Pending], watch: Callable[[], Pending | None] = nobody) -> list[Any]:
-    """Of every call its result or its HybridRLError, in order; none waits longer than the longest
-    deadline.
+def outcomes(
+    pending: Sequence[Pending], watch: Callable[[], Pending | None] = watch_nothing
+) -> list[Any]:
+    """Wait for all calls, the failed ones too, at most as long as the longest deadline.
 
     Args:
-        watch: as in `settle`; whose ping is not answered is not waited for.
+        watch: as in `settle`; calls to the worker that it names are not waited for any more.
+
+    Returns:
+        For each call its result or its HybridRLError, in order.
 
     Raises:
         ClusterLost: Ray's head is gone.
     """
     limit = max((p.deadline_s for p in pending), default=0.0)
-    end, done, silent = time.monotonic() + limit, set(), set()
+    end = time.monotonic() + limit
+    done: set[Reference] = set()
+    silent: set[tuple[str, int]] = set()
     while waiting := [
         p.ref for p in pending if p.ref not in done and (p.worker, p.epoch) not in silent
     ]:
-        HEAD.check()
-        done |= set(
-            ray.wait(
-                waiting,
-                num_returns=len(waiting),
-                timeout=max(min(end - time.monotonic(), WATCH_S), 0),
-            )[0]
-        )
+        RAY_STORE.check()
+        timeout_s = max(min(end - time.monotonic(), WATCH_S), 0)
+        done |= set(ray.wait(waiting, num_returns=len(waiting), timeout=timeout_s)[0])
         if time.monotonic() >= end:
             break
-        if (ping := watch()) is not None:
-            silent.add((ping.worker, ping.epoch))
-    found = []
+        if (unanswered := watch()) is not None:
+            silent.add((unanswered.worker, unanswered.epoch))
+    results: list[Any] = []
     for p in pending:
         try:
-            found.append(_fetch(p, DELIVERY_S) if p.ref in done else _late(p, limit))
+            results.append(RAY_STORE.fetch(p, DELIVERY_S) if p.ref in done else _timeout(p, limit))
         except HybridRLError as error:
-            found.append(error)
-    return found
+            results.append(error)
+    return results
 
 
-WATCH_S = 1.0
-DELIVERY_S = 5.0
-"""For a result that is there, when the time of its call is used up: what comes to the caller is
-small.
-"""
-OBJECT_STORE = "the object store"
-"""In the place of a worker that nobody can replace."""
-
-
-def _ready(refs: list[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
-    """All that are there once one is."""
-    first, others = ray.wait(refs, num_returns=1, timeout=timeout_s)
-    more = ray.wait(others, num_returns=len(others), timeout=0)[0] if first and others else []
-    return [*first, *more]
-
-
-def _late(pending: Pending, deadline_s: float) -> WorkerTimeout:
+def _timeout(pending: Pending, deadline_s: float) -> WorkerTimeout:
     reason = (
         f"no answer within {deadline_s:g} s; raise the matching deadlines.* if it only "
         "needed longer"
@@ -167,66 +252,37 @@ def _late(pending: Pending, deadline_s: float) -> WorkerTimeout:
 
 
 def is_done(pending: Pending) -> bool:
-    """Whether the call has ended, in whatever way; does not wait."""
+    """Whether the call has ended, with a result or an error; does not wait."""
     return bool(ray.wait([pending.ref], timeout=0)[0])
 
 
 def succeeded(pending: Pending) -> bool:
-    """Whether the call has ended with a result; does not wait for it, but for the delivery of a
-    result that is there.
+    """Whether the call has ended with a result. Does not wait for the call, but for the delivery of
+    a result that is there.
     """
     if not is_done(pending):
         return False
     try:
-        _fetch(pending, DELIVERY_S)
+        RAY_STORE.fetch(pending, DELIVERY_S)
     except HybridRLError:
         return False
     return True
 
 
-def _fetch(pending: Pending, left_s: float) -> Any:
-    try:
-        value = ray.get(pending.ref, timeout=max(left_s, DELIVERY_S))
-    except GetTimeoutError as error:
-        raise WorkerTimeout(
-            pending.worker,
-            pending.call,
-            f"its result was not delivered within {pending.deadline_s:g} s",
-            pending.epoch,
-        ) from error
-    except (
-        ObjectLostError
-    ) as error:  # not the fault of whom it was handed to, who would only be replaced and fail again
-        reason = (
-            f"what {pending.worker} was to give or to be given in {pending.call} is gone "
-            "with its node"
-        )
-        raise WorkerDied(OBJECT_STORE, "keeping values", reason) from error
-    except RayActorError as error:
-        if not HEAD.is_silent:
-            check_own_node()
-        raise WorkerDied(
-            pending.worker, pending.call, f"{_last_line(error)}; see {_log(pending)}", pending.epoch
-        ) from error
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, HybridRLError):
-            raise cause from error
-        if isinstance(cause, NotBuilt):
-            raise WorkerError(
-                pending.worker, "its constructor", f"{cause}; see {_log(pending)}", pending.epoch
-            ) from error
-        raise WorkerError(
-            pending.worker, pending.call, f"{type(cause).__name__}: {cause}", pending.epoch
-        ) from error
-    except RayError as error:
-        raise WorkerError(pending.worker, pending.call, _last_line(error), pending.epoch) from error
-    Meter.materialized_bytes += per_token_bytes(value)
-    return value
+def _raised_by_worker(pending: Pending, error: RayTaskError) -> HybridRLError:
+    """The worker's own HybridRLError, or a WorkerError about what it raised."""
+    cause = error.cause
+    if isinstance(cause, HybridRLError):
+        return cause
+    if isinstance(cause, NotBuilt):
+        reason = f"{cause}; see {_log(pending)}"
+        return WorkerError(pending.worker, "its constructor", reason, pending.epoch)
+    reason = f"{type(cause).__name__}: {cause}"
+    return WorkerError(pending.worker, pending.call, reason, pending.epoch)
 
 
 def _last_line(error: RayError) -> str:
-    """Ray's first lines are the same for every death; the last one says what happened."""
+    """Ray's first lines are the same for every death of an actor; the last one says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 
 from hybridrl.runtime.calls import Pending
-from hybridrl.types import (
-    GenerateOrder,
-    Prompt,
-)
+from hybridrl.types import GenerateOrder, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,30 +1,37 @@
 """Which engine samples what: always the one with the least to do."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from hybridrl.runtime.calls import Pending, is_done
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A chunk under way."""
+
+    tokens: int
+    header: Pending  # done when the chunk is
+
+
 class EngineLoad:
-    """Who has how many tokens to do: prompt and longest possible response of every chunk that is
-    not done.
+    """How many tokens each engine has to do: the prompt and longest possible response of every
+    chunk that is not done.
+
+    Example: of two idle engines, chunks of [5, 5, 5] tokens go to the engines [0, 1, 0].
     """
 
-    def __init__(self, engines: int) -> None:
-        self.under_way: list[list[tuple[int, Pending]]] = [
-            [] for _ in range(engines)
-        ]  # per engine (tokens, -> header)
+    def __init__(self, num_engines: int) -> None:
+        self.under_way: list[list[Work]] = [[] for _ in range(num_engines)]  # per engine
 
     def assign(self, tokens: Sequence[int], serving: Collection[int]) -> list[int]:
-        """One of the `serving` engines for each chunk, in order: always the one with the least to
-        do, of equals the first.
-
-        All idle: the same at each call.
+        """One of the `serving` engines for each chunk, in order: the one with the least to do; of
+        equals the first. If all are idle, each call gives the same engines.
         """
         self.under_way = [
-            [(n, header) for n, header in mine if not is_done(header)] for mine in self.under_way
+            [work for work in under_way if not is_done(work.header)] for under_way in self.under_way
         ]
-        load = {i: sum(n for n, _ in self.under_way[i]) for i in sorted(serving)}
+        load = {i: sum(work.tokens for work in self.under_way[i]) for i in sorted(serving)}
         engines = []
         for num_tokens in tokens:
             engine = min(load, key=load.__getitem__)
@@ -33,4 +40,4 @@ class EngineLoad:
         return engines
 
     def add(self, engine: int, tokens: int, header: Pending) -> None:
-        self.under_way[engine].append((tokens, header))
+        self.under_way[engine].append(Work(tokens, header))

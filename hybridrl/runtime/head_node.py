@@ -3,9 +3,9 @@ machine's raylet.
 
 Without them a run can only end.
 
-Ray waits for a minute for a head that is gone, while calls between processes go on, and then ends
-this process from within: no sink is closed and no sentence says why. So the driver looks for
-itself, and ends the run before that.
+If the head is gone, Ray waits for a minute, while calls between processes go on, and then ends this
+process from within: no sink is closed and no message says why. So the driver checks the connection
+itself and ends the run before that.
 """
 
 import socket
@@ -17,8 +17,8 @@ from hybridrl.core.errors import ClusterLost
 
 CHECK_S = 1.0
 SILENCE_S = 20.0
-"""A head that was restarted meanwhile is not lost. Well below Ray's own 60 s, because closing takes
-time too.
+"""A head that restarts within this time is not lost. Well below Ray's own 60 s, because closing
+takes time too.
 """
 
 
@@ -39,13 +39,13 @@ class Head:
 
     @property
     def is_silent(self) -> bool:
-        """Whether the last connection failed; a call that needs the head would wait for a
+        """Whether the last connection failed. A call that needs the head would then wait for a
         minute.
         """
         return self._silent_since is not None
 
     def check(self, address: str | None = None) -> None:
-        """Try a connection, unless that was done a moment ago.
+        """Try a connection, unless the last try was a moment ago.
 
         Args:
             address: HOST:PORT; None: of the Ray that this process is connected to.
@@ -71,8 +71,8 @@ class Head:
 
 
 def check_own_node() -> None:
-    """Ask the head about this machine. Call it where a worker has died: all die with the node that
-    owns them.
+    """Check that the head knows this machine as alive. Call it when a worker has died: all workers
+    die with the node that owns them.
 
     Raises:
         ClusterLost: the raylet of this machine is gone.
@@ -96,4 +96,4 @@ def takes_connections(address: str) -> bool:
 
 
 HEAD = Head()
-"""Of this process, which is connected to one Ray at a time."""
+"""The head of the Ray that this process is connected to, one at a time."""

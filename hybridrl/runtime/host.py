@@ -1,8 +1,8 @@
 """The Ray actor around a worker: a plain class, named by its import path so that the driver never
 imports torch.
 
-What a worker's constructor raises is kept and raised by the first call: Ray would end the actor and
-tell of its death.
+An exception of the worker's constructor is stored and raised by the first call: otherwise Ray would
+end the actor and report only its death.
 """
 
 import faulthandler
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +28,33 @@ Python.
 
 
 class NotBuilt(Exception):
-    """The worker's constructor raised what is no HybridRLError; the message names it."""
+    """The worker's constructor raised something other than a HybridRLError; the message names it."""
 
 
-def build(path: str, log: str, kwargs: dict[str, Any]) -> Any:
-    """Instantiate "module:Class"; what the process prints goes to the file `log`. On an error: an
-    Unbuilt.
+def build(path: str, log: str, arguments: Mapping[str, object]) -> Any:
+    """Instantiate "module:Class"; the output of the process goes to the file `log`.
 
-    Secrets that the node's environment had beside those of the driver are dropped first. They, and
-    those in the settings among `kwargs`, are masked in what the process logs.
+    Secrets that the node's environment has beside those of the driver are dropped first. They, and
+    those in the settings among `arguments`, are masked in what the process logs.
+
+    Returns:
+        The worker; an Unbuilt if its constructor raised an exception.
     """
     dropped = redact.drop_variables(needed=redact.NEEDED)
-    redact.remember([*dropped.values(), *redact.secrets_in(kwargs)])
+    redact.remember([*dropped.values(), *redact.secrets_in(arguments)])
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush(), sys.stderr.flush()
-    os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
     redact.log_warnings()
     faulthandler.register(STACKS, file=descriptor, all_threads=True)
     module, name = path.split(":")
     try:
         if ray.is_initialized() and (gpus := ray.get_gpu_ids()):
             os.environ |= visible_gpus(gpus)
-        return getattr(importlib.import_module(module), name)(**kwargs)
+        return getattr(importlib.import_module(module), name)(**arguments)
     except Exception as error:
         print(redact.text(traceback.format_exc()), file=sys.stderr)
         return Unbuilt(
@@ -61,10 +65,10 @@ def build(path: str, log: str, kwargs: dict[str, Any]) -> Any:
 
 
 def visible_gpus(given: Sequence[int | str]) -> dict[str, str]:
-    """The variables by which this process sees the GPUs that Ray gave it, and no other; set before
-    torch is imported.
+    """The variables by which this process sees only the GPUs that Ray gave it; they must be set
+    before torch is imported.
 
-    Ray leaves them alone where RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set, and all workers
+    Ray does not set them where RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set, and all workers
     would compute on the first GPU. DeepSpeed reads them as numbers, so UUIDs become the numbers
     that nvidia-smi gives in the order of the bus.
 
@@ -84,7 +88,7 @@ def visible_gpus(given: Sequence[int | str]) -> dict[str, str]:
             f"GPUs have ({error}); start Ray with the GPUs' numbers in CUDA_VISIBLE_DEVICES"
         ) from error
     indices = dict(line.split(", ") for line in answer.stdout.splitlines())
-    found = []
+    numbers = []
     for name in names:
         # CUDA also accepts the beginning of a UUID.
         matches = [index for uuid, index in indices.items() if uuid.startswith(name)]
@@ -96,12 +100,12 @@ def visible_gpus(given: Sequence[int | str]) -> dict[str, str]:
                 f"{', '.join(indices)}; slices of a GPU (MIG) cannot be used, start Ray with "
                 "whole GPUs"
             )
-        found += matches
-    return {"CUDA_VISIBLE_DEVICES": ",".join(found), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        numbers += matches
+    return {"CUDA_VISIBLE_DEVICES": ",".join(numbers), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 class Unbuilt:
-    """In the place of a worker that could not be built."""
+    """Stands in for a worker that could not be built: every call raises the error."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -113,8 +117,8 @@ class Unbuilt:
 class Host:
     """One method at a time, on the process's main thread."""
 
-    def __init__(self, path: str, log: str, kwargs: dict[str, Any]) -> None:
-        self.worker = build(path, log, kwargs)
+    def __init__(self, path: str, log: str, arguments: Mapping[str, object]) -> None:
+        self.worker = build(path, log, arguments)
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self.worker, method)(*args)
@@ -126,8 +130,8 @@ class Host:
 class AsyncHost:
     """Coroutines of one event loop, for a worker that answers while it works."""
 
-    def __init__(self, path: str, log: str, kwargs: dict[str, Any]) -> None:
-        self.worker = build(path, log, kwargs)
+    def __init__(self, path: str, log: str, arguments: Mapping[str, object]) -> None:
+        self.worker = build(path, log, arguments)
 
     async def call(self, method: str, *args: Any) -> Any:
         return await getattr(self.worker, method)(*args)

@@ -22,6 +22,11 @@ from hybridrl.types import (
 
 
 class LearnerGroup:
+    """consumes references to chunks, rewards and scores / produces updates and weights / all calls
+    but `ready` and `logprob_gaps` wait for every rank: the ranks work together, so that the failure
+    of one ends the wait.
+    """
+
     worker = "hybridrl.policy.learner:Learner"
 
     def __init__(
@@ -31,11 +36,11 @@ class LearnerGroup:
         self.device = device
         self.slot = slots[0]
         master = free_port_at(self.slot, settings.deadlines.start_s)
-        kwargs = [
+        arguments = [
             {"settings": settings, "rank": rank, "master": master, "device": device}
             for rank in range(len(slots))
         ]
-        self.group = ActorGroup("learner", self.worker, slots, kwargs, log_dir=log_dir)
+        self.group = ActorGroup("learner", self.worker, slots, arguments, log_dir=log_dir)
         self.master = master
 
     def ready(self) -> list[Pending]:
@@ -57,7 +62,7 @@ class LearnerGroup:
     def evaluate(
         self, plan: UpdatePlan, shards: Sequence[Shard], values: Sequence[Sequence[ray.ObjectRef]]
     ) -> LearnerStats:
-        """As `update` of held-out data, of which nothing is learned."""
+        """As `update`, but nothing is learned: for held-out data."""
         return self._on_shards("evaluate", plan, shards, values)
 
     def _on_shards(
@@ -77,10 +82,11 @@ class LearnerGroup:
         )[0]
 
     def logprob_gaps(self, chunks: Sequence[Chunk]) -> list[Pending]:
-        """Of each rank: -> mean |log p - log mu| in nats of each chunk, by the weights as they are.
-        Does not wait; all say the same.
+        """One call per rank: -> [len(chunks)] mean |log p - log mu| of each chunk in nats, by the
+        present weights; equal on all ranks. Does not wait.
         """
-        refs, limit = [chunk.batch.ref for chunk in chunks], self.settings.deadlines.learn_s
+        refs = [chunk.batch.ref for chunk in chunks]
+        limit = self.settings.deadlines.learn_s
         return [
             self.group.submit(rank, "logprob_gaps", *refs, deadline_s=limit)
             for rank in range(self.group.size)
@@ -109,7 +115,7 @@ class LearnerGroup:
         )
 
     def send_weights(self) -> int:
-        """-> bytes that went into each engine"""
+        """Send the weights to the connected engines; the bytes that went into each."""
         return self.group.call_all("send_weights", deadline_s=self.settings.deadlines.sync_s)[0]
 
     def state_bytes(self) -> int:
@@ -138,8 +144,8 @@ class LearnerGroup:
 
 
 def free_port_at(slot: Slot, start_s: float) -> tuple[str, int]:
-    """Address and a free TCP port of the node that the slot is on now, or will be when Ray has
-    found it another.
+    """Address and a free TCP port of the node that the slot is on; if that node is gone, of the one
+    where Ray places the slot anew.
     """
     there = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
     ref = ray.remote(_free_port).options(num_cpus=0, scheduling_strategy=there).remote()

@@ -6,21 +6,25 @@ from hybridrl.core.errors import WorkerError
 from hybridrl.runtime.actor_group import ActorGroup, Slot
 from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.chunk import Chunk
-from hybridrl.runtime.replaceable import replaceable
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import GenerateOrder, Prompt
 
 
 class ReplayGroup:
+    """consumes prompts with responses / produces chunks under way / waits for nothing."""
+
+    worker = "hybridrl.rollout.replay:Replay"
+
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, log_dir: str) -> None:
         self.settings = settings
-        kwargs = [{}] * len(slots)
         self.group = ActorGroup(
             "replay",
-            "hybridrl.rollout.replay:Replay",
+            self.worker,
             slots,
-            kwargs,
-            **replaceable(settings, log_dir),
+            [{}] * len(slots),
+            log_dir=log_dir,
+            max_restarts=settings.cluster.max_restarts,
+            any_order=True,
         )
 
     def ready(self) -> list[Pending]:
@@ -46,12 +50,13 @@ class ReplayGroup:
         """The same responses once more."""
         return self.generate(chunk.prompts, wave=chunk.order.wave)[0]
 
-    def lose(self, lost: WorkerError) -> None:
-        self.group.rebuild(lost, self.settings.deadlines.start_s)
+    def lose(self, error: WorkerError) -> None:
+        """Start another worker in the place of the one that failed; it holds no state that the run
+        would miss.
+        """
+        self.group.rebuild(error, self.settings.deadlines.start_s)
 
     def rank(self, chunks: Sequence[Chunk]) -> list[Pending]:
-        """One call per chunk: -> Rewards, the data's own order."""
-        return [
-            self.group.submit(0, "rank", c.batch.ref, deadline_s=self.settings.deadlines.reward_s)
-            for c in chunks
-        ]
+        """One call per chunk: -> Rewards, which rank the responses in the data's own order."""
+        limit = self.settings.deadlines.reward_s
+        return [self.group.submit(0, "rank", chunk.batch.ref, deadline_s=limit) for chunk in chunks]

@@ -1,6 +1,7 @@
 """The replicas of one teacher."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from hybridrl.core.errors import WorkerError
 from hybridrl.kernels.head import HeadRule
@@ -9,14 +10,24 @@ from hybridrl.objectives.head_rule import head_rule
 from hybridrl.runtime.actor_group import ActorGroup, Slot
 from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.chunk import Chunk
-from hybridrl.runtime.replaceable import replaceable
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.types import SavedFile
 
 
+class ScoreCall(NamedTuple):
+    """A call to score one chunk, under way."""
+
+    header: Pending  # -> ScoreHeader
+    scores: Pending  # -> TokenScores; only ever passed on by reference
+
+
 class ScorerGroup:
-    """The replicas of one teacher."""
+    """Hands chunks to the replicas of one teacher in turn.
+
+    consumes chunks under way / produces calls that start when their chunk is done / `score` waits
+    for nothing.
+    """
 
     worker = "hybridrl.teachers.scorer:Scorer"
 
@@ -32,7 +43,7 @@ class ScorerGroup:
         self.settings = settings
         self.teacher = teacher
         evidence, rule = scoring(settings, teacher)
-        kwargs = {
+        arguments = {
             "settings": settings,
             "teacher": teacher,
             "device": device,
@@ -43,13 +54,17 @@ class ScorerGroup:
             f"scorer-{teacher}",
             self.worker,
             slots,
-            [kwargs] * len(slots),
-            **replaceable(settings, log_dir),
+            [arguments] * len(slots),
+            log_dir=log_dir,
+            max_restarts=settings.cluster.max_restarts,
+            any_order=True,
         )
 
-    def lose(self, lost: WorkerError) -> None:
-        """Start another worker in its place; it holds no state that the run would miss."""
-        self.group.rebuild(lost, self.settings.deadlines.start_s)
+    def lose(self, error: WorkerError) -> None:
+        """Start another worker in the place of the one that failed; it holds no state that the run
+        would miss.
+        """
+        self.group.rebuild(error, self.settings.deadlines.start_s)
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
@@ -72,23 +87,25 @@ class ScorerGroup:
         self._each_replica("load_state", folder)
 
     def _each_replica(self, method: str, folder: str) -> list[SavedFile]:
-        """Each writes or reads its own files."""
-        limit, size = self.settings.deadlines.save_s, self.group.size
+        """Each replica writes or reads its own files."""
+        limit = self.settings.deadlines.save_s
+        size = self.group.size
         written = gather(
             [self.group.submit(i, method, folder, i, size, deadline_s=limit) for i in range(size)]
         )
         return [file for files in written for file in files]
 
-    def score(self, chunks: Sequence[Chunk]) -> list[tuple[Pending, Pending]]:
-        """One call per chunk, which starts when the chunk is done: (-> ScoreHeader, ->
-        TokenScores).
-        """
-        limit = (
-            self.settings.deadlines.score_s
-        )  # counts once the chunks are done: nobody waits for a score before
+    def score(self, chunks: Sequence[Chunk]) -> list[ScoreCall]:
+        """One call per chunk, which starts when the chunk is done."""
+        # The deadline counts from when the scores are waited for, and then the chunks are done.
+        limit = self.settings.deadlines.score_s
         return [
-            self.group.submit_pair(i % self.group.size, "score", c.batch.ref, deadline_s=limit)
-            for i, c in enumerate(chunks)
+            ScoreCall(
+                *self.group.submit_pair(
+                    i % self.group.size, "score", chunk.batch.ref, deadline_s=limit
+                )
+            )
+            for i, chunk in enumerate(chunks)
         ]
 
 

@@ -22,7 +22,7 @@ def wait_for_start(pending: Sequence[Pending], say: Callable[[str], None]) -> No
 class StartUp:
     """Announces each worker when it is ready, and from time to time those that are not.
 
-    Its `watch` is given to calls.gather, which calls it about every second.
+    calls.gather calls its `watch` about every second.
 
     Args:
         pending: the first call to each worker.

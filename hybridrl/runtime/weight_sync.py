@@ -7,19 +7,27 @@ from hybridrl.settings.choices import WeightTransfer
 
 
 class WeightSync:
-    """Publishes versions; an engine serves a version only after every worker in it acknowledged the
-    bytes' digest.
+    """Publishes versions. An engine serves a version only after every worker in it has acknowledged
+    the digest of the bytes.
+
+    consumes the learner's weights / produces engines that serve them / waits for the learner, then
+    for the engines.
     """
 
     def __init__(
         self, learner: LearnerGroup, rollout: RolloutGroup, backend: WeightTransfer
     ) -> None:
-        self.learner, self.rollout, self.backend = learner, rollout, backend
+        self.learner = learner
+        self.rollout = rollout
+        self.backend = backend
         if backend is not WeightTransfer.object_store:
             learner.connect_engines(backend, rollout)
 
     def publish(self, version: int) -> int:
-        """Make every engine serve `version`; returns the bytes that went into each engine.
+        """Make every engine serve `version`.
+
+        Returns:
+            The bytes that went into each engine.
 
         Raises:
             WeightSyncError: every engine received something else, or did not load all of it.

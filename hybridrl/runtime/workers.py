@@ -1,5 +1,5 @@
-"""All workers of a run: what is placed where, how they are started together, and how lost ones are
-replaced.
+"""All workers of a run: where each is placed, how they are started together, and how those that fail
+are replaced.
 """
 
 import logging
@@ -28,33 +28,28 @@ Group = RolloutGroup | ScorerGroup | RewardGroup | ReplayGroup | LearnerGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """The running groups. scorers: one group per scored teacher, in the order of
-    settings.scored_teachers.
-    """
+    """The running groups."""
 
     rollout: RolloutGroup
     teacher_rollout: RolloutGroup | None  # None: the teacher writes nothing
     replay: ReplayGroup | None  # None: no responses come from the data
-    scorers: list[ScorerGroup]
+    scorers: list[ScorerGroup]  # one per scored teacher, in the order of settings.scored_teachers
     rewards: RewardGroup
     learner: LearnerGroup
     learners_lost: int = 0
 
     @property
     def groups(self) -> list[Group]:
-        found = (
-            self.rollout,
-            self.teacher_rollout,
-            self.replay,
-            *self.scorers,
-            self.rewards,
-            self.learner,
-        )
-        return [group for group in found if group is not None]
+        groups: list[Group] = [*self.engines]
+        if self.replay is not None:
+            groups.append(self.replay)
+        return [*groups, *self.scorers, self.rewards, self.learner]
 
     @property
     def engines(self) -> list[RolloutGroup]:
-        return [group for group in (self.rollout, self.teacher_rollout) if group is not None]
+        if self.teacher_rollout is None:
+            return [self.rollout]
+        return [self.rollout, self.teacher_rollout]
 
     @property
     def restarts(self) -> int:
@@ -65,19 +60,19 @@ class Workers:
         """A ping that some engine should have answered by now; None: all answer."""
         return next((ping for group in self.engines if (ping := group.silent()) is not None), None)
 
-    def lose(self, lost: WorkerError) -> None:
-        """Replace a worker.
+    def lose(self, error: WorkerError) -> None:
+        """Replace the worker that failed.
 
         Raises:
-            WorkerError: `lost` itself, where only going back to a checkpoint helps: a learner's
-                rank, or values of a lost node.
-            FleetExhausted: too many of its kind were lost.
+            WorkerError: `error` itself, if only going back to a checkpoint helps: a learner's rank
+                failed, or values of a lost node are gone.
+            FleetExhausted: too many workers of its kind failed.
         """
         for group in self.groups:
-            if lost.worker in group.group.names and not isinstance(group, LearnerGroup):
-                log.warning("%s; starting another worker in its place", lost)
-                return group.lose(lost)
-        raise lost
+            if error.worker in group.group.names and not isinstance(group, LearnerGroup):
+                log.warning("%s; starting another worker in its place", error)
+                return group.lose(error)
+        raise error
 
 
 def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
@@ -87,33 +82,24 @@ def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
         PlacementError: the cluster cannot hold them.
     """
     rollout = settings.rollout
-    scorers = [
-        Team(name=f"scorer-{name}", size=settings.scorer.replicas, gpus=1, heavy=True)
-        for name in settings.scored_teachers
+    teams = [
+        Team(name="learner", size=settings.learner.ranks, gpus=1, heavy=True),
+        Team(name="rollout", size=rollout.engines, gpus=rollout.tensor_parallel, heavy=True),
+        Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False),
     ]
-    return cluster.place(
-        [
-            Team(name="learner", size=settings.learner.ranks, gpus=1, heavy=True),
-            Team(name="rollout", size=rollout.engines, gpus=rollout.tensor_parallel, heavy=True),
-            Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False),
-            *scorers,
-            *(
-                [Team(name="teacher", size=1, gpus=rollout.tensor_parallel, heavy=True)]
-                if settings.algorithm.teacher_fraction
-                else []
-            ),
-            *(
-                [Team(name="replay", size=1, gpus=0, heavy=False)]
-                if settings.algorithm.data_fraction
-                else []
-            ),
-        ]
-    )
+    for name in settings.scored_teachers:
+        teams.append(Team(name=f"scorer-{name}", size=settings.scorer.replicas, gpus=1, heavy=True))
+    if settings.algorithm.teacher_fraction:
+        teams.append(Team(name="teacher", size=1, gpus=rollout.tensor_parallel, heavy=True))
+    if settings.algorithm.data_fraction:
+        teams.append(Team(name="replay", size=1, gpus=0, heavy=False))
+    return cluster.place(teams)
 
 
 def start_rewards(
     settings: RunSettings, slots: Slots, log_dir: str, say: Callable[[str], None] = log.info
 ) -> RewardGroup:
+    """Start the reward workers; return when all answer."""
     rewards = RewardGroup(settings, slots["reward"], log_dir=log_dir)
     wait_for_start(rewards.ready(), say)
     return rewards
@@ -129,42 +115,56 @@ def start_workers(
 ) -> Workers:
     """Start learner, scorers and engines at the same time; return when all answer.
 
+    Colocated engines start first, one group after the other: an engine measures the free memory of
+    its GPU, and no other worker may take some of it meanwhile.
+
     Args:
         say: prints a line about each worker that is up.
 
     Raises:
         WorkerError: a worker could not be built, within deadlines.start_s.
     """
-    device, backend = cluster.device, cluster.weight_transfer
-    engine = {"device": device, "backend": backend, "log_dir": log_dir}
-    rollout = RolloutGroup(settings, slots["rollout"], model=settings.model, **engine)
-    engines = [rollout]
+    colocate = settings.cluster.colocate
+    device = cluster.device
+    starting: list[Group] = []
+    rollout = RolloutGroup(
+        settings,
+        slots["rollout"],
+        model=settings.model,
+        device=device,
+        backend=cluster.weight_transfer,
+        log_dir=log_dir,
+    )
+    if colocate:
+        wait_for_start(rollout.ready(), say)
+    else:
+        starting.append(rollout)
+    teacher = None
     if settings.algorithm.teacher_fraction:
-        writer = {
-            "model": settings.teacher_model(next(iter(settings.teachers))),
-            "source": Source.teacher,
-            "name": "teacher",
-        }
-        if (
-            settings.cluster.colocate
-        ):  # an engine measures the free memory of its GPU; nobody else may move in meanwhile
-            wait_for_start(rollout.ready(), say)
-        engines.append(RolloutGroup(settings, slots["teacher"], **writer, **engine))
-    if settings.cluster.colocate:
-        wait_for_start(engines[-1].ready(), say)
+        teacher = RolloutGroup(
+            settings,
+            slots["teacher"],
+            model=settings.teacher_model(next(iter(settings.teachers))),
+            device=device,
+            backend=cluster.weight_transfer,
+            log_dir=log_dir,
+            name="teacher",
+            source=Source.teacher,
+        )
+        if colocate:
+            wait_for_start(teacher.ready(), say)
+        else:
+            starting.append(teacher)
     learner = LearnerGroup(settings, slots["learner"], device=device, log_dir=log_dir)
     scorers = [
         ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir)
         for name in settings.scored_teachers
     ]
-    replay = (
-        ReplayGroup(settings, slots["replay"], log_dir=log_dir)
-        if settings.algorithm.data_fraction
-        else None
-    )
-    starting = [learner, *scorers, *([replay] if replay else [])]
-    if not settings.cluster.colocate:  # else the engines are up already
-        starting = [*engines, *starting]
+    starting += [learner, *scorers]
+    replay = None
+    if settings.algorithm.data_fraction:
+        replay = ReplayGroup(settings, slots["replay"], log_dir=log_dir)
+        starting.append(replay)
     try:
         wait_for_start([call for group in starting for call in group.ready()], say)
     except WorkerTimeout:
@@ -172,7 +172,7 @@ def start_workers(
         raise
     return Workers(
         rollout=rollout,
-        teacher_rollout=engines[1] if len(engines) == 2 else None,
+        teacher_rollout=teacher,
         replay=replay,
         scorers=scorers,
         rewards=rewards,
@@ -185,18 +185,18 @@ def recover(
     cluster: Cluster,
     slots: Slots,
     workers: Workers,
-    lost: WorkerError,
+    error: WorkerError,
     log_dir: str,
 ) -> Workers:
-    """The same workers with a new learner, and with another worker in the place of `lost` if that
-    was none of the learner's; what was being sampled for the old one is given up. The new one is
-    under way when this returns.
+    """The same workers with a new learner, and with another worker in the place of the one that
+    failed if it was none of the learner's. Responses that were sampled for the old learner are
+    aborted. The new one is still starting when this returns.
 
     Raises:
-        FleetExhausted: too many workers of another kind were lost.
+        FleetExhausted: too many workers of another kind failed.
     """
     with suppress(WorkerError):
-        workers.lose(lost)
+        workers.lose(error)
     workers.learner.close()
     for engines in workers.engines:
         engines.quiet()

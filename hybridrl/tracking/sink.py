@@ -4,7 +4,7 @@ import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from hybridrl.core.plain_text import described
 from hybridrl.types import RunInfo, Sample
@@ -30,6 +30,19 @@ class Sink(Protocol):
         """End the run; 0: it finished."""
 
 
+@runtime_checkable
+class ResumableSink(Sink, Protocol):
+    """A sink that continues the same run of its tracker after a resume, by the id of that run."""
+
+    name: str  # of the tracker; a checkpoint holds the id under it
+
+    def state_dict(self) -> str | None:
+        """The id; None: the tracker has no run yet."""
+
+    def load_state_dict(self, state: str | None) -> None:
+        """Continue the run of that id. Called before start."""
+
+
 class Sinks:
     """Sinks that act as one. A required sink's errors propagate; an optional one that fails is
     switched off with a warning.
@@ -48,6 +61,24 @@ class Sinks:
     ) -> None:
         self._required = list(required)
         self._optional = dict(optional or {})
+        every = (*self._required, *self._optional.values())
+        self._resumable = [sink for sink in every if isinstance(sink, ResumableSink)]
+        self._ids: dict[str, str] = {}  # of the trackers, as the checkpoint holds them
+
+    def state_dict(self) -> dict[str, str]:
+        """The ids of the trackers' runs by the trackers' names, for the checkpoint.
+
+        The id of a tracker that this run does not use, or whose sink has failed, is retained: a
+        later resume with it continues the same run.
+        """
+        ids = {sink.name: sink.state_dict() for sink in self._resumable}
+        return self._ids | {name: run_id for name, run_id in ids.items() if run_id is not None}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Continue the runs of these ids. Call it before `start`."""
+        self._ids = dict(state)
+        for sink in self._resumable:
+            sink.load_state_dict(state.get(sink.name))
 
     def start(self, info: RunInfo) -> None:
         self._each(lambda sink: sink.start(info))

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class WandbSink:
-    """One W&B run. A resumed training continues the same run through the id kept in the checkpoint.
+    """One W&B run. A resumed training continues the same run, by the id in its checkpoint.
 
     What is logged goes to wandb's own process, which keeps it on disk and sends it; only start and
     close wait for a server.
@@ -39,19 +39,24 @@ class WandbSink:
         ConfigError: tracking.wandb=online without a key; wandb would stop and ask for one.
     """
 
+    name = "wandb"
+
     def __init__(self, config: TrackingConfig, *, finish_s: float = FINISH_S) -> None:
-        self._config, self._finish_s = config, finish_s
+        self._config = config
+        self._finish_s = finish_s
         self._mode = resolve_mode(config.wandb)
         self._run: Any = None
         self._run_id: str | None = None
 
-    @property
-    def run_id(self) -> str | None:
-        """The W&B run id, for the checkpoint; None before start and when disabled."""
+    def state_dict(self) -> str | None:
+        """The id of the W&B run; None before the first start, and when W&B is disabled."""
         return self._run_id
 
+    def load_state_dict(self, state: str | None) -> None:
+        """Continue the W&B run of that id; None: begin a new one."""
+        self._run_id = state
+
     def start(self, info: RunInfo) -> None:
-        self._run_id = self._run_id or info.wandb_id
         if self._mode is WandbMode.disabled or self._run is not None:
             return
         if self._mode is WandbMode.online and (reason := unreachable()):
@@ -83,7 +88,7 @@ class WandbSink:
         self._run = wandb.init(
             mode=self._mode.value,
             dir=info.run_dir,
-            id=info.wandb_id,
+            id=self._run_id,
             resume="allow",
             name=info.name,
             project=self._config.project,

@@ -23,6 +23,7 @@ from hybridrl.core.errors import (
     PlacementError,
     SkippedStep,
     WeightSyncError,
+    WorkerDied,
     WorkerTimeout,
 )
 from hybridrl.data.prompts import PromptSource
@@ -30,7 +31,7 @@ from hybridrl.launch.session import prepare_prompts
 from hybridrl.run_dir.checkpoint import Checkpointer
 from hybridrl.run_dir.ledger import Ledger, check_ledger, drawn_uids, read_ledger
 from hybridrl.runtime.calls import gather
-from hybridrl.runtime.cluster import Cluster, Team, bundle_nodes
+from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.learner_group import LearnerGroup
 from hybridrl.runtime.workers import Slots, Workers, place_workers, start_rewards, start_workers
 from hybridrl.settings.choices import Device, OnStale, Ratio, WeightTransfer
@@ -90,6 +91,7 @@ class Graph:
             backend=WeightTransfer.object_store,
             prompts=PromptSource(self.prompts, settings.run.seed),
             heldout=self.heldout,
+            inputs={},
             sinks=Sinks(required=[]),
             checkpointer=Checkpointer(self.run_dir, settings.checkpoint),
             ledger=Ledger(self.run_dir, 0),
@@ -126,9 +128,22 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     nodes.shutdown()
 
 
-@pytest.fixture(scope="module")
-def controller(graph: Graph) -> Controller:
-    return graph.controller(graph.settings, graph.workers)
+@pytest.fixture(autouse=True)
+def every_engine_serves(graph: Graph) -> None:
+    """A test may use up the engines, so each begins with all of them, whichever ran before."""
+    rollout = graph.workers.rollout
+    rollout.group.restarts_left = graph.settings.cluster.max_restarts
+    for index in {0, 1} - rollout.fleet.serving - rollout.fleet.joining.keys():
+        epoch = rollout.group.epochs[index]
+        rollout.lose(WorkerDied(f"rollout/{index}", "generate", "an earlier test", epoch))
+    gather([*rollout.fleet.joining.values()])
+    rollout.fleet.admit()
+
+
+@pytest.fixture
+def controller(graph: Graph, tmp_path: Path) -> Controller:
+    """A fresh run over the same workers."""
+    return replace(graph, run_dir=tmp_path).controller(graph.settings, graph.workers)
 
 
 def test_a_step_of_two_of_everything_logs_every_promised_key_and_fetches_no_tokens(controller):
@@ -140,12 +155,10 @@ def test_a_step_of_two_of_everything_logs_every_promised_key_and_fetches_no_toke
 
 
 def test_there_are_two_of_everything_and_both_nodes_are_used(graph):
-    nodes = bundle_nodes(graph.cluster.group)
+    nodes = graph.cluster.connection.nodes(graph.cluster.group)
     for name in ("learner", "rollout", "reward", "scorer-main"):
         assert len(graph.slots[name]) == 2
-    assert (
-        len({nodes[slot.bundle]["NodeID"] for slots in graph.slots.values() for slot in slots}) == 2
-    )
+    assert len({nodes[slot.bundle].id for slots in graph.slots.values() for slot in slots}) == 2
 
 
 def test_the_sampler_and_the_learner_agree_on_the_log_probs_after_every_sync(controller):
@@ -317,8 +330,11 @@ def test_a_placement_that_cannot_be_met_lists_demand_and_supply(graph):
 
 def test_gpus_that_the_cluster_lacks_are_refused_in_one_sentence(graph):
     settings = replace(graph.settings, cluster=replace(graph.settings.cluster, device=Device.cuda))
-    with pytest.raises(ConfigError, match=r"cluster\.device=cuda: the Ray cluster has no GPU"):
-        Cluster(settings)
+    with (
+        pytest.raises(ConfigError, match=r"cluster\.device=cuda: the Ray cluster has no GPU"),
+        Cluster(settings),
+    ):
+        pass
 
 
 def test_a_stopped_scorer_ends_in_a_timeout_that_names_it(graph):
@@ -349,11 +365,11 @@ def test_a_killed_engine_is_replaced_while_the_other_answers_its_prompts(graph, 
     rollout = graph.workers.rollout
     os.kill(rollout.group.pids()[1], signal.SIGKILL)
     steps_on(controller)
-    assert rollout.serving == {0} or rollout.serving == {0, 1}
-    gather([*rollout.joining.values()])
+    assert rollout.fleet.serving == {0} or rollout.fleet.serving == {0, 1}
+    gather([*rollout.fleet.joining.values()])
     controller.step()
     assert (
-        rollout.serving == {0, 1}
+        rollout.fleet.serving == {0, 1}
         and gather(rollout.ready())[1]["version"] == controller.weight_version
     )
 
@@ -378,9 +394,11 @@ def short_deadlines(graph: Graph) -> Iterator[None]:
     before = [(group, group.settings) for group in graph.workers.groups]
     for group, settings in before:
         group.settings = replace(settings, deadlines=SHORT)
+    graph.workers.rollout.fleet.deadlines = SHORT
     yield
     for group, settings in before:
         group.settings = settings
+    graph.workers.rollout.fleet.deadlines = graph.settings.deadlines
 
 
 @pytest.mark.parametrize("kind", ["rollout/0", "scorer-main/1", "reward/1"])
@@ -408,12 +426,12 @@ def test_an_engine_that_stops_while_weights_come_is_replaced_and_the_others_writ
     dumps, rollout = log.read_text().count("most recent call first"), graph.workers.rollout
     os.kill(rollout.group.pids()[0], signal.SIGSTOP)
     controller.publish_weights()
-    assert rollout.serving == {1}
+    assert rollout.fleet.serving == {1}
     wait_until(lambda: log.read_text().count("most recent call first") > dumps)
-    steps_after = gather([*rollout.joining.values()])
+    steps_after = gather([*rollout.fleet.joining.values()])
     assert steps_after[0]["version"] == -1, "it serves nothing before it was given the weights"
     controller.step()
-    assert rollout.serving == {0, 1}
+    assert rollout.fleet.serving == {0, 1}
 
 
 def test_a_learner_rank_that_stops_is_told_within_the_longest_silence(
@@ -478,7 +496,7 @@ def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_
     wrong.view(np.float32)[:] *= 1.5
     sent = replace(manifest, digest=xxhash.xxh3_128_hexdigest(wrong))
     assert gather([group.submit(1, "load_weights", sent, wrong, deadline_s=60.0)]) == [sent.digest]
-    controller.probe.ask()
+    controller.probe.start()
     before, steps = gather(learner.ready()), controller.steps_done
     with pytest.raises(
         WeightSyncError, match=r"rollout/1 and the learner differ by .* nats per token"
@@ -488,6 +506,36 @@ def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_
     controller.pipeline.settle([])
     controller.publish_weights()
     assert controller.probe.check() < 1e-5
+
+
+class Disagreeing:
+    """The learner of a graph, whose log-probs differ from the sampler's as the gap says."""
+
+    def __init__(self, learner: LearnerGroup, gap: float | None = None) -> None:
+        self.learner = learner
+        self.device = learner.device
+        self.gap = gap
+        self.stats: list[LearnerStats] = []
+
+    def update(self, *arguments: object) -> LearnerStats:
+        self.stats.append(self.learner.update(*arguments))
+        if self.gap is None:
+            return self.stats[-1]
+        return replace(self.stats[-1], logprob_gap=self.gap)
+
+
+def test_a_step_whose_sampler_and_learner_differ_too_much_ends_the_run(graph, controller):
+    controller.learner = Disagreeing(graph.workers.learner)
+    row = controller.step()
+    [stats] = controller.learner.stats
+    assert stats.logprob_gap == row["policy/logprob_gap"] and stats.token_kl == row["kl/token"]
+    assert stats.sparse_norm == row["grad/sparse_norm"]
+    controller.learner = Disagreeing(graph.workers.learner, gap=9.0)
+    with pytest.raises(
+        WeightSyncError,
+        match=r"^step 1: sampler and learner differ by 9 nats per token, rollout\.max_logprob_gap",
+    ):
+        controller.step()
 
 
 class Skipping:
@@ -520,13 +568,13 @@ def test_batches_that_are_left_out_are_passed_over_and_one_too_many_ends_the_run
 def test_an_engine_that_cannot_be_replaced_any_more_is_done_without_and_the_last_one_ends_the_run(
     graph, controller, caplog
 ):
-    """Last in this file: the graph has no engine afterwards."""
+    """The graph has no engine afterwards; `every_engine_serves` gives the next test new ones."""
     rollout = graph.workers.rollout
     rollout.group.restarts_left = 0
     os.kill(rollout.group.pids()[1], signal.SIGKILL)
     controller.step()
     assert (
-        rollout.serving == {0}
+        rollout.fleet.serving == {0}
         and "cluster.max_restarts is used up for rollout workers" in caplog.text
     )
     assert controller.step()["policy/probe_gap"] < 1e-5

@@ -88,6 +88,7 @@ class Methods:
             backend=WeightTransfer.object_store,
             prompts=PromptSource(prompts, settings.run.seed),
             heldout=heldout,
+            inputs={},
             sinks=Sinks(required=[]),
             checkpointer=Checkpointer(self.folder, settings.checkpoint),
             ledger=Ledger(self.folder, 0),

@@ -13,14 +13,13 @@ import torch.distributed as dist
 from hybridrl.batch.micro_batch import MicroBatch, collate, train_sequences
 from hybridrl.controller.evaluation import summary
 from hybridrl.controller.metrics import (
+    StepRecord,
     check_metrics,
-    late_metrics,
-    learner_metrics,
     reward_metrics,
     rollout_metrics,
-    transfer_metrics,
-    worker_times,
+    step_row,
 )
+from hybridrl.controller.step_cost import step_cost
 from hybridrl.core.errors import ConfigError
 from hybridrl.kernels.head import HeadRule, HeadStats, hybrid_head_loss
 from hybridrl.kernels.teacher_rows import HiddenTeacher
@@ -39,6 +38,7 @@ from hybridrl.policy.statistics import (
     count_credits,
     count_micro,
     heldout_metrics,
+    learner_stats,
     quarters,
     remedy,
 )
@@ -53,7 +53,6 @@ from hybridrl.tracking.console import PHASES
 from hybridrl.tracking.glossary import SECTIONS, explain, page
 from hybridrl.types import (
     ChunkHeader,
-    LearnerStats,
     Rewards,
     RolloutBatch,
     ScoredBatch,
@@ -143,7 +142,8 @@ def test_a_step_is_measured_over_its_live_tokens():
         micro_batch(LONG_AND_SHORT, [-2.0, -1.0, 0.0, 0.0, 0.0, -99.0, 3.0], out=5),
         0,
     )
-    row = batch_metrics(tally.reduced(), make_plan(LONG_AND_SHORT, num_tokens=12), 2.5)
+    found = tally.reduced()
+    row = batch_metrics(found, make_plan(LONG_AND_SHORT, num_tokens=12), 2.5)
     by_hand = {
         "train/loss": 0.5,
         "train/grad_norm": 2.5,
@@ -177,6 +177,9 @@ def test_a_step_is_measured_over_its_live_tokens():
     assert row == pytest.approx(
         by_hand, abs=1e-6
     )  # the last quarter of the long one is the token that is out
+    typed = learner_stats(found, {}, 0.5)
+    assert typed.logprob_gap == pytest.approx(2 * log2 / 6) and typed.learn_s == 0.5
+    assert typed.token_kl == pytest.approx(8 / 6) and typed.sparse_norm == 4.0
 
 
 @pytest.mark.usefixtures("alone")
@@ -190,7 +193,9 @@ def test_what_older_weights_sampled_does_not_count_as_a_gap_between_sampler_and_
         micro_batch(LONG_AND_SHORT, [0.0] * 7),
         1,
     )
-    row = batch_metrics(tally.reduced(), make_plan(LONG_AND_SHORT), 1.0)
+    found = tally.reduced()
+    row = batch_metrics(found, make_plan(LONG_AND_SHORT), 1.0)
+    assert learner_stats(found, {}, 0.0).logprob_gap is None
     assert (
         "policy/logprob_gap" not in row
         and "policy/logprob_gap_max" not in row
@@ -427,26 +432,66 @@ def probed() -> dict[str, float]:
     return gradient_geometry(student, [inputs])
 
 
+FOUND = dict.fromkeys(SUMS + MEANS + MAXIMA, 1.0)
+READ = replace(make_rewards(LONG_AND_SHORT, [0, 1]), compressed=np.ones(2), repeated=np.ones(2))
+
+
+def record() -> StepRecord:
+    """Step 4, by the weights of version 3: one chunk of 100 bytes with 7 response tokens."""
+    plan = make_plan(LONG_AND_SHORT, step=3)
+    headers = [replace(header(), nbytes=100)]
+    scores = [ScoreHeader(teacher="main", nbytes={"teacher_hidden": 70}, score_s=1.5)]
+    return StepRecord(
+        steps_done=4,
+        headers=headers,
+        rewards=[READ],
+        scores=scores,
+        plan=plan,
+        stats=learner_stats(FOUND, batch_metrics(FOUND, plan, 1.0), 2.5),
+        cost=step_cost(headers, scores, 4_000_000_000),
+        probe_gap=0.01,
+        num_late=1,
+        num_sampled=4,
+        in_flight_bytes=340,
+        materialized_bytes=0,
+        restarts=2,
+        step_s=3.5,
+        sync_s=2.0,
+        phases={"time/rollout_s": 0.5},
+    )
+
+
+def test_a_row_tells_of_the_whole_step():
+    row = step_row(record())
+    by_hand = {
+        "train/step": 4.0,
+        "rollout/late_frac": 0.25,
+        "policy/probe_gap": 0.01,
+        "policy/staleness_max": 0.0,
+        "transfer/bytes_rollout": 100.0,
+        "transfer/bytes_scores": 70.0,
+        "transfer/token_bytes/teacher_hidden": 10.0,
+        "transfer/inflight_bytes": 340.0,
+        "perf/weights_gb_per_s": 2.0,
+        "perf/tokens_per_s": 2.0,
+        "cluster/restarts": 2.0,
+        "time/scorers_busy_s": 1.5,
+        "time/learner_busy_s": 2.5,
+        "time/rollout_s": 0.5,
+    }
+    assert {key: row[key] for key in by_hand} == pytest.approx(by_hand)
+
+
 def everything() -> set[str]:
     """Every key that some row has."""
-    found = dict.fromkeys(SUMS + MEANS + MAXIMA, 1.0)
-    stats = LearnerStats(metrics=batch_metrics(found, make_plan(LONG_AND_SHORT), 1.0), learn_s=1.0)
-    read = replace(make_rewards(LONG_AND_SHORT, [0, 1]), compressed=np.ones(2), repeated=np.ones(2))
-    scored = [ScoreHeader(teacher="main", nbytes={"teacher_hidden": 1}, score_s=1.0)]
     rows = [
-        learner_metrics(make_plan(LONG_AND_SHORT), stats),
-        reward_metrics([read]),
-        rollout_metrics([header()], [read], 3),
-        transfer_metrics([header()], scored, 1, 1.0),
-        worker_times([header()], scored, stats),
-        late_metrics([], 1),
-        summary([read], []).metrics,
-        heldout_metrics(found),
+        step_row(record()),
+        summary([READ], []).metrics,
+        heldout_metrics(FOUND),
         probed(),
     ]
     others = (
-        {"transfer/inflight_bytes", "cluster/restarts"}
-        | {f"teacher/{name}" for name in COMPARED}
+        {f"teacher/{name}" for name in COMPARED}
         | {f"time/{phase}_s" for phase in PHASES}
         | {"eval/accuracy_teacher/main"}
     )

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import ray
 
-from hybridrl.controller.coefficients import Weights
-from hybridrl.controller.controller import first_groups
+from hybridrl.controller.coefficients import Coefficients
 from hybridrl.controller.pipeline import Pipeline
 from hybridrl.controller.preemption import Preemption
-from hybridrl.controller.sampling import Arrived, Drawn, Sampling
+from hybridrl.controller.sampling import Arrived, Drawn, Sampling, first_groups
 from hybridrl.core.errors import DataError, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.data.prompts import PromptSource
 from hybridrl.runtime.calls import Pending, gather, settle
@@ -42,7 +41,9 @@ def drawn(prompts: list[Prompt], wave: str) -> list[Drawn]:
     chunks = [
         Chunk(order=order, prompts=(p,), header=pending(0), batch=pending(0)) for p in prompts
     ]
-    return [Drawn(writer=None, chunk=chunk, reward_weights=()) for chunk in chunks]
+    return [
+        Drawn(writer=None, chunk=chunk, reward_weights=(), rewards=pending(0)) for chunk in chunks
+    ]
 
 
 class Recorder:
@@ -58,7 +59,7 @@ class Recorder:
 
 def pipeline(*overrides: str) -> tuple[Pipeline, Recorder, PromptSource]:
     given, recorder, source = settings(*overrides), Recorder(), PromptSource(PROMPTS, 0)
-    return Pipeline(given, recorder, source, Weights(given), store_bytes=1e9), recorder, source
+    return Pipeline(given, recorder, source, Coefficients(given), store_bytes=1e9), recorder, source
 
 
 def test_in_step_a_wave_is_drawn_when_its_step_asks_for_it():
@@ -133,7 +134,7 @@ def test_a_batch_of_which_nothing_was_learned_is_owed_until_a_step_is_made():
     """
     made, _, source = pipeline()
     first = made.take(0).prompts
-    made.skip(late=first[:1])
+    made.skip(returning=first[:1])
     assert [p.uid for p in made.in_flight()] == [first[1].uid]
     second = made.take(0).prompts
     assert second[0] == first[0] and [p.uid for p in made.in_flight()] == [

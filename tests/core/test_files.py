@@ -16,7 +16,7 @@ from hybridrl.settings.compose import load_config
 from hybridrl.tracking.jsonl import JsonlSink
 from hybridrl.types import RunInfo
 
-STATE = RunState(step=1, weight_version=1, optimizer_steps=1, parts={}, metrics={}, wandb_id=None)
+STATE = RunState(step=1, weight_version=1, optimizer_steps=1, parts={}, metrics={})
 
 
 @pytest.fixture
@@ -60,11 +60,7 @@ def test_settings_ledger_and_rows_are_synced_when_a_run_begins(tmp_path: Path, s
 
 def test_a_row_is_on_disk_before_a_checkpoint_can_follow_it(tmp_path: Path, synced: list):
     sink = JsonlSink()
-    sink.start(
-        RunInfo(
-            run_dir=str(tmp_path), name="a", total_steps=2, first_step=0, config={}, wandb_id=None
-        )
-    )
+    sink.start(RunInfo(run_dir=str(tmp_path), name="a", total_steps=2, first_step=0, config={}))
     assert synced == [(".metrics.jsonl", 0), (tmp_path.name, 2)], "metrics.jsonl and samples/"
     sink.log({"train/step": 1})
     assert synced[2:] == [("metrics.jsonl", len('{"train/step": 1}\n'))]

@@ -32,8 +32,9 @@ from hybridrl.rewards.load import BUILT_IN
 from hybridrl.rewards.pool import RewardPool
 from hybridrl.rewards.signature import signature_of
 from hybridrl.run_dir.directory import changes
-from hybridrl.runtime.cluster import private_token, worker_env
 from hybridrl.runtime.host import build
+from hybridrl.runtime.ray_connection import private_token
+from hybridrl.runtime.worker_env import worker_env
 from hybridrl.settings.compose import check_secrets, from_yaml, known_keys, load_config, to_yaml
 from hybridrl.settings.run import DataConfig, RewardConfig, RewardFunctionConfig
 from hybridrl.settings.settings_file import saved_config

@@ -175,7 +175,7 @@ def test_a_run_leaves_the_promised_files(whole):
         "logs/rollout-1.log",
     } <= names
     assert any(name.startswith("wandb/") and name.endswith(".wandb") for name in names)
-    assert read_checkpoint(whole / "checkpoints" / "step_000004").state.wandb_id
+    assert read_checkpoint(whole / "checkpoints" / "step_000004").state.trackers["wandb"]
     assert not any(".unfinished" in name for name in names)
 
 

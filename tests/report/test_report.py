@@ -54,7 +54,6 @@ def run_info(run_dir: Path, first_step: int = 0) -> RunInfo:
         total_steps=2,
         first_step=first_step,
         config={},
-        wandb_id=None,
     )
 
 

@@ -17,7 +17,14 @@ import torch
 from hybridrl.core import files as durable
 from hybridrl.core.errors import CheckpointError, DamagedCheckpoint
 from hybridrl.core.files import sha256
-from hybridrl.run_dir.checkpoint import Checkpointer, RunState, read_checkpoint, remove
+from hybridrl.run_dir.checkpoint import (
+    Checkpointer,
+    RunState,
+    read_checkpoint,
+    remove,
+    state_from_json,
+    state_to_json,
+)
 from hybridrl.run_dir.saved_file import seal
 from hybridrl.settings.checkpointing import CheckpointConfig
 from hybridrl.settings.choices import BestMode
@@ -31,7 +38,6 @@ STATE = RunState(
     optimizer_steps=9,
     parts={"prompts": {"epoch": 1, "at": 7}, "schedules": {"reward": 1.5}},
     metrics={"eval/accuracy": 0.5},
-    wandb_id=None,
 )
 SECONDS = 60
 
@@ -272,6 +278,21 @@ def test_a_state_of_other_types_is_refused_in_one_sentence(tmp_path: Path, chang
     edit_manifest(folder, lambda manifest: manifest["files"].update({"state.json": entry}))
     with pytest.raises(CheckpointError, match=r"state\.json: not a state of this version"):
         read_checkpoint(folder)
+
+
+def test_the_id_of_a_tracker_is_held_under_the_key_that_earlier_versions_wrote():
+    earlier = {
+        "step": 3,
+        "weight_version": 3,
+        "optimizer_steps": 3,
+        "parts": {"pipeline": {}, "schedules": {}},
+        "metrics": {"train/step": 3.0},
+        "wandb_id": "x1",
+        "inputs": {"prompts": "ab"},
+    }
+    state = state_from_json(earlier)
+    assert state.trackers == {"wandb": "x1"} and state_to_json(state) == earlier
+    assert state_from_json(earlier | {"wandb_id": None}).trackers == {}
 
 
 def test_a_checkpoint_under_another_step_s_name_is_refused_and_not_passed_over(tmp_path: Path):

@@ -47,7 +47,7 @@ from hybridrl.types import FinishReason, Prompt, Rewards, RunInfo, Sample
 from tests.support.graph import save_tiny
 
 STATE = RunState(
-    step=10, weight_version=10, optimizer_steps=10, parts={}, metrics={}, wandb_id="one"
+    step=10, weight_version=10, optimizer_steps=10, parts={}, metrics={}, trackers={"wandb": "one"}
 )
 CONSTANT = ["train.lr_end=null", "algorithm.reward_weight.kind=constant"]
 
@@ -500,7 +500,7 @@ def test_a_new_directory_continues_the_checkpoint_it_is_given_with_the_rows_so_f
     with run_directory(settings_of(new, start_from)) as run_dir:
         found = find_checkpoint(settings_of(new, start_from), run_dir, {})
     assert found.folder == old / "checkpoints" / "step_000010" and found.state == replace(
-        STATE, wandb_id=None
+        STATE, trackers={}
     )
     assert [(new / name).read_text() for name in ("metrics.jsonl", "ledger.jsonl")] == [
         (old / name).read_text() for name in ("metrics.jsonl", "ledger.jsonl")
@@ -696,11 +696,7 @@ def test_without_a_reward_function_nothing_is_right_or_wrong():
 
 def test_a_run_without_accuracy_still_has_a_result(tmp_path: Path):
     sink = JsonlSink()
-    sink.start(
-        RunInfo(
-            run_dir=str(tmp_path), name="x", total_steps=1, first_step=0, config={}, wandb_id=None
-        )
-    )
+    sink.start(RunInfo(run_dir=str(tmp_path), name="x", total_steps=1, first_step=0, config={}))
     for step in (0, 1):
         sink.log({"train/step": step, "time/eval_s": 1.0})
     sink.close(0)

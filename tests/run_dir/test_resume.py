@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybridrl.controller.controller import Controller, trained_uids
+from hybridrl.controller.controller import Controller
+from hybridrl.controller.global_batch import trained_uids
 from hybridrl.controller.pipeline import wave_seed
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.sampling import Arrived
@@ -127,6 +128,7 @@ class Graph:
             backend=WeightTransfer.object_store,
             prompts=PromptSource(self.prompts, self.settings.run.seed),
             heldout=self.heldout,
+            inputs={},
             sinks=Sinks(required=[recorder]),
             checkpointer=Checkpointer(run_dir, self.settings.checkpoint),
             ledger=Ledger(run_dir, steps_done),
@@ -209,9 +211,9 @@ def test_a_run_continued_after_any_step_is_bit_for_bit_the_one_that_went_on(
         assert read_checkpoint(ours).state.parts == read_checkpoint(theirs).state.parts
 
 
-NO_STATE = (".clock.", ".load.under_way", ".pings[", ".saved_step")
-"""Seconds that the next row will tell of; calls that run now, of which a resumed run has none; what
-lies on disk, which the save that follows the row moves.
+NO_STATE = (".clock.", ".load.under_way", ".pings[", ".saved_step", ".unmeasured[")
+"""Seconds that the next row reports; calls under way, of which a resumed run has none; what lies on
+disk, which the save that follows the row moves; metrics that this process has not seen yet.
 """
 
 
@@ -233,7 +235,7 @@ def test_whatever_a_step_changes_in_the_controller_comes_back_with_the_checkpoin
         ".steps_done",
         ".weight_version",
         ".pipeline.prompts.position",
-        ".weights_of.schedules[imitation].held",
+        ".coefficients.schedules[imitation].held",
     } <= moved
     controller, _ = continued(graph, whole, step, tmp_path)
     loaded = contents(controller)
@@ -284,7 +286,7 @@ def test_told_to_end_while_checkpoints_fail_it_ends_as_told_and_says_that_the_st
 ):
     controller, recorder = continued(graph, whole, 1, tmp_path)
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    recorder.then = lambda: setattr(controller.preemption, "told_by", "SIGTERM")
+    recorder.then = lambda: setattr(controller.preemption, "signal_name", "SIGTERM")
     with caplog.at_level(logging.ERROR), pytest.raises(Preempted):
         controller.run()
     assert (

@@ -21,8 +21,8 @@ from hybridrl.core.errors import (
 )
 from hybridrl.launch.session import how_to_continue, naming_what_is_saved, same_fault
 from hybridrl.run_dir.checkpoint import Checkpointer
-from hybridrl.runtime.cluster import sighup_blocked
 from hybridrl.runtime.head_node import Head
+from hybridrl.runtime.ray_connection import sighup_blocked
 from hybridrl.settings.choices import Resume
 from tests.support.graph import tiny_settings
 

@@ -4,10 +4,9 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,20 +25,21 @@ from hybridrl.core.errors import (
     WeightSyncError,
     WorkerDied,
     WorkerError,
-    WorkerTimeout,
 )
 from hybridrl.core.failpoints import VARIABLE
 from hybridrl.runtime import calls
-from hybridrl.runtime import cluster as cluster_module
 from hybridrl.runtime.actor_group import ActorGroup, Slot, ask_for_stacks
-from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share, worker_env
+from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
 from hybridrl.runtime.host import visible_gpus
+from hybridrl.runtime.ray_connection import Node
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.start_up import StartUp
+from hybridrl.runtime.worker_env import worker_env
 from hybridrl.settings.algorithm import AlgorithmConfig
 from hybridrl.settings.choices import Device, WeightTransfer
 from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import RunSettings
 from hybridrl.settings.shares import shares
 from hybridrl.types import Prompt
 
@@ -203,7 +203,7 @@ def test_an_address_where_no_ray_is_ends_at_once_in_one_sentence():
                 PlacementError,
                 match=rf"cluster\.address={address}: no Ray cluster there \(.+\); give",
             ) as caught:
-                Cluster(load_config([*BASE, f"cluster.address={address}"]))
+                Cluster(load_config([*BASE, f"cluster.address={address}"])).__enter__()
             assert "\n" not in str(caught.value) and not ray.is_initialized()
 
 
@@ -211,7 +211,7 @@ def test_an_address_where_no_ray_is_ends_at_once_in_one_sentence():
 @pytest.mark.skipif(torch.version.cuda is not None, reason="there may be GPUs")
 def test_a_device_that_is_refused_leaves_no_ray_running():
     with pytest.raises(ConfigError, match=r"cluster\.device=cuda"):
-        Cluster(load_config([*BASE, "cluster.device=cuda"]))
+        Cluster(load_config([*BASE, "cluster.device=cuda"])).__enter__()
     assert not ray.is_initialized()
 
 
@@ -279,8 +279,51 @@ def test_gpus_that_nvidia_smi_cannot_number_are_one_sentence(
         visible_gpus(["GPU-1f00-aa"])
 
 
+class FakeConnection:
+    """Ray with room for `room` workers, all on one node; records what happens."""
+
+    def __init__(
+        self,
+        node: Node | None = None,
+        *,
+        room: int = 9,
+        at_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.node = node
+        self.room = room
+        self.at_close = at_close
+        self.events: list[str] = []
+
+    def open(self, settings: RunSettings) -> None:
+        self.events.append("opened")
+
+    def close(self) -> None:
+        self.at_close()
+        self.events.append("closed")
+
+    def resources(self) -> dict[str, float]:
+        return {"CPU": 2.0}
+
+    def free_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0}
+
+    def reserve(
+        self, bundles: Sequence[dict[str, float]], *, spread: bool, limit_s: float
+    ) -> int | None:
+        if len(bundles) > self.room:
+            return None
+        self.events.append(f"reserved {len(bundles)}")
+        return len(bundles)
+
+    def release(self, group: int) -> None:
+        self.events.append("released")
+
+    def nodes(self, group: int) -> dict[int, Node]:
+        return dict.fromkeys(range(group), self.node)
+
+
 @pytest.mark.parametrize(
-    ("overrides", "device", "size", "threads", "loops"),
+    ("overrides", "device", "size", "threads", "spins"),
     [
         ("", "cpu", 1, "2", "10000"),
         ("", "cpu", 2, "1", "10000"),
@@ -289,51 +332,51 @@ def test_gpus_that_nvidia_smi_cannot_number_are_one_sentence(
         ("schedule=pipelined", "cpu", 1, "2", "0"),
     ],
 )
-def test_threads_wait_in_a_loop_only_where_nobody_else_needs_the_core(
-    monkeypatch: pytest.MonkeyPatch,
-    overrides: str,
-    device: str,
-    size: int,
-    threads: str,
-    loops: str,
+def test_threads_spin_only_where_no_other_worker_needs_the_core(
+    overrides: str, device: str, size: int, threads: str, spins: str
 ):
-    node = {"NodeID": "n", "NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 2.0}}
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "cluster_resources", dict)
-    monkeypatch.setattr(Cluster, "_reserve", lambda self, bundles: None)
-    monkeypatch.setattr(
-        cluster_module, "bundle_nodes", lambda group: dict.fromkeys(range(size), node)
-    )
-    cluster = Cluster(load_config([*BASE, *overrides.split()]))
-    cluster.device = device
-    for slot in cluster.place([Team(name="w", size=size, gpus=0, heavy=True)])["w"]:
-        assert (slot.env["OMP_NUM_THREADS"], slot.env["GOMP_SPINCOUNT"]) == (threads, loops)
+    connection = FakeConnection(Node(id="n", address="127.0.0.1", cpus=2))
+    with Cluster(load_config([*BASE, *overrides.split()]), connection) as cluster:
+        cluster.device = device
+        for slot in cluster.place([Team(name="w", size=size, gpus=0, heavy=True)])["w"]:
+            assert (slot.env["OMP_NUM_THREADS"], slot.env["GOMP_SPINCOUNT"]) == (threads, spins)
+    assert connection.events == ["opened", f"reserved {size}", "released", "closed"]
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_does_not_cut_short_the_end_of_ray(
-    monkeypatch: pytest.MonkeyPatch, second: signal.Signals
-):
-    ended = []
-
-    def shut_down() -> None:
-        signal.raise_signal(second)
-        ended.append(ray)
-
+def test_a_second_signal_does_not_cut_short_the_end_of_ray(second: signal.Signals):
     def leave(signum: int, frame: object) -> None:
         raise SystemExit(signum)  # as Ray's own handler of SIGTERM does
 
-    monkeypatch.setattr(cluster_module, "connect", lambda settings: None)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "cluster_resources", dict)
-    monkeypatch.setattr(ray, "shutdown", shut_down)
+    connection = FakeConnection(at_close=lambda: signal.raise_signal(second))
     before = signal.signal(second, leave)
     try:
-        with pytest.raises(KeyboardInterrupt), Cluster(load_config(BASE)):
+        with pytest.raises(KeyboardInterrupt), Cluster(load_config(BASE), connection):
             raise KeyboardInterrupt
-        assert ended == [ray] and signal.getsignal(second) is leave
+        assert connection.events == ["opened", "closed"]
+        assert signal.getsignal(second) is leave
     finally:
         signal.signal(second, before)
+
+
+def test_a_refused_device_closes_the_connection():
+    connection = FakeConnection()
+    cluster = Cluster(load_config([*BASE, "cluster.device=cuda"]), connection)
+    with pytest.raises(ConfigError, match="the Ray cluster has no GPU"):
+        cluster.__enter__()
+    assert connection.events == ["opened", "closed"]
+
+
+def test_no_room_for_the_workers_lists_demand_and_supply():
+    connection = FakeConnection(room=2)
+    with (
+        Cluster(load_config([*BASE, "cluster.device=cpu"]), connection) as cluster,
+        pytest.raises(
+            PlacementError, match=r"could not place 3 workers.*'CPU': 0\.03.*supply \{'CPU': 2\.0"
+        ),
+    ):
+        cluster.place([Team(name="w", size=3, gpus=0, heavy=False)])
+    assert connection.events[-1] == "closed" and "released" not in connection.events
 
 
 # -- errors of a worker ----------------------------------------------------------------------------
@@ -415,32 +458,49 @@ def test_a_value_that_is_gone_is_not_blamed_on_the_worker_that_was_to_have_it(
         made.close()
 
 
-def answering_every(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call after the other has its answer, which is its name, by a clock of its own; after more
-    than 10 s none has.
+class Answers:
+    """Calls that are answered one after the other, each by its own name and `seconds` after the one
+    before, until `count` have been; with a clock of their own.
     """
-    now = [0.0]
 
-    def ready(refs: list[str], timeout_s: float) -> list[str]:
-        now[0] += seconds
-        return refs[:1] if seconds < 10 else []
+    def __init__(self, seconds: float, count: int) -> None:
+        self.seconds = seconds
+        self.count = count
+        self.now = 0.0
 
-    monkeypatch.setattr(calls, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(calls, "_ready", ready)
-    monkeypatch.setattr(calls, "_fetch", lambda pending, left_s: pending.ref)
+    def clock(self) -> float:
+        return self.now
+
+    def check(self) -> None: ...
+
+    def wait(self, refs: Sequence[str], timeout_s: float) -> list[str]:
+        self.now += self.seconds
+        self.count -= 1
+        return list(refs[:1]) if self.count >= 0 else []
+
+    def fetch(self, pending: calls.Pending, timeout_s: float) -> str:
+        return pending.ref
 
 
-def test_a_deadline_counts_from_the_last_answer_for_one_worker_may_have_many_calls(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("answers", "expected", "failed"),
+    [
+        (Answers(9.0, count=3), ["a", "b", "c"], []),  # 27 s in all
+        (Answers(11.0, count=0), None, ["reward/0 failed in score: no answer within 10 s"]),
+        (Answers(6.0, count=1), None, ["reward/0 failed in score: no answer within 10 s"]),
+    ],
+)
+def test_a_deadline_counts_from_the_last_answer_because_one_worker_may_have_many_calls(
+    answers: Answers, expected: list[str] | None, failed: list[str]
 ):
     pending = [
         calls.Pending(ref=name, worker="reward/0", call="score", deadline_s=10.0) for name in "abc"
     ]
-    answering_every(9.0, monkeypatch)
-    assert calls.settle(pending) == (["a", "b", "c"], []), "27 s in all"
-    answering_every(11.0, monkeypatch)
-    with pytest.raises(WorkerTimeout, match="reward/0 failed in score: no answer within 10 s"):
-        calls.gather(pending)
+    results, failures = calls.settle(pending, store=answers, clock=answers.clock)
+    assert [str(error).partition(";")[0] for error in failures] == failed
+    assert expected is None or results == expected
+    if failed:
+        assert results[-1] is failures[0], "calls of a failed worker that are under way fail too"
 
 
 def test_the_stacks_are_asked_of_the_process_that_writes_the_log_and_of_no_other(tmp_path: Path):
@@ -489,7 +549,8 @@ def engine(
 def test_when_the_only_engine_dies_at_a_sync_another_serves_the_weights(slot: Slot, tmp_path: Path):
     rollout = engine(slot, tmp_path, f"engine.load_weights:do=kill:once={tmp_path / 'fired'}")
     rollout.load_weights("version 1", ray.put(b""))
-    assert rollout.serving == {0} and rollout.group.epochs == [1] and not rollout.joining
+    assert rollout.fleet.serving == {0} and rollout.group.epochs == [1]
+    assert not rollout.fleet.joining
     rollout.close()
 
 
@@ -543,7 +604,7 @@ def test_weights_that_every_engine_refuses_are_no_engines_fault(slot: Slot, tmp_
         r"failpoint",
     ):
         rollout.load_weights("version 1", ray.put(b""))
-    assert rollout.serving == {0} and rollout.group.epochs == [0]
+    assert rollout.fleet.serving == {0} and rollout.group.epochs == [0]
     rollout.close()
 
 
@@ -608,11 +669,14 @@ def test_a_way_over_gpus_is_refused_where_the_device_came_out_as_cpu(
     slot: Slot, chosen: WeightTransfer
 ):
     colocate = SHARED.split() if chosen is WeightTransfer.ipc else []
-    cluster = Cluster(load_config([*BASE, f"rollout.weight_transfer={chosen}", *colocate]))
-    with pytest.raises(
-        ConfigError,
-        match=rf"rollout\.weight_transfer={chosen}: needs GPUs, and cluster\.device=auto came out "
-        r"as cpu",
+    settings = load_config([*BASE, f"rollout.weight_transfer={chosen}", *colocate])
+    with (
+        Cluster(settings) as cluster,
+        pytest.raises(
+            ConfigError,
+            match=rf"rollout\.weight_transfer={chosen}: needs GPUs, and cluster\.device=auto came "
+            r"out as cpu",
+        ),
     ):
         _ = cluster.weight_transfer
 

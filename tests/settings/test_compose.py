@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from hybridrl.controller.rounding import rounding_warning
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.choices import OnStale, ScheduleKind
 from hybridrl.settings.compose import (
@@ -496,28 +495,3 @@ def test_the_zero_stage_follows_the_dtype_unless_it_is_set_and_config_yaml_has_t
     assert settings.learner.zero_stage == stage
     assert f"zero_stage: {stage}" in to_yaml(settings)
     assert from_yaml(to_yaml(settings)) == settings
-
-
-ALONE_AND_NEAR = {"kl/token": 0.003, "grad/sparse_norm": 0.0}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "metrics", "device", "warned"),
-    [
-        ([], ALONE_AND_NEAR, "cpu", True),
-        ([], ALONE_AND_NEAR | {"kl/token": 0.05}, "cpu", False),
-        ([], ALONE_AND_NEAR | {"kl/token": 0.0}, "cpu", False),
-        ([], ALONE_AND_NEAR | {"grad/sparse_norm": 0.1}, "cpu", False),
-        ([], {"grad/sparse_norm": 0.0}, "cpu", False),
-        ([], ALONE_AND_NEAR, "cuda", False),
-        (["train.exact_logits=true"], ALONE_AND_NEAR, "cpu", False),
-        (["model.dtype=float32"], ALONE_AND_NEAR, "cpu", False),
-    ],
-)
-def test_exact_logits_are_suggested_where_rounding_is_a_large_part_of_all_that_is_learned(
-    overrides: list[str], metrics: dict[str, float], device: str, warned: bool
-):
-    settings = load_config([*BASE, "model.dtype=bfloat16", *overrides])
-    sentence = rounding_warning(settings, metrics, device)
-    assert (sentence is not None) is warned
-    assert sentence is None or "train.exact_logits=true" in sentence

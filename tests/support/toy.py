@@ -24,7 +24,7 @@ from hybridrl.batch.micro_batch import (
     train_sequences,
     unlearned_sequences,
 )
-from hybridrl.controller.coefficients import Weights
+from hybridrl.controller.coefficients import Coefficients
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import LearnerView, Objective, assign_credit
 from hybridrl.objectives.head_rule import head_rule
@@ -247,7 +247,7 @@ class Production:
 
     def _plan(self, batches: Sequence[ScoredBatch], step: int) -> UpdatePlan:
         kept = [b.rewards.keep for b in batches]
-        settings, weights = self.settings, Weights(self.settings)
+        settings, weights = self.settings, Coefficients(self.settings)
         groups = [b.rewards.values.reshape(-1, b.rollout.group_size) for b in batches]
         whole = sum(
             int(b.rewards.keep.reshape(-1, b.rollout.group_size).all(1).sum()) for b in batches

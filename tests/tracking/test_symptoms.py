@@ -43,7 +43,6 @@ def info(folder: Path, first_step: int = 0) -> RunInfo:
         total_steps=9,
         first_step=first_step,
         config={},
-        wandb_id=None,
     )
 
 

@@ -38,16 +38,13 @@ reward: {functions: {countdown: {function: countdown, weight: 1.0}}}
 """
 
 
-def info(
-    run_dir: Path, *, first_step: int = 0, total_steps: int = 4, wandb_id: str | None = None
-) -> RunInfo:
+def info(run_dir: Path, *, first_step: int = 0, total_steps: int = 4) -> RunInfo:
     return RunInfo(
         run_dir=str(run_dir),
         name="demo",
         total_steps=total_steps,
         first_step=first_step,
         config={"a": 1},
-        wandb_id=wandb_id,
     )
 
 
@@ -222,14 +219,50 @@ def test_wandb_offline_writes_a_run_and_resume_keeps_its_id(no_wandb_account, tm
     sink.log({"train/step": 1, "reward/mean": 0.5, "kl/token": math.nan})
     sink.samples([sample(1)])
     sink.close(0)
-    assert sink.run_id
+    run_id = sink.state_dict()
     again = WandbSink(TrackingConfig())
-    again.start(info(tmp_path, first_step=1, wandb_id=sink.run_id))
+    again.load_state_dict(run_id)
+    again.start(info(tmp_path, first_step=1))
     again.log({"train/step": 2})
     again.close(0)
-    assert again.run_id == sink.run_id
-    files = list(tmp_path.glob(f"wandb/offline-run-*-{sink.run_id}/run-{sink.run_id}.wandb"))
+    assert run_id and again.state_dict() == run_id
+    files = list(tmp_path.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert files and all(f.stat().st_size > 0 for f in files)
+
+
+class Tracker(RecordingSink):
+    """A sink whose tracker has a run with an id, which begins at start."""
+
+    name = "tracker"
+
+    def __init__(self, fails_at: str = "") -> None:
+        super().__init__(fails_at=fails_at)
+        self.run_id: str | None = None
+
+    def state_dict(self) -> str | None:
+        return self.run_id
+
+    def load_state_dict(self, state: str | None) -> None:
+        self.run_id = state
+
+    def start(self, info: RunInfo) -> None:
+        self.run_id = self.run_id or "new"
+        super().start(info)
+
+
+def test_the_id_of_a_tracker_s_run_lives_in_its_sink_and_outlives_it(tmp_path):
+    sinks = Sinks(required=[], optional=[Tracker(fails_at="log"), RecordingSink()])
+    assert sinks.state_dict() == {}, "no run has begun"
+    sinks.start(info(tmp_path))
+    sinks.log({"train/step": 1})
+    assert sinks.state_dict() == {"tracker": "new"}, "the sink is off, and its run can go on later"
+    without = Sinks(required=[])
+    without.load_state_dict({"tracker": "old"})
+    assert without.state_dict() == {"tracker": "old"}, "a resume without it forgets no run"
+    again = Sinks(required=[], optional=[Tracker()])
+    again.load_state_dict(without.state_dict())
+    again.start(info(tmp_path))
+    assert again.state_dict() == {"tracker": "old"}
 
 
 class FallsSilent(BaseHTTPRequestHandler):
@@ -291,8 +324,7 @@ def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(
         "name='demo', "
         "total_steps=100, "
         "first_step=0, "
-        "config={}, "
-        "wandb_id=None))\nprint('begun', "
+        "config={}))\nprint('begun', "
         "flush=True)\nfor step "
         "in range(1, 101):\n    "
         "sinks.log({'train/step': "
@@ -403,11 +435,12 @@ def test_a_refused_connection_is_a_reason_to_track_offline(no_wandb_account, mon
 
 def test_wandb_disabled_does_nothing_and_keeps_the_checkpoint_s_id(no_wandb_account, tmp_path):
     sink = WandbSink(TrackingConfig(wandb=WandbMode.disabled))
-    sink.start(info(tmp_path, wandb_id="abc123"))
+    sink.load_state_dict("abc123")
+    sink.start(info(tmp_path))
     sink.log({"train/step": 1})
     sink.samples([sample(1)])
     sink.close(0)
-    assert sink.run_id == "abc123" and not (tmp_path / "wandb").exists()
+    assert sink.state_dict() == "abc123" and not (tmp_path / "wandb").exists()
 
 
 def test_console_prints_one_plain_line_per_step_and_evaluations_stand_out(tmp_path):

@@ -202,7 +202,13 @@ class Learner:
 
     def update(self, plan: UpdatePlan, shard: Shard, *values: object) -> LearnerStats:
         time.sleep(self.work.learn_s)
-        return LearnerStats(metrics={}, learn_s=self.work.learn_s)
+        return LearnerStats(
+            logprob_gap=None,
+            token_kl=None,
+            sparse_norm=0.0,
+            metrics={},
+            learn_s=self.work.learn_s,
+        )
 
     def logprob_gaps(self, *batches: RolloutBatch) -> list[float]:
         return [0.0] * len(batches)

@@ -15,8 +15,9 @@ from benchmarks.fake_workers import Work, rollouts
 from benchmarks.stage import Stage, prompts_of, settings_of
 from hybridrl.runtime.actor_group import ActorGroup
 from hybridrl.runtime.calls import gather
-from hybridrl.runtime.cluster import Cluster, Team, connect
+from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.learner_group import LearnerGroup
+from hybridrl.runtime.ray_connection import connect
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.run import RunSettings

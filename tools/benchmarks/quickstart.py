@@ -13,7 +13,8 @@ import ray
 from benchmarks.stage import controller_of, settings_of, trained_by
 from hybridrl.data.prompts import PromptSource
 from hybridrl.launch.session import prepare_prompts
-from hybridrl.runtime.cluster import Cluster, connect
+from hybridrl.runtime.cluster import Cluster
+from hybridrl.runtime.ray_connection import connect
 from hybridrl.runtime.workers import Workers, place_workers, start_rewards, start_workers
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
@@ -112,7 +113,7 @@ def in_turns(steps: int, turns: int, folder: Path) -> dict:
 
 def ground(threads: int, folder: Path) -> Ground:
     settings = settings_of(*COMMON, f"cluster.threads_per_worker={threads}", "train.steps=1")
-    cluster = Cluster(settings)
+    cluster = Cluster(settings).__enter__()
     slots, log_dir = place_workers(settings, cluster), str(folder / f"logs-{threads}")
     return Ground(
         settings=settings,

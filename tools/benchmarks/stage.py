@@ -21,6 +21,7 @@ from hybridrl.run_dir.ledger import Ledger, read_ledger
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.engine_load import EngineLoad
+from hybridrl.runtime.fleet import Fleet
 from hybridrl.runtime.learner_group import LearnerGroup
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
@@ -79,6 +80,7 @@ def controller_of(
         backend=WeightTransfer.object_store,
         prompts=PromptSource(prompts, settings.run.seed),
         heldout=heldout,
+        inputs={},
         sinks=Sinks(required=[]),
         checkpointer=Checkpointer(folder, settings.checkpoint),
         ledger=Ledger(folder, 0),
@@ -108,7 +110,7 @@ class Stage:
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         ray.init(address="local", object_store_memory=store_bytes, **quiet)
         self.folder = Path(tempfile.mkdtemp(prefix="hybridrl-bench-"))
-        self.cluster = Cluster(settings)
+        self.cluster = Cluster(settings).__enter__()
         slots, log_dir, here = (
             place_workers(settings, self.cluster),
             str(self.folder / "logs"),
@@ -159,12 +161,12 @@ class Stage:
     ) -> Controller:
         """A fresh run over the same workers, or over the first `engines` of them."""
         rollout = copy.copy(self.workers.rollout)
-        rollout.settings, rollout.group = settings, copy.copy(rollout.group)
+        rollout.settings = settings
+        rollout.group = copy.copy(rollout.group)
         rollout.group.size = engines or rollout.group.size
-        rollout.load, rollout.serving, rollout.pings = (
-            EngineLoad(rollout.group.size),
-            set(range(rollout.group.size)),
-            {},
+        rollout.load = EngineLoad(rollout.group.size)
+        rollout.fleet = Fleet(
+            rollout.group, settings.deadlines, rollout.fleet.backend, rollout.load_latest
         )
         workers = replace(self.workers, rollout=rollout)
         return controller_of(

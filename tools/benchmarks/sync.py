@@ -12,8 +12,9 @@ import ray
 
 from benchmarks.stage import settings_of
 from hybridrl.runtime.calls import gather
-from hybridrl.runtime.cluster import Cluster, Team, connect
+from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.learner_group import LearnerGroup
+from hybridrl.runtime.ray_connection import connect
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.weight_sync import WeightSync
 from hybridrl.settings.choices import WeightTransfer

@@ -1,0 +1,210 @@
+"""The connection to Ray: a cluster that is joined, or a local Ray that is started and ended here."""
+
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from hybridrl.core.errors import PlacementError
+from hybridrl.runtime.head_node import HEAD
+from hybridrl.settings.run import RunSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A machine of the cluster."""
+
+    id: str
+    address: str
+    cpus: int
+
+
+class Connection(Protocol):
+    """What the placement of workers needs of Ray."""
+
+    def open(self, settings: RunSettings) -> None:
+        """Raises:
+        PlacementError: nothing answers at the cluster's address.
+        """
+
+    def close(self) -> None: ...
+
+    def resources(self) -> dict[str, float]:
+        """Of all nodes together, by Ray's names: "CPU", "GPU"."""
+
+    def free_resources(self) -> dict[str, float]:
+        """As `resources`, of which no worker has taken any."""
+
+    def reserve(
+        self, bundles: Sequence[dict[str, float]], *, spread: bool, limit_s: float
+    ) -> PlacementGroup | None:
+        """Reserve all bundles of resources at once.
+
+        Args:
+            spread: on different nodes where possible.
+
+        Returns:
+            None: there was no room within `limit_s`.
+        """
+
+    def release(self, group: PlacementGroup) -> None: ...
+
+    def nodes(self, group: PlacementGroup) -> dict[int, Node]:
+        """The node under each bundle."""
+
+
+class RayConnection:
+    """Ray itself. A Ray that this process is connected to already is used and left running."""
+
+    def __init__(self) -> None:
+        self._owned = False
+
+    def open(self, settings: RunSettings) -> None:
+        if not ray.is_initialized():
+            connect(settings)
+            self._owned = True
+
+    def close(self) -> None:
+        if self._owned:
+            ray.shutdown()
+            self._owned = False
+
+    def resources(self) -> dict[str, float]:
+        return ray.cluster_resources()
+
+    def free_resources(self) -> dict[str, float]:
+        return ray.available_resources()
+
+    def reserve(
+        self, bundles: Sequence[dict[str, float]], *, spread: bool, limit_s: float
+    ) -> PlacementGroup | None:
+        group = placement_group(list(bundles), strategy="SPREAD" if spread else "PACK")
+        if group.wait(limit_s):
+            return group
+        remove_placement_group(group)
+        return None
+
+    def release(self, group: PlacementGroup) -> None:
+        if not HEAD.is_silent:
+            remove_placement_group(group)
+
+    def nodes(self, group: PlacementGroup) -> dict[int, Node]:
+        by_id = {record["NodeID"]: node_of(record) for record in ray.nodes()}
+        table = placement_group_table(group)["bundles_to_node_id"]
+        return {int(bundle): by_id[node_id] for bundle, node_id in table.items()}
+
+
+def node_of(record: dict[str, Any]) -> Node:
+    """Args: record: as ray.nodes() has it."""
+    return Node(
+        id=record["NodeID"],
+        address=record["NodeManagerAddress"],
+        cpus=int(record["Resources"].get("CPU", 1)),
+    )
+
+
+def object_store_bytes() -> float:
+    """The size of the object stores of all nodes together; infinite where Ray does not report
+    it.
+    """
+    return ray.cluster_resources().get("object_store_memory", math.inf)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignore Ctrl-C, SIGTERM and SIGHUP while the block lasts: a Ray whose end is interrupted
+    leaves processes for a minute. In a thread that gets no signals, do nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def connect(settings: RunSettings) -> None:
+    """Start Ray here, or join the cluster at cluster.address or RAY_ADDRESS.
+
+    Raises:
+        PlacementError: there is no cluster at that address.
+    """
+    address = settings.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    local = address == "local"
+    try:
+        check_answers(address, settings.deadlines.placement_s)
+        # Calls that wait for the result of a failed worker fail too. They are made again, and the
+        # old ones are never fetched.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+        with private_token() if local else nullcontext(), sighup_blocked():
+            ray.init(
+                address=address,
+                include_dashboard=False if local else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+        raise PlacementError(
+            f"cluster.address={address}: no Ray cluster there ({reason}); "
+            "give the address that cluster/head.sh printed, or null to run here"
+        ) from error
+
+
+@contextmanager
+def sighup_blocked() -> Iterator[None]:
+    """Processes that are started in the block, and their children, do not get SIGHUP; this process
+    gets it afterwards.
+
+    A terminal that is closed sends it to all of them, and Ray's own processes would end before the
+    driver has saved what was learned. Ray does the same with SIGINT.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def private_token() -> Iterator[None]:
+    """Ray creates the token of a local cluster in the block, readable by every user of the machine;
+    afterwards only its owner can read it.
+    """
+    token = Path.home() / ".ray" / "auth_token"
+    token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if token.is_file() and token.stat().st_uid == os.geteuid():
+            token.chmod(0o600)
+
+
+def check_answers(address: str, limit_s: float) -> None:
+    """Raise OSError unless a connection to host:port is accepted; Ray itself would try for minutes
+    and then end the process.
+    """
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=limit_s).close()
