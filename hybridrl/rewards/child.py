@@ -115,7 +115,7 @@ def answer_of(
 
 @cache
 def event_loop() -> asyncio.Runner:
-    """The loop for all calls: what an async function retains, e.g. a session, is bound to its loop."""
+    """One loop for all calls, since an async function may retain objects that are bound to it."""
     return asyncio.Runner()
 
 
