@@ -1,7 +1,7 @@
-"""Checks across sections of the settings: what one section cannot see by itself.
+"""Checks of settings across sections.
 
 Each section checks its own values when it is built. `check_settings` runs everything in this file;
-what has to read models and data is checked in launch/preflight.py.
+checks that read models and data are in launch/preflight.py.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,14 @@ def check_settings(settings: RunSettings) -> None:
     """Run every check in CHECKS.
 
     Raises:
-        ConfigError: one sentence on the first rule that is broken.
+        ConfigError: one sentence about the first rule that is broken.
     """
     for check in CHECKS:
         check(settings)
 
 
 def check_teachers(settings: RunSettings) -> None:
+    """Check the dtype and the revision of every teacher."""
     for name, teacher in settings.teachers.items():
         if teacher.dtype not in DTYPES:
             raise ConfigError(
@@ -61,11 +62,13 @@ def check_evidence(settings: RunSettings) -> None:
 
 
 def check_schedules(settings: RunSettings) -> None:
+    """Check every scheduled weight."""
     for key, schedule in settings.schedules.items():
         schedule.check(key)
 
 
 def check_best_checkpoint(settings: RunSettings) -> None:
+    """Check that every saved step has the metric that chooses the best checkpoint."""
     settings.checkpoint.check_best(settings.eval.every)
 
 
@@ -225,10 +228,9 @@ def check_imitation_of_data(settings: RunSettings) -> None:
 
 
 def check_pipeline(settings: RunSettings) -> None:
-    """What runs ahead, or finishes first, is something that the objective and the data can do
-    with.
-    """
-    algorithm, pipeline = settings.algorithm, settings.pipeline
+    """Check that objective and data allow stale tokens, and rollouts that are cancelled."""
+    algorithm = settings.algorithm
+    pipeline = settings.pipeline
     if (
         pipeline.on_stale is OnStale.reweight
         and pipeline.ahead
@@ -252,10 +254,10 @@ def check_pipeline(settings: RunSettings) -> None:
 
 
 def check_places(settings: RunSettings) -> None:
-    """Every worker has something to do, and a way to do it where it stands.
+    """Check that every worker has work, and that its node and device allow it.
 
     Raises:
-        ConfigError: one sentence on the first rule that is broken.
+        ConfigError: one sentence about the first rule that is broken.
     """
     _check_counts(settings)
     _check_weight_transfer(settings)
@@ -264,15 +266,11 @@ def check_places(settings: RunSettings) -> None:
 
 
 def _check_counts(settings: RunSettings) -> None:
-    rollout, algorithm, prompts = (
-        settings.rollout,
-        settings.algorithm,
-        settings.train.prompts_per_step,
-    )
-    for name, count in {
-        "rollout.engines": rollout.engines,
-        "learner.ranks": settings.learner.ranks,
-    }.items():
+    rollout = settings.rollout
+    algorithm = settings.algorithm
+    prompts = settings.train.prompts_per_step
+    groups = {"rollout.engines": rollout.engines, "learner.ranks": settings.learner.ranks}
+    for name, count in groups.items():
         if prompts < count:
             raise ConfigError(
                 f"train.prompts_per_step={prompts}: must be at least {name}={count}, one prompt "
@@ -320,7 +318,8 @@ def _check_weight_transfer(settings: RunSettings) -> None:
 
 
 def _check_shared_gpus(settings: RunSettings) -> None:
-    rollout, ranks = settings.rollout, settings.learner.ranks
+    rollout = settings.rollout
+    ranks = settings.learner.ranks
     if rollout.tensor_parallel > 1:
         raise ConfigError(
             f"rollout.tensor_parallel={rollout.tensor_parallel}: under cluster.colocate=true an "
@@ -350,4 +349,4 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_pipeline,
     check_places,
 )
-"""All of them, in the order in which they run."""
+"""All checks, in the order in which they run."""
