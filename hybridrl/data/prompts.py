@@ -210,8 +210,8 @@ class PromptSource:
         """
         if not 0 <= state["position"] <= len(self.prompts):
             raise DataError(
-                f"the checkpoint stands at prompt {state['position']} of an epoch; the data has "
-                f"only {len(self.prompts)}"
+                f"the checkpoint is at prompt {state['position']} of an epoch; the data has only "
+                f"{len(self.prompts)}"
             )
         by_uid = {p.uid: p for p in self.prompts} if state["owed"] else {}
         owed = [uid.rpartition("@") for uid in state["owed"]]

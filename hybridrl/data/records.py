@@ -65,8 +65,10 @@ def rows(path: str, revision: str | None = None) -> Iterator[Row]:
     Raises:
         ConfigError, DataError: as load.
     """
-    folder, _, split = path.partition(":") if not Path(path).exists() else (path, "", "")
-    if Path(folder).is_dir():
+    if Path(path).is_dir():
+        return _dataset(path, path, None, "", None)
+    folder, _, split = path.partition(":")
+    if not Path(path).exists() and Path(folder).is_dir():
         return _dataset(path, folder, None, split, None)
     # A missing file is not searched for on the hub.
     if HUB_NAME.fullmatch(path) and not is_file_name(path) and not Path(path).exists():

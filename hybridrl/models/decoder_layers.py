@@ -86,7 +86,8 @@ def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns:
     except Exception as error:  # compilers raise errors of any type; the layers run without one
         for layer in layers:
             discard_compiled(layer)
-        model.set_attn_implementation(attention)
+        if attention is not None:
+            model.set_attn_implementation(attention)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning(
             "%s: its layers run without compilation, which failed: %s",

@@ -248,7 +248,7 @@ def check_pipeline(settings: RunSettings) -> None:
         )
     if settings.rollout.oversample and algorithm.data_fraction:
         raise ConfigError(
-            "rollout.oversample: data is not sampled, so nothing of it is late; set it to 0, or "
+            "rollout.oversample: data is not sampled, so none of it is cancelled; set it to 0, or "
             "algorithm.data_fraction=0"
         )
 

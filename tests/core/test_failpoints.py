@@ -14,7 +14,7 @@ def test_nothing_happens_while_the_variable_is_unset(monkeypatch):
     with pytest.raises(RuntimeError):
         failpoints.hit("learner.update", step=1)
     monkeypatch.delenv(failpoints.VARIABLE)
-    assert failpoints.hit("learner.update", step=1) is None
+    failpoints.hit("learner.update", step=1)
 
 
 def test_a_point_fires_at_its_place_and_under_its_conditions_only(monkeypatch):

@@ -88,7 +88,7 @@ class Failing(io.StringIO):
 def test_a_failed_write_drops_console_lines_and_raises_nothing(error: Exception):
     failing = Failing(error)
     stream = SurvivingStream(failing)
-    console = ConsoleSink(stream)
+    console = ConsoleSink(stream)  # type: ignore[arg-type]
     console.notice("one")
     console.notice("two")
     console.log({"train/step": 1.0})

@@ -160,16 +160,16 @@ def make_tokenizer(template: str | None, *, eos: str = "</s>") -> PreTrainedToke
     return fast
 
 
-def says(role: str, content: str, **more: Any) -> dict[str, Any]:
+def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
 def user(content: str) -> dict[str, Any]:
-    return says("user", content)
+    return turn("user", content)
 
 
 def bot(content: str, **more: Any) -> dict[str, Any]:
-    return says("assistant", content, **more)
+    return turn("assistant", content, **more)
 
 
 def one(
@@ -196,7 +196,8 @@ def one(
 
 
 def decoded(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    return tuple(tokenizer.decode(ids) for ids in (prompt.input_ids, *prompt.responses))
+    sequences = (prompt.input_ids, *prompt.responses)
+    return tuple(str(tokenizer.decode(list(ids))) for ids in sequences)
 
 
 def refusal(template: str | None, prompt: object, *responses: object, **settings: Any) -> str:
@@ -298,17 +299,17 @@ def test_a_tag_that_the_template_opened_is_not_mistaken_for_one_that_a_user_wrot
 @pytest.mark.parametrize(
     ("template", "messages", "missing"),
     [
-        (USERS_ONLY, [says("system", "1"), user("12")], "message 1, role `system`: '1'"),
-        (USERS_ONLY, [user("a"), bot("b"), says("tool", "a")], "message 3, role `tool`: 'a'"),
+        (USERS_ONLY, [turn("system", "1"), user("12")], "message 1, role `system`: '1'"),
+        (USERS_ONLY, [user("a"), bot("b"), turn("tool", "a")], "message 3, role `tool`: 'a'"),
         (
             USERS_ONLY,
-            [says("User", "1")],
+            [turn("User", "1")],
             "chat templates do not know the role `User`; write `user`",
         ),
-        (QWEN3, [says("human", "1")], "message 1, role `human`: '1'"),
-        (QWEN3, [says("critic", "user"), user("1")], "message 1, role `critic`: 'user'"),
-        (R1, [says("system", "Be brief."), user("1")], "message 1, role `system`: 'Be brief.'"),
-        (MISTRAL, [says("system", "1"), user("2")], "Only user and assistant roles"),
+        (QWEN3, [turn("human", "1")], "message 1, role `human`: '1'"),
+        (QWEN3, [turn("critic", "user"), user("1")], "message 1, role `critic`: 'user'"),
+        (R1, [turn("system", "Be brief."), user("1")], "message 1, role `system`: 'Be brief.'"),
+        (MISTRAL, [turn("system", "1"), user("2")], "Only user and assistant roles"),
         ("{{ messages[-1].content }}", [user("1"), bot("2"), user("3")], "message 1, role `user`"),
         ("{{ messages[0].content[:5] }}", [user("123456")], "message 1, role `user`: '123456'"),
         ("{% for m in messages %}{{ m.content.upper() }}{% endfor %}", [user("abc")], "'abc'"),
@@ -443,7 +444,7 @@ def test_a_completion_of_several_messages_follows_the_rows_prompt(tmp_path: Path
     assert (continued.responses, pair.responses) == (("4",), ("4", "5"))
     for row in (
         {"prompt": "1", "completion": [user("2"), bot("3")]},
-        {"prompt": [says("system", "0")], "chosen": [user("1"), bot("2")], "rejected": "3"},
+        {"prompt": [turn("system", "0")], "chosen": [user("1"), bot("2")], "rejected": "3"},
         {"prompt": "0", "messages": [user("1"), bot("2")]},
     ):
         with pytest.raises(
@@ -460,15 +461,21 @@ def test_the_tools_of_a_row_reach_the_template(tmp_path: Path) -> None:
         message = refusal(CHATML, row.prompt, tools=row.tools)
         assert "leaves out the name of a tool in `tools`: 'add'" in message
     assert "`tools` can only be written by a chat template" in refusal(QWEN3, "1", tools=row.tools)
-    for tools in ("hammer", {"a": 1}, ["hammer"]):
+    for malformed in ("hammer", {"a": 1}, ["hammer"]):
         with pytest.raises(DataError, match=r"rows.jsonl:1: `tools` "):
-            rows_of(tmp_path, {"prompt": "1", "tools": tools})
+            rows_of(tmp_path, {"prompt": "1", "tools": malformed})
     empty, absent = rows_of(tmp_path, {"prompt": "1", "tools": []}, {"prompt": "1"})
     assert empty.tools == absent.tools == ()
 
 
 def test_a_malformed_tool_call_is_named(tmp_path: Path) -> None:
-    for calls in ("add", [{"function": "add"}], [{"function": {"arguments": {}}}], [1]):
+    malformed: tuple[object, ...] = (
+        "add",
+        [{"function": "add"}],
+        [{"function": {"arguments": {}}}],
+        [1],
+    )
+    for calls in malformed:
         with pytest.raises(
             DataError, match=r"rows.jsonl:1: `messages`: `tool_calls` must be a list"
         ):
@@ -536,18 +543,18 @@ def test_a_prompt_that_ends_with_a_tool_call_or_with_thinking_cannot_be_continue
 
 def test_a_second_system_message_is_refused() -> None:
     for role in ("system", "developer"):
-        message = refusal(CHATML, [says(role, "1"), user("2")], system_prompt="0")
+        message = refusal(CHATML, [turn(role, "1"), user("2")], system_prompt="0")
         assert "data.system_prompt='0': train.jsonl:3 has a system message of its own" in message
     assert one(CHATML, [user("2")], system_prompt="0")[0].startswith("<|im_start|>system\n0<|")
 
 
 def test_the_instruction_is_put_around_the_text_of_a_user() -> None:
-    wrapped = {"instruction": "Q: {prompt}"}
+    wrapped: dict[str, Any] = {"instruction": "Q: {prompt}"}
     assert "user\nQ: 1<|" in one(CHATML, [user("1"), bot("2")], **wrapped)[0]
-    messages = [user("1"), bot("", tool_calls=[CALL]), says("tool", "2")]
+    messages = [user("1"), bot("", tool_calls=[CALL]), turn("tool", "2")]
     prompt = one(QWEN3, messages, **wrapped)[0]
     assert "user\nQ: 1<|" in prompt and "user\n2<|" in prompt
-    assert "no message of a user" in refusal(CHATML, [says("system", "1")], **wrapped)
+    assert "no message of a user" in refusal(CHATML, [turn("system", "1")], **wrapped)
 
 
 # -- settings of the template ----------------------------------------------------------------------
@@ -567,7 +574,7 @@ def test_arguments_reach_the_template_and_one_that_it_does_not_read_is_refused()
 def test_a_template_file_replaces_the_models_template(tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text(MISTRAL)
-    own = {"chat_template_file": str(file)}
+    own: dict[str, Any] = {"chat_template_file": str(file)}
     assert one(CHATML, [user("1")], "2", **own) == ("<s>[INST] 1[/INST]", " 2</s>")
     assert one(None, "1", chat_template=True, **own) == ("<s>[INST] 1[/INST]",)
     file.write_bytes(b"\xff")

@@ -5,6 +5,7 @@ import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,7 +152,7 @@ def test_a_rejected_countdown_response_has_the_same_numbers_and_another_value() 
         config = DataConfig(num_train=200, num_heldout=10, options={**options, "responses": "pair"})
         train = load_problems(config, seed=0)[0]
         for p in train:
-            value, numbers = value_and_numbers(p.responses[1])
+            value, numbers = value_and_numbers(str(p.responses[1]))
             assert value != p.columns["target"], p
             assert sorted(numbers) == sorted(p.columns["numbers"]), p
         assert train == load_problems(config, seed=0)[0]
@@ -213,7 +214,7 @@ def test_a_missing_or_empty_jsonl_file_is_named(tmp_path: Path) -> None:
 
 
 def test_rows_become_a_prompt_and_its_responses(tmp_path: Path) -> None:
-    table = [
+    table: list[tuple[dict[str, Any], object, tuple[str, ...]]] = [
         ({"prompt": "1+1="}, "1+1=", ()),
         ({"prompt": [{"role": "user", "content": "1+1=", "name": None}]}, turns("1+1="), ()),
         ({"prompt": "1+1=", "completion": "2"}, "1+1=", ("2",)),
@@ -405,7 +406,7 @@ def test_a_template_writes_its_own_special_tokens_and_the_generation_prompt() ->
     config = DataConfig(chat_template=True, system_prompt="1", instruction="{prompt}3")
     (prompt,) = tokenize([problem("2")], tokenizer, config, ROOM)
     assert prompt.text == "1/23/="
-    assert tokenizer.decode(prompt.input_ids) == "1/23/="  # no <bos>: the template wrote none
+    assert tokenizer.decode(list(prompt.input_ids)) == "1/23/="  # no <bos>: the template wrote none
 
 
 @needs_smollm2
@@ -418,7 +419,7 @@ def test_a_real_models_chat_template_is_applied() -> None:
         "<|im_start|>assistant\n"
     )
     assert prompt.text == expected
-    assert tokenizer.decode(prompt.input_ids) == expected
+    assert tokenizer.decode(list(prompt.input_ids)) == expected
     assert prompt.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
 
 
@@ -438,7 +439,7 @@ def test_a_countdown_solution_is_tokenized_as_in_the_shipped_models_training() -
     train = load_problems(DataConfig(num_train=50, options={"responses": "pair"}), seed=0)[0]
     for p, prompt in zip(train, tokenize(train, tokenizer, DataConfig(), ROOM, 64), strict=True):
         for text, ids in zip(p.responses, prompt.responses, strict=True):
-            assert tokenizer.decode(ids) == text + "<eos>"
+            assert tokenizer.decode(list(ids)) == f"{text}<eos>"
 
 
 @needs_smollm2
@@ -451,7 +452,7 @@ def test_a_chat_response_ends_where_the_template_ends_the_turn() -> None:
     newline = tokenizer("\n").input_ids
     whole = tokenizer(text, add_special_tokens=False).input_ids
     assert [*prompt.input_ids, *prompt.responses[0], *newline] == whole
-    assert [tokenizer.decode(ids) for ids in prompt.responses] == [
+    assert [tokenizer.decode(list(ids)) for ids in prompt.responses] == [
         "It is 42.<|im_end|>",
         "<|im_end|>",
     ]
@@ -464,7 +465,7 @@ def test_a_response_never_changes_the_tokens_of_its_prompt() -> None:
     assert list(prompt.input_ids) == tokenizer("The sky is unbeliev").input_ids
     whole = tokenizer("The sky is unbelievable").input_ids
     assert whole[: len(prompt.input_ids)] != list(prompt.input_ids)
-    text = tokenizer.decode(prompt.input_ids + prompt.responses[0])
+    text = tokenizer.decode([*prompt.input_ids, *prompt.responses[0]])
     assert text == "The sky is unbelievable<|im_end|>"
 
 
@@ -489,7 +490,7 @@ def test_responses_of_unusual_templates_end_in_an_end_token_too(
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
     (prompt,) = tokenize([problem(turns("2"), "3")], tokenizer, DataConfig(), ROOM)
-    assert tokenizer.decode(prompt.input_ids + prompt.responses[0]) == expected
+    assert tokenizer.decode([*prompt.input_ids, *prompt.responses[0]]) == expected
 
 
 def test_a_response_with_a_character_without_a_token_is_refused_by_row() -> None:

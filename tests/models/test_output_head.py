@@ -1,5 +1,7 @@
 """A model is refused unless its logits are its last hidden states times its output embedding."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -9,9 +11,9 @@ from hybridrl.models.output_head import output_weight
 from tests.batch.test_packing import APART, COMMON, LLAMA, TOGETHER, tiny
 
 IDS = torch.tensor([[1, 7, 20, 11]])
-PLAIN = APART | {kind: TOGETHER[kind] for kind in ("opt", "bloom", "mamba", "lfm2")}
-HEADS = LLAMA | {"head_dim": 8}
-NOT_PLAIN = {
+PLAIN: dict[str, Any] = APART | {kind: TOGETHER[kind] for kind in ("opt", "bloom", "mamba", "lfm2")}
+HEADS: dict[str, Any] = LLAMA | {"head_dim": 8}
+NOT_PLAIN: dict[str, Any] = {
     "recurrent_gemma": TOGETHER["recurrent_gemma"],  # soft cap
     "gemma2": HEADS,  # soft cap
     "vaultgemma": HEADS,  # soft cap
@@ -62,6 +64,6 @@ def test_a_soft_cap_is_detected_even_where_logits_are_far_below_it():
 
 
 def test_a_scale_of_one_and_no_cap_are_a_plain_head():
-    output_weight(tiny("granite", LLAMA, torch.float32))
+    output_weight(tiny("granite", {**LLAMA}, torch.float32))
     config = AutoConfig.for_model("gemma2", **COMMON, **HEADS, final_logit_softcapping=None)
     output_weight(AutoModelForCausalLM.from_config(config).eval())

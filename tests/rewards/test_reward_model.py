@@ -28,7 +28,8 @@ from hybridrl.weights.hugging_face import export, master_weights
 from tests.support.batches import make_batch, make_plan, make_rewards
 from tests.support.graph import save_tiny
 
-BOS, EOS = 1, 2
+BOS = 1
+EOS = 2
 GROUPS = [
     ((BOS, 7, 20, 11, 21), [(7, 16, 11, EOS), (9, EOS)]),
     ((BOS, 6), [(5,), (5, 14, 8, 8, 19, EOS)]),  # one response is a single token, cut there

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,7 +242,7 @@ def test_builtin_functions_run_in_a_child() -> None:
     pool = RewardPool(calls, processes=1, timeout_s=30, max_timeouts=0.5)
     entry = {"answer": "-4", "metadata": {"difficulty": {"num_terms": [2, 6]}}}
     completions = ["4 - 1 - 7 = -4", "<answer>-4</answer>", "it is 4", "no number"]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "completions": completions,
         "reasoning_gym_dataset": ["chain_sum"] * 4,
         "reasoning_gym_entry": [entry] * 4,
@@ -258,7 +259,7 @@ def test_builtin_functions_run_in_a_child() -> None:
 
 
 def test_a_user_function_receives_the_keywords_that_it_names(pool: RewardPool) -> None:
-    columns = {
+    columns: dict[str, list[Any]] = {
         "completions": ["a", "bc"],
         "prompts": ["p", "q"],
         "completion_ids": [[1], [2, 3]],
@@ -726,7 +727,7 @@ def test_a_failure_of_a_function_of_weight_0_neither_stops_nor_drops_anything(
     assert rewards.values.tolist() == [1.0, 1.0]
     assert rewards.keep.all()
     assert not rewards.errors.any()
-    assert np.array_equal(rewards.parts, [[1, 1], [1, np.nan]], equal_nan=True)
+    assert np.array_equal(rewards.parts, [[1.0, 1.0], [1.0, np.nan]], equal_nan=True)
 
 
 @pytest.mark.parametrize("on_error", OnError)
@@ -739,7 +740,7 @@ def test_where_rewards_are_only_watched_a_failure_neither_stops_nor_drops_anythi
     assert rewards.values.tolist() == [3.0, 1.0]
     assert rewards.keep.tolist() == [True, True]
     assert rewards.errors.tolist() == [False, True], "the error is still reported"
-    assert np.array_equal(rewards.parts, [[1, 1], [1, np.nan]], equal_nan=True)
+    assert np.array_equal(rewards.parts, [[1.0, 1.0], [1.0, np.nan]], equal_nan=True)
 
 
 def test_the_weights_of_the_step_are_used_and_not_those_of_the_settings(open_worker: Open) -> None:

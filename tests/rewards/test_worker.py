@@ -72,7 +72,7 @@ def test_an_endless_generator_returns_the_wrong_number_of_values() -> None:
 @pytest.mark.parametrize("answer", [None, float("nan"), float("inf"), {"a": 1}, [1], True, ""])
 def test_math_refuses_a_reference_that_is_neither_text_nor_a_finite_number(answer: object) -> None:
     with pytest.raises(ValueError, match="answer="):
-        math(["1"], answer=[answer])
+        math(["1"], answer=[answer])  # type: ignore[list-item]
 
 
 def test_math_reads_references_that_are_numbers() -> None:

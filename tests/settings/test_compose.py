@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from hybridrl.controller.rounding import rounding_warning
 from hybridrl.core.errors import ConfigError
@@ -120,7 +120,8 @@ def test_the_written_settings_load_back_to_the_same(monkeypatch: pytest.MonkeyPa
         ]
     )
     text = to_yaml(settings)
-    assert to_settings(OmegaConf.create(text)) == settings
+    composed = OmegaConf.create(text)
+    assert isinstance(composed, DictConfig) and to_settings(composed) == settings
     assert "group: here/g" in text and "${" not in text and "k" * 40 not in text
 
 

@@ -170,11 +170,16 @@ def test_a_folder_of_settings_and_a_file_work_beside_hydras_flags(
     text = "# @package _global_\ndefaults: [quickstart, _self_]\ntrain: {steps: 3}\n"
     (tmp_path / "mine/experiment/short.yaml").write_text(text)
     runs: list[RunSettings] = []
+
+    def record(settings: RunSettings) -> int:
+        runs.append(settings)
+        return 0
+
     arguments = ["--config-dir", str(tmp_path / "mine"), "experiment=short", "run.dir=x"]
-    assert hydra_flags(arguments, lambda settings: runs.append(settings) or 0) == 0
+    assert hydra_flags(arguments, record) == 0
     with own_file(write(tmp_path, "experiment: quickstart\ntrain: {steps: 4}\n")) as base:
         sweep = [*base, "-m", "run.dir=a,b"]
-        assert hydra_flags(sweep, lambda settings: runs.append(settings) or 0) == 0
+        assert hydra_flags(sweep, record) == 0
     assert [(s.run.dir, s.train.steps) for s in runs] == [("x", 3), ("a", 4), ("b", 4)]
 
 

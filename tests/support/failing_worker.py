@@ -29,7 +29,7 @@ class Failing:
 
 
 class AsyncFailing(Failing):
-    async def ping(self) -> str:
+    async def ping(self) -> str:  # type: ignore[override]
         return "here"
 
 
