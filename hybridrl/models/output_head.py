@@ -94,7 +94,7 @@ def _body_returns(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
     Some models, such as OPT, call the decoder inside of the body, so both are replaced.
     """
     bodies = {id(body): body for body in (model.base_model, model.get_decoder())}.values()
-    output = _BodyOutput(last_hidden_state=hidden)  # type: ignore[arg-type]
+    output = _BodyOutput(last_hidden_state=hidden)
     before = [body.__dict__.get("forward") for body in bodies]
     for body in bodies:
         body.forward = lambda *_, **__: output

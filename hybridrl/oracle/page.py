@@ -30,8 +30,8 @@ verdict is declared for them, and the exit status is 1 if their gradient is bias
 are compared with finite differences of the loss.
 
 The losses on ranked pairs have no rows in the table. A
-[test](../../tests/objectives/test_presets.py) compares
-them, and every other preset, with a direct implementation of the published formula.
+[test](../../tests/objectives/test_presets.py) compares them, and every other preset, with a direct
+implementation of the published formula.
 
 ## How to read a row
 

@@ -142,9 +142,13 @@ def _checked(value: object) -> float | str | None:
     """
     if value is None:
         return None
-    number = value.item() if getattr(value, "shape", None) == () else value
-    if isinstance(number, Real | Decimal) and abs(number) <= FLOAT32_MAX:  # False for NaN
-        converted = float(number)
-        if math.isfinite(converted):
-            return converted
+    number: Any = value
+    if getattr(value, "shape", None) == ():
+        number = number.item()
+    if isinstance(number, Real | Decimal):
+        magnitude: Any = abs(number)
+        if magnitude <= FLOAT32_MAX:  # False for NaN
+            converted = float(number)
+            if math.isfinite(converted):  # a subclass may override __abs__
+                return converted
     return f"returned {plain(f'{value!r:.100}')}, must be a finite number"

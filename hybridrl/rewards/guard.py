@@ -24,6 +24,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from hybridrl.core import redact
 from hybridrl.core.plain_text import plain
@@ -99,7 +100,8 @@ def _guard(line: Connection, child: int, group: Path | None, output: int) -> Non
     forwarder.start()
     try:
         while (status := reaped().get(child)) is None:
-            ready, _, _ = select.select([line, wakeup], [], [])
+            sources: list[Any] = [line, wakeup]
+            ready, _, _ = select.select(sources, [], [])
             if line in ready:
                 break
             os.read(wakeup, 4096)

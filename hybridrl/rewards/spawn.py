@@ -12,6 +12,8 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.popen_spawn_posix import Popen
+from multiprocessing.process import BaseProcess
 
 from hybridrl.core.redact import without_secrets
 
@@ -31,9 +33,9 @@ class BareProcess(SpawnProcess):
     """A spawned process that inherits no secret variable and does not run the main script."""
 
     @staticmethod
-    def _Popen(process: SpawnProcess) -> object:
+    def _Popen(process_obj: BaseProcess) -> Popen:
         with without_main_script(), without_secrets():
-            return SpawnProcess._Popen(process)  # type: ignore[attr-defined]
+            return SpawnProcess._Popen(process_obj)
 
 
 class BareContext(SpawnContext):
