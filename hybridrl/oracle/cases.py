@@ -251,8 +251,8 @@ def off_policy() -> Iterator[Case]:
 def distances() -> Iterator[Case]:
     """A sampler whose logits differ by 0.3 N(0,1) from a student on its way to the teacher.
 
-    The costs of drawn tokens vanish at the teacher, so an error that does not vanish with them would
-    dominate the gradient near it.
+    The costs of drawn tokens vanish at the teacher, so an error that does not vanish with them
+    would dominate the gradient near it.
     """
     per_token = ("normalizer=constant", "ratio.kind=truncate")
     top_two = ("support=topk", "topk.k=2", *per_token)

@@ -60,7 +60,7 @@ def test_a_pipelined_schedule_runs_two_steps_ahead_and_the_default_none():
 
 
 def test_the_presets_have_the_weights_of_the_methods_after_which_they_are_named():
-    def preset(name: str) -> tuple[float, float, float, Baseline]:
+    def preset(name: str) -> tuple[float, float, float, str]:
         algorithm = load_config([*BASE, f"algorithm={name}"]).algorithm
         weights = (algorithm.imitation_weight.value, algorithm.reward_weight.value)
         return *weights, algorithm.gamma, algorithm.baseline
