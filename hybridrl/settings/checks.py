@@ -73,7 +73,7 @@ def check_best_checkpoint(settings: RunSettings) -> None:
 
 
 def check_needs(settings: RunSettings) -> None:
-    """What the objective asks for is there, and what it is given it uses."""
+    """Check that everything the objective needs is set, and that it uses what is set."""
     algorithm = settings.algorithm
     pairs = algorithm.ranks_pairs
     from_student = algorithm.data_fraction + algorithm.teacher_fraction < 1
@@ -190,8 +190,9 @@ def check_needs(settings: RunSettings) -> None:
 
 
 def check_objective(settings: RunSettings) -> None:
-    """What the built-in estimator or loss says of other settings; objectives/user_code.py has the
-    same rules for a user's own.
+    """Check other settings as the built-in estimator or loss requires.
+
+    objectives/user_code.py has the same rules for a user's own.
     """
     algorithm = settings.algorithm
     if algorithm.pair.loss in PAIR_LOSSES:

@@ -47,7 +47,7 @@ BUILT_IN = {
         **PAIR_LOSSES,
     },
 }
-"""The words of settings that name a class or function."""
+"""The words of settings that name a built-in class or function."""
 
 WIDTH = 100
 """Columns of a listing with comments."""
