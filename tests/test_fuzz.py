@@ -1,6 +1,4 @@
-"""Whatever comes from outside, on the command line, in a file of data, out of a reward function,
-ends in a typed error or works.
-"""
+"""Random input works or ends in a typed error: overrides, files of data, and reward functions."""
 
 import json
 from collections.abc import Iterator
@@ -23,10 +21,7 @@ derandomized = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    phases=[
-        Phase.explicit,
-        Phase.generate,
-    ],  # a failure is told as found: making it smaller takes minutes
+    phases=[Phase.explicit, Phase.generate],  # no shrinking of a failure, which takes minutes
     suppress_health_check=list(HealthCheck),
 )
 
@@ -106,7 +101,7 @@ override = st.builds(
 
 
 @settings(derandomized, max_examples=200)
-@example(["deadlines.start_s=a\nb"])  # the override is told as given, on one line
+@example(["deadlines.start_s=a\nb"])  # the message shows the override on one line
 @example(["run.resume='a\nb'"])
 @given(st.lists(override, min_size=1, max_size=2))
 def test_any_override_works_or_is_one_sentence(overrides: list[str]):
@@ -128,7 +123,7 @@ def test_any_override_works_or_is_one_sentence(overrides: list[str]):
         "train.lr_end",
     ],
 )
-def test_no_number_of_the_settings_is_infinite_or_none(key: str, value: str):
+def test_numbers_of_the_settings_must_be_finite(key: str, value: str):
     with pytest.raises(ConfigError, match=rf"{key}=.*(must be|needs)"):
         load_config(["experiment=quickstart", "run.dir=x", f"{key}={value}"])
 
@@ -142,7 +137,7 @@ def test_any_text_survives_the_written_settings(text: str):
 
 @settings(derandomized, max_examples=200)
 @given(st.text(max_size=40) | st.sampled_from(VALUES).map(lambda value: f"train: {value}"))
-def test_any_text_in_the_place_of_settings_is_refused_in_one_sentence(text: str):
+def test_any_text_that_is_not_settings_is_refused_in_one_sentence(text: str):
     try:
         from_yaml(text)
     except ConfigError as error:
@@ -207,20 +202,18 @@ def test_any_file_of_rows_becomes_prompts_or_an_error_that_names_the_row(
         task="jsonl", path=str(file), heldout_path=str(file), chat_template=templated
     )
     try:
-        prompts = tokenize(
-            load_problems(config, seed=0)[0], TOKENIZER, config, max_prompt_tokens=48
-        )
+        problems = load_problems(config, seed=0)[0]
+        prompts = tokenize(problems, TOKENIZER, config, max_prompt_tokens=48)
     except DataError as error:
         assert str(error).startswith(str(file))
     else:
         assert all(p.uid.startswith("train-00000") and p.input_ids for p in prompts)
 
 
-def test_a_separator_of_lines_that_json_allows_inside_a_text_ends_no_row(file: Path):
+def test_a_line_separator_that_json_allows_in_a_string_does_not_end_a_row(file: Path):
     file.write_text('{"prompt": "1 2=3:", "note": "a\u2028b"}\r\n{"prompt": "4"}', encoding="utf-8")
-    rows = load_problems(DataConfig(task="jsonl", path=str(file), heldout_path=str(file)), seed=0)[
-        0
-    ]
+    config = DataConfig(task="jsonl", path=str(file), heldout_path=str(file))
+    rows = load_problems(config, seed=0)[0]
     assert [(p.prompt, p.columns) for p in rows] == [("1 2=3:", {"note": "a\u2028b"}), ("4", {})]
 
 
@@ -243,13 +236,20 @@ def stops():
     raise ValueError("midway")
 
 VALUES = {
-    "nan": float("nan"), "inf": float("inf"), "huge": 1e300, "int": 10**400, "fraction": Fraction(1, 3), "decimal": Decimal(1),
-    "complex": 1j, "numpy": np.float32(0.5), "bool": True, "none": None, "text": "1", "liar": Liar(1.0), "mute": Mute(), "list": [1.0],
+    "nan": float("nan"), "inf": float("inf"), "huge": 1e300, "int": 10**400,
+    "fraction": Fraction(1, 3), "decimal": Decimal(1), "complex": 1j, "numpy": np.float32(0.5),
+    "bool": True, "none": None, "text": "1", "liar": Liar(1.0), "mute": Mute(), "list": [1.0],
     "surrogate": "\\ud800",
 }
-RAISED = {"exit": SystemExit, "stop": StopIteration, "interrupt": KeyboardInterrupt, "memory": MemoryError, "mute": Mute, "x": ValueError}
-WHOLES = {"scalar": 1.0, "none": None, "dict": {"a": 1}, "text": "1", "stops": stops, "uncountable": Uncountable([1.0]),
-          "array": np.ones(1), "matrix": np.ones((1, 2)), "mute": Mute(), "type": dict}
+RAISED = {
+    "exit": SystemExit, "stop": StopIteration, "interrupt": KeyboardInterrupt,
+    "memory": MemoryError, "mute": Mute, "x": ValueError,
+}
+WHOLES = {
+    "scalar": 1.0, "none": None, "dict": {"a": 1}, "text": "1", "stops": stops,
+    "uncountable": Uncountable([1.0]), "array": np.ones(1), "matrix": np.ones((1, 2)),
+    "mute": Mute(), "type": dict,
+}
 
 def odd(completions):
     kind, name = json.loads(completions[0])
@@ -298,14 +298,10 @@ RAISED_NAMES = ["exit", "stop", "interrupt", "memory", "mute", "x"]
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardPool]:
     path = tmp_path_factory.mktemp("rewards") / "odd.py"
     path.write_text(ODD)
-    opened = RewardPool(
-        {"odd": RewardCall(function=f"{path}:odd", options={})},
-        processes=1,
-        timeout_s=20.0,
-        max_timeouts=0.5,
-    )
-    yield opened
-    opened.close()
+    calls = {"odd": RewardCall(function=f"{path}:odd", options={})}
+    pool = RewardPool(calls, processes=1, timeout_s=20.0, max_timeouts=0.5)
+    yield pool
+    pool.close()
 
 
 @settings(derandomized, max_examples=300)
@@ -315,10 +311,10 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardPool]:
     | st.tuples(st.just("whole"), st.sampled_from(WHOLE_NAMES))
     | st.tuples(st.just("raise"), st.sampled_from(RAISED_NAMES))
 )
-def test_whatever_a_reward_function_does_is_a_finite_number_or_a_failure_of_a_known_kind(
-    pool: RewardPool, asked: tuple[str, object]
+def test_any_behaviour_of_a_reward_function_is_a_finite_number_or_a_failure(
+    pool: RewardPool, behaviour: tuple[str, object]
 ):
-    [outcome] = pool.call("odd", {"completions": [json.dumps(asked)]})
+    (outcome,) = pool.call("odd", {"completions": [json.dumps(behaviour)]})
     if isinstance(outcome, Failure):
         assert outcome.kind in (FailureKind.raised, FailureKind.invalid) and outcome.text
     else:

@@ -20,7 +20,8 @@ LAYERS = [
     {"ops"},
     {"kernels"},
     {"batch"},
-    {"data", "models"},
+    {"models"},
+    {"data"},
     {"weights"},
     {"rewards"},
     {"run_dir"},
@@ -159,10 +160,7 @@ def test_no_layer_imports_one_above_it():
 def file_circles(package: Path) -> list[set[str]]:
     """Sets of files that import each other, directly or through others."""
     trees = dict(files(package))
-    modules = {
-        f"{package.name}.{path.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}": path
-        for path in trees
-    }
+    modules = {module_name(package, path): path for path in trees}
     targets = {
         path: {modules[name] for name in imports(tree) if name in modules} - {path}
         for path, tree in trees.items()
@@ -172,6 +170,12 @@ def file_circles(package: Path) -> list[set[str]]:
         {path} | {other for other in reached[path] if path in reached[other]} for path in targets
     ]
     return [circle for circle in circles if len(circle) > 1]
+
+
+def module_name(package: Path, path: str) -> str:
+    """Example: module_name(hybridrl, "core/files.py") == "hybridrl.core.files"."""
+    inside = path.removesuffix(".py").removesuffix("/__init__")
+    return f"{package.name}.{inside.replace('/', '.')}"
 
 
 def reachable(start: str, targets: dict[str, set[str]]) -> set[str]:

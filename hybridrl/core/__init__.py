@@ -1,3 +1,1 @@
-"""What every other package may use: errors, files that survive a crash, redaction of secrets,
-failpoints.
-"""
+"""What every package may use: errors, crash-safe files, secret redaction, failpoints."""

@@ -8,14 +8,15 @@ from functools import lru_cache
 
 @lru_cache
 def has_compiler() -> bool:
-    """Whether torch.compile finds a C++ compiler; without one the rows are worked on eagerly, with
-    a warning.
+    """Whether torch.compile finds a C++ compiler; warns where it does not.
+
+    Without a compiler, the rows of the loss are computed eagerly.
     """
-    found = shutil.which(os.environ.get("CXX", "g++")) is not None
-    if not found:
+    available = shutil.which(os.environ.get("CXX", "g++")) is not None
+    if not available:
         warnings.warn(
             "no C++ compiler (g++, or CXX): the loss over the vocabulary runs eagerly, several "
             "times slower",
             stacklevel=2,
         )
-    return found
+    return available

@@ -1,16 +1,16 @@
-"""Every error a user can meet.
+"""Every error that a user can meet.
 
-All derive from HybridRLError, keep their constructor arguments in `args` and so survive pickling
-between processes. Where a standard type fits, the error is that type too.
+All of them derive from HybridRLError and keep their constructor arguments in `args`, so that they
+survive pickling between processes. Where a standard exception fits, the error is of that type too.
 """
 
 
 class HybridRLError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base class of all errors that are raised on purpose."""
 
 
 class ConfigError(HybridRLError, ValueError):
-    """A setting that cannot work: the message names field, value, rule and remedy."""
+    """A setting that cannot work; the message names the field, value, rule and remedy."""
 
 
 class DataError(HybridRLError, ValueError):
@@ -22,31 +22,30 @@ class CheckpointError(HybridRLError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint whose files are certainly not those that were saved."""
+    """A checkpoint whose files certainly differ from those that were saved."""
 
 
 class RunDirectoryError(HybridRLError):
-    """The run directory cannot be used: locked by another run, holds another run, or was changed
-    under the run.
+    """The run directory cannot be used.
+
+    Another run has locked it, it holds another run, or it was changed while the run used it.
     """
 
 
 class RunDirectoryTaken(RunDirectoryError):
-    """Another directory stands in the place of the run's own; nothing may be written there."""
+    """Another directory has replaced the run's own; nothing may be written there."""
 
 
 class LedgerError(HybridRLError):
-    """A run's ledger is damaged, or says that a prompt was trained twice or left out."""
+    """A run's ledger is damaged, or records that a prompt was trained twice or omitted."""
 
 
 class PlacementError(HybridRLError):
-    """The cluster cannot hold what was asked for; the message lists demand against supply."""
+    """The cluster cannot hold the requested workers; the message lists demand and supply."""
 
 
 class ContractError(HybridRLError):
-    """A running teacher or engine does not give what the objective takes for granted; the message
-    names it.
-    """
+    """A running teacher or engine breaks an assumption of the objective; the message names it."""
 
 
 class WeightSyncError(HybridRLError):
@@ -58,37 +57,40 @@ class MetricError(HybridRLError):
 
 
 class RewardError(HybridRLError):
-    """More reward calls failed than `reward.max_error_rate` allows, or the policy is to fail."""
+    """Reward calls failed: more than reward.max_error_rate, or any under reward.on_error=fail."""
 
 
 class NonFiniteError(HybridRLError):
-    """A loss or gradient was NaN or infinite; nothing of it is saved."""
+    """A loss or gradient was NaN or infinite; the update was not saved."""
 
 
 class SkippedStep(NonFiniteError):
-    """A gradient was NaN or infinite, and the weights are as they were before."""
+    """A gradient was NaN or infinite, and the weights were not changed."""
 
 
 class WorkerError(HybridRLError):
-    """A worker process failed at a call.
+    """A call to a worker process failed.
 
     Args:
         worker: name of the worker, e.g. "rollout/0".
         call: the method that was running.
         reason: one sentence.
-        epoch: how many workers of that name there were before this one.
+        epoch: how many workers of that name preceded this one.
     """
 
     def __init__(self, worker: str, call: str, reason: str, epoch: int = 0) -> None:
         super().__init__(worker, call, reason, epoch)
-        self.worker, self.call, self.reason, self.epoch = worker, call, reason, epoch
+        self.worker = worker
+        self.call = call
+        self.reason = reason
+        self.epoch = epoch
 
     def __str__(self) -> str:
         return f"{self.worker} failed in {self.call}: {self.reason}"
 
 
 class WorkerDied(WorkerError):
-    """The worker's process is gone."""
+    """The worker's process has ended."""
 
 
 class WorkerTimeout(WorkerError, TimeoutError):
@@ -96,21 +98,23 @@ class WorkerTimeout(WorkerError, TimeoutError):
 
 
 def raised(error: WorkerError) -> bool:
-    """Whether the worker raised an exception, and neither died nor stayed silent: the same call may
-    raise it again.
+    """Whether the worker itself raised an exception, which the same call may raise again.
+
+    False where the worker died or did not answer in time.
     """
     return not isinstance(error, WorkerDied | WorkerTimeout)
 
 
 class FleetExhausted(HybridRLError):
-    """Workers of one kind were lost more often than cluster.max_restarts allows, or a replacement
-    cannot help.
+    """Workers of one kind failed more often than cluster.max_restarts allows.
+
+    Also raised where a replacement cannot help.
     """
 
 
 class ClusterLost(HybridRLError):
-    """Ray itself is gone, so that workers can be neither called nor replaced."""
+    """Ray itself has ended, so that workers can be neither called nor replaced."""
 
 
 class Preempted(HybridRLError):
-    """The run was told to end (SIGTERM) and has saved what it could; the same command continues."""
+    """A stop signal (SIGTERM) ended the run, which saved its state; the same command continues."""

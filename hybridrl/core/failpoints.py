@@ -1,10 +1,11 @@
-"""Named places where a test makes something go wrong. Nothing at all while HYBRIDRL_FAILPOINTS is
-unset.
+"""Named places in the program where a test can inject a fault.
+
+They do nothing while HYBRIDRL_FAILPOINTS is unset.
 
     HYBRIDRL_FAILPOINTS="learner.update:step=2:do=kill:once=/tmp/fired;rollout.generate:do=raise"
 
-Each point is a place, conditions on what the place tells of itself, what to do there, and a file
-that lets it happen once only, however many processes come by.
+A failpoint has a place, conditions on the values that the place passes, an action, and optionally a
+marker file that limits it to one firing over all processes.
 """
 
 import errno
@@ -29,7 +30,7 @@ class Failpoint:
     place: str
     where: dict[str, str]
     do: Do
-    once: Path | None  # made when the point fires; None: it fires every time
+    once: Path | None  # marker file, created when the point fires; None: it fires every time
 
     def fires(self, place: str, where: dict[str, object]) -> bool:
         if place != self.place or any(
@@ -45,10 +46,14 @@ class Failpoint:
 
 
 def hit(place: str, **where: object) -> None:
-    """Tell that the program is at `place`; does what a point set there says.
+    """Perform the actions of the failpoints that are set at `place` under these conditions.
+
+    Args:
+        place: where the program is, e.g. "learner.update".
+        where: the values that conditions are compared with, as text.
 
     Raises:
-        RuntimeError, OSError: a point says so.
+        RuntimeError, OSError: a failpoint asks for it.
     """
     if VARIABLE not in os.environ:
         return
@@ -67,11 +72,15 @@ def hit(place: str, **where: object) -> None:
 
 
 def parse(text: str) -> list[Failpoint]:
-    """Example: "rollout.generate:wave=train-1:do=kill" -> one point."""
+    """Read the variable's text.
+
+    Example: "rollout.generate:wave=train-1:do=kill" gives one failpoint.
+    """
     points = []
     for part in filter(None, text.split(";")):
         place, *pairs = part.split(":")
         where = dict(pair.split("=", 1) for pair in pairs)
-        do, once = Do(where.pop("do")), where.pop("once", None)
+        do = Do(where.pop("do"))
+        once = where.pop("once", None)
         points.append(Failpoint(place=place, where=where, do=do, once=Path(once) if once else None))
     return points

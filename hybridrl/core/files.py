@@ -1,8 +1,7 @@
-"""Files that a run keeps: read through passing errors, replaced whole, on disk when a call returns,
-never through a link.
+"""Files of a run: reads that survive transient errors, and atomic, durable writes.
 
-A run directory may come from elsewhere, so a link or a device in the place of a file is refused;
-and a file server may fail for a moment, so only a file that is certainly absent counts as absent.
+A run directory may come from elsewhere, so a link or a device in the place of a file is refused.
+A file server may fail for a moment, so a file counts as absent only if the error certainly says so.
 """
 
 import errno
@@ -20,21 +19,18 @@ from hybridrl.core.errors import RunDirectoryError
 T = TypeVar("T")
 
 RETRY_AFTER_S = (0.1, 0.5, 2.0, 5.0)
-"""Waits before another attempt at a read that failed; a file server that restarts is often back
-within them.
-"""
+"""Seconds to wait between attempts at a failed read; a restarting file server often needs less."""
 
 ABSENT = (FileNotFoundError, NotADirectoryError)
 PERMANENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
-"""Answers about the path itself: another attempt would give the same one."""
+"""Errors about the path itself, which another attempt would raise again."""
 
 
 def retry(read: Callable[[], T]) -> T:
-    """The result of `read`, attempted again after each OSError that may pass, such as ESTALE, EIO,
-    EMFILE or EACCES.
+    """The result of `read`, repeated after an OSError that may pass, such as ESTALE, EIO or EMFILE.
 
     Raises:
-        OSError: the last attempt's, or at once one that says what the path is.
+        OSError: the last attempt's error, or at once one of PERMANENT.
     """
     for wait_s in RETRY_AFTER_S:
         try:
@@ -47,7 +43,7 @@ def retry(read: Callable[[], T]) -> T:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a regular file for reading; a link is not followed, a pipe or device not waited for.
+    """Open a regular file for reading, without following a link or blocking on a pipe or device.
 
     Raises:
         RunDirectoryError: it is a link or a special file.
@@ -68,11 +64,11 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path) -> bytes | None:
-    """The content of a plain file; None: there is certainly no such file.
+    """The content of a plain file; None where there is certainly no such file.
 
     Raises:
         RunDirectoryError: it is a link or a special file.
-        OSError: it cannot be read, also after some waiting.
+        OSError: it cannot be read, even after the retries.
     """
 
     def read() -> bytes:
@@ -86,16 +82,19 @@ def read_bytes(path: Path) -> bytes | None:
 
 
 def read_text(path: Path) -> str | None:
-    """As read_bytes, decoded; bytes that are no UTF-8 become replacement characters."""
+    """The decoded content of a plain file, as read_bytes.
+
+    Bytes that are not UTF-8 become replacement characters.
+    """
     content = read_bytes(path)
     return None if content is None else content.decode("utf-8", errors="replace")
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted by name; empty where there is certainly no such folder.
+    """The paths in a folder, sorted by name; empty where there is certainly no such folder.
 
     Raises:
-        OSError: it cannot be listed, also after some waiting.
+        OSError: it cannot be listed, even after the retries.
     """
     try:
         return sorted(folder / name for name in retry(lambda: os.listdir(folder)))
@@ -104,37 +103,42 @@ def entries(folder: Path) -> list[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """As replace_bytes, of text; lone surrogates, which UTF-8 lacks, are written as escapes."""
+    """Replace a text file as replace_bytes does.
+
+    Lone surrogates, which UTF-8 cannot encode, are written as escapes.
+    """
     replace_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Write the whole file in one move: a reader, a kill or a loss of power leaves the old one or
-    the new one. A link in its place is replaced, not followed.
+    """Write a whole file atomically and durably.
+
+    A reader, a kill or a power failure sees the old content or the new content, never a mixture. A
+    link at `path` is replaced, not followed.
 
     Raises:
-        OSError: it cannot be written; the old one stands.
+        OSError: it cannot be written; the old file remains.
     """
-    aside = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}")
     with named(path):
-        aside.unlink(missing_ok=True)
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
+            os.replace(temporary, path)
         except OSError:
             with suppress(OSError):
-                aside.unlink()
+                temporary.unlink()
             raise
         sync_to_disk(path.parent)
 
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """An OSError says which file it is about; those of write and fsync do not."""
+    """Add the path to an OSError that lacks one, as those of write and fsync do."""
     try:
         yield
     except OSError as error:
@@ -143,10 +147,10 @@ def named(path: Path) -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file's content, in hexadecimal digits.
+    """The SHA-256 digest of a file's content, in hexadecimal digits.
 
     Raises:
-        OSError: it cannot be read, also after some waiting.
+        OSError: it cannot be read, even after the retries.
     """
 
     def read() -> str:
@@ -157,7 +161,7 @@ def sha256(path: Path) -> str:
 
 
 def sync_to_disk(path: Path) -> None:
-    """fsync a file, or a folder: the names in it."""
+    """Call fsync on a file, or on a folder to make the names in it durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,4 @@
-"""Which files of its author's own a user's file needs: what it imports, directly or through one
-another.
-"""
+"""Which files of its author's own a user's file imports, directly or indirectly."""
 
 import ast
 import sys
@@ -14,38 +12,37 @@ INSTALLED = tuple(
     Path(sysconfig.get_path(kind)).resolve()
     for kind in ("stdlib", "platstdlib", "purelib", "platlib")
 )
+"""Folders of the standard library and of installed packages."""
 
 
 def imported_files(file: Path) -> list[Path]:
-    """The files of the modules that `file` imports, those within functions included, without
-    itself.
+    """The files of the modules that `file` imports, without itself; imports in functions count.
 
-    Left out are the standard library, installed packages and hybridrl itself, which are of one
-    version for the whole environment, and what is imported by a name that only the running program
-    knows.
+    The standard library, installed packages and hybridrl itself are excluded: each has one version
+    for the whole environment. So are imports by a name that is computed while the program runs.
     """
     file = file.resolve()
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     waiting = [file]
     while waiting:
         current = waiting.pop()
         for path in modules_of(current, file.parent):
-            if path != file and path not in found:
-                found[path] = None
+            if path != file and path not in files:
+                files[path] = None
                 waiting.append(path)
-    return sorted(found)
+    return sorted(files)
 
 
 def modules_of(file: Path, folder: Path) -> Iterator[Path]:
     """The files of the modules that one file names in its imports.
 
     Args:
-        folder: of the user's file, whose neighbours it imports by their names.
+        folder: the folder of the user's file, whose neighbours it imports by their names.
     """
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
-        return  # running it says what is wrong with it
+        return  # loading the function raises an error that names the cause
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -58,14 +55,15 @@ def modules_of(file: Path, folder: Path) -> Iterator[Path]:
 
 
 def search_path(folder: Path) -> list[Path]:
-    """Where modules of a user's own are looked for, in this order."""
+    """The folders that are searched for a user's own modules, in this order."""
     others = [Path(entry or ".").resolve() for entry in sys.path]
     return [folder, *(path for path in others if not is_installed(path))]
 
 
 def find_module(names: list[str], roots: list[Path]) -> Iterator[Path]:
-    """The files along a dotted name, packages first; the last name may be something inside of a
-    module.
+    """The files along a dotted name, packages first.
+
+    The last part of the name may be an object inside of a module instead.
     """
     top = names[0]
     if top in sys.stdlib_module_names or top in ("hybridrl", "*"):
@@ -85,10 +83,8 @@ def find_module(names: list[str], roots: list[Path]) -> Iterator[Path]:
 
 
 def editable_root(top: str) -> list[Path]:
-    """The folder that a package is imported from which was installed as a link to its sources;
-    empty for any other.
-    """
-    with suppress(Exception):  # finders of any package may answer, and raise what they like
+    """The folder from which an editable install imports a package; empty for any other package."""
+    with suppress(Exception):  # any package may add a finder, which may raise any exception
         spec = find_spec(top)
         if spec is not None and spec.origin and not is_installed(Path(spec.origin).resolve()):
             return [
@@ -98,4 +94,5 @@ def editable_root(top: str) -> list[Path]:
 
 
 def is_installed(path: Path) -> bool:
+    """Whether a path is inside of INSTALLED or in an archive."""
     return path.suffix == ".zip" or any(path.is_relative_to(folder) for folder in INSTALLED)

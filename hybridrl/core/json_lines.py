@@ -1,4 +1,4 @@
-"""Files of one JSON object a line: on disk line by line, and read back whole or up to a step."""
+"""Files with one JSON object per line: durable appends, and reads of all or of the first steps."""
 
 import json
 import os
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 class Appender:
-    """The end of a file that exists; a line is on disk when `append` returns.
+    """Appends lines to an existing file; a line is on disk when `append` returns.
 
-    It also notices that the file, or the directory around it, is no longer what its name leads to.
+    It also detects that the file or its directory was moved or replaced.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,10 +26,10 @@ class Appender:
         self._closed = False
 
     def append(self, line: str) -> None:
-        """Unbuffered, so that what could not be written is not tried again later.
+        """Write a line without buffering, so that a failed write is not repeated later.
 
         Raises:
-            OSError: it cannot be written; part of the line may be there.
+            OSError: it cannot be written; part of the line may be in the file.
         """
         remaining = memoryview(line.encode("utf-8", errors="backslashreplace"))
         with named(self.path):
@@ -38,8 +38,10 @@ class Appender:
             os.fsync(self._file)
 
     def check_folder(self) -> None:
-        """Raises:
-        RunDirectoryTaken: the path of the directory leads to another directory.
+        """Check that the path of the directory still leads to the directory that was opened.
+
+        Raises:
+            RunDirectoryTaken: it leads to another directory.
         """
         if is_at(self._folder, self.path.parent) is False:
             raise RunDirectoryTaken(
@@ -48,9 +50,11 @@ class Appender:
             )
 
     def check(self) -> None:
-        """Raises:
-        RunDirectoryTaken: as check_folder.
-        RunDirectoryError: the file or its directory was removed, moved or replaced.
+        """Check that the path of the file still leads to the file that was opened.
+
+        Raises:
+            RunDirectoryTaken: as check_folder.
+            RunDirectoryError: the file or its directory was removed, moved or replaced.
         """
         self.check_folder()
         if not is_at(self._file, self.path):
@@ -67,36 +71,34 @@ class Appender:
 
 
 def is_at(descriptor: int, path: Path) -> bool | None:
-    """Whether a path leads to what is open; None: it leads to nothing. True also where this cannot
-    be known now.
+    """Whether a path leads to the file that is open; None where it leads to nothing.
 
-    Some network file systems number files anew at every look, so equal size and time of change
-    count as equal numbers.
+    Also True where the file server fails for the moment; the next write shows whether the file is
+    gone. Some network file systems report new inode numbers at every call, so equal size and
+    modification time count as equal numbers.
     """
     try:
-        there = os.stat(path)
+        at_path = os.stat(path)
     except ABSENT:
         return None
     except OSError:
-        return (
-            True  # a file server that fails for a moment; the next write shows whether it is gone
-        )
-    here = os.fstat(descriptor)
-    same_change = (here.st_size, here.st_mtime_ns) == (there.st_size, there.st_mtime_ns)
-    return os.path.samestat(here, there) or same_change
+        return True
+    opened = os.fstat(descriptor)
+    same_change = (opened.st_size, opened.st_mtime_ns) == (at_path.st_size, at_path.st_mtime_ns)
+    return os.path.samestat(opened, at_path) or same_change
 
 
 def read_lines(
     path: Path, parse: Callable[[Any], T], step: Callable[[T], int], through: int | None = None
 ) -> list[T]:
-    """The objects of a file, oldest first; no file is no objects, and a last line without its end,
-    which a kill leaves, is left out.
+    """The objects of a file, oldest first; empty where there is no file.
+
+    A last line without a line end, which a kill leaves behind, is ignored.
 
     Args:
-        parse: from what JSON holds to an object; raises ValueError with the reason.
-        step: the step that an object belongs to; steps never fall along the file.
-        through: only objects up to this step; damage after them is of no account. None: all
-            objects.
+        parse: converts a JSON value to an object; raises ValueError with the reason.
+        step: the step that an object belongs to; steps never decrease along the file.
+        through: the last step to read; damage after it is ignored. None: all objects.
 
     Raises:
         DataError: names the first damaged line.
@@ -119,8 +121,7 @@ def read_lines(
         if damage:
             raise damage
         objects.append(parsed)
-    # The last line that is needed is that of step `through`: without it, a damaged line may have
-    # been it.
+    # Without a line of step `through`, a damaged line may be the missing one.
     if damage and (
         through is None or (through > 0 and (not objects or step(objects[-1]) < through))
     ):
@@ -129,10 +130,10 @@ def read_lines(
 
 
 def whole_number(value: Any, what: str) -> int:
-    """A count as JSON holds it, 3 or 3.0.
+    """A count that JSON holds as 3 or 3.0.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is not a whole number from 0 on.
     """
     with suppress(OverflowError, ValueError):  # int() of an infinity or NaN
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -142,6 +143,6 @@ def whole_number(value: Any, what: str) -> int:
 
 
 def shortened(value: Any) -> str:
-    """A value in a message: printable, and no longer than a line."""
+    """A value for a message: printable, and at most 60 characters long."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,15 +1,12 @@
-"""Text that code of the user's wrote, made safe to log: short, on one line, without control
-characters.
-"""
+"""Text of a user's code made safe to log: short, on one line, without control characters."""
 
 MAX_CHARS = 500
 
 
 def plain(text: str, limit: int = MAX_CHARS) -> str:
-    r"""`text` with every character that is not printable escaped, in at most `limit` characters,
-    which must be 50 or more.
+    r"""`text` with every unprintable character escaped, in at most `limit` >= 50 characters.
 
-    A terminal does not act on the result, and it cannot pass for a log line of its own.
+    A terminal does not interpret the result, and it cannot imitate a log line.
 
     Example: plain("a\n\x1b[2J") == r"a\n\x1b[2J"; the result has one line of ten printable
     characters.
@@ -23,9 +20,7 @@ def plain(text: str, limit: int = MAX_CHARS) -> str:
 
 
 def described(error: BaseException) -> str:
-    """Type and message of what a function raised, in `plain` text, although both may be code of its
-    own.
-    """
+    """Type and message of an exception, as `plain` text, although both may run a user's code."""
     try:
         name = str(type(error).__name__)
     except BaseException:

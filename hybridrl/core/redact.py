@@ -1,20 +1,20 @@
-"""Secrets: what counts as one, and how it is kept out of what a run writes.
+"""Secrets: what counts as one, and how it is removed from everything that a run writes.
 
-A secret comes from the environment. The driver, which knows its value, masks it in everything that
-it writes; workers and the children that run reward functions do not need it and start without it.
-What is promised:
+A secret comes from the environment. The driver knows its value and masks it in everything that it
+writes; workers and the processes that run reward functions do not need it and start without it.
+These are the rules:
 
-- A secret is the value of an environment variable whose name says so (WANDB_API_KEY, DB_PASSWORD);
-  what an option takes from any variable by ${oc.env:NAME}; the password of a URL, or a field named
-  like a secret of a JSON object, in a variable.
-- A value that is plain is none: a path, a word, words such as `not-needed`, a special token. What
-  is named after a password or a secret, or comes by ${oc.env:NAME}, may be several words too; a
-  single word and a path are never hidden.
-- A secret of at least SHORTEST characters is masked wherever it stands, also as its repr, in JSON,
+- A secret is the value of an environment variable whose name says so (WANDB_API_KEY, DB_PASSWORD),
+  the value that an option takes from any variable by ${oc.env:NAME}, and, inside of a variable, the
+  password of a URL or a field of a JSON object that is named like a secret.
+- A plain value is not a secret: a path, a word, words such as `not-needed`, a special token. Under
+  a name with "password" or "secret", and by ${oc.env:NAME}, several words are a secret too; a
+  single word and a path never are.
+- A secret of at least SHORTEST characters is masked wherever it occurs, also as its repr, in JSON,
   HTML or a URL, as a single line of several, and inside of base64, as in `Authorization: Basic`.
 - Masked whatever their value: the user and password of a URL, the signature and key of a URL's
-  query, headers that authorise, and what stands after an option's or a variable's name that says
-  so, unless it is plain.
+  query, headers that authorise, and what follows the name of an option or variable that says so,
+  unless it is plain.
 
     setting_is_secret("options.api_key", "sk-1a2b3c4d5e")     -> True       "EMPTY" -> False
     variable_is_secret("WANDB_API_KEY", "0123456789abcdef")   -> True
@@ -38,24 +38,22 @@ from urllib.parse import quote, quote_plus, unquote
 
 MASK = "***"
 SHORTEST = 8
-"""Characters; a shorter value is too likely an ordinary word to be masked wherever it stands."""
+"""Characters; a shorter value is too likely an ordinary word to be masked wherever it occurs."""
 
 PASSWORDS = re.compile(r".*(password|passwd|passphrase|secret)s?")
 KEYS = re.compile(
     r".*api_?keys?|keys?|token|credentials?|pat|auth|authorization|bearer|cookies?|sig|signature"
 )
 TOKENS = re.compile(r"(api|access|auth|bearer|github|gitlab|hf|hub|refresh|service|wandb)_tokens")
-"""The plural alone is a number of tokens."""
+"""Names in the plural which mean a secret; any other plural is a number of tokens."""
 SPECIAL_TOKENS = re.compile(
     r"(eos|bos|pad|unk|sep|cls|mask|stop|start|end|think|special|image|answer|sort)_(token|key)"
 )
 LABELS = re.compile(
-    r"path|file|dir|prefix|suffix|name|type|kind|format|mode|algorithm|version|column|field|function|fn|"
-    r"length|len|size|count|limit|ttl|timeout|host|port|region|sock"
+    r"path|file|dir|prefix|suffix|name|type|kind|format|mode|algorithm|version|column|field|"
+    r"function|fn|length|len|size|count|limit|ttl|timeout|host|port|region|sock"
 )
-"""A last word of a name which says that its value is about a secret and not the secret:
-S3_KEY_PREFIX.
-"""
+"""Last words of names whose value describes a secret but is none, e.g. S3_KEY_PREFIX."""
 
 LETTERS = r"(?:[A-Z]{1,15}|(?=[A-Za-z]{1,15}(?![A-Za-z]))[A-Za-z]?[a-z]+(?:[A-Z][a-z]+)*)"
 WORD = re.compile(rf"(?:{LETTERS}|[a-z]{{1,14}}\d|\d{{1,4}})?")
@@ -63,45 +61,44 @@ PATH_WORD = re.compile(rf"{LETTERS}?\d{{0,4}}")
 PATH = re.compile(r"(/|~|\.\.?/|\w+://)")
 
 REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)")
-# The password may hold @, / and quotes; a port and its path are no password, nor is what follows a
-# quote's end in JSON.
+# A password may hold @, / and quotes. A port with its path is not a password, and neither is what
+# follows a closing quote in JSON.
 URL_USER = re.compile(
-    r"(?<=://)(?:[^\s/:@\['\"]*:(?!\d{1,5}(?:[/?#'\"\s]|$))(?:(?!://|[\"'][,:}\])])\S)*|[^\s/:@'\"]+)(?=@)"
+    r"(?<=://)(?:[^\s/:@\['\"]*:(?!\d{1,5}(?:[/?#'\"\s]|$))(?:(?!://|[\"'][,:}\])])\S)*"
+    r"|[^\s/:@'\"]+)(?=@)"
 )
 QUERY = re.compile(r"(?<=[?&])([\w.-]+)=([^\s&#'\"]+)")
 ASSIGNMENT = re.compile(
     r"(?<![?&\w.-])([\w.-]+)(=|['\"]\s*:\s*)(?!['\"]?\$\{)(\"[^\"]*\"|'[^']*'|[^\s,;]+)"
 )
 HEADER = re.compile(
-    r"\b((?:proxy-)?authorization|(?:set-)?cookie|(?:x-)?[\w-]*api-key|x-[\w-]*(?:token|secret|signature))"
-    r"(['\"]?\s*[:,]\s*['\"]?)((?:(?:basic|bearer|token|digest|negotiate)\s+)?(?:\S+=\S+;\s*)*[^\s'\",]+)",
+    r"\b((?:proxy-)?authorization|(?:set-)?cookie|(?:x-)?[\w-]*api-key"
+    r"|x-[\w-]*(?:token|secret|signature))"
+    r"(['\"]?\s*[:,]\s*['\"]?)"
+    r"((?:(?:basic|bearer|token|digest|negotiate)\s+)?(?:\S+=\S+;\s*)*[^\s'\",]+)",
     re.IGNORECASE,
 )
 
 NEEDED = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN")
-"""What a worker cannot do without: to load a private model on its own node, and to speak with
-Ray.
-"""
+"""Secrets that workers need: to load a private model on their node, and to connect to Ray."""
 
 
 # -- what counts as a secret -----------------------------------------------------------------------
 
 
 class Named(Enum):
-    """What a name says of its value."""
+    """What a name implies about its value."""
 
     ordinary = 0
     key = 1  # a secret, unless the value is plain
-    password = 2  # a secret; where a value is looked for in text, one word or a path is passed over
+    password = 2  # a secret; as part of a longer text, a single word or a path is not masked
 
 
 @lru_cache(maxsize=4096)
 def named(name: str) -> Named:
-    """What the name of a variable, an option, a header or a parameter of a URL says of its
-    value.
-    """
-    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
-    words = [word for word in re.split(r"[\W_]+", apart) if word]
+    """What the name of a variable, option, header or URL parameter implies about its value."""
+    separated = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    words = [word for word in re.split(r"[\W_]+", separated) if word]
     snake = "_".join(words)
     if not words or LABELS.fullmatch(words[-1]):
         return Named.ordinary
@@ -115,8 +112,9 @@ def named(name: str) -> Named:
 
 
 def is_path(value: str) -> bool:
-    """Whether this is a path or URL without secrets: it exists, or is made of words and short
-    numbers.
+    """Whether a value is a path or URL without secrets.
+
+    It exists, or consists of words and short numbers.
     """
     if os.path.isabs(value) and os.path.exists(value):
         return True
@@ -129,8 +127,9 @@ def is_path(value: str) -> bool:
 
 
 def is_plain(value: str) -> bool:
-    """Whether this is too ordinary for a key: a path, words, a special token, a number of at most
-    four digits, a short text.
+    """Whether a value is too ordinary to be a key.
+
+    Plain are a path, words, a special token, a number of at most four digits, and a short text.
     """
     if len(value) < SHORTEST or is_path(value):
         return True
@@ -143,14 +142,12 @@ def is_plain(value: str) -> bool:
 
 
 def digits(value: str) -> int:
-    """How many digits a text has: words and dates have few, where several groups of four are a
-    code.
-    """
+    """The number of digits in a text: few in words and dates, many in codes."""
     return sum(character.isdigit() for character in value)
 
 
 def is_shown(value: str) -> bool:
-    """Whether this is never hidden, even as a password: a single word, or a path."""
+    """Whether a value is never hidden, even as a password: a single word, or a path."""
     return WORD.fullmatch(value) is not None or is_path(value)
 
 
@@ -166,27 +163,30 @@ def variable_is_secret(name: str, value: str) -> bool:
 
 
 def setting_is_secret(key: str, value: str) -> bool:
-    """Whether the setting of this (dotted) key holds a secret: by its last name, among `options` by
-    any of them.
+    """Whether the setting with this dotted key holds a secret.
+
+    The last part of the key decides; inside of `options`, any part does.
     """
     *outer, name = key.split(".")
-    free = outer[outer.index("options") + 1 :] if "options" in outer else []
-    meaning = max((named(part) for part in (*free, name)), key=lambda n: n.value)
+    inside_options = outer[outer.index("options") + 1 :] if "options" in outer else []
+    meaning = max((named(part) for part in (*inside_options, name)), key=lambda n: n.value)
     if meaning is Named.password:
         return re.fullmatch(r"\d{0,4}(\.\d+)?", value) is None  # pass=1 counts something
     return meaning is Named.key and not is_plain(value)
 
 
 class Secret(str):
-    """A setting that came from a variable of the environment: a secret whatever its key, also in
-    the worker that it is sent to.
+    """A setting that came from a variable of the environment.
+
+    It is a secret whatever its key is, also in the worker that receives it.
     """
 
 
 def referred(written: Any, resolved: Any) -> Any:
-    """`resolved`, in which each text that refers to a variable, ${oc.env:NAME} in `written`, is a
-    Secret, unless the variable's value is a single word or a path; the other variables' values are
-    remembered.
+    """Mark the texts of `resolved` whose form in `written` refers to a variable, ${oc.env:NAME}.
+
+    They become Secret and the variable's value is remembered, unless the value is a single word or
+    a path.
     """
     if isinstance(written, Mapping):
         return {key: referred(part, resolved[key]) for key, part in written.items()}
@@ -205,8 +205,9 @@ def referred(written: Any, resolved: Any) -> Any:
 
 
 def is_secret(value: Any, key: str) -> bool:
-    """Whether a leaf of the settings holds a secret: a Secret, a text or number of such a key, or a
-    header in one text.
+    """Whether a leaf of the settings holds a secret.
+
+    That is a Secret, a text or number whose key says so, or a whole header in one text.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
         return False
@@ -217,11 +218,10 @@ def is_secret(value: Any, key: str) -> bool:
 
 
 def rebuilt(value: Any, leaf: Callable[[Any, str], Any], key: str = "") -> Any:
-    """A copy of nested mappings, lists and dataclasses with leaf(value, dotted key) in the place of
-    each leaf.
+    """A copy of nested mappings, lists and dataclasses with each leaf replaced.
 
-    In the pair [NAME, VALUE] of a list of headers, and in {name: NAME, value: VALUE}, NAME is the
-    last part of VALUE's key.
+    The new leaf is leaf(value, dotted key). In the pair [NAME, VALUE] of a list of headers, and in
+    {name: NAME, value: VALUE}, NAME is the last part of VALUE's key.
     """
     if is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
@@ -258,14 +258,15 @@ _remembered: set[str] = set()
 
 
 def remember(values: Iterable[str]) -> None:
-    """Values that this process masks wherever they stand, beside those of its environment."""
+    """Mask these values in this process from now on, in addition to those of its environment."""
     _remembered.update(values)
 
 
 @lru_cache(maxsize=4096)
 def variable_secrets(name: str, value: str) -> tuple[str, ...]:
-    """What is secret in an environment variable: all of it, the password of a URL, or fields of a
-    JSON object.
+    """The secrets in an environment variable.
+
+    They are the whole value, the password of a URL, or fields of a JSON object.
     """
     secrets = [value] if variable_is_secret(name, value) else []
     for user in URL_USER.findall(value):
@@ -279,8 +280,9 @@ def variable_secrets(name: str, value: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1024)
 def spellings(secret: str) -> tuple[str, ...]:
-    """Regular expressions for a secret as it may be written; none for what is too short or one
-    word.
+    """Regular expressions for the forms in which a secret may be written.
+
+    A secret that is too short or a single word has none.
     """
     whole = {secret.strip(), re.sub(r"^\w+\s+(?=\S+$)", "", secret.strip())}  # "Bearer abc", "abc"
     lines = re.split(r"[\r\n]|\\r|\\n", secret)
@@ -308,17 +310,16 @@ def spellings(secret: str) -> tuple[str, ...]:
 
 
 def base64_middle(data: bytes, offset: int) -> str:
-    """The characters of base64 that `data` alone decides where it begins at byte `offset` of
-    three.
-    """
+    """The base64 characters that depend on `data` alone, which starts at byte `offset` of three."""
     encoded = base64.b64encode(bytes(offset) + data).decode()
     return encoded[-(-offset * 8 // 6) : (offset + len(data)) * 8 // 6]
 
 
 @lru_cache(maxsize=16)
-def pattern_of(secrets: frozenset[str]) -> re.Pattern | None:
-    """Matches every spelling of the secrets, longer ones first, since one may hold another; None of
-    none.
+def pattern_of(secrets: frozenset[str]) -> re.Pattern[str] | None:
+    """A pattern that matches every spelling of the secrets; None where there are none.
+
+    Longer spellings come first, since one may contain another.
     """
     forms = {form for secret in secrets for form in spellings(secret)}
     return re.compile("|".join(sorted(forms, key=len, reverse=True))) if forms else None
@@ -328,9 +329,9 @@ def pattern_of(secrets: frozenset[str]) -> re.Pattern | None:
 
 
 def text(value: str) -> str:
-    """`value` with secrets masked, as the head of this file promises."""
-    known = {s for name, v in os.environ.items() for s in variable_secrets(name, v)}
-    if (pattern := pattern_of(frozenset(known | _remembered))) is not None:
+    """`value` with secrets masked, as the docstring of this file promises."""
+    of_environment = {s for name, v in os.environ.items() for s in variable_secrets(name, v)}
+    if (pattern := pattern_of(frozenset(of_environment | _remembered))) is not None:
         value = pattern.sub(MASK, value)
     value = URL_USER.sub(MASK, value)
     value = QUERY.sub(lambda m: f"{m[1]}={MASK}" if setting_is_secret(m[1], m[2]) else m[0], value)
@@ -338,21 +339,21 @@ def text(value: str) -> str:
     return ASSIGNMENT.sub(_masked_assignment, value)
 
 
-def _masked_assignment(match: re.Match) -> str:
-    """NAME=VALUE, or "NAME": VALUE, with the quotes of VALUE kept."""
+def _masked_assignment(match: re.Match[str]) -> str:
+    """NAME=VALUE or "NAME": VALUE with VALUE masked and its quotes retained."""
     name, sign, value = match.groups()
-    mark = value[0] if value[0] in "'\"" else ""
-    bare = value.strip(mark) if mark else value
-    if bare in ("", MASK) or not setting_is_secret(name, bare):
+    quotes = value[0] if value[0] in "'\"" else ""
+    unquoted = value.strip(quotes) if quotes else value
+    if unquoted in ("", MASK) or not setting_is_secret(name, unquoted):
         return match[0]
-    return f"{name}{sign}{mark}{MASK}{mark}"
+    return f"{name}{sign}{quotes}{MASK}{quotes}"
 
 
 def tree(value: Any, *, references: bool = False) -> Any:
     """A copy of nested mappings and lists in which secrets are masked, by key and by value.
 
     Args:
-        references: keep texts that refer to a variable, ${oc.env:NAME}, as they are; for settings
+        references: leave texts that refer to a variable, ${oc.env:NAME}, unchanged; for settings
             that are not resolved yet.
     """
 
@@ -366,8 +367,9 @@ def tree(value: Any, *, references: bool = False) -> Any:
 
 
 def agree(one: Any, other: Any) -> bool:
-    """Whether two settings may be the same where parts of either are masked, which depends on the
-    environment of the day.
+    """Whether two settings may be equal although parts of either are masked.
+
+    What is masked depends on the environment at the time, so MASK matches any text.
     """
     if one == other:
         return True
@@ -382,9 +384,7 @@ def agree(one: Any, other: Any) -> bool:
 
 
 def worker_variables() -> dict[str, str]:
-    """Empties, for a worker's environment, each secret variable of this process that it does not
-    need.
-    """
+    """The secret variables that a worker does not need, with empty values for its environment."""
     return {
         name: ""
         for name, value in os.environ.items()
@@ -393,7 +393,7 @@ def worker_variables() -> dict[str, str]:
 
 
 def drop_variables(*, needed: tuple[str, ...] = ()) -> dict[str, str]:
-    """Take secret variables out of this process's environment; returns them."""
+    """Remove secret variables from this process's environment and return them."""
     return {
         name: os.environ.pop(name)
         for name, value in list(os.environ.items())
@@ -402,9 +402,10 @@ def drop_variables(*, needed: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def is_withheld(name: str, value: str) -> bool:
-    """Whether a process that runs foreign code goes without this variable: also where a variable
-    named like a key holds words, which are not masked anywhere but may be a pass phrase. A path is
-    no secret.
+    """Whether a process that runs a user's code starts without this variable.
+
+    Unlike variable_is_secret, this includes words under a name like that of a key: they are not
+    masked anywhere but may be a pass phrase. A path is not withheld.
     """
     if variable_is_secret(name, value):
         return True
@@ -413,7 +414,7 @@ def is_withheld(name: str, value: str) -> bool:
 
 @contextmanager
 def without_secrets() -> Iterator[None]:
-    """A process started meanwhile inherits no secret variable, not even in /proc/PID/environ."""
+    """A context in which new processes inherit no secret variable, even in /proc/PID/environ."""
     dropped = drop_variables()
     try:
         yield
@@ -429,9 +430,7 @@ class Formatter(logging.Formatter):
 
 
 def log_warnings() -> None:
-    """What this process logs, its libraries included, goes to stderr from warnings on, with secrets
-    masked.
-    """
+    """Send log records from level warning on, of libraries too, to stderr with secrets masked."""
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

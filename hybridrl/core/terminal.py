@@ -1,9 +1,9 @@
-"""The standard streams of a command: what cannot be written there is lost, and nothing else is.
+"""Standard streams that never end a run.
 
-A run lasts longer than its terminal. A closed pipe (`| head`), a terminal that is gone, a log on a
-full disk or an encoding without a character must not end the run, and a descriptor that was closed
-at the start must not be given to the next file that is opened, which would then receive the
-console's lines.
+A run may outlive its terminal. A closed pipe (`| head`), a closed terminal, a log on a full disk or
+an encoding that lacks a character loses output and has no other effect. A standard descriptor that
+was closed at the start is opened on /dev/null: otherwise the next file to be opened would get its
+number and receive the console's lines.
 """
 
 import io
@@ -16,10 +16,9 @@ STANDARD = {0: os.O_RDONLY, 1: os.O_WRONLY, 2: os.O_WRONLY}
 
 
 def secure_streams() -> None:
-    """Open closed standard descriptors on /dev/null, and make writing to sys.stdout and sys.stderr
-    never raise.
+    """Open closed standard descriptors, and make writes to sys.stdout and sys.stderr never raise.
 
-    Call it first of all, before any file is opened.
+    Call it before any file is opened.
     """
     reopen_closed()
     if not isinstance(sys.stdout, SurvivingStream):
@@ -29,8 +28,9 @@ def secure_streams() -> None:
 
 
 def reopen_closed() -> None:
-    """Descriptors 0, 1 and 2 that are closed, on /dev/null. They are taken in rising order, as
-    os.open gives the lowest one.
+    """Open descriptors 0, 1 and 2 on /dev/null where they are closed.
+
+    They are opened in ascending order, because os.open returns the lowest free number.
     """
     for number, mode in STANDARD.items():
         try:
@@ -43,33 +43,36 @@ def reopen_closed() -> None:
 
 
 def surviving(stream: TextIO | None, number: int) -> "SurvivingStream":
-    """`stream`, or where Python has none since its descriptor was closed, a new one on that
-    descriptor.
+    """Wrap `stream`, or a new stream on descriptor `number` where Python has none.
+
+    Python has none where the descriptor was closed at the start.
     """
     if stream is None:
-        stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (for the process's life)
+        # It stays open until the process ends.
+        stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
     return SurvivingStream(stream)
 
 
 class SurvivingStream(io.TextIOBase):
-    """A text stream whose write and flush never raise. After the first failure it writes to
-    /dev/null.
+    """A text stream whose write and flush never raise.
 
-    Example: SurvivingStream(sys.stdout).write("a line\\n") returns 7, also after the reader of the
-    pipe has gone.
+    After the first failure its descriptor leads to /dev/null.
+
+    Example: SurvivingStream(sys.stdout).write("a line\\n") returns 7, even after the reader of the
+    pipe has ended.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self.failure: str | None = None  # why nothing is written any more; None: it is
+        self.failure: str | None = None  # why output is discarded; None: output is written
 
     def write(self, text: str) -> int:
         if self.failure is None:
             try:
                 self._stream.write(text)
-            except BlockingIOError:  # a slow reader of a pipe that does not block is still there
+            except BlockingIOError:  # a slow reader of a non-blocking pipe is no failure
                 pass
             except (OSError, ValueError) as error:
                 self._give_up(error)
@@ -89,8 +92,9 @@ class SurvivingStream(io.TextIOBase):
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        """Direct the descriptor to /dev/null: the interpreter flushes what is still buffered when
-        it ends, and would fail too.
+        """Redirect the descriptor to /dev/null.
+
+        The interpreter flushes buffered text when it ends, which would fail too.
         """
         self.failure = str(error) or type(error).__name__
         try:
@@ -118,5 +122,5 @@ class SurvivingStream(io.TextIOBase):
         return True
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else, such as `buffer`, is the stream's own."""
+        """Read every other attribute, such as `buffer`, from the wrapped stream."""
         return getattr(self._stream, name)

@@ -1,4 +1,4 @@
-"""A Python file of the user's as a module of this process."""
+"""A user's Python file as a module of this process."""
 
 import hashlib
 import importlib.util
@@ -13,15 +13,15 @@ from hybridrl.core.plain_text import described
 
 
 def load_from_file(field: str, name: str, kind: str = "function") -> Any:
-    """What a user's file defines under a name. The file runs once in this process.
+    """The callable that a user's file defines under a name; the file runs once in this process.
 
     Args:
-        field: the setting and its value, as errors begin.
+        field: the setting and its value, with which an error begins.
         name: file.py:name.
         kind: what errors call it, "function" or "class".
 
     Raises:
-        ConfigError: there is no such file, it raises, or defines no callable of that name.
+        ConfigError: there is no such file, it raises, or it defines no callable of that name.
     """
     path, _, attribute = name.rpartition(":")
     loaded = getattr(load_file(field, Path(path)), attribute, None)
@@ -40,9 +40,12 @@ def load_file(field: str, path: Path) -> ModuleType:
     """The file as a module, run once in this process.
 
     It is imported under its own name, from its own folder, as `python path` would do: it can import
-    its neighbours, and a process that it starts can import its functions. Where that name means
-    another module (math.py, or a second rewards.py), it has a private name instead, under which
-    processes that are started by spawn cannot import it.
+    its neighbours, and a process that it starts can import its functions. Where that name belongs
+    to another module (math.py, or a second rewards.py), it is imported under a private name, under
+    which processes started by spawn cannot import it.
+
+    Raises:
+        ConfigError: there is no such file, or it raises.
     """
     path = path.absolute()
     if not path.is_file():
@@ -56,7 +59,7 @@ def load_file(field: str, path: Path) -> ModuleType:
     spec = _spec(path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module by its name
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
@@ -75,15 +78,15 @@ def _spec(path: Path) -> ModuleSpec | None:
     name = path.stem
     if name not in sys.modules:
         importlib.invalidate_caches()
-        found = importlib.util.find_spec(name) if name.isidentifier() else None
-        if found is not None and found.origin == str(path):
-            return found
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        if spec is not None and spec.origin == str(path):
+            return spec
     private = f"user_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     return importlib.util.spec_from_file_location(private, path)
 
 
 def _check_neighbours(field: str, path: Path) -> None:
-    """Refuse a file whose imports would give it modules from the folder of another such file."""
+    """Refuse a file that would import modules from the folder of another such file."""
     for loaded in _modules.values():
         other = Path(str(loaded.__file__)).parent
         if other == path.parent:

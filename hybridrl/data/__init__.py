@@ -1,1 +1,1 @@
-"""Where prompts come from: generators, files, and the cursor that walks over them."""
+"""Where prompts come from: generators, files, and the cursor over them."""

@@ -1,14 +1,13 @@
-"""A conversation as the text that a model reads, and the check that this text holds all that the
-conversation says.
+"""A conversation as the text that a model reads, with a check that the text is complete.
 
-A chat template is a program of the model's author. It may leave out a role, a key or a part of a
-text without an error. So every text of a row is looked up in what the template wrote, and a missing
-one is an error that names row, role and template.
+A chat template is a program of the model's author. It may omit a role, a key or a part of a text
+without an error. So every text of a row is searched for in the template's output, and a missing one
+is an error that names row, role and template.
 
-What a template may change: white space at both ends of a text and around tags such as </think>; and
-JSON may escape the text. It may also leave out the thinking of earlier assistant turns, as the
-templates of reasoning models do: the model reads such turns without their thinking when it is used,
-too. Of the response that is trained on nothing may be missing.
+A template may change white space at both ends of a text and around tags such as </think>, and it
+may escape the text as JSON. It may also omit the thinking of earlier assistant turns, as the
+templates of reasoning models do: the model reads such turns without their thinking at inference
+too. Nothing of the response that is trained on may be missing.
 """
 
 import inspect
@@ -28,10 +27,10 @@ Message = dict[str, Any]
 Tools = Sequence[dict[str, Any]]
 
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Where a message keeps the thinking that belongs before its content."""
+"""Keys of a message for the thinking that precedes its content."""
 
 SAYS_MORE = (*THINKING_KEYS, "tool_calls")
-"""Keys with which an assistant's message says something besides its content."""
+"""Keys with which an assistant's message holds more than its content."""
 
 END_OF_THINKING = "</think>"
 
@@ -41,13 +40,11 @@ RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).para
     "documents",
     "kwargs",
 } | {"messages"}
-"""Arguments of a template that are not the user's to set."""
+"""Arguments of a template that a user may not set."""
 
 
 class ChatTemplate:
-    """A tokenizer's template, or that of data.chat_template_file, with the arguments of
-    data.chat_template_kwargs.
-    """
+    """A tokenizer's chat template, or data.chat_template_file, with data.chat_template_kwargs."""
 
     def __init__(
         self,
@@ -58,17 +55,16 @@ class ChatTemplate:
     ) -> None:
         """
         Args:
+            arguments: keyword arguments of the template.
             source: a Jinja template; None: the tokenizer's own.
-            name: what errors call it.
+            name: how errors name the template.
         """
         self.tokenizer = tokenizer
         self.arguments = dict(arguments)
         self.source = source
         self.name = name
         self.unclosed: list[tuple[str, str]] = []
-        """Rows whose response does not close a tag with which the template opens the turn, and the
-        tag.
-        """
+        """(row, tag) of responses that do not close a tag with which the template opens them."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> "ChatTemplate":
@@ -108,16 +104,16 @@ class ChatTemplate:
                 )
 
     def prompt(self, messages: Sequence[Message], tools: Tools, row: str) -> str:
-        """The text that asks for the assistant's next turn, or, where the last message is the
-        assistant's, for the rest of that turn.
+        """The text before the assistant's next turn.
+
+        Where the last message is the assistant's, it is the text before the rest of that turn.
 
         Args:
             tools: may be empty.
-            row: what errors call the conversation.
+            row: how errors name the conversation.
 
         Raises:
-            DataError: no template, one that refuses the messages, or one that leaves out something
-                that they say.
+            DataError: there is no template, or it refuses the messages or omits a part of them.
         """
         before, prefill = split_prefill(messages)
         if not prefill:
@@ -131,21 +127,20 @@ class ChatTemplate:
                 "an answer after one of those"
             )
         text = self.prompt(before, tools, row)
-        begun = prefill["content"]
+        beginning = prefill["content"]
         start, _ = self.around_answer(before, tools, row, text)
-        tag = re.match(rf"\s*({OPENING_TAG})", begun)
+        tag = re.match(rf"\s*({OPENING_TAG})", beginning)
         if tag and (tag.group(1) in start or text.rstrip().endswith(tag.group(1))):
-            start = ""  # the row has thinking of its own in the place of the template's empty one
-        return text + start + self._continuation(before, "", begun, tools, row)
+            start = ""  # the row's own thinking replaces the template's empty thinking
+        return text + start + self._continuation(before, "", beginning, tools, row)
 
     def response(
         self, messages: Sequence[Message], answer: Message, tools: Tools, prompt: str, row: str
     ) -> str:
-        """What stands after the prompt's text once it is answered, with what the template writes at
-        the end of the turn.
+        """The text that follows the answered prompt, with the template's end of the turn.
 
         Where the template opens the assistant's turn with other text than it writes for an answered
-        one, the answer's own text follows what was opened, as it would in generation.
+        turn, the answer's own text follows the opening, as it would in generation.
 
         Args:
             messages: those of the prompt.
@@ -154,25 +149,24 @@ class ChatTemplate:
             prompt: prompt(messages, tools, row).
 
         Raises:
-            DataError: the template leaves out something that the answer says, or cannot write it
-                after `prompt`.
+            DataError: the template omits a part of the answer, or cannot write it after `prompt`.
         """
         before, prefill = split_prefill(messages)
-        begun = prefill.get("content", "")
-        whole = {**prefill, **answer, "content": begun + answer["content"]}
+        beginning = prefill.get("content", "")
+        whole = {**prefill, **answer, "content": beginning + answer["content"]}
         answered = [*before, whole]
-        written = self.render(answered, tools, row, answered=True)
-        rest = after(prompt, written)
+        rendered = self.render(answered, tools, row, answered=True)
+        rest = after(prompt, rendered)
         if rest is not None:
-            self._check(written, answered, tools, row, answered=True)
-            return self._continuation(before, begun, rest, tools, row)
+            self._check(rendered, answered, tools, row, answered=True)
+            return self._continuation(before, beginning, rest, tools, row)
         if any(answer.get(key) for key in SAYS_MORE):
             raise DataError(
                 f"{row}: {self.name} writes the prompt differently once the assistant has "
                 "answered, so the tokens of the response's tool calls or thinking cannot be "
                 "separated from it; set data.chat_template_file to a template that only appends"
             )
-        rest = self._continuation(before, begun, answer["content"], tools, row)
+        rest = self._continuation(before, beginning, answer["content"], tools, row)
         tag = re.search(r"<\w+>$", prompt.rstrip())
         if tag and tag.group().replace("<", "</") not in rest:
             self.unclosed.append((row, tag.group()))
@@ -182,24 +176,27 @@ class ChatTemplate:
     def around_answer(
         self, messages: Sequence[Message], tools: Tools, row: str, prompt: str
     ) -> tuple[str, str]:
-        """What the template writes between the prompt's text and an answer to it, and after the
-        answer; empty where it cannot be seen.
+        """The template's text between the prompt and an answer, and after the answer.
+
+        Both are empty where the template changes the answer, so that they cannot be determined.
 
         Raises:
             DataError: as render.
         """
         placeholder = Marks().around("0", "the answer")
         answer = {"role": "assistant", "content": placeholder}
-        written = self.render([*messages, answer], tools, row, answered=True)
-        head, found, end = written.rpartition(placeholder)
-        return (after(prompt, head) or "", end) if found else ("", "")
+        rendered = self.render([*messages, answer], tools, row, answered=True)
+        start, separator, end = rendered.rpartition(placeholder)
+        return (after(prompt, start) or "", end) if separator else ("", "")
 
     def render(self, messages: Sequence[Message], tools: Tools, row: str, *, answered: bool) -> str:
-        """What the template writes, unchecked. `messages` end with the answer, or else the
-        assistant's turn is opened.
+        """The template's output, unchecked.
+
+        Args:
+            answered: `messages` end with the answer; otherwise the assistant's turn is opened.
 
         Raises:
-            DataError: no chat template, or one that refuses the messages.
+            DataError: there is no chat template, or it refuses the messages.
         """
         if not (self.source or self.tokenizer.chat_template):
             raise DataError(
@@ -230,10 +227,10 @@ class ChatTemplate:
         *,
         answered: bool,
     ) -> None:
-        """Look up everything that `messages` and `tools` say in `text`.
+        """Check that `text` contains everything in `messages` and `tools`.
 
         Raises:
-            DataError: the first that is missing.
+            DataError: names the first text that is missing.
         """
         marks = Marks()
         response = len(messages) - 1 if answered else len(messages)
@@ -244,7 +241,7 @@ class ChatTemplate:
         marked_tools = [_marked_tool(tool, marks) for tool in tools]
         try:
             rendered = self.render(marked, marked_tools, row, answered=answered)
-        except DataError:  # the template compares or measures a text that bears a mark
+        except DataError:  # the template depends on a text that now has marks
             rendered = ""
         missing = marks.missing(rendered, text)
         if missing is not None:
@@ -254,17 +251,18 @@ class ChatTemplate:
             )
 
     def _continuation(
-        self, messages: Sequence[Message], begun: str, rest: str, tools: Tools, row: str
+        self, messages: Sequence[Message], beginning: str, rest: str, tools: Tools, row: str
     ) -> str:
-        """`rest` without a first tag that stands before it already, such as the <think> with which
-        a template opens a turn.
+        """`rest` without a first tag that the text before it has already.
+
+        An example is the <think> with which a template opens a turn.
 
         Args:
             messages: all before the assistant's turn.
-            begun: what the row itself has the assistant say before `rest`.
+            beginning: what the row has the assistant say before `rest`.
 
         Raises:
-            DataError: `rest` holds a tag of the template's opening once more, further on.
+            DataError: `rest` repeats a tag of the template's opening further on.
         """
         tags = set(re.findall(OPENING_TAG, rest))
         if not tags:
@@ -272,7 +270,7 @@ class ChatTemplate:
         unopened = self.render(messages, tools, row, answered=True)
         opening = self.render(messages, tools, row, answered=False)
         opening = opening[len(unopened) :] if opening.startswith(unopened) else ""
-        before = opening + begun
+        before = opening + beginning
         first = re.match(rf"\s*({OPENING_TAG})", rest)
         if first and before.rstrip().endswith(first.group(1)):
             space = before[len(before.rstrip()) :]
@@ -287,23 +285,24 @@ class ChatTemplate:
         return rest
 
 
-def after(prompt: str, written: str) -> str | None:
-    """What follows `prompt` in `written`; None: `written` begins with other text.
+def after(prompt: str, rendered: str) -> str | None:
+    """What follows `prompt` in `rendered`; None where `rendered` begins with other text.
 
     White space after an opening tag at the end of `prompt` may be missing, as in "<think></think>4"
     after "<think>\\n".
     """
-    if written.startswith(prompt):
-        return written[len(prompt) :]
+    if rendered.startswith(prompt):
+        return rendered[len(prompt) :]
     opened = prompt.rstrip()
-    if written.startswith(opened) and re.search(rf"(?:{OPENING_TAG})$", opened):
-        return written[len(opened) :]
+    if rendered.startswith(opened) and re.search(rf"(?:{OPENING_TAG})$", opened):
+        return rendered[len(opened) :]
     return None
 
 
 def split_prefill(messages: Sequence[Message]) -> tuple[list[Message], Message]:
-    """The messages before a last one of the assistant, and that one; empty: the last one is
-    somebody else's.
+    """The messages before a last one of the assistant, and that message.
+
+    Where the last message is not the assistant's: all messages, and an empty one.
     """
     if messages[-1]["role"] == "assistant":
         return list(messages[:-1]), messages[-1]
@@ -311,7 +310,8 @@ def split_prefill(messages: Sequence[Message]) -> tuple[list[Message], Message]:
 
 
 def read_template(path: str) -> str:
-    """
+    """The text of data.chat_template_file.
+
     Raises:
         ConfigError: the file cannot be read, or is empty.
     """
@@ -327,7 +327,7 @@ def read_template(path: str) -> str:
 
 
 def _marked_message(message: Message, index: int, marks: Marks, *, trained: bool) -> Message:
-    """A copy with a mark around every text that has to stand in the template's output."""
+    """A copy with marks around every text that the template's output must contain."""
     role = message["role"]
     place = "the response" if trained else f"message {index + 1}"
     marked = dict(message)
@@ -354,7 +354,7 @@ def _marked_call(call: dict[str, Any], what: str, marks: Marks) -> dict[str, Any
         function["name"] = marks.around(function["name"], f"the name in {what}")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        # JSON text must be written as it is: as a string within JSON it would be quoted twice.
+        # JSON text must be written unchanged: as a string within JSON it would be quoted twice.
         function["arguments"] = marks.around(
             arguments, f"the arguments in {what} (or write them as a quoted string)", escaped=False
         )

@@ -1,6 +1,4 @@
-"""The row's keys under the names that are read (data.columns), and the values that no reward
-function can be given.
-"""
+"""Renaming of a row's keys by data.columns, and removal of values that are not JSON."""
 
 import json
 import logging
@@ -16,24 +14,23 @@ from hybridrl.settings.run import ROW_KEYS
 
 log = logging.getLogger(__name__)
 
-DEEPEST = (
-    100  # lists and objects inside one another; json, pickle and repr fail somewhat below 1000
-)
+DEEPEST = 100
+"""Levels of nested lists and objects; json, pickle and repr fail somewhat below 1000."""
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str | None], name: str) -> dict[str, Any]:
     """The row with the keys of data.columns under their new names.
 
-    A key that is renamed stays a column for the rewards under its old name too, unless that is one
-    of ROW_KEYS.
+    A renamed key remains a column for the rewards under its old name too, unless that is one of
+    ROW_KEYS.
 
     Args:
-        columns: data.columns; names that are absent mean themselves.
-        name: what errors call the row.
+        columns: data.columns; a name that is absent refers to the key of the same name.
+        name: how errors name the row.
 
     Raises:
-        DataError: the row lacks a key that data.columns names, or another key would be read instead
-            of it.
+        DataError: the row lacks a key that data.columns names, or another key would be read
+            instead.
     """
     chosen = {ours: key for ours, key in columns.items() if key is not None and key != ours}
     for ours, key in chosen.items():
@@ -41,39 +38,40 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str | None], name: str
             raise DataError(
                 f"{name}: data.columns.{ours}={key}: the row has no `{key}`; it has {listed(row)}"
             )
-    left_out = {ours for ours, key in columns.items() if key is None}
-    left_out |= chosen.keys() | (set(chosen.values()) & set(ROW_KEYS))
-    found = {key: value for key, value in row.items() if key not in left_out}
-    found |= {ours: row[key] for ours, key in chosen.items()}
+    removed = {ours for ours, key in columns.items() if key is None}
+    removed |= chosen.keys() | (set(chosen.values()) & set(ROW_KEYS))
+    result = {key: value for key, value in row.items() if key not in removed}
+    result |= {ours: row[key] for ours, key in chosen.items()}
     for ours in chosen:
-        if (instead := _read_instead(ours, found)) is not None:
+        if (instead := _read_instead(ours, result)) is not None:
             raise DataError(
                 f"{name}: data.columns.{ours}={chosen[ours]}: is not read, since the row holds "
                 f"`{instead}` too, which comes first; leave that out by "
                 f"data.columns.{instead}=null"
             )
-    return found
+    return result
 
 
 def _read_instead(ours: str, row: Mapping[str, Any]) -> str | None:
-    """The key that the schema reads in the place of `ours`; None where it reads `ours`, or `ours`
-    is a column.
+    """The key that the schema reads in the place of `ours`.
+
+    None where it reads `ours`, or `ours` is a column.
     """
     if ours not in ROW_KEYS:
         return None
     ranks = (("chosen", "rejected"), ("messages",), ("completion",))
-    given = [[key for key in keys if row.get(key) is not None] for keys in ranks]
-    first = next((keys for keys in given if keys), [])
+    present = [[key for key in keys if row.get(key) is not None] for keys in ranks]
+    first = next((keys for keys in present if keys), [])
     if not first or ours in first:
         return None
-    if ours == "prompt":  # text and a lone answer leave the prompt to the row
+    if ours == "prompt":  # a text or a single message uses the row's prompt
         conversation = isinstance(row[first[0]], list) and len(row[first[0]]) > 1
         return first[0] if conversation else None
     return first[0]
 
 
 def not_json(value: Any) -> str | None:
-    """Why `value` cannot travel to the reward functions as JSON; None where it can."""
+    """Why `value` cannot be sent to the reward functions as JSON; None where it can."""
     if isinstance(value, Unreadable):
         return value.reason
     try:
@@ -89,16 +87,16 @@ def not_json(value: Any) -> str | None:
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(DEEPEST):
-        inner = (
-            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
-        )
+        containers = [part for part in level if isinstance(part, dict | list)]
+        inner = [c.values() if isinstance(c, dict) else c for c in containers]
         level = [part for parts in inner for part in parts]
     return bool(level)
 
 
 def json_columns(problems: Sequence[Problem]) -> list[Problem]:
-    """The problems without the columns that some of them cannot hand to the rewards; which and why
-    is logged once each.
+    """The problems without columns that hold a value which is not JSON.
+
+    Each removed column is logged once with the reason.
     """
     reasons: dict[str, str] = {}
     for problem in problems:

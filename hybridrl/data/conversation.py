@@ -1,5 +1,6 @@
-"""A row as the conversation that the model reads: with data.system_prompt before it and
-data.instruction around the user's text.
+"""A row as the conversation that the model reads, with the settings of the prompt applied.
+
+data.system_prompt is put before it, and data.instruction around the user's text.
 """
 
 from collections.abc import Sequence
@@ -12,12 +13,12 @@ from hybridrl.data.problem import Problem
 from hybridrl.settings.run import DataConfig
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Those that templates write in this spelling. Others are the model's own and pass."""
+"""Roles that templates write in this spelling; others are the model's own and are not checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """What comes before the response."""
+    """The messages before the response."""
 
     messages: list[Message]
     tools: tuple[dict[str, Any], ...]
@@ -37,15 +38,15 @@ class Conversation:
     def response_text(
         self, response: str | Message, prompt_text: str, template: ChatTemplate
     ) -> str:
-        """What follows prompt_text, with the end of the turn where a template writes one.
+        """The text after prompt_text, with the end of the turn where a template writes one.
 
         Raises:
-            DataError: as ChatTemplate.response; or a response with tool calls or thinking, and no
-                template to write them.
+            DataError: as ChatTemplate.response; or the response has tool calls or thinking, and
+                there is no template to write them.
         """
-        answer = (
-            {"role": "assistant", "content": response} if isinstance(response, str) else response
-        )
+        answer = response
+        if isinstance(answer, str):
+            answer = {"role": "assistant", "content": answer}
         if self.templated:
             return template.response(self.messages, answer, self.tools, prompt_text, self.row)
         extra = next((key for key in SAYS_MORE if answer.get(key)), None)
@@ -58,19 +59,17 @@ class Conversation:
 
 
 def conversation(problem: Problem, config: DataConfig) -> Conversation:
-    """
+    """The conversation of a problem.
+
     Raises:
-        ConfigError: data.system_prompt where the row has a system message, or data.instruction
-            where it has no user's.
+        ConfigError: data.system_prompt is set and the row has a system message, or data.instruction
+            is set and the row has no user's message.
         DataError: an empty prompt, a role in another spelling than that of templates, or tools
             without a chat template.
     """
     row = problem.row
-    messages = (
-        [{"role": "user", "content": problem.prompt}]
-        if isinstance(problem.prompt, str)
-        else list(problem.prompt)
-    )
+    prompt = problem.prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     templated = is_templated(problem, config)
     for message in messages:
         role = message["role"]
@@ -84,8 +83,8 @@ def conversation(problem: Problem, config: DataConfig) -> Conversation:
             f"{row}: the row's `tools` can only be written by a chat template; set "
             "data.chat_template=true, or rename the column if it is meant for the rewards"
         )
-    asked = [message for message in messages if message["role"] != "assistant"] or messages
-    if not asked[-1]["content"].strip():
+    questions = [message for message in messages if message["role"] != "assistant"] or messages
+    if not questions[-1]["content"].strip():
         raise DataError(f"{row}: the prompt is empty")
     messages = _instructed(messages, config.instruction, row)
     if config.system_prompt is not None:
@@ -99,7 +98,7 @@ def conversation(problem: Problem, config: DataConfig) -> Conversation:
 
 
 def is_templated(problem: Problem, config: DataConfig) -> bool:
-    """Whether the model sees the problem through its chat template."""
+    """Whether the model reads the problem through its chat template."""
     return config.chat_template or not isinstance(problem.prompt, str)
 
 
@@ -109,12 +108,12 @@ def check_template_settings(config: DataConfig, problems: Sequence[Problem]) -> 
     Raises:
         ConfigError: names the setting.
     """
-    given = {
+    is_set = {
         "system_prompt": config.system_prompt is not None,
         "chat_template_kwargs": bool(config.chat_template_kwargs),
         "chat_template_file": config.chat_template_file is not None,
     }
-    name = next((name for name, is_given in given.items() if is_given), None)
+    name = next((name for name in is_set if is_set[name]), None)
     if name is None or all(is_templated(problem, config) for problem in problems):
         return
     raise ConfigError(
@@ -124,7 +123,7 @@ def check_template_settings(config: DataConfig, problems: Sequence[Problem]) -> 
 
 
 def _instructed(messages: Sequence[Message], instruction: str, row: str) -> list[Message]:
-    """With the instruction around the last text of a user."""
+    """The messages with the instruction around the last text of a user."""
     instructed = list(messages)
     if instruction == "{prompt}":
         return instructed

@@ -2,10 +2,10 @@
 
     prompt "3 7 9=20:"    solution "3*9-7"
 
-Every problem is made from a random expression, so it has a solution; a training problem carries it
-as a response to imitate (data.options.responses=solution), or with a wrong one to rank it above
-(pair). Training and held-out problems are disjoint as (sorted numbers, target), and the held-out
-ones do not depend on the run's seed.
+Every problem is made from a random expression, so it has a solution. A training problem may carry
+it as a response to imitate (data.options.responses=solution), or together with a wrong one to rank
+below it (pair). Training and held-out problems are disjoint as (sorted numbers, target), and the
+held-out ones do not depend on the run's seed.
 """
 
 import random
@@ -17,9 +17,9 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.data.problem import Problem
 
 HELDOUT_SEED = 20_240_229
-PATIENCE = 500  # so many repeats in a row mean that the space of problems is as good as exhausted
-DRAWS = 10_000  # expressions tried for one problem
-PARENTHESES = 0.3  # how often an expression of three or more numbers gets one pair of parentheses
+PATIENCE = 500  # repeats in a row that mean that the space of problems is almost exhausted
+DRAWS = 10_000  # attempts at one problem
+PARENTHESES = 0.3  # probability of parentheses in an expression of three or more numbers
 
 
 class Responses(StrEnum):
@@ -30,14 +30,16 @@ class Responses(StrEnum):
     pair = "pair"  # (a right answer, an expression of the same numbers with another value)
 
 
-Key = tuple[
-    tuple[int, ...], int
-]  # (sorted numbers, target): equal for two orders of the same problem
+Key = tuple[tuple[int, ...], int]
+"""(sorted numbers, target), which is equal for two orders of the same problem."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Equation:
-    """Example: Equation(numbers=(2, 3, 4), target=20, solution="(3+2)*4")"""
+    """A problem and one of its solutions.
+
+    Example: Equation(numbers=(2, 3, 4), target=20, solution="(3+2)*4")
+    """
 
     numbers: tuple[int, ...]  # in the order shown
     target: int
@@ -62,10 +64,10 @@ class Equation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Countdown:
-    """The generator; its fields are what data.options may set, beside `responses`.
+    """The generator; its fields are the keys of data.options, besides `responses`.
 
     Raises:
-        ConfigError: options that allow no problem.
+        ConfigError: the options allow no problem.
     """
 
     num_numbers: int = 3
@@ -83,10 +85,10 @@ class Countdown:
             )
 
     def draw(self, rng: random.Random) -> Equation:
-        """One equation whose target lies in 1..max_target.
+        """A random equation whose target is in 1..max_target.
 
         Raises:
-            ConfigError: none of so many random expressions does.
+            ConfigError: none of DRAWS random expressions has such a target.
         """
         for _ in range(DRAWS):
             numbers = [rng.randint(1, self.max_number) for _ in range(self.num_numbers)]
@@ -103,66 +105,72 @@ class Countdown:
         )
 
     def stream(self, rng: random.Random, without: Collection[Key] = ()) -> Iterator[Equation]:
-        """Endless draws whose key is not in `without`; repeats happen."""
+        """Endless draws whose key is not in `without`; an equation may be repeated."""
         while True:
             equation = self.draw(rng)
             if equation.key not in without:
                 yield equation
 
     def heldout(self, num: int) -> list[Equation]:
-        """The first `num` different keys under the constant seed; a smaller `num` is a prefix of a
-        larger one.
+        """The first `num` equations with different keys under the constant seed.
+
+        A smaller `num` gives a prefix of a larger one.
 
         Raises:
             ConfigError: the options allow fewer.
         """
-        found: dict[Key, Equation] = {}
-        rng, misses = random.Random(HELDOUT_SEED), 0
-        while len(found) < num:
+        equations: dict[Key, Equation] = {}
+        rng = random.Random(HELDOUT_SEED)
+        misses = 0
+        while len(equations) < num:
             equation = self.draw(rng)
-            misses = misses + 1 if equation.key in found else 0
+            misses = misses + 1 if equation.key in equations else 0
             if misses > PATIENCE:
                 raise ConfigError(
-                    f"data.num_heldout={num}: {self} has only about {len(found)} problems; lower "
-                    "it or widen data.options"
+                    f"data.num_heldout={num}: {self} has only about {len(equations)} problems; "
+                    "lower it or widen data.options"
                 )
-            found.setdefault(equation.key, equation)
-        return list(found.values())
+            equations.setdefault(equation.key, equation)
+        return list(equations.values())
 
     def train(self, num: int, seed: int, without: Collection[Key]) -> list[Equation]:
-        """Up to `num` different (numbers as shown, target); fewer where the options allow no more.
+        """Up to `num` different (numbers as shown, target); fewer where the options allow fewer.
 
         Raises:
-            ConfigError: nothing is left beside `without`.
+            ConfigError: the options allow no problem outside of `without`.
         """
-        found: dict[tuple[tuple[int, ...], int], Equation] = {}
-        rng, misses = random.Random(f"countdown train {seed}"), 0
-        while len(found) < num and misses <= PATIENCE:
+        equations: dict[tuple[tuple[int, ...], int], Equation] = {}
+        rng = random.Random(f"countdown train {seed}")
+        misses = 0
+        while len(equations) < num and misses <= PATIENCE:
             equation = self.draw(rng)
-            new = (equation.numbers, equation.target) not in found and equation.key not in without
-            misses = 0 if new else misses + 1
-            if new:
-                found[equation.numbers, equation.target] = equation
-        if not found:
+            shown = (equation.numbers, equation.target)
+            is_new = shown not in equations and equation.key not in without
+            misses = 0 if is_new else misses + 1
+            if is_new:
+                equations[shown] = equation
+        if not equations:
             raise ConfigError(
                 f"data.num_heldout={len(without)}: leaves no training problem; lower it or widen "
                 "data.options"
             )
-        return list(found.values())
+        return list(equations.values())
 
 
 def load(
     options: dict[str, object], num_train: int, num_heldout: int, seed: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Training problems under `seed` and the fixed held-out ones, both with the responses that
-    data.options.responses names.
+    """Training problems under `seed` and the fixed held-out ones.
+
+    Both carry the responses that data.options.responses names.
 
     Raises:
-        ConfigError: an option that the generator lacks, or that allows no problem.
+        ConfigError: an option that the generator lacks, or options that allow no problem.
     """
     game_options = dict(options)
+    kind = game_options.pop("responses", Responses.none)
     try:
-        responses = Responses(game_options.pop("responses", Responses.none))  # type: ignore[arg-type]
+        responses = Responses(str(kind))
     except ValueError as error:
         raise ConfigError(
             f"data.options.responses={options['responses']}: must be {', '.join(Responses)}"
@@ -198,32 +206,28 @@ def _responses(equation: Equation, kind: Responses) -> tuple[str, ...]:
             return ()
         case Responses.solution:
             return (equation.solution,)
-        case (
-            Responses.pair
-        ):  # seeded by the problem alone, so that it is the same in every run that holds it
-            return equation.solution, equation.mistake(
-                random.Random(f"countdown mistake {equation.prompt}")
-            )
+        case Responses.pair:
+            # Seeded by the problem alone, so that the mistake is the same in every run.
+            rng = random.Random(f"countdown mistake {equation.prompt}")
+            return equation.solution, equation.mistake(rng)
 
 
 def _shape(num_numbers: int, rng: random.Random) -> tuple[list[str], int | None]:
-    """Operators between the numbers, and which of them stands in parentheses."""
+    """Operators between the numbers, and the index of the one in parentheses, if any."""
     operators = [rng.choice("+-*") for _ in range(num_numbers - 1)]
-    grouped = (
-        rng.randrange(len(operators)) if len(operators) > 1 and rng.random() < PARENTHESES else None
-    )
-    return operators, grouped
+    if len(operators) > 1 and rng.random() < PARENTHESES:
+        return operators, rng.randrange(len(operators))
+    return operators, None
 
 
 def _text(numbers: list[int], operators: list[str], grouped: int | None) -> str:
-    """`grouped` is the operator whose two numbers stand in parentheses."""
+    """The expression; `grouped` is the index of the operator that is in parentheses."""
     words = [str(n) for n in numbers]
     if grouped is not None:
         words[grouped] = f"({words[grouped]}"
         words[grouped + 1] = f"{words[grouped + 1]})"
-    return words[0] + "".join(
-        operator + word for operator, word in zip(operators, words[1:], strict=True)
-    )
+    rest = zip(operators, words[1:], strict=True)
+    return words[0] + "".join(operator + word for operator, word in rest)
 
 
 def _value(numbers: list[int], operators: list[str], grouped: int | None) -> int:
@@ -231,11 +235,14 @@ def _value(numbers: list[int], operators: list[str], grouped: int | None) -> int
         inner = _value(numbers[grouped : grouped + 2], [operators[grouped]], None)
         numbers = [*numbers[:grouped], inner, *numbers[grouped + 2 :]]
         operators = operators[:grouped] + operators[grouped + 1 :]
-    total, product, sign = 0, numbers[0], 1
+    total = 0
+    product = numbers[0]
+    sign = 1
     for operator, number in zip(operators, numbers[1:], strict=True):
         if operator == "*":
             product *= number
         else:
             total += sign * product
-            product, sign = number, 1 if operator == "+" else -1
+            product = number
+            sign = 1 if operator == "+" else -1
     return total + sign * product

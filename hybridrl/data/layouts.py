@@ -1,6 +1,4 @@
-"""How other projects lay out their rows: what can be read as it is, and which setting or change
-makes the rest readable.
-"""
+"""Row layouts of other projects: which can be read, and what to set or change for the rest."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,12 +8,14 @@ ANSWER_NAMES = ("answer", "response", "output", "solution", "target", "completio
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
-SHOWN = 8  # keys that a message lists
+SHOWN = 8
+"""Keys that a message lists."""
 
 
 def as_messages(turns: Any) -> Any:
-    """ShareGPT's turns, {"from": "human", "value": T}, as messages with `role` and `content`;
-    anything else as it is.
+    """ShareGPT's turns, {"from": "human", "value": T}, as messages with `role` and `content`.
+
+    Anything else is returned unchanged.
     """
     if not is_sharegpt(turns):
         return turns
@@ -26,6 +26,7 @@ def as_messages(turns: Any) -> Any:
 
 
 def is_sharegpt(turns: Any) -> bool:
+    """Whether this is a list of ShareGPT's turns."""
     return (
         isinstance(turns, list)
         and bool(turns)
@@ -35,8 +36,7 @@ def is_sharegpt(turns: Any) -> bool:
 
 
 def unreadable_layout(row: Mapping[str, Any]) -> str | None:
-    """What to do about a row that holds no prompt, beginning with the keys that it has; None where
-    it holds one.
+    """The keys of a row without a prompt, and what to do about it; None where it has a prompt.
 
     Example: unreadable_layout({"question": "1+1=", "answer": "2"}) == "the row has `question`,
     `answer` and no prompt; set 'data.columns={prompt: question}', and completion: answer too where
@@ -54,7 +54,10 @@ def unreadable_layout(row: Mapping[str, Any]) -> str | None:
 
 
 def listed(keys: Iterable[str]) -> str:
-    """Example: listed(["a", "b"]) == "`a`, `b`"."""
+    """Keys for a message.
+
+    Example: listed(["a", "b"]) == "`a`, `b`".
+    """
     names = [f"`{key}`" for key in keys]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return (", ".join(names[:SHOWN]) or "no key") + more
@@ -77,27 +80,22 @@ def _remedy(given: Mapping[str, Any]) -> str:
         )
     answer = next((names[name] for name in ANSWER_NAMES if name in names), None)
     if "instruction" in names and "input" in names:
+        named_answer = ""
+        if answer is not None:
+            named_answer = f" and name the answer by {_columns({'completion': answer})}"
         return (
             f"as in Alpaca's data: join `{names['instruction']}` and `{names['input']}` into one "
-            "`prompt`"
-            + (
-                f" and name the answer by {_columns({'completion': answer})}"
-                if answer is not None
-                else ""
-            )
-            + f"; where every `{names['input']}` is empty, set "
+            f"`prompt`{named_answer}; where every `{names['input']}` is empty, set "
             f"{_columns({'prompt': names['instruction']})}"
         )
     prompt = next((names[name] for name in PROMPT_NAMES if name in names), None)
     if prompt is None:
-        return (
-            f"rename the key that holds it to `prompt`, or name it by {_columns({'prompt': 'KEY'})}"
-        )
-    return f"set {_columns({'prompt': prompt})}" + (
-        f", and completion: {answer} too where the answer is to be imitated"
-        if answer is not None
-        else ""
-    )
+        key = _columns({"prompt": "KEY"})
+        return f"rename the key that holds it to `prompt`, or name it by {key}"
+    remedy = f"set {_columns({'prompt': prompt})}"
+    if answer is None:
+        return remedy
+    return f"{remedy}, and completion: {answer} too where the answer is to be imitated"
 
 
 def _two_whole_texts() -> str:
@@ -134,7 +132,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _columns(mapping: Mapping[str, str]) -> str:
-    """The setting as one writes it in a shell."""
+    """The setting data.columns as a shell's argument."""
     pairs = (f"{ours}: {key if key.isidentifier() else repr(key)}" for ours, key in mapping.items())
     text = f"data.columns={{{', '.join(pairs)}}}"
     return f'"{text}"' if "'" in text else f"'{text}'"

@@ -1,9 +1,8 @@
-"""Marks around texts that go through a template, by which each of them is recognised in what comes
-out.
+"""Marks around texts that go through a template, by which each is recognised in the output.
 
-A text alone does not show where it came from: "4" may be somebody's answer or part of "42". So each
-text is put between two private characters of its own, and what stands between them afterwards is
-compared with the text.
+A text alone does not show where it came from: "4" may be an answer or part of "42". So each text is
+put between two private-use characters of its own, and the output between them is compared with the
+text.
 """
 
 import json
@@ -11,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-FIRST = 0xF0000  # of a plane of 65 534 characters that Unicode leaves to private use
+FIRST = 0xF0000  # the first of 65 534 private-use characters of a Unicode plane
 MARK = re.compile("[\U000f0000-\U000ffffd]")
 MOST = 0xFFFE
 
@@ -21,23 +20,23 @@ LEADING = re.compile(rf"(?:\s+|{TAG.pattern})*")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A text that must come out."""
+    """A text that must be in the output."""
 
     text: str
-    what: str  # in an error, e.g. "the content of message 2, role `tool`"
-    inner: str  # between the marks; empty: there are none
+    what: str  # for an error, e.g. "the content of message 2, role `tool`"
+    inner: str  # the text between the marks; empty: there are no marks
     mark: str
-    escaped: bool  # may come out as in a JSON string
+    escaped: bool  # the output may escape it as in a JSON string
 
-    def stands_in(self, rendered: str) -> bool:
-        """Whether the whole text is somewhere, tags included."""
+    def is_in(self, rendered: str) -> bool:
+        """Whether the output contains the whole text, tags included."""
         return any(
             form.strip() in rendered or _pattern(form).search(rendered)
             for form in self._forms(self.text)
         )
 
-    def stands_marked(self, rendered: str) -> bool:
-        """Whether it is between its marks."""
+    def is_marked_in(self, rendered: str) -> bool:
+        """Whether the output contains the text between its marks."""
         parts = rendered.split(self.mark)
         return len(parts) > 2 and any(
             form == parts[1] or _pattern(form).fullmatch(parts[1])
@@ -51,16 +50,18 @@ class Piece:
 
 
 class Marks:
-    """One template's run over marked texts."""
+    """The marked texts of one rendering of a template."""
 
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
 
     def around(self, text: str, what: str, *, escaped: bool = True) -> str:
-        """`text` with marks within its outer white space and tags, so that a template sees how it
-        begins and ends.
+        """`text` with marks inside of its outer white space and tags.
 
-        Example: around("<think>a</think>4", ...) == "<think>Ma</think>4M", M a private character
+        So a template still sees how the text begins and ends.
+
+        Example: around("<think>a</think>4", ...) == "<think>Ma</think>4M", M a private-use
+        character
         """
         begin = LEADING.match(text).end()  # type: ignore[union-attr]  # matches the empty text too
         end = max(begin, _end_of_core(text))
@@ -72,25 +73,25 @@ class Marks:
         return f"{text[:begin]}{mark}{inner}{mark}{text[end:]}" if inner else text
 
     def missing(self, marked: str, rendered: str) -> Piece | None:
-        """The first text that did not come out.
+        """The first text that is missing from the output; None where there is none.
 
         Args:
-            marked: what the template made of the marked texts.
-            rendered: what it made of the texts themselves. Where it differs by more than the marks,
-                the template looks at texts before it writes them, and they are looked for in
-                `rendered` alone.
+            marked: the template's output for the marked texts.
+            rendered: its output for the texts themselves. Where the two differ by more than the
+                marks, the template depends on the texts, and they are searched for in `rendered`
+                alone.
         """
         same = MARK.sub("", marked) == MARK.sub("", rendered)
         for piece in self.pieces:
-            if not piece.stands_in(rendered):
+            if not piece.is_in(rendered):
                 return piece
-            if same and piece.inner and not piece.stands_marked(marked):
+            if same and piece.inner and not piece.is_marked_in(marked):
                 return piece
         return None
 
 
 def _end_of_core(text: str) -> int:
-    """Where the white space and tags at the end of a text begin."""
+    """The index at which the white space and tags at the end of a text begin."""
     end = len(text.rstrip())
     for tag in reversed(list(TAG.finditer(text))):
         if tag.end() != end:
@@ -100,6 +101,6 @@ def _end_of_core(text: str) -> int:
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    """`text` with any white space, or none, at its ends and around its tags."""
+    """`text` with any amount of white space at its ends and around its tags."""
     parts = re.split(f"({TAG.pattern})", text)
     return re.compile(r"\s*".join(re.escape(part.strip()) for part in parts if part.strip()))

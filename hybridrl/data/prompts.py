@@ -1,4 +1,4 @@
-"""From problems to tokenized prompts, and the cursor that walks over them, epoch after epoch."""
+"""From problems to tokenized prompts, and the cursor that walks over them for several epochs."""
 
 import json
 import logging
@@ -34,17 +34,16 @@ def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Pr
         case "countdown":
             return countdown.load(config.options, config.num_train, config.num_heldout, seed)
         case "reasoning_gym":
-            # It takes seconds to import, and most runs do not need it.
+            # Importing the library takes seconds, and most runs do not need it.
             from hybridrl.data import reasoning_gym_tasks
 
-            assert config.dataset is not None  # DataConfig checks it
+            assert config.dataset is not None, "DataConfig checks it"
             return reasoning_gym_tasks.load(
                 config.dataset, config.options, config.num_train, config.num_heldout, seed
             )
         case _:
-            assert (
-                config.path is not None and config.heldout_path is not None
-            )  # DataConfig checks it
+            assert config.path is not None, "DataConfig checks it"
+            assert config.heldout_path is not None, "DataConfig checks it"
             heldout = records.load(config.heldout_path, "heldout", config.revision, config.columns)
             heldout = heldout[: config.num_heldout]
             train = records.load(config.path, "train", config.revision, config.columns)
@@ -53,15 +52,16 @@ def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Pr
 
 
 def warn_of_shared(train: list[Problem], heldout: list[Problem], config: DataConfig) -> None:
-    """Log how many held-out prompts are training prompts too: the same file, a copy of it, or a few
-    of its rows.
+    """Log how many held-out prompts are training prompts too.
+
+    They may be the same file, a copy of it, or a few of its rows.
     """
 
     def key(problem: Problem) -> str:
         return json.dumps(problem.prompt, sort_keys=True)
 
-    trained = {key(problem) for problem in train}
-    shared = [problem for problem in heldout if key(problem) in trained]
+    train_keys = {key(problem) for problem in train}
+    shared = [problem for problem in heldout if key(problem) in train_keys]
     if shared:
         log.warning(
             "data.heldout_path=%s: %d of %d held-out prompts are in data.path=%s too, %s the "
@@ -84,44 +84,38 @@ def tokenize(
     *,
     responses: bool = True,
 ) -> list[Prompt]:
-    """What the model sees of each problem and its responses, special tokens included; uids are
-    kept.
+    """The tokens of each problem and its responses, special tokens included.
 
-    A problem with too many tokens is an error, or with data.drop_too_long left out; how many were
-    is logged.
+    A problem with too many tokens is an error; with data.drop_too_long it is dropped, and the
+    number of dropped problems is logged. The uids are those of the problems.
 
     Args:
         max_prompt_tokens: rollout.max_model_len - rollout.max_new_tokens.
-        max_tokens: of a prompt with any one of its responses, rollout.max_model_len; None: any
-            number.
-        responses: whether the run uses the given responses; otherwise they are left out, and need
-            not be usable.
+        max_tokens: limit of a prompt with one of its responses, rollout.max_model_len; None: no
+            limit.
+        responses: whether the run uses the given responses; otherwise they are ignored and need not
+            be usable.
 
     Raises:
         ConfigError: a setting of the chat template that has no effect, or that contradicts a row.
         DataError: an empty or too long prompt, a too long response, characters that the tokenizer
-            lacks, a chat template that is missing, refuses a row or leaves out what it says; the
-            message names the row. Or no row remained.
+            lacks, a chat template that is missing, refuses a row or omits a part of it; the message
+            names the row. Or no row remains.
     """
     check_template_settings(config, problems)
     template = ChatTemplate.of(tokenizer, config)
     prompts = []
     for problem in problems:
+        answers = problem.responses if responses else ()
         try:
-            prompts.append(
-                _prompt(
-                    problem,
-                    problem.responses if responses else (),
-                    tokenizer,
-                    config,
-                    template,
-                    max_prompt_tokens,
-                    max_tokens,
-                )
+            prompt = _prompt(
+                problem, answers, tokenizer, config, template, max_prompt_tokens, max_tokens
             )
         except TooLong:
             if not config.drop_too_long:
                 raise
+        else:
+            prompts.append(prompt)
     if template.unclosed:
         row, tag = template.unclosed[0]
         log.warning(
@@ -148,47 +142,59 @@ def tokenize(
 
 
 class TooLong(DataError):
-    """More tokens than there is room for; data.drop_too_long forgives it."""
+    """More tokens than fit; data.drop_too_long drops such a row."""
 
 
 class PromptSource:
-    """A cursor over one seeded permutation per epoch; the permutation depends on (seed, epoch)
-    alone.
+    """A cursor over one seeded permutation per epoch, which depends only on (seed, epoch).
 
-    Example: with three prompts, next_batch(2) twice gives "b@0" "a@0", then "c@0" "a@1": the batch
-    runs over the edge.
+    Example: with three prompts, next_batch(2) twice gives "b@0" "a@0", then "c@0" "a@1": a batch
+    may span two epochs.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
-        """Args: seed: run.seed."""
+        """
+        Args:
+            seed: run.seed.
+
+        Raises:
+            DataError: there are no prompts.
+        """
         if not prompts:
             raise DataError("no training prompts")
-        self.prompts, self.seed = prompts, seed
-        self.epoch, self.position = 0, 0
-        self.owed: list[Prompt] = []  # were handed out and came back
+        self.prompts = prompts
+        self.seed = seed
+        self.epoch = 0
+        self.position = 0
+        self.owed: list[Prompt] = []  # returned by put_back
         self._order = self._permutation()
 
     def next_batch(self, n: int) -> list[Prompt]:
-        """The next `n` prompts, those that came back first; their uids end in "@EPOCH" and so are
-        unique in the run.
+        """The next `n` prompts, those that were put back first.
+
+        Their uids end in "@EPOCH" and so are unique in the run.
         """
-        batch, self.owed = self.owed[:n], self.owed[n:]
+        batch = self.owed[:n]
+        self.owed = self.owed[n:]
         while len(batch) < n:
             if self.position == len(self.prompts):
-                self.epoch, self.position = self.epoch + 1, 0
+                self.epoch += 1
+                self.position = 0
                 self._order = self._permutation()
             batch.append(_of_epoch(self.prompts[self._order[self.position]], self.epoch))
             self.position += 1
         return batch
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
-        """Prompts that were handed out and not trained on; they come again."""
+        """Return prompts that were not trained on; next_batch gives them once more."""
         self.owed += prompts
 
     def state_dict(self, in_flight: Sequence[Prompt] = ()) -> dict[str, Any]:
-        """
+        """The state of the cursor for a checkpoint.
+
         Args:
-            in_flight: handed out and not trained on yet; a resumed run hands them out first.
+            in_flight: prompts that were given and are not trained on yet; a resumed run starts with
+                them.
         """
         return {
             "epoch": self.epoch,
@@ -197,26 +203,28 @@ class PromptSource:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises:
-        DataError: the state is of a source with other prompts.
+        """Continue from a state that state_dict returned.
+
+        Raises:
+            DataError: the state is of a source with other prompts.
         """
         if not 0 <= state["position"] <= len(self.prompts):
             raise DataError(
-                f"the checkpoint stands at prompt {state['position']} of an epoch; the data has "
-                f"only {len(self.prompts)}"
+                f"the checkpoint is at prompt {state['position']} of an epoch; the data has only "
+                f"{len(self.prompts)}"
             )
         by_uid = {p.uid: p for p in self.prompts} if state["owed"] else {}
         owed = [uid.rpartition("@") for uid in state["owed"]]
         if unknown := next((uid for uid, _, _ in owed if uid not in by_uid), None):
             raise DataError(f"the checkpoint owes prompt {unknown}, which the data no longer has")
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch = state["epoch"]
+        self.position = state["position"]
         self.owed = [_of_epoch(by_uid[uid], int(epoch)) for uid, _, epoch in owed]
         self._order = self._permutation()
 
     def _permutation(self) -> list[int]:
-        return (
-            np.random.default_rng([self.seed, self.epoch]).permutation(len(self.prompts)).tolist()
-        )
+        rng = np.random.default_rng([self.seed, self.epoch])
+        return rng.permutation(len(self.prompts)).tolist()
 
 
 def _of_epoch(prompt: Prompt, epoch: int) -> Prompt:
@@ -225,7 +233,7 @@ def _of_epoch(prompt: Prompt, epoch: int) -> Prompt:
 
 def _prompt(
     problem: Problem,
-    given: Sequence[str | dict[str, Any]],
+    answers: Sequence[str | dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     template: ChatTemplate,
@@ -245,10 +253,10 @@ def _prompt(
     if has_unknown(input_ids, tokenizer):
         raise DataError(f"{row}: the tokenizer has no token for some character of {text[:80]!r}")
     responses = []
-    for response in given:
-        answer = chat.response_text(response, text, template)
+    for answer in answers:
+        answer_text = chat.response_text(answer, text, template)
         responses.append(
-            response_ids(answer, text, input_ids, tokenizer, row, templated=chat.templated)
+            response_ids(answer_text, text, input_ids, tokenizer, row, templated=chat.templated)
         )
     longest = len(input_ids) + max(map(len, responses), default=0)
     if max_tokens is not None and longest > max_tokens:
@@ -268,22 +276,18 @@ def _prompt(
 
 
 REFERENCE_COLUMNS = ("answer", "solution", "reference", "ground_truth")
-"""Where data sets keep the right answer; the first one that a row has is shown in the report."""
+"""Columns in which data sets store the right answer; the report shows the first that a row has."""
 
 
 def readable(messages: Sequence[dict[str, Any]]) -> str:
-    """A conversation as text: one message alone is its content, several are named by their
-    roles.
-    """
+    """A conversation as text: a single message's content, or messages headed by their roles."""
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def reference_answer(problem: Problem) -> str | None:
-    """The answer that the data gives to a problem: a column of REFERENCE_COLUMNS, else the text of
-    its first response.
-    """
+    """The right answer of a problem: a column of REFERENCE_COLUMNS, else its first response."""
     for name in REFERENCE_COLUMNS:
         if problem.columns.get(name) is not None:
             return str(problem.columns[name])

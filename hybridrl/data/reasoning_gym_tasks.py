@@ -14,25 +14,19 @@ HELDOUT_SEED = 20_240_229
 def load(
     dataset: str, options: dict[str, Any], num_train: int, num_heldout: int, seed: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Training problems under `seed`, fixed held-out ones, no question in both and none twice.
+    """Training problems under `seed` and fixed held-out ones; all questions are different.
 
-    Columns: reasoning_gym_dataset, reasoning_gym_entry (what the library's scorer wants) and
-    answer.
+    The columns are reasoning_gym_dataset, reasoning_gym_entry (the input of the library's scorer)
+    and answer.
 
     Raises:
-        ConfigError: a dataset or an option that the library lacks, or one with too few questions.
+        ConfigError: a dataset or an option that the library lacks, or too few questions.
     """
     heldout = _draw(dataset, options, num_heldout, HELDOUT_SEED, "heldout", frozenset())
     questions = frozenset(p.columns["reasoning_gym_entry"]["question"] for p in heldout)
-    # The library seeds entry i with seed + i, so neighbouring run seeds are spread out first.
-    train = _draw(
-        dataset,
-        options,
-        num_train,
-        random.Random(f"reasoning_gym train {seed}").getrandbits(30),
-        "train",
-        questions,
-    )
+    # The library seeds entry i with seed + i, so consecutive run seeds must be spread out.
+    train_seed = random.Random(f"reasoning_gym train {seed}").getrandbits(30)
+    train = _draw(dataset, options, num_train, train_seed, "train", questions)
     if not train:
         raise ConfigError(
             f"data.num_train={num_train}: {dataset} gave no question beside the held-out ones; "
@@ -46,9 +40,7 @@ def _draw(
 ) -> list[Problem]:
     try:
         entries = list(reasoning_gym.create_dataset(dataset, size=num, seed=seed, **options))
-    except (
-        Exception
-    ) as error:  # each generator checks its options, or fails over them, in its own way
+    except Exception as error:  # each generator checks its options in its own way, or not at all
         raise ConfigError(
             f"data.dataset={dataset}, data.options={options}: reasoning_gym refuses them: {error}"
         ) from error

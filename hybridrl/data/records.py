@@ -1,12 +1,11 @@
-"""Problems from the rows of a file, a folder or a dataset on the hub; schema.py says what a row may
-hold.
+"""Problems from the rows of a file, a folder or a dataset on the hub.
 
-    train.jsonl, train.csv.gz, ...           a file of one of the kinds in files.py
+    train.jsonl, train.csv.gz, ...           a file of one of the kinds in row_files.py
     DIR, DIR:SPLIT                           a dataset's folder, of save_to_disk or of data files
     OWNER/NAME[:CONFIG][:SPLIT]              a dataset on the Hugging Face hub
 
-The last two, and Parquet, need the optional packages of hybridrl[data]. A dataset of one split
-needs no :SPLIT.
+schema.py describes a row. The last two sources, and Parquet, need the optional packages of
+hybridrl[data]. A dataset with one split needs no :SPLIT.
 """
 
 import re
@@ -23,7 +22,7 @@ from hybridrl.data.row_files import Row, file_rows, is_file_name, package
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]+){0,2}")
 
 NOT_ROWS = (".txt", ".zip", ".zst")
-"""Files of a dataset's folder that the library reads in other ways than files.py."""
+"""Files of a dataset's folder that the library reads in other ways than row_files.py."""
 
 NO_COLUMNS: Mapping[str, str | None] = {}
 """Every key is read under its own name."""
@@ -35,11 +34,12 @@ def load(
     revision: str | None = None,
     columns: Mapping[str, str | None] = NO_COLUMNS,
 ) -> list[Problem]:
-    """Problems of one source; uids count its rows from 1, in JSON lines and CSV by line, e.g.
-    "train-000003".
+    """The problems of one source.
+
+    Uids count its rows from 1, in JSON lines and CSV by line, e.g. "train-000003".
 
     Args:
-        split: "train" or "heldout", how uids begin.
+        split: "train" or "heldout", with which uids begin.
         revision: of a dataset on the hub; None: the newest.
         columns: data.columns.
 
@@ -60,29 +60,38 @@ def load(
 
 
 def rows(path: str, revision: str | None = None) -> Iterator[Row]:
-    """Raises: as load."""
-    folder, _, split = path.partition(":") if not Path(path).exists() else (path, "", "")
-    if Path(folder).is_dir():
+    """The numbered rows of one source.
+
+    Raises:
+        ConfigError, DataError: as load.
+    """
+    if Path(path).is_dir():
+        return _dataset(path, path, None, "", None)
+    folder, _, split = path.partition(":")
+    if not Path(path).exists() and Path(folder).is_dir():
         return _dataset(path, folder, None, split, None)
-    # A file that is missing is not looked for on the hub.
+    # A missing file is not searched for on the hub.
     if HUB_NAME.fullmatch(path) and not is_file_name(path) and not Path(path).exists():
         name, *rest = path.split(":")
-        return _dataset(
-            path, name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else "", revision
-        )
+        config = rest[0] if len(rest) == 2 else None
+        return _dataset(path, name, config, rest[-1] if rest else "", revision)
     return file_rows(path)
 
 
 def _dataset(
     path: str, name: str, config: str | None, split: str, revision: str | None
 ) -> Iterator[Row]:
-    """Args: name: a folder or a name on the hub. split: "": the only one."""
+    """The rows of a dataset.
+
+    Args:
+        name: a folder or a name on the hub.
+        split: may be empty where there is only one.
+    """
     datasets = package("datasets", path)
-    saved = any(
-        (Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")
-    )  # by save_to_disk
+    markers = ("dataset_dict.json", "state.json")  # files that save_to_disk writes
+    saved = any((Path(name) / marker).is_file() for marker in markers)
     try:
-        found = (
+        loaded = (
             datasets.load_from_disk(name)
             if saved
             else datasets.load_dataset(name, config, revision=revision)
@@ -91,12 +100,13 @@ def _dataset(
         if not saved and Path(name).is_dir():
             _name_bad_file(Path(name))
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        reason = error.__cause__ if generating else error  # its own text says only that it failed
+        # The text of a DatasetGenerationError does not include the reason.
+        reason = error.__cause__ if generating else error
         raise DataError(
             f"{path}: no dataset can be read there: {reason}; correct the path, or give one file "
             "of it"
         ) from error
-    splits = found if isinstance(found, dict) else {split: found}
+    splits = loaded if isinstance(loaded, dict) else {split: loaded}
     if not split and len(splits) == 1:
         split = next(iter(splits))
     if split not in splits:
@@ -108,11 +118,10 @@ def _dataset(
 
 
 def _name_bad_file(folder: Path) -> None:
-    """Read the data files of a folder one by one, for the library does not say which one it could
-    not read.
+    """Read the data files of a folder one by one, since the library does not name the bad one.
 
     Raises:
-        DataError: the first of them that cannot be read by itself.
+        DataError: names the first of them that cannot be read by itself.
     """
     for file in sorted(folder.rglob("*")):
         if file.is_file() and is_file_name(file.name) and file.suffix not in NOT_ROWS:
@@ -121,8 +130,9 @@ def _name_bad_file(folder: Path) -> None:
 
 
 def _dataset_rows(path: str, dataset: Any) -> Iterator[Row]:
-    """The rows with media as stored bytes: decoding them takes packages of their own, and no text
-    is in them.
+    """The rows with media as stored bytes.
+
+    Decoding them needs further packages, and they contain no text.
     """
     for name, feature in dataset.features.items():
         if getattr(feature, "decode", False):
@@ -132,7 +142,7 @@ def _dataset_rows(path: str, dataset: Any) -> Iterator[Row]:
     while True:
         try:
             number, row = next(numbered, (0, None))
-        except Exception as error:  # the conversions raise what they like
+        except Exception as error:  # a conversion may raise any exception
             raise DataError(
                 f"{path}:{number + 1}: cannot be read: {type(error).__name__}: {error}; "
                 "remove the column that holds it, or store it as text"

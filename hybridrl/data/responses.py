@@ -1,6 +1,4 @@
-"""A given response as the tokens that generation would have made: what follows the prompt's tokens,
-the end token last.
-"""
+"""A given response as the tokens that generation would have made, ending with the end token."""
 
 from collections.abc import Sequence
 
@@ -22,17 +20,17 @@ def response_ids(
     """Tokens of `text` after `prompt`; an empty response is the end token alone.
 
     Prompt and response together are the tokenization of the whole text. Where a tokenizer would
-    merge the prompt's last token with the response's first, which no generation can do, the
-    response is tokenized by itself.
+    merge the prompt's last token with the response's first, which generation cannot do, the
+    response is tokenized separately.
 
     Args:
-        text: the response, of a template with the end of its turn (ChatTemplate.response).
+        text: the response; of a template with the end of its turn (ChatTemplate.response).
         prompt: the text that became prompt_ids.
         templated: whether a chat template wrote both.
 
     Raises:
         DataError: a character without a token, a tokenizer without an end token, or an end token
-            within the response.
+            inside of the response.
     """
     if tokenizer.eos_token_id is None:
         raise DataError(f"{row}: the model's tokenizer has no end token, so a response cannot end")

@@ -1,9 +1,8 @@
-"""The rows of one file: JSON lines, a JSON array, CSV, TSV or Parquet, each of them also
-compressed.
+"""The rows of one file: JSON lines, a JSON array, CSV, TSV or Parquet, also compressed.
 
-The name's ending says CSV, TSV or Parquet; everything else is JSON. Compression and the encoding of
-text (UTF-8, or UTF-16 and UTF-32 with a byte order mark) are recognised by the first bytes. Every
-error names the file, the line where there is one, and what to do.
+The ending of the name determines CSV, TSV or Parquet; everything else is JSON. Compression and the
+encoding of text (UTF-8, or UTF-16 and UTF-32 with a byte order mark) are recognised by the first
+bytes. Every error names the file, the line where there is one, and a remedy.
 """
 
 import bz2
@@ -24,10 +23,10 @@ from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.data.layouts import listed
 
 Row = tuple[int, dict[str, Any]]
-"""Number, from 1, and what the row holds."""
+"""(number from 1, content)."""
 
 COMPRESSED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
-"""By the first bytes of a file."""
+"""Decompression by the first bytes of a file."""
 
 FOREIGN = {
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save the sheet as .csv",
@@ -36,11 +35,11 @@ FOREIGN = {
     b"\x80\x04": "a pickle, which could run any code; save it as JSON lines",
     b"\x80\x05": "a pickle, which could run any code; save it as JSON lines",
 }
-"""What is recognised by the first bytes and not read."""
+"""First bytes of formats that are recognised but not read."""
 
 PARQUET = b"PAR1"
 
-BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's does
+BYTE_ORDER_MARKS = {  # longer marks first, since that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF8: "utf-8-sig",
@@ -55,17 +54,16 @@ LARGEST_CELL = 2**31 - 1  # characters; the csv module's own limit is 131072
 
 
 def is_file_name(path: str) -> bool:
-    """Whether the name ends like one of a data file, present or not."""
+    """Whether the name has the ending of a data file, whether or not the file exists."""
     return Path(path).suffix.lower() in ENDINGS + COMPRESSED_ENDINGS
 
 
 def file_rows(path: str) -> Iterator[Row]:
-    """The rows of the file at `path`; of JSON lines and CSV they are numbered by the line that they
-    begin on.
+    """The rows of the file at `path`; those of JSON lines and CSV are numbered by their first line.
 
     Raises:
-        ConfigError: Parquet, and the package that reads it is not installed.
-        DataError: no such file, or the first thing in it that cannot be read.
+        ConfigError: the file is Parquet, and the package that reads it is not installed.
+        DataError: there is no such file, or a part of it cannot be read.
     """
     data = _content(path)
     ending = _ending(path)
@@ -78,7 +76,7 @@ def file_rows(path: str) -> Iterator[Row]:
 
 
 def _ending(path: str) -> str:
-    """The one that says what the file holds, e.g. ".csv" of rows.csv.gz."""
+    """The ending that determines the format, e.g. ".csv" of rows.csv.gz."""
     whole = Path(path)
     if whole.suffix.lower() in COMPRESSED_ENDINGS:
         whole = whole.with_suffix("")
@@ -86,7 +84,7 @@ def _ending(path: str) -> str:
 
 
 def _content(path: str) -> bytes:
-    """The bytes of the file, unpacked."""
+    """The decompressed bytes of the file."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -128,7 +126,7 @@ def _text(path: str, data: bytes) -> str:
 
 def _lines(path: str, text: str) -> Iterator[Row]:
     first = True
-    for number, line in enumerate(text.split("\n"), 1):  # JSON allows other line ends in a text
+    for number, line in enumerate(text.split("\n"), 1):  # JSON strings may hold other line ends
         if not line.strip():
             continue
         try:
@@ -151,7 +149,7 @@ def _lines(path: str, text: str) -> Iterator[Row]:
 
 
 def _keys_of_one_object(text: str) -> list[str] | None:
-    """The keys where the whole text is one object written over several lines."""
+    """The keys where the whole text is one object over several lines, else None."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
@@ -166,7 +164,7 @@ def _array(path: str, text: str) -> Iterator[Row]:
         raise DataError(f"{path}: is nested too deep; flatten its rows") from error
     except ValueError as error:
         if _is_json(text.lstrip().partition("\n")[0]):
-            return _lines(path, text)  # one value a line, the first of them a list
+            return _lines(path, text)  # one value per line, the first of which is a list
         line = getattr(error, "lineno", 1)
         raise DataError(
             f"{path}:{line}: not JSON: {_reason(error, text)}; correct the array, or write one "
@@ -186,7 +184,7 @@ def _is_json(text: str) -> bool:
 
 
 def _reason(error: ValueError, text: str) -> str:
-    """What is wrong, and what stands there."""
+    """What is wrong, and the text at that place."""
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
     shown = text[error.pos : error.pos + 30]
@@ -202,7 +200,7 @@ def _checked_object(row: Any, name: str) -> dict[str, Any]:
 
 
 def _csv(path: str, text: str, delimiter: str) -> Iterator[Row]:
-    """Rows by the names in the header; every cell is text."""
+    """Rows with the names of the header as keys; every cell is text."""
     limit = csv.field_size_limit(LARGEST_CELL)
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -213,8 +211,8 @@ def _csv(path: str, text: str, delimiter: str) -> Iterator[Row]:
                 cells = next(reader, None)
             except csv.Error as error:
                 raise DataError(
-                    f"{path}:{begins}: not CSV: {error}; put a cell with quotes, commas or line breaks into "
-                    'double quotes, and write a quote inside of it as ""'
+                    f"{path}:{begins}: not CSV: {error}; put a cell with quotes, commas or line "
+                    'breaks into double quotes, and write a quote inside of it as ""'
                 ) from error
             number = begins
             begins = reader.line_num + 1
@@ -256,24 +254,23 @@ def _parquet(path: str, data: bytes) -> Any:
 
 
 class Unreadable:
-    """In the place of a cell whose value Python cannot hold; `reason` says why."""
+    """Replaces a cell whose value Python cannot represent; `reason` says why."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
 
 def table_rows(path: str, table: Any) -> Iterator[Row]:
-    """The rows of a pyarrow.Table, column by column, so that one that cannot be read spoils no
-    other.
+    """The rows of a pyarrow.Table, converted column by column.
 
-    A year 300000 or an unknown time zone becomes an Unreadable; what it says about the row is up to
-    the reader.
+    A cell that cannot be converted, such as a year 300000 or an unknown time zone, becomes an
+    Unreadable and does not affect the others; the caller decides what it means for the row.
     """
     columns = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
         try:
             columns[name] = column.to_pylist()
-        except Exception:  # the conversions raise what they like
+        except Exception:  # a conversion may raise any exception
             columns[name] = [_cell(scalar) for scalar in column]
     return (
         (number + 1, {name: values[number] for name, values in columns.items()})
@@ -289,7 +286,7 @@ def _cell(scalar: Any) -> Any:
 
 
 def package(name: str, path: str) -> ModuleType:
-    """An optional package.
+    """Import an optional package.
 
     Raises:
         ConfigError: it is not installed.

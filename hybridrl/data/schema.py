@@ -1,18 +1,18 @@
 """From a row to a problem, by the keys that the row holds.
 
-    {"prompt": P}                                               a prompt alone
-    {"prompt": P, "completion": R}                              one response
-    {"messages": [..., {"role": "assistant", ...}]}             the last assistant message, after what stands before it
-    {"prompt": P, "chosen": R, "rejected": R}                   two responses, the better one first
+    {"prompt": P}                                      a prompt alone
+    {"prompt": P, "completion": R}                     one response
+    {"messages": [..., {"role": "assistant", ...}]}    the last assistant message is the response
+    {"prompt": P, "chosen": R, "rejected": R}          two responses, the better one first
 
 P is text or a list of chat messages. R is text, or a list of messages that ends with one of the
 assistant, the response; earlier messages of R belong to the prompt. R or `messages` continues the
 row's `prompt` where it begins with the assistant; otherwise it is a whole conversation, which must
 contain `prompt` where the row has one. Chosen and rejected share their prompt. Keys that are null
-count as absent. Where a row fits several lines, chosen and rejected come before messages, and those
-before completion. ShareGPT's turns are read as messages. `tools`, a list of function descriptions
-or its JSON text, goes to the chat template. All other keys, and `tools`, become columns, which the
-rewards may look at.
+count as absent. Where a row fits several lines, chosen and rejected take precedence over messages,
+and those over completion. ShareGPT's turns are read as messages. `tools`, a list of function
+descriptions or its JSON text, is passed to the chat template. All other keys, and `tools`, become
+columns, which reward functions may read.
 """
 
 import json
@@ -28,23 +28,26 @@ from hybridrl.settings.run import ROW_KEYS
 Text = str | list[dict[str, Any]]
 
 Response = str | dict[str, Any]
-"""A text, or an assistant's message that says more than its content."""
+"""A text, or an assistant's message that holds more than its content."""
 
 
 def problem(row: dict[str, Any], name: str, uid: str) -> Problem:
-    """Args: name: what errors call the row, e.g. "train.jsonl:7".
+    """The problem of a row.
+
+    Args:
+        name: how errors name the row, e.g. "train.jsonl:7".
 
     Raises:
         DataError: no schema fits, or a value that one reads is not JSON.
     """
-    given = {key: as_messages(row[key]) for key in ROW_KEYS if row.get(key) is not None}
-    for key, value in given.items():
+    values = {key: as_messages(row[key]) for key in ROW_KEYS if row.get(key) is not None}
+    for key, value in values.items():
         if (reason := not_json(value)) is not None:
             raise DataError(f"{name}: `{key}` cannot be read: {reason}; store it as text")
     if (misfit := unreadable_layout(row)) is not None:
         raise DataError(f"{name}: {misfit}")
     columns = {key: value for key, value in row.items() if key not in ROW_KEYS}
-    prompt, responses = _split(given, name)
+    prompt, responses = _split(values, name)
     return Problem(
         uid=uid,
         prompt=prompt,
@@ -55,33 +58,32 @@ def problem(row: dict[str, Any], name: str, uid: str) -> Problem:
     )
 
 
-def _split(given: dict[str, Any], name: str) -> tuple[Text, tuple[Response, ...]]:
+def _split(values: dict[str, Any], name: str) -> tuple[Text, tuple[Response, ...]]:
     """The prompt and its responses."""
-    if "chosen" in given or "rejected" in given:
-        if not ("chosen" in given and "rejected" in given):
+    if "chosen" in values or "rejected" in values:
+        if not ("chosen" in values and "rejected" in values):
             raise DataError(f"{name}: `chosen` and `rejected` need each other")
-        (prompt, chosen), (other, rejected) = (
-            _answer(given, key, name) for key in ("chosen", "rejected")
-        )
-        if prompt != other:
+        prompt, chosen = _answer(values, "chosen", name)
+        other_prompt, rejected = _answer(values, "rejected", name)
+        if prompt != other_prompt:
             raise DataError(
                 f"{name}: `chosen` and `rejected` answer different prompts; only their last "
                 "messages may differ"
             )
         return prompt, (chosen, rejected)
     for key in ("messages", "completion"):
-        if key in given:
-            prompt, response = _answer(given, key, name)
+        if key in values:
+            prompt, response = _answer(values, key, name)
             return prompt, (response,)
-    return _prompt(given, name), ()
+    return _prompt(values, name), ()
 
 
-def _answer(given: dict[str, Any], key: str, name: str) -> tuple[Text, Response]:
-    """The prompt and the response that given[key] holds."""
-    if isinstance(given[key], str) and key != "messages":
-        return _prompt(given, name), given[key]
-    messages = _messages(given[key], f"{name}: `{key}`")
-    if key == "messages":  # a conversation may end with a user who got no answer
+def _answer(values: dict[str, Any], key: str, name: str) -> tuple[Text, Response]:
+    """The prompt and the response that values[key] holds."""
+    if isinstance(values[key], str) and key != "messages":
+        return _prompt(values, name), values[key]
+    messages = _messages(values[key], f"{name}: `{key}`")
+    if key == "messages":  # a conversation may end with a user's message without an answer
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
     if not messages or messages[-1]["role"] != "assistant":
@@ -89,23 +91,23 @@ def _answer(given: dict[str, Any], key: str, name: str) -> tuple[Text, Response]
             f"{name}: `{key}` must {'hold' if key == 'messages' else 'end with'} an assistant "
             "message, the response"
         )
-    return _before(messages[:-1], given, key, name), _response(messages[-1])
+    return _before(messages[:-1], values, key, name), _response(messages[-1])
 
 
-def _before(before: list[dict[str, Any]], given: dict[str, Any], key: str, name: str) -> Text:
-    """The prompt of a response that stands after `before` in given[key].
+def _before(before: list[dict[str, Any]], values: dict[str, Any], key: str, name: str) -> Text:
+    """The prompt of a response that follows `before` in values[key].
 
     Raises:
         DataError: `before` begins a conversation that does not contain the row's own prompt.
     """
     if not before:
-        return _prompt(given, name)
-    if given.get("prompt") is None:
+        return _prompt(values, name)
+    if values.get("prompt") is None:
         return before
-    prompt = _prompt(given, name)
+    prompt = _prompt(values, name)
     if before[0]["role"] == "assistant":
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return [*asked, *before]
+        question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [*question, *before]
     if isinstance(prompt, str):
         contained = any(message["content"].strip() == prompt.strip() for message in before)
     else:
@@ -122,15 +124,15 @@ def _response(message: dict[str, Any]) -> Response:
     return message if message.keys() & SAYS_MORE else message["content"]
 
 
-def _prompt(given: dict[str, Any], name: str) -> Text:
-    prompt = given.get("prompt")
+def _prompt(values: dict[str, Any], name: str) -> Text:
+    prompt = values.get("prompt")
     return prompt if isinstance(prompt, str) else _messages(prompt, f"{name}: `prompt`")
 
 
 def _messages(value: Any, what: str) -> list[dict[str, Any]]:
-    """A copy of a conversation without keys that are null, as columnar files fill them in.
+    """A copy of a conversation without keys that are null, with which columnar files fill rows.
 
-    An assistant's message without content has the empty one where it calls a tool or thinks.
+    An assistant's message without content gets an empty one where it calls a tool or thinks.
     """
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
         messages = [
@@ -163,10 +165,10 @@ def _check_calls(message: dict[str, Any], what: str) -> None:
 
 
 def _tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
-    """What the row's `tools` describe; none where it is absent.
+    """The descriptions in the row's `tools`; empty where it is absent.
 
     Raises:
-        DataError: it is something else than a list of objects.
+        DataError: it is not a list of objects.
     """
     if isinstance(value, str):
         try:

@@ -1,6 +1,4 @@
-"""A chat template comes with the model and is a program: it gets a limited time for each
-conversation.
-"""
+"""A time limit for chat templates, which are programs that come with the model."""
 
 import signal
 import threading
@@ -12,28 +10,28 @@ from types import FrameType
 from jinja2 import Environment, TemplateSyntaxError
 
 SECONDS = 10.0
-"""For one conversation; the templates that models ship take about a millisecond."""
+"""Limit for one conversation; the templates that models ship take about a millisecond."""
 
 
 class BoundlessTemplate(Exception):
-    """The template takes too long, or could take so long that nothing can interrupt it."""
+    """The template takes too long, or contains an operation that cannot be interrupted."""
 
 
 @contextmanager
 def bounded(
     template: str | Mapping[str, str] | None, *, seconds: float = SECONDS
 ) -> Iterator[None]:
-    """Interrupt what is done with `template` after some seconds.
+    """Interrupt the body of the context, which renders `template`, after some seconds.
 
     Python interrupts itself between two operations, by a signal that only the main thread receives:
-    other threads have no limit. A power of whole numbers, as 10**(10**8), is one operation that
-    takes minutes, so a template with one is refused beforehand.
+    other threads have no limit. A power of whole numbers, such as 10**(10**8), is one operation
+    that takes minutes, so a template with one is refused beforehand.
 
     Args:
         template: its text, or several by their names.
 
     Raises:
-        BoundlessTemplate: as said.
+        BoundlessTemplate: the time is over, or the template contains a power.
     """
     sources = template.values() if isinstance(template, Mapping) else [template or ""]
     if any(_has_power(source) for source in sources):
@@ -45,19 +43,20 @@ def bounded(
     def interrupt(signal_number: int, frame: FrameType | None) -> None:
         raise BoundlessTemplate(f"it took longer than {seconds:g} s for one conversation")
 
-    before = signal.signal(signal.SIGALRM, interrupt)
+    previous = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
 
 
 @lru_cache(maxsize=16)
 def _has_power(source: str) -> bool:
-    """Whether `**` stands between two values; behind a bracket or a comma it passes keyword
-    arguments on.
+    """Whether `**` is an operator between two values.
+
+    After a bracket or a comma it passes keyword arguments on.
     """
     before = ""
     try:
@@ -66,6 +65,6 @@ def _has_power(source: str) -> bool:
                 return True
             if kind != "whitespace":
                 before = value
-    except TemplateSyntaxError:  # rendering it will say so
+    except TemplateSyntaxError:  # rendering the template raises it too
         pass
     return False

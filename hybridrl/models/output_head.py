@@ -1,10 +1,9 @@
-"""The output embedding of a language model, and the proof that its logits are hidden states times
-this matrix.
+"""The output embedding of a language model, and a check that logits = hidden states x embedding^T.
 
 Training never forms the logits of the model itself: the head pass multiplies hidden states by the
 output embedding in pieces. A model that does more than this product (a soft cap, a scale, a norm, a
 bias) would train on other logits than those that it samples from, without any error. So every
-student and every teacher is tried when it is loaded.
+student and every teacher is checked when it is loaded.
 """
 
 from collections.abc import Iterator
@@ -19,28 +18,24 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hybridrl.core.errors import ConfigError
 
 LARGEST_LOGITS = (0.0, 1.0, 1000.0)
-"""Of the three states that a model is tried with: a bias shows at 0, a soft cap far away from it, a
-scale at both.
-"""
+"""Largest logits of the three probe states: 0 shows a bias, 1000 a soft cap, both show a scale."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
-"""Largest difference of two logits, as a share of the largest logit of the state: rounding stays
-far below it.
-"""
+"""Largest difference of two logits as a share of the state's largest logit, well above rounding."""
 
 
 def output_weight(model: PreTrainedModel, *, setting: str = "model.path") -> nn.Parameter:
     """The output embedding, [V, H], of a model whose logits are exactly hidden @ weight^T.
 
     The check runs the model from its last hidden states on, so it costs three rows of logits. It
-    draws no random numbers and needs no weight but the output embedding.
+    draws no random numbers and reads no weight but the output embedding.
 
     Args:
-        setting: what the error calls the model, e.g. "teachers.main.path".
+        setting: how the error names the model, e.g. "teachers.main.path".
 
     Raises:
-        ConfigError: the model has no body that gives hidden states, or its logits are something
-            else.
+        ConfigError: the model has no body that returns hidden states, or its logits are not this
+            product.
     """
     name = type(model).__name__
     remedy = "choose another causal language model"
@@ -63,9 +58,7 @@ def output_weight(model: PreTrainedModel, *, setting: str = "model.path") -> nn.
 
 @torch.no_grad()
 def _is_plain_product(model: PreTrainedModel, weight: Tensor) -> bool:
-    """Whether the model makes hidden @ weight^T of hidden states that are put in the place of its
-    own.
-    """
+    """Whether the model computes hidden @ weight^T from hidden states that replace its own."""
     hidden = _probe_states(weight)
     expected = nn.functional.linear(hidden, weight)[0].float()  # [3, V]
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=weight.device)
@@ -78,9 +71,7 @@ def _is_plain_product(model: PreTrainedModel, weight: Tensor) -> bool:
 
 
 def _probe_states(weight: Tensor) -> Tensor:
-    """[1, 3, H] in the dtype of the weight: one direction, so long that its largest logits are
-    LARGEST_LOGITS.
-    """
+    """[1, 3, H] in the dtype of the weight: multiples of one direction with LARGEST_LOGITS."""
     direction = torch.arange(1, weight.shape[1] + 1, device=weight.device).float().sin()
     largest = nn.functional.linear(direction.to(weight.dtype), weight).float().abs().max()
     lengths = torch.tensor(LARGEST_LOGITS, device=weight.device) / largest.clamp_min(1e-6)
@@ -88,7 +79,7 @@ def _probe_states(weight: Tensor) -> Tensor:
 
 
 class _BodyOutput(BaseModelOutputWithPast):
-    """Last hidden states; whatever else a head reads, such as router logits or a cache, is None."""
+    """Last hidden states; any other field that a head may read, e.g. a cache, is None."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -98,13 +89,15 @@ class _BodyOutput(BaseModelOutputWithPast):
 
 @contextmanager
 def _body_returns(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
-    """Let the body give `hidden` without running. Some models, such as OPT, call the decoder inside
-    of it.
+    """Make the body return `hidden` without running.
+
+    Some models, such as OPT, call the decoder inside of the body, so both are replaced.
     """
     bodies = {id(body): body for body in (model.base_model, model.get_decoder())}.values()
+    output = _BodyOutput(last_hidden_state=hidden)
     before = [body.__dict__.get("forward") for body in bodies]
     for body in bodies:
-        body.forward = lambda *_, **__: _BodyOutput(last_hidden_state=hidden)
+        body.forward = lambda *_, **__: output
     try:
         yield
     finally:

@@ -1,6 +1,4 @@
-"""Whether a model or a dataset can be had, with the token at hand, before anything is
-downloaded.
-"""
+"""Whether a model or data set is available with the present token, before any download."""
 
 import os
 from dataclasses import dataclass
@@ -18,18 +16,28 @@ from huggingface_hub.errors import (
 from hybridrl.models.loading import BUILTIN
 
 LIMIT_S = 10.0
+"""Longest wait for an answer of the hub."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
+    """The result of `reach`."""
+
     reached: bool
-    text: str  # where it is, or why it cannot be had and what to do
+    text: str  # where it is, or why it is not available and what to do
 
 
 def reach(
     path: str, revision: str | None, *, api: HfApi | None = None, kind: str = "model"
 ) -> Reach:
-    """Args: kind: "model" or "dataset". api: of the hub; None: at HF_ENDPOINT."""
+    """Look for a model or data set on this disk, in the cache and on the hub.
+
+    Args:
+        path: builtin:NAME, a folder, or a name on the hub.
+        revision: on the hub; None: the newest.
+        api: a client of the hub; None: one for HF_ENDPOINT.
+        kind: "model" or "dataset".
+    """
     if path.startswith(BUILTIN):
         return Reach(reached=True, text="comes with hybridrl")
     if Path(path).exists():
@@ -74,11 +82,11 @@ def _on_hub(path: str, revision: str | None, api: HfApi, kind: str) -> Reach:
         return Reach(reached=False, text=text)
     except HFValidationError as error:
         return Reach(reached=False, text=f"is no name on the hub: {error}")
-    except Exception as error:  # the client raises its transport's errors, which are of many kinds
+    except Exception as error:  # the client passes on errors of its transport, of many types
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         cached = _cached(path, revision, kind)
         text = f"the hub does not answer: {first}"
-        if cached.reached:  # loading falls back to it too
+        if cached.reached:  # loading falls back to the cache too
             text = f"is in the hub's cache here, as {text}"
         return Reach(reached=cached.reached, text=text)
     return Reach(reached=True, text=f"is on the hub, at commit {(info.sha or '')[:12]}")

@@ -1,4 +1,4 @@
-"""Which commit on the hub a model's name means."""
+"""Which commit on the hub the name of a model refers to."""
 
 from pathlib import Path
 
@@ -9,8 +9,10 @@ from hybridrl.models.loading import BUILTIN
 
 
 def newest_commit(path: str) -> str | None:
-    """The commit that a name without a revision means now. None: it is a folder or built in, or
-    cannot be had, which loading it will say.
+    """The commit that a name without a revision refers to at present.
+
+    None for a folder, for a built-in model, and for a model that cannot be reached; loading such a
+    model raises an error with the reason.
     """
     if path.startswith(BUILTIN) or Path(path).exists():
         return None

@@ -1,6 +1,4 @@
-"""A Llama of 0.8 M parameters over single characters: small enough to learn Countdown on two CPU
-cores in minutes.
-"""
+"""A character-level Llama of 0.8 M parameters that learns Countdown on two CPU cores in minutes."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -11,7 +9,7 @@ MAX_LENGTH = 64  # prompt + response
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; <bos> comes before a text, nothing after it.
+    """A tokenizer with one token per character; a text is preceded by <bos>.
 
     Example: tiny_tokenizer()("3 7=21:").input_ids == [1, 7, 20, 11, 21, 6, 5, 22]
     """
@@ -35,7 +33,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Fresh weights, float32, from torch's global generator: seed it first."""
+    """A model with random float32 weights from torch's global generator; seed it first."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

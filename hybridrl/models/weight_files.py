@@ -1,6 +1,4 @@
-"""What a model folder claims and holds, checked before any of it is loaded: sizes in config.json,
-safetensors files.
-"""
+"""Checks of a model folder before it is loaded: sizes in config.json, and safetensors files."""
 
 import json
 import re
@@ -16,25 +14,24 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 MOST_LAYERS = 10_000
-"""Layers, blocks or experts. transformers builds as many as config.json says before it looks at a
-weight.
+"""Largest number of layers, blocks or experts.
+
+transformers builds as many as config.json says before it reads a weight.
 """
 COUNTS = re.compile(r".*(layers?|blocks|experts)")
 
 
 def check_config_file(folder: Path, where: str) -> None:
-    """Refuse a config.json that would keep transformers busy for ever, or send it to files of its
-    own choice.
+    """Refuse a config.json with absurd sizes or with the name of a weight file.
 
-    A config.json that is no JSON object is left to transformers, whose error becomes a ConfigError.
+    Building the layers of an absurd size would take forever. A config.json that is not a JSON
+    object is left to transformers, whose error becomes a ConfigError.
 
     Args:
-        where: the setting and its value, e.g. "model.path=/models/a", which begins the error's
-            sentence.
+        where: the setting and its value, e.g. "model.path=/models/a", with which an error begins.
 
     Raises:
-        ConfigError: it claims more than MOST_LAYERS layers or experts, or names its weight file
-            itself.
+        ConfigError: it claims more than MOST_LAYERS layers or experts, or names its weight file.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -54,7 +51,7 @@ def check_config_file(folder: Path, where: str) -> None:
 
 
 def _numbers(config: Any) -> Iterator[tuple[str, float]]:
-    """Every number that stands under a key, at any depth that json.loads can read."""
+    """Every number that is the value of a key, at any depth that json.loads can read."""
     waiting = [config]
     while waiting:
         value = waiting.pop()
@@ -68,14 +65,14 @@ def _numbers(config: Any) -> Iterator[tuple[str, float]]:
 
 
 def tensor_files(folder: Path, where: str) -> dict[str, Path]:
-    """The file of each tensor by the tensor's name in it. Reads headers only.
+    """The file of each tensor, by the tensor's name in it; only headers are read.
 
     Args:
         where: as in check_config_file.
 
     Raises:
         ConfigError: there is no safetensors file, the index or a header is damaged, or the index
-            names a file that is missing or lies outside of the folder.
+            names a file that is missing or outside of the folder.
     """
     names = sorted(set(index_of(folder, where).values()))
     if not names and not (folder / WEIGHTS).is_file():
@@ -88,16 +85,15 @@ def tensor_files(folder: Path, where: str) -> dict[str, Path]:
         raise ConfigError(
             f"{where}: holds two sets of weights, {WEIGHTS} and the files of {INDEX}; remove one"
         )
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for file in (folder / name for name in names or [WEIGHTS]):
-        with opened(file, where) as tensors:
-            found |= dict.fromkeys(tensors.keys(), file)
-    return found
+        with open_weights(file, where) as tensors:
+            files |= dict.fromkeys(tensors.keys(), file)
+    return files
 
 
 def index_of(folder: Path, where: str) -> dict[str, str]:
-    """The name of each tensor's file, where the weights are several files; empty where they are
-    one.
+    """The file name of each tensor, where the weights are several files; empty where they are one.
 
     Raises:
         ConfigError: the index is damaged, or names a file outside of the folder.
@@ -106,9 +102,8 @@ def index_of(folder: Path, where: str) -> dict[str, str]:
     if not index.is_file():
         return {}
     try:
-        files = {
-            str(key): name for key, name in json.loads(index.read_text())["weight_map"].items()
-        }
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = {str(key): name for key, name in weight_map.items()}
         escaped = [name for name in files.values() if Path(name).name != name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
@@ -121,8 +116,8 @@ def index_of(folder: Path, where: str) -> dict[str, str]:
     return files
 
 
-def opened(file: Path, where: str) -> safe_open:
-    """A safetensors file with its header checked.
+def open_weights(file: Path, where: str) -> safe_open:
+    """Open a safetensors file and check its header.
 
     Raises:
         ConfigError: it is damaged, or shorter than its header says.

@@ -1,31 +1,30 @@
-"""Every configuration the oracle looks at, and what each is declared to be: the one table of what
-is biased, and how much.
-"""
+"""Every configuration that the oracle checks, and the bias that is declared for it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from hybridrl.oracle.exact import Target
 from hybridrl.settings.choices import Correction, Divergence, SupportSource
 
 
 class Kind(StrEnum):
-    exact = "exact"  # equal, and no token's gradient depends on what was drawn
+    exact = "exact"  # equal, and no token's gradient depends on the drawn tokens
     unbiased = "unbiased"  # equal in expectation
     biased = "biased"  # by design
 
 
 class World(StrEnum):
-    """Which model is enumerated."""
+    """The model that is enumerated."""
 
     fixed = "fixed"  # --vocab tokens, --horizon steps
-    ended = "ended"  # 4 tokens of which one ends a sequence, at most 4 steps
+    ended = "ended"  # 4 tokens, one of which ends a sequence, at most 4 steps
     tiny = "tiny"  # 3 tokens, 2 steps: all groups of K sequences can be listed
 
 
 class Value(StrEnum):
-    """What the value head says."""
+    """The output of the value head."""
 
     unrelated = "unrelated"
     exact = "exact"  # the mean return of each prefix
@@ -33,7 +32,7 @@ class Value(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One row. Settings under `algorithm` are written without that word."""
+    """One row; settings under `algorithm` are written without that prefix."""
 
     method: str  # a file of conf/algorithm
     options: tuple[str, ...] = ()
@@ -55,21 +54,19 @@ class Case:
             f"K={self.group_size}": self.group_size > 1,
             f"[{self.world}]": self.world is not World.fixed,
         }
-        return (
-            " ".join([*self.options, *(mark for mark, shown in marks.items() if shown)])
-            or "as it is"
-        )
+        shown = [mark for mark, is_shown in marks.items() if is_shown]
+        return " ".join([*self.options, *shown]) or "as it is"
 
 
 PLAIN = ("baseline=none", "normalizer=constant", "reward_weight.value=2")
-"""What rows of method hybrid start from: one sequence is a batch, and lengths do not matter."""
+"""The settings of rows of method hybrid: one sequence is a batch, and lengths do not matter."""
 TOLERANCE = 6e-4
-"""Of a declared bias: three decimals."""
+"""Of a declared bias, which has three decimals."""
 SEMI = Target.semi_gradient
 
 
 def cases(vocabulary: int) -> list[Case]:
-    """All rows, methods first."""
+    """All cases, those of the methods first."""
     return [
         *methods(),
         *divergences(),
@@ -83,13 +80,14 @@ def cases(vocabulary: int) -> list[Case]:
     ]
 
 
-def biased(method: str, bias: float, *options: str, **where) -> Case:
+def biased(method: str, bias: float, *options: str, **where: Any) -> Case:
+    """A case that is declared biased by this size; `where` are further fields of Case."""
     return Case(method=method, options=options, kind=Kind.biased, bias=bias, **where)
 
 
 def methods() -> Iterator[Case]:
-    """Each online preset as it is, with K siblings where it compares them."""
-    tiny = {"world": World.tiny}
+    """Each online preset unchanged, with K siblings where it compares them."""
+    tiny: dict[str, Any] = {"world": World.tiny}
     for imitates in ("word_kd", "dagger", "gkd", "opd_full"):
         yield Case(method=imitates, target=SEMI, kind=Kind.exact)
     for samples in ("sft", "seqkd", "opd", "g_opd"):
@@ -113,9 +111,7 @@ def methods() -> Iterator[Case]:
 
 
 def divergences() -> Iterator[Case]:
-    """Dense terms over the whole vocabulary, and their score-function estimates from the drawn
-    token.
-    """
+    """Dense terms over the whole vocabulary, and their estimates from the drawn token."""
     yield Case(method="opd_full", options=("support=sampled",), target=SEMI)
     for divergence in (Divergence.forward_kl, Divergence.jsd):
         yield Case(
@@ -145,12 +141,14 @@ BIAS_OF_SUPPORT = {
     (Divergence.jsd, SupportSource.sampler): (0.868, 0.822, 1.088),
     (Divergence.jsd, SupportSource.teacher): (0.129, 0.597, 1.157),
 }
-"""Of two tokens out of five, against the divergence over all, in the order of BIASED."""
+"""Biases for two tokens out of five, against the full divergence, in the order of BIASED."""
 
 
 def supports(vocabulary: int) -> Iterator[Case]:
-    """K tokens: `unbiased` is so for the whole divergence; the others are exact for their own and
-    biased for the whole.
+    """Dense terms over K tokens.
+
+    `unbiased` is unbiased for the full divergence; the other corrections are exact for their own
+    divergence and biased for the full one.
     """
     for (divergence, source), biases in BIAS_OF_SUPPORT.items():
         options = (f"divergence={divergence}", "support=topk", "topk.k=2", f"topk.source={source}")
@@ -164,19 +162,19 @@ def supports(vocabulary: int) -> Iterator[Case]:
             )
             yield biased("opd_full", bias, *options, f"topk.correction={correction}", target=SEMI)
     for correction, outside in zip(BIASED, (1, 0, 0), strict=True):
-        options = (
+        nearly_all = (
             "support=topk",
             f"topk.k={vocabulary - outside}",
             f"topk.correction={correction}",
         )
-        yield Case(method="opd_full", options=options, target=SEMI, kind=Kind.exact)
+        yield Case(method="opd_full", options=nearly_all, target=SEMI, kind=Kind.exact)
     yield biased(
         "opd_full", 1.0, "support=topk", "topk.k=1", "topk.correction=renormalize", target=SEMI
     )
 
 
 def returns() -> Iterator[Case]:
-    """The sparse term: what is in the return of a token."""
+    """The sparse term with different returns."""
     yield Case(method="hybrid", options=("gamma=0",), target=SEMI)
     for gamma, bias in ((0, 0.546), (0.25, 0.435), (0.5, 0.310), (0.75, 0.166), (0.9, 0.069)):
         yield biased("hybrid", bias, f"gamma={gamma}")
@@ -221,10 +219,11 @@ def groups() -> Iterator[Case]:
 
 
 def off_policy() -> Iterator[Case]:
-    """A sampler 0.5 N(0,1) away in every logit. A ratio per token leaves the prefixes of the
-    sampler.
+    """A sampler whose logits differ by 0.5 N(0,1) from the student's.
+
+    A ratio per token does not correct the distribution of prefixes, which is the sampler's.
     """
-    away = {"sampler_distance": 0.5, "world": World.ended}
+    away: dict[str, Any] = {"sampler_distance": 0.5, "world": World.ended}
     ratios = (
         ((), 0.575),
         (("kind=truncate",), 0.342),
@@ -235,9 +234,8 @@ def off_policy() -> Iterator[Case]:
         (("kind=mask", "level=sequence", "low=0.5", "high=2"), 0.345),
     )
     for ratio, bias in ratios:
-        yield biased(
-            "hybrid", bias, "gamma=1", "support=sampled", *(f"ratio.{r}" for r in ratio), **away
-        )
+        options = [f"ratio.{option}" for option in ratio]
+        yield biased("hybrid", bias, "gamma=1", "support=sampled", *options, **away)
     whole = ("ratio.kind=truncate", "ratio.level=sequence")
     yield Case(method="hybrid", options=("gamma=1", *whole), **away)
     yield Case(method="hybrid", options=("gamma=1", "support=sampled", *whole), **away)
@@ -251,19 +249,24 @@ def off_policy() -> Iterator[Case]:
 
 
 def distances() -> Iterator[Case]:
-    """A sampler 0.3 N(0,1) away from a student on its way to the teacher. The costs of drawn tokens
-    vanish at the teacher, so an error of them that does not vanish too would be all that is learned
-    from there.
+    """A sampler whose logits differ by 0.3 N(0,1) from a student on its way to the teacher.
+
+    The costs of drawn tokens vanish at the teacher, so an error that does not vanish with them
+    would dominate the gradient near it.
     """
     per_token = ("normalizer=constant", "ratio.kind=truncate")
     top_two = ("support=topk", "topk.k=2", *per_token)
     for learned, bias in ((0.0, 0.146), (0.5, 0.142), (0.9, 0.102), (0.99, 0.095)):
-        where = {"sampler_distance": 0.3, "learned": learned, "world": World.ended}
+        where: dict[str, Any] = {
+            "sampler_distance": 0.3,
+            "learned": learned,
+            "world": World.ended,
+        }
         yield Case(method="opd", options=per_token, target=SEMI, **where)
         yield Case(method="opd_full", options=top_two, target=SEMI, **where)
         yield Case(method="opd", options=("gamma=1", *per_token, "ratio.level=sequence"), **where)
         yield biased("opd", bias, "gamma=1", *per_token, **where)
-    near = {"sampler_distance": 0.3, "learned": 0.9, "world": World.ended}
+    near: dict[str, Any] = {"sampler_distance": 0.3, "learned": 0.9, "world": World.ended}
     for divergence in (Divergence.forward_kl, Divergence.jsd):
         yield Case(
             method="opd_full",
@@ -274,8 +277,8 @@ def distances() -> Iterator[Case]:
 
 
 def lengths() -> Iterator[Case]:
-    """Sequences of several lengths: what the normaliser does."""
-    ended = {"world": World.ended}
+    """Sequences of several lengths: the effect of the normaliser."""
+    ended: dict[str, Any] = {"world": World.ended}
     yield Case(method="hybrid", options=("gamma=1", "normalizer=constant"), **ended)
     yield biased("hybrid", 0.170, "gamma=1", "normalizer=sequence_mean", **ended)
     yield biased("hybrid", 0.170, "gamma=1", "normalizer=token_mean", **ended)
@@ -283,8 +286,10 @@ def lengths() -> Iterator[Case]:
 
 
 def teachers() -> Iterator[Case]:
-    """Several of them: one of negative weight, one that says drawn tokens' log-probs alone beside
-    one of hidden states, and one that other prompts only are routed to.
+    """Several teachers.
+
+    One has a negative weight, one only log-probs of drawn tokens beside one with hidden states, and
+    one is routed to other prompts.
     """
     for weight in (0.5, -0.2):
         second = f"+teachers.second={{path: null, weight: {weight}}}"

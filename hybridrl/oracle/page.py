@@ -1,5 +1,6 @@
-"""What `hybridrl check` finds, as a page. `python -m hybridrl.oracle.page >
-hybridrl/oracle/README.md` writes it.
+"""The results of `hybridrl check` as a page.
+
+`python -m hybridrl.oracle.page > hybridrl/oracle/README.md` writes it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,43 +11,46 @@ from hybridrl.oracle.verdict import Row, Scope
 
 HEAD = """# Is the gradient right?
 
-`hybridrl check` answers this question in about a minute on one CPU core. It runs the production code, from the objective
-to the gradient at the logits, over every sequence of a language model that is small enough to enumerate, and compares
-the mean with the gradient of a plain formula, taken by finite differences in float64. Its exit status is 1 if a row is
-not what it is declared to be in [cases.py](cases.py).
+`hybridrl check` answers this question in about a minute on one CPU core. It runs the production
+code, from the objective to the gradient at the logits, over every sequence of a language model that
+is small enough to enumerate, and compares the mean with the gradient of a plain formula, taken by
+finite differences in float64. Its exit status is 1 if a row differs from its declaration in
+[cases.py](cases.py).
 
 ```bash
 hybridrl check                # the table below
-hybridrl check --seed 1       # other models: biases are bounded there, not equal to the declared size
+hybridrl check --seed 1       # other models; biases differ from the declared size but are bounded
 hybridrl check --json         # a list of row objects
-hybridrl check algorithm.advantage=mine.py:Mine     # an estimator, token weight or pair loss of your own
+hybridrl check algorithm.advantage=mine.py:Mine    # your own estimator, token weight or pair loss
 ```
 
-What is given as settings of `algorithm`, of your own or built in, is measured in place of the table: nothing is declared of it, so the
-verdict is the finding, and the exit status is 1 if it is biased. [hybridrl/objectives](../objectives/README.md#your-own) has examples.
-The derivatives of a pair loss are compared with finite differences of the loss.
+Settings of `algorithm` that are given, your own or built in, are checked in place of the table. No
+verdict is declared for them, and the exit status is 1 if their gradient is biased.
+[hybridrl/objectives](../objectives/README.md#your-own) has examples. The derivatives of a pair loss
+are compared with finite differences of the loss.
 
-The losses on ranked pairs have no rows in the table: [tests/objectives/test_presets.py](../../tests/objectives/test_presets.py) compares
-them, and every other preset, with a direct implementation of the published formula.
+The losses on ranked pairs have no rows in the table. A
+[test](../../tests/objectives/test_presets.py) compares them, and every other preset, with a direct
+implementation of the published formula.
 
 ## How to read a row
 
-- *estimates*: the gradient that the row is compared with. `grad J` is the exact gradient of the objective
-  J = E[ sum_t sum_i w_i D_i - lambda R ], which is minimised. The `semi-gradient` leaves out what a token does to the
-  imitation cost of later positions; distillation methods follow it. The `K-token divergence` is the divergence over the
-  K tokens of the support alone.
-- *bias*: |mean - claim| / |claim|. *cosine*: of the mean and the claim. *variance*: of the gradient from one sampled
-  sequence, the trace of its covariance.
-- *verdict*: `exact` (equal at every prefix, whatever was drawn), `unbiased` (equal in expectation) or `biased`, by
-  design and by the size shown.
-- `K=3`: siblings of one prompt. `[tiny]`: a model of 3 tokens and 2 steps, of which all groups can be listed. `[ended]`:
-  a model whose sequences end at different lengths. `[equal lengths]`: the preset divides by the lengths of responses,
-  and the verdict holds where all are equal.
-- `sampler 0.3 away 99% learned`: the sampler's logits differ by 0.3 N(0, 1) from those of a student that is 99 % of the
-  way to the teacher.
+- *estimates*: the gradient with which the row is compared. `grad J` is the exact gradient of the
+  objective J = E[ sum_t sum_i w_i D_i - lambda R ], which is minimised. The `semi-gradient` ignores
+  the effect of a token on the imitation cost of later positions; distillation methods follow it.
+  The `K-token divergence` is the divergence over the K tokens of the support alone.
+- *bias*: |mean - claim| / |claim|. *cosine*: of the mean and the claim. *variance*: of the gradient
+  from one sampled sequence, the trace of its covariance.
+- *verdict*: `exact` (equal at every prefix, whatever was drawn), `unbiased` (equal in expectation)
+  or `biased`, by design and by the size shown.
+- `K=3`: siblings of one prompt. `[tiny]`: a model with 3 tokens and 2 steps, all of whose groups
+  can be listed. `[ended]`: a model whose sequences end at different lengths. `[equal lengths]`: the
+  preset divides by the lengths of responses, and the verdict is for responses of equal length.
+- `sampler 0.3 away 99% learned`: the sampler's logits differ by 0.3 N(0, 1) from those of a student
+  that is 99 % of the way to the teacher.
 - Rows of `hybrid` start from PLAIN.
 
-The figures are those of the default seed.
+The numbers are those of the default seed.
 """
 
 TABLE = """| method | option | estimates | bias | cosine | variance | verdict |
@@ -54,10 +58,10 @@ TABLE = """| method | option | estimates | bias | cosine | variance | verdict |
 
 
 def page(rows: Sequence[Row]) -> str:
-    """README.md of this folder.
+    """The text of README.md in this folder.
 
     Args:
-        rows: of all cases, the presets' first.
+        rows: the rows of all cases, in the order of cases().
     """
     presets = len(list(methods()))
     plain = " ".join(f"`{option}`" for option in PLAIN)

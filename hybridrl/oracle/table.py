@@ -1,4 +1,4 @@
-"""`hybridrl check`: the table of all rows, on one CPU core in about a minute."""
+"""`hybridrl check`: the table of all rows, computed on one CPU core in about a minute."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from hybridrl.oracle.verdict import Row, Scope, judge
 from hybridrl.settings.compose import conf_dir, load_config
 
 LIMIT = 2000
-"""Sequences of the model without an end; more take minutes."""
+"""Largest number of sequences of the model without an end token; more take minutes."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,14 +28,14 @@ def main(arguments: Sequence[str]) -> int:
         "--seed",
         type=int,
         default=usual.seed,
-        help="of the tiny models; with another one biases are bounded, not equal to a declared "
-        "size",
+        help="of the tiny models; with another seed biases differ from the declared size but are "
+        "bounded",
     )
     parser.add_argument(
         "--vocab",
         type=int,
         default=usual.vocabulary,
-        help="tokens of the model without an end, at least 4",
+        help="tokens of the model without an end token, at least 4",
     )
     parser.add_argument("--horizon", type=int, default=usual.horizon, help="its steps, at least 2")
     parser.add_argument(
@@ -89,13 +89,14 @@ def complaint(seed: int, vocabulary: int, horizon: int, settings: Sequence[str] 
 
 
 def report_json(rows: Iterable[Row]) -> int:
-    found = list(rows)
-    print(json.dumps([asdict(row) for row in found], indent=1))
-    return int(not all(row.agrees for row in found))
+    """Print all rows as JSON and return the exit status."""
+    listed = list(rows)
+    print(json.dumps([asdict(row) for row in listed], indent=1))
+    return int(not all(row.agrees for row in listed))
 
 
 def report_table(rows: Iterable[Row]) -> int:
-    """Each row when it is known."""
+    """Print each row as soon as it is computed, and return the exit status."""
     print(HEADER)
     agreeing = []
     for row in rows:
@@ -118,7 +119,7 @@ def report_user_rows(rows: Sequence[Row]) -> int:
 
 
 def all_rows(scope: Scope) -> Iterator[Row]:
-    """Every case judged; a preset without a case deviates, for nobody has said what it is."""
+    """The row of every case; a preset without a case deviates, since nothing is declared for it."""
     listed = cases(scope.vocabulary)
     for case in listed:
         yield judge(case, scope)

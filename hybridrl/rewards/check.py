@@ -1,9 +1,8 @@
-"""What can be known of the reward functions before any worker starts: that they load, and that they
-fit the data.
+"""Checks of the reward functions before any worker starts: they load, and they fit the data.
 
-Each function is also called once, on the first prompt that has its columns and on a short text as
-response. When it raises, that is only a warning, since a function may refuse a text that no trained
-model would write.
+Each function is also called once, on the first prompt that has its columns, with a short text as
+the response. An exception there is only a warning, since a function may refuse a text that no
+trained model would write.
 """
 
 import logging
@@ -14,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 from hybridrl.core.errors import ConfigError
 from hybridrl.rewards.pool import Failure, FailureKind, RewardPool, reward_calls
 
-if TYPE_CHECKING:  # children import this package, and must not pay for Hydra or numpy
+if TYPE_CHECKING:  # child processes import this package and must not load Hydra or numpy
     from hybridrl.settings.run import RewardConfig
     from hybridrl.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-GIVEN = ("completions", "prompts", "completion_ids", "prompt_ids")
-"""What a function can ask for beside the columns of the data."""
+STANDARD = ("completions", "prompts", "completion_ids", "prompt_ids")
+"""Arguments that every function may name, besides the columns of the data."""
 
 TRIAL = "The answer is 42."
 
 LISTS = "def score(completions: list[str], prompts: list[str], **columns: list) -> list[float]"
-FOREIGN = {
+OTHER_FRAMEWORKS = {
     "solution_str": f"it scores one response at a time; write {LISTS}",
     "data_source": f"it scores one response at a time; write {LISTS}",
     "response": "responses are passed as the list `completions`",
@@ -35,14 +34,14 @@ FOREIGN = {
     "prompt": "prompts are passed as the list `prompts`",
     "queries": "prompts are passed as the list `prompts`",
 }
-"""Arguments of other frameworks, and what takes their place."""
+"""Arguments of other frameworks' functions, and what replaces them."""
 
 
 def check_rewards(config: "RewardConfig") -> None:
-    """Load every configured function once, in a child.
+    """Load every configured function once, in a child process.
 
     Raises:
-        ConfigError: one sentence on the first that cannot be loaded.
+        ConfigError: names the first function that cannot be loaded.
     """
     with loaded_rewards(config):
         pass
@@ -50,10 +49,10 @@ def check_rewards(config: "RewardConfig") -> None:
 
 @contextmanager
 def loaded_rewards(config: "RewardConfig") -> Iterator[RewardPool | None]:
-    """A pool of one child with every configured function loaded; None where there is no function.
+    """A pool of one child with every configured function loaded; None where no function is set.
 
     Raises:
-        ConfigError: one sentence on the first that cannot be loaded.
+        ConfigError: names the first function that cannot be loaded.
     """
     if not config.functions:
         yield None
@@ -73,11 +72,10 @@ def loaded_rewards(config: "RewardConfig") -> Iterator[RewardPool | None]:
 def check_columns(
     pool: RewardPool, prompts: Sequence["Prompt"], heldout: Sequence["Prompt"]
 ) -> None:
-    """Refuse a function that requires what the data does not have, or that reads messages where it
-    is given text.
+    """Refuse a function that needs a column that the data lacks, or that expects messages.
 
     Raises:
-        ConfigError: one sentence on the first such function.
+        ConfigError: names the first such function.
     """
     for name, signature in pool.signatures.items():
         for split in (prompts, heldout):
@@ -91,33 +89,33 @@ def _check_required(field: str, required: Sequence[str], prompts: Sequence["Prom
         return
     columns = dict.fromkeys(column for prompt in prompts for column in prompt.columns)
     for argument in required:
-        if argument in GIVEN or argument in columns:
+        if argument in STANDARD or argument in columns:
             continue
         first = prompts[0]
-        known = ", ".join(columns) or "none"
-        remedy = FOREIGN.get(
+        names = ", ".join(columns) or "none"
+        remedy = OTHER_FRAMEWORKS.get(
             argument,
             f"name the data's key for it with '+data.columns={{{argument}: KEY}}', set its value "
             "in the function's options, or give the argument a default",
         )
         raise ConfigError(
             f"{field}: its argument `{argument}` is no column of the data, whose columns are "
-            f"{known} (as of {first.uid}, the first row); {remedy}"
+            f"{names} (as of {first.uid}, the first row); {remedy}"
         )
 
 
 def _try_out(
     pool: RewardPool, name: str, required: Sequence[str], prompts: Sequence["Prompt"]
 ) -> None:
-    wanted = [column for column in required if column not in GIVEN]
-    prompt = next((p for p in prompts if all(c in p.columns for c in wanted)), prompts[0])
+    needed = [column for column in required if column not in STANDARD]
+    prompt = next((p for p in prompts if all(c in p.columns for c in needed)), prompts[0])
     outcome = pool.call(name, _columns(prompt, prompts=prompt.text, completions=TRIAL))[0]
     if not isinstance(outcome, Failure):
         return
     if outcome.kind is FailureKind.raised:
-        asked = [{"role": "user", "content": prompt.text}]
-        answered = [{"role": "assistant", "content": TRIAL}]
-        columns = _columns(prompt, prompts=asked, completions=answered)
+        question = [{"role": "user", "content": prompt.text}]
+        answer = [{"role": "assistant", "content": TRIAL}]
+        columns = _columns(prompt, prompts=question, completions=answer)
         if not isinstance(pool.call(name, columns)[0], Failure):
             raise ConfigError(
                 f"{pool.describe(name)}: it reads lists of messages, and raised {outcome.text} on "
@@ -127,12 +125,16 @@ def _try_out(
     logger.warning(
         "reward.functions.%s failed on %s with the response %r: %s: %s; such responses are "
         "handled by reward.on_error",
-        *(name, prompt.uid, TRIAL, outcome.kind, outcome.text),
+        name,
+        prompt.uid,
+        TRIAL,
+        outcome.kind,
+        outcome.text,
     )
 
 
 def _columns(prompt: "Prompt", *, prompts: Any, completions: Any) -> dict[str, list[Any]]:
-    """What a function is given for one sequence."""
+    """The keyword arguments of a call for one sequence."""
     response = prompt.responses[0] if prompt.responses else prompt.input_ids[-1:]
     return {column: [value] for column, value in prompt.columns.items()} | {
         "prompts": [prompts],

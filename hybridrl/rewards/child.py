@@ -1,14 +1,14 @@
-"""What runs inside a child process of the pool: the only place where a reward function is called.
+"""The program of a child process of the pool: the only place where a reward function is called.
 
-Nothing of a reward function's own types leaves the child: answers go back as JSON, values as floats
+No object of a reward function's own types leaves the child: answers are JSON, with values as floats
 and everything else as bounded text.
 
     owner -> child    pickled (name, number of sequences, keywords)
-    child -> owner    {"name": signature or why it cannot be loaded, ...}, once, when all are loaded
-    child -> owner    "taken", before each call, and {"values": [...]} or {"raised": text} after it
+    child -> owner    {"name": signature or why it cannot be loaded, ...}, once, after loading
+    child -> owner    "accepted", before each call, then {"values": [...]} or {"text": ...}
 
-A child leaves no core file. Its memory is not bounded: torch and CUDA reserve far more addresses
-than they use. Its working directory is that of the worker, since functions read files of theirs by
+A child writes no core file. Its memory is not limited: torch and CUDA reserve far more addresses
+than they use. Its working directory is the worker's, since functions read files of their own by
 relative paths.
 """
 
@@ -33,12 +33,12 @@ from hybridrl.rewards.load import RewardFunction, load_reward
 from hybridrl.rewards.signature import signature_of
 
 FLOAT32_MAX = 3.4e38  # values travel as float32
-TAKEN = b"taken"
+ACCEPTED = b"accepted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardCall:
-    """Names a reward function and its options; picklable."""
+    """The name and options of a reward function; picklable."""
 
     function: str  # as in reward.functions.NAME.function
     options: dict[str, Any]
@@ -46,22 +46,18 @@ class RewardCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Raised:
-    """The call as a whole failed: it raised, or did not return one value per sequence."""
+    """A call that failed as a whole: it raised, or did not return one value per sequence."""
 
     text: str
     wrong_result: bool = False  # it returned, but not a list of the right length
 
 
 Answer = list[float | str | None] | Raised
-"""One entry per sequence: its value, None where the function does not apply, or why it is no
-value.
-"""
+"""One entry per sequence: a value, None where the function does not apply, or an error text."""
 
 
 def run(line: Connection, work: Connection, calls: Mapping[str, RewardCall]) -> None:
-    """Start a guard and, below it, a child that loads the functions and answers calls until `work`
-    closes.
-    """
+    """Start a guard and, below it, a child that answers calls until `work` is closed."""
     for call in calls.values():
         redact.remember(redact.secrets_in(call.options, "options"))
     start_guard(line)
@@ -74,7 +70,7 @@ def run(line: Connection, work: Connection, calls: Mapping[str, RewardCall]) -> 
             name, num_sequences, keywords = work.recv()
         except EOFError:
             return
-        work.send_bytes(TAKEN)
+        work.send_bytes(ACCEPTED)
         answer = answer_of(functions[name], num_sequences, keywords)
         send(work, asdict(answer) if isinstance(answer, Raised) else {"values": answer})
 
@@ -86,7 +82,11 @@ def send(work: Connection, message: dict[str, Any]) -> None:
 def answer_of(
     function: RewardFunction | str, num_sequences: int, keywords: dict[str, Any]
 ) -> Answer:
-    """What one call comes to; a function given as str could not be loaded, for that reason."""
+    """The result of one call.
+
+    Args:
+        function: a text is the reason why the function could not be loaded.
+    """
     if isinstance(function, str):
         return Raised(text=function)
     try:
@@ -101,7 +101,7 @@ def answer_of(
         values = list(itertools.islice(values, num_sequences + 1))  # a generator may have no end
         if len(values) == num_sequences:
             return [_checked(value) for value in values]
-    except BaseException as error:  # what it returned has code of its own
+    except BaseException as error:  # the returned object may run code of its own
         return Raised(
             text=f"returned {type(values).__name__}, must be a list of numbers "
             f"({described(error)})",
@@ -115,9 +115,7 @@ def answer_of(
 
 @cache
 def event_loop() -> asyncio.Runner:
-    """One for all calls: what an async function keeps from call to call, e.g. a session, belongs to
-    its loop.
-    """
+    """One loop for all calls, since an async function may retain objects that are bound to it."""
     return asyncio.Runner()
 
 
@@ -137,17 +135,20 @@ def _signature(function: RewardFunction | str) -> dict[str, Any] | str:
 
 
 def _checked(value: object) -> float | str | None:
-    """The finite number that `value` is, None for None, else a sentence.
+    """A finite number as a float, None for None, and a sentence for anything else.
 
-    Numbers are Python's and those of one element that numpy and torch return, e.g. np.bool_ or an
-    array of shape (). They become Python's before they are compared: in float16 every bound that is
-    larger than 65504 is infinite.
+    Numbers of one element of numpy and torch count, e.g. np.bool_ or an array of shape (). They are
+    converted before they are compared: in float16 every bound above 65504 is infinite.
     """
     if value is None:
         return None
-    number = value.item() if getattr(value, "shape", None) == () else value
-    if isinstance(number, Real | Decimal) and abs(number) <= FLOAT32_MAX:  # False for NaN
-        converted = float(number)
-        if math.isfinite(converted):
-            return converted
+    number: Any = value
+    if getattr(value, "shape", None) == ():
+        number = number.item()
+    if isinstance(number, Real | Decimal):
+        magnitude: Any = abs(number)
+        if magnitude <= FLOAT32_MAX:  # False for NaN
+            converted = float(number)
+            if math.isfinite(converted):  # a subclass may override __abs__
+                return converted
     return f"returned {plain(f'{value!r:.100}')}, must be a finite number"

@@ -2,10 +2,12 @@
 
     numbers [3, 7, 9], target 20      "3*9-7" -> 1.0      "20" -> 0.0      "3*9-" -> 0.0
 
-The completion is read by a small recursive-descent parser, never by Python, and computed in exact
+The completion is parsed by a small recursive-descent parser, never by Python, and computed in exact
 fractions:
 
-    sum = product (("+" | "-") product)*    product = atom (("*" | "/") atom)*    atom = integer | "(" sum ")"
+    sum = product (("+" | "-") product)*
+    product = atom (("*" | "/") atom)*
+    atom = integer | "(" sum ")"
 """
 
 import re
@@ -18,7 +20,7 @@ TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 
 
 def countdown(completions: list[str], numbers: list[list[int]], target: list[int]) -> list[float]:
-    """1.0 or 0.0 per completion [N]; anything but one well-formed expression is 0.0.
+    """1.0 or 0.0 per completion, [N]; anything but one well-formed expression scores 0.0.
 
     The expression is the last <answer>...</answer> if there is one, else the whole completion
     without outer spaces.
@@ -28,7 +30,7 @@ def countdown(completions: list[str], numbers: list[list[int]], target: list[int
 
 
 def answer_text(completion: str) -> str:
-    """What stands in the last <answer> tag, else the whole completion; stripped."""
+    """The stripped text of the last <answer> tag, or of the whole completion if there is none."""
     _, tag, rest = completion.rpartition("<answer>")
     return (rest.partition("</answer>")[0] if tag else rest).strip()
 
@@ -42,7 +44,9 @@ def _reaches(completion: str, numbers: list[int], target: int) -> bool:
 
 
 class Expression:
-    """Example: Expression("(1+2)/4") has value Fraction(3, 4) and numbers [1, 2, 4]
+    """A parsed arithmetic expression with its value and the numbers in it.
+
+    Example: Expression("(1+2)/4") has value Fraction(3, 4) and numbers [1, 2, 4].
 
     Raises:
         ValueError: not a well-formed expression, or longer or deeper than the bounds.

@@ -1,15 +1,13 @@
-"""The guard of a child process: it ends the child with everything that the child started.
+"""The guard of a child process: it ends the child and everything that the child started.
 
-    owner == line == guard --- child --- what a reward function starts, sessions of its own and
-    orphans included
+    owner == line == guard --- child --- processes of a reward function, sessions and orphans too
 
-The guard works when the line closes, which is also how the owner's SIGKILL shows, when a message
-arrives on the line, and when the child ends by itself. It is not a child of the owner, because Ray
-kills the children of a worker together with the worker. It leads a session of its own and is the
-reaper of its descendants: an orphan becomes the guard's child instead of init's, so nothing that a
-reward function starts leaves the tree below the guard. Where the kernel lets the guard make a
-control group (cgroup v2), the child runs in it and one write kills all of it, however fast it
-forks.
+The guard acts when the line closes (also after a SIGKILL of the owner), when a message arrives on
+the line, and when the child ends by itself. It is not a child of the owner, because Ray kills the
+children of a worker together with the worker. It leads a session of its own and is the reaper of
+its descendants: an orphan becomes the guard's child instead of init's, so no process that a reward
+function starts leaves the tree below the guard. Where the kernel lets the guard make a control
+group (cgroup v2), the child runs in it, and one write kills the whole group, however fast it forks.
 
 The guard also forwards what the child and its descendants print, bounded and escaped.
 """
@@ -26,6 +24,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from hybridrl.core import redact
 from hybridrl.core.plain_text import plain
@@ -34,22 +33,20 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 NO_CONTROL_GROUP = "HYBRIDRL_NO_CONTROL_GROUP"
-"""An environment variable; where it is set, the guard makes no control group and ends processes one
-by one.
-"""
+"""An environment variable; if it is set, the guard kills processes one by one, without a cgroup."""
 
-GIVE_UP_S = 60.0  # on a process that does not end by SIGKILL, e.g. one of another user
-OUTPUT_BYTES = 64 * 1024  # printed by a child in one period
+GIVE_UP_S = 60.0  # for a process that SIGKILL does not end, e.g. one of another user
+OUTPUT_BYTES = 64 * 1024  # that a child may print in one period
 OUTPUT_PERIOD_S = 60.0
 LINE_CHARS = 2000
 PIPE_BYTES = 1024 * 1024
 
 
 def start_guard(line: Connection) -> None:
-    """Turn this process into a guarded child: the call returns in the child, and only there.
+    """Turn this process into a guarded child: the call returns only in the child.
 
     The calling process ends at once with exit status 0. The guard sends the child's exit code as
-    text over the `line`, and closes it once everything has ended.
+    text over the `line`, and closes the line once everything has ended.
 
     Args:
         line: the guard's end of a connection whose other end only the owner holds.
@@ -60,8 +57,8 @@ def start_guard(line: Connection) -> None:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     group = make_control_group()
     output, printed = os.pipe()
-    with suppress(OSError):  # the user's pipes may hold too much already
-        fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # a flood costs fewer switches
+    with suppress(OSError):  # the user's limit on pipe buffers may be reached
+        fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # fewer context switches
     child = os.fork()
     if child == 0:
         _become_child(group, printed)
@@ -76,10 +73,10 @@ def start_guard(line: Connection) -> None:
 
 
 def _become_child(group: Path | None, printed: int) -> None:
-    """A session of its own, in the group, which ends with the guard, and prints into the pipe."""
+    """Start a session in the control group; end with the guard, and print into the pipe."""
     guard = os.getppid()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != guard:  # the guard ended before the kernel knew of the wish
+    if os.getppid() != guard:  # the guard ended before the request took effect
         os._exit(1)
     os.setsid()
     if group is not None:
@@ -87,13 +84,13 @@ def _become_child(group: Path | None, printed: int) -> None:
     for descriptor in (1, 2):
         os.dup2(printed, descriptor)
     os.close(printed)
-    # New streams: Python's own know whether the owner's were files, terminals or closed.
+    # New streams, since Python's own were set up for the owner's files or terminals.
     sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 def _guard(line: Connection, child: int, group: Path | None, output: int) -> None:
-    woken, wake = os.pipe()
+    wakeup, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)  # only so that it wakes `select`
@@ -103,13 +100,14 @@ def _guard(line: Connection, child: int, group: Path | None, output: int) -> Non
     forwarder.start()
     try:
         while (status := reaped().get(child)) is None:
-            ready, _, _ = select.select([line, woken], [], [])
+            sources: list[Any] = [line, wakeup]
+            ready, _, _ = select.select(sources, [], [])
             if line in ready:
                 break
-            os.read(woken, 4096)
+            os.read(wakeup, 4096)
         if status is not None:
             line.send_bytes(str(os.waitstatus_to_exitcode(status)).encode())
-    except OSError:  # the owner is gone
+    except OSError:  # the owner has ended
         pass
     finally:
         end_descendants(group)
@@ -120,7 +118,7 @@ def reaped() -> dict[int, int]:
     """The wait status of each child that has ended, by process id.
 
     Raises:
-        ChildProcessError: there is no child, neither alive nor ended.
+        ChildProcessError: this process has no child, neither running nor ended.
     """
     ended: dict[int, int] = {}
     while True:
@@ -136,7 +134,7 @@ def reaped() -> dict[int, int]:
 
 
 def end_descendants(group: Path | None) -> None:
-    """SIGKILL to the descendants of this process, which reaps them, until there are none."""
+    """Kill and reap the descendants of this process until there are none."""
     end = time.monotonic() + GIVE_UP_S
     with suppress(ChildProcessError):
         while time.monotonic() < end:
@@ -154,17 +152,17 @@ def end_descendants(group: Path | None) -> None:
 
 
 def descendants(root: int) -> list[int]:
-    """The process ids of all that descend from `root`, zombies included, parents first."""
+    """The process ids of all descendants of `root`, zombies included, parents first."""
     children: dict[int, list[int]] = {}
     for pid, parent in _parents():
         children.setdefault(parent, []).append(pid)
-    found: list[int] = []
+    pids: list[int] = []
     waiting = [root]
     while waiting:
         below = children.get(waiting.pop(), [])
-        found += below
+        pids += below
         waiting += below
-    return found
+    return pids
 
 
 def _parents() -> Iterator[tuple[int, int]]:
@@ -176,8 +174,9 @@ def _parents() -> Iterator[tuple[int, int]]:
 
 
 def make_control_group() -> Path | None:
-    """A control group inside the one of this process; None where the kernel or the rights do not
-    allow it.
+    """Make a control group inside of this process's own.
+
+    Returns None where the kernel or the permissions do not allow it.
     """
     if NO_CONTROL_GROUP in os.environ:
         return None
@@ -191,7 +190,7 @@ def make_control_group() -> Path | None:
     except (OSError, StopIteration):
         return None
     try:
-        # Writing a process id may be refused although making the folder was not.
+        # Writing a process id may be refused although making the folder was permitted.
         probe = os.fork()
         if probe == 0:
             _join_and_exit(group)
@@ -212,7 +211,11 @@ def _join_and_exit(group: Path) -> None:
 
 
 def prctl(option: int, value: int) -> None:
-    """Raises: OSError: the kernel refuses it."""
+    """Call prctl(2).
+
+    Raises:
+        OSError: the kernel refuses it.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0):
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
@@ -221,9 +224,9 @@ def prctl(option: int, value: int) -> None:
 def _forward(output: int) -> None:
     """Write the lines that arrive on the pipe to stderr, escaped and at a bounded rate.
 
-    It runs in a thread, since stderr may be a pipe that is not read.
+    It runs in a thread, since a reader of stderr may be slow or absent.
     """
-    left = OUTPUT_BYTES
+    remaining = OUTPUT_BYTES
     dropped = 0
     end = 0.0
     line = b""
@@ -231,25 +234,25 @@ def _forward(output: int) -> None:
         now = time.monotonic()
         if now >= end:
             _print_dropped(dropped)
-            left = OUTPUT_BYTES
+            remaining = OUTPUT_BYTES
             dropped = 0
             end = now + OUTPUT_PERIOD_S
-        taken = chunk[:left]
-        left -= len(taken)
-        dropped += len(chunk) - len(taken)
-        *lines, line = (line + taken).split(b"\n")
-        if len(line) > LINE_CHARS or not left:
+        accepted = chunk[:remaining]
+        remaining -= len(accepted)
+        dropped += len(chunk) - len(accepted)
+        *lines, line = (line + accepted).split(b"\n")
+        if len(line) > LINE_CHARS or not remaining:
             lines.append(line)
             line = b""
-        for one in filter(None, lines):
-            _print_line(one)
+        for full_line in filter(None, lines):
+            _print_line(full_line)
     if line:
         _print_line(line)
     _print_dropped(dropped)
 
 
 def _print_line(line: bytes) -> None:
-    # Cut first, since masking takes time quadratic in the length of a word.
+    # Truncate first, since masking takes time quadratic in the length of a word.
     text = line[: 2 * LINE_CHARS].decode(errors="backslashreplace")
     _print(plain(redact.text(text), LINE_CHARS))
 

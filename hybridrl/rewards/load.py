@@ -6,11 +6,11 @@ A reward function has TRL's batch signature:
 
 It is called with keywords, lists of one length: `completions`, `prompts`, `completion_ids`,
 `prompt_ids` and the problem's columns, as many of them as its signature names (all, if it has
-**kwargs), and with its options. Each sequence must be scored by itself: a function that fails is
-called again with one sequence at a time.
+**kwargs), and with its options. Each sequence must be scored independently: a function that fails
+is called again with one sequence at a time.
 
-A class is built once in each child process, from its options; what it builds is then called with
-the columns.
+A class is instantiated once in each child process, from its options; the instance is then called
+with the columns.
 """
 
 import difflib
@@ -24,10 +24,10 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.core.plain_text import described
 from hybridrl.core.user_files import load_from_file
 
-RewardFunction = Callable[..., Any]  # a list [N] of float | None, or an awaitable of one
+RewardFunction = Callable[..., Any]
+"""Returns a list [N] of float | None, or an awaitable of one."""
 
-# Import paths, not callables: only the process that runs a function pays for importing what it
-# needs.
+# Import paths, not callables, so that only the process that runs a function imports its libraries.
 BUILT_IN = {
     "countdown": "hybridrl.rewards.countdown:countdown",
     "math": "hybridrl.rewards.maths:math",
@@ -37,12 +37,14 @@ BUILT_IN = {
 
 
 def load_reward(name: str, function: str, options: dict[str, Any]) -> RewardFunction:
-    """The callable of `reward.functions.<name>.function`, with its options in it; a
-    file.py:function runs the file.
+    """The callable of `reward.functions.<name>.function` with its options bound.
+
+    A file.py:function runs the file.
 
     Raises:
-        ConfigError: unknown name, no such file, no such function in it, the file raises, an option
-            it does not take, a class that cannot be built from its options.
+        ConfigError: an unknown name, no such file, no such function in it, a file that raises, an
+            option that the function does not take, or a class that cannot be built from its
+            options.
     """
     field = f"reward.functions.{name}.function={function}"
     path, colon, attribute = function.rpartition(":")
@@ -107,13 +109,13 @@ def _built(field: str, kind: type, options: dict[str, Any]) -> RewardFunction:
 
 
 def _with_options(function: RewardFunction, options: dict[str, Any]) -> RewardFunction:
-    """The function with its options given, which stand over columns of their names."""
+    """The function with its options bound; they take precedence over columns of the same name."""
 
     @functools.wraps(function)
     def called(**columns: list[Any]) -> Any:
         return function(**columns | options)
 
     signature = inspect.signature(function)
-    free = [p for p in signature.parameters.values() if p.name not in options]
-    called.__signature__ = signature.replace(parameters=free)
+    unbound = [p for p in signature.parameters.values() if p.name not in options]
+    called.__signature__ = signature.replace(parameters=unbound)  # type: ignore[attr-defined]
     return called

@@ -1,10 +1,9 @@
-"""Mathematics: 1 if the completion's final answer equals the reference, as math-verify judges, else
-0.
+"""Mathematics: 1 if math-verify finds the final answer equal to the reference, else 0.
 
-answer "1/2"      "so it is $\\frac{2}{4}$" -> 1.0      "0.5" -> 1.0      "2" -> 0.0
+    answer "1/2"      "so it is $\\frac{2}{4}$" -> 1.0      "0.5" -> 1.0      "2" -> 0.0
 
 math-verify evaluates parts of the text with sympy, so call it only where the pool calls it: in a
-child process that holds no secrets and is killed at its deadline. It is no protection from a text
+child process that holds no secrets and is killed at its deadline. It does not protect from a text
 that is written to run code.
 """
 
@@ -13,22 +12,23 @@ import math as numbers
 
 from math_verify import parse, verify
 
-# math-verify's own timeouts turn a slow answer into a wrong one; ours is the deadline of the call,
-# which is an error.
+# math-verify's own timeouts score a slow answer as wrong; the deadline of the call is an error.
 NO_TIMEOUT = None
+
 for module in ("parser", "grader"):
-    logging.getLogger(f"math_verify.{module}").setLevel(
-        logging.ERROR
-    )  # each warns once that its timeout is off
+    # Each module warns once that its timeout is off.
+    logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
 
 
 def math(completions: list[str], answer: list[str | int | float]) -> list[float]:
-    """1.0 or 0.0 per completion [N]; `answer` is a number, LaTeX or a plain expression, with or
-    without $ or \\boxed.
+    """1.0 or 0.0 per completion, [N].
+
+    Args:
+        answer: a number, LaTeX or a plain expression, with or without $ or \\boxed.
 
     Raises:
         ValueError: a reference answer that is neither text nor a finite number, or that math-verify
-            cannot read: no completion could be right.
+            cannot read, so that no completion could be right.
     """
     return [
         _equal(completion, _reference(reference))
@@ -37,8 +37,10 @@ def math(completions: list[str], answer: list[str | int | float]) -> list[float]
 
 
 def _reference(answer: object) -> str:
-    number = isinstance(answer, int | float) and not isinstance(answer, bool)
-    if isinstance(answer, str) or (number and numbers.isfinite(answer)):
+    if isinstance(answer, str):
+        return answer
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    if is_number and numbers.isfinite(answer):  # type: ignore[arg-type]
         return str(answer)
     raise ValueError(f"answer={answer!r:.100}: must be text or a finite number")
 

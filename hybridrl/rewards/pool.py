@@ -1,12 +1,13 @@
-"""Reward functions in child processes that can be killed, one by one, at a deadline.
+"""Reward functions in child processes, which can be killed one by one at a deadline.
 
-The sequences go out as one task per child. When a task hangs, crashes, raises or returns a wrong
-length, its sequences are called again one at a time, each with the deadline, so that only the
-culprits fail. Once more than `max_timeouts` of the batch have hung, or `budget_s` has passed, the
-rest is not run any more and counts as timed out too: a function that always hangs costs about (1 +
-max_timeouts * N / processes) deadlines, not N.
+The sequences are sent as one task per child. When a task hangs, crashes, raises or returns a list
+of the wrong length, its sequences are sent again one at a time, each with the deadline, so that
+only the sequences that cause the failure fail. Once more than `max_timeouts` of the batch have
+timed out, or `budget_s` has passed, the rest is not run and counts as timed out too: a function
+that always hangs costs about (1 + max_timeouts * N / processes) deadlines, not N.
 
-    pool.call("score", {"completions": ["a", "b"]})  ->  [1.0, Failure(kind=FailureKind.timeout, text="...")]
+    pool.call("score", {"completions": ["a", "b"]})
+    -> [1.0, Failure(kind=FailureKind.timeout, text="...")]
 """
 
 import math
@@ -21,17 +22,18 @@ from hybridrl.rewards.child import Raised, RewardCall
 from hybridrl.rewards.process import ProcessEnded, RewardProcess
 from hybridrl.rewards.signature import Signature
 
-if TYPE_CHECKING:  # children import this package, and must not pay for Hydra
+if TYPE_CHECKING:  # child processes import this package and must not load Hydra
     from hybridrl.settings.run import RewardConfig
 
-LOAD_S = 120.0  # for a child to start and import what the functions need
+LOAD_S = 120.0
+"""Longest time for a child to start and import the functions."""
 
 
 class FailureKind(StrEnum):
     timeout = "timeout"  # killed at reward.timeout_s
     died = "died"  # its process ended
     raised = "raised"
-    invalid = "invalid"  # returned something that is not one finite number per sequence
+    invalid = "invalid"  # did not return one finite number per sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +49,14 @@ Outcome = float | None | Failure
 
 
 class RewardPool:
-    """`processes` children, each with every function loaded; a child that ends is replaced.
+    """A pool of children, each with every function loaded; a child that ends is replaced.
 
     Args:
-        calls: reward name -> function and options.
+        calls: function and options by reward name.
         processes: number of children.
-        timeout_s: deadline of one task, be it all sequences of a child or a single one.
-        max_timeouts: share of a batch, in [0, 1].
-        budget_s: of a call, after which no further task is begun.
+        timeout_s: deadline of one task, which is all sequences of a child or a single one.
+        max_timeouts: largest share of a batch that may time out, in [0, 1].
+        budget_s: time of one `call` after which no further task is started.
 
     Raises:
         ConfigError: a function cannot be loaded.
@@ -81,13 +83,13 @@ class RewardPool:
             raise
 
     def call(self, name: str, columns: Mapping[str, list[Any]]) -> list[Outcome]:
-        """One outcome per sequence, for lists of length N >= 1; passes only the columns that the
-        function takes.
+        """One outcome per sequence, for lists of length N >= 1.
 
-        A column that the function requires and `columns` lacks is passed as N times None.
+        Only the columns that the function takes are passed. A column that it requires and `columns`
+        lacks is passed as N times None.
         """
         num_sequences = len(columns["completions"])
-        end = time.monotonic() + self._budget_s
+        end = time.monotonic() + self._budget_s  # no task is started later
         passed = self.signatures[name].passed(dict(columns))
         size = -(-num_sequences // len(self._processes))
         parts = [range(i, min(i + size, num_sequences)) for i in range(0, num_sequences, size)]
@@ -98,26 +100,33 @@ class RewardPool:
                 retried += part
             else:
                 outcomes |= _spread(part, answer)
-        outcomes |= self._alone(
-            name, passed, retried, most=self._max_timeouts * num_sequences, end=end
-        )
+        max_timeouts = self._max_timeouts * num_sequences
+        outcomes |= self._one_by_one(name, passed, retried, max_timeouts=max_timeouts, end=end)
         return [outcomes[i] for i in range(num_sequences)]
 
     def describe(self, name: str) -> str:
-        """The setting that named the function, for a message."""
+        """The setting that names the function, for a message."""
         return f"reward.functions.{name}.function={self._calls[name].function}"
 
     def close(self) -> None:
-        """Kill the children, and all that they started."""
+        """Kill the children and everything that they started."""
         for process in self._processes:
             process.end()
         self._processes = []
 
-    def _alone(
-        self, name: str, columns: dict[str, list[Any]], retried: list[int], most: float, end: float
+    def _one_by_one(
+        self,
+        name: str,
+        columns: dict[str, list[Any]],
+        retried: list[int],
+        *,
+        max_timeouts: float,
+        end: float,
     ) -> dict[int, Outcome]:
-        """One call a sequence, as many at once as there are children, until more than `most` have
-        timed out or time is up.
+        """Call the function with one sequence at a time, in all children at once.
+
+        Stops when more than `max_timeouts` sequences have timed out, or the monotonic clock has
+        passed `end`.
         """
         outcomes: dict[int, Outcome] = {}
         reason = (
@@ -127,14 +136,12 @@ class RewardPool:
         skipped = Failure(kind=FailureKind.timeout, text=reason)
         for start in range(0, len(retried), len(self._processes)):
             parts = [range(i, i + 1) for i in retried[start : start + len(self._processes)]]
-            hung = sum(
+            num_timeouts = sum(
                 isinstance(o, Failure) and o.kind is FailureKind.timeout for o in outcomes.values()
             )
-            answers = (
-                self._answers(name, columns, parts)
-                if hung <= most and time.monotonic() < end
-                else [skipped] * len(parts)
-            )
+            answers: list[list[Outcome] | Failure] = [skipped] * len(parts)
+            if num_timeouts <= max_timeouts and time.monotonic() < end:
+                answers = self._answers(name, columns, parts)
             for part, answer in zip(parts, answers, strict=True):
                 outcomes |= _spread(part, answer)
         return outcomes
@@ -142,9 +149,7 @@ class RewardPool:
     def _answers(
         self, name: str, columns: dict[str, list[Any]], parts: list[range]
     ) -> list[list[Outcome] | Failure]:
-        """Of each part, which goes to the process of its position; there are no more parts than
-        processes.
-        """
+        """The answer to each part, computed by the child of the same index; parts <= processes."""
         refused = [self._send(i, name, columns, part) for i, part in enumerate(parts)]
         end = time.monotonic() + self._timeout_s
         return [
@@ -154,24 +159,24 @@ class RewardPool:
     def _send(
         self, i: int, name: str, columns: dict[str, list[Any]], part: range
     ) -> Failure | None:
-        """Let process i take a part, or its replacement, if it has ended between two calls."""
+        """Submit a part to process i, or to its replacement if it ended between two calls."""
         keywords = {k: v[part.start : part.stop] for k, v in columns.items()}
         reason = ""
         for _ in range(2):
             process = self._processes[i]
             try:
                 process.load(LOAD_S)
-                process.take(name, len(part), keywords, self._timeout_s)
+                process.submit(name, len(part), keywords, self._timeout_s)
                 return None
             except ProcessEnded as error:
-                reason = f"the process ended before it took the call, twice: {error}"
+                reason = f"the process ended before it accepted the call, twice: {error}"
             except TimeoutError:
-                reason = "the process did not take the call, twice"
+                reason = "the process did not accept the call, twice"
             self._replace(i)
         return Failure(kind=FailureKind.died, text=reason)
 
     def _receive(self, i: int, num_sequences: int, end: float) -> list[Outcome] | Failure:
-        """What the part that process i has taken comes to."""
+        """The answer of process i to the part that it accepted."""
         try:
             answer = self._processes[i].answer(num_sequences, max(end - time.monotonic(), 0.0))
         except TimeoutError:
@@ -218,7 +223,7 @@ class RewardPool:
 
 
 def reward_calls(config: "RewardConfig") -> dict[str, RewardCall]:
-    """`reward.functions` as the pool takes it."""
+    """`reward.functions` in the form that the pool takes."""
     return {
         name: RewardCall(function=f.function, options=dict(f.options))
         for name, f in config.functions.items()
@@ -226,8 +231,7 @@ def reward_calls(config: "RewardConfig") -> dict[str, RewardCall]:
 
 
 def _spread(part: range, answer: list[Outcome] | Failure) -> dict[int, Outcome]:
-    return (
-        dict.fromkeys(part, answer)
-        if isinstance(answer, Failure)
-        else dict(zip(part, answer, strict=True))
-    )
+    """The outcome of each sequence of a part; a failure of the whole part is that of each."""
+    if isinstance(answer, Failure):
+        return dict.fromkeys(part, answer)
+    return dict(zip(part, answer, strict=True))

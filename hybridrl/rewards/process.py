@@ -1,5 +1,6 @@
-"""A child process of the pool as its owner sees it: it takes one call at a time and can be ended at
-any moment.
+"""A child process of the pool, as its owner sees it.
+
+It works on one call at a time and can be killed at any moment.
 """
 
 import json
@@ -7,24 +8,28 @@ import math
 import os
 import socket
 import struct
-import sys
-import types
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 from hybridrl.core.plain_text import plain
-from hybridrl.core.redact import without_secrets
 from hybridrl.rewards import child
 from hybridrl.rewards.child import Answer, Raised, RewardCall
 from hybridrl.rewards.signature import Signature
+from hybridrl.rewards.spawn import BareContext
 
-MAX_CHARS = (
-    2000  # of a text from a child, which has bounded it itself unless a function forged the answer
-)
-MAX_BYTES = 64 * 1024 * 1024  # of one answer
-STUCK_S = 30.0  # on a connection in the middle of a message, or for the guard's last word
+MAX_CHARS = 2000
+"""Longest text from a child; the child bounds it too, unless a function forged the answer."""
+
+MAX_BYTES = 64 * 1024 * 1024
+"""Largest answer of one call."""
+
+STUCK_S = 30.0
+"""Longest wait in the middle of a message, or for the guard's last message."""
+
+FORGED = "it wrote into the connection to its owner"
+
+_context = BareContext()
 
 
 class ProcessEnded(Exception):
@@ -32,7 +37,7 @@ class ProcessEnded(Exception):
 
 
 class RewardProcess:
-    """Started by the constructor, which does not wait for the functions to load."""
+    """A child process; the constructor starts it and does not wait for the functions to load."""
 
     def __init__(self, calls: Mapping[str, RewardCall]) -> None:
         self.loaded: dict[str, Signature | str] | None = None
@@ -46,39 +51,39 @@ class RewardProcess:
         work.close()
 
     def load(self, timeout_s: float) -> None:
-        """Wait until `loaded` says of each function how it is called, or why it cannot be loaded.
+        """Wait until `loaded` holds the signature of each function, or why it cannot be loaded.
 
         Raises:
             ProcessEnded: loading ended the process.
-            TimeoutError: it takes longer.
+            TimeoutError: loading takes longer.
         """
         if self.loaded is not None:
             return
         try:
             message = json.loads(self._receive(timeout_s))
-            self.loaded = {name: _signature(given) for name, given in message.items()}
+            self.loaded = {name: _signature(entry) for name, entry in message.items()}
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ProcessEnded("it wrote into the connection to its owner") from error
-        self._starter.join()  # it ended when the guard began
+            raise ProcessEnded(FORGED) from error
+        self._starter.join()  # it ended when it had started the guard
 
-    def take(
+    def submit(
         self, name: str, num_sequences: int, keywords: dict[str, Any], timeout_s: float
     ) -> None:
-        """Hand a call over.
+        """Send a call and wait until the child accepts it.
 
         Raises:
-            ProcessEnded: the child ended before it took the call.
-            TimeoutError: it did not take it in time.
+            ProcessEnded: the child ended before it accepted the call.
+            TimeoutError: it did not accept it in time.
         """
         try:
             self._work.send((name, num_sequences, keywords))
         except OSError as error:
             raise self._ended() from error
-        if self._receive(timeout_s) != child.TAKEN:
-            raise ProcessEnded("it wrote into the connection to its owner")
+        if self._receive(timeout_s) != child.ACCEPTED:
+            raise ProcessEnded(FORGED)
 
     def answer(self, num_sequences: int, timeout_s: float) -> Answer:
-        """What the call that it has taken comes to.
+        """The result of the call that the child accepted.
 
         Raises:
             ProcessEnded: the call ended the process.
@@ -92,21 +97,21 @@ class RewardProcess:
                 return Raised(text=text, wrong_result=bool(fields["wrong_result"]))
             values = [_value(value) for value in fields["values"]]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ProcessEnded("it wrote into the connection to its owner") from error
+            raise ProcessEnded(FORGED) from error
         if len(values) != num_sequences:
-            raise ProcessEnded("it wrote into the connection to its owner")
+            raise ProcessEnded(FORGED)
         return values
 
     def end(self) -> None:
-        """Kill the child and all that it started; wait until that is done."""
-        self._starter.kill()  # where there is no guard yet; else it has ended
+        """Kill the child and everything that it started, and wait until they have ended."""
+        self._starter.kill()  # it has ended already where the guard is running
         self._starter.join()
         self._work.close()
         try:
             self._line.send_bytes(b"end")
             while self._line.poll(STUCK_S):
                 self._line.recv_bytes(MAX_BYTES)
-        except (OSError, EOFError):  # the guard has closed its end: it is done
+        except (OSError, EOFError):  # the guard closed its end, so everything has ended
             pass
         self._line.close()
 
@@ -131,51 +136,28 @@ class RewardProcess:
         return ProcessEnded("the process closed its connection, or its guard was killed")
 
 
-def _signature(given: Any) -> Signature | str:
-    if isinstance(given, str):
-        return plain(given, limit=MAX_CHARS)
+def _signature(entry: Any) -> Signature | str:
+    if isinstance(entry, str):
+        return plain(entry, limit=MAX_CHARS)
     return Signature(
-        accepted=tuple(given["accepted"]),
-        required=tuple(given["required"]),
-        any_column=given["any_column"],
+        accepted=tuple(entry["accepted"]),
+        required=tuple(entry["required"]),
+        any_column=entry["any_column"],
     )
 
 
-def _value(given: Any) -> float | str | None:
-    if given is None:
+def _value(entry: Any) -> float | str | None:
+    if entry is None:
         return None
-    if isinstance(given, str):
-        return plain(given, limit=MAX_CHARS)
-    number = float(given)
+    if isinstance(entry, str):
+        return plain(entry, limit=MAX_CHARS)
+    number = float(entry)
     return number if math.isfinite(number) else f"returned {number}, must be a finite number"
 
 
 def _limit_waits(connection: Connection) -> None:
-    """No read or write of the connection waits longer than STUCK_S for its other end."""
+    """Make reads and writes of the connection fail after STUCK_S without progress."""
     limit = struct.pack("ll", int(STUCK_S), 0)  # a struct timeval
     with socket.socket(fileno=os.dup(connection.fileno())) as shared:
         shared.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         shared.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-
-class _BareProcess(SpawnProcess):
-    """A spawned process that inherits no secret variable and does not run the parent's main script
-    again, which may import torch or ray.
-    """
-
-    @staticmethod
-    def _Popen(process: SpawnProcess) -> object:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")  # spawn finds no file to run in it
-        try:
-            with without_secrets():
-                return SpawnProcess._Popen(process)
-        finally:
-            sys.modules["__main__"] = main
-
-
-class _BareContext(SpawnContext):
-    Process = _BareProcess
-
-
-_context = _BareContext()

@@ -1,6 +1,7 @@
-"""reasoning-gym: the score that the generator of the problem gives to the answer, 0 to 1.
+"""reasoning-gym: the score, 0 to 1, that the problem's generator gives to the answer.
 
-entry {"answer": "10", ...} of chain_sum      "4 + 6 makes 10" -> 1.0      "<answer>10</answer>" -> 1.0
+entry {"answer": "10", ...} of chain_sum
+"4 + 6 makes 10" -> 1.0      "<answer>10</answer>" -> 1.0
 """
 
 import re
@@ -20,13 +21,13 @@ def reasoning_gym(
     reasoning_gym_dataset: list[str],
     reasoning_gym_entry: list[dict[str, Any]],
 ) -> list[float]:
-    """The named generator's score per completion [N].
+    """The named generator's score per completion, [N].
 
-    The answer is the last <answer>...</answer>; without a tag it is the last number of the
+    The answer is the last <answer>...</answer>. Without a tag it is the last number of the
     completion where the entry's own answer is a number, else the whole completion.
 
     Raises:
-        ValueError: no such generator.
+        ValueError: there is no such generator.
     """
     rows = zip(completions, reasoning_gym_dataset, reasoning_gym_entry, strict=True)
     return [

@@ -1,14 +1,14 @@
-"""A trained reward model as a reward: the score that algorithm=reward_model trains (Bradley-Terry)
-and exports.
+"""A trained reward model as a reward function.
 
-The score of a response is the value head, w, at the last hidden state before the response's last
-token: training takes each token's value from the state that predicts it (batch.micro_batch), and
-the last token's value as the score (objectives.pairs). So the last token itself is never read.
+It computes the score that algorithm=reward_model trains (Bradley-Terry) and exports: the value
+head, w, at the last hidden state before the response's last token. Training takes each token's
+value from the state that predicts the token (batch.micro_batch), and the last token's value as the
+score (objectives.pairs), so the last token itself is never read.
 
     P0 P1 | A0 A1 EOS      score = w . h(P0 P1 A0 A1), the state at A1
 
-Computed on CPU in float32; of a model trained in bfloat16 that is its score without the rounding of
-the forward pass.
+Scores are computed on the CPU in float32. For a model that was trained in bfloat16 they lack the
+rounding of its forward pass.
 """
 
 from collections.abc import Mapping
@@ -20,15 +20,17 @@ from hybridrl.batch.balance import micro_batches
 from hybridrl.core.errors import ConfigError
 from hybridrl.models.loading import load_model, load_tokenizer, load_value_head
 
-if TYPE_CHECKING:  # children import this module, and must not pay for Hydra
+if TYPE_CHECKING:  # child processes import this module and must not load Hydra
     from hybridrl.settings.run import RewardConfig
 
 MAX_TOKENS = 8192  # padded tokens of one forward pass
 
 
 class RewardModel:
-    """Example: RewardModel("runs/rm/export/step_000100")(prompt_ids=[[1, 5]], completion_ids=[[7,
-    8, 2]]) == [0.31...]
+    """A reward model, loaded once and then called with columns.
+
+    Example: RewardModel("runs/rm/export/step_000100")(prompt_ids=[[1, 5]], completion_ids=[[7, 8,
+    2]]) returns [0.31...].
 
     Args:
         path: the folder that a run with algorithm=reward_model exported.
@@ -43,45 +45,45 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[float]:
-        """One score a sequence, [N].
+        """One score per sequence, [N].
 
         Raises:
             ValueError: a response without tokens, which has no score.
         """
         if not all(completion_ids):
             raise ValueError("a response without tokens has no score")
-        read = [
+        inputs = [  # each [T] int64, without the last token
             torch.tensor([*prompt, *completion][:-1])
             for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
         ]
-        scores = torch.zeros(len(read))
-        for batch in micro_batches([len(ids) for ids in read], MAX_TOKENS):
-            ends = torch.tensor([len(read[i]) for i in batch])
-            ids = torch.nn.utils.rnn.pad_sequence(
-                [read[i] for i in batch], batch_first=True
-            )  # [B, T] int64
-            mask = (torch.arange(ids.shape[1])[None, :] < ends[:, None]).long()
-            states = self.body(
-                input_ids=ids, attention_mask=mask, use_cache=False
-            ).last_hidden_state  # [B, T, H] float32
-            scores[batch] = states[torch.arange(len(batch)), ends - 1] @ self.value_head[0]
+        scores = torch.zeros(len(inputs))  # [N] float32
+        for batch in micro_batches([len(ids) for ids in inputs], MAX_TOKENS):
+            lengths = torch.tensor([len(inputs[i]) for i in batch])
+            rows = [inputs[i] for i in batch]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, T] int64
+            mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
+            output = self.body(input_ids=ids, attention_mask=mask, use_cache=False)
+            states = output.last_hidden_state  # [B, T, H] float32
+            scores[batch] = states[torch.arange(len(batch)), lengths - 1] @ self.value_head[0]
         return scores.tolist()
 
 
 def check_reward_models(config: "RewardConfig", vocabulary: Mapping[str, int]) -> None:
-    """Refuse a reward model that reads other text in the student's tokens. check_rewards has seen
-    that there is one.
+    """Refuse a reward model whose tokenizer differs from the student's.
+
+    Its folder exists and holds a reward model: check_rewards has loaded it.
 
     Args:
         vocabulary: of the student's tokenizer.
 
     Raises:
-        ConfigError: its tokenizer has another vocabulary.
+        ConfigError: the reward model's tokenizer has another vocabulary.
     """
     for name, function in config.functions.items():
         if function.function != "reward_model":
             continue
-        setting, path = f"reward.functions.{name}.options.path", function.options["path"]
+        setting = f"reward.functions.{name}.options.path"
+        path = function.options["path"]
         if load_tokenizer(path, setting=setting).get_vocab() != vocabulary:
             raise ConfigError(
                 f"{setting}={path}: its vocabulary differs from that of model.path, whose tokens "

@@ -1,4 +1,4 @@
-"""Which columns a reward function takes, and which of them it cannot do without."""
+"""Which columns a reward function accepts, and which of them it requires."""
 
 import inspect
 from collections.abc import Callable
@@ -8,8 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """Example: of def f(completions, answer, strict=False): accepted all three, required
-    (completions, answer).
+    """The arguments of a reward function.
+
+    Example: def f(completions, answer, strict=False) accepts all three and requires (completions,
+    answer).
     """
 
     accepted: tuple[str, ...]
@@ -17,8 +19,9 @@ class Signature:
     any_column: bool  # it has **kwargs
 
     def passed(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Those of the columns, lists [N], that the function takes; a required one that is absent
-        becomes N times None.
+        """The columns, lists [N], to call the function with.
+
+        A required column that is absent becomes N times None.
         """
         rows = len(columns["completions"])
         absent = {name: [None] * rows for name in self.required if name not in columns}
@@ -30,7 +33,7 @@ class Signature:
 
 
 def signature_of(function: Callable[..., Any]) -> Signature:
-    """Arguments that can be given by name only; load_reward has refused others."""
+    """The signature of a function; load_reward has refused positional-only arguments."""
     parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return Signature(

@@ -1,3 +1,1 @@
-"""Every setting with its default and meaning, the checks across settings, and how they are
-composed.
-"""
+"""Every setting with its default and meaning, checks across settings, and their composition."""

@@ -1,5 +1,6 @@
-"""The objective's settings. Named methods are files of these in conf/algorithm; no code knows their
-names.
+"""The objective's settings.
+
+Named methods are files of these settings in conf/algorithm; no code depends on their names.
 """
 
 from dataclasses import dataclass, field
@@ -32,8 +33,9 @@ from hybridrl.settings.choices import (
 
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
-    """A weight as a function of the step t = 0, 1, ... or of what was measured; a number in its
-    place is a constant weight.
+    """A weight as a function of the step t = 0, 1, ... or of a metric.
+
+    A number in its place is a constant weight.
     """
 
     kind: ScheduleKind = ScheduleKind.constant
@@ -41,18 +43,18 @@ class ScheduleConfig:
     value: float = 1.0
     """at t = 0"""
     end: float | None = None
-    """where linear, cosine and step go; null only for constant and feedback"""
+    """the last value of linear, cosine and step; null only for constant and feedback"""
     steps: int | None = None
-    """how long linear and cosine take (a warm-up is a short one), when step switches; null:
-    train.steps
+    """duration of linear and cosine in steps (short for a warm-up), or the step at which step
+    switches; null: train.steps
     """
     metric: str | None = None
     """feedback: a metric of the step's row, e.g. kl/token or reward/mean"""
     target: float | None = None
-    """feedback: where the metric is to be held"""
+    """feedback: the value at which the metric is to stay"""
     gain: float = 0.1
-    """feedback: a step multiplies the weight by 1 + gain * clip(metric/target - 1, -1, 1); below 0
-    if more weight raises the metric
+    """feedback: each step multiplies the weight by 1 + gain * clip(metric/target - 1, -1, 1);
+    negative if a larger weight raises the metric
     """
     low: float = 0.0
     """feedback: smallest weight"""
@@ -60,11 +62,16 @@ class ScheduleConfig:
     """feedback: largest weight"""
 
     def check(self, key: str) -> None:
-        """Raise ConfigError under the schedule's own name, which only its owner knows."""
-        if (
-            self.kind in (ScheduleKind.linear, ScheduleKind.cosine, ScheduleKind.step)
-            and self.end is None
-        ):
+        """Check the values together.
+
+        Args:
+            key: the dotted key of this schedule, for the message.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        needs_end = self.kind in (ScheduleKind.linear, ScheduleKind.cosine, ScheduleKind.step)
+        if needs_end and self.end is None:
             raise ConfigError(
                 f"{key}.kind={self.kind}: needs an end value; set {key}.end, or {key}.kind=constant"
             )
@@ -95,8 +102,11 @@ class ScheduleConfig:
 
 
 LEAST_JSD_BETA = 1e-3
-"""The gradient of the JSD shrinks like beta, the rounding of its logarithms in float32 does not:
-relative errors of 6e-4 at 1e-3 and of 0.03 to 0.3 at 1e-6, on random logits of 20 to 150000 tokens.
+"""Smallest beta of the JSD.
+
+The gradient of the JSD is proportional to beta, but the rounding error of its logarithms in float32
+is not: the relative error is 6e-4 at 1e-3 and 0.03 to 0.3 at 1e-6, on random logits of 20 to 150000
+tokens.
 """
 
 
@@ -107,7 +117,7 @@ class TopKConfig:
     source: SupportSource = SupportSource.sampler
     """which model chooses the K tokens"""
     correction: Correction = Correction.unbiased
-    """what accounts for the tokens outside the K"""
+    """how the tokens outside of the K are accounted for"""
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -122,11 +132,11 @@ class RatioConfig:
     """Correction for a sampler that is not the learner, and PPO's clip."""
 
     kind: Ratio = Ratio.none
-    """what is done with rho = p(y) / mu(y), learner over sampler, in the sparse term"""
+    """the use of rho = p(y) / mu(y), learner over sampler, in the sparse term"""
     level: RatioLevel = RatioLevel.token
-    """over what the ratio is taken"""
+    """the unit over which the ratio is taken"""
     low: float = 0.0
-    """least rho (truncate, mask); clip: 1 - low"""
+    """smallest rho (truncate, mask); clip: 1 - low"""
     high: float | None = None
     """largest rho (truncate, mask), null: no bound; clip: 1 + high"""
 
@@ -154,8 +164,8 @@ class ValueConfig:
     """The value head of baseline=value."""
 
     gae_lambda: float = 0.95
-    """advantages: 1 uses the whole return, 0 one step and the value after it; between them bias is
-    traded for variance
+    """generalised advantage estimation: 1 uses the whole return, 0 one step and the value after it;
+    values between them trade bias for variance
     """
     loss_weight: float = 0.5
     """weight of the value head's squared error in the loss"""
@@ -175,25 +185,25 @@ class PairConfig:
     """A loss over two ranked responses of one prompt, in place of returns."""
 
     loss: str = NO_PAIRS
-    """the loss over a chosen and a rejected response, or file.py:Class of yours
+    """the loss over a chosen and a rejected response, or your own as file.py:Class
     (hybridrl/objectives/README.md); formulas in hybridrl/objectives/pair_losses
     """
     against: str | None = None
-    """which of teachers.* the log-ratios are to; null: the only one. A loss of yours that needs a
-    reference has it named here
+    """the one of teachers.* that is the reference of the log-ratios; null: the only one. For a loss
+    of your own that needs a reference, name it here
     """
     beta: float = 0.1
     """scale of the log-ratio (dpo, simpo)"""
     target: float = 0.5
-    """what the loss aims at: see its file, e.g. tau of IPO, margin of SLiC, gamma of SimPO"""
+    """the target of the loss, see its file: e.g. tau of IPO, margin of SLiC, gamma of SimPO"""
     nll_weight: float = 0.0
     """SLiC's regularisation: weight of the chosen response's negative log-likelihood"""
     average: bool = False
-    """log-ratios averaged over tokens; the DIL losses are free of hyper-parameters only with it"""
+    """average log-ratios over tokens; without it the DIL losses have hyper-parameters"""
     clamp: float | None = None
-    """dil_*: log-ratio from which on a term follows its tangent; null: 20, which fp32 needs"""
+    """dil_*: log-ratio beyond which a term is replaced by its tangent; null: 20, for fp32"""
     reference: Reference = Reference.rejected
-    """whose log-ratios estimate DIL's expectation under the reference"""
+    """the responses whose log-ratios estimate DIL's expectation under the reference"""
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -221,8 +231,10 @@ class PairConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss compares with a reference model. A built-in one says so itself; of a
-        loss in a user's file, which is not read here, `against` says it.
+        """Whether the loss needs a reference model.
+
+        A built-in loss declares it; for a loss in a user's file, which is not read here, it is
+        whether `against` is set.
         """
         if self.loss in PAIR_LOSSES:
             return bool(PAIR_LOSSES[self.loss].load().needs_reference)
@@ -236,9 +248,9 @@ class AlgorithmConfig:
     divergence: Divergence = Divergence.reverse_kl
     """between the student p and a teacher q, per token"""
     jsd_beta: float = 0.5
-    """of the JSD: near 0 it acts like the forward KL, near 1 like the reverse KL"""
+    """beta of the JSD: near 0 it acts like the forward KL, near 1 like the reverse KL"""
     support: Support = Support.full
-    """over which tokens the dense term is summed"""
+    """the tokens over which the dense term is summed"""
     topk: TopKConfig = field(default_factory=TopKConfig)
     teacher_signal: TeacherSignal = TeacherSignal.hidden
     """how the full vocabulary of a teacher reaches the learner"""
@@ -247,7 +259,7 @@ class AlgorithmConfig:
     imitation_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
     """multiplies every teacher's weight; 0: pure reinforcement learning, no teacher is loaded"""
     reward_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """lambda; 0: pure distillation, rewards are only watched"""
+    """lambda; 0: pure distillation, rewards are only reported"""
     gamma: float = 0.0
     """discount of FUTURE imitation costs, gamma^(k-t); the terminal reward is never discounted. 0:
     reward only, 1: exact gradient of J
@@ -255,43 +267,43 @@ class AlgorithmConfig:
     future: Future = Future.sum
     """how the future imitation costs of a token are combined when gamma > 0"""
     baseline: str = "leave_one_out"
-    """what is subtracted from the return of a token"""
+    """the value that is subtracted from the return of a token"""
     advantage: str | None = None
-    """file.py:Class, an advantage estimator of yours in the place of algorithm.baseline
+    """file.py:Class, your own advantage estimator in place of algorithm.baseline
     (hybridrl/objectives/README.md)
     """
     scale: Scale = Scale.none
-    """by what the sparse term is divided"""
+    """the divisor of the sparse term"""
     ratio: RatioConfig = field(default_factory=RatioConfig)
     value: ValueConfig = field(default_factory=ValueConfig)
     overlong_buffer: int = 0
-    """DAPO: the reward falls by 1 over the last this many tokens before rollout.max_new_tokens; 0:
+    """DAPO: the number of tokens before rollout.max_new_tokens over which the reward falls by 1; 0:
     no penalty
     """
     dynamic_sampling: int = 0
-    """DAPO: how many more waves of prompts replace groups whose rewards are all equal; 0: they are
-    kept
+    """DAPO: the number of further waves of prompts that may replace groups whose rewards are all
+    equal; 0: such groups are not replaced
     """
     nll_weight: float = 0.0
     """weight of -log p(y) on responses that the student did not sample"""
     teacher_fraction: float = 0.0
     """share of the prompts that the first teacher answers instead of the student (MiniLLM, SeqKD);
-    a share of less than one prompt a step is carried to the next step. Rewards and costs of its
-    answers need a ratio
+    a fraction of a prompt is carried to the next step. Rewards and costs of its answers need a
+    ratio
     """
     data_fraction: float = 0.0
-    """share of the prompts whose responses come from the data (SFT, GKD, preference pairs), carried
-    like teacher_fraction
+    """share of the prompts whose responses come from the data (SFT, GKD, preference pairs); a
+    fraction of a prompt is carried to the next step
     """
     pair: PairConfig = field(default_factory=PairConfig)
     normalizer: str = "token_mean"
-    """by what the sum over tokens is divided"""
+    """the divisor of the sum over tokens"""
     token_weight: str | None = None
-    """file.py:function, a token weight of yours in the place of algorithm.normalizer
+    """file.py:function, your own token weight in place of algorithm.normalizer
     (hybridrl/objectives/README.md)
     """
     temperature: float = 1.0
-    """of student, teacher and sampler alike"""
+    """temperature of student, teacher and sampler"""
 
     def __post_init__(self) -> None:
         self._check_words()
@@ -343,6 +355,7 @@ class AlgorithmConfig:
                 raise ConfigError(f"algorithm.{name}={getattr(self, name)}: must not be negative")
 
     def _check_words(self) -> None:
+        """Check the settings that are a built-in word or a user's own file.py:Name."""
         own = "write one of those, or algorithm.{}=path/to/file.py:{} for your own"
         check_word(
             "algorithm.baseline", self.baseline, ADVANTAGES, own.format("advantage", "Class")
@@ -371,14 +384,12 @@ class AlgorithmConfig:
 
     @property
     def responses_per_prompt(self) -> int:
-        """How many responses a row of data brings: a chosen and a rejected one for a pair loss,
-        else the one to imitate.
-        """
+        """Responses of a row of data: 2 for a pair loss, otherwise 1 to imitate."""
         return 2 if self.ranks_pairs else 1
 
     @property
     def evidence_kind(self) -> EvidenceKind:
-        """What a teacher says of a response token that has no `evidence` of its own."""
+        """The kind of evidence of a teacher whose setting `evidence` is null."""
         match self.support:
             case Support.full:
                 by_hidden = self.teacher_signal is TeacherSignal.hidden

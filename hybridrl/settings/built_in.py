@@ -1,9 +1,8 @@
-"""The built-in advantage estimators, token weights and pair losses, by the word that a setting
-has.
+"""The built-in advantage estimators, token weights and pair losses, by the words of settings.
 
 Each is a class or function in a file of its own under hybridrl/objectives/, given here as an import
 path: settings are read without torch, and only a process that uses one imports it. A user's own is
-`file.py:Name` in its place.
+given as `file.py:Name` instead.
 """
 
 import difflib
@@ -20,6 +19,8 @@ OBJECTIVES = "hybridrl.objectives"
 
 @dataclass(frozen=True, slots=True)
 class BuiltIn:
+    """An import path inside of hybridrl.objectives, and its meaning for the page of settings."""
+
     place: str
     """module:name, the module inside hybridrl.objectives"""
     meaning: str = ""
@@ -78,17 +79,17 @@ PAIR_LOSSES = {
 }
 
 NO_PAIRS = "none"
-"""In the place of a pair loss: the objective's returns."""
+"""The word for no pair loss: the objective uses returns."""
 
 
 def check_word(setting: str, value: str, words: Mapping[str, Any], otherwise: str) -> None:
-    """Refuse a word that is not among those that a setting takes.
+    """Refuse a word that a setting does not accept.
 
     Args:
-        otherwise: the remedy where no word is near.
+        otherwise: the remedy where no word is similar.
 
     Raises:
-        ConfigError: it is none of them; says which one may have been meant.
+        ConfigError: names the words, or the one that was probably meant.
     """
     if value in words:
         return
@@ -100,11 +101,11 @@ def check_word(setting: str, value: str, words: Mapping[str, Any], otherwise: st
 def check_own(
     setting: str, value: str, kind: str, words: Mapping[str, Any], word_setting: str
 ) -> None:
-    """Refuse what is not the name of something in a user's file. The file is not read.
+    """Refuse a value that does not name something in a user's file; the file is not read.
 
     Args:
-        kind: Class or function, as an example names it.
-        words: the built-in ones, which algorithm.<word_setting> takes.
+        kind: Class or function, for the example in the message.
+        words: the built-in ones, which algorithm.<word_setting> accepts.
 
     Raises:
         ConfigError: it does not have the form file.py:Name.
@@ -122,5 +123,5 @@ def check_own(
 
 
 def is_own(value: str) -> bool:
-    """Whether a value names something in a user's file, as file.py:Name does."""
+    """Whether a value has the form file.py:Name."""
     return re.search(r"\.py:\w+$", value) is not None

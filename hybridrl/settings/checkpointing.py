@@ -11,10 +11,10 @@ class CheckpointConfig:
     every: int = 50
     """steps; 0: only at the end"""
     keep: int = 2
-    """newest checkpoints kept"""
+    """number of newest checkpoints to retain"""
     best: str | None = None
-    """a metric, e.g. eval/accuracy: the checkpoint whose step has the best value of it is kept
-    beside the newest; null: none
+    """a metric, e.g. eval/accuracy: the checkpoint of the step with the best value is retained
+    besides the newest; null: none
     """
     best_mode: BestMode = BestMode.max
     """which value of checkpoint.best is the best"""
@@ -33,13 +33,13 @@ class CheckpointConfig:
             )
 
     def check_best(self, eval_every: int) -> None:
-        """Every step that is saved must have its evaluation, where that is to choose the best.
+        """Check that every saved step is evaluated, where an evaluation chooses the best.
 
         Raises:
-            ConfigError: eval.every leaves some out.
+            ConfigError: eval.every skips some of them.
         """
-        measured = self.best is None or not self.best.startswith("eval/")
-        if not measured and self.every and (not eval_every or self.every % eval_every):
+        needs_evaluation = self.best is not None and self.best.startswith("eval/")
+        if needs_evaluation and self.every and (not eval_every or self.every % eval_every):
             raise ConfigError(
                 f"checkpoint.best={self.best}: is measured at steps divisible by "
                 f"eval.every={eval_every}, and saved are those by checkpoint.every={self.every}; "

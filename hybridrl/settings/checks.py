@@ -1,7 +1,7 @@
-"""Checks across sections of the settings: what one section cannot see by itself.
+"""Checks of settings across sections.
 
 Each section checks its own values when it is built. `check_settings` runs everything in this file;
-what has to read models and data is checked in launch/preflight.py.
+checks that read models and data are in launch/preflight.py.
 """
 
 import re
@@ -30,7 +30,7 @@ def check_settings(settings: RunSettings) -> None:
     """Run every check in CHECKS.
 
     Raises:
-        ConfigError: one sentence on the first rule that is broken.
+        ConfigError: one sentence about the first rule that is broken.
     """
     for check in CHECKS:
         check(settings)
@@ -91,7 +91,7 @@ def check_best_checkpoint(settings: RunSettings) -> None:
 
 
 def check_needs(settings: RunSettings) -> None:
-    """What the objective asks for is there, and what it is given it uses."""
+    """Check that everything the objective needs is set, and that it uses what is set."""
     algorithm = settings.algorithm
     pairs = algorithm.ranks_pairs
     from_student = algorithm.data_fraction + algorithm.teacher_fraction < 1
@@ -208,8 +208,9 @@ def check_needs(settings: RunSettings) -> None:
 
 
 def check_objective(settings: RunSettings) -> None:
-    """What the built-in estimator or loss says of other settings; objectives/user_code.py has the
-    same rules for a user's own.
+    """Check other settings as the built-in estimator or loss requires.
+
+    objectives/user_code.py has the same rules for a user's own.
     """
     algorithm = settings.algorithm
     if algorithm.pair.loss in PAIR_LOSSES:
@@ -246,10 +247,9 @@ def check_imitation_of_data(settings: RunSettings) -> None:
 
 
 def check_pipeline(settings: RunSettings) -> None:
-    """What runs ahead, or finishes first, is something that the objective and the data can do
-    with.
-    """
-    algorithm, pipeline = settings.algorithm, settings.pipeline
+    """Check that objective and data allow stale tokens, and rollouts that are cancelled."""
+    algorithm = settings.algorithm
+    pipeline = settings.pipeline
     if (
         pipeline.on_stale is OnStale.reweight
         and pipeline.ahead
@@ -267,16 +267,16 @@ def check_pipeline(settings: RunSettings) -> None:
         )
     if settings.rollout.oversample and algorithm.data_fraction:
         raise ConfigError(
-            "rollout.oversample: data is not sampled, so nothing of it is late; set it to 0, or "
+            "rollout.oversample: data is not sampled, so none of it is cancelled; set it to 0, or "
             "algorithm.data_fraction=0"
         )
 
 
 def check_places(settings: RunSettings) -> None:
-    """Every worker has something to do, and a way to do it where it stands.
+    """Check that every worker has work, and that its node and device allow it.
 
     Raises:
-        ConfigError: one sentence on the first rule that is broken.
+        ConfigError: one sentence about the first rule that is broken.
     """
     _check_counts(settings)
     _check_weight_transfer(settings)
@@ -285,15 +285,11 @@ def check_places(settings: RunSettings) -> None:
 
 
 def _check_counts(settings: RunSettings) -> None:
-    rollout, algorithm, prompts = (
-        settings.rollout,
-        settings.algorithm,
-        settings.train.prompts_per_step,
-    )
-    for name, count in {
-        "rollout.engines": rollout.engines,
-        "learner.ranks": settings.learner.ranks,
-    }.items():
+    rollout = settings.rollout
+    algorithm = settings.algorithm
+    prompts = settings.train.prompts_per_step
+    groups = {"rollout.engines": rollout.engines, "learner.ranks": settings.learner.ranks}
+    for name, count in groups.items():
         if prompts < count:
             raise ConfigError(
                 f"train.prompts_per_step={prompts}: must be at least {name}={count}, one prompt "
@@ -341,7 +337,8 @@ def _check_weight_transfer(settings: RunSettings) -> None:
 
 
 def _check_shared_gpus(settings: RunSettings) -> None:
-    rollout, ranks = settings.rollout, settings.learner.ranks
+    rollout = settings.rollout
+    ranks = settings.learner.ranks
     if rollout.tensor_parallel > 1:
         raise ConfigError(
             f"rollout.tensor_parallel={rollout.tensor_parallel}: under cluster.colocate=true an "
@@ -371,4 +368,4 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_pipeline,
     check_places,
 )
-"""All of them, in the order in which they run."""
+"""All checks, in the order in which they run."""

@@ -1,5 +1,6 @@
-"""The settings that are one of a few words. Hydra matches the member's name, so each is named as
-YAML spells it.
+"""Settings that are one of a few words.
+
+Hydra matches the member's name, so each member is named as YAML spells it.
 """
 
 from enum import StrEnum
@@ -13,17 +14,17 @@ class Resume(StrEnum):
 
 class BestMode(StrEnum):
     max = "max"  # the highest value is the best
-    min = "min"  # the lowest is
+    min = "min"  # the lowest value is the best
 
 
 class ScheduleKind(StrEnum):
     constant = "constant"  # value
-    # value -> end over `steps`, then end; the paper's lam0 (1 + alpha t) has alpha = (end/value -
-    # 1)/steps
+    # value -> end over `steps`, then end; for the paper's lam0 (1 + alpha t) set
+    # alpha = (end/value - 1)/steps
     linear = "linear"
     cosine = "cosine"  # value -> end over `steps` along half a cosine, then end
-    step = "step"  # value before step `steps`, end from there on
-    feedback = "feedback"  # moved by a controller that holds `metric` at `target`
+    step = "step"  # value before step `steps`, then end
+    feedback = "feedback"  # adjusted so that `metric` stays at `target`
 
 
 class Divergence(StrEnum):
@@ -39,33 +40,31 @@ class Support(StrEnum):
 
     full = "full"  # the whole vocabulary: no sampling variance
     topk = "topk"  # K tokens chosen from the prefix, see topk.correction
-    sampled = (
-        "sampled"  # the drawn token alone: a score-function estimate, as cheap as a policy gradient
-    )
+    # the drawn token alone: a score-function estimate, as cheap as a policy gradient
+    sampled = "sampled"
 
 
 class SupportSource(StrEnum):
-    """Who chooses the K tokens."""
+    """The model that chooses the K tokens."""
 
     sampler = "sampler"  # the engine's most likely tokens
-    teacher = "teacher"  # the teacher's
+    teacher = "teacher"  # the teacher's most likely tokens
 
 
 class Correction(StrEnum):
-    """What stands for the tokens outside the K."""
+    """How the tokens outside of the K are accounted for."""
 
     unbiased = "unbiased"  # exact on the K, a score-function term for a drawn token outside them
-    tail_bucket = (
-        "tail_bucket"  # one more category that holds the rest: the KL of a coarser distribution
-    )
-    truncate = "truncate"  # nothing: not a divergence, biased
+    # one more category for all other tokens: the KL of a coarser distribution
+    tail_bucket = "tail_bucket"
+    truncate = "truncate"  # not at all: not a divergence, biased
     renormalize = "renormalize"  # both distributions rescaled to the K: biased, and zero for K = 1
 
 
 class EvidenceKind(StrEnum):
-    """What a teacher says of a response token; its classes are in teachers.evidence."""
+    """The form of a teacher's answer about a response token; classes in teachers.evidence."""
 
-    hidden = "hidden"  # its last hidden state, from which the learner makes its distribution
+    hidden = "hidden"  # its last hidden state, from which the learner computes its distribution
     vocabulary = "vocabulary"  # its log-probs of the whole vocabulary
     support = "support"  # its log-probs of algorithm.topk.k tokens and of the drawn one
     drawn = "drawn"  # its log-prob of the drawn token
@@ -74,39 +73,39 @@ class EvidenceKind(StrEnum):
 class TeacherSignal(StrEnum):
     """How the full vocabulary of a teacher reaches the learner."""
 
-    hidden = "hidden"  # its last hidden states; the learner keeps its output head
-    # its log-probs, V numbers a token: less than hidden states only for a vocabulary smaller than
-    # the width
+    hidden = "hidden"  # its last hidden states; the learner has its output head
+    # its log-probs, V numbers a token: smaller than hidden states only for a vocabulary smaller
+    # than the width
     logits = "logits"
 
 
 class Future(StrEnum):
-    """How the future imitation costs of a token are put together when gamma > 0."""
+    """How the future imitation costs of a token are combined when gamma > 0."""
 
     sum = "sum"  # gamma-discounted sum: the exact gradient of J for gamma = 1
-    # that sum over the number of remaining tokens (MiniLLM's length normalisation): biased
+    # that sum divided by the number of remaining tokens (MiniLLM's length normalisation): biased
     mean = "mean"
 
 
 class Scale(StrEnum):
-    """By what the sparse term is divided."""
+    """The divisor of the sparse term."""
 
     none = "none"
-    group_std = "group_std"  # the reward over the standard deviation of its group's rewards (GRPO)
-    # the return minus the mean over the standard deviation of all tokens of the batch (REINFORCE++)
+    # the reward divided by the standard deviation of its group's rewards (GRPO)
+    group_std = "group_std"
+    # (return - mean) / standard deviation over all tokens of the batch (REINFORCE++)
     batch = "batch"
 
 
 class Ratio(StrEnum):
-    """What is done with rho = p(y) / mu(y), learner over sampler, in the sparse term."""
+    """The use of rho = p(y) / mu(y), learner over sampler, in the sparse term."""
 
-    none = "none"  # left out: right when sampler and learner are the same policy
+    none = "none"  # not used: correct when sampler and learner are the same policy
     # rho bounded to [low, high] (TIS); low=0 and high=null: plain importance sampling
     truncate = "truncate"
     mask = "mask"  # rho, and 0 outside [low, high] (IcePop, MOPD)
-    clip = (
-        "clip"  # PPO: rho, and 0 where the advantage pushes it further out of [1 - low, 1 + high]
-    )
+    # PPO: rho, and 0 where the advantage moves it further outside of [1 - low, 1 + high]
+    clip = "clip"
 
 
 class RatioLevel(StrEnum):
@@ -116,14 +115,14 @@ class RatioLevel(StrEnum):
 
 
 class Reference(StrEnum):
-    """Whose responses stand for samples of the reference in DIL."""
+    """The responses that DIL uses as samples of the reference."""
 
-    rejected = "rejected"  # as the official code
+    rejected = "rejected"  # as in the official code
     both = "both"
 
 
 class Source(StrEnum):
-    """Who wrote a response."""
+    """The origin of a response."""
 
     student = "student"
     teacher = "teacher"
@@ -132,16 +131,16 @@ class Source(StrEnum):
 
 class OnError(StrEnum):
     fail = "fail"  # any reward error stops the run
-    drop_group = "drop_group"  # the prompt's whole group is left out of the step
+    drop_group = "drop_group"  # the prompt's whole group is excluded from the step
     value = "value"  # use reward.error_value
 
 
 class OnStale(StrEnum):
-    """What keeps tokens from being older than pipeline.max_staleness."""
+    """How tokens older than pipeline.max_staleness are handled."""
 
     wait = "wait"  # sampling does not run that far ahead
-    drop = "drop"  # groups with an older token are not trained on; their prompts come again
-    reweight = "reweight"  # nothing: older tokens are trained on with their importance ratio
+    drop = "drop"  # groups with an older token are dropped; their prompts are sampled once more
+    reweight = "reweight"  # older tokens are trained on with their importance ratio
 
 
 class Device(StrEnum):

@@ -1,7 +1,6 @@
-"""From conf/ and the command line to validated settings, or to one sentence that says what is
-wrong.
+"""From conf/ and the command line to validated settings, or to one sentence about what is wrong.
 
-Nothing here or in config.py imports torch or ray, so a typo costs a second, not a cluster.
+Nothing here or in run.py imports torch or ray, so that a typo is reported within a second.
 """
 
 import difflib
@@ -44,10 +43,10 @@ def conf_dir() -> Path:
 
 
 def register_schema() -> None:
-    """Tell Hydra every key and default; conf/config.yaml names this first in its defaults.
+    """Register every key and default with Hydra; conf/config.yaml names them first.
 
-    The node is a plain tree, so that +teachers.NAME.path=... can add an entry; types are checked by
-    to_settings.
+    The node is a plain tree, so that +teachers.NAME.path=... can add an entry; to_settings checks
+    the types.
     """
     tree = OmegaConf.to_container(OmegaConf.structured(RunSettings), enum_to_str=True)
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(tree))
@@ -72,21 +71,24 @@ def load_config(overrides: Sequence[str] = ()) -> RunSettings:
 
 
 def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSettings:
-    """The typed settings of a composed config; `overrides` only make its errors clearer.
+    """The typed settings of a composed config.
+
+    Args:
+        overrides: only for clearer error messages.
 
     Raises:
         ConfigError: as load_config.
     """
     with one_sentence(overrides, of=(Exception,)):
-        written = OmegaConf.to_container(composed)
-        check_secrets(written)
-        written = spelled_out(written, RunSettings)
-        composed = OmegaConf.create(written)
+        unresolved = OmegaConf.to_container(composed)
+        check_secrets(unresolved)
+        unresolved = spelled_out(unresolved, RunSettings)
+        composed = OmegaConf.create(unresolved)
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), composed))
         assert isinstance(settings, RunSettings)
         for written_entries, entries in (
-            (written["reward"]["functions"], settings.reward.functions),
-            (written["tracking"]["sinks"], settings.tracking.sinks),
+            (unresolved["reward"]["functions"], settings.reward.functions),
+            (unresolved["tracking"]["sinks"], settings.tracking.sinks),
         ):
             for name, entry in entries.items():
                 as_written = written_entries[name]
@@ -98,7 +100,7 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
 
 
 INITIAL = "initial"
-"""In the place of a teacher's path: the student as it was before training, frozen."""
+"""A teacher's path that means the student before training, frozen."""
 EXAMPLES = {
     ScheduleConfig: "{key}=0.5 or '{key}={{kind: linear, value: 0, end: 1}}'",
     TeacherConfig: "{key}=PATH, {key}=initial (the start model) or '{key}={{path: PATH, weight: "
@@ -111,15 +113,16 @@ EXAMPLES = {
 
 
 def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
-    """Settings as they are written, with short forms in full: a number for a constant schedule, the
-    path of a teacher or `initial`, the name of a reward function or of a sink, and one value for a
-    list of one.
+    """Settings with short forms written in full.
+
+    Short forms are a number for a constant schedule, the path of a teacher or `initial`, the name
+    of a reward function or of a sink, and one value for a list of one.
 
     Args:
-        hint: the type that the schema gives to the setting `key`.
+        hint: the type of the setting `key` in the schema.
 
     Raises:
-        ConfigError: a value where a section or names and values stand; shows the right form.
+        ConfigError: a value in the place of a section or of names and values; shows the right form.
     """
     if isinstance(value, str) and ("${" in value or value == MISSING):
         return value
@@ -146,7 +149,7 @@ def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
 
 
 def _right_form(hint: Any, entries: Any, key: str) -> str:
-    """How a section, or names and values, are written where one value stands."""
+    """How to write a section, or names and values, in the place of a single value."""
     if hint in EXAMPLES:
         return f"cannot be read; write {EXAMPLES[hint].format(key=key)}"
     if entries in EXAMPLES:
@@ -157,25 +160,25 @@ def _right_form(hint: Any, entries: Any, key: str) -> str:
 
 
 def check_finite(tree: Any, key: str = "") -> None:
-    """Raise ConfigError for a number that is NaN or infinite: no setting means anything by it, and
-    a deadline would be none.
+    """Refuse a number that is NaN or infinite, which no setting can use.
+
+    Raises:
+        ConfigError: names the setting.
     """
-    parts = (
-        tree.items()
-        if isinstance(tree, Mapping)
-        else enumerate(tree)
-        if isinstance(tree, list)
-        else ()
-    )
-    for name, part in parts:
+    parts: Mapping[Any, Any] = tree if isinstance(tree, Mapping) else {}
+    if isinstance(tree, list):
+        parts = dict(enumerate(tree))
+    for name, part in parts.items():
         check_finite(part, f"{key}.{name}" if key else str(name))
     if isinstance(tree, float) and not math.isfinite(tree):
         raise ConfigError(f"{key}={tree}: must be a finite number")
 
 
 def check_secrets(tree: Any, key: str = "") -> None:
-    """Raise ConfigError for a secret that is written out instead of referred to by
-    ${oc.env:NAME}.
+    """Refuse a secret that is written out instead of referred to by ${oc.env:NAME}.
+
+    Raises:
+        ConfigError: names the setting.
     """
 
     def check(value: Any, name: str) -> None:
@@ -190,8 +193,10 @@ def check_secrets(tree: Any, key: str = "") -> None:
 
 
 def check_unmasked(settings: RunSettings) -> None:
-    """Raise ConfigError for a secret that was masked when these settings were written, as a run's
-    config.yaml is.
+    """Refuse a secret that was masked when these settings were written, as in a run's config.yaml.
+
+    Raises:
+        ConfigError: names the setting.
     """
 
     def check(value: Any, key: str) -> None:
@@ -205,41 +210,38 @@ def check_unmasked(settings: RunSettings) -> None:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Raise ConfigError for a setting of ours or of another system that is written as a flag:
-    --learning_rate=1e-5.
+    """Refuse a setting, of ours or another system, that is written as a flag: --learning_rate=1e-5.
+
+    Raises:
+        ConfigError: names the flag and the setting.
     """
-    known = known_keys()
+    keys = known_keys()
     for flag in flags:
         name, equals, value = flag.lstrip("-").partition("=")
         key = name.replace("-", "_")
         if not flag.startswith("--"):
             continue
-        if key in known:
+        if key in keys:
             raise ConfigError(
                 f"{flag}: a setting is written without dashes: {key}={value if equals else '...'}"
             )
-        if synonym_of(key) or any(own.endswith(f".{key}") for own in known):
+        if synonym_of(key) or any(own.endswith(f".{key}") for own in keys):
             raise ConfigError(f"{_no_such_setting(flag, key)}; a setting is written KEY=VALUE")
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """As check_secrets, of the command line alone: Hydra writes a sweep's overrides down before it
-    composes anything.
+    """Check the command line for secrets, before Hydra writes the overrides of a sweep to disk.
 
     Raises:
-        ConfigError: a secret is written out, or an override is none.
+        ConfigError: a secret is written out, or an override is not KEY=VALUE.
     """
     with one_sentence(overrides, of=(Exception,)):
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             value = override.value()
             if isinstance(value, ChoiceSweep):
-                check_overrides(
-                    [
-                        f"{override.get_key_element()}={choice}"
-                        for choice in override.sweep_string_iterator()
-                    ]
-                )
-            elif not isinstance(value, Sweep):  # of numbers, or of files of conf/
+                key = override.get_key_element()
+                check_overrides([f"{key}={choice}" for choice in override.sweep_string_iterator()])
+            elif not isinstance(value, Sweep):  # other sweeps are of numbers, or of files of conf/
                 check_secrets(value, override.key_or_group)
 
 
@@ -248,11 +250,11 @@ def one_sentence(
     overrides: Sequence[str],
     of: tuple[type[Exception], ...] = (HydraException, OmegaConfBaseException),
 ) -> Iterator[None]:
-    """What Hydra or OmegaConf raises inside becomes a ConfigError of one sentence.
+    """Turn exceptions of Hydra and OmegaConf into a ConfigError of one sentence.
 
     Args:
-        of: Exception, where nothing but settings is at work: for some input both let errors of
-            Python's own through.
+        of: the types to catch; Exception where the body only reads settings, since for some input
+            both libraries raise Python's own exceptions.
     """
     try:
         yield
@@ -264,21 +266,19 @@ def one_sentence(
             f"{key} is not set: it has no default; add {key}=... to the command"
         ) from error
     except of as error:
-        told = _sentence(error, overrides)
-        raise ConfigError(
-            "".join(c if c.isprintable() else repr(c)[1:-1] for c in told)
-        ) from error  # a line break as \n
+        sentence = _sentence(error, overrides)
+        # Escape unprintable characters, e.g. a line break as \n.
+        escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
+        raise ConfigError(escaped) from error
 
 
 def to_yaml(settings: RunSettings) -> str:
-    """The resolved settings as YAML, as written to run.dir/config.yaml; secrets are masked."""
+    """The resolved settings as YAML for run.dir/config.yaml, with secrets masked."""
     return OmegaConf.to_yaml(OmegaConf.create(_literal(redact.tree(_named(asdict(settings))))))
 
 
 def masked_yaml(text: str) -> str:
-    """What Hydra prints of settings, as YAML or otherwise, with secrets masked; references
-    ${oc.env:NAME} stay as they are.
-    """
+    """The settings that Hydra prints, with secrets masked; references ${oc.env:NAME} remain."""
     try:
         printed = OmegaConf.to_container(OmegaConf.create(text))
     except (yaml.YAMLError, OmegaConfBaseException):
@@ -289,25 +289,26 @@ def masked_yaml(text: str) -> str:
 
 
 def from_yaml(text: str) -> RunSettings:
-    """The inverse of to_yaml. Nothing is looked up: what the text says is all that it can say.
+    """The inverse of to_yaml; nothing outside of the text is read.
 
     Raises:
-        ConfigError: it is no YAML, or holds no settings of this version, or refers to something
+        ConfigError: it is not YAML, holds no settings of this version, or refers to something
             outside of it.
     """
     saved_tree(text)
     with one_sentence((), of=(Exception,)):
-        return to_settings(OmegaConf.create(text))
+        composed = OmegaConf.create(text)
+        assert isinstance(composed, DictConfig), "saved_tree checks it"
+        return to_settings(composed)
 
 
 def saved_tree(text: str) -> dict[str, Any]:
-    """The plain content of a saved config.yaml, of this or another version; it may have been
-    written by anybody.
+    """The plain content of a saved config.yaml of any version, which may be untrusted.
 
     Raises:
-        ConfigError: it is no mapping in YAML; or it holds what to_yaml never writes: a reference
-            like ${oc.env:NAME}, which would bring a secret of this machine into the settings, or a
-            YAML alias, with which a few lines fill the memory.
+        ConfigError: it is not a mapping in YAML; or it holds something that to_yaml never writes: a
+            reference like ${oc.env:NAME}, which would read a secret of this machine, or a YAML
+            alias, with which a few lines can fill the memory.
     """
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
@@ -326,7 +327,7 @@ def saved_tree(text: str) -> dict[str, Any]:
 
 
 def _check_references(tree: Any, key: str = "") -> None:
-    """Raise ConfigError for a ${ that is not escaped, wherever it stands."""
+    """Raise ConfigError for a ${ that is not escaped, anywhere in the tree."""
     if isinstance(tree, Mapping):
         for name, part in tree.items():
             _check_references(part, f"{key}.{name}" if key else str(name))
@@ -338,7 +339,7 @@ def _check_references(tree: Any, key: str = "") -> None:
 
 
 def _named(tree: Any) -> Any:
-    """Enum members by name, as OmegaConf reads them."""
+    """The tree with enum members as their names, which OmegaConf reads."""
     if isinstance(tree, Mapping):
         return {key: _named(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -347,7 +348,7 @@ def _named(tree: Any) -> Any:
 
 
 def _literal(tree: Any) -> Any:
-    """With the ${ of resolved text escaped, so that it is no reference when it is read again."""
+    """The tree with every ${ escaped, so that it is not a reference when it is read."""
     if isinstance(tree, Mapping):
         return {key: _literal(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -356,18 +357,13 @@ def _literal(tree: Any) -> Any:
 
 
 def known_keys(schema: type = RunSettings, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, for did-you-mean."""
+    """Every dotted key of the schema."""
     keys = []
     for name, hint in get_type_hints(schema).items():
         key = f"{prefix}{name}"
         keys.append(key)
-        nested = (
-            hint
-            if is_dataclass(hint)
-            else next((a for a in get_args(hint) if is_dataclass(a)), None)
-        )
-        if nested is not None and is_dataclass(hint):
-            keys += known_keys(nested, f"{key}.")
+        if isinstance(hint, type) and is_dataclass(hint):
+            keys += known_keys(hint, f"{key}.")
     return keys
 
 
@@ -378,25 +374,16 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
         cause = cause.__cause__
     text = next(iter(str(error).splitlines()), type(error).__name__)
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        key, near = cause.full_key, f"{cause.full_key}."
-        given = next(
-            (
-                o.lstrip("+~")
-                for o in overrides
-                if o.lstrip("+~").split("=")[0] == key or o.lstrip("+~").startswith(near)
-            ),
-            key,
-        )
+        override = _override_of(cause.full_key, overrides)
         reason = str(cause).splitlines()[0]
         if isinstance(cause, ConfigKeyError) or "not in" in reason:
-            return _no_such_setting(given, given.partition("=")[0])
-        return f"{given}: {reason}"
+            return _no_such_setting(override, override.partition("=")[0])
+        return f"{override}: {reason}"
     if "Could not append" in str(error) and (
-        doubled := next((o for o in overrides if o.startswith("+") and o[1:] in str(error)), None)
+        repeated := next((o for o in overrides if o.startswith("+") and o[1:] in str(error)), None)
     ):
-        return (
-            f"{doubled}: there is a {doubled[1:].partition('=')[0]} already; write it without the +"
-        )
+        key = repeated[1:].partition("=")[0]
+        return f"{repeated}: there is a {key} already; write it without the +"
     if "Could not find" in text:
         for override in overrides:
             group, _, choice = override.lstrip("+").partition("=")
@@ -404,9 +391,9 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
             if folder.is_dir() and not (folder / f"{choice}.yaml").is_file():
                 names = sorted(p.stem for p in folder.glob("*.yaml"))
                 near = difflib.get_close_matches(choice, names, n=1)
-                return f"{group}={choice}: no such choice; " + (
-                    f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(names)}"
-                )
+                must = f"it must be one of {', '.join(names)}"
+                remedy = f"did you mean {near[0]}?" if near else must
+                return f"{group}={choice}: no such choice; {remedy}"
     if (bad := getattr(error, "override", None)) is not None:  # Hydra cannot parse it
         return f"{bad}: not KEY=VALUE as Hydra reads it{_how_to_quote(bad)}"
     if "Ambiguous value" in text:
@@ -425,24 +412,35 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     return text
 
 
+def _override_of(key: str, overrides: Sequence[str]) -> str:
+    """The override that sets `key` or a part of it, without + or ~; the key itself if none does."""
+    for override in overrides:
+        text = override.lstrip("+~")
+        if text.split("=")[0] == key or text.startswith(f"{key}."):
+            return text
+    return key
+
+
 def _how_to_quote(override: str) -> str:
     """What to do with an override that Hydra cannot parse."""
     _, equals, value = override.partition("=")
     if not equals:
         return ""
     if re.match(r"\[|\{\s*[\w.]+\s*:", value):  # a list, or names and values
-        return """; quote the texts in it that have special characters: '...{NAME: "TEXT"}' or '...["TEXT"]'"""
+        forms = """'...{NAME: "TEXT"}' or '...["TEXT"]'"""
+        return f"; quote the texts in it that have special characters: {forms}"
     return f"; write text with special characters as {quoted(override)}"
 
 
 def quoted(override: str) -> str:
-    """KEY=VALUE as a shell and Hydra take it where VALUE is text of any characters: in quotes of
-    Hydra's inside of the shell's.
+    """KEY=VALUE for a shell and Hydra, where VALUE is any text.
+
+    VALUE is in Hydra's quotes inside of the shell's.
 
     Example: data.system_prompt=Be brief, please -> 'data.system_prompt="Be brief, please"'
     """
     key, _, value = override.partition("=")
-    # Hydra takes backslashes as they are, but for those before a quote.
+    # Hydra reads a backslash literally, except before a quote.
     inner = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + (m[2] and '\\"'), value)
     word = f'{key}="{inner}"'
     if "'" not in word:
@@ -450,11 +448,12 @@ def quoted(override: str) -> str:
     return '"' + re.sub(r'([\\"$`])', r"\\\1", word) + '"'
 
 
-def _no_such_setting(given: str, key: str) -> str:
-    """For a key that does not exist: how to add it where names are free, else the nearest known
-    one.
+def _no_such_setting(override: str, key: str) -> str:
+    """The message for a key that does not exist.
+
+    It says how to add the key where a user chooses the names, else names the nearest key.
     """
-    known = known_keys()
+    keys = known_keys()
     for section, schema in {
         "teachers": TeacherConfig,
         "reward.functions": RewardFunctionConfig,
@@ -462,18 +461,17 @@ def _no_such_setting(given: str, key: str) -> str:
     }.items():
         if key.startswith(f"{section}."):
             entry = ".".join(key.split(".")[: section.count(".") + 2])
-            known = [entry, *(f"{entry}.{f.name}" for f in fields(schema))]
-    free = ("data.columns.", "data.chat_template_kwargs.")  # whose names the user chooses
-    if key in known or ".options." in key or key.startswith(free):
-        return f"{given}: not in the config so far; write +{given} to add it"
+            keys = [entry, *(f"{entry}.{f.name}" for f in fields(schema))]
+    names_are_free = ("data.columns.", "data.chat_template_kwargs.")
+    if key in keys or ".options." in key or key.startswith(names_are_free):
+        return f"{override}: not in the config so far; write +{override} to add it"
     if (synonym := synonym_of(key)) is not None:
         if synonym.ours is None:
-            return f"{given}: not supported: {synonym.note}"
+            return f"{override}: not supported: {synonym.note}"
         note = f" ({synonym.note})" if synonym.note else ""
-        return f"{given}: no such setting; did you mean {synonym.ours}?{note}"
+        return f"{override}: no such setting; did you mean {synonym.ours}?{note}"
     last = key.rpartition(".")[2]
-    same = [name for name in known if name.rpartition(".")[2] == last]
-    near = same if len(same) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"{given}: no such setting" + (
-        f"; did you mean {near[0]}?" if near else "; see hybridrl train --help"
-    )
+    same = [name for name in keys if name.rpartition(".")[2] == last]
+    near = same if len(same) == 1 else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    remedy = f"did you mean {near[0]}?" if near else "see hybridrl train --help"
+    return f"{override}: no such setting; {remedy}"

@@ -9,38 +9,36 @@ from hybridrl.settings.choices import OnStale, WeightTransfer
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:
     engines: int = 1
-    """vLLM engines; on GPUs each takes tensor_parallel of them"""
+    """vLLM engines; on GPUs each uses tensor_parallel of them"""
     tensor_parallel: int = 1
     """devices inside one engine"""
     max_new_tokens: int | None = None
-    """tokens of the longest response; null: the run ends before it starts, in a sentence that
-    proposes a value for the data
-    """
+    """tokens of the longest response; null: the run is refused with a proposal for the data"""
     max_model_len: int | None = None
     """tokens of the longest prompt with its response; null: as max_new_tokens"""
     max_num_seqs: int = 256
     """sequences decoded at once by one engine"""
     kv_cache_bytes: int | None = None
-    """KV cache of one engine; null: 256 MiB on CPU, on GPUs what gpu_memory_utilization leaves"""
+    """KV cache of one engine; null: 256 MiB on CPU, on GPUs the rest of gpu_memory_utilization"""
     gpu_memory_utilization: float = 0.9
     """share of a GPU that an engine may use; at most 0.5 with cluster.colocate"""
     enforce_eager: bool = True
     """false: let vLLM compile; pays after minutes of generation"""
     groups_per_chunk: int = 1
-    """prompt groups that leave an engine together; scoring and rewards of a chunk start when it is
-    done, while others still generate. Larger chunks make fewer and larger calls, which suits small
-    models
+    """prompt groups that an engine returns together; scoring and rewards of a chunk start when it
+    is complete, while others still generate. Larger chunks make fewer and larger calls, which suits
+    small models
     """
     oversample: float = 0.0
-    """share of prompts sampled beyond train.prompts_per_step; a step takes the groups that are done
-    first and cancels the rest, whose prompts come again. Cuts the wait for the longest responses,
-    and so prefers short ones; which are first is not reproducible
+    """share of prompts sampled beyond train.prompts_per_step; a step uses the groups that finish
+    first and cancels the rest, whose prompts are sampled at a later step. Shortens the wait for the
+    longest responses, and so prefers short ones; which finish first is not reproducible
     """
     weight_transfer: WeightTransfer = WeightTransfer.auto
     """how the learner's weights reach the engines"""
     max_logprob_gap: float = 0.1
-    """nats; a larger mean |sampler - learner| log-prob difference means the engines do not run the
-    learner's weights: the run stops
+    """nats; a larger mean |sampler - learner| log-prob difference means that the engines do not run
+    the learner's weights, and the run stops
     """
 
     def __post_init__(self) -> None:
@@ -74,8 +72,11 @@ class RolloutConfig:
                 f"rollout.kv_cache_bytes={self.kv_cache_bytes}: must be positive, or null to have "
                 "it chosen"
             )
-        both = self.max_new_tokens is not None and self.max_model_len is not None
-        if both and self.max_model_len <= self.max_new_tokens:
+        if (
+            self.max_new_tokens is not None
+            and self.max_model_len is not None
+            and self.max_model_len <= self.max_new_tokens
+        ):
             raise ConfigError(
                 f"rollout.max_model_len={self.max_model_len}: must hold a prompt and "
                 f"rollout.max_new_tokens={self.max_new_tokens}; raise it"
@@ -84,8 +85,9 @@ class RolloutConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PipelineConfig:
-    """What the engines and scorers do while the learner works. `schedule=pipelined` on the command
-    line sets ahead and max_staleness.
+    """What engines and scorers do while the learner works.
+
+    `schedule=pipelined` on the command line sets ahead and max_staleness.
     """
 
     ahead: int = 0
@@ -93,12 +95,12 @@ class PipelineConfig:
     after the other, bit-reproducible
     """
     max_staleness: int = 0
-    """weight versions that a token's sampler may be behind the learner that trains on it"""
+    """weight versions by which a token's sampler may lag the learner that trains on the token"""
     on_stale: OnStale = OnStale.wait
-    """how max_staleness is kept"""
+    """how max_staleness is enforced"""
     max_inflight_bytes: int | None = None
-    """sampling waits while rollouts and scores of the steps ahead would take more of the object
-    store; null: half of the store
+    """sampling waits while rollouts and scores of the steps ahead would use more bytes of the
+    object store; null: half of the store
     """
 
     def __post_init__(self) -> None:

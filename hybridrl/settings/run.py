@@ -1,9 +1,9 @@
-"""Every setting: its type, default, meaning and the checks between settings.
+"""Every setting: its type, default, meaning and the checks within its section.
 
 The dataclasses are Hydra's schema; those of algorithm.*, rollout.*, pipeline.* and checkpoint.* are
-in algorithm.py, generation.py and checkpointing.py. A default stands there or here and nowhere
-else; files in conf/ set what an experiment or an algorithm preset means, and compose.py puts the
-two together with the command line.
+in algorithm.py, rollout.py and checkpointing.py. A default is in these files and nowhere else;
+files in conf/ define experiments and algorithm presets, and compose.py combines them with the
+command line.
 """
 
 import math
@@ -32,16 +32,16 @@ class RunConfig:
     dir: str = MISSING
     """run directory; absolute when submitted to a cluster"""
     seed: int = 0
-    """every sampling seed derives from it"""
+    """every sampling seed is derived from it"""
     resume: Resume = Resume.auto
-    """what is done with an earlier run in run.dir"""
+    """what to do with an earlier run in run.dir"""
     resume_from: str | None = None
-    """a checkpoint folder of another run, which a run.dir without checkpoints of its own continues;
-    a damaged one is an error
+    """a checkpoint folder of another run to continue from, where run.dir has no checkpoints of its
+    own; a damaged one is an error
     """
     allow_changes: list[str] = field(default_factory=list)
-    """settings, or sections of them, that may differ from those the run in run.dir was started
-    with, e.g. [train.lr, data]
+    """settings, or sections of them, that may differ from those with which the run in run.dir was
+    started, e.g. [train.lr, data]
     """
 
     def __post_init__(self) -> None:
@@ -54,8 +54,10 @@ class RunConfig:
 
 
 def check_path(key: str, path: str | None) -> None:
-    """Raise ConfigError for a path that is empty, as from a variable that is not set, or that no
-    message could show.
+    """Refuse a path that is empty, e.g. from an unset variable, or that a message could not show.
+
+    Raises:
+        ConfigError: names the setting.
     """
     if path is None or path == MISSING:
         return
@@ -78,7 +80,7 @@ class ModelConfig:
     smollm2-135m-instruct)
     """
     dtype: str = "float32"
-    """float32 or bfloat16: of the forward pass; the learner keeps fp32 master weights"""
+    """float32 or bfloat16, of the forward pass; the learner has fp32 master weights"""
     revision: str | None = None
     """hub revision; null: the newest"""
 
@@ -90,26 +92,25 @@ class ModelConfig:
 @dataclass(kw_only=True, slots=True)
 class TeacherConfig:
     path: str | None = None
-    """as model.path; null: the student as it was before training, frozen"""
+    """as model.path; null: the student before training, frozen"""
     model: str | None = None
     """FILE.py:CLASS of yours in the place of a model at path, see hybridrl/teachers/README.md"""
     revision: str | None = None
     """hub revision of path; null: the newest"""
     dtype: str = "float32"
-    """float32 or bfloat16: of its forward pass"""
+    """float32 or bfloat16, of its forward pass"""
     weight: float = 1.0
-    """w_i of the objective, times algorithm.imitation_weight; below 0 pushes the student away
-    (reward extrapolation, G-OPD)
+    """w_i of the objective, times algorithm.imitation_weight; a negative one moves the student away
+    from the teacher (reward extrapolation, G-OPD)
     """
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """multiplies the weight"""
     route: dict[str, Any] = field(default_factory=dict)
-    """scores only prompts whose columns hold these values, e.g. {domain: math}; empty: every
-    prompt
-    """
+    """score only prompts whose columns have these values, e.g. {domain: math}; empty: all"""
     evidence: EvidenceKind | None = None
-    """what it says of a response token; null: as algorithm.support and algorithm.teacher_signal
-    say. With drawn, its part of the dense term is estimated from the drawn token
+    """the form of its answer about a response token; null: by algorithm.support and
+    algorithm.teacher_signal. With drawn, its part of the dense term is estimated from the drawn
+    token
     """
 
 
@@ -118,9 +119,9 @@ class TrainConfig:
     steps: int = 100
     """optimizer steps"""
     prompts_per_step: int = 32
-    """prompts of one optimizer step, over all learner ranks"""
+    """prompts of one optimizer step, on all learner ranks together"""
     samples_per_prompt: int = 8
-    """K rollouts of each prompt"""
+    """K, the number of rollouts of each prompt"""
     lr: float = 5e-4
     """AdamW's learning rate after the warm-up"""
     lr_warmup_steps: int = 0
@@ -132,21 +133,23 @@ class TrainConfig:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay"""
     grad_clip: float = 1.0
-    """largest gradient norm; 0 never clips"""
+    """largest gradient norm; 0: gradients are not clipped"""
     max_tokens_per_micro_batch: int = 16384
-    """padded tokens in one forward pass of one learner rank; tokens when packing"""
+    """padded tokens in one forward pass of one learner rank; with packing, tokens"""
     packing: bool = False
-    """sequences one after the other instead of padded; pays for long ones of unequal length"""
+    """put sequences one after the other instead of padding them; faster for long sequences of
+    unequal length
+    """
     max_skipped: int = 0
-    """batches in a row that may be left out because their gradient is NaN or infinite; one more
-    ends the run
+    """batches in a row that may be skipped because their gradient is NaN or infinite; one more ends
+    the run
     """
     head_chunk: int = 1024
-    """response tokens whose logits exist at once in the head op"""
+    """response tokens whose logits are in memory at once in the head pass"""
     exact_logits: bool = False
-    """bfloat16 on CPUs: logits by float32 products, several times slower. For a student that nearly
-    equals its teacher: of the dense gradient 20 % are rounding at a KL of 0.01 nats a token, 40 %
-    at 0.003, all below 0.001. On GPUs logits are exact anyway
+    """bfloat16 on CPUs: compute logits by float32 products, several times slower. It is for a
+    student that nearly equals its teacher: 20 % of the dense gradient is rounding error at a KL of
+    0.01 nats a token, 40 % at 0.003, all of it below 0.001. On GPUs logits are always exact
     """
 
     def __post_init__(self) -> None:
@@ -174,12 +177,10 @@ class TrainConfig:
 
 
 RECORDS = ("jsonl", "records")
-"""Two words for one task: rows from data.path."""
+"""Names of the task that reads rows from data.path."""
 
 ROW_KEYS = ("prompt", "completion", "messages", "chosen", "rejected")
-"""What a row may hold beside the columns for the rewards; hybridrl/data/schema.py says which
-combinations mean what.
-"""
+"""Keys of a row besides the columns for the rewards; hybridrl/data/schema.py explains them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -195,8 +196,8 @@ class DataConfig:
     heldout_path: str | None = None
     """records: held-out problems"""
     columns: dict[str, Any] = field(default_factory=lambda: {key: key for key in ROW_KEYS})
-    """records: the row's key behind each name, e.g. {prompt: question, completion: answer}; null:
-    the row's key is not read
+    """records: the row's key for each name, e.g. {prompt: question, completion: answer}; null: the
+    key is not read
     """
     revision: str | None = None
     """hub revision of both paths; null: the newest"""
@@ -205,28 +206,28 @@ class DataConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """generator options, e.g. {num_numbers: 3, max_number: 10, responses: pair} for countdown"""
     num_train: int = 100000
-    """distinct training problems drawn from the generator; cycled in a new order each epoch"""
+    """distinct training problems drawn from the generator; each epoch has them in a new order"""
     num_heldout: int = 512
-    """held-out problems of each evaluation, at most"""
+    """largest number of held-out problems of an evaluation"""
     chat_template: bool = False
-    """wrap each text prompt as a user message in the model's chat template; prompts that are
-    messages always go through it
+    """render each text prompt as a user message with the model's chat template; prompts that are
+    messages are always rendered with it
     """
     chat_template_file: str | None = None
-    """a Jinja file to use in place of the model's chat template, for teachers too; exports carry
-    it. null: the model's own
+    """a Jinja file that replaces the model's chat template, for teachers too; exports contain it.
+    null: the model's own
     """
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """arguments of the chat template, e.g. +data.chat_template_kwargs.enable_thinking=false; one
-    that it does not read is refused
+    """arguments of the chat template, e.g. +data.chat_template_kwargs.enable_thinking=false; an
+    argument that the template does not read is refused
     """
     system_prompt: str | None = None
     """a system message before each prompt, in the chat template"""
     instruction: str = "{prompt}"
     """text around each prompt; in a conversation, around the last text of a user"""
     drop_too_long: bool = False
-    """leave out rows whose prompt or response has too many tokens for rollout.max_model_len, and
-    log how many; false: stop at the first
+    """drop rows whose prompt or response has too many tokens for rollout.max_model_len, and log
+    their number; false: refuse the first of them
     """
 
     def __post_init__(self) -> None:
@@ -272,32 +273,30 @@ class RewardFunctionConfig:
     function: str = MISSING
     """countdown, math, reasoning_gym, reward_model, or file.py:function of yours"""
     weight: float = 1.0
-    """share in the reward, times algorithm.reward_weight; 0: the function is only watched"""
+    """factor in the reward, times algorithm.reward_weight; 0: the value is only reported"""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """multiplies the weight"""
     options: dict[str, Any] = field(default_factory=dict)
-    """keyword arguments to the function; of reward_model: path, the exported folder"""
+    """keyword arguments of the function; of reward_model: path, the exported folder"""
     skip_special_tokens: bool = True
-    """leave tokens such as the end of a turn out of `completions`; false: the function sees them as
-    text
-    """
+    """remove tokens such as the end of a turn from `completions`; false: they remain as text"""
 
 
 @dataclass(kw_only=True, slots=True)
 class RewardConfig:
     functions: dict[str, RewardFunctionConfig] = field(default_factory=dict)
     workers: int = 1
-    """actors; each runs calls in its own killable child processes"""
+    """workers; each runs calls in its own child processes, which can be killed"""
     processes: int = 1
     """child processes per worker"""
     timeout_s: float = 10.0
-    """deadline of one call for one sequence; the child past it is killed"""
+    """deadline of one call for one sequence, after which the child process is killed"""
     on_error: OnError = OnError.drop_group
-    """what is done where a reward function raises, hangs or returns no finite number"""
+    """what to do where a reward function raises, hangs or returns no finite number"""
     error_value: float = 0.0
     """the reward of a failed call under on_error=value"""
     max_error_rate: float = 0.1
-    """stop the run when more than this fraction of a step's calls fail; on_error=value too"""
+    """stop the run when more than this fraction of a step's calls fail, under on_error=value too"""
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
@@ -314,14 +313,14 @@ class RewardConfig:
 @dataclass(kw_only=True, slots=True)
 class LearnerConfig:
     ranks: int = 1
-    """processes that share the student's optimizer state and the batch; on GPUs each takes one"""
+    """processes that share the student's optimizer state and the batch; on GPUs each uses one"""
     zero_stage: int | None = None
-    """DeepSpeed ZeRO 1, 2 or 3; null: 2 with model.dtype=bfloat16, else 1. In bfloat16, 1 adds the
-    gradients of micro-batches in bfloat16, so that two ranks differ from one by about 2 % of a
-    step; 2 and 3 add them in float32
+    """DeepSpeed ZeRO 1, 2 or 3; null: 2 with model.dtype=bfloat16, else 1. In bfloat16, stage 1
+    adds the gradients of micro-batches in bfloat16, so that two ranks differ from one by about 2 %
+    of a step; stages 2 and 3 add them in float32
     """
     gradient_checkpointing: bool = False
-    """compute activations again in the backward pass: less memory, more time"""
+    """recompute activations in the backward pass: less memory, more time"""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (None, 1, 2, 3):
@@ -350,13 +349,11 @@ class EvalConfig:
     every: int = 20
     """steps between evaluations on the held-out problems; 0: only before and after"""
     greedy: bool = True
-    """the most likely token each time; false: sample with algorithm.temperature"""
+    """always take the most likely token; false: sample with algorithm.temperature"""
     samples: int = 8
-    """how many rollouts of each evaluation are kept to read"""
+    """rollouts of each evaluation that are saved as text"""
     teacher: bool = True
-    """measure each teacher with a path once, before training, so that the report can draw its
-    level
-    """
+    """evaluate each teacher with a path once, before training, for the report"""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.samples < 0:
@@ -369,8 +366,8 @@ class EvalConfig:
 @dataclass(kw_only=True, slots=True)
 class DiagnosticsConfig:
     every: int = 0
-    """steps between looks at the parameter-space gradients of both terms (ZeRO 1 and 2) and at
-    student against teacher; 0: never
+    """steps between the expensive diagnostics, which are the gradients of both terms in parameter
+    space (ZeRO 1 and 2) and a comparison of student and teacher; 0: never
     """
 
     def __post_init__(self) -> None:
@@ -391,11 +388,11 @@ class SinkConfig:
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     wandb: WandbMode = WandbMode.auto
-    """how Weights & Biases is used"""
+    """whether and how Weights & Biases is used"""
     project: str = "hybridrl"
     """project in Weights & Biases"""
     entity: str | None = None
-    """user or team in Weights & Biases; null: that of the key"""
+    """user or team in Weights & Biases; null: the key's"""
     group: str | None = None
     """group in Weights & Biases; null: none"""
     tags: list[str] = field(default_factory=list)
@@ -408,18 +405,18 @@ class ClusterConfig:
     address: str | None = None
     """Ray address; null: RAY_ADDRESS if set (as in a Ray job), else a private local Ray"""
     device: Device = Device.auto
-    """where models run"""
+    """device of the models"""
     colocate: bool = False
-    """learner, engines and scorers share the same GPUs; without effect on CPU"""
+    """learner, engines and scorers share the same GPUs; no effect on CPU"""
     spread: bool = False
     """put the workers of one group on different nodes where possible"""
     threads_per_worker: int | None = None
-    """CPU threads of one learner, engine or scorer; null: the node's cores over the group's workers
-    on it
+    """CPU threads of one learner, engine or scorer; null: the node's cores divided by the group's
+    workers on it
     """
     max_restarts: int = 3
-    """how often lost workers of one kind are replaced while the run goes on, and how often it goes
-    back to its last checkpoint
+    """how often failed workers of one kind are replaced during the run, and how often the run
+    returns to its last checkpoint
     """
 
     def __post_init__(self) -> None:
@@ -432,24 +429,24 @@ class ClusterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DeadlineConfig:
-    """Seconds after which a silent worker counts as hung. Every wait has one."""
+    """Seconds after which a worker that does not answer counts as hung; every wait has one."""
 
     placement_s: float = 60.0
     """until the cluster has answered and has room for all workers"""
     start_s: float = 600.0
-    """until a worker is built and has loaded its model"""
+    """until a worker has started and loaded its model"""
     heartbeat_s: float = 60.0
-    """an engine that does not answer a ping for so long, also while it samples, counts as lost"""
+    """until an engine has answered a ping, also while it samples; after that it is replaced"""
     rollout_s: float = 600.0
-    """until an engine has sampled what it was given"""
+    """until an engine has sampled the responses of one call"""
     score_s: float = 600.0
     """until a scorer has scored a chunk"""
     reward_s: float = 300.0
     """until a reward worker has scored a chunk"""
     learn_s: float = 1800.0
-    """until a learner rank has done its update"""
+    """until a learner rank has finished its update"""
     sync_s: float = 300.0
-    """until weights have been sent to an engine and loaded there"""
+    """until an engine has received and loaded the weights"""
     save_s: float = 1800.0
     """until a worker has written, read or exported its state"""
 
@@ -460,14 +457,15 @@ class DeadlineConfig:
 
     @property
     def longest_silence_s(self) -> float:
-        """The longest that a run waits for one worker that says nothing."""
+        """The longest wait for one worker that does not answer."""
         return max(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(kw_only=True, slots=True)
 class RunSettings:
-    """All settings of one run. settings/checks.py has the checks across sections;
-    compose.load_config runs them.
+    """All settings of one run.
+
+    settings/checks.py has the checks across sections; compose.load_config runs them.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -495,23 +493,19 @@ class RunSettings:
     @property
     def schedules(self) -> dict[str, ScheduleConfig]:
         """Every weight that may change with the step, by its dotted key."""
-        return {
+        schedules = {
             "algorithm.imitation_weight": self.algorithm.imitation_weight,
             "algorithm.reward_weight": self.algorithm.reward_weight,
-            **{
-                f"teachers.{name}.schedule": teacher.schedule
-                for name, teacher in self.teachers.items()
-            },
-            **{
-                f"reward.functions.{name}.schedule": function.schedule
-                for name, function in self.reward.functions.items()
-            },
         }
+        for name, teacher in self.teachers.items():
+            schedules[f"teachers.{name}.schedule"] = teacher.schedule
+        for name, function in self.reward.functions.items():
+            schedules[f"reward.functions.{name}.schedule"] = function.schedule
+        return schedules
 
     @property
     def sampler_differs(self) -> bool:
-        """Whether the policy that sampled a response may differ from the policy that learns from
-        it.
+        """Whether the policy that sampled a response may differ from the policy being trained.
 
         It may where sampling runs ahead of learning, and in bfloat16, where the engine and the
         learner round the same weights differently, by about 0.04 nats a token. In float32 they
@@ -521,9 +515,7 @@ class RunSettings:
 
     @property
     def scored_teachers(self) -> list[str]:
-        """Whose log-probs or hidden states the objective asks for; none for pure reinforcement
-        learning.
-        """
+        """The teachers whose log-probs or hidden states the objective needs; may be none."""
         if self.algorithm.pair.needs_reference:
             return [self.algorithm.pair.against or next(iter(self.teachers))]
         if self.algorithm.ranks_pairs:
@@ -531,7 +523,7 @@ class RunSettings:
         return list(self.teachers) if self.algorithm.imitates else []
 
     def evidence_kind(self, teacher: str) -> EvidenceKind:
-        """What this teacher says of a response token."""
+        """The kind of evidence of this teacher about a response token."""
         kind = self.teachers[teacher].evidence
         return self.algorithm.evidence_kind if kind is None else kind
 
@@ -550,24 +542,18 @@ class RunSettings:
 
     @property
     def teachers_in_use(self) -> list[str]:
-        """Those that score, and the first one where it writes; the others of the config are not
-        loaded.
-        """
+        """The teachers that score, and the first one where it samples; others are not loaded."""
         writer = list(self.teachers)[:1] if self.algorithm.teacher_fraction else []
         return list(dict.fromkeys([*self.scored_teachers, *writer]))
 
     def teacher_model(self, name: str) -> ModelConfig:
-        """The weights of a teacher; one without a path has the student's, as they were before
-        training.
-        """
+        """The model of a teacher; one without a path is the student before training."""
         teacher = self.teachers[name]
-        path, revision = (
-            (teacher.path, teacher.revision)
-            if teacher.path
-            else (self.model.path, self.model.revision)
-        )
-        return ModelConfig(path=path, dtype=teacher.dtype, revision=revision)
+        if not teacher.path:
+            source = self.model
+            return ModelConfig(path=source.path, dtype=teacher.dtype, revision=source.revision)
+        return ModelConfig(path=teacher.path, dtype=teacher.dtype, revision=teacher.revision)
 
     def model_setting(self, teacher: str) -> str:
-        """The setting that teacher_model takes the path from, as errors call it."""
+        """The setting from which teacher_model takes the path, for error messages."""
         return f"teachers.{teacher}.path" if self.teachers[teacher].path else "model.path"

@@ -1,7 +1,7 @@
-"""A YAML file of settings as the base of a run: one's own (`train --config FILE`), or the
-config.yaml that a run left.
+"""A YAML file of settings as the base of a run.
 
-Hydra composes it like a file of conf/experiment, so overrides of the command line go on top of it.
+It is a user's own (`train --config FILE`), or the config.yaml of an earlier run. Hydra composes it
+like a file of conf/experiment, so overrides of the command line take precedence over it.
 """
 
 import difflib
@@ -54,14 +54,13 @@ def load_settings(overrides: Sequence[str], file: Path | None = None) -> RunSett
 
 @contextmanager
 def own_file(path: Path) -> Iterator[list[str]]:
-    """The Hydra overrides that make a user's file the base of the settings; valid inside the
-    context.
+    """The Hydra overrides that make a user's file the base of the settings, inside of the context.
 
     The file is a mapping of settings, as the command line names them but nested. A key of GROUPS
-    with a name as its value begins with that file of conf/. A file that has a `defaults` list of
-    its own is handed to Hydra as it is.
+    with a name as its value selects that file of conf/. A file with a `defaults` list of its own is
+    passed to Hydra unchanged.
 
-    Example: a file of the three lines below trains the quickstart with another method and learning
+    Example: a file of these three lines trains the quickstart with another method and learning
     rate.
 
         experiment: quickstart
@@ -69,30 +68,27 @@ def own_file(path: Path) -> Iterator[list[str]]:
         train: {lr: 2.0e-4}
 
     Raises:
-        ConfigError: the file cannot be read, is no mapping, or chooses a file of conf/ that does
+        ConfigError: the file cannot be read, is not a mapping, or selects a file of conf/ that does
             not exist.
     """
     tree = read_mapping(path)
     if "defaults" not in tree:
-        tree = {"defaults": defaults_of(tree, path)} | {
-            key: part
-            for key, part in tree.items()
-            if not (key in GROUPS and isinstance(part, str | None))
-        }
+        selected = {key for key in GROUPS if isinstance(tree.get(key), str | None)}
+        settings = {key: part for key, part in tree.items() if key not in selected}
+        tree = {"defaults": defaults_of(tree, path)} | settings
     with _searched(tree) as overrides:
         yield overrides
 
 
 @contextmanager
 def saved_config(path: Path) -> Iterator[list[str]]:
-    """The Hydra overrides that make a run's own config.yaml the base of the settings; valid inside
-    the context.
+    """The Hydra overrides that make a run's config.yaml the base of the settings.
 
-    The file may have come from elsewhere with its run directory, so it is data alone: it cannot
-    read an environment variable, and cannot configure Hydra.
+    They are valid inside of the context. The file may have come from elsewhere with its run
+    directory, so it is treated as data: it cannot read an environment variable or configure Hydra.
 
     Raises:
-        ConfigError: the file holds what no run writes there.
+        ConfigError: the file holds something that a run does not write.
         RunDirectoryError: it is a link or a special file.
         OSError: it cannot be read.
     """
@@ -108,13 +104,13 @@ def saved_config(path: Path) -> Iterator[list[str]]:
             "yourself, e.g. experiment=quickstart"
         )
     with _searched(tree) as overrides:
-        # The presets that conf/config.yaml begins with would add entries that the run did not have.
+        # The presets in conf/config.yaml would add entries that the run did not have.
         yield ["~algorithm", "~schedule", *overrides]
 
 
 @contextmanager
 def _searched(tree: Mapping[str, Any]) -> Iterator[list[str]]:
-    """A folder with the tree as its only experiment, on Hydra's search path."""
+    """A folder on Hydra's search path with the tree as its only experiment."""
     with tempfile.TemporaryDirectory(prefix="hybridrl-settings-") as folder:
         file = Path(folder) / "experiment" / f"{NAME}.yaml"
         file.parent.mkdir()
@@ -124,10 +120,10 @@ def _searched(tree: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The file's settings, references unresolved.
+    """The file's settings with unresolved references.
 
     Raises:
-        ConfigError: it cannot be read, or is no YAML mapping.
+        ConfigError: it cannot be read, or is not a YAML mapping.
     """
     try:
         tree = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
@@ -143,11 +139,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
             f"{path}: must be a mapping of settings, e.g. 'train: {{lr: 1.0e-3}}', and is "
             "something else"
         )
-    return tree
+    return {str(key): part for key, part in tree.items()}
 
 
 def defaults_of(tree: Mapping[str, Any], path: Path) -> list[Any]:
-    """Hydra's defaults list for the groups that a file chooses by name.
+    """Hydra's defaults list for the groups that a file selects by name.
 
     Raises:
         ConfigError: a group has no file of that name.
@@ -167,10 +163,9 @@ def defaults_of(tree: Mapping[str, Any], path: Path) -> list[Any]:
 
 
 def continued_run(overrides: Sequence[str]) -> Path | None:
-    """The config.yaml of the run that a command continues without naming its settings; None: it
-    names them.
+    """The config.yaml of the run that a command continues; None where it names settings itself.
 
-    That is so where run.dir holds one and no override chooses a file of conf/.
+    A command continues a run where run.dir holds one and no override selects a file of conf/.
 
     Raises:
         ConfigError: an override is not KEY=VALUE.
@@ -179,8 +174,13 @@ def continued_run(overrides: Sequence[str]) -> Path | None:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     if any(override.key_or_group in GROUPS for override in parsed):
         return None
-    named = [o.value() for o in parsed if o.key_or_group == "run.dir" and not o.is_sweep_override()]
-    if not named or not isinstance(named[-1], str) or not named[-1]:
+    run_dirs = [
+        override.value()
+        for override in parsed
+        if override.key_or_group == "run.dir" and not override.is_sweep_override()
+    ]
+    run_dir = run_dirs[-1] if run_dirs else None
+    if not isinstance(run_dir, str) or not run_dir:
         return None
-    path = Path(named[-1]).expanduser() / "config.yaml"
+    path = Path(run_dir).expanduser() / "config.yaml"
     return path if path.is_file() else None

@@ -1,5 +1,6 @@
-"""What TRL, verl and OpenRLHF call our settings, for "did you mean", and what they have that
-hybridrl has not.
+"""Names of our settings in TRL, verl and OpenRLHF, and which of theirs are not supported.
+
+The "did you mean" of error messages uses them.
 
     synonym_of("train.learning_rate").ours               -> "train.lr"
     synonym_of("actor_rollout_ref.rollout.n").ours       -> "train.samples_per_prompt"
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Synonym:
-    """Names in other systems, each the end of a dotted key or of a flag, separated by spaces; ""
-    where one has none.
+    """A setting and its names in other systems.
+
+    Names are ends of a dotted key or of a flag, separated by spaces; "" where a system has none.
     """
 
     ours: str | None
@@ -32,7 +34,7 @@ class Synonym:
 
 
 WEIGHTS = "all weights are trained; learner.ranks with learner.zero_stage=3 spreads them over GPUs"
-WHOLE = "responses are drawn from the student's whole distribution, which its gradient is exact for"
+WHOLE = "the gradient is exact for responses drawn from the student's whole distribution"
 ONCE = "each batch makes one optimizer step"
 TEACHER = "the KL to a teacher; +teachers.ref=initial is the frozen start model as reference"
 
@@ -77,7 +79,7 @@ SYNONYMS = (
         "ppo_micro_batch_size ppo_micro_batch_size_per_gpu ppo_max_token_len_per_gpu "
         "use_dynamic_bsz",
         "micro_train_batch_size max_tokens_per_gpu",
-        "tokens in memory at once; decides nothing else",
+        "tokens in memory at once; it does not affect the numbers",
     ),
     Synonym(
         "train.samples_per_prompt",
@@ -122,7 +124,7 @@ SYNONYMS = (
         "f_divergence_type",
         "kl_loss_type kl_penalty",
         "kl_estimator",
-        "exact over the vocabulary, not estimated from one token",
+        "computed over the whole vocabulary, not estimated from one token",
     ),
     Synonym(
         "algorithm.ratio.low",
@@ -193,7 +195,7 @@ SYNONYMS = (
         "num_processes",
         "n_gpus_per_node nnodes",
         "actor_num_gpus_per_node actor_num_nodes",
-        "rollout.engines and scorer.replicas are counted apart",
+        "rollout.engines and scorer.replicas are counted separately",
     ),
     Synonym("rollout.engines", "", "", "vllm_num_engines"),
     Synonym(
@@ -277,7 +279,7 @@ SYNONYMS = (
         "context_parallel_size",
         "ulysses_sequence_parallel_size",
         "ring_attn_size",
-        "a sequence lies on one GPU; learner.gradient_checkpointing=true makes room",
+        "a sequence is on one GPU; learner.gradient_checkpointing=true saves memory",
     ),
     Synonym(
         None,
@@ -291,7 +293,7 @@ SYNONYMS = (
     ),
     Synonym(None, "logging_steps", "", "logging_steps", "every step is written to metrics.jsonl"),
     Synonym(
-        None, "trust_remote_code", "trust_remote_code", "", "no code of a model's author is run"
+        None, "trust_remote_code", "trust_remote_code", "", "code of a model's author is never run"
     ),
 )
 
@@ -304,8 +306,9 @@ BY_NAME = {_snake(name): synonym for synonym in reversed(SYNONYMS) for name in s
 
 
 def synonym_of(key: str) -> Synonym | None:
-    """Of a (dotted) key by the longest end of it that another system has as a setting; None: no
-    such end.
+    """The synonym of the longest end of a dotted key that another system has as a setting.
+
+    None where no end of the key is such a setting.
     """
     parts = key.lstrip("-").split(".")
     ends = [_snake("_".join(parts[i:])) for i in range(len(parts))]
@@ -313,14 +316,13 @@ def synonym_of(key: str) -> Synonym | None:
 
 
 def markdown() -> str:
-    """The whole table, as it stands in conf/README.md."""
-    rows = [("hybridrl", "TRL", "verl", "OpenRLHF", "note")]
-    rows += [("---",) * 5]
-    for s in SYNONYMS:
-        cells = (
-            " ".join(f"`{name}`" for name in names.split()) for names in (s.trl, s.verl, s.openrlhf)
-        )
-        rows.append((f"`{s.ours}`" if s.ours else "not supported", *cells, s.note))
+    """The whole table of conf/README.md."""
+    rows = [["hybridrl", "TRL", "verl", "OpenRLHF", "note"], ["---"] * 5]
+    for synonym in SYNONYMS:
+        ours = f"`{synonym.ours}`" if synonym.ours else "not supported"
+        others = (synonym.trl, synonym.verl, synonym.openrlhf)
+        cells = [" ".join(f"`{name}`" for name in names.split()) for names in others]
+        rows.append([ours, *cells, synonym.note])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

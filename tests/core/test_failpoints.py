@@ -1,4 +1,4 @@
-"""Places where a test can make something go wrong, and nothing else can."""
+"""Failpoints fire where and when a test sets them, and never otherwise."""
 
 import errno
 import subprocess
@@ -14,7 +14,7 @@ def test_nothing_happens_while_the_variable_is_unset(monkeypatch):
     with pytest.raises(RuntimeError):
         failpoints.hit("learner.update", step=1)
     monkeypatch.delenv(failpoints.VARIABLE)
-    assert failpoints.hit("learner.update", step=1) is None
+    failpoints.hit("learner.update", step=1)
 
 
 def test_a_point_fires_at_its_place_and_under_its_conditions_only(monkeypatch):
@@ -28,7 +28,7 @@ def test_a_point_fires_at_its_place_and_under_its_conditions_only(monkeypatch):
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_a_point_with_a_file_fires_once_whoever_comes_by(monkeypatch, tmp_path):
+def test_a_point_with_a_marker_file_fires_once(monkeypatch, tmp_path):
     monkeypatch.setenv(failpoints.VARIABLE, f"save:do=raise:once={tmp_path / 'fired'}")
     with pytest.raises(RuntimeError):
         failpoints.hit("save")
@@ -36,18 +36,18 @@ def test_a_point_with_a_file_fires_once_whoever_comes_by(monkeypatch, tmp_path):
     assert (tmp_path / "fired").exists()
 
 
-def test_kill_ends_the_process_without_a_word():
+def test_kill_ends_the_process_before_it_prints():
     code = "from hybridrl.core import failpoints; failpoints.hit('x'); print('alive')"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         env={failpoints.VARIABLE: "x:do=kill"},
         capture_output=True,
         timeout=60,
     )
-    assert done.returncode == -9 and done.stdout == b""
+    assert process.returncode == -9 and process.stdout == b""
 
 
 @pytest.mark.parametrize("text", ["x:do=explode", "x", "x:step"])
-def test_a_point_that_cannot_be_read_is_no_silent_one(text):
+def test_a_point_that_cannot_be_parsed_raises(text):
     with pytest.raises((ValueError, KeyError)):
         failpoints.parse(text)

@@ -1,5 +1,6 @@
-"""Secrets stay out of what is written and out of processes that do not need them; names from data
-stay inside the run.
+"""Secrets are masked in everything that a run writes and withheld from processes.
+
+Names that come with data or a model are never used as paths or called.
 """
 
 import base64
@@ -103,7 +104,7 @@ def test_a_variable_is_a_secret_by_its_name(name: str):
         ("PAD_TOKEN", "<|endoftext|>"),
     ],
 )
-def test_a_variable_with_another_name_or_a_plain_value_is_none(name: str, value: str):
+def test_a_variable_with_an_ordinary_name_or_a_plain_value_is_no_secret(name: str, value: str):
     assert not redact.variable_is_secret(name, value)
 
 
@@ -121,7 +122,7 @@ def test_a_variable_with_another_name_or_a_plain_value_is_none(name: str, value:
         "abcdefghijklmnop",
     ],
 )
-def test_what_a_generator_of_keys_makes_is_never_plain(value: str):
+def test_a_generated_key_is_never_plain(value: str):
     assert not redact.is_plain(value)
 
 
@@ -184,9 +185,7 @@ def test_an_option_with_a_plain_value_is_accepted_and_written_as_it_is(option: s
 
 
 def ordinary_options() -> set[str]:
-    """Names of options of our reward functions and generators, and of what a judge's client takes
-    beside its key.
-    """
+    """Option names of our reward functions and generators, and of a typical judge's client."""
     rewards = {
         name for path in BUILT_IN.values() for name in signature_of(resolve_name(path)).accepted
     }
@@ -203,23 +202,21 @@ def test_no_setting_of_ours_is_taken_for_a_secret():
     assert [name for name in names if redact.setting_is_secret(f"options.{name}", CANARY)] == []
 
 
-def test_values_and_the_users_of_urls_are_masked_wherever_they_stand(
+def test_values_and_the_users_of_urls_are_masked_wherever_they_occur(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setenv("A_KEY", "12345678")
     monkeypatch.setenv("LONGER_KEY", "12345678-9")
     monkeypatch.setenv("SHORT_KEY", "batch")
-    assert (
-        redact.text("batch 12345678 and 12345678-9, https://me:pw@host/x")
-        == "batch *** and ***, https://***@host/x"
-    )
+    masked = redact.text("batch 12345678 and 12345678-9, https://me:pw@host/x")
+    assert masked == "batch *** and ***, https://***@host/x"
 
 
 PEM = "-----BEGIN KEY-----\nMIIEvgIBADANBgkqhkiG9w0B\nAQEFAASCBKgwggSkAgEAAoIB\n-----END KEY-----"
 
 
 def form(value: str) -> dict[str, str]:
-    """The value as other programs write it."""
+    """The value as other programs write it, by the name of the form."""
     basic = base64.b64encode(f"user:{value}".encode()).decode()
     return {
         "repr": repr(value),
@@ -258,12 +255,12 @@ def test_the_password_of_a_url_and_the_fields_of_a_json_object_in_a_variable_are
 ):
     monkeypatch.setenv("DATABASE_URL", "postgres://me:c4n%40ry-0123@db.example.com/x")
     monkeypatch.setenv("GCP_ACCOUNT", json.dumps({"project": "alpha", "private_key": PEM}))
-    said = f"c4n@ry-0123, c4n%40ry-0123, {PEM.splitlines()[2]}, alpha"
-    assert redact.text(said) == "***, ***, ***, alpha"
+    line = f"c4n@ry-0123, c4n%40ry-0123, {PEM.splitlines()[2]}, alpha"
+    assert redact.text(line) == "***, ***, ***, alpha"
 
 
 @pytest.mark.parametrize(
-    ("said", "masked"),
+    ("line", "masked"),
     [
         ("https://me:p@ss/w'or\"d@host/x", "https://***@host/x"),
         ("https://ghp_0123456789@github.com/x", "https://***@github.com/x"),
@@ -279,12 +276,12 @@ def test_the_password_of_a_url_and_the_fields_of_a_json_object_in_a_variable_are
         ("password='a b c', next", "password='***', next"),
     ],
 )
-def test_what_says_itself_that_it_is_a_secret_is_masked_whatever_its_value(said: str, masked: str):
-    assert redact.text(said) == masked
+def test_a_text_whose_form_marks_a_secret_is_masked_whatever_its_value(line: str, masked: str):
+    assert redact.text(line) == masked
 
 
 @pytest.mark.parametrize(
-    "said",
+    "line",
     [
         "https://host:8080/x@v1",
         "git+https://github.com/owner/repo@v1.2",
@@ -297,34 +294,29 @@ def test_what_says_itself_that_it_is_a_secret_is_masked_whatever_its_value(said:
         "the key: value pairs of a token: one each",
     ],
 )
-def test_what_only_looks_like_a_secret_stands_as_it_is(said: str):
-    assert redact.text(said) == said
+def test_a_text_that_only_resembles_a_secret_is_not_changed(line: str):
+    assert redact.text(line) == line
 
 
 # -- what a run writes -----------------------------------------------------------------------------
 
 
-def test_the_written_settings_and_what_trackers_get_hold_no_secret(
+def test_the_written_settings_and_those_sent_to_trackers_hold_no_secret(
     environment: None, tmp_path: Path
 ):
     settings = load_config([*BASE, *JUDGE])
-    assert settings.reward.functions["judge"].options["api_key"] == f"{CANARY}-JUDGE_API_KEY", (
-        "the function itself gets it"
-    )
+    judge = settings.reward.functions["judge"]
+    assert judge.options["api_key"] == f"{CANARY}-JUDGE_API_KEY", "the function itself receives it"
     options = {"api_key": "***", "url": "https://***@host/x"}
     assert from_yaml(to_yaml(settings)).reward.functions["judge"].options == options
-    assert (
-        run_info(settings, tmp_path, None).config["reward"]["functions"]["judge"]["options"]
-        == options
-    )
+    sent = run_info(settings, tmp_path, None).config["reward"]["functions"]["judge"]
+    assert sent["options"] == options
     assert CANARY not in to_yaml(settings)
-    assert changes(from_yaml(to_yaml(settings)), settings) == {}, (
-        "a run that is continued finds no difference"
-    )
+    assert changes(from_yaml(to_yaml(settings)), settings) == {}, "a resumed run has not changed"
 
 
 @pytest.mark.parametrize("value", ["can\"ary/01+23 45'67", "correct horse battery"])
-def test_what_an_option_takes_from_a_variable_is_masked_also_where_it_is_made_of_words(
+def test_an_option_taken_from_a_variable_is_masked_even_if_it_consists_of_words(
     value: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("JUDGE_X", value)
@@ -342,40 +334,39 @@ def test_the_teachers_levels_name_the_judges_options_by_their_sha256(
     written = json.dumps(conditions_of(load_config([*BASE, *first]), []))
     assert "f.py:f" in written and CANARY not in written and "me:pw" not in written
     monkeypatch.setenv("JUDGE_API_KEY", f"{CANARY}-other")
-    assert json.dumps(conditions_of(load_config([*BASE, *first]), [])) != written, (
-        "another key may be another judge: measured again"
-    )
+    rewritten = json.dumps(conditions_of(load_config([*BASE, *first]), []))
+    assert rewritten != written, "another key may mean another judge, so levels are measured anew"
 
 
-def test_a_secret_that_was_masked_in_a_runs_own_settings_must_be_named_again(
+def test_a_secret_that_is_masked_in_a_runs_saved_settings_must_be_given_once_more(
     environment: None, tmp_path: Path
 ):
     (tmp_path / "config.yaml").write_text(to_yaml(load_config([*BASE, *JUDGE])))
-    again = "reward.functions.judge.options.api_key='${oc.env:JUDGE_API_KEY}'"
+    key = "reward.functions.judge.options.api_key='${oc.env:JUDGE_API_KEY}'"
     with saved_config(tmp_path / "config.yaml") as base:
         with pytest.raises(ConfigError, match=r"options\.api_key=\*\*\*: a secret was masked here"):
             load_config(base)
         with pytest.raises(ConfigError, match=r"options\.url=https://\*\*\*@host/x: a secret"):
-            load_config([*base, again])
+            load_config([*base, key])
         url = "reward.functions.judge.options.url=https://host/x"
-        judge = load_config([*base, again, url]).reward.functions["judge"]
+        judge = load_config([*base, key, url]).reward.functions["judge"]
     assert judge.options["api_key"] == f"{CANARY}-JUDGE_API_KEY"
 
 
-def test_a_variable_named_like_a_secret_leaves_paths_and_words_in_the_settings(
+def test_paths_and_words_of_variables_named_like_secrets_stay_in_the_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    there = tmp_path / "gcp-8f3a2b1c.json"
-    there.touch()
-    named = {
+    file = tmp_path / "gcp-8f3a2b1c.json"
+    file.touch()
+    variables = {
         "S3_KEY_PREFIX": "/data/production",
-        "GOOGLE_APPLICATION_CREDENTIALS": str(there),
+        "GOOGLE_APPLICATION_CREDENTIALS": str(file),
         "POSTGRES_PASSWORD": "postgres",
         "CACHE_KEY": "countdown",
     }
-    for name, value in named.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    paths = ["model.path=/data/production/m", f"+teachers.b.path={there}", "run.dir=/a/postgres"]
+    paths = ["model.path=/data/production/m", f"+teachers.b.path={file}", "run.dir=/a/postgres"]
     settings = load_config([*BASE, *paths])
     assert from_yaml(to_yaml(settings)) == settings
     env = worker_env(1, "cpu", "float32", take_turns=True)
@@ -383,7 +374,7 @@ def test_a_variable_named_like_a_secret_leaves_paths_and_words_in_the_settings(
     assert env["CACHE_KEY"] == "", "words are not masked, but a worker needs no variable named key"
 
 
-def test_a_run_that_is_continued_in_another_environment_finds_no_difference(
+def test_a_run_resumed_in_another_environment_finds_no_changed_setting(
     monkeypatch: pytest.MonkeyPatch,
 ):
     settings = load_config([*BASE, f"model.path=/data/{CANARY}/m"])
@@ -407,7 +398,7 @@ def test_a_run_that_is_continued_in_another_environment_finds_no_difference(
         [{"name": "Cookie", "value": f"id={CANARY}"}],
     ],
 )
-def test_headers_that_authorise_are_refused_and_masked_in_every_shape(headers: object):
+def test_authorisation_headers_are_refused_and_masked_in_every_shape(headers: object):
     options = {"options": {"headers": headers}}
     assert CANARY not in str(redact.tree(options)) and "***" in str(redact.tree(options))
     assert len(redact.secrets_in(options)) == 1
@@ -423,12 +414,12 @@ def test_headers_that_authorise_are_refused_and_masked_in_every_shape(headers: o
         "+teachers.main.route.token",
     ],
 )
-def test_a_secret_that_is_written_out_is_refused_and_not_repeated(key: str):
+def test_a_literal_secret_is_refused_and_not_repeated_in_the_message(key: str):
     with pytest.raises(ConfigError) as caught:
         load_config([*BASE, f"{key}={CANARY}"])
-    assert str(caught.value).startswith(
-        f"{key[1:]}: a secret must not be written out"
-    ) and CANARY not in str(caught.value)
+    message = str(caught.value)
+    assert message.startswith(f"{key[1:]}: a secret must not be written out")
+    assert CANARY not in message
 
 
 @pytest.mark.parametrize(
@@ -440,13 +431,13 @@ def test_a_secret_that_is_written_out_is_refused_and_not_repeated(key: str):
         ("keys.token", f"[{CANARY}]"),
     ],
 )
-def test_a_secret_among_options_is_refused_also_as_a_number_or_in_a_list(key: str, value: str):
+def test_a_secret_option_is_refused_even_as_a_number_or_in_a_list(key: str, value: str):
     with pytest.raises(ConfigError, match=f"options.{key}: a secret must not be written out"):
         load_config([*BASE, f"+reward.functions.countdown.options.{key}={value}"])
 
 
 @pytest.mark.parametrize("value", [CANARY, f"'{CANARY}',b", "12345678,87654321"])
-def test_a_sweep_with_a_secret_is_refused_before_hydra_writes_it_down(
+def test_a_sweep_with_a_secret_is_refused_before_hydra_writes_it_to_disk(
     value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.chdir(tmp_path)
@@ -455,16 +446,13 @@ def test_a_sweep_with_a_secret_is_refused_before_hydra_writes_it_down(
     )
     for override in (f"+reward.functions.countdown.options.judge_token={value}", judge):
         assert main(["train", "-m", *BASE, "train.lr=1e-3,2e-3", override]) == 2
-    told = "".join(capsys.readouterr())
-    assert (
-        told.count("a secret must not be written out") == 2
-        and CANARY not in told
-        and "1234" not in told
-    )
+    output = "".join(capsys.readouterr())
+    assert output.count("a secret must not be written out") == 2
+    assert CANARY not in output and "1234" not in output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_an_option_takes_from_the_environment_is_masked_whatever_its_names(
+def test_an_option_taken_from_the_environment_is_masked_whatever_the_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("JUDGE_X", f"{CANARY}-x")
@@ -482,15 +470,14 @@ def test_what_an_option_takes_from_the_environment_is_masked_whatever_its_names(
         ]
     )
     judge = settings.reward.functions["judge"].options
-    assert judge["header"] == f"Bearer {CANARY}-x", "the function itself gets it"
+    assert judge["header"] == f"Bearer {CANARY}-x", "the function itself receives it"
     written = from_yaml(to_yaml(settings))
     masked = {"header": "***", "parts": ["***"], "cache": f"{tmp_path}/c", "model": "large"}
     assert written.reward.functions["judge"].options == masked and written.run.dir == "***/a"
-    assert changes(written, settings) == {}, "a run that is continued finds no difference"
+    assert changes(written, settings) == {}, "a resumed run has not changed"
     sent = pickle.loads(pickle.dumps(settings))
-    assert set(redact.secrets_in({"settings": sent})) == {f"Bearer {CANARY}-x", f"{CANARY}-x"}, (
-        "a worker knows it too"
-    )
+    secrets = redact.secrets_in({"settings": sent})
+    assert set(secrets) == {f"Bearer {CANARY}-x", f"{CANARY}-x"}, "secret in a worker too"
 
 
 @pytest.mark.parametrize(
@@ -512,16 +499,12 @@ def test_the_settings_that_hydra_prints_hold_no_secret(
         *flags,
     ]
     path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
-    done = subprocess.run(
+    process = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env=path, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert (
-        "api_key: " in done.stdout
-        and "token: '***'" in done.stdout
-        and "plain: '***'" in done.stdout
-        and CANARY not in done.stdout
-    )
+    assert process.returncode == 0, process.stderr
+    assert "api_key: " in process.stdout and CANARY not in process.stdout
+    assert "token: '***'" in process.stdout and "plain: '***'" in process.stdout
 
 
 def test_log_lines_tracebacks_and_error_sentences_hold_no_secret(
@@ -533,21 +516,19 @@ def test_log_lines_tracebacks_and_error_sentences_hold_no_secret(
         raise ValueError(f"{CANARY}-DB_PASSWORD")
     except ValueError:
         logging.getLogger("a").exception("with %s", f"{CANARY}-HF_TOKEN")
-    told = capsys.readouterr().err
-    assert "with ***" in told and "ValueError: ***" in told and CANARY not in told
+    output = capsys.readouterr().err
+    assert "with ***" in output and "ValueError: ***" in output and CANARY not in output
 
 
 # -- processes -------------------------------------------------------------------------------------
 
 
-def test_a_workers_environment_is_emptied_of_secrets_but_for_what_it_needs(environment: None):
+def test_a_workers_environment_holds_only_the_secrets_that_it_needs(environment: None):
     env = worker_env(1, "cpu", "float32", take_turns=True)
-    assert {
-        env[name]
-        for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "JUDGE_API_KEY")
-    } == {""}
+    withheld = ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "JUDGE_API_KEY")
+    assert {env[name] for name in withheld} == {""}
     assert "HF_TOKEN" not in env and "PLAIN" not in env, "inherited"
-    assert not any(CANARY in value for value in env.values()), "Ray's dashboard shows it"
+    assert not any(CANARY in value for value in env.values()), "Ray's dashboard shows them"
 
 
 class Failing:
@@ -558,7 +539,7 @@ class Failing:
         )
 
 
-def test_a_worker_drops_what_its_node_adds_and_logs_no_secret(environment: None, tmp_path: Path):
+def test_a_worker_drops_its_nodes_secrets_and_logs_none(environment: None, tmp_path: Path):
     program = (
         "import sys; from hybridrl.runtime.host import build; "
         "build('tests.core.test_redact:Failing', sys.argv[1], {})"
@@ -575,7 +556,7 @@ def test_a_worker_drops_what_its_node_adds_and_logs_no_secret(environment: None,
 
 
 class Judge:
-    """Logs, as the reward worker does, what a function that failed has told."""
+    """Logs secrets, as the reward worker may when it logs a failed function's message."""
 
     def __init__(self, config: RewardConfig, seen: str) -> None:
         options = config.functions["judge"].options
@@ -588,9 +569,7 @@ class Judge:
 
 
 def build_judge(log: str) -> None:
-    """Run in a process of its own: builds a Judge under a key that neither its environment nor a
-    driver's has.
-    """
+    """Build a Judge with a key that no environment has; runs in a process of its own."""
     options = {"headers": {"auth_token": f"Bearer {CANARY}-judge"}, "url": "https://judge:8000"}
     config = RewardConfig(
         functions={"judge": RewardFunctionConfig(function="f.py:f", options=options)}
@@ -611,9 +590,8 @@ def test_a_worker_logs_neither_the_secrets_it_dropped_nor_those_of_its_settings(
         cwd=root,
         check=True,
     )
-    assert (
-        tmp_path / "w.log"
-    ).read_text() == "WARNING judge: *** refused, node had ***, https://judge:8000\n"
+    log = (tmp_path / "w.log").read_text()
+    assert log == "WARNING judge: *** refused, node had ***, https://judge:8000\n"
 
 
 SEES = """
@@ -625,7 +603,7 @@ def sees(completions):
 """
 
 
-def test_a_reward_child_is_started_without_secrets_and_the_parent_keeps_its_own(
+def test_a_reward_process_starts_without_secrets_and_its_owner_retains_them(
     environment: None, tmp_path: Path
 ):
     (tmp_path / "sees.py").write_text(SEES)
@@ -642,7 +620,7 @@ def test_a_reward_child_is_started_without_secrets_and_the_parent_keeps_its_own(
     assert os.environ["HF_TOKEN"] == f"{CANARY}-HF_TOKEN"
 
 
-def test_the_token_that_ray_makes_meanwhile_becomes_the_owners_alone(
+def test_a_token_file_that_ray_creates_is_readable_by_its_owner_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -684,31 +662,30 @@ def test_a_target_in_settings_data_or_a_model_is_never_called(tmp_path: Path):
 
 
 @pytest.mark.parametrize("uid", ["../../x", "/etc/passwd", "a/../../b", "\u202e"])
-def test_a_name_that_comes_with_a_row_is_no_uid_and_no_path(tmp_path: Path, uid: str):
+def test_a_name_inside_of_a_row_is_neither_a_uid_nor_a_path(tmp_path: Path, uid: str):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "1 2=3:", "uid": uid, "id": uid}) + "\n")
-    [problem], _ = load_problems(
-        DataConfig(task="records", path=str(rows), heldout_path=str(rows)), seed=0
-    )
+    config = DataConfig(task="records", path=str(rows), heldout_path=str(rows))
+    problem = load_problems(config, seed=0)[0][0]
     assert (problem.uid, problem.columns) == ("train-000001", {"uid": uid, "id": uid})
 
 
-@pytest.mark.parametrize("stolen", ["../other/model.safetensors", "/other/model.safetensors"])
-def test_the_index_of_a_model_cannot_point_outside_of_its_folder(tmp_path: Path, stolen: str):
-    model, _ = save_tiny(tmp_path / "model", 0), save_tiny(tmp_path / "other", 1)
-    stolen = stolen if stolen.startswith("..") else f"{tmp_path}{stolen}"
-    (model / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"model.embed_tokens.weight": stolen}})
-    )
+@pytest.mark.parametrize("outside", ["../other/model.safetensors", "/other/model.safetensors"])
+def test_the_index_of_a_model_cannot_point_outside_of_its_folder(tmp_path: Path, outside: str):
+    model = save_tiny(tmp_path / "model", 0)
+    save_tiny(tmp_path / "other", 1)
+    outside = outside if outside.startswith("..") else f"{tmp_path}{outside}"
+    index = {"weight_map": {"model.embed_tokens.weight": outside}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match="outside of the folder"):
         load_output_head(str(model), "float32")
 
 
-# -- prompts that cannot be used: found before anything starts, with the row's number --------------
+# -- unusable prompts: refused before anything starts, with the row's number -----------------------
 
 
 @pytest.mark.parametrize(
-    ("row", "template", "told"),
+    ("row", "template", "message"),
     [
         (
             "9 " * 40,
@@ -736,19 +713,15 @@ def test_the_index_of_a_model_cannot_point_outside_of_its_folder(tmp_path: Path,
     ],
 )
 def test_a_row_that_the_model_cannot_read_is_named_by_its_number(
-    tmp_path: Path, row: object, template: str | None, told: str
+    tmp_path: Path, row: object, template: str | None, message: str
 ):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     path = tmp_path / "rows.jsonl"
-    path.write_text(
-        "\n".join(
-            json.dumps({"prompt": prompt})
-            for prompt in (("1", row) if isinstance(row, str) else (row,))
-        )
-    )
+    prompts = ("1", row) if isinstance(row, str) else (row,)
+    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
     config = DataConfig(task="records", path=str(path), heldout_path=str(path))
     number = 2 if isinstance(row, str) else 1
     with pytest.raises(DataError) as caught:
         tokenize(load_problems(config, seed=0)[0], tokenizer, config, max_prompt_tokens=48)
-    assert str(caught.value).startswith(f"{path}:{number}: {told}")
+    assert str(caught.value).startswith(f"{path}:{number}: {message}")

@@ -1,6 +1,4 @@
-"""The standard streams: a run goes on without its terminal, and no file takes the console's
-descriptor.
-"""
+"""A run continues without its terminal, and no file gets a standard descriptor."""
 
 import io
 import os
@@ -29,20 +27,20 @@ print("another line", flush=True)
 
 
 def run(tmp_path: Path, before: str = "", after: str = "") -> tuple[int, str]:
-    """Exit status of the program in a shell, and what its own file holds: the file's descriptor."""
+    """The exit status of PROGRAM in a shell, and the content of its file: the file's descriptor."""
     (tmp_path / "program.py").write_text(PROGRAM)
     file = tmp_path / "file"
     command = f"{before} {sys.executable} {tmp_path / 'program.py'} {file} {after}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     shell = ["bash", "-o", "pipefail", "-c", command]
-    done = subprocess.run(shell, env=environment, capture_output=True, timeout=60)
-    return done.returncode, file.read_text() if file.exists() else ""
+    process = subprocess.run(shell, env=environment, capture_output=True, timeout=60)
+    return process.returncode, file.read_text() if file.exists() else ""
 
 
 @pytest.mark.parametrize(
     ("what", "after"),
     [
-        ("a reader that has gone", "| true"),
+        ("a reader that has ended", "| true"),
         ("a reader that takes three lines", "| head -3"),
         ("a full disk", "> /dev/full 2>&1"),
         ("only the errors on a full disk", "2> /dev/full"),
@@ -51,7 +49,7 @@ def run(tmp_path: Path, before: str = "", after: str = "") -> tuple[int, str]:
         ("the input closed", "<&-"),
     ],
 )
-def test_a_process_survives_its_terminal_and_keeps_the_standard_descriptors(
+def test_a_process_survives_its_terminal_and_reserves_the_standard_descriptors(
     tmp_path: Path, what: str, after: str
 ):
     status, descriptor = run(tmp_path, after=after)
@@ -65,8 +63,8 @@ def test_a_character_that_the_terminal_lacks_is_escaped(tmp_path: Path):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, b"\\u2713 done\n")
+    process = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert (process.returncode, process.stdout) == (0, b"\\u2713 done\n")
 
 
 class Failing(io.StringIO):
@@ -87,17 +85,17 @@ class Failing(io.StringIO):
 @pytest.mark.parametrize(
     "error", [BrokenPipeError("gone"), OSError(28, "No space left on device"), ValueError("closed")]
 )
-def test_the_console_loses_its_lines_and_nothing_else(error: Exception):
+def test_a_failed_write_drops_console_lines_and_raises_nothing(error: Exception):
     failing = Failing(error)
     stream = SurvivingStream(failing)
-    console = ConsoleSink(stream)
+    console = ConsoleSink(stream)  # type: ignore[arg-type]
     console.notice("one")
     console.notice("two")
     console.log({"train/step": 1.0})
     assert failing.lines == ["one"] and stream.failure is not None
 
 
-def test_a_reader_that_is_slow_for_a_while_is_not_given_up():
+def test_output_continues_after_a_reader_was_slow_for_a_while():
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     os.set_blocking(reader, False)
@@ -114,7 +112,7 @@ def test_a_reader_that_is_slow_for_a_while_is_not_given_up():
     assert stream.failure is None and received.endswith(b"the last line\n")
 
 
-def test_version_answers_with_every_descriptor_closed(tmp_path: Path):
+def test_version_exits_normally_with_every_standard_descriptor_closed():
     command = f"{sys.executable} -m hybridrl.cli --version <&- >&- 2>&-"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run(["bash", "-c", command], env=environment, timeout=60).returncode == 0

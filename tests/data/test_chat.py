@@ -1,5 +1,6 @@
-"""Chat templates in the forms that models ship: what a row says is what the model reads and learns,
-or an error.
+"""Chat templates in the forms that models ship.
+
+The model reads and learns everything that a row says, or there is an error.
 """
 
 import json
@@ -51,13 +52,15 @@ QWEN3 = """\
 {%- for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}<|im_end|>
 {% endif %}
 {%- set ns = namespace(last=-1) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}{% if m.role == 'user' %}
+  {%- set ns.last = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}
   {%- if m.role == 'assistant' %}
     {%- set reasoning = m.reasoning_content if m.reasoning_content is string else '' %}
     {%- set content = m.content if m.content is string else '' %}
     {%- if '</think>' in content and not reasoning %}
-      {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+      {%- set reasoning = content.split('</think>')[0].rstrip('\\n') %}
+      {%- set reasoning = reasoning.split('<think>')[-1].lstrip('\\n') %}
       {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
     {%- endif %}
     {{- '<|im_start|>assistant\\n' }}
@@ -70,25 +73,28 @@ QWEN3 = """\
       {{- '}</tool_call>' }}
     {%- endfor %}
     {{- '<|im_end|>\\n' }}
-  {%- elif m.role in ('user', 'system') %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+  {%- elif m.role in ('user', 'system') %}
+    {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
   {%- elif m.role == 'tool' %}{{ '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' }}
   {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
-  {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+  {%- if enable_thinking is defined and enable_thinking is false %}
+    {{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
 {%- endif %}"""
 
 OPENS_THINK = QWEN3.replace(
     "{{ '<|im_start|>assistant\\n' }}\n  {%- if enable",
     "{{ '<|im_start|>assistant\\n<think>\\n' }}\n  {%- if enable",
 )
-"""As later models of the family: every assistant turn is opened with <think>."""
+"""Later models of the family open every assistant turn with <think>."""
 
 R1 = """\
 {{- bos_token }}
 {%- for m in messages %}
   {%- if m.role == 'user' %}{{ '<|user|>' + m.content }}
-  {%- elif m.role == 'assistant' %}{{ '<|assistant|>' + m.content.split('</think>')[-1] + eos_token }}
+  {%- elif m.role == 'assistant' %}
+    {{- '<|assistant|>' + m.content.split('</think>')[-1] + eos_token }}
   {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"""
@@ -98,17 +104,18 @@ R1_WHOLE = R1.replace(".split('</think>')[-1]", "")
 SHORT_THINK = """\
 {%- for m in messages -%}
 <|im_start|>{{ m.role }}
-{{ '<think></think>' if m.role == 'assistant' and '</think>' not in m.content }}{{ m.content }}<|im_end|>
+{{ '<think></think>' if m.role == 'assistant' and '</think>' not in m.content }}
+{{- m.content }}<|im_end|>
 {% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
-"""Opens <think> with a line break, and writes it without one."""
+"""Opens the turn with <think> and a line break, and writes <think> without one."""
 
 ENDS_TWICE = """\
 {%- for m in messages %}
   {%- if m.role == 'assistant' %}<|assistant|>{% endif %}{{ m.content }}<|im_end|>{{ '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"""
-"""Ends the turn, and the conversation with a token of its own."""
+"""Ends the turn, and then the conversation with another token."""
 
 SPLITS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
 
@@ -132,7 +139,7 @@ SPECIAL = (
 
 
 def make_tokenizer(template: str | None, *, eos: str = "</s>") -> PreTrainedTokenizerFast:
-    """One token a character, some special ones; <s> comes before a plain text."""
+    """A tokenizer with one token per character and some special ones; <s> precedes a plain text."""
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *string.printable))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -153,16 +160,16 @@ def make_tokenizer(template: str | None, *, eos: str = "</s>") -> PreTrainedToke
     return fast
 
 
-def says(role: str, content: str, **more: Any) -> dict[str, Any]:
+def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
 def user(content: str) -> dict[str, Any]:
-    return says("user", content)
+    return turn("user", content)
 
 
 def bot(content: str, **more: Any) -> dict[str, Any]:
-    return says("assistant", content, **more)
+    return turn("assistant", content, **more)
 
 
 def one(
@@ -174,7 +181,7 @@ def one(
     tokenizer: PreTrainedTokenizerFast | None = None,
     **settings: Any,
 ) -> tuple[str, ...]:
-    """The prompt and the responses as decoded from their tokens."""
+    """The prompt and the responses, decoded from their tokens."""
     problem = Problem(
         uid="train-000003",
         prompt=prompt,  # type: ignore[arg-type]
@@ -184,12 +191,13 @@ def one(
         tools=tools,
     )
     tokenizer = tokenizer or make_tokenizer(template, eos=eos)
-    (done,) = tokenize([problem], tokenizer, DataConfig(**settings), 10_000)
-    return decoded(done, tokenizer)
+    (result,) = tokenize([problem], tokenizer, DataConfig(**settings), 10_000)
+    return decoded(result, tokenizer)
 
 
 def decoded(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    return tuple(tokenizer.decode(ids) for ids in (prompt.input_ids, *prompt.responses))
+    sequences = (prompt.input_ids, *prompt.responses)
+    return tuple(str(tokenizer.decode(list(ids))) for ids in sequences)
 
 
 def refusal(template: str | None, prompt: object, *responses: object, **settings: Any) -> str:
@@ -239,14 +247,13 @@ def test_a_response_is_what_the_template_writes_after_the_prompt(
     assert one(template, [user("1+1?")], response) == (prompt_text, response_text)
 
 
-def test_responses_that_do_not_close_the_thinking_that_the_template_opened_are_counted(
+def test_responses_that_do_not_close_the_templates_opening_tag_are_counted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING):
         assert one(R1, [user("1+1?")], "4", "a</think>4")[1] == "4</s>"
-    assert (
-        "<think>, which 1 given responses do not close, that of train.jsonl:3 first" in caplog.text
-    )
+    warning = "<think>, which 1 given responses do not close, that of train.jsonl:3 first"
+    assert warning in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         one(R1, [user("1+1?")], THOUGHT)
@@ -255,9 +262,7 @@ def test_responses_that_do_not_close_the_thinking_that_the_template_opened_are_c
     assert not caplog.records
 
 
-def test_a_template_that_cuts_the_thinking_of_a_response_is_refused_with_row_role_and_template() -> (
-    None
-):
+def test_a_template_that_omits_the_thinking_of_a_response_is_refused() -> None:
     message = refusal(SPLITS, [user("1")], THOUGHT)
     assert message.startswith(
         "train.jsonl:3: the model's chat template leaves out the content of the response, role "
@@ -266,9 +271,7 @@ def test_a_template_that_cuts_the_thinking_of_a_response_is_refused_with_row_rol
     assert one(SPLITS, [user("1")], "4") == ("1</s>", "4</s>")
 
 
-def test_a_chosen_and_a_rejected_response_that_differ_in_their_thinking_alone_stay_different() -> (
-    None
-):
+def test_a_pair_of_responses_that_differ_only_in_their_thinking_stays_different() -> None:
     _, chosen, rejected = one(QWEN3, [user("1")], THOUGHT, "<think>b</think>4")
     assert chosen == "<think>\na\n</think>\n\n4<|im_end|>"
     assert rejected == "<think>\nb\n</think>\n\n4<|im_end|>"
@@ -276,14 +279,11 @@ def test_a_chosen_and_a_rejected_response_that_differ_in_their_thinking_alone_st
 
 
 def test_a_response_that_thinks_after_the_template_has_closed_the_thinking_is_refused() -> None:
-    message = refusal(QWEN3, [user("1")], THOUGHT, chat_template_kwargs={"enable_thinking": False})
+    off = {"enable_thinking": False}
+    message = refusal(QWEN3, [user("1")], THOUGHT, chat_template_kwargs=off)
     assert "opens the assistant's turn with" in message and "<think> once more" in message
-    prompt, response = one(
-        QWEN3,
-        [user("1")],
-        "<think>\n\n</think>\n\n4",
-        chat_template_kwargs={"enable_thinking": False},
-    )
+    empty = "<think>\n\n</think>\n\n4"
+    prompt, response = one(QWEN3, [user("1")], empty, chat_template_kwargs=off)
     assert prompt.endswith("assistant\n<think>\n\n</think>\n\n")
     assert response == "4<|im_end|>"
 
@@ -293,23 +293,23 @@ def test_a_tag_that_the_template_opened_is_not_mistaken_for_one_that_a_user_wrot
     assert one(CHATML, [user("Use <b>.")], "<b>4</b><b>5</b>")[1] == "<b>4</b><b>5</b><|im_end|>"
 
 
-# -- nothing of a prompt is lost -------------------------------------------------------------------
+# -- a prompt is complete --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("template", "messages", "lost"),
+    ("template", "messages", "missing"),
     [
-        (USERS_ONLY, [says("system", "1"), user("12")], "message 1, role `system`: '1'"),
-        (USERS_ONLY, [user("a"), bot("b"), says("tool", "a")], "message 3, role `tool`: 'a'"),
+        (USERS_ONLY, [turn("system", "1"), user("12")], "message 1, role `system`: '1'"),
+        (USERS_ONLY, [user("a"), bot("b"), turn("tool", "a")], "message 3, role `tool`: 'a'"),
         (
             USERS_ONLY,
-            [says("User", "1")],
+            [turn("User", "1")],
             "chat templates do not know the role `User`; write `user`",
         ),
-        (QWEN3, [says("human", "1")], "message 1, role `human`: '1'"),
-        (QWEN3, [says("critic", "user"), user("1")], "message 1, role `critic`: 'user'"),
-        (R1, [says("system", "Be brief."), user("1")], "message 1, role `system`: 'Be brief.'"),
-        (MISTRAL, [says("system", "1"), user("2")], "Only user and assistant roles"),
+        (QWEN3, [turn("human", "1")], "message 1, role `human`: '1'"),
+        (QWEN3, [turn("critic", "user"), user("1")], "message 1, role `critic`: 'user'"),
+        (R1, [turn("system", "Be brief."), user("1")], "message 1, role `system`: 'Be brief.'"),
+        (MISTRAL, [turn("system", "1"), user("2")], "Only user and assistant roles"),
         ("{{ messages[-1].content }}", [user("1"), bot("2"), user("3")], "message 1, role `user`"),
         ("{{ messages[0].content[:5] }}", [user("123456")], "message 1, role `user`: '123456'"),
         ("{% for m in messages %}{{ m.content.upper() }}{% endfor %}", [user("abc")], "'abc'"),
@@ -323,39 +323,37 @@ def test_a_tag_that_the_template_opened_is_not_mistaken_for_one_that_a_user_wrot
         ("{# nothing #}", [user("1")], "message 1, role `user`: '1'"),
     ],
 )
-def test_what_a_template_leaves_out_of_a_prompt_is_named(
-    template: str, messages: list[dict[str, Any]], lost: str
+def test_a_text_that_a_template_omits_from_a_prompt_is_named(
+    template: str, messages: list[dict[str, Any]], missing: str
 ) -> None:
     message = refusal(template, messages)
-    assert lost in message and message.startswith("train.jsonl:3: ")
+    assert missing in message and message.startswith("train.jsonl:3: ")
 
 
-def test_a_dropped_system_prompt_and_a_template_of_the_users_own_are_named(tmp_path: Path) -> None:
+def test_a_dropped_system_prompt_and_a_users_own_template_are_named(tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text(USERS_ONLY)
     settings = {"system_prompt": "Think.", "chat_template_file": str(file), "chat_template": True}
     message = refusal(CHATML, "1", **settings)
-    assert (
-        f"data.chat_template_file={file} leaves out the content of message 1, role `system`"
-        in message
-    )
+    reason = f"data.chat_template_file={file} leaves out the content of message 1, role `system`"
+    assert reason in message
 
 
-def test_a_text_may_come_out_stripped_or_escaped_as_json() -> None:
+def test_a_template_may_strip_a_text_or_escape_it_as_json() -> None:
     assert one(LLAMA3, [user("  1 \n")])[0] == "<s><|user|>1<|im_end|><|assistant|>"
     template = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
     assert one(template, [user('say "1"\n2')])[0] == '"say \\"1\\"\\n2"'
 
 
-def test_a_template_that_looks_at_its_texts_is_checked_all_the_same() -> None:
-    shouts = (
+def test_a_template_that_depends_on_its_texts_is_checked_too() -> None:
+    only_1 = (
         "{% for m in messages %}{% if m.content == '1' %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    assert one(shouts, [user("1")])[0] == "1"
-    assert "leaves out" in refusal(shouts, [user("1"), bot("2"), user("3")])
+    assert one(only_1, [user("1")])[0] == "1"
+    assert "leaves out" in refusal(only_1, [user("1"), bot("2"), user("3")])
 
 
-def test_earlier_turns_may_lose_their_thinking_and_nothing_else() -> None:
+def test_earlier_turns_may_omit_their_thinking_and_nothing_else() -> None:
     messages = [user("1"), bot("<think>a</think>2"), user("3")]
     prompt, response = one(QWEN3, messages, "<think>b</think>4")
     assert prompt == (
@@ -364,11 +362,11 @@ def test_earlier_turns_may_lose_their_thinking_and_nothing_else() -> None:
     )
     assert response == "<think>\nb\n</think>\n\n4<|im_end|>"
     assert one(QWEN3, [user("1"), bot("2", reasoning_content="a"), user("3")])[0] == prompt
-    forgets = CHATML.replace("m.content", "('' if m.role == 'assistant' else m.content)")
-    assert "message 2, role `assistant`: '2'" in refusal(forgets, messages)
+    omits = CHATML.replace("m.content", "('' if m.role == 'assistant' else m.content)")
+    assert "message 2, role `assistant`: '2'" in refusal(omits, messages)
 
 
-def test_marks_stand_within_the_outer_tags_and_white_space() -> None:
+def test_marks_are_inside_of_the_outer_tags_and_white_space() -> None:
     marks = Marks()
     texts = [" 1\n", "<think>a</think>4", "<b> 1 </b>", "1<b>2</b>", "<b></b>", "", "[INST] 1"]
     marked = [marks.around(text, "") for text in texts]
@@ -397,7 +395,7 @@ def rows_of(folder: Path, *rows: dict[str, Any]) -> list[Problem]:
     return load(str(path), "train")
 
 
-def test_a_tool_call_and_thinking_of_its_own_key_are_trained_on(tmp_path: Path) -> None:
+def test_a_tool_call_and_thinking_under_its_own_key_are_trained_on(tmp_path: Path) -> None:
     rows = rows_of(
         tmp_path,
         {"messages": [user("1"), {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
@@ -405,8 +403,8 @@ def test_a_tool_call_and_thinking_of_its_own_key_are_trained_on(tmp_path: Path) 
         {"prompt": "1", "completion": [bot("", tool_calls=[CALL], reasoning_content="a")]},
     )
     tokenizer = make_tokenizer(QWEN3)
-    done = tokenize(rows, tokenizer, DataConfig(chat_template=True), 10_000)
-    assert [decoded(prompt, tokenizer)[1] for prompt in done] == [
+    prompts = tokenize(rows, tokenizer, DataConfig(chat_template=True), 10_000)
+    assert [decoded(prompt, tokenizer)[1] for prompt in prompts] == [
         f"<think>\n\n</think>\n\n{CALLED}<|im_end|>",
         "<think>\na\n</think>\n\n4<|im_end|>",
         f"<think>\na\n</think>\n\n{CALLED}<|im_end|>",
@@ -434,9 +432,9 @@ def test_arguments_that_are_json_text_are_not_quoted_twice() -> None:
     assert "the arguments in a tool call of the response" in message
 
 
-def test_a_completion_of_several_messages_keeps_the_rows_prompt(tmp_path: Path) -> None:
+def test_a_completion_of_several_messages_follows_the_rows_prompt(tmp_path: Path) -> None:
     turns = [bot("2"), user("3"), bot("4")]
-    (continued, whole, pair) = rows_of(
+    continued, whole, pair = rows_of(
         tmp_path,
         {"prompt": "1", "completion": turns},
         {"prompt": [user("1")], "completion": [user("1"), *turns]},
@@ -446,7 +444,7 @@ def test_a_completion_of_several_messages_keeps_the_rows_prompt(tmp_path: Path) 
     assert (continued.responses, pair.responses) == (("4",), ("4", "5"))
     for row in (
         {"prompt": "1", "completion": [user("2"), bot("3")]},
-        {"prompt": [says("system", "0")], "chosen": [user("1"), bot("2")], "rejected": "3"},
+        {"prompt": [turn("system", "0")], "chosen": [user("1"), bot("2")], "rejected": "3"},
         {"prompt": "0", "messages": [user("1"), bot("2")]},
     ):
         with pytest.raises(
@@ -458,25 +456,26 @@ def test_a_completion_of_several_messages_keeps_the_rows_prompt(tmp_path: Path) 
 def test_the_tools_of_a_row_reach_the_template(tmp_path: Path) -> None:
     for tools in ([TOOL], json.dumps([TOOL])):
         (row,) = rows_of(tmp_path, {"prompt": [user("1")], "tools": tools})
-        assert (
-            f"<|im_start|>system\n{json.dumps(TOOL)}<|im_end|>"
-            in one(QWEN3, row.prompt, tools=row.tools)[0]
-        )
-        assert "leaves out the name of a tool in `tools`: 'add'" in refusal(
-            CHATML, row.prompt, tools=row.tools
-        )
+        prompt = one(QWEN3, row.prompt, tools=row.tools)[0]
+        assert f"<|im_start|>system\n{json.dumps(TOOL)}<|im_end|>" in prompt
+        message = refusal(CHATML, row.prompt, tools=row.tools)
+        assert "leaves out the name of a tool in `tools`: 'add'" in message
     assert "`tools` can only be written by a chat template" in refusal(QWEN3, "1", tools=row.tools)
-    for tools in ("hammer", {"a": 1}, ["hammer"]):
+    for malformed in ("hammer", {"a": 1}, ["hammer"]):
         with pytest.raises(DataError, match=r"rows.jsonl:1: `tools` "):
-            rows_of(tmp_path, {"prompt": "1", "tools": tools})
-    assert [p.tools for p in rows_of(tmp_path, {"prompt": "1", "tools": []}, {"prompt": "1"})] == [
-        (),
-        (),
-    ]
+            rows_of(tmp_path, {"prompt": "1", "tools": malformed})
+    empty, absent = rows_of(tmp_path, {"prompt": "1", "tools": []}, {"prompt": "1"})
+    assert empty.tools == absent.tools == ()
 
 
 def test_a_malformed_tool_call_is_named(tmp_path: Path) -> None:
-    for calls in ("add", [{"function": "add"}], [{"function": {"arguments": {}}}], [1]):
+    malformed: tuple[object, ...] = (
+        "add",
+        [{"function": "add"}],
+        [{"function": {"arguments": {}}}],
+        [1],
+    )
+    for calls in malformed:
         with pytest.raises(
             DataError, match=r"rows.jsonl:1: `messages`: `tool_calls` must be a list"
         ):
@@ -486,13 +485,13 @@ def test_a_malformed_tool_call_is_named(tmp_path: Path) -> None:
 # -- special tokens --------------------------------------------------------------------------------
 
 
-def test_the_first_token_stands_once_though_text_and_tokenizer_both_bring_it() -> None:
+def test_the_first_token_is_not_repeated_if_text_and_tokenizer_both_have_it() -> None:
     assert one(None, "<s>1", "2") == ("<s>1", "2</s>")
     assert one(None, "1", "2") == ("<s>1", "2</s>")
     assert one(LLAMA3, [user("1")])[0].count("<s>") == 1
 
 
-def test_an_end_token_that_the_tokenizer_adds_ends_no_prompt_and_no_response_twice() -> None:
+def test_an_end_token_of_the_tokenizer_is_removed_from_prompts_and_not_repeated() -> None:
     tokenizer = make_tokenizer(None)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -520,12 +519,12 @@ def test_an_end_token_within_a_response_is_refused(template: str | None, respons
 
 
 def test_a_prompt_that_ends_with_the_assistant_is_continued() -> None:
-    begun = [user("1+1?"), bot("It is")]
-    assert one(CHATML, begun, " 4") == (OPENED + "It is", " 4<|im_end|>")
-    assert one(MISTRAL, begun, " 4") == ("<s>[INST] 1+1?[/INST] It is", " 4</s>")
-    assert one(CHATML, begun) == (OPENED + "It is",)
+    prefilled = [user("1+1?"), bot("It is")]
+    assert one(CHATML, prefilled, " 4") == (OPENED + "It is", " 4<|im_end|>")
+    assert one(MISTRAL, prefilled, " 4") == ("<s>[INST] 1+1?[/INST] It is", " 4</s>")
+    assert one(CHATML, prefilled) == (OPENED + "It is",)
     unthinking = OPENED + "<think>\n\n</think>\n\nIt is"
-    assert one(QWEN3, begun, " 4") == (unthinking, " 4<|im_end|>")
+    assert one(QWEN3, prefilled, " 4") == (unthinking, " 4<|im_end|>")
     thinks = [user("1+1?"), bot("<think>\nIt is")]
     thought = (OPENED + "<think>\nIt is", " 2\n</think>\n\n4<|im_end|>")
     assert one(QWEN3, thinks, " 2</think>4") == thought
@@ -544,18 +543,18 @@ def test_a_prompt_that_ends_with_a_tool_call_or_with_thinking_cannot_be_continue
 
 def test_a_second_system_message_is_refused() -> None:
     for role in ("system", "developer"):
-        message = refusal(CHATML, [says(role, "1"), user("2")], system_prompt="0")
+        message = refusal(CHATML, [turn(role, "1"), user("2")], system_prompt="0")
         assert "data.system_prompt='0': train.jsonl:3 has a system message of its own" in message
     assert one(CHATML, [user("2")], system_prompt="0")[0].startswith("<|im_start|>system\n0<|")
 
 
-def test_the_instruction_goes_around_the_text_of_a_user() -> None:
-    wrapped = {"instruction": "Q: {prompt}"}
+def test_the_instruction_is_put_around_the_text_of_a_user() -> None:
+    wrapped: dict[str, Any] = {"instruction": "Q: {prompt}"}
     assert "user\nQ: 1<|" in one(CHATML, [user("1"), bot("2")], **wrapped)[0]
-    called = [user("1"), bot("", tool_calls=[CALL]), says("tool", "2")]
-    prompt = one(QWEN3, called, **wrapped)[0]
+    messages = [user("1"), bot("", tool_calls=[CALL]), turn("tool", "2")]
+    prompt = one(QWEN3, messages, **wrapped)[0]
     assert "user\nQ: 1<|" in prompt and "user\n2<|" in prompt
-    assert "no message of a user" in refusal(CHATML, [says("system", "1")], **wrapped)
+    assert "no message of a user" in refusal(CHATML, [turn("system", "1")], **wrapped)
 
 
 # -- settings of the template ----------------------------------------------------------------------
@@ -564,20 +563,18 @@ def test_the_instruction_goes_around_the_text_of_a_user() -> None:
 def test_arguments_reach_the_template_and_one_that_it_does_not_read_is_refused() -> None:
     off = {"enable_thinking": False}
     assert one(QWEN3, [user("1")], chat_template_kwargs=off)[0].endswith("</think>\n\n")
-    assert (
-        "data.chat_template_kwargs.enable_thinkng: the model's chat template does not read"
-        in refusal(QWEN3, [user("1")], chat_template_kwargs={"enable_thinkng": False})
-    )
+    reason = "data.chat_template_kwargs.enable_thinkng: the model's chat template does not read"
+    misspelt = {"enable_thinkng": False}
+    assert reason in refusal(QWEN3, [user("1")], chat_template_kwargs=misspelt)
     for name in ("messages", "tools", "add_generation_prompt", "tokenize", "max_length"):
-        assert "is set by hybridrl itself" in refusal(
-            QWEN3, [user("1")], chat_template_kwargs={name: 1}
-        )
+        message = refusal(QWEN3, [user("1")], chat_template_kwargs={name: 1})
+        assert "is set by hybridrl itself" in message
 
 
-def test_a_template_of_a_file_takes_the_place_of_the_models(tmp_path: Path) -> None:
+def test_a_template_file_replaces_the_models_template(tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text(MISTRAL)
-    own = {"chat_template_file": str(file)}
+    own: dict[str, Any] = {"chat_template_file": str(file)}
     assert one(CHATML, [user("1")], "2", **own) == ("<s>[INST] 1[/INST]", " 2</s>")
     assert one(None, "1", chat_template=True, **own) == ("<s>[INST] 1[/INST]",)
     file.write_bytes(b"\xff")

@@ -5,6 +5,7 @@ import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +18,12 @@ from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.settings.run import DataConfig
 from hybridrl.types import Prompt
 
-ROOM = 48  # tokens that a prompt may have
+ROOM = 48  # largest number of tokens of a prompt
 
 
 def value_and_numbers(text: str) -> tuple[int, list[int]]:
-    """What an arithmetic expression is worth and the numbers in it, by walking its syntax tree."""
-    numbers = []
+    """The value of an arithmetic expression and the numbers in it, from its syntax tree."""
+    numbers: list[int] = []
 
     def walk(node: ast.expr) -> int:
         match node:
@@ -50,11 +51,15 @@ def named_prompts(names: str) -> list[Prompt]:
 
 def problem(prompt: object, *responses: str) -> Problem:
     return Problem(
-        uid="train-000003", prompt=prompt, columns={}, row="train.jsonl:3", responses=responses
-    )  # type: ignore[arg-type]
+        uid="train-000003",
+        prompt=prompt,  # type: ignore[arg-type]
+        columns={},
+        row="train.jsonl:3",
+        responses=responses,
+    )
 
 
-def said(*contents: str) -> list[dict[str, str]]:
+def turns(*contents: str) -> list[dict[str, str]]:
     """A conversation that a user begins."""
     return [
         {"role": ("user", "assistant")[i % 2], "content": content}
@@ -65,9 +70,8 @@ def said(*contents: str) -> list[dict[str, str]]:
 def problems_of(folder: Path, *rows: object) -> list[Problem]:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_problems(
-        DataConfig(task="records", path=str(path), heldout_path=str(path)), seed=0
-    )[0]
+    config = DataConfig(task="records", path=str(path), heldout_path=str(path))
+    return load_problems(config, seed=0)[0]
 
 
 needs_smollm2 = pytest.mark.skipif(
@@ -106,9 +110,9 @@ def test_countdown_training_and_heldout_problems_are_disjoint_up_to_order_and_di
 
 
 def test_the_run_seed_changes_training_problems_and_never_heldout_ones() -> None:
-    (train_a, heldout_a), (train_b, heldout_b), (train_c, _) = (
-        load_problems(small(), seed=s) for s in (0, 1, 0)
-    )
+    train_a, heldout_a = load_problems(small(), seed=0)
+    train_b, heldout_b = load_problems(small(), seed=1)
+    train_c, _ = load_problems(small(), seed=0)
     assert heldout_a == heldout_b
     assert train_a == train_c != train_b
 
@@ -130,36 +134,31 @@ def test_countdown_options_that_cannot_work_are_config_errors() -> None:
         load_problems(small(options={"max_number": 10**9, "max_target": 2}), seed=0)
 
 
-def test_countdown_carries_the_responses_that_its_options_ask_for() -> None:
+def test_countdown_problems_carry_the_responses_that_the_options_name() -> None:
     for kind, num in (("none", 0), ("solution", 1), ("pair", 2)):
         train, heldout = load_problems(small(options={"responses": kind}), seed=0)
         assert [p.prompt for p in train] == [p.prompt for p in load_problems(small(), seed=0)[0]]
         assert all(len(p.responses) == num for p in heldout)
-        assert all(
-            len(p.responses) == num and p.responses[:1] == (p.columns["solution"],)[:num]
-            for p in train
-        )
+        assert all(len(p.responses) == num for p in train)
+        assert all(p.responses[:1] == (p.columns["solution"],)[:num] for p in train)
     with pytest.raises(
         ConfigError, match=r"data\.options\.responses=both: must be none, solution, pair"
     ):
         load_problems(small(options={"responses": "both"}), seed=0)
 
 
-def test_a_rejected_countdown_response_is_an_expression_of_the_same_numbers_with_another_value() -> (
-    None
-):
+def test_a_rejected_countdown_response_has_the_same_numbers_and_another_value() -> None:
     for options in ({"num_numbers": 2, "max_number": 4}, {"num_numbers": 4}):
         config = DataConfig(num_train=200, num_heldout=10, options={**options, "responses": "pair"})
         train = load_problems(config, seed=0)[0]
         for p in train:
-            value, numbers = value_and_numbers(p.responses[1])
-            assert value != p.columns["target"] and sorted(numbers) == sorted(
-                p.columns["numbers"]
-            ), p
+            value, numbers = value_and_numbers(str(p.responses[1]))
+            assert value != p.columns["target"], p
+            assert sorted(numbers) == sorted(p.columns["numbers"]), p
         assert train == load_problems(config, seed=0)[0]
 
 
-def test_reasoning_gym_problems_carry_what_the_scorer_wants() -> None:
+def test_reasoning_gym_problems_carry_the_input_of_the_scorer() -> None:
     import reasoning_gym
 
     config = small(task="reasoning_gym", dataset="chain_sum", options={"max_terms": 3})
@@ -180,13 +179,10 @@ def test_jsonl_rows_become_problems_with_their_other_keys_as_columns(tmp_path: P
         '"n": 1}\n'
     )
     (tmp_path / "b").write_text('{"prompt": "2*3="}\n')
-    train, heldout = load_problems(
-        DataConfig(task="jsonl", path=str(tmp_path / "a"), heldout_path=str(tmp_path / "b")), seed=0
-    )
-    assert [(p.uid, p.columns) for p in train] == [
-        ("train-000001", {"answer": "42"}),
-        ("train-000003", {"n": 1}),
-    ]
+    config = DataConfig(task="jsonl", path=str(tmp_path / "a"), heldout_path=str(tmp_path / "b"))
+    train, heldout = load_problems(config, seed=0)
+    assert [p.uid for p in train] == ["train-000001", "train-000003"]
+    assert [p.columns for p in train] == [{"answer": "42"}, {"n": 1}]
     assert train[1].prompt == [{"role": "user", "content": "1+1="}]
     assert [p.uid for p in heldout] == ["heldout-000001"]
 
@@ -212,40 +208,36 @@ def test_a_bad_jsonl_row_is_named_by_file_and_line(tmp_path: Path, row: str) -> 
 def test_a_missing_or_empty_jsonl_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     for name in ("empty.jsonl", "missing.jsonl"):
+        path = str(tmp_path / name)
         with pytest.raises(DataError, match=name):
-            load_problems(
-                DataConfig(
-                    task="jsonl", path=str(tmp_path / name), heldout_path=str(tmp_path / name)
-                ),
-                seed=0,
-            )
+            load_problems(DataConfig(task="jsonl", path=path, heldout_path=path), seed=0)
 
 
 def test_rows_become_a_prompt_and_its_responses(tmp_path: Path) -> None:
-    table = [
+    table: list[tuple[dict[str, Any], object, tuple[str, ...]]] = [
         ({"prompt": "1+1="}, "1+1=", ()),
-        ({"prompt": [{"role": "user", "content": "1+1=", "name": None}]}, said("1+1="), ()),
+        ({"prompt": [{"role": "user", "content": "1+1=", "name": None}]}, turns("1+1="), ()),
         ({"prompt": "1+1=", "completion": "2"}, "1+1=", ("2",)),
         (
-            {"prompt": said("1+1="), "completion": [{"role": "assistant", "content": "2"}]},
-            said("1+1="),
+            {"prompt": turns("1+1="), "completion": [{"role": "assistant", "content": "2"}]},
+            turns("1+1="),
             ("2",),
         ),
-        ({"messages": said("1+1=", "2")}, said("1+1="), ("2",)),
+        ({"messages": turns("1+1=", "2")}, turns("1+1="), ("2",)),
         (
-            {"messages": said("1+1=", "2", "and 2+2=", "4", "thanks")},
-            said("1+1=", "2", "and 2+2="),
+            {"messages": turns("1+1=", "2", "and 2+2=", "4", "thanks")},
+            turns("1+1=", "2", "and 2+2="),
             ("4",),
         ),
         ({"prompt": "1+1=", "chosen": "2", "rejected": ""}, "1+1=", ("2", "")),
         (
             {
                 "prompt": "1+1=",
-                "chosen": said("1+1=", "2"),
-                "rejected": said("1+1=", "3"),
-                "messages": said("1", "2"),
+                "chosen": turns("1+1=", "2"),
+                "rejected": turns("1+1=", "3"),
+                "messages": turns("1", "2"),
             },
-            said("1+1="),
+            turns("1+1="),
             ("2", "3"),
         ),
         (
@@ -260,11 +252,10 @@ def test_rows_become_a_prompt_and_its_responses(tmp_path: Path) -> None:
             (),
         ),
     ]
-    found = problems_of(tmp_path, *({**row, "source": "a"} for row, _, _ in table))
-    assert [(p.prompt, p.responses) for p in found] == [
-        (prompt, responses) for _, prompt, responses in table
-    ]
-    assert all(p.columns == {"source": "a"} for p in found)
+    problems = problems_of(tmp_path, *({**row, "source": "a"} for row, _, _ in table))
+    expected = [(prompt, responses) for _, prompt, responses in table]
+    assert [(p.prompt, p.responses) for p in problems] == expected
+    assert all(p.columns == {"source": "a"} for p in problems)
 
 
 @pytest.mark.parametrize(
@@ -272,12 +263,12 @@ def test_rows_become_a_prompt_and_its_responses(tmp_path: Path) -> None:
     [
         ({"prompt": "1+1=", "chosen": "2"}, "need each other"),
         ({"chosen": "2", "rejected": "3"}, "are whole texts without a `prompt`"),
-        ({"chosen": said("1+1=", "2"), "rejected": said("1+2=", "3")}, "different prompts"),
+        ({"chosen": turns("1+1=", "2"), "rejected": turns("1+2=", "3")}, "different prompts"),
         (
-            {"chosen": said("1+1="), "rejected": said("1+1=")},
+            {"chosen": turns("1+1="), "rejected": turns("1+1=")},
             "`chosen` must end with an assistant message",
         ),
-        ({"messages": said("1+1=")}, "`messages` must hold an assistant message"),
+        ({"messages": turns("1+1=")}, "`messages` must hold an assistant message"),
         ({"messages": "1+1=2"}, "`messages` must be"),
         ({"messages": [{"role": "assistant", "content": "2"}]}, "`prompt` must be"),
         ({"prompt": "1+1=", "completion": 2}, "`completion` must be text or a list of messages"),
@@ -290,7 +281,7 @@ def test_a_row_that_fits_no_schema_is_named_with_the_reason(
         problems_of(tmp_path, {"prompt": "1"}, row)
 
 
-def test_a_source_whose_package_is_missing_says_what_to_install(tmp_path: Path) -> None:
+def test_a_source_whose_package_is_missing_is_refused_with_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").touch()
     for package, path in (
         ("pyarrow", str(tmp_path / "a.parquet")),
@@ -303,8 +294,8 @@ def test_a_source_whose_package_is_missing_says_what_to_install(tmp_path: Path) 
 
 
 PAIR_ROWS = [
-    {"chosen": said("1+1=", "2"), "rejected": said("1+1=", "3"), "score": 0.5, "prompt": "1+1="},
-    {"chosen": said("2+2=", "4"), "rejected": said("2+2=", ""), "score": None, "prompt": "2+2="},
+    {"chosen": turns("1+1=", "2"), "rejected": turns("1+1=", "3"), "score": 0.5, "prompt": "1+1="},
+    {"chosen": turns("2+2=", "4"), "rejected": turns("2+2=", ""), "score": None, "prompt": "2+2="},
 ]
 
 
@@ -317,8 +308,8 @@ def test_parquet_rows_are_read_like_lines(tmp_path: Path) -> None:
         DataConfig(task="records", path=path, heldout_path=path, num_heldout=1), seed=0
     )
     assert [(p.uid, p.prompt, p.responses, p.columns) for p in train] == [
-        ("train-000001", said("1+1="), ("2", "3"), {"score": 0.5}),
-        ("train-000002", said("2+2="), ("4", ""), {"score": None}),
+        ("train-000001", turns("1+1="), ("2", "3"), {"score": 0.5}),
+        ("train-000002", turns("2+2="), ("4", ""), {"score": None}),
     ]
     assert [p.uid for p in heldout] == ["heldout-000001"]
     (tmp_path / "a.parquet").write_text("no")
@@ -326,17 +317,16 @@ def test_parquet_rows_are_read_like_lines(tmp_path: Path) -> None:
         load_problems(DataConfig(task="records", path=path, heldout_path=path), seed=0)
 
 
-def test_datasets_are_read_by_split_saved_or_as_data_files(tmp_path: Path) -> None:
+def test_datasets_are_read_by_split_from_save_to_disk_and_from_data_files(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_list(PAIR_ROWS)
     datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "both")
     table.save_to_disk(tmp_path / "one")
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "train.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in PAIR_ROWS)
-    )
+    lines = "".join(json.dumps(row) + "\n" for row in PAIR_ROWS)
+    (tmp_path / "files" / "train.jsonl").write_text(lines)
 
-    def folder(name):
+    def folder(name: str) -> str:
         return str(tmp_path / name)
 
     for source in (folder("both:train"), folder("one"), folder("files"), folder("files:train")):
@@ -344,10 +334,10 @@ def test_datasets_are_read_by_split_saved_or_as_data_files(tmp_path: Path) -> No
             DataConfig(task="records", path=source, heldout_path=folder("both:test")), seed=0
         )
         assert [(p.prompt, p.responses) for p in train] == [
-            (said("1+1="), ("2", "3")),
-            (said("2+2="), ("4", "")),
+            (turns("1+1="), ("2", "3")),
+            (turns("2+2="), ("4", "")),
         ], source
-        assert [p.prompt for p in heldout] == [said("2+2=")]
+        assert [p.prompt for p in heldout] == [turns("2+2=")]
     for source, reason in (
         (folder("both"), "both:train; it has train, test"),
         (folder("both:valid"), "it has train, test"),
@@ -362,9 +352,8 @@ def test_datasets_are_read_by_split_saved_or_as_data_files(tmp_path: Path) -> No
 
 
 def test_plain_prompts_get_the_instruction_and_the_tokenizers_special_tokens() -> None:
-    (prompt,) = tokenize(
-        [problem("3 7=21:")], tiny_tokenizer(), DataConfig(instruction="({prompt})"), ROOM
-    )
+    config = DataConfig(instruction="({prompt})")
+    (prompt,) = tokenize([problem("3 7=21:")], tiny_tokenizer(), config, ROOM)
     assert prompt.text == "(3 7=21:)"
     assert prompt.input_ids == (1, 18, 7, 20, 11, 21, 6, 5, 22, 19)
     assert prompt.uid == "train-000003"
@@ -376,7 +365,7 @@ def test_an_empty_prompt_is_refused_by_row(prompt: object) -> None:
         tokenize([problem(prompt)], tiny_tokenizer(), DataConfig(instruction="{prompt}="), ROOM)
 
 
-def test_a_prompt_that_leaves_no_room_to_answer_is_refused_by_row() -> None:
+def test_a_prompt_without_room_for_an_answer_is_refused_by_row() -> None:
     assert len(tokenize([problem("12345")], tiny_tokenizer(), DataConfig(), 6)[0].input_ids) == 6
     with pytest.raises(DataError, match=r"train\.jsonl:3: the prompt has 7 tokens.* 6;"):
         tokenize([problem("123456")], tiny_tokenizer(), DataConfig(), 6)
@@ -388,12 +377,12 @@ def test_a_character_without_a_token_is_refused_by_row() -> None:
 
 
 def test_a_missing_chat_template_is_refused_by_row() -> None:
-    for given, config in (
+    for prompt, config in (
         ("3=3:", DataConfig(chat_template=True)),
         ([{"role": "user", "content": "3=3:"}], DataConfig()),
     ):
         with pytest.raises(DataError, match=r"train\.jsonl:3: .*no chat template"):
-            tokenize([problem(given)], tiny_tokenizer(), config, ROOM)
+            tokenize([problem(prompt)], tiny_tokenizer(), config, ROOM)
 
 
 def test_a_template_that_raises_is_refused_by_row() -> None:
@@ -408,7 +397,7 @@ def test_a_system_prompt_without_a_chat_template_is_a_config_error() -> None:
         tokenize([problem("3=3:")], tiny_tokenizer(), DataConfig(system_prompt="Think."), ROOM)
 
 
-def test_a_template_writes_its_own_special_tokens_and_asks_for_the_answer() -> None:
+def test_a_template_writes_its_own_special_tokens_and_the_generation_prompt() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }}/{% endfor %}{% if "
@@ -417,7 +406,7 @@ def test_a_template_writes_its_own_special_tokens_and_asks_for_the_answer() -> N
     config = DataConfig(chat_template=True, system_prompt="1", instruction="{prompt}3")
     (prompt,) = tokenize([problem("2")], tokenizer, config, ROOM)
     assert prompt.text == "1/23/="
-    assert tokenizer.decode(prompt.input_ids) == "1/23/="  # no <bos>: the template wrote none
+    assert tokenizer.decode(list(prompt.input_ids)) == "1/23/="  # no <bos>: the template wrote none
 
 
 @needs_smollm2
@@ -425,12 +414,12 @@ def test_a_real_models_chat_template_is_applied() -> None:
     tokenizer = load_tokenizer("builtin:smollm2-135m-instruct")
     config = DataConfig(chat_template=True, system_prompt="Be brief.")
     (prompt,) = tokenize([problem("6*7=?")], tokenizer, config, ROOM)
-    wanted = (
-        "<|im_start|>system\nBe "
-        "brief.<|im_end|>\n<|im_start|>user\n6*7=?<|im_end|>\n<|im_start|>assistant\n"
+    expected = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n6*7=?<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
-    assert prompt.text == wanted
-    assert tokenizer.decode(prompt.input_ids) == wanted
+    assert prompt.text == expected
+    assert tokenizer.decode(list(prompt.input_ids)) == expected
     assert prompt.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
 
 
@@ -445,28 +434,25 @@ def test_a_plain_response_is_the_rest_of_the_whole_text_and_the_end_token() -> N
     assert tokenize([problem("3 7=21:")], tokenizer, DataConfig(), ROOM)[0].responses == ()
 
 
-def test_a_solution_of_countdown_is_tokenized_as_the_shipped_model_learned_it() -> None:
+def test_a_countdown_solution_is_tokenized_as_in_the_shipped_models_training() -> None:
     tokenizer = load_tokenizer("builtin:countdown-student")
     train = load_problems(DataConfig(num_train=50, options={"responses": "pair"}), seed=0)[0]
     for p, prompt in zip(train, tokenize(train, tokenizer, DataConfig(), ROOM, 64), strict=True):
         for text, ids in zip(p.responses, prompt.responses, strict=True):
-            assert tokenizer.decode(ids) == text + "<eos>"
+            assert tokenizer.decode(list(ids)) == f"{text}<eos>"
 
 
 @needs_smollm2
 def test_a_chat_response_ends_where_the_template_ends_the_turn() -> None:
     tokenizer = load_tokenizer("builtin:smollm2-135m-instruct")
-    (prompt,) = tokenize(
-        [problem(said("Hi", "Hello.", "6*7=?"), "It is 42.", "")], tokenizer, DataConfig(), 1000
-    )
-    whole = tokenizer.apply_chat_template(
-        said("Hi", "Hello.", "6*7=?", "It is 42."), tokenize=False
-    )
+    row = problem(turns("Hi", "Hello.", "6*7=?"), "It is 42.", "")
+    (prompt,) = tokenize([row], tokenizer, DataConfig(), 1000)
+    messages = turns("Hi", "Hello.", "6*7=?", "It is 42.")
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
     newline = tokenizer("\n").input_ids
-    assert [*prompt.input_ids, *prompt.responses[0], *newline] == tokenizer(
-        whole, add_special_tokens=False
-    ).input_ids
-    assert [tokenizer.decode(ids) for ids in prompt.responses] == [
+    whole = tokenizer(text, add_special_tokens=False).input_ids
+    assert [*prompt.input_ids, *prompt.responses[0], *newline] == whole
+    assert [tokenizer.decode(list(ids)) for ids in prompt.responses] == [
         "It is 42.<|im_end|>",
         "<|im_end|>",
     ]
@@ -477,40 +463,34 @@ def test_a_response_never_changes_the_tokens_of_its_prompt() -> None:
     tokenizer = load_tokenizer("builtin:smollm2-135m-instruct")
     (prompt,) = tokenize([problem("The sky is unbeliev", "able")], tokenizer, DataConfig(), 1000)
     assert list(prompt.input_ids) == tokenizer("The sky is unbeliev").input_ids
-    assert tokenizer("The sky is unbelievable").input_ids[: len(prompt.input_ids)] != list(
-        prompt.input_ids
-    )
-    assert (
-        tokenizer.decode(prompt.input_ids + prompt.responses[0])
-        == "The sky is unbelievable<|im_end|>"
-    )
+    whole = tokenizer("The sky is unbelievable").input_ids
+    assert whole[: len(prompt.input_ids)] != list(prompt.input_ids)
+    text = tokenizer.decode([*prompt.input_ids, *prompt.responses[0]])
+    assert text == "The sky is unbelievable<|im_end|>"
+
+
+SPACE_AFTER_END = "{{ m['content'] }}/{% if m['role'] == 'assistant' %}<eos> {% endif %}"
+NO_END = "{{ m['content'] }}/"
+SPECIAL_WITHOUT_END = "{% if m['role'] == 'assistant' %}<pad>{% endif %}{{ m['content'] }}"
+CHANGES_PROMPT = "{{ loop.length }}{{ m['content'] }}"
 
 
 @pytest.mark.parametrize(
-    ("template", "wanted"),
+    ("template", "expected"),
     [
-        (
-            "{{ m['content'] }}/{% if m['role'] == 'assistant' %}<eos> {% endif %}",
-            "2/3/<eos>",
-        ),  # the blank after it is never generated
-        ("{{ m['content'] }}/", "2/3/<eos>"),  # no end token of its own
-        (
-            "{% if m['role'] == 'assistant' %}<pad>{% endif %}{{ m['content'] }}",
-            "2<pad>3<eos>",
-        ),  # a special token that ends nothing
-        (
-            "{{ loop.length }}{{ m['content'] }}",
-            "123<eos>",
-        ),  # writes the prompt otherwise once it is answered
+        (SPACE_AFTER_END, "2/3/<eos>"),
+        (NO_END, "2/3/<eos>"),
+        (SPECIAL_WITHOUT_END, "2<pad>3<eos>"),
+        (CHANGES_PROMPT, "123<eos>"),
     ],
 )
-def test_templates_that_end_their_turns_otherwise_still_end_in_an_end_token(
-    template: str, wanted: str
+def test_responses_of_unusual_templates_end_in_an_end_token_too(
+    template: str, expected: str
 ) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
-    (prompt,) = tokenize([problem(said("2"), "3")], tokenizer, DataConfig(), ROOM)
-    assert tokenizer.decode(prompt.input_ids + prompt.responses[0]) == wanted
+    (prompt,) = tokenize([problem(turns("2"), "3")], tokenizer, DataConfig(), ROOM)
+    assert tokenizer.decode([*prompt.input_ids, *prompt.responses[0]]) == expected
 
 
 def test_a_response_with_a_character_without_a_token_is_refused_by_row() -> None:
@@ -520,7 +500,7 @@ def test_a_response_with_a_character_without_a_token_is_refused_by_row() -> None
         tokenize([problem("1", "x")], tiny_tokenizer(), DataConfig(), ROOM)
 
 
-def test_a_too_long_response_is_refused_by_row_or_left_out_and_counted(
+def test_a_too_long_response_is_refused_by_row_or_dropped_and_counted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     rows = [problem("1", "2", "345"), problem("1", "2", "34")]  # <bos> 1 and 3 4 5 <eos>: 6 tokens
@@ -532,13 +512,13 @@ def test_a_too_long_response_is_refused_by_row_or_left_out_and_counted(
     ):
         tokenize(rows, tiny_tokenizer(), DataConfig(), ROOM, 5)
     with caplog.at_level(logging.WARNING):
-        (kept,) = tokenize(rows, tiny_tokenizer(), DataConfig(drop_too_long=True), ROOM, 5)
-    assert len(kept.responses[1]) == 3 and "left out 1 of 2 rows" in caplog.text
+        (remaining,) = tokenize(rows, tiny_tokenizer(), DataConfig(drop_too_long=True), ROOM, 5)
+    assert len(remaining.responses[1]) == 3 and "left out 1 of 2 rows" in caplog.text
     with pytest.raises(DataError, match="all 2 rows are too long"):
         tokenize(rows, tiny_tokenizer(), DataConfig(drop_too_long=True), 1)
 
 
-def test_an_epoch_holds_every_prompt_once_and_a_batch_runs_over_its_edge() -> None:
+def test_an_epoch_holds_every_prompt_once_and_a_batch_may_span_two_epochs() -> None:
     source = PromptSource(named_prompts("abcde"), seed=0)
     uids = [p.uid for _ in range(5) for p in source.next_batch(4)]
     for epoch in range(4):
@@ -548,7 +528,7 @@ def test_an_epoch_holds_every_prompt_once_and_a_batch_runs_over_its_edge() -> No
     assert len(orders) > 1
 
 
-def test_order_depends_on_seed_and_epoch_alone() -> None:
+def test_the_order_depends_only_on_seed_and_epoch() -> None:
     def first(seed: int) -> list[str]:
         return [p.uid for p in PromptSource(named_prompts("abcdefghij"), seed).next_batch(10)]
 
@@ -556,7 +536,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
 
 @pytest.mark.parametrize("batches", range(8))
-def test_a_restored_cursor_goes_on_exactly_in_mid_epoch_and_at_its_edge(batches: int) -> None:
+def test_a_restored_cursor_continues_exactly_within_and_between_epochs(batches: int) -> None:
     whole = PromptSource(named_prompts("abcdef"), seed=3)
     for _ in range(batches):
         whole.next_batch(2)

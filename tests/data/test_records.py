@@ -1,4 +1,4 @@
-"""What is read of files as people have them, and the sentence that everything else ends in."""
+"""Files in the forms in which people have them are read; everything else gets one sentence."""
 
 import bz2
 import datetime
@@ -21,22 +21,24 @@ ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "\u00fc"
 UTF8 = LINES.encode()
 
 
-def written(folder: Path, name: str, content: bytes | str) -> str:
+def write(folder: Path, name: str, content: bytes | str) -> str:
+    """The path of a new file."""
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
 
 
 def refusal(folder: Path, name: str, content: bytes | str, **columns: str | None) -> str:
-    """The sentence about a file, without the folder's name."""
+    """The error message about a file, without the folder's name."""
     with pytest.raises(DataError) as caught:
-        load(written(folder, name, content), "train", None, columns)
-    told = str(caught.value)
-    assert "\n" not in told and told.startswith(str(folder / name)), told
-    return told.removeprefix(f"{folder}/")
+        load(write(folder, name, content), "train", None, columns)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(str(folder / name)), message
+    return message.removeprefix(f"{folder}/")
 
 
 def chat(*contents: str) -> list[dict[str, str]]:
+    """A conversation that a user begins."""
     return [
         {"role": ("user", "assistant")[i % 2], "content": content}
         for i, content in enumerate(contents)
@@ -57,7 +59,7 @@ def chat(*contents: str) -> list[dict[str, str]]:
         ("a.tsv", "prompt\tanswer\n1+1=\t2\n2+2=\t\u00fc\n"),
         ("a.jsonl.gz", gzip.compress(UTF8)),
         ("a.JSONL.GZ", gzip.compress(UTF8)),
-        ("a.jsonl", gzip.compress(UTF8)),  # the bytes say it, whatever the name says
+        ("a.jsonl", gzip.compress(UTF8)),  # recognised by its first bytes
         ("a.csv.gz", gzip.compress("prompt,answer\n1+1=,2\n2+2=,\u00fc\n".encode())),
         ("a.jsonl.bz2", bz2.compress(UTF8)),
         ("a.jsonl.xz", lzma.compress(UTF8)),
@@ -66,20 +68,18 @@ def chat(*contents: str) -> list[dict[str, str]]:
 def test_a_file_is_read_whatever_its_format_encoding_and_compression(
     tmp_path: Path, name: str, content: bytes | str
 ) -> None:
-    assert [row for _, row in file_rows(written(tmp_path, name, content))] == ROWS
+    assert [row for _, row in file_rows(write(tmp_path, name, content))] == ROWS
 
 
 def test_rows_of_csv_are_numbered_by_the_line_that_they_begin_on(tmp_path: Path) -> None:
     text = 'prompt,answer\n"1\n+1=",2\n\n"say ""2""",2\n'
-    found = load(written(tmp_path, "a.csv", text), "train")
-    assert [(p.uid, p.prompt) for p in found] == [
-        ("train-000002", "1\n+1="),
-        ("train-000005", 'say "2"'),
-    ]
+    first, second = load(write(tmp_path, "a.csv", text), "train")
+    assert (first.uid, first.prompt) == ("train-000002", "1\n+1=")
+    assert (second.uid, second.prompt) == ("train-000005", 'say "2"')
 
 
 def test_a_csv_cell_may_be_longer_than_the_modules_own_limit(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.csv", "prompt\n" + "1" * 200_000 + "\n")
+    path = write(tmp_path, "a.csv", "prompt\n" + "1" * 200_000 + "\n")
     assert [len(row["prompt"]) for _, row in file_rows(path)] == [200_000]
 
 
@@ -87,7 +87,7 @@ GOOD = '{"prompt": "1"}\n'
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", GOOD + '{"prompt": "1"', "a.jsonl:2: not JSON: Expecting ',' delimiter"),
         ("a.jsonl", GOOD + "{'prompt': '1'}", "at column 2, before \"'prompt': '1'}\"; write one"),
@@ -127,9 +127,9 @@ GOOD = '{"prompt": "1"}\n'
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_its_line_and_a_remedy(
-    tmp_path: Path, name: str, content: bytes | str, told: str
+    tmp_path: Path, name: str, content: bytes | str, message: str
 ) -> None:
-    assert told in refusal(tmp_path, name, content)
+    assert message in refusal(tmp_path, name, content)
 
 
 def test_a_missing_file_and_a_folder_in_its_place_are_named(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_missing_file_and_a_folder_in_its_place_are_named(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         (
             {"question": "1+1=", "answer": "2"},
@@ -181,14 +181,14 @@ def test_a_missing_file_and_a_folder_in_its_place_are_named(tmp_path: Path) -> N
         ({f"k{i}": 1 for i in range(10)}, "`k7` and 2 more and no prompt"),
     ],
 )
-def test_a_row_of_another_layout_is_told_which_keys_it_has_and_what_to_set(
-    tmp_path: Path, row: dict[str, object], told: str
+def test_a_row_of_another_layout_is_refused_with_its_keys_and_a_remedy(
+    tmp_path: Path, row: dict[str, object], message: str
 ) -> None:
-    assert told in refusal(tmp_path, "a.jsonl", json.dumps(row))
+    assert message in refusal(tmp_path, "a.jsonl", json.dumps(row))
 
 
 @pytest.mark.parametrize(
-    ("row", "columns", "prompt", "responses", "left"),
+    ("row", "columns", "prompt", "responses", "remaining"),
     [
         (
             {"question": "1+1=", "answer": "2"},
@@ -236,14 +236,15 @@ def test_data_columns_names_the_key_behind_each_name(
     columns: dict[str, str | None],
     prompt: object,
     responses: tuple[str, ...],
-    left: dict[str, object],
+    remaining: dict[str, object],
 ) -> None:
-    (found,) = load(written(tmp_path, "a.jsonl", json.dumps(row)), "train", None, columns)
-    assert (found.prompt, found.responses, found.columns) == (prompt, responses, left)
+    (problem,) = load(write(tmp_path, "a.jsonl", json.dumps(row)), "train", None, columns)
+    assert (problem.prompt, problem.responses) == (prompt, responses)
+    assert problem.columns == remaining
 
 
 @pytest.mark.parametrize(
-    ("row", "columns", "told"),
+    ("row", "columns", "message"),
     [
         (
             {"query": "1"},
@@ -264,19 +265,19 @@ def test_data_columns_names_the_key_behind_each_name(
     ],
 )
 def test_data_columns_that_are_not_in_the_row_or_would_not_be_read_are_refused(
-    tmp_path: Path, row: dict[str, object], columns: dict[str, str], told: str
+    tmp_path: Path, row: dict[str, object], columns: dict[str, str], message: str
 ) -> None:
-    assert told in refusal(tmp_path, "a.jsonl", json.dumps(row), **columns)
+    assert message in refusal(tmp_path, "a.jsonl", json.dumps(row), **columns)
 
 
-def test_data_columns_are_refused_where_no_rows_are_read_or_a_key_is_no_name() -> None:
+def test_data_columns_are_refused_where_no_rows_are_read_or_a_key_is_not_text() -> None:
     with pytest.raises(ConfigError, match=r"data\.columns=.*data\.task=countdown reads no rows"):
         DataConfig(columns={"prompt": "question"})
     with pytest.raises(ConfigError, match=r"data\.columns\.prompt=3: must be the name of a key"):
         DataConfig(task="records", path="a", heldout_path="b", columns={"prompt": 3})
 
 
-def test_a_column_that_is_not_json_is_left_out_of_all_rows_and_named_once(
+def test_a_column_that_is_not_json_is_dropped_from_all_rows_and_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     deep = "[" * 900 + "]" * 900
@@ -285,8 +286,8 @@ def test_a_column_that_is_not_json_is_left_out_of_all_rows_and_named_once(
         '"half": "\\ud800"}\n'
     )
     with caplog.at_level(logging.WARNING):
-        found = load(written(tmp_path, "a.jsonl", text % deep), "train")
-    assert [p.columns for p in found] == [{"n": 1}, {"n": 2}]
+        problems = load(write(tmp_path, "a.jsonl", text % deep), "train")
+    assert [p.columns for p in problems] == [{"n": 1}, {"n": 2}]
     assert [r.getMessage().split("left out")[0] for r in caplog.records] == [
         "the column `deep` is ",
         "the column `half` is ",
@@ -294,7 +295,7 @@ def test_a_column_that_is_not_json_is_left_out_of_all_rows_and_named_once(
     assert "a.jsonl:2: it is nested more than 100 deep" in caplog.text
 
 
-def test_parquet_cells_that_python_cannot_hold_spoil_no_other_column(
+def test_parquet_cells_that_python_cannot_represent_affect_no_other_column(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pyarrow = pytest.importorskip("pyarrow")
@@ -314,8 +315,8 @@ def test_parquet_cells_that_python_cannot_hold_spoil_no_other_column(
         parquet.write_table(table, tmp_path / name)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            found = load(str(tmp_path / name), "train")
-        assert [(p.prompt, p.columns) for p in found] == [("1", {"n": 1}), ("2", {"n": 2})]
+            problems = load(str(tmp_path / name), "train")
+        assert [(p.prompt, p.columns) for p in problems] == [("1", {"n": 1}), ("2", {"n": 2})]
         assert all(f"`{key}` is left out" in caplog.text for key in ("far", "zone", "day", "image"))
     with pytest.raises(DataError, match=r"a\.pq:1: `prompt` cannot be read: OverflowError"):
         load(str(tmp_path / "a.pq"), "train", None, {"prompt": "far"})
@@ -326,8 +327,8 @@ def test_parquet_cells_that_python_cannot_hold_spoil_no_other_column(
 def test_a_folder_with_one_bad_file_names_that_file(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     (tmp_path / "rows").mkdir()
-    written(tmp_path, "rows/a.jsonl", GOOD)
-    written(tmp_path, "rows/b.jsonl", GOOD + '{"prompt": \n')
+    write(tmp_path, "rows/a.jsonl", GOOD)
+    write(tmp_path, "rows/b.jsonl", GOOD + '{"prompt": \n')
     with pytest.raises(DataError, match=r"rows/b\.jsonl:2: not JSON"):
         load(str(tmp_path / "rows"), "train")
 
@@ -343,27 +344,27 @@ def test_a_datasets_row_that_cannot_be_converted_is_named(tmp_path: Path) -> Non
         load(str(tmp_path / "d"), "train")
 
 
-def test_an_image_column_is_left_out_without_being_decoded(tmp_path: Path) -> None:
+def test_an_image_column_is_dropped_without_being_decoded(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict(
         {"prompt": ["1"], "image": [{"bytes": b"no image", "path": None}]},
         features=datasets.Features(prompt=datasets.Value("string"), image=datasets.Image()),
     )
     rows.save_to_disk(tmp_path / "d")
-    (found,) = load(str(tmp_path / "d"), "train")
-    assert (found.prompt, found.columns) == ("1", {})
+    (problem,) = load(str(tmp_path / "d"), "train")
+    assert (problem.prompt, problem.columns) == ("1", {})
 
 
 def test_held_out_prompts_that_are_training_prompts_too_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train = written(tmp_path, "a.jsonl", '{"prompt": "1"}\n{"prompt": "2"}\n')
-    for heldout, told in (
+    train = write(tmp_path, "a.jsonl", '{"prompt": "1"}\n{"prompt": "2"}\n')
+    for heldout, warning in (
         (train, "2 of 2 held-out prompts"),
-        (written(tmp_path, "b.csv", "prompt\n3\n2\n"), "1 of 2 held-out prompts"),
-        (written(tmp_path, "c.csv", "prompt\n3\n"), ""),
+        (write(tmp_path, "b.csv", "prompt\n3\n2\n"), "1 of 2 held-out prompts"),
+        (write(tmp_path, "c.csv", "prompt\n3\n"), ""),
     ):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             load_problems(DataConfig(task="records", path=train, heldout_path=heldout), seed=0)
-        assert told in caplog.text and bool(told) == bool(caplog.text)
+        assert warning in caplog.text and bool(warning) == bool(caplog.text)

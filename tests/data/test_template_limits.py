@@ -1,6 +1,4 @@
-"""A chat template that runs for ever is interrupted, or refused where nothing could interrupt
-it.
-"""
+"""A chat template that does not end is interrupted, or refused where it cannot be interrupted."""
 
 import signal
 
@@ -33,7 +31,7 @@ def test_a_template_with_a_power_is_refused_before_it_runs(template: str | dict[
 
 
 @pytest.mark.parametrize("template", [LOOP, GROWING])
-def test_a_template_that_runs_for_ever_is_interrupted(template: str):
+def test_a_template_that_runs_forever_is_interrupted(template: str):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with (
@@ -44,7 +42,7 @@ def test_a_template_that_runs_for_ever_is_interrupted(template: str):
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
-def test_arguments_that_are_passed_on_and_stars_in_text_are_no_power():
+def test_keyword_arguments_and_stars_in_text_are_no_power():
     for template in ("{{ namespace(**dict(a=1)) }}", "{{ f(x, ** y) }}", "2 ** 3 {{ '2 ** 3' }}"):
         with bounded(template):
             pass

@@ -1,6 +1,4 @@
-"""What is downloaded from the hub: weights only where weights are needed, and of a large model only
-the file that is read.
-"""
+"""Weights are downloaded only where they are needed, and only the files that are read."""
 
 import json
 import shutil
@@ -20,17 +18,16 @@ NAME = "owner/model"
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a hub that holds one model, in two files of weights, puts what is downloaded."""
+    """The cache of a simulated hub that holds one model with two weight files."""
     hub = save_tiny(tmp_path / "hub", 0, tied=False)
     weights = load_file(hub / "model.safetensors")
     (hub / "model.safetensors").unlink()
     head = {"lm_head.weight": weights.pop("lm_head.weight")}
     for file, tensors in (("model-1.safetensors", weights), ("model-2.safetensors", head)):
         save_file(tensors, hub / file, metadata={"format": "pt"})
-    where = dict.fromkeys(weights, "model-1.safetensors") | dict.fromkeys(
-        head, "model-2.safetensors"
-    )
-    index = {"metadata": {}, "weight_map": where}
+    weight_map = dict.fromkeys(weights, "model-1.safetensors")
+    weight_map |= dict.fromkeys(head, "model-2.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
     (hub / "model.safetensors.index.json").write_text(json.dumps(index))
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -54,7 +51,7 @@ def test_a_tokenizer_and_the_size_of_a_vocabulary_need_no_weights(cache: Path):
     assert weights_in(cache) == []
 
 
-def test_of_an_output_head_only_its_own_file_is_downloaded(cache: Path):
+def test_an_output_head_needs_only_the_file_that_holds_it(cache: Path):
     head = load_output_head(NAME, "float32")
     assert weights_in(cache) == ["model-2.safetensors"]
     assert torch.equal(head, load_model(NAME).get_output_embeddings().weight)

@@ -1,6 +1,4 @@
-"""A model folder that is incomplete, damaged or dangerous is one sentence, before any worker
-starts.
-"""
+"""An incomplete, damaged or dangerous model folder is refused in one sentence."""
 
 import json
 from pathlib import Path
@@ -23,9 +21,7 @@ from hybridrl.models.loading import (
 from tests.support.graph import save_tiny
 
 LOADS = (load_model, load_outline, lambda path: load_output_head(path, "float32"))
-"""As the learner and the scorers load a model, as the driver looks at it, and as the learner loads
-a teacher's head.
-"""
+"""How learner and scorers load a model, the driver inspects it, and a teacher's head is loaded."""
 
 
 @pytest.fixture
@@ -34,14 +30,12 @@ def model(tmp_path: Path) -> Path:
 
 
 def rewrite(model: Path, change: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    """Replace tensors of the folder, or remove those that are None; returns what the file holds
-    then.
-    """
+    """Replace tensors of the folder, or remove those that are None; returns the new tensors."""
     file = model / "model.safetensors"
-    tensors = load_file(file) | change
-    kept = {name: t for name, t in tensors.items() if t is not None}
-    save_file(kept, file, metadata={"format": "pt"})
-    return kept
+    changed = load_file(file) | change
+    tensors = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return tensors
 
 
 def set_config(model: Path, **values: object) -> None:
@@ -53,9 +47,9 @@ def set_config(model: Path, **values: object) -> None:
     "name",
     ["model.layers.2.mlp.up_proj.weight", "lm_head.weight", "model.embed_tokens.weight"],
 )
-def test_a_missing_weight_is_refused_by_its_name_and_not_drawn_at_random(model: Path, name: str):
+def test_a_missing_weight_is_refused_by_name_and_not_replaced_at_random(model: Path, name: str):
     rewrite(model, {name: None})
-    # The head alone is loaded without a look at the rest, which the scorer loads.
+    # load_output_head reads no other weight than the head.
     for load in LOADS if name == "lm_head.weight" else LOADS[:2]:
         with pytest.raises(
             ConfigError, match=rf"model\.path=.*: its files lack {name}, which would"
@@ -83,7 +77,7 @@ def test_a_weight_of_another_shape_is_refused(model: Path):
             load(str(model))
 
 
-def test_weights_that_the_config_has_no_place_for_are_named_in_a_warning(
+def test_weights_that_the_config_does_not_describe_are_named_in_a_warning(
     model: Path, caplog: pytest.LogCaptureFixture
 ):
     set_config(model, num_hidden_layers=3)
@@ -91,7 +85,7 @@ def test_weights_that_the_config_has_no_place_for_are_named_in_a_warning(
     assert "model.layers.3." in caplog.text and "and 4 more" in caplog.text
 
 
-def test_looking_at_a_model_changes_no_random_state_and_reads_no_weight(model: Path):
+def test_an_outline_changes_no_random_state_and_reads_no_weight(model: Path):
     before = torch.random.get_rng_state()
     outline = load_outline(str(model))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -99,13 +93,13 @@ def test_looking_at_a_model_changes_no_random_state_and_reads_no_weight(model: P
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_output_head_alone_is_that_of_the_whole_model(tmp_path: Path, tied: bool):
+def test_the_output_head_loaded_alone_is_that_of_the_whole_model(tmp_path: Path, tied: bool):
     folder = str(save_tiny(tmp_path / "model", 0, tied=tied))
     head = load_model(folder).get_output_embeddings().weight
     assert torch.equal(load_output_head(folder, "float32"), head)
 
 
-def test_two_embeddings_that_the_config_calls_one_are_loaded_as_two(model: Path):
+def test_two_different_embeddings_that_the_config_ties_are_loaded_as_two(model: Path):
     set_config(model, tie_word_embeddings=True)
     stored = load_file(model / "model.safetensors")
     assert not torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
@@ -119,7 +113,7 @@ def test_two_embeddings_that_the_config_calls_one_are_loaded_as_two(model: Path)
     assert not is_wrongly_tied(str(model))
 
 
-def test_pickled_weights_are_refused_with_the_way_to_convert_them(model: Path):
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(model: Path):
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     for load in LOADS:
@@ -179,7 +173,7 @@ INDEX = "model.safetensors.index.json"
         ),
     ],
 )
-def test_a_damaged_or_boundless_folder_is_one_sentence(
+def test_a_damaged_or_absurdly_large_folder_is_refused_in_one_sentence(
     model: Path, name: str, content: bytes, sentence: str
 ):
     (model / name).write_bytes(content)
@@ -191,7 +185,7 @@ def test_a_damaged_or_boundless_folder_is_one_sentence(
             load_tokenizer(str(model))
 
 
-def test_a_cut_off_weight_file_is_refused(model: Path):
+def test_a_truncated_weight_file_is_refused(model: Path):
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     for load in LOADS:
@@ -199,15 +193,12 @@ def test_a_cut_off_weight_file_is_refused(model: Path):
             load(str(model))
 
 
-def test_two_sets_of_weights_are_refused_since_engine_and_learner_could_read_different_ones(
-    model: Path,
-):
+def test_two_sets_of_weights_are_refused(model: Path):
+    """Engine and learner could read different ones."""
     weights = load_file(model / "model.safetensors")
     save_file(weights, model / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
-    index = {
-        "metadata": {},
-        "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors"),
-    }
+    weight_map = dict.fromkeys(weights, "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
     (model / INDEX).write_text(json.dumps(index))
     with pytest.raises(
         ConfigError, match=r"two sets of weights, model\.safetensors and the files of"

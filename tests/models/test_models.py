@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from countdown_models import greedy_answers, parser, train
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -20,7 +21,6 @@ from hybridrl.models.loading import (
     resolve,
     stop_token_ids,
 )
-from hybridrl.models.sft import greedy_answers, parser, train
 from hybridrl.models.tiny import CHARACTERS, tiny_model, tiny_tokenizer
 from hybridrl.rewards.countdown import countdown
 from hybridrl.settings.compose import load_config
@@ -40,14 +40,14 @@ def source(tmp_path: Path) -> Path:
 
 
 def accuracy(name: str, num: int) -> float:
+    """The share of the first `num` held-out problems that the model solves greedily."""
     torch.set_num_threads(1)
     equations = Countdown().heldout(num)
-    model, tokenizer = load_model(f"builtin:{name}"), load_tokenizer(f"builtin:{name}")
+    model = load_model(f"builtin:{name}")
+    tokenizer = load_tokenizer(f"builtin:{name}")
     answers = greedy_answers(model, tokenizer, [e.prompt for e in equations])
-    return (
-        sum(countdown(answers, [list(e.numbers) for e in equations], [e.target for e in equations]))
-        / num
-    )
+    numbers = [list(e.numbers) for e in equations]
+    return sum(countdown(answers, numbers, [e.target for e in equations])) / num
 
 
 def test_the_tiny_tokenizer_survives_saving_and_round_trips_every_character(tmp_path: Path) -> None:
@@ -57,15 +57,12 @@ def test_the_tiny_tokenizer_survives_saving_and_round_trips_every_character(tmp_
     ids = tokenizer(CHARACTERS).input_ids
     assert ids == [1, *range(4, 4 + len(CHARACTERS))]
     assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == CHARACTERS
-    assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == (
-        "<pad>",
-        "<bos>",
-        "<eos>",
-    )
+    special = (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token)
+    assert special == ("<pad>", "<bos>", "<eos>")
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
 
 
-def test_the_tiny_model_is_tiny_and_knows_its_end_token() -> None:
+def test_the_tiny_model_is_tiny_and_its_config_names_the_end_token() -> None:
     model = tiny_model(tiny_tokenizer())
     assert 700_000 < sum(p.numel() for p in model.parameters()) < 1_000_000
     assert model.config.eos_token_id == 2 and model.config.vocab_size == len(tiny_tokenizer()) == 23
@@ -82,22 +79,22 @@ def test_a_shipped_model_is_a_small_plain_llama(name: str) -> None:
 
 
 def test_the_shipped_student_is_worse_than_its_teacher_as_the_readme_says() -> None:
-    student, teacher = accuracy("countdown-student", 128), accuracy("countdown-teacher", 128)
-    assert (
-        abs(student - 0.328) < 0.05 and abs(teacher - 0.547) < 0.05
-    )  # assets/README.md; float32 sums may flip a few near-ties
+    student = accuracy("countdown-student", 128)
+    teacher = accuracy("countdown-teacher", 128)
+    # The numbers of assets/README.md; the order of float32 sums may change a few near-ties.
+    assert abs(student - 0.328) < 0.05 and abs(teacher - 0.547) < 0.05
     assert teacher - student > 0.15
 
 
-def test_sft_gives_the_same_weights_for_the_same_arguments() -> None:
+def test_the_script_gives_the_same_weights_for_the_same_arguments() -> None:
     def weights(seed: int) -> dict[str, torch.Tensor]:
-        args = parser().parse_args(
-            ["--out", "unused", "--steps", "2", "--batch", "4", "--seed", str(seed)]
-        )
-        return train(args)[0].state_dict()
+        arguments = ["--out", "unused", "--steps", "2", "--batch", "4", "--seed", str(seed)]
+        return train(parser().parse_args(arguments))[0].state_dict()
 
-    first, again, other = weights(0), weights(0), weights(1)
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    first = weights(0)
+    second = weights(0)
+    other = weights(1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
 
@@ -112,14 +109,13 @@ def test_an_exported_folder_gives_equal_logits_and_the_same_tokenizer(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert loaded.dtype == torch.float32
     assert torch.equal(loaded(IDS).logits, trained(IDS).logits)
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "export")("3 7=21:").input_ids == IDS[0].tolist()
-    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert tokenizer("3 7=21:").input_ids == IDS[0].tolist()
     assert (tmp_path / "export" / "generation_config.json").is_file()
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in (tmp_path / "export").iterdir())
 
 
-def test_an_export_keeps_dtype_and_chat_template_and_replaces_an_older_one(
+def test_an_export_retains_dtype_and_chat_template_and_replaces_an_older_one(
     source: Path, tmp_path: Path
 ) -> None:
     (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
@@ -167,7 +163,7 @@ def test_generation_stops_at_the_end_tokens_of_tokenizer_and_generation_settings
     assert stop_token_ids(str(source), tokenizer) == {2}
 
 
-def test_an_export_of_other_weights_is_refused_and_leaves_nothing_behind(
+def test_an_export_of_other_weights_is_refused_and_writes_nothing(
     source: Path, tmp_path: Path
 ) -> None:
     state = tiny_model(tiny_tokenizer()).state_dict()
@@ -186,7 +182,7 @@ def test_an_export_of_other_weights_is_refused_and_leaves_nothing_behind(
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_path_with_no_model_is_a_config_error_that_names_the_setting(tmp_path: Path) -> None:
+def test_a_path_without_a_model_is_a_config_error_that_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
         match=r"model\.path=builtin:countdown.*must be one of countdown-student, countdown-teacher",
@@ -235,7 +231,7 @@ def test_code_of_a_models_author_is_not_run(source: Path) -> None:
         load_model(str(source))
 
 
-def test_a_converted_model_is_built_once_and_appears_whole(tmp_path: Path) -> None:
+def test_a_converted_model_is_built_once_and_appears_complete(tmp_path: Path) -> None:
     built = []
 
     def build(folder: Path) -> None:
@@ -256,20 +252,20 @@ def test_a_converted_model_is_built_once_and_appears_whole(tmp_path: Path) -> No
 
 
 def test_a_process_that_waited_for_the_conversion_uses_its_result(tmp_path: Path) -> None:
-    looked = threading.Event()
+    checked = threading.Event()
 
     class Watched(type(tmp_path)):  # type: ignore[misc]
         def is_dir(self) -> bool:
-            found = super().is_dir()
-            looked.set()
-            return found
+            exists = super().is_dir()
+            checked.set()
+            return exists
 
     built: list[Path] = []
     folder = Watched(tmp_path / "model")
     waiting = threading.Thread(target=_build_once, args=(folder, built.append))
     with FileLock(f"{folder}.lock"):
         waiting.start()
-        assert looked.wait(timeout=30)
+        assert checked.wait(timeout=30)
         (tmp_path / "model").mkdir()
     waiting.join(timeout=30)
     assert not waiting.is_alive() and built == []

@@ -1,5 +1,7 @@
 """A model is refused unless its logits are its last hidden states times its output embedding."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -9,9 +11,9 @@ from hybridrl.models.output_head import output_weight
 from tests.batch.test_packing import APART, COMMON, LLAMA, TOGETHER, tiny
 
 IDS = torch.tensor([[1, 7, 20, 11]])
-PLAIN = APART | {kind: TOGETHER[kind] for kind in ("opt", "bloom", "mamba", "lfm2")}
-HEADS = LLAMA | {"head_dim": 8}
-BENT = {
+PLAIN: dict[str, Any] = APART | {kind: TOGETHER[kind] for kind in ("opt", "bloom", "mamba", "lfm2")}
+HEADS: dict[str, Any] = LLAMA | {"head_dim": 8}
+NOT_PLAIN: dict[str, Any] = {
     "recurrent_gemma": TOGETHER["recurrent_gemma"],  # soft cap
     "gemma2": HEADS,  # soft cap
     "vaultgemma": HEADS,  # soft cap
@@ -25,13 +27,14 @@ BENT = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", PLAIN)
-def test_a_plain_head_is_let_through_and_the_model_and_the_random_state_stay_as_they_were(
+def test_a_plain_head_passes_and_neither_model_nor_random_state_is_changed(
     kind: str, dtype: torch.dtype
 ):
     if kind == "mamba" and dtype is torch.bfloat16:
-        dtype = torch.float32  # its layers run in float32 on CPU alone
+        dtype = torch.float32  # on the CPU its layers run only in float32
     model = tiny(kind, PLAIN[kind], dtype)
-    before, state = logits(model), torch.random.get_rng_state()
+    before = logits(model)
+    state = torch.random.get_rng_state()
     weight = output_weight(model)
     assert weight is model.get_output_embeddings().weight
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -43,16 +46,14 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return model(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", BENT)
+@pytest.mark.parametrize("kind", NOT_PLAIN)
 def test_a_model_that_changes_its_logits_after_the_head_is_refused(kind: str):
     with pytest.raises(ConfigError, match=r"teachers\.main\.path: .*choose another causal"):
-        output_weight(tiny(kind, BENT[kind], torch.float32), setting="teachers.main.path")
+        output_weight(tiny(kind, NOT_PLAIN[kind], torch.float32), setting="teachers.main.path")
 
 
-def test_a_soft_cap_is_seen_also_where_logits_are_far_below_it():
-    """The logits of a random model are near 0, where the cap of 30 changes them by less than a
-    thousandth.
-    """
+def test_a_soft_cap_is_detected_even_where_logits_are_far_below_it():
+    """Near 0, where a random model's logits are, a cap of 30 changes them by less than 1e-3."""
     model = tiny("gemma2", HEADS, torch.bfloat16)
     with torch.no_grad():
         hidden = model.base_model(input_ids=IDS).last_hidden_state
@@ -63,6 +64,6 @@ def test_a_soft_cap_is_seen_also_where_logits_are_far_below_it():
 
 
 def test_a_scale_of_one_and_no_cap_are_a_plain_head():
-    output_weight(tiny("granite", LLAMA, torch.float32))
+    output_weight(tiny("granite", {**LLAMA}, torch.float32))
     config = AutoConfig.for_model("gemma2", **COMMON, **HEADS, final_logit_softcapping=None)
     output_weight(AutoModelForCausalLM.from_config(config).eval())

@@ -1,4 +1,4 @@
-"""Whether models can be had: on this disk, in the cache, or from a stand-in of the hub."""
+"""Whether models are available: on this disk, in the cache, or on a simulated hub."""
 
 import json
 import threading
@@ -13,7 +13,7 @@ from hybridrl.models.reach import reach
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Knows org/open and org/gated; answers as the hub does."""
+    """A hub with org/open and org/gated, with the answers of the real one."""
 
     def do_GET(self) -> None:
         if self.path.startswith("/api/models/org/open"):
@@ -46,7 +46,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HfApi]:
         server.shutdown()
 
 
-def test_what_is_here_is_reached_without_a_hub(tmp_path: Path):
+def test_a_local_model_or_data_set_is_reached_without_a_hub(tmp_path: Path):
     assert reach("builtin:countdown-student", None).text == "comes with hybridrl"
     (tmp_path / "config.json").write_text("{}")
     assert reach(str(tmp_path), None).text == "is on this disk"
@@ -55,8 +55,8 @@ def test_what_is_here_is_reached_without_a_hub(tmp_path: Path):
 
 
 def test_a_model_on_the_hub_is_reached_at_its_commit(hub: HfApi):
-    found = reach("org/open", None, api=hub)
-    assert found.reached and found.text == "is on the hub, at commit 0123456789ab"
+    result = reach("org/open", None, api=hub)
+    assert result.reached and result.text == "is on the hub, at commit 0123456789ab"
 
 
 @pytest.mark.parametrize(
@@ -67,43 +67,41 @@ def test_a_model_on_the_hub_is_reached_at_its_commit(hub: HfApi):
         ("a/b/c", "is no name on the hub"),
     ],
 )
-def test_a_model_that_cannot_be_had_is_named_with_the_reason(hub: HfApi, path: str, reason: str):
-    found = reach(path, None, api=hub)
-    assert not found.reached and reason in found.text
+def test_an_unavailable_model_is_reported_with_the_reason(hub: HfApi, path: str, reason: str):
+    result = reach(path, None, api=hub)
+    assert not result.reached and reason in result.text
 
 
-def test_a_hub_that_does_not_answer_is_said_so(hub: HfApi):
-    found = reach("org/open", None, api=HfApi(endpoint="http://127.0.0.1:9", token=False))
-    assert not found.reached and "the hub does not answer" in found.text
+def test_a_hub_that_does_not_answer_is_reported(hub: HfApi):
+    result = reach("org/open", None, api=HfApi(endpoint="http://127.0.0.1:9", token=False))
+    assert not result.reached and "the hub does not answer" in result.text
 
 
-def test_a_folder_that_is_no_model_is_not_taken_for_one(tmp_path: Path):
-    found = reach(str(tmp_path), None)
-    assert not found.reached and "holds no config.json" in found.text
+def test_a_folder_without_a_config_is_not_a_model(tmp_path: Path):
+    result = reach(str(tmp_path), None)
+    assert not result.reached and "holds no config.json" in result.text
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])
-def test_what_the_cache_holds_is_reached_without_the_hub(
+def test_a_cached_model_or_data_set_is_reached_without_the_hub(
     hub: HfApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ):
-    """A data set has no config.json; and while the hub is out of order, loading takes the cache
-    too.
-    """
-    repository = tmp_path / f"{kind}s--org--kept"
+    """A data set has no config.json; loading, too, uses the cache while the hub is down."""
+    repository = tmp_path / f"{kind}s--org--cached"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123")
     (repository / "snapshots" / "0123").mkdir(parents=True)
     (repository / "snapshots" / "0123" / "file").write_text("")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    out_of_order = HfApi(endpoint="http://127.0.0.1:9", token=False)
-    found = reach("org/kept", None, api=out_of_order, kind=kind)
-    assert found.reached and "cache here, as the hub does not answer" in found.text
+    unreachable = HfApi(endpoint="http://127.0.0.1:9", token=False)
+    result = reach("org/cached", None, api=unreachable, kind=kind)
+    assert result.reached and "cache here, as the hub does not answer" in result.text
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert reach("org/kept", None, kind=kind).text == "is in the hub's cache here"
+    assert reach("org/cached", None, kind=kind).text == "is in the hub's cache here"
     assert not reach("org/other", None, kind=kind).reached
 
 
-def test_a_token_that_was_stored_by_a_login_counts(
+def test_a_token_that_a_login_stored_is_used(
     hub: HfApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -113,7 +111,7 @@ def test_a_token_that_was_stored_by_a_login_counts(
     assert "with the token at hand" in reach("org/none", None, api=hub).text
 
 
-def test_offline_only_the_cache_counts(monkeypatch: pytest.MonkeyPatch):
+def test_offline_only_the_cache_is_searched(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = reach("org/open", None)
-    assert not found.reached and "HF_HUB_OFFLINE is set" in found.text
+    result = reach("org/open", None)
+    assert not result.reached and "HF_HUB_OFFLINE is set" in result.text

@@ -1,5 +1,6 @@
-"""What comes from the hub comes at the revision that the settings name. The hub is a local server
-that has nothing.
+"""Models and data of the hub are requested at the revision that the settings name.
+
+The hub is a local server that has no files and records the requests.
 """
 
 import os
@@ -8,6 +9,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -23,7 +25,7 @@ HUB = [
     "+teachers.main.revision=t2",
 ]
 
-ASKING = """
+REQUESTS = """
 from contextlib import suppress
 from tests.models.test_revisions import HUB
 from hybridrl.settings.compose import load_config
@@ -37,9 +39,10 @@ from hybridrl.teachers.evidence import Hidden
 from hybridrl.teachers.inbox import TeacherInbox
 import torch
 
-settings = load_config([*HUB, "data.task=records", "data.path=me/rows", "data.heldout_path=me/other", "data.revision=d3"])
+data = ["data.path=me/rows", "data.heldout_path=me/other", "data.revision=d3"]
+settings = load_config([*HUB, "data.task=records", *data])
 device = torch.device("cpu")
-for ask in (
+for request in (
     lambda: check_teachers(settings, tiny_tokenizer()),
     lambda: Scorer(
         settings,
@@ -51,15 +54,19 @@ for ask in (
     lambda: TeacherInbox.load(settings, [Hidden(drawn=False)], device),
     lambda: load_problems(settings.data, 0),
 ):
-    print("asks", flush=True)
+    print("requests", flush=True)
     with suppress(ConfigError, DataError):
-        ask()
+        request()
 """
 
 
 class Hub(BaseHTTPRequestHandler):
+    """Answers each request with 404 and appends its path to `paths`."""
+
+    paths: ClassVar[list[str]] = []
+
     def do_GET(self) -> None:
-        self.server.asked.append(self.path)
+        self.paths.append(self.path)
         self.send_response(404)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -70,9 +77,9 @@ class Hub(BaseHTTPRequestHandler):
         """Nothing is printed."""
 
 
-def test_teachers_and_data_are_asked_for_at_their_revisions(tmp_path: Path):
+def test_teachers_and_data_are_requested_at_their_revisions(tmp_path: Path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.asked = []
+        Hub.paths.clear()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         root = Path(__file__).parent.parent.parent
         hub = {
@@ -81,8 +88,8 @@ def test_teachers_and_data_are_asked_for_at_their_revisions(tmp_path: Path):
             "NO_PROXY": "127.0.0.1",
         }
         env = os.environ | hub | {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(root)}
-        done = subprocess.run(
-            [sys.executable, "-c", ASKING],
+        process = subprocess.run(
+            [sys.executable, "-c", REQUESTS],
             cwd=tmp_path,
             env=env,
             capture_output=True,
@@ -91,17 +98,15 @@ def test_teachers_and_data_are_asked_for_at_their_revisions(tmp_path: Path):
             check=False,
         )
         server.shutdown()
-    assert done.returncode == 0 and done.stdout.count("asks") == 4, done.stderr
-    teacher = [path for path in server.asked if "me/teacher" in path]
-    assert len(teacher) >= 3 and set(teacher) == {"/api/models/me/teacher/revision/t2"}, (
-        "tokenizer, weights and head"
-    )
-    assert next(path for path in server.asked if "me/other" in path).startswith(
-        "/datasets/me/other/resolve/d3/"
-    )
+    assert process.returncode == 0 and process.stdout.count("requests") == 4, process.stderr
+    teacher = [path for path in Hub.paths if "me/teacher" in path]
+    assert len(teacher) >= 3, "tokenizer, weights and head"
+    assert set(teacher) == {"/api/models/me/teacher/revision/t2"}
+    heldout = next(path for path in Hub.paths if "me/other" in path)
+    assert heldout.startswith("/datasets/me/other/resolve/d3/")
 
 
-def test_an_engine_that_serves_a_teacher_has_its_revision_or_the_students():
+def test_an_engine_that_serves_a_teacher_uses_its_revision_or_the_students():
     settings = load_config(HUB)
     assert settings.teacher_model("main") == ModelConfig(path="me/teacher", revision="t2")
     assert load_config([*HUB[:3], "teachers.main.path=null"]).teacher_model("main").revision == "s1"

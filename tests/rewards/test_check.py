@@ -1,4 +1,4 @@
-"""Before any worker starts, each reward function is compared with the columns of the data."""
+"""Each reward function is compared with the columns of the data before any worker starts."""
 
 import logging
 from pathlib import Path
@@ -60,18 +60,19 @@ def check(
         check_columns(pool, prompts, heldout)
 
 
-def test_a_column_that_the_data_lacks_is_named_with_the_columns_that_there_are(
+def test_a_column_that_the_data_lacks_is_named_with_the_columns_of_the_data(
     user_file: Path,
 ) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"reward\.functions\.r\.function=.*:needs: its argument `level` is no column of the data, whose columns are "
-        r"answer, question \(as of train-000000, the first row\); name the data's key for it with '\+data\.columns=\{level: KEY\}'",
+        match=r"reward\.functions\.r\.function=.*:needs: its argument `level` is no column of the "
+        r"data, whose columns are answer, question \(as of train-000000, the first row\); name the "
+        r"data's key for it with '\+data\.columns=\{level: KEY\}'",
     ):
         check(user_file, "needs", prompt("train-000000", answer="21", question="?"))
 
 
-def test_held_out_data_must_have_the_column_too(user_file: Path) -> None:
+def test_the_held_out_data_must_have_the_column_too(user_file: Path) -> None:
     both = prompt("train-000000", answer="21", level=1)
     check(user_file, "needs", both, heldout=(both,))
     with pytest.raises(ConfigError, match=r"`level` is no column .* \(as of heldout-000000"):
@@ -106,7 +107,7 @@ def test_a_column_that_a_batch_lacks_is_passed_as_none(user_file: Path) -> None:
         ),
     ],
 )
-def test_a_function_for_another_framework_is_refused_with_what_to_write(
+def test_a_function_for_another_framework_is_refused_with_a_remedy(
     user_file: Path, function: str, sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
@@ -118,9 +119,8 @@ def test_a_function_that_raises_on_a_first_short_text_is_a_warning(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         check(user_file, "strict", prompt("train-000000"))
-    assert "reward.functions.r failed on train-000000 with the response 'The answer is 42.'" in (
-        caplog.text
-    )
+    warning = "reward.functions.r failed on train-000000 with the response 'The answer is 42.'"
+    assert warning in caplog.text
 
 
 def test_preflight_compares_rewards_and_data(tmp_path: Path, user_file: Path) -> None:

@@ -1,5 +1,6 @@
-"""What a reward function starts, prints and raises does not outlive its call, nor reach a log
-unbounded or unescaped.
+"""Everything that a reward function starts ends with its call or its pool.
+
+Its output and its exceptions reach a log only bounded and escaped.
 """
 
 import os
@@ -34,7 +35,8 @@ def starts(completions, mark, how):
     subprocess.Popen(["setsid", "--fork", "sleep", "1000"])
     subprocess.Popen(["timeout", "1000", "sleep", "1000"])
     subprocess.Popen(["sh", "-c", "trap '' TERM HUP INT; sleep 1000 & sleep 1000 & exit"])
-    subprocess.Popen([sys.executable, "-c", "import os, time\\nwhile True:\\n if os.fork(): os._exit(0)\\n os.setsid()"])
+    chain = "import os, time\\nwhile True:\\n if os.fork(): os._exit(0)\\n os.setsid()"
+    subprocess.Popen([sys.executable, "-c", chain])
     daemon()
     time.sleep(0.3)
     if how[0] == "hangs":
@@ -71,7 +73,8 @@ def raises(completions):
         if c == "long":
             raise ValueError("y" * 100_000_000)
         if c == "terminal":
-            raise ValueError("\\x1b[2J\\x1b]0;owned\\x07\\nERROR forged line\\r\\u202e\\u2028\\ud800")
+            title = "\\x1b[2J\\x1b]0;owned\\x07"
+            raise ValueError(title + "\\nERROR forged line\\r\\u202e\\u2028\\ud800")
         if c == "nameless":
             raise Nameless("a")
         if c == "wide":
@@ -100,9 +103,9 @@ def prints(completions):
 def forges_answers(completions):
     import gc
     from multiprocessing.connection import Connection
-    for found in gc.get_objects():
-        if isinstance(found, Connection) and not found.closed:
-            found.send_bytes(b'{"values": [' + b"[" * 5000)
+    for item in gc.get_objects():
+        if isinstance(item, Connection) and not item.closed:
+            item.send_bytes(b'{"values": [' + b"[" * 5000)
     return [1.0] * len(completions)
 """
 
@@ -120,19 +123,19 @@ def open_pool(user_file: Path, name: str, timeout_s: float = 20.0) -> RewardPool
 
 
 def marked(mark: str) -> list[int]:
-    """The processes that have the mark in their environment."""
-    found = []
+    """The ids of the processes that have the mark in their environment."""
+    pids = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
             if f"HYBRIDRL_TEST_MARK={mark}".encode() in environ.read_bytes().split(b"\0"):
-                found.append(int(environ.parent.name))
+                pids.append(int(environ.parent.name))
         except OSError:  # it has ended meanwhile, or belongs to the kernel
             continue
-    return found
+    return pids
 
 
 def remaining(mark: str) -> list[int]:
-    """Those of `marked` that do not end within 10 s."""
+    """The marked processes that do not end within 10 s."""
     end = time.monotonic() + 10
     while marked(mark) and time.monotonic() < end:
         time.sleep(0.02)
@@ -147,14 +150,12 @@ def remaining(mark: str) -> list[int]:
 def test_sessions_orphans_and_a_chain_of_forks_end_with_the_call_or_with_the_pool(
     user_file: Path, monkeypatch: pytest.MonkeyPatch, how: str, group: str
 ) -> None:
-    if (
-        group == "process by process"
-    ):  # the variable reaches the guard, which is a process of its own
-        monkeypatch.setenv(guard.NO_CONTROL_GROUP, "1")
+    if group == "process by process":
+        monkeypatch.setenv(guard.NO_CONTROL_GROUP, "1")  # the guard, a process, inherits it
     mark = f"{os.getpid()}-{how}-{group}"
     pool = open_pool(user_file, "starts", timeout_s=2.0)
     try:
-        [outcome] = pool.call("starts", {"completions": ["a"], "mark": [mark], "how": [how]})
+        (outcome,) = pool.call("starts", {"completions": ["a"], "mark": [mark], "how": [how]})
         if how == "answers":
             assert outcome == 1.0
             assert len(marked(mark)) >= 6
@@ -175,29 +176,29 @@ calls = {"starts": RewardCall(function=sys.argv[1], options={})}
 pool = RewardPool(calls, processes=1, timeout_s=60, max_timeouts=0.5)
 call = {"completions": ["a"], "mark": [sys.argv[2]], "how": ["answers"]}
 assert pool.call("starts", call) == [1.0]
-for child in multiprocessing.active_children():  # as Ray does with the children of a worker that it kills
+for child in multiprocessing.active_children():  # as Ray kills the children of a worker
     child.kill()
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_nothing_is_left_of_an_owner_that_is_killed_together_with_its_children(
+def test_no_process_remains_of_an_owner_that_is_killed_together_with_its_children(
     user_file: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "owner.py"
     script.write_text(OWNER)
     mark = f"{os.getpid()}-owner"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, script, f"{user_file}:starts", mark],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=60,
         check=False,
     )
-    assert done.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL
     assert remaining(mark) == []
 
 
-def test_no_control_group_is_left_behind(user_file: Path) -> None:
+def test_a_closed_pool_has_removed_its_control_group(user_file: Path) -> None:
     groups = Path("/sys/fs/cgroup")
     before = set(groups.glob("**/hybridrl-reward-*"))
     pool = open_pool(user_file, "exit_zero")
@@ -206,7 +207,7 @@ def test_no_control_group_is_left_behind(user_file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["exit_zero", "closes_everything"])
-def test_a_call_that_ends_its_process_or_its_connection_died_and_does_not_time_out(
+def test_a_call_that_ends_its_process_or_connection_counts_as_died_and_not_as_a_timeout(
     user_file: Path, name: str
 ) -> None:
     pool = open_pool(user_file, name, timeout_s=300.0)
@@ -223,7 +224,7 @@ def test_a_call_that_ends_its_process_or_its_connection_died_and_does_not_time_o
 # -- text ------------------------------------------------------------------------------------------
 
 
-def test_plain_text_is_short_and_has_no_character_that_a_terminal_acts_on() -> None:
+def test_plain_text_is_short_and_has_no_character_that_a_terminal_interprets() -> None:
     assert plain("a\n\x1b[2J\u202eb\ud800") == r"a\n\x1b[2J\u202eb\ud800"
     assert plain("Zürich 東京") == "Zürich 東京"
     assert plain("y" * 1000, limit=50) == "y" * 29 + "... (1000 characters)"
@@ -231,7 +232,7 @@ def test_plain_text_is_short_and_has_no_character_that_a_terminal_acts_on() -> N
     assert plain(plain("\0" * 9999)) == plain("\0" * 9999)
 
 
-def test_an_exception_is_described_although_its_type_and_message_have_code_of_their_own() -> None:
+def test_an_exception_is_described_although_its_type_and_message_run_code() -> None:
     class Mute(Exception):
         def __str__(self) -> str:
             raise SystemExit
@@ -240,12 +241,12 @@ def test_an_exception_is_described_although_its_type_and_message_have_code_of_th
     assert described(ValueError("a\nb")) == r"ValueError: a\nb"
 
 
-def test_what_a_function_raises_arrives_short_and_escaped(user_file: Path) -> None:
+def test_the_text_of_an_exception_arrives_short_and_escaped(user_file: Path) -> None:
     pool = open_pool(user_file, "raises")
     try:
         texts = []
         for completion in ("long", "terminal", "nameless", "wide"):
-            [outcome] = pool.call("raises", {"completions": [completion]})
+            (outcome,) = pool.call("raises", {"completions": [completion]})
             assert isinstance(outcome, Failure) and outcome.kind is FailureKind.raised
             texts.append(outcome.text)
     finally:
@@ -264,22 +265,22 @@ def test_a_value_whose_text_is_long_and_full_of_escapes_is_shown_short_and_escap
 ) -> None:
     pool = open_pool(user_file, "returns_loud")
     try:
-        [outcome] = pool.call("returns_loud", {"completions": ["a"]})
+        (outcome,) = pool.call("returns_loud", {"completions": ["a"]})
     finally:
         pool.close()
     assert isinstance(outcome, Failure) and outcome.kind is FailureKind.invalid
     assert outcome.text.isprintable() and len(outcome.text) < 400
 
 
-def test_what_no_child_would_answer_fails_the_call_and_nothing_else(user_file: Path) -> None:
+def test_a_forged_answer_fails_its_call_and_no_other(user_file: Path) -> None:
     pool = open_pool(user_file, "forges_answers")
     try:
-        [outcome] = pool.call("forges_answers", {"completions": ["a"]})
-        [again] = pool.call("forges_answers", {"completions": ["a"]})
+        (outcome,) = pool.call("forges_answers", {"completions": ["a"]})
+        (second,) = pool.call("forges_answers", {"completions": ["a"]})
     finally:
         pool.close()
     assert isinstance(outcome, Failure) and outcome.kind is FailureKind.died
-    assert isinstance(again, Failure) and again.kind is FailureKind.died
+    assert isinstance(second, Failure) and second.kind is FailureKind.died
 
 
 def printed_by(user_file: Path, name: str) -> list[str]:
@@ -291,7 +292,7 @@ def printed_by(user_file: Path, name: str) -> list[str]:
         "print(pool.call('r', {'completions': ['a']}), flush=True)\n"
         "pool.close()\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -299,10 +300,10 @@ def printed_by(user_file: Path, name: str) -> list[str]:
         timeout=120,
         check=True,
     )
-    return sorted(done.stdout.decode().splitlines())
+    return sorted(process.stdout.decode().splitlines())
 
 
-def test_what_a_function_prints_is_marked_and_escaped_line_by_line(user_file: Path) -> None:
+def test_printed_lines_are_marked_and_escaped(user_file: Path) -> None:
     assert printed_by(user_file, "prints") == [
         "[1.0]",
         "reward function prints: first\\x1b[2J",
@@ -311,7 +312,7 @@ def test_what_a_function_prints_is_marked_and_escaped_line_by_line(user_file: Pa
     ]
 
 
-def test_a_flood_on_stdout_is_cut_and_neither_stops_the_call_nor_fills_a_log(
+def test_a_flood_on_stdout_is_truncated_and_neither_stops_the_call_nor_fills_a_log(
     user_file: Path,
 ) -> None:
     lines = printed_by(user_file, "floods")

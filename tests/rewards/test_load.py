@@ -1,5 +1,6 @@
-"""A reward file behaves as a Python module of its folder: it imports its neighbours, and its own
-processes import it.
+"""A reward file is a Python module of its folder: it imports its neighbours.
+
+Processes that it starts can import it.
 """
 
 import re
@@ -9,14 +10,14 @@ import pytest
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.rewards.check import check_rewards
-from hybridrl.rewards.pool import Outcome, RewardCall, RewardPool
+from hybridrl.rewards.pool import Failure, Outcome, RewardCall, RewardPool
 from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
 
 README = Path(__file__).parent.parent.parent / "hybridrl" / "rewards" / "README.md"
 
 
 def scores(functions: dict[str, str], *completions: str) -> dict[str, list[Outcome]]:
-    """What each function makes of the completions."""
+    """The outcomes of each function on the completions."""
     calls = {name: RewardCall(function=path, options={}) for name, path in functions.items()}
     pool = RewardPool(calls, processes=1, timeout_s=30, max_timeouts=0.5)
     try:
@@ -70,7 +71,7 @@ def test_a_function_may_share_its_work_among_processes_of_its_own(
         pool.close()
 
 
-def test_a_file_imports_its_neighbours_also_when_it_is_called(tmp_path: Path) -> None:
+def test_a_file_imports_its_neighbours_at_loading_and_during_a_call(tmp_path: Path) -> None:
     (tmp_path / "words.py").write_text("LENGTH = 3\n")
     (tmp_path / "later").mkdir()
     (tmp_path / "later" / "__init__.py").write_text("LENGTH = 4\n")
@@ -94,7 +95,7 @@ def test_a_file_runs_once_though_several_of_its_functions_are_used(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["math", "json", "hybridrl", "my-rewards", "rewards.v2"])
-def test_a_file_may_have_the_name_of_another_module_or_none_that_python_can_import(
+def test_a_file_may_have_another_modules_name_or_one_that_python_cannot_import(
     tmp_path: Path, name: str
 ) -> None:
     (tmp_path / f"{name}.py").write_text(
@@ -114,7 +115,7 @@ def test_two_files_of_one_name_in_different_folders_are_two_modules(tmp_path: Pa
     assert scores(functions, "x") == {"a": [0.0], "b": [1.0]}
 
 
-def test_a_neighbour_that_two_folders_have_is_refused_where_one_would_get_the_others(
+def test_neighbours_of_one_name_are_refused_where_a_file_would_import_the_wrong_one(
     tmp_path: Path,
 ) -> None:
     functions = {}
@@ -155,7 +156,7 @@ async def raises(completions):
 """
 
 
-def test_functions_may_be_async_and_keep_their_event_loop_from_call_to_call(tmp_path: Path) -> None:
+def test_functions_may_be_async_and_share_an_event_loop_between_calls(tmp_path: Path) -> None:
     path = tmp_path / "waits.py"
     path.write_text(ASYNC)
     functions = {name: f"{path}:{name}" for name in ("together", "Client", "raises")}
@@ -165,8 +166,8 @@ def test_functions_may_be_async_and_keep_their_event_loop_from_call_to_call(tmp_
         assert pool.call("together", {"completions": ["a", "bb"]}) == [1.0, 2.0]
         assert pool.call("Client", {"completions": ["a"]}) == [1.0]
         assert pool.call("Client", {"completions": ["a"]}) == [1.0]
-        [failure] = pool.call("raises", {"completions": ["a"]})
-        assert failure.text == "KeyError: 'no answer'"
+        (failure,) = pool.call("raises", {"completions": ["a"]})
+        assert isinstance(failure, Failure) and failure.text == "KeyError: 'no answer'"
     finally:
         pool.close()
 
@@ -189,7 +190,7 @@ def test_functions_may_be_async_and_keep_their_event_loop_from_call_to_call(tmp_
         ("import nowhere", r"raised ModuleNotFoundError: No module named 'nowhere'; correct"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_one_short_sentence(
+def test_a_file_that_cannot_be_used_is_refused_in_one_short_sentence(
     tmp_path: Path, source: str, sentence: str
 ) -> None:
     (tmp_path / "mine.py").write_text(source)

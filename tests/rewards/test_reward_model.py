@@ -1,6 +1,4 @@
-"""A reward model after its training: exported with its value head, it scores as the learner did,
-wherever a reward may stand.
-"""
+"""An exported reward model gives the scores of the learner that trained it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +28,8 @@ from hybridrl.weights.hugging_face import checkpoint_tensors, export
 from tests.support.batches import make_batch, make_plan, make_rewards
 from tests.support.graph import save_tiny
 
-BOS, EOS = 1, 2
+BOS = 1
+EOS = 2
 GROUPS = [
     ((BOS, 7, 20, 11, 21), [(7, 16, 11, EOS), (9, EOS)]),
     ((BOS, 6), [(5,), (5, 14, 8, 8, 19, EOS)]),  # one response is a single token, cut there
@@ -44,7 +43,7 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
-    """Of a run that trains a reward model, with random weights."""
+    """The settings of a run that trains a reward model, with random weights."""
     folder = save_tiny(tmp_path_factory.mktemp("source"), 0)
     pairs = ("algorithm=reward_model", "+data.options.responses=pair")
     return load_config(["run.dir=here", "experiment=quickstart", f"model.path={folder}", *pairs])
@@ -52,36 +51,32 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
 
 @pytest.fixture(scope="module")
 def student(settings: RunSettings) -> Student:
-    made = Student(load_model(settings.model.path), head_rule(settings), with_value=True)
+    student = Student(load_model(settings.model.path), head_rule(settings), with_value=True)
     torch.manual_seed(3)
-    torch.nn.init.normal_(made.value_head.weight)
-    return made
+    torch.nn.init.normal_(student.value_head.weight)
+    return student
 
 
 @pytest.fixture(scope="module")
 def exported(
     settings: RunSettings, student: Student, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Through a learner's checkpoint, as `hybridrl export` does it."""
+    """The folder that `hybridrl export` writes from the student's checkpoint."""
     base = tmp_path_factory.mktemp("run")
     weights = {f"model.{name}": p.detach() for name, p in student.body.named_parameters()}
     weights[VALUE_HEAD] = student.value_head.weight.detach()
-    write_fragments(
-        base,
-        0,
-        1,
-        [
-            Fragment(name=n, shape=tuple(w.shape), offset=0, tensors={MASTER: w.flatten()})
-            for n, w in weights.items()
-        ],
-    )
+    fragments = [
+        Fragment(name=name, shape=tuple(weight.shape), offset=0, tensors={MASTER: weight.flatten()})
+        for name, weight in weights.items()
+    ]
+    write_fragments(base, 0, 1, fragments)
     tensors = checkpoint_tensors(base, settings.model, "float32")
     export(tensors, Path(settings.model.path), base / "export")
     return base / "export"
 
 
 def view(student: Student, batch: RolloutBatch) -> LearnerView:
-    """What the learner sees before an update, all sequences in one padded micro-batch."""
+    """The learner's log-probs and values before an update, from one padded micro-batch."""
     micro = collate(unlearned_sequences(batch))
     with torch.no_grad():
         logprobs, values = student(
@@ -103,17 +98,15 @@ def test_the_exported_model_scores_as_the_learner_that_trained_it(student: Stude
     batch = make_batch(GROUPS)
     learned = view(student, batch).values[last_tokens(batch)]
     assert RewardModel(str(exported))(**COLUMNS) == pytest.approx(learned.tolist(), abs=1e-5)
-    assert float(learned.std()) > 0.1, "scores that tell responses apart"
+    assert float(learned.std()) > 0.1, "the scores differ between responses"
 
 
-def test_a_score_does_not_depend_on_the_sequences_beside_it_nor_on_the_last_token(exported: Path):
+def test_a_score_depends_neither_on_the_other_sequences_nor_on_the_last_token(exported: Path):
     model = RewardModel(str(exported))
-    together = model(**COLUMNS)
-    alone = [
-        model([p], [c])[0]
-        for p, c in zip(COLUMNS["prompt_ids"], COLUMNS["completion_ids"], strict=True)
-    ]
-    assert alone == pytest.approx(together, abs=1e-5)
+    prompts = COLUMNS["prompt_ids"]
+    completions = COLUMNS["completion_ids"]
+    separate = [model([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
+    assert separate == pytest.approx(model(**COLUMNS), abs=1e-5)
     assert model([[BOS, 6]], [[5, 14, EOS]]) == model([[BOS, 6]], [[5, 14, 9]])
     assert model([[BOS, 6]], [[5, 14, EOS]]) != model([[BOS, 6]], [[5, 15, EOS]])
 
@@ -125,7 +118,8 @@ def test_bradley_terry_of_the_scores_is_the_loss_of_the_pairs(
     scored = ScoredBatch(
         rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS))
     )
-    chosen, rejected = torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5])
+    chosen = torch.tensor([0, 2, 4])
+    rejected = torch.tensor([1, 3, 5])
     gradient = make_objective(settings).pair_gradient(
         scored, view(student, batch), chosen, rejected
     )
@@ -159,8 +153,8 @@ def test_one_step_along_the_gradient_of_the_pairs_raises_chosen_scores_over_reje
     export({**state, VALUE_HEAD: stepped}, Path(settings.model.path), tmp_path / "export")
     scores = RewardModel(str(tmp_path / "export"))(**COLUMNS)
     gradient_norm = float(learner.value_head.weight.grad.norm())
-    # At 0 each pair's slope is 1/2 over three pairs, so the summed margin of a step is 6 * 0.1 *
-    # |gradient|^2.
+    # At 0 each of the three pairs has slope 1/2 * 1/3, so the step's summed margin is
+    # 6 * 0.1 * |gradient|^2.
     assert sum(scores[i] - scores[i + 1] for i in (0, 2, 4)) == pytest.approx(
         0.6 * gradient_norm**2, rel=1e-4
     )
@@ -187,7 +181,7 @@ def test_a_bfloat16_value_head_is_exported_as_it_was_trained(settings: RunSettin
     assert torch.equal(head, torch.full((1, 128), 0.1).bfloat16().float())
 
 
-def test_engines_find_nothing_but_the_language_model_in_the_folder(exported: Path):
+def test_an_engine_sees_only_the_language_model_in_the_folder(exported: Path):
     assert [path.name for path in exported.glob("*.safetensors")] == ["model.safetensors"]
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in exported.rglob("*"))
 
@@ -222,7 +216,7 @@ def test_a_value_head_of_another_width_is_refused(settings: RunSettings, tmp_pat
         ({}, r"building it raised TypeError: .*missing .* 'path'; correct its options"),
     ],
 )
-def test_a_folder_that_holds_no_reward_model_is_one_sentence(
+def test_a_folder_without_a_reward_model_is_refused_in_one_sentence(
     options: dict[str, str], sentence: str, settings: RunSettings, exported: Path, tmp_path: Path
 ):
     (tmp_path / "value_head").mkdir()
@@ -268,7 +262,7 @@ def test_a_reward_model_with_another_vocabulary_is_refused_before_any_worker_sta
 
 
 class Digits:
-    """Text of the ids as the verifier below reads it."""
+    """Decodes ids as the numbers that the verifier below reads."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         return " ".join(str(i) for i in token_ids if i > EOS or not skip_special_tokens)
@@ -276,14 +270,12 @@ class Digits:
 
 @pytest.fixture(scope="module")
 def worker(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
-    """The verifier first and only watched, the reward model learned from, as RL after a reward
-    model has it.
-    """
+    """A verifier of weight 0 first, then a reward model, as RL with a reward model has them."""
     file = tmp_path_factory.mktemp("verifier") / "verifier.py"
     file.write_text(
         "def short(completions):\n    return [float(len(c) < 4) for c in completions]\n"
     )
-    given = ["run.dir=here", "experiment=quickstart", "reward.timeout_s=60"]
+    base = ["run.dir=here", "experiment=quickstart", "reward.timeout_s=60"]
     first = [
         f"reward.functions.countdown.function={file}:short",
         "+reward.functions.countdown.weight=0",
@@ -292,30 +284,30 @@ def worker(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "+reward.functions.rm.function=reward_model",
         f"+reward.functions.rm.options.path={exported}",
     ]
-    made = RewardWorker(
-        load_config([*given, *first, *second]).reward,
+    worker = RewardWorker(
+        load_config([*base, *first, *second]).reward,
         "digits",
         watch_only=False,
         load=lambda path, revision: Digits(),
     )
-    yield made
-    made.close()
+    yield worker
+    worker.close()
 
 
-def test_the_first_function_judges_and_the_reward_model_is_learned_from(
+def test_the_first_function_measures_accuracy_and_the_reward_model_is_trained_on(
     worker: RewardWorker, exported: Path
 ):
     rewards = worker.score(make_batch(GROUPS), [0.0, 1.0])
     assert rewards.part_names == ("countdown", "rm")
     assert rewards.parts[0].tolist() == [0.0, 1.0, 1.0, 0.0, 1.0, 0.0], (
-        "the row that evaluation takes for accuracy"
+        "the row that evaluation uses for accuracy"
     )
     assert rewards.values.tolist() == pytest.approx(RewardModel(str(exported))(**COLUMNS), abs=1e-5)
     assert np.array_equal(rewards.values, rewards.parts[1])
     assert rewards.keep.all() and not rewards.errors.any()
 
 
-def test_a_folder_without_a_reward_model_is_found_before_any_worker_starts(tmp_path: Path):
+def test_a_folder_without_a_reward_model_is_refused_before_any_worker_starts(tmp_path: Path):
     config = RewardConfig(
         functions={
             "rm": RewardFunctionConfig(function="reward_model", options={"path": str(tmp_path)})

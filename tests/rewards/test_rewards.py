@@ -1,4 +1,4 @@
-"""Reward functions, the pool that kills them, and the worker that turns outcomes into Rewards."""
+"""Reward functions, the pool that runs them, and the worker that makes Rewards of the outcomes."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from hybridrl.settings.choices import OnError
 from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
 from hybridrl.types import FinishReason, Prompt, RolloutBatch, Trajectory
 
-# One file with every misbehaviour: the completion "x" is the culprit, all others are fine.
+# One file with every misbehaviour; the completion "x" triggers it, no other does.
 USER_FILE = """
 import ctypes, multiprocessing, os, re, resource, signal, subprocess, sys, time
 
@@ -60,17 +61,23 @@ def multiplies(completions):
     return [1.0] * len(completions)
 
 def starts_others(completions, how, note):
-    processes = [subprocess.Popen(["sleep", "1000"]), subprocess.Popen(["sh", "-c", "sleep 1000 & wait"])]
+    subprocess.Popen(["sleep", "1000"])
+    subprocess.Popen(["sh", "-c", "sleep 1000 & wait"])
     forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
     forked.start()
     with open(note[0], "w") as file:
         file.write(str(os.getsid(0)))
-    {"hangs": lambda: time.sleep(1000), "regex": lambda: re.match(r"(a+)+$", "a" * 60 + "b"), "dies": lambda: ctypes.string_at(0),
-     "answers": lambda: None}[how[0]]()
+    if how[0] == "hangs":
+        time.sleep(1000)
+    if how[0] == "regex":
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    if how[0] == "dies":
+        ctypes.string_at(0)
     return [1.0] * len(completions)
 
 def core_limits(completions):
-    return [float(resource.getrlimit(resource.RLIMIT_CORE)[1]) for _ in completions]  # not even by raising it
+    hard_limit = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    return [float(hard_limit) for _ in completions]
 
 def crashes(completions):
     if "x" in completions:
@@ -92,7 +99,8 @@ def exits(completions):
     return [1.0] * len(completions)
 
 def odd(completions):
-    return [{"nan": float("nan"), "inf": float("inf"), "none": None, "str": "1", "huge": 1e300}.get(c, True) for c in completions]
+    values = {"nan": float("nan"), "inf": float("inf"), "none": None, "str": "1", "huge": 1e300}
+    return [values.get(c, True) for c in completions]
 
 def short(completions):
     return [1.0] * (len(completions) - ("x" in completions))
@@ -104,14 +112,16 @@ def secrets(completions):
     return [float(sum(name in os.environ for name in c.split())) for c in completions]
 
 def heavy_imports(completions):
-    return [float(sum(m in sys.modules for m in ("torch", "transformers", "ray", "hydra", "pytest"))) for _ in completions]
+    heavy = ("torch", "transformers", "ray", "hydra", "pytest")
+    return [float(sum(name in sys.modules for name in heavy)) for _ in completions]
 
 def pid(completions):
     return [os.getpid() for _ in completions]
 
 class Built:
     def __init__(self, base):
-        self.base, self.calls = base, 0
+        self.base = base
+        self.calls = 0
 
     def __call__(self, completions, base=None):
         self.calls += 1
@@ -138,9 +148,9 @@ def pool(user_file: Path) -> Iterator[RewardPool]:
         if line.startswith("def ")
     ]
     calls = {name: RewardCall(function=f"{user_file}:{name}", options={}) for name in names}
-    opened = RewardPool(calls, processes=1, timeout_s=2.0, max_timeouts=0.5)
-    yield opened
-    opened.close()
+    pool = RewardPool(calls, processes=1, timeout_s=2.0, max_timeouts=0.5)
+    yield pool
+    pool.close()
     for name in variables:
         del os.environ[name]
 
@@ -185,7 +195,7 @@ def test_countdown_gives_one_only_to_an_expression_of_the_given_numbers(
     assert countdown([completion], numbers=[[3, 7, 9]], target=[20]) == [reward]
 
 
-def test_countdown_leaves_out_no_number() -> None:
+def test_countdown_needs_every_number() -> None:
     assert countdown(["4*5", "4*5*1"], numbers=[[4, 5, 1]] * 2, target=[20, 20]) == [0.0, 1.0]
 
 
@@ -194,16 +204,9 @@ def test_countdown_uses_a_number_as_often_as_it_is_given() -> None:
 
 
 def test_countdown_divides_exactly() -> None:
-    assert countdown(
-        ["1/49*49", "8/(3-8/3)", "7/2", "1/(2-2)"],
-        [[49, 1, 49], [3, 3, 8, 8], [7, 2], [1, 2, 2]],
-        [1, 24, 3, 0],
-    ) == [
-        1,
-        1,
-        0,
-        0,
-    ]
+    completions = ["1/49*49", "8/(3-8/3)", "7/2", "1/(2-2)"]
+    numbers = [[49, 1, 49], [3, 3, 8, 8], [7, 2], [1, 2, 2]]
+    assert countdown(completions, numbers, [1, 24, 3, 0]) == [1, 1, 0, 0]
 
 
 def test_countdown_works_from_left_to_right() -> None:
@@ -229,7 +232,7 @@ def test_math_accepts_equal_forms(completion: str, answer: str, reward: float) -
     assert math([completion], answer=[answer]) == [reward]
 
 
-def test_math_refuses_a_reference_that_says_nothing() -> None:
+def test_math_refuses_an_empty_reference() -> None:
     with pytest.raises(ValueError, match="answer=''"):
         math(["1"], answer=[""])
 
@@ -239,7 +242,7 @@ def test_builtin_functions_run_in_a_child() -> None:
     pool = RewardPool(calls, processes=1, timeout_s=30, max_timeouts=0.5)
     entry = {"answer": "-4", "metadata": {"difficulty": {"num_terms": [2, 6]}}}
     completions = ["4 - 1 - 7 = -4", "<answer>-4</answer>", "it is 4", "no number"]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "completions": completions,
         "reasoning_gym_dataset": ["chain_sum"] * 4,
         "reasoning_gym_entry": [entry] * 4,
@@ -255,8 +258,8 @@ def test_builtin_functions_run_in_a_child() -> None:
 # -- the pool --------------------------------------------------------------------------------------
 
 
-def test_a_user_function_gets_the_keywords_that_it_names(pool: RewardPool) -> None:
-    columns = {
+def test_a_user_function_receives_the_keywords_that_it_names(pool: RewardPool) -> None:
+    columns: dict[str, list[Any]] = {
         "completions": ["a", "bc"],
         "prompts": ["p", "q"],
         "completion_ids": [[1], [2, 3]],
@@ -266,7 +269,7 @@ def test_a_user_function_gets_the_keywords_that_it_names(pool: RewardPool) -> No
     assert pool.call("last_id", columns) == [11.0, 23.0]
 
 
-def test_options_are_arguments_of_a_function_and_stand_over_a_column_of_their_name(
+def test_options_are_arguments_and_take_precedence_over_a_column_of_the_same_name(
     user_file: Path,
 ) -> None:
     scaled = {"scaled": RewardCall(function=f"{user_file}:scaled", options={"factor": 3.0})}
@@ -304,7 +307,7 @@ def test_a_class_is_built_once_from_its_options_and_called_with_columns(user_fil
         ("short", FailureKind.invalid),
     ],
 )
-def test_only_the_culprit_fails_and_the_pool_goes_on(
+def test_only_the_sequence_that_causes_a_failure_fails_and_the_pool_works_on(
     pool: RewardPool, name: str, kind: FailureKind
 ) -> None:
     assert kinds(pool.call(name, {"completions": ["a", "x", "b"]})) == [1.0, kind, 1.0]
@@ -312,23 +315,23 @@ def test_only_the_culprit_fails_and_the_pool_goes_on(
 
 
 def of_session(note: Path) -> list[int]:
-    """The processes that run in the session whose number a reward function wrote down; a zombie is
-    none.
-    """
-    found, session = [], note.read_text()
+    """The running processes of the session whose number a reward function wrote to `note`."""
+    pids = []
+    session = note.read_text()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, number = stat.read_text().rpartition(") ")[2].split()[:4]
-        except OSError:  # it ended while we looked
+        except OSError:  # it has ended meanwhile
             continue
         if number == session and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids
 
 
-def none_left(note: Path) -> bool:
-    """Whether they have ended, or end within 10 s: init takes its time over those whose parent was
-    killed with them.
+def all_ended(note: Path) -> bool:
+    """Whether the processes of the session end within 10 s.
+
+    Init may take a while to reap those whose parent was killed with them.
     """
     end = time.monotonic() + 10
     while of_session(note) and time.monotonic() < end:
@@ -337,46 +340,43 @@ def none_left(note: Path) -> bool:
 
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])
-def test_what_a_reward_function_started_ends_with_its_process(
+def test_processes_that_a_reward_function_started_end_with_its_process(
     user_file: Path, tmp_path: Path, how: str
 ) -> None:
     calls = {"starts_others": RewardCall(function=f"{user_file}:starts_others", options={})}
-    pool, note = (
-        RewardPool(calls, processes=1, timeout_s=2.0, max_timeouts=0.5),
-        tmp_path / "session",
-    )
+    pool = RewardPool(calls, processes=1, timeout_s=2.0, max_timeouts=0.5)
+    note = tmp_path / "session"
     try:
         outcomes = pool.call(
             "starts_others", {"completions": ["a"], "how": [how], "note": [str(note)]}
         )
         assert kinds(outcomes) == ["timeout" if how == "hangs" else "died"]
-        assert none_left(note)
+        assert all_ended(note)
     finally:
         pool.close()
 
 
-def test_closing_the_pool_ends_what_a_reward_function_left_running(
+def test_closing_the_pool_ends_processes_that_a_reward_function_did_not_end(
     user_file: Path, tmp_path: Path
 ) -> None:
     calls = {"starts_others": RewardCall(function=f"{user_file}:starts_others", options={})}
-    pool, note = (
-        RewardPool(calls, processes=1, timeout_s=5.0, max_timeouts=0.5),
-        tmp_path / "session",
-    )
+    pool = RewardPool(calls, processes=1, timeout_s=5.0, max_timeouts=0.5)
+    note = tmp_path / "session"
     try:
         assert pool.call(
             "starts_others", {"completions": ["a"], "how": ["answers"], "note": [str(note)]}
         ) == [1.0]
-        assert len(of_session(note)) >= 5, "the child, two it started, one of theirs, one it forked"
+        assert len(of_session(note)) >= 5, "the child, sleep, sh, the sleep of sh, and a fork"
     finally:
         pool.close()
-    assert none_left(note)
+    assert all_ended(note)
 
 
-def test_a_pool_whose_owner_is_killed_leaves_nothing_though_a_call_in_c_holds_the_interpreter(
+def test_a_killed_owners_processes_end_even_while_a_call_in_c_holds_the_interpreter(
     user_file: Path, tmp_path: Path
 ) -> None:
-    note, script = tmp_path / "session", tmp_path / "owner.py"
+    note = tmp_path / "session"
+    script = tmp_path / "owner.py"
     script.write_text(
         "import os, signal, threading, time\n"
         "from pathlib import Path\n"
@@ -392,22 +392,22 @@ def test_a_pool_whose_owner_is_killed_leaves_nothing_though_a_call_in_c_holds_th
         "pool.call('r', {'completions': ['a'], 'how': ['regex'], 'note': [str(note)]})\n"
     )
     root = Path(__file__).parent.parent.parent
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, script],
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(root)},
         timeout=60,
         check=False,
     )
-    assert done.returncode == -signal.SIGKILL
-    assert none_left(note)
+    assert process.returncode == -signal.SIGKILL
+    assert all_ended(note)
 
 
-def test_a_child_leaves_no_core_file(pool: RewardPool) -> None:
+def test_a_child_writes_no_core_file_and_cannot_raise_the_limit(pool: RewardPool) -> None:
     assert pool.call("core_limits", {"completions": ["a"]}) == [0.0]
 
 
-def test_a_relative_file_is_found_from_the_folder_of_the_run_and_reads_its_own_files_there(
+def test_relative_paths_of_a_file_and_in_it_start_at_the_folder_of_the_run(
     user_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -427,7 +427,7 @@ def test_a_relative_file_is_found_from_the_folder_of_the_run_and_reads_its_own_f
         pool.close()
 
 
-def test_a_function_that_always_hangs_is_given_up_after_the_share_that_may_time_out(
+def test_a_function_that_always_hangs_is_not_called_beyond_the_share_that_may_time_out(
     user_file: Path,
 ) -> None:
     pool = RewardPool(
@@ -440,31 +440,29 @@ def test_a_function_that_always_hangs_is_given_up_after_the_share_that_may_time_
         outcomes = pool.call("hangs", {"completions": ["x"] * 8})
         assert kinds(outcomes) == ["timeout"] * 8
         texts = [o.text for o in outcomes if isinstance(o, Failure)]
-        assert ["not run: more than 25% of the batch" in text for text in texts] == [False] * 4 + [
-            True
-        ] * 4  # 2 at once: 2, then 4 > 2
-        assert pool.call("hangs", {"completions": ["x", "b", "b", "b"]})[1:] == [1.0, 1.0, 1.0], (
-            "one culprit does not condemn the rest"
-        )
+        skipped = ["not run: more than 25% of the batch" in text for text in texts]
+        # Two at once: after the first round 2 have timed out, after the second 4 > 0.25 * 8.
+        assert skipped == [False] * 4 + [True] * 4
+        assert pool.call("hangs", {"completions": ["x", "b", "b", "b"]})[1:] == [1.0, 1.0, 1.0]
     finally:
         pool.close()
 
 
-def test_no_task_is_begun_when_the_time_of_a_call_is_over(user_file: Path) -> None:
+def test_no_task_is_started_after_the_time_budget_of_a_call(user_file: Path) -> None:
     calls = {"hangs": RewardCall(function=f"{user_file}:hangs", options={})}
     pool = RewardPool(calls, processes=1, timeout_s=0.5, max_timeouts=1.0, budget_s=0.0)
     try:
         outcomes = pool.call("hangs", {"completions": ["b", "x", "b"]})
-        told = [o.text for o in outcomes if isinstance(o, Failure)]
-        assert told == ["not run: more than 100% of the batch had timed out, or 0 s were over"] * 3
+        texts = [o.text for o in outcomes if isinstance(o, Failure)]
+        assert texts == ["not run: more than 100% of the batch had timed out, or 0 s were over"] * 3
         assert pool.call("hangs", {"completions": ["b", "b", "b"]}) == [1.0, 1.0, 1.0], (
-            "who answers in time is not touched by it"
+            "the first task of a call is always run"
         )
     finally:
         pool.close()
 
 
-def test_what_is_no_finite_number_is_invalid_and_never_zero_and_none_is_no_number(
+def test_anything_but_a_finite_number_is_invalid_and_none_stays_none(
     pool: RewardPool,
 ) -> None:
     outcomes = pool.call("odd", {"completions": ["nan", "inf", "none", "str", "huge", "fine"]})
@@ -472,15 +470,16 @@ def test_what_is_no_finite_number_is_invalid_and_never_zero_and_none_is_no_numbe
     assert kinds(pool.call("no_list", {"completions": ["a", "b"]})) == ["invalid", "invalid"]
 
 
-def test_a_failure_tells_what_was_raised(pool: RewardPool) -> None:
-    [failure] = pool.call("raises", {"completions": ["x"]})
-    assert failure == Failure(kind=FailureKind.raised, text="OwnError: no verdict")
+def test_a_failure_holds_the_text_of_the_exception(pool: RewardPool) -> None:
+    outcomes = pool.call("raises", {"completions": ["x"]})
+    assert outcomes == [Failure(kind=FailureKind.raised, text="OwnError: no verdict")]
 
 
 def test_a_child_killed_between_calls_is_replaced(pool: RewardPool) -> None:
-    [before] = pool.call("pid", {"completions": ["a"]})
+    (before,) = pool.call("pid", {"completions": ["a"]})
+    assert isinstance(before, float)
     os.kill(int(before), signal.SIGKILL)
-    [after] = pool.call("pid", {"completions": ["a"]})
+    (after,) = pool.call("pid", {"completions": ["a"]})
     assert after not in (before, float(os.getpid()))
 
 
@@ -495,15 +494,13 @@ def test_two_children_share_a_batch_in_order(user_file: Path) -> None:
         pool.close()
 
 
-def test_a_child_sees_no_secret_and_imports_nothing_heavy(pool: RewardPool) -> None:
-    assert pool.call("secrets", {"completions": ["SOME_API_KEY hf_token", "PLAIN_SETTING"]}) == [
-        0.0,
-        1.0,
-    ]
+def test_a_child_has_no_secret_and_imports_no_heavy_package(pool: RewardPool) -> None:
+    names = ["SOME_API_KEY hf_token", "PLAIN_SETTING"]
+    assert pool.call("secrets", {"completions": names}) == [0.0, 1.0]
     assert pool.call("heavy_imports", {"completions": ["a"]}) == [0.0]
 
 
-def test_a_child_does_not_run_the_main_script_again(user_file: Path, tmp_path: Path) -> None:
+def test_a_child_does_not_run_the_main_script(user_file: Path, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         "from hybridrl.rewards.pool import RewardCall, RewardPool\n"
@@ -512,14 +509,14 @@ def test_a_child_does_not_run_the_main_script_again(user_file: Path, tmp_path: P
         "RewardPool(calls, processes=1, timeout_s=5, max_timeouts=0.5).close()\n"
     )
     root = Path(__file__).parent.parent.parent
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, script],
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
     )
-    assert (done.stdout, done.returncode) == ("runs as __main__\n", 0)
+    assert (process.stdout, process.returncode) == ("runs as __main__\n", 0)
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -588,12 +585,9 @@ def test_an_option_that_the_function_does_not_take_is_a_config_error(user_file: 
         )
 
 
-def test_good_functions_pass_the_check_and_so_does_none(user_file: Path) -> None:
-    assert (
-        check_rewards(RewardConfig(functions={"a": RewardFunctionConfig(function="countdown")}))
-        is None
-    )
-    assert check_rewards(RewardConfig()) is None
+def test_a_valid_function_and_no_function_at_all_pass_the_check() -> None:
+    check_rewards(RewardConfig(functions={"a": RewardFunctionConfig(function="countdown")}))
+    check_rewards(RewardConfig())
 
 
 # -- the worker ------------------------------------------------------------------------------------
@@ -611,7 +605,7 @@ Open = Callable[..., RewardWorker]
 
 @pytest.fixture
 def open_worker(user_file: Path) -> Iterator[Open]:
-    opened: list[RewardWorker] = []
+    workers: list[RewardWorker] = []
 
     def build(
         on_error: OnError = OnError.drop_group, watch_only: bool = False, **weights: float
@@ -625,22 +619,19 @@ def open_worker(user_file: Path) -> Iterator[Open]:
         config = RewardConfig(
             functions=functions, timeout_s=5.0, on_error=on_error, error_value=-3.0
         )
-        opened.append(
-            RewardWorker(
-                config, "letters", watch_only=watch_only, load=lambda path, revision: Letters()
-            )
+        worker = RewardWorker(
+            config, "letters", watch_only=watch_only, load=lambda path, revision: Letters()
         )
-        return opened[-1]
+        workers.append(worker)
+        return worker
 
     yield build
-    for worker in opened:
+    for worker in workers:
         worker.close()
 
 
 def rollouts(*responses: str) -> RolloutBatch:
-    """Prompts "p0", "p1", ... with K=2 of the responses each, all with numbers [3, 7] and target
-    21.
-    """
+    """Prompts "p0", "p1", ... with 2 of the responses each, numbers [3, 7] and target 21."""
     prompts = [
         Prompt(
             uid=f"p{i}", input_ids=(5, 6), text="3 7=21:", columns={"numbers": [3, 7], "target": 21}
@@ -680,23 +671,19 @@ def test_the_worker_sums_the_functions_by_weight(open_worker: Open) -> None:
 
 def test_the_response_alone_is_scored_without_special_tokens(open_worker: Open) -> None:
     rewards = open_worker(last_id=1.0).score(rollouts("a", "b"), [1.0])
-    assert rewards.values.tolist() == [
-        21.0,
-        21.0,
-    ]  # the ids end with the end token, 0, whatever the text
+    # The ids end with the end token, 0, whatever the text is.
+    assert rewards.values.tolist() == [21.0, 21.0]
 
 
 def test_the_tokens_of_the_prompt_are_a_column(open_worker: Open) -> None:
-    assert open_worker(num_prompt_tokens=1.0).score(
-        rollouts("a", "bcd"), [1.0]
-    ).values.tolist() == [2.0, 2.0]
+    rewards = open_worker(num_prompt_tokens=1.0).score(rollouts("a", "bcd"), [1.0])
+    assert rewards.values.tolist() == [2.0, 2.0]
 
 
-def test_the_worker_tells_how_much_a_response_repeats_itself(open_worker: Open) -> None:
+def test_the_worker_measures_how_much_a_response_repeats_itself(open_worker: Open) -> None:
     rewards = open_worker().score(rollouts("abcabcabc", "ab"), [])
-    assert rewards.repeated[0] == np.float32(
-        3 / 7
-    )  # abca, bcab and cabc come twice among seven, with the end token
+    # Of seven 4-grams, the end token included, abca, bcab and cabc occur twice.
+    assert rewards.repeated[0] == np.float32(3 / 7)
     assert np.isnan(rewards.repeated[1]), "three tokens have no 4-gram"
     assert rewards.compressed[0] > 1, "zlib's header is longer than nine letters"
 
@@ -704,15 +691,12 @@ def test_the_worker_tells_how_much_a_response_repeats_itself(open_worker: Open) 
 def test_without_a_function_every_reward_is_zero(open_worker: Open) -> None:
     worker = open_worker()
     rewards = worker.score(rollouts("a", "b"), [])
-    assert (rewards.part_names, rewards.parts.shape, rewards.values.tolist()) == (
-        (),
-        (0, 2),
-        [0.0, 0.0],
-    )
+    assert rewards.part_names == () and rewards.parts.shape == (0, 2)
+    assert rewards.values.tolist() == [0.0, 0.0]
     worker.ping()
 
 
-def test_drop_group_takes_the_siblings_out_and_invents_no_value(open_worker: Open) -> None:
+def test_drop_group_removes_the_siblings_and_gives_no_value(open_worker: Open) -> None:
     rewards = open_worker(raises=2.0).score(rollouts("a", "b", "x", "c"), [2.0])
     assert rewards.errors.tolist() == [False, False, True, False]
     assert rewards.keep.tolist() == [True, True, False, False]
@@ -729,7 +713,7 @@ def test_value_gives_the_failed_sequence_the_error_value(open_worker: Open) -> N
     assert rewards.keep.all()
 
 
-def test_fail_names_problem_function_and_kind(open_worker: Open) -> None:
+def test_fail_names_the_problem_the_function_and_the_kind_of_failure(open_worker: Open) -> None:
     with pytest.raises(
         RewardError,
         match=r"reward\.functions\.raises failed on p1: raised: OwnError: no verdict; 1 of 4",
@@ -738,18 +722,18 @@ def test_fail_names_problem_function_and_kind(open_worker: Open) -> None:
 
 
 @pytest.mark.parametrize("on_error", OnError)
-def test_a_function_that_only_watches_stops_and_drops_nothing(
+def test_a_failure_of_a_function_of_weight_0_neither_stops_nor_drops_anything(
     open_worker: Open, on_error: OnError
 ) -> None:
     rewards = open_worker(on_error, length=1.0, raises=0.0).score(rollouts("a", "x"), [1.0, 0.0])
     assert rewards.values.tolist() == [1.0, 1.0]
     assert rewards.keep.all()
     assert not rewards.errors.any()
-    assert np.array_equal(rewards.parts, [[1, 1], [1, np.nan]], equal_nan=True)
+    assert np.array_equal(rewards.parts, [[1.0, 1.0], [1.0, np.nan]], equal_nan=True)
 
 
 @pytest.mark.parametrize("on_error", OnError)
-def test_when_nothing_is_learned_from_rewards_a_failure_stops_and_drops_nothing(
+def test_where_rewards_are_only_watched_a_failure_neither_stops_nor_drops_anything(
     open_worker: Open, on_error: OnError
 ) -> None:
     rewards = open_worker(on_error, watch_only=True, length=1.0, raises=2.0).score(
@@ -757,27 +741,23 @@ def test_when_nothing_is_learned_from_rewards_a_failure_stops_and_drops_nothing(
     )
     assert rewards.values.tolist() == [3.0, 1.0]
     assert rewards.keep.tolist() == [True, True]
-    assert rewards.errors.tolist() == [False, True], "and still it is told"
-    assert np.array_equal(rewards.parts, [[1, 1], [1, np.nan]], equal_nan=True)
+    assert rewards.errors.tolist() == [False, True], "the error is still reported"
+    assert np.array_equal(rewards.parts, [[1.0, 1.0], [1.0, np.nan]], equal_nan=True)
 
 
-def test_the_weights_of_the_step_count_not_those_of_the_settings(open_worker: Open) -> None:
+def test_the_weights_of_the_step_are_used_and_not_those_of_the_settings(open_worker: Open) -> None:
     worker = open_worker(length=1.0, raises=2.0)
     assert worker.score(rollouts("a", "bcd"), [10.0, 0.5]).values.tolist() == [10.5, 30.5]
     assert worker.score(rollouts("a", "x"), [1.0, 0.0]).errors.tolist() == [False, True], (
-        "a weight that is 0 now and then still counts"
+        "a function whose scheduled weight is 0 at this step can still cause an error"
     )
 
 
 def test_samples_hold_text_and_reward_and_nan_where_it_failed(open_worker: Open) -> None:
-    worker, batch = open_worker(OnError.value, raises=1.0), rollouts("a", "x")
+    worker = open_worker(OnError.value, raises=1.0)
+    batch = rollouts("a", "x")
     first, second = worker.samples(batch, worker.score(batch, [1.0]), step=4, count=9)
-    assert (first.step, first.uid, first.prompt, first.response, first.reward) == (
-        4,
-        "p0",
-        "3 7=21:",
-        "a",
-        1.0,
-    )
+    assert (first.step, first.uid, first.prompt) == (4, "p0", "3 7=21:")
+    assert (first.response, first.reward) == ("a", 1.0)
     assert second.response == "x"
     assert np.isnan(second.reward)

@@ -1,5 +1,6 @@
-"""What counts as the value of a response: numbers of every library, None for what does not apply,
-never a silent 0.
+"""Which values count as a reward: numbers of every library, and None where nothing applies.
+
+A failure never becomes a silent 0.
 """
 
 import logging
@@ -33,7 +34,7 @@ def test_a_number_of_any_library_is_a_number(value: object, number: float | None
     assert answer_of(lambda: [value], 1, {}) == [number]
 
 
-def test_a_tensor_without_dimensions_is_a_number_and_a_tensor_of_all_is_a_list() -> None:
+def test_a_scalar_tensor_is_a_number_and_a_vector_of_all_values_is_a_list() -> None:
     import torch
 
     assert answer_of(lambda: [torch.tensor(0.5), torch.tensor(True)], 2, {}) == [0.5, 1.0]
@@ -44,19 +45,21 @@ def test_a_tensor_without_dimensions_is_a_number_and_a_tensor_of_all_is_a_list()
     "value",
     [np.float16("inf"), np.float16("nan"), np.array(np.inf), 10**400, np.array([1.0]), "1", 1j],
 )
-def test_what_is_no_finite_number_is_said_to_be_none(value: object) -> None:
-    [reason] = answer_of(lambda: [value], 1, {})
+def test_anything_but_a_finite_number_gets_an_error_text(value: object) -> None:
+    answer = answer_of(lambda: [value], 1, {})
+    assert isinstance(answer, list)
+    reason = answer[0]
     assert isinstance(reason, str) and reason.endswith("must be a finite number")
 
 
 @pytest.mark.parametrize("whole", [{0: 1.0, 1: 2.0}, b"ab", {1.0, 2.0}, "11"])
-def test_a_collection_whose_items_are_no_values_in_order_is_refused(whole: object) -> None:
+def test_a_collection_without_ordered_values_is_refused(whole: object) -> None:
     answer = answer_of(lambda: whole, 2, {})
     assert isinstance(answer, Raised) and answer.wrong_result
     assert answer.text.startswith(f"returned {type(whole).__name__}, must be a list of numbers")
 
 
-def test_a_generator_without_an_end_is_a_wrong_number_of_values() -> None:
+def test_an_endless_generator_returns_the_wrong_number_of_values() -> None:
     def ones() -> Iterator[float]:
         while True:
             yield 1.0
@@ -67,9 +70,9 @@ def test_a_generator_without_an_end_is_a_wrong_number_of_values() -> None:
 
 
 @pytest.mark.parametrize("answer", [None, float("nan"), float("inf"), {"a": 1}, [1], True, ""])
-def test_math_refuses_a_reference_that_is_no_answer(answer: object) -> None:
+def test_math_refuses_a_reference_that_is_neither_text_nor_a_finite_number(answer: object) -> None:
     with pytest.raises(ValueError, match="answer="):
-        math(["1"], answer=[answer])
+        math(["1"], answer=[answer])  # type: ignore[list-item]
 
 
 def test_math_reads_references_that_are_numbers() -> None:
@@ -101,7 +104,7 @@ class Letters:
 
 
 def batch(*responses: str) -> RolloutBatch:
-    """Each response is of a prompt of its own."""
+    """A batch with one prompt for each response."""
     prompts = [
         Prompt(uid=f"p{i}", input_ids=(5, 6), text="?", columns={}) for i in range(len(responses))
     ]
@@ -130,7 +133,7 @@ Score = Callable[..., Rewards]
 def score(tmp_path: Path) -> Iterator[Score]:
     path = tmp_path / "mine.py"
     path.write_text(USER_FILE)
-    opened: list[RewardWorker] = []
+    workers: list[RewardWorker] = []
 
     def run(
         functions: dict[str, float],
@@ -154,11 +157,11 @@ def score(tmp_path: Path) -> Iterator[Score]:
         worker = RewardWorker(
             config, "letters", watch_only=watch_only, load=lambda path, revision: Letters()
         )
-        opened.append(worker)
+        workers.append(worker)
         return worker.score(batch(*responses), list(functions.values()))
 
     yield run
-    for worker in opened:
+    for worker in workers:
         worker.close()
 
 
@@ -181,7 +184,7 @@ def test_a_response_to_which_no_function_applies_is_an_error_and_not_a_reward_of
     )
 
 
-def test_error_value_and_failure_hold_also_where_no_function_applies(score: Score) -> None:
+def test_on_error_decides_about_a_response_to_which_no_function_applies(score: Score) -> None:
     assert score({"numbers": 1.0}, "1", "word", on_error=OnError.value).values.tolist() == [1, -3]
     with pytest.raises(RewardError, match="no reward function applies to p1"):
         score({"numbers": 1.0}, "1", "word", on_error=OnError.fail)
@@ -189,13 +192,13 @@ def test_error_value_and_failure_hold_also_where_no_function_applies(score: Scor
     assert watched.values.tolist() == [1.0, 0.0] and watched.keep.all()
 
 
-def test_a_watched_function_that_does_not_apply_is_no_error(score: Score) -> None:
+def test_a_function_of_weight_0_that_does_not_apply_is_no_error(score: Score) -> None:
     rewards = score({"numbers": 1.0, "nowhere": 0.0}, "1")
     assert rewards.values.tolist() == [1.0] and not rewards.errors.any()
 
 
 @pytest.mark.parametrize(("skip", "ends"), [(True, 0.0), (False, 1.0)])
-def test_a_function_sees_special_tokens_where_it_is_set_to(
+def test_a_function_receives_special_tokens_if_its_setting_says_so(
     score: Score, skip: bool, ends: float
 ) -> None:
     assert score({"marks": 1.0}, "ab", skip_special_tokens=skip).values.tolist() == [ends]

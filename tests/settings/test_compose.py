@@ -1,6 +1,4 @@
-"""Every file in conf/ loads, and every bad setting is answered with one sentence that says what to
-do.
-"""
+"""Every file in conf/ loads, and every bad setting is refused in one sentence with a remedy."""
 
 import math
 import subprocess
@@ -8,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.choices import OnStale, ScheduleKind
@@ -29,7 +27,7 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
-# -- what works ------------------------------------------------------------------------------------
+# -- valid settings --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("experiment", choices("experiment"))
@@ -44,7 +42,7 @@ def test_every_experiment_loads_with_its_own_algorithm(experiment: str):
     assert load_config(["run.dir=here", f"experiment={experiment}"]).model.path
 
 
-def test_every_yaml_file_is_one_of_those_choices():
+def test_every_yaml_file_is_the_root_or_a_choice_of_a_group():
     files = {str(path.relative_to(conf_dir())) for path in conf_dir().rglob("*.yaml")}
     groups = {
         f"{group}/{choice}.yaml"
@@ -54,16 +52,17 @@ def test_every_yaml_file_is_one_of_those_choices():
     assert files == {"config.yaml"} | groups
 
 
-def test_a_pipelined_schedule_is_two_steps_ahead_and_the_default_is_in_step():
+def test_a_pipelined_schedule_runs_two_steps_ahead_and_the_default_none():
     assert load_config(BASE).pipeline.ahead == 0
     ahead = load_config([*BASE, "schedule=pipelined"]).pipeline
     assert (ahead.ahead, ahead.max_staleness, ahead.on_stale) == (2, 2, OnStale.wait)
 
 
-def test_the_presets_are_the_methods_they_are_named_after():
-    def preset(name: str) -> tuple:
-        a = load_config([*BASE, f"algorithm={name}"]).algorithm
-        return a.imitation_weight.value, a.reward_weight.value, a.gamma, a.baseline
+def test_the_presets_have_the_weights_of_the_methods_after_which_they_are_named():
+    def preset(name: str) -> tuple[float, float, float, str]:
+        algorithm = load_config([*BASE, f"algorithm={name}"]).algorithm
+        weights = (algorithm.imitation_weight.value, algorithm.reward_weight.value)
+        return *weights, algorithm.gamma, algorithm.baseline
 
     assert preset("hybrid") == (1.0, 1.0, 0.0, "leave_one_out")
     assert preset("opd_full") == (1.0, 0.0, 0.0, "none")
@@ -92,18 +91,17 @@ def test_overrides_reach_the_typed_settings():
 
 
 def test_pure_distillation_needs_no_reward_and_pure_reinforcement_no_teacher():
-    assert not load_config(
-        [*BASE, "algorithm=opd_full", "~reward.functions.countdown"]
-    ).reward.functions
+    distillation = load_config([*BASE, "algorithm=opd_full", "~reward.functions.countdown"])
+    assert not distillation.reward.functions
     assert not load_config([*BASE, "algorithm=rloo", "~teachers.main"]).teachers
 
 
-def test_a_single_sample_is_fine_without_siblings_to_compare():
+def test_a_single_sample_is_allowed_where_siblings_are_not_compared():
     settings = load_config([*BASE, "train.samples_per_prompt=1", "algorithm.baseline=none"])
     assert settings.train.samples_per_prompt == 1
 
 
-def test_a_config_that_was_loaded_before_leaves_nothing_behind():
+def test_loading_a_config_does_not_affect_the_next_one():
     load_config([*BASE, "train.lr=0.25", "+teachers.b.path=/models/b"])
     settings = load_config(BASE)
     assert settings.train.lr != 0.25 and list(settings.teachers) == ["main"]
@@ -121,7 +119,8 @@ def test_the_written_settings_load_back_to_the_same(monkeypatch: pytest.MonkeyPa
         ]
     )
     text = to_yaml(settings)
-    assert to_settings(OmegaConf.create(text)) == settings
+    composed = OmegaConf.create(text)
+    assert isinstance(composed, DictConfig) and to_settings(composed) == settings
     assert "group: here/g" in text and "${" not in text and "k" * 40 not in text
 
 
@@ -137,17 +136,17 @@ def test_reading_a_config_loads_neither_torch_nor_ray():
         "load_config(['run.dir=here', 'experiment=quickstart']); print(*sorted({'torch', 'ray', "
         "'vllm', 'deepspeed', 'transformers', 'wandb'} & set(sys.modules)))"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent.parent.parent,
         check=True,
     )
-    assert done.stdout.strip() == ""
+    assert process.stdout.strip() == ""
 
 
-# -- what does not ---------------------------------------------------------------------------------
+# -- invalid settings ------------------------------------------------------------------------------
 
 BAD = [
     # keys that do not exist
@@ -412,7 +411,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("overrides", "sentence"), BAD, ids=[overrides for overrides, _ in BAD])
-def test_a_bad_setting_is_answered_with_one_sentence(overrides: str, sentence: str):
+def test_a_bad_setting_is_refused_in_one_sentence(overrides: str, sentence: str):
     with pytest.raises(ConfigError) as caught:
         load_config([*BASE, *overrides.split(" ")])
     message = str(caught.value)
@@ -429,16 +428,14 @@ def test_a_setting_without_default_must_be_given(overrides: list[str], key: str)
     assert str(caught.value) == f"{key} is not set: it has no default; add {key}=... to the command"
 
 
-def test_a_config_error_is_a_value_error_so_the_command_line_can_say_whose_fault_it_is():
+def test_a_config_error_is_a_value_error():
     with pytest.raises(ValueError, match="nan"):
         load_config([*BASE, f"train.lr={math.nan}"])
 
 
 def test_the_longest_silence_is_that_of_the_slowest_kind_of_call():
-    assert DeadlineConfig().longest_silence_s == 1800, "a step of the learner, or a checkpoint"
-    assert DeadlineConfig(learn_s=10, save_s=10, rollout_s=700).longest_silence_s == 700, (
-        "a response"
-    )
+    assert DeadlineConfig().longest_silence_s == 1800, "learn_s and save_s"
+    assert DeadlineConfig(learn_s=10, save_s=10, rollout_s=700).longest_silence_s == 700
 
 
 @pytest.mark.parametrize(
@@ -450,28 +447,24 @@ def test_the_longest_silence_is_that_of_the_slowest_kind_of_call():
         ("train/loss", (50, 0)),
     ],
 )
-def test_the_best_checkpoint_is_chosen_by_what_every_saved_step_has(
+def test_the_best_checkpoint_is_chosen_by_a_metric_of_every_saved_step(
     best: str, every: tuple[int, int]
 ):
-    said = [f"checkpoint.best={best}", f"checkpoint.every={every[0]}", f"eval.every={every[1]}"]
-    settings = load_config(["experiment=quickstart", "run.dir=here", *said])
-    assert (settings.checkpoint.best, settings.checkpoint.every, settings.eval.every) == (
-        best,
-        *every,
-    )
+    save_every, eval_every = every
+    overrides = [
+        f"checkpoint.best={best}",
+        f"checkpoint.every={save_every}",
+        f"eval.every={eval_every}",
+    ]
+    settings = load_config([*BASE, *overrides])
+    assert settings.checkpoint.best == best
+    assert (settings.checkpoint.every, settings.eval.every) == every
 
 
 @pytest.mark.parametrize("every", [0, 20, 100])
 def test_an_evaluation_that_saved_steps_lack_cannot_choose_the_best(every: int):
     with pytest.raises(ConfigError) as caught:
-        load_config(
-            [
-                "experiment=quickstart",
-                "run.dir=here",
-                "checkpoint.best=eval/accuracy",
-                f"eval.every={every}",
-            ]
-        )
+        load_config([*BASE, "checkpoint.best=eval/accuracy", f"eval.every={every}"])
     assert str(caught.value) == (
         f"checkpoint.best=eval/accuracy: is measured at steps divisible by eval.every={every}, "
         "and saved are those by checkpoint.every=50; set eval.every=50"
@@ -488,7 +481,7 @@ def test_an_evaluation_that_saved_steps_lack_cannot_choose_the_best(every: int):
         (["learner.zero_stage=null"], 1),
     ],
 )
-def test_the_zero_stage_follows_the_dtype_unless_it_is_set_and_config_yaml_has_the_number(
+def test_the_zero_stage_follows_the_dtype_unless_it_is_set_and_is_saved(
     overrides: list[str], stage: int
 ):
     settings = load_config([*BASE, *overrides])

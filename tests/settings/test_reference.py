@@ -1,4 +1,4 @@
-"""The page of every setting: complete, and what conf/SETTINGS.md holds."""
+"""The page of every setting is complete and equal to conf/SETTINGS.md."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -43,7 +43,7 @@ class Root:
     section: Section = field(default_factory=Section)
 
 
-def test_settings_are_listed_with_default_and_meaning_also_of_nested_and_named_entries() -> None:
+def test_settings_of_all_levels_are_listed_with_default_and_meaning() -> None:
     words = "`red` (as fire), `blue` (as the sea, far from the shore), `grey`, `green` (as grass)"
     assert list(settings_of(Root)) == [
         Setting(key="section.colour", default="blue", meaning=f"of the walls: {words}"),
@@ -57,11 +57,10 @@ def test_every_setting_of_a_run_is_listed_and_has_a_meaning() -> None:
     listed = list(settings_of(RunSettings))
     assert [s.key for s in listed if not s.meaning or s.meaning.startswith(":")] == []
     names = {s.key.partition(".NAME")[0] for s in listed}
-    leaves = [
-        k for k in known_keys() if not any(other.startswith(f"{k}.") for other in known_keys())
-    ]
+    keys = known_keys()
+    leaves = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     schedules = ("algorithm.imitation_weight.", "algorithm.reward_weight.")
-    assert [k for k in leaves if k not in names and not k.startswith(schedules)] == []
+    assert [key for key in leaves if key not in names and not key.startswith(schedules)] == []
 
 
 def test_a_listing_gets_the_meaning_of_each_setting_above_it() -> None:

@@ -16,7 +16,8 @@ from tests.run_dir.test_directory import start
 QUICKSTART = ["experiment=quickstart", "run.dir=x"]
 
 
-def written(folder: Path, text: str) -> Path:
+def write(folder: Path, text: str) -> Path:
+    """The path of a new file of settings."""
     path = folder / "mine.yaml"
     path.write_text(text)
     return path
@@ -27,14 +28,14 @@ def composed(path: Path, *overrides: str) -> RunSettings:
         return load_config([*base, *overrides])
 
 
-def test_a_file_of_settings_is_worth_the_same_overrides(tmp_path: Path):
+def test_a_file_of_settings_equals_the_same_overrides(tmp_path: Path):
     text = "experiment: quickstart\nalgorithm: grpo\ntrain: {lr: 2.0e-4}\nrun: {dir: x}\n"
-    path = written(tmp_path, text)
+    path = write(tmp_path, text)
     assert composed(path) == load_config([*QUICKSTART, "algorithm=grpo", "train.lr=2e-4"])
 
 
-def test_overrides_of_the_command_line_go_on_top_of_the_file(tmp_path: Path):
-    path = written(tmp_path, "experiment: quickstart\nalgorithm: grpo\ntrain: {lr: 2.0e-4}\n")
+def test_overrides_of_the_command_line_take_precedence_over_the_file(tmp_path: Path):
+    path = write(tmp_path, "experiment: quickstart\nalgorithm: grpo\ntrain: {lr: 2.0e-4}\n")
     expected = load_config([*QUICKSTART, "algorithm=opd", "train.lr=0.5"])
     assert composed(path, "run.dir=x", "algorithm=opd", "train.lr=0.5") == expected
 
@@ -45,13 +46,13 @@ def test_a_file_may_name_teachers_and_rewards_of_its_own_and_read_the_environmen
     monkeypatch.setenv("STUDENT", "some/where")
     text = "model: {path: '${oc.env:STUDENT}'}\nteachers: {big: {path: other}}\nrun: {dir: x}\n"
     rollout = "algorithm: opd\nrollout: {max_new_tokens: 16, max_model_len: 64}\n"
-    settings = composed(written(tmp_path, text + rollout + "data: {task: countdown}\n"))
+    settings = composed(write(tmp_path, text + rollout + "data: {task: countdown}\n"))
     assert settings.model.path == "some/where" and settings.teachers["big"].path == "other"
 
 
-def test_a_file_with_a_defaults_list_is_a_file_of_hydras(tmp_path: Path):
+def test_a_file_with_a_defaults_list_is_passed_to_hydra(tmp_path: Path):
     text = "defaults: [quickstart, {override /algorithm: opd}, _self_]\nrun: {dir: x}\n"
-    path = written(tmp_path, text)
+    path = write(tmp_path, text)
     assert composed(path) == load_config([*QUICKSTART, "algorithm=opd"])
 
 
@@ -68,15 +69,17 @@ def test_a_file_with_a_defaults_list_is_a_file_of_hydras(tmp_path: Path):
         ),
     ],
 )
-def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path: Path, text: str, sentence: str):
+def test_a_file_that_cannot_be_used_is_refused_in_one_sentence(
+    tmp_path: Path, text: str, sentence: str
+):
     with pytest.raises(ConfigError) as raised:
-        composed(written(tmp_path, text))
+        composed(write(tmp_path, text))
     assert sentence in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_run_s_own_config_gives_its_own_settings_again(tmp_path: Path):
+def test_a_saved_config_loads_to_the_same_settings(tmp_path: Path):
     settings = load_config([*QUICKSTART, "algorithm=dpo", "data.system_prompt=null"])
-    path = written(tmp_path, to_yaml(settings))
+    path = write(tmp_path, to_yaml(settings))
     with saved_config(path) as base:
         assert load_config(base) == settings
         assert load_config([*base, "train.steps=7"]).train.steps == 7
@@ -91,15 +94,15 @@ def test_a_run_s_own_config_gives_its_own_settings_again(tmp_path: Path):
         ("defaults: [quickstart]", "defaults is no setting"),
     ],
 )
-def test_a_saved_config_is_data_and_configures_nothing_else(
+def test_a_saved_config_is_data_and_cannot_configure_hydra(
     tmp_path: Path, text: str, sentence: str
 ):
-    with pytest.raises(ConfigError) as raised, saved_config(written(tmp_path, text)):
+    with pytest.raises(ConfigError) as raised, saved_config(write(tmp_path, text)):
         pass
     assert sentence in str(raised.value)
 
 
-def test_a_command_continues_a_run_only_where_it_names_no_settings_of_another(tmp_path: Path):
+def test_a_command_continues_a_run_only_where_it_selects_no_file_of_conf(tmp_path: Path):
     (tmp_path / "config.yaml").write_text("")
     directory = f"run.dir={tmp_path}"
     assert continued_run([directory, "train.steps=3"]) == tmp_path / "config.yaml"
@@ -108,7 +111,7 @@ def test_a_command_continues_a_run_only_where_it_names_no_settings_of_another(tm
     assert continued_run(["run.dir=elsewhere"]) is None and continued_run([]) is None
 
 
-def test_run_dir_alone_continues_the_run_by_its_own_settings(
+def test_run_dir_alone_continues_the_run_with_its_own_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     settings = load_config(["experiment=quickstart", f"run.dir={tmp_path}", "algorithm=opd"])
@@ -121,7 +124,7 @@ def test_run_dir_alone_continues_the_run_by_its_own_settings(
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
 
 
-def test_a_dry_run_shows_what_the_model_will_see_and_writes_nothing(
+def test_a_dry_run_shows_the_models_input_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -146,7 +149,7 @@ def test_a_dry_run_shows_what_the_model_will_see_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_a_dry_run_of_a_wrong_setting_ends_with_its_sentence_and_status_2(
+def test_a_dry_run_of_a_wrong_setting_prints_its_sentence_and_returns_2(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     assert main(["train", *QUICKSTART, "train.stepz=3", "--dry-run"]) == 2
@@ -166,17 +169,23 @@ def test_a_folder_of_settings_and_a_file_work_beside_hydras_flags(
     (tmp_path / "mine/experiment").mkdir(parents=True)
     text = "# @package _global_\ndefaults: [quickstart, _self_]\ntrain: {steps: 3}\n"
     (tmp_path / "mine/experiment/short.yaml").write_text(text)
-    ran: list[RunSettings] = []
+    runs: list[RunSettings] = []
+
+    def record(settings: RunSettings) -> int:
+        runs.append(settings)
+        return 0
+
     arguments = ["--config-dir", str(tmp_path / "mine"), "experiment=short", "run.dir=x"]
-    assert hydra_flags(arguments, lambda settings: ran.append(settings) or 0) == 0
-    with own_file(written(tmp_path, "experiment: quickstart\ntrain: {steps: 4}\n")) as base:
+    assert hydra_flags(arguments, record) == 0
+    with own_file(write(tmp_path, "experiment: quickstart\ntrain: {steps: 4}\n")) as base:
         sweep = [*base, "-m", "run.dir=a,b"]
-        assert hydra_flags(sweep, lambda settings: ran.append(settings) or 0) == 0
-    assert [(s.run.dir, s.train.steps) for s in ran] == [("x", 3), ("a", 4), ("b", 4)]
+        assert hydra_flags(sweep, record) == 0
+    assert [(s.run.dir, s.train.steps) for s in runs] == [("x", 3), ("a", 4), ("b", 4)]
 
 
-def test_version_and_an_unknown_verb_are_answered(capsys: pytest.CaptureFixture):
-    assert main(["--version"]) == 0 and capsys.readouterr().out == f"hybridrl {__version__}\n"
+def test_version_is_printed_and_an_unknown_verb_is_refused(capsys: pytest.CaptureFixture):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hybridrl {__version__}\n"
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "hybridrl: trian: no such verb; did you mean train?\n"
     assert main(["fly"]) == 2

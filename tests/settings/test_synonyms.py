@@ -1,6 +1,4 @@
-"""Settings of TRL, verl and OpenRLHF are answered with ours, short forms are read, and text is
-shown in the right quotes.
-"""
+"""Names of TRL, verl and OpenRLHF lead to ours, short forms are read, and text is quoted right."""
 
 import subprocess
 from pathlib import Path
@@ -18,7 +16,8 @@ from hybridrl.settings.synonyms import SYNONYMS, markdown, synonym_of
 BASE = ["run.dir=here", "experiment=quickstart"]
 
 
-def answer(*overrides: str) -> str:
+def refusal(*overrides: str) -> str:
+    """The error message about the overrides."""
     with pytest.raises(ConfigError) as caught:
         load_config([*BASE, *overrides])
     return str(caught.value)
@@ -45,28 +44,30 @@ def answer(*overrides: str) -> str:
         ("max_new_tokens", "rollout.max_new_tokens"),
     ],
 )
-def test_a_setting_of_another_system_is_answered_with_ours(theirs: str, ours: str):
+def test_a_setting_of_another_system_is_refused_with_ours(theirs: str, ours: str):
     for plus in ("", "+"):
-        said = answer(f"{plus}{theirs}=8")
-        assert f"{theirs}=8: no such setting; did you mean {ours}?" in said and "\n" not in said
+        message = refusal(f"{plus}{theirs}=8")
+        assert f"{theirs}=8: no such setting; did you mean {ours}?" in message
+        assert "\n" not in message
 
 
 @pytest.mark.parametrize("theirs", ["lora.rank", "model.lora_alpha", "rollout.top_p", "ppo_epochs"])
-def test_what_is_not_supported_is_said_to_be_so_with_the_reason(theirs: str):
-    [reason] = [s.note for s in SYNONYMS if s is synonym_of(theirs)]
-    assert answer(f"+{theirs}=8") == f"{theirs}=8: not supported: {reason}"
+def test_an_unsupported_setting_is_refused_with_the_reason(theirs: str):
+    synonym = synonym_of(theirs)
+    assert synonym is not None
+    assert refusal(f"+{theirs}=8") == f"{theirs}=8: not supported: {synonym.note}"
 
 
 def test_every_row_leads_to_a_setting_that_exists_from_one_that_does_not():
-    known = set(known_keys())
+    keys = set(known_keys())
     entries = {
         "teachers.NAME.path",
         "reward.functions.NAME.function",
         "reward.functions.NAME.weight",
     }
-    assert {s.ours for s in SYNONYMS if s.ours} - known <= entries
+    assert {s.ours for s in SYNONYMS if s.ours} - keys <= entries
     assert [s for s in SYNONYMS if not s.names or not (s.ours or s.note)] == []
-    assert known & {name for s in SYNONYMS for name in s.names} == set()
+    assert keys & {name for s in SYNONYMS for name in s.names} == set()
 
 
 def test_the_table_in_the_readme_is_the_table_that_is_used():
@@ -76,7 +77,7 @@ def test_the_table_in_the_readme_is_the_table_that_is_used():
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"),
+    ("flag", "message"),
     [
         (
             "--learning_rate=1e-5",
@@ -87,17 +88,17 @@ def test_the_table_in_the_readme_is_the_table_that_is_used():
         ("--train.lr=3", "a setting is written without dashes: train.lr=3"),
     ],
 )
-def test_a_setting_that_is_written_as_a_flag_is_answered_too(
-    flag: str, said: str, capsys: pytest.CaptureFixture
+def test_a_setting_that_is_written_as_a_flag_is_refused_with_the_right_form(
+    flag: str, message: str, capsys: pytest.CaptureFixture
 ):
     assert main(["train", *BASE, flag, *([] if "=" in flag else ["8"])]) == 2
-    assert capsys.readouterr().err.startswith(f"hybridrl: {flag}: {said}")
+    assert capsys.readouterr().err.startswith(f"hybridrl: {flag}: {message}")
 
 
 # -- short forms -----------------------------------------------------------------------------------
 
 
-def test_a_number_is_a_constant_schedule_whatever_the_preset_has_there():
+def test_a_number_is_a_constant_schedule_and_replaces_that_of_a_preset():
     settings = load_config(
         [
             *BASE,
@@ -114,7 +115,7 @@ def test_a_number_is_a_constant_schedule_whatever_the_preset_has_there():
     assert from_yaml(to_yaml(settings)) == settings
 
 
-def test_a_teacher_a_reward_and_a_list_of_one_are_given_by_one_word():
+def test_a_teacher_a_reward_and_a_list_of_one_can_be_a_single_word():
     settings = load_config(
         [
             *BASE,
@@ -152,12 +153,13 @@ def test_a_teacher_a_reward_and_a_list_of_one_are_given_by_one_word():
     ],
 )
 def test_a_value_of_the_wrong_form_names_its_key_and_shows_the_right_one(override: str, right: str):
-    said = answer(override)
+    message = refusal(override)
     key = override.lstrip("+").partition("=")[0]
-    assert said.startswith(f"{key}=") and right in said and "\n" not in said and len(said) < 240
+    assert message.startswith(f"{key}=") and right in message
+    assert "\n" not in message and len(message) < 240
 
 
-def test_short_forms_work_in_a_file_of_ones_own(tmp_path: Path):
+def test_short_forms_work_in_a_users_own_file(tmp_path: Path):
     file = tmp_path / "mine.yaml"
     file.write_text(
         "experiment: quickstart\nalgorithm: {reward_weight: 2}\nteachers: {ref: initial}\n"
@@ -190,19 +192,19 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_that_hydra_cannot_read_is_shown_in_quotes_that_work_in_a_shell(text: str):
-    shown = quoted(f"data.system_prompt={text}")
-    said = answer(f"data.system_prompt={text}")
-    assert said.endswith(f"as {shown}") and said.startswith(f"data.system_prompt={text}: ")
-    run = subprocess.run(["sh", "-c", f"printf %s {shown}"], capture_output=True, check=True)
-    assert load_config([*BASE, run.stdout.decode()]).data.system_prompt == text
+    word = quoted(f"data.system_prompt={text}")
+    message = refusal(f"data.system_prompt={text}")
+    assert message.endswith(f"as {word}") and message.startswith(f"data.system_prompt={text}: ")
+    shell = subprocess.run(["sh", "-c", f"printf %s {word}"], capture_output=True, check=True)
+    assert load_config([*BASE, shell.stdout.decode()]).data.system_prompt == text
 
 
 @pytest.mark.parametrize(
     "override", ["+data.options={a: <x>}", "+data.options.keys=[<x>]", "train.betas=[0.9"]
 )
-def test_in_a_list_or_mapping_the_texts_are_what_is_quoted(override: str):
-    assert answer(override).endswith("""'...{NAME: "TEXT"}' or '...["TEXT"]'""")
+def test_in_a_list_or_mapping_the_texts_are_to_be_quoted(override: str):
+    assert refusal(override).endswith("""'...{NAME: "TEXT"}' or '...["TEXT"]'""")
 
 
-def test_what_is_no_setting_at_all_is_not_shown_in_quotes():
-    assert answer("train.lr") == "train.lr: not KEY=VALUE as Hydra reads it"
+def test_an_override_without_a_value_is_not_shown_in_quotes():
+    assert refusal("train.lr") == "train.lr: not KEY=VALUE as Hydra reads it"

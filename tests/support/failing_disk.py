@@ -1,4 +1,4 @@
-"""Reads that really fail, for as long as a test wants them to."""
+"""Reads that really fail, for as long as a test needs."""
 
 import os
 import resource
@@ -8,21 +8,23 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def no_more_files() -> Iterator[Callable[[], None]]:
-    """While it lasts, this process has as many files open as it may: every open fails with EMFILE.
-    Yields what ends that.
+    """A context in which every open fails with EMFILE, until the function that it yields is called.
+
+    The process has as many files open as its limit allows.
     """
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, os.listdir("/proc/self/fd")))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
-    held = []
+    descriptors: list[int] = []
+
+    def end() -> None:
+        while descriptors:
+            os.close(descriptors.pop())
+
     try:
         with suppress(OSError):
             while True:
-                held.append(os.open("/dev/null", os.O_RDONLY))
-
-        def end() -> None:
-            while held:
-                os.close(held.pop())
+                descriptors.append(os.open("/dev/null", os.O_RDONLY))
 
         yield end
     finally:

@@ -1,6 +1,4 @@
-"""Workers that fail as they are told; a file of its own, so that their process imports nothing
-heavy.
-"""
+"""Workers that fail on demand, in a file without heavy imports, which their processes load."""
 
 import asyncio
 import os
@@ -11,7 +9,7 @@ from hybridrl.core import failpoints
 
 
 class Failing:
-    """Raises, or ends its process, where it is told to."""
+    """A worker whose constructor raises a given error, and whose methods fail in several ways."""
 
     def __init__(self, error: Exception | None = None) -> None:
         if error is not None:
@@ -21,7 +19,7 @@ class Failing:
         return "here"
 
     def lose_value(self) -> None:
-        """As if the node that kept the result had gone."""
+        """Raise the error of a result whose node has failed."""
         raise ObjectLostError("ab" * 28, None, "")
 
     def take(self, value: object) -> None: ...
@@ -31,12 +29,12 @@ class Failing:
 
 
 class AsyncFailing(Failing):
-    async def ping(self) -> str:
+    async def ping(self) -> str:  # type: ignore[override]
         return "here"
 
 
 class Engine:
-    """In the place of a rollout engine; fails where a failpoint says so."""
+    """A stand-in for a rollout engine, which fails at failpoints."""
 
     def __init__(self, **_: object) -> None: ...
 
@@ -52,7 +50,7 @@ class Engine:
 
 
 class Judge:
-    """In the place of a reward worker."""
+    """A stand-in for a reward worker."""
 
     def __init__(self, **_: object) -> None: ...
 
@@ -61,17 +59,18 @@ class Judge:
 
 
 class Patient:
-    """Its calls wait for one that lets them through."""
+    """A worker whose calls to wait block until go is called."""
 
     def __init__(self) -> None:
-        self.gate, self.through = asyncio.Event(), 0
+        self.gate = asyncio.Event()
+        self.num_finished = 0
 
     async def wait(self) -> None:
         await self.gate.wait()
-        self.through += 1
+        self.num_finished += 1
 
     async def ping(self) -> int:
-        return self.through
+        return self.num_finished
 
     async def go(self) -> None:
         self.gate.set()

@@ -1,6 +1,4 @@
-"""Settings of a run small enough for tests: random tiny models, few prompts, every kind of
-worker.
-"""
+"""Settings of a run that is small enough for tests, with random tiny models and every worker."""
 
 from pathlib import Path
 
@@ -26,8 +24,9 @@ def save_tiny(folder: Path, seed: int, *, tied: bool = True) -> Path:
 
 
 def tiny_overrides(folder: Path) -> list[str]:
-    """A hybrid run of random student and teacher; rewards are all 0 or 1 as chance has it."""
-    student, teacher = save_tiny(folder / "student", 0), save_tiny(folder / "teacher", 1)
+    """Overrides for a hybrid run with a random student and teacher, whose rewards are 0 or 1."""
+    student = save_tiny(folder / "student", 0)
+    teacher = save_tiny(folder / "teacher", 1)
     return [
         f"run.dir={folder / 'run'}",
         "experiment=quickstart",

@@ -1,7 +1,6 @@
-"""Supervised training of the tiny model on solved Countdown problems: it made the shipped student
-and teacher.
+"""Train the tiny models that are shipped in hybridrl/assets on solved Countdown problems.
 
-    python -m hybridrl.models.sft --out runs/teacher --steps 2000
+    python tools/countdown_models.py --out runs/teacher --steps 2000
 
 One process, one thread, float32; the same arguments give the same weights on the same machine.
 """
@@ -15,18 +14,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridrl.data.countdown_puzzles import Countdown, Equation
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 
-NUM_HELDOUT = 512  # kept out of training, as by data.num_heldout's default
-IGNORED = -100  # the label that cross_entropy skips
+NUM_HELDOUT = 512  # excluded from training; the default of data.num_heldout
+IGNORED = -100  # the label that cross_entropy ignores
 
 
 def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Cross-entropy of the solution and its end token, given the prompt; AdamW, linear warm-up,
-    cosine to lr_end.
+    """Minimise the cross-entropy of the solution and its end token, given the prompt.
+
+    AdamW with a linear warm-up and a cosine down to args.lr_end.
     """
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -65,9 +66,7 @@ def greedy_answers(
     prompts: Sequence[str],
     max_new_tokens: int = 16,
 ) -> list[str]:
-    """The most likely answers, without special tokens; one that did not end within max_new_tokens
-    is cut there.
-    """
+    """The most likely answers without special tokens, truncated after max_new_tokens."""
     batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
     with torch.no_grad():
         output = model.eval().generate(
@@ -76,43 +75,34 @@ def greedy_answers(
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )
-    return tokenizer.batch_decode(
-        output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    answers = output[:, batch["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def _lr(step: int, args: argparse.Namespace) -> float:
-    warm = min(1.0, (step + 1) / max(1, args.warmup))
-    return warm * (
-        args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-    )
+    warmup = min(1.0, (step + 1) / max(1, args.warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
+    return warmup * (args.lr_end + (args.lr - args.lr_end) * cosine)
 
 
 def _batch(
     equations: Sequence[Equation], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, Tensor]:
-    """input_ids, labels: [B, T] int64, padded on the right; labels are IGNORED on prompts and
-    padding.
-    """
-    rows, labels = [], []
+    """Right-padded input_ids and labels, each [B, T] int64; prompts and padding are IGNORED."""
+    rows = []
+    labels = []
     for equation in equations:
         prompt = tokenizer(equation.prompt)["input_ids"]
-        answer = [
-            *tokenizer(equation.solution, add_special_tokens=False)["input_ids"],
-            tokenizer.eos_token_id,
-        ]
+        solution = tokenizer(equation.solution, add_special_tokens=False)["input_ids"]
+        answer = [*solution, tokenizer.eos_token_id]
         rows.append(torch.tensor(prompt + answer))
         labels.append(torch.tensor([IGNORED] * len(prompt) + answer))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id), pad(
-        labels, batch_first=True, padding_value=IGNORED
-    )
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    return input_ids, pad_sequence(labels, batch_first=True, padding_value=IGNORED)
 
 
 def parser() -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(
-        prog="python -m hybridrl.models.sft", description="Supervised training of the tiny model."
-    )
+    arguments = argparse.ArgumentParser(description="Supervised training of the tiny model.")
     arguments.add_argument(
         "--out", type=Path, required=True, help="the Hugging Face folder to write"
     )
@@ -120,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--batch", type=int, default=128, help="problems a step")
     arguments.add_argument("--lr", type=float, default=1e-3)
     arguments.add_argument(
-        "--lr-end", type=float, default=0.0, help="where the cosine ends; equal to --lr: constant"
+        "--lr-end", type=float, default=0.0, help="last learning rate; equal to --lr: constant"
     )
     arguments.add_argument("--warmup", type=int, default=100, help="steps")
     arguments.add_argument("--weight-decay", type=float, default=0.1)
