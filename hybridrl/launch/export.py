@@ -17,13 +17,19 @@ from hybridrl.run_dir.checkpoint import (
 )
 from hybridrl.run_dir.directory import check_no_links, read_settings
 from hybridrl.settings.run import DTYPES, RunSettings
-from hybridrl.weights.hugging_face import TEMPLATE, export, master_weights
+from hybridrl.weights.hugging_face import TEMPLATE, checkpoint_tensors, export
+from hybridrl.weights.parameters import WeightsKind, weights_kind
 
 BEST = "best"
 
 
 def export_checkpoint(
-    source: Path, folder: Path | None = None, *, step: str | None = None, dtype: str | None = None
+    source: Path,
+    folder: Path | None = None,
+    *,
+    step: str | None = None,
+    dtype: str | None = None,
+    kind: WeightsKind | None = None,
 ) -> Path:
     """Write what the learner itself would export at that step; returns the folder.
 
@@ -34,6 +40,7 @@ def export_checkpoint(
         step: which checkpoint of the run: a number, or "best" by checkpoint.best; None: the newest
             that is sound.
         dtype: of the written weights, float32 or bfloat16; None: model.dtype.
+        kind: the class of student weights that was trained; None: the one of the run's settings.
 
     Raises:
         RunDirectoryError: `source` holds no run, or a part of it is a link.
@@ -68,7 +75,9 @@ def export_checkpoint(
         name += f"-{dtype}"
     target = folder or run_dir / "export" / name
     model = resolve(settings.model.path, settings.model.revision, files=TEXT_FILES)
-    export(master_weights(checkpoint.folder, dtype), model, target, run_dir / TEMPLATE)
+    kind = kind or weights_kind(settings)
+    tensors = checkpoint_tensors(checkpoint.folder, settings.model, dtype, kind=kind)
+    export(tensors, model, target, run_dir / TEMPLATE, kind=kind)
     return target
 
 

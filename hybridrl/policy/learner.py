@@ -31,14 +31,14 @@ from hybridrl.batch.micro_batch import (
 )
 from hybridrl.batch.packing import check_packing
 from hybridrl.core import failpoints
-from hybridrl.core.errors import CheckpointError, ConfigError, NonFiniteError, SkippedStep
+from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
 from hybridrl.models.decoder_layers import attends_plainly, compile_layers
-from hybridrl.models.loading import VALUE_HEAD, load_model, resolve
+from hybridrl.models.loading import load_model
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, LearnerView, assign_credit
 from hybridrl.objectives.head_rule import head_rule
 from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
-from hybridrl.policy.optimizer_state import check_finite, check_model, load_part, local_fragments
+from hybridrl.policy.optimizer_state import OptimizerState
 from hybridrl.policy.statistics import (
     Tally,
     batch_metrics,
@@ -48,7 +48,7 @@ from hybridrl.policy.statistics import (
     remedy,
 )
 from hybridrl.policy.student import HeadInputs, Look, Student
-from hybridrl.run_dir.saved_file import seal
+from hybridrl.policy.weight_publisher import WeightPublisher
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.inbox import TeacherInbox
 from hybridrl.types import (
@@ -62,9 +62,7 @@ from hybridrl.types import (
     UpdatePlan,
     WeightManifest,
 )
-from hybridrl.weights.fragments import MASTER, MOMENTS, PARTS, FragmentReader, write_fragments
-from hybridrl.weights.hugging_face import TEMPLATE, export
-from hybridrl.weights.stream import WeightStream
+from hybridrl.weights.parameters import WeightsKind, train_only, weights_kind
 
 
 class Learner:
@@ -73,8 +71,18 @@ class Learner:
     """
 
     def __init__(
-        self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str
+        self,
+        settings: RunSettings,
+        *,
+        rank: int,
+        master: tuple[str, int],
+        device: str,
+        weights: WeightsKind | None = None,
     ) -> None:
+        """
+        Args:
+            weights: the class of student weights to train; None: the one that the settings name.
+        """
         self.settings, self.rank, self.world = settings, rank, settings.learner.ranks
         self.device = torch.device(device)
         os.environ |= {
@@ -103,20 +111,15 @@ class Learner:
                 head_rule(settings),
                 with_value=make_objective(settings).needs.learner_values,
             )
-        self.parameters = dict(self.model.named_parameters())  # by the names that checkpoints use
-        if student.value_head is not None:
-            self.parameters[VALUE_HEAD] = student.value_head.weight
-        train = settings.train
-        # fused: one pass over the memory, where the default makes one for each of its operations
-        optimizer = torch.optim.AdamW(
-            student.parameters(),
-            lr=train.lr,
-            betas=tuple(train.betas),
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
+        self.weights_kind = weights or weights_kind(settings)
+        value_head = None if student.value_head is None else student.value_head.weight
+        self.weights = self.weights_kind(self.model, value_head)
+        optimizer = adam(train_only(self.weights, student), settings)
         self.engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
-        self.stream = WeightStream(self.model, self._gather)
+        self.publisher = WeightPublisher(self.weights, self._gather, rank=rank)
+        self.state = OptimizerState(
+            self.weights.saved(), self.engine.optimizer, self._step_without_moving
+        )
         self.optimizer_steps = 0
         self.configure(settings)
         if settings.train.packing:
@@ -386,69 +389,47 @@ class Learner:
         """The student's weights in its own dtype; rank 0 returns them, the others only help to
         gather.
         """
-        if self.rank == 0:
-            return self.stream.pack(version)
-        for _ in self.stream:
-            pass
-        return None, None
+        return self.publisher.pack(version)
 
     def connect_engines(
         self, backend: str, master: tuple[str, int], call: Callable, num_engines: int
     ) -> None:
         """Open vLLM's own nccl or ipc channel to the engines; every rank calls it, rank 0 sends."""
-        from hybridrl.weights.vllm_transfer import EngineClient, trainer_engine
-
-        client = EngineClient(call, num_engines, self.settings.rollout.tensor_parallel)
-        self.sender = trainer_engine(backend, self.rank, master, client, self.stream)
+        self.publisher.connect(
+            backend,
+            master,
+            call,
+            num_engines=num_engines,
+            tensor_parallel=self.settings.rollout.tensor_parallel,
+        )
 
     def send_weights(self) -> int:
         """Push the weights through that channel; when every engine has loaded them, returns the
-        bytes that each one got.
+        bytes that each one received.
         """
-        self.sender.send_weights()
-        return self.stream.nbytes
+        return self.publisher.send()
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder (rank 0), with its value head where the run
         has one.
         """
-        state: dict[str, Tensor] = {}
-        for name, weight in self.stream:
-            if self.rank == 0 and name in self.parameters:  # without the repeated tied head
-                state[name] = weight.cpu().clone()
-        if VALUE_HEAD in self.parameters:
-            with self._gather([self.parameters[VALUE_HEAD]]):
-                state[VALUE_HEAD] = self.parameters[VALUE_HEAD].detach().cpu().clone()
-        if self.rank == 0:
-            export(
-                state,
-                resolve(self.settings.model.path, self.settings.model.revision),
-                Path(folder),
-                Path(self.settings.run.dir).expanduser() / TEMPLATE,
-            )
+        self.publisher.export(self.settings, Path(folder), self.weights_kind)
 
     # -- checkpoint --------------------------------------------------------------------------------
 
     def state_bytes(self) -> int:
         """What save_state will write on this rank, headers aside."""
-        return sum(
-            t.nbytes for f in local_fragments(self.parameters, [MASTER]) for t in f.tensors.values()
-        ) * len(PARTS)
+        return self.state.nbytes()
 
     def save_state(self, folder: str) -> list[SavedFile]:
-        """This rank's pieces of the fp32 master weights and Adam moments, into a file of its own.
+        """Write this rank's pieces of the fp32 master weights and Adam moments into a file of its
+        own.
 
         Raises:
             NonFiniteError: one of them is NaN or infinite.
             CheckpointError: the file cannot be written.
         """
-        fragments = local_fragments(self.parameters)
-        check_finite(fragments)
-        path = write_fragments(Path(folder), self.rank, self.world, fragments)
-        try:
-            return [seal(path)]
-        except OSError as error:
-            raise CheckpointError(f"{path}: not on disk: {error}") from error
+        return [self.state.save(Path(folder))]
 
     def load_state(self, folder: str, optimizer_steps: int) -> None:
         """The inverse of save_state, from any number of ranks and any ZeRO stage. The files were
@@ -457,14 +438,7 @@ class Learner:
         Raises:
             CheckpointError: a file is missing or is none of ours, or the state is another model's.
         """
-        reader = FragmentReader(Path(folder))
-        check_model(self.parameters, reader, Path(folder), self.settings.model.path)
-        load_part(self.parameters, reader, MASTER)
-        self._step_without_moving()
-        for moment in MOMENTS:
-            load_part(self.parameters, reader, moment)
-        for state in self.engine.optimizer.optimizer.state.values():
-            state["step"] = torch.full_like(state["step"], optimizer_steps)
+        self.state.load(Path(folder), optimizer_steps, self.settings.model.path)
         self.optimizer_steps = optimizer_steps
 
     def _step_without_moving(self) -> None:
@@ -512,6 +486,18 @@ def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.devi
         device.type == "cpu" and settings.learner.zero_stage < 3
     ):  # 3 exchanges parameters inside of layers
         compile_layers(model, tokens=tokens, packed=train.packing, learns=True)
+
+
+def adam(parameters: Sequence[nn.Parameter], settings: RunSettings) -> torch.optim.AdamW:
+    train = settings.train
+    first, second = train.betas
+    return torch.optim.AdamW(
+        parameters,
+        lr=train.lr,
+        betas=(first, second),
+        weight_decay=train.weight_decay,
+        fused=True,  # one pass over the memory, where the default makes one for each operation
+    )
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -1,6 +1,9 @@
-"""What this rank holds of the fp32 weights and Adam's moments, whichever ZeRO stage laid it out."""
+"""The optimizer's state of one rank: its pieces of the fp32 master weights and of Adam's moments,
+whichever ZeRO stage laid them out.
+"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,12 +17,85 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from hybridrl.core.errors import CheckpointError, NonFiniteError
-from hybridrl.weights.fragments import MASTER, PARTS, Fragment, FragmentReader
+from hybridrl.run_dir.saved_file import seal
+from hybridrl.types import SavedFile
+from hybridrl.weights.fragments import (
+    MASTER,
+    MOMENTS,
+    PARTS,
+    Fragment,
+    FragmentReader,
+    write_fragments,
+)
+from hybridrl.weights.library_internals import (
+    ZeroOptimizer,
+    fragment_span,
+    fragment_values,
+    is_sharded,
+    set_adam_steps,
+    whole_shape,
+)
+
+Parameters = Mapping[str, nn.Parameter]
 
 
-def local_fragments(
-    parameters: Mapping[str, nn.Parameter], parts: Sequence[str] = PARTS
-) -> list[Fragment]:
+class OptimizerState:
+    """Saves and loads this rank's share of the optimizer's state. Every rank has a file of its own.
+
+    Args:
+        parameters: those whose fragments a checkpoint holds, StudentWeights.saved().
+        optimizer: DeepSpeed's, which steps them.
+        step_in_place: takes an optimizer step that moves nothing. DeepSpeed creates Adam's moments
+            in its first step, and copies the master weights to those of the forward pass in each.
+    """
+
+    def __init__(
+        self, parameters: Parameters, optimizer: ZeroOptimizer, step_in_place: Callable[[], None]
+    ) -> None:
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.step_in_place = step_in_place
+
+    def nbytes(self) -> int:
+        """What `save` will write on this rank, headers aside."""
+        masters = local_fragments(self.parameters, [MASTER])
+        return sum(t.nbytes for f in masters for t in f.tensors.values()) * len(PARTS)
+
+    def save(self, folder: Path) -> SavedFile:
+        """Write this rank's pieces into a file of its own.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite.
+            CheckpointError: the file cannot be written.
+        """
+        fragments = local_fragments(self.parameters)
+        check_finite(fragments)
+        path = write_fragments(folder, dist.get_rank(), dist.get_world_size(), fragments)
+        try:
+            return seal(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: not on disk: {error}") from error
+
+    def load(self, folder: Path, steps: int, model: str) -> None:
+        """The inverse of `save`, from any number of ranks and any ZeRO stage.
+
+        Args:
+            steps: how many steps the optimizer had taken.
+            model: what an error calls the student's model, model.path.
+
+        Raises:
+            CheckpointError: a file is missing or is none of ours, or the state is another model's.
+        """
+        reader = FragmentReader(folder)
+        check_model(self.parameters, reader, folder, model)
+        load_part(self.parameters, reader, MASTER)
+        self.step_in_place()
+        for moment in MOMENTS:
+            load_part(self.parameters, reader, moment)
+        set_adam_steps(self.optimizer, steps)
+
+
+def local_fragments(parameters: Parameters, parts: Sequence[str] = PARTS) -> list[Fragment]:
     """This rank's pieces, as views where the optimizer's own memory is on CPU; parameters it holds
     nothing of are left out.
     """
@@ -34,7 +110,7 @@ def local_fragments(
     return found
 
 
-def load_part(parameters: Mapping[str, nn.Parameter], reader: FragmentReader, part: str) -> None:
+def load_part(parameters: Parameters, reader: FragmentReader, part: str) -> None:
     """Overwrite this rank's pieces of one part with the saved ones."""
     for name, parameter in parameters.items():
         offset, length = span(parameter)
@@ -42,9 +118,7 @@ def load_part(parameters: Mapping[str, nn.Parameter], reader: FragmentReader, pa
             set_local_values(parameter, part, reader.read(part, name, offset, length))
 
 
-def check_model(
-    parameters: Mapping[str, nn.Parameter], reader: FragmentReader, folder: Path, model: str
-) -> None:
+def check_model(parameters: Parameters, reader: FragmentReader, folder: Path, model: str) -> None:
     """A state may hold more, as a value head that the algorithm no longer asks for.
 
     Raises:
@@ -76,39 +150,28 @@ def check_finite(fragments: Sequence[Fragment]) -> None:
 
 
 # -- the two layouts -------------------------------------------------------------------------------
-# ZeRO 3 gives rank r elements r*s ... (r+1)*s-1 of every parameter, s = ceil(size / ranks); the
-# last are padding. ZeRO 1 and 2 cut all parameters, laid end to end, into one stretch a rank: a
-# rank holds some of them whole, at most two in part, and most not at all. DeepSpeed keeps where in
-# `_hp_mapping`, None where a rank holds nothing.
+# ZeRO-3 gives rank r elements r*s ... (r+1)*s-1 of every parameter, s = ceil(size / ranks); the
+# last are padding. ZeRO-1 and ZeRO-2 cut all parameters, laid end to end, into one stretch a rank:
+# a rank holds some of them whole, at most two in part, and most not at all.
 
 
 def span(parameter: nn.Parameter) -> tuple[int, int]:
     """(offset, length) of what this rank holds of the flattened parameter."""
-    if is_sharded(parameter):
-        share = safe_get_local_fp32_param(parameter).numel()
-        offset = min(dist.get_rank() * share, parameter.ds_numel)
-        return offset, min(share, parameter.ds_numel - offset)
-    mapping = parameter._hp_mapping
-    return (
-        (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
-        if mapping
-        else (0, 0)
-    )
-
-
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(parameter.ds_shape if is_sharded(parameter) else parameter.shape)
+    if not is_sharded(parameter):
+        return fragment_span(parameter)
+    size = prod(whole_shape(parameter))
+    share = safe_get_local_fp32_param(parameter).numel()
+    offset = min(dist.get_rank() * share, size)
+    return offset, min(share, size - offset)
 
 
 def local_values(parameter: nn.Parameter, part: str) -> Tensor:
     """[at least length] float32, padding included."""
-    if is_sharded(parameter):
-        return (
-            safe_get_local_fp32_param(parameter)
-            if part == MASTER
-            else safe_get_local_optimizer_state(parameter, part)
-        )
-    return parameter._hp_mapping.get_hp_fragment(None if part == MASTER else part)
+    if not is_sharded(parameter):
+        return fragment_values(parameter, None if part == MASTER else part)
+    if part == MASTER:
+        return safe_get_local_fp32_param(parameter)
+    return safe_get_local_optimizer_state(parameter, part)
 
 
 def set_local_values(parameter: nn.Parameter, part: str, values: Tensor) -> None:
@@ -122,8 +185,3 @@ def set_local_values(parameter: nn.Parameter, part: str, values: Tensor) -> None
         safe_set_local_fp32_param(parameter, padded)
     else:
         safe_set_local_optimizer_state(parameter, padded, part)
-
-
-def is_sharded(parameter: nn.Parameter) -> bool:
-    """By ZeRO 3."""
-    return hasattr(parameter, "ds_id")

@@ -19,6 +19,7 @@ from hybridrl.kernels.head import (
 from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.models.output_head import output_weight
+from hybridrl.weights.library_internals import whole_shape
 
 
 class Look(StrEnum):
@@ -88,7 +89,7 @@ class Student(nn.Module):
         self.value_head: nn.Linear | None = None  # None: no objective of this run looks at values
         if with_value:
             # Under ZeRO 3 the weight is partitioned already and has no shape of its own.
-            _, width = getattr(self.head.weight, "ds_shape", self.head.weight.shape)
+            _, width = whole_shape(self.head.weight)
             self.value_head = nn.Linear(width, 1, bias=False, dtype=self.head.weight.dtype)
             nn.init.zeros_(self.value_head.weight)
 

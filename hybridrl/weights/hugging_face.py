@@ -1,5 +1,6 @@
 """A trained model as a Hugging Face folder that transformers, vLLM and `vllm serve` load."""
 
+import copy
 import json
 import os
 import shutil
@@ -14,9 +15,24 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hybridrl.core.errors import CheckpointError
-from hybridrl.models.loading import TEXT_FILES, VALUE_HEAD, VALUE_HEAD_FILE, weight_name
+from hybridrl.models.loading import (
+    TEXT_FILES,
+    VALUE_HEAD,
+    VALUE_HEAD_FILE,
+    load_model,
+    resolve,
+    weight_name,
+)
+from hybridrl.settings.run import ModelConfig
 from hybridrl.weights.fragments import MASTER, FragmentReader
+from hybridrl.weights.library_internals import whole_shape
+from hybridrl.weights.parameters import (
+    FullFineTuning,
+    StudentWeights,
+    WeightsKind,
+)
 
+Shapes = Mapping[str, tuple[int, ...]]
 TEMPLATE = "chat_template.jinja"
 """Where a folder keeps its chat template; it goes before one in tokenizer_config.json."""
 
@@ -26,18 +42,21 @@ def export(
     source: Path,
     folder: Path,
     template: Path | None = None,
+    *,
+    kind: WeightsKind = FullFineTuning,
 ) -> None:
     """Write `state` with everything else of the model it was trained from; the folder appears whole
     or not at all.
 
     Args:
-        state: every parameter by its Hugging Face name, on CPU; dtypes are kept. Tied names may be
-            left out. A value head comes with the others and goes to a file of its own, which only
-            loading.load_value_head reads.
+        state: every tensor of StudentWeights.exported() by its name, on CPU; dtypes are kept. Tied
+            names may be repeated. A value head comes with the others and goes to a file of its
+            own, which only loading.load_value_head reads.
         source: the folder that training started from (loading.resolve).
         folder: replaced if it exists.
         template: the chat template that the run trained with; None, or no such file: the source's
             own.
+        kind: the class of student weights that was trained.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape is not the model's.
@@ -46,7 +65,7 @@ def export(
     tensors = {name: torch.as_tensor(value).detach().contiguous() for name, value in state.items()}
     value_head = tensors.pop(VALUE_HEAD, None)
     tied = _tie(tensors, config)
-    _check(tensors, value_head, config)
+    _check_export(tensors, value_head, kind, config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -91,8 +110,35 @@ def _tie(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> bool:
 
 
 def _outline(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model with all its names and shapes and no numbers; tied parameters appear once."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def _value_head_outline(config: PreTrainedConfig) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(1, config.get_text_config().hidden_size, device="meta"))
+
+
+def _saved_outline(config: PreTrainedConfig, saved: Shapes) -> PreTrainedModel:
+    """The model of a checkpoint: its two embeddings are tied only where the checkpoint does not
+    hold the output embedding for itself.
+    """
+    model = _outline(config)
+    text = config.get_text_config()
+    if not text.tie_word_embeddings:
+        return model
+    if weight_name(model, model.get_output_embeddings()) not in saved:
+        return model
+    untied = copy.deepcopy(config)
+    untied.tie_word_embeddings = False
+    untied.get_text_config().tie_word_embeddings = False
+    return _outline(untied)
+
+
+def _saves_all(weights: StudentWeights) -> bool:
+    """Whether a checkpoint alone holds all that an export is computed from."""
+    saved = weights.saved()
+    return all(name in saved for tensor in weights.exported() for name in tensor.sources)
 
 
 def _write_config(file: Path, config: PreTrainedConfig, dtype: torch.dtype, tied: bool) -> None:
@@ -117,17 +163,43 @@ def _write_config(file: Path, config: PreTrainedConfig, dtype: torch.dtype, tied
     file.write_text(json.dumps(written, indent=2) + "\n")
 
 
-def master_weights(folder: Path, dtype: str) -> dict[str, torch.Tensor]:
-    """The student's parameters in a checkpoint, by name, rounded from fp32 to `dtype` as the
-    learner's own are.
+def checkpoint_tensors(
+    folder: Path, model: ModelConfig, dtype: str, *, kind: WeightsKind = FullFineTuning
+) -> dict[str, torch.Tensor]:
+    """The tensors that the learner itself would have exported when it saved the checkpoint, by
+    name, on CPU.
 
-    Optimizer moments are not read. A value head, where the run has one, is among them.
+    Saved parameters are rounded from fp32 to `dtype` as the learner's own are. The model that
+    training started from is loaded only where a class of student weights does not save all of it.
+
+    Args:
+        folder: of the checkpoint; Adam's moments in it are not read.
+        model: that training started from.
+        kind: the class of student weights that was trained.
 
     Raises:
-        CheckpointError: the folder does not hold a whole learner state.
+        CheckpointError: the folder does not hold a whole learner state, or one of another model.
+        ConfigError: the model that training started from is gone.
     """
     reader = FragmentReader(folder)
-    return {name: reader.whole(MASTER, name).to(getattr(torch, dtype)) for name in reader.shapes}
+    source = resolve(model.path, model.revision, files=TEXT_FILES)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    value_head = _value_head_outline(config) if VALUE_HEAD in reader.shapes else None
+    weights = kind(_saved_outline(config, reader.shapes), value_head)
+    if not _saves_all(weights):
+        weights = kind(load_model(model.path, dtype, model.revision), value_head)
+    saved = weights.saved()
+    _check(reader.shapes, {name: whole_shape(p) for name, p in saved.items()}, config)
+
+    def whole(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+        if name not in saved:
+            return parameter.detach()
+        return reader.whole(MASTER, name).to(getattr(torch, dtype))
+
+    return {
+        tensor.name: tensor.combine(*(whole(*source) for source in tensor.sources.items()))
+        for tensor in weights.exported()
+    }
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -136,21 +208,29 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.chmod(0o644)  # safetensors makes files for their owner alone
 
 
-def _check(
-    tensors: dict[str, torch.Tensor], value_head: torch.Tensor | None, config: PreTrainedConfig
+def _check_export(
+    tensors: Mapping[str, torch.Tensor],
+    value_head: torch.Tensor | None,
+    kind: WeightsKind,
+    config: PreTrainedConfig,
 ) -> None:
-    parameters = _outline(config).named_parameters()  # tied parameters appear once
-    wanted = {name: p.shape for name, p in parameters}
-    given = dict(tensors)
+    """Raises:
+    CheckpointError: the tensors are not those that an export of the model holds.
+    """
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if value_head is not None:
-        wanted[VALUE_HEAD] = torch.Size([1, config.get_text_config().hidden_size])
-        given[VALUE_HEAD] = value_head
+        given[VALUE_HEAD] = tuple(value_head.shape)
+    weights = kind(_outline(config), None if value_head is None else _value_head_outline(config))
+    _check(given, {tensor.name: tensor.shape for tensor in weights.exported()}, config)
+
+
+def _check(given: Shapes, wanted: Shapes, config: PreTrainedConfig) -> None:
     problems = [f"{name} is missing" for name in wanted.keys() - given.keys()]
     problems += [f"{name} is unknown" for name in given.keys() - wanted.keys()]
     problems += [
-        f"{name} is {list(t.shape)}, the model needs {list(wanted[name])}"
-        for name, t in given.items()
-        if name in wanted and t.shape != wanted[name]
+        f"{name} is {list(shape)}, the model needs {list(wanted[name])}"
+        for name, shape in given.items()
+        if name in wanted and shape != wanted[name]
     ]
     if problems:
         raise CheckpointError(

@@ -11,100 +11,89 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hybridrl.types import WeightManifest
+from hybridrl.weights.parameters import NamedTensor
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
 """Makes the given parameters whole while the context lasts; a collective when they are sharded."""
 
-ALIGNMENT = (
-    64  # bytes; a tensor view needs its own dtype's alignment, 64 suits all and vector loads
-)
+ALIGNMENT = 64
+"""Bytes. A tensor view needs the alignment of its dtype; 64 suits all, and vector loads."""
 
 
 class WeightStream:
-    """The trainable weights, one decoder layer gathered at a time, every rank in lockstep.
+    """Tensors that leave the learner, one decoder layer gathered at a time, every rank in lockstep.
 
-    With tied embeddings the stream repeats the embedding as lm_head.weight: vLLM on CPU packs its
-    output head into a copy, which an update without that name would leave stale without an error.
+    Example: `for name, tensor in WeightStream(weights.published(), gather)`; a tensor is whole only
+    until the next one is taken.
     """
 
-    def __init__(self, model: PreTrainedModel, gather: Gather) -> None:
+    def __init__(self, tensors: Sequence[NamedTensor], gather: Gather) -> None:
+        self.tensors = tuple(tensors)
         self.gather = gather
-        self.buffer: Tensor | None = (
-            None  # [nbytes] uint8 of the last pack; None: nothing was packed
-        )
-        self.named = [(name, parameter) for name, parameter in model.named_parameters()]
-        if "lm_head.weight" not in dict(self.named):
-            self.named.append(("lm_head.weight", model.get_output_embeddings().weight))
-
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Whole shapes, also of parameters that ZeRO-3 holds in parts."""
-        return [tuple(getattr(p, "ds_shape", p.shape)) for _, p in self.named]
+        self.buffer: Tensor | None = None  # [nbytes] uint8 of the last pack; None before the first
 
     @property
     def nbytes(self) -> int:
-        """Of all that iterating yields, a tied head and its embedding each."""
-        return sum(
-            math.prod(shape) * p.element_size()
-            for shape, (_, p) in zip(self.shapes(), self.named, strict=True)
-        )
+        """The bytes of all that iterating yields, of a tied head and of its embedding."""
+        return sum(_nbytes(tensor) for tensor in self.tensors)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for group in self._layers():
-            with self.gather([parameter for _, parameter in group]):
-                for name, parameter in group:
-                    yield name, parameter.detach()
+        for layer in self._layers():
+            with self.gather([source for t in layer for source in t.sources.values()]):
+                for tensor in layer:
+                    wholes = [source.detach() for source in tensor.sources.values()]
+                    yield tensor.name, tensor.combine(*wholes)
 
-    def _layers(self) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    def _layers(self) -> Iterator[list[NamedTensor]]:
         """Neighbours with the same first number in their name ("model.layers.3.") are one layer."""
-        group: list[tuple[str, nn.Parameter]] = []
-        for name, parameter in self.named:
-            if group and _layer(name) != _layer(group[-1][0]):
-                yield group
-                group = []
-            group.append((name, parameter))
-        yield group
+        layer: list[NamedTensor] = []
+        for tensor in self.tensors:
+            if layer and _layer(tensor.name) != _layer(layer[-1].name):
+                yield layer
+                layer = []
+            layer.append(tensor)
+        yield layer
 
     def pack(self, version: int) -> tuple[WeightManifest, np.ndarray]:
         """All weights in one buffer [nbytes] uint8, and its manifest with the buffer's digest.
 
         The buffer is the same one at each call: fresh pages would cost several times the copy.
         """
-        shapes, dtypes = self.shapes(), [p.dtype for _, p in self.named]
-        starts, nbytes = self._layout(shapes)
+        starts, nbytes = self._layout()
         if self.buffer is None:
             self.buffer = torch.zeros(nbytes, dtype=torch.uint8)
-        written = set()
-        for (_, weight), start in zip(self, starts, strict=True):
-            if start not in written:
-                written.add(start)
-                there = self.buffer[start : start + weight.numel() * weight.element_size()]
-                there.view(weight.dtype).view(weight.shape).copy_(weight)
+        for (_, weight), tensor in zip(self, self.tensors, strict=True):
+            if tensor.repeats is None:
+                start = starts[tensor.name]
+                target = self.buffer[start : start + _nbytes(tensor)]
+                target.view(tensor.dtype).view(tensor.shape).copy_(weight)
         packed = self.buffer.numpy()
         manifest = WeightManifest(
-            names=tuple(name for name, _ in self.named),
-            dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in dtypes),
-            shapes=tuple(shapes),
-            offsets=tuple(starts),
+            names=tuple(tensor.name for tensor in self.tensors),
+            dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors),
+            shapes=tuple(tensor.shape for tensor in self.tensors),
+            offsets=tuple(starts[tensor.name] for tensor in self.tensors),
             nbytes=packed.nbytes,
-            digest=xxhash.xxh3_128_hexdigest(packed),
+            digest=xxhash.xxh3_128_hexdigest(packed.data),
             version=version,
         )
         return manifest, packed
 
-    def _layout(self, shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
-        """Where each weight begins, in bytes, and where the last one ends. The tied head lies where
-        its embedding does.
+    def _layout(self) -> tuple[dict[str, int], int]:
+        """Where each tensor begins, in bytes, and where the last one ends. A tensor that repeats
+        another lies where that one does.
         """
-        starts: dict[int, int] = {}  # id of the parameter -> offset
+        starts: dict[str, int] = {}
         end = 0
-        for shape, (_, parameter) in zip(shapes, self.named, strict=True):
-            if id(parameter) not in starts:
-                starts[id(parameter)] = end
-                end += -(-math.prod(shape) * parameter.element_size() // ALIGNMENT) * ALIGNMENT
-        return [starts[id(parameter)] for _, parameter in self.named], end
+        for tensor in self.tensors:
+            if tensor.repeats is None:
+                starts[tensor.name] = end
+                end += -(-_nbytes(tensor) // ALIGNMENT) * ALIGNMENT
+            else:
+                starts[tensor.name] = starts[tensor.repeats]
+        return starts, end
 
 
 def unpack(manifest: WeightManifest, packed: np.ndarray) -> Iterator[tuple[str, Tensor]]:
@@ -119,6 +108,10 @@ def unpack(manifest: WeightManifest, packed: np.ndarray) -> Iterator[tuple[str, 
     ):
         kind = getattr(torch, dtype)
         yield name, buffer[start : start + math.prod(shape) * kind.itemsize].view(kind).view(shape)
+
+
+def _nbytes(tensor: NamedTensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _layer(name: str) -> str:

@@ -30,6 +30,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from hybridrl.types import WeightManifest
+from hybridrl.weights.library_internals import has_transfer_backend
 from hybridrl.weights.stream import WeightStream, unpack
 
 BACKEND = "object_store"
@@ -49,7 +50,7 @@ class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
 
     manifest: dict
     packed: np.ndarray | None = None  # [nbytes] uint8; None: they are in the file
-    path: str | None = None
+    path: str | None = None  # a file in shared memory, which all tensor-parallel workers map
 
 
 class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
@@ -71,27 +72,31 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
         manifest = WeightManifest(**update_info.manifest)
-        packed = (
-            np.memmap(
-                update_info.path, dtype=np.uint8, mode="r"
-            )  # tensor-parallel workers share it
-            if update_info.packed is None
-            else update_info.packed
-        )
-        digest = xxhash.xxh3_128_hexdigest(packed)
+        packed = update_info.packed
+        if packed is None:
+            assert update_info.path is not None, "the bytes are in one of the two"
+            packed = np.memmap(update_info.path, dtype=np.uint8, mode="r")
+        digest = xxhash.xxh3_128_hexdigest(packed.data)
         if packed.nbytes != manifest.nbytes or digest != manifest.digest:
             raise ValueError(
                 f"received {packed.nbytes} bytes with digest {digest[:12]}, sent "
                 f"{manifest.nbytes} with {manifest.digest[:12]}"
             )
+        model: Any = self.model  # vLLM's models are modules with a load_weights method
         weights = unpack(manifest, packed)
-        loaded = self.model.load_weights((name, tensor.to(self.device)) for name, tensor in weights)
-        missing = self._expected - set(loaded or ())
+        loaded = model.load_weights((name, tensor.to(self.device)) for name, tensor in weights)
+        self._check_coverage(set(loaded or ()))
+        self.received_digest = digest
+
+    def _check_coverage(self, loaded: set[str]) -> None:
+        """StudentWeights.published() promises everything that an engine must hold, and the manifest
+        carries its names; vLLM has other names (it fuses q, k and v), which load_weights reports.
+        """
+        missing = self._expected - loaded
         if missing:
             raise ValueError(
                 f"{len(missing)} parameters were left untouched, e.g. {sorted(missing)[0]}"
             )
-        self.received_digest = digest
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -104,6 +109,8 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
 
 class WorkerExtension:
     """Methods added to vLLM's worker, callable by name through collective_rpc."""
+
+    weight_transfer_engine: WeightTransferEngine | None  # the worker's own attribute
 
     def received_digest(self) -> str | None:
         """XXH3-128 of the weights this worker loaded last; None when the transfer backend keeps
@@ -121,8 +128,7 @@ class StreamSource(WeightSource):
         self.stream = stream
 
     def metadata(self) -> list[ParamMeta]:
-        named = zip(self.stream.named, self.stream.shapes(), strict=True)
-        return [ParamMeta(name, parameter.dtype, shape) for (name, parameter), shape in named]
+        return [ParamMeta(t.name, t.dtype, t.shape) for t in self.stream.tensors]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self.stream)
@@ -139,7 +145,9 @@ class EngineClient:
     """
 
     def __init__(self, call: EngineCall, num_engines: int, tensor_parallel: int) -> None:
-        self.call, self.num_engines, self.tensor_parallel = call, num_engines, tensor_parallel
+        self.call = call
+        self.num_engines = num_engines
+        self.tensor_parallel = tensor_parallel
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         infos = [dict(init_info) for _ in range(self.num_engines)]
@@ -164,19 +172,20 @@ def trainer_engine(
     """vLLM's trainer side of `nccl` or `ipc`, fed by our stream. Every learner rank calls it; rank
     0 sends.
     """
-    if backend == "nccl":
-        world = 1 + client.num_engines * client.tensor_parallel
-        info = NCCLTrainerInitInfo(
-            rank=rank, master_address=master[0], master_port=master[1], world_size=world
-        )
-    else:
-        info = IPCTrainerInitInfo(rank=rank)
-    return WeightTransferTrainerFactory.trainer_init(
-        info, client=client, source=StreamSource(stream)
+    source = StreamSource(stream)
+    if backend == "ipc":
+        ipc = IPCTrainerInitInfo(rank=rank)
+        return WeightTransferTrainerFactory.trainer_init(ipc, client=client, source=source)
+    nccl = NCCLTrainerInitInfo(
+        rank=rank,
+        master_address=master[0],
+        master_port=master[1],
+        world_size=1 + client.num_engines * client.tensor_parallel,
     )
+    return WeightTransferTrainerFactory.trainer_init(nccl, client=client, source=source)
 
 
 def register() -> None:
     """Entry point `vllm.general_plugins`: vLLM calls it in every process of an engine."""
-    if BACKEND not in WeightTransferEngineFactory._registry:
+    if not has_transfer_backend(WeightTransferEngineFactory, BACKEND):
         WeightTransferEngineFactory.register_engine(BACKEND, __name__, "ObjectStoreTransferEngine")

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.run_dir.checkpoint import read_checkpoint
 from hybridrl.tracking.jsonl import read_metrics
-from hybridrl.weights.hugging_face import master_weights
+from hybridrl.weights.fragments import MASTER, FragmentReader
 from tests.support.graph import tiny_overrides
 
 pytestmark = pytest.mark.graph
@@ -280,7 +280,8 @@ def greedy_by_hand(run_dir: Path, prompt: list[int], tokens: int) -> list[int]:
     """Greedy continuation by the learner's fp32 master weights, without a cache and without the
     export.
     """
-    state = master_weights(run_dir / "checkpoints" / "step_000004", "float32")
+    reader = FragmentReader(run_dir / "checkpoints" / "step_000004")
+    state = {name: reader.whole(MASTER, name) for name in reader.shapes}
     model = AutoModelForCausalLM.from_pretrained(run_dir / "export" / "step_000004")
     model.load_state_dict(state, strict=False)
     ids = list(prompt)

@@ -26,7 +26,7 @@ from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RewardConfig, RewardFunctionConfig, RunSettings
 from hybridrl.types import RolloutBatch, ScoredBatch
 from hybridrl.weights.fragments import MASTER, Fragment, write_fragments
-from hybridrl.weights.hugging_face import export, master_weights
+from hybridrl.weights.hugging_face import checkpoint_tensors, export
 from tests.support.batches import make_batch, make_plan, make_rewards
 from tests.support.graph import save_tiny
 
@@ -71,11 +71,12 @@ def exported(
         0,
         1,
         [
-            Fragment(name=n, shape=w.shape, offset=0, tensors={MASTER: w.flatten()})
+            Fragment(name=n, shape=tuple(w.shape), offset=0, tensors={MASTER: w.flatten()})
             for n, w in weights.items()
         ],
     )
-    export(master_weights(base, "float32"), Path(settings.model.path), base / "export")
+    tensors = checkpoint_tensors(base, settings.model, "float32")
+    export(tensors, Path(settings.model.path), base / "export")
     return base / "export"
 
 

@@ -114,7 +114,7 @@ class Job:
 
     def report(self, case: str, learner, stats: list, **more) -> None:
         """What a test may look at; every rank helps to gather the weights."""
-        weights = {name: weight.float().clone() for name, weight in learner.stream}
+        weights = {name: weight.float().clone() for name, weight in learner.publisher.stream}
         manifest, _ = learner.pack_weights(0)
         if self.rank == 0:
             weights.pop("lm_head.weight")
@@ -207,7 +207,7 @@ class Job:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         tensors = {}
-        for name, p in learner.parameters.items():
+        for name, p in learner.weights.saved().items():
             tensors[f"master/{name}"] = safe_get_full_fp32_param(p).clone()
             tensors |= {
                 f"{m}/{name}": safe_get_full_optimizer_state(p, m).clone()

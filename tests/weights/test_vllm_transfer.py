@@ -15,12 +15,14 @@ import torch
 
 from hybridrl.models.loading import load_model
 from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
+from hybridrl.weights.parameters import FullFineTuning
 from hybridrl.weights.stream import WeightStream, unpack
 from tests.support.graph import save_tiny, tiny_settings
 
 
 def stream_of(folder: Path) -> WeightStream:
-    return WeightStream(load_model(str(folder)), lambda parameters: nullcontext())
+    weights = FullFineTuning(load_model(str(folder)))
+    return WeightStream(weights.published(), lambda parameters: nullcontext())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -41,7 +43,7 @@ def test_a_packed_stream_unpacks_to_the_same_tensors_and_always_names_the_output
 
 def test_one_changed_byte_changes_the_digest(tmp_path):
     model = load_model(str(save_tiny(tmp_path, 0)))
-    stream = WeightStream(model, lambda parameters: nullcontext())
+    stream = WeightStream(FullFineTuning(model).published(), lambda parameters: nullcontext())
     before, _ = stream.pack(0)
     with torch.no_grad():
         model.model.norm.weight[0] += 1e-7
@@ -57,7 +59,8 @@ def test_parameters_are_gathered_one_layer_at_a_time(tmp_path):
         gathered.append(len(parameters))
         yield
 
-    list(WeightStream(load_model(str(save_tiny(tmp_path, 0))), gather))
+    weights = FullFineTuning(load_model(str(save_tiny(tmp_path, 0))))
+    list(WeightStream(weights.published(), gather))
     assert gathered == [1, 9, 9, 9, 9, 1, 1], (
         "embedding, four layers of nine tensors, final norm, output head"
     )

@@ -33,6 +33,7 @@ from hybridrl.types import (
     UpdatePlan,
     WeightManifest,
 )
+from hybridrl.weights.parameters import FullFineTuning
 from hybridrl.weights.stream import WeightStream, unpack
 
 
@@ -42,9 +43,8 @@ class WeightHost:
     def __init__(
         self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str
     ) -> None:
-        self.stream = WeightStream(
-            load_model(settings.model.path, settings.model.dtype), lambda parameters: nullcontext()
-        )
+        weights = FullFineTuning(load_model(settings.model.path, settings.model.dtype))
+        self.stream = WeightStream(weights.published(), lambda parameters: nullcontext())
         self.pack_s = 0.0
 
     def ping(self) -> str:

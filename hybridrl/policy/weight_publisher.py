@@ -1,0 +1,81 @@
+"""The student's weights on their way out of the learner: to the engines, and into an export."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from hybridrl.models.loading import resolve
+from hybridrl.settings.run import RunSettings
+from hybridrl.types import WeightManifest
+from hybridrl.weights.hugging_face import TEMPLATE, export
+from hybridrl.weights.parameters import StudentWeights, WeightsKind
+from hybridrl.weights.stream import Gather, WeightStream
+
+if TYPE_CHECKING:
+    from hybridrl.weights.vllm_transfer import EngineCall
+
+
+class Sender(Protocol):
+    """vLLM's side of the learner in its own nccl or ipc channel."""
+
+    def send_weights(self) -> None: ...
+
+
+class WeightPublisher:
+    """Sends the weights to engines, and writes them as a Hugging Face folder.
+
+    Every method is called on all ranks together, which help to gather; rank 0 alone has the result.
+    """
+
+    def __init__(self, weights: StudentWeights, gather: Gather, *, rank: int) -> None:
+        self.weights = weights
+        self.gather = gather
+        self.rank = rank
+        self.stream = WeightStream(weights.published(), gather)
+        self.sender: Sender | None = None  # None: the engines take packed buffers
+
+    def pack(self, version: int) -> tuple[WeightManifest | None, np.ndarray | None]:
+        """The published tensors in the student's own dtype; (None, None) on all ranks but 0."""
+        if self.rank == 0:
+            return self.stream.pack(version)
+        for _ in self.stream:
+            pass
+        return None, None
+
+    def connect(
+        self,
+        backend: str,
+        master: tuple[str, int],
+        call: "EngineCall",
+        *,
+        num_engines: int,
+        tensor_parallel: int,
+    ) -> None:
+        """Open vLLM's own nccl or ipc channel to the engines."""
+        from hybridrl.weights.vllm_transfer import EngineClient, trainer_engine
+
+        client = EngineClient(call, num_engines, tensor_parallel)
+        self.sender = trainer_engine(backend, self.rank, master, client, self.stream)
+
+    def send(self) -> int:
+        """Push the weights through that channel; when every engine has loaded them, returns the
+        bytes that each one received.
+        """
+        assert self.sender is not None, "connect() comes first"
+        self.sender.send_weights()
+        return self.stream.nbytes
+
+    def export(self, settings: RunSettings, folder: Path, kind: WeightsKind) -> None:
+        """Write the exported tensors as a Hugging Face folder, with everything else of the model
+        that training started from.
+        """
+        state: dict[str, Tensor] = {}
+        for name, weight in WeightStream(self.weights.exported(), self.gather):
+            if self.rank == 0:
+                state[name] = weight.cpu().clone()
+        if self.rank == 0:
+            model = settings.model
+            template = Path(settings.run.dir).expanduser() / TEMPLATE
+            export(state, resolve(model.path, model.revision), folder, template, kind=kind)

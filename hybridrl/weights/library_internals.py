@@ -1,0 +1,69 @@
+"""What hybridrl reads of DeepSpeed, torch and vLLM beyond their documented interfaces.
+
+Every such reach of the learner and of the weights is a function of this file, so that an upgrade of
+a library has one file to look at. tests/weights/test_library_internals.py runs each of them against
+the real library, and fails when the installed version is not the one in SEEN.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+SEEN = {"deepspeed": "0.19.8", "torch": "2.13.0", "vllm": "0.32.0"}
+"""The versions that this file was written for and tested with."""
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has cut the parameter into one piece a rank; it then has no shape of its
+    own.
+    """
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of the whole parameter, also where ZeRO-3 holds it in pieces."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+# ZeRO-1 and ZeRO-2 lay all parameters end to end and give each rank one stretch of them. DeepSpeed
+# writes what a rank holds of a parameter into its attribute `_hp_mapping`: a tensor_fragment of
+# deepspeed/utils/tensor_fragment.py, or None where the rank holds nothing. A parameter without the
+# attribute is an error here on purpose: "holds nothing" would save nothing without a word.
+
+
+def fragment_span(parameter: nn.Parameter) -> tuple[int, int]:
+    """(offset, length) of what this rank holds of the flattened parameter, under ZeRO-1 or 2."""
+    mapping = vars(parameter)["_hp_mapping"]
+    if mapping is None:
+        return 0, 0
+    address = mapping.lp_fragment_address
+    return address.start, address.numel
+
+
+def fragment_values(parameter: nn.Parameter, moment: str | None) -> Tensor:
+    """[length] float32, the optimizer's own memory, under ZeRO-1 or 2.
+
+    Args:
+        moment: of Adam, "exp_avg" or "exp_avg_sq"; None: the master weights.
+    """
+    return vars(parameter)["_hp_mapping"].get_hp_fragment(moment)
+
+
+class ZeroOptimizer(Protocol):
+    """DeepSpeed's optimizer of any ZeRO stage, around the one of torch that it was given."""
+
+    optimizer: torch.optim.Optimizer
+
+
+def set_adam_steps(zero: ZeroOptimizer, steps: int) -> None:
+    """Overwrite how many steps AdamW counts, which its bias correction depends on."""
+    for state in zero.optimizer.state.values():
+        state["step"] = torch.full_like(state["step"], steps)
+
+
+def has_transfer_backend(factory: type, name: str) -> bool:
+    """Whether vLLM's WeightTransferEngineFactory has a backend of that name; to register it twice
+    is an error.
+    """
+    return name in vars(factory)["_registry"]

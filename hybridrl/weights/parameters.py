@@ -1,0 +1,130 @@
+"""The student's weights by name: what trains, what engines receive, what is saved and exported.
+
+StudentWeights answers these four questions. The optimizer, the weight stream, the fragments of a
+checkpoint and the export ask it, and no other file decides by the name of a parameter.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hybridrl.models.loading import VALUE_HEAD
+from hybridrl.settings.run import RunSettings
+from hybridrl.weights.library_internals import whole_shape
+
+LM_HEAD = "lm_head.weight"
+"""The name under which vLLM loads an output embedding."""
+
+
+def _unchanged(parameter: Tensor) -> Tensor:
+    return parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedTensor:
+    """A tensor that leaves the learner, and the parameters that it is computed from.
+
+    Example: the output head of a tied model with 5 tokens and a width of 2 is
+
+        NamedTensor(
+            name="lm_head.weight",
+            shape=(5, 2),
+            dtype=torch.float32,
+            sources={"model.embed_tokens.weight": embedding},
+            repeats="model.embed_tokens.weight",
+        )
+    """
+
+    name: str  # as in the model's Hugging Face folder; engines read the same names
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sources: Mapping[str, nn.Parameter]  # by the names that StudentWeights.saved() uses
+    combine: Callable[..., Tensor] = _unchanged  # (whole source, ...) -> a tensor of `shape`
+    repeats: str | None = None  # the name of an earlier tensor with the same bytes; None: its own
+
+
+def same_tensor(name: str, parameter: nn.Parameter) -> NamedTensor:
+    """A parameter that leaves the learner as it is, under its own name."""
+    return NamedTensor(
+        name=name,
+        shape=whole_shape(parameter),
+        dtype=parameter.dtype,
+        sources={name: parameter},
+    )
+
+
+class StudentWeights(Protocol):
+    """One way of training a model. Names and shapes do not change during a run."""
+
+    def trained(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that the optimizer steps; all others are constants."""
+
+    def published(self) -> Sequence[NamedTensor]:
+        """All tensors that an engine must hold to sample from the student.
+
+        An engine refuses an update that leaves any part of its model untouched. A tied output head
+        is listed as well as its embedding: vLLM on CPU packs the head into a copy, which an update
+        without its name would leave stale without an error.
+        """
+
+    def saved(self) -> Mapping[str, nn.Parameter]:
+        """The parameters whose fragments a checkpoint holds, by the names of the fragments.
+
+        A fragment consists of master weights and Adam's moments, so each of them trains.
+        """
+
+    def exported(self) -> Sequence[NamedTensor]:
+        """All tensors that an exported folder holds, each of them once.
+
+        A value head is among them, under the name VALUE_HEAD.
+        """
+
+
+WeightsKind = Callable[[PreTrainedModel, nn.Parameter | None], StudentWeights]
+"""A class of student weights: (model, value head [1, H] or None) -> its four answers. The model may
+be on torch's meta device, without numbers.
+"""
+
+
+class FullFineTuning:
+    """Every parameter of the model trains, and leaves the learner as it is."""
+
+    def __init__(self, model: PreTrainedModel, value_head: nn.Parameter | None = None) -> None:
+        self.model = model
+        self.value_head = {} if value_head is None else {VALUE_HEAD: value_head}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters()) | self.value_head  # a tied one appears once
+
+    def published(self) -> list[NamedTensor]:
+        tensors = [same_tensor(name, p) for name, p in self.model.named_parameters()]
+        if any(tensor.name == LM_HEAD for tensor in tensors):
+            return tensors
+        head = self.model.get_output_embeddings().weight
+        own = next(tensor for tensor in tensors if tensor.sources[tensor.name] is head)
+        return [*tensors, replace(own, name=LM_HEAD, repeats=own.name)]
+
+    def saved(self) -> dict[str, nn.Parameter]:
+        return self.trained()
+
+    def exported(self) -> list[NamedTensor]:
+        own = [tensor for tensor in self.published() if tensor.repeats is None]
+        return own + [same_tensor(name, head) for name, head in self.value_head.items()]
+
+
+def weights_kind(settings: RunSettings) -> WeightsKind:
+    """The class of student weights that a run's settings name; so far there is one."""
+    return FullFineTuning
+
+
+def train_only(weights: StudentWeights, module: nn.Module) -> list[nn.Parameter]:
+    """Turn off the gradients of all other parameters of `module`; returns those that train."""
+    trained = list(weights.trained().values())
+    identities = {id(parameter) for parameter in trained}
+    for parameter in module.parameters():
+        parameter.requires_grad_(id(parameter) in identities)
+    return trained
