@@ -2,12 +2,11 @@
 step.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import deepspeed
 import numpy as np
@@ -15,9 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybridrl.batch.balance import micro_batches
 from hybridrl.batch.groups import join, select_groups
@@ -32,7 +29,6 @@ from hybridrl.batch.micro_batch import (
 from hybridrl.batch.packing import check_packing
 from hybridrl.core import failpoints
 from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
-from hybridrl.models.decoder_layers import attends_plainly, compile_layers
 from hybridrl.models.loading import load_model
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, LearnerView, assign_credit
@@ -48,7 +44,15 @@ from hybridrl.policy.statistics import (
     remedy,
 )
 from hybridrl.policy.student import HeadInputs, Look, Student
+from hybridrl.policy.training_setup import (
+    adam,
+    deepspeed_config,
+    join_ranks,
+    set_layers,
+    zero_stage,
+)
 from hybridrl.policy.weight_publisher import WeightPublisher
+from hybridrl.settings.choices import Source
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.inbox import TeacherInbox
 from hybridrl.types import (
@@ -83,26 +87,17 @@ class Learner:
         Args:
             weights: the class of student weights to train; None: the one that the settings name.
         """
-        self.settings, self.rank, self.world = settings, rank, settings.learner.ranks
+        self.settings = settings
+        self.rank = rank
+        self.world = settings.learner.ranks
         self.device = torch.device(device)
-        os.environ |= {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(self.world),
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": master[0],
-            "MASTER_PORT": str(master[1]),
-        }
-        deepspeed.init_distributed(
-            "nccl" if self.device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=settings.deadlines.learn_s),
-            verbose=False,
-        )
+        join_ranks(settings, rank, master, self.device)
         config = deepspeed_config(settings)
-        sharded_loading = (
-            HfDeepSpeedConfig(config) if settings.learner.zero_stage == 3 else None
-        )  # alive while the model loads
+        # With ZeRO-3, transformers shards each weight as it loads it for as long as this object
+        # is alive.
+        sharding = HfDeepSpeedConfig(config) if zero_stage(settings) == 3 else None
         self.model = load_model(settings.model.path, settings.model.dtype, settings.model.revision)
-        del sharded_loading
+        del sharding
         set_layers(self.model, settings, self.device)
         head = self.model.get_output_embeddings()
         with self._gather([head.weight] if head is not None else []):  # Student tries its head
@@ -112,8 +107,9 @@ class Learner:
                 with_value=make_objective(settings).needs.learner_values,
             )
         self.weights_kind = weights or weights_kind(settings)
-        value_head = None if student.value_head is None else student.value_head.weight
-        self.weights = self.weights_kind(self.model, value_head)
+        value_head = student.value_head
+        head_weight = None if value_head is None else value_head.get_parameter("weight")
+        self.weights = self.weights_kind(self.model, head_weight)
         optimizer = adam(train_only(self.weights, student), settings)
         self.engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
         self.publisher = WeightPublisher(self.weights, self._gather, rank=rank)
@@ -453,7 +449,7 @@ class Learner:
     # -- helpers -----------------------------------------------------------------------------------
 
     def _gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
-        if self.settings.learner.zero_stage < 3:
+        if zero_stage(self.settings) < 3:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
 
@@ -462,75 +458,15 @@ def scored_batches(
     shard: Shard, values: Sequence[RolloutBatch | Rewards | TokenScores]
 ) -> list[ScoredBatch]:
     """This rank's groups, one batch per source, in the order of the chunks."""
-    stride, found = 2 + shard.num_teachers, {}
+    stride = 2 + shard.num_teachers
+    found: dict[tuple[Source, int], list[ScoredBatch]] = {}
     for chunk in range(shard.num_chunks):
         rollout, rewards, *scores = values[chunk * stride : (chunk + 1) * stride]
-        batch = ScoredBatch(rollout=rollout, scores=tuple(scores), rewards=rewards)
+        assert isinstance(rollout, RolloutBatch) and isinstance(rewards, Rewards)
+        batch = ScoredBatch(
+            rollout=rollout, scores=tuple(cast("list[TokenScores]", scores)), rewards=rewards
+        )
         found.setdefault((rollout.source, rollout.group_size), []).append(
             select_groups(batch, shard.groups[chunk])
         )
     return [join(parts) for parts in found.values()]
-
-
-def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.device) -> None:
-    """Attention, recomputation and compilation of the decoder layers, as this learner needs
-    them.
-    """
-    train = settings.train
-    tokens = train.max_tokens_per_micro_batch if train.packing else settings.rollout.max_model_len
-    if device.type == "cpu" and attends_plainly(model, tokens):
-        model.set_attn_implementation("eager")
-    if settings.learner.gradient_checkpointing:
-        checkpoint_activations(model)
-    elif (
-        device.type == "cpu" and settings.learner.zero_stage < 3
-    ):  # 3 exchanges parameters inside of layers
-        compile_layers(model, tokens=tokens, packed=train.packing, learns=True)
-
-
-def adam(parameters: Sequence[nn.Parameter], settings: RunSettings) -> torch.optim.AdamW:
-    train = settings.train
-    first, second = train.betas
-    return torch.optim.AdamW(
-        parameters,
-        lr=train.lr,
-        betas=(first, second),
-        weight_decay=train.weight_decay,
-        fused=True,  # one pass over the memory, where the default makes one for each operation
-    )
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute layers in the backward. The model stays in evaluation mode, without dropout; only
-    the layers that transformers wraps for this are told that they train, or they would not
-    recompute.
-    """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-
-
-def deepspeed_config(settings: RunSettings) -> dict:
-    """ZeRO with micro-batches of our own size: one step() per batch, gradients summed, never
-    averaged over micro-batches.
-    """
-    stage = settings.learner.zero_stage
-    alone = (
-        settings.learner.ranks == 1 and stage == 1
-    )  # nothing is summed, so nothing need be widened, divided and narrowed for it
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": settings.train.grad_clip,
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_scatter": not alone},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": settings.model.dtype == "bfloat16"},
-        # Sums over ranks, and over micro-batches where gradients are sharded, in fp32 whatever the
-        # model's dtype.
-        **({} if alone else {"communication_data_type": "fp32"}),
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if stage > 1 else {}),
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }

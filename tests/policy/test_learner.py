@@ -29,15 +29,18 @@ from hybridrl.objectives.credit import Credit
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.ops.compare import COMPARED
 from hybridrl.policy import diagnostics as probe
-from hybridrl.policy.learner import deepspeed_config
 from hybridrl.policy.optimizer_state import check_model
 from hybridrl.policy.student import HeadInputs, Student
+from hybridrl.policy.training_setup import deepspeed_config
 from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import ModelConfig
 from hybridrl.tracking.glossary import explain
 from hybridrl.types import ScoredBatch
 from hybridrl.weights.fragments import PARTS, Fragment, FragmentReader, write_fragments
+from hybridrl.weights.hugging_face import checkpoint_tensors
 from tests.batch.test_packing import APART, TOGETHER, tiny
 from tests.support.batches import token_columns
+from tests.support.frozen_embedding import FrozenEmbedding
 from tests.support.learner_job import GROUPS, LR, chunk_of, plan_for, settings_for
 
 ROOT = Path(__file__).parents[2]
@@ -474,6 +477,75 @@ def test_the_state_of_another_model_is_refused_and_one_that_holds_more_is_not(tm
             match=rf"lacks {name} in the model's shape, so it is not of model\.path=/m",
         ):
             check_model({name: nn.Parameter(torch.zeros(shape))}, reader, tmp_path, "/m")
+
+
+# -- a second class of student weights -------------------------------------------------------------
+
+EMBEDDING = "model.embed_tokens.weight"
+FROZEN = ["frozen", "zero1-frozen", "zero2-frozen", "zero3-frozen"]
+
+
+def frozen_by_hand(folder: Path) -> dict[str, Tensor]:
+    """The weights after two steps of a plain training loop that leaves the embedding alone."""
+    model = load_model(str(folder / "student"))
+    head = output_weight(load_model(str(folder / "teacher"))).detach()
+    model.get_input_embeddings().weight.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        written_out_loss(model, head).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_a_parameter_that_the_weights_do_not_train_stays_as_it_was(folder: Path, case: str):
+    before, after = (load_file(folder / f"{c}.safetensors") for c in ("untouched", case))
+    assert torch.equal(after[EMBEDDING], before[EMBEDDING])
+    assert weight_distance(folder, case, frozen_by_hand(folder)) < 1e-5
+    assert weight_distance(folder, case, "untouched") > 5e-4
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_engines_receive_a_parameter_that_does_not_train_and_the_head_that_is_tied_to_it(
+    folder: Path, case: str
+):
+    published = load_file(folder / f"{case}-published.safetensors")
+    weights = load_file(folder / f"{case}.safetensors")
+    assert equal(published, weights | {"lm_head.weight": weights[EMBEDDING]})
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_a_checkpoint_has_no_fragments_of_a_parameter_that_does_not_train(folder: Path, case: str):
+    reader = FragmentReader(folder / f"{case}-state")
+    weights = load_file(folder / f"{case}.safetensors")
+    assert reader.shapes.keys() == weights.keys() - {EMBEDDING}
+    for name in reader.shapes:
+        assert torch.equal(reader.whole("master", name), weights[name]), name
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_an_export_of_a_checkpoint_is_the_learners_own_where_not_all_is_saved(
+    folder: Path, case: str
+):
+    exported = load_file(folder / f"{case}-export" / "model.safetensors")
+    assert equal(exported, load_file(folder / f"{case}.safetensors"))
+    model = ModelConfig(path=str(folder / "student"))
+    state = folder / f"{case}-state"
+    assert equal(checkpoint_tensors(state, model, "float32", kind=FrozenEmbedding), exported)
+    with pytest.raises(CheckpointError, match=f"{EMBEDDING} is missing"):
+        checkpoint_tensors(state, model, "float32")
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_a_step_after_loading_is_the_step_that_would_have_come_where_not_all_trains(
+    folder: Path, case: str
+):
+    straight, resumed = result(folder, f"{case}-straight"), result(folder, f"{case}-resumed")
+    assert resumed["digest"] == straight["digest"] != result(folder, case)["digest"]
+    assert resumed["loss"] == straight["loss"] and resumed["grad_norm"] == straight["grad_norm"]
 
 
 # -- what must stop --------------------------------------------------------------------------------

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import Rewards, RolloutBatch, Shard, TokenScores, UpdatePlan
+from hybridrl.weights.parameters import WeightsKind
+from hybridrl.weights.stream import unpack
 from tests.support.batches import make_batch, make_plan, make_rewards, make_scores
+from tests.support.frozen_embedding import FrozenEmbedding
 
 WIDTH = 128  # of the tiny model
 LR = 5e-4
@@ -93,7 +96,7 @@ class Job:
     def __init__(self, rank: int, world: int, port: int, folder: Path) -> None:
         self.rank, self.world, self.port, self.folder = rank, world, port, folder
 
-    def learner(self, *overrides: str):
+    def learner(self, *overrides: str, weights: WeightsKind | None = None):
         from hybridrl.policy.learner import Learner
 
         return Learner(
@@ -101,6 +104,7 @@ class Job:
             rank=self.rank,
             master=("127.0.0.1", self.port),
             device="cpu",
+            weights=weights,
         )
 
     def refused(self, case: str, model: str, *overrides: str) -> None:
@@ -202,6 +206,30 @@ class Job:
         learner.export(str(self.folder / f"{case}-export"))
         self.resume(case, learner, shard, values, num_micro_batches, *overrides)
 
+    def frozen(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
+        """Two steps of a student whose embedding does not train, what is published, exported and
+        saved of it, and one more step, also after it was loaded.
+        """
+        learner = self.learner(*overrides, weights=FrozenEmbedding)
+        shard, values = Shard(num_chunks=1, num_teachers=1, groups=groups), chunk_of(0, 4)
+        plans = [plan_for(step, num_micro_batches) for step in range(3)]
+        stats = [learner.update(plan, shard, *values) for plan in plans[:2]]
+        manifest, packed = learner.pack_weights(0)
+        if manifest is not None:
+            published = {name: weight.clone() for name, weight in unpack(manifest, packed)}
+            save_file(published, self.folder / f"{case}-published.safetensors")
+        learner.export(str(self.folder / f"{case}-export"))
+        state = self.folder / f"{case}-state"
+        state.mkdir(exist_ok=True)
+        files = learner.save_state(str(state))
+        masters = sum(t.nbytes for t in load_file(state / files[0].name).values())
+        assert learner.state_bytes() == masters
+        self.report(case, learner, stats)
+        self.report(f"{case}-straight", learner, [learner.update(plans[2], shard, *values)])
+        again = self.learner(*overrides, weights=FrozenEmbedding)
+        again.load_state(str(state), 2)
+        self.report(f"{case}-resumed", again, [again.update(plans[2], shard, *values)])
+
     def gathered(self, case: str, learner) -> None:
         """The whole state by DeepSpeed's own gathering, which knows nothing of our offsets."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -263,6 +291,7 @@ def two_ranks(job: Job) -> None:
         )
         job.resume(f"zero{stage}-bf16", learner, shard, values, 6, *bf16)
         job.left_out(f"zero{stage}-bf16-left-out", learner, shard, 6, BROKEN[stage])
+        job.frozen(f"zero{stage}-frozen", groups, 6, *overrides)
     job.valued("zero3-value", groups, 6, "learner.zero_stage=3", ONE_EACH)
 
 
@@ -333,6 +362,7 @@ def one_rank(job: Job) -> None:
     job.report("infinite", learner, [], error=message)
 
     job.valued("value", everything, 1)
+    job.frozen("frozen", everything, 1)
 
     for saved, stage in ((1, 3), (2, 3), (3, 2)):
         job.resharded(

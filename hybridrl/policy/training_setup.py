@@ -1,0 +1,105 @@
+"""How a learner rank is set up: process group, layers of the model, optimizer, DeepSpeed."""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hybridrl.models.decoder_layers import attends_plainly, compile_layers
+from hybridrl.settings.run import RunSettings
+
+
+def join_ranks(
+    settings: RunSettings, rank: int, master: tuple[str, int], device: torch.device
+) -> None:
+    """Join the process group of the learner's ranks, which meet at `master`, a (host, port)."""
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(settings.learner.ranks),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": master[0],
+        "MASTER_PORT": str(master[1]),
+    }
+    deepspeed.init_distributed(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=settings.deadlines.learn_s),
+        verbose=False,
+    )
+
+
+def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.device) -> None:
+    """Set attention, recomputation and compilation of the decoder layers as this learner needs
+    them.
+    """
+    train = settings.train
+    tokens = train.max_tokens_per_micro_batch if train.packing else settings.rollout.max_model_len
+    assert tokens is not None, "run settings fill rollout.max_model_len in"
+    if device.type == "cpu" and attends_plainly(model, tokens):
+        model.set_attn_implementation("eager")
+    if settings.learner.gradient_checkpointing:
+        checkpoint_activations(model)
+    elif device.type == "cpu" and zero_stage(settings) < 3:  # 3 gathers parameters inside of layers
+        compile_layers(model, tokens=tokens, packed=train.packing, learns=True)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute the layers in the backward pass.
+
+    The model stays in evaluation mode, without dropout. Only the layers that transformers wraps for
+    this are switched to training, because they would not recompute otherwise.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def adam(parameters: Sequence[nn.Parameter], settings: RunSettings) -> torch.optim.AdamW:
+    """The optimizer that DeepSpeed steps, over the parameters that train."""
+    train = settings.train
+    first, second = train.betas
+    return torch.optim.AdamW(
+        parameters,
+        lr=train.lr,
+        betas=(first, second),
+        weight_decay=train.weight_decay,
+        fused=True,  # one pass over the memory, where the default makes one for each operation
+    )
+
+
+def deepspeed_config(settings: RunSettings) -> dict[str, Any]:
+    """DeepSpeed's settings: ZeRO with micro-batches of our own size and one step() per batch.
+
+    Gradients are summed, and never averaged over micro-batches.
+    """
+    stage = zero_stage(settings)
+    # With one rank and stage 1 nothing is summed, so nothing need be widened for it, divided and
+    # narrowed again.
+    alone = settings.learner.ranks == 1 and stage == 1
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": settings.train.grad_clip,
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_scatter": not alone},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": settings.model.dtype == "bfloat16"},
+        # Sums over ranks, and over micro-batches where gradients are sharded, in fp32 whatever the
+        # model's dtype.
+        **({} if alone else {"communication_data_type": "fp32"}),
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if stage > 1 else {}),
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def zero_stage(settings: RunSettings) -> int:
+    stage = settings.learner.zero_stage
+    assert stage is not None, "run settings choose one by the model's dtype"
+    return stage

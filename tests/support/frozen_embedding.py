@@ -1,0 +1,13 @@
+"""A second class of student weights, as hybridrl/weights/README.md shows it."""
+
+from torch import nn
+
+from hybridrl.weights.parameters import FullFineTuning
+
+
+class FrozenEmbedding(FullFineTuning):
+    """The input embedding does not train, nor an output head that is tied to it."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        frozen = self.model.get_input_embeddings().weight
+        return {name: p for name, p in super().trained().items() if p is not frozen}
