@@ -1,0 +1,88 @@
+"""Each reach into a library, on the library's own classes. ZeRO-3's attributes exist in a process
+group only, so tests/policy/test_learner.py covers them.
+
+Where the first test fails after an upgrade, read hybridrl/weights/library_internals.py against the
+new version, then change SEEN.
+"""
+
+from types import SimpleNamespace
+
+import deepspeed
+import pytest
+import torch
+import vllm
+from deepspeed.utils import link_hp_params
+from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
+from torch import nn
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from hybridrl.weights.library_internals import (
+    SEEN,
+    fragment_span,
+    fragment_values,
+    has_transfer_backend,
+    is_sharded,
+    set_adam_steps,
+    whole_shape,
+)
+
+
+def test_the_installed_libraries_are_those_that_the_reaches_were_written_for():
+    versions = {library.__name__: library.__version__ for library in (deepspeed, torch, vllm)}
+    assert {name: version.split("+")[0] for name, version in versions.items()} == SEEN
+
+
+def test_a_rank_of_zero_1_or_2_holds_the_stretch_that_deepspeed_gave_it():
+    """Ten numbers, the first four of `a` and the others of `b`, on two ranks; this is the second,
+    which holds the last five, elements 1 ... 5 of `b`.
+    """
+    a, b = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2, 3))
+    share = torch.arange(5, 10).float()
+    link_hp_params(
+        lp_param_list=[a, b],
+        flat_hp_partition=share,
+        gradient_dict={},
+        offload_gradient_dict={},
+        use_offload=False,
+        param_group_index=0,
+        partition_start=5,
+        partition_size=5,
+        dp_group=None,
+    )
+    lazy_init_hp_params_optimizer_state([a, b], share, {share: {"exp_avg": -share}})
+    assert fragment_span(a) == (0, 0)
+    assert fragment_span(b) == (1, 5)
+    assert fragment_values(b, None).tolist() == [5, 6, 7, 8, 9]
+    assert fragment_values(b, "exp_avg").tolist() == [-5, -6, -7, -8, -9]
+    fragment_values(b, None)[0] = 50
+    assert share[0] == 50, "it is the optimizer's own memory"
+
+
+def test_a_parameter_that_deepspeed_has_not_seen_is_an_error_and_not_an_empty_share():
+    with pytest.raises(KeyError, match="_hp_mapping"):
+        fragment_span(nn.Parameter(torch.zeros(3)))
+
+
+def test_a_parameter_that_is_not_sharded_has_its_own_shape():
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    assert not is_sharded(parameter) and whole_shape(parameter) == (2, 3)
+
+
+def test_adam_corrects_its_bias_as_after_so_many_steps():
+    """With moments 0.1 and 0.01 after the gradient 1, decay rates of 0.9 and 0.99 and 7 more steps
+    in its count, the step is lr * 0.1 / (1 - 0.9**8) / sqrt(0.01 / (1 - 0.99**8)).
+    """
+    weight = nn.Parameter(torch.zeros(1))
+    adam = torch.optim.AdamW([weight], lr=1.0, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    weight.grad = torch.zeros(1)
+    adam.step()
+    set_adam_steps(SimpleNamespace(optimizer=adam), 7)
+    weight.grad = torch.ones(1)
+    adam.step()
+    expected = -0.1 / (1 - 0.9**8) / (0.01 / (1 - 0.99**8)) ** 0.5
+    assert weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_vllm_lists_its_transfer_backends():
+    assert has_transfer_backend(WeightTransferEngineFactory, "nccl")
+    assert not has_transfer_backend(WeightTransferEngineFactory, "none of that name")
