@@ -96,18 +96,19 @@ class OptimizerState:
 
 
 def local_fragments(parameters: Parameters, parts: Sequence[str] = PARTS) -> list[Fragment]:
-    """This rank's pieces, as views where the optimizer's own memory is on CPU; parameters it holds
-    nothing of are left out.
+    """This rank's pieces, as views where the optimizer's own memory is on CPU.
+
+    A parameter of which the rank holds nothing has none.
     """
-    found = []
+    fragments = []
     for name, parameter in parameters.items():
         offset, length = span(parameter)
         if length:
             tensors = {part: local_values(parameter, part)[:length] for part in parts}
-            found.append(
+            fragments.append(
                 Fragment(name=name, shape=whole_shape(parameter), offset=offset, tensors=tensors)
             )
-    return found
+    return fragments
 
 
 def load_part(parameters: Parameters, reader: FragmentReader, part: str) -> None:
@@ -119,7 +120,9 @@ def load_part(parameters: Parameters, reader: FragmentReader, part: str) -> None
 
 
 def check_model(parameters: Parameters, reader: FragmentReader, folder: Path, model: str) -> None:
-    """A state may hold more, as a value head that the algorithm no longer asks for.
+    """Compare the names and shapes of a saved state with those of the parameters.
+
+    The state may hold more, such as a value head that the algorithm no longer needs.
 
     Raises:
         CheckpointError: a parameter is missing there, or has another shape.
@@ -137,8 +140,10 @@ def check_model(parameters: Parameters, reader: FragmentReader, folder: Path, mo
 
 
 def check_finite(fragments: Sequence[Fragment]) -> None:
-    """Raises:
-    NonFiniteError: some weight or moment is NaN or infinite; names its parameter.
+    """Refuse to save numbers that are NaN or infinite.
+
+    Raises:
+        NonFiniteError: some weight or moment is; names its parameter.
     """
     for fragment in fragments:
         for part, tensor in fragment.tensors.items():
@@ -175,12 +180,12 @@ def local_values(parameter: nn.Parameter, part: str) -> Tensor:
 
 
 def set_local_values(parameter: nn.Parameter, part: str, values: Tensor) -> None:
-    """values: [length] float32; padding becomes 0."""
-    held = local_values(parameter, part)
-    padded = torch.zeros_like(held)
-    padded[: len(values)] = values.to(held.device)
+    """Overwrite what this rank holds with `values`, [length] float32; padding becomes 0."""
+    current = local_values(parameter, part)
+    padded = torch.zeros_like(current)
+    padded[: len(values)] = values.to(current.device)
     if not is_sharded(parameter):
-        held.data.copy_(padded)
+        current.data.copy_(padded)
     elif part == MASTER:
         safe_set_local_fp32_param(parameter, padded)
     else:

@@ -1,9 +1,11 @@
 """The learner's state on disk: of every parameter, the pieces that each rank holds.
 
 One file a rank, learner-rank00000-of-00002.safetensors. Its tensors are flat float32 pieces
-PART/NAME; its header says where in the flattened parameter NAME the piece lies. Whoever loads reads
-the slices it needs from whichever files hold them, so nothing is gathered anywhere and the number
-of ranks and the ZeRO stage may change between saving and loading.
+PART/NAME; its header says where in the flattened parameter NAME the piece lies. A rank that loads
+reads the slices it needs from the files that hold them. So nothing is gathered anywhere, and the
+number of ranks and the ZeRO stage may change between saving and loading.
+
+Which parameters have fragments, and their names, is what StudentWeights.saved() answers.
 """
 
 import json
@@ -78,8 +80,7 @@ class _Piece:
 
 
 class FragmentReader:
-    """All ranks' files as one state. Opening reads headers only, reading touches only what is asked
-    for.
+    """All ranks' files as one state. Opening reads headers only; reading a slice touches no other.
 
     Example: of "w" with 6 elements, two ranks saved [0, 4) and [4, 6); read("master", "w", 3, 2)
     takes one element from each file.
@@ -87,8 +88,8 @@ class FragmentReader:
 
     def __init__(self, folder: Path) -> None:
         """Raises:
-        CheckpointError: a rank's file is missing or is no such file, or the pieces do not tile a
-        parameter.
+        CheckpointError: a rank's file is missing or is not one of ours, or the pieces do not tile
+            a parameter.
         """
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -116,32 +117,32 @@ class FragmentReader:
             for p in self._pieces[name]
             if p.start < stop and offset < p.stop
         ]
-        found = torch.cat(parts) if parts else torch.empty(0)
-        if found.shape != (length,) or found.dtype != torch.float32:
+        values = torch.cat(parts) if parts else torch.empty(0)
+        if values.shape != (length,) or values.dtype != torch.float32:
             raise CheckpointError(
-                f"{self.folder}: {part}/{name} is {found.dtype} {list(found.shape)}, not float32 "
+                f"{self.folder}: {part}/{name} is {values.dtype} {list(values.shape)}, not float32 "
                 f"[{length}]"
             )
-        return found
+        return values
 
     def whole(self, part: str, name: str) -> Tensor:
         """The parameter in its own shape, float32 on CPU."""
         return self.read(part, name, 0, prod(self.shapes[name])).reshape(self.shapes[name])
 
     def _paths(self) -> list[Path]:
-        found = {
+        matches = {
             path: match
             for path in sorted(self.folder.iterdir())
             if (match := FILE.fullmatch(path.name))
         }
-        worlds = {int(match[2]) for match in found.values()}
-        ranks = sorted(int(match[1]) for match in found.values())
+        worlds = {int(match[2]) for match in matches.values()}
+        ranks = sorted(int(match[1]) for match in matches.values())
         if len(worlds) != 1 or ranks != list(range(*worlds)):
             raise CheckpointError(
-                f"{self.folder}: holds learner files {[p.name for p in found]}, not one of each "
+                f"{self.folder}: holds learner files {[p.name for p in matches]}, not one of each "
                 "rank"
             )
-        return list(found)
+        return list(matches)
 
     def _open(self, path: Path) -> safe_open:
         try:
@@ -152,7 +153,8 @@ class FragmentReader:
     def _list(self, number: int, index: str) -> None:
         try:
             for entry in json.loads(index):
-                name, start = str(entry["name"]), int(entry["offset"])
+                name = str(entry["name"])
+                start = int(entry["offset"])
                 shape = tuple(int(n) for n in entry["shape"])
                 if self.shapes.setdefault(name, shape) != shape:
                     raise CheckpointError(

@@ -45,8 +45,9 @@ def export(
     *,
     kind: WeightsKind = FullFineTuning,
 ) -> None:
-    """Write `state` with everything else of the model it was trained from; the folder appears whole
-    or not at all.
+    """Write `state` and everything else of the model that training started from.
+
+    The folder appears whole or not at all.
 
     Args:
         state: every tensor of StudentWeights.exported() by its name, on CPU; dtypes are kept. Tied
@@ -82,7 +83,7 @@ def export(
         _save(tensors, unfinished / "model.safetensors")
         if value_head is not None:
             _save({VALUE_HEAD: value_head}, unfinished / VALUE_HEAD_FILE)
-        unfinished.chmod(0o755)  # mkdtemp makes it for its owner alone
+        unfinished.chmod(0o755)  # mkdtemp makes folders that only their owner can open
         _swap(unfinished, folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -90,10 +91,11 @@ def export(
 
 
 def _tie(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> bool:
-    """Whether the two embeddings are one, by the weights where there are two of them; then the
-    output embedding leaves `tensors`.
+    """Whether input and output embedding are one; the output embedding is then taken out of
+    `tensors`.
 
-    transformers keeps two that differ apart, whatever the config says, and so they are trained.
+    Where `tensors` has both, their numbers decide and the config is corrected: transformers loads
+    two that differ as two parameters, whatever the config says, and so they were trained.
     """
     text = config.get_text_config()
     if not text.tie_word_embeddings:
@@ -142,11 +144,11 @@ def _saves_all(weights: StudentWeights) -> bool:
 
 
 def _write_config(file: Path, config: PreTrainedConfig, dtype: torch.dtype, tied: bool) -> None:
-    """Change in the source's config.json, which is there already, no more than the weights ask for.
+    """Change the copy of the source's config.json, and no more of it than the weights need.
 
-    Values that newer versions of transformers spell in another way are written in both spellings: a
-    program that knows the older one alone would read its default instead, a rotary base of 10000
-    among them.
+    Values that newer versions of transformers spell in another way are written in both spellings. A
+    program that knows the older one alone would use its default instead, such as a rotary base of
+    10000.
     """
     written = json.loads(file.read_text())
     text = next((written[key] for key in ("text_config",) if key in written), written)
@@ -205,7 +207,7 @@ def checkpoint_tensors(
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes files for their owner alone
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def _check_export(
@@ -214,8 +216,10 @@ def _check_export(
     kind: WeightsKind,
     config: PreTrainedConfig,
 ) -> None:
-    """Raises:
-    CheckpointError: the tensors are not those that an export of the model holds.
+    """Compare the tensors with those that an export of the model holds.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape differs.
     """
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if value_head is not None:

@@ -97,8 +97,9 @@ class WeightStream:
 
 
 def unpack(manifest: WeightManifest, packed: np.ndarray) -> Iterator[tuple[str, Tensor]]:
-    """Views into `packed` [nbytes] uint8, by name. They must not be written to: the object store's
-    memory is shared.
+    """The tensors of a buffer, [nbytes] uint8, as views by name.
+
+    They must not be written to: the object store's memory is shared.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -4,7 +4,7 @@
 The backend receives one packed buffer, in the object store's own memory or as a file in shared
 memory (an engine's child processes cannot read Ray's object store), checks its digest, names,
 shapes and coverage, and loads it layer by layer. It works on any hardware and has no process group
-that a lost engine could poison.
+that the failure of an engine could break.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,8 +44,8 @@ class ObjectStoreInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
-    """Where the bytes lie and what they are; plain values where they cross vLLM's own process
-    border.
+    """Where the bytes are, and what they are, as the plain values that vLLM sends to its child
+    processes.
     """
 
     manifest: dict
