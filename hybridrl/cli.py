@@ -1,4 +1,4 @@
-"""The command line: hybridrl train | report | export | check | doctor."""
+"""The command line: hybridrl train | report | export | serve | check | doctor."""
 
 import argparse
 import difflib
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -32,31 +32,42 @@ from hybridrl.settings.settings_file import load_settings, own_file
 
 USAGE = """usage: hybridrl VERB ...
 
-  hybridrl train experiment=quickstart run.dir=DIR [KEY=VALUE ...]   train, or continue the run in DIR
-  hybridrl train --config FILE [KEY=VALUE ...]                       the same with a YAML file of one's own settings
-  hybridrl train run.dir=DIR                                         continue the run in DIR by its own settings
-  hybridrl train --dry-run ...                                       only check, and show the first prompt
-  hybridrl train --help                                              every setting; also --cfg job, and -m to sweep
-  hybridrl report DIR                                                write DIR/report.html and DIR/report.png
-  hybridrl report DIR OTHER ...                                      compare runs: DIR/comparison.html and .png
-  hybridrl export DIR [FOLDER] [--step N|best] [--dtype TYPE]        a checkpoint, the newest if not said otherwise, as a
-                                                                     Hugging Face model folder; DIR is a run or one of its
-                                                                     checkpoints, FOLDER by default DIR/export/step_NNNNNN
-  hybridrl serve DIR|FOLDER [--port N]                               answer OpenAI's API with a run's newest model
-  hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]       every method's gradient against exact enumeration
-  hybridrl check algorithm.advantage=FILE.py:CLASS                   the same of an estimator, token weight or pair loss
-                                                                     of one's own
-  hybridrl doctor [run.dir=DIR] [KEY=VALUE ...]                      is this machine fit to train on, are its doors closed,
-                                                                     can the models and data be had?
+  hybridrl train experiment=quickstart run.dir=DIR [KEY=VALUE ...]
+      train, or continue the run in DIR
+  hybridrl train --config FILE [KEY=VALUE ...]
+      the same, with the settings of a YAML file
+  hybridrl train run.dir=DIR
+      continue the run in DIR with its own settings
+  hybridrl train --dry-run ...
+      only check the settings, models and data, and show the first prompt
+  hybridrl train --help
+      show every setting; also --cfg job, and -m to sweep
+  hybridrl report DIR
+      write DIR/report.html and DIR/report.png
+  hybridrl report DIR OTHER ...
+      compare runs: write DIR/comparison.html and DIR/comparison.png
+  hybridrl export DIR [FOLDER] [--step N|best] [--dtype TYPE]
+      write a checkpoint, by default the newest, as a Hugging Face model folder; DIR is a run or
+      one of its checkpoints, FOLDER is by default DIR/export/step_NNNNNN
+  hybridrl serve DIR|FOLDER [--port N]
+      serve the newest model of a run, or any model, with an OpenAI-compatible API
+  hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]
+      compare the gradient of every method with exact enumeration
+  hybridrl check algorithm.advantage=FILE.py:CLASS
+      the same for an advantage estimator, token weight or pair loss in a file of your own
+  hybridrl doctor [run.dir=DIR] [KEY=VALUE ...]
+      check that this machine can train, is closed to strangers, and can load models and data
 """
-TRY_AGAIN = os.EX_TEMPFAIL  # 75, which job schedulers know
-INTERRUPTED = 128 + signal.SIGINT  # 130, as of a shell
+TRY_AGAIN = os.EX_TEMPFAIL  # 75, after which job schedulers submit a job again
+INTERRUPTED = 128 + signal.SIGINT  # 130, as a shell returns it
 HELP = ("--help", "-h", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong, 75 told to end:
-    continue by the same command, 130 ended at once by Ctrl-C.
+    """Run a verb; returns the exit status of the command.
+
+    0: done. 1: the run failed. 2: the command or a setting is wrong. 75: a signal stopped the run,
+    which the same command continues. 130: Ctrl-C ended it at once.
     """
     secure_streams()
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -70,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor": doctor_verb,
     }
     if verb in verbs:
-        return said(lambda: verbs[verb](rest))
+        return exit_status(lambda: verbs[verb](rest))
     if verb in ("--version", "-V"):
         print(f"hybridrl {__version__}")
         return 0
@@ -83,9 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-def said(act: Callable[[], int]) -> int:
-    """The exit status of `act`; one of our own errors, or a file that cannot be read or written, is
-    told in one sentence.
+def exit_status(act: Callable[[], int]) -> int:
+    """Call `act` and return its exit status, or that of its error.
+
+    Our own errors, and errors of files, are printed as one sentence.
     """
     try:
         return act()
@@ -93,7 +105,7 @@ def said(act: Callable[[], int]) -> int:
         print(f"hybridrl: {error}", file=sys.stderr)
         return TRY_AGAIN
     except KeyboardInterrupt:
-        print("hybridrl: ended at once by Ctrl-C; what was saved before it stands", file=sys.stderr)
+        print("hybridrl: ended at once by Ctrl-C; what was saved before is intact", file=sys.stderr)
         return INTERRUPTED
     except HybridRLError as error:
         print(f"hybridrl: {redact.text(str(error))}", file=sys.stderr)
@@ -101,17 +113,18 @@ def said(act: Callable[[], int]) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        told = (
-            f"{error.filename}: {error.strerror}; what was saved before it stands: put that "
+        message = (
+            f"{error.filename}: {error.strerror}; what was saved before is intact: put that "
             "right and give the same command again"
         )
-        print(f"hybridrl: {redact.text(told)}", file=sys.stderr)
+        print(f"hybridrl: {redact.text(message)}", file=sys.stderr)
         return 1
 
 
 def train_verb(arguments: Sequence[str]) -> int:
-    """Train, or with --dry-run only check; --config FILE is the base of the settings, all other
-    flags are Hydra's.
+    """Train, or with --dry-run only check.
+
+    --config FILE is the base of the settings; all other flags are Hydra's.
     """
     rest = [a for a in arguments if a != "--dry-run"]
     run = run_training if len(rest) == len(arguments) else run_checks
@@ -119,17 +132,19 @@ def train_verb(arguments: Sequence[str]) -> int:
     file = None if name is None else Path(name).expanduser()
     if not any(a.startswith("-") for a in rest):
         return run(load_settings(rest, file))
-    with nullcontext([]) if file is None else own_file(file) as base:
+    with ExitStack() as stack:
+        base = [] if file is None else stack.enter_context(own_file(file))
         return hydra_flags([*base, *rest], run)
 
 
 def option(name: str, arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """The other arguments, and the value of `name VALUE` or `name=VALUE`; None: it is not given.
+    """The other arguments, and the value of an option `name VALUE` or `name=VALUE`, None if absent.
 
     Raises:
-        ConfigError: it is given without a value, or twice.
+        ConfigError: the option has no value, or is given twice.
     """
-    rest, values = [], []
+    rest = []
+    values = []
     waiting = iter(arguments)
     for argument in waiting:
         if argument == name:
@@ -144,12 +159,14 @@ def option(name: str, arguments: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def check_verb(arguments: Sequence[str]) -> int:
+    """Compare gradients with exact enumeration."""
     from hybridrl.oracle.table import main as check  # loads torch
 
     return check(arguments)
 
 
 def doctor_verb(arguments: Sequence[str]) -> int:
+    """Check this machine."""
     if any(a.startswith("-") for a in arguments):
         return usage("hybridrl doctor [run.dir=DIR] [KEY=VALUE ...]", arguments)
     from hybridrl.launch.doctor import main as doctor
@@ -173,7 +190,7 @@ def run_training(settings: RunSettings) -> int:
 
 
 def run_checks(settings: RunSettings) -> int:
-    """--dry-run: check all that needs no worker and print what would be run; nothing is written."""
+    """For --dry-run: do all checks that need no worker, and describe the run; writes nothing."""
     from hybridrl.launch.dry_run import describe
 
     quiet_environment()
@@ -183,34 +200,35 @@ def run_checks(settings: RunSettings) -> int:
 
 
 def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = run_training) -> int:
-    """--help, --cfg, --info, --multirun and the rest are Hydra's own; its errors are told as ours.
+    """Let Hydra handle its flags: --help, --cfg, --info, --multirun. Its errors are shown as ours.
 
-    The jobs of a sweep run one after another; one that fails does not keep the others from running,
-    one that is told to end by SIGTERM or Ctrl-C does.
+    The jobs of a sweep run one after another. If one fails the next ones still run, but not after
+    SIGTERM or Ctrl-C.
 
     Args:
-        run: what a job does with its settings; returns its exit status.
+        run: is called with the settings of each job; returns its exit status.
     """
     import hydra
 
     overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
     flags = [a for a in arguments if a not in overrides]  # with their values
     check_flags(flags)
-    status, used = [], set()
+    status: list[int] = []  # of the jobs so far
+    run_dirs: set[str] = set()  # of the jobs so far
 
     def job(composed: DictConfig) -> int:
-        redact.log_warnings()  # Hydra's own logging lets every library talk
+        redact.log_warnings()  # Hydra has configured logging so that every library logs
         settings = to_settings(composed, overrides)
-        if settings.run.dir in used:
+        if settings.run.dir in run_dirs:
             raise ConfigError(
                 f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set "
                 "run.dir='runs/${hydra:job.num}'"
             )
-        used.add(settings.run.dir)
+        run_dirs.add(settings.run.dir)
         return run(settings)
 
     def next_job(composed: DictConfig) -> None:
-        status.append(said(lambda: job(composed)))
+        status.append(exit_status(lambda: job(composed)))
         if status[-1] in (TRY_AGAIN, INTERRUPTED):
             raise SystemExit(status[-1])
 
@@ -220,27 +238,26 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
     main_of = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-    sys.argv = [
-        "hybridrl train",
-        *overrides,
-        *flags,
-    ]  # Hydra takes overrides on one side of a flag only
-    shown = io.StringIO()  # the config, where Hydra prints it and runs no job
+    # Hydra does not accept overrides both before and after a flag.
+    sys.argv = ["hybridrl train", *overrides, *flags]
+    shown = io.StringIO()  # the settings, if Hydra prints them instead of running jobs
+    output: AbstractContextManager[object] = redirect_stdout(shown) if shows else nullcontext()
     try:
-        with one_sentence(overrides), redirect_stdout(shown) if shows else nullcontext():
+        with one_sentence(overrides), output:
             main_of(next_job)()
     finally:
-        redact.referred(overrides, overrides)  # with --resolve their variables' values are shown
+        redact.referred(overrides, overrides)  # --resolve shows the values of variables
         text = masked_yaml(shown.getvalue())
         print(commented(text) if any(flag in HELP for flag in flags) else text, end="")
     return max(status, default=0)
 
 
 def report_verb(arguments: Sequence[str]) -> int:
+    """Write the report of a run, or the comparison of several."""
     if not arguments or any(a.startswith("-") for a in arguments):
         return usage("hybridrl report DIR [OTHER ...]", arguments)
     from hybridrl.report.comparison import write_comparison
-    from hybridrl.report.report import write_report
+    from hybridrl.report.run_report import write_report
 
     run_dirs = [Path(argument) for argument in arguments]
     print(write_report(run_dirs[0]) if len(run_dirs) == 1 else write_comparison(run_dirs))
@@ -248,6 +265,7 @@ def report_verb(arguments: Sequence[str]) -> int:
 
 
 def export_verb(arguments: Sequence[str]) -> int:
+    """Write a checkpoint as a model folder."""
     parser = argparse.ArgumentParser(
         prog="hybridrl export", description="Write a checkpoint as a Hugging Face model folder."
     )
@@ -260,14 +278,14 @@ def export_verb(arguments: Sequence[str]) -> int:
         help="a new or empty folder; by default export/step_NNNNNN in the run",
     )
     parser.add_argument(
-        "--step", metavar="N|best", help="which checkpoint; by default the newest that is sound"
+        "--step", metavar="N|best", help="which checkpoint; by default the newest undamaged one"
     )
     parser.add_argument(
         "--dtype", metavar="TYPE", help="float32 or bfloat16; by default model.dtype of the run"
     )
     try:
         options = parser.parse_args(arguments)
-    except SystemExit as end:  # argparse has printed the help, or what is wrong
+    except SystemExit as end:  # argparse has printed the help or an error
         return int(end.code or 0)
     from hybridrl.launch.export import export_checkpoint
 
@@ -276,6 +294,7 @@ def export_verb(arguments: Sequence[str]) -> int:
 
 
 def serve_verb(arguments: Sequence[str]) -> int:
+    """Serve a model."""
     line = "hybridrl serve RUN|FOLDER [--host HOST] [--port PORT] [-- ARGUMENTS OF VLLM]"
     if not arguments or arguments[0] in HELP:
         return usage(line, arguments)
@@ -288,9 +307,10 @@ def serve_verb(arguments: Sequence[str]) -> int:
 
 
 def usage(line: str, arguments: Sequence[str]) -> int:
-    asked = bool(arguments) and arguments[0] in HELP
-    print(f"usage: {line}", file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
+    """Print how a verb is used, as help or as an error; returns the exit status."""
+    is_help = bool(arguments) and arguments[0] in HELP
+    print(f"usage: {line}", file=sys.stdout if is_help else sys.stderr)
+    return 0 if is_help else 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""The command line without Ray: help, bad settings beside Hydra's flags, sweeps, and the export
-verb.
-"""
+"""The command line without Ray: help, bad settings, Hydra's flags, sweeps, and export."""
 
 import os
 import resource
@@ -15,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hybridrl.cli import hydra_flags, main, said
+from hybridrl.cli import exit_status, hydra_flags, main
 from hybridrl.core.errors import Preempted
 from hybridrl.core.json_lines import Appender
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
@@ -63,9 +61,7 @@ class Learned:
 
 
 def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
-    """A checkpoint as the learner writes it, of weights that are not the student's own; returns
-    them.
-    """
+    """A checkpoint as the learner writes it, with weights unlike the student's; returns them."""
     settings = settings_of(run_dir, *overrides)
     model = load_model("builtin:countdown-student")
     weights = {name: (p.detach() * 1.25).contiguous() for name, p in model.named_parameters()}
@@ -111,9 +107,7 @@ def test_an_export_overwrites_nothing_of_the_users(tmp_path: Path, capsys: pytes
 
 
 def save_steps(run_dir: Path) -> dict[int, torch.Tensor]:
-    """A run with checkpoints of steps 10, 20 and 30, the best of which is 20; returns each one's
-    norm weight.
-    """
+    """A run with checkpoints of steps 10, 20 (the best) and 30; returns the norm weight of each."""
     save_checkpoint(run_dir, "checkpoint.best=eval/accuracy", "checkpoint.keep=9")
     reader = FragmentReader(run_dir / "checkpoints" / "step_000010")
     weights = {10: reader.whole(MASTER, "model.norm.weight")}
@@ -250,7 +244,7 @@ def test_a_failed_job_of_a_sweep_does_not_stop_the_others_and_is_not_forgotten(
             75,
             "told to end by SIGTERM; the same command continues",
         ),
-        (KeyboardInterrupt(), 130, "ended at once by Ctrl-C; what was saved before it stands"),
+        (KeyboardInterrupt(), 130, "ended at once by Ctrl-C; what was saved before is intact"),
     ],
 )
 def test_a_sweep_whose_job_was_told_to_end_starts_no_other(
@@ -263,7 +257,7 @@ def test_a_sweep_whose_job_was_told_to_end_starts_no_other(
 ):
     ran: list[str] = []
 
-    def told(settings: RunSettings) -> int:
+    def interrupted(settings: RunSettings) -> int:
         ran.append(settings.run.dir)
         raise how
 
@@ -271,7 +265,7 @@ def test_a_sweep_whose_job_was_told_to_end_starts_no_other(
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     with pytest.raises(SystemExit) as ended:
-        hydra_flags(["experiment=quickstart", "-m", "run.dir=a,b"], told)
+        hydra_flags(["experiment=quickstart", "-m", "run.dir=a,b"], interrupted)
     assert (ended.value.code, ran) == (status, ["a"])
     assert capsys.readouterr().err == f"hybridrl: {sentence}\n"
 
@@ -307,8 +301,8 @@ def test_help_names_every_verb_and_train_help_says_how_to_sweep(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     assert main([]) == main(["--help"]) == 0
-    told = capsys.readouterr().out
-    assert all(f"hybridrl {verb} " in told for verb in ("train", "report", "export"))
+    output = capsys.readouterr().out
+    assert all(f"hybridrl {verb} " in output for verb in ("train", "report", "export"))
     assert main(["export", "--help"]) == main(["report", "--help"]) == 0
     assert main(["trian"]) == 2
     capsys.readouterr()
@@ -356,16 +350,16 @@ def test_a_file_that_cannot_grow_ends_the_run_in_one_sentence_and_the_checkpoint
         resource.RLIMIT_FSIZE, (20, before[1])
     )  # as a full disk, but for the error's number
     try:
-        status = said(run)
+        status = exit_status(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 1
     assert capsys.readouterr().err == (
-        f"hybridrl: {tmp_path / name}: File too large; what was saved before it stands: put that "
+        f"hybridrl: {tmp_path / name}: File too large; what was saved before is intact: put that "
         "right and give the same command again\n"
     )
     assert read_checkpoint(checkpoint).state == STATE
-    assert said(run) == 0, "the same command, once there is room"
+    assert exit_status(run) == 0, "the same command, once there is room"
     assert len((tmp_path / name).read_text().splitlines()) == 1, "the torn line is cut"
 
 
@@ -375,7 +369,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path: Path, capsys: pytest.Captu
             full.append("a line")
         return 0
 
-    assert said(run) == 1
+    assert exit_status(run) == 1
     assert capsys.readouterr().err.startswith("hybridrl: /dev/full: No space left on device; ")
 
 
@@ -384,4 +378,4 @@ def test_an_error_of_the_system_that_names_no_file_is_not_hidden():
         raise BrokenPipeError(32, "Broken pipe")
 
     with pytest.raises(BrokenPipeError):
-        said(run)
+        exit_status(run)

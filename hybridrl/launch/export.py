@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder; needs neither Ray nor a GPU."""
+"""`hybridrl export`: a checkpoint as a Hugging Face folder; needs neither Ray nor a GPU."""
 
 from pathlib import Path
 
@@ -31,22 +31,22 @@ def export_checkpoint(
     dtype: str | None = None,
     kind: WeightsKind | None = None,
 ) -> Path:
-    """Write what the learner itself would export at that step; returns the folder.
+    """Write a checkpoint as the learner itself would export it at that step; returns the folder.
 
     Args:
         source: a run directory, or one checkpoint, RUN/checkpoints/step_NNNNNN.
-        folder: must be new or empty; None: export/step_NNNNNN in the run directory, with the dtype
-            in its name where that is not model.dtype; replaced if it is there.
-        step: which checkpoint of the run: a number, or "best" by checkpoint.best; None: the newest
-            that is sound.
+        folder: a new or empty folder. None: export/step_NNNNNN in the run directory, with the dtype
+            in its name unless that is model.dtype; an existing one is replaced.
+        step: which checkpoint of the run: a number, or "best" by checkpoint.best. None: the newest
+            one that is not damaged.
         dtype: of the written weights, float32 or bfloat16; None: model.dtype.
         kind: the class of student weights that was trained; None: the one of the run's settings.
 
     Raises:
         RunDirectoryError: `source` holds no run, or a part of it is a link.
         CheckpointError: there is no such checkpoint, or it is damaged.
-        ConfigError: `folder` holds something, or is needed for a checkpoint outside of its run;
-            `step` or `dtype` is none; or the model that training started from is gone.
+        ConfigError: `folder` is not empty, or is missing for a checkpoint outside of its run;
+            `step` or `dtype` has no valid value; or the model that training started from is gone.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: must be {' or '.join(DTYPES)}")
@@ -63,11 +63,7 @@ def export_checkpoint(
         check_no_links(run_dir)
     checkpointer = Checkpointer(run_dir, settings.checkpoint)
     checkpoint = read_checkpoint(source) if one_checkpoint else _chosen(checkpointer, step)
-    if (
-        folder is not None
-        and folder.exists()
-        and not (folder.is_dir() and not any(folder.iterdir()))
-    ):
+    if folder is not None and folder.exists() and not is_empty_folder(folder):
         raise ConfigError(f"{folder}: exists and is not empty; name a new folder")
     dtype = dtype or settings.model.dtype
     name = f"step_{checkpoint.state.step:06d}"
@@ -81,8 +77,13 @@ def export_checkpoint(
     return target
 
 
+def is_empty_folder(path: Path) -> bool:
+    """Whether the path is a folder without any files."""
+    return path.is_dir() and not any(path.iterdir())
+
+
 def _chosen(checkpointer: Checkpointer, step: str | None) -> Checkpoint:
-    """The checkpoint that `step` names; None: the newest that is sound."""
+    """The checkpoint of a step; None: the newest one that is not damaged."""
     folders = checkpointer.folders()
     if not folders:
         raise CheckpointError(
@@ -91,22 +92,23 @@ def _chosen(checkpointer: Checkpointer, step: str | None) -> Checkpoint:
         )
     if step is None:
         newest = checkpointer.newest()
-        assert newest is not None, "there are folders, and it raises where none is sound"
+        assert newest is not None, "newest raises if there are folders and all are damaged"
         return newest
     if step == BEST:
         return read_checkpoint(_best(checkpointer, folders))
     if not (step.isascii() and step.isdecimal()):
         raise ConfigError(f"--step {step}: must be the number of a step, or {BEST}")
-    there = {step_of(folder): folder for folder in folders}
-    if int(step) not in there:
+    folder_of = {step_of(folder): folder for folder in folders}
+    if int(step) not in folder_of:
         raise CheckpointError(
             f"--step {step}: {checkpointer.root} holds no checkpoint of that step, only of "
             f"{_steps(folders)}"
         )
-    return read_checkpoint(there[int(step)])
+    return read_checkpoint(folder_of[int(step)])
 
 
 def _best(checkpointer: Checkpointer, folders: list[Path]) -> Path:
+    """The folder with the best value of checkpoint.best."""
     metric = checkpointer.config.best
     if metric is None:
         raise ConfigError(
@@ -127,11 +129,12 @@ def _steps(folders: list[Path]) -> str:
 
 
 def keep_template(settings: RunSettings, run_dir: Path) -> None:
-    """Copy data.chat_template_file into the run directory, for exports must read conversations as
-    the run did.
+    """Copy data.chat_template_file into the run directory, so that exports have the same template.
+
+    Without that setting, a copy by an earlier start of the run is removed.
     """
-    kept = run_dir / TEMPLATE
+    copy = run_dir / TEMPLATE
     if settings.data.chat_template_file is None:
-        kept.unlink(missing_ok=True)
+        copy.unlink(missing_ok=True)
     else:
-        replace_text(kept, read_template(settings.data.chat_template_file))
+        replace_text(copy, read_template(settings.data.chat_template_file))

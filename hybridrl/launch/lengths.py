@@ -1,6 +1,4 @@
-"""rollout.max_new_tokens and rollout.max_model_len, which only the data and the model can
-suggest.
-"""
+"""rollout.max_new_tokens and rollout.max_model_len, proposed by the data and the model."""
 
 import math
 import sys
@@ -16,24 +14,26 @@ from hybridrl.models.limits import most_positions
 from hybridrl.models.loading import model_config
 from hybridrl.settings.run import RunSettings
 
-LEAST = (
-    256  # new tokens that are proposed where the model has room: it may think before a short answer
-)
-STEP = 64  # proposals are multiples of it
+LEAST = 256
+"""New tokens to propose at least, if the model has room: it may think before a short answer."""
+STEP = 64
+"""Proposals are multiples of this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """Tokens, special ones included."""
+    """The numbers of tokens that the data needs, special ones included."""
 
-    prompt: int  # the longest
-    row: str  # of the longest prompt
-    whole: int  # the longest prompt with its response
-    answer: int  # the longest response or reference answer; 0: the data has none
+    prompt: int  # of the longest prompt
+    row: str  # of the data, with the longest prompt
+    whole: int  # of the longest prompt with its response
+    answer: int  # of the longest response or reference answer; 0: the data has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
+    """Proposed settings."""
+
     max_new_tokens: int
     max_model_len: int
     drop_too_long: bool  # some rows are too long for the model
@@ -42,7 +42,7 @@ class Lengths:
 def check_lengths(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
 ) -> None:
-    """Refuse settings without the two lengths, and propose them.
+    """Refuse settings in which one of the two lengths is missing, with a proposal for both.
 
     Raises:
         ConfigError: one is missing.
@@ -80,7 +80,7 @@ def check_lengths(
 def measure(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
 ) -> Needs:
-    """What the problems take of a model's length. At least one problem."""
+    """The lengths that the problems need; there must be at least one problem."""
     used = settings.algorithm.data_fraction > 0
     prompts = tokenize(problems, tokenizer, settings.data, sys.maxsize, responses=used)
     responses = [max(map(len, prompt.responses), default=0) for prompt in prompts]
@@ -101,13 +101,13 @@ def measure(
 def propose(
     needs: Needs, positions: float, max_new_tokens: int | None, max_model_len: int | None
 ) -> Lengths:
-    """Lengths that hold every row and twice the longest answer, as far as the model's positions
-    allow.
+    """Lengths for every row and twice the longest answer, as far as the model has positions.
 
     Args:
-        positions: of the model; infinity: it sets no limit.
-        max_new_tokens, max_model_len: as set; None: to be proposed. A setting that leaves no room
-            is proposed anew.
+        positions: of the model; infinity: it has no limit.
+        max_new_tokens: the setting; None: propose it. One that leaves no room for a prompt is
+            proposed anew.
+        max_model_len: the setting; None: propose it.
     """
     limit = positions if max_model_len is None else min(positions, max_model_len)
     if max_new_tokens is not None and max_new_tokens >= limit:

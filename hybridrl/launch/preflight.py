@@ -1,12 +1,12 @@
-"""What the objective takes for granted of models, teachers and engines, checked instead of
-believed.
+"""Checks of what the objective assumes about models, teachers and engines.
 
-Before anything starts: the folder of each model is whole and the model reads sequences as long as
-the run's and every token of the data; each teacher has the student's tokens and special tokens, and
-writes a conversation the same way. Before the first step: each scorer gives the same answer twice.
-That the engines compute what the learner does is asked after every sync (controller.engine_probe).
-That teachers score at the sampler's temperature holds by construction: both read
-algorithm.temperature.
+Before anything starts: each model is complete, and can read sequences as long as the run's and
+every token of the data; each teacher has the student's tokens and special tokens, and formats a
+conversation in the same way. Before the first step: each scorer gives the same answer twice.
+
+That the engines compute the same as the learner is checked after every sync
+(controller.engine_probe). Teachers score at the temperature of the sampler by construction: both
+read algorithm.temperature.
 """
 
 import logging
@@ -44,9 +44,7 @@ PROBE_PROMPTS = 4
 
 
 def models_in_use(settings: RunSettings) -> dict[str, tuple[str, str | None]]:
-    """Path and revision of every model that a worker of this run loads, by the setting that names
-    it.
-    """
+    """(path, revision) of every model that the workers of a run load, by the setting for it."""
     models = {"model.path": (settings.model.path, settings.model.revision)}
     for name in settings.teachers_in_use:
         teacher = settings.teacher_model(name)
@@ -58,47 +56,44 @@ def models_in_use(settings: RunSettings) -> dict[str, tuple[str, str | None]]:
 
 
 def check_models(settings: RunSettings) -> None:
-    """Refuse a model that could not be loaded whole, or not read what the run will give it. Reads
-    no weights, only their headers.
+    """Refuse a model that is incomplete, or cannot read the sequences of the run.
+
+    Only the headers of the weights are read.
 
     Raises:
-        ConfigError: as load_outline; or the model has fewer positions than rollout.max_model_len,
-            or is a reward model with fewer rows than the student, which could draw tokens that the
-            reward model cannot read.
+        ConfigError: as load_outline; or the model has fewer positions than rollout.max_model_len;
+            or a reward model has fewer rows of embeddings than the student, which could then sample
+            tokens that the reward model cannot read.
     """
-    length = settings.rollout.max_model_len  # None: check_lengths refuses it, and proposes one
+    length = settings.rollout.max_model_len  # None: check_lengths refuses it with a proposal
     rows = head_rows(settings.model.path, settings.model.revision)
     for setting, (path, revision) in models_in_use(settings).items():
         config = model_config(path, revision, setting=setting)
-        if not is_on_hub(
-            path
-        ):  # weights from the hub are downloaded where they are used, and checked there
+        # Weights from the hub are downloaded by the worker that uses them, which also checks them.
+        if not is_on_hub(path):
             load_outline(path, revision, setting=setting)
         if length is not None and length > (positions := most_positions(config)):
             raise ConfigError(
                 f"rollout.max_model_len={length}: {setting}={path} reads at most {positions:g} "
                 "tokens; lower it to that"
             )
-        if (
-            setting.startswith("reward.")
-            and (its_rows := config.get_text_config().vocab_size) < rows
-        ):
+        model_rows = config.get_text_config().vocab_size
+        if setting.startswith("reward.") and model_rows < rows:
             raise ConfigError(
-                f"{setting}={path}: has {its_rows} rows of embeddings, "
+                f"{setting}={path}: has {model_rows} rows of embeddings, "
                 f"model.path={settings.model.path} has {rows}, so the student could draw tokens "
                 "that it cannot read; train the reward model from a model with as many rows"
             )
 
 
 def check_engines(settings: RunSettings, device: str) -> None:
-    """Refuse a model that an engine of this run would have to serve and cannot.
+    """Refuse a model that the engines of this run would have to serve and cannot.
 
     Args:
-        device: cpu or cuda, where the engines will run.
+        device: on which the engines will run, cpu or cuda.
 
     Raises:
-        ConfigError: the size of its attention heads is none that vLLM's CPU engine has a kernel
-            for.
+        ConfigError: vLLM's CPU engine has no kernel for the size of its attention heads.
     """
     if device != "cpu":
         return
@@ -118,10 +113,10 @@ def check_engines(settings: RunSettings, device: str) -> None:
 def check_token_ids(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
 ) -> None:
-    """Refuse data with a token that some model has no row of embeddings for.
+    """Refuse data with a token for which one of the models has no row of embeddings.
 
-    A tokenizer may have more tokens than its model has rows, as that of Gemma 3 has one for images:
-    that does no harm as long as no prompt and no response contains one of them.
+    A tokenizer may have more tokens than its model has rows, as that of Gemma 3 has one for images.
+    That is harmless as long as no prompt and no response contains such a token.
 
     Args:
         tokenizer: the student's.
@@ -158,22 +153,24 @@ def check_token_ids(
 def check_teachers(
     settings: RunSettings, student: PreTrainedTokenizerBase
 ) -> dict[str, PreTrainedTokenizerBase]:
-    """Refuse a teacher in use whose distribution is not over the student's tokens. Rows that only
-    pad its head do no harm.
+    """Refuse a teacher in use whose distribution is not over the student's tokens.
 
-    Pad tokens may differ: no padding reaches a model unmasked.
+    Additional rows that pad its output head are harmless. Pad tokens may differ, as padding is
+    always masked.
 
     Returns:
-        the tokenizers of those with a path, by name.
+        the tokenizers of the teachers that have a path, by name.
 
     Raises:
         ConfigError: its tokenizer has other tokens, or begins or ends a text with another one; or
-            its output head lacks rows.
+            its output head has fewer rows than the student's.
     """
-    tokenizers, model = {}, settings.model
+    tokenizers = {}
+    model = settings.model
     for name in settings.teachers_in_use:
-        path, revision = settings.teachers[name].path, settings.teachers[name].revision
-        if path is None:  # the student itself
+        path = settings.teachers[name].path
+        revision = settings.teachers[name].revision
+        if path is None:  # the teacher is the student before training
             continue
         tokenizers[name] = load_tokenizer(path, revision, setting=f"teachers.{name}.path")
         if difference := different_tokens(student, tokenizers[name]):
@@ -182,7 +179,8 @@ def check_teachers(
                 f"model.path={model.path}: {difference}; log-probs of the same ids would speak of "
                 "different tokens. Choose a teacher with the student's tokenizer"
             )
-        rows, needed = head_rows(path, revision), head_rows(model.path, model.revision)
+        rows = head_rows(path, revision)
+        needed = head_rows(model.path, model.revision)
         if rows < needed and name in settings.scored_teachers:
             raise ConfigError(
                 f"teachers.{name}.path={path}: its output head has {rows} rows, that of "
@@ -193,20 +191,20 @@ def check_teachers(
 
 
 def different_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
-    """How two tokenizers differ, in words; empty where they do not."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    """The difference of two tokenizers, as a clause; empty if there is none."""
+    ours = student.get_vocab()
+    theirs = teacher.get_vocab()
     differing = sorted(
         (t for t in ours | theirs if ours.get(t) != theirs.get(t)),
         key=lambda t: (ours.get(t, len(ours)), t),
     )
     if differing:
-        told = [
+        shown = [
             f"{t!r} has id {theirs.get(t, 'none')}, here {ours.get(t, 'none')}"
             for t in differing[:SHOWN]
         ]
-        return ", ".join(told) + (
-            f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-        )
+        more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        return ", ".join(shown) + more
     for kind in ("bos_token_id", "eos_token_id"):
         if getattr(student, kind) != getattr(teacher, kind):
             return f"its {kind} is {getattr(teacher, kind)}, here {getattr(student, kind)}"
@@ -219,15 +217,14 @@ def check_templates(
     teachers: dict[str, PreTrainedTokenizerBase],
     problems: Sequence[Problem],
 ) -> None:
-    """Refuse a teacher that would write a conversation of the data in another way; one without a
-    template has no way.
+    """Refuse a teacher whose chat template formats a conversation of the data differently.
 
-    The first conversation of each sequence of roles is compared, with tools and without. A template
-    that the settings name counts for all models, so a teacher whose own one differs from it is only
-    warned of.
+    Compared are the first conversation of each sequence of roles, with tools and without. If
+    data.chat_template_file is set, it is used for all models, so a different template of a teacher
+    only causes a warning. A teacher without a template is accepted.
 
     Raises:
-        ConfigError: names the teacher and where the two texts part.
+        ConfigError: names the teacher and the place where the two texts differ.
     """
     compared: dict[tuple[object, ...], Conversation] = {}
     for problem in problems:
@@ -277,11 +274,10 @@ def check_templates(
 def check_end_of_turn(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
 ) -> None:
-    """Warn where the chat template ends the assistant's turn with a token at which generation does
-    not stop.
+    """Warn if generation does not stop at the token that ends a turn in the chat template.
 
-    A model that writes this token, as it learns to from given responses, would go on after its
-    answer.
+    A student that learns from the data's responses writes this token after its answer, and the
+    engine would continue to sample.
 
     Args:
         tokenizer: the student's.
@@ -298,7 +294,7 @@ def check_end_of_turn(
     before, _ = split_prefill(chat.messages)
     try:
         _, text = template.around_answer(before, chat.tools, chat.row, "")
-    except DataError:  # a template that takes no answers shows no end of one
+    except DataError:  # the template does not format answers, so its end of a turn is unknown
         return
     ids = encode(text, tokenizer, special_tokens=False)
     end = closed(ids, tokenizer, templated=True)[-1]
@@ -318,43 +314,45 @@ def check_end_of_turn(
 
 
 def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Prompt]) -> None:
-    """Ask running scorers about responses to a few prompts. Costs one short generation and two
-    scorings; what the engines compute is compared after every sync (controller.engine_probe).
+    """Let each running scorer score the responses to a few prompts twice, and compare.
+
+    It costs one short generation and two scorings.
 
     Raises:
-        ContractError: a scorer gave two answers to the same batch.
+        ContractError: a scorer gave two different answers for the same batch.
     """
-    asked = probe_prompts(settings, prompts)
-    tokens = min(PROBE_TOKENS, settings.rollout.max_new_tokens)
+    max_new_tokens = settings.rollout.max_new_tokens
+    assert max_new_tokens is not None, "check_lengths refuses it"
     chunk, *_ = workers.rollout.probe(
-        asked,
-        num_tokens=tokens,
+        probe_prompts(settings, prompts),
+        num_tokens=min(PROBE_TOKENS, max_new_tokens),
         temperature=0.0,
         support=make_objective(settings).needs.sampler_support,
     ).values()
     for scorer in workers.scorers:
-        answers = [
-            scorer.score([chunk] * scorer.group.size) for _ in range(2)
-        ]  # one call per replica, twice
-        once, again = (gather([scores for _, scores in answer]) for answer in answers)
-        check_repeats(scorer.teacher, once, again)
+        # Each replica gets the same chunk, twice.
+        answers = [scorer.score([chunk] * scorer.group.size) for _ in range(2)]
+        first, second = (gather([scores for _, scores in answer]) for answer in answers)
+        check_repeats(scorer.teacher, first, second)
 
 
 def probe_prompts(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The first few prompts, and of each routed teacher the first that it is asked about."""
+    """The first few prompts, and for each routed teacher the first prompt that it scores."""
     routes = [settings.teachers[name].route for name in settings.scored_teachers]
     routed = [next((p for p in prompts if takes(route, p.columns)), prompts[0]) for route in routes]
     return list({p.uid: p for p in [*prompts[:PROBE_PROMPTS], *routed]}.values())
 
 
-def check_repeats(teacher: str, once: Sequence[TokenScores], again: Sequence[TokenScores]) -> None:
-    """Compare, bit by bit, two answers of each replica about the same batch.
+def check_repeats(
+    teacher: str, first: Sequence[TokenScores], second: Sequence[TokenScores]
+) -> None:
+    """Compare, bit by bit, the two answers of each replica for the same batch.
 
     Raises:
         ContractError: names the first replica whose answers differ.
     """
     columns = ("logprobs", "rows", "support_ids")
-    for replica, (a, b) in enumerate(zip(once, again, strict=True)):
+    for replica, (a, b) in enumerate(zip(first, second, strict=True)):
         if any(getattr(a, column).tobytes() != getattr(b, column).tobytes() for column in columns):
             raise ContractError(
                 f"scorer-{teacher}/{replica}: two scorings of the same batch differ, and a frozen "

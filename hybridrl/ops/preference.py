@@ -1,4 +1,4 @@
-"""The mathematics that losses on pairs of responses share; P pairs."""
+"""The mathematics that losses on pairs of responses share; P is the number of pairs."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 MAX_LOG_RATIO = 20.0
-"""From here on each term of a DIL loss is a straight line. LSIF's slope is then exp(2 * 20) =
-2.4e17: fp32 holds even its square.
+"""Above this score each term of a DIL loss is a straight line.
+
+The slope of LSIF is then exp(2 * 20) = 2.4e17, of which fp32 can hold even the square.
 """
 
 Term = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""One term of a separable loss: from s [P] to its value and slope, both [P]."""
+"""One term of a separable loss: maps s [P] to its value and slope, both [P]."""
 
 
 def logistic(margin: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,8 @@ def bradley_terry(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Ten
     """-log sigma(r_w - r_l), the likelihood of the label under Bradley and Terry's model.
 
     Args:
-        chosen, rejected: [P] scores of a reward model.
+        chosen: [P] a reward model's scores of the chosen responses.
+        rejected: [P] its scores of the rejected responses.
 
     Returns:
         loss, d loss / d chosen, d loss / d rejected, all [P].
@@ -34,6 +36,6 @@ def bradley_terry(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def straightened(term: Term, s: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Value and slope [P] of a term that follows its tangent above `limit`."""
+    """Value and slope [P] of a term that is continued by its tangent above `limit`."""
     value, slope = term(s.clamp(max=limit))
     return value + slope * (s - limit).clamp(min=0), slope

@@ -1,7 +1,7 @@
 """Importance ratios rho = p(y) / mu(y) of the learner p over the sampler mu, and their bounds.
 
-Truncation: TIS. Mask: IcePop, MOPD (arXiv 2601.02780). Clip: PPO, with DAPO's two sides (arXiv
-2503.14476).
+`truncate` is truncated importance sampling (TIS). `mask` is used by IcePop and MOPD (arXiv
+2601.02780). `clip` is that of PPO, with two sides as in DAPO (arXiv 2503.14476).
 """
 
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from hybridrl.settings.choices import Ratio
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatioBounds:
-    """What is done with a ratio; `high` None: no upper bound."""
+    """How a ratio is bounded."""
 
     kind: Ratio = Ratio.none
     low: float = 0.0
-    high: float | None = None
+    high: float | None = None  # None: no upper bound
 
     def factor(self, log_ratio: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
-        """What the score term is multiplied by, and where a bound was active.
+        """The factor of the score term, and where a bound was active.
 
         Args:
             log_ratio: [R] log p(y) - log mu(y).
-            cost: [R] the sparse coefficient; a positive cost pushes p(y) down.
+            cost: [R] the coefficient of grad log p(y); a positive cost lowers p(y).
 
         Returns:
-            factor [R] and bounded [R] bool.
+            factor [R], and bounded [R] bool.
         """
         high = float("inf") if self.high is None else self.high
         rho = log_ratio.exp()

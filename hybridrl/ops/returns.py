@@ -1,14 +1,13 @@
-"""Returns and baselines of the sparse term."""
+"""Returns, baselines and advantages of the sparse term."""
 
 import torch
 from torch import Tensor
 
 
 def future_cost(costs: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Discounted imitation cost that comes AFTER each token: S_t = gamma (c_{t+1} + S_{t+1}), S at
-    the end 0.
+    """Discounted imitation cost AFTER each token: S_t = gamma (c_{t+1} + S_{t+1}), 0 at the end.
 
-    The paper's convention (arXiv 2512.23097): exponents start at 1, so gamma=0 leaves nothing and
+    By the paper's convention (arXiv 2512.23097) exponents start at 1, so gamma=0 gives 0 and
     gamma=1 the whole future. Example: costs (1, 2, 4), gamma 0.5 -> (0.5*2 + 0.25*4, 0.5*4, 0) =
     (2, 2, 0).
 
@@ -31,17 +30,16 @@ def future_cost(costs: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 
 def sibling_mean(returns: Tensor, group_size: int, *, leave_one_out: bool) -> Tensor:
-    """Mean return of a prompt's siblings at the same position.
+    """The mean return, at the same position, of the K responses to a prompt.
 
-    A sibling that has ended still counts with the return it carries there (its terminal reward, no
-    future cost), so the baseline of a token depends on nothing the token could change.
-    leave_one_out excludes the sequence itself and keeps the gradient unbiased (RLOO on the return,
-    position by position). Example: one position, K=3, returns (3, 0, 6) -> leave-one-out (3, 4.5,
-    1.5).
+    A response that has ended counts with its terminal reward, so the baseline of a token does not
+    depend on anything that the token could change. leave_one_out excludes the response itself,
+    which keeps the gradient unbiased (RLOO on the return, position by position). Example: one
+    position, K=3, returns (3, 0, 6) -> leave-one-out (3, 4.5, 1.5).
 
     Args:
-        returns: [N, T], N a multiple of K, siblings adjacent; ended rows padded with their terminal
-            return.
+        returns: [N, T], N a multiple of K, the responses to a prompt adjacent; rows are padded with
+            their terminal return.
         group_size: K, at least 2 for leave_one_out.
 
     Returns:
@@ -60,11 +58,11 @@ def sibling_mean(returns: Tensor, group_size: int, *, leave_one_out: bool) -> Te
 
 
 def standard_scores(rewards: Tensor, group_size: int) -> Tensor:
-    """(R - mean) / (std + 1e-6) inside each group, population standard deviation (GRPO, arXiv
-    2402.03300): [N] -> [N].
+    """(R - mean) / (std + 1e-6) within each group (GRPO, arXiv 2402.03300): [N] -> [N].
 
-    Float64 inputs, or what rounding leaves of equal rewards would be blown up by the division.
-    Example: rewards (1, 0, 0, 0), K=4 -> mean 0.25, std 0.433: (1.732, -0.577, -0.577, -0.577).
+    std is the population standard deviation. The rewards must be float64, as the division would
+    amplify the rounding errors of equal rewards. Example: rewards (1, 0, 0, 0), K=4 -> mean 0.25,
+    std 0.433: (1.732, -0.577, -0.577, -0.577).
     """
     assert rewards.ndim == 1 and rewards.shape[0] % group_size == 0, (rewards.shape, group_size)
     groups = rewards.unflatten(0, (-1, group_size))
@@ -75,15 +73,18 @@ def standard_scores(rewards: Tensor, group_size: int) -> Tensor:
 def generalised_advantage(
     returns: Tensor, values: Tensor, mask: Tensor, gae_lambda: float
 ) -> Tensor:
-    """Cost advantages between the return (gae_lambda = 1) and one step of bootstrapping (0) (arXiv
-    1506.02438).
+    """Generalised advantages of costs (GAE, arXiv 1506.02438).
 
-    The cost of one step is what the return loses over it, g_t = G_t - G_{t+1}, so any return will
-    do: A_t = sum_k gae_lambda^k (g_{t+k} + v_{t+k+1} - v_{t+k}), v = 0 after the end. Example:
-    returns (3, 1), values (2, 2), gae_lambda 0 -> (3 - 1 + 2 - 2, 1 - 2) = (2, -1).
+    A_t = sum_k gae_lambda^k (g_{t+k} + v_{t+k+1} - v_{t+k}), with v = 0 after the end and the cost
+    of a step g_t = G_t - G_{t+1}, so that any return can be used. gae_lambda = 1 is the return less
+    its value, 0 bootstraps after one step. Example: returns (3, 1), values (2, 2), gae_lambda 0 ->
+    (3 - 1 + 2 - 2, 1 - 2) = (2, -1).
 
     Args:
-        returns, values: [N, T], costs to go; mask: [N, T] bool, response tokens first.
+        returns: [N, T] the cost G_t from each token to the end.
+        values: [N, T] estimates of it.
+        mask: [N, T] bool, True on response tokens, which come first in each row.
+        gae_lambda: in [0, 1].
 
     Returns:
         [N, T], 0 where masked.
@@ -94,7 +95,8 @@ def generalised_advantage(
         mask.shape,
     )
 
-    def ahead(x):
+    def ahead(x: Tensor) -> Tensor:
+        """The masked x of the next position, 0 at the end."""
         return torch.nn.functional.pad(torch.where(mask, x, 0.0)[:, 1:], (0, 1))
 
     delta = torch.where(mask, returns - ahead(returns) + ahead(values) - values, 0.0)

@@ -1,3 +1,1 @@
-"""The oracle: every method's gradient, from the production code path, against exact enumeration of
-a tiny language model.
-"""
+"""The oracle: the production gradient of every method, compared with exact enumeration."""

@@ -1,5 +1,6 @@
-"""The production code path on enumerated sequences: objective, head rule, teachers and head op, all
-in float64.
+"""The production code on enumerated sequences: objective, head rule, teachers and head op.
+
+All values are float64.
 """
 
 from dataclasses import dataclass
@@ -113,10 +114,12 @@ class Estimator:
         return assign_credit(self.objective, [batch], plan, [view])[0]
 
     def batch(self, members: Tensor, source: Source) -> ScoredBatch:
-        """What rollout, scorers and rewards would send, in float64; a prompt of one token before
-        each response.
+        """The batch that rollout, scorers and rewards would send, in float64.
+
+        A prompt of one token precedes each response.
         """
-        mdp, (groups, k) = self.mdp, members.shape
+        mdp = self.mdp
+        groups, k = members.shape
         at, tokens = self._at(members)
         lengths = mdp.lengths[members.flatten()].numpy()
         offsets = np.concatenate([[0], np.cumsum(lengths + 1)])

@@ -1,8 +1,7 @@
-"""What a row claims to estimate, as a plain function of the student's logits, and its gradient by
-finite differences.
+"""The claim of a row as a plain function of the student's logits, and its gradient.
 
-Written from the definitions, with probabilities and sums over all sequences; nothing here is shared
-with the code under test.
+The gradient is taken by finite differences. All is written from the definitions, with probabilities
+and sums over all sequences; it shares no code with the code under test.
 """
 
 from collections.abc import Callable, Mapping
@@ -67,24 +66,26 @@ class Claim:
 
     def _divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
         """[P] of each prefix."""
-        p, q = self.mdp.logp(logits).exp(), self.mdp.logp(teacher).exp()
+        p = self.mdp.logp(logits).exp()
+        q = self.mdp.logp(teacher).exp()
         if self.target is not Target.support:
             return divergence(p, q, self.algorithm)
         top = teacher if self.algorithm.topk.source is SupportSource.teacher else self.mdp.sampler
         ids = top.topk(self.algorithm.topk.k).indices
-        p, q = p.gather(1, ids), q.gather(1, ids)
+        p = p.gather(1, ids)
+        q = q.gather(1, ids)
         match self.algorithm.topk.correction:
             case Correction.renormalize:
-                p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+                p = p / p.sum(1, keepdim=True)
+                q = q / q.sum(1, keepdim=True)
             case Correction.tail_bucket:
                 p, q = (torch.cat([x, 1 - x.sum(1, keepdim=True)], 1) for x in (p, q))
         return divergence(p, q, self.algorithm)
 
     def _rewards(self) -> Tensor:
-        """[S] with DAPO's penalty, which falls from 0 at (longest - buffer) tokens to -1 at the
-        longest.
-        """
-        mdp, buffer = self.mdp, self.algorithm.overlong_buffer
+        """[S] rewards with DAPO's penalty: 0 up to (longest - buffer) tokens, -1 at the longest."""
+        mdp = self.mdp
+        buffer = self.algorithm.overlong_buffer
         if not buffer:
             return mdp.rewards
         return mdp.rewards - torch.clamp(
@@ -119,7 +120,8 @@ def finite_differences(
     """Central differences of a scalar function, one entry at a time: same shape as `at`."""
     gradient = torch.zeros_like(at)
     for entry in np.ndindex(*at.shape):
-        up, down = at.clone(), at.clone()
+        up = at.clone()
+        down = at.clone()
         up[entry] += step
         down[entry] -= step
         gradient[entry] = (function(up) - function(down)) / (2 * step)

@@ -1,5 +1,4 @@
-"""A language model small enough to enumerate: one logit row per prefix, every sequence with its
-probability.
+"""A language model that can be enumerated: a row of logits per prefix, and all sequences.
 
 Letters: V vocabulary, T longest response, P prefixes, S sequences.
 """
@@ -14,8 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mdp:
-    """Student, sampler, teachers and the data's author as tables of logits, and a reward per
-    sequence; all float64.
+    """Logits of student, sampler, teachers and the data's author, and rewards; all float64.
 
     Example: V=5, T=3 without an end token has 31 prefixes and 125 sequences; V=4, T=4 where token 3
     ends a sequence has 40 and 121.
@@ -67,9 +65,11 @@ def make_mdp(
     sampler_distance: float = 0.0,
     learned: float = 0.0,
 ) -> Mdp:
-    """Draws, in this order: student N(0,1), teacher 1.5 N(0,1), rewards below 0.3, then the
-    sampler's distance in units of N(0,1), a second teacher, the data's author and the values.
-    Prefixes stand by length, then in order; so do sequences.
+    """A random model.
+
+    Drawn are, in this order: student N(0,1), teacher 1.5 N(0,1), rewards below 0.3, the sampler's
+    distance in units of N(0,1), a second teacher, the data's author and the values. Prefixes and
+    sequences are sorted by length, then lexicographically.
 
     Args:
         sampler_distance: standard deviation of the sampler's logits around the student's; 0: the

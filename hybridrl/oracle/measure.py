@@ -1,6 +1,4 @@
-"""The exact mean and variance of an estimator's gradient over everything that could have been
-sampled.
-"""
+"""The exact mean and variance of an estimator's gradient over all possible samples."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,12 +26,15 @@ def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: in
         shares: of the batches, by who writes them; they sum to 1.
     """
     table = estimator.mdp.student
-    mean, squares, luck = torch.zeros_like(table), 0.0, 0.0
+    mean = torch.zeros_like(table)
+    squares = 0.0
+    luck = 0.0
     weight = 0.0
     for source, share in shares.items():
         probability = estimator.mdp.probability(author(estimator.mdp, source))
         for members in pieces(estimator, group_size):
-            rows, chance = estimator.rows(members, source), share * probability[members].prod(1)
+            rows = estimator.rows(members, source)
+            chance = share * probability[members].prod(1)
             weight += float((rows.columns.token_weight * chance[rows.group]).sum())
             mean += table_gradient(estimator, rows, chance[rows.group])
             tokens = token_gradients(estimator, rows)
@@ -48,8 +49,9 @@ def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: in
 
 
 def pieces(estimator: Estimator, group_size: int) -> list[Tensor]:
-    """[B, K] each: all K-tuples of sequences, together where they share a plan; alone where a batch
-    is standardised.
+    """[B, K] each: all K-tuples of sequences, in batches with an equal plan.
+
+    Where a batch is standardised, each tuple is its own batch.
     """
     lengths = estimator.mdp.lengths
     everything = torch.cartesian_prod(*[torch.arange(len(lengths))] * group_size).reshape(
@@ -75,17 +77,20 @@ def table_gradient(estimator: Estimator, rows: Rows, chance: Tensor) -> Tensor:
         rows,
         replace(rows.columns, token_weight=rows.columns.token_weight * chance),
     ).backward()
+    assert lm_head.grad is not None
     return lm_head.grad.T
 
 
 def token_gradients(estimator: Estimator, rows: Rows) -> Tensor:
-    """[R, V] at each token's own logits: they are the hidden states, the output head is the
-    identity.
+    """[R, V] gradients at each token's own logits.
+
+    The logits are the hidden states, and the output head is the identity.
     """
     logits = estimator.mdp.student[rows.prefixes].requires_grad_()
     estimator.loss(
         logits, torch.eye(logits.shape[1], dtype=logits.dtype), rows, rows.columns
     ).backward()
+    assert logits.grad is not None
     return logits.grad
 
 
@@ -104,11 +109,13 @@ def spread(gradients: Tensor, prefixes: Tensor) -> float:
 
 
 def tokens_per_sequence(estimator: Estimator, weight: float) -> float:
-    """What undoes the normaliser, on average where lengths vary. A user's own may have any size: a
-    constant factor is left to the learning rate.
+    """The factor that undoes the normaliser, on average where lengths vary.
+
+    A user's own token weight may have any size: a constant factor can be part of the learning
+    rate.
 
     Args:
-        weight: the mean of the sum of a batch's token weights, which is 1 where they make a mean.
+        weight: the mean of the sum of a batch's token weights, which is 1 if they form a mean.
     """
     mdp = estimator.mdp
     algorithm = estimator.settings.algorithm
@@ -116,5 +123,7 @@ def tokens_per_sequence(estimator: Estimator, weight: float) -> float:
     if algorithm.token_weight is not None:
         return length / weight
     if algorithm.normalizer == "constant":
-        return float(estimator.settings.rollout.max_new_tokens)
+        longest = estimator.settings.rollout.max_new_tokens
+        assert longest is not None, "settings_of sets it"
+        return float(longest)
     return length

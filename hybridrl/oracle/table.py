@@ -17,8 +17,9 @@ LIMIT = 2000
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table, or the rows of the settings that are given; with --json a list of row
-    objects. Exit status: 0 all as declared, 1 something deviates or is biased, 2 wrong arguments.
+    """Print the table, or the rows of the given settings; with --json a list of row objects.
+
+    Returns the exit status: 0 all as declared, 1 a row deviates or is biased, 2 wrong arguments.
     """
     usual = Scope()
     parser = argparse.ArgumentParser(

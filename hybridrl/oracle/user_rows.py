@@ -1,10 +1,9 @@
-"""`hybridrl check algorithm.advantage=file.py:Class`: a user's own estimator, token weight or pair
-loss on the models of the table, through the production code.
+"""`hybridrl check algorithm.advantage=file.py:Class`: measure a user's own code.
 
-An estimator or token weight is measured as any other row is: the mean of its gradient over
-everything that could be sampled, against the gradient of the objective. Nothing is declared of it,
-so the row says what was found. The derivatives of a pair loss are compared with finite differences
-of the loss itself, token by token.
+An estimator or token weight is measured as any other row: the mean of its gradient over all
+possible samples is compared with the gradient of the objective, by the production code. Nothing is
+declared about it, so the row is the result. The derivatives of a pair loss are compared with finite
+differences of the loss, token by token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -138,8 +137,10 @@ class PairTrial:
         )  # [R]
 
     def derivatives(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each pair's loss with respect to each token of one of its responses, as the objective
-        hands them to the head pass, and by central differences; both [P, T].
+        """Derivatives of each pair's loss by each token of one of its responses, both [P, T].
+
+        The first ones are those that the objective gives to the head pass, the second ones central
+        differences.
         """
         claimed = self._grid(self._coefficients(self.credit(self.view)))[sequences]
         found = torch.zeros_like(claimed)
@@ -157,9 +158,7 @@ class PairTrial:
         return self.objective.credit(self.batch, plan, view)
 
     def _coefficients(self, credit: Credit) -> Tensor:
-        """[R] d loss of the pair / d log p of the token, or d value; a plan of one group divides by
-        1.
-        """
+        """[R] d loss of the pair / d log p of the token, or d value; one group divides by 1."""
         columns = credit.columns
         return columns.value_slope if self.by_value else columns.token_weight * columns.sparse
 

@@ -1,6 +1,4 @@
-"""One row: an estimator measured against its claim, and whether it is what it was declared to
-be.
-"""
+"""A row: an estimator measured against its claim, and compared with its declaration."""
 
 from dataclasses import dataclass, replace
 
@@ -37,33 +35,41 @@ class Scope:
         return self == Scope()
 
     def mdp(self, world: World, *, sampler_distance: float = 0.0, learned: float = 0.0) -> Mdp:
+        """The model of a world. The arguments are those of make_mdp."""
+        seed = self.seed
         match world:
             case World.fixed:
-                size = {
-                    "seed": self.seed,
-                    "vocabulary": self.vocabulary,
-                    "horizon": self.horizon,
-                    "ends": False,
-                }
+                vocabulary = self.vocabulary
+                horizon = self.horizon
             case World.ended:
-                size = {"seed": self.seed + 3, "vocabulary": 4, "horizon": 4, "ends": True}
+                seed += 3
+                vocabulary = 4
+                horizon = 4
             case World.tiny:
-                size = {"seed": self.seed, "vocabulary": 3, "horizon": 2, "ends": False}
-        return make_mdp(**size, sampler_distance=sampler_distance, learned=learned)
+                vocabulary = 3
+                horizon = 2
+        return make_mdp(
+            seed=seed,
+            vocabulary=vocabulary,
+            horizon=horizon,
+            ends=world is World.ended,
+            sampler_distance=sampler_distance,
+            learned=learned,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What `hybridrl check` prints, and with --json writes."""
+    """A row of the table, and with --json an object of the list."""
 
     method: str
     option: str
-    estimates: str  # whose gradient it is compared with
+    estimates: str  # the claim with which it is compared
     bias: float  # |mean - claim| / |claim|
-    cosine: float  # of mean and claim; 0 where the mean is 0
+    cosine: float  # of the angle between mean and claim; 0 if the mean is 0
     variance: float  # trace of the covariance, per sampled sequence
-    declared: str  # class, with the size of a bias
-    verdict: str  # the class that was found
+    declared: str  # the kind, with the size of a bias
+    verdict: str  # the measured kind
     agrees: bool
 
 
@@ -99,23 +105,26 @@ def judge(case: Case, scope: Scope, estimator_class: type[Estimator] = Estimator
 
 LARGEST_GROWTH = 8.0
 LEAST_COSINE = -0.25
-"""Bounds of biased rows on other models than those their sizes are declared for. On seeds 1 to 6
-the bias grew at most 6.2 times (where batches are standardised, on a model with a small gradient)
-or stayed below 1.1, and no cosine was below -0.19.
+"""Bounds of biased rows on models other than those for which their sizes are declared.
+
+On seeds 1 to 6 the bias grew at most 6.2 times (with standardised batches, on a model with a small
+gradient) or stayed below 1.1, and no cosine was below -0.19.
 """
 
 
 def is_bounded(case: Case, bias: float, cosine: float) -> bool:
-    """Whether a biased row on another model is no worse than its declaration allows: a gradient of
-    the wrong sign, or of another order of magnitude, is a fault and no bias. A bias that is not a
-    number is not bounded.
+    """Whether a biased row on another model is no worse than its declaration allows.
+
+    A gradient of the wrong sign, or of another order of magnitude, is an error and not a bias. A
+    bias that is not a number is not bounded.
     """
     return bias <= max(LARGEST_GROWTH * case.bias, 1.5) and cosine >= LEAST_COSINE
 
 
 EQUAL_LENGTHS = "[equal lengths]"
-"""Mark of a row whose preset divides by the lengths of a batch's responses: what is declared of it
-holds where those are all equal, as they are in the worlds without an end.
+"""Mark of a row whose preset divides by the lengths of the responses of a batch.
+
+Its declaration holds if all lengths are equal, as they are in worlds without an end token.
 """
 
 
@@ -159,7 +168,8 @@ def settings_of(case: Case, scope: Scope) -> RunSettings:
 
 def claim(case: Case, settings: RunSettings, mdp: Mdp) -> Claim:
     """What the case is compared with."""
-    weights, names = Coefficients(settings), settings.scored_teachers
+    weights = Coefficients(settings)
+    names = settings.scored_teachers
     asked = [takes(settings.teachers[name].route, COLUMNS) for name in names]
     shares = written_by(settings.algorithm)
     if (

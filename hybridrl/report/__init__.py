@@ -1,1 +1,1 @@
-"""A finished run as one page, one picture and a comparison with other runs."""
+"""The report of a run as a page and a picture, and the comparison of several runs."""

@@ -1,6 +1,4 @@
-"""`hybridrl report A B ...`: several runs side by side, as one page and one picture in the first
-run's directory.
-"""
+"""`hybridrl report A B ...`: several runs compared on one page and one picture, both in A."""
 
 import math
 from collections.abc import Sequence
@@ -37,27 +35,27 @@ from hybridrl.tracking.jsonl import read_metrics
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#7f7f7f", "#8c6d31")
 MARKERS = "osD^vP*X"
 LAST_STEPS = 10
-"""A final number is the mean over this many last steps."""
+"""The final number of a metric is its mean over this many last steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What is compared of one run."""
+    """One of the runs to compare."""
 
-    name: str  # unique among the runs compared
-    rows: Rows  # in step order, at least one
+    name: str  # unique among these runs
+    rows: Rows  # of metrics.jsonl, in step order, at least one
     settings: dict[str, str]  # of config.yaml, by dotted key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """A metric that runs are compared by."""
+    """A metric by which runs are compared."""
 
     key: str
     title: str
     caption: str
     share: bool = False  # shown in per cent
-    marked: bool = False  # a value per evaluation, not per step
+    marked: bool = False  # measured at evaluations, not at every step; drawn with markers
 
     def text(self, value: float) -> str:
         """Example: 0.2993 as a share is "29.9 %", otherwise "0.2993"."""
@@ -105,17 +103,15 @@ METRICS = (
 
 
 def write_comparison(run_dirs: Sequence[Path]) -> Path:
-    """Write comparison.html and comparison.png into the first run's directory; returns the path of
-    the page.
+    """Write comparison.html and comparison.png into the first directory; returns the page's path.
 
     Raises:
-        DataError: a directory holds no metrics, or a file of it is damaged.
+        DataError: a directory holds no metrics, or one of its files is damaged.
         RunDirectoryError: a file that is read is a link or a special file.
         OSError: a file cannot be read or written.
     """
     runs = load_runs(run_dirs)
-    panels = [panel_of(metric, runs) for metric in METRICS]
-    panels = [panel for panel in panels if panel is not None]
+    panels = [panel for metric in METRICS if (panel := panel_of(metric, runs)) is not None]
     longest = max((run.rows for run in runs), key=lambda rows: rows[-1]["train/step"])
     names = [run.name for run in runs]
     page = render_comparison(
@@ -132,10 +128,10 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
 
 
 def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
-    """The runs in the order given, named by the shortest ends of their paths that differ.
+    """The runs in the given order, each named by the shortest unique end of its path.
 
     Raises:
-        DataError: a directory holds no metrics, or is named twice.
+        DataError: a directory holds no metrics, or is given twice.
     """
     runs = []
     for directory, name in zip(run_dirs, short_names(run_dirs), strict=True):
@@ -151,7 +147,9 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
 
 
 def short_names(run_dirs: Sequence[Path]) -> list[str]:
-    """Example: exp1/run, exp2/run and exp1/other are named "exp1/run", "exp2/run" and "other".
+    """The shortest end of each path that no other path has.
+
+    Example: exp1/run, exp2/run and exp1/other are named "exp1/run", "exp2/run" and "other".
 
     Raises:
         DataError: a directory is given twice.
@@ -170,17 +168,17 @@ def short_names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def flat(tree: Any, key: str = "") -> dict[str, str]:
-    """A nested mapping by dotted keys, its values as text."""
+    """The values of nested mappings as text, by dotted key."""
     if not isinstance(tree, dict):
         return {key: str(tree)}
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for name, part in tree.items():
-        found |= flat(part, f"{key}.{name}" if key else str(name))
-    return found
+        values |= flat(part, f"{key}.{name}" if key else str(name))
+    return values
 
 
 def panel_of(metric: Compared, runs: Sequence[Run]) -> Panel | None:
-    """One curve per run that has the metric; None where no run has it."""
+    """A panel with one curve for each run that has the metric; None: no run has it."""
     curves = {run.name: series(run.rows, metric.key) for run in runs}
     if not any(values.size for _, values in curves.values()):
         return None
@@ -191,15 +189,15 @@ def panel_of(metric: Compared, runs: Sequence[Run]) -> Panel | None:
         styles = zip(COLOURS * len(runs), MARKERS * len(runs), strict=True)
         for (name, (steps, values)), (colour, marker) in zip(curves.items(), styles, strict=False):
             if values.size:
-                marker = marker if metric.marked or values.size == 1 else None
-                # A legend leaves out labels that begin with an underscore.
+                has_marker = metric.marked or values.size == 1
+                # Matplotlib's legend omits labels that begin with an underscore.
                 shown = f" {name}" if name.startswith("_") else name
                 ends = f"{metric.text(values[0])} to {metric.text(values[-1])}"
                 axes.plot(
                     steps,
                     values,
                     color=colour,
-                    marker=marker,
+                    marker=marker if has_marker else None,
                     markersize=5,
                     linewidth=2 if metric.marked else 1.4,
                     label=f"{shown}  {ends}" if metric.marked else shown,
@@ -216,9 +214,7 @@ def panel_of(metric: Compared, runs: Sequence[Run]) -> Panel | None:
 
 
 def final_numbers(runs: Sequence[Run]) -> list[list[str]]:
-    """Rows of the table of numbers: what it is, then a cell per run; those that no run has are left
-    out.
-    """
+    """Rows of the table of numbers: a name, then a cell per run; omits what no run measured."""
     table = [["steps", *(f"{int(run.rows[-1]['train/step'])}" for run in runs)]]
     for metric in METRICS:
         cells = [_final(run.rows, metric) for run in runs]
@@ -242,9 +238,7 @@ def _final(rows: Rows, metric: Compared) -> str:
 
 
 def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
-    """Rows of the table of settings: the key, then each run's value ("-" where it has none);
-    run.dir is left out.
-    """
+    """Rows of the table of settings, without run.dir: the key, then each run's value or "-"."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key != "run.dir")
     table = [[key, *(run.settings.get(key, "-") for run in runs)] for key in keys]
     return [row for row in table if len(set(row[1:])) > 1]

@@ -1,16 +1,16 @@
-"""The report's curves: each panel is drawn alone for the page and together in one overview
-picture.
-"""
+"""The curves of the report: each panel is drawn by itself for the page, and all in one picture."""
 
 import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
@@ -20,17 +20,17 @@ from hybridrl.tracking.console import PHASES, TEACHER
 Rows = Sequence[dict[str, float]]
 Float64 = NDArray[np.float64]
 
-# Okabe and Ito's palette: told apart with every kind of colour vision.
-BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#56B4E9",
-    "#CC79A7",
-    "#F0E442",
-)
-INK, FAINT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
+# Okabe and Ito's palette, which can be distinguished with every kind of colour vision.
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+VERMILION = "#D55E00"
+SKY = "#56B4E9"
+PURPLE = "#CC79A7"
+YELLOW = "#F0E442"
+INK = "#1f2430"
+FAINT = "#6b7280"
+GRID = "#e5e7eb"
 TEACHER_COLOURS = (VERMILION, PURPLE, ORANGE, GREEN)
 PHASE_COLOURS = dict(
     zip(PHASES, (BLUE, SKY, ORANGE, GREEN, PURPLE, VERMILION, YELLOW), strict=True)
@@ -42,27 +42,25 @@ PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One curve picture; left out of a run that has a finite number for none of the keys in
-    `needs`.
-    """
+    """One diagram of the report."""
 
     title: str
     caption: str
-    needs: tuple[str, ...]
+    needs: tuple[str, ...]  # metrics; without a finite value of any of them it is omitted
     draw: Callable[[Axes, Rows], None]
-    hide_zero: bool = False  # also left out where all is 0: nothing happened
+    hide_zero: bool = False  # also omit it if all values are 0
 
 
 def series(rows: Rows, key: str) -> tuple[Float64, Float64]:
-    """Steps [n] and finite values [n] of a metric, float64, in the order of the rows."""
-    pairs = [(row["train/step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
-    return np.array([s for s, _ in pairs], dtype=np.float64), np.array(
-        [v for _, v in pairs], dtype=np.float64
-    )
+    """Steps [n] and finite values [n] of a metric, both float64, in the order of the rows."""
+    measured = [row for row in rows if math.isfinite(row.get(key, math.nan))]
+    steps = np.array([row["train/step"] for row in measured], dtype=np.float64)
+    values = np.array([row[key] for row in measured], dtype=np.float64)
+    return steps, values
 
 
 def teacher_levels(rows: Rows) -> dict[str, float]:
-    """Each teacher's held-out accuracy, as measured before training."""
+    """The held-out accuracy of each teacher, by its name."""
     return {
         k.removeprefix(TEACHER): v
         for row in rows
@@ -72,7 +70,7 @@ def teacher_levels(rows: Rows) -> dict[str, float]:
 
 
 def panels_of(rows: Rows) -> list[Panel]:
-    """The panels that this run has numbers for."""
+    """The panels for which this run has numbers."""
 
     def has_numbers(panel: Panel) -> bool:
         columns = [series(rows, key)[1] for key in panel.needs]
@@ -82,7 +80,7 @@ def panels_of(rows: Rows) -> list[Panel]:
 
 
 def draw_panel(panel: Panel, rows: Rows) -> bytes:
-    """One panel as PNG bytes, of rows in step order; its title and caption are left to the page."""
+    """One panel as PNG bytes, without title and caption; the rows must be in step order."""
     figure = Figure(figsize=(6.4, 3.3), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     _dress(axes, rows[-1]["train/step"])
@@ -91,16 +89,19 @@ def draw_panel(panel: Panel, rows: Rows) -> bytes:
 
 
 def draw_overview(panels: Sequence[Panel], rows: Rows, title: str, subtitle: str) -> bytes:
-    """All panels in one picture as PNG bytes, the first one twice as wide; the headings alone where
-    there is none.
+    """All panels in one picture as PNG bytes, the first one twice as wide as the others.
+
+    Without any panel the picture has only its title and subtitle.
     """
     cells = max(len(panels) + (1 if len(panels) > 1 else 0), 1)
     columns = min(3, cells)
     lines = math.ceil(cells / columns)
     head = 0.95
     height = 3.35 * lines + head
-    figure = Figure(figsize=(5.6 * columns, height), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.16, h_pad=0.14, rect=(0.0, 0.0, 1.0, 1 - head / height))
+    layout = ConstrainedLayoutEngine(
+        w_pad=0.16, h_pad=0.14, rect=(0.0, 0.0, 1.0, 1 - head / height)
+    )
+    figure = Figure(figsize=(5.6 * columns, height), layout=layout, facecolor="white")
     grid = figure.add_gridspec(lines, columns)
     cell = 0
     for panel in panels:
@@ -119,7 +120,7 @@ def draw_overview(panels: Sequence[Panel], rows: Rows, title: str, subtitle: str
         fontweight="bold",
         color=INK,
         va="top",
-        parse_math=False,  # a $ in a directory's name is no formula
+        parse_math=False,  # a $ in the name of a directory does not begin a formula
     )
     figure.text(
         inset, 1 - 0.6 / height, subtitle, fontsize=12, color=FAINT, va="top", parse_math=False
@@ -128,8 +129,9 @@ def draw_overview(panels: Sequence[Panel], rows: Rows, title: str, subtitle: str
 
 
 def _png(figure: Figure, dpi: int) -> bytes:
-    for text in figure.findobj(Text):  # names of directories, teachers and metrics are no formulas
-        text.set_parse_math(False)
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)  # a $ in a name does not begin a formula
         text.set_text(printable(text.get_text()))
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
@@ -138,7 +140,7 @@ def _png(figure: Figure, dpi: int) -> bytes:
 
 
 def printable(text: str) -> str:
-    """With line breaks, control characters and lone surrogates, which no font has, as escapes."""
+    """The text with line breaks and characters that no font has (e.g. control ones) escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -167,11 +169,13 @@ def _line(
     smooth: bool = False,
     style: str = "-",
 ) -> None:
-    """A metric over steps; `smooth` puts a running mean over a pale raw line. One value is drawn as
-    a dot.
+    """Draw a metric over steps, a single value as a dot.
+
+    Args:
+        smooth: draw a running mean over a pale line of the raw values.
     """
     steps, values = series(rows, key)
-    if not values.size:  # no entry in the legend for what was not measured
+    if not values.size:  # an empty line would still get an entry in the legend
         return
     marker = "o" if len(values) == 1 else None
     reach = len(values) // 40
@@ -190,8 +194,9 @@ def _line(
 
 
 def _running_mean(values: Float64, reach: int) -> Float64:
-    """Mean of each value and its `reach` neighbours on both sides, fewer at the ends. Example: ([0,
-    2, 7], 1) -> [1, 3, 4.5].
+    """Mean of each value and its `reach` neighbours on both sides, fewer at the ends.
+
+    Example: ([0, 2, 7], 1) -> [1, 3, 4.5].
     """
     total = np.concatenate([[0.0], np.cumsum(values)])
     begin = np.maximum(np.arange(len(values)) - reach, 0)
@@ -200,12 +205,13 @@ def _running_mean(values: Float64, reach: int) -> Float64:
 
 
 def _from_zero(axes: Axes) -> None:
-    """Show 0 and leave air above, so that heights compare honestly."""
+    """Include 0 in the axis, so that heights are proportional, and leave room above the curve."""
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.0), high + 0.12 * abs(high))
 
 
-def _legend(axes: Axes, **place: object) -> None:
+def _legend(axes: Axes, **place: Any) -> None:
+    """Add a legend if there is more than one curve."""
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(frameon=False, fontsize=10, labelcolor=INK, handlelength=1.6, **place)
 
@@ -317,7 +323,7 @@ def _gradients(axes: Axes, rows: Rows) -> None:
 
 
 def _sparse_part(rows: Rows) -> str:
-    """What the sparse term of the gradient is made of in this run."""
+    """The source of the sparse part of the gradient in this run."""
     if series(rows, "pair/loss")[1].size:
         return "ranked pairs"
     parts = []
@@ -354,7 +360,7 @@ def _pair_scores(axes: Axes, rows: Rows) -> None:
 
 
 def _evaluations(axes: Axes, rows: Rows, key: str, label: str) -> None:
-    """A metric of evaluations: each is a marker."""
+    """Draw a metric that is measured at evaluations, each value with a marker."""
     steps, values = series(rows, key)
     if values.size:
         axes.plot(
@@ -384,7 +390,7 @@ def _phases(axes: Axes, rows: Rows) -> None:
             )
             bottom += heights
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
-    axes.set_ylim(0, 1.3 * bottom.max() or 1.0)  # rows that name no phase
+    axes.set_ylim(0, 1.3 * bottom.max() or 1.0)  # 1.0: no row has the time of a phase
     _legend(axes, ncols=4, loc="upper left", columnspacing=1.2, handleheight=0.8)
 
 
@@ -485,9 +491,7 @@ PANELS = (
         title="Where the time goes",
         caption="Wall seconds per step by phase; in long runs each bar averages neighbouring "
         "steps.",
-        needs=(
-            "time/step_s",
-        ),  # which rows of steps have, and evaluations before training have not
+        needs=("time/step_s",),  # rows of steps have it, the evaluation before training has not
         draw=_phases,
         hide_zero=True,
     ),

@@ -1,6 +1,4 @@
-"""config.yaml as the report reads it: of this version or another one, written by a run or by
-anybody.
-"""
+"""config.yaml as the report reads it: possibly of another version, or edited by hand."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,16 +25,16 @@ SHAPE = {
     },
     "data": {"path": TEXT},
 }
-"""What the report takes for granted of the settings that it names; all others are only shown."""
+"""The types of the settings that the report reads; all other settings are only shown."""
 
 
 def read_config(run_dir: Path) -> tuple[dict[str, Any], str]:
-    """(the settings, the text) of a run; empty ones where there is no file.
+    """(the settings, the text) of the config.yaml of a run; both empty if there is no such file.
 
     Raises:
-        DataError: the file is not what a run writes.
-        RunDirectoryError: it is a link or a special file.
-        OSError: it cannot be read.
+        DataError: the file does not have the form that a run writes.
+        RunDirectoryError: the file is a link or a special file.
+        OSError: the file cannot be read.
     """
     path = run_dir / CONFIG
     text = read_text(path)
@@ -53,8 +51,10 @@ def read_config(run_dir: Path) -> tuple[dict[str, Any], str]:
 
 
 def check_shape(value: Any, shape: Any, key: str = "") -> None:
-    """Raise ConfigError where a value has another type than the shape says; what is missing, and a
-    section that is null, fit.
+    """Compare the types of nested settings with a shape; missing ones and null sections are fine.
+
+    Raises:
+        ConfigError: names the first value of another type.
     """
     if not isinstance(shape, Mapping):
         if not isinstance(value, shape) or isinstance(value, bool):

@@ -1,1 +1,1 @@
-"""The run directory, a stable contract: what a run leaves on disk, and how it is read again."""
+"""The run directory, a stable contract: the files that a run writes, and how it continues."""

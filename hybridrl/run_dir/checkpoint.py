@@ -1,6 +1,4 @@
-"""Checkpoints: a folder that appears whole or not at all, with the sha256 of every file in its
-manifest.
-"""
+"""Checkpoints: folders that appear as a whole, with the sha256 of every file in a manifest."""
 
 import json
 import logging
@@ -29,44 +27,45 @@ from hybridrl.settings.run import CheckpointConfig, RunSettings
 from hybridrl.types import SavedFile
 
 log = logging.getLogger(__name__)
-MANIFEST, STATE, FORMAT = "manifest.json", "state.json", 2
-CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
-UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
-TRACKER_ID = "_id"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 2
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+UNFINISHED = ".unfinished-"  # prefix of a folder that is being written or removed
+REPLACED = ".replaced-"  # prefix of a checkpoint of which a new version was written
+TRACKER_ID = "_id"  # suffix of the keys of state.json that hold the ids of trackers' runs
 STEP_FOLDER = re.compile(r"step_(\d{6,18})", re.ASCII)
 HEADROOM = 1 << 20  # bytes for state, manifest and headers
-HASHING = 8  # threads; hashlib lets go of the interpreter lock
+HASHING = 8  # threads; hashlib releases the interpreter lock
 
 
 class Stateful(Protocol):
-    """A part of the controller that a step changes. Whatever has such state is named in
-    Controller.stateful.
-    """
+    """A part of the controller that a step changes; Controller.stateful lists all such parts."""
 
     def state_dict(self) -> Any:
-        """As JSON holds it."""
+        """The state, made of values that JSON can hold."""
 
-    def load_state_dict(self, state: Any) -> None: ...
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from what state_dict returned."""
 
 
 class Writer(Protocol):
-    """Workers with state of their own, each of which writes its files itself."""
+    """A group of workers with state, each of which writes its own files."""
 
     def state_bytes(self) -> int:
-        """What save_state will write, about."""
+        """About how many bytes save_state will write."""
 
     def save_state(self, folder: str) -> Sequence[SavedFile]:
-        """Files in `folder`, on disk.
+        """Write files into `folder` and sync them to disk.
 
         Raises:
-            CheckpointError: one could not be written.
+            CheckpointError: a file could not be written.
         """
 
 
 class SettingsFile:
-    """A Writer of config.yaml: with it a checkpoint can be used where the rest of its run directory
-    is gone.
-    """
+    """A Writer of config.yaml, so that a checkpoint can be used without its run directory."""
 
     def __init__(self, settings: RunSettings) -> None:
         self.text = to_yaml(settings)
@@ -82,47 +81,51 @@ class SettingsFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """Everything of the controller that a resumed run needs; the workers' files lie beside it."""
+    """The state of the controller that a resumed run needs; state.json holds it."""
 
     step: int  # optimizer steps done
     weight_version: int
     optimizer_steps: int
-    parts: dict[
-        str, Any
-    ]  # state_dict of each Stateful part by its name: the data cursor, schedules
-    metrics: dict[str, float]  # the step's row, where checkpoint.best finds its metric
+    # state_dict of each Stateful part, by its name: the data cursor, schedules
+    parts: dict[str, Any]
+    metrics: dict[str, float]  # the row of the step, in which checkpoint.best is looked up
     trackers: dict[str, str] = field(default_factory=dict)  # ids by tracker, of Sinks.state_dict
     inputs: dict[str, str] = field(default_factory=dict)  # run_dir.inputs.digests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
+    """A verified checkpoint."""
+
     folder: Path
     state: RunState
 
 
 class Checkpointer:
-    """checkpoints/step_NNNNNN under the run directory; the newest `keep` stay, and the best one.
+    """Saves and finds the folders checkpoints/step_NNNNNN of a run directory.
 
-    At any moment, a kill included, there is at least one whole checkpoint once there was one.
+    The newest checkpoint.keep of them are retained, and the best one. After the first save there is
+    a complete checkpoint at every moment, even if the process is killed.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
-        self.root, self.config = run_dir / CHECKPOINTS, config
+        self.root = run_dir / CHECKPOINTS
+        self.config = config
 
     def save(self, state: RunState, writers: Sequence[Writer]) -> Path:
-        """Write into a temporary folder, sync it to disk, read it back, rename it; only then drop
-        what is not kept.
+        """Write a checkpoint into a temporary folder, sync it, verify it, and rename the folder.
+
+        Only then are older checkpoints removed.
 
         Raises:
-            CheckpointError: no room, a file could not be written, or the disk does not give back
-                what was written. The checkpoints that are there are untouched.
+            CheckpointError: there is no room, a file could not be written, or what is read back
+                differs from what was written. Existing checkpoints are unchanged.
         """
         final = self.root / f"step_{state.step:06d}"
-        unfinished = self.aside(final)
+        unfinished = self.temporary(final)
         try:
             unfinished.mkdir(parents=True)
-            sync_to_disk(self.root.parent)  # the name of the root, which the first save makes
+            sync_to_disk(self.root.parent)  # the first save creates the root
             failpoints.hit("checkpoint.begun", step=state.step)
             self._check_room(final, writers)
             write(unfinished, state, writers)
@@ -137,31 +140,30 @@ class Checkpointer:
             raise
         if self.config.best and not math.isfinite(state.metrics.get(self.config.best, math.nan)):
             log.warning(
-                "%s: its step has no finite %s, so checkpoint.best leaves it out",
+                "%s: its step has no finite %s, so checkpoint.best ignores it",
                 final,
                 self.config.best,
             )
         try:
             self._prune(state.step)
-        except (
-            OSError,
-            RunDirectoryError,
-        ) as error:  # nothing is removed on the strength of a read that failed
+        except (OSError, RunDirectoryError) as error:  # if in doubt, nothing is removed
             log.warning("%s: older checkpoints stay for now: %s", self.root, error)
         return final
 
-    def aside(self, final: Path) -> Path:
-        """A folder that `clean` removes, of a new name each time: a worker that was given up may
-        still write into an older one.
+    def temporary(self, final: Path) -> Path:
+        """The path of a new temporary folder, which `clean` would remove.
+
+        Each call returns a new name, as a worker that was given up may still write to an old one.
         """
         return self.root / f"{UNFINISHED}{final.name}-{uuid.uuid4().hex[:12]}"
 
     def clean(self) -> None:
-        """Remove or finish what a killed run left half done. Only who holds the run directory's
-        lock may call it.
+        """Remove the temporary folders of a killed run, and undo a half-finished replacement.
+
+        Call it only with the lock of the run directory.
 
         Raises:
-            CheckpointError: something of it cannot be removed.
+            CheckpointError: a folder cannot be removed.
         """
         for path in entries(self.root):
             replaced = path.name.removeprefix(REPLACED)
@@ -178,26 +180,27 @@ class Checkpointer:
         """Committed checkpoints, oldest first.
 
         Raises:
-            OSError: the folder of checkpoints is there and cannot be listed.
+            OSError: the folder of checkpoints exists and cannot be listed.
         """
         return step_folders(self.root.parent)
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is what its manifest says; one that is certainly damaged is
-        logged and passed over.
+        """The newest checkpoint that agrees with its manifest; None: there are no checkpoints.
+
+        Checkpoints that are certainly damaged are logged and skipped.
 
         Raises:
-            CheckpointError: one cannot be read now, or is of another version: it may be sound, so
-                no older one is used in its place. Or there are checkpoints and all are damaged:
-                starting afresh would hide the loss.
-            OSError: the folder of checkpoints is there and cannot be listed.
+            CheckpointError: a checkpoint cannot be read at the moment, or is of another version. It
+                may be sound, so no older one is used instead. Or all checkpoints are damaged: to
+                start from step 0 would hide the loss.
+            OSError: the folder of checkpoints exists and cannot be listed.
         """
         damaged = []
         for folder in reversed(self.folders()):
             try:
                 return read_checkpoint(folder)
             except DamagedCheckpoint as error:
-                log.error("damaged checkpoint passed over: %s", error)
+                log.error("damaged checkpoint skipped: %s", error)
                 damaged.append(str(error))
         if damaged:
             raise CheckpointError(
@@ -207,35 +210,31 @@ class Checkpointer:
         return None
 
     def set_aside_newer(self, step: int) -> None:
-        """Rename the checkpoints after `step`, which were passed over, so that the run can save
-        those steps again.
+        """Rename the damaged checkpoints after `step`, so that these steps can be saved again.
 
-        They are never removed: what is damaged for this machine may be of use to its owner.
+        They are never removed, as their owner may still be able to use them.
         """
         for folder in self.folders():
             if step_of(folder) > step:
-                aside = folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:6]}")
-                folder.rename(aside)
-                log.error("%s: damaged, kept as %s", folder, aside.name)
+                renamed = folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:6]}")
+                folder.rename(renamed)
+                log.error("%s: damaged, renamed to %s", folder, renamed.name)
 
     def best(self, folders: Sequence[Path]) -> Path | None:
-        """That with the best value of checkpoint.best, the oldest of equals; None: not asked for,
-        or none has one.
+        """The folder with the best value of checkpoint.best, the oldest if there are several.
+
+        None: checkpoint.best is not set, or no folder has a finite value of it.
         """
+        if not self.config.best:
+            return None
         sign = 1 if self.config.best_mode is BestMode.max else -1
-        values = {
-            folder: sign * metric_of(folder, self.config.best)
-            for folder in folders
-            if self.config.best
-        }
-        known = {folder: value for folder, value in values.items() if math.isfinite(value)}
-        return max(known, key=known.__getitem__, default=None)
+        values = {folder: sign * metric_of(folder, self.config.best) for folder in folders}
+        finite = {folder: value for folder, value in values.items() if math.isfinite(value)}
+        return max(finite, key=finite.__getitem__, default=None)
 
     def _check_room(self, final: Path, writers: Sequence[Writer]) -> None:
-        needed, free = (
-            sum(w.state_bytes() for w in writers) + HEADROOM,
-            shutil.disk_usage(self.root).free,
-        )
+        needed = sum(w.state_bytes() for w in writers) + HEADROOM
+        free = shutil.disk_usage(self.root).free
         if free < needed:
             raise CheckpointError(
                 f"{final}: not saved: needs {needed} bytes, the disk has {free} free; free some, "
@@ -243,8 +242,9 @@ class Checkpointer:
             )
 
     def _commit(self, unfinished: Path, final: Path) -> None:
-        """Two renames where the step is there already; `clean` takes the first one back if the
-        second never came.
+        """Rename the temporary folder to its final name, and remove an older one of that name.
+
+        If the process is killed between two renames, `clean` restores the older one.
         """
         replaced = self.root / f"{REPLACED}{final.name}"
         if os.path.lexists(final):
@@ -253,40 +253,39 @@ class Checkpointer:
         unfinished.rename(final)
         failpoints.hit("checkpoint.renamed", step=step_of(final))
         sync_to_disk(self.root)
-        with suppress(CheckpointError):  # `clean` comes again
+        with suppress(CheckpointError):  # the next `clean` tries it again
             remove(replaced)
 
     def _prune(self, step: int) -> None:
-        """Remove our own folders up to `step` but the newest and the best. What is newer than
-        `step` stays.
-        """
-        done = [
+        """Remove our checkpoints up to `step`, except the newest ones and the best one."""
+        candidates = [
             folder
             for folder in self.folders()
             if step_of(folder) <= step and read_bytes(folder / MANIFEST) is not None
         ]
-        kept = {*done[-self.config.keep :], self.best(done)}
-        for folder in done:
-            if folder not in kept:
-                doomed = folder.rename(self.aside(folder))  # half removed, it is no checkpoint
+        retained = {*candidates[-self.config.keep :], self.best(candidates)}
+        for folder in candidates:
+            if folder not in retained:
+                renamed = folder.rename(self.temporary(folder))  # as removal takes several steps
                 failpoints.hit("checkpoint.pruned", step=step)
-                with suppress(CheckpointError):  # `clean` comes again
-                    remove(doomed)
+                with suppress(CheckpointError):  # the next `clean` tries it again
+                    remove(renamed)
 
 
 def step_folders(run_dir: Path) -> list[Path]:
     """The committed checkpoints of a run, oldest first.
 
     Raises:
-        OSError: the folder of checkpoints is there and cannot be listed.
+        OSError: the folder of checkpoints exists and cannot be listed.
     """
-    found = [path for path in entries(run_dir / CHECKPOINTS) if STEP_FOLDER.fullmatch(path.name)]
-    return sorted(found, key=step_of)
+    folders = [path for path in entries(run_dir / CHECKPOINTS) if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(folders, key=step_of)
 
 
 def remove(path: Path) -> None:
-    """A folder with all that is in it; of a link, as to a checkpoint that its owner moved to
-    another disk, the link alone.
+    """Remove a folder with its content; of a link to a folder, only the link.
+
+    A link may lead to a checkpoint that its owner moved to another disk.
 
     Raises:
         CheckpointError: it cannot be removed.
@@ -301,8 +300,9 @@ def remove(path: Path) -> None:
 
 
 def write(folder: Path, state: RunState, writers: Sequence[Writer]) -> None:
-    """All files of a checkpoint, and the manifest that names what their writers say they wrote, on
-    disk.
+    """Write all files of a checkpoint, then the manifest with the digests their writers reported.
+
+    All of them are synced to disk.
     """
     files = [file for writer in writers for file in writer.save_state(str(folder))]
     failpoints.hit("checkpoint.shards", step=state.step)
@@ -318,12 +318,12 @@ def write(folder: Path, state: RunState, writers: Sequence[Writer]) -> None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verify every file against the manifest, then read the state; nothing is loaded before.
+    """Verify every file against the manifest, and only then read the state.
 
     Raises:
-        DamagedCheckpoint: a file is certainly missing or has other bytes than the manifest says.
-        CheckpointError: it cannot be read now; or it is whole and not what this version of hybridrl
-            writes.
+        DamagedCheckpoint: a file is certainly missing, or its bytes differ from the manifest.
+        CheckpointError: the checkpoint cannot be read at the moment, or does not have the form that
+            this version of hybridrl writes.
     """
     try:
         manifest = read_manifest(folder)
@@ -347,11 +347,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, in the form that `write` gives it.
+    """The manifest of a checkpoint, after a check of its form.
 
     Raises:
-        DamagedCheckpoint: there is none, or it has another form.
-        CheckpointError: it is of another version, or names files elsewhere.
+        DamagedCheckpoint: it is missing, or does not have the form that `write` gives it.
+        CheckpointError: it is of another version, or names files outside of the folder.
         OSError: it cannot be read.
     """
     manifest = read_json(folder / MANIFEST)
@@ -379,8 +379,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def state_to_json(state: RunState) -> dict[str, Any]:
-    """What state.json holds: the fields of the state, its finite metrics, and the id of each
-    tracker's run under NAME_id.
+    """The content of state.json: all fields, with the id of each tracker's run under NAME_id.
+
+    Metrics that are not finite are omitted.
 
     Example: trackers={"wandb": "x1"} becomes "wandb_id": "x1".
     """
@@ -393,7 +394,11 @@ def state_to_json(state: RunState) -> dict[str, Any]:
 
 
 def state_from_json(content: Any) -> RunState:
-    """Raises: TypeError, ValueError: `content` is not what `state_to_json` makes."""
+    """The state in the content of state.json.
+
+    Raises:
+        TypeError, ValueError: the content does not have the form that `state_to_json` makes.
+    """
     if not isinstance(content, dict):
         raise ValueError("it is no mapping")
     ids = {key: value for key, value in content.items() if key.endswith(TRACKER_ID)}
@@ -409,9 +414,11 @@ def state_from_json(content: Any) -> RunState:
 
 
 def read_state(folder: Path) -> RunState:
-    """Raises:
-    CheckpointError: it has other fields or types than RunState.
-    OSError: it cannot be read.
+    """The controller's state in a checkpoint.
+
+    Raises:
+        CheckpointError: its fields or their types are not those of RunState.
+        OSError: it cannot be read.
     """
     try:
         state = state_from_json(read_json(folder / STATE))
@@ -428,10 +435,10 @@ def read_state(folder: Path) -> RunState:
 
 
 def read_json(path: Path) -> Any:
-    """What a file of a checkpoint holds.
+    """The content of a JSON file of a checkpoint.
 
     Raises:
-        DamagedCheckpoint: there is no such file, or it is not JSON.
+        DamagedCheckpoint: the file is missing, or is not JSON.
         CheckpointError: it is a link or a special file.
         OSError: it cannot be read.
     """
@@ -447,23 +454,25 @@ def read_json(path: Path) -> Any:
 
 
 def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises:
-    DamagedCheckpoint: a file of `files`, of a manifest, is certainly missing or has other bytes.
-    CheckpointError: a file is a link or a special file, or the folder holds weights that `files`
-    does not name. OSError: a file cannot be read.
+    """Compare the files of a checkpoint with their entries in the manifest.
+
+    Raises:
+        DamagedCheckpoint: a file is certainly missing, or has other bytes.
+        CheckpointError: a file is a link, or the folder holds weights without an entry.
+        OSError: a file cannot be read.
     """
     different = "missing or not what the manifest says"
     for name, entry in files.items():
         path = folder / name
         try:
-            found = retry(partial(os.stat, path, follow_symlinks=False))
+            status = retry(partial(os.stat, path, follow_symlinks=False))
         except ABSENT as error:
             raise DamagedCheckpoint(f"{path}: {different}") from error
-        if stat.S_ISLNK(found.st_mode):
+        if stat.S_ISLNK(status.st_mode):
             raise CheckpointError(
                 f"{path}: a link, which could point anywhere; put the file in its place"
             )
-        if not stat.S_ISREG(found.st_mode) or found.st_size != entry["bytes"]:
+        if not stat.S_ISREG(status.st_mode) or status.st_size != entry["bytes"]:
             raise DamagedCheckpoint(f"{path}: {different}")
     weights = [path for path in entries(folder) if path.suffix == ".safetensors"]
     if unknown := [path for path in weights if path.name not in files]:
@@ -480,10 +489,10 @@ def step_of(folder: Path) -> int:
 
 
 def metric_of(folder: Path, name: str) -> float:
-    """A metric of the checkpoint's step; NaN: it was not measured there, or the state is damaged.
+    """A metric of the checkpoint's step; NaN: it was not measured, or the state is damaged.
 
     Raises:
-        OSError: the state cannot be read now.
+        OSError: the state cannot be read at the moment.
     """
     try:
         return float(json.loads(read_bytes(folder / STATE) or b"")["metrics"][name])

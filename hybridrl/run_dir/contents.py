@@ -1,6 +1,4 @@
-"""Digests of what files hold. A large file is read once: until it changes, its digest is looked
-up.
-"""
+"""Digests of the contents of files, in a cache: a large file is read again only after a change."""
 
 import hashlib
 import json
@@ -18,17 +16,14 @@ from hybridrl.core.files import named, read_bytes, replace_text, retry
 from hybridrl.models.loading import cache_dir
 
 CACHED_FROM = 1 << 20
-"""Bytes; smaller files are read again as fast as their digest is looked up."""
+"""Bytes; for smaller files, reading them is as fast as looking up their digest."""
 SETTLED_S = 2.0
-"""Age of a file from which another change would show in its times, however coarse those of its file
-system are.
-"""
-THREADS = 8  # xxhash lets go of the interpreter lock
+"""Age in seconds from which another change would alter the times of a file, on any file system."""
+THREADS = 8  # xxhash releases the interpreter lock
 
 
 def digest_of_files(files: Iterable[tuple[str, Path]]) -> str:
-    """One digest of (name, file) pairs, in hexadecimal digits: it changes with a name, with a byte,
-    or with what is there.
+    """One digest, in hexadecimal digits, of the names and the bytes of all (name, file) pairs.
 
     Raises:
         OSError: a file cannot be read.
@@ -36,16 +31,17 @@ def digest_of_files(files: Iterable[tuple[str, Path]]) -> str:
     pairs = sorted(files)
     with ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(digest, [path for _, path in pairs])
-        lines = [f"{name!a} {found}\n" for (name, _), found in zip(pairs, digests, strict=True)]
+        lines = [f"{name!a} {value}\n" for (name, _), value in zip(pairs, digests, strict=True)]
     return xxhash.xxh3_128_hexdigest("".join(lines).encode())
 
 
 def digest(path: Path) -> str:
-    """xxh3_128 of a file's bytes, in hexadecimal digits, found again by path, size, inode and times
-    of change.
+    """xxh3_128 of a file's bytes, in hexadecimal digits.
+
+    For a large file it is looked up in the cache by path, size, inode and times of change.
 
     Raises:
-        OSError: it cannot be read, also after some waiting.
+        OSError: the file cannot be read, even after several attempts.
     """
     path = path.resolve()
     status = retry(path.stat)
@@ -58,15 +54,21 @@ def digest(path: Path) -> str:
         stored = json.loads(read_bytes(entry) or b"")
         if stored["identity"] == identity and isinstance(stored["digest"], str):
             return stored["digest"]
-    found = read_digest(path)
+    value = read_digest(path)
     if time.time() - status.st_mtime > SETTLED_S:
-        with suppress(OSError):  # a home that cannot be written: read again the next time
+        with suppress(OSError):  # without a writable home the file is read again the next time
             entry.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(entry, json.dumps({"identity": identity, "digest": found}))
-    return found
+            replace_text(entry, json.dumps({"identity": identity, "digest": value}))
+    return value
 
 
 def read_digest(path: Path) -> str:
+    """xxh3_128 of a file's bytes, in hexadecimal digits, without the cache.
+
+    Raises:
+        OSError: the file cannot be read, even after several attempts.
+    """
+
     def read() -> str:
         with named(path), path.open("rb") as file:
             return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

@@ -1,6 +1,4 @@
-"""The run directory: locked while a run lasts, and holding one run only, whose settings are its
-config.yaml.
-"""
+"""The run directory: one run, whose settings are in config.yaml, and which locks it meanwhile."""
 
 import fcntl
 import os
@@ -36,7 +34,7 @@ from hybridrl.weights.hugging_face import TEMPLATE
 
 HOLDER = ".holder"
 WRITTEN_INTO = ("logs", "skipped")
-"""Folders whose files workers write."""
+"""Folders with files that workers write."""
 PARTS = (
     ".lock",
     METRICS,
@@ -48,7 +46,7 @@ PARTS = (
     "wandb",
     *WRITTEN_INTO,
 )
-"""Files and folders that a run writes to in place, removes files from, or copies into exports."""
+"""Files and folders that a run writes in place, removes files from, or copies into exports."""
 
 ABSENT = "(not set)"
 
@@ -87,20 +85,20 @@ FREE = (
     "train.packing",
     "train.head_chunk",
 )
-"""Settings and sections that decide neither what is learned nor what accuracy means: where, how
-fast and how often.
+"""Settings and sections that may change when a run continues.
 
-train.steps joins them where no schedule is stretched over it, so that a run can be prolonged.
-Whatever is not named here, and so every setting of the future, is held fast.
+They affect neither what is learned nor the meaning of the accuracy, but where, how fast and how
+often something is done. train.steps may change too, to train longer, unless a schedule ends at it.
+All other settings, and so every future one, must stay the same.
 """
 
 
 @contextmanager
 def run_directory(settings: RunSettings) -> Iterator[Path]:
-    """The run directory, made if need be, locked while the run lasts.
+    """The run directory, created if necessary, and locked until the end of the `with` block.
 
     Raises:
-        RunDirectoryError: another run holds it, or as check_usable.
+        RunDirectoryError: another run has the lock, or as check_usable.
         ConfigError: as check_usable.
     """
     run_dir = check_usable(settings)
@@ -111,11 +109,11 @@ def run_directory(settings: RunSettings) -> Iterator[Path]:
 
 
 def check_usable(settings: RunSettings) -> Path:
-    """The absolute path of run.dir, where a run may write; nothing is made or changed.
+    """The absolute path of run.dir, after a check that a run may write there; changes nothing.
 
     Raises:
-        RunDirectoryError: it holds files and never was a run's, or a part of it is a link.
-        ConfigError: it would vanish with a Ray job's upload folder.
+        RunDirectoryError: it holds files but never held a run, or a part of it is a link.
+        ConfigError: it is in the upload folder of a Ray job, which is deleted with the job.
     """
     run_dir = Path(settings.run.dir).expanduser().absolute()
     if "working_dir_files" in run_dir.parts:
@@ -129,9 +127,9 @@ def check_usable(settings: RunSettings) -> Path:
 
 
 def check_not_foreign(run_dir: Path) -> None:
-    """Refuse a directory whose files are somebody's own: a run replaces files and removes old ones.
+    """Refuse a directory with files that are not of a run, as a run replaces and removes files.
 
-    Hidden files do no harm, nor a file that this process's own output goes to.
+    Hidden files are allowed, and so is a file to which the output of this process goes.
 
     Raises:
         RunDirectoryError: names some of the files.
@@ -150,20 +148,16 @@ def check_not_foreign(run_dir: Path) -> None:
 
 
 def is_output(path: Path) -> bool:
-    """Whether this process's stdout or stderr goes to that file, as in `hybridrl train ... >
-    DIR/log`.
-    """
+    """Whether our stdout or stderr is that file, as in `hybridrl train ... > DIR/log`."""
     streams = [stream for stream in (sys.__stdout__, sys.__stderr__) if stream is not None]
-    with suppress(OSError, ValueError):  # closed, or no file at all
-        there = path.stat()
-        return any(os.path.samestat(os.fstat(stream.fileno()), there) for stream in streams)
+    with suppress(OSError, ValueError):  # a stream is closed, or is not a file
+        status = path.stat()
+        return any(os.path.samestat(os.fstat(stream.fileno()), status) for stream in streams)
     return False
 
 
 def was_run(run_dir: Path) -> bool:
-    """Whether a run was started in the directory: it wrote its name there, or its settings, or a
-    checkpoint.
-    """
+    """Whether the directory holds a run: the file .holder, its settings, or a checkpoint."""
     names = {path.name for path in entries(run_dir)}
     if HOLDER in names:
         return True
@@ -171,16 +165,16 @@ def was_run(run_dir: Path) -> bool:
         if {"run", "model", "train"} <= saved_tree(read_text(run_dir / CONFIG) or "").keys():
             return True
     except (ConfigError, RunDirectoryError):
-        pass  # no settings of ours
+        pass  # config.yaml is not that of a run
     return any(read_bytes(path / MANIFEST) is not None for path in step_folders(run_dir))
 
 
 def check_no_links(run_dir: Path) -> None:
-    """Refuse a directory in which a part that is written to leads elsewhere, as one that was made
-    by somebody else may.
+    """Refuse a directory that has a link in a place that a run writes to.
 
-    Files that are replaced whole, like config.yaml, need no check: the link itself is replaced. A
-    link to a single checkpoint is renamed or removed, never written through.
+    Somebody else may have made the directory. Files that are replaced as a whole, like config.yaml,
+    need no check, as that replaces the link itself. A link to a single checkpoint is renamed or
+    removed, and never written through.
 
     Raises:
         RunDirectoryError: names the link.
@@ -196,17 +190,19 @@ def check_no_links(run_dir: Path) -> None:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Two locks, of the directory itself and of its file .lock; both are the kernel's and end with
-    this process, however that ends. The first cannot be lost by removing a file, the second also
-    works where directories cannot be locked (NFS).
+    """Lock the directory itself and its file .lock, until the end of the `with` block.
+
+    The kernel releases both locks when this process ends, for whatever reason. The first one does
+    not depend on a file that could be removed, the second one also works on file systems that
+    cannot lock directories (NFS).
 
     Raises:
-        RunDirectoryError: another run holds one of them.
+        RunDirectoryError: another run has one of the locks.
     """
     file_lock = FileLock(run_dir / ".lock")
     directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):  # a file system without such locks
+        with suppress(OSError):  # the file system has no locks on directories
             try:
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -222,11 +218,12 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def held_by_another(run_dir: Path) -> RunDirectoryError:
+    """The error for a directory that another run has locked."""
     holder = None
     with suppress(OSError, RunDirectoryError):
         holder = read_text(run_dir / HOLDER)
     return RunDirectoryError(
-        f"run.dir={run_dir}: another run holds it, {holder or 'which has not yet said who it is'}; "
+        f"run.dir={run_dir}: another run holds it, {holder or 'whose process is not yet on file'}; "
         "wait for it, end it, or choose another run.dir"
     )
 
@@ -234,17 +231,18 @@ def held_by_another(run_dir: Path) -> RunDirectoryError:
 def find_checkpoint(
     settings: RunSettings, run_dir: Path, inputs: Mapping[str, str]
 ) -> Checkpoint | None:
-    """Where to continue, None: from the start; config.yaml is `settings` afterwards. Call it under
-    run_directory's lock.
+    """The checkpoint to continue from, None: start at step 0; writes the settings to config.yaml.
+
+    Call it with the lock of run_directory.
 
     Args:
-        inputs: controller.inputs.digests of what the run would read.
+        inputs: run_dir.inputs.digests of what the run would read.
 
     Raises:
-        RunDirectoryError: run.resume=never and the directory holds a run, or it holds one of other
-            settings or inputs, or one that is beyond train.steps; it is left as it was.
-        CheckpointError: run.resume=required and there is none, or all are damaged, or that of
-            run.resume_from is, or the newest one cannot be read now.
+        RunDirectoryError: the directory holds a run and run.resume=never, or a run with other
+            settings or inputs, or one that is beyond train.steps. It is unchanged.
+        CheckpointError: run.resume=required and there is no checkpoint; or all are damaged, or the
+            one of run.resume_from is, or the newest cannot be read at the moment.
     """
     checkpointer = Checkpointer(run_dir, settings.checkpoint)
     checkpointer.clean()
@@ -256,15 +254,16 @@ def find_checkpoint(
             "run.resume=auto"
         )
     checkpoint = checkpointer.newest()
-    other = checkpoint is None and settings.run.resume_from is not None
-    if other:
+    of_another_run = False
+    if checkpoint is None and settings.run.resume_from is not None:
         checkpoint = read_checkpoint(Path(settings.run.resume_from).expanduser().absolute())
+        of_another_run = True
     if checkpoint is None and settings.run.resume is Resume.required:
         raise CheckpointError(
             f"run.resume=required: no checkpoint in {checkpointer.root}; use run.resume=auto to "
             "start"
         )
-    if checkpoint:
+    if checkpoint is not None:
         check_same_run(settings, checkpoint.folder.parent.parent)
         check_inputs(settings, checkpoint.state.inputs, inputs)
         if checkpoint.state.step > settings.train.steps:
@@ -273,16 +272,16 @@ def find_checkpoint(
                 f"train.steps={settings.train.steps}; set it as high at least, or choose another "
                 "run.dir"
             )
-    if other:
-        checkpoint = continue_other(checkpoint, run_dir)
-    elif checkpoint:
-        checkpointer.set_aside_newer(checkpoint.state.step)
+        if of_another_run:
+            checkpoint = continue_other(checkpoint, run_dir)
+        else:
+            checkpointer.set_aside_newer(checkpoint.state.step)
     replace_text(run_dir / CONFIG, to_yaml(settings))
     return checkpoint
 
 
 def describe_directory(settings: RunSettings, inputs: Mapping[str, str]) -> str:
-    """What a run of these settings would do with its run.dir, in words; nothing is written.
+    """What a run with these settings would do with its run.dir, as a clause; writes nothing.
 
     Raises:
         RunDirectoryError, CheckpointError: as find_checkpoint.
@@ -297,19 +296,21 @@ def describe_directory(settings: RunSettings, inputs: Mapping[str, str]) -> str:
         )
     checkpoint = checkpointer.newest()
     if checkpoint is None:
-        return "holds a run without a checkpoint, which starts afresh" if holds_run else "a new run"
+        return "holds a run without a checkpoint: starts at step 0" if holds_run else "a new run"
     check_same_run(settings, run_dir)
     check_inputs(settings, checkpoint.state.inputs, inputs)
     return f"continues after step {checkpoint.state.step}"
 
 
 def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
-    """Begin run_dir as a copy of the run that the checkpoint is of: its rows, samples and ledger,
-    which are cut at the checkpoint's step when the run starts. Trackers get a run of its own.
+    """Copy metrics, samples and ledger of the checkpoint's run into run_dir.
+
+    What is after the checkpoint's step is removed from them when the run starts. For trackers it is
+    a new run, so the returned checkpoint has no ids.
 
     Raises:
         RunDirectoryError: one of those files is a link or a special file.
-        OSError: one cannot be read or copied.
+        OSError: one of them cannot be read or copied.
     """
     origin = checkpoint.folder.parent.parent
     samples = [Path(SAMPLES, path.name) for _, path in samples_files(origin)]
@@ -322,8 +323,10 @@ def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
 
 
 def earlier_settings(settings: RunSettings) -> RunSettings | None:
-    """Settings of the run that `settings` would continue, before anything is checked; None: there
-    is none, or none that this version can read, which find_checkpoint says where it matters.
+    """The settings of the run that `settings` would continue, without any checks.
+
+    None: there is no such run, or this version cannot read its settings; find_checkpoint then
+    raises the error if the run has a checkpoint.
 
     Raises:
         OSError: they cannot be read.
@@ -338,8 +341,7 @@ def earlier_settings(settings: RunSettings) -> RunSettings | None:
 
 
 def read_settings(run_dir: Path) -> RunSettings:
-    """What the run was last started with; where config.yaml is gone, what its newest checkpoint was
-    saved with.
+    """The settings of the last start of the run; without a config.yaml, those of a checkpoint.
 
     Raises:
         RunDirectoryError: there is no config.yaml, or it is not of this version.
@@ -361,49 +363,54 @@ def read_settings(run_dir: Path) -> RunSettings:
 
 
 def check_same_run(settings: RunSettings, run_dir: Path) -> None:
-    """Refuse to continue a run under settings that would have made it another run.
+    """Refuse to continue a run if settings changed that must stay the same.
 
     Raises:
         RunDirectoryError: names each changed setting with both values, and the remedies.
     """
     changed = changes(read_settings(run_dir), settings)
-    held = {
+    refused = {
         key: values
         for key, values in changed.items()
         if not within(key, settings.run.allow_changes)
     }
-    if not held:
+    if not refused:
         return
-    told = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in held.items())
-    if stretched := "train.steps" in held and ", ".join(stretched_by_steps(settings)):
-        told += f" (train.steps stretches {stretched})"
-    allow = ",".join(dict.fromkeys([*settings.run.allow_changes, *held]))
+    text = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in refused.items())
+    if stretched := "train.steps" in refused and ", ".join(stretched_by_steps(settings)):
+        text += f" (train.steps stretches {stretched})"
+    allow = ",".join(dict.fromkeys([*settings.run.allow_changes, *refused]))
     raise RunDirectoryError(
-        f"run.dir={run_dir}: holds a run with other settings: {told}; "
+        f"run.dir={run_dir}: holds a run with other settings: {text}; "
         f"choose another run.dir, or continue that run with them by run.allow_changes=[{allow}]"
     )
 
 
 def check_inputs(settings: RunSettings, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse to continue a run on other data or rewards: its cursor and its ledger would speak of
-    prompts that are others now.
+    """Refuse to continue a run if its data, models or reward functions changed.
+
+    With other data, the data cursor and the ledger would refer to other prompts than before.
+
+    Args:
+        before: run_dir.inputs.digests in the checkpoint.
+        now: run_dir.inputs.digests of this start.
 
     Raises:
         RunDirectoryError: names what changed, and the remedies.
     """
     changed = [key for key in before.keys() & now.keys() if before[key] != now[key]]
-    held = sorted(key for key in changed if not within(key, settings.run.allow_changes))
-    if held:
-        what = ", ".join(described_input(key) for key in held)
-        allow = ",".join([*settings.run.allow_changes, *held])
+    refused = sorted(key for key in changed if not within(key, settings.run.allow_changes))
+    if refused:
+        inputs = ", ".join(described_input(key) for key in refused)
+        allow = ",".join([*settings.run.allow_changes, *refused])
         raise RunDirectoryError(
-            f"run.dir={settings.run.dir}: {what} changed since the checkpoint; restore it, choose "
-            f"another run.dir, or continue that run with it by run.allow_changes=[{allow}]"
+            f"run.dir={settings.run.dir}: {inputs} changed since the checkpoint; restore it, "
+            f"choose another run.dir, or continue that run with it by run.allow_changes=[{allow}]"
         )
 
 
 def described_input(key: str) -> str:
-    """What a digest is of, in words."""
+    """The name of an input for an error message, by its key in run_dir.inputs.digests."""
     if key == DATA:
         return "the prompts that data.* gives"
     if key.endswith(".path"):
@@ -419,18 +426,15 @@ def file_setting(key: str) -> str:
 
 
 def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
-    """(old, new) value of each setting that differs and decides what is learned, by its dotted key.
+    """(old, new) value of each setting that differs and must stay the same, by its dotted key.
 
     Example: {"train.lr": (0.001, 0.002), "teachers.b.path": ("(not set)", "/models/b")}
     """
-    free = (
-        *FREE,
-        *(() if stretched_by_steps(old) or stretched_by_steps(new) else ("train.steps",)),
-    )
-    before, after = (
-        flat(redact.tree(asdict(old))),
-        flat(redact.tree(asdict(new))),
-    )  # secrets are masked in what is on file
+    prolonged = () if stretched_by_steps(old) or stretched_by_steps(new) else ("train.steps",)
+    free = (*FREE, *prolonged)
+    # Secrets are masked in both, as they are masked in config.yaml.
+    before = flat(redact.tree(asdict(old)))
+    after = flat(redact.tree(asdict(new)))
     pairs = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in before | after}
     return {
         key: (a, b)
@@ -440,9 +444,7 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
 
 
 def stretched_by_steps(settings: RunSettings) -> list[str]:
-    """Schedules that run to train.steps: with another number of steps, every step so far would have
-    been another one.
-    """
+    """Schedules that end at train.steps: another number of steps would change every step so far."""
     moving = (ScheduleKind.linear, ScheduleKind.cosine)
     names = [
         name
@@ -453,19 +455,19 @@ def stretched_by_steps(settings: RunSettings) -> list[str]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested mappings. Example: {"a": {"b": 1, "c": [2]}} -> {"a.b": 1, "a.c":
-    [2]}.
+    """The values of nested mappings, by dotted key.
+
+    Example: {"a": {"b": 1, "c": [2]}} -> {"a.b": 1, "a.c": [2]}.
     """
-    found = {}
+    values: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= (
-            flat(value, f"{prefix}{name}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{name}": value}
-        )
-    return found
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[f"{prefix}{name}"] = value
+    return values
 
 
 def within(key: str, names: Iterable[str]) -> bool:
-    """Whether `key` is one of the names or lies in a section that they name."""
+    """Whether a key is one of the names, or is in a section that is one of them."""
     return any(f"{key}.".startswith(f"{name}.") for name in names)

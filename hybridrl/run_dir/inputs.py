@@ -1,6 +1,4 @@
-"""What a run reads from outside besides its settings, by digest: whoever continues it must find the
-same.
-"""
+"""Digests of what a run reads besides its settings; they must be equal when the run continues."""
 
 import hashlib
 import os
@@ -13,51 +11,52 @@ from hybridrl.core.imported_files import imported_files
 from hybridrl.models.loading import HUB_FILES, resolve
 from hybridrl.models.revisions import newest_commit
 from hybridrl.run_dir.contents import digest_of_files
-from hybridrl.settings.run import RunSettings
+from hybridrl.settings.run import ModelConfig, RunSettings, TeacherConfig
 from hybridrl.types import Prompt
 
 DATA = "data"
 IMPORTS = "imports"
 MODEL_FILES = (*HUB_FILES, "value_head/*.safetensors", "additional_chat_templates/*.jinja")
-"""What is read of a model's folder."""
+"""The files that are read in the folder of a model."""
 
 
 def digests(
     settings: RunSettings, prompts: Sequence[Prompt], heldout: Sequence[Prompt]
 ) -> dict[str, str]:
-    """A digest of each thing that is read, by the setting that names it: all prompts as the model
-    and the rewards see them, each file with code of the user's, the modules that it imports, and the
-    files of each model in use.
+    """The digest of each input, by the setting that names it.
+
+    The inputs are all prompts as the model and the rewards see them, each file with the user's own
+    code and the modules that it imports, and the files of each model in use.
 
     Raises:
-        ConfigError: a model is not there.
+        ConfigError: a model does not exist.
         OSError: a file cannot be read.
     """
     data = hashlib.sha256()
     for prompt in prompts:
         data.update(described(prompt, prompt.responses).encode())
-    for prompt in heldout:  # their responses are only measured, nothing is learned from them
+    for prompt in heldout:  # without their responses, as these do not affect the training
         data.update(described(prompt, ()).encode())
     return {DATA: data.hexdigest()} | file_digests(settings) | model_digests(settings)
 
 
 def file_digests(settings: RunSettings) -> dict[str, str]:
-    """Of each Python file of the user's that the run executes, and of the modules it imports."""
-    found = {}
-    for key, named in user_files(settings).items():
-        path = Path(named.rpartition(":")[0])
+    """The digests of the user's Python files that the run executes, and of modules they import."""
+    digest_of = {}
+    for key, reference in user_files(settings).items():
+        path = Path(reference.rpartition(":")[0])
         if path.is_file():
-            found[key] = sha256(path)
+            digest_of[key] = sha256(path)
             modules = imported_files(path)
             if modules:
                 home = path.resolve().parent
-                listed = [(os.path.relpath(module, home), module) for module in modules]
-                found[f"{key}.{IMPORTS}"] = digest_of_files(listed)
-    return found
+                files = [(os.path.relpath(module, home), module) for module in modules]
+                digest_of[f"{key}.{IMPORTS}"] = digest_of_files(files)
+    return digest_of
 
 
 def user_files(settings: RunSettings) -> dict[str, str]:
-    """file.py:name of what a user's files add, or a built-in name, by the setting that names it."""
+    """file.py:name of a user's own code, or the name of a built-in, by the setting for it."""
     algorithm = settings.algorithm
     own = {
         "algorithm.advantage": algorithm.advantage,
@@ -75,12 +74,13 @@ def user_files(settings: RunSettings) -> dict[str, str]:
 
 
 def model_digests(settings: RunSettings) -> dict[str, str]:
-    found = {}
+    """The digest of the files of each model that the run loads."""
+    digest_of = {}
     for key, (path, revision) in models_in_use(settings).items():
         folder = resolve(path, revision, setting=key)
         files = {file for pattern in MODEL_FILES for file in folder.glob(pattern)}
-        found[key] = digest_of_files((str(file.relative_to(folder)), file) for file in files)
-    return found
+        digest_of[key] = digest_of_files((str(file.relative_to(folder)), file) for file in files)
+    return digest_of
 
 
 def models_in_use(settings: RunSettings) -> dict[str, tuple[str, str | None]]:
@@ -97,32 +97,38 @@ def models_in_use(settings: RunSettings) -> dict[str, tuple[str, str | None]]:
 
 
 def pinned(settings: RunSettings, earlier: RunSettings | None) -> RunSettings:
-    """With the commit in the place of each revision that is left to the hub, so that every worker,
-    every restart and every continuation loads the same one.
+    """The settings with a commit for each model on the hub that is named without a revision.
+
+    So every worker, every restart and every continuation of the run loads the same files.
 
     Args:
-        earlier: settings of the run that is to be continued, whose commits are kept; None: a new
-            run.
+        earlier: settings of the run that is to be continued, whose commits are used again; None: a
+            new run.
     """
     model = settings.model
     if model.revision is None:
-        known = earlier is not None and earlier.model.path == model.path
-        commit = earlier.model.revision if known else newest_commit(model.path)
+        commit = commit_of(model.path, earlier.model if earlier else None)
         model = replace(model, revision=commit)
     teachers = dict(settings.teachers)
     for name in settings.teachers_in_use:
         teacher = teachers[name]
         if teacher.path is not None and teacher.revision is None:
-            before = earlier.teachers.get(name) if earlier is not None else None
-            known = before is not None and before.path == teacher.path
-            commit = before.revision if known else newest_commit(teacher.path)
+            commit = commit_of(teacher.path, earlier.teachers.get(name) if earlier else None)
             teachers[name] = replace(teacher, revision=commit)
     return replace(settings, model=model, teachers=teachers)
 
 
+def commit_of(path: str, earlier: ModelConfig | TeacherConfig | None) -> str | None:
+    """The commit of a model: that of the earlier run if it loads the same one, else the newest."""
+    if earlier is not None and earlier.path == path:
+        return earlier.revision
+    return newest_commit(path)
+
+
 def described(prompt: Prompt, responses: tuple[tuple[int, ...], ...]) -> str:
-    """What the model and the rewards see of a prompt. The form is that of the first version, whose
-    runs can be continued.
+    """What the model and the rewards see of a prompt, as text.
+
+    Its form may not change: otherwise no run of an earlier version could be continued.
     """
     return (
         f"Prompt(uid={prompt.uid!r}, input_ids={prompt.input_ids!r}, text={prompt.text!r}, "

@@ -1,6 +1,4 @@
-"""ledger.jsonl: which prompts each step trained on, and the proof that none was trained twice or
-left out.
-"""
+"""ledger.jsonl: the prompts that each step used, and a check that each was used exactly once."""
 
 import json
 from collections import Counter
@@ -16,47 +14,56 @@ from hybridrl.types import Prompt
 
 LEDGER = "ledger.jsonl"
 FAR = 1_000_000
-"""Prompts that a cursor may stand beyond twice the recorded ones and still be compared with them
-one by one.
-"""
+"""How many prompts a cursor may exceed twice the number of recorded ones before it is refused."""
 
 
 class Ledger:
-    """One line a step, on disk before the step's checkpoint is: {"step": 1, "trained": ["a@0"],
-    "passed_over": ["b@0"]}.
+    """Writes one line per step, which is on disk before the checkpoint of the step is.
 
-    A resumed run first cuts the steps after its checkpoint, which it takes again.
+    Example of a line: {"step": 1, "trained": ["a@0"], "passed_over": ["b@0"]}. A resumed run first
+    removes the lines of the steps after its checkpoint, as it does these steps again.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
-        """Args: first_step: steps that are done, 0 or what the checkpoint says.
+        """Open the ledger and remove the lines after step `first_step`.
+
+        Args:
+            first_step: the number of steps that are done: 0, or that of the checkpoint.
 
         Raises:
             LedgerError: the file is damaged before the end of that step.
-            OSError: it cannot be read, and is left as it is, or cannot be written.
+            OSError: the file cannot be read (it is then unchanged) or cannot be written.
         """
         path = run_dir / LEDGER
-        kept = read_ledger(run_dir, first_step) if first_step else []
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = read_ledger(run_dir, first_step) if first_step else []
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = Appender(path)
 
     def record(self, step: int, trained: Sequence[str], passed_over: Sequence[str] = ()) -> None:
-        """Args: passed_over: prompts that were drawn and not trained on, as aborted, failed or with
-        equal rewards.
+        """Append the line of a step.
+
+        Args:
+            trained: uids of the prompts that were trained on.
+            passed_over: uids of those that were drawn and not trained on: their responses were
+                aborted, failed, or had equal rewards.
         """
         line = {"step": step, "trained": list(trained), "passed_over": list(passed_over)}
         self._file.append(json.dumps(line) + "\n")
 
     def check_in_place(self) -> None:
-        """Raises:
-        RunDirectoryTaken: another directory stands in the place of the run's.
-        RunDirectoryError: the ledger or the whole directory was removed, moved or replaced.
+        """Check that the path of the ledger still leads to the file that is open.
+
+        Raises:
+            RunDirectoryTaken: another directory has the path of the run's.
+            RunDirectoryError: the ledger or the whole directory was removed, moved or replaced.
         """
         self._file.check()
 
     def check_folder(self) -> None:
-        """Raises:
-        RunDirectoryTaken: as check_in_place.
+        """Check that no other directory has the path of the run's.
+
+        Raises:
+            RunDirectoryTaken: another one has.
         """
         self._file.check_folder()
 
@@ -65,14 +72,15 @@ class Ledger:
 
 
 def read_ledger(run_dir: Path, through: int | None = None) -> list[dict[str, Any]]:
-    """Its lines, oldest first; no file is no lines, and a torn last line, left by a kill, is left
-    out.
+    """The lines of a run's ledger, oldest first; empty if there is no such file.
+
+    An incomplete last line, as a killed run may write it, is ignored.
 
     Args:
-        through: lines up to this step alone; damage after them is of no account. None: all.
+        through: return only lines up to this step, and ignore damage after them. None: all lines.
 
     Raises:
-        LedgerError: an earlier line is none of ours.
+        LedgerError: a line before the last one does not have the form of a ledger's line.
         RunDirectoryError: the file is a link or a special file.
         OSError: the file cannot be read.
     """
@@ -100,37 +108,37 @@ def _line(value: Any) -> dict[str, Any]:
 
 
 def check_ledger(run_dir: Path, steps: int, drawn: Iterable[str]) -> None:
-    """Every step once, every prompt drawn until then once, and no other.
+    """Check that the ledger has each step once, each drawn prompt once, and no other prompt.
 
     Args:
         steps: optimizer steps that are done.
-        drawn: uids up to the data cursor, as drawn_uids gives them.
+        drawn: the uids before the data cursor, as drawn_uids returns them.
 
     Raises:
-        LedgerError: naming what is missing, twice, or unknown.
+        LedgerError: names prompts that are missing, used twice, or were never drawn.
     """
     lines = read_ledger(run_dir)
-    found = Counter(uid for line in lines for uid in (*line["trained"], *line["passed_over"]))
+    uses = Counter(uid for line in lines for uid in (*line["trained"], *line["passed_over"]))
     expected = set(drawn)
+    each_step_once = [line["step"] for line in lines] == list(range(1, steps + 1))
     problems = {
-        "steps": []
-        if [line["step"] for line in lines] == list(range(1, steps + 1))
-        else [f"not each of 1 ... {steps} once"],
-        "used twice": [uid for uid, count in found.items() if count > 1],
-        "never used": sorted(expected - found.keys()),
-        "not drawn": sorted(found.keys() - expected),
+        "steps": [] if each_step_once else [f"not each of 1 ... {steps} once"],
+        "used twice": [uid for uid, count in uses.items() if count > 1],
+        "never used": sorted(expected - uses.keys()),
+        "not drawn": sorted(uses.keys() - expected),
     }
-    told = [f"{what}: {', '.join(which[:5])}" for what, which in problems.items() if which]
-    if told:
-        raise LedgerError(f"{run_dir / LEDGER}: {'; '.join(told)}")
+    messages = [f"{kind}: {', '.join(uids[:5])}" for kind, uids in problems.items() if uids]
+    if messages:
+        raise LedgerError(f"{run_dir / LEDGER}: {'; '.join(messages)}")
 
 
 def drawn_uids(prompts: Sequence[Prompt], seed: int, cursor: Mapping[str, Any]) -> list[str]:
-    """The uids before a data cursor, in the order in which they are drawn, without those that are
-    owed.
+    """The uids before a data cursor, in the order in which they are drawn.
+
+    Owed prompts, which were drawn and will be drawn again, are not among them.
 
     Args:
-        prompts: all of the data, in its order.
+        prompts: all training prompts, in the order of the data.
         cursor: state_dict of the run's PromptSource.
     """
     number = num_drawn(prompts, cursor)
@@ -140,21 +148,20 @@ def drawn_uids(prompts: Sequence[Prompt], seed: int, cursor: Mapping[str, Any]) 
 
 
 def check_cursor(run_dir: Path, prompts: Sequence[Prompt], cursor: Mapping[str, Any]) -> None:
-    """Refuse a cursor so far beyond what the ledger records that the prompts before it would fill
-    the memory.
+    """Refuse a cursor so large that the list of the prompts before it would fill the memory.
 
     Raises:
-        LedgerError: names both numbers.
+        LedgerError: the cursor is far beyond the prompts that the ledger records.
     """
     recorded = sum(len(line["trained"]) + len(line["passed_over"]) for line in read_ledger(run_dir))
     number = num_drawn(prompts, cursor)
     if number > 2 * recorded + FAR:
         raise LedgerError(
-            f"{run_dir / LEDGER}: records {recorded} prompts, but the checkpoint's cursor stands "
-            f"at {number}"
+            f"{run_dir / LEDGER}: records {recorded} prompts, but the checkpoint's cursor is at "
+            f"{number}"
         )
 
 
 def num_drawn(prompts: Sequence[Prompt], cursor: Mapping[str, Any]) -> int:
-    """How many prompts a run drew until a data cursor, those that are owed included."""
+    """The number of prompts that a run has drawn at a data cursor, including owed ones."""
     return cursor["epoch"] * len(prompts) + cursor["position"]

@@ -1,4 +1,4 @@
-"""What a worker reports of each file that it wrote into a checkpoint."""
+"""The report of a worker about a file that it wrote into a checkpoint."""
 
 from pathlib import Path
 
@@ -7,11 +7,12 @@ from hybridrl.types import SavedFile
 
 
 def seal(path: Path) -> SavedFile:
-    """Sync a file to disk and say what is in it; its writer's own account, to be checked against
-    what others read.
+    """Sync a file to disk, and return its size and digest as its writer sees them.
+
+    The controller compares them with what it reads itself.
 
     Raises:
-        OSError: it cannot be synced or read.
+        OSError: the file cannot be synced or read.
     """
     sync_to_disk(path)
     return SavedFile(name=path.name, bytes=path.stat().st_size, sha256=sha256(path))

@@ -1,1 +1,1 @@
-"""Where a step's metrics go, and what they mean."""
+"""Where the metrics of a step go, and what each of them means."""

@@ -1,6 +1,4 @@
-"""What a person watching the run sees: a live display on a terminal, one plain line per step
-elsewhere.
-"""
+"""What a run prints: a live display on a terminal, one plain line per step elsewhere."""
 
 import math
 import sys
@@ -30,35 +28,41 @@ PHASES = ("rollout", "score", "reward", "learn", "sync", "eval", "save")
 
 
 class ConsoleSink:
-    """Prints progress to `stream` (None: sys.stdout at start). Rich is used only where the stream
-    is a terminal.
+    """Prints progress to a text stream, with Rich's live display only if that is a terminal.
 
-    Example of the plain lines, as under `ray job logs`:
-        step  40/200  reward 0.412  KL/token 0.0312  lambda 1.00  tok/s 8,123  4.2 s (rollout 2.1, learn 1.2)  11 min 3 s left
+    Example of the plain lines, as under `ray job logs`; the first is one line:
+        step  40/200  reward 0.412  KL/token 0.0312  lambda 1.00  tok/s 8,123
+            4.2 s (rollout 2.1, learn 1.2)  11 min 3 s left
         step 40  eval accuracy 51.2 % (teacher 74.0 %, start 33.1 %)
+
+    Args:
+        stream: None means sys.stdout, as it is when `start` is called.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
         self._live: Live | None = None
         self._progress: Progress | None = None
-        self._start_accuracy: float | None = None
-        self._start_loss: float | None = None  # held-out loss before training
-        self._teachers: dict[str, float] = {}
-        self._accuracy: float | None = None
-        self._total = self._first = 0
+        self._start_accuracy: float | None = None  # on held-out problems, before training
+        self._start_loss: float | None = None  # on held-out data, before training
+        self._teachers: dict[str, float] = {}  # accuracy by the teacher's name
+        self._accuracy: float | None = None  # of the last evaluation
+        self._total = 0
+        self._first = 0
         self._began: float | None = None  # when the first step of this process was logged
         self._watch = Watch()
 
     def start(self, info: RunInfo) -> None:
         self._stream = self._stream or sys.stdout
-        self._total, self._first, self._began = info.total_steps, info.first_step, None
+        self._total = info.total_steps
+        self._first = info.first_step
+        self._began = None
         self._watch = Watch()
         if info.first_step > 0:
             rows = read_metrics(info.run_dir)
             self._watch = watch(rows)
             for row in rows:
-                self._learn_levels(row)
+                self._remember_levels(row)
             self.notice(
                 f"{info.name}: continues after step {info.first_step} of {info.total_steps}, in "
                 f"{info.run_dir}"
@@ -69,14 +73,14 @@ class ConsoleSink:
             self._open_display()
 
     def notice(self, text: str) -> None:
-        """Say one thing, above the live display if there is one."""
+        """Print one line, above the live display if there is one."""
         if self._live is not None:
             self._live.console.print(Text(text))
         else:
             print(text, file=self._stream or sys.stdout, flush=True)
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        self._learn_levels(metrics)
+        self._remember_levels(metrics)
         step = int(metrics["train/step"])
         if self._live is not None and self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step)
@@ -91,7 +95,7 @@ class ConsoleSink:
             self.notice(f"warning: {sentence}")
 
     def samples(self, rows: Sequence[Sample]) -> None:
-        """Samples are for the report; a console shows none."""
+        """Do nothing: samples are shown in the report, not on the console."""
 
     def close(self, exit_code: int) -> None:
         if self._live is not None:
@@ -116,8 +120,8 @@ class ConsoleSink:
         self._live = Live(self._progress, console=Console(file=self._stream), refresh_per_second=2)
         self._live.start()
 
-    def _learn_levels(self, metrics: Mapping[str, float]) -> None:
-        """Remember what evaluation rows are compared with: the first accuracy and the teachers'."""
+    def _remember_levels(self, metrics: Mapping[str, float]) -> None:
+        """Store what evaluations are compared with: the first accuracy and the teachers'."""
         if metrics["train/step"] == 0:
             self._start_accuracy = metrics.get("eval/accuracy")
             self._start_loss = metrics.get("eval/loss")
@@ -140,9 +144,10 @@ class ConsoleSink:
         return "  ".join(parts)
 
     def _pace(self, step: int, metrics: Mapping[str, float]) -> float:
-        """Seconds per step, evaluations and checkpoints included, starting the workers not."""
+        """Seconds per step: with evaluations and checkpoints, without the start of the workers."""
         if self._began is None:
-            self._began, self._first = time.monotonic(), step
+            self._began = time.monotonic()
+            self._first = step
         if step == self._first:
             return metrics.get("time/step_s", 0.0)
         return (time.monotonic() - self._began) / (step - self._first)
@@ -159,7 +164,7 @@ class ConsoleSink:
         self._highlight(line.replace("%", " %"))
 
     def _loss_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """The evaluation on the held-out data's own responses, with the loss before training."""
+        """The line of an evaluation on the responses of the held-out data."""
         line = f"step {step}  held-out loss {metrics['eval/loss']:.4f}"
         if step > 0 and self._start_loss is not None:
             line += f" (start {self._start_loss:.4f})"
@@ -176,7 +181,7 @@ class ConsoleSink:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them. Example: duration(754) == "12 min 34 s"."""
+    """Seconds as text. Example: duration(754) == "12 min 34 s"."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -186,7 +191,7 @@ def duration(seconds: float) -> str:
 
 
 def _columns(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The watched numbers of one row, those it has, as (name, text)."""
+    """The numbers that the console shows of one row, as (name, text)."""
     formats = (
         ("reward/mean", "reward", "{:.3f}"),
         ("pair/loss", "loss", "{:.4f}"),
@@ -198,9 +203,9 @@ def _columns(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         ("perf/tokens_per_s", "tok/s", "{:,.0f}"),
     )
     shown = [entry for entry in formats if entry[0] in metrics]
-    if "reward/mean" not in metrics:  # the weight of a reward that the run does not have
+    if "reward/mean" not in metrics:  # without a reward, its weight means nothing
         shown = [entry for entry in shown if entry[0] != "schedule/lambda"]
-    if "pair/loss" in metrics:  # a pair loss is of both responses, not of the likelihood of all
+    if "pair/loss" in metrics:  # nll/token would average chosen and rejected responses
         shown = [entry for entry in shown if entry[0] != "nll/token"]
     return [(name, form.format(metrics[key]).replace("%", " %")) for key, name, form in shown]
 
@@ -211,7 +216,7 @@ def _phases(metrics: Mapping[str, float]) -> str:
 
 
 def _status(metrics: Mapping[str, float], accuracy: float | None) -> Table:
-    """The live display's second part: the last row's numbers under their names."""
+    """The lower part of the live display: the numbers of the last row under their names."""
     cells = _columns(metrics)
     if accuracy is not None:
         cells.insert(1, ("accuracy", f"{accuracy:.1%}".replace("%", " %")))

@@ -1,5 +1,6 @@
-"""What every metric is. `python -m hybridrl.tracking.glossary > hybridrl/tracking/METRICS.md`
-writes the page of it.
+"""The meaning of every metric, and METRICS.md, the page that lists them.
+
+Write the page anew with `python -m hybridrl.tracking.glossary > hybridrl/tracking/METRICS.md`.
 """
 
 import re
@@ -8,11 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One key of a row, or several of one form: <name> stands for anything but a slash."""
+    """One key of metrics.jsonl, or all keys of one form: <name> matches anything but a slash."""
 
     key: str
     formula: str
-    reading: str  # a healthy range, or what a change means
+    reading: str  # a healthy value, or what a change means
     unit: str = ""  # empty: a plain number
 
     def covers(self, key: str) -> bool:
@@ -25,13 +26,15 @@ class Metric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
+    """Metrics that belong together, with a sentence about all of them."""
+
     title: str
     text: str
     metrics: tuple[Metric, ...]
 
 
 def _section(title: str, text: str, *rows: tuple[str, ...]) -> Section:
-    """rows: (key, unit, formula, reading)."""
+    """A section; each row is (key, unit, formula, reading)."""
     metrics = (
         Metric(key=key, unit=unit, formula=formula, reading=reading)
         for key, unit, formula, reading in rows
@@ -47,66 +50,66 @@ SECTIONS = (
             "train/step",
             "",
             "optimizer steps done",
-            "rows of step 0 are evaluations before training",
+            "the row of step 0 is the evaluation before training",
         ),
         (
             "train/loss",
             "",
             "sum of m (sum_i w_i D_i + G f(rho) log p(y))",
-            "its gradient is the objective's, its value is not J: need not fall",
+            "only its gradient is that of the objective J; its value need not fall",
         ),
         (
             "nll/token",
             "nats",
             "mean of -log p(y) over the tokens that the data or a teacher wrote",
-            "falls; the loss of supervised fine-tuning",
+            "falls; this is the loss of supervised fine-tuning",
         ),
         (
             "train/grad_norm",
             "",
             "norm of the gradient at the parameters, before clipping",
-            "steady; a spike is a bad batch, cut by train.grad_clip",
+            "steady; a spike is a bad batch, which train.grad_clip limits",
         ),
         ("train/lr", "", "learning rate of the step", "as set by train.lr, its warm-up and lr_end"),
         (
             "train/tokens",
             "tokens",
-            "response tokens of the groups that are trained on",
+            "response tokens of the groups that are trained on in the step",
             "the normaliser under token_mean",
         ),
         (
             "value/loss",
             "",
-            "mean of (V - target)^2 / 2; with baseline=value",
-            "falls; a good critic is far below the variance of the returns",
+            "mean of (V - target)^2 / 2; only with baseline=value",
+            "falls; that of a good critic is far below the variance of the returns",
         ),
     ),
     _section(
         "Two gradients",
-        "Dense: imitation at every visited prefix. Sparse: returns, REINFORCE. At the logits, "
-        "over the whole batch.",
+        "The dense part is the imitation at every visited prefix, the sparse part the returns "
+        "(REINFORCE). Gradients at the logits, over the whole batch, unless stated otherwise.",
         (
             "grad/dense_norm",
             "",
             "norm of the dense part of d loss / d logits",
-            "falls as the student comes near its teacher",
+            "falls as the student approaches its teacher",
         ),
         (
             "grad/sparse_norm",
             "",
             "norm of the sparse part",
-            "0: nothing but imitation is learned, e.g. all rewards are equal",
+            "0: only imitation is learned, e.g. because all rewards are equal",
         ),
         (
             "grad/dense_sparse_ratio",
             "",
             "dense_norm / sparse_norm",
-            "far from 1: one term hardly counts; move algorithm.reward_weight",
+            "far from 1: one of the parts hardly counts; change algorithm.reward_weight",
         ),
         (
             "grad/logit_cosine",
             "",
-            "cosine of both parts",
+            "cosine of the angle between both parts",
             "below 0: teacher and reward disagree on these responses",
         ),
         (
@@ -124,54 +127,54 @@ SECTIONS = (
         (
             "grad/cosine",
             "",
-            "cosine of both at the parameters; every diagnostics.every steps",
-            "below 0: the terms work against each other",
+            "cosine of the angle between both at the parameters; every diagnostics.every steps",
+            "below 0: the parts work against each other",
         ),
     ),
     _section(
         "Schedules",
-        "The weights of this step.",
+        "The weights of both goals in the step.",
         (
             "schedule/lambda",
             "",
             "weight of the reward",
-            "as algorithm.reward_weight says; under feedback it should settle",
+            "follows algorithm.reward_weight; with kind=feedback it should settle",
         ),
         (
             "schedule/imitation",
             "",
             "sum of the teachers' weights",
-            "as algorithm.imitation_weight and teachers.<name>.schedule say",
+            "follows algorithm.imitation_weight and teachers.<name>.schedule",
         ),
     ),
     _section(
         "Student and teacher",
-        "p student, q teacher; means over response tokens. Those under teacher/ every "
-        "diagnostics.every steps.",
+        "p is the student's distribution, q the teacher's; means over response tokens. The metrics "
+        "under teacher/ are computed every diagnostics.every steps.",
         (
             "kl/token",
             "nats",
-            "mean of sum_i w_i D_i(p, q_i), in the divergence and support that are trained; none "
-            "with support=sampled",
-            "falls towards 0, a perfect copy",
+            "mean of sum_i w_i D_i(p, q_i), with the divergence and support that are trained; "
+            "absent with support=sampled",
+            "falls towards 0, which is a perfect copy",
         ),
         (
             "kl/sequence",
             "nats",
-            "the same, summed over each response, mean over responses",
-            "as kl/token times the length",
+            "the same, summed over each response; mean over responses",
+            "like kl/token times the length",
         ),
         (
             "kl/sampled",
             "nats",
-            "mean of sum_i w_i (log p(y) - log q_i(y)) at the tokens that the student drew",
-            "agrees with a reverse kl/token within noise",
+            "mean of sum_i w_i (log p(y) - log q_i(y)) at the tokens that the student sampled",
+            "equals a reverse kl/token up to noise",
         ),
         (
             "kl/clipped_frac",
             "share",
-            "drawn tokens whose |log p - log q| is beyond algorithm.log_ratio_clip",
-            "a few %; more is a large bias",
+            "sampled tokens whose |log p - log q| exceeds algorithm.log_ratio_clip",
+            "a few %; more means a large bias",
         ),
         (
             "teacher/forward_kl",
@@ -189,27 +192,29 @@ SECTIONS = (
             "teacher/overlap",
             "share",
             "mean of |top-16(p) and top-16(q)| / 16",
-            "rises; low from the start: distillation on own samples learns little",
+            "rises; if low from the start, distillation on the student's samples teaches little",
         ),
         ("teacher/overlap_mass_student", "share", "mass of p on that intersection", "0.97 to 0.99"),
         ("teacher/overlap_mass_teacher", "share", "mass of q on that intersection", "0.97 to 0.99"),
         (
             "teacher/overlap_advantage",
             "nats",
-            "mean of sum pb (log qb - log pb), both renormalised on that intersection",
+            "mean of sum pb (log qb - log pb); pb and qb are p and q, renormalised on that "
+            "intersection",
             "rises to 0",
         ),
-        ("teacher/entropy", "nats", "mean of H(q)", "the level that entropy/token moves to"),
+        ("teacher/entropy", "nats", "mean of H(q)", "the level that entropy/token moves towards"),
         ("teacher/entropy_gap", "nats", "mean of |H(q) - H(p)|", "falls to 0"),
     ),
     _section(
         "Entropy",
-        "How undecided the student is.",
+        "How undecided the student is about the next token.",
         (
             "entropy/token",
             "nats",
             "mean of H(p) over response tokens",
-            "falls slowly; near 0 it always says the same, a rise without end is a collapse",
+            "falls slowly; near 0 the student always writes the same; an endless rise is a "
+            "collapse",
         ),
         (
             "entropy/token_q<quarter>",
@@ -220,14 +225,14 @@ SECTIONS = (
     ),
     _section(
         "Advantages",
-        "A = -(G minus its baseline), what multiplies grad log p(y); over response tokens. For "
-        "pairs: minus the loss's slope.",
-        ("advantage/mean", "", "mean of A", "near 0 with a baseline of the siblings"),
+        "A = -(G minus its baseline) multiplies grad log p(y); over response tokens. For pairs, A "
+        "is minus the slope of the loss.",
+        ("advantage/mean", "", "mean of A", "near 0 with a baseline from the same group"),
         (
             "advantage/std",
             "",
             "standard deviation of A",
-            "0: the step teaches nothing; about 1 under scale=batch",
+            "0: nothing is learned from returns; about 1 with scale=batch",
         ),
         ("advantage/min", "", "smallest A", "a few standard deviations"),
         ("advantage/max", "", "largest A", "a few standard deviations"),
@@ -235,30 +240,30 @@ SECTIONS = (
             "advantage/positive_frac",
             "share",
             "tokens with A > 0",
-            "near 0: all that is learned is what not to say",
+            "near 0: the student only learns what not to write",
         ),
         (
             "advantage/abs_q<quarter>",
             "",
             "mean of |A| in the first (q1) to last (q4) quarter of each response",
-            "equal, but for gamma > 0, where early tokens answer for more",
+            "equal; with gamma > 0 early tokens have larger ones, as more costs follow them",
         ),
     ),
     _section(
         "Reward",
-        "Of the responses that reward functions scored; nothing without such a function.",
+        "Of the responses that reward functions scored; absent without such a function.",
         ("reward/mean", "", "mean of the weighted sum of all functions", "rises"),
         (
             "reward/stderr",
             "",
-            "standard error of it over responses",
+            "its standard error over responses",
             "changes below twice this are noise",
         ),
         (
             "reward/<name>/mean",
             "",
             "mean of one function alone, unweighted",
-            "shows which one is being gained",
+            "shows which of them improves",
         ),
         (
             "reward/error_rate",
@@ -276,12 +281,13 @@ SECTIONS = (
             "reward/equal_groups_frac",
             "share",
             "groups whose K rewards are all equal",
-            "near 1 nothing is left to compare: harder or easier prompts, or dynamic sampling",
+            "near 1 there is nothing to learn from: use harder or easier prompts, or dynamic "
+            "sampling",
         ),
     ),
     _section(
         "Held-out problems",
-        "Every eval.every steps.",
+        "Measured every eval.every steps.",
         (
             "eval/accuracy",
             "share",
@@ -297,14 +303,14 @@ SECTIONS = (
         (
             "eval/error_rate",
             "share",
-            "responses without a value (failed, or None); not counted as wrong",
+            "responses without a reward (failed, or None); they do not count as wrong",
             "0",
         ),
         (
             "eval/loss",
             "",
             "pair/loss or train/loss on the held-out data's own responses; with data_fraction > 0",
-            "falls; when it rises while the training loss falls, the student learns rows by heart",
+            "falls; if it rises while the training loss falls, the student memorises the data",
         ),
         (
             "eval/kl_token",
@@ -323,12 +329,12 @@ SECTIONS = (
     ),
     _section(
         "Responses",
-        "All of a step's, whoever wrote them.",
+        "Of all responses of a step, sampled or given.",
         (
             "rollout/length_mean",
             "tokens",
             "mean length, end token included",
-            "a steady rise to the limit is a reward of length, or a loop",
+            "a steady rise to the limit: the reward favours length, or the student repeats itself",
         ),
         (
             "rollout/length_p95",
@@ -340,65 +346,65 @@ SECTIONS = (
         (
             "rollout/truncated_frac",
             "share",
-            "cut at rollout.max_new_tokens",
-            "near 0; what is cut has no answer to reward",
+            "responses cut off at rollout.max_new_tokens",
+            "near 0; a response that is cut off has no answer to reward",
         ),
         (
             "rollout/eos_frac",
             "share",
-            "ended by the end token",
-            "near 1; the rest was cut or aborted",
+            "responses that ended with the end token",
+            "near 1; the others were cut off or aborted",
         ),
         (
             "rollout/compressed",
             "share",
-            "mean of bytes of the text after zlib over before",
-            "a sudden fall: loops; short texts exceed 1 by zlib's header",
+            "mean of the size of the text compressed by zlib, over its size",
+            "a sudden fall: repetition; short texts exceed 1 because of zlib's header",
         ),
         (
             "rollout/repeated",
             "share",
-            "mean share of a response's 4-grams of tokens that it had before",
-            "near 0; a rise: loops",
+            "mean share of the 4-grams of tokens in a response that occurred in it before",
+            "near 0; a rise: repetition",
         ),
     ),
     _section(
         "Sampler against learner",
-        "rho = p(y) / mu(y), learner over sampler, at the drawn tokens; data has no sampler and "
-        "does not count.",
+        "rho = p(y) / mu(y), the learner's probability over the sampler's, at the sampled tokens; "
+        "responses from the data have no sampler and do not count.",
         (
             "policy/logprob_gap",
             "nats",
             "mean of |log p(y) - log mu(y)| of responses that the student sampled with the "
-            "weights that learn",
+            "weights that are trained",
             "1e-6 in fp32, up to 0.05 in bf16; above rollout.max_logprob_gap the run stops",
         ),
         (
             "policy/probe_gap",
             "nats",
-            "the same of a few tokens that each engine samples right after a sync, of the worst "
-            "engine",
-            "as policy/logprob_gap; above rollout.max_logprob_gap the run stops before it learns "
+            "the same, of a few tokens that each engine samples right after a sync; the worst "
+            "engine's",
+            "like policy/logprob_gap; above rollout.max_logprob_gap the run stops before it learns "
             "from that engine",
         ),
         (
             "policy/logprob_gap_max",
             "nats",
-            "largest |log p(y) - log mu(y)| there",
-            "far above the mean: single tokens disagree, look at model.dtype",
+            "largest |log p(y) - log mu(y)| of these tokens",
+            "far above the mean: single tokens disagree; see model.dtype",
         ),
         (
             "policy/kl_sampler",
             "nats",
             "mean of rho - 1 - log rho where the student sampled, an estimate (k3) of KL(mu || p)",
-            "near 0; more: correct by algorithm.ratio",
+            "near 0; if larger, correct for it by algorithm.ratio",
         ),
         ("policy/rho_mean", "", "mean of rho", "1"),
         (
             "policy/rho_max",
             "",
             "largest rho",
-            "near 1 with fresh weights; outliers are single tokens in bf16",
+            "near 1 with current weights; outliers are single tokens in bf16",
         ),
         (
             "policy/ess",
@@ -410,13 +416,13 @@ SECTIONS = (
             "policy/bounded_frac",
             "share",
             "tokens at a bound of algorithm.ratio, or masked by it",
-            "small; more: smaller steps or fresher samples",
+            "small; if larger, take smaller steps or fresher samples",
         ),
         (
             "policy/kept_frac",
             "share",
-            "tokens with a weight above 0, of train/tokens",
-            "1, less what whole-sequence ratios mask and what pairs leave out",
+            "share of train/tokens whose weight is above 0",
+            "1, less the tokens that sequence ratios mask and that are in no pair",
         ),
         (
             "policy/staleness_mean",
@@ -427,15 +433,15 @@ SECTIONS = (
         (
             "policy/staleness_max",
             "versions",
-            "the same of the oldest token",
+            "the same, of the oldest token",
             "0 in the synchronous schedule",
         ),
     ),
     _section(
         "Pairs",
-        "With algorithm.pair.loss. s_w, s_l: the scores of the chosen and the rejected response, "
-        "log p - log q, log p without a reference, or the reward model's value; per token with "
-        "algorithm.pair.average.",
+        "Present with algorithm.pair.loss. s_w and s_l are the scores of the chosen and the "
+        "rejected response: log p - log q, or log p without a reference, or the reward model's "
+        "value; per token with algorithm.pair.average.",
         ("pair/loss", "", "mean of the pair loss itself", "falls; train/loss is a surrogate here"),
         ("pair/accuracy", "share", "pairs with s_w > s_l; a tie counts half", "rises from 0.5"),
         ("pair/margin", "", "mean of s_w - s_l", "rises"),
@@ -443,14 +449,14 @@ SECTIONS = (
             "pair/chosen_score",
             "",
             "mean of s_w",
-            "falls well below 0: the student unlearns good responses too",
+            "well below 0: the student unlearns good responses too",
         ),
         ("pair/rejected_score", "", "mean of s_l", "falls"),
         (
             "pair/score_max",
             "",
             "largest |s_w| or |s_l|",
-            "below 20; above it a DIL loss goes on as a straight line",
+            "below 20; above that a DIL loss is continued as a straight line",
         ),
         ("pair/clamped_frac", "share", "pairs with a score above that clamp", "0"),
         (
@@ -463,7 +469,7 @@ SECTIONS = (
             "pair/chosen_logprob",
             "nats",
             "mean of log p per token of chosen responses",
-            "not falling",
+            "does not fall",
         ),
         (
             "pair/rejected_logprob",
@@ -474,21 +480,22 @@ SECTIONS = (
     ),
     _section(
         "Time and bytes",
-        "The controller's clock and what it knows of the transfers.",
+        "By the clock of the controller, unless stated otherwise, and the bytes it transferred.",
         ("perf/tokens_per_s", "tokens/s", "response tokens of a step over its wall time", "steady"),
         ("time/step_s", "s", "wall time of a step, without evaluation and checkpoint", "steady"),
         (
             "time/<phase>_s",
             "s",
-            "wall time that the controller waited in a phase; scoring overlaps with rollout, sync "
-            "holds probe",
+            "wall time that the controller waited in a phase; scoring overlaps with rollout, and "
+            "sync includes probe",
             "the largest is the bottleneck",
         ),
         (
             "time/response_s_p50",
             "s",
-            "from its order's arrival to a response's end, engines' clocks: median",
-            "near p95: no stragglers",
+            "time from the arrival of a request to the end of a response, by the engines' clocks; "
+            "median",
+            "near p95: there are no stragglers",
         ),
         (
             "time/response_s_p95",
@@ -496,96 +503,100 @@ SECTIONS = (
             "the same, 95th percentile",
             "far above the median: a long tail; see rollout.oversample",
         ),
-        ("time/response_s_max", "s", "the same, the last response", "what a step waits for"),
+        ("time/response_s_max", "s", "the same, slowest response", "what a step waits for"),
         (
             "time/scorers_busy_s",
             "s",
-            "sum over the scorers' calls, by their own clocks",
+            "sum over the calls of the scorers, by their own clocks",
             "above time/score_s: scoring overlapped with sampling or learning",
         ),
         (
             "time/learner_busy_s",
             "s",
-            "the update, by the learner's own clock",
-            "below time/learn_s by what fetching the batch took",
+            "duration of the update, by the learner's own clock",
+            "below time/learn_s by the time that fetching the batch took",
         ),
         (
             "perf/weights_gb_per_s",
             "GB/s",
-            "bytes of weights over the time of the sync",
-            "grows with the model towards memory speed",
+            "bytes of weights over the duration of the sync",
+            "grows with the model towards the memory bandwidth",
         ),
         (
             "rollout/late_frac",
             "share",
-            "drawn prompt groups cancelled under rollout.oversample or too old under "
+            "prompt groups that were cancelled by rollout.oversample, or dropped as too old by "
             "pipeline.on_stale=drop",
-            "0 otherwise; their prompts come again",
+            "0 without these settings; the prompts are drawn again",
         ),
         (
             "transfer/bytes_rollout",
             "bytes",
             "rollouts in the object store",
-            "grows with the responses",
+            "grows with the length of the responses",
         ),
         (
             "transfer/bytes_scores",
             "bytes",
             "scores in the object store",
-            "2 H a token per teacher with teacher_signal=hidden in bf16",
+            "2 H per token and teacher with teacher_signal=hidden in bf16",
         ),
         (
             "transfer/bytes_weights",
             "bytes",
             "weights sent to each engine",
-            "the model's size; by nccl or ipc a tied head goes twice",
+            "the size of the model; with nccl or ipc a tied head is sent twice",
         ),
         (
             "transfer/token_bytes/<signal>",
             "bytes",
             "per token: of rollouts over all tokens, of a teacher's signal over response tokens",
-            "rollout 13 and 4 per support token; teacher_hidden 2 H in bf16; teacher_support 8 K",
+            "rollout: 13, and 4 per support token; teacher_hidden: 2 H in bf16; teacher_support: "
+            "8 K",
         ),
         (
             "transfer/inflight_bytes",
             "bytes",
-            "what the steps ahead take of the object store, by the size of this one",
-            "0 unless pipeline.ahead; at most pipeline.max_inflight_bytes",
+            "estimate of the object store's bytes that steps sampled ahead take, by the size of "
+            "this step",
+            "0 without pipeline.ahead; at most pipeline.max_inflight_bytes",
         ),
         (
             "cluster/restarts",
             "",
-            "workers but the learner's that were lost and replaced since the command was given",
+            "workers, other than learner ranks, that failed and were replaced since the start of "
+            "the command",
             "0",
         ),
         (
             "controller/materialized_bytes",
             "bytes",
             "per-token data that the controller itself fetched",
-            "0, always",
+            "always 0",
         ),
     ),
 )
 
 HEAD = """# Metrics
 
-Every key of metrics.jsonl, generated by `python -m hybridrl.tracking.glossary`. Means are over response tokens of the global
-batch with a weight above 0, and exact: the ranks add up sums in float64. A key is absent where there was nothing to measure.
-m is a token's weight, y the drawn token, G the return, w_i and D_i teacher i's weight and divergence.
+Every key of metrics.jsonl, generated by `python -m hybridrl.tracking.glossary`. Means are over the
+response tokens of the global batch whose weight is above 0, and exact: the ranks add up sums in
+float64. A key is absent if there was nothing to measure. m is the weight of a token, y the token,
+G the return, w_i and D_i the weight and the divergence of teacher i.
 """
 
 
-TABLE = "| metric | unit | formula | healthy, or what it tells |\n|---|---|---|---|"
+TABLE = "| metric | unit | formula | healthy value, or what a change means |\n|---|---|---|---|"
 
 
 def explain(key: str) -> Metric | None:
-    """The metric of a row's key, the most particular one; None: unknown."""
-    found = [metric for section in SECTIONS for metric in section.metrics if metric.covers(key)]
-    return min(found, key=lambda metric: metric.key.count("<"), default=None)
+    """The entry for a key of a row, the most specific one; None: the key is unknown."""
+    matches = [metric for section in SECTIONS for metric in section.metrics if metric.covers(key)]
+    return min(matches, key=lambda metric: metric.key.count("<"), default=None)
 
 
 def page() -> str:
-    """METRICS.md."""
+    """The text of METRICS.md."""
     parts = [HEAD]
     for section in SECTIONS:
         rows = "\n".join(" | ".join(_cells(m)).join(("| ", " |")) for m in section.metrics)

@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples/step_NNNNNN.jsonl: the run's own record, and its readers."""
+"""metrics.jsonl and samples/step_NNNNNN.jsonl, the run's own record: writing and reading them."""
 
 import json
 import math
@@ -18,14 +18,15 @@ SAMPLES_FILE = re.compile(r"step_(\d{6,18})\.jsonl", re.ASCII)
 
 
 def read_metrics(run_dir: str | Path, through: int | None = None) -> list[dict[str, float]]:
-    """Every row of a run, oldest first; null reads as NaN, a torn last line is left out, no file is
-    no rows.
+    """Every row of a run's metrics.jsonl, oldest first; empty if there is no such file.
+
+    null is read as NaN. An incomplete last line, as a killed run may write it, is ignored.
 
     Args:
-        through: rows up to this step alone; damage after them is of no account. None: all.
+        through: return only rows up to this step, and ignore damage after them. None: all rows.
 
     Raises:
-        DataError: a line before the last one is no row of numbers with train/step.
+        DataError: a line before the last one is not a row of numbers with train/step.
         RunDirectoryError: the file is a link or a special file.
         OSError: the file cannot be read.
     """
@@ -35,10 +36,10 @@ def read_metrics(run_dir: str | Path, through: int | None = None) -> list[dict[s
 
 
 def read_samples(run_dir: str | Path) -> list[list[Sample]]:
-    """The kept rollouts of every evaluation, oldest first.
+    """The saved samples of every evaluation, oldest first.
 
     Raises:
-        DataError: a file holds something else.
+        DataError: a line of a file is not a sample.
         RunDirectoryError: a file is a link or a special file.
         OSError: a file cannot be read.
     """
@@ -49,7 +50,7 @@ def read_samples(run_dir: str | Path) -> list[list[Sample]]:
 
 
 def samples_files(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, file) of every evaluation, oldest first; files of other names are not ours."""
+    """(step, file) of every evaluation, oldest first; files with other names are ignored."""
     paths = [(SAMPLES_FILE.fullmatch(path.name), path) for path in entries(run_dir / SAMPLES)]
     return sorted((int(match[1]), path) for match, path in paths if match)
 
@@ -65,7 +66,7 @@ def _row(value: Any) -> dict[str, float]:
 
 
 def _number(value: Any, key: str) -> float:
-    """A number, NaN for null."""
+    """A number; NaN for null."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -81,7 +82,8 @@ def _sample(value: Any) -> Sample:
     for key in ("uid", "prompt", "response", "finish_reason"):
         if not isinstance(value.get(key), str):
             raise ValueError(f"no object with {key}, a text")
-    question, answer = value.get("question", ""), value.get("answer")
+    question = value.get("question", "")
+    answer = value.get("answer")
     if not isinstance(question, str) or not isinstance(answer, str | None):
         raise ValueError("question or answer is no text")
     return Sample(
@@ -97,11 +99,10 @@ def _sample(value: Any) -> Sample:
 
 
 class JsonlSink:
-    """Appends one JSON object a line, on disk row by row, so that a killed run keeps every finished
-    row and a checkpoint those before it.
+    """Appends one JSON object per line, and syncs each row to disk.
 
-    A resumed run first cuts what lies after its checkpoint, so the file holds each step exactly
-    once.
+    A killed run therefore loses no finished row. A resumed run first removes the rows after its
+    checkpoint, so the file holds each step exactly once.
     """
 
     def __init__(self) -> None:
@@ -109,19 +110,18 @@ class JsonlSink:
         self._file: Appender | None = None
 
     def start(self, info: RunInfo) -> None:
-        """Open the files of info.run_dir, less all that is newer than step info.first_step (0:
-        all).
+        """Open the files of info.run_dir, without the rows and samples after info.first_step.
 
         Raises:
             DataError: the metrics file is damaged before the end of that step.
-            OSError: it cannot be read, and is left as it is, or cannot be written.
+            OSError: the file cannot be read (it is then unchanged) or cannot be written.
         """
         self.close(0)
         self._dir = Path(info.run_dir)
         (self._dir / SAMPLES).mkdir(parents=True, exist_ok=True)
         metrics = self._dir / METRICS
-        kept = read_metrics(self._dir, info.first_step) if info.first_step else []
-        replace_text(metrics, "".join(map(_line, kept)))
+        rows = read_metrics(self._dir, info.first_step) if info.first_step else []
+        replace_text(metrics, "".join(map(_line, rows)))
         for step, path in samples_files(self._dir):
             if not 0 < info.first_step >= step:
                 path.unlink()
@@ -157,9 +157,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A number JSON can hold: numpy scalars as float, NaN and infinities, which JSON lacks, as
-    None.
-    """
+    """A value that JSON can hold: numpy scalars become float, NaN and infinity become None."""
     if value is None or isinstance(value, str | int):
         return value
     return float(value) if math.isfinite(value) else None

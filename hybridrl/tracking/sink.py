@@ -1,4 +1,4 @@
-"""Where metrics and samples go: the protocol, and a list of sinks that acts as one."""
+"""Where metrics and samples go: the protocol of a sink, and a list of sinks that acts as one."""
 
 import logging
 import signal
@@ -13,21 +13,22 @@ log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """One destination. Calls come in the order start, any number of log and samples, close.
+    """One destination. The order of calls is start, any number of log and samples, close.
 
-    A run that goes back to a checkpoint calls start again, with the step that it goes on from.
+    A run that goes back to a checkpoint calls start again, with the step it continues from.
     """
 
-    def start(self, info: RunInfo) -> None: ...
+    def start(self, info: RunInfo) -> None:
+        """Begin a run, or continue one after step info.first_step."""
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Take one flat row; it holds "train/step"."""
+        """Record one flat row of metrics, which includes "train/step"."""
 
     def samples(self, rows: Sequence[Sample]) -> None:
-        """Take the kept rollouts of one evaluation, all of one step."""
+        """Record the samples of one evaluation, all of the same step."""
 
     def close(self, exit_code: int) -> None:
-        """End the run; 0: it finished."""
+        """End the run; an exit code of 0 means that it finished."""
 
 
 @runtime_checkable
@@ -44,8 +45,10 @@ class ResumableSink(Sink, Protocol):
 
 
 class Sinks:
-    """Sinks that act as one. A required sink's errors propagate; an optional one that fails is
-    switched off with a warning.
+    """Several sinks that act as one.
+
+    An error of a required sink is raised; an optional sink that fails is switched off with a
+    warning.
 
     Each sink receives a row of its own, so that what one of them does to it does not reach the
     others.
@@ -90,7 +93,7 @@ class Sinks:
         self._each(lambda sink: sink.samples(tuple(rows)))
 
     def close(self, exit_code: int) -> None:
-        """Close every sink, also when one fails to."""
+        """Close every sink, even if closing another one fails."""
         with ExitStack() as stack:
             for sink in self._required:
                 stack.callback(sink.close, exit_code)

@@ -1,4 +1,4 @@
-"""Steps that teach nothing: how their metrics show it, and the setting to change."""
+"""Steps from which nothing is learned: how the metrics show it, and which setting to change."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -7,14 +7,16 @@ from dataclasses import dataclass
 Row = Mapping[str, float]
 
 ROUNDING = 1e-6  # relative standard error of rewards that are equal up to fp32 rounding
-OFTEN = 0.1  # share of the steps from which a symptom belongs into the summary
+OFTEN = 0.1  # share of the steps from which a symptom is named in the summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Symptom:
-    shows: Callable[[Row], bool]
-    what: str
-    remedy: str
+    """One way in which a step can fail to teach anything."""
+
+    shows: Callable[[Row], bool]  # whether the metrics of a step have it
+    what: str  # a clause that names it
+    remedy: str  # what the user can do
 
 
 def _most_cut(row: Row) -> bool:
@@ -22,13 +24,13 @@ def _most_cut(row: Row) -> bool:
 
 
 def _most_empty(row: Row) -> bool:
-    """The end token alone."""
+    """Whether most responses are only an end token."""
     short = row.get("rollout/length_mean", math.inf) < 1.5
     return short and row.get("rollout/eos_frac", 0.0) > 0.5
 
 
 def _rewards_equal(row: Row) -> bool:
-    """Of a reward that is learned from."""
+    """Whether all rewards are equal, of a reward that is learned from."""
     spread = row.get("reward/stderr", math.nan)
     size = max(1.0, abs(row.get("reward/mean", 0.0)))
     return row.get("schedule/lambda", 0.0) != 0 and spread <= ROUNDING * size
@@ -63,15 +65,15 @@ SYMPTOMS = (
         "train.samples_per_prompt or algorithm.temperature",
     ),
 )
-"""Causes before what follows from them."""
+"""In the order in which they are named: causes before their consequences."""
 
 
 class Watch:
     """Counts the steps that show each symptom.
 
-    Example: the first row with {"train/step": 3, "train/grad_norm": 0} makes see() return "in step
-    3 the gradient was 0 (raise ...)", later ones None; after 20 steps, 18 of them such, summary()
-    is "the gradient was 0 in 18 of 20 steps (raise ...)".
+    Example: for the first row with {"train/step": 3, "train/grad_norm": 0}, see() returns "in step
+    3 the gradient was 0 (raise ...)", for later such rows None. If 18 of 20 steps were like this,
+    summary() returns "the gradient was 0 in 18 of 20 steps (raise ...)".
     """
 
     def __init__(self) -> None:
@@ -79,7 +81,7 @@ class Watch:
         self._steps = 0
 
     def see(self, row: Row) -> str | None:
-        """Count one step's row; a sentence about what none before it showed."""
+        """Count the row of one step; returns a sentence about symptoms seen for the first time."""
         step = row["train/step"]
         if step == 0:  # an evaluation before training
             return None
@@ -93,7 +95,7 @@ class Watch:
         return f"in step {step:.0f} {', '.join(new)}" if new else None
 
     def summary(self) -> str | None:
-        """One sentence about what at least a tenth of the steps showed; None where nothing did."""
+        """A sentence about the symptoms of at least a tenth of the steps; None: there are none."""
         often = [
             f"{symptom.what} in {count} of {self._steps} steps ({symptom.remedy})"
             for symptom, count in self._counts.items()
@@ -103,8 +105,8 @@ class Watch:
 
 
 def watch(rows: Iterable[Row]) -> Watch:
-    """A watch that has seen `rows`."""
-    seen = Watch()
+    """A Watch that has counted `rows`."""
+    counted = Watch()
     for row in rows:
-        seen.see(row)
-    return seen
+        counted.see(row)
+    return counted

@@ -1,4 +1,4 @@
-"""Seconds per phase of a step."""
+"""The wall time of each phase of a step."""
 
 import time
 from collections import defaultdict
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class PhaseClock:
-    """Adds up the wall seconds of named phases until they are taken.
+    """Adds up the wall seconds of named phases until `take` is called.
 
     Example:
         with clock.phase("rollout"):
@@ -20,7 +20,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the block's time, also when it raises. A phase inside another counts in both."""
+        """Count the time of a `with` block, also if it raises; nested phases both count it."""
         begin = time.perf_counter()
         try:
             yield
@@ -28,13 +28,11 @@ class PhaseClock:
             self._seconds[name] += time.perf_counter() - begin
 
     def seconds(self, name: str) -> float:
-        """Of one phase since the last take."""
+        """The seconds of one phase since the last take."""
         return self._seconds.get(name, 0.0)
 
     def take(self) -> dict[str, float]:
-        """Seconds per phase since the last take, keyed "time/<phase>_s"; the clock starts again
-        from nothing.
-        """
-        taken = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
+        """Return the seconds per phase, keyed "time/<phase>_s", and reset the clock."""
+        metrics = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
-        return taken
+        return metrics

@@ -1,4 +1,4 @@
-"""Weights & Biases: online when a key is configured, else offline. Never asks for an account."""
+"""Weights & Biases: online if a key is configured, else offline; never prompts for an account."""
 
 import http.client
 import json
@@ -17,11 +17,12 @@ from hybridrl.settings.choices import WandbMode
 from hybridrl.settings.run import TrackingConfig
 from hybridrl.types import RunInfo, Sample
 
-INIT_S, FINISH_S = 30.0, 60.0
+INIT_S = 30.0
+FINISH_S = 60.0
 REACH_S = 5.0
-"""For the first answer of the server."""
+"""Timeout of the first request to the server."""
 MOST_BYTES = 65536
-"""That are read of it."""
+"""How much of the server's first answer is read."""
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +30,14 @@ log = logging.getLogger(__name__)
 class WandbSink:
     """One W&B run. A resumed training continues the same run, by the id in its checkpoint.
 
-    What is logged goes to wandb's own process, which keeps it on disk and sends it; only start and
+    Metrics go to wandb's own process, which writes them to disk and uploads them; only start and
     close wait for a server.
 
     Args:
-        finish_s: seconds that the server has at the end to take what is left.
+        finish_s: seconds to wait at the end for the upload of the remaining data.
 
     Raises:
-        ConfigError: tracking.wandb=online without a key; wandb would stop and ask for one.
+        ConfigError: tracking.wandb=online without a key; wandb would stop and prompt for one.
     """
 
     name = "wandb"
@@ -69,7 +70,7 @@ class WandbSink:
             self._mode = WandbMode.offline
         try:
             self._open(info)
-        except Exception as error:  # W&B's client raises what it likes when the server refuses it
+        except Exception as error:  # W&B's client has no base class for a refusal by the server
             if self._mode is not WandbMode.online:
                 raise
             log.warning(
@@ -86,7 +87,7 @@ class WandbSink:
         import wandb
 
         self._run = wandb.init(
-            mode=self._mode.value,
+            mode="online" if self._mode is WandbMode.online else "offline",
             dir=info.run_dir,
             id=self._run_id,
             resume="allow",
@@ -96,8 +97,7 @@ class WandbSink:
             group=self._config.group,
             tags=list(self._config.tags),
             config=info.config,
-            # Metrics are ours; probes of machine, git and packages would only take time and publish
-            # more than asked.
+            # Probes of machine, git and packages take time and publish more than was asked for.
             settings=wandb.Settings(
                 console="off",
                 silent=True,
@@ -132,7 +132,11 @@ class WandbSink:
         self._run.log({"train/step": rows[0].step, "eval/samples": table})
 
     def close(self, exit_code: int) -> None:
-        """Raises: TimeoutError: the server did not take all in time; what it lacks is on disk."""
+        """Upload the remaining data and end the run.
+
+        Raises:
+            TimeoutError: the upload took too long; everything is on disk.
+        """
         if self._run is None:
             return
         try:
@@ -145,15 +149,15 @@ class WandbSink:
 
 
 def resolve_mode(mode: WandbMode) -> WandbMode:
-    """What auto means here: WANDB_MODE if set, else online with a key and offline without.
+    """The mode that auto means here: WANDB_MODE if set, else online with a key, offline without.
 
     Raises:
         ConfigError: online without a key.
     """
     if mode is WandbMode.auto:
-        named = os.environ.get("WANDB_MODE")
-        if named in ("offline", "disabled"):
-            return WandbMode(named)
+        environment_mode = os.environ.get("WANDB_MODE")
+        if environment_mode in ("offline", "disabled"):
+            return WandbMode(environment_mode)
         return WandbMode.online if has_key() else WandbMode.offline
     if mode is WandbMode.online and not has_key():
         raise ConfigError(
@@ -168,11 +172,11 @@ def base_url() -> str:
 
 
 def unreachable() -> str:
-    """Why the W&B server would not take a run, in words; empty where it answers as one does.
+    """Why a run cannot be sent to the W&B server, as a clause; empty if it answers like one.
 
-    W&B's own client repeats requests for most of a minute before it says so. Only an answer of
-    GraphQL is one of W&B: not a login page, a page of a proxy or another service's JSON. That a key
-    is refused is left to the client, which names it.
+    W&B's own client retries for most of a minute before it reports an error. Only a GraphQL answer
+    counts: not a login page, a page of a proxy, or the JSON of another service. Whether the key is
+    valid is not checked here: the client's own error says so.
     """
     url = f"{base_url().rstrip('/')}/graphql"
     query = json.dumps({"query": "{ serverInfo { cliVersionInfo } }"}).encode()
@@ -203,7 +207,7 @@ def unreachable() -> str:
 
 
 def has_key() -> bool:
-    """Whether W&B can log in without asking: WANDB_API_KEY, or a netrc entry for its host."""
+    """Whether W&B can log in without a prompt: WANDB_API_KEY, or a netrc entry for its host."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(base_url()).hostname or ""

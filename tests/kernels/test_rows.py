@@ -1,6 +1,4 @@
-"""The compiled work on rows against the eager one, its graphs and memory, and logits in bf16
-against fp32.
-"""
+"""Compiled rows compared with eager ones, their graphs and memory, and logits in bf16."""
 
 import weakref
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ WIDTH = 32
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums in one order, and graphs that other tests cannot have made."""
+    """Fix the order of sums, and discard graphs that other tests have compiled."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,15 +36,13 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def leaves(num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    hidden, lm_head = (
-        normal(0, num_rows, WIDTH).to(dtype),
-        (normal(1, VOCABULARY, WIDTH) / WIDTH**0.5).to(dtype),
-    )
+    hidden = normal(0, num_rows, WIDTH).to(dtype)
+    lm_head = (normal(1, VOCABULARY, WIDTH) / WIDTH**0.5).to(dtype)
     return hidden.requires_grad_(), lm_head.requires_grad_()
 
 
 def terms_of(num_rows: int) -> TokenColumns:
-    """Costs of both signs; the second token is out."""
+    """Token terms with costs of both signs; the second token has weight 0."""
     weight = torch.full((num_rows,), 1 / num_rows)
     weight[1] = 0.0
     return token_columns(
@@ -58,7 +54,7 @@ def terms_of(num_rows: int) -> TokenColumns:
 
 
 def hidden_teacher(num_rows: int, seed: int = 5, width: int = WIDTH) -> HiddenTeacher:
-    """Not asked about the first token, about which it holds nonsense."""
+    """The weights of a teacher that does not score the first token, whose values are nonsense."""
     weight = torch.full((num_rows,), 0.5)
     weight[0] = 0.0
     hidden = normal(seed, num_rows, width)
@@ -88,9 +84,9 @@ def teachers_of(kind: str, num_rows: int) -> tuple[Teacher, ...]:
             for i in range(num_rows)
         ]
     )
-    known = torch.log_softmax(normal(10, num_rows, 20), -1)[:, :16]
+    logq = torch.log_softmax(normal(10, num_rows, 20), -1)[:, :16]
     return (
-        SupportTeacher(ids=ids, logprobs=known, weight=first.weight, correction=Correction(kind)),
+        SupportTeacher(ids=ids, logprobs=logq, weight=first.weight, correction=Correction(kind)),
     )
 
 
@@ -102,7 +98,8 @@ def results(
     rule: HeadRule,
 ) -> list[Tensor]:
     """Gradients, loss and every statistic."""
-    hidden, lm_head = hidden.detach().requires_grad_(), lm_head.detach().requires_grad_()
+    hidden = hidden.detach().requires_grad_()
+    lm_head = lm_head.detach().requires_grad_()
     loss, stats = hybrid_head_loss(hidden, lm_head, teachers, terms, rule)
     loss.backward()
     columns = (
@@ -118,7 +115,7 @@ def results(
 
 
 def widened(*values: Tensor | Teacher | TokenColumns):
-    """In fp64, which is never compiled."""
+    """The results in fp64, which is never compiled."""
     for value in values:
         if isinstance(value, Tensor):
             yield value.detach().double()
@@ -131,8 +128,8 @@ def widened(*values: Tensor | Teacher | TokenColumns):
             yield replace(value, **{name: t.double() for name, t in floats.items()})
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
 
 
 CASES = [
@@ -153,18 +150,18 @@ def test_compiled_rows_give_what_fp64_gives(kind: str, measure: Measure, ratio: 
     hidden, lm_head = leaves(7, torch.float32)
     rule = HeadRule(chunk=4, temperature=0.9, measure=measure, ratio=ratio)
     assert rows.pays(torch.empty(4, VOCABULARY))
-    found = results(hidden, lm_head, teachers_of(kind, 7), terms_of(7), rule)
+    actual = results(hidden, lm_head, teachers_of(kind, 7), terms_of(7), rule)
     exact = results(
         *widened(hidden, lm_head),
         tuple(widened(*teachers_of(kind, 7))),
         next(widened(terms_of(7))),
         rule,
     )
-    assert torch.equal(found[6], exact[6])
+    assert torch.equal(actual[6], exact[6])
     for k in (0, 1, 2, 3, 4, 5, 7, 8):
-        assert relative_error(found[k], exact[k]) < 3e-6, k
+        assert relative_error(actual[k], exact[k]) < 3e-6, k
     assert (
-        abs(float(found[9] - exact[9])) <= 1e-6 * float(exact[7] * exact[8]) ** 0.5
+        abs(float(actual[9] - exact[9])) <= 1e-6 * float(exact[7] * exact[8]) ** 0.5
     )  # an inner product may nearly vanish
 
 
@@ -172,13 +169,13 @@ def test_compiled_bf16_rows_are_within_bf16_of_fp64():
     hidden, lm_head = leaves(7, torch.bfloat16)
     teacher = hidden_teacher(7)
     teacher = replace(teacher, hidden=teacher.hidden.bfloat16(), lm_head=teacher.lm_head.bfloat16())
-    found = results(hidden, lm_head, (teacher,), terms_of(7), HeadRule(chunk=4))
+    actual = results(hidden, lm_head, (teacher,), terms_of(7), HeadRule(chunk=4))
     wide_hidden, wide_head, wide_teacher = widened(hidden, lm_head, teacher)
     exact = results(
         wide_hidden, wide_head, (wide_teacher,), next(widened(terms_of(7))), HeadRule(chunk=4)
     )
     for k in (0, 1, 2, 3, 4, 5):
-        assert relative_error(found[k], exact[k]) < 0.02, k
+        assert relative_error(actual[k], exact[k]) < 0.02, k
 
 
 def test_one_graph_serves_every_number_of_rows():
@@ -243,7 +240,8 @@ def test_a_chunk_is_worked_on_in_pieces_and_the_teachers_logits_exist_for_one_of
 
 
 def test_what_a_piece_was_worked_out_from_is_gone_before_the_next_one_is_begun():
-    given, alive = [], []
+    given = []
+    alive = []
 
     class Watched(VocabularyTeacher):
         def evidence(self, at: slice, vocabulary: int, tiles: Tiles) -> tuple[Tensor, ...]:
@@ -261,13 +259,9 @@ def test_what_a_piece_was_worked_out_from_is_gone_before_the_next_one_is_begun()
 
 
 def nearly_equal(dtype: torch.dtype) -> tuple[Tensor, Tensor, HiddenTeacher, TokenColumns]:
-    """A student a little away from its teacher, with logits large enough for bf16 to round them
-    coarsely.
-    """
-    hidden, lm_head = (
-        (6 * normal(0, 8, WIDTH)).to(dtype),
-        (normal(1, VOCABULARY, WIDTH) / WIDTH**0.5).to(dtype),
-    )
+    """A student near its teacher, with logits so large that bf16 rounds them coarsely."""
+    hidden = (6 * normal(0, 8, WIDTH)).to(dtype)
+    lm_head = (normal(1, VOCABULARY, WIDTH) / WIDTH**0.5).to(dtype)
     away = (hidden.float() * (1 + 0.02 * normal(11, 8, WIDTH))).to(dtype)
     teacher = HiddenTeacher(hidden=away, lm_head=lm_head, weight=torch.ones(8))
     return hidden, lm_head, teacher, replace(terms_of(8), sparse=torch.zeros(8))
@@ -281,13 +275,14 @@ def test_exact_logits_keep_the_gradient_of_a_student_that_nearly_equals_its_teac
     rule = HeadRule(chunk=8, measure=measure)
     wide_hidden, wide_head, wide_teacher = widened(hidden, lm_head, teacher)
     exact = results(wide_hidden, wide_head, (wide_teacher,), next(widened(terms)), rule)
-    rounded, kept = (
+    rounded, precise = (
         results(hidden, lm_head, (teacher,), terms, replace(rule, exact_logits=on))
         for on in (False, True)
     )
     for k in (0, 1):
         assert (
-            relative_error(kept[k], exact[k]) < 0.01 and relative_error(rounded[k], exact[k]) > 0.05
+            relative_error(precise[k], exact[k]) < 0.01
+            and relative_error(rounded[k], exact[k]) > 0.05
         )
 
 
@@ -299,7 +294,7 @@ def test_compiled_log_probs_of_chosen_and_top_tokens_equal_the_log_softmax():
     assert torch.allclose(
         chosen_logprobs(hidden, lm_head, ids, rule).double(), logp.gather(1, ids), atol=1e-5
     )
-    found, at = top_logprobs(hidden, lm_head, 3, rule)
-    assert torch.equal(found, logp.topk(3).indices) and torch.allclose(
+    actual, at = top_logprobs(hidden, lm_head, 3, rule)
+    assert torch.equal(actual, logp.topk(3).indices) and torch.allclose(
         at.double(), logp.topk(3).values, atol=1e-5
     )

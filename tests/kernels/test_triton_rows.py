@@ -1,6 +1,4 @@
-"""The Triton rows in Triton's own interpreter, in a process of its own: it must be chosen before
-triton is imported.
-"""
+"""The Triton rows in Triton's interpreter, in a new process, as it is chosen at import."""
 
 import json
 import os

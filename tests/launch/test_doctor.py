@@ -1,6 +1,4 @@
-"""`hybridrl doctor`: what it says of each state of a machine, and that an open door makes it
-fail.
-"""
+"""`hybridrl doctor`: its findings for each state of a machine, and when it fails."""
 
 import os
 import ssl
@@ -21,7 +19,9 @@ from hybridrl.cli import main
 from hybridrl.launch import doctor
 from hybridrl.launch.doctor import GIB, Finding, Level, ok
 
-OK, WARN, FAIL = Level.ok, Level.warn, Level.fail
+OK = Level.ok
+WARN = Level.warn
+FAIL = Level.fail
 NEEDS = [
     "ray[default]<2.61,>=2.60",
     "torch==2.13.0",
@@ -42,7 +42,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "expected"),
     [
         ({}, ""),
         ({"torch": "2.12.0+cpu"}, "torch 2.12.0+cpu, needs ==2.13.0"),
@@ -53,11 +53,11 @@ GOOD = {
     ],
 )
 def test_a_stack_other_than_the_tested_one_fails_and_names_the_package(
-    changed: dict[str, str | None], told: str
+    changed: dict[str, str | None], expected: str
 ):
     [finding] = doctor.packages(NEEDS, (GOOD | changed).get)
     assert (finding.level, finding.text.partition("; ")[0]) == (
-        (FAIL, told) if changed else (OK, finding.text)
+        (FAIL, expected) if changed else (OK, finding.text)
     )
 
 
@@ -87,9 +87,11 @@ def test_torch_engine_and_driver_must_be_of_one_device(
 
 
 def test_a_program_that_is_missing_fails_or_hangs_is_told_within_its_deadline():
-    assert doctor.said(["no-such-program"], 5)[0] == 127
-    assert doctor.said(["sleep", "60"], 0.2) == (124, "no answer within 0.2 s")
-    assert doctor.said(["bash", "-c", "echo a; echo first >&2; echo last >&2; exit 3"], 5) == (
+    assert doctor.run_program(["no-such-program"], 5)[0] == 127
+    assert doctor.run_program(["sleep", "60"], 0.2) == (124, "no answer within 0.2 s")
+    assert doctor.run_program(
+        ["bash", "-c", "echo a; echo first >&2; echo last >&2; exit 3"], 5
+    ) == (
         3,
         "last",
     )
@@ -142,7 +144,7 @@ def test_a_dashboard_bound_wide_without_a_token_fails(
 def answering(
     status: int, prepare: Callable[[HTTPServer], None] = lambda server: None
 ) -> Iterator[int]:
-    """A server on this machine that answers everything with `status`; yields its port."""
+    """A local server that answers every request with `status`; yields its port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -173,8 +175,10 @@ def test_a_job_api_is_closed_where_it_asks_for_a_token(status: int, opened: bool
 
 
 def serving_tls(folder: Path, server: HTTPServer) -> None:
-    """Put the server behind a certificate that it signed itself."""
-    key, name, began = ec.generate_private_key(ec.SECP256R1()), x509.Name([]), datetime(2020, 1, 1)
+    """Give the server a self-signed certificate."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([])
+    began = datetime(2020, 1, 1)
     names = x509.CertificateBuilder(
         issuer_name=name, subject_name=name, public_key=key.public_key(), serial_number=1
     )
@@ -207,7 +211,7 @@ def test_a_named_dashboard_is_asked_by_https_where_it_is_named_so(
 
 
 @pytest.mark.parametrize(
-    ("address", "level", "told"),
+    ("address", "level", "expected"),
     [
         (
             "http://127.0.0.1:999999",
@@ -226,11 +230,11 @@ def test_a_named_dashboard_is_asked_by_https_where_it_is_named_so(
     ],
 )
 def test_an_address_that_is_none_or_where_nobody_is_is_told(
-    address: str, level: Level, told: str, monkeypatch: pytest.MonkeyPatch
+    address: str, level: Level, expected: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
     finding = doctor.dashboards()[-1]
-    assert finding.level is level and told in finding.text
+    assert finding.level is level and expected in finding.text
 
 
 def test_an_address_without_a_port_means_that_of_its_protocol():
@@ -283,12 +287,12 @@ def test_the_exit_status_is_one_where_anything_fails(
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     monkeypatch.setenv("WANDB_API_KEY", "canary-of-wandb")
     assert main(["doctor", f"run.dir={tmp_path}"]) == 1
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        f"[FAIL] Ray token: {token} can be read by other users" in told
-        and "[ok]   W&B: a key is there" in told
+        f"[FAIL] Ray token: {token} can be read by other users" in output
+        and "[ok]   W&B: a key is there" in output
     )
-    assert "canary" not in told
+    assert "canary" not in output
 
 
 def test_a_containers_limits_count_where_they_are_lower_than_the_machine(tmp_path: Path):
@@ -299,14 +303,16 @@ def test_a_containers_limits_count_where_they_are_lower_than_the_machine(tmp_pat
     (tmp_path / "memory.max").write_text(f"{GIB}\n")
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     assert (doctor.memory_bytes(tmp_path), doctor.usable_cores(tmp_path)) == (GIB, 1)
-    found = doctor.machine(1, 8, GIB)
-    assert found.level is Level.warn and found.text.startswith("1 of 8 cores, 1.0 GiB of memory")
+    finding = doctor.machine(1, 8, GIB)
+    assert finding.level is Level.warn and finding.text.startswith(
+        "1 of 8 cores, 1.0 GiB of memory"
+    )
 
 
 def test_each_finding_is_printed_before_the_next_one_is_sought(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    """Loading torch and vLLM takes a while; what is known is shown meanwhile."""
+    """Loading torch and vLLM takes a while; earlier findings are printed meanwhile."""
     shown: list[str] = []
 
     def findings(run_dir: Path) -> Iterator[Finding]:

@@ -1,6 +1,4 @@
-"""Faults in the program as its user runs it, each in one tiny run; `tools/chaos` runs the whole
-matrix.
-"""
+"""Faults in the program as a user runs it, each in a tiny run; `tools/chaos` has all of them."""
 
 import os
 import signal
@@ -50,9 +48,7 @@ def training(overrides: list[str], run_dir: Path, points: str = "") -> Iterator[
 
 
 def outcome(run_dir: Path) -> dict[str, object]:
-    """What two equal runs have in common: every bit of the learner's state, the ledger, and what
-    was measured without a clock.
-    """
+    """What equal runs have in common: learner state, ledger, and metrics without times."""
     folder = run_dir / "checkpoints" / f"step_{STEPS:06d}"
     state = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     timed = ("time/", "perf/", "cluster/restarts")
@@ -70,19 +66,21 @@ def outcome(run_dir: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """The run that nothing happens to."""
+    """The run without a fault."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     with training(overrides, run_dir) as process:
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said[-3000:]
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-3000:]
     return outcome(run_dir)
 
 
 def test_a_run_that_loses_its_learner_and_is_told_to_end_equals_one_that_nothing_happens_to(
     overrides, whole, tmp_path
 ):
-    """The learner dies in the fourth step, and the run goes back to its checkpoint of two; told to
-    end after the third, it saves that, exits with 75, and the same command continues.
+    """The learner dies in the fourth step, and the run goes back to its checkpoint of step two.
+
+    After SIGTERM in the third step it saves that step and exits with 75, and the same command
+    continues.
     """
     once = tmp_path / "fired"
     with training(
@@ -94,14 +92,14 @@ def test_a_run_that_loses_its_learner_and_is_told_to_end_equals_one_that_nothing
             if once.exists() and line.startswith("step 3/"):
                 process.send_signal(signal.SIGTERM)
                 break
-        said = "".join(lines) + process.stdout.read()
-        assert process.wait(60) == 75, said[-3000:]
+        output = "".join(lines) + process.stdout.read()
+        assert process.wait(60) == 75, output[-3000:]
     assert (
-        "learner/0 failed in update" in said
-        and "going back to the last checkpoint" in said
-        and "continues after step 2 of 6" in said
+        "learner/0 failed in update" in output
+        and "going back to the last checkpoint" in output
+        and "continues after step 2 of 6" in output
     )
-    assert "told to end by SIGTERM; the same command continues" in said
+    assert "told to end by SIGTERM; the same command continues" in output
     last = max(row["step"] for row in read_ledger(tmp_path / "run"))
     assert (
         3 <= last < STEPS
@@ -109,8 +107,8 @@ def test_a_run_that_loses_its_learner_and_is_told_to_end_equals_one_that_nothing
         == last
     )
     with training(overrides, tmp_path / "run") as process:
-        said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and f"continues after step {last} of {STEPS}" in said, said[
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and f"continues after step {last} of {STEPS}" in output, output[
         -3000:
     ]
     assert outcome(tmp_path / "run") == whole

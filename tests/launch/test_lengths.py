@@ -1,4 +1,4 @@
-"""The lengths that a run without rollout.max_new_tokens and rollout.max_model_len is offered."""
+"""The proposal for a run without rollout.max_new_tokens and rollout.max_model_len."""
 
 import json
 import math
@@ -80,7 +80,7 @@ def test_a_run_without_lengths_ends_before_it_starts_with_values_for_its_data(
         f"data.heldout_path={tmp_path / 'heldout.jsonl'}",
     ]
     # <bos> and 8 characters; 5 characters and <eos>; the shipped student reads 64 tokens.
-    told = (
+    expected = (
         rf"the longest prompt has 9 tokens \({tmp_path}/heldout\.jsonl:1\), the longest "
         r"answer 6, .* has 64 positions"
     )
@@ -90,7 +90,7 @@ def test_a_run_without_lengths_ends_before_it_starts_with_values_for_its_data(
         (("max_model_len",), "max_model_len=64"),
     ):
         nulls = [f"rollout.{name}=null" for name in without]
-        with pytest.raises(ConfigError, match=told) as caught:
+        with pytest.raises(ConfigError, match=expected) as caught:
             prepare_prompts(load_config([*settings, *nulls]))
         assert str(caught.value).startswith(" and ".join(f"rollout.{name}" for name in without))
         assert str(caught.value).endswith(f"for example rollout.{proposed}")

@@ -1,6 +1,4 @@
-"""What is taken for granted of teachers and engines is checked: tokens, templates, reproducibility,
-equal engines.
-"""
+"""Assumptions about teachers and engines are checked: tokens, templates, reproducibility."""
 
 import json
 import logging
@@ -27,9 +25,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
 def permuted() -> PreTrainedTokenizerBase:
-    """The tiny tokenizer, with the ids of "1" and "2" exchanged: of the same size, and no head
-    would notice.
-    """
+    """The tiny tokenizer with the ids of "1" and "2" exchanged, which no size would reveal."""
     state = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
     vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
@@ -86,19 +82,21 @@ def refusal(
 
 def test_a_permuted_vocabulary_of_the_same_size_is_refused_and_the_tokens_are_named(tmp_path: Path):
     ours = tiny_tokenizer().get_vocab()
-    told = f"'1' has id {ours['2']}, here {ours['1']}, '2' has id {ours['1']}, here {ours['2']}; "
-    assert told in refusal(tmp_path, permuted())
+    expected = (
+        f"'1' has id {ours['2']}, here {ours['1']}, '2' has id {ours['1']}, here {ours['2']}; "
+    )
+    assert expected in refusal(tmp_path, permuted())
 
 
 def test_many_differing_tokens_are_counted():
     teacher = tiny_tokenizer()
     teacher.add_tokens(["aa", "bb", "cc", "dd", "ee"])
     size = len(tiny_tokenizer())
-    told = (
+    expected = (
         f"'aa' has id {size}, here none, 'bb' has id {size + 1}, here none, 'cc' has id "
         f"{size + 2}, here none, and 2 more"
     )
-    assert different_tokens(tiny_tokenizer(), teacher) == told
+    assert different_tokens(tiny_tokenizer(), teacher) == expected
 
 
 def test_another_end_token_is_refused_and_another_pad_token_is_not(tmp_path: Path):
@@ -223,14 +221,14 @@ def scores(logprob: float, row: float = 0.0, support: int = 0) -> TokenScores:
 
 
 @pytest.mark.parametrize(
-    "again", [scores(-0.50000006), scores(-0.5, row=1.0), scores(-0.5, support=1)]
+    "second", [scores(-0.50000006), scores(-0.5, row=1.0), scores(-0.5, support=1)]
 )
-def test_a_replica_that_answers_in_two_ways_is_named(again: TokenScores):
+def test_a_replica_that_answers_in_two_ways_is_named(second: TokenScores):
     check_repeats("main", [scores(-0.5)] * 2, [scores(-0.5)] * 2)
     with pytest.raises(
         ContractError, match=r"scorer-main/1: two scorings of the same batch differ"
     ):
-        check_repeats("main", [scores(-0.5)] * 2, [scores(-0.5), again])
+        check_repeats("main", [scores(-0.5)] * 2, [scores(-0.5), second])
 
 
 def test_the_probe_holds_a_prompt_for_every_routed_teacher():

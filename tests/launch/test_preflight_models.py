@@ -1,4 +1,4 @@
-"""What the driver checks of the models of a run before any worker starts."""
+"""The checks of a run's models before any worker starts."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ YARN = {**LINEAR, "rope_type": "yarn", "original_max_position_embeddings": 25}
 
 
 def settings_with_reward_model(folder: Path) -> RunSettings:
-    """Student, teacher and reward model, each in a folder of its own."""
+    """The folders of a student, a teacher and a reward model."""
     settings = tiny_settings(folder)
     source = Path(settings.model.path)
     state = load_model(str(source)).state_dict() | {VALUE_HEAD: torch.zeros(1, 128)}

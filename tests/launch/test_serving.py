@@ -1,6 +1,4 @@
-"""`hybridrl serve`: the command line of the server; tests/launch/test_train.py starts a real
-one.
-"""
+"""The command line of `hybridrl serve`; tests/launch/test_train.py starts a real server."""
 
 from pathlib import Path
 

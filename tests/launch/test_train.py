@@ -46,7 +46,7 @@ def train(*overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 def lasting(row: dict[str, float]) -> dict[str, float]:
-    """A metrics row without what a clock measured."""
+    """A row of metrics without those that a clock measured."""
     return {key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))}
 
 
@@ -113,15 +113,14 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "learner.zero_stage=3",
         "rollout.engines=2",
     ]
-    watch = f"{{function:{folder}/watch.py:watch,weight:0,options:{{api_key:'${{oc.env:JUDGE_API_KEY,none}}'}}}}"
+    key = "${oc.env:JUDGE_API_KEY,none}"
+    watch = f"{{function:{folder}/watch.py:watch,weight:0,options:{{api_key:'{key}'}}}}"
     return [*tiny_overrides(folder), *sizes, f"+reward.functions.watch={watch}"]
 
 
 @pytest.fixture(scope="module")
 def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps without a break, with every kind of tracking: two ranks of ZeRO-3, two engines,
-    one machine.
-    """
+    """Four steps without a break, with all trackers, two ranks of ZeRO-3 and two engines."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     (run_dir.parent / "tracker.py").write_text(TRACKER)
     tracker = f"{{sink:{run_dir.parent}/tracker.py:Tracker,options:{{file:{run_dir.parent}/rows}}}}"
@@ -295,9 +294,7 @@ def greedy_by_hand(run_dir: Path, prompt: list[int], tokens: int) -> list[int]:
 
 @contextmanager
 def served(run_dir: Path, template: Path, log: Path) -> Iterator[str]:
-    """`hybridrl serve RUN` as a user starts it; its chat template is one that the tiny tokenizer
-    lacks.
-    """
+    """`hybridrl serve RUN` as a user starts it, with a chat template the tiny tokenizer lacks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -356,9 +353,7 @@ def test_a_served_run_answers_chats_and_completions_with_the_learners_greedy_out
 
 @pytest.fixture
 def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
-    """A cluster made by the shipped scripts, with token authentication; yields the environment of
-    its users.
-    """
+    """A cluster that the shipped scripts start, with tokens; yields its users' environment."""
     home = tmp_path / "home"
     home.mkdir()
     ports = []

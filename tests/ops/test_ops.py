@@ -1,6 +1,4 @@
-"""The production ops against exact enumeration, finite differences and numbers one can check by
-hand.
-"""
+"""The ops compared with exact enumeration, finite differences and numbers checked by hand."""
 
 import math
 from dataclasses import replace
@@ -26,18 +24,14 @@ MDP = make_mdp(seed=0, vocabulary=5, horizon=3, ends=False)
 def random_problem(
     rows: int = 6, vocabulary: int = 7, width: int = 4, dtype: torch.dtype = torch.float64
 ):
-    """Student hidden states and head, two teachers of another width, and terms with one token
-    out.
-    """
+    """The student's hidden states and head, two teachers of other widths, and token terms."""
     g = torch.Generator().manual_seed(3)
 
     def normal(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    hidden, lm_head = (
-        normal(rows, width).requires_grad_(),
-        normal(vocabulary, width).requires_grad_(),
-    )
+    hidden = normal(rows, width).requires_grad_()
+    lm_head = normal(vocabulary, width).requires_grad_()
     teachers = tuple(
         HiddenTeacher(
             hidden=normal(rows, w),
@@ -67,8 +61,9 @@ def gradients(
     chunk=1024,
     factor=1.0,
 ):
-    """loss, d loss / d hidden, d loss / d lm_head, statistics; inputs keep no gradient."""
-    hidden, lm_head = hidden.detach().requires_grad_(), lm_head.detach().requires_grad_()
+    """loss, d loss / d hidden, d loss / d lm_head, statistics; the inputs get no gradient."""
+    hidden = hidden.detach().requires_grad_()
+    lm_head = lm_head.detach().requires_grad_()
     loss, stats = hybrid_head_loss(
         hidden, lm_head, teachers, terms, HeadRule(temperature=temperature, chunk=chunk)
     )
@@ -80,7 +75,8 @@ def gradients(
 
 
 def test_the_closed_form_equals_the_expectation_of_score_times_cost():
-    logp, logq = torch.log_softmax(MDP.student, -1), torch.log_softmax(MDP.teachers[0], -1)
+    logp = torch.log_softmax(MDP.student, -1)
+    logq = torch.log_softmax(MDP.teachers[0], -1)
     p = logp.exp()
     score = torch.eye(5, dtype=torch.float64)[None] - p[:, None, :]  # [P, y, V] d log p(y) / dz
     expectation = torch.einsum("sy,sy,syv->sv", p, logp - logq, score)
@@ -88,7 +84,8 @@ def test_the_closed_form_equals_the_expectation_of_score_times_cost():
 
 
 def test_reverse_kl_has_a_value_one_can_check_by_hand():
-    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+    p = torch.tensor([0.5, 0.5])
+    q = torch.tensor([0.25, 0.75])
     assert float(dense(p.log(), q.log(), Measure())[0]) == pytest.approx(
         0.143841, abs=1e-6
     )  # 0.5 ln 2 + 0.5 ln(2/3)
@@ -108,7 +105,8 @@ def test_the_dense_gradient_is_exactly_zero_where_student_and_teacher_agree():
 
 
 def test_the_logit_gradient_sums_to_zero_over_the_vocabulary():
-    logp, logq = torch.log_softmax(MDP.student, -1), torch.log_softmax(MDP.teachers[0], -1)
+    logp = torch.log_softmax(MDP.student, -1)
+    logq = torch.log_softmax(MDP.teachers[0], -1)
     assert float(dense(logp, logq, Measure())[1].sum(-1).abs().max()) < 1e-15
 
 
@@ -146,20 +144,16 @@ def group_gradient(group_size: int, leave_one_out: bool | None) -> Tensor:
     prefixes.
     """
     g = torch.Generator().manual_seed(1)
-    logits, teacher = (
-        torch.randn(3, 3, generator=g, dtype=torch.float64),
-        torch.randn(3, 3, generator=g, dtype=torch.float64),
-    )
+    logits = torch.randn(3, 3, generator=g, dtype=torch.float64)
+    teacher = torch.randn(3, 3, generator=g, dtype=torch.float64)
     sequences = torch.tensor([(0, 0), *product((1, 2), range(3))])  # [7, 2]
     mask = torch.tensor([[True, False]] + [[True, True]] * 6)
     prefixes = torch.stack(
         [torch.zeros(7, dtype=torch.int64), sequences[:, 0]], dim=1
     )  # 0: root, 1 or 2: that token
     rewards = torch.tensor([1.0, 0.0, 3.0, -1.0, 0.5, 2.0, 0.0], dtype=torch.float64)
-    logp, logq = (
-        torch.log_softmax(logits, -1)[prefixes, sequences],
-        torch.log_softmax(teacher, -1)[prefixes, sequences],
-    )
+    logp = torch.log_softmax(logits, -1)[prefixes, sequences]
+    logq = torch.log_softmax(teacher, -1)[prefixes, sequences]
     probability = torch.where(mask, logp, 0.0).sum(1).exp()
     assert float(probability.sum()) == pytest.approx(1.0)
     groups = torch.tensor(list(product(range(7), repeat=group_size)))  # [7^K, K]
@@ -246,10 +240,8 @@ def test_several_teachers_are_the_weighted_sum_of_each():
 
 @pytest.mark.parametrize("chunk", [1, 4, 6])
 def test_the_chunk_size_changes_nothing(chunk: int):
-    whole, pieces = (
-        gradients(*random_problem(), chunk=1000),
-        gradients(*random_problem(), chunk=chunk),
-    )
+    whole = gradients(*random_problem(), chunk=1000)
+    pieces = gradients(*random_problem(), chunk=chunk)
     for k in range(3):
         assert torch.allclose(whole[k], pieces[k], rtol=0, atol=1e-14)
     assert torch.allclose(whole[3].kl, pieces[3].kl, rtol=0, atol=1e-15)
@@ -283,7 +275,8 @@ def test_tokens_of_weight_zero_change_neither_loss_nor_gradient():
 
 
 def test_backward_multiplies_by_the_gradient_from_above():
-    once, thrice = gradients(*random_problem()), gradients(*random_problem(), factor=3.0)
+    once = gradients(*random_problem())
+    thrice = gradients(*random_problem(), factor=3.0)
     assert torch.equal(thrice[1], 3 * once[1]) and torch.equal(thrice[2], 3 * once[2])
 
 
@@ -346,8 +339,8 @@ def test_other_divergences_are_finite_where_the_teacher_rules_a_token_out(
 ):
     logp = torch.full((1, 3), 1 / 3, dtype=torch.float64).log()
     logq = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log()
-    found, gradient = dense(logp, logq, measure)
-    assert float(found) == pytest.approx(value)
+    actual, gradient = dense(logp, logq, measure)
+    assert float(actual) == pytest.approx(value)
     assert gradient.isfinite().all() and float(gradient.sum()) == pytest.approx(0.0, abs=1e-12)
     assert float(gradient[0, 2]) > 0, "the step goes down: the token becomes less likely"
 
@@ -365,10 +358,8 @@ def test_bf16_inputs_stay_within_two_percent_of_fp64():
         rows=64, vocabulary=50, width=16, dtype=torch.bfloat16
     )
     wide = tuple(replace(t, hidden=t.hidden.double(), lm_head=t.lm_head.double()) for t in teachers)
-    rough, exact = (
-        gradients(hidden, lm_head, teachers, terms),
-        gradients(hidden.double(), lm_head.double(), wide, terms),
-    )
+    rough = gradients(hidden, lm_head, teachers, terms)
+    exact = gradients(hidden.double(), lm_head.double(), wide, terms)
     assert rough[0].dtype == torch.float32 and rough[1].dtype == rough[2].dtype == torch.bfloat16
     assert abs(float(rough[0] - exact[0])) < 0.02 * abs(float(exact[0]))
     for k in (1, 2):
@@ -394,15 +385,18 @@ def test_a_row_of_weight_0_may_hold_an_infinite_divergence():
 
 
 def test_student_and_teacher_are_compared_on_numbers_one_can_check_by_hand():
-    p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.25, 0.25, 0.5]])
-    found = dict(zip(COMPARED, compare(p.log(), q.log(), k=1)[0].tolist(), strict=True))
+    p = torch.tensor([[0.5, 0.3, 0.2]])
+    q = torch.tensor([[0.25, 0.25, 0.5]])
+    actual = dict(zip(COMPARED, compare(p.log(), q.log(), k=1)[0].tolist(), strict=True))
     assert (
-        found["top1_agree"] == 0.0 and found["overlap"] == 0.0 and found["overlap_advantage"] == 0.0
+        actual["top1_agree"] == 0.0
+        and actual["overlap"] == 0.0
+        and actual["overlap_advantage"] == 0.0
     )
-    assert found["forward_kl"] == pytest.approx(
+    assert actual["forward_kl"] == pytest.approx(
         0.25 * math.log(0.5) + 0.25 * math.log(5 / 6) + 0.5 * math.log(2.5), abs=1e-6
     )
-    assert found["entropy"] == pytest.approx(1.5 * math.log(2), abs=1e-6)
+    assert actual["entropy"] == pytest.approx(1.5 * math.log(2), abs=1e-6)
     two = dict(zip(COMPARED, compare(p.log(), q.log(), k=2)[0].tolist(), strict=True))
     assert (
         two["overlap"] == 0.5
@@ -417,10 +411,8 @@ def test_rows_that_only_pad_a_teachers_head_have_no_probability():
     hidden, lm_head, (teacher, _), terms = random_problem()
     padding = torch.full((3, teacher.lm_head.shape[1]), 9.0, dtype=torch.float64)
     padded = replace(teacher, lm_head=torch.cat([teacher.lm_head, padding]))
-    plain, longer = (
-        gradients(hidden, lm_head, (teacher,), terms),
-        gradients(hidden, lm_head, (padded,), terms),
-    )
+    plain = gradients(hidden, lm_head, (teacher,), terms)
+    longer = gradients(hidden, lm_head, (padded,), terms)
     for a, b in zip((*plain[:3], plain[3].kl), (*longer[:3], longer[3].kl), strict=True):
         assert torch.allclose(
             a, b, rtol=0, atol=1e-14

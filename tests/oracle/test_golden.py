@@ -25,11 +25,9 @@ from hybridrl.oracle.verdict import Scope, cosine, relative, settings_of
 from hybridrl.settings.choices import Correction, Divergence, Source
 
 SCOPE = Scope()
-MDP, ENDED, AWAY = (
-    SCOPE.mdp(World.fixed),
-    SCOPE.mdp(World.ended),
-    SCOPE.mdp(World.ended, sampler_distance=0.5),
-)
+MDP = SCOPE.mdp(World.fixed)
+ENDED = SCOPE.mdp(World.ended)
+AWAY = SCOPE.mdp(World.ended, sampler_distance=0.5)
 LAMBDA = 2.0
 ON_POLICY = {Source.student: 1.0}
 
@@ -48,14 +46,14 @@ def slope(function, at: Tensor) -> Tensor:
     return at.grad
 
 
-def found(
+def measured(
     *options: str,
     mdp: Mdp = MDP,
     group_size: int = 1,
     values: Tensor | None = None,
     estimator: type[Estimator] = Estimator,
 ) -> Measured:
-    """The production gradient of hybrid with these options."""
+    """The measured production gradient of hybrid with these options."""
     world = World.fixed if mdp is MDP else World.ended
     settings = settings_of(
         Case(method="hybrid", options=options, world=world, group_size=group_size), SCOPE
@@ -81,7 +79,7 @@ def test_the_fixed_length_model_has_its_published_numbers():
 
 @pytest.mark.parametrize("mdp", [MDP, ENDED], ids=["fixed", "ended"])
 def test_the_whole_gradient_is_the_finite_difference_and_autograd_of_the_objective(mdp: Mdp):
-    whole = found("gamma=1", mdp=mdp).mean
+    whole = measured("gamma=1", mdp=mdp).mean
     assert (
         float((whole - finite_differences(lambda z: objective(z, mdp), mdp.student)).abs().max())
         < 2e-10
@@ -101,18 +99,19 @@ def test_the_whole_gradient_is_the_finite_difference_and_autograd_of_the_objecti
     ],
 )
 def test_gamma_below_1_is_biased_by_the_known_amount(gamma: float, bias: float, alignment: float):
-    exact, ours = slope(objective, MDP.student), found(f"gamma={gamma}").mean
+    exact = slope(objective, MDP.student)
+    ours = measured(f"gamma={gamma}").mean
     assert relative(ours, exact) == pytest.approx(bias, abs=5.1e-4)
     assert cosine(ours, exact) == pytest.approx(alignment, abs=5.1e-4)
 
 
 def test_the_sparse_term_at_gamma_0_is_minus_lambda_times_the_gradient_of_the_expected_reward():
     expected = slope(lambda z: -LAMBDA * (MDP.probability(z) * MDP.rewards).sum(), MDP.student)
-    assert float((found("imitation_weight.value=0").mean - expected).abs().max()) < 1e-14
+    assert float((measured("imitation_weight.value=0").mean - expected).abs().max()) < 1e-14
 
 
 def test_the_logit_gradient_sums_to_zero_over_the_vocabulary():
-    assert float(found("gamma=0.5").mean.sum(-1).abs().max()) < 1e-15
+    assert float(measured("gamma=0.5").mean.sum(-1).abs().max()) < 1e-15
 
 
 class WholeReturn(Estimator):
@@ -130,7 +129,8 @@ class WholeReturn(Estimator):
 
 
 def prefix_kl() -> Tensor:
-    logp, logq = MDP.logp(MDP.student), MDP.logp(MDP.teachers[0])
+    logp = MDP.logp(MDP.student)
+    logq = MDP.logp(MDP.teachers[0])
     return (logp.exp() * (logp - logq)).sum(1)
 
 
@@ -152,11 +152,11 @@ VALUE = ("baseline=value", "value.gae_lambda=1")
     ],
 )
 def test_variances_of_one_sample(options: tuple[str, ...], values: Tensor | None, variance: float):
-    assert found(*options, values=values).variance == pytest.approx(variance, abs=5.1e-3)
+    assert measured(*options, values=values).variance == pytest.approx(variance, abs=5.1e-3)
 
 
 def test_crediting_the_past_adds_variance_and_no_bias():
-    past = found("gamma=1", "support=sampled", estimator=WholeReturn)
+    past = measured("gamma=1", "support=sampled", estimator=WholeReturn)
     assert past.variance == pytest.approx(28.25, abs=5.1e-3)
     assert float((past.mean - slope(objective, MDP.student)).abs().max()) < 1e-14
 
@@ -166,7 +166,8 @@ def test_a_baseline_of_rewards_alone_raises_the_variance_of_a_return_that_holds_
     rows = Estimator(settings_of(Case(method="hybrid", options=("gamma=1",)), SCOPE), MDP).rows(
         torch.arange(125)[:, None], Source.student
     )
-    chance, step = MDP.probability(MDP.student)[rows.group], torch.arange(3).repeat(125)
+    chance = MDP.probability(MDP.student)[rows.group]
+    step = torch.arange(3).repeat(125)
 
     def mean(key, size):
         return torch.zeros(size).double().index_add_(0, key, chance * rows.terms.sparse)
@@ -178,7 +179,7 @@ def test_a_baseline_of_rewards_alone_raises_the_variance_of_a_return_that_holds_
         (position, 9.34),
         (state, 9.12),
     ):
-        assert found("gamma=1", *VALUE, values=values).variance == pytest.approx(
+        assert measured("gamma=1", *VALUE, values=values).variance == pytest.approx(
             variance, abs=5.1e-3
         )
 
@@ -198,9 +199,7 @@ def test_where_student_and_teacher_agree_there_is_neither_gradient_nor_variance(
 
 
 class TokenScore(Estimator):
-    """Dense imitation dropped; each token's score has this coefficient of c = log p - log q
-    instead.
-    """
+    """Instead of dense imitation, a token's score has this coefficient, of c = log p - log q."""
 
     def credit(self, batch, plan, members):
         at, tokens = self._at(members)
@@ -213,7 +212,7 @@ class TokenScore(Estimator):
 
 def token_score(coefficient) -> Tensor:
     broken = type("Broken", (TokenScore,), {"of": staticmethod(coefficient)})
-    return found(IMITATION, "support=sampled", estimator=broken).mean
+    return measured(IMITATION, "support=sampled", estimator=broken).mean
 
 
 def test_k2_and_k3_as_losses_lack_the_future_and_k1_everything():
@@ -228,7 +227,7 @@ def test_k2_and_k3_as_losses_lack_the_future_and_k1_everything():
 
 
 def test_the_value_of_a_forward_kl_as_a_reward_goes_uphill():
-    true = found(IMITATION, "divergence=forward_kl").mean
+    true = measured(IMITATION, "divergence=forward_kl").mean
     u_log_u = token_score(lambda c: -c * (-c).exp())  # f(u) of KL(q || p), u = q / p
     assert cosine(u_log_u, true) < -0.9
 
@@ -244,7 +243,8 @@ def two_policies(vocabulary: int = 6) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("beta", [0.25, 0.5])
 def test_logit_gradients_over_the_vocabulary_have_their_closed_forms(beta: float):
     logp, logq = two_policies()
-    p, q = logp.exp(), logq.exp()
+    p = logp.exp()
+    q = logq.exp()
 
     def kl(a, b):
         return (a * (a / b).log()).sum(-1, keepdim=True)
@@ -276,15 +276,19 @@ def test_jsd_goes_over_into_the_two_kls():
 
 def test_logit_gradients_over_k_tokens_have_their_closed_forms():
     logp, logq = two_policies()
-    p, q, ids = logp.exp(), logq.exp(), logp.topk(3).indices
+    p = logp.exp()
+    q = logq.exp()
+    ids = logp.topk(3).indices
     inside = torch.zeros_like(p).scatter(1, ids, 1.0)
     mass_p, mass_q = ((x * inside).sum(1, keepdim=True) for x in (p, q))
     c = logp - logq
     loss = (inside * p * c).sum(1, keepdim=True)
     rest = ((1 - mass_p) / (1 - mass_q)).log()
-    bar_p, bar_q = inside * p / mass_p, inside * q / mass_q
+    bar_p = inside * p / mass_p
+    bar_q = inside * q / mass_q
     bar_c = torch.where(inside > 0, c - (mass_p / mass_q).log(), 0.0)
-    reverse, forward = Divergence.reverse_kl, Divergence.forward_kl
+    reverse = Divergence.reverse_kl
+    forward = Divergence.forward_kl
     forms = {
         (reverse, Correction.truncate): p * (inside * (c + 1) - (loss + mass_p)),
         (forward, Correction.truncate): p * mass_q - q * inside,
@@ -318,7 +322,9 @@ def test_the_model_with_an_end_has_121_sequences():
 def test_a_clipped_log_ratio_turns_the_gradient_by_the_known_angle(bound: float, alignment: float):
     exact = slope(lambda z: objective(z, ENDED), ENDED.student)
     for support in ("full", "sampled"):
-        clipped = found("gamma=1", f"support={support}", f"log_ratio_clip={bound}", mdp=ENDED).mean
+        clipped = measured(
+            "gamma=1", f"support={support}", f"log_ratio_clip={bound}", mdp=ENDED
+        ).mean
         assert cosine(clipped, exact) == pytest.approx(alignment, abs=5.1e-4)
 
 
@@ -328,21 +334,20 @@ def test_a_bound_of_1_clips_28_percent_of_the_tokens():
     assert float((tokens * (costs.abs() > 1)).sum() / tokens.sum()) == pytest.approx(0.28, abs=5e-3)
 
 
-def test_the_mean_of_each_response_turns_the_gradient_and_the_mean_over_tokens_turns_it_less_the_larger_the_batch():
+def test_sequence_means_turn_the_gradient_and_token_means_turn_it_less_in_larger_batches():
     exact = slope(lambda z: objective(z, ENDED), ENDED.student)
 
     def aligned(*options, **size):
-        return cosine(found("gamma=1", *options, mdp=ENDED, **size).mean, exact)
+        return cosine(measured("gamma=1", *options, mdp=ENDED, **size).mean, exact)
 
     assert aligned("normalizer=sequence_mean") == pytest.approx(0.985, abs=5.1e-4)
-    one, two = aligned("normalizer=token_mean"), aligned("normalizer=token_mean", group_size=2)
+    one = aligned("normalizer=token_mean")
+    two = aligned("normalizer=token_mean", group_size=2)
     assert one < two < 1 and 1 - two < (1 - one) / 3
 
 
 class LooksFirst(Estimator):
-    """The learner's own log-probs are there whether the objective asks or not, so costs are log p -
-    log q of the learner.
-    """
+    """The learner's own log-probs are always there, so costs are log p - log q of the learner."""
 
     def credit(self, batch, plan, members):
         at, tokens = self._at(members)
@@ -371,7 +376,7 @@ def test_what_is_left_of_the_gradient_under_another_sampler(
 ):
     exact = slope(lambda z: objective(z, AWAY), AWAY.student)
     options = ("gamma=1", "support=sampled", *(f"ratio.{r}" for r in ratio))
-    assert cosine(found(*options, mdp=AWAY, estimator=LooksFirst).mean, exact) == pytest.approx(
+    assert cosine(measured(*options, mdp=AWAY, estimator=LooksFirst).mean, exact) == pytest.approx(
         alignment, abs=5.1e-4
     )
 
@@ -391,10 +396,8 @@ def test_what_is_left_of_the_gradient_under_another_sampler(
 def test_group_estimators_on_a_bandit_of_three_arms_scale_the_gradient(
     options: tuple[str, ...], factor: float
 ):
-    arms, zero = (
-        torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log(),
-        torch.zeros(1, 3, dtype=torch.float64),
-    )
+    arms = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
+    zero = torch.zeros(1, 3, dtype=torch.float64)
     bandit = Mdp(
         student=arms,
         sampler=arms,
@@ -433,7 +436,8 @@ def optimum() -> Tensor:
 
 
 def test_the_optimum_of_the_objective_is_known_in_closed_form():
-    q, best = MDP.probability(MDP.teachers[0]), optimum()
+    q = MDP.probability(MDP.teachers[0])
+    best = optimum()
     assert -math.log(float((q * (LAMBDA * MDP.rewards).exp()).sum())) == pytest.approx(
         -1.134801, abs=5e-7
     )
@@ -449,13 +453,12 @@ def test_the_optimum_of_the_objective_is_known_in_closed_form():
 def test_descent_ends_at_the_optimum_for_gamma_1_and_at_a_known_distance_below(
     gamma: float, gap: float, distance: float | None
 ):
-    """The published gaps are of 4000 plain steps, up to 0.001 above their limit; steps over a
-    prefix's visits get there in 400.
+    """The published gaps after 4000 plain steps, up to 0.001 above their limit.
+
+    Steps over a prefix's visits get there in 400.
     """
-    settings, everything = (
-        settings_of(Case(method="hybrid", options=(f"gamma={gamma}",)), SCOPE),
-        torch.arange(125)[:, None],
-    )
+    settings = settings_of(Case(method="hybrid", options=(f"gamma={gamma}",)), SCOPE)
+    everything = torch.arange(125)[:, None]
     now = MDP
     for _ in range(400):
         estimator = Estimator(settings, now)

@@ -1,4 +1,4 @@
-"""The oracle on the production code, and on code broken on purpose, which it must not let pass."""
+"""The oracle on the production code, and on deliberately wrong code, which it must detect."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ FULL = Case(method="opd_full", target=SEMI, kind=Kind.exact)
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """What `hybridrl check` prints."""
+    """The rows of `hybridrl check`."""
     return list(all_rows(Scope()))
 
 
@@ -64,7 +64,7 @@ def with_sparse(credit: Credit, sparse: torch.Tensor) -> Credit:
 
 
 class TokenLoss(Estimator):
-    """Autograd through a function of c = log p(y) - log q(y), as many systems do."""
+    """Autograd through a function of c = log p(y) - log q(y), as in many systems."""
 
     def loss(self, hidden, lm_head, rows, terms):
         logp = torch.log_softmax(hidden @ lm_head.T, -1).gather(1, terms.token_ids[:, None])[:, 0]
@@ -85,12 +85,13 @@ class K3(TokenLoss):
 
 
 class StateAdvantage(Estimator):
-    """The KL over the K most likely tokens as the advantage of whichever token was drawn."""
+    """The KL over the K most likely tokens as the advantage of the sampled token."""
 
     def credit(self, batch, plan, members):
         p, q = (self.mdp.logp(table).exp() for table in (self.mdp.student, self.mdp.teachers[0]))
         ids = p.topk(2).indices
-        p, q = p.gather(1, ids), q.gather(1, ids)
+        p = p.gather(1, ids)
+        q = q.gather(1, ids)
         sparse = (p * (p / q).log()).sum(1)[self._at(members)[0]]
         return with_sparse(super().credit(batch, plan, members), sparse)
 
@@ -113,10 +114,11 @@ class TenTimes(Estimator):
 
 
 class DiscountedReward(Estimator):
-    """gamma^(T-t) on the terminal reward: at gamma = 0 only the last token hears of it."""
+    """gamma^(T-t) on the terminal reward: with gamma = 0 only the last token gets it."""
 
     def credit(self, batch, plan, members):
-        credit, mask = super().credit(batch, plan, members), self.mdp.mask[members.flatten()]
+        credit = super().credit(batch, plan, members)
+        mask = self.mdp.mask[members.flatten()]
         is_last = (mask.flip(1).cumsum(1).flip(1) == 1)[mask]
         reward = self.mdp.rewards[members.flatten()][:, None].expand(mask.shape)[mask]
         missing = torch.where(is_last, 0.0, plan.reward_weight * reward)
@@ -124,7 +126,7 @@ class DiscountedReward(Estimator):
 
 
 class SumsTheBaselineIn(Estimator):
-    """A baseline that contains the sample itself, sold as leave-one-out."""
+    """A baseline that includes the sample itself, instead of leave-one-out."""
 
     def credit(self, batch, plan, members):
         k = batch.rollout.group_size
@@ -216,13 +218,12 @@ def test_k2_as_a_loss_is_the_reverse_and_k3_the_forward_kl():
 
 
 class SamplersCost(Estimator):
-    """The imitation cost of a drawn token by the sampler's log-prob of it, as in a run without
-    stale rollouts.
-    """
+    """The imitation cost of a token by the sampler's log-prob of it, not the learner's."""
 
     def __init__(self, settings, mdp, values=None):
         super().__init__(settings, mdp, values)
-        algorithm, longest = settings.algorithm, settings.rollout.max_new_tokens
+        algorithm = settings.algorithm
+        longest = settings.rollout.max_new_tokens
         self.objective = HybridObjective(algorithm, longest, sampler_differs=False)
 
 
@@ -291,7 +292,9 @@ def test_the_learner_looks_first_only_where_the_sampler_may_differ(
     [("gamma=1",), ("gamma=1", "support=sampled"), ("gamma=1", "support=topk", "topk.k=2")],
 )
 def test_the_mean_of_20000_samples_is_within_four_standard_errors(options: tuple[str, ...]):
-    case, scope, samples = Case(method="hybrid", options=options), Scope(), 20_000
+    case = Case(method="hybrid", options=options)
+    scope = Scope()
+    samples = 20_000
     settings = settings_of(case, scope)
     mdp = scope.mdp(case.world)
     estimator = Estimator(settings, mdp)
@@ -316,7 +319,8 @@ def test_the_mean_of_20000_samples_is_within_four_standard_errors(options: tuple
 
 
 def test_rows_are_written_as_json_and_a_deviating_one_is_exit_status_1(capsys):
-    good, bad = judge(FULL, Scope()), judge(FULL, Scope(), Ascends)
+    good = judge(FULL, Scope())
+    bad = judge(FULL, Scope(), Ascends)
     assert report_json([good]) == 0
     (written,) = json.loads(capsys.readouterr().out)
     assert Row(**written) == good

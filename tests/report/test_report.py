@@ -1,4 +1,4 @@
-"""What the console and the report show of each kind of method, and how runs are compared."""
+"""The console and the report for each kind of method, and the comparison of runs."""
 
 import io
 import json
@@ -24,8 +24,8 @@ from hybridrl.report.comparison import (
     short_names,
     write_comparison,
 )
-from hybridrl.report.report import measure as measured
-from hybridrl.report.report import summarize, write_report
+from hybridrl.report.run_report import measure as measured
+from hybridrl.report.run_report import summarize, write_report
 from hybridrl.settings.run import DataConfig
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink, read_samples
@@ -111,7 +111,7 @@ def test_the_report_of_fine_tuning_has_a_loss_curve_and_names_the_file(tmp_path)
         "to write the responses that the data gives (their likelihood)." in page
     )
     assert "loss on the held-out data&#x27;s responses went from 0.750 to 0.250." in page
-    assert "The reward math was only watched: it has no part in the gradient." in page
+    assert "The reward math was only measured: it has no part in the gradient." in page
     assert "to imitate" not in page and "jsonl problems" not in page and "to earn" not in page
 
 
@@ -127,8 +127,8 @@ def test_the_report_of_a_pair_loss_has_its_curves_and_what_it_ranked(tmp_path):
     ("weight", "reward_weight", "sentence"),
     [
         (1.0, 2.0, "to earn the reward of its own answers (math)"),
-        (0.0, 2.0, "The reward math was only watched"),
-        (1.0, 0.0, "The reward math was only watched"),
+        (0.0, 2.0, "The reward math was only measured"),
+        (1.0, 0.0, "The reward math was only measured"),
     ],
 )
 def test_a_reward_is_earned_only_where_both_weights_are_above_zero(weight, reward_weight, sentence):

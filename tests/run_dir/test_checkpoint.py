@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all."""
+"""Checkpoints appear as a whole or not at all."""
 
 import json
 import logging
@@ -46,7 +46,8 @@ class Weights:
     """A writer of one small file."""
 
     def __init__(self, before: Callable[[Path], None] = lambda path: None, size: int = 22) -> None:
-        self.before, self.size = before, size
+        self.before = before
+        self.size = size
 
     def state_bytes(self) -> int:
         return self.size
@@ -203,10 +204,8 @@ def test_a_link_in_the_place_of_a_file_is_refused_though_it_leads_to_the_same_by
 @pytest.mark.parametrize("where", ["", "parts"])
 def test_a_target_in_the_state_of_a_checkpoint_is_never_called(tmp_path: Path, where: str):
     """It is a value like any other in the parts, and no field of the state itself."""
-    folder, call = (
-        save_steps(tmp_path, 1).folders()[0],
-        {"_target_": "pathlib.Path.touch", "_args_": [str(tmp_path / "hit")]},
-    )
+    folder = save_steps(tmp_path, 1).folders()[0]
+    call = {"_target_": "pathlib.Path.touch", "_args_": [str(tmp_path / "hit")]}
     state = json.loads((folder / "state.json").read_text())
     (state[where] if where else state).update(call)
     (folder / "state.json").write_text(json.dumps(state))
@@ -370,9 +369,7 @@ def test_a_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path):
 def test_no_checkpoint_is_removed_while_the_best_one_cannot_be_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    """state.json of the best step is a link, which is not followed: its metric is unknown, and so
-    all stay.
-    """
+    """state.json of the best step is a link: its metric is unknown, so all checkpoints stay."""
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1, best="eval/accuracy"))
     for step, accuracy in ((1, 0.9), (2, 0.1)):
         checkpointer.save(replace(STATE, step=step, metrics={"eval/accuracy": accuracy}), [])
@@ -426,9 +423,7 @@ def test_a_save_that_fails_leaves_the_older_one_and_nothing_of_its_own(
 
 
 class Forgetful(Weights):
-    """Whose file is not what it said it wrote, as on a disk that lies, or a folder that is not
-    shared.
-    """
+    """A writer whose report differs from the file, as with a broken disk or a folder not shared."""
 
     def save_state(self, folder: str) -> list[SavedFile]:
         (saved,) = super().save_state(folder)
@@ -448,9 +443,7 @@ def test_what_the_disk_does_not_give_back_is_never_committed(tmp_path: Path):
 def test_a_save_that_is_killed_at_any_of_its_file_operations_leaves_a_whole_checkpoint(
     tmp_path: Path,
 ):
-    """checkpoint_job.py forks a save for each operation, ends it there without a word and looks at
-    what is left.
-    """
+    """checkpoint_job.py kills a forked save at each file operation, and checks what remains."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, root / "tests" / "support" / "checkpoint_job.py", tmp_path],
@@ -481,8 +474,10 @@ def test_what_a_killed_run_left_is_removed_or_put_back_at_the_start(tmp_path: Pa
 
 
 def test_of_a_checkpoint_that_its_owner_moved_and_linked_only_the_link_is_dropped(tmp_path: Path):
-    checkpointer, elsewhere = save_steps(tmp_path, 1, 2), tmp_path / "elsewhere"
-    root, checkpointer.config.keep = checkpointer.root, 1
+    checkpointer = save_steps(tmp_path, 1, 2)
+    elsewhere = tmp_path / "elsewhere"
+    root = checkpointer.root
+    checkpointer.config.keep = 1
     (root / "step_000001").rename(elsewhere)
     for name in ("step_000001", "step_000003", ".unfinished-step_000009", ".replaced-step_000004"):
         (root / name).symlink_to(elsewhere)
@@ -523,7 +518,7 @@ def test_a_writer_that_was_given_up_cannot_reach_what_the_next_attempt_writes(tm
 # -- what stays ------------------------------------------------------------------------------------
 
 
-def kept_of(run_dir: Path, values: dict[int, float | None], **config) -> list[int]:
+def retained_of(run_dir: Path, values: dict[int, float | None], **config) -> list[int]:
     checkpointer = Checkpointer(run_dir, CheckpointConfig(keep=1, **config))
     for step, value in values.items():
         metrics = {} if value is None else {"eval/accuracy": value}
@@ -532,7 +527,7 @@ def kept_of(run_dir: Path, values: dict[int, float | None], **config) -> list[in
 
 
 @pytest.mark.parametrize(
-    ("values", "config", "kept"),
+    ("values", "config", "retained"),
     [
         ({1: 0.2, 2: 0.9, 3: 0.4, 4: 0.5}, {"best": "eval/accuracy"}, [2, 4]),
         (
@@ -547,17 +542,17 @@ def kept_of(run_dir: Path, values: dict[int, float | None], **config) -> list[in
         ({1: 0.2, 2: 0.9, 3: 0.4}, {}, [3]),
     ],
 )
-def test_the_best_one_stays_beside_the_newest(tmp_path: Path, values, config, kept):
-    assert kept_of(tmp_path, values, **config) == kept
+def test_the_best_one_stays_beside_the_newest(tmp_path: Path, values, config, retained):
+    assert retained_of(tmp_path, values, **config) == retained
 
 
 def test_a_step_without_the_metric_that_chooses_the_best_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    kept_of(tmp_path, {1: 0.5, 2: None}, best="eval/accuracy")
+    retained_of(tmp_path, {1: 0.5, 2: None}, best="eval/accuracy")
     assert [r.getMessage() for r in caplog.records] == [
         f"{tmp_path / 'checkpoints' / 'step_000002'}: its step has no finite eval/accuracy, so "
-        "checkpoint.best leaves it out"
+        "checkpoint.best ignores it"
     ]
 
 
@@ -586,9 +581,7 @@ def test_only_folders_with_a_manifest_of_ours_are_ever_removed(tmp_path: Path):
 def pieces(
     folder: Path, *ranks: list[tuple[int, list[float]]], shape: tuple[int, ...] = (2, 3)
 ) -> FragmentReader:
-    """Files of ranks that hold (offset, values) of one parameter; its moments are 10 and 100 times
-    the values.
-    """
+    """Files of ranks with (offset, values) of a parameter; moments are 10 and 100 times those."""
     for rank, held in enumerate(ranks):
         parts = [(offset, torch.tensor(values)) for offset, values in held]
         fragments = [
@@ -646,7 +639,8 @@ class Bomb:
     "dump", [lambda bomb, path: path.write_bytes(pickle.dumps(bomb)), torch.save]
 )
 def test_a_pickle_in_place_of_a_shard_is_refused_and_never_run(tmp_path: Path, dump):
-    canary, folder = tmp_path / "canary", save_steps(tmp_path, 1).folders()[0]
+    canary = tmp_path / "canary"
+    folder = save_steps(tmp_path, 1).folders()[0]
     shard = folder / "learner-rank00000-of-00001.safetensors"
     dump(Bomb(canary), shard)
     entry = {shard.name: {"sha256": sha256(shard), "bytes": shard.stat().st_size}}

@@ -1,6 +1,4 @@
-"""One run directory, one run: what may change when it is continued, and what the command line says
-when it may not.
-"""
+"""One run per directory: what may change when it continues, and the messages for what may not."""
 
 import json
 import os
@@ -57,9 +55,7 @@ def settings_of(run_dir: Path, *overrides: str) -> RunSettings:
 
 
 def start(settings: RunSettings, *, step: int | None = 10) -> Path:
-    """What a run of `settings` leaves behind: config.yaml, and a checkpoint (step None: it died
-    before the first).
-    """
+    """The files of a run with `settings`: config.yaml, and a checkpoint unless `step` is None."""
     with run_directory(settings) as run_dir:
         find_checkpoint(settings, run_dir, {})
         if step is not None:
@@ -68,7 +64,7 @@ def start(settings: RunSettings, *, step: int | None = 10) -> Path:
 
 
 def resume(settings: RunSettings) -> int | None:
-    """The step that a run of `settings` would continue after; None: it would start."""
+    """The step after which a run with `settings` would continue; None: it would start."""
     with run_directory(settings) as run_dir:
         checkpoint = find_checkpoint(settings, run_dir, {})
     return checkpoint.state.step if checkpoint else None
@@ -133,7 +129,7 @@ def test_every_free_name_is_a_setting_or_a_section():
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("train.lr=2e-3", "train.lr: 0.001 -> 0.002"),
         ("run.seed=1", "run.seed: 0 -> 1"),
@@ -149,14 +145,14 @@ def test_every_free_name_is_a_setting_or_a_section():
         ("train.betas=[0.8,0.9]", "train.betas: [0.9, 0.95] -> [0.8, 0.9]"),
     ],
 )
-def test_what_decides_what_is_learned_may_not(tmp_path: Path, override: str, told: str):
+def test_what_decides_what_is_learned_may_not(tmp_path: Path, override: str, expected: str):
     start(settings_of(tmp_path))
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(RunDirectoryError) as caught:
         resume(settings_of(tmp_path, override))
-    key = told.partition(":")[0]
+    key = expected.partition(":")[0]
     assert str(caught.value) == (
-        f"run.dir={tmp_path}: holds a run with other settings: {told}; "
+        f"run.dir={tmp_path}: holds a run with other settings: {expected}; "
         f"choose another run.dir, or continue that run with them by run.allow_changes=[{key}]"
     )
     assert (tmp_path / "config.yaml").read_bytes() == before, (
@@ -224,12 +220,10 @@ def test_a_schedule_of_its_own_length_is_not_stretched(tmp_path: Path):
 
 
 def test_changes_are_told_by_dotted_key_with_both_values(tmp_path: Path):
-    old, new = (
-        settings_of(tmp_path),
-        settings_of(tmp_path, "~teachers.main", "algorithm=rloo", "train.lr_warmup_steps=3"),
-    )
-    found = changes(old, new)
-    assert found["train.lr_warmup_steps"] == (10, 3) and found["teachers.main.path"] == (
+    old = settings_of(tmp_path)
+    new = settings_of(tmp_path, "~teachers.main", "algorithm=rloo", "train.lr_warmup_steps=3")
+    changed = changes(old, new)
+    assert changed["train.lr_warmup_steps"] == (10, 3) and changed["teachers.main.path"] == (
         "builtin:countdown-teacher",
         "(not set)",
     )
@@ -415,7 +409,8 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path):
     ],
 )
 def test_nothing_is_written_or_removed_through_a_link(tmp_path: Path, name: str):
-    run_dir, outside = tmp_path / "run", tmp_path / "outside"
+    run_dir = tmp_path / "run"
+    outside = tmp_path / "outside"
     start(settings_of(run_dir), step=None)
     outside.mkdir()
     (outside / "step_000001.jsonl").write_text("mine")
@@ -492,7 +487,8 @@ def test_leftovers_of_a_killed_save_are_gone_when_the_run_goes_on(tmp_path: Path
 
 
 def test_a_new_directory_continues_the_checkpoint_it_is_given_with_the_rows_so_far(tmp_path: Path):
-    old, new = tmp_path / "old", tmp_path / "new"
+    old = tmp_path / "old"
+    new = tmp_path / "new"
     start(settings_of(old))
     (old / "metrics.jsonl").write_text('{"train/step": 10}\n')
     (old / "ledger.jsonl").write_text('{"step": 10, "trained": ["a@0"], "passed_over": []}\n')
@@ -512,7 +508,8 @@ def test_a_new_directory_continues_the_checkpoint_it_is_given_with_the_rows_so_f
 def test_a_named_checkpoint_is_not_passed_over_when_it_is_damaged_or_of_other_settings(
     tmp_path: Path,
 ):
-    old, new = tmp_path / "old", tmp_path / "new"
+    old = tmp_path / "old"
+    new = tmp_path / "new"
     start(settings_of(old), step=5)
     start(settings_of(old))
     start_from = f"run.resume_from={old / 'checkpoints' / 'step_000010'}"
@@ -555,7 +552,8 @@ HELDOUT = [
     ],
 )
 def test_a_teachers_level_is_used_again_only_as_it_was_measured(tmp_path: Path, override: str):
-    settings, target = settings_of(tmp_path), tmp_path / TEACHER_LEVELS
+    settings = settings_of(tmp_path)
+    target = tmp_path / TEACHER_LEVELS
     assert read_levels(target, conditions_of(settings, HELDOUT)) is None
     target.write_text(
         json.dumps(
@@ -565,8 +563,10 @@ def test_a_teachers_level_is_used_again_only_as_it_was_measured(tmp_path: Path, 
             }
         )
     )
-    again = settings_of(tmp_path, "train.lr=1", "eval.every=1", "rollout.engines=2")
-    assert read_levels(target, conditions_of(again, HELDOUT)) == {"eval/accuracy_teacher/main": 0.5}
+    changed = settings_of(tmp_path, "train.lr=1", "eval.every=1", "rollout.engines=2")
+    assert read_levels(target, conditions_of(changed, HELDOUT)) == {
+        "eval/accuracy_teacher/main": 0.5
+    }
     assert read_levels(target, conditions_of(settings_of(tmp_path, override), HELDOUT)) is None
     other = [replace(HELDOUT[0], columns={"numbers": [3], "target": 4})]
     assert read_levels(target, conditions_of(settings, other)) is None
@@ -674,23 +674,23 @@ SAMPLES = [
 
 
 def test_accuracy_is_the_mean_of_the_first_reward_and_a_failed_call_is_not_a_wrong_answer():
-    found = summary(
+    evaluation = summary(
         [rewards_of([1.0, 0.0], [5.0, 5.0]), rewards_of([1.0, np.nan], [5.0, 5.0])], SAMPLES
     )
     assert (
-        found.metrics["eval/accuracy"] == pytest.approx(2 / 3)
-        and found.metrics["eval/error_rate"] == 0.25
+        evaluation.metrics["eval/accuracy"] == pytest.approx(2 / 3)
+        and evaluation.metrics["eval/error_rate"] == 0.25
     )
-    assert found.metrics["eval/accuracy_stderr"] == pytest.approx(1 / 3)  # sqrt(1/3 / 3)
-    assert found.samples == tuple(SAMPLES)
+    assert evaluation.metrics["eval/accuracy_stderr"] == pytest.approx(1 / 3)  # sqrt(1/3 / 3)
+    assert evaluation.samples == tuple(SAMPLES)
 
 
 def test_without_a_reward_function_nothing_is_right_or_wrong():
-    found = summary([rewards_of(), rewards_of()], SAMPLES)
+    evaluation = summary([rewards_of(), rewards_of()], SAMPLES)
     assert (
-        found.metrics == {}
-        and np.isnan(found.samples[0].reward)
-        and found.samples[0].response == "3"
+        evaluation.metrics == {}
+        and np.isnan(evaluation.samples[0].reward)
+        and evaluation.samples[0].response == "3"
     )
 
 
@@ -717,15 +717,13 @@ def test_changed_prompts_and_a_changed_reward_file_are_refused_until_they_are_al
 ):
     file = tmp_path / "rewards.py"
     file.write_text("def score(completions): return [0.0] * len(completions)")
-    said = [
+    overrides = [
         "experiment=quickstart",
         f"run.dir={tmp_path}",
         f"+reward.functions.mine.function={file}:score",
     ]
-    settings, prompts = (
-        load_config(said),
-        [Prompt(uid=uid, input_ids=(1, 2), text="", columns={"target": 3}) for uid in "ab"],
-    )
+    settings = load_config(overrides)
+    prompts = [Prompt(uid=uid, input_ids=(1, 2), text="", columns={"target": 3}) for uid in "ab"]
     before = digests(settings, prompts, [])
     models = {"model.path", "teachers.main.path"}
     assert before.keys() == {"data", "reward.functions.mine", *models}, (
@@ -743,7 +741,7 @@ def test_changed_prompts_and_a_changed_reward_file_are_refused_until_they_are_al
         "run.dir, or continue that run with it by run.allow_changes=[data,reward.functions.mine]"
     )
     check_inputs(
-        load_config([*said, "run.allow_changes=[data,reward.functions]"]),
+        load_config([*overrides, "run.allow_changes=[data,reward.functions]"]),
         before,
         digests(settings, other, []),
     )
@@ -766,7 +764,7 @@ def test_a_run_that_is_refused_for_its_inputs_leaves_the_settings_on_file_as_the
 
 
 def refused(settings: RunSettings, before: dict[str, str]) -> str:
-    """What is said of the inputs as they are now."""
+    """The error message about the inputs as they are now, or an empty text."""
     with pytest.raises(RunDirectoryError) as caught:
         check_inputs(settings, before, digests(settings, [], []))
     return str(caught.value).partition("; ")[0].removeprefix(f"run.dir={settings.run.dir}: ")
@@ -774,10 +772,11 @@ def refused(settings: RunSettings, before: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("key", ["model.path", "teachers.main.path"])
 def test_another_model_under_the_same_name_is_refused_until_it_is_allowed(tmp_path: Path, key: str):
-    """Of the same names and sizes, and even of the same times of change."""
-    student, teacher = save_tiny(tmp_path / "student", 0), save_tiny(tmp_path / "teacher", 1)
-    said = [f"model.path={student}", f"teachers.main.path={teacher}"]
-    settings = settings_of(tmp_path, *said)
+    """Files with equal names, sizes and even times of change."""
+    student = save_tiny(tmp_path / "student", 0)
+    teacher = save_tiny(tmp_path / "teacher", 1)
+    overrides = [f"model.path={student}", f"teachers.main.path={teacher}"]
+    settings = settings_of(tmp_path, *overrides)
     before = digests(settings, [], [])
     check_inputs(settings, before, digests(settings, [], []))
     weights = (student if key == "model.path" else teacher) / "model.safetensors"
@@ -787,7 +786,7 @@ def test_another_model_under_the_same_name_is_refused_until_it_is_allowed(tmp_pa
     weights.write_bytes(other.read_bytes())
     os.utime(weights, ns=(old.st_atime_ns, old.st_mtime_ns))
     assert refused(settings, before) == f"the files of {key} changed since the checkpoint"
-    allowed = settings_of(tmp_path, *said, f"run.allow_changes=[{key}]")
+    allowed = settings_of(tmp_path, *overrides, f"run.allow_changes=[{key}]")
     check_inputs(allowed, before, digests(settings, [], []))
 
 
@@ -817,7 +816,7 @@ def test_a_changed_reward_model_is_refused(tmp_path: Path):
 def test_a_large_file_is_read_once_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """What is looked up is seen by writing another digest where the first one was kept."""
+    """The test writes another digest into the cache, to see that it is looked up."""
     monkeypatch.setenv("HYBRIDRL_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "a.safetensors"
     file.write_bytes(bytes(CACHED_FROM))
@@ -854,9 +853,7 @@ def test_a_changed_file_of_an_estimator_weight_or_loss_is_refused(setting: str, 
 
 
 def test_a_changed_module_that_the_reward_file_imports_is_refused(tmp_path: Path):
-    """Neighbours, one through another, of a package, and one that is imported only when the
-    function is called.
-    """
+    """Modules in the same folder, indirect ones, of a package, and imported in the function."""
     files = {
         "rewards.py": "import json, numpy, near\nfrom pack.inner import thing\n"
         "def score(completions):\n    import late\n    return [0.0]",
@@ -894,7 +891,7 @@ def test_a_teacher_of_other_weights_under_the_same_name_is_measured_again(tmp_pa
 
 
 def hub_snapshot(hub: Path, name: str, commit: str) -> None:
-    """A model of the hub as its cache holds it, whose newest revision is `commit`."""
+    """A model of the hub in the local cache, whose newest revision is `commit`."""
     model = hub / f"models--{name.replace('/', '--')}"
     (model / "refs").mkdir(parents=True, exist_ok=True)
     (model / "refs" / "main").write_text(commit)

@@ -1,7 +1,7 @@
-"""Stopped after any step and continued, a run is the run that was never stopped: one graph, loaded
-again for each step.
+"""A run that is stopped after any step and continued equals one that was never stopped.
 
-Two ranks of ZeRO 2, an epoch's edge within the run, and a schedule that moves by what was measured.
+All tests use one graph, with two ranks of ZeRO 2; the run crosses the edge of an epoch, and has a
+schedule that depends on a metric.
 """
 
 import logging
@@ -56,7 +56,7 @@ STEPS = 3
 
 @dataclass
 class Recorder:
-    """A sink that keeps what it is told, and what the controller held at that moment."""
+    """A sink that records what it is given, and the controller's state at that moment."""
 
     controller: Controller | None = None
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -80,24 +80,20 @@ class Recorder:
 
 
 def contents(value: object, path: str = "", within: tuple[int, ...] = ()) -> dict[str, object]:
-    """Every plain value that can be reached from one of our objects through attributes and
-    containers, by its path.
-    """
+    """Every plain value that is reachable from one of our objects, by its path."""
     if isinstance(value, str | int | float | bytes | None):
         return {path: value}
     if isinstance(value, np.ndarray | np.random.Generator | random.Random):
         return {path: pickle.dumps(value)}
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     if id(value) not in within:
         for where, item in parts_of(value):
-            found |= contents(item, f"{path}{where}", (*within, id(value)))
-    return found
+            values |= contents(item, f"{path}{where}", (*within, id(value)))
+    return values
 
 
 def parts_of(value: object) -> list[tuple[str, object]]:
-    """What lies directly in a container, or in an object of ours; nothing in a handle of Ray, an
-    open file, or a test's recorder.
-    """
+    """The values in a container or one of our objects, except Ray handles, files and recorders."""
     if isinstance(value, Mapping):
         return [(f"[{key}]", item) for key, item in value.items()]
     if isinstance(value, list | tuple):
@@ -156,7 +152,8 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
         "algorithm.imitation_weight={kind: feedback, value: 1, metric: kl/token, target: 0.1}",
     )
     with Cluster(settings) as cluster:
-        slots, log_dir = place_workers(settings, cluster), str(folder / "logs")
+        slots = place_workers(settings, cluster)
+        log_dir = str(folder / "logs")
         workers = start_workers(
             settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir
         )
@@ -184,7 +181,7 @@ def whole(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 def continued(graph: Graph, whole: Whole, step: int, run_dir: Path) -> tuple[Controller, Recorder]:
-    """Another controller on the same workers, as a resumed run makes it."""
+    """Another controller with the same workers, as a resumed run makes one."""
     controller, recorder = graph.controller(run_dir, step)
     controller.load_state(read_checkpoint(whole.folder(step)).state, str(whole.folder(step)))
     controller.publish_weights()
@@ -203,7 +200,8 @@ def test_a_run_continued_after_any_step_is_bit_for_bit_the_one_that_went_on(
     assert recorder.samples_seen == whole.recorder.samples_seen[-len(recorder.samples_seen) :]
     assert read_ledger(tmp_path) == read_ledger(whole.run_dir)[step:]
     for done in range(step + 1, STEPS + 1):
-        ours, theirs = tmp_path / "checkpoints" / f"step_{done:06d}", whole.folder(done)
+        ours = tmp_path / "checkpoints" / f"step_{done:06d}"
+        theirs = whole.folder(done)
         names = sorted(path.name for path in theirs.glob("*.safetensors"))
         assert len(names) == 2 and all(
             (ours / name).read_bytes() == (theirs / name).read_bytes() for name in names
@@ -222,10 +220,9 @@ disk, which the save that follows the row moves; metrics that this process has n
 def test_whatever_a_step_changes_in_the_controller_comes_back_with_the_checkpoint(
     graph: Graph, whole: Whole, step: int, tmp_path: Path
 ):
-    """Attribute by attribute: one that a step moves and no state_dict holds is found here by its
-    name.
-    """
-    before, after = whole.fresh, whole.recorder.held[step - 1]
+    """Compare all attributes: one that a step changes and no state_dict has is reported by name."""
+    before = whole.fresh
+    after = whole.recorder.held[step - 1]
     moved = {
         path
         for path in before | after
@@ -246,9 +243,7 @@ def test_whatever_a_step_changes_in_the_controller_comes_back_with_the_checkpoin
 def test_while_sampling_runs_ahead_a_stopped_run_still_trains_each_prompt_once(
     graph: Graph, whole: Whole, tmp_path: Path
 ):
-    """Stopped after step 2 with the third step's prompts in flight: they are owed, and come
-    again.
-    """
+    """Stopped after step 2 with the prompts of step 3 in flight: they are owed and drawn again."""
     settings = replace(
         graph.settings, pipeline=replace(graph.settings.pipeline, ahead=1, max_staleness=1)
     )
@@ -299,9 +294,7 @@ def test_told_to_end_while_checkpoints_fail_it_ends_as_told_and_says_that_the_st
 def test_a_run_whose_directory_is_removed_saves_what_it_learned_ends_and_can_be_continued(
     graph: Graph, whole: Whole, tmp_path: Path
 ):
-    """Step 2 is not due to be saved, and all that the directory held is gone when its row is
-    written.
-    """
+    """Step 2 is not due to be saved, and the directory is empty when its row is written."""
     run_dir = tmp_path / "run"
     seldom = replace(graph.settings, checkpoint=replace(graph.settings.checkpoint, every=0))
     controller, recorder = graph.controller(run_dir, 1, seldom)
@@ -373,7 +366,7 @@ def test_every_prompt_up_to_the_cursor_is_in_the_ledger_once(graph: Graph, whole
         check_ledger(whole.run_dir, STEPS, [*drawn, "another@0"])
 
 
-def test_a_samples_seed_is_made_of_the_runs_seed_the_step_the_prompt_and_the_index_and_of_nothing_else():
+def test_a_samples_seed_depends_on_run_seed_step_prompt_and_index_alone():
     def seeds() -> list[int]:
         waves = [
             wave_seed(run, kind, step)
@@ -401,8 +394,8 @@ def test_a_group_that_is_not_used_or_whose_reward_failed_is_passed_over_and_not_
     chunk = Arrived(drawn=None, header=chunk_header(batch, 0.0), rewards=rewards, groups=(0, 1))
     assert trained_uids([chunk], [chunk], []) == (["p0"], ["p1", "p2"])
     assert trained_uids([chunk], [], []) == ([], ["p0", "p1", "p2"])
-    late = [Prompt(uid="p2", input_ids=(1,), text="", columns={})]
-    assert trained_uids([chunk], [chunk], late) == (["p0"], ["p1"]), "p2 comes again"
+    cancelled = [Prompt(uid="p2", input_ids=(1,), text="", columns={})]
+    assert trained_uids([chunk], [chunk], cancelled) == (["p0"], ["p1"]), "p2 comes again"
 
 
 # -- the ledger alone ------------------------------------------------------------------------------
@@ -495,7 +488,7 @@ def test_a_cursor_far_beyond_the_ledger_is_not_counted_out(tmp_path: Path):
     ledger(tmp_path, (1, ["a@0"], []))
     prompts = [Prompt(uid="a", input_ids=(1,), text="a", columns={})]
     check_cursor(tmp_path, prompts, {"epoch": 9, "position": 0, "owed": []})
-    with pytest.raises(LedgerError, match=r"records 1 prompts, but .* stands at 1000000000000"):
+    with pytest.raises(LedgerError, match=r"records 1 prompts, but .* is at 1000000000000"):
         check_cursor(tmp_path, prompts, {"epoch": 10**12, "position": 0, "owed": []})
 
 

@@ -171,7 +171,7 @@ from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.actor_group import ActorGroup
 from hybridrl.runtime.head_node import HEAD
 from hybridrl.tracking.sink import Sinks
-from hybridrl.cli import said
+from hybridrl.cli import exit_status
 from tests.support.graph import tiny_settings
 from pathlib import Path
 
@@ -209,7 +209,7 @@ def job() -> int:
     return 0
 
 
-sys.exit(said(job))
+sys.exit(exit_status(job))
 """
 
 

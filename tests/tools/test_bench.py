@@ -1,6 +1,4 @@
-"""Each verb of tools/bench at its smallest: it runs, and what it keeps has the keys that its
-readers look for.
-"""
+"""Each verb of tools/bench with its smallest sizes runs, and writes the keys that readers need."""
 
 import json
 import os
@@ -14,8 +12,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def bench(tmp_path: Path, *arguments: str) -> dict:
-    """What `tools/bench ARGUMENTS` keeps; it draws its picture too."""
-    kept, picture = tmp_path / "found.json", tmp_path / "found.png"
+    """The JSON that `tools/bench ARGUMENTS` writes; it draws its picture too."""
+    json_file = tmp_path / "results.json"
+    picture = tmp_path / "results.png"
     env = os.environ | {
         "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT}",
         "OMP_NUM_THREADS": "1",
@@ -27,7 +26,7 @@ def bench(tmp_path: Path, *arguments: str) -> dict:
         "benchmarks",
         *arguments,
         "--json",
-        str(kept),
+        str(json_file),
         "--picture",
         str(picture),
     ]
@@ -36,15 +35,15 @@ def bench(tmp_path: Path, *arguments: str) -> dict:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert picture.stat().st_size > 1000
-    found = json.loads(kept.read_text())
-    assert {"cpu", "cores", "commit"} <= found["machine"].keys()
-    return found
+    results = json.loads(json_file.read_text())
+    assert {"cpu", "cores", "commit"} <= results["machine"].keys()
+    return results
 
 
 @pytest.mark.graph
 def test_the_pipeline_bench_compares_three_schedules_and_loses_no_prompt(tmp_path):
     """The bench itself asserts that every prompt is trained on once, or owed."""
-    found = bench(
+    results = bench(
         tmp_path,
         "pipeline",
         "--steps",
@@ -56,8 +55,8 @@ def test_the_pipeline_bench_compares_three_schedules_and_loses_no_prompt(tmp_pat
         "--real-steps",
         "0",
     )
-    assert [row["late"] for row in found["tail"]] == [0, pytest.approx(4 / 20)]
-    rows = found["waits"]
+    assert [row["late"] for row in results["tail"]] == [0, pytest.approx(4 / 20)]
+    rows = results["waits"]
     assert len(rows) == 4
     assert all(
         {"phases", "sync", "sum", "streamed", "pipelined", "limit", "ratio"} == row.keys()
@@ -67,8 +66,8 @@ def test_the_pipeline_bench_compares_three_schedules_and_loses_no_prompt(tmp_pat
 
 @pytest.mark.graph
 def test_the_dispatch_bench_counts_the_bytes_in_the_driver_and_finds_none(tmp_path):
-    found = bench(tmp_path, "dispatch", "--shrink", "32", "--store-gb", "0.2", "--repeats", "1")
-    rows = found["rows"]
+    results = bench(tmp_path, "dispatch", "--shrink", "32", "--store-gb", "0.2", "--repeats", "1")
+    rows = results["rows"]
     assert {row["tokens"] for row in rows} >= {1024, 2048, 32768}
     assert all(row["driver_bytes"] == 0 and row["bytes"] > 0 for row in rows)
     assert any(row["materialising_s"] is not None for row in rows)
@@ -77,17 +76,15 @@ def test_the_dispatch_bench_counts_the_bytes_in_the_driver_and_finds_none(tmp_pa
 @pytest.mark.graph
 def test_the_overhead_bench_grows_engines_groups_and_tokens(tmp_path):
     sizes = ["--most-engines", "4", "--most-groups", "64", "--repeats", "1"]
-    found = bench(tmp_path, "overhead", "--parts", "controller", "scaling", *sizes)
-    assert [row["engines"] for row in found["scaling"]["engines"]] == [1, 4]
-    assert {"step_s", "busy_s", "share"} == found["controller"]["one chunk"].keys()
+    results = bench(tmp_path, "overhead", "--parts", "controller", "scaling", *sizes)
+    assert [row["engines"] for row in results["scaling"]["engines"]] == [1, 4]
+    assert {"step_s", "busy_s", "share"} == results["controller"]["one chunk"].keys()
 
 
 @pytest.mark.graph
 def test_the_overhead_bench_runs_the_same_requests_and_micro_batches_bare(tmp_path):
-    """The bench itself asserts that a bare engine gives the same number of tokens for the same
-    seeds, in fp32 as here.
-    """
-    found = bench(
+    """The bench itself asserts that a bare engine samples the same number of tokens, in fp32."""
+    results = bench(
         tmp_path,
         "overhead",
         "--parts",
@@ -98,9 +95,9 @@ def test_the_overhead_bench_runs_the_same_requests_and_micro_batches_bare(tmp_pa
         "--repeats",
         "1",
     )
-    generation = found["generation"]["tiny"]
+    generation = results["generation"]["tiny"]
     assert generation["share"] > 0 and generation["tokens"]["ours"] == generation["tokens"]["bare"]
-    assert found["learner"]["tiny"]["tokens"] == 96 * 4 * 16
+    assert results["learner"]["tiny"]["tokens"] == 96 * 4 * 16
 
 
 @pytest.mark.graph

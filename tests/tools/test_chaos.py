@@ -1,4 +1,4 @@
-"""tools/chaos: what it keeps of a fault, and that it leaves out none."""
+"""tools/chaos: the card and the findings that it stores, and the bounds on times."""
 
 import json
 from collections import Counter
@@ -14,16 +14,16 @@ from chaos_faults.training import prompts_against
 from hybridrl.run_dir.ledger import Ledger
 
 ROOT = Path(__file__).parent.parent.parent
-ASKED = (
+IDS = (
     "R1 R2 K1 K2 K3 K4 E1 E2 E3 E4 E5 E6 W1 W2 L1 L2 T1 T2 V1 V2 V3 V4 N1 G1 G2 O1 O2 O3 C1 "
     "C2 C3 C4 J1 J2 J3 J4 X1 X2 F1"
 )
 
 
 def row(key: str, *, passed: bool) -> Row:
-    found = Finding(
+    result = Finding(
         passed=passed,
-        said="killed | seen",
+        outcome="killed | seen",
         detected_s=0.5,
         recovered_s=21.4,
         lost_steps=2,
@@ -35,12 +35,12 @@ def row(key: str, *, passed: bool) -> Row:
         fault="engine killed",
         proof="tests/controller/test_graph.py",
         seconds=60.0,
-        finding=found,
+        finding=result,
     )
 
 
 def test_every_fault_is_there_once_and_its_proof_is_a_file():
-    assert Counter(fault.id for fault in matrix.MATRIX) == Counter(ASKED.split())
+    assert Counter(fault.id for fault in matrix.MATRIX) == Counter(IDS.split())
     assert [fault.id for fault in matrix.MATRIX if not (ROOT / fault.proof).is_file()] == []
 
 
@@ -55,9 +55,9 @@ def test_the_card_is_put_together_from_pieces_and_names_what_was_not_run(
         monkeypatch.setattr(finding, name, path)
     order = ["E1", "E2", "L1"]
     made = Made(machine="2 cores", commit="abc")
-    finding.keep([row("E2", passed=False)], order, made)
-    finding.keep([row("E1", passed=True)], order, made)
-    finding.keep([row("E2", passed=True)], order, made)
+    finding.store([row("E2", passed=False)], order, made)
+    finding.store([row("E1", passed=True)], order, made)
+    finding.store([row("E2", passed=True)], order, made)
     card = (tmp_path / "c.md").read_text()
     assert "2 of 2 rows pass; not run: L1" in card and list(
         json.loads((tmp_path / "f.json").read_text())
@@ -93,7 +93,10 @@ def test_the_card_says_at_which_commit_and_whether_in_one_run():
 
 def test_the_median_and_the_most_leave_out_faults_without_a_time():
     times = [(0.1, None), (3.0, 20.0), (12.0, 60.0), (None, None)]
-    rows = [{"finding": {"detected_s": found, "recovered_s": back}} for found, back in times]
+    rows = [
+        {"finding": {"detected_s": detected, "recovered_s": recovered}}
+        for detected, recovered in times
+    ]
     assert finding.summary(rows) == (
         "Detected in 3.00 s (median), 12 s (most) over 3 faults; recovered in 40 s (median), 60 s "
         "(most) over 2 faults."
@@ -103,9 +106,9 @@ def test_the_median_and_the_most_leave_out_faults_without_a_time():
 
 def test_a_fault_of_a_worker_has_a_bound_on_both_times_and_the_finding_says_which_was_missed():
     assert workers.RECOVERED_S.keys() == {*workers.STRIKES, "E3"}
-    assert workers.held(1.0, 2.0, 59.0, 60.0) == (True, "bounds 2 s and 60 s")
-    assert workers.held(1.0, 2.0, 61.0, 60.0) == (False, "bounds 2 s and 60 s MISSED")
-    assert workers.held(3.0, 2.0, 59.0, 60.0) == (False, "bounds 2 s MISSED and 60 s")
+    assert workers.check_bounds(1.0, 2.0, 59.0, 60.0) == (True, "bounds 2 s and 60 s")
+    assert workers.check_bounds(1.0, 2.0, 61.0, 60.0) == (False, "bounds 2 s and 60 s MISSED")
+    assert workers.check_bounds(3.0, 2.0, 59.0, 60.0) == (False, "bounds 2 s MISSED and 60 s")
 
 
 def test_prompts_are_lost_or_trained_twice_against_the_run_without_a_fault(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The set-up, the lock and the cluster recipes: what a user runs before any of our Python does."""
+"""Set-up, lock and cluster recipes: what a user runs before any of our Python code."""
 
 import os
 import re
@@ -62,9 +62,7 @@ def locked() -> dict[str, tuple[str, int]]:
 
 
 def train_commands(text: str) -> list[list[str]]:
-    """The settings of each training command that names an experiment, with shell variables replaced
-    by a word.
-    """
+    """The settings of each training command with an experiment; shell variables become words."""
     joined = re.sub(r"\$\{?\w+(\[@\])?\}?|\$\*", "X", text.replace("\\\n", " "))
     lines = re.findall(
         r"(?:hybridrl train|sbatch cluster/slurm.sbatch) ([^\n]*experiment=[^\n]*)", joined
@@ -162,7 +160,7 @@ def test_doctor_reads_the_tested_versions_of_a_checkout_in_tools(tmp_path: Path)
 
 
 def set_up_in(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """tools/setup in a copy of the files it reads, where it cannot get far."""
+    """tools/setup in a copy of the files that it reads, where it ends early."""
     (folder / "tools").mkdir()
     for name in (
         "tools/setup",
@@ -225,9 +223,7 @@ def test_every_setting_a_recipe_names_exists(name: str) -> None:
 
 
 def test_the_extras_admit_the_triton_that_the_cuda_wheel_of_torch_pins() -> None:
-    """The wheel for CPUs pins none; that of 2.13.0 for CUDA requires 3.7.1 exactly, or the gpu
-    extra cannot be resolved.
-    """
+    """The wheel for CPUs pins none; that of 2.13.0 for CUDA requires exactly 3.7.1."""
     project = tomllib.loads(read("pyproject.toml"))["project"]
     texts = [project["dependencies"], *project["optional-dependencies"].values()]
     wanted = {r.name: r.specifier for part in texts for r in map(Requirement, part)}
@@ -239,9 +235,7 @@ def gibibytes(text: str) -> int:
     return int(text.removesuffix("Gi"))
 
 
-def test_the_kubernetes_pods_give_ray_three_tenths_of_their_memory_and_share_one_cache_of_models() -> (
-    None
-):
+def test_kubernetes_pods_give_ray_three_tenths_of_their_memory_and_share_a_model_cache() -> None:
     cluster = yaml.safe_load(read("cluster/rayjob.yaml"))["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]

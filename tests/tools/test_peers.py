@@ -1,6 +1,4 @@
-"""tools/bench peers: what its rows are given and how they are counted; the peers themselves are not
-started here.
-"""
+"""The inputs of tools/bench peers and how its rows are counted; no peer is started here."""
 
 import importlib
 import sys
@@ -17,7 +15,7 @@ TOOLS = Path(__file__).parent.parent.parent / "tools"
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of tools/benchmarks by its name."""
+    """Import a module of tools/benchmarks by its name."""
     monkeypatch.syspath_prepend(str(TOOLS))
 
     def module(name: str) -> ModuleType:
@@ -28,11 +26,9 @@ def bench(monkeypatch: pytest.MonkeyPatch):
 
 def test_an_endless_model_never_stops_and_is_otherwise_the_model_it_was(bench, tmp_path: Path):
     folder = str(bench("peer_inputs").endless("builtin:countdown-student", tmp_path / "student"))
-    tokenizer, endless, given = (
-        load_tokenizer(folder),
-        load_model(folder),
-        load_model("builtin:countdown-student"),
-    )
+    tokenizer = load_tokenizer(folder)
+    endless = load_model(folder)
+    given = load_model("builtin:countdown-student")
     prompts = tokenizer(
         ["3 7 9=24:", "8 8 4=60:"], return_tensors="pt", padding=True, padding_side="left"
     )
@@ -84,5 +80,5 @@ def test_a_step_with_other_generation_is_ours_without_engine_and_sync(bench):
         "learn_s": 5.0,
         "sync_s": 0.5,
     }
-    found = bench("peers").with_hf_generation(ours, {"rollout_s": 6.0})
-    assert found["step_s"] == 12.5 and found["computed"]
+    step = bench("peers").with_hf_generation(ours, {"rollout_s": 6.0})
+    assert step["step_s"] == 12.5 and step["computed"]

@@ -1,4 +1,4 @@
-"""A run whose steps teach nothing says so, with the setting to change."""
+"""A run from whose steps nothing is learned says so, and names the setting to change."""
 
 import io
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hybridrl.controller.metrics import reward_metrics
-from hybridrl.report.report import write_report
+from hybridrl.report.run_report import write_report
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink
 from hybridrl.tracking.symptoms import Watch, watch
@@ -30,10 +30,10 @@ STILL = {"train/grad_norm": 0.0}
 
 
 def row(step: int, *changes: dict[str, float]) -> dict[str, float]:
-    found: dict[str, float] = {"train/step": step, **LEARNS}
+    metrics: dict[str, float] = {"train/step": step, **LEARNS}
     for change in changes:
-        found |= change
-    return found
+        metrics |= change
+    return metrics
 
 
 def info(folder: Path, first_step: int = 0) -> RunInfo:
@@ -47,7 +47,7 @@ def info(folder: Path, first_step: int = 0) -> RunInfo:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ([CUT], "most responses were cut at rollout.max_new_tokens (raise it and rollout.max_mod"),
         ([EMPTY], "most responses were empty (see in the report how a prompt ends, and set"),
@@ -56,14 +56,14 @@ def info(folder: Path, first_step: int = 0) -> RunInfo:
     ],
 )
 def test_a_step_that_teaches_nothing_is_told_once_with_the_setting_to_change(
-    changes: list[dict[str, float]], told: str
+    changes: list[dict[str, float]], expected: str
 ) -> None:
     seen = Watch()
     assert seen.see(row(1)) is None
     sentence = seen.see(row(2, *changes))
-    assert sentence is not None and sentence.startswith(f"in step 2 {told}")
+    assert sentence is not None and sentence.startswith(f"in step 2 {expected}")
     assert seen.see(row(3, *changes)) is None
-    assert told.split(" (")[0] + " in 2 of 3 steps (" in (seen.summary() or "")
+    assert expected.split(" (")[0] + " in 2 of 3 steps (" in (seen.summary() or "")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,8 @@ def test_the_console_warns_at_the_step_and_at_the_end_and_the_report_at_its_top(
     tmp_path: Path,
 ) -> None:
     out = io.StringIO()
-    console, rows = ConsoleSink(out), JsonlSink()
+    console = ConsoleSink(out)
+    rows = JsonlSink()
     for sink in (rows, console):
         sink.start(info(tmp_path))
         for logged in (row(0), row(1, CUT), row(2, CUT)):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hybridrl.core.errors import ConfigError, DataError
-from hybridrl.report.report import measure, write_report
+from hybridrl.report.run_report import measure, write_report
 from hybridrl.settings.choices import WandbMode
 from hybridrl.settings.run import TrackingConfig
 from hybridrl.tracking.console import ConsoleSink, duration
@@ -166,7 +166,8 @@ def test_samples_read_back_per_evaluation_with_a_failed_reward_as_nan(tmp_path):
 
 
 def test_sinks_switch_off_a_failing_optional_sink_with_one_warning(caplog):
-    good, bad = RecordingSink(), RecordingSink(fails_at="log")
+    good = RecordingSink()
+    bad = RecordingSink(fails_at="log")
     sinks = Sinks(required=[good], optional={"bad": bad})
     sinks.start(info(Path()))
     sinks.log({"train/step": 1})
@@ -179,7 +180,9 @@ def test_sinks_switch_off_a_failing_optional_sink_with_one_warning(caplog):
 
 
 def test_a_required_sink_s_error_propagates_and_close_still_reaches_every_sink():
-    first, second, optional = RecordingSink(fails_at="close"), RecordingSink(), RecordingSink()
+    first = RecordingSink(fails_at="close")
+    second = RecordingSink()
+    optional = RecordingSink()
     with pytest.raises(OSError, match="disk full"):
         Sinks(required=[first, second], optional={"last": optional}).close(1)
     assert [s.events for s in (first, second, optional)] == [["close"]] * 3
@@ -251,7 +254,8 @@ class Tracker(RecordingSink):
 
 
 def test_the_id_of_a_tracker_s_run_lives_in_its_sink_and_outlives_it(tmp_path):
-    sinks = Sinks(required=[], optional=[Tracker(fails_at="log"), RecordingSink()])
+    optional = {"tracker": Tracker(fails_at="log"), "other": RecordingSink()}
+    sinks = Sinks(required=[], optional=optional)
     assert sinks.state_dict() == {}, "no run has begun"
     sinks.start(info(tmp_path))
     sinks.log({"train/step": 1})
@@ -259,21 +263,19 @@ def test_the_id_of_a_tracker_s_run_lives_in_its_sink_and_outlives_it(tmp_path):
     without = Sinks(required=[])
     without.load_state_dict({"tracker": "old"})
     assert without.state_dict() == {"tracker": "old"}, "a resume without it forgets no run"
-    again = Sinks(required=[], optional=[Tracker()])
+    again = Sinks(required=[], optional={"tracker": Tracker()})
     again.load_state_dict(without.state_dict())
     again.start(info(tmp_path))
     assert again.state_dict() == {"tracker": "old"}
 
 
 class FallsSilent(BaseHTTPRequestHandler):
-    """A W&B server that lets one run begin, takes whatever comes after that, and never answers
-    again.
-    """
+    """A W&B server that accepts a run and then never answers."""
 
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
-        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path != "/graphql" or self.server.silent.is_set():
             self.server.over.wait()
             return
@@ -286,7 +288,7 @@ class FallsSilent(BaseHTTPRequestHandler):
             "historyLineCount": 0,
             "project": project,
         }
-        if b"mutation UpsertBucket" in asked:
+        if b"mutation UpsertBucket" in body:
             self.server.silent.set()
         answer = json.dumps(
             {"data": {"upsertBucket": {"bucket": made, "inserted": True}, "model": None}}
@@ -333,7 +335,8 @@ def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(
         "flush=True)\nos._exit(0)\n"
     )
     with ThreadingHTTPServer(("127.0.0.1", 0), FallsSilent) as server:
-        server.silent, server.over = threading.Event(), threading.Event()
+        server.silent = threading.Event()
+        server.over = threading.Event()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         account = {
             "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_address[1]}",
@@ -360,9 +363,10 @@ def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(
 
 
 class Answer(BaseHTTPRequestHandler):
-    """A server that is no W&B: it answers every request in one way."""
+    """A server other than W&B, which gives every request the same answer."""
 
-    status, body = 500, b"out of order"
+    status = 500
+    body = b"out of order"
 
     def answer(self) -> None:
         self.send_response(self.status)
@@ -375,19 +379,23 @@ class Answer(BaseHTTPRequestHandler):
 
 
 class LoginPage(Answer):
-    status, body = 200, b"<html><form>Please log in</form></html>"
+    status = 200
+    body = b"<html><form>Please log in</form></html>"
 
 
 class NotFoundPage(Answer):
-    status, body = 404, b"<html>nginx: no such page</html>"
+    status = 404
+    body = b"<html>nginx: no such page</html>"
 
 
 class OtherService(Answer):
-    status, body = 200, b'{"login": "required"}'
+    status = 200
+    body = b'{"login": "required"}'
 
 
 class RefusedKey(Answer):
-    status, body = 401, b'{"errors": [{"message": "user is not logged in"}]}'
+    status = 401
+    body = b'{"errors": [{"message": "user is not logged in"}]}'
 
 
 @pytest.mark.parametrize(
@@ -402,9 +410,9 @@ def test_only_an_answer_of_wandb_counts_as_one(no_wandb_account, monkeypatch, ha
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-        found = unreachable()
+        result = unreachable()
         server.shutdown()
-    assert reason in found and bool(found) == bool(reason)
+    assert reason in result and bool(result) == bool(reason)
 
 
 @pytest.mark.parametrize(
@@ -544,7 +552,7 @@ def test_phase_clock_adds_up_a_phase_also_when_it_raises_and_forgets_when_taken(
 
 
 def text_of(page: Path) -> str:
-    """The page without its pictures, whose letters mean nothing."""
+    """The page without its pictures, whose letters have no meaning."""
     return re.sub(r"base64,[^\"]*", "base64,", page.read_text(encoding="utf-8"))
 
 
@@ -654,7 +662,7 @@ def test_a_run_can_be_reported_while_its_first_step_is_under_way(tmp_path, row):
 
 
 def test_a_run_without_rewards_has_no_accuracy_and_says_so(tmp_path):
-    """What remains are the rollouts, which nobody scored."""
+    """The remaining responses, which have no reward."""
     write_rows(
         tmp_path,
         [

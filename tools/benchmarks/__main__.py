@@ -1,5 +1,6 @@
-"""tools/bench VERB [OPTIONS]: a verb is a module beside this one with `add_options(parser)` and
-`run(options) -> dict`.
+"""tools/bench VERB [OPTIONS]: run one of the benchmarks.
+
+A verb is a module of this folder with `add_options(parser)` and `run(options) -> dict`.
 """
 
 import argparse
@@ -24,16 +25,14 @@ def main(arguments: list[str]) -> int:
     verb = importlib.import_module(f"benchmarks.{parser.parse_args(arguments[:1]).verb}")
     parser = argparse.ArgumentParser(prog=f"tools/bench {arguments[0]}", description=verb.__doc__)
     verb.add_options(parser)
-    parser.add_argument(
-        "--json", type=Path, help="keep every number, with the machine, in this file"
-    )
+    parser.add_argument("--json", type=Path, help="write all numbers and the machine to this file")
     parser.add_argument("--picture", type=Path, help="draw them into this .png")
     options = parser.parse_args(arguments[1:])
-    found = {"machine": describe(), **verb.run(options)}
+    results = {"machine": describe(), **verb.run(options)}
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.picture:
-        verb.draw(found, options.picture)
+        verb.draw(results, options.picture)
     return 0
 
 

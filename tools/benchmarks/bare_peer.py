@@ -1,9 +1,8 @@
-"""A script: Hugging Face generation, teacher, one backward pass of this package's loss and AdamW in
-one plain process.
+"""A script: Hugging Face generation, a teacher, our loss and AdamW in one plain process.
 
     python bare_peer.py ORDER.json
 
-ORDER and the output are those of trl_peer.py. Between them stands the loss alone.
+ORDER and the output have the form of trl_peer.py. Only the loss differs.
 """
 
 import json
@@ -24,15 +23,17 @@ MARK = "PEER "
 
 
 class BareLoop:
-    """Both signals for one batch of prompts, left-padded as generate() wants them."""
+    """Steps with both signals on one batch of prompts, left-padded as generate() needs them."""
 
     def __init__(self, order: dict) -> None:
-        self.order, dtype = order, getattr(torch, order["dtype"])
+        self.order = order
+        dtype = getattr(torch, order["dtype"])
 
         def load(name):
             return AutoModelForCausalLM.from_pretrained(order[name], dtype=dtype).eval()
 
-        self.student, self.teacher = load("student"), load("teacher").requires_grad_(False)
+        self.student = load("student")
+        self.teacher = load("teacher").requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(order["student"], padding_side="left")
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(),
@@ -56,8 +57,10 @@ class BareLoop:
         }
 
     def step(self) -> None:
-        clock, cpu = [time.perf_counter()], time.process_time()
-        width, length = self.inputs.input_ids.shape[1], self.order["max_new_tokens"]
+        clock = [time.perf_counter()]
+        cpu = time.process_time()
+        width = self.inputs.input_ids.shape[1]
+        length = self.order["max_new_tokens"]
         with torch.no_grad():
             ids = self.student.generate(
                 **self.inputs,

@@ -1,4 +1,4 @@
-"""A reward that every response gets some of, in the signature that TRL and this package share."""
+"""A reward that is above 0 for most responses, with a signature that TRL and hybridrl accept."""
 
 
 def digit_share(completions: list[str], **_) -> list[float]:

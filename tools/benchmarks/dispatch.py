@@ -1,5 +1,6 @@
-"""What the driver does for one large batch: draw, headers, rewards, plan, update. Beside it a
-driver that holds the batch itself.
+"""The time of the controller for one large batch: draw, headers, rewards, plan, update.
+
+It is compared with a controller that fetches the batch itself.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from hybridrl.controller.controller import Controller
 from hybridrl.controller.pipeline import Wave
 from hybridrl.types import ScoredBatch
 
-GROUP, PROMPT_TOKENS, PUBLISHED_S = 8, 768, 135.0
+GROUP = 8
+PROMPT_TOKENS = 768
+PUBLISHED_S = 135.0
 TARGET_S = 2.0
 
 
@@ -35,7 +38,7 @@ class Size:
 
     @property
     def nbytes(self) -> int:
-        """Of the scores and rollouts, by their dtypes."""
+        """The bytes of the scores and rollouts, by their dtypes."""
         return self.sequences * (
             self.tokens * (4 + 1 + 4 + 4 + 4) + self.response * 8 * self.support
         )
@@ -123,14 +126,15 @@ def settings_for(size: Size):
 
 def measure(stage: Stage, size: Size, repeats: int, *, with_other: bool) -> dict:
     stage.assign(Work(support=size.support))
-    walls, cpus, fetched, others = [], [], 0.0, []
+    walls: list[float] = []
+    cpus: list[float] = []
+    fetched = 0.0
+    others: list[float] = []
     for _ in range(repeats):
         wall, cpu, row = ours(stage.controller(settings_for(size), prompt_tokens=PROMPT_TOKENS))
-        walls, cpus, fetched = (
-            [*walls, wall],
-            [*cpus, cpu],
-            fetched + row["controller/materialized_bytes"],
-        )
+        walls.append(wall)
+        cpus.append(cpu)
+        fetched += row["controller/materialized_bytes"]
         gc.collect()
     payload = row["transfer/bytes_rollout"] + row["transfer/bytes_scores"]
     for _ in range(repeats if with_other else 0):
@@ -151,23 +155,25 @@ def measure(stage: Stage, size: Size, repeats: int, *, with_other: bool) -> dict
 
 
 def ours(controller: Controller) -> tuple[float, float, dict]:
-    """-> wall and CPU seconds of the driver, and the step's row. The workers' own time, between
-    draw and headers, is left out.
+    """Wall and CPU seconds of the controller, and the row of the step.
+
+    The time of the workers, between the draw and the headers, does not count.
     """
-    began, cpu = time.perf_counter(), cpu_seconds()
+    began = time.perf_counter()
+    cpu = cpu_seconds()
     wave = controller.pipeline.draw(0)
-    drew, drew_cpu = time.perf_counter() - began, cpu_seconds() - cpu
+    draw_s = time.perf_counter() - began
+    draw_cpu_s = cpu_seconds() - cpu
     wait_for(wave)
     controller.pipeline.waves.append(wave)
-    began, cpu = time.perf_counter(), cpu_seconds()
+    began = time.perf_counter()
+    cpu = cpu_seconds()
     row = controller.step()
-    return drew + time.perf_counter() - began, drew_cpu + cpu_seconds() - cpu, row
+    return draw_s + time.perf_counter() - began, draw_cpu_s + cpu_seconds() - cpu, row
 
 
 def materialising(controller: Controller) -> float:
-    """Seconds of a driver that fetches every rollout and score, joins them to one batch, cuts it
-    for its ranks and sends it on.
-    """
+    """Seconds of a controller that fetches all rollouts and scores, joins them and sends shards."""
     wave = controller.pipeline.draw(0)
     wait_for(wave)
     began = time.perf_counter()
@@ -194,7 +200,7 @@ def wait_for(wave: Wave) -> None:
 
 
 def cpu_seconds() -> float:
-    """Of this process, Ray's threads in it included."""
+    """CPU seconds of this process, including Ray's threads in it."""
     times = os.times()
     return times.user + times.system
 
@@ -213,13 +219,13 @@ def show(row: dict) -> None:
     )
 
 
-def draw(found: dict, path: Path) -> None:
+def draw(results: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = sorted(found["rows"], key=lambda row: row["bytes"])
+    rows = sorted(results["rows"], key=lambda row: row["bytes"])
     figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
     axis.loglog(
         [r["bytes"] / 1e9 for r in rows],
@@ -227,18 +233,18 @@ def draw(found: dict, path: Path) -> None:
         "o",
         label="driver holds references",
     )
-    held = [r for r in rows if r["materialising_s"] is not None]
+    fetching = [r for r in rows if r["materialising_s"] is not None]
     axis.loglog(
-        [r["bytes"] / 1e9 for r in held],
-        [r["materialising_s"] for r in held],
+        [r["bytes"] / 1e9 for r in fetching],
+        [r["materialising_s"] for r in fetching],
         "s",
         label="driver materialises (one node)",
     )
     axis.axhline(
-        found["target_s"],
+        results["target_s"],
         color="black",
         linestyle="dashed",
-        label=f"target {found['target_s']:.0f} s",
+        label=f"target {results['target_s']:.0f} s",
     )
     axis.set_xlabel("GB of rollouts and scores in the batch")
     axis.set_ylabel("s in the driver")

@@ -1,5 +1,6 @@
-"""Workers that only wait, and make values of the right shapes. They import neither torch nor vllm:
-a process of 90 MB each.
+"""Workers that only wait, and return values of the right shapes.
+
+They import neither torch nor vllm, so each process takes only 90 MB.
 """
 
 import asyncio
@@ -32,39 +33,40 @@ from hybridrl.types import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Seconds that each kind of worker is busy for one step, and what it makes."""
+    """How many seconds each kind of worker is busy in a step, and the size of its results."""
 
     generate_s: float = 0.0  # of an engine, for its part of a wave
     score_s: float = 0.0
     learn_s: float = 0.0
     pack_s: float = 0.0
-    load_s: float = 0.0  # of an engine, which generates nothing meanwhile
-    # above 0: chunks side by side, each its generate_s times exp(spread x normal), drawn by seed
-    # and prompt
+    load_s: float = 0.0  # of an engine, which does not generate meanwhile
+    # Above 0: chunks are generated concurrently, each in generate_s times exp(spread * z), where
+    # the normal z depends on seed and prompt.
     spread: float = 0.0
-    support: int = 0  # K log-probs and token ids of each response token that a scorer sends
+    support: int = 0  # K, the log-probs and ids that a scorer sends for each response token
 
     @property
     def phases(self) -> tuple[float, float, float, float]:
-        """g, s, t, w"""
+        """(g, s, t, w): the seconds of generating, scoring, training and weight transfer."""
         return self.generate_s, self.score_s, self.learn_s, self.pack_s + self.load_s
 
 
 class Engine:
-    """A device that generates one chunk after the other; a weight update stops it, as it stops an
-    engine.
+    """An engine that generates one chunk after the other, and stops during a weight update.
 
-    With work.spread it generates all chunks side by side, and none slows another.
+    With work.spread it generates all chunks concurrently, and none of them slows another.
     """
 
     def __init__(
         self, settings: RunSettings, *, model: object, device: str, backend: str, source: Source
     ) -> None:
-        self.work, self.version = Work(), -1
-        self.device, self.free_at, self.stopped_s = asyncio.Lock(), 0.0, 0.0
-        self.ends: dict[
-            str, asyncio.Event
-        ] = {}  # "wave/uid" of a chunk's first prompt -> tells it to stop
+        self.work = Work()
+        self.version = -1
+        self.device = asyncio.Lock()
+        self.free_at = 0.0
+        self.stopped_s = 0.0
+        # The event that aborts a chunk, by "wave/uid" of its first prompt.
+        self.ends: dict[str, asyncio.Event] = {}
 
     async def ping(self) -> str:
         return "here"
@@ -76,7 +78,7 @@ class Engine:
         self, order: GenerateOrder, prompts: Sequence[Prompt]
     ) -> tuple[ChunkHeader, RolloutBatch]:
         arrived = time.monotonic()
-        if order.wave == PROBE:  # a few tokens, where the work is that of whole waves
+        if order.wave == PROBE:  # a few tokens take no time
             batch = rollouts(order, prompts, max(self.version, 0))
             return header(batch, 0.0), batch
         if self.work.spread:
@@ -94,14 +96,14 @@ class Engine:
                 + self.work.generate_s / order.num_chunks
                 - self.stopped_s
             )
-            while (left := end + self.stopped_s - time.monotonic()) > 0:
-                await asyncio.sleep(left)
+            while (remaining_s := end + self.stopped_s - time.monotonic()) > 0:
+                await asyncio.sleep(remaining_s)
             self.free_at = end + self.stopped_s
             batch = rollouts(order, prompts, max(self.version, 0))
         return header(batch, time.monotonic() - arrived), batch
 
     async def _alone(self, name: str, seconds: float) -> bool:
-        """-> whether it was left to its end"""
+        """Wait for the end of a chunk; returns False if it was aborted."""
         self.ends[name] = asyncio.Event()
         try:
             await asyncio.wait_for(self.ends[name].wait(), seconds)
@@ -118,7 +120,7 @@ class Engine:
         return len(chosen)
 
     async def load_weights(self, manifest: WeightManifest, packed: np.ndarray) -> str:
-        time.sleep(self.work.load_s)  # not asyncio's: nothing else goes on in an engine meanwhile
+        time.sleep(self.work.load_s)  # blocks the event loop, as an engine does nothing else
         self.stopped_s += self.work.load_s
         self.version = manifest.version
         return manifest.digest
@@ -126,7 +128,9 @@ class Engine:
 
 class Scorer:
     def __init__(self, settings: RunSettings, *, teacher: str, device: str) -> None:
-        self.teacher, self.prompts, self.work = teacher, settings.train.prompts_per_step, Work()
+        self.teacher = teacher
+        self.prompts = settings.train.prompts_per_step
+        self.work = Work()
 
     def ping(self) -> str:
         return "here"
@@ -135,14 +139,11 @@ class Scorer:
         self.work = work
 
     def score(self, batch: RolloutBatch) -> tuple[ScoreHeader, TokenScores]:
-        started, tokens, rows = (
-            time.monotonic(),
-            len(batch.input_ids),
-            int(batch.response_mask.sum()),
-        )
-        time.sleep(
-            self.work.score_s * len(batch.uids) / self.prompts * (rows > 0)
-        )  # nothing to score in what was aborted
+        started = time.monotonic()
+        tokens = len(batch.input_ids)
+        rows = int(batch.response_mask.sum())
+        # An aborted batch has no tokens to score.
+        time.sleep(self.work.score_s * len(batch.uids) / self.prompts * (rows > 0))
         shape = (rows, self.work.support)
         scores = TokenScores(
             teacher=self.teacher,
@@ -157,7 +158,7 @@ class Scorer:
 
 
 class Judge:
-    """Rewards of 0 and 1 in turn."""
+    """A reward worker that returns 0 and 1 alternately."""
 
     def __init__(
         self,
@@ -227,7 +228,7 @@ class Learner:
 
 
 def stretch(order: GenerateOrder, prompts: Sequence[Prompt], spread: float) -> float:
-    """Log-normal of median 1; the same for the same seed and prompt."""
+    """A log-normal factor of median 1, the same for the same seed and prompt."""
     return float(
         np.random.default_rng([order.seed, zlib.crc32(prompts[0].uid.encode())]).lognormal(
             sigma=spread
@@ -258,7 +259,8 @@ def rollouts(order: GenerateOrder, prompts: Sequence[Prompt], version: int) -> R
 
 
 def header(batch: RolloutBatch, finish_s: float) -> ChunkHeader:
-    n, version = batch.num_sequences, int(batch.policy_versions.max())
+    n = batch.num_sequences
+    version = int(batch.policy_versions.max())
     return ChunkHeader(
         uids=batch.uids,
         source=batch.source,

@@ -1,9 +1,9 @@
-"""A script: what no step can be faster than on this machine, piece by piece.
+"""A script: lower bounds on the time of each part of a step on this machine.
 
     python floor_peer.py ORDER.json
 
-ORDER is that of trl_peer.py. Prints seconds of the bare matrix products of a step at the rate
-measured here, of the bare engine for the same requests, and of one copy of the weights.
+ORDER has the form of trl_peer.py. It prints the seconds of the bare matrix products of a step, of
+the bare engine for the same requests, and of one copy of the weights.
 """
 
 import json
@@ -30,11 +30,11 @@ def median_s(call: Callable[[], object], repeats: int = 5) -> float:
 
 
 def products(order: dict, tokens: int) -> dict[str, float]:
-    """Forward 2, backward 4 operations a weight and token; the head 8NVH (student, teacher,
-    dHidden, dHead). Attention is left out.
+    """Seconds of the matrix products of a step, without attention.
 
-    One layer's shapes are timed forward, and stand for the backward's, which are the same products
-    transposed.
+    Per weight and token, forward needs 2 operations and backward 4; the head needs 8NVH (student,
+    teacher, dHidden, dHead). The products of one layer's forward are timed; those of backward are
+    assumed to be as fast, as they are the same ones transposed.
     """
     model = AutoModelForCausalLM.from_pretrained(
         order["student"], dtype=getattr(torch, order["dtype"])
@@ -65,9 +65,7 @@ def products(order: dict, tokens: int) -> dict[str, float]:
 
 
 def bare_engine(order: dict, prompts: list[list[int]]) -> list[float]:
-    """Seconds of vLLM's own loop for each step's requests, with what this package asks of it and
-    nothing around it.
-    """
+    """Seconds of a bare vLLM loop for the requests of each step, with our sampling parameters."""
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import EngineArgs, SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
@@ -117,8 +115,8 @@ def main(order: dict) -> None:
         for line in Path(order["problems"]).read_text().splitlines()[: order["prompts"]]
     ]
     prompts = [tokenizer(row["prompt"]).input_ids for row in rows for _ in range(order["samples"])]
-    found = products(order, sum(map(len, prompts)) + len(prompts) * order["max_new_tokens"])
-    print(MARK + json.dumps(found | {"engine_s": bare_engine(order, prompts)}), flush=True)
+    results = products(order, sum(map(len, prompts)) + len(prompts) * order["max_new_tokens"])
+    print(MARK + json.dumps(results | {"engine_s": bare_engine(order, prompts)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""The loss over the vocabulary: this package's one pass, plain autograd on full logits, others'
-kernels, the bare matrix products.
+"""The loss over the vocabulary: our pass, autograd on full logits, other kernels, bare products.
 
-Dense rows train KL(p || q) alone; the rows called `hybrid` have a cost per token too. On a GPU run
+`dense` rows train KL(p || q) alone; `hybrid` rows also have a cost per token. On a GPU, run
 `tools/bench head --all-shapes`.
 """
 
@@ -27,8 +26,7 @@ from hybridrl.kernels.workspace import Tiles
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROWS = (1024, 4096, 8192, 16384)
 SHAPES = ((4096, 4096, 128256), (2048, 4096, 151936), (1024, 4096, 151936))
-"""Hs, Ht, V: Llama 3 8B by itself, Qwen3 1.7B and 0.6B by 8B."""
-
+"""(Hs, Ht, V) of Llama 3 8B taught by itself, and of Qwen3 1.7B and 0.6B taught by 8B."""
 
 SLICE = 64
 """Rows on which gradients are compared with fp64."""
@@ -43,13 +41,13 @@ class Shape:
 
     @property
     def flop(self) -> int:
-        """Of the products that any exact method needs: 2NV(3Hs + Ht)."""
+        """Operations of the products that any exact method needs: 2NV(3Hs + Ht)."""
         return 2 * self.rows * self.vocabulary * (3 * self.width + self.teacher_width)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """Student and teacher of one shape, the student's as leaves of a graph."""
+    """The inputs of student and teacher; those of the student require gradients."""
 
     hidden: Tensor  # [N, Hs]
     lm_head: Tensor  # [V, Hs]
@@ -59,12 +57,16 @@ class Problem:
     cost: Tensor  # [N]
 
     def forget(self) -> None:
-        self.hidden.grad = self.lm_head.grad = None
+        self.hidden.grad = None
+        self.lm_head.grad = None
 
 
 def problem(shape: Shape, dtype: torch.dtype, device: str, *, peaked: bool) -> Problem:
-    """Flat: independent logits of variance 1. Peaked: of variance 16, and the teacher is the
-    student with noise, as late in training.
+    """Random inputs.
+
+    Args:
+        peaked: logits of variance 16, and a teacher that is the student with noise, as late in
+            training; False: independent logits of variance 1.
     """
     g = torch.Generator(device).manual_seed(0)
 
@@ -72,15 +74,14 @@ def problem(shape: Shape, dtype: torch.dtype, device: str, *, peaked: bool) -> P
         return (torch.randn(*size, generator=g, device=device) * scale).to(dtype)
 
     spread = 4.0 if peaked else 1.0
-    hidden, lm_head = (
-        normal(shape.rows, shape.width, scale=spread),
-        normal(shape.vocabulary, shape.width, scale=shape.width**-0.5),
-    )
+    hidden = normal(shape.rows, shape.width, scale=spread)
+    lm_head = normal(shape.vocabulary, shape.width, scale=shape.width**-0.5)
     teacher_hidden = normal(shape.rows, shape.teacher_width, scale=1.0)
     teacher_head = normal(shape.vocabulary, shape.teacher_width, scale=shape.teacher_width**-0.5)
     if peaked:
         shared = min(shape.width, shape.teacher_width)
-        teacher_hidden, teacher_head = teacher_hidden * 0.1, teacher_head.clone()
+        teacher_hidden = teacher_hidden * 0.1
+        teacher_head = teacher_head.clone()
         teacher_hidden[:, :shared] += hidden[:, :shared]
         teacher_head[:, :shared] = lm_head[:, :shared]
     return Problem(
@@ -94,7 +95,7 @@ def problem(shape: Shape, dtype: torch.dtype, device: str, *, peaked: bool) -> P
 
 
 def ours(p: Problem, rule: HeadRule, *, hybrid: bool) -> None:
-    """Both gradients in one pass, chunk by chunk."""
+    """Our loss and both gradients in one pass, chunk by chunk."""
     ones = torch.ones(len(p.ids), device=p.ids.device)
     terms = TokenColumns(
         token_ids=p.ids,
@@ -122,8 +123,9 @@ def autograd(p: Problem, *, hybrid: bool, compiled: bool = False) -> None:
 
 
 def products(p: Problem, *, out: tuple[Tensor, ...]) -> None:
-    """The four matrix products that any exact method needs, into memory that is there: ours keeps
-    its own between passes too.
+    """The four matrix products that any exact method needs, into allocated memory.
+
+    Our pass keeps its memory between calls, too.
     """
     logits, teacher_logits, d_hidden, d_head = out
     rows = slice(len(p.ids))
@@ -135,8 +137,9 @@ def products(p: Problem, *, out: tuple[Tensor, ...]) -> None:
 
 
 def outputs(p: Problem) -> tuple[Tensor, ...]:
-    """Logits of student and teacher [N, V], dHidden [N, Hs], dHead [V, Hs]; zeros, so that every
-    page is mapped.
+    """Memory for the products: both models' logits [N, V], dHidden [N, Hs] and dHead [V, Hs].
+
+    They are filled with zeros, so that every page is mapped.
     """
     logits = p.hidden.new_zeros(len(p.ids), len(p.lm_head))
     return logits, torch.zeros_like(logits), torch.zeros_like(p.hidden), torch.zeros_like(p.lm_head)
@@ -167,7 +170,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trl",
         type=Path,
-        help="a wheel of TRL to take its kernel from; else an installed trl, else left out",
+        help="a wheel of TRL with its kernel; by default an installed trl, if there is one",
     )
 
 
@@ -178,9 +181,9 @@ def run(options: argparse.Namespace) -> dict:
         "teacher_width": options.teacher_width,
         "vocabulary": options.vocabulary,
     }
-    asked = [(Shape(rows=n, **widths), options.peaked) for n in options.rows]
+    cases = [(Shape(rows=n, **widths), options.peaked) for n in options.rows]
     if options.all_shapes:
-        asked = [
+        cases = [
             (Shape(rows=n, width=s, teacher_width=t, vocabulary=v), k)
             for s, t, v in SHAPES
             for n in ROWS
@@ -191,7 +194,7 @@ def run(options: argparse.Namespace) -> dict:
         "square products: "
         + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in square.items())
     )
-    shapes = [one(options, device, square, *a) for a in asked]
+    shapes = [one(options, device, square, *case) for case in cases]
     return {
         "device": device,
         "chunk": options.chunk,
@@ -204,30 +207,32 @@ def run(options: argparse.Namespace) -> dict:
 def variants(
     p: Problem, name: str, options: argparse.Namespace
 ) -> dict[str, Callable[[Problem], object]]:
-    """name -> call, of the inputs in one dtype."""
-    rule, device = HeadRule(chunk=options.chunk), p.hidden.device.type
-    found: dict[str, Callable[[Problem], object]] = {
+    """The calls to compare by name, for inputs in one dtype."""
+    rule = HeadRule(chunk=options.chunk)
+    device = p.hidden.device.type
+    results: dict[str, Callable[[Problem], object]] = {
         f"products {name}": partial(products, out=outputs(p))
     }
     for kind, hybrid in (("hybrid", True), ("dense", False)):
-        found[f"ours {name} {kind}"] = partial(ours, rule=rule, hybrid=hybrid)
-        found[f"autograd {name} {kind}"] = partial(autograd, hybrid=hybrid)
+        results[f"ours {name} {kind}"] = partial(ours, rule=rule, hybrid=hybrid)
+        results[f"autograd {name} {kind}"] = partial(autograd, hybrid=hybrid)
     if name == "bf16" and device == "cpu":
-        found["ours bf16 hybrid, fp32 logits"] = partial(
+        results["ours bf16 hybrid, fp32 logits"] = partial(
             ours, rule=replace(rule, exact_logits=True), hybrid=True
         )
     if device == "cuda":
-        found[f"torch.compile {name} hybrid"] = partial(autograd, hybrid=True, compiled=True)
-    return found | (head_peers.found(options.trl) if name == "bf16" else {})
+        results[f"torch.compile {name} hybrid"] = partial(autograd, hybrid=True, compiled=True)
+    return results | (head_peers.available(options.trl) if name == "bf16" else {})
 
 
 def one(
     options: argparse.Namespace, device: str, square: dict[str, float], shape: Shape, peaked: bool
 ) -> dict:
-    """Times, memory and errors of every variant on one problem; one that fails says so and is left
-    out.
-    """
-    calls, rates, measured, failed = {}, {}, {}, {}
+    """Times, memory and errors of every variant on one problem; failing ones are reported."""
+    calls = {}
+    rates = {}
+    measured = {}
+    failed = {}
     for name, dtype in DTYPES.items() if device == "cpu" else (("bf16", torch.bfloat16),):
         p, part = (
             problem(replace(shape, rows=n), dtype, device, peaked=peaked)
@@ -236,13 +241,15 @@ def one(
         for variant, call in variants(p, name, options).items():
             try:
                 timed = partial(_timed, p, call, device)
-                timed()  # what compiles, compiles here
+                timed()  # the first call may compile
                 measured[variant] = {
                     "extra_bytes": extra_bytes(p, timed, device),
                     "error": _error(part, call, "hybrid" in variant),
                 }
-                calls[variant], rates[variant] = timed, square[name]
-            except Exception as error:  # another's kernel, or a GPU too small for full logits: the rest is still worth measuring
+                calls[variant] = timed
+                rates[variant] = square[name]
+            # A foreign kernel may fail, or full logits may not fit the GPU; measure the others.
+            except Exception as error:
                 failed[variant] = f"{type(error).__name__}: {error}".splitlines()[0]
             p.forget()
     seconds = interleaved(calls, options.repeats)
@@ -268,10 +275,10 @@ def _timed(p: Problem, call: Callable[[Problem], object], device: str) -> None:
 
 
 def extra_bytes(p: Problem, call: Callable[[], object], device: str) -> int:
-    """Growth at the peak of a call beyond the two gradients: of the allocator's count on CUDA, else
-    of the resident set.
+    """The growth of memory at the peak of a call, less the two gradients.
 
-    0 for the bare products, which write into what is there.
+    It is that of the allocator on CUDA, else of the resident set; 0 for the bare products, which
+    write into allocated memory.
     """
     p.forget()
     Tiles.release()
@@ -281,15 +288,15 @@ def extra_bytes(p: Problem, call: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return max(torch.cuda.max_memory_allocated() - before - gradients, 0)
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide the growth
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
+    ctypes.CDLL(None).malloc_trim(0)  # memory that earlier calls freed would hide the growth
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     before = resident("VmRSS")
     call()
     return max(resident("VmHWM") - before - gradients, 0)
 
 
 def resident(mark: str) -> int:
-    """Bytes of this process, from the kernel."""
+    """Bytes of this process, as the kernel reports them."""
     return 1024 * next(
         int(line.split()[1])
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -298,9 +305,7 @@ def resident(mark: str) -> int:
 
 
 def _error(p: Problem, call: Callable[[Problem], object], hybrid: bool) -> dict[str, float] | None:
-    """Relative errors of both gradients against fp64 on a few rows; None: the call makes no
-    gradients.
-    """
+    """Relative errors of both gradients against fp64 on a few rows; None: there are none."""
     p.forget()
     call(p)
     if p.hidden.grad is None:
@@ -328,10 +333,9 @@ def asdict_shallow(p: Problem) -> dict[str, Tensor]:
 
 
 def square_rate(device: str) -> dict[str, float]:
-    """FLOP/s of a 2048 (on CUDA 8192) square product in each dtype, best of 5: the machine's rate
-    without any overhead.
-    """
-    size, found = 8192 if device == "cuda" else 2048, {}
+    """FLOP/s of a square product of size 2048 (on CUDA 8192) in each dtype, the best of 5."""
+    size = 8192 if device == "cuda" else 2048
+    results = {}
     for name, dtype in DTYPES.items():
         a = torch.randn(size, size, device=device).to(dtype)
         out = torch.empty_like(a)
@@ -341,33 +345,31 @@ def square_rate(device: str) -> dict[str, float]:
             if device == "cuda":
                 torch.cuda.synchronize()
 
-        found[name] = 2 * size**3 / min(interleaved({"": call}, 5)[""])
-    return found
+        results[name] = 2 * size**3 / min(interleaved({"": call}, 5)[""])
+    return results
 
 
-def show(found: dict) -> None:
-    print("N={rows} Hs={width} Ht={teacher_width} V={vocabulary} peaked={peaked}".format(**found))
-    middle = medians({name: row["seconds"] for name, row in found["variants"].items()})
-    for name, row in found["variants"].items():
+def show(results: dict) -> None:
+    print("N={rows} Hs={width} Ht={teacher_width} V={vocabulary} peaked={peaked}".format(**results))
+    middle = medians({name: row["seconds"] for name, row in results["variants"].items()})
+    for name, row in results["variants"].items():
         error = " ".join(f"{e:.1e}" for e in row["error"].values()) if row["error"] else ""
-        rate, ratio = (
-            found["flop"] / middle[name] / 1e9,
-            middle[name] / middle.get("ours bf16 hybrid", math.nan),
-        )
+        rate = results["flop"] / middle[name] / 1e9
+        ratio = middle[name] / middle.get("ours bf16 hybrid", math.nan)
         speed = f"{rate:8.0f} GFLOP/s {row['share_of_square']:6.1%} of a square product"
         print(
             f"{name:37s} {middle[name]:8.4f} s {speed} {ratio:6.2f} x ours "
             f"{row['extra_bytes'] / 2**20:8.0f} MiB  {error}"
         )
-    for name, why in found["failed"].items():
+    for name, why in results["failed"].items():
         print(f"{name:32s} left out: {why}")
 
 
-def draw(found: dict, path: Path) -> None:
+def draw(results: dict, path: Path) -> None:
     """Medians of each shape's variants as bars; the line is what the products alone take."""
     from matplotlib import pyplot
 
-    shapes = found["shapes"]
+    shapes = results["shapes"]
     figure, axes = pyplot.subplots(
         len(shapes), 1, figsize=(8, 0.5 + 3 * len(shapes)), squeeze=False, layout="constrained"
     )

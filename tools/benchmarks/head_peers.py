@@ -1,9 +1,7 @@
-"""Losses over the vocabulary that others ship, called as their documentation says; only what can be
-imported is measured.
+"""Losses over the vocabulary of other packages, if these are installed.
 
-TRL's kernel file imports the trainer, which wants far more than the kernel: its two files are
-loaded alone, straight from a wheel or from an installed trl, with a stub for the one function they
-take from there.
+TRL's kernel file imports its trainer, which needs far more than the kernel. So only its two files
+are loaded, from a wheel or an installed trl, with a stub for the one function of the trainer.
 """
 
 import importlib.util
@@ -21,8 +19,8 @@ from typing import Any
 import torch
 
 
-def found(trl: Path | None) -> dict[str, Callable[[Any], object]]:
-    """name -> call of a benchmarks.head.Problem."""
+def available(trl: Path | None) -> dict[str, Callable[[Any], object]]:
+    """Calls of a benchmarks.head.Problem, by name."""
     peers: dict[str, Callable[[Any], object]] = {}
     if trl is not None or importlib.util.find_spec("trl"):
         peers["TRL ChunkedDivergence bf16 dense"] = _trl(trl)
@@ -32,7 +30,7 @@ def found(trl: Path | None) -> dict[str, Callable[[Any], object]]:
 
 
 def versions(trl: Path | None) -> dict[str, str]:
-    """Of what `found` takes from a wheel; what is installed stands in the machine's description."""
+    """The version of a wheel; those of installed packages are in the description of the machine."""
     if trl is None:
         return {}
     with zipfile.ZipFile(trl) as archive:
@@ -60,15 +58,15 @@ def _trl_kernels(wheel: Path | None) -> types.ModuleType:
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = []
     utils = types.ModuleType(f"{name}.trainer.utils")
-    utils.maybe_gather_lm_head_ctx = lambda *_: (
-        nullcontext()
-    )  # gathers ZeRO-3 shards; here there are none
+    # The original gathers ZeRO-3 shards, of which there are none here.
+    vars(utils)["maybe_gather_lm_head_ctx"] = lambda *_: nullcontext()
     sys.modules[utils.__name__] = utils
     for part in ("chunked_logprob", "chunked_divergence"):
         file = _trl_file(wheel, f"trl/kernels/{part}.py")
         spec = importlib.util.spec_from_file_location(f"{name}.kernels.{part}", file)
         assert spec is not None and spec.loader is not None, file
-        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
         spec.loader.exec_module(module)
     return module
 
@@ -92,9 +90,8 @@ def _liger() -> dict[str, Callable[[Any], object]]:
         else {}
     )
     in_kernel = LigerFusedLinearJSD(jsd_beta=1.0, **wide)
-    policy = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, chunk_size=1024
-    )  # sequences; by itself it takes one at a time
+    # chunk_size is in sequences, and 1 by default.
+    policy = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, chunk_size=1024)
 
     def distil(p: Any) -> torch.Tensor:
         return chunked(p.hidden, p.lm_head, p.teacher_hidden, p.teacher_head, p.ids)

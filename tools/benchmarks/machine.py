@@ -1,4 +1,4 @@
-"""What the numbers were measured on."""
+"""A description of the machine on which numbers are measured."""
 
 import os
 import platform
@@ -23,19 +23,19 @@ def describe() -> dict[str, str | int]:
     """Processor, cores, memory in GiB, GPU, versions, and the commit of this checkout."""
     import torch
 
-    found: dict[str, str | int] = {
+    results: dict[str, str | int] = {
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": memory_gib(),
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+        results["gpu"] = torch.cuda.get_device_name()
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            results[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found | {"python": platform.python_version(), "commit": commit()}
+    return results | {"python": platform.python_version(), "commit": commit()}
 
 
 def processor() -> str:
@@ -52,7 +52,7 @@ def memory_gib() -> int:
 
 
 def commit() -> str:
-    """Short hash, with + where tracked files differ from it; "unknown" outside a checkout."""
+    """The short hash of HEAD, with + if tracked files differ; "unknown" outside of a checkout."""
     git = [
         "git",
         "-C",

@@ -1,6 +1,4 @@
-"""What this package adds to its parts: to vLLM, to a PyTorch training loop, and to a step
-(controller and Ray).
-"""
+"""The overhead over vLLM, over a PyTorch loop, and of the controller and Ray in a step."""
 
 import argparse
 import statistics
@@ -56,7 +54,7 @@ MODELS = {
 }
 PARTS = ("generation", "learner", "controller", "scaling")
 QUICKSTART = Work(generate_s=0.42, score_s=0.22, learn_s=0.54, pack_s=0.02, load_s=0.02)
-"""The phases of a quickstart step (README)."""
+"""The phases of a step of the quickstart."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -68,13 +66,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
-    found: dict = {"targets": TARGETS}
+    results: dict = {"targets": TARGETS}
     for part, measure in (("generation", generation), ("learner", learner)):
         if part in options.parts:
-            found[part] = {}
+            results[part] = {}
             for name in options.models:
-                found[part][name] = with_ray(measure, settings_of(*MODELS[name]), options.repeats)
-                row = found[part][name]
+                results[part][name] = with_ray(measure, settings_of(*MODELS[name]), options.repeats)
+                row = results[part][name]
                 verdict = "reached" if row["share"] >= TARGETS[part] else "MISSED"
                 print(
                     f"{part:11s} {name:8s} {row['text']}: {row['share']:.1%} of bare, target "
@@ -82,10 +80,10 @@ def run(options: argparse.Namespace) -> dict:
                     flush=True,
                 )
     if "controller" in options.parts:
-        found["controller"] = controller_share(options.repeats)
+        results["controller"] = controller_share(options.repeats)
     if "scaling" in options.parts:
-        found["scaling"] = scaling(options.most_engines, options.most_groups)
-    return found
+        results["scaling"] = scaling(options.most_engines, options.most_groups)
+    return results
 
 
 def with_ray(measure, settings: RunSettings, repeats: int) -> dict:
@@ -114,7 +112,7 @@ def bare(name: str, settings: RunSettings, slots: dict, logs: str) -> ActorGroup
 
 
 def shares(wholes: list[float], parts: list[float]) -> float:
-    """The median of part / whole, turn by turn."""
+    """The median over the turns of part / whole."""
     return statistics.median(part / whole for whole, part in zip(wholes, parts, strict=True))
 
 
@@ -122,11 +120,10 @@ def shares(wholes: list[float], parts: list[float]) -> float:
 
 
 def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
-    """Tokens per second from generate to the last header, and of a bare engine for the same
-    requests and seeds.
+    """Tokens per second of our engine and of a bare one, for the same requests and seeds.
 
-    In fp32 both give the same number of tokens; in bf16 a response may depend on which others are
-    in its batch.
+    In fp32 both sample the same number of tokens; in bf16 a response may depend on the others in
+    its batch.
     """
     ours = RolloutGroup(
         settings,
@@ -138,7 +135,8 @@ def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> d
     )
     engine = bare("BareEngine", settings, slots, logs)
     gather([*ours.ready(), *engine.submit_all("ping", deadline_s=600.0)])
-    train, rng = settings.train, np.random.default_rng(0)
+    train = settings.train
+    rng = np.random.default_rng(0)
     prompts = [
         Prompt(uid=f"p{i}", input_ids=tuple(rng.integers(3, 16, 12).tolist()), text="", columns={})
         for i in range(train.prompts_per_step)
@@ -169,7 +167,8 @@ def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> d
         )
         for kind, (tokens, seconds) in made.items() if turn else ():
             rates[kind].append(tokens / seconds)
-    rate, tokens = statistics.median(rates["ours"]), {kind: made[kind][0] for kind in kinds}
+    rate = statistics.median(rates["ours"])
+    tokens = {kind: made[kind][0] for kind in kinds}
     share, unseeded = (shares(rates[kind], rates["ours"]) for kind in kinds[1:])
     text = (
         f"{tokens['ours']} tokens ({tokens['bare']} bare), {rate:.0f} tok/s ({unseeded:.1%} "
@@ -185,9 +184,7 @@ def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> d
 
 
 def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
-    """Seconds of LearnerGroup.update as its caller sees it, and of a bare loop over the same
-    micro-batches.
-    """
+    """Seconds of LearnerGroup.update for its caller, and of a bare loop on the same batch."""
     ours = LearnerGroup(settings, slots["ours"], device="cpu", log_dir=logs)
     loop = bare("BareLearner", settings, slots, logs)
     gather([*ours.ready(), *loop.submit_all("ping", deadline_s=600.0)])
@@ -222,7 +219,8 @@ def problem(settings: RunSettings) -> tuple[UpdatePlan, RolloutBatch, Rewards, T
     from hybridrl.batch.balance import micro_batches
     from hybridrl.models.loading import load_output_head
 
-    train, rng = settings.train, np.random.default_rng(0)
+    train = settings.train
+    rng = np.random.default_rng(0)
     how = {"wave": "w", "chunk": 0, "num_chunks": 1, "temperature": 1.0, "seed": 0}
     order = GenerateOrder(
         **how, group_size=train.samples_per_prompt, max_new_tokens=settings.rollout.max_new_tokens
@@ -231,16 +229,15 @@ def problem(settings: RunSettings) -> tuple[UpdatePlan, RolloutBatch, Rewards, T
     width = load_output_head(
         settings.teachers["main"].path or settings.model.path, "float32"
     ).shape[1]
-    ids, rows, n = (
-        rng.integers(3, 16, len(plain.input_ids)).astype(np.int32),
-        int(plain.response_mask.sum()),
-        plain.num_sequences,
-    )
+    ids = rng.integers(3, 16, len(plain.input_ids)).astype(np.int32)
+    rows = int(plain.response_mask.sum())
+    n = plain.num_sequences
     values = {f: getattr(plain, f) for f in plain.__dataclass_fields__} | {"input_ids": ids}
     states = rng.standard_normal((rows, width)).astype(np.float32)
     if settings.teachers["main"].dtype == "bfloat16":
         states = (states.view(np.uint32) >> 16).astype(np.uint16)
-    value, ones = rng.integers(0, 2, n).astype(np.float32), np.ones(n, np.float32)
+    value = rng.integers(0, 2, n).astype(np.float32)
+    ones = np.ones(n, np.float32)
     rewards = Rewards(
         uids=plain.uids,
         values=value,
@@ -278,9 +275,7 @@ def problem(settings: RunSettings) -> tuple[UpdatePlan, RolloutBatch, Rewards, T
 
 
 def controller_share(repeats: int) -> dict:
-    """Share of a step, as long as one of the quickstart, that is nobody's work: whole waves, and
-    one call for each group.
-    """
+    """The share of a quickstart step in which no worker is busy, with one chunk and with many."""
     rows = {}
     with Stage(settings_of()) as stage:
         stage.assign(QUICKSTART)
@@ -292,9 +287,8 @@ def controller_share(repeats: int) -> dict:
                 [controller.step()["time/step_s"] for _ in range(2 + repeats)][2:]
             )
             g, s, t, w = QUICKSTART.phases
-            busy = (
-                g + s * size / 96 + t + w
-            )  # all but the last chunk are scored while others are generated
+            # All chunks but the last one are scored while others are generated.
+            busy = g + s * size / 96 + t + w
             rows[name] = {"step_s": step_s, "busy_s": busy, "share": 1 - busy / step_s}
             verdict = "reached" if rows[name]["share"] <= TARGETS["controller"] else "MISSED"
             print(
@@ -307,9 +301,7 @@ def controller_share(repeats: int) -> dict:
 
 
 def scaling(most_engines: int, most_groups: int) -> dict:
-    """Driver CPU and wall seconds of a step of workers that do nothing, as one of engines, groups
-    and tokens grows.
-    """
+    """Seconds of the controller per step of workers that do nothing, by engines, groups, tokens."""
     base = {"engines": min(4, most_engines), "groups": min(256, most_groups), "tokens": 256}
 
     def fourfold(first, last):
@@ -335,11 +327,12 @@ def scaling(most_engines: int, most_groups: int) -> dict:
 
 
 def growth(points: list[dict], axis: str) -> str:
-    """How the last step along an axis compares with proportion."""
+    """Whether the cost grows more than linearly in the last step along an axis."""
     if len(points) < 2:
         return "one point only"
     before, last = points[-2:]
-    times, cost = last[axis] / before[axis], last["wall_s"] / before["wall_s"]
+    times = last[axis] / before[axis]
+    cost = last["wall_s"] / before["wall_s"]
     return (
         f"{times:.0f} times the {axis} cost {cost:.2f} times: "
         f"{'at most linear' if cost <= 1.1 * times else 'MORE than linear'}"
@@ -356,24 +349,28 @@ def driver_cost(stage: Stage, *, engines: int, groups: int, tokens: int, repeats
         f"rollout.max_new_tokens={tokens}",
         f"rollout.max_model_len={tokens + 16}",
     )
-    controller, walls, cpus = stage.controller(settings, engines=engines), [], []
+    controller = stage.controller(settings, engines=engines)
+    walls = []
+    cpus = []
     for _ in range(1 + repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall = time.perf_counter()
+        cpu = time.process_time()
         controller.step()
-        walls, cpus = [*walls, time.perf_counter() - wall], [*cpus, time.process_time() - cpu]
+        walls = [*walls, time.perf_counter() - wall]
+        cpus = [*cpus, time.process_time() - cpu]
     medians = {"wall_s": statistics.median(walls[1:]), "cpu_s": statistics.median(cpus[1:])}
     return {"engines": engines, "groups": groups, "tokens": tokens, **medians}
 
 
-def draw(found: dict, path: Path) -> None:
+def draw(results: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shares = {part: found[part] for part in ("generation", "learner") if part in found}
-    panels = [*shares.items(), *found.get("scaling", {}).items()] or [
-        ("controller", found["controller"])
+    shares = {part: results[part] for part in ("generation", "learner") if part in results}
+    panels = [*shares.items(), *results.get("scaling", {}).items()] or [
+        ("controller", results["controller"])
     ]
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(3.7 * len(panels), 3.4), squeeze=False, layout="constrained"
@@ -382,7 +379,7 @@ def draw(found: dict, path: Path) -> None:
         if isinstance(rows, dict):
             axis.bar(list(rows), [100 * row["share"] for row in rows.values()], 0.5)
             axis.axhline(
-                100 * found["targets"][name], color="black", linestyle="dashed", label="target"
+                100 * results["targets"][name], color="black", linestyle="dashed", label="target"
             )
             axis.set_ylabel("% of a step" if name == "controller" else "% of the bare part's speed")
             axis.set_title(name, fontsize=10)

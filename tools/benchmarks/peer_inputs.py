@@ -1,4 +1,4 @@
-"""What every peer is given: the same models, prompts and lengths."""
+"""The inputs of all peers: the same models, prompts and lengths."""
 
 import json
 import shutil
@@ -39,17 +39,17 @@ PAIRS = {
 }
 
 NEVER = "<never>"
-# room for a prompt and the forced response, which the tiny model is not made for; rotary, so
-# without weights
 POSITIONS = 128
+"""Positions for a prompt and the forced response, more than the tiny model has by itself. It has
+rotary embeddings, so no weights are missing.
+"""
 
 
 def endless(model: str, folder: Path) -> Path:
-    """A copy of the model whose end token has no row in the output embedding, so every response
-    runs to the limit.
+    """A copy of a model that never writes its end token, so all responses have the full length.
 
-    Log-probs are as they were, where a least length would take the end token out of the
-    distribution.
+    Its end token has no row in the output embedding. Log-probs do not change, while a minimal
+    length would remove the end token from the distribution.
     """
     shutil.copytree(resolve(model), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -83,9 +83,7 @@ def endless(model: str, folder: Path) -> Path:
 def write_problems(
     folder: Path, instruction: str, count: int, num_heldout: int = 1, seed: int = 0
 ) -> Path:
-    """Countdown problems, one JSON object a line: prompt, numbers, target; none of them is among
-    the held-out ones.
-    """
+    """Write Countdown training problems as JSON lines with prompt, numbers and target."""
     problems, _ = load_problems(
         DataConfig(task="countdown", num_train=count, num_heldout=num_heldout), seed=seed
     )

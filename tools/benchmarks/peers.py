@@ -1,11 +1,10 @@
-"""What a user would pick instead, on CPU: TRL 1.16's DistillationTrainer and GRPOTrainer beside a
-step of this package.
+"""A whole step on the CPU, compared with TRL 1.16's DistillationTrainer and GRPOTrainer.
 
-Same models, prompts, forced lengths, learning rate and threads, the batch in one pass on both
-sides, the rest each one's defaults. Each row is a process of its own, the rows take turns: ours
-(one step with both signals), ours-distillation, ours-reward, TRL's two trainers, bare-loop (Hugging
-Face generation and our loss in plain torch) and floor (the bare parts that no step can do without).
-TRL lives in an interpreter of its own: python -m venv trl && trl/bin/pip install trl==1.16.0, then
+All have the same models, prompts, forced lengths, learning rate and threads, and the batch in one
+pass; other settings are the defaults of each. Each row is its own process, and the rows take turns:
+ours (one step with both signals), ours-distillation, ours-reward, TRL's two trainers, bare-loop
+(Hugging Face generation and our loss in plain torch) and floor (lower bounds on the parts of a
+step). TRL needs its own interpreter: python -m venv trl && trl/bin/pip install trl==1.16.0, then
 --trl-python trl/bin/python.
 """
 
@@ -22,11 +21,14 @@ from benchmarks import watched
 from benchmarks.peer_inputs import PAIRS, Pair, endless, write_problems
 
 HERE = Path(__file__).parent
-PROMPTS, SAMPLES, LENGTH = 8, 4, 64
+PROMPTS = 8
+SAMPLES = 4
+LENGTH = 64
 PHASES = ("rollout", "score", "reward", "learn", "sync")
 OURS = {"ours": "hybrid", "ours-distillation": "opd_full", "ours-reward": "dr_grpo"}
 TRL = {"trl-distillation": "distillation", "trl-grpo": "grpo"}
-BARE, FLOOR = "bare-loop", "floor"
+BARE = "bare-loop"
+FLOOR = "floor"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict:
     rows = options.rows or [FLOOR, *(TRL if options.trl_python else ()), BARE, *OURS]
-    found = {}
+    results = {}
     for name in options.models:
         with tempfile.TemporaryDirectory(prefix="peers-") as folder:
             bench = Bench(Path(folder), PAIRS[name], options)
@@ -57,13 +59,13 @@ def run(options: argparse.Namespace) -> dict:
                 for row in rows:
                     runs[row].append(bench.measure(row))
                     print(f"{name:8s} {row:24s} {describe(runs[row][-1])}", flush=True)
-            found[name] = {"runs": runs, "summary": summary(runs, options.warm_up)}
-            report(name, found[name]["summary"])
+            results[name] = {"runs": runs, "summary": summary(runs, options.warm_up)}
+            report(name, results[name]["summary"])
     shape = {"prompts": PROMPTS, "samples": SAMPLES, "forced_tokens": LENGTH}
     return {
         "shape": shape
         | {key: getattr(options, key) for key in ("rounds", "steps", "warm_up", "threads")},
-        "models": found,
+        "models": results,
     }
 
 
@@ -71,11 +73,11 @@ class Bench:
     """One pair of models in a folder, and how each row is run on it."""
 
     def __init__(self, folder: Path, pair: Pair, options: argparse.Namespace) -> None:
-        self.folder, self.pair, self.options = folder, pair, options
-        self.student, self.teacher = (
-            endless(pair.student, folder / "student"),
-            endless(pair.teacher, folder / "teacher"),
-        )
+        self.folder = folder
+        self.pair = pair
+        self.options = options
+        self.student = endless(pair.student, folder / "student")
+        self.teacher = endless(pair.teacher, folder / "teacher")
         self.problems = write_problems(folder, pair.instruction, PROMPTS)
         self.reward = f"{HERE / 'digit_reward.py'}:digit_share"
         self.steps = options.warm_up + options.steps
@@ -124,7 +126,7 @@ class Bench:
         seen = watched.run(
             [str(part) for part in command], under=self.options.under, env=self.env | env
         )
-        return seen.told() | process(seen)
+        return seen.printed() | process(seen)
 
     def _ours(self, algorithm: str) -> dict:
         run_dir = Path(tempfile.mkdtemp(prefix=f"{algorithm}-", dir=self.folder)) / "run"
@@ -198,26 +200,26 @@ def process(seen: watched.Watched) -> dict:
 
 
 def cpu_per_step(cpu_at: dict[int, float], steps: int) -> list[float]:
-    """CPU seconds of each step, to half a second of two cores; a step that no look fell into shares
-    the next one's.
+    """CPU seconds of each step, with an error of up to half a second of two cores.
+
+    A step in which no measurement was taken shares the time of the next one.
     """
-    found: list[float] = []
+    results: list[float] = []
     for before, after in pairwise(step for step in sorted(cpu_at) if 0 <= step <= steps):
-        found += [(cpu_at[after] - cpu_at[before]) / (after - before)] * (after - before)
-    return found
+        results += [(cpu_at[after] - cpu_at[before]) / (after - before)] * (after - before)
+    return results
 
 
-def describe(found: dict) -> str:
-    seconds = found.get("step_s") or found["engine_s"]
-    memory = (
-        f"{found['peak_bytes'] / 2**30:.1f} GiB, {found['others_cores']:.2f} cores busy elsewhere"
-    )
+def describe(results: dict) -> str:
+    seconds = results.get("step_s") or results["engine_s"]
+    memory = f"{results['peak_bytes'] / 2**30:.1f} GiB"
+    memory += f", {results['others_cores']:.2f} cores busy elsewhere"
     return " ".join(f"{s:.2f}" for s in seconds) + f" s; {memory}"
 
 
 def summary(runs: dict[str, list[dict]], warm_up: int) -> dict[str, dict]:
     """Per row: medians over the counted steps of every process, rates, and the largest memory."""
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     for row, processes in runs.items():
         keys = [
             key
@@ -237,31 +239,32 @@ def summary(runs: dict[str, list[dict]], warm_up: int) -> dict[str, dict]:
             values |= {"tokens_per_s": PROMPTS * SAMPLES * LENGTH / values["step_s"]}
             if values.get("rollout_s"):
                 values |= {"generated_per_s": PROMPTS * SAMPLES * LENGTH / values["rollout_s"]}
-        found[row] = values | {"peak_bytes": max(p["peak_bytes"] for p in processes)}
-    if BARE in found and (ours := next((row for row in OURS if row in found), None)):
-        found["ours-hf-generation"] = with_hf_generation(found[ours], found[BARE])
-    return found
+        results[row] = values | {"peak_bytes": max(p["peak_bytes"] for p in processes)}
+    if BARE in results and (ours := next((row for row in OURS if row in results), None)):
+        results["ours-hf-generation"] = with_hf_generation(results[ours], results[BARE])
+    return results
 
 
 def with_hf_generation(ours: dict, bare: dict) -> dict:
-    """A step of ours whose rollout takes what generate() took: computed, not run. No engine, so no
-    weights to sync.
+    """Our step with the time of generate() instead of the engine's and the weight sync's.
+
+    It is computed, not run.
     """
     step_s = ours["step_s"] - ours["rollout_s"] - ours["sync_s"] + bare["rollout_s"]
-    kept = {key: ours[key] for key in ("score_s", "reward_s", "learn_s")}
+    other_phases = {key: ours[key] for key in ("score_s", "reward_s", "learn_s")}
     tokens = PROMPTS * SAMPLES * LENGTH
     return {
         "step_s": step_s,
         "rollout_s": bare["rollout_s"],
-        **kept,
+        **other_phases,
         "tokens_per_s": tokens / step_s,
         "computed": True,
     }
 
 
-def report(name: str, found: dict[str, dict]) -> None:
+def report(name: str, results: dict[str, dict]) -> None:
     print(f"\n{name}, {PROMPTS} x {SAMPLES} responses of {LENGTH} tokens; medians")
-    for row, values in found.items():
+    for row, values in results.items():
         if row != FLOOR:
             phases = "  ".join(
                 f"{phase} {values[f'{phase}_s']:.2f}" for phase in PHASES if f"{phase}_s" in values
@@ -269,26 +272,25 @@ def report(name: str, found: dict[str, dict]) -> None:
             memory = (
                 f"{values['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in values else "computed"
             )
-            cpu, rate = values.get("cpu_s", float("nan")), values["tokens_per_s"]
+            cpu = values.get("cpu_s", float("nan"))
+            rate = values["tokens_per_s"]
             print(
                 f"  {row:24s} {values['step_s']:8.2f} s a step  {cpu:7.2f} CPU s  {rate:6.0f} "
                 f"tokens/s  {memory:9s} {phases}"
             )
-    ours = found["ours"]["step_s"] if "ours" in found else None
-    if ours and all(row in found for row in TRL):
-        distillation, both = (
-            found["trl-distillation"]["step_s"],
-            sum(found[row]["step_s"] for row in TRL),
-        )
+    ours = results["ours"]["step_s"] if "ours" in results else None
+    if ours and all(row in results for row in TRL):
+        distillation = results["trl-distillation"]["step_s"]
+        both = sum(results[row]["step_s"] for row in TRL)
         print(f"  TRL distillation / ours (both signals): {distillation / ours:.2f} (target 2)")
         print(f"  TRL distillation + GRPO / ours (both signals): {both / ours:.2f} (target 3)")
-        cpu = {row: found[row]["cpu_s"] for row in ("ours", *TRL)}
+        cpu = {row: results[row]["cpu_s"] for row in ("ours", *TRL)}
         print(
             f"  the same by CPU seconds: {cpu['trl-distillation'] / cpu['ours']:.2f}, "
             f"{sum(cpu[row] for row in TRL) / cpu['ours']:.2f}"
         )
-    if FLOOR in found and ours:
-        report_floor(found[FLOOR], ours)
+    if FLOOR in results and ours:
+        report_floor(results[FLOOR], ours)
     print(flush=True)
 
 
@@ -316,7 +318,7 @@ def report_floor(floor: dict, ours: float) -> None:
     )
 
 
-def draw(found: dict, picture: Path) -> None:
+def draw(results: dict, picture: Path) -> None:
     """Stacked phases of each row, one panel a model."""
     import matplotlib
 
@@ -324,9 +326,9 @@ def draw(found: dict, picture: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(
-        1, len(found["models"]), figsize=(7 * len(found["models"]), 4), squeeze=False
+        1, len(results["models"]), figsize=(7 * len(results["models"]), 4), squeeze=False
     )
-    for panel, (name, model) in zip(panels[0], found["models"].items(), strict=True):
+    for panel, (name, model) in zip(panels[0], results["models"].items(), strict=True):
         rows = {row: values for row, values in model["summary"].items() if row != FLOOR}
         left = dict.fromkeys(rows, 0.0)
         for phase in (*PHASES, "rest"):

@@ -1,10 +1,9 @@
-"""What equal steps buy: TRL 1.16's trainers and this package from the same tiny student, prompts,
-batch, learning rate and optimizer.
+"""The accuracy after equal steps of TRL 1.16's trainers and of this package.
 
-Over several seeds, each with the same problems for all. Every student is then judged by the same
-code: greedy accuracy on held-out Countdown problems, and KL(student || teacher) over the whole
-vocabulary on held-out responses that the initial student drew once. For --trl-python see
-`tools/bench peers`.
+All begin with the same tiny student, prompts, batch, learning rate and optimizer, over several
+seeds. Every student is judged by the same code: greedy accuracy on held-out Countdown problems, and
+KL(student || teacher) over the whole vocabulary on held-out responses that the initial student
+sampled once. For --trl-python see `tools/bench peers`.
 """
 
 import argparse
@@ -26,7 +25,9 @@ from hybridrl.models.loading import load_model, load_tokenizer, resolve
 from hybridrl.rewards.countdown import countdown
 from hybridrl.settings.run import DataConfig
 
-HERE, LENGTH, HELDOUT = Path(__file__).parent, 16, 512
+HERE = Path(__file__).parent
+LENGTH = 16
+HELDOUT = 512
 REWARD = f"{HERE.parent.parent / 'hybridrl' / 'rewards' / 'countdown.py'}:countdown"
 SAME_AS_GRPO = [
     "algorithm=dr_grpo",
@@ -56,8 +57,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict:
     pair = PAIRS["tiny"]
-    judge, rows = Judge(pair.student, pair.teacher), [*(TRL if options.trl_python else ()), *OURS]
-    found = {
+    judge = Judge(pair.student, pair.teacher)
+    rows = [*(TRL if options.trl_python else ()), *OURS]
+    results = {
         "initial": [judge.judge(str(resolve(pair.student)))],
         "teacher": [judge.judge(str(resolve(pair.teacher)))],
     }
@@ -69,14 +71,15 @@ def run(options: argparse.Namespace) -> dict:
                     student, versions = trained_by_trl(Path(folder), row, options, seed)
                 else:
                     student = trained_by_us(Path(folder), row, options, seed)
-                found.setdefault(row, []).append(judge.judge(str(student)))
-            print(f"seed {seed}  {told(row, found[row][-1:])}", flush=True)
-    print("\n".join(told(row, each) for row, each in found.items()), flush=True)
+                results.setdefault(row, []).append(judge.judge(str(student)))
+            print(f"seed {seed}  {described(row, results[row][-1:])}", flush=True)
+    print("\n".join(described(row, each) for row, each in results.items()), flush=True)
     settings = {k: v for k, v in vars(options).items() if k not in ("json", "picture")}
-    return {"settings": settings, "heldout": HELDOUT, "trl_versions": versions, "rows": found}
+    return {"settings": settings, "heldout": HELDOUT, "trl_versions": versions, "rows": results}
 
 
-def told(row: str, each: list[dict[str, float]]) -> str:
+def described(row: str, each: list[dict[str, float]]) -> str:
+    """A line with the means of a row over its seeds."""
     accuracy, kl = ([values[key] for values in each] for key in ("accuracy", "kl"))
     return (
         f"{row:18s} accuracy {mean(accuracy):6.1%}   KL to the teacher {mean(kl):.4f} nats a "
@@ -87,7 +90,8 @@ def told(row: str, each: list[dict[str, float]]) -> str:
 def trained_by_trl(
     folder: Path, row: str, options: argparse.Namespace, seed: int
 ) -> tuple[Path, dict[str, str]]:
-    pair, work = PAIRS["tiny"], folder / row
+    pair = PAIRS["tiny"]
+    work = folder / row
     work.mkdir()
     problems = write_problems(
         work, pair.instruction, options.prompts * options.steps, HELDOUT, seed
@@ -112,7 +116,8 @@ def trained_by_trl(
     (work / "order.json").write_text(json.dumps(order))
     command = [options.trl_python, str(HERE / "trl_peer.py"), TRL[row], str(work / "order.json")]
     env = {"PYTHONPATH": "", "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-    return work / "saved", watched.run(command, under=options.under, env=env).told()["versions"]
+    output = watched.run(command, under=options.under, env=env).printed()
+    return work / "saved", output["versions"]
 
 
 def trained_by_us(folder: Path, row: str, options: argparse.Namespace, seed: int) -> Path:
@@ -200,17 +205,15 @@ class Judge:
         )
 
 
-def draw(found: dict, picture: Path) -> None:
+def draw(results: dict, picture: Path) -> None:
     """Accuracy against KL, one point a row."""
     os.environ["MPLBACKEND"] = "Agg"
     from matplotlib import pyplot
 
     figure, panel = pyplot.subplots(figsize=(6, 4))
-    for row, each in found["rows"].items():
-        kl, accuracy = (
-            [values["kl"] for values in each],
-            [100 * values["accuracy"] for values in each],
-        )
+    for row, each in results["rows"].items():
+        kl = [values["kl"] for values in each]
+        accuracy = [100 * values["accuracy"] for values in each]
         panel.scatter(kl, accuracy, s=20, alpha=0.7, label=row)
     panel.set(xlabel="KL(student || teacher), nats a token", ylabel="held-out accuracy, %")
     panel.legend(fontsize=8)

@@ -1,7 +1,7 @@
-"""What the pipelined schedule gains: where every phase has a device of its own (workers that only
-wait), and on this machine's CPU.
+"""The gain of schedule=pipelined with a device for each phase, and on the CPU of this machine.
 
-And what rollout.oversample gains where a few responses take much longer than most.
+The devices are workers that only wait. Also measured is the gain of rollout.oversample if a few
+responses take much longer than most.
 """
 
 import argparse
@@ -20,8 +20,11 @@ MIXES = {
     "learner slowest": Work(generate_s=0.3, score_s=0.4, learn_s=0.8, **WEIGHTS),
     "all alike": Work(generate_s=0.6, score_s=0.6, learn_s=0.6, **WEIGHTS),
 }
-TAIL, OVERSAMPLE = Work(generate_s=0.3, spread=1.0, score_s=0.1, learn_s=0.2, **WEIGHTS), (0, 0.25)
-PROMPTS, WARM_UP, DRAIN = 16, 3, 2
+TAIL = Work(generate_s=0.3, spread=1.0, score_s=0.1, learn_s=0.2, **WEIGHTS)
+OVERSAMPLE = (0, 0.25)
+PROMPTS = 16
+WARM_UP = 3
+DRAIN = 2
 SIZE = [f"train.prompts_per_step={PROMPTS}", "train.samples_per_prompt=2"]
 TARGET = 1.05
 """Largest seconds per step over max(g, s, t) + w."""
@@ -62,9 +65,7 @@ def scaled(work: Work, scale: float) -> Work:
 
 
 def step_seconds(stage: Stage, work: Work, steps: int, *overrides: str) -> float:
-    """Of one step, the mean of `steps` in a row between a warm-up and the last ones, which draw
-    nothing ahead.
-    """
+    """Mean seconds of `steps` steps, after a warm-up and before the last, which draw no more."""
     return timed_steps(stage, work, steps, *overrides)[0]
 
 
@@ -76,15 +77,15 @@ def timed_steps(
     controller = stage.controller(
         settings_of(*SIZE, f"train.steps={WARM_UP + steps + DRAIN}", *overrides)
     )
-    ends, rows = [], []
+    ends = []
+    rows = []
     for _ in range(WARM_UP + steps + DRAIN):
         rows.append(controller.step())
         ends.append(time.perf_counter())
-    trained, source = trained_by(controller), controller.prompts
-    come_again, handed_out = (
-        {p.uid for p in source.owed},
-        source.epoch * len(source.prompts) + source.position,
-    )
+    trained = trained_by(controller)
+    source = controller.prompts
+    come_again = {p.uid for p in source.owed}
+    handed_out = source.epoch * len(source.prompts) + source.position
     assert len(trained) == len(ends) * PROMPTS, "a step trained on too few"
     assert len({*trained, *come_again}) == len(trained) + len(come_again) == handed_out, (
         "a prompt was lost or came twice"
@@ -93,20 +94,18 @@ def timed_steps(
 
 
 def run(options: argparse.Namespace) -> dict:
-    found: dict = {"target": TARGET} | ({"waits": waits(options)} if options.steps else {})
+    results: dict = {"target": TARGET} | ({"waits": waits(options)} if options.steps else {})
     if options.tail_steps:
-        found["tail"] = tail(options.tail_steps, options.scale)
+        results["tail"] = tail(options.tail_steps, options.scale)
     if options.real_steps:
         from benchmarks.quickstart import compare_schedules  # the real workers: seconds to import
 
-        found["quickstart"] = compare_schedules(options.real_steps, options.turns)
-    return found
+        results["quickstart"] = compare_schedules(options.real_steps, options.turns)
+    return results
 
 
 def waits(options: argparse.Namespace) -> dict:
-    """Sync, streamed and pipelined seconds per step of each mix, beside g + s + t + w and max(g, s,
-    t) + w.
-    """
+    """Seconds per step of each mix with each schedule, and g + s + t + w and max(g, s, t) + w."""
     rows = {}
     print(
         f"{'seconds per step':18s} {'sync':>7s} {'g+s+t+w':>8s} {'streamed':>9s} "
@@ -116,7 +115,8 @@ def waits(options: argparse.Namespace) -> dict:
         for name, mix in MIXES.items():
             work = scaled(mix, options.scale)
             *phases, w = work.phases
-            whole, single = f"rollout.groups_per_chunk={PROMPTS}", "rollout.groups_per_chunk=1"
+            whole = f"rollout.groups_per_chunk={PROMPTS}"
+            single = "rollout.groups_per_chunk=1"
             few = max(options.steps // 3, 1)
             sync, streamed = (step_seconds(stage, work, few, size) for size in (whole, single))
             pipelined = step_seconds(stage, work, options.steps, whole, "schedule=pipelined")
@@ -140,13 +140,13 @@ def waits(options: argparse.Namespace) -> dict:
 
 
 def tail(steps: int, scale: float) -> list[dict[str, float]]:
-    """Seconds of a step and of its responses (those it trains on) without and with
-    rollout.oversample.
+    """Seconds of a step, and of the responses it trains on, without and with rollout.oversample.
 
-    Times of groups are log-normal, p95 / median = 5; a group that comes again draws anew, and more
-    groups slow no other: what rollout.oversample costs an engine that is full is not in it.
+    The times of groups are log-normal with p95 / median = 5, and those of a group that is drawn a
+    second time are new. More groups do not slow the others, so the cost of rollout.oversample for a
+    full engine is not included.
     """
-    found = []
+    results = []
     with Stage(settings_of(*SIZE)) as stage:
         for share in OVERSAMPLE:
             how = ("rollout.groups_per_chunk=1", f"rollout.oversample={share}")
@@ -158,7 +158,7 @@ def tail(steps: int, scale: float) -> list[dict[str, float]]:
                 "late": "rollout/late_frac",
             }
             seen = {name: statistics.fmean(row[key] for row in rows) for name, key in keys.items()}
-            found.append({"oversample": share, "step": step_s, **seen})
+            results.append({"oversample": share, "step": step_s, **seen})
             times = "  ".join(f"{name} {seen[name]:.3f}" for name in ("p50", "p95", "max"))
             print(
                 f"heavy tail, rollout.oversample={share:<4}: step {step_s:.3f} s, responses "
@@ -166,24 +166,24 @@ def tail(steps: int, scale: float) -> list[dict[str, float]]:
             )
     print(
         f"rollout.oversample={OVERSAMPLE[1]} makes a step "
-        f"{found[0]['step'] / found[1]['step']:.2f}x as fast"
+        f"{results[0]['step'] / results[1]['step']:.2f}x as fast"
     )
-    return found
+    return results
 
 
-def draw(found: dict, path: Path) -> None:
+def draw(results: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     parts = {"waits": draw_waits, "tail": draw_tail, "quickstart": draw_quickstart}
-    parts = {name: part for name, part in parts.items() if name in found}
+    parts = {name: part for name, part in parts.items() if name in results}
     figure, axes = pyplot.subplots(
         1, len(parts), figsize=(5.5 * len(parts), 4), squeeze=False, layout="constrained"
     )
     for axis, (name, part) in zip(axes[0], parts.items(), strict=True):
-        part(axis, found[name])
+        part(axis, results[name])
         axis.set_ylabel("s per step")
     figure.savefig(path, dpi=110)
 
@@ -228,8 +228,8 @@ def draw_tail(axis, rows: list[dict[str, float]]) -> None:
     axis.legend(fontsize=8)
 
 
-def draw_quickstart(axis, found: dict) -> None:
-    variants = found["variants"]
+def draw_quickstart(axis, results: dict) -> None:
+    variants = results["variants"]
     axis.bar(
         range(len(variants)),
         [statistics.median(v["step_s"]) for v in variants.values()],

@@ -1,6 +1,4 @@
-"""The quickstart with its real workers, in step and pipelined, in turns from the same weights over
-the same workers.
-"""
+"""The quickstart with real workers: sync and pipelined in turns, from the same weights."""
 
 import statistics
 import tempfile
@@ -48,33 +46,33 @@ class Turns:
 
     def summary(self) -> dict:
         rows = [row for turn in self.rows for row in turn]
-        found = {"step_s": self.step_s, "accuracy_after": self.accuracy}
+        results = {"step_s": self.step_s, "accuracy_after": self.accuracy}
         for key in KEPT:
-            found[key] = statistics.fmean(row[key] for row in rows)
-        found["policy/staleness_max"] = max(row["policy/staleness_max"] for row in rows)
-        found["reward_last_5"] = statistics.fmean(
+            results[key] = statistics.fmean(row[key] for row in rows)
+        results["policy/staleness_max"] = max(row["policy/staleness_max"] for row in rows)
+        results["reward_last_5"] = statistics.fmean(
             row["reward/mean"] for turn in self.rows for row in turn[-5:]
         )
-        found["workers_busy_s"] = statistics.median(busy_s(row) for row in rows)
-        found["median_step_s"] = statistics.median(row["time/step_s"] for row in rows)
-        return found
+        results["workers_busy_s"] = statistics.median(busy_s(row) for row in rows)
+        results["median_step_s"] = statistics.median(row["time/step_s"] for row in rows)
+        return results
 
 
 def busy_s(row: dict[str, float]) -> float:
-    """Seconds of a sync step in which some worker was at work; the rest is controller and Ray.
+    """Seconds of a sync step in which some worker was busy; the rest is controller and Ray.
 
-    The step has one chunk: scoring and rewards begin together, when it is sampled, and nothing else
-    goes on meanwhile. So of their times the longer one counts, and the others follow one after the
-    other. Reward workers have no clock of their own: theirs is how long the controller waited for
-    them.
+    The step has one chunk: scoring and rewards begin together after sampling, so the longer of both
+    counts, and all other phases follow one after the other. Reward workers have no clock; their
+    time is how long the controller waited for them.
     """
     judged = max(row["time/scorers_busy_s"], row["time/reward_s"])
     return row["time/response_s_max"] + judged + row["time/learner_busy_s"] + row["time/sync_s"]
 
 
 def compare_schedules(steps: int, turns: int) -> dict:
-    """`turns` turns of `steps` steps of each variant, interleaved, each from the weights and
-    optimizer of the same first step.
+    """Run `turns` times `steps` steps of each variant, interleaved.
+
+    Each turn begins with the weights and the optimizer of the same first step.
     """
     connect(settings_of())
     try:
@@ -96,11 +94,11 @@ def in_turns(steps: int, turns: int, folder: Path) -> dict:
         for schedule in ("sync", "pipelined")
         for threads in (2, 1)
     }
-    found = {name: Turns() for name in variants}
+    results = {name: Turns() for name in variants}
     for turn in range(1 + turns):  # the first one warms up
         for name, (schedule, on) in variants.items():
             take_turn(
-                found[name] if turn else Turns(),
+                results[name] if turn else Turns(),
                 schedule,
                 on,
                 steps if turn else 3,
@@ -108,13 +106,14 @@ def in_turns(steps: int, turns: int, folder: Path) -> dict:
                 heldout,
                 folder,
             )
-    return report({name: seen.summary() for name, seen in found.items()}, before, steps)
+    return report({name: seen.summary() for name, seen in results.items()}, before, steps)
 
 
 def ground(threads: int, folder: Path) -> Ground:
     settings = settings_of(*COMMON, f"cluster.threads_per_worker={threads}", "train.steps=1")
     cluster = Cluster(settings).__enter__()
-    slots, log_dir = place_workers(settings, cluster), str(folder / f"logs-{threads}")
+    slots = place_workers(settings, cluster)
+    log_dir = str(folder / f"logs-{threads}")
     return Ground(
         settings=settings,
         workers=start_workers(
@@ -158,7 +157,8 @@ def report(variants: dict[str, dict], before: float, steps: int) -> dict:
         f"{'staleness':>10s}"
     )
     for name, v in variants.items():
-        seconds, accuracy = statistics.median(v["step_s"]), statistics.fmean(v["accuracy_after"])
+        seconds = statistics.median(v["step_s"])
+        accuracy = statistics.fmean(v["accuracy_after"])
         age = f"{v['policy/staleness_mean']:.2f}, <= {v['policy/staleness_max']:.0f}"
         print(
             f"{name:34s} {seconds:7.3f} {best / seconds:12.3f} {accuracy:9.1%} "

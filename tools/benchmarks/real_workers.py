@@ -1,6 +1,4 @@
-"""The production workers with a clock in them, and the bare loops that they are compared with. Each
-runs as an actor of its own.
-"""
+"""Production workers with a clock, and the bare loops with which they are compared; all actors."""
 
 import time
 from collections.abc import Sequence
@@ -39,7 +37,7 @@ from hybridrl.weights.stream import WeightStream, unpack
 
 
 class WeightHost:
-    """In the learner's place: a model and its WeightStream, without an optimizer."""
+    """A worker for the learner's place: a model and its WeightStream, without an optimizer."""
 
     def __init__(
         self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str
@@ -47,6 +45,7 @@ class WeightHost:
         weights = FullFineTuning(load_model(settings.model.path, settings.model.dtype))
         self.stream = WeightStream(weights.published(), lambda parameters: nullcontext())
         self.pack_s = 0.0
+        self.copy: np.ndarray | None = None  # memory for `parts`
 
     def ping(self) -> str:
         return "here"
@@ -58,16 +57,13 @@ class WeightHost:
         return packed
 
     def parts(self) -> dict[str, float]:
-        """Seconds of the last pack, of one memcpy of as many bytes into warm memory, and of one
-        digest.
-        """
+        """Seconds of the last pack, of one memcpy into warm memory, and of one digest."""
+        assert self.stream.buffer is not None, "nothing was packed"
         packed = self.stream.buffer.numpy()
-        there = getattr(self, "there", None)
-        if there is None:
-            there = self.there = np.zeros_like(packed)
-            np.copyto(there, packed)
+        if self.copy is None:
+            self.copy = packed.copy()
         started = time.perf_counter()
-        np.copyto(there, packed)
+        np.copyto(self.copy, packed)
         copied = time.perf_counter()
         xxhash.xxh3_128_hexdigest(packed)
         return {
@@ -78,7 +74,7 @@ class WeightHost:
 
 
 class TimedRollout(Rollout):
-    """Knows how long its last weight update took."""
+    """A rollout worker that measures its last weight update."""
 
     load_s = 0.0
 
@@ -92,16 +88,14 @@ class TimedRollout(Rollout):
         return self.load_s
 
     async def keep(self, manifest: WeightManifest, packed: np.ndarray) -> None:
-        """Hold the bytes in this process's own memory."""
-        self.kept = manifest, np.array(packed)
+        """Copy the weights into the memory of this process."""
+        self.weights = (manifest, np.array(packed))
 
     async def own_load(self) -> float:
-        """Seconds of the engine's own load of weights that are in its memory: no digest, no
-        checks.
-        """
+        """Seconds of the engine's own load of weights in its memory, without digest and checks."""
         started = time.perf_counter()
         self.engine.collective_rpc("start_weight_update")
-        self.engine.collective_rpc(load_plainly, args=self.kept)
+        self.engine.collective_rpc(load_plainly, args=self.weights)
         self.engine.collective_rpc("finish_weight_update")
         return time.perf_counter() - started
 
@@ -124,11 +118,12 @@ class BareEngine:
     def generate(
         self, prompts: Sequence[Prompt], order: GenerateOrder, seeded: bool
     ) -> tuple[int, float]:
-        """-> response tokens, seconds"""
+        """Generate the responses; returns the number of tokens, and the seconds."""
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        started, tokens = time.perf_counter(), 0
+        started = time.perf_counter()
+        tokens = 0
         for prompt in prompts:
             for k in range(order.group_size):
                 params = SamplingParams(
@@ -140,10 +135,8 @@ class BareEngine:
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
-                name, salt = (
-                    f"{order.wave}/{prompt.uid}/{k}",
-                    order.wave,
-                )  # no prefix of an earlier call is reused
+                name = f"{order.wave}/{prompt.uid}/{k}"
+                salt = order.wave  # no prefix of an earlier call is reused
                 self.engine.add_request(
                     name,
                     TokensPrompt(prompt_token_ids=list(prompt.input_ids), cache_salt=salt),
@@ -155,17 +148,17 @@ class BareEngine:
 
 
 class BareLearner:
-    """Forward, the same head pass, backward, clip and AdamW on fp32 weights, over micro-batches
-    made beforehand.
+    """Forward, our head pass, backward, clipping and AdamW on fp32 weights, in a bare loop.
 
-    Layers and optimizer are the product's, so that what is left between them is what the product
-    adds.
+    Its micro-batches are made beforehand. Layers and optimizer are the product's, so the difference
+    is the overhead of the product.
     """
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
         self.model = load_model(settings.model.path, settings.model.dtype)
-        tokens, packed = settings.rollout.max_model_len, settings.train.packing
+        tokens = settings.rollout.max_model_len
+        packed = settings.train.packing
         if attends_plainly(self.model, tokens):
             self.model.set_attn_implementation("eager")
         compile_layers(self.model, tokens=tokens, packed=packed, learns=True)
@@ -221,7 +214,8 @@ class BareLearner:
                 0
             ].backward()
         for master, parameter in zip(self.masters, self.parameters, strict=True):
-            master.grad, parameter.grad = parameter.grad.float(), None
+            master.grad = parameter.grad.float()
+            parameter.grad = None
         nn.utils.clip_grad_norm_(self.masters, self.settings.train.grad_clip)
         self.optimizer.step()
         with torch.no_grad():

@@ -1,6 +1,4 @@
-"""The production controller, sampling, pipeline and groups, with workers of our choice behind
-them.
-"""
+"""The production controller, sampling, pipeline and groups, with any workers behind them."""
 
 import copy
 import logging
@@ -111,11 +109,9 @@ class Stage:
         ray.init(address="local", object_store_memory=store_bytes, **quiet)
         self.folder = Path(tempfile.mkdtemp(prefix="hybridrl-bench-"))
         self.cluster = Cluster(settings).__enter__()
-        slots, log_dir, here = (
-            place_workers(settings, self.cluster),
-            str(self.folder / "logs"),
-            {"device": "cpu"},
-        )
+        slots = place_workers(settings, self.cluster)
+        log_dir = str(self.folder / "logs")
+        here = {"device": "cpu"}
         teacher = settings.scored_teachers[0]
         self.workers = Workers(
             rollout=FakeRollout(

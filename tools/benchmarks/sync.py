@@ -1,6 +1,4 @@
-"""Weights from the learner's side into a real vLLM engine, beside one memcpy of as many bytes and
-the engine's own load.
-"""
+"""Sending weights to a real vLLM engine, compared with one memcpy and the engine's own load."""
 
 import argparse
 import statistics
@@ -89,7 +87,8 @@ def measure(settings: RunSettings, repeats: int) -> dict:
         )
         host = WeightHosts(settings, slots["learner"], device="cpu", log_dir=logs)
         gather([*engines.ready(), *host.ready()])
-        sync, seconds = WeightSync(host, engines, backend), []
+        sync = WeightSync(host, engines, backend)
+        seconds = []
         manifest, packed = host.pack_weights(0)
         engines.group.call_all("keep", manifest, packed, deadline_s=60.0)
         del packed
@@ -101,12 +100,12 @@ def measure(settings: RunSettings, repeats: int) -> dict:
             started = time.perf_counter()
             nbytes = sync.publish(version)
             total = time.perf_counter() - started
-            found = {
+            results = {
                 "total": total,
                 "engine": ask(engines.group, "last_load"),
                 **ask(host.group, "parts"),
             }
-            seconds.append(found | {"own_load": ask(engines.group, "own_load")})
+            seconds.append(results | {"own_load": ask(engines.group, "own_load")})
         engines.close(), host.close()
     return summary(seconds[2:], nbytes)
 
@@ -149,7 +148,7 @@ def show(name: str, row: dict) -> None:
     )
 
 
-def draw(found: dict, path: Path) -> None:
+def draw(results: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -157,12 +156,12 @@ def draw(found: dict, path: Path) -> None:
 
     figure, axes = pyplot.subplots(
         1,
-        len(found["models"]),
-        figsize=(4 * len(found["models"]), 4),
+        len(results["models"]),
+        figsize=(4 * len(results["models"]), 4),
         squeeze=False,
         layout="constrained",
     )
-    for axis, (name, row) in zip(axes[0], found["models"].items(), strict=True):
+    for axis, (name, row) in zip(axes[0], results["models"].items(), strict=True):
         m = row["median"]
         stacks = {"sync": {"pack": m["pack"], "put, call": row["rest"], "engine": m["engine"]}}
         stacks["memcpy +\nown load"] = {"memcpy": m["memcpy"], "own load": m["own_load"]}

@@ -1,4 +1,4 @@
-"""Variants take turns, so that a slow moment of the machine hits all of them."""
+"""Timing of variants that take turns, so that a slow moment of the machine affects all of them."""
 
 import statistics
 import time

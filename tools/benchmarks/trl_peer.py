@@ -1,9 +1,8 @@
-"""A script for an interpreter with trl 1.16: trains by one of its trainers and prints what each
-step took, as JSON.
+"""A script for an interpreter with trl 1.16: train with TRL and print the times of steps as JSON.
 
     python trl_peer.py distillation|grpo ORDER.json
 
-ORDER holds student, teacher, problems (.jsonl), reward (file.py:function), dtype, prompts, samples,
+ORDER has student, teacher, problems (.jsonl), reward (file.py:function), dtype, prompts, samples,
 max_new_tokens, steps, lr, betas, threads, repeat_prompts and save (a folder, or null). Only TRL,
 transformers and the standard library are imported.
 """
@@ -27,9 +26,7 @@ MARK = "PEER "
 
 
 class Clock(TrainerCallback):
-    """Wall and CPU seconds from the end of one step to the end of the next, so that the data loader
-    is in them, and the losses.
-    """
+    """Wall and CPU seconds between the ends of steps, data loading included, and the losses."""
 
     def __init__(self) -> None:
         self.ends: list[tuple[float, float]] = []
@@ -121,7 +118,8 @@ def trainer_of(kind: str, order: dict, rows: list[dict], clock: Clock):
 
 def timed_generation(trainer) -> list[float]:
     """Seconds of each call of model.generate from here on."""
-    seconds, generate = [], trainer.model.generate
+    seconds = []
+    generate = trainer.model.generate
 
     def timed(*args, **kwargs):
         started = time.perf_counter()
@@ -145,7 +143,7 @@ def main(kind: str, order: dict) -> None:
     trainer.train()
     if order["save"]:
         trainer.save_model(order["save"])
-    found = {
+    results = {
         "step_s": [b - a for (a, _), (b, _) in zip(clock.ends, clock.ends[1:], strict=False)],
         "cpu_s": [b - a for (_, a), (_, b) in zip(clock.ends, clock.ends[1:], strict=False)],
         "rollout_s": generate_s,
@@ -153,7 +151,7 @@ def main(kind: str, order: dict) -> None:
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": {name: metadata.version(name) for name in ("trl", "torch", "transformers")},
     }
-    print(MARK + json.dumps(found), flush=True)
+    print(MARK + json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""A process with all that it starts: how long, how much memory, and how busy the machine was with
-something else.
-"""
+"""Run a process and measure its time, its memory, and the load of the machine by others."""
 
 import json
 import os
@@ -10,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 
@@ -18,25 +17,22 @@ EVERY_S = 0.5
 
 @dataclass(slots=True)
 class Watched:
-    """Filled while the process runs.
+    """The measurements of a process and its children, updated while it runs.
 
-    Memory is anonymous (private, not file-backed) and summed over the processes that live at the
-    same time.
+    Memory is anonymous (private, not file-backed), summed over the processes that run at the same
+    time.
     """
 
     peak_bytes: int = 0
     cpu_s: float = 0.0
     wall_s: float = 0.0
-    others_cores: float = (
-        0.0  # cores that other programs kept busy while this one computed, on average
-    )
-    cpu_at: dict[int, float] = field(
-        default_factory=dict
-    )  # CPU seconds so far when `progress` first said so many
+    others_cores: float = 0.0  # mean number of cores that other programs used while it computed
+    # CPU seconds so far, when `progress` first returned this number of steps
+    cpu_at: dict[int, float] = field(default_factory=dict)
     output: str = field(default="", repr=False)
 
-    def told(self) -> dict:
-        """What one of the peers' scripts printed as JSON."""
+    def printed(self) -> dict[str, Any]:
+        """The JSON that one of the peers' scripts printed."""
         line = next(line for line in self.output.splitlines() if line.startswith("PEER "))
         return json.loads(line.removeprefix("PEER "))
 
@@ -49,17 +45,17 @@ def run(
     limit_s: float = 3600.0,
     progress: Callable[[], int] = lambda: 0,
 ) -> Watched:
-    """Run to the end and return what was seen; stdout and stderr are joined in `output`.
+    """Run a command to its end; `output` has its stdout and stderr.
 
     Args:
-        under: command in front, e.g. "taskset -c 0,1".
-        progress: how many steps are done, asked twice a second.
+        under: a command that runs it, e.g. "taskset -c 0,1".
+        progress: returns how many steps are done; called twice a second.
 
     Raises:
-        RuntimeError: it failed or took longer than limit_s; the end of its output is in the
-            message.
+        RuntimeError: it failed, or took longer than limit_s.
     """
-    seen, started = Watched(), time.perf_counter()
+    seen = Watched()
+    started = time.perf_counter()
     full = [*shlex.split(under), *command]
     with subprocess.Popen(
         full,
@@ -96,23 +92,28 @@ def busy_s() -> float:
 
 def watch(pid: int, seen: Watched, done: threading.Event, progress: Callable[[], int]) -> None:
     cpu: dict[int, float] = {}
-    before, others_s, computing_s = (time.perf_counter(), busy_s(), 0.0), 0.0, 0.0
+    before = (time.perf_counter(), busy_s(), 0.0)
+    others_s = 0.0
+    computing_s = 0.0
     while not done.wait(EVERY_S):
         memory = 0
         for process in family(pid):
             try:
                 with process.oneshot():
-                    held, times = process.memory_info(), process.cpu_times()
+                    usage = process.memory_info()
+                    times = process.cpu_times()
             except psutil.Error:
                 continue
-            memory += held.rss - held.shared
+            memory += usage.rss - usage.shared
             cpu[process.pid] = times.user + times.system
         now = (time.perf_counter(), busy_s(), sum(cpu.values()))
         wall, busy, own = (b - a for a, b in zip(before, now, strict=True))
-        if own > wall / 5:  # it does not wait
-            others_s, computing_s = others_s + max(busy - own, 0.0), computing_s + wall
+        if own > wall / 5:  # it computes
+            others_s += max(busy - own, 0.0)
+            computing_s += wall
         before = now
-        seen.peak_bytes, seen.cpu_s = max(seen.peak_bytes, memory), now[2]
+        seen.peak_bytes = max(seen.peak_bytes, memory)
+        seen.cpu_s = now[2]
         seen.cpu_at.setdefault(progress(), now[2])
         seen.others_cores = others_s / max(computing_s, EVERY_S)
 

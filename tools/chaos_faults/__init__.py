@@ -1,3 +1,1 @@
-"""The fault matrix, done to real runs of tiny models on one machine; what was found is kept in
-results/.
-"""
+"""Faults in real runs of tiny models on one machine; their results are stored in results/."""

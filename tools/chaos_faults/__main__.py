@@ -1,8 +1,8 @@
-"""tools/chaos [ID ...]: do faults to real runs, print a line for each, keep findings and card in
-tools/chaos_faults/results.
+"""tools/chaos [ID ...]: cause faults in real runs, print a line for each, and write the card.
 
-IDs that were run before are replaced on the card, so it can be run in pieces; each row keeps the
-commit it was run at. Exit status 1 where one fails.
+Findings and card are written to tools/chaos_faults/results. A fault that was run before is replaced
+on the card, so the matrix can be run in parts; each row names the commit at which it was run. The
+exit status is 1 if a fault fails.
 """
 
 import argparse
@@ -18,20 +18,20 @@ from pathlib import Path
 
 from benchmarks import machine
 
-from chaos_faults.finding import Finding, Made, Row, keep, provenance, summary
+from chaos_faults.finding import Finding, Made, Row, provenance, store, summary
 from chaos_faults.ground import Ground
 from chaos_faults.matrix import MATRIX, Do
 from chaos_faults.training import ROOT
 
 
 def main(arguments: list[str]) -> int:
-    known = {fault.id: fault for fault in MATRIX}
+    fault_of = {fault.id: fault for fault in MATRIX}
     parser = argparse.ArgumentParser(
         prog="tools/chaos",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {' '.join(known)}; none: all")
+    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {' '.join(fault_of)}; none: all")
     parser.add_argument(
         "--work",
         type=Path,
@@ -39,55 +39,62 @@ def main(arguments: list[str]) -> int:
         help="folder of the runs",
     )
     options = parser.parse_args(arguments)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell starts what is in its background deaf to it, and so its runs
-    if unknown := set(options.ids) - known.keys():
+    # A shell starts background jobs with SIGINT ignored, and the runs would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if unknown := set(options.ids) - fault_of.keys():
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
     if not options.ids:
         shutil.rmtree(options.work, ignore_errors=True)
-    ground, failed, done = Ground(options.work), False, []
-    made, began = (
-        Made(machine=f"{os.cpu_count()} cores of {machine.processor()}", commit=commit()),
-        time.monotonic(),
-    )
-    for do, ids in grouped([key for key in known if key in (options.ids or known)]):
+    ground = Ground(options.work)
+    failed = False
+    done = []
+    made = Made(machine=f"{os.cpu_count()} cores of {machine.processor()}", commit=commit())
+    began = time.monotonic()
+    for do, ids in grouped([key for key in fault_of if key in (options.ids or fault_of)]):
         started = time.monotonic()
-        found = attempt(do, ground, ids)
+        findings = attempt(do, ground, ids)
         took = time.monotonic() - started
         rows = [
-            Row(id=i, fault=known[i].name, proof=known[i].proof, seconds=took, finding=found[i])
-            for i in ids
+            Row(
+                id=key,
+                fault=fault_of[key].name,
+                proof=fault_of[key].proof,
+                seconds=took,
+                finding=findings[key],
+            )
+            for key in ids
         ]
         for row in rows:
             print(
                 f"{'pass' if row.finding.passed else 'FAIL'}  {row.id}  {row.fault}: "
-                f"{row.finding.said}  [{took:.0f} s]",
+                f"{row.finding.outcome}  [{took:.0f} s]",
                 flush=True,
             )
             failed |= not row.finding.passed
-        keep(rows, list(known), made)
+        store(rows, list(fault_of), made)
         done += rows
     if not options.ids:
-        kept = keep(done, list(known), replace(made, whole_minutes=(time.monotonic() - began) / 60))
-        print(provenance(kept), summary(kept))
+        whole = replace(made, whole_minutes=(time.monotonic() - began) / 60)
+        stored = store(done, list(fault_of), whole)
+        print(provenance(stored), summary(stored))
     return int(failed)
 
 
 def grouped(ids: list[str]) -> list[tuple[Do | str, list[str]]]:
-    """Faults that one scenario does together."""
+    """(scenario, its faults), as one scenario may cause several faults."""
     groups: dict[Do | str, list[str]] = {}
-    known = {fault.id: fault.do for fault in MATRIX}
+    scenario_of = {fault.id: fault.do for fault in MATRIX}
     for key in ids:
-        groups.setdefault(known[key], []).append(key)
+        groups.setdefault(scenario_of[key], []).append(key)
     return list(groups.items())
 
 
 def attempt(do: Do | str, ground: Ground, ids: list[str]) -> dict[str, Finding]:
-    """A scenario that breaks off is a failed one, and does not keep the others from running."""
+    """The findings of a scenario by fault; one that raises an error has failed all its faults."""
+    not_reached = Finding(passed=False, outcome="not reached")
     try:
-        found = dict.fromkeys(ids, tests(do)) if isinstance(do, str) else do(ground, ids)
-        return {key: found.get(key) or Finding(passed=False, said="not reached") for key in ids}
+        findings = dict.fromkeys(ids, tests(do)) if isinstance(do, str) else do(ground, ids)
+        return {key: findings.get(key) or not_reached for key in ids}
     except (
         OSError,
         AssertionError,
@@ -97,13 +104,16 @@ def attempt(do: Do | str, ground: Ground, ids: list[str]) -> dict[str, Finding]:
         StopIteration,
         subprocess.SubprocessError,
     ) as error:
-        return dict.fromkeys(
-            ids, Finding(passed=False, said=f"broke off: {type(error).__name__}: {error}"[:300])
-        )
+        outcome = f"broke off: {type(error).__name__}: {error}"[:300]
+        return dict.fromkeys(ids, Finding(passed=False, outcome=outcome))
 
 
 def tests(selection: str) -> Finding:
-    """Args: selection: files, and after -k the names' parts with | between them."""
+    """Run some tests.
+
+    Args:
+        selection: files, and after -k parts of test names, separated by |.
+    """
     files, _, names = selection.partition(" -k ")
     chosen = ["-k", names.replace("|", " or ")] if names else []
     command = [
@@ -120,13 +130,11 @@ def tests(selection: str) -> Finding:
         command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False
     )
     last = (done.stdout.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return Finding(passed=done.returncode == 0, said=f"tests: {last.strip('= ')}")
+    return Finding(passed=done.returncode == 0, outcome=f"tests: {last.strip('= ')}")
 
 
 def commit() -> str:
-    """Short hash, with + where tracked files differ from it other than those that this tool
-    writes.
-    """
+    """The short hash of HEAD, with + if tracked files outside of results/ differ."""
     git = [
         "git",
         "-C",

@@ -1,5 +1,6 @@
-"""K, J and the like: the run's own process is killed, told to end, or refused; the same command
-goes on.
+"""Faults of the run's own process: it is killed, stopped by a signal, or refused at the start.
+
+The same command then continues the run.
 """
 
 import json
@@ -23,7 +24,12 @@ KILLED_AT = [
     "checkpoint.renamed:step=12",
     "controller.saved:step=14",
 ]
-K1_STEPS, K2_STEPS, K2_KILLS, K2_STARTING, K2_MEAN_S, K2_SEED = 16, 200, 10, (1, 4, 8), 5.0, 7
+K1_STEPS = 16
+K2_STEPS = 200
+K2_KILLS = 10
+K2_STARTING = (1, 4, 8)
+K2_MEAN_S = 5.0
+K2_SEED = 7
 SAVE_EVERY = 2
 DELAYED = [
     "CoreWorkerService.grpc_server.PushTask",
@@ -31,51 +37,51 @@ DELAYED = [
     "CoreWorkerService.grpc_server.PubsubLongPolling",
     "NodeManagerService.grpc_server.RequestWorkerLease",
 ]
-"""Not all: with a delay of every handler Ray's own raylet ends itself."""
+"""Only some handlers: with a delay of every one of them Ray's raylet ends itself."""
 LOST = [
     "NodeManagerService.grpc_client.RequestWorkerLease",
     "NodeManagerService.grpc_client.PinObjectIDs",
     "CoreWorkerService.grpc_client.GetObjectStatus",
     "CoreWorkerService.grpc_client.PubsubLongPolling",
 ]
-"""Those that Ray promises to repeat. A lost CoreWorkerService.grpc_client.PushTask is an
-ActorUnavailableError: it may have been done.
+"""The calls that Ray promises to repeat. A lost CoreWorkerService.grpc_client.PushTask is an
+ActorUnavailableError, as the task may have been done.
 """
 SOAKED = (500, 1500)
-LEFT_S, RAYS_OWN = (
-    10.0,
-    r"ray::(DashboardAgent|RuntimeEnvAgent)|[^\0]*python\0[^\0]*/ray/_private/workers/",
-)
-"""After which none of the processes of a killed run is left but Ray's own: its agents, which try
-for 60 s to tell a control store that is gone that their raylet is gone too, and workers that Ray
-had just started, which ask for their raylet for 27 s. A worker that has reported there, as all of
-ours have, bears its actor's name.
+"""The steps between which the growth of memory is measured."""
+LEFT_S = 10.0
+"""Time after which only Ray's own processes of a killed run may remain."""
+RAYS_OWN = r"ray::(DashboardAgent|RuntimeEnvAgent)|[^\0]*python\0[^\0]*/ray/_private/workers/"
+"""The command lines of Ray's own processes: its agents, which try for 60 s to reach the control
+store, and workers that Ray had just started, which try for 27 s to reach their raylet. A worker
+that has reached it, as all of ours have, has the name of its actor.
 """
 RESUMED_S = 120.0
-"""Two cores start a run in 50 to 90 s."""
+"""Bound on the time from a start to the next step; two cores need 50 to 90 s."""
 
 
 def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """K1: one logical run, killed at one place after another, each time continued by the same
-    command.
-    """
+    """K1: kill a run at one place after another; each time the same command continues it."""
     ground = ground.light
-    run_dir, resumed, redone, left = ground.run_dir("failpoints"), [], [], []
+    run_dir = ground.run_dir("failpoints")
+    resumed: list[float] = []  # seconds from a start to the next step
+    redone: list[int] = []  # steps done again after each kill
+    remaining: list[str] = []  # processes that did not end
     points = ";".join(
         f"{place}:do=kill:once={run_dir / f'fired-{i}'}" for i, place in enumerate(KILLED_AT)
     )
-    told = 0
+    reported = 0  # the last step that the run reported
     for _ in range(len(KILLED_AT) + 1):
         with training([*ground.overrides, f"train.steps={K1_STEPS}"], run_dir, points) as run:
             started = time.time()
             run.until("workers ready")
             family = run.family()
-            if told:
+            if reported:
                 resumed.append(run.until(STEP) - started)
             status = run.ended(START_S)
-            left += names(alive_after(family, LEFT_S, besides=RAYS_OWN))
-        redone.append(lost_by(run, told))
-        told = last_step(run) or told
+            remaining += names(alive_after(family, LEFT_S, besides=RAYS_OWN))
+        redone.append(num_redone(run, reported))
+        reported = last_step(run) or reported
         if status == 0:
             break
     kills = len(list(run_dir.glob("fired-*")))
@@ -84,50 +90,61 @@ def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         and kills == len(KILLED_AT)
         and max(redone) <= SAVE_EVERY
         and max(resumed) <= RESUMED_S
-        and not left
+        and not remaining
     )
-    said = (
+    outcome = (
         f"SIGKILL of the run's process at {kills} of {len(KILLED_AT)} places, the same command "
         f"each time; to the next step {min(resumed):.0f} to {max(resumed):.0f} s with start "
-        f"(bound {RESUMED_S:g} s), {len(left)} processes of ours left {LEFT_S:g} s after a "
-        f"kill{' '.join(['', *left])}"
+        f"(bound {RESUMED_S:g} s), {len(remaining)} processes of ours left {LEFT_S:g} s after a "
+        f"kill{' '.join(['', *remaining])}"
     )
     return {
         "K1": ground.judged(
-            run_dir, K1_STEPS, said, within=within, recovered_s=max(resumed), lost_steps=max(redone)
+            run_dir,
+            K1_STEPS,
+            outcome,
+            within=within,
+            recovered_s=max(resumed),
+            lost_steps=max(redone),
         )
     }
 
 
 def names(pids: list[int]) -> list[str]:
+    """The command lines of processes."""
     return [name(pid).replace("\0", " ")[:200] for pid in pids]
 
 
-def lost_by(run: Training, told: int) -> int:
-    """Steps done again: from the step that the run goes on from to the last one that its
-    predecessor told of.
+def num_redone(run: Training, reported: int) -> int:
+    """How many steps a run does again.
+
+    Args:
+        reported: the last step that its predecessor reported.
     """
-    found = [
+    continued_from = [
         int(match[1])
         for _, text in run.lines
         if (match := re.search(r"continues after step (\d+)", text))
     ]
-    return max(told - (found[0] if found else 0), 0)
+    return max(reported - (continued_from[0] if continued_from else 0), 0)
 
 
 def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """K2: one logical run, killed ten times: three while it starts, the others at any moment from
-    then on.
-    """
-    ground, dice = ground.light, random.Random(K2_SEED)
-    run_dir, command = ground.run_dir("random"), [*ground.overrides, f"train.steps={K2_STEPS}"]
+    """K2: kill a run ten times: three times while it starts, the others at random moments later."""
+    ground = ground.light
+    dice = random.Random(K2_SEED)
+    run_dir = ground.run_dir("random")
+    command = [*ground.overrides, f"train.steps={K2_STEPS}"]
     delays = [
         ("starting workers", dice.uniform(0, 20))
         if i in K2_STARTING
         else ("workers ready", dice.expovariate(1 / K2_MEAN_S))
         for i in range(K2_KILLS)
     ]
-    told, done, redone, left = 0, 0, [], []
+    reported = 0  # the last step that the run reported
+    kills = 0
+    redone: list[int] = []  # steps done again after each kill
+    remaining: list[str] = []  # processes that did not end
     for word, delay in delays:
         with training(command, run_dir) as run:
             run.until(word)
@@ -139,59 +156,64 @@ def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
                 family = run.family()
                 kill(run.process.pid)
                 run.ended(30)
-                left += names(alive_after(family, LEFT_S, besides=RAYS_OWN))
-        redone.append(lost_by(run, told))
-        told, done = last_step(run) or told, done + 1
+                remaining += names(alive_after(family, LEFT_S, besides=RAYS_OWN))
+        redone.append(num_redone(run, reported))
+        reported = last_step(run) or reported
+        kills += 1
     with training(command, run_dir) as run:
         status = run.ended(START_S)
-    redone.append(lost_by(run, told))
-    said = (
-        f"{done} SIGKILLs, {len(K2_STARTING)} while it starts, the others at random times after "
+    redone.append(num_redone(run, reported))
+    outcome = (
+        f"{kills} SIGKILLs, {len(K2_STARTING)} while it starts, the others at random times after "
         f"it (seed {K2_SEED}, mean {K2_MEAN_S:g} s, a third of a second a step), the same command "
-        f"each time, {len(left)} processes of ours left {LEFT_S:g} s after a "
-        f"kill{' '.join(['', *left])}"
+        f"each time, {len(remaining)} processes of ours left {LEFT_S:g} s after a "
+        f"kill{' '.join(['', *remaining])}"
     )
-    within = status == 0 and done == K2_KILLS and max(redone) <= SAVE_EVERY and not left
-    return {"K2": ground.judged(run_dir, K2_STEPS, said, within=within, lost_steps=max(redone))}
+    within = status == 0 and kills == K2_KILLS and max(redone) <= SAVE_EVERY and not remaining
+    return {"K2": ground.judged(run_dir, K2_STEPS, outcome, within=within, lost_steps=max(redone))}
 
 
 def interrupt(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """J2: Ctrl-C twice in a step; J3: the end of a run that nothing happens to."""
-    ground, found = ground.light, {}
+    """J2: Ctrl-C twice in a step; J3: the end of a run without a fault."""
+    ground = ground.light
+    findings = {}
     if "J2" in wanted:
         with training(ground.overrides, ground.run_dir("interrupt")) as run:
             run.until(STEP)
-            family, at = run.family(), kill(run.process.pid, signal.SIGINT)
+            family = run.family()
+            at = kill(run.process.pid, signal.SIGINT)
             run.until("once more ends it at once", 60)
             kill(run.process.pid, signal.SIGINT)
-            status, took = run.ended(60), time.time() - at
-            left = names(alive_after(family, LEFT_S))
-        said = (
+            status = run.ended(60)
+            took = time.time() - at
+            remaining = names(alive_after(family, LEFT_S))
+        outcome = (
             f"SIGINT twice, the second as soon as the first is answered: exit status {status} "
-            f"after {took:.1f} s, {len(left)} of {len(family)} processes left after {LEFT_S:g} "
-            f"s{' '.join(['', *left])}"
+            f"after {took:.1f} s, {len(remaining)} of {len(family)} processes left after "
+            f"{LEFT_S:g} s{' '.join(['', *remaining])}"
         )
-        found["J2"] = Finding(passed=status in (75, 130) and not left, said=said, detected_s=took)
+        passed = status in (75, 130) and not remaining
+        findings["J2"] = Finding(passed=passed, outcome=outcome, detected_s=took)
     if "J3" in wanted:
         with training(
             [*ground.overrides, "train.steps=4", "checkpoint.export=true"], ground.run_dir("end")
         ) as run:
             at = run.until(r"^step +4/")
-            family, status = run.family(), run.ended(60)
+            family = run.family()
+            status = run.ended(60)
             took = time.time() - at
-            left = alive_after(family, 10)
-        said = (
+            num_remaining = len(alive_after(family, 10))
+        outcome = (
             "from the last step to the exit, with evaluation, checkpoint, export and report; "
-            f"{len(left)} processes left"
+            f"{num_remaining} processes left"
         )
-        found["J3"] = Finding(
-            passed=status == 0 and took <= 10 and not left, said=said, recovered_s=took
-        )
-    return found
+        passed = status == 0 and took <= 10 and num_remaining == 0
+        findings["J3"] = Finding(passed=passed, outcome=outcome, recovered_s=took)
+    return findings
 
 
 def exhaust(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """E5: engines die whenever they are given version 3."""
+    """E5: every engine dies when it receives version 3 of the weights."""
     run_dir = ground.run_dir("exhausted")
     with training(
         [*ground.overrides, "cluster.max_restarts=2"],
@@ -199,22 +221,22 @@ def exhaust(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         "rollout.load_weights:version=3:do=kill",
     ) as run:
         run.until(STEP)
-        family, status = run.family(), run.ended(START_S)
+        family = run.family()
+        status = run.ended(START_S)
         took = time.time() - max(at for at, text in run.lines if "starting another worker" in text)
-        left = alive_after(family, 10)
-    typed = run.said("^hybridrl: .*cluster.max_restarts is used up") and not run.said("Traceback")
-    said = (
+        num_remaining = len(alive_after(family, 10))
+    one_sentence = run.printed("^hybridrl: .*cluster.max_restarts is used up")
+    typed = one_sentence and not run.printed("Traceback")
+    outcome = (
         f"every engine dies at version 3, 2 replacements: exit status {status}, checkpoint 2 "
-        f"stands, {len(left)} processes left"
+        f"is intact, {num_remaining} processes left"
     )
-    kept = ground.judged(
-        run_dir, 2, said, within=status == 1 and typed and took <= 30 and not left, recovered_s=took
-    )
-    return {"E5": kept}
+    within = status == 1 and typed and took <= 30 and num_remaining == 0
+    return {"E5": ground.judged(run_dir, 2, outcome, within=within, recovered_s=took)}
 
 
 def refuse(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """C4: more workers than Ray has CPUs for."""
+    """C4: a run needs more workers than Ray has CPUs."""
     settings = [
         "rollout.engines=400",
         "train.prompts_per_step=400",
@@ -225,20 +247,20 @@ def refuse(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         at = run.until("starting workers")
         status = run.ended(90)
         took = time.time() - at
-    told = run.said(
+    reported = run.printed(
         r"could not place 40\d workers within deadlines.placement_s=10: demand .* supply"
     )
     return {
         "C4": Finding(
-            passed=status == 1 and told,
-            said=f"400 engines: exit status {status}, demand and supply told",
+            passed=status == 1 and reported,
+            outcome=f"400 engines: exit status {status}, demand and supply reported",
             detected_s=took,
         )
     }
 
 
 def blackhole(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """X1: a W&B server that takes connections and never says a word."""
+    """X1: a W&B server accepts connections and never answers."""
     ground = ground.light
     run_dir = ground.run_dir("unreachable")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -251,11 +273,11 @@ def blackhole(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         ) as run:
             status = run.ended(START_S)
     warned = sum("this run is tracked offline" in text for _, text in run.lines)
-    said = (
+    outcome = (
         "W&B online at an address that takes connections and never answers: exit status "
         f"{status}, {warned} warning"
     )
-    return {"X1": ground.judged(run_dir, 4, said, within=status == 0 and warned == 1)}
+    return {"X1": ground.judged(run_dir, 4, outcome, within=status == 0 and warned == 1)}
 
 
 def starve(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
@@ -268,49 +290,50 @@ def starve(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         status = run.ended(START_S)
         took = time.time() - at
     last = run.lines[-1][1] if run.lines else ""
-    told = "memory" in " ".join(text for _, text in run.lines).lower() and not run.said("Traceback")
+    output = " ".join(text for _, text in run.lines).lower()
+    reported = "memory" in output and not run.printed("Traceback")
     return {
         "O3": Finding(
-            passed=status == 1 and told,
-            said=f"memory threshold of 2 %: exit status {status}: {last[:160]}",
+            passed=status == 1 and reported,
+            outcome=f"memory threshold of 2 %: exit status {status}: {last[:160]}",
             detected_s=took,
         )
     }
 
 
 def faulty_rpc(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """C3: calls between Ray's processes are delayed, and some are lost on their way there or
-    back.
-    """
+    """C3: calls between Ray's processes are delayed, and some requests or replies are lost."""
     ground = ground.light
     run_dir = ground.run_dir("rpc")
+    # The number of failures is per process, the probabilities are in percent.
     lost = {
         method: {"num_failures": 20, "req_failure_prob": 20, "resp_failure_prob": 20}
         for method in LOST
-    }  # of each process; in percent
+    }
     env = {
         "RAY_testing_asio_delay_us": ",".join(f"{handler}=0:20000" for handler in DELAYED),
         "RAY_testing_rpc_failure": json.dumps(lost),
     }
     with training([*ground.overrides, "train.steps=4"], run_dir, env=env) as run:
         status = run.ended(START_S)
-    said = (
-        "tasks, leases and questions after values delayed by up to 20 ms each; of leases, pins, "
-        "questions and news 40 % lost, half of them with their work done, up to 20 in each "
-        f"process: exit status {status}"
+    outcome = (
+        "tasks, leases and requests for values delayed by up to 20 ms each; of leases, pins, "
+        "requests and notifications 40 % lost, half of them after their work was done, up to 20 "
+        f"in each process: exit status {status}"
     )
-    return {
-        "C3": ground.judged(
-            run_dir, 4, said + (f", {run.tail()[-160:]}" if status else ""), within=status == 0
-        )
-    }
+    if status:
+        outcome += f", {run.tail()[-160:]}"
+    return {"C3": ground.judged(run_dir, 4, outcome, within=status == 0)}
 
 
 def soak(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """X2: memory and open files of every process. Until step 500 the learner's allocator still
-    meets longer batches than before.
+    """X2: the growth of memory and open files of every process.
+
+    It is measured from step 500 on; before, the learner still gets longer batches than ever.
     """
-    run_dir, (first, last), seen = ground.run_dir("soak"), SOAKED, {}
+    run_dir = ground.run_dir("soak")
+    first, last = SOAKED
+    usages: dict[int, dict[str, tuple[float, int]]] = {}  # by step and process
     sizes = [
         f"train.steps={last + 10}",
         "train.samples_per_prompt=2",
@@ -323,22 +346,24 @@ def soak(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
         for step in SOAKED:
             while last_step(run) < step:
                 run.until(STEP)
-            seen[step] = {
+            usages[step] = {
                 worker: usage(run.pid(worker))
                 for worker in ("rollout/0", "learner/0", "scorer-main/0", "reward/0")
             }
-            seen[step]["controller"] = usage(run.process.pid)
+            usages[step]["controller"] = usage(run.process.pid)
         status = run.ended(START_S)
-    slopes = {
-        name: (seen[last][name][0] - seen[first][name][0]) / (last - first) * 100
-        for name in seen[first]
-    }  # MB per 100 steps
-    files = {name: seen[last][name][1] - seen[first][name][1] for name in seen[first]}
-    worst, most = max(slopes, key=slopes.__getitem__), max(files, key=files.__getitem__)
-    said = (
+    before = usages[first]
+    after = usages[last]
+    slopes = {  # MB per 100 steps
+        process: (after[process][0] - before[process][0]) / (last - first) * 100
+        for process in before
+    }
+    files = {process: after[process][1] - before[process][1] for process in before}
+    worst = max(slopes, key=slopes.__getitem__)
+    most = max(files, key=files.__getitem__)
+    outcome = (
         f"steps {first} to {last}: memory grows most in {worst}, {slopes[worst]:.2f} MB per 100 "
         f"steps (bound 1); open files in {most}, {files[most]:+d} (bound 5)"
     )
-    return {
-        "X2": Finding(passed=status == 0 and slopes[worst] < 1 and abs(files[most]) <= 5, said=said)
-    }
+    passed = status == 0 and slopes[worst] < 1 and abs(files[most]) <= 5
+    return {"X2": Finding(passed=passed, outcome=outcome)}

@@ -1,4 +1,4 @@
-"""What a fault did to a run, kept in results/findings.json and shown in results/CARD.md."""
+"""The effect of a fault on a run, stored in results/findings.json and shown in results/CARD.md."""
 
 import json
 from collections import Counter
@@ -6,71 +6,69 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from hybridrl.settings.run import DeadlineConfig
 
 RESULTS = Path(__file__).parent / "results"
-FINDINGS, CARD = RESULTS / "findings.json", RESULTS / "CARD.md"
+FINDINGS = RESULTS / "findings.json"
+CARD = RESULTS / "CARD.md"
 UP = "../../../"
-"""From results/ to the root of the repository."""
+"""The path from results/ to the root of the repository."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """None stands for what the fault has not: a run that ends on purpose recovers in no time, a
-    refused setting loses no step.
-    """
+    """The result of one fault. None: does not apply, e.g. a refused setting loses no step."""
 
     passed: bool
-    said: str  # one line: what was done and seen
-    detected_s: float | None = None  # from the fault to the first word of it
-    recovered_s: float | None = (
-        None  # from the fault to the first step after it, or to an engine that serves again
-    )
+    outcome: str  # one line: what was done and seen
+    detected_s: float | None = None  # from the fault to the first line that reports it
+    # from the fault to the first step after it, or until an engine serves again
+    recovered_s: float | None = None
     lost_steps: int | None = None  # steps done twice
-    lost_uids: int | None = (
-        None  # prompts that the run without a fault trained on and this one did not
-    )
-    duplicated_uids: int | None = None
+    lost_uids: int | None = None  # prompts trained on in the run without a fault, but not here
+    duplicated_uids: int | None = None  # prompts trained on twice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A finding with its line of the matrix."""
+    """A row of the card."""
 
     id: str
     fault: str
-    proof: str  # file of the repository
-    seconds: float  # that the scenario took, with those that share its run
+    proof: str  # a file of the repository
+    seconds: float  # duration of the scenario, including its other faults
     finding: Finding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """What rows were made on."""
+    """Where and when rows were made."""
 
     machine: str
     commit: str
-    whole_minutes: float | None = (
-        None  # of the run of the tool that did every fault; None: it did some, or is not through
-    )
+    # duration of a call of the tool for all faults; None: for some of them, or not yet finished
+    whole_minutes: float | None = None
 
 
-def keep(rows: Iterable[Row], order: list[str], made: Made) -> list[dict]:
-    """Add rows to those on file, each in the place of an older one of its id, and write the card
-    anew; all that are now on file.
+def store(rows: Iterable[Row], order: list[str], made: Made) -> list[dict[str, Any]]:
+    """Add rows to the stored ones, replacing those with the same id, and write the card anew.
+
+    Returns all stored rows.
     """
     RESULTS.mkdir(exist_ok=True)
-    found = json.loads(FINDINGS.read_text()) if FINDINGS.is_file() else {}
-    found |= {row.id: asdict(row) | asdict(made) for row in rows}
-    ordered = {key: found[key] for key in order if key in found}
+    stored = json.loads(FINDINGS.read_text()) if FINDINGS.is_file() else {}
+    stored |= {row.id: asdict(row) | asdict(made) for row in rows}
+    ordered = {key: stored[key] for key in order if key in stored}
     FINDINGS.write_text(json.dumps(ordered, indent=1) + "\n")
-    missing = [key for key in order if key not in found]
+    missing = [key for key in order if key not in stored]
     CARD.write_text(card(list(ordered.values()), missing))
     return list(ordered.values())
 
 
-def card(rows: list[dict], missing: list[str]) -> str:
+def card(rows: list[dict[str, Any]], missing: list[str]) -> str:
+    """The text of CARD.md."""
     passed = sum(row["finding"]["passed"] for row in rows)
     machines = sorted({row["machine"] for row in rows})
     lines = [
@@ -80,13 +78,13 @@ def card(rows: list[dict], missing: list[str]) -> str:
         + (f"; not run: {', '.join(missing)}." if missing else ".")
         + f" {provenance(rows)} {summary(rows)}",
         "",
-        "Detected: from the fault to the first word of it. Recovered: to the first step after it, "
-        "or for an engine until it serves again.",
-        "The longest silent wait for a worker, by the default deadlines: "
+        "Detected: time from the fault to the first line that reports it. Recovered: time to the "
+        "first step after it, or until an engine serves again.",
+        "The longest wait for a worker that does not answer, by the default deadlines: "
         f"{DeadlineConfig().longest_silence_s:g} s.",
         "",
-        "Lost: steps done twice. Prompts: lost / trained on twice, by the ledger against that of "
-        "a run without a fault.",
+        "Lost: steps done twice. Prompts: lost / trained on twice, by the ledger compared with "
+        "that of a run without a fault.",
         "",
         "| | fault | detected | recovered | lost | prompts | verdict | what was done and seen |",
         "|---|---|---|---|---|---|---|---|",
@@ -94,14 +92,12 @@ def card(rows: list[dict], missing: list[str]) -> str:
     return "\n".join([*lines, *map(line, rows)]) + "\n"
 
 
-def provenance(rows: list[dict]) -> str:
-    """At which commit, and in how many runs of the tool; unknown: the row is older than this
-    entry.
-    """
+def provenance(rows: list[dict[str, Any]]) -> str:
+    """A sentence on the commits at which the rows were made, "unknown" for very old rows."""
     (commit, most), *others = Counter(row.get("commit", "unknown") for row in rows).most_common()
     if others:
-        told = ", ".join(f"{count} at {other}" for other, count in others)
-        return f"{most} were run at commit {commit}, {len(rows) - most} at other commits ({told})."
+        text = ", ".join(f"{count} at {other}" for other, count in others)
+        return f"{most} were run at commit {commit}, {len(rows) - most} at other commits ({text})."
     runs = {row.get("whole_minutes") for row in rows}
     whole = next(iter(runs)) if len(runs) == 1 else None
     return f"All at commit {commit} in " + (
@@ -109,41 +105,36 @@ def provenance(rows: list[dict]) -> str:
     )
 
 
-def summary(rows: list[dict]) -> str:
-    """Median and maximum of the times over the faults that have them."""
-    told = []
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A sentence with the median and the maximum of the times."""
+    clauses = []
     for name in ("detected", "recovered"):
         times = [
             row["finding"][f"{name}_s"] for row in rows if row["finding"][f"{name}_s"] is not None
         ]
         if times:
-            told.append(
+            clauses.append(
                 f"{name} in {seconds(median(times))} (median), {seconds(max(times))} (most) over "
                 f"{len(times)} faults"
             )
-    return ("; ".join(told) + ".").capitalize() if told else ""
+    return ("; ".join(clauses) + ".").capitalize() if clauses else ""
 
 
-def line(row: dict) -> str:
-    found = row["finding"]
-    shown = [*cells(row), "pass" if found["passed"] else "**FAIL**", found["said"]]
-    return f"| {' | '.join(cell.replace('|', '/') for cell in shown)} |"
-
-
-def cells(row: dict) -> list[str]:
-    found = row["finding"]
-    pair = (
-        "-" if found["lost_uids"] is None else f"{found['lost_uids']} / {found['duplicated_uids']}"
-    )
-    lost = "-" if found["lost_steps"] is None else str(found["lost_steps"])
-    return [
+def line(row: dict[str, Any]) -> str:
+    """A row of the card's table."""
+    finding = row["finding"]
+    prompts = f"{finding['lost_uids']} / {finding['duplicated_uids']}"
+    shown = [
         f"[{row['id']}]({UP}{row['proof']})",
         row["fault"],
-        seconds(found["detected_s"]),
-        seconds(found["recovered_s"]),
-        lost,
-        pair,
+        seconds(finding["detected_s"]),
+        seconds(finding["recovered_s"]),
+        "-" if finding["lost_steps"] is None else str(finding["lost_steps"]),
+        "-" if finding["lost_uids"] is None else prompts,
+        "pass" if finding["passed"] else "**FAIL**",
+        finding["outcome"],
     ]
+    return f"| {' | '.join(cell.replace('|', '/') for cell in shown)} |"
 
 
 def seconds(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The settings of every scenario, and the run without a fault that all are compared with."""
+"""The settings of all scenarios, and the run without a fault with which they are compared."""
 
 import json
 import re
@@ -32,42 +32,44 @@ SETTINGS = [
     "checkpoint.export=false",
     "cluster.max_restarts=20",
 ]
-"""fp32, one thread a worker; enough steps for any scenario, which ends its run itself."""
+"""fp32, one thread per worker, and more steps than any scenario needs before it ends its run."""
 LIGHT = ["rollout.engines=1", "learner.ranks=1"]
-"""Where the run itself is what the fault happens to; it starts in half the time."""
+"""For faults of the run's own process; such a run starts in half the time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """A folder that scenarios share from one call of the tool to the next; a run of the whole
-    matrix begins with a new one.
+    """The folder of the runs, which scenarios share even between calls of the tool.
+
+    A call for the whole matrix begins with an empty folder.
     """
 
     folder: Path
-    less: tuple[str, ...] = ()
+    less: tuple[str, ...] = ()  # settings for fewer workers
 
     @property
     def light(self) -> "Ground":
-        """With one worker of each kind, and a run without a fault of its own."""
+        """A ground with one worker of each kind, which has its own run without a fault."""
         return Ground(self.folder / "light", tuple(LIGHT))
 
     @property
     def overrides(self) -> list[str]:
-        kept = self.folder / "overrides.json"
-        if not kept.is_file():
+        """The settings of a run, without run.dir."""
+        file = self.folder / "overrides.json"
+        if not file.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(tiny_overrides(self.folder)))
-        return [*json.loads(kept.read_text()), *SETTINGS, *self.less]
+            file.write_text(json.dumps(tiny_overrides(self.folder)))
+        return [*json.loads(file.read_text()), *SETTINGS, *self.less]
 
     def run_dir(self, name: str) -> Path:
-        """A new one; what an earlier call left under that name stays beside it."""
+        """A new run directory, numbered so that those of earlier calls are not changed."""
         number = sum(path.name.startswith(f"{name}-") for path in self.folder.glob("*"))
-        found = self.folder / f"{name}-{number}"
-        found.mkdir(parents=True)
-        return found
+        run_dir = self.folder / f"{name}-{number}"
+        run_dir.mkdir(parents=True)
+        return run_dir
 
     def clean(self, steps: int = CLEAN_STEPS) -> Path:
-        """The run without a fault, prolonged if it has fewer steps."""
+        """The run without a fault, which is continued if it has fewer steps."""
         run_dir = self.folder / "clean"
         saved = steps_saved(run_dir)
         if not saved or saved[-1] < steps:
@@ -76,7 +78,7 @@ class Ground:
         return run_dir
 
     def equal(self, run_dir: Path, step: int) -> bool:
-        """Whether a checkpoint is that of the run without a fault, bit by bit, and its rows too."""
+        """Whether checkpoint and metrics equal those of the run without a fault, bit by bit."""
         clean = self.clean(max(step, CLEAN_STEPS))
         return (
             state_at(clean, step) is not None
@@ -88,45 +90,53 @@ class Ground:
         self,
         run_dir: Path,
         step: int,
-        said: str,
+        outcome: str,
         *,
         within: bool = True,
-        **times: float | int | None,
+        detected_s: float | None = None,
+        recovered_s: float | None = None,
+        lost_steps: int | None = None,
     ) -> Finding:
-        """A finding on a run that must be what it would have been."""
+        """The finding on a run that must equal the run without a fault.
+
+        Args:
+            step: of the checkpoint to compare.
+            outcome: what was done and seen.
+            within: whether all bounds on times and the like are met.
+        """
         same = self.equal(run_dir, step)
         lost, twice = prompts_against(run_dir, self.clean(max(step, CLEAN_STEPS)), step)
-        told = (
-            f"{said}; at step {step} {'bit-equal to' if same else 'DIFFERENT FROM'} the run "
-            "without a fault"
-        )
+        comparison = f"at step {step} {'bit-equal to' if same else 'DIFFERENT FROM'}"
         return Finding(
             passed=same and within and not lost and not twice,
-            said=told,
+            outcome=f"{outcome}; {comparison} the run without a fault",
+            detected_s=detected_s,
+            recovered_s=recovered_s,
+            lost_steps=lost_steps,
             lost_uids=lost,
             duplicated_uids=twice,
-            **times,
         )
 
 
 def rows(run_dir: Path, steps: int) -> list[dict[str, float]]:
-    """Its metrics without what a clock or a count of losses measured."""
-    timed = ("time/", "perf/", "cluster/restarts", "eval/", "transfer/")
-    found = [row for row in read_metrics(run_dir) if row["train/step"] <= steps]
+    """The metrics of a run up to a step, without those that depend on times or faults."""
+    varying = ("time/", "perf/", "cluster/restarts", "eval/", "transfer/")
     return [
-        {key: value for key, value in row.items() if not key.startswith(timed)} for row in found
+        {key: value for key, value in row.items() if not key.startswith(varying)}
+        for row in read_metrics(run_dir)
+        if row["train/step"] <= steps
     ]
 
 
 def last_step(run: Training) -> int:
-    """That it told of; 0: none."""
-    told = [int(match[1]) for _, text in run.lines if (match := re.search(STEP, text))]
-    return told[-1] if told else 0
+    """The last step that a run has printed; 0: none."""
+    steps = [int(match[1]) for _, text in run.lines if (match := re.search(STEP, text))]
+    return steps[-1] if steps else 0
 
 
 def next_save(run: Training, limit_s: float) -> int:
-    """Wait until a checkpoint was written that is newer than the last step told of; its step."""
-    wanted = last_step(run) // 2 * 2 + 2
-    while last_step(run) <= wanted:  # a step is told of before its checkpoint is written
+    """Wait for a checkpoint that is newer than the last printed step; returns its step."""
+    step = last_step(run) // 2 * 2 + 2
+    while last_step(run) <= step:  # a step is printed before its checkpoint is written
         run.until(STEP, limit_s)
-    return wanted
+    return step

@@ -1,6 +1,4 @@
-"""The faults: what each is called, what does it, and where it is proved in every run of the
-tests.
-"""
+"""The fault matrix: the name of each fault, the scenario that causes it, and the file to read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +24,12 @@ TOOL = "tools/chaos_faults"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
+    """A row of the matrix."""
+
     id: str
     name: str
-    do: Do | str  # a scenario, which may do several faults at once; or what pytest is given
-    proof: str
+    do: Do | str  # a scenario, which may cause several faults; or files and -k for pytest
+    proof: str  # the file with the scenario or the tests
 
 
 MATRIX = [
@@ -112,7 +112,7 @@ MATRIX = [
     ),
     Fault(
         id="V4",
-        name="reward that is only watched fails",
+        name="reward that is only measured fails",
         do=f"{REWARDS} -k only_watches|nothing_is_learned",
         proof=REWARDS,
     ),
@@ -144,7 +144,7 @@ MATRIX = [
     Fault(
         id="C3", name="calls delayed and lost", do=drivers.faulty_rpc, proof=f"{TOOL}/drivers.py"
     ),
-    Fault(id="C4", name="more asked than there is", do=drivers.refuse, proof=GRAPH),
+    Fault(id="C4", name="more workers than CPUs", do=drivers.refuse, proof=GRAPH),
     Fault(id="J1", name="SIGTERM", do=workers.run, proof=FAST),
     Fault(id="J2", name="Ctrl-C twice", do=drivers.interrupt, proof=f"{TOOL}/drivers.py"),
     Fault(id="J3", name="end of a run", do=drivers.interrupt, proof=f"{TOOL}/drivers.py"),

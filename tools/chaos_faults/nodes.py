@@ -1,8 +1,8 @@
 """C1 and C2: a run on two Ray nodes, one of which dies, or is cut off and comes back.
 
-The nodes are network namespaces joined by a pair of virtual interfaces, so that a partition is a
-real one; making them needs root. Ray's health checks are tuned, so that it gives a node up after
-about 4.5 s instead of a minute.
+The nodes are network namespaces that are joined by a pair of virtual interfaces, so that a
+partition is a real one; to make them needs root. Ray's health checks are tuned so that it gives up
+a node after about 4.5 s instead of a minute.
 """
 
 import os
@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
@@ -19,10 +19,11 @@ from chaos_faults.finding import Finding
 from chaos_faults.ground import STEP, Ground, last_step, next_save
 from chaos_faults.training import START_S, training
 
-HEAD, FAR = "10.231.77.1", "10.231.77.2"
+HEAD = "10.231.77.1"
+FAR = "10.231.77.2"
 SPACES = ("hybridrl-head", "hybridrl-far")
 LINK = "veth0"
-"""In both; gloo would take the interface that the host's name leads to, which is in neither."""
+"""The interface in both; gloo's default, that of the host's name, is in neither of them."""
 TUNED = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
@@ -30,22 +31,18 @@ TUNED = {
     "RAY_health_check_failure_threshold": "3",
 }
 LOST = r"failed in .*(starting another worker|going back to the last checkpoint)"
-DETECTED_S, RESUMED_S, CUT_S = 5.0, 60.0, 10.0
+DETECTED_S = 5.0
+RESUMED_S = 60.0
+CUT_S = 10.0
 
 
 def lose_node(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """C1: every process of the far node is killed at once."""
-    return {
-        "C1": on_two_nodes(
-            ground, "the far node's processes killed", lambda nodes: nodes.kill_far()
-        )
-    }
+    """C1: all processes of the far node are killed at once."""
+    return {"C1": on_two_nodes(ground, "the far node's processes killed", Nodes.kill_far)}
 
 
 def cut_off(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """C2: the link goes down for 10 s and comes up again; what was on the far node must not be
-    heard again.
-    """
+    """C2: the link is down for 10 s; later answers of workers on the far node must be ignored."""
 
     def cut(nodes: "Nodes") -> None:
         ip("-n", SPACES[0], "link", "set", LINK, "down")
@@ -54,9 +51,11 @@ def cut_off(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     return {"C2": on_two_nodes(ground, f"the link down for {CUT_S:g} s, then up", cut)}
 
 
-def on_two_nodes(ground: Ground, what: str, strike) -> Finding:
+def on_two_nodes(ground: Ground, description: str, strike: Callable[["Nodes"], None]) -> Finding:
+    """Start a run on two nodes, cause a fault, and judge how the run continues."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
-        return Finding(passed=False, said="not run: two network namespaces need root and iproute2")
+        outcome = "not run: two network namespaces need root and iproute2"
+        return Finding(passed=False, outcome=outcome)
     run_dir = ground.run_dir("nodes")
     with two_nodes() as nodes:
         env = {**nodes.env, "RAY_ADDRESS": f"{HEAD}:6399"}
@@ -64,7 +63,7 @@ def on_two_nodes(ground: Ground, what: str, strike) -> Finding:
         with training(settings, run_dir, env=env, within=("ip", "netns", "exec", SPACES[0])) as run:
             run.until(STEP)
             run.until(STEP)
-            there = [worker for worker in WORKERS if nodes.holds(run.pid(worker))]
+            far_workers = [worker for worker in WORKERS if nodes.is_far(run.pid(worker))]
             at = time.time()
             strike(nodes)
             detected = run.until(LOST, 90)
@@ -73,17 +72,18 @@ def on_two_nodes(ground: Ground, what: str, strike) -> Finding:
             recovered = run.until(STEP, 180)
             for _ in range(4):
                 run.until(STEP, 120)
-            saved, goes_on = next_save(run, 120), last_step(run)
+            saved = next_save(run, 120)
+            reached = last_step(run)
         within = detected - at <= DETECTED_S and recovered - at <= RESUMED_S
-        said = (
-            f"{what}, {', '.join(there)} on it; went on to step {goes_on} (bounds "
+        outcome = (
+            f"{description}, {', '.join(far_workers)} on it; went on to step {reached} (bounds "
             f"{DETECTED_S:g} s and {RESUMED_S:g} s)"
         )
         return ground.judged(
             run_dir,
             saved,
-            said,
-            within=within and bool(there),
+            outcome,
+            within=within and bool(far_workers),
             detected_s=detected - at,
             recovered_s=recovered - at,
         )
@@ -97,18 +97,20 @@ class Nodes:
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.env = env
-        self.later = lambda: None  # what undoes the strike
+        self.later: Callable[[], object] = lambda: None  # undoes the fault
 
-    def holds(self, pid: int) -> bool:
+    def is_far(self, pid: int) -> bool:
         """Whether a process runs on the far node."""
         return os.stat(f"/proc/{pid}/ns/net").st_ino == os.stat(f"/run/netns/{SPACES[1]}").st_ino
 
     def kill_far(self) -> None:
+        """Kill all processes of the far node."""
         subprocess.run(["kill", "-9", *ip("netns", "pids", SPACES[1]).split()], check=False)
 
 
 @contextmanager
 def two_nodes() -> Iterator[Nodes]:
+    """Two Ray nodes in network namespaces, until the end of the `with` block."""
     sessions = Path(mkdtemp(prefix="ray-"))  # short: the path of a Unix socket holds 107 bytes
     own = {
         "HOME": str(sessions),
@@ -155,6 +157,7 @@ def two_nodes() -> Iterator[Nodes]:
 
 
 def start_ray(nodes: Nodes, space: str, options: list[str]) -> None:
+    """Start a Ray node in a namespace."""
     ray = str(Path(sys.executable).parent / "ray")
     command = [
         "ip",
@@ -179,6 +182,7 @@ def start_ray(nodes: Nodes, space: str, options: list[str]) -> None:
 
 
 def ip(*words: str) -> str:
+    """The output of a command of iproute2; an error is ignored."""
     return subprocess.run(
         ["ip", *words], capture_output=True, text=True, check=False, timeout=30
     ).stdout

@@ -1,6 +1,4 @@
-"""`hybridrl train` in a process of its own, with what it says, whom it started, and what it left
-behind.
-"""
+"""`hybridrl train` in its own process: its output, its child processes, and its files."""
 
 import os
 import queue
@@ -23,17 +21,18 @@ from hybridrl.run_dir.ledger import read_ledger
 
 ROOT = Path(__file__).parent.parent.parent
 START_S = 240.0
-"""For a graph to stand, on a machine that does other things too."""
+"""Timeout of the start of a run, on a machine that is busy with other things too."""
 
 
 @dataclass(slots=True)
 class Training:
-    """A run under way. Lines are kept with the time.time() at which they came."""
+    """A process that trains."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen[str]
     run_dir: Path
-    lines: list[tuple[float, str]] = field(default_factory=list)
-    arriving: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    lines: list[tuple[float, str]] = field(default_factory=list)  # (time.time(), text)
+    # lines that were not yet read by `until` or `ended`; None: the output has ended
+    arriving: queue.SimpleQueue[tuple[float, str] | None] = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
         threading.Thread(target=self._read, daemon=True).start()
@@ -45,15 +44,15 @@ class Training:
         self.arriving.put(None)
 
     def until(self, pattern: str, limit_s: float = START_S) -> float:
-        """When the first new line with this regular expression came.
+        """Wait for a new line that matches a regular expression; returns its time.time().
 
         Raises:
-            TimeoutError: none came in time, or the run ended first.
+            TimeoutError: there was none in time, or the run ended first.
         """
         end = time.monotonic() + limit_s
-        while (left := end - time.monotonic()) > 0:
+        while (remaining_s := end - time.monotonic()) > 0:
             try:
-                item = self.arriving.get(timeout=left)
+                item = self.arriving.get(timeout=remaining_s)
             except queue.Empty:
                 break
             if item is None:
@@ -67,10 +66,10 @@ class Training:
         raise TimeoutError(f"no {pattern!r} within {limit_s:g} s: {self.tail()}")
 
     def ended(self, limit_s: float) -> int:
-        """Its exit status, after taking in all that it said.
+        """Wait for the end of the run and read its output; returns the exit status.
 
         Raises:
-            TimeoutError: it goes on.
+            TimeoutError: it did not end in time.
         """
         try:
             status = self.process.wait(limit_s)
@@ -81,48 +80,53 @@ class Training:
                 self.lines.append(item)
         except queue.Empty as error:
             raise TimeoutError(
-                f"the run ended with {status}, and some process of its still holds its output: "
+                f"the run ended with {status}, and one of its processes still has its output open: "
                 f"{self.tail()}"
             ) from error
         self.arriving.put(None)
         return status
 
     def tail(self) -> str:
+        """The last lines."""
         return " / ".join(text for _, text in self.lines[-5:])
 
-    def said(self, pattern: str) -> bool:
+    def printed(self, pattern: str) -> bool:
+        """Whether a line that was read matches a regular expression."""
         return any(re.search(pattern, text) for _, text in self.lines)
 
     def pid(self, worker: str) -> int:
-        """Of e.g. rollout/1: the process whose output goes to that worker's log, not one of its
-        children. Titles lie, this does not.
+        """The process of a worker, e.g. of rollout/1, not one of its children.
+
+        It is the process whose output goes to the worker's log; process titles are not reliable.
         """
         log = str(self.run_dir / "logs" / f"{worker.replace('/', '-')}.log")
-        found = {pid: parent for pid, parent in processes().items() if output_of(pid) == log}
-        return next(pid for pid, parent in found.items() if parent not in found)
+        parents = {pid: parent for pid, parent in processes().items() if output_of(pid) == log}
+        return next(pid for pid, parent in parents.items() if parent not in parents)
 
     def family(self) -> list[int]:
-        """The run's process and all that descend from it."""
-        parents, ours = processes(), {self.process.pid}
+        """The process of the run and all its descendants."""
+        parents = processes()
+        ours = {self.process.pid}
         while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
             ours |= more
         return sorted(ours)
 
 
 def processes() -> dict[int, int]:
-    """pid -> parent, of all that run and are no zombies."""
-    found = {}
+    """The parent of each process by pid, without zombies."""
+    parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = stat.read_text().rpartition(") ")[2].split()[:2]
         except OSError:
             continue
         if state != "Z":
-            found[int(stat.parent.name)] = int(parent)
-    return found
+            parents[int(stat.parent.name)] = int(parent)
+    return parents
 
 
 def output_of(pid: int) -> str | None:
+    """The file to which the output of a process goes; None: it has ended."""
     try:
         return os.readlink(f"/proc/{pid}/fd/1")
     except OSError:
@@ -137,10 +141,14 @@ def training(
     env: Mapping[str, str] | None = None,
     within: Sequence[str] = (),
 ) -> Iterator[Training]:
-    """Killed with everything it started, if it is not at its end when the block is.
+    """A run, which is killed with all its processes at the end of the `with` block.
 
     Args:
-        within: a command that runs the one that follows it.
+        overrides: its settings.
+        run_dir: its run.dir.
+        points: of HYBRIDRL_FAILPOINTS.
+        env: further variables of its environment.
+        within: a command that runs the command that follows it.
     """
     variables = {
         **os.environ,
@@ -179,7 +187,7 @@ def training(
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> float:
-    """When the signal was sent."""
+    """Send a signal to a process, SIGKILL by default; returns the time.time() at which it was."""
     at = time.time()
     with suppress(ProcessLookupError):
         os.kill(pid, number)
@@ -187,20 +195,18 @@ def kill(pid: int, number: int = signal.SIGKILL) -> float:
 
 
 def usage(pid: int) -> tuple[float, int]:
-    """(resident MB that is not shared, open files)."""
+    """(resident MB that are not shared, number of open files) of a process."""
     lines = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
     )
     return int(lines["RssAnon"].split()[0]) / 1024, len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-# -- what a run left -------------------------------------------------------------------------------
+# -- the files of a run ----------------------------------------------------------------------------
 
 
 def state_at(run_dir: Path, step: int) -> object | None:
-    """Every digest and the controller's state of a checkpoint; None: there is none, or it is
-    damaged.
-    """
+    """Weights and controller state of a checkpoint; None: it does not exist, or is damaged."""
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     try:
         state = read_checkpoint(folder).state
@@ -212,10 +218,12 @@ def state_at(run_dir: Path, step: int) -> object | None:
 
 
 def steps_saved(run_dir: Path) -> list[int]:
+    """The steps of a run's checkpoints, in order."""
     return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*"))
 
 
 def uids(run_dir: Path, steps: int) -> Counter[str]:
+    """How often a run used each prompt, up to a step."""
     return Counter(
         uid
         for row in read_ledger(run_dir)
@@ -225,6 +233,7 @@ def uids(run_dir: Path, steps: int) -> Counter[str]:
 
 
 def prompts_against(run_dir: Path, clean: Path, steps: int) -> tuple[int, int]:
-    """(lost, trained on twice) up to a step."""
-    ours, theirs = uids(run_dir, steps), uids(clean, steps)
+    """(prompts lost, prompts used twice) up to a step, compared with the run without a fault."""
+    ours = uids(run_dir, steps)
+    theirs = uids(clean, steps)
     return len(theirs - ours), len(ours - theirs)

@@ -1,6 +1,4 @@
-"""`hybridrl report`: a finished or running run as one page and one picture, from its run directory
-alone.
-"""
+"""`hybridrl report DIR`: one run, finished or not, as a page and a picture in its directory."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from hybridrl.tracking.symptoms import watch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """The measured numbers that the page is about. None: not measured in this run."""
+    """The measured numbers that the report is about. None: not measured in this run."""
 
     steps: int
     before: float | None  # held-out accuracy of the first evaluation
@@ -34,9 +32,8 @@ class Facts:
     before_stderr: float
     after_stderr: float
     teacher: tuple[str, float] | None  # the best teacher and its accuracy
-    gap_closed: (
-        float | None
-    )  # (after - before) / (teacher - before); None unless the teacher was ahead
+    # (after - before) / (teacher - before); None unless the teacher was better before training
+    gap_closed: float | None
     wall_s: float | None  # sum of time/step_s
     tokens_per_s: float | None  # mean over steps
     kl_token: float | None  # of the last step
@@ -48,7 +45,7 @@ def write_report(run_dir: str | Path) -> Path:
     """Write report.html and report.png into the run directory; returns the path of the page.
 
     Raises:
-        DataError: the run has no metrics yet, or a file of it is damaged.
+        DataError: the run has no metrics yet, or one of its files is damaged.
         RunDirectoryError: a file that is read is a link or a special file.
         OSError: a file cannot be read or written.
     """
@@ -60,7 +57,9 @@ def write_report(run_dir: str | Path) -> Path:
             "did a step"
         )
     config, config_text = read_config(run_dir)
-    facts, panels, name = measure(rows), panels_of(rows), run_dir.resolve().name
+    facts = measure(rows)
+    panels = panels_of(rows)
+    name = run_dir.resolve().name
     replace_bytes(run_dir / "report.png", draw_overview(panels, rows, name, headline(facts)))
     evaluations = read_samples(run_dir)
     page = render(
@@ -80,7 +79,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def measure(rows: Rows) -> Facts:
-    """The facts of metric rows in step order."""
+    """The facts that are in rows of metrics, which must be in step order."""
     evaluated, accuracy = series(rows, "eval/accuracy")
     stderr = {row["train/step"]: row.get("eval/accuracy_stderr", math.nan) for row in rows}
     before = float(accuracy[0]) if accuracy.size else None
@@ -90,9 +89,9 @@ def measure(rows: Rows) -> Facts:
     gap = None
     if teacher and before is not None and after is not None and teacher[1] > before:
         gap = (after - before) / (teacher[1] - before)
-    wall, speed, kl = (
-        series(rows, key)[1] for key in ("time/step_s", "perf/tokens_per_s", "kl/token")
-    )
+    _, wall = series(rows, "time/step_s")
+    _, speed = series(rows, "perf/tokens_per_s")
+    _, kl = series(rows, "kl/token")
     return Facts(
         steps=int(rows[-1]["train/step"]),
         before=before,
@@ -115,7 +114,7 @@ def _first_and_last(rows: Rows, key: str) -> tuple[float, float] | None:
 
 
 def headline(facts: Facts) -> str:
-    """The overview picture's second line."""
+    """The subtitle of the picture."""
     parts = [_steps(facts.steps, "optimizer step")]
     if facts.after is not None:
         parts.insert(
@@ -134,7 +133,7 @@ def headline(facts: Facts) -> str:
 
 
 def summarize(facts: Facts, config: dict[str, Any]) -> list[str]:
-    """The plain summary: what was trained how, what came of it, what it took."""
+    """The summary as sentences: what was trained and how, the outcome, and the cost."""
     trained = (
         f"{_short(_get(config, 'model.path')) or 'A language model'} was trained for "
         f"{_steps(facts.steps, 'step')}"
@@ -144,13 +143,13 @@ def summarize(facts: Facts, config: dict[str, Any]) -> list[str]:
     sentences = [f"{trained}{_goal(config)}."]
     if watched := _rewards(config, counted=False):
         sentences.append(
-            f"The reward {' and '.join(watched)} was only watched: it has no part in the gradient."
+            f"The reward {' and '.join(watched)} was only measured: it has no part in the gradient."
         )
     return [*sentences, *_outcomes(facts), _cost(facts)]
 
 
 def _task(config: dict[str, Any]) -> str:
-    """What the prompts are, in words: the file's name, or the generator's problems."""
+    """The source of the prompts: the name of the file, or of the generator of problems."""
     if path := _get(config, "data.path"):
         return _short(str(path))
     name = _get(config, "data.dataset") or _get(config, "data.task")
@@ -158,7 +157,7 @@ def _task(config: dict[str, Any]) -> str:
 
 
 def _rewards(config: dict[str, Any], *, counted: bool) -> list[str]:
-    """The reward functions that have a part in the gradient, or those that have none."""
+    """Names of the reward functions that contribute to the gradient, or of those that do not."""
     functions = _get(config, "reward.functions") or {}
     ranks_own_pairs = _is_pairs(config) and not _get(config, "algorithm.data_fraction")
     used = ranks_own_pairs or not _is_zero(_get(config, "algorithm.reward_weight"))
@@ -174,9 +173,7 @@ def _is_pairs(config: dict[str, Any]) -> bool:
 
 
 def _goal(config: dict[str, Any]) -> str:
-    """What the run learned from, as a clause that begins with a blank; empty where config.yaml does
-    not say.
-    """
+    """The goals of the training, as a clause that begins with a blank; empty if unknown."""
     goals = [_pair_goal(config), *_likelihood_goals(config), _imitation_goal(config)]
     if not _is_pairs(config) and (rewards := _rewards(config, counted=True)):
         goals.append(f"earn the reward of its own answers ({', '.join(rewards)})")
@@ -230,9 +227,7 @@ def _teachers(config: dict[str, Any]) -> list[str]:
 
 
 def _outcomes(facts: Facts) -> list[str]:
-    """What held-out data says, on answers that the student samples and on responses that the data
-    gives.
-    """
+    """Sentences about the held-out data: on sampled answers, and on the data's own responses."""
     sentences = []
     if facts.before is not None or facts.loss is None:
         sentences.append(_outcome(facts))
@@ -288,29 +283,31 @@ def _cost(facts: Facts) -> str:
 
 
 def key_figures(facts: Facts) -> list[tuple[str, str]]:
-    """(number, what it is) for the row of key figures, those that were measured."""
-    shown = [
-        (percent(facts.before), "accuracy before") if facts.before is not None else None,
-        (percent(facts.after), "accuracy after") if facts.after is not None else None,
-        (percent(facts.teacher[1]), "teacher's accuracy") if facts.teacher else None,
-        (percent(facts.gap_closed), "of the gap to the teacher closed")
-        if facts.gap_closed is not None
-        else None,
-        (f"{facts.steps}", "optimizer steps"),
-        (duration(facts.wall_s), "wall time of the steps") if facts.wall_s is not None else None,
-        (f"{facts.loss[1]:.3f}", "final loss on held-out data") if facts.loss is not None else None,
-        (percent(facts.pair_accuracy[1]), "held-out pairs ranked right")
-        if facts.pair_accuracy is not None
-        else None,
-        (f"{facts.kl_token:.3f}", "final distance to the teacher (KL, nats per token)")
-        if facts.kl_token is not None
-        else None,
-    ]
-    return [figure for figure in shown if figure]
+    """(number, its meaning) of each key figure that was measured."""
+    figures = []
+    if facts.before is not None:
+        figures.append((percent(facts.before), "accuracy before"))
+    if facts.after is not None:
+        figures.append((percent(facts.after), "accuracy after"))
+    if facts.teacher is not None:
+        figures.append((percent(facts.teacher[1]), "teacher's accuracy"))
+    if facts.gap_closed is not None:
+        figures.append((percent(facts.gap_closed), "of the gap to the teacher closed"))
+    figures.append((f"{facts.steps}", "optimizer steps"))
+    if facts.wall_s is not None:
+        figures.append((duration(facts.wall_s), "wall time of the steps"))
+    if facts.loss is not None:
+        figures.append((f"{facts.loss[1]:.3f}", "final loss on held-out data"))
+    if facts.pair_accuracy is not None:
+        figures.append((percent(facts.pair_accuracy[1]), "held-out pairs ranked right"))
+    if facts.kl_token is not None:
+        distance = f"{facts.kl_token:.3f}"
+        figures.append((distance, "final distance to the teacher (KL, nats per token)"))
+    return figures
 
 
 def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) of the settings a reader asks for first; absent ones are left out."""
+    """(name, value) of the most important settings, without those that are absent."""
     algorithm = "algorithm."
     pairs = [
         ("Student", _get(config, "model.path")),
@@ -323,7 +320,7 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("Task", _task(config)),
         ("Reward", ", ".join(_rewards(config, counted=True))),
-        ("Watched, not learned from", ", ".join(_rewards(config, counted=False))),
+        ("Measured only", ", ".join(_rewards(config, counted=False))),
         ("Imitation weight", _schedule(_get(config, algorithm + "imitation_weight"))),
         ("Reward weight (lambda)", _schedule(_get(config, algorithm + "reward_weight"))),
         ("Discount of future imitation cost (gamma)", _get(config, algorithm + "gamma")),
@@ -338,9 +335,7 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def full_mark(config: dict[str, Any]) -> float:
-    """The reward of a response that is right in everything: the sum of the reward weights, 1 when
-    unknown.
-    """
+    """The reward of a perfect response: the sum of the weights of all functions; 1 if unknown."""
     functions = _get(config, "reward.functions") or {}
     return sum(float((f or {}).get("weight", 1.0)) for f in functions.values()) or 1.0
 
@@ -363,7 +358,7 @@ def _steps(count: int, noun: str) -> str:
 
 
 def _get(config: dict[str, Any], dotted: str) -> Any:
-    """The value at a dotted key of config.yaml, None where it is absent."""
+    """The value at a dotted key of config.yaml; None: it is absent."""
     value: Any = config
     for key in dotted.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -371,12 +366,15 @@ def _get(config: dict[str, Any], dotted: str) -> Any:
 
 
 def _short(path: str | None) -> str:
-    """Example: _short("builtin:countdown-student") == "countdown-student"."""
+    """The last part of a path. Example: _short("builtin:tiny-student") == "tiny-student"."""
     return (path or "").rstrip("/").split("/")[-1].removeprefix("builtin:")
 
 
 def _is_zero(schedule: dict[str, Any] | None) -> bool:
-    return bool(schedule) and schedule.get("value") == 0 and not schedule.get("end")
+    """Whether a weight is 0 in every step."""
+    if not schedule:
+        return False
+    return schedule.get("value") == 0 and not schedule.get("end")
 
 
 def _schedule(schedule: dict[str, Any] | None) -> str:
