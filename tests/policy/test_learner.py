@@ -140,7 +140,7 @@ def written_out_loss(
     time, nothing fused.
     """
     batch, _, scores = chunk_of(0, 4)
-    costs = credit().sparse
+    costs = credit().columns.sparse
     total, row = torch.zeros((), dtype=teacher_head.dtype), 0
     for i in range(batch.num_sequences):
         ids = torch.from_numpy(batch.trajectory(i).input_ids).long()
@@ -206,7 +206,6 @@ def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_o
         micro.hidden_rows,
         teachers,
         terms,
-        micro.columns.value_slope,
     )
     loss.backward()
     expected = written_out_loss(plain, head)
