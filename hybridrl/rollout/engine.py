@@ -39,7 +39,7 @@ class Rollout:
 
     Args:
         source: who writes the responses.
-        rollouter: makes a response out of the engine's completions.
+        rollouter: makes a response out of the engine's completions; None: one completion each.
     """
 
     def __init__(

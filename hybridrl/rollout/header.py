@@ -9,6 +9,11 @@ from hybridrl.types import NO_VERSION, ChunkHeader, FinishReason, RolloutBatch, 
 
 
 def chunk_header(batch: RolloutBatch, finish_s: Sequence[float]) -> ChunkHeader:
+    """The scalars of a batch.
+
+    Args:
+        finish_s: [N] seconds from the arrival of the order to the end of each response.
+    """
     versions = [
         batch.policy_versions[a:b][batch.response_mask[a:b]]
         for a, b in pairwise(batch.offsets.tolist())

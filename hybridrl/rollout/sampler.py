@@ -45,7 +45,7 @@ class Sampler:
     unfinished requests.
 
     Args:
-        engine: in which no one else places requests.
+        engine: nothing else places requests in it.
         source: who writes the responses.
     """
 
@@ -137,7 +137,7 @@ class Sampler:
     async def _complete(
         self, order: GenerateOrder, prompt: Prompt, index: int, turn: int, token_ids: Sequence[int]
     ) -> Completion:
-        """One request. Its seed depends on neither the engine nor on what else is sampled there."""
+        """One request. Its seed depends neither on the engine nor on what else is sampled there."""
         room = order.max_new_tokens - (len(token_ids) - len(prompt.input_ids))
         if room < 1:
             return no_room(order.support)
