@@ -140,6 +140,7 @@ def test_a_generated_key_is_never_plain(value: str):
         ("pad_token", False),
         ("answer_key", False),
         ("num_tokens", False),
+        ("algorithm.token_weight", False),
         ("options.github_token", True),
         ("options.openai_key", True),
         ("options.judge_token", True),

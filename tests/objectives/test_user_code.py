@@ -241,8 +241,10 @@ def test_a_run_tries_the_users_code_before_it_reads_models_or_data() -> None:
 def test_reading_the_settings_that_a_run_left_runs_no_file(tmp_path: Path) -> None:
     """A run directory may have come from elsewhere."""
     file = write_file(tmp_path, "raise SystemExit('was run')")
-    own = [f"algorithm.advantage={file}:A", f"algorithm.pair.loss={file}:B"]
-    settings = from_yaml(to_yaml(settings_with("algorithm=dpo", *own)))
+    own = [f"algorithm.{s}={file}:A" for s in ("advantage", "token_weight", "pair.loss")]
+    written = settings_with("algorithm=dpo", *own)
+    settings = from_yaml(to_yaml(written))
+    assert settings == written
     assert settings.scored_teachers == ["initial"]  # algorithm.pair.against says so
     assert settings_with(*own).scored_teachers == []
 

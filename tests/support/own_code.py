@@ -10,7 +10,7 @@ README = Path(hybridrl.objectives.__file__).parent / "README.md"
 
 def write_examples(folder: Path) -> Path:
     """The worked examples of hybridrl/objectives/README.md, as one file."""
-    file = folder / "mine.py"
+    file = folder / "examples.py"
     file.write_text("\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)))
     return file
 
