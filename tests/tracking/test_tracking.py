@@ -251,7 +251,7 @@ class Tracker(RecordingSink):
 
 
 def test_the_id_of_a_tracker_s_run_lives_in_its_sink_and_outlives_it(tmp_path):
-    sinks = Sinks(required=[], optional=[Tracker(fails_at="log"), RecordingSink()])
+    sinks = Sinks(required=[], optional={"a": Tracker(fails_at="log"), "b": RecordingSink()})
     assert sinks.state_dict() == {}, "no run has begun"
     sinks.start(info(tmp_path))
     sinks.log({"train/step": 1})
@@ -259,7 +259,7 @@ def test_the_id_of_a_tracker_s_run_lives_in_its_sink_and_outlives_it(tmp_path):
     without = Sinks(required=[])
     without.load_state_dict({"tracker": "old"})
     assert without.state_dict() == {"tracker": "old"}, "a resume without it forgets no run"
-    again = Sinks(required=[], optional=[Tracker()])
+    again = Sinks(required=[], optional={"a": Tracker()})
     again.load_state_dict(without.state_dict())
     again.start(info(tmp_path))
     assert again.state_dict() == {"tracker": "old"}
