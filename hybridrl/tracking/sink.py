@@ -64,9 +64,7 @@ class Sinks:
     ) -> None:
         self._required = list(required)
         self._optional = dict(optional or {})
-        every = (*self._required, *self._optional.values())
-        self._resumable = [sink for sink in every if isinstance(sink, ResumableSink)]
-        self._ids: dict[str, str] = {}  # of the trackers, as the checkpoint holds them
+        self._ids: dict[str, str] = {}  # of the trackers' runs, by the trackers' names
 
     def state_dict(self) -> dict[str, str]:
         """The ids of the trackers' runs by the trackers' names, for the checkpoint.
@@ -74,17 +72,25 @@ class Sinks:
         The id of a tracker that this run does not use, or whose sink has failed, is retained: a
         later resume with it continues the same run.
         """
-        ids = {sink.name: sink.state_dict() for sink in self._resumable}
-        return self._ids | {name: run_id for name, run_id in ids.items() if run_id is not None}
+        self._each(self._note_id)
+        return dict(self._ids)
 
     def load_state_dict(self, state: Mapping[str, str]) -> None:
         """Continue the runs of these ids. Call it before `start`."""
         self._ids = dict(state)
-        for sink in self._resumable:
-            sink.load_state_dict(state.get(sink.name))
+        self._each(self._restore_id)
+
+    def _note_id(self, sink: Sink) -> None:
+        if isinstance(sink, ResumableSink) and (run_id := sink.state_dict()) is not None:
+            self._ids[sink.name] = str(run_id)
+
+    def _restore_id(self, sink: Sink) -> None:
+        if isinstance(sink, ResumableSink):
+            sink.load_state_dict(self._ids.get(sink.name))
 
     def start(self, info: RunInfo) -> None:
         self._each(lambda sink: sink.start(info))
+        self._each(self._note_id)  # so that the id is known if the sink fails later
 
     def log(self, metrics: Mapping[str, float]) -> None:
         self._each(lambda sink: sink.log(dict(metrics)))

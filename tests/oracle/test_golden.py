@@ -122,10 +122,9 @@ class WholeReturn(Estimator):
             self.mdp.token_logp(self.mdp.student) - self.mdp.token_logp(self.mdp.teachers[0])
         ).sum(1) - LAMBDA * self.mdp.rewards
         mask = self.mdp.mask[members.flatten()]
-        return replace(
-            super().credit(batch, plan, members),
-            sparse=cost[members.flatten()][:, None].expand(mask.shape)[mask],
-        )
+        credit = super().credit(batch, plan, members)
+        sparse = cost[members.flatten()][:, None].expand(mask.shape)[mask]
+        return replace(credit, columns=replace(credit.columns, sparse=sparse))
 
 
 def prefix_kl() -> Tensor:
@@ -170,7 +169,7 @@ def test_a_baseline_of_rewards_alone_raises_the_variance_of_a_return_that_holds_
     step = torch.arange(3).repeat(125)
 
     def mean(key, size):
-        return torch.zeros(size).double().index_add_(0, key, chance * rows.terms.sparse)
+        return torch.zeros(size).double().index_add_(0, key, chance * rows.columns.sparse)
 
     position = mean(step, 3)[torch.tensor([0] + [1] * 5 + [2] * 25)]
     state = mean(rows.prefixes, 31) / MDP.visits(MDP.student)
@@ -207,7 +206,8 @@ class TokenScore(Estimator):
             self.mdp.logp(self.mdp.student)[at, tokens]
             - self.mdp.logp(self.mdp.teachers[0])[at, tokens]
         )
-        return replace(super().credit(batch, plan, members), sparse=self.of(c))
+        credit = super().credit(batch, plan, members)
+        return replace(credit, columns=replace(credit.columns, sparse=self.of(c)))
 
 
 def token_score(coefficient) -> Tensor:
