@@ -14,8 +14,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
 ERRORS = ("ConfigError", "DataError")
-MAX_DEPTH = 5
-"""Of strings that are put together from other strings."""
+MAX_DEPTH = 8
+"""Levels of strings that consist of other strings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +30,9 @@ class ErrorSentence:
     """the setting, file or row that it is about; empty: the sentence does not begin with one"""
     rule: str
     remedy: str
-    """what to do; empty: the rule says it"""
+    """what to do; empty where the rule includes it"""
     file: str
-    """that raises it, as a path in the package"""
+    """the file that raises it, as a path in the package"""
 
     @property
     def setting(self) -> str:
@@ -52,15 +52,15 @@ def split(text: str, file: str) -> ErrorSentence:
 
 
 def error_sentences(package: Path = PACKAGE) -> list[ErrorSentence]:
-    """Those of ConfigError and DataError, each once, in the order of files and lines."""
+    """The sentences of ConfigError and DataError, each once, in the order of files and lines."""
     modules = parsed_modules(package)
-    known = constants(modules.values())
-    found: dict[ErrorSentence, None] = {}
+    values = constants(modules.values())
+    sentences: dict[ErrorSentence, None] = {}
     for file, module in modules.items():
         for function, error in raised_errors(module):
-            for text in Strings(module, function, error.lineno, known).of(error.args[0]):
-                found[split(text, file)] = None
-    return list(found)
+            for text in Strings(module, function, error.lineno, values).of(error.args[0]):
+                sentences[split(text, file)] = None
+    return list(sentences)
 
 
 def unread_errors(package: Path = PACKAGE) -> list[str]:
@@ -82,26 +82,26 @@ def parsed_modules(package: Path) -> dict[str, ast.Module]:
 
 
 def constants(modules: Iterable[ast.Module]) -> dict[str, str]:
-    """The values of the package's constants as text; of a name with two values, none.
+    """The package's constants as text; a name with two values is omitted.
 
-    Example: DTYPES = ("float32", "bfloat16") gives {"DTYPES": "float32, bfloat16"}; of a dict it
-    is the keys.
+    Example: DTYPES = ("float32", "bfloat16") gives {"DTYPES": "float32, bfloat16"}; of a dict it is
+    the keys.
     """
-    found: dict[str, set[str]] = {}
+    texts_of: dict[str, set[str]] = {}
     for module in modules:
         for node in module.body:
             match node:
                 case ast.Assign(targets=[ast.Name(id=name)], value=value) if name.isupper():
-                    with suppress(ValueError):  # it is computed
-                        written = ast.literal_eval(value)
-                        several = isinstance(written, tuple | list | dict)
-                        text = ", ".join(map(str, written)) if several else str(written)
-                        found.setdefault(name, set()).add(text)
-    return {name: texts.pop() for name, texts in found.items() if len(texts) == 1}
+                    with suppress(ValueError):  # a computed value is not a literal
+                        literal = ast.literal_eval(value)
+                        is_collection = isinstance(literal, tuple | list | dict)
+                        text = ", ".join(map(str, literal)) if is_collection else str(literal)
+                        texts_of.setdefault(name, set()).add(text)
+    return {name: texts.pop() for name, texts in texts_of.items() if len(texts) == 1}
 
 
 def raised_errors(module: ast.Module) -> Iterator[tuple[ast.FunctionDef, ast.Call]]:
-    """Each error that is raised with a sentence, and the innermost function that raises it."""
+    """Each error that is raised with a sentence, and the innermost function around it."""
 
     def visit(
         node: ast.AST, function: ast.FunctionDef | None
@@ -121,22 +121,22 @@ def raised_errors(module: ast.Module) -> Iterator[tuple[ast.FunctionDef, ast.Cal
 class Strings:
     """The strings that an expression in a function may have as its value, with placeholders.
 
-    Followed are conditions, sums, names that the function assigns strings to, loops over written
+    It follows conditions, sums, names to which the function assigns strings, loops over literal
     words, and functions of the same module that return strings.
 
-    Example: of `f"{key}: {'low' if small else 'high'}"` it is ["{key}: low / high"].
+    Example: `f"{key}: {'low' if small else 'high'}"` gives ["{key}: low / high"].
     """
 
     def __init__(
-        self, module: ast.Module, function: ast.FunctionDef, line: int, known: Mapping[str, str]
+        self, module: ast.Module, function: ast.FunctionDef, line: int, values: Mapping[str, str]
     ) -> None:
         self._module = module
         self._function = function
-        self._known = known  # constants of the package
+        self._values = values  # constants of the package
         self._line = line  # of the expression, for the loops around it
 
     def of(self, value: ast.AST, depth: int = 0) -> list[str]:
-        """All alternatives; empty where the expression is no string that can be read."""
+        """All alternatives; empty where the source code does not determine the string."""
         if depth > MAX_DEPTH:
             return []
         match value:
@@ -160,7 +160,10 @@ class Strings:
         return []
 
     def _joined(self, parts: list[ast.expr], depth: int) -> list[str]:
-        """Alternatives that are whole sentences, or begin one, stay apart; others become "a / b"."""
+        """The alternatives of an f-string.
+
+        Alternatives that are whole sentences, or begin one, are separate; others become "a / b".
+        """
         texts = [""]
         for part in parts:
             if isinstance(part, ast.FormattedValue):
@@ -173,16 +176,16 @@ class Strings:
         return texts
 
     def _value(self, value: ast.expr) -> str:
-        """A constant of the package as it is written there, any other value as a placeholder."""
+        """The text of a constant of the package; a placeholder for any other value."""
         name = placeholder(value)
-        text = self._known.get(name, f"{{{name}}}")
+        text = self._values.get(name, f"{{{name}}}")
         match value:
             case ast.Call(func=ast.Attribute(value=ast.Constant(value=str(mark)), attr="join")):
                 return text.replace(", ", mark)
         return text
 
     def _assigned(self, name: str, depth: int) -> list[str]:
-        """Nothing where one of the assignments cannot be read: the others would not be all."""
+        """The strings assigned to a name; empty where one of them cannot be determined."""
         texts = []
         for node in statements(self._function):
             match node:
@@ -203,15 +206,15 @@ class Strings:
             if isinstance(function, ast.FunctionDef) and function.name == name:
                 for node in statements(function):
                     if isinstance(node, ast.Return) and node.value is not None:
-                        inside = Strings(self._module, function, node.lineno, self._known)
+                        inside = Strings(self._module, function, node.lineno, self._values)
                         texts += inside.of(node.value, depth + 1)
         return [text for text in texts if text]
 
 
 def statements(function: ast.FunctionDef) -> list[ast.stmt]:
     """All statements of a function, nested ones too, in the order of lines."""
-    found = [node for node in ast.walk(function) if isinstance(node, ast.stmt)]
-    return sorted(found, key=lambda node: node.lineno)
+    nodes = [node for node in ast.walk(function) if isinstance(node, ast.stmt)]
+    return sorted(nodes, key=lambda node: node.lineno)
 
 
 def placeholder(value: ast.AST) -> str:
