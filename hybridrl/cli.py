@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -119,7 +119,8 @@ def train_verb(arguments: Sequence[str]) -> int:
     file = None if name is None else Path(name).expanduser()
     if not any(a.startswith("-") for a in rest):
         return run(load_settings(rest, file))
-    with nullcontext([]) if file is None else own_file(file) as base:
+    with ExitStack() as stack:
+        base = [] if file is None else stack.enter_context(own_file(file))
         return hydra_flags([*base, *rest], run)
 
 
