@@ -71,14 +71,26 @@ class Sinks:
         The id of a tracker that this run does not use, or whose sink has failed, is retained: a
         later resume with it continues the same run.
         """
-        ids = {sink.name: sink.state_dict() for sink in self._resumable}
-        return self._ids | {name: run_id for name, run_id in ids.items() if run_id is not None}
+        ids = dict(self._ids)
+        for sink in self._resumable:
+            try:
+                run_id = sink.state_dict()
+            except Exception as error:  # of a user's class: the checkpoint is worth more
+                log.warning("%s has no id for the checkpoint: %s", sink.name, described(error))
+                continue
+            if isinstance(run_id, str):
+                ids[sink.name] = run_id
+        return ids
 
     def load_state_dict(self, state: Mapping[str, str]) -> None:
         """Continue the runs of these ids. Call it before `start`."""
         self._ids = dict(state)
-        for sink in self._resumable:
-            sink.load_state_dict(state.get(sink.name))
+
+        def load(sink: Sink) -> None:
+            if isinstance(sink, ResumableSink):
+                sink.load_state_dict(state.get(sink.name))
+
+        self._each(load)
 
     def start(self, info: RunInfo) -> None:
         self._each(lambda sink: sink.start(info))
