@@ -44,6 +44,19 @@ class Records(Quiet):
     def log(self, metrics):
         self.rows.append(metrics)
 
+class Keeps(Quiet):
+    name = "keeps"
+    run_id = None
+    def load_state_dict(self, state):
+        self.run_id = state
+    def state_dict(self):
+        return self.run_id or "new"
+
+class KeepsNothing(Keeps):
+    name = "nothing"
+    def state_dict(self):
+        raise KeyError("no run")
+
 class NoSamples:
     def start(self, info): ...
     def log(self, metrics): ...
@@ -92,7 +105,7 @@ def test_the_tracker_of_the_readme_writes_what_the_run_logs_and_follows_it_back_
     settings = settings_with(
         tmp_path / "run", setting.replace("csv_tracker.py", f"{tmp_path}/csv_tracker.py")
     )
-    _, sinks, _ = make_sinks(settings)
+    _, sinks = make_sinks(settings)
     sinks.start(info(settings))
     for step in range(4):
         sinks.log({"train/step": step, "reward/mean": step / 4, "train/loss": 1.0})
@@ -121,7 +134,7 @@ def test_a_sink_that_fails_is_named_in_a_warning_and_the_others_keep_their_rows(
         f"b={user_file}:Empties",
         f"c={user_file}:Records",
     )
-    _, sinks, _ = make_sinks(settings)
+    _, sinks = make_sinks(settings)
     sinks.start(info(settings))
     rows = [{"train/step": step, "reward/mean": 0.5} for step in range(3)]
     with caplog.at_level(logging.WARNING):
@@ -133,6 +146,19 @@ def test_a_sink_that_fails_is_named_in_a_warning_and_the_others_keep_their_rows(
     [warning] = [record.getMessage() for record in caplog.records]
     assert warning.startswith("tracking.sinks.a failed and is off for the rest of the run: ")
     assert reason in warning
+
+
+def test_a_sink_may_keep_an_id_in_the_checkpoint_and_one_that_cannot_does_not_end_the_run(
+    tmp_path: Path, user_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_with(
+        tmp_path / "run", f"a={user_file}:KeepsNothing", f"b={user_file}:Keeps"
+    )
+    _, sinks = make_sinks(settings)
+    assert sinks.state_dict() == {"keeps": "new"}
+    assert "nothing has no id for the checkpoint: KeyError: 'no run'" in caplog.text
+    sinks.load_state_dict({"keeps": "of-the-checkpoint"})
+    assert sinks.state_dict() == {"keeps": "of-the-checkpoint"}
 
 
 @pytest.mark.parametrize(
