@@ -26,14 +26,11 @@ def test_importing_hybridrl_loads_nothing_heavy() -> None:
 
 def test_a_wrong_setting_is_raised_before_torch_and_ray_are_loaded(tmp_path: Path) -> None:
     code = (
-        "import hybridrl\n"
-        "from hybridrl.core.errors import ConfigError\n"
-        "try:\n"
-        f"    hybridrl.train(['experiment=quickstart', 'run.dir={tmp_path}/run', 'train.stepz=3'])\n"
-        "except ConfigError as error:\n"
-        "    assert str(error) == 'train.stepz=3: no such setting; did you mean train.steps?'\n"
-        "else:\n"
-        "    raise AssertionError('nothing was raised')\n"
+        "import hybridrl\nfrom hybridrl.core.errors import ConfigError\ntry:\n    "
+        f"hybridrl.train(['experiment=quickstart', 'run.dir={tmp_path}/run', "
+        "'train.stepz=3'])\nexcept ConfigError as error:\n    assert str(error) == "
+        "'train.stepz=3: no such setting; did you mean train.steps?'\nelse:\n    raise "
+        "AssertionError('nothing was raised')\n"
     )
     assert modules_after(code) & {"torch", "ray", "vllm", "deepspeed"} == set()
     assert not (tmp_path / "run").exists()

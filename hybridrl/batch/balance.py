@@ -13,7 +13,8 @@ def balance_groups(group_tokens: Sequence[int], ranks: int) -> list[list[int]]:
     Returns:
         group indices per rank, ascending; together each index exactly once.
     """
-    load, shards = [0] * ranks, [[] for _ in range(ranks)]
+    load = [0] * ranks
+    shards: list[list[int]] = [[] for _ in range(ranks)]
     for group in sorted(range(len(group_tokens)), key=lambda g: (-group_tokens[g], g)):
         rank = min(range(ranks), key=lambda r: (load[r], len(shards[r]), r))
         load[rank] += group_tokens[group]

@@ -4,7 +4,7 @@ chunks.
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -86,15 +86,15 @@ def spans(offsets: np.ndarray, sequences: Sequence[int]) -> np.ndarray:
     )
 
 
-def _concatenated(values: Sequence[T], **given: object) -> T:
+def _concatenated(values: Sequence[T], **given: Any) -> T:
     """A value whose tuples and arrays are those of `values` one after the other, but for the given
     fields.
     """
-    joined = dict(given)
+    joined: dict[str, Any] = dict(given)
     for f in fields(values[0]):
         if f.name not in given:
             parts = [getattr(v, f.name) for v in values]
             joined[f.name] = (
                 np.concatenate(parts) if isinstance(parts[0], np.ndarray) else sum(parts, ())
             )
-    return type(values[0])(**joined)
+    return replace(values[0], **joined)

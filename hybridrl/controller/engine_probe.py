@@ -36,7 +36,7 @@ class EngineProbe:
         """
         chunks = self.workers.rollout.probe(
             self.prompts,
-            num_tokens=min(TOKENS, self.settings.rollout.max_new_tokens),
+            num_tokens=min(TOKENS, self.settings.rollout.response_limit),
             temperature=self.settings.algorithm.temperature,
         )
         self.engines = list(chunks)

@@ -155,7 +155,10 @@ def _compiled(work: Work, *settings: Any) -> Work:
     def whole(*tensors: Any) -> Any:
         return work(*settings, *tensors)
 
-    compiled = torch.compile(whole, fullgraph=True, options=FUSE, isolate_recompiles=True)
+    # torch's stubs lack isolate_recompiles.
+    compiled = torch.compile(  # type: ignore[call-overload]
+        whole, fullgraph=True, options=FUSE, isolate_recompiles=True
+    )
 
     def run(*tensors: Any) -> Any:
         for tensor in tree_leaves(tensors):

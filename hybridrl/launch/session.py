@@ -378,9 +378,9 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     train_problems, heldout_problems = load_problems(settings.data, settings.run.seed)
     check_lengths(settings, tokenizer, [*train_problems, *heldout_problems])
     rollout = settings.rollout
-    room = rollout.max_model_len - rollout.max_new_tokens
+    length = rollout.sequence_limit
+    room = length - rollout.response_limit
     used = settings.algorithm.data_fraction > 0  # otherwise the data's responses are not
-    length = rollout.max_model_len
     check_responses(settings, train_problems)
     check_templates(settings, tokenizer, teachers, train_problems)
     check_end_of_turn(settings, tokenizer, train_problems)

@@ -14,7 +14,7 @@ def make_objective(settings: RunSettings) -> Objective:
         return PairObjective(settings.algorithm)
     return HybridObjective(
         settings.algorithm,
-        settings.rollout.max_new_tokens,
+        settings.rollout.response_limit,
         kinds=[settings.evidence_kind(name) for name in settings.scored_teachers],
         sampler_differs=settings.sampler_differs,
     )

@@ -1,4 +1,6 @@
-"""The objective's rule for the head pass; the learner, the scorers and the oracle use the same one."""
+"""The objective's rule for the head pass; the learner, the scorers and the oracle use the same
+one.
+"""
 
 from hybridrl.kernels.head import HeadRule
 from hybridrl.ops.divergence import Measure

@@ -108,8 +108,8 @@ def check_pair_loss(pair: PairConfig) -> None:
     if pair.against is not None and not loss.needs_reference:
         raise ConfigError(
             f"algorithm.pair.against={pair.against}: {setting} does not compare with a reference "
-            "(needs_reference = False); set algorithm.pair.against=null, or needs_reference = True in "
-            "the class"
+            "(needs_reference = False); set algorithm.pair.against=null, or needs_reference = "
+            "True in the class"
         )
     loss.check(pair)
     chosen = torch.tensor([-1.0, -5.0, -2.0], dtype=torch.float64)

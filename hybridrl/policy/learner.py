@@ -339,7 +339,7 @@ class Learner:
         """Diagnostics that are too expensive for every step."""
         inputs = [self._inputs(micro) for micro in micros]
         found = teacher_distance(self.engine, inputs)
-        if self.settings.learner.zero_stage < 3:
+        if zero_stage(self.settings) < 3:
             found |= gradient_geometry(self.engine.module, inputs)
         return found
 

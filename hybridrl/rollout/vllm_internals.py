@@ -5,8 +5,8 @@ installed or when one of these details is no longer as described here.
 
 - `LLMEngine.engine_core.resources.engine_dead`: set when the process of the engine core has ended.
 - Flat log-probs (`SamplingParams.flat_logprobs`): 1 + K entries a token, the drawn token first.
-- The priority queue of the scheduler orders by (priority, arrival_time), and arrival_time may be any
-  number.
+- The priority queue of the scheduler orders by (priority, arrival_time), and arrival_time may be
+  any number.
 - The environment variables below are read while the engine starts.
 - Workers have the methods that `collective_rpc` calls by name: `start_weight_update`,
   `update_weights`, `finish_weight_update` and `init_weight_transfer_engine`.

@@ -282,7 +282,7 @@ def _raised_by_worker(pending: Pending, error: RayTaskError) -> HybridRLError:
 
 
 def _last_line(error: RayError) -> str:
-    """Ray's first lines are the same for every death of an actor; the last one says what happened."""
+    """Ray's first lines are the same for every death of an actor; the last says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -28,7 +28,7 @@ Python.
 
 
 class NotBuilt(Exception):
-    """The worker's constructor raised something other than a HybridRLError; the message names it."""
+    """The worker's constructor raised another error than a HybridRLError; the message names it."""
 
 
 def build(path: str, log: str, arguments: Mapping[str, object]) -> Any:

@@ -1,4 +1,4 @@
-"""The connection to Ray: a cluster that is joined, or a local Ray that is started and ended here."""
+"""The connection to Ray: a cluster that is joined, or a local one of this process."""
 
 import logging
 import math

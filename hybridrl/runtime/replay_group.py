@@ -38,7 +38,7 @@ class ReplayGroup:
             num_chunks=1,
             group_size=len(prompts[0].responses),
             temperature=0.0,
-            max_new_tokens=self.settings.rollout.max_new_tokens,
+            max_new_tokens=self.settings.rollout.response_limit,
             seed=0,
         )
         header, batch = self.group.submit_pair(

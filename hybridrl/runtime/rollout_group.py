@@ -96,7 +96,7 @@ class RolloutGroup:
             len(prompts), groups_per_chunk or rollout.groups_per_chunk, self.group.size
         )
         pieces = [tuple(prompts[i : i + size]) for i in range(0, len(prompts), size)]
-        tokens = [longest_tokens(piece, rollout.max_new_tokens, group_size) for piece in pieces]
+        tokens = [longest_tokens(piece, rollout.response_limit, group_size) for piece in pieces]
         engines = self.load.assign(tokens, self.fleet.serving)
         next_number = [0] * self.group.size
         chunks = []
@@ -107,7 +107,7 @@ class RolloutGroup:
                 num_chunks=engines.count(engine),
                 group_size=group_size,
                 temperature=temperature,
-                max_new_tokens=rollout.max_new_tokens,
+                max_new_tokens=rollout.response_limit,
                 seed=seed,
                 support=support,
             )

@@ -1,5 +1,5 @@
-"""All workers of a run: where each is placed, how they are started together, and how those that fail
-are replaced.
+"""All workers of a run: where each is placed, how they are started together, and how those that
+fail are replaced.
 """
 
 import logging

@@ -82,6 +82,18 @@ class RolloutConfig:
                 f"rollout.max_new_tokens={self.max_new_tokens}; raise it"
             )
 
+    @property
+    def response_limit(self) -> int:
+        """Tokens of the longest response, of a run whose lengths are set."""
+        assert self.max_new_tokens is not None, "a run without lengths is refused before it starts"
+        return self.max_new_tokens
+
+    @property
+    def sequence_limit(self) -> int:
+        """Tokens of the longest prompt with its response, of a run whose lengths are set."""
+        assert self.max_model_len is not None, "a run without lengths is refused before it starts"
+        return self.max_model_len
+
 
 @dataclass(kw_only=True, slots=True)
 class PipelineConfig:

@@ -66,9 +66,7 @@ def load_teacher(settings: RunSettings, teacher: str, device: torch.device) -> T
     model = settings.teacher_model(teacher)
     setting = settings.model_setting(teacher)
     loaded = load_model(model.path, model.dtype, model.revision, setting=setting).to(device).eval()
-    longest = settings.rollout.max_model_len
-    assert longest is not None, "the lengths are checked before a worker starts"
-    compile_layers(loaded, tokens=longest, packed=False, learns=False)
+    compile_layers(loaded, tokens=settings.rollout.sequence_limit, packed=False, learns=False)
     return LocalModel(loaded, f"{setting}={model.path}")
 
 

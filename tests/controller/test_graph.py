@@ -402,7 +402,7 @@ def short_deadlines(graph: Graph) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", ["rollout/0", "scorer-main/1", "reward/1"])
-def test_a_worker_that_stops_is_replaced_within_the_longest_silence_and_the_others_write_their_stacks(
+def test_a_worker_that_stops_is_replaced_in_time_and_the_others_write_their_stacks(
     graph, controller, short_deadlines, caplog, kind
 ):
     name, index = kind.split("/")

@@ -521,8 +521,12 @@ def test_the_most_particular_entry_explains_a_key():
 
 
 FOLLOWED = {
-    "algorithm.reward_weight={kind: feedback, value: 1, metric: reward/maen, target: 0.5}": "algorithm.reward_weight.metric=reward/maen",
-    "+teachers.main.schedule={kind: feedback, value: 1, metric: kl/tokens, target: 0.1}": "teachers.main.schedule.metric=kl/tokens",
+    "algorithm.reward_weight={kind: feedback, value: 1, metric: reward/maen, target: 0.5}": (
+        "algorithm.reward_weight.metric=reward/maen"
+    ),
+    "+teachers.main.schedule={kind: feedback, value: 1, metric: kl/tokens, target: 0.1}": (
+        "teachers.main.schedule.metric=kl/tokens"
+    ),
     "checkpoint.best=eval/acuracy": "checkpoint.best=eval/acuracy",
 }
 

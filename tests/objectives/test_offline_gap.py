@@ -90,7 +90,7 @@ def online_value(eps: float, samples: int) -> float:
         (0.01, 2048, 0.711, 1.0),
     ],
 )
-def test_data_needs_ever_more_samples_as_the_expert_leaves_the_students_class_and_own_samples_do_not(
+def test_data_needs_more_samples_as_the_expert_leaves_the_students_class_and_own_samples_do_not(
     eps: float, samples: int, offline: float, online: float
 ):
     assert offline_value(eps, samples) == pytest.approx(offline, abs=0.007), (

@@ -215,7 +215,7 @@ def test_opd_full_is_the_reverse_kl_at_the_students_prefixes(folder: Path):
     assert_is_published("opd_full", folder, published.opd_full, student())
 
 
-def test_mopd_is_each_domains_teacher_and_the_group_advantage_under_the_ratio_mask_with_the_samplers_log_p(
+def test_mopd_is_each_domains_teacher_and_the_group_advantage_under_the_ratio_mask(
     folder: Path,
 ):
     off = student(drift=0.6)
@@ -321,7 +321,7 @@ def test_dr_grpo_divides_by_neither_deviation_nor_length(folder: Path):
     assert_is_published("dr_grpo", folder, published.dr_grpo(8), student(drift=0.3), limit)
 
 
-def test_dapo_clips_higher_above_penalises_length_and_is_a_mean_over_the_tokens_of_groups_that_differ(
+def test_dapo_clips_higher_penalises_length_and_is_a_mean_over_tokens_of_groups_that_differ(
     folder: Path,
 ):
     off = student(drift=0.3)

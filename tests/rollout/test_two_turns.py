@@ -34,7 +34,7 @@ PROMPTS = [
     Prompt(uid="b", input_ids=(1, 6, 7), text="23", columns={}),
 ]
 TURNS = {(1, 5): (8, END), (1, 6, 7): (9, 10, END)}
-"""The first turn by the prompt. The second is always 11, END: the tokens that follow OBSERVATION."""
+"""The first turn, by the prompt. The second is always 11, END, which follow OBSERVATION."""
 A = [1, 5, 8, END, 21, 13, 11, END]
 B = [1, 6, 7, 9, 10, END, 21, 13, 11, END]
 

@@ -221,7 +221,7 @@ sys.exit(exit_status(job))
         ("raylet", "Ray's process on this machine, the raylet, is gone"),
     ],
 )
-def test_ray_survives_its_terminal_and_a_run_whose_ray_is_killed_closes_its_sinks_and_ends_with_one_sentence(
+def test_a_run_whose_ray_is_killed_closes_its_sinks_and_ends_with_one_sentence(
     tmp_path: Path, victim: str, sentence: str
 ):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
