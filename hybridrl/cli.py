@@ -7,11 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-<<<<<<< HEAD
 from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
-=======
-from contextlib import ExitStack, nullcontext, redirect_stdout
->>>>>>> python
 from pathlib import Path
 
 from omegaconf import DictConfig

@@ -72,26 +72,12 @@ class Sinks:
         The id of a tracker that this run does not use, or whose sink has failed, is retained: a
         later resume with it continues the same run.
         """
-<<<<<<< HEAD
         self._each(self._note_id)
         return dict(self._ids)
-=======
-        ids = dict(self._ids)
-        for sink in self._resumable:
-            try:
-                run_id = sink.state_dict()
-            except Exception as error:  # of a user's class: the checkpoint is worth more
-                log.warning("%s has no id for the checkpoint: %s", sink.name, described(error))
-                continue
-            if isinstance(run_id, str):
-                ids[sink.name] = run_id
-        return ids
->>>>>>> python
 
     def load_state_dict(self, state: Mapping[str, str]) -> None:
         """Continue the runs of these ids. Call it before `start`."""
         self._ids = dict(state)
-<<<<<<< HEAD
         self._each(self._restore_id)
 
     def _note_id(self, sink: Sink) -> None:
@@ -101,14 +87,6 @@ class Sinks:
     def _restore_id(self, sink: Sink) -> None:
         if isinstance(sink, ResumableSink):
             sink.load_state_dict(self._ids.get(sink.name))
-=======
-
-        def load(sink: Sink) -> None:
-            if isinstance(sink, ResumableSink):
-                sink.load_state_dict(state.get(sink.name))
-
-        self._each(load)
->>>>>>> python
 
     def start(self, info: RunInfo) -> None:
         self._each(lambda sink: sink.start(info))
