@@ -49,7 +49,7 @@ class FinishReason(StrEnum):
 
     stop = "stop"  # the model emitted the end token
     length = "length"  # cut at rollout.max_new_tokens; counted in rollout/truncated_frac
-    aborted = "aborted"  # the engine was told to stop it; never trained on
+    aborted = "aborted"  # the engine stopped it on request; never trained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,11 +320,10 @@ class UpdatePlan:
     num_micro_batches: int  # the same on every rank, else ZeRO stages 2 and 3 hang
     lr: float
     teacher_weights: tuple[float, ...]  # w_i at this step
-    teacher_routes: tuple[
-        dict[str, Any], ...
-    ]  # column values of the prompts each teacher is asked about; empty: all
+    # The column values of the prompts that each teacher scores; empty: all.
+    teacher_routes: tuple[dict[str, Any], ...]
     reward_weight: float  # lambda at this step
-    diagnose: bool = False  # look at what is too dear for every step
+    diagnose: bool = False  # also compute the expensive diagnostics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

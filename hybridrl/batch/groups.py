@@ -15,7 +15,8 @@ T = TypeVar("T", RolloutBatch, TokenScores, Rewards)
 
 def select_groups(batch: ScoredBatch, groups: Sequence[int]) -> ScoredBatch:
     """The given groups in the given order, all columns."""
-    rollout, k = batch.rollout, batch.rollout.group_size
+    rollout = batch.rollout
+    k = rollout.group_size
     sequences = [i for g in groups for i in range(g * k, (g + 1) * k)]
     tokens = spans(rollout.offsets, sequences)
     rows = spans(np.concatenate([[0], np.cumsum(rollout.response_lengths)]), sequences)

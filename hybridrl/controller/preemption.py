@@ -72,7 +72,7 @@ class Preemption:
         Preempted: a stop signal has arrived.
         """
         if self.signal_name:
-            raise Preempted(f"told to end by {self.signal_name}; the same command continues")
+            raise Preempted(f"ended by {self.signal_name}; the same command continues")
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         """Raises:

@@ -215,10 +215,8 @@ def compared_sums(
 
     Teachers whose distribution is known on a support only are left out.
     """
-    sums, tiles = (
-        torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=hidden.device),
-        Tiles(exact=rule.exact_logits),
-    )
+    sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=hidden.device)
+    tiles = Tiles(exact=rule.exact_logits)
     whole = [teacher for teacher in teachers if not isinstance(teacher, SupportTeacher)]
     for at, logits in _logits(hidden, lm_head, rule) if whole else ():
         logp = log_softmax(logits, rule.temperature)
@@ -239,7 +237,9 @@ def compared_sums(
 
 def _logits(hidden: Tensor, lm_head: Tensor, rule: HeadRule) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of rows and their logits [c, V], no gradient."""
-    hidden, lm_head, tiles = hidden.detach(), lm_head.detach(), Tiles(exact=rule.exact_logits)
+    hidden = hidden.detach()
+    lm_head = lm_head.detach()
+    tiles = Tiles(exact=rule.exact_logits)
     for at in slices(0, len(hidden), rule.chunk):
         tiles.restart()
         yield at, tiles.logits(hidden[at], lm_head)

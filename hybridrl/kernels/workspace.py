@@ -27,7 +27,8 @@ class Tiles:
     _kept = threading.local()
 
     def __init__(self, *, exact: bool) -> None:
-        self.exact, self._taken = exact, 0
+        self.exact = exact
+        self._taken = 0
 
     @classmethod
     def release(cls) -> None:

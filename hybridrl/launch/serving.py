@@ -122,7 +122,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, str, int, list[str]]:
     further = []
     if "--" in ours:
         at = ours.index("--")
-        ours, further = ours[:at], ours[at + 1 :]
+        further = ours[at + 1 :]
+        ours = ours[:at]
     values = {"--host": "127.0.0.1", "--port": "8000"}
     sources = []
     waiting = iter(ours)

@@ -249,7 +249,7 @@ class HybridObjective:
         grid_own, grid_cost = (torch.zeros(mask.shape, dtype=own.dtype) for _ in range(2))
         grid_own[mask] = own
         if self.config.gamma > 0:
-            grid_cost[mask] = cost.nan_to_num(0.0)  # where nobody scored, nothing is to be imitated
+            grid_cost[mask] = cost.nan_to_num(0.0)  # NaN where no teacher scored
         future = future_cost(grid_cost, mask, self.config.gamma)
         if self.config.future is Future.mean:
             left = mask.flip(1).cumsum(1).flip(1) - 1  # response tokens after this one

@@ -44,7 +44,8 @@ class PairObjective:
         chosen, rejected = ranked(batch)
         gradient = self.pair_gradient(batch, learner, chosen, rejected)
         slope = torch.zeros(rollout.num_sequences, dtype=gradient.loss.dtype)
-        slope[chosen], slope[rejected] = gradient.d_chosen, gradient.d_rejected
+        slope[chosen] = gradient.d_chosen
+        slope[rejected] = gradient.d_rejected
         weight = torch.zeros_like(slope)
         weight[chosen] = weight[rejected] = 1.0 / max(plan.num_groups, 1)
         watched = self._watched(gradient, learner, rollout, chosen, rejected)
@@ -134,7 +135,8 @@ def ranked(batch: ScoredBatch) -> tuple[Tensor, Tensor]:
     k = batch.rollout.group_size
     rewards = torch.from_numpy(batch.rewards.values.copy()).unflatten(0, (-1, k))  # [G, K]
     kept = torch.from_numpy(batch.rewards.keep.copy()).unflatten(0, (-1, k)).all(1)
-    best, worst = rewards.max(1), rewards.min(1)
+    best = rewards.max(1)
+    worst = rewards.min(1)
     usable = kept & (best.values > worst.values)
     first = torch.arange(len(rewards)) * k
     return (first + best.indices)[usable], (first + worst.indices)[usable]

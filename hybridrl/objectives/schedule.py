@@ -15,7 +15,8 @@ class Schedule:
     """
 
     def __init__(self, config: ScheduleConfig, train_steps: int) -> None:
-        self.config, self.length = config, config.steps or train_steps
+        self.config = config
+        self.length = config.steps or train_steps
         self.held = config.value
 
     def value(self, step: int) -> float:

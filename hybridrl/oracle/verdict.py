@@ -170,7 +170,7 @@ def claim(case: Case, settings: RunSettings, mdp: Mdp) -> Claim:
     """What the case is compared with."""
     weights = Coefficients(settings)
     names = settings.scored_teachers
-    asked = [takes(settings.teachers[name].route, COLUMNS) for name in names]
+    routed = [takes(settings.teachers[name].route, COLUMNS) for name in names]
     shares = written_by(settings.algorithm)
     if (
         settings.algorithm.ratio.kind is not Ratio.none
@@ -183,7 +183,7 @@ def claim(case: Case, settings: RunSettings, mdp: Mdp) -> Claim:
         reward_weight=weights.reward(0),
         shares=shares,
         weights=tuple(
-            w if heard else 0.0 for w, heard in zip(weights.teachers(0), asked, strict=True)
+            w if scores else 0.0 for w, scores in zip(weights.teachers(0), routed, strict=True)
         ),
     )
 

@@ -245,7 +245,8 @@ def remedy(found: Mapping[str, float]) -> str:
 def batch_metrics(found: dict[str, float], plan: UpdatePlan, grad_norm: float) -> dict[str, float]:
     """The metrics of a step from what Tally.reduced found."""
     row = {name: value for name, value in found.items() if "/" in name}
-    dense, sparse = found["dense_sq"] ** 0.5, found["sparse_sq"] ** 0.5
+    dense = found["dense_sq"] ** 0.5
+    sparse = found["sparse_sq"] ** 0.5
     row |= {"train/grad_norm": grad_norm, "grad/dense_norm": dense, "grad/sparse_norm": sparse}
     if dense and sparse:
         row |= {

@@ -52,7 +52,8 @@ class RewardWorker:
         deadline_s: float = math.inf,
         load: Callable[[str, str | None], Tokenizer] = load_tokenizer,
     ) -> None:
-        self.config, self.watch_only = config, watch_only
+        self.config = config
+        self.watch_only = watch_only
         self.tokenizer = load(tokenizer_path, revision)
         calls = reward_calls(config)
         # of a function, whose last task may begin when it is over; at least one round of tasks

@@ -90,58 +90,74 @@ def check_best_checkpoint(settings: RunSettings) -> None:
     settings.checkpoint.check_best(settings.eval.every)
 
 
-def check_needs(settings: RunSettings) -> None:
-    """Check that everything the objective needs is set, and that it uses what is set."""
+def check_something_to_learn(settings: RunSettings) -> None:
+    """Check that some term of the loss has a weight."""
     algorithm = settings.algorithm
-    pairs = algorithm.ranks_pairs
-    from_student = algorithm.data_fraction + algorithm.teacher_fraction < 1
     likelihood = algorithm.nll_weight and algorithm.data_fraction + algorithm.teacher_fraction
-    if not (pairs or algorithm.imitates or algorithm.learns_from_rewards or likelihood):
+    terms = (algorithm.ranks_pairs, algorithm.imitates, algorithm.learns_from_rewards, likelihood)
+    if not any(terms):
         raise ConfigError(
             "algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from; "
             "raise one of them"
         )
+
+
+def check_teacher_given(settings: RunSettings) -> None:
+    """Check that there is a teacher where one has to score or to write responses."""
+    algorithm = settings.algorithm
     if algorithm.imitates and not settings.teachers:
         raise ConfigError(
             "teachers={}: algorithm.imitation_weight is not 0, so a teacher is needed; "
             "add +teachers.NAME.path=..., or set algorithm.imitation_weight.value=0"
-        )
-    against = algorithm.pair.against
-    if algorithm.pair.needs_reference and (
-        against not in settings.teachers if against else len(settings.teachers) != 1
-    ):
-        raise ConfigError(
-            f"algorithm.pair.against={against}: algorithm.pair.loss={algorithm.pair.loss} needs "
-            f"one reference among teachers={{{', '.join(settings.teachers)}}}; name one, e.g. "
-            "+teachers.initial.path=null algorithm.pair.against=initial"
-        )
-    if (
-        algorithm.pair.needs_reference
-        and settings.teachers[against or next(iter(settings.teachers))].route
-    ):
-        raise ConfigError(
-            f"teachers.{against or next(iter(settings.teachers))}.route: "
-            f"algorithm.pair.loss={algorithm.pair.loss} takes every pair's log-ratio to it; leave "
-            "the route out"
         )
     if algorithm.teacher_fraction and not settings.teachers:
         raise ConfigError(
             "teachers={}: algorithm.teacher_fraction is not 0, so a teacher must write; add "
             "+teachers.NAME.path=..."
         )
-    if (
-        algorithm.learns_from_rewards or (pairs and from_student)
-    ) and not settings.reward.functions:
+
+
+def check_reference(settings: RunSettings) -> None:
+    """Check that a pair loss over log-ratios has one reference, which scores every pair."""
+    pair = settings.algorithm.pair
+    if not pair.needs_reference:
+        return
+    against = pair.against
+    if against not in settings.teachers if against else len(settings.teachers) != 1:
+        raise ConfigError(
+            f"algorithm.pair.against={against}: algorithm.pair.loss={pair.loss} needs "
+            f"one reference among teachers={{{', '.join(settings.teachers)}}}; name one, e.g. "
+            "+teachers.initial.path=null algorithm.pair.against=initial"
+        )
+    reference = against or next(iter(settings.teachers))
+    if settings.teachers[reference].route:
+        raise ConfigError(
+            f"teachers.{reference}.route: algorithm.pair.loss={pair.loss} takes every pair's "
+            "log-ratio to it; leave the route out"
+        )
+
+
+def check_reward_given(settings: RunSettings) -> None:
+    """Check that there is a reward function where rewards are learned from, or rank responses."""
+    algorithm = settings.algorithm
+    ranks = algorithm.ranks_pairs and _student_answers(settings)
+    if (algorithm.learns_from_rewards or ranks) and not settings.reward.functions:
         raise ConfigError(
             "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed; "
             "add +reward.functions.NAME.function=..., or set algorithm.reward_weight.value=0"
         )
+
+
+def check_siblings(settings: RunSettings) -> None:
+    """Check that a prompt has several responses where they are compared with each other."""
+    algorithm = settings.algorithm
     k = settings.train.samples_per_prompt
+    learns = algorithm.learns_from_rewards or algorithm.imitates
     if (
-        from_student
-        and not pairs
+        _student_answers(settings)
+        and not algorithm.ranks_pairs
         and k < 2
-        and (algorithm.learns_from_rewards or algorithm.imitates)
+        and learns
         and algorithm.advantage is None
         and ADVANTAGES[algorithm.baseline].load().needs_siblings
     ):
@@ -149,16 +165,26 @@ def check_needs(settings: RunSettings) -> None:
             f"train.samples_per_prompt={k}: algorithm.baseline={algorithm.baseline} compares "
             "siblings, needs >= 2; raise it or set algorithm.baseline=none"
         )
-    if pairs and from_student and k < 2:
+    if algorithm.ranks_pairs and _student_answers(settings) and k < 2:
         raise ConfigError(
             f"train.samples_per_prompt={k}: algorithm.pair.loss={algorithm.pair.loss} ranks "
             "siblings, needs >= 2; raise it"
         )
-    if pairs and algorithm.teacher_fraction:
+    if algorithm.dynamic_sampling and not algorithm.learns_from_rewards:
         raise ConfigError(
-            "algorithm.teacher_fraction: pairs come from the student or the data; set it to 0, or "
-            "algorithm.pair.loss=none"
+            "algorithm.dynamic_sampling: compares rewards, and algorithm.reward_weight is 0; set "
+            "it to 0"
         )
+    if algorithm.dynamic_sampling and k < 2:
+        raise ConfigError(
+            f"train.samples_per_prompt={k}: algorithm.dynamic_sampling compares siblings, needs "
+            ">= 2; raise it"
+        )
+
+
+def check_data_responses(settings: RunSettings) -> None:
+    """Check that nothing is asked of the data's responses that only a sampler can give."""
+    algorithm = settings.algorithm
     if algorithm.data_fraction and algorithm.ratio.kind is not Ratio.none:
         raise ConfigError(
             "algorithm.data_fraction: data has no sampler log-probs to take a ratio with; set "
@@ -174,37 +200,37 @@ def check_needs(settings: RunSettings) -> None:
             "algorithm.data_fraction: data has no sampler whose tokens could be the support; set "
             "algorithm.topk.source=teacher"
         )
-    if (
-        algorithm.teacher_fraction
-        and algorithm.ratio.kind is Ratio.none
-        and (algorithm.learns_from_rewards or settings.learns_from_costs)
-    ):
+    if algorithm.data_fraction and algorithm.imitates and not algorithm.ranks_pairs:
+        check_imitation_of_data(settings)
+
+
+def check_teacher_responses(settings: RunSettings) -> None:
+    """Check that the teacher's responses are weighted so that they count for the student."""
+    algorithm = settings.algorithm
+    if not algorithm.teacher_fraction:
+        return
+    if algorithm.ranks_pairs:
+        raise ConfigError(
+            "algorithm.teacher_fraction: pairs come from the student or the data; set it to 0, or "
+            "algorithm.pair.loss=none"
+        )
+    learns_returns = algorithm.learns_from_rewards or settings.learns_from_costs
+    if algorithm.ratio.kind is Ratio.none and learns_returns:
         raise ConfigError(
             f"algorithm.teacher_fraction={algorithm.teacher_fraction}: rewards and costs of what "
             "the teacher wrote count for the student only when they are weighted by "
             "algorithm.ratio; set algorithm.ratio.kind=truncate, or algorithm.teacher_fraction=0"
         )
-    if (
-        algorithm.teacher_fraction
-        and algorithm.nll_weight
-        and algorithm.ratio.kind is not Ratio.none
-    ):
+    if algorithm.nll_weight and algorithm.ratio.kind is not Ratio.none:
         raise ConfigError(
             "algorithm.nll_weight: the likelihood of what the teacher wrote is no return to be "
             "weighted by algorithm.ratio; set algorithm.ratio.kind=none, or algorithm.nll_weight=0"
         )
-    if algorithm.data_fraction and algorithm.imitates and not pairs:
-        check_imitation_of_data(settings)
-    if algorithm.dynamic_sampling and not algorithm.learns_from_rewards:
-        raise ConfigError(
-            "algorithm.dynamic_sampling: compares rewards, and algorithm.reward_weight is 0; set "
-            "it to 0"
-        )
-    if algorithm.dynamic_sampling and k < 2:
-        raise ConfigError(
-            f"train.samples_per_prompt={k}: algorithm.dynamic_sampling compares siblings, needs "
-            ">= 2; raise it"
-        )
+
+
+def _student_answers(settings: RunSettings) -> bool:
+    """Whether the student answers some of the prompts."""
+    return settings.algorithm.data_fraction + settings.algorithm.teacher_fraction < 1
 
 
 def check_objective(settings: RunSettings) -> None:
@@ -364,7 +390,13 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_schedules,
     check_best_checkpoint,
     check_evidence,
-    check_needs,
+    check_something_to_learn,
+    check_teacher_given,
+    check_reference,
+    check_reward_given,
+    check_siblings,
+    check_data_responses,
+    check_teacher_responses,
     check_pipeline,
     check_places,
 )

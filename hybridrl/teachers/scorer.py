@@ -203,5 +203,6 @@ def data_key(batch: RolloutBatch, sequence: int) -> str:
 
 def response_tokens(batch: RolloutBatch, sequence: int) -> np.ndarray:
     """Indices of a sequence's response tokens in the per-token columns."""
-    start, end = int(batch.offsets[sequence]), int(batch.offsets[sequence + 1])
+    start = int(batch.offsets[sequence])
+    end = int(batch.offsets[sequence + 1])
     return start + np.flatnonzero(batch.response_mask[start:end])

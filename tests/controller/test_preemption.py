@@ -23,7 +23,7 @@ BOTH = pytest.mark.parametrize(
 @BOTH
 def test_while_a_run_starts_up_it_ends_where_it_stands(number: int, name: str):
     with (
-        pytest.raises(Preempted, match=f"^told to end by {name}; the same command continues$"),
+        pytest.raises(Preempted, match=f"^ended by {name}; the same command continues$"),
         Preemption().listening(),
     ):
         with suppress(Exception):  # Ray's calls make a SystemError of one
@@ -37,7 +37,7 @@ def test_once_it_has_started_it_ends_where_it_asks(number: int, name: str):
         preemption.started()
         preemption.check()
         os.kill(os.getpid(), number)
-        with pytest.raises(Preempted, match=f"^told to end by {name}; "):
+        with pytest.raises(Preempted, match=f"^ended by {name}; "):
             preemption.check()
 
 

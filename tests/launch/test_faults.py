@@ -99,7 +99,7 @@ def test_a_run_that_loses_its_learner_and_is_told_to_end_equals_one_that_nothing
         and "going back to the last checkpoint" in output
         and "continues after step 2 of 6" in output
     )
-    assert "told to end by SIGTERM; the same command continues" in output
+    assert "ended by SIGTERM; the same command continues" in output
     last = max(row["step"] for row in read_ledger(tmp_path / "run"))
     assert (
         3 <= last < STEPS

@@ -147,7 +147,7 @@ def test_a_fault_is_the_same_only_where_no_step_was_made_between(first, second, 
 
 
 def test_an_interrupted_run_that_must_not_resume_is_not_promised_to_continue(tmp_path: Path):
-    interrupted = Preempted("told to end by SIGTERM; the same command continues")
+    interrupted = Preempted("ended by SIGTERM; the same command continues")
     with (
         pytest.raises(Preempted, match=r"continues, but with run\.resume=auto$"),
         naming_what_is_saved(tiny_settings(tmp_path, "run.resume=never"), tmp_path),
