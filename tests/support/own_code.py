@@ -1,6 +1,7 @@
 """Files with an estimator, a token weight and a pair loss of a user's."""
 
 import re
+import zlib
 from pathlib import Path
 
 import hybridrl.objectives
@@ -10,16 +11,23 @@ README = Path(hybridrl.objectives.__file__).parent / "README.md"
 
 def write_examples(folder: Path) -> Path:
     """The worked examples of hybridrl/objectives/README.md, as one file."""
-    file = folder / "examples.py"
+    file = folder / f"examples_{mark(folder)}.py"
     file.write_text("\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)))
     return file
 
 
-def write_file(folder: Path, text: str, name: str = "mine.py") -> Path:
+def write_file(folder: Path, text: str) -> Path:
     """A file of the text, after the imports that the examples make."""
-    file = folder / name
+    file = folder / f"mine_{mark(folder)}.py"
     file.write_text(f"{IMPORTS}\n\n{text}")
     return file
+
+
+def mark(folder: Path) -> int:
+    """A number for the names of a test's files: one process cannot import two files of one name
+    from different folders.
+    """
+    return zlib.crc32(str(folder).encode())
 
 
 IMPORTS = """
