@@ -256,7 +256,7 @@ def terminate(ground: Ground, under_way: Training) -> Callable[[], Finding]:
     at = kill(under_way.process.pid, signal.SIGTERM)
     status = under_way.ended(60)
     took = time.time() - at
-    reported = under_way.printed("told to end by SIGTERM")
+    reported = under_way.printed("ended by SIGTERM")
     step = max(steps_saved(under_way.run_dir), default=0)
     lost = last_step(under_way) - step
     orphans = alive_after(family, 10)
