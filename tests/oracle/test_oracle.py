@@ -222,9 +222,12 @@ class SamplersCost(Estimator):
 
     def __init__(self, settings, mdp, values=None):
         super().__init__(settings, mdp, values)
-        algorithm = settings.algorithm
-        longest = settings.rollout.max_new_tokens
-        self.objective = HybridObjective(algorithm, longest, sampler_differs=False)
+        self.objective = HybridObjective(
+            settings.algorithm,
+            settings.rollout.response_limit,
+            kinds=[settings.evidence_kind(name) for name in settings.scored_teachers],
+            sampler_differs=False,
+        )
 
 
 OFF_POLICY = {"sampler_distance": 0.3, "learned": 0.99}
