@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hybridrl.kernels.head import HeadRule
 from hybridrl.runtime.rollout_group import PROBE
 from hybridrl.settings.choices import Source
 from hybridrl.settings.run import RewardConfig, RunSettings
+from hybridrl.teachers.evidence import Evidence
 from hybridrl.types import (
     ChunkHeader,
     FinishReason,
@@ -127,7 +129,15 @@ class Engine:
 
 
 class Scorer:
-    def __init__(self, settings: RunSettings, *, teacher: str, device: str) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        *,
+        teacher: str,
+        device: str,
+        evidence: Evidence,
+        rule: HeadRule,
+    ) -> None:
         self.teacher = teacher
         self.prompts = settings.train.prompts_per_step
         self.work = Work()
