@@ -88,7 +88,7 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
         assert isinstance(settings, RunSettings)
         for written_entries, entries in (
             (unresolved["reward"]["functions"], settings.reward.functions),
-            (unresolved["tracking"]["sinks"], settings.tracking.sinks),
+            (unresolved["tracking"].get("sinks", {}), settings.tracking.sinks),
         ):
             for name, entry in entries.items():
                 as_written = written_entries[name]
