@@ -61,4 +61,5 @@ def test_its_next_step_is_the_one_that_its_own_code_would_have_made(folder: Path
     *_, row = (json.loads(line) for line in (folder / "run" / "metrics.jsonl").open())
     expected = json.loads((folder / "step_3.json").read_text())
     assert len(expected) > 30
-    assert {key: row.get(key) for key in expected} == expected
+    # Equal on the processor that made them; others round sums differently.
+    assert {key: row.get(key) for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
