@@ -254,7 +254,7 @@ class ChunkHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredBatch:
-    """Whole groups with everything that others said of them; what a learner rank makes of the
+    """Whole groups with their scores and rewards; what a learner rank makes of the
     values it is handed.
 
     All parts speak of the same N sequences in the same order.

@@ -65,6 +65,7 @@ from hybridrl.runtime.workers import (
 )
 from hybridrl.settings.choices import EvidenceKind, Resume, WandbMode
 from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.teacher_model import check_own_models
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink
 from hybridrl.tracking.sink import Sink, Sinks
@@ -365,6 +366,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
         DataError: as load_problems and tokenize.
     """
     check_models(settings)
+    check_own_models(settings)
     tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
     teachers = check_teachers(settings, tokenizer)
     check_reward_models(settings.reward, tokenizer.get_vocab())

@@ -78,7 +78,7 @@ class PairObjective:
         chosen: Tensor,
         rejected: Tensor,
     ) -> dict[str, Tensor]:
-        found = {
+        watched = {
             "pair/loss": gradient.loss,
             "pair/accuracy": torch.heaviside(
                 gradient.margin, torch.tensor(0.5).to(gradient.margin)
@@ -93,13 +93,13 @@ class PairObjective:
             mean_logp = sums(learner.logprobs, rollout) / torch.from_numpy(
                 rollout.response_lengths.copy()
             )
-            found |= {
+            watched |= {
                 "pair/chosen_logprob": mean_logp[chosen],
                 "pair/rejected_logprob": mean_logp[rejected],
             }
         if self.loss.needs_reference:  # the scores are log-ratios
-            found["pair/rejected_ratio"] = gradient.rejected_score.exp()
-        return found
+            watched["pair/rejected_ratio"] = gradient.rejected_score.exp()
+        return watched
 
     def pair_gradient(
         self, batch: ScoredBatch, learner: LearnerView, chosen: Tensor, rejected: Tensor

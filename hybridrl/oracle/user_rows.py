@@ -99,16 +99,16 @@ def pair_rows(case: Case, settings: RunSettings, scope: Scope) -> Iterator[Row]:
     """One row for the derivatives with respect to the chosen responses, one for the rejected."""
     trial = PairTrial(settings, scope)
     for side, sequences in zip(("chosen", "rejected"), trial.pairs, strict=True):
-        claimed, found = trial.derivatives(sequences)
-        same = bool((claimed == found).all())  # both may be 0
-        bias = 0.0 if same else relative(claimed, found)
+        claimed, differences = trial.derivatives(sequences)
+        same = bool((claimed == differences).all())  # both may be 0
+        bias = 0.0 if same else relative(claimed, differences)
         verdict = Kind.exact if bias < ROUNDING else Kind.biased
         yield Row(
             method=case.method,
             option=" ".join([*case.options, side]),
             estimates="d loss / d log p" if not trial.by_value else "d loss / d value",
             bias=bias,
-            cosine=1.0 if same else cosine(claimed, found),
+            cosine=1.0 if same else cosine(claimed, differences),
             variance=0.0,
             declared="",
             verdict=verdict,
@@ -143,15 +143,15 @@ class PairTrial:
         differences.
         """
         claimed = self._grid(self._coefficients(self.credit(self.view)))[sequences]
-        found = torch.zeros_like(claimed)
+        differences = torch.zeros_like(claimed)
         for t in range(self.mask.shape[1]):
             step = torch.zeros(self.mask.shape, dtype=torch.float64)
             step[sequences, t] = STEP
             step = step[self.mask]
             up = self._losses(step)
             down = self._losses(-step)
-            found[:, t] = torch.where(self.mask[sequences, t], (up - down) / (2 * STEP), 0.0)
-        return claimed, found
+            differences[:, t] = torch.where(self.mask[sequences, t], (up - down) / (2 * STEP), 0.0)
+        return claimed, differences
 
     def credit(self, view: LearnerView) -> Credit:
         plan = self.estimator.plan(int(self.mask.sum()), len(self.mask))

@@ -86,10 +86,10 @@ def judge(case: Case, scope: Scope, estimator_class: type[Estimator] = Estimator
     )
     truth = claim(case, settings, mdp).gradient()
     bias = relative(measured.mean, truth)
-    found = class_of(bias, measured.luck)
+    verdict = class_of(bias, measured.luck)
     sized = case.kind is Kind.biased and scope.has_sizes
     alike = cosine(measured.mean, truth)
-    agrees = is_bounded(case, bias, alike) if case.kind is Kind.biased else found is case.kind
+    agrees = is_bounded(case, bias, alike) if case.kind is Kind.biased else verdict is case.kind
     return Row(
         method=case.method,
         option=case.label + (f" {EQUAL_LENGTHS}" if needs_equal_lengths(case, settings) else ""),
@@ -98,7 +98,7 @@ def judge(case: Case, scope: Scope, estimator_class: type[Estimator] = Estimator
         cosine=alike,
         variance=measured.variance,
         declared=f"{case.kind} {case.bias:.3f}" if sized else case.kind,
-        verdict=found,
+        verdict=verdict,
         agrees=abs(bias - case.bias) < TOLERANCE if sized else agrees,
     )
 
@@ -140,13 +140,13 @@ def class_of(bias: float, luck: float) -> Kind:
     return Kind.exact if luck < ROUNDING else Kind.unbiased
 
 
-def relative(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
+def relative(estimate: Tensor, truth: Tensor) -> float:
+    return float((estimate - truth).norm() / truth.norm())
 
 
-def cosine(found: Tensor, truth: Tensor) -> float:
-    product = float(found.norm() * truth.norm())
-    return float((found * truth).sum()) / product if product > 0 else 0.0
+def cosine(estimate: Tensor, truth: Tensor) -> float:
+    product = float(estimate.norm() * truth.norm())
+    return float((estimate * truth).sum()) / product if product > 0 else 0.0
 
 
 def settings_of(case: Case, scope: Scope) -> RunSettings:

@@ -68,11 +68,11 @@ def _gradient(student: Student, inputs: Sequence[HeadInputs]) -> list[Tensor]:
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     for i in inputs:
         loss, _ = nn.Module.__call__(student, *i.arguments(), Look.learn)
-        for into, found in zip(
+        for into, gradient in zip(
             total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
         ):
-            if found is not None:
-                into += found
+            if gradient is not None:
+                into += gradient
     for part in total:
         dist.all_reduce(part)
     return total

@@ -171,15 +171,15 @@ class Learner:
         for micro in micros:
             self._backward(micro, tally, plan.step)
         count_credits(tally, credits)
-        found = tally.reduced()
+        totals = tally.reduced()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = plan.lr
         self.engine.step()  # leaves everything as it was where a gradient is not finite
         grad_norm = float(self.engine.get_global_grad_norm())
-        self._check_finite(plan, found, grad_norm, micros)
+        self._check_finite(plan, totals, grad_norm, micros)
         self.optimizer_steps += 1
-        metrics = batch_metrics(found, plan, grad_norm) | diagnostics
-        return learner_stats(found, metrics, time.monotonic() - started)
+        metrics = batch_metrics(totals, plan, grad_norm) | diagnostics
+        return learner_stats(totals, metrics, time.monotonic() - started)
 
     def evaluate(
         self, plan: UpdatePlan, shard: Shard, *values: RolloutBatch | Rewards | TokenScores
@@ -201,8 +201,8 @@ class Learner:
             for micro in micros:
                 self._forward(micro, tally, plan.step)
         count_credits(tally, credits)
-        found = tally.reduced()
-        return learner_stats(found, heldout_metrics(found), time.monotonic() - started)
+        totals = tally.reduced()
+        return learner_stats(totals, heldout_metrics(totals), time.monotonic() - started)
 
     def _prepare(
         self,
@@ -230,14 +230,16 @@ class Learner:
     def _check_finite(
         self,
         plan: UpdatePlan,
-        found: Mapping[str, float],
+        totals: Mapping[str, float],
         grad_norm: float,
         micros: Sequence[MicroBatch],
     ) -> None:
-        """Raises what `update` says; every rank raises the same. found: what Tally.reduced
-        returned.
+        """Raise what `update` documents, on every rank alike.
+
+        Args:
+            totals: of Tally.reduced.
         """
-        loss = found["train/loss"]
+        loss = totals["train/loss"]
         if np.isfinite(loss) and np.isfinite(grad_norm):
             return
         folder = Path(self.settings.run.dir).expanduser() / "skipped"
@@ -249,7 +251,7 @@ class Learner:
         }
         save_file(columns, folder / f"step_{plan.step:06d}-rank{self.rank}.safetensors")
         sentence = (
-            f"step {plan.step}: loss is {loss}, gradient norm {grad_norm}; {remedy(found)}; "
+            f"step {plan.step}: loss is {loss}, gradient norm {grad_norm}; {remedy(totals)}; "
             f"the batch is in {folder}"
         )
         if not self.engine.optimizer.overflow:
@@ -338,10 +340,10 @@ class Learner:
     def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
         """Diagnostics that are too expensive for every step."""
         inputs = [self._inputs(micro) for micro in micros]
-        found = teacher_distance(self.engine, inputs)
+        metrics = teacher_distance(self.engine, inputs)
         if zero_stage(self.settings) < 3:
-            found |= gradient_geometry(self.engine.module, inputs)
-        return found
+            metrics |= gradient_geometry(self.engine.module, inputs)
+        return metrics
 
     def _collate(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
         """One forward pass; of an idle sequence where there is nothing to do."""
@@ -457,14 +459,14 @@ def scored_batches(
 ) -> list[ScoredBatch]:
     """This rank's groups, one batch per source, in the order of the chunks."""
     stride = 2 + shard.num_teachers
-    found: dict[tuple[Source, int], list[ScoredBatch]] = {}
+    by_source: dict[tuple[Source, int], list[ScoredBatch]] = {}
     for chunk in range(shard.num_chunks):
         rollout, rewards, *scores = values[chunk * stride : (chunk + 1) * stride]
         assert isinstance(rollout, RolloutBatch) and isinstance(rewards, Rewards)
         batch = ScoredBatch(
             rollout=rollout, scores=tuple(cast("list[TokenScores]", scores)), rewards=rewards
         )
-        found.setdefault((rollout.source, rollout.group_size), []).append(
+        by_source.setdefault((rollout.source, rollout.group_size), []).append(
             select_groups(batch, shard.groups[chunk])
         )
-    return [join(parts) for parts in found.values()]
+    return [join(parts) for parts in by_source.values()]

@@ -115,11 +115,11 @@ class Tally:
         )
         dist.all_reduce(sums)
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
-        found = {}
+        totals = {}
         for name, (total, count) in zip(self.sums, sums.tolist(), strict=True):
             if name in SUMS or count:
-                found[name] = total if name in SUMS else total / count
-        return found | {
+                totals[name] = total if name in SUMS else total / count
+        return totals | {
             name: value
             for name, value in zip(self.maxima, maxima.tolist(), strict=True)
             if value > -torch.inf
@@ -213,16 +213,16 @@ def quarters(micro: MicroBatch) -> Tensor:
     return QUARTERS * position // lengths[owner]
 
 
-def remedy(found: Mapping[str, float]) -> str:
+def remedy(totals: Mapping[str, float]) -> str:
     """What to change after a step whose loss or gradient is not finite, by the first mean of the
     batch that is not finite.
 
     Args:
-        found: what Tally.reduced returned.
+        totals: what Tally.reduced returned.
     """
 
     def finite(name: str) -> bool:
-        return math.isfinite(found.get(name, 0.0))
+        return math.isfinite(totals.get(name, 0.0))
 
     if not finite("entropy/token"):  # the student's own distribution
         return "the student's probabilities are not finite; lower train.lr"
@@ -242,51 +242,51 @@ def remedy(found: Mapping[str, float]) -> str:
     return "lower train.lr"
 
 
-def batch_metrics(found: dict[str, float], plan: UpdatePlan, grad_norm: float) -> dict[str, float]:
-    """The metrics of a step from what Tally.reduced found."""
-    row = {name: value for name, value in found.items() if "/" in name}
-    dense = found["dense_sq"] ** 0.5
-    sparse = found["sparse_sq"] ** 0.5
+def batch_metrics(totals: dict[str, float], plan: UpdatePlan, grad_norm: float) -> dict[str, float]:
+    """The metrics of a step from the totals of Tally.reduced."""
+    row = {name: value for name, value in totals.items() if "/" in name}
+    dense = totals["dense_sq"] ** 0.5
+    sparse = totals["sparse_sq"] ** 0.5
     row |= {"train/grad_norm": grad_norm, "grad/dense_norm": dense, "grad/sparse_norm": sparse}
     if dense and sparse:
         row |= {
             "grad/dense_sparse_ratio": dense / sparse,
-            "grad/logit_cosine": found["dense_sparse"] / (dense * sparse),
+            "grad/logit_cosine": totals["dense_sparse"] / (dense * sparse),
         }
-    row["policy/kept_frac"] = found["tokens"] / max(plan.num_tokens, 1)
-    if found["tokens"]:
-        if "kl/token" in found:
-            row["kl/sequence"] = found["kl/token"] * found["tokens"] / max(plan.num_sequences, 1)
-        row["advantage/min"] = -found["minus_advantage"]
-        row["advantage/std"] = max(found["advantage_sq"] - found["advantage/mean"] ** 2, 0.0) ** 0.5
-    if found.get("rho_sq"):
-        row["policy/ess"] = found["policy/rho_mean"] ** 2 / found["rho_sq"]
+    row["policy/kept_frac"] = totals["tokens"] / max(plan.num_tokens, 1)
+    if totals["tokens"]:
+        if "kl/token" in totals:
+            row["kl/sequence"] = totals["kl/token"] * totals["tokens"] / max(plan.num_sequences, 1)
+        row["advantage/min"] = -totals["minus_advantage"]
+        row["advantage/std"] = (
+            max(totals["advantage_sq"] - totals["advantage/mean"] ** 2, 0.0) ** 0.5
+        )
+    if totals.get("rho_sq"):
+        row["policy/ess"] = totals["policy/rho_mean"] ** 2 / totals["rho_sq"]
     return row
 
 
 def learner_stats(
-    found: Mapping[str, float], metrics: dict[str, float], learn_s: float
+    totals: Mapping[str, float], metrics: dict[str, float], learn_s: float
 ) -> LearnerStats:
     """The typed statistics of a batch.
 
     Args:
-        found: what Tally.reduced returned.
+        totals: what Tally.reduced returned.
         metrics: what is reported of the batch.
         learn_s: seconds that this rank took.
     """
     return LearnerStats(
-        logprob_gap=found.get(LOGPROB_GAP),
-        token_kl=found.get(TOKEN_KL),
-        sparse_norm=found[SPARSE_SQ] ** 0.5,
+        logprob_gap=totals.get(LOGPROB_GAP),
+        token_kl=totals.get(TOKEN_KL),
+        sparse_norm=totals[SPARSE_SQ] ** 0.5,
         metrics=metrics,
         learn_s=learn_s,
     )
 
 
-def heldout_metrics(found: dict[str, float]) -> dict[str, float]:
-    """The metrics of an evaluation on held-out data, of what Tally.reduced found; none where no
-    token counts.
-    """
-    if not found["tokens"]:
+def heldout_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """The metrics of held-out data, from the totals of Tally.reduced; empty without tokens."""
+    if not totals["tokens"]:
         return {}
-    return {key: found[name] for name, key in HELDOUT.items() if name in found}
+    return {key: totals[name] for name, key in HELDOUT.items() if name in totals}

@@ -2,33 +2,21 @@
 
 from collections.abc import Sequence
 
-from hybridrl.core.errors import WorkerError
-from hybridrl.runtime.actor_group import ActorGroup, Slot
+from hybridrl.runtime.actor_group import Slot
 from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.chunk import Chunk
+from hybridrl.runtime.stateless_group import StatelessGroup
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import GenerateOrder, Prompt
 
 
-class ReplayGroup:
+class ReplayGroup(StatelessGroup):
     """consumes prompts with responses / produces chunks under way / waits for nothing."""
 
     worker = "hybridrl.rollout.replay:Replay"
 
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, log_dir: str) -> None:
-        self.settings = settings
-        self.group = ActorGroup(
-            "replay",
-            self.worker,
-            slots,
-            [{}] * len(slots),
-            log_dir=log_dir,
-            max_restarts=settings.cluster.max_restarts,
-            any_order=True,
-        )
-
-    def ready(self) -> list[Pending]:
-        return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
+        super().__init__(settings, slots, name="replay", arguments={}, log_dir=log_dir)
 
     def generate(self, prompts: Sequence[Prompt], *, wave: str) -> list[Chunk]:
         """One chunk with all responses of each prompt."""
@@ -49,12 +37,6 @@ class ReplayGroup:
     def again(self, chunk: Chunk) -> Chunk:
         """The same responses once more."""
         return self.generate(chunk.prompts, wave=chunk.order.wave)[0]
-
-    def lose(self, error: WorkerError) -> None:
-        """Start another worker in the place of the one that failed; it holds no state that the run
-        would miss.
-        """
-        self.group.rebuild(error, self.settings.deadlines.start_s)
 
     def rank(self, chunks: Sequence[Chunk]) -> list[Pending]:
         """One call per chunk: -> Rewards, which rank the responses in the data's own order."""

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 
-from hybridrl.core.errors import WorkerError
-from hybridrl.runtime.actor_group import ActorGroup, Slot
+from hybridrl.runtime.actor_group import Slot
 from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.chunk import Chunk
+from hybridrl.runtime.stateless_group import StatelessGroup
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import Sample
 
 
-class RewardGroup:
+class RewardGroup(StatelessGroup):
     """Hands chunks to the reward workers in turn.
 
     consumes chunks under way / produces calls that start when their chunk is done / `score` waits
@@ -20,7 +20,6 @@ class RewardGroup:
     worker = "hybridrl.rewards.worker:RewardWorker"
 
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, log_dir: str) -> None:
-        self.settings = settings
         watch_only = (
             settings.algorithm.reward_weight.is_zero() and not settings.algorithm.ranks_pairs
         )
@@ -31,24 +30,7 @@ class RewardGroup:
             "watch_only": watch_only,
             "deadline_s": settings.deadlines.reward_s,
         }
-        self.group = ActorGroup(
-            "reward",
-            self.worker,
-            slots,
-            [arguments] * len(slots),
-            log_dir=log_dir,
-            max_restarts=settings.cluster.max_restarts,
-            any_order=True,
-        )
-
-    def lose(self, error: WorkerError) -> None:
-        """Start another worker in the place of the one that failed; it holds no state that the run
-        would miss.
-        """
-        self.group.rebuild(error, self.settings.deadlines.start_s)
-
-    def ready(self) -> list[Pending]:
-        return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
+        super().__init__(settings, slots, name="reward", arguments=arguments, log_dir=log_dir)
 
     def score(self, chunks: Sequence[Chunk], weights: Sequence[float]) -> list[Pending]:
         """One call per chunk: -> Rewards.

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hybridrl.core.errors import WorkerError
 from hybridrl.kernels.head import HeadRule
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.head_rule import head_rule
-from hybridrl.runtime.actor_group import ActorGroup, Slot
+from hybridrl.runtime.actor_group import Slot
 from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.chunk import Chunk
+from hybridrl.runtime.stateless_group import StatelessGroup
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.types import SavedFile
@@ -22,7 +22,7 @@ class ScoreCall(NamedTuple):
     scores: Pending  # -> TokenScores; only ever passed on by reference
 
 
-class ScorerGroup:
+class ScorerGroup(StatelessGroup):
     """Hands chunks to the replicas of one teacher in turn.
 
     consumes chunks under way / produces calls that start when their chunk is done / `score` waits
@@ -40,7 +40,6 @@ class ScorerGroup:
         device: str,
         log_dir: str,
     ) -> None:
-        self.settings = settings
         self.teacher = teacher
         evidence, rule = scoring(settings, teacher)
         arguments = {
@@ -50,24 +49,9 @@ class ScorerGroup:
             "evidence": evidence,
             "rule": rule,
         }
-        self.group = ActorGroup(
-            f"scorer-{teacher}",
-            self.worker,
-            slots,
-            [arguments] * len(slots),
-            log_dir=log_dir,
-            max_restarts=settings.cluster.max_restarts,
-            any_order=True,
+        super().__init__(
+            settings, slots, name=f"scorer-{teacher}", arguments=arguments, log_dir=log_dir
         )
-
-    def lose(self, error: WorkerError) -> None:
-        """Start another worker in the place of the one that failed; it holds no state that the run
-        would miss.
-        """
-        self.group.rebuild(error, self.settings.deadlines.start_s)
-
-    def ready(self) -> list[Pending]:
-        return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
 
     def configure(self, settings: RunSettings) -> None:
         """Score by other settings from here on, if they score with this teacher at all."""

@@ -183,7 +183,7 @@ def check_siblings(settings: RunSettings) -> None:
 
 
 def check_data_responses(settings: RunSettings) -> None:
-    """Check that nothing is asked of the data's responses that only a sampler can give."""
+    """Refuse settings that need a sampler's log-probs or tokens for responses from the data."""
     algorithm = settings.algorithm
     if algorithm.data_fraction and algorithm.ratio.kind is not Ratio.none:
         raise ConfigError(

@@ -9,8 +9,9 @@ Shapes: R' response tokens of one forward pass, V vocabulary, H the teacher's hi
 of a row, K tokens of a support.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,68 +53,64 @@ class Received:
     head: Tensor | None  # [V, H] the teacher's output embedding; None: the evidence needs none
 
 
-class Evidence(Protocol):
-    """One kind of evidence. Instances are small frozen values that travel to the scorers."""
+class Evidence(ABC):
+    """One kind of evidence. Instances are small frozen values that travel to the scorers.
 
-    @property
-    def name(self) -> str:
-        """The part of a metric's name that counts the bytes of its rows; empty: it has no rows."""
-        ...
+    A subclass overrides what differs from the log-probs of the whole vocabulary.
+    """
 
-    @property
-    def needs_head(self) -> bool:
-        """Whether the learner keeps a copy of the teacher's output embedding."""
-        ...
+    __slots__ = ()
+
+    name: ClassVar[str]
+    """The part of a metric's name that counts the bytes of its rows; empty: it has no rows."""
+    needs_head: ClassVar[bool] = False
+    """Whether the learner keeps a copy of the teacher's output embedding."""
 
     @property
     def estimates(self) -> bool:
         """Whether a part of the dense term is estimated from the drawn token's log q."""
-        ...
+        return False
+
+    @property
+    def support(self) -> int:
+        """Tokens that a row is about: K; 0 where it is not about a selection of tokens."""
+        return 0
 
     @property
     def sampler_support(self) -> int:
         """How many of the sampler's most likely tokens it reads; 0: none."""
-        ...
+        return 0
 
+    @abstractmethod
     def width(self, vocabulary: int, hidden: int) -> int:
         """Numbers in a row: W."""
-        ...
 
     def row_dtype(self, head: torch.dtype) -> torch.dtype:
         """The dtype of a row in the object store, by that of the teacher's output embedding."""
-        ...
+        return _logprob_dtype(head)
 
-    def support(self) -> int:
-        """Tokens that a row is about: K; 0 where it is about the whole vocabulary."""
-        ...
-
+    @abstractmethod
     def read(self, states: States) -> Reading:
         """What is sent of these tokens; no gradient. Runs on the scorer."""
-        ...
 
+    @abstractmethod
     def head_input(self, received: Received) -> Teacher | None:
         """What the head pass compares the student with; None: nothing beyond the drawn token."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hidden:
+class Hidden(Evidence):
     """The last hidden state: H numbers a token. The learner rebuilds log q over the vocabulary."""
 
     drawn: bool  # log q(y_t) is sent too, which costs the scorer one pass over the vocabulary
     name = "teacher_hidden"
     needs_head = True
-    estimates = False
-    sampler_support = 0
 
     def width(self, vocabulary: int, hidden: int) -> int:
         return hidden
 
     def row_dtype(self, head: torch.dtype) -> torch.dtype:
         return head
-
-    def support(self) -> int:
-        return 0
 
     def read(self, states: States) -> Reading:
         logprobs = _drawn(states) if self.drawn else _zeros(states)
@@ -129,23 +126,14 @@ class Hidden:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vocabulary:
+class Vocabulary(Evidence):
     """Log-probs of the whole vocabulary: V numbers a token."""
 
     drawn: bool  # as of Hidden
     name = "teacher_vocabulary"
-    needs_head = False
-    estimates = False
-    sampler_support = 0
 
     def width(self, vocabulary: int, hidden: int) -> int:
         return vocabulary
-
-    def row_dtype(self, head: torch.dtype) -> torch.dtype:
-        return _logprob_dtype(head)
-
-    def support(self) -> int:
-        return 0
 
     def read(self, states: States) -> Reading:
         return Reading(
@@ -159,14 +147,13 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Support:
+class Support(Evidence):
     """Log-probs of K tokens that are chosen from the prefix alone, and of the drawn token."""
 
     k: int
     source: SupportSource
     correction: Correction  # what accounts for the tokens outside the K
     name = "teacher_support"
-    needs_head = False
 
     @property
     def estimates(self) -> bool:
@@ -179,9 +166,7 @@ class Support:
     def width(self, vocabulary: int, hidden: int) -> int:
         return self.k
 
-    def row_dtype(self, head: torch.dtype) -> torch.dtype:
-        return _logprob_dtype(head)
-
+    @property
     def support(self) -> int:
         return self.k
 
@@ -204,21 +189,16 @@ class Support:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
+class Drawn(Evidence):
     """log q(y_t) alone: one number a token."""
 
     name = ""
-    needs_head = False
-    estimates = True
-    sampler_support = 0
+
+    @property
+    def estimates(self) -> bool:
+        return True
 
     def width(self, vocabulary: int, hidden: int) -> int:
-        return 0
-
-    def row_dtype(self, head: torch.dtype) -> torch.dtype:
-        return _logprob_dtype(head)
-
-    def support(self) -> int:
         return 0
 
     def read(self, states: States) -> Reading:

@@ -83,7 +83,7 @@ class TeacherInbox:
         return [
             TeacherColumns(
                 rows=self._idle_rows(evidence, head),
-                support_ids=np.arange(evidence.support(), dtype=np.int32)[None],
+                support_ids=np.arange(evidence.support, dtype=np.int32)[None],
                 weight=np.zeros(1, np.float32),
             )
             for evidence, head in zip(self.evidence, self.heads, strict=True)

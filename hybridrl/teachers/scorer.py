@@ -187,7 +187,8 @@ class Scorer:
             try:
                 with safe_open(path, framework="numpy") as file:
                     if (file.metadata() or {}).get("identity") == self.identity:
-                        self.cached |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+                        names = file.keys()
+                        self.cached |= {name: file.get_tensor(name) for name in names}
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: no safetensors file: {error}") from error
         return []

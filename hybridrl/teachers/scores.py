@@ -26,7 +26,7 @@ def empty_scores(
         teacher=teacher,
         logprobs=np.zeros(len(batch.input_ids), numpy_dtype(softmax_dtype(head))),
         rows=np.zeros((num_rows, width), numpy_dtype(evidence.row_dtype(head.dtype))),
-        support_ids=np.tile(np.arange(evidence.support(), dtype=np.int32), (num_rows, 1)),
+        support_ids=np.tile(np.arange(evidence.support, dtype=np.int32), (num_rows, 1)),
     )
 
 

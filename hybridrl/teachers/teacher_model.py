@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.core.plain_text import described
 from hybridrl.core.user_files import load_from_file
 from hybridrl.models.decoder_layers import compile_layers
 from hybridrl.models.loading import head_rows, load_model, load_output_head
@@ -84,9 +85,48 @@ def load_teacher_head(settings: RunSettings, teacher: str) -> Tensor:
     return load_output_head(model.path, model.dtype, model.revision, setting=setting)
 
 
+@torch.no_grad()
+def check_own_models(settings: RunSettings) -> None:
+    """Load the teachers that are classes of the user's, and try each on one token.
+
+    Raises:
+        ConfigError: as load_teacher; or the class raises, or returns states of another shape.
+    """
+    device = torch.device("cpu")
+    for name in settings.scored_teachers:
+        own_class = settings.teachers[name].model
+        if own_class is None:
+            continue
+        field = f"teachers.{name}.model={own_class}"
+        model = load_teacher(settings, name, device)
+        one = torch.ones(1, 1, dtype=torch.int64)
+        expected = (1, 1, model.head.shape[1])
+        try:
+            states = model.states(one, one, torch.zeros_like(one))
+        except Exception as error:
+            raise ConfigError(
+                f"{field}: its method states raised {described(error)} for the single token 1; "
+                "try it in Python"
+            ) from error
+        if not isinstance(states, Tensor) or states.shape != expected:
+            shape = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+            raise ConfigError(
+                f"{field}: its method states returned {shape} for one token; return a tensor "
+                f"[B, T, H], here {expected}"
+            )
+
+
 def _of_users_file(settings: RunSettings, teacher: str, name: str) -> TeacherModel:
     field = f"teachers.{teacher}.model={name}"
-    model = load_from_file(field, name)()
+    try:
+        model = load_from_file(field, name, kind="class")()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{field}: making an object of it raised {described(error)}; it is made without "
+            "arguments"
+        ) from error
     lacking = [part for part in ("head", "states") if not hasattr(model, part)]
     if lacking:
         raise ConfigError(

@@ -131,7 +131,8 @@ OPTIONS = {
         "+teachers.initial={path:null,weight:0.5,evidence:drawn}",
     ),
     "a weight held by feedback": (
-        "algorithm.reward_weight={kind:feedback,value:1.0,end:null,metric:kl/token,target:0.1,gain:-0.5}",
+        "algorithm.reward_weight={kind:feedback,value:1.0,end:null,metric:kl/token,"
+        "target:0.1,gain:-0.5}",
         "diagnostics.every=1",
     ),
     "the student's own pairs": ("algorithm=dpo", "algorithm.data_fraction=0"),

@@ -1,4 +1,4 @@
-"""When a run is told that its gradient is mostly rounding."""
+"""The warning that a gradient consists mostly of rounding errors."""
 
 import pytest
 

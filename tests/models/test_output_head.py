@@ -64,6 +64,7 @@ def test_a_soft_cap_is_detected_even_where_logits_are_far_below_it():
 
 
 def test_a_scale_of_one_and_no_cap_are_a_plain_head():
-    output_weight(tiny("granite", {**LLAMA}, torch.float32))
     config = AutoConfig.for_model("gemma2", **COMMON, **HEADS, final_logit_softcapping=None)
-    output_weight(AutoModelForCausalLM.from_config(config).eval())
+    uncapped = AutoModelForCausalLM.from_config(config).eval()
+    for model in (tiny("granite", {**LLAMA}, torch.float32), uncapped):
+        assert output_weight(model) is model.get_output_embeddings().weight

@@ -10,7 +10,8 @@ import torch
 from hybridrl.core.errors import ConfigError
 from hybridrl.launch.session import preflight
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.advantages.advantage import Advantage
+from hybridrl.objectives.advantages.advantage import Advantage, ReturnGrid
+from hybridrl.objectives.chosen import chosen_advantage, chosen_pair_loss
 from hybridrl.objectives.credit import LearnerView
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.objectives.pair_losses.pair_loss import PairLoss
@@ -228,8 +229,19 @@ def test_what_cannot_work_is_refused_in_one_sentence(
 def test_the_examples_of_the_readme_are_accepted(tmp_path: Path) -> None:
     file = write_examples(tmp_path)
     own = f"algorithm.advantage={file}:MedianOfOthers algorithm.token_weight={file}:early_tokens"
-    check_user_code(settings_with(*own.split()))
-    check_user_code(settings_with("algorithm=dpo", f"algorithm.pair.loss={file}:SquaredHinge"))
+    settings = settings_with(*own.split())
+    check_user_code(settings)
+    grid = ReturnGrid(
+        returns=torch.tensor([[1.0], [2.0], [4.0]]),
+        values=torch.zeros(3, 1),
+        mask=torch.ones(3, 1, dtype=torch.bool),
+        group_size=3,
+    )
+    advantages = chosen_advantage(settings.algorithm).advantages(grid, settings.algorithm)
+    assert advantages.tolist() == [[-1.0], [1.0], [3.0]]  # the lower median of the two others
+    pairs = settings_with("algorithm=dpo", f"algorithm.pair.loss={file}:SquaredHinge")
+    check_user_code(pairs)
+    assert type(chosen_pair_loss(pairs.algorithm.pair)).__name__ == "SquaredHinge"
 
 
 def test_a_run_tries_the_users_code_before_it_reads_models_or_data() -> None:

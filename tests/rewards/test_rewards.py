@@ -20,7 +20,8 @@ from hybridrl.rewards.pool import Failure, FailureKind, Outcome, RewardCall, Rew
 from hybridrl.rewards.worker import RewardWorker
 from hybridrl.settings.choices import OnError
 from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
-from hybridrl.types import FinishReason, Prompt, RolloutBatch, Trajectory
+from hybridrl.types import RolloutBatch
+from tests.support.batches import text_batch
 
 # One file with every misbehaviour; the completion "x" triggers it, no other does.
 USER_FILE = """
@@ -328,6 +329,14 @@ def of_session(note: Path) -> list[int]:
     return pids
 
 
+def has_processes(note: Path, count: int) -> bool:
+    """Whether the session has that many running processes within 10 s."""
+    end = time.monotonic() + 10
+    while len(of_session(note)) < count and time.monotonic() < end:
+        time.sleep(0.02)
+    return len(of_session(note)) >= count
+
+
 def all_ended(note: Path) -> bool:
     """Whether the processes of the session end within 10 s.
 
@@ -366,7 +375,8 @@ def test_closing_the_pool_ends_processes_that_a_reward_function_did_not_end(
         assert pool.call(
             "starts_others", {"completions": ["a"], "how": ["answers"], "note": [str(note)]}
         ) == [1.0]
-        assert len(of_session(note)) >= 5, "the child, sleep, sh, the sleep of sh, and a fork"
+        # The child, sleep, sh, a fork, and the sleep of sh, which sh has yet to start.
+        assert has_processes(note, 5)
     finally:
         pool.close()
     assert all_ended(note)
@@ -631,29 +641,9 @@ def open_worker(user_file: Path) -> Iterator[Open]:
 
 
 def rollouts(*responses: str) -> RolloutBatch:
-    """Prompts "p0", "p1", ... with 2 of the responses each, numbers [3, 7] and target 21."""
-    prompts = [
-        Prompt(
-            uid=f"p{i}", input_ids=(5, 6), text="3 7=21:", columns={"numbers": [3, 7], "target": 21}
-        )
-        for i in range(len(responses) // 2)
-    ]
-    trajectories = []
-    for i, response in enumerate(responses):
-        ids = np.array([5, 6, *map(ord, response), 0], np.int32)
-        trajectories.append(
-            Trajectory(
-                uid=f"p{i // 2}",
-                prompt_length=2,
-                input_ids=ids,
-                response_mask=np.arange(len(ids)) >= 2,
-                rollout_logprobs=np.zeros(len(ids), np.float32),
-                policy_versions=np.zeros(len(ids), np.int32),
-                support_ids=np.zeros((len(ids) - 2, 0), np.int32),
-                finish_reason=FinishReason.stop,
-            )
-        )
-    return RolloutBatch.pack(prompts, 2, trajectories)
+    """Two of the responses to each prompt, with numbers [3, 7] and target 21."""
+    columns = {"numbers": [3, 7], "target": 21}
+    return text_batch(responses, group_size=2, text="3 7=21:", columns=columns)
 
 
 def test_the_worker_sums_the_functions_by_weight(open_worker: Open) -> None:

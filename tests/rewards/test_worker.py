@@ -16,7 +16,8 @@ from hybridrl.rewards.maths import math
 from hybridrl.rewards.worker import RewardWorker
 from hybridrl.settings.choices import OnError
 from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
-from hybridrl.types import FinishReason, Prompt, Rewards, RolloutBatch, Trajectory
+from hybridrl.types import Rewards, RolloutBatch
+from tests.support.batches import text_batch
 
 
 @pytest.mark.parametrize(
@@ -105,25 +106,7 @@ class Letters:
 
 def batch(*responses: str) -> RolloutBatch:
     """A batch with one prompt for each response."""
-    prompts = [
-        Prompt(uid=f"p{i}", input_ids=(5, 6), text="?", columns={}) for i in range(len(responses))
-    ]
-    trajectories = []
-    for i, response in enumerate(responses):
-        ids = np.array([5, 6, *map(ord, response), 0], np.int32)
-        trajectories.append(
-            Trajectory(
-                uid=f"p{i}",
-                prompt_length=2,
-                input_ids=ids,
-                response_mask=np.arange(len(ids)) >= 2,
-                rollout_logprobs=np.zeros(len(ids), np.float32),
-                policy_versions=np.zeros(len(ids), np.int32),
-                support_ids=np.zeros((len(ids) - 2, 0), np.int32),
-                finish_reason=FinishReason.stop,
-            )
-        )
-    return RolloutBatch.pack(prompts, 1, trajectories)
+    return text_batch(responses, group_size=1, text="?", columns={})
 
 
 Score = Callable[..., Rewards]

@@ -1,6 +1,7 @@
 """Hand-made batches: token ids and lengths in, the values that cross processes out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,3 +103,31 @@ def token_columns(
         value_slope=torch.zeros_like(sampler_logprobs),
         sampler_logprobs=sampler_logprobs,
     )
+
+
+def text_batch(
+    responses: Sequence[str], *, group_size: int, text: str, columns: dict[str, Any]
+) -> RolloutBatch:
+    """Responses to prompts "p0", "p1", ... of tokens 5 and 6; a response's tokens are the code
+    points of its text and the end token 0.
+    """
+    prompts = [
+        Prompt(uid=f"p{i}", input_ids=(5, 6), text=text, columns=columns)
+        for i in range(len(responses) // group_size)
+    ]
+    trajectories = []
+    for i, response in enumerate(responses):
+        ids = np.array([5, 6, *map(ord, response), 0], np.int32)
+        trajectories.append(
+            Trajectory(
+                uid=f"p{i // group_size}",
+                prompt_length=2,
+                input_ids=ids,
+                response_mask=np.arange(len(ids)) >= 2,
+                rollout_logprobs=np.zeros(len(ids), np.float32),
+                policy_versions=np.zeros(len(ids), np.int32),
+                support_ids=np.zeros((len(ids) - 2, 0), np.int32),
+                finish_reason=FinishReason.stop,
+            )
+        )
+    return RolloutBatch.pack(prompts, group_size, trajectories)

@@ -8,6 +8,7 @@ import torch
 
 from hybridrl.batch.micro_batch import TeacherColumns
 from hybridrl.core.errors import CheckpointError, ConfigError
+from hybridrl.launch.session import preflight
 from hybridrl.models.loading import head_rows, load_model
 from hybridrl.objectives import make_objective
 from hybridrl.runtime.scorer_group import scoring
@@ -169,19 +170,24 @@ def test_a_teacher_that_answers_from_a_table_is_one_file_of_the_users(
     ("text", "message"),
     [
         ("class Table:\n    head = 1", "its class has no states"),
-        (
-            "import torch\nclass Table:\n    head = torch.eye(3)\n    states = print",
-            r"\(3, 3\), must",
-        ),
+        (TABLE.replace("torch.eye(V)", "torch.eye(3)"), "its head is (3, 3), must be a tensor"),
+        ("class Table:\n    def __init__(self):\n        1 / 0", "raised ZeroDivisionError"),
+        (TABLE.replace("self.table[input_ids]", "input_ids"), "returned (1, 1) for one token"),
+        (TABLE.replace("self.table[input_ids]", "self.absent"), "states raised AttributeError"),
+        ("", "has no Table; name a class"),
     ],
 )
-def test_a_class_that_is_no_teacher_is_refused(
+def test_a_class_that_is_no_teacher_is_refused_before_a_worker_starts(
     folder: Path, tmp_path: Path, text: str, message: str
 ):
-    (tmp_path / "bad.py").write_text(text)
+    rows = str(head_rows(f"{folder}/student"))
+    (tmp_path / "bad.py").write_text(text.replace("VOCABULARY", rows))
     own = ("teachers.main.path=null", f"+teachers.main.model={tmp_path}/bad.py:Table")
-    with pytest.raises(ConfigError, match=message):
-        scorer(folder, *own)
+    small = (f"run.dir={tmp_path}/run", "data.num_train=2", "data.num_heldout=2")
+    settings = load_config([*base_of(folder), *own, *small])
+    with pytest.raises(ConfigError) as caught:
+        preflight(settings)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_prompt_that_is_routed_elsewhere_costs_no_forward_pass(folder: Path):

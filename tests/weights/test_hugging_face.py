@@ -62,7 +62,13 @@ def test_two_different_embeddings_stay_two_whatever_the_config_says(
 
 
 def test_an_untied_head_of_another_name_is_exported(tmp_path: Path):
-    exported(save(GPTNeoXConfig(**SIZES), tmp_path / "model"))
+    folder = exported(save(GPTNeoXConfig(**SIZES), tmp_path / "model"))
+    model = load_model(str(tmp_path / "model"))
+    again = load_model(str(folder))
+    assert config_of(folder)["tie_word_embeddings"] is False
+    head = again.get_output_embeddings().weight
+    assert torch.equal(head, model.get_output_embeddings().weight)
+    assert not torch.equal(head, again.get_input_embeddings().weight)
 
 
 def test_one_embedding_that_both_names_hold_stays_one(tmp_path: Path):

@@ -1,0 +1,48 @@
+"""What the groups have in common whose workers hold no state that a run would miss."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hybridrl.core.errors import WorkerError
+from hybridrl.runtime.actor_group import ActorGroup, Slot
+from hybridrl.runtime.calls import Pending
+from hybridrl.settings.run import RunSettings
+
+
+class StatelessGroup:
+    """Workers that are alike: calls go to any of them, and one that fails is replaced."""
+
+    worker: str  # module:class
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        slots: Sequence[Slot],
+        *,
+        name: str,
+        arguments: Mapping[str, Any],
+        log_dir: str,
+    ) -> None:
+        """arguments: of every worker's constructor."""
+        self.settings = settings
+        self.group = ActorGroup(
+            name,
+            self.worker,
+            slots,
+            [arguments] * len(slots),
+            log_dir=log_dir,
+            max_restarts=settings.cluster.max_restarts,
+            any_order=True,
+        )
+
+    def lose(self, error: WorkerError) -> None:
+        """Start another worker in the place of the one that failed.
+
+        Raises:
+            FleetExhausted: cluster.max_restarts is used up.
+        """
+        self.group.rebuild(error, self.settings.deadlines.start_s)
+
+    def ready(self) -> list[Pending]:
+        """One call per worker, which ends when it is built."""
+        return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
