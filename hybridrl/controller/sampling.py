@@ -83,8 +83,8 @@ class Sampling:
             written += self._sampled(self.workers.rollout, prompts[:by_student], wave, seed)
         if by_teacher:
             assert teacher is not None, "algorithm.teacher_fraction starts one"
-            theirs = prompts[by_student : by_student + by_teacher]
-            written += self._sampled(teacher, theirs, wave, seed)
+            for_teacher = prompts[by_student : by_student + by_teacher]
+            written += self._sampled(teacher, for_teacher, wave, seed)
         if by_data:
             assert replay is not None, "algorithm.data_fraction starts one"
             given = replay.generate(prompts[by_student + by_teacher :], wave=wave)

@@ -20,7 +20,7 @@ from hybridrl.kernels.row_rule import RowRule
 from hybridrl.kernels.rows import chosen_work, row_work
 from hybridrl.kernels.teacher_rows import SupportTeacher, Teacher, distribution, log_softmax
 from hybridrl.kernels.token_columns import TokenColumns
-from hybridrl.kernels.workspace import Tiles, add_head_gradient, head_gradient, softmax_dtype
+from hybridrl.kernels.workspace import Workspace, add_head_gradient, head_gradient, softmax_dtype
 from hybridrl.ops.compare import COMPARED, compare
 
 
@@ -101,7 +101,7 @@ class _HybridHead(torch.autograd.Function):
     def forward(ctx, hidden, lm_head, teachers, columns, rule):
         rows = hidden.shape[0]
         wide = softmax_dtype(hidden)
-        tiles = Tiles(exact=rule.exact_logits)
+        workspace = Workspace(exact=rule.exact_logits)
         logprobs, kl, entropy = (
             torch.zeros(rows, dtype=wide, device=hidden.device) for _ in range(3)
         )
@@ -120,9 +120,9 @@ class _HybridHead(torch.autograd.Function):
             """Fill the rows [p, V] of the logit gradients. The logits and evidence die here, before
             any other matrix is made.
             """
-            tiles.restart(kept=1)
-            logits = tiles.logits(hidden[piece], head, place=d_logits)
-            evidence = tuple(teacher.evidence(piece, len(head), tiles) for teacher in teachers)
+            workspace.restart(in_use=1)
+            logits = workspace.logits(hidden[piece], head, place=d_logits)
+            evidence = tuple(teacher.evidence(piece, len(head), workspace) for teacher in teachers)
             weights = tuple(teacher.weight[piece] for teacher in teachers)
             work = row_work(row_rule, forms, logits, hidden.dtype)
             result = work(logits, evidence, weights, columns.rows(piece))
@@ -136,8 +136,8 @@ class _HybridHead(torch.autograd.Function):
                 d_logits.copy_(result.gradient)
 
         def work_on_chunk(at: slice) -> None:
-            tiles.restart()
-            d_logits = tiles.matrix(at.stop - at.start, len(head), hidden)  # [c, V]
+            workspace.restart()
+            d_logits = workspace.matrix(at.stop - at.start, len(head), hidden)  # [c, V]
             for piece in slices(at.start, at.stop, rule.chunk if hidden.is_cuda else PIECE):
                 work_on(piece, d_logits[piece.start - at.start : piece.stop - at.start])
             torch.mm(d_logits, head, out=d_hidden[at])
@@ -216,15 +216,15 @@ def compared_sums(
     Teachers whose distribution is known on a support only are left out.
     """
     sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=hidden.device)
-    tiles = Tiles(exact=rule.exact_logits)
+    workspace = Workspace(exact=rule.exact_logits)
     whole = [teacher for teacher in teachers if not isinstance(teacher, SupportTeacher)]
     for at, logits in _logits(hidden, lm_head, rule) if whole else ():
         logp = log_softmax(logits, rule.temperature)
         for teacher in whole:
-            tiles.restart()  # the student's logits are not needed any more
+            workspace.restart()  # the student's logits are not needed any more
             logq = distribution(
                 teacher.form,
-                teacher.evidence(at, len(lm_head), tiles),
+                teacher.evidence(at, len(lm_head), workspace),
                 logp.dtype,
                 rule.temperature,
             )
@@ -239,10 +239,10 @@ def _logits(hidden: Tensor, lm_head: Tensor, rule: HeadRule) -> Iterator[tuple[s
     """Chunks of rows and their logits [c, V], no gradient."""
     hidden = hidden.detach()
     lm_head = lm_head.detach()
-    tiles = Tiles(exact=rule.exact_logits)
+    workspace = Workspace(exact=rule.exact_logits)
     for at in slices(0, len(hidden), rule.chunk):
-        tiles.restart()
-        yield at, tiles.logits(hidden[at], lm_head)
+        workspace.restart()
+        yield at, workspace.logits(hidden[at], lm_head)
 
 
 def slices(start: int, stop: int, size: int) -> Iterator[slice]:

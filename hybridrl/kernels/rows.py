@@ -66,8 +66,8 @@ def row_gradients(
     ids = columns.token_ids
     logp = log_softmax(logits, rule.temperature)
     pairs = [
-        divergence(form, said, logp, rule.measure, rule.temperature)
-        for form, said in zip(forms, evidence, strict=True)
+        divergence(form, of_teacher, logp, rule.measure, rule.temperature)
+        for form, of_teacher in zip(forms, evidence, strict=True)
     ]
     p = exp(logp)
     drawn = logp.gather(1, ids[:, None]).squeeze(1)

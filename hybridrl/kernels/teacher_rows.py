@@ -11,7 +11,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from hybridrl.kernels.workspace import Tiles, softmax_dtype
+from hybridrl.kernels.workspace import Workspace, softmax_dtype
 from hybridrl.ops.divergence import Measure, dense, dense_on_support
 from hybridrl.settings.choices import Correction
 
@@ -35,11 +35,11 @@ class HiddenTeacher:
     def form(self) -> Form:
         return Form.logits
 
-    def evidence(self, at: slice, vocabulary: int, tiles: Tiles) -> tuple[Tensor, ...]:
-        """[c, V] logits over the student's vocabulary, valid until `tiles` makes others in their
-        place.
+    def evidence(self, at: slice, vocabulary: int, workspace: Workspace) -> tuple[Tensor, ...]:
+        """[c, V] logits over the student's vocabulary, valid until `workspace` makes others in
+        their place.
         """
-        return (tiles.logits(self.hidden[at], self.lm_head[:vocabulary]),)
+        return (workspace.logits(self.hidden[at], self.lm_head[:vocabulary]),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class VocabularyTeacher:
     def form(self) -> Form:
         return Form.logprobs
 
-    def evidence(self, at: slice, vocabulary: int, tiles: Tiles) -> tuple[Tensor, ...]:
+    def evidence(self, at: slice, vocabulary: int, workspace: Workspace) -> tuple[Tensor, ...]:
         return (self.logprobs[at],)
 
 
@@ -70,7 +70,7 @@ class SupportTeacher:
     def form(self) -> Correction:
         return self.correction
 
-    def evidence(self, at: slice, vocabulary: int, tiles: Tiles) -> tuple[Tensor, ...]:
+    def evidence(self, at: slice, vocabulary: int, workspace: Workspace) -> tuple[Tensor, ...]:
         return self.ids[at], self.logprobs[at]
 
 
@@ -95,8 +95,8 @@ def distribution(
     form: Form, evidence: tuple[Tensor, ...], dtype: torch.dtype, temperature: float
 ) -> Tensor:
     """[c, V] log q."""
-    (said,) = evidence
-    return said.to(dtype) if form is Form.logprobs else log_softmax(said, temperature).to(dtype)
+    (rows,) = evidence
+    return rows.to(dtype) if form is Form.logprobs else log_softmax(rows, temperature).to(dtype)
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:

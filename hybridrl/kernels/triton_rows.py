@@ -42,7 +42,7 @@ def row_gradients(
         evidence: ([c, V] float32 logits of the teacher,) each.
     """
     assert logits.dtype is torch.float32 and logits.is_contiguous(), (logits.dtype, logits.stride())
-    teachers = tuple(said for (said,) in evidence)
+    teachers = tuple(logits_of_teacher for (logits_of_teacher,) in evidence)
     assert all(
         t.dtype is torch.float32 and t.stride(1) == 1 and t.shape == logits.shape for t in teachers
     ), "fp32 logits in rows"
@@ -218,13 +218,13 @@ def _gradient_kernel(
         p = tl.exp(logp)
         dense = tl.zeros([BLOCK], tl.float32)
         for i in tl.static_range(len(teachers)):
-            said = each_in + 3 * (row * len(teachers) + i)
+            sums = each_in + 3 * (row * len(teachers) + i)
             scale = tl.load(scales + row * len(teachers) + i)
             logq = tl.load(
                 teachers[i] + row * V + at, mask=at < V, other=float("-inf")
-            ) * INVERSE_T - tl.load(said)
+            ) * INVERSE_T - tl.load(sums)
             weighted, _ = _weighted_score(logp, logq, DIVERGENCE, BETA, CLIP)
-            dense += tl.where(scale != 0, scale * (weighted - p * tl.load(said + 1)), 0.0)
+            dense += tl.where(scale != 0, scale * (weighted - p * tl.load(sums + 1)), 0.0)
         sparse = cost * tl.where(at == drawn, 1 - p, -p)
         dense_sq += tl.sum(dense * dense, 0)
         sparse_sq += tl.sum(sparse * sparse, 0)

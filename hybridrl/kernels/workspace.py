@@ -16,7 +16,7 @@ VOCABULARY_TILE = 8192
 """Rows of a head that are widened, or whose gradient is added, at once."""
 
 
-class Tiles:
+class Workspace:
     """Memory for [c, V] matrices; each is valid until `restart`.
 
     On the CPU it stays with the thread between passes: pages fresh from the system cost as much as
@@ -24,7 +24,7 @@ class Tiles:
     tokens.
     """
 
-    _kept = threading.local()
+    _buffers = threading.local()
 
     def __init__(self, *, exact: bool) -> None:
         self.exact = exact
@@ -33,11 +33,11 @@ class Tiles:
     @classmethod
     def release(cls) -> None:
         """Give this thread's memory back."""
-        cls._kept.__dict__.clear()
+        cls._buffers.__dict__.clear()
 
-    def restart(self, kept: int = 0) -> None:
-        """What was given out, but for the first `kept`, may be overwritten."""
-        self._taken = kept
+    def restart(self, in_use: int = 0) -> None:
+        """Allow every matrix to be overwritten except the first `in_use`."""
+        self._taken = in_use
 
     def logits(self, hidden: Tensor, lm_head: Tensor, place: Tensor | None = None) -> Tensor:
         """[c, H] x [V, H] -> [c, V] in the dtype of `hidden`, or fp32 (see above).
@@ -62,12 +62,13 @@ class Tiles:
         """[rows, columns] of the dtype and device of `like`, uninitialised."""
         if like.device.type != "cpu":
             return like.new_empty(rows, columns)
-        kept, key = self._kept.__dict__, f"{self._taken} {like.dtype}"
+        buffers = self._buffers.__dict__
+        key = f"{self._taken} {like.dtype}"
         self._taken += 1
-        if key not in kept or kept[key].numel() < rows * columns:
-            kept.pop(key, None)  # before its successor is made, or both would exist
-            kept[key] = like.new_empty(rows * columns)
-        return kept[key][: rows * columns].view(rows, columns)
+        if key not in buffers or buffers[key].numel() < rows * columns:
+            buffers.pop(key, None)  # before its successor is made, or both would exist
+            buffers[key] = like.new_empty(rows * columns)
+        return buffers[key][: rows * columns].view(rows, columns)
 
 
 def head_gradient(lm_head: Tensor, dtype: torch.dtype, *, chunks: int) -> Tensor:

@@ -222,7 +222,7 @@ class HybridObjective:
         teacher.
         """
         limit = self.config.log_ratio_clip
-        assert limit is not None, "asked for only where it is set"
+        assert limit is not None, "costs are compared with a limit only where it is set"
         logp = drawn_logprobs(batch.rollout, learner)
         beyond = torch.zeros_like(logp, dtype=torch.bool)
         for scores, of_sequence in zip(batch.scores, teacher_weights, strict=True):
@@ -242,19 +242,17 @@ class HybridObjective:
             reward = reward + self._overlong_penalty(batch.rollout)
         if self.config.scale is Scale.group_std:
             reward = standard_scores(reward, batch.rollout.group_size)
-        known = batch.rollout.source is not Source.data and self.config.learns_from_rewards
-        terminal = (-plan.reward_weight * reward if known else torch.zeros_like(reward)).to(
-            own.dtype
-        )[:, None]
+        has_reward = batch.rollout.source is not Source.data and self.config.learns_from_rewards
+        terminal = -plan.reward_weight * reward if has_reward else torch.zeros_like(reward)
         grid_own, grid_cost = (torch.zeros(mask.shape, dtype=own.dtype) for _ in range(2))
         grid_own[mask] = own
         if self.config.gamma > 0:
             grid_cost[mask] = cost.nan_to_num(0.0)  # NaN where no teacher scored
         future = future_cost(grid_cost, mask, self.config.gamma)
         if self.config.future is Future.mean:
-            left = mask.flip(1).cumsum(1).flip(1) - 1  # response tokens after this one
-            future = future / left.clamp_min(1)
-        return grid_own + future + terminal
+            later = mask.flip(1).cumsum(1).flip(1) - 1  # response tokens after this one
+            future = future / later.clamp_min(1)
+        return grid_own + future + terminal.to(own.dtype)[:, None]
 
     def _overlong_penalty(self, rollout: RolloutBatch) -> Tensor:
         """[N] 0 up to max - buffer tokens, then down to -1 at max (DAPO, arXiv 2503.14476, equation

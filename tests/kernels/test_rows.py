@@ -12,7 +12,7 @@ from hybridrl.kernels import rows
 from hybridrl.kernels.head import PIECE, HeadRule, chosen_logprobs, hybrid_head_loss, top_logprobs
 from hybridrl.kernels.teacher_rows import HiddenTeacher, SupportTeacher, Teacher, VocabularyTeacher
 from hybridrl.kernels.token_columns import TokenColumns
-from hybridrl.kernels.workspace import Tiles
+from hybridrl.kernels.workspace import Workspace
 from hybridrl.ops.divergence import Measure
 from hybridrl.ops.ratio import RatioBounds
 from hybridrl.settings.choices import Correction, Divergence, Ratio
@@ -213,7 +213,7 @@ def test_a_run_repeats_itself_bit_by_bit():
 
 
 def test_the_memory_for_logits_grows_with_the_chunk_and_not_with_the_tokens():
-    Tiles.release()
+    Workspace.release()
     sizes = []
     for num_rows in (4, 40):
         results(
@@ -222,17 +222,17 @@ def test_the_memory_for_logits_grows_with_the_chunk_and_not_with_the_tokens():
             terms_of(num_rows),
             HeadRule(chunk=4),
         )
-        sizes.append(sum(tile.numel() for tile in Tiles._kept.__dict__.values()))
+        sizes.append(sum(tile.numel() for tile in Workspace._buffers.__dict__.values()))
     assert sizes == [2 * 4 * VOCABULARY] * 2  # the student's and the teacher's
 
 
 def test_a_chunk_is_worked_on_in_pieces_and_the_teachers_logits_exist_for_one_of_them():
-    Tiles.release()
+    Workspace.release()
     num_rows = PIECE + 44
     case = *leaves(num_rows, torch.float32), teachers_of("hidden", num_rows), terms_of(num_rows)
     whole = results(*case, HeadRule(chunk=num_rows))
     assert (
-        sum(tile.numel() for tile in Tiles._kept.__dict__.values())
+        sum(tile.numel() for tile in Workspace._buffers.__dict__.values())
         == (num_rows + PIECE) * VOCABULARY
     )
     pieces = results(*case, HeadRule(chunk=40))
@@ -244,7 +244,7 @@ def test_what_a_piece_was_worked_out_from_is_gone_before_the_next_one_is_begun()
     alive = []
 
     class Watched(VocabularyTeacher):
-        def evidence(self, at: slice, vocabulary: int, tiles: Tiles) -> tuple[Tensor, ...]:
+        def evidence(self, at: slice, vocabulary: int, workspace: Workspace) -> tuple[Tensor, ...]:
             alive.append(sum(tensor() is not None for tensor in given))
             copy = self.logprobs[at].clone()
             given.append(weakref.ref(copy))

@@ -21,7 +21,7 @@ from benchmarks.timing import interleaved, medians
 from hybridrl.kernels.head import HeadRule, hybrid_head_loss
 from hybridrl.kernels.teacher_rows import HiddenTeacher
 from hybridrl.kernels.token_columns import TokenColumns
-from hybridrl.kernels.workspace import Tiles
+from hybridrl.kernels.workspace import Workspace
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROWS = (1024, 4096, 8192, 16384)
@@ -281,7 +281,7 @@ def extra_bytes(p: Problem, call: Callable[[], object], device: str) -> int:
     write into allocated memory.
     """
     p.forget()
-    Tiles.release()
+    Workspace.release()
     gradients = sum(t.numel() * t.element_size() for t in (p.hidden, p.lm_head))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
