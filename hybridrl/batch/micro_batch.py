@@ -1,14 +1,15 @@
 """From scored sequences to the padded tensors of one forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hybridrl.batch.wire import from_wire
+from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.settings.choices import Source
 from hybridrl.types import NO_VERSION, RolloutBatch, TokenScores
@@ -18,26 +19,24 @@ from hybridrl.types import NO_VERSION, RolloutBatch, TokenScores
 class TeacherColumns:
     """What one teacher sent of R response tokens of a sequence or micro-batch."""
 
-    rows: np.ndarray  # [R, W] hidden states, or log-probs; float32 or uint16 (bf16 bits)
-    support_ids: np.ndarray  # [R, K] int32
-    weight: np.ndarray  # [R] float32, w_i
+    rows: Tensor  # [R, W] hidden states, or log-probs
+    support_ids: Tensor  # [R, K] int64
+    weight: Tensor  # [R] float32, w_i
 
+    def to(self, device: torch.device) -> "TeacherColumns":
+        return TeacherColumns(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSequence:
-    """One trajectory with everything that the head pass needs of its r response tokens."""
-
-    input_ids: np.ndarray  # [T] int32
-    response_at: np.ndarray  # [r] int64, positions of response tokens, never 0
-    columns: TokenColumns  # r rows
-    teachers: tuple[TeacherColumns, ...]  # r rows each
-    source: Source  # who wrote the response
-    oldest_version: int  # of the weights that sampled it
+    @classmethod
+    def join(cls, parts: Sequence["TeacherColumns"]) -> "TeacherColumns":
+        """The rows of all parts, one after the other. At least one part."""
+        return cls(
+            **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """S sequences with R response tokens in all.
+    """S sequences with R response tokens in all, and everything that the head pass needs of these.
 
     Padded on the right, B = S and T is the longest sequence; or packed one after the other, B = 1,
     where positions start anew at each sequence and a missing attention mask tells transformers that
@@ -52,16 +51,54 @@ class MicroBatch:
     hidden_rows: Tensor  # [R] int64, into the flattened [B*T] hidden states
     columns: TokenColumns  # R rows
     teachers: tuple[TeacherColumns, ...]  # R rows each
-    sources: tuple[Source, ...]  # [S]
-    oldest_versions: Tensor  # [S] int64
+    sources: tuple[Source, ...]  # [S] who wrote the response
+    oldest_versions: Tensor  # [S] int64, of the weights that sampled it
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a row, padding included; of a single sequence its length."""
+        return self.input_ids.shape[1]
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        mask = self.attention_mask
+        return MicroBatch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            position_ids=self.position_ids.to(device),
+            owner=self.owner.to(device),
+            hidden_rows=self.hidden_rows.to(device),
+            columns=self.columns.to(device),
+            teachers=tuple(teacher.to(device) for teacher in self.teachers),
+            sources=self.sources,
+            oldest_versions=self.oldest_versions.to(device),
+        )
+
+    def arguments(self, teachers: tuple[Teacher, ...] = ()) -> tuple:
+        """Those of Student.forward, in order: DeepSpeed's hooks look for tensors among positional
+        arguments.
+
+        Args:
+            teachers: what the head pass compares the student with, made of `self.teachers`.
+        """
+        return (
+            self.input_ids,
+            self.attention_mask,
+            self.position_ids,
+            self.hidden_rows,
+            teachers,
+            self.columns,
+        )
+
+    def without_sparse(self) -> "MicroBatch":
+        """Only the dense term remains."""
+        return replace(self, columns=self.columns.without_sparse())
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, for a file that a person looks at."""
-        parts = (self, self.columns)
-        named = {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
-        own = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-        return own | {
-            f"teachers/{i}/rows": from_wire(t.rows).float() for i, t in enumerate(self.teachers)
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | self.columns._asdict()
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return tensors | {
+            f"teachers/{i}/rows": teacher.rows.float() for i, teacher in enumerate(self.teachers)
         }
 
 
@@ -70,15 +107,16 @@ def train_sequences(
     columns: TokenColumns,
     scores: Sequence[TokenScores] = (),
     teacher_weights: Sequence[Tensor] = (),
-) -> list[TrainSequence]:
-    """Cut a batch into its sequences.
+) -> list[MicroBatch]:
+    """Cut a batch into micro-batches of one sequence each.
 
     Args:
         columns: of all its R response tokens, in batch order.
-        scores: of each teacher.
+        scores: of each teacher; their arrays are writable.
         teacher_weights: of each teacher [N], w_i of each sequence.
     """
     first_rows = np.concatenate([[0], np.cumsum(rollout.response_lengths)]).tolist()
+    teacher_rows = [from_wire(s.rows) for s in scores]
     sequences = []
     for i, (start, stop) in enumerate(pairwise(rollout.offsets.tolist())):
         span = slice(start, stop)
@@ -86,15 +124,15 @@ def train_sequences(
         at = np.flatnonzero(rollout.response_mask[span])
         teachers = tuple(
             TeacherColumns(
-                rows=s.rows[rows],
-                support_ids=s.support_ids[rows],
-                weight=np.full(len(at), float(w[i]), np.float32),
+                rows=of_teacher[rows],
+                support_ids=torch.from_numpy(s.support_ids[rows].astype(np.int64)),
+                weight=torch.full((len(at),), float(w[i])),
             )
-            for s, w in zip(scores, teacher_weights, strict=True)
+            for of_teacher, s, w in zip(teacher_rows, scores, teacher_weights, strict=True)
         )
         sequences.append(
-            TrainSequence(
-                input_ids=rollout.input_ids[span],
+            sequence(
+                rollout.input_ids[span],
                 response_at=at,
                 columns=columns.at(rows),
                 teachers=teachers,
@@ -105,7 +143,36 @@ def train_sequences(
     return sequences
 
 
-def unlearned_sequences(rollout: RolloutBatch) -> list[TrainSequence]:
+def sequence(
+    input_ids: np.ndarray,
+    *,
+    response_at: np.ndarray,
+    columns: TokenColumns,
+    teachers: Sequence[TeacherColumns] = (),
+    source: Source = Source.student,
+    oldest_version: int = NO_VERSION,
+) -> MicroBatch:
+    """A micro-batch of one sequence of T tokens, r of them its response.
+
+    Args:
+        input_ids: [T] int32.
+        response_at: [r] positions of the response tokens, never 0.
+        columns, teachers: r rows each.
+    """
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids.astype(np.int64))[None],
+        attention_mask=None,
+        position_ids=torch.arange(len(input_ids))[None],
+        owner=torch.zeros(len(response_at), dtype=torch.int64),
+        hidden_rows=torch.from_numpy(response_at - 1),
+        columns=columns,
+        teachers=tuple(teachers),
+        sources=(source,),
+        oldest_versions=torch.tensor([oldest_version]),
+    )
+
+
+def unlearned_sequences(rollout: RolloutBatch) -> list[MicroBatch]:
     """Cut a batch into sequences that have no part in the loss, without teachers."""
     mask = rollout.response_mask
     columns = TokenColumns.unlearned(
@@ -115,57 +182,50 @@ def unlearned_sequences(rollout: RolloutBatch) -> list[TrainSequence]:
     return train_sequences(rollout, columns)
 
 
-def idle_sequence(teachers: Sequence[TeacherColumns]) -> TrainSequence:
+def idle_sequence(teachers: Sequence[TeacherColumns]) -> MicroBatch:
     """A sequence of weight 0: what a rank runs while others still have micro-batches.
 
     Args:
         teachers: one row each, in the widths and dtypes of the run.
     """
-    return TrainSequence(
-        input_ids=np.zeros(2, np.int32),
+    return sequence(
+        np.zeros(2, np.int32),
         response_at=np.array([1]),
         columns=TokenColumns.unlearned(torch.zeros(1, dtype=torch.int64), torch.zeros(1)),
-        teachers=tuple(teachers),
-        source=Source.student,
-        oldest_version=NO_VERSION,
+        teachers=teachers,
     )
 
 
-def collate(sequences: Sequence[TrainSequence], *, packed: bool = False) -> MicroBatch:
-    """Pad on the right and stack, or put one after the other. At least one sequence."""
-    lengths = [len(s.input_ids) for s in sequences]
+def collate(sequences: Sequence[MicroBatch], *, packed: bool = False) -> MicroBatch:
+    """Pad single sequences on the right and stack them, or put them one after the other. At least
+    one sequence.
+    """
+    lengths = [s.num_tokens for s in sequences]
     shape = (1, sum(lengths)) if packed else (len(sequences), max(lengths))
     # In the flattened [B*T].
-    starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(sequences)) * shape[1]
-    ids = np.zeros(shape[0] * shape[1], np.int64)
-    mask = np.zeros_like(ids)
-    positions = np.zeros_like(ids)
-    for sequence, start, length in zip(sequences, starts, lengths, strict=True):
-        ids[start : start + length] = sequence.input_ids
-        mask[start : start + length] = 1
-        positions[start : start + length] = np.arange(length)
-    owners = [np.full(len(s.response_at), i) for i, s in enumerate(sequences)]
-    hidden_rows = [start + s.response_at - 1 for s, start in zip(sequences, starts, strict=True)]
+    steps = lengths if packed else [shape[1]] * len(lengths)
+    starts = list(accumulate(steps[:-1], initial=0))
+    ids = torch.zeros(shape[0] * shape[1], dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    positions = torch.zeros_like(ids)
+    for part, start, length in zip(sequences, starts, lengths, strict=True):
+        span = slice(start, start + length)
+        ids[span] = part.input_ids[0]
+        mask[span] = 1
+        positions[span] = part.position_ids[0]
     return MicroBatch(
-        input_ids=torch.from_numpy(ids.reshape(shape)),
-        attention_mask=None if packed else torch.from_numpy(mask.reshape(shape)),
-        position_ids=torch.from_numpy(positions.reshape(shape)),
-        owner=torch.from_numpy(np.concatenate(owners)),
-        hidden_rows=torch.from_numpy(np.concatenate(hidden_rows)),
+        input_ids=ids.reshape(shape),
+        attention_mask=None if packed else mask.reshape(shape),
+        position_ids=positions.reshape(shape),
+        owner=torch.cat([s.owner + i for i, s in enumerate(sequences)]),
+        hidden_rows=torch.cat(
+            [s.hidden_rows + start for s, start in zip(sequences, starts, strict=True)]
+        ),
         columns=TokenColumns.join([s.columns for s in sequences]),
         teachers=tuple(
-            stack_teachers(columns)
+            TeacherColumns.join(columns)
             for columns in zip(*(s.teachers for s in sequences), strict=True)
         ),
-        sources=tuple(s.source for s in sequences),
-        oldest_versions=torch.tensor([s.oldest_version for s in sequences]),
-    )
-
-
-def stack_teachers(columns: Sequence[TeacherColumns]) -> TeacherColumns:
-    """The rows of one teacher for several sequences, one after the other."""
-    return TeacherColumns(
-        rows=np.concatenate([c.rows for c in columns]),
-        support_ids=np.concatenate([c.support_ids for c in columns]),
-        weight=np.concatenate([c.weight for c in columns]),
+        sources=tuple(source for s in sequences for source in s.sources),
+        oldest_versions=torch.cat([s.oldest_versions for s in sequences]),
     )

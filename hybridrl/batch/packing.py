@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.batch.micro_batch import TrainSequence
+from hybridrl.batch.micro_batch import MicroBatch, sequence
 from hybridrl.core.errors import ConfigError
 from hybridrl.kernels.token_columns import TokenColumns
-from hybridrl.settings.choices import Source
-from hybridrl.types import NO_VERSION
 
 TOKENS = 6  # of each sequence
 FACTOR = 10  # by how much rounding may differ between two measurements
@@ -27,7 +25,7 @@ order.
 
 
 def check_packing(
-    logprobs: Callable[[Sequence[TrainSequence]], Tensor],
+    logprobs: Callable[[Sequence[MicroBatch]], Tensor],
     *,
     vocabulary: int,
     dtype: torch.dtype,
@@ -66,15 +64,12 @@ def check_packing(
             )
 
 
-def _sequence(first: int, vocabulary: int) -> TrainSequence:
+def _sequence(first: int, vocabulary: int) -> MicroBatch:
     """TOKENS tokens from `first` on; all but the first one are its response."""
     ids = np.arange(first, first + TOKENS, dtype=np.int32) % vocabulary
     response = torch.from_numpy(ids[1:].astype(np.int64))
-    return TrainSequence(
-        input_ids=ids,
+    return sequence(
+        ids,
         response_at=np.arange(1, TOKENS),
         columns=TokenColumns.unlearned(response, torch.zeros(TOKENS - 1)),
-        teachers=(),
-        source=Source.student,
-        oldest_version=NO_VERSION,
     )

@@ -80,7 +80,7 @@ def hybrid_head_loss(
         lm_head.shape,
     )
     rows = hidden.shape[0]
-    assert all(column.shape == (rows,) for column in columns.rows(slice(None))), rows
+    assert all(column.shape == (rows,) for column in columns), rows
     assert all(teacher.weight.shape == (rows,) for teacher in teachers), "one weight a token"
     loss, logprobs, kl, entropy, bounded, dense_sq, sparse_sq, dense_sparse = _HybridHead.apply(
         hidden, lm_head, teachers, columns, rule
@@ -125,7 +125,7 @@ class _HybridHead(torch.autograd.Function):
             evidence = tuple(teacher.evidence(piece, len(head), workspace) for teacher in teachers)
             weights = tuple(teacher.weight[piece] for teacher in teachers)
             work = row_work(row_rule, forms, logits, hidden.dtype)
-            result = work(logits, evidence, weights, columns.rows(piece))
+            result = work(logits, evidence, weights, columns.at(piece))
             logprobs[piece] = result.logprobs
             kl[piece] = result.kl
             entropy[piece] = result.entropy

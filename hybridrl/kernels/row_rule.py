@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridrl.kernels.token_columns import RowColumns
+from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.ops.divergence import Measure
 from hybridrl.ops.ratio import RatioBounds
 
@@ -35,7 +35,7 @@ def coefficients(
     drawn: Tensor,
     values: tuple[Tensor, ...],
     weights: tuple[Tensor, ...],
-    columns: RowColumns,
+    columns: TokenColumns,
 ) -> Coefficients:
     """The factor of a part is exactly 0 where its weight is 0: that part may hold inf or NaN there.
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from hybridrl.core.compiler import has_compiler
 from hybridrl.kernels.row_rule import RowRule, coefficients
 from hybridrl.kernels.teacher_rows import Form, divergence, log_softmax
-from hybridrl.kernels.token_columns import RowColumns
+from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.ops.divergence import exp
 from hybridrl.settings.choices import Correction
 
@@ -52,7 +52,7 @@ def row_gradients(
     logits: Tensor,
     evidence: tuple[tuple[Tensor, ...], ...],
     weights: tuple[Tensor, ...],
-    columns: RowColumns,
+    columns: TokenColumns,
 ) -> RowResult:
     """The hybrid gradient at the logits of c tokens; the formula stands in kernels.head.
 

@@ -1,24 +1,13 @@
 """What the objective makes of each response token, and the head pass reads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class RowColumns(NamedTuple):
-    """The columns of TokenColumns that the work on a row of logits reads, of c tokens."""
-
-    token_ids: Tensor  # [c] int64
-    token_weight: Tensor  # [c]
-    sparse: Tensor  # [c]
-    sampler_logprobs: Tensor  # [c]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenColumns:
+class TokenColumns(NamedTuple):
     """One row for each of R response tokens, from the objective to the head pass.
 
     A column that is added here needs one producer and one reader; everything between slices, joins
@@ -35,39 +24,33 @@ class TokenColumns:
     value_slope: Tensor  # [R] float32, d loss / d value of the value head; 0 without one
     sampler_logprobs: Tensor  # [R] float32, log mu(y_t), the denominator of rho
 
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
     def at(self, rows: slice) -> "TokenColumns":
         """The given rows of every column."""
-        return TokenColumns(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return TokenColumns(*(column[rows] for column in self))
 
-    def to(self, device: torch.device) -> "TokenColumns":
-        return TokenColumns(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-
-    def rows(self, at: slice) -> RowColumns:
-        return RowColumns(*(getattr(self, name)[at] for name in RowColumns._fields))
+    def to(self, target: torch.device | torch.dtype) -> "TokenColumns":
+        """On another device; or in another dtype, but for the token ids."""
+        if isinstance(target, torch.device):
+            return TokenColumns(*(column.to(target) for column in self))
+        return TokenColumns(self.token_ids, *(column.to(target) for column in self[1:]))
 
     def without_sparse(self) -> "TokenColumns":
         """Only the dense term remains."""
-        return replace(
-            self,
+        return self._replace(
             sparse=torch.zeros_like(self.sparse),
             value_slope=torch.zeros_like(self.value_slope),
         )
 
-    @classmethod
-    def join(cls, parts: Sequence["TokenColumns"]) -> "TokenColumns":
+    @staticmethod
+    def join(parts: Sequence["TokenColumns"]) -> "TokenColumns":
         """The rows of all parts, one after the other. At least one part."""
-        return cls(
-            **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)}
-        )
+        return TokenColumns(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
-    @classmethod
-    def unlearned(cls, token_ids: Tensor, sampler_logprobs: Tensor) -> "TokenColumns":
+    @staticmethod
+    def unlearned(token_ids: Tensor, sampler_logprobs: Tensor) -> "TokenColumns":
         """Tokens that have no part in the loss."""
         zero = torch.zeros_like(sampler_logprobs)
-        return cls(
+        return TokenColumns(
             token_ids=token_ids,
             token_weight=zero,
             sparse=zero,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybridrl.kernels.row_rule import RowRule, coefficients
-from hybridrl.kernels.token_columns import RowColumns
+from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.ops.divergence import Measure
 from hybridrl.settings.choices import Divergence
 
@@ -31,7 +31,7 @@ def row_gradients(
     logits: Tensor,
     evidence: tuple[tuple[Tensor, ...], ...],
     weights: tuple[Tensor, ...],
-    columns: RowColumns,
+    columns: TokenColumns,
 ) -> tuple[Tensor, ...]:
     """The fields of kernels.rows.RowResult, where every teacher is hidden.
 

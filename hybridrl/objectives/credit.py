@@ -38,18 +38,11 @@ class Credit:
         if not self.has_returns:
             return self
         sparse = (self.columns.sparse - mean) / (std + 1e-8)
-        return replace(self, columns=replace(self.columns, sparse=sparse))
+        return replace(self, columns=self.columns._replace(sparse=sparse))
 
     def learned(self, dtype: torch.dtype) -> TokenColumns:
         """The columns as the head pass reads them: with the likelihood's weight, in `dtype`."""
-        columns = self.columns
-        return TokenColumns(
-            token_ids=columns.token_ids,
-            token_weight=columns.token_weight.to(dtype),
-            sparse=(columns.sparse - self.nll).to(dtype),
-            value_slope=columns.value_slope.to(dtype),
-            sampler_logprobs=columns.sampler_logprobs.to(dtype),
-        )
+        return self.columns._replace(sparse=self.columns.sparse - self.nll).to(dtype)
 
 
 class Objective(Protocol):

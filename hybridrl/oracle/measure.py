@@ -1,7 +1,7 @@
 """The exact mean and variance of an estimator's gradient over all possible samples."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def table_gradient(estimator: Estimator, rows: Rows, chance: Tensor) -> Tensor:
         hidden,
         lm_head,
         rows,
-        replace(rows.columns, token_weight=rows.columns.token_weight * chance),
+        rows.columns._replace(token_weight=rows.columns.token_weight * chance),
     ).backward()
     assert lm_head.grad is not None
     return lm_head.grad.T

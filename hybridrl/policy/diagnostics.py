@@ -3,25 +3,29 @@ student against teacher.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hybridrl.batch.micro_batch import MicroBatch
+from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.ops.compare import COMPARED
-from hybridrl.policy.student import HeadInputs, Look, Student
+from hybridrl.policy.student import Look, Student
+
+Inputs = Sequence[tuple[MicroBatch, tuple[Teacher, ...]]]
+"""Micro-batches on the student's device, each with what its head pass compares the student with."""
 
 
-def gradient_geometry(student: Student, inputs: Sequence[HeadInputs]) -> dict[str, float]:
+def gradient_geometry(student: Student, inputs: Inputs) -> dict[str, float]:
     """Norms of the dense and of the sparse gradient at the parameters of the global batch, and
     their cosine.
 
     Two more forward and backward passes, outside of DeepSpeed's accumulation. Parameters must be
     whole (ZeRO 1 or 2).
     """
-    dense = _gradient(student, [i.without_sparse() for i in inputs])
-    sparse = _gradient(student, [replace(i, teachers=()) for i in inputs])
+    dense = _gradient(student, [(micro.without_sparse(), teachers) for micro, teachers in inputs])
+    sparse = _gradient(student, [(micro, ()) for micro, _ in inputs])
     product = sum((a * b).sum() for a, b in zip(dense, sparse, strict=True))
     squares = [float(sum(g.square().sum() for g in gradient)) for gradient in (dense, sparse)]
     norms = [square**0.5 for square in squares]
@@ -34,7 +38,7 @@ def gradient_geometry(student: Student, inputs: Sequence[HeadInputs]) -> dict[st
 
 
 def teacher_distance(
-    forward: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[HeadInputs]
+    forward: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs
 ) -> dict[str, float]:
     """Means of ops.compare over the response tokens of the global batch and all teachers with a
     full distribution.
@@ -44,11 +48,11 @@ def teacher_distance(
     """
     # On the device of the student: a process group of GPUs reduces nothing that lies in host
     # memory.
-    device = inputs[0].input_ids.device
+    device = inputs[0][0].input_ids.device
     sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=device)
-    for i in inputs:
+    for micro, teachers in inputs:
         with torch.no_grad():
-            sums += forward(*i.arguments(), Look.compare)[0]
+            sums += forward(*micro.arguments(teachers), Look.compare)[0]
     dist.all_reduce(sums)
     sums = sums.cpu()
     count = float(sums[0])
@@ -62,12 +66,12 @@ def teacher_distance(
     )
 
 
-def _gradient(student: Student, inputs: Sequence[HeadInputs]) -> list[Tensor]:
+def _gradient(student: Student, inputs: Inputs) -> list[Tensor]:
     """Per parameter, fp32, summed over micro-batches and ranks."""
     parameters = [p for p in student.parameters() if p.requires_grad]
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-    for i in inputs:
-        loss, _ = nn.Module.__call__(student, *i.arguments(), Look.learn)
+    for micro, teachers in inputs:
+        loss, _ = nn.Module.__call__(student, *micro.arguments(teachers), Look.learn)
         for into, gradient in zip(
             total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
         ):

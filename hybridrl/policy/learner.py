@@ -20,7 +20,6 @@ from hybridrl.batch.balance import micro_batches
 from hybridrl.batch.groups import join, select_groups
 from hybridrl.batch.micro_batch import (
     MicroBatch,
-    TrainSequence,
     collate,
     idle_sequence,
     train_sequences,
@@ -44,7 +43,7 @@ from hybridrl.policy.statistics import (
     learner_stats,
     remedy,
 )
-from hybridrl.policy.student import HeadInputs, Look, Student
+from hybridrl.policy.student import Look, Student
 from hybridrl.policy.training_setup import (
     adam,
     deepspeed_config,
@@ -282,10 +281,8 @@ class Learner:
         for indices in self._micro_batches(sequences, plan.num_micro_batches):
             micro = self._collate([sequences[i] for i in indices])
             with torch.no_grad():
-                outputs = self.engine(
-                    *self._inputs(micro, with_teachers=False).arguments(), Look.view
-                )
-            lengths = [len(sequences[i].response_at) for i in indices]
+                outputs = self.engine(*micro.to(self.device).arguments(), Look.view)
+            lengths = [len(sequences[i].hidden_rows) for i in indices]
             parts = [output.cpu()[: sum(lengths)].split(lengths) for output in outputs]
             for i, of_logprobs, of_values in zip(indices, *parts, strict=True):
                 logprobs[i] = of_logprobs
@@ -302,28 +299,16 @@ class Learner:
             first = last
         return views
 
-    def _micro_batches(self, sequences: Sequence[TrainSequence], count: int) -> list[list[int]]:
+    def _micro_batches(self, sequences: Sequence[MicroBatch], count: int) -> list[list[int]]:
         """Indices per micro-batch; empty ones up to `count`, which is the same on every rank."""
         train = self.settings.train
         batches = micro_batches(
-            [len(s.input_ids) for s in sequences],
+            [s.num_tokens for s in sequences],
             train.max_tokens_per_micro_batch,
             packed=train.packing,
         )
         assert len(batches) <= count, (len(batches), count)
         return batches + [[]] * (count - len(batches))
-
-    def _inputs(self, micro: MicroBatch, *, with_teachers: bool = True) -> HeadInputs:
-        """The micro-batch on the device. Without teachers, only log-probs and values come out."""
-        mask = micro.attention_mask
-        return HeadInputs(
-            input_ids=micro.input_ids.to(self.device),
-            attention_mask=None if mask is None else mask.to(self.device),
-            position_ids=micro.position_ids.to(self.device),
-            hidden_rows=micro.hidden_rows.to(self.device),
-            teachers=self.teachers.head_inputs(micro.teachers) if with_teachers else (),
-            columns=micro.columns.to(self.device),
-        )
 
     def _backward(self, micro: MicroBatch, tally: Tally, version: int) -> None:
         """Forward and backward of one micro-batch, counted in `tally`."""
@@ -333,19 +318,22 @@ class Learner:
 
     def _forward(self, micro: MicroBatch, tally: Tally, version: int) -> Tensor:
         """The loss [] of one micro-batch, counted in `tally`."""
-        loss, stats = self.engine(*self._inputs(micro).arguments(), Look.learn)
+        on_device = micro.to(self.device)
+        teachers = self.teachers.head_inputs(on_device.teachers)
+        loss, stats = self.engine(*on_device.arguments(teachers), Look.learn)
         count_micro(tally, loss, stats, micro, version, compared=self.teachers.compares_rows)
         return loss
 
     def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
         """Diagnostics that are too expensive for every step."""
-        inputs = [self._inputs(micro) for micro in micros]
+        on_device = [micro.to(self.device) for micro in micros]
+        inputs = [(micro, self.teachers.head_inputs(micro.teachers)) for micro in on_device]
         metrics = teacher_distance(self.engine, inputs)
         if zero_stage(self.settings) < 3:
             metrics |= gradient_geometry(self.engine.module, inputs)
         return metrics
 
-    def _collate(self, sequences: Sequence[TrainSequence]) -> MicroBatch:
+    def _collate(self, sequences: Sequence[MicroBatch]) -> MicroBatch:
         """One forward pass; of an idle sequence where there is nothing to do."""
         return collate(
             sequences or [idle_sequence(self.teachers.idle())], packed=self.settings.train.packing
@@ -359,7 +347,7 @@ class Learner:
         gaps = []
         for sequences in map(unlearned_sequences, batches):
             parts = [torch.zeros(0)]
-            lengths = [len(s.input_ids) for s in sequences]
+            lengths = [s.num_tokens for s in sequences]
             for indices in micro_batches(
                 lengths, train.max_tokens_per_micro_batch, packed=train.packing
             ):
@@ -370,13 +358,12 @@ class Learner:
         return gaps
 
     @torch.no_grad()
-    def _logprobs(self, sequences: Sequence[TrainSequence]) -> Tensor:
+    def _logprobs(self, sequences: Sequence[MicroBatch]) -> Tensor:
         """[R] log p of the sequences' response tokens in one forward pass, on CPU, by the weights
         as they are.
         """
-        micro = self._collate(sequences)
-        inputs = self._inputs(micro, with_teachers=False)
-        logprobs, _ = self.engine(*inputs.arguments(), Look.view)
+        micro = self._collate(sequences).to(self.device)
+        logprobs, _ = self.engine(*micro.arguments(), Look.view)
         return logprobs.cpu()
 
     # -- weights out -------------------------------------------------------------------------------

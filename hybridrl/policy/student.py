@@ -2,7 +2,6 @@
 forward call.
 """
 
-from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -29,33 +28,6 @@ class Look(StrEnum):
     view = "view"  # -> log p(y) [R] and values [R]; nothing is learned
     # -> [1 + len(COMPARED)] float64 sums over tokens, the first their number; nothing is learned
     compare = "compare"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadInputs:
-    """One micro-batch on the learner's device; R response tokens of B sequences."""
-
-    input_ids: Tensor  # [B, T]
-    attention_mask: Tensor | None  # [B, T]; None: packed
-    position_ids: Tensor  # [B, T]
-    hidden_rows: Tensor  # [R] into the flattened [B*T] positions
-    teachers: tuple[Teacher, ...]
-    columns: TokenColumns  # R rows
-
-    def arguments(self) -> tuple:
-        """The fields in order: DeepSpeed's hooks look for tensors among positional arguments."""
-        return (
-            self.input_ids,
-            self.attention_mask,
-            self.position_ids,
-            self.hidden_rows,
-            self.teachers,
-            self.columns,
-        )
-
-    def without_sparse(self) -> "HeadInputs":
-        """Only the dense term remains."""
-        return replace(self, columns=self.columns.without_sparse())
 
 
 class OutputHead(nn.Module):
@@ -103,7 +75,7 @@ class Student(nn.Module):
         columns: TokenColumns,
         look: Look = Look.learn,
     ) -> tuple[Tensor, HeadStats | Tensor | None]:
-        """The fields of HeadInputs; returns what `look` says."""
+        """Takes the arguments that MicroBatch.arguments gives; returns what `look` says."""
         hidden = self.body(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hybridrl.batch.micro_batch import TeacherColumns
 from hybridrl.kernels.head import HeadRule, chosen_logprobs, top_logprobs, vocabulary_logprobs
 from hybridrl.kernels.teacher_rows import HiddenTeacher, SupportTeacher, Teacher, VocabularyTeacher
 from hybridrl.kernels.workspace import softmax_dtype
@@ -41,16 +42,6 @@ class Reading:
     rows: Tensor  # [R', W]
     support_ids: Tensor  # [R', K] int64, the tokens that `rows` are about; K=0 without a support
     logprobs: Tensor  # [R'] log q(y_t); 0 where it is not requested
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Received:
-    """R response tokens of a micro-batch as the learner receives them from one teacher."""
-
-    rows: Tensor  # [R, W] on the learner's device
-    support_ids: Tensor  # [R, K] int64
-    weight: Tensor  # [R] w_i
-    head: Tensor | None  # [V, H] the teacher's output embedding; None: the evidence needs none
 
 
 class Evidence(ABC):
@@ -94,8 +85,13 @@ class Evidence(ABC):
         """What is sent of these tokens; no gradient. Runs on the scorer."""
 
     @abstractmethod
-    def head_input(self, received: Received) -> Teacher | None:
-        """What the head pass compares the student with; None: nothing beyond the drawn token."""
+    def head_input(self, columns: TeacherColumns, head: Tensor | None) -> Teacher | None:
+        """What the head pass compares the student with; None: nothing beyond the drawn token.
+
+        Args:
+            columns: what the learner received of R response tokens of a micro-batch.
+            head: [V, H] the teacher's output embedding; None unless `needs_head`.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +116,9 @@ class Hidden(Evidence):
             logprobs=logprobs,
         )
 
-    def head_input(self, received: Received) -> Teacher:
-        assert received.head is not None, "the learner keeps this teacher's output embedding"
-        return HiddenTeacher(hidden=received.rows, lm_head=received.head, weight=received.weight)
+    def head_input(self, columns: TeacherColumns, head: Tensor | None) -> Teacher:
+        assert head is not None, "the learner keeps this teacher's output embedding"
+        return HiddenTeacher(hidden=columns.rows, lm_head=head, weight=columns.weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +138,8 @@ class Vocabulary(Evidence):
             logprobs=_drawn(states) if self.drawn else _zeros(states),
         )
 
-    def head_input(self, received: Received) -> Teacher:
-        return VocabularyTeacher(logprobs=received.rows, weight=received.weight)
+    def head_input(self, columns: TeacherColumns, head: Tensor | None) -> Teacher:
+        return VocabularyTeacher(logprobs=columns.rows, weight=columns.weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,11 +175,11 @@ class Support(Evidence):
         logprobs = chosen_logprobs(states.hidden, states.head, both, states.rule)
         return Reading(rows=logprobs[:, :-1], support_ids=ids, logprobs=logprobs[:, -1])
 
-    def head_input(self, received: Received) -> Teacher:
+    def head_input(self, columns: TeacherColumns, head: Tensor | None) -> Teacher:
         return SupportTeacher(
-            ids=received.support_ids,
-            logprobs=received.rows,
-            weight=received.weight,
+            ids=columns.support_ids,
+            logprobs=columns.rows,
+            weight=columns.weight,
             correction=self.correction,
         )
 
@@ -208,7 +204,7 @@ class Drawn(Evidence):
             logprobs=_drawn(states),
         )
 
-    def head_input(self, received: Received) -> None:
+    def head_input(self, columns: TeacherColumns, head: Tensor | None) -> None:
         return None
 
 

@@ -4,16 +4,14 @@ compares the student with.
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hybridrl.batch.micro_batch import TeacherColumns
-from hybridrl.batch.wire import from_wire, to_wire
 from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.models.loading import head_rows
 from hybridrl.settings.run import RunSettings
-from hybridrl.teachers.evidence import Evidence, Received
+from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.teacher_model import load_teacher_head
 
 
@@ -62,35 +60,31 @@ class TeacherInbox:
         return any(evidence.name for evidence in self.evidence)
 
     def head_inputs(self, columns: Sequence[TeacherColumns]) -> tuple[Teacher, ...]:
-        """What the head pass compares the student with; a teacher that says only the drawn token's
-        log-prob is not among them.
+        """What the head pass compares the student with; a teacher whose evidence is the drawn
+        token's log-prob alone is not among them.
+
+        Args:
+            columns: of each teacher, on the device.
         """
-        teachers = []
-        for evidence, head, column in zip(self.evidence, self.heads, columns, strict=True):
-            received = Received(
-                rows=from_wire(column.rows).to(self.device),
-                support_ids=torch.from_numpy(column.support_ids.astype(np.int64)).to(self.device),
-                weight=torch.from_numpy(column.weight).to(self.device),
-                head=head,
-            )
-            teacher = evidence.head_input(received)
-            if teacher is not None:
-                teachers.append(teacher)
-        return tuple(teachers)
+        inputs = (
+            evidence.head_input(of_teacher, head)
+            for evidence, head, of_teacher in zip(self.evidence, self.heads, columns, strict=True)
+        )
+        return tuple(teacher for teacher in inputs if teacher is not None)
 
     def idle(self) -> list[TeacherColumns]:
         """One row of weight 0 per teacher, in the widths and dtypes of the run."""
         return [
             TeacherColumns(
                 rows=self._idle_rows(evidence, head),
-                support_ids=np.arange(evidence.support, dtype=np.int32)[None],
-                weight=np.zeros(1, np.float32),
+                support_ids=torch.arange(evidence.support)[None],
+                weight=torch.zeros(1),
             )
             for evidence, head in zip(self.evidence, self.heads, strict=True)
         ]
 
-    def _idle_rows(self, evidence: Evidence, head: Tensor | None) -> np.ndarray:
+    def _idle_rows(self, evidence: Evidence, head: Tensor | None) -> Tensor:
         hidden = 0 if head is None else head.shape[1]
         dtype = torch.float32 if head is None else head.dtype
         width = evidence.width(self.vocabulary, hidden)
-        return to_wire(torch.zeros(1, width, dtype=evidence.row_dtype(dtype)))
+        return torch.zeros(1, width, dtype=evidence.row_dtype(dtype))

@@ -234,14 +234,14 @@ def test_a_dropped_group_with_a_nan_reward_gives_a_finite_zero():
 def test_an_idle_sequence_can_be_collated_and_weighs_nothing():
     def columns(w, dtype):
         return TeacherColumns(
-            rows=np.zeros((1, w), dtype),
-            support_ids=np.zeros((1, 0), np.int32),
-            weight=np.zeros(1, np.float32),
+            rows=torch.zeros(1, w, dtype=dtype),
+            support_ids=torch.zeros(1, 0, dtype=torch.int64),
+            weight=torch.zeros(1),
         )
 
-    micro = collate([idle_sequence([columns(4, np.float32), columns(2, np.uint16)])])
+    micro = collate([idle_sequence([columns(4, torch.float32), columns(2, torch.bfloat16)])])
     assert micro.columns.token_weight.tolist() == [0.0] and micro.hidden_rows.tolist() == [0]
-    assert [from_wire(t.rows).dtype for t in micro.teachers] == [torch.float32, torch.bfloat16]
+    assert [t.rows.dtype for t in micro.teachers] == [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize(
@@ -260,4 +260,4 @@ def test_hidden_states_travel_bit_for_bit(dtype: torch.dtype, wire: type):
 def test_bf16_bits_survive_the_joining_of_sequences():
     teacher = torch.randn(6, 2).to(torch.bfloat16)
     scores = make_scores(BATCH, [-1.0] * 6, to_wire(teacher))
-    assert torch.equal(from_wire(collate(sequences(scores)).teachers[0].rows), teacher)
+    assert torch.equal(collate(sequences(scores)).teachers[0].rows, teacher)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hybridrl.batch.micro_batch import TrainSequence, collate
+from hybridrl.batch.micro_batch import MicroBatch, collate
 from hybridrl.batch.packing import check_packing
 from hybridrl.core.errors import ConfigError
 
@@ -45,7 +45,7 @@ def tiny(kind: str, sizes: dict[str, object], dtype: torch.dtype) -> PreTrainedM
 
 def check(model: PreTrainedModel) -> None:
     @torch.no_grad()
-    def logprobs(sequences: Sequence[TrainSequence]) -> Tensor:
+    def logprobs(sequences: Sequence[MicroBatch]) -> Tensor:
         batch = collate(sequences, packed=True)
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]

@@ -42,7 +42,7 @@ from hybridrl.policy.statistics import (
     quarters,
     remedy,
 )
-from hybridrl.policy.student import HeadInputs, Student
+from hybridrl.policy.student import Student
 from hybridrl.report.figures import PANELS
 from hybridrl.rewards.repetition import compressed_share, repeated_share
 from hybridrl.rollout.header import chunk_header
@@ -106,8 +106,8 @@ def micro_batch(batch: RolloutBatch, sparse: list[float], *, out: int | None = N
     credit = HybridObjective(AlgorithmConfig(), 8).credit(
         scored, make_plan(batch, teacher_weights=()), None
     )
-    columns = replace(
-        credit.learned(torch.float32), token_weight=weight, sparse=torch.tensor(sparse)
+    columns = credit.learned(torch.float32)._replace(
+        token_weight=weight, sparse=torch.tensor(sparse)
     )
     return collate(train_sequences(scored.rollout, columns))
 
@@ -279,7 +279,7 @@ def test_the_inner_product_of_both_gradients_is_that_of_the_gradients_alone():
         loss.backward()
         return hidden.grad, stats
 
-    dense, _ = gradient(told, replace(terms, sparse=torch.zeros(5, dtype=torch.float64)))
+    dense, _ = gradient(told, terms._replace(sparse=torch.zeros(5, dtype=torch.float64)))
     sparse, _ = gradient((), terms)
     _, stats = gradient(told, terms)
     assert (
@@ -421,15 +421,7 @@ def probed() -> dict[str, float]:
     micro = micro_batch(LONG_AND_SHORT, [0.0] * 7)
     torch.manual_seed(0)
     student = Student(tiny_model(tiny_tokenizer()), HeadRule(), with_value=False)
-    inputs = HeadInputs(
-        input_ids=micro.input_ids,
-        attention_mask=micro.attention_mask,
-        position_ids=micro.position_ids,
-        hidden_rows=micro.hidden_rows,
-        teachers=(),
-        columns=micro.columns,
-    )
-    return gradient_geometry(student, [inputs])
+    return gradient_geometry(student, [(micro, ())])
 
 
 FOUND = dict.fromkeys(SUMS + MEANS + MAXIMA, 1.0)

@@ -119,6 +119,8 @@ def widened(*values: Tensor | Teacher | TokenColumns):
     for value in values:
         if isinstance(value, Tensor):
             yield value.detach().double()
+        elif isinstance(value, TokenColumns):
+            yield value.to(torch.float64)
         else:
             floats = {
                 n: t
@@ -264,7 +266,7 @@ def nearly_equal(dtype: torch.dtype) -> tuple[Tensor, Tensor, HiddenTeacher, Tok
     lm_head = (normal(1, VOCABULARY, WIDTH) / WIDTH**0.5).to(dtype)
     away = (hidden.float() * (1 + 0.02 * normal(11, 8, WIDTH))).to(dtype)
     teacher = HiddenTeacher(hidden=away, lm_head=lm_head, weight=torch.ones(8))
-    return hidden, lm_head, teacher, replace(terms_of(8), sparse=torch.zeros(8))
+    return hidden, lm_head, teacher, terms_of(8)._replace(sparse=torch.zeros(8))
 
 
 @pytest.mark.parametrize("measure", [Measure(), Measure(divergence=Divergence.jsd)])

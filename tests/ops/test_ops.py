@@ -98,7 +98,7 @@ def test_the_dense_gradient_is_exactly_zero_where_student_and_teacher_agree():
             hidden=hidden.detach(), lm_head=lm_head.detach(), weight=torch.full((6,), 3.0)
         ),
     )
-    quiet = replace(terms, sparse=torch.zeros_like(terms.sparse))
+    quiet = terms._replace(sparse=torch.zeros_like(terms.sparse))
     loss, d_hidden, d_head, stats = gradients(hidden, lm_head, same, quiet)
     assert float(loss) == 0.0 and float(stats.dense_sq) == 0.0
     assert not d_hidden.any() and not d_head.any() and not stats.kl.any()
@@ -228,7 +228,7 @@ def test_the_loss_is_the_weighted_sum_of_divergences_and_costs():
 
 def test_several_teachers_are_the_weighted_sum_of_each():
     hidden, lm_head, (first, second), terms = random_problem()
-    quiet = replace(terms, sparse=torch.zeros_like(terms.sparse))
+    quiet = terms._replace(sparse=torch.zeros_like(terms.sparse))
     both = gradients(hidden, lm_head, (first, second), quiet)
     alone = [
         gradients(hidden, lm_head, (replace(t, weight=torch.ones(6)),), quiet)
@@ -287,7 +287,7 @@ def test_the_norms_of_both_parts_are_of_the_logit_gradient():
         hidden,
         eye,
         teachers,
-        replace(terms, sparse=torch.zeros_like(terms.sparse)),
+        terms._replace(sparse=torch.zeros_like(terms.sparse)),
         temperature=0.7,
     )
     sparse = gradients(hidden, eye, (), terms, temperature=0.7)

@@ -124,7 +124,7 @@ class WholeReturn(Estimator):
         mask = self.mdp.mask[members.flatten()]
         credit = super().credit(batch, plan, members)
         sparse = cost[members.flatten()][:, None].expand(mask.shape)[mask]
-        return replace(credit, columns=replace(credit.columns, sparse=sparse))
+        return replace(credit, columns=credit.columns._replace(sparse=sparse))
 
 
 def prefix_kl() -> Tensor:
@@ -207,7 +207,7 @@ class TokenScore(Estimator):
             - self.mdp.logp(self.mdp.teachers[0])[at, tokens]
         )
         credit = super().credit(batch, plan, members)
-        return replace(credit, columns=replace(credit.columns, sparse=self.of(c)))
+        return replace(credit, columns=credit.columns._replace(sparse=self.of(c)))
 
 
 def token_score(coefficient) -> Tensor:

@@ -60,7 +60,7 @@ def test_every_online_preset_has_a_row():
 
 
 def with_sparse(credit: Credit, sparse: torch.Tensor) -> Credit:
-    return replace(credit, columns=replace(credit.columns, sparse=sparse))
+    return replace(credit, columns=credit.columns._replace(sparse=sparse))
 
 
 class TokenLoss(Estimator):

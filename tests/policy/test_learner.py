@@ -13,12 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hybridrl.batch.micro_batch import collate, train_sequences
+from hybridrl.batch.micro_batch import collate, sequence, train_sequences
 from hybridrl.core.errors import CheckpointError
 from hybridrl.kernels.head import HeadRule
 from hybridrl.kernels.teacher_rows import HiddenTeacher
@@ -30,7 +31,7 @@ from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.ops.compare import COMPARED
 from hybridrl.policy import diagnostics as probe
 from hybridrl.policy.optimizer_state import check_model
-from hybridrl.policy.student import HeadInputs, Student
+from hybridrl.policy.student import Student
 from hybridrl.policy.training_setup import deepspeed_config
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import ModelConfig
@@ -196,7 +197,7 @@ def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_o
         sparse=micro.columns.sparse.double(),
         sampler_logprobs=micro.columns.sampler_logprobs.double(),
     )
-    rows = torch.from_numpy(micro.teachers[0].rows).double()
+    rows = micro.teachers[0].rows.double()
     teachers = (HiddenTeacher(hidden=rows, lm_head=head, weight=torch.ones(len(rows))),)
     student = Student(model, HeadRule(chunk=5), with_value=False)
     loss, _ = student(
@@ -379,16 +380,10 @@ def test_distances_from_a_teacher_are_summed_where_the_student_computes(
     there = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device="meta")
     none = torch.zeros(0, device="meta")
     terms = token_columns(token_ids=none, token_weight=none, sparse=none, sampler_logprobs=none)
-    inputs = HeadInputs(
-        input_ids=none,
-        attention_mask=None,
-        position_ids=none,
-        hidden_rows=none,
-        teachers=(),
-        columns=terms,
-    )
+    micro = sequence(np.zeros(0), response_at=np.zeros(0, np.int64), columns=terms)
+    inputs = [(micro.to(torch.device("meta")), ())]
     with pytest.raises(RuntimeError, match="reduces on meta"):
-        probe.teacher_distance(lambda *arguments: (there, None), [inputs])
+        probe.teacher_distance(lambda *arguments: (there, None), inputs)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

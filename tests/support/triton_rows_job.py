@@ -14,7 +14,7 @@ from hybridrl.kernels import triton_rows
 from hybridrl.kernels.row_rule import RowRule
 from hybridrl.kernels.rows import row_gradients
 from hybridrl.kernels.teacher_rows import Form
-from hybridrl.kernels.token_columns import RowColumns
+from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.ops.divergence import Measure
 from hybridrl.ops.ratio import RatioBounds
 from hybridrl.settings.choices import Divergence, Ratio
@@ -58,7 +58,7 @@ def errors(
         weights[0][2], teachers[0][0][2] = 0.0, torch.nan
     ids = torch.randint(vocabulary, (6,), generator=g)
     sampler = torch.log_softmax(logits, -1).gather(1, ids[:, None])[:, 0] + 0.3 * normal(6)
-    columns = RowColumns(ids, token_weight, normal(6), sampler)
+    columns = TokenColumns(ids, token_weight, normal(6), torch.zeros(6), sampler)
 
     def wide(*tensors):
         return tuple(t.double() if t.is_floating_point() else t for t in tensors)
@@ -70,7 +70,7 @@ def errors(
         logits.double(),
         tuple(wide(*t) for t in teachers),
         wide(*weights),
-        RowColumns(*wide(*columns)),
+        TokenColumns(*wide(*columns)),
     )
     found = triton_rows.row_gradients(rule, dtype, logits, teachers, weights, columns)
     assert found[0].dtype is dtype and found[0].data_ptr() == logits.data_ptr()

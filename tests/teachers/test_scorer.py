@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hybridrl.batch.micro_batch import TeacherColumns
+from hybridrl.batch.wire import from_wire
 from hybridrl.core.errors import CheckpointError, ConfigError
 from hybridrl.launch.session import preflight
 from hybridrl.models.loading import head_rows, load_model
@@ -158,7 +159,9 @@ def test_a_teacher_that_answers_from_a_table_is_one_file_of_the_users(
         settings, make_objective(settings).needs.evidence, torch.device("cpu")
     )
     columns = TeacherColumns(
-        rows=scores.rows, support_ids=scores.support_ids, weight=np.ones(11, np.float32)
+        rows=from_wire(scores.rows),
+        support_ids=torch.from_numpy(scores.support_ids),
+        weight=torch.ones(11),
     )
     teachers = inbox.head_inputs([columns])
     assert len(teachers) == (0 if evidence == "drawn" else 1)

@@ -191,7 +191,7 @@ class BareLearner:
         )
         train = self.settings.train
         indices = micro_batches(
-            [len(s.input_ids) for s in sequences],
+            [s.num_tokens for s in sequences],
             train.max_tokens_per_micro_batch,
             packed=train.packing,
         )
