@@ -263,6 +263,10 @@ class ScoredBatch:
     rollout: RolloutBatch
     scores: tuple[TokenScores, ...]  # one per teacher, in the order of UpdatePlan.teacher_weights
     rewards: Rewards
+    # [R] the learner's own log p(y_t), and its value head before y_t, both before the update; None
+    # unless the objective needs one of them
+    learner_logprobs: Float | None = None
+    learner_values: Float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,17 +287,6 @@ class GenerateOrder:
     seed: int  # of the run and wave; that of a completion derives from it, uid, sample and turn
     support: int = 0  # how many of the most likely tokens are reported with each response token
     priority: int = 0  # an engine takes what has the lowest first
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """What one learner rank takes of the chunks whose values follow it in the call. controller ->
-    learner.
-    """
-
-    num_chunks: int
-    num_teachers: int
-    groups: tuple[tuple[int, ...], ...]  # per chunk: which of its groups belong to this rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

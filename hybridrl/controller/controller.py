@@ -268,11 +268,7 @@ class Controller:
             return self.sampling.scores([a.drawn for a in sampled.arrived])
 
     def _divide(self, used: Sequence[Arrived]) -> GlobalBatch:
-        return divide(
-            used,
-            num_ranks=self.settings.learner.ranks,
-            num_teachers=len(self.workers.scorers),
-        )
+        return divide(used, num_ranks=self.settings.learner.ranks)
 
     def _plan(self, batch: GlobalBatch) -> UpdatePlan:
         return update_plan(
@@ -295,7 +291,7 @@ class Controller:
             plan = self._plan(batch)
             probe_gap = self.probe.check()
             try:
-                stats = self.learner.update(plan, batch.shards, batch.values)
+                stats = self.learner.update(plan, batch.groups, batch.values)
             except SkippedStep:
                 self.pipeline.skip(sampled.returning)
                 raise
@@ -396,7 +392,7 @@ class Controller:
         arrived = self.sampling.arrived(drawn, headers, self.steps_done)
         self.sampling.scores(drawn)
         batch = self._divide(arrived)
-        return self.learner.evaluate(self._plan(batch), batch.shards, batch.values).metrics
+        return self.learner.evaluate(self._plan(batch), batch.groups, batch.values).metrics
 
     # -- state -------------------------------------------------------------------------------------
 

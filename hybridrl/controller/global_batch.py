@@ -9,15 +9,15 @@ from hybridrl.controller.coefficients import Coefficients
 from hybridrl.controller.sampling import Arrived
 from hybridrl.runtime.calls import Reference
 from hybridrl.settings.run import RunSettings
-from hybridrl.types import Prompt, Shard, UpdatePlan
+from hybridrl.types import Prompt, UpdatePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankShare:
     """What one learner rank takes of a batch."""
 
-    shard: Shard
     chunks: tuple[int, ...]  # which chunks hold the rank's groups: indices into GlobalBatch.used
+    groups: tuple[tuple[int, ...], ...]  # of each of these chunks, which groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,21 +25,21 @@ class GlobalBatch:
     """The used groups of a step, by reference, and each rank's share of them.
 
     Example: two chunks of two groups each over two ranks, of about the same number of tokens:
-    shares[0] may have groups ((0,), (1,)) of the chunks (0, 1), and shares[1] the others.
+    shares[0] may have the groups ((0,), (1,)) of the chunks (0, 1), and shares[1] the others.
     """
 
     used: Sequence[Arrived]
     shares: Sequence[RankShare]
 
     @property
-    def shards(self) -> list[Shard]:
-        """One per rank."""
-        return [share.shard for share in self.shares]
+    def groups(self) -> list[tuple[tuple[int, ...], ...]]:
+        """Per rank, of each of its chunks which groups are its own."""
+        return [share.groups for share in self.shares]
 
     @property
     def values(self) -> list[list[Reference]]:
-        """Per rank, the references that follow its shard: for each of its chunks the batch, the
-        rewards and each teacher's scores.
+        """Per rank, the references of its chunks: of each the batch, the rewards and each
+        teacher's scores.
         """
         of_chunk = [
             [
@@ -52,22 +52,17 @@ class GlobalBatch:
         return [[ref for chunk in share.chunks for ref in of_chunk[chunk]] for share in self.shares]
 
 
-def divide(used: Sequence[Arrived], *, num_ranks: int, num_teachers: int) -> GlobalBatch:
+def divide(used: Sequence[Arrived], *, num_ranks: int) -> GlobalBatch:
     """Give each rank whole groups, so that all have about the same number of tokens."""
     tokens = [a.of_groups(a.header.num_tokens).sum(axis=1) for a in used]  # per chunk [G'] int64
     places = [(chunk, group) for chunk, a in enumerate(used) for group in a.groups]
     shares = []
     for indices in balance_groups([int(n) for t in tokens for n in t], num_ranks):
-        mine = [places[i] for i in indices]
-        chunks = sorted({chunk for chunk, _ in mine})
-        shard = Shard(
-            num_chunks=len(chunks),
-            num_teachers=num_teachers,
-            groups=tuple(
-                tuple(group for owner, group in mine if owner == chunk) for chunk in chunks
-            ),
-        )
-        shares.append(RankShare(shard=shard, chunks=tuple(chunks)))
+        by_chunk: dict[int, list[int]] = {}
+        for chunk, group in (places[i] for i in indices):
+            by_chunk.setdefault(chunk, []).append(group)
+        groups = tuple(map(tuple, by_chunk.values()))
+        shares.append(RankShare(chunks=tuple(by_chunk), groups=groups))
     return GlobalBatch(used=used, shares=shares)
 
 
@@ -103,7 +98,7 @@ def update_plan(
 
 def _num_micro_batches(share: RankShare, batch: GlobalBatch, settings: RunSettings) -> int:
     lengths: list[int] = []
-    for chunk, groups in zip(share.chunks, share.shard.groups, strict=True):
+    for chunk, groups in zip(share.chunks, share.groups, strict=True):
         header = batch.used[chunk].header
         per_group = header.num_tokens.reshape(-1, header.group_size)  # [G, K] int64
         lengths += per_group[list(groups)].flatten().tolist()

@@ -13,14 +13,6 @@ from hybridrl.types import ScoredBatch, UpdatePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LearnerView:
-    """The learner's own log-probs and values of R response tokens before an update."""
-
-    logprobs: Tensor  # [R] log p(y_t), in batch order
-    values: Tensor  # [R] the value head before each token; 0 without one
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
     """What each of R response tokens of a batch is worth, in batch order."""
 
@@ -52,8 +44,8 @@ class Objective(Protocol):
     # The sparse column is to be standardised over all live tokens of the global batch.
     standardises: bool
 
-    def credit(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Credit:
-        """learner: None unless `needs` asks for it."""
+    def credit(self, batch: ScoredBatch, plan: UpdatePlan) -> Credit:
+        """The batch has the learner's columns where `needs` names one of them."""
         ...
 
 
@@ -67,14 +59,13 @@ def assign_credit(
     objective: Objective,
     batches: Sequence[ScoredBatch],
     plan: UpdatePlan,
-    views: Sequence[LearnerView | None],
     sum_over_ranks: SumOverRanks = lambda sums: sums,
 ) -> list[Credit]:
     """The credit of one rank's batches, standardised over the global batch where that is asked.
 
     Every rank calls it, also one without a batch.
     """
-    credits = [objective.credit(b, plan, v) for b, v in zip(batches, views, strict=True)]
+    credits = [objective.credit(batch, plan) for batch in batches]
     if not objective.standardises:
         return credits
     count, total, squares = sum_over_ranks(moments(credits))

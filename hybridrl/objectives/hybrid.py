@@ -34,7 +34,7 @@ from hybridrl.batch.views import per_token, response_grid, response_ids, respons
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.objectives.advantages.advantage import ReturnGrid
 from hybridrl.objectives.chosen import chosen_advantage, chosen_token_weight
-from hybridrl.objectives.credit import Credit, LearnerView
+from hybridrl.objectives.credit import Credit
 from hybridrl.objectives.needs import Needs
 from hybridrl.objectives.token_weights.token_weight import TokenCounts
 from hybridrl.ops.divergence import Measure, tail_score
@@ -94,18 +94,18 @@ class HybridObjective:
             learner_values=has_values,
         )
 
-    def credit(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Credit:
+    def credit(self, batch: ScoredBatch, plan: UpdatePlan) -> Credit:
         """G_{t+1} minus its baseline for each response token of whole groups of one source."""
         rollout = batch.rollout
         mask = response_grid(rollout)  # [N, T]
         teacher_weights = teacher_weights_of(batch, plan)
-        weight = self.token_weight(batch, plan, learner)
-        own, cost = self._imitation(batch, teacher_weights, learner)
+        weight = self.token_weight(batch, plan)
+        own, cost = self._imitation(batch, teacher_weights)
         returns = self._returns(batch, plan, own, cost, mask)
         has_values = self.advantage.needs_values
         # Data is no policy's, and has no return from which a baseline could be subtracted.
         from_data = rollout.source is Source.data
-        advantage = returns if from_data else self._advantages(returns, mask, rollout, learner)
+        advantage = returns if from_data else self._advantages(returns, mask, batch)
         clips = self.config.log_ratio_clip is not None and rollout.source is not Source.data
         live = weight > 0  # a dropped group's reward is NaN, and 0 * NaN is not 0
         sparse = torch.where(live, advantage[mask], 0.0)
@@ -123,7 +123,7 @@ class HybridObjective:
         if has_values:
             watched["value/loss"] = error[live].square() / 2
         if clips:
-            watched["kl/clipped_frac"] = self._clipped(batch, teacher_weights, learner)[live]
+            watched["kl/clipped_frac"] = self._clipped(batch, teacher_weights)[live]
         return Credit(
             columns=columns,
             teacher_weights=teacher_weights,
@@ -132,22 +132,19 @@ class HybridObjective:
             has_returns=rollout.source is not Source.data,
         )
 
-    def _advantages(
-        self, returns: Tensor, mask: Tensor, rollout: RolloutBatch, learner: LearnerView | None
-    ) -> Tensor:
+    def _advantages(self, returns: Tensor, mask: Tensor, batch: ScoredBatch) -> Tensor:
         """[N, T] returns above their baseline."""
         values = torch.zeros_like(returns)
         if self.advantage.needs_values:
-            assert learner is not None, "an estimator that needs values gets the learner's view"
-            values[mask] = learner.values.to(values.dtype)
-        grid = ReturnGrid(returns=returns, values=values, mask=mask, group_size=rollout.group_size)
+            assert batch.learner_values is not None, "an estimator that needs values gets them"
+            values[mask] = torch.from_numpy(batch.learner_values).to(values.dtype)
+        group_size = batch.rollout.group_size
+        grid = ReturnGrid(returns=returns, values=values, mask=mask, group_size=group_size)
         advantages = self.advantage.advantages(grid, self.config)
         assert advantages.shape == mask.shape, (advantages.shape, mask.shape)
         return advantages.to(returns.dtype)
 
-    def token_weight(
-        self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None
-    ) -> Tensor:
+    def token_weight(self, batch: ScoredBatch, plan: UpdatePlan) -> Tensor:
         """[R] how much each token counts; 0 for dropped groups; times the sequence's importance
         ratio with ratio.level=sequence.
         """
@@ -167,17 +164,16 @@ class HybridObjective:
             self.config.ratio.kind is not Ratio.none
             and self.config.ratio.level is RatioLevel.sequence
         ):
-            assert learner is not None, "ratio.level=sequence asks for learner_logprobs"
-            weight = weight * self._sequence_ratio(rollout, learner)[:, None]
+            weight = weight * self._sequence_ratio(batch)[:, None]
         return weight[mask].to(torch.from_numpy(rollout.rollout_logprobs[:0].copy()).dtype)
 
-    def _sequence_ratio(self, rollout: RolloutBatch, learner: LearnerView) -> Tensor:
+    def _sequence_ratio(self, batch: ScoredBatch) -> Tensor:
         """[N] prod_t p(y_t) / mu(y_t), bounded as algorithm.ratio says."""
-        mask = response_grid(rollout)
+        assert batch.learner_logprobs is not None, "ratio.level=sequence needs learner_logprobs"
+        sampled = response_rows(batch.rollout, batch.rollout.rollout_logprobs)
+        mask = response_grid(batch.rollout)
         log_ratio = torch.zeros(mask.shape, dtype=torch.float64)
-        log_ratio[mask] = (
-            learner.logprobs.double() - response_rows(rollout, rollout.rollout_logprobs).double()
-        )
+        log_ratio[mask] = torch.from_numpy(batch.learner_logprobs).double() - sampled.double()
         bounds = RatioBounds(
             kind=self.config.ratio.kind, low=self.config.ratio.low, high=self.config.ratio.high
         )
@@ -185,7 +181,7 @@ class HybridObjective:
         return bounds.factor(total, torch.ones_like(total))[0]
 
     def _imitation(
-        self, batch: ScoredBatch, teacher_weights: Sequence[Tensor], learner: LearnerView | None
+        self, batch: ScoredBatch, teacher_weights: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The drawn token's share of the dense term, and its imitation cost sum_i w_i (log p - log
         q_i); both [R].
@@ -194,7 +190,7 @@ class HybridObjective:
         was not drawn from the student, so neither is defined there.
         """
         rollout = batch.rollout
-        logp = drawn_logprobs(rollout, learner)
+        logp = drawn_logprobs(batch)
         own = torch.zeros_like(logp)
         cost = torch.zeros_like(logp)
         if rollout.source is Source.data or not self.has_costs:
@@ -215,15 +211,13 @@ class HybridObjective:
                 own += torch.where(scored, weight * score, 0.0)
         return own, cost
 
-    def _clipped(
-        self, batch: ScoredBatch, teacher_weights: Sequence[Tensor], learner: LearnerView | None
-    ) -> Tensor:
+    def _clipped(self, batch: ScoredBatch, teacher_weights: Sequence[Tensor]) -> Tensor:
         """[R] bool, the drawn token's |log p - log q| is beyond algorithm.log_ratio_clip for some
         teacher.
         """
         limit = self.config.log_ratio_clip
         assert limit is not None, "costs are compared with a limit only where it is set"
-        logp = drawn_logprobs(batch.rollout, learner)
+        logp = drawn_logprobs(batch)
         beyond = torch.zeros_like(logp, dtype=torch.bool)
         for scores, of_sequence in zip(batch.scores, teacher_weights, strict=True):
             scored = per_token(of_sequence, batch.rollout) != 0
@@ -273,9 +267,11 @@ def teacher_weights_of(batch: ScoredBatch, plan: UpdatePlan) -> tuple[Tensor, ..
     return tuple(weights)
 
 
-def drawn_logprobs(batch: RolloutBatch, learner: LearnerView | None) -> Tensor:
+def drawn_logprobs(batch: ScoredBatch) -> Tensor:
     """[R] log p(y): from the learner's own forward pass where there was one, else from the
     sampler.
     """
-    sampled = response_rows(batch, batch.rollout_logprobs)
-    return sampled if learner is None else learner.logprobs.to(sampled.dtype)
+    sampled = response_rows(batch.rollout, batch.rollout.rollout_logprobs)
+    if batch.learner_logprobs is None:
+        return sampled
+    return torch.from_numpy(batch.learner_logprobs).to(sampled.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from hybridrl.batch.views import per_token, response_ids, response_rows
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.objectives.chosen import chosen_pair_loss
-from hybridrl.objectives.credit import Credit, LearnerView
+from hybridrl.objectives.credit import Credit
 from hybridrl.objectives.hybrid import teacher_weights_of
 from hybridrl.objectives.needs import Needs
 from hybridrl.objectives.pair_losses.pair_loss import PairGradient, PairScores
@@ -38,17 +38,16 @@ class PairObjective:
             learner_values=self.loss.scores_by_value,
         )
 
-    def credit(self, batch: ScoredBatch, plan: UpdatePlan, learner: LearnerView | None) -> Credit:
-        assert learner is not None, "pairs ask for the learner's view"
+    def credit(self, batch: ScoredBatch, plan: UpdatePlan) -> Credit:
         rollout = batch.rollout
         chosen, rejected = ranked(batch)
-        gradient = self.pair_gradient(batch, learner, chosen, rejected)
+        gradient = self.pair_gradient(batch, chosen, rejected)
         slope = torch.zeros(rollout.num_sequences, dtype=gradient.loss.dtype)
         slope[chosen] = gradient.d_chosen
         slope[rejected] = gradient.d_rejected
         weight = torch.zeros_like(slope)
         weight[chosen] = weight[rejected] = 1.0 / max(plan.num_groups, 1)
-        watched = self._watched(gradient, learner, rollout, chosen, rejected)
+        watched = self._watched(gradient, batch, chosen, rejected)
         columns = self._columns(rollout, slope, weight)
         return Credit(
             columns=columns, teacher_weights=teacher_weights_of(batch, plan), watched=watched
@@ -73,8 +72,7 @@ class PairObjective:
     def _watched(
         self,
         gradient: PairGradient,
-        learner: LearnerView,
-        rollout: RolloutBatch,
+        batch: ScoredBatch,
         chosen: Tensor,
         rejected: Tensor,
     ) -> dict[str, Tensor]:
@@ -90,9 +88,8 @@ class PairObjective:
             "pair/clamped_frac": gradient.clamped,
         }
         if not self.loss.scores_by_value:
-            mean_logp = sums(learner.logprobs, rollout) / torch.from_numpy(
-                rollout.response_lengths.copy()
-            )
+            lengths = torch.from_numpy(batch.rollout.response_lengths.copy())
+            mean_logp = sums(own_logprobs(batch), batch.rollout) / lengths
             watched |= {
                 "pair/chosen_logprob": mean_logp[chosen],
                 "pair/rejected_logprob": mean_logp[rejected],
@@ -101,16 +98,16 @@ class PairObjective:
             watched["pair/rejected_ratio"] = gradient.rejected_score.exp()
         return watched
 
-    def pair_gradient(
-        self, batch: ScoredBatch, learner: LearnerView, chosen: Tensor, rejected: Tensor
-    ) -> PairGradient:
+    def pair_gradient(self, batch: ScoredBatch, chosen: Tensor, rejected: Tensor) -> PairGradient:
         """The loss of each pair; chosen, rejected: [P] indices of sequences."""
         rollout = batch.rollout
         if self.loss.scores_by_value:
-            policy = torch.zeros(rollout.num_sequences, dtype=learner.values.dtype)
-            policy += learner.values[last_tokens(rollout)]
+            assert batch.learner_values is not None, "a loss on values needs learner_values"
+            values = torch.from_numpy(batch.learner_values)
+            policy = torch.zeros(rollout.num_sequences, dtype=values.dtype)
+            policy += values[last_tokens(rollout)]
         else:
-            policy = sums(learner.logprobs, rollout)
+            policy = sums(own_logprobs(batch), rollout)
         reference = (
             sums(response_rows(rollout, batch.scores[0].logprobs), rollout)
             if self.loss.needs_reference
@@ -126,6 +123,12 @@ class PairObjective:
             rejected_len=lengths[rejected],
         )
         return self.loss.gradient(scores, self.config.pair)
+
+
+def own_logprobs(batch: ScoredBatch) -> Tensor:
+    """[R] log p(y_t) by the learner."""
+    assert batch.learner_logprobs is not None, "a loss on log-probs needs learner_logprobs"
+    return torch.from_numpy(batch.learner_logprobs)
 
 
 def ranked(batch: ScoredBatch) -> tuple[Tensor, Tensor]:

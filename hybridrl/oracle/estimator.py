@@ -3,7 +3,7 @@
 All values are float64.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from hybridrl.kernels.head import hybrid_head_loss
 from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Credit, LearnerView, assign_credit
+from hybridrl.objectives.credit import Credit, assign_credit
 from hybridrl.objectives.head_rule import head_rule
 from hybridrl.oracle.exact import author
 from hybridrl.oracle.mdp import Mdp
@@ -102,16 +102,17 @@ class Estimator:
         )
 
     def credit(self, batch: ScoredBatch, plan: UpdatePlan, members: Tensor) -> Credit:
-        view = None
         if self.objective.needs.learner_view:
             at, tokens = self._at(members)
-            view = LearnerView(
-                logprobs=self.mdp.logp(self.mdp.student)[at, tokens], values=self.values[at]
+            batch = replace(
+                batch,
+                learner_logprobs=self.mdp.logp(self.mdp.student)[at, tokens].numpy(),
+                learner_values=self.values[at].numpy(),
             )
         assert not self.objective.standardises or len(members) == 1, (
             "a standardised batch is measured alone"
         )
-        return assign_credit(self.objective, [batch], plan, [view])[0]
+        return assign_credit(self.objective, [batch], plan)[0]
 
     def batch(self, members: Tensor, source: Source) -> ScoredBatch:
         """The batch that rollout, scorers and rewards would send, in float64.

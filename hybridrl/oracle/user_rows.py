@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridrl.objectives.chosen import chosen_advantage, chosen_pair_loss
-from hybridrl.objectives.credit import Credit, LearnerView
+from hybridrl.objectives.credit import Credit
 from hybridrl.objectives.pairs import PairObjective, ranked
 from hybridrl.objectives.user_code import check_user_code
 from hybridrl.oracle.cases import Case, Kind, Value, World
@@ -126,15 +126,18 @@ class PairTrial:
         self.objective = self.estimator.objective
         self.by_value = self.objective.loss.scores_by_value
         self.members = different_pairs(mdp.rewards)  # [P, 2]
-        self.batch: ScoredBatch = self.estimator.batch(self.members, Source.student)
-        self.pairs = ranked(self.batch)  # chosen and rejected, [P] each
         chosen = self.members.flatten()
         self.mask = mdp.mask[chosen]  # [2P, T]
         at = mdp.prefixes[chosen][self.mask]
         tokens = mdp.tokens[chosen][self.mask]
-        self.view = LearnerView(
-            logprobs=mdp.logp(mdp.student)[at, tokens], values=mdp.values[at]
-        )  # [R]
+        self.logprobs = mdp.logp(mdp.student)[at, tokens]  # [R]
+        self.values = mdp.values[at]  # [R]
+        self.batch = replace(
+            self.estimator.batch(self.members, Source.student),
+            learner_logprobs=self.logprobs.numpy(),
+            learner_values=self.values.numpy(),
+        )
+        self.pairs = ranked(self.batch)  # chosen and rejected, [P] each
 
     def derivatives(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
         """Derivatives of each pair's loss by each token of one of its responses, both [P, T].
@@ -142,7 +145,7 @@ class PairTrial:
         The first ones are those that the objective gives to the head pass, the second ones central
         differences.
         """
-        claimed = self._grid(self._coefficients(self.credit(self.view)))[sequences]
+        claimed = self._grid(self._coefficients(self.credit(self.batch)))[sequences]
         differences = torch.zeros_like(claimed)
         for t in range(self.mask.shape[1]):
             step = torch.zeros(self.mask.shape, dtype=torch.float64)
@@ -153,9 +156,9 @@ class PairTrial:
             differences[:, t] = torch.where(self.mask[sequences, t], (up - down) / (2 * STEP), 0.0)
         return claimed, differences
 
-    def credit(self, view: LearnerView) -> Credit:
+    def credit(self, batch: ScoredBatch) -> Credit:
         plan = self.estimator.plan(int(self.mask.sum()), len(self.mask))
-        return self.objective.credit(self.batch, plan, view)
+        return self.objective.credit(batch, plan)
 
     def _coefficients(self, credit: Credit) -> Tensor:
         """[R] d loss of the pair / d log p of the token, or d value; one group divides by 1."""
@@ -165,9 +168,9 @@ class PairTrial:
     def _losses(self, step: Tensor) -> Tensor:
         """[P] the loss of each pair, every token's number moved by its step [R]."""
         moved = (
-            replace(self.view, values=self.view.values + step)
+            replace(self.batch, learner_values=(self.values + step).numpy())
             if self.by_value
-            else replace(self.view, logprobs=self.view.logprobs + step)
+            else replace(self.batch, learner_logprobs=(self.logprobs + step).numpy())
         )
         return self.credit(moved).watched["pair/loss"]
 

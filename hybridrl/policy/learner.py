@@ -5,6 +5,7 @@ step.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -30,7 +31,7 @@ from hybridrl.core import failpoints
 from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
 from hybridrl.models.loading import load_model
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Credit, LearnerView, assign_credit
+from hybridrl.objectives.credit import Credit, assign_credit
 from hybridrl.objectives.head_rule import head_rule
 from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
 from hybridrl.policy.optimizer_state import OptimizerState
@@ -61,7 +62,6 @@ from hybridrl.types import (
     RolloutBatch,
     SavedFile,
     ScoredBatch,
-    Shard,
     TokenScores,
     UpdatePlan,
     WeightManifest,
@@ -149,13 +149,16 @@ class Learner:
     # -- training ----------------------------------------------------------------------------------
 
     def update(
-        self, plan: UpdatePlan, shard: Shard, *values: RolloutBatch | Rewards | TokenScores
+        self,
+        plan: UpdatePlan,
+        groups: Sequence[Sequence[int]],
+        *values: RolloutBatch | Rewards | TokenScores,
     ) -> LearnerStats:
         """One optimizer step on this rank's groups.
 
         Args:
-            values: for each chunk of the shard its RolloutBatch, its Rewards and one TokenScores
-                per teacher.
+            groups: of each chunk, which of its groups belong to this rank.
+            values: of each chunk its RolloutBatch, its Rewards and one TokenScores per teacher.
 
         Raises:
             SkippedStep: the gradient is NaN or infinite; nothing was stepped, and the rank's batch
@@ -165,7 +168,7 @@ class Learner:
         started = time.monotonic()
         failpoints.hit("learner.update", step=plan.step, rank=self.rank)
         tally = Tally(self.device)
-        credits, micros = self._prepare(plan, shard, values)
+        credits, micros = self._prepare(plan, groups, values)
         diagnostics = self._diagnostics(micros) if plan.diagnose else {}
         for micro in micros:
             self._backward(micro, tally, plan.step)
@@ -181,21 +184,24 @@ class Learner:
         return learner_stats(totals, metrics, time.monotonic() - started)
 
     def evaluate(
-        self, plan: UpdatePlan, shard: Shard, *values: RolloutBatch | Rewards | TokenScores
+        self,
+        plan: UpdatePlan,
+        groups: Sequence[Sequence[int]],
+        *values: RolloutBatch | Rewards | TokenScores,
     ) -> LearnerStats:
         """Measure this rank's groups of held-out data as `update` measures its batch; nothing is
         learned.
 
         Args:
             plan: its counts are those of the held-out data.
-            values: as in `update`.
+            groups, values: as in `update`.
 
         Returns:
             Statistics whose metrics have the keys eval/*.
         """
         started = time.monotonic()
         tally = Tally(self.device)
-        credits, micros = self._prepare(plan, shard, values)
+        credits, micros = self._prepare(plan, groups, values)
         with torch.no_grad():
             for micro in micros:
                 self._forward(micro, tally, plan.step)
@@ -206,12 +212,14 @@ class Learner:
     def _prepare(
         self,
         plan: UpdatePlan,
-        shard: Shard,
+        groups: Sequence[Sequence[int]],
         values: Sequence[RolloutBatch | Rewards | TokenScores],
     ) -> tuple[list[Credit], list[MicroBatch]]:
         """The credit of this rank's groups, and the micro-batches of their tokens."""
-        batches = scored_batches(shard, values)
-        credits = self._credits(plan, batches)
+        batches = scored_batches(groups, values)
+        if self.objective.needs.learner_view:
+            batches = self._with_own_columns(plan, batches)
+        credits = assign_credit(self.objective, batches, plan, self._sum_over_ranks)
         sequences = [
             sequence
             for batch, credit in zip(batches, credits, strict=True)
@@ -259,22 +267,17 @@ class Learner:
             )
         raise SkippedStep(f"{sentence}; nothing was stepped")
 
-    def _credits(self, plan: UpdatePlan, batches: Sequence[ScoredBatch]) -> list[Credit]:
-        """The credit of this rank's groups, after the learner's own view of them where the
-        objective needs one.
-        """
-        views: list[LearnerView | None] = [None] * len(batches)
-        if self.objective.needs.learner_view:
-            views = list(self._views(plan, batches))
-        return assign_credit(self.objective, batches, plan, views, self._sum_over_ranks)
-
     def _sum_over_ranks(self, sums: Tensor) -> Tensor:
         on_device = sums.to(self.device)
         dist.all_reduce(on_device)
         return on_device.cpu()
 
-    def _views(self, plan: UpdatePlan, batches: Sequence[ScoredBatch]) -> list[LearnerView]:
-        """log p(y) and values before the update: one more forward, in the same micro-batches."""
+    def _with_own_columns(
+        self, plan: UpdatePlan, batches: Sequence[ScoredBatch]
+    ) -> list[ScoredBatch]:
+        """The batches with the learner's log-probs and values before the update: one more forward
+        pass, in the same micro-batches.
+        """
         sequences = [s for batch in batches for s in unlearned_sequences(batch.rollout)]
         logprobs = [torch.empty(0)] * len(sequences)
         values = [torch.empty(0)] * len(sequences)
@@ -287,17 +290,19 @@ class Learner:
             for i, of_logprobs, of_values in zip(indices, *parts, strict=True):
                 logprobs[i] = of_logprobs
                 values[i] = of_values
-        views = []
+        completed = []
         first = 0
         for batch in batches:
             last = first + batch.rollout.num_sequences
-            views.append(
-                LearnerView(
-                    logprobs=torch.cat(logprobs[first:last]), values=torch.cat(values[first:last])
+            completed.append(
+                replace(
+                    batch,
+                    learner_logprobs=torch.cat(logprobs[first:last]).numpy(),
+                    learner_values=torch.cat(values[first:last]).numpy(),
                 )
             )
             first = last
-        return views
+        return completed
 
     def _micro_batches(self, sequences: Sequence[MicroBatch], count: int) -> list[list[int]]:
         """Indices per micro-batch; empty ones up to `count`, which is the same on every rank."""
@@ -442,18 +447,22 @@ class Learner:
 
 
 def scored_batches(
-    shard: Shard, values: Sequence[RolloutBatch | Rewards | TokenScores]
+    groups: Sequence[Sequence[int]], values: Sequence[RolloutBatch | Rewards | TokenScores]
 ) -> list[ScoredBatch]:
-    """This rank's groups, one batch per source, in the order of the chunks."""
-    stride = 2 + shard.num_teachers
+    """This rank's groups, one batch per source, in the order of the chunks.
+
+    Args:
+        groups, values: as in Learner.update.
+    """
+    stride = len(values) // max(len(groups), 1)
     by_source: dict[tuple[Source, int], list[ScoredBatch]] = {}
-    for chunk in range(shard.num_chunks):
+    for chunk, own in enumerate(groups):
         rollout, rewards, *scores = values[chunk * stride : (chunk + 1) * stride]
         assert isinstance(rollout, RolloutBatch) and isinstance(rewards, Rewards)
         batch = ScoredBatch(
             rollout=rollout, scores=tuple(cast("list[TokenScores]", scores)), rewards=rewards
         )
         by_source.setdefault((rollout.source, rollout.group_size), []).append(
-            select_groups(batch, shard.groups[chunk])
+            select_groups(batch, own)
         )
     return [join(parts) for parts in by_source.values()]

@@ -15,7 +15,6 @@ from hybridrl.settings.run import RunSettings
 from hybridrl.types import (
     LearnerStats,
     SavedFile,
-    Shard,
     UpdatePlan,
     WeightManifest,
 )
@@ -52,32 +51,41 @@ class LearnerGroup:
         self.group.call_all("configure", settings, deadline_s=settings.deadlines.start_s)
 
     def update(
-        self, plan: UpdatePlan, shards: Sequence[Shard], values: Sequence[Sequence[ray.ObjectRef]]
+        self,
+        plan: UpdatePlan,
+        groups: Sequence[Sequence[Sequence[int]]],
+        values: Sequence[Sequence[ray.ObjectRef]],
     ) -> LearnerStats:
-        """One optimizer step; shard i and its refs go to rank i. Every rank returns the same global
-        statistics.
+        """One optimizer step. Every rank returns the same global statistics.
+
+        Args:
+            groups: per rank, of each of its chunks which groups are its own.
+            values: per rank, the references of its chunks, as in Learner.update.
         """
-        return self._on_shards("update", plan, shards, values)
+        return self._on_ranks("update", plan, groups, values)
 
     def evaluate(
-        self, plan: UpdatePlan, shards: Sequence[Shard], values: Sequence[Sequence[ray.ObjectRef]]
+        self,
+        plan: UpdatePlan,
+        groups: Sequence[Sequence[Sequence[int]]],
+        values: Sequence[Sequence[ray.ObjectRef]],
     ) -> LearnerStats:
         """As `update`, but nothing is learned: for held-out data."""
-        return self._on_shards("evaluate", plan, shards, values)
+        return self._on_ranks("evaluate", plan, groups, values)
 
-    def _on_shards(
+    def _on_ranks(
         self,
         method: str,
         plan: UpdatePlan,
-        shards: Sequence[Shard],
+        groups: Sequence[Sequence[Sequence[int]]],
         values: Sequence[Sequence[ray.ObjectRef]],
     ) -> LearnerStats:
         limit = self.settings.deadlines.learn_s
-        per_rank = enumerate(zip(shards, values, strict=True))
+        per_rank = enumerate(zip(groups, values, strict=True))
         return gather(
             [
-                self.group.submit(rank, method, plan, shard, *refs, deadline_s=limit)
-                for rank, (shard, refs) in per_rank
+                self.group.submit(rank, method, plan, own, *refs, deadline_s=limit)
+                for rank, (own, refs) in per_rank
             ]
         )[0]
 

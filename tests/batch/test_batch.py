@@ -208,7 +208,7 @@ def test_a_dropped_group_with_a_nan_reward_gives_a_finite_zero():
     rewards = make_rewards(BATCH, [math.nan, math.nan, 1.0, 0.0], keep=[False, False, True, True])
     scored = ScoredBatch(rollout=BATCH, scores=(SCORES,), rewards=rewards)
     plan = make_plan(BATCH, num_tokens=4)
-    credit = HybridObjective(AlgorithmConfig(), max_new_tokens=4).credit(scored, plan, None)
+    credit = HybridObjective(AlgorithmConfig(), max_new_tokens=4).credit(scored, plan)
     columns = credit.learned(torch.float32)
     micro = collate(train_sequences(scored.rollout, columns, scored.scores, [torch.ones(4)]))
     assert micro.columns.token_weight.tolist() == [0.0] * 3 + [

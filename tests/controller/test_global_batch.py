@@ -40,19 +40,18 @@ def arrived(name: str, groups: tuple[int, ...]) -> Arrived:
 
 def test_every_used_group_belongs_to_one_rank_and_each_rank_gets_the_values_of_its_chunks():
     """Groups of 2, 6 and 6 tokens over two ranks: 6 + 2 and 6."""
-    batch = divide([arrived("a", (0, 1)), arrived("b", (1,))], num_ranks=2, num_teachers=1)
+    batch = divide([arrived("a", (0, 1)), arrived("b", (1,))], num_ranks=2)
     owned = sorted(
         (chunk, group)
         for share in batch.shares
-        for chunk, groups in zip(share.chunks, share.shard.groups, strict=True)
+        for chunk, groups in zip(share.chunks, share.groups, strict=True)
         for group in groups
     )
     assert owned == [(0, 0), (0, 1), (1, 1)]
-    assert all(shard.num_teachers == 1 for shard in batch.shards)
     for share, values in zip(batch.shares, batch.values, strict=True):
         names = [("a", "b")[chunk] for chunk in share.chunks]
         assert values == [f"{n} {what}" for n in names for what in ("batch", "rewards", "scores")]
-        assert share.shard.num_chunks == len(names)
+        assert len(share.groups) == len(names)
 
 
 def test_a_wave_costs_its_rollouts_and_scores_and_not_the_weights():

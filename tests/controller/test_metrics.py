@@ -24,7 +24,6 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.kernels.head import HeadRule, HeadStats, hybrid_head_loss
 from hybridrl.kernels.teacher_rows import HiddenTeacher
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
-from hybridrl.objectives.credit import LearnerView
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.objectives.pairs import PairObjective
 from hybridrl.ops.compare import COMPARED
@@ -104,7 +103,7 @@ def micro_batch(batch: RolloutBatch, sparse: list[float], *, out: int | None = N
         rollout=batch, scores=(), rewards=make_rewards(batch, [0.0] * batch.num_sequences)
     )
     credit = HybridObjective(AlgorithmConfig(), 8).credit(
-        scored, make_plan(batch, teacher_weights=()), None
+        scored, make_plan(batch, teacher_weights=())
     )
     columns = credit.learned(torch.float32)._replace(
         token_weight=weight, sparse=torch.tensor(sparse)
@@ -300,11 +299,15 @@ SEEN = (-0.5, -0.5, -2.0, -1.0, -1.0, -1.0, -9.0, -9.0)
 
 def watched(loss: str, seen: Sequence[float] = SEEN, **changes) -> dict[str, float]:
     rewards = make_rewards(PAIR, [1.0, 0.0, 1.0, 1.0])
-    scored = ScoredBatch(rollout=PAIR, scores=(make_scores(PAIR, [-1.0] * 8),), rewards=rewards)
-    view = LearnerView(logprobs=torch.tensor(seen), values=torch.arange(8.0))
-    credit = PairObjective(AlgorithmConfig(pair=PairConfig(loss=loss, **changes))).credit(
-        scored, make_plan(PAIR, num_groups=1), view
+    scored = ScoredBatch(
+        rollout=PAIR,
+        scores=(make_scores(PAIR, [-1.0] * 8),),
+        rewards=rewards,
+        learner_logprobs=np.array(seen, np.float32),
+        learner_values=np.arange(8.0, dtype=np.float32),
     )
+    objective = PairObjective(AlgorithmConfig(pair=PairConfig(loss=loss, **changes)))
+    credit = objective.credit(scored, make_plan(PAIR, num_groups=1))
     tally = Tally(CPU)
     count_credits(tally, [credit])
     return {name: value for name, value in tally.reduced().items() if name.startswith("pair/")}

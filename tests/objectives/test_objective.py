@@ -11,7 +11,7 @@ import torch
 
 from hybridrl.batch.views import response_grid
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import LearnerView, moments
+from hybridrl.objectives.credit import moments
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.objectives.needs import Needs
 from hybridrl.objectives.schedule import Schedule
@@ -50,7 +50,7 @@ def sparse(
 ) -> list[float]:
     """[R] what the objective multiplies grad log p(y) with."""
     scored = ScoredBatch(rollout=batch, scores=tuple(scores), rewards=rewards)
-    return objective.credit(scored, plan, None).columns.sparse.tolist()
+    return objective.credit(scored, plan).columns.sparse.tolist()
 
 
 def costs_of(
@@ -222,9 +222,7 @@ def test_a_feedback_schedule_moves_by_its_gain_within_its_bounds_and_keeps_its_p
 def test_the_moments_of_a_rank_without_groups_are_zero_and_those_of_others_count_live_tokens():
     assert moments([]).tolist() == [0.0, 0.0, 0.0]
     scored = ScoredBatch(rollout=TRIPLE, scores=(), rewards=make_rewards(TRIPLE, [1.0, 0.0, 3.0]))
-    credit = objective(baseline="none").credit(
-        scored, make_plan(TRIPLE), None
-    )  # costs -1, -1, 0, -3, -3
+    credit = objective(baseline="none").credit(scored, make_plan(TRIPLE))  # costs -1, -1, 0, -3, -3
     assert moments([credit]).tolist() == [5.0, -8.0, 20.0]
 
 
@@ -232,12 +230,15 @@ def test_the_moments_of_a_rank_without_groups_are_zero_and_those_of_others_count
 def test_text_of_the_data_has_its_likelihood_alone_whatever_the_baseline(baseline: str):
     single = make_batch([((1,), [(5, 6)])])
     data = replace(single, source=Source.data)
-    plan, view = (
-        make_plan(single, reward_weight=2.0),
-        LearnerView(logprobs=torch.full((2,), -1.0), values=torch.full((2,), -0.5)),
+    plan = make_plan(single, reward_weight=2.0)
+    given = ScoredBatch(
+        rollout=data,
+        scores=(),
+        rewards=make_rewards(single, [1.0]),
+        learner_logprobs=np.full(2, -1.0, np.float32),
+        learner_values=np.full(2, -0.5, np.float32),
     )
-    given = ScoredBatch(rollout=data, scores=(), rewards=make_rewards(single, [1.0]))
-    credit = objective(baseline=baseline, nll_weight=0.25).credit(given, plan, view)
+    credit = objective(baseline=baseline, nll_weight=0.25).credit(given, plan)
     assert (
         credit.columns.sparse.tolist() == [0.0, 0.0]
         and credit.learned(torch.float32).sparse.tolist() == [-0.25, -0.25]
@@ -257,7 +258,7 @@ def test_the_likelihood_of_the_teachers_text_is_not_standardised_with_its_return
     written = replace(TRIPLE, source=Source.teacher)
     given = ScoredBatch(rollout=written, scores=(), rewards=make_rewards(TRIPLE, [1.0, 0.0, 3.0]))
     credit = objective(baseline="none", nll_weight=0.5).credit(
-        given, make_plan(TRIPLE, reward_weight=1.0), None
+        given, make_plan(TRIPLE, reward_weight=1.0)
     )
     assert credit.columns.sparse.tolist() == [-1.0, -1.0, 0.0, -3.0, -3.0]
     assert credit.standardised(torch.tensor(-1.0), torch.tensor(2.0)).learned(
@@ -279,6 +280,6 @@ def test_a_clip_of_the_log_ratio_bounds_future_costs_and_says_how_often():
     scored = ScoredBatch(
         rollout=SHORT_AND_LONG, scores=(COSTS,), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0])
     )
-    credit = clipped.credit(scored, make_plan(SHORT_AND_LONG), None)
+    credit = clipped.credit(scored, make_plan(SHORT_AND_LONG))
     assert credit.columns.sparse.tolist() == [0.0, 3.0, 1.5, 0.0]
     assert credit.watched["kl/clipped_frac"].tolist() == [False, False, True, True]

@@ -4,6 +4,7 @@ path.
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,6 @@ from hybridrl.launch.session import preflight
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.advantages.advantage import Advantage, ReturnGrid
 from hybridrl.objectives.chosen import chosen_advantage, chosen_pair_loss
-from hybridrl.objectives.credit import LearnerView
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.objectives.pair_losses.pair_loss import PairLoss
 from hybridrl.objectives.pairs import PairObjective
@@ -42,7 +42,7 @@ def test_a_users_estimator_makes_the_advantages(tmp_path: Path) -> None:
     rewards = make_rewards(TRIPLE, [1.0, 0.0, 3.0])
     scored = ScoredBatch(rollout=TRIPLE, scores=(), rewards=rewards)
     objective = HybridObjective(config, 16, kinds=[])
-    credit = objective.credit(scored, make_plan(TRIPLE, reward_weight=2.0), None)
+    credit = objective.credit(scored, make_plan(TRIPLE, reward_weight=2.0))
     # Returns -2, 0, -6; torch's median of two is the lower one: -6, -6, -2.
     assert credit.columns.sparse.tolist() == [4.0, 4.0, 6.0, -4.0, -4.0]
 
@@ -52,7 +52,7 @@ def test_a_users_token_weight_weighs_the_tokens(tmp_path: Path) -> None:
     rewards = make_rewards(TRIPLE, [1.0, 0.0, 3.0])
     scored = ScoredBatch(rollout=TRIPLE, scores=(), rewards=rewards)
     plan = make_plan(TRIPLE, num_tokens=10)
-    weight = HybridObjective(config, 16, kinds=[]).token_weight(scored, plan, None)
+    weight = HybridObjective(config, 16, kinds=[]).token_weight(scored, plan)
     assert weight.tolist() == pytest.approx([0.1, 0.09, 0.1, 0.1, 0.09])
 
 
@@ -65,10 +65,9 @@ def test_a_users_pair_loss_moves_the_pair(tmp_path: Path) -> None:
         rollout=PAIR,
         scores=(make_scores(PAIR, [-1.0] * 6),),
         rewards=make_rewards(PAIR, [1.0, 0.0]),
+        learner_logprobs=np.array([-0.5, -0.5, -2.0, -1.0, -1.0, -1.0], np.float32),
     )
-    logprobs = torch.tensor([-0.5, -0.5, -2.0, -1.0, -1.0, -1.0])
-    view = LearnerView(logprobs=logprobs, values=torch.zeros(6))
-    credit = objective.credit(scored, make_plan(PAIR, num_groups=1), view)
+    credit = objective.credit(scored, make_plan(PAIR, num_groups=1))
     # s_w = -1 + 2, s_l = -5 + 4: the margin 2 misses 3 by 1, so the slopes are -2 and 2.
     assert credit.columns.sparse.tolist() == [-2.0] * 2 + [2.0] * 4
     assert credit.watched["pair/loss"].tolist() == [1.0]

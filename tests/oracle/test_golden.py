@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridrl.objectives.credit import LearnerView
 from hybridrl.ops.divergence import Measure, dense, dense_on_support
 from hybridrl.ops.returns import standard_scores
 from hybridrl.oracle.cases import Case, World
@@ -351,13 +350,12 @@ class LooksFirst(Estimator):
 
     def credit(self, batch, plan, members):
         at, tokens = self._at(members)
-        return self.objective.credit(
+        seen = replace(
             batch,
-            plan,
-            LearnerView(
-                logprobs=self.mdp.logp(self.mdp.student)[at, tokens], values=self.values[at]
-            ),
+            learner_logprobs=self.mdp.logp(self.mdp.student)[at, tokens].numpy(),
+            learner_values=self.values[at].numpy(),
         )
+        return self.objective.credit(seen, plan)
 
 
 @pytest.mark.parametrize(

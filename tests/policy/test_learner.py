@@ -181,7 +181,7 @@ def scored() -> ScoredBatch:
 
 
 def credit() -> Credit:
-    return objective().credit(scored(), plan_for(0, 1), None)
+    return objective().credit(scored(), plan_for(0, 1))
 
 
 def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_out_loss(

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from hybridrl.batch.micro_batch import collate, train_sequences, unlearned_sequences
 from hybridrl.core.errors import CheckpointError, ConfigError
 from hybridrl.launch.session import prepare_prompts
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import LearnerView
 from hybridrl.objectives.head_rule import head_rule
 from hybridrl.objectives.pairs import last_tokens
 from hybridrl.policy.student import Look, Student
@@ -75,11 +75,11 @@ def exported(
     return base / "export"
 
 
-def view(student: Student, batch: RolloutBatch) -> LearnerView:
-    """The learner's log-probs and values before an update, from one padded micro-batch."""
+def values_of(student: Student, batch: RolloutBatch) -> Tensor:
+    """[R] the learner's values before an update, from one padded micro-batch."""
     micro = collate(unlearned_sequences(batch))
     with torch.no_grad():
-        logprobs, values = student(
+        _, values = student(
             micro.input_ids,
             micro.attention_mask,
             micro.position_ids,
@@ -88,7 +88,18 @@ def view(student: Student, batch: RolloutBatch) -> LearnerView:
             micro.columns,
             Look.view,
         )
-    return LearnerView(logprobs=logprobs, values=values)
+    return values
+
+
+def ranked_groups(student: Student) -> ScoredBatch:
+    """Of each group the first response is the better one."""
+    batch = make_batch(GROUPS)
+    return ScoredBatch(
+        rollout=batch,
+        scores=(),
+        rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS)),
+        learner_values=values_of(student, batch).numpy(),
+    )
 
 
 # -- the score -------------------------------------------------------------------------------------
@@ -96,7 +107,7 @@ def view(student: Student, batch: RolloutBatch) -> LearnerView:
 
 def test_the_exported_model_scores_as_the_learner_that_trained_it(student: Student, exported: Path):
     batch = make_batch(GROUPS)
-    learned = view(student, batch).values[last_tokens(batch)]
+    learned = values_of(student, batch)[last_tokens(batch)]
     assert RewardModel(str(exported))(**COLUMNS) == pytest.approx(learned.tolist(), abs=1e-5)
     assert float(learned.std()) > 0.1, "the scores differ between responses"
 
@@ -114,15 +125,9 @@ def test_a_score_depends_neither_on_the_other_sequences_nor_on_the_last_token(ex
 def test_bradley_terry_of_the_scores_is_the_loss_of_the_pairs(
     settings: RunSettings, student: Student, exported: Path
 ):
-    batch = make_batch(GROUPS)
-    scored = ScoredBatch(
-        rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS))
-    )
     chosen = torch.tensor([0, 2, 4])
     rejected = torch.tensor([1, 3, 5])
-    gradient = make_objective(settings).pair_gradient(
-        scored, view(student, batch), chosen, rejected
-    )
+    gradient = make_objective(settings).pair_gradient(ranked_groups(student), chosen, rejected)
     scores = torch.tensor(RewardModel(str(exported))(**COLUMNS), dtype=torch.float64)
     losses = torch.nn.functional.softplus(scores[rejected] - scores[chosen])
     assert gradient.loss.tolist() == pytest.approx(losses.tolist(), abs=1e-5)
@@ -132,13 +137,9 @@ def test_one_step_along_the_gradient_of_the_pairs_raises_chosen_scores_over_reje
     settings: RunSettings, tmp_path: Path
 ):
     learner = Student(load_model(settings.model.path), head_rule(settings), with_value=True)
-    batch = make_batch(GROUPS)
-    scored = ScoredBatch(
-        rollout=batch, scores=(), rewards=make_rewards(batch, [1.0, 0.0] * len(GROUPS))
-    )
-    credit = make_objective(settings).credit(
-        scored, make_plan(batch, num_groups=3, teacher_weights=()), view(learner, batch)
-    )
+    scored = ranked_groups(learner)
+    plan = make_plan(scored.rollout, num_groups=3, teacher_weights=())
+    credit = make_objective(settings).credit(scored, plan)
     micro = collate(train_sequences(scored.rollout, credit.learned(torch.float32)))
     learner(
         micro.input_ids,

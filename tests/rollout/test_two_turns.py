@@ -160,7 +160,7 @@ def test_credit_flows_back_from_the_second_turn_to_the_first_one_over_the_observ
     objective = make_objective(
         settings_of(folder, "algorithm.gamma=0.5", "algorithm.baseline=none")
     )
-    credit = objective.credit(scored(batch), make_plan(batch, reward_weight=3.0), None)
+    credit = objective.credit(scored(batch), make_plan(batch, reward_weight=3.0))
     # Costs 1, 2, 4, 8 of the four tokens of "a": the two of the observation discount nothing.
     future = [0.5 * 2 + 0.25 * 4 + 0.125 * 8, 0.5 * 4 + 0.25 * 8, 0.5 * 8, 0]
     assert credit.columns.sparse[:8].tolist() == pytest.approx([f - 3.0 for f in future] + future)

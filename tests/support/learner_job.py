@@ -23,7 +23,6 @@ from hybridrl.types import (
     Prompt,
     Rewards,
     RolloutBatch,
-    Shard,
     TokenScores,
     UpdatePlan,
 )
@@ -193,37 +192,33 @@ class Job:
         num_groups: int = 4,
     ):
         learner = self.learner(*overrides)
-        shard = Shard(num_chunks=len(chunks), num_teachers=1, groups=groups)
         values = [value for chunk in chunks for value in chunk]
         stats = [
-            learner.update(plan_for(step, num_micro_batches, num_groups), shard, *values)
+            learner.update(plan_for(step, num_micro_batches, num_groups), groups, *values)
             for step in range(2)
         ]
         self.report(case, learner, stats)
-        return learner, shard, values
+        return learner, groups, values
 
     def turns(self, case: str, *, apart: bool) -> None:
         """Two steps on the turns of TURNS. No return reaches from one turn into another."""
         learner = self.learner("algorithm.gamma=0", "algorithm.baseline=none")
         chunk = turns_chunk(apart=apart)
-        shard = Shard(num_chunks=1, num_teachers=1, groups=(tuple(range(len(chunk[0].uids))),))
+        groups = (tuple(range(len(chunk[0].uids))),)
         plans = [make_plan(chunk[0], step=step, lr=LR) for step in range(2)]
-        self.report(case, learner, [learner.update(plan, shard, *chunk) for plan in plans])
+        self.report(case, learner, [learner.update(plan, groups, *chunk) for plan in plans])
 
     def diagnosed(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
         learner = self.learner(*overrides)
-        shard, plan = (
-            Shard(num_chunks=1, num_teachers=1, groups=groups),
-            plan_for(0, num_micro_batches, diagnose=True),
-        )
-        stats = learner.update(plan, shard, *chunk_of(0, 4))
+        plan = plan_for(0, num_micro_batches, diagnose=True)
+        stats = learner.update(plan, groups, *chunk_of(0, 4))
         self.report(case, learner, [stats])
 
     def resume(
         self,
         case: str,
         learner,
-        shard: Shard,
+        groups: tuple,
         values: list,
         num_micro_batches: int,
         *overrides: str,
@@ -234,21 +229,21 @@ class Job:
         learner.save_state(str(saved))
         self.gathered(case, learner)
         plan = plan_for(2, num_micro_batches)
-        self.report(f"{case}-straight", learner, [learner.update(plan, shard, *values)])
+        self.report(f"{case}-straight", learner, [learner.update(plan, groups, *values)])
         again = self.learner(*overrides)
         again.load_state(str(saved), 2)
         self.report(f"{case}-loaded", again, [], optimizer_steps=again.ping())
-        self.report(f"{case}-resumed", again, [again.update(plan, shard, *values)])
+        self.report(f"{case}-resumed", again, [again.update(plan, groups, *values)])
 
     def left_out(
-        self, case: str, learner, shard: Shard, num_micro_batches: int, chunk: Chunk
+        self, case: str, learner, groups: tuple, num_micro_batches: int, chunk: Chunk
     ) -> None:
         """A batch of which nothing can be learned: what the rank says, and the weights before and
         after.
         """
         before, _ = learner.pack_weights(0)
         try:
-            learner.update(plan_for(3, num_micro_batches), shard, *chunk)
+            learner.update(plan_for(3, num_micro_batches), groups, *chunk)
             message = "no error"
         except SkippedStep as error:
             message = str(error)
@@ -259,20 +254,20 @@ class Job:
         loaded.
         """
         overrides = ("algorithm=ppo", *overrides)
-        learner, shard, values = self.two_steps(
+        learner, groups, values = self.two_steps(
             case, [chunk_of(0, 4)], groups, num_micro_batches, *overrides
         )
         learner.export(str(self.folder / f"{case}-export"))
-        self.resume(case, learner, shard, values, num_micro_batches, *overrides)
+        self.resume(case, learner, groups, values, num_micro_batches, *overrides)
 
     def frozen(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
         """Two steps of a student whose embedding does not train, what is published, exported and
         saved of it, and one more step, also after it was loaded.
         """
         learner = self.learner(*overrides, weights=FrozenEmbedding)
-        shard, values = Shard(num_chunks=1, num_teachers=1, groups=groups), chunk_of(0, 4)
+        values = chunk_of(0, 4)
         plans = [plan_for(step, num_micro_batches) for step in range(3)]
-        stats = [learner.update(plan, shard, *values) for plan in plans[:2]]
+        stats = [learner.update(plan, groups, *values) for plan in plans[:2]]
         manifest, packed = learner.pack_weights(0)
         if manifest is not None:
             published = {name: weight.clone() for name, weight in unpack(manifest, packed)}
@@ -284,10 +279,10 @@ class Job:
         masters = sum(t.nbytes for t in load_file(state / files[0].name).values())
         assert learner.state_bytes() == masters
         self.report(case, learner, stats)
-        self.report(f"{case}-straight", learner, [learner.update(plans[2], shard, *values)])
+        self.report(f"{case}-straight", learner, [learner.update(plans[2], groups, *values)])
         again = self.learner(*overrides, weights=FrozenEmbedding)
         again.load_state(str(state), 2)
-        self.report(f"{case}-resumed", again, [again.update(plans[2], shard, *values)])
+        self.report(f"{case}-resumed", again, [again.update(plans[2], groups, *values)])
 
     def gathered(self, case: str, learner) -> None:
         """The whole state by DeepSpeed's own gathering, which knows nothing of our offsets."""
@@ -307,7 +302,7 @@ class Job:
         self,
         case: str,
         saved: str,
-        shard: Shard,
+        groups: tuple,
         values: list,
         num_micro_batches: int,
         *overrides: str,
@@ -318,7 +313,9 @@ class Job:
         again.mkdir(exist_ok=True)
         learner.save_state(str(again))
         self.report(f"{case}-loaded", learner, [])
-        self.report(case, learner, [learner.update(plan_for(2, num_micro_batches), shard, *values)])
+        self.report(
+            case, learner, [learner.update(plan_for(2, num_micro_batches), groups, *values)]
+        )
 
 
 NAN_REWARD = chunk_of(
@@ -338,33 +335,33 @@ def two_ranks(job: Job) -> None:
     groups = uneven(job)
     for stage in (1, 2, 3):
         overrides = (f"learner.zero_stage={stage}", ONE_EACH)
-        learner, shard, values = job.two_steps(
+        learner, groups, values = job.two_steps(
             f"zero{stage}", [chunk_of(0, 4)], groups, 6, *overrides
         )
-        job.resume(f"zero{stage}", learner, shard, values, 6, *overrides)
-        job.left_out(f"zero{stage}-left-out", learner, shard, 6, BROKEN[stage])
+        job.resume(f"zero{stage}", learner, groups, values, 6, *overrides)
+        job.left_out(f"zero{stage}-left-out", learner, groups, 6, BROKEN[stage])
         job.diagnosed(f"zero{stage}-diagnosed", groups, 6, *overrides)
         bf16 = (*overrides, "model.dtype=bfloat16")
-        learner, shard, values = job.two_steps(
+        learner, groups, values = job.two_steps(
             f"zero{stage}-bf16", [chunk_of(0, 4)], groups, 6, *bf16
         )
-        job.resume(f"zero{stage}-bf16", learner, shard, values, 6, *bf16)
-        job.left_out(f"zero{stage}-bf16-left-out", learner, shard, 6, BROKEN[stage])
+        job.resume(f"zero{stage}-bf16", learner, groups, values, 6, *bf16)
+        job.left_out(f"zero{stage}-bf16-left-out", learner, groups, 6, BROKEN[stage])
         job.frozen(f"zero{stage}-frozen", groups, 6, *overrides)
     job.valued("zero3-value", groups, 6, "learner.zero_stage=3", ONE_EACH)
 
 
 def two_ranks_again(job: Job) -> None:
     """From one rank of ZeRO 1 to two of any stage."""
-    shard, values = Shard(num_chunks=1, num_teachers=1, groups=uneven(job)), list(chunk_of(0, 4))
+    groups, values = uneven(job), list(chunk_of(0, 4))
     for stage in (1, 2, 3):
         job.resharded(
-            f"one-to-zero{stage}", "one", shard, values, 6, f"learner.zero_stage={stage}", ONE_EACH
+            f"one-to-zero{stage}", "one", groups, values, 6, f"learner.zero_stage={stage}", ONE_EACH
         )
     job.resharded(
         "bf16-to-zero3",
         "bf16",
-        shard,
+        groups,
         values,
         6,
         "learner.zero_stage=3",
@@ -381,8 +378,8 @@ def one_rank(job: Job) -> None:
         job.refused(f"opt-packed-{stage}", "opt", zero, "train.packing=true")
         job.refused(f"gemma2-{stage}", "gemma2", zero)
     job.diagnosed("diagnosed", everything, 1)
-    learner, shard, values = job.two_steps("one", [chunk_of(0, 4)], everything, 1)
-    job.resume("one", learner, shard, values, 1)
+    learner, groups, values = job.two_steps("one", [chunk_of(0, 4)], everything, 1)
+    job.resume("one", learner, groups, values, 1)
     job.two_steps("one-each", [chunk_of(0, 4)], everything, 9, ONE_EACH)
     job.two_steps("packed", [chunk_of(0, 4)], everything, 1, "train.packing=true")
     job.two_steps("chunks", [chunk_of(0, 1), chunk_of(1, 4)], ((0,), (0, 1, 2)), 1)
@@ -393,15 +390,15 @@ def one_rank(job: Job) -> None:
     job.two_steps("fourth-dropped", [dropped], everything, 1, num_groups=3)
 
     bf16 = ("model.dtype=bfloat16",)
-    learner, shard, values = job.two_steps("bf16", [chunk_of(0, 4)], everything, 1, *bf16)
-    job.resume("bf16", learner, shard, values, 1, *bf16)
+    learner, groups, values = job.two_steps("bf16", [chunk_of(0, 4)], everything, 1, *bf16)
+    job.resume("bf16", learner, groups, values, 1, *bf16)
     job.two_steps("bf16-packed", [chunk_of(0, 4)], everything, 1, "train.packing=true", *bf16)
 
     learner = job.learner()
     job.report("untouched", learner, [])
     batch, rewards, scores = chunk_of(0, 4, values=[float("nan"), *VALUES[1:]])
     try:
-        learner.update(plan_for(0, 1), shard, batch, rewards, scores)
+        learner.update(plan_for(0, 1), groups, batch, rewards, scores)
         message = "no error"
     except SkippedStep as error:
         message = str(error)
@@ -409,7 +406,7 @@ def one_rank(job: Job) -> None:
     job.report(
         "after-nan",
         learner,
-        [learner.update(plan_for(step, 1), shard, *chunk_of(0, 4)) for step in range(2)],
+        [learner.update(plan_for(step, 1), groups, *chunk_of(0, 4)) for step in range(2)],
     )
 
     with torch.no_grad():
@@ -429,13 +426,13 @@ def one_rank(job: Job) -> None:
         job.resharded(
             f"zero{saved}-to-one",
             f"zero{saved}",
-            shard,
+            groups,
             list(chunk_of(0, 4)),
             1,
             f"learner.zero_stage={stage}",
         )
     job.resharded(
-        "zero3-bf16-to-one", "zero3-bf16", shard, list(chunk_of(0, 4)), 1, "model.dtype=bfloat16"
+        "zero3-bf16-to-one", "zero3-bf16", groups, list(chunk_of(0, 4)), 1, "model.dtype=bfloat16"
     )
 
 

@@ -26,7 +26,7 @@ from hybridrl.batch.micro_batch import (
 )
 from hybridrl.controller.coefficients import Coefficients
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import LearnerView, Objective, assign_credit
+from hybridrl.objectives.credit import Objective, assign_credit
 from hybridrl.objectives.head_rule import head_rule
 from hybridrl.policy.student import Look, Student
 from hybridrl.settings.choices import Source
@@ -180,10 +180,9 @@ class Production:
         sources = groupby(responses, lambda r: r.source)
         batches = [self._scored(list(of_source)) for _, of_source in sources]
         plan = self._plan(batches, step)
-        views: list[LearnerView | None] = [None] * len(batches)
         if self.objective.needs.learner_view:
-            views = [self._view(b) for b in batches]
-        credits = assign_credit(self.objective, batches, plan, views)
+            batches = [self._with_own_columns(batch) for batch in batches]
+        credits = assign_credit(self.objective, batches, plan)
         dtype = torch.float64 if self.dtype is np.float64 else torch.float32
         sequences = [
             sequence
@@ -273,10 +272,13 @@ class Production:
     # -- what the learner does ---------------------------------------------------------------------
 
     @torch.no_grad()
-    def _view(self, batch: ScoredBatch) -> LearnerView:
+    def _with_own_columns(self, batch: ScoredBatch) -> ScoredBatch:
         logprobs, values = self._forward(collate(unlearned_sequences(batch.rollout)), Look.view)
-        kind = torch.from_numpy(np.zeros(0, self.dtype)).dtype
-        return LearnerView(logprobs=logprobs.to(kind), values=values.to(kind))
+        return replace(
+            batch,
+            learner_logprobs=logprobs.numpy().astype(self.dtype),
+            learner_values=values.numpy().astype(self.dtype),
+        )
 
     def _forward(self, micro: MicroBatch, look: Look) -> tuple:
         inbox = TeacherInbox.load(self.settings, self.objective.needs.evidence, torch.device("cpu"))

@@ -25,7 +25,6 @@ from hybridrl.types import (
     Rewards,
     RolloutBatch,
     ScoreHeader,
-    Shard,
     TokenScores,
     UpdatePlan,
     WeightManifest,
@@ -211,7 +210,9 @@ class Learner:
     def assign(self, work: Work) -> None:
         self.work = work
 
-    def update(self, plan: UpdatePlan, shard: Shard, *values: object) -> LearnerStats:
+    def update(
+        self, plan: UpdatePlan, groups: Sequence[Sequence[int]], *values: object
+    ) -> LearnerStats:
         time.sleep(self.work.learn_s)
         return LearnerStats(
             logprob_gap=None,

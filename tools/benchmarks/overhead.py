@@ -24,7 +24,6 @@ from hybridrl.types import (
     Prompt,
     Rewards,
     RolloutBatch,
-    Shard,
     TokenScores,
     UpdatePlan,
 )
@@ -190,12 +189,12 @@ def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict
     gather([*ours.ready(), *loop.submit_all("ping", deadline_s=600.0)])
     plan, batch, rewards, scores = problem(settings)
     loop.submit(0, "prepare", plan, batch, rewards, scores, deadline_s=600.0).result()
-    shard = Shard(num_chunks=1, num_teachers=1, groups=(tuple(range(len(batch.uids))),))
+    groups = [range(len(batch.uids))]
     refs = [ray.put(value) for value in (batch, rewards, scores)]
     seconds: dict[str, list[float]] = {"ours": [], "worker": [], "bare": []}
     for turn in range(2 + repeats):
         started = time.perf_counter()
-        stats = ours.update(plan, [shard], [refs])
+        stats = ours.update(plan, [groups], [refs])
         took = {"ours": time.perf_counter() - started, "worker": stats.learn_s}
         took["bare"] = loop.submit(0, "update", deadline_s=600.0).result()
         if turn > 1:

@@ -185,7 +185,7 @@ class BareLearner:
         self, plan: UpdatePlan, rollout: RolloutBatch, rewards: Rewards, scores: TokenScores
     ) -> None:
         batch = ScoredBatch(rollout=rollout, rewards=rewards, scores=(scores,))
-        credit = self.objective.credit(batch, plan, None)
+        credit = self.objective.credit(batch, plan)
         sequences = train_sequences(
             rollout, credit.learned(torch.float32), batch.scores, credit.teacher_weights
         )
