@@ -8,30 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.batch.wire import from_wire
 from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.settings.choices import Source
-from hybridrl.types import NO_VERSION, RolloutBatch, TokenScores
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherColumns:
-    """What one teacher sent of R response tokens of a sequence or micro-batch."""
-
-    rows: Tensor  # [R, W] hidden states, or log-probs
-    support_ids: Tensor  # [R, K] int64
-    weight: Tensor  # [R] float32, w_i
-
-    def to(self, device: torch.device) -> "TeacherColumns":
-        return TeacherColumns(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-
-    @classmethod
-    def join(cls, parts: Sequence["TeacherColumns"]) -> "TeacherColumns":
-        """The rows of all parts, one after the other. At least one part."""
-        return cls(
-            **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)}
-        )
+from hybridrl.types import NO_VERSION, RolloutBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +30,7 @@ class MicroBatch:
     owner: Tensor  # [R] int64, the sequence of each response token
     hidden_rows: Tensor  # [R] int64, into the flattened [B*T] hidden states
     columns: TokenColumns  # R rows
-    teachers: tuple[TeacherColumns, ...]  # R rows each
+    teachers: tuple[Teacher, ...]  # R rows each
     sources: tuple[Source, ...]  # [S] who wrote the response
     oldest_versions: Tensor  # [S] int64, of the weights that sampled it
 
@@ -73,19 +53,16 @@ class MicroBatch:
             oldest_versions=self.oldest_versions.to(device),
         )
 
-    def arguments(self, teachers: tuple[Teacher, ...] = ()) -> tuple:
+    def arguments(self) -> tuple:
         """Those of Student.forward, in order: DeepSpeed's hooks look for tensors among positional
         arguments.
-
-        Args:
-            teachers: what the head pass compares the student with, made of `self.teachers`.
         """
         return (
             self.input_ids,
             self.attention_mask,
             self.position_ids,
             self.hidden_rows,
-            teachers,
+            self.teachers,
             self.columns,
         )
 
@@ -98,44 +75,34 @@ class MicroBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)} | self.columns._asdict()
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         return tensors | {
-            f"teachers/{i}/rows": teacher.rows.float() for i, teacher in enumerate(self.teachers)
+            f"teachers/{i}/{name}": getattr(teacher, name)
+            for i, teacher in enumerate(self.teachers)
+            for name in teacher.per_token
         }
 
 
 def train_sequences(
     rollout: RolloutBatch,
     columns: TokenColumns,
-    scores: Sequence[TokenScores] = (),
-    teacher_weights: Sequence[Tensor] = (),
+    teachers: Sequence[Teacher] = (),
 ) -> list[MicroBatch]:
     """Cut a batch into micro-batches of one sequence each.
 
     Args:
-        columns: of all its R response tokens, in batch order.
-        scores: of each teacher; their arrays are writable.
-        teacher_weights: of each teacher [N], w_i of each sequence.
+        columns, teachers: of all its R response tokens, in batch order.
     """
     first_rows = np.concatenate([[0], np.cumsum(rollout.response_lengths)]).tolist()
-    teacher_rows = [from_wire(s.rows) for s in scores]
     sequences = []
     for i, (start, stop) in enumerate(pairwise(rollout.offsets.tolist())):
         span = slice(start, stop)
         rows = slice(first_rows[i], first_rows[i + 1])
         at = np.flatnonzero(rollout.response_mask[span])
-        teachers = tuple(
-            TeacherColumns(
-                rows=of_teacher[rows],
-                support_ids=torch.from_numpy(s.support_ids[rows].astype(np.int64)),
-                weight=torch.full((len(at),), float(w[i])),
-            )
-            for of_teacher, s, w in zip(teacher_rows, scores, teacher_weights, strict=True)
-        )
         sequences.append(
             sequence(
                 rollout.input_ids[span],
                 response_at=at,
                 columns=columns.at(rows),
-                teachers=teachers,
+                teachers=[teacher.at(rows) for teacher in teachers],
                 source=rollout.source,
                 oldest_version=int(rollout.policy_versions[span][at].min(initial=NO_VERSION)),
             )
@@ -148,7 +115,7 @@ def sequence(
     *,
     response_at: np.ndarray,
     columns: TokenColumns,
-    teachers: Sequence[TeacherColumns] = (),
+    teachers: Sequence[Teacher] = (),
     source: Source = Source.student,
     oldest_version: int = NO_VERSION,
 ) -> MicroBatch:
@@ -182,7 +149,7 @@ def unlearned_sequences(rollout: RolloutBatch) -> list[MicroBatch]:
     return train_sequences(rollout, columns)
 
 
-def idle_sequence(teachers: Sequence[TeacherColumns]) -> MicroBatch:
+def idle_sequence(teachers: Sequence[Teacher]) -> MicroBatch:
     """A sequence of weight 0: what a rank runs while others still have micro-batches.
 
     Args:
@@ -223,8 +190,8 @@ def collate(sequences: Sequence[MicroBatch], *, packed: bool = False) -> MicroBa
         ),
         columns=TokenColumns.join([s.columns for s in sequences]),
         teachers=tuple(
-            TeacherColumns.join(columns)
-            for columns in zip(*(s.teachers for s in sequences), strict=True)
+            first.join(others)
+            for first, *others in zip(*(s.teachers for s in sequences), strict=True)
         ),
         sources=tuple(source for s in sequences for source in s.sources),
         oldest_versions=torch.cat([s.oldest_versions for s in sequences]),

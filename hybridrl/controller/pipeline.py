@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridrl.controller.coefficients import Coefficients
-from hybridrl.controller.sampling import Drawn, Sampling
+from hybridrl.controller.sampling import PendingChunk, Sampling
 from hybridrl.data.prompts import PromptSource
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
@@ -26,7 +26,7 @@ class Wave:
     """The chunks of one step, under way or done, with the calls that judge them."""
 
     step: int
-    drawn: list[Drawn]
+    drawn: list[PendingChunk]
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -22,7 +22,7 @@ from hybridrl.types import ChunkHeader, Prompt, Rewards, ScoreHeader
 
 
 @dataclass(slots=True, kw_only=True)
-class Drawn:
+class PendingChunk:
     """A chunk under way, with the calls that judge it. A call to a worker that failed is replaced
     by another one.
     """
@@ -38,7 +38,7 @@ class Drawn:
 class Arrived:
     """A chunk whose header and rewards are here. Its tokens are not."""
 
-    drawn: Drawn
+    drawn: PendingChunk
     header: ChunkHeader
     rewards: Rewards
     groups: tuple[int, ...]  # which of its groups are trained on
@@ -61,7 +61,7 @@ class Sampling:
         self.settings = settings
         self.workers = workers
         self.preemption = preemption
-        self.support = make_objective(settings).needs.sampler_support
+        self.needs = make_objective(settings).needs
 
     def draw(
         self,
@@ -71,7 +71,7 @@ class Sampling:
         wave: str,
         seed: int,
         reward_weights: Sequence[float],
-    ) -> list[Drawn]:
+    ) -> list[PendingChunk]:
         """Start a wave for `step`. Chunks of the student come first, then the teacher's, then the
         data's, each in prompt order.
         """
@@ -91,7 +91,7 @@ class Sampling:
             written += [(replay, chunk) for chunk in given]
         return self._judged(written, reward_weights)
 
-    def heldout(self, prompts: Sequence[Prompt], *, wave: str) -> list[Drawn]:
+    def heldout(self, prompts: Sequence[Prompt], *, wave: str) -> list[PendingChunk]:
         """Start a wave of the data's own responses to held-out prompts, ranked by the data and
         scored by the teachers.
         """
@@ -108,7 +108,7 @@ class Sampling:
             group_size=self.settings.train.samples_per_prompt,
             temperature=self.settings.algorithm.temperature,
             seed=seed,
-            support=self.support,
+            support=self.needs.sampler_support,
         )
         return [(engines, chunk) for chunk in chunks]
 
@@ -116,13 +116,13 @@ class Sampling:
         self,
         written: Sequence[tuple[RolloutGroup | ReplayGroup, Chunk]],
         reward_weights: Sequence[float],
-    ) -> list[Drawn]:
+    ) -> list[PendingChunk]:
         """The chunks with their calls to reward workers and scorers, which start when a chunk is
         done.
         """
         calls = self._reward_calls(written, reward_weights)
         drawn = [
-            Drawn(writer=writer, chunk=chunk, reward_weights=reward_weights, rewards=call)
+            PendingChunk(writer=writer, chunk=chunk, reward_weights=reward_weights, rewards=call)
             for (writer, chunk), call in zip(written, calls, strict=True)
         ]
         self._start_scores(drawn)
@@ -143,10 +143,10 @@ class Sampling:
         ranked = iter(replay.rank(given) if given and replay is not None else [])
         return [next(ranked if writer is replay else judged) for writer, _ in written]
 
-    def _start_rewards(self, drawn: Drawn) -> None:
+    def _start_rewards(self, drawn: PendingChunk) -> None:
         [drawn.rewards] = self._reward_calls([(drawn.writer, drawn.chunk)], drawn.reward_weights)
 
-    def _start_scores(self, drawn: Sequence[Drawn]) -> None:
+    def _start_scores(self, drawn: Sequence[PendingChunk]) -> None:
         chunks = [d.chunk for d in drawn]
         by_teacher = [scorer.score(chunks) for scorer in self.workers.scorers]
         for i, d in enumerate(drawn):
@@ -154,45 +154,45 @@ class Sampling:
 
     # -- waiting, while failed workers are replaced ------------------------------------------------
 
-    def headers(self, drawn: Sequence[Drawn]) -> list[ChunkHeader]:
+    def headers(self, drawn: Sequence[PendingChunk]) -> list[ChunkHeader]:
         """Wait for every chunk. Those of a failed engine are sampled again elsewhere, with the same
         seeds, and judged again.
         """
         return self._settled(drawn, _header_call, self._sample_again)
 
-    def _sample_again(self, drawn: Drawn) -> None:
+    def _sample_again(self, drawn: PendingChunk) -> None:
         drawn.chunk = drawn.writer.again(drawn.chunk)
         self._start_rewards(drawn)
         self._start_scores([drawn])
 
-    def rewards(self, drawn: Sequence[Drawn]) -> list[Rewards]:
+    def rewards(self, drawn: Sequence[PendingChunk]) -> list[Rewards]:
         """Wait for the rewards of every chunk."""
         return self._settled(drawn, _reward_call, self._start_rewards)
 
-    def scores(self, drawn: Sequence[Drawn]) -> list[ScoreHeader]:
+    def scores(self, drawn: Sequence[PendingChunk]) -> list[ScoreHeader]:
         """Wait for every teacher's scores of every chunk; the headers, teacher by teacher."""
         headers: list[ScoreHeader] = []
         for k in range(len(self.workers.scorers)):
             headers += self._scores_of(k, drawn)
         return headers
 
-    def _scores_of(self, teacher: int, drawn: Sequence[Drawn]) -> list[ScoreHeader]:
+    def _scores_of(self, teacher: int, drawn: Sequence[PendingChunk]) -> list[ScoreHeader]:
         """Wait for the scores of one teacher, by its index."""
         scorer = self.workers.scorers[teacher]
 
-        def score_call(d: Drawn) -> Pending:
+        def score_call(d: PendingChunk) -> Pending:
             return d.scores[teacher].header
 
-        def score_again(d: Drawn) -> None:
+        def score_again(d: PendingChunk) -> None:
             [d.scores[teacher]] = scorer.score([d.chunk])
 
         return self._settled(drawn, score_call, score_again)
 
     def _settled(
         self,
-        drawn: Sequence[Drawn],
-        call: Callable[[Drawn], Pending],
-        again: Callable[[Drawn], None],
+        drawn: Sequence[PendingChunk],
+        call: Callable[[PendingChunk], Pending],
+        again: Callable[[PendingChunk], None],
         count: int | None = None,
     ) -> list[Any]:
         """Wait for one call of each chunk.
@@ -223,7 +223,9 @@ class Sampling:
         self.preemption.check()
         return self.workers.silent()
 
-    def first(self, drawn: Sequence[Drawn], count: int) -> tuple[list[Drawn], list[Drawn]]:
+    def first(
+        self, drawn: Sequence[PendingChunk], count: int
+    ) -> tuple[list[PendingChunk], list[PendingChunk]]:
         """Wait until `count` chunks are done and cancel the others.
 
         Returns:
@@ -238,7 +240,7 @@ class Sampling:
         return done, late
 
     def arrived(
-        self, drawn: Sequence[Drawn], headers: Sequence[ChunkHeader], step: int
+        self, drawn: Sequence[PendingChunk], headers: Sequence[ChunkHeader], step: int
     ) -> list[Arrived]:
         """Wait for the rewards, and decide which groups are used. Not used are groups with an
         aborted response; under algorithm.dynamic_sampling, sampled groups whose rewards are all
@@ -280,16 +282,16 @@ class Sampling:
         """Groups that the loss is averaged over: those with a best and a worst response where pairs
         are ranked, otherwise those whose rewards are kept.
         """
-        if self.settings.algorithm.ranks_pairs:
+        if self.needs.pairs:
             return int(sum(differing(a.header, a.rewards)[list(a.groups)].sum() for a in arrived))
         return int(sum(a.of_groups(a.rewards.keep).all(axis=1).sum() for a in arrived))
 
 
-def _header_call(drawn: Drawn) -> Pending:
+def _header_call(drawn: PendingChunk) -> Pending:
     return drawn.chunk.header
 
 
-def _reward_call(drawn: Drawn) -> Pending:
+def _reward_call(drawn: PendingChunk) -> Pending:
     return drawn.rewards
 
 

@@ -5,8 +5,10 @@ tensors, and `Form` or a Correction says how to read it. The split lets the work
 function of tensors (kernels.rows).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -23,9 +25,38 @@ class Form(StrEnum):
     logprobs = "logprobs"  # [c, V] normalised
 
 
+class TeacherRows:
+    """R response tokens of one teacher. Instances can be cut and joined, and are never edited."""
+
+    __slots__ = ()
+
+    per_token: ClassVar[tuple[str, ...]]
+    """The fields with one entry for each token."""
+
+    def at(self, rows: slice) -> Self:
+        """The given tokens."""
+        return self._with({name: getattr(self, name)[rows] for name in self.per_token})
+
+    def to(self, device: torch.device) -> Self:
+        """With the tokens on another device. What all tokens share stays where it is."""
+        return self._with({name: getattr(self, name).to(device) for name in self.per_token})
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """These tokens, and those of others of the same teacher after them."""
+        parts = (self, *others)
+        return self._with(
+            {name: torch.cat([getattr(part, name) for part in parts]) for name in self.per_token}
+        )
+
+    def _with(self, changes: dict[str, Tensor]) -> Self:
+        return replace(self, **changes)  # type: ignore[type-var]  # each subclass is a dataclass
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HiddenTeacher:
+class HiddenTeacher(TeacherRows):
     """Last hidden states; the distribution is rebuilt chunk by chunk."""
+
+    per_token = ("hidden", "weight")
 
     hidden: Tensor  # [R, Ht] last hidden state before each token
     lm_head: Tensor  # [V, Ht] or longer: rows past the student's vocabulary are padding
@@ -43,8 +74,10 @@ class HiddenTeacher:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VocabularyTeacher:
+class VocabularyTeacher(TeacherRows):
     """Log-probs of the whole vocabulary."""
+
+    per_token = ("logprobs", "weight")
 
     logprobs: Tensor  # [R, V] log q
     weight: Tensor  # [R]
@@ -58,8 +91,10 @@ class VocabularyTeacher:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SupportTeacher:
+class SupportTeacher(TeacherRows):
     """Log-probs of K tokens that were chosen without looking at the drawn one."""
+
+    per_token = ("ids", "logprobs", "weight")
 
     ids: Tensor  # [R, K] int64
     logprobs: Tensor  # [R, K] log q at them

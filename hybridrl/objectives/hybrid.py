@@ -90,6 +90,7 @@ class HybridObjective:
         self.needs = Needs(
             evidence=tuple(make_evidence(kind, config, drawn=self.has_costs) for kind in kinds),
             rewards=config.learns_from_rewards,
+            siblings=self.advantage.needs_siblings or config.scale is Scale.group_std,
             learner_logprobs=own_costs or by_sequence or has_values,
             learner_values=has_values,
         )

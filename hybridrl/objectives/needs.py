@@ -1,4 +1,4 @@
-"""What an objective asks of the other workers, and of the learner before its update."""
+"""What an objective needs from the other workers, and from the learner before its update."""
 
 from dataclasses import dataclass
 
@@ -11,6 +11,8 @@ class Needs:
 
     evidence: tuple[Evidence, ...] = ()  # of each scored teacher
     rewards: bool = False
+    siblings: bool = False  # it compares the responses to one prompt
+    pairs: bool = False  # its loss is averaged over groups with a best and a worst response
     learner_logprobs: bool = False  # log p(y_t) before the update: one more forward pass
     learner_values: bool = False  # the value head's outputs before the update: likewise
 

@@ -34,6 +34,8 @@ class PairObjective:
         self.needs = Needs(
             evidence=(Drawn(),) if self.loss.needs_reference else (),
             rewards=True,
+            siblings=True,
+            pairs=True,
             learner_logprobs=not self.loss.scores_by_value,
             learner_values=self.loss.scores_by_value,
         )

@@ -59,7 +59,6 @@ class Estimator:
                 for evidence, head in zip(self.objective.needs.evidence, heads, strict=False)
             ],
             vocabulary=mdp.student.shape[1],
-            device=torch.device("cpu"),
         )
 
     def rows(self, members: Tensor, source: Source) -> Rows:
@@ -71,15 +70,14 @@ class Estimator:
         batch = self.batch(members, source)
         plan = self.plan(int(self.mdp.lengths[members[0]].sum()), members.shape[1])
         credit = self.credit(batch, plan, members)
-        sequences = train_sequences(
-            batch.rollout, credit.learned(torch.float64), batch.scores, credit.teacher_weights
-        )
+        teachers = self.inbox.head_inputs(batch, credit.teacher_weights)
+        sequences = train_sequences(batch.rollout, credit.learned(torch.float64), teachers)
         micro = collate(sequences, packed=True)
         mask = self.mdp.mask[members.flatten()]
         return Rows(
             prefixes=self.mdp.prefixes[members.flatten()][mask],
             columns=micro.columns,
-            teachers=self.inbox.head_inputs(micro.teachers),
+            teachers=micro.teachers,
             group=micro.owner // members.shape[1],
         )
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hybridrl.objectives.chosen import chosen_advantage, chosen_pair_loss
+from hybridrl.objectives import make_objective
+from hybridrl.objectives.chosen import chosen_pair_loss
 from hybridrl.objectives.credit import Credit
 from hybridrl.objectives.pairs import PairObjective, ranked
 from hybridrl.objectives.user_code import check_user_code
@@ -48,7 +49,7 @@ def user_rows(overrides: Sequence[str], scope: Scope) -> Iterator[Row]:
     case = start(overrides)
     settings = settings_of(case, scope)
     check_user_code(settings)
-    if settings.algorithm.ranks_pairs:
+    if make_objective(settings).needs.pairs:
         yield from pair_rows(case, settings, scope)
         return
     for placed in placements(case, settings):
@@ -82,16 +83,16 @@ def start(overrides: Sequence[str]) -> Case:
 def placements(case: Case, settings: RunSettings) -> Iterator[Case]:
     """The case on the models that can show what its estimator does."""
     algorithm = settings.algorithm
-    advantage = chosen_advantage(algorithm)
+    needs = make_objective(settings).needs
     exact = algorithm.gamma == 1 or not algorithm.imitates
     case = replace(case, target=Target.objective if exact else Target.semi_gradient)
     alone = algorithm.scale is Scale.batch  # each group is a batch, and one model has few of them
-    if advantage.needs_siblings or alone:
+    if needs.siblings or alone:
         places = [(World.tiny, 3)] if alone else [(World.ended, 2), (World.tiny, 3)]
     else:
         places = [(World.fixed, 1), (World.ended, 1), (World.ended, 2)]
     for world, group_size in places:
-        for value in Value if advantage.needs_values else [Value.unrelated]:
+        for value in Value if needs.learner_values else [Value.unrelated]:
             yield replace(case, world=world, group_size=group_size, value=value)
 
 

@@ -3,29 +3,26 @@ student against teacher.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hybridrl.batch.micro_batch import MicroBatch
-from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.ops.compare import COMPARED
 from hybridrl.policy.student import Look, Student
 
-Inputs = Sequence[tuple[MicroBatch, tuple[Teacher, ...]]]
-"""Micro-batches on the student's device, each with what its head pass compares the student with."""
 
-
-def gradient_geometry(student: Student, inputs: Inputs) -> dict[str, float]:
+def gradient_geometry(student: Student, micros: Sequence[MicroBatch]) -> dict[str, float]:
     """Norms of the dense and of the sparse gradient at the parameters of the global batch, and
     their cosine.
 
     Two more forward and backward passes, outside of DeepSpeed's accumulation. Parameters must be
     whole (ZeRO 1 or 2).
     """
-    dense = _gradient(student, [(micro.without_sparse(), teachers) for micro, teachers in inputs])
-    sparse = _gradient(student, [(micro, ()) for micro, _ in inputs])
+    dense = _gradient(student, [micro.without_sparse() for micro in micros])
+    sparse = _gradient(student, [replace(micro, teachers=()) for micro in micros])
     product = sum((a * b).sum() for a, b in zip(dense, sparse, strict=True))
     squares = [float(sum(g.square().sum() for g in gradient)) for gradient in (dense, sparse)]
     norms = [square**0.5 for square in squares]
@@ -38,21 +35,22 @@ def gradient_geometry(student: Student, inputs: Inputs) -> dict[str, float]:
 
 
 def teacher_distance(
-    forward: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs
+    forward: Callable[..., tuple[Tensor, Tensor]], micros: Sequence[MicroBatch]
 ) -> dict[str, float]:
     """Means of ops.compare over the response tokens of the global batch and all teachers with a
     full distribution.
 
     Args:
-        forward: of the (possibly sharded) student, called once per input on every rank.
+        forward: of the (possibly sharded) student, called once per micro-batch on every rank.
+        micros: on the device of the student.
     """
     # On the device of the student: a process group of GPUs reduces nothing that lies in host
     # memory.
-    device = inputs[0][0].input_ids.device
+    device = micros[0].input_ids.device
     sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=device)
-    for micro, teachers in inputs:
+    for micro in micros:
         with torch.no_grad():
-            sums += forward(*micro.arguments(teachers), Look.compare)[0]
+            sums += forward(*micro.arguments(), Look.compare)[0]
     dist.all_reduce(sums)
     sums = sums.cpu()
     count = float(sums[0])
@@ -66,12 +64,12 @@ def teacher_distance(
     )
 
 
-def _gradient(student: Student, inputs: Inputs) -> list[Tensor]:
+def _gradient(student: Student, micros: Sequence[MicroBatch]) -> list[Tensor]:
     """Per parameter, fp32, summed over micro-batches and ranks."""
     parameters = [p for p in student.parameters() if p.requires_grad]
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-    for micro, teachers in inputs:
-        loss, _ = nn.Module.__call__(student, *micro.arguments(teachers), Look.learn)
+    for micro in micros:
+        loss, _ = nn.Module.__call__(student, *micro.arguments(), Look.learn)
         for into, gradient in zip(
             total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
         ):

@@ -220,16 +220,11 @@ class Learner:
         if self.objective.needs.learner_view:
             batches = self._with_own_columns(plan, batches)
         credits = assign_credit(self.objective, batches, plan, self._sum_over_ranks)
-        sequences = [
-            sequence
-            for batch, credit in zip(batches, credits, strict=True)
-            for sequence in train_sequences(
-                batch.rollout,
-                credit.learned(torch.float32),
-                batch.scores,
-                credit.teacher_weights,
-            )
-        ]
+        sequences: list[MicroBatch] = []
+        for batch, credit in zip(batches, credits, strict=True):
+            teachers = self.teachers.head_inputs(batch, credit.teacher_weights)
+            columns = credit.learned(torch.float32)
+            sequences += train_sequences(batch.rollout, columns, teachers)
         indices = self._micro_batches(sequences, plan.num_micro_batches)
         micros = [self._collate([sequences[i] for i in batch]) for batch in indices]
         return credits, micros
@@ -323,19 +318,16 @@ class Learner:
 
     def _forward(self, micro: MicroBatch, tally: Tally, version: int) -> Tensor:
         """The loss [] of one micro-batch, counted in `tally`."""
-        on_device = micro.to(self.device)
-        teachers = self.teachers.head_inputs(on_device.teachers)
-        loss, stats = self.engine(*on_device.arguments(teachers), Look.learn)
-        count_micro(tally, loss, stats, micro, version, compared=self.teachers.compares_rows)
+        loss, stats = self.engine(*micro.to(self.device).arguments(), Look.learn)
+        count_micro(tally, loss, stats, micro, version, compared=bool(micro.teachers))
         return loss
 
     def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
         """Diagnostics that are too expensive for every step."""
         on_device = [micro.to(self.device) for micro in micros]
-        inputs = [(micro, self.teachers.head_inputs(micro.teachers)) for micro in on_device]
-        metrics = teacher_distance(self.engine, inputs)
+        metrics = teacher_distance(self.engine, on_device)
         if zero_stage(self.settings) < 3:
-            metrics |= gradient_geometry(self.engine.module, inputs)
+            metrics |= gradient_geometry(self.engine.module, on_device)
         return metrics
 
     def _collate(self, sequences: Sequence[MicroBatch]) -> MicroBatch:

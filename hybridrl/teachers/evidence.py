@@ -13,15 +13,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.batch.micro_batch import TeacherColumns
+from hybridrl.batch.wire import from_wire
 from hybridrl.kernels.head import HeadRule, chosen_logprobs, top_logprobs, vocabulary_logprobs
 from hybridrl.kernels.teacher_rows import HiddenTeacher, SupportTeacher, Teacher, VocabularyTeacher
 from hybridrl.kernels.workspace import softmax_dtype
 from hybridrl.settings.algorithm import AlgorithmConfig
 from hybridrl.settings.choices import Correction, EvidenceKind, SupportSource
+from hybridrl.types import TokenScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +87,15 @@ class Evidence(ABC):
         """What is sent of these tokens; no gradient. Runs on the scorer."""
 
     @abstractmethod
-    def head_input(self, columns: TeacherColumns, head: Tensor | None) -> Teacher | None:
-        """What the head pass compares the student with; None: nothing beyond the drawn token.
+    def head_input(
+        self, scores: TokenScores, weight: Tensor, head: Tensor | None
+    ) -> Teacher | None:
+        """What the head pass compares the student with; None: nothing beyond the drawn token. Runs
+        on the learner.
 
         Args:
-            columns: what the learner received of R response tokens of a micro-batch.
+            scores: of R response tokens; its arrays are writable.
+            weight: [R] float32, w_i.
             head: [V, H] the teacher's output embedding; None unless `needs_head`.
         """
 
@@ -116,9 +122,9 @@ class Hidden(Evidence):
             logprobs=logprobs,
         )
 
-    def head_input(self, columns: TeacherColumns, head: Tensor | None) -> Teacher:
+    def head_input(self, scores: TokenScores, weight: Tensor, head: Tensor | None) -> Teacher:
         assert head is not None, "the learner keeps this teacher's output embedding"
-        return HiddenTeacher(hidden=columns.rows, lm_head=head, weight=columns.weight)
+        return HiddenTeacher(hidden=from_wire(scores.rows), lm_head=head, weight=weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +144,8 @@ class Vocabulary(Evidence):
             logprobs=_drawn(states) if self.drawn else _zeros(states),
         )
 
-    def head_input(self, columns: TeacherColumns, head: Tensor | None) -> Teacher:
-        return VocabularyTeacher(logprobs=columns.rows, weight=columns.weight)
+    def head_input(self, scores: TokenScores, weight: Tensor, head: Tensor | None) -> Teacher:
+        return VocabularyTeacher(logprobs=from_wire(scores.rows), weight=weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,11 +181,11 @@ class Support(Evidence):
         logprobs = chosen_logprobs(states.hidden, states.head, both, states.rule)
         return Reading(rows=logprobs[:, :-1], support_ids=ids, logprobs=logprobs[:, -1])
 
-    def head_input(self, columns: TeacherColumns, head: Tensor | None) -> Teacher:
+    def head_input(self, scores: TokenScores, weight: Tensor, head: Tensor | None) -> Teacher:
         return SupportTeacher(
-            ids=columns.support_ids,
-            logprobs=columns.rows,
-            weight=columns.weight,
+            ids=torch.from_numpy(scores.support_ids.astype(np.int64)),
+            logprobs=from_wire(scores.rows),
+            weight=weight,
             correction=self.correction,
         )
 
@@ -204,7 +210,7 @@ class Drawn(Evidence):
             logprobs=_drawn(states),
         )
 
-    def head_input(self, columns: TeacherColumns, head: Tensor | None) -> None:
+    def head_input(self, scores: TokenScores, weight: Tensor, head: Tensor | None) -> None:
         return None
 
 

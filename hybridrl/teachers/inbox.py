@@ -4,15 +4,18 @@ compares the student with.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hybridrl.batch.micro_batch import TeacherColumns
+from hybridrl.batch.views import per_token
+from hybridrl.batch.wire import to_wire
 from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.models.loading import head_rows
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.teacher_model import load_teacher_head
+from hybridrl.types import ScoredBatch, TokenScores
 
 
 class TeacherInbox:
@@ -25,13 +28,11 @@ class TeacherInbox:
         evidence: Sequence[Evidence],
         heads: Sequence[Tensor | None],
         vocabulary: int,
-        device: torch.device,
     ) -> None:
         """heads: of each teacher [V, H], on the device; None: its evidence needs none."""
         self.evidence = tuple(evidence)
         self.heads = tuple(heads)
         self.vocabulary = vocabulary
-        self.device = device
 
     @classmethod
     def load(
@@ -50,41 +51,46 @@ class TeacherInbox:
                 continue
             head = load_teacher_head(settings, name)
             heads.append(head[:vocabulary].to(device).clone())
-        return cls(evidence, heads, vocabulary, device)
+        return cls(evidence, heads, vocabulary)
 
-    @property
-    def compares_rows(self) -> bool:
-        """Whether the head pass compares the student with a teacher over more than the drawn
-        token.
-        """
-        return any(evidence.name for evidence in self.evidence)
-
-    def head_inputs(self, columns: Sequence[TeacherColumns]) -> tuple[Teacher, ...]:
-        """What the head pass compares the student with; a teacher whose evidence is the drawn
-        token's log-prob alone is not among them.
+    def head_inputs(
+        self, batch: ScoredBatch, teacher_weights: Sequence[Tensor]
+    ) -> tuple[Teacher, ...]:
+        """What the head pass compares the student with, R rows each; a teacher whose evidence is
+        the drawn token's log-prob alone is not among them.
 
         Args:
-            columns: of each teacher, on the device.
+            teacher_weights: of each scored teacher [N], w_i of each sequence.
         """
-        inputs = (
-            evidence.head_input(of_teacher, head)
-            for evidence, head, of_teacher in zip(self.evidence, self.heads, columns, strict=True)
-        )
-        return tuple(teacher for teacher in inputs if teacher is not None)
+        of_tokens = [per_token(weight, batch.rollout).float() for weight in teacher_weights]
+        return self._head_inputs(batch.scores, of_tokens)
 
-    def idle(self) -> list[TeacherColumns]:
-        """One row of weight 0 per teacher, in the widths and dtypes of the run."""
-        return [
-            TeacherColumns(
+    def idle(self) -> tuple[Teacher, ...]:
+        """One row of weight 0 of each, in the widths and dtypes of the run."""
+        scores = [
+            TokenScores(
+                teacher="",
+                logprobs=np.zeros(1, np.float32),
                 rows=self._idle_rows(evidence, head),
-                support_ids=torch.arange(evidence.support)[None],
-                weight=torch.zeros(1),
+                support_ids=np.arange(evidence.support, dtype=np.int32)[None],
             )
             for evidence, head in zip(self.evidence, self.heads, strict=True)
         ]
+        return self._head_inputs(scores, [torch.zeros(1)] * len(scores))
 
-    def _idle_rows(self, evidence: Evidence, head: Tensor | None) -> Tensor:
+    def _head_inputs(
+        self, scores: Sequence[TokenScores], weights: Sequence[Tensor]
+    ) -> tuple[Teacher, ...]:
+        inputs = (
+            evidence.head_input(of_teacher, weight, head)
+            for evidence, of_teacher, weight, head in zip(
+                self.evidence, scores, weights, self.heads, strict=True
+            )
+        )
+        return tuple(teacher for teacher in inputs if teacher is not None)
+
+    def _idle_rows(self, evidence: Evidence, head: Tensor | None) -> np.ndarray:
         hidden = 0 if head is None else head.shape[1]
         dtype = torch.float32 if head is None else head.dtype
         width = evidence.width(self.vocabulary, hidden)
-        return torch.zeros(1, width, dtype=evidence.row_dtype(dtype))
+        return to_wire(torch.zeros(1, width, dtype=evidence.row_dtype(dtype)))

@@ -11,14 +11,14 @@ import torch
 from hybridrl.batch.balance import balance_groups, micro_batches
 from hybridrl.batch.groups import join, select_groups
 from hybridrl.batch.micro_batch import (
-    TeacherColumns,
     collate,
     idle_sequence,
     train_sequences,
 )
-from hybridrl.batch.views import response_ids, response_rows
+from hybridrl.batch.views import per_token, response_ids, response_rows
 from hybridrl.batch.wire import from_wire, to_wire
 from hybridrl.kernels.head import HeadRule, hybrid_head_loss
+from hybridrl.kernels.teacher_rows import VocabularyTeacher
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.settings.algorithm import AlgorithmConfig
@@ -105,7 +105,10 @@ def sequences(
         sampler_logprobs=response_rows(own.rollout, own.rollout.rollout_logprobs),
     )
     weights = torch.tensor(teacher_weights)[[n for g in groups for n in (2 * g, 2 * g + 1)]]
-    return train_sequences(own.rollout, columns, own.scores, [weights])
+    teacher = VocabularyTeacher(
+        logprobs=from_wire(own.scores[0].rows), weight=per_token(weights, own.rollout)
+    )
+    return train_sequences(own.rollout, columns, [teacher])
 
 
 def test_each_response_token_is_predicted_by_the_position_before_it():
@@ -129,7 +132,7 @@ def test_each_response_token_is_predicted_by_the_position_before_it():
         and micro.columns.token_weight.tolist() == [0.25] * 6
     )
     assert micro.columns.value_slope.tolist() == (-SPARSE).tolist()
-    assert micro.teachers[0].rows.tolist() == HIDDEN.tolist()
+    assert micro.teachers[0].logprobs.tolist() == HIDDEN.tolist()
 
 
 def test_packed_sequences_stand_in_one_row_and_count_their_positions_anew():
@@ -173,7 +176,7 @@ def test_a_rank_takes_the_columns_of_its_own_groups():
         5.0,
         6.0,
     ]
-    assert micro.teachers[0].rows.tolist() == HIDDEN[3:].tolist()
+    assert micro.teachers[0].logprobs.tolist() == HIDDEN[3:].tolist()
     assert micro.columns.sampler_logprobs.tolist() == [-1.0] * 3
 
 
@@ -210,7 +213,7 @@ def test_a_dropped_group_with_a_nan_reward_gives_a_finite_zero():
     plan = make_plan(BATCH, num_tokens=4)
     credit = HybridObjective(AlgorithmConfig(), max_new_tokens=4).credit(scored, plan)
     columns = credit.learned(torch.float32)
-    micro = collate(train_sequences(scored.rollout, columns, scored.scores, [torch.ones(4)]))
+    micro = collate(train_sequences(scored.rollout, columns))
     assert micro.columns.token_weight.tolist() == [0.0] * 3 + [
         0.25
     ] * 3 and micro.columns.sparse.tolist() == [0.0] * 3 + [-1.0, -1.0, 1.0]
@@ -233,15 +236,11 @@ def test_a_dropped_group_with_a_nan_reward_gives_a_finite_zero():
 
 def test_an_idle_sequence_can_be_collated_and_weighs_nothing():
     def columns(w, dtype):
-        return TeacherColumns(
-            rows=torch.zeros(1, w, dtype=dtype),
-            support_ids=torch.zeros(1, 0, dtype=torch.int64),
-            weight=torch.zeros(1),
-        )
+        return VocabularyTeacher(logprobs=torch.zeros(1, w, dtype=dtype), weight=torch.zeros(1))
 
     micro = collate([idle_sequence([columns(4, torch.float32), columns(2, torch.bfloat16)])])
     assert micro.columns.token_weight.tolist() == [0.0] and micro.hidden_rows.tolist() == [0]
-    assert [t.rows.dtype for t in micro.teachers] == [torch.float32, torch.bfloat16]
+    assert [t.logprobs.dtype for t in micro.teachers] == [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize(
@@ -260,4 +259,4 @@ def test_hidden_states_travel_bit_for_bit(dtype: torch.dtype, wire: type):
 def test_bf16_bits_survive_the_joining_of_sequences():
     teacher = torch.randn(6, 2).to(torch.bfloat16)
     scores = make_scores(BATCH, [-1.0] * 6, to_wire(teacher))
-    assert torch.equal(collate(sequences(scores)).teachers[0].rows, teacher)
+    assert torch.equal(collate(sequences(scores)).teachers[0].logprobs, teacher)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from hybridrl.controller.global_batch import divide
-from hybridrl.controller.sampling import Arrived, Drawn
+from hybridrl.controller.sampling import Arrived, PendingChunk
 from hybridrl.controller.step_cost import step_cost
 from hybridrl.rollout.header import chunk_header
 from hybridrl.runtime.calls import Pending
@@ -23,7 +23,7 @@ def arrived(name: str, groups: tuple[int, ...]) -> Arrived:
     """A chunk of two prompts with one response each, of 2 and of 6 tokens with the prompt."""
     batch = make_batch([((1,), [(2,)]), ((1, 2), [(5, 6, 7, 2)])])
     chunk = Chunk(order=None, prompts=(), header=pending("header"), batch=pending(f"{name} batch"))
-    drawn = Drawn(
+    drawn = PendingChunk(
         writer=None,
         chunk=chunk,
         reward_weights=(),

@@ -10,7 +10,7 @@ import ray
 from hybridrl.controller.coefficients import Coefficients
 from hybridrl.controller.pipeline import Pipeline
 from hybridrl.controller.preemption import Preemption
-from hybridrl.controller.sampling import Arrived, Drawn, Sampling, first_groups
+from hybridrl.controller.sampling import Arrived, PendingChunk, Sampling, first_groups
 from hybridrl.core.errors import DataError, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.data.prompts import PromptSource
 from hybridrl.runtime.calls import Pending, gather, settle
@@ -34,7 +34,7 @@ def pending(number: int) -> Pending:
     return Pending(ref=number, worker="engine", call="generate", deadline_s=1.0)
 
 
-def drawn(prompts: list[Prompt], wave: str) -> list[Drawn]:
+def drawn(prompts: list[Prompt], wave: str) -> list[PendingChunk]:
     order = GenerateOrder(
         wave=wave, chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=1, seed=0
     )
@@ -42,7 +42,8 @@ def drawn(prompts: list[Prompt], wave: str) -> list[Drawn]:
         Chunk(order=order, prompts=(p,), header=pending(0), batch=pending(0)) for p in prompts
     ]
     return [
-        Drawn(writer=None, chunk=chunk, reward_weights=(), rewards=pending(0)) for chunk in chunks
+        PendingChunk(writer=None, chunk=chunk, reward_weights=(), rewards=pending(0))
+        for chunk in chunks
     ]
 
 
@@ -220,7 +221,7 @@ def died(worker: str) -> Pending:
     return Pending(ref=die.remote(), worker=worker, call="generate", deadline_s=60.0)
 
 
-def sampled(headers: list[Pending]) -> list[Drawn]:
+def sampled(headers: list[Pending]) -> list[PendingChunk]:
     return [
         replace(d, chunk=replace(d.chunk, header=h))
         for d, h in zip(drawn(PROMPTS, "train-0"), headers, strict=False)

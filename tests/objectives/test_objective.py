@@ -126,7 +126,7 @@ def test_normalisers_are_of_the_global_batch():
     )
 
     def weights(kind):
-        return objective(normalizer=kind).token_weight(scored, plan, None).tolist()
+        return objective(normalizer=kind).token_weight(scored, plan).tolist()
 
     assert weights("token_mean") == pytest.approx([1 / 40] * 4)
     assert weights("constant") == pytest.approx([1 / (5 * 16)] * 4)

@@ -371,6 +371,7 @@ def test_a_pair_loss_on_the_students_answers_compares_the_best_with_the_worst(
 
 # -- what each method needs ------------------------------------------------------------------------
 
+PAIRS = {"rewards": True, "siblings": True, "pairs": True}
 NEEDS = {
     "sft": Needs(),
     "seqkd": Needs(),
@@ -381,26 +382,26 @@ NEEDS = {
     "minillm": Needs(evidence=(Hidden(drawn=True),), learner_logprobs=True),
     "opd": Needs(evidence=(Drawn(),)),
     "opd_full": Needs(evidence=(Hidden(drawn=False),)),
-    "mopd": Needs(evidence=(Drawn(),), rewards=True),
+    "mopd": Needs(evidence=(Drawn(),), rewards=True, siblings=True),
     "g_opd": Needs(evidence=(Drawn(),)),
-    "hybrid": Needs(evidence=(Hidden(drawn=False),), rewards=True),
-    "hybrid_rising": Needs(evidence=(Hidden(drawn=False),), rewards=True),
-    "reinforce_kl": Needs(evidence=(Hidden(drawn=True),), rewards=True),
+    "hybrid": Needs(evidence=(Hidden(drawn=False),), rewards=True, siblings=True),
+    "hybrid_rising": Needs(evidence=(Hidden(drawn=False),), rewards=True, siblings=True),
+    "reinforce_kl": Needs(evidence=(Hidden(drawn=True),), rewards=True, siblings=True),
     "reinforce_pp": Needs(evidence=(Drawn(),), rewards=True),
-    "rloo": Needs(rewards=True),
-    "grpo": Needs(evidence=(Drawn(),), rewards=True),
-    "dr_grpo": Needs(rewards=True),
-    "dapo": Needs(rewards=True),
+    "rloo": Needs(rewards=True, siblings=True),
+    "grpo": Needs(evidence=(Drawn(),), rewards=True, siblings=True),
+    "dr_grpo": Needs(rewards=True, siblings=True),
+    "dapo": Needs(rewards=True, siblings=True),
     "ppo": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True, learner_values=True),
     "raft": Needs(rewards=True),
-    "dpo": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True),
-    "ipo": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True),
-    "slic": Needs(rewards=True, learner_logprobs=True),
-    "simpo": Needs(rewards=True, learner_logprobs=True),
-    "dil_lsif": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True),
-    "dil_ukl": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True),
-    "dil_bce": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True),
-    "reward_model": Needs(rewards=True, learner_values=True),
+    "dpo": Needs(evidence=(Drawn(),), **PAIRS, learner_logprobs=True),
+    "ipo": Needs(evidence=(Drawn(),), **PAIRS, learner_logprobs=True),
+    "slic": Needs(**PAIRS, learner_logprobs=True),
+    "simpo": Needs(**PAIRS, learner_logprobs=True),
+    "dil_lsif": Needs(evidence=(Drawn(),), **PAIRS, learner_logprobs=True),
+    "dil_ukl": Needs(evidence=(Drawn(),), **PAIRS, learner_logprobs=True),
+    "dil_bce": Needs(evidence=(Drawn(),), **PAIRS, learner_logprobs=True),
+    "reward_model": Needs(**PAIRS, learner_values=True),
 }
 """With the evidence of one teacher; every teacher has the same."""
 

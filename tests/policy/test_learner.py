@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hybridrl.batch.micro_batch import collate, sequence, train_sequences
+from hybridrl.batch.wire import from_wire
 from hybridrl.core.errors import CheckpointError
 from hybridrl.kernels.head import HeadRule
 from hybridrl.kernels.teacher_rows import HiddenTeacher
@@ -190,14 +191,17 @@ def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_o
     model, plain = (load_model(str(folder / "student")).double() for _ in range(2))
     head = output_weight(load_model(str(folder / "teacher"))).detach().double()
     columns = credit().learned(torch.float32)
-    micro = collate(train_sequences(scored().rollout, columns, scored().scores, [torch.ones(8)]))
+    hidden = HiddenTeacher(
+        hidden=from_wire(scored().scores[0].rows), lm_head=head, weight=torch.ones(len(columns[0]))
+    )
+    micro = collate(train_sequences(scored().rollout, columns, [hidden]))
     terms = token_columns(
         token_ids=micro.columns.token_ids,
         token_weight=micro.columns.token_weight.double(),
         sparse=micro.columns.sparse.double(),
         sampler_logprobs=micro.columns.sampler_logprobs.double(),
     )
-    rows = micro.teachers[0].rows.double()
+    rows = micro.teachers[0].hidden.double()
     teachers = (HiddenTeacher(hidden=rows, lm_head=head, weight=torch.ones(len(rows))),)
     student = Student(model, HeadRule(chunk=5), with_value=False)
     loss, _ = student(
@@ -381,9 +385,8 @@ def test_distances_from_a_teacher_are_summed_where_the_student_computes(
     none = torch.zeros(0, device="meta")
     terms = token_columns(token_ids=none, token_weight=none, sparse=none, sampler_logprobs=none)
     micro = sequence(np.zeros(0), response_at=np.zeros(0, np.int64), columns=terms)
-    inputs = [(micro.to(torch.device("meta")), ())]
     with pytest.raises(RuntimeError, match="reduces on meta"):
-        probe.teacher_distance(lambda *arguments: (there, None), inputs)
+        probe.teacher_distance(lambda *arguments: (there, None), [micro.to(torch.device("meta"))])
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
@@ -564,7 +567,7 @@ def test_a_nan_reward_that_was_not_dropped_steps_nothing_and_its_batch_is_kept_t
     assert "nothing was stepped" in result(folder, "nan")["error"]
     assert result(folder, "nan")["digest"] == result(folder, "untouched")["digest"]
     kept = load_file(folder / "skipped" / "step_000000-rank0.safetensors")
-    assert kept["0/sparse"].isnan().any() and kept["0/teachers/0/rows"].shape[1] == 128
+    assert kept["0/sparse"].isnan().any() and kept["0/teachers/0/hidden"].shape[1] == 128
 
 
 @pytest.mark.parametrize(

@@ -184,13 +184,11 @@ class Production:
             batches = [self._with_own_columns(batch) for batch in batches]
         credits = assign_credit(self.objective, batches, plan)
         dtype = torch.float64 if self.dtype is np.float64 else torch.float32
-        sequences = [
-            sequence
-            for batch, credit in zip(batches, credits, strict=True)
-            for sequence in train_sequences(
-                batch.rollout, credit.learned(dtype), batch.scores, credit.teacher_weights
-            )
-        ]
+        inbox = TeacherInbox.load(self.settings, self.objective.needs.evidence, torch.device("cpu"))
+        sequences: list[MicroBatch] = []
+        for batch, credit in zip(batches, credits, strict=True):
+            teachers = inbox.head_inputs(batch, credit.teacher_weights)
+            sequences += train_sequences(batch.rollout, credit.learned(dtype), teachers)
         loss, _ = self._forward(collate(sequences), Look.learn)
         loss.backward()
         return gradient_of(self.model)
@@ -261,7 +259,7 @@ class Production:
                 int(b.rollout.response_lengths[k].sum()) for b, k in zip(batches, kept, strict=True)
             ),
             num_sequences=sum(int(k.sum()) for k in kept),
-            num_groups=pairs if settings.algorithm.ranks_pairs else whole,
+            num_groups=pairs if self.objective.needs.pairs else whole,
             teacher_weights=weights.teachers(step),
             teacher_routes=tuple(
                 settings.teachers[name].route for name in settings.scored_teachers
@@ -281,14 +279,4 @@ class Production:
         )
 
     def _forward(self, micro: MicroBatch, look: Look) -> tuple:
-        inbox = TeacherInbox.load(self.settings, self.objective.needs.evidence, torch.device("cpu"))
-        teachers = inbox.head_inputs(micro.teachers) if look is Look.learn else ()
-        return self.student(
-            micro.input_ids,
-            micro.attention_mask,
-            micro.position_ids,
-            micro.hidden_rows,
-            teachers,
-            micro.columns,
-            look,
-        )
+        return self.student(*micro.arguments(), look)

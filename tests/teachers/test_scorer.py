@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from hybridrl.batch.micro_batch import TeacherColumns
-from hybridrl.batch.wire import from_wire
 from hybridrl.core.errors import CheckpointError, ConfigError
 from hybridrl.launch.session import preflight
 from hybridrl.models.loading import head_rows, load_model
@@ -17,8 +15,8 @@ from hybridrl.settings.choices import Source
 from hybridrl.settings.compose import load_config
 from hybridrl.teachers.inbox import TeacherInbox
 from hybridrl.teachers.scorer import Scorer, data_key
-from hybridrl.types import RolloutBatch
-from tests.support.batches import make_batch
+from hybridrl.types import RolloutBatch, ScoredBatch
+from tests.support.batches import make_batch, make_rewards
 from tests.support.graph import save_tiny
 
 PROMPTS = [((1, 5, 6), [(7, 8, 2), (9, 2)]), ((1, 10), [(11, 2), (12, 13, 14, 2)])]
@@ -158,12 +156,9 @@ def test_a_teacher_that_answers_from_a_table_is_one_file_of_the_users(
     inbox = TeacherInbox.load(
         settings, make_objective(settings).needs.evidence, torch.device("cpu")
     )
-    columns = TeacherColumns(
-        rows=from_wire(scores.rows),
-        support_ids=torch.from_numpy(scores.support_ids),
-        weight=torch.ones(11),
-    )
-    teachers = inbox.head_inputs([columns])
+    rewards = make_rewards(batch, [0.0] * batch.num_sequences)
+    scored = ScoredBatch(rollout=batch, scores=(scores,), rewards=rewards)
+    teachers = inbox.head_inputs(scored, [torch.ones(batch.num_sequences)])
     assert len(teachers) == (0 if evidence == "drawn" else 1)
     if evidence == "hidden":
         assert torch.equal(teachers[0].hidden @ teachers[0].lm_head.T, table[before])

@@ -186,22 +186,22 @@ class BareLearner:
     ) -> None:
         batch = ScoredBatch(rollout=rollout, rewards=rewards, scores=(scores,))
         credit = self.objective.credit(batch, plan)
-        sequences = train_sequences(
-            rollout, credit.learned(torch.float32), batch.scores, credit.teacher_weights
-        )
+        teachers = self.teachers.head_inputs(batch, credit.teacher_weights)
+        sequences = train_sequences(rollout, credit.learned(torch.float32), teachers)
         train = self.settings.train
         indices = micro_batches(
             [s.num_tokens for s in sequences],
             train.max_tokens_per_micro_batch,
             packed=train.packing,
         )
-        micros = [collate([sequences[i] for i in batch], packed=train.packing) for batch in indices]
-        self.micros = [(micro, self.teachers.head_inputs(micro.teachers)) for micro in micros]
+        self.micros = [
+            collate([sequences[i] for i in batch], packed=train.packing) for batch in indices
+        ]
 
     def update(self) -> float:
         """-> seconds"""
         started = time.perf_counter()
-        for micro, teachers in self.micros:
+        for micro in self.micros:
             inputs = {
                 "input_ids": micro.input_ids,
                 "attention_mask": micro.attention_mask,
@@ -210,7 +210,7 @@ class BareLearner:
             hidden: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
             terms = micro.columns
             rows = hidden.flatten(0, 1).index_select(0, micro.hidden_rows)
-            hybrid_head_loss(rows, output_weight(self.model), teachers, terms, self.rule)[
+            hybrid_head_loss(rows, output_weight(self.model), micro.teachers, terms, self.rule)[
                 0
             ].backward()
         for master, parameter in zip(self.masters, self.parameters, strict=True):
