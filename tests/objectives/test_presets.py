@@ -371,7 +371,7 @@ def test_a_pair_loss_on_the_students_answers_compares_the_best_with_the_worst(
 
 # -- what each method needs ------------------------------------------------------------------------
 
-PAIRS = {"rewards": True, "siblings": True, "pairs": True}
+OF_PAIRS = {"rewards": True, "siblings": True, "pairs": True}
 NEEDS = {
     "sft": Needs(),
     "seqkd": Needs(),
@@ -394,14 +394,14 @@ NEEDS = {
     "dapo": Needs(rewards=True, siblings=True),
     "ppo": Needs(evidence=(Drawn(),), rewards=True, learner_logprobs=True, learner_values=True),
     "raft": Needs(rewards=True),
-    "dpo": Needs(evidence=(Drawn(),), **PAIRS, learner_logprobs=True),
-    "ipo": Needs(evidence=(Drawn(),), **PAIRS, learner_logprobs=True),
-    "slic": Needs(**PAIRS, learner_logprobs=True),
-    "simpo": Needs(**PAIRS, learner_logprobs=True),
-    "dil_lsif": Needs(evidence=(Drawn(),), **PAIRS, learner_logprobs=True),
-    "dil_ukl": Needs(evidence=(Drawn(),), **PAIRS, learner_logprobs=True),
-    "dil_bce": Needs(evidence=(Drawn(),), **PAIRS, learner_logprobs=True),
-    "reward_model": Needs(**PAIRS, learner_values=True),
+    "dpo": Needs(evidence=(Drawn(),), **OF_PAIRS, learner_logprobs=True),
+    "ipo": Needs(evidence=(Drawn(),), **OF_PAIRS, learner_logprobs=True),
+    "slic": Needs(**OF_PAIRS, learner_logprobs=True),
+    "simpo": Needs(**OF_PAIRS, learner_logprobs=True),
+    "dil_lsif": Needs(evidence=(Drawn(),), **OF_PAIRS, learner_logprobs=True),
+    "dil_ukl": Needs(evidence=(Drawn(),), **OF_PAIRS, learner_logprobs=True),
+    "dil_bce": Needs(evidence=(Drawn(),), **OF_PAIRS, learner_logprobs=True),
+    "reward_model": Needs(**OF_PAIRS, learner_values=True),
 }
 """With the evidence of one teacher; every teacher has the same."""
 
