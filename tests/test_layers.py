@@ -39,9 +39,9 @@ LAYERS = [
 
 ALLOWED = {
     "ray": ("runtime/", "cli.py"),
-    "vllm": ("rollout/", "weights/vllm_transfer.py"),
+    "vllm": ("rollout/", "weights/vllm_transfer.py", "weights/library_internals.py"),
     "deepspeed": ("policy/", "teachers/"),
-    "wandb": ("tracking/wandb_sink.py",),
+    "wandb": ("tracking/wandb_sink.py", "tracking/wandb_internals.py"),
     "hydra": ("settings/compose.py", "settings/hydra_internals.py", "cli.py"),
     "omegaconf": ("settings/", "cli.py"),
 }
