@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from hybridrl.core.compiler import has_compiler
 from hybridrl.kernels.row_rule import RowRule, coefficients
 from hybridrl.kernels.teacher_rows import Form, divergence, log_softmax
 from hybridrl.kernels.token_columns import TokenColumns
+from hybridrl.kernels.torch_internals import one_graph
 from hybridrl.ops.divergence import exp
 from hybridrl.settings.choices import Correction
 
@@ -155,22 +155,4 @@ def _compiled(work: Work, *settings: Any) -> Work:
     def whole(*tensors: Any) -> Any:
         return work(*settings, *tensors)
 
-    # torch's stubs lack isolate_recompiles.
-    compiled = torch.compile(  # type: ignore[call-overload]
-        whole, fullgraph=True, options=FUSE, isolate_recompiles=True
-    )
-
-    def run(*tensors: Any) -> Any:
-        for tensor in tree_leaves(tensors):
-            torch._dynamo.mark_dynamic(tensor, 0)
-        return compiled(*tensors)
-
-    return run
-
-
-FUSE = {
-    "realize_reads_threshold": 1 << 20,
-    "realize_opcount_threshold": 1 << 20,
-    "realize_acc_reads_threshold": 1 << 20,
-}
-"""To the C++ backend: compute again what a loop needs rather than write it to memory."""
+    return one_graph(whole)

@@ -30,6 +30,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from hybridrl.core import redact
+from hybridrl.runtime.ray_internals import dashboard_address
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 
@@ -470,16 +471,9 @@ def local_dashboards(proc: Path) -> Iterator[tuple[str, int]]:
             words = file.read_bytes().decode(errors="replace").split("\0")
         except OSError:  # the process has ended
             continue
-        options = dict(
-            word.removeprefix("--").split("=", 1)
-            for word in words
-            if word.startswith("--") and "=" in word
-        )
-        if (
-            any(word.endswith("ray/dashboard/dashboard.py") for word in words)
-            and options.get("port", "").isdecimal()
-        ):
-            yield options.get("host", ""), int(options["port"])
+        address = dashboard_address(words)
+        if address is not None:
+            yield address
 
 
 def answers_strangers(host: str, port: int, *, secure: bool = False) -> bool | None:

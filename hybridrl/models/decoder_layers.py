@@ -9,10 +9,9 @@ import time
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybridrl.core.compiler import has_compiler
-from hybridrl.models.model_internals import attention_of, discard_compiled
+from hybridrl.models.model_internals import attention_of, discard_compiled, wrapped_layers
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns:
         Whether the layers are compiled. Layers that are not a single graph each, such as those that
         choose among experts, are not.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = wrapped_layers(model)
     config = model.config.get_text_config()
     is_large = attends_plainly(model, tokens) and config.hidden_size >= COMPILE_FROM
     if not (layers and is_large and has_compiler()):

@@ -66,6 +66,7 @@ from hybridrl.types import (
     UpdatePlan,
     WeightManifest,
 )
+from hybridrl.weights.library_internals import left_out
 from hybridrl.weights.parameters import WeightsKind, train_only, weights_kind
 
 
@@ -256,7 +257,7 @@ class Learner:
             f"step {plan.step}: loss is {loss}, gradient norm {grad_norm}; {remedy(totals)}; "
             f"the batch is in {folder}"
         )
-        if not self.engine.optimizer.overflow:
+        if not left_out(self.engine.optimizer):
             raise NonFiniteError(
                 f"{sentence}; the weights were stepped, the last checkpoint is untouched"
             )

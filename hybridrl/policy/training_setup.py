@@ -9,9 +9,9 @@ import deepspeed
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybridrl.models.decoder_layers import attends_plainly, compile_layers
+from hybridrl.models.model_internals import wrapped_layers
 from hybridrl.settings.run import RunSettings
 
 
@@ -55,9 +55,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     this are switched to training, because they would not recompute otherwise.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+    for layer in wrapped_layers(model):
+        layer.training = True
 
 
 def adam(parameters: Sequence[nn.Parameter], settings: RunSettings) -> torch.optim.AdamW:

@@ -13,6 +13,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 from hybridrl.core.errors import HybridRLError, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.runtime.head_node import HEAD, check_own_node
 from hybridrl.runtime.host import NotBuilt
+from hybridrl.runtime.ray_internals import cause_of, what_happened
 from hybridrl.types import per_token_bytes
 
 
@@ -130,13 +131,13 @@ class RayStore:
         except RayActorError as error:
             if not HEAD.is_silent:
                 check_own_node()
-            reason = f"{_last_line(error)}; see {_log(pending)}"
+            reason = f"{what_happened(error)}; see {_log(pending)}"
             raise WorkerDied(pending.worker, pending.call, reason, pending.epoch) from error
         except RayTaskError as error:
             raise _raised_by_worker(pending, error) from error
         except RayError as error:
             raise WorkerError(
-                pending.worker, pending.call, _last_line(error), pending.epoch
+                pending.worker, pending.call, what_happened(error), pending.epoch
             ) from error
         Meter.materialized_bytes += per_token_bytes(value)
         return value
@@ -271,7 +272,7 @@ def succeeded(pending: Pending) -> bool:
 
 def _raised_by_worker(pending: Pending, error: RayTaskError) -> HybridRLError:
     """The worker's own HybridRLError, or a WorkerError about what it raised."""
-    cause = error.cause
+    cause = cause_of(error)
     if isinstance(cause, HybridRLError):
         return cause
     if isinstance(cause, NotBuilt):
@@ -279,12 +280,6 @@ def _raised_by_worker(pending: Pending, error: RayTaskError) -> HybridRLError:
         return WorkerError(pending.worker, "its constructor", reason, pending.epoch)
     reason = f"{type(cause).__name__}: {cause}"
     return WorkerError(pending.worker, pending.call, reason, pending.epoch)
-
-
-def _last_line(error: RayError) -> str:
-    """Ray's first lines are the same for every death of an actor; the last says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def _log(pending: Pending) -> str:

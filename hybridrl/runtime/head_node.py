@@ -14,6 +14,7 @@ import time
 import ray
 
 from hybridrl.core.errors import ClusterLost
+from hybridrl.runtime.ray_internals import is_alive, node_id
 
 CHECK_S = 1.0
 SILENCE_S = 20.0
@@ -77,8 +78,8 @@ def check_own_node() -> None:
     Raises:
         ClusterLost: the raylet of this machine is gone.
     """
-    mine = ray.get_runtime_context().get_node_id()
-    if any(node["NodeID"] == mine and not node["Alive"] for node in ray.nodes()):
+    own_id = ray.get_runtime_context().get_node_id()
+    if any(node_id(record) == own_id and not is_alive(record) for record in ray.nodes()):
         raise ClusterLost(
             "Ray's process on this machine, the raylet, is gone and with it every worker of this "
             "run"

@@ -12,7 +12,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -20,6 +19,7 @@ from yaml import YAMLError
 from hybridrl.core.errors import ConfigError
 from hybridrl.core.files import read_text
 from hybridrl.settings.compose import conf_dir, load_config, one_sentence, saved_tree
+from hybridrl.settings.hydra_internals import parsed
 from hybridrl.settings.run import RunSettings
 
 GROUPS = ("experiment", "algorithm", "schedule")
@@ -171,13 +171,13 @@ def continued_run(overrides: Sequence[str]) -> Path | None:
         ConfigError: an override is not KEY=VALUE.
     """
     with one_sentence(overrides):
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    if any(override.key_or_group in GROUPS for override in parsed):
+        given = parsed(overrides)
+    if any(override.key in GROUPS for override in given):
         return None
     run_dirs = [
         override.value()
-        for override in parsed
-        if override.key_or_group == "run.dir" and not override.is_sweep_override()
+        for override in given
+        if override.key == "run.dir" and not override.is_sweep
     ]
     run_dir = run_dirs[-1] if run_dirs else None
     if not isinstance(run_dir, str) or not run_dir:

@@ -5,10 +5,14 @@ a library has one file to look at. tests/weights/test_library_internals.py runs 
 the real library, and fails when the installed version is not the one in SEEN.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 SEEN = {"deepspeed": "0.19.8", "torch": "2.13.0", "vllm": "0.32.0"}
 """The versions that this file was written for and tested with."""
@@ -54,6 +58,7 @@ class ZeroOptimizer(Protocol):
     """DeepSpeed's optimizer of any ZeRO stage, around the one of torch that it was given."""
 
     optimizer: torch.optim.Optimizer
+    overflow: bool  # of the last step
 
 
 def set_adam_steps(zero: ZeroOptimizer, steps: int) -> None:
@@ -62,8 +67,36 @@ def set_adam_steps(zero: ZeroOptimizer, steps: int) -> None:
         state["step"] = torch.full_like(state["step"], steps)
 
 
+def left_out(zero: ZeroOptimizer) -> bool:
+    """Whether the last step changed nothing because its gradient was NaN or infinite."""
+    return zero.overflow
+
+
 def has_transfer_backend(factory: type, name: str) -> bool:
     """Whether vLLM's WeightTransferEngineFactory has a backend of that name; to register it twice
     is an error.
     """
     return name in vars(factory)["_registry"]
+
+
+def transfer_engine(worker: Any) -> "WeightTransferEngine | None":
+    """The worker's side of weight transfer, in a process of vLLM; None: it has none.
+
+    Args:
+        worker: of vLLM; the first argument of what collective_rpc calls.
+    """
+    return worker.weight_transfer_engine
+
+
+def begin_reload(model: nn.Module) -> None:
+    """Have vLLM's model take its weights anew, layer by layer, through model.load_weights."""
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+
+
+def end_reload(model: nn.Module, config: "ModelConfig") -> None:
+    """The other end of begin_reload: process the layers that wait for it, such as attention."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, config)

@@ -30,7 +30,12 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from hybridrl.types import WeightManifest
-from hybridrl.weights.library_internals import has_transfer_backend
+from hybridrl.weights.library_internals import (
+    begin_reload,
+    end_reload,
+    has_transfer_backend,
+    transfer_engine,
+)
 from hybridrl.weights.stream import WeightStream, unpack
 
 BACKEND = "object_store"
@@ -58,17 +63,16 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
 
     init_info_cls = ObjectStoreInitInfo
     update_info_cls = ObjectStoreUpdateInfo
+    expected: set[str]  # parameters of the engine's model, all of which an update must load
     received_digest: str | None = None  # of the bytes loaded last; None before and during an update
 
     def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
         self.received_digest = None
-        self._expected = {name for name, _ in self.model.named_parameters()}
-        initialize_layerwise_reload(self.model)
+        self.expected = {name for name, _ in self.model.named_parameters()}
+        begin_reload(self.model)
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
         manifest = WeightManifest(**update_info.manifest)
@@ -92,16 +96,14 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
         """StudentWeights.published() promises everything that an engine must hold, and the manifest
         carries its names; vLLM has other names (it fuses q, k and v), which load_weights reports.
         """
-        missing = self._expected - loaded
+        missing = self.expected - loaded
         if missing:
             raise ValueError(
                 f"{len(missing)} parameters were left untouched, e.g. {sorted(missing)[0]}"
             )
 
     def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
+        end_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         pass
@@ -110,13 +112,11 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
 class WorkerExtension:
     """Methods added to vLLM's worker, callable by name through collective_rpc."""
 
-    weight_transfer_engine: WeightTransferEngine | None  # the worker's own attribute
-
     def received_digest(self) -> str | None:
         """XXH3-128 of the weights this worker loaded last; None when the transfer backend keeps
         none.
         """
-        return getattr(self.weight_transfer_engine, "received_digest", None)
+        return getattr(transfer_engine(self), "received_digest", None)
 
 
 class StreamSource(WeightSource):
