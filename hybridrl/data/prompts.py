@@ -116,28 +116,8 @@ def tokenize(
                 raise
         else:
             prompts.append(prompt)
-    if template.unclosed:
-        row, tag = template.unclosed[0]
-        log.warning(
-            "%s opens the assistant's turn with %s, which %d given responses do not close, that "
-            "of %s first: they are learned as what belongs within the tag; begin them with it, or "
-            "set data.chat_template_file",
-            template.name,
-            tag,
-            len(template.unclosed),
-            row,
-        )
-    if len(prompts) < len(problems):
-        log.warning(
-            "data.drop_too_long: left out %d of %d rows",
-            len(problems) - len(prompts),
-            len(problems),
-        )
-        if not prompts:
-            raise DataError(
-                f"data.drop_too_long: all {len(problems)} rows are too long; raise "
-                "rollout.max_model_len"
-            )
+    _warn_of_unclosed_tags(template)
+    _report_dropped(len(problems) - len(prompts), len(problems))
     return prompts
 
 
@@ -273,6 +253,37 @@ def _prompt(
         question=readable(chat.messages),
         answer=reference_answer(problem),
     )
+
+
+def _warn_of_unclosed_tags(template: ChatTemplate) -> None:
+    """Log that given responses do not close the tag with which the template opens their turn."""
+    if not template.unclosed:
+        return
+    row, tag = template.unclosed[0]
+    log.warning(
+        "%s opens the assistant's turn with %s, which %d given responses do not close, that of %s "
+        "first: they are learned as what belongs within the tag; begin them with it, or set "
+        "data.chat_template_file",
+        template.name,
+        tag,
+        len(template.unclosed),
+        row,
+    )
+
+
+def _report_dropped(dropped: int, problems: int) -> None:
+    """Log how many of the problems data.drop_too_long has dropped.
+
+    Raises:
+        DataError: all of them.
+    """
+    if not dropped:
+        return
+    log.warning("data.drop_too_long: left out %d of %d rows", dropped, problems)
+    if dropped == problems:
+        raise DataError(
+            f"data.drop_too_long: all {problems} rows are too long; raise rollout.max_model_len"
+        )
 
 
 REFERENCE_COLUMNS = ("answer", "solution", "reference", "ground_truth")
