@@ -92,44 +92,32 @@ def train(settings: RunSettings) -> RunResult:
         inputs = digests(settings, prompts, heldout)
         checkpoint = find_checkpoint(settings, run_dir, inputs)
         keep_template(settings, run_dir)
-        console, sinks = make_sinks(settings)
-        stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
-        if checkpoint:
-            sinks.load_state_dict(checkpoint.state.trackers)
-        sinks.start(run_info(settings, run_dir, checkpoint))
+        console, sinks = stack.enter_context(started_sinks(settings, run_dir, checkpoint))
         preemption.check()  # an optional sink swallows an exception, the signal's too
         console.notice(start_notice(settings, checkpoint))
         stack.enter_context(naming_what_is_saved(settings, run_dir))
         cluster = stack.enter_context(Cluster(settings))
         check_engines(settings, cluster.device)
         stack.enter_context(preemption.listening())  # again: Ray replaces the handlers at its start
-        log_dir = str(run_dir / "logs")
-        slots = place_workers(settings, cluster)
-        rewards = start_rewards(settings, slots, log_dir, console.notice)
-        levels: dict[str, float] = {}
-        if checkpoint is None:  # a resumed run has them in its first row
-            levels = measure_teachers(settings, cluster, slots, rewards, heldout, run_dir, inputs)
-        workers = start_workers(settings, cluster, slots, rewards, log_dir, console.notice)
-        check_running(settings, workers, prompts)
+        session = Session(
+            settings=settings,
+            run_dir=run_dir,
+            cluster=cluster,
+            slots=place_workers(settings, cluster),
+            prompts=prompts,
+            heldout=heldout,
+            inputs=inputs,
+            console=console,
+            sinks=sinks,
+            preemption=preemption,
+        )
+        workers = session.start_workers(checkpoint)
         console.notice(
             f"workers ready after {time.monotonic() - began:.0f} s on {cluster.device}, weights "
             f"travel by {cluster.weight_transfer}; the longest silent wait is "
             f"{settings.deadlines.longest_silence_s:g} s"
         )
         preemption.started()
-        session = Session(
-            settings=settings,
-            run_dir=run_dir,
-            cluster=cluster,
-            slots=slots,
-            prompts=prompts,
-            heldout=heldout,
-            inputs=inputs,
-            levels=levels,
-            console=console,
-            sinks=sinks,
-            preemption=preemption,
-        )
         controller = session.run(workers, checkpoint)
         first = checkpoint.state.step if checkpoint else 0
         exported = export_model(settings, controller, run_dir, first)
@@ -199,12 +187,43 @@ class Session:
     prompts: list[Prompt]
     heldout: list[Prompt]
     inputs: dict[str, str]  # run_dir.inputs.digests
-    levels: Mapping[str, float]  # the teachers' accuracies, for the first row of a run
     console: ConsoleSink
     sinks: Sinks
     preemption: Preemption
+    levels: Mapping[str, float] = field(default_factory=dict, init=False)
+    """The teachers' accuracies, for the first row of a run."""
     steps_done: int | None = field(default=None, init=False)
     """By the newest attempt when it ended; None: none has come to its first step yet."""
+
+    @property
+    def log_dir(self) -> str:
+        """The folder with one file per worker."""
+        return str(self.run_dir / "logs")
+
+    def start_workers(self, checkpoint: Checkpoint | None) -> Workers:
+        """Start and check all workers. If the run begins here, its teachers are measured before the
+        other workers start, since their engines take a place of the student's.
+
+        Raises:
+            WorkerError: a worker could not be built, or did not answer in time.
+            ContractError: as check_running.
+        """
+        rewards = start_rewards(self.settings, self.slots, self.log_dir, self.console.notice)
+        if checkpoint is None:  # a resumed run has them in its first row
+            self.levels = measure_teachers(
+                self.settings,
+                self.cluster,
+                self.slots,
+                rewards,
+                self.heldout,
+                self.run_dir,
+                self.inputs,
+            )
+        workers = start_workers(
+            self.settings, self.cluster, self.slots, rewards, self.log_dir, self.console.notice
+        )
+        check_running(self.settings, workers, self.prompts)
+        return workers
 
     def run(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
         """Train to the last step.
@@ -242,8 +261,7 @@ class Session:
 
     def recover(self, workers: Workers, error: WorkerError) -> Workers:
         """The workers with a new learner, and another one in the place of the failed worker."""
-        log_dir = str(self.run_dir / "logs")
-        return recover(self.settings, self.cluster, self.slots, workers, error, log_dir)
+        return recover(self.settings, self.cluster, self.slots, workers, error, self.log_dir)
 
     def go_back(self) -> Checkpoint | None:
         """The newest checkpoint, regardless of run.resume, which applied only to the first
@@ -423,6 +441,25 @@ def make_sinks(settings: RunSettings) -> tuple[ConsoleSink, Sinks]:
         optional["tracking.wandb"] = WandbSink(settings.tracking)
     optional |= build_sinks(settings.tracking)
     return console, Sinks(required=[JsonlSink()], optional=optional)
+
+
+@contextmanager
+def started_sinks(
+    settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None
+) -> Iterator[tuple[ConsoleSink, Sinks]]:
+    """The console and all sinks, which continue what they have of the run. At the end of the block
+    they are closed, with status 1 if it ends by an exception.
+    """
+    console, sinks = make_sinks(settings)
+    status = 1
+    try:
+        if checkpoint:
+            sinks.load_state_dict(checkpoint.state.trackers)
+        sinks.start(run_info(settings, run_dir, checkpoint))
+        yield console, sinks
+        status = 0
+    finally:
+        sinks.close(status)
 
 
 def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None) -> RunInfo:
