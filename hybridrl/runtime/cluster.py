@@ -50,7 +50,7 @@ class Cluster:
     """
 
     device: str
-    """cpu or cuda; known inside the context."""
+    """cpu or cuda; set inside the context."""
 
     def __init__(self, settings: RunSettings, connection: Connection | None = None) -> None:
         self.settings = settings
@@ -128,7 +128,7 @@ class Cluster:
         return slots
 
     def _gpus_per_worker(self, teams: list[Team], *, colocated: bool) -> dict[str, float]:
-        """By the name of the team."""
+        """The GPUs, or the share of one, of each worker, by the name of its team."""
         if self.device == "cpu":
             return {team.name: 0.0 for team in teams}
         if colocated:
@@ -137,7 +137,11 @@ class Cluster:
         return {team.name: float(team.gpus) for team in teams}
 
     def _environment(self, team: Team, node: Node, crowd: int) -> dict[str, str]:
-        """Args: crowd: workers of the team on the node."""
+        """The environment of a worker.
+
+        Args:
+            crowd: the number of workers of the team on the node.
+        """
         threads = 1
         if team.heavy:
             chosen = self.settings.cluster.threads_per_worker

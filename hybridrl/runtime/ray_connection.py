@@ -45,10 +45,10 @@ class Connection(Protocol):
     def close(self) -> None: ...
 
     def resources(self) -> dict[str, float]:
-        """Of all nodes together, by Ray's names: "CPU", "GPU"."""
+        """The resources of all nodes together, by Ray's names: "CPU", "GPU"."""
 
     def free_resources(self) -> dict[str, float]:
-        """As `resources`, of which no worker has taken any."""
+        """As `resources`, without those that workers have taken."""
 
     def reserve(
         self, bundles: Sequence[dict[str, float]], *, spread: bool, limit_s: float
@@ -110,7 +110,7 @@ class RayConnection:
 
 
 def node_of(record: dict[str, Any]) -> Node:
-    """Args: record: as ray.nodes() has it."""
+    """The machine of one entry of ray.nodes()."""
     return Node(
         id=record["NodeID"],
         address=record["NodeManagerAddress"],

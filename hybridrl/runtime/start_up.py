@@ -1,4 +1,4 @@
-"""What the console says while workers start, which takes from seconds to many minutes."""
+"""Notices on the console while workers start, which takes from seconds to many minutes."""
 
 import time
 from collections.abc import Callable, Sequence
