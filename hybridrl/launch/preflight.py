@@ -87,7 +87,7 @@ def check_models(settings: RunSettings) -> None:
 
 
 def check_engines(settings: RunSettings, device: str) -> None:
-    """Refuse a model that the engines of this run would have to serve and cannot.
+    """Refuse a model that the engines of this run cannot serve.
 
     Args:
         device: on which the engines will run, cpu or cuda.
@@ -134,20 +134,20 @@ def check_token_ids(
             "add rows to the model (resize_token_embeddings) and save it, or use the "
             "tokenizer that it was trained with"
         )
-        lacking = (
+        deficit = (
             f"{setting}={path}: its tokenizer has {size} tokens and the model {rows} rows "
             "of embeddings"
         )
         if (end := tokenizer.eos_token_id) is not None and end >= rows:
             raise ConfigError(
-                f"{lacking}, none for the end token {tokenizer.eos_token!r}; {remedy}"
+                f"{deficit}, none for the end token {tokenizer.eos_token!r}; {remedy}"
             )
         for prompt in prompts:
             largest = max(max(ids) for ids in (prompt.input_ids, *prompt.responses))
             if largest >= rows:
                 token = tokenizer.convert_ids_to_tokens(largest)
-                raise ConfigError(f"{lacking}, none for {token!r} in {prompt.uid}; {remedy}")
-        log.warning("%s; no prompt contains one of the tokens without a row", lacking)
+                raise ConfigError(f"{deficit}, none for {token!r} in {prompt.uid}; {remedy}")
+        log.warning("%s; no prompt contains one of the tokens without a row", deficit)
 
 
 def check_teachers(
@@ -159,7 +159,7 @@ def check_teachers(
     always masked.
 
     Returns:
-        the tokenizers of the teachers that have a path, by name.
+        The tokenizers of the teachers that have a path, by name.
 
     Raises:
         ConfigError: its tokenizer has other tokens, or begins or ends a text with another one; or
@@ -191,7 +191,7 @@ def check_teachers(
 
 
 def different_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
-    """The difference of two tokenizers, as a clause; empty if there is none."""
+    """The difference between two tokenizers, as a clause; empty if there is none."""
     student_ids = student.get_vocab()
     teacher_ids = teacher.get_vocab()
     differing = sorted(

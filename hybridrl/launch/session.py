@@ -126,7 +126,7 @@ def train(settings: RunSettings) -> RunResult:
 
 
 def start_notice(settings: RunSettings, checkpoint: Checkpoint | None) -> str:
-    """The line that the console prints while workers start."""
+    """The line that the console prints before workers start."""
     teachers = "" if checkpoint else ", ".join(teachers_to_measure(settings))
     if not teachers:
         return "starting workers ..."
@@ -135,7 +135,7 @@ def start_notice(settings: RunSettings, checkpoint: Checkpoint | None) -> str:
 
 @contextmanager
 def naming_what_is_saved(settings: RunSettings, run_dir: Path) -> Iterator[None]:
-    """If the run ends before its last step, add to the error how it can be continued.
+    """If the run ends before its last step, add to the error a remedy that continues it.
 
     Raises:
         FleetExhausted, ClusterLost, Preempted: with that addition.
@@ -193,7 +193,8 @@ class Session:
     levels: Mapping[str, float] = field(default_factory=dict, init=False)
     """The teachers' accuracies, for the first row of a run."""
     steps_done: int | None = field(default=None, init=False)
-    """By the newest attempt when it ended; None: none has come to its first step yet."""
+    """The steps that the last attempt had done when it ended; None: no attempt has begun to train.
+    """
 
     @property
     def log_dir(self) -> str:
@@ -236,14 +237,14 @@ class Session:
                 same way at the same step again.
         """
         last_error: WorkerError | None = None
-        last_step: int | None = None  # what was done before it
+        last_step: int | None = None  # the steps that were done before that error
         for restarts_left in reversed(range(1 + self.settings.cluster.max_restarts)):
             try:
                 if last_error is not None:
                     workers = self.recover(workers, last_error)
                     checkpoint = self.go_back()
                 return self.attempt(workers, checkpoint)
-            except WorkerError as error:  # engines, scorers and reward workers are replaced before
+            except WorkerError as error:  # others are replaced without a new attempt
                 if isinstance(error, WorkerTimeout):
                     dump_stacks()
                 step = self.steps_done
@@ -331,8 +332,8 @@ def same_fault(
     transient.
 
     Args:
-        before_step, step: the steps that were done before each of the two; None: no attempt came
-            so far.
+        before_step, step: the steps that were done before each of the two errors; None: no attempt
+            had begun to train.
     """
     same = (before.worker, before.call, before.reason) == (error.worker, error.call, error.reason)
     return raised(error) and same and before_step == step
@@ -361,7 +362,7 @@ def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
         The training and the held-out prompts.
 
     Raises:
-        ConfigError, DataError, RunDirectoryError: one sentence on the first thing that cannot work.
+        ConfigError, DataError, RunDirectoryError: one sentence about the first check that fails.
     """
     check_metrics(settings)
     check_sinks(settings.tracking)
@@ -378,9 +379,9 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """Tokenized training and held-out prompts.
 
     Raises:
-        ConfigError: a model cannot be used (check_models, check_token_ids), a teacher in
-            use or a reward model does not share the student's vocabulary, or a teacher its chat
-            template; or as load_problems, check_lengths and tokenize.
+        ConfigError: a model cannot be used (check_models, check_token_ids), a teacher in use or a
+            reward model does not share the student's vocabulary, or a teacher does not share its
+            chat template; or as load_problems, check_lengths and tokenize.
         DataError: as load_problems and tokenize.
     """
     check_models(settings)
@@ -400,13 +401,13 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     rollout = settings.rollout
     length = rollout.sequence_limit
     room = length - rollout.response_limit
-    used = settings.algorithm.data_fraction > 0  # otherwise the data's responses are not
+    use_responses = settings.algorithm.data_fraction > 0
     check_responses(settings, train_problems)
     check_templates(settings, tokenizer, teachers, train_problems)
     check_end_of_turn(settings, tokenizer, train_problems)
-    train_prompts = tokenize(train_problems, tokenizer, settings.data, room, length, responses=used)
-    heldout_prompts = tokenize(
-        heldout_problems, tokenizer, settings.data, room, length, responses=used
+    train_prompts, heldout_prompts = (
+        tokenize(problems, tokenizer, settings.data, room, length, responses=use_responses)
+        for problems in (train_problems, heldout_problems)
     )
     check_token_ids(settings, tokenizer, [*train_prompts, *heldout_prompts])
     return train_prompts, heldout_prompts
@@ -421,11 +422,11 @@ def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
     """
     if not settings.algorithm.data_fraction:
         return
-    wanted = settings.algorithm.responses_per_prompt
-    what = {1: "one response", 2: "a chosen and a rejected response"}[wanted]
-    option = {1: "solution", 2: "pair"}[wanted]
+    needed = settings.algorithm.responses_per_prompt
+    what = {1: "one response", 2: "a chosen and a rejected response"}[needed]
+    option = {1: "solution", 2: "pair"}[needed]
     for problem in problems:
-        if len(problem.responses) != wanted:
+        if len(problem.responses) != needed:
             raise ConfigError(
                 f"algorithm.data_fraction={settings.algorithm.data_fraction}: needs {what} for "
                 f"each prompt, {problem.row} brings {len(problem.responses)}; give data that "

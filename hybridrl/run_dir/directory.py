@@ -1,4 +1,4 @@
-"""The run directory: one run, whose settings are in config.yaml, and which locks it meanwhile."""
+"""The run directory. It holds one run, which locks it, and whose settings are in config.yaml."""
 
 import fcntl
 import os
@@ -148,7 +148,7 @@ def check_not_foreign(run_dir: Path) -> None:
 
 
 def is_output(path: Path) -> bool:
-    """Whether our stdout or stderr is that file, as in `hybridrl train ... > DIR/log`."""
+    """Whether this process writes stdout or stderr to the file, as by `> DIR/log`."""
     streams = [stream for stream in (sys.__stdout__, sys.__stderr__) if stream is not None]
     with suppress(OSError, ValueError):  # a stream is closed, or is not a file
         status = path.stat()

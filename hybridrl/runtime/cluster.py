@@ -187,7 +187,7 @@ def own_bundles(
     return bundles, [Seat(team, bundle) for bundle, team in enumerate(members)]
 
 
-def device_of(wanted: Device, gpus: float, cuda_build: str | None) -> str:
+def device_of(chosen: Device, gpus: float, cuda_build: str | None) -> str:
     """cpu or cuda. Ray counts GPUs through the driver, so it reports them even if torch is built
     without CUDA.
 
@@ -196,19 +196,19 @@ def device_of(wanted: Device, gpus: float, cuda_build: str | None) -> str:
         cuda_build: torch.version.cuda; None: torch for CPUs.
 
     Raises:
-        ConfigError: cuda is wanted and cannot be had.
+        ConfigError: cuda is required and is not available.
     """
-    if wanted is Device.cuda and not gpus:
+    if chosen is Device.cuda and not gpus:
         raise ConfigError(
             "cluster.device=cuda: the Ray cluster has no GPU; use cluster.device=cpu or start Ray "
             "with --num-gpus"
         )
-    if wanted is Device.cuda and not cuda_build:
+    if chosen is Device.cuda and not cuda_build:
         raise ConfigError(
             "cluster.device=cuda: the installed torch is a build for CPUs; use cluster.device=cpu "
             "or install the gpu extra"
         )
-    return "cuda" if wanted is not Device.cpu and gpus and cuda_build else "cpu"
+    return "cuda" if chosen is not Device.cpu and gpus and cuda_build else "cpu"
 
 
 def gpu_share(teams: int) -> float:
