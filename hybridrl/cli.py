@@ -213,25 +213,7 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
     flags = [a for a in arguments if a not in overrides]  # with their values
     check_flags(flags)
-    status: list[int] = []  # of the jobs so far
-    run_dirs: set[str] = set()  # of the jobs so far
-
-    def job(composed: DictConfig) -> int:
-        redact.log_warnings()  # Hydra has configured logging so that every library logs
-        settings = to_settings(composed, overrides)
-        if settings.run.dir in run_dirs:
-            raise ConfigError(
-                f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set "
-                "run.dir='runs/${hydra:job.num}'"
-            )
-        run_dirs.add(settings.run.dir)
-        return run(settings)
-
-    def next_job(composed: DictConfig) -> None:
-        status.append(exit_status(lambda: job(composed)))
-        if status[-1] in (TRY_AGAIN, INTERRUPTED):
-            raise SystemExit(status[-1])
-
+    sweep = Sweep(overrides, run)
     shows = any(flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags)
     if not shows:
         check_overrides(overrides)
@@ -244,12 +226,49 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     output: AbstractContextManager[object] = redirect_stdout(shown) if shows else nullcontext()
     try:
         with one_sentence(overrides), output:
-            main_of(next_job)()
+            main_of(sweep.next_job)()
     finally:
         redact.referred(overrides, overrides)  # --resolve shows the values of variables
         text = masked_yaml(shown.getvalue())
         print(commented(text) if any(flag in HELP for flag in flags) else text, end="")
-    return max(status, default=0)
+    return max(sweep.statuses, default=0)
+
+
+class Sweep:
+    """The jobs of one command, which Hydra starts one after another; without --multirun a single
+    one.
+
+    Args:
+        overrides: of the command line.
+        run: is called with the settings of each job; returns its exit status.
+    """
+
+    def __init__(self, overrides: Sequence[str], run: Callable[[RunSettings], int]) -> None:
+        self.overrides = overrides
+        self.run = run
+        self.statuses: list[int] = []  # of the jobs so far
+        self.run_dirs: set[str] = set()  # of the jobs so far
+
+    def next_job(self, composed: DictConfig) -> None:
+        """Run a job and note its exit status.
+
+        Raises:
+            SystemExit: a signal has ended it, so that no further job may start.
+        """
+        self.statuses.append(exit_status(lambda: self._run_job(composed)))
+        if self.statuses[-1] in (TRY_AGAIN, INTERRUPTED):
+            raise SystemExit(self.statuses[-1])
+
+    def _run_job(self, composed: DictConfig) -> int:
+        redact.log_warnings()  # Hydra has configured logging so that every library logs
+        settings = to_settings(composed, self.overrides)
+        if settings.run.dir in self.run_dirs:
+            raise ConfigError(
+                f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set "
+                "run.dir='runs/${hydra:job.num}'"
+            )
+        self.run_dirs.add(settings.run.dir)
+        return self.run(settings)
 
 
 def report_verb(arguments: Sequence[str]) -> int:

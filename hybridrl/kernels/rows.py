@@ -76,11 +76,7 @@ def row_gradients(
     dense = torch.zeros_like(logp)
     for scale, (_, gradient) in zip(factors.dense, pairs, strict=True):
         dense = dense + torch.where(scale[:, None] != 0, scale[:, None] * gradient, 0.0)
-    onehot = (
-        torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)[None]
-        == ids.to(torch.int32)[:, None]
-    )
-    sparse = factors.sparse[:, None] * torch.where(onehot, 1 - p, -p)
+    sparse = _sparse_gradient(factors.sparse, p, ids)
     dense_sq = (dense * dense).sum(-1)
     sparse_sq = (sparse * sparse).sum(-1)
     dense_sparse = (dense * sparse).sum(-1)
@@ -98,6 +94,21 @@ def row_gradients(
         sparse_sq=sparse_sq,
         dense_sparse=dense_sparse,
     )
+
+
+def _sparse_gradient(scale: Tensor, p: Tensor, ids: Tensor) -> Tensor:
+    """[c, V] the gradient of scale * log p(y) at the logits: scale * (onehot(y) - p).
+
+    Args:
+        scale: [c].
+        p: [c, V].
+        ids: [c] the tokens y.
+    """
+    onehot = (
+        torch.arange(p.shape[1], device=p.device, dtype=torch.int32)[None]
+        == ids.to(torch.int32)[:, None]
+    )
+    return scale[:, None] * torch.where(onehot, 1 - p, -p)
 
 
 def row_work(

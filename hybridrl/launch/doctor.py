@@ -1,4 +1,6 @@
-"""`hybridrl doctor`: can this machine train, and is it closed to strangers? Changes nothing.
+"""`hybridrl doctor`: whether this machine can train, and whether it is closed to strangers.
+
+It changes nothing.
 
 It prints one line per check:
 
@@ -391,20 +393,20 @@ def sources(settings: RunSettings) -> Iterator[Finding]:
     from hybridrl.models.reach import reach  # loads transformers
 
     # (path, revision, kind) of each source, by the setting that names it
-    named = {"model.path": (settings.model.path, settings.model.revision, "model")}
+    source_of = {"model.path": (settings.model.path, settings.model.revision, "model")}
     for name, teacher in settings.teachers.items():
         if teacher.path is not None:
-            named[f"teachers.{name}.path"] = (teacher.path, teacher.revision, "model")
+            source_of[f"teachers.{name}.path"] = (teacher.path, teacher.revision, "model")
     for name, function in settings.reward.functions.items():
         if function.function == "reward_model" and "path" in function.options:
             key = f"reward.functions.{name}.options.path"
-            named[key] = (str(function.options["path"]), None, "model")
+            source_of[key] = (str(function.options["path"]), None, "model")
     data = settings.data
     for key, data_path in {"data.path": data.path, "data.heldout_path": data.heldout_path}.items():
         if data_path is not None:
             dataset = data_path if Path(data_path).exists() else data_path.partition(":")[0]
-            named[key] = (dataset, data.revision, "dataset")
-    for key, (path, revision, kind) in named.items():
+            source_of[key] = (dataset, data.revision, "dataset")
+    for key, (path, revision, kind) in source_of.items():
         source = reach(path, revision, kind=kind)
         level = Level.ok if source.reached else Level.fail
         yield Finding(level=level, name=f"{key}={path}", text=source.text)
@@ -479,10 +481,12 @@ def local_dashboards(proc: Path) -> Iterator[tuple[str, int]]:
 def answers_strangers(host: str, port: int, *, secure: bool = False) -> bool | None:
     """Whether the job API, which runs any command, answers without a token; None: no answer."""
     wildcard = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
-    at = wildcard.get(host, host)
-    connection = http.client.HTTPConnection(at, port, timeout=PROBE_S)
+    target = wildcard.get(host, host)
+    connection = http.client.HTTPConnection(target, port, timeout=PROBE_S)
     if secure:  # the certificate is not verified, as no secret is sent
-        connection = http.client.HTTPSConnection(at, port, timeout=PROBE_S, context=unverified())
+        connection = http.client.HTTPSConnection(
+            target, port, timeout=PROBE_S, context=unverified()
+        )
     try:
         connection.request("GET", "/api/jobs/")
         return connection.getresponse().status not in (401, 403)

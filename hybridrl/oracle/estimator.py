@@ -113,10 +113,31 @@ class Estimator:
         return assign_credit(self.objective, [batch], plan)[0]
 
     def batch(self, members: Tensor, source: Source) -> ScoredBatch:
-        """The batch that rollout, scorers and rewards would send, in float64.
+        """The batch that rollout, scorers and rewards would send, in float64."""
+        rollout = self.rollout(members, source)
+        values = self.mdp.rewards[members.flatten()].numpy()
+        rewards = Rewards(
+            uids=rollout.uids,
+            values=values,
+            part_names=("it",),
+            parts=values[None],
+            errors=np.zeros(len(values), bool),
+            keep=np.ones(len(values), bool),
+            compressed=np.full(len(values), np.nan),
+            repeated=np.full(len(values), np.nan),
+        )
+        at, _ = self._at(members)
+        names = self.settings.scored_teachers
+        scores = tuple(
+            self.scores(name, self.mdp.teachers[i], evidence, rollout, at)
+            for i, (name, evidence) in enumerate(
+                zip(names, self.objective.needs.evidence, strict=True)
+            )
+        )
+        return ScoredBatch(rollout=rollout, scores=scores, rewards=rewards)
 
-        A prompt of one token precedes each response.
-        """
+    def rollout(self, members: Tensor, source: Source) -> RolloutBatch:
+        """The sequences as an engine would send them, each after a prompt of one token."""
         mdp = self.mdp
         groups, k = members.shape
         at, tokens = self._at(members)
@@ -127,10 +148,9 @@ class Estimator:
         ids = np.zeros(len(mask), np.int32)
         ids[mask] = tokens
         support = self.sampler_support(at, tokens, source)
-        uids = tuple(f"g{g}" for g in range(groups))
         logp = mdp.logp(author(mdp, source))[at, tokens]
-        rollout = RolloutBatch(
-            uids=uids,
+        return RolloutBatch(
+            uids=tuple(f"g{g}" for g in range(groups)),
             columns=(COLUMNS,) * groups,
             prompt_texts=("",) * groups,
             prompt_lengths=(1,) * groups,
@@ -146,25 +166,6 @@ class Estimator:
             source=source,
             support_ids=support.numpy().astype(np.int32),
         )
-        values = mdp.rewards[members.flatten()].numpy()
-        rewards = Rewards(
-            uids=uids,
-            values=values,
-            part_names=("it",),
-            parts=values[None],
-            errors=np.zeros(len(values), bool),
-            keep=np.ones(len(values), bool),
-            compressed=np.full(len(values), np.nan),
-            repeated=np.full(len(values), np.nan),
-        )
-        names = self.settings.scored_teachers
-        scores = tuple(
-            self.scores(name, mdp.teachers[i], evidence, rollout, at)
-            for i, (name, evidence) in enumerate(
-                zip(names, self.objective.needs.evidence, strict=True)
-            )
-        )
-        return ScoredBatch(rollout=rollout, scores=scores, rewards=rewards)
 
     def sampler_support(self, at: Tensor, tokens: Tensor, source: Source) -> Tensor:
         """[R, K] the most likely tokens of the policy that wrote the sequence, as it sends them."""

@@ -3,6 +3,7 @@
 Letters: V vocabulary, T longest response, P prefixes, S sequences.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -68,8 +69,7 @@ def make_mdp(
     """A random model.
 
     Drawn are, in this order: student N(0,1), teacher 1.5 N(0,1), rewards below 0.3, the sampler's
-    distance in units of N(0,1), a second teacher, the data's author and the values. Prefixes and
-    sequences are sorted by length, then lexicographically.
+    distance in units of N(0,1), a second teacher, the data's author and the values.
 
     Args:
         sampler_distance: standard deviation of the sampler's logits around the student's; 0: the
@@ -80,18 +80,10 @@ def make_mdp(
             teachers' draws are their distance from the student, else a sequence's cost would be
             mostly whether it ends.
     """
-    going = range(vocabulary - 1 if ends else vocabulary)
-    prefixes = [p for length in range(horizon) for p in product(going, repeat=length)]
-    stopped = [(*p, vocabulary - 1) for p in prefixes] if ends else []
-    sequences = sorted(stopped + list(product(going, repeat=horizon)), key=lambda y: (len(y), y))
-    row = {prefix: i for i, prefix in enumerate(prefixes)}
-
-    def pad(values):
-        return [*values, *[0] * (horizon - len(values))]
-
+    prefixes, sequences = enumerated(vocabulary, horizon, ends=ends)
     rng = np.random.default_rng(seed)
 
-    def table():
+    def table() -> Tensor:
         return torch.from_numpy(rng.standard_normal((len(prefixes), vocabulary)))
 
     student = table()
@@ -103,6 +95,7 @@ def make_mdp(
     second = near + 1.5 * table()
     data = table()
     student = student + learned * (teacher - student)
+    tokens, mask, rows = sequence_tensors(prefixes, sequences, horizon)
     return Mdp(
         student=student,
         sampler=student + distance,
@@ -110,7 +103,37 @@ def make_mdp(
         data=data,
         values=torch.from_numpy(rng.standard_normal(len(prefixes))),
         rewards=torch.from_numpy(rewarded.astype(np.float64)),
-        tokens=torch.tensor([pad(y) for y in sequences]),
-        mask=torch.tensor([pad([True] * len(y)) for y in sequences], dtype=torch.bool),
-        prefixes=torch.tensor([pad([row[y[:t]] for t in range(len(y))]) for y in sequences]),
+        tokens=tokens,
+        mask=mask,
+        prefixes=rows,
     )
+
+
+def enumerated(
+    vocabulary: int, horizon: int, *, ends: bool
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """All prefixes and all sequences, each sorted by length, then lexicographically.
+
+    Args:
+        ends: as of make_mdp.
+    """
+    going = range(vocabulary - 1 if ends else vocabulary)
+    prefixes = [p for length in range(horizon) for p in product(going, repeat=length)]
+    stopped = [(*p, vocabulary - 1) for p in prefixes] if ends else []
+    sequences = sorted(stopped + list(product(going, repeat=horizon)), key=lambda y: (len(y), y))
+    return prefixes, sequences
+
+
+def sequence_tensors(
+    prefixes: Sequence[tuple[int, ...]], sequences: Sequence[tuple[int, ...]], horizon: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mask and rows of the prefixes, each [S, T], as Mdp has them."""
+    row = {prefix: i for i, prefix in enumerate(prefixes)}
+
+    def pad(values: Sequence[int]) -> list[int]:
+        return [*values, *[0] * (horizon - len(values))]
+
+    tokens = torch.tensor([pad(y) for y in sequences])
+    mask = torch.tensor([pad([True] * len(y)) for y in sequences], dtype=torch.bool)
+    rows = torch.tensor([pad([row[y[:t]] for t in range(len(y))]) for y in sequences])
+    return tokens, mask, rows

@@ -47,6 +47,11 @@ class Pending:
     deadline_s: float
     epoch: int = 0  # how many workers of that name there were before the one that was called
 
+    @property
+    def incarnation(self) -> tuple[str, int]:
+        """The worker that was called, as distinct from others of its name before and after it."""
+        return self.worker, self.epoch
+
     def result(self) -> Any:
         """Wait for the result.
 
@@ -188,22 +193,21 @@ def settle(
         time_left = last_answer + deadline_s - clock()
         timeout_s = max(min(time_left, next_watch - clock()), 0.001)
         for ref in store.wait(list(waiting), timeout_s):
-            done = waiting.pop(ref)
+            answered = waiting.pop(ref)
             last_answer = clock()
             try:
-                values[ref] = store.fetch(done, time_left)
+                values[ref] = store.fetch(answered, time_left)
             except WorkerError as error:
                 values[ref] = error
-                failures[done.worker, done.epoch] = error
+                failures[answered.incarnation] = error
         if waiting and clock() >= next_watch:  # not after each answer: it pings every engine
             next_watch = clock() + WATCH_S
             if (unanswered := watch()) is not None:
-                key = unanswered.worker, unanswered.epoch
-                failures[key] = _timeout(unanswered, unanswered.deadline_s)
+                failures[unanswered.incarnation] = _timeout(unanswered, unanswered.deadline_s)
         if len(values) < enough and clock() >= last_answer + deadline_s:
-            failures |= {(p.worker, p.epoch): _timeout(p, deadline_s) for p in waiting.values()}
+            failures |= {p.incarnation: _timeout(p, deadline_s) for p in waiting.values()}
     for ref, p in waiting.items():
-        values[ref] = failures.get((p.worker, p.epoch))
+        values[ref] = failures.get(p.incarnation)
     return [values[p.ref] for p in pending], list(failures.values())
 
 
@@ -225,16 +229,14 @@ def outcomes(
     end = time.monotonic() + limit
     done: set[Reference] = set()
     silent: set[tuple[str, int]] = set()
-    while waiting := [
-        p.ref for p in pending if p.ref not in done and (p.worker, p.epoch) not in silent
-    ]:
+    while waiting := [p.ref for p in pending if p.ref not in done and p.incarnation not in silent]:
         RAY_STORE.check()
         timeout_s = max(min(end - time.monotonic(), WATCH_S), 0)
         done |= set(ray.wait(waiting, num_returns=len(waiting), timeout=timeout_s)[0])
         if time.monotonic() >= end:
             break
         if (unanswered := watch()) is not None:
-            silent.add((unanswered.worker, unanswered.epoch))
+            silent.add(unanswered.incarnation)
     results: list[Any] = []
     for p in pending:
         try:

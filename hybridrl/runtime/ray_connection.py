@@ -53,10 +53,10 @@ class Connection(Protocol):
     def close(self) -> None: ...
 
     def resources(self) -> dict[str, float]:
-        """Of all nodes together, by Ray's names: "CPU", "GPU"."""
+        """The resources of all nodes together, by Ray's names: "CPU", "GPU"."""
 
     def free_resources(self) -> dict[str, float]:
-        """As `resources`, of which no worker has taken any."""
+        """As `resources`, without those that workers have taken."""
 
     def reserve(
         self, bundles: Sequence[dict[str, float]], *, spread: bool, limit_s: float
@@ -118,6 +118,7 @@ class RayConnection:
 
 
 def node_of(record: Record) -> Node:
+    """The machine of one entry of ray.nodes()."""
     return Node(id=node_id(record), address=node_address(record), cpus=node_cpus(record))
 
 

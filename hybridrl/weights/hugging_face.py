@@ -70,12 +70,7 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        for pattern in TEXT_FILES:
-            for path in source.glob(pattern):
-                if not path.name.endswith(".index.json"):  # names the source's weight shards
-                    copy = unfinished / path.relative_to(source)
-                    copy.parent.mkdir(exist_ok=True)
-                    shutil.copy(path, copy)
+        _copy_text_files(source, unfinished)
         if template is not None and template.is_file():
             shutil.copy(template, unfinished / TEMPLATE)
         dtype = next(iter(tensors.values())).dtype
@@ -88,6 +83,16 @@ def export(
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _copy_text_files(source: Path, folder: Path) -> None:
+    """Copy configuration, tokenizer and chat templates of a model."""
+    for pattern in TEXT_FILES:
+        for path in source.glob(pattern):
+            if not path.name.endswith(".index.json"):  # names the source's weight shards
+                copy = folder / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(path, copy)
 
 
 def _tie(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> bool:

@@ -30,6 +30,7 @@ from hybridrl.run_dir.directory import (
     FREE,
     changes,
     check_inputs,
+    describe_directory,
     earlier_settings,
     find_checkpoint,
     flat,
@@ -503,6 +504,26 @@ def test_a_new_directory_continues_the_checkpoint_it_is_given_with_the_rows_so_f
     ]
     start(settings_of(new, start_from), step=12)
     assert resume(settings_of(new, start_from)) == 12, "the same command goes on with the run's own"
+
+
+def test_a_description_of_a_directory_says_and_refuses_what_a_run_in_it_would(tmp_path: Path):
+    old = tmp_path / "old"
+    new = tmp_path / "new"
+    start(settings_of(old))
+    named = old / "checkpoints" / "step_000010"
+    start_from = f"run.resume_from={named}"
+    assert describe_directory(settings_of(old), {}) == "continues after step 10"
+    assert describe_directory(settings_of(new), {}) == "a new run"
+    assert describe_directory(settings_of(new, start_from), {}) == (
+        f"continues after step 10, from {named}"
+    )
+    with pytest.raises(CheckpointError, match=r"run\.resume=required: no checkpoint in"):
+        describe_directory(settings_of(new, "run.resume=required"), {})
+    with pytest.raises(RunDirectoryError, match=r"10 steps are done, and train\.steps=5"):
+        describe_directory(
+            settings_of(old, "train.steps=5", "run.allow_changes=[train,algorithm]"), {}
+        )
+    assert not new.exists()
 
 
 def test_a_named_checkpoint_is_not_passed_over_when_it_is_damaged_or_of_other_settings(
