@@ -14,7 +14,7 @@ from hybridrl.types import Prompt, Shard, UpdatePlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankShare:
-    """What one learner rank takes of a batch."""
+    """The part of a batch that one learner rank trains on."""
 
     shard: Shard
     chunks: tuple[int, ...]  # which chunks hold the rank's groups: indices into GlobalBatch.used
@@ -58,13 +58,13 @@ def divide(used: Sequence[Arrived], *, num_ranks: int, num_teachers: int) -> Glo
     places = [(chunk, group) for chunk, a in enumerate(used) for group in a.groups]
     shares = []
     for indices in balance_groups([int(n) for t in tokens for n in t], num_ranks):
-        mine = [places[i] for i in indices]
-        chunks = sorted({chunk for chunk, _ in mine})
+        rank_places = [places[i] for i in indices]
+        chunks = sorted({chunk for chunk, _ in rank_places})
         shard = Shard(
             num_chunks=len(chunks),
             num_teachers=num_teachers,
             groups=tuple(
-                tuple(group for owner, group in mine if owner == chunk) for chunk in chunks
+                tuple(group for place, group in rank_places if place == chunk) for chunk in chunks
             ),
         )
         shares.append(RankShare(shard=shard, chunks=tuple(chunks)))
@@ -108,8 +108,8 @@ def _num_micro_batches(share: RankShare, batch: GlobalBatch, settings: RunSettin
         per_group = header.num_tokens.reshape(-1, header.group_size)  # [G, K] int64
         lengths += per_group[list(groups)].flatten().tolist()
     train = settings.train
-    made = micro_batches(lengths, train.max_tokens_per_micro_batch, packed=train.packing)
-    return max(len(made), 1)
+    batches = micro_batches(lengths, train.max_tokens_per_micro_batch, packed=train.packing)
+    return max(len(batches), 1)
 
 
 def learning_rate(settings: RunSettings, step: int) -> float:
@@ -126,10 +126,10 @@ def learning_rate(settings: RunSettings, step: int) -> float:
 def trained_uids(
     arrived: Sequence[Arrived], used: Sequence[Arrived], returning: Sequence[Prompt]
 ) -> tuple[list[str], list[str]]:
-    """Which of the drawn prompts were trained on, and which were passed over.
+    """The uids of the drawn prompts that were trained on, and of those that were passed over.
 
-    A group that is not used, or whose reward failed, is passed over. Prompts that come again are
-    neither.
+    A group that is not used, or whose reward failed, is passed over. Prompts that are drawn again
+    are neither.
     """
     trained = [
         a.header.uids[group]
@@ -137,5 +137,5 @@ def trained_uids(
         for group in a.groups
         if a.rewards.keep.reshape(-1, a.header.group_size)[group].all()
     ]
-    elsewhere = {*trained, *(prompt.uid for prompt in returning)}
-    return trained, [uid for a in arrived for uid in a.header.uids if uid not in elsewhere]
+    not_passed_over = {*trained, *(prompt.uid for prompt in returning)}
+    return trained, [uid for a in arrived for uid in a.header.uids if uid not in not_passed_over]
