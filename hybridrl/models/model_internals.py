@@ -1,7 +1,7 @@
 """The private names of torch and transformers that this package uses.
 
-Seen in torch 2.13 and transformers 5.19; tests/models/test_model_internals.py fails when they
-change.
+They are as in torch 2.13 and transformers 5.19; tests/models/test_model_internals.py fails when
+they change.
 """
 
 from torch import nn

@@ -1,6 +1,4 @@
-"""The learner's side of the teachers: from the columns that scorers sent to what the head pass
-compares the student with.
-"""
+"""The learner's side of the teachers: from columns that scorers sent to the head pass's input."""
 
 from collections.abc import Sequence
 
@@ -18,8 +16,8 @@ from hybridrl.teachers.teacher_model import load_teacher_head
 
 
 class TeacherInbox:
-    """What the learner keeps of each scored teacher: its evidence, and its output embedding where
-    the evidence needs one.
+    """The learner's copy of each scored teacher: its evidence, and its output embedding where the
+    evidence needs one.
     """
 
     def __init__(
@@ -29,7 +27,13 @@ class TeacherInbox:
         vocabulary: int,
         device: torch.device,
     ) -> None:
-        """heads: of each teacher [V, H], on the device; None: its evidence needs none."""
+        """
+        Args:
+            evidence: of each scored teacher.
+            heads: the output embedding [V, H] of each of them, on the device; None: its evidence
+                needs none.
+            vocabulary: V, the student's.
+        """
         self.evidence = tuple(evidence)
         self.heads = tuple(heads)
         self.vocabulary = vocabulary
@@ -62,8 +66,11 @@ class TeacherInbox:
         return any(evidence.name for evidence in self.evidence)
 
     def head_inputs(self, columns: Sequence[TeacherColumns]) -> tuple[Teacher, ...]:
-        """What the head pass compares the student with; a teacher that says only the drawn token's
-        log-prob is not among them.
+        """The teachers with which the head pass compares the student. A teacher that sends only the
+        drawn token's log-prob is not among them.
+
+        Args:
+            columns: of each scored teacher, for the tokens of one micro-batch.
         """
         teachers = []
         for evidence, head, column in zip(self.evidence, self.heads, columns, strict=True):
@@ -79,7 +86,10 @@ class TeacherInbox:
         return tuple(teachers)
 
     def idle(self) -> list[TeacherColumns]:
-        """One row of weight 0 per teacher, in the widths and dtypes of the run."""
+        """Columns of one row of weight 0 for each teacher, in the widths and dtypes of the run.
+
+        They are for a micro-batch of a rank that has no sequence left.
+        """
         return [
             TeacherColumns(
                 rows=self._idle_rows(evidence, head),
