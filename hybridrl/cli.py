@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def exit_status(act: Callable[[], int]) -> int:
     """Call `act` and return its exit status, or that of its error.
 
-    Our own errors, and errors of files, are printed as one sentence.
+    Errors of hybridrl, and errors of files, are printed as one sentence.
     """
     try:
         return act()
@@ -145,10 +145,10 @@ def option(name: str, arguments: Sequence[str]) -> tuple[list[str], str | None]:
     """
     rest = []
     values = []
-    waiting = iter(arguments)
-    for argument in waiting:
+    remaining = iter(arguments)
+    for argument in remaining:
         if argument == name:
-            values.append(next(waiting, ""))
+            values.append(next(remaining, ""))
         elif argument.startswith(f"{name}="):
             values.append(argument.partition("=")[2])
         else:
@@ -175,17 +175,20 @@ def doctor_verb(arguments: Sequence[str]) -> int:
 
 
 def run_training(settings: RunSettings) -> int:
-    done = run_settings(settings)
-    if done.accuracy_before is not None and done.accuracy_after is not None:
-        teachers = ", ".join(f"{name} {level:.1%}" for name, level in done.teacher_accuracy.items())
+    """Train, print the result and return the exit status."""
+    result = run_settings(settings)
+    if result.accuracy_before is not None and result.accuracy_after is not None:
+        teachers = ", ".join(
+            f"{name} {accuracy:.1%}" for name, accuracy in result.teacher_accuracy.items()
+        )
         print(
-            f"held-out accuracy {done.accuracy_before:.1%} -> {done.accuracy_after:.1%}"
+            f"held-out accuracy {result.accuracy_before:.1%} -> {result.accuracy_after:.1%}"
             + (f" (teacher {teachers})" if teachers else "")
         )
-    if done.export:
-        print(f"model   {done.export}")
-    if done.report:
-        print(f"report  {done.report}")
+    if result.export:
+        print(f"model   {result.export}")
+    if result.report:
+        print(f"report  {result.report}")
     return 0
 
 
@@ -200,7 +203,9 @@ def run_checks(settings: RunSettings) -> int:
 
 
 def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = run_training) -> int:
-    """Let Hydra handle its flags: --help, --cfg, --info, --multirun. Its errors are shown as ours.
+    """Let Hydra handle its flags: --help, --cfg, --info, --multirun.
+
+    Its errors become one sentence, as those of hybridrl are.
 
     The jobs of a sweep run one after another. If one fails the next ones still run, but not after
     SIGTERM or Ctrl-C.
@@ -214,8 +219,10 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     flags = [a for a in arguments if a not in overrides]  # with their values
     check_flags(flags)
     sweep = Sweep(overrides, run)
-    shows = any(flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags)
-    if not shows:
+    only_prints = any(
+        flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags
+    )
+    if not only_prints:
         check_overrides(overrides)
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
@@ -223,7 +230,9 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     # Hydra does not accept overrides both before and after a flag.
     sys.argv = ["hybridrl train", *overrides, *flags]
     shown = io.StringIO()  # the settings, if Hydra prints them instead of running jobs
-    output: AbstractContextManager[object] = redirect_stdout(shown) if shows else nullcontext()
+    output: AbstractContextManager[object] = (
+        redirect_stdout(shown) if only_prints else nullcontext()
+    )
     try:
         with one_sentence(overrides), output:
             main_of(sweep.next_job)()

@@ -4,9 +4,9 @@ from hybridrl.settings.run import RunSettings
 from hybridrl.types import LearnerStats
 
 SMALL_KL = 0.01
-"""Nats a token. Below it, 20 to 40 % of the dense gradient is rounding, and below 0.001 more than
-the gradient itself: shares measured at the hidden states of SmolLM2-135M for a teacher at KL 0.012,
-0.003 and 0.0005.
+"""Nats a token. Below it, rounding is 20 to 40 % of the dense gradient, and below 0.001 it is
+larger than the gradient. These shares were measured at the hidden states of SmolLM2-135M, for
+teachers at a KL of 0.012, 0.003 and 0.0005.
 """
 
 

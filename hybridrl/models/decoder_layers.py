@@ -1,4 +1,4 @@
-"""How decoder layers run on the CPU: plain attention and compiled layers, where either is faster.
+"""Decoder layers on the CPU: plain attention and compiled layers, where either is faster.
 
 Between its matrix products a layer of transformers makes some fifty passes over its activations.
 Compiled (torch.compile with its C++ backend) they become a few; the products do not change.
@@ -16,6 +16,7 @@ from hybridrl.models.model_internals import attention_of, discard_compiled, wrap
 logger = logging.getLogger(__name__)
 
 PLAIN_ATTENTION_TOKENS = 1024
+"""Longest row for which attention is computed by plain matrix products."""
 
 COMPILE_FROM = 256
 """The smallest hidden size for which compiling layers pays.
@@ -24,10 +25,10 @@ SmolLM2 takes 46 s once, which torch caches on disk, and 8 to 10 s at each later
 """
 
 MOST_GRAPHS = 16
-"""Graphs of all layers together.
+"""Largest number of graphs of all layers together.
 
-Two kinds of layers, each with and without gradients, for one row and for several, and as many
-spare.
+Two kinds of layers, each with and without gradients, for one row and for several, are 8 graphs; as
+many are in reserve.
 """
 
 TRACED_TOKENS = 61

@@ -1,4 +1,4 @@
-"""How the pool starts its child processes: without secrets and without the owner's main script.
+"""The start of the pool's child processes, without secrets and without the owner's main script.
 
 This file reaches into three internals of multiprocessing, as of Python 3.11 to 3.13:
 

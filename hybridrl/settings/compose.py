@@ -46,7 +46,7 @@ def conf_dir() -> Path:
     for path in CONF_DIRS:
         if path.is_dir():
             return path
-    raise ConfigError(f"no conf folder at {' or '.join(map(str, CONF_DIRS))}: reinstall hybridrl")
+    raise ConfigError(f"no conf folder at {' or '.join(map(str, CONF_DIRS))}; reinstall hybridrl")
 
 
 def register_schema() -> None:
@@ -99,7 +99,7 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
         ):
             for name, entry in entries.items():
                 as_written = written_entries[name]
-                if isinstance(as_written, Mapping):  # else it is a reference to another one
+                if isinstance(as_written, Mapping):  # otherwise it is a reference to another entry
                     entry.options = redact.referred(as_written.get("options"), entry.options)
         check_finite(asdict(settings))
         check_settings(settings)
@@ -116,7 +116,7 @@ EXAMPLES = {
     "0.5}}'",
     SinkConfig: "{key}=FILE.py:CLASS or '{key}={{sink: FILE.py:CLASS, options: {{NAME: VALUE}}}}'",
 }
-"""How an entry of these types is written."""
+"""How an entry of each type is written."""
 
 
 def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
@@ -283,7 +283,7 @@ def to_yaml(settings: RunSettings) -> str:
 
 
 def masked_yaml(text: str) -> str:
-    """The settings that Hydra prints, with secrets masked; references ${oc.env:NAME} remain."""
+    """YAML as Hydra prints it, with secrets masked; references ${oc.env:NAME} remain."""
     try:
         printed = OmegaConf.to_container(OmegaConf.create(text))
     except (yaml.YAMLError, OmegaConfBaseException):

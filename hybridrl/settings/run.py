@@ -65,7 +65,7 @@ def check_path(key: str, path: str | None) -> None:
         raise ConfigError(f"{key} is empty, as from a variable that is not set; give a folder")
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in path):
         raise ConfigError(
-            f"{key}={path!a}: holds a line break, a control character or bytes that are no UTF-8; "
+            f"{key}={path!a}: holds a line break, a control character or bytes that are not UTF-8; "
             "give it another name"
         )
 
@@ -169,8 +169,8 @@ class TrainConfig:
             raise ConfigError(f"train.lr={self.lr}: must be positive and finite")
         if self.lr_end is not None and not (self.lr_end >= 0 and math.isfinite(self.lr_end)):
             raise ConfigError(
-                f"train.lr_end={self.lr_end}: must be finite and not negative, or training would "
-                "end by going uphill"
+                f"train.lr_end={self.lr_end}: must be finite and not negative, or the last steps "
+                "would increase the loss"
             )
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"train.betas={self.betas}: AdamW needs two numbers in [0, 1)")
@@ -307,7 +307,9 @@ class RewardConfig:
                 "at least 1"
             )
         if not 0 <= self.max_error_rate <= 1:
-            raise ConfigError(f"reward.max_error_rate={self.max_error_rate}: a fraction, in [0, 1]")
+            raise ConfigError(
+                f"reward.max_error_rate={self.max_error_rate}: must be a fraction, in [0, 1]"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -423,7 +425,7 @@ class ClusterConfig:
         if self.max_restarts < 0:
             raise ConfigError(
                 f"cluster.max_restarts={self.max_restarts}: must not be negative; 0 ends the run "
-                "at the first loss"
+                "at the first worker that fails"
             )
 
 

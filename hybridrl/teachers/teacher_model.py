@@ -1,4 +1,4 @@
-"""What a scorer runs: a Hugging Face model, or a user's own class."""
+"""The model that a scorer runs: a Hugging Face model, or a user's own class."""
 
 from typing import Protocol
 
@@ -27,7 +27,7 @@ class TeacherModel(Protocol):
         ...
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """[B, T, H]: from the state at t follow the logits of the token at t + 1.
+        """[B, T, H]: the state at t, times head^T, gives the logits of the token at t + 1.
 
         Args:
             input_ids, attention_mask, position_ids: [B, T] int64; the mask is 0 in the padding.
@@ -106,7 +106,7 @@ def check_own_models(settings: RunSettings) -> None:
         except Exception as error:
             raise ConfigError(
                 f"{field}: its method states raised {described(error)} for the single token 1; "
-                "try it in Python"
+                "correct the class"
             ) from error
         if not isinstance(states, Tensor) or states.shape != expected:
             shape = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
@@ -125,7 +125,7 @@ def _of_users_file(settings: RunSettings, teacher: str, name: str) -> TeacherMod
     except Exception as error:
         raise ConfigError(
             f"{field}: making an object of it raised {described(error)}; it is made without "
-            "arguments"
+            "arguments, so correct the class"
         ) from error
     lacking = [part for part in ("head", "states") if not hasattr(model, part)]
     if lacking:

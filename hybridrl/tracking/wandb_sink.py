@@ -159,9 +159,9 @@ def base_url() -> str:
 
 
 def unreachable() -> str:
-    """Why a run cannot be sent to the W&B server, as a clause; empty if it answers like one.
+    """Why a run cannot be sent to the W&B server, as a clause; empty if it can.
 
-    W&B's own client retries for most of a minute before it reports an error. Only a GraphQL answer
+    The client of W&B retries for most of a minute before it reports an error. Only a GraphQL answer
     counts: not a login page, a page of a proxy, or the JSON of another service. Whether the key is
     valid is not checked here: the client's own error says so.
     """
