@@ -1,4 +1,4 @@
-"""What the ranks take of a step, and what it costs."""
+"""The division of a step's batch among the ranks, and the cost of the step in bytes."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def arrived(name: str, groups: tuple[int, ...]) -> Arrived:
 
 
 def test_every_used_group_belongs_to_one_rank_and_each_rank_gets_the_values_of_its_chunks():
-    """Groups of 2, 6 and 6 tokens over two ranks: 6 + 2 and 6."""
+    """Groups of 2, 6 and 6 tokens are divided into 6 + 2 tokens and 6 tokens."""
     batch = divide([arrived("a", (0, 1)), arrived("b", (1,))], num_ranks=2)
     owned = sorted(
         (chunk, group)

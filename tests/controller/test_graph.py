@@ -1,4 +1,4 @@
-"""The real graph: two Ray nodes, two vLLM engines, two DeepSpeed ranks, two scorers, two reward
+"""The real graph: two Ray nodes, two vLLM engines, two DeepSpeed ranks, two scorers and two reward
 workers.
 """
 
@@ -146,7 +146,9 @@ def controller(graph: Graph, tmp_path: Path) -> Controller:
     return replace(graph, run_dir=tmp_path).controller(graph.settings, graph.workers)
 
 
-def test_a_step_of_two_of_everything_logs_every_promised_key_and_fetches_no_tokens(controller):
+def test_a_step_with_two_workers_of_each_kind_logs_every_promised_key_and_fetches_no_tokens(
+    controller,
+):
     row = controller.step()
     assert set(row) >= PROMISED and [key for key in row if explain(key) is None] == []
     assert row["train/step"] == 1 and all(np.isfinite(row[key]) for key in PROMISED)
@@ -154,7 +156,7 @@ def test_a_step_of_two_of_everything_logs_every_promised_key_and_fetches_no_toke
     assert row["policy/staleness_mean"] == 0 and row["kl/token"] > 0 and row["grad/dense_norm"] > 0
 
 
-def test_there_are_two_of_everything_and_both_nodes_are_used(graph):
+def test_there_are_two_workers_of_each_kind_and_both_nodes_are_used(graph):
     nodes = graph.cluster.connection.nodes(graph.cluster.group)
     for name in ("learner", "rollout", "reward", "scorer-main"):
         assert len(graph.slots[name]) == 2
@@ -184,8 +186,8 @@ def test_another_zero_stage_trains_in_the_same_graph(graph, stage):
 
 
 def test_pipelined_steps_overlap_within_their_bound_and_lose_no_prompt(graph):
-    """Two steps ahead: the third step's tokens were asked for when version 0 served, and sampled
-    while version 1 and 2 came.
+    """With two steps ahead, the tokens of the third step are requested while the engines serve
+    version 0, and are sampled while versions 1 and 2 arrive.
     """
     pipelined = replace(graph.settings.pipeline, ahead=2, max_staleness=2)
     settings = replace(
@@ -198,7 +200,7 @@ def test_pipelined_steps_overlap_within_their_bound_and_lose_no_prompt(graph):
         taken.append([p.uid for p in controller.pipeline.in_flight()])
         assert controller.state({}).parts["pipeline"]["prompts"]["owed"] == taken[-1]
     assert [len(uids) for uids in taken] == [0, 32, 16, 0], (
-        "two waves ahead once one was seen whole, as far as there are steps"
+        "two waves of 16 are ahead once the size of one is known, and none after the fourth step"
     )
     assert (
         all(row["policy/staleness_max"] <= 2 for row in rows)
@@ -237,7 +239,7 @@ def test_tokens_that_are_too_old_are_sampled_again_or_weighted_and_no_prompt_is_
     )
     if policy is OnStale.drop:
         assert late == [0, 0, 0, 0.5, 0.5, 0.5] and max(off_policy[3:]) < 1e-9, (
-            "what was learned from was sampled anew"
+            "the tokens that were learned from were sampled anew"
         )
     else:
         assert max(late) == 0 and max(off_policy) > 1e-6, "the old tokens were learned from"
@@ -351,7 +353,7 @@ def test_a_stopped_scorer_ends_in_a_timeout_that_names_it(graph):
 
 
 def steps_on(controller: Controller) -> dict[str, float]:
-    """A step that lost nothing, whatever was lost."""
+    """Take a step after a worker was lost: it uses 16 prompts, loses none, and counts a restart."""
     position, restarts = controller.prompts.position, controller.workers.restarts
     row = controller.step()
     assert (controller.prompts.position - position) % 64 == 16, "of 64 prompts an epoch"
@@ -385,7 +387,7 @@ SHORT = DeadlineConfig(
 SILENCE_S = replace(
     SHORT, placement_s=1.0, start_s=1.0
 ).longest_silence_s  # of workers that have started
-SLACK_S = 10.0  # what else a step does until it asks that worker
+SLACK_S = 10.0  # other work of a step before it calls that worker
 
 
 @pytest.fixture
@@ -411,10 +413,10 @@ def test_a_worker_that_stops_is_replaced_in_time_and_the_others_write_their_stac
     os.kill(group.pids()[int(index)], signal.SIGSTOP)
     stopped = time.time()
     steps_on(controller)
-    (told,) = [
+    (warning,) = [
         record for record in caplog.records if "starting another worker" in record.getMessage()
     ]
-    assert kind in told.getMessage() and told.created - stopped <= SILENCE_S + SLACK_S
+    assert kind in warning.getMessage() and warning.created - stopped <= SILENCE_S + SLACK_S
     wait_until(lambda: log.read_text().count("most recent call first") > dumps)
 
 
@@ -427,19 +429,19 @@ def test_an_engine_that_stops_while_weights_come_is_replaced_and_the_others_writ
     controller.publish_weights()
     assert rollout.fleet.serving == {1}
     wait_until(lambda: log.read_text().count("most recent call first") > dumps)
-    steps_after = gather([*rollout.fleet.joining.values()])
-    assert steps_after[0]["version"] == -1, "it serves nothing before it was given the weights"
+    pings = gather([*rollout.fleet.joining.values()])
+    assert pings[0]["version"] == -1, "it serves nothing before it has received the weights"
     controller.step()
     assert rollout.fleet.serving == {0, 1}
 
 
-def test_a_learner_rank_that_stops_is_told_within_the_longest_silence(
+def test_a_learner_rank_that_stops_is_reported_within_the_longest_silence(
     graph, controller, short_deadlines
 ):
-    """The run goes back to its checkpoint then, which tests/launch/test_faults.py sees; here the
-    rank goes on and the step is lost.
+    """A run then goes back to its checkpoint, which tests/launch/test_faults.py tests. Here the
+    rank continues, and its step is lost.
     """
-    controller.probe.check()  # answered: the update is what the rank is asked next
+    controller.probe.check()  # so that the next call of the rank is the update
     os.kill(pid := graph.workers.learner.group.pids()[1], signal.SIGSTOP)
     stopped = time.time()
     try:
@@ -450,7 +452,7 @@ def test_a_learner_rank_that_stops_is_told_within_the_longest_silence(
         assert time.time() - stopped <= SILENCE_S + SLACK_S
     finally:
         os.kill(pid, signal.SIGCONT)
-    gather(graph.workers.learner.ready())  # it has made the step that nobody counts
+    gather(graph.workers.learner.ready())  # the rank has finished the step, which does not count
     controller.pipeline.settle([])
     controller.publish_weights()
 
@@ -476,7 +478,7 @@ def test_a_killed_scorer_is_replaced_and_scores_the_same_tokens(graph, controlle
     assert group.pids()[1] != pid
 
     os.kill(pid := group.pids()[1], signal.SIGKILL)
-    controller.save({}, last=True)  # asks every scorer what it remembers
+    controller.save({}, last=True)  # needs the state of every scorer
     assert (
         group.pids()[1] != pid
         and controller.checkpointer.newest().state.step == controller.steps_done
@@ -486,8 +488,8 @@ def test_a_killed_scorer_is_replaced_and_scores_the_same_tokens(graph, controlle
 def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_is_learned_from_it(
     graph, controller
 ):
-    """It received what was sent, and says so: the digest is right, the weights are not the
-    learner's.
+    """The engine received what was sent, so its digest is right, but the weights are not those of
+    the learner.
     """
     learner, group = graph.workers.learner, graph.workers.rollout.group
     manifest, packed = learner.pack_weights(controller.weight_version)
@@ -508,7 +510,7 @@ def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_
 
 
 class Disagreeing:
-    """The learner of a graph, whose log-probs differ from the sampler's as the gap says."""
+    """The learner of a graph, whose statistics report `gap`, if it is not None."""
 
     def __init__(self, learner: LearnerGroup, gap: float | None = None) -> None:
         self.learner = learner
@@ -538,17 +540,17 @@ def test_a_step_whose_sampler_and_learner_differ_too_much_ends_the_run(graph, co
 
 
 class Skipping:
-    """The learner of a graph, which leaves its next batches out."""
+    """The learner of a graph, which skips its next `count` batches."""
 
     def __init__(self, learner: LearnerGroup, count: int) -> None:
         self.learner = learner
         self.device = learner.device
-        self.left = count
+        self.remaining = count
 
     def update(self, *arguments: object) -> LearnerStats:
-        if self.left:
-            self.left -= 1
-            raise SkippedStep("as told")
+        if self.remaining:
+            self.remaining -= 1
+            raise SkippedStep("on purpose")
         return self.learner.update(*arguments)
 
 
@@ -559,12 +561,12 @@ def test_batches_that_are_left_out_are_passed_over_and_one_too_many_ends_the_run
     controller._step_or_skip()
     (line,) = read_ledger(tmp_path)
     assert (line["step"], len(line["passed_over"]), len(line["trained"])) == (1, 32, 16)
-    controller.learner.left = 3
-    with pytest.raises(SkippedStep, match="as told"):
+    controller.learner.remaining = 3
+    with pytest.raises(SkippedStep, match="on purpose"):
         controller._step_or_skip()
 
 
-def test_an_engine_that_cannot_be_replaced_any_more_is_done_without_and_the_last_one_ends_the_run(
+def test_a_run_continues_without_an_engine_that_cannot_be_replaced_and_ends_without_the_last_one(
     graph, controller, caplog
 ):
     """The graph has no engine afterwards; `every_engine_serves` gives the next test new ones."""

@@ -1,4 +1,4 @@
-"""What is measured of a step, against numbers counted by hand, and the page that explains it."""
+"""The metrics of a step, against numbers counted by hand, and the page that explains them."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -76,7 +76,7 @@ def alone() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("alone")
-def test_means_are_over_all_that_was_added_and_nothing_has_no_mean():
+def test_means_are_over_all_values_that_were_added_and_no_values_have_no_mean():
     tally = Tally(CPU)
     tally.add("kl/token", torch.tensor([1.0, 3.0, math.nan]), torch.tensor([True, True, False]))
     tally.add("kl/token", torch.tensor([5.0]))
@@ -95,7 +95,7 @@ def test_means_are_over_all_that_was_added_and_nothing_has_no_mean():
 
 
 def micro_batch(batch: RolloutBatch, sparse: list[float], *, out: int | None = None) -> MicroBatch:
-    """Every response token of weight 1, but for the one at `out`."""
+    """A micro-batch whose response tokens have weight 1, and the one at `out` weight 0."""
     weight = torch.ones(len(sparse))
     if out is not None:
         weight[out] = 0.0
@@ -123,13 +123,16 @@ def head_stats(logprobs: list[float], entropy: list[float], kl: list[float]) -> 
     )
 
 
-LONG_AND_SHORT = make_batch(
-    [((1, 2), [(5, 6, 7, 8, 9, 2), (2,)])]
-)  # the sampler said log-prob -1 of every token
+# The sampler's log-prob of every token is -1.
+LONG_AND_SHORT = make_batch([((1, 2), [(5, 6, 7, 8, 9, 2), (2,)])])
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_step_is_measured_over_its_live_tokens():
+    """Six of seven tokens are live. Their ratios rho are 1, 2, 1, 1, 1 and 1/2, of sum 6.5 and sum
+    of squares 8.25; rho - 1 - log rho sums to 0.5. Their advantages are 2, 1, 0, 0, 0 and -3. Both
+    gradients have squared norms 9 and 16 and the inner product -6, and so the cosine -6 / 12.
+    """
     tally, log2 = Tally(CPU), math.log(2)
     stats = head_stats(
         [-1, -1 + log2, -1, -1, -1, -50, -1 - log2], [1, 2, 3, 4, 5, 99, 7], [1, 1, 1, 1, 1, 99, 3]
@@ -173,17 +176,16 @@ def test_a_step_is_measured_over_its_live_tokens():
         "policy/kl_sampler": 0.5 / 6,
         "policy/kept_frac": 0.5,
     }
-    assert row == pytest.approx(
-        by_hand, abs=1e-6
-    )  # the last quarter of the long one is the token that is out
+    # The last quarter has no live token: that of the long response is the one with weight 0.
+    assert row == pytest.approx(by_hand, abs=1e-6)
     typed = learner_stats(found, {}, 0.5)
     assert typed.logprob_gap == pytest.approx(2 * log2 / 6) and typed.learn_s == 0.5
     assert typed.token_kl == pytest.approx(8 / 6) and typed.sparse_norm == 4.0
 
 
 @pytest.mark.usefixtures("alone")
-def test_what_older_weights_sampled_does_not_count_as_a_gap_between_sampler_and_learner():
-    """Version 0 sampled everything; version 1 learns: their difference is learning, not a fault."""
+def test_tokens_that_older_weights_sampled_do_not_count_as_a_gap_between_sampler_and_learner():
+    """Version 0 sampled all tokens and version 1 learns, so they differ by what was learned."""
     tally = Tally(CPU)
     count_micro(
         tally,
@@ -204,7 +206,9 @@ def test_what_older_weights_sampled_does_not_count_as_a_gap_between_sampler_and_
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(("source", "sampled"), [(Source.teacher, True), (Source.data, False)])
-def test_who_did_not_sample_is_not_compared_with_the_learner(source: Source, sampled: bool):
+def test_only_tokens_that_the_student_sampled_are_compared_with_the_learner(
+    source: Source, sampled: bool
+):
     tally = Tally(CPU)
     batch = replace(LONG_AND_SHORT, source=source)
     count_micro(
@@ -232,14 +236,17 @@ def test_who_did_not_sample_is_not_compared_with_the_learner(source: Source, sam
         ({"entropy/token": 1.0, "kl/token": 0.1, "advantage/mean": 0.0}, "lower train.lr"),
     ],
 )
-def test_a_step_that_is_not_finite_names_what_was_not(found: dict[str, float], sentence: str):
+def test_the_remedy_of_a_step_that_is_not_finite_names_the_first_value_that_was_not(
+    found: dict[str, float], sentence: str
+):
     assert remedy(found).startswith(sentence)
     assert ("lower train.lr" in remedy(found)) is (
         sentence in ("the student's probabilities", "lower train.lr")
     )
 
 
-def test_the_quarters_of_a_response_are_its_own():
+def test_the_quarters_of_a_response_depend_only_on_its_own_length():
+    # token t of a response of n tokens is in quarter 4 t // n; the lengths are 4, 2, 8 and 1
     batch = make_batch([((1, 2), [(5, 6, 7, 8), (5, 2)]), ((1,), [(5, 6, 7, 8, 9, 5, 6, 2), (2,)])])
     assert quarters(micro_batch(batch, [0.0] * 15)).tolist() == [
         0,
@@ -270,7 +277,7 @@ def test_the_inner_product_of_both_gradients_is_that_of_the_gradients_alone():
         sparse=torch.tensor([1.0, -2.0, 9.0, 0.5, 3.0], dtype=torch.float64),
         sampler_logprobs=torch.zeros(5, dtype=torch.float64),
     )
-    told = (HiddenTeacher(hidden=teacher, lm_head=eye, weight=torch.ones(5)),)
+    given = (HiddenTeacher(hidden=teacher, lm_head=eye, weight=torch.ones(5)),)
 
     def gradient(teachers, terms) -> tuple[torch.Tensor, HeadStats]:
         hidden = logits.clone().requires_grad_()
@@ -278,20 +285,19 @@ def test_the_inner_product_of_both_gradients_is_that_of_the_gradients_alone():
         loss.backward()
         return hidden.grad, stats
 
-    dense, _ = gradient(told, terms._replace(sparse=torch.zeros(5, dtype=torch.float64)))
+    dense, _ = gradient(given, terms._replace(sparse=torch.zeros(5, dtype=torch.float64)))
     sparse, _ = gradient((), terms)
-    _, stats = gradient(told, terms)
+    _, stats = gradient(given, terms)
     assert (
         float(stats.dense_sparse) == pytest.approx(float((dense * sparse).sum()), rel=1e-12)
         and abs(float(stats.dense_sparse)) > 0.01
     )
 
 
-# -- what objectives watch -------------------------------------------------------------------------
+# -- metrics of objectives -------------------------------------------------------------------------
 
-PAIR = make_batch(
-    [((1,), [(5, 2), (6, 7, 8, 2)]), ((1, 2), [(5,), (6,)])]
-)  # the second group's rewards are equal: no pair
+# The rewards of the second group are equal, so it has no pair.
+PAIR = make_batch([((1,), [(5, 2), (6, 7, 8, 2)]), ((1, 2), [(5,), (6,)])])
 
 
 SEEN = (-0.5, -0.5, -2.0, -1.0, -1.0, -1.0, -9.0, -9.0)
@@ -314,7 +320,7 @@ def watched(loss: str, seen: Sequence[float] = SEEN, **changes) -> dict[str, flo
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_pair_is_told_by_its_scores():
+def test_a_pair_is_measured_by_its_scores():
     # log p: -1 of two tokens and -5 of four; log q: -2 and -4; so s_w = 1, s_l = -1
     assert watched("dpo") == pytest.approx(
         {
@@ -334,7 +340,7 @@ def test_a_pair_is_told_by_its_scores():
 
 @pytest.mark.usefixtures("alone")
 def test_a_pair_of_equal_scores_counts_as_half_ranked():
-    as_reference = [-1.0] * 8  # what make_scores says of each token, so s_w = s_l = 0
+    as_reference = [-1.0] * 8  # the reference log-prob of each token, so s_w = s_l = 0
     assert watched("dpo", as_reference)["pair/accuracy"] == 0.5
 
 
@@ -359,7 +365,7 @@ def scored_by(name: str, values: list[float], k: int) -> Rewards:
     return replace(make_rewards(batch, values), part_names=(name,))
 
 
-def test_groups_pass_with_any_response_and_equal_ones_are_counted():
+def test_a_group_passes_with_any_response_and_groups_of_equal_rewards_are_counted():
     row = reward_metrics(
         [scored_by("it", [1, 0, 0, 0], 2), scored_by("it", [0.5, 0.5, math.nan, 1], 2)]
     )
@@ -370,7 +376,7 @@ def test_groups_pass_with_any_response_and_equal_ones_are_counted():
     assert row["reward/it/mean"] == pytest.approx(3 / 7)
 
 
-def test_ranks_of_the_data_are_no_rewards():
+def test_the_order_of_given_pairs_is_no_reward():
     ranked = replace(scored_by("it", [1, 0], 2), part_names=(), parts=np.zeros((0, 2), np.float32))
     assert reward_metrics([ranked]) == {}
     assert reward_metrics([ranked, scored_by("it", [1, 1], 2)])["reward/mean"] == 1.0
@@ -406,7 +412,8 @@ def test_lengths_ends_and_staleness_come_from_headers():
     )
 
 
-def test_repetition_is_seen_in_ids_and_in_text():
+def test_repetition_is_measured_in_ids_and_in_text():
+    # of the three 4-grams 1212, 2121 and 1212, one is a repetition
     assert (
         repeated_share([1, 2, 1, 2, 1, 2]) == pytest.approx(1 / 3)
         and repeated_share([1, 2, 3, 4, 5]) == 0.0
@@ -456,7 +463,7 @@ def record() -> StepRecord:
     )
 
 
-def test_a_row_tells_of_the_whole_step():
+def test_a_row_has_metrics_of_every_part_of_the_step():
     row = step_row(record())
     by_hand = {
         "train/step": 4.0,
@@ -526,15 +533,15 @@ FOLLOWED = {
 }
 
 
-@pytest.mark.parametrize("said", FOLLOWED)
-def test_a_metric_that_no_step_has_cannot_be_followed(said: str):
+@pytest.mark.parametrize("override", FOLLOWED)
+def test_a_metric_that_no_step_has_cannot_be_followed(override: str):
     settings = load_config(
-        ["experiment=quickstart", "run.dir=here", "checkpoint.every=20", "eval.every=20", said]
+        ["experiment=quickstart", "run.dir=here", "checkpoint.every=20", "eval.every=20", override]
     )
     with pytest.raises(ConfigError) as error:
         check_metrics(settings)
     assert (
-        str(error.value) == f"{FOLLOWED[said]}: no step has such a metric; take one of "
+        str(error.value) == f"{FOLLOWED[override]}: no step has such a metric; take one of "
         "hybridrl/tracking/METRICS.md, e.g. reward/mean"
     )
 

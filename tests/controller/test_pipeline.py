@@ -1,4 +1,6 @@
-"""Sampling ahead of learning: what is drawn when, what comes again, and what a checkpoint owes."""
+"""Sampling ahead of learning: when prompts are drawn, which of them are drawn again, and which of
+them a checkpoint names.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,7 +50,7 @@ def drawn(prompts: list[Prompt], wave: str) -> list[PendingChunk]:
 
 
 class Recorder:
-    """Stands for Sampling: keeps what it was asked to draw."""
+    """Stands for Sampling, and records the waves that are drawn."""
 
     def __init__(self) -> None:
         self.waves: list[tuple[str, list[str]]] = []
@@ -63,17 +65,17 @@ def pipeline(*overrides: str) -> tuple[Pipeline, Recorder, PromptSource]:
     return Pipeline(given, recorder, source, Coefficients(given), store_bytes=1e9), recorder, source
 
 
-def test_in_step_a_wave_is_drawn_when_its_step_asks_for_it():
+def test_with_the_sync_schedule_a_wave_is_drawn_when_its_step_begins():
     made, recorder, _ = pipeline()
     for step in range(3):
         assert made.take(step).step == step
         assert [wave for wave, _ in recorder.waves] == [f"train-{s}" for s in range(step + 1)]
 
 
-def test_pipelined_two_steps_more_are_under_way_and_none_after_the_last():
+def test_with_the_pipelined_schedule_two_further_steps_are_under_way_and_none_after_the_last():
     made, recorder, _ = pipeline("schedule=pipelined")
     assert made.take(0).step == 0 and len(recorder.waves) == 1, (
-        "nobody knows yet how large a wave is"
+        "the size of a wave is not known yet"
     )
     made.wave_bytes = 10
     assert made.take(1).step == 1 and len(recorder.waves) == 4
@@ -82,8 +84,8 @@ def test_pipelined_two_steps_more_are_under_way_and_none_after_the_last():
 
 
 def test_sampling_waits_while_the_waves_ahead_would_fill_the_store():
-    """Waves of 10 bytes, the one at hand among them: three fit into 30, two into 29, one into 19;
-    the one at hand is always drawn.
+    """Waves have 10 bytes, and that of the present step counts too: three fit into 30 bytes, two
+    into 29 or 20, and one into 19. The wave of the present step is always drawn.
     """
     for limit, ahead in ((30, 2), (29, 1), (20, 1), (19, 0), (9, 0)):
         made, _, _ = pipeline("schedule=pipelined", f"pipeline.max_inflight_bytes={limit}")
@@ -107,19 +109,20 @@ def test_prompts_that_come_back_come_first_and_keep_their_epoch():
     assert again[2].uid.endswith("@0") and again[3].uid.endswith("@1")
 
 
-def test_a_resumed_source_owes_what_was_in_flight_and_what_came_back():
-    whole, stopped = PromptSource(PROMPTS, 0), PromptSource(PROMPTS, 0)
+def test_a_resumed_source_first_returns_the_prompts_that_were_in_flight_or_came_back():
+    uninterrupted = PromptSource(PROMPTS, 0)
+    stopped = PromptSource(PROMPTS, 0)
     stopped.next_batch(2)  # trained on
     in_flight, returned = stopped.next_batch(2), stopped.next_batch(3)
     stopped.put_back(returned[1:])
     resumed = PromptSource(PROMPTS, 0)
     resumed.load_state_dict(stopped.state_dict(in_flight))
     assert resumed.next_batch(5)[:4] == [*in_flight, *returned[1:]]
-    whole.next_batch(7)
-    assert resumed.next_batch(3) == whole.next_batch(4)[1:], "then the order goes on as ever"
+    uninterrupted.next_batch(7)
+    assert resumed.next_batch(3) == uninterrupted.next_batch(4)[1:], "then the order continues"
 
 
-def test_a_debt_that_the_data_cannot_pay_is_refused():
+def test_a_state_that_names_a_prompt_which_the_data_lacks_is_refused():
     with pytest.raises(DataError, match="owes prompt p9"):
         PromptSource(PROMPTS, 0).load_state_dict({"epoch": 0, "position": 0, "owed": ["p9@0"]})
 
@@ -129,9 +132,9 @@ def test_every_engine_gets_a_chunk_however_large_chunks_may_be():
     assert chunk_size(10, 1, 2) == 1 and chunk_size(0, 8, 2) == 1
 
 
-def test_a_batch_of_which_nothing_was_learned_is_owed_until_a_step_is_made():
-    """p0..p4 shuffled, two a step: the first two are left out but for the first of them, which
-    comes again at once.
+def test_the_prompts_of_a_skipped_batch_stay_in_flight_until_a_step_is_made():
+    """Two prompts are drawn a step. The first batch is skipped: its first prompt returns to the
+    source and is drawn again, and its second one stays in flight.
     """
     made, _, source = pipeline()
     first = made.take(0).prompts
@@ -158,8 +161,8 @@ def alone():
 
 @pytest.mark.graph
 def test_a_chunk_goes_to_the_engine_with_the_fewest_tokens_to_do(alone):
-    """Idle engines take turns; then the one whose long chunk still runs is spared until the other
-    has as much.
+    """Idle engines take turns. Then engine 0 has 12 tokens to do and engine 1 none, so that three
+    chunks of 5 tokens go to engine 1 before the next one goes to engine 0.
     """
     load = EngineLoad(2)
     assert load.assign([5, 5, 5, 5], {0, 1}) == [0, 1, 0, 1]
@@ -172,21 +175,27 @@ def test_a_chunk_goes_to_the_engine_with_the_fewest_tokens_to_do(alone):
 
 
 class Fleet:
-    """Stands for the workers of a run: told of a loss, it does what `then` says."""
+    """Stands for the workers of a run; `then` is called for each worker that is lost."""
 
     def __init__(
         self,
         silent: Pending | None = None,
         then: Callable[[WorkerError], None] = lambda error: None,
     ) -> None:
-        self.asked, self.then, self.lost, self.cancelled = silent, then, [], []
-        self.engines, self.scorers, self.replay, self.rewards = [self], [], None, self
+        self.silent_call = silent
+        self.then = then
+        self.lost: list[str] = []
+        self.cancelled: list[str] = []
+        self.engines = [self]
+        self.scorers = []
+        self.replay = None
+        self.rewards = self
 
     def silent(self) -> Pending | None:
-        return self.asked
+        return self.silent_call
 
     def lose(self, error: WorkerError) -> None:
-        self.asked = None
+        self.silent_call = None
         self.lost.append(error.worker)
         self.then(error)
 
@@ -216,7 +225,7 @@ def ended(value: object, worker: str = "rollout/0") -> Pending:
 def died(worker: str) -> Pending:
     @ray.remote(num_cpus=1, max_retries=0)
     def die() -> None:
-        raise WorkerDied(worker, "generate", "it was told to")
+        raise WorkerDied(worker, "generate", "on purpose")
 
     return Pending(ref=die.remote(), worker=worker, call="generate", deadline_s=60.0)
 
@@ -229,8 +238,8 @@ def sampled(headers: list[Pending]) -> list[PendingChunk]:
 
 
 @pytest.mark.graph
-def test_a_worker_that_is_silent_is_lost_though_nobody_waits_for_it(alone):
-    """What others have under way is no result then, and no error."""
+def test_a_worker_that_is_silent_is_lost_although_no_call_of_it_is_awaited(alone):
+    """A call of another worker that is under way then gives neither a result nor an error."""
     silent = replace(under_way("rollout/1"), call="ping", deadline_s=0.1)
     values, [lost] = settle([ended("x"), under_way("rollout/0")], lambda: silent)
     assert values == ["x", None] and isinstance(lost, WorkerTimeout) and lost.worker == "rollout/1"
@@ -239,7 +248,7 @@ def test_a_worker_that_is_silent_is_lost_though_nobody_waits_for_it(alone):
 
 
 @pytest.mark.graph
-def test_sampling_replaces_it_and_goes_on_waiting(alone):
+def test_sampling_replaces_a_silent_worker_and_continues_to_wait(alone):
     waited = sampled([ended("x"), under_way("rollout/0")])
 
     def arrive(error: WorkerError) -> None:
@@ -310,10 +319,10 @@ def test_groups_with_a_token_that_is_too_old_are_left_out_and_come_again():
         fresh, rewards(2), 5
     ) == (0,)
     assert sampling._used(header([3, 3], Source.data), rewards(2), 5) == (0,), "data has no version"
-    (both,) = drawn(PROMPTS[:1], "train-5")
-    chunk = replace(both.chunk, prompts=tuple(PROMPTS[:2]))
+    (one,) = drawn(PROMPTS[:1], "train-5")
+    chunk = replace(one.chunk, prompts=tuple(PROMPTS[:2]))
     arrived = [
-        Arrived(drawn=replace(both, chunk=chunk), header=mixed, rewards=rewards(4), groups=(0,))
+        Arrived(drawn=replace(one, chunk=chunk), header=mixed, rewards=rewards(4), groups=(0,))
     ]
     assert [p.uid for p in sampling.stale_prompts(arrived, 5)] == ["p1"]
     assert [a.groups for a in first_groups(arrived, 2)] == [(0,)]

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: at once while a run starts up, later where nothing would be lost."""
+"""SIGTERM, SIGHUP and Ctrl-C end a run: at once while it starts up, later where nothing is lost."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ BOTH = pytest.mark.parametrize(
 
 
 @BOTH
-def test_while_a_run_starts_up_it_ends_where_it_stands(number: int, name: str):
+def test_a_signal_ends_a_run_at_once_while_it_starts_up(number: int, name: str):
     with (
         pytest.raises(Preempted, match=f"^ended by {name}; the same command continues$"),
         Preemption().listening(),
@@ -32,7 +32,7 @@ def test_while_a_run_starts_up_it_ends_where_it_stands(number: int, name: str):
 
 
 @BOTH
-def test_once_it_has_started_it_ends_where_it_asks(number: int, name: str):
+def test_a_signal_ends_a_run_that_has_started_at_its_next_check(number: int, name: str):
     with Preemption().listening() as preemption:
         preemption.started()
         preemption.check()
@@ -42,7 +42,7 @@ def test_once_it_has_started_it_ends_where_it_asks(number: int, name: str):
 
 
 @BOTH
-def test_ctrl_c_ends_a_run_at_once_that_was_told_to_end_before(
+def test_ctrl_c_after_another_signal_ends_a_run_at_once(
     capfd: pytest.CaptureFixture, number: int, name: str
 ):
     with Preemption().listening() as preemption:
@@ -53,7 +53,7 @@ def test_ctrl_c_ends_a_run_at_once_that_was_told_to_end_before(
     assert ("once more ends it at once" in capfd.readouterr().err) == (number == signal.SIGINT)
 
 
-def test_what_took_the_order_for_an_error_of_its_own_does_not_hide_it():
+def test_a_signal_whose_exception_a_library_swallows_still_ends_the_run():
     with Preemption().listening() as preemption:
         with suppress(BaseException):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -61,15 +61,15 @@ def test_what_took_the_order_for_an_error_of_its_own_does_not_hide_it():
             preemption.started()
 
 
-@pytest.mark.parametrize(("status", "told"), [(signal.SIGTERM, Preempted), (3, SystemExit)])
-def test_an_end_by_rays_handler_of_the_signal_is_an_order_like_any_other(
-    status: int, told: type[BaseException]
+@pytest.mark.parametrize(("status", "error"), [(signal.SIGTERM, Preempted), (3, SystemExit)])
+def test_an_exit_by_rays_own_handler_of_sigterm_counts_as_the_signal_and_another_exit_does_not(
+    status: int, error: type[BaseException]
 ):
-    with pytest.raises(told), Preemption().listening():
+    with pytest.raises(error), Preemption().listening():
         sys.exit(status)
 
 
-def test_who_took_the_signal_before_has_it_again():
+def test_the_earlier_handlers_of_the_signals_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     preemption = Preemption()
     with preemption.listening():

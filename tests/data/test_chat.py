@@ -1,6 +1,6 @@
 """Chat templates in the forms that models ship.
 
-The model reads and learns everything that a row says, or there is an error.
+The model reads and learns all texts of a row, or there is an error.
 """
 
 import json
@@ -87,7 +87,7 @@ OPENS_THINK = QWEN3.replace(
     "{{ '<|im_start|>assistant\\n' }}\n  {%- if enable",
     "{{ '<|im_start|>assistant\\n<think>\\n' }}\n  {%- if enable",
 )
-"""Later models of the family open every assistant turn with <think>."""
+"""Later models of the family begin every assistant turn with <think>."""
 
 R1 = """\
 {{- bos_token }}
@@ -99,7 +99,7 @@ R1 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"""
 
-R1_WHOLE = R1.replace(".split('</think>')[-1]", "")
+R1_UNCUT = R1.replace(".split('</think>')[-1]", "")
 
 SHORT_THINK = """\
 {%- for m in messages -%}
@@ -226,9 +226,9 @@ THOUGHT = "<think>a</think>4"
         (QWEN3, "4", OPENED, "<think>\n\n</think>\n\n4<|im_end|>"),
         (OPENS_THINK, THOUGHT, OPENED + "<think>\n", "a\n</think>\n\n4<|im_end|>"),
         (OPENS_THINK, "a</think>4", OPENED + "<think>\n", "a\n</think>\n\n4<|im_end|>"),
-        (R1_WHOLE, THOUGHT, "<s><|user|>1+1?<|assistant|><think>\n", "a</think>4</s>"),
+        (R1_UNCUT, THOUGHT, "<s><|user|>1+1?<|assistant|><think>\n", "a</think>4</s>"),
         (
-            R1_WHOLE,
+            R1_UNCUT,
             "<think>\na</think>4",
             "<s><|user|>1+1?<|assistant|><think>\n",
             "a</think>4</s>",
@@ -434,13 +434,13 @@ def test_arguments_that_are_json_text_are_not_quoted_twice() -> None:
 
 def test_a_completion_of_several_messages_follows_the_rows_prompt(tmp_path: Path) -> None:
     turns = [bot("2"), user("3"), bot("4")]
-    continued, whole, pair = rows_of(
+    continued, complete, pair = rows_of(
         tmp_path,
         {"prompt": "1", "completion": turns},
         {"prompt": [user("1")], "completion": [user("1"), *turns]},
         {"prompt": [user("1")], "chosen": turns, "rejected": [*turns[:-1], bot("5")]},
     )
-    assert [p.prompt for p in (continued, whole, pair)] == [[user("1"), bot("2"), user("3")]] * 3
+    assert [p.prompt for p in (continued, complete, pair)] == [[user("1"), bot("2"), user("3")]] * 3
     assert (continued.responses, pair.responses) == (("4",), ("4", "5"))
     for row in (
         {"prompt": "1", "completion": [user("2"), bot("3")]},

@@ -1,8 +1,9 @@
-"""Problems, their tokenization and the cursor."""
+"""Problems, their tokenization, and the source that draws prompts in a resumable order."""
 
 import ast
 import json
 import logging
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -281,16 +282,24 @@ def test_a_row_that_fits_no_schema_is_named_with_the_reason(
         problems_of(tmp_path, {"prompt": "1"}, row)
 
 
-def test_a_source_whose_package_is_missing_is_refused_with_what_to_install(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").touch()
-    for package, path in (
-        ("pyarrow", str(tmp_path / "a.parquet")),
-        ("datasets", f"{tmp_path}:train"),
+@pytest.mark.parametrize(
+    ("package", "path"),
+    [
+        ("pyarrow", "{folder}/a.parquet"),
+        ("datasets", "{folder}:train"),
         ("datasets", "owner/name:train"),
-    ):
-        if find_spec(package) is None:
-            with pytest.raises(ConfigError, match=rf"=.*needs {package}.*hybridrl\[data\]"):
-                load_problems(DataConfig(task="records", path=path, heldout_path=path), seed=0)
+    ],
+)
+def test_a_source_whose_package_is_missing_is_refused_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, path: str
+) -> None:
+    (tmp_path / "a.parquet").touch()
+    for name in [*sys.modules, package]:
+        if name.partition(".")[0] == package:
+            monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+    source = path.format(folder=tmp_path)
+    with pytest.raises(ConfigError, match=rf"=.*needs {package}.*hybridrl\[data\]"):
+        load_problems(DataConfig(task="records", path=source, heldout_path=source), seed=0)
 
 
 PAIR_ROWS = [
@@ -406,7 +415,8 @@ def test_a_template_writes_its_own_special_tokens_and_the_generation_prompt() ->
     config = DataConfig(chat_template=True, system_prompt="1", instruction="{prompt}3")
     (prompt,) = tokenize([problem("2")], tokenizer, config, ROOM)
     assert prompt.text == "1/23/="
-    assert tokenizer.decode(list(prompt.input_ids)) == "1/23/="  # no <bos>: the template wrote none
+    # There is no <bos>, since the template does not write one.
+    assert tokenizer.decode(list(prompt.input_ids)) == "1/23/="
 
 
 @needs_smollm2
@@ -450,8 +460,8 @@ def test_a_chat_response_ends_where_the_template_ends_the_turn() -> None:
     messages = turns("Hi", "Hello.", "6*7=?", "It is 42.")
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     newline = tokenizer("\n").input_ids
-    whole = tokenizer(text, add_special_tokens=False).input_ids
-    assert [*prompt.input_ids, *prompt.responses[0], *newline] == whole
+    full = tokenizer(text, add_special_tokens=False).input_ids
+    assert [*prompt.input_ids, *prompt.responses[0], *newline] == full
     assert [tokenizer.decode(list(ids)) for ids in prompt.responses] == [
         "It is 42.<|im_end|>",
         "<|im_end|>",
@@ -463,8 +473,8 @@ def test_a_response_never_changes_the_tokens_of_its_prompt() -> None:
     tokenizer = load_tokenizer("builtin:smollm2-135m-instruct")
     (prompt,) = tokenize([problem("The sky is unbeliev", "able")], tokenizer, DataConfig(), 1000)
     assert list(prompt.input_ids) == tokenizer("The sky is unbeliev").input_ids
-    whole = tokenizer("The sky is unbelievable").input_ids
-    assert whole[: len(prompt.input_ids)] != list(prompt.input_ids)
+    together = tokenizer("The sky is unbelievable").input_ids
+    assert together[: len(prompt.input_ids)] != list(prompt.input_ids)
     text = tokenizer.decode([*prompt.input_ids, *prompt.responses[0]])
     assert text == "The sky is unbelievable<|im_end|>"
 
@@ -537,14 +547,16 @@ def test_the_order_depends_only_on_seed_and_epoch() -> None:
 
 @pytest.mark.parametrize("batches", range(8))
 def test_a_restored_cursor_continues_exactly_within_and_between_epochs(batches: int) -> None:
-    whole = PromptSource(named_prompts("abcdef"), seed=3)
+    uninterrupted = PromptSource(named_prompts("abcdef"), seed=3)
     for _ in range(batches):
-        whole.next_batch(2)
-    state = json.loads(json.dumps(whole.state_dict()))
+        uninterrupted.next_batch(2)
+    state = json.loads(json.dumps(uninterrupted.state_dict()))
     resumed = PromptSource(named_prompts("abcdef"), seed=3)
     resumed.load_state_dict(state)
-    assert [resumed.next_batch(2) for _ in range(7)] == [whole.next_batch(2) for _ in range(7)]
-    assert resumed.state_dict() == whole.state_dict()
+    assert [resumed.next_batch(2) for _ in range(7)] == [
+        uninterrupted.next_batch(2) for _ in range(7)
+    ]
+    assert resumed.state_dict() == uninterrupted.state_dict()
 
 
 def test_a_cursor_of_other_data_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Files in the forms in which people have them are read; everything else gets one sentence."""
+"""Files of the usual forms are read; any other file is refused in one sentence."""
 
 import bz2
 import datetime

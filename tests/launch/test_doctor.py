@@ -61,7 +61,7 @@ def test_a_stack_other_than_the_tested_one_fails_and_names_the_package(
     )
 
 
-def test_a_version_beside_the_lock_is_a_warning():
+def test_a_version_other_than_that_of_the_lock_is_a_warning():
     text = "torch==2.13.0+cpu \\\n    --hash=sha256:00\nray==2.60.0 \\\n    --hash=sha256:00\n"
     assert doctor.lock(text, GOOD.get).level is OK
     finding = doctor.lock(text, (GOOD | {"ray": "2.60.1"}).get)
@@ -86,7 +86,7 @@ def test_torch_engine_and_driver_must_be_of_one_device(
     assert doctor.device(cuda, available, driver, engine).level is level
 
 
-def test_a_program_that_is_missing_fails_or_hangs_is_told_within_its_deadline():
+def test_a_program_that_is_missing_fails_or_hangs_is_reported_within_its_deadline():
     assert doctor.run_program(["no-such-program"], 5)[0] == 127
     assert doctor.run_program(["sleep", "60"], 0.2) == (124, "no answer within 0.2 s")
     assert doctor.run_program(
@@ -113,7 +113,7 @@ def test_a_token_that_others_can_read_fails_with_the_remedy(
     tmp_path: Path, mode: int, level: Level
 ):
     token = tmp_path / "auth_token"
-    assert doctor.ray_token(token).level is OK, "there is none"
+    assert doctor.ray_token(token).level is OK, "there is no token"
     token.write_text("canary")
     token.chmod(mode)
     finding = doctor.ray_token(token)
@@ -168,10 +168,10 @@ def answering(
 @pytest.mark.parametrize(
     ("status", "opened"), [(200, True), (404, True), (401, False), (403, False)]
 )
-def test_a_job_api_is_closed_where_it_asks_for_a_token(status: int, opened: bool):
+def test_a_job_api_is_closed_where_it_requires_a_token(status: int, opened: bool):
     with answering(status) as port:
         assert doctor.answers_strangers("0.0.0.0", port) is opened
-    assert doctor.answers_strangers("127.0.0.1", port) is None, "nobody listens any more"
+    assert doctor.answers_strangers("127.0.0.1", port) is None, "the server has ended"
 
 
 def serving_tls(folder: Path, server: HTTPServer) -> None:
@@ -197,7 +197,7 @@ def serving_tls(folder: Path, server: HTTPServer) -> None:
 
 
 @pytest.mark.parametrize(("status", "level"), [(200, WARN), (401, OK)])
-def test_a_named_dashboard_is_asked_by_https_where_it_is_named_so(
+def test_a_dashboard_with_an_https_address_is_tested_by_https(
     tmp_path: Path, status: int, level: Level
 ):
     with answering(status, lambda server: serving_tls(tmp_path, server)) as port:
@@ -229,7 +229,7 @@ def test_a_named_dashboard_is_asked_by_https_where_it_is_named_so(
         ),
     ],
 )
-def test_an_address_that_is_none_or_where_nobody_is_is_told(
+def test_an_invalid_address_and_one_without_a_server_are_reported(
     address: str, level: Level, expected: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
@@ -237,7 +237,7 @@ def test_an_address_that_is_none_or_where_nobody_is_is_told(
     assert finding.level is level and expected in finding.text
 
 
-def test_an_address_without_a_port_means_that_of_its_protocol():
+def test_an_address_without_a_port_has_the_default_port_of_its_protocol():
     assert doctor.host_and_port("https://head") == ("head", 443, True)
     assert (
         doctor.host_and_port("http://head") == doctor.host_and_port("head") == ("head", 8265, False)

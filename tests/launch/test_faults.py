@@ -65,19 +65,21 @@ def outcome(run_dir: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def undisturbed(
+    overrides: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, object]:
     """The run without a fault."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     with training(overrides, run_dir) as process:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-3000:]
     return outcome(run_dir)
 
 
-def test_a_run_that_loses_its_learner_and_is_told_to_end_equals_one_that_nothing_happens_to(
-    overrides, whole, tmp_path
+def test_a_run_that_loses_its_learner_and_is_stopped_equals_a_run_without_a_fault(
+    overrides, undisturbed, tmp_path
 ):
-    """The learner dies in the fourth step, and the run goes back to its checkpoint of step two.
+    """The learner dies in the fourth step, and the run goes back to its checkpoint of step 2.
 
     After SIGTERM in the third step it saves that step and exits with 75, and the same command
     continues.
@@ -111,4 +113,4 @@ def test_a_run_that_loses_its_learner_and_is_told_to_end_equals_one_that_nothing
     assert process.returncode == 0 and f"continues after step {last} of {STEPS}" in output, output[
         -3000:
     ]
-    assert outcome(tmp_path / "run") == whole
+    assert outcome(tmp_path / "run") == undisturbed

@@ -24,24 +24,24 @@ def needs(prompt: int, answer: int, whole: int = 0) -> Needs:
             4096,
             (None, None),
             (640, 896, False),
-        ),  # 2 * 310 and 243 + 640, up to 64s
+        ),  # 2 * 310 and 243 + 640, rounded up to multiples of 64
         (needs(243, 310), math.inf, (None, None), (640, 896, False)),
         (
             needs(243, 2),
             4096,
             (None, None),
             (256, 512, False),
-        ),  # room to think before a short answer
+        ),  # at least 256 new tokens, for reasoning before a short answer
         (needs(100, 0), 4096, (None, None), (256, 384, False)),
         (
             needs(10, 300, 900),
             4096,
             (None, None),
             (640, 960, False),
-        ),  # a given pair of 900 fits too
+        ),  # a prompt and response of 900 tokens fit too
         (needs(18, 9), 64, (None, None), (46, 64, False)),  # all that the model has room for
         (needs(60, 9), 64, (None, None), (9, 64, True)),  # rows that leave no room for the answer
-        (needs(500, 90), 64, (None, None), (32, 64, True)),
+        (needs(500, 90), 64, (None, None), (32, 64, True)),  # half of the positions
         (needs(100, 9), 4096, (512, None), (512, 640, False)),
         (needs(100, 9), 4096, (None, 200), (100, 200, False)),
         (needs(100, 9), 4096, (None, 105), (9, 105, True)),

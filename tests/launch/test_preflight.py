@@ -81,9 +81,10 @@ def refusal(
 
 
 def test_a_permuted_vocabulary_of_the_same_size_is_refused_and_the_tokens_are_named(tmp_path: Path):
-    ours = tiny_tokenizer().get_vocab()
+    vocabulary = tiny_tokenizer().get_vocab()
     expected = (
-        f"'1' has id {ours['2']}, here {ours['1']}, '2' has id {ours['1']}, here {ours['2']}; "
+        f"'1' has id {vocabulary['2']}, here {vocabulary['1']}, "
+        f"'2' has id {vocabulary['1']}, here {vocabulary['2']}; "
     )
     assert expected in refusal(tmp_path, permuted())
 
@@ -190,11 +191,12 @@ def test_a_template_of_the_settings_counts_for_teachers_too_and_a_difference_is_
 
 
 def test_arguments_reach_the_teachers_template_too(tmp_path: Path, rows: list[str]):
-    ours = PLAIN + "{{ '=' if short else '+' }}"
+    template = PLAIN + "{{ '=' if short else '+' }}"
     rows = [*rows, "+data.chat_template_kwargs.short=true"]
-    (prompt,) = prepare(tmp_path, templated(ours), *rows, template=ours)
+    (prompt,) = prepare(tmp_path, templated(template), *rows, template=template)
     assert prompt.text == "1 2=3:="
-    assert "otherwise: '+' where" in refusal(tmp_path, templated(PLAIN + "+"), *rows, template=ours)
+    message = refusal(tmp_path, templated(PLAIN + "+"), *rows, template=template)
+    assert "otherwise: '+' where" in message
 
 
 @pytest.mark.parametrize(("end", "warned"), [("<pad>", True), ("<eos>", False), ("", False)])
@@ -231,7 +233,7 @@ def test_a_replica_that_answers_in_two_ways_is_named(second: TokenScores):
         check_repeats("main", [scores(-0.5)] * 2, [scores(-0.5), second])
 
 
-def test_the_probe_holds_a_prompt_for_every_routed_teacher():
+def test_the_probe_has_a_prompt_for_every_teacher_with_a_route():
     prompts = [
         Prompt(
             uid=f"p{i}", input_ids=(1,), text="", columns={"domain": "code" if i == 9 else "math"}

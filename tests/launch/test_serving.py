@@ -33,6 +33,8 @@ def test_the_arguments_of_vllm_follow_two_dashes():
             parse(wrong)
 
 
-def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_folder_without_a_model_is_refused_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
     assert main(["serve", str(tmp_path)]) == 2
     assert "exists but holds no config.json" in capsys.readouterr().err

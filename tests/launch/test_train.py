@@ -69,8 +69,8 @@ def watch(completions, api_key):
     seen = [*os.environ.values(), Path("/proc/self/environ").read_text()]
     return [float(not any("canary-" in value for value in seen))] * len(completions)
 """
-"""A reward that is only watched: 1 where its process sees no secret but the one that its option
-hands to it.
+"""A reward that is only measured. It is 1 where its process has no secret but the one that its
+option passes to it.
 """
 
 TRACKER = """
@@ -119,9 +119,9 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps without a break, with all trackers, two ranks of ZeRO-3 and two engines."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     (run_dir.parent / "tracker.py").write_text(TRACKER)
     tracker = f"{{sink:{run_dir.parent}/tracker.py:Tracker,options:{{file:{run_dir.parent}/rows}}}}"
     done = shell(
@@ -130,7 +130,7 @@ def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
         *overrides,
         f"run.dir={run_dir}",
         "tracking.wandb=offline",
-        f"+tracking.sinks.mine={tracker}",
+        f"+tracking.sinks.own={tracker}",
         "eval.teacher=true",
         env=CANARIES,
     )
@@ -144,7 +144,7 @@ def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, stopped after two steps that ran from Python and continued by the command."""
+    """The same run, whose first two steps run from Python and the others by the command."""
     run_dir = tmp_path_factory.mktemp("resumed") / "run"
     python = (sys.executable, "-c", FROM_PYTHON, str(run_dir.parent / "result.json"))
     for program, steps in ((python, 2), (("hybridrl", "train"), 4)):
@@ -154,8 +154,8 @@ def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     return run_dir
 
 
-def test_a_run_leaves_the_promised_files(whole):
-    names = {str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file()}
+def test_a_run_leaves_the_promised_files(uninterrupted):
+    names = {str(p.relative_to(uninterrupted)) for p in uninterrupted.rglob("*") if p.is_file()}
     assert {
         "config.yaml",
         "metrics.jsonl",
@@ -174,38 +174,41 @@ def test_a_run_leaves_the_promised_files(whole):
         "logs/rollout-1.log",
     } <= names
     assert any(name.startswith("wandb/") and name.endswith(".wandb") for name in names)
-    assert read_checkpoint(whole / "checkpoints" / "step_000004").state.trackers["wandb"]
+    assert read_checkpoint(uninterrupted / "checkpoints" / "step_000004").state.trackers["wandb"]
     assert not any(".unfinished" in name for name in names)
 
 
-def test_no_secret_of_the_environment_is_in_anything_that_a_run_leaves_or_prints(whole):
-    files = [path for path in whole.parent.rglob("*") if path.is_file()]
-    assert any(path.suffix == ".wandb" for path in files) and whole.parent / "printed.txt" in files
+def test_no_secret_of_the_environment_is_in_anything_that_a_run_leaves_or_prints(uninterrupted):
+    files = [path for path in uninterrupted.parent.rglob("*") if path.is_file()]
+    assert (
+        any(path.suffix == ".wandb" for path in files)
+        and uninterrupted.parent / "printed.txt" in files
+    )
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
-    assert "api_key: '***'" in (whole / "config.yaml").read_text()
+    assert "api_key: '***'" in (uninterrupted / "config.yaml").read_text()
 
 
-def test_the_children_that_run_reward_functions_see_no_secret(whole):
-    assert [row["reward/watch/mean"] for row in read_metrics(whole)[1:]] == [1.0] * 4
+def test_the_children_that_run_reward_functions_see_no_secret(uninterrupted):
+    assert [row["reward/watch/mean"] for row in read_metrics(uninterrupted)[1:]] == [1.0] * 4
 
 
-def test_every_step_is_in_the_metrics_once_and_the_teacher_is_measured(whole):
-    rows = read_metrics(whole)
+def test_every_step_is_in_the_metrics_once_and_the_teacher_is_measured(uninterrupted):
+    rows = read_metrics(uninterrupted)
     assert [row["train/step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [("eval/accuracy" in row) for row in rows] == [True, False, True, False, True]
     assert "eval/accuracy_teacher/main" in rows[0]
     assert all(row["controller/materialized_bytes"] == 0 for row in rows[1:])
 
 
-def test_a_resumed_run_equals_one_that_was_never_stopped_bit_by_bit(whole, resumed):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(uninterrupted, resumed):
     assert [lasting(row) for row in read_metrics(resumed)][1:] == [
-        lasting(row) for row in read_metrics(whole)
+        lasting(row) for row in read_metrics(uninterrupted)
     ][1:]
     files = [
         f"checkpoints/step_000004/learner-rank0000{rank}-of-00002.safetensors" for rank in (0, 1)
     ]
     assert all(
-        (resumed / name).read_bytes() == (whole / name).read_bytes()
+        (resumed / name).read_bytes() == (uninterrupted / name).read_bytes()
         for name in (*files, "ledger.jsonl")
     )
 
@@ -225,19 +228,21 @@ def test_a_run_from_python_returns_its_last_row_and_the_paths_of_what_it_left(re
     }
 
 
-def test_a_tracker_in_a_users_file_receives_every_row_and_sample_and_the_end(whole):
-    rows = whole.parent / "rows"
-    assert [json.loads(line) for line in rows.read_text().splitlines()] == read_metrics(whole)
+def test_a_tracker_in_a_users_file_receives_every_row_and_sample_and_the_end(uninterrupted):
+    rows = uninterrupted.parent / "rows"
+    assert [json.loads(line) for line in rows.read_text().splitlines()] == read_metrics(
+        uninterrupted
+    )
     samples = rows.with_suffix(".samples").read_text().splitlines()
     assert [line.partition(" of ")[2] for line in samples] == ["step 0", "step 2", "step 4"]
     assert rows.with_suffix(".end").read_text() == "0"
 
 
-def test_a_finished_run_is_not_trained_again(whole, overrides):
-    before = (whole / "metrics.jsonl").read_bytes()
-    done = train(*overrides, f"run.dir={whole}", "run.resume=never")
+def test_a_finished_run_is_not_trained_again(uninterrupted, overrides):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    done = train(*overrides, f"run.dir={uninterrupted}", "run.resume=never")
     assert done.returncode == 1 and "holds a run and run.resume=never" in done.stderr
-    assert (whole / "metrics.jsonl").read_bytes() == before
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_bad_setting_ends_in_one_sentence_before_any_actor_starts(tmp_path):
@@ -250,7 +255,7 @@ def test_a_bad_setting_ends_in_one_sentence_before_any_actor_starts(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_hydra_flags_work_as_hydra_users_expect(tmp_path):
+def test_the_flags_of_hydra_print_the_settings_and_the_help_and_write_nothing(tmp_path):
     job = shell(
         "hybridrl",
         "train",
@@ -294,7 +299,7 @@ def greedy_by_hand(run_dir: Path, prompt: list[int], tokens: int) -> list[int]:
 
 @contextmanager
 def served(run_dir: Path, template: Path, log: Path) -> Iterator[str]:
-    """`hybridrl serve RUN` as a user starts it, with a chat template the tiny tokenizer lacks."""
+    """`hybridrl serve RUN` as a user starts it, with a chat template, which the tokenizer lacks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -331,20 +336,20 @@ def answer(url: str, body: dict) -> dict:
 
 
 def test_a_served_run_answers_chats_and_completions_with_the_learners_greedy_output(
-    whole, tmp_path
+    uninterrupted, tmp_path
 ):
     tokenizer = tiny_tokenizer()
     texts = ("3 7 9=24:", "1 2 10=7:", "4 4 5=21:")
     prompts = [tokenizer(text).input_ids for text in texts]
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[0].content }}")
-    with served(whole, template, tmp_path / "serve.log") as url:
+    with served(uninterrupted, template, tmp_path / "serve.log") as url:
         common = {"model": "step_000004", "temperature": 0, "max_tokens": 12}
         common["return_token_ids"] = True
         choices = answer(f"{url}/v1/completions", {**common, "prompt": prompts})["choices"]
         messages = [{"role": "user", "content": texts[0]}]
         chat = answer(f"{url}/v1/chat/completions", {**common, "messages": messages})["choices"]
-    by_hand = [greedy_by_hand(whole, prompt, 12) for prompt in prompts]
+    by_hand = [greedy_by_hand(uninterrupted, prompt, 12) for prompt in prompts]
     assert [choice["token_ids"] for choice in choices] == by_hand
     assert chat[0]["token_ids"] == by_hand[0]
     expected = tokenizer.decode(by_hand[0], skip_special_tokens=True)
@@ -424,4 +429,4 @@ def test_a_job_on_two_nodes_with_tokens_is_stopped_saves_what_it_learned_and_goe
     assert "succeeded" in job.stdout and f"continues after step {last} of {last + 1}" in job.stdout
     assert [row["train/step"] for row in read_metrics(run_dir)] == list(range(last + 2))
     refused = shell("ray", "job", "list", env={**two_nodes, "RAY_AUTH_TOKEN": "not-the-token"})
-    assert refused.returncode != 0, "without the token nobody gets in"
+    assert refused.returncode != 0, "another token is refused"

@@ -1,8 +1,8 @@
-"""Published numbers of the objective's theory, from the production code path on enumerated models.
+"""Published numbers of the objective's theory, from the production code on enumerated models.
 
-Setup of the fixed-length model: 5 tokens, 3 steps, default_rng(0). Of the one with an end token: 3
-tokens and the end, at most 4 steps, default_rng(3), teacher = student + 1.5 N(0,1), sampler =
-student + 0.5 N(0,1). Rewards weigh 2.
+The model of fixed length has 5 tokens and 3 steps, drawn by default_rng(0). The one with an end
+token has 3 tokens and the end, and at most 4 steps, drawn by default_rng(3); its teacher is the
+student plus 1.5 N(0,1), its sampler the student plus 0.5 N(0,1). The weight of rewards is 2.
 """
 
 import itertools
@@ -32,10 +32,10 @@ ON_POLICY = {Source.student: 1.0}
 
 
 def objective(logits: Tensor, mdp: Mdp = MDP, reward_weight: float = LAMBDA) -> Tensor:
-    """J from its definition."""
-    ours = mdp.token_logp(logits).sum(1)
+    """The objective J from its definition."""
+    logp = mdp.token_logp(logits).sum(1)
     return (
-        ours.exp() * (ours - mdp.token_logp(mdp.teachers[0]).sum(1) - reward_weight * mdp.rewards)
+        logp.exp() * (logp - mdp.token_logp(mdp.teachers[0]).sum(1) - reward_weight * mdp.rewards)
     ).sum()
 
 
@@ -78,12 +78,12 @@ def test_the_fixed_length_model_has_its_published_numbers():
 
 @pytest.mark.parametrize("mdp", [MDP, ENDED], ids=["fixed", "ended"])
 def test_the_whole_gradient_is_the_finite_difference_and_autograd_of_the_objective(mdp: Mdp):
-    whole = measured("gamma=1", mdp=mdp).mean
+    gradient = measured("gamma=1", mdp=mdp).mean
     assert (
-        float((whole - finite_differences(lambda z: objective(z, mdp), mdp.student)).abs().max())
+        float((gradient - finite_differences(lambda z: objective(z, mdp), mdp.student)).abs().max())
         < 2e-10
     )
-    assert float((whole - slope(lambda z: objective(z, mdp), mdp.student)).abs().max()) < 1e-14
+    assert float((gradient - slope(lambda z: objective(z, mdp), mdp.student)).abs().max()) < 1e-14
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_the_whole_gradient_is_the_finite_difference_and_autograd_of_the_objecti
 )
 def test_gamma_below_1_is_biased_by_the_known_amount(gamma: float, bias: float, alignment: float):
     exact = slope(objective, MDP.student)
-    ours = measured(f"gamma={gamma}").mean
-    assert relative(ours, exact) == pytest.approx(bias, abs=5.1e-4)
-    assert cosine(ours, exact) == pytest.approx(alignment, abs=5.1e-4)
+    gradient = measured(f"gamma={gamma}").mean
+    assert relative(gradient, exact) == pytest.approx(bias, abs=5.1e-4)
+    assert cosine(gradient, exact) == pytest.approx(alignment, abs=5.1e-4)
 
 
 def test_the_sparse_term_at_gamma_0_is_minus_lambda_times_the_gradient_of_the_expected_reward():
@@ -114,7 +114,7 @@ def test_the_logit_gradient_sums_to_zero_over_the_vocabulary():
 
 
 class WholeReturn(Estimator):
-    """Every token is credited with the cost of the whole sequence, what came before it included."""
+    """Every token is credited with the cost of the whole sequence, including earlier tokens."""
 
     def credit(self, batch, plan, members):
         cost = (
@@ -215,17 +215,17 @@ def token_score(coefficient) -> Tensor:
 
 
 def test_k2_and_k3_as_losses_lack_the_future_and_k1_everything():
-    whole = slope(lambda z: objective(z, reward_weight=0.0), MDP.student)
-    assert cosine(token_score(lambda c: c), whole) == pytest.approx(
+    exact = slope(lambda z: objective(z, reward_weight=0.0), MDP.student)
+    assert cosine(token_score(lambda c: c), exact) == pytest.approx(
         0.857, abs=5.1e-4
     )  # d k2 / d log p = c
-    assert cosine(token_score(lambda c: 1 - (-c).exp()), whole) == pytest.approx(
+    assert cosine(token_score(lambda c: 1 - (-c).exp()), exact) == pytest.approx(
         0.559, abs=5.1e-4
     )  # of k3
     assert float(token_score(torch.ones_like).abs().max()) < 1e-15  # of k1
 
 
-def test_the_value_of_a_forward_kl_as_a_reward_goes_uphill():
+def test_the_value_of_a_forward_kl_as_a_reward_increases_the_divergence():
     true = measured(IMITATION, "divergence=forward_kl").mean
     u_log_u = token_score(lambda c: -c * (-c).exp())  # f(u) of KL(q || p), u = q / p
     assert cosine(u_log_u, true) < -0.9
@@ -263,7 +263,7 @@ def test_logit_gradients_over_the_vocabulary_have_their_closed_forms(beta: float
         )
 
 
-def test_jsd_goes_over_into_the_two_kls():
+def test_the_limits_of_the_jsd_are_the_two_kls():
     logp, logq = two_policies()
 
     def at(divergence, beta=0.5):
@@ -346,7 +346,7 @@ def test_sequence_means_turn_the_gradient_and_token_means_turn_it_less_in_larger
 
 
 class LooksFirst(Estimator):
-    """The learner's own log-probs are always there, so costs are log p - log q of the learner."""
+    """Costs are always log p - log q of the learner, whose own log-probs are given."""
 
     def credit(self, batch, plan, members):
         at, tokens = self._at(members)
@@ -369,7 +369,7 @@ class LooksFirst(Estimator):
         (("kind=truncate", "level=sequence", "high=2"), 0.994),
     ],
 )
-def test_what_is_left_of_the_gradient_under_another_sampler(
+def test_the_gradient_under_another_sampler_has_the_known_angle_to_the_exact_one(
     ratio: tuple[str, ...], alignment: float
 ):
     exact = slope(lambda z: objective(z, AWAY), AWAY.student)
@@ -409,9 +409,9 @@ def test_group_estimators_on_a_bandit_of_three_arms_scale_the_gradient(
     )
     settings = settings_of(Case(method="raft", options=options, group_size=4), SCOPE)
     exact = slope(lambda z: -(bandit.probability(z) * bandit.rewards).sum(), bandit.student)
-    ours = measure(Estimator(settings, bandit), ON_POLICY, 4).mean
-    assert cosine(ours, exact) == pytest.approx(1.0, abs=1e-9)
-    assert float(ours.norm() / exact.norm()) == pytest.approx(factor, abs=5e-3)
+    gradient = measure(Estimator(settings, bandit), ON_POLICY, 4).mean
+    assert cosine(gradient, exact) == pytest.approx(1.0, abs=1e-9)
+    assert float(gradient.norm() / exact.norm()) == pytest.approx(factor, abs=5e-3)
 
 
 @pytest.mark.parametrize(("chance", "factor"), [(0.05, 2.47), (0.5, 1.86)])
@@ -453,7 +453,7 @@ def test_descent_ends_at_the_optimum_for_gamma_1_and_at_a_known_distance_below(
 ):
     """The published gaps after 4000 plain steps, up to 0.001 above their limit.
 
-    Steps over a prefix's visits get there in 400.
+    Steps that are divided by the visits of each prefix reach it in 400.
     """
     settings = settings_of(Case(method="hybrid", options=(f"gamma={gamma}",)), SCOPE)
     everything = torch.arange(125)[:, None]

@@ -1,4 +1,4 @@
-"""The oracle on the production code, and on deliberately wrong code, which it must detect."""
+"""The oracle on the production code, and on code that is wrong on purpose, which it must detect."""
 
 import json
 from dataclasses import replace
@@ -43,7 +43,7 @@ def test_the_page_of_rows_is_up_to_date(rows: list[Row]):
     )
 
 
-def test_what_is_not_biased_is_so_on_other_models_too():
+def test_methods_without_bias_have_none_on_other_models_either():
     scope = Scope(seed=1, vocabulary=4, horizon=2)
     others = [
         case for case in cases(4) if case.kind is not Kind.biased and case.world is not World.ended
@@ -125,7 +125,7 @@ class DiscountedReward(Estimator):
         return with_sparse(credit, credit.columns.sparse + missing)
 
 
-class SumsTheBaselineIn(Estimator):
+class SelfInBaseline(Estimator):
     """A baseline that includes the sample itself, instead of leave-one-out."""
 
     def credit(self, batch, plan, members):
@@ -144,7 +144,7 @@ class SumsTheBaselineIn(Estimator):
         (FULL, Ascends, 2.0),
         (REWARD_ONLY, Ascends, 2.0),
         (REWARD_ONLY, DiscountedReward, None),
-        (Case(method="rloo", group_size=3, world=World.tiny), SumsTheBaselineIn, 1 / 3),
+        (Case(method="rloo", group_size=3, world=World.tiny), SelfInBaseline, 1 / 3),
     ],
 )
 def test_a_broken_gradient_is_found(case: Case, broken: type[Estimator], bias: float | None):
@@ -156,7 +156,7 @@ def test_a_broken_gradient_is_found(case: Case, broken: type[Estimator], bias: f
 
 @pytest.mark.parametrize("correction", ["truncate", "renormalize", "tail_bucket"])
 @pytest.mark.parametrize("kind", [Kind.exact, Kind.unbiased])
-def test_one_token_sold_as_the_whole_divergence_is_found(correction: str, kind: Kind):
+def test_one_token_declared_as_the_whole_divergence_is_found(correction: str, kind: Kind):
     case = Case(
         method="opd_full",
         options=("support=topk", "topk.k=1", f"topk.correction={correction}"),
@@ -193,15 +193,15 @@ def test_a_bias_is_bounded_on_other_models_too(case: Case):
     assert not judge(case, other, TenTimes).agrees
 
 
-def test_what_holds_for_equal_lengths_only_says_so():
-    whole = Case(method="opd_full", target=SEMI, kind=Kind.exact)
+def test_a_row_that_holds_for_equal_lengths_only_is_marked():
+    mean = Case(method="opd_full", target=SEMI, kind=Kind.exact)  # divides by the number of tokens
     fixed = Case(method="raft", options=("normalizer=constant",))
-    assert judge(whole, Scope()).option == "as it is [equal lengths]"
+    assert judge(mean, Scope()).option == "as it is [equal lengths]"
     assert judge(fixed, Scope()).option == "normalizer=constant"
-    assert judge(replace(whole, kind=Kind.biased), Scope()).option == "as it is"
+    assert judge(replace(mean, kind=Kind.biased), Scope()).option == "as it is"
 
 
-def test_sampling_sold_as_exact_is_found():
+def test_sampling_declared_as_exact_is_found():
     assert (
         judge(SAMPLED, Scope()).agrees
         and not judge(replace(SAMPLED, kind=Kind.exact), Scope()).agrees
@@ -252,16 +252,18 @@ PER_TOKEN = ("normalizer=constant", "ratio.kind=truncate")
         ),
     ],
 )
-def test_near_the_teacher_the_learners_own_cost_is_unbiased_and_the_samplers_is_nothing_but_bias(
+def test_near_the_teacher_the_learners_own_cost_is_unbiased_and_the_samplers_is_mostly_bias(
     case: Case,
 ):
     assert judge(case, Scope()).bias < 1e-7
     assert judge(case, Scope(), SamplersCost).bias > 5
 
 
-def test_near_the_teacher_future_costs_of_the_sampler_point_uphill():
+def test_near_the_teacher_future_costs_of_the_sampler_increase_the_objective():
     case = Case(method="opd", options=("gamma=1", *PER_TOKEN), kind=Kind.biased, **OFF_POLICY)
-    assert judge(case, Scope()).bias < 0.2, "of the prefixes, which a ratio per token leaves alone"
+    assert judge(case, Scope()).bias < 0.2, (
+        "the bias of the prefixes, which a ratio per token does not correct"
+    )
     broken = judge(case, Scope(), SamplersCost)
     assert broken.bias > 10 and broken.cosine < 0
 
@@ -275,15 +277,15 @@ def test_near_the_teacher_future_costs_of_the_sampler_point_uphill():
         (["pipeline.max_staleness=2"], False),
     ],
 )
-def test_the_learner_looks_first_only_where_the_sampler_may_differ(
+def test_the_learners_log_probs_are_computed_before_an_update_only_where_the_sampler_may_differ(
     options: list[str], differs: bool
 ):
-    made = ["run.dir=here", "experiment=quickstart", *options]
+    settings = ["run.dir=here", "experiment=quickstart", *options]
     for method in ("opd", "grpo", "reinforce_kl", "reinforce_pp"):
-        needs = make_objective(load_config([*made, f"algorithm={method}"])).needs
+        needs = make_objective(load_config([*settings, f"algorithm={method}"])).needs
         assert needs.learner_logprobs is differs
     for method in ("hybrid", "opd_full", "rloo"):  # no cost of a drawn token enters their gradient
-        needs = make_objective(load_config([*made, f"algorithm={method}"])).needs
+        needs = make_objective(load_config([*settings, f"algorithm={method}"])).needs
         assert not needs.learner_logprobs
 
 

@@ -1,5 +1,5 @@
-"""`hybridrl check` of a user's own code: right code passes, and code that is wrong on purpose is
-found, with the size of the error.
+"""`hybridrl check` of a user's own code: correct code passes, and code that is wrong on purpose is
+found, with the size of its bias.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""The real Learner - DeepSpeed, gloo, ranks in their own processes - against plain autograd and
-against itself.
+"""The real Learner, with DeepSpeed, gloo and ranks in their own processes, against plain autograd
+and against itself.
 
 Three process groups serve all tests: two ranks that go through ZeRO 1, 2 and 3 in turn, one rank,
 and two ranks again.
@@ -51,7 +51,7 @@ DEADLINE_S = 240  # of one process group; it takes about 20 s
 
 
 def run_ranks(folder: Path, world: int, cases: str) -> None:
-    """Start every rank, wait for all; one that fails ends the others."""
+    """Start every rank and wait for all; when one fails, the others are killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,17 +85,17 @@ def run_ranks(folder: Path, world: int, cases: str) -> None:
         for r in ranks:
             r.kill()
             r.wait()
-    said = []
+    outputs = []
     for number, (rank, log) in enumerate(zip(ranks, logs, strict=True)):
         log.seek(0)
-        said.append(f"rank {number} ended with {rank.returncode}: {log.read()[-3000:]}")
+        outputs.append(f"rank {number} ended with {rank.returncode}: {log.read()[-3000:]}")
         log.close()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both models, and what the process groups left."""
+    """The folder with the models, and with the files that the process groups have written."""
     folder = tmp_path_factory.mktemp("learner")
     tokenizer = tiny_tokenizer()
     for seed, name in enumerate(("student", "teacher")):
@@ -126,10 +126,10 @@ def result(folder: Path, case: str) -> dict:
 
 def weight_distance(folder: Path, case: str, other: str | dict[str, Tensor]) -> float:
     """The largest difference between any two weights."""
-    ours = load_file(folder / f"{case}.safetensors")
-    theirs = load_file(folder / f"{other}.safetensors") if isinstance(other, str) else other
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    found = load_file(folder / f"{case}.safetensors")
+    expected = load_file(folder / f"{other}.safetensors") if isinstance(other, str) else other
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - expected[name]).abs().max()) for name in found)
 
 
 # -- plain autograd --------------------------------------------------------------------------------
@@ -138,8 +138,8 @@ def weight_distance(folder: Path, case: str, other: str | dict[str, Tensor]) -> 
 def written_out_loss(
     model: nn.Module, teacher_head: Tensor, *, dense: bool = True, sparse: bool = True
 ) -> Tensor:
-    """sum over response tokens of (sum_v p (log p - log q) + G log p(y)) / R, one sequence at a
-    time, nothing fused.
+    """The sum over response tokens of (sum_v p (log p - log q) + G log p(y)) / R, computed one
+    sequence at a time in plain torch.
     """
     batch, _, scores = chunk_of(0, 4)
     costs = credit().columns.sparse
@@ -216,10 +216,10 @@ def test_the_gradient_through_the_transformer_is_plain_autograd_of_the_written_o
     expected = written_out_loss(plain, head)
     expected.backward()
     assert abs(loss.item() - expected.item()) < 1e-7  # token_weight is a float32
-    theirs = dict(plain.named_parameters())
+    expected_parameters = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
-        assert float((parameter.grad - theirs[name].grad).abs().max()) < 1e-7, name
-    assert float(theirs["model.embed_tokens.weight"].grad.norm()) > 0.1
+        assert float((parameter.grad - expected_parameters[name].grad).abs().max()) < 1e-7, name
+    assert float(expected_parameters["model.embed_tokens.weight"].grad.norm()) > 0.1
 
 
 def test_two_steps_are_two_steps_of_a_plain_training_loop(folder: Path):
@@ -234,9 +234,9 @@ def test_two_steps_are_two_steps_of_a_plain_training_loop(folder: Path):
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
         losses.append(loss.item())
-    ours = result(folder, "one")
-    assert ours["loss"] == pytest.approx(losses, abs=1e-5)
-    assert ours["grad_norm"] == pytest.approx(norms, rel=1e-5)
+    learned = result(folder, "one")
+    assert learned["loss"] == pytest.approx(losses, abs=1e-5)
+    assert learned["grad_norm"] == pytest.approx(norms, rel=1e-5)
     assert (
         weight_distance(folder, "one", {n: p.detach() for n, p in model.named_parameters()}) < 1e-5
     )
@@ -261,16 +261,16 @@ def test_loss_and_weights_do_not_depend_on_the_split(folder: Path, case: str):
     one, other = result(folder, "one"), result(folder, case)
     assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
-    for ours, theirs in zip(other["metrics"], one["metrics"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    for found, expected in zip(other["metrics"], one["metrics"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert weight_distance(folder, case, "one") < 1e-5
 
 
 def test_a_group_taken_out_changes_nothing(folder: Path):
     without, dropped = result(folder, "first-three"), result(folder, "fourth-dropped")
     assert dropped["loss"] == pytest.approx(without["loss"], abs=1e-5)
-    for ours, theirs in zip(dropped["metrics"], without["metrics"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    for found, expected in zip(dropped["metrics"], without["metrics"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert weight_distance(folder, "fourth-dropped", "first-three") < 1e-5
     assert weight_distance(folder, "one", "first-three") > 1e-4 and len(GROUPS) == 4
 
@@ -278,7 +278,7 @@ def test_a_group_taken_out_changes_nothing(folder: Path):
 def test_a_response_of_two_turns_is_learned_as_each_turn_after_all_that_came_before_it(
     folder: Path,
 ):
-    """The observation is read and not learned: it has neither a cost nor a part in the count."""
+    """The tokens of an observation are read only: they have no cost and are not counted."""
     together, apart = result(folder, "two-turns"), result(folder, "turns-apart")
     assert together["loss"] == pytest.approx(apart["loss"], abs=1e-5)
     assert together["grad_norm"] == pytest.approx(apart["grad_norm"], rel=1e-4)
@@ -289,7 +289,9 @@ def test_a_response_of_two_turns_is_learned_as_each_turn_after_all_that_came_bef
 # -- diagnostics -----------------------------------------------------------------------------------
 
 
-def test_the_probe_sees_the_norms_and_the_angle_of_both_gradients_at_the_parameters(folder: Path):
+def test_the_probe_measures_the_norms_and_the_angle_of_both_gradients_at_the_parameters(
+    folder: Path,
+):
     head = output_weight(load_model(str(folder / "teacher"))).detach()
     flat = []
     for parts in ({"sparse": False}, {"dense": False}):
@@ -305,13 +307,13 @@ def test_the_probe_sees_the_norms_and_the_angle_of_both_gradients_at_the_paramet
 
 
 @pytest.mark.parametrize("case", ["zero1-diagnosed", "zero2-diagnosed", "zero3-diagnosed"])
-def test_the_probe_sees_the_global_batch_on_two_ranks_and_leaves_the_step_alone(
+def test_the_probe_measures_the_global_batch_on_two_ranks_and_does_not_change_the_step(
     folder: Path, case: str
 ):
     one, two = result(folder, "diagnosed"), result(folder, case)
-    whole = {"grad/dense_parameter_norm", "grad/sparse_parameter_norm", "grad/cosine"}
+    parameter_metrics = {"grad/dense_parameter_norm", "grad/sparse_parameter_norm", "grad/cosine"}
     (expected,), (found,) = one["metrics"], two["metrics"]
-    assert set(expected) - set(found) == (whole if case == "zero3-diagnosed" else set())
+    assert set(expected) - set(found) == (parameter_metrics if case == "zero3-diagnosed" else set())
     assert found == pytest.approx({k: expected[k] for k in found}, rel=1e-3, abs=1e-6)
     assert {f"teacher/{name}" for name in COMPARED} < set(found) and [
         k for k in expected if explain(k) is None
@@ -360,8 +362,8 @@ def test_in_bf16_short_sequences_attend_by_plain_products_and_long_packed_ones_b
 def test_a_value_head_learns_and_is_exported_alike_whether_parameters_are_sharded_or_not(
     folder: Path,
 ):
-    whole, sharded = result(folder, "value"), result(folder, "zero3-value")
-    assert sharded["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+    unsharded, sharded = result(folder, "value"), result(folder, "zero3-value")
+    assert sharded["loss"] == pytest.approx(unsharded["loss"], abs=1e-5)
     heads = [
         load_value_head(str(folder / f"{case}-export"), setting="path")
         for case in ("value", "zero3-value")
@@ -373,20 +375,20 @@ def test_a_value_head_learns_and_is_exported_alike_whether_parameters_are_sharde
 def test_distances_from_a_teacher_are_summed_where_the_student_computes(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """A process group for GPUs alone refuses tensors of the CPU; here the device without memory
-    takes the GPU's place.
+    """A process group for GPUs refuses tensors on the CPU. Here the meta device stands for the
+    GPU.
     """
 
     def all_reduce(sums: Tensor) -> None:
         raise RuntimeError(f"reduces on {sums.device}")
 
     monkeypatch.setattr(probe.dist, "all_reduce", all_reduce)
-    there = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device="meta")
+    sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device="meta")
     none = torch.zeros(0, device="meta")
     terms = token_columns(token_ids=none, token_weight=none, sparse=none, sampler_logprobs=none)
     micro = sequence(np.zeros(0), response_at=np.zeros(0, np.int64), columns=terms)
     with pytest.raises(RuntimeError, match="reduces on meta"):
-        probe.teacher_distance(lambda *arguments: (there, None), [micro.to(torch.device("meta"))])
+        probe.teacher_distance(lambda *arguments: (sums, None), [micro.to(torch.device("meta"))])
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
@@ -416,8 +418,10 @@ def saved_state(folder: Path, case: str) -> dict[str, Tensor]:
     return {f"{part}/{name}": reader.whole(part, name) for name in reader.shapes for part in PARTS}
 
 
-def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor, second[key]) for key, tensor in first.items()
+    )
 
 
 @pytest.mark.parametrize("case", STATES)
@@ -435,8 +439,8 @@ def test_no_rank_writes_more_than_its_share(folder: Path, case: str):
         "learner-rank00001-of-00002.safetensors",
     ]
     elements = [sum(t.numel() for t in load_file(f).values()) for f in files]
-    whole = sum(t.numel() for t in saved_state(folder, case).values())
-    assert sum(elements) == whole and max(elements) < 0.51 * whole
+    total = sum(t.numel() for t in saved_state(folder, case).values())
+    assert sum(elements) == total and max(elements) < 0.51 * total
 
 
 MOVES = {
@@ -452,7 +456,7 @@ MOVES = {
 
 
 @pytest.mark.parametrize("case", MOVES)
-def test_ranks_and_stage_may_change_and_not_a_bit_of_the_state_does(folder: Path, case: str):
+def test_ranks_and_stage_may_change_and_the_state_stays_equal_bit_by_bit(folder: Path, case: str):
     assert equal(saved_state(folder, case), saved_state(folder, MOVES[case]))
     assert result(folder, f"{case}-loaded")["digest"] == result(folder, MOVES[case])["digest"]
 
@@ -467,7 +471,9 @@ def test_other_ranks_and_another_stage_take_the_same_next_step_within_rounding(
     assert weight_distance(folder, case, f"{MOVES[case]}-straight") < tolerance
 
 
-def test_the_state_of_another_model_is_refused_and_one_that_holds_more_is_not(tmp_path: Path):
+def test_a_state_that_lacks_a_parameter_is_refused_and_one_with_further_parameters_is_not(
+    tmp_path: Path,
+):
     def parts():
         return {part: torch.zeros(6) for part in PARTS}
 
@@ -494,7 +500,7 @@ FROZEN = ["frozen", "zero1-frozen", "zero2-frozen", "zero3-frozen"]
 
 
 def frozen_by_hand(folder: Path) -> dict[str, Tensor]:
-    """The weights after two steps of a plain training loop that leaves the embedding alone."""
+    """The weights after two steps of a plain training loop that does not train the embedding."""
     model = load_model(str(folder / "student"))
     head = output_weight(load_model(str(folder / "teacher"))).detach()
     model.get_input_embeddings().weight.requires_grad_(False)
@@ -556,25 +562,29 @@ def test_a_step_after_loading_is_the_step_that_would_have_come_where_not_all_tra
     assert resumed["loss"] == straight["loss"] and resumed["grad_norm"] == straight["grad_norm"]
 
 
-# -- what must stop --------------------------------------------------------------------------------
+# -- values that are not finite --------------------------------------------------------------------
 
 
-def test_a_nan_reward_that_was_not_dropped_steps_nothing_and_its_batch_is_kept_to_look_at(
+def test_a_nan_reward_that_was_not_dropped_changes_no_weight_and_its_batch_is_saved(
     folder: Path,
 ):
     assert result(folder, "nan")["error"].startswith("step 0: loss is nan")
     assert "a reward, or a teacher's log-probability" in result(folder, "nan")["error"]
     assert "nothing was stepped" in result(folder, "nan")["error"]
     assert result(folder, "nan")["digest"] == result(folder, "untouched")["digest"]
-    kept = load_file(folder / "skipped" / "step_000000-rank0.safetensors")
-    assert kept["0/sparse"].isnan().any() and kept["0/teachers/0/hidden"].shape[1] == 128
+    saved = load_file(folder / "skipped" / "step_000000-rank0.safetensors")
+    assert saved["0/sparse"].isnan().any() and saved["0/teachers/0/hidden"].shape[1] == 128
 
 
 @pytest.mark.parametrize(
     "case", [f"zero{stage}{dtype}" for stage in (1, 2, 3) for dtype in ("", "-bf16")]
 )
-def test_what_is_not_finite_on_one_of_two_ranks_steps_nothing_on_either(folder: Path, case: str):
-    """ZeRO 1: a NaN reward of rank 1, 2: an infinite one, 3: infinite teacher states of both."""
+def test_a_value_that_is_not_finite_on_one_of_two_ranks_changes_no_weight_on_either(
+    folder: Path, case: str
+):
+    """With ZeRO 1, a reward of rank 1 is NaN; with ZeRO 2, it is infinite; with ZeRO 3, the teacher
+    states of both ranks are infinite.
+    """
     found = result(folder, f"{case}-left-out")
     assert "nothing was stepped" in found["error"] and found["digest"] == found["before"]
     assert ("divergence from a teacher is not finite" in found["error"]) is ("zero3" in case)
@@ -587,7 +597,7 @@ def test_weights_that_are_infinite_are_not_saved(folder: Path):
     assert "is not finite; it is not saved" in result(folder, "infinite")["error"]
 
 
-def test_after_a_batch_that_was_left_out_the_steps_are_those_of_a_learner_that_never_saw_it(
+def test_the_steps_after_a_batch_that_was_left_out_are_those_of_a_learner_without_that_batch(
     folder: Path,
 ):
     assert result(folder, "after-nan")["digest"] == result(folder, "one")["digest"]

@@ -231,7 +231,7 @@ def test_a_comparison_draws_each_metric_with_one_curve_per_run(tmp_path):
     assert drawn == ["eval/accuracy", "reward/mean", "kl/token"]
 
 
-def test_a_comparison_leaves_the_first_run_s_own_report_alone(tmp_path):
+def test_a_comparison_does_not_change_the_report_of_the_first_run(tmp_path):
     first, second = two_runs(tmp_path)
     report = write_report(first)
     before = report.read_bytes()
@@ -251,7 +251,7 @@ def test_settings_that_one_run_lacks_are_named(tmp_path):
     assert differing_settings(load_runs([first, second])) == [["algorithm.gamma", "-", "1"]]
 
 
-def test_runs_of_equal_directory_names_are_told_apart(tmp_path):
+def test_runs_of_equal_directory_names_have_different_short_names(tmp_path):
     paths = [tmp_path / "exp1/run", tmp_path / "exp2/run", tmp_path / "exp1/other"]
     assert short_names(paths) == ["exp1/run", "exp2/run", "other"]
     with pytest.raises(DataError, match="given twice"):
@@ -276,22 +276,25 @@ def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path):
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [" _a", "b"]
 
 
-def test_the_report_is_written_beside_what_a_link_leads_to_and_never_into_it(tmp_path):
-    mine = tmp_path / "bashrc"
-    mine.write_text("mine")
+def test_a_report_replaces_a_link_in_its_place_and_does_not_change_the_target_of_the_link(tmp_path):
+    target = tmp_path / "bashrc"
+    target.write_text("unchanged")
     runs = [tmp_path / "a", tmp_path / "b"]
     for run_dir in runs:
         write_run(run_dir, SFT_ROWS, SFT)
     for kind in ("report", "comparison"):
         for name in (f"{kind}.html", f"{kind}.png", f".{kind}.html"):
-            (runs[0] / name).symlink_to(mine)
-    assert write_report(runs[0]).stat().st_size > 4 and write_comparison(runs).stat().st_size > 4
-    assert mine.read_text() == "mine"
+            (runs[0] / name).symlink_to(target)
+    for page in (write_report(runs[0]), write_comparison(runs)):
+        assert page.read_text().startswith("<!doctype html>") and not page.is_symlink()
+    assert target.read_text() == "unchanged"
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "samples/step_000001.jsonl"])
 @pytest.mark.parametrize("special", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo])
-def test_what_the_report_reads_is_a_file_or_it_says_so(tmp_path, name: str, special):
+def test_a_link_or_a_special_file_in_place_of_a_file_of_the_run_is_refused(
+    tmp_path, name: str, special
+):
     write_run(tmp_path, SFT_ROWS, SFT)
     (tmp_path / "samples").mkdir()
     (tmp_path / name).unlink(missing_ok=True)
@@ -354,7 +357,7 @@ def test_samples_of_other_types_are_named_by_file_and_line(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "reason"),
     [
         ([], "no mapping of settings"),
         ({"teachers": [1]}, r"teachers is \[1\], not a section"),
@@ -371,9 +374,9 @@ def test_samples_of_other_types_are_named_by_file_and_line(tmp_path, change):
         ({"model": {"path": "${oc.env:HOME}"}}, r"model\.path: holds a reference"),
     ],
 )
-def test_settings_of_other_types_are_named(tmp_path, config, says: str):
+def test_settings_of_other_types_are_named(tmp_path, config, reason: str):
     write_run(tmp_path, SFT_ROWS, config)
-    with pytest.raises(DataError, match=rf"config\.yaml: {says}.*; correct the file") as caught:
+    with pytest.raises(DataError, match=rf"config\.yaml: {reason}.*; correct the file") as caught:
         write_report(tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -38,7 +38,7 @@ def wants_none(completions, level):
 
 @pytest.fixture
 def user_file(tmp_path: Path) -> Path:
-    path = tmp_path / "mine.py"
+    path = tmp_path / "own.py"
     path.write_text(USER_FILE)
     return path
 
@@ -114,7 +114,7 @@ def test_a_function_for_another_framework_is_refused_with_a_remedy(
         check(user_file, function, prompt("train-000000", ground_truth="21"))
 
 
-def test_a_function_that_raises_on_a_first_short_text_is_a_warning(
+def test_a_function_that_raises_on_the_response_of_the_check_is_a_warning(
     user_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):

@@ -1,6 +1,6 @@
-"""Everything that a reward function starts ends with its call or its pool.
+"""Every process that a reward function starts ends with its call or its pool.
 
-Its output and its exceptions reach a log only bounded and escaped.
+Its output and its exceptions are shortened and escaped before they reach a log.
 """
 
 import os
@@ -227,6 +227,7 @@ def test_a_call_that_ends_its_process_or_connection_counts_as_died_and_not_as_a_
 def test_plain_text_is_short_and_has_no_character_that_a_terminal_interprets() -> None:
     assert plain("a\n\x1b[2J\u202eb\ud800") == r"a\n\x1b[2J\u202eb\ud800"
     assert plain("Zürich 東京") == "Zürich 東京"
+    # "... (1000 characters)" has 21 characters, and "... (20 characters)" has 19.
     assert plain("y" * 1000, limit=50) == "y" * 29 + "... (1000 characters)"
     assert plain("\0" * 20, limit=50) == r"\x00" * 7 + r"\x0... (20 characters)"
     assert plain(plain("\0" * 9999)) == plain("\0" * 9999)
@@ -252,6 +253,7 @@ def test_the_text_of_an_exception_arrives_short_and_escaped(user_file: Path) -> 
     finally:
         pool.close()
     long, terminal, nameless, wide = texts
+    # 500 characters: "ValueError: " has 12, the ending has 26.
     assert long == f"ValueError: {'y' * 462}... (100000012 characters)"
     assert terminal == (
         r"ValueError: \x1b[2J\x1b]0;owned\x07\nERROR forged line\r\u202e\u2028\ud800"
@@ -318,5 +320,5 @@ def test_a_flood_on_stdout_is_truncated_and_neither_stops_the_call_nor_fills_a_l
     lines = printed_by(user_file, "floods")
     assert "[1.0]" in lines
     assert sum(len(line) for line in lines) < 2 * guard.OUTPUT_BYTES
-    dropped = 20_000_001 - guard.OUTPUT_BYTES
+    dropped = 20_000_001 - guard.OUTPUT_BYTES  # 20 million bytes and a line break are written
     assert any(f"... {dropped} further bytes are not shown" in line for line in lines)

@@ -1,6 +1,5 @@
-"""A reward file is a Python module of its folder: it imports its neighbours.
-
-Processes that it starts can import it.
+"""A reward file is a Python module of its folder: it imports its neighbours, and processes that it
+starts can import it.
 """
 
 import re
@@ -29,11 +28,11 @@ def scores(functions: dict[str, str], *completions: str) -> dict[str, list[Outco
 def test_the_function_of_the_readme_scores_with_a_column_of_the_data(tmp_path: Path) -> None:
     [code, *_] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     (tmp_path / "rewards.py").write_text(code)
-    calls = {"mine": RewardCall(function=f"{tmp_path}/rewards.py:score", options={})}
+    calls = {"own": RewardCall(function=f"{tmp_path}/rewards.py:score", options={})}
     pool = RewardPool(calls, processes=1, timeout_s=30, max_timeouts=0.5)
     try:
         columns = {"completions": [" 24", "25"], "answer": ["24", "24"], "level": [1, 2]}
-        assert pool.call("mine", columns) == [1.0, 0.0]
+        assert pool.call("own", columns) == [1.0, 0.0]
     finally:
         pool.close()
 
@@ -75,22 +74,22 @@ def test_a_file_imports_its_neighbours_at_loading_and_during_a_call(tmp_path: Pa
     (tmp_path / "words.py").write_text("LENGTH = 3\n")
     (tmp_path / "later").mkdir()
     (tmp_path / "later" / "__init__.py").write_text("LENGTH = 4\n")
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "own.py").write_text(
         "import words\n"
         "def f(completions):\n"
         "    import later\n"
         "    return [words.LENGTH * later.LENGTH for _ in completions]\n"
     )
-    assert scores({"r": f"{tmp_path}/mine.py:f"}, "a") == {"r": [12.0]}
+    assert scores({"r": f"{tmp_path}/own.py:f"}, "a") == {"r": [12.0]}
 
 
 def test_a_file_runs_once_though_several_of_its_functions_are_used(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "own.py").write_text(
         "runs = []\n"
         "def f(completions):\n    runs.append(1)\n    return [len(runs)] * len(completions)\n"
         "def g(completions):\n    return [10 + len(runs)] * len(completions)\n"
     )
-    functions = {"f": f"{tmp_path}/mine.py:f", "g": f"{tmp_path}/mine.py:g"}
+    functions = {"f": f"{tmp_path}/own.py:f", "g": f"{tmp_path}/own.py:g"}
     assert scores(functions, "a") == {"f": [1.0], "g": [11.0]}
 
 
@@ -110,8 +109,8 @@ def test_two_files_of_one_name_in_different_folders_are_two_modules(tmp_path: Pa
     functions = {}
     for i, folder in enumerate(("a", "b")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "mine.py").write_text(f"def f(completions):\n    return [{i}]\n")
-        functions[folder] = f"{tmp_path}/{folder}/mine.py:f"
+        (tmp_path / folder / "own.py").write_text(f"def f(completions):\n    return [{i}]\n")
+        functions[folder] = f"{tmp_path}/{folder}/own.py:f"
     assert scores(functions, "x") == {"a": [0.0], "b": [1.0]}
 
 
@@ -122,10 +121,10 @@ def test_neighbours_of_one_name_are_refused_where_a_file_would_import_the_wrong_
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "words.py").write_text(f"NAME = {folder!r}\n")
-        (tmp_path / folder / f"mine_{folder}.py").write_text(
+        (tmp_path / folder / f"own_{folder}.py").write_text(
             "import words\ndef f(completions):\n    return [ord(words.NAME)]\n"
         )
-        path = f"{tmp_path}/{folder}/mine_{folder}.py:f"
+        path = f"{tmp_path}/{folder}/own_{folder}.py:f"
         functions[folder] = RewardFunctionConfig(function=path)
     with pytest.raises(
         ConfigError,
@@ -181,10 +180,10 @@ def test_functions_may_be_async_and_share_an_event_loop_between_calls(tmp_path: 
         ),
         ("class f: pass", r"an object of this class is called, but it has no __call__"),
         ("from builtins import dict as f", r"its arguments cannot be read"),
-        ("raise SystemExit(3)", r"running .*mine\.py raised SystemExit: 3; correct the file"),
+        ("raise SystemExit(3)", r"running .*own\.py raised SystemExit: 3; correct the file"),
         (
             "raise ValueError('\\x1b[2J\\nERROR forged' + 'y' * 10**8)",
-            r"running .*mine\.py raised ValueError: \\x1b\[2J\\nERROR forgedy+\.\.\. \(100000029 "
+            r"running .*own\.py raised ValueError: \\x1b\[2J\\nERROR forgedy+\.\.\. \(100000029 "
             r"characters\); correct",
         ),
         ("import nowhere", r"raised ModuleNotFoundError: No module named 'nowhere'; correct"),
@@ -193,8 +192,8 @@ def test_functions_may_be_async_and_share_an_event_loop_between_calls(tmp_path: 
 def test_a_file_that_cannot_be_used_is_refused_in_one_short_sentence(
     tmp_path: Path, source: str, sentence: str
 ) -> None:
-    (tmp_path / "mine.py").write_text(source)
-    config = RewardFunctionConfig(function=f"{tmp_path}/mine.py:f")
+    (tmp_path / "own.py").write_text(source)
+    config = RewardFunctionConfig(function=f"{tmp_path}/own.py:f")
     with pytest.raises(ConfigError, match=sentence) as caught:
         check_rewards(RewardConfig(functions={"r": config}))
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000

@@ -23,7 +23,7 @@ from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
 from hybridrl.types import RolloutBatch
 from tests.support.batches import text_batch
 
-# One file with every misbehaviour; the completion "x" triggers it, no other does.
+# A file with every misbehaviour, which only the completion "x" triggers.
 USER_FILE = """
 import ctypes, multiprocessing, os, re, resource, signal, subprocess, sys, time
 
@@ -421,12 +421,12 @@ def test_relative_paths_of_a_file_and_in_it_start_at_the_folder_of_the_run(
     user_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(
+    Path("own.py").write_text(
         "def f(completions):\n    return [float(open('table.txt').read())] * len(completions)\n"
     )
     Path("table.txt").write_text("7")
     pool = RewardPool(
-        {"f": RewardCall(function="mine.py:f", options={})},
+        {"f": RewardCall(function="own.py:f", options={})},
         processes=1,
         timeout_s=5,
         max_timeouts=0.5,

@@ -1,6 +1,5 @@
-"""Which values count as a reward: numbers of every library, and None where nothing applies.
-
-A failure never becomes a silent 0.
+"""The values that count as a reward: numbers of every library, and None where a function does not
+apply. A failure never becomes a silent 0.
 """
 
 import logging
@@ -53,11 +52,13 @@ def test_anything_but_a_finite_number_gets_an_error_text(value: object) -> None:
     assert isinstance(reason, str) and reason.endswith("must be a finite number")
 
 
-@pytest.mark.parametrize("whole", [{0: 1.0, 1: 2.0}, b"ab", {1.0, 2.0}, "11"])
-def test_a_collection_without_ordered_values_is_refused(whole: object) -> None:
-    answer = answer_of(lambda: whole, 2, {})
+@pytest.mark.parametrize("collection", [{0: 1.0, 1: 2.0}, b"ab", {1.0, 2.0}, "11"])
+def test_a_collection_without_ordered_values_is_refused(collection: object) -> None:
+    answer = answer_of(lambda: collection, 2, {})
     assert isinstance(answer, Raised) and answer.wrong_result
-    assert answer.text.startswith(f"returned {type(whole).__name__}, must be a list of numbers")
+    assert answer.text.startswith(
+        f"returned {type(collection).__name__}, must be a list of numbers"
+    )
 
 
 def test_an_endless_generator_returns_the_wrong_number_of_values() -> None:
@@ -114,7 +115,7 @@ Score = Callable[..., Rewards]
 
 @pytest.fixture
 def score(tmp_path: Path) -> Iterator[Score]:
-    path = tmp_path / "mine.py"
+    path = tmp_path / "own.py"
     path.write_text(USER_FILE)
     workers: list[RewardWorker] = []
 

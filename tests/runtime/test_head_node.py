@@ -1,6 +1,4 @@
-"""Ray itself is killed: the run ends with one sentence, and what it leaves behind is closed
-first.
-"""
+"""Where Ray itself is killed, a run closes its sinks and ends with one sentence."""
 
 import os
 import signal
@@ -47,7 +45,7 @@ def test_a_head_that_stays_silent_is_lost(listener: socket.socket):
     assert not head.is_silent
     listener.close()
     head.check(address)
-    assert head.is_silent, "once may be a passing fault"
+    assert head.is_silent, "one failed connection may be a passing fault"
     with pytest.raises(ClusterLost, match=rf"^Ray's head at {address} has not answered for 0 s, "):
         head.check(address)
 
@@ -65,12 +63,12 @@ def test_a_head_that_answers_again_in_time_is_not_lost(listener: socket.socket):
     assert not head.is_silent
 
 
-def test_another_head_is_not_blamed_for_the_silence_of_the_last_one():
+def test_the_silence_of_a_head_does_not_count_against_the_next_one():
     head = Head(check_s=0.0, silence_s=0.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        gone = address_of(server)
-    head.check(gone)
-    head.check(gone)
+        old = address_of(server)
+    head.check(old)
+    head.check(old)
     assert head.is_silent
     with socket.create_server(("127.0.0.1", 0)) as server:
         head.check(address_of(server))
@@ -146,7 +144,9 @@ def test_a_fault_is_the_same_only_where_no_step_was_made_between(first, second, 
     assert same_fault(*first, *(second or first)) is same
 
 
-def test_an_interrupted_run_that_must_not_resume_is_not_promised_to_continue(tmp_path: Path):
+def test_an_interrupted_run_that_must_not_resume_names_the_setting_with_which_it_continues(
+    tmp_path: Path,
+):
     interrupted = Preempted("ended by SIGTERM; the same command continues")
     with (
         pytest.raises(Preempted, match=r"continues, but with run\.resume=auto$"),
@@ -234,7 +234,7 @@ def test_a_run_whose_ray_is_killed_closes_its_sinks_and_ends_with_one_sentence(
         cwd=ROOT,
         start_new_session=True,
     )
-    told = [line for line in done.stderr.splitlines() if line.startswith("hybridrl: ")]
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("hybridrl: ")]
     assert done.returncode == 1, done.stderr[-3000:]
     assert done.stdout.splitlines().count("closed with 1") == 1
-    assert len(told) == 1 and told[0].startswith(f"hybridrl: {sentence}")
+    assert len(sentences) == 1 and sentences[0].startswith(f"hybridrl: {sentence}")

@@ -1,4 +1,4 @@
-"""Placement rules, the connection to Ray, and errors on their way from a worker."""
+"""Placement rules, the connection to Ray, and the errors of a worker."""
 
 import os
 import signal
@@ -95,11 +95,12 @@ SHARED = "cluster.colocate=true rollout.gpu_memory_utilization=0.4"
         ("rollout.kv_cache_bytes=0", "rollout.kv_cache_bytes=0: must be positive, or null"),
     ],
 )
-def test_a_placement_that_cannot_work_is_answered_with_one_sentence(overrides: str, sentence: str):
+def test_a_placement_that_cannot_work_is_refused_in_one_sentence(overrides: str, sentence: str):
     with pytest.raises(ConfigError) as caught:
         load_config([*BASE, *overrides.split()])
     message = str(caught.value)
-    assert (message.startswith(sentence) and "; " in message) or "null" in message
+    assert message.startswith(sentence)
+    assert "; " in message or "null" in message, "there is a remedy"
     assert "\n" not in message and len(message) < 240
 
 
@@ -116,7 +117,7 @@ def test_a_placement_that_cannot_work_is_answered_with_one_sentence(overrides: s
         "scorer.replicas=4 reward.workers=4 rollout.engines=2 rollout.groups_per_chunk=24",
     ],
 )
-def test_a_placement_that_works_is_taken(overrides: str):
+def test_a_placement_that_works_is_accepted(overrides: str):
     taken = OmegaConf.structured(load_config([*BASE, *overrides.split()]))
     for key, value in (override.split("=") for override in overrides.split()):
         assert str(OmegaConf.select(taken, key)).lower().endswith(value)
@@ -152,6 +153,7 @@ def test_a_share_too_small_for_a_prompt_of_each_step_gets_one_every_few_steps(
 
 
 def test_a_tenth_of_four_prompts_is_one_prompt_in_two_or_three_steps():
+    # 0.4, 0.8, 1.2, ... prompts after each step are rounded to 0, 1, 1, 2, 2, 2, 3, 3, 4, 4.
     tenth = AlgorithmConfig(teacher_fraction=0.1)
     assert [shares(4, tenth, step)[1] for step in range(10)] == [0, 1, 0, 1, 0, 0, 1, 0, 1, 0]
     assert shares(96, AlgorithmConfig(teacher_fraction=0.25), 7) == (72, 24, 0)
@@ -159,6 +161,7 @@ def test_a_tenth_of_four_prompts_is_one_prompt_in_two_or_three_steps():
 
 @pytest.mark.parametrize("teams", range(1, 40))
 def test_the_shares_of_a_gpu_fit_into_it_in_the_unit_that_ray_rounds_to(teams: int):
+    """Ray rounds to 1/10000 of a GPU."""
     assert (
         teams * round(gpu_share(teams) * 10_000)
         <= 10_000
@@ -189,15 +192,16 @@ def test_the_device_is_cuda_only_where_cluster_and_torch_both_have_it(
     ("gpus", "cuda_build", "reason"),
     [(0, "13.0", "the Ray cluster has no GPU"), (8, None, "a build for CPUs")],
 )
-def test_cuda_that_cannot_be_had_is_refused(gpus: int, cuda_build: str | None, reason: str):
+def test_cuda_is_refused_without_a_gpu_or_with_a_torch_for_cpus(
+    gpus: int, cuda_build: str | None, reason: str
+):
     with pytest.raises(ConfigError, match=reason):
         device_of(Device.cuda, gpus, cuda_build)
 
 
-def test_an_address_where_no_ray_is_ends_at_once_in_one_sentence():
-    with (
-        socket.socket() as closed
-    ):  # bound and not listening: nobody else can take the port, nobody answers
+def test_an_address_without_a_ray_cluster_ends_at_once_in_one_sentence():
+    with socket.socket() as closed:
+        # Bound and not listening: no other process can take the port, and no server answers.
         closed.bind(("127.0.0.1", 0))
         for address in (f"127.0.0.1:{closed.getsockname()[1]}", "nonsense"):
             with pytest.raises(
@@ -217,7 +221,7 @@ def test_a_device_that_is_refused_leaves_no_ray_running():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "kept", "precision"),
+    ("device", "dtype", "mapped", "precision"),
     [
         ("cpu", "float32", "0", None),
         ("cuda", "float32", None, "ieee"),
@@ -225,10 +229,10 @@ def test_a_device_that_is_refused_leaves_no_ray_running():
     ],
 )
 def test_a_worker_keeps_freed_memory_on_the_cpu_and_multiplies_float32_exactly_on_a_gpu(
-    device: str, dtype: str, kept: str | None, precision: str | None
+    device: str, dtype: str, mapped: str | None, precision: str | None
 ):
     env = worker_env(1, device, dtype, take_turns=True)
-    assert (env.get("MALLOC_MMAP_MAX_"), env.get("TRITON_F32_DEFAULT")) == (kept, precision)
+    assert (env.get("MALLOC_MMAP_MAX_"), env.get("TRITON_F32_DEFAULT")) == (mapped, precision)
 
 
 NVIDIA_SMI = """#!/bin/sh
@@ -260,7 +264,7 @@ def test_a_worker_sees_the_gpus_that_ray_gave_it_by_their_numbers(
 
 
 @pytest.mark.parametrize("given", ["MIG-1f00-aa", "GPU-2e", "GPU-9"])
-def test_a_slice_of_a_gpu_or_one_that_is_not_there_is_one_sentence(
+def test_a_slice_of_a_gpu_or_a_gpu_of_another_node_is_refused_in_one_sentence(
     given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
@@ -272,7 +276,7 @@ def test_a_slice_of_a_gpu_or_one_that_is_not_there_is_one_sentence(
         visible_gpus([given])
 
 
-def test_gpus_that_nvidia_smi_cannot_number_are_one_sentence(
+def test_gpus_that_nvidia_smi_cannot_number_are_refused_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -281,7 +285,7 @@ def test_gpus_that_nvidia_smi_cannot_number_are_one_sentence(
 
 
 class FakeConnection:
-    """Ray with room for `room` workers, all on one node; records what happens."""
+    """A Ray with room for `room` workers, all on one node. It records the calls in `events`."""
 
     def __init__(
         self,
@@ -368,7 +372,7 @@ def test_a_refused_device_closes_the_connection():
     assert connection.events == ["opened", "closed"]
 
 
-def test_no_room_for_the_workers_lists_demand_and_supply():
+def test_the_error_of_a_cluster_without_room_for_the_workers_lists_demand_and_supply():
     connection = FakeConnection(room=2)
     with (
         Cluster(load_config([*BASE, "cluster.device=cpu"]), connection) as cluster,
@@ -426,7 +430,9 @@ def test_what_a_constructor_raises_reaches_the_first_call(
 
 
 @pytest.mark.graph
-def test_a_death_names_the_worker_what_ray_knows_of_it_and_the_log(slot: Slot, tmp_path: Path):
+def test_the_error_of_a_worker_that_died_names_the_worker_rays_reason_and_the_log(
+    slot: Slot, tmp_path: Path
+):
     group = ActorGroup(
         "w", "tests.support.failing_worker:Failing", [slot], [{}], log_dir=str(tmp_path)
     )
@@ -437,9 +443,7 @@ def test_a_death_names_the_worker_what_ray_knows_of_it_and_the_log(slot: Slot, t
 
 
 @pytest.mark.graph
-def test_a_value_that_is_gone_is_not_blamed_on_the_worker_that_was_to_have_it(
-    slot: Slot, tmp_path: Path
-):
+def test_a_lost_value_is_no_fault_of_the_worker_that_was_to_receive_it(slot: Slot, tmp_path: Path):
     group = ActorGroup(
         "w", "tests.support.failing_worker:Failing", [slot], [{}], log_dir=str(tmp_path)
     )
@@ -460,8 +464,8 @@ def test_a_value_that_is_gone_is_not_blamed_on_the_worker_that_was_to_have_it(
 
 
 class Answers:
-    """Calls that are answered one after the other, each by its own name and `seconds` after the one
-    before, until `count` have been; with a clock of their own.
+    """An object store with its own clock, in which one result arrives every `seconds`, `count` in
+    all. The result of a call is its name.
     """
 
     def __init__(self, seconds: float, count: int) -> None:
@@ -504,8 +508,8 @@ def test_a_deadline_counts_from_the_last_answer_because_one_worker_may_have_many
         assert results[-1] is failures[0], "calls of a failed worker that are under way fail too"
 
 
-def test_the_stacks_are_asked_of_the_process_that_writes_the_log_and_of_no_other(tmp_path: Path):
-    """To one that does not know the signal it is the end."""
+def test_only_the_process_that_writes_the_log_gets_the_signal_for_its_stacks(tmp_path: Path):
+    """The signal ends a process that has no handler for it, such as `cat`."""
     for log, status in (("w-0.log", -signal.SIGUSR1), ("other.log", 0)):
         with (
             (tmp_path / log).open("w") as out,
@@ -556,7 +560,7 @@ def test_when_the_only_engine_dies_at_a_sync_another_serves_the_weights(slot: Sl
 
 
 @pytest.mark.graph
-def test_a_fresh_engine_that_fails_as_the_one_before_it_ends_the_run(slot: Slot, tmp_path: Path):
+def test_a_new_engine_that_fails_like_the_one_before_it_ends_the_run(slot: Slot, tmp_path: Path):
     rollout = engine(slot, tmp_path, "engine.generate:do=raise")
     with pytest.raises(
         FleetExhausted, match=r"^rollout/0 failed in generate: RuntimeError: failpoint"
@@ -612,7 +616,7 @@ def test_workers_that_do_not_start_in_time_write_their_stacks(slot: Slot, tmp_pa
 
 
 @pytest.mark.graph
-def test_weights_that_every_engine_refuses_are_no_engines_fault(slot: Slot, tmp_path: Path):
+def test_weights_that_every_engine_refuses_are_the_fault_of_no_engine(slot: Slot, tmp_path: Path):
     rollout = engine(slot, tmp_path, "engine.load_weights:do=raise")
     with pytest.raises(
         WeightSyncError,
@@ -625,7 +629,7 @@ def test_weights_that_every_engine_refuses_are_no_engines_fault(slot: Slot, tmp_
 
 
 @pytest.mark.graph
-def test_an_engine_lost_from_a_channel_of_vllms_own_ends_the_run_though_another_lives(
+def test_an_engine_lost_from_a_channel_of_vllms_own_ends_the_run_although_another_one_works(
     slot: Slot, tmp_path: Path
 ):
     rollout = engine(slot, tmp_path, "", count=2, backend=WeightTransfer.nccl)
@@ -651,13 +655,13 @@ def test_a_ping_is_answered_however_many_chunks_wait_for_the_rest_of_their_wave(
         concurrent=True,
     )
     waiting = [group.submit(0, "wait", deadline_s=60) for _ in range(1200)]
-    assert group.call_all("ping", deadline_s=60) == [0], "none of them is through"
+    assert group.call_all("ping", deadline_s=60) == [0], "none of them has finished"
     assert group.call_all("go", deadline_s=60) == [None] and calls.gather(waiting) == [None] * 1200
     group.close()
 
 
 @pytest.mark.graph
-def test_an_engine_lost_in_an_evaluation_is_told_and_not_the_judge_that_waits_for_it(
+def test_an_engine_lost_in_an_evaluation_is_named_and_not_the_judge_that_waits_for_it(
     slot: Slot, tmp_path: Path
 ):
     rollout = engine(slot, tmp_path, "engine.generate:do=kill")
@@ -681,7 +685,7 @@ def test_an_engine_lost_in_an_evaluation_is_told_and_not_the_judge_that_waits_fo
 @pytest.mark.graph
 @pytest.mark.skipif(torch.version.cuda is not None, reason="there may be GPUs")
 @pytest.mark.parametrize("chosen", [WeightTransfer.nccl, WeightTransfer.ipc])
-def test_a_way_over_gpus_is_refused_where_the_device_came_out_as_cpu(
+def test_a_weight_transfer_between_gpus_is_refused_where_the_device_turns_out_to_be_cpu(
     slot: Slot, chosen: WeightTransfer
 ):
     colocate = SHARED.split() if chosen is WeightTransfer.ipc else []

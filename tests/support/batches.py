@@ -47,7 +47,7 @@ def make_batch(groups: Sequence[tuple[Ids, Sequence[Ids]]], logprob: float = -1.
 def make_rewards(
     batch: RolloutBatch, values: Sequence[float], keep: Sequence[bool] | None = None
 ) -> Rewards:
-    """One reward function that says `values`; all kept unless told."""
+    """The rewards of one function; every sequence is kept by default."""
     n = batch.num_sequences
     return Rewards(
         uids=batch.uids,
@@ -64,7 +64,7 @@ def make_rewards(
 def make_scores(
     batch: RolloutBatch, logprobs: Sequence[float], hidden: np.ndarray | None = None
 ) -> TokenScores:
-    """A teacher that gives the response tokens, in batch order, these log-probs."""
+    """The scores of one teacher: log-probs of the response tokens, in the order of the batch."""
     column = np.zeros(len(batch.input_ids), np.float32)
     column[batch.response_mask] = logprobs
     rows = np.zeros((len(logprobs), 2), np.float32) if hidden is None else hidden
@@ -77,7 +77,7 @@ def make_scores(
 
 
 def make_plan(batch: RolloutBatch, **changes) -> UpdatePlan:
-    """Step 0 over exactly this batch: one teacher of weight 1, lambda 1, one micro-batch."""
+    """The plan of step 0 over this batch: one teacher of weight 1, lambda 1, one micro-batch."""
     values = {
         "step": 0,
         "num_tokens": int(batch.response_mask.sum()),

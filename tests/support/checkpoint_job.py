@@ -1,9 +1,9 @@
-"""Saves that are killed: `python checkpoint_job.py FOLDER` ends one at its first file operation,
-one at its second, and so on.
+"""Kill saves at each of their file operations: `python checkpoint_job.py FOLDER` kills one save at
+its first operation, the next one at its second, and so on.
 
-Prints, for the save of a new step and for that of a step that is there already, which step a
-resumed run finds after each kill. An audit hook of Python counts the operations, so that those of
-the future are among them.
+It prints, for the save of a new step and for that of a step which is already saved, the step that a
+resumed run finds after each kill. An audit hook of Python counts the operations, so operations that
+are added to the code later are counted too.
 """
 
 import json
@@ -22,8 +22,10 @@ KILLED = 9
 
 
 def found_after_kill(run_dir: Path, steps: tuple[int, ...], last: int) -> int | None:
-    """Save `steps`, then the last of them once more or the next, killed at operation `last`; None:
-    it came to its end.
+    """Save `steps`, then step 2, whose save is killed at operation `last`.
+
+    Returns:
+        the step that a resumed run finds; None: the save ended before that operation.
     """
     shutil.rmtree(run_dir, ignore_errors=True)
     checkpointer = save_steps(run_dir, *steps, keep=1)
@@ -46,8 +48,9 @@ def found_after_kill(run_dir: Path, steps: tuple[int, ...], last: int) -> int | 
     resumed = Checkpointer(run_dir, CheckpointConfig(keep=1))
     resumed.clean()
     assert not [p for p in resumed.root.iterdir() if p.name.startswith(".")]
-    whole = [read_checkpoint(folder) for folder in resumed.folders()]  # raises where one is not
-    return whole[-1].state.step if status else None
+    # Reading raises an error if a checkpoint is not complete.
+    checkpoints = [read_checkpoint(folder) for folder in resumed.folders()]
+    return checkpoints[-1].state.step if status else None
 
 
 def main(folder: Path) -> None:

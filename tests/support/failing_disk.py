@@ -1,4 +1,4 @@
-"""Reads that really fail, for as long as a test needs."""
+"""A context in which reading a file fails, as with a process that has too many open files."""
 
 import os
 import resource
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 def no_more_files() -> Iterator[Callable[[], None]]:
     """A context in which every open fails with EMFILE, until the function that it yields is called.
 
-    The process has as many files open as its limit allows.
+    Meanwhile the process has as many files open as its limit allows.
     """
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, os.listdir("/proc/self/fd")))

@@ -64,7 +64,7 @@ class Judge:
 
 
 class Patient:
-    """A worker whose calls to wait block until go is called."""
+    """A worker whose calls of `wait` block until `go` is called."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()

@@ -1,7 +1,7 @@
 """The real Learner outside pytest: `python learner_job.py RANK WORLD PORT FOLDER CASES` runs a
 function of this file.
 
-FOLDER holds the models `student` and `teacher`; rank 0 leaves CASE.json and CASE.safetensors (the
+FOLDER holds the models `student` and `teacher`; rank 0 writes CASE.json and CASE.safetensors (the
 weights) there.
 """
 
@@ -48,17 +48,15 @@ Chunk = tuple[RolloutBatch, Rewards, TokenScores]
 def chunk_of(
     first: int, last: int, *, keep: list[bool] | None = None, values: list[float] = VALUES
 ) -> Chunk:
-    """Groups first ... last-1 of the problem with their scores; the teacher's numbers do not depend
-    on the cut.
+    """Groups `first` to `last - 1` of GROUPS with their rewards and scores. The scores of a group
+    are the same in every chunk.
     """
-    whole = make_batch(GROUPS)
+    all_groups = make_batch(GROUPS)
     rng = np.random.default_rng(0)
-    rows = int(whole.response_mask.sum())
-    hidden, logprobs = (
-        rng.standard_normal((rows, WIDTH)).astype(np.float32),
-        -3 * rng.random(rows).astype(np.float32),
-    )
-    ends = np.concatenate([[0], np.cumsum(whole.response_lengths)])
+    rows = int(all_groups.response_mask.sum())
+    hidden = rng.standard_normal((rows, WIDTH)).astype(np.float32)
+    logprobs = -3 * rng.random(rows).astype(np.float32)
+    ends = np.concatenate([[0], np.cumsum(all_groups.response_lengths)])
     span = slice(int(ends[2 * first]), int(ends[2 * last]))
     batch = make_batch(GROUPS[first:last])
     return (
@@ -82,8 +80,10 @@ TURNS: list[tuple[Tokens, Tokens, Tokens, Tokens]] = [
 
 
 def turns_chunk(*, apart: bool) -> Chunk:
-    """TURNS with their scores, one response a prompt: of two turns each, or with every turn as the
-    response to all that came before it.
+    """TURNS with their scores, one response a prompt.
+
+    Args:
+        apart: every turn is the response to all that came before it; else a response has two turns.
     """
     prompts = []
     trajectories = []
@@ -146,7 +146,10 @@ class Job:
     """One rank; `run` builds a fresh Learner on the same process group."""
 
     def __init__(self, rank: int, world: int, port: int, folder: Path) -> None:
-        self.rank, self.world, self.port, self.folder = rank, world, port, folder
+        self.rank = rank
+        self.world = world
+        self.port = port
+        self.folder = folder
 
     def learner(self, *overrides: str, weights: WeightsKind | None = None):
         from hybridrl.policy.learner import Learner
@@ -160,7 +163,7 @@ class Job:
         )
 
     def refused(self, case: str, model: str, *overrides: str) -> None:
-        """The error of a learner that cannot be built over another model."""
+        """Write the error of a learner of another model, or "no error"."""
         try:
             self.learner(f"model.path={self.folder}/{model}", *overrides)
             message = "no error"
@@ -169,7 +172,7 @@ class Job:
         (self.folder / f"{case}.json").write_text(json.dumps(message))
 
     def report(self, case: str, learner, stats: list, **more) -> None:
-        """What a test may look at; every rank helps to gather the weights."""
+        """Write what the tests read. Every rank takes part in gathering the weights."""
         weights = {name: weight.float().clone() for name, weight in learner.publisher.stream}
         manifest, _ = learner.pack_weights(0)
         if self.rank == 0:
@@ -203,7 +206,7 @@ class Job:
         return learner, groups, values
 
     def turns(self, case: str, *, apart: bool) -> None:
-        """Two steps on the turns of TURNS. No return reaches from one turn into another."""
+        """Two steps on TURNS, with gamma 0, so that no cost of a turn is credited to another."""
         learner = self.learner("algorithm.gamma=0", "algorithm.baseline=none")
         chunk = turns_chunk(apart=apart)
         groups = (tuple(range(len(chunk[0].uids))),)
@@ -225,7 +228,7 @@ class Job:
         num_micro_batches: int,
         *overrides: str,
     ) -> None:
-        """Save, step on; then load into a new learner and take the same step."""
+        """Save, and take a step; then load into a new learner, and take the same step."""
         saved = self.folder / f"{case}-state"
         saved.mkdir(exist_ok=True)
         learner.save_state(str(saved))
@@ -240,8 +243,8 @@ class Job:
     def left_out(
         self, case: str, learner, groups: tuple, num_micro_batches: int, chunk: Chunk
     ) -> None:
-        """A batch of which nothing can be learned: what the rank says, and the weights before and
-        after.
+        """Write the error of this rank on a batch that cannot be learned from, and the digests of
+        the weights before and after.
         """
         before, _ = learner.pack_weights(0)
         try:
@@ -252,9 +255,7 @@ class Job:
         self.report(case, learner, [], error=message, before=before.digest if before else None)
 
     def valued(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
-        """Two steps with a value head, its export, and one more step after it was saved and
-        loaded.
-        """
+        """Two steps with a value head, its export, and a third step, with and without loading."""
         overrides = ("algorithm=ppo", *overrides)
         learner, groups, values = self.two_steps(
             case, [chunk_of(0, 4)], groups, num_micro_batches, *overrides
@@ -264,7 +265,7 @@ class Job:
 
     def frozen(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
         """Two steps of a student whose embedding does not train, what is published, exported and
-        saved of it, and one more step, also after it was loaded.
+        saved of it, and a third step, with and without loading.
         """
         learner = self.learner(*overrides, weights=FrozenEmbedding)
         values = chunk_of(0, 4)
@@ -287,7 +288,7 @@ class Job:
         self.report(f"{case}-resumed", again, [again.update(plans[2], groups, *values)])
 
     def gathered(self, case: str, learner) -> None:
-        """The whole state by DeepSpeed's own gathering, which knows nothing of our offsets."""
+        """Write the state as DeepSpeed itself gathers it, which does not use our offsets."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         tensors = {}
@@ -309,7 +310,7 @@ class Job:
         num_micro_batches: int,
         *overrides: str,
     ) -> None:
-        """Load what other ranks saved, save it again, and take the next step."""
+        """Load what another number of ranks saved, save it again, and take the next step."""
         learner, again = self.learner(*overrides), self.folder / f"{case}-state"
         learner.load_state(str(self.folder / f"{saved}-state"), 2)
         again.mkdir(exist_ok=True)
@@ -333,7 +334,7 @@ def uneven(job: Job) -> tuple:
 
 
 def two_ranks(job: Job) -> None:
-    """Uneven shards, one sequence a micro-batch: rank 1 idles through four of six."""
+    """Shards of 6 and 2 sequences, one a micro-batch: rank 1 has no data in four of six."""
     groups = uneven(job)
     for stage in (1, 2, 3):
         overrides = (f"learner.zero_stage={stage}", ONE_EACH)
@@ -440,10 +441,10 @@ def one_rank(job: Job) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    this = Job(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    job = Job(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
     {"one_rank": one_rank, "two_ranks": two_ranks, "two_ranks_again": two_ranks_again}[sys.argv[5]](
-        this
+        job
     )
-    # a rank that leaves while gloo still has threads of the group can abort at its very end
+    # A rank that exits while gloo still has threads of the group may abort at its end.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

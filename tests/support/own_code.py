@@ -1,4 +1,4 @@
-"""Files with an estimator, a token weight and a pair loss of a user's."""
+"""Files of a user, with an advantage estimator, a token weight and a pair loss."""
 
 import re
 import zlib
@@ -17,8 +17,8 @@ def write_examples(folder: Path) -> Path:
 
 
 def write_file(folder: Path, text: str) -> Path:
-    """A file of the text, after the imports that the examples make."""
-    file = folder / f"mine_{mark(folder)}.py"
+    """A file of the text, after the imports of the examples."""
+    file = folder / f"own_{mark(folder)}.py"
     file.write_text(f"{IMPORTS}\n\n{text}")
     return file
 

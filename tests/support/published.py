@@ -1,9 +1,9 @@
-"""The published losses, written out one response at a time for torch's autograd. Nothing of the
+"""The published losses, written out one response at a time for torch's autograd. No code of the
 package is used.
 
-p student, q teacher or reference, mu sampler, y a drawn token; rewards and advantages have the
-papers' sign, larger is better. A loss is what its paper minimises; `.detach()` stands where a paper
-takes no gradient.
+p is the student, q the teacher or reference, mu the sampler, and y a drawn token. Rewards and
+advantages have the sign of the papers: larger is better. A loss is what its paper minimises;
+`.detach()` stands where a paper takes no gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One response with what the models say of it; T tokens, V vocabulary. Only logits and values
-    carry gradient.
+    """One response of T tokens, and the outputs of the models on it, of vocabulary V. Only logits
+    and values carry a gradient.
     """
 
     group: int
@@ -100,20 +100,19 @@ def gkd(answers: Answers) -> Tensor:
     """(1 - l) E_data[D] + l E_student[D], D a mean over the response, l = beta = 0.5
     (2306.13649).
     """
-    own, given = (
-        [a for a in answers if a.by_student is by_student] for by_student in (True, False)
-    )
-    return 0.5 * sequence_mean(given, lambda a: jsd(a, 0.5)) + 0.5 * sequence_mean(
-        own, lambda a: jsd(a, 0.5)
+    of_student = [a for a in answers if a.by_student]
+    of_data = [a for a in answers if not a.by_student]
+    return 0.5 * sequence_mean(of_data, lambda a: jsd(a, 0.5)) + 0.5 * sequence_mean(
+        of_student, lambda a: jsd(a, 0.5)
     )
 
 
 def minillm(answers: Answers) -> Tensor:
-    """Single step term grad KL_t and long term -w_t R^norm_{t+1} grad log p(y_t), PPO's clip on the
-    long one (2306.08543).
+    """The single-step term grad KL_t, and the long term -w_t R^norm_{t+1} grad log p(y_t), which
+    has PPO's clip (2306.08543).
 
-    R^norm_{t+1} = 1/(T-t-1) sum_{k>t} log q/p, t from 0; w_t = p/mu. The single step term needs no
-    w_t: given the prefix it does not depend on the token whose ratio w_t is.
+    R^norm_{t+1} = 1/(T-t-1) sum_{k>t} log q/p, t from 0; w_t = p/mu. The single-step term has no
+    w_t: given the prefix, it does not depend on the drawn token, whose ratio w_t is.
     """
 
     def loss(a: Answer) -> Tensor:
@@ -214,8 +213,8 @@ def standard_score(
 
 
 def rloo(answers: Answers) -> Tensor:
-    """-(R_i - mean of the others' R) log p(y_i) (2402.14740); a mean over tokens, the same for
-    every response of the batch.
+    """-(R_i - mean of the others' R) log p(y_i) (2402.14740), a mean over all tokens of the
+    batch.
     """
 
     def loss(a: Answer) -> Tensor:
@@ -299,12 +298,12 @@ def reinforce_pp(answers: Answers) -> Tensor:
     clipped (2501.03262).
     """
     raw = [a.reward - 0.1 * (a.mu - a.lq()).flip(0).cumsum(0).flip(0) for a in answers]
-    every = torch.cat(raw)
-    deviation = (every - every.mean()).square().mean().sqrt() + 1e-8
+    joined = torch.cat(raw)
+    deviation = (joined - joined.mean()).square().mean().sqrt() + 1e-8
     parts = [
-        clipped(a, (r - every.mean()) / deviation).sum() for a, r in zip(answers, raw, strict=True)
+        clipped(a, (r - joined.mean()) / deviation).sum() for a, r in zip(answers, raw, strict=True)
     ]
-    return sum(parts) / len(every)
+    return sum(parts) / len(joined)
 
 
 def ppo(answers: Answers) -> Tensor:
@@ -312,8 +311,8 @@ def ppo(answers: Answers) -> Tensor:
     value loss (1707.06347).
 
     The p inside the reward is the learner's before its update, the ratio's denominator the sampler.
-    The value head says costs, so V is its negative; the value loss is (V - V_target)^2 / 2 times
-    0.5.
+    The value head predicts costs, so V is its negative; the value loss is (V - V_target)^2 / 2
+    times 0.5.
     """
 
     def loss(a: Answer) -> Tensor:
@@ -334,8 +333,8 @@ def ppo(answers: Answers) -> Tensor:
 
 
 def pairs(answers: Answers, loss: Callable[[Answer, Answer], Tensor]) -> Tensor:
-    """Mean over prompts of the loss of their best and worst answer; a prompt whose answers are all
-    as good has none.
+    """The mean over prompts of the loss of their best and worst answer; a prompt whose rewards are
+    all equal has no pair.
     """
     groups = [
         sorted(group, key=lambda a: -a.reward) for _, group in groupby(answers, lambda a: a.group)
@@ -368,6 +367,6 @@ PAIRS: dict[str, Callable[[Answer, Answer], Tensor]] = {
     "dil_bce": lambda w, r: nls(mean_ratio(w)) + nls(-mean_ratio(r)),
     "reward_model": lambda w, r: nls(w.values[-1] - r.values[-1]),
 }
-"""Of a chosen and a rejected response: 2305.18290, 2310.12036, 2305.10425, 2405.14734, 2503.05079
-(three), Bradley and Terry.
+"""The losses of a chosen response w and a rejected response r, in this order of the papers:
+2305.18290, 2310.12036, 2305.10425, 2405.14734, 2503.05079 (three losses), Bradley and Terry.
 """

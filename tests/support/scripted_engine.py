@@ -1,5 +1,5 @@
-"""In place of vLLM's engine: continues token ids by a rule, one token of every request a step, and
-records what it was asked to do.
+"""An engine in place of vLLM's. It continues token ids by a rule, by one token of every request a
+step, and records the calls that it receives.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ LONGEST_PROMPT = 20
 
 @dataclass
 class Request:
-    """A request as the engine got it, and how many tokens it has now."""
+    """A request as the engine received it, and the number of tokens sampled so far."""
 
     name: str
     token_ids: list[int]

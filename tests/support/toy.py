@@ -37,12 +37,13 @@ from hybridrl.teachers.scores import empty_scores, fill_scores
 from hybridrl.types import RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
 from tests.support.batches import make_batch, make_plan, make_rewards
 
-VOCABULARY, MAX_NEW_TOKENS = 7, 6
+VOCABULARY = 7
+MAX_NEW_TOKENS = 6
 MODELS = {"student": (0, 5), "initial": (1, 5), "main": (2, 4), "second": (3, 6)}  # seed and width
 
 
 class Recurrence(nn.Module):
-    """h_t = tanh(W h_{t-1} + e(x_t)): padding on the right reaches nothing before it."""
+    """h_t = tanh(W h_{t-1} + e(x_t)): padding on the right does not change a state before it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,8 +63,8 @@ class Recurrence(nn.Module):
 
 
 class Toy(nn.Module):
-    """What the student module and the scorer need of a causal language model, and a head for
-    values.
+    """The parts of a causal language model that the student module and the scorer need, and a value
+    head.
     """
 
     def __init__(self, name: str) -> None:
@@ -73,7 +74,7 @@ class Toy(nn.Module):
         self.base_model = Recurrence(width)
         self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
         self.value_head = nn.Linear(width, 1, bias=False)
-        nn.init.normal_(self.lm_head.weight)  # in float32, as the head of a teacher is kept on disk
+        nn.init.normal_(self.lm_head.weight)  # in float32, as a teacher's head is stored
         self.config = PreTrainedConfig()
         self.double()
 
@@ -95,7 +96,7 @@ class Toy(nn.Module):
 
 
 def gradient_of(model: nn.Module) -> dict[str, Tensor]:
-    """By parameter; 0 where nothing reached one."""
+    """The gradient by parameter; 0 where there is none."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in model.named_parameters()
@@ -104,7 +105,7 @@ def gradient_of(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """One written response; those of a prompt stand side by side."""
+    """One response; the responses to one prompt must be adjacent."""
 
     prompt: tuple[int, ...]
     ids: tuple[int, ...]
@@ -118,8 +119,8 @@ class Response:
 
 
 def save_heads(folder: Path) -> None:
-    """Folders with as much of a model as the learner reads of a teacher; a path of null means the
-    student's.
+    """Write folders with the parts of a model that the learner reads of a teacher; a teacher whose
+    path is null has the student's.
     """
     for name, of in (("student", "initial"), ("main", "main"), ("second", "second")):
         (folder / name).mkdir()
@@ -146,7 +147,7 @@ def preset(name: str, folder: Path, *overrides: str) -> RunSettings:
 
 
 def sampler_logprobs(response: Response) -> Tensor:
-    """[T] float64 log mu(y): the student's own and its drift, the first teacher's, or 0 of data."""
+    """[T] float64 log mu(y): of the student plus the drift, of the first teacher, or 0 for data."""
     if response.source is Source.data:
         return torch.zeros(len(response.ids), dtype=torch.float64)
     writer = Toy("student" if response.source is Source.student else "main")
@@ -161,8 +162,8 @@ def sampler_logprobs(response: Response) -> Tensor:
 class Production:
     """The gradient of one preset.
 
-    Columns travel as float32. With `wide` they are float64 all the way, which leaves nothing but
-    rounding.
+    Columns are float32 as in a run. With `wide` they are float64, so that only rounding errors of
+    float64 remain.
     """
 
     def __init__(self, settings: RunSettings, *, wide: bool) -> None:
@@ -176,7 +177,7 @@ class Production:
             self.student.value_head = self.model.value_head
 
     def gradient(self, responses: Sequence[Response], step: int = 0) -> dict[str, Tensor]:
-        """By parameter; responses of one source stand side by side."""
+        """The gradient by parameter; the responses of one source must be adjacent."""
         sources = groupby(responses, lambda r: r.source)
         batches = [self._scored(list(of_source)) for _, of_source in sources]
         plan = self._plan(batches, step)
@@ -193,7 +194,7 @@ class Production:
         loss.backward()
         return gradient_of(self.model)
 
-    # -- what others say ---------------------------------------------------------------------------
+    # -- rollouts, scores and rewards --------------------------------------------------------------
 
     def _scored(self, responses: list[Response]) -> ScoredBatch:
         groups = [
@@ -218,7 +219,7 @@ class Production:
     def _scores(
         self, name: str, rollout: RolloutBatch, responses: Sequence[Response]
     ) -> TokenScores:
-        """What the production code sends of this teacher."""
+        """The scores of this teacher as the production code sends them."""
         teacher = Toy(name)
         evidence = self.objective.needs.evidence[self.settings.scored_teachers.index(name)]
         kind = torch.from_numpy(np.zeros(0, self.dtype)).dtype
@@ -243,23 +244,23 @@ class Production:
         return column
 
     def _plan(self, batches: Sequence[ScoredBatch], step: int) -> UpdatePlan:
-        kept = [b.rewards.keep for b in batches]
+        keeps = [b.rewards.keep for b in batches]
         settings, weights = self.settings, Coefficients(self.settings)
         groups = [b.rewards.values.reshape(-1, b.rollout.group_size) for b in batches]
-        whole = sum(
+        num_complete = sum(
             int(b.rewards.keep.reshape(-1, b.rollout.group_size).all(1).sum()) for b in batches
         )
-        pairs = sum(
-            int((g.max(1) > g.min(1)).sum()) for g in groups
-        )  # NaN, as of a dropped group, is above nothing
+        # A dropped group has the reward NaN, for which the comparison is false.
+        num_pairs = sum(int((g.max(1) > g.min(1)).sum()) for g in groups)
         return make_plan(
             batches[0].rollout,
             step=step,
             num_tokens=sum(
-                int(b.rollout.response_lengths[k].sum()) for b, k in zip(batches, kept, strict=True)
+                int(b.rollout.response_lengths[k].sum())
+                for b, k in zip(batches, keeps, strict=True)
             ),
-            num_sequences=sum(int(k.sum()) for k in kept),
-            num_groups=pairs if self.objective.needs.pairs else whole,
+            num_sequences=sum(int(k.sum()) for k in keeps),
+            num_groups=num_pairs if self.objective.needs.pairs else num_complete,
             teacher_weights=weights.teachers(step),
             teacher_routes=tuple(
                 settings.teachers[name].route for name in settings.scored_teachers

@@ -1,5 +1,6 @@
-"""Under TRITON_INTERPRET=1: the Triton rows on CPU tensors against the eager ones in fp64. Prints
-{case: {column: error}}.
+"""Compare the Triton rows on CPU tensors, under TRITON_INTERPRET=1, with the eager rows in fp64.
+
+It prints {case: {column: error}}.
 """
 
 import json
@@ -41,7 +42,7 @@ RATIOS = (
 def errors(
     rule: RowRule, num_teachers: int, vocabulary: int, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Of 6 rows; row 1 is out, teacher 0 is not asked about row 2 and holds nan there."""
+    """The errors of 6 rows. Row 1 has token weight 0. Teacher 0 has weight 0 and NaN in row 2."""
     g = torch.Generator().manual_seed(vocabulary + num_teachers)
 
     def normal(*shape):

@@ -46,6 +46,23 @@ def test_every_fault_is_there_once_and_its_proof_is_a_file():
     assert [fault.id for fault in matrix.MATRIX if not (ROOT / fault.proof).is_file()] == []
 
 
+def test_every_word_that_selects_tests_of_a_fault_is_in_the_name_of_one():
+    """A word that selects nothing leaves a fault out in silence, or fails it for want of tests."""
+    unused = []
+    for fault in matrix.MATRIX:
+        if isinstance(fault.do, str):
+            files, _, words = fault.do.partition(" -k ")
+            text = "".join((ROOT / file).read_text() for file in files.split())
+            names = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
+            assert names, fault.id
+            unused += [
+                (fault.id, word)
+                for word in words.split("|")
+                if not any(word in name for name in names)
+            ]
+    assert unused == []
+
+
 def test_the_card_is_put_together_from_pieces_and_names_what_was_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -81,11 +81,11 @@ class BareLoop:
                 "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
                 "use_cache": False,
             }
-            taught = self.states(self.teacher.base_model(**body).last_hidden_state, width)
+            teacher_states = self.states(self.teacher.base_model(**body).last_hidden_state, width)
             clock.append(time.perf_counter())
         self.learn(
             self.states(self.student.base_model(**body).last_hidden_state, width),
-            taught,
+            teacher_states,
             ids[:, width:].flatten(),
         )
         clock.append(time.perf_counter())
@@ -98,7 +98,7 @@ class BareLoop:
         """[R, H] before each response token."""
         return hidden[:, width - 1 : -1].reshape(-1, hidden.shape[-1])
 
-    def learn(self, hidden: Tensor, taught: Tensor, drawn: Tensor) -> None:
+    def learn(self, hidden: Tensor, teacher_states: Tensor, drawn: Tensor) -> None:
         ones = torch.ones(len(drawn))
         terms = TokenColumns(
             token_ids=drawn,
@@ -108,7 +108,7 @@ class BareLoop:
             sampler_logprobs=0 * ones,
         )
         teacher = HiddenTeacher(
-            hidden=taught, lm_head=self.teacher.get_output_embeddings().weight, weight=ones
+            hidden=teacher_states, lm_head=self.teacher.get_output_embeddings().weight, weight=ones
         )
         loss, _ = hybrid_head_loss(
             hidden, self.student.get_output_embeddings().weight, (teacher,), terms, self.rule

@@ -185,8 +185,8 @@ def materialising(controller: Controller) -> float:
         )
         for d in wave.drawn
     ]
-    whole = join(parts)
-    shard = select_groups(whole, range(len(whole.rollout.uids)))
+    batch = join(parts)
+    shard = select_groups(batch, range(len(batch.rollout.uids)))
     sent = ray.put(shard)
     took = time.perf_counter() - began
     del sent

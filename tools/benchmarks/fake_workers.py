@@ -83,12 +83,14 @@ class Engine:
             batch = rollouts(order, prompts, max(self.version, 0))
             return header(batch, 0.0), batch
         if self.work.spread:
-            whole = await self._alone(
+            completed = await self._alone(
                 f"{order.wave}/{prompts[0].uid}",
                 self.work.generate_s * stretch(order, prompts, self.work.spread),
             )
             batch = rollouts(
-                order if whole else replace(order, max_new_tokens=0), prompts, max(self.version, 0)
+                order if completed else replace(order, max_new_tokens=0),
+                prompts,
+                max(self.version, 0),
             )
             return header(batch, time.monotonic() - arrived), batch
         async with self.device:

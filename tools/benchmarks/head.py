@@ -248,7 +248,8 @@ def one(
                 }
                 calls[variant] = timed
                 rates[variant] = square[name]
-            # A foreign kernel may fail, or full logits may not fit the GPU; measure the others.
+            # A kernel of another package may fail, or full logits may not fit into the GPU; the
+            # other variants are measured all the same.
             except Exception as error:
                 failed[variant] = f"{type(error).__name__}: {error}".splitlines()[0]
             p.forget()
@@ -305,7 +306,7 @@ def resident(mark: str) -> int:
 
 
 def _error(p: Problem, call: Callable[[Problem], object], hybrid: bool) -> dict[str, float] | None:
-    """Relative errors of both gradients against fp64 on a few rows; None: there are none."""
+    """Relative errors of both gradients against fp64 on a few rows; None: there is no gradient."""
     p.forget()
     call(p)
     if p.hidden.grad is None:

@@ -110,9 +110,9 @@ def bare(name: str, settings: RunSettings, slots: dict, logs: str) -> ActorGroup
     )
 
 
-def shares(wholes: list[float], parts: list[float]) -> float:
-    """The median over the turns of part / whole."""
-    return statistics.median(part / whole for whole, part in zip(wholes, parts, strict=True))
+def shares(totals: list[float], parts: list[float]) -> float:
+    """The median over the turns of part / total."""
+    return statistics.median(part / total for total, part in zip(totals, parts, strict=True))
 
 
 # -- generation and learner, against the bare parts ------------------------------------------------

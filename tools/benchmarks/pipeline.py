@@ -72,7 +72,7 @@ def step_seconds(stage: Stage, work: Work, steps: int, *overrides: str) -> float
 def timed_steps(
     stage: Stage, work: Work, steps: int, *overrides: str
 ) -> tuple[float, list[dict[str, float]]]:
-    """-> seconds of a step, and the rows of metrics of the timed ones"""
+    """(mean seconds of a timed step, rows of metrics of the timed steps)"""
     stage.assign(work)
     controller = stage.controller(
         settings_of(*SIZE, f"train.steps={WARM_UP + steps + DRAIN}", *overrides)
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> dict:
     if options.tail_steps:
         results["tail"] = tail(options.tail_steps, options.scale)
     if options.real_steps:
-        from benchmarks.quickstart import compare_schedules  # the real workers: seconds to import
+        from benchmarks.quickstart import compare_schedules  # importing it takes seconds
 
         results["quickstart"] = compare_schedules(options.real_steps, options.turns)
     return results
@@ -115,11 +115,13 @@ def waits(options: argparse.Namespace) -> dict:
         for name, mix in MIXES.items():
             work = scaled(mix, options.scale)
             *phases, w = work.phases
-            whole = f"rollout.groups_per_chunk={PROMPTS}"
-            single = "rollout.groups_per_chunk=1"
+            one_chunk = f"rollout.groups_per_chunk={PROMPTS}"
+            chunk_each = "rollout.groups_per_chunk=1"
             few = max(options.steps // 3, 1)
-            sync, streamed = (step_seconds(stage, work, few, size) for size in (whole, single))
-            pipelined = step_seconds(stage, work, options.steps, whole, "schedule=pipelined")
+            sync, streamed = (
+                step_seconds(stage, work, few, size) for size in (one_chunk, chunk_each)
+            )
+            pipelined = step_seconds(stage, work, options.steps, one_chunk, "schedule=pipelined")
             limit = max(phases) + w
             rows[name] = {
                 "phases": work.phases,

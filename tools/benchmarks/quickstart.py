@@ -18,7 +18,7 @@ from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
 
 COMMON = ["train.lr=5e-4", "train.lr_warmup_steps=0", "train.lr_end=null"]
-KEPT = (
+REPORTED = (
     "reward/mean",
     "policy/staleness_mean",
     "policy/staleness_max",
@@ -36,18 +36,17 @@ class Ground:
 
 @dataclass(slots=True, kw_only=True)
 class Turns:
-    """What the turns of one variant gave, one entry a turn."""
+    """The results of the turns of one variant, one entry a turn."""
 
-    step_s: list[float] = field(
-        default_factory=list
-    )  # wall of the turn over its steps, the first and last ones included
+    # the time of a turn over its number of steps, the first and the last one included
+    step_s: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)  # held out, after the turn
     rows: list[list[dict[str, float]]] = field(default_factory=list)
 
     def summary(self) -> dict:
         rows = [row for turn in self.rows for row in turn]
         results = {"step_s": self.step_s, "accuracy_after": self.accuracy}
-        for key in KEPT:
+        for key in REPORTED:
             results[key] = statistics.fmean(row[key] for row in rows)
         results["policy/staleness_max"] = max(row["policy/staleness_max"] for row in rows)
         results["reward_last_5"] = statistics.fmean(

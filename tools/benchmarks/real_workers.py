@@ -200,7 +200,7 @@ class BareLearner:
         ]
 
     def update(self) -> float:
-        """-> seconds"""
+        """Take a step; returns its seconds."""
         started = time.perf_counter()
         for micro in self.micros:
             inputs = {

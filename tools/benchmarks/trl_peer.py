@@ -133,9 +133,8 @@ def timed_generation(trainer) -> list[float]:
 
 def main(kind: str, order: dict) -> None:
     torch.set_num_threads(order["threads"])
-    Hasher.hash = classmethod(
-        lambda cls, value: "0" * 16
-    )  # datasets 5.2 cannot hash what pyarrow 26 holds
+    # datasets 5.2 cannot hash the objects of pyarrow 26.
+    Hasher.hash = classmethod(lambda cls, value: "0" * 16)
     rows = [json.loads(line) for line in Path(order["problems"]).read_text().splitlines()]
     clock = Clock()
     trainer = trainer_of(kind, order, rows, clock)

@@ -298,7 +298,8 @@ def faulty_rpc(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 def soak(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """X2: the growth of memory and open files of every process.
 
-    It is measured from step 500 on; before, the learner still gets longer batches than ever.
+    It is measured from step 500 on. Before, memory grows because the learner still receives batches
+    that are longer than all earlier ones.
     """
     run_dir = ground.run_dir("soak")
     first, last = SOAKED

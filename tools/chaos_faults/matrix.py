@@ -18,6 +18,7 @@ LEARNER = "tests/policy/test_learner.py"
 RUN_DIR = "tests/run_dir/test_directory.py"
 DATA = "tests/data/test_prompts.py"
 SYNC = "tests/weights/test_vllm_transfer.py"
+VLLM = "tests/rollout/test_vllm_internals.py"
 PIPELINE = "tests/controller/test_pipeline.py"
 TOOL = "tools/chaos_faults"
 
@@ -63,7 +64,7 @@ MATRIX = [
     Fault(
         id="K4",
         name="newest checkpoint damaged",
-        do=f"{SAVE} -k damaged|unknown|manifest",
+        do=f"{SAVE} -k damaged|manifest|another_format",
         proof=SAVE,
     ),
     Fault(id="E1", name="engine killed", do=workers.run, proof=GRAPH),
@@ -100,27 +101,27 @@ MATRIX = [
     Fault(
         id="V1",
         name="reward raises or returns no number",
-        do=f"{REWARDS} -k culprit|finite|error_value|drop_group",
+        do=f"{REWARDS} -k causes_a_failure|finite|error_value|drop_group",
         proof=REWARDS,
     ),
-    Fault(id="V2", name="reward hangs", do=f"{REWARDS} -k culprit|hangs", proof=REWARDS),
+    Fault(id="V2", name="reward hangs", do=f"{REWARDS} -k causes_a_failure|hangs", proof=REWARDS),
     Fault(
         id="V3",
         name="reward process dies",
-        do=f"{REWARDS} -k culprit|killed_between",
+        do=f"{REWARDS} -k causes_a_failure|killed_between",
         proof=REWARDS,
     ),
     Fault(
         id="V4",
         name="reward that is only measured fails",
-        do=f"{REWARDS} -k only_watches|nothing_is_learned",
+        do=f"{REWARDS} -k only_watched|weight_0",
         proof=REWARDS,
     ),
     Fault(id="N1", name="NaN in a step", do=f"{LEARNER} -k nan|left_out|finite", proof=LEARNER),
     Fault(
         id="G1",
         name="endless responses",
-        do=f"tests/runtime/test_runtime.py {GRAPH} -k did_not_end|abort_ends|oversampling",
+        do=f"{VLLM} {GRAPH} -k did_not_end|abort_ends|oversampling",
         proof=GRAPH,
     ),
     Fault(

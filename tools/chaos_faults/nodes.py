@@ -1,7 +1,7 @@
 """C1 and C2: a run on two Ray nodes, one of which dies, or is cut off and comes back.
 
 The nodes are network namespaces that are joined by a pair of virtual interfaces, so that a
-partition is a real one; to make them needs root. Ray's health checks are tuned so that it gives up
+partition is a real one; making them needs root. Ray's health checks are tuned so that it gives up
 a node after about 4.5 s instead of a minute.
 """
 

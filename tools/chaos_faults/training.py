@@ -106,10 +106,10 @@ class Training:
     def family(self) -> list[int]:
         """The process of the run and all its descendants."""
         parents = processes()
-        ours = {self.process.pid}
-        while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-            ours |= more
-        return sorted(ours)
+        pids = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in pids} - pids:
+            pids |= more
+        return sorted(pids)
 
 
 def processes() -> dict[int, int]:
@@ -187,7 +187,7 @@ def training(
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> float:
-    """Send a signal to a process, SIGKILL by default; returns the time.time() at which it was."""
+    """Send a signal to a process, SIGKILL by default; returns the time.time() just before."""
     at = time.time()
     with suppress(ProcessLookupError):
         os.kill(pid, number)
@@ -234,6 +234,6 @@ def uids(run_dir: Path, steps: int) -> Counter[str]:
 
 def prompts_against(run_dir: Path, clean: Path, steps: int) -> tuple[int, int]:
     """(prompts lost, prompts used twice) up to a step, compared with the run without a fault."""
-    ours = uids(run_dir, steps)
-    theirs = uids(clean, steps)
-    return len(theirs - ours), len(ours - theirs)
+    used = uids(run_dir, steps)
+    expected = uids(clean, steps)
+    return len(expected - used), len(used - expected)

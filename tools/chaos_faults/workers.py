@@ -132,8 +132,8 @@ STRIKES = {
 def run(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """Cause the faults in one run.
 
-    Every failpoint is set from the start, with a file that says that it has fired; to remove this
-    file arms it.
+    Every failpoint is set from the start, with a file that marks it as fired; removing this file
+    arms it.
     """
     run_dir = ground.run_dir("workers")
     armed = run_dir / "armed"
@@ -161,7 +161,7 @@ def strike_at(
     """Cause a fault and wait until the run is as before.
 
     Args:
-        fired: the file that says that the failpoint has fired.
+        fired: the file that marks the failpoint as fired.
         recovered_s: bound on the time from the fault until the run is as before.
 
     Returns:
