@@ -14,6 +14,7 @@ from hybridrl.settings.choices import (
     Device,
     EvidenceKind,
     OnStale,
+    Products,
     Ratio,
     Scale,
     SupportSource,
@@ -298,6 +299,16 @@ def check_pipeline(settings: RunSettings) -> None:
         )
 
 
+def check_products(settings: RunSettings) -> None:
+    """Products are widened on CPUs alone."""
+    wide = settings.train.products is Products.float32
+    if wide and settings.cluster.device is Device.cuda:
+        raise ConfigError(
+            "train.products=float32: is for CPUs, cluster.device is cuda, where products of "
+            "bfloat16 are summed in float32 anyway; set train.products=auto"
+        )
+
+
 def check_places(settings: RunSettings) -> None:
     """Check that every worker has work, and that its node and device allow it.
 
@@ -388,6 +399,7 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_objective,
     check_teachers,
     check_schedules,
+    check_products,
     check_best_checkpoint,
     check_evidence,
     check_something_to_learn,
