@@ -1,5 +1,6 @@
 """A warning for runs whose gradient is mostly the rounding of bfloat16 logits."""
 
+from hybridrl.settings.choices import Products
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import LearnerStats
 
@@ -20,9 +21,8 @@ def rounding_warning(settings: RunSettings, stats: LearnerStats, device: str) ->
     Returns:
         One sentence; None where rounding is a small part of the gradient.
     """
-    rounds = (
-        device == "cpu" and settings.model.dtype == "bfloat16" and not settings.train.exact_logits
-    )
+    wide = settings.train.exact_logits or settings.train.products is Products.float32
+    rounds = device == "cpu" and settings.model.dtype == "bfloat16" and not wide
     kl = stats.token_kl or 0.0  # None or 0: there is no dense gradient to be rounded
     if not rounds or stats.sparse_norm > 0 or not 0 < kl < SMALL_KL:
         return None

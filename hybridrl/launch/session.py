@@ -26,6 +26,7 @@ from hybridrl.core.errors import (
 )
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
+from hybridrl.kernels.products import described, processor
 from hybridrl.launch.export import keep_template
 from hybridrl.launch.lengths import check_lengths
 from hybridrl.launch.preflight import (
@@ -112,6 +113,8 @@ def train(settings: RunSettings) -> RunResult:
             preemption=preemption,
         )
         workers = session.start_workers(checkpoint)
+        if narrow_models(settings) and cluster.device == "cpu":
+            console.notice(described(settings.train.products, processor()))
         console.notice(
             f"workers ready after {time.monotonic() - began:.0f} s on {cluster.device}, weights "
             f"travel by {cluster.weight_transfer}; the longest silent wait is "
@@ -123,6 +126,15 @@ def train(settings: RunSettings) -> RunResult:
         exported = export_model(settings, controller, run_dir, first)
     reason = ExitReason.already_finished if first == settings.train.steps else ExitReason.finished
     return run_result(run_dir, exported, reason)
+
+
+def narrow_models(settings: RunSettings) -> list[str]:
+    """The bfloat16 models that the learner or a scorer runs, by the setting of their dtype."""
+    dtypes = {"model.dtype": settings.model.dtype} | {
+        f"teachers.{name}.dtype": settings.teacher_model(name).dtype
+        for name in settings.scored_teachers
+    }
+    return [setting for setting, dtype in dtypes.items() if dtype == "bfloat16"]
 
 
 def start_notice(settings: RunSettings, checkpoint: Checkpoint | None) -> str:

@@ -1,4 +1,5 @@
-"""Decoder layers on the CPU: plain attention and compiled layers, where either is faster.
+"""Decoder layers on the CPU: wide products, plain attention and compiled layers, where they are
+faster.
 
 Between its matrix products a layer of transformers makes some fifty passes over its activations.
 Compiled (torch.compile with its C++ backend) they become a few; the products do not change.
@@ -11,7 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hybridrl.core.compiler import has_compiler
+from hybridrl.kernels.products import widen_products
 from hybridrl.models.model_internals import attention_of, discard_compiled, wrapped_layers
+from hybridrl.settings.choices import Products
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,18 @@ many are in reserve.
 
 TRACED_TOKENS = 61
 """Length of the sequences that are traced; it equals no size of a model."""
+
+
+def set_products(model: PreTrainedModel, products: Products, device: torch.device) -> None:
+    """Compute the products of a bfloat16 model's linear layers in float32 on a CPU, where that is
+    chosen.
+
+    Args:
+        device: on which the model will run.
+    """
+    is_narrow = model.dtype is torch.bfloat16
+    if products is Products.float32 and is_narrow and device.type == "cpu":
+        widen_products(model)
 
 
 def attends_plainly(model: PreTrainedModel, tokens: int) -> bool:

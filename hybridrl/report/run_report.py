@@ -311,6 +311,7 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
     algorithm = "algorithm."
     pairs = [
         ("Student", _get(config, "model.path")),
+        ("Arithmetic", _arithmetic(config)),
         (
             "Teachers",
             ", ".join(
@@ -332,6 +333,13 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
         ("Seed", _get(config, "run.seed")),
     ]
     return [(name, str(value)) for name, value in pairs if value not in (None, "")]
+
+
+def _arithmetic(config: dict[str, Any]) -> str:
+    """The dtype of the student, and of its matrix products where that is another one."""
+    dtype = str(_get(config, "model.dtype") or "")
+    wide = dtype == "bfloat16" and _get(config, "train.products") == "float32"
+    return f"{dtype}, products in float32 on CPUs" if wide else dtype
 
 
 def full_mark(config: dict[str, Any]) -> float:

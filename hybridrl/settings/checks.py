@@ -14,6 +14,7 @@ from hybridrl.settings.choices import (
     Device,
     EvidenceKind,
     OnStale,
+    Products,
     Ratio,
     Scale,
     SupportSource,
@@ -301,6 +302,16 @@ def check_pipeline(settings: RunSettings) -> None:
         )
 
 
+def check_products(settings: RunSettings) -> None:
+    """Products are widened on CPUs alone."""
+    wide = settings.train.products is Products.float32
+    if wide and settings.cluster.device is Device.cuda:
+        raise ConfigError(
+            "train.products=float32: is for CPUs, cluster.device is cuda, where products of "
+            "bfloat16 are summed in float32 anyway; set train.products=auto"
+        )
+
+
 def check_places(settings: RunSettings) -> None:
     """Check that no worker would be idle, and that devices allow the placement of the workers.
 
@@ -391,6 +402,7 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_objective,
     check_teachers,
     check_schedules,
+    check_products,
     check_best_checkpoint,
     check_evidence,
     check_something_to_learn,

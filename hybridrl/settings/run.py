@@ -21,6 +21,7 @@ from hybridrl.settings.choices import (
     Device,
     EvidenceKind,
     OnError,
+    Products,
     Resume,
     WandbMode,
 )
@@ -146,6 +147,12 @@ class TrainConfig:
     """
     head_chunk: int = 1024
     """response tokens whose logits are in memory at once in the head pass"""
+    products: Products = Products.auto
+    """dtype in which learner and scorers compute matrix products of bfloat16 models on CPUs: model,
+    or float32, which is faster on processors whose bfloat16 instructions are slow or missing; auto:
+    the faster one by a table, on the processor of the driver. A run keeps its first choice. On GPUs
+    products are in the model's dtype
+    """
     exact_logits: bool = False
     """bfloat16 on CPUs: compute logits by float32 products, several times slower. It is for a
     student that nearly equals its teacher: 20 % of the dense gradient is rounding error at a KL of

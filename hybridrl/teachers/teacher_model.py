@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from hybridrl.core.errors import ConfigError
 from hybridrl.core.plain_text import described
 from hybridrl.core.user_files import load_from_file
-from hybridrl.models.decoder_layers import compile_layers
+from hybridrl.models.decoder_layers import compile_layers, set_products
 from hybridrl.models.loading import head_rows, load_model, load_output_head
 from hybridrl.models.output_head import output_weight
 from hybridrl.settings.run import RunSettings
@@ -67,6 +67,7 @@ def load_teacher(settings: RunSettings, teacher: str, device: torch.device) -> T
     model = settings.teacher_model(teacher)
     setting = settings.model_setting(teacher)
     loaded = load_model(model.path, model.dtype, model.revision, setting=setting).to(device).eval()
+    set_products(loaded, settings.train.products, device)
     compile_layers(loaded, tokens=settings.rollout.sequence_limit, packed=False, learns=False)
     return LocalModel(loaded, f"{setting}={model.path}")
 

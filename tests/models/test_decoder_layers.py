@@ -4,12 +4,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from hybridrl.kernels.products import WideLinear
 from hybridrl.models import decoder_layers
-from hybridrl.models.decoder_layers import TRACED_TOKENS, attends_plainly, compile_layers
+from hybridrl.models.decoder_layers import (
+    TRACED_TOKENS,
+    attends_plainly,
+    compile_layers,
+    set_products,
+)
 from hybridrl.models.model_internals import attention_of, is_compiled, wrapped_layers
+from hybridrl.settings.choices import Products
 from tests.support.torch_graphs import forget_graphs, num_graphs
 
 HIDDEN = decoder_layers.COMPILE_FROM
@@ -64,6 +71,40 @@ def hidden_and_gradient(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tu
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "dtype", "device", "wide"),
+    [
+        (Products.float32, torch.bfloat16, "cpu", True),
+        (Products.model, torch.bfloat16, "cpu", False),
+        (Products.auto, torch.bfloat16, "cpu", False),  # a run before this setting existed
+        (Products.float32, torch.float32, "cpu", False),
+        (Products.float32, torch.bfloat16, "cuda", False),
+    ],
+)
+def test_products_are_wide_for_bf16_models_on_cpus_where_that_is_chosen(
+    chosen: Products, dtype: torch.dtype, device: str, wide: bool
+):
+    model = model_of(dtype=dtype)
+    set_products(model, chosen, torch.device(device))
+    kinds = {type(m) for m in model.base_model.modules() if isinstance(m, nn.Linear)}
+    assert kinds == {WideLinear if wide else nn.Linear}
+
+
+def test_layers_with_wide_products_are_compiled_and_at_least_as_exact():
+    narrow = model_of()
+    narrow.set_attn_implementation("eager")
+    wide = model_of()
+    set_products(wide, Products.float32, torch.device("cpu"))
+    assert compile_layers(wide, tokens=100, packed=False, learns=True)
+    inputs = padded(3, 17)
+    exact = hidden_and_gradient(model_of().float(), inputs)
+    narrow_outputs = hidden_and_gradient(narrow, inputs)
+    wide_outputs = hidden_and_gradient(wide, inputs)
+    for k in range(2):
+        limit = 1.2 * relative_error(narrow_outputs[k], exact[k])
+        assert relative_error(wide_outputs[k], exact[k]) < limit < 0.1
 
 
 def test_compiled_layers_are_as_close_to_fp32_as_the_layers_of_transformers():

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hybridrl.controller.evaluation import summary
 from hybridrl.core.errors import CheckpointError, ConfigError, RunDirectoryError
+from hybridrl.kernels.products import Processor
 from hybridrl.launch.run_result import ExitReason, run_result
 from hybridrl.launch.session import prepare_prompts
 from hybridrl.launch.teacher_levels import (
@@ -24,6 +25,7 @@ from hybridrl.launch.teacher_levels import (
     read_levels,
     teachers_to_measure,
 )
+from hybridrl.run_dir import inputs
 from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile
 from hybridrl.run_dir.contents import CACHED_FROM, digest
 from hybridrl.run_dir.directory import (
@@ -38,7 +40,7 @@ from hybridrl.run_dir.directory import (
     run_directory,
 )
 from hybridrl.run_dir.inputs import digests, pinned
-from hybridrl.settings.choices import Resume
+from hybridrl.settings.choices import Products, Resume
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunConfig, RunSettings
 from hybridrl.tracking.jsonl import JsonlSink
@@ -945,9 +947,47 @@ def test_a_name_on_the_hub_means_the_commit_that_the_run_began_with(
         resume(pinned(chosen, earlier_settings(chosen)))
 
 
-def test_folders_and_built_in_models_have_no_commit_and_an_old_run_keeps_none(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("slow", "choice"), [(Processor.intel_bf16, "float32"), (Processor.amx, "model")]
+)
+def test_a_run_keeps_the_products_that_its_first_processor_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: Processor, choice: str
+):
+    monkeypatch.setattr(inputs, "processor", lambda: slow)
     settings = settings_of(tmp_path)
+    assert settings.train.products is Products.auto
+    first = pinned(settings, earlier_settings(settings))
+    assert first.train.products == choice
+    start(first)
+    assert f"products: {choice}\n" in (tmp_path / "config.yaml").read_text()
+    other = Processor.amx if slow is Processor.intel_bf16 else Processor.intel_bf16
+    monkeypatch.setattr(inputs, "processor", lambda: other)  # the job moved to another machine
+    again = pinned(settings, earlier_settings(settings))
+    assert again.train.products == choice
+    assert resume(again) == 10
+    changed = settings_of(
+        tmp_path, f"train.products={'model' if choice == 'float32' else 'float32'}"
+    )
+    with pytest.raises(RunDirectoryError, match=rf"train\.products: {choice} -> "):
+        resume(pinned(changed, earlier_settings(changed)))
+
+
+def test_products_on_gpus_are_those_of_the_model_whatever_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inputs, "processor", lambda: Processor.without_bf16)
+    settings = settings_of(tmp_path, "cluster.device=cuda")
+    assert pinned(settings, None).train.products is Products.model
+
+
+def test_a_run_of_a_version_that_knew_no_products_goes_on_as_it_was(tmp_path: Path):
+    settings = settings_of(tmp_path)
+    assert pinned(settings, settings).train.products is Products.auto, "which means the model's"
+
+
+def test_folders_and_built_in_models_have_no_commit_and_an_old_run_keeps_none(tmp_path: Path):
+    settings = settings_of(tmp_path, "train.products=model")
     assert pinned(settings, None) == settings
-    named = settings_of(tmp_path, "model.path=me/gone")
+    named = settings_of(tmp_path, "train.products=model", "model.path=me/gone")
     assert pinned(named, None) == named, "loading it says that it cannot be had"
     assert pinned(named, named) == named

@@ -395,6 +395,10 @@ BAD = [
         "train.prompts_per_step=3: must be at least learner.ranks=4",
     ),
     (
+        "train.products=float32 cluster.device=cuda",
+        "train.products=float32: is for CPUs, cluster.device is cuda",
+    ),
+    (
         "rollout.weight_transfer=nccl cluster.device=cpu",
         "rollout.weight_transfer=nccl: needs GPUs, cluster.device is cpu",
     ),
