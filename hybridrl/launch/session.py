@@ -56,12 +56,12 @@ from hybridrl.run_dir.ledger import Ledger, check_cursor, check_ledger, drawn_ui
 from hybridrl.runtime.actor_group import dump_stacks
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
+from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.workers import (
     Slots,
     Workers,
     place_workers,
     recover,
-    start_rewards,
     start_workers,
 )
 from hybridrl.settings.choices import EvidenceKind, Resume, WandbMode
@@ -215,25 +215,27 @@ class Session:
 
     def start_workers(self, checkpoint: Checkpoint | None) -> Workers:
         """Start and check all workers. If the run begins here, its teachers are measured before the
-        other workers start, since their engines take a place of the student's.
+        student's engines start, since theirs take a place of these.
 
         Raises:
             WorkerError: a worker could not be built, or did not answer in time.
             ContractError: as check_running.
         """
-        rewards = start_rewards(self.settings, self.slots, self.log_dir, self.console.notice)
-        if checkpoint is None:  # a resumed run has them in its first row
-            self.levels = measure_teachers(
-                self.settings,
-                self.cluster,
-                self.slots,
-                rewards,
-                self.heldout,
-                self.run_dir,
-                self.inputs,
-            )
+
+        def measure(rewards: RewardGroup) -> None:
+            if checkpoint is None:  # a resumed run has the levels in its first row
+                self.levels = measure_teachers(
+                    self.settings,
+                    self.cluster,
+                    self.slots,
+                    rewards,
+                    self.heldout,
+                    self.run_dir,
+                    self.inputs,
+                )
+
         workers = start_workers(
-            self.settings, self.cluster, self.slots, rewards, self.log_dir, self.console.notice
+            self.settings, self.cluster, self.slots, self.log_dir, self.console.notice, measure
         )
         check_running(self.settings, workers, self.prompts)
         return workers

@@ -17,9 +17,9 @@ from hybridrl.runtime.replay_group import ReplayGroup
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.scorer_group import ScorerGroup
-from hybridrl.runtime.start_up import wait_for_start
+from hybridrl.runtime.start_up import StartUp
 from hybridrl.settings.choices import Source
-from hybridrl.settings.run import ModelConfig, RunSettings
+from hybridrl.settings.run import RunSettings
 
 log = logging.getLogger(__name__)
 
@@ -97,53 +97,42 @@ def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
     return cluster.place(teams)
 
 
-def start_rewards(
-    settings: RunSettings, slots: Slots, log_dir: str, say: Callable[[str], None] = log.info
-) -> RewardGroup:
-    """Start the reward workers; return when all answer."""
-    rewards = RewardGroup(settings, slots["reward"], log_dir=log_dir)
-    wait_for_start(rewards.ready(), say)
-    return rewards
-
-
 def start_workers(
     settings: RunSettings,
     cluster: Cluster,
     slots: Slots,
-    rewards: RewardGroup,
     log_dir: str,
     say: Callable[[str], None] = log.info,
+    before_engines: Callable[[RewardGroup], None] = lambda rewards: None,
 ) -> Workers:
-    """Start learner, scorers and engines at the same time; return when all answer.
+    """Start all workers at the same time; return when all answer.
 
-    Colocated engines start first, one group after the other.
+    Loading takes each of them many seconds of one core, so nothing waits that need not. Colocated
+    engines come first, one group after the other: an engine measures the free memory of its GPU,
+    and no other worker may take some of it meanwhile.
 
     Args:
         say: prints a line about each worker that is up.
+        before_engines: called when the reward workers answer, while the places of the engines are
+            free; learner and scorers load meanwhile, unless engines are colocated.
 
     Raises:
         WorkerError: a worker could not be built, within deadlines.start_s.
     """
-    engines_of = partial(start_engines, settings, cluster, log_dir=log_dir, say=say)
-    rollout = engines_of(slots["rollout"], model=settings.model)
-    teacher_rollout = None
-    if settings.algorithm.teacher_fraction:
-        model = settings.teacher_model(next(iter(settings.teachers)))
-        teacher_rollout = engines_of(
-            slots["teacher"], model=model, name="teacher", source=Source.teacher
-        )
-    device = cluster.device
-    learner = LearnerGroup(settings, slots["learner"], device=device, log_dir=log_dir)
-    scorers = [
-        ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir)
-        for name in settings.scored_teachers
-    ]
+    start_up = StartUp(say)
+    rewards = RewardGroup(settings, slots["reward"], log_dir=log_dir)
+    start_learner = partial(start_learner_and_scorers, settings, cluster, slots, log_dir)
+    trained = None if settings.cluster.colocate else start_learner()
+    start_up.wait(rewards.ready())
+    before_engines(rewards)
+    rollout, teacher_rollout = start_engines(settings, cluster, slots, log_dir, start_up)
+    learner, scorers = trained or start_learner()
     replay = None
     if settings.algorithm.data_fraction:
         replay = ReplayGroup(settings, slots["replay"], log_dir=log_dir)
     engines = [] if settings.cluster.colocate else [rollout, teacher_rollout]
     starting = [group for group in (*engines, learner, *scorers, replay) if group is not None]
-    wait_for_start([call for group in starting for call in group.ready()], say)
+    start_up.wait([call for group in starting for call in group.ready()])
     return Workers(
         rollout=rollout,
         teacher_rollout=teacher_rollout,
@@ -154,36 +143,48 @@ def start_workers(
     )
 
 
+def start_learner_and_scorers(
+    settings: RunSettings, cluster: Cluster, slots: Slots, log_dir: str
+) -> tuple[LearnerGroup, list[ScorerGroup]]:
+    """Start them, without waiting."""
+    device = cluster.device
+    learner = LearnerGroup(settings, slots["learner"], device=device, log_dir=log_dir)
+    scorers = [
+        ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir)
+        for name in settings.scored_teachers
+    ]
+    return learner, scorers
+
+
 def start_engines(
-    settings: RunSettings,
-    cluster: Cluster,
-    slots: Sequence[Slot],
-    *,
-    model: ModelConfig,
-    log_dir: str,
-    say: Callable[[str], None],
-    name: str = "rollout",
-    source: Source = Source.student,
-) -> RolloutGroup:
-    """Start the engines of one model. With cluster.colocate, return when they answer: an engine
-    measures the free memory of its GPU, and no other worker may take some of it meanwhile.
+    settings: RunSettings, cluster: Cluster, slots: Slots, log_dir: str, start_up: StartUp
+) -> tuple[RolloutGroup, RolloutGroup | None]:
+    """Start the student's engines, and the teacher's where it samples; wait for those that are
+    colocated.
 
     Raises:
         WorkerError: a colocated engine could not be built, within deadlines.start_s.
     """
-    engines = RolloutGroup(
-        settings,
-        slots,
-        model=model,
-        device=cluster.device,
-        backend=cluster.weight_transfer,
-        log_dir=log_dir,
-        name=name,
-        source=source,
-    )
-    if settings.cluster.colocate:
-        wait_for_start(engines.ready(), say)
-    return engines
+    models = [("rollout", settings.model, Source.student)]
+    if settings.algorithm.teacher_fraction:
+        model = settings.teacher_model(next(iter(settings.teachers)))
+        models.append(("teacher", model, Source.teacher))
+    groups = []
+    for name, model, source in models:
+        engines = RolloutGroup(
+            settings,
+            slots[name],
+            model=model,
+            device=cluster.device,
+            backend=cluster.weight_transfer,
+            log_dir=log_dir,
+            name=name,
+            source=source,
+        )
+        if settings.cluster.colocate:
+            start_up.wait(engines.ready())
+        groups.append(engines)
+    return groups[0], groups[1] if len(groups) > 1 else None
 
 
 def recover(

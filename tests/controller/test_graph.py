@@ -33,7 +33,7 @@ from hybridrl.run_dir.ledger import Ledger, check_ledger, drawn_uids, read_ledge
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.learner_group import LearnerGroup
-from hybridrl.runtime.workers import Slots, Workers, place_workers, start_rewards, start_workers
+from hybridrl.runtime.workers import Slots, Workers, place_workers, start_workers
 from hybridrl.settings.choices import Device, OnStale, Ratio, WeightTransfer
 from hybridrl.settings.run import DeadlineConfig, RunSettings
 from hybridrl.tracking.glossary import explain
@@ -120,9 +120,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     )
     with Cluster(settings) as cluster:
         slots, log_dir = place_workers(settings, cluster), str(folder / "logs")
-        workers = start_workers(
-            settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir
-        )
+        workers = start_workers(settings, cluster, slots, log_dir)
         prompts, heldout = prepare_prompts(settings)
         yield Graph(settings, cluster, slots, workers, prompts, heldout, folder)
     nodes.shutdown()

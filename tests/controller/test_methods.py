@@ -18,7 +18,7 @@ from hybridrl.models.loading import load_value_head
 from hybridrl.run_dir.checkpoint import Checkpointer
 from hybridrl.run_dir.ledger import Ledger
 from hybridrl.runtime.cluster import Cluster
-from hybridrl.runtime.workers import Workers, place_workers, start_rewards, start_workers
+from hybridrl.runtime.workers import Workers, place_workers, start_workers
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.compose import conf_dir, load_config
 from hybridrl.settings.run import RunSettings
@@ -104,9 +104,7 @@ def methods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Methods]:
     settings = made.settings(*EVERYTHING)
     with Cluster(settings) as cluster:
         slots, log_dir = place_workers(settings, cluster), str(made.folder / "logs")
-        made.workers = start_workers(
-            settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir
-        )
+        made.workers = start_workers(settings, cluster, slots, log_dir)
         yield made
 
 

@@ -42,7 +42,7 @@ from hybridrl.run_dir.ledger import (
     read_ledger,
 )
 from hybridrl.runtime.cluster import Cluster
-from hybridrl.runtime.workers import Workers, place_workers, start_rewards, start_workers
+from hybridrl.runtime.workers import Workers, place_workers, start_workers
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.sink import Sinks
@@ -154,9 +154,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     with Cluster(settings) as cluster:
         slots = place_workers(settings, cluster)
         log_dir = str(folder / "logs")
-        workers = start_workers(
-            settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir
-        )
+        workers = start_workers(settings, cluster, slots, log_dir)
         yield Graph(settings, workers, *prepare_prompts(settings))
 
 

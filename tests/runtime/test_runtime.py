@@ -35,7 +35,7 @@ from hybridrl.runtime.host import visible_gpus
 from hybridrl.runtime.ray_connection import Node
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
-from hybridrl.runtime.start_up import StartUp, wait_for_start
+from hybridrl.runtime.start_up import StartUp
 from hybridrl.runtime.worker_env import worker_env
 from hybridrl.settings.algorithm import AlgorithmConfig
 from hybridrl.settings.choices import Device, WeightTransfer
@@ -592,9 +592,8 @@ def test_each_worker_is_announced_once_when_it_is_up(slot: Slot, tmp_path: Path)
         "w", "tests.support.failing_worker:Failing", [slot], [{}], log_dir=str(tmp_path)
     )
     lines: list[str] = []
-    start_up = StartUp(pending := group.submit_all("ping", deadline_s=60), lines.append)
-    calls.gather(pending)
-    start_up.watch()
+    start_up = StartUp(lines.append)
+    start_up.wait(group.submit_all("ping", deadline_s=60))
     start_up.watch()
     assert [line.partition(" after ")[0] for line in lines] == ["  w/0 is up"]
     group.close()
@@ -608,7 +607,7 @@ def test_workers_that_do_not_start_in_time_write_their_stacks(slot: Slot, tmp_pa
     group.call_all("ping", deadline_s=60)
     hanging = group.submit_all("hang", deadline_s=1)
     with pytest.raises(WorkerTimeout, match="w/0 failed in hang: no answer within 1 s"):
-        wait_for_start(hanging, print)
+        StartUp(print).wait(hanging)
     # The signal to write the stacks has ended the call.
     calls.gather([replace(call, deadline_s=60) for call in hanging])
     assert "most recent call first" in (tmp_path / "w-0.log").read_text()

@@ -13,7 +13,7 @@ from hybridrl.data.prompts import PromptSource
 from hybridrl.launch.session import prepare_prompts
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.ray_connection import connect
-from hybridrl.runtime.workers import Workers, place_workers, start_rewards, start_workers
+from hybridrl.runtime.workers import Workers, place_workers, start_workers
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
 
@@ -115,9 +115,7 @@ def ground(threads: int, folder: Path) -> Ground:
     log_dir = str(folder / f"logs-{threads}")
     return Ground(
         settings=settings,
-        workers=start_workers(
-            settings, cluster, slots, start_rewards(settings, slots, log_dir), log_dir
-        ),
+        workers=start_workers(settings, cluster, slots, log_dir),
     )
 
 
