@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,6 +37,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--trl-python", help="an interpreter with trl 1.16; without it TRL's rows are left out"
     )
     parser.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("bfloat16", "float32"),
+        default=[],
+        help="dtypes of the models besides that of each pair, in turn; each side is then also "
+        "compared in the dtype in which it is fastest",
+    )
     parser.add_argument("--rows", nargs="+", choices=(*OURS, *TRL, BARE, FLOOR), help="only these")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each row, in turn")
     parser.add_argument(
@@ -53,14 +62,20 @@ def run(options: argparse.Namespace) -> dict:
     results = {}
     for name in options.models:
         with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-            bench = Bench(Path(folder), PAIRS[name], options)
-            runs: dict[str, list[dict]] = {row: [] for row in rows}
+            benches = benches_of(name, Path(folder), options)
+            runs: dict[str, dict[str, list[dict]]] = {
+                label: {row: [] for row in rows} for label in benches
+            }
             for _ in range(options.rounds):
-                for row in rows:
-                    runs[row].append(bench.measure(row))
-                    print(f"{name:8s} {row:24s} {describe(runs[row][-1])}", flush=True)
-            results[name] = {"runs": runs, "summary": summary(runs, options.warm_up)}
-            report(name, results[name]["summary"])
+                for label, bench in benches.items():
+                    for row in rows:
+                        runs[label][row].append(bench.measure(row))
+                        print(f"{label:16s} {row:24s} {describe(runs[label][row][-1])}", flush=True)
+            for label in benches:
+                measured = summary(runs[label], options.warm_up)
+                results[label] = {"runs": runs[label], "summary": measured}
+                report(label, measured)
+            report_best(name, {label: results[label]["summary"] for label in benches})
     shape = {"prompts": PROMPTS, "samples": SAMPLES, "forced_tokens": LENGTH}
     return {
         "shape": shape
@@ -69,10 +84,22 @@ def run(options: argparse.Namespace) -> dict:
     }
 
 
+def benches_of(name: str, folder: Path, options: argparse.Namespace) -> dict[str, "Bench"]:
+    """The pair in its own dtype, under its name, and in each other one that is asked for."""
+    pair = PAIRS[name]
+    pairs = {name: pair} | {
+        f"{name} {dtype}": replace(pair, dtype=dtype)
+        for dtype in options.dtypes
+        if dtype != pair.dtype
+    }
+    return {label: Bench(folder / p.dtype, p, options) for label, p in pairs.items()}
+
+
 class Bench:
     """One pair of models in a folder, and how each row is run on it."""
 
     def __init__(self, folder: Path, pair: Pair, options: argparse.Namespace) -> None:
+        folder.mkdir()
         self.folder = folder
         self.pair = pair
         self.options = options
@@ -294,18 +321,43 @@ def report(name: str, results: dict[str, dict]) -> None:
     print(flush=True)
 
 
-def report_floor(floor: dict, ours: float) -> None:
-    parts = {
-        key: floor[key]
-        for key in (
-            "engine_s",
-            "teacher_products_s",
-            "student_products_s",
-            "head_products_s",
-            "weights_copy_s",
-        )
+def report_best(name: str, summaries: dict[str, dict[str, dict]]) -> None:
+    """Our fastest step over the dtypes against TRL's, each of its trainers in its fastest."""
+    if len(summaries) < 2 or not all({"ours", *TRL} <= rows.keys() for rows in summaries.values()):
+        return
+    best = {
+        row: min((rows[row]["step_s"], label) for label, rows in summaries.items())
+        for row in ("ours", *TRL)
     }
-    total = sum(parts.values())
+    ours, label = best["ours"]
+    distillation = best["trl-distillation"][0]
+    both = sum(best[row][0] for row in TRL)
+    print(f"{name}, each in its fastest dtype (ours: {label})")
+    print(f"  TRL distillation / ours (both signals): {distillation / ours:.2f}")
+    print(f"  TRL distillation + GRPO / ours (both signals): {both / ours:.2f}")
+    if all(FLOOR in rows for rows in summaries.values()):
+        floor = min(floor_s(rows[FLOOR]) for rows in summaries.values())
+        print(f"  ours / floor of the faster dtype: {ours / floor:.2f}")
+    print(flush=True)
+
+
+FLOOR_PARTS = (
+    "engine_s",
+    "teacher_products_s",
+    "student_products_s",
+    "head_products_s",
+    "weights_copy_s",
+)
+
+
+def floor_s(floor: dict) -> float:
+    """Seconds of all parts of the floor."""
+    return sum(floor[key] for key in FLOOR_PARTS)
+
+
+def report_floor(floor: dict, ours: float) -> None:
+    parts = {key: floor[key] for key in FLOOR_PARTS}
+    total = floor_s(floor)
     print(
         "  floor: "
         + "  ".join(
