@@ -105,3 +105,15 @@ def test_the_sync_bench_takes_the_way_of_the_weights_apart(tmp_path):
     row = bench(tmp_path, "sync", "--models", "tiny fp32", "--repeats", "1")["models"]["tiny fp32"]
     assert {"total", "engine", "pack", "memcpy", "digest", "own_load"} == row["median"].keys()
     assert row["bytes"] > 3_000_000
+
+
+@pytest.mark.graph
+def test_the_evidence_bench_finds_narrower_states_worse_than_bfloat16(tmp_path):
+    tiny = ["--model", "builtin:countdown-student", "--noise", "0.1", "--mb", "1", "--repeats", "1"]
+    results = bench(tmp_path, "evidence", *tiny)
+    (student,) = results["students"]
+    errors = student["errors"]
+    assert 0 < errors["bfloat16"] < errors["int8"] < 1 and errors["bfloat16"] < errors["fp8"] < 1
+    width = results["width"]
+    assert results["bytes"] == {"bfloat16": 2 * width, "int8": width + 4, "fp8": width + 4}
+    assert results["edge_gb_s"] > 0

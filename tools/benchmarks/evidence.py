@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import ray
 import torch
@@ -157,3 +158,25 @@ def edge_rate(nbytes: int, repeats: int) -> float:
         return nbytes / statistics.median(seconds[1:]) / 1e9
     finally:
         ray.shutdown()
+
+
+def draw(results: dict, picture: Path) -> None:
+    """The error of each form over the divergence of the student."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(6, 4))
+    for name in FORMS:
+        panel.plot(
+            [student["kl"] for student in results["students"]],
+            [student["errors"][name] for student in results["students"]],
+            marker="o",
+            label=f"{name}, {results['bytes'][name]} bytes a token",
+        )
+    panel.set(xscale="log", yscale="log", xlabel="KL to the teacher, nats a token")
+    panel.set(ylabel="relative error of the gradient")
+    panel.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
