@@ -214,8 +214,7 @@ class Session:
         return str(self.run_dir / "logs")
 
     def start_workers(self, checkpoint: Checkpoint | None) -> Workers:
-        """Start and check all workers. If the run begins here, its teachers are measured before the
-        student's engines start, since theirs take a place of these.
+        """Start and check all workers. If the run begins here, its teachers are measured meanwhile.
 
         Raises:
             WorkerError: a worker could not be built, or did not answer in time.

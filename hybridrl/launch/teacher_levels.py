@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def measure_teachers(
     run_dir: Path,
     inputs: Mapping[str, str],
 ) -> dict[str, float]:
-    """eval/accuracy_teacher/NAME of each teacher, each sampled by a temporary engine.
+    """eval/accuracy_teacher/NAME of each teacher, each sampled by a temporary engine in the place
+    of one of the student's.
 
     Levels that an earlier start of the run has measured are read from the run directory.
 
@@ -54,10 +55,13 @@ def measure_teachers(
     if levels is not None or not names:
         return levels or {}
     levels = {}
+    slots_of_engine = slots["rollout"][:1]
+    if cluster.device == "cpu":  # beside the student's engine, which is loading there
+        slots_of_engine = [replace(slot, num_cpus=0.0) for slot in slots_of_engine]
     for name in names:
         engine = RolloutGroup(
             settings,
-            slots["rollout"][:1],
+            slots_of_engine,
             model=settings.teacher_model(name),
             device=cluster.device,
             backend=cluster.weight_transfer,

@@ -113,8 +113,8 @@ def start_workers(
 
     Args:
         say: prints a line about each worker that is up.
-        before_engines: called when the reward workers answer, while the places of the engines are
-            free; learner and scorers load meanwhile, unless engines are colocated.
+        before_engines: called when the reward workers answer. On GPUs the engines start after it,
+            so that it can use their places; other workers load meanwhile.
 
     Raises:
         WorkerError: a worker could not be built, within deadlines.start_s.
@@ -122,11 +122,13 @@ def start_workers(
     start_up = StartUp(say)
     rewards = RewardGroup(settings, slots["reward"], log_dir=log_dir)
     start_learner = partial(start_learner_and_scorers, settings, cluster, slots, log_dir)
-    trained = None if settings.cluster.colocate else start_learner()
+    start_rollout = partial(start_engines, settings, cluster, slots, log_dir, start_up)
+    early_learner = None if settings.cluster.colocate else start_learner()
+    early_engines = start_rollout() if cluster.device == "cpu" else None
     start_up.wait(rewards.ready())
     before_engines(rewards)
-    rollout, teacher_rollout = start_engines(settings, cluster, slots, log_dir, start_up)
-    learner, scorers = trained or start_learner()
+    rollout, teacher_rollout = early_engines or start_rollout()
+    learner, scorers = early_learner or start_learner()
     replay = None
     if settings.algorithm.data_fraction:
         replay = ReplayGroup(settings, slots["replay"], log_dir=log_dir)
