@@ -38,7 +38,7 @@ def train(overrides: Sequence[str], *, config: str | Path | None = None) -> "Run
             settings of the run in run.dir where `overrides` choose no file of conf/.
 
     Returns:
-        the final metrics and the paths of what the run left.
+        the final metrics, and the paths of the run's report and model.
 
     Raises:
         ConfigError: a setting is wrong; nothing was started and nothing was written.
@@ -47,7 +47,7 @@ def train(overrides: Sequence[str], *, config: str | Path | None = None) -> "Run
             running.
     """
     if isinstance(overrides, str):
-        raise ConfigError(f"{overrides}: is one text; give a list of them, [{overrides!r}]")
+        raise ConfigError(f"{overrides}: must be a list of texts; write [{overrides!r}]")
     settings = load_settings(overrides, None if config is None else Path(config))
     if not logging.getLogger().handlers:  # else the caller decides what becomes of log lines
         redact.log_warnings()

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def exit_status(act: Callable[[], int]) -> int:
     """Call `act` and return its exit status, or that of its error.
 
-    Our own errors, and errors of files, are printed as one sentence.
+    Errors of hybridrl, and errors of files, are printed as one sentence.
     """
     try:
         return act()
@@ -145,10 +145,10 @@ def option(name: str, arguments: Sequence[str]) -> tuple[list[str], str | None]:
     """
     rest = []
     values = []
-    waiting = iter(arguments)
-    for argument in waiting:
+    remaining = iter(arguments)
+    for argument in remaining:
         if argument == name:
-            values.append(next(waiting, ""))
+            values.append(next(remaining, ""))
         elif argument.startswith(f"{name}="):
             values.append(argument.partition("=")[2])
         else:
@@ -175,17 +175,20 @@ def doctor_verb(arguments: Sequence[str]) -> int:
 
 
 def run_training(settings: RunSettings) -> int:
-    done = run_settings(settings)
-    if done.accuracy_before is not None and done.accuracy_after is not None:
-        teachers = ", ".join(f"{name} {level:.1%}" for name, level in done.teacher_accuracy.items())
+    """Train, print the result and return the exit status."""
+    result = run_settings(settings)
+    if result.accuracy_before is not None and result.accuracy_after is not None:
+        teachers = ", ".join(
+            f"{name} {accuracy:.1%}" for name, accuracy in result.teacher_accuracy.items()
+        )
         print(
-            f"held-out accuracy {done.accuracy_before:.1%} -> {done.accuracy_after:.1%}"
+            f"held-out accuracy {result.accuracy_before:.1%} -> {result.accuracy_after:.1%}"
             + (f" (teacher {teachers})" if teachers else "")
         )
-    if done.export:
-        print(f"model   {done.export}")
-    if done.report:
-        print(f"report  {done.report}")
+    if result.export:
+        print(f"model   {result.export}")
+    if result.report:
+        print(f"report  {result.report}")
     return 0
 
 
@@ -200,7 +203,9 @@ def run_checks(settings: RunSettings) -> int:
 
 
 def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = run_training) -> int:
-    """Let Hydra handle its flags: --help, --cfg, --info, --multirun. Its errors are shown as ours.
+    """Let Hydra handle its flags: --help, --cfg, --info, --multirun.
+
+    Its errors become one sentence, as those of hybridrl are.
 
     The jobs of a sweep run one after another. If one fails the next ones still run, but not after
     SIGTERM or Ctrl-C.
@@ -213,27 +218,11 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
     flags = [a for a in arguments if a not in overrides]  # with their values
     check_flags(flags)
-    status: list[int] = []  # of the jobs so far
-    run_dirs: set[str] = set()  # of the jobs so far
-
-    def job(composed: DictConfig) -> int:
-        redact.log_warnings()  # Hydra has configured logging so that every library logs
-        settings = to_settings(composed, overrides)
-        if settings.run.dir in run_dirs:
-            raise ConfigError(
-                f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set "
-                "run.dir='runs/${hydra:job.num}'"
-            )
-        run_dirs.add(settings.run.dir)
-        return run(settings)
-
-    def next_job(composed: DictConfig) -> None:
-        status.append(exit_status(lambda: job(composed)))
-        if status[-1] in (TRY_AGAIN, INTERRUPTED):
-            raise SystemExit(status[-1])
-
-    shows = any(flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags)
-    if not shows:
+    sweep = Sweep(overrides, run)
+    only_prints = any(
+        flag.partition("=")[0] in ("--cfg", "-c", "--info", "-i", *HELP) for flag in flags
+    )
+    if not only_prints:
         check_overrides(overrides)
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
@@ -241,15 +230,54 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     # Hydra does not accept overrides both before and after a flag.
     sys.argv = ["hybridrl train", *overrides, *flags]
     shown = io.StringIO()  # the settings, if Hydra prints them instead of running jobs
-    output: AbstractContextManager[object] = redirect_stdout(shown) if shows else nullcontext()
+    output: AbstractContextManager[object] = (
+        redirect_stdout(shown) if only_prints else nullcontext()
+    )
     try:
         with one_sentence(overrides), output:
-            main_of(next_job)()
+            main_of(sweep.next_job)()
     finally:
         redact.referred(overrides, overrides)  # --resolve shows the values of variables
         text = masked_yaml(shown.getvalue())
         print(commented(text) if any(flag in HELP for flag in flags) else text, end="")
-    return max(status, default=0)
+    return max(sweep.statuses, default=0)
+
+
+class Sweep:
+    """The jobs of one command, which Hydra starts one after another; without --multirun a single
+    one.
+
+    Args:
+        overrides: of the command line.
+        run: is called with the settings of each job; returns its exit status.
+    """
+
+    def __init__(self, overrides: Sequence[str], run: Callable[[RunSettings], int]) -> None:
+        self.overrides = overrides
+        self.run = run
+        self.statuses: list[int] = []  # of the jobs so far
+        self.run_dirs: set[str] = set()  # of the jobs so far
+
+    def next_job(self, composed: DictConfig) -> None:
+        """Run a job and note its exit status.
+
+        Raises:
+            SystemExit: a signal has ended it, so that no further job may start.
+        """
+        self.statuses.append(exit_status(lambda: self._run_job(composed)))
+        if self.statuses[-1] in (TRY_AGAIN, INTERRUPTED):
+            raise SystemExit(self.statuses[-1])
+
+    def _run_job(self, composed: DictConfig) -> int:
+        redact.log_warnings()  # Hydra has configured logging so that every library logs
+        settings = to_settings(composed, self.overrides)
+        if settings.run.dir in self.run_dirs:
+            raise ConfigError(
+                f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set "
+                "run.dir='runs/${hydra:job.num}'"
+            )
+        self.run_dirs.add(settings.run.dir)
+        return self.run(settings)
 
 
 def report_verb(arguments: Sequence[str]) -> int:

@@ -20,9 +20,9 @@ the response only as text: rewards read them, nothing is learned from them.
 
 In names and comments R counts the response tokens that are not masked.
 
-Who makes what: data -> Prompt -> rollout -> RolloutBatch -> scorer -> TokenScores, reward ->
-Rewards; the learner joins the three. The controller sees only ChunkHeader and Rewards (scalars per
-sequence) and refs.
+The order in which values are made: data -> Prompt -> rollout -> RolloutBatch -> scorer ->
+TokenScores, reward -> Rewards; the learner joins the three. The controller receives only headers,
+Rewards (scalars per sequence) and references to the others.
 """
 
 from collections.abc import Sequence
@@ -63,17 +63,18 @@ class Prompt:
     uid: str  # unique in its source; seeds and ledgers are keyed by it
     input_ids: tuple[int, ...]
     text: str  # what was tokenized (after the chat template, if any)
-    columns: dict[str, Any]  # what the rewards may look at, JSON-serialisable
-    responses: tuple[
-        tuple[int, ...], ...
-    ] = ()  # given ones, end token included: none, one to imitate, or (chosen, rejected)
+    columns: dict[str, Any]  # what reward functions and routes may read, JSON-serialisable
+    # Token ids of the data's responses, end token included: none, one to imitate, or (chosen,
+    # rejected).
+    responses: tuple[tuple[int, ...], ...] = ()
     question: str = ""  # the conversation as a person reads it, without the template's tokens
     answer: str | None = None  # the reference answer; None: the data has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """A prompt with one response. rollouter -> RolloutBatch, which can show it again as a view.
+    """A prompt with one response. rollouter -> RolloutBatch, whose method `trajectory` returns
+    it as views of the packed columns.
 
     Example: the prompt (1, 5), the completion (7, 2), the observation (9,), the completion (8, 2):
     prompt_length 2, input_ids [1, 5, 7, 2, 9, 8, 2], response_mask [0, 0, 1, 1, 0, 1, 1].
@@ -101,14 +102,14 @@ class Trajectory:
 class RolloutBatch:
     """Whole prompt groups as packed columns. rollout -> object store -> scorer, reward, learner.
 
-    G groups of K siblings each make N = G*K sequences with T tokens in all. Sequence i is group i
-    // K.
+    G groups of K siblings each make N = G*K sequences with T tokens in all. Sequence i belongs to
+    group i // K.
 
     Example: two prompts, K=2: uids ("a", "b"), offsets [0, 5, 11, 16, 20], input_ids [20].
     """
 
     uids: tuple[str, ...]  # [G]
-    columns: tuple[dict[str, Any], ...]  # [G] what the rewards may look at
+    columns: tuple[dict[str, Any], ...]  # [G] as in Prompt
     prompt_texts: tuple[str, ...]  # [G]
     prompt_lengths: tuple[int, ...]  # [G] tokens; what follows them in a sequence is the response
     group_size: int  # K
@@ -118,10 +119,9 @@ class RolloutBatch:
     rollout_logprobs: Float  # [T]
     policy_versions: NDArray[np.int32]  # [T]
     finish_reasons: tuple[FinishReason, ...]  # [N]
-    source: Source  # who wrote the responses; log-probs of data are 0
-    support_ids: NDArray[
-        np.int32
-    ]  # [R, K] the sampler's most likely tokens at each response token; K=0 unless asked for
+    source: Source  # of the responses; log-probs of data are 0
+    # [R, K] the sampler's most likely tokens at each response token; K=0 unless requested
+    support_ids: NDArray[np.int32]
 
     @property
     def num_sequences(self) -> int:
@@ -132,6 +132,7 @@ class RolloutBatch:
         return np.add.reduceat(self.response_mask.astype(np.int64), self.offsets[:-1])
 
     def trajectory(self, i: int) -> Trajectory:
+        """Sequence i, 0 <= i < N; its arrays are views of this batch."""
         start = int(self.offsets[i])
         end = int(self.offsets[i + 1])
         mask = self.response_mask[start:end]
@@ -187,17 +188,17 @@ class RolloutBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScores:
-    """What one teacher says of the tokens of a RolloutBatch. scorer -> object store -> learner.
+    """The evidence of one teacher about a RolloutBatch. scorer -> object store -> learner.
 
-    `rows` is what the dense term needs of each response token: the teacher's last hidden state just
-    before it (the learner rebuilds the distribution from the teacher's lm_head instead of receiving
-    V floats a token), or its log-probs over the vocabulary, or over `support_ids`; width 0 where
-    the drawn token's log-prob is all.
+    `rows` has one row for each response token. A row is the teacher's last hidden state before the
+    token (the learner computes the distribution from it with the teacher's lm_head, so that V
+    floats a token need not be sent), or its log-probs over the vocabulary, or over `support_ids`.
+    Its width is 0 where only the drawn token's log-prob is needed.
     """
 
     teacher: str
-    # [T] log q(token t | tokens before); 0 where not response, or when the objective does not need
-    # it
+    # [T] log q(token t | tokens before); 0 outside of responses, and where the objective does not
+    # need it
     logprobs: Float
     rows: NDArray[np.uint16] | NDArray[np.float32]  # [R, W] in batch order; uint16 is bf16 bits
     support_ids: NDArray[np.int32]  # [R, K] tokens of `rows`; K=0 unless rows are over a support
@@ -205,18 +206,19 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreHeader:
-    """What the controller may know of a TokenScores. scorer -> controller."""
+    """The sizes and time of one TokenScores. scorer -> controller."""
 
     teacher: str
     nbytes: dict[str, int]  # of the scores in the object store, by the objective's signal
-    score_s: float  # the scorer's own clock
+    score_s: float  # duration of the call, by the scorer's clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewards:
     """Scalars per sequence. reward -> object store -> learner, controller.
 
-    A failed call has `errors` True; its reward is what `reward.on_error` says, never a silent 0.
+    A failed call has `errors` True; `reward.on_error` sets its reward, which is never an unreported
+    0.
     """
 
     uids: tuple[str, ...]  # [G]
@@ -224,15 +226,17 @@ class Rewards:
     part_names: tuple[str, ...]  # [P]
     parts: Float  # [P, N] each function's own value; NaN where it failed or does not apply
     errors: Bool  # [N] some function failed or timed out
-    keep: Bool  # [N] False: on_error=drop_group took the sequence's whole group out of training
-    compressed: Float  # [N] bytes of the text after zlib over before; NaN where there is no text
-    repeated: Float  # [N] share of its 4-grams of tokens that it had before; NaN below 4 tokens
+    keep: Bool  # [N] False: on_error=drop_group excludes the sequence's whole group from training
+    # [N] size of the text after compression by zlib, over its size; NaN where there is no text
+    compressed: Float
+    # [N] share of the 4-grams of tokens that occurred earlier in the response; NaN below 4 tokens
+    repeated: Float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkHeader:
-    """What the controller may know of a RolloutBatch: scalars per sequence, never tokens. rollout
-    -> controller.
+    """The part of a RolloutBatch that the controller receives: scalars per sequence, never tokens.
+    rollout -> controller.
     """
 
     uids: tuple[str, ...]  # [G]
@@ -242,22 +246,20 @@ class ChunkHeader:
     response_lengths: Int  # [N] tokens that the model wrote
     truncated: Bool  # [N]
     aborted: Bool  # [N] no response: its whole group is never trained on
-    oldest_version: (
-        Int  # [N] least weight version that sampled one of its tokens; NO_VERSION where it has none
-    )
-    newest_version: Int  # [N] greatest; -1 where it has none
-    mean_policy_version: float  # over response tokens
+    # [N] least weight version that sampled one of its tokens; NO_VERSION where it has no tokens
+    oldest_version: Int
+    newest_version: Int  # [N] greatest such version; -1 where it has no tokens
+    mean_policy_version: float  # over response tokens; -1 without any
     nbytes: int  # of the batch in the object store
-    # [N] the engine's own clock, from the order's arrival to the response's end; 0 for data
+    # [N] seconds from the order's arrival to the response's end, by the engine's clock; 0 for data
     finish_s: Float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredBatch:
-    """Whole groups with their scores and rewards; what a learner rank makes of the
-    values it is handed.
+    """Whole groups with their scores and rewards, as a learner rank joins them.
 
-    All parts speak of the same N sequences in the same order.
+    All parts are about the same N sequences in the same order.
     """
 
     rollout: RolloutBatch
@@ -274,32 +276,32 @@ class GenerateOrder:
     """How to sample one chunk of a wave. controller -> rollout.
 
     An engine starts decoding when all `num_chunks` chunks of its wave have arrived and takes them
-    in order, so what shares a forward pass, and with it every bit of the result, does not depend on
-    arrival times.
+    in order, so which requests share a forward pass, and with it every bit of the result, does not
+    depend on arrival times.
     """
 
     wave: str  # e.g. "train-12", "eval-20"
     chunk: int  # 0 ... num_chunks-1, within this engine's part of the wave
     num_chunks: int
-    group_size: int  # K samples a prompt
+    group_size: int  # K samples for each prompt
     temperature: float  # 0: greedy
     max_new_tokens: int  # of a whole response, its observations included
     seed: int  # of the run and wave; that of a completion derives from it, uid, sample and turn
     support: int = 0  # how many of the most likely tokens are reported with each response token
-    priority: int = 0  # an engine takes what has the lowest first
+    priority: int = 0  # an engine schedules the requests with the lowest number first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """Names what a packed weight buffer holds. learner -> engine, next to the buffer's ref."""
+    """The layout of a packed weight buffer. learner -> engine, beside the buffer's reference."""
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]  # torch dtype names, e.g. "bfloat16"
     shapes: tuple[tuple[int, ...], ...]
-    offsets: tuple[int, ...]  # bytes; tied weights share one
+    offsets: tuple[int, ...]  # in bytes; tied weights have the same offset
     nbytes: int
     digest: str  # XXH3-128 of the buffer, hex
-    version: int
+    version: int  # of the weights: the number of optimizer steps that made them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,24 +323,25 @@ class UpdatePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerStats:
-    """What one optimizer step measured, over the global batch and equal on every rank. learner ->
-    controller.
+    """The measurements of one optimizer step, over the global batch and equal on every rank.
+    learner -> controller.
+
+    `metrics` is only reported; the controller's decisions depend on the other fields.
     """
 
-    # The fields are what the controller acts on; `metrics` is only reported.
-    # Mean |log p - log mu| in nats over the tokens that the student sampled with the very weights
-    # that learn here; None: the batch has no such token.
+    # Mean |log p - log mu| in nats over the tokens that the student sampled with the weights that
+    # this step updates; None: the batch has no such token.
     logprob_gap: float | None
     token_kl: float | None  # nats, mean over tokens; None: no teacher was compared over its rows
     sparse_norm: float  # of the gradient of rewards and costs at the logits
     metrics: dict[str, float]  # by their keys in the step's row; absent: nothing was measured
-    learn_s: float  # the rank's own clock
+    learn_s: float  # duration of the update, by the rank's clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedFile:
-    """A file of a checkpoint as its writer left it. learner, scorer -> controller, which looks
-    whether that is what lies there.
+    """A file of a checkpoint as its writer wrote it. learner, scorer -> controller, which compares
+    it with the file on disk.
     """
 
     name: str
@@ -348,8 +351,8 @@ class SavedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One held-out rollout kept to read. controller -> samples/step_NNNNNN.jsonl, wandb table,
-    report.
+    """One held-out response that is saved as text. controller -> samples/step_NNNNNN.jsonl, wandb
+    table, report.
     """
 
     step: int
@@ -364,17 +367,17 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
-    """What a tracker needs to know of a run when it starts. controller -> tracking."""
+    """What a tracker receives when a run starts. controller -> tracking."""
 
     run_dir: str
     name: str
     total_steps: int
-    first_step: int  # number of steps already done: 0, or what the checkpoint says
+    first_step: int  # number of steps already done: 0, or the checkpoint's step
     config: dict[str, Any]  # resolved, without secrets
 
 
 def per_token_bytes(value: object) -> int:
-    """Bytes of per-token columns in `value`: what the controller must never fetch."""
+    """Bytes of the per-token columns in `value`, which the controller must never fetch."""
     if isinstance(value, RolloutBatch | TokenScores):
         return sum(
             a.nbytes for f in fields(value) if isinstance(a := getattr(value, f.name), np.ndarray)

@@ -39,7 +39,7 @@ def test_a_wrong_setting_is_raised_before_torch_and_ray_are_loaded(tmp_path: Pat
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ("train.steps=3", r"^train\.steps=3: is one text; give a list of them, \['train"),
+        ("train.steps=3", r"^train\.steps=3: must be a list of texts; write \['train"),
         (["--dry-run", "experiment=quickstart"], r"^--dry-run: not KEY=VALUE"),
         (["experiment=quickstart"], r"^run\.dir is not set"),
     ],

@@ -39,10 +39,10 @@ LAYERS = [
 
 ALLOWED = {
     "ray": ("runtime/", "cli.py"),
-    "vllm": ("rollout/", "weights/vllm_transfer.py"),
+    "vllm": ("rollout/", "weights/vllm_transfer.py", "weights/library_internals.py"),
     "deepspeed": ("policy/", "teachers/"),
-    "wandb": ("tracking/wandb_sink.py",),
-    "hydra": ("settings/compose.py", "settings/settings_file.py", "cli.py"),
+    "wandb": ("tracking/wandb_sink.py", "tracking/wandb_internals.py"),
+    "hydra": ("settings/compose.py", "settings/hydra_internals.py", "cli.py"),
     "omegaconf": ("settings/", "cli.py"),
 }
 """Who may import what is heavy, by the beginning of a path inside the package."""
@@ -94,6 +94,45 @@ def misplaced_imports(package: Path) -> list[str]:
         for name in imports(tree)
         if (homes := ALLOWED.get(name.split(".")[0])) and not path.startswith(homes)
     ]
+
+
+INTERNALS = ("_internals.py", "rewards/spawn.py")
+"""Ends of the files that may use private names of a library. Each says which version was read, and
+has a test that fails when a name is gone.
+"""
+
+
+DOCUMENTED = ("_exit", "_replace", "_asdict")
+"""Names with an underscore that are no private ones: of a function of os, and of named tuples."""
+
+
+def private_uses(package: Path) -> list[str]:
+    """Private names of something else than the class that uses them, outside of INTERNALS."""
+    return [
+        f"{path} uses {name}"
+        for path, tree in files(package)
+        if not path.endswith(INTERNALS)
+        for name in [*private_attributes(tree), *private_imports(tree)]
+        if name.rpartition(".")[2] not in DOCUMENTED
+    ]
+
+
+def private_attributes(tree: ast.Module) -> Iterator[str]:
+    """Such as torch._dynamo."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or not is_private(node.attr):
+            continue
+        if ast.unparse(node.value) not in ("self", "cls"):
+            yield ast.unparse(node)
+
+
+def private_imports(tree: ast.Module) -> Iterator[str]:
+    """Such as torch.utils._pytree."""
+    yield from (name for name in imports(tree) if any(map(is_private, name.split("."))))
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
 
 
 PICKLES = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
@@ -209,6 +248,10 @@ def test_heavy_packages_are_imported_only_where_they_belong():
     assert misplaced_imports(PACKAGE) == []
 
 
+def test_private_names_of_libraries_are_used_only_where_they_are_gathered():
+    assert private_uses(PACKAGE) == []
+
+
 def test_ops_need_torch_and_the_standard_library_alone():
     allowed = (
         "torch",
@@ -234,6 +277,7 @@ def test_config_and_errors_and_types_load_without_torch():
             "settings/run.py",
             "settings/checks.py",
             "settings/compose.py",
+            "settings/hydra_internals.py",
             "core/errors.py",
             "types.py",
         ):
@@ -327,6 +371,34 @@ def test_a_part_without_a_layer_is_refused(planted):
 )
 def test_a_planted_heavy_import_is_found(planted, path: str, text: str):
     assert len(misplaced_imports(planted(path, text))) >= 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "torch._dynamo.mark_dynamic(tensor, 0)",
+        "from torch.utils._pytree import tree_leaves",
+        "from ray import _private",
+        "import ray._private.worker",
+        "attention = model.config._attn_implementation",
+        "self.config._attn_implementation = 'eager'",
+    ],
+)
+def test_a_planted_private_use_is_found_outside_of_the_files_for_them(planted, text: str):
+    assert len(private_uses(planted("models/loading.py", text))) >= 1
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("models/model_internals.py", "attention = config._attn_implementation"),
+        ("models/loading.py", "self._model = cls._kind"),
+        ("models/loading.py", "os._exit(1)"),
+        ("models/loading.py", "names = __name__, model.__class__, self._local.__dict__"),
+    ],
+)
+def test_private_uses_that_are_allowed_are_not_found(planted, path: str, text: str):
+    assert private_uses(planted(path, text)) == []
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from hybridrl.settings.choices import ScheduleKind
 from hybridrl.settings.run import RunSettings
 
 UNMEASURED_STEPS = 20
-"""Steps that a feedback schedule waits for the first value of its metric. Not every step measures
-every metric: the rewards are missing where all responses of a step came from the data.
+"""The number of steps after which a feedback schedule must have had a value of its metric.
+
+Not every step measures every metric: there are no rewards where all responses of a step came from
+the data.
 """
 
 
@@ -19,7 +21,7 @@ class Coefficients:
     function.
 
     Feedback schedules follow a metric of the user's choice. `observe` is the only place where
-    control reads a row of metrics.
+    metrics affect the training.
     """
 
     def __init__(self, settings: RunSettings) -> None:
@@ -45,7 +47,7 @@ class Coefficients:
         """Metrics that no step of this process has measured yet, with the number of steps."""
 
     def reward(self, step: int) -> float:
-        """lambda"""
+        """lambda, the weight of the reward, at a step."""
         return self.schedules["reward"].value(step)
 
     def teachers(self, step: int) -> tuple[float, ...]:
@@ -65,7 +67,7 @@ class Coefficients:
         )
 
     def observe(self, row: Mapping[str, float]) -> None:
-        """Move the feedback schedules by the metrics of the step that used them.
+        """Adjust the feedback schedules by the metrics of the step that used them.
 
         Raises:
             MetricError: the first UNMEASURED_STEPS steps, or as many as lie between two
@@ -79,7 +81,7 @@ class Coefficients:
             if config.metric and self.unmeasured.get(config.metric, 0) >= limit:
                 raise MetricError(
                     f"{key}.metric={config.metric}: none of the last {limit} steps measured it, "
-                    "so that the weight stands still; follow a metric that these settings "
+                    "so that the weight never changes; follow a metric that these settings "
                     "measure, e.g. one of those in metrics.jsonl"
                 )
         for schedule in self.schedules.values():

@@ -54,7 +54,7 @@ class Sampled:
     """The rollouts of one step, with their rewards."""
 
     arrived: list[Arrived]
-    returning: list[Prompt]  # of groups that were cancelled or too old: they come again
+    returning: list[Prompt]  # of groups that were cancelled or too old; they are drawn again
     num_sampled: int  # prompts, including the cancelled ones
 
     @property
@@ -68,7 +68,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What the learner did with a batch."""
+    """An optimizer step of the learner: its batch, its plan and its measurements."""
 
     batch: GlobalBatch
     plan: UpdatePlan
@@ -77,14 +77,15 @@ class Update:
 
 
 class Controller:
-    """One step, in the order of the paper:
+    """The training loop. A step has this order:
 
     prompts -> rollout -> chunks -+-> scorers -> scores  -+
                                   +-> rewards -> rewards -+-> learner -> weights -> rollout
 
     Arrows between workers are object-store references. Scoring of a chunk starts when the chunk is
-    done, while others are still generated; learning starts when the header of every chunk is here,
-    in prompt order. With pipeline.ahead > 0 the next steps' prompts are sampled meanwhile.
+    done, while others are still generated; learning starts when the header of every chunk has
+    arrived, with the chunks in prompt order. With pipeline.ahead > 0 the prompts of the next steps
+    are sampled while the learner works.
     """
 
     def __init__(
@@ -101,8 +102,12 @@ class Controller:
         ledger: Ledger,
         preemption: Preemption,
     ) -> None:
-        """Args:
-        inputs: run_dir.inputs.digests, for checkpoints.
+        """Build the parts of the loop around workers that are running.
+
+        Args:
+            backend: how weights reach the engines.
+            heldout: problems of the evaluations.
+            inputs: digests of the run's inputs (run_dir.inputs.digests), stored in checkpoints.
         """
         self.settings = settings
         self.workers = workers
@@ -182,11 +187,11 @@ class Controller:
         """Train to train.steps from the present state; evaluate, checkpoint and log on the way.
 
         consumes prompts / produces rows, samples and checkpoints / waits for each step / unblocked
-        by a stop signal, which is obeyed where nothing would be lost.
+        by a stop signal, which takes effect at the places where nothing would be lost.
 
         Raises:
             Preempted: a stop signal arrived; what was learned so far is saved.
-            RunDirectoryTaken: the run directory is another run's now; nothing is saved there.
+            RunDirectoryTaken: another directory has the path of the run's; nothing is saved there.
             RunDirectoryError: the run directory or a file of it was removed, moved or replaced.
                 What was learned so far is saved under its path.
         """
@@ -215,8 +220,8 @@ class Controller:
             failpoints.hit("controller.saved", step=self.steps_done)
 
     def _step_or_skip(self) -> dict[str, float]:
-        """A step. Batches from which nothing could be learned are left out, up to train.max_skipped
-        of them in a row.
+        """A step. Up to train.max_skipped batches in a row are skipped if nothing can be learned
+        from them.
         """
         for skips_left in reversed(range(1 + self.settings.train.max_skipped)):
             try:
@@ -244,18 +249,18 @@ class Controller:
         further_waves = max(dynamic, int(settings.pipeline.on_stale is OnStale.drop))
         arrived: list[Arrived] = []
         returning: list[Prompt] = []
-        for again in range(1 + further_waves):
+        for number in range(1 + further_waves):
             with self.clock.phase("rollout"):
-                wave = self.pipeline.redraw(step) if again else self.pipeline.take(step)
+                wave = self.pipeline.redraw(step) if number else self.pipeline.take(step)
                 drawn = wave.drawn
                 if settings.rollout.oversample:
                     drawn, cancelled = self.sampling.first(drawn, self._groups_per_step)
                     returning += [prompt for d in cancelled for prompt in d.chunk.prompts]
                 headers = self.sampling.headers(drawn)
             with self.clock.phase("reward"):
-                fresh = self.sampling.arrived(drawn, headers, step)
-                returning += self.sampling.stale_prompts(fresh, step)
-                arrived += fresh
+                arrived_now = self.sampling.arrived(drawn, headers, step)
+                returning += self.sampling.stale_prompts(arrived_now, step)
+                arrived += arrived_now
                 self._check_reward_errors([a.rewards for a in arrived])
             if sum(len(a.groups) for a in arrived) >= enough:
                 break
@@ -309,14 +314,14 @@ class Controller:
         self.ledger.record(self.steps_done, trained, [*skipped, *passed_over])
 
     def _sync(self) -> int:
-        """Publish the new weights; the bytes sent to each engine."""
+        """Publish the new weights; returns the bytes sent to each engine."""
         with self.clock.phase("sync"):
             num_bytes = self.publish_weights()
         failpoints.hit("controller.synced", step=self.steps_done)
         return num_bytes
 
     def publish_weights(self) -> int:
-        """Engines sample step k's rollouts with version k.
+        """Send the weights to every engine; step k samples its rollouts with version k.
 
         Returns:
             The bytes sent to each engine.
@@ -328,7 +333,7 @@ class Controller:
         return num_bytes
 
     def _check_reward_errors(self, rewards: Sequence[Rewards]) -> None:
-        if not self.learns_from_rewards:  # they are only reported
+        if not self.learns_from_rewards:  # then they are only reported
             return
         rate = float(np.concatenate([r.errors for r in rewards]).mean())
         limit = self.settings.reward.max_error_rate
@@ -339,7 +344,7 @@ class Controller:
             )
 
     def _warn_of_rounding(self, stats: LearnerStats) -> None:
-        """Once in a run."""
+        """Log the warning of rounding_warning, at most once in a run."""
         if self.warned_of_rounding:
             return
         sentence = rounding_warning(self.settings, stats, self.learner.device)
@@ -359,8 +364,8 @@ class Controller:
         return result.metrics | data_metrics | self.clock.take()
 
     def _evaluate(self) -> Evaluation:
-        """Starts again when a worker fails, in a wave of another name: engines that live still have
-        the old one.
+        """Evaluate. If a worker fails, evaluate again in a wave of another name, since the
+        remaining engines still have chunks of the earlier wave.
         """
         seed = wave_seed(self.settings.run.seed, "eval", self.steps_done)
         for again in count():
@@ -399,15 +404,15 @@ class Controller:
     def save(self, row: Mapping[str, float], *, last: bool) -> None:
         """Commit a checkpoint; its time appears in the next step's row.
 
-        One that cannot be written is reported in the log and tried again when the next is due: the
-        older ones are whole, and the run may go on. A scorer that fails is replaced first.
+        If it cannot be written, the log reports it and the run continues to the next checkpoint,
+        since the older ones are undamaged. A scorer that fails while saving is replaced.
 
         Args:
             row: the step's metrics, where checkpoint.best looks its metric up.
 
         Raises:
-            CheckpointError: the last one failed.
-            RunDirectoryTaken: the run directory is another run's now.
+            CheckpointError: the run's last checkpoint cannot be written.
+            RunDirectoryTaken: another directory has the path of the run's.
             WorkerError: a learner rank failed.
         """
         self.ledger.check_folder()
@@ -438,6 +443,7 @@ class Controller:
                 self.workers.lose(error)
 
     def state(self, row: Mapping[str, float]) -> RunState:
+        """The state of the run for a checkpoint; `row` has the metrics of its step."""
         return RunState(
             step=self.steps_done,
             weight_version=self.weight_version,
@@ -453,13 +459,13 @@ class Controller:
 
         Raises:
             CheckpointError: a part of the controller has no state there or one of another form, or
-                the workers cannot load theirs.
+                the workers cannot load their state.
             DataError: the state is of other prompts.
         """
         if missing := self.stateful.keys() - state.parts.keys():
             raise CheckpointError(
                 f"{folder}: has no state of {', '.join(sorted(missing))}; it is of another "
-                "version of hybridrl"
+                "version of hybridrl, continue it with that one"
             )
         self.learner.load_state(folder, state.optimizer_steps)
         for scorer in self.workers.scorers:
@@ -472,7 +478,7 @@ class Controller:
             except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
                 raise CheckpointError(
                     f"{folder}: its state of {name} has another form than this version of hybridrl "
-                    f"writes: {error!r}"
+                    f"writes ({error!r}); continue it with the version that wrote it"
                 ) from error
         self.steps_done = state.step
         self.saved_step = state.step
@@ -483,7 +489,8 @@ def check_logprob_gap(stats: LearnerStats, limit: float, *, step: int) -> None:
     """Check that the engines sampled with the learner's weights.
 
     Args:
-        stats: of the step; without a gap where no token was sampled by the weights that learn.
+        stats: of the step; its gap is None where no token was sampled with the weights that
+            the step updates.
         limit: rollout.max_logprob_gap, nats a token.
 
     Raises:
@@ -504,5 +511,5 @@ def heldout_with_responses(settings: RunSettings, heldout: Sequence[Prompt]) -> 
     """
     if not settings.algorithm.data_fraction:
         return []
-    wanted = settings.algorithm.responses_per_prompt
-    return [prompt for prompt in heldout if len(prompt.responses) == wanted]
+    needed = settings.algorithm.responses_per_prompt
+    return [prompt for prompt in heldout if len(prompt.responses) == needed]

@@ -1,5 +1,6 @@
-"""Do the engines run the learner's weights? An acknowledged digest says what they received, this
-says what they compute with.
+"""A check that the engines compute with the learner's weights.
+
+The digest that an engine acknowledges only shows which bytes it received.
 """
 
 from collections.abc import Sequence
@@ -12,15 +13,15 @@ from hybridrl.types import Prompt
 
 PROMPTS = 8
 TOKENS = 4
-"""Of each response: 32 tokens in all, whose mean gap in bf16 stays near that of a whole batch."""
+"""Tokens of each response. The mean gap of the 32 tokens in bf16 is close to that of a batch."""
 
 
 class EngineProbe:
     """After a sync every engine samples a few tokens, and the learner computes its own log-probs of
     them.
 
-    consumes the same few prompts / produces one gap per engine / `start` waits for the engines,
-    `check` for the learner.
+    consumes the first prompts of the data, always the same / produces one gap per engine /
+    `start` waits for the engines, `check` for the learner.
     """
 
     def __init__(self, settings: RunSettings, workers: Workers, prompts: Sequence[Prompt]) -> None:
@@ -31,8 +32,10 @@ class EngineProbe:
         self.gaps: list[Pending] = []  # per learner rank: -> [float], one for each of `engines`
 
     def start(self) -> None:
-        """Returns when the engines have sampled, so that no response shares a batch with the probe;
-        the learner goes on meanwhile.
+        """Let every engine sample the tokens, and start the learner's forward pass over them.
+
+        Returns when the engines have sampled, so that no response shares a batch with the probe;
+        the learner may still be working.
         """
         chunks = self.workers.rollout.probe(
             self.prompts,
@@ -43,7 +46,7 @@ class EngineProbe:
         self.gaps = self.workers.learner.logprob_gaps(list(chunks.values()))
 
     def check(self) -> float:
-        """Wait for the learner's log-probs; the largest mean gap of an engine in nats a token.
+        """Wait for the learner's log-probs; the largest mean gap of an engine, in nats a token.
 
         Raises:
             WeightSyncError: a gap is above rollout.max_logprob_gap; names the engine.

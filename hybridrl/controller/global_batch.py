@@ -14,7 +14,7 @@ from hybridrl.types import Prompt, UpdatePlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankShare:
-    """What one learner rank takes of a batch."""
+    """The part of a batch that one learner rank trains on."""
 
     chunks: tuple[int, ...]  # which chunks hold the rank's groups: indices into GlobalBatch.used
     groups: tuple[tuple[int, ...], ...]  # of each of these chunks, which groups
@@ -103,8 +103,8 @@ def _num_micro_batches(share: RankShare, batch: GlobalBatch, settings: RunSettin
         per_group = header.num_tokens.reshape(-1, header.group_size)  # [G, K] int64
         lengths += per_group[list(groups)].flatten().tolist()
     train = settings.train
-    made = micro_batches(lengths, train.max_tokens_per_micro_batch, packed=train.packing)
-    return max(len(made), 1)
+    batches = micro_batches(lengths, train.max_tokens_per_micro_batch, packed=train.packing)
+    return max(len(batches), 1)
 
 
 def learning_rate(settings: RunSettings, step: int) -> float:
@@ -121,10 +121,10 @@ def learning_rate(settings: RunSettings, step: int) -> float:
 def trained_uids(
     arrived: Sequence[Arrived], used: Sequence[Arrived], returning: Sequence[Prompt]
 ) -> tuple[list[str], list[str]]:
-    """Which of the drawn prompts were trained on, and which were passed over.
+    """The uids of the drawn prompts that were trained on, and of those that were passed over.
 
-    A group that is not used, or whose reward failed, is passed over. Prompts that come again are
-    neither.
+    A group that is not used, or whose reward failed, is passed over. Prompts that are drawn again
+    are neither.
     """
     trained = [
         a.header.uids[group]
@@ -132,5 +132,5 @@ def trained_uids(
         for group in a.groups
         if a.rewards.keep.reshape(-1, a.header.group_size)[group].all()
     ]
-    elsewhere = {*trained, *(prompt.uid for prompt in returning)}
-    return trained, [uid for a in arrived for uid in a.header.uids if uid not in elsewhere]
+    not_passed_over = {*trained, *(prompt.uid for prompt in returning)}
+    return trained, [uid for a in arrived for uid in a.header.uids if uid not in not_passed_over]

@@ -16,12 +16,12 @@ from hybridrl.tracking.glossary import explain
 from hybridrl.types import ChunkHeader, LearnerStats, Rewards, ScoreHeader, UpdatePlan
 
 PASS_MARK = 0.5
-"""A response passes with a reward above it, as with a reward of 0 or 1."""
+"""A response passes with a reward above this; with rewards of 0 and 1 those of 1 pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """What the controller knows of a finished step."""
+    """The measurements of a finished step, from which its row of metrics is computed."""
 
     steps_done: int
     headers: Sequence[ChunkHeader]
@@ -42,11 +42,14 @@ class StepRecord:
 
 
 def check_metrics(settings: RunSettings) -> None:
-    """Check that the metrics which settings follow exist; otherwise a weight would stand still, or
-    no checkpoint be the best, without notice.
+    """Check that every metric that a setting names exists, and is measured where it is needed.
+
+    Otherwise the weight of a feedback schedule would never change, or no checkpoint would be the
+    best, without an error.
 
     Raises:
-        ConfigError: one sentence on the first that does not exist, or not in every step.
+        ConfigError: one sentence about the first metric that does not exist, or that a feedback
+            schedule follows although not every step measures it.
     """
     feedback = {
         f"{key}.metric": schedule.metric
@@ -87,14 +90,14 @@ def step_row(record: StepRecord) -> dict[str, float]:
 
 
 def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
-    """Rewards of the responses that reward functions have judged; empty where there is none."""
-    judged = [r for r in rewards if r.part_names]
-    if not judged:
+    """Rewards of the responses that reward functions scored; empty where there is none."""
+    rewarded = [r for r in rewards if r.part_names]
+    if not rewarded:
         return {}
-    values = np.concatenate([r.values for r in judged])  # [N] float32
-    errors = np.concatenate([r.errors for r in judged])  # [N] bool
+    values = np.concatenate([r.values for r in rewarded])  # [N] float32
+    errors = np.concatenate([r.errors for r in rewarded])  # [N] bool
     valid = values[~errors]
-    group_size = len(judged[0].values) // len(judged[0].uids)
+    group_size = len(rewarded[0].values) // len(rewarded[0].uids)
     failed = errors.reshape(-1, group_size).any(axis=1)  # [G] bool
     groups = values.reshape(-1, group_size)[~failed]  # [G', K] without failed calls
     stderr = float(valid.std(ddof=1) / np.sqrt(len(valid))) if len(valid) > 1 else float("nan")
@@ -105,8 +108,8 @@ def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
         "reward/pass_at_k": _mean((groups > PASS_MARK).any(axis=1)),
         "reward/equal_groups_frac": _mean(np.equal(groups.max(axis=1), groups.min(axis=1))),
     }
-    for i, name in enumerate(judged[0].part_names):
-        row[f"reward/{name}/mean"] = _mean(np.concatenate([r.parts[i] for r in judged]))
+    for i, name in enumerate(rewarded[0].part_names):
+        row[f"reward/{name}/mean"] = _mean(np.concatenate([r.parts[i] for r in rewarded]))
     return row
 
 
@@ -116,7 +119,7 @@ def rollout_metrics(
     """Lengths and ends of all responses, and the staleness of those that the student sampled.
 
     Args:
-        version: of the weights that learn.
+        version: of the weights that the step updates.
     """
     lengths = np.concatenate([h.response_lengths for h in headers])  # [N] int64
     truncated = np.concatenate([h.truncated for h in headers])  # [N] bool
@@ -134,13 +137,14 @@ def rollout_metrics(
         row["rollout/compressed"] = compressed
     if np.isfinite(repeated):
         row["rollout/repeated"] = repeated
-    own = [h for h in headers if h.source is Source.student and h.response_lengths.any()]
-    if own:
-        sampled_by = np.average(
-            [h.mean_policy_version for h in own], weights=[h.response_lengths.sum() for h in own]
+    sampled = [h for h in headers if h.source is Source.student and h.response_lengths.any()]
+    if sampled:
+        mean_version = np.average(
+            [h.mean_policy_version for h in sampled],
+            weights=[h.response_lengths.sum() for h in sampled],
         )
-        row["policy/staleness_mean"] = float(version - sampled_by)
-        row["policy/staleness_max"] = float(version - min(h.oldest_version.min() for h in own))
+        row["policy/staleness_mean"] = float(version - mean_version)
+        row["policy/staleness_max"] = float(version - min(h.oldest_version.min() for h in sampled))
     return row
 
 
@@ -157,7 +161,7 @@ def learner_metrics(plan: UpdatePlan, stats: LearnerStats) -> dict[str, float]:
 def transfer_metrics(
     headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], cost: StepCost, sync_s: float
 ) -> dict[str, float]:
-    """What went through the object store, in all and per token of its kind."""
+    """Bytes that went through the object store, in all and per token that they are about."""
     num_tokens = int(sum(h.num_tokens.sum() for h in headers))
     num_response_tokens = int(sum(h.response_lengths.sum() for h in headers))
     row = {

@@ -1,5 +1,5 @@
-"""How far sampling runs ahead of learning: the waves of responses under way, one for each of the
-coming steps.
+"""The queue of waves of responses under way, one for each of the next steps; its length is how far
+sampling runs ahead of learning.
 """
 
 import hashlib
@@ -51,7 +51,10 @@ class Pipeline:
         *,
         store_bytes: float,
     ) -> None:
-        """Args: store_bytes: size of the object store."""
+        """
+        Args:
+            store_bytes: size of the object store, in bytes.
+        """
         self.settings = settings
         self.sampling = sampling
         self.prompts = prompts
@@ -59,8 +62,8 @@ class Pipeline:
         self.limit = settings.pipeline.max_inflight_bytes or STORE_SHARE * store_bytes
         self.waves: deque[Wave] = deque()
         self.current: list[Wave] = []  # taken by the present step, and not trained on yet
-        self.skipped: list[Prompt] = []  # of batches left out since the last step
-        self.wave_bytes = 0  # of the last wave that is complete; 0: there was none
+        self.skipped: list[Prompt] = []  # of batches that were skipped since the last step
+        self.wave_bytes = 0  # size of the last complete wave in the object store; 0: there was none
         self.oversampled = math.ceil(
             round(settings.train.prompts_per_step * (1 + settings.rollout.oversample), 6)
         )
@@ -81,14 +84,14 @@ class Pipeline:
         return self.current[-1]
 
     def settle(self, returning: Sequence[Prompt]) -> None:
-        """Record that the current waves were trained on, except for prompts that come again."""
+        """Record that the current waves were trained on, except for prompts to be drawn again."""
         self.current = []
         self.skipped = []
         self.prompts.put_back(returning)
 
     def skip(self, returning: Sequence[Prompt]) -> None:
         """Record that nothing was learned from the current waves. Their prompts count as in flight
-        until a step succeeds, so that no checkpoint misses them; so do those that come again.
+        until a step succeeds, so that no checkpoint loses them; so do those to be drawn again.
         """
         again = {prompt.uid for prompt in returning}
         self.skipped += [
@@ -125,19 +128,21 @@ class Pipeline:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Prompts in flight are owed: their responses are not saved."""
+        """Prompts in flight are saved as prompts to draw again, since responses are not saved."""
         return {"prompts": self.prompts.state_dict(self.in_flight()), "wave_bytes": self.wave_bytes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises:
-        DataError: the state is of other prompts.
+        """Continue from the state of a checkpoint.
+
+        Raises:
+            DataError: the state is of other prompts.
         """
         self.prompts.load_state_dict(state["prompts"])
         self.wave_bytes = state["wave_bytes"]
 
     @property
     def in_flight_bytes(self) -> int:
-        """What the waves under way will take, if they are like the last one."""
+        """Estimated bytes of the waves under way in the object store, each as large as the last."""
         return len(self.waves) * self.wave_bytes
 
     def _next(self, step: int) -> int:
@@ -154,6 +159,8 @@ class Pipeline:
 
 
 def wave_seed(run_seed: int, kind: str, step: int) -> int:
-    """Seed of one rollout wave, from the run's seed alone: nothing to save, nothing to restore."""
+    """Seed of one rollout wave, 48 bits. It depends on nothing that a checkpoint would have to
+    hold.
+    """
     digest = hashlib.sha256(f"{run_seed}/{kind}/{step}".encode()).digest()
     return int.from_bytes(digest[:6], "little")

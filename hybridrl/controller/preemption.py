@@ -22,8 +22,10 @@ NOTICE = b"Ctrl-C: the run ends as soon as what it learned is saved; once more e
 
 
 class Preemption:
-    """Whether a stop signal has arrived. The run checks where nothing would be lost; while it
-    starts up, the signal interrupts it anywhere.
+    """Whether a stop signal has arrived.
+
+    The run calls `check` at the places where nothing would be lost. Before `started`, the signal
+    interrupts it anywhere.
     """
 
     def __init__(self) -> None:
@@ -31,7 +33,7 @@ class Preemption:
         self.starting = True
 
     def started(self) -> None:
-        """From here on only `check` raises.
+        """Mark the end of the start: from this call on only `check` raises.
 
         Raises:
             Preempted: a stop signal arrived earlier, and a library swallowed the exception.
@@ -68,16 +70,20 @@ class Preemption:
                 signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raises:
-        Preempted: a stop signal has arrived.
+        """Raise if a stop signal has arrived.
+
+        Raises:
+            Preempted: it names the signal.
         """
         if self.signal_name:
             raise Preempted(f"ended by {self.signal_name}; the same command continues")
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        """Raises:
-        KeyboardInterrupt: the run is starting up; or this is Ctrl-C, and not the first stop signal.
-        No other exception passes through Ray's calls.
+        """Remember the first stop signal, and interrupt the run where it must end at once.
+
+        Raises:
+            KeyboardInterrupt: the run is starting up; or this is Ctrl-C, and not the first stop
+                signal. No other exception passes through Ray's calls.
         """
         at_once = self.starting or (self.signal_name and signum == signal.SIGINT)
         self.signal_name = self.signal_name or NAMES[signal.Signals(signum)]
@@ -89,7 +95,5 @@ class Preemption:
 
 
 def _ignored(number: signal.Signals) -> bool:
-    """Whether nohup has made the process ignore a closed terminal, which is then no reason to
-    end.
-    """
+    """Whether the process was started by nohup, which makes it ignore a closed terminal."""
     return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

@@ -1,12 +1,13 @@
 """A warning for runs whose gradient is mostly the rounding of bfloat16 logits."""
 
+from hybridrl.settings.choices import Products
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import LearnerStats
 
 SMALL_KL = 0.01
-"""Nats a token. Below it, 20 to 40 % of the dense gradient is rounding, and below 0.001 more than
-the gradient itself: shares measured at the hidden states of SmolLM2-135M for a teacher at KL 0.012,
-0.003 and 0.0005.
+"""Nats a token. Below it, rounding is 20 to 40 % of the dense gradient, and below 0.001 it is
+larger than the gradient. These shares were measured at the hidden states of SmolLM2-135M, for
+teachers at a KL of 0.012, 0.003 and 0.0005.
 """
 
 
@@ -20,9 +21,8 @@ def rounding_warning(settings: RunSettings, stats: LearnerStats, device: str) ->
     Returns:
         One sentence; None where rounding is a small part of the gradient.
     """
-    rounds = (
-        device == "cpu" and settings.model.dtype == "bfloat16" and not settings.train.exact_logits
-    )
+    wide = settings.train.exact_logits or settings.train.products is Products.float32
+    rounds = device == "cpu" and settings.model.dtype == "bfloat16" and not wide
     kl = stats.token_kl or 0.0  # None or 0: there is no dense gradient to be rounded
     if not rounds or stats.sparse_norm > 0 or not 0 < kl < SMALL_KL:
         return None

@@ -1,4 +1,4 @@
-"""What one step trains on: where its responses come from, and which of their groups are used."""
+"""The responses that one step trains on: their sources, and which of their groups are used."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +23,8 @@ from hybridrl.types import ChunkHeader, Prompt, Rewards, ScoreHeader
 
 @dataclass(slots=True, kw_only=True)
 class PendingChunk:
-    """A chunk under way, with the calls that judge it. A call to a worker that failed is replaced
-    by another one.
+    """A chunk under way, with the calls that reward and score it. If a worker fails, its calls
+    here are replaced by new ones.
     """
 
     writer: RolloutGroup | ReplayGroup
@@ -36,7 +36,7 @@ class PendingChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrived:
-    """A chunk whose header and rewards are here. Its tokens are not."""
+    """A chunk whose header and rewards have arrived at the controller; its tokens do not."""
 
     drawn: PendingChunk
     header: ChunkHeader
@@ -44,17 +44,17 @@ class Arrived:
     groups: tuple[int, ...]  # which of its groups are trained on
 
     def of_groups(self, per_sequence: np.ndarray) -> np.ndarray:
-        """[N] -> [G', K] the used groups' rows."""
+        """[N] -> [G', K]: the entries of the groups that are used."""
         return per_sequence.reshape(-1, self.header.group_size)[list(self.groups)]
 
 
 class Sampling:
     """Gets responses from the student's engines, the teacher's engine and the data, in the shares
-    that algorithm.* sets, and has them judged and scored.
+    of algorithm.teacher_fraction and data_fraction, with their rewards and scores.
 
     consumes prompts / produces chunks under way, then their headers, rewards and scores / `draw`
-    waits for nothing, the others for the workers that they are about; a worker that fails meanwhile
-    is replaced, and its calls are made again.
+    and `heldout` wait for nothing, the other methods for the workers whose results they return. A
+    worker that fails in the meantime is replaced, and its calls are made again.
     """
 
     def __init__(self, settings: RunSettings, workers: Workers, preemption: Preemption) -> None:
@@ -82,22 +82,22 @@ class Sampling:
         if by_student:
             written += self._sampled(self.workers.rollout, prompts[:by_student], wave, seed)
         if by_teacher:
-            assert teacher is not None, "algorithm.teacher_fraction starts one"
+            assert teacher is not None, "a run with algorithm.teacher_fraction has such an engine"
             for_teacher = prompts[by_student : by_student + by_teacher]
             written += self._sampled(teacher, for_teacher, wave, seed)
         if by_data:
-            assert replay is not None, "algorithm.data_fraction starts one"
-            given = replay.generate(prompts[by_student + by_teacher :], wave=wave)
-            written += [(replay, chunk) for chunk in given]
-        return self._judged(written, reward_weights)
+            assert replay is not None, "a run with algorithm.data_fraction has such a worker"
+            from_data = replay.generate(prompts[by_student + by_teacher :], wave=wave)
+            written += [(replay, chunk) for chunk in from_data]
+        return self._started(written, reward_weights)
 
     def heldout(self, prompts: Sequence[Prompt], *, wave: str) -> list[PendingChunk]:
         """Start a wave of the data's own responses to held-out prompts, ranked by the data and
         scored by the teachers.
         """
         replay = self.workers.replay
-        assert replay is not None, "algorithm.data_fraction starts one"
-        return self._judged([(replay, chunk) for chunk in replay.generate(prompts, wave=wave)], ())
+        assert replay is not None, "a run with algorithm.data_fraction has such a worker"
+        return self._started([(replay, chunk) for chunk in replay.generate(prompts, wave=wave)], ())
 
     def _sampled(
         self, engines: RolloutGroup, prompts: Sequence[Prompt], wave: str, seed: int
@@ -112,7 +112,7 @@ class Sampling:
         )
         return [(engines, chunk) for chunk in chunks]
 
-    def _judged(
+    def _started(
         self,
         written: Sequence[tuple[RolloutGroup | ReplayGroup, Chunk]],
         reward_weights: Sequence[float],
@@ -133,30 +133,30 @@ class Sampling:
         written: Sequence[tuple[RolloutGroup | ReplayGroup, Chunk]],
         weights: Sequence[float],
     ) -> list[Pending]:
-        """One call per chunk, in order. The data ranks its own responses; reward functions judge
-        the others.
+        """One call per chunk, in order. The rewards of the data's responses are their ranks; reward
+        functions reward the others.
         """
         replay = self.workers.replay
-        given = [chunk for writer, chunk in written if writer is replay]
+        from_data = [chunk for writer, chunk in written if writer is replay]
         sampled = [chunk for writer, chunk in written if writer is not replay]
-        judged = iter(self.workers.rewards.score(sampled, weights) if sampled else [])
-        ranked = iter(replay.rank(given) if given and replay is not None else [])
-        return [next(ranked if writer is replay else judged) for writer, _ in written]
+        rewards = iter(self.workers.rewards.score(sampled, weights) if sampled else [])
+        ranks = iter(replay.rank(from_data) if from_data and replay is not None else [])
+        return [next(ranks if writer is replay else rewards) for writer, _ in written]
 
     def _start_rewards(self, drawn: PendingChunk) -> None:
         [drawn.rewards] = self._reward_calls([(drawn.writer, drawn.chunk)], drawn.reward_weights)
 
     def _start_scores(self, drawn: Sequence[PendingChunk]) -> None:
         chunks = [d.chunk for d in drawn]
-        by_teacher = [scorer.score(chunks) for scorer in self.workers.scorers]
+        calls_by_teacher = [scorer.score(chunks) for scorer in self.workers.scorers]
         for i, d in enumerate(drawn):
-            d.scores = [calls[i] for calls in by_teacher]
+            d.scores = [calls[i] for calls in calls_by_teacher]
 
     # -- waiting, while failed workers are replaced ------------------------------------------------
 
     def headers(self, drawn: Sequence[PendingChunk]) -> list[ChunkHeader]:
-        """Wait for every chunk. Those of a failed engine are sampled again elsewhere, with the same
-        seeds, and judged again.
+        """Wait for every chunk. Those of a failed engine are sampled again by another one with the
+        same seeds, then rewarded and scored again.
         """
         return self._settled(drawn, _header_call, self._sample_again)
 
@@ -217,8 +217,8 @@ class Sampling:
                     again(d)
 
     def _watch(self) -> Pending | None:
-        """Called while waiting: nothing would be lost if the run ended here, so this is where a
-        stop signal is obeyed.
+        """Called while waiting. Nothing would be lost if the run ended here, so a stop signal is
+        checked for.
         """
         self.preemption.check()
         return self.workers.silent()
@@ -256,13 +256,13 @@ class Sampling:
         aborted = header.aborted.reshape(-1, header.group_size).any(axis=1)  # [G] bool
         usable = ~aborted & ~self._stale(header, step)
         if self.settings.algorithm.dynamic_sampling:
-            given = header.source is Source.data  # given responses are not compared by rewards
-            usable &= differing(header, rewards) | given
+            # The rewards of the data's responses are only their ranks, so they are not compared.
+            usable &= differing(header, rewards) | (header.source is Source.data)
         return tuple(np.flatnonzero(usable).tolist())
 
     def _stale(self, header: ChunkHeader, step: int) -> np.ndarray:
-        """[G] bool: not trained on, because some token of the group is older than
-        pipeline.max_staleness.
+        """[G] bool: some token of the group is older than pipeline.max_staleness, so that the group
+        is not trained on.
         """
         pipeline = self.settings.pipeline
         oldest = header.oldest_version.reshape(-1, header.group_size).min(axis=1)  # [G] int64
@@ -279,8 +279,10 @@ class Sampling:
         ]
 
     def num_pairs(self, arrived: Sequence[Arrived]) -> int:
-        """Groups that the loss is averaged over: those with a best and a worst response where pairs
-        are ranked, otherwise those whose rewards are kept.
+        """The number of groups over which the loss is averaged.
+
+        Where pairs are ranked, these are the groups with a best and a worst response, otherwise
+        those whose rewards are kept.
         """
         if self.needs.pairs:
             return int(sum(differing(a.header, a.rewards)[list(a.groups)].sum() for a in arrived))

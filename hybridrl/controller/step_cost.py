@@ -1,4 +1,4 @@
-"""What one step moved through the object store."""
+"""The bytes that one step put into the object store."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class StepCost:
 
     @property
     def wave_bytes(self) -> int:
-        """What lies in the object store for one wave: its rollouts and their scores."""
+        """Bytes of one wave in the object store: its rollouts and their scores."""
         return self.rollout_bytes + self.score_bytes
 
 

@@ -1,4 +1,4 @@
-"""Every error that a user can meet.
+"""Every error that hybridrl raises on purpose.
 
 All of them derive from HybridRLError and keep their constructor arguments in `args`, so that they
 survive pickling between processes. Where a standard exception fits, the error is of that type too.

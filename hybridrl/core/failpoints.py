@@ -19,6 +19,8 @@ VARIABLE = "HYBRIDRL_FAILPOINTS"
 
 
 class Do(StrEnum):
+    """The action of a failpoint."""
+
     kill = "kill"  # SIGKILL to this process
     stop = "stop"  # SIGSTOP: the process hangs, its connections stay open
     fail = "raise"  # RuntimeError
@@ -27,12 +29,15 @@ class Do(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failpoint:
+    """One entry of the variable."""
+
     place: str
-    where: dict[str, str]
+    where: dict[str, str]  # conditions: the values, as text, that the place must pass
     do: Do
     once: Path | None  # marker file, created when the point fires; None: it fires every time
 
     def fires(self, place: str, where: dict[str, object]) -> bool:
+        """Whether place and conditions match, and no marker file exists, which is then created."""
         if place != self.place or any(
             str(where.get(key)) != value for key, value in self.where.items()
         ):
@@ -53,7 +58,7 @@ def hit(place: str, **where: object) -> None:
         where: the values that conditions are compared with, as text.
 
     Raises:
-        RuntimeError, OSError: a failpoint asks for it.
+        RuntimeError, OSError: the action of a failpoint.
     """
     if VARIABLE not in os.environ:
         return

@@ -1,4 +1,4 @@
-"""Which files of its author's own a user's file imports, directly or indirectly."""
+"""The files that a user's Python file imports, directly or indirectly, other than packages."""
 
 import ast
 import sys

@@ -1,4 +1,4 @@
-"""Files with one JSON object per line: durable appends, and reads of all or of the first steps."""
+"""Files with one JSON object per line: durable appends, reads of all steps or the first ones."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """Secrets: what counts as one, and how it is removed from everything that a run writes.
 
-A secret comes from the environment. The driver knows its value and masks it in everything that it
-writes; workers and the processes that run reward functions do not need it and start without it.
+A secret comes from the environment. The driver masks its value in everything that it writes;
+workers and the processes that run reward functions do not need it and start without it.
 These are the rules:
 
 - A secret is the value of an environment variable whose name says so (WANDB_API_KEY, DB_PASSWORD),
@@ -329,7 +329,7 @@ def pattern_of(secrets: frozenset[str]) -> re.Pattern[str] | None:
 
 
 def text(value: str) -> str:
-    """`value` with secrets masked, as the docstring of this file promises."""
+    """`value` with secrets masked, by the rules at the top of this file."""
     of_environment = {s for name, v in os.environ.items() for s in variable_secrets(name, v)}
     if (pattern := pattern_of(frozenset(of_environment | _remembered))) is not None:
         value = pattern.sub(MASK, value)

@@ -32,39 +32,39 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str | None], name: str
         DataError: the row lacks a key that data.columns names, or another key would be read
             instead.
     """
-    chosen = {ours: key for ours, key in columns.items() if key is not None and key != ours}
-    for ours, key in chosen.items():
+    chosen = {new: key for new, key in columns.items() if key is not None and key != new}
+    for new, key in chosen.items():
         if key not in row:
             raise DataError(
-                f"{name}: data.columns.{ours}={key}: the row has no `{key}`; it has {listed(row)}"
+                f"{name}: data.columns.{new}={key}: the row has no `{key}`; it has {listed(row)}"
             )
-    removed = {ours for ours, key in columns.items() if key is None}
+    removed = {new for new, key in columns.items() if key is None}
     removed |= chosen.keys() | (set(chosen.values()) & set(ROW_KEYS))
     result = {key: value for key, value in row.items() if key not in removed}
-    result |= {ours: row[key] for ours, key in chosen.items()}
-    for ours in chosen:
-        if (instead := _read_instead(ours, result)) is not None:
+    result |= {new: row[key] for new, key in chosen.items()}
+    for new, key in chosen.items():
+        if (instead := _read_instead(new, result)) is not None:
             raise DataError(
-                f"{name}: data.columns.{ours}={chosen[ours]}: is not read, since the row holds "
+                f"{name}: data.columns.{new}={key}: is not read, since the row holds "
                 f"`{instead}` too, which comes first; leave that out by "
                 f"data.columns.{instead}=null"
             )
     return result
 
 
-def _read_instead(ours: str, row: Mapping[str, Any]) -> str | None:
-    """The key that the schema reads in the place of `ours`.
+def _read_instead(key: str, row: Mapping[str, Any]) -> str | None:
+    """The key that the schema reads in the place of `key`.
 
-    None where it reads `ours`, or `ours` is a column.
+    None where it reads `key`, or `key` is a column.
     """
-    if ours not in ROW_KEYS:
+    if key not in ROW_KEYS:
         return None
     ranks = (("chosen", "rejected"), ("messages",), ("completion",))
-    present = [[key for key in keys if row.get(key) is not None] for keys in ranks]
-    first = next((keys for keys in present if keys), [])
-    if not first or ours in first:
+    present = [[name for name in names if row.get(name) is not None] for names in ranks]
+    first = next((names for names in present if names), [])
+    if not first or key in first:
         return None
-    if ours == "prompt":  # a text or a single message uses the row's prompt
+    if key == "prompt":  # a text or a single message uses the row's prompt
         conversation = isinstance(row[first[0]], list) and len(row[first[0]]) > 1
         return first[0] if conversation else None
     return first[0]

@@ -65,10 +65,9 @@ def listed(keys: Iterable[str]) -> str:
 
 def _remedy(given: Mapping[str, Any]) -> str:
     names = {key.strip().lower(): key for key in given}
-    spelled = {ours: names[ours] for ours in ("prompt", "messages") if ours in names}
-    if spelled:
-        ours, key = next(iter(spelled.items()))
-        return f"set {_columns({ours: key})}"
+    for name in ("prompt", "messages"):  # with white space, or in capital letters
+        if name in names:
+            return f"set {_columns({name: names[name]})}"
     turns = next((key for key, value in given.items() if is_sharegpt(value)), None)
     if turns is not None:
         return f"its turns are ShareGPT's: set {_columns({'messages': turns})}"
@@ -133,6 +132,6 @@ def _is_chat(value: Any) -> bool:
 
 def _columns(mapping: Mapping[str, str]) -> str:
     """The setting data.columns as a shell's argument."""
-    pairs = (f"{ours}: {key if key.isidentifier() else repr(key)}" for ours, key in mapping.items())
+    pairs = (f"{new}: {key if key.isidentifier() else repr(key)}" for new, key in mapping.items())
     text = f"data.columns={{{', '.join(pairs)}}}"
     return f'"{text}"' if "'" in text else f"'{text}'"

@@ -1,4 +1,4 @@
-"""From problems to tokenized prompts, and the cursor that walks over them for several epochs."""
+"""From problems to tokenized prompts, and the cursor that passes over them for several epochs."""
 
 import json
 import logging
@@ -116,28 +116,8 @@ def tokenize(
                 raise
         else:
             prompts.append(prompt)
-    if template.unclosed:
-        row, tag = template.unclosed[0]
-        log.warning(
-            "%s opens the assistant's turn with %s, which %d given responses do not close, that "
-            "of %s first: they are learned as what belongs within the tag; begin them with it, or "
-            "set data.chat_template_file",
-            template.name,
-            tag,
-            len(template.unclosed),
-            row,
-        )
-    if len(prompts) < len(problems):
-        log.warning(
-            "data.drop_too_long: left out %d of %d rows",
-            len(problems) - len(prompts),
-            len(problems),
-        )
-        if not prompts:
-            raise DataError(
-                f"data.drop_too_long: all {len(problems)} rows are too long; raise "
-                "rollout.max_model_len"
-            )
+    _warn_of_unclosed_tags(template)
+    _report_dropped(len(problems) - len(prompts), len(problems))
     return prompts
 
 
@@ -166,7 +146,7 @@ class PromptSource:
         self.seed = seed
         self.epoch = 0
         self.position = 0
-        self.owed: list[Prompt] = []  # returned by put_back
+        self.returned: list[Prompt] = []  # by put_back, and not given again yet
         self._order = self._permutation()
 
     def next_batch(self, n: int) -> list[Prompt]:
@@ -174,8 +154,8 @@ class PromptSource:
 
         Their uids end in "@EPOCH" and so are unique in the run.
         """
-        batch = self.owed[:n]
-        self.owed = self.owed[n:]
+        batch = self.returned[:n]
+        self.returned = self.returned[n:]
         while len(batch) < n:
             if self.position == len(self.prompts):
                 self.epoch += 1
@@ -187,7 +167,7 @@ class PromptSource:
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
         """Return prompts that were not trained on; next_batch gives them once more."""
-        self.owed += prompts
+        self.returned += prompts
 
     def state_dict(self, in_flight: Sequence[Prompt] = ()) -> dict[str, Any]:
         """The state of the cursor for a checkpoint.
@@ -199,7 +179,7 @@ class PromptSource:
         return {
             "epoch": self.epoch,
             "position": self.position,
-            "owed": [p.uid for p in (*in_flight, *self.owed)],
+            "owed": [p.uid for p in (*in_flight, *self.returned)],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -214,12 +194,12 @@ class PromptSource:
                 f"{len(self.prompts)}"
             )
         by_uid = {p.uid: p for p in self.prompts} if state["owed"] else {}
-        owed = [uid.rpartition("@") for uid in state["owed"]]
-        if unknown := next((uid for uid, _, _ in owed if uid not in by_uid), None):
+        returned = [uid.rpartition("@") for uid in state["owed"]]
+        if unknown := next((uid for uid, _, _ in returned if uid not in by_uid), None):
             raise DataError(f"the checkpoint owes prompt {unknown}, which the data no longer has")
         self.epoch = state["epoch"]
         self.position = state["position"]
-        self.owed = [_of_epoch(by_uid[uid], int(epoch)) for uid, _, epoch in owed]
+        self.returned = [_of_epoch(by_uid[uid], int(epoch)) for uid, _, epoch in returned]
         self._order = self._permutation()
 
     def _permutation(self) -> list[int]:
@@ -273,6 +253,37 @@ def _prompt(
         question=readable(chat.messages),
         answer=reference_answer(problem),
     )
+
+
+def _warn_of_unclosed_tags(template: ChatTemplate) -> None:
+    """Log that given responses do not close the tag with which the template opens their turn."""
+    if not template.unclosed:
+        return
+    row, tag = template.unclosed[0]
+    log.warning(
+        "%s opens the assistant's turn with %s, which %d given responses do not close, that of %s "
+        "first: they are learned as what belongs within the tag; begin them with it, or set "
+        "data.chat_template_file",
+        template.name,
+        tag,
+        len(template.unclosed),
+        row,
+    )
+
+
+def _report_dropped(dropped: int, problems: int) -> None:
+    """Log how many of the problems data.drop_too_long has dropped.
+
+    Raises:
+        DataError: all of them.
+    """
+    if not dropped:
+        return
+    log.warning("data.drop_too_long: left out %d of %d rows", dropped, problems)
+    if dropped == problems:
+        raise DataError(
+            f"data.drop_too_long: all {problems} rows are too long; raise rollout.max_model_len"
+        )
 
 
 REFERENCE_COLUMNS = ("answer", "solution", "reference", "ground_truth")

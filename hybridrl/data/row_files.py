@@ -205,17 +205,17 @@ def _csv(path: str, text: str, delimiter: str) -> Iterator[Row]:
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header: list[str] | None = None
-        begins = 1  # the line on which the next row begins
+        next_line = 1  # the line on which the next row begins
         while True:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
                 raise DataError(
-                    f"{path}:{begins}: not CSV: {error}; put a cell with quotes, commas or line "
+                    f"{path}:{next_line}: not CSV: {error}; put a cell with quotes, commas or line "
                     'breaks into double quotes, and write a quote inside of it as ""'
                 ) from error
-            number = begins
-            begins = reader.line_num + 1
+            number = next_line
+            next_line = reader.line_num + 1
             if cells is None:
                 return
             if not any(cell.strip() for cell in cells):
@@ -235,9 +235,9 @@ def _csv(path: str, text: str, delimiter: str) -> Iterator[Row]:
 
 def _header(cells: list[str], name: str) -> list[str]:
     header = [cell.strip() for cell in cells]
-    doubled = next((cell for cell in header if header.count(cell) > 1), None)
-    if doubled is not None or "" in header:
-        what = f"names `{doubled}` twice" if doubled else "has a column without a name"
+    repeated = next((cell for cell in header if header.count(cell) > 1), None)
+    if repeated is not None or "" in header:
+        what = f"names `{repeated}` twice" if repeated else "has a column without a name"
         raise DataError(f"{name}: the header {what}; give each column a name of its own")
     return header
 

@@ -11,14 +11,20 @@ fixed before the pass, so the sparse term costs no extra matrix product.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hybridrl.kernels.row_rule import RowRule
 from hybridrl.kernels.rows import chosen_work, row_work
-from hybridrl.kernels.teacher_rows import SupportTeacher, Teacher, distribution, log_softmax
+from hybridrl.kernels.teacher_rows import (
+    HiddenTeacher,
+    SupportTeacher,
+    Teacher,
+    distribution,
+    log_softmax,
+)
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.kernels.workspace import Workspace, add_head_gradient, head_gradient, softmax_dtype
 from hybridrl.ops.compare import COMPARED, compare
@@ -32,6 +38,8 @@ class HeadRule(RowRule):
     chunk: int = 1024
     # bf16 on the CPU: logits by products in fp32 (kernels.workspace), several times slower ones
     exact_logits: bool = False
+    # products of bf16 matrices on the CPU in fp32 (kernels.products)
+    wide_products: bool = False
 
 
 PIECE = 256
@@ -82,6 +90,12 @@ def hybrid_head_loss(
     rows = hidden.shape[0]
     assert all(column.shape == (rows,) for column in columns), rows
     assert all(teacher.weight.shape == (rows,) for teacher in teachers), "one weight a token"
+    hidden = _operand(hidden, rule)
+    lm_head = _operand(lm_head, rule)
+    teachers = tuple(
+        _wide_hidden(teacher, rule) if isinstance(teacher, HiddenTeacher) else teacher
+        for teacher in teachers
+    )
     loss, logprobs, kl, entropy, bounded, dense_sq, sparse_sq, dense_sparse = _HybridHead.apply(
         hidden, lm_head, teachers, columns, rule
     )
@@ -217,7 +231,11 @@ def compared_sums(
     """
     sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=hidden.device)
     workspace = Workspace(exact=rule.exact_logits)
-    whole = [teacher for teacher in teachers if not isinstance(teacher, SupportTeacher)]
+    whole = [
+        _wide_hidden(teacher, rule) if isinstance(teacher, HiddenTeacher) else teacher
+        for teacher in teachers
+        if not isinstance(teacher, SupportTeacher)
+    ]
     for at, logits in _logits(hidden, lm_head, rule) if whole else ():
         logp = log_softmax(logits, rule.temperature)
         for teacher in whole:
@@ -237,12 +255,24 @@ def compared_sums(
 
 def _logits(hidden: Tensor, lm_head: Tensor, rule: HeadRule) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of rows and their logits [c, V], no gradient."""
-    hidden = hidden.detach()
-    lm_head = lm_head.detach()
+    hidden = _operand(hidden.detach(), rule)
+    lm_head = _operand(lm_head.detach(), rule)
     workspace = Workspace(exact=rule.exact_logits)
     for at in slices(0, len(hidden), rule.chunk):
         workspace.restart()
         yield at, workspace.logits(hidden[at], lm_head)
+
+
+def _operand(matrix: Tensor, rule: HeadRule) -> Tensor:
+    """The matrix in the dtype in which it is multiplied."""
+    widens = rule.wide_products and matrix.device.type == "cpu" and matrix.dtype is torch.bfloat16
+    return matrix.float() if widens else matrix
+
+
+def _wide_hidden(teacher: HiddenTeacher, rule: HeadRule) -> HiddenTeacher:
+    """The teacher with its matrices in the dtype in which they are multiplied."""
+    hidden = _operand(teacher.hidden, rule)
+    return replace(teacher, hidden=hidden, lm_head=_operand(teacher.lm_head, rule))
 
 
 def slices(start: int, stop: int, size: int) -> Iterator[slice]:

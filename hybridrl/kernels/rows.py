@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from hybridrl.core.compiler import has_compiler
 from hybridrl.kernels.row_rule import RowRule, coefficients
 from hybridrl.kernels.teacher_rows import Form, divergence, log_softmax
 from hybridrl.kernels.token_columns import TokenColumns
+from hybridrl.kernels.torch_internals import one_graph
 from hybridrl.ops.divergence import exp
 from hybridrl.settings.choices import Correction
 
@@ -76,11 +76,7 @@ def row_gradients(
     dense = torch.zeros_like(logp)
     for scale, (_, gradient) in zip(factors.dense, pairs, strict=True):
         dense = dense + torch.where(scale[:, None] != 0, scale[:, None] * gradient, 0.0)
-    onehot = (
-        torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)[None]
-        == ids.to(torch.int32)[:, None]
-    )
-    sparse = factors.sparse[:, None] * torch.where(onehot, 1 - p, -p)
+    sparse = _sparse_gradient(factors.sparse, p, ids)
     dense_sq = (dense * dense).sum(-1)
     sparse_sq = (sparse * sparse).sum(-1)
     dense_sparse = (dense * sparse).sum(-1)
@@ -98,6 +94,21 @@ def row_gradients(
         sparse_sq=sparse_sq,
         dense_sparse=dense_sparse,
     )
+
+
+def _sparse_gradient(scale: Tensor, p: Tensor, ids: Tensor) -> Tensor:
+    """[c, V] the gradient of scale * log p(y) at the logits: scale * (onehot(y) - p).
+
+    Args:
+        scale: [c].
+        p: [c, V].
+        ids: [c] the tokens y.
+    """
+    onehot = (
+        torch.arange(p.shape[1], device=p.device, dtype=torch.int32)[None]
+        == ids.to(torch.int32)[:, None]
+    )
+    return scale[:, None] * torch.where(onehot, 1 - p, -p)
 
 
 def row_work(
@@ -155,22 +166,4 @@ def _compiled(work: Work, *settings: Any) -> Work:
     def whole(*tensors: Any) -> Any:
         return work(*settings, *tensors)
 
-    # torch's stubs lack isolate_recompiles.
-    compiled = torch.compile(  # type: ignore[call-overload]
-        whole, fullgraph=True, options=FUSE, isolate_recompiles=True
-    )
-
-    def run(*tensors: Any) -> Any:
-        for tensor in tree_leaves(tensors):
-            torch._dynamo.mark_dynamic(tensor, 0)
-        return compiled(*tensors)
-
-    return run
-
-
-FUSE = {
-    "realize_reads_threshold": 1 << 20,
-    "realize_opcount_threshold": 1 << 20,
-    "realize_acc_reads_threshold": 1 << 20,
-}
-"""To the C++ backend: compute again what a loop needs rather than write it to memory."""
+    return one_graph(whole)

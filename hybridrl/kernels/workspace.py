@@ -35,6 +35,11 @@ class Workspace:
         """Give this thread's memory back."""
         cls._buffers.__dict__.clear()
 
+    @classmethod
+    def held(cls) -> int:
+        """How many numbers this thread's memory has room for."""
+        return sum(buffer.numel() for buffer in cls._buffers.__dict__.values())
+
     def restart(self, in_use: int = 0) -> None:
         """Allow every matrix to be overwritten except the first `in_use`."""
         self._taken = in_use

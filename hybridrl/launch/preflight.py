@@ -87,7 +87,7 @@ def check_models(settings: RunSettings) -> None:
 
 
 def check_engines(settings: RunSettings, device: str) -> None:
-    """Refuse a model that the engines of this run would have to serve and cannot.
+    """Refuse a model that the engines of this run cannot serve.
 
     Args:
         device: on which the engines will run, cpu or cuda.
@@ -134,20 +134,20 @@ def check_token_ids(
             "add rows to the model (resize_token_embeddings) and save it, or use the "
             "tokenizer that it was trained with"
         )
-        lacking = (
+        deficit = (
             f"{setting}={path}: its tokenizer has {size} tokens and the model {rows} rows "
             "of embeddings"
         )
         if (end := tokenizer.eos_token_id) is not None and end >= rows:
             raise ConfigError(
-                f"{lacking}, none for the end token {tokenizer.eos_token!r}; {remedy}"
+                f"{deficit}, none for the end token {tokenizer.eos_token!r}; {remedy}"
             )
         for prompt in prompts:
             largest = max(max(ids) for ids in (prompt.input_ids, *prompt.responses))
             if largest >= rows:
                 token = tokenizer.convert_ids_to_tokens(largest)
-                raise ConfigError(f"{lacking}, none for {token!r} in {prompt.uid}; {remedy}")
-        log.warning("%s; no prompt contains one of the tokens without a row", lacking)
+                raise ConfigError(f"{deficit}, none for {token!r} in {prompt.uid}; {remedy}")
+        log.warning("%s; no prompt contains one of the tokens without a row", deficit)
 
 
 def check_teachers(
@@ -159,7 +159,7 @@ def check_teachers(
     always masked.
 
     Returns:
-        the tokenizers of the teachers that have a path, by name.
+        The tokenizers of the teachers that have a path, by name.
 
     Raises:
         ConfigError: its tokenizer has other tokens, or begins or ends a text with another one; or
@@ -191,16 +191,16 @@ def check_teachers(
 
 
 def different_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
-    """The difference of two tokenizers, as a clause; empty if there is none."""
-    ours = student.get_vocab()
-    theirs = teacher.get_vocab()
+    """The difference between two tokenizers, as a clause; empty if there is none."""
+    student_ids = student.get_vocab()
+    teacher_ids = teacher.get_vocab()
     differing = sorted(
-        (t for t in ours | theirs if ours.get(t) != theirs.get(t)),
-        key=lambda t: (ours.get(t, len(ours)), t),
+        (t for t in student_ids | teacher_ids if student_ids.get(t) != teacher_ids.get(t)),
+        key=lambda t: (student_ids.get(t, len(student_ids)), t),
     )
     if differing:
         shown = [
-            f"{t!r} has id {theirs.get(t, 'none')}, here {ours.get(t, 'none')}"
+            f"{t!r} has id {teacher_ids.get(t, 'none')}, here {student_ids.get(t, 'none')}"
             for t in differing[:SHOWN]
         ]
         more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
@@ -226,49 +226,66 @@ def check_templates(
     Raises:
         ConfigError: names the teacher and the place where the two texts differ.
     """
-    compared: dict[tuple[object, ...], Conversation] = {}
-    for problem in problems:
-        if is_templated(problem, settings.data):
-            chat = conversation(problem, settings.data)
-            roles = tuple(message["role"] for message in chat.messages)
-            compared.setdefault((roles, bool(chat.tools)), chat)
+    chats = first_conversations(settings, problems)
     template = ChatTemplate.of(student, settings.data)
     file = settings.data.chat_template_file
     source = f"data.chat_template_file={file}" if file else f"model.path={settings.model.path}"
-    for chat in compared.values():
-        ours = chat.prompt_text(template)
+    for chat in chats:
+        text = chat.prompt_text(template)
         for name, teacher in teachers.items():
             if not teacher.chat_template:
                 continue
             path = settings.teachers[name].path
-            own = ChatTemplate(teacher, settings.data.chat_template_kwargs)
-            try:
-                theirs = chat.prompt_text(own)
-                refusal = ""
-            except DataError as error:
-                theirs = ""
-                refusal = str(error)
-            if theirs == ours:
-                continue
-            at = next(
-                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-                min(len(ours), len(theirs)),
-            )
-            difference = refusal or (
-                f"its chat template writes {chat.row} otherwise: {theirs[at : at + 40]!r} where "
-                f"{source} has {ours[at : at + 40]!r}"
-            )
-            if file is None:
+            own_template = ChatTemplate(teacher, settings.data.chat_template_kwargs)
+            difference = different_prompt(chat, own_template, text, source)
+            if difference and file is None:
                 raise ConfigError(
                     f"teachers.{name}.path={path}: {difference}; give both folders the same chat "
                     "template, or name one for both by data.chat_template_file"
                 )
-            log.warning(
-                "teachers.%s.path=%s: %s; it scores what data.chat_template_file writes",
-                name,
-                path,
-                difference,
-            )
+            if difference:
+                log.warning(
+                    "teachers.%s.path=%s: %s; it scores what data.chat_template_file writes",
+                    name,
+                    path,
+                    difference,
+                )
+
+
+def first_conversations(settings: RunSettings, problems: Sequence[Problem]) -> list[Conversation]:
+    """The first conversation of each sequence of roles in the data, with tools and without."""
+    first: dict[tuple[object, ...], Conversation] = {}
+    for problem in problems:
+        if is_templated(problem, settings.data):
+            chat = conversation(problem, settings.data)
+            roles = tuple(message["role"] for message in chat.messages)
+            first.setdefault((roles, bool(chat.tools)), chat)
+    return list(first.values())
+
+
+def different_prompt(chat: Conversation, template: ChatTemplate, text: str, source: str) -> str:
+    """How a teacher's template formats a conversation differently, as a clause; empty if it does
+    not.
+
+    Args:
+        template: the teacher's own.
+        text: the prompt that the run uses.
+        source: the setting with the template that wrote `text`.
+    """
+    try:
+        own_text = chat.prompt_text(template)
+    except DataError as error:
+        return str(error)
+    if own_text == text:
+        return ""
+    at = next(
+        (i for i, (a, b) in enumerate(zip(text, own_text, strict=False)) if a != b),
+        min(len(text), len(own_text)),
+    )
+    return (
+        f"its chat template writes {chat.row} otherwise: {own_text[at : at + 40]!r} where {source} "
+        f"has {text[at : at + 40]!r}"
+    )
 
 
 def check_end_of_turn(

@@ -1,4 +1,4 @@
-"""What a finished run came to."""
+"""The result of a finished run."""
 
 import logging
 from collections.abc import Mapping

@@ -29,7 +29,7 @@ def serve(source: str, *, host: str, port: int, device: str, arguments: Sequence
     Args:
         source: a run directory, a Hugging Face folder, or another value of model.path.
         device: cpu or cuda.
-        arguments: further arguments for vLLM, which override ours.
+        arguments: further arguments for vLLM, which override those of server_command.
 
     Raises:
         ConfigError: the port is in use, which vLLM would notice only after loading the model.
@@ -118,19 +118,19 @@ def parse(arguments: Sequence[str]) -> tuple[str, str, int, list[str]]:
     Raises:
         ConfigError: an argument is not one of these.
     """
-    ours = list(arguments)
+    own = list(arguments)
     further = []
-    if "--" in ours:
-        at = ours.index("--")
-        further = ours[at + 1 :]
-        ours = ours[:at]
+    if "--" in own:
+        at = own.index("--")
+        further = own[at + 1 :]
+        own = own[:at]
     values = {"--host": "127.0.0.1", "--port": "8000"}
     sources = []
-    waiting = iter(ours)
-    for argument in waiting:
+    remaining = iter(own)
+    for argument in remaining:
         name, equals, value = argument.partition("=")
         if name in values:
-            values[name] = value if equals else next(waiting, "")
+            values[name] = value if equals else next(remaining, "")
         elif argument.startswith("-"):
             raise ConfigError(
                 f"{argument}: hybridrl serve takes --host and --port; arguments of vLLM follow "

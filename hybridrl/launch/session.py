@@ -26,6 +26,7 @@ from hybridrl.core.errors import (
 )
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
+from hybridrl.kernels.products import described, processor
 from hybridrl.launch.export import keep_template
 from hybridrl.launch.lengths import check_lengths
 from hybridrl.launch.preflight import (
@@ -92,44 +93,34 @@ def train(settings: RunSettings) -> RunResult:
         inputs = digests(settings, prompts, heldout)
         checkpoint = find_checkpoint(settings, run_dir, inputs)
         keep_template(settings, run_dir)
-        console, sinks = make_sinks(settings)
-        stack.push(lambda kind, *_: sinks.close(0 if kind is None else 1))
-        if checkpoint:
-            sinks.load_state_dict(checkpoint.state.trackers)
-        sinks.start(run_info(settings, run_dir, checkpoint))
+        console, sinks = stack.enter_context(started_sinks(settings, run_dir, checkpoint))
         preemption.check()  # an optional sink swallows an exception, the signal's too
         console.notice(start_notice(settings, checkpoint))
         stack.enter_context(naming_what_is_saved(settings, run_dir))
         cluster = stack.enter_context(Cluster(settings))
         check_engines(settings, cluster.device)
         stack.enter_context(preemption.listening())  # again: Ray replaces the handlers at its start
-        log_dir = str(run_dir / "logs")
-        slots = place_workers(settings, cluster)
-        rewards = start_rewards(settings, slots, log_dir, console.notice)
-        levels: dict[str, float] = {}
-        if checkpoint is None:  # a resumed run has them in its first row
-            levels = measure_teachers(settings, cluster, slots, rewards, heldout, run_dir, inputs)
-        workers = start_workers(settings, cluster, slots, rewards, log_dir, console.notice)
-        check_running(settings, workers, prompts)
+        session = Session(
+            settings=settings,
+            run_dir=run_dir,
+            cluster=cluster,
+            slots=place_workers(settings, cluster),
+            prompts=prompts,
+            heldout=heldout,
+            inputs=inputs,
+            console=console,
+            sinks=sinks,
+            preemption=preemption,
+        )
+        workers = session.start_workers(checkpoint)
+        if narrow_models(settings) and cluster.device == "cpu":
+            console.notice(described(settings.train.products, processor()))
         console.notice(
             f"workers ready after {time.monotonic() - began:.0f} s on {cluster.device}, weights "
             f"travel by {cluster.weight_transfer}; the longest silent wait is "
             f"{settings.deadlines.longest_silence_s:g} s"
         )
         preemption.started()
-        session = Session(
-            settings=settings,
-            run_dir=run_dir,
-            cluster=cluster,
-            slots=slots,
-            prompts=prompts,
-            heldout=heldout,
-            inputs=inputs,
-            levels=levels,
-            console=console,
-            sinks=sinks,
-            preemption=preemption,
-        )
         controller = session.run(workers, checkpoint)
         first = checkpoint.state.step if checkpoint else 0
         exported = export_model(settings, controller, run_dir, first)
@@ -137,8 +128,17 @@ def train(settings: RunSettings) -> RunResult:
     return run_result(run_dir, exported, reason)
 
 
+def narrow_models(settings: RunSettings) -> list[str]:
+    """The bfloat16 models that the learner or a scorer runs, by the setting of their dtype."""
+    dtypes = {"model.dtype": settings.model.dtype} | {
+        f"teachers.{name}.dtype": settings.teacher_model(name).dtype
+        for name in settings.scored_teachers
+    }
+    return [setting for setting, dtype in dtypes.items() if dtype == "bfloat16"]
+
+
 def start_notice(settings: RunSettings, checkpoint: Checkpoint | None) -> str:
-    """The line that the console prints while workers start."""
+    """The line that the console prints before workers start."""
     teachers = "" if checkpoint else ", ".join(teachers_to_measure(settings))
     if not teachers:
         return "starting workers ..."
@@ -147,7 +147,7 @@ def start_notice(settings: RunSettings, checkpoint: Checkpoint | None) -> str:
 
 @contextmanager
 def naming_what_is_saved(settings: RunSettings, run_dir: Path) -> Iterator[None]:
-    """If the run ends before its last step, add to the error how it can be continued.
+    """If the run ends before its last step, add to the error a remedy that continues it.
 
     Raises:
         FleetExhausted, ClusterLost, Preempted: with that addition.
@@ -199,12 +199,44 @@ class Session:
     prompts: list[Prompt]
     heldout: list[Prompt]
     inputs: dict[str, str]  # run_dir.inputs.digests
-    levels: Mapping[str, float]  # the teachers' accuracies, for the first row of a run
     console: ConsoleSink
     sinks: Sinks
     preemption: Preemption
+    levels: Mapping[str, float] = field(default_factory=dict, init=False)
+    """The teachers' accuracies, for the first row of a run."""
     steps_done: int | None = field(default=None, init=False)
-    """By the newest attempt when it ended; None: none has come to its first step yet."""
+    """The steps that the last attempt had done when it ended; None: no attempt has begun to train.
+    """
+
+    @property
+    def log_dir(self) -> str:
+        """The folder with one file per worker."""
+        return str(self.run_dir / "logs")
+
+    def start_workers(self, checkpoint: Checkpoint | None) -> Workers:
+        """Start and check all workers. If the run begins here, its teachers are measured before the
+        other workers start, since their engines take a place of the student's.
+
+        Raises:
+            WorkerError: a worker could not be built, or did not answer in time.
+            ContractError: as check_running.
+        """
+        rewards = start_rewards(self.settings, self.slots, self.log_dir, self.console.notice)
+        if checkpoint is None:  # a resumed run has them in its first row
+            self.levels = measure_teachers(
+                self.settings,
+                self.cluster,
+                self.slots,
+                rewards,
+                self.heldout,
+                self.run_dir,
+                self.inputs,
+            )
+        workers = start_workers(
+            self.settings, self.cluster, self.slots, rewards, self.log_dir, self.console.notice
+        )
+        check_running(self.settings, workers, self.prompts)
+        return workers
 
     def run(self, workers: Workers, checkpoint: Checkpoint | None) -> Controller:
         """Train to the last step.
@@ -217,14 +249,14 @@ class Session:
                 same way at the same step again.
         """
         last_error: WorkerError | None = None
-        last_step: int | None = None  # what was done before it
+        last_step: int | None = None  # the steps that were done before that error
         for restarts_left in reversed(range(1 + self.settings.cluster.max_restarts)):
             try:
                 if last_error is not None:
                     workers = self.recover(workers, last_error)
                     checkpoint = self.go_back()
                 return self.attempt(workers, checkpoint)
-            except WorkerError as error:  # engines, scorers and reward workers are replaced before
+            except WorkerError as error:  # others are replaced without a new attempt
                 if isinstance(error, WorkerTimeout):
                     dump_stacks()
                 step = self.steps_done
@@ -242,8 +274,7 @@ class Session:
 
     def recover(self, workers: Workers, error: WorkerError) -> Workers:
         """The workers with a new learner, and another one in the place of the failed worker."""
-        log_dir = str(self.run_dir / "logs")
-        return recover(self.settings, self.cluster, self.slots, workers, error, log_dir)
+        return recover(self.settings, self.cluster, self.slots, workers, error, self.log_dir)
 
     def go_back(self) -> Checkpoint | None:
         """The newest checkpoint, regardless of run.resume, which applied only to the first
@@ -313,8 +344,8 @@ def same_fault(
     transient.
 
     Args:
-        before_step, step: the steps that were done before each of the two; None: no attempt came
-            so far.
+        before_step, step: the steps that were done before each of the two errors; None: no attempt
+            had begun to train.
     """
     same = (before.worker, before.call, before.reason) == (error.worker, error.call, error.reason)
     return raised(error) and same and before_step == step
@@ -343,7 +374,7 @@ def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
         The training and the held-out prompts.
 
     Raises:
-        ConfigError, DataError, RunDirectoryError: one sentence on the first thing that cannot work.
+        ConfigError, DataError, RunDirectoryError: one sentence about the first check that fails.
     """
     check_metrics(settings)
     check_sinks(settings.tracking)
@@ -360,9 +391,9 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """Tokenized training and held-out prompts.
 
     Raises:
-        ConfigError: a model cannot be used (check_models, check_token_ids), a teacher in
-            use or a reward model does not share the student's vocabulary, or a teacher its chat
-            template; or as load_problems, check_lengths and tokenize.
+        ConfigError: a model cannot be used (check_models, check_token_ids), a teacher in use or a
+            reward model does not share the student's vocabulary, or a teacher does not share its
+            chat template; or as load_problems, check_lengths and tokenize.
         DataError: as load_problems and tokenize.
     """
     check_models(settings)
@@ -382,13 +413,13 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     rollout = settings.rollout
     length = rollout.sequence_limit
     room = length - rollout.response_limit
-    used = settings.algorithm.data_fraction > 0  # otherwise the data's responses are not
+    use_responses = settings.algorithm.data_fraction > 0
     check_responses(settings, train_problems)
     check_templates(settings, tokenizer, teachers, train_problems)
     check_end_of_turn(settings, tokenizer, train_problems)
-    train_prompts = tokenize(train_problems, tokenizer, settings.data, room, length, responses=used)
-    heldout_prompts = tokenize(
-        heldout_problems, tokenizer, settings.data, room, length, responses=used
+    train_prompts, heldout_prompts = (
+        tokenize(problems, tokenizer, settings.data, room, length, responses=use_responses)
+        for problems in (train_problems, heldout_problems)
     )
     check_token_ids(settings, tokenizer, [*train_prompts, *heldout_prompts])
     return train_prompts, heldout_prompts
@@ -403,11 +434,11 @@ def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
     """
     if not settings.algorithm.data_fraction:
         return
-    wanted = settings.algorithm.responses_per_prompt
-    what = {1: "one response", 2: "a chosen and a rejected response"}[wanted]
-    option = {1: "solution", 2: "pair"}[wanted]
+    needed = settings.algorithm.responses_per_prompt
+    what = {1: "one response", 2: "a chosen and a rejected response"}[needed]
+    option = {1: "solution", 2: "pair"}[needed]
     for problem in problems:
-        if len(problem.responses) != wanted:
+        if len(problem.responses) != needed:
             raise ConfigError(
                 f"algorithm.data_fraction={settings.algorithm.data_fraction}: needs {what} for "
                 f"each prompt, {problem.row} brings {len(problem.responses)}; give data that "
@@ -423,6 +454,25 @@ def make_sinks(settings: RunSettings) -> tuple[ConsoleSink, Sinks]:
         optional["tracking.wandb"] = WandbSink(settings.tracking)
     optional |= build_sinks(settings.tracking)
     return console, Sinks(required=[JsonlSink()], optional=optional)
+
+
+@contextmanager
+def started_sinks(
+    settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None
+) -> Iterator[tuple[ConsoleSink, Sinks]]:
+    """The console and all sinks, which continue what they have of the run. At the end of the block
+    they are closed, with status 1 if it ends by an exception.
+    """
+    console, sinks = make_sinks(settings)
+    status = 1
+    try:
+        if checkpoint:
+            sinks.load_state_dict(checkpoint.state.trackers)
+        sinks.start(run_info(settings, run_dir, checkpoint))
+        yield console, sinks
+        status = 0
+    finally:
+        sinks.close(status)
 
 
 def run_info(settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None) -> RunInfo:

@@ -1,4 +1,5 @@
-"""How decoder layers run on the CPU: plain attention and compiled layers, where either is faster.
+"""Decoder layers on the CPU: wide products, plain attention and compiled layers, where they are
+faster.
 
 Between its matrix products a layer of transformers makes some fifty passes over its activations.
 Compiled (torch.compile with its C++ backend) they become a few; the products do not change.
@@ -9,14 +10,16 @@ import time
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybridrl.core.compiler import has_compiler
-from hybridrl.models.model_internals import attention_of, discard_compiled
+from hybridrl.kernels.products import widen_products
+from hybridrl.models.model_internals import attention_of, discard_compiled, wrapped_layers
+from hybridrl.settings.choices import Products
 
 logger = logging.getLogger(__name__)
 
 PLAIN_ATTENTION_TOKENS = 1024
+"""Longest row for which attention is computed by plain matrix products."""
 
 COMPILE_FROM = 256
 """The smallest hidden size for which compiling layers pays.
@@ -25,14 +28,26 @@ SmolLM2 takes 46 s once, which torch caches on disk, and 8 to 10 s at each later
 """
 
 MOST_GRAPHS = 16
-"""Graphs of all layers together.
+"""Largest number of graphs of all layers together.
 
-Two kinds of layers, each with and without gradients, for one row and for several, and as many
-spare.
+Two kinds of layers, each with and without gradients, for one row and for several, are 8 graphs; as
+many are in reserve.
 """
 
 TRACED_TOKENS = 61
 """Length of the sequences that are traced; it equals no size of a model."""
+
+
+def set_products(model: PreTrainedModel, products: Products, device: torch.device) -> None:
+    """Compute the products of a bfloat16 model's linear layers in float32 on a CPU, where that is
+    chosen.
+
+    Args:
+        device: on which the model will run.
+    """
+    is_narrow = model.dtype is torch.bfloat16
+    if products is Products.float32 and is_narrow and device.type == "cpu":
+        widen_products(model)
 
 
 def attends_plainly(model: PreTrainedModel, tokens: int) -> bool:
@@ -69,7 +84,7 @@ def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns:
         Whether the layers are compiled. Layers that are not a single graph each, such as those that
         choose among experts, are not.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = wrapped_layers(model)
     config = model.config.get_text_config()
     is_large = attends_plainly(model, tokens) and config.hidden_size >= COMPILE_FROM
     if not (layers and is_large and has_compiler()):

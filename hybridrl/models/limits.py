@@ -1,4 +1,4 @@
-"""What config.json says about the limits of a model: its longest sequence, and head sizes."""
+"""Limits of a model that its config.json states: its longest sequence, and its head sizes."""
 
 from transformers import PreTrainedConfig
 

@@ -1,4 +1,4 @@
-"""From a model.path to a folder, a model and a tokenizer, without running code of its author."""
+"""From a model.path to a folder, a model and a tokenizer, without running code of the model."""
 
 import logging
 import os
@@ -92,8 +92,8 @@ def _find(path: str, revision: str | None, setting: str, files: Sequence[str]) -
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{setting}={path}: no such folder, and no model of that name can be had from the "
-            f"hub: {reason}"
+            f"{setting}={path}: there is no such folder, and the hub gives no model of that name "
+            f"({reason}); correct it, or set HF_TOKEN for a private or gated model"
         ) from error
 
 

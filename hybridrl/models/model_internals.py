@@ -1,11 +1,15 @@
-"""The private names of torch and transformers that this package uses.
+"""What is used of torch's and transformers' modules beyond their documented interfaces.
 
-Seen in torch 2.13 and transformers 5.19; tests/models/test_model_internals.py fails when they
-change.
+tests/models/test_model_internals.py runs each of these functions on a real model, and fails when
+the installed versions are not those in SEEN.
 """
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+SEEN = {"torch": "2.13", "transformers": "5.19"}
+"""The versions that this file was written for and tested with."""
 
 
 def attention_of(config: PreTrainedConfig) -> str | None:
@@ -21,3 +25,12 @@ def discard_compiled(layer: nn.Module) -> None:
 def is_compiled(layer: nn.Module) -> bool:
     """Whether layer.compile() is in effect."""
     return layer._compiled_call_impl is not None
+
+
+def wrapped_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The decoder layers: the modules that transformers wraps so that they can be recomputed.
+
+    After gradient_checkpointing_enable each of them recomputes if its `training` is set, whatever
+    that of the modules around and inside of it is.
+    """
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]

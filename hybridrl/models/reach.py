@@ -1,4 +1,4 @@
-"""Whether a model or data set is available with the present token, before any download."""
+"""Checks that a model or data set is available with the present token, before any download."""
 
 import os
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ one.
 from hybridrl.kernels.head import HeadRule
 from hybridrl.ops.divergence import Measure
 from hybridrl.ops.ratio import RatioBounds
-from hybridrl.settings.choices import RatioLevel
+from hybridrl.settings.choices import Products, RatioLevel
 from hybridrl.settings.run import RunSettings
 
 
@@ -29,6 +29,7 @@ def head_rule(settings: RunSettings) -> HeadRule:
         temperature=algorithm.temperature,
         chunk=settings.train.head_chunk,
         exact_logits=settings.train.exact_logits,
+        wide_products=settings.train.products is Products.float32,
         measure=measure,
         ratio=ratio,
     )

@@ -10,7 +10,9 @@ from hybridrl.settings.choices import Correction, Divergence, SupportSource
 
 
 class Kind(StrEnum):
-    exact = "exact"  # equal, and no token's gradient depends on the drawn tokens
+    """How the mean of a gradient compares with the gradient that it estimates."""
+
+    exact = "exact"  # equal, and no token's gradient depends on which tokens were drawn
     unbiased = "unbiased"  # equal in expectation
     biased = "biased"  # by design
 
@@ -47,6 +49,7 @@ class Case:
 
     @property
     def label(self) -> str:
+        """The column `option` of the table."""
         marks = {
             f"sampler {self.sampler_distance} away": self.sampler_distance > 0,
             f"{self.learned:.0%} learned": self.learned > 0,
@@ -61,7 +64,7 @@ class Case:
 PLAIN = ("baseline=none", "normalizer=constant", "reward_weight.value=2")
 """The settings of rows of method hybrid: one sequence is a batch, and lengths do not matter."""
 TOLERANCE = 6e-4
-"""Of a declared bias, which has three decimals."""
+"""Largest difference from a declared bias, which has three decimals."""
 SEMI = Target.semi_gradient
 
 
@@ -286,10 +289,8 @@ def lengths() -> Iterator[Case]:
 
 
 def teachers() -> Iterator[Case]:
-    """Several teachers.
-
-    One has a negative weight, one only log-probs of drawn tokens beside one with hidden states, and
-    one is routed to other prompts.
+    """A second teacher: with a positive or a negative weight, with log-probs of drawn tokens alone
+    beside the hidden states of the first, or routed to other prompts.
     """
     for weight in (0.5, -0.2):
         second = f"+teachers.second={{path: null, weight: {weight}}}"

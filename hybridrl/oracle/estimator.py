@@ -27,12 +27,12 @@ from hybridrl.teachers.scores import empty_scores, fill_scores
 from hybridrl.types import FinishReason, Rewards, RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
 
 COLUMNS = {"domain": "here"}
-"""What routes of teachers may look at."""
+"""The columns of every prompt, for the routes of teachers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """What the head pass is given: R response tokens of B groups of K sequences."""
+    """The input of the head pass: R response tokens of B groups of K sequences."""
 
     prefixes: Tensor  # [R] int64
     columns: TokenColumns
@@ -41,10 +41,16 @@ class Rows:
 
 
 class Estimator:
-    """One configuration's gradient. A subclass that overrides one method is a broken one."""
+    """The gradient of one configuration.
+
+    Tests override single methods, to show that the oracle detects a wrong gradient.
+    """
 
     def __init__(self, settings: RunSettings, mdp: Mdp, values: Tensor | None = None) -> None:
-        """values: [P] what the value head says; None: the MDP's own, unrelated ones."""
+        """
+        Args:
+            values: [P] outputs of the value head; None: those of the MDP, which are random.
+        """
         self.settings = settings
         self.mdp = mdp
         self.values = mdp.values if values is None else values
@@ -82,10 +88,11 @@ class Estimator:
         )
 
     def loss(self, hidden: Tensor, lm_head: Tensor, rows: Rows, columns: TokenColumns) -> Tensor:
+        """[] the loss of the head pass, with hidden states [R, H] and an output head [V, H]."""
         return hybrid_head_loss(hidden, lm_head, rows.teachers, columns, self.rule)[0]
 
     def plan(self, num_tokens: int, num_sequences: int) -> UpdatePlan:
-        """As the controller orders the first step."""
+        """The plan of the first step, as the controller makes it."""
         names = self.settings.scored_teachers
         return UpdatePlan(
             step=0,
@@ -100,6 +107,7 @@ class Estimator:
         )
 
     def credit(self, batch: ScoredBatch, plan: UpdatePlan, members: Tensor) -> Credit:
+        """The objective's coefficients of the batch's tokens."""
         if self.objective.needs.learner_view:
             at, tokens = self._at(members)
             batch = replace(
@@ -113,10 +121,31 @@ class Estimator:
         return assign_credit(self.objective, [batch], plan)[0]
 
     def batch(self, members: Tensor, source: Source) -> ScoredBatch:
-        """The batch that rollout, scorers and rewards would send, in float64.
+        """The batch that rollout, scorers and rewards would send, in float64."""
+        rollout = self.rollout(members, source)
+        values = self.mdp.rewards[members.flatten()].numpy()
+        rewards = Rewards(
+            uids=rollout.uids,
+            values=values,
+            part_names=("it",),
+            parts=values[None],
+            errors=np.zeros(len(values), bool),
+            keep=np.ones(len(values), bool),
+            compressed=np.full(len(values), np.nan),
+            repeated=np.full(len(values), np.nan),
+        )
+        at, _ = self._at(members)
+        names = self.settings.scored_teachers
+        scores = tuple(
+            self.scores(name, self.mdp.teachers[i], evidence, rollout, at)
+            for i, (name, evidence) in enumerate(
+                zip(names, self.objective.needs.evidence, strict=True)
+            )
+        )
+        return ScoredBatch(rollout=rollout, scores=scores, rewards=rewards)
 
-        A prompt of one token precedes each response.
-        """
+    def rollout(self, members: Tensor, source: Source) -> RolloutBatch:
+        """The sequences as an engine would send them, each after a prompt of one token."""
         mdp = self.mdp
         groups, k = members.shape
         at, tokens = self._at(members)
@@ -127,10 +156,9 @@ class Estimator:
         ids = np.zeros(len(mask), np.int32)
         ids[mask] = tokens
         support = self.sampler_support(at, tokens, source)
-        uids = tuple(f"g{g}" for g in range(groups))
         logp = mdp.logp(author(mdp, source))[at, tokens]
-        rollout = RolloutBatch(
-            uids=uids,
+        return RolloutBatch(
+            uids=tuple(f"g{g}" for g in range(groups)),
             columns=(COLUMNS,) * groups,
             prompt_texts=("",) * groups,
             prompt_lengths=(1,) * groups,
@@ -146,34 +174,15 @@ class Estimator:
             source=source,
             support_ids=support.numpy().astype(np.int32),
         )
-        values = mdp.rewards[members.flatten()].numpy()
-        rewards = Rewards(
-            uids=uids,
-            values=values,
-            part_names=("it",),
-            parts=values[None],
-            errors=np.zeros(len(values), bool),
-            keep=np.ones(len(values), bool),
-            compressed=np.full(len(values), np.nan),
-            repeated=np.full(len(values), np.nan),
-        )
-        names = self.settings.scored_teachers
-        scores = tuple(
-            self.scores(name, mdp.teachers[i], evidence, rollout, at)
-            for i, (name, evidence) in enumerate(
-                zip(names, self.objective.needs.evidence, strict=True)
-            )
-        )
-        return ScoredBatch(rollout=rollout, scores=scores, rewards=rewards)
 
     def sampler_support(self, at: Tensor, tokens: Tensor, source: Source) -> Tensor:
-        """[R, K] the most likely tokens of the policy that wrote the sequence, as it sends them."""
+        """[R, K] the most likely tokens of the sequence's policy, as an engine sends them."""
         return author(self.mdp, source)[at].topk(self.objective.needs.sampler_support).indices
 
     def scores(
         self, teacher: str, table: Tensor, evidence: Evidence, rollout: RolloutBatch, at: Tensor
     ) -> TokenScores:
-        """What the scorer sends.
+        """The scores that a scorer sends.
 
         Args:
             table: [P, V] the teacher's logits at each prefix.

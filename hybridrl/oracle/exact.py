@@ -1,7 +1,7 @@
 """The claim of a row as a plain function of the student's logits, and its gradient.
 
-The gradient is taken by finite differences. All is written from the definitions, with probabilities
-and sums over all sequences; it shares no code with the code under test.
+The gradient is taken by finite differences. The function is written from the definitions, with
+probabilities and sums over all sequences; it shares no code with the code under test.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,11 +18,11 @@ from hybridrl.settings.choices import Correction, Divergence, Source, SupportSou
 
 
 class Target(StrEnum):
-    """J = E[ sum_t sum_i w_i D_i - lambda R ], of which a method follows the gradient ..."""
+    """The gradient that a method follows, of J = E[ sum_t sum_i w_i D_i - lambda R ]."""
 
-    objective = "grad J"  # itself
+    objective = "grad J"  # the whole gradient
     semi_gradient = "semi-gradient"  # with the visited prefixes held fixed in the imitation term
-    support = "K-token divergence"  # as before, D_i as far as the K tokens know it
+    support = "K-token divergence"  # the same with D_i computed from the K tokens alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +34,10 @@ class Claim:
     target: Target
     weights: tuple[float, ...]  # w_i
     reward_weight: float  # lambda
-    shares: Mapping[Source, float]  # of the sequences, by who writes them
+    shares: Mapping[Source, float]  # of the sequences, by their source
 
     def value(self, logits: Tensor) -> Tensor:
-        """[] at logits [P, V]."""
+        """[] the function's value at logits [P, V] of the student."""
         mdp = self.mdp
         total = torch.zeros((), dtype=logits.dtype)
         for source, share in self.shares.items():
@@ -65,7 +65,7 @@ class Claim:
         return finite_differences(self.value, self.mdp.student)
 
     def _divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        """[P] of each prefix."""
+        """[P] the divergence from a teacher at each prefix."""
         p = self.mdp.logp(logits).exp()
         q = self.mdp.logp(teacher).exp()
         if self.target is not Target.support:
@@ -108,7 +108,7 @@ def divergence(p: Tensor, q: Tensor, algorithm: AlgorithmConfig) -> Tensor:
 
 
 def author(mdp: Mdp, source: Source) -> Tensor:
-    """[P, V] logits of who writes the sequences of a source."""
+    """[P, V] logits of the policy that writes the sequences of a source."""
     return {Source.student: mdp.sampler, Source.teacher: mdp.teachers[0], Source.data: mdp.data}[
         source
     ]

@@ -3,6 +3,7 @@
 Letters: V vocabulary, T longest response, P prefixes, S sequences.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -20,12 +21,11 @@ class Mdp:
     """
 
     student: Tensor  # [P, V]
-    sampler: (
-        Tensor  # [P, V] writes the student's sequences: the student itself, or a policy near it
-    )
+    # [P, V] the policy that writes the student's sequences: the student itself, or one near it
+    sampler: Tensor
     teachers: tuple[Tensor, ...]  # [P, V] each
-    data: Tensor  # [P, V] who wrote the data
-    values: Tensor  # [P] what a value head says before each token, unrelated to anything
+    data: Tensor  # [P, V] the policy that wrote the data
+    values: Tensor  # [P] random outputs of a value head at each prefix
     rewards: Tensor  # [S] 0 or 1, both occur
     tokens: Tensor  # [S, T] int64, 0 past the end
     mask: Tensor  # [S, T] bool
@@ -49,7 +49,7 @@ class Mdp:
         return self.token_logp(logits).sum(1).exp()
 
     def visits(self, logits: Tensor) -> Tensor:
-        """[P] how often a sequence of this policy passes each prefix."""
+        """[P] the probability that a sequence of this policy passes each prefix."""
         weight = torch.where(self.mask, self.probability(logits)[:, None], 0.0)
         return torch.zeros(len(logits), dtype=weight.dtype).index_add_(
             0, self.prefixes.flatten(), weight.flatten()
@@ -67,42 +67,36 @@ def make_mdp(
 ) -> Mdp:
     """A random model.
 
-    Drawn are, in this order: student N(0,1), teacher 1.5 N(0,1), rewards below 0.3, the sampler's
-    distance in units of N(0,1), a second teacher, the data's author and the values. Prefixes and
-    sequences are sorted by length, then lexicographically.
+    The random numbers are drawn in this order: the student's logits N(0,1), the teacher's 1.5
+    N(0,1), the rewards (1 with probability 0.3), the sampler's distance from the student, the
+    logits of a second teacher and of the data, and the values. Prefixes and sequences are sorted by
+    length, then lexicographically.
 
     Args:
         sampler_distance: standard deviation of the sampler's logits around the student's; 0: the
             sampler is the student.
-        learned: how far of the way from its own logits to the first teacher's the student has come,
-            in [0, 1].
-        ends: the last token ends a sequence; without it all have `horizon` tokens. With it the
-            teachers' draws are their distance from the student, else a sequence's cost would be
-            mostly whether it ends.
+        learned: the share of the way to the first teacher's logits that the student has moved, in
+            [0, 1].
+        ends: whether the last token of the vocabulary ends a sequence; if not, all sequences have
+            `horizon` tokens. If so, the teachers' logits are drawn around the student's, since
+            otherwise the cost of a sequence would mostly depend on whether it ends.
     """
-    going = range(vocabulary - 1 if ends else vocabulary)
-    prefixes = [p for length in range(horizon) for p in product(going, repeat=length)]
-    stopped = [(*p, vocabulary - 1) for p in prefixes] if ends else []
-    sequences = sorted(stopped + list(product(going, repeat=horizon)), key=lambda y: (len(y), y))
-    row = {prefix: i for i, prefix in enumerate(prefixes)}
-
-    def pad(values):
-        return [*values, *[0] * (horizon - len(values))]
-
+    prefixes, sequences = enumerated(vocabulary, horizon, ends=ends)
     rng = np.random.default_rng(seed)
 
-    def table():
+    def table() -> Tensor:
         return torch.from_numpy(rng.standard_normal((len(prefixes), vocabulary)))
 
     student = table()
     near = student if ends else torch.zeros_like(student)
     teacher = near + 1.5 * table()
-    luck = rng.random(len(sequences))
-    rewarded = ((luck < 0.3) | (luck == luck.min())) & (luck != luck.max())
+    uniform = rng.random(len(sequences))
+    rewarded = ((uniform < 0.3) | (uniform == uniform.min())) & (uniform != uniform.max())
     distance = sampler_distance * table()
     second = near + 1.5 * table()
     data = table()
     student = student + learned * (teacher - student)
+    tokens, mask, rows = sequence_tensors(prefixes, sequences, horizon)
     return Mdp(
         student=student,
         sampler=student + distance,
@@ -110,7 +104,37 @@ def make_mdp(
         data=data,
         values=torch.from_numpy(rng.standard_normal(len(prefixes))),
         rewards=torch.from_numpy(rewarded.astype(np.float64)),
-        tokens=torch.tensor([pad(y) for y in sequences]),
-        mask=torch.tensor([pad([True] * len(y)) for y in sequences], dtype=torch.bool),
-        prefixes=torch.tensor([pad([row[y[:t]] for t in range(len(y))]) for y in sequences]),
+        tokens=tokens,
+        mask=mask,
+        prefixes=rows,
     )
+
+
+def enumerated(
+    vocabulary: int, horizon: int, *, ends: bool
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """All prefixes and all sequences, each sorted by length, then lexicographically.
+
+    Args:
+        ends: as of make_mdp.
+    """
+    going = range(vocabulary - 1 if ends else vocabulary)
+    prefixes = [p for length in range(horizon) for p in product(going, repeat=length)]
+    stopped = [(*p, vocabulary - 1) for p in prefixes] if ends else []
+    sequences = sorted(stopped + list(product(going, repeat=horizon)), key=lambda y: (len(y), y))
+    return prefixes, sequences
+
+
+def sequence_tensors(
+    prefixes: Sequence[tuple[int, ...]], sequences: Sequence[tuple[int, ...]], horizon: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mask and rows of the prefixes, each [S, T], as Mdp has them."""
+    row = {prefix: i for i, prefix in enumerate(prefixes)}
+
+    def pad(values: Sequence[int]) -> list[int]:
+        return [*values, *[0] * (horizon - len(values))]
+
+    tokens = torch.tensor([pad(y) for y in sequences])
+    mask = torch.tensor([pad([True] * len(y)) for y in sequences], dtype=torch.bool)
+    rows = torch.tensor([pad([row[y[:t]] for t in range(len(y))]) for y in sequences])
+    return tokens, mask, rows

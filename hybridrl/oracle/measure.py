@@ -13,22 +13,24 @@ from hybridrl.settings.choices import Source
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
+    """Mean and variance of a gradient, and whether it depends on the drawn tokens."""
+
     mean: Tensor  # [P, V] gradient per sequence at the student's logits
     variance: float  # trace of the covariance, times the sequences of a batch: per sample
-    # largest change of a token's logit gradient with what was drawn, the prefix being the same
-    luck: float
+    # Largest difference between two tokens' gradients at their logits, after the same prefix.
+    token_spread: float
 
 
 def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: int) -> Measured:
     """Sum over all groups of K sequences, each group a global batch.
 
     Args:
-        shares: of the batches, by who writes them; they sum to 1.
+        shares: of the batches, by the source of their sequences; they sum to 1.
     """
     table = estimator.mdp.student
     mean = torch.zeros_like(table)
     squares = 0.0
-    luck = 0.0
+    token_spread = 0.0
     weight = 0.0
     for source, share in shares.items():
         probability = estimator.mdp.probability(author(estimator.mdp, source))
@@ -42,32 +44,34 @@ def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: in
                 (rows.group, rows.prefixes), tokens, True
             )
             squares += float((chance * each.square().sum((1, 2))).sum())
-            luck = max(luck, spread(tokens / rows.columns.token_weight[:, None], rows.prefixes))
+            per_weight = tokens / rows.columns.token_weight[:, None]
+            token_spread = max(token_spread, spread(per_weight, rows.prefixes))
     scale = tokens_per_sequence(estimator, weight)
     variance = (squares - float(mean.square().sum())) * scale**2 * group_size
-    return Measured(mean=mean * scale, variance=max(variance, 0.0), luck=luck)
+    return Measured(mean=mean * scale, variance=max(variance, 0.0), token_spread=token_spread)
 
 
 def pieces(estimator: Estimator, group_size: int) -> list[Tensor]:
-    """[B, K] each: all K-tuples of sequences, in batches with an equal plan.
+    """All K-tuples of sequences, as tensors [B, K] whose groups have equally many tokens and so an
+    equal plan.
 
-    Where a batch is standardised, each tuple is its own batch.
+    Where a batch is standardised, each tuple is a batch of its own.
     """
     lengths = estimator.mdp.lengths
-    everything = torch.cartesian_prod(*[torch.arange(len(lengths))] * group_size).reshape(
+    tuples = torch.cartesian_prod(*[torch.arange(len(lengths))] * group_size).reshape(
         -1, group_size
     )
     if estimator.objective.standardises:
-        return list(everything[:, None])
-    tokens = lengths[everything].sum(1)
-    return [everything[tokens == n] for n in tokens.unique()]
+        return list(tuples[:, None])
+    tokens = lengths[tuples].sum(1)
+    return [tuples[tokens == n] for n in tokens.unique()]
 
 
 def table_gradient(estimator: Estimator, rows: Rows, chance: Tensor) -> Tensor:
-    """[P, V] sum over tokens, each times its chance [R].
+    """[P, V] the gradient summed over tokens, each times the probability `chance` [R] of its group.
 
-    One-hot hidden states and the table as output head make the op's logits the table, so the head's
-    gradient is the table's.
+    With one-hot hidden states and the table as output head, the logits are entries of the table, so
+    the gradient of the head is that of the table.
     """
     hidden = torch.eye(len(estimator.mdp.student), dtype=torch.float64)[rows.prefixes]
     lm_head = estimator.mdp.student.T.clone().requires_grad_()

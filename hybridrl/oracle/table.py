@@ -21,24 +21,26 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns the exit status: 0 all as declared, 1 a row deviates or is biased, 2 wrong arguments.
     """
-    usual = Scope()
+    defaults = Scope()
     parser = argparse.ArgumentParser(
         prog="hybridrl check", description="Every method's gradient against exact enumeration."
     )
     parser.add_argument(
         "--seed",
         type=int,
-        default=usual.seed,
+        default=defaults.seed,
         help="of the tiny models; with another seed biases differ from the declared size but are "
         "bounded",
     )
     parser.add_argument(
         "--vocab",
         type=int,
-        default=usual.vocabulary,
+        default=defaults.vocabulary,
         help="tokens of the model without an end token, at least 4",
     )
-    parser.add_argument("--horizon", type=int, default=usual.horizon, help="its steps, at least 2")
+    parser.add_argument(
+        "--horizon", type=int, default=defaults.horizon, help="its steps, at least 2"
+    )
     parser.add_argument(
         "--json", action="store_true", help="a list of row objects instead of a table"
     )
@@ -53,9 +55,9 @@ def main(arguments: Sequence[str]) -> int:
         given = parser.parse_args(list(arguments))
     except SystemExit as stopped:
         return int(stopped.code or 0)
-    wrong = complaint(given.seed, given.vocab, given.horizon, given.settings)
-    if wrong:
-        print(wrong)
+    error = argument_error(given.seed, given.vocab, given.horizon, given.settings)
+    if error:
+        print(error)
         return 2
     torch.set_num_threads(1)  # the tables are small, and threads would mostly wait for each other
     scope = Scope(seed=given.seed, vocabulary=given.vocab, horizon=given.horizon)
@@ -65,16 +67,19 @@ def main(arguments: Sequence[str]) -> int:
     return report_json(all_rows(scope)) if given.json else report_table(all_rows(scope))
 
 
-def complaint(seed: int, vocabulary: int, horizon: int, settings: Sequence[str] = ()) -> str | None:
-    """One sentence on the first argument that is out of range, None where all are right."""
+def argument_error(
+    seed: int, vocabulary: int, horizon: int, settings: Sequence[str] = ()
+) -> str | None:
+    """One sentence about the first argument that is wrong; None: all are right."""
     if seed < 0:
         return f"--seed {seed}: must not be negative; give 0 or more"
     if vocabulary < 4:
         return (
-            f"--vocab {vocabulary}: must be at least 4, as rows compare supports of up to 4 tokens"
+            f"--vocab {vocabulary}: must be at least 4, as rows compare supports of up to 4 "
+            "tokens; raise it"
         )
     if horizon < 2:
-        return f"--horizon {horizon}: must be at least 2, or there is no future cost"
+        return f"--horizon {horizon}: must be at least 2, or there is no future cost; raise it"
     if vocabulary**horizon > LIMIT:
         return (
             f"--vocab {vocabulary} --horizon {horizon}: vocab^horizon is {vocabulary**horizon} "
@@ -108,7 +113,7 @@ def report_table(rows: Iterable[Row]) -> int:
 
 
 def report_user_rows(rows: Sequence[Row]) -> int:
-    """Rows of which nothing is declared, so their verdict is the finding."""
+    """Print rows without a declaration, whose verdict is the result; returns the exit status."""
     print(HEADER)
     for row in rows:
         print(line(row))

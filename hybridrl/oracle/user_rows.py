@@ -30,6 +30,7 @@ METHOD = "algorithm="
 SECTION = "algorithm."
 PAIR_LOSS = "pair.loss="
 MOST_PAIRS = 500
+"""Largest number of pairs that are measured."""
 STEP = 1e-5
 """Of the finite differences of a pair loss, in nats; they are good to about 1e-9."""
 ROUNDING = 1e-6
@@ -63,7 +64,7 @@ def is_own_setting(override: str) -> bool:
 
 
 def start(overrides: Sequence[str]) -> Case:
-    """The preset with the settings, two responses to a prompt, which every estimator can use."""
+    """The preset with the settings and two responses to a prompt, which suits all estimators."""
     methods = [o.removeprefix(METHOD) for o in overrides if o.startswith(METHOD)]
     options = [o.removeprefix(SECTION) for o in overrides if not o.startswith(METHOD)]
     losses = [o.removeprefix(PAIR_LOSS) for o in options if o.startswith(PAIR_LOSS)]
@@ -81,14 +82,15 @@ def start(overrides: Sequence[str]) -> Case:
 
 
 def placements(case: Case, settings: RunSettings) -> Iterator[Case]:
-    """The case on the models that can show what its estimator does."""
+    """The case on each of the models on which its estimator can be measured."""
     algorithm = settings.algorithm
     needs = make_objective(settings).needs
     exact = algorithm.gamma == 1 or not algorithm.imitates
     case = replace(case, target=Target.objective if exact else Target.semi_gradient)
-    alone = algorithm.scale is Scale.batch  # each group is a batch, and one model has few of them
-    if needs.siblings or alone:
-        places = [(World.tiny, 3)] if alone else [(World.ended, 2), (World.tiny, 3)]
+    # Each group is then a batch of its own, and only the tiny model has few enough groups.
+    standardises = algorithm.scale is Scale.batch
+    if needs.siblings or standardises:
+        places = [(World.tiny, 3)] if standardises else [(World.ended, 2), (World.tiny, 3)]
     else:
         places = [(World.fixed, 1), (World.ended, 1), (World.ended, 2)]
     for world, group_size in places:
@@ -118,7 +120,7 @@ def pair_rows(case: Case, settings: RunSettings, scope: Scope) -> Iterator[Row]:
 
 
 class PairTrial:
-    """Pairs of enumerated sequences, and what the production objective makes of them."""
+    """Pairs of enumerated sequences, with their losses and derivatives by the objective."""
 
     def __init__(self, settings: RunSettings, scope: Scope) -> None:
         mdp = scope.mdp(World.ended)
@@ -158,6 +160,7 @@ class PairTrial:
         return claimed, differences
 
     def credit(self, batch: ScoredBatch) -> Credit:
+        """The objective's coefficients of all tokens, for the learner's columns of `batch`."""
         plan = self.estimator.plan(int(self.mask.sum()), len(self.mask))
         return self.objective.credit(batch, plan)
 

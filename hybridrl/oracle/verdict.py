@@ -31,7 +31,7 @@ class Scope:
 
     @property
     def has_sizes(self) -> bool:
-        """The declared sizes of biases hold here."""
+        """Whether the declared sizes of biases are those of these models."""
         return self == Scope()
 
     def mdp(self, world: World, *, sampler_distance: float = 0.0, learned: float = 0.0) -> Mdp:
@@ -86,16 +86,18 @@ def judge(case: Case, scope: Scope, estimator_class: type[Estimator] = Estimator
     )
     truth = claim(case, settings, mdp).gradient()
     bias = relative(measured.mean, truth)
-    verdict = class_of(bias, measured.luck)
+    verdict = class_of(bias, measured.token_spread)
     sized = case.kind is Kind.biased and scope.has_sizes
-    alike = cosine(measured.mean, truth)
-    agrees = is_bounded(case, bias, alike) if case.kind is Kind.biased else verdict is case.kind
+    similarity = cosine(measured.mean, truth)
+    agrees = (
+        is_bounded(case, bias, similarity) if case.kind is Kind.biased else verdict is case.kind
+    )
     return Row(
         method=case.method,
         option=case.label + (f" {EQUAL_LENGTHS}" if needs_equal_lengths(case, settings) else ""),
         estimates=case.target,
         bias=bias,
-        cosine=alike,
+        cosine=similarity,
         variance=measured.variance,
         declared=f"{case.kind} {case.bias:.3f}" if sized else case.kind,
         verdict=verdict,
@@ -134,10 +136,11 @@ def needs_equal_lengths(case: Case, settings: RunSettings) -> bool:
     return divides and case.kind is not Kind.biased and case.world is not World.ended
 
 
-def class_of(bias: float, luck: float) -> Kind:
+def class_of(bias: float, token_spread: float) -> Kind:
+    """The verdict of a row; `token_spread` is that of Measured."""
     if not bias < ROUNDING:  # NaN too
         return Kind.biased
-    return Kind.exact if luck < ROUNDING else Kind.unbiased
+    return Kind.exact if token_spread < ROUNDING else Kind.unbiased
 
 
 def relative(estimate: Tensor, truth: Tensor) -> float:
@@ -167,14 +170,13 @@ def settings_of(case: Case, scope: Scope) -> RunSettings:
 
 
 def claim(case: Case, settings: RunSettings, mdp: Mdp) -> Claim:
-    """What the case is compared with."""
+    """The function with whose gradient the case is compared."""
     weights = Coefficients(settings)
     names = settings.scored_teachers
     routed = [takes(settings.teachers[name].route, COLUMNS) for name in names]
     shares = written_by(settings.algorithm)
-    if (
-        settings.algorithm.ratio.kind is not Ratio.none
-    ):  # reweighted, a teacher's sequences stand for the student's
+    # With a ratio, the teacher's sequences are weighted so that they replace those of the student.
+    if settings.algorithm.ratio.kind is not Ratio.none:
         shares[Source.student] = shares.get(Source.student, 0.0) + shares.pop(Source.teacher, 0.0)
     return Claim(
         mdp=mdp,
@@ -200,7 +202,7 @@ def written_by(algorithm: AlgorithmConfig) -> dict[Source, float]:
 
 
 def exact_values(settings: RunSettings, mdp: Mdp) -> Tensor:
-    """[P] the mean return of each prefix: what a perfect value head would say."""
+    """[P] the mean return of each prefix, which is the output of a perfect value head."""
     plain = replace(
         settings, algorithm=replace(settings.algorithm, baseline="none", advantage=None)
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import deepspeed
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from hybridrl.batch.balance import micro_batches
@@ -66,6 +67,7 @@ from hybridrl.types import (
     UpdatePlan,
     WeightManifest,
 )
+from hybridrl.weights.library_internals import left_out
 from hybridrl.weights.parameters import WeightsKind, train_only, weights_kind
 
 
@@ -93,11 +95,7 @@ class Learner:
         self.device = torch.device(device)
         join_ranks(settings, rank, master, self.device)
         config = deepspeed_config(settings)
-        # With ZeRO-3, transformers shards each weight as it loads it for as long as this object
-        # is alive.
-        sharding = HfDeepSpeedConfig(config) if zero_stage(settings) == 3 else None
-        self.model = load_model(settings.model.path, settings.model.dtype, settings.model.revision)
-        del sharding
+        self.model = sharded_model(settings, config)
         set_layers(self.model, settings, self.device)
         head = self.model.get_output_embeddings()
         with self._gather([head.weight] if head is not None else []):  # Student tries its head
@@ -256,7 +254,7 @@ class Learner:
             f"step {plan.step}: loss is {loss}, gradient norm {grad_norm}; {remedy(totals)}; "
             f"the batch is in {folder}"
         )
-        if not self.engine.optimizer.overflow:
+        if not left_out(self.engine.optimizer):
             raise NonFiniteError(
                 f"{sentence}; the weights were stepped, the last checkpoint is untouched"
             )
@@ -436,6 +434,20 @@ class Learner:
         if zero_stage(self.settings) < 3:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+
+
+def sharded_model(settings: RunSettings, config: dict[str, Any]) -> PreTrainedModel:
+    """The student as transformers loads it; with ZeRO-3 this rank's shard of each weight.
+
+    Args:
+        config: of DeepSpeed.
+    """
+    model = settings.model
+    # transformers shards each weight as it loads it for as long as this object is alive.
+    sharding = HfDeepSpeedConfig(config) if zero_stage(settings) == 3 else None
+    loaded = load_model(model.path, model.dtype, model.revision)
+    del sharding
+    return loaded
 
 
 def scored_batches(

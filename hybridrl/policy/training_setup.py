@@ -9,9 +9,9 @@ import deepspeed
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hybridrl.models.decoder_layers import attends_plainly, compile_layers
+from hybridrl.models.decoder_layers import attends_plainly, compile_layers, set_products
+from hybridrl.models.model_internals import wrapped_layers
 from hybridrl.settings.run import RunSettings
 
 
@@ -34,10 +34,11 @@ def join_ranks(
 
 
 def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.device) -> None:
-    """Set attention, recomputation and compilation of the decoder layers as this learner needs
-    them.
+    """Set products, attention, recomputation and compilation of the decoder layers as this learner
+    needs them.
     """
     train = settings.train
+    set_products(model, train.products, device)
     tokens = train.max_tokens_per_micro_batch if train.packing else settings.rollout.max_model_len
     assert tokens is not None, "run settings fill rollout.max_model_len in"
     if device.type == "cpu" and attends_plainly(model, tokens):
@@ -55,9 +56,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     this are switched to training, because they would not recompute otherwise.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+    for layer in wrapped_layers(model):
+        layer.training = True
 
 
 def adam(parameters: Sequence[nn.Parameter], settings: RunSettings) -> torch.optim.AdamW:

@@ -35,7 +35,7 @@ from hybridrl.tracking.jsonl import read_metrics
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#7f7f7f", "#8c6d31")
 MARKERS = "osD^vP*X"
 LAST_STEPS = 10
-"""The final number of a metric is its mean over this many last steps."""
+"""The final number of a metric that every step measures is its mean over this many last steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,8 +155,11 @@ def short_names(run_dirs: Sequence[Path]) -> list[str]:
         DataError: a directory is given twice.
     """
     paths = [directory.resolve() for directory in run_dirs]
-    if twice := next((path for path in paths if paths.count(path) > 1), None):
-        raise DataError(f"{twice}: given twice, and a run cannot be compared with itself")
+    if repeated := next((path for path in paths if paths.count(path) > 1), None):
+        raise DataError(
+            f"{repeated}: is given twice, and a run cannot be compared with itself; name each run "
+            "once"
+        )
     names = []
     for path in paths:
         for length in range(1, len(path.parts) + 1):
@@ -229,6 +232,7 @@ def final_numbers(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _final(rows: Rows, metric: Compared) -> str:
+    """The cell of a metric in the table of numbers; empty: the run did not measure it."""
     values = series(rows, metric.key)[1]
     if not values.size:
         return ""

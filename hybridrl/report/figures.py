@@ -35,7 +35,7 @@ TEACHER_COLOURS = (VERMILION, PURPLE, ORANGE, GREEN)
 PHASE_COLOURS = dict(
     zip(PHASES, (BLUE, SKY, ORANGE, GREEN, PURPLE, VERMILION, YELLOW), strict=True)
 )
-MAX_BARS = 50
+MAX_BARS = 50  # of the panel of phases; longer runs have several steps in one bar
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g} %")
 PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
 
@@ -83,7 +83,7 @@ def draw_panel(panel: Panel, rows: Rows) -> bytes:
     """One panel as PNG bytes, without title and caption; the rows must be in step order."""
     figure = Figure(figsize=(6.4, 3.3), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    _dress(axes, rows[-1]["train/step"])
+    _style_axes(axes, rows[-1]["train/step"])
     panel.draw(axes, rows)
     return _png(figure, dpi=160)
 
@@ -96,7 +96,7 @@ def draw_overview(panels: Sequence[Panel], rows: Rows, title: str, subtitle: str
     cells = max(len(panels) + (1 if len(panels) > 1 else 0), 1)
     columns = min(3, cells)
     lines = math.ceil(cells / columns)
-    head = 0.95
+    head = 0.95  # inches for title and subtitle
     height = 3.35 * lines + head
     layout = ConstrainedLayoutEngine(
         w_pad=0.16, h_pad=0.14, rect=(0.0, 0.0, 1.0, 1 - head / height)
@@ -108,7 +108,7 @@ def draw_overview(panels: Sequence[Panel], rows: Rows, title: str, subtitle: str
         span = 2 if cell == 0 and columns > 1 else 1
         axes = figure.add_subplot(grid[cell // columns, cell % columns : cell % columns + span])
         cell += span
-        _dress(axes, rows[-1]["train/step"])
+        _style_axes(axes, rows[-1]["train/step"])
         panel.draw(axes, rows)
         axes.set_title(panel.title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=9)
     inset = 0.16 / (5.6 * columns)
@@ -129,6 +129,7 @@ def draw_overview(panels: Sequence[Panel], rows: Rows, title: str, subtitle: str
 
 
 def _png(figure: Figure, dpi: int) -> bytes:
+    """The figure as PNG bytes, its texts without mathematics and control characters."""
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)  # a $ in a name does not begin a formula
@@ -144,7 +145,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _dress(axes: Axes, last_step: float) -> None:
+def _style_axes(axes: Axes, last_step: float) -> None:
+    """Set grid, ticks and the horizontal range, which all panels have in common."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#9ca3af")
@@ -169,7 +171,7 @@ def _line(
     smooth: bool = False,
     style: str = "-",
 ) -> None:
-    """Draw a metric over steps, a single value as a dot.
+    """Draw a metric over steps; a single value is drawn as a dot.
 
     Args:
         smooth: draw a running mean over a pale line of the raw values.
@@ -178,10 +180,10 @@ def _line(
     if not values.size:  # an empty line would still get an entry in the legend
         return
     marker = "o" if len(values) == 1 else None
-    reach = len(values) // 40
-    if smooth and reach > 0:
+    neighbours = len(values) // 40
+    if smooth and neighbours > 0:
         axes.plot(steps, values, color=colour, alpha=0.28, linewidth=1)
-        values = _running_mean(values, reach)
+        values = _running_mean(values, neighbours)
     axes.plot(
         steps,
         values,
@@ -193,14 +195,14 @@ def _line(
     )
 
 
-def _running_mean(values: Float64, reach: int) -> Float64:
-    """Mean of each value and its `reach` neighbours on both sides, fewer at the ends.
+def _running_mean(values: Float64, neighbours: int) -> Float64:
+    """[n] -> [n]: mean of each value and its `neighbours` on either side, fewer at the ends.
 
     Example: ([0, 2, 7], 1) -> [1, 3, 4.5].
     """
     total = np.concatenate([[0.0], np.cumsum(values)])
-    begin = np.maximum(np.arange(len(values)) - reach, 0)
-    end = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    begin = np.maximum(np.arange(len(values)) - neighbours, 0)
+    end = np.minimum(np.arange(len(values)) + neighbours + 1, len(values))
     return (total[end] - total[begin]) / (end - begin)
 
 
@@ -510,7 +512,7 @@ PANELS = (
     ),
     Panel(
         title="Entropy",
-        caption="How undecided the student is at each token, in nats; near 0 it always says the "
+        caption="How undecided the student is at each token, in nats; near 0 it always writes the "
         "same.",
         needs=("entropy/token",),
         draw=_single("entropy/token", PURPLE),

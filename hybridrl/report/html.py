@@ -82,7 +82,7 @@ def render(
         setup: (setting, value) of the most important settings.
         evaluations: samples of the first and of the last evaluation, the same ones twice if there
             was only one; empty: there are no samples.
-        full_mark: the reward of a response that is right.
+        full_mark: the reward of a response that counts as right.
         config_text: the content of config.yaml.
     """
     parts = [
@@ -173,7 +173,7 @@ def _curve(panel: Panel, png: bytes) -> str:
 
 
 def _keys(panel: Panel) -> str:
-    """The meaning of the metrics of a panel, to unfold below the picture."""
+    """The meanings of the metrics of a panel, folded, for the place below its picture."""
     metrics = [(key, explain(key)) for key in panel.needs]
     meanings = "".join(
         f"<dt><code>{escape(k)}</code></dt><dd>{escape(f'{m.formula} - {m.reading}')}</dd>"

@@ -24,12 +24,12 @@ from hybridrl.tracking.symptoms import watch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """The measured numbers that the report is about. None: not measured in this run."""
+    """The measured numbers that the report presents. None: not measured in this run."""
 
     steps: int
     before: float | None  # held-out accuracy of the first evaluation
     after: float | None  # of the last one; None when there was only one
-    before_stderr: float
+    before_stderr: float  # standard errors over problems; NaN: not measured
     after_stderr: float
     teacher: tuple[str, float] | None  # the best teacher and its accuracy
     # (after - before) / (teacher - before); None unless the teacher was better before training
@@ -79,7 +79,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def measure(rows: Rows) -> Facts:
-    """The facts that are in rows of metrics, which must be in step order."""
+    """The facts in rows of metrics, which must be in step order; at least one row."""
     evaluated, accuracy = series(rows, "eval/accuracy")
     stderr = {row["train/step"]: row.get("eval/accuracy_stderr", math.nan) for row in rows}
     before = float(accuracy[0]) if accuracy.size else None
@@ -141,9 +141,9 @@ def summarize(facts: Facts, config: dict[str, Any]) -> list[str]:
     if task := _task(config):
         trained += f" on {task}"
     sentences = [f"{trained}{_goal(config)}."]
-    if watched := _rewards(config, counted=False):
+    if unused := _rewards(config, counted=False):
         sentences.append(
-            f"The reward {' and '.join(watched)} was only measured: it has no part in the gradient."
+            f"The reward {' and '.join(unused)} was only measured: it has no part in the gradient."
         )
     return [*sentences, *_outcomes(facts), _cost(facts)]
 
@@ -311,6 +311,7 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
     algorithm = "algorithm."
     pairs = [
         ("Student", _get(config, "model.path")),
+        ("Arithmetic", _arithmetic(config)),
         (
             "Teachers",
             ", ".join(
@@ -332,6 +333,13 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
         ("Seed", _get(config, "run.seed")),
     ]
     return [(name, str(value)) for name, value in pairs if value not in (None, "")]
+
+
+def _arithmetic(config: dict[str, Any]) -> str:
+    """The dtype of the student, and of its matrix products where that is another one."""
+    dtype = str(_get(config, "model.dtype") or "")
+    wide = dtype == "bfloat16" and _get(config, "train.products") == "float32"
+    return f"{dtype}, products in float32 on CPUs" if wide else dtype
 
 
 def full_mark(config: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""config.yaml as the report reads it: possibly of another version, or edited by hand."""
+"""Reads config.yaml for the report. It may be of another version, or edited by hand."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +62,7 @@ def check_shape(value: Any, shape: Any, key: str = "") -> None:
     elif isinstance(value, Mapping):
         for name, part in value.items():
             if not isinstance(name, str):
-                raise ConfigError(f"{key} has an entry named {shortened(name)}, which is no text")
+                raise ConfigError(f"{key} has an entry named {shortened(name)}, which is not text")
             if inner := shape.get(name, shape.get(ANY)):
                 check_shape(part, inner, f"{key}.{name}" if key else name)
     elif value is not None:

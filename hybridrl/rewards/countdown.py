@@ -89,7 +89,7 @@ class Expression:
             self.numbers.append(int(token))
             return Fraction(int(token))
         if token != "(" or depth == MAX_DEPTH:
-            raise ValueError(f"a number or parenthesis was due, not {token!r}")
+            raise ValueError(f"expected a number or parenthesis, not {token!r}")
         value = self._sum(depth + 1)
         if not self._tokens or self._tokens.pop() != ")":
             raise ValueError("a parenthesis is not closed")

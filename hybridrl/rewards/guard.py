@@ -1,4 +1,4 @@
-"""The guard of a child process: it ends the child and everything that the child started.
+"""The guard of a child process, which ends the child and everything that the child started.
 
     owner == line == guard --- child --- processes of a reward function, sessions and orphans too
 
@@ -90,6 +90,12 @@ def _become_child(group: Path | None, printed: int) -> None:
 
 
 def _guard(line: Connection, child: int, group: Path | None, output: int) -> None:
+    """Wait for the end of the child or of the line, then end all descendants.
+
+    Args:
+        child: its process id.
+        output: the end of the pipe from which the child's output is read.
+    """
     wakeup, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)

@@ -103,7 +103,10 @@ def _built(field: str, kind: type, options: dict[str, Any]) -> RewardFunction:
             f"{field}: building it raised {described(error)}; correct its options"
         ) from error
     if not callable(built):
-        raise ConfigError(f"{field}: an object of this class is called, but it has no __call__")
+        raise ConfigError(
+            f"{field}: an object of this class is called, but it has no __call__; define it, or "
+            "name a function"
+        )
     _parameters(field, built)
     return built
 

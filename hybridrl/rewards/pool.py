@@ -212,7 +212,7 @@ class RewardPool:
             except ProcessEnded as error:
                 raise ConfigError(
                     f"{field}: loading the reward functions ended their process; run the file by "
-                    "itself"
+                    "itself to see why"
                 ) from error
             assert process.loaded is not None
             for name, signature in process.loaded.items():

@@ -5,18 +5,14 @@ It works on one call at a time and can be killed at any moment.
 
 import json
 import math
-import os
-import socket
-import struct
 from collections.abc import Mapping
-from multiprocessing.connection import Connection
 from typing import Any
 
 from hybridrl.core.plain_text import plain
 from hybridrl.rewards import child
 from hybridrl.rewards.child import Answer, Raised, RewardCall
 from hybridrl.rewards.signature import Signature
-from hybridrl.rewards.spawn import BareContext
+from hybridrl.rewards.spawn import BareContext, limit_waits
 
 MAX_CHARS = 2000
 """Longest text from a child; the child bounds it too, unless a function forged the answer."""
@@ -44,7 +40,7 @@ class RewardProcess:
         self._work, work = _context.Pipe()
         self._line, line = _context.Pipe()
         for connection in (self._work, self._line):
-            _limit_waits(connection)
+            limit_waits(connection, STUCK_S)
         self._starter = _context.Process(target=child.run, args=(line, work, dict(calls)))
         self._starter.start()
         line.close()
@@ -153,11 +149,3 @@ def _value(entry: Any) -> float | str | None:
         return plain(entry, limit=MAX_CHARS)
     number = float(entry)
     return number if math.isfinite(number) else f"returned {number}, must be a finite number"
-
-
-def _limit_waits(connection: Connection) -> None:
-    """Make reads and writes of the connection fail after STUCK_S without progress."""
-    limit = struct.pack("ll", int(STUCK_S), 0)  # a struct timeval
-    with socket.socket(fileno=os.dup(connection.fileno())) as shared:
-        shared.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        shared.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)

@@ -1,16 +1,21 @@
-"""How the pool starts its child processes: without secrets and without the owner's main script.
+"""The start of the pool's child processes, without secrets and without the owner's main script.
 
-This file reaches into two internals of multiprocessing, as of Python 3.11 to 3.13:
+This file reaches into three internals of multiprocessing, as of Python 3.11 to 3.13:
 
 - SpawnProcess._Popen starts the process; overriding it is the only hook around the start.
 - A spawned process runs the file of sys.modules["__main__"] again, which may import torch or ray,
   unless that module has no file at the moment of the start.
+- Each end of a Pipe() is a Unix socket, so that its waits can be limited.
 """
 
+import os
+import socket
+import struct
 import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.popen_spawn_posix import Popen
 from multiprocessing.process import BaseProcess
@@ -42,3 +47,11 @@ class BareContext(SpawnContext):
     """A multiprocessing context whose processes are BareProcess."""
 
     Process = BareProcess
+
+
+def limit_waits(connection: Connection, seconds: float) -> None:
+    """Make reads and writes of one end of a Pipe() fail after so long without progress."""
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))  # a struct timeval
+    with socket.socket(fileno=os.dup(connection.fileno())) as shared:
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)

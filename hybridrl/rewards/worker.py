@@ -1,5 +1,6 @@
-"""Scores whole prompt groups: decodes the responses, calls every reward function, applies
-`reward.on_error`.
+"""The worker that rewards whole prompt groups.
+
+It decodes the responses, calls every reward function and applies `reward.on_error`.
 """
 
 import logging
@@ -19,8 +20,8 @@ from hybridrl.settings.run import RewardConfig
 from hybridrl.types import Bool, Rewards, RolloutBatch, Sample
 
 logger = logging.getLogger(__name__)
-LOGGED = 10  # failures logged in full per function and batch
-IN_TIME = 0.9  # of the deadline for the functions, the rest for all else
+MOST_LOGGED = 10  # failures that are logged one by one, per function and batch
+FUNCTIONS_SHARE = 0.9  # share of the deadline for the functions; the rest is for all other work
 
 
 class Tokenizer(Protocol):
@@ -28,15 +29,16 @@ class Tokenizer(Protocol):
 
 
 class RewardWorker:
-    """Owns a pool of killable processes, in which the functions run.
+    """Rewards responses, by a pool of processes in which the functions run and can be killed.
 
-    A function of weight 0 only watches: where it fails, its part is NaN and nothing else happens.
+    A function of weight 0 is only reported: where it fails its part is NaN, with no other effect.
 
     Args:
-        watch_only: nothing is learned from the rewards, so a failure stops nothing and drops
-            nothing.
-        deadline_s: of `score`. What hangs is given up early enough for it.
-        load: from tokenizer_path and revision to the tokenizer.
+        tokenizer_path: as model.path; the tokenizer decodes the responses.
+        watch_only: nothing is learned from the rewards, so a failure neither stops the run nor
+            excludes a group.
+        deadline_s: of `score`; calls that hang are ended early enough for it.
+        load: maps tokenizer_path and revision to the tokenizer.
 
     Raises:
         ConfigError: a reward function or the tokenizer cannot be loaded.
@@ -56,9 +58,11 @@ class RewardWorker:
         self.watch_only = watch_only
         self.tokenizer = load(tokenizer_path, revision)
         calls = reward_calls(config)
-        # of a function, whose last task may begin when it is over; at least one round of tasks
+        # The time of one function, long enough for one round of tasks. A task may begin just before
+        # it is over, so timeout_s is subtracted.
         budget_s = max(
-            IN_TIME * deadline_s / max(len(calls), 1) - config.timeout_s, config.timeout_s
+            FUNCTIONS_SHARE * deadline_s / max(len(calls), 1) - config.timeout_s,
+            config.timeout_s,
         )
         limits = {
             "timeout_s": config.timeout_s,
@@ -69,15 +73,15 @@ class RewardWorker:
         self.pool = RewardPool(calls, processes=config.processes, **limits) if calls else None
 
     def ping(self) -> None:
-        """Answers once the constructor is through, that is with every function loaded."""
+        """Returns once the worker is built, with every function loaded."""
 
     def score(self, batch: RolloutBatch, weights: Sequence[float]) -> Rewards:
         """The weighted sum of all functions, for each of the N sequences.
 
         A function that returns None does not apply to the sequence and adds nothing to its sum.
         Where a function whose weight in the settings is not 0 failed, or none of these applies:
-        on_error=value gives `reward.error_value`, drop_group gives NaN and takes the K siblings
-        out. Under watch_only the function adds 0 there, and all is kept.
+        on_error=value gives `reward.error_value`, and drop_group gives NaN and excludes the K
+        siblings. Under watch_only the function adds 0 there, and no group is excluded.
 
         Args:
             weights: [P] of the functions at this step, in the order of `config.functions`.
@@ -100,7 +104,8 @@ class RewardWorker:
         errors = failed[counted].any(axis=0)  # [N]
         if counted.any():
             errors |= self._without_value(batch, np.isnan(parts[counted]).all(axis=0) & ~errors)
-        # What does not apply adds nothing; the sum means nothing where a counted function failed.
+        # A function that does not apply adds 0. Where a counted function failed, the sum is
+        # meaningless and replaced below.
         values = np.asarray(weights, float)[counted] @ np.nan_to_num(parts[counted], nan=0.0)  # [N]
         if not self.watch_only:
             replaced = self.config.error_value if self.config.on_error is OnError.value else np.nan
@@ -142,9 +147,10 @@ class RewardWorker:
             self.pool.close()
 
     def _columns(self, batch: RolloutBatch) -> dict[str, list[Any]]:
-        """What TRL hands to a reward function, and prompt_ids: lists [N]; a column that a problem
-        lacks is None there. A completion is all that follows the prompt: also what tools or an
-        environment answered between two turns of the model.
+        """The arguments of the functions, lists [N]: those that TRL passes, and prompt_ids.
+
+        A column is None for a problem without it. A completion is everything after the prompt,
+        including the observations between two turns of the model.
         """
         trajectories = [batch.trajectory(i) for i in range(batch.num_sequences)]
         ids = [t.response_ids.tolist() for t in trajectories]
@@ -162,6 +168,11 @@ class RewardWorker:
     def _call(
         self, name: str, batch: RolloutBatch, columns: Mapping[str, list[Any]]
     ) -> list[Outcome]:
+        """The outcomes [N] of one function; its failures are logged.
+
+        Raises:
+            RewardError: a call failed, under on_error=fail.
+        """
         assert self.pool is not None
         if not self.config.functions[name].skip_special_tokens:
             texts = [self._decode(ids, skip_special=False) for ids in columns["completion_ids"]]
@@ -181,15 +192,19 @@ class RewardWorker:
             raise RewardError(
                 f"{lines[0]}; {len(lines)} of {len(outcomes)} calls failed and reward.on_error=fail"
             )
-        for line in lines[:LOGGED]:
+        for line in lines[:MOST_LOGGED]:
             logger.warning(line)
-        if len(lines) > LOGGED:
-            logger.warning("reward.functions.%s failed on %d more", name, len(lines) - LOGGED)
+        if len(lines) > MOST_LOGGED:
+            logger.warning("reward.functions.%s failed on %d more", name, len(lines) - MOST_LOGGED)
         return outcomes
 
     def _without_value(self, batch: RolloutBatch, rows: Bool) -> Bool:
-        """`rows`, the sequences [N] to which no function applies: an error, since 0 would be an
-        invented reward.
+        """Report the sequences to which no function applies, and return them as errors.
+
+        They are errors because a reward of 0 would be invented.
+
+        Args:
+            rows: [N] True for these sequences.
         """
         uids = [batch.uids[i // batch.group_size] for i in np.flatnonzero(rows)]
         if not uids:
@@ -201,6 +216,7 @@ class RewardWorker:
         return rows
 
     def _kept(self, errors: Bool, group_size: int) -> Bool:
+        """[N] False for all sequences of a group with an error, where such groups are excluded."""
         if self.config.on_error is not OnError.drop_group or self.watch_only:
             return np.ones_like(errors)
         return np.repeat(~errors.reshape(-1, group_size).any(axis=1), group_size)

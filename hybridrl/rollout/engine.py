@@ -30,16 +30,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
-CPU_KV_CACHE_BYTES = 2**28
-CORE_WATCH_S = 1.0
+CPU_KV_CACHE_BYTES = 2**28  # on CPUs, unless rollout.kv_cache_bytes is set
+CORE_WATCH_S = 1.0  # between two checks whether the engine core has ended
 
 
 class Rollout:
-    """All methods are coroutines of one event loop, on which the sampler steps the engine.
+    """A worker with one vLLM engine.
+
+    All methods are coroutines of one event loop, on which the sampler steps the engine.
 
     Args:
-        source: who writes the responses.
-        rollouter: makes a response out of the engine's completions; None: one completion each.
+        model: the weights that the engine loads from disk.
+        device: "cpu" or "cuda".
+        backend: as in engine_args.
+        source: which kind of response the engine samples, for the batches.
+        rollouter: makes a response out of the engine's completions; None: a response is one
+            completion.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Rollout:
         self.engine.set_weight_version(str(self.sampler.version))
 
     async def ping(self) -> dict[str, int]:
+        """The number of unfinished requests, and the version of the weights."""
         return {
             "unfinished": self.engine.get_num_unfinished_requests(),
             "version": self.sampler.version,
@@ -78,7 +85,7 @@ class Rollout:
     async def generate(
         self, order: GenerateOrder, prompts: Sequence[Prompt]
     ) -> tuple[ChunkHeader, RolloutBatch]:
-        """Sample K responses to each prompt.
+        """Sample K responses to each prompt, K = order.group_size.
 
         Raises:
             DataError: the engine refused a prompt.
@@ -87,7 +94,7 @@ class Rollout:
         return await self.sampler.generate(order, prompts)
 
     async def abort(self, groups: Sequence[str] | None = None) -> int:
-        """Stop what is being sampled, see Sampler.abort."""
+        """Stop responses that are being sampled, as Sampler.abort; returns their number."""
         return self.sampler.abort(groups)
 
     # -- weights, backend object_store -------------------------------------------------------------
@@ -116,16 +123,16 @@ class Rollout:
         digests = set(self.engine.collective_rpc("received_digest"))
         if digests != {manifest.digest}:
             raise WeightSyncError(
-                f"weights of version {manifest.version}: workers acknowledge {digests}, sent "
-                f"{manifest.digest}"
+                f"weights of version {manifest.version}: the workers acknowledge the digests "
+                f"{digests}, but {manifest.digest} was sent"
             )
         await self.update_weight_version(str(manifest.version))
         return manifest.digest
 
     @contextmanager
     def _within_reach(self, packed: np.ndarray) -> Iterator[dict[str, Any]]:
-        """The buffer itself for an engine in this process; for one in others a file in shared
-        memory.
+        """How the engine's workers receive the buffer: as it is if they are in this process, as a
+        file in shared memory if they are in others.
         """
         if not self.own_process:
             yield {"packed": packed}
@@ -151,7 +158,7 @@ class Rollout:
         self.engine.collective_rpc("finish_weight_update")
 
     async def update_weight_version(self, version: str) -> None:
-        """Stamp every token sampled from here on; drop cached prefixes of older weights."""
+        """Record this version with tokens sampled from now on; drop prefixes of older weights."""
         self.engine.reset_prefix_cache()
         self.engine.set_weight_version(version)
         self.sampler.version = int(version)
@@ -160,11 +167,12 @@ class Rollout:
 def engine_args(
     settings: RunSettings, model: ModelConfig, device: str, backend: str
 ) -> "EngineArgs":
-    """How the settings start the engine.
+    """vLLM's arguments for an engine of these settings.
 
     Args:
         model: the weights that the engine loads from disk.
-        backend: by which weights arrive later on, a value of `rollout.weight_transfer`.
+        device: "cpu" or "cuda".
+        backend: the way in which later weights arrive, a value of `rollout.weight_transfer`.
     """
     from vllm import EngineArgs
     from vllm.config import WeightTransferConfig
@@ -176,7 +184,7 @@ def engine_args(
         model=str(resolve(model.path, model.revision)),
         trust_remote_code=False,
         load_format="safetensors",
-        # vLLM ties by the config alone; the learner, by the weights
+        # vLLM ties the embeddings if the config says so; the learner also compares the weights.
         hf_overrides={"tie_word_embeddings": False}
         if is_wrongly_tied(model.path, model.revision)
         else {},
@@ -188,11 +196,11 @@ def engine_args(
         enforce_eager=rollout.enforce_eager,
         kv_cache_memory_bytes=rollout.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
         gpu_memory_utilization=rollout.gpu_memory_utilization,
-        # vLLM's CPU runner cannot rewind a seeded generator after a partial prefill, so prompts are
-        # prefilled whole there; None: vLLM's own choice
+        # vLLM's CPU runner cannot rewind a seeded generator after a partial prefill, so each prompt
+        # is prefilled in one piece there. None: vLLM's own choice.
         enable_chunked_prefill=False if on_cpu else None,
         max_num_batched_tokens=max(8192, rollout.max_model_len) if on_cpu else None,
-        # with the temperature in it: the sampler's own distribution
+        # Log-probs with the temperature applied, that is of the distribution that is sampled.
         logprobs_mode="processed_logprobs",
         max_logprobs=max(settings.algorithm.topk.k, 20),
         seed=settings.run.seed,
@@ -204,10 +212,12 @@ def engine_args(
 
 
 def end_with_core(engine: "LLMEngine") -> None:
-    """End this process when the process of its engine core has ended. vLLM notices that too, but a
-    call that is already under way would wait forever and block all others.
+    """End this process when the process of its engine core has ended.
+
+    vLLM detects that too, but a call that is already under way would wait forever and block all
+    others.
     """
     while not core_has_ended(engine):
         time.sleep(CORE_WATCH_S)
-    logger.error("the engine core's process has ended, and so does this one")
+    logger.error("the process of the engine core has ended, so this process ends too")
     os._exit(1)

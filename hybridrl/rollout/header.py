@@ -1,4 +1,4 @@
-"""The header of a sampled chunk: all that the controller sees of it."""
+"""The header of a chunk: the part of it that the controller receives."""
 
 from collections.abc import Sequence
 from itertools import pairwise

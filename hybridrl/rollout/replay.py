@@ -1,6 +1,4 @@
-"""Responses that the data already holds, in the shape of a rollout: SFT, distillation on data,
-preference pairs.
-"""
+"""The data's own responses as rollouts, for SFT, distillation on data and preference pairs."""
 
 from collections.abc import Sequence
 
@@ -21,12 +19,10 @@ from hybridrl.types import (
 
 
 class Replay:
-    """Answers a rollout order from Prompt.responses. All prompts of a run have the same number of
-    them.
-    """
+    """A worker that answers rollout orders from Prompt.responses."""
 
     def ping(self) -> None:
-        """Answers once the worker is built."""
+        """Returns once the worker is built."""
 
     def generate(
         self, order: GenerateOrder, prompts: Sequence[Prompt]
@@ -39,34 +35,37 @@ class Replay:
         for prompt in prompts:
             if len(prompt.responses) != order.group_size:
                 raise DataError(
-                    f"{prompt.uid}: has {len(prompt.responses)} responses in the data, needs "
-                    f"{order.group_size}"
+                    f"{prompt.uid}: has {len(prompt.responses)} responses in the data, must have "
+                    f"{order.group_size}; correct the row"
                 )
         trajectories = [
-            given(prompt, response) for prompt in prompts for response in prompt.responses
+            trajectory_of(prompt, response) for prompt in prompts for response in prompt.responses
         ]
         batch = RolloutBatch.pack(prompts, order.group_size, trajectories, Source.data)
         return chunk_header(batch, [0.0] * batch.num_sequences), batch
 
     def rank(self, batch: RolloutBatch) -> Rewards:
-        """The data's own order as reward: the first response 1, the last 0."""
+        """Rewards that rank each prompt's responses in the data's order: 1 for the first, 0 for the
+        last, evenly spaced.
+        """
         k = batch.group_size
         values = np.tile(np.linspace(1.0, 0.0, k, dtype=np.float32), len(batch.uids))
-        sure = np.zeros(batch.num_sequences, bool)
-        unread = np.full_like(values, np.nan)
+        no_errors = np.zeros(batch.num_sequences, bool)
+        not_measured = np.full_like(values, np.nan)
         return Rewards(
             uids=batch.uids,
             values=values,
             part_names=(),
             parts=np.zeros((0, len(values)), np.float32),
-            errors=sure,
-            keep=~sure,
-            compressed=unread,
-            repeated=unread,
+            errors=no_errors,
+            keep=~no_errors,
+            compressed=not_measured,
+            repeated=not_measured,
         )
 
 
-def given(prompt: Prompt, response: Sequence[int]) -> Trajectory:
+def trajectory_of(prompt: Prompt, response: Sequence[int]) -> Trajectory:
+    """The trajectory of a response of the data; its log-probs and versions are 0."""
     length = len(prompt.input_ids) + len(response)
     zeros = np.zeros(length, np.float32)
     return Trajectory(

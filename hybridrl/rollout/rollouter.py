@@ -42,7 +42,7 @@ Raises asyncio.CancelledError when the response is aborted, so a rollouter needs
 
 
 class Rollouter(Protocol):
-    """One object serves all responses of an engine; calls of `run` overlap."""
+    """Makes responses. One object makes all responses of an engine; calls of `run` overlap."""
 
     async def run(self, prompt: Prompt, sample: Sample) -> Trajectory:
         """Make one response to the prompt.
@@ -64,8 +64,8 @@ def join_turns(prompt: Prompt, turns: Sequence[Completion | Sequence[int]]) -> T
     """The trajectory of a prompt and the turns that followed it.
 
     Args:
-        turns: in their order: what the model wrote as Completions (at least one), what it was
-            given to read in between (observations) as token ids.
+        turns: in their order: Completions, which the model wrote (at least one), and token ids of
+            observations, which the model read between its turns.
     """
     completions = [turn for turn in turns if isinstance(turn, Completion)]
     assert completions, f"prompt {prompt.uid}: a response needs at least one completion"
@@ -95,20 +95,20 @@ def aborted_trajectory(prompt: Prompt, support: int) -> Trajectory:
     Args:
         support: K, the width of `support_ids`.
     """
-    nothing = Completion(
+    no_tokens = Completion(
         token_ids=(),
         logprobs=np.zeros(0, np.float32),
         policy_versions=np.zeros(0, np.int32),
         support_ids=np.zeros((0, support), np.int32),
         finish_reason=FinishReason.aborted,
     )
-    return join_turns(prompt, [nothing])
+    return join_turns(prompt, [no_tokens])
 
 
 def cut_response(trajectory: Trajectory, limit: int) -> Trajectory:
     """The trajectory with at most `limit` response tokens, observations included.
 
-    The sampler keeps to the limit by itself, so what is cut off are observations after it. A
+    Completions never exceed the limit, so only observations are cut off. A
     response that was cut counts as truncated.
     """
     end = trajectory.prompt_length + limit

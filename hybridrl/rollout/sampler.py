@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 
 class Sampler:
-    """All methods run on one event loop, which has two kinds of tasks.
+    """Samples the responses of an engine.
+
+    All methods run on one event loop, which has two kinds of tasks.
 
     One task per trajectory runs the rollouter. It adds requests to the engine, waits for their
     outputs, and is cancelled by `abort`.
@@ -45,8 +47,8 @@ class Sampler:
     unfinished requests.
 
     Args:
-        engine: nothing else places requests in it.
-        source: who writes the responses.
+        engine: no other object adds requests to it.
+        source: which kind of response the engine samples, for the batches.
     """
 
     def __init__(self, engine: "LLMEngine", rollouter: Rollouter, source: Source) -> None:
@@ -63,7 +65,7 @@ class Sampler:
     async def generate(
         self, order: GenerateOrder, prompts: Sequence[Prompt]
     ) -> tuple[ChunkHeader, RolloutBatch]:
-        """Make K responses to each prompt.
+        """Make K responses to each prompt, K = order.group_size.
 
         Raises:
             DataError: the engine refused a prompt.
@@ -125,19 +127,19 @@ class Sampler:
             trajectory = await self.rollouter.run(prompt, sample)
             return cut_response(trajectory, order.max_new_tokens)
 
-        def forget(task: asyncio.Task[Trajectory]) -> None:
+        def remove(task: asyncio.Task[Trajectory]) -> None:
             if self._trajectories.get(name) is task:
                 del self._trajectories[name]
 
         task = asyncio.create_task(respond())
         self._trajectories[name] = task
-        task.add_done_callback(forget)
+        task.add_done_callback(remove)
         return task
 
     async def _complete(
         self, order: GenerateOrder, prompt: Prompt, index: int, turn: int, token_ids: Sequence[int]
     ) -> Completion:
-        """One request. Its seed depends neither on the engine nor on what else is sampled there."""
+        """The completion of one request; its seed depends on neither engine nor batch."""
         room = order.max_new_tokens - (len(token_ids) - len(prompt.input_ids))
         if room < 1:
             return no_room(order.support)
@@ -161,20 +163,21 @@ class Sampler:
         params: "SamplingParams",
         order: GenerateOrder,
     ) -> "asyncio.Future[CompletionOutput]":
-        """Place a request.
+        """Add a request to the engine; the result of the future is its output.
 
         Raises:
             ValueError: the engine refuses it.
         """
         from vllm import TokensPrompt
 
-        # The salt keeps a prefix computed by older weights from being reused, and one that an
-        # evaluation happened to compute.
+        # The salt prevents the reuse of prefixes that older weights or another wave have computed:
+        # a resumed run would not have these prefixes, and its numbers could differ.
         tokens = TokensPrompt(
             prompt_token_ids=[int(token) for token in token_ids],
             cache_salt=f"v{self.version}/{order.wave}",
         )
-        # Of equal priority the earlier request goes first, by a count: a clock may be set back.
+        # Among requests of equal priority the earliest is first. Arrival is a count and not a time,
+        # since a clock may be set back.
         self.engine.add_request(
             request,
             tokens,
@@ -185,11 +188,12 @@ class Sampler:
         output = asyncio.get_running_loop().create_future()
         self._requests[request] = output
         if self._decoding is None or self._decoding.done():
-            # It begins after the other tasks of the wave, which were all created before.
+            # The task begins after the other tasks of the wave, which were all created before it.
             self._decoding = asyncio.create_task(self._decode())
         return output
 
     async def _decode(self) -> None:
+        """Step the engine until it has no unfinished request."""
         try:
             while self.engine.has_unfinished_requests():
                 for finished in self.engine.step():
@@ -197,7 +201,7 @@ class Sampler:
                     if output is not None and not output.done():
                         output.set_result(finished.outputs[0])
                 await asyncio.sleep(0)
-        except Exception as error:  # every trajectory that waits must end with it
+        except Exception as error:  # every waiting trajectory must end with this error
             for output in self._requests.values():
                 if not output.done():
                     output.set_exception(error)
@@ -215,6 +219,7 @@ async def end_of(task: asyncio.Task[Trajectory]) -> float:
 
 
 def sampling_params(order: GenerateOrder, max_tokens: int, seed: int) -> "SamplingParams":
+    """vLLM's parameters of one request; greedy decoding has no seed."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -222,7 +227,7 @@ def sampling_params(order: GenerateOrder, max_tokens: int, seed: int) -> "Sampli
         temperature=order.temperature,
         max_tokens=max_tokens,
         seed=None if order.temperature == 0 else seed,
-        logprobs=order.support,  # so many besides the drawn token's own
+        logprobs=order.support,  # the number of tokens besides the drawn one
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -238,7 +243,7 @@ def sample_seed(seed: int, uid: str, index: int, turn: int = 0) -> int:
 
 
 def no_room(support: int) -> Completion:
-    """The completion of a response that is as long as it may be."""
+    """The empty completion of a response that has reached its limit."""
     return Completion(
         token_ids=(),
         logprobs=np.zeros(0, np.float32),

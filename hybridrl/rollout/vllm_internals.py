@@ -1,7 +1,7 @@
 """What the engine takes from vLLM beyond its documented interface.
 
-Read in the version below. tests/rollout/test_vllm_internals.py fails when another version is
-installed or when one of these details is no longer as described here.
+This file was written for the version below. tests/rollout/test_vllm_internals.py fails when another
+version is installed, or when one of these details differs from its description here.
 
 - `LLMEngine.engine_core.resources.engine_dead`: set when the process of the engine core has ended.
 - Flat log-probs (`SamplingParams.flat_logprobs`): 1 + K entries a token, the drawn token first.
@@ -41,19 +41,19 @@ def environment(*, own_process: bool) -> dict[str, str]:
 
 
 def core_has_ended(engine: "LLMEngine") -> bool:
-    """Whether the process of the engine core has ended; the core must be in one of its own."""
+    """Whether the process of the engine core has ended; only for a core in a process of its own."""
     return engine.engine_core.resources.engine_dead
 
 
 def read_completion(output: "CompletionOutput", support: int) -> Completion:
-    """The finished output of one request, asked for with flat log-probs of `support` tokens.
+    """The completion in the output of a finished request.
 
     vLLM reports 1 + K entries a token: the drawn token, then the K most likely ones, with the drawn
     token once more if it is among them. The first entry is not part of the support, which therefore
     depends on the prefix alone.
 
     Raises:
-        asyncio.CancelledError: the response neither ended by itself nor at its limit.
+        asyncio.CancelledError: the response ended neither by itself nor at its limit.
     """
     if output.finish_reason not in FINISH_REASONS:
         raise asyncio.CancelledError(f"vLLM ended the request: {output.finish_reason}")

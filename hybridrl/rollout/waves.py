@@ -1,4 +1,4 @@
-"""Chunks of one wave are submitted together, whatever the order in which they arrive."""
+"""Submits the chunks of one wave together, whatever the order in which they arrive."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -10,11 +10,12 @@ Started = TypeVar("Started")
 
 
 class Waves(Generic[Started]):
-    """Holds the chunks of a wave until all are here. The last to arrive submits every one, in chunk
-    order and without yielding, so that what the engine sees does not depend on arrival times.
+    """Holds the chunks of a wave until all have arrived. The arrival of the last submits all of
+    them, in chunk order and without yielding, so that the order of the engine's requests does not
+    depend on arrival times.
 
     Args:
-        submit: starts the sampling of a chunk; what it returns is handed to the chunk's caller.
+        submit: starts the sampling of a chunk; `arrive` returns its result to the chunk's caller.
     """
 
     def __init__(self, submit: Callable[[GenerateOrder, Sequence[Prompt]], Started]) -> None:
@@ -25,12 +26,12 @@ class Waves(Generic[Started]):
         ] = {}
 
     async def arrive(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> Started:
-        """Wait for the wave's other chunks. Returns what `submit` made of this one."""
-        gate: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
+        """Wait for the wave's other chunks; returns the result of `submit` for this one."""
+        started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
         arrived = self._waiting.setdefault(order.wave, {})
-        arrived[order.chunk] = (order, prompts, gate)
+        arrived[order.chunk] = (order, prompts, started)
         if len(arrived) == order.num_chunks:
             del self._waiting[order.wave]
-            for _, (chunk, chunk_prompts, chunk_gate) in sorted(arrived.items()):
-                chunk_gate.set_result(self._submit(chunk, chunk_prompts))
-        return await gate
+            for _, (chunk, chunk_prompts, chunk_started) in sorted(arrived.items()):
+                chunk_started.set_result(self._submit(chunk, chunk_prompts))
+        return await started

@@ -257,7 +257,7 @@ class Checkpointer:
             remove(replaced)
 
     def _prune(self, step: int) -> None:
-        """Remove our checkpoints up to `step`, except the newest ones and the best one."""
+        """Remove the run's checkpoints up to `step`, except the newest ones and the best one."""
         candidates = [
             folder
             for folder in self.folders()

@@ -1,4 +1,4 @@
-"""The run directory: one run, whose settings are in config.yaml, and which locks it meanwhile."""
+"""The run directory. It holds one run, which locks it, and whose settings are in config.yaml."""
 
 import fcntl
 import os
@@ -148,7 +148,7 @@ def check_not_foreign(run_dir: Path) -> None:
 
 
 def is_output(path: Path) -> bool:
-    """Whether our stdout or stderr is that file, as in `hybridrl train ... > DIR/log`."""
+    """Whether this process writes stdout or stderr to the file, as by `> DIR/log`."""
     streams = [stream for stream in (sys.__stdout__, sys.__stderr__) if stream is not None]
     with suppress(OSError, ValueError):  # a stream is closed, or is not a file
         status = path.stat()
@@ -246,18 +246,37 @@ def find_checkpoint(
     """
     checkpointer = Checkpointer(run_dir, settings.checkpoint)
     checkpointer.clean()
-    if settings.run.resume is Resume.never and (
-        os.path.lexists(run_dir / METRICS) or checkpointer.folders()
-    ):
+    checkpoint = checkpoint_to_continue(settings, run_dir, inputs)
+    if checkpoint is not None:
+        if checkpoint.folder in checkpointer.folders():
+            checkpointer.set_aside_newer(checkpoint.state.step)
+        else:
+            checkpoint = continue_other(checkpoint, run_dir)
+    replace_text(run_dir / CONFIG, to_yaml(settings))
+    return checkpoint
+
+
+def checkpoint_to_continue(
+    settings: RunSettings, run_dir: Path, inputs: Mapping[str, str]
+) -> Checkpoint | None:
+    """The newest checkpoint of the run, or that of run.resume_from; None: start at step 0. Changes
+    nothing.
+
+    Args:
+        inputs: as of find_checkpoint.
+
+    Raises:
+        RunDirectoryError, CheckpointError: as find_checkpoint.
+    """
+    checkpointer = Checkpointer(run_dir, settings.checkpoint)
+    if settings.run.resume is Resume.never and holds_run(run_dir):
         raise RunDirectoryError(
             f"run.dir={run_dir}: holds a run and run.resume=never; choose another run.dir or "
             "run.resume=auto"
         )
     checkpoint = checkpointer.newest()
-    of_another_run = False
     if checkpoint is None and settings.run.resume_from is not None:
         checkpoint = read_checkpoint(Path(settings.run.resume_from).expanduser().absolute())
-        of_another_run = True
     if checkpoint is None and settings.run.resume is Resume.required:
         raise CheckpointError(
             f"run.resume=required: no checkpoint in {checkpointer.root}; use run.resume=auto to "
@@ -272,12 +291,12 @@ def find_checkpoint(
                 f"train.steps={settings.train.steps}; set it as high at least, or choose another "
                 "run.dir"
             )
-        if of_another_run:
-            checkpoint = continue_other(checkpoint, run_dir)
-        else:
-            checkpointer.set_aside_newer(checkpoint.state.step)
-    replace_text(run_dir / CONFIG, to_yaml(settings))
     return checkpoint
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run has written metrics or checkpoints into the directory."""
+    return os.path.lexists(run_dir / METRICS) or bool(step_folders(run_dir))
 
 
 def describe_directory(settings: RunSettings, inputs: Mapping[str, str]) -> str:
@@ -287,19 +306,12 @@ def describe_directory(settings: RunSettings, inputs: Mapping[str, str]) -> str:
         RunDirectoryError, CheckpointError: as find_checkpoint.
     """
     run_dir = Path(settings.run.dir).expanduser().absolute()
-    checkpointer = Checkpointer(run_dir, settings.checkpoint)
-    holds_run = (run_dir / METRICS).exists() or bool(checkpointer.folders())
-    if settings.run.resume is Resume.never and holds_run:
-        raise RunDirectoryError(
-            f"run.dir={run_dir}: holds a run and run.resume=never; choose another run.dir or "
-            "run.resume=auto"
-        )
-    checkpoint = checkpointer.newest()
+    checkpoint = checkpoint_to_continue(settings, run_dir, inputs)
     if checkpoint is None:
-        return "holds a run without a checkpoint: starts at step 0" if holds_run else "a new run"
-    check_same_run(settings, run_dir)
-    check_inputs(settings, checkpoint.state.inputs, inputs)
-    return f"continues after step {checkpoint.state.step}"
+        starts = "holds a run without a checkpoint: starts at step 0"
+        return starts if holds_run(run_dir) else "a new run"
+    origin = "" if checkpoint.folder in step_folders(run_dir) else f", from {checkpoint.folder}"
+    return f"continues after step {checkpoint.state.step}{origin}"
 
 
 def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:

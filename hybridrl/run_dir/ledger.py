@@ -135,7 +135,7 @@ def check_ledger(run_dir: Path, steps: int, drawn: Iterable[str]) -> None:
 def drawn_uids(prompts: Sequence[Prompt], seed: int, cursor: Mapping[str, Any]) -> list[str]:
     """The uids before a data cursor, in the order in which they are drawn.
 
-    Owed prompts, which were drawn and will be drawn again, are not among them.
+    Prompts that were put back, and so will be drawn again, are not among them.
 
     Args:
         prompts: all training prompts, in the order of the data.
@@ -143,8 +143,8 @@ def drawn_uids(prompts: Sequence[Prompt], seed: int, cursor: Mapping[str, Any]) 
     """
     number = num_drawn(prompts, cursor)
     drawn = PromptSource(prompts, seed).next_batch(number)
-    owed = set(cursor["owed"])
-    return [prompt.uid for prompt in drawn if prompt.uid not in owed]
+    returned = set(cursor["owed"])
+    return [prompt.uid for prompt in drawn if prompt.uid not in returned]
 
 
 def check_cursor(run_dir: Path, prompts: Sequence[Prompt], cursor: Mapping[str, Any]) -> None:
@@ -163,5 +163,5 @@ def check_cursor(run_dir: Path, prompts: Sequence[Prompt], cursor: Mapping[str, 
 
 
 def num_drawn(prompts: Sequence[Prompt], cursor: Mapping[str, Any]) -> int:
-    """The number of prompts that a run has drawn at a data cursor, including owed ones."""
+    """The number of prompts that a run has drawn at a data cursor, including those put back."""
     return cursor["epoch"] * len(prompts) + cursor["position"]

@@ -79,7 +79,7 @@ class ActorGroup:
         self.first_calls: list[dict[str, Pending]] = [{} for _ in range(self.size)]
         """The first call of each method to the present worker."""
         self.actors = [self._start(i) for i in range(self.size)]
-        # Requested now: a worker that hangs does not answer.
+        # Requested at the start, because a worker that hangs does not answer.
         self.pid_refs = [actor.pid.remote() for actor in self.actors]
         self.driver = ray.get_runtime_context().get_worker_id()
         ALIVE.add(self)
@@ -192,18 +192,18 @@ class ActorGroup:
         return ray.get(self.pid_refs, timeout=60)
 
     def ask_for_stacks(self) -> list[ray.ObjectRef]:
-        """Have every worker that can do so write its stacks into its log.
+        """Signal every worker to write its stacks into its log.
 
         Returns:
             One reference per worker, which resolves when the worker has been signalled.
         """
         requests = []
         for slot, pid, name in zip(self.slots, self.pid_refs, self.names, strict=True):
-            there = PlacementGroupSchedulingStrategy(
+            same_node = PlacementGroupSchedulingStrategy(
                 slot.group, placement_group_bundle_index=slot.bundle
             )
             ask = ray.remote(ask_for_stacks).options(
-                num_cpus=0, scheduling_strategy=there, max_retries=0
+                num_cpus=0, scheduling_strategy=same_node, max_retries=0
             )
             requests.append(ask.remote(pid, self._log(name)))
         return requests
@@ -225,10 +225,10 @@ DUMP_S = 5.0
 
 
 def dump_stacks() -> None:
-    """Have all workers write the stacks of their threads into their logs. Waits until they are
-    signalled, because one of them is ended next.
+    """Signal all workers to write the stacks of their threads into their logs. Waits until they are
+    signalled, because the caller may end one of them next.
     """
-    driver = ray.get_runtime_context().get_worker_id()  # groups of an earlier Ray are gone with it
+    driver = ray.get_runtime_context().get_worker_id()  # the workers of an earlier Ray are gone
     requests = [ref for group in ALIVE if group.driver == driver for ref in group.ask_for_stacks()]
     if requests:
         ray.wait(requests, num_returns=len(requests), timeout=DUMP_S)
@@ -245,7 +245,7 @@ def ask_for_stacks(pid: int, log: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """With it the learner's sending rank calls every engine, with a deadline; picklable."""
+    """A call to every engine with a deadline, made by the learner's sending rank; picklable."""
 
     group: ActorGroup
     deadline_s: float

@@ -13,6 +13,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 from hybridrl.core.errors import HybridRLError, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.runtime.head_node import HEAD, check_own_node
 from hybridrl.runtime.host import NotBuilt
+from hybridrl.runtime.ray_internals import cause_of, what_happened
 from hybridrl.types import per_token_bytes
 
 
@@ -45,6 +46,11 @@ class Pending:
     call: str
     deadline_s: float
     epoch: int = 0  # how many workers of that name there were before the one that was called
+
+    @property
+    def incarnation(self) -> tuple[str, int]:
+        """The worker that was called, as distinct from others of its name before and after it."""
+        return self.worker, self.epoch
 
     def result(self) -> Any:
         """Wait for the result.
@@ -130,13 +136,13 @@ class RayStore:
         except RayActorError as error:
             if not HEAD.is_silent:
                 check_own_node()
-            reason = f"{_last_line(error)}; see {_log(pending)}"
+            reason = f"{what_happened(error)}; see {_log(pending)}"
             raise WorkerDied(pending.worker, pending.call, reason, pending.epoch) from error
         except RayTaskError as error:
             raise _raised_by_worker(pending, error) from error
         except RayError as error:
             raise WorkerError(
-                pending.worker, pending.call, _last_line(error), pending.epoch
+                pending.worker, pending.call, what_happened(error), pending.epoch
             ) from error
         Meter.materialized_bytes += per_token_bytes(value)
         return value
@@ -187,22 +193,21 @@ def settle(
         time_left = last_answer + deadline_s - clock()
         timeout_s = max(min(time_left, next_watch - clock()), 0.001)
         for ref in store.wait(list(waiting), timeout_s):
-            done = waiting.pop(ref)
+            answered = waiting.pop(ref)
             last_answer = clock()
             try:
-                values[ref] = store.fetch(done, time_left)
+                values[ref] = store.fetch(answered, time_left)
             except WorkerError as error:
                 values[ref] = error
-                failures[done.worker, done.epoch] = error
+                failures[answered.incarnation] = error
         if waiting and clock() >= next_watch:  # not after each answer: it pings every engine
             next_watch = clock() + WATCH_S
             if (unanswered := watch()) is not None:
-                key = unanswered.worker, unanswered.epoch
-                failures[key] = _timeout(unanswered, unanswered.deadline_s)
+                failures[unanswered.incarnation] = _timeout(unanswered, unanswered.deadline_s)
         if len(values) < enough and clock() >= last_answer + deadline_s:
-            failures |= {(p.worker, p.epoch): _timeout(p, deadline_s) for p in waiting.values()}
+            failures |= {p.incarnation: _timeout(p, deadline_s) for p in waiting.values()}
     for ref, p in waiting.items():
-        values[ref] = failures.get((p.worker, p.epoch))
+        values[ref] = failures.get(p.incarnation)
     return [values[p.ref] for p in pending], list(failures.values())
 
 
@@ -224,16 +229,14 @@ def outcomes(
     end = time.monotonic() + limit
     done: set[Reference] = set()
     silent: set[tuple[str, int]] = set()
-    while waiting := [
-        p.ref for p in pending if p.ref not in done and (p.worker, p.epoch) not in silent
-    ]:
+    while waiting := [p.ref for p in pending if p.ref not in done and p.incarnation not in silent]:
         RAY_STORE.check()
         timeout_s = max(min(end - time.monotonic(), WATCH_S), 0)
         done |= set(ray.wait(waiting, num_returns=len(waiting), timeout=timeout_s)[0])
         if time.monotonic() >= end:
             break
         if (unanswered := watch()) is not None:
-            silent.add((unanswered.worker, unanswered.epoch))
+            silent.add(unanswered.incarnation)
     results: list[Any] = []
     for p in pending:
         try:
@@ -271,7 +274,7 @@ def succeeded(pending: Pending) -> bool:
 
 def _raised_by_worker(pending: Pending, error: RayTaskError) -> HybridRLError:
     """The worker's own HybridRLError, or a WorkerError about what it raised."""
-    cause = error.cause
+    cause = cause_of(error)
     if isinstance(cause, HybridRLError):
         return cause
     if isinstance(cause, NotBuilt):
@@ -279,12 +282,6 @@ def _raised_by_worker(pending: Pending, error: RayTaskError) -> HybridRLError:
         return WorkerError(pending.worker, "its constructor", reason, pending.epoch)
     reason = f"{type(cause).__name__}: {cause}"
     return WorkerError(pending.worker, pending.call, reason, pending.epoch)
-
-
-def _last_line(error: RayError) -> str:
-    """Ray's first lines are the same for every death of an actor; the last says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def _log(pending: Pending) -> str:

@@ -50,7 +50,7 @@ class Cluster:
     """
 
     device: str
-    """cpu or cuda; known inside the context."""
+    """cpu or cuda; set inside the context."""
 
     def __init__(self, settings: RunSettings, connection: Connection | None = None) -> None:
         self.settings = settings
@@ -128,7 +128,7 @@ class Cluster:
         return slots
 
     def _gpus_per_worker(self, teams: list[Team], *, colocated: bool) -> dict[str, float]:
-        """By the name of the team."""
+        """The GPUs, or the share of one, of each worker, by the name of its team."""
         if self.device == "cpu":
             return {team.name: 0.0 for team in teams}
         if colocated:
@@ -137,7 +137,11 @@ class Cluster:
         return {team.name: float(team.gpus) for team in teams}
 
     def _environment(self, team: Team, node: Node, crowd: int) -> dict[str, str]:
-        """Args: crowd: workers of the team on the node."""
+        """The environment of a worker.
+
+        Args:
+            crowd: the number of workers of the team on the node.
+        """
         threads = 1
         if team.heavy:
             chosen = self.settings.cluster.threads_per_worker
@@ -183,7 +187,7 @@ def own_bundles(
     return bundles, [Seat(team, bundle) for bundle, team in enumerate(members)]
 
 
-def device_of(wanted: Device, gpus: float, cuda_build: str | None) -> str:
+def device_of(chosen: Device, gpus: float, cuda_build: str | None) -> str:
     """cpu or cuda. Ray counts GPUs through the driver, so it reports them even if torch is built
     without CUDA.
 
@@ -192,19 +196,19 @@ def device_of(wanted: Device, gpus: float, cuda_build: str | None) -> str:
         cuda_build: torch.version.cuda; None: torch for CPUs.
 
     Raises:
-        ConfigError: cuda is wanted and cannot be had.
+        ConfigError: cuda is required and is not available.
     """
-    if wanted is Device.cuda and not gpus:
+    if chosen is Device.cuda and not gpus:
         raise ConfigError(
             "cluster.device=cuda: the Ray cluster has no GPU; use cluster.device=cpu or start Ray "
             "with --num-gpus"
         )
-    if wanted is Device.cuda and not cuda_build:
+    if chosen is Device.cuda and not cuda_build:
         raise ConfigError(
             "cluster.device=cuda: the installed torch is a build for CPUs; use cluster.device=cpu "
             "or install the gpu extra"
         )
-    return "cuda" if wanted is not Device.cpu and gpus and cuda_build else "cpu"
+    return "cuda" if chosen is not Device.cpu and gpus and cuda_build else "cpu"
 
 
 def gpu_share(teams: int) -> float:

@@ -1,4 +1,4 @@
-"""Which engine samples what: always the one with the least to do."""
+"""Which engine samples which chunk: always the engine with the least to do."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class EngineLoad:
         self.under_way: list[list[Work]] = [[] for _ in range(num_engines)]  # per engine
 
     def assign(self, tokens: Sequence[int], serving: Collection[int]) -> list[int]:
-        """One of the `serving` engines for each chunk, in order: the one with the least to do; of
-        equals the first. If all are idle, each call gives the same engines.
+        """One of the `serving` engines for each chunk, in order: the one with the least to do, the
+        first of several. If all are idle, each call gives the same engines.
         """
         self.under_way = [
             [work for work in under_way if not is_done(work.header)] for under_way in self.under_way

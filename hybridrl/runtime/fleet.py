@@ -32,8 +32,8 @@ class Fleet:
     engine serves, for those that are joining / unblocked by the first of them that is ready.
 
     Args:
-        load_latest: starts loading the newest weights into an engine; None: those that it has read
-            from disk are the newest.
+        load_latest: starts loading the newest weights into an engine; returns None if the engine
+            has read them from disk.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Fleet:
 
     def silent(self) -> Pending | None:
         """A ping that an engine has not answered within deadlines.heartbeat_s; None: all engines
-        answer. They do so while they sample.
+        answer, which they also do while they sample.
         """
         limit = self.deadlines.heartbeat_s
         now = time.monotonic()
@@ -71,8 +71,8 @@ class Fleet:
         cluster.max_restarts allows it.
 
         Raises:
-            FleetExhausted: it does not, and no other engine is left; or the weights travel by a
-                channel of vLLM's own, which an engine can neither join nor leave.
+            FleetExhausted: it does not, and no other engine remains; or the weights are sent by
+                nccl or ipc of vLLM, whose channel an engine can neither join nor leave.
         """
         if self.backend is not WeightTransfer.object_store:
             raise FleetExhausted(

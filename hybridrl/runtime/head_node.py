@@ -14,6 +14,7 @@ import time
 import ray
 
 from hybridrl.core.errors import ClusterLost
+from hybridrl.runtime.ray_internals import is_alive, node_id
 
 CHECK_S = 1.0
 SILENCE_S = 20.0
@@ -23,11 +24,11 @@ takes time too.
 
 
 class Head:
-    """Whether the head of the present Ray connection takes connections.
+    """Whether the head of the present Ray connection accepts connections.
 
     Args:
         check_s: at most one connection is tried in this time.
-        silence_s: how long it may take none.
+        silence_s: how long it may accept none.
     """
 
     def __init__(self, *, check_s: float = CHECK_S, silence_s: float = SILENCE_S) -> None:
@@ -45,13 +46,13 @@ class Head:
         return self._silent_since is not None
 
     def check(self, address: str | None = None) -> None:
-        """Try a connection, unless the last try was a moment ago.
+        """Try a connection, unless the last attempt was less than `check_s` ago.
 
         Args:
             address: HOST:PORT; None: of the Ray that this process is connected to.
 
         Raises:
-            ClusterLost: no connection was taken for `silence_s`.
+            ClusterLost: no connection was accepted for `silence_s`.
         """
         now = time.monotonic()
         if now < self._next_check:
@@ -71,14 +72,14 @@ class Head:
 
 
 def check_own_node() -> None:
-    """Check that the head knows this machine as alive. Call it when a worker has died: all workers
-    die with the node that owns them.
+    """Check that this machine is alive by the head's records. Call it when a worker has died: all
+    workers die with the node that owns them.
 
     Raises:
         ClusterLost: the raylet of this machine is gone.
     """
-    mine = ray.get_runtime_context().get_node_id()
-    if any(node["NodeID"] == mine and not node["Alive"] for node in ray.nodes()):
+    own_id = ray.get_runtime_context().get_node_id()
+    if any(node_id(record) == own_id and not is_alive(record) for record in ray.nodes()):
         raise ClusterLost(
             "Ray's process on this machine, the raylet, is gone and with it every worker of this "
             "run"
@@ -86,7 +87,7 @@ def check_own_node() -> None:
 
 
 def takes_connections(address: str) -> bool:
-    """Args: address: HOST:PORT."""
+    """Whether a process accepts connections at HOST:PORT."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CHECK_S).close()

@@ -64,9 +64,9 @@ def build(path: str, log: str, arguments: Mapping[str, object]) -> Any:
         )
 
 
-def visible_gpus(given: Sequence[int | str]) -> dict[str, str]:
-    """The variables by which this process sees only the GPUs that Ray gave it; they must be set
-    before torch is imported.
+def visible_gpus(gpus: Sequence[int | str]) -> dict[str, str]:
+    """The variables that restrict this process to the GPUs that Ray assigned to it; they must be
+    set before torch is imported.
 
     Ray does not set them where RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set, and all workers
     would compute on the first GPU. DeepSpeed reads them as numbers, so UUIDs become the numbers
@@ -76,7 +76,7 @@ def visible_gpus(given: Sequence[int | str]) -> dict[str, str]:
         PlacementError: an id is neither a number nor a GPU's UUID, as that of a MIG slice, or
             nvidia-smi does not answer.
     """
-    names = [str(name) for name in given]
+    names = [str(name) for name in gpus]
     if all(name.isdecimal() for name in names):
         return {"CUDA_VISIBLE_DEVICES": ",".join(names)}
     query = ["nvidia-smi", "--query-gpu=uuid,index", "--format=csv,noheader"]

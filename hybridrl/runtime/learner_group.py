@@ -123,7 +123,7 @@ class LearnerGroup:
         )
 
     def send_weights(self) -> int:
-        """Send the weights to the connected engines; the bytes that went into each."""
+        """Send the weights to the connected engines; returns the bytes that each one received."""
         return self.group.call_all("send_weights", deadline_s=self.settings.deadlines.sync_s)[0]
 
     def state_bytes(self) -> int:
@@ -155,8 +155,8 @@ def free_port_at(slot: Slot, start_s: float) -> tuple[str, int]:
     """Address and a free TCP port of the node that the slot is on; if that node is gone, of the one
     where Ray places the slot anew.
     """
-    there = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
-    ref = ray.remote(_free_port).options(num_cpus=0, scheduling_strategy=there).remote()
+    node = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
+    ref = ray.remote(_free_port).options(num_cpus=0, scheduling_strategy=node).remote()
     return gather(
         [
             Pending(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import ray
 from ray.util.placement_group import (
@@ -22,6 +22,14 @@ from ray.util.placement_group import (
 
 from hybridrl.core.errors import PlacementError
 from hybridrl.runtime.head_node import HEAD
+from hybridrl.runtime.ray_internals import (
+    Record,
+    ignore_unfetched_errors,
+    node_address,
+    node_cpus,
+    node_id,
+    nodes_of_bundles,
+)
 from hybridrl.settings.run import RunSettings
 
 
@@ -45,10 +53,10 @@ class Connection(Protocol):
     def close(self) -> None: ...
 
     def resources(self) -> dict[str, float]:
-        """Of all nodes together, by Ray's names: "CPU", "GPU"."""
+        """The resources of all nodes together, by Ray's names: "CPU", "GPU"."""
 
     def free_resources(self) -> dict[str, float]:
-        """As `resources`, of which no worker has taken any."""
+        """As `resources`, without those that workers have taken."""
 
     def reserve(
         self, bundles: Sequence[dict[str, float]], *, spread: bool, limit_s: float
@@ -104,18 +112,14 @@ class RayConnection:
             remove_placement_group(group)
 
     def nodes(self, group: PlacementGroup) -> dict[int, Node]:
-        by_id = {record["NodeID"]: node_of(record) for record in ray.nodes()}
-        table = placement_group_table(group)["bundles_to_node_id"]
-        return {int(bundle): by_id[node_id] for bundle, node_id in table.items()}
+        by_id = {node_id(record): node_of(record) for record in ray.nodes()}
+        bundles = nodes_of_bundles(placement_group_table(group))
+        return {bundle: by_id[node] for bundle, node in bundles.items()}
 
 
-def node_of(record: dict[str, Any]) -> Node:
-    """Args: record: as ray.nodes() has it."""
-    return Node(
-        id=record["NodeID"],
-        address=record["NodeManagerAddress"],
-        cpus=int(record["Resources"].get("CPU", 1)),
-    )
+def node_of(record: Record) -> Node:
+    """The machine of one entry of ray.nodes()."""
+    return Node(id=node_id(record), address=node_address(record), cpus=node_cpus(record))
 
 
 def object_store_bytes() -> float:
@@ -156,7 +160,7 @@ def connect(settings: RunSettings) -> None:
         check_answers(address, settings.deadlines.placement_s)
         # Calls that wait for the result of a failed worker fail too. They are made again, and the
         # old ones are never fetched.
-        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+        ignore_unfetched_errors()
         with private_token() if local else nullcontext(), sighup_blocked():
             ray.init(
                 address=address,

@@ -1,4 +1,4 @@
-"""The vLLM engines of a run: which engine samples what, and which weights they hold."""
+"""The vLLM engines of a run: which engine samples which chunk, and which weights they hold."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -62,7 +62,7 @@ class RolloutGroup:
         )
         self.load = EngineLoad(len(slots))
         self.fleet = Fleet(self.group, settings.deadlines, backend, self.load_latest)
-        # What an engine must hold to serve; None: the weights that it has read from disk.
+        # The weights that an engine must hold to serve; None: those that it has read from disk.
         self.latest: tuple[WeightManifest, ray.ObjectRef] | None = None
 
     def configure(self, settings: RunSettings) -> None:
@@ -180,7 +180,7 @@ class RolloutGroup:
         self.fleet.lose_failed(self._each_serving("abort", groups))
 
     def abort(self) -> list[Pending]:
-        """Stop all sampling; per engine: -> how many responses it gave up."""
+        """Stop all sampling. One call per engine: -> how many responses it aborted."""
         return self._each_serving("abort")
 
     def quiet(self) -> None:
@@ -200,11 +200,11 @@ class RolloutGroup:
     # -- weights -----------------------------------------------------------------------------------
 
     def load_weights(self, manifest: WeightManifest, packed: ray.ObjectRef) -> None:
-        """Have every engine serve these weights. Engines that fail to are replaced; the others go
-        on.
+        """Load these weights into every engine. An engine that fails is replaced, and the others
+        continue.
 
         Raises:
-            WeightSyncError: no engine took the weights, and some refused them: restarting engines
+            WeightSyncError: no engine loaded the weights, and some refused them: restarting engines
                 would not help.
         """
         self.latest = (manifest, packed)

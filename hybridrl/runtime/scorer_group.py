@@ -94,6 +94,8 @@ class ScorerGroup(StatelessGroup):
 
 
 def scoring(settings: RunSettings, teacher: str) -> tuple[Evidence, HeadRule]:
-    """What a scored teacher sends of each token, and the rule of the head pass it sends it for."""
+    """The evidence that a scored teacher sends of each token, and the rule of the head pass that
+    reads it.
+    """
     position = settings.scored_teachers.index(teacher)
     return make_objective(settings).needs.evidence[position], head_rule(settings)

@@ -1,8 +1,10 @@
-"""What the console says while workers start, which takes from seconds to many minutes."""
+"""Notices on the console while workers start, which takes from seconds to many minutes."""
 
 import time
 from collections.abc import Callable, Sequence
 
+from hybridrl.core.errors import WorkerTimeout
+from hybridrl.runtime.actor_group import dump_stacks
 from hybridrl.runtime.calls import Pending, gather, is_done
 
 REMINDER_S = 20.0
@@ -12,10 +14,15 @@ def wait_for_start(pending: Sequence[Pending], say: Callable[[str], None]) -> No
     """Wait for the first call to each of some workers, and announce each that answers.
 
     Raises:
-        WorkerError: a worker could not be built, or did not answer in time.
+        WorkerError: a worker could not be built, or did not answer in time; then all workers have
+            written their stacks into their logs.
     """
     start_up = StartUp(pending, say)
-    gather(pending, start_up.watch)
+    try:
+        gather(pending, start_up.watch)
+    except WorkerTimeout:
+        dump_stacks()
+        raise
     start_up.watch()
 
 

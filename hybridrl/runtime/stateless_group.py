@@ -1,4 +1,4 @@
-"""What the groups have in common whose workers hold no state that a run would miss."""
+"""The common part of the groups whose workers hold no state that a run needs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,10 @@ class StatelessGroup:
         arguments: Mapping[str, Any],
         log_dir: str,
     ) -> None:
-        """arguments: of every worker's constructor."""
+        """
+        Args:
+            arguments: of every worker's constructor.
+        """
         self.settings = settings
         self.group = ActorGroup(
             name,

@@ -27,10 +27,10 @@ class WeightSync:
         """Make every engine serve `version`.
 
         Returns:
-            The bytes that went into each engine.
+            The bytes that each engine received.
 
         Raises:
-            WeightSyncError: every engine received something else, or did not load all of it.
+            WeightSyncError: every engine received other bytes, or did not load all of them.
         """
         if self.backend is WeightTransfer.object_store:
             manifest, packed = self.learner.pack_weights(version)

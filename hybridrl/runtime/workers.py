@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
-from hybridrl.core.errors import WorkerError, WorkerTimeout
-from hybridrl.runtime.actor_group import Slot, dump_stacks
+from hybridrl.core.errors import WorkerError
+from hybridrl.runtime.actor_group import Slot
 from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.learner_group import LearnerGroup
@@ -18,7 +19,7 @@ from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.scorer_group import ScorerGroup
 from hybridrl.runtime.start_up import wait_for_start
 from hybridrl.settings.choices import Source
-from hybridrl.settings.run import RunSettings
+from hybridrl.settings.run import ModelConfig, RunSettings
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +116,7 @@ def start_workers(
 ) -> Workers:
     """Start learner, scorers and engines at the same time; return when all answer.
 
-    Colocated engines start first, one group after the other: an engine measures the free memory of
-    its GPU, and no other worker may take some of it meanwhile.
+    Colocated engines start first, one group after the other.
 
     Args:
         say: prints a line about each worker that is up.
@@ -124,60 +124,66 @@ def start_workers(
     Raises:
         WorkerError: a worker could not be built, within deadlines.start_s.
     """
-    colocate = settings.cluster.colocate
-    device = cluster.device
-    starting: list[Group] = []
-    rollout = RolloutGroup(
-        settings,
-        slots["rollout"],
-        model=settings.model,
-        device=device,
-        backend=cluster.weight_transfer,
-        log_dir=log_dir,
-    )
-    if colocate:
-        wait_for_start(rollout.ready(), say)
-    else:
-        starting.append(rollout)
-    teacher = None
+    engines_of = partial(start_engines, settings, cluster, log_dir=log_dir, say=say)
+    rollout = engines_of(slots["rollout"], model=settings.model)
+    teacher_rollout = None
     if settings.algorithm.teacher_fraction:
-        teacher = RolloutGroup(
-            settings,
-            slots["teacher"],
-            model=settings.teacher_model(next(iter(settings.teachers))),
-            device=device,
-            backend=cluster.weight_transfer,
-            log_dir=log_dir,
-            name="teacher",
-            source=Source.teacher,
+        model = settings.teacher_model(next(iter(settings.teachers)))
+        teacher_rollout = engines_of(
+            slots["teacher"], model=model, name="teacher", source=Source.teacher
         )
-        if colocate:
-            wait_for_start(teacher.ready(), say)
-        else:
-            starting.append(teacher)
+    device = cluster.device
     learner = LearnerGroup(settings, slots["learner"], device=device, log_dir=log_dir)
     scorers = [
         ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir)
         for name in settings.scored_teachers
     ]
-    starting += [learner, *scorers]
     replay = None
     if settings.algorithm.data_fraction:
         replay = ReplayGroup(settings, slots["replay"], log_dir=log_dir)
-        starting.append(replay)
-    try:
-        wait_for_start([call for group in starting for call in group.ready()], say)
-    except WorkerTimeout:
-        dump_stacks()
-        raise
+    engines = [] if settings.cluster.colocate else [rollout, teacher_rollout]
+    starting = [group for group in (*engines, learner, *scorers, replay) if group is not None]
+    wait_for_start([call for group in starting for call in group.ready()], say)
     return Workers(
         rollout=rollout,
-        teacher_rollout=teacher,
+        teacher_rollout=teacher_rollout,
         replay=replay,
         scorers=scorers,
         rewards=rewards,
         learner=learner,
     )
+
+
+def start_engines(
+    settings: RunSettings,
+    cluster: Cluster,
+    slots: Sequence[Slot],
+    *,
+    model: ModelConfig,
+    log_dir: str,
+    say: Callable[[str], None],
+    name: str = "rollout",
+    source: Source = Source.student,
+) -> RolloutGroup:
+    """Start the engines of one model. With cluster.colocate, return when they answer: an engine
+    measures the free memory of its GPU, and no other worker may take some of it meanwhile.
+
+    Raises:
+        WorkerError: a colocated engine could not be built, within deadlines.start_s.
+    """
+    engines = RolloutGroup(
+        settings,
+        slots,
+        model=model,
+        device=cluster.device,
+        backend=cluster.weight_transfer,
+        log_dir=log_dir,
+        name=name,
+        source=source,
+    )
+    if settings.cluster.colocate:
+        wait_for_start(engines.ready(), say)
+    return engines
 
 
 def recover(

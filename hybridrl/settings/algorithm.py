@@ -89,7 +89,7 @@ class ScheduleConfig:
         if not 0 < abs(self.gain) < 1:
             raise ConfigError(
                 f"{key}.gain={self.gain}: must lie in (-1, 1) and not be 0, or one step could "
-                "turn the weight's sign"
+                "reverse the weight's sign"
             )
         if self.value <= 0 or self.low < 0 or (self.high is not None and self.high < self.low):
             raise ConfigError(
@@ -112,6 +112,8 @@ tokens.
 
 @dataclass(kw_only=True, slots=True)
 class TopKConfig:
+    """The K tokens of support=topk."""
+
     k: int = 16
     """tokens of the vocabulary in the support"""
     source: SupportSource = SupportSource.sampler
@@ -172,11 +174,11 @@ class ValueConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.gae_lambda <= 1:
-            raise ConfigError(f"algorithm.value.gae_lambda={self.gae_lambda}: lies in [0, 1]")
+            raise ConfigError(f"algorithm.value.gae_lambda={self.gae_lambda}: must lie in [0, 1]")
         if self.loss_weight < 0:
             raise ConfigError(
                 f"algorithm.value.loss_weight={self.loss_weight}: must not be negative, or the "
-                "value head would learn to be wrong"
+                "value head's error would be maximised"
             )
 
 
@@ -243,7 +245,10 @@ class PairConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
-    """J = sum_i w_i D_i - lambda R (arXiv 2512.23097)."""
+    """The objective J = E[ sum_t sum_i w_i D_i - lambda R ], which is minimised (arXiv 2512.23097).
+
+    D_i is the divergence of the student from teacher i at token t, R the reward of the response.
+    """
 
     divergence: Divergence = Divergence.reverse_kl
     """between the student p and a teacher q, per token"""
@@ -320,8 +325,8 @@ class AlgorithmConfig:
             )
         if not self.temperature > 0:
             raise ConfigError(
-                f"algorithm.temperature={self.temperature}: must be positive; greedy decoding "
-                "belongs to evaluation"
+                f"algorithm.temperature={self.temperature}: must be positive; for greedy decoding "
+                "in evaluations set eval.greedy=true"
             )
         if not LEAST_JSD_BETA <= self.jsd_beta < 1:
             raise ConfigError(
@@ -344,11 +349,14 @@ class AlgorithmConfig:
             )
         for name in ("teacher_fraction", "data_fraction"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"algorithm.{name}={getattr(self, name)}: a share, in [0, 1]")
+                raise ConfigError(
+                    f"algorithm.{name}={getattr(self, name)}: must be a share, in [0, 1]"
+                )
         if self.teacher_fraction + self.data_fraction > 1:
             raise ConfigError(
                 "algorithm.teacher_fraction + data_fraction = "
-                f"{self.teacher_fraction + self.data_fraction}: more than all prompts"
+                f"{self.teacher_fraction + self.data_fraction}: must be at most 1, all prompts; "
+                "lower one of them"
             )
         for name in ("overlong_buffer", "dynamic_sampling", "nll_weight"):
             if getattr(self, name) < 0:

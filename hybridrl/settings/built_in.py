@@ -24,7 +24,7 @@ class BuiltIn:
     place: str
     """module:name, the module inside hybridrl.objectives"""
     meaning: str = ""
-    """for the page of settings"""
+    """a clause for the page of settings"""
 
     def load(self) -> Any:
         """The class or function itself."""

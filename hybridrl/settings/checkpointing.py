@@ -8,6 +8,8 @@ from hybridrl.settings.choices import BestMode
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
+    """When checkpoints are saved, and which of them are retained."""
+
     every: int = 50
     """steps; 0: only at the end"""
     keep: int = 2

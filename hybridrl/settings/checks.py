@@ -14,6 +14,7 @@ from hybridrl.settings.choices import (
     Device,
     EvidenceKind,
     OnStale,
+    Products,
     Ratio,
     Scale,
     SupportSource,
@@ -68,7 +69,7 @@ def check_teachers(settings: RunSettings) -> None:
 
 
 def check_evidence(settings: RunSettings) -> None:
-    """A pair loss compares with a reference by the drawn tokens; nothing else would be read."""
+    """A pair loss reads only the drawn tokens' log-probs of its reference."""
     for name, teacher in settings.teachers.items():
         pairs = settings.algorithm.ranks_pairs
         if pairs and teacher.evidence not in (None, EvidenceKind.drawn):
@@ -132,8 +133,9 @@ def check_reference(settings: RunSettings) -> None:
     reference = against or next(iter(settings.teachers))
     if settings.teachers[reference].route:
         raise ConfigError(
-            f"teachers.{reference}.route: algorithm.pair.loss={pair.loss} takes every pair's "
-            "log-ratio to it; leave the route out"
+            f"teachers.{reference}.route={settings.teachers[reference].route}: "
+            f"algorithm.pair.loss={pair.loss} takes every pair's log-ratio to it; leave the "
+            "route out"
         )
 
 
@@ -172,8 +174,8 @@ def check_siblings(settings: RunSettings) -> None:
         )
     if algorithm.dynamic_sampling and not algorithm.learns_from_rewards:
         raise ConfigError(
-            "algorithm.dynamic_sampling: compares rewards, and algorithm.reward_weight is 0; set "
-            "it to 0"
+            f"algorithm.dynamic_sampling={algorithm.dynamic_sampling}: compares rewards, and "
+            "algorithm.reward_weight is 0; set it to 0"
         )
     if algorithm.dynamic_sampling and k < 2:
         raise ConfigError(
@@ -187,7 +189,8 @@ def check_data_responses(settings: RunSettings) -> None:
     algorithm = settings.algorithm
     if algorithm.data_fraction and algorithm.ratio.kind is not Ratio.none:
         raise ConfigError(
-            "algorithm.data_fraction: data has no sampler log-probs to take a ratio with; set "
+            f"algorithm.data_fraction={algorithm.data_fraction}: data has no sampler log-probs, "
+            f"which algorithm.ratio.kind={algorithm.ratio.kind} needs; set "
             "algorithm.ratio.kind=none"
         )
     kinds = {settings.evidence_kind(name) for name in settings.scored_teachers}
@@ -197,8 +200,8 @@ def check_data_responses(settings: RunSettings) -> None:
         and algorithm.topk.source is SupportSource.sampler
     ):
         raise ConfigError(
-            "algorithm.data_fraction: data has no sampler whose tokens could be the support; set "
-            "algorithm.topk.source=teacher"
+            f"algorithm.data_fraction={algorithm.data_fraction}: data has no sampler whose tokens "
+            "could be the support; set algorithm.topk.source=teacher"
         )
     if algorithm.data_fraction and algorithm.imitates and not algorithm.ranks_pairs:
         check_imitation_of_data(settings)
@@ -211,8 +214,8 @@ def check_teacher_responses(settings: RunSettings) -> None:
         return
     if algorithm.ranks_pairs:
         raise ConfigError(
-            "algorithm.teacher_fraction: pairs come from the student or the data; set it to 0, or "
-            "algorithm.pair.loss=none"
+            f"algorithm.teacher_fraction={algorithm.teacher_fraction}: pairs come from the student "
+            "or the data; set it to 0, or algorithm.pair.loss=none"
         )
     learns_returns = algorithm.learns_from_rewards or settings.learns_from_costs
     if algorithm.ratio.kind is Ratio.none and learns_returns:
@@ -223,8 +226,9 @@ def check_teacher_responses(settings: RunSettings) -> None:
         )
     if algorithm.nll_weight and algorithm.ratio.kind is not Ratio.none:
         raise ConfigError(
-            "algorithm.nll_weight: the likelihood of what the teacher wrote is no return to be "
-            "weighted by algorithm.ratio; set algorithm.ratio.kind=none, or algorithm.nll_weight=0"
+            f"algorithm.nll_weight={algorithm.nll_weight}: the likelihood of what the teacher "
+            "wrote is no return to be weighted by algorithm.ratio; set "
+            "algorithm.ratio.kind=none, or algorithm.nll_weight=0"
         )
 
 
@@ -234,7 +238,7 @@ def _student_answers(settings: RunSettings) -> bool:
 
 
 def check_objective(settings: RunSettings) -> None:
-    """Check other settings as the built-in estimator or loss requires.
+    """Check the settings that the chosen built-in estimator or loss depends on.
 
     objectives/user_code.py has the same rules for a user's own.
     """
@@ -288,18 +292,28 @@ def check_pipeline(settings: RunSettings) -> None:
         )
     if settings.rollout.oversample and algorithm.teacher_fraction:
         raise ConfigError(
-            "rollout.oversample: the groups that are done first would decide the teacher's share, "
-            "not algorithm.teacher_fraction; set one of them to 0"
+            f"rollout.oversample={settings.rollout.oversample}: the groups that are done first "
+            "would decide the teacher's share, not algorithm.teacher_fraction; set one of them to 0"
         )
     if settings.rollout.oversample and algorithm.data_fraction:
         raise ConfigError(
-            "rollout.oversample: data is not sampled, so none of it is cancelled; set it to 0, or "
-            "algorithm.data_fraction=0"
+            f"rollout.oversample={settings.rollout.oversample}: data is not sampled, so none of it "
+            "is cancelled; set it to 0, or algorithm.data_fraction=0"
+        )
+
+
+def check_products(settings: RunSettings) -> None:
+    """Products are widened on CPUs alone."""
+    wide = settings.train.products is Products.float32
+    if wide and settings.cluster.device is Device.cuda:
+        raise ConfigError(
+            "train.products=float32: is for CPUs, cluster.device is cuda, where products of "
+            "bfloat16 are summed in float32 anyway; set train.products=auto"
         )
 
 
 def check_places(settings: RunSettings) -> None:
-    """Check that every worker has work, and that its node and device allow it.
+    """Check that no worker would be idle, and that devices allow the placement of the workers.
 
     Raises:
         ConfigError: one sentence about the first rule that is broken.
@@ -388,6 +402,7 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_objective,
     check_teachers,
     check_schedules,
+    check_products,
     check_best_checkpoint,
     check_evidence,
     check_something_to_learn,

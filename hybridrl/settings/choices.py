@@ -27,6 +27,14 @@ class ScheduleKind(StrEnum):
     feedback = "feedback"  # adjusted so that `metric` stays at `target`
 
 
+class Products(StrEnum):
+    """The dtype in which matrix products of bfloat16 models are computed on a CPU."""
+
+    auto = "auto"  # the faster one on the processor
+    model = "model"  # the model's
+    float32 = "float32"  # wider than the model's, and rounded to it
+
+
 class Divergence(StrEnum):
     """Between the student p and a teacher q, per token."""
 

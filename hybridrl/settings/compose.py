@@ -17,16 +17,23 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Sweep
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.algorithm import ScheduleConfig
 from hybridrl.settings.checks import check_settings
+from hybridrl.settings.hydra_internals import (
+    adds_existing_key,
+    first_line,
+    is_unknown_choice,
+    is_unknown_key,
+    is_unquoted_list,
+    parsed,
+    unparsed_override,
+)
 from hybridrl.settings.run import RewardFunctionConfig, RunSettings, SinkConfig, TeacherConfig
 from hybridrl.settings.synonyms import synonym_of
 
@@ -39,7 +46,7 @@ def conf_dir() -> Path:
     for path in CONF_DIRS:
         if path.is_dir():
             return path
-    raise ConfigError(f"no conf folder at {' or '.join(map(str, CONF_DIRS))}: reinstall hybridrl")
+    raise ConfigError(f"no conf folder at {' or '.join(map(str, CONF_DIRS))}; reinstall hybridrl")
 
 
 def register_schema() -> None:
@@ -92,7 +99,7 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
         ):
             for name, entry in entries.items():
                 as_written = written_entries[name]
-                if isinstance(as_written, Mapping):  # else it is a reference to another one
+                if isinstance(as_written, Mapping):  # otherwise it is a reference to another entry
                     entry.options = redact.referred(as_written.get("options"), entry.options)
         check_finite(asdict(settings))
         check_settings(settings)
@@ -109,7 +116,7 @@ EXAMPLES = {
     "0.5}}'",
     SinkConfig: "{key}=FILE.py:CLASS or '{key}={{sink: FILE.py:CLASS, options: {{NAME: VALUE}}}}'",
 }
-"""How an entry of these types is written."""
+"""How an entry of each type is written."""
 
 
 def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
@@ -236,13 +243,11 @@ def check_overrides(overrides: Sequence[str]) -> None:
         ConfigError: a secret is written out, or an override is not KEY=VALUE.
     """
     with one_sentence(overrides, of=(Exception,)):
-        for override in OverridesParser.create().parse_overrides(list(overrides)):
-            value = override.value()
-            if isinstance(value, ChoiceSweep):
-                key = override.get_key_element()
-                check_overrides([f"{key}={choice}" for choice in override.sweep_string_iterator()])
-            elif not isinstance(value, Sweep):  # other sweeps are of numbers, or of files of conf/
-                check_secrets(value, override.key_or_group)
+        for override in parsed(overrides):
+            if (choices := override.choices()) is not None:
+                check_overrides(choices)
+            elif not override.is_range:
+                check_secrets(override.value(), override.key)
 
 
 @contextmanager
@@ -278,7 +283,7 @@ def to_yaml(settings: RunSettings) -> str:
 
 
 def masked_yaml(text: str) -> str:
-    """The settings that Hydra prints, with secrets masked; references ${oc.env:NAME} remain."""
+    """YAML as Hydra prints it, with secrets masked; references ${oc.env:NAME} remain."""
     try:
         printed = OmegaConf.to_container(OmegaConf.create(text))
     except (yaml.YAMLError, OmegaConfBaseException):
@@ -372,19 +377,19 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
-    text = next(iter(str(error).splitlines()), type(error).__name__)
+    text = first_line(error)
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         override = _override_of(cause.full_key, overrides)
-        reason = str(cause).splitlines()[0]
-        if isinstance(cause, ConfigKeyError) or "not in" in reason:
+        if is_unknown_key(cause):
             return _no_such_setting(override, override.partition("=")[0])
+        reason = str(cause).splitlines()[0]
         return f"{override}: {reason}"
-    if "Could not append" in str(error) and (
+    if adds_existing_key(error) and (
         repeated := next((o for o in overrides if o.startswith("+") and o[1:] in str(error)), None)
     ):
         key = repeated[1:].partition("=")[0]
         return f"{repeated}: there is a {key} already; write it without the +"
-    if "Could not find" in text:
+    if is_unknown_choice(error):
         for override in overrides:
             group, _, choice = override.lstrip("+").partition("=")
             folder = conf_dir() / group
@@ -394,9 +399,9 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
                 must = f"it must be one of {', '.join(names)}"
                 remedy = f"did you mean {near[0]}?" if near else must
                 return f"{group}={choice}: no such choice; {remedy}"
-    if (bad := getattr(error, "override", None)) is not None:  # Hydra cannot parse it
+    if (bad := unparsed_override(error)) is not None:
         return f"{bad}: not KEY=VALUE as Hydra reads it{_how_to_quote(bad)}"
-    if "Ambiguous value" in text:
+    if is_unquoted_list(error):
         bad = next((o for o in overrides if o in str(error)), text)
         key, _, values = bad.partition("=")
         return (

@@ -54,8 +54,8 @@ class RolloutConfig:
                 raise ConfigError(f"rollout.{name}={value}: must be at least 1")
         if not 0 <= self.oversample <= 1:
             raise ConfigError(
-                f"rollout.oversample={self.oversample}: a share of train.prompts_per_step, in [0, "
-                "1]"
+                f"rollout.oversample={self.oversample}: must be a share of "
+                "train.prompts_per_step, in [0, 1]"
             )
         if self.oversample and self.groups_per_chunk > 1:
             raise ConfigError(
@@ -64,8 +64,8 @@ class RolloutConfig:
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
-                f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: a fraction of the "
-                "device, in (0, 1]"
+                f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: must be a "
+                "fraction of the device, in (0, 1]"
             )
         if self.kv_cache_bytes is not None and self.kv_cache_bytes < 1:
             raise ConfigError(

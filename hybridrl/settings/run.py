@@ -21,6 +21,7 @@ from hybridrl.settings.choices import (
     Device,
     EvidenceKind,
     OnError,
+    Products,
     Resume,
     WandbMode,
 )
@@ -65,7 +66,7 @@ def check_path(key: str, path: str | None) -> None:
         raise ConfigError(f"{key} is empty, as from a variable that is not set; give a folder")
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in path):
         raise ConfigError(
-            f"{key}={path!a}: holds a line break, a control character or bytes that are no UTF-8; "
+            f"{key}={path!a}: holds a line break, a control character or bytes that are not UTF-8; "
             "give it another name"
         )
 
@@ -146,6 +147,12 @@ class TrainConfig:
     """
     head_chunk: int = 1024
     """response tokens whose logits are in memory at once in the head pass"""
+    products: Products = Products.auto
+    """dtype in which learner and scorers compute matrix products of bfloat16 models on CPUs: model,
+    or float32, which is faster on processors whose bfloat16 instructions are slow or missing; auto:
+    the faster one by a table, on the processor of the driver. A run keeps its first choice. On GPUs
+    products are in the model's dtype
+    """
     exact_logits: bool = False
     """bfloat16 on CPUs: compute logits by float32 products, several times slower. It is for a
     student that nearly equals its teacher: 20 % of the dense gradient is rounding error at a KL of
@@ -169,8 +176,8 @@ class TrainConfig:
             raise ConfigError(f"train.lr={self.lr}: must be positive and finite")
         if self.lr_end is not None and not (self.lr_end >= 0 and math.isfinite(self.lr_end)):
             raise ConfigError(
-                f"train.lr_end={self.lr_end}: must be finite and not negative, or training would "
-                "end by going uphill"
+                f"train.lr_end={self.lr_end}: must be finite and not negative, or the last steps "
+                "would increase the loss"
             )
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"train.betas={self.betas}: AdamW needs two numbers in [0, 1)")
@@ -307,7 +314,9 @@ class RewardConfig:
                 "at least 1"
             )
         if not 0 <= self.max_error_rate <= 1:
-            raise ConfigError(f"reward.max_error_rate={self.max_error_rate}: a fraction, in [0, 1]")
+            raise ConfigError(
+                f"reward.max_error_rate={self.max_error_rate}: must be a fraction, in [0, 1]"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -423,7 +432,7 @@ class ClusterConfig:
         if self.max_restarts < 0:
             raise ConfigError(
                 f"cluster.max_restarts={self.max_restarts}: must not be negative; 0 ends the run "
-                "at the first loss"
+                "at the first worker that fails"
             )
 
 

@@ -12,7 +12,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -20,6 +19,7 @@ from yaml import YAMLError
 from hybridrl.core.errors import ConfigError
 from hybridrl.core.files import read_text
 from hybridrl.settings.compose import conf_dir, load_config, one_sentence, saved_tree
+from hybridrl.settings.hydra_internals import parsed
 from hybridrl.settings.run import RunSettings
 
 GROUPS = ("experiment", "algorithm", "schedule")
@@ -30,17 +30,17 @@ NAME = "settings-file"
 
 
 def load_settings(overrides: Sequence[str], file: Path | None = None) -> RunSettings:
-    """The settings that a command means.
+    """The settings of a command.
 
-    The overrides go on top of the user's file, or where none is given, of the settings of the run
-    that they continue, or else of conf/ alone.
+    The overrides take precedence over those of the user's file; without a file, over those of the
+    run that the command continues; and in a new run, over those of conf/.
 
     Args:
         overrides: KEY=VALUE, as on the command line.
         file: a YAML file of the user's settings; None: there is none.
 
     Raises:
-        ConfigError: one sentence on the first that is wrong.
+        ConfigError: one sentence about the first setting that is wrong.
         RunDirectoryError, OSError: as saved_config, of a run that is continued.
     """
     with ExitStack() as stack:
@@ -136,8 +136,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is no YAML file of settings: {first}") from error
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError(
-            f"{path}: must be a mapping of settings, e.g. 'train: {{lr: 1.0e-3}}', and is "
-            "something else"
+            f"{path}: must be a mapping of settings, e.g. 'train: {{lr: 1.0e-3}}'; write names and "
+            "values"
         )
     return {str(key): part for key, part in tree.items()}
 
@@ -171,13 +171,13 @@ def continued_run(overrides: Sequence[str]) -> Path | None:
         ConfigError: an override is not KEY=VALUE.
     """
     with one_sentence(overrides):
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    if any(override.key_or_group in GROUPS for override in parsed):
+        given = parsed(overrides)
+    if any(override.key in GROUPS for override in given):
         return None
     run_dirs = [
         override.value()
-        for override in parsed
-        if override.key_or_group == "run.dir" and not override.is_sweep_override()
+        for override in given
+        if override.key == "run.dir" and not override.is_sweep
     ]
     run_dir = run_dirs[-1] if run_dirs else None
     if not isinstance(run_dir, str) or not run_dir:

@@ -17,9 +17,8 @@ def shares(prompts: int, algorithm: AlgorithmConfig, step: int) -> tuple[int, in
     """How many of a step's prompts the student, the first teacher and the data answer.
 
     They add up to `prompts`. What rounding subtracts from a share at one step it adds at a later
-    one: over steps 0 ... n each has answered its share of all prompts to within one. The numbers
-        depend only
-    on the step, so a resumed run continues them.
+    one: over steps 0 ... n each source has answered its share of all prompts to within one. The
+    numbers depend only on the step, so a resumed run continues them.
 
     Example: with 4 prompts and a tenth of them for the teacher, the teacher answers 0, 1, 0, 1, 0,
     0, 1, 0, 1, 0 in ten steps.
@@ -36,7 +35,8 @@ def shares(prompts: int, algorithm: AlgorithmConfig, step: int) -> tuple[int, in
 def _answered(prompts: int, algorithm: AlgorithmConfig) -> tuple[int, int, int]:
     """The division of the first `prompts` prompts of a run.
 
-    No entry decreases as `prompts` grows: the teacher's is a share of those without data.
+    No entry decreases as `prompts` grows: the teacher's is a share of the prompts that the data
+    does not answer.
     """
     by_data = math.floor(algorithm.data_fraction * prompts + 0.5)
     rest = prompts - by_data

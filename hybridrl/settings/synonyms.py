@@ -1,4 +1,4 @@
-"""Names of our settings in TRL, verl and OpenRLHF, and which of theirs are not supported.
+"""Names of settings in TRL, verl and OpenRLHF: those of hybridrl's own, and those not supported.
 
 The "did you mean" of error messages uses them.
 
@@ -21,7 +21,7 @@ class Synonym:
     """
 
     ours: str | None
-    """None: not supported"""
+    """the setting of hybridrl; None: not supported"""
     trl: str = ""
     verl: str = ""
     openrlhf: str = ""
@@ -33,10 +33,14 @@ class Synonym:
         return f"{self.trl} {self.verl} {self.openrlhf}".split()
 
 
-WEIGHTS = "all weights are trained; learner.ranks with learner.zero_stage=3 spreads them over GPUs"
-WHOLE = "the gradient is exact for responses drawn from the student's whole distribution"
-ONCE = "each batch makes one optimizer step"
-TEACHER = "the KL to a teacher; +teachers.ref=initial is the frozen start model as reference"
+ALL_WEIGHTS = (
+    "all weights are trained; learner.ranks with learner.zero_stage=3 spreads them over GPUs"
+)
+WHOLE_DISTRIBUTION = (
+    "the gradient is exact for responses drawn from the student's whole distribution"
+)
+ONE_STEP = "each batch makes one optimizer step"
+KL_TO_TEACHER = "the KL to a teacher; +teachers.ref=initial is the frozen start model as reference"
 
 SYNONYMS = (
     # optimizer
@@ -110,7 +114,7 @@ SYNONYMS = (
         "beta kl_coef",
         "kl_coef kl_loss_coef use_kl_loss use_kl_in_reward",
         "init_kl_coef use_kl_loss",
-        f"{TEACHER}; of DPO: algorithm.pair.beta",
+        f"{KL_TO_TEACHER}; of DPO: algorithm.pair.beta",
     ),
     Synonym(
         "algorithm.imitation_weight.target",
@@ -245,10 +249,12 @@ SYNONYMS = (
         "lora_r lora_alpha lora_dropout lora_target_modules use_peft load_in_4bit",
         "lora_rank",
         "lora_rank lora_alpha target_modules",
-        WEIGHTS,
+        ALL_WEIGHTS,
     ),
-    Synonym(None, "top_p top_k min_p repetition_penalty", "rollout.top_p", "top_p", WHOLE),
-    Synonym(None, "num_iterations num_ppo_epochs", "ppo_epochs", "max_epochs", ONCE),
+    Synonym(
+        None, "top_p top_k min_p repetition_penalty", "rollout.top_p", "top_p", WHOLE_DISTRIBUTION
+    ),
+    Synonym(None, "num_iterations num_ppo_epochs", "ppo_epochs", "max_epochs", ONE_STEP),
     Synonym(
         None,
         "",

@@ -1,1 +1,1 @@
-"""Frozen models that score responses, and what the learner makes of their scores."""
+"""Frozen models that score responses, and how the learner reads their scores."""

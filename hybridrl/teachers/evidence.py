@@ -1,9 +1,9 @@
-"""What a teacher can say about a response token, from its hidden states to the learner's head pass.
+"""The evidence of a teacher about a response token, and how scorer and learner compute with it.
 
-There is one class for each kind of evidence. It knows how wide its rows are in the object store,
-how a scorer reads them from the teacher's hidden states, what the learner's head pass is given, and
-what it needs of the sampler. Scorer, inbox, objective and oracle call these classes; nothing else
-asks which kind a teacher has, and the teachers of one run may differ.
+There is one class for each kind of evidence. It defines the width of its rows in the object store,
+how a scorer computes them from the teacher's hidden states, the input of the learner's head pass,
+and how many of the sampler's tokens it needs. Scorer, inbox, objective and oracle call these
+classes; no other code depends on the kind, and the teachers of one run may have different kinds.
 
 Shapes: R' response tokens of one forward pass, V vocabulary, H the teacher's hidden size, W width
 of a row, K tokens of a support.
@@ -28,7 +28,7 @@ from hybridrl.types import TokenScores
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class States:
-    """R' response tokens as a teacher's forward pass leaves them."""
+    """The result of a teacher's forward pass for R' response tokens."""
 
     hidden: Tensor  # [R', H] the last hidden state before each token
     head: Tensor  # [V, H] the teacher's output embedding
@@ -39,11 +39,11 @@ class States:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What is sent of R' response tokens."""
+    """The part of a scorer's answer that is about R' response tokens."""
 
     rows: Tensor  # [R', W]
     support_ids: Tensor  # [R', K] int64, the tokens that `rows` are about; K=0 without a support
-    logprobs: Tensor  # [R'] log q(y_t); 0 where it is not requested
+    logprobs: Tensor  # [R'] log q(y_t); 0 if it is not requested
 
 
 class Evidence(ABC):
@@ -55,7 +55,7 @@ class Evidence(ABC):
     __slots__ = ()
 
     name: ClassVar[str]
-    """The part of a metric's name that counts the bytes of its rows; empty: it has no rows."""
+    """Of its rows, in the metric transfer/token_bytes/<name>; empty: it has no rows."""
     needs_head: ClassVar[bool] = False
     """Whether the learner keeps a copy of the teacher's output embedding."""
 
@@ -66,17 +66,17 @@ class Evidence(ABC):
 
     @property
     def support(self) -> int:
-        """Tokens that a row is about: K; 0 where it is not about a selection of tokens."""
+        """K, the number of tokens that a row is about; 0: a row is about no selection of tokens."""
         return 0
 
     @property
     def sampler_support(self) -> int:
-        """How many of the sampler's most likely tokens it reads; 0: none."""
+        """The number of the sampler's most likely tokens that `read` needs; 0: none."""
         return 0
 
     @abstractmethod
     def width(self, vocabulary: int, hidden: int) -> int:
-        """Numbers in a row: W."""
+        """W, the numbers in a row, for a vocabulary of V tokens and a hidden size H."""
 
     def row_dtype(self, head: torch.dtype) -> torch.dtype:
         """The dtype of a row in the object store, by that of the teacher's output embedding."""
@@ -84,14 +84,14 @@ class Evidence(ABC):
 
     @abstractmethod
     def read(self, states: States) -> Reading:
-        """What is sent of these tokens; no gradient. Runs on the scorer."""
+        """Compute what is sent about these tokens, without gradients. Runs on the scorer."""
 
     @abstractmethod
     def head_input(
         self, scores: TokenScores, weight: Tensor, head: Tensor | None
     ) -> Teacher | None:
-        """What the head pass compares the student with; None: nothing beyond the drawn token. Runs
-        on the learner.
+        """The teacher with which the head pass compares the student; None: the drawn token's
+        log-prob is all that is known of it. Runs on the learner.
 
         Args:
             scores: of R response tokens; its arrays are writable.
@@ -104,7 +104,7 @@ class Evidence(ABC):
 class Hidden(Evidence):
     """The last hidden state: H numbers a token. The learner rebuilds log q over the vocabulary."""
 
-    drawn: bool  # log q(y_t) is sent too, which costs the scorer one pass over the vocabulary
+    drawn: bool  # also send log q(y_t), which costs the scorer one pass over the vocabulary
     name = "teacher_hidden"
     needs_head = True
 

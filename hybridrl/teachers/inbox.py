@@ -1,6 +1,4 @@
-"""The learner's side of the teachers: from the columns that scorers sent to what the head pass
-compares the student with.
-"""
+"""The learner's side of the teachers: from columns that scorers sent to the head pass's input."""
 
 from collections.abc import Sequence
 
@@ -19,8 +17,8 @@ from hybridrl.types import ScoredBatch, TokenScores
 
 
 class TeacherInbox:
-    """What the learner keeps of each scored teacher: its evidence, and its output embedding where
-    the evidence needs one.
+    """The learner's copy of each scored teacher: its evidence, and its output embedding where the
+    evidence needs one.
     """
 
     def __init__(
@@ -29,7 +27,13 @@ class TeacherInbox:
         heads: Sequence[Tensor | None],
         vocabulary: int,
     ) -> None:
-        """heads: of each teacher [V, H], on the device; None: its evidence needs none."""
+        """
+        Args:
+            evidence: of each scored teacher.
+            heads: the output embedding [V, H] of each of them, on the device; None: its evidence
+                needs none.
+            vocabulary: V, the student's.
+        """
         self.evidence = tuple(evidence)
         self.heads = tuple(heads)
         self.vocabulary = vocabulary
@@ -56,8 +60,8 @@ class TeacherInbox:
     def head_inputs(
         self, batch: ScoredBatch, teacher_weights: Sequence[Tensor]
     ) -> tuple[Teacher, ...]:
-        """What the head pass compares the student with, R rows each; a teacher whose evidence is
-        the drawn token's log-prob alone is not among them.
+        """The teachers with which the head pass compares the student, R rows each. A teacher that
+        sends only the drawn token's log-prob is not among them.
 
         Args:
             teacher_weights: of each scored teacher [N], w_i of each sequence.
@@ -66,7 +70,10 @@ class TeacherInbox:
         return self._head_inputs(batch.scores, of_tokens)
 
     def idle(self) -> tuple[Teacher, ...]:
-        """One row of weight 0 of each, in the widths and dtypes of the run."""
+        """One row of weight 0 of each, in the widths and dtypes of the run.
+
+        They are for a micro-batch of a rank that has no sequence left.
+        """
         scores = [
             TokenScores(
                 teacher="",

@@ -1,4 +1,4 @@
-"""A frozen teacher: it scores responses that other workers sampled."""
+"""A worker that scores responses with a frozen teacher."""
 
 import hashlib
 import time
@@ -30,8 +30,8 @@ from hybridrl.types import RolloutBatch, SavedFile, ScoreHeader, TokenScores
 class Scorer:
     """One replica of one teacher.
 
-    It makes one forward pass over each sequence and sends what its evidence says of the response
-    tokens. Log-probs of data are computed once and cached where they are all that is sent.
+    It makes one forward pass over each sequence and sends its evidence about the response tokens.
+    Where only log-probs are sent, those of the data's responses are computed once and cached.
     """
 
     def __init__(
@@ -46,23 +46,23 @@ class Scorer:
         self.teacher = teacher
         self.device = torch.device(device)
         self.model = load_teacher(settings, teacher, self.device)
-        # Rows past the student's vocabulary are padding: no probability may be on them.
+        # Rows beyond the student's vocabulary are padding, which must have no probability.
         rows = head_rows(settings.model.path, settings.model.revision)
         self.head = self.model.head[:rows].to(self.device)
         self.configure(settings, evidence, rule)
 
     def configure(self, settings: RunSettings, evidence: Evidence, rule: HeadRule) -> None:
-        """Use other settings from here on. The teacher stays.
+        """Use these settings from now on, with the same teacher.
 
         Args:
             evidence: what is sent of each response token.
-            rule: of the learner's head pass: its temperature, and how much is computed at once.
+            rule: of the learner's head pass: its temperature, and the tokens computed at once.
         """
         self.route: Mapping[str, Any] = settings.teachers[self.teacher].route
         self.evidence = evidence
         self.rule = rule
         model = settings.teacher_model(self.teacher)
-        # What log q depends on besides the tokens.
+        # Everything besides the tokens that log q depends on.
         weights = settings.teachers[self.teacher].model or model.path
         self.identity = f"{weights} {model.revision} {model.dtype} {rule.temperature}"
         self.max_tokens = settings.scorer.max_tokens_per_micro_batch
@@ -74,7 +74,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> tuple[ScoreHeader, TokenScores]:
-        """One forward pass over every sequence whose prompt is routed here; the rest stays 0."""
+        """Score all sequences whose prompts are routed to this teacher; others have scores of 0."""
         failpoints.hit("scorer.score", uid=batch.uids[0])
         started = time.monotonic()
         scores = empty_scores(self.evidence, self.teacher, batch, self.head)
@@ -91,7 +91,7 @@ class Scorer:
     def _score_sequences(
         self, scores: TokenScores, batch: RolloutBatch, sequences: Sequence[int]
     ) -> None:
-        """Write what the evidence says of these sequences into `scores`, and cache it."""
+        """Write the evidence about these sequences into `scores`, and cache it where possible."""
         first_rows = np.concatenate([[0], np.cumsum(batch.response_lengths)])
         lengths = np.diff(batch.offsets)[list(sequences)].tolist()
         for indices in micro_batches(lengths, self.max_tokens):
@@ -106,7 +106,7 @@ class Scorer:
                     self.cached[data_key(batch, i)] = logprobs.copy()
 
     def _nbytes(self, scores: TokenScores) -> dict[str, int]:
-        """Bytes that are sent, by the evidence's name; log-probs of drawn tokens apart."""
+        """Bytes that are sent, by name: of the rows, and of the drawn tokens' log-probs."""
         drawn = {"teacher_logprobs": scores.logprobs.nbytes}
         if not self.evidence.name:
             return drawn
@@ -139,7 +139,7 @@ class Scorer:
         return takes(self.route, batch.columns[sequence // batch.group_size])
 
     def _cached(self, batch: RolloutBatch, sequences: Sequence[int]) -> dict[int, np.ndarray]:
-        """Those of these sequences whose log-probs [r] are known: responses of the data."""
+        """The cached log-probs [r] of those sequences that have some, by the sequence's index."""
         if not self.caches or batch.source is not Source.data:
             return {}
         keys = {i: data_key(batch, i) for i in sequences}
@@ -148,11 +148,14 @@ class Scorer:
     # -- checkpoint --------------------------------------------------------------------------------
 
     def state_bytes(self) -> int:
+        """The size of the cached log-probs."""
         return sum(logprobs.nbytes for logprobs in self.cached.values())
 
     def save_state(self, folder: str, replica: int, replicas: int) -> list[SavedFile]:
-        """What it remembers, if anything: computed again in other company, a log-prob could differ
-        in its last bit.
+        """Write the cached log-probs to a file, if there are any.
+
+        They are saved because a log-prob that is computed again, in a micro-batch with other
+        sequences, could differ in its last bit.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -170,19 +173,18 @@ class Scorer:
 
     def load_state(self, folder: str, replica: int, replicas: int) -> list[SavedFile]:
         """Load the log-probs that this replica cached; where the number of replicas has changed,
-        those of all replicas. Nothing is loaded where the teacher, its dtype or the temperature is
-        another one.
+        those of all replicas. Log-probs of another teacher, dtype or temperature are not loaded.
 
         Raises:
-            CheckpointError: a file is none of ours.
+            CheckpointError: a file cannot be read as safetensors.
         """
-        every = sorted(Path(folder).glob(f"scorer-{self.teacher}-?????-of-?????.safetensors"))
-        alike = [path for path in every if path.stem.endswith(f"-of-{replicas:05d}")]
+        all_files = sorted(Path(folder).glob(f"scorer-{self.teacher}-?????-of-?????.safetensors"))
+        same_count = [path for path in all_files if path.stem.endswith(f"-of-{replicas:05d}")]
         self.cached = {}
         for path in (
-            [p for p in alike if p.stem.endswith(f"-{replica:05d}-of-{replicas:05d}")]
-            if alike
-            else every
+            [p for p in same_count if p.stem.endswith(f"-{replica:05d}-of-{replicas:05d}")]
+            if same_count
+            else all_files
         ):
             try:
                 with safe_open(path, framework="numpy") as file:
@@ -190,20 +192,20 @@ class Scorer:
                         names = file.keys()
                         self.cached |= {name: file.get_tensor(name) for name in names}
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: no safetensors file: {error}") from error
+                raise CheckpointError(f"{path}: is no safetensors file: {error}") from error
         return []
 
 
 def data_key(batch: RolloutBatch, sequence: int) -> str:
-    """A response to a prompt of the data, by their tokens and which of these are the response: the
-    same in every epoch.
+    """A key of one response of the data: the digest of its tokens, the prompt's included, and of
+    its mask. It is the same in every epoch.
     """
     part = batch.trajectory(sequence)
     return hashlib.sha256(part.input_ids.tobytes() + part.response_mask.tobytes()).hexdigest()
 
 
 def response_tokens(batch: RolloutBatch, sequence: int) -> np.ndarray:
-    """Indices of a sequence's response tokens in the per-token columns."""
+    """[r] int64, the indices of a sequence's response tokens in the per-token columns."""
     start = int(batch.offsets[sequence])
     end = int(batch.offsets[sequence + 1])
     return start + np.flatnonzero(batch.response_mask[start:end])

@@ -1,4 +1,4 @@
-"""Writing what a teacher says of a batch, token by token, into the columns that are sent."""
+"""Writes a teacher's evidence about a batch, token by token, into the columns that are sent."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from hybridrl.types import RolloutBatch, TokenScores
 def empty_scores(
     evidence: Evidence, teacher: str, batch: RolloutBatch, head: Tensor
 ) -> TokenScores:
-    """Scores of no token yet: log-probs and rows 0, supports of distinct tokens.
+    """The columns before a token is scored: log-probs and rows are 0, supports distinct tokens.
 
     Args:
         head: [V, H] the teacher's output embedding.
@@ -40,13 +40,13 @@ def fill_scores(
     rows: np.ndarray,
     tokens: np.ndarray,
 ) -> None:
-    """Write the evidence of R' response tokens into `scores`.
+    """Write the evidence about R' response tokens into `scores`.
 
     Args:
         hidden: [R', H] the teacher's last hidden state before each token.
         head: [V, H] its output embedding.
-        rows: [R'] their indices among the batch's response tokens.
-        tokens: [R'] their indices among all tokens of the batch.
+        rows: [R'] int64, their indices among the batch's response tokens.
+        tokens: [R'] int64, their indices among all tokens of the batch.
     """
     device = hidden.device
     states = States(

@@ -1,4 +1,4 @@
-"""What a scorer runs: a Hugging Face model, or a user's own class."""
+"""The model that a scorer runs: a Hugging Face model, or a user's own class."""
 
 from typing import Protocol
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from hybridrl.core.errors import ConfigError
 from hybridrl.core.plain_text import described
 from hybridrl.core.user_files import load_from_file
-from hybridrl.models.decoder_layers import compile_layers
+from hybridrl.models.decoder_layers import compile_layers, set_products
 from hybridrl.models.loading import head_rows, load_model, load_output_head
 from hybridrl.models.output_head import output_weight
 from hybridrl.settings.run import RunSettings
@@ -27,7 +27,7 @@ class TeacherModel(Protocol):
         ...
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """[B, T, H]: from the state at t follow the logits of the token at t + 1.
+        """[B, T, H]: the state at t, times head^T, gives the logits of the token at t + 1.
 
         Args:
             input_ids, attention_mask, position_ids: [B, T] int64; the mask is 0 in the padding.
@@ -67,6 +67,7 @@ def load_teacher(settings: RunSettings, teacher: str, device: torch.device) -> T
     model = settings.teacher_model(teacher)
     setting = settings.model_setting(teacher)
     loaded = load_model(model.path, model.dtype, model.revision, setting=setting).to(device).eval()
+    set_products(loaded, settings.train.products, device)
     compile_layers(loaded, tokens=settings.rollout.sequence_limit, packed=False, learns=False)
     return LocalModel(loaded, f"{setting}={model.path}")
 
@@ -106,7 +107,7 @@ def check_own_models(settings: RunSettings) -> None:
         except Exception as error:
             raise ConfigError(
                 f"{field}: its method states raised {described(error)} for the single token 1; "
-                "try it in Python"
+                "correct the class"
             ) from error
         if not isinstance(states, Tensor) or states.shape != expected:
             shape = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
@@ -125,7 +126,7 @@ def _of_users_file(settings: RunSettings, teacher: str, name: str) -> TeacherMod
     except Exception as error:
         raise ConfigError(
             f"{field}: making an object of it raised {described(error)}; it is made without "
-            "arguments"
+            "arguments, so correct the class"
         ) from error
     lacking = [part for part in ("head", "states") if not hasattr(model, part)]
     if lacking:

@@ -36,7 +36,7 @@ class ConsoleSink:
         step 40  eval accuracy 51.2 % (teacher 74.0 %, start 33.1 %)
 
     Args:
-        stream: None means sys.stdout, as it is when `start` is called.
+        stream: where to print; None: sys.stdout, as it is when `start` is called.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:

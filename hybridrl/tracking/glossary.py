@@ -75,7 +75,7 @@ SECTIONS = (
             "train/tokens",
             "tokens",
             "response tokens of the groups that are trained on in the step",
-            "the normaliser under token_mean",
+            "the divisor of the loss under algorithm.normalizer=token_mean",
         ),
         (
             "value/loss",
@@ -86,8 +86,9 @@ SECTIONS = (
     ),
     _section(
         "Two gradients",
-        "The dense part is the imitation at every visited prefix, the sparse part the returns "
-        "(REINFORCE). Gradients at the logits, over the whole batch, unless stated otherwise.",
+        "The dense part is that of the imitation at every visited prefix, the sparse part that of "
+        "the returns (REINFORCE). Unless stated otherwise, gradients are those at the logits, over "
+        "the whole batch.",
         (
             "grad/dense_norm",
             "",
@@ -98,19 +99,19 @@ SECTIONS = (
             "grad/sparse_norm",
             "",
             "norm of the sparse part",
-            "0: only imitation is learned, e.g. because all rewards are equal",
+            "0 means that only imitation is learned, e.g. because all rewards are equal",
         ),
         (
             "grad/dense_sparse_ratio",
             "",
             "dense_norm / sparse_norm",
-            "far from 1: one of the parts hardly counts; change algorithm.reward_weight",
+            "far from 1, one of the parts has little effect; change algorithm.reward_weight",
         ),
         (
             "grad/logit_cosine",
             "",
             "cosine of the angle between both parts",
-            "below 0: teacher and reward disagree on these responses",
+            "below 0, teacher and reward disagree on these responses",
         ),
         (
             "grad/dense_parameter_norm",
@@ -128,12 +129,12 @@ SECTIONS = (
             "grad/cosine",
             "",
             "cosine of the angle between both at the parameters; every diagnostics.every steps",
-            "below 0: the parts work against each other",
+            "below 0, the parts oppose each other",
         ),
     ),
     _section(
         "Schedules",
-        "The weights of both goals in the step.",
+        "The weights of the two goals, imitation and reward, in the step.",
         (
             "schedule/lambda",
             "",
@@ -180,7 +181,7 @@ SECTIONS = (
             "teacher/forward_kl",
             "nats",
             "mean of KL(q || p)",
-            "rises while the reverse KL falls: the student drops modes of its teacher",
+            "if it rises while the reverse KL falls, the student drops modes of its teacher",
         ),
         (
             "teacher/top1_agree",
@@ -192,7 +193,7 @@ SECTIONS = (
             "teacher/overlap",
             "share",
             "mean of |top-16(p) and top-16(q)| / 16",
-            "rises; if low from the start, distillation on the student's samples teaches little",
+            "rises; if it is low from the start, the student learns little from its own samples",
         ),
         ("teacher/overlap_mass_student", "share", "mass of p on that intersection", "0.97 to 0.99"),
         ("teacher/overlap_mass_teacher", "share", "mass of q on that intersection", "0.97 to 0.99"),
@@ -213,7 +214,7 @@ SECTIONS = (
             "entropy/token",
             "nats",
             "mean of H(p) over response tokens",
-            "falls slowly; near 0 the student always writes the same; an endless rise is a "
+            "falls slowly; near 0 the student always writes the same; a rise without end is a "
             "collapse",
         ),
         (
@@ -225,8 +226,8 @@ SECTIONS = (
     ),
     _section(
         "Advantages",
-        "A = -(G minus its baseline) multiplies grad log p(y); over response tokens. For pairs, A "
-        "is minus the slope of the loss.",
+        "A = -(G minus its baseline) is the factor of grad log p(y), measured over response "
+        "tokens. For pairs, A is minus the derivative of the loss by the token's log-prob.",
         ("advantage/mean", "", "mean of A", "near 0 with a baseline from the same group"),
         (
             "advantage/std",
@@ -240,18 +241,18 @@ SECTIONS = (
             "advantage/positive_frac",
             "share",
             "tokens with A > 0",
-            "near 0: the student only learns what not to write",
+            "near 0, the student learns only which tokens to avoid",
         ),
         (
             "advantage/abs_q<quarter>",
             "",
             "mean of |A| in the first (q1) to last (q4) quarter of each response",
-            "equal; with gamma > 0 early tokens have larger ones, as more costs follow them",
+            "equal; with gamma > 0 it is larger for early tokens, which more costs follow",
         ),
     ),
     _section(
         "Reward",
-        "Of the responses that reward functions scored; absent without such a function.",
+        "Over the responses that reward functions scored; absent without such a function.",
         ("reward/mean", "", "mean of the weighted sum of all functions", "rises"),
         (
             "reward/stderr",
@@ -275,14 +276,14 @@ SECTIONS = (
             "reward/pass_at_k",
             "share",
             "groups with a reward above 0.5 for any of their K responses",
-            "falls while reward/mean rises: the student loses variety",
+            "if it falls while reward/mean rises, the student loses variety",
         ),
         (
             "reward/equal_groups_frac",
             "share",
             "groups whose K rewards are all equal",
-            "near 1 there is nothing to learn from: use harder or easier prompts, or dynamic "
-            "sampling",
+            "near 1 there is nothing to learn from; use harder or easier prompts, or "
+            "algorithm.dynamic_sampling",
         ),
     ),
     _section(
@@ -329,12 +330,13 @@ SECTIONS = (
     ),
     _section(
         "Responses",
-        "Of all responses of a step, sampled or given.",
+        "Over all responses of a step, sampled or from the data.",
         (
             "rollout/length_mean",
             "tokens",
             "mean length, end token included",
-            "a steady rise to the limit: the reward favours length, or the student repeats itself",
+            "if it rises steadily to the limit, the reward favours length, or the student repeats "
+            "itself",
         ),
         (
             "rollout/length_p95",
@@ -358,14 +360,14 @@ SECTIONS = (
         (
             "rollout/compressed",
             "share",
-            "mean of the size of the text compressed by zlib, over its size",
-            "a sudden fall: repetition; short texts exceed 1 because of zlib's header",
+            "mean of the size of a text after compression by zlib, over its size before",
+            "a sudden fall shows repetition; short texts exceed 1 because of zlib's header",
         ),
         (
             "rollout/repeated",
             "share",
             "mean share of the 4-grams of tokens in a response that occurred in it before",
-            "near 0; a rise: repetition",
+            "near 0; a rise shows repetition",
         ),
     ),
     _section(
@@ -382,8 +384,8 @@ SECTIONS = (
         (
             "policy/probe_gap",
             "nats",
-            "the same, of a few tokens that each engine samples right after a sync; the worst "
-            "engine's",
+            "the same over up to 32 tokens that each engine samples right after a sync; the "
+            "largest of the engines",
             "like policy/logprob_gap; above rollout.max_logprob_gap the run stops before it learns "
             "from that engine",
         ),
@@ -391,7 +393,7 @@ SECTIONS = (
             "policy/logprob_gap_max",
             "nats",
             "largest |log p(y) - log mu(y)| of these tokens",
-            "far above the mean: single tokens disagree; see model.dtype",
+            "if it is far above the mean, single tokens disagree; see model.dtype",
         ),
         (
             "policy/kl_sampler",
@@ -410,7 +412,7 @@ SECTIONS = (
             "policy/ess",
             "share",
             "(sum rho)^2 / (n sum rho^2)",
-            "near 1; 0.5 means that half of the samples count",
+            "near 1; at 0.5 the gradient is as noisy as with half of the samples",
         ),
         (
             "policy/bounded_frac",
@@ -422,7 +424,7 @@ SECTIONS = (
             "policy/kept_frac",
             "share",
             "share of train/tokens whose weight is above 0",
-            "1, less the tokens that sequence ratios mask and that are in no pair",
+            "1, minus the share of tokens that sequence ratios mask or that are in no pair",
         ),
         (
             "policy/staleness_mean",
@@ -449,16 +451,16 @@ SECTIONS = (
             "pair/chosen_score",
             "",
             "mean of s_w",
-            "well below 0: the student unlearns good responses too",
+            "if it is well below 0, the student unlearns good responses too",
         ),
         ("pair/rejected_score", "", "mean of s_l", "falls"),
         (
             "pair/score_max",
             "",
             "largest |s_w| or |s_l|",
-            "below 20; above that a DIL loss is continued as a straight line",
+            "below 20; above it a DIL loss is continued as a straight line (algorithm.pair.clamp)",
         ),
-        ("pair/clamped_frac", "share", "pairs with a score above that clamp", "0"),
+        ("pair/clamped_frac", "share", "pairs with a score above algorithm.pair.clamp", "0"),
         (
             "pair/rejected_ratio",
             "",
@@ -480,7 +482,7 @@ SECTIONS = (
     ),
     _section(
         "Time and bytes",
-        "By the clock of the controller, unless stated otherwise, and the bytes it transferred.",
+        "Times are measured by the controller, unless stated otherwise; bytes are those of a step.",
         ("perf/tokens_per_s", "tokens/s", "response tokens of a step over its wall time", "steady"),
         ("time/step_s", "s", "wall time of a step, without evaluation and checkpoint", "steady"),
         (
@@ -495,26 +497,26 @@ SECTIONS = (
             "s",
             "time from the arrival of a request to the end of a response, by the engines' clocks; "
             "median",
-            "near p95: there are no stragglers",
+            "if it is near p95, there are no stragglers",
         ),
         (
             "time/response_s_p95",
             "s",
             "the same, 95th percentile",
-            "far above the median: a long tail; see rollout.oversample",
+            "if it is far above the median, a few responses delay the step; see rollout.oversample",
         ),
         ("time/response_s_max", "s", "the same, slowest response", "what a step waits for"),
         (
             "time/scorers_busy_s",
             "s",
             "sum over the calls of the scorers, by their own clocks",
-            "above time/score_s: scoring overlapped with sampling or learning",
+            "if it is above time/score_s, scoring overlapped with sampling or learning",
         ),
         (
             "time/learner_busy_s",
             "s",
             "duration of the update, by the learner's own clock",
-            "below time/learn_s by the time that fetching the batch took",
+            "below time/learn_s by the time for fetching the batch",
         ),
         (
             "perf/weights_gb_per_s",
@@ -550,7 +552,8 @@ SECTIONS = (
         (
             "transfer/token_bytes/<signal>",
             "bytes",
-            "per token: of rollouts over all tokens, of a teacher's signal over response tokens",
+            "bytes per token: of rollouts per token of a sequence, of a teacher's signal per "
+            "response token",
             "rollout: 13, and 4 per support token; teacher_hidden: 2 H in bf16; teacher_support: "
             "8 K",
         ),
@@ -582,7 +585,8 @@ HEAD = """# Metrics
 Every key of metrics.jsonl, generated by `python -m hybridrl.tracking.glossary`. Means are over the
 response tokens of the global batch whose weight is above 0, and exact: the ranks add up sums in
 float64. A key is absent if there was nothing to measure. m is the weight of a token, y the token,
-G the return, w_i and D_i the weight and the divergence of teacher i.
+p(y) its probability by the student, G its return, f(rho) the factor by algorithm.ratio (1 without
+one), w_i and D_i the weight and the divergence of teacher i.
 """
 
 

@@ -12,11 +12,11 @@ OFTEN = 0.1  # share of the steps from which a symptom is named in the summary
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Symptom:
-    """One way in which a step can fail to teach anything."""
+    """One reason why nothing is learned from a step."""
 
     shows: Callable[[Row], bool]  # whether the metrics of a step have it
-    what: str  # a clause that names it
-    remedy: str  # what the user can do
+    what: str  # a clause that names the symptom
+    remedy: str  # a clause in the imperative, for the user
 
 
 def _most_cut(row: Row) -> bool:
@@ -30,7 +30,7 @@ def _most_empty(row: Row) -> bool:
 
 
 def _rewards_equal(row: Row) -> bool:
-    """Whether all rewards are equal, of a reward that is learned from."""
+    """Whether all rewards are equal, in a run that learns from them."""
     spread = row.get("reward/stderr", math.nan)
     size = max(1.0, abs(row.get("reward/mean", 0.0)))
     return row.get("schedule/lambda", 0.0) != 0 and spread <= ROUNDING * size

@@ -21,7 +21,7 @@ METHODS = {
     "samples": "rows",
     "close": "exit_code",
 }
-"""Of a sink, each with the name of its argument."""
+"""The methods of a sink, each with the name of its argument."""
 
 
 def check_sinks(config: TrackingConfig) -> None:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.choices import WandbMode
 from hybridrl.settings.run import TrackingConfig
+from hybridrl.tracking.wandb_internals import quiet_settings, run_folder
 from hybridrl.types import RunInfo, Sample
 
 INIT_S = 30.0
@@ -97,21 +98,7 @@ class WandbSink:
             group=self._config.group,
             tags=list(self._config.tags),
             config=info.config,
-            # Probes of machine, git and packages take time and publish more than was asked for.
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                save_code=False,
-                disable_code=True,
-                disable_git=True,
-                x_disable_stats=True,
-                x_disable_meta=True,
-                x_disable_machine_info=True,
-                x_save_requirements=False,
-                init_timeout=INIT_S,
-                finish_timeout=self._finish_s,
-                finish_timeout_raises=True,
-            ),
+            settings=quiet_settings(init_s=INIT_S, finish_s=self._finish_s),
         )
         self._run_id = self._run.id
         self._run.define_metric("*", step_metric="train/step")
@@ -142,7 +129,7 @@ class WandbSink:
         try:
             self._run.finish(exit_code=exit_code)
         except TimeoutError as error:
-            remedy = f"`wandb sync {self._run.settings.sync_dir}` sends it"
+            remedy = f"`wandb sync {run_folder(self._run)}` sends it"
             raise TimeoutError(
                 f"the server did not take the rest of the run within {self._finish_s:g} s; {remedy}"
             ) from error
@@ -172,9 +159,9 @@ def base_url() -> str:
 
 
 def unreachable() -> str:
-    """Why a run cannot be sent to the W&B server, as a clause; empty if it answers like one.
+    """Why a run cannot be sent to the W&B server, as a clause; empty if it can.
 
-    W&B's own client retries for most of a minute before it reports an error. Only a GraphQL answer
+    The client of W&B retries for most of a minute before it reports an error. Only a GraphQL answer
     counts: not a login page, a page of a proxy, or the JSON of another service. Whether the key is
     valid is not checked here: the client's own error says so.
     """

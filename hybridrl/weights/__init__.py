@@ -1,1 +1,1 @@
-"""Everything that knows a parameter's name: what is published, saved, loaded and exported."""
+"""Everything that depends on parameters' names: publishing, saving, loading and exporting them."""

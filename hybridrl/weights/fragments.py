@@ -1,11 +1,11 @@
 """The learner's state on disk: of every parameter, the pieces that each rank holds.
 
-One file a rank, learner-rank00000-of-00002.safetensors. Its tensors are flat float32 pieces
-PART/NAME; its header says where in the flattened parameter NAME the piece lies. A rank that loads
-reads the slices it needs from the files that hold them. So nothing is gathered anywhere, and the
-number of ranks and the ZeRO stage may change between saving and loading.
+Each rank writes one file, e.g. learner-rank00000-of-00002.safetensors. Its tensors are flat float32
+pieces PART/NAME; its header gives the place of each piece in the flattened parameter NAME. A rank
+that loads reads the slices that it needs from the files that hold them. So no parameter is ever
+gathered, and the number of ranks and the ZeRO stage may change between saving and loading.
 
-Which parameters have fragments, and their names, is what StudentWeights.saved() answers.
+StudentWeights.saved() decides which parameters have fragments, and their names.
 """
 
 import json
@@ -41,10 +41,13 @@ class Fragment:
 
 
 def write_fragments(folder: Path, rank: int, world: int, fragments: Iterable[Fragment]) -> Path:
-    """Put one rank's pieces into `folder`.
+    """Write one rank's pieces to a file in `folder`; returns the path of the file.
+
+    Args:
+        world: number of ranks.
 
     Raises:
-        CheckpointError: naming the file and its bytes when it cannot be written.
+        CheckpointError: the file cannot be written; names it and its size.
     """
     path = folder / f"learner-rank{rank:05d}-of-{world:05d}.safetensors"
     tensors: dict[str, Tensor] = {}
@@ -80,16 +83,18 @@ class _Piece:
 
 
 class FragmentReader:
-    """All ranks' files as one state. Opening reads headers only; reading a slice touches no other.
+    """The files of all ranks as one state. Opening reads only headers, `read` only its slice.
 
     Example: of "w" with 6 elements, two ranks saved [0, 4) and [4, 6); read("master", "w", 3, 2)
     takes one element from each file.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises:
-        CheckpointError: a rank's file is missing or is not one of ours, or the pieces do not tile
-            a parameter.
+        """Open the files of a checkpoint.
+
+        Raises:
+            CheckpointError: a rank's file is missing or has no index of pieces, or the pieces do
+                not cover a parameter exactly once.
         """
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -101,7 +106,11 @@ class FragmentReader:
             self._check_tiling(name, prod(shape))
 
     def read(self, part: str, name: str, offset: int, length: int) -> Tensor:
-        """[length] float32 on CPU: that slice of the flattened parameter.
+        """[length] float32 on the CPU, the elements from `offset` on of the flattened parameter.
+
+        Args:
+            part: one of PARTS.
+            name: of the parameter, one of `shapes`.
 
         Raises:
             CheckpointError: the files hold no such part, or in another dtype.
@@ -126,7 +135,7 @@ class FragmentReader:
         return values
 
     def whole(self, part: str, name: str) -> Tensor:
-        """The parameter in its own shape, float32 on CPU."""
+        """The whole parameter in its own shape, float32 on the CPU; raises as `read`."""
         return self.read(part, name, 0, prod(self.shapes[name])).reshape(self.shapes[name])
 
     def _paths(self) -> list[Path]:
@@ -148,7 +157,7 @@ class FragmentReader:
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: no safetensors file: {error}") from error
+            raise CheckpointError(f"{path}: is no safetensors file: {error}") from error
 
     def _list(self, number: int, index: str) -> None:
         try:

@@ -34,7 +34,7 @@ from hybridrl.weights.parameters import (
 
 Shapes = Mapping[str, tuple[int, ...]]
 TEMPLATE = "chat_template.jinja"
-"""Where a folder keeps its chat template; it goes before one in tokenizer_config.json."""
+"""A folder's file with its chat template, which precedes one in tokenizer_config.json."""
 
 
 def export(
@@ -45,14 +45,14 @@ def export(
     *,
     kind: WeightsKind = FullFineTuning,
 ) -> None:
-    """Write `state` and everything else of the model that training started from.
+    """Write a model folder: the tensors of `state`, and all other files of the start model.
 
-    The folder appears whole or not at all.
+    The folder appears complete or not at all.
 
     Args:
         state: every tensor of StudentWeights.exported() by its name, on CPU; dtypes are kept. Tied
-            names may be repeated. A value head comes with the others and goes to a file of its
-            own, which only loading.load_value_head reads.
+            names may be repeated. A value head is written to a file of its own, which only
+            loading.load_value_head reads.
         source: the folder that training started from (loading.resolve).
         folder: replaced if it exists.
         template: the chat template that the run trained with; None, or no such file: the source's
@@ -70,12 +70,7 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        for pattern in TEXT_FILES:
-            for path in source.glob(pattern):
-                if not path.name.endswith(".index.json"):  # names the source's weight shards
-                    copy = unfinished / path.relative_to(source)
-                    copy.parent.mkdir(exist_ok=True)
-                    shutil.copy(path, copy)
+        _copy_text_files(source, unfinished)
         if template is not None and template.is_file():
             shutil.copy(template, unfinished / TEMPLATE)
         dtype = next(iter(tensors.values())).dtype
@@ -90,12 +85,22 @@ def export(
         raise
 
 
-def _tie(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> bool:
-    """Whether input and output embedding are one; the output embedding is then taken out of
-    `tensors`.
+def _copy_text_files(source: Path, folder: Path) -> None:
+    """Copy configuration, tokenizer and chat templates of a model."""
+    for pattern in TEXT_FILES:
+        for path in source.glob(pattern):
+            if not path.name.endswith(".index.json"):  # names the source's weight shards
+                copy = folder / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(path, copy)
 
-    Where `tensors` has both, their numbers decide and the config is corrected: transformers loads
-    two that differ as two parameters, whatever the config says, and so they were trained.
+
+def _tie(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> bool:
+    """Whether input and output embedding are one parameter; if so, the output embedding is removed
+    from `tensors`.
+
+    If `tensors` has both and they differ, the config is corrected: whatever it says, transformers
+    loads two that differ as two parameters, and training changed them as two.
     """
     text = config.get_text_config()
     if not text.tie_word_embeddings:
@@ -118,12 +123,13 @@ def _outline(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _value_head_outline(config: PreTrainedConfig) -> torch.nn.Parameter:
+    """[1, H] without numbers."""
     return torch.nn.Parameter(torch.empty(1, config.get_text_config().hidden_size, device="meta"))
 
 
 def _saved_outline(config: PreTrainedConfig, saved: Shapes) -> PreTrainedModel:
-    """The model of a checkpoint: its two embeddings are tied only where the checkpoint does not
-    hold the output embedding for itself.
+    """The model of a checkpoint, without numbers: its two embeddings are tied unless the checkpoint
+    holds an output embedding.
     """
     model = _outline(config)
     text = config.get_text_config()
@@ -138,16 +144,16 @@ def _saved_outline(config: PreTrainedConfig, saved: Shapes) -> PreTrainedModel:
 
 
 def _saves_all(weights: StudentWeights) -> bool:
-    """Whether a checkpoint alone holds all that an export is computed from."""
+    """Whether a checkpoint holds every parameter that an export is computed from."""
     saved = weights.saved()
     return all(name in saved for tensor in weights.exported() for name in tensor.sources)
 
 
 def _write_config(file: Path, config: PreTrainedConfig, dtype: torch.dtype, tied: bool) -> None:
-    """Change the copy of the source's config.json, and no more of it than the weights need.
+    """Change the entries of the copied config.json that depend on the weights.
 
-    Values that newer versions of transformers spell in another way are written in both spellings. A
-    program that knows the older one alone would use its default instead, such as a rotary base of
+    Values whose key newer versions of transformers have renamed are written under both keys. A
+    program that reads only the older key would otherwise use its default, such as a rotary base of
     10000.
     """
     written = json.loads(file.read_text())
@@ -171,12 +177,12 @@ def checkpoint_tensors(
     """The tensors that the learner itself would have exported when it saved the checkpoint, by
     name, on CPU.
 
-    Saved parameters are rounded from fp32 to `dtype` as the learner's own are. The model that
-    training started from is loaded only where a class of student weights does not save all of it.
+    Saved parameters are rounded from fp32 to `dtype`, as the learner rounds its own. The model that
+    training started from is loaded only if the class of student weights does not save all of it.
 
     Args:
         folder: of the checkpoint; Adam's moments in it are not read.
-        model: that training started from.
+        model: the one that training started from.
         kind: the class of student weights that was trained.
 
     Raises:
@@ -221,20 +227,21 @@ def _check_export(
     Raises:
         CheckpointError: a name is missing or unknown, or a shape differs.
     """
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if value_head is not None:
-        given[VALUE_HEAD] = tuple(value_head.shape)
+        shapes[VALUE_HEAD] = tuple(value_head.shape)
     weights = kind(_outline(config), None if value_head is None else _value_head_outline(config))
-    _check(given, {tensor.name: tensor.shape for tensor in weights.exported()}, config)
+    _check(shapes, {tensor.name: tensor.shape for tensor in weights.exported()}, config)
 
 
-def _check(given: Shapes, wanted: Shapes, config: PreTrainedConfig) -> None:
-    problems = [f"{name} is missing" for name in wanted.keys() - given.keys()]
-    problems += [f"{name} is unknown" for name in given.keys() - wanted.keys()]
+def _check(shapes: Shapes, expected: Shapes, config: PreTrainedConfig) -> None:
+    """Raise CheckpointError with the first differences between two sets of shapes by name."""
+    problems = [f"{name} is missing" for name in expected.keys() - shapes.keys()]
+    problems += [f"{name} is unknown" for name in shapes.keys() - expected.keys()]
     problems += [
-        f"{name} is {list(shape)}, the model needs {list(wanted[name])}"
-        for name, shape in given.items()
-        if name in wanted and shape != wanted[name]
+        f"{name} is {list(shape)}, the model needs {list(expected[name])}"
+        for name, shape in shapes.items()
+        if name in expected and shape != expected[name]
     ]
     if problems:
         raise CheckpointError(
@@ -243,6 +250,7 @@ def _check(given: Shapes, wanted: Shapes, config: PreTrainedConfig) -> None:
 
 
 def _swap(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`, and remove the folder that had this name."""
     if folder.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
         os.rename(folder, old)

@@ -1,23 +1,26 @@
 """What hybridrl reads of DeepSpeed, torch and vLLM beyond their documented interfaces.
 
-Every such reach of the learner and of the weights is a function of this file, so that an upgrade of
-a library has one file to look at. tests/weights/test_library_internals.py runs each of them against
-the real library, and fails when the installed version is not the one in SEEN.
+Every such access of the learner and of the weights is a function of this file, so that after an
+upgrade of a library only this file must be compared with it.
+tests/weights/test_library_internals.py runs each of them against the real library, and fails when
+the installed version is not the one in SEEN.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 SEEN = {"deepspeed": "0.19.8", "torch": "2.13.0", "vllm": "0.32.0"}
 """The versions that this file was written for and tested with."""
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 has cut the parameter into one piece a rank; it then has no shape of its
-    own.
-    """
+    """Whether ZeRO-3 has divided the parameter among the ranks; its `shape` is then not its own."""
     return hasattr(parameter, "ds_id")
 
 
@@ -26,14 +29,14 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-# ZeRO-1 and ZeRO-2 lay all parameters end to end and give each rank one stretch of them. DeepSpeed
-# writes what a rank holds of a parameter into its attribute `_hp_mapping`: a tensor_fragment of
-# deepspeed/utils/tensor_fragment.py, or None where the rank holds nothing. A parameter without the
-# attribute is an error here on purpose: "holds nothing" would save nothing without a word.
+# ZeRO-1 and ZeRO-2 join all parameters to one vector and give each rank one interval of it. The
+# part of a parameter that a rank holds is in its attribute `_hp_mapping`: a tensor_fragment of
+# deepspeed/utils/tensor_fragment.py, or None where the rank holds nothing of it. A parameter
+# without the attribute is an error here, since otherwise checkpoints would lack it without notice.
 
 
 def fragment_span(parameter: nn.Parameter) -> tuple[int, int]:
-    """(offset, length) of what this rank holds of the flattened parameter, under ZeRO-1 or 2."""
+    """(offset, length) of this rank's part of the flattened parameter, under ZeRO-1 or 2."""
     mapping = vars(parameter)["_hp_mapping"]
     if mapping is None:
         return 0, 0
@@ -42,7 +45,7 @@ def fragment_span(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def fragment_values(parameter: nn.Parameter, moment: str | None) -> Tensor:
-    """[length] float32, the optimizer's own memory, under ZeRO-1 or 2.
+    """[length] float32, a view of the optimizer's memory, under ZeRO-1 or 2.
 
     Args:
         moment: of Adam, "exp_avg" or "exp_avg_sq"; None: the master weights.
@@ -51,15 +54,21 @@ def fragment_values(parameter: nn.Parameter, moment: str | None) -> Tensor:
 
 
 class ZeroOptimizer(Protocol):
-    """DeepSpeed's optimizer of any ZeRO stage, around the one of torch that it was given."""
+    """DeepSpeed's optimizer of any ZeRO stage, which wraps an optimizer of torch."""
 
     optimizer: torch.optim.Optimizer
+    overflow: bool  # of the last step
 
 
 def set_adam_steps(zero: ZeroOptimizer, steps: int) -> None:
-    """Overwrite how many steps AdamW counts, which its bias correction depends on."""
+    """Set the number of steps on which AdamW's bias correction depends."""
     for state in zero.optimizer.state.values():
         state["step"] = torch.full_like(state["step"], steps)
+
+
+def left_out(zero: ZeroOptimizer) -> bool:
+    """Whether the last step changed nothing because its gradient was NaN or infinite."""
+    return zero.overflow
 
 
 def has_transfer_backend(factory: type, name: str) -> bool:
@@ -67,3 +76,26 @@ def has_transfer_backend(factory: type, name: str) -> bool:
     is an error.
     """
     return name in vars(factory)["_registry"]
+
+
+def transfer_engine(worker: Any) -> "WeightTransferEngine | None":
+    """The worker's side of weight transfer, in a process of vLLM; None: it has none.
+
+    Args:
+        worker: of vLLM; the first argument of what collective_rpc calls.
+    """
+    return worker.weight_transfer_engine
+
+
+def begin_reload(model: nn.Module) -> None:
+    """Have vLLM's model take its weights anew, layer by layer, through model.load_weights."""
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+
+
+def end_reload(model: nn.Module, config: "ModelConfig") -> None:
+    """The other end of begin_reload: process the layers that wait for it, such as attention."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, config)

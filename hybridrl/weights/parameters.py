@@ -1,7 +1,7 @@
 """The student's weights by name: what trains, what engines receive, what is saved and exported.
 
-StudentWeights answers these four questions. The optimizer, the weight stream, the fragments of a
-checkpoint and the export ask it, and no other file decides by the name of a parameter.
+A class with the four methods of StudentWeights decides this for the optimizer, the weight stream,
+the fragments of a checkpoint and the export. No other file decides by the name of a parameter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -85,8 +85,9 @@ class StudentWeights(Protocol):
 
 
 WeightsKind = Callable[[PreTrainedModel, nn.Parameter | None], StudentWeights]
-"""A class of student weights: (model, value head [1, H] or None) -> its four answers. The model may
-be on torch's meta device, without numbers.
+"""A class of student weights, built from the model and its value head [1, H] or None.
+
+The model may be on torch's meta device, without numbers.
 """
 
 
@@ -105,19 +106,19 @@ class FullFineTuning:
         if any(tensor.name == LM_HEAD for tensor in tensors):
             return tensors
         head = self.model.get_output_embeddings().weight
-        own = next(tensor for tensor in tensors if tensor.sources[tensor.name] is head)
-        return [*tensors, replace(own, name=LM_HEAD, repeats=own.name)]
+        embedding = next(tensor for tensor in tensors if tensor.sources[tensor.name] is head)
+        return [*tensors, replace(embedding, name=LM_HEAD, repeats=embedding.name)]
 
     def saved(self) -> dict[str, nn.Parameter]:
         return self.trained()
 
     def exported(self) -> list[NamedTensor]:
-        own = [tensor for tensor in self.published() if tensor.repeats is None]
-        return own + [same_tensor(name, head) for name, head in self.value_head.items()]
+        tensors = [tensor for tensor in self.published() if tensor.repeats is None]
+        return tensors + [same_tensor(name, head) for name, head in self.value_head.items()]
 
 
 def weights_kind(settings: RunSettings) -> WeightsKind:
-    """The class of student weights that a run's settings name; so far there is one."""
+    """The class of student weights of a run; there is one, so no setting selects it."""
     return FullFineTuning
 
 

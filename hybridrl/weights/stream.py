@@ -16,7 +16,7 @@ from hybridrl.types import WeightManifest
 from hybridrl.weights.parameters import NamedTensor
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
-"""Makes the given parameters whole while the context lasts; a collective when they are sharded."""
+"""A context in which the given parameters are whole; for sharded ones it is a collective."""
 
 ALIGNMENT = 64
 """Bytes. A tensor view needs the alignment of its dtype; 64 suits all, and vector loads."""
@@ -36,7 +36,7 @@ class WeightStream:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all that iterating yields, of a tied head and of its embedding."""
+        """The bytes of all tensors that iterating yields; a tied head and its embedding count."""
         return sum(_nbytes(tensor) for tensor in self.tensors)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -59,7 +59,8 @@ class WeightStream:
     def pack(self, version: int) -> tuple[WeightManifest, np.ndarray]:
         """All weights in one buffer [nbytes] uint8, and its manifest with the buffer's digest.
 
-        The buffer is the same one at each call: fresh pages would cost several times the copy.
+        Every call returns the same buffer, since allocating memory would take several times as long
+        as the copy.
         """
         starts, nbytes = self._layout()
         if self.buffer is None:
@@ -82,8 +83,8 @@ class WeightStream:
         return manifest, packed
 
     def _layout(self) -> tuple[dict[str, int], int]:
-        """Where each tensor begins, in bytes, and where the last one ends. A tensor that repeats
-        another lies where that one does.
+        """The offset of each tensor in bytes, by name, and the length of the buffer. A tensor that
+        repeats another one has its offset.
         """
         starts: dict[str, int] = {}
         end = 0
@@ -116,6 +117,7 @@ def _nbytes(tensor: NamedTensor) -> int:
 
 
 def _layer(name: str) -> str:
+    """The name up to its first number. Example: "model.layers.3.mlp.bias" -> "model.layers.3"."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return name if number is None else ".".join(parts[: number + 1])

@@ -1,5 +1,5 @@
-"""vLLM's side of a weight update: the `object_store` backend, and the learner's feed for `nccl` and
-`ipc`.
+"""vLLM's side of a weight update: the backend `object_store`, and the learner's source of weights
+for the backends `nccl` and `ipc`.
 
 The backend receives one packed buffer, in the object store's own memory or as a file in shared
 memory (an engine's child processes cannot read Ray's object store), checks its digest, names,
@@ -30,7 +30,12 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from hybridrl.types import WeightManifest
-from hybridrl.weights.library_internals import has_transfer_backend
+from hybridrl.weights.library_internals import (
+    begin_reload,
+    end_reload,
+    has_transfer_backend,
+    transfer_engine,
+)
 from hybridrl.weights.stream import WeightStream, unpack
 
 BACKEND = "object_store"
@@ -44,8 +49,8 @@ class ObjectStoreInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
-    """Where the bytes are, and what they are, as the plain values that vLLM sends to its child
-    processes.
+    """The place of the packed weights and their manifest, as the plain values that vLLM can send to
+    its child processes.
     """
 
     manifest: dict
@@ -58,23 +63,22 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
 
     init_info_cls = ObjectStoreInitInfo
     update_info_cls = ObjectStoreUpdateInfo
+    expected: set[str]  # parameters of the engine's model, all of which an update must load
     received_digest: str | None = None  # of the bytes loaded last; None before and during an update
 
     def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
         self.received_digest = None
-        self._expected = {name for name, _ in self.model.named_parameters()}
-        initialize_layerwise_reload(self.model)
+        self.expected = {name for name, _ in self.model.named_parameters()}
+        begin_reload(self.model)
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
         manifest = WeightManifest(**update_info.manifest)
         packed = update_info.packed
         if packed is None:
-            assert update_info.path is not None, "the bytes are in one of the two"
+            assert update_info.path is not None, "the bytes are in `packed` or in a file"
             packed = np.memmap(update_info.path, dtype=np.uint8, mode="r")
         digest = xxhash.xxh3_128_hexdigest(packed.data)
         if packed.nbytes != manifest.nbytes or digest != manifest.digest:
@@ -89,19 +93,22 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
         self.received_digest = digest
 
     def _check_coverage(self, loaded: set[str]) -> None:
-        """StudentWeights.published() promises everything that an engine must hold, and the manifest
-        carries its names; vLLM has other names (it fuses q, k and v), which load_weights reports.
+        """Check that the update wrote every parameter of the engine's model.
+
+        The manifest has the names of StudentWeights.published(). vLLM has other names (it fuses q,
+        k and v), so the check uses those that load_weights returns.
+
+        Raises:
+            ValueError: a parameter was not written.
         """
-        missing = self._expected - loaded
+        missing = self.expected - loaded
         if missing:
             raise ValueError(
                 f"{len(missing)} parameters were left untouched, e.g. {sorted(missing)[0]}"
             )
 
     def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
+        end_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         pass
@@ -110,13 +117,9 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
 class WorkerExtension:
     """Methods added to vLLM's worker, callable by name through collective_rpc."""
 
-    weight_transfer_engine: WeightTransferEngine | None  # the worker's own attribute
-
     def received_digest(self) -> str | None:
-        """XXH3-128 of the weights this worker loaded last; None when the transfer backend keeps
-        none.
-        """
-        return getattr(self.weight_transfer_engine, "received_digest", None)
+        """XXH3-128 of the weights that this worker loaded last; None: the backend has none."""
+        return getattr(transfer_engine(self), "received_digest", None)
 
 
 class StreamSource(WeightSource):
@@ -135,11 +138,11 @@ class StreamSource(WeightSource):
 
 
 class EngineClient:
-    """vLLM's control-plane protocol over our engines: each call goes to every engine and waits for
-    all.
+    """vLLM's control-plane protocol for several engines: each call goes to all, and waits for all.
 
     Args:
-        call: (method, one argument tuple per engine) -> None; has its own deadline.
+        call: calls a method of every engine, with one tuple of arguments each, and waits for them
+            within a deadline.
         num_engines, tensor_parallel: the engines' NCCL ranks follow the sender's rank 0, engine
             after engine.
     """
@@ -169,8 +172,12 @@ class EngineClient:
 def trainer_engine(
     backend: str, rank: int, master: tuple[str, int], client: EngineClient, stream: WeightStream
 ) -> TrainerWeightTransferEngine:
-    """vLLM's trainer side of `nccl` or `ipc`, fed by our stream. Every learner rank calls it; rank
-    0 sends.
+    """vLLM's trainer side of `nccl` or `ipc`, which sends the tensors of `stream`.
+
+    Every learner rank calls it; rank 0 sends.
+
+    Args:
+        master: address and port of the process group of `nccl`.
     """
     source = StreamSource(stream)
     if backend == "ipc":

@@ -209,7 +209,7 @@ def test_pipelined_steps_overlap_within_their_bound_and_lose_no_prompt(graph):
     assert all(
         row["controller/materialized_bytes"] == 0 and row["rollout/late_frac"] == 0 for row in rows
     )
-    assert controller.prompts.position == 64 and controller.prompts.owed == []
+    assert controller.prompts.position == 64 and controller.prompts.returned == []
 
 
 @pytest.mark.parametrize("policy", [OnStale.drop, OnStale.reweight])
@@ -252,9 +252,9 @@ def test_oversampling_trains_on_the_groups_that_are_done_first_and_returns_the_o
     row = controller.step()
     graph.workers.rollout.settings = before
     assert row["rollout/late_frac"] == pytest.approx(4 / 20)
-    assert len(controller.prompts.owed) == 4 and controller.prompts.position == 20
-    owed = {p.uid for p in controller.prompts.owed}
-    assert owed <= {p.uid for p in controller.prompts.next_batch(4)}
+    assert len(controller.prompts.returned) == 4 and controller.prompts.position == 20
+    returned = {p.uid for p in controller.prompts.returned}
+    assert returned <= {p.uid for p in controller.prompts.next_batch(4)}
 
 
 def test_an_engine_answers_pings_and_takes_new_weights_while_it_generates(graph, controller):
@@ -356,9 +356,8 @@ def steps_on(controller: Controller) -> dict[str, float]:
     """Take a step after a worker was lost: it uses 16 prompts, loses none, and counts a restart."""
     position, restarts = controller.prompts.position, controller.workers.restarts
     row = controller.step()
-    assert (controller.prompts.position - position) % 64 == 16 and controller.prompts.owed == [], (
-        "of 64 prompts an epoch"
-    )
+    assert (controller.prompts.position - position) % 64 == 16, "of 64 prompts an epoch"
+    assert controller.prompts.returned == []
     assert row["policy/logprob_gap"] < 1e-5 and row["cluster/restarts"] == restarts + 1
     return row
 

@@ -28,6 +28,7 @@ NEAR_TEACHER = stats(0.003)
         ([], stats(None), "cpu", False),
         ([], NEAR_TEACHER, "cuda", False),
         (["train.exact_logits=true"], NEAR_TEACHER, "cpu", False),
+        (["train.products=float32"], NEAR_TEACHER, "cpu", False),
         (["model.dtype=float32"], NEAR_TEACHER, "cpu", False),
     ],
 )

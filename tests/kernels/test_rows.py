@@ -17,6 +17,7 @@ from hybridrl.ops.divergence import Measure
 from hybridrl.ops.ratio import RatioBounds
 from hybridrl.settings.choices import Correction, Divergence, Ratio
 from tests.support.batches import token_columns
+from tests.support.torch_graphs import forget_graphs, num_graphs
 
 VOCABULARY = rows.COMPILE_FROM + 8  # not a multiple of a vector's width
 WIDTH = 32
@@ -183,8 +184,7 @@ def test_compiled_bf16_rows_are_within_bf16_of_fp64():
 def test_one_graph_serves_every_number_of_rows():
     torch.compiler.reset()
     rows._compiled.cache_clear()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
+    forget_graphs()
     for num_rows in (
         4,
         7,
@@ -197,7 +197,7 @@ def test_one_graph_serves_every_number_of_rows():
             terms_of(num_rows),
             HeadRule(chunk=4),
         )
-    assert counters["stats"]["unique_graphs"] == 1
+    assert num_graphs() == 1
 
 
 def test_a_run_repeats_itself_bit_by_bit():
@@ -224,7 +224,7 @@ def test_the_memory_for_logits_grows_with_the_chunk_and_not_with_the_tokens():
             terms_of(num_rows),
             HeadRule(chunk=4),
         )
-        sizes.append(sum(tile.numel() for tile in Workspace._buffers.__dict__.values()))
+        sizes.append(Workspace.held())
     assert sizes == [2 * 4 * VOCABULARY] * 2  # the student's and the teacher's
 
 
@@ -233,10 +233,7 @@ def test_a_chunk_is_worked_on_in_pieces_and_the_teachers_logits_exist_for_one_of
     num_rows = PIECE + 44
     case = *leaves(num_rows, torch.float32), teachers_of("hidden", num_rows), terms_of(num_rows)
     whole = results(*case, HeadRule(chunk=num_rows))
-    assert (
-        sum(tile.numel() for tile in Workspace._buffers.__dict__.values())
-        == (num_rows + PIECE) * VOCABULARY
-    )
+    assert Workspace.held() == (num_rows + PIECE) * VOCABULARY
     pieces = results(*case, HeadRule(chunk=40))
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(whole, pieces, strict=True))
 

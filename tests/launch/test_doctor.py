@@ -309,6 +309,31 @@ def test_a_containers_limits_count_where_they_are_lower_than_the_machine(tmp_pat
     )
 
 
+@pytest.mark.parametrize(
+    ("choice", "narrow", "wide", "level", "ending"),
+    [
+        ("model", 400.0, 100.0, Level.ok, "chooses model"),
+        ("float32", 155.0, 253.0, Level.ok, "chooses float32"),
+        ("float32", 110.0, 100.0, Level.ok, "chooses float32"),  # 1.1 is no loss to speak of
+        ("model", 100.0, 130.0, Level.warn, "set train.products=float32 for bfloat16 models"),
+        ("float32", 130.0, 100.0, Level.warn, "set train.products=model for bfloat16 models"),
+    ],
+)
+def test_a_table_that_is_wrong_for_this_processor_is_a_warning_with_the_setting(
+    choice: str, narrow: float, wide: float, level: Level, ending: str
+):
+    finding = doctor.judged_products("AMX", choice, narrow, wide)
+    assert finding.level is level
+    assert finding.text.startswith(f"{narrow:.0f} GFLOP/s in bfloat16 and {wide:.0f} in float32")
+    assert finding.text.endswith(ending)
+
+
+def test_the_rates_of_this_machine_are_measured_in_a_process_of_their_own():
+    finding = doctor.products()
+    assert finding.level is not Level.fail
+    assert "train.products=auto chooses" in finding.text
+
+
 def test_each_finding_is_printed_before_the_next_one_is_sought(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

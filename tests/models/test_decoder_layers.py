@@ -4,13 +4,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hybridrl.kernels.products import WideLinear
 from hybridrl.models import decoder_layers
-from hybridrl.models.decoder_layers import TRACED_TOKENS, attends_plainly, compile_layers
-from hybridrl.models.model_internals import attention_of, is_compiled
+from hybridrl.models.decoder_layers import (
+    TRACED_TOKENS,
+    attends_plainly,
+    compile_layers,
+    set_products,
+)
+from hybridrl.models.model_internals import attention_of, is_compiled, wrapped_layers
+from hybridrl.settings.choices import Products
+from tests.support.torch_graphs import forget_graphs, num_graphs
 
 HIDDEN = decoder_layers.COMPILE_FROM
 
@@ -66,6 +73,40 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize(
+    ("chosen", "dtype", "device", "wide"),
+    [
+        (Products.float32, torch.bfloat16, "cpu", True),
+        (Products.model, torch.bfloat16, "cpu", False),
+        (Products.auto, torch.bfloat16, "cpu", False),  # a run before this setting existed
+        (Products.float32, torch.float32, "cpu", False),
+        (Products.float32, torch.bfloat16, "cuda", False),
+    ],
+)
+def test_products_are_wide_for_bf16_models_on_cpus_where_that_is_chosen(
+    chosen: Products, dtype: torch.dtype, device: str, wide: bool
+):
+    model = model_of(dtype=dtype)
+    set_products(model, chosen, torch.device(device))
+    kinds = {type(m) for m in model.base_model.modules() if isinstance(m, nn.Linear)}
+    assert kinds == {WideLinear if wide else nn.Linear}
+
+
+def test_layers_with_wide_products_are_compiled_and_at_least_as_exact():
+    narrow = model_of()
+    narrow.set_attn_implementation("eager")
+    wide = model_of()
+    set_products(wide, Products.float32, torch.device("cpu"))
+    assert compile_layers(wide, tokens=100, packed=False, learns=True)
+    inputs = padded(3, 17)
+    exact = hidden_and_gradient(model_of().float(), inputs)
+    narrow_outputs = hidden_and_gradient(narrow, inputs)
+    wide_outputs = hidden_and_gradient(wide, inputs)
+    for k in range(2):
+        limit = 1.2 * relative_error(narrow_outputs[k], exact[k])
+        assert relative_error(wide_outputs[k], exact[k]) < limit < 0.1
+
+
 def test_compiled_layers_are_as_close_to_fp32_as_the_layers_of_transformers():
     compiled = model_of()
     plain = model_of()
@@ -81,18 +122,17 @@ def test_compiled_layers_are_as_close_to_fp32_as_the_layers_of_transformers():
 
 
 def test_the_first_batch_does_not_affect_the_graphs_which_exist_before_it():
-    counters = torch._dynamo.utils.counters
     results = []
     for shapes in ([(3, 17)], [(40, 5), (2, 90), (1, 33), (3, 17)]):
         torch.compiler.reset()
         model = model_of()
         compile_layers(model, tokens=100, packed=False, learns=True)
-        counters.clear()
+        forget_graphs()
         for shape in shapes:
             with torch.no_grad():
                 model.base_model(**padded(*shape), use_cache=False)
             last = hidden_and_gradient(model, padded(*shape))
-        assert counters["stats"]["unique_graphs"] == 0
+        assert num_graphs() == 0
         results.append(last)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -100,14 +140,14 @@ def test_the_first_batch_does_not_affect_the_graphs_which_exist_before_it():
 def test_packed_sequences_have_graphs_of_their_own_and_attend_only_to_themselves():
     model = model_of()
     compile_layers(model, tokens=100, packed=True, learns=False)
-    torch._dynamo.utils.counters.clear()
+    forget_graphs()
     with torch.no_grad():
         ids = padded(1, 12)["input_ids"]
         positions = torch.tensor([[*range(5), *range(7)]])
         both = model.base_model(
             input_ids=ids, attention_mask=None, position_ids=positions, use_cache=False
         ).last_hidden_state
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+        assert num_graphs() == 0
         second = model_of().base_model(input_ids=ids[:, 5:], use_cache=False).last_hidden_state
     assert relative_error(both[:, 5:].float(), second.float()) < 0.02
 
@@ -146,7 +186,7 @@ def test_layers_run_eagerly_where_the_compiler_fails(monkeypatch, caplog: pytest
 def test_layers_that_branch_on_computed_values_run_eagerly(caplog: pytest.LogCaptureFixture):
     model = model_of()
     inputs = padded(2, 9)
-    last = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][-1]
+    last = wrapped_layers(model)[-1]
     forward = last.forward
 
     def doubled_where_positive(*args: Tensor, **kwargs: object) -> Tensor:

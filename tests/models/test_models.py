@@ -190,7 +190,9 @@ def test_a_path_without_a_model_is_a_config_error_that_names_the_setting(tmp_pat
         resolve("builtin:countdown")
     with pytest.raises(ConfigError, match=r"model\.path=.*holds no config\.json"):
         resolve(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"teachers\.main\.path=/no/such/folder: no such folder"):
+    with pytest.raises(
+        ConfigError, match=r"teachers\.main\.path=/no/such/folder: there is no such folder"
+    ):
         load_model("/no/such/folder", setting="teachers.main.path")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"model\.path=.*cannot be loaded"):

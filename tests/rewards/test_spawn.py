@@ -1,12 +1,14 @@
 """The internals of multiprocessing that hybridrl/rewards/spawn.py relies on."""
 
+import os
+import struct
 import sys
 import types
 from multiprocessing.spawn import get_preparation_data
 
 import pytest
 
-from hybridrl.rewards.spawn import BareContext, without_main_script
+from hybridrl.rewards.spawn import BareContext, limit_waits, without_main_script
 
 
 def test_a_spawned_process_is_given_the_main_script_except_inside_of_the_context(
@@ -37,3 +39,20 @@ def send_environment(writer) -> None:
     """Send whether the process started with the variable, as the kernel recorded it."""
     with open("/proc/self/environ", "rb") as file:
         writer.send(b"SOME_API_KEY=sk" in file.read())
+
+
+def test_a_read_of_half_a_message_fails_and_a_whole_one_arrives() -> None:
+    reader, writer = BareContext().Pipe()
+    limit_waits(reader, 0.01)
+    writer.send_bytes(b"whole")
+    assert reader.recv_bytes() == b"whole"
+    os.write(writer.fileno(), struct.pack("!i", 5) + b"ha")  # the length first, then the content
+    with pytest.raises(BlockingIOError):
+        reader.recv_bytes()
+
+
+def test_a_write_that_nothing_reads_fails() -> None:
+    _reader, writer = BareContext().Pipe()
+    limit_waits(writer, 0.01)
+    with pytest.raises(BlockingIOError):
+        writer.send_bytes(bytes(2**24))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hybridrl.controller.evaluation import summary
 from hybridrl.core.errors import CheckpointError, ConfigError, RunDirectoryError
+from hybridrl.kernels.products import Processor
 from hybridrl.launch.run_result import ExitReason, run_result
 from hybridrl.launch.session import prepare_prompts
 from hybridrl.launch.teacher_levels import (
@@ -24,12 +25,14 @@ from hybridrl.launch.teacher_levels import (
     read_levels,
     teachers_to_measure,
 )
+from hybridrl.run_dir import inputs
 from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile
 from hybridrl.run_dir.contents import CACHED_FROM, digest
 from hybridrl.run_dir.directory import (
     FREE,
     changes,
     check_inputs,
+    describe_directory,
     earlier_settings,
     find_checkpoint,
     flat,
@@ -37,7 +40,7 @@ from hybridrl.run_dir.directory import (
     run_directory,
 )
 from hybridrl.run_dir.inputs import digests, pinned
-from hybridrl.settings.choices import Resume
+from hybridrl.settings.choices import Products, Resume
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunConfig, RunSettings
 from hybridrl.tracking.jsonl import JsonlSink
@@ -505,6 +508,26 @@ def test_a_new_directory_continues_the_checkpoint_it_is_given_with_the_rows_so_f
     assert resume(settings_of(new, start_from)) == 12, "the same command goes on with the run's own"
 
 
+def test_a_description_of_a_directory_says_and_refuses_what_a_run_in_it_would(tmp_path: Path):
+    old = tmp_path / "old"
+    new = tmp_path / "new"
+    start(settings_of(old))
+    named = old / "checkpoints" / "step_000010"
+    start_from = f"run.resume_from={named}"
+    assert describe_directory(settings_of(old), {}) == "continues after step 10"
+    assert describe_directory(settings_of(new), {}) == "a new run"
+    assert describe_directory(settings_of(new, start_from), {}) == (
+        f"continues after step 10, from {named}"
+    )
+    with pytest.raises(CheckpointError, match=r"run\.resume=required: no checkpoint in"):
+        describe_directory(settings_of(new, "run.resume=required"), {})
+    with pytest.raises(RunDirectoryError, match=r"10 steps are done, and train\.steps=5"):
+        describe_directory(
+            settings_of(old, "train.steps=5", "run.allow_changes=[train,algorithm]"), {}
+        )
+    assert not new.exists()
+
+
 def test_a_named_checkpoint_is_not_passed_over_when_it_is_damaged_or_of_other_settings(
     tmp_path: Path,
 ):
@@ -924,9 +947,47 @@ def test_a_name_on_the_hub_means_the_commit_that_the_run_began_with(
         resume(pinned(chosen, earlier_settings(chosen)))
 
 
-def test_folders_and_built_in_models_have_no_commit_and_an_old_run_keeps_none(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("slow", "choice"), [(Processor.intel_bf16, "float32"), (Processor.amx, "model")]
+)
+def test_a_run_keeps_the_products_that_its_first_processor_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: Processor, choice: str
+):
+    monkeypatch.setattr(inputs, "processor", lambda: slow)
     settings = settings_of(tmp_path)
+    assert settings.train.products is Products.auto
+    first = pinned(settings, earlier_settings(settings))
+    assert first.train.products == choice
+    start(first)
+    assert f"products: {choice}\n" in (tmp_path / "config.yaml").read_text()
+    other = Processor.amx if slow is Processor.intel_bf16 else Processor.intel_bf16
+    monkeypatch.setattr(inputs, "processor", lambda: other)  # the job moved to another machine
+    again = pinned(settings, earlier_settings(settings))
+    assert again.train.products == choice
+    assert resume(again) == 10
+    changed = settings_of(
+        tmp_path, f"train.products={'model' if choice == 'float32' else 'float32'}"
+    )
+    with pytest.raises(RunDirectoryError, match=rf"train\.products: {choice} -> "):
+        resume(pinned(changed, earlier_settings(changed)))
+
+
+def test_products_on_gpus_are_those_of_the_model_whatever_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inputs, "processor", lambda: Processor.without_bf16)
+    settings = settings_of(tmp_path, "cluster.device=cuda")
+    assert pinned(settings, None).train.products is Products.model
+
+
+def test_a_run_of_a_version_that_knew_no_products_goes_on_as_it_was(tmp_path: Path):
+    settings = settings_of(tmp_path)
+    assert pinned(settings, settings).train.products is Products.auto, "which means the model's"
+
+
+def test_folders_and_built_in_models_have_no_commit_and_an_old_run_keeps_none(tmp_path: Path):
+    settings = settings_of(tmp_path, "train.products=model")
     assert pinned(settings, None) == settings
-    named = settings_of(tmp_path, "model.path=me/gone")
+    named = settings_of(tmp_path, "train.products=model", "model.path=me/gone")
     assert pinned(named, None) == named, "loading it says that it cannot be had"
     assert pinned(named, named) == named

@@ -25,6 +25,7 @@ from hybridrl.core.errors import (
     WeightSyncError,
     WorkerDied,
     WorkerError,
+    WorkerTimeout,
 )
 from hybridrl.core.failpoints import VARIABLE
 from hybridrl.runtime import calls
@@ -34,7 +35,7 @@ from hybridrl.runtime.host import visible_gpus
 from hybridrl.runtime.ray_connection import Node
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
-from hybridrl.runtime.start_up import StartUp
+from hybridrl.runtime.start_up import StartUp, wait_for_start
 from hybridrl.runtime.worker_env import worker_env
 from hybridrl.settings.algorithm import AlgorithmConfig
 from hybridrl.settings.choices import Device, WeightTransfer
@@ -596,6 +597,21 @@ def test_each_worker_is_announced_once_when_it_is_up(slot: Slot, tmp_path: Path)
     start_up.watch()
     start_up.watch()
     assert [line.partition(" after ")[0] for line in lines] == ["  w/0 is up"]
+    group.close()
+
+
+@pytest.mark.graph
+def test_workers_that_do_not_start_in_time_write_their_stacks(slot: Slot, tmp_path: Path):
+    group = ActorGroup(
+        "w", "tests.support.failing_worker:Failing", [slot], [{}], log_dir=str(tmp_path)
+    )
+    group.call_all("ping", deadline_s=60)
+    hanging = group.submit_all("hang", deadline_s=1)
+    with pytest.raises(WorkerTimeout, match="w/0 failed in hang: no answer within 1 s"):
+        wait_for_start(hanging, print)
+    # The signal to write the stacks has ended the call.
+    calls.gather([replace(call, deadline_s=60) for call in hanging])
+    assert "most recent call first" in (tmp_path / "w-0.log").read_text()
     group.close()
 
 

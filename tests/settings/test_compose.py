@@ -282,8 +282,8 @@ BAD = [
     ("eval.every=-1", "eval.every=-1, eval.samples=8: neither may be negative"),
     ("deadlines.sync_s=0", "deadlines.sync_s=0.0: must be positive"),
     ("reward.timeout_s=0", "reward.timeout_s=0.0: must be positive"),
-    ("reward.max_error_rate=2", "reward.max_error_rate=2.0: a fraction, in [0, 1]"),
-    ("rollout.gpu_memory_utilization=3", "rollout.gpu_memory_utilization=3.0: a fraction"),
+    ("reward.max_error_rate=2", "reward.max_error_rate=2.0: must be a fraction, in [0, 1]"),
+    ("rollout.gpu_memory_utilization=3", "rollout.gpu_memory_utilization=3.0: must be a fraction"),
     ("data.num_train=0", "data.num_train=0, data.num_heldout="),
     ("data.task=sudoku", "data.task=sudoku: must be countdown, reasoning_gym or jsonl"),
     ("data.instruction=hello", "data.instruction='hello': must contain {prompt}"),
@@ -327,7 +327,7 @@ BAD = [
     ),
     (
         "algorithm=minillm algorithm.nll_weight=1",
-        "algorithm.nll_weight: the likelihood of what the teacher wrote is no return",
+        "algorithm.nll_weight=1.0: the likelihood of what the teacher wrote is no return",
     ),
     (
         "algorithm=minillm algorithm.ratio.kind=none",
@@ -343,7 +343,7 @@ BAD = [
     ),
     (
         "algorithm=seqkd rollout.groups_per_chunk=1 rollout.oversample=0.5",
-        "rollout.oversample: the groups that are done first would decide the teacher's share",
+        "rollout.oversample=0.5: the groups that are done first would decide the teacher's share",
     ),
     (
         "algorithm=dpo +teachers.initial.evidence=hidden",
@@ -355,7 +355,7 @@ BAD = [
     ),
     (
         "algorithm=dpo +teachers.initial.route={domain:math}",
-        "teachers.initial.route: algorithm.pair.loss=dpo takes every pair's",
+        "teachers.initial.route={'domain': 'math'}: algorithm.pair.loss=dpo takes every pair's",
     ),
     (
         "algorithm=sft algorithm.data_fraction=0",
@@ -385,7 +385,7 @@ BAD = [
         "pipeline.on_stale=reweight: stale tokens are weighted by algorithm.ratio",
     ),
     ("pipeline.max_inflight_bytes=0", "pipeline.max_inflight_bytes=0: must be positive"),
-    ("rollout.oversample=2", "rollout.oversample=2.0: a share of train.prompts_per_step"),
+    ("rollout.oversample=2", "rollout.oversample=2.0: must be a share of train.prompts_per_step"),
     (
         "rollout.oversample=0.5",
         "rollout.groups_per_chunk=96: rollout.oversample cancels single groups",
@@ -393,6 +393,10 @@ BAD = [
     (
         "train.prompts_per_step=3 learner.ranks=4",
         "train.prompts_per_step=3: must be at least learner.ranks=4",
+    ),
+    (
+        "train.products=float32 cluster.device=cuda",
+        "train.products=float32: is for CPUs, cluster.device is cuda",
     ),
     (
         "rollout.weight_transfer=nccl cluster.device=cpu",

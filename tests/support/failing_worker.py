@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 
 from ray.exceptions import ObjectLostError
 
@@ -26,6 +27,10 @@ class Failing:
 
     def die(self) -> None:
         os._exit(7)
+
+    def hang(self) -> None:
+        """Return only after a signal."""
+        signal.pause()
 
 
 class AsyncFailing(Failing):

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
+from hybridrl.models.model_internals import attention_of
 from hybridrl.rollout.rollouter import Completion, join_turns
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
@@ -26,6 +27,7 @@ from hybridrl.types import (
     TokenScores,
     UpdatePlan,
 )
+from hybridrl.weights.library_internals import fragment_values
 from hybridrl.weights.parameters import WeightsKind
 from hybridrl.weights.stream import unpack
 from tests.support.batches import make_batch, make_plan, make_rewards, make_scores
@@ -182,7 +184,7 @@ class Job:
 
             result = {"loss": column("train/loss"), "grad_norm": column("train/grad_norm")}
             result |= {"digest": manifest.digest, "metrics": [s.metrics for s in stats]}
-            result |= {"attention": learner.model.config._attn_implementation} | more
+            result |= {"attention": attention_of(learner.model.config)} | more
             (self.folder / f"{case}.json").write_text(json.dumps(result))
 
     def two_steps(
@@ -411,8 +413,8 @@ def one_rank(job: Job) -> None:
     )
 
     with torch.no_grad():
-        for group in learner.engine.optimizer.single_partition_of_fp32_groups:
-            group[0] = float("inf")
+        first, *_ = learner.weights.saved().values()
+        fragment_values(first, None)[0] = float("inf")
     try:
         learner.save_state(str(job.folder / "one-state"))
         message = "no error"

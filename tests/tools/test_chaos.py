@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from chaos_faults import finding, matrix, workers
+import ray
+from chaos_faults import finding, matrix, ray_options, workers
 from chaos_faults.finding import Finding, Made, Row
 from chaos_faults.training import prompts_against
 
@@ -139,3 +140,26 @@ def test_prompts_are_lost_or_trained_twice_against_the_run_without_a_fault(tmp_p
         "b is lost, a came twice"
     )
     assert prompts_against(tmp_path / "ours", tmp_path / "clean", 2) == (2, 1)
+
+
+def test_ray_is_the_version_whose_options_were_read():
+    """After an upgrade: read what tools/chaos_faults/ray_options.py lists, then change VERSION."""
+    assert ray.__version__.rpartition(".")[0] == ray_options.VERSION
+
+
+def test_ray_has_each_option_that_a_fault_sets():
+    raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
+    program = raylet.read_bytes()
+    variables = (
+        ray_options.QUICK_HEALTH_CHECKS | ray_options.MEMORY_SHORT | ray_options.faulty_calls()
+    )
+    names = [variable.removeprefix("RAY_") for variable in variables]
+    gone = [name for name in names if name.encode() not in program]
+    assert not gone, f"Ray's raylet has no options {gone} any more, and would ignore them"
+
+
+def test_a_worker_that_ray_has_just_started_is_one_of_its_own_processes():
+    program = Path(ray.__file__).parent / "_private" / "workers" / "default_worker.py"
+    assert program.is_file(), "Ray starts workers by another file"
+    assert re.match(ray_options.RAYS_OWN, f"/usr/bin/python\0{program}\0--node-ip-address=x\0")
+    assert not re.match(ray_options.RAYS_OWN, "ray::Host.call\0")

@@ -5,24 +5,33 @@ Where the first test fails after an upgrade, read hybridrl/weights/library_inter
 new version, then change SEEN.
 """
 
+import inspect
 from types import SimpleNamespace
 
 import deepspeed
 import pytest
 import torch
 import vllm
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import link_hp_params
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
-from torch import nn
+from torch import Tensor, nn
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+from vllm.v1.worker.gpu_worker import Worker
 
 from hybridrl.weights.library_internals import (
     SEEN,
+    begin_reload,
+    end_reload,
     fragment_span,
     fragment_values,
     has_transfer_backend,
     is_sharded,
+    left_out,
     set_adam_steps,
+    transfer_engine,
     whole_shape,
 )
 
@@ -86,3 +95,36 @@ def test_adam_corrects_its_bias_as_after_so_many_steps():
 def test_vllm_lists_its_transfer_backends():
     assert has_transfer_backend(WeightTransferEngineFactory, "nccl")
     assert not has_transfer_backend(WeightTransferEngineFactory, "none of that name")
+
+
+@pytest.mark.parametrize("kind", [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3])
+def test_an_optimizer_of_deepspeed_keeps_whether_it_left_a_step_out(kind: type):
+    """What a step that is left out does is tested on a learner."""
+    assert "self.overflow = False" in inspect.getsource(kind.__init__), (
+        f"{kind.__name__} does not keep `overflow` any more"
+    )
+    assert left_out(SimpleNamespace(optimizer=None, overflow=True))
+
+
+def test_a_worker_of_vllm_has_its_side_of_weight_transfer():
+    assert "self.weight_transfer_engine: " in inspect.getsource(Worker.__init__), (
+        "vLLM's worker does not keep `weight_transfer_engine` any more"
+    )
+    side = object()
+    assert transfer_engine(SimpleNamespace(weight_transfer_engine=side)) is side
+
+
+def test_vllm_loads_a_layer_anew_into_the_memory_that_it_has():
+    def load(param: nn.Parameter, values: Tensor) -> None:  # vLLM passes `param` by this name
+        param.data.copy_(values)
+
+    model = nn.Linear(2, 2, bias=False)
+    memory = model.weight
+    memory.weight_loader = load
+    record_metadata_for_reloading(model)  # vLLM does this when it loads a model from disk
+    begin_reload(model)
+    model.weight.weight_loader(model.weight, torch.full((2, 2), 3.0))
+    end_reload(model, SimpleNamespace(dtype=torch.float32))
+    assert model.weight is memory and memory.tolist() == [[3.0, 3.0], [3.0, 3.0]], (
+        "vLLM's layerwise reload does not write into the memory of the parameter any more"
+    )

@@ -169,7 +169,7 @@ def update(engine: Engine, weights: StudentWeights) -> None:
 
     config = SimpleNamespace(parallel_config=None, model_config=None)
     transfer = ObjectStoreTransferEngine(None, config, torch.device("cpu"), engine)
-    transfer._expected = {name for name, _ in engine.named_parameters()}
+    transfer.expected = {name for name, _ in engine.named_parameters()}
     manifest, packed = stream_of(weights).pack(1)
     info = ObjectStoreTransferEngine.update_info_cls
     fields = {name: getattr(manifest, name) for name in type(manifest).__slots__}

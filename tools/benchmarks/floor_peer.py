@@ -67,9 +67,8 @@ def products(order: dict, tokens: int) -> dict[str, float]:
 def bare_engine(order: dict, prompts: list[list[int]]) -> list[float]:
     """Seconds of a bare vLLM loop for the requests of each step, with our sampling parameters."""
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    from vllm import EngineArgs, SamplingParams, TokensPrompt
+    from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.llm_engine import LLMEngine
 
     length = order["max_new_tokens"]
     engine = LLMEngine.from_engine_args(

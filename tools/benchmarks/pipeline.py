@@ -84,7 +84,7 @@ def timed_steps(
         ends.append(time.perf_counter())
     trained = trained_by(controller)
     source = controller.prompts
-    come_again = {p.uid for p in source.owed}
+    come_again = {p.uid for p in source.returned}
     handed_out = source.epoch * len(source.prompts) + source.position
     assert len(trained) == len(ends) * PROMPTS, "a step trained on too few"
     assert len({*trained, *come_again}) == len(trained) + len(come_again) == handed_out, (

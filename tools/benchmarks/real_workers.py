@@ -32,6 +32,7 @@ from hybridrl.types import (
     UpdatePlan,
     WeightManifest,
 )
+from hybridrl.weights.library_internals import transfer_engine
 from hybridrl.weights.parameters import FullFineTuning
 from hybridrl.weights.stream import WeightStream, unpack
 
@@ -101,7 +102,7 @@ class TimedRollout(Rollout):
 
 
 def load_plainly(worker: Any, manifest: WeightManifest, packed: np.ndarray) -> None:
-    worker.weight_transfer_engine.model.load_weights(unpack(manifest, packed))
+    transfer_engine(worker).model.load_weights(unpack(manifest, packed))
 
 
 class BareEngine:

@@ -3,7 +3,6 @@
 The same command then continues the run.
 """
 
-import json
 import random
 import re
 import signal
@@ -12,6 +11,7 @@ import time
 
 from chaos_faults.finding import Finding
 from chaos_faults.ground import STEP, Ground, last_step
+from chaos_faults.ray_options import MEMORY_SHORT, RAYS_OWN, faulty_calls
 from chaos_faults.training import START_S, Training, kill, training, usage
 from chaos_faults.workers import alive_after, name
 
@@ -31,31 +31,10 @@ K2_STARTING = (1, 4, 8)
 K2_MEAN_S = 5.0
 K2_SEED = 7
 SAVE_EVERY = 2
-DELAYED = [
-    "CoreWorkerService.grpc_server.PushTask",
-    "CoreWorkerService.grpc_server.GetObjectStatus",
-    "CoreWorkerService.grpc_server.PubsubLongPolling",
-    "NodeManagerService.grpc_server.RequestWorkerLease",
-]
-"""Only some handlers: with a delay of every one of them Ray's raylet ends itself."""
-LOST = [
-    "NodeManagerService.grpc_client.RequestWorkerLease",
-    "NodeManagerService.grpc_client.PinObjectIDs",
-    "CoreWorkerService.grpc_client.GetObjectStatus",
-    "CoreWorkerService.grpc_client.PubsubLongPolling",
-]
-"""The calls that Ray promises to repeat. A lost CoreWorkerService.grpc_client.PushTask is an
-ActorUnavailableError, as the task may have been done.
-"""
 SOAKED = (500, 1500)
 """The steps between which the growth of memory is measured."""
 LEFT_S = 10.0
 """Time after which only Ray's own processes of a killed run may remain."""
-RAYS_OWN = r"ray::(DashboardAgent|RuntimeEnvAgent)|[^\0]*python\0[^\0]*/ray/_private/workers/"
-"""The command lines of Ray's own processes: its agents, which try for 60 s to reach the control
-store, and workers that Ray had just started, which try for 27 s to reach their raylet. A worker
-that has reached it, as all of ours have, has the name of its actor.
-"""
 RESUMED_S = 120.0
 """Bound on the time from a start to the next step; two cores need 50 to 90 s."""
 
@@ -282,9 +261,8 @@ def blackhole(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 def starve(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """O3: Ray's memory monitor kills workers."""
-    env = {"RAY_memory_usage_threshold": "0.02", "RAY_memory_monitor_refresh_ms": "250"}
     with training(
-        [*ground.overrides, "cluster.max_restarts=1"], ground.run_dir("memory"), env=env
+        [*ground.overrides, "cluster.max_restarts=1"], ground.run_dir("memory"), env=MEMORY_SHORT
     ) as run:
         at = time.time()
         status = run.ended(START_S)
@@ -305,16 +283,7 @@ def faulty_rpc(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     """C3: calls between Ray's processes are delayed, and some requests or replies are lost."""
     ground = ground.light
     run_dir = ground.run_dir("rpc")
-    # The number of failures is per process, the probabilities are in percent.
-    lost = {
-        method: {"num_failures": 20, "req_failure_prob": 20, "resp_failure_prob": 20}
-        for method in LOST
-    }
-    env = {
-        "RAY_testing_asio_delay_us": ",".join(f"{handler}=0:20000" for handler in DELAYED),
-        "RAY_testing_rpc_failure": json.dumps(lost),
-    }
-    with training([*ground.overrides, "train.steps=4"], run_dir, env=env) as run:
+    with training([*ground.overrides, "train.steps=4"], run_dir, env=faulty_calls()) as run:
         status = run.ended(START_S)
     outcome = (
         "tasks, leases and requests for values delayed by up to 20 ms each; of leases, pins, "

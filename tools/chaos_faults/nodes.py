@@ -17,6 +17,7 @@ from tempfile import mkdtemp
 
 from chaos_faults.finding import Finding
 from chaos_faults.ground import STEP, Ground, last_step, next_save
+from chaos_faults.ray_options import QUICK_HEALTH_CHECKS
 from chaos_faults.training import START_S, training
 
 HEAD = "10.231.77.1"
@@ -24,12 +25,6 @@ FAR = "10.231.77.2"
 SPACES = ("hybridrl-head", "hybridrl-far")
 LINK = "veth0"
 """The interface in both; gloo's default, that of the host's name, is in neither of them."""
-TUNED = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-}
 LOST = r"failed in .*(starting another worker|going back to the last checkpoint)"
 DETECTED_S = 5.0
 RESUMED_S = 60.0
@@ -118,7 +113,7 @@ def two_nodes() -> Iterator[Nodes]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    nodes = Nodes({**TUNED, **own, "GLOO_SOCKET_IFNAME": LINK})
+    nodes = Nodes({**QUICK_HEALTH_CHECKS, **own, "GLOO_SOCKET_IFNAME": LINK})
     try:
         for space in SPACES:
             ip("netns", "add", space)

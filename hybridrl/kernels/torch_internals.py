@@ -1,0 +1,44 @@
+"""What the kernels use of torch's compiler beyond its documented interface.
+
+Read in torch 2.13. tests/kernels/test_torch_internals.py fails when another version is installed or
+when one of these details is no longer as described here.
+
+- `torch.utils._pytree.tree_leaves`: the tensors in nested tuples.
+- `torch._dynamo.mark_dynamic`: a graph takes any size, at least 2, of a dimension.
+- The options in FUSE, of torch's C++ backend.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+VERSION = "2.13"
+
+FUSE = {
+    "realize_reads_threshold": 1 << 20,
+    "realize_opcount_threshold": 1 << 20,
+    "realize_acc_reads_threshold": 1 << 20,
+}
+"""To the C++ backend: compute again what a loop needs rather than write it to memory."""
+
+
+def one_graph(work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work` compiled as one graph that serves any number of rows from 2 on.
+
+    Args:
+        work: a function of tensors, or of nested tuples of them, that all have the same number of
+            rows.
+    """
+    # torch's stubs lack isolate_recompiles.
+    compiled = torch.compile(  # type: ignore[call-overload]
+        work, fullgraph=True, options=FUSE, isolate_recompiles=True
+    )
+
+    def run(*tensors: Any) -> Any:
+        for tensor in tree_leaves(tensors):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        return compiled(*tensors)
+
+    return run

@@ -1,0 +1,45 @@
+"""What the sink uses of wandb beyond its documented interface: settings whose names begin with x_,
+which may change without notice, and the folder of a run.
+
+Read in the version below. tests/tracking/test_wandb_internals.py fails when another version is
+installed or when one of them is gone.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wandb import Run, Settings
+
+VERSION = "0.31"
+
+
+def quiet_settings(*, init_s: float, finish_s: float) -> "Settings":
+    """Settings by which wandb logs what it is given, and no more.
+
+    Probes of machine, git and packages take time and publish more than was asked for.
+
+    Args:
+        init_s: seconds to wait at the start for the server.
+        finish_s: seconds to wait at the end, after which a TimeoutError is raised.
+    """
+    import wandb
+
+    return wandb.Settings(
+        console="off",
+        silent=True,
+        save_code=False,
+        disable_code=True,
+        disable_git=True,
+        x_disable_stats=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+        init_timeout=init_s,
+        finish_timeout=finish_s,
+        finish_timeout_raises=True,
+    )
+
+
+def run_folder(run: "Run") -> str:
+    """The folder that `wandb sync` takes."""
+    return run.settings.sync_dir

@@ -1,0 +1,59 @@
+"""What the faults use of Ray beyond its documented interface: options in environment variables
+RAY_name, of which no page tells, and how its own processes are called.
+
+Read in the version below. tests/tools/test_chaos.py fails when another version is installed or when
+an option is gone.
+"""
+
+import json
+
+VERSION = "2.60"
+
+QUICK_HEALTH_CHECKS = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""Ray gives up a node after about 4.5 s instead of a minute."""
+
+MEMORY_SHORT = {"RAY_memory_usage_threshold": "0.02", "RAY_memory_monitor_refresh_ms": "250"}
+"""Ray kills workers as soon as the machine uses 2 % of its memory."""
+
+DELAYED = [
+    "CoreWorkerService.grpc_server.PushTask",
+    "CoreWorkerService.grpc_server.GetObjectStatus",
+    "CoreWorkerService.grpc_server.PubsubLongPolling",
+    "NodeManagerService.grpc_server.RequestWorkerLease",
+]
+"""Only some handlers: with a delay of every one of them Ray's raylet ends itself."""
+LOST = [
+    "NodeManagerService.grpc_client.RequestWorkerLease",
+    "NodeManagerService.grpc_client.PinObjectIDs",
+    "CoreWorkerService.grpc_client.GetObjectStatus",
+    "CoreWorkerService.grpc_client.PubsubLongPolling",
+]
+"""The calls that Ray promises to repeat. A lost CoreWorkerService.grpc_client.PushTask is an
+ActorUnavailableError, as the task may have been done.
+"""
+
+RAYS_OWN = r"ray::(DashboardAgent|RuntimeEnvAgent)|[^\0]*python\0[^\0]*/ray/_private/workers/"
+"""The command lines of Ray's own processes: its agents, which try for 60 s to reach the control
+store, and workers that Ray had just started, which try for 27 s to reach their raylet. A worker
+that has reached it, as all of ours have, has the name of its actor.
+"""
+
+
+def faulty_calls() -> dict[str, str]:
+    """Variables that delay the handlers in DELAYED by up to 20 ms, and lose a part of LOST.
+
+    The number of failures is per process, the probabilities are in percent.
+    """
+    lost = {
+        method: {"num_failures": 20, "req_failure_prob": 20, "resp_failure_prob": 20}
+        for method in LOST
+    }
+    return {
+        "RAY_testing_asio_delay_us": ",".join(f"{handler}=0:20000" for handler in DELAYED),
+        "RAY_testing_rpc_failure": json.dumps(lost),
+    }
