@@ -139,10 +139,10 @@ def test_normalisers_are_of_the_global_batch():
 @pytest.mark.parametrize(
     ("preset", "needs"),
     [
-        ("hybrid", Needs(evidence=(Hidden(drawn=False),), rewards=True)),
+        ("hybrid", Needs(evidence=(Hidden(drawn=False),), rewards=True, siblings=True)),
         ("opd_full", Needs(evidence=(Hidden(drawn=False),))),
-        ("rloo", Needs(rewards=True)),
-        ("reinforce_kl", Needs(evidence=(Hidden(drawn=True),), rewards=True)),
+        ("rloo", Needs(rewards=True, siblings=True)),
+        ("reinforce_kl", Needs(evidence=(Hidden(drawn=True),), rewards=True, siblings=True)),
     ],
 )
 def test_each_preset_asks_for_what_it_uses_and_nothing_more(preset: str, needs: Needs):
@@ -152,7 +152,9 @@ def test_each_preset_asks_for_what_it_uses_and_nothing_more(preset: str, needs: 
 
 def test_pure_reinforcement_needs_no_teacher_at_any_gamma():
     off = ScheduleConfig(value=0.0)
-    assert objective(gamma=1.0, imitation_weight=off, teachers=0).needs == Needs(rewards=True)
+    assert objective(gamma=1.0, imitation_weight=off, teachers=0).needs == Needs(
+        rewards=True, siblings=True
+    )
     plan = make_plan(TRIPLE, teacher_weights=())
     costs = sparse(
         objective(1.0, "none", imitation_weight=off, teachers=0),

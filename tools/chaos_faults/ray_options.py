@@ -1,8 +1,8 @@
-"""What the faults use of Ray beyond its documented interface: options in environment variables
-RAY_name, of which no page tells, and how its own processes are called.
+"""What the faults use of Ray beyond its documented interface: undocumented options, which are
+environment variables RAY_name, and the command lines of its own processes.
 
-Read in the version below. tests/tools/test_chaos.py fails when another version is installed or when
-an option is gone.
+They were read in the version below. tests/tools/test_chaos.py fails when another version is
+installed or when an option does not exist.
 """
 
 import json
@@ -40,7 +40,7 @@ ActorUnavailableError, as the task may have been done.
 RAYS_OWN = r"ray::(DashboardAgent|RuntimeEnvAgent)|[^\0]*python\0[^\0]*/ray/_private/workers/"
 """The command lines of Ray's own processes: its agents, which try for 60 s to reach the control
 store, and workers that Ray had just started, which try for 27 s to reach their raylet. A worker
-that has reached it, as all of ours have, has the name of its actor.
+that has reached it has the name of its actor, as all workers of a run do.
 """
 
 
