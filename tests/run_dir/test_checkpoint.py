@@ -649,7 +649,7 @@ def test_a_pickle_in_place_of_a_shard_is_refused_and_never_run(tmp_path: Path, d
     )  # by someone who can write the manifest too
     assert read_checkpoint(folder).state.step == 1
     with pytest.raises(
-        CheckpointError, match=r"rank00000-of-00001\.safetensors: no safetensors file"
+        CheckpointError, match=r"rank00000-of-00001\.safetensors: is no safetensors file"
     ):
         FragmentReader(folder)
     assert not canary.exists()
