@@ -12,6 +12,7 @@ Every check that waits for another process has a timeout, and no secret is shown
 """
 
 import http.client
+import importlib.util
 import os
 import re
 import shlex
@@ -111,6 +112,7 @@ def findings(run_dir: Path) -> Iterator[Finding]:
         yield lock(tested.read_text(), installed_version)
     yield machine(usable_cores(), os.cpu_count() or 1, memory_bytes())
     yield compiler()
+    yield bytecode()
     yield from stack()
     yield products()
     yield shared_memory(
@@ -385,6 +387,32 @@ def machine(usable: int, cores: int, memory: int) -> Finding:
     if usable < 2 or memory < 8 * GIB:
         return warn("Machine", f"{text}; the quickstart was tried with 2 cores and 24 GiB")
     return ok("Machine", text)
+
+
+def bytecode(package: str = "torch", *, writes: bool | None = None) -> Finding:
+    """Whether Python finds the bytecode of the largest package, or can write it.
+
+    Without it every worker compiles the sources of thousands of modules at its start.
+
+    Args:
+        writes: whether Python writes bytecode that is missing; None: as this process.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return fail("Bytecode", f"{package} is not installed")
+    cached = Path(importlib.util.cache_from_source(spec.origin))
+    if cached.is_file():
+        return ok("Bytecode", f"{package} has it")
+    folder = Path(spec.origin).parent
+    writes = not sys.dont_write_bytecode if writes is None else writes
+    if writes and os.access(folder, os.W_OK):
+        return ok("Bytecode", f"{package} has none yet; the first import writes it")
+    return warn(
+        "Bytecode",
+        f"{package} has none and none is written here, so each worker takes several seconds more "
+        f"to start; run `env -u PYTHONDONTWRITEBYTECODE {sys.executable} -m compileall -q "
+        f"{folder.parent}`",
+    )
 
 
 def products() -> Finding:

@@ -31,7 +31,9 @@ class StartUp:
             WorkerError: a worker could not be built, or did not answer in time; then all workers
                 have written their stacks into their logs.
         """
-        self._waiting = list(pending)
+        for started in [p for p in pending if is_done(p)]:  # while something else was waited for
+            self._say(f"  {started.worker} is up")
+        self._waiting = [p for p in pending if not is_done(p)]
         try:
             gather(pending, self.watch)
         except WorkerTimeout:

@@ -1,6 +1,7 @@
 """`hybridrl doctor`: its findings for each state of a machine, and when it fails."""
 
 import os
+import py_compile
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -326,6 +327,20 @@ def test_a_table_that_is_wrong_for_this_processor_is_a_warning_with_the_setting(
     assert finding.level is level
     assert finding.text.startswith(f"{narrow:.0f} GFLOP/s in bfloat16 and {wide:.0f} in float32")
     assert finding.text.endswith(ending)
+
+
+def test_missing_bytecode_that_cannot_be_written_is_a_warning_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "large.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.bytecode("large", writes=True).text.endswith("the first import writes it")
+    finding = doctor.bytecode("large", writes=False)
+    assert finding.level is Level.warn
+    assert f"-m compileall -q {tmp_path}" in finding.text
+    py_compile.compile(str(tmp_path / "large.py"))
+    assert doctor.bytecode("large", writes=False).level is Level.ok
+    assert doctor.bytecode("no_such_package").level is Level.fail
 
 
 def test_the_rates_of_this_machine_are_measured_in_a_process_of_their_own():
