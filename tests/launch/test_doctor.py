@@ -332,13 +332,15 @@ def test_a_table_that_is_wrong_for_this_processor_is_a_warning_with_the_setting(
 def test_missing_bytecode_that_cannot_be_written_is_a_warning_with_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (tmp_path / "large.py").write_text("")
+    module = tmp_path / "large" / "__init__.py"
+    module.parent.mkdir()
+    module.write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     assert doctor.bytecode("large", writes=True).text.endswith("the first import writes it")
     finding = doctor.bytecode("large", writes=False)
     assert finding.level is Level.warn
     assert f"-m compileall -q {tmp_path}" in finding.text
-    py_compile.compile(str(tmp_path / "large.py"))
+    py_compile.compile(str(module))
     assert doctor.bytecode("large", writes=False).level is Level.ok
     assert doctor.bytecode("no_such_package").level is Level.fail
 
