@@ -117,3 +117,12 @@ def test_the_evidence_bench_finds_narrower_states_worse_than_bfloat16(tmp_path):
     width = results["width"]
     assert results["bytes"] == {"bfloat16": 2 * width, "int8": width + 4, "fp8": width + 4}
     assert results["edge_gb_s"] > 0
+
+
+@pytest.mark.graph
+def test_the_start_bench_measures_each_worker_alone_and_all_together(tmp_path):
+    results = bench(tmp_path, "start", "--repeats", "1")
+    assert results["imports_s"].keys() == {"driver", "engine", "learner", "scorer", "reward"}
+    assert results["starts_s"].keys() == {"engine", "learner", "scorer", "reward", "all together"}
+    alone = max(s for name, (s,) in results["starts_s"].items() if name != "all together")
+    assert results["ratio"] == results["starts_s"]["all together"][0] / alone

@@ -220,6 +220,9 @@ def variants(
         results["ours bf16 hybrid, fp32 logits"] = partial(
             ours, rule=replace(rule, exact_logits=True), hybrid=True
         )
+        results["ours bf16 hybrid, fp32 products"] = partial(
+            ours, rule=replace(rule, wide_products=True), hybrid=True
+        )
     if device == "cuda":
         results[f"torch.compile {name} hybrid"] = partial(autograd, hybrid=True, compiled=True)
     return results | (head_peers.available(options.trl) if name == "bf16" else {})
