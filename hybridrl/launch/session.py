@@ -26,7 +26,7 @@ from hybridrl.core.errors import (
 )
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
-from hybridrl.kernels.products import described, processor
+from hybridrl.kernels.products import processor, products_notice
 from hybridrl.launch.export import keep_template
 from hybridrl.launch.lengths import check_lengths
 from hybridrl.launch.preflight import (
@@ -114,7 +114,7 @@ def train(settings: RunSettings) -> RunResult:
         )
         workers = session.start_workers(checkpoint)
         if narrow_models(settings) and cluster.device == "cpu":
-            console.notice(described(settings.train.products, processor()))
+            console.notice(products_notice(settings.train.products, processor()))
         console.notice(
             f"workers ready after {time.monotonic() - began:.0f} s on {cluster.device}, weights "
             f"travel by {cluster.weight_transfer}; the longest silent wait is "

@@ -12,9 +12,9 @@ from hybridrl.kernels.products import (
     RATES,
     Processor,
     WideLinear,
-    described,
     faster_products,
     processor,
+    products_notice,
     widen_products,
 )
 from hybridrl.kernels.teacher_rows import HiddenTeacher
@@ -41,23 +41,18 @@ def test_the_processor_decides_which_products_are_chosen(capabilities, kind, cho
     assert faster_products(kind) == choice
 
 
-def test_this_machine_has_one_of_the_known_processors_and_the_same_one_each_time():
-    assert processor() is processor()
-    assert processor() in Processor
-
-
 def test_the_choice_is_the_larger_rate_of_the_table_and_the_sentence_names_both():
     for kind, rates in RATES.items():
         wide = rates.float32 > rates.bfloat16
         assert faster_products(kind) is (Products.float32 if wide else Products.model)
-    sentence = described(Products.float32, Processor.intel_bf16)
+    sentence = products_notice(Products.float32, Processor.intel_bf16)
     assert "computed in float32 (train.products=float32)" in sentence
     assert "155 GFLOP/s in bfloat16 and 253 in float32" in sentence
     assert "the other one" not in sentence
-    assert described(Products.model, Processor.intel_bf16).endswith(
+    assert products_notice(Products.model, Processor.intel_bf16).endswith(
         "so the other one would be faster"
     )
-    assert described(Products.model, Processor.other).endswith("is not known")
+    assert products_notice(Products.model, Processor.other).endswith("is not known")
 
 
 def narrow_layer() -> tuple[nn.Linear, Tensor]:

@@ -17,8 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from hybridrl.cli import main
-from hybridrl.launch import doctor
-from hybridrl.launch.doctor import GIB, Finding, Level, ok
+from hybridrl.launch import access, doctor
+from hybridrl.launch.doctor import GIB
+from hybridrl.launch.finding import Finding, Level, ok
 
 OK = Level.ok
 WARN = Level.warn
@@ -114,10 +115,10 @@ def test_a_token_that_others_can_read_fails_with_the_remedy(
     tmp_path: Path, mode: int, level: Level
 ):
     token = tmp_path / "auth_token"
-    assert doctor.ray_token(token).level is OK, "there is no token"
+    assert access.ray_token(token).level is OK, "there is no token"
     token.write_text("canary")
     token.chmod(mode)
-    finding = doctor.ray_token(token)
+    finding = access.ray_token(token)
     assert finding.level is level and "canary" not in str(finding)
     assert finding.text.endswith(f"chmod 600 {token}") or level is OK
 
@@ -138,7 +139,7 @@ def test_a_token_that_others_can_read_fails_with_the_remedy(
 def test_a_dashboard_bound_wide_without_a_token_fails(
     host: str, open_to_strangers: bool | None, level: Level
 ):
-    assert doctor.dashboard(host, 8265, open_to_strangers).level is level
+    assert access.dashboard(host, 8265, open_to_strangers).level is level
 
 
 @contextmanager
@@ -171,8 +172,8 @@ def answering(
 )
 def test_a_job_api_is_closed_where_it_requires_a_token(status: int, opened: bool):
     with answering(status) as port:
-        assert doctor.answers_strangers("0.0.0.0", port) is opened
-    assert doctor.answers_strangers("127.0.0.1", port) is None, "the server has ended"
+        assert access.answers_strangers("0.0.0.0", port) is opened
+    assert access.answers_strangers("127.0.0.1", port) is None, "the server has ended"
 
 
 def serving_tls(folder: Path, server: HTTPServer) -> None:
@@ -203,10 +204,10 @@ def test_a_dashboard_with_an_https_address_is_tested_by_https(
 ):
     with answering(status, lambda server: serving_tls(tmp_path, server)) as port:
         assert (
-            doctor.named_dashboard("RAY_API_SERVER_ADDRESS", f"https://127.0.0.1:{port}").level
+            access.named_dashboard("RAY_API_SERVER_ADDRESS", f"https://127.0.0.1:{port}").level
             is level
         )
-    assert doctor.dashboard("10.0.0.1", 443, False, secure=True).level is OK, (
+    assert access.dashboard("10.0.0.1", 443, False, secure=True).level is OK, (
         "the token does not travel in the clear"
     )
 
@@ -234,14 +235,14 @@ def test_an_invalid_address_and_one_without_a_server_are_reported(
     address: str, level: Level, expected: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
-    finding = doctor.dashboards()[-1]
+    finding = access.dashboards()[-1]
     assert finding.level is level and expected in finding.text
 
 
 def test_an_address_without_a_port_has_the_default_port_of_its_protocol():
-    assert doctor.host_and_port("https://head") == ("head", 443, True)
+    assert access.host_and_port("https://head") == ("head", 443, True)
     assert (
-        doctor.host_and_port("http://head") == doctor.host_and_port("head") == ("head", 8265, False)
+        access.host_and_port("http://head") == access.host_and_port("head") == ("head", 8265, False)
     )
 
 
@@ -276,7 +277,7 @@ def test_the_dashboards_of_a_machine_are_found_by_their_commands(tmp_path: Path)
     for pid, words in commands.items():
         (tmp_path / pid).mkdir()
         (tmp_path / pid / "cmdline").write_text("\0".join(words) + "\0")
-    assert list(doctor.local_dashboards(tmp_path)) == [("0.0.0.0", 8265)]
+    assert list(access.local_dashboards(tmp_path)) == [("0.0.0.0", 8265)]
 
 
 def test_the_exit_status_is_one_where_anything_fails(
