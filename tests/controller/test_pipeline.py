@@ -326,3 +326,19 @@ def test_groups_with_a_token_that_is_too_old_are_left_out_and_come_again():
     ]
     assert [p.uid for p in sampling.stale_prompts(arrived, 5)] == ["p1"]
     assert [a.groups for a in first_groups(arrived, 2)] == [(0,)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        ([], 2),  # every group whose rewards are kept
+        (["algorithm=dpo", "algorithm.data_fraction=0"], 1),  # those with a best and a worst one
+    ],
+)
+def test_the_loss_is_averaged_over_pairs_where_pairs_are_ranked_and_over_groups_elsewhere(
+    overrides: list[str], count: int
+):
+    judged = replace(rewards(4), values=np.array([0.0, 1.0, 1.0, 1.0], np.float32))
+    arrived = [Arrived(drawn=None, header=header([5] * 4), rewards=judged, groups=(0, 1))]
+    sampling = Sampling(settings(*overrides), None, Preemption())
+    assert sampling.num_pairs(arrived) == count
