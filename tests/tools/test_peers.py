@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from hybridrl.models.loading import load_model, load_tokenizer
+from hybridrl.models.loading import load_model, load_tokenizer, stop_token_ids
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
 
@@ -45,6 +45,17 @@ def test_an_endless_model_never_stops_and_is_otherwise_the_model_it_was(bench, t
     )
     assert torch.equal(endless(prompts.input_ids).logits, given(prompts.input_ids).logits)
     assert tokenizer.eos_token_id == given.config.vocab_size and tokenizer.pad_token_id == 0
+
+
+def test_without_an_end_an_endless_model_has_a_row_for_each_token_and_nothing_stops_it(
+    bench, tmp_path: Path
+):
+    inputs = bench("peer_inputs")
+    folder = inputs.without_end(inputs.endless("builtin:countdown-student", tmp_path / "student"))
+    tokenizer = load_tokenizer(str(folder))
+    rows = load_model(str(folder)).config.vocab_size
+    assert max(tokenizer.get_vocab().values()) + 1 == rows == 23
+    assert stop_token_ids(str(folder), tokenizer) == set()
 
 
 def test_a_process_that_fails_is_an_error_with_the_end_of_its_output(bench):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def endless(model: str, folder: Path) -> Path:
     tokenizer["added_tokens"].append({"id": end, "content": NEVER} | flags)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     positions = max(POSITIONS, config["max_position_embeddings"])
-    changes = {
+    changes: dict[str, dict] = {
         "config.json": {"eos_token_id": end, "max_position_embeddings": positions},
         "generation_config.json": {"eos_token_id": end},
     }
@@ -75,9 +76,35 @@ def endless(model: str, folder: Path) -> Path:
             "pad_token": tokenizer["added_tokens"][0]["content"],
         }
     }
-    for name, values in changes.items():
-        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+    change(folder, changes)
     return folder
+
+
+def without_end(model: Path) -> Path:
+    """A copy of an endless model, in a folder beside it, that names no end token at all.
+
+    A run of ours refuses an end token that has no row in the embeddings, and TRL needs one.
+    """
+    folder = model.with_name(f"{model.name}-without-end")
+    shutil.copytree(model, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != NEVER]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    change(
+        folder,
+        {
+            "config.json": {"eos_token_id": None},
+            "generation_config.json": {"eos_token_id": None},
+            "tokenizer_config.json": {"eos_token": None},
+        },
+    )
+    return folder
+
+
+def change(folder: Path, values_of: Mapping[str, Mapping[str, object]]) -> None:
+    """Overwrite values in JSON files of a folder, by the name of the file."""
+    for name, values in values_of.items():
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
 
 
 def write_problems(

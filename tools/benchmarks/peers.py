@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks import watched
-from benchmarks.peer_inputs import PAIRS, Pair, endless, write_problems
+from benchmarks.peer_inputs import PAIRS, Pair, endless, without_end, write_problems
 
 HERE = Path(__file__).parent
 PROMPTS = 8
@@ -105,6 +105,8 @@ class Bench:
         self.options = options
         self.student = endless(pair.student, folder / "student")
         self.teacher = endless(pair.teacher, folder / "teacher")
+        self.own_student = without_end(self.student)
+        self.own_teacher = without_end(self.teacher)
         self.problems = write_problems(folder, pair.instruction, PROMPTS)
         self.reward = f"{HERE / 'digit_reward.py'}:digit_share"
         self.steps = options.warm_up + options.steps
@@ -192,9 +194,9 @@ class Bench:
         return [
             f"run.dir={run_dir}",
             f"algorithm={algorithm}",
-            f"model.path={self.student}",
+            f"model.path={self.own_student}",
             f"model.dtype={dtype}",
-            f"+teachers.main.path={self.teacher}",
+            f"+teachers.main.path={self.own_teacher}",
             f"+teachers.main.dtype={dtype}",
             "data.task=records",
             f"data.path={self.problems}",
