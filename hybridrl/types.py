@@ -25,10 +25,10 @@ TokenScores, reward -> Rewards; the learner joins the three. The controller rece
 Rewards (scalars per sequence) and references to the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -347,6 +347,12 @@ class SavedFile:
     name: str
     bytes: int
     sha256: str  # hex
+
+
+Files: TypeAlias = Callable[[], Sequence[SavedFile]]
+"""Waits until a writer's files are written and synced to disk, and returns them. It raises
+CheckpointError if one cannot be written.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

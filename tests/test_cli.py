@@ -24,7 +24,7 @@ from hybridrl.run_dir.saved_file import seal
 from hybridrl.settings.checkpointing import CheckpointConfig
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.jsonl import JsonlSink
-from hybridrl.types import RunInfo, SavedFile
+from hybridrl.types import Files, RunInfo
 from hybridrl.weights.fragments import MASTER, PARTS, Fragment, FragmentReader, write_fragments
 from tests.run_dir.test_directory import STATE, settings_of, start
 
@@ -56,8 +56,9 @@ class Learned:
     def state_bytes(self) -> int:
         return 0
 
-    def save_state(self, folder: str) -> list[SavedFile]:
-        return [seal(write_fragments(Path(folder), 0, 1, self.fragments))]
+    def begin_save(self, folder: str) -> Files:
+        saved = [seal(write_fragments(Path(folder), 0, 1, self.fragments))]
+        return lambda: saved
 
 
 def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:

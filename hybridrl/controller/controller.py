@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -19,6 +20,7 @@ from hybridrl.controller.pipeline import Pipeline, wave_seed
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.rounding import rounding_warning
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
+from hybridrl.controller.saving import Saving
 from hybridrl.controller.step_cost import step_cost
 from hybridrl.core import failpoints
 from hybridrl.core.errors import (
@@ -139,7 +141,7 @@ class Controller:
         }
         self.steps_done = 0
         self.weight_version = 0
-        self.saved_step = 0
+        self.saving = Saving()
         self.warned_of_rounding = False
 
     def step(self) -> dict[str, float]:
@@ -195,6 +197,15 @@ class Controller:
             RunDirectoryError: the run directory or a file of it was removed, moved or replaced.
                 What was learned so far is saved under its path.
         """
+        try:
+            self._train()
+        except Exception as error:
+            if isinstance(error, WorkerError):
+                self.learner.note_failure(error)
+            self.saving.settle_logged()
+            raise
+
+    def _train(self) -> None:
         settings = self.settings
         row: dict[str, float] = {}
         while self.steps_done < settings.train.steps:
@@ -202,6 +213,7 @@ class Controller:
                 self.preemption.check()
                 self.ledger.check_in_place()
                 row = self._step_or_skip()
+                row |= self.saving.take()
                 last = self.steps_done == settings.train.steps
                 if last or (settings.eval.every and self.steps_done % settings.eval.every == 0):
                     row |= self.evaluate()
@@ -210,7 +222,8 @@ class Controller:
             except RunDirectoryTaken:
                 raise
             except (Preempted, RunDirectoryError):
-                if self.steps_done > self.saved_step:
+                self.saving.settle_logged()
+                if self.steps_done > self.saving.saved_step:
                     self.save(row, last=False)
                 raise
             failpoints.hit("controller.logged", step=self.steps_done)
@@ -402,10 +415,11 @@ class Controller:
     # -- state -------------------------------------------------------------------------------------
 
     def save(self, row: Mapping[str, float], *, last: bool) -> None:
-        """Commit a checkpoint; its time appears in the next step's row.
+        """Save a checkpoint. With checkpoint.background it is written while the run goes on, and
+        the last one before this returns; the time that it holds the run appears in the next row.
 
         If it cannot be written, the log reports it and the run continues to the next checkpoint,
-        since the older ones are undamaged. A scorer that fails while saving is replaced.
+        since the older ones are undamaged. A scorer that fails at the beginning is replaced.
 
         Args:
             row: the step's metrics, where checkpoint.best looks its metric up.
@@ -417,9 +431,9 @@ class Controller:
         """
         self.ledger.check_folder()
         with self.clock.phase("save"):
+            self.saving.settle_logged()
             try:
-                self._save(row)
-                self.saved_step = self.steps_done
+                self._save(row, wait=last or not self.settings.checkpoint.background)
             except CheckpointError as error:
                 if last:
                     raise
@@ -429,7 +443,7 @@ class Controller:
                     error,
                 )
 
-    def _save(self, row: Mapping[str, float]) -> None:
+    def _save(self, row: Mapping[str, float], *, wait: bool) -> None:
         for _ in count():
             writers: list[Writer] = [
                 self.learner,
@@ -437,7 +451,11 @@ class Controller:
                 SettingsFile(self.settings),
             ]
             try:
-                self.checkpointer.save(self.state(row), writers)
+                unfinished = self.checkpointer.begin(self.state(row), writers)
+                finish = partial(self.checkpointer.finish, unfinished)
+                self.saving.start(self.steps_done, finish)
+                if wait:
+                    self.saving.settle()
                 return
             except WorkerError as error:
                 self.workers.lose(error)
@@ -481,7 +499,7 @@ class Controller:
                     f"writes ({error!r}); continue it with the version that wrote it"
                 ) from error
         self.steps_done = state.step
-        self.saved_step = state.step
+        self.saving.saved_step = state.step
         self.weight_version = state.weight_version
 
 

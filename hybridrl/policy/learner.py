@@ -396,21 +396,28 @@ class Learner:
     # -- checkpoint --------------------------------------------------------------------------------
 
     def state_bytes(self) -> int:
-        """What save_state will write on this rank, headers aside."""
+        """What begin_save will write on this rank, headers aside."""
         return self.state.nbytes()
 
-    def save_state(self, folder: str) -> list[SavedFile]:
-        """Write this rank's pieces of the fp32 master weights and Adam moments into a file of its
-        own.
+    def begin_save(self, folder: str) -> None:
+        """Begin to write this rank's pieces of the fp32 master weights and Adam moments, as they
+        are now, into a file of its own.
 
         Raises:
             NonFiniteError: one of them is NaN or infinite.
-            CheckpointError: the file cannot be written.
         """
-        return [self.state.save(Path(folder))]
+        self.state.begin_save(Path(folder), background=self.settings.checkpoint.background)
+
+    def saved_file(self) -> SavedFile | None:
+        """The file of the last begin_save; None: it is still being written.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        return self.state.saved_file()
 
     def load_state(self, folder: str, optimizer_steps: int) -> None:
-        """The inverse of save_state, from any number of ranks and any ZeRO stage. The files were
+        """The inverse of begin_save, from any number of ranks and any ZeRO stage. The files were
         verified by the caller.
 
         Raises:

@@ -3,6 +3,8 @@ whichever ZeRO stage laid them out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -55,29 +57,46 @@ class OptimizerState:
         self.parameters = parameters
         self.optimizer = optimizer
         self.step_in_place = step_in_place
+        self.threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.saving: Future[SavedFile] | None = None
 
     def nbytes(self) -> int:
-        """What `save` will write on this rank, headers aside."""
+        """What `begin_save` will write on this rank, headers aside."""
         masters = local_fragments(self.parameters, [MASTER])
         return sum(t.nbytes for f in masters for t in f.tensors.values()) * len(PARTS)
 
-    def save(self, folder: Path) -> SavedFile:
-        """Write this rank's pieces into a file of its own.
+    def begin_save(self, folder: Path, *, background: bool) -> None:
+        """Begin to write this rank's pieces, as they are now, into a file of its own.
+
+        Args:
+            background: write a copy of them in another thread, so that the next step may begin;
+                else they are written when this returns.
 
         Raises:
             NonFiniteError: one of them is NaN or infinite.
-            CheckpointError: the file cannot be written.
         """
         fragments = local_fragments(self.parameters)
         check_finite(fragments)
-        path = write_fragments(folder, dist.get_rank(), dist.get_world_size(), fragments)
-        try:
-            return seal(path)
-        except OSError as error:
-            raise CheckpointError(f"{path}: not on disk: {error}") from error
+        if background:
+            fragments = [copied(fragment) for fragment in fragments]
+        self.saving = self.threads.submit(
+            write_sealed, folder, dist.get_rank(), dist.get_world_size(), fragments
+        )
+        if not background:
+            wait([self.saving])
+
+    def saved_file(self) -> SavedFile | None:
+        """The file of the last `begin_save`; None: it is still being written.
+
+        Raises:
+            CheckpointError: it cannot be written, or no save was begun.
+        """
+        if self.saving is None:
+            raise CheckpointError("no save was begun on this rank since it started")
+        return self.saving.result() if self.saving.done() else None
 
     def load(self, folder: Path, steps: int, model: str) -> None:
-        """The inverse of `save`, from any number of ranks and any ZeRO stage.
+        """The inverse of `begin_save`, from any number of ranks and any ZeRO stage.
 
         Args:
             steps: how many steps the optimizer had taken.
@@ -93,6 +112,25 @@ class OptimizerState:
         for moment in MOMENTS:
             load_part(self.parameters, reader, moment)
         set_adam_steps(self.optimizer, steps)
+
+
+def write_sealed(folder: Path, rank: int, world: int, fragments: Sequence[Fragment]) -> SavedFile:
+    """Write one rank's pieces to a file in `folder`, and sync it to disk.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    path = write_fragments(folder, rank, world, fragments)
+    try:
+        return seal(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: not on disk: {error}") from error
+
+
+def copied(fragment: Fragment) -> Fragment:
+    """A copy on the CPU, in memory of its own."""
+    tensors = {part: t.detach().to("cpu", copy=True) for part, t in fragment.tensors.items()}
+    return replace(fragment, tensors=tensors)
 
 
 def local_fragments(parameters: Parameters, parts: Sequence[str] = PARTS) -> list[Fragment]:

@@ -8,9 +8,9 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from hybridrl.run_dir.saved_file import seal
 from hybridrl.settings.choices import BestMode
 from hybridrl.settings.compose import to_yaml
 from hybridrl.settings.run import CheckpointConfig, RunSettings
-from hybridrl.types import SavedFile
+from hybridrl.types import Files
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -54,10 +54,10 @@ class Writer(Protocol):
     """A group of workers with state, each of which writes its own files."""
 
     def state_bytes(self) -> int:
-        """About how many bytes save_state will write."""
+        """About how many bytes begin_save will write."""
 
-    def save_state(self, folder: str) -> Sequence[SavedFile]:
-        """Write files into `folder` and sync them to disk.
+    def begin_save(self, folder: str) -> Files:
+        """Begin to write the state as it is now into `folder`; it may change when this returns.
 
         Raises:
             CheckpointError: a file could not be written.
@@ -73,10 +73,11 @@ class SettingsFile:
     def state_bytes(self) -> int:
         return len(self.text)
 
-    def save_state(self, folder: str) -> list[SavedFile]:
+    def begin_save(self, folder: str) -> Files:
         path = Path(folder) / CONFIG
         path.write_text(self.text, encoding="utf-8", errors="backslashreplace")
-        return [seal(path)]
+        saved = [seal(path)]
+        return lambda: saved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +102,16 @@ class Checkpoint:
     state: RunState
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unfinished:
+    """A checkpoint whose files are being written."""
+
+    folder: Path  # the temporary one
+    final: Path
+    state: RunState
+    files: Sequence[Files]
+
+
 class Checkpointer:
     """Saves and finds the folders checkpoints/step_NNNNNN of a run directory.
 
@@ -113,31 +124,43 @@ class Checkpointer:
         self.config = config
 
     def save(self, state: RunState, writers: Sequence[Writer]) -> Path:
-        """Write a checkpoint into a temporary folder, sync it, verify it, and rename the folder.
+        """Write a checkpoint, and wait until it is committed; raises as `begin` and `finish`."""
+        return self.finish(self.begin(state, writers))
 
-        Only then are older checkpoints removed.
+    def begin(self, state: RunState, writers: Sequence[Writer]) -> Unfinished:
+        """Begin a checkpoint of the present state in a temporary folder. When this returns, the
+        run may go on.
 
         Raises:
-            CheckpointError: there is no room, a file could not be written, or what is read back
-                differs from what was written. Existing checkpoints are unchanged.
+            CheckpointError: there is no room, or a file could not be written. Existing checkpoints
+                are unchanged.
         """
         final = self.root / f"step_{state.step:06d}"
-        unfinished = self.temporary(final)
-        try:
-            unfinished.mkdir(parents=True)
+        folder = self.temporary(final)
+        with removed_on_error(folder, final):
+            folder.mkdir(parents=True)
             sync_to_disk(self.root.parent)  # the first save creates the root
             failpoints.hit("checkpoint.begun", step=state.step)
             self._check_room(final, writers)
-            write(unfinished, state, writers)
+            files = [writer.begin_save(str(folder)) for writer in writers]
+        return Unfinished(folder=folder, final=final, state=state, files=files)
+
+    def finish(self, unfinished: Unfinished) -> Path:
+        """Wait for the files of a checkpoint, sync it, verify it, and rename its folder. Only then
+        are older checkpoints removed. It may be called in another thread than `begin`.
+
+        Raises:
+            CheckpointError: a file could not be written, or what is read back differs from what was
+                written. Existing checkpoints are unchanged.
+        """
+        state = unfinished.state
+        final = unfinished.final
+        with removed_on_error(unfinished.folder, final):
+            write(unfinished)
             failpoints.hit("checkpoint.written", step=state.step)
-            read_checkpoint(unfinished)
+            read_checkpoint(unfinished.folder)
             failpoints.hit("checkpoint.verified", step=state.step)
-            self._commit(unfinished, final)
-        except Exception as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise CheckpointError(f"{final}: not saved: {error}") from error
-            raise
+            self._commit(unfinished.folder, final)
         if self.config.best and not math.isfinite(state.metrics.get(self.config.best, math.nan)):
             log.warning(
                 "%s: its step has no finite %s, so checkpoint.best ignores it",
@@ -299,12 +322,29 @@ def remove(path: Path) -> None:
         raise CheckpointError(f"{path}: cannot be removed: {error}; remove it by hand") from error
 
 
-def write(folder: Path, state: RunState, writers: Sequence[Writer]) -> None:
-    """Write all files of a checkpoint, then the manifest with the digests their writers reported.
+@contextmanager
+def removed_on_error(folder: Path, final: Path) -> Iterator[None]:
+    """Remove the temporary folder of a checkpoint if a `with` block raises an exception.
 
-    All of them are synced to disk.
+    Raises:
+        CheckpointError: instead of an OSError; it names the folder `final`.
     """
-    files = [file for writer in writers for file in writer.save_state(str(folder))]
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{final}: not saved: {error}") from error
+        raise
+
+
+def write(unfinished: Unfinished) -> None:
+    """Wait for the writers' files, then write the controller's state, and the manifest with the
+    digests that the writers reported. All of them are synced to disk.
+    """
+    folder = unfinished.folder
+    state = unfinished.state
+    files = [file for wait in unfinished.files for file in wait()]
     failpoints.hit("checkpoint.shards", step=state.step)
     (folder / STATE).write_text(json.dumps(state_to_json(state), indent=1))
     files.append(seal(folder / STATE))

@@ -1,11 +1,13 @@
 """The ranks of the learner, which are called together."""
 
 import socket
+import time
 from collections.abc import Sequence
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from hybridrl.core.errors import CheckpointError, WorkerError
 from hybridrl.runtime.actor_group import ActorGroup, EngineCall, Slot
 from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.chunk import Chunk
@@ -13,11 +15,15 @@ from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import (
+    Files,
     LearnerStats,
     SavedFile,
     UpdatePlan,
     WeightManifest,
 )
+
+POLL_S = 0.2
+"""Between two questions whether the ranks have written their files."""
 
 
 class LearnerGroup:
@@ -41,9 +47,16 @@ class LearnerGroup:
         ]
         self.group = ActorGroup("learner", self.worker, slots, arguments, log_dir=log_dir)
         self.master = master
+        self.failed = False
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
+
+    def note_failure(self, error: WorkerError) -> None:
+        """Do not wait any longer for a checkpoint if the error is of a rank: a rank that failed
+        does not write its file.
+        """
+        self.failed = self.failed or error.worker in self.group.names
 
     def configure(self, settings: RunSettings) -> None:
         """Learn by other settings from here on; the student stays."""
@@ -129,15 +142,39 @@ class LearnerGroup:
     def state_bytes(self) -> int:
         return sum(self.group.call_all("state_bytes", deadline_s=self.settings.deadlines.save_s))
 
-    def save_state(self, folder: str) -> list[SavedFile]:
-        """Every rank writes its own file."""
-        return [
-            file
-            for files in self.group.call_all(
-                "save_state", folder, deadline_s=self.settings.deadlines.save_s
-            )
-            for file in files
-        ]
+    def begin_save(self, folder: str) -> Files:
+        """Every rank begins to write its own file; with checkpoint.background from a copy of its
+        state.
+
+        Returns:
+            A function that waits for the files; it may be called in another thread.
+        """
+        self.group.call_all("begin_save", folder, deadline_s=self.settings.deadlines.save_s)
+        return self._saved_files
+
+    def _saved_files(self) -> list[SavedFile]:
+        """Raises:
+        CheckpointError: a file could not be written, or is not written within deadlines.save_s.
+        WorkerError: a rank failed.
+        """
+        limits = self.settings.deadlines
+        end = time.monotonic() + limits.save_s
+        while True:
+            # A rank answers at the end of the update that it is busy with.
+            calls = self.group.submit_all("saved_file", deadline_s=limits.learn_s + limits.save_s)
+            files = gather(calls, self._check_ranks)
+            if None not in files:
+                return files
+            if time.monotonic() > end:
+                raise CheckpointError(
+                    f"a learner rank has not written its file within deadlines.save_s="
+                    f"{limits.save_s:g}; raise it, or write to a faster disk"
+                )
+            time.sleep(POLL_S)
+
+    def _check_ranks(self) -> None:
+        if self.failed:
+            raise CheckpointError("a learner rank failed while its file was being written")
 
     def load_state(self, folder: str, optimizer_steps: int) -> None:
         self.group.call_all(

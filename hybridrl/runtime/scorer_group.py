@@ -12,7 +12,7 @@ from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.stateless_group import StatelessGroup
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence
-from hybridrl.types import SavedFile
+from hybridrl.types import Files, SavedFile
 
 
 class ScoreCall(NamedTuple):
@@ -64,8 +64,12 @@ class ScorerGroup(StatelessGroup):
     def state_bytes(self) -> int:
         return sum(self.group.call_all("state_bytes", deadline_s=self.settings.deadlines.save_s))
 
-    def save_state(self, folder: str) -> list[SavedFile]:
-        return self._each_replica("save_state", folder)
+    def begin_save(self, folder: str) -> Files:
+        """Write the cached log-probs, 4 bytes a token, which takes too little time to do it beside
+        the next step.
+        """
+        saved = self._each_replica("save_state", folder)
+        return lambda: saved
 
     def load_state(self, folder: str) -> None:
         self._each_replica("load_state", folder)

@@ -493,6 +493,13 @@ SECTIONS = (
             "the largest is the bottleneck",
         ),
         (
+            "time/checkpoint_s",
+            "s",
+            "time from the beginning of a checkpoint until it was committed, in the row of the "
+            "next step; time/save_s is the part that held the run",
+            "far below the time between two checkpoints",
+        ),
+        (
             "time/response_s_p50",
             "s",
             "time from the arrival of a request to the end of a response, by the engines' clocks; "

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from hybridrl.run_dir.checkpoint import (
 from hybridrl.run_dir.saved_file import seal
 from hybridrl.settings.checkpointing import CheckpointConfig
 from hybridrl.settings.choices import BestMode
-from hybridrl.types import SavedFile
+from hybridrl.types import Files, SavedFile
 from hybridrl.weights.fragments import MASTER, Fragment, FragmentReader, write_fragments
 from tests.support.failing_disk import no_more_files
 
@@ -52,8 +53,10 @@ class Weights:
     def state_bytes(self) -> int:
         return self.size
 
-    def save_state(self, folder: str) -> list[SavedFile]:
-        path = Path(folder) / "learner.safetensors"
+    def begin_save(self, folder: str) -> Files:
+        return partial(self.write, Path(folder) / "learner.safetensors")
+
+    def write(self, path: Path) -> list[SavedFile]:
         self.before(path)
         path.write_bytes(b"weights of the learner")
         return [seal(path)]
@@ -425,9 +428,9 @@ def test_a_save_that_fails_leaves_the_older_one_and_nothing_of_its_own(
 class Forgetful(Weights):
     """A writer whose report differs from the file, as with a broken disk or a folder not shared."""
 
-    def save_state(self, folder: str) -> list[SavedFile]:
-        (saved,) = super().save_state(folder)
-        flip_a_byte(Path(folder) / saved.name)
+    def write(self, path: Path) -> list[SavedFile]:
+        (saved,) = super().write(path)
+        flip_a_byte(path)
         return [saved]
 
 

@@ -207,7 +207,7 @@ def test_a_run_continued_after_any_step_is_bit_for_bit_the_one_that_went_on(
         assert read_checkpoint(ours).state.parts == read_checkpoint(theirs).state.parts
 
 
-NO_STATE = (".clock.", ".load.under_way", ".pings[", ".saved_step", ".unmeasured[")
+NO_STATE = (".clock.", ".load.under_way", ".pings[", ".saving.", ".unmeasured[")
 """Seconds that the next row reports; calls under way, of which a resumed run has none; what lies on
 disk, which the save that follows the row moves; metrics that this process has not seen yet.
 """

@@ -8,8 +8,10 @@ weights) there.
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from hybridrl.types import (
     Prompt,
     Rewards,
     RolloutBatch,
+    SavedFile,
     TokenScores,
     UpdatePlan,
 )
@@ -65,6 +68,19 @@ def chunk_of(
         make_rewards(batch, values[2 * first : 2 * last], keep),
         make_scores(batch, logprobs[span], hidden[span]),
     )
+
+
+def save(learner, folder: Path) -> SavedFile:
+    """Save a rank's state, and wait until it is on disk."""
+    learner.begin_save(str(folder))
+    return saved(learner)
+
+
+def saved(learner) -> SavedFile:
+    """Wait until the state of the last begin_save is on disk."""
+    while (file := learner.saved_file()) is None:
+        time.sleep(0.01)
+    return file
 
 
 def inf_teacher() -> Chunk:
@@ -229,15 +245,22 @@ class Job:
         num_micro_batches: int,
         *overrides: str,
     ) -> None:
-        """Save, and take a step; then load into a new learner, and take the same step."""
-        saved = self.folder / f"{case}-state"
-        saved.mkdir(exist_ok=True)
-        learner.save_state(str(saved))
+        """Begin to save, and take a step before anything is written; then load into a new learner,
+        and take the same step.
+        """
+        state = self.folder / f"{case}-state"
+        state.mkdir(exist_ok=True)
+        stepped = Event()
+        learner.state.threads.submit(stepped.wait)
+        learner.begin_save(str(state))
+        assert learner.saved_file() is None
         self.gathered(case, learner)
         plan = plan_for(2, num_micro_batches)
         self.report(f"{case}-straight", learner, [learner.update(plan, groups, *values)])
+        stepped.set()
+        saved(learner)
         again = self.learner(*overrides)
-        again.load_state(str(saved), 2)
+        again.load_state(str(state), 2)
         self.report(f"{case}-loaded", again, [], optimizer_steps=again.ping())
         self.report(f"{case}-resumed", again, [again.update(plan, groups, *values)])
 
@@ -279,8 +302,8 @@ class Job:
         learner.export(str(self.folder / f"{case}-export"))
         state = self.folder / f"{case}-state"
         state.mkdir(exist_ok=True)
-        files = learner.save_state(str(state))
-        masters = sum(t.nbytes for t in load_file(state / files[0].name).values())
+        file = save(learner, state)
+        masters = sum(t.nbytes for t in load_file(state / file.name).values())
         assert learner.state_bytes() == masters
         self.report(case, learner, stats)
         self.report(f"{case}-straight", learner, [learner.update(plans[2], groups, *values)])
@@ -315,7 +338,7 @@ class Job:
         learner, again = self.learner(*overrides), self.folder / f"{case}-state"
         learner.load_state(str(self.folder / f"{saved}-state"), 2)
         again.mkdir(exist_ok=True)
-        learner.save_state(str(again))
+        save(learner, again)
         self.report(f"{case}-loaded", learner, [])
         self.report(
             case, learner, [learner.update(plan_for(2, num_micro_batches), groups, *values)]
@@ -417,7 +440,7 @@ def one_rank(job: Job) -> None:
         first, *_ = learner.weights.saved().values()
         fragment_values(first, None)[0] = float("inf")
     try:
-        learner.save_state(str(job.folder / "one-state"))
+        save(learner, job.folder / "one-state")
         message = "no error"
     except NonFiniteError as error:
         message = str(error)

@@ -86,7 +86,7 @@ def in_turns(steps: int, turns: int, folder: Path) -> dict:
     grounds = {threads: ground(threads, folder) for threads in (2, 1)}
     first = controller_of(grounds[2].settings, grounds[2].workers, prompts, folder, heldout)
     first.step()
-    first.learner.save_state(str(folder))
+    first.learner.begin_save(str(folder))()
     before = first.evaluate()["eval/accuracy"]
     variants = {
         f"{schedule}, {threads} thread{'s' * (threads > 1)} a worker": (schedule, grounds[threads])

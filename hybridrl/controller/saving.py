@@ -1,0 +1,67 @@
+"""The checkpoint that is being written while the run goes on."""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from hybridrl.core.errors import CheckpointError, WorkerError
+
+log = logging.getLogger(__name__)
+
+
+class Saving:
+    """Finishes one checkpoint at a time in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.saved_step = 0  # of the newest committed checkpoint
+        self._write_s: float | None = None  # until `take` returns it
+        self._step = 0  # of the checkpoint that was begun last
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: Future[float] | None = None
+
+    def start(self, step: int, finish: Callable[[], object]) -> None:
+        """Call `finish`, which commits the checkpoint of `step`, in the thread. `settle` must have
+        been called for the one before.
+        """
+        assert self._under_way is None, self._step
+        began = time.monotonic()
+
+        def committed() -> float:
+            finish()
+            return time.monotonic() - began
+
+        self._step = step
+        self._under_way = self._threads.submit(committed)
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is under way, if there is one.
+
+        Raises:
+            CheckpointError, WorkerError: it could not be written.
+        """
+        under_way = self._under_way
+        if under_way is None:
+            return
+        self._under_way = None
+        self._write_s = under_way.result()
+        self.saved_step = self._step
+
+    def settle_logged(self) -> None:
+        """As `settle`, but a checkpoint that could not be written is reported in the log: the older
+        ones are undamaged, and the next one may succeed.
+        """
+        try:
+            self.settle()
+        except (CheckpointError, WorkerError) as error:
+            log.error("step %d has no checkpoint, the older ones are whole: %s", self._step, error)
+
+    def take(self) -> dict[str, float]:
+        """Settle the checkpoint if it is finished, without a wait; returns the metric of its time
+        once.
+        """
+        if self._under_way is not None and self._under_way.done():
+            self.settle_logged()
+        seconds = self._write_s
+        self._write_s = None
+        return {} if seconds is None else {"time/checkpoint_s": seconds}
