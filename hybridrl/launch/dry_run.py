@@ -8,8 +8,8 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.launch.session import preflight
 from hybridrl.models.loading import load_tokenizer
 from hybridrl.models.reach import reach
-from hybridrl.run_dir.directory import describe_directory
-from hybridrl.run_dir.inputs import digests
+from hybridrl.run_dir.directory import describe_directory, earlier_settings
+from hybridrl.run_dir.inputs import digests, pinned
 from hybridrl.settings.run import ModelConfig, RunSettings
 from hybridrl.types import Prompt
 
@@ -20,6 +20,7 @@ def describe(settings: RunSettings) -> Iterator[str]:
     Raises:
         HybridRLError: as `train` before it starts anything.
     """
+    settings = pinned(settings, earlier_settings(settings))
     prompts, heldout = preflight(settings)
     directory = describe_directory(settings, digests(settings, prompts, heldout))
     yield "all checks passed; nothing was started and nothing was written"

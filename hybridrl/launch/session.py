@@ -40,6 +40,7 @@ from hybridrl.launch.preflight import (
 )
 from hybridrl.launch.run_result import ExitReason, RunResult, run_result
 from hybridrl.launch.teacher_levels import measure_teachers, teachers_to_measure
+from hybridrl.models.arithmetic import dtype_notice
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.objectives.user_code import check_user_code
 from hybridrl.rewards.check import check_columns, loaded_rewards
@@ -65,7 +66,7 @@ from hybridrl.runtime.workers import (
     start_workers,
 )
 from hybridrl.settings.choices import EvidenceKind, Resume, WandbMode
-from hybridrl.settings.run import RunSettings
+from hybridrl.settings.run import AUTO, RunSettings
 from hybridrl.teachers.teacher_model import check_own_models
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink
@@ -84,7 +85,8 @@ def train(settings: RunSettings) -> RunResult:
         HybridRLError: what went wrong, in one sentence; no process is left running.
     """
     began = time.monotonic()
-    settings = pinned(settings, earlier_settings(settings))
+    requested = settings
+    settings = pinned(requested, earlier_settings(requested))
     prompts, heldout = preflight(settings)
     with run_directory(settings) as run_dir, ExitStack() as stack:
         # An absolute path, because workers may run in another directory.
@@ -113,6 +115,8 @@ def train(settings: RunSettings) -> RunResult:
             preemption=preemption,
         )
         workers = session.start_workers(checkpoint)
+        if requested.model.dtype == AUTO and cluster.device == "cpu":
+            console.notice(dtype_notice(settings.model.dtype, processor()))
         if narrow_models(settings) and cluster.device == "cpu":
             console.notice(products_notice(settings.train.products, processor()))
         console.notice(

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from hybridrl.core.files import sha256
 from hybridrl.core.imported_files import imported_files
-from hybridrl.kernels.products import faster_products, processor
+from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.models.loading import HUB_FILES, resolve
 from hybridrl.models.revisions import newest_commit
 from hybridrl.run_dir.contents import digest_of_files
-from hybridrl.settings.choices import Device, Products
 from hybridrl.settings.run import ModelConfig, RunSettings, TeacherConfig
 from hybridrl.types import Prompt
 
@@ -100,14 +99,17 @@ def models_in_use(settings: RunSettings) -> dict[str, tuple[str, str | None]]:
 
 def pinned(settings: RunSettings, earlier: RunSettings | None) -> RunSettings:
     """The settings with a commit for each model on the hub that is named without a revision, and
-    with a choice of train.products.
+    with dtypes in the place of auto.
 
     So every worker, every restart and every continuation of the run loads the same files and
     computes the same.
 
     Args:
-        earlier: settings of the run that is to be continued, whose commits and choice are used
+        earlier: settings of the run that is to be continued, whose commits and choices are used
             again; None: a new run.
+
+    Raises:
+        ConfigError: the model's config cannot be read.
     """
     model = settings.model
     if model.revision is None:
@@ -119,19 +121,7 @@ def pinned(settings: RunSettings, earlier: RunSettings | None) -> RunSettings:
         if teacher.path is not None and teacher.revision is None:
             commit = commit_of(teacher.path, earlier.teachers.get(name) if earlier else None)
             teachers[name] = replace(teacher, revision=commit)
-    train = settings.train
-    if train.products is Products.auto:
-        train = replace(train, products=chosen_products(settings, earlier))
-    return replace(settings, model=model, teachers=teachers, train=train)
-
-
-def chosen_products(settings: RunSettings, earlier: RunSettings | None) -> Products:
-    """What train.products=auto means: what the earlier run chose, else the faster one here."""
-    if earlier is not None:
-        return earlier.train.products
-    if settings.cluster.device is Device.cuda:
-        return Products.model
-    return faster_products(processor())
+    return with_arithmetic(replace(settings, model=model, teachers=teachers), earlier)
 
 
 def commit_of(path: str, earlier: ModelConfig | TeacherConfig | None) -> str | None:

@@ -20,7 +20,7 @@ from hybridrl.settings.choices import (
     SupportSource,
     WeightTransfer,
 )
-from hybridrl.settings.run import DTYPES, RunSettings
+from hybridrl.settings.run import AUTO, DTYPES, RunSettings
 from hybridrl.settings.shares import chunk_size, shares
 
 SHARED_GPU_LIMIT = 0.5
@@ -40,9 +40,9 @@ def check_settings(settings: RunSettings) -> None:
 def check_teachers(settings: RunSettings) -> None:
     """Each teacher has a known dtype, and a revision only beside a path."""
     for name, teacher in settings.teachers.items():
-        if teacher.dtype not in DTYPES:
+        if teacher.dtype not in (*DTYPES, AUTO):
             raise ConfigError(
-                f"teachers.{name}.dtype={teacher.dtype}: must be {' or '.join(DTYPES)}"
+                f"teachers.{name}.dtype={teacher.dtype}: must be auto, {' or '.join(DTYPES)}"
             )
         own_class = teacher.model
         if own_class is not None and not re.fullmatch(r".+\.py:\w+", own_class):

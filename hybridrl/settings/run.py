@@ -72,6 +72,7 @@ def check_path(key: str, path: str | None) -> None:
 
 
 DTYPES = ("float32", "bfloat16")
+AUTO = "auto"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,14 +81,18 @@ class ModelConfig:
     """a Hugging Face folder or name, or builtin:NAME (countdown-student, countdown-teacher,
     smollm2-135m-instruct)
     """
-    dtype: str = "float32"
-    """float32 or bfloat16, of the forward pass; the learner has fp32 master weights"""
+    dtype: str = AUTO
+    """float32 or bfloat16, of the forward pass; the learner has fp32 master weights. auto: bfloat16
+    on GPUs; on CPUs bfloat16 for a model that is stored in half precision with a hidden size of 256
+    or more, where the driver's processor multiplies faster in it, else float32. A run keeps its
+    first choice
+    """
     revision: str | None = None
     """hub revision; null: the newest"""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"model.dtype={self.dtype}: must be {' or '.join(DTYPES)}")
+        if self.dtype not in (*DTYPES, AUTO):
+            raise ConfigError(f"model.dtype={self.dtype}: must be auto, {' or '.join(DTYPES)}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,8 +103,8 @@ class TeacherConfig:
     """FILE.py:CLASS of yours in the place of a model at path, see hybridrl/teachers/README.md"""
     revision: str | None = None
     """hub revision of path; null: the newest"""
-    dtype: str = "float32"
-    """float32 or bfloat16, of its forward pass"""
+    dtype: str = AUTO
+    """float32 or bfloat16, of its forward pass; auto: as model.dtype"""
     weight: float = 1.0
     """w_i of the objective, times algorithm.imitation_weight; a negative one moves the student away
     from the teacher (reward extrapolation, G-OPD)
@@ -496,7 +501,7 @@ class RunSettings:
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:
-        if self.learner.zero_stage is None:
+        if self.learner.zero_stage is None and self.model.dtype != AUTO:
             self.learner.zero_stage = 2 if self.model.dtype == "bfloat16" else 1
 
     @property
@@ -520,7 +525,7 @@ class RunSettings:
         learner round the same weights differently, by about 0.04 nats a token. In float32 they
         agree to about 1e-6.
         """
-        return self.pipeline.ahead > 0 or self.model.dtype == "bfloat16"
+        return self.pipeline.ahead > 0 or self.model.dtype != "float32"
 
     @property
     def scored_teachers(self) -> list[str]:
@@ -558,10 +563,9 @@ class RunSettings:
     def teacher_model(self, name: str) -> ModelConfig:
         """The model of a teacher; one without a path is the student before training."""
         teacher = self.teachers[name]
-        if not teacher.path:
-            source = self.model
-            return ModelConfig(path=source.path, dtype=teacher.dtype, revision=source.revision)
-        return ModelConfig(path=teacher.path, dtype=teacher.dtype, revision=teacher.revision)
+        dtype = self.model.dtype if teacher.dtype == AUTO else teacher.dtype
+        source = teacher if teacher.path else self.model
+        return ModelConfig(path=source.path or "", dtype=dtype, revision=source.revision)
 
     def model_setting(self, teacher: str) -> str:
         """The setting from which teacher_model takes the path, for error messages."""

@@ -25,7 +25,7 @@ from hybridrl.launch.teacher_levels import (
     read_levels,
     teachers_to_measure,
 )
-from hybridrl.run_dir import inputs
+from hybridrl.models import arithmetic
 from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile
 from hybridrl.run_dir.contents import CACHED_FROM, digest
 from hybridrl.run_dir.directory import (
@@ -953,7 +953,7 @@ def test_a_name_on_the_hub_means_the_commit_that_the_run_began_with(
 def test_a_run_keeps_the_products_that_its_first_processor_chose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: Processor, choice: str
 ):
-    monkeypatch.setattr(inputs, "processor", lambda: slow)
+    monkeypatch.setattr(arithmetic, "processor", lambda: slow)
     settings = settings_of(tmp_path)
     assert settings.train.products is Products.auto
     first = pinned(settings, earlier_settings(settings))
@@ -961,7 +961,7 @@ def test_a_run_keeps_the_products_that_its_first_processor_chose(
     start(first)
     assert f"products: {choice}\n" in (tmp_path / "config.yaml").read_text()
     other = Processor.amx if slow is Processor.intel_bf16 else Processor.intel_bf16
-    monkeypatch.setattr(inputs, "processor", lambda: other)  # the job moved to another machine
+    monkeypatch.setattr(arithmetic, "processor", lambda: other)  # the job moved to another machine
     again = pinned(settings, earlier_settings(settings))
     assert again.train.products == choice
     assert resume(again) == 10
@@ -975,7 +975,7 @@ def test_a_run_keeps_the_products_that_its_first_processor_chose(
 def test_products_on_gpus_are_those_of_the_model_whatever_the_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(inputs, "processor", lambda: Processor.without_bf16)
+    monkeypatch.setattr(arithmetic, "processor", lambda: Processor.without_bf16)
     settings = settings_of(tmp_path, "cluster.device=cuda")
     assert pinned(settings, None).train.products is Products.model
 
@@ -986,8 +986,9 @@ def test_a_run_of_a_version_that_knew_no_products_goes_on_as_it_was(tmp_path: Pa
 
 
 def test_folders_and_built_in_models_have_no_commit_and_an_old_run_keeps_none(tmp_path: Path):
-    settings = settings_of(tmp_path, "train.products=model")
+    chosen = ("train.products=model", "model.dtype=float32")
+    settings = settings_of(tmp_path, *chosen)
     assert pinned(settings, None) == settings
-    named = settings_of(tmp_path, "train.products=model", "model.path=me/gone")
+    named = settings_of(tmp_path, *chosen, "model.path=me/gone")
     assert pinned(named, None) == named, "loading it says that it cannot be had"
     assert pinned(named, named) == named

@@ -274,8 +274,8 @@ BAD = [
     ("train.steps=0", "train.steps=0: must be at least 1"),
     ("train.betas=[0.9]", "train.betas=[0.9]: AdamW needs two numbers in [0, 1)"),
     ("train.grad_clip=-1", "train.grad_clip=-1.0: must not be negative"),
-    ("model.dtype=float16", "model.dtype=float16: must be float32 or bfloat16"),
-    ("+teachers.main.dtype=int8", "teachers.main.dtype=int8: must be float32 or bfloat16"),
+    ("model.dtype=float16", "model.dtype=float16: must be auto, float32 or bfloat16"),
+    ("+teachers.main.dtype=int8", "teachers.main.dtype=int8: must be auto, float32 or bfloat16"),
     ("learner.zero_stage=0", "learner.zero_stage=0: must be 1, 2 or 3"),
     ("checkpoint.keep=0", "checkpoint.keep=0: must be at least 1"),
     ("checkpoint.every=-1", "checkpoint.every=-1: must not be negative"),
@@ -478,11 +478,11 @@ def test_an_evaluation_that_saved_steps_lack_cannot_choose_the_best(every: int):
 @pytest.mark.parametrize(
     ("overrides", "stage"),
     [
-        ([], 1),
+        (["model.dtype=float32"], 1),
         (["model.dtype=bfloat16"], 2),
         (["model.dtype=bfloat16", "learner.zero_stage=1"], 1),
         (["model.dtype=bfloat16", "learner.zero_stage=3"], 3),
-        (["learner.zero_stage=null"], 1),
+        (["model.dtype=float32", "learner.zero_stage=null"], 1),
     ],
 )
 def test_the_zero_stage_follows_the_dtype_unless_it_is_set_and_is_saved(
