@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hybridrl.core.errors import FleetExhausted, WorkerError, WorkerTimeout, raised
-from hybridrl.runtime.calls import Pending, gather, settle, succeeded
+from hybridrl.runtime.calls import Meter, Pending, gather, settle, succeeded
 from hybridrl.runtime.host import STACKS, AsyncHost, Host
 
 CALLS = 1_000_000
@@ -158,6 +158,7 @@ class ActorGroup:
 
     def submit(self, index: int, method: str, *args: Any, deadline_s: float) -> Pending:
         """Call one worker; refs among `args` arrive as their values."""
+        Meter.calls += 1
         return self._pending(
             index, self.actors[index].call.remote(method, *args), method, deadline_s
         )
@@ -166,6 +167,7 @@ class ActorGroup:
         self, index: int, method: str, *args: Any, deadline_s: float
     ) -> tuple[Pending, Pending]:
         """Call one worker whose method returns two values; each is an object of its own."""
+        Meter.calls += 1
         refs = self.actors[index].call.options(num_returns=2).remote(method, *args)
         first, second = (self._pending(index, ref, method, deadline_s) for ref in refs)
         return first, second

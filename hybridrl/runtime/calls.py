@@ -18,9 +18,12 @@ from hybridrl.types import per_token_bytes
 
 
 class Meter:
-    """Bytes of per-token data that this process fetched: 0 in a healthy controller."""
+    """Counts of this process."""
 
     materialized_bytes = 0
+    """Bytes of per-token data that it fetched: 0 in a healthy controller."""
+    calls = 0
+    """Calls to workers that it started."""
 
 
 Reference: TypeAlias = ray.ObjectRef
