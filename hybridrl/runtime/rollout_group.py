@@ -1,5 +1,6 @@
 """The vLLM engines of a run: which engine samples which chunk, and which weights they hold."""
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -98,13 +99,14 @@ class RolloutGroup:
         pieces = [tuple(prompts[i : i + size]) for i in range(0, len(prompts), size)]
         tokens = [longest_tokens(piece, rollout.response_limit, group_size) for piece in pieces]
         engines = self.load.assign(tokens, self.fleet.serving)
+        num_chunks = Counter(engines)
         next_number = [0] * self.group.size
         chunks = []
         for piece, engine, load in zip(pieces, engines, tokens, strict=True):
             order = GenerateOrder(
                 wave=wave,
                 chunk=next_number[engine],
-                num_chunks=engines.count(engine),
+                num_chunks=num_chunks[engine],
                 group_size=group_size,
                 temperature=temperature,
                 max_new_tokens=rollout.response_limit,
@@ -173,11 +175,19 @@ class RolloutGroup:
         return chunks
 
     def cancel(self, chunks: Sequence[Chunk]) -> None:
-        """Stop sampling these chunks, on whichever engine they are."""
-        groups = [
-            f"{chunk.order.wave}/{prompt.uid}" for chunk in chunks for prompt in chunk.prompts
-        ]
-        self.fleet.lose_failed(self._each_serving("abort", groups))
+        """Stop sampling these chunks, each on the engine that has it."""
+        groups: dict[str, list[str]] = defaultdict(list)  # by the name of the engine
+        for chunk in chunks:
+            names = [f"{chunk.order.wave}/{prompt.uid}" for prompt in chunk.prompts]
+            groups[chunk.header.worker] += names
+        limit = self.settings.deadlines.sync_s
+        self.fleet.lose_failed(
+            [
+                self.group.submit(engine, "abort", groups[name], deadline_s=limit)
+                for engine in sorted(self.fleet.serving)
+                if (name := self.group.names[engine]) in groups
+            ]
+        )
 
     def abort(self) -> list[Pending]:
         """Stop all sampling. One call per engine: -> how many responses it aborted."""
