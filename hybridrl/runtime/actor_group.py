@@ -28,6 +28,7 @@ class Slot:
 
     group: PlacementGroup
     bundle: int
+    node_id: str  # by Ray
     node_ip: str
     num_cpus: float
     num_gpus: float
@@ -171,6 +172,13 @@ class ActorGroup:
         refs = self.actors[index].call.options(num_returns=2).remote(method, *args)
         first, second = (self._pending(index, ref, method, deadline_s) for ref in refs)
         return first, second
+
+    def bring(self, index: int, ref: ray.ObjectRef, *, deadline_s: float) -> Pending:
+        """Copy an object to the node of a worker, whatever the worker does meanwhile if it is one
+        of coroutines.
+        """
+        Meter.calls += 1
+        return self._pending(index, self.actors[index].hold.remote(ref), "hold", deadline_s)
 
     def _pending(self, index: int, ref: ray.ObjectRef, method: str, deadline_s: float) -> Pending:
         pending = Pending(

@@ -12,6 +12,7 @@ from hybridrl.runtime.actor_group import ActorGroup, Slot
 from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.engine_load import EngineLoad
+from hybridrl.runtime.fan_out import fan_out
 from hybridrl.runtime.fleet import Fleet, failures
 from hybridrl.settings.choices import Source, WeightTransfer
 from hybridrl.settings.run import ModelConfig, RunSettings
@@ -210,8 +211,8 @@ class RolloutGroup:
     # -- weights -----------------------------------------------------------------------------------
 
     def load_weights(self, manifest: WeightManifest, packed: ray.ObjectRef) -> None:
-        """Load these weights into every engine. An engine that fails is replaced, and the others
-        continue.
+        """Load these weights into every engine, after copying them to the engines' nodes. An engine
+        that fails is replaced, and the others continue.
 
         Raises:
             WeightSyncError: no engine loaded the weights, and some refused them: restarting engines
@@ -219,12 +220,17 @@ class RolloutGroup:
         """
         self.latest = (manifest, packed)
         serving = sorted(self.fleet.serving)
+        self._copy_to_nodes(serving, packed)
         errors = failures([self._load(engine, manifest, packed) for engine in serving])
         refusals = [error for error in errors if not isinstance(error, WorkerDied | WorkerTimeout)]
         if refusals and len(errors) == len(serving):
             raise WeightSyncError(f"no engine took the weights: {refusals[0]}") from refusals[0]
         self.fleet.lose_all(errors)
         self.fleet.admit()
+
+    def _copy_to_nodes(self, engines: Sequence[int], packed: ray.ObjectRef) -> None:
+        limit = self.settings.deadlines.sync_s
+        fan_out(self.group, engines, packed, deadline_s=limit, watch=self.fleet.silent)
 
     def load_latest(self, engine: int) -> Pending | None:
         """Start loading the newest weights into an engine; None: it has read them from disk."""

@@ -84,9 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=int, default=112, help="of workers; 100 MB of memory each"
     )
-    parser.add_argument(
-        "--few", type=int, default=14, help="processes that answer for all workers"
-    )
+    parser.add_argument("--few", type=int, default=14, help="processes that answer for all workers")
     parser.add_argument("--base-groups", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -160,9 +158,7 @@ def growth(rows: Sequence[dict], axis: str) -> str:
     return f"{times:.1f} times as many cost {cost:.2f} times as much: {verdict}"
 
 
-def measured(
-    stage: Stage, size: Size, repeats: int, *, processes: Size, warm_up: int = 1
-) -> dict:
+def measured(stage: Stage, size: Size, repeats: int, *, processes: Size, warm_up: int = 1) -> dict:
     """The medians of the costs of some steps."""
     controller = stage.controller(
         size.settings(steps=warm_up + repeats),
