@@ -5,6 +5,7 @@ workers, and the controller cannot tell.
 """
 
 import argparse
+import ctypes
 import gc
 import os
 import statistics
@@ -71,7 +72,6 @@ class Cost:
     cpu_s: float  # of all threads, Ray's included
     main_s: float  # CPU seconds of the thread of the controller
     calls: int  # to workers
-    memory_bytes: int  # the peak of the resident memory, less that before the step
     flight_bytes: int  # rollouts and scores of the wave, by the workers' own count
     store_bytes: int  # growth of the shared memory of the object store
 
@@ -85,8 +85,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--processes", type=int, default=112, help="of workers; 100 MB of memory each"
     )
     parser.add_argument("--few", type=int, default=14, help="processes that answer for all workers")
-    parser.add_argument("--base-groups", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--base-groups", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all"
     )
@@ -128,6 +128,7 @@ def stage_of(size: Size) -> Stage:
 def axes(stage: Stage, whole: Size, few: Size, options: argparse.Namespace) -> dict:
     """The costs along each axis, from one sixteenth of its full length; the others are short."""
     base = replace(few, groups=options.base_groups)
+    together = [whole.shrunk(whole.workers // n) for n in (16, 4, 1)]
     lengths = {
         "engines": fourfold(whole.engines),
         "scorers": fourfold(whole.scorers),
@@ -142,6 +143,10 @@ def axes(stage: Stage, whole: Size, few: Size, options: argparse.Namespace) -> d
             for value in values
         ]
         print(f"{axis}: {growth(rows[axis], axis)}", flush=True)
+    rows["workers"] = [
+        measured(stage, replace(size, groups=base.groups), options.repeats, processes=few)
+        for size in together
+    ]
     return rows
 
 
@@ -159,7 +164,8 @@ def growth(rows: Sequence[dict], axis: str) -> str:
 
 
 def measured(stage: Stage, size: Size, repeats: int, *, processes: Size, warm_up: int = 1) -> dict:
-    """The medians of the costs of some steps."""
+    """The medians of the costs of some steps, and the memory that all of them need."""
+    resident = trimmed_memory()
     controller = stage.controller(
         size.settings(steps=warm_up + repeats),
         engines=size.engines,
@@ -169,7 +175,12 @@ def measured(stage: Stage, size: Size, repeats: int, *, processes: Size, warm_up
     )
     costs = [step_cost(controller) for _ in range(warm_up + repeats)][warm_up:]
     medians = {key: statistics.median(asdict(c)[key] for c in costs) for key in asdict(costs[0])}
-    row = {"size": asdict(size), "processes": processes.workers, **medians}
+    row = {
+        "size": asdict(size),
+        "processes": processes.workers,
+        "memory_bytes": memory("VmHWM") - resident,
+        **medians,
+    }
     show(row)
     return row
 
@@ -178,8 +189,6 @@ def step_cost(controller) -> Cost:
     gc.collect()
     calls = Meter.calls
     store = store_bytes()
-    reset_peak()
-    resident = memory("VmRSS")
     wall = time.perf_counter()
     cpu = time.process_time()
     main = time.thread_time()
@@ -189,7 +198,6 @@ def step_cost(controller) -> Cost:
         cpu_s=time.process_time() - cpu,
         main_s=time.thread_time() - main,
         calls=Meter.calls - calls,
-        memory_bytes=memory("VmHWM") - resident,
         flight_bytes=int(row["transfer/bytes_rollout"] + row["transfer/bytes_scores"]),
         store_bytes=store_bytes() - store,
     )
@@ -197,15 +205,18 @@ def step_cost(controller) -> Cost:
 
 def store_bytes() -> int:
     """The used bytes of the object stores."""
-    return sum(
-        int(ray.cluster_resources().get(name, 0) - ray.available_resources().get(name, 0))
-        for name in ("object_store_memory",)
-    )
+    name = "object_store_memory"
+    return int(ray.cluster_resources().get(name, 0) - ray.available_resources().get(name, 0))
 
 
-def reset_peak() -> None:
-    """Make VmHWM of this process the present resident memory; Linux."""
+def trimmed_memory() -> int:
+    """The resident memory of this process in bytes, after free memory is given back; VmHWM, its
+    peak, starts from there again. Linux.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
 
 
 def memory(field: str) -> int:
@@ -226,3 +237,39 @@ def show(row: dict) -> None:
         f"in flight {row['flight_bytes'] / 1e6:.1f} MB, store {row['store_bytes'] / 1e6:.1f} MB",
         flush=True,
     )
+
+
+def draw(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        axis: ([length(row, axis) for row in rows], rows)
+        for axis, rows in results.get("axes", {}).items()
+    }
+    both = [results[way] for way in ("processes", "shared") if way in results]
+    if both:
+        panels["processes, same workers"] = ([row["processes"] for row in both], both)
+    if "step" in results:
+        panels["groups, one step"] = ([results["step"]["size"]["groups"]], [results["step"]])
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(3.2 * len(panels), 3.2), squeeze=False, layout="constrained"
+    )
+    for axis, (name, (values, rows)) in zip(axes[0], panels.items(), strict=True):
+        for kind, label in {"cpu_s": "CPU of the process", "main_s": "main thread"}.items():
+            axis.plot(values, [row[kind] for row in rows], "o-", label=label)
+        axis.set_xlabel(name)
+        axis.set_ylabel("s a step")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def length(row: dict, axis: str) -> int:
+    """Where a row lies on an axis; that of the workers is the sum of all kinds."""
+    size = row["size"]
+    if axis == "workers":
+        return size["engines"] + size["scorers"] + size["ranks"]
+    return size[axis]

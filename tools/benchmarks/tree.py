@@ -1,4 +1,4 @@
-"""Sending weights to engines on many nodes: which node sends how many copies, and how long it takes.
+"""Sending weights to engines on many nodes: how many copies each node sends, and the time.
 
 The nodes are Ray's own fake ones: each has an object store, and all share this machine.
 """
