@@ -136,9 +136,9 @@ def test_the_scale_bench_gives_the_same_calls_whether_workers_have_a_process_eac
     ping, each of 2 ranks learns, packs and checks the probe. A slow step has more pings.
     """
     sizes = ["--engines", "4", "--scorers", "1", "--ranks", "2", "--groups", "18"]
-    small = ["--base-groups", "18", "--processes", "7", "--few", "3", "--repeats", "1"]
+    small = ["--base-groups", "18", "--processes", "7", "--few", "4", "--repeats", "1"]
     results = bench(tmp_path, "scale", *sizes, *small, "--parts", "agreement", "whole")
-    assert [results[way]["processes"] for way in ("processes", "shared", "step")] == [7, 3, 3]
+    assert [results[way]["processes"] for way in ("processes", "shared", "step")] == [7, 4, 4]
     pings = [results[way]["calls"] - 72 for way in ("processes", "shared", "step")]
     assert all(number >= 0 and number % 4 == 0 for number in pings)
     assert results["step"]["flight_bytes"] == results["shared"]["flight_bytes"] > 0
