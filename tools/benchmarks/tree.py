@@ -136,7 +136,8 @@ def publish(way: str, nodes: int, options: argparse.Namespace) -> dict:
             seconds.append(time.perf_counter() - began)
         time.sleep(SETTLED_S)
         after = counters()
-        rollout.close(), learner.close()
+        rollout.close()
+        learner.close()
     used = len({slot.node_id for slot in slots["rollout"]})
     copies = {
         kind: sorted(
