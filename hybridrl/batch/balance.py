@@ -2,6 +2,7 @@
 lengths.
 """
 
+import heapq
 from collections.abc import Sequence
 
 
@@ -13,11 +14,11 @@ def balance_groups(group_tokens: Sequence[int], ranks: int) -> list[list[int]]:
     Returns:
         group indices per rank, ascending; together each index exactly once.
     """
-    load = [0] * ranks
+    loads = [(0, 0, rank) for rank in range(ranks)]  # a heap of (tokens, groups, rank)
     shards: list[list[int]] = [[] for _ in range(ranks)]
     for group in sorted(range(len(group_tokens)), key=lambda g: (-group_tokens[g], g)):
-        rank = min(range(ranks), key=lambda r: (load[r], len(shards[r]), r))
-        load[rank] += group_tokens[group]
+        tokens, count, rank = loads[0]
+        heapq.heapreplace(loads, (tokens + group_tokens[group], count + 1, rank))
         shards[rank].append(group)
     return [sorted(s) for s in shards]
 

@@ -233,7 +233,8 @@ class Sampling:
         """
         headers = self._settled(drawn, _header_call, self._sample_again, count)
         done = [d for d, header in zip(drawn, headers, strict=True) if header is not None][:count]
-        late = [d for d in drawn if all(d is not other for other in done)]
+        chosen = set(map(id, done))
+        late = [d for d in drawn if id(d) not in chosen]
         if late:
             for engines in self.workers.engines:
                 engines.cancel([d.chunk for d in late])

@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hybridrl.core.errors import FleetExhausted, WorkerError, WorkerTimeout, raised
-from hybridrl.runtime.calls import Pending, gather, settle, succeeded
+from hybridrl.runtime.calls import Meter, Pending, gather, settle, succeeded
 from hybridrl.runtime.host import STACKS, AsyncHost, Host
 
 CALLS = 1_000_000
@@ -28,6 +28,7 @@ class Slot:
 
     group: PlacementGroup
     bundle: int
+    node_id: str  # by Ray
     node_ip: str
     num_cpus: float
     num_gpus: float
@@ -158,6 +159,7 @@ class ActorGroup:
 
     def submit(self, index: int, method: str, *args: Any, deadline_s: float) -> Pending:
         """Call one worker; refs among `args` arrive as their values."""
+        Meter.calls += 1
         return self._pending(
             index, self.actors[index].call.remote(method, *args), method, deadline_s
         )
@@ -166,9 +168,17 @@ class ActorGroup:
         self, index: int, method: str, *args: Any, deadline_s: float
     ) -> tuple[Pending, Pending]:
         """Call one worker whose method returns two values; each is an object of its own."""
+        Meter.calls += 1
         refs = self.actors[index].call.options(num_returns=2).remote(method, *args)
         first, second = (self._pending(index, ref, method, deadline_s) for ref in refs)
         return first, second
+
+    def bring(self, index: int, ref: ray.ObjectRef, *, deadline_s: float) -> Pending:
+        """Copy an object to the node of a worker, whatever the worker does meanwhile if it is one
+        of coroutines.
+        """
+        Meter.calls += 1
+        return self._pending(index, self.actors[index].hold.remote(ref), "hold", deadline_s)
 
     def _pending(self, index: int, ref: ray.ObjectRef, method: str, deadline_s: float) -> Pending:
         pending = Pending(

@@ -18,9 +18,12 @@ from hybridrl.types import per_token_bytes
 
 
 class Meter:
-    """Bytes of per-token data that this process fetched: 0 in a healthy controller."""
+    """Counts of this process."""
 
     materialized_bytes = 0
+    """Bytes of per-token data that it fetched: 0 in a healthy controller."""
+    calls = 0
+    """Calls to workers that it started."""
 
 
 Reference: TypeAlias = ray.ObjectRef
@@ -29,6 +32,10 @@ values.
 """
 WATCH_S = 1.0
 """Between two calls of `watch` while waiting."""
+WAIT_SHARE = 1 / 32
+"""The part of the results under way that a wait lasts for, or WATCH_S if that is shorter. A wait
+examines all of them, so that one wait for each result would cost the square of their number.
+"""
 DELIVERY_S = 5.0
 """For fetching a result that is there when the time of its call is used up: what comes to the
 caller is small.
@@ -69,8 +76,8 @@ class ResultStore(Protocol):
         ClusterLost: no result can arrive any more.
         """
 
-    def wait(self, refs: Sequence[Reference], timeout_s: float) -> list[Reference]:
-        """All of `refs` that have arrived, once one has; empty after `timeout_s`."""
+    def wait(self, refs: Sequence[Reference], count: int, timeout_s: float) -> list[Reference]:
+        """All of `refs` that have arrived, once `count` have or `timeout_s` has passed."""
 
     def fetch(self, pending: Pending, timeout_s: float) -> Any:
         """A result that has arrived.
@@ -110,8 +117,8 @@ class RayStore:
     def check(self) -> None:
         HEAD.check()
 
-    def wait(self, refs: Sequence[Reference], timeout_s: float) -> list[Reference]:
-        first, others = ray.wait(list(refs), num_returns=1, timeout=timeout_s)
+    def wait(self, refs: Sequence[Reference], count: int, timeout_s: float) -> list[Reference]:
+        first, others = ray.wait(list(refs), num_returns=count, timeout=timeout_s)
         more = ray.wait(others, num_returns=len(others), timeout=0)[0] if first and others else []
         return [*first, *more]
 
@@ -192,7 +199,8 @@ def settle(
         store.check()
         time_left = last_answer + deadline_s - clock()
         timeout_s = max(min(time_left, next_watch - clock()), 0.001)
-        for ref in store.wait(list(waiting), timeout_s):
+        next_count = max(min(enough - len(values), int(WAIT_SHARE * len(waiting))), 1)
+        for ref in store.wait(list(waiting), next_count, timeout_s):
             answered = waiting.pop(ref)
             last_answer = clock()
             try:
@@ -256,7 +264,12 @@ def _timeout(pending: Pending, deadline_s: float) -> WorkerTimeout:
 
 def is_done(pending: Pending) -> bool:
     """Whether the call has ended, with a result or an error; does not wait."""
-    return bool(ray.wait([pending.ref], timeout=0)[0])
+    return bool(ended([pending.ref]))
+
+
+def ended(refs: Sequence[Reference]) -> set[Reference]:
+    """Those of `refs` whose calls have ended, with a result or an error; does not wait."""
+    return set(ray.wait(list(refs), num_returns=len(refs), timeout=0)[0]) if refs else set()
 
 
 def succeeded(pending: Pending) -> bool:

@@ -119,6 +119,7 @@ class Cluster:
                 Slot(
                     group=self.group,
                     bundle=bundle,
+                    node_id=node.id,
                     node_ip=node.address,
                     num_cpus=CPU_SHARE / 8 if colocated else CPU_SHARE,
                     num_gpus=gpus[team.name],

@@ -1,9 +1,10 @@
 """Which engine samples which chunk: always the engine with the least to do."""
 
+import heapq
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from hybridrl.runtime.calls import Pending, is_done
+from hybridrl.runtime.calls import Pending, ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,17 @@ class EngineLoad:
         """One of the `serving` engines for each chunk, in order: the one with the least to do, the
         first of several. If all are idle, each call gives the same engines.
         """
+        done = ended([work.header.ref for under_way in self.under_way for work in under_way])
         self.under_way = [
-            [work for work in under_way if not is_done(work.header)] for under_way in self.under_way
+            [work for work in under_way if work.header.ref not in done]
+            for under_way in self.under_way
         ]
-        load = {i: sum(work.tokens for work in self.under_way[i]) for i in sorted(serving)}
+        loads = [(sum(work.tokens for work in self.under_way[i]), i) for i in serving]
+        heapq.heapify(loads)
         engines = []
         for num_tokens in tokens:
-            engine = min(load, key=load.__getitem__)
-            load[engine] += num_tokens
+            load, engine = loads[0]
+            heapq.heapreplace(loads, (load + num_tokens, engine))
             engines.append(engine)
         return engines
 

@@ -126,6 +126,9 @@ class Host:
     def pid(self) -> int:
         return os.getpid()
 
+    def hold(self, value: object) -> None:
+        """Ray copies the value to this node before it calls this."""
+
 
 class AsyncHost:
     """Coroutines of one event loop, for a worker that answers while it works."""
@@ -138,3 +141,6 @@ class AsyncHost:
 
     async def pid(self) -> int:
         return os.getpid()
+
+    async def hold(self, value: object) -> None:
+        """As Host.hold."""

@@ -1,5 +1,6 @@
 """The vLLM engines of a run: which engine samples which chunk, and which weights they hold."""
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from hybridrl.runtime.actor_group import ActorGroup, Slot
 from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.engine_load import EngineLoad
+from hybridrl.runtime.fan_out import fan_out
 from hybridrl.runtime.fleet import Fleet, failures
 from hybridrl.settings.choices import Source, WeightTransfer
 from hybridrl.settings.run import ModelConfig, RunSettings
@@ -98,13 +100,14 @@ class RolloutGroup:
         pieces = [tuple(prompts[i : i + size]) for i in range(0, len(prompts), size)]
         tokens = [longest_tokens(piece, rollout.response_limit, group_size) for piece in pieces]
         engines = self.load.assign(tokens, self.fleet.serving)
+        num_chunks = Counter(engines)
         next_number = [0] * self.group.size
         chunks = []
         for piece, engine, load in zip(pieces, engines, tokens, strict=True):
             order = GenerateOrder(
                 wave=wave,
                 chunk=next_number[engine],
-                num_chunks=engines.count(engine),
+                num_chunks=num_chunks[engine],
                 group_size=group_size,
                 temperature=temperature,
                 max_new_tokens=rollout.response_limit,
@@ -173,11 +176,19 @@ class RolloutGroup:
         return chunks
 
     def cancel(self, chunks: Sequence[Chunk]) -> None:
-        """Stop sampling these chunks, on whichever engine they are."""
-        groups = [
-            f"{chunk.order.wave}/{prompt.uid}" for chunk in chunks for prompt in chunk.prompts
-        ]
-        self.fleet.lose_failed(self._each_serving("abort", groups))
+        """Stop sampling these chunks, each on the engine that has it."""
+        groups: dict[str, list[str]] = defaultdict(list)  # by the name of the engine
+        for chunk in chunks:
+            names = [f"{chunk.order.wave}/{prompt.uid}" for prompt in chunk.prompts]
+            groups[chunk.header.worker] += names
+        limit = self.settings.deadlines.sync_s
+        self.fleet.lose_failed(
+            [
+                self.group.submit(engine, "abort", groups[name], deadline_s=limit)
+                for engine in sorted(self.fleet.serving)
+                if (name := self.group.names[engine]) in groups
+            ]
+        )
 
     def abort(self) -> list[Pending]:
         """Stop all sampling. One call per engine: -> how many responses it aborted."""
@@ -200,8 +211,8 @@ class RolloutGroup:
     # -- weights -----------------------------------------------------------------------------------
 
     def load_weights(self, manifest: WeightManifest, packed: ray.ObjectRef) -> None:
-        """Load these weights into every engine. An engine that fails is replaced, and the others
-        continue.
+        """Load these weights into every engine, after copying them to the engines' nodes. An engine
+        that fails is replaced, and the others continue.
 
         Raises:
             WeightSyncError: no engine loaded the weights, and some refused them: restarting engines
@@ -209,12 +220,17 @@ class RolloutGroup:
         """
         self.latest = (manifest, packed)
         serving = sorted(self.fleet.serving)
+        self._copy_to_nodes(serving, packed)
         errors = failures([self._load(engine, manifest, packed) for engine in serving])
         refusals = [error for error in errors if not isinstance(error, WorkerDied | WorkerTimeout)]
         if refusals and len(errors) == len(serving):
             raise WeightSyncError(f"no engine took the weights: {refusals[0]}") from refusals[0]
         self.fleet.lose_all(errors)
         self.fleet.admit()
+
+    def _copy_to_nodes(self, engines: Sequence[int], packed: ray.ObjectRef) -> None:
+        limit = self.settings.deadlines.sync_s
+        fan_out(self.group, engines, packed, deadline_s=limit, watch=self.fleet.silent)
 
     def load_latest(self, engine: int) -> Pending | None:
         """Start loading the newest weights into an engine; None: it has read them from disk."""

@@ -44,6 +44,39 @@ def test_every_group_goes_to_one_rank_and_no_rank_is_a_whole_group_behind(seed: 
     assert max(loads) - min(loads) <= max(tokens)
 
 
+class Tokens(int):
+    """A number of tokens that counts how often such numbers are compared."""
+
+    compared = 0
+
+    def __lt__(self, other: int) -> bool:
+        Tokens.compared += 1
+        return int(self) < int(other)
+
+    def __radd__(self, other: int) -> "Tokens":
+        return Tokens(int(self) + int(other))
+
+    __add__ = __radd__
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_group_goes_to_the_lightest_rank_which_takes_few_comparisons(seed: int):
+    """A comparison with every rank would be 512 * 127 = 65024 of them."""
+    rng = random.Random(seed)
+    tokens = [rng.randint(1, 9) for _ in range(512)]
+    loads = [[0, 0, rank, []] for rank in range(128)]
+    for group in sorted(range(512), key=lambda g: (-tokens[g], g)):
+        lightest = min(loads)
+        lightest[0] += tokens[group]
+        lightest[1] += 1
+        lightest[3].append(group)
+    Tokens.compared = 0
+    assert balance_groups([Tokens(n) for n in tokens], 128) == [
+        sorted(groups) for *_, groups in loads
+    ]
+    assert Tokens.compared < 512 * 30
+
+
 def test_with_fewer_groups_than_ranks_the_rest_have_nothing():
     assert balance_groups((3,), 3) == [[0], [], []]
 

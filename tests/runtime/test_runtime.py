@@ -478,7 +478,7 @@ class Answers:
 
     def check(self) -> None: ...
 
-    def wait(self, refs: Sequence[str], timeout_s: float) -> list[str]:
+    def wait(self, refs: Sequence[str], count: int, timeout_s: float) -> list[str]:
         self.now += self.seconds
         self.count -= 1
         return list(refs[:1]) if self.count >= 0 else []
@@ -506,6 +506,43 @@ def test_a_deadline_counts_from_the_last_answer_because_one_worker_may_have_many
     assert expected is None or results == expected
     if failed:
         assert results[-1] is failures[0], "calls of a failed worker that are under way fail too"
+
+
+class SlowAnswers(Answers):
+    """An object store whose results arrive as slowly as a wait allows; it counts the references
+    that waits examine.
+    """
+
+    examined = 0
+
+    def wait(self, refs: Sequence[str], count: int, timeout_s: float) -> list[str]:
+        self.examined += len(refs)
+        return list(refs[:count])
+
+
+def test_twice_the_calls_cost_twice_the_examined_references_and_not_four_times():
+    """One wait for each result would examine 1024 * 1025 / 2 = 524800 references."""
+    examined = []
+    for number in (1024, 2048):
+        answers = SlowAnswers(0.0, number)
+        pending = [
+            calls.Pending(ref=f"{i}", worker="reward/0", call="score", deadline_s=10.0)
+            for i in range(number)
+        ]
+        results, failures = calls.settle(pending, store=answers, clock=answers.clock)
+        assert results == [f"{i}" for i in range(number)] and not failures
+        examined.append(answers.examined)
+    assert examined[0] < 40 * 1024 and examined[1] < 2.2 * examined[0]
+
+
+def test_a_wait_for_some_of_the_results_takes_no_more_than_these():
+    answers = SlowAnswers(0.0, 1024)
+    pending = [
+        calls.Pending(ref=f"{i}", worker="reward/0", call="score", deadline_s=10.0)
+        for i in range(1024)
+    ]
+    results, _ = calls.settle(pending, count=3, store=answers, clock=answers.clock)
+    assert [result for result in results if result is not None] == ["0", "1", "2"]
 
 
 def test_only_the_process_that_writes_the_log_gets_the_signal_for_its_stacks(tmp_path: Path):

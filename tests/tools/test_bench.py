@@ -126,3 +126,28 @@ def test_the_start_bench_measures_each_worker_alone_and_all_together(tmp_path):
     assert results["starts_s"].keys() == {"engine", "learner", "scorer", "reward", "all together"}
     alone = max(s for name, (s,) in results["starts_s"].items() if name != "all together")
     assert results["ratio"] == results["starts_s"]["all together"][0] / alone
+
+
+@pytest.mark.graph
+def test_the_scale_bench_gives_the_same_calls_whether_workers_have_a_process_each_or_share(
+    tmp_path,
+):
+    """3 calls for each of 18 chunks; each of 4 engines loads weights, samples a probe and answers a
+    ping, each of 2 ranks learns, packs and checks the probe. A slow step has more pings.
+    """
+    sizes = ["--engines", "4", "--scorers", "1", "--ranks", "2", "--groups", "18"]
+    small = ["--base-groups", "18", "--processes", "7", "--few", "4", "--repeats", "1"]
+    results = bench(tmp_path, "scale", *sizes, *small, "--parts", "agreement", "whole")
+    assert [results[way]["processes"] for way in ("processes", "shared", "step")] == [7, 4, 4]
+    pings = [results[way]["calls"] - 72 for way in ("processes", "shared", "step")]
+    assert all(number >= 0 and number % 4 == 0 for number in pings)
+    assert results["step"]["flight_bytes"] == results["shared"]["flight_bytes"] > 0
+
+
+@pytest.mark.graph
+def test_the_tree_bench_finds_one_copy_on_each_node_and_fewer_of_them_from_the_source(tmp_path):
+    sizes = ["--nodes", "4", "--engines-per-node", "1", "--mb", "2", "--repeats", "1"]
+    alone, in_rounds = bench(tmp_path, "tree", *sizes)["rows"]
+    for row in (alone, in_rounds):
+        assert row["received"] == [1, 1, 1, 0] and sum(row["sent"]) == 3
+    assert alone["sent"][0] == 3

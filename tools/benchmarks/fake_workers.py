@@ -44,6 +44,7 @@ class Work:
     # Above 0: chunks are generated concurrently, each in generate_s times exp(spread * z), where
     # the normal z depends on seed and prompt.
     spread: float = 0.0
+    weight_bytes: int = 1
     support: int = 0  # K, the log-probs and ids that a scorer sends for each response token
 
     @property
@@ -234,10 +235,11 @@ class Learner:
             "dtypes": (),
             "shapes": (),
             "offsets": (),
-            "nbytes": 1,
+            "nbytes": self.work.weight_bytes,
             "digest": "none",
         }
-        return WeightManifest(version=version, **nothing), np.zeros(1, np.uint8)
+        packed = np.zeros(self.work.weight_bytes, np.uint8)
+        return WeightManifest(version=version, **nothing), packed
 
 
 def stretch(order: GenerateOrder, prompts: Sequence[Prompt], spread: float) -> float:

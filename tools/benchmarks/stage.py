@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import ray
 
@@ -16,6 +17,7 @@ from hybridrl.controller.preemption import Preemption
 from hybridrl.data.prompts import PromptSource
 from hybridrl.run_dir.checkpoint import Checkpointer
 from hybridrl.run_dir.ledger import Ledger, read_ledger
+from hybridrl.runtime.actor_group import ActorGroup
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.engine_load import EngineLoad
@@ -30,6 +32,8 @@ from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.sink import Sinks
 from hybridrl.types import Prompt
+
+TypedGroup = TypeVar("TypedGroup", RolloutGroup, ScorerGroup, LearnerGroup)
 
 
 class FakeRollout(RolloutGroup):
@@ -95,6 +99,34 @@ def trained_by(controller: Controller) -> list[str]:
     ]
 
 
+def resized(group: TypedGroup, settings: RunSettings, size: int | None) -> TypedGroup:
+    """A copy of a group with other settings and `size` names; None: as many as it has."""
+    copied = copy.copy(group)
+    copied.settings = settings
+    copied.group = named(group.group, size or group.group.size)
+    return copied
+
+
+def named(group: ActorGroup, size: int) -> ActorGroup:
+    """The same actors under `size` names, in turn: fewer names leave some actors idle, and with
+    more names than actors each actor answers for several.
+
+    A worker that takes no time and returns what its arguments determine answers as several would.
+    """
+    copied = copy.copy(group)
+    places = [i % group.size for i in range(size)]
+    copied.size = size
+    copied.names = [f"{group.name}/{i}" for i in range(size)]
+    copied.epochs = [0] * size
+    copied.last_reasons = [None] * size
+    copied.first_calls = [{} for _ in range(size)]
+    copied.slots = [group.slots[i] for i in places]
+    copied.arguments = [group.arguments[i] for i in places]
+    copied.actors = [group.actors[i] for i in places]
+    copied.pid_refs = [group.pid_refs[i] for i in places]
+    return copied
+
+
 class Stage:
     """Fake workers on a Ray of their own. Use as a context manager.
 
@@ -153,18 +185,29 @@ class Stage:
             group.group.call_all("assign", work, deadline_s=60.0)
 
     def controller(
-        self, settings: RunSettings, *, engines: int | None = None, prompt_tokens: int = 8
+        self,
+        settings: RunSettings,
+        *,
+        engines: int | None = None,
+        scorers: int | None = None,
+        ranks: int | None = None,
+        prompt_tokens: int = 8,
     ) -> Controller:
-        """A fresh run over the same workers, or over the first `engines` of them."""
-        rollout = copy.copy(self.workers.rollout)
-        rollout.settings = settings
-        rollout.group = copy.copy(rollout.group)
-        rollout.group.size = engines or rollout.group.size
+        """A fresh run over the same workers, or over so many names of each kind as given; see
+        `named`.
+        """
+        present = self.workers
+        rollout = resized(present.rollout, settings, engines)
         rollout.load = EngineLoad(rollout.group.size)
         rollout.fleet = Fleet(
             rollout.group, settings.deadlines, rollout.fleet.backend, rollout.load_latest
         )
-        workers = replace(self.workers, rollout=rollout)
+        workers = replace(
+            present,
+            rollout=rollout,
+            scorers=[resized(group, settings, scorers) for group in present.scorers],
+            learner=resized(present.learner, settings, ranks),
+        )
         return controller_of(
             settings,
             workers,
