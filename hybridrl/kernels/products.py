@@ -5,6 +5,7 @@ multiplies them, and rounds the result to bfloat16: so it gives what a bfloat16 
 sums in float32, but for the order of the sums. Which one is faster depends on the processor.
 """
 
+import os
 import time
 from collections.abc import Mapping
 from enum import StrEnum
@@ -46,18 +47,28 @@ EPYC gives half of both rates at other times; only their ratio is used.
 """
 
 
-def processor(capabilities: Mapping[str, Any] | None = None) -> Processor:
-    """The kind of processor of this machine.
+WITH_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2_512")
+WITH_AMX = ("AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16")
+UNLIMITED = ("", "DEFAULT", "AVX10_2_512_AMX_2", *WITH_AMX)
+"""Values of ONEDNN_MAX_CPU_ISA by what they allow the library that multiplies matrices."""
+
+
+def processor(
+    capabilities: Mapping[str, Any] | None = None, environment: Mapping[str, str] = os.environ
+) -> Processor:
+    """The kind of processor of this machine, as far as the library of the products may use it.
 
     Args:
         capabilities: of torch.cpu.get_capabilities; None: of this machine.
+        environment: where ONEDNN_MAX_CPU_ISA may limit the instructions.
     """
     found = torch.cpu.get_capabilities() if capabilities is None else capabilities
     if found.get("architecture") != "x86_64":
         return Processor.other
-    if found.get("amx_bf16"):
+    limit = environment.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if found.get("amx_bf16") and limit in UNLIMITED:
         return Processor.amx
-    if not found.get("avx512_bf16"):
+    if not found.get("avx512_bf16") or limit not in (*UNLIMITED, *WITH_BF16):
         return Processor.without_bf16
     return Processor.amd_bf16 if "AMD" in found.get("cpu_name", "") else Processor.intel_bf16
 

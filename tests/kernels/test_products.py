@@ -37,8 +37,23 @@ X86 = {"architecture": "x86_64", "cpu_name": "Intel(R) Xeon(R) Processor"}
     ],
 )
 def test_the_processor_decides_which_products_are_chosen(capabilities, kind, choice):
-    assert processor(capabilities) is kind
+    assert processor(capabilities, {}) is kind
     assert faster_products(kind) == choice
+
+
+@pytest.mark.parametrize(
+    ("limit", "kind"),
+    [
+        ("default", Processor.amx),
+        ("AVX512_CORE_AMX", Processor.amx),
+        ("AVX512_CORE_BF16", Processor.intel_bf16),
+        ("AVX512_CORE", Processor.without_bf16),
+        ("avx2", Processor.without_bf16),
+    ],
+)
+def test_a_limit_on_the_instructions_of_products_counts_as_a_processor_without_them(limit, kind):
+    found = X86 | {"amx_bf16": True, "avx512_bf16": True}
+    assert processor(found, {"ONEDNN_MAX_CPU_ISA": limit}) is kind
 
 
 def test_the_choice_is_the_larger_rate_of_the_table_and_the_sentence_names_both():

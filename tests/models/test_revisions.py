@@ -108,7 +108,8 @@ def test_teachers_and_data_are_requested_at_their_revisions(tmp_path: Path):
 
 def test_an_engine_that_serves_a_teacher_uses_its_revision_or_the_students():
     settings = load_config(HUB)
-    assert settings.teacher_model("main") == ModelConfig(path="me/teacher", revision="t2")
+    teacher = ModelConfig(path="me/teacher", revision="t2", dtype="float32")
+    assert settings.teacher_model("main") == teacher, "of the dtype of the quickstart's student"
     assert load_config([*HUB[:3], "teachers.main.path=null"]).teacher_model("main").revision == "s1"
 
 
