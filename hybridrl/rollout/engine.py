@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 CPU_KV_CACHE_BYTES = 2**28  # on CPUs, unless rollout.kv_cache_bytes is set
+CPU_PREFILL_TOKENS = 8192  # tokens of one step of the engine on CPUs, or those of one sequence
 CORE_WATCH_S = 1.0  # between two checks whether the engine core has ended
 
 
@@ -199,7 +200,7 @@ def engine_args(
         # vLLM's CPU runner cannot rewind a seeded generator after a partial prefill, so each prompt
         # is prefilled in one piece there. None: vLLM's own choice.
         enable_chunked_prefill=False if on_cpu else None,
-        max_num_batched_tokens=max(8192, rollout.max_model_len) if on_cpu else None,
+        max_num_batched_tokens=max(CPU_PREFILL_TOKENS, rollout.max_model_len) if on_cpu else None,
         # Log-probs with the temperature applied, that is of the distribution that is sampled.
         logprobs_mode="processed_logprobs",
         max_logprobs=max(settings.algorithm.topk.k, 20),

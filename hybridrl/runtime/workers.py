@@ -82,19 +82,24 @@ def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
     Raises:
         PlacementError: the cluster cannot hold them.
     """
+    return cluster.place(teams(settings))
+
+
+def teams(settings: RunSettings) -> list[Team]:
+    """The workers of the run, kind by kind."""
     rollout = settings.rollout
-    teams = [
+    found = [
         Team(name="learner", size=settings.learner.ranks, gpus=1, heavy=True),
         Team(name="rollout", size=rollout.engines, gpus=rollout.tensor_parallel, heavy=True),
         Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False),
     ]
     for name in settings.scored_teachers:
-        teams.append(Team(name=f"scorer-{name}", size=settings.scorer.replicas, gpus=1, heavy=True))
+        found.append(Team(name=f"scorer-{name}", size=settings.scorer.replicas, gpus=1, heavy=True))
     if settings.algorithm.teacher_fraction:
-        teams.append(Team(name="teacher", size=1, gpus=rollout.tensor_parallel, heavy=True))
+        found.append(Team(name="teacher", size=1, gpus=rollout.tensor_parallel, heavy=True))
     if settings.algorithm.data_fraction:
-        teams.append(Team(name="replay", size=1, gpus=0, heavy=False))
-    return cluster.place(teams)
+        found.append(Team(name="replay", size=1, gpus=0, heavy=False))
+    return found
 
 
 def start_workers(

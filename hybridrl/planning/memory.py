@@ -1,0 +1,339 @@
+"""The bytes that each worker holds on its device, by phase and part.
+
+All responses are taken to be as long as they may be. Workers of rewards and of the data's responses
+are left out: they hold no model.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hybridrl.core.compiler import has_compiler
+from hybridrl.kernels.head import PIECE
+from hybridrl.models.decoder_layers import COMPILE_FROM, PLAIN_ATTENTION_TOKENS
+from hybridrl.objectives import make_objective
+from hybridrl.planning.model_shape import DTYPE_BYTES, ModelShape, model_shape
+from hybridrl.planning.passes import Pass, pass_bytes
+from hybridrl.planning.zero import WIDE, ZeroBytes, zero_bytes
+from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, CPU_PREFILL_TOKENS
+from hybridrl.settings.choices import Products
+from hybridrl.settings.run import ModelConfig, RunSettings
+from hybridrl.settings.shares import chunk_size
+from hybridrl.teachers.evidence import Evidence, Hidden, Vocabulary
+
+GPU_PREFILL_TOKENS = 2048
+"""Tokens of one step of vLLM 0.32 on a GPU, where the engine leaves the choice to it."""
+
+SAMPLED = 3
+"""float32 matrices of logits that vLLM's sampler has at once: logits, log-probs, probabilities."""
+
+ROW_MATRICES = 6
+"""float32 matrices that kernels.rows has at once where neither Triton nor a compiler runs it."""
+
+
+class Part(NamedTuple):
+    """Bytes of one part of one worker's memory, in one phase of a step."""
+
+    worker: str  # the name of its team
+    phase: str
+    part: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredTeacher:
+    """A teacher that scores, and what it sends."""
+
+    name: str
+    model: ModelConfig
+    shape: ModelShape
+    evidence: Evidence
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in its dtype."""
+        return DTYPE_BYTES[self.model.dtype]
+
+    def row_bytes(self, vocabulary: int) -> int:
+        """Bytes of its rows about one response token, the ids of a support included."""
+        width = self.width if isinstance(self.evidence, Hidden) else WIDE
+        numbers = self.evidence.width(vocabulary, self.shape.hidden)
+        return numbers * width + self.evidence.support * 4
+
+
+class Sizes:
+    """The models of a run, and how many sequences of which length each worker has at once.
+
+    Args:
+        on_cpu: models run on CPUs.
+
+    Raises:
+        ConfigError: a model's config cannot be read.
+    """
+
+    def __init__(self, settings: RunSettings, *, on_cpu: bool) -> None:
+        self.settings = settings
+        self.on_cpu = on_cpu
+        self.student = model_shape(settings.model)
+        self.width = DTYPE_BYTES[settings.model.dtype]
+        self.tokens = settings.rollout.sequence_limit
+        self.response = settings.rollout.response_limit
+        evidence = make_objective(settings).needs.evidence
+        self.teachers = [
+            ScoredTeacher(
+                name=name,
+                model=settings.teacher_model(name),
+                shape=model_shape(settings.teacher_model(name), settings.model_setting(name)),
+                evidence=kind,
+            )
+            for name, kind in zip(settings.scored_teachers, evidence, strict=True)
+            if settings.teachers[name].model is None
+        ]
+
+    @property
+    def group(self) -> int:
+        """Sequences of one prompt."""
+        algorithm = self.settings.algorithm
+        if algorithm.ranks_pairs:
+            return 2
+        return 1 if algorithm.data_fraction == 1 else self.settings.train.samples_per_prompt
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one step."""
+        return self.settings.train.prompts_per_step * self.group
+
+    @property
+    def of_rank(self) -> int:
+        """Sequences of one learner rank and step: whole groups."""
+        prompts = self.settings.train.prompts_per_step
+        return math.ceil(prompts / self.settings.learner.ranks) * self.group
+
+    @property
+    def of_micro_batch(self) -> int:
+        """Sequences of one forward pass of a learner rank."""
+        room = self.settings.train.max_tokens_per_micro_batch // self.tokens
+        return max(min(room, self.of_rank), 1)
+
+    @property
+    def micro_batches(self) -> int:
+        return math.ceil(self.of_rank / self.of_micro_batch)
+
+    @property
+    def of_scoring(self) -> int:
+        """Sequences of one forward pass of a scorer, which is given one chunk at a time."""
+        settings = self.settings
+        groups = chunk_size(
+            settings.train.prompts_per_step,
+            settings.rollout.groups_per_chunk,
+            settings.rollout.engines,
+        )
+        room = settings.scorer.max_tokens_per_micro_batch // self.tokens
+        return max(min(room, groups * self.group), 1)
+
+    @property
+    def of_decoding(self) -> int:
+        """Sequences that one engine decodes at once."""
+        rollout = self.settings.rollout
+        return min(rollout.max_num_seqs, math.ceil(self.sequences / rollout.engines))
+
+
+# -- the learner -----------------------------------------------------------------------------------
+
+
+def zero_of(sizes: Sizes) -> ZeroBytes:
+    stage = sizes.settings.learner.zero_stage
+    assert stage is not None, "run settings choose one by the model's dtype"
+    return zero_bytes(
+        sizes.student.parameters,
+        width=sizes.width,
+        ranks=sizes.settings.learner.ranks,
+        stage=stage,
+        micro_batches=sizes.micro_batches,
+        on_cpu=sizes.on_cpu,
+    )
+
+
+def learner_pass(sizes: Sizes) -> Pass:
+    """The forward and backward pass of one micro-batch."""
+    settings = sizes.settings
+    packs = settings.train.packing
+    rows = sizes.of_micro_batch
+    tokens = sizes.tokens * rows if packs else sizes.tokens
+    narrow = settings.model.dtype == "bfloat16"
+    return Pass(
+        sequences=1 if packs else rows,
+        tokens=tokens,
+        learns=True,
+        recomputes=settings.learner.gradient_checkpointing,
+        plain_attention=sizes.on_cpu and narrow and tokens <= PLAIN_ATTENTION_TOKENS,
+    )
+
+
+def learner_parts(sizes: Sizes) -> Iterator[Part]:
+    """The memory of one learner rank.
+
+    Phases: `head`, when the activations wait and the vocabulary is worked on; `backward`; `reduce`,
+    when gradients are summed over ranks; `step`, Adam's; `sync`, when weights leave.
+    """
+    settings = sizes.settings
+    zero = zero_of(sizes)
+    body = pass_bytes(settings.model, "model.path", learner_pass(sizes))
+    rows = sizes.of_micro_batch * sizes.response
+    heads = sum(
+        sizes.student.vocabulary * t.shape.hidden * t.width
+        for t in sizes.teachers
+        if t.evidence.needs_head
+    )
+    gathered = gathered_bytes(sizes)
+    packed = sizes.student.parameters * sizes.width if sizes.on_cpu else 0
+    earlier = zero.gradients if sizes.micro_batches > 1 or settings.learner.zero_stage == 3 else 0
+    phases = {
+        "head": {
+            "gradients": earlier,
+            "activations": body.kept,
+            "head pass": head_bytes(sizes, rows),
+            "buffers": gathered,
+        },
+        "backward": {
+            "gradients": earlier,
+            "activations": body.peak,
+            "head pass": (sizes.student.head + rows * sizes.student.hidden) * sizes.width,
+            "buffers": gathered,
+        },
+        "reduce": {"gradients": zero.gradients, "buffers": zero.reducing},
+        "step": {"buffers": zero.stepping},
+        "sync": {"buffers": gathered},
+    }
+    for phase, parts in phases.items():
+        always = {
+            "weights": zero.weights,
+            "optimizer": zero.optimizer,
+            "teachers' heads": heads,
+            "weights to send": packed,
+        }
+        for part, nbytes in (always | parts).items():
+            yield Part("learner", phase, part, nbytes)
+
+
+def gathered_bytes(sizes: Sizes) -> int:
+    """Whole weights that a rank of ZeRO 3 has gathered at once: the largest, and a layer's."""
+    if sizes.settings.learner.zero_stage != 3:
+        return 0
+    layer = sizes.student.multiplied // sizes.student.layers
+    return (sizes.student.largest + layer) * sizes.width
+
+
+def head_bytes(sizes: Sizes, rows: int) -> int:
+    """The head pass of kernels/head.py over `rows` response tokens, its result included.
+
+    Per chunk of c tokens: the logit gradients [c, V], the logits of the student and of each hidden
+    teacher; then the gradient of the output embedding, summed in float32 if there are several
+    chunks, and its copy in the dtype of the model.
+    """
+    train = sizes.settings.train
+    student = sizes.student
+    width = sizes.width
+    wide = sizes.on_cpu and train.products is Products.float32
+    operand = WIDE if wide else width
+    chunk = min(train.head_chunk, rows)
+    at_once = min(PIECE, chunk) if sizes.on_cpu else chunk
+    on_gpu_or_exact = not sizes.on_cpu or (train.exact_logits and width < WIDE)
+    logits = WIDE if on_gpu_or_exact else operand
+    total = chunk * student.vocabulary * operand
+    if on_gpu_or_exact:
+        total += at_once * student.vocabulary * logits
+    hidden = [t for t in sizes.teachers if isinstance(t.evidence, Hidden)]
+    total += sum(at_once * student.vocabulary * max(logits, t.width) for t in hidden)
+    in_plain_torch = len(hidden) < len(sizes.teachers) if not sizes.on_cpu else not has_compiler()
+    if in_plain_torch:
+        total += ROW_MATRICES * at_once * student.vocabulary * WIDE
+    summed = WIDE if rows > chunk else operand
+    total += student.head * (summed + (width if summed != width else 0))
+    total += rows * student.hidden * (width + operand)
+    total += sum(rows * t.row_bytes(student.vocabulary) for t in sizes.teachers)
+    if wide and width < WIDE:
+        total += (student.head + rows * student.hidden) * WIDE
+        total += sum((student.vocabulary + rows) * t.shape.hidden * WIDE for t in hidden)
+    return total
+
+
+# -- scorers and engines ---------------------------------------------------------------------------
+
+
+def scorer_parts(sizes: Sizes, teacher: ScoredTeacher) -> Iterator[Part]:
+    """The memory of one replica of a teacher."""
+    settings = sizes.settings
+    sequences = sizes.of_scoring
+    narrow = teacher.model.dtype == "bfloat16"
+    plain = (
+        sizes.on_cpu
+        and narrow
+        and sizes.tokens <= PLAIN_ATTENTION_TOKENS
+        and teacher.shape.hidden >= COMPILE_FROM
+        and has_compiler()
+    )
+    work = Pass(sequences, sizes.tokens, learns=False, plain_attention=plain)
+    body = pass_bytes(teacher.model, settings.model_setting(teacher.name), work)
+    rows = sequences * sizes.response
+    chunk = min(settings.train.head_chunk, rows)
+    vocabulary = sizes.student.vocabulary
+    reads = not isinstance(teacher.evidence, Hidden) or teacher.evidence.drawn
+    worker = f"scorer-{teacher.name}"
+    logits = 2 * chunk * vocabulary * WIDE if reads else 0  # logits, and their log-probs
+    if isinstance(teacher.evidence, Vocabulary):
+        logits += rows * vocabulary * WIDE
+    yield Part(worker, "score", "weights", teacher.shape.parameters * teacher.width)
+    yield Part(worker, "score", "activations", body.forward)
+    yield Part(worker, "score", "head pass", logits)
+    yield Part(worker, "score", "buffers", rows * teacher.shape.hidden * teacher.width)
+
+
+def engine_parts(
+    sizes: Sizes, worker: str, model: ModelConfig, setting: str, device_bytes: int
+) -> Iterator[Part]:
+    """The memory of one engine, on each of its devices.
+
+    Args:
+        worker: its team.
+        model: which it samples from.
+        setting: of that model.
+        device_bytes: of one device.
+    """
+    rollout = sizes.settings.rollout
+    shape = model_shape(model, setting)
+    width = DTYPE_BYTES[model.dtype]
+    devices = rollout.tensor_parallel
+    repeated = shape.head if shape.tied and sizes.on_cpu else 0  # vLLM's CPU engine packs a copy
+    prompts = sizes.of_decoding * max(sizes.tokens - sizes.response, 1)
+    most = max(CPU_PREFILL_TOKENS, sizes.tokens) if sizes.on_cpu else GPU_PREFILL_TOKENS
+    prefill = Pass(max(min(most, prompts) // sizes.tokens, 1), sizes.tokens, learns=False)
+    parts = {
+        "weights": (shape.parameters + repeated) * width // devices,
+        "activations": pass_bytes(model, setting, prefill).forward // devices,
+        "head pass": sizes.of_decoding * shape.vocabulary * (width + SAMPLED * WIDE) // devices,
+    }
+    parts["KV cache"] = kv_cache(sizes, device_bytes, sum(parts.values()))
+    for part, nbytes in parts.items():
+        yield Part(worker, "sample", part, nbytes)
+
+
+def kv_cache(sizes: Sizes, device_bytes: int, taken: int) -> int:
+    """Bytes of an engine's KV cache on each of its devices.
+
+    Args:
+        taken: by weights and activations.
+    """
+    rollout = sizes.settings.rollout
+    if rollout.kv_cache_bytes:
+        return rollout.kv_cache_bytes
+    if sizes.on_cpu:
+        return CPU_KV_CACHE_BYTES
+    return max(int(rollout.gpu_memory_utilization * device_bytes) - taken, 0)
+
+
+def worker_peak(parts: Sequence[Part]) -> int:
+    """The highest sum of one worker's parts over its phases."""
+    phases = {part.phase for part in parts}
+    return max(sum(p.nbytes for p in parts if p.phase == phase) for phase in phases)

@@ -1,0 +1,77 @@
+"""The sizes of a model, from its config.json alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from hybridrl.models.loading import load_layout, model_config
+from hybridrl.settings.run import ModelConfig
+
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Counts of numbers, not of bytes.
+
+    Example: Qwen2.5-7B has parameters=7_615_616_512, largest=544_997_376 (its embedding), layers=28,
+    hidden=3584, vocabulary=152_064, kv_numbers=28_672, tied=False.
+    """
+
+    parameters: int  # each of them once, where embeddings are tied
+    largest: int  # numbers of the largest parameter
+    layers: int
+    hidden: int  # H
+    vocabulary: int  # V, rows of the output embedding
+    intermediate: int  # of the feed-forward part of a layer
+    kv_numbers: int  # keys and values of one token, in all layers
+    tied: bool  # the input and the output embedding are one matrix
+
+    @property
+    def head(self) -> int:
+        """Numbers of the output embedding."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters that a token is multiplied by in the body; the embeddings are not."""
+        return self.parameters - (1 if self.tied else 2) * self.head
+
+
+@lru_cache
+def shape_of(path: str, revision: str | None, setting: str) -> ModelShape:
+    """The shape of the model at `path`. Of a model on the hub only text files are downloaded.
+
+    Args:
+        setting: how an error names the model, e.g. "teachers.main.path".
+
+    Raises:
+        ConfigError: there is no such model, or transformers cannot build it from its config.
+    """
+    config = model_config(path, revision, setting=setting).get_text_config()
+    model = load_layout(path, revision, setting=setting)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    heads = getattr(config, "num_attention_heads", 1)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return ModelShape(
+        parameters=sum(sizes),
+        largest=max(sizes),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        kv_numbers=2 * config.num_hidden_layers * kv_heads * width,
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+    )
+
+
+def model_shape(model: ModelConfig, setting: str = "model.path") -> ModelShape:
+    """As shape_of, of a model in the settings."""
+    return shape_of(model.path, model.revision, setting)
+
+
+def dtype_of(model: ModelConfig) -> torch.dtype:
+    return getattr(torch, model.dtype)
