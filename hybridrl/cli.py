@@ -1,4 +1,4 @@
-"""The command line: hybridrl train | report | export | serve | check | doctor."""
+"""The command line: hybridrl train | plan | report | export | serve | check | doctor."""
 
 import argparse
 import difflib
@@ -42,6 +42,9 @@ USAGE = """usage: hybridrl VERB ...
       only check the settings, models and data, and show the first prompt
   hybridrl train --help
       show every setting; also --cfg job, and -m to sweep
+  hybridrl plan [--config FILE] KEY=VALUE ...
+      from settings and the models' configs alone: who runs where, memory, bytes, disk, time; refuses
+      what cannot fit
   hybridrl report DIR
       write DIR/report.html and DIR/report.png
   hybridrl report DIR OTHER ...
@@ -74,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     redact.log_warnings()
     verbs = {
         "train": train_verb,
+        "plan": plan_verb,
         "report": report_verb,
         "export": export_verb,
         "serve": serve_verb,
@@ -135,6 +139,22 @@ def train_verb(arguments: Sequence[str]) -> int:
     with ExitStack() as stack:
         base = [] if file is None else stack.enter_context(own_file(file))
         return hydra_flags([*base, *rest], run)
+
+
+def plan_verb(arguments: Sequence[str]) -> int:
+    """Print the plan of a run, and refuse one that cannot fit."""
+    rest, name = option("--config", arguments)
+    if not rest and name is None or any(a.startswith("-") for a in rest):
+        return usage("hybridrl plan [--config FILE] KEY=VALUE ...", arguments)
+    from hybridrl.launch.dry_run import plan_of
+
+    quiet_environment()
+    if not any(a.startswith("run.dir=") for a in rest):
+        rest.append("run.dir=unused")  # a plan reads and writes no run
+    file = None if name is None else Path(name).expanduser()
+    for line in plan_of(load_settings(rest, file)):
+        print(line)
+    return 0
 
 
 def option(name: str, arguments: Sequence[str]) -> tuple[list[str], str | None]:

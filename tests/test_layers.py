@@ -31,6 +31,7 @@ LAYERS = [
     {"runtime"},
     {"controller"},
     {"report"},
+    {"planning"},
     {"launch"},
     {"oracle", "api"},
     {"cli"},

@@ -5,9 +5,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.launch.planning_device import planned_device
 from hybridrl.launch.session import preflight
 from hybridrl.models.loading import load_tokenizer
 from hybridrl.models.reach import reach
+from hybridrl.planning.fit import check_fit
+from hybridrl.planning.plan import make_plan, plan_lines
 from hybridrl.run_dir.directory import describe_directory, earlier_settings
 from hybridrl.run_dir.inputs import digests, pinned
 from hybridrl.settings.run import ModelConfig, RunSettings
@@ -15,7 +18,7 @@ from hybridrl.types import Prompt
 
 
 def describe(settings: RunSettings) -> Iterator[str]:
-    """Lines about the models, the data, a step, the run directory and the first prompt.
+    """Lines about the models, the data, a step, the run directory, the first prompt and the plan.
 
     Raises:
         HybridRLError: as `train` before it starts anything.
@@ -39,6 +42,20 @@ def describe(settings: RunSettings) -> Iterator[str]:
     yield f"a step    {step_sizes(settings, len(prompts))}"
     yield f"run.dir   {settings.run.dir}: {directory}"
     yield from first_prompt(settings, prompts[0])
+    yield ""
+    yield from plan_of(settings)
+
+
+def plan_of(settings: RunSettings) -> Iterator[str]:
+    """Lines about who runs where, what each holds and sends, and how long a step takes.
+
+    Raises:
+        ConfigError: after the last line, where a device cannot hold its workers; or as make_plan.
+    """
+    device, device_bytes = planned_device(settings)
+    plan = make_plan(settings, device=device, device_bytes=device_bytes)
+    yield from plan_lines(plan)
+    check_fit(plan)
 
 
 def reached(key: str, model: ModelConfig) -> str:

@@ -422,6 +422,10 @@ class ClusterConfig:
     """device of the models"""
     colocate: bool = False
     """learner, engines and scorers share the same GPUs; no effect on CPU"""
+    device_memory_gib: float | None = None
+    """memory that `hybridrl plan` counts with, of one GPU or of the node on a CPU; null: of this
+    machine's, or 79 for a GPU that is not here, as an H100 with 80 GB has
+    """
     spread: bool = False
     """put the workers of one group on different nodes where possible"""
     threads_per_worker: int | None = None
@@ -438,6 +442,11 @@ class ClusterConfig:
             raise ConfigError(
                 f"cluster.max_restarts={self.max_restarts}: must not be negative; 0 ends the run "
                 "at the first worker that fails"
+            )
+        if self.device_memory_gib is not None and not self.device_memory_gib > 0:
+            raise ConfigError(
+                f"cluster.device_memory_gib={self.device_memory_gib}: must be positive, or null to "
+                "have it found"
             )
 
 

@@ -1,0 +1,86 @@
+"""The bytes of one step between workers, in the object store and on disk."""
+
+import math
+from typing import NamedTuple
+
+from hybridrl.objectives import make_objective
+from hybridrl.planning.memory import ScoredTeacher, Sizes
+from hybridrl.planning.zero import WIDE
+from hybridrl.settings.shares import chunk_size
+
+TOKEN_COLUMNS = 4 + 1 + 4 + 4
+"""Bytes a token of a RolloutBatch: id, mask, the sampler's log-prob, weight version."""
+
+
+class Edge(NamedTuple):
+    """What one step sends from one kind of worker to another."""
+
+    source: str
+    target: str
+    what: str
+    nbytes: int  # of one step, to all workers of the target together
+
+
+def rollout_bytes(sizes: Sizes) -> int:
+    """All responses of a step, as types.per_token_bytes counts them."""
+    settings = sizes.settings
+    prompts = settings.train.prompts_per_step
+    groups = settings.rollout.groups_per_chunk
+    chunks = math.ceil(prompts / chunk_size(prompts, groups, settings.rollout.engines))
+    support = make_objective(settings).needs.sampler_support
+    tokens = sizes.sequences * sizes.tokens
+    responses = sizes.sequences * sizes.response
+    return tokens * TOKEN_COLUMNS + responses * support * 4 + (sizes.sequences + chunks) * 8
+
+
+def score_bytes(sizes: Sizes, teacher: ScoredTeacher) -> int:
+    """All scores of one teacher about a step."""
+    responses = sizes.sequences * sizes.response
+    row = teacher.row_bytes(sizes.student.vocabulary)
+    return sizes.sequences * sizes.tokens * WIDE + responses * row
+
+
+def weight_bytes(sizes: Sizes) -> int:
+    """The student's weights, once."""
+    return sizes.student.parameters * sizes.width
+
+
+def edges(sizes: Sizes) -> list[Edge]:
+    """What a step sends. Prompts, rewards and headers are left out: some bytes a sequence."""
+    rollouts = rollout_bytes(sizes)
+    found = []
+    for teacher in sizes.teachers:
+        scorer = f"scorer-{teacher.name}"
+        found.append(Edge("rollout", scorer, "responses", rollouts))
+        found.append(Edge(scorer, "learner", "scores", score_bytes(sizes, teacher)))
+    found.append(Edge("rollout", "learner", "responses", rollouts))
+    engines = sizes.settings.rollout.engines
+    found.append(Edge("learner", "rollout", "weights", weight_bytes(sizes) * engines))
+    return found
+
+
+def store_bytes(sizes: Sizes, *, weights_travel: bool) -> int:
+    """The most that the object store holds: the step that is learned, those ahead of it, and the
+    weights where they travel by it.
+    """
+    wave = rollout_bytes(sizes) + sum(score_bytes(sizes, t) for t in sizes.teachers)
+    pipeline = sizes.settings.pipeline
+    ahead = pipeline.ahead * wave
+    if pipeline.max_inflight_bytes is not None:
+        ahead = min(ahead, pipeline.max_inflight_bytes)
+    return wave + ahead + (weight_bytes(sizes) if weights_travel else 0)
+
+
+def checkpoint_bytes(sizes: Sizes) -> int:
+    """One checkpoint: master weights and Adam's moments in float32, of all ranks together.
+
+    Example: Qwen2.5-7B: 7.616e9 x 12 = 91.4 GB.
+    """
+    return 3 * WIDE * sizes.student.parameters
+
+
+def disk_bytes(sizes: Sizes) -> int:
+    """The checkpoints that are retained, the one that is being written, and the export."""
+    checkpoint = sizes.settings.checkpoint
+    count = checkpoint.keep + 1 + (checkpoint.best is not None)
+    return count * checkpoint_bytes(sizes) + (weight_bytes(sizes) if checkpoint.export else 0)

@@ -1,0 +1,180 @@
+"""Refuses a plan that does not fit its devices, and names settings with which it would."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.planning.plan import Plan, Seat, make_plan, shown
+from hybridrl.settings.run import RunSettings
+
+MOST_RANKS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A setting with another value."""
+
+    text: str  # as on the command line
+    make: Callable[[RunSettings], RunSettings]
+
+
+def check_fit(plan: Plan) -> None:
+    """Refuse a plan in which some device must hold more than it has.
+
+    Raises:
+        ConfigError: names the worker, its largest parts, and the settings to change; or an engine's
+            KV cache cannot hold the longest sequence.
+    """
+    check_cache(plan)
+    for seat in plan.seats:
+        if plan.seat_bytes(seat) > plan.device_bytes:
+            refuse(plan, seat)
+
+
+def check_cache(plan: Plan) -> None:
+    """Refuse an engine whose KV cache is smaller than one sequence of rollout.max_model_len."""
+    rollout = plan.settings.rollout
+    student = plan.sizes.student
+    needed = student.kv_numbers * plan.sizes.width * plan.sizes.tokens // rollout.tensor_parallel
+    (cache,) = (p.nbytes for p in plan.of_worker("rollout") if p.part == "KV cache")
+    if cache >= needed:
+        return
+    remedy = (
+        "raise rollout.kv_cache_bytes"
+        if rollout.kv_cache_bytes or plan.device == "cpu"
+        else "raise rollout.tensor_parallel or rollout.gpu_memory_utilization"
+    )
+    raise ConfigError(
+        f"rollout.max_model_len={rollout.max_model_len}: one sequence needs {shown(needed)} of KV "
+        f"cache on each device of an engine, which has {shown(cache)} for it; {remedy}"
+    )
+
+
+def refuse(plan: Plan, seat: Seat) -> None:
+    """Raises: ConfigError."""
+    name = max(dict.fromkeys(seat.workers), key=plan.peak)
+    largest = sorted(peak_parts(plan, name).items(), key=lambda item: -item[1])[:3]
+    parts = ", ".join(f"{part} {shown(nbytes)}" for part, nbytes in largest)
+    others = len(seat.workers) - 1
+    beside = f" beside {others} other worker{'s' * (others > 1)}" if others else ""
+    raise ConfigError(
+        f"{worker_setting(plan.settings, name)}: {name}{beside} does not fit {seat}: "
+        f"{shown(plan.seat_bytes(seat))} of {shown(plan.device_bytes)} ({parts}); "
+        f"{remedy(plan, name)}"
+    )
+
+
+def peak_parts(plan: Plan, worker: str) -> dict[str, int]:
+    """The parts of a worker in the phase in which it holds most."""
+    parts = plan.of_worker(worker)
+    phases = {part.phase for part in parts}
+    peak = max(phases, key=lambda phase: sum(p.nbytes for p in parts if p.phase == phase))
+    return {part.part: part.nbytes for part in parts if part.phase == peak}
+
+
+def worker_setting(settings: RunSettings, worker: str) -> str:
+    """The model's setting of a worker, with its value."""
+    if worker.startswith("scorer-"):
+        name = worker.removeprefix("scorer-")
+        return f"{settings.model_setting(name)}={settings.teacher_model(name).path}"
+    return f"model.path={settings.model.path}"
+
+
+def remedy(plan: Plan, worker: str) -> str:
+    """The fewest changes of the settings after which the worker fits, as a clause."""
+    chosen: list[Change] = []
+    for change in changes(plan.settings, worker):
+        chosen.append(change)
+        if fits(plan, chosen, worker):
+            break
+    else:
+        return hopeless(plan, worker)
+    for change in list(chosen[:-1]):  # those that turn out to be unnecessary
+        fewer = [other for other in chosen if other is not change]
+        if fits(plan, fewer, worker):
+            chosen = fewer
+    last: dict[str, str] = {}
+    for change in chosen:
+        last[change.text.partition("=")[0]] = change.text
+    return f"it would fit with {' '.join(last.values())}"
+
+
+def hopeless(plan: Plan, worker: str) -> str:
+    if worker.startswith("scorer-"):
+        return "a teacher runs on one device: choose a smaller teacher, or larger devices"
+    if plan.device == "cpu":
+        return "choose a smaller model, or a node with more memory"
+    return f"not even {MOST_RANKS} ranks would do: choose a smaller model, or larger devices"
+
+
+def fits(plan: Plan, chosen: Sequence[Change], worker: str) -> bool:
+    settings = plan.settings
+    for change in chosen:
+        settings = change.make(settings)
+    changed = make_plan(settings, device=plan.device, device_bytes=plan.device_bytes)
+    return all(
+        changed.seat_bytes(seat) <= changed.device_bytes
+        for seat in changed.seats
+        if worker in seat.workers
+    )
+
+
+def changes(settings: RunSettings, worker: str) -> Iterator[Change]:
+    """What makes a worker smaller, the cheapest first; each is tried together with all before."""
+    if settings.cluster.colocate:
+        yield Change(text="cluster.colocate=false", make=_apart)
+    if worker == "learner":
+        yield from learner_changes(settings)
+    elif worker.startswith("scorer-"):
+        yield from scorer_changes(settings, worker.removeprefix("scorer-"))
+    else:
+        yield from engine_changes(settings)
+
+
+def learner_changes(settings: RunSettings) -> Iterator[Change]:
+    longest = settings.rollout.sequence_limit
+    yield _set("learner", "gradient_checkpointing", True)
+    yield _set("train", "head_chunk", min(settings.train.head_chunk, 256))
+    if settings.train.max_tokens_per_micro_batch > longest:
+        yield _set("train", "max_tokens_per_micro_batch", longest)
+    yield _set("learner", "zero_stage", 3)
+    ranks = settings.learner.ranks
+    while ranks < MOST_RANKS:
+        ranks *= 2
+        yield _set("learner", "ranks", ranks)
+
+
+def scorer_changes(settings: RunSettings, teacher: str) -> Iterator[Change]:
+    longest = settings.rollout.sequence_limit
+    if settings.scorer.max_tokens_per_micro_batch > longest:
+        yield _set("scorer", "max_tokens_per_micro_batch", longest)
+    if settings.teachers[teacher].dtype == "float32":
+
+        def narrow(old: RunSettings) -> RunSettings:
+            changed = replace(old.teachers[teacher], dtype="bfloat16")
+            return replace(old, teachers=old.teachers | {teacher: changed})
+
+        yield Change(text=f"teachers.{teacher}.dtype=bfloat16", make=narrow)
+
+
+def engine_changes(settings: RunSettings) -> Iterator[Change]:
+    rollout = settings.rollout
+    if rollout.kv_cache_bytes:
+        yield _set("rollout", "kv_cache_bytes", max(rollout.kv_cache_bytes // 4, 1))
+    yield _set("rollout", "max_num_seqs", max(rollout.max_num_seqs // 4, 1))
+    for devices in (2, 4, 8):
+        if devices > rollout.tensor_parallel:
+            yield _set("rollout", "tensor_parallel", devices)
+
+
+def _set(section: str, name: str, value: object) -> Change:
+    def make(settings: RunSettings) -> RunSettings:
+        changed = replace(getattr(settings, section), **{name: value})
+        return replace(settings, **{section: changed})
+
+    word = str(value).lower() if isinstance(value, bool) else value
+    return Change(text=f"{section}.{name}={word}", make=make)
+
+
+def _apart(settings: RunSettings) -> RunSettings:
+    return replace(settings, cluster=replace(settings.cluster, colocate=False))

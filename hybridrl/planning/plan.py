@@ -1,0 +1,235 @@
+"""The plan of a run: who runs where, what each holds and sends, and how long a step takes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.planning.edges import Edge, checkpoint_bytes, disk_bytes, edges, store_bytes
+from hybridrl.planning.memory import (
+    Part,
+    Sizes,
+    engine_parts,
+    learner_parts,
+    scorer_parts,
+    worker_peak,
+)
+from hybridrl.planning.rates import H100, PhaseSeconds, Rates, cpu_rates, phase_seconds
+from hybridrl.runtime.workers import teams
+from hybridrl.settings.choices import WeightTransfer
+from hybridrl.settings.run import RunSettings
+
+GIB = 2**30
+IMPORTED = 0.6 * GIB
+"""Bytes of a worker's process on a CPU after its imports: 0.47 to 0.60 GiB were measured."""
+
+
+class Seat(NamedTuple):
+    """Devices that hold the same workers."""
+
+    first: int  # number of the first GPU
+    count: int
+    workers: tuple[str, ...]  # names of their teams; on a CPU once for each worker
+
+    def __str__(self) -> str:
+        if self.count == 0:
+            return "this node"
+        last = self.first + self.count - 1
+        return f"GPU {self.first}" if self.count == 1 else f"GPU {self.first} to {last}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that can be said of a run before it starts.
+
+    All bytes are those of a run whose responses are as long as they may be.
+    """
+
+    settings: RunSettings
+    device: str  # cpu or cuda
+    device_bytes: int  # of one GPU, or of this node
+    sizes: Sizes
+    parts: tuple[Part, ...]  # of one worker of each team
+    seats: tuple[Seat, ...]
+    edges: tuple[Edge, ...]
+    store_bytes: int  # high water of the object store
+    disk_bytes: int
+    seconds: PhaseSeconds
+    rates: Rates
+
+    def of_worker(self, name: str) -> list[Part]:
+        return [part for part in self.parts if part.worker == name]
+
+    def peak(self, name: str) -> int:
+        """The most that one worker of a team holds."""
+        return worker_peak(self.of_worker(name))
+
+    def seat_bytes(self, seat: Seat) -> int:
+        """The most that a device of the seat holds. Memory that a worker has used in one phase
+        stays with it in the others, so the peaks of its workers add up.
+        """
+        imports = 0 if seat.count else int(IMPORTED * len(seat.workers))
+        return sum(self.peak(name) for name in seat.workers) + imports
+
+
+def make_plan(settings: RunSettings, *, device: str, device_bytes: int) -> Plan:
+    """Plan a run on such devices.
+
+    Args:
+        device: cpu or cuda.
+        device_bytes: of one GPU, or of the node on a CPU.
+
+    Raises:
+        ConfigError: the lengths are not set, or a model's config cannot be read.
+    """
+    for key in ("max_new_tokens", "max_model_len"):
+        if getattr(settings.rollout, key) is None:
+            raise ConfigError(
+                f"rollout.{key} is not set: a plan needs the length of the longest sequence; "
+                "`hybridrl train --dry-run` proposes one for the data"
+            )
+    on_cpu = device == "cpu"
+    sizes = Sizes(settings, on_cpu=on_cpu)
+    rates = cpu_rates(settings.model.dtype) if on_cpu else H100
+    return Plan(
+        settings=settings,
+        device=device,
+        device_bytes=device_bytes,
+        sizes=sizes,
+        parts=tuple(worker_parts(sizes, device_bytes)),
+        seats=tuple(seats(settings, on_cpu=on_cpu)),
+        edges=tuple(edges(sizes)),
+        store_bytes=store_bytes(sizes, weights_travel=by_store(settings, on_cpu=on_cpu)),
+        disk_bytes=disk_bytes(sizes),
+        seconds=phase_seconds(sizes, rates),
+        rates=rates,
+    )
+
+
+def by_store(settings: RunSettings, *, on_cpu: bool) -> bool:
+    """Whether weights travel through the object store."""
+    chosen = settings.rollout.weight_transfer
+    return chosen is WeightTransfer.object_store or (on_cpu and chosen is WeightTransfer.auto)
+
+
+def worker_parts(sizes: Sizes, device_bytes: int) -> Iterator[Part]:
+    """The parts of one worker of each team that holds a model."""
+    settings = sizes.settings
+    yield from learner_parts(sizes)
+    yield from engine_parts(sizes, "rollout", settings.model, "model.path", device_bytes)
+    if settings.algorithm.teacher_fraction:
+        name = next(iter(settings.teachers))
+        teacher = settings.teacher_model(name)
+        setting = settings.model_setting(name)
+        yield from engine_parts(sizes, "teacher", teacher, setting, device_bytes)
+    for scored in sizes.teachers:
+        yield from scorer_parts(sizes, scored)
+
+
+def seats(settings: RunSettings, *, on_cpu: bool) -> list[Seat]:
+    """The devices, and the workers on each of them, in the order in which they are placed."""
+    own_classes = {f"scorer-{n}" for n in settings.teachers if settings.teachers[n].model}
+    models = [t for t in teams(settings) if t.gpus and t.name not in own_classes]
+    if on_cpu:
+        return [Seat(0, 0, tuple(team.name for team in models for _ in range(team.size)))]
+    if settings.cluster.colocate:
+        width = max(team.size for team in models)
+        on_gpu = [tuple(t.name for t in models if i < t.size) for i in range(width)]
+    else:
+        on_gpu = [(team.name,) for team in models for _ in range(team.size * team.gpus)]
+    found = []
+    first = 0
+    for workers, run in groupby(on_gpu):
+        count = len(list(run))
+        found.append(Seat(first, count, workers))
+        first += count
+    return found
+
+
+# -- in words --------------------------------------------------------------------------------------
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """The plan as tables of text."""
+    yield from seat_lines(plan)
+    for name in dict.fromkeys(part.worker for part in plan.parts):
+        yield ""
+        yield from part_lines(name, plan.of_worker(name))
+    yield ""
+    yield "a step sends at most"
+    yield from aligned(
+        [[f"  {e.source} -> {e.target}", e.what, shown(e.nbytes)] for e in plan.edges]
+    )
+    retained = plan.settings.checkpoint.keep
+    yield f"object store, most at once: {shown(plan.store_bytes)}"
+    yield (
+        f"disk: {shown(plan.disk_bytes)} for {retained} checkpoints of "
+        f"{shown(checkpoint_bytes(plan.sizes))}, the one being written"
+        + (", the best" if plan.settings.checkpoint.best else "")
+        + (", and the export" if plan.settings.checkpoint.export else "")
+    )
+    yield ""
+    seconds = plan.seconds
+    whole = seconds.step(overlaps=plan.settings.pipeline.ahead > 0)
+    yield f"a step of the longest responses, by arithmetic alone: {whole:.3g} s"
+    yield (
+        f"  sampling {seconds.rollout:.3g} s, scoring {seconds.score:.3g} s, learning "
+        f"{seconds.learn:.3g} s, weights {seconds.sync:.3g} s"
+    )
+    yield f"  at {plan.rates} for each {'GPU' if plan.device == 'cuda' else 'node'}"
+
+
+def seat_lines(plan: Plan) -> Iterator[str]:
+    """Which workers are on which device, and the memory that they need of it."""
+    rows = []
+    for seat in plan.seats:
+        needed = plan.seat_bytes(seat)
+        workers = ", ".join(
+            f"{n} x {name}" if (n := seat.workers.count(name)) > 1 else name
+            for name in dict.fromkeys(seat.workers)
+        )
+        verdict = "fits" if needed <= plan.device_bytes else "does not fit"
+        of_device = f"{shown(needed)} of {shown(plan.device_bytes)}"
+        rows.append([str(seat), workers, of_device, verdict])
+    yield from aligned(rows)
+    if plan.device == "cpu":
+        yield f"(with {shown(int(IMPORTED))} for the imports of each process)"
+
+
+def part_lines(name: str, parts: Sequence[Part]) -> Iterator[str]:
+    """One worker: a row for each part of its memory, a column for each phase."""
+    phases = list(dict.fromkeys(part.phase for part in parts))
+    of_cell = {(part.part, part.phase): part.nbytes for part in parts}
+    rows = [[f"one {name}, GiB", *phases]]
+    for row in dict.fromkeys(part.part for part in parts):
+        cells = [of_cell.get((row, phase), 0) for phase in phases]
+        if any(cells):
+            rows.append([f"  {row}", *(gib(cell) for cell in cells)])
+    totals = [sum(p.nbytes for p in parts if p.phase == phase) for phase in phases]
+    rows.append(["  total", *(gib(total) for total in totals)])
+    yield from aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows whose columns are as wide as their widest cell; numbers are at the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if cell[:1].isdigit() or cell == "-" else cell.ljust(width)
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def gib(nbytes: int) -> str:
+    """Example: gib(3 * 2**30 // 2) == "1.50"; nothing is "-"."""
+    return f"{nbytes / GIB:.2f}" if nbytes else "-"
+
+
+def shown(nbytes: int) -> str:
+    """Example: shown(41_900_000_000) == "39.0 GiB", shown(2**21) == "2.0 MiB"."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes} bytes"

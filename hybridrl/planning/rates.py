@@ -1,0 +1,122 @@
+"""The seconds of each phase of a step, from stated rates of a device.
+
+They are what the arithmetic needs at those rates, with every response at its longest; the gaps
+between operations, waiting and loading are not in them.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+from hybridrl.kernels.products import RATES, processor
+from hybridrl.planning.edges import weight_bytes
+from hybridrl.planning.memory import Sizes
+from hybridrl.planning.model_shape import ModelShape
+from hybridrl.teachers.evidence import Hidden
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What one device sustains."""
+
+    flops: float  # of matrix products, a second
+    memory: float  # bytes a second
+    link: float  # bytes of weights a second, to all engines at once
+    source: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.flops / 1e12:.3g} TFLOP/s, memory at {self.memory / 1e12:.3g} TB/s, weights at "
+            f"{self.link / 1e9:.3g} GB/s ({self.source})"
+        )
+
+
+H100 = Rates(
+    flops=400e12,
+    memory=3.0e12,
+    link=8.0e9,
+    source="assumed for an H100; not measured here",
+)
+
+
+def cpu_rates(dtype: str) -> Rates:
+    """Those of this machine, by the table of its kind of processor."""
+    known = RATES.get(processor())
+    gflops = 100.0 if known is None else getattr(known, dtype)
+    return Rates(
+        flops=gflops * 1e9 * (os.cpu_count() or 2) / 2,
+        memory=10e9,
+        link=1.6e9,
+        source="products by the table of kernels/products.py, the others assumed",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSeconds:
+    """Seconds of one step, by phase."""
+
+    rollout: float
+    score: float
+    learn: float
+    sync: float
+
+    def step(self, *, overlaps: bool) -> float:
+        """Seconds of a step; where sampling and scoring of later steps overlap with learning, the
+        slowest of them sets the pace.
+        """
+        if overlaps:
+            return max(self.rollout, self.score, self.learn) + self.sync
+        return self.rollout + self.score + self.learn + self.sync
+
+
+def phase_seconds(sizes: Sizes, rates: Rates) -> PhaseSeconds:
+    settings = sizes.settings
+    tokens = sizes.sequences * sizes.tokens
+    rows = sizes.sequences * sizes.response
+    learner = sizes.settings.learner
+    passes = 8 if learner.gradient_checkpointing else 6  # 2 forward, 4 backward, 2 again
+    head = 2 * rows * sizes.student.vocabulary * head_width(sizes)
+    learn = (passes * sizes.student.multiplied * tokens + head) / (learner.ranks * rates.flops)
+    return PhaseSeconds(
+        rollout=rollout_seconds(sizes, rates),
+        score=max((score_seconds(sizes, t.shape, rates) for t in sizes.teachers), default=0.0),
+        learn=learn,
+        sync=weight_bytes(sizes) / rates.link if settings.algorithm.data_fraction < 1 else 0.0,
+    )
+
+
+def head_width(sizes: Sizes) -> int:
+    """Products of [R, V] with a width in one head pass: logits, both gradients, and each hidden
+    teacher's logits. For one: 2 N V (3 Hs + Ht) operations.
+    """
+    hidden = [t.shape.hidden for t in sizes.teachers if isinstance(t.evidence, Hidden)]
+    return 3 * sizes.student.hidden + sum(hidden)
+
+
+def score_seconds(sizes: Sizes, teacher: ModelShape, rates: Rates) -> float:
+    """One forward pass over the step's tokens, shared by the replicas.
+
+    Example: 1e6 tokens of Qwen2.5-32B at 400 TFLOP/s: 2 x 31.2e9 x 1e6 / 400e12 = 156 s.
+    """
+    tokens = sizes.sequences * sizes.tokens
+    return 2 * teacher.multiplied * tokens / (sizes.settings.scorer.replicas * rates.flops)
+
+
+def rollout_seconds(sizes: Sizes, rates: Rates) -> float:
+    """Decoding in waves of rollout.max_num_seqs: each token reads the weights and half of the
+    longest cache of every sequence, or computes, whichever takes longer; before it the prompts.
+    """
+    rollout = sizes.settings.rollout
+    if sizes.settings.algorithm.data_fraction == 1:
+        return 0.0
+    devices = rollout.tensor_parallel
+    shape = sizes.student
+    at_once = sizes.of_decoding
+    waves = math.ceil(math.ceil(sizes.sequences / rollout.engines) / at_once)
+    cache = at_once * shape.kv_numbers * (sizes.tokens - sizes.response / 2) * sizes.width
+    weights = (shape.multiplied + shape.head) * sizes.width
+    flop = 2 * (shape.multiplied + shape.head) * at_once
+    decode = max((weights + cache) / rates.memory, flop / rates.flops) / devices
+    prompts = at_once * (sizes.tokens - sizes.response)
+    prefill = 2 * shape.multiplied * prompts / rates.flops / devices
+    return waves * (prefill + sizes.response * decode)

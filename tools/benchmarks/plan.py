@@ -1,0 +1,112 @@
+"""The plan against real workers: peak memory and bytes of the shipped models on CPUs.
+
+Each worker runs in a process of its own, on sequences as long as the plan assumes. Measured is the
+peak of its resident memory less its size after imports. The formula was written with the tiny model
+in view; SmolLM2 tests it.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.machine import describe
+from hybridrl.runtime.worker_env import worker_env
+from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import RunSettings
+
+BASE = ("run.dir=bench", "cluster.device=cpu", "tracking.wandb=disabled", "train.products=model")
+TINY = ("experiment=quickstart",)
+SMOLLM2 = (
+    "experiment=smollm2_arithmetic",
+    "algorithm=hybrid",
+    "train.prompts_per_step=4",
+    "train.samples_per_prompt=4",
+    "train.max_tokens_per_micro_batch=1024",
+)
+LIMIT_S = 540.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One kind of worker under some settings."""
+
+    name: str
+    worker: str  # learner, scorer or engine
+    overrides: tuple[str, ...]
+
+    @property
+    def settings(self) -> RunSettings:
+        return load_config([*BASE, *self.overrides])
+
+
+def dtype_of(name: str, teacher: str) -> tuple[str, ...]:
+    return (f"model.dtype={name}", f"teachers.{teacher}.dtype={name}")
+
+
+def cases() -> Iterator[Case]:
+    for model, of_model, teacher in (("tiny", TINY, "main"), ("SmolLM2", SMOLLM2, "initial")):
+        for dtype in ("float32", "bfloat16"):
+            settings = (*of_model, *dtype_of(dtype, teacher))
+            for stage, ranks in ((1, 1), (3, 2)):
+                zero = (f"learner.zero_stage={stage}", f"learner.ranks={ranks}")
+                name = f"{model} {dtype} ZeRO {stage}, {ranks} rank{'s' * (ranks > 1)}"
+                yield Case(name=name, worker="learner", overrides=(*settings, *zero))
+            for worker in ("scorer", "engine"):
+                yield Case(name=f"{model} {dtype}", worker=worker, overrides=settings)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", default="", help="cases whose name and worker contain this")
+    parser.add_argument(
+        "--measured", type=Path, help="compare the measurements of this file, and run nothing"
+    )
+
+
+def run(options: argparse.Namespace) -> dict:
+    from hybridrl.planning.measured import compared
+
+    earlier = json.loads(options.measured.read_text()) if options.measured else {}
+    rows = []
+    for case in cases():
+        name = f"{case.worker} {case.name}"
+        if options.only not in name:
+            continue
+        found = earlier.get("measured", {}).get(name) if earlier else measured(case)
+        if found is None:
+            continue
+        rows.append({"case": name, **compared(case.settings, case.worker, found)})
+        print(rows[-1], flush=True)
+    return {"rows": rows}
+
+
+def measured(case: Case) -> dict[str, int]:
+    """What planned_worker.py prints of rank 0."""
+    settings = case.settings
+    ranks = settings.learner.ranks if case.worker == "learner" else 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = max((os.cpu_count() or 1) // ranks, 1)
+    env = os.environ | worker_env(threads, "cpu", settings.model.dtype, take_turns=True)
+    command = [sys.executable, "-m", "benchmarks.planned_worker", case.worker]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(port), *BASE, *case.overrides],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
+    lines = [line for line in outputs[0].splitlines() if line.startswith("PLANNED ")]
+    if not lines:
+        raise RuntimeError(f"{case.name}: {outputs[0][-2000:]}")
+    return json.loads(lines[0].removeprefix("PLANNED "))
