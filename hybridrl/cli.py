@@ -144,7 +144,7 @@ def train_verb(arguments: Sequence[str]) -> int:
 def plan_verb(arguments: Sequence[str]) -> int:
     """Print the plan of a run, and refuse one that cannot fit."""
     rest, name = option("--config", arguments)
-    if not rest and name is None or any(a.startswith("-") for a in rest):
+    if (not rest and name is None) or any(a.startswith("-") for a in rest):
         return usage("hybridrl plan [--config FILE] KEY=VALUE ...", arguments)
     from hybridrl.launch.dry_run import plan_of
 

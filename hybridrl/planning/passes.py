@@ -52,9 +52,7 @@ def pass_bytes(model: ModelConfig, setting: str, work: Pass) -> PassBytes:
 
 
 @lru_cache
-def _pass_bytes(
-    path: str, revision: str | None, dtype: str, setting: str, work: Pass
-) -> PassBytes:
+def _pass_bytes(path: str, revision: str | None, dtype: str, setting: str, work: Pass) -> PassBytes:
     layers = model_config(path, revision, setting=setting).get_text_config().num_hidden_layers
     try:
         counts = (2, 3) if layers > 1 else (1, 1)

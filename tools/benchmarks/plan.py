@@ -11,11 +11,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.machine import describe
+from hybridrl.planning.edges import TOKEN_COLUMNS, checkpoint_bytes, score_bytes, weight_bytes
+from hybridrl.planning.plan import GIB, make_plan
 from hybridrl.runtime.worker_env import worker_env
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
@@ -46,7 +47,7 @@ class Case:
 
 
 def dtype_of(name: str, teacher: str) -> tuple[str, ...]:
-    return (f"model.dtype={name}", f"teachers.{teacher}.dtype={name}")
+    return (f"model.dtype={name}", f"++teachers.{teacher}.dtype={name}")
 
 
 def cases() -> Iterator[Case]:
@@ -69,20 +70,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
-    from hybridrl.planning.measured import compared
-
-    earlier = json.loads(options.measured.read_text()) if options.measured else {}
-    rows = []
+    earlier = json.loads(options.measured.read_text())["measured"] if options.measured else None
+    found: dict[str, dict[str, int]] = {}
+    rows = {}
     for case in cases():
-        name = f"{case.worker} {case.name}"
-        if options.only not in name:
+        name = f"{case.worker}, {case.name}"
+        if options.only not in name or (earlier is not None and name not in earlier):
             continue
-        found = earlier.get("measured", {}).get(name) if earlier else measured(case)
-        if found is None:
-            continue
-        rows.append({"case": name, **compared(case.settings, case.worker, found)})
-        print(rows[-1], flush=True)
-    return {"rows": rows}
+        found[name] = measured(case) if earlier is None else earlier[name]
+        rows[name] = compared(case, found[name])
+        for what, (planned, seen) in rows[name].items():
+            print(f"{name:42s} {what:12s} {planned:>14,d} {seen:>14,d} {planned / seen:6.2f}")
+    return {"measured": found, "planned_and_measured": rows}
+
+
+def compared(case: Case, found: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """(planned, measured) bytes of what this worker holds and sends."""
+    settings = case.settings
+    plan = make_plan(settings, device="cpu", device_bytes=24 * GIB)
+    sizes = plan.sizes
+    teacher = plan.sizes.teachers[0]
+    team = {"engine": "rollout", "scorer": f"scorer-{teacher.name}"}.get(case.worker, case.worker)
+    rows = {"peak": (plan.peak(team), found["peak"] - found["imports"])}
+    if case.worker == "learner":
+        rows["weights"] = (weight_bytes(sizes), found["weights"])
+        ranks = settings.learner.ranks
+        rows["checkpoint"] = (checkpoint_bytes(sizes) // ranks, found["checkpoint"])
+    if case.worker == "scorer":
+        rows["scores"] = (score_bytes(sizes, teacher), found["scores"])
+    if case.worker == "engine":
+        planned = found["tokens"] * TOKEN_COLUMNS + (found["sequences"] + 1) * 8
+        rows["responses"] = (planned, found["rollouts"])
+    return rows
 
 
 def measured(case: Case) -> dict[str, int]:

@@ -75,7 +75,12 @@ def longest_batch(settings: RunSettings) -> RolloutBatch:
 def prompts_of(settings: RunSettings) -> list[Prompt]:
     length = settings.rollout.sequence_limit - settings.rollout.response_limit
     return [
-        Prompt(uid=f"p{i}", input_ids=tuple(5 + (i + k) % 10 for k in range(length)), text="", columns={})
+        Prompt(
+            uid=f"p{i}",
+            input_ids=tuple(5 + (i + k) % 10 for k in range(length)),
+            text="",
+            columns={},
+        )
         for i in range(settings.train.prompts_per_step)
     ]
 
