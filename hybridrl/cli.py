@@ -43,8 +43,8 @@ USAGE = """usage: hybridrl VERB ...
   hybridrl train --help
       show every setting; also --cfg job, and -m to sweep
   hybridrl plan [--config FILE] KEY=VALUE ...
-      from settings and the models' configs alone: who runs where, memory, bytes, disk, time; refuses
-      what cannot fit
+      say what a run needs, from its settings and the models' configs alone: who runs where,
+      memory, bytes sent, disk and time; refuse what cannot fit
   hybridrl report DIR
       write DIR/report.html and DIR/report.png
   hybridrl report DIR OTHER ...

@@ -96,7 +96,9 @@ def remedy(plan: Plan, worker: str) -> str:
     last: dict[str, str] = {}
     for change in chosen:
         last[change.text.partition("=")[0]] = change.text
-    return f"it would fit with {' '.join(last.values())}"
+    gpus = sum(seat.count for seat in changed_plan(plan, chosen).seats)
+    devices = f", on {gpus} GPUs in all" if gpus else ""
+    return f"it would fit with {' '.join(last.values())}{devices}"
 
 
 def hopeless(plan: Plan, worker: str) -> str:
@@ -107,11 +109,15 @@ def hopeless(plan: Plan, worker: str) -> str:
     return f"not even {MOST_RANKS} ranks would do: choose a smaller model, or larger devices"
 
 
-def fits(plan: Plan, chosen: Sequence[Change], worker: str) -> bool:
+def changed_plan(plan: Plan, chosen: Sequence[Change]) -> Plan:
     settings = plan.settings
     for change in chosen:
         settings = change.make(settings)
-    changed = make_plan(settings, device=plan.device, device_bytes=plan.device_bytes)
+    return make_plan(settings, device=plan.device, device_bytes=plan.device_bytes)
+
+
+def fits(plan: Plan, chosen: Sequence[Change], worker: str) -> bool:
+    changed = changed_plan(plan, chosen)
     return all(
         changed.seat_bytes(seat) <= changed.device_bytes
         for seat in changed.seats

@@ -16,8 +16,8 @@ DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
 class ModelShape:
     """Counts of numbers, not of bytes.
 
-    Example: Qwen2.5-7B has parameters=7_615_616_512, largest=544_997_376 (its embedding), layers=28,
-    hidden=3584, vocabulary=152_064, kv_numbers=28_672, tied=False.
+    Example: Qwen2.5-7B has parameters=7_615_616_512, largest=544_997_376, its embedding,
+    layers=28, hidden=3584, vocabulary=152_064, kv_numbers=28_672, tied=False.
     """
 
     parameters: int  # each of them once, where embeddings are tied

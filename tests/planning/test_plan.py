@@ -1,0 +1,134 @@
+"""The plan's arithmetic. Golden numbers are those of Qwen2.5-7B: 7.616e9 parameters, 152064 tokens,
+H 3584, with a teacher of 32B.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.planning.edges import checkpoint_bytes, rollout_bytes, score_bytes
+from hybridrl.planning.fit import check_fit
+from hybridrl.planning.model_shape import shape_of
+from hybridrl.planning.passes import Pass, pass_bytes
+from hybridrl.planning.plan import GIB, Plan, aligned, make_plan, plan_lines
+from hybridrl.planning.zero import zero_bytes
+from hybridrl.settings.compose import load_config
+from hybridrl.settings.run import ModelConfig
+
+MODELS = Path(__file__).parent / "models"
+P7 = 7_615_616_512
+
+
+def planned(name: str, student: str = "qwen2.5-7b", teacher: str = "qwen2.5-32b") -> Plan:
+    """The plan of a shipped experiment with the configs of this folder, on 80 GB GPUs."""
+    paths = [f"model.path={MODELS / student}", f"teachers.main.path={MODELS / teacher}"]
+    settings = load_config(["run.dir=x", f"experiment={name}", *paths])
+    return make_plan(settings, device="cuda", device_bytes=79 * GIB)
+
+
+def quickstart(*overrides: str, memory_gib: float = 24) -> Plan:
+    settings = load_config(["run.dir=x", "experiment=quickstart", *overrides])
+    return make_plan(settings, device="cpu", device_bytes=int(memory_gib * GIB))
+
+
+def test_shapes_come_from_the_config_alone():
+    shape = shape_of(str(MODELS / "qwen2.5-7b"), None, "model.path")
+    assert shape.parameters == P7
+    assert shape.largest == 152064 * 3584
+    assert shape.kv_numbers == 2 * 28 * 4 * 128
+    assert not shape.tied
+    teacher = shape_of(str(MODELS / "qwen2.5-32b"), None, "model.path")
+    assert round(teacher.parameters * 2 / GIB, 1) == 61.0
+    assert teacher.kv_numbers * 2 == 262144  # bytes of KV cache a token
+    tiny = shape_of("builtin:countdown-student", None, "model.path")
+    assert (tiny.parameters, tiny.tied) == (782336, True)
+
+
+@pytest.mark.parametrize(
+    ("width", "stage", "gib"),
+    [
+        (2, 1, {1: 113.5, 2: 70.9, 4: 49.6, 8: 39.0, 16: 33.7}),
+        (2, 2, {1: 127.7, 2: 70.9, 4: 42.6, 8: 28.4, 16: 21.3}),
+        (2, 3, {1: 127.7, 2: 63.8, 4: 31.9, 8: 16.0, 16: 8.0}),
+        (4, 1, {1: 141.9, 2: 99.3, 4: 78.0, 8: 67.4, 16: 62.1}),
+    ],
+)
+def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer(width, stage, gib):
+    for ranks, expected in gib.items():
+        zero = zero_bytes(P7, width=width, ranks=ranks, stage=stage, micro_batches=1, on_cpu=False)
+        held = zero.weights + zero.gradients + zero.optimizer
+        assert round(held / GIB, 1) == pytest.approx(expected, abs=0.051), (stage, ranks)
+
+
+def test_activations_are_those_of_transformers_own_modules():
+    model = ModelConfig(path=str(MODELS / "qwen2.5-7b"), dtype="bfloat16")
+    tokens = 4 * 4096
+    kept = pass_bytes(model, "model.path", Pass(4, 4096, learns=True)).kept
+    assert kept / tokens / 28 / 1024 == pytest.approx(236, rel=0.03)  # KiB a token and layer
+    again = pass_bytes(model, "model.path", Pass(4, 4096, learns=True, recomputes=True)).kept
+    assert 3.4 < again / GIB < 3.7
+
+
+def test_a_7b_student_of_a_32b_teacher_fits_eight_gpus():
+    plan = planned("qwen7b_from_32b_8gpu")
+    check_fit(plan)
+    of_part = {p.part: p.nbytes / GIB for p in plan.of_worker("learner") if p.phase == "head"}
+    assert round(of_part["teachers' heads"], 2) == 1.45
+    assert 3.5 < of_part["head pass"] < 4.9
+    assert [str(seat) for seat in plan.seats] == ["GPU 0 to 3", "GPU 4 to 6", "GPU 7"]
+    assert round(checkpoint_bytes(plan.sizes) / 1e9, 1) == 91.4
+    assert round((plan.disk_bytes - 2 * P7) / 1e9) == 274  # two checkpoints and a third
+
+
+@pytest.mark.parametrize(
+    ("name", "student", "teacher", "sentence"),
+    [
+        ("qwen7b_from_32b_1gpu", "7b", "32b", r"learner beside 2 other workers does not fit GPU 0"),
+        ("qwen7b_from_32b_2gpu", "7b", "32b", r"does not fit GPU 0: 164\.1 GiB of 79\.0 GiB"),
+        (
+            "qwen72b_from_72b_64gpu",
+            "72b",
+            "72b",
+            r"^teachers\.main\.path=.*139\.3 GiB of 79\.0 GiB .*a teacher runs on one device: "
+            r"choose a smaller teacher, or larger devices",
+        ),
+    ],
+)
+def test_the_other_shipped_plans_are_refused(name, student, teacher, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        check_fit(planned(name, f"qwen2.5-{student}", f"qwen2.5-{teacher}"))
+
+
+def test_a_refusal_names_settings_with_which_it_would_fit():
+    plan = quickstart(memory_gib=2.5)
+    with pytest.raises(ConfigError, match=r"it would fit with (\S+=\S+)$") as caught:
+        check_fit(plan)
+    change = str(caught.value).rpartition(" ")[2]
+    check_fit(quickstart(change, memory_gib=2.5))
+
+
+def test_an_engine_needs_a_cache_for_the_longest_sequence():
+    plan = quickstart("rollout.kv_cache_bytes=1000")
+    with pytest.raises(ConfigError, match=r"rollout\.max_model_len=48: .*raise rollout\.kv_cache_"):
+        check_fit(plan)
+
+
+def test_bytes_of_a_step_are_those_that_the_workers_count():
+    sizes = quickstart().sizes
+    tokens = 384 * 48
+    assert rollout_bytes(sizes) == tokens * 13 + (384 + 1) * 8
+    assert score_bytes(sizes, sizes.teachers[0]) == tokens * 4 + 384 * 16 * 128 * 4
+
+
+def test_a_table_has_a_total_for_each_phase():
+    text = "\n".join(plan_lines(quickstart()))
+    assert "one learner, GiB" in text
+    assert "a step sends at most" in text
+    assert list(aligned([["a", "10"], ["bcd", "9"]])) == ["a    10", "bcd   9"]
+
+
+def test_a_plan_needs_the_lengths():
+    settings = load_config(["run.dir=x", "experiment=quickstart", "rollout.max_model_len=null"])
+    with pytest.raises(ConfigError, match=r"rollout\.max_model_len is not set"):
+        make_plan(settings, device="cpu", device_bytes=GIB)
