@@ -25,6 +25,18 @@ IMPORTED = 0.6 * GIB
 """Bytes of a worker's process on a CPU after its imports: 0.47 to 0.60 GiB were measured."""
 
 
+HEAP_SHARE = 0.28
+"""Of the bytes of tensors: gaps in the heap of a process on a CPU, which retains what it has freed
+(runtime.worker_env)."""
+
+GROWN = {"learner": 226_000_000, "rollout": 57_000_000}
+"""Bytes that a process on a CPU takes besides for libraries once they run.
+
+Both were fixed on the tiny model in float32 (`tools/bench plan`): HEAP_SHARE and the learner's by
+its ranks of ZeRO 1 and 3, the engine's with that share. Everything else there tests them.
+"""
+
+
 class Seat(NamedTuple):
     """Devices that hold the same workers."""
 
@@ -97,7 +109,7 @@ def make_plan(settings: RunSettings, *, device: str, device_bytes: int) -> Plan:
         device=device,
         device_bytes=device_bytes,
         sizes=sizes,
-        parts=tuple(worker_parts(sizes, device_bytes)),
+        parts=tuple(with_heap(list(worker_parts(sizes, device_bytes)), on_cpu=on_cpu)),
         seats=tuple(seats(settings, on_cpu=on_cpu)),
         edges=tuple(edges(sizes)),
         store_bytes=store_bytes(sizes, weights_travel=by_store(settings, on_cpu=on_cpu)),
@@ -125,6 +137,17 @@ def worker_parts(sizes: Sizes, device_bytes: int) -> Iterator[Part]:
         yield from engine_parts(sizes, "teacher", teacher, setting, device_bytes)
     for scored in sizes.teachers:
         yield from scorer_parts(sizes, scored)
+
+
+def with_heap(parts: Sequence[Part], *, on_cpu: bool) -> Iterator[Part]:
+    """The parts, and on a CPU what the heap of each process takes besides, in each phase."""
+    yield from parts
+    if not on_cpu:
+        return
+    for worker, phase in dict.fromkeys((part.worker, part.phase) for part in parts):
+        tensors = sum(p.nbytes for p in parts if (p.worker, p.phase) == (worker, phase))
+        grown = GROWN.get(worker, 0)
+        yield Part(worker, phase, "heap", int(HEAP_SHARE * tensors) + grown)
 
 
 def seats(settings: RunSettings, *, on_cpu: bool) -> list[Seat]:
