@@ -151,7 +151,6 @@ def zero_of(sizes: Sizes) -> ZeroBytes:
         ranks=sizes.settings.learner.ranks,
         stage=stage,
         micro_batches=sizes.micro_batches,
-        on_cpu=sizes.on_cpu,
     )
 
 
@@ -186,7 +185,7 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
         for t in sizes.teachers
         if t.evidence.needs_head
     )
-    gathered = gathered_bytes(sizes)
+    gathered = zero.gathered + zero.always
     packed = sizes.student.parameters * sizes.width if sizes.on_cpu else 0
     earlier = zero.gradients if sizes.micro_batches > 1 or settings.learner.zero_stage == 3 else 0
     phases = {
@@ -202,8 +201,8 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
             "head pass": (sizes.student.head + rows * sizes.student.hidden) * sizes.width,
             "buffers": gathered,
         },
-        "reduce": {"gradients": zero.gradients, "buffers": zero.reducing},
-        "step": {"buffers": zero.stepping},
+        "reduce": {"gradients": zero.gradients, "buffers": zero.reducing + zero.always},
+        "step": {"buffers": zero.stepping + zero.always},
         "sync": {"buffers": gathered},
     }
     for phase, parts in phases.items():
@@ -215,14 +214,6 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
         }
         for part, nbytes in (always | parts).items():
             yield Part("learner", phase, part, nbytes)
-
-
-def gathered_bytes(sizes: Sizes) -> int:
-    """Whole weights that a rank of ZeRO 3 has gathered at once: the largest, and a layer's."""
-    if sizes.settings.learner.zero_stage != 3:
-        return 0
-    layer = sizes.student.multiplied // sizes.student.layers
-    return (sizes.student.largest + layer) * sizes.width
 
 
 def head_bytes(sizes: Sizes, rows: int) -> int:

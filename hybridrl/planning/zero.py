@@ -7,7 +7,12 @@ policy/training_setup.py. P parameters, N ranks, g bytes a number in the model's
 from dataclasses import dataclass
 
 BUCKET = 500_000_000
-"""Numbers of DeepSpeed's reduce_bucket_size, whose default the learner keeps."""
+"""Numbers of the buffer in which gradients are summed, or as many as the model has
+(policy.training_setup.bucket_numbers)."""
+
+GATHERED = 1_000_000_000
+"""Numbers of DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance: so many whole
+weights stay gathered in stage 3."""
 
 LIVE = 1_000_000_000
 """Numbers of DeepSpeed's sub_group_size in stage 3: parameters that are stepped at once."""
@@ -22,12 +27,14 @@ class ZeroBytes:
     weights: int  # of the forward pass
     gradients: int  # as they are summed over micro-batches
     optimizer: int  # master weights and both moments of Adam, float32
+    always: int  # in every phase: the bucket of stage 3
+    gathered: int  # whole weights during a forward and backward pass of stage 3
     reducing: int  # besides these, while gradients are summed over ranks
     stepping: int  # besides weights and optimizer, while Adam steps: the gradients' copies
 
 
 def zero_bytes(
-    parameters: int, *, width: int, ranks: int, stage: int, micro_batches: int, on_cpu: bool
+    parameters: int, *, width: int, ranks: int, stage: int, micro_batches: int
 ) -> ZeroBytes:
     """What one rank holds.
 
@@ -40,10 +47,9 @@ def zero_bytes(
         parameters: P.
         width: g.
         micro_batches: of a rank and step.
-        on_cpu: memory that was reserved and never written to takes no room there.
     """
     share = -(-parameters // ranks)
-    bucket = min(parameters, BUCKET) if on_cpu else BUCKET
+    bucket = min(parameters, BUCKET)
     alone = ranks == 1 and stage == 1
     summed = bucket * (width if alone else WIDE)  # where gradients are put side by side
     if stage == 1:
@@ -56,6 +62,8 @@ def zero_bytes(
             weights=width * parameters,
             gradients=width * parameters,
             optimizer=3 * WIDE * share,
+            always=0,
+            gathered=0,
             reducing=max(summed + kept + moved - width * parameters, 0),
             stepping=kept + flat,
         )
@@ -65,6 +73,8 @@ def zero_bytes(
             weights=width * parameters,
             gradients=WIDE * share,
             optimizer=3 * WIDE * share,
+            always=0,
+            gathered=0,
             reducing=summed + width * share + again,
             stepping=2 * WIDE * share,
         )
@@ -73,6 +83,8 @@ def zero_bytes(
         weights=width * share,
         gradients=WIDE * share,
         optimizer=(3 if width < WIDE else 2) * WIDE * share,
-        reducing=summed + WIDE * min(bucket, parameters),  # the bucket, and its parts in rank order
+        always=summed,
+        gathered=width * min(parameters, GATHERED),
+        reducing=summed,  # the bucket's parts in rank order
         stepping=WIDE * share + copies,
     )
