@@ -96,7 +96,7 @@ def remedy(plan: Plan, worker: str) -> str:
     last: dict[str, str] = {}
     for change in chosen:
         last[change.text.partition("=")[0]] = change.text
-    gpus = sum(seat.count for seat in changed_plan(plan, chosen).seats)
+    gpus = sum(seat.gpus for seat in changed_plan(plan, chosen).seats)
     devices = f", on {gpus} GPUs in all" if gpus else ""
     return f"it would fit with {' '.join(last.values())}{devices}"
 

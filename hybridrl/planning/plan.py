@@ -41,14 +41,14 @@ class Seat(NamedTuple):
     """Devices that hold the same workers."""
 
     first: int  # number of the first GPU
-    count: int
+    gpus: int  # how many; 0: a node without any
     workers: tuple[str, ...]  # names of their teams; on a CPU once for each worker
 
     def __str__(self) -> str:
-        if self.count == 0:
+        if self.gpus == 0:
             return "this node"
-        last = self.first + self.count - 1
-        return f"GPU {self.first}" if self.count == 1 else f"GPU {self.first} to {last}"
+        last = self.first + self.gpus - 1
+        return f"GPU {self.first}" if self.gpus == 1 else f"GPU {self.first} to {last}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ class Plan:
         """The most that a device of the seat holds. Memory that a worker has used in one phase
         stays with it in the others, so the peaks of its workers add up.
         """
-        imports = 0 if seat.count else int(IMPORTED * len(seat.workers))
+        imports = 0 if seat.gpus else int(IMPORTED * len(seat.workers))
         return sum(self.peak(name) for name in seat.workers) + imports
 
 
