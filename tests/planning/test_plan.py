@@ -101,11 +101,11 @@ def test_the_other_shipped_plans_are_refused(name, student, teacher, sentence):
 
 
 def test_a_refusal_names_settings_with_which_it_would_fit():
-    plan = quickstart(memory_gib=2.5)
+    plan = quickstart(memory_gib=3.0)
     with pytest.raises(ConfigError, match=r"it would fit with (\S+=\S+)$") as caught:
         check_fit(plan)
     change = str(caught.value).rpartition(" ")[2]
-    check_fit(quickstart(change, memory_gib=2.5))
+    check_fit(quickstart(change, memory_gib=3.0))
 
 
 def test_an_engine_needs_a_cache_for_the_longest_sequence():
