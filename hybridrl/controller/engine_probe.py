@@ -29,7 +29,7 @@ class EngineProbe:
         self.workers = workers
         self.prompts = list(prompts[:PROMPTS])
         self.engines: list[str] = []
-        self.gaps: list[Pending] = []  # per learner rank: -> [float], one for each of `engines`
+        self.gaps: list[Pending] = []  # per learner rank, as LearnerGroup.logprob_gaps
 
     def start(self) -> None:
         """Let every engine sample the tokens, and start the learner's forward pass over them.
@@ -52,7 +52,8 @@ class EngineProbe:
             WeightSyncError: a gap is above rollout.max_logprob_gap; names the engine.
         """
         limit = self.settings.rollout.max_logprob_gap
-        gaps: list[float] = gather(self.gaps)[0]
+        per_rank: list[list[float]] = gather(self.gaps)
+        gaps = [per_rank[i % len(per_rank)][i // len(per_rank)] for i in range(len(self.engines))]
         for engine, gap in zip(self.engines, gaps, strict=True):
             if not gap <= limit:  # true of NaN too
                 raise WeightSyncError(

@@ -7,6 +7,7 @@ import numpy as np
 from hybridrl.core.errors import ConfigError
 from hybridrl.launch.planning_device import planned_device
 from hybridrl.launch.session import preflight
+from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.models.loading import load_tokenizer
 from hybridrl.models.reach import reach
 from hybridrl.planning.fit import check_fit
@@ -52,6 +53,7 @@ def plan_of(settings: RunSettings) -> Iterator[str]:
     Raises:
         ConfigError: after the last line, where a device cannot hold its workers; or as make_plan.
     """
+    settings = with_arithmetic(settings, None)
     device, device_bytes = planned_device(settings)
     plan = make_plan(settings, device=device, device_bytes=device_bytes)
     yield from plan_lines(plan)

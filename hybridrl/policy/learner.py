@@ -337,20 +337,33 @@ class Learner:
     def logprob_gaps(self, *batches: RolloutBatch) -> list[float]:
         """Mean |log p(y) - log mu(y)| of each batch's response tokens in nats, by the weights as
         they are; NaN of no tokens.
+
+        Args:
+            batches: this rank's own; another rank may have others, and another number of them.
         """
         train = self.settings.train
-        gaps = []
-        for sequences in map(unlearned_sequences, batches):
-            parts = [torch.zeros(0)]
-            lengths = [s.num_tokens for s in sequences]
+        passes = [
+            (batch, [sequences[i] for i in indices])
+            for batch, sequences in enumerate(map(unlearned_sequences, batches))
             for indices in micro_batches(
-                lengths, train.max_tokens_per_micro_batch, packed=train.packing
-            ):
-                part = [sequences[i] for i in indices]
-                sampled = torch.cat([s.columns.sampler_logprobs for s in part])
-                parts.append((self._logprobs(part) - sampled).abs())
-            gaps.append(float(torch.cat(parts).mean()))
-        return gaps
+                [s.num_tokens for s in sequences],
+                train.max_tokens_per_micro_batch,
+                packed=train.packing,
+            )
+        ]
+        parts: list[list[Tensor]] = [[torch.zeros(0)] for _ in batches]
+        for batch, part in passes:
+            sampled = torch.cat([s.columns.sampler_logprobs for s in part])
+            parts[batch].append((self._logprobs(part) - sampled).abs())
+        for _ in range(self._most_on_a_rank(len(passes)) - len(passes)):
+            self._logprobs([])  # ZeRO 3 gathers weights in each pass, on all ranks together
+        return [float(torch.cat(of_batch).mean()) for of_batch in parts]
+
+    def _most_on_a_rank(self, count: int) -> int:
+        """The largest of the ranks' counts."""
+        most = torch.tensor(count, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
 
     @torch.no_grad()
     def _logprobs(self, sequences: Sequence[MicroBatch]) -> Tensor:

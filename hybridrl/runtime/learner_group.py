@@ -103,14 +103,15 @@ class LearnerGroup:
         )[0]
 
     def logprob_gaps(self, chunks: Sequence[Chunk]) -> list[Pending]:
-        """One call per rank: -> [len(chunks)] mean |log p - log mu| of each chunk in nats, by the
-        present weights; equal on all ranks. Does not wait.
+        """One call per rank: -> mean |log p - log mu| in nats, by the present weights, of each
+        chunk whose number is the rank's modulo the number of ranks. Does not wait.
         """
         refs = [chunk.batch.ref for chunk in chunks]
         limit = self.settings.deadlines.learn_s
+        ranks = self.group.size
         return [
-            self.group.submit(rank, "logprob_gaps", *refs, deadline_s=limit)
-            for rank in range(self.group.size)
+            self.group.submit(rank, "logprob_gaps", *refs[rank::ranks], deadline_s=limit)
+            for rank in range(ranks)
         ]
 
     def pack_weights(self, version: int) -> tuple[WeightManifest, ray.ObjectRef]:

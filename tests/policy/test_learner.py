@@ -412,6 +412,13 @@ def test_a_step_after_loading_is_bit_for_bit_the_step_that_would_have_come(folde
     assert resumed["loss"] == straight["loss"] and resumed["grad_norm"] == straight["grad_norm"]
 
 
+@pytest.mark.parametrize("case", STATES)
+def test_ranks_measure_the_gaps_of_different_numbers_of_batches_together(folder: Path, case: str):
+    loaded = result(folder, f"{case}-loaded")
+    gaps = loaded["gaps"]
+    assert len(gaps) in (2, 3) and len(set(gaps)) == len(gaps) and gaps == loaded["whole"]
+
+
 def saved_state(folder: Path, case: str) -> dict[str, Tensor]:
     """The saved pieces put together."""
     reader = FragmentReader(folder / f"{case}-state")

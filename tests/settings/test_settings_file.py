@@ -189,4 +189,4 @@ def test_version_is_printed_and_an_unknown_verb_is_refused(capsys: pytest.Captur
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "hybridrl: trian: no such verb; did you mean train?\n"
     assert main(["fly"]) == 2
-    assert "no such verb; it must be one of train, report" in capsys.readouterr().err
+    assert "no such verb; it must be one of train, plan, report" in capsys.readouterr().err

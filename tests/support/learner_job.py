@@ -261,7 +261,12 @@ class Job:
         saved(learner)
         again = self.learner(*overrides)
         again.load_state(str(state), 2)
-        self.report(f"{case}-loaded", again, [], optimizer_steps=again.ping())
+        # With two ranks, one of them has two batches and the other has one.
+        batches = [chunk_of(i, i + 1)[0] for i in range(3)]
+        gaps = again.logprob_gaps(*batches[self.rank :: self.world])
+        whole = again.logprob_gaps(*batches)[self.rank :: self.world]
+        done = again.ping()
+        self.report(f"{case}-loaded", again, [], optimizer_steps=done, gaps=gaps, whole=whole)
         self.report(f"{case}-resumed", again, [again.update(plan, groups, *values)])
 
     def left_out(
