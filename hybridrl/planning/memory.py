@@ -187,6 +187,8 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
     )
     gathered = zero.gathered + zero.always
     packed = sizes.student.parameters * sizes.width if sizes.on_cpu else 0
+    copied = sizes.on_cpu and settings.checkpoint.background
+    saved = 3 * WIDE * sizes.student.parameters // settings.learner.ranks if copied else 0
     earlier = zero.gradients if sizes.micro_batches > 1 or settings.learner.zero_stage == 3 else 0
     phases = {
         "head": {
@@ -211,6 +213,7 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
             "optimizer": zero.optimizer,
             "teachers' heads": heads,
             "weights to send": packed,
+            "checkpoint": saved,  # a copy, which is written while the next step runs
         }
         for part, nbytes in (always | parts).items():
             yield Part("learner", phase, part, nbytes)

@@ -21,7 +21,13 @@ from hybridrl.runtime.worker_env import worker_env
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 
-BASE = ("run.dir=bench", "cluster.device=cpu", "tracking.wandb=disabled", "train.products=model")
+BASE = (
+    "run.dir=bench",
+    "cluster.device=cpu",
+    "tracking.wandb=disabled",
+    "train.products=model",
+    "checkpoint.background=false",  # no copy of the state is made in what is measured
+)
 TINY = ("experiment=quickstart",)
 SMOLLM2 = (
     "experiment=smollm2_arithmetic",
