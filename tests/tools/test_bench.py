@@ -151,3 +151,15 @@ def test_the_tree_bench_finds_one_copy_on_each_node_and_fewer_of_them_from_the_s
     for row in (alone, in_rounds):
         assert row["received"] == [1, 1, 1, 0] and sum(row["sent"]) == 3
     assert alone["sent"][0] == 3
+
+
+@pytest.mark.graph
+def test_the_checkpoint_bench_saves_twelve_bytes_a_parameter_both_ways(tmp_path):
+    results = bench(tmp_path, "checkpoint", "--models", "tiny", "--repeats", "1")
+    row = results["rows"]["tiny"]
+    parameters = 782_336
+    assert 12 * parameters < row["bytes"] < 12.1 * parameters
+    assert {"foreground_s", "hold_s", "background_s", "update_s"} <= row.keys()
+    one, eight = results["estimates"]
+    assert one["bytes"] == eight["bytes"] == 12 * 7_615_616_512
+    assert one["hold_s"] == pytest.approx(8 * eight["hold_s"])
