@@ -224,13 +224,14 @@ def part_lines(name: str, parts: Sequence[Part]) -> Iterator[str]:
     """One worker: a row for each part of its memory, a column for each phase."""
     phases = list(dict.fromkeys(part.phase for part in parts))
     of_cell = {(part.part, part.phase): part.nbytes for part in parts}
-    rows = [[f"one {name}, GiB", *phases]]
+    totals = [sum(p.nbytes for p in parts if p.phase == phase) for phase in phases]
+    unit = "GiB" if max(totals) >= 10 * GIB else "MiB"
+    rows = [[f"one {name}, {unit}", *phases]]
     for row in dict.fromkeys(part.part for part in parts):
         cells = [of_cell.get((row, phase), 0) for phase in phases]
         if any(cells):
-            rows.append([f"  {row}", *(gib(cell) for cell in cells)])
-    totals = [sum(p.nbytes for p in parts if p.phase == phase) for phase in phases]
-    rows.append(["  total", *(gib(total) for total in totals)])
+            rows.append([f"  {row}", *(in_unit(cell, unit) for cell in cells)])
+    rows.append(["  total", *(in_unit(total, unit) for total in totals)])
     yield from aligned(rows)
 
 
@@ -245,14 +246,17 @@ def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
-def gib(nbytes: int) -> str:
-    """Example: gib(3 * 2**30 // 2) == "1.50"; nothing is "-"."""
-    return f"{nbytes / GIB:.2f}" if nbytes else "-"
+UNITS = {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}
+
+
+def in_unit(nbytes: int, unit: str) -> str:
+    """Example: in_unit(3 * 2**30 // 2, "GiB") == "1.5"; nothing is "-"."""
+    return f"{nbytes / UNITS[unit]:.1f}" if nbytes else "-"
 
 
 def shown(nbytes: int) -> str:
     """Example: shown(41_900_000_000) == "39.0 GiB", shown(2**21) == "2.0 MiB"."""
-    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+    for unit, size in UNITS.items():
         if nbytes >= size:
             return f"{nbytes / size:.1f} {unit}"
     return f"{nbytes} bytes"

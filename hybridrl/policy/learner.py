@@ -351,12 +351,14 @@ class Learner:
                 packed=train.packing,
             )
         ]
+        # ZeRO 3 gathers weights in each pass, on all ranks together.
+        idle = self._most_on_a_rank(len(passes)) - len(passes)
         parts: list[list[Tensor]] = [[torch.zeros(0)] for _ in batches]
         for batch, part in passes:
             sampled = torch.cat([s.columns.sampler_logprobs for s in part])
             parts[batch].append((self._logprobs(part) - sampled).abs())
-        for _ in range(self._most_on_a_rank(len(passes)) - len(passes)):
-            self._logprobs([])  # ZeRO 3 gathers weights in each pass, on all ranks together
+        for _ in range(idle):
+            self._logprobs([])
         return [float(torch.cat(of_batch).mean()) for of_batch in parts]
 
     def _most_on_a_rank(self, count: int) -> int:

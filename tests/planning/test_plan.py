@@ -123,7 +123,7 @@ def test_bytes_of_a_step_are_those_that_the_workers_count():
 
 def test_a_table_has_a_total_for_each_phase():
     text = "\n".join(plan_lines(quickstart()))
-    assert "one learner, GiB" in text
+    assert "one learner, MiB" in text
     assert "a step sends at most" in text
     assert list(aligned([["a", "10"], ["bcd", "9"]])) == ["a    10", "bcd   9"]
 

@@ -261,8 +261,9 @@ class Job:
         saved(learner)
         again = self.learner(*overrides)
         again.load_state(str(state), 2)
-        # With two ranks, one of them has two batches and the other has one.
+        # With two ranks, one of them has two batches and the other has one, or one and none.
         batches = [chunk_of(i, i + 1)[0] for i in range(3)]
+        again.logprob_gaps(*batches[:1][self.rank :: self.world])
         gaps = again.logprob_gaps(*batches[self.rank :: self.world])
         whole = again.logprob_gaps(*batches)[self.rank :: self.world]
         done = again.ping()
