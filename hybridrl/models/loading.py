@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -89,6 +89,12 @@ def _find(path: str, revision: str | None, setting: str, files: Sequence[str]) -
         )
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(files)))
+    except LocalEntryNotFoundError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{setting}={path}: there is no such folder, the hub's cache has no such model, and "
+            f"the hub cannot be reached ({reason}); correct the path, or download the model first"
+        ) from error
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

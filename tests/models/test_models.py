@@ -194,6 +194,11 @@ def test_a_path_without_a_model_is_a_config_error_that_names_the_setting(tmp_pat
         ConfigError, match=r"teachers\.main\.path=/no/such/folder: there is no such folder"
     ):
         load_model("/no/such/folder", setting="teachers.main.path")
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.path=me/nothing: .*the hub cannot be reached .*download the model",
+    ):
+        resolve("me/nothing")  # the tests have no network
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"model\.path=.*cannot be loaded"):
         load_model(str(tmp_path))
