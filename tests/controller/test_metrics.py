@@ -19,6 +19,7 @@ from hybridrl.controller.metrics import (
     rollout_metrics,
     step_row,
 )
+from hybridrl.controller.saving import Saving
 from hybridrl.controller.step_cost import step_cost
 from hybridrl.core.errors import ConfigError
 from hybridrl.kernels.head import HeadRule, HeadStats, hybrid_head_loss
@@ -486,7 +487,11 @@ def test_a_row_has_metrics_of_every_part_of_the_step():
 
 def everything() -> set[str]:
     """Every key that some row has."""
+    saving = Saving()
+    saving.start(1, lambda: None)
+    saving.settle()
     rows = [
+        saving.take(),
         step_row(record()),
         summary([READ], []).metrics,
         heldout_metrics(FOUND),
