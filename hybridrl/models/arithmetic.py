@@ -39,8 +39,8 @@ def with_arithmetic(settings: RunSettings, earlier: RunSettings | None) -> RunSe
 
 
 def on_gpu(settings: RunSettings) -> bool:
-    """Whether the models of the run are expected on GPUs. The cluster is not known yet: with
-    cluster.device=auto it is the build of torch that tells.
+    """Whether the models of the run are expected on GPUs. The cluster is not known yet, so with
+    cluster.device=auto a build of torch for CUDA means yes.
     """
     device = settings.cluster.device
     return device is Device.cuda or (device is Device.auto and torch.version.cuda is not None)

@@ -53,7 +53,7 @@ class Seat(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything that can be said of a run before it starts.
+    """The devices, memory, transfers, disk and time of a run, computed before it starts.
 
     All bytes are those of a run whose responses are as long as they may be.
     """

@@ -113,7 +113,7 @@ def bucket_numbers(settings: RunSettings) -> int:
 
     It reserves all of it at every step, by default 2 GB. For a smaller model that is wasted, and on
     a CPU, where freed memory is retained, later activations then touch ever new pages of the hole
-    that it leaves: the tiny model's learner grew by 0.5 GB a step.
+    that it leaves: the tiny model's learner grew by 0.5 GB in its second step.
     """
     model = load_layout(settings.model.path, settings.model.revision, setting="model.path")
     value_head = model.config.get_text_config().hidden_size
