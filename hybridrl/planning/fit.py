@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.planning.plan import Plan, Seat, make_plan, shown
+from hybridrl.settings.choices import Offload
 from hybridrl.settings.run import RunSettings
 
 MOST_RANKS = 1024
@@ -83,7 +84,7 @@ def worker_setting(settings: RunSettings, worker: str) -> str:
 def remedy(plan: Plan, worker: str) -> str:
     """The fewest changes of the settings after which the worker fits, as a clause."""
     chosen: list[Change] = []
-    for change in changes(plan.settings, worker):
+    for change in changes(plan, worker):
         chosen.append(change)
         if fits(plan, chosen, worker):
             break
@@ -96,9 +97,12 @@ def remedy(plan: Plan, worker: str) -> str:
     last: dict[str, str] = {}
     for change in chosen:
         last[change.text.partition("=")[0]] = change.text
-    gpus = sum(seat.gpus for seat in changed_plan(plan, chosen).seats)
-    devices = f", on {gpus} GPUs in all" if gpus else ""
-    return f"it would fit with {' '.join(last.values())}{devices}"
+    changed = changed_plan(plan, chosen)
+    gpus = sum(seat.gpus for seat in changed.seats)
+    devices = f", on {gpus} GPU{'s' * (gpus > 1)} in all" if gpus else ""
+    host = changed.offloaded_bytes
+    beside = f" and {shown(host)} of host memory for each learner rank" if host else ""
+    return f"it would fit with {' '.join(last.values())}{devices}{beside}"
 
 
 def hopeless(plan: Plan, worker: str) -> str:
@@ -125,25 +129,29 @@ def fits(plan: Plan, chosen: Sequence[Change], worker: str) -> bool:
     )
 
 
-def changes(settings: RunSettings, worker: str) -> Iterator[Change]:
+def changes(plan: Plan, worker: str) -> Iterator[Change]:
     """What makes a worker smaller, the cheapest first; each is tried together with all before."""
+    settings = plan.settings
     if settings.cluster.colocate:
         yield Change(text="cluster.colocate=false", make=_apart)
     if worker == "learner":
-        yield from learner_changes(settings)
+        yield from learner_changes(settings, can_offload=plan.device == "cuda")
     elif worker.startswith("scorer-"):
         yield from scorer_changes(settings, worker.removeprefix("scorer-"))
     else:
         yield from engine_changes(settings)
 
 
-def learner_changes(settings: RunSettings) -> Iterator[Change]:
+def learner_changes(settings: RunSettings, *, can_offload: bool) -> Iterator[Change]:
     longest = settings.rollout.sequence_limit
     yield _set("learner", "gradient_checkpointing", True)
     yield _set("train", "head_chunk", min(settings.train.head_chunk, 256))
     if settings.train.max_tokens_per_micro_batch > longest:
         yield _set("train", "max_tokens_per_micro_batch", longest)
     yield _set("learner", "zero_stage", 3)
+    if can_offload:
+        yield _set("learner", "offload", Offload.optimizer)
+        yield _set("learner", "offload", Offload.parameters)
     ranks = settings.learner.ranks
     while ranks < MOST_RANKS:
         ranks *= 2

@@ -143,14 +143,18 @@ class Sizes:
 
 
 def zero_of(sizes: Sizes) -> ZeroBytes:
-    stage = sizes.settings.learner.zero_stage
+    learner = sizes.settings.learner
+    stage = learner.zero_stage
     assert stage is not None, "run settings choose one by the model's dtype"
     return zero_bytes(
         sizes.student.parameters,
         width=sizes.width,
-        ranks=sizes.settings.learner.ranks,
+        ranks=learner.ranks,
         stage=stage,
         micro_batches=sizes.micro_batches,
+        offload=learner.offload,
+        largest=sizes.student.largest,
+        overlaps=not sizes.on_cpu,
     )
 
 
@@ -214,6 +218,7 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
             "teachers' heads": heads,
             "weights to send": packed,
             "checkpoint": saved,  # a copy, which is written while the next step runs
+            "offloaded": zero.host if sizes.on_cpu else 0,  # from one part of the node to another
         }
         for part, nbytes in (always | parts).items():
             yield Part("learner", phase, part, nbytes)

@@ -14,6 +14,7 @@ from hybridrl.planning.memory import (
     learner_parts,
     scorer_parts,
     worker_peak,
+    zero_of,
 )
 from hybridrl.planning.rates import H100, PhaseSeconds, Rates, cpu_rates, phase_seconds
 from hybridrl.runtime.workers import teams
@@ -76,6 +77,11 @@ class Plan:
     def peak(self, name: str) -> int:
         """The most that one worker of a team holds."""
         return worker_peak(self.of_worker(name))
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Of each learner rank, in the memory of its GPU's host (learner.offload)."""
+        return 0 if self.device == "cpu" else zero_of(self.sizes).host
 
     def seat_bytes(self, seat: Seat) -> int:
         """The most that a device of the seat holds. Memory that a worker has used in one phase
@@ -185,6 +191,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         [[f"  {e.source} -> {e.target}", e.what, shown(e.nbytes)] for e in plan.edges]
     )
     retained = plan.settings.checkpoint.keep
+    if plan.offloaded_bytes:
+        yield f"host memory of each learner rank, offloaded: {shown(plan.offloaded_bytes)}"
     yield f"object store, most at once: {shown(plan.store_bytes)}"
     yield (
         f"disk: {shown(plan.disk_bytes)} for {retained} checkpoints of "

@@ -1,10 +1,13 @@
-"""The bytes of one learner rank's weights, gradients and optimizer under ZeRO 1, 2 and 3.
+"""The bytes of one learner rank's weights, gradients and optimizer under ZeRO 1, 2 and 3, on its
+device and, offloaded, in host memory.
 
 Read in DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py), with the settings of
 policy/training_setup.py. P parameters, N ranks, g bytes a number in the model's dtype.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from hybridrl.settings.choices import Offload
 
 BUCKET = 500_000_000
 """Numbers of the buffer in which gradients are summed, or as many as the model has
@@ -31,12 +34,93 @@ class ZeroBytes:
     gathered: int  # whole weights during a forward and backward pass of stage 3
     reducing: int  # besides these, while gradients are summed over ranks
     stepping: int  # besides weights and optimizer, while Adam steps: the gradients' copies
+    host: int = 0  # in host memory, in every phase
 
 
 def zero_bytes(
+    parameters: int,
+    *,
+    width: int,
+    ranks: int,
+    stage: int,
+    micro_batches: int,
+    offload: Offload = Offload.none,
+    largest: int = 0,
+    overlaps: bool = False,
+) -> ZeroBytes:
+    """What one rank holds on its device, and in host memory.
+
+    Args:
+        parameters: P.
+        width: g.
+        micro_batches: of a rank and step.
+        offload: what is held in host memory.
+        largest: numbers of the largest parameter.
+        overlaps: gradients are summed over ranks while the backward pass goes on.
+    """
+    zero = on_device(parameters, width=width, ranks=ranks, stage=stage, micro_batches=micro_batches)
+    if overlaps and stage == 2:  # one bucket is filled while the other is summed
+        zero = replace(zero, reducing=zero.reducing + width * min(parameters, BUCKET))
+    if offload is Offload.none:
+        return zero
+    share = -(-parameters // ranks)
+    if stage == 3:
+        return offloaded_shards(zero, width * share, WIDE * share, offload)
+    return offloaded_optimizer(zero, share, width=width, stage=stage, largest=largest)
+
+
+def offloaded_shards(zero: ZeroBytes, weights: int, wide: int, offload: Offload) -> ZeroBytes:
+    """Stage 3 with its optimizer, or with all of its shard, in host memory.
+
+    There are the summed gradients, Adam's input, master weights and both moments, float32 each: 20
+    bytes a parameter and rank. A float32 model has master weights of its own there.
+
+    Example: Qwen2.5-7B in bfloat16 on one rank: 20 P = 141.9 GiB in host memory and 2 P = 14.2 GiB
+    on the device; with its parameters, 22 P = 156.0 GiB and nothing.
+
+    Args:
+        weights: bytes of the rank's share in the model's dtype.
+        wide: in float32.
+    """
+    moves_weights = offload is Offload.parameters
+    return replace(
+        zero,
+        weights=0 if moves_weights else weights,
+        gradients=0,
+        optimizer=0,
+        stepping=0,
+        host=5 * wide + (weights if moves_weights else 0),
+    )
+
+
+def offloaded_optimizer(
+    zero: ZeroBytes, share: int, *, width: int, stage: int, largest: int
+) -> ZeroBytes:
+    """Stage 1 or 2 with its optimizer in host memory.
+
+    There are Adam's input, master weights and both moments in float32, the new weights on their way
+    to the device, the largest gradient and, except where stage 2 widens them, the gradients of a
+    rank's share. On the device remain the weights, the largest gradient, and the gradients that
+    stage 1 sums over micro-batches or stage 2 has widened.
+
+    Example: Qwen2.5-7B in bfloat16, stage 2, one rank: 2 P + 4 P + 2 x 545e6 = 43.6 GiB on the
+    device, 16 P + 2 P + 2 x 545e6 = 128.7 GiB in host memory.
+    """
+    widened = stage == 2 and width < WIDE
+    return replace(
+        zero,
+        gradients=zero.gradients if stage == 1 or widened else 0,
+        optimizer=0,
+        always=width * largest,
+        stepping=WIDE * largest + (0 if widened else width * largest),
+        host=4 * WIDE * share + width * (share if widened else 2 * share) + width * largest,
+    )
+
+
+def on_device(
     parameters: int, *, width: int, ranks: int, stage: int, micro_batches: int
 ) -> ZeroBytes:
-    """What one rank holds.
+    """What one rank holds without offloading.
 
     Stage 1 adds the gradients of micro-batches in the model's dtype, 2 and 3 in float32. In float32
     stage 3 trains the weights themselves, without master weights besides.
@@ -44,9 +128,7 @@ def zero_bytes(
     Example: Qwen2.5-7B in bfloat16, stage 1, 8 ranks: 2 P + 2 P + 12 P / 8 = 39.0 GiB.
 
     Args:
-        parameters: P.
-        width: g.
-        micro_batches: of a rank and step.
+        parameters, width, micro_batches: as in zero_bytes.
     """
     share = -(-parameters // ranks)
     bucket = min(parameters, BUCKET)

@@ -94,7 +94,7 @@ class Learner:
         self.world = settings.learner.ranks
         self.device = torch.device(device)
         join_ranks(settings, rank, master, self.device)
-        config = deepspeed_config(settings)
+        config = deepspeed_config(settings, self.device)
         self.model = sharded_model(settings, config)
         set_layers(self.model, settings, self.device)
         head = self.model.get_output_embeddings()

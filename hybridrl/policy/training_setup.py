@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hybridrl.models.decoder_layers import attends_plainly, compile_layers, set_products
 from hybridrl.models.loading import load_layout
 from hybridrl.models.model_internals import wrapped_layers
+from hybridrl.settings.choices import Offload
 from hybridrl.settings.run import RunSettings
 
 MOST_IN_BUCKET = 500_000_000
@@ -77,10 +78,14 @@ def adam(parameters: Sequence[nn.Parameter], settings: RunSettings) -> torch.opt
     )
 
 
-def deepspeed_config(settings: RunSettings) -> dict[str, Any]:
+def deepspeed_config(settings: RunSettings, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's settings: ZeRO with micro-batches of our own size and one step() per batch.
 
     Gradients are summed, and never averaged over micro-batches.
+
+    Args:
+        device: of the rank. On a GPU the ranks communicate while it computes where DeepSpeed allows
+            it, in stages 2 and 3; on a CPU that would only take the cores.
     """
     stage = zero_stage(settings)
     # With one rank and stage 1 nothing is summed, so nothing need be widened for it, divided and
@@ -93,11 +98,15 @@ def deepspeed_config(settings: RunSettings) -> dict[str, Any]:
         "gradient_clipping": settings.train.grad_clip,
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": False,
+            "overlap_comm": device.type == "cuda" and stage > 1,
             "reduce_scatter": not alone,
             "reduce_bucket_size": bucket_numbers(settings),
+            **offloaded(settings.learner.offload),
         },
         "zero_allow_untested_optimizer": True,
+        # Offloaded, the optimizer is torch's AdamW as well, on the CPU: DeepSpeed's own is compiled
+        # at its first use, and rounds in another way.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": settings.model.dtype == "bfloat16"},
         # Sums over ranks, and over micro-batches where gradients are sharded, in fp32 whatever the
         # model's dtype.
@@ -106,6 +115,18 @@ def deepspeed_config(settings: RunSettings) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+def offloaded(offload: Offload) -> dict[str, Any]:
+    """The part of DeepSpeed's ZeRO settings that moves memory to the host."""
+    host = {"device": "cpu", "pin_memory": True}
+    match offload:
+        case Offload.none:
+            return {}
+        case Offload.optimizer:
+            return {"offload_optimizer": host}
+        case Offload.parameters:
+            return {"offload_optimizer": host, "offload_param": host}
 
 
 def bucket_numbers(settings: RunSettings) -> int:

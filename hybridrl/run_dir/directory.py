@@ -76,6 +76,7 @@ FREE = (
     "pipeline.max_inflight_bytes",
     "learner.ranks",
     "learner.zero_stage",
+    "learner.offload",
     "learner.gradient_checkpointing",
     "reward.workers",
     "reward.processes",

@@ -157,6 +157,15 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Offload(StrEnum):
+    """What a learner rank holds in host memory in the place of its device's."""
+
+    none = "none"
+    # gradients, master weights and Adam's moments; Adam steps on the CPU
+    optimizer = "optimizer"
+    parameters = "parameters"  # the weights of the forward pass too, under ZeRO 3
+
+
 class WeightTransfer(StrEnum):
     auto = "auto"  # object_store on CPU; on GPUs ipc when learner and engines share them, else nccl
     object_store = "object_store"

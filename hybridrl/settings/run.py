@@ -20,6 +20,7 @@ from hybridrl.settings.choices import (
     Correction,
     Device,
     EvidenceKind,
+    Offload,
     OnError,
     Products,
     Resume,
@@ -329,9 +330,16 @@ class LearnerConfig:
     ranks: int = 1
     """processes that share the student's optimizer state and the batch; on GPUs each uses one"""
     zero_stage: int | None = None
-    """DeepSpeed ZeRO 1, 2 or 3; null: 2 with model.dtype=bfloat16, else 1. In bfloat16, stage 1
-    adds the gradients of micro-batches in bfloat16, so that two ranks differ from one by about 2 %
-    of a step; stages 2 and 3 add them in float32
+    """DeepSpeed ZeRO 1, 2 or 3; null: 3 with learner.offload=parameters, 2 with
+    model.dtype=bfloat16, else 1. In bfloat16, stage 1 adds the gradients of micro-batches in
+    bfloat16, so that two ranks differ from one by about 2 % of a step; stages 2 and 3 add them in
+    float32
+    """
+    offload: Offload = Offload.none
+    """what is held in host memory in the place of the GPU's, where it costs time: none; optimizer:
+    gradients, master weights and moments, so that Adam steps on the CPU; parameters, under ZeRO 3:
+    the weights too. Under ZeRO 3 that is 16 or 18 bytes of GPU memory a parameter. On CPUs nothing
+    is saved
     """
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
@@ -341,6 +349,11 @@ class LearnerConfig:
             raise ConfigError(
                 f"learner.zero_stage={self.zero_stage}: must be 1, 2 or 3; stage 0 follows "
                 "another trajectory in bf16"
+            )
+        if self.offload is Offload.parameters and self.zero_stage not in (None, 3):
+            raise ConfigError(
+                f"learner.offload=parameters: needs learner.zero_stage=3, it is {self.zero_stage}; "
+                "set it to 3 or null, or learner.offload=optimizer"
             )
         if self.ranks < 1:
             raise ConfigError(f"learner.ranks={self.ranks}: must be at least 1")
@@ -510,6 +523,8 @@ class RunSettings:
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:
+        if self.learner.zero_stage is None and self.learner.offload is Offload.parameters:
+            self.learner.zero_stage = 3
         if self.learner.zero_stage is None and self.model.dtype != AUTO:
             self.learner.zero_stage = 2 if self.model.dtype == "bfloat16" else 1
 

@@ -2,6 +2,7 @@
 H 3584, with a teacher of 32B.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hybridrl.planning.model_shape import shape_of
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.plan import GIB, Plan, aligned, make_plan, plan_lines
 from hybridrl.planning.zero import zero_bytes
+from hybridrl.settings.choices import Offload
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import ModelConfig
 
@@ -59,6 +61,60 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer(width, stage,
         zero = zero_bytes(P7, width=width, ranks=ranks, stage=stage, micro_batches=1)
         held = zero.weights + zero.gradients + zero.optimizer
         assert round(held / GIB, 1) == pytest.approx(expected, abs=0.051), (stage, ranks)
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "device", "host"),
+    [
+        # GiB: 2 P = 14.185, 4 P = 28.370, the embedding of 544_997_376 numbers 1.015 in bfloat16
+        (1, Offload.optimizer, 14.2 + 14.2 + 1.0, 4 * 28.37 + 2 * 14.185 + 1.0),
+        (2, Offload.optimizer, 14.2 + 28.4 + 1.0, 4 * 28.37 + 14.185 + 1.0),
+        (3, Offload.optimizer, 14.2, 5 * 28.37),
+        (3, Offload.parameters, 0.0, 5 * 28.37 + 14.185),
+    ],
+)
+def test_what_is_offloaded_is_in_host_memory_instead(stage, offload, device, host):
+    shared = {"width": 2, "stage": stage, "micro_batches": 4, "largest": 152064 * 3584}
+    one = zero_bytes(P7, ranks=1, offload=offload, **shared)
+    kept = one.always if stage < 3 else 0  # the bucket of stage 3 stays
+    assert (one.weights + one.gradients + one.optimizer + kept) / GIB == pytest.approx(device, 0.01)
+    assert one.host / GIB == pytest.approx(host, 0.001)
+    eight = zero_bytes(P7, ranks=8, offload=offload, **shared)
+    if stage == 3:
+        assert eight.host == one.host / 8 and eight.weights == one.weights / 8
+    assert zero_bytes(P7, ranks=1, **shared).host == 0
+
+
+def test_communication_beside_the_backward_pass_needs_a_second_bucket_in_stage_2():
+    for stage, more in ((1, 0), (2, 500_000_000 * 2), (3, 0)):
+        one, two = (
+            zero_bytes(P7, width=2, ranks=8, stage=stage, micro_batches=1, overlaps=overlaps)
+            for overlaps in (False, True)
+        )
+        assert two.reducing - one.reducing == more
+
+
+def test_offloading_is_a_remedy_on_gpus_alone():
+    plan = planned("qwen7b_from_32b_8gpu")
+    alone = replace(plan.settings, learner=replace(plan.settings.learner, ranks=1))
+    with pytest.raises(
+        ConfigError,
+        match=r"it would fit with learner\.offload=optimizer, on 5 GPUs in all and 141\.9 GiB of "
+        r"host memory for each learner rank$",
+    ):
+        check_fit(make_plan(alone, device="cuda", device_bytes=79 * GIB))
+    fitting = replace(alone, learner=replace(alone.learner, offload=Offload.optimizer))
+    plan = make_plan(fitting, device="cuda", device_bytes=79 * GIB)
+    check_fit(plan)
+    assert "host memory of each learner rank, offloaded: 141.9 GiB" in plan_lines(plan)
+    with pytest.raises(ConfigError, match=r"choose a smaller model, or a node with more memory$"):
+        check_fit(quickstart(memory_gib=0.5))
+    (part,) = {
+        p.nbytes
+        for p in quickstart("learner.offload=optimizer", "learner.zero_stage=3").parts
+        if p.part == "offloaded"
+    }
+    assert part == 5 * 4 * 782336
 
 
 def test_activations_are_those_of_transformers_own_modules():

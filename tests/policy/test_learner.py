@@ -334,7 +334,8 @@ def test_gradients_are_summed_in_fp32_wherever_there_is_something_to_sum(
     ranks: int, stage: int, sums: str | None
 ):
     overrides = ["model.dtype=bfloat16", f"learner.ranks={ranks}", f"learner.zero_stage={stage}"]
-    config = deepspeed_config(load_config(["run.dir=here", "experiment=quickstart", *overrides]))
+    settings = load_config(["run.dir=here", "experiment=quickstart", *overrides])
+    config = deepspeed_config(settings, torch.device("cpu"))
     assert config.get("communication_data_type") == sums
     assert config["zero_optimization"]["reduce_scatter"] == (sums is not None)
 

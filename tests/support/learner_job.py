@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -384,6 +386,59 @@ def two_ranks(job: Job) -> None:
     job.valued("zero3-value", groups, 6, "learner.zero_stage=3", ONE_EACH)
 
 
+OFFLOADED = ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters"))
+"""ZeRO stages with what each may offload."""
+
+
+def two_ranks_offloaded(job: Job) -> None:
+    """As two_ranks, with what it holds in the memory of its device held in that of the host; and
+    stages 2 and 3 with communication beside computation, as on GPUs.
+    """
+    groups = uneven(job)
+    for dtype, ending in (("float32", ""), ("bfloat16", "-bf16")):
+        for stage in (1, 2, 3):
+            case = f"zero{stage}-device{ending}"
+            overrides = (f"learner.zero_stage={stage}", f"model.dtype={dtype}", ONE_EACH)
+            learner, _, values = job.two_steps(case, [chunk_of(0, 4)], groups, 6, *overrides)
+            stats = [learner.update(plan_for(step, 6), groups, *values) for step in (2, 3)]
+            job.report(f"{case}-after", learner, stats[1:])
+        for stage, offload in OFFLOADED:
+            case = f"zero{stage}-{offload}{ending}"
+            overrides = (
+                f"learner.zero_stage={stage}",
+                f"learner.offload={offload}",
+                f"model.dtype={dtype}",
+                ONE_EACH,
+            )
+            learner, _, values = job.two_steps(case, [chunk_of(0, 4)], groups, 6, *overrides)
+            job.resume(case, learner, groups, values, 6, *overrides)
+            job.left_out(f"{case}-left-out", learner, groups, 6, BROKEN[stage])
+            stats = learner.update(plan_for(3, 6), groups, *values)
+            job.report(f"{case}-after", learner, [stats])
+        for stage in (2, 3):
+            overrides = (f"learner.zero_stage={stage}", f"model.dtype={dtype}", ONE_EACH)
+            with overlapping():
+                case = f"zero{stage}-overlap{ending}"
+                job.two_steps(case, [chunk_of(0, 4)], groups, 6, *overrides)
+
+
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """Learners are set up with the communication of GPUs."""
+    from hybridrl.policy import learner, training_setup
+
+    def of_gpu(settings: RunSettings, device: torch.device) -> dict:
+        config = training_setup.deepspeed_config(settings, torch.device("cuda"))
+        assert config["zero_optimization"]["overlap_comm"]
+        return config
+
+    learner.deepspeed_config = of_gpu
+    try:
+        yield
+    finally:
+        learner.deepspeed_config = training_setup.deepspeed_config
+
+
 def two_ranks_again(job: Job) -> None:
     """From one rank of ZeRO 1 to two of any stage."""
     groups, values = uneven(job), list(chunk_of(0, 4))
@@ -472,9 +527,8 @@ def one_rank(job: Job) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     job = Job(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    {"one_rank": one_rank, "two_ranks": two_ranks, "two_ranks_again": two_ranks_again}[sys.argv[5]](
-        job
-    )
+    cases = (one_rank, two_ranks, two_ranks_offloaded, two_ranks_again)
+    {function.__name__: function for function in cases}[sys.argv[5]](job)
     # Destructors of gloo's groups abort now and then ("terminate called without an active
     # exception"), also after destroy_process_group; a rank that has done its work skips them.
     torch.distributed.barrier()
