@@ -11,6 +11,7 @@ read algorithm.temperature.
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +33,7 @@ from hybridrl.models.loading import (
 from hybridrl.objectives import make_objective
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.workers import Workers
+from hybridrl.settings.choices import Attention
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.route import takes
 from hybridrl.types import Prompt, TokenScores
@@ -107,6 +109,41 @@ def check_engines(settings: RunSettings, device: str) -> None:
                 f"{setting}={model.path}: its attention heads have {size} numbers each, which the "
                 "engine cannot serve on a CPU; choose a model with heads of "
                 f"{', '.join(map(str, CPU_HEAD_SIZES))}, or run on a GPU"
+            )
+
+
+def check_attention(settings: RunSettings, device: str) -> None:
+    """Refuse model.attention=flash_attention_2 where its kernel does not run.
+
+    Args:
+        settings: with a dtype in the place of auto.
+        device: on which the models will run, or are expected to, cpu or cuda.
+
+    Raises:
+        ConfigError: the device is a CPU, the package flash-attn is missing, or a model computes in
+            float32.
+    """
+    if settings.model.attention is not Attention.flash_attention_2:
+        return
+    if device == "cpu":
+        raise ConfigError(
+            "model.attention=flash_attention_2: needs GPUs, and the models run on CPUs; set "
+            "model.attention=auto"
+        )
+    if find_spec("flash_attn") is None:
+        raise ConfigError(
+            "model.attention=flash_attention_2: needs the package flash-attn, which is not "
+            "installed; pip install flash-attn --no-build-isolation, or set model.attention=sdpa"
+        )
+    dtypes = {"model.dtype": settings.model.dtype} | {
+        f"teachers.{name}.dtype": settings.teacher_model(name).dtype
+        for name in settings.teachers_in_use
+    }
+    for setting, dtype in dtypes.items():
+        if dtype == "float32":
+            raise ConfigError(
+                f"{setting}=float32: model.attention=flash_attention_2 computes in bfloat16 alone; "
+                "set it to bfloat16, or model.attention=sdpa"
             )
 
 

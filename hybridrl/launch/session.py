@@ -30,6 +30,7 @@ from hybridrl.kernels.products import processor, products_notice
 from hybridrl.launch.export import keep_template
 from hybridrl.launch.lengths import check_lengths
 from hybridrl.launch.preflight import (
+    check_attention,
     check_end_of_turn,
     check_engines,
     check_models,
@@ -40,7 +41,7 @@ from hybridrl.launch.preflight import (
 )
 from hybridrl.launch.run_result import ExitReason, RunResult, run_result
 from hybridrl.launch.teacher_levels import measure_teachers, teachers_to_measure
-from hybridrl.models.arithmetic import dtype_notice
+from hybridrl.models.arithmetic import dtype_notice, on_gpu
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.objectives.user_code import check_user_code
 from hybridrl.rewards.check import check_columns, loaded_rewards
@@ -100,6 +101,7 @@ def train(settings: RunSettings) -> RunResult:
         console.notice(start_notice(settings, checkpoint))
         stack.enter_context(naming_what_is_saved(settings, run_dir))
         cluster = stack.enter_context(Cluster(settings))
+        check_attention(settings, cluster.device)
         check_engines(settings, cluster.device)
         stack.enter_context(preemption.listening())  # again: Ray replaces the handlers at its start
         session = Session(
@@ -401,6 +403,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
             chat template; or as load_problems, check_lengths and tokenize.
         DataError: as load_problems and tokenize.
     """
+    check_attention(settings, "cuda" if on_gpu(settings) else "cpu")
     check_models(settings)
     check_own_models(settings)
     tokenizer = load_tokenizer(settings.model.path, settings.model.revision)

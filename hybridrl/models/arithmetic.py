@@ -1,4 +1,5 @@
-"""The dtypes in which a run computes, where its settings leave the choice to the machine.
+"""How a run computes, where its settings leave the choice to the machine: its dtypes, and whether
+it recomputes activations.
 
 The choice depends only on the device, the processor's instructions and the model's config, never on
 a measured time, so two runs on one machine compute the same. config.yaml of the run records it.
@@ -19,7 +20,12 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def with_arithmetic(settings: RunSettings, earlier: RunSettings | None) -> RunSettings:
-    """The settings with a choice in the place of model.dtype=auto and of train.products=auto.
+    """The settings with a choice in the place of model.dtype=auto, of train.products=auto and of
+    learner.gradient_checkpointing=null.
+
+    Activations are recomputed on GPUs, whether or not they would fit. What they need depends on the
+    longest sequences and on the memory of devices that the driver may not see, and a GPU that
+    runs out of memory ends the run.
 
     Args:
         earlier: settings of the run that is to be continued, whose choices are used again; None: a
@@ -35,7 +41,11 @@ def with_arithmetic(settings: RunSettings, earlier: RunSettings | None) -> RunSe
     if train.products is Products.auto:
         products = earlier.train.products if earlier else chosen_products(settings)
         train = replace(train, products=products)
-    return replace(settings, model=model, train=train)
+    learner = settings.learner
+    if learner.gradient_checkpointing is None:
+        recomputes = earlier.learner.gradient_checkpointing if earlier else on_gpu(settings)
+        learner = replace(learner, gradient_checkpointing=recomputes)
+    return replace(settings, model=model, train=train, learner=learner)
 
 
 def on_gpu(settings: RunSettings) -> bool:

@@ -35,6 +35,7 @@ from hybridrl.models.weight_files import (
     open_weights,
     tensor_files,
 )
+from hybridrl.settings.choices import Attention
 
 logger = logging.getLogger(__name__)
 
@@ -123,18 +124,25 @@ def loaded_as(what: str, setting: str) -> Iterator[None]:
 
 
 def load_model(
-    path: str, dtype: str = "float32", revision: str | None = None, *, setting: str = "model.path"
+    path: str,
+    dtype: str = "float32",
+    revision: str | None = None,
+    *,
+    setting: str = "model.path",
+    attention: Attention = Attention.auto,
 ) -> PreTrainedModel:
     """The causal language model at `path`, on the CPU and in evaluation mode.
 
     Args:
         dtype: name of a torch dtype.
+        attention: auto: transformers chooses.
 
     Raises:
-        ConfigError: there is no such model, transformers has no class for it, its weights are not
-            safetensors, or one of them is missing.
+        ConfigError: there is no such model, transformers has no class for it or no such attention,
+            its weights are not safetensors, or one of them is missing.
     """
-    return _load(path, revision, setting, dtype=getattr(torch, dtype))
+    kernel = {} if attention is Attention.auto else {"attn_implementation": attention.value}
+    return _load(path, revision, setting, dtype=getattr(torch, dtype), **kernel)
 
 
 def load_outline(

@@ -17,7 +17,7 @@ from hybridrl.planning.model_shape import DTYPE_BYTES, ModelShape, model_shape
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.zero import WIDE, ZeroBytes, zero_bytes
 from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, CPU_PREFILL_TOKENS
-from hybridrl.settings.choices import Products
+from hybridrl.settings.choices import Attention, Products
 from hybridrl.settings.run import ModelConfig, RunSettings
 from hybridrl.settings.shares import chunk_size
 from hybridrl.teachers.evidence import Evidence, Hidden, Vocabulary
@@ -169,8 +169,13 @@ def learner_pass(sizes: Sizes) -> Pass:
         sequences=1 if packs else rows,
         tokens=tokens,
         learns=True,
-        recomputes=settings.learner.gradient_checkpointing,
-        plain_attention=sizes.on_cpu and narrow and tokens <= PLAIN_ATTENTION_TOKENS,
+        recomputes=bool(settings.learner.gradient_checkpointing),
+        plain_attention=(
+            sizes.on_cpu
+            and narrow
+            and tokens <= PLAIN_ATTENTION_TOKENS
+            and settings.model.attention is Attention.auto
+        ),
     )
 
 
@@ -272,6 +277,7 @@ def scorer_parts(sizes: Sizes, teacher: ScoredTeacher) -> Iterator[Part]:
         and sizes.tokens <= PLAIN_ATTENTION_TOKENS
         and teacher.shape.hidden >= COMPILE_FROM
         and has_compiler()
+        and teacher.model.attention is Attention.auto
     )
     work = Pass(sequences, sizes.tokens, learns=False, plain_attention=plain)
     body = pass_bytes(teacher.model, settings.model_setting(teacher.name), work)

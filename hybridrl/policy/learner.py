@@ -467,7 +467,7 @@ def sharded_model(settings: RunSettings, config: dict[str, Any]) -> PreTrainedMo
     model = settings.model
     # transformers shards each weight as it loads it for as long as this object is alive.
     sharding = HfDeepSpeedConfig(config) if zero_stage(settings) == 3 else None
-    loaded = load_model(model.path, model.dtype, model.revision)
+    loaded = load_model(model.path, model.dtype, model.revision, attention=model.attention)
     del sharding
     return loaded
 

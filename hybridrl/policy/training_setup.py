@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hybridrl.models.decoder_layers import attends_plainly, compile_layers, set_products
 from hybridrl.models.loading import load_layout
 from hybridrl.models.model_internals import wrapped_layers
-from hybridrl.settings.choices import Offload
+from hybridrl.settings.choices import Attention, Offload
 from hybridrl.settings.run import RunSettings
 
 MOST_IN_BUCKET = 500_000_000
@@ -46,11 +46,12 @@ def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.devi
     set_products(model, train.products, device)
     tokens = train.max_tokens_per_micro_batch if train.packing else settings.rollout.max_model_len
     assert tokens is not None, "run settings fill rollout.max_model_len in"
-    if device.type == "cpu" and attends_plainly(model, tokens):
+    chooses = device.type == "cpu" and settings.model.attention is Attention.auto
+    if chooses and attends_plainly(model, tokens):
         model.set_attn_implementation("eager")
     if settings.learner.gradient_checkpointing:
         checkpoint_activations(model)
-    elif device.type == "cpu" and zero_stage(settings) < 3:  # 3 gathers parameters inside of layers
+    elif chooses and zero_stage(settings) < 3:  # 3 gathers parameters inside of layers
         compile_layers(model, tokens=tokens, packed=train.packing, learns=True)
 
 

@@ -74,6 +74,7 @@ FREE = (
     "rollout.weight_transfer",
     "rollout.max_logprob_gap",
     "pipeline.max_inflight_bytes",
+    "model.attention",
     "learner.ranks",
     "learner.zero_stage",
     "learner.offload",

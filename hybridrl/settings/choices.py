@@ -157,13 +157,24 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Attention(StrEnum):
+    """The kernel by which learner and scorers compute attention."""
+
+    auto = "auto"  # torch's; on CPUs plain matrix products where they are faster
+    sdpa = "sdpa"  # torch's scaled_dot_product_attention
+    # of the package flash-attn, in bfloat16 on GPUs: padding, and pairs of tokens of different
+    # packed sequences, are not computed
+    flash_attention_2 = "flash_attention_2"
+
+
 class Offload(StrEnum):
-    """What a learner rank holds in host memory in the place of its device's."""
+    """What a learner rank holds in host memory in the place of its GPU's."""
 
     none = "none"
-    # gradients, master weights and Adam's moments; Adam steps on the CPU
+    # gradients, master weights and Adam's moments; Adam steps on the CPU. Stage 1, and in bfloat16
+    # stage 2, keep the gradients on the GPU
     optimizer = "optimizer"
-    parameters = "parameters"  # the weights of the forward pass too, under ZeRO 3
+    parameters = "parameters"  # all that, and the weights of the forward pass, under ZeRO 3
 
 
 class WeightTransfer(StrEnum):

@@ -17,6 +17,7 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.settings.algorithm import AlgorithmConfig, ScheduleConfig
 from hybridrl.settings.checkpointing import CheckpointConfig
 from hybridrl.settings.choices import (
+    Attention,
     Correction,
     Device,
     EvidenceKind,
@@ -90,6 +91,10 @@ class ModelConfig:
     """
     revision: str | None = None
     """hub revision; null: the newest"""
+    attention: Attention = Attention.auto
+    """by which the learner and the teachers that score compute attention; engines choose their
+    own
+    """
 
     def __post_init__(self) -> None:
         if self.dtype not in (*DTYPES, AUTO):
@@ -336,13 +341,13 @@ class LearnerConfig:
     float32
     """
     offload: Offload = Offload.none
-    """what is held in host memory in the place of the GPU's, where it costs time: none; optimizer:
-    gradients, master weights and moments, so that Adam steps on the CPU; parameters, under ZeRO 3:
-    the weights too. Under ZeRO 3 that is 16 or 18 bytes of GPU memory a parameter. On CPUs nothing
+    """what a rank holds in the memory of its GPU's host, which makes a step slower; on CPUs nothing
     is saved
     """
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass: less memory, more time; null: on GPUs. A run
+    keeps its first choice
+    """
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (None, 1, 2, 3):
@@ -589,7 +594,12 @@ class RunSettings:
         teacher = self.teachers[name]
         dtype = self.model.dtype if teacher.dtype == AUTO else teacher.dtype
         source = teacher if teacher.path else self.model
-        return ModelConfig(path=source.path or "", dtype=dtype, revision=source.revision)
+        return ModelConfig(
+            path=source.path or "",
+            dtype=dtype,
+            revision=source.revision,
+            attention=self.model.attention,
+        )
 
     def model_setting(self, teacher: str) -> str:
         """The setting from which teacher_model takes the path, for error messages."""

@@ -193,6 +193,20 @@ SYNONYMS = (
     Synonym("reward.functions.NAME.weight", "reward_weights", "", ""),
     # machines
     Synonym("learner.gradient_checkpointing", "", "enable_gradient_checkpointing", ""),
+    Synonym(
+        "learner.offload",
+        "",
+        "param_offload optimizer_offload",
+        "adam_offload",
+        "optimizer, or parameters for the weights too",
+    ),
+    Synonym(
+        "model.attention",
+        "attn_implementation",
+        "override_config.attn_implementation",
+        "flash_attn attn_implementation",
+        "auto, sdpa or flash_attention_2",
+    ),
     Synonym("learner.zero_stage", "deepspeed fsdp", "actor.strategy fsdp_config", "zero_stage"),
     Synonym(
         "learner.ranks",
@@ -265,21 +279,7 @@ SYNONYMS = (
     Synonym(
         None, "entropy_coef", "entropy_coeff", "entropy_loss_coef", "there is no entropy bonus"
     ),
-    Synonym(
-        None,
-        "",
-        "param_offload optimizer_offload",
-        "adam_offload",
-        "learner.ranks with learner.zero_stage=3 spreads weights and optimizer over GPUs",
-    ),
     Synonym(None, "optim", "", "", "the optimizer is AdamW"),
-    Synonym(
-        None,
-        "attn_implementation",
-        "override_config.attn_implementation",
-        "flash_attn attn_implementation",
-        "the attention is chosen by device and lengths",
-    ),
     Synonym(
         None,
         "context_parallel_size",

@@ -12,6 +12,7 @@ from hybridrl.core.user_files import load_from_file
 from hybridrl.models.decoder_layers import compile_layers, set_products
 from hybridrl.models.loading import head_rows, load_model, load_output_head
 from hybridrl.models.output_head import output_weight
+from hybridrl.settings.choices import Attention
 from hybridrl.settings.run import RunSettings
 
 
@@ -66,9 +67,13 @@ def load_teacher(settings: RunSettings, teacher: str, device: torch.device) -> T
         return _of_users_file(settings, teacher, own_class)
     model = settings.teacher_model(teacher)
     setting = settings.model_setting(teacher)
-    loaded = load_model(model.path, model.dtype, model.revision, setting=setting).to(device).eval()
+    loaded = load_model(
+        model.path, model.dtype, model.revision, setting=setting, attention=model.attention
+    )
+    loaded.to(device).eval()
     set_products(loaded, settings.train.products, device)
-    compile_layers(loaded, tokens=settings.rollout.sequence_limit, packed=False, learns=False)
+    if model.attention is Attention.auto:
+        compile_layers(loaded, tokens=settings.rollout.sequence_limit, packed=False, learns=False)
     return LocalModel(loaded, f"{setting}={model.path}")
 
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.launch.preflight import check_engines, check_models
+from hybridrl.launch.preflight import check_attention, check_engines, check_models
 from hybridrl.launch.session import prepare_prompts
 from hybridrl.models.limits import CPU_HEAD_SIZES, most_positions
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_tokenizer
@@ -121,6 +121,24 @@ def test_a_head_size_that_the_cpu_engine_lacks_is_refused_on_cpu_only(tmp_path: 
         ConfigError, match=r"model\.path=\S+: its attention heads have 16 numbers each, which the"
     ):
         check_engines(settings, "cpu")
+
+
+def test_flash_attention_is_refused_on_cpus_without_its_package_and_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flash = ("model.attention=flash_attention_2", "model.dtype=bfloat16")
+    check_attention(tiny_settings(tmp_path, "model.attention=sdpa"), "cpu")
+    with pytest.raises(ConfigError, match=r"^model\.attention=flash_attention_2: needs GPUs, and"):
+        prepare_prompts(tiny_settings(tmp_path, *flash))
+    with pytest.raises(ConfigError, match=r"; pip install flash-attn --no-build-isolation, or set"):
+        check_attention(tiny_settings(tmp_path, *flash), "cuda")
+    (tmp_path / "flash_attn.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    check_attention(tiny_settings(tmp_path, *flash), "cuda")
+    for setting in ("model.dtype", "teachers.main.dtype"):
+        narrow = tiny_settings(tmp_path, *flash, f"{setting}=float32")
+        with pytest.raises(ConfigError, match=rf"^{setting}=float32: model\.attention=flash_atten"):
+            check_attention(narrow, "cuda")
 
 
 def test_the_head_sizes_are_those_of_the_installed_engine():

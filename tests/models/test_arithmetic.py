@@ -1,4 +1,4 @@
-"""Which dtypes a run computes in, where its settings leave the choice to the machine."""
+"""How a run computes, where its settings leave the choice to the machine."""
 
 import pytest
 import torch
@@ -85,6 +85,16 @@ def test_a_run_keeps_the_dtype_of_its_first_machine_and_one_that_is_set_is_used(
     assert with_arithmetic(settings_of(SMOLLM2, "model.dtype=bfloat16"), None).model.dtype == (
         "bfloat16"
     )
+
+
+def test_activations_are_recomputed_on_gpus_unless_it_is_set_and_a_run_keeps_its_choice():
+    on_gpus = settings_of(TINY, "cluster.device=cuda")
+    first = with_arithmetic(on_gpus, None)
+    assert first.learner.gradient_checkpointing is True
+    assert with_arithmetic(settings_of(TINY), None).learner.gradient_checkpointing is False
+    assert with_arithmetic(settings_of(TINY), first).learner.gradient_checkpointing is True
+    off = settings_of(TINY, "cluster.device=cuda", "learner.gradient_checkpointing=false")
+    assert with_arithmetic(off, first).learner.gradient_checkpointing is False
 
 
 def test_the_notice_names_the_choice_and_both_rates():

@@ -1,12 +1,13 @@
 """The real Learner, with DeepSpeed, gloo and ranks in their own processes, against plain autograd
 and against itself.
 
-Three process groups serve all tests: two ranks that go through ZeRO 1, 2 and 3 in turn, one rank,
-and two ranks again.
+Four process groups serve all tests: two ranks that go through ZeRO 1, 2 and 3 in turn, two that
+offload, one rank, and two ranks again.
 """
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 
 from hybridrl.batch.micro_batch import collate, sequence, train_sequences
 from hybridrl.batch.wire import from_wire
-from hybridrl.core.errors import CheckpointError
+from hybridrl.core.errors import CheckpointError, ConfigError
 from hybridrl.kernels.head import HeadRule
 from hybridrl.kernels.teacher_rows import HiddenTeacher
 from hybridrl.models.loading import load_model, load_value_head
+from hybridrl.models.model_internals import attention_of
 from hybridrl.models.output_head import output_weight
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 from hybridrl.objectives.credit import Credit
@@ -33,7 +35,8 @@ from hybridrl.ops.compare import COMPARED
 from hybridrl.policy import diagnostics as probe
 from hybridrl.policy.optimizer_state import check_model
 from hybridrl.policy.student import Student
-from hybridrl.policy.training_setup import deepspeed_config
+from hybridrl.policy.training_setup import deepspeed_config, set_layers
+from hybridrl.settings.choices import Attention
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import ModelConfig
 from hybridrl.tracking.glossary import explain
@@ -43,7 +46,14 @@ from hybridrl.weights.hugging_face import checkpoint_tensors
 from tests.batch.test_packing import APART, TOGETHER, tiny
 from tests.support.batches import token_columns
 from tests.support.frozen_embedding import FrozenEmbedding
-from tests.support.learner_job import GROUPS, LR, chunk_of, plan_for, settings_for
+from tests.support.learner_job import (
+    GROUPS,
+    LR,
+    OFFLOADED,
+    chunk_of,
+    plan_for,
+    settings_for,
+)
 
 ROOT = Path(__file__).parents[2]
 JOB = ROOT / "tests" / "support" / "learner_job.py"
@@ -105,6 +115,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, sizes in (("opt", TOGETHER["opt"]), ("gemma2", APART["gemma3_text"])):
         tiny(kind, sizes, torch.float32).save_pretrained(folder / kind)
     run_ranks(folder, 2, "two_ranks")
+    run_ranks(folder, 2, "two_ranks_offloaded")
     run_ranks(folder, 1, "one_rank")
     run_ranks(folder, 2, "two_ranks_again")
     return folder
@@ -355,6 +366,46 @@ def test_in_bf16_short_sequences_attend_by_plain_products_and_long_packed_ones_b
     assert plain["loss"] == pytest.approx(fused["loss"], rel=0.02) and plain[
         "grad_norm"
     ] == pytest.approx(fused["grad_norm"], rel=0.02)
+
+
+@pytest.mark.parametrize(("choice", "attention"), [("auto", "eager"), ("sdpa", "sdpa")])
+def test_a_chosen_attention_takes_the_place_of_plain_products(
+    folder: Path, choice: str, attention: str
+):
+    settings = settings_for(folder, 1, f"model.attention={choice}", "model.dtype=bfloat16")
+    model = settings.model
+    loaded = load_model(model.path, model.dtype, attention=model.attention)
+    set_layers(loaded, settings, torch.device("cpu"))
+    assert attention_of(loaded.config) == attention
+    teacher = settings.teacher_model("main")
+    assert teacher.attention is model.attention
+    with pytest.raises(ConfigError, match=r"cannot be loaded as a causal .*[Ff]lash"):
+        load_model(model.path, model.dtype, attention=Attention.flash_attention_2)
+
+
+# -- memory of the host ----------------------------------------------------------------------------
+
+
+OFFLOADS = [
+    f"zero{stage}-{offload}{ending}" for stage, offload in OFFLOADED for ending in ("", "-bf16")
+]
+
+
+@pytest.mark.parametrize("case", OFFLOADS)
+def test_what_is_offloaded_learns_bit_for_bit_the_same(folder: Path, case: str):
+    on_device = re.sub("optimizer|parameters", "device", case)
+    for end in ("", "-after"):  # "-after" follows a batch that was left out
+        found, expected = result(folder, case + end), result(folder, on_device + end)
+        assert found["digest"] == expected["digest"]
+        assert found["loss"] == expected["loss"]
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
+
+
+@pytest.mark.parametrize("ending", ["", "-bf16"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_communication_beside_computation_changes_no_bit(folder: Path, stage: int, ending: str):
+    overlapped = result(folder, f"zero{stage}-overlap{ending}")
+    assert overlapped["digest"] == result(folder, f"zero{stage}-device{ending}")["digest"]
 
 
 # -- a value head ----------------------------------------------------------------------------------

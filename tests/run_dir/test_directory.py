@@ -110,6 +110,8 @@ def test_where_how_fast_and_how_often_may_change(tmp_path: Path):
         "rollout.max_logprob_gap=1",
         "learner.ranks=2",
         "learner.zero_stage=3",
+        "learner.offload=optimizer",
+        "model.attention=sdpa",
         "learner.gradient_checkpointing=true",
         "reward.workers=2",
         "reward.processes=2",

@@ -277,6 +277,10 @@ BAD = [
     ("model.dtype=float16", "model.dtype=float16: must be auto, float32 or bfloat16"),
     ("+teachers.main.dtype=int8", "teachers.main.dtype=int8: must be auto, float32 or bfloat16"),
     ("learner.zero_stage=0", "learner.zero_stage=0: must be 1, 2 or 3"),
+    (
+        "learner={offload: parameters, zero_stage: 2}",
+        "learner.offload=parameters: needs learner.zero_stage=3, it is 2; set it to 3 or null, or",
+    ),
     ("checkpoint.keep=0", "checkpoint.keep=0: must be at least 1"),
     ("checkpoint.every=-1", "checkpoint.every=-1: must not be negative"),
     ("eval.every=-1", "eval.every=-1, eval.samples=8: neither may be negative"),
@@ -483,6 +487,9 @@ def test_an_evaluation_that_saved_steps_lack_cannot_choose_the_best(every: int):
         (["model.dtype=bfloat16", "learner.zero_stage=1"], 1),
         (["model.dtype=bfloat16", "learner.zero_stage=3"], 3),
         (["model.dtype=float32", "learner.zero_stage=null"], 1),
+        (["model.dtype=bfloat16", "learner.offload=optimizer"], 2),
+        (["model.dtype=bfloat16", "learner.offload=parameters"], 3),
+        (["model.dtype=auto", "learner.offload=parameters"], 3),
     ],
 )
 def test_the_zero_stage_follows_the_dtype_unless_it_is_set_and_is_saved(
