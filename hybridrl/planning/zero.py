@@ -66,7 +66,8 @@ def zero_bytes(
     share = -(-parameters // ranks)
     if stage == 3:
         return offloaded_shards(zero, width * share, WIDE * share, offload)
-    return offloaded_optimizer(zero, share, width=width, stage=stage, largest=largest)
+    assert stage == 1, "settings refuse stage 2"
+    return offloaded_optimizer(zero, share, width=width, largest=largest)
 
 
 def offloaded_shards(zero: ZeroBytes, weights: int, wide: int, offload: Offload) -> ZeroBytes:
@@ -93,27 +94,22 @@ def offloaded_shards(zero: ZeroBytes, weights: int, wide: int, offload: Offload)
     )
 
 
-def offloaded_optimizer(
-    zero: ZeroBytes, share: int, *, width: int, stage: int, largest: int
-) -> ZeroBytes:
-    """Stage 1 or 2 with its optimizer in host memory.
+def offloaded_optimizer(zero: ZeroBytes, share: int, *, width: int, largest: int) -> ZeroBytes:
+    """Stage 1 with its optimizer in host memory.
 
-    There are Adam's input, master weights and both moments in float32, the new weights on their way
-    to the device, the largest gradient and, except where stage 2 widens them, the gradients of a
-    rank's share. On the device remain the weights, the largest gradient, and the gradients that
-    stage 1 sums over micro-batches or stage 2 has widened.
+    There are Adam's input, master weights and both moments in float32; in the model's dtype the
+    gradients of a rank's share, the new weights on their way to the device, and room for the
+    largest gradient. The device keeps weights, gradients and the largest gradient once more.
 
-    Example: Qwen2.5-7B in bfloat16, stage 2, one rank: 2 P + 4 P + 2 x 545e6 = 43.6 GiB on the
-    device, 16 P + 2 P + 2 x 545e6 = 128.7 GiB in host memory.
+    Example: Qwen2.5-7B in bfloat16 on one rank: 2 P + 2 P + 2 x 545e6 = 29.4 GiB on the device,
+    16 P + 2 P + 2 P + 2 x 545e6 = 142.9 GiB in host memory.
     """
-    widened = stage == 2 and width < WIDE
     return replace(
         zero,
-        gradients=zero.gradients if stage == 1 or widened else 0,
         optimizer=0,
         always=width * largest,
-        stepping=WIDE * largest + (0 if widened else width * largest),
-        host=4 * WIDE * share + width * (share if widened else 2 * share) + width * largest,
+        stepping=(width + (WIDE if width < WIDE else 0)) * largest,
+        host=4 * WIDE * share + 2 * width * share + width * largest,
     )
 
 

@@ -171,8 +171,7 @@ class Offload(StrEnum):
     """What a learner rank holds in host memory in the place of its GPU's."""
 
     none = "none"
-    # gradients, master weights and Adam's moments; Adam steps on the CPU. Stage 1, and in bfloat16
-    # stage 2, keep the gradients on the GPU
+    # master weights, Adam's moments and, under ZeRO 3, gradients; Adam steps on the CPU
     optimizer = "optimizer"
     parameters = "parameters"  # all that, and the weights of the forward pass, under ZeRO 3
 

@@ -335,10 +335,9 @@ class LearnerConfig:
     ranks: int = 1
     """processes that share the student's optimizer state and the batch; on GPUs each uses one"""
     zero_stage: int | None = None
-    """DeepSpeed ZeRO 1, 2 or 3; null: 3 with learner.offload=parameters, 2 with
-    model.dtype=bfloat16, else 1. In bfloat16, stage 1 adds the gradients of micro-batches in
-    bfloat16, so that two ranks differ from one by about 2 % of a step; stages 2 and 3 add them in
-    float32
+    """DeepSpeed ZeRO 1, 2 or 3; null: 3 with learner.offload, 2 with model.dtype=bfloat16,
+    else 1. In bfloat16, stage 1 adds the gradients of micro-batches in bfloat16, so that two ranks
+    differ from one by about 2 % of a step; stages 2 and 3 add them in float32
     """
     offload: Offload = Offload.none
     """what a rank holds in the memory of its GPU's host, which makes a step slower; on CPUs nothing
@@ -359,6 +358,12 @@ class LearnerConfig:
             raise ConfigError(
                 f"learner.offload=parameters: needs learner.zero_stage=3, it is {self.zero_stage}; "
                 "set it to 3 or null, or learner.offload=optimizer"
+            )
+        if self.offload is Offload.optimizer and self.zero_stage == 2:
+            raise ConfigError(
+                "learner.offload=optimizer: needs learner.zero_stage=1 or 3, it is 2, in which "
+                "DeepSpeed 0.19.8 leaves out all steps after a bfloat16 gradient that is not "
+                "finite; set it to 3 or null"
             )
         if self.ranks < 1:
             raise ConfigError(f"learner.ranks={self.ranks}: must be at least 1")
@@ -528,7 +533,7 @@ class RunSettings:
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:
-        if self.learner.zero_stage is None and self.learner.offload is Offload.parameters:
+        if self.learner.zero_stage is None and self.learner.offload is not Offload.none:
             self.learner.zero_stage = 3
         if self.learner.zero_stage is None and self.model.dtype != AUTO:
             self.learner.zero_stage = 2 if self.model.dtype == "bfloat16" else 1

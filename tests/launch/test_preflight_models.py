@@ -135,9 +135,10 @@ def test_flash_attention_is_refused_on_cpus_without_its_package_and_in_float32(
     (tmp_path / "flash_attn.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     check_attention(tiny_settings(tmp_path, *flash), "cuda")
-    for setting in ("model.dtype", "teachers.main.dtype"):
+    for setting in ("model.dtype", "+teachers.main.dtype"):
         narrow = tiny_settings(tmp_path, *flash, f"{setting}=float32")
-        with pytest.raises(ConfigError, match=rf"^{setting}=float32: model\.attention=flash_atten"):
+        key = setting.removeprefix("+")
+        with pytest.raises(ConfigError, match=rf"^{key}=float32: model\.attention=flash_atten"):
             check_attention(narrow, "cuda")
 
 

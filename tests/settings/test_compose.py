@@ -281,6 +281,10 @@ BAD = [
         "learner={offload: parameters, zero_stage: 2}",
         "learner.offload=parameters: needs learner.zero_stage=3, it is 2; set it to 3 or null, or",
     ),
+    (
+        "learner={offload: optimizer, zero_stage: 2}",
+        "learner.offload=optimizer: needs learner.zero_stage=1 or 3, it is 2, in which DeepSpeed",
+    ),
     ("checkpoint.keep=0", "checkpoint.keep=0: must be at least 1"),
     ("checkpoint.every=-1", "checkpoint.every=-1: must not be negative"),
     ("eval.every=-1", "eval.every=-1, eval.samples=8: neither may be negative"),
@@ -487,8 +491,8 @@ def test_an_evaluation_that_saved_steps_lack_cannot_choose_the_best(every: int):
         (["model.dtype=bfloat16", "learner.zero_stage=1"], 1),
         (["model.dtype=bfloat16", "learner.zero_stage=3"], 3),
         (["model.dtype=float32", "learner.zero_stage=null"], 1),
-        (["model.dtype=bfloat16", "learner.offload=optimizer"], 2),
-        (["model.dtype=bfloat16", "learner.offload=parameters"], 3),
+        (["model.dtype=bfloat16", "learner.offload=optimizer"], 3),
+        (["model.dtype=float32", "learner.offload=optimizer", "learner.zero_stage=1"], 1),
         (["model.dtype=auto", "learner.offload=parameters"], 3),
     ],
 )
