@@ -386,8 +386,12 @@ def two_ranks(job: Job) -> None:
     job.valued("zero3-value", groups, 6, "learner.zero_stage=3", ONE_EACH)
 
 
-OFFLOADED = ((1, "optimizer"), (3, "optimizer"), (3, "parameters"))
-"""ZeRO stages with what each may offload."""
+OFFLOADED = (
+    (1, "optimizer", "float32"),
+    (3, "optimizer", "float32"),
+    (3, "parameters", "bfloat16"),
+)
+"""ZeRO stages, what they offload, and the model's dtype."""
 UNCLIPPED = "train.grad_clip=0"
 """DeepSpeed adds up the norm of an offloaded gradient in another order, and clipping would bring
 its last bit into the weights.
@@ -395,36 +399,25 @@ its last bit into the weights.
 
 
 def two_ranks_offloaded(job: Job) -> None:
-    """As two_ranks, with what it holds in the memory of its device held in that of the host; and
-    stages 2 and 3 with communication beside computation, as on GPUs.
+    """As two_ranks, with what is held on the device held in host memory; and stages 2 and 3 with
+    communication beside computation, as on GPUs.
     """
     groups = uneven(job)
-    for dtype, ending in (("float32", ""), ("bfloat16", "-bf16")):
-        for stage in (1, 2, 3):
-            case = f"zero{stage}-device{ending}"
-            overrides = (f"learner.zero_stage={stage}", f"model.dtype={dtype}", UNCLIPPED, ONE_EACH)
-            learner, _, values = job.two_steps(case, [chunk_of(0, 4)], groups, 6, *overrides)
-            stats = [learner.update(plan_for(step, 6), groups, *values) for step in (2, 3)]
-            job.report(f"{case}-after", learner, stats[1:])
-        for stage, offload in OFFLOADED:
-            case = f"zero{stage}-{offload}{ending}"
-            overrides = (
-                f"learner.zero_stage={stage}",
-                f"learner.offload={offload}",
-                f"model.dtype={dtype}",
-                UNCLIPPED,
-                ONE_EACH,
-            )
-            learner, _, values = job.two_steps(case, [chunk_of(0, 4)], groups, 6, *overrides)
-            job.resume(case, learner, groups, values, 6, *overrides)
-            job.left_out(f"{case}-left-out", learner, groups, 6, BROKEN[stage])
-            stats = learner.update(plan_for(3, 6), groups, *values)
-            job.report(f"{case}-after", learner, [stats])
-        for stage in (2, 3):
-            overrides = (f"learner.zero_stage={stage}", f"model.dtype={dtype}", UNCLIPPED, ONE_EACH)
-            with overlapping():
-                case = f"zero{stage}-overlap{ending}"
-                job.two_steps(case, [chunk_of(0, 4)], groups, 6, *overrides)
+    for stage, offload, dtype in OFFLOADED:
+        overrides = (f"learner.zero_stage={stage}", f"model.dtype={dtype}", UNCLIPPED, ONE_EACH)
+        case = f"zero{stage}-{offload}"
+        learner, _, values = job.two_steps(f"{case}-none", [chunk_of(0, 4)], groups, 6, *overrides)
+        stats = [learner.update(plan_for(step, 6), groups, *values) for step in (2, 3)]
+        job.report(f"{case}-none-after", learner, stats[1:])
+        overrides = (*overrides, f"learner.offload={offload}")
+        learner, _, values = job.two_steps(case, [chunk_of(0, 4)], groups, 6, *overrides)
+        job.resume(case, learner, groups, values, 6, *overrides)
+        job.left_out(f"{case}-left-out", learner, groups, 6, BROKEN[stage])
+        job.report(f"{case}-after", learner, [learner.update(plan_for(3, 6), groups, *values)])
+    for stage in (2, 3):
+        with overlapping():
+            zero = f"learner.zero_stage={stage}"
+            job.two_steps(f"zero{stage}-overlap", [chunk_of(0, 4)], groups, 6, zero, ONE_EACH)
 
 
 @contextmanager
