@@ -278,11 +278,11 @@ BAD = [
     ("+teachers.main.dtype=int8", "teachers.main.dtype=int8: must be auto, float32 or bfloat16"),
     ("learner.zero_stage=0", "learner.zero_stage=0: must be 1, 2 or 3"),
     (
-        "learner={offload: parameters, zero_stage: 2}",
+        "learner.offload=parameters learner.zero_stage=2",
         "learner.offload=parameters: needs learner.zero_stage=3, it is 2; set it to 3 or null, or",
     ),
     (
-        "learner={offload: optimizer, zero_stage: 2}",
+        "learner.offload=optimizer learner.zero_stage=2",
         "learner.offload=optimizer: needs learner.zero_stage=1 or 3, it is 2, in which DeepSpeed",
     ),
     ("checkpoint.keep=0", "checkpoint.keep=0: must be at least 1"),
