@@ -988,7 +988,7 @@ def test_a_run_of_a_version_that_knew_no_products_goes_on_as_it_was(tmp_path: Pa
 
 
 def test_folders_and_built_in_models_have_no_commit_and_an_old_run_keeps_none(tmp_path: Path):
-    chosen = ("train.products=model", "model.dtype=float32")
+    chosen = ("train.products=model", "model.dtype=float32", "learner.gradient_checkpointing=false")
     settings = settings_of(tmp_path, *chosen)
     assert pinned(settings, None) == settings
     named = settings_of(tmp_path, *chosen, "model.path=me/gone")
