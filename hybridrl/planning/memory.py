@@ -16,14 +16,11 @@ from hybridrl.objectives import make_objective
 from hybridrl.planning.model_shape import DTYPE_BYTES, ModelShape, model_shape
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.zero import WIDE, ZeroBytes, zero_bytes
-from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, CPU_PREFILL_TOKENS
+from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, prefill_tokens
 from hybridrl.settings.choices import Attention, Products
 from hybridrl.settings.run import ModelConfig, RunSettings
 from hybridrl.settings.shares import chunk_size
 from hybridrl.teachers.evidence import Evidence, Hidden, Vocabulary
-
-GPU_PREFILL_TOKENS = 2048
-"""Tokens of one step of vLLM 0.32 on a GPU, where the engine leaves the choice to it."""
 
 SAMPLED = 3
 """float32 matrices of logits that vLLM's sampler has at once: logits, log-probs, probabilities."""
@@ -312,7 +309,7 @@ def engine_parts(
     devices = rollout.tensor_parallel
     repeated = shape.head if shape.tied and sizes.on_cpu else 0  # vLLM's CPU engine packs a copy
     prompts = sizes.of_decoding * max(sizes.tokens - sizes.response, 1)
-    most = max(CPU_PREFILL_TOKENS, sizes.tokens) if sizes.on_cpu else GPU_PREFILL_TOKENS
+    most = prefill_tokens(sizes.tokens, on_cpu=sizes.on_cpu)
     prefill = Pass(max(min(most, prompts) // sizes.tokens, 1), sizes.tokens, learns=False)
     parts = {
         "weights": (shape.parameters + repeated) * width // devices,

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 CPU_KV_CACHE_BYTES = 2**28  # on CPUs, unless rollout.kv_cache_bytes is set
 CPU_PREFILL_TOKENS = 8192  # tokens of one step of the engine on CPUs, or those of one sequence
+GPU_PREFILL_TOKENS = 16384  # on GPUs; what vLLM's class LLM takes on an H100
 CORE_WATCH_S = 1.0  # between two checks whether the engine core has ended
 
 
@@ -194,13 +195,13 @@ def engine_args(
         max_num_seqs=rollout.max_num_seqs,
         tensor_parallel_size=rollout.tensor_parallel,
         distributed_executor_backend="mp" if rollout.tensor_parallel > 1 else "uni",
-        enforce_eager=rollout.enforce_eager,
+        enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
         kv_cache_memory_bytes=rollout.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         # vLLM's CPU runner cannot rewind a seeded generator after a partial prefill, so each prompt
         # is prefilled in one piece there. None: vLLM's own choice.
         enable_chunked_prefill=False if on_cpu else None,
-        max_num_batched_tokens=max(CPU_PREFILL_TOKENS, rollout.max_model_len) if on_cpu else None,
+        max_num_batched_tokens=prefill_tokens(rollout.max_model_len, on_cpu=on_cpu),
         # Log-probs with the temperature applied, that is of the distribution that is sampled.
         logprobs_mode="processed_logprobs",
         max_logprobs=max(settings.algorithm.topk.k, 20),
@@ -210,6 +211,15 @@ def engine_args(
         disable_log_stats=True,
         scheduling_policy="priority",
     )
+
+
+def prefill_tokens(max_model_len: int, *, on_cpu: bool) -> int:
+    """The most tokens of one step of the engine.
+
+    vLLM would choose 2048 on a GPU for an engine that is not made by its class LLM. There a longer
+    prompt is prefilled in several steps; on CPUs it must fit into one.
+    """
+    return max(CPU_PREFILL_TOKENS, max_model_len) if on_cpu else GPU_PREFILL_TOKENS
 
 
 def end_with_core(engine: "LLMEngine") -> None:

@@ -22,8 +22,10 @@ class RolloutConfig:
     """KV cache of one engine; null: 256 MiB on CPU, on GPUs the rest of gpu_memory_utilization"""
     gpu_memory_utilization: float = 0.9
     """share of a GPU that an engine may use; at most 0.5 with cluster.colocate"""
-    enforce_eager: bool = True
-    """false: let vLLM compile; pays after minutes of generation"""
+    enforce_eager: bool | None = None
+    """true: vLLM runs the model as it is written; false: compiled, on GPUs as CUDA graphs, which
+    takes a minute or more at the start; null: true on CPUs, false on GPUs
+    """
     groups_per_chunk: int = 1
     """prompt groups that an engine returns together; scoring and rewards of a chunk start when it
     is complete, while others still generate. Larger chunks make fewer and larger calls, which suits

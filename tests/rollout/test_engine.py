@@ -14,7 +14,7 @@ import torch
 
 from hybridrl.models.loading import load_model
 from hybridrl.rollout import engine as engine_module
-from hybridrl.rollout.engine import end_with_core
+from hybridrl.rollout.engine import end_with_core, engine_args
 from hybridrl.types import GenerateOrder, Prompt, RolloutBatch
 from tests.support.graph import save_tiny, tiny_settings
 
@@ -112,3 +112,22 @@ def first_turns_agree(batches: Sampled) -> None:
             assert row.response_ids[observed].tolist() == list(OBSERVATION)
             assert not row.response_mask[5:][observed].any()
     assert continued >= 4
+
+
+@pytest.mark.parametrize(
+    ("device", "overrides", "eager", "prefill", "chunked"),
+    [
+        ("cpu", [], True, 8192, False),
+        ("cuda", [], False, 16384, None),
+        ("cuda", ["rollout.enforce_eager=true"], True, 16384, None),
+        ("cpu", ["rollout.enforce_eager=false"], False, 8192, False),
+    ],
+)
+def test_the_defaults_of_an_engine_are_those_of_its_device(
+    device: str, overrides: list[str], eager: bool, prefill: int, chunked: bool | None, tmp_path
+):
+    settings = tiny_settings(tmp_path, *overrides)
+    args = engine_args(settings, settings.model, device, "object_store")
+    assert args.enforce_eager is eager
+    assert args.max_num_batched_tokens == prefill
+    assert args.enable_chunked_prefill is chunked
