@@ -396,11 +396,11 @@ class Learner:
             tensor_parallel=self.settings.rollout.tensor_parallel,
         )
 
-    def send_weights(self) -> int:
-        """Push the weights through that channel; when every engine has loaded them, returns the
-        bytes that each one received.
+    def send_weights(self, version: int) -> int:
+        """Push the weights through that channel; when every engine serves them as this version,
+        returns the bytes that each one received.
         """
-        return self.publisher.send()
+        return self.publisher.send(version)
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder (rank 0), with its value head where the run

@@ -14,7 +14,7 @@ from hybridrl.weights.parameters import StudentWeights, WeightsKind
 from hybridrl.weights.stream import Gather, WeightStream
 
 if TYPE_CHECKING:
-    from hybridrl.weights.vllm_transfer import EngineCall
+    from hybridrl.weights.vllm_transfer import EngineCall, EngineClient
 
 
 class Sender(Protocol):
@@ -34,7 +34,8 @@ class WeightPublisher:
         self.gather = gather
         self.rank = rank
         self.stream = WeightStream(weights.published(), gather)
-        self.sender: Sender | None = None  # None: the engines take packed buffers
+        self.client: EngineClient | None = None  # None: the engines take packed buffers
+        self.sender: Sender | None = None
 
     def pack(self, version: int) -> tuple[WeightManifest | None, np.ndarray | None]:
         """The published tensors in the student's own dtype; (None, None) on all ranks but 0."""
@@ -56,14 +57,15 @@ class WeightPublisher:
         """Open vLLM's own nccl or ipc channel to the engines."""
         from hybridrl.weights.vllm_transfer import EngineClient, trainer_engine
 
-        client = EngineClient(call, num_engines, tensor_parallel)
-        self.sender = trainer_engine(backend, self.rank, master, client, self.stream)
+        self.client = EngineClient(call, num_engines, tensor_parallel)
+        self.sender = trainer_engine(backend, self.rank, master, self.client, self.stream)
 
-    def send(self) -> int:
-        """Push the weights through that channel; when every engine has loaded them, returns the
-        bytes that each one received.
+    def send(self, version: int) -> int:
+        """Push the weights through that channel; when every engine serves them as this version,
+        returns the bytes that each one received.
         """
-        assert self.sender is not None, "connect() comes first"
+        assert self.client is not None and self.sender is not None, "connect() comes first"
+        self.client.version = version
         self.sender.send_weights()
         return self.stream.nbytes
 

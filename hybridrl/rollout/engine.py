@@ -102,17 +102,18 @@ class Rollout:
     # -- weights, backend object_store -------------------------------------------------------------
 
     async def load_weights(self, manifest: WeightManifest, packed: np.ndarray) -> str:
-        """Load packed weights [nbytes] uint8 between two engine steps.
+        """Load packed weights [nbytes] uint8 between two engine steps, and serve their version.
 
         Returns:
             the digest of the bytes that the engine's workers received.
 
         Raises:
-            WeightSyncError: the workers did not all load what the manifest says.
+            WeightSyncError: the workers did not all load what the manifest says. The engine stays
+                paused, since its weights are neither the old nor the new ones.
         """
         failpoints.hit("rollout.load_weights", version=manifest.version)
         try:
-            self.engine.collective_rpc("start_weight_update")
+            await self.start_weight_update()
             with self._within_reach(packed) as place:
                 self.engine.collective_rpc(
                     "update_weights", args=({"manifest": asdict(manifest), **place},)
@@ -128,7 +129,7 @@ class Rollout:
                 f"weights of version {manifest.version}: the workers acknowledge the digests "
                 f"{digests}, but {manifest.digest} was sent"
             )
-        await self.update_weight_version(str(manifest.version))
+        self.sampler.resume(manifest.version)
         return manifest.digest
 
     @contextmanager
@@ -150,20 +151,19 @@ class Rollout:
     async def init_weight_transfer_engine(self, init_info: dict) -> None:
         self.engine.collective_rpc("init_weight_transfer_engine", args=(init_info,))
 
+    # They are calls of their own, between which the event loop runs other coroutines. So the first
+    # pauses the engine, and the last resumes it with the version of the new weights.
+
     async def start_weight_update(self) -> None:
+        self.sampler.pause()
         self.engine.collective_rpc("start_weight_update")
 
     async def update_weights(self, update_info: dict | list[dict]) -> None:
         self.engine.collective_rpc("update_weights", args=(update_info,))
 
-    async def finish_weight_update(self) -> None:
+    async def finish_weight_update(self, version: int) -> None:
         self.engine.collective_rpc("finish_weight_update")
-
-    async def update_weight_version(self, version: str) -> None:
-        """Record this version with tokens sampled from now on; drop prefixes of older weights."""
-        self.engine.reset_prefix_cache()
-        self.engine.set_weight_version(version)
-        self.sampler.version = int(version)
+        self.sampler.resume(version)
 
 
 def engine_args(

@@ -17,7 +17,12 @@ from hybridrl.rollout.rollouter import (
     aborted_trajectory,
     cut_response,
 )
-from hybridrl.rollout.vllm_internals import read_completion
+from hybridrl.rollout.vllm_internals import (
+    has_launched,
+    pause_scheduling,
+    read_completion,
+    resume_scheduling,
+)
 from hybridrl.rollout.waves import Waves
 from hybridrl.settings.choices import Source
 from hybridrl.types import (
@@ -43,8 +48,8 @@ class Sampler:
     outputs, and is cancelled by `abort`.
 
     One task, `_decode`, steps the engine inline and yields to the event loop between steps. It
-    consumes the requests, produces their outputs, waits for nothing, and runs while the engine has
-    unfinished requests.
+    consumes the requests, produces their outputs, waits while the engine is paused, and runs while
+    the engine has unfinished requests.
 
     Args:
         engine: no other object adds requests to it.
@@ -61,6 +66,8 @@ class Sampler:
         self._requests: dict[str, asyncio.Future[CompletionOutput]] = {}  # "wave/uid/sample/turn"
         self._arrivals = count()
         self._decoding: asyncio.Task[None] | None = None
+        self._resumed = asyncio.Event()  # not set while the engine is paused
+        self._resumed.set()
 
     async def generate(
         self, order: GenerateOrder, prompts: Sequence[Prompt]
@@ -105,6 +112,27 @@ class Sampler:
             ]
         )
         return sum(self._trajectories.pop(name).cancel() for name in names)
+
+    def pause(self) -> None:
+        """Stop sampling where it is, and wait until the device has nothing left to do.
+
+        On GPUs vLLM schedules asynchronously: it launches a batch before it collects the one
+        before. What was launched is collected here, because a batch is stamped with the version of
+        the weights when it is collected, and because the weights must not change under it.
+        """
+        self._resumed.clear()
+        pause_scheduling(self.engine)
+        while has_launched(self.engine):
+            self._step()
+        self.engine.collective_rpc("synchronize_device")
+
+    def resume(self, version: int) -> None:
+        """Sample on, with weights of this version; prefixes of older weights are dropped."""
+        self.engine.reset_prefix_cache()
+        self.engine.set_weight_version(str(version))
+        self.version = version
+        resume_scheduling(self.engine)
+        self._resumed.set()
 
     # -- trajectories ------------------------------------------------------------------------------
 
@@ -194,13 +222,19 @@ class Sampler:
 
     async def _decode(self) -> None:
         """Step the engine until it has no unfinished request."""
+        await self._resumed.wait()
+        while self.engine.has_unfinished_requests():
+            self._step()
+            await asyncio.sleep(0)
+            await self._resumed.wait()
+
+    def _step(self) -> None:
+        """One step of the engine; the requests that finish in it have their result."""
         try:
-            while self.engine.has_unfinished_requests():
-                for finished in self.engine.step():
-                    output = self._requests.get(finished.request_id)
-                    if output is not None and not output.done():
-                        output.set_result(finished.outputs[0])
-                await asyncio.sleep(0)
+            for finished in self.engine.step():
+                output = self._requests.get(finished.request_id)
+                if output is not None and not output.done():
+                    output.set_result(finished.outputs[0])
         except Exception as error:  # every waiting trajectory must end with this error
             for output in self._requests.values():
                 if not output.done():

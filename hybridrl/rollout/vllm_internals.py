@@ -8,12 +8,17 @@ version is installed, or when one of these details differs from its description 
 - The priority queue of the scheduler orders by (priority, arrival_time), and arrival_time may be
   any number.
 - The environment variables below are read while the engine starts.
+- `EngineCore.pause_scheduler("keep", False)`: no request is scheduled any more, and each stays
+  where it is. A core in a process of its own (whose client has `call_utility`) answers when it has
+  collected every batch that it launched. A core in this process does not collect them: with
+  asynchronous scheduling its `batch_queue` has those that `LLMEngine.step` must still collect.
+- A core attaches the weight version to the tokens of a batch when it collects the batch.
 - Workers have the methods that `collective_rpc` calls by name: `start_weight_update`,
-  `update_weights`, `finish_weight_update` and `init_weight_transfer_engine`.
+  `update_weights`, `finish_weight_update`, `init_weight_transfer_engine` and `synchronize_device`.
 """
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,6 +48,30 @@ def environment(*, own_process: bool) -> dict[str, str]:
 def core_has_ended(engine: "LLMEngine") -> bool:
     """Whether the process of the engine core has ended; only for a core in a process of its own."""
     return engine.engine_core.resources.engine_dead
+
+
+def pause_scheduling(engine: "LLMEngine") -> None:
+    """Schedule no request until resume_scheduling; new ones wait too."""
+    call_core(engine, "pause_scheduler", "keep", False)
+
+
+def resume_scheduling(engine: "LLMEngine") -> None:
+    """The other end of pause_scheduling."""
+    call_core(engine, "resume_scheduler")
+
+
+def call_core(engine: "LLMEngine", method: str, *args: Any) -> Any:
+    """Call a method of the engine core, for which LLMEngine has no method of its own."""
+    client = engine.engine_core
+    if hasattr(client, "call_utility"):
+        return client.call_utility(method, *args)
+    return getattr(client.engine_core, method)(*args)
+
+
+def has_launched(engine: "LLMEngine") -> bool:
+    """Whether a paused engine has a batch whose tokens were not collected."""
+    client = engine.engine_core
+    return not hasattr(client, "call_utility") and bool(client.engine_core.batch_queue)
 
 
 def read_completion(output: "CompletionOutput", support: int) -> Completion:

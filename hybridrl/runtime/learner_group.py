@@ -136,9 +136,12 @@ class LearnerGroup:
             deadline_s=limit,
         )
 
-    def send_weights(self) -> int:
-        """Send the weights to the connected engines; returns the bytes that each one received."""
-        return self.group.call_all("send_weights", deadline_s=self.settings.deadlines.sync_s)[0]
+    def send_weights(self, version: int) -> int:
+        """Send the weights to the connected engines, which serve them as this version; returns the
+        bytes that each one received.
+        """
+        limit = self.settings.deadlines.sync_s
+        return self.group.call_all("send_weights", version, deadline_s=limit)[0]
 
     def state_bytes(self) -> int:
         return sum(self.group.call_all("state_bytes", deadline_s=self.settings.deadlines.save_s))

@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import ray
 
@@ -192,7 +191,11 @@ class RolloutGroup:
 
     def abort(self) -> list[Pending]:
         """Stop all sampling. One call per engine: -> how many responses it aborted."""
-        return self._each_serving("abort")
+        limit = self.settings.deadlines.sync_s
+        return [
+            self.group.submit(engine, "abort", deadline_s=limit)
+            for engine in sorted(self.fleet.serving)
+        ]
 
     def quiet(self) -> None:
         """Stop all sampling and wait until it has stopped."""
@@ -240,16 +243,6 @@ class RolloutGroup:
         return self.group.submit(
             engine, "load_weights", manifest, packed, deadline_s=self.settings.deadlines.sync_s
         )
-
-    def set_version(self, version: int) -> list[Pending]:
-        return self._each_serving("update_weight_version", str(version))
-
-    def _each_serving(self, method: str, *args: Any) -> list[Pending]:
-        limit = self.settings.deadlines.sync_s
-        return [
-            self.group.submit(engine, method, *args, deadline_s=limit)
-            for engine in sorted(self.fleet.serving)
-        ]
 
     def close(self) -> None:
         self.group.close()

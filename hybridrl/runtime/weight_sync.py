@@ -1,6 +1,5 @@
 """From the learner to every engine: one weight version after another."""
 
-from hybridrl.runtime.calls import gather
 from hybridrl.runtime.learner_group import LearnerGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.settings.choices import WeightTransfer
@@ -36,6 +35,4 @@ class WeightSync:
             manifest, packed = self.learner.pack_weights(version)
             self.rollout.load_weights(manifest, packed)
             return manifest.nbytes
-        nbytes = self.learner.send_weights()
-        gather(self.rollout.set_version(version))
-        return nbytes
+        return self.learner.send_weights(version)

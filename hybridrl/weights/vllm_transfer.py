@@ -145,12 +145,17 @@ class EngineClient:
             within a deadline.
         num_engines, tensor_parallel: the engines' NCCL ranks follow the sender's rank 0, engine
             after engine.
+
+    Attributes:
+        version: of the weights of the next update. An engine serves it in the call that finishes
+            the update, so no token is sampled with the new weights and the old version.
     """
 
     def __init__(self, call: EngineCall, num_engines: int, tensor_parallel: int) -> None:
         self.call = call
         self.num_engines = num_engines
         self.tensor_parallel = tensor_parallel
+        self.version = -1  # no update yet
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         infos = [dict(init_info) for _ in range(self.num_engines)]
@@ -166,7 +171,8 @@ class EngineClient:
         self.call("update_weights", [(update_info,)] * self.num_engines)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.call("finish_weight_update", [()] * self.num_engines)
+        """vLLM's senders give no version, therefore it is an attribute."""
+        self.call("finish_weight_update", [(self.version,)] * self.num_engines)
 
 
 def trainer_engine(

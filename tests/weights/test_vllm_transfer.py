@@ -88,6 +88,7 @@ def test_engines_get_nccl_ranks_one_after_another_behind_the_sender():
         tensor_parallel=2,
     )
     client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 7})
+    client.version = 4
     client.start_weight_update()
     client.update_weights({"names": ["a"]})
     client.finish_weight_update()
@@ -95,7 +96,7 @@ def test_engines_get_nccl_ranks_one_after_another_behind_the_sender():
     assert calls[1:] == [
         ("start_weight_update", [()] * 3),
         ("update_weights", [({"names": ["a"]},)] * 3),
-        ("finish_weight_update", [()] * 3),
+        ("finish_weight_update", [(4,)] * 3),
     ]
 
 
