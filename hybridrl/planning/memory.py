@@ -309,7 +309,7 @@ def engine_parts(
     devices = rollout.tensor_parallel
     repeated = shape.head if shape.tied and sizes.on_cpu else 0  # vLLM's CPU engine packs a copy
     prompts = sizes.of_decoding * max(sizes.tokens - sizes.response, 1)
-    most = prefill_tokens(sizes.tokens, on_cpu=sizes.on_cpu)
+    most = prefill_tokens(rollout, on_cpu=sizes.on_cpu)
     prefill = Pass(max(min(most, prompts) // sizes.tokens, 1), sizes.tokens, learns=False)
     parts = {
         "weights": (shape.parameters + repeated) * width // devices,

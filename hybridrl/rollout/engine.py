@@ -18,10 +18,12 @@ import numpy as np
 from hybridrl.core import failpoints
 from hybridrl.core.errors import WeightSyncError
 from hybridrl.models.loading import is_wrongly_tied, resolve
+from hybridrl.rollout.engine_arguments import typed
 from hybridrl.rollout.rollouter import Rollouter, SingleTurn
 from hybridrl.rollout.sampler import Sampler
 from hybridrl.rollout.vllm_internals import core_has_ended, environment
 from hybridrl.settings.choices import Source
+from hybridrl.settings.rollout import RolloutConfig
 from hybridrl.settings.run import ModelConfig, RunSettings
 from hybridrl.types import ChunkHeader, GenerateOrder, Prompt, RolloutBatch, WeightManifest
 
@@ -169,7 +171,7 @@ class Rollout:
 def engine_args(
     settings: RunSettings, model: ModelConfig, device: str, backend: str
 ) -> "EngineArgs":
-    """vLLM's arguments for an engine of these settings.
+    """vLLM's arguments for an engine of these settings, those of rollout.engine among them.
 
     Args:
         model: the weights that the engine loads from disk.
@@ -182,44 +184,49 @@ def engine_args(
     rollout = settings.rollout
     assert rollout.max_model_len is not None, "launch.lengths decides it before any engine starts"
     on_cpu = device == "cpu"
+    # vLLM ties the embeddings if the config says so; the learner also compares the weights.
+    tied = {"tie_word_embeddings": False} if is_wrongly_tied(model.path, model.revision) else {}
+    chosen = {
+        "enforce_eager": on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
+        "disable_log_stats": True,
+        **{name: typed(name, value) for name, value in rollout.engine.items()},
+        "max_num_batched_tokens": prefill_tokens(rollout, on_cpu=on_cpu),
+        "hf_overrides": {**rollout.engine.get("hf_overrides", {}), **tied},
+    }
     return EngineArgs(
         model=str(resolve(model.path, model.revision)),
         trust_remote_code=False,
         load_format="safetensors",
-        # vLLM ties the embeddings if the config says so; the learner also compares the weights.
-        hf_overrides={"tie_word_embeddings": False}
-        if is_wrongly_tied(model.path, model.revision)
-        else {},
         dtype=model.dtype,
         max_model_len=rollout.max_model_len,
         max_num_seqs=rollout.max_num_seqs,
         tensor_parallel_size=rollout.tensor_parallel,
         distributed_executor_backend="mp" if rollout.tensor_parallel > 1 else "uni",
-        enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
         kv_cache_memory_bytes=rollout.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         # vLLM's CPU runner cannot rewind a seeded generator after a partial prefill, so each prompt
         # is prefilled in one piece there. None: vLLM's own choice.
         enable_chunked_prefill=False if on_cpu else None,
-        max_num_batched_tokens=prefill_tokens(rollout.max_model_len, on_cpu=on_cpu),
         # Log-probs with the temperature applied, that is of the distribution that is sampled.
         logprobs_mode="processed_logprobs",
         max_logprobs=max(settings.algorithm.topk.k, 20),
         seed=settings.run.seed,
         weight_transfer_config=WeightTransferConfig(backend=backend),
         worker_extension_cls="hybridrl.weights.vllm_transfer.WorkerExtension",
-        disable_log_stats=True,
         scheduling_policy="priority",
+        **chosen,
     )
 
 
-def prefill_tokens(max_model_len: int, *, on_cpu: bool) -> int:
+def prefill_tokens(rollout: RolloutConfig, *, on_cpu: bool) -> int:
     """The most tokens of one step of the engine.
 
     vLLM would choose 2048 on a GPU for an engine that is not made by its class LLM. There a longer
     prompt is prefilled in several steps; on CPUs it must fit into one.
     """
-    return max(CPU_PREFILL_TOKENS, max_model_len) if on_cpu else GPU_PREFILL_TOKENS
+    if tokens := rollout.engine.get("max_num_batched_tokens"):
+        return tokens
+    return max(CPU_PREFILL_TOKENS, rollout.sequence_limit) if on_cpu else GPU_PREFILL_TOKENS
 
 
 def end_with_core(engine: "LLMEngine") -> None:

@@ -1,6 +1,7 @@
 """How responses are sampled, and how far sampling runs ahead of learning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.choices import OnStale, WeightTransfer
@@ -25,6 +26,11 @@ class RolloutConfig:
     enforce_eager: bool | None = None
     """true: vLLM runs the model as it is written; false: compiled, on GPUs as CUDA graphs, which
     takes a minute or more at the start; null: true on CPUs, false on GPUs
+    """
+    engine: dict[str, Any] = field(default_factory=dict)
+    """further arguments of vllm.EngineArgs for every engine, e.g. {kv_cache_dtype: fp8} or
+    +rollout.engine.max_num_batched_tokens=8192; one that vLLM does not have, or that another
+    setting decides, is refused
     """
     groups_per_chunk: int = 1
     """prompt groups that an engine returns together; scoring and rewards of a chunk start when it

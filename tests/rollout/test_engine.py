@@ -124,10 +124,30 @@ def first_turns_agree(batches: Sampled) -> None:
     ],
 )
 def test_the_defaults_of_an_engine_are_those_of_its_device(
-    device: str, overrides: list[str], eager: bool, prefill: int, chunked: bool | None, tmp_path
+    device: str,
+    overrides: list[str],
+    eager: bool,
+    prefill: int,
+    chunked: bool | None,
+    tmp_path: Path,
 ):
     settings = tiny_settings(tmp_path, *overrides)
     args = engine_args(settings, settings.model, device, "object_store")
     assert args.enforce_eager is eager
     assert args.max_num_batched_tokens == prefill
     assert args.enable_chunked_prefill is chunked
+
+
+def test_arguments_of_the_user_reach_the_engine_as_vllms_own_types(tmp_path: Path):
+    settings = tiny_settings(
+        tmp_path,
+        "rollout.engine={max_num_batched_tokens:4096,cpu_offload_params:[a,b],"
+        "attention_backend:FLASH_ATTN,compilation_config:{cudagraph_capture_sizes:[1,8]},"
+        "hf_overrides:{head_dtype:float32}}",
+    )
+    args = engine_args(settings, settings.model, "cuda", "object_store")
+    assert args.max_num_batched_tokens == 4096
+    assert args.cpu_offload_params == {"a", "b"}
+    assert args.attention_backend.name == "FLASH_ATTN"
+    assert args.compilation_config.cudagraph_capture_sizes == [1, 8]
+    assert args.hf_overrides == {"head_dtype": "float32"}

@@ -46,7 +46,9 @@ class SlowExecutor:
     def sample_tokens(self, grammar: None, non_block: bool) -> Forward:
         return Forward(self)
 
-    def collective_rpc(self, method: str, timeout: Any, args: tuple, kwargs: Any) -> list[Any]:
+    def collective_rpc(
+        self, method: str, timeout: Any = None, args: tuple = (), kwargs: Any = None
+    ) -> list[Any]:
         self.events.append(method)
         if method == "update_weights":
             self.weights = args[0]["manifest"]["version"]

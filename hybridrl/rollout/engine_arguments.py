@@ -1,0 +1,177 @@
+"""The arguments of vLLM's engine that a user sets by rollout.engine.
+
+They are compared with the argument class of the installed vLLM. Its import takes seconds and
+changes torch, so `python -m hybridrl.rollout.engine_arguments` does that in a child process.
+"""
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, get_args
+
+from hybridrl.core.errors import ConfigError
+
+IMPORT_S = 120.0  # timeout of the child process, which imports vLLM
+MESSAGE = 200  # characters of what vLLM says about a value
+
+DECIDED_BY = {
+    "model": "model.path",
+    "model_weights": "model.path",
+    "tokenizer": "model.path",
+    "hf_config_path": "model.path",
+    "revision": "model.revision",
+    "tokenizer_revision": "model.revision",
+    "dtype": "model.dtype",
+    "seed": "run.seed",
+    "max_model_len": "rollout.max_model_len",
+    "max_num_seqs": "rollout.max_num_seqs",
+    "max_logprobs": "algorithm.topk.k",
+    "tensor_parallel_size": "rollout.tensor_parallel",
+    "distributed_executor_backend": "rollout.tensor_parallel",
+    "data_parallel_size": "rollout.engines",
+    "enforce_eager": "rollout.enforce_eager",
+    "kv_cache_memory_bytes": "rollout.kv_cache_bytes",
+    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "weight_transfer_config": "rollout.weight_transfer",
+}
+"""The setting that decides an argument."""
+
+ONE_NODE = "an engine has rollout.tensor_parallel devices of one node"
+FIXED = {
+    "trust_remote_code": "code in a model's folder is never run",
+    "code_revision": "code in a model's folder is never run",
+    "load_format": "weights are read from safetensors alone",
+    "hf_token": "a token is read from the variable HF_TOKEN, so that no file holds it",
+    "logprobs_mode": "the log-probs must be those of the distribution that is sampled",
+    "scheduling_policy": "the requests have priorities",
+    "scheduler_cls": "the requests have priorities",
+    "enable_chunked_prefill": "CPUs need it off for reproducible samples, and GPUs have it on",
+    "worker_cls": "the worker is vLLM's own",
+    "worker_extension_cls": "the extension acknowledges each update of the weights",
+    "pipeline_parallel_size": ONE_NODE,
+    "prefill_context_parallel_size": ONE_NODE,
+    "nnodes": ONE_NODE,
+    "node_rank": ONE_NODE,
+    "device_ids": ONE_NODE,
+}
+"""Why an argument has one value in every run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the installed vLLM says. child process -> check_engine_arguments, as JSON."""
+
+    names: list[str]
+    """of all arguments"""
+    refusals: dict[str, str]
+    """by the name of an argument: what is wrong with its value"""
+
+
+def check_engine_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse an argument of rollout.engine that vLLM does not have, or that the run decides.
+
+    Raises:
+        ConfigError: names the argument; or vLLM cannot be imported here.
+    """
+    for name in arguments:
+        if name in DECIDED_BY:
+            raise ConfigError(
+                f"rollout.engine.{name}: {DECIDED_BY[name]} decides it; leave it out, and use that"
+            )
+        if name in FIXED:
+            raise ConfigError(f"rollout.engine.{name}: {FIXED[name]}; leave it out")
+    if not arguments:
+        return
+    answer = ask_vllm(arguments)
+    for name, value in arguments.items():
+        if name not in answer.names:
+            near = difflib.get_close_matches(name, answer.names, n=1)
+            remedy = f"did you mean {near[0]}?" if near else "see vllm.EngineArgs for all of them"
+            raise ConfigError(f"rollout.engine.{name}: vLLM has no such argument; {remedy}")
+        if name in answer.refusals:
+            raise ConfigError(
+                f"rollout.engine.{name}={value}: vLLM does not take it: {answer.refusals[name]}; "
+                "correct the value"
+            )
+
+
+def ask_vllm(arguments: Mapping[str, Any]) -> Answer:
+    """Compare the arguments with vLLM's in a child process.
+
+    Raises:
+        ConfigError: the child process could not import vLLM.
+    """
+    # The answer is the last line, as vLLM logs to the standard output too.
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "hybridrl.rollout.engine_arguments"],
+            input=json.dumps(dict(arguments)),
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_S,
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        problem = str(said).strip().splitlines()[-1]
+        raise ConfigError(
+            f"rollout.engine: cannot be checked, because vLLM cannot be imported here ({problem}); "
+            "install it, or leave the setting out"
+        ) from error
+    return Answer(**json.loads(child.stdout.splitlines()[-1]))
+
+
+# -- in a process that may import vLLM -------------------------------------------------------------
+
+
+def answer(arguments: Mapping[str, Any]) -> Answer:
+    """What the installed vLLM says about the arguments."""
+    from pydantic import ValidationError
+    from vllm import EngineArgs
+
+    names = [field.name for field in fields(EngineArgs) if not field.name.startswith("_")]
+    refusals = {}
+    for name, value in arguments.items():
+        try:
+            if name in names:
+                typed(name, value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            message = f"{place}: {first['msg']}" if place else first["msg"]
+            refusals[name] = textwrap.shorten(message, MESSAGE, placeholder=" ...")
+    return Answer(names=names, refusals=refusals)
+
+
+def typed(name: str, value: Any) -> Any:
+    """The value as vLLM's type of that argument, e.g. a mapping as one of its config classes.
+
+    A string is not read as a number or a truth value. A member of an enumeration may be given by
+    its name or its value.
+
+    Raises:
+        pydantic.ValidationError: the argument has another type.
+    """
+    from pydantic import TypeAdapter
+    from vllm import EngineArgs
+
+    hint = next(field.type for field in fields(EngineArgs) if field.name == name)
+    if isinstance(hint, str):  # a type that is imported for type checkers alone
+        return value
+    for part in (hint, *get_args(hint)):
+        if isinstance(part, type) and issubclass(part, Enum) and value in part.__members__:
+            return part[value]
+    # The form of JSON is that of settings: a list also stands for a set, a mapping for a config.
+    return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+
+
+if __name__ == "__main__":
+    said = answer(json.load(sys.stdin))
+    print(json.dumps({"names": said.names, "refusals": said.refusals}))

@@ -1,0 +1,75 @@
+"""Arguments of rollout.engine: which vLLM takes, and which the run decides."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from vllm import EngineArgs
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.rollout.engine_arguments import (
+    DECIDED_BY,
+    FIXED,
+    answer,
+    check_engine_arguments,
+)
+
+
+def test_a_mistyped_argument_is_refused_with_the_nearest_name():
+    """Asks vLLM in a child process, as a run does."""
+    with pytest.raises(
+        ConfigError,
+        match=r"^rollout\.engine\.max_num_batched_token: vLLM has no such argument; did you mean "
+        r"max_num_batched_tokens\?$",
+    ):
+        check_engine_arguments({"kv_cache_dtype": "fp8", "max_num_batched_token": 8192})
+
+
+def test_a_value_of_another_type_is_refused():
+    with pytest.raises(
+        ConfigError,
+        match=r"^rollout\.engine\.block_size=16k: vLLM does not take it: Input should be a valid "
+        r"integer; correct the value$",
+    ):
+        check_engine_arguments({"block_size": "16k"})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dtype", r"^rollout\.engine\.dtype: model\.dtype decides it; leave it out, and use that$"),
+        ("seed", r"^rollout\.engine\.seed: run\.seed decides it; leave it out, and use that$"),
+        ("trust_remote_code", "code in a model's folder is never run; leave it out$"),
+        ("scheduling_policy", "the requests have priorities; leave it out$"),
+    ],
+)
+def test_an_argument_that_the_run_decides_is_refused(name: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_engine_arguments({name: None})
+
+
+def test_every_argument_that_the_run_decides_is_one_of_vllm():
+    names = {field.name for field in fields(EngineArgs)}
+    assert {*DECIDED_BY, *FIXED} <= names
+    assert not {*DECIDED_BY} & {*FIXED}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refusal"),
+    [
+        ("max_num_batched_tokens", 8192, None),
+        ("max_num_batched_tokens", "8192", "Input should be a valid integer"),
+        ("async_scheduling", False, None),
+        ("async_scheduling", "no", "Input should be a valid boolean"),
+        ("cpu_offload_gb", 4, None),
+        ("kv_cache_dtype", "fp9", "Input should be 'auto', 'float16', "),
+        ("attention_backend", "FLASH_ATTN", None),
+        ("compilation_config", {"cudagraph_capture_sizes": [1, 8]}, None),
+        ("compilation_config", {"capture": [1, 8]}, "capture: Unexpected keyword argument"),
+        ("hf_overrides", {"head_dtype": "float32"}, None),
+        ("quantization", "fp8", None),
+    ],
+)
+def test_values_are_compared_with_vllms_own_types(name: str, value: Any, refusal: str | None):
+    message = answer({name: value}).refusals.get(name)
+    assert message is None if refusal is None else (message or "").startswith(refusal)
