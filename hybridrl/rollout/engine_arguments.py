@@ -80,12 +80,12 @@ def check_engine_arguments(arguments: Mapping[str, Any]) -> None:
         ConfigError: names the argument; or vLLM cannot be imported here.
     """
     for name in arguments:
-        if name in DECIDED_BY:
+        if (setting := DECIDED_BY.get(name)) is not None:
             raise ConfigError(
-                f"rollout.engine.{name}: {DECIDED_BY[name]} decides it; leave it out, and use that"
+                f"rollout.engine.{name}: {setting} decides it; leave it out, and use that"
             )
-        if name in FIXED:
-            raise ConfigError(f"rollout.engine.{name}: {FIXED[name]}; leave it out")
+        if (reason := FIXED.get(name)) is not None:
+            raise ConfigError(f"rollout.engine.{name}: {reason}; leave it out")
     if not arguments:
         return
     answer = ask_vllm(arguments)

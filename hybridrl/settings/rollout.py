@@ -24,13 +24,13 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.9
     """share of a GPU that an engine may use; at most 0.5 with cluster.colocate"""
     enforce_eager: bool | None = None
-    """true: vLLM runs the model as it is written; false: compiled, on GPUs as CUDA graphs, which
-    takes a minute or more at the start; null: true on CPUs, false on GPUs
+    """true: vLLM runs the model as it is written; false: compiled, and on GPUs as CUDA graphs,
+    which starts later and pays after minutes of generation; null: true on CPUs, false on GPUs
     """
     engine: dict[str, Any] = field(default_factory=dict)
-    """further arguments of vllm.EngineArgs for every engine, e.g. {kv_cache_dtype: fp8} or
-    +rollout.engine.max_num_batched_tokens=8192; one that vLLM does not have, or that another
-    setting decides, is refused
+    """further arguments of vllm.EngineArgs for every engine, those that measure teachers too, e.g.
+    '+rollout.engine={async_scheduling: false, max_num_batched_tokens: 8192}'; one that vLLM does
+    not have, or that another setting decides, is refused
     """
     groups_per_chunk: int = 1
     """prompt groups that an engine returns together; scoring and rewards of a chunk start when it

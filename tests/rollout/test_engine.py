@@ -141,7 +141,7 @@ def test_the_defaults_of_an_engine_are_those_of_its_device(
 def test_arguments_of_the_user_reach_the_engine_as_vllms_own_types(tmp_path: Path):
     settings = tiny_settings(
         tmp_path,
-        "rollout.engine={max_num_batched_tokens:4096,cpu_offload_params:[a,b],"
+        "+rollout.engine={max_num_batched_tokens:4096,cpu_offload_params:[a,b],"
         "attention_backend:FLASH_ATTN,compilation_config:{cudagraph_capture_sizes:[1,8]},"
         "hf_overrides:{head_dtype:float32}}",
     )

@@ -9,7 +9,13 @@ from vllm.envs import environment_variables
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, WeightVersionSpan
 from vllm.v1.core.sched.request_queue import PriorityRequestQueue
-from vllm.v1.engine.core_client import BackgroundResources, MPClient
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import (
+    BackgroundResources,
+    InprocClient,
+    MPClient,
+    SyncMPClient,
+)
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -62,6 +68,16 @@ def test_the_client_of_an_engine_core_knows_that_its_process_has_ended():
     assert "self.resources = BackgroundResources(" in inspect.getsource(MPClient.__init__)
 
 
+def test_a_core_is_paused_by_its_client_or_in_this_process():
+    """tests/rollout/test_weight_update.py runs the second."""
+    assert hasattr(SyncMPClient, "call_utility") and not hasattr(InprocClient, "call_utility")
+    assert list(inspect.signature(EngineCore.pause_scheduler).parameters)[1:] == [
+        "mode",
+        "clear_cache",
+    ]
+    assert callable(EngineCore.resume_scheduler)
+
+
 def test_the_scheduler_takes_the_lowest_priority_and_then_the_lowest_arrival_time_first():
     queue = PriorityRequestQueue()
     for name, priority, arrival in (("c", 0, 2.0), ("b", 0, 1.0), ("d", 1, 0.0), ("a", -1, 3.0)):
@@ -85,6 +101,7 @@ def test_vllm_reads_the_environment_that_the_engine_sets():
         "start_weight_update",
         "update_weights",
         "finish_weight_update",
+        "synchronize_device",
     ],
 )
 def test_a_worker_of_vllm_has_the_methods_that_are_called_by_name(method: str):
