@@ -14,7 +14,8 @@ from hybridrl.planning.fit import check_fit
 from hybridrl.planning.plan import make_plan, plan_lines
 from hybridrl.run_dir.directory import describe_directory, earlier_settings
 from hybridrl.run_dir.inputs import digests, pinned
-from hybridrl.settings.run import ModelConfig, RunSettings
+from hybridrl.settings.models import ModelConfig
+from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
 
 

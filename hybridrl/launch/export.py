@@ -16,7 +16,8 @@ from hybridrl.run_dir.checkpoint import (
     step_of,
 )
 from hybridrl.run_dir.directory import check_no_links, read_settings
-from hybridrl.settings.run import DTYPES, RunSettings
+from hybridrl.settings.models import DTYPES
+from hybridrl.settings.run import RunSettings
 from hybridrl.weights.hugging_face import TEMPLATE, checkpoint_tensors, export
 from hybridrl.weights.parameters import WeightsKind, weights_kind
 

@@ -68,7 +68,8 @@ from hybridrl.runtime.workers import (
     start_workers,
 )
 from hybridrl.settings.choices import EvidenceKind, Resume, WandbMode
-from hybridrl.settings.run import AUTO, RunSettings
+from hybridrl.settings.models import AUTO
+from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.teacher_model import check_own_models
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.jsonl import JsonlSink

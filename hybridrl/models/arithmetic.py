@@ -14,7 +14,8 @@ from hybridrl.kernels.products import RATES, Processor, faster_products, process
 from hybridrl.models.decoder_layers import COMPILE_FROM
 from hybridrl.models.loading import model_config
 from hybridrl.settings.choices import Device, Products
-from hybridrl.settings.run import AUTO, RunSettings
+from hybridrl.settings.models import AUTO
+from hybridrl.settings.run import RunSettings
 
 NARROW = (torch.bfloat16, torch.float16)
 

@@ -18,7 +18,8 @@ from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.zero import WIDE, ZeroBytes, zero_bytes
 from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, prefill_tokens
 from hybridrl.settings.choices import Attention, Products
-from hybridrl.settings.run import ModelConfig, RunSettings
+from hybridrl.settings.models import ModelConfig
+from hybridrl.settings.run import RunSettings
 from hybridrl.settings.shares import chunk_size
 from hybridrl.teachers.evidence import Evidence, Hidden, Vocabulary
 

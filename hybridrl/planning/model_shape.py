@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from hybridrl.models.loading import load_layout, model_config
-from hybridrl.settings.run import ModelConfig
+from hybridrl.settings.models import ModelConfig
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from hybridrl.models.loading import model_config
 from hybridrl.models.model_internals import wrapped_layers
 from hybridrl.planning.live_internals import LiveBytes, without_memory
-from hybridrl.settings.run import ModelConfig
+from hybridrl.settings.models import ModelConfig
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,9 @@ from hybridrl.rollout.rollouter import Rollouter, SingleTurn
 from hybridrl.rollout.sampler import Sampler
 from hybridrl.rollout.vllm_internals import core_has_ended, environment
 from hybridrl.settings.choices import Source
+from hybridrl.settings.models import ModelConfig
 from hybridrl.settings.rollout import RolloutConfig
-from hybridrl.settings.run import ModelConfig, RunSettings
+from hybridrl.settings.run import RunSettings
 from hybridrl.types import ChunkHeader, GenerateOrder, Prompt, RolloutBatch, WeightManifest
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.models.loading import HUB_FILES, resolve
 from hybridrl.models.revisions import newest_commit
 from hybridrl.run_dir.contents import digest_of_files
-from hybridrl.settings.run import ModelConfig, RunSettings, TeacherConfig
+from hybridrl.settings.models import ModelConfig, TeacherConfig
+from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
 
 DATA = "data"

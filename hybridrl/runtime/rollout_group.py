@@ -14,7 +14,8 @@ from hybridrl.runtime.engine_load import EngineLoad
 from hybridrl.runtime.fan_out import fan_out
 from hybridrl.runtime.fleet import Fleet, failures
 from hybridrl.settings.choices import Source, WeightTransfer
-from hybridrl.settings.run import ModelConfig, RunSettings
+from hybridrl.settings.models import ModelConfig
+from hybridrl.settings.run import RunSettings
 from hybridrl.settings.shares import chunk_size
 from hybridrl.types import GenerateOrder, Prompt, WeightManifest
 

@@ -20,7 +20,8 @@ from hybridrl.settings.choices import (
     SupportSource,
     WeightTransfer,
 )
-from hybridrl.settings.run import AUTO, DTYPES, RunSettings
+from hybridrl.settings.models import AUTO, DTYPES
+from hybridrl.settings.run import RunSettings
 from hybridrl.settings.shares import chunk_size, shares
 
 SHARED_GPU_LIMIT = 0.5

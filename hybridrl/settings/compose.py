@@ -34,7 +34,8 @@ from hybridrl.settings.hydra_internals import (
     parsed,
     unparsed_override,
 )
-from hybridrl.settings.run import RewardFunctionConfig, RunSettings, SinkConfig, TeacherConfig
+from hybridrl.settings.models import TeacherConfig
+from hybridrl.settings.run import RewardFunctionConfig, RunSettings, SinkConfig
 from hybridrl.settings.synonyms import synonym_of
 
 PACKAGE = Path(__file__).parent.parent

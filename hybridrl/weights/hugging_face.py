@@ -23,7 +23,7 @@ from hybridrl.models.loading import (
     resolve,
     weight_name,
 )
-from hybridrl.settings.run import ModelConfig
+from hybridrl.settings.models import ModelConfig
 from hybridrl.weights.fragments import MASTER, FragmentReader
 from hybridrl.weights.library_internals import whole_shape
 from hybridrl.weights.parameters import (

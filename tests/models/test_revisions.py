@@ -15,7 +15,7 @@ import pytest
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.compose import load_config
-from hybridrl.settings.run import ModelConfig
+from hybridrl.settings.models import ModelConfig
 
 HUB = [
     "experiment=quickstart",

@@ -16,7 +16,7 @@ from hybridrl.planning.plan import GIB, Plan, aligned, make_plan, plan_lines
 from hybridrl.planning.zero import zero_bytes
 from hybridrl.settings.choices import Offload
 from hybridrl.settings.compose import load_config
-from hybridrl.settings.run import ModelConfig
+from hybridrl.settings.models import ModelConfig
 
 MODELS = Path(__file__).parent / "models"
 P7 = 7_615_616_512

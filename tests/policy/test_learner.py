@@ -37,7 +37,7 @@ from hybridrl.policy.student import Student
 from hybridrl.policy.training_setup import deepspeed_config, set_layers
 from hybridrl.settings.choices import Attention
 from hybridrl.settings.compose import load_config
-from hybridrl.settings.run import ModelConfig
+from hybridrl.settings.models import ModelConfig
 from hybridrl.tracking.glossary import explain
 from hybridrl.types import ScoredBatch
 from hybridrl.weights.fragments import PARTS, Fragment, FragmentReader, write_fragments

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.settings.algorithm import ScheduleConfig
 from hybridrl.settings.choices import OnStale, ScheduleKind
 from hybridrl.settings.compose import (
     conf_dir,
@@ -18,7 +19,7 @@ from hybridrl.settings.compose import (
     to_settings,
     to_yaml,
 )
-from hybridrl.settings.run import DeadlineConfig, RunSettings, ScheduleConfig
+from hybridrl.settings.run import DeadlineConfig, RunSettings
 
 BASE = ["run.dir=here", "experiment=quickstart"]
 

@@ -7,9 +7,10 @@ import pytest
 
 from hybridrl.cli import main
 from hybridrl.core.errors import ConfigError
+from hybridrl.settings.algorithm import ScheduleConfig
 from hybridrl.settings.choices import ScheduleKind
 from hybridrl.settings.compose import conf_dir, from_yaml, known_keys, load_config, quoted, to_yaml
-from hybridrl.settings.run import ScheduleConfig, TeacherConfig
+from hybridrl.settings.models import TeacherConfig
 from hybridrl.settings.settings_file import own_file
 from hybridrl.settings.synonyms import SYNONYMS, markdown, synonym_of
 

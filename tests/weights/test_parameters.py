@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hybridrl.core.errors import CheckpointError
 from hybridrl.models.loading import VALUE_HEAD, VALUE_HEAD_FILE, load_model
-from hybridrl.settings.run import ModelConfig
+from hybridrl.settings.models import ModelConfig
 from hybridrl.weights.fragments import MASTER, Fragment, write_fragments
 from hybridrl.weights.hugging_face import checkpoint_tensors, export
 from hybridrl.weights.parameters import FullFineTuning, NamedTensor, StudentWeights, train_only

@@ -1,0 +1,62 @@
+"""Settings of the models: the student, and each teacher."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.settings.algorithm import ScheduleConfig
+from hybridrl.settings.choices import Attention, EvidenceKind
+
+DTYPES = ("float32", "bfloat16")
+AUTO = "auto"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    path: str = MISSING
+    """a Hugging Face folder or name, or builtin:NAME (countdown-student, countdown-teacher,
+    smollm2-135m-instruct)
+    """
+    dtype: str = AUTO
+    """float32 or bfloat16, of the forward pass; the learner has fp32 master weights. auto: bfloat16
+    on GPUs; on CPUs bfloat16 for a model that is stored in half precision with a hidden size of 256
+    or more, where the driver's processor multiplies faster in it, else float32. A run keeps its
+    first choice
+    """
+    revision: str | None = None
+    """hub revision; null: the newest"""
+    attention: Attention = Attention.auto
+    """by which the learner and the teachers that score compute attention; engines choose their
+    own
+    """
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (*DTYPES, AUTO):
+            raise ConfigError(f"model.dtype={self.dtype}: must be auto, {' or '.join(DTYPES)}")
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    path: str | None = None
+    """as model.path; null: the student before training, frozen"""
+    model: str | None = None
+    """FILE.py:CLASS of yours in the place of a model at path, see hybridrl/teachers/README.md"""
+    revision: str | None = None
+    """hub revision of path; null: the newest"""
+    dtype: str = AUTO
+    """float32 or bfloat16, of its forward pass; auto: as model.dtype"""
+    weight: float = 1.0
+    """w_i of the objective, times algorithm.imitation_weight; a negative one moves the student away
+    from the teacher (reward extrapolation, G-OPD)
+    """
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """multiplies the weight"""
+    route: dict[str, Any] = field(default_factory=dict)
+    """score only prompts whose columns have these values, e.g. {domain: math}; empty: all"""
+    evidence: EvidenceKind | None = None
+    """the form of its answer about a response token; null: by algorithm.support and
+    algorithm.teacher_signal. With drawn, its part of the dense term is estimated from the drawn
+    token
+    """
