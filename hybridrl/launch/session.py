@@ -459,7 +459,7 @@ def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
 
 def make_sinks(settings: RunSettings) -> tuple[ConsoleSink, Sinks]:
     """The console, for notices, and all sinks, the console among them."""
-    console = ConsoleSink()
+    console = ConsoleSink(every_s=settings.tracking.line_every_s)
     optional: dict[str, Sink] = {"the console": console}
     if settings.tracking.wandb is not WandbMode.disabled:
         optional["tracking.wandb"] = WandbSink(settings.tracking)

@@ -274,7 +274,18 @@ class TrackingConfig:
     """group in Weights & Biases; null: none"""
     tags: list[str] = field(default_factory=list)
     """tags in Weights & Biases"""
+    line_every_s: float = 10.0
+    """seconds between two steps that are printed where the output is no terminal; 0: each step.
+    logs/console.log in run.dir has all of them
+    """
     sinks: dict[str, SinkConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.line_every_s >= 0:
+            raise ConfigError(
+                f"tracking.line_every_s={self.line_every_s}: must not be negative; 0 prints each "
+                "step"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

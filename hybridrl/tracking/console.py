@@ -1,9 +1,12 @@
-"""What a run prints: a live display on a terminal, one plain line per step elsewhere."""
+"""What a run prints: a live display on a terminal, plain lines elsewhere, all of them in a file."""
 
+import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console, Group
@@ -19,28 +22,49 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from hybridrl.core import redact
 from hybridrl.tracking.jsonl import read_metrics
 from hybridrl.tracking.symptoms import Watch, watch
 from hybridrl.types import RunInfo, Sample
 
+LOG = Path("logs") / "console.log"
+"""Within the run directory: every line, also those that were not printed."""
 TEACHER = "eval/accuracy_teacher/"
 PHASES = ("rollout", "score", "reward", "learn", "sync", "eval", "save")
+
+log = logging.getLogger(__name__)
 
 
 class ConsoleSink:
     """Prints progress to a text stream, with Rich's live display only if that is a terminal.
 
+    Elsewhere it prints the first step, the last one, and between them one step in `every_s`
+    seconds. Notices, warnings and evaluations are always printed. logs/console.log has every line
+    of every step, with the time.
+
     Example of the plain lines, as under `ray job logs`; the first is one line:
-        step  40/200  reward 0.412  KL/token 0.0312  lambda 1.00  tok/s 8,123
-            4.2 s (rollout 2.1, learn 1.2)  11 min 3 s left
+        step  40/200  reward 0.412  KL/token 0.0312  lambda 1.00  cut off 3.1 %  grad norm 0.83
+            lr 5.0e-04  tok/s 8,123  4.2 s (rollout 2.1, learn 1.2)  11 min 3 s left
         step 40  eval accuracy 51.2 % (teacher 74.0 %, start 33.1 %)
 
     Args:
         stream: where to print; None: sys.stdout, as it is when `start` is called.
+        every_s: 0: each step is printed.
+        clock: seconds from an arbitrary beginning.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        every_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._stream = stream
+        self._every_s = every_s
+        self._clock = clock
+        self._printed = -math.inf  # when the last line of a step was printed
+        self._file: TextIO | None = None  # logs/console.log
         self._live: Live | None = None
         self._progress: Progress | None = None
         self._start_accuracy: float | None = None  # on held-out problems, before training
@@ -54,9 +78,11 @@ class ConsoleSink:
 
     def start(self, info: RunInfo) -> None:
         self._stream = self._stream or sys.stdout
+        self._open_log(Path(info.run_dir) / LOG)
         self._total = info.total_steps
         self._first = info.first_step
         self._began = None
+        self._printed = -math.inf
         self._watch = Watch()
         if info.first_step > 0:
             rows = read_metrics(info.run_dir)
@@ -69,15 +95,42 @@ class ConsoleSink:
             )
         else:
             self.notice(f"{info.name}: {info.total_steps} steps, in {info.run_dir}")
+        if self._every_s > 0 and not self._stream.isatty():
+            self.notice(f"one step in {self._every_s:g} s is printed; {LOG} there has each")
         if self._stream.isatty() and self._live is None:
             self._open_display()
 
     def notice(self, text: str) -> None:
         """Print one line, above the live display if there is one."""
+        self._record(text)
+        self._print(text)
+
+    def _print(self, text: str, style: str = "") -> None:
         if self._live is not None:
-            self._live.console.print(Text(text))
+            self._live.console.print(Text(text, style=style))
         else:
             print(text, file=self._stream or sys.stdout, flush=True)
+
+    def _open_log(self, path: Path) -> None:
+        if self._file is not None:
+            return  # the run goes back to a checkpoint: the same file goes on
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            log.warning("%s: cannot be opened (%s); lines are only printed", path, error.strerror)
+
+    def _record(self, text: str) -> None:
+        """Append a line to the file. A run does not end because its disk is full."""
+        if self._file is None:
+            return
+        try:
+            stamp = datetime.now().isoformat(" ", "seconds")
+            self._file.write(f"{stamp}  {redact.text(text)}\n")
+            self._file.flush()
+        except OSError as error:
+            log.warning("%s: cannot be written (%s); lines are only printed", LOG, error.strerror)
+            self._file = None
 
     def log(self, metrics: Mapping[str, float]) -> None:
         self._remember_levels(metrics)
@@ -85,14 +138,23 @@ class ConsoleSink:
         if self._live is not None and self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step)
             self._live.update(Group(self._progress, _status(metrics, self._accuracy)), refresh=True)
-        elif step > 0:
-            self.notice(self._step_line(step, metrics))
+        if step > 0:
+            self._log_step(step, metrics)
         if "eval/accuracy" in metrics:
             self._print_evaluation(step, metrics["eval/accuracy"])
         if "eval/loss" in metrics:
             self._highlight(self._loss_line(step, metrics))
         if (sentence := self._watch.see(metrics)) is not None:
             self.notice(f"warning: {sentence}")
+
+    def _log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        line = self._step_line(step, metrics)
+        self._record(line)
+        now = self._clock()
+        due = now - self._printed >= self._every_s or step == self._total
+        if due and self._live is None:
+            self._print(line)
+            self._printed = now
 
     def samples(self, rows: Sequence[Sample]) -> None:
         """Do nothing: samples are shown in the report, not on the console."""
@@ -104,6 +166,9 @@ class ConsoleSink:
         if (sentence := self._watch.summary()) is not None:
             self.notice(f"warning: {sentence}")
         self.notice("done" if exit_code == 0 else "stopped")
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _open_display(self) -> None:
         self._progress = Progress(
@@ -146,11 +211,11 @@ class ConsoleSink:
     def _pace(self, step: int, metrics: Mapping[str, float]) -> float:
         """Seconds per step: with evaluations and checkpoints, without the start of the workers."""
         if self._began is None:
-            self._began = time.monotonic()
+            self._began = self._clock()
             self._first = step
         if step == self._first:
             return metrics.get("time/step_s", 0.0)
-        return (time.monotonic() - self._began) / (step - self._first)
+        return (self._clock() - self._began) / (step - self._first)
 
     def _print_evaluation(self, step: int, accuracy: float) -> None:
         levels = [f"teacher {name} {value:.1%}" for name, value in self._teachers.items()]
@@ -174,10 +239,8 @@ class ConsoleSink:
         return line
 
     def _highlight(self, line: str) -> None:
-        if self._live is not None:
-            self._live.console.print(Text(line, style="bold green"))
-        else:
-            self.notice(line)
+        self._record(line)
+        self._print(line, style="bold green")
 
 
 def duration(seconds: float) -> str:
@@ -200,6 +263,9 @@ def _columns(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         ("nll/token", "nll/token", "{:.4f}"),
         ("kl/token" if "kl/token" in metrics else "kl/sampled", "KL/token", "{:.4f}"),
         ("schedule/lambda", "lambda", "{:.2f}"),
+        ("rollout/truncated_frac", "cut off", "{:.1%}"),
+        ("train/grad_norm", "grad norm", "{:.3g}"),
+        ("train/lr", "lr", "{:.1e}"),
         ("perf/tokens_per_s", "tok/s", "{:,.0f}"),
     )
     shown = [entry for entry in formats if entry[0] in metrics]
@@ -215,15 +281,41 @@ def _phases(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {seconds:.1f}" for name, seconds in shown if seconds > 0)
 
 
-def _status(metrics: Mapping[str, float], accuracy: float | None) -> Table:
-    """The lower part of the live display: the numbers of the last row under their names."""
+def _status(metrics: Mapping[str, float], accuracy: float | None) -> Group:
+    """The lower part of the live display: the numbers of the last row under their names, and below
+    them the seconds of the phases, the reward of each function and the state of the workers.
+    """
     cells = _columns(metrics)
     if accuracy is not None:
         cells.insert(1, ("accuracy", f"{accuracy:.1%}".replace("%", " %")))
-    if phases := _phases(metrics):
-        cells.append((f"step {metrics.get('time/step_s', math.nan):.1f} s", phases))
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for name, _ in cells:
         table.add_column(name, no_wrap=False)
     table.add_row(*(text for _, text in cells))
-    return table
+    details = Table.grid(padding=(0, 2))
+    for name, text in _details(metrics):
+        details.add_row(Text(name, style="dim"), text)
+    return Group(table, details)
+
+
+def _details(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The lines below the numbers in the live display, as (name, text)."""
+    lines = []
+    if phases := _phases(metrics):
+        lines.append((f"step {metrics.get('time/step_s', math.nan):.1f} s", phases))
+    rewards = [
+        f"{key.split('/')[1]} {value:.3f}"
+        for key, value in metrics.items()
+        if key.startswith("reward/") and key.endswith("/mean")
+    ]
+    if rewards:
+        lines.append(("rewards", ", ".join(rewards)))
+    formats = (
+        ("cluster/restarts", "restarts {:.0f}"),
+        ("policy/probe_gap", "gap to the learner {:.1e} nats"),
+        ("policy/staleness_mean", "{:.1f} versions behind"),
+        ("time/response_s_p95", "95 % of responses within {:.1f} s"),
+    )
+    if health := [form.format(metrics[key]) for key, form in formats if key in metrics]:
+        lines.append(("engines", ", ".join(health)))
+    return lines

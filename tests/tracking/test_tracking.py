@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.report.run_report import measure, write_report
 from hybridrl.settings.choices import WandbMode
@@ -477,6 +478,62 @@ def test_console_prints_one_plain_line_per_step_and_evaluations_stand_out(tmp_pa
     assert "\x1b" not in out.getvalue()
 
 
+def test_one_step_in_ten_seconds_is_printed_and_the_file_has_each(tmp_path):
+    out = io.StringIO()
+    now = 0.0
+    console = ConsoleSink(out, every_s=10.0, clock=lambda: now)
+    console.start(info(tmp_path, total_steps=25))
+    for step in range(1, 26):  # at 0, 4, 8, ..., 96 seconds
+        now = 4.0 * (step - 1)
+        console.log({"train/step": step})
+    console.close(0)
+    printed = [int(line.split("/")[0][4:]) for line in out.getvalue().splitlines()[2:-1]]
+    assert printed == [1, 4, 7, 10, 13, 16, 19, 22, 25]  # 12 seconds apart
+    lines = (tmp_path / "logs" / "console.log").read_text().splitlines()
+    assert [line.split("  ")[1] for line in lines if "/25" in line] == ["step"] * 9 + [
+        f"step {step}/25" for step in range(10, 26)
+    ]
+    assert lines[-1].endswith("  done")
+
+
+def test_the_last_step_and_evaluations_are_printed_however_soon_they_come(tmp_path):
+    out = io.StringIO()
+    console = ConsoleSink(out, every_s=10.0, clock=lambda: 0.0)
+    console.start(info(tmp_path, total_steps=4))
+    for step in range(1, 5):
+        console.log({"train/step": step, "eval/accuracy": step / 8})
+    lines = out.getvalue().splitlines()[2:]
+    assert [line.split("  ")[:2] for line in lines] == [
+        ["step 1/4", "0.0 s left"],
+        ["step 1", "eval accuracy 12.5 %"],
+        ["step 2", "eval accuracy 25.0 %"],
+        ["step 3", "eval accuracy 37.5 %"],
+        ["step 4/4", "0.0 s left"],
+        ["step 4", "eval accuracy 50.0 %"],
+    ]
+
+
+def test_a_console_file_that_cannot_be_opened_leaves_the_printed_lines(tmp_path, caplog):
+    (tmp_path / "logs").write_text("not a folder")
+    out = io.StringIO()
+    console = ConsoleSink(out)
+    console.start(info(tmp_path))
+    console.log({"train/step": 1})
+    console.close(0)
+    assert "step 1/4" in out.getvalue() and out.getvalue().endswith("done\n")
+    assert "console.log: cannot be opened" in caplog.text
+
+
+def test_a_secret_in_a_notice_is_masked_in_the_console_file(tmp_path):
+    redact.remember(["s3cr3t-token-value"])
+    console = ConsoleSink(io.StringIO())
+    console.start(info(tmp_path))
+    console.notice("refused: s3cr3t-token-value")
+    console.close(1)
+    text = (tmp_path / "logs" / "console.log").read_text()
+    assert "refused: " in text and "s3cr3t" not in text
+
+
 def test_console_of_a_resumed_run_knows_the_start_and_the_teacher(tmp_path):
     write_rows(
         tmp_path,
@@ -510,12 +567,28 @@ def test_console_on_a_terminal_shows_bar_columns_and_evaluation(tmp_path, monkey
             "kl/token": 0.03,
             "schedule/lambda": 1.0,
             "eval/accuracy": 0.512,
+            "rollout/truncated_frac": 0.031,
+            "train/grad_norm": 0.8312,
+            "train/lr": 5e-4,
+            "reward/countdown/mean": 0.25,
+            "time/rollout_s": 2.1,
+            "time/step_s": 4.0,
+            "cluster/restarts": 1.0,
         }
     )
     console.notice("a notice")
     console.close(3)
     text = out.getvalue()
     for shown in (
+        "cut off",
+        "3.1 %",
+        "grad norm",
+        "0.831",
+        "5.0e-04",
+        "countdown 0.250",
+        "step 4.0 s",
+        "rollout 2.1",
+        "restarts 1",
         "1/4",
         "reward",
         "0.412",
