@@ -77,6 +77,7 @@ class ConsoleSink:
         self._watch = Watch()
 
     def start(self, info: RunInfo) -> None:
+        again = self._total > 0  # the run goes back to a checkpoint
         self._stream = self._stream or sys.stdout
         self._open_log(Path(info.run_dir) / LOG)
         self._total = info.total_steps
@@ -95,7 +96,7 @@ class ConsoleSink:
             )
         else:
             self.notice(f"{info.name}: {info.total_steps} steps, in {info.run_dir}")
-        if self._every_s > 0 and not self._stream.isatty():
+        if self._every_s > 0 and not self._stream.isatty() and not again:
             self.notice(f"one step in {self._every_s:g} s is printed; {LOG} there has each")
         if self._stream.isatty() and self._live is None:
             self._open_display()
@@ -113,7 +114,7 @@ class ConsoleSink:
 
     def _open_log(self, path: Path) -> None:
         if self._file is not None:
-            return  # the run goes back to a checkpoint: the same file goes on
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
@@ -306,7 +307,7 @@ def _details(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     rewards = [
         f"{key.split('/')[1]} {value:.3f}"
         for key, value in metrics.items()
-        if key.startswith("reward/") and key.endswith("/mean")
+        if key.startswith("reward/") and key.endswith("/mean") and key != "reward/mean"
     ]
     if rewards:
         lines.append(("rewards", ", ".join(rewards)))
