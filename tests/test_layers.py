@@ -43,6 +43,9 @@ ALLOWED = {
     "vllm": ("rollout/", "weights/vllm_transfer.py", "weights/library_internals.py"),
     "deepspeed": ("policy/", "teachers/"),
     "wandb": ("tracking/wandb_sink.py", "tracking/wandb_internals.py"),
+    "tensorboard": (),  # through torch.utils.tensorboard
+    "trackio": ("tracking/trackio_sink.py",),
+    "mlflow": ("tracking/mlflow_sink.py",),
     "hydra": ("settings/compose.py", "settings/hydra_internals.py", "cli.py"),
     "omegaconf": ("settings/", "cli.py"),
 }

@@ -1,8 +1,9 @@
-"""The built-in advantage estimators, token weights and pair losses, by the words of settings.
+"""The built-in advantage estimators, token weights, pair losses and trackers, by the words of
+settings.
 
-Each is a class or function in a file of its own under hybridrl/objectives/, given here as an import
-path: settings are read without torch, and only a process that uses one imports it. A user's own is
-given as `file.py:Name` instead.
+Each is a class or function in a file of its own, given here as an import path: settings are read
+without torch, and only a process that uses one imports it. A user's own is given as `file.py:Name`
+instead.
 """
 
 import difflib
@@ -14,69 +15,80 @@ from typing import Any
 
 from hybridrl.core.errors import ConfigError
 
-OBJECTIVES = "hybridrl.objectives"
-
 
 @dataclass(frozen=True, slots=True)
 class BuiltIn:
-    """An import path inside of hybridrl.objectives, and its meaning for the page of settings."""
+    """An import path inside of hybridrl, and its meaning for the page of settings."""
 
     place: str
-    """module:name, the module inside hybridrl.objectives"""
+    """module:name, the module inside hybridrl"""
     meaning: str = ""
     """a clause for the page of settings"""
 
     def load(self) -> Any:
         """The class or function itself."""
         module, _, name = self.place.partition(":")
-        return getattr(import_module(f"{OBJECTIVES}.{module}"), name)
+        return getattr(import_module(f"hybridrl.{module}"), name)
 
 
 ADVANTAGES = {
-    "none": BuiltIn("advantages.whole_return:WholeReturn"),
+    "none": BuiltIn("objectives.advantages.whole_return:WholeReturn"),
     "group_mean": BuiltIn(
-        "advantages.group_mean:GroupMean",
+        "objectives.advantages.group_mean:GroupMean",
         "mean of the K siblings at the same position, the sequence itself included",
     ),
     "leave_one_out": BuiltIn(
-        "advantages.leave_one_out:LeaveOneOut",
+        "objectives.advantages.leave_one_out:LeaveOneOut",
         "mean of the K-1 others at the same position: unbiased",
     ),
     "value": BuiltIn(
-        "advantages.generalised:GeneralisedAdvantage",
+        "objectives.advantages.generalised:GeneralisedAdvantage",
         "a learned value head with generalised advantage estimation (PPO)",
     ),
 }
 
 TOKEN_WEIGHTS = {
     "token_mean": BuiltIn(
-        "token_weights.token_mean:token_mean",
+        "objectives.token_weights.token_mean:token_mean",
         "divide by the global number of response tokens (DAPO)",
     ),
     "sequence_mean": BuiltIn(
-        "token_weights.sequence_mean:sequence_mean",
+        "objectives.token_weights.sequence_mean:sequence_mean",
         "mean over each response, over its siblings, over prompts: short ones weigh more (GRPO, "
         "GKD)",
     ),
     "constant": BuiltIn(
-        "token_weights.constant:constant",
+        "objectives.token_weights.constant:constant",
         "divide by sequences * max_new_tokens: unbiased at any batch size (Dr. GRPO)",
     ),
 }
 
 PAIR_LOSSES = {
-    "dpo": BuiltIn("pair_losses.dpo:Dpo"),
-    "ipo": BuiltIn("pair_losses.ipo:Ipo"),
-    "slic": BuiltIn("pair_losses.slic:Slic"),
-    "simpo": BuiltIn("pair_losses.simpo:Simpo"),
-    "dil_lsif": BuiltIn("pair_losses.dil_lsif:DilLsif"),
-    "dil_ukl": BuiltIn("pair_losses.dil_ukl:DilUkl"),
-    "dil_bce": BuiltIn("pair_losses.dil_bce:DilBce"),
+    "dpo": BuiltIn("objectives.pair_losses.dpo:Dpo"),
+    "ipo": BuiltIn("objectives.pair_losses.ipo:Ipo"),
+    "slic": BuiltIn("objectives.pair_losses.slic:Slic"),
+    "simpo": BuiltIn("objectives.pair_losses.simpo:Simpo"),
+    "dil_lsif": BuiltIn("objectives.pair_losses.dil_lsif:DilLsif"),
+    "dil_ukl": BuiltIn("objectives.pair_losses.dil_ukl:DilUkl"),
+    "dil_bce": BuiltIn("objectives.pair_losses.dil_bce:DilBce"),
     "bradley_terry": BuiltIn(
-        "pair_losses.bradley_terry:BradleyTerry",
+        "objectives.pair_losses.bradley_terry:BradleyTerry",
         "trains a reward model: the value head's score of the whole response",
     ),
 }
+
+SINKS = {
+    "tensorboard": BuiltIn(
+        "tracking.tensorboard_sink:TensorBoardSink", "event files in the run directory"
+    ),
+    "trackio": BuiltIn(
+        "tracking.trackio_sink:TrackioSink", "a local database, or a Space of Hugging Face"
+    ),
+    "mlflow": BuiltIn(
+        "tracking.mlflow_sink:MlflowSink", "a tracking server, or a database in the run directory"
+    ),
+}
+"""Each needs the package of its name, which the extra of that name installs."""
 
 NO_PAIRS = "none"
 """The word for no pair loss: the objective uses returns."""

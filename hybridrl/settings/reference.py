@@ -24,6 +24,7 @@ from hybridrl.settings.built_in import (
     ADVANTAGES,
     NO_PAIRS,
     PAIR_LOSSES,
+    SINKS,
     TOKEN_WEIGHTS,
     BuiltIn,
 )
@@ -46,6 +47,7 @@ BUILT_IN = {
         NO_PAIRS: BuiltIn("", "no pairs: the objective's returns"),
         **PAIR_LOSSES,
     },
+    "tracking.sinks.NAME.sink": SINKS,
 }
 """The words of settings that name a built-in class or function."""
 

@@ -257,7 +257,7 @@ class DiagnosticsConfig:
 @dataclass(kw_only=True, slots=True)
 class SinkConfig:
     sink: str = MISSING
-    """file.py:Class of yours, which receives every row of metrics"""
+    """receives every row of metrics: a tracker, or file.py:Class of yours"""
     options: dict[str, Any] = field(default_factory=dict)
     """keyword arguments that the object is built from"""
 

@@ -124,3 +124,8 @@ class Sinks:
                     described(error),
                     exc_info=True,
                 )
+
+
+def as_code(text: str) -> str:
+    """A text that Markdown shows as it is, each line indented by four spaces."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

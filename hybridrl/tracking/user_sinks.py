@@ -1,17 +1,18 @@
-"""Sinks of the user's own, `tracking.sinks.NAME.sink=file.py:Class`.
+"""The sinks of tracking.sinks: built-in trackers, and a user's own as `file.py:Class`.
 
-The file runs on the driver. Its class has the methods of tracking/sink.py and is built from the
-entry's options.
+A user's file runs on the driver. Each class has the methods of tracking/sink.py and is built from
+the entry's options.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.core.plain_text import described
 from hybridrl.core.user_files import load_from_file
-from hybridrl.settings.built_in import is_own
+from hybridrl.settings.built_in import SINKS, check_word, is_own
 from hybridrl.settings.run import SinkConfig, TrackingConfig
 from hybridrl.tracking.sink import Sink
 
@@ -36,7 +37,7 @@ def check_sinks(config: TrackingConfig) -> None:
 
 
 def build_sinks(config: TrackingConfig) -> Mapping[str, Sink]:
-    """The user's sinks, by the settings that name them.
+    """The sinks, by the settings that name them.
 
     Raises:
         ConfigError: as check_sinks, or building one raises.
@@ -60,9 +61,18 @@ def load_sink_class(name: str, entry: SinkConfig) -> Callable[..., Sink]:
     Raises:
         ConfigError: as check_sinks.
     """
-    field = f"tracking.sinks.{name}.sink={entry.sink}"
+    setting = f"tracking.sinks.{name}.sink"
+    field = f"{setting}={entry.sink}"
     if not is_own(entry.sink):
-        raise ConfigError(f"{field}: must be a class in a file; write path/to/file.py:Class")
+        check_word(setting, entry.sink, SINKS, "or write path/to/file.py:Class of yours")
+        if find_spec(entry.sink) is None:
+            raise ConfigError(
+                f"{field}: needs the package {entry.sink}, which is not installed; "
+                f"pip install 'hybridrl[{entry.sink}]'"
+            )
+        built_in = SINKS[entry.sink].load()
+        _check_options(name, entry, built_in)
+        return built_in
     loaded = load_from_file(field, entry.sink, kind="class")
     if not isinstance(loaded, type):
         raise ConfigError(f"{field}: must be a class; name a class that the file defines")
