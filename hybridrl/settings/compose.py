@@ -4,6 +4,7 @@ Nothing here or in run.py imports torch or ray, so that a typo is reported withi
 """
 
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -281,6 +282,22 @@ def one_sentence(
 def to_yaml(settings: RunSettings) -> str:
     """The resolved settings as YAML for run.dir/config.yaml, with secrets masked."""
     return OmegaConf.to_yaml(OmegaConf.create(_literal(redact.tree(_named(asdict(settings))))))
+
+
+def jobs_of_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep, in Hydra's order: the last override varies fastest.
+
+    Raises:
+        ConfigError: an override is not KEY=VALUE, or is an interval, which has no list of values.
+    """
+    with one_sentence(overrides):
+        points = []
+        for text, override in zip(overrides, parsed(overrides), strict=True):
+            try:
+                points.append(override.points())
+            except ValueError as error:
+                raise ConfigError(f"{text}: {error}; list them as KEY=A,B") from error
+    return [list(job) for job in itertools.product(*points)]
 
 
 def masked_yaml(text: str) -> str:

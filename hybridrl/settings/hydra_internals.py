@@ -93,6 +93,19 @@ class ParsedOverride:
         key = self._override.get_key_element()
         return [f"{key}={choice}" for choice in self._override.sweep_string_iterator()]
 
+    def points(self) -> list[str]:
+        """The override of each job of a sweep over choices or a range; else the override itself.
+
+        Raises:
+            ValueError: it is a sweep over an interval, which has no points.
+        """
+        if not self.is_sweep:
+            return [str(self._override.input_line)]
+        if not self._override.is_discrete_sweep():
+            raise ValueError("an interval has no list of values")
+        key = self._override.get_key_element()
+        return [f"{key}={value}" for value in self._override.sweep_string_iterator()]
+
 
 def parsed(overrides: Sequence[str]) -> list[ParsedOverride]:
     """Raises:

@@ -398,35 +398,40 @@ def test_a_job_on_two_nodes_with_tokens_is_stopped_saves_what_it_learned_and_goe
 ):
     run_dir = tmp_path / "job"
     spread = ["cluster.spread=true", "cluster.threads_per_worker=1"]
-    program = ["--", str(BIN / "hybridrl"), "train", *overrides, *spread, f"run.dir={run_dir}"]
-    submit = ["ray", "job", "submit", "--working-dir", str(ROOT)]
+    submit = ["hybridrl", "submit", "--program", str(BIN / "hybridrl")]
+    settings = [*overrides, *spread, f"run.dir={run_dir}"]
     begun = shell(
-        *submit,
-        "--no-wait",
-        "--submission-id",
-        "first",
-        *program,
-        "train.steps=1000",
-        env=two_nodes,
+        *submit, "--no-wait", "--id", "first", *settings, "train.steps=1000", env=two_nodes
     )
     assert begun.returncode == 0, begun.stdout[-3000:] + begun.stderr[-1000:]
+    assert "hybridrl jobs first follows it" in begun.stdout
     end = time.monotonic() + 300
     while len(read_metrics(run_dir)) < 3:
         assert time.monotonic() < end, shell("ray", "job", "logs", "first", env=two_nodes).stdout[
             -3000:
         ]
         time.sleep(0.5)
-    shell("ray", "job", "stop", "first", env=two_nodes)
-    assert "was stopped" in shell("ray", "job", "status", "first", env=two_nodes).stdout
+    stopped = shell("hybridrl", "jobs", "first", "--stop", env=two_nodes)
+    assert stopped.returncode == 0, stopped.stderr[-1000:]
+    followed = shell("hybridrl", "jobs", "first", env=two_nodes)
+    assert followed.returncode == 75, followed.stdout[-3000:] + followed.stderr[-1000:]
+    assert "job first: stopped, exit status 75" in followed.stdout
+    printed = re.findall(r"^step +(\d+)/", followed.stdout, re.MULTILINE)
+    assert printed and len(printed) == len(set(printed)), "no line comes twice"
     last = int(read_metrics(run_dir)[-1]["train/step"])
     assert (
         last >= 2
         and read_checkpoint(run_dir / "checkpoints" / f"step_{last:06d}").state.step == last
     )
 
-    job = shell(*submit, *program, f"train.steps={last + 1}", env=two_nodes, timeout_s=400)
+    job = shell(
+        *submit, "--resume", "first", f"train.steps={last + 1}", env=two_nodes, timeout_s=400
+    )
     assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-1000:]
-    assert "succeeded" in job.stdout and f"continues after step {last} of {last + 1}" in job.stdout
+    assert "succeeded, exit status 0" in job.stdout
+    assert f"continues after step {last} of {last + 1}" in job.stdout
     assert [row["train/step"] for row in read_metrics(run_dir)] == list(range(last + 2))
-    refused = shell("ray", "job", "list", env={**two_nodes, "RAY_AUTH_TOKEN": "not-the-token"})
-    assert refused.returncode != 0, "another token is refused"
+    listed = shell("hybridrl", "jobs", env=two_nodes).stdout.splitlines()
+    assert [line.split("  ")[1] for line in listed] == ["succeeded", "stopped"]
+    refused = shell("hybridrl", "jobs", env={**two_nodes, "RAY_AUTH_TOKEN": "not-the-token"})
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr

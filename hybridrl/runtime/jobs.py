@@ -1,0 +1,225 @@
+"""Jobs of a Ray cluster, by its dashboard: submit one, follow its output, stop it."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from hybridrl.core.errors import ClusterLost, ConfigError
+
+ADDRESS = "http://127.0.0.1:8265"
+"""Of the dashboard, as `ray start` opens it and a tunnel forwards it."""
+ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
+QUIET_S = 60.0  # of a lost connection to the output, after which the cluster counts as lost
+RETRY_S = 1.0
+STOPPED_STATUS = os.EX_TEMPFAIL  # 75: the same command continues
+EXCLUDED = (
+    ".git",
+    ".venv*",
+    "runs",
+    "wandb",
+    "outputs",
+    "multirun",
+    "__pycache__",
+    ".*_cache",
+)
+"""What is not sent with a working directory, beside what its .gitignore lists."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is submitted."""
+
+    id: str | None
+    """None: Ray chooses one"""
+    command: str
+    """for a shell on the head"""
+    folder: Path
+    """is copied to every node, and is the working directory of the command"""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """environment variables; the dashboard shows them"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A job as the cluster lists it."""
+
+    id: str
+    state: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED"""
+    command: str
+    started: datetime | None
+    exit_status: int | None
+    """of the command; None: it has not ended, or was killed"""
+    message: str
+
+    @property
+    def ended(self) -> bool:
+        return JobStatus(self.state).is_terminal()
+
+
+class Jobs:
+    """The jobs of one cluster.
+
+    Args:
+        address: http(s)://HOST:PORT of the dashboard; None: RAY_API_SERVER_ADDRESS, else port 8265
+            of this machine.
+
+    Raises:
+        ConfigError: no dashboard answers there, or it refuses the token.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        self.address = address or os.environ.get(ADDRESS_VARIABLE) or ADDRESS
+        with self._asking():
+            self._client = JobSubmissionClient(self.address)
+
+    def submit(self, job: Job) -> str:
+        """Start a job; returns its id.
+
+        Raises:
+            ConfigError: the cluster refuses it, e.g. because there is a job of that id, or the
+                folder is too large.
+        """
+        environment: dict[str, Any] = {
+            "working_dir": str(job.folder),
+            "excludes": list(EXCLUDED),
+            "env_vars": dict(job.variables),
+        }
+        with self._asking():
+            return self._client.submit_job(
+                entrypoint=job.command, submission_id=job.id, runtime_env=environment
+            )
+
+    def find(self, job_id: str) -> Submitted:
+        """Raises: ConfigError: there is no such job."""
+        with self._asking():
+            return described(self._client.get_job_info(job_id))
+
+    def all(self) -> list[Submitted]:
+        """Every job that was submitted to this cluster, the newest first."""
+        with self._asking():
+            listed = [described(d) for d in self._client.list_jobs() if d.submission_id]
+        return sorted(listed, key=lambda job: job.started or datetime.max, reverse=True)
+
+    def stop(self, job_id: str) -> None:
+        """Send SIGTERM to a job, after which a run saves a checkpoint."""
+        with self._asking():
+            self._client.stop_job(job_id)
+
+    def follow(self, job_id: str, write: Callable[[str], Any] = sys.stdout.write) -> Submitted:
+        """Write the job's output until it ends, from its beginning. A connection that is lost is
+        opened again, and what was written is not repeated.
+
+        Raises:
+            ConfigError: there is no such job.
+            ClusterLost: the dashboard did not answer for a minute.
+        """
+        asyncio.run(Output(self._client, self.address, job_id, write).follow())
+        return self.find(job_id)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Errors of Ray's client, as one sentence each."""
+        try:
+            yield
+        except (ConnectionError, requests.ConnectionError) as error:
+            raise ConfigError(
+                f"--address {self.address}: no Ray dashboard answers there; start the cluster, "
+                "open a tunnel to its head (ssh -L 8265:127.0.0.1:8265 HEAD), or give the address"
+            ) from error
+        except AuthenticationError as error:
+            raise ConfigError(
+                f"--address {self.address}: the cluster refuses the token; copy the head's "
+                "~/.ray/auth_token here, mode 600, and set RAY_AUTH_MODE=token"
+            ) from error
+        except RuntimeError as error:
+            raise ConfigError(f"--address {self.address}: {refusal(error)}") from error
+
+
+class Output:
+    """The output of a job, from the first character to the last, over connections that may end."""
+
+    def __init__(
+        self,
+        client: JobSubmissionClient,
+        address: str,
+        job_id: str,
+        write: Callable[[str], Any],
+    ) -> None:
+        self._client = client
+        self._address = address
+        self._job_id = job_id
+        self._write = write
+        self._written = 0  # characters
+
+    async def follow(self) -> None:
+        lost_at: float | None = None
+        loop = asyncio.get_running_loop()
+        while True:
+            before = self._written
+            try:
+                await self._tail()
+                if self._client.get_job_status(self._job_id).is_terminal():
+                    return
+            except (OSError, RuntimeError, requests.RequestException) as error:
+                if self._written > before:
+                    lost_at = None
+                lost_at = lost_at or loop.time()
+                if loop.time() - lost_at > QUIET_S:
+                    raise ClusterLost(
+                        f"job {self._job_id}: the dashboard at {self._address} has not answered "
+                        f"for {QUIET_S:g} s ({refusal(error)}); the job may go on: hybridrl jobs "
+                        f"{self._job_id} follows it again"
+                    ) from error
+            await asyncio.sleep(RETRY_S)
+
+    async def _tail(self) -> None:
+        """Write what one connection brings, without what earlier ones brought."""
+        seen = 0
+        async for text in self._client.tail_job_logs(self._job_id):
+            fresh = text[max(self._written - seen, 0) :]
+            seen += len(text)
+            if fresh:
+                self._write(fresh)
+                self._written += len(fresh)
+
+
+def exit_status(job: Submitted) -> int:
+    """The status with which a command that waited for the job ends: the job's own, and 75 for a
+    job that was stopped and that the same command continues.
+    """
+    match JobStatus(job.state):
+        case JobStatus.SUCCEEDED:
+            return 0
+        case JobStatus.STOPPED:
+            return STOPPED_STATUS
+    return job.exit_status or 1
+
+
+def described(details: JobDetails) -> Submitted:
+    """A job as Ray lists it, without its environment."""
+    started = details.start_time
+    return Submitted(
+        id=str(details.submission_id),
+        state=str(details.status),
+        command=details.entrypoint,
+        started=None if not started else datetime.fromtimestamp(started / 1000),
+        exit_status=details.driver_exit_code,
+        message=details.message or "",
+    )
+
+
+def refusal(error: BaseException) -> str:
+    """The last line of an error of Ray's client, which may hold a traceback of the server."""
+    lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,130 @@
+"""A submission is checked before the cluster is called, and its output is followed to the end."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.job_submission import JobStatus
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.launch.submission import check, job_of, parsed, settings_of, variables
+from hybridrl.runtime.jobs import Jobs, Output, Submitted, exit_status
+
+QUICKSTART = ["experiment=quickstart", "run.dir=/shared/runs/a"]
+
+
+def submitted(command: str, state: str = "RUNNING", exit_code: int | None = None) -> Submitted:
+    return Submitted(
+        id="a", state=state, command=command, started=None, exit_status=exit_code, message=""
+    )
+
+
+def test_a_job_runs_the_same_settings_also_those_with_spaces_and_quotes(tmp_path: Path) -> None:
+    tricky = "+reward.functions.r={function: 'r.py:f', weight: 0.5}"
+    submission = parsed(["--folder", str(tmp_path), "--id", "x", *QUICKSTART, tricky])
+    [overrides] = submission.overrides
+    job = job_of(submission, 0, overrides)
+    assert job.id == "x" and job.folder == tmp_path
+    assert settings_of(submitted(job.command)) == [*QUICKSTART, tricky]
+
+
+def test_a_sweep_is_one_job_for_each_combination_with_a_folder_of_its_own() -> None:
+    swept = ["train.lr=0.2,0.1", "run.seed=range(0,2)", "run.dir=/runs/${hydra:job.num}"]
+    submission = parsed(["-m", "--id", "s", *swept])
+    assert submission.overrides == [
+        ["train.lr=0.2", "run.seed=0", "run.dir=/runs/0"],
+        ["train.lr=0.2", "run.seed=1", "run.dir=/runs/1"],
+        ["train.lr=0.1", "run.seed=0", "run.dir=/runs/2"],
+        ["train.lr=0.1", "run.seed=1", "run.dir=/runs/3"],
+    ]
+    assert job_of(submission, 3, submission.overrides[3]).id == "s-3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--adress", "x"], "^--adress: hybridrl submit has no such option; see --help$"),
+        (["--folder", "/nowhere/at/all"], "is no folder; name the checkout"),
+        (["--env", "A"], "^--env A: must be NAME=VALUE$"),
+        (["-m", "train.lr=interval(0,1)"], "interval has no list of values; list them as KEY=A,B"),
+        (["--env", "JUDGE_API_KEY=sk-1234567890abcdef"], "^--env JUDGE_API_KEY: looks like a sec"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_sentence(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parsed([*arguments, *QUICKSTART])
+
+
+def test_a_secret_in_a_variable_is_not_repeated_in_the_message() -> None:
+    with pytest.raises(ConfigError) as caught:
+        dict(variables(["JUDGE_API_KEY=sk-1234567890abcdef"]))
+    assert "sk-1234" not in str(caught.value)
+
+
+def test_a_run_dir_that_would_be_deleted_with_the_job_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^run\.dir=runs/a: must be absolute"):
+        check(["experiment=quickstart", "run.dir=runs/a"])
+
+
+def test_a_variable_that_only_the_cluster_has_does_not_stop_a_submission(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    option = "+reward.functions.j={function: countdown, options: {k: '${oc.env:JUDGE_API_KEY}'}}"
+    check([*QUICKSTART, option])
+    with pytest.raises(ConfigError, match=r"train\.lr=-1"):
+        check([*QUICKSTART, option, "train.lr=-1"])
+
+
+def test_only_a_job_of_hybridrl_is_submitted_again() -> None:
+    with pytest.raises(ConfigError, match="--resume a: its command is no hybridrl train: sleep 9"):
+        settings_of(submitted("sleep 9"))
+
+
+@pytest.mark.parametrize(
+    ("state", "exit_code", "status"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", None, 1), ("STOPPED", None, 75)],
+)
+def test_the_command_ends_with_the_status_of_its_job(
+    state: str, exit_code: int | None, status: int
+) -> None:
+    assert exit_status(submitted("hybridrl train", state, exit_code)) == status
+
+
+def test_an_address_where_no_dashboard_answers_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="no Ray dashboard answers there"):
+        Jobs("http://127.0.0.1:1")
+
+
+class LosesConnections:
+    """A job whose output is "one two three": the first connection ends after "one ", the second
+    before it, each with an error. Each connection begins with the first character.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.connections = iter([["one "], [], ["one two", " three"]])
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        texts = next(self.connections)
+        self.events.append(f"connect {job_id}")
+        for text in texts:
+            yield text
+        if len(texts) < 2:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+
+    def get_job_status(self, job_id: str) -> JobStatus:
+        return JobStatus.SUCCEEDED
+
+
+def test_output_is_written_once_over_connections_that_are_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hybridrl.runtime.jobs.RETRY_S", 0.0)
+    client: Any = LosesConnections()
+    written: list[str] = []
+    asyncio.run(Output(client, "http://head:8265", "a", written.append).follow())
+    assert written == ["one ", "two", " three"]
+    assert client.events == ["connect a"] * 3
