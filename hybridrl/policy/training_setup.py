@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hybridrl.models.decoder_layers import attends_plainly, compile_layers, set_products
 from hybridrl.models.loading import load_layout
 from hybridrl.models.model_internals import wrapped_layers
+from hybridrl.policy.extensions import build_extension
 from hybridrl.settings.choices import Attention, Offload
 from hybridrl.settings.run import RunSettings
 
@@ -31,6 +32,8 @@ def join_ranks(
         "MASTER_ADDR": master[0],
         "MASTER_PORT": str(master[1]),
     }
+    # Before the ranks meet: one of them would wait for the others while they wait for the build.
+    build_extension()
     deepspeed.init_distributed(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=settings.deadlines.learn_s),
