@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from hybridrl.core.errors import (
     WeightSyncError,
     WorkerError,
 )
+from hybridrl.core.trace import DRIVER, SUFFIX, Trace
 from hybridrl.data.prompts import PromptSource
 from hybridrl.objectives import make_objective
 from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile, Stateful, Writer
@@ -134,7 +136,7 @@ class Controller:
         )
         self.weight_sync = WeightSync(workers.learner, workers.rollout, backend)
         self.probe = EngineProbe(settings, workers, prompts.prompts)
-        self.clock = PhaseClock()
+        self.clock = PhaseClock(driver_trace(settings))
         self.stateful: dict[str, Stateful] = {
             "pipeline": self.pipeline,
             "schedules": self.coefficients,
@@ -501,6 +503,12 @@ class Controller:
         self.steps_done = state.step
         self.saving.saved_step = state.step
         self.weight_version = state.weight_version
+
+
+def driver_trace(settings: RunSettings) -> Trace:
+    """The trace of the phases; one that records nothing without diagnostics.trace."""
+    path = Path(settings.run.dir) / "logs" / f"{DRIVER}{SUFFIX}"
+    return Trace(path if settings.diagnostics.trace else None)
 
 
 def check_logprob_gap(stats: LearnerStats, limit: float, *, step: int) -> None:

@@ -24,6 +24,7 @@ from hybridrl.core.errors import (
     WorkerTimeout,
     raised,
 )
+from hybridrl.core.trace import write_trace
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
 from hybridrl.kernels.products import processor, products_notice
@@ -102,6 +103,8 @@ def train(settings: RunSettings) -> RunResult:
         preemption.check()  # an optional sink swallows an exception, the signal's too
         console.notice(start_notice(settings, checkpoint))
         stack.enter_context(naming_what_is_saved(settings, run_dir))
+        if settings.diagnostics.trace:
+            stack.callback(write_trace, run_dir)
         cluster = stack.enter_context(Cluster(settings))
         check_attention(settings, cluster.device)
         check_engines(settings, cluster.device)

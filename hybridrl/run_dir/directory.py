@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from hybridrl.core import redact
 from hybridrl.core.errors import CheckpointError, ConfigError, RunDirectoryError
 from hybridrl.core.files import entries, read_bytes, read_text, replace_bytes, replace_text
+from hybridrl.core.trace import WHOLE
 from hybridrl.run_dir.checkpoint import (
     CHECKPOINTS,
     CONFIG,
@@ -45,6 +46,7 @@ PARTS = (
     "export",
     "wandb",
     *WRITTEN_INTO,
+    WHOLE,
 )
 """Files and folders that a run writes in place, removes files from, or copies into exports."""
 

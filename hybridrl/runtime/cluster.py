@@ -9,6 +9,7 @@ import torch
 from ray.util.placement_group import PlacementGroup
 
 from hybridrl.core.errors import ConfigError, PlacementError
+from hybridrl.core.trace import VARIABLE
 from hybridrl.runtime.actor_group import Slot
 from hybridrl.runtime.ray_connection import Connection, Node, RayConnection, undisturbed
 from hybridrl.runtime.worker_env import worker_env
@@ -148,7 +149,10 @@ class Cluster:
             chosen = self.settings.cluster.threads_per_worker
             threads = chosen or max(1, node.cpus // crowd)
         take_turns = not self.settings.pipeline.ahead and threads * crowd <= node.cpus
-        return worker_env(threads, self.device, self.settings.model.dtype, take_turns=take_turns)
+        environment = worker_env(
+            threads, self.device, self.settings.model.dtype, take_turns=take_turns
+        )
+        return environment | ({VARIABLE: "1"} if self.settings.diagnostics.trace else {})
 
     def _reserve(self, bundles: list[dict[str, float]]) -> PlacementGroup:
         limit = self.settings.deadlines.placement_s

@@ -20,6 +20,7 @@ import ray
 
 from hybridrl.core import redact
 from hybridrl.core.errors import HybridRLError, PlacementError
+from hybridrl.core.trace import trace_of_worker
 
 STACKS = signal.SIGUSR1
 """Makes a worker write the stack of each of its threads into its log, also while it is busy outside
@@ -118,10 +119,13 @@ class Host:
     """One method at a time, on the process's main thread."""
 
     def __init__(self, path: str, log: str, arguments: Mapping[str, object]) -> None:
-        self.worker = build(path, log, arguments)
+        self.trace = trace_of_worker(log, coroutines=False)
+        with self.trace.span("start"):
+            self.worker = build(path, log, arguments)
 
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.worker, method)(*args)
+        with self.trace.span(method):
+            return getattr(self.worker, method)(*args)
 
     def pid(self) -> int:
         return os.getpid()
@@ -134,10 +138,13 @@ class AsyncHost:
     """Coroutines of one event loop, for a worker that answers while it works."""
 
     def __init__(self, path: str, log: str, arguments: Mapping[str, object]) -> None:
-        self.worker = build(path, log, arguments)
+        self.trace = trace_of_worker(log, coroutines=True)
+        with self.trace.span("start"):
+            self.worker = build(path, log, arguments)
 
     async def call(self, method: str, *args: Any) -> Any:
-        return await getattr(self.worker, method)(*args)
+        with self.trace.span(method):
+            return await getattr(self.worker, method)(*args)
 
     async def pid(self) -> int:
         return os.getpid()

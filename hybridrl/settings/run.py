@@ -246,6 +246,9 @@ class DiagnosticsConfig:
     """steps between the expensive diagnostics, which are the gradients of both terms in parameter
     space (ZeRO 1 and 2) and a comparison of student and teacher; 0: never
     """
+    trace: bool = False
+    """record when each worker did what, for a view by time: trace.json in run.dir, at its end
+    """
 
     def __post_init__(self) -> None:
         if self.every < 0:

@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hybridrl.core.trace import Trace
+
 
 class PhaseClock:
     """Adds up the wall seconds of named phases until `take` is called.
@@ -13,9 +15,13 @@ class PhaseClock:
         with clock.phase("rollout"):
             ...
         clock.take() == {"time/rollout_s": 2.1}
+
+    Args:
+        trace: also records each phase; None: nothing does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace | None = None) -> None:
+        self._trace = trace or Trace(None)
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -23,7 +29,8 @@ class PhaseClock:
         """Count the time of a `with` block, also if it raises; nested phases both count it."""
         begin = time.perf_counter()
         try:
-            yield
+            with self._trace.span(name):
+                yield
         finally:
             self._seconds[name] += time.perf_counter() - begin
 
