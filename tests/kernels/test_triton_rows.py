@@ -20,10 +20,10 @@ def test_the_triton_rows_give_what_fp64_gives_for_every_divergence_and_number_of
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}",
         "OMP_NUM_THREADS": "1",
     }
-    job = [sys.executable, str(ROOT / "tests/support/triton_rows_job.py")]
+    job = [sys.executable, "-m", "gpu_checks.triton_rows"]
     done = subprocess.run(
         job, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -1,0 +1,1 @@
+"""What a first run on GPUs has to show, step by step: `tools/gpu_proof`."""

@@ -1,0 +1,71 @@
+"""One check: what was measured, what was expected and why, and the verdict."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Verdict(StrEnum):
+    passed = "pass"
+    failed = "fail"
+    not_run = "not run"
+    figure = "figure"  # a number for which nothing is expected
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """The result of one check, as it is stored in proof.json."""
+
+    name: str
+    verdict: Verdict
+    value: float | None = None  # None: nothing was measured, or it is not finite
+    low: float | None = None  # the least that passes; None: no limit
+    high: float | None = None  # the most that passes; None: no limit
+    unit: str = ""
+    # why these limits were chosen; of a check that was not run: what is missing; of one that broke
+    # off: the error
+    reason: str = ""
+
+
+def within(
+    name: str,
+    value: float,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    unit: str = "",
+    reason: str,
+) -> Check:
+    """A check that passes where low <= value <= high. A value that is not finite fails."""
+    if not math.isfinite(value):
+        return failed(name, f"the value is {value}; {reason}")
+    passes = (low is None or value >= low) and (high is None or value <= high)
+    return Check(
+        name=name,
+        verdict=Verdict.passed if passes else Verdict.failed,
+        value=value,
+        low=low,
+        high=high,
+        unit=unit,
+        reason=reason,
+    )
+
+
+def holds(name: str, condition: bool, reason: str) -> Check:
+    """A check of something that is true or false."""
+    return Check(name=name, verdict=Verdict.passed if condition else Verdict.failed, reason=reason)
+
+
+def figure(name: str, value: float, unit: str, reason: str = "") -> Check:
+    """A number for which nothing is expected."""
+    if not math.isfinite(value):
+        return failed(name, f"the value is {value}")
+    return Check(name=name, verdict=Verdict.figure, value=value, unit=unit, reason=reason)
+
+
+def failed(name: str, reason: str) -> Check:
+    return Check(name=name, verdict=Verdict.failed, reason=reason)
+
+
+def not_run(name: str, reason: str) -> Check:
+    return Check(name=name, verdict=Verdict.not_run, reason=reason)

@@ -1,0 +1,93 @@
+"""The steps of the proof, their parts, and what each part needs."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+from gpu_checks.ground import Ground
+
+KERNELS = ("torch", "triton", "transformers")
+LEARNER = (*KERNELS, "deepspeed", "hydra", "safetensors", "xxhash", "filelock")
+GRAPH = (*LEARNER, "ray", "vllm", "matplotlib")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Some checks of a step, in a process of their own: a fault of the device ends only them."""
+
+    name: str
+    title: str
+    run: str  # "module:function" of this package, which yields the checks of a Ground
+    packages: tuple[str, ...]
+    gpus: int = 1
+    nodes: int = 1
+    on_cpu: bool = True  # has a reduced form for CPUs
+    limit_s: float = 1800.0
+    # environment variables on a CPU
+    cpu_environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    number: int
+    title: str
+    parts: tuple[Part, ...]
+
+
+STEPS = (
+    Step(
+        number=1,
+        title="torch and Triton alone: the loss over the vocabulary",
+        parts=(
+            Part(
+                name="products",
+                title="products that keep their float32 sums",
+                run="products:products",
+                packages=KERNELS[:1],
+            ),
+            Part(
+                name="rows",
+                title="the Triton kernels against fp64",
+                run="triton_rows:rows",
+                packages=KERNELS[:2],
+                cpu_environment={"TRITON_INTERPRET": "1"},
+            ),
+            Part(
+                name="head",
+                title="the head pass against fp64",
+                run="head_pass:numerics",
+                packages=KERNELS[:2],
+            ),
+            Part(
+                name="speed",
+                title="time and memory of the head pass",
+                run="head_speed:speed",
+                packages=KERNELS[:2],
+            ),
+        ),
+    ),
+)
+
+
+def missing(part: Part, ground: Ground, *, gpus: int) -> str | None:
+    """What the part needs and does not have, in a few words; None: nothing.
+
+    Args:
+        gpus: of this machine.
+    """
+    absent = [package for package in part.packages if find_spec(package) is None]
+    if absent:
+        return f"needs the package{'s' * (len(absent) > 1)} {', '.join(absent)}"
+    if not ground.on_gpu:
+        if part.on_cpu:
+            return None
+        return f"needs {part.gpus} GPU{'s' * (part.gpus > 1)}; this is a run on a CPU"
+    if part.nodes > 1 and not (ground.shared and "RAY_ADDRESS" in os.environ):
+        return (
+            f"needs a Ray cluster of {part.nodes} nodes with GPUs at RAY_ADDRESS, and a folder "
+            "that all of them see: --shared FOLDER"
+        )
+    if gpus < part.gpus:
+        return f"needs {part.gpus} GPUs, this machine has {gpus}"
+    return None
