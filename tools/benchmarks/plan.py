@@ -1,8 +1,8 @@
 """The plan against real workers: peak memory and bytes of the shipped models on CPUs.
 
 Each worker runs in a process of its own, on sequences as long as the plan assumes. Measured is the
-peak of its resident memory less its size after imports. The formula was written with the tiny model
-in view; SmolLM2 tests it.
+peak of its resident memory less its size after imports, or of its tensors on a GPU
+(`tools/gpu_proof`). The formula was written with the tiny model in view; SmolLM2 tests it.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.planning.edges import TOKEN_COLUMNS, checkpoint_bytes, score_bytes, weight_bytes
 from hybridrl.planning.plan import GIB, make_plan
 from hybridrl.runtime.worker_env import worker_env
@@ -23,7 +24,6 @@ from hybridrl.settings.run import RunSettings
 
 BASE = (
     "run.dir=bench",
-    "cluster.device=cpu",
     "tracking.wandb=disabled",
     "train.products=model",
     "checkpoint.background=false",  # no copy of the state is made in what is measured
@@ -46,10 +46,15 @@ class Case:
     name: str
     worker: str  # learner, scorer or engine
     overrides: tuple[str, ...]
+    device: str = "cpu"
+
+    @property
+    def all_overrides(self) -> list[str]:
+        return [*BASE, f"cluster.device={self.device}", *self.overrides]
 
     @property
     def settings(self) -> RunSettings:
-        return load_config([*BASE, *self.overrides])
+        return with_arithmetic(load_config(self.all_overrides), None)
 
 
 def dtype_of(name: str, teacher: str) -> tuple[str, ...]:
@@ -93,7 +98,7 @@ def run(options: argparse.Namespace) -> dict:
 def compared(case: Case, found: dict[str, int]) -> dict[str, tuple[int, int]]:
     """(planned, measured) bytes of what this worker holds and sends."""
     settings = case.settings
-    plan = make_plan(settings, device="cpu", device_bytes=24 * GIB)
+    plan = make_plan(settings, device=case.device, device_bytes=24 * GIB)
     sizes = plan.sizes
     teacher = plan.sizes.teachers[0]
     team = {"engine": "rollout", "scorer": f"scorer-{teacher.name}"}.get(case.worker, case.worker)
@@ -118,11 +123,11 @@ def measured(case: Case) -> dict[str, int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     threads = max((os.cpu_count() or 1) // ranks, 1)
-    env = os.environ | worker_env(threads, "cpu", settings.model.dtype, take_turns=True)
+    env = os.environ | worker_env(threads, case.device, settings.model.dtype, take_turns=True)
     command = [sys.executable, "-m", "benchmarks.planned_worker", case.worker]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(port), *BASE, *case.overrides],
+            [*command, str(rank), str(port), *case.all_overrides],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

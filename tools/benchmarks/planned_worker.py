@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import (
@@ -38,15 +40,27 @@ used.
 """
 
 
-def memory(key: str) -> int:
-    """Bytes of this process: VmRSS now, or VmHWM, the most since the last `forget_peak`."""
+def in_use(device: str) -> int:
+    """Bytes that this process holds now: of its tensors on a GPU, else resident."""
+    return torch.cuda.memory_allocated() if device == "cuda" else resident("VmRSS")
+
+
+def peak(device: str) -> int:
+    """The most bytes that it has held since the last `forget_peak`."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+
+
+def resident(key: str) -> int:
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024
 
 
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+def forget_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def longest_batch(settings: RunSettings) -> RolloutBatch:
@@ -91,7 +105,8 @@ def learner(settings: RunSettings, rank: int, port: int) -> dict[str, int]:
 
     batch = longest_batch(settings)
     n = batch.num_sequences
-    worker = Learner(settings, rank=rank, master=("127.0.0.1", port), device="cpu")
+    device = settings.cluster.device
+    worker = Learner(settings, rank=rank, master=("127.0.0.1", port), device=device)
     ranks = settings.learner.ranks
     own = tuple(g for g in range(len(batch.uids)) if g % ranks == rank)
     lengths = np.diff(batch.offsets)[: len(own) * batch.group_size].tolist()
@@ -153,7 +168,7 @@ def scorer(settings: RunSettings, rank: int, port: int) -> dict[str, int]:
     worker = Scorer(
         settings,
         teacher=settings.scored_teachers[0],
-        device="cpu",
+        device=settings.cluster.device,
         evidence=make_objective(settings).needs.evidence[0],
         rule=head_rule(settings),
     )
@@ -165,7 +180,8 @@ def engine(settings: RunSettings, rank: int, port: int) -> dict[str, int]:
     from hybridrl.rollout.engine import Rollout
 
     async def sample() -> dict[str, int]:
-        worker = Rollout(settings, model=settings.model, device="cpu", backend="object_store")
+        device = settings.cluster.device
+        worker = Rollout(settings, model=settings.model, device=device, backend="object_store")
         order = GenerateOrder(
             wave="plan",
             chunk=0,
@@ -191,18 +207,18 @@ WORKERS: dict[str, Callable[[RunSettings, int, int], dict[str, int]]] = {
 
 def main(arguments: Sequence[str]) -> None:
     kind, rank, port, *overrides = arguments
-    settings = load_config(overrides)
+    settings = with_arithmetic(load_config(overrides), None)
+    device = settings.cluster.device
     if kind == "engine":
         from hybridrl.rollout.vllm_internals import environment
 
         os.environ |= environment(own_process=False)
     for module in IMPORTS[kind]:
         importlib.import_module(module)
-    imports = memory("VmRSS")
-    forget_peak()
+    imports = in_use(device)
+    forget_peak(device)
     sizes = WORKERS[kind](settings, int(rank), int(port))
-    peak = memory("VmHWM")
-    print("PLANNED " + json.dumps({"imports": imports, "peak": peak, **sizes}), flush=True)
+    print("PLANNED " + json.dumps({"imports": imports, "peak": peak(device), **sizes}), flush=True)
     os._exit(0)  # gloo's destructors abort now and then
 
 

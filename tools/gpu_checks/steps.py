@@ -67,6 +67,30 @@ STEPS = (
             ),
         ),
     ),
+    Step(
+        number=2,
+        title="learner and scorer with DeepSpeed, without Ray and vLLM",
+        parts=(
+            Part(
+                name="learner-float32",
+                title="steps, checkpoint and scorer in float32",
+                run="learner:in_float32",
+                packages=LEARNER,
+            ),
+            Part(
+                name="learner-bfloat16",
+                title="steps, checkpoint and scorer in bfloat16",
+                run="learner:in_bfloat16",
+                packages=LEARNER,
+            ),
+            Part(
+                name="plan",
+                title="memory and bytes against the plan",
+                run="planned:rows",
+                packages=(*LEARNER, "ray"),  # the plan reads the layout of a run's workers
+            ),
+        ),
+    ),
 )
 
 
