@@ -22,6 +22,7 @@ COMMANDS = (
     "tools/setup",
     "tools/test",
     "tools/quickstart",
+    "tools/gpu_proof",
     ".ci/run",
     "cluster/head.sh",
     "cluster/worker.sh",
@@ -40,7 +41,6 @@ RECIPES = (
     "hybridrl/rewards/README.md",
     "tools/chaos_faults/README.md",
     "cluster/README.md",
-    "cluster/SMOKE.md",
     "cluster/rayjob.yaml",
     "cluster/slurm.sbatch",
 )

@@ -18,7 +18,7 @@ from gpu_checks.ground import Ground
 from gpu_checks.page import PAGE, expected, shown, write_page
 from gpu_checks.part_process import run_part
 from gpu_checks.proof import FILE, PartResult, Proof, StepResult, earlier_steps, store
-from gpu_checks.steps import STEPS, Part, Step, missing
+from gpu_checks.steps import STEPS, Part, Step, devices, missing
 
 FOLDER = "runs/gpu_proof"
 NO_GPU = (
@@ -76,15 +76,14 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def listed_steps() -> Iterator[str]:
-    """Each step and what it needs."""
+    """Each step and what all of its parts need."""
     yield "steps:"
     for step in STEPS:
         yield f"  {step.number}  {step.title}"
-        packages = list(dict.fromkeys(name for part in step.parts for name in part.packages))
-        gpus = max(part.gpus for part in step.parts)
-        nodes = max(part.nodes for part in step.parts)
-        of_nodes = f" on each of {nodes} nodes" if nodes > 1 else ""
-        yield f"     needs {gpus} GPU{'s' * (gpus > 1)}{of_nodes}, {', '.join(packages)}"
+        first, *others = (part.packages for part in step.parts)
+        packages = [name for name in first if all(name in of_part for of_part in others)]
+        largest = max(step.parts, key=lambda part: (part.nodes, part.gpus))
+        yield f"     needs {devices(largest)}, {', '.join(packages)}"
 
 
 def run_step(step: Step, ground: Ground, machine: dict[str, Any]) -> StepResult:

@@ -17,7 +17,7 @@ from benchmarks.planned_worker import rewards_of
 
 from gpu_checks.check import Check, holds, not_run, within
 from gpu_checks.ground import Ground
-from gpu_checks.rounding import CHAIN, epsilon, of_sums
+from gpu_checks.rounding import CHAIN, GAP_REASON, SUBLAYERS, WORDS, logprob_gap, of_layers, of_sums
 from hybridrl.batch.balance import micro_batches
 from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.objectives import make_objective
@@ -36,8 +36,6 @@ from hybridrl.types import (
     UpdatePlan,
 )
 
-LAYERS = 4  # of the tiny model
-WORDS = 23  # tokens of its vocabulary
 LR = 1e-3
 STEPS = 3
 GROUPS = 8
@@ -132,7 +130,7 @@ def step_checks(
             high=of_layers(dtype),
             unit="relative error",
             reason=f"three steps against float32 with ZeRO 1 on a CPU: {CHAIN} roundings in each "
-            f"of {2 * LAYERS} sublayers",
+            f"of {SUBLAYERS} sublayers",
         )
     yield within(
         f"distance that the weights moved, {name}",
@@ -141,15 +139,6 @@ def step_checks(
         unit="relative error",
         reason="as far as on the CPU: every weight is stepped, by this learning rate",
     )
-
-
-def of_layers(dtype: str) -> float:
-    """The relative error of a result after a forward and a backward pass of the tiny model.
-
-    Every sublayer rounds what it adds to the residual stream, one independently of the other.
-    """
-    narrow = epsilon(getattr(torch, dtype))
-    return CHAIN * narrow * math.sqrt(2 * LAYERS) + of_sums(GROUPS * SAMPLES * 16)
 
 
 def resume_checks(
@@ -240,9 +229,9 @@ def scorer_checks(ground: Ground, dtype: str, kind: str) -> Iterator[Check]:
     yield within(
         f"scorer and learner on the drawn tokens, evidence {kind}, {dtype}",
         learner.logprob_gaps(by_teacher)[0],
-        high=gap_of(dtype),
+        high=logprob_gap(dtype),
         unit="nats",
-        reason=f"an epsilon in each of {2 * LAYERS} sublayers, of a log-prob of ln {WORDS}",
+        reason=GAP_REASON,
     )
     if kind == "drawn":
         return
@@ -251,15 +240,10 @@ def scorer_checks(ground: Ground, dtype: str, kind: str) -> Iterator[Check]:
     yield within(
         f"divergence of the student from itself, evidence {kind}, {dtype}",
         abs(stats.metrics["eval/kl_token"]),
-        high=gap_of(dtype) ** 2 + of_sums(WORDS) * math.log(WORDS),
+        high=logprob_gap(dtype) ** 2 + of_sums(WORDS) * math.log(WORDS),
         unit="nats a token",
         reason="it is quadratic in the differences of log-probs, and a sum of float32",
     )
-
-
-def gap_of(dtype: str) -> float:
-    """The mean difference, in nats, of log-probs that two workers compute in different batches."""
-    return epsilon(getattr(torch, dtype)) * math.sqrt(2 * LAYERS) * math.log(WORDS)
 
 
 # -- parts -----------------------------------------------------------------------------------------

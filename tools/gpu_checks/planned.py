@@ -60,8 +60,7 @@ def row_check(name: str, what: str, planned: int, seen: int, ground: Ground) -> 
 def cases(ground: Ground) -> Iterator[Case]:
     """Learner and scorer of the user's models, else of SmolLM2, else of the tiny model."""
     model, overrides, teacher = models(ground)
-    dtypes = ("bfloat16", "float32") if ground.on_gpu and not ground.model else ("bfloat16",)
-    for dtype in dtypes if ground.on_gpu else ("float32",):
+    for dtype in dtypes(ground):
         settings = (*overrides, *dtype_of(dtype, teacher))
         for held, stage in HELD if ground.on_gpu else HELD[:1]:
             case = Case(
@@ -70,6 +69,13 @@ def cases(ground: Ground) -> Iterator[Case]:
             yield replace(case, device=ground.device)
         scorer = Case(name=f"{model} {dtype}", worker="scorer", overrides=settings)
         yield replace(scorer, device=ground.device)
+
+
+def dtypes(ground: Ground) -> tuple[str, ...]:
+    """Of a shipped model both; the user's model may be too large in float32."""
+    if not ground.on_gpu:
+        return ("float32",)
+    return ("bfloat16",) if ground.model else ("bfloat16", "float32")
 
 
 def models(ground: Ground) -> tuple[str, tuple[str, ...], str]:

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 
 from gpu_checks.ground import Ground
 
-KERNELS = ("torch", "triton", "transformers")
-LEARNER = (*KERNELS, "deepspeed", "hydra", "safetensors", "xxhash", "filelock")
+KERNELS = ("torch", "triton")
+LEARNER = (*KERNELS, "transformers", "deepspeed", "hydra", "safetensors", "xxhash", "filelock")
 GRAPH = (*LEARNER, "ray", "vllm", "matplotlib")
 
 
@@ -44,26 +44,26 @@ STEPS = (
                 name="products",
                 title="products that keep their float32 sums",
                 run="products:products",
-                packages=KERNELS[:1],
+                packages=KERNELS,
             ),
             Part(
                 name="rows",
                 title="the Triton kernels against fp64",
                 run="triton_rows:rows",
-                packages=KERNELS[:2],
+                packages=KERNELS,
                 cpu_environment={"TRITON_INTERPRET": "1"},
             ),
             Part(
                 name="head",
                 title="the head pass against fp64",
                 run="head_pass:numerics",
-                packages=KERNELS[:2],
+                packages=KERNELS,
             ),
             Part(
                 name="speed",
                 title="time and memory of the head pass",
                 run="head_speed:speed",
-                packages=KERNELS[:2],
+                packages=KERNELS,
             ),
         ),
     ),
@@ -91,6 +91,72 @@ STEPS = (
             ),
         ),
     ),
+    Step(
+        number=3,
+        title="a whole run on one GPU",
+        parts=(
+            Part(
+                name="object-store",
+                title="weights through Ray's object store",
+                run="graph:object_store",
+                packages=GRAPH,
+            ),
+            Part(
+                name="ipc",
+                title="weights by CUDA IPC",
+                run="graph:ipc",
+                packages=GRAPH,
+                on_cpu=False,
+            ),
+        ),
+    ),
+    Step(
+        number=4,
+        title="several GPUs: NCCL, ZeRO 3, bfloat16",
+        parts=(
+            Part(
+                name="nccl",
+                title="weights by NCCL, and the run continued",
+                run="graph:nccl",
+                packages=GRAPH,
+                gpus=4,
+                on_cpu=False,
+                limit_s=2400.0,
+            ),
+            Part(
+                name="offload",
+                title="a part of the learner in host memory",
+                run="graph:offload",
+                packages=GRAPH,
+                gpus=4,
+                on_cpu=False,
+                limit_s=2400.0,
+            ),
+            Part(
+                name="flash-attention",
+                title="flash-attn in learner and scorer",
+                run="graph:flash_attention",
+                packages=(*GRAPH, "flash_attn"),
+                gpus=4,
+                on_cpu=False,
+            ),
+        ),
+    ),
+    Step(
+        number=5,
+        title="two nodes",
+        parts=(
+            Part(
+                name="two-nodes",
+                title="the workers of each group on different nodes",
+                run="graph:two_nodes",
+                packages=GRAPH,
+                gpus=2,
+                nodes=2,
+                on_cpu=False,
+            ),
+        ),
+    ),
 )
 
 
@@ -106,7 +172,7 @@ def missing(part: Part, ground: Ground, *, gpus: int) -> str | None:
     if not ground.on_gpu:
         if part.on_cpu:
             return None
-        return f"needs {part.gpus} GPU{'s' * (part.gpus > 1)}; this is a run on a CPU"
+        return f"needs {devices(part)}; this is a run on a CPU"
     if part.nodes > 1 and not (ground.shared and "RAY_ADDRESS" in os.environ):
         return (
             f"needs a Ray cluster of {part.nodes} nodes with GPUs at RAY_ADDRESS, and a folder "
@@ -115,3 +181,9 @@ def missing(part: Part, ground: Ground, *, gpus: int) -> str | None:
     if gpus < part.gpus:
         return f"needs {part.gpus} GPUs, this machine has {gpus}"
     return None
+
+
+def devices(part: Part) -> str:
+    """Example: "4 GPUs", "1 GPU on each of 2 nodes"."""
+    count = f"{part.gpus} GPU{'s' * (part.gpus > 1)}"
+    return count if part.nodes == 1 else f"{count} on each of {part.nodes} nodes"

@@ -1,0 +1,253 @@
+"""Whole runs of the quickstart: on one GPU, on several, and on two nodes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from gpu_checks.check import Check, figure, holds, not_run, within
+from gpu_checks.ground import Ground
+from gpu_checks.rounding import GAP_REASON, logprob_gap, of_layers
+
+LIMIT_S = 900.0  # of one run
+STEPS = 5
+STEPS_ON_CPU = 2
+SYNC_S = 1.0
+"""A sync of the tiny model, 3 MB. NCCL over sockets, or a rank that waits, takes longer."""
+GAPS = {
+    "policy/logprob_gap": "learner against engine, sampled tokens",
+    "policy/probe_gap": "learner against engine, right after each sync",
+}
+ON_ONE_GPU = ("cluster.colocate=true", "rollout.gpu_memory_utilization=0.3")
+"""Learner, engine and teacher share it."""
+ON_SEVERAL = (
+    "rollout.weight_transfer=nccl",
+    "rollout.max_logprob_gap=0.1",  # the experiment's own is for float32
+    "learner.ranks=2",
+    "learner.zero_stage=3",
+    "model.dtype=bfloat16",
+    "checkpoint.every=2",
+)
+"""Two learner ranks, one engine and one teacher."""
+GPUS = 4
+WITHOUT_EVALUATION = ("eval.every=0", "eval.teacher=false", "checkpoint.every=0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a run left."""
+
+    name: str
+    status: int  # of its process; -1: it was ended after LIMIT_S
+    output: str
+    rows: list[dict[str, float]]  # metrics.jsonl
+
+
+def object_store(ground: Ground) -> Iterator[Check]:
+    """One GPU, or none; the weights go through Ray's object store."""
+    name = "object_store"
+    if ground.on_gpu:
+        run = train(ground, name, STEPS, *ON_ONE_GPU, "rollout.weight_transfer=object_store")
+        yield from run_checks(run, STEPS, "float32", "object_store")
+    else:
+        run = train(ground, name, STEPS_ON_CPU, *WITHOUT_EVALUATION)
+        yield from run_checks(run, STEPS_ON_CPU, "float32", "object_store")
+
+
+def ipc(ground: Ground) -> Iterator[Check]:
+    """One GPU; the weights stay on it."""
+    run = train(ground, "ipc", STEPS, *ON_ONE_GPU, "rollout.weight_transfer=ipc")
+    yield from run_checks(run, STEPS, "float32", "ipc")
+
+
+def nccl(ground: Ground) -> Iterator[Check]:
+    """Several GPUs, then the same command again, which has nothing left to do."""
+    run = train(ground, "nccl", STEPS, *ON_SEVERAL)
+    yield from run_checks(run, STEPS, "bfloat16", "nccl")
+    again = train(ground, "nccl", STEPS, *ON_SEVERAL, again=True)
+    yield holds(
+        "nccl: the same command continues after the last step",
+        again.status == 0 and f"after step {STEPS} of {STEPS}" in again.output,
+        f"it prints: {last_line(again.output)}",
+    )
+
+
+def offload(ground: Ground) -> Iterator[Check]:
+    """As nccl, with a part of the learner in host memory."""
+    for what in ("optimizer", "parameters"):
+        name = f"nccl-offload-{what}"
+        run = train(ground, name, STEPS, *ON_SEVERAL, f"learner.offload={what}")
+        yield from run_checks(run, STEPS, "bfloat16", "nccl")
+        yield same_first_loss(ground, run)
+
+
+def flash_attention(ground: Ground) -> Iterator[Check]:
+    """As nccl, with flash-attn in learner and scorer."""
+    name = "nccl-flash-attention"
+    run = train(ground, name, STEPS, *ON_SEVERAL, "model.attention=flash_attention_2")
+    yield from run_checks(run, STEPS, "bfloat16", "nccl")
+    yield same_first_loss(ground, run)
+
+
+def two_nodes(ground: Ground) -> Iterator[Check]:
+    """As nccl, with the workers of each group on different nodes."""
+    nodes = gpus_of_nodes()
+    if len(nodes) < 2 or sum(nodes) < GPUS:
+        yield not_run(
+            "two nodes",
+            f"needs 2 nodes with {GPUS} GPUs in all; the cluster at RAY_ADDRESS has nodes with "
+            f"{', '.join(map(str, nodes)) or 'no'} GPUs",
+        )
+        return
+    assert ground.shared is not None, "steps.missing requires it"
+    run = train(
+        ground,
+        "two-nodes",
+        STEPS,
+        *ON_SEVERAL,
+        "cluster.spread=true",
+        folder=Path(ground.shared).expanduser() / "gpu_proof",
+    )
+    yield from run_checks(run, STEPS, "bfloat16", "nccl")
+
+
+def gpus_of_nodes() -> list[int]:
+    """The GPUs of each node of the Ray cluster at RAY_ADDRESS that has some."""
+    import ray
+
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+    counts = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+    ray.shutdown()
+    return [count for count in counts if count]
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def train(
+    ground: Ground,
+    name: str,
+    steps: int,
+    *overrides: str,
+    folder: Path | None = None,
+    again: bool = False,
+) -> Run:
+    """Run `hybridrl train experiment=quickstart` in a process of its own.
+
+    Args:
+        folder: that holds its run.dir; None: the one of the proof.
+        again: continue the run of this name; else one that an earlier call left is removed.
+    """
+    run_dir = (folder or ground.root) / "runs" / name
+    if not again:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    arguments = [
+        "experiment=quickstart",
+        f"run.dir={run_dir}",
+        f"cluster.device={ground.device}",
+        f"train.steps={steps}",
+        "tracking.wandb=disabled",
+        *overrides,
+    ]
+    log = ground.root / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        start = file.tell()
+        status = completed(["train", *arguments], file.fileno())
+    output = log.read_text(errors="replace")[start:]
+    return Run(name=name, status=status, output=output, rows=metrics_of(run_dir))
+
+
+def completed(arguments: Sequence[str], output: int) -> int:
+    """The exit status of the command `hybridrl`; -1: it was stopped after LIMIT_S."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hybridrl.cli", *arguments],
+        stdout=output,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        return process.wait(LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # it ends its workers
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return -1
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    from hybridrl.tracking.jsonl import METRICS, read_metrics
+
+    return read_metrics(run_dir) if (run_dir / METRICS).is_file() else []
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+def run_checks(run: Run, steps: int, dtype: str, transfer: str) -> Iterator[Check]:
+    """What every run must show: all steps, weights that arrive, and no older ones."""
+    yield holds(
+        f"{run.name}: ends without an error",
+        run.status == 0,
+        f"status {run.status}, it prints: {last_line(run.output)}",
+    )
+    rows = [row for row in run.rows if "policy/logprob_gap" in row]
+    yield within(
+        f"{run.name}: steps", len(rows), low=steps, high=steps, reason="train.steps of the command"
+    )
+    if not rows:
+        return
+    yield holds(
+        f"{run.name}: weights are sent by {transfer}",
+        f"weights travel by {transfer};" in run.output,
+        "by the line that a run prints when its workers are ready",
+    )
+    for key, what in GAPS.items():
+        yield within(
+            f"{run.name}: {what}",
+            max(row[key] for row in rows),
+            high=logprob_gap(dtype),
+            unit="nats",
+            reason=f"the largest of {steps} steps; {GAP_REASON}",
+        )
+    yield within(
+        f"{run.name}: versions between sampling and learning",
+        max(row["policy/staleness_max"] for row in rows),
+        high=0,
+        reason="schedule=sync samples with the newest weights",
+    )
+    yield within(
+        f"{run.name}: weight sync",
+        median(row["time/sync_s"] for row in rows),
+        high=SYNC_S,
+        unit="s",
+        reason="of 3 MB; NCCL over sockets, or a rank that waits, takes longer",
+    )
+    step_s = median(row["time/step_s"] for row in rows)
+    yield figure(f"{run.name}: step", step_s, "s", "median")
+
+
+def same_first_loss(ground: Ground, run: Run) -> Check:
+    """The first loss, before any weight moved, is that of the run `nccl`."""
+    name = f"{run.name}: first loss, as of nccl"
+    others = metrics_of(ground.root / "runs" / "nccl")
+    if not others or not run.rows:
+        return not_run(name, "needs both runs")
+    expected = others[0]["train/loss"]
+    return within(
+        name,
+        abs(run.rows[0]["train/loss"] - expected) / abs(expected),
+        high=of_layers("bfloat16"),
+        unit="relative error",
+        reason="the same weights, seeds and responses; 4 roundings to bfloat16 in each sublayer",
+    )
+
+
+def last_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else "nothing"
