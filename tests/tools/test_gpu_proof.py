@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_checks import __main__ as command
-from gpu_checks import head_pass, head_speed, part_process, steps
+from gpu_checks import graph, head_pass, head_speed, learner_cases, part_process, products, steps
+from gpu_checks import planned as planned_rows
 from gpu_checks.check import Check, Verdict, figure, holds, not_run, within
 from gpu_checks.ground import Ground
 from gpu_checks.head_pass import ON_CPU, near_teacher, written_formula
@@ -21,6 +22,7 @@ from gpu_checks.steps import Part, missing
 
 from hybridrl.kernels import head
 from hybridrl.kernels.rows import RowResult, row_work
+from hybridrl.settings.compose import load_config
 
 ROOT = Path(__file__).parent.parent.parent
 PART = Part(name="p", title="a part", run="m:f", packages=("torch",))
@@ -113,7 +115,8 @@ def wrong(*arguments):
     factors = right(*arguments)
     return factors._replace(sparse=factors.sparse * 1.001)
 kernels.coefficients = wrong
-print(json.dumps({c.name: c.verdict for c in checks.rows(checks.Ground(device="cpu", folder="."))}))
+verdicts = {c.name: c.verdict for c in checks.rows(checks.Ground(device="cpu", folder="."))}
+print(json.dumps(verdicts | {"differing": checks.differing_entries(5, 37, "cpu")}))
 """
 
 
@@ -130,6 +133,14 @@ def test_a_triton_kernel_with_a_wrong_number_fails_where_that_number_counts():
     assert verdicts["Triton rows, gradient, reverse_kl of 0"] == "fail"
     assert verdicts["Triton rows, values, forward_kl of 0"] == "fail"  # the norm of that part
     assert verdicts["Triton rows past entry 2**31"] == "not run"
+    assert verdicts["differing"] == 0
+
+
+def test_products_that_round_their_sums_fail():
+    """As those of a CPU do, where the logits alone keep theirs."""
+    checks = list(products.products_on("cpu", 64, 32, 48))
+    assert [c.verdict for c in checks] == ["pass", "fail", "fail"]
+    assert all(c.value > 1e-3 for c in checks[1:] if c.value is not None)
 
 
 # -- time and memory -------------------------------------------------------------------------------
@@ -280,6 +291,152 @@ def test_steps_of_an_earlier_call_stay_on_the_same_machine_and_are_replaced_by_n
         (1, "2026-02-02"),
         (2, "2026-01-01"),
     ]
+
+
+# -- learner and scorer ----------------------------------------------------------------------------
+
+STEPPED = """
+import json, sys
+from gpu_checks.ground import Ground
+from gpu_checks.learner import set_environment
+set_environment("cpu", "float32")
+from gpu_checks import learner_cases as cases
+
+ground = Ground(device="cpu", folder=sys.argv[1])
+expected = cases.reference_steps(ground)
+case = cases.ON_GPU[2]
+right = list(cases.case_checks(ground, "float32", case, expected))
+cases.LR *= 1.01
+wrong = list(cases.case_checks(ground, "float32", case, expected))
+scorer = list(cases.scorer_checks(ground, "float32", "support"))
+broken = cases.logprob_gap
+cases.logprob_gap = lambda dtype: broken(dtype) / 1000
+strict = list(cases.scorer_checks(ground, "float32", "support"))
+print(json.dumps([[c.verdict for c in part] for part in (right, wrong, scorer, strict)]))
+sys.stdout.flush()
+import os
+os._exit(0)
+"""
+
+
+def test_the_learner_steps_and_resumes_as_the_reference_and_a_wrong_learning_rate_fails(tmp_path):
+    """With ZeRO 3. A rate that is a hundredth too large leaves the first loss as it was, and is
+    seen in later ones and in the distance.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", STEPPED, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    right, wrong, scorer, strict = json.loads(done.stdout.splitlines()[-1])
+    assert right == ["pass"] * 6
+    assert wrong == ["fail"] * 3 + ["pass"] * 3
+    assert scorer == ["pass"] * 2
+    assert strict[0] == "fail"
+
+
+def test_a_resumed_step_is_compared_only_where_a_step_repeats_itself():
+    def verdicts(saved: str, straight: str, first: str, second: str) -> list[str]:
+        again = [("w2", first), ("w2", second)]
+        return [c.verdict for c in learner_cases.resume_checks("x", saved, straight, again)]
+
+    assert verdicts("w2", "w3", "w3", "w3") == ["pass", "pass", "pass"]
+    assert verdicts("w2", "w3", "other", "other") == ["pass", "pass", "fail"]
+    assert verdicts("w2", "w3", "w3", "other") == ["pass", "fail", "not run"]
+    assert verdicts("w1", "w3", "w3", "w3") == ["fail", "pass", "pass"]
+
+
+def test_a_peak_a_quarter_off_the_plan_fails_and_bytes_must_be_exact(tmp_path):
+    mib = 2**20
+
+    def verdict(what: str, planned: int, seen: int, device: str = "cuda") -> str:
+        return planned_rows.row_check("x", what, planned, seen, ground(tmp_path, device)).verdict
+
+    assert verdict("peak", 1000 * mib, 850 * mib) == "pass"
+    assert verdict("peak", 1000 * mib, 1250 * mib) == "fail"
+    assert verdict("peak", 1000 * mib, 800 * mib) == "fail"
+    assert verdict("peak", 100 * mib, 800 * mib) == "figure"  # too small on a GPU
+    assert verdict("peak", 100 * mib, 800 * mib, "cpu") == "fail"
+    assert [verdict("weights", 100, seen) for seen in (100, 101)] == ["pass", "fail"]
+
+
+def test_the_plan_is_compared_with_the_models_that_the_user_gives(tmp_path):
+    given = replace(ground(tmp_path, "cuda"), model="builtin:countdown-student")
+    cases = list(planned_rows.cases(given))
+    assert [c.worker for c in cases] == ["learner"] * 5 + ["scorer"]
+    settings = [c.settings for c in cases]
+    assert [s.learner.zero_stage for s in settings[:5]] == [1, 2, 3, 1, 3]
+    assert {s.teachers["main"].path for s in settings} == {"builtin:countdown-student"}
+    assert {(s.model.dtype, s.learner.gradient_checkpointing) for s in settings} == {
+        ("bfloat16", True)
+    }
+    learner, _ = planned_rows.cases(ground(tmp_path))
+    assert (learner.device, learner.settings.model.dtype) == ("cpu", "float32")
+
+
+# -- whole runs ------------------------------------------------------------------------------------
+
+
+def run_of(rows: list[dict[str, float]], status: int = 0, transfer: str = "nccl") -> graph.Run:
+    output = f"workers ready after 9 s on cuda, weights travel by {transfer}; the longest\ndone\n"
+    return graph.Run(name="r", status=status, output=output, rows=rows)
+
+
+ROW = {
+    "policy/logprob_gap": 0.01,
+    "policy/probe_gap": 0.02,
+    "policy/staleness_max": 0.0,
+    "time/sync_s": 0.1,
+    "time/step_s": 3.0,
+}
+
+
+def test_a_whole_run_fails_by_its_gaps_its_versions_its_sync_and_its_end():
+    def failing(run: graph.Run, dtype: str = "bfloat16") -> list[str]:
+        checks = graph.run_checks(run, 2, dtype, "nccl")
+        return [c.name.removeprefix("r: ") for c in checks if c.verdict is Verdict.failed]
+
+    gaps = [
+        "learner against engine, sampled tokens",
+        "learner against engine, right after each sync",
+    ]
+    assert failing(run_of([ROW, ROW])) == []
+    assert failing(run_of([ROW, ROW]), "float32") == gaps
+    assert failing(run_of([ROW, ROW], status=1)) == ["ends without an error"]
+    assert failing(run_of([ROW])) == ["steps"]
+    assert failing(run_of([], status=1)) == ["ends without an error", "steps"]
+    assert failing(run_of([ROW, ROW], transfer="ipc")) == ["weights are sent by nccl"]
+    late = ROW | {"policy/staleness_max": 1.0, "time/sync_s": 3.0}
+    assert failing(run_of([late, late])) == [
+        "versions between sampling and learning",
+        "weight sync",
+    ]
+    broken = ROW | {"policy/probe_gap": float("nan")}
+    assert failing(run_of([ROW, broken])) == gaps[1:]
+
+
+def test_a_run_with_offloading_must_begin_with_the_loss_of_the_run_without(tmp_path):
+    place = ground(tmp_path, "cuda")
+    assert graph.same_first_loss(place, run_of([])).verdict is Verdict.not_run
+    metrics = tmp_path / "runs" / "nccl" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"train/step": 1, "train/loss": 2.0}\n')
+    verdicts = [
+        graph.same_first_loss(place, run_of([{"train/loss": loss}])).verdict for loss in (2.1, 2.3)
+    ]
+    assert verdicts == ["pass", "fail"]
+
+
+def test_every_command_of_a_whole_run_is_a_valid_one():
+    several = ("experiment=quickstart", "run.dir=X", "cluster.device=cuda", *graph.ON_SEVERAL)
+    for more in ("learner.offload=optimizer", "learner.offload=parameters", "cluster.spread=true"):
+        load_config([*several, more])
+    for transfer in ("object_store", "ipc"):
+        load_config([*several[:3], *graph.ON_ONE_GPU, f"rollout.weight_transfer={transfer}"])
 
 
 # -- with few packages -----------------------------------------------------------------------------

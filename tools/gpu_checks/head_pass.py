@@ -1,6 +1,6 @@
 """The head pass against fp64: gradients and values, for every kind of evidence about a teacher."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpu_checks.check import Check, within
 from gpu_checks.ground import Ground
-from gpu_checks.rounding import epsilon, of_gradient, of_sums
+from gpu_checks.rounding import epsilon, largest, of_gradient, of_sums
 from hybridrl.kernels.head import HeadRule, HeadStats, hybrid_head_loss
 from hybridrl.kernels.teacher_rows import (
     HiddenTeacher,
@@ -231,11 +231,6 @@ def error(found: Tensor, exact: Tensor, scale: Tensor | None = None) -> float:
     """The norm of the difference over that of `scale`; None: of the exact numbers."""
     norm = float((exact if scale is None else scale).norm())
     return float((found.detach().cpu().double() - exact).norm()) / norm
-
-
-def largest(errors: Sequence[float]) -> float:
-    """The largest one, NaN if one of them is."""
-    return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
 # -- near the teacher ------------------------------------------------------------------------------

@@ -17,7 +17,16 @@ from benchmarks.planned_worker import rewards_of
 
 from gpu_checks.check import Check, holds, not_run, within
 from gpu_checks.ground import Ground
-from gpu_checks.rounding import CHAIN, GAP_REASON, SUBLAYERS, WORDS, logprob_gap, of_layers, of_sums
+from gpu_checks.rounding import (
+    CHAIN,
+    GAP_REASON,
+    SUBLAYERS,
+    WORDS,
+    largest,
+    logprob_gap,
+    of_layers,
+    of_sums,
+)
 from hybridrl.batch.balance import micro_batches
 from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.objectives import make_objective
@@ -126,7 +135,7 @@ def step_checks(
         errors = [abs(a - b) / abs(b) for a, b in zip(found[key], expected[key], strict=True)]
         yield within(
             f"{what}, {name}",
-            max(errors),
+            largest(errors),
             high=of_layers(dtype),
             unit="relative error",
             reason=f"three steps against float32 with ZeRO 1 on a CPU: {CHAIN} roundings in each "

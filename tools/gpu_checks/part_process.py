@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,8 +62,8 @@ def run_part(part: Part, ground: Ground) -> Iterator[Check]:
 
 
 def end(process: subprocess.Popen) -> None:
-    """End the process and those that it started."""
-    if process.poll() is None:
+    """End the process, and those that it started and left running."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -87,3 +88,4 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    os._exit(0)  # gloo's destructors abort now and then

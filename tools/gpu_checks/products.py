@@ -16,43 +16,50 @@ from hybridrl.kernels.workspace import Workspace, add_head_gradient
 ROWS = 1024
 WIDTH = 2048
 VOCABULARY = 32_003
+LOGITS = "logits by mm(out_dtype)"
+GRADIENTS = (
+    "gradient of the output embedding, first chunk",
+    "gradient of the output embedding, second chunk by addmm(out_dtype)",
+)
 REASON = "4 sums of float32; sums rounded to bfloat16 would be off by 1e-3 and more"
 
 
 def products(ground: Ground) -> Iterator[Check]:
     """Whether logits and the gradient of the output embedding keep their float32 sums."""
-    names = ("logits by mm(out_dtype)", "first chunk", "second chunk by addmm(out_dtype)")
-    if not ground.on_gpu:
-        for name in names:
-            yield not_run(name, "needs a GPU: torch's build for CPUs has no such product")
+    if ground.on_gpu:
+        yield from products_on("cuda", ROWS, WIDTH, VOCABULARY)
         return
-    g = torch.Generator("cuda").manual_seed(0)
+    for name in (LOGITS, *GRADIENTS):
+        yield not_run(name, "needs a GPU: torch's build for CPUs has no such product")
+
+
+def products_on(device: str, rows: int, width: int, vocabulary: int) -> Iterator[Check]:
+    """The products of kernels/workspace.py on random bfloat16 matrices against fp64."""
+    g = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=g, device="cuda").bfloat16()
+        return torch.randn(*size, generator=g).bfloat16().to(device)
 
-    hidden = normal(ROWS, WIDTH)
-    lm_head = normal(VOCABULARY, WIDTH) * WIDTH**-0.5
-    logits = Workspace(exact=False).logits(hidden, lm_head)
+    hidden = normal(rows, width)
+    lm_head = normal(vocabulary, width)
+    logits = Workspace(exact=device == "cpu").logits(hidden, lm_head)
     assert logits.dtype is torch.float32, logits.dtype
     exact = hidden.double() @ lm_head.double().T
-    yield within(
-        names[0],
-        error(logits, exact.cpu()),
-        high=of_sums(WIDTH),
+    yield product_check(LOGITS, logits, exact, terms=width)
+    total = torch.full((vocabulary, width), torch.nan, device=device)  # as torch.empty may give
+    summed = torch.zeros(vocabulary, width, dtype=torch.float64, device=device)
+    for i, name in enumerate(GRADIENTS):
+        d_logits = normal(rows, vocabulary)
+        add_head_gradient(total, d_logits, hidden, first=i == 0)
+        summed += d_logits.double().T @ hidden.double()
+        yield product_check(name, total, summed, terms=rows * (i + 1))
+
+
+def product_check(name: str, found: torch.Tensor, exact: torch.Tensor, *, terms: int) -> Check:
+    return within(
+        name,
+        error(found, exact.cpu()),
+        high=of_sums(terms),
         unit="relative error",
         reason=REASON,
     )
-    total = torch.full((VOCABULARY, WIDTH), torch.nan, device="cuda")  # as torch.empty may give
-    chunks = [normal(ROWS, VOCABULARY) for _ in range(2)]
-    summed = torch.zeros(VOCABULARY, WIDTH, dtype=torch.float64, device="cuda")
-    for i, d_logits in enumerate(chunks):
-        add_head_gradient(total, d_logits, hidden, first=i == 0)
-        summed += d_logits.double().T @ hidden.double()
-        yield within(
-            f"gradient of the output embedding, {names[1 + i]}",
-            error(total, summed.cpu()),
-            high=of_sums(ROWS * (i + 1)),
-            unit="relative error",
-            reason=REASON,
-        )

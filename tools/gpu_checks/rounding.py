@@ -1,6 +1,7 @@
 """How far results may be from exact ones, by the dtype's epsilon and the length of the sums."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -61,3 +62,8 @@ def logprob_gap(dtype: str) -> float:
     """
     narrow = epsilon(getattr(torch, dtype)) * math.sqrt(SUBLAYERS)
     return (narrow + of_sums(WIDEST)) * math.log(WORDS)
+
+
+def largest(errors: Sequence[float]) -> float:
+    """The largest one, NaN if one of them is."""
+    return float(torch.tensor(errors, dtype=torch.float64).max())

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from gpu_checks.check import Check, not_run, within
 from gpu_checks.ground import Ground
-from gpu_checks.head_pass import largest
-from gpu_checks.rounding import epsilon, of_sums
+from gpu_checks.rounding import epsilon, largest, of_sums
 from hybridrl.kernels import triton_rows
 from hybridrl.kernels.row_rule import RowRule
 from hybridrl.kernels.rows import RowResult, row_gradients
@@ -177,15 +176,23 @@ def far_rows(ground: Ground) -> Check:
         return not_run(
             name, f"needs {FAR_BYTES / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free"
         )
-    g = torch.Generator("cuda").manual_seed(0)
-    student, teacher = (torch.randn(FAR_ROWS, ON_GPU, generator=g, device="cuda") for _ in range(2))
-    last = student[-2:].clone(), teacher[-2:].clone()
-    whole = gradients_of(student, teacher)
-    alone = gradients_of(*last)
-    different = int((whole[-2:] != alone).sum())
+    different = differing_entries(FAR_ROWS, ON_GPU, "cuda")
     return within(
         name, different, high=0, unit="entries differ", reason="a row is worked on by itself"
     )
+
+
+def differing_entries(count: int, vocabulary: int, device: str) -> int:
+    """How many entries of the gradients of the last two rows differ from those of the same two
+    rows alone.
+    """
+    g = torch.Generator(device).manual_seed(0)
+    student, teacher = (
+        torch.randn(count, vocabulary, generator=g, device=device) for _ in range(2)
+    )
+    last = student[-2:].clone(), teacher[-2:].clone()
+    whole = gradients_of(student, teacher)
+    return int((whole[-2:] != gradients_of(*last)).sum())
 
 
 def gradients_of(student: Tensor, teacher: Tensor) -> Tensor:
