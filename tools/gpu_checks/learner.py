@@ -36,7 +36,7 @@ def set_environment(device: str, dtype: str) -> None:
     from hybridrl.runtime.worker_env import worker_env
 
     threads = len(os.sched_getaffinity(0))
-    os.environ |= worker_env(threads, device, dtype, take_turns=True)
+    os.environ |= worker_env(threads, device, dtype, take_turns=False)
 
 
 def reference(ground: Ground) -> dict[str, list[float]]:
