@@ -59,7 +59,7 @@ class ServedScorer(Scorer):
         if not sequences:
             return
         ids = [batch.trajectory(i).input_ids.tolist() for i in sequences]
-        answers = self._answers(ids)
+        answers = self.answers(ids)
         first_rows = np.concatenate([[0], np.cumsum(batch.response_lengths)])
         self._check_tokens(answers)
         for i, answer in zip(sequences, answers, strict=True):
@@ -85,7 +85,7 @@ class ServedScorer(Scorer):
                 f"likely ones, and the student has {len(self.head)} tokens; lower algorithm.topk.k"
             )
 
-    def _answers(self, sequences: Sequence[Sequence[int]]) -> list[ServedScores]:
+    def answers(self, sequences: Sequence[Sequence[int]]) -> list[ServedScores]:
         servers = addresses(self.teacher, self.config)
         failures = []
         for step in range(len(servers)):

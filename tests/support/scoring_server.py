@@ -8,8 +8,9 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 Answer = tuple[int, Any]
-"""HTTP status and body: a value that is sent as JSON, or bytes; HANG: none, until the end."""
-HANG = (0, None)
+"""HTTP status and body: a value that is sent as JSON, or bytes."""
+HANG = (0, "nothing until the end")
+DROP = (0, "nothing: the connection is closed")
 
 
 def prompt_logprobs(ids: Sequence[int], top: int) -> list[dict | None]:
@@ -75,6 +76,12 @@ class ScoringServer:
             self._at_once -= 1
 
 
+class QuietServer(ThreadingHTTPServer):
+    """A server that prints nothing where a client closes its connection."""
+
+    def handle_error(self, *_: object) -> None: ...
+
+
 @contextmanager
 def scoring_server(*args: Any, **kwargs: Any) -> Iterator[ScoringServer]:
     """A running server at a free port of this machine; its address is `url`."""
@@ -106,7 +113,7 @@ def scoring_server(*args: Any, **kwargs: Any) -> Iterator[ScoringServer]:
         def log_message(self, *_: object) -> None:
             """Prints nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = QuietServer(("127.0.0.1", 0), Handler)
     script.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -9,6 +9,7 @@ from hybridrl.core.errors import ServerError
 from hybridrl.settings.servers import ServedConfig
 from hybridrl.teachers.score_client import ScoreClient, ServedScores
 from tests.support.scoring_server import (
+    DROP,
     HANG,
     ScoringServer,
     prompt_logprobs,
@@ -58,13 +59,14 @@ def test_a_sequence_gets_the_log_probs_of_its_tokens_and_of_the_most_likely_ones
 def test_a_failure_that_may_pass_is_followed_by_a_pause_and_another_attempt():
     failures = [(503, {"error": {"message": "loading"}}), (429, b"slow down"), (500, b"")]
     pauses: list[float] = []
-    with scoring_server([*failures, (200, b'{"cut')]) as server:
+    with scoring_server([*failures, (200, b'{"cut'), DROP]) as server:
         (answer,) = score(server, [SEQUENCE], pauses=pauses)
     assert answer.logprobs.tolist() == pytest.approx([0, -5.1, -2.2])
-    assert [event.split()[-1] for event in server.events] == ["503", "429", "500", "200", "200"]
+    statuses = [event.split()[-1] for event in server.events]
+    assert statuses == ["503", "429", "500", "200", "0", "200"]
     # The second pause is what the header Retry-After demands; the others are random.
     assert pauses[1] == 7
-    assert all(0 <= pause <= limit for pause, limit in zip(pauses, (0.5, 7, 2, 4), strict=True))
+    assert all(0 <= pause <= limit for pause, limit in zip(pauses, (0.5, 7, 2, 4, 8), strict=True))
 
 
 def test_a_request_without_an_answer_is_sent_again_after_its_timeout():

@@ -5,13 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError, ServerError
 from hybridrl.launch.served_teachers import check_served_teachers
+from hybridrl.launch.session import run_info
 from hybridrl.models.loading import head_rows
 from hybridrl.models.tiny import tiny_tokenizer
+from hybridrl.planning.plan import make_plan, plan_lines
+from hybridrl.run_dir.directory import changes
 from hybridrl.runtime.scorer_group import scoring
+from hybridrl.runtime.workers import teams
 from hybridrl.settings.choices import Source
-from hybridrl.settings.compose import load_config
+from hybridrl.settings.compose import from_yaml, load_config, to_yaml
 from hybridrl.teachers.served import ServedScorer
 from hybridrl.types import Prompt, RolloutBatch
 from tests.support.batches import make_batch
@@ -28,15 +33,14 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(student: Path, url: str, *more: str) -> list[str]:
+    of_teacher = [f"url={url}", "evidence=drawn", "served.retry_s=0"]
     return [
         f"run.dir={student.parent}/run",
         "experiment=quickstart",
         f"model.path={student}",
         "teachers.main.path=null",
-        f"teachers.main.url={url}",
-        "teachers.main.evidence=drawn",
-        "teachers.main.served.retry_s=0",
-        *more,
+        *(f"++teachers.main.{override}" for override in of_teacher),
+        *(f"++{o}" if o.startswith("teachers.") else o for o in more),
     ]
 
 
@@ -83,10 +87,10 @@ def test_a_prompt_that_is_routed_elsewhere_costs_no_request(student: Path):
     columns = ({"domain": "math"}, {"domain": "code"})
     batch = changed(plain, columns=columns)
     with scoring_server() as server:
-        _, sent = scorer(student, server.url, "+teachers.main.route={domain:code}").score(batch)
+        _, sent = scorer(student, server.url, "teachers.main.route={domain:code}").score(batch)
         assert len(server.bodies) == 2
         none = changed(plain, columns=(columns[0],) * 2)
-        scorer(student, server.url, "+teachers.main.route={domain:code}").score(none)
+        scorer(student, server.url, "teachers.main.route={domain:code}").score(none)
     assert len(server.bodies) == 2
     assert not sent.logprobs[: batch.offsets[2]].any() and sent.logprobs[batch.offsets[2] :].any()
 
@@ -271,3 +275,52 @@ def test_settings_that_no_server_can_serve_are_refused_before_anything_is_contac
     with pytest.raises(ConfigError) as caught:
         load_config(overrides(student, URL, *more))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_key_of_a_server_comes_from_the_environment_and_is_written_nowhere(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    key = "canary-7f3a91d2c4"
+    monkeypatch.setenv("OF_SERVER", key)
+    with scoring_server([(401, {"error": f"no {key}"})]) as server:
+        more = "teachers.main.api_key=${oc.env:OF_SERVER}"
+        settings = load_config(overrides(student, server.url, more))
+        evidence, rule = scoring(settings, "main")
+        one = ServedScorer(settings, teacher="main", device="cpu", evidence=evidence, rule=rule)
+        with pytest.raises(ServerError) as caught:
+            one.score(make_batch(PROMPTS))
+    assert server.keys == {f"Bearer {key}"}
+    assert "(no ***)" in redact.text(str(caught.value))
+    assert key not in to_yaml(settings)
+    assert from_yaml(to_yaml(settings)).teachers["main"].api_key == redact.MASK
+    assert key not in repr(run_info(settings, tmp_path, None).config)
+    with pytest.raises(ConfigError, match=r"teachers\.main\.api_key: a secret must not be written"):
+        load_config(overrides(student, server.url, f"teachers.main.api_key={key}"))
+
+
+def test_a_run_may_continue_with_the_server_at_another_place_and_not_with_another_teacher(
+    student: Path,
+):
+    moved = ("teachers.main.url=http://b:1/v1", "teachers.main.served.concurrency=2")
+    before = load_config(overrides(student, URL))
+    assert changes(before, load_config(overrides(student, URL, *moved))) == {}
+    other = load_config(overrides(student, URL, "teachers.main.served.model=small"))
+    assert list(changes(before, other)) == ["teachers.main.served.model"]
+    here = load_config(
+        ["experiment=quickstart", f"run.dir={student.parent}/run", f"model.path={student}"]
+    )
+    assert "teachers.main.url" in changes(before, here)
+
+
+def test_a_served_teacher_takes_no_device_and_its_answers_are_in_the_plan(student: Path):
+    settings = load_config(overrides(student, URL, *TOPK))
+    (team,) = [team for team in teams(settings) if team.name == "scorer-main"]
+    assert (team.gpus, team.heavy) == (0, False)
+    plan = make_plan(settings, device="cuda", device_bytes=2**36)
+    assert [seat.workers for seat in plan.seats] == [("learner",), ("rollout",)]
+    sent = {(edge.source, edge.target): edge.nbytes for edge in plan.edges}
+    tokens = plan.sizes.sequences * plan.sizes.tokens
+    assert sent["server of main", "scorer-main"] == tokens * 4 * 70
+    responses = plan.sizes.sequences * plan.sizes.response
+    assert sent["scorer-main", "learner"] == tokens * 4 + responses * 3 * 8
+    assert any("server of main" in line for line in plan_lines(plan))
