@@ -13,7 +13,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hybridrl.core.errors import ConfigError, ServerError
-from hybridrl.launch.preflight import PROBE_PROMPTS, different_tokens
+from hybridrl.data.chat import ChatTemplate
+from hybridrl.data.problem import Problem
+from hybridrl.launch.preflight import (
+    PROBE_PROMPTS,
+    different_prompt,
+    different_tokens,
+    first_conversations,
+)
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.objectives import make_objective
 from hybridrl.settings.models import TeacherConfig
@@ -42,13 +49,17 @@ class Probe:
 
 
 def check_served_teachers(
-    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    prompts: Sequence[Prompt],
 ) -> None:
     """Refuse a teacher whose servers cannot score for this run.
 
     Args:
         tokenizer: the student's.
-        prompts: of training.
+        problems: of training.
+        prompts: the same, tokenized.
 
     Raises:
         ConfigError: one sentence about the first fault, with the setting and the address.
@@ -63,25 +74,40 @@ def check_served_teachers(
     evidence = make_objective(settings).needs.evidence
     for name, kind in zip(settings.scored_teachers, evidence, strict=True):
         if settings.teachers[name].url is not None:
-            check_tokenizer(settings, name, probe)
+            check_tokenizer(settings, name, probe, problems)
             check_servers_agree(name, settings.teachers[name], kind.support, probe)
 
 
-def check_tokenizer(settings: RunSettings, name: str, probe: Probe) -> None:
-    """Refuse a folder in served.tokenizer whose tokens are not the student's.
+def check_tokenizer(
+    settings: RunSettings, name: str, probe: Probe, problems: Sequence[Problem]
+) -> None:
+    """Refuse a folder in served.tokenizer whose tokens are not the student's, or whose chat
+    template formats a conversation of the data differently.
 
     Raises:
-        ConfigError: it is not a tokenizer, or has other tokens.
+        ConfigError: it is not a tokenizer, or the first difference.
     """
     path = settings.teachers[name].served.tokenizer
     if path is None:
         return
     setting = f"teachers.{name}.served.tokenizer"
-    if difference := different_tokens(probe.tokenizer, load_tokenizer(path, setting=setting)):
+    tokenizer = load_tokenizer(path, setting=setting)
+    if difference := different_tokens(probe.tokenizer, tokenizer):
         raise ConfigError(
             f"{setting}={path}: its vocabulary differs from that of {probe.student}: {difference}; "
             "serve a teacher with the student's tokenizer"
         )
+    if not tokenizer.chat_template or settings.data.chat_template_file is not None:
+        return
+    template = ChatTemplate.of(probe.tokenizer, settings.data)
+    own_template = ChatTemplate(tokenizer, settings.data.chat_template_kwargs)
+    for chat in first_conversations(settings, problems):
+        text = chat.prompt_text(template)
+        if difference := different_prompt(chat, own_template, text, probe.student):
+            raise ConfigError(
+                f"{setting}={path}: {difference}; give both the same chat template, or name one "
+                "for both by data.chat_template_file"
+            )
 
 
 def check_servers_agree(name: str, config: TeacherConfig, top: int, probe: Probe) -> None:

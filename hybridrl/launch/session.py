@@ -438,7 +438,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
         for problems in (train_problems, heldout_problems)
     )
     check_token_ids(settings, tokenizer, [*train_prompts, *heldout_prompts])
-    check_served_teachers(settings, tokenizer, train_prompts)
+    check_served_teachers(settings, tokenizer, train_problems, train_prompts)
     return train_prompts, heldout_prompts
 
 

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError, ServerError
+from hybridrl.data.problem import Problem
 from hybridrl.launch.served_teachers import check_served_teachers
 from hybridrl.launch.session import run_info
 from hybridrl.models.loading import head_rows
@@ -145,7 +147,7 @@ def test_a_token_that_the_student_does_not_have_is_refused(student: Path):
 def checked(student: Path, server: ScoringServer, *more: str) -> None:
     prompts = [Prompt(uid="a", input_ids=(1, 5, 6), text="", columns={})]
     settings = load_config(overrides(student, server.url, *more))
-    check_served_teachers(settings, tiny_tokenizer(), prompts)
+    check_served_teachers(settings, tiny_tokenizer(), [], prompts)
 
 
 def texts(ids: list[int]) -> str:
@@ -239,6 +241,27 @@ def test_a_folder_with_the_tokenizer_takes_the_place_of_the_servers_texts(
     with scoring_server() as server, pytest.raises(ConfigError) as caught:
         checked(student, server, f"teachers.main.served.tokenizer={tmp_path}")
     assert "'added' has id" in str(caught.value)
+
+
+def test_the_chat_template_in_that_folder_must_write_the_datas_conversations_as_the_students(
+    student: Path, tmp_path: Path
+):
+    def templated(text: str) -> PreTrainedTokenizerBase:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + text + "{% endfor %}"
+        return tokenizer
+
+    templated("=").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((student / "config.json").read_text())
+    row = Problem(uid="a", prompt=[{"role": "user", "content": "1"}], columns={}, row="rows:1")
+    with scoring_server() as server:
+        more = f"teachers.main.served.tokenizer={tmp_path}"
+        settings = load_config(overrides(student, server.url, more))
+        prompts = [Prompt(uid="a", input_ids=(1, 5, 6), text="", columns={})]
+        check_served_teachers(settings, templated("="), [row], prompts)
+        with pytest.raises(ConfigError) as caught:
+            check_served_teachers(settings, templated("+"), [row], prompts)
+    assert "its chat template writes rows:1 otherwise: '='" in str(caught.value)
 
 
 URL = "http://host:8000/v1"

@@ -152,7 +152,7 @@ def test_a_server_gives_the_log_probs_of_the_same_model_here(server: Server, mor
 def checked(server: Server, *more: str) -> None:
     lengths = ("rollout.max_new_tokens=32", "rollout.max_model_len=63")
     prompts = [Prompt(uid="a", input_ids=(1, 5, 6, 7), text="", columns={})]
-    check_served_teachers(server.settings(*lengths, *more), tiny_tokenizer(), prompts)
+    check_served_teachers(server.settings(*lengths, *more), tiny_tokenizer(), [], prompts)
 
 
 def test_a_server_with_the_students_tokens_passes_every_check(server: Server):
@@ -183,7 +183,7 @@ def test_a_server_with_other_tokens_is_refused_and_the_tokens_are_named(server: 
     other.add_tokens(["added"])
     prompts = [Prompt(uid="a", input_ids=(1, 5), text="", columns={})]
     with pytest.raises(ConfigError, match=r"where those of model\.path=.* read 'added'"):
-        check_served_teachers(server.settings(), other, prompts)
+        check_served_teachers(server.settings(), other, [], prompts)
 
 
 def test_the_size_of_an_answer_is_what_the_plan_expects(server: Server):
