@@ -60,8 +60,8 @@ class ServedScorer(Scorer):
             return
         ids = [batch.trajectory(i).input_ids.tolist() for i in sequences]
         answers = self.answers(ids)
-        first_rows = np.concatenate([[0], np.cumsum(batch.response_lengths)])
         self._check_tokens(answers)
+        first_rows = np.concatenate([[0], np.cumsum(batch.response_lengths)])
         for i, answer in zip(sequences, answers, strict=True):
             tokens = response_tokens(batch, i)
             within = tokens - int(batch.offsets[i])
@@ -86,6 +86,11 @@ class ServedScorer(Scorer):
             )
 
     def answers(self, sequences: Sequence[Sequence[int]]) -> list[ServedScores]:
+        """The scores of sequences of token ids, all by the first server that is not lost.
+
+        Raises:
+            ServerError: all are lost, or refuse the sequences.
+        """
         servers = addresses(self.teacher, self.config)
         failures = []
         for step in range(len(servers)):
