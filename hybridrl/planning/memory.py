@@ -108,6 +108,11 @@ class Sizes:
         ]
 
     @property
+    def scoring(self) -> list[ScoredTeacher | ServedTeacher]:
+        """All teachers that score, here or on a server."""
+        return [*self.teachers, *self.served]
+
+    @property
     def group(self) -> int:
         """Sequences of one prompt."""
         algorithm = self.settings.algorithm
@@ -266,14 +271,13 @@ def head_bytes(sizes: Sizes, rows: int) -> int:
         total += at_once * student.vocabulary * logits
     hidden = [t for t in sizes.teachers if isinstance(t.evidence, Hidden)]
     total += sum(at_once * student.vocabulary * max(logits, t.width) for t in hidden)
-    others = len(sizes.teachers) + len(sizes.served) - len(hidden)
-    in_plain_torch = others > 0 if not sizes.on_cpu else not has_compiler()
+    in_plain_torch = len(hidden) < len(sizes.scoring) if not sizes.on_cpu else not has_compiler()
     if in_plain_torch:
         total += ROW_MATRICES * at_once * student.vocabulary * WIDE
     summed = WIDE if rows > chunk else operand
     total += student.head * (summed + (width if summed != width else 0))
     total += rows * student.hidden * (width + operand)
-    total += sum(rows * t.row_bytes(student.vocabulary) for t in (*sizes.teachers, *sizes.served))
+    total += sum(rows * t.row_bytes(student.vocabulary) for t in sizes.scoring)
     if wide and width < WIDE:
         total += (student.head + rows * student.hidden) * WIDE
         total += sum((student.vocabulary + rows) * t.shape.hidden * WIDE for t in hidden)
