@@ -105,6 +105,13 @@ def raised(error: WorkerError) -> bool:
     return not isinstance(error, WorkerDied | WorkerTimeout)
 
 
+class ServerError(HybridRLError):
+    """A server that scores for a teacher did not answer in time, or its answer cannot be used.
+
+    The message names the setting and the address.
+    """
+
+
 class FleetExhausted(HybridRLError):
     """Workers of one kind failed more often than cluster.max_restarts allows.
 

@@ -38,6 +38,9 @@ def describe(settings: RunSettings) -> Iterator[str]:
         if own_class is not None:
             yield f"teacher   {name}: {own_class}"
             continue
+        if settings.teachers[name].url is not None:
+            yield f"teacher   {name}: {settings.teachers[name].url}; it answers"
+            continue
         yield f"teacher   {name}: {teacher.path}, {teacher.dtype}; {reached(key, teacher)}"
     yield f"rewards   {', '.join(settings.reward.functions) or 'none'}"
     yield f"data      {len(prompts)} training prompts, {len(heldout)} held out; {lengths(prompts)}"

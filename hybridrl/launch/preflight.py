@@ -387,7 +387,9 @@ def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Pro
         # Each replica gets the same chunk, twice.
         answers = [scorer.score([chunk] * scorer.group.size) for _ in range(2)]
         first, second = (gather([scores for _, scores in answer]) for answer in answers)
-        check_repeats(scorer.teacher, first, second)
+        teacher = settings.teachers[scorer.teacher]
+        max_gap = teacher.served.max_gap if teacher.url is not None else 0.0
+        check_repeats(scorer.teacher, first, second, max_gap)
 
 
 def probe_prompts(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -398,13 +400,23 @@ def probe_prompts(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prom
 
 
 def check_repeats(
-    teacher: str, first: Sequence[TokenScores], second: Sequence[TokenScores]
+    teacher: str,
+    first: Sequence[TokenScores],
+    second: Sequence[TokenScores],
+    max_gap: float = 0.0,
 ) -> None:
-    """Compare, bit by bit, the two answers of each replica for the same batch.
+    """Compare the two answers of each replica for the same batch, bit by bit; or those of a server,
+    whose batches differ, by the drawn tokens' log-probs.
+
+    Args:
+        max_gap: nats, of the mean difference over the tokens; 0: no bit may differ.
 
     Raises:
         ContractError: names the first replica whose answers differ.
     """
+    if max_gap:
+        check_gaps(teacher, first, second, max_gap)
+        return
     columns = ("logprobs", "rows", "support_ids")
     for replica, (a, b) in enumerate(zip(first, second, strict=True)):
         if any(getattr(a, column).tobytes() != getattr(b, column).tobytes() for column in columns):
@@ -412,4 +424,23 @@ def check_repeats(
                 f"scorer-{teacher}/{replica}: two scorings of the same batch differ, and a frozen "
                 "teacher must be reproducible; look for a kernel or a device that is not "
                 f"deterministic under teachers.{teacher}"
+            )
+
+
+def check_gaps(
+    teacher: str, first: Sequence[TokenScores], second: Sequence[TokenScores], max_gap: float
+) -> None:
+    """Compare the log-probs of two answers of each replica of a served teacher.
+
+    Raises:
+        ContractError: names the first replica whose answers differ by more than `max_gap` nats.
+    """
+    for replica, (a, b) in enumerate(zip(first, second, strict=True)):
+        scored = a.logprobs != 0
+        gap = float(abs(a.logprobs - b.logprobs)[scored].mean()) if scored.any() else 0.0
+        if gap > max_gap:
+            raise ContractError(
+                f"scorer-{teacher}/{replica}: two scorings of the same batch differ by {gap:.3g} "
+                f"nats a token, above teachers.{teacher}.served.max_gap={max_gap:g}; look for a "
+                "model that changes on the server, or raise it"
             )

@@ -20,6 +20,7 @@ from hybridrl.core.errors import (
     FleetExhausted,
     LedgerError,
     Preempted,
+    ServerError,
     WorkerError,
     WorkerTimeout,
     raised,
@@ -41,6 +42,7 @@ from hybridrl.launch.preflight import (
     check_token_ids,
 )
 from hybridrl.launch.run_result import ExitReason, RunResult, run_result
+from hybridrl.launch.served_teachers import check_served_teachers
 from hybridrl.launch.teacher_levels import measure_teachers, teachers_to_measure
 from hybridrl.models.arithmetic import dtype_notice, on_gpu
 from hybridrl.models.loading import head_rows, load_tokenizer
@@ -161,11 +163,11 @@ def naming_what_is_saved(settings: RunSettings, run_dir: Path) -> Iterator[None]
     """If the run ends before its last step, add to the error a remedy that continues it.
 
     Raises:
-        FleetExhausted, ClusterLost, Preempted: with that addition.
+        FleetExhausted, ClusterLost, ServerError, Preempted: with that addition.
     """
     try:
         yield
-    except (FleetExhausted, ClusterLost) as error:
+    except (FleetExhausted, ClusterLost, ServerError) as error:
         folders = []
         with suppress(OSError):  # the folder cannot be listed: the error itself matters more
             folders = Checkpointer(run_dir, settings.checkpoint).folders()
@@ -436,6 +438,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
         for problems in (train_problems, heldout_problems)
     )
     check_token_ids(settings, tokenizer, [*train_prompts, *heldout_prompts])
+    check_served_teachers(settings, tokenizer, train_problems, train_prompts)
     return train_prompts, heldout_prompts
 
 

@@ -4,12 +4,19 @@ import math
 from typing import NamedTuple
 
 from hybridrl.objectives import make_objective
-from hybridrl.planning.memory import ScoredTeacher, Sizes
+from hybridrl.planning.memory import ScoredTeacher, ServedTeacher, Sizes
 from hybridrl.planning.zero import WIDE
 from hybridrl.settings.shares import chunk_size
 
 TOKEN_COLUMNS = 4 + 1 + 4 + 4
 """Bytes a token of a RolloutBatch: id, mask, the sampler's log-prob, weight version."""
+
+ANSWER_BYTES = 70
+"""Of a server's answer, for each log-prob, as JSON: {"5":{"logprob":-2.996648073196411,"rank":9,
+"decoded_token":"1"}}. 65 to 75 were measured.
+"""
+REQUEST_BYTES = 7
+"""Of a request to a server, for each token: its id and a separator."""
 
 
 class Edge(NamedTuple):
@@ -33,11 +40,17 @@ def rollout_bytes(sizes: Sizes) -> int:
     return tokens * TOKEN_COLUMNS + responses * support * 4 + (sizes.sequences + chunks) * 8
 
 
-def score_bytes(sizes: Sizes, teacher: ScoredTeacher) -> int:
+def score_bytes(sizes: Sizes, teacher: ScoredTeacher | ServedTeacher) -> int:
     """All scores of one teacher about a step."""
     responses = sizes.sequences * sizes.response
     row = teacher.row_bytes(sizes.student.vocabulary)
     return sizes.sequences * sizes.tokens * WIDE + responses * row
+
+
+def answer_bytes(sizes: Sizes, teacher: ServedTeacher) -> int:
+    """All answers of a teacher's server about a step; it reports the tokens of the prompts too."""
+    tokens = sizes.sequences * sizes.tokens
+    return tokens * (1 + teacher.evidence.support) * ANSWER_BYTES
 
 
 def weight_bytes(sizes: Sizes) -> int:
@@ -49,7 +62,13 @@ def edges(sizes: Sizes) -> list[Edge]:
     """What a step sends. Prompts, rewards and headers are left out: some bytes a sequence."""
     rollouts = rollout_bytes(sizes)
     found = []
-    for teacher in sizes.teachers:
+    for served in sizes.served:
+        scorer = f"scorer-{served.name}"
+        server = f"server of {served.name}"
+        tokens = sizes.sequences * sizes.tokens
+        found.append(Edge(scorer, server, "token ids as JSON", tokens * REQUEST_BYTES))
+        found.append(Edge(server, scorer, "log-probs as JSON", answer_bytes(sizes, served)))
+    for teacher in sizes.scoring:
         scorer = f"scorer-{teacher.name}"
         found.append(Edge("rollout", scorer, "responses", rollouts))
         found.append(Edge(scorer, "learner", "scores", score_bytes(sizes, teacher)))
@@ -63,7 +82,7 @@ def store_bytes(sizes: Sizes, *, weights_travel: bool) -> int:
     """The most that the object store holds: the step that is learned, those ahead of it, and the
     weights where they travel by it.
     """
-    wave = rollout_bytes(sizes) + sum(score_bytes(sizes, t) for t in sizes.teachers)
+    wave = rollout_bytes(sizes) + sum(score_bytes(sizes, t) for t in sizes.scoring)
     pipeline = sizes.settings.pipeline
     ahead = pipeline.ahead * wave
     if pipeline.max_inflight_bytes is not None:

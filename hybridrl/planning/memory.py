@@ -60,6 +60,18 @@ class ScoredTeacher:
         return numbers * width + self.evidence.support * 4
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedTeacher:
+    """A teacher that a server scores with: it holds nothing here."""
+
+    name: str
+    evidence: Evidence
+
+    def row_bytes(self, vocabulary: int) -> int:
+        """As of ScoredTeacher; its rows are log-probs in float32."""
+        return self.evidence.width(vocabulary, 0) * WIDE + self.evidence.support * 4
+
+
 class Sizes:
     """The models of a run, and how many sequences of which length each worker has at once.
 
@@ -78,6 +90,12 @@ class Sizes:
         self.tokens = settings.rollout.sequence_limit
         self.response = settings.rollout.response_limit
         evidence = make_objective(settings).needs.evidence
+        kinds = dict(zip(settings.scored_teachers, evidence, strict=True))
+        self.served = [
+            ServedTeacher(name=name, evidence=kind)
+            for name, kind in kinds.items()
+            if settings.teachers[name].url is not None
+        ]
         self.teachers = [
             ScoredTeacher(
                 name=name,
@@ -85,9 +103,14 @@ class Sizes:
                 shape=model_shape(settings.teacher_model(name), settings.model_setting(name)),
                 evidence=kind,
             )
-            for name, kind in zip(settings.scored_teachers, evidence, strict=True)
-            if settings.teachers[name].model is None
+            for name, kind in kinds.items()
+            if settings.teachers[name].model is None and settings.teachers[name].url is None
         ]
+
+    @property
+    def scoring(self) -> list[ScoredTeacher | ServedTeacher]:
+        """All teachers that score, here or on a server."""
+        return [*self.teachers, *self.served]
 
     @property
     def group(self) -> int:
@@ -248,13 +271,13 @@ def head_bytes(sizes: Sizes, rows: int) -> int:
         total += at_once * student.vocabulary * logits
     hidden = [t for t in sizes.teachers if isinstance(t.evidence, Hidden)]
     total += sum(at_once * student.vocabulary * max(logits, t.width) for t in hidden)
-    in_plain_torch = len(hidden) < len(sizes.teachers) if not sizes.on_cpu else not has_compiler()
+    in_plain_torch = len(hidden) < len(sizes.scoring) if not sizes.on_cpu else not has_compiler()
     if in_plain_torch:
         total += ROW_MATRICES * at_once * student.vocabulary * WIDE
     summed = WIDE if rows > chunk else operand
     total += student.head * (summed + (width if summed != width else 0))
     total += rows * student.hidden * (width + operand)
-    total += sum(rows * t.row_bytes(student.vocabulary) for t in sizes.teachers)
+    total += sum(rows * t.row_bytes(student.vocabulary) for t in sizes.scoring)
     if wide and width < WIDE:
         total += (student.head + rows * student.hidden) * WIDE
         total += sum((student.vocabulary + rows) * t.shape.hidden * WIDE for t in hidden)

@@ -221,7 +221,7 @@ def _imitation_goal(config: dict[str, Any]) -> str:
 
 def _teachers(config: dict[str, Any]) -> list[str]:
     return [
-        _short((t or {}).get("path")) or "its own starting point"
+        _short((t or {}).get("path")) or (t or {}).get("url") or "its own starting point"
         for t in (_get(config, "teachers") or {}).values()
     ]
 
@@ -315,7 +315,7 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "Teachers",
             ", ".join(
-                (t or {}).get("path") or "the untrained student"
+                (t or {}).get("path") or (t or {}).get("url") or "the untrained student"
                 for t in (_get(config, "teachers") or {}).values()
             ),
         ),

@@ -6,7 +6,7 @@ import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from hybridrl.run_dir.ledger import LEDGER
 from hybridrl.settings.choices import Resume, ScheduleKind
 from hybridrl.settings.compose import from_yaml, saved_tree, to_yaml
 from hybridrl.settings.run import RunSettings
+from hybridrl.settings.servers import ServedConfig
 from hybridrl.tracking.jsonl import METRICS, SAMPLES, samples_files
 from hybridrl.weights.hugging_face import TEMPLATE
 
@@ -447,7 +448,7 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
     Example: {"train.lr": (0.001, 0.002), "teachers.b.path": ("(not set)", "/models/b")}
     """
     prolonged = () if stretched_by_steps(old) or stretched_by_steps(new) else ("train.steps",)
-    free = (*FREE, *prolonged)
+    free = (*FREE, *prolonged, *places_of_servers(old, new))
     # Secrets are masked in both, as they are masked in config.yaml.
     before = flat(redact.tree(asdict(old)))
     after = flat(redact.tree(asdict(new)))
@@ -457,6 +458,17 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
         for key, (a, b) in pairs.items()
         if not redact.agree(a, b) and not within(key, free)
     }
+
+
+def places_of_servers(old: RunSettings, new: RunSettings) -> Iterator[str]:
+    """Settings of teachers that servers run in both: where a server is, and how it is used, may
+    change; its model may not.
+    """
+    parts = ["url", "api_key", *(f"served.{f.name}" for f in fields(ServedConfig))]
+    parts.remove("served.model")
+    for name in old.teachers.keys() & new.teachers.keys():
+        if old.teachers[name].url is not None and new.teachers[name].url is not None:
+            yield from (f"teachers.{name}.{part}" for part in parts)
 
 
 def stretched_by_steps(settings: RunSettings) -> list[str]:

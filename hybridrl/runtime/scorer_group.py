@@ -41,6 +41,8 @@ class ScorerGroup(StatelessGroup):
         log_dir: str,
     ) -> None:
         self.teacher = teacher
+        if settings.teachers[teacher].url is not None:
+            self.worker = "hybridrl.teachers.served:ServedScorer"
         evidence, rule = scoring(settings, teacher)
         arguments = {
             "settings": settings,

@@ -22,6 +22,7 @@ from hybridrl.settings.choices import (
 )
 from hybridrl.settings.models import AUTO, DTYPES
 from hybridrl.settings.run import RunSettings
+from hybridrl.settings.server_checks import check_servers
 from hybridrl.settings.shares import chunk_size, shares
 
 SHARED_GPU_LIMIT = 0.5
@@ -402,6 +403,7 @@ def _check_shared_gpus(settings: RunSettings) -> None:
 CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_objective,
     check_teachers,
+    check_servers,
     check_schedules,
     check_products,
     check_best_checkpoint,

@@ -103,6 +103,10 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
                 as_written = written_entries[name]
                 if isinstance(as_written, Mapping):  # otherwise it is a reference to another entry
                     entry.options = redact.referred(as_written.get("options"), entry.options)
+        for name, teacher in settings.teachers.items():
+            as_written = unresolved["teachers"][name]
+            if isinstance(as_written, Mapping):
+                teacher.api_key = redact.referred(as_written.get("api_key"), teacher.api_key)
         check_finite(asdict(settings))
         check_settings(settings)
     return settings

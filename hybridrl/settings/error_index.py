@@ -198,7 +198,8 @@ def order() -> Iterator[str]:
 
 def of_function(check: Callable[..., Any]) -> Check:
     text = one_line(inspect.getdoc(check) or "")
-    return Check(name=check.__name__, file="settings/checks.py", meaning=first_sentence(text))
+    file = Path(inspect.getfile(check)).relative_to(PACKAGE).as_posix()
+    return Check(name=check.__name__, file=file, meaning=first_sentence(text))
 
 
 def bullets(checks: Iterable[Check]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.algorithm import ScheduleConfig
 from hybridrl.settings.choices import Attention, EvidenceKind
+from hybridrl.settings.servers import ServedConfig
 
 DTYPES = ("float32", "bfloat16")
 AUTO = "auto"
@@ -43,6 +44,14 @@ class TeacherConfig:
     """as model.path; null: the student before training, frozen"""
     model: str | None = None
     """FILE.py:CLASS of yours in the place of a model at path, see hybridrl/teachers/README.md"""
+    url: str | None = None
+    """address of an OpenAI-compatible vLLM server that has the model, e.g. http://HOST:8000/v1, in
+    the place of a model at path
+    """
+    api_key: str | None = None
+    """key of the server at url; give it as ${oc.env:VARIABLE}, so that no file holds it"""
+    served: ServedConfig = field(default_factory=ServedConfig)
+    """how the server at url is used"""
     revision: str | None = None
     """hub revision of path; null: the newest"""
     dtype: str = AUTO

@@ -100,10 +100,14 @@ class Scorer:
             tokens = np.concatenate([response_tokens(batch, i) for i in part])
             hidden = self._states(batch, part)
             fill_scores(scores, self.evidence, batch, hidden, self.head, self.rule, rows, tokens)
-            if self.caches and batch.source is Source.data:
-                for i in part:
-                    logprobs = scores.logprobs[response_tokens(batch, i)]
-                    self.cached[data_key(batch, i)] = logprobs.copy()
+            self._remember(scores, batch, part)
+
+    def _remember(self, scores: TokenScores, batch: RolloutBatch, sequences: Sequence[int]) -> None:
+        """Cache the log-probs of these sequences if they come from the data."""
+        if self.caches and batch.source is Source.data:
+            for i in sequences:
+                logprobs = scores.logprobs[response_tokens(batch, i)]
+                self.cached[data_key(batch, i)] = logprobs.copy()
 
     def _nbytes(self, scores: TokenScores) -> dict[str, int]:
         """Bytes that are sent, by name: of the rows, and of the drawn tokens' log-probs."""
