@@ -16,7 +16,11 @@ from hybridrl.teachers.context import end_tokens
 
 
 def check_ends(
-    settings: RunSettings, student: PreTrainedTokenizerBase, name: str, teacher_eos: int | None
+    settings: RunSettings,
+    student: PreTrainedTokenizerBase,
+    name: str,
+    source: str,
+    teacher_eos: int | None,
 ) -> None:
     """Refuse a teacher that ends a response with another token than the student, unless
     teachers.NAME.eos says what to make of it.
@@ -24,6 +28,7 @@ def check_ends(
     Args:
         student: its tokenizer, with model.eos as its end token.
         name: of the teacher.
+        source: the setting with the teacher's tokenizer, e.g. "teachers.main.path=/models/teacher".
         teacher_eos: the end token of the teacher's tokenizer, an id of the student's; None: none.
 
     Raises:
@@ -42,9 +47,9 @@ def check_ends(
         f"teachers.{name}.eos={teacher_eos} to count its log-prob for the student's end token"
     )
     raise ConfigError(
-        f"teachers.{name}.path={settings.teachers[name].path}: its end token is {own}, that of "
-        f"model.path={settings.model.path} is {described(student, student.eos_token_id)}, and a "
-        f"student cannot learn from it where to stop; {remedy}"
+        f"{source}: its end token is {own}, that of model.path={settings.model.path} is "
+        f"{described(student, student.eos_token_id)}, and a student cannot learn from it where to "
+        f"stop; {remedy}"
     )
 
 
@@ -59,9 +64,14 @@ def check_begins(
     settings: RunSettings,
     student: PreTrainedTokenizerBase,
     name: str,
+    source: str,
     teacher: PreTrainedTokenizerBase,
 ) -> None:
     """Refuse a teacher that begins a text with another token, unless it has its own prompts.
+
+    Args:
+        student, name, source: as of check_ends.
+        teacher: its tokenizer.
 
     Raises:
         ConfigError: names both tokens and the setting that aligns them.
@@ -69,7 +79,7 @@ def check_begins(
     if teacher.bos_token_id == student.bos_token_id or reads_own_prompts(settings, name):
         return
     raise ConfigError(
-        f"teachers.{name}.path={settings.teachers[name].path}: it begins a text with "
+        f"{source}: it begins a text with "
         f"{described(teacher, teacher.bos_token_id)}, model.path={settings.model.path} with "
         f"{described(student, student.bos_token_id)}; choose a teacher that begins it alike, or "
         f"set teachers.{name}.chat_template=own to have it read its own prompts"

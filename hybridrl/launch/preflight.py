@@ -210,8 +210,9 @@ def check_teachers(
     for name in settings.teachers_in_use:
         path = settings.teachers[name].path
         revision = settings.teachers[name].revision
+        source = f"teachers.{name}.path={path}"
         if path is None:  # the teacher is the student before training
-            check_ends(settings, student, name, student.eos_token_id)
+            check_ends(settings, student, name, source, student.eos_token_id)
             continue
         tokenizers[name] = load_tokenizer(path, revision, setting=f"teachers.{name}.path")
         if difference := different_tokens(student, tokenizers[name]):
@@ -220,8 +221,8 @@ def check_teachers(
                 f"model.path={model.path}: {difference}; log-probs of the same ids would speak of "
                 "different tokens. Choose a teacher with the student's tokenizer"
             )
-        check_begins(settings, student, name, tokenizers[name])
-        check_ends(settings, student, name, tokenizers[name].eos_token_id)
+        check_begins(settings, student, name, source, tokenizers[name])
+        check_ends(settings, student, name, source, tokenizers[name].eos_token_id)
         rows = head_rows(path, revision)
         needed = head_rows(model.path, model.revision)
         if rows < needed and name in settings.scored_teachers:
