@@ -26,7 +26,7 @@ Rewards (scalars per sequence) and references to the others.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, TypeAlias
 
@@ -69,6 +69,15 @@ class Prompt:
     responses: tuple[tuple[int, ...], ...] = ()
     question: str = ""  # the conversation as a person reads it, without the template's tokens
     answer: str | None = None  # the reference answer; None: the data has none
+    # What teachers with a chat template of their own read in the place of input_ids, by their names
+    teacher_prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def most_tokens(self) -> int:
+        """The number of tokens in the longest form of the prompt that the student or a teacher
+        reads.
+        """
+        return max(len(self.input_ids), *map(len, self.teacher_prompts.values()), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +121,7 @@ class RolloutBatch:
     columns: tuple[dict[str, Any], ...]  # [G] as in Prompt
     prompt_texts: tuple[str, ...]  # [G]
     prompt_lengths: tuple[int, ...]  # [G] tokens; what follows them in a sequence is the response
+    teacher_prompts: tuple[dict[str, tuple[int, ...]], ...]  # [G] as in Prompt
     group_size: int  # K
     offsets: Int  # [N+1] sequence i is input_ids[offsets[i]:offsets[i+1]]
     input_ids: NDArray[np.int32]  # [T]
@@ -170,6 +180,7 @@ class RolloutBatch:
             columns=tuple(p.columns for p in prompts),
             prompt_texts=tuple(p.text for p in prompts),
             prompt_lengths=tuple(len(p.input_ids) for p in prompts),
+            teacher_prompts=tuple(p.teacher_prompts for p in prompts),
             group_size=group_size,
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             input_ids=np.concatenate([t.input_ids for t in trajectories]).astype(np.int32),

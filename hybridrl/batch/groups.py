@@ -32,6 +32,7 @@ def select_groups(batch: ScoredBatch, groups: Sequence[int]) -> ScoredBatch:
             columns=pick(rollout.columns),
             prompt_texts=pick(rollout.prompt_texts),
             prompt_lengths=pick(rollout.prompt_lengths),
+            teacher_prompts=pick(rollout.teacher_prompts),
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             input_ids=rollout.input_ids[tokens],
             response_mask=rollout.response_mask[tokens],

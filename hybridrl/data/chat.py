@@ -52,17 +52,20 @@ class ChatTemplate:
         arguments: Mapping[str, Any],
         source: str | None = None,
         name: str = "the model's chat template",
+        section: str = "data",
     ) -> None:
         """
         Args:
             arguments: keyword arguments of the template.
             source: a Jinja template; None: the tokenizer's own.
             name: how errors name the template.
+            section: of the settings with its arguments: data, or teachers.NAME for its own.
         """
         self.tokenizer = tokenizer
         self.arguments = dict(arguments)
         self.source = source
         self.name = name
+        self.section = section
         self.unclosed: list[tuple[str, str]] = []
         """(row, tag) of responses that do not close a tag with which the template opens them."""
 
@@ -95,12 +98,13 @@ class ChatTemplate:
         for name in self.arguments:
             if name in RESERVED:
                 raise ConfigError(
-                    f"data.chat_template_kwargs.{name}: is set by hybridrl itself; leave it out"
+                    f"{self.section}.chat_template_kwargs.{name}: is set by hybridrl itself; leave "
+                    "it out"
                 )
             if not re.search(rf"\b{re.escape(str(name))}\b", source):
                 raise ConfigError(
-                    f"data.chat_template_kwargs.{name}: {self.name} does not read an argument of "
-                    "this name; correct the name, or leave it out"
+                    f"{self.section}.chat_template_kwargs.{name}: {self.name} does not read an "
+                    "argument of this name; correct the name, or leave it out"
                 )
 
     def prompt(self, messages: Sequence[Message], tools: Tools, row: str) -> str:
@@ -245,9 +249,14 @@ class ChatTemplate:
             rendered = ""
         missing = marks.missing(rendered, text)
         if missing is not None:
+            remedy = (
+                "set data.chat_template_file to a template that writes it"
+                if self.section == "data"
+                else f"set {self.section}.chat_template=student"
+            )
             raise DataError(
                 f"{row}: {self.name} leaves out {missing.what}: {missing.text[:80]!r}; correct "
-                "the row, or set data.chat_template_file to a template that writes it"
+                f"the row, or {remedy}"
             )
 
     def _continuation(

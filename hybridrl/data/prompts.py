@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,6 +83,8 @@ def tokenize(
     max_tokens: int | None = None,
     *,
     responses: bool = True,
+    eos: int | None = None,
+    teachers: Mapping[str, ChatTemplate] | None = None,
 ) -> list[Prompt]:
     """The tokens of each problem and its responses, special tokens included.
 
@@ -95,6 +97,9 @@ def tokenize(
             limit.
         responses: whether the run uses the given responses; otherwise they are ignored and need not
             be usable.
+        eos: the id of model.eos, which ends every response; None: it is not set.
+        teachers: the chat templates by which teachers read the prompts, by their names; None: they
+            read the student's tokens.
 
     Raises:
         ConfigError: a setting of the chat template that has no effect, or that contradicts a row.
@@ -109,8 +114,12 @@ def tokenize(
         answers = problem.responses if responses else ()
         try:
             prompt = _prompt(
-                problem, answers, tokenizer, config, template, max_prompt_tokens, max_tokens
+                problem, answers, tokenizer, config, template, max_prompt_tokens, max_tokens, eos
             )
+            if teachers:
+                prompt = _with_teacher_prompts(
+                    prompt, problem, config, teachers, max_prompt_tokens, max_tokens
+                )
         except TooLong:
             if not config.drop_too_long:
                 raise
@@ -219,6 +228,7 @@ def _prompt(
     template: ChatTemplate,
     max_prompt_tokens: int,
     max_tokens: int | None,
+    eos: int | None,
 ) -> Prompt:
     row = problem.row
     chat = conversation(problem, config)
@@ -235,9 +245,10 @@ def _prompt(
     responses = []
     for answer in answers:
         answer_text = chat.response_text(answer, text, template)
-        responses.append(
-            response_ids(answer_text, text, input_ids, tokenizer, row, templated=chat.templated)
+        ids = response_ids(
+            answer_text, text, input_ids, tokenizer, row, templated=chat.templated, eos=eos
         )
+        responses.append(ids)
     longest = len(input_ids) + max(map(len, responses), default=0)
     if max_tokens is not None and longest > max_tokens:
         raise TooLong(
@@ -253,6 +264,39 @@ def _prompt(
         question=readable(chat.messages),
         answer=reference_answer(problem),
     )
+
+
+def _with_teacher_prompts(
+    prompt: Prompt,
+    problem: Problem,
+    config: DataConfig,
+    teachers: Mapping[str, ChatTemplate],
+    max_prompt_tokens: int,
+    max_tokens: int | None,
+) -> Prompt:
+    """The prompt with the tokens that teachers with a chat template of their own read.
+
+    A text prompt becomes a user's message, whether the student reads it so or not.
+
+    Raises:
+        DataError: a template refuses the conversation or omits a part of it, or the tokens do not
+            fit.
+    """
+    chat = conversation(problem, config)
+    longest = max(map(len, prompt.responses), default=0)
+    prompts = {}
+    for name, template in teachers.items():
+        text = template.prompt(chat.messages, chat.tools, problem.row)
+        ids = encode(text, template.tokenizer, special_tokens=False)
+        fits = max_tokens is None or len(ids) + longest <= max_tokens
+        if len(ids) > max_prompt_tokens or not fits:
+            raise TooLong(
+                f"{problem.row}: the prompt that teacher {name} reads by its own chat template has "
+                f"{len(ids)} tokens, which with the response do not fit into "
+                "rollout.max_model_len; raise it or set data.drop_too_long=true"
+            )
+        prompts[name] = tuple(ids)
+    return replace(prompt, teacher_prompts=prompts)
 
 
 def _warn_of_unclosed_tags(template: ChatTemplate) -> None:

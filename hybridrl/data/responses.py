@@ -16,6 +16,7 @@ def response_ids(
     row: str,
     *,
     templated: bool,
+    eos: int | None = None,
 ) -> tuple[int, ...]:
     """Tokens of `text` after `prompt`; an empty response is the end token alone.
 
@@ -27,6 +28,7 @@ def response_ids(
         text: the response; of a template with the end of its turn (ChatTemplate.response).
         prompt: the text that became prompt_ids.
         templated: whether a chat template wrote both.
+        eos: as of data.tokens.closed.
 
     Raises:
         DataError: a character without a token, a tokenizer without an end token, or an end token
@@ -35,7 +37,7 @@ def response_ids(
     if tokenizer.eos_token_id is None:
         raise DataError(f"{row}: the model's tokenizer has no end token, so a response cannot end")
     ids = _after(prompt, prompt_ids, text, tokenizer, templated)
-    response = closed(ids, tokenizer, templated=templated)
+    response = closed(ids, tokenizer, templated=templated, eos=eos)
     if has_unknown(response[:-1], tokenizer):
         raise DataError(f"{row}: the tokenizer has no token for some character of {text[:80]!r}")
     for end in (response[-1], tokenizer.eos_token_id):

@@ -41,7 +41,11 @@ def has_unknown(ids: Collection[int], tokenizer: PreTrainedTokenizerBase) -> boo
 
 
 def closed(
-    ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, templated: bool
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    templated: bool,
+    eos: int | None = None,
 ) -> tuple[int, ...]:
     """A response that ends with exactly one end token.
 
@@ -50,14 +54,13 @@ def closed(
     Args:
         ids: the response; white space after the template's end token is removed with it.
         templated: a template wrote the response.
+        eos: model.eos, which is then the end token in the place of both; None: it is not set.
     """
     end = _end_of_turn(ids, tokenizer) if templated else None
-    if end is None:
-        last = tokenizer.eos_token_id
-        body = list(ids)
-    else:
-        last = ids[end]
-        body = list(ids[:end])
+    body = list(ids[:end])
+    last = tokenizer.eos_token_id if end is None else ids[end]
+    if eos is not None:
+        last = eos
     while body and body[-1] == last:  # the data's own text may contain it too
         body.pop()
     return (*body, last)

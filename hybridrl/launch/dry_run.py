@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.launch.alignment import alignment
 from hybridrl.launch.planning_device import planned_device
 from hybridrl.launch.session import preflight
 from hybridrl.models.arithmetic import with_arithmetic
@@ -42,11 +44,13 @@ def describe(settings: RunSettings) -> Iterator[str]:
             yield f"teacher   {name}: {settings.teachers[name].url}; it answers"
             continue
         yield f"teacher   {name}: {teacher.path}, {teacher.dtype}; {reached(key, teacher)}"
+    tokenizer = load_tokenizer(model.path, model.revision, eos=model.eos)
+    yield f"ends      {'; '.join(alignment(settings, tokenizer))}"
     yield f"rewards   {', '.join(settings.reward.functions) or 'none'}"
     yield f"data      {len(prompts)} training prompts, {len(heldout)} held out; {lengths(prompts)}"
     yield f"a step    {step_sizes(settings, len(prompts))}"
     yield f"run.dir   {settings.run.dir}: {directory}"
-    yield from first_prompt(settings, prompts[0])
+    yield from first_prompt(tokenizer, prompts[0])
     yield ""
     yield from plan_of(settings)
 
@@ -108,11 +112,13 @@ def step_sizes(settings: RunSettings, num_prompts: int) -> str:
     )
 
 
-def first_prompt(settings: RunSettings, prompt: Prompt) -> Iterator[str]:
-    """A prompt and its responses, decoded from the tokens that the model reads."""
-    tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
+def first_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Iterator[str]:
+    """A prompt and its responses, decoded from the tokens that the models read."""
     yield f"prompt 1, {len(prompt.input_ids)} tokens as the model sees them:"
     yield str(tokenizer.decode(list(prompt.input_ids)))
+    for name, ids in prompt.teacher_prompts.items():
+        yield f"the same as teacher {name} sees it, {len(ids)} tokens:"
+        yield str(tokenizer.decode(list(ids)))
     for number, response in enumerate(prompt.responses, 1):
         yield f"response {number} of the data, {len(response)} tokens:"
         yield str(tokenizer.decode(list(response)))

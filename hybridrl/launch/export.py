@@ -71,7 +71,8 @@ def export_checkpoint(
     model = resolve(settings.model.path, settings.model.revision, files=TEXT_FILES)
     kind = kind or weights_kind(settings)
     tensors = checkpoint_tensors(checkpoint.folder, settings.model, dtype, kind=kind)
-    export(tensors, model, target, run_dir / TEMPLATE, kind=kind)
+    eos = settings.model.eos
+    export(tensors, model, target, run_dir / TEMPLATE, kind=kind, eos=eos)
     return target
 
 

@@ -2,12 +2,13 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.data.chat import ChatTemplate
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import tokenize
 from hybridrl.models.limits import most_positions
@@ -40,9 +41,15 @@ class Lengths:
 
 
 def check_lengths(
-    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    teachers: Mapping[str, ChatTemplate] | None = None,
 ) -> None:
     """Refuse settings in which one of the two lengths is missing, with a proposal for both.
+
+    Args:
+        teachers: as of tokenize.
 
     Raises:
         ConfigError: one is missing.
@@ -56,7 +63,7 @@ def check_lengths(
     if not missing:
         return
     model = settings.model
-    needs = measure(settings, tokenizer, problems)
+    needs = measure(settings, tokenizer, problems, teachers)
     positions = most_positions(model_config(model.path, model.revision))
     lengths = propose(needs, positions, *given.values())
     proposed = {
@@ -78,22 +85,32 @@ def check_lengths(
 
 
 def measure(
-    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    teachers: Mapping[str, ChatTemplate] | None = None,
 ) -> Needs:
     """The lengths that the problems need; there must be at least one problem."""
     use_responses = settings.algorithm.data_fraction > 0
-    prompts = tokenize(problems, tokenizer, settings.data, sys.maxsize, responses=use_responses)
+    prompts = tokenize(
+        problems,
+        tokenizer,
+        settings.data,
+        sys.maxsize,
+        responses=use_responses,
+        teachers=teachers,
+    )
     responses = [max(map(len, prompt.responses), default=0) for prompt in prompts]
     answers = [
         len(tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]) + 1  # and its end
         for prompt in prompts
         if prompt.answer is not None
     ]
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
+    longest = max(range(len(prompts)), key=lambda i: prompts[i].most_tokens)
     return Needs(
-        prompt=len(prompts[longest].input_ids),
+        prompt=prompts[longest].most_tokens,
         row=problems[longest].row,
-        whole=max(len(p.input_ids) + r for p, r in zip(prompts, responses, strict=True)),
+        whole=max(p.most_tokens + r for p, r in zip(prompts, responses, strict=True)),
         answer=max([*responses, *answers]),
     )
 

@@ -20,6 +20,7 @@ from hybridrl.data.chat import ChatTemplate, split_prefill
 from hybridrl.data.conversation import Conversation, conversation, is_templated
 from hybridrl.data.problem import Problem
 from hybridrl.data.tokens import closed, encode
+from hybridrl.launch.alignment import check_begins, check_ends, reads_own_prompts
 from hybridrl.launch.teacher_levels import teachers_to_measure
 from hybridrl.models.limits import CPU_HEAD_SIZES, most_positions, unserved_head_size
 from hybridrl.models.loading import (
@@ -179,8 +180,10 @@ def check_token_ids(
             raise ConfigError(
                 f"{deficit}, none for the end token {tokenizer.eos_token!r}; {remedy}"
             )
+        teacher = setting.removeprefix("teachers.").removesuffix(".path")
         for prompt in prompts:
-            largest = max(max(ids) for ids in (prompt.input_ids, *prompt.responses))
+            read = prompt.teacher_prompts.get(teacher, prompt.input_ids)
+            largest = max(max(ids) for ids in (read, *prompt.responses))
             if largest >= rows:
                 token = tokenizer.convert_ids_to_tokens(largest)
                 raise ConfigError(f"{deficit}, none for {token!r} in {prompt.uid}; {remedy}")
@@ -199,15 +202,17 @@ def check_teachers(
         The tokenizers of the teachers that have a path, by name.
 
     Raises:
-        ConfigError: its tokenizer has other tokens, or begins or ends a text with another one; or
-            its output head has fewer rows than the student's.
+        ConfigError: its tokenizer has other tokens; or begins or ends a text with another one, and
+            no setting aligns them; or its output head has fewer rows than the student's.
     """
     tokenizers = {}
     model = settings.model
     for name in settings.teachers_in_use:
         path = settings.teachers[name].path
         revision = settings.teachers[name].revision
+        source = f"teachers.{name}.path={path}"
         if path is None:  # the teacher is the student before training
+            check_ends(settings, student, name, source, student.eos_token_id)
             continue
         tokenizers[name] = load_tokenizer(path, revision, setting=f"teachers.{name}.path")
         if difference := different_tokens(student, tokenizers[name]):
@@ -216,6 +221,8 @@ def check_teachers(
                 f"model.path={model.path}: {difference}; log-probs of the same ids would speak of "
                 "different tokens. Choose a teacher with the student's tokenizer"
             )
+        check_begins(settings, student, name, source, tokenizers[name])
+        check_ends(settings, student, name, source, tokenizers[name].eos_token_id)
         rows = head_rows(path, revision)
         needed = head_rows(model.path, model.revision)
         if rows < needed and name in settings.scored_teachers:
@@ -228,24 +235,19 @@ def check_teachers(
 
 
 def different_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
-    """The difference between two tokenizers, as a clause; empty if there is none."""
+    """The difference between two vocabularies, as a clause; empty if there is none."""
     student_ids = student.get_vocab()
     teacher_ids = teacher.get_vocab()
     differing = sorted(
         (t for t in student_ids | teacher_ids if student_ids.get(t) != teacher_ids.get(t)),
         key=lambda t: (student_ids.get(t, len(student_ids)), t),
     )
-    if differing:
-        shown = [
-            f"{t!r} has id {teacher_ids.get(t, 'none')}, here {student_ids.get(t, 'none')}"
-            for t in differing[:SHOWN]
-        ]
-        more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-        return ", ".join(shown) + more
-    for kind in ("bos_token_id", "eos_token_id"):
-        if getattr(student, kind) != getattr(teacher, kind):
-            return f"its {kind} is {getattr(teacher, kind)}, here {getattr(student, kind)}"
-    return ""
+    shown = [
+        f"{t!r} has id {teacher_ids.get(t, 'none')}, here {student_ids.get(t, 'none')}"
+        for t in differing[:SHOWN]
+    ]
+    more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+    return ", ".join(shown) + more
 
 
 def check_templates(
@@ -270,7 +272,7 @@ def check_templates(
     for chat in chats:
         text = chat.prompt_text(template)
         for name, teacher in teachers.items():
-            if not teacher.chat_template:
+            if not teacher.chat_template or reads_own_prompts(settings, name):
                 continue
             path = settings.teachers[name].path
             own_template = ChatTemplate(teacher, settings.data.chat_template_kwargs)
@@ -278,7 +280,8 @@ def check_templates(
             if difference and file is None:
                 raise ConfigError(
                     f"teachers.{name}.path={path}: {difference}; give both folders the same chat "
-                    "template, or name one for both by data.chat_template_file"
+                    "template, name one for both by data.chat_template_file, or set "
+                    f"teachers.{name}.chat_template=own to have the teacher read by its own"
                 )
             if difference:
                 log.warning(
@@ -330,6 +333,8 @@ def check_end_of_turn(
 ) -> None:
     """Warn if generation does not stop at the token that ends a turn in the chat template.
 
+    With model.eos it stops there, and the data's responses end with that token too.
+
     A student that learns from the data's responses writes this token after its answer, and the
     engine would continue to sample.
 
@@ -341,7 +346,7 @@ def check_end_of_turn(
         DataError: as conversation.
     """
     problem = next((p for p in problems if is_templated(p, settings.data)), None)
-    if problem is None:
+    if problem is None or settings.model.eos is not None:
         return
     template = ChatTemplate.of(tokenizer, settings.data)
     chat = conversation(problem, settings.data)
@@ -357,8 +362,7 @@ def check_end_of_turn(
     if end is not None and end not in stops:
         log.warning(
             "%s ends the assistant's turn with %r, but generation with model.path=%s only stops "
-            "at %s: responses run on to rollout.max_new_tokens; add %d to eos_token_id in the "
-            "model's generation_config.json",
+            "at %s: responses run on to rollout.max_new_tokens; set model.eos=%d",
             template.name,
             tokenizer.decode([end]),
             model.path,

@@ -29,6 +29,7 @@ from hybridrl.core.trace import write_trace
 from hybridrl.data.problem import Problem
 from hybridrl.data.prompts import PromptSource, load_problems, tokenize
 from hybridrl.kernels.products import processor, products_notice
+from hybridrl.launch.alignment import teacher_templates
 from hybridrl.launch.export import keep_template
 from hybridrl.launch.lengths import check_lengths
 from hybridrl.launch.preflight import (
@@ -414,18 +415,20 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     check_attention(settings, "cuda" if on_gpu(settings) else "cpu")
     check_models(settings)
     check_own_models(settings)
-    tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
+    model = settings.model
+    tokenizer = load_tokenizer(model.path, model.revision, eos=model.eos)
     teachers = check_teachers(settings, tokenizer)
     check_reward_models(settings.reward, tokenizer.get_vocab())
-    rows = head_rows(settings.model.path, settings.model.revision)
+    templates = teacher_templates(settings, teachers)
+    rows = head_rows(model.path, model.revision)
     kinds = {settings.evidence_kind(name) for name in settings.scored_teachers}
     if EvidenceKind.support in kinds and settings.algorithm.topk.k > rows:
         raise ConfigError(
-            f"algorithm.topk.k={settings.algorithm.topk.k}: model.path={settings.model.path} has "
+            f"algorithm.topk.k={settings.algorithm.topk.k}: model.path={model.path} has "
             f"{rows} tokens; lower it"
         )
     train_problems, heldout_problems = load_problems(settings.data, settings.run.seed)
-    check_lengths(settings, tokenizer, [*train_problems, *heldout_problems])
+    check_lengths(settings, tokenizer, [*train_problems, *heldout_problems], templates)
     rollout = settings.rollout
     length = rollout.sequence_limit
     room = length - rollout.response_limit
@@ -434,7 +437,16 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     check_templates(settings, tokenizer, teachers, train_problems)
     check_end_of_turn(settings, tokenizer, train_problems)
     train_prompts, heldout_prompts = (
-        tokenize(problems, tokenizer, settings.data, room, length, responses=use_responses)
+        tokenize(
+            problems,
+            tokenizer,
+            settings.data,
+            room,
+            length,
+            responses=use_responses,
+            eos=None if model.eos is None else tokenizer.eos_token_id,
+            teachers=templates,
+        )
         for problems in (train_problems, heldout_problems)
     )
     check_token_ids(settings, tokenizer, [*train_prompts, *heldout_prompts])

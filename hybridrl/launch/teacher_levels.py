@@ -67,6 +67,7 @@ def measure_teachers(
             backend=cluster.weight_transfer,
             log_dir=str(run_dir / "logs"),
             name=f"teacher-{name}",
+            teacher=name,
         )
         gather(engine.ready())
         evaluation = evaluate(
@@ -91,7 +92,7 @@ def conditions_of(settings: RunSettings, heldout: Sequence[Prompt]) -> dict[str,
     They are written into the run directory, so the options of the reward function, which may
     contain a key, are replaced by their sha256.
     """
-    problems = repr([(p.uid, p.input_ids, p.columns) for p in heldout])
+    problems = repr([(p.uid, p.input_ids, p.columns, *p.teacher_prompts.values()) for p in heldout])
     # Accuracy is measured by the first reward function. None: nothing is measured.
     judge = next(iter(settings.reward.functions.values()), None)
     return {

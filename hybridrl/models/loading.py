@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.models.end_token import end_token_id
 from hybridrl.models.weight_files import (
     WEIGHTS,
     check_config_file,
@@ -345,18 +346,30 @@ def head_rows(path: str, revision: str | None = None) -> int:
 
 
 def load_tokenizer(
-    path: str, revision: str | None = None, *, setting: str = "model.path"
+    path: str,
+    revision: str | None = None,
+    *,
+    setting: str = "model.path",
+    eos: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`; without a pad token it pads with its end token.
+    """The tokenizer at `path`; without a pad token it pads with its own end token.
+
+    Args:
+        eos: model.eos, which becomes its end token; None: it has its own.
 
     Raises:
-        ConfigError: there is no such model, or transformers cannot read its tokenizer.
+        ConfigError: there is no such model, transformers cannot read its tokenizer, or `eos` is
+            none of its special tokens.
     """
     folder = resolve(path, revision, setting=setting, files=TEXT_FILES)
     with loaded_as("a tokenizer", f"{setting}={path}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if eos is not None:
+        token = tokenizer.convert_ids_to_tokens(end_token_id(eos, tokenizer, "model.eos"))
+        # A tokenizer may hold it as an added token that is not special, which decoding would keep.
+        tokenizer.add_special_tokens({"eos_token": token})
     return tokenizer
 
 

@@ -162,6 +162,7 @@ class Estimator:
             columns=(COLUMNS,) * groups,
             prompt_texts=("",) * groups,
             prompt_lengths=(1,) * groups,
+            teacher_prompts=({},) * groups,
             group_size=k,
             offsets=offsets,
             input_ids=ids,

@@ -80,4 +80,5 @@ class WeightPublisher:
         if self.rank == 0:
             model = settings.model
             template = Path(settings.run.dir).expanduser() / TEMPLATE
-            export(state, resolve(model.path, model.revision), folder, template, kind=kind)
+            source = resolve(model.path, model.revision)
+            export(state, source, folder, template, kind=kind, eos=model.eos)

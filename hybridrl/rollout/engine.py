@@ -17,15 +17,18 @@ import numpy as np
 
 from hybridrl.core import failpoints
 from hybridrl.core.errors import WeightSyncError
-from hybridrl.models.loading import is_wrongly_tied, resolve
+from hybridrl.models.end_token import end_token_id
+from hybridrl.models.loading import is_wrongly_tied, load_tokenizer, resolve
 from hybridrl.rollout.engine_arguments import typed
 from hybridrl.rollout.rollouter import Rollouter, SingleTurn
 from hybridrl.rollout.sampler import Sampler
+from hybridrl.rollout.teacher_turn import TeacherTurn
 from hybridrl.rollout.vllm_internals import core_has_ended, environment
 from hybridrl.settings.choices import Source
 from hybridrl.settings.models import ModelConfig
 from hybridrl.settings.rollout import RolloutConfig
 from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.context import Context
 from hybridrl.types import ChunkHeader, GenerateOrder, Prompt, RolloutBatch, WeightManifest
 
 if TYPE_CHECKING:
@@ -51,6 +54,8 @@ class Rollout:
         source: which kind of response the engine samples, for the batches.
         rollouter: makes a response out of the engine's completions; None: a response is one
             completion.
+        teacher: name of the teacher that the model is, which reads its own prompts and has its own
+            end token; None: it is the student.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Rollout:
         backend: str,
         source: Source = Source.student,
         rollouter: Rollouter | None = None,
+        teacher: str | None = None,
     ) -> None:
         # One device: the engine runs in this process, because IPC handles do not pass through
         # vLLM's message queue, and because an engine in a process of its own steps as soon as the
@@ -75,7 +81,10 @@ class Rollout:
         )
         if self.own_process:
             Thread(target=end_with_core, args=(self.engine,), daemon=True).start()
-        self.sampler = Sampler(self.engine, rollouter or SingleTurn(), source)
+        if rollouter is None:
+            own = None if teacher is None else TeacherTurn(Context.of(settings, teacher))
+            rollouter = own or SingleTurn()
+        self.sampler = Sampler(self.engine, rollouter, source, stop_token_ids(model))
         self.engine.set_weight_version(str(self.sampler.version))
 
     async def ping(self) -> dict[str, int]:
@@ -217,6 +226,17 @@ def engine_args(
         scheduling_policy="priority",
         **chosen,
     )
+
+
+def stop_token_ids(model: ModelConfig) -> list[int]:
+    """The tokens at which an engine stops besides those of the model's own settings.
+
+    Raises:
+        ConfigError: model.eos is none of the special tokens of the model's tokenizer.
+    """
+    if model.eos is None:
+        return []
+    return [end_token_id(model.eos, load_tokenizer(model.path, model.revision), "model.eos")]
 
 
 def prefill_tokens(rollout: RolloutConfig, *, on_cpu: bool) -> int:

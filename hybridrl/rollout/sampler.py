@@ -54,12 +54,20 @@ class Sampler:
     Args:
         engine: no other object adds requests to it.
         source: which kind of response the engine samples, for the batches.
+        stop_token_ids: tokens that end a completion besides those of the model's own settings.
     """
 
-    def __init__(self, engine: "LLMEngine", rollouter: Rollouter, source: Source) -> None:
+    def __init__(
+        self,
+        engine: "LLMEngine",
+        rollouter: Rollouter,
+        source: Source,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
         self.engine = engine
         self.rollouter = rollouter
         self.source = source
+        self.stop_token_ids = tuple(stop_token_ids)
         self.version = -1  # of the engine's weights; -1: as loaded from disk
         self._waves: Waves[list[asyncio.Task[Trajectory]]] = Waves(self._start_chunk)
         self._trajectories: dict[str, asyncio.Task[Trajectory]] = {}  # "wave/uid/sample"
@@ -147,9 +155,14 @@ class Sampler:
         """
         name = f"{order.wave}/{prompt.uid}/{index}"
         turns = count()
+        prompt_length: int | None = None  # of the prompt as the model reads it
 
         async def sample(token_ids: Sequence[int]) -> Completion:
-            return await self._complete(order, prompt, index, next(turns), token_ids)
+            nonlocal prompt_length
+            if prompt_length is None:
+                prompt_length = len(token_ids)
+            room = order.max_new_tokens - (len(token_ids) - prompt_length)
+            return await self._complete(order, prompt, index, next(turns), token_ids, room)
 
         async def respond() -> Trajectory:
             trajectory = await self.rollouter.run(prompt, sample)
@@ -165,16 +178,26 @@ class Sampler:
         return task
 
     async def _complete(
-        self, order: GenerateOrder, prompt: Prompt, index: int, turn: int, token_ids: Sequence[int]
+        self,
+        order: GenerateOrder,
+        prompt: Prompt,
+        index: int,
+        turn: int,
+        token_ids: Sequence[int],
+        room: int,
     ) -> Completion:
-        """The completion of one request; its seed depends on neither engine nor batch."""
-        room = order.max_new_tokens - (len(token_ids) - len(prompt.input_ids))
+        """The completion of one request; its seed depends on neither engine nor batch.
+
+        Args:
+            room: the number of tokens that the response may still have.
+        """
         if room < 1:
             return no_room(order.support)
         request = f"{order.wave}/{prompt.uid}/{index}/{turn}"
         seed = sample_seed(order.seed, prompt.uid, index, turn)
         try:
-            output = self._add(request, token_ids, sampling_params(order, room, seed), order)
+            params = sampling_params(order, room, seed, self.stop_token_ids)
+            output = self._add(request, token_ids, params, order)
         except ValueError as error:
             raise DataError(f"prompt {prompt.uid}: {error}") from error
         try:
@@ -252,14 +275,21 @@ async def end_of(task: asyncio.Task[Trajectory]) -> float:
     return time.monotonic()
 
 
-def sampling_params(order: GenerateOrder, max_tokens: int, seed: int) -> "SamplingParams":
-    """vLLM's parameters of one request; greedy decoding has no seed."""
+def sampling_params(
+    order: GenerateOrder, max_tokens: int, seed: int, stop_token_ids: Sequence[int] = ()
+) -> "SamplingParams":
+    """vLLM's parameters of one request; greedy decoding has no seed.
+
+    Args:
+        stop_token_ids: tokens that end it, to which vLLM adds those of the model's own settings.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         temperature=order.temperature,
         max_tokens=max_tokens,
+        stop_token_ids=list(stop_token_ids),
         seed=None if order.temperature == 0 else seed,
         logprobs=order.support,  # the number of tokens besides the drawn one
         flat_logprobs=True,

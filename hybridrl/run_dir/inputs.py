@@ -43,8 +43,13 @@ def digests(
 
 
 def file_digests(settings: RunSettings) -> dict[str, str]:
-    """The digests of the user's Python files that the run executes, and of modules they import."""
+    """The digests of the chat template that the user gives, of the user's Python files that the run
+    executes, and of modules they import.
+    """
     digest_of = {}
+    template = settings.data.chat_template_file
+    if template is not None:
+        digest_of["data.chat_template_file"] = sha256(Path(template))
     for key, reference in user_files(settings).items():
         path = Path(reference.rpartition(":")[0])
         if path.is_file():

@@ -44,7 +44,12 @@ class RolloutGroup:
         log_dir: str,
         name: str = "rollout",
         source: Source = Source.student,
+        teacher: str | None = None,
     ) -> None:
+        """
+        Args:
+            teacher: name of the teacher that the model is; None: it is the student.
+        """
         self.settings = settings
         arguments = {
             "settings": settings,
@@ -53,6 +58,8 @@ class RolloutGroup:
             "backend": str(backend),
             "source": source,
         }
+        if teacher is not None:
+            arguments["teacher"] = teacher
         self.group = ActorGroup(
             name,
             self.worker,

@@ -19,6 +19,7 @@ from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.scorer_group import ScorerGroup
 from hybridrl.runtime.start_up import StartUp
 from hybridrl.settings.choices import Source
+from hybridrl.settings.models import ModelConfig
 from hybridrl.settings.run import RunSettings
 
 log = logging.getLogger(__name__)
@@ -174,12 +175,13 @@ def start_engines(
     Raises:
         WorkerError: a colocated engine could not be built, within deadlines.start_s.
     """
-    models = [("rollout", settings.model, Source.student)]
+    models: list[tuple[str, ModelConfig, Source, str | None]]
+    models = [("rollout", settings.model, Source.student, None)]
     if settings.algorithm.teacher_fraction:
-        model = settings.teacher_model(next(iter(settings.teachers)))
-        models.append(("teacher", model, Source.teacher))
+        writer = next(iter(settings.teachers))
+        models.append(("teacher", settings.teacher_model(writer), Source.teacher, writer))
     groups = []
-    for name, model, source in models:
+    for name, model, source, teacher in models:
         engines = RolloutGroup(
             settings,
             slots[name],
@@ -189,6 +191,7 @@ def start_engines(
             log_dir=log_dir,
             name=name,
             source=source,
+            teacher=teacher,
         )
         if settings.cluster.colocate:
             start_up.wait(engines.ready())

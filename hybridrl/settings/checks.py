@@ -18,6 +18,7 @@ from hybridrl.settings.choices import (
     Ratio,
     Scale,
     SupportSource,
+    TemplateOf,
     WeightTransfer,
 )
 from hybridrl.settings.models import AUTO, DTYPES
@@ -67,6 +68,22 @@ def check_teachers(settings: RunSettings) -> None:
             raise ConfigError(
                 f"teachers.{name}.revision={teacher.revision}: without a path it is the student; "
                 "set model.revision"
+            )
+
+
+def check_teacher_prompts(settings: RunSettings) -> None:
+    """Only a model with a path has a chat template of its own."""
+    for name, teacher in settings.teachers.items():
+        own = teacher.chat_template is TemplateOf.own
+        if own and teacher.path is None:
+            raise ConfigError(
+                f"teachers.{name}.chat_template=own: needs teachers.{name}.path, whose template it "
+                "would be; leave it out"
+            )
+        if teacher.chat_template_kwargs and not own:
+            raise ConfigError(
+                f"teachers.{name}.chat_template_kwargs={teacher.chat_template_kwargs}: are read "
+                f"with teachers.{name}.chat_template=own alone; set it, or leave them out"
             )
 
 
@@ -404,6 +421,7 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_objective,
     check_teachers,
     check_servers,
+    check_teacher_prompts,
     check_schedules,
     check_products,
     check_best_checkpoint,

@@ -188,3 +188,10 @@ class WandbMode(StrEnum):
     online = "online"
     offline = "offline"
     disabled = "disabled"
+
+
+class TemplateOf(StrEnum):
+    """The model whose chat template writes the prompts that a teacher reads."""
+
+    student = "student"
+    own = "own"

@@ -489,8 +489,8 @@ def _no_such_setting(override: str, key: str) -> str:
         if key.startswith(f"{section}."):
             entry = ".".join(key.split(".")[: section.count(".") + 2])
             keys = [entry, *(f"{entry}.{f.name}" for f in fields(schema))]
-    names_are_free = ("data.columns.", "data.chat_template_kwargs.", "rollout.engine.")
-    if key in keys or ".options." in key or key.startswith(names_are_free):
+    free_sections = (".options.", ".chat_template_kwargs.", "data.columns.", "rollout.engine.")
+    if key in keys or any(section in key for section in free_sections):
         return f"{override}: not in the config so far; write +{override} to add it"
     if (synonym := synonym_of(key)) is not None:
         if synonym.ours is None:

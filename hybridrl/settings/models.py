@@ -7,7 +7,7 @@ from omegaconf import MISSING
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.algorithm import ScheduleConfig
-from hybridrl.settings.choices import Attention, EvidenceKind
+from hybridrl.settings.choices import Attention, EvidenceKind, TemplateOf
 from hybridrl.settings.servers import ServedConfig
 
 DTYPES = ("float32", "bfloat16")
@@ -28,6 +28,11 @@ class ModelConfig:
     """
     revision: str | None = None
     """hub revision; null: the newest"""
+    eos: str | None = None
+    """the special token that ends a response, its text or its id; the engines stop at it, and at
+    those of the model's generation_config.json. null: the tokenizer's end token, or the end of the
+    turn in the chat template
+    """
     attention: Attention = Attention.auto
     """by which the learner and the teachers that score compute attention; engines choose their
     own
@@ -69,3 +74,13 @@ class TeacherConfig:
     algorithm.teacher_signal. With drawn, its part of the dense term is estimated from the drawn
     token
     """
+    eos: str | None = None
+    """the special token with which this teacher ends a response, its text or its id: its log-prob
+    counts for the student's end token, and the other way round. null: the student's own
+    """
+    chat_template: TemplateOf = TemplateOf.student
+    """student: it reads the student's prompts, token by token. own: it reads each conversation
+    through its own chat template, and then the tokens of the student's response
+    """
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """arguments of its own chat template, with chat_template=own"""

@@ -457,6 +457,7 @@ class RunSettings:
             path=source.path or "",
             dtype=dtype,
             revision=source.revision,
+            eos=teacher.eos or source.eos,
             attention=self.model.attention,
         )
 

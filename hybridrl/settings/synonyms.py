@@ -181,6 +181,15 @@ SYNONYMS = (
     ),
     Synonym("data.num_train", "", "train_max_samples", "max_samples"),
     Synonym("data.chat_template", "", "", "apply_chat_template"),
+    Synonym(
+        "data.chat_template_file",
+        "chat_template_path",
+        "custom_chat_template",
+        "tokenizer_chat_template",
+        "a Jinja file",
+    ),
+    Synonym("data.chat_template_kwargs", "", "apply_chat_template_kwargs", ""),
+    Synonym("model.eos", "eos_token", "", "", "the text or the id of a special token"),
     Synonym("data.instruction", "", "", "input_template"),
     Synonym("data.drop_too_long", "", "filter_overlong_prompts data.truncation", ""),
     Synonym(

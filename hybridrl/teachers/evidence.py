@@ -58,6 +58,8 @@ class Evidence(ABC):
     """Of its rows, in the metric transfer/token_bytes/<name>; empty: it has no rows."""
     needs_head: ClassVar[bool] = False
     """Whether the learner keeps a copy of the teacher's output embedding."""
+    covers_vocabulary: ClassVar[bool] = False
+    """Whether a row has one number for each token of the vocabulary."""
 
     @property
     def estimates(self) -> bool:
@@ -133,6 +135,7 @@ class Vocabulary(Evidence):
 
     drawn: bool  # as of Hidden
     name = "teacher_vocabulary"
+    covers_vocabulary = True
 
     def width(self, vocabulary: int, hidden: int) -> int:
         return vocabulary

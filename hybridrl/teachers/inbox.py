@@ -11,6 +11,7 @@ from hybridrl.batch.wire import to_wire
 from hybridrl.kernels.teacher_rows import Teacher
 from hybridrl.models.loading import head_rows
 from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.context import end_tokens
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.teacher_model import load_teacher_head
 from hybridrl.types import ScoredBatch, TokenScores
@@ -53,8 +54,11 @@ class TeacherInbox:
             if not kind.needs_head:
                 heads.append(None)
                 continue
-            head = load_teacher_head(settings, name)
-            heads.append(head[:vocabulary].to(device).clone())
+            head = load_teacher_head(settings, name)[:vocabulary].to(device).clone()
+            ends = end_tokens(settings, name)
+            if ends is not None:
+                ends.exchange_rows(head)
+            heads.append(head)
         return cls(evidence, heads, vocabulary)
 
     def head_inputs(

@@ -20,6 +20,7 @@ from hybridrl.models.loading import head_rows
 from hybridrl.run_dir.saved_file import seal
 from hybridrl.settings.choices import Source
 from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.context import Context
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.route import takes
 from hybridrl.teachers.scores import empty_scores, fill_scores
@@ -59,6 +60,7 @@ class Scorer:
             rule: of the learner's head pass: its temperature, and the tokens computed at once.
         """
         self.route: Mapping[str, Any] = settings.teachers[self.teacher].route
+        self.context = Context.of(settings, self.teacher)
         self.evidence = evidence
         self.rule = rule
         model = settings.teacher_model(self.teacher)
@@ -77,12 +79,15 @@ class Scorer:
         """Score all sequences whose prompts are routed to this teacher; others have scores of 0."""
         failpoints.hit("scorer.score", uid=batch.uids[0])
         started = time.monotonic()
+        given = batch
+        batch = self.context.read(given)
         scores = empty_scores(self.evidence, self.teacher, batch, self.head)
         routed = [i for i in range(batch.num_sequences) if self._is_routed(batch, i)]
         cached = self._cached(batch, routed)
         for sequence, logprobs in cached.items():
             scores.logprobs[response_tokens(batch, sequence)] = logprobs
         self._score_sequences(scores, batch, [i for i in routed if i not in cached])
+        scores = self.context.answer(scores, batch, given, self.evidence)
         header = ScoreHeader(
             teacher=self.teacher, nbytes=self._nbytes(scores), score_s=time.monotonic() - started
         )

@@ -24,6 +24,7 @@ from hybridrl.models.loading import (
     weight_name,
 )
 from hybridrl.settings.models import ModelConfig
+from hybridrl.weights.end_token_files import write_end_token
 from hybridrl.weights.fragments import MASTER, FragmentReader
 from hybridrl.weights.library_internals import whole_shape
 from hybridrl.weights.parameters import (
@@ -44,6 +45,7 @@ def export(
     template: Path | None = None,
     *,
     kind: WeightsKind = FullFineTuning,
+    eos: str | None = None,
 ) -> None:
     """Write a model folder: the tensors of `state`, and all other files of the start model.
 
@@ -58,6 +60,7 @@ def export(
         template: the chat template that the run trained with; None, or no such file: the source's
             own.
         kind: the class of student weights that was trained.
+        eos: model.eos, which becomes the model's end token; None: it keeps its own.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape is not the model's.
@@ -75,6 +78,8 @@ def export(
             shutil.copy(template, unfinished / TEMPLATE)
         dtype = next(iter(tensors.values())).dtype
         _write_config(unfinished / "config.json", config, dtype, tied)
+        if eos is not None:
+            write_end_token(unfinished, eos)
         _save(tensors, unfinished / "model.safetensors")
         if value_head is not None:
             _save({VALUE_HEAD: value_head}, unfinished / VALUE_HEAD_FILE)

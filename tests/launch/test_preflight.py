@@ -103,9 +103,9 @@ def test_many_differing_tokens_are_counted():
 def test_another_end_token_is_refused_and_another_pad_token_is_not(tmp_path: Path):
     tokenizer = tiny_tokenizer()
     assert (
-        f"its eos_token_id is {tokenizer.pad_token_id}, here {tokenizer.eos_token_id}; "
-        in refusal(tmp_path, ended_otherwise())
-    )
+        f"its end token is '<pad>' (id {tokenizer.pad_token_id}), that of model.path={tmp_path}/"
+        f"student is '<eos>' (id {tokenizer.eos_token_id}), and"
+    ) in refusal(tmp_path, ended_otherwise())
     assert len(prepare(tmp_path, padded_otherwise())) == 64
 
 

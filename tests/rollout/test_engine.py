@@ -15,11 +15,13 @@ import torch
 from hybridrl.models.loading import load_model
 from hybridrl.rollout import engine as engine_module
 from hybridrl.rollout.engine import end_with_core, engine_args
-from hybridrl.types import GenerateOrder, Prompt, RolloutBatch
+from hybridrl.rollout.rollouter import SingleTurn
+from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
 from tests.support.graph import save_tiny, tiny_settings
 
 OBSERVATION = (21, 6, 5)
 SUPPORT = 3
+STOP = 8  # the token of "4"
 
 
 def test_an_engine_whose_core_has_ended_ends_too(monkeypatch: pytest.MonkeyPatch):
@@ -42,6 +44,8 @@ class Sampled(NamedTuple):
 
     single: RolloutBatch
     double: RolloutBatch
+    stopped: RolloutBatch
+    """of one turn, with an engine that stops at STOP too"""
 
 
 def sampled(folder: Path) -> Sampled:
@@ -69,7 +73,10 @@ def sampled(folder: Path) -> Sampled:
         _, single = await engine.generate(order, prompts)
         engine.sampler.rollouter = TwoTurns(OBSERVATION)
         _, double = await engine.generate(order, prompts)
-        return Sampled(single, double)
+        engine.sampler.rollouter = SingleTurn()
+        engine.sampler.stop_token_ids = (STOP,)
+        _, stopped = await engine.generate(order, prompts)
+        return Sampled(single, double, stopped)
 
     return asyncio.run(sample())
 
@@ -96,6 +103,21 @@ def test_the_engine_reports_what_a_plain_forward_pass_gives_with_one_turn_and_wi
             drawn_logprobs = logprobs.gather(1, ids[at][:, None])[:, 0].numpy()
             assert np.abs(drawn_logprobs - row.rollout_logprobs[at]).max() < 1e-4
     first_turns_agree(batches)
+    stops_earlier(batches)
+
+
+def stops_earlier(batches: Sampled) -> None:
+    """A response is the one of an engine without STOP, up to and with the first STOP in it."""
+    cut = 0
+    for i in range(batches.single.num_sequences):
+        response = batches.single.trajectory(i).response_ids.tolist()
+        row = batches.stopped.trajectory(i)
+        if STOP in response:
+            cut += 1
+            response = response[: response.index(STOP) + 1]
+            assert row.finish_reason is FinishReason.stop
+        assert row.response_ids.tolist() == response
+    assert cut >= 2
 
 
 def first_turns_agree(batches: Sampled) -> None:

@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 
 import pytest
 
 from hybridrl.core.errors import DataError
 from hybridrl.rollout.rollouter import Rollouter, Sample, SingleTurn
 from hybridrl.rollout.sampler import Sampler, sample_seed
+from hybridrl.rollout.teacher_turn import TeacherTurn
 from hybridrl.settings.choices import Source
+from hybridrl.teachers.context import Context, EndTokens
 from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch, Trajectory
 from tests.support.scripted_engine import END, LONGEST_PROMPT, ScriptedEngine, TwoTurns
 
@@ -30,6 +33,29 @@ def order(wave: str = "w", chunk: int = 0, num_chunks: int = 1, **changes) -> Ge
 def sampler(rollouter: Rollouter, rule: Callable = counted) -> tuple[Sampler, ScriptedEngine]:
     engine = ScriptedEngine(rule)
     return Sampler(engine, rollouter, Source.student), engine
+
+
+def test_an_engine_stops_at_the_chosen_end_token_too():
+    made = Sampler(ScriptedEngine(counted), SingleTurn(), Source.student, (23,))
+    asyncio.run(made.generate(order(), [prompt("a", 1, 3)]))
+    assert [request.params.stop_token_ids for request in made.engine.requests] == [[23], [23]]
+
+
+def test_a_teacher_writes_after_its_own_prompt_in_the_students_tokens():
+    """It ends its response with token 2, which the student writes as token 23, and has room for as
+    many tokens as the student, although its prompt is longer.
+    """
+    context = Context(teacher="main", ends=EndTokens(student=23, teacher=END))
+    made, engine = sampler(TeacherTurn(context))
+    given = replace(prompt("a", 1, 3), teacher_prompts={"main": (24, 1, 5, 6, 4)})
+    support = order(support=1, group_size=1, max_new_tokens=4)
+    _, batch = asyncio.run(made.generate(support, [given, prompt("b", 1, 2)]))
+    assert [request.token_ids for request in engine.requests] == [[24, 1, 5, 6, 4], [1, 2]]
+    assert [request.params.max_tokens for request in engine.requests] == [4, 4]
+    assert batch.input_ids.tolist() == [1, 3, 9, 9, 9, 23, 1, 2, 9, 23]
+    assert batch.prompt_lengths == (2, 2)
+    assert batch.finish_reasons == (FinishReason.stop,) * 2
+    assert batch.rollout_logprobs[2:6].tolist() == pytest.approx([-0.9, -0.9, -0.9, -0.2])
 
 
 # -- requests --------------------------------------------------------------------------------------

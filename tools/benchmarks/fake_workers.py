@@ -261,6 +261,7 @@ def rollouts(order: GenerateOrder, prompts: Sequence[Prompt], version: int) -> R
         columns=tuple(p.columns for p in prompts),
         prompt_texts=tuple(p.text for p in prompts),
         prompt_lengths=tuple(len(p.input_ids) for p in prompts),
+        teacher_prompts=tuple(p.teacher_prompts for p in prompts),
         group_size=order.group_size,
         offsets=offsets,
         input_ids=np.ones(offsets[-1], np.int32),

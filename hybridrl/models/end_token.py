@@ -1,0 +1,31 @@
+"""The token that ends a response, as model.eos and teachers.NAME.eos name it."""
+
+from transformers import PreTrainedTokenizerBase
+
+from hybridrl.core.errors import ConfigError
+
+SHOWN = 8
+"""Special tokens that an error lists."""
+
+
+def end_token_id(eos: str, tokenizer: PreTrainedTokenizerBase, setting: str) -> int:
+    """The id of the special token with this text or this id.
+
+    Example: end_token_id("<eos>", tiny_tokenizer(), "model.eos") -> 2, and so is that of "2".
+
+    Args:
+        setting: how an error names the value, e.g. "model.eos".
+
+    Raises:
+        ConfigError: there is no such token, or it is an ordinary one, which a text may contain.
+    """
+    special = {token_id: str(t) for token_id, t in tokenizer.added_tokens_decoder.items()}
+    for token_id, token in special.items():
+        if eos == token or (eos.isdecimal() and int(eos) == token_id):
+            return token_id
+    names = [repr(token) for token in special.values()]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    raise ConfigError(
+        f"{setting}={eos}: is none of the tokenizer's special tokens, which no text contains; give "
+        f"the text or the id of one: {', '.join(names[:SHOWN])}{more}"
+    )
