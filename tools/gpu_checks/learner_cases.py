@@ -309,10 +309,10 @@ def random_batch() -> RolloutBatch:
     prompts = []
     trajectories = []
     for i in range(GROUPS):
-        ids = tokens(rng.integers(4, 21))
+        ids = tokens(int(rng.integers(4, 21)))
         prompts.append(Prompt(uid=f"p{i}", input_ids=tuple(ids.tolist()), text="", columns={}))
         for _ in range(SAMPLES):
-            response = tokens(rng.integers(1, 17))
+            response = tokens(int(rng.integers(1, 17)))
             mask = np.arange(len(ids) + len(response)) >= len(ids)
             trajectories.append(
                 Trajectory(

@@ -51,7 +51,7 @@ def row_check(name: str, what: str, planned: int, seen: int, ground: Ground) -> 
         reason = f"{numbers}; these bytes are known exactly"
         return within(name, planned / seen, low=1.0, high=1.0, unit="x", reason=reason)
     if not ground.on_gpu:
-        reason = f"{numbers}; resident memory of a CPU, which pages of libraries change"
+        reason = f"{numbers}; resident memory, which varies with the load of a machine"
         return figure(name, planned / seen, "x", reason)
     if planned < LEAST_BYTES:
         reason = f"{numbers}; too few for an expectation, {LEAST_BYTES >> 20} MiB are needed"
