@@ -9,6 +9,7 @@ An entry of a lock file, of which the comments are optional:
 """
 
 import re
+import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -66,6 +67,22 @@ def read(text: str) -> dict[str, Pin]:
         for entry in ENTRY.finditer(text)
     ]
     return {pin.name: pin for pin in pins}
+
+
+def project_requirements(pyproject: str, extras: Iterable[str]) -> list[str]:
+    """The requirements of a project with some of its extras, which may name each other.
+
+    Args:
+        pyproject: the text of pyproject.toml.
+    """
+    project = tomllib.loads(pyproject)["project"]
+    texts = list(project["dependencies"])
+    for extra in extras:
+        texts += project["optional-dependencies"][extra]
+    own = [text for text in texts if Requirement(text).name == project["name"]]
+    others = [text for text in texts if text not in own]
+    named = [extra for text in own for extra in sorted(Requirement(text).extras)]
+    return others + (project_requirements(pyproject, named) if named else [])
 
 
 def linux(python: str, machine: str) -> Environment:
