@@ -155,6 +155,7 @@ def reached(
                     (name, r)
                     for r in map(Requirement, pins[name].requires)
                     if applies(r, extra, environment)
+                    and not (extra and applies(r, "", environment))  # followed without the extra
                 ]
 
 

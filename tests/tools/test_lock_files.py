@@ -1,6 +1,7 @@
 """Lock files: exact, complete, and of packages that meet each other's requirements."""
 
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_the_cpu_lock_meets_the_requirements_of_its_packages_as_installed_here()
     left_out = {Requirement(line).name for line in overrides if not line.startswith("#")}
     stated = {name: metadata.requires(name) or () for name in locked if installed(locked[name])}
     wanted = pins.project_requirements(PYPROJECT, ("cpu", "data", "dev"))
-    here = pins.linux("3.11", "x86_64")
+    here = pins.linux(f"3.{sys.version_info.minor}", "x86_64")
     recorded = pins.with_requirements(locked, stated, wanted, [here])
     assert pins.unmet(recorded, wanted, here, left_out) == []
 
