@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -62,19 +63,32 @@ def job(tmp_path):
     shutil.rmtree(sessions, ignore_errors=True)
 
 
-def run(job: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = ["bash", ROOT / "cluster/slurm.sbatch", "train.steps=3"]
-    return subprocess.run(
-        command, env=job, capture_output=True, text=True, timeout=200, check=False
-    )
+def run(job: dict[str, str]) -> tuple[int, str, str]:
+    """Run the job; returns its exit status, output and errors.
+
+    These go to files, as the Ray processes keep the output open until Slurm ends them, which the
+    signal to the job's process group stands for.
+    """
+    output = Path(job["TRIAL"], "output")
+    errors = Path(job["TRIAL"], "errors")
+    with output.open("w") as out, errors.open("w") as err:
+        command = ["bash", ROOT / "cluster/slurm.sbatch", "train.steps=3"]
+        batch = subprocess.Popen(command, env=job, stdout=out, stderr=err, start_new_session=True)
+        try:
+            status = batch.wait(timeout=200)
+        finally:
+            os.killpg(batch.pid, signal.SIGTERM)
+    return status, output.read_text(), errors.read_text()
 
 
 @pytest.mark.graph
 def test_a_slurm_job_starts_the_run_when_all_its_nodes_are_in_the_cluster(job, tmp_path):
-    done = run(job)
-    assert done.returncode == 0, done.stdout + done.stderr
-    nodes, gpus, arguments = json.loads(done.stdout.splitlines()[-1])
-    assert (nodes, gpus) == (2, 6.0)
+    status, output, errors = run(job)
+    assert status == 0, output + errors
+    # The Ray processes write to the same file.
+    [line] = [line for line in output.splitlines() if line.startswith("[2, ")]
+    _, gpus, arguments = json.loads(line)
+    assert gpus == 6.0
     assert arguments == ["train", f"run.dir={ROOT}/runs/slurm-{os.getpid()}", "train.steps=3"]
     head, worker = (tmp_path / "steps").read_text().splitlines()
     assert "--nodelist=127.0.0.1 cluster/head.sh" in head
@@ -84,6 +98,6 @@ def test_a_slurm_job_starts_the_run_when_all_its_nodes_are_in_the_cluster(job, t
 
 @pytest.mark.graph
 def test_a_slurm_job_whose_workers_do_not_start_ends_with_a_message(job):
-    done = run(job | {"NO_WORKER": "1"})
-    assert done.returncode == 1
-    assert "not all of 2 nodes have joined the Ray head at 127.0.0.1:" in done.stderr
+    status, _, errors = run(job | {"NO_WORKER": "1"})
+    assert status == 1
+    assert "not all of 2 nodes have joined the Ray head at 127.0.0.1:" in errors
