@@ -13,7 +13,7 @@ from hybridrl.settings.compose import load_config
 
 SMALL = ("experiment=quickstart", "model.dtype=float32", "cluster.device_memory_gib=0.01")
 REFUSED = (
-    r"model\.path=\S+: learner does not fit GPU 0: .* of 0\.0 GiB .*; if the plan is wrong, "
+    r"rollout\.max_model_len=48: one sequence needs 192\.0 KiB of KV cache .*; if the plan is wrong, "
     r"cluster\.check_memory=false starts the run all the same$"
 )
 
