@@ -13,8 +13,8 @@ from hybridrl.settings.compose import load_config
 
 SMALL = ("experiment=quickstart", "model.dtype=float32", "cluster.device_memory_gib=0.01")
 REFUSED = (
-    r"rollout\.max_model_len=48: one sequence needs 192\.0 KiB of KV cache .*; if the plan is wrong, "
-    r"cluster\.check_memory=false starts the run all the same$"
+    r"rollout\.max_model_len=48: one sequence needs 192\.0 KiB of KV cache .*; "
+    r"if the plan is wrong, cluster\.check_memory=false starts the run all the same$"
 )
 
 
