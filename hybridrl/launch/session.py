@@ -32,6 +32,7 @@ from hybridrl.kernels.products import processor, products_notice
 from hybridrl.launch.alignment import teacher_templates
 from hybridrl.launch.export import keep_template
 from hybridrl.launch.lengths import check_lengths
+from hybridrl.launch.planning_device import check_memory, planned_device
 from hybridrl.launch.preflight import (
     check_attention,
     check_end_of_turn,
@@ -95,6 +96,8 @@ def train(settings: RunSettings) -> RunResult:
     requested = settings
     settings = pinned(requested, earlier_settings(requested))
     prompts, heldout = preflight(settings)
+    expected, _ = planned_device(settings)
+    check_memory(settings, expected)
     with run_directory(settings) as run_dir, ExitStack() as stack:
         # An absolute path, because workers may run in another directory.
         settings = replace(settings, run=replace(settings.run, dir=str(run_dir)))
@@ -111,6 +114,8 @@ def train(settings: RunSettings) -> RunResult:
         cluster = stack.enter_context(Cluster(settings))
         check_attention(settings, cluster.device)
         check_engines(settings, cluster.device)
+        if expected != cluster.device:  # only the cluster has GPUs
+            check_memory(settings, cluster.device)
         stack.enter_context(preemption.listening())  # again: Ray replaces the handlers at its start
         session = Session(
             settings=settings,

@@ -303,6 +303,10 @@ class ClusterConfig:
     """memory that `hybridrl plan` counts with, of one GPU or of the node on a CPU; null: of this
     machine's, or 79 for a GPU that is not here, as an H100 with 80 GB has
     """
+    check_memory: bool = True
+    """refuse a run whose plan does not fit the memory of its GPUs, before it starts; false: start
+    it all the same. It needs cluster.device_memory_gib, or a GPU on the machine of the command
+    """
     spread: bool = False
     """put the workers of one group on different nodes where possible"""
     threads_per_worker: int | None = None

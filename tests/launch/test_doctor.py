@@ -65,8 +65,8 @@ def test_a_stack_other_than_the_tested_one_fails_and_names_the_package(
 
 def test_a_version_other_than_that_of_the_lock_is_a_warning():
     text = "torch==2.13.0+cpu \\\n    --hash=sha256:00\nray==2.60.0 \\\n    --hash=sha256:00\n"
-    assert doctor.lock(text, GOOD.get).level is OK
-    finding = doctor.lock(text, (GOOD | {"ray": "2.60.1"}).get)
+    assert doctor.lock(text, GOOD.get, "tools/setup").level is OK
+    finding = doctor.lock(text, (GOOD | {"ray": "2.60.1"}).get, "tools/setup")
     assert finding.level is WARN and finding.text.startswith("ray 2.60.1 for 2.60.0; ")
 
 

