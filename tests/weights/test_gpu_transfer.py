@@ -26,8 +26,11 @@ from hybridrl.runtime.workers import teams
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.models import ModelConfig
 from hybridrl.types import Prompt
+from hybridrl.weights import vllm_transfer
+from hybridrl.weights.parameters import NamedTensor
 from hybridrl.weights.stream import WeightStream
 from hybridrl.weights.vllm_transfer import EngineClient, trainer_engine
+from tests.support import gpu_substitutes
 from tests.support.graph import save_tiny, tiny_settings
 from tests.weights.test_vllm_transfer import stream_of
 
@@ -91,3 +94,107 @@ def test_two_engines_of_two_devices_take_a_sharded_learners_weights_while_they_s
 def with_tests(slots: Sequence[Slot]) -> list[Slot]:
     """Workers that can import the tests."""
     return [replace(slot, env={**slot.env, "PYTHONPATH": str(ROOT)}) for slot in slots]
+
+
+# -- ipc -------------------------------------------------------------------------------------------
+
+
+class Receiver(nn.Module):
+    """A model of vLLM that keeps what it loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: dict[str, Tensor] = {}
+        self.chunks: list[int] = []
+
+    def load_weights(self, weights: Sequence[tuple[str, Tensor]]) -> set[str]:
+        self.received |= {name: tensor.clone() for name, tensor in weights}
+        self.chunks.append(len(weights))
+        return set(self.received)
+
+
+class LocalEngine:
+    """vLLM's worker side of ipc, with the calls that the learner makes to an engine."""
+
+    def __init__(self, model: Receiver) -> None:
+        config = SimpleNamespace(parallel_config=None, model_config=SimpleNamespace(dtype=None))
+        device = SimpleNamespace(index=0)
+        self.worker = IPCWeightTransferEngine(None, config, device, model)
+        self.versions: list[int] = []
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.worker.init_transfer_engine(self.worker.parse_init_info(init_info))
+
+    def start_weight_update(self) -> None:
+        self.worker.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.worker.update_weights(update_info)
+
+    def finish_weight_update(self, version: int) -> None:
+        self.worker.finish_weight_update()
+        self.versions.append(version)
+
+
+def test_ipc_hands_over_all_weights_in_one_buffer_and_holds_no_second_copy_of_the_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With a buffer of the largest tensor, the embedding, in place of 1 GiB."""
+    monkeypatch.setattr(vllm_transfer, "DEFAULT_PACKED_BUFFER_SIZE_BYTES", 1)
+    stream = stream_of(save_tiny(tmp_path, 0))
+    engine = LocalEngine(Receiver())
+
+    def call(method: str, arguments: Sequence[tuple]) -> None:
+        for own in arguments:
+            getattr(engine, method)(*own)
+
+    client = EngineClient(call, num_engines=1, tensor_parallel=1)
+    with gpu_substitutes.substituted():
+        sender = trainer_engine("ipc", 0, ("", 0), client, stream)
+        client.version = 3
+        sender.send_weights()
+        [buffer] = gpu_substitutes.EXPORTED.values()
+        largest = max(tensor.nbytes for _, tensor in stream)
+        assert buffer.nbytes == stream.largest_nbytes == largest
+    model = engine.worker.model
+    assert engine.versions == [3]
+    assert len(model.chunks) > 2, "several pieces"
+    sent = dict(stream)
+    assert model.received.keys() == sent.keys()
+    assert all(torch.equal(model.received[name], sent[name]) for name in sent)
+
+
+def test_a_buffer_of_ipc_has_at_least_the_size_that_vllm_chooses_and_that_of_the_largest_tensor():
+    """The embedding of Qwen2.5-7B in bfloat16 has 152064 * 3584 * 2 bytes, more than 1 GiB."""
+    shape = (152064, 3584)
+    tensor = NamedTensor(name="embedding", shape=shape, dtype=torch.bfloat16, sources={})
+    stream = WeightStream([tensor], lambda parameters: None)
+    client = EngineClient(lambda method, arguments: None, num_engines=1, tensor_parallel=1)
+    for rank in (0, 1):
+        with gpu_substitutes.substituted():
+            sender = trainer_engine("ipc", rank, ("", 0), client, stream)
+        assert sender.packed and sender.packed_buffer_size_bytes == 1_089_994_752
+
+
+# -- the substitutes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "substitute"),
+    gpu_substitutes.SUBSTITUTES,
+    ids=[f"{module.__name__}.{name}" for module, name, _ in gpu_substitutes.SUBSTITUTES],
+)
+def test_a_substitute_has_the_signature_of_what_it_stands_for(
+    module: Any, name: str, substitute: Any
+):
+    real = getattr(module, name)
+    assert parameters(substitute) == parameters(real)
+    for method in ("broadcast", "destroy"):
+        if isinstance(real, type):
+            assert parameters(getattr(substitute, method)) == parameters(getattr(real, method))
+
+
+def parameters(function: Any) -> list[tuple[str, Any]]:
+    """Names and defaults, of a class those of its constructor."""
+    found = inspect.signature(function).parameters.values()
+    return [(parameter.name, parameter.default) for parameter in found]
