@@ -14,8 +14,10 @@ import pytest
 import ray
 import torch
 from torch import Tensor, nn
+from vllm.distributed.weight_transfer import packed_tensor
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 
+from hybridrl.planning.memory import TRANSFER_BUFFER
 from hybridrl.runtime.actor_group import Slot
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
@@ -174,6 +176,9 @@ def test_a_buffer_of_ipc_has_at_least_the_size_that_vllm_chooses_and_that_of_the
         with gpu_substitutes.substituted():
             sender = trainer_engine("ipc", rank, ("", 0), client, stream)
         assert sender.packed and sender.packed_buffer_size_bytes == 1_089_994_752
+    assert packed_tensor.DEFAULT_PACKED_BUFFER_SIZE_BYTES == TRANSFER_BUFFER, "as in the plan"
+        "which the plan counts"
+    )
 
 
 # -- the substitutes -------------------------------------------------------------------------------
