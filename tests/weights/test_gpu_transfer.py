@@ -3,6 +3,7 @@ ipc, with the substitutes of tests/support/gpu_substitutes.py for NCCL and for h
 """
 
 import inspect
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +96,8 @@ def test_two_engines_of_two_devices_take_a_sharded_learners_weights_while_they_s
 
 def with_tests(slots: Sequence[Slot]) -> list[Slot]:
     """Workers that can import the tests."""
-    return [replace(slot, env={**slot.env, "PYTHONPATH": str(ROOT)}) for slot in slots]
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return [replace(slot, env={**slot.env, "PYTHONPATH": path}) for slot in slots]
 
 
 # -- ipc -------------------------------------------------------------------------------------------
@@ -177,8 +179,6 @@ def test_a_buffer_of_ipc_has_at_least_the_size_that_vllm_chooses_and_that_of_the
             sender = trainer_engine("ipc", rank, ("", 0), client, stream)
         assert sender.packed and sender.packed_buffer_size_bytes == 1_089_994_752
     assert packed_tensor.DEFAULT_PACKED_BUFFER_SIZE_BYTES == TRANSFER_BUFFER, "as in the plan"
-        "which the plan counts"
-    )
 
 
 # -- the substitutes -------------------------------------------------------------------------------
