@@ -4,8 +4,8 @@ ipc, with the substitutes of tests/support/gpu_substitutes.py for NCCL and for h
 
 import inspect
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer import packed_tensor
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 
 from hybridrl.planning.memory import TRANSFER_BUFFER
+from hybridrl.rollout.engine import Rollout
 from hybridrl.runtime.actor_group import Slot
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
@@ -32,7 +33,12 @@ from hybridrl.types import Prompt
 from hybridrl.weights import vllm_transfer
 from hybridrl.weights.parameters import NamedTensor
 from hybridrl.weights.stream import WeightStream
-from hybridrl.weights.vllm_transfer import EngineClient, trainer_engine
+from hybridrl.weights.vllm_transfer import (
+    EngineClient,
+    ObjectStoreTransferEngine,
+    ObjectStoreUpdateInfo,
+    trainer_engine,
+)
 from tests.support import gpu_substitutes
 from tests.support.graph import save_tiny, tiny_settings
 from tests.weights.test_vllm_transfer import stream_of
@@ -111,9 +117,9 @@ class Receiver(nn.Module):
         self.received: dict[str, Tensor] = {}
         self.chunks: list[int] = []
 
-    def load_weights(self, weights: Sequence[tuple[str, Tensor]]) -> set[str]:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         self.received |= {name: tensor.clone() for name, tensor in weights}
-        self.chunks.append(len(weights))
+        self.chunks.append(len(self.received))
         return set(self.received)
 
 
@@ -179,6 +185,39 @@ def test_a_buffer_of_ipc_has_at_least_the_size_that_vllm_chooses_and_that_of_the
             sender = trainer_engine("ipc", rank, ("", 0), client, stream)
         assert sender.packed and sender.packed_buffer_size_bytes == 1_089_994_752
     assert packed_tensor.DEFAULT_PACKED_BUFFER_SIZE_BYTES == TRANSFER_BUFFER, "as in the plan"
+
+
+# -- object_store with several devices -------------------------------------------------------------
+
+
+def test_the_devices_of_an_engine_read_the_packed_weights_from_a_file(tmp_path: Path):
+    stream = stream_of(save_tiny(tmp_path / "model", 0))
+    manifest, packed = stream.pack(version=1)
+    packed.tofile(tmp_path / "packed")
+    config = SimpleNamespace(parallel_config=None, model_config=SimpleNamespace(dtype=None))
+    worker = ObjectStoreTransferEngine(None, config, torch.device("cpu"), Receiver())
+    info = {"manifest": asdict(manifest), "path": str(tmp_path / "packed")}
+    worker.start_weight_update()
+    worker.receive_weights(ObjectStoreUpdateInfo(**info))
+    worker.finish_weight_update()
+    assert worker.received_digest == manifest.digest
+    sent = dict(stream)
+    assert all(torch.equal(worker.model.received[name], sent[name]) for name in sent)
+    other = asdict(replace(manifest, digest="0" * 32))
+    with pytest.raises(ValueError, match=f"received {manifest.nbytes} bytes with digest"):
+        worker.receive_weights(ObjectStoreUpdateInfo(**(info | {"manifest": other})))
+
+
+def test_an_engine_of_several_devices_hands_the_buffer_to_them_as_a_file():
+    worker = Rollout.__new__(Rollout)
+    packed = np.arange(5, dtype=np.uint8)
+    worker.own_process = True
+    with worker._within_reach(packed) as place:
+        assert np.fromfile(place["path"], np.uint8).tolist() == [0, 1, 2, 3, 4]
+    assert not Path(place["path"]).exists()
+    worker.own_process = False
+    with worker._within_reach(packed) as place:
+        assert place["packed"] is packed
 
 
 # -- the substitutes -------------------------------------------------------------------------------

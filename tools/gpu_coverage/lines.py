@@ -1,9 +1,10 @@
 """The lines of a source file whose execution may depend on the device.
 
-A function depends on the device if its code names one: an identifier with one of IDENTIFIERS in it,
-or a string that is one of STRINGS. All of its statements count, and all operands of its conditional
-expressions, `a if c else b`, `c and a` and `c or a`, since a statement that was executed may have
-evaluated one of them alone.
+An expression names a device if it has an identifier with one of IDENTIFIERS in it, or a string that
+is one of STRINGS. A statement counts if it names a device, is within a block whose condition does,
+or is in a function whose name or decorator does. Of a statement that counts, so do the operands of
+its conditional expressions, `a if c else b`, `c and a` and `c or a`, because a statement that was
+executed may have evaluated one of them alone.
 """
 
 import ast
@@ -24,13 +25,12 @@ HIT = "__gpu_lines_hit__"
 """The function, among Python's built-ins, that an instrumented line calls with its name."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-BLOCKS = ("body", "orelse", "finalbody")
 NO_LINES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Global, ast.Nonlocal)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFunction:
-    """A function that depends on the device.
+    """A function with lines that count.
 
     Example: `def f(gpu): return 1 if gpu else 2` has the lines "return 1 if gpu else 2", "1 [of 1
     if gpu else 2]" and "2 [of 1 if gpu else 2]".
@@ -46,11 +46,11 @@ class DeviceFunction:
 
 
 def device_functions(tree: ast.Module) -> list[DeviceFunction]:
-    return [
-        DeviceFunction(name, tuple(text for text, _ in named_nodes(function)))
-        for name, function in functions(tree)
-        if depends_on_device(function)
-    ]
+    found = []
+    for name, function in functions(tree):
+        if lines := tuple(text for text, _ in named_nodes(function)):
+            found.append(DeviceFunction(name, lines))
+    return found
 
 
 def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function]]:
@@ -62,8 +62,42 @@ def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function]]
             yield from functions(child, f"{prefix}{child.name}.")
 
 
-def depends_on_device(function: Function) -> bool:
-    return any(map(names_device, ast.walk(function)))
+def named_nodes(function: Function) -> Iterator[tuple[str, ast.AST]]:
+    """The statements and operands of a function that count, each with a text that is unique."""
+    seen: Counter[str] = Counter()
+    decorators = [node for tree in function.decorator_list for node in ast.walk(tree)]
+    everywhere = IDENTIFIERS.search(function.name) or any(map(names_device, decorators))
+    for text, node, counts in texts(function, counts=bool(everywhere)):
+        seen[text] += 1
+        if counts:
+            yield text if seen[text] == 1 else f"{text} #{seen[text]}", node
+
+
+def texts(block: ast.AST, *, counts: bool) -> Iterator[tuple[str, ast.AST, bool]]:
+    """The statements of a compound statement and their operands, in their order, and whether each
+    counts.
+
+    Args:
+        counts: whether all of them do.
+    """
+    for statement in statements(block):
+        if not isinstance(statement, NO_LINES) and not is_docstring(statement):
+            own = counts or any(map(names_device, own_nodes(statement)))
+            yield head(statement), statement, own
+            for node in own_nodes(statement):
+                for operand in operands(node):
+                    yield f"{ast.unparse(operand)} [of {ast.unparse(node)}]", operand, own
+            yield from texts(statement, counts=own)
+        else:
+            yield from texts(statement, counts=counts)
+
+
+def own_nodes(statement: ast.AST) -> Iterator[ast.AST]:
+    """The expressions of a statement; those of the statements of its blocks are their own."""
+    for child in ast.iter_child_nodes(statement):
+        if not isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):
+            yield child
+            yield from own_nodes(child)
 
 
 def names_device(node: ast.AST) -> bool:
@@ -76,29 +110,13 @@ def names_device(node: ast.AST) -> bool:
     return False
 
 
-def named_nodes(function: Function) -> Iterator[tuple[str, ast.AST]]:
-    """The statements and operands of a function that count, each with a text that is unique."""
-    seen: Counter[str] = Counter()
-    for text, node in texts(function):
-        seen[text] += 1
-        yield text if seen[text] == 1 else f"{text} #{seen[text]}", node
-
-
-def texts(function: Function) -> Iterator[tuple[str, ast.AST]]:
-    for node in ast.walk(function):
-        for statement in statements(node):
-            if not isinstance(statement, NO_LINES) and not is_docstring(statement):
-                yield head(statement), statement
-        for operand in operands(node):
-            yield f"{ast.unparse(operand)} [of {ast.unparse(node)}]", operand
-
-
 def statements(node: ast.AST) -> Iterator[ast.stmt]:
     """Those of the blocks of a compound statement."""
-    for block in BLOCKS:
-        found = getattr(node, block, None)
-        if isinstance(found, list):
-            yield from found
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):
+            yield child
+        elif isinstance(child, (ast.ExceptHandler, ast.match_case)):
+            yield from statements(child)
 
 
 def operands(node: ast.AST) -> list[ast.expr]:
@@ -138,9 +156,8 @@ def instrumented(source: str, path: str) -> ast.Module:
     """
     tree = ast.parse(source)
     for name, function in functions(tree):
-        if depends_on_device(function):
-            marks = {node: f"{path}\t{name}\t{text}" for text, node in named_nodes(function)}
-            Marker(marks).visit(function)
+        marks = {node: f"{path}\t{name}\t{text}" for text, node in named_nodes(function)}
+        Marker(marks).visit(function)
     return ast.fix_missing_locations(tree)
 
 
