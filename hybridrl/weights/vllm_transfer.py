@@ -30,6 +30,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
 
+from hybridrl.core.parent import end_with_parent
 from hybridrl.types import WeightManifest
 from hybridrl.weights.library_internals import (
     begin_reload,
@@ -207,5 +208,6 @@ def trainer_engine(
 
 def register() -> None:
     """Entry point `vllm.general_plugins`: vLLM calls it in every process of an engine."""
+    end_with_parent()
     if not has_transfer_backend(WeightTransferEngineFactory, BACKEND):
         WeightTransferEngineFactory.register_engine(BACKEND, __name__, "ObjectStoreTransferEngine")
