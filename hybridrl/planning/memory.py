@@ -17,7 +17,7 @@ from hybridrl.planning.model_shape import DTYPE_BYTES, ModelShape, model_shape
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.zero import WIDE, ZeroBytes, zero_bytes
 from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, prefill_tokens
-from hybridrl.settings.choices import Attention, Products
+from hybridrl.settings.choices import Attention, Products, WeightTransfer
 from hybridrl.settings.models import ModelConfig
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.shares import chunk_size
@@ -28,6 +28,9 @@ SAMPLED = 3
 
 ROW_MATRICES = 6
 """float32 matrices that kernels.rows has at once where neither Triton nor a compiler runs it."""
+
+TRANSFER_BUFFER = 2**30
+"""Bytes of a buffer through which vLLM hands weights to another GPU; its own default."""
 
 
 class Part(NamedTuple):
@@ -235,7 +238,7 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
         },
         "reduce": {"gradients": zero.gradients, "buffers": zero.reducing + zero.always},
         "step": {"buffers": zero.stepping + zero.always},
-        "sync": {"buffers": gathered},
+        "sync": {"buffers": gathered + transfer_buffers(sizes)},
     }
     for phase, parts in phases.items():
         always = {
@@ -248,6 +251,21 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
         }
         for part, nbytes in (always | parts).items():
             yield Part("learner", phase, part, nbytes)
+
+
+def transfer_buffers(sizes: Sizes) -> int:
+    """Bytes of vLLM's buffers on the learner's rank 0, through which weights go to other GPUs.
+
+    That of ipc holds at least the largest tensor. nccl has two, which are full when a tensor goes
+    beyond TRANSFER_BUFFER.
+    """
+    rollout = sizes.settings.rollout
+    if sizes.on_cpu or rollout.weight_transfer is WeightTransfer.object_store:
+        return 0
+    largest = sizes.student.largest * sizes.width
+    if sizes.settings.cluster.colocate:
+        return max(TRANSFER_BUFFER, largest)
+    return 2 * min(TRANSFER_BUFFER + largest, sizes.student.parameters * sizes.width)
 
 
 def head_bytes(sizes: Sizes, rows: int) -> int:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybridrl.core import parent
 from hybridrl.rollout.rollouter import Completion
 from hybridrl.types import FinishReason
 
@@ -42,6 +43,7 @@ def environment(*, own_process: bool) -> dict[str, str]:
     return {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
+        **({parent.VARIABLE: "1"} if own_process else {}),
     }
 
 

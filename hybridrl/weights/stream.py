@@ -39,6 +39,11 @@ class WeightStream:
         """The bytes of all tensors that iterating yields; a tied head and its embedding count."""
         return sum(_nbytes(tensor) for tensor in self.tensors)
 
+    @property
+    def largest_nbytes(self) -> int:
+        """The bytes of the largest tensor."""
+        return max(map(_nbytes, self.tensors))
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for layer in self._layers():
             with self.gather([source for t in layer for source in t.sources.values()]):

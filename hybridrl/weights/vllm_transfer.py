@@ -28,7 +28,9 @@ from vllm.distributed.weight_transfer.factory import (
 )
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
 
+from hybridrl.core.parent import end_with_parent
 from hybridrl.types import WeightManifest
 from hybridrl.weights.library_internals import (
     begin_reload,
@@ -187,7 +189,13 @@ def trainer_engine(
     """
     source = StreamSource(stream)
     if backend == "ipc":
-        ipc = IPCTrainerInitInfo(rank=rank)
+        # Tensor by tensor, vLLM would hold every gathered tensor until the update is finished, so a
+        # rank of ZeRO-3 would hold the whole student. Its buffer must hold the largest tensor.
+        ipc = IPCTrainerInitInfo(
+            rank=rank,
+            packed=True,
+            packed_buffer_size_bytes=max(DEFAULT_PACKED_BUFFER_SIZE_BYTES, stream.largest_nbytes),
+        )
         return WeightTransferTrainerFactory.trainer_init(ipc, client=client, source=source)
     nccl = NCCLTrainerInitInfo(
         rank=rank,
@@ -200,5 +208,6 @@ def trainer_engine(
 
 def register() -> None:
     """Entry point `vllm.general_plugins`: vLLM calls it in every process of an engine."""
+    end_with_parent()
     if not has_transfer_backend(WeightTransferEngineFactory, BACKEND):
         WeightTransferEngineFactory.register_engine(BACKEND, __name__, "ObjectStoreTransferEngine")

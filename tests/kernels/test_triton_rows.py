@@ -20,7 +20,9 @@ def test_the_triton_rows_give_what_fp64_gives_for_every_divergence_and_number_of
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}",
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
+        ),
         "OMP_NUM_THREADS": "1",
     }
     job = [sys.executable, "-m", "gpu_checks.triton_rows"]

@@ -10,11 +10,12 @@ import pytest
 from hybridrl.core.errors import ConfigError
 from hybridrl.planning.edges import checkpoint_bytes, rollout_bytes, score_bytes
 from hybridrl.planning.fit import check_fit
+from hybridrl.planning.memory import Sizes, transfer_buffers
 from hybridrl.planning.model_shape import shape_of
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.plan import GIB, Plan, aligned, make_plan, plan_lines
 from hybridrl.planning.zero import zero_bytes
-from hybridrl.settings.choices import Offload
+from hybridrl.settings.choices import Offload, WeightTransfer
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.models import ModelConfig
 
@@ -134,6 +135,27 @@ def test_a_7b_student_of_a_32b_teacher_fits_eight_gpus():
     assert [str(seat) for seat in plan.seats] == ["GPU 0 to 3", "GPU 4 to 6", "GPU 7"]
     assert round(checkpoint_bytes(plan.sizes) / 1e9, 1) == 91.4
     assert round((plan.disk_bytes - 2 * P7) / 1e9) == 274  # two checkpoints and a third
+
+
+@pytest.mark.parametrize(
+    ("transfer", "colocate", "nbytes"),
+    [
+        (WeightTransfer.auto, False, 2 * (2**30 + 544_997_376 * 2)),
+        (WeightTransfer.object_store, False, 0),
+        (WeightTransfer.auto, True, 544_997_376 * 2),  # the embedding, larger than 1 GiB
+    ],
+)
+def test_weights_that_go_to_other_gpus_pass_through_buffers(
+    transfer: WeightTransfer, colocate: bool, nbytes: int
+):
+    settings = planned("qwen7b_from_32b_8gpu").settings
+    settings = replace(
+        settings,
+        rollout=replace(settings.rollout, weight_transfer=transfer),
+        cluster=replace(settings.cluster, colocate=colocate),
+    )
+    assert transfer_buffers(Sizes(settings, on_cpu=False)) == nbytes
+    assert transfer_buffers(Sizes(settings, on_cpu=True)) == 0
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def run_ranks(folder: Path, world: int, cases: str) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         # ninja, for DeepSpeed's one compiled op

@@ -79,3 +79,10 @@ class Patient:
 
     async def go(self) -> None:
         self.gate.set()
+
+
+class OnGpus(Failing):
+    """A worker that knows the GPUs of its process."""
+
+    def gpus(self) -> list[str]:
+        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")

@@ -1,0 +1,1 @@
+"""Which lines of the product that depend on the device are executed by the tests."""
