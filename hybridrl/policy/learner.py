@@ -440,7 +440,10 @@ class Learner:
         Raises:
             CheckpointError: a file is missing or is none of ours, or the state is another model's.
         """
-        self.state.load(Path(folder), optimizer_steps, self.settings.model.path)
+        rank = self.settings.lora.rank
+        adapters = "" if rank is None else f" with lora.rank={rank}"
+        model = f"{self.settings.model.path}{adapters}"
+        self.state.load(Path(folder), optimizer_steps, model)
         self.optimizer_steps = optimizer_steps
 
     def _step_without_moving(self) -> None:
