@@ -31,6 +31,7 @@ from hybridrl.kernels.products import processor, products_notice
 from hybridrl.launch.export import keep_template
 from hybridrl.launch.lengths import check_lengths
 from hybridrl.launch.preflight import (
+    check_adapters,
     check_attention,
     check_end_of_turn,
     check_engines,
@@ -411,6 +412,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """
     check_attention(settings, "cuda" if on_gpu(settings) else "cpu")
     check_models(settings)
+    check_adapters(settings)
     check_own_models(settings)
     tokenizer = load_tokenizer(settings.model.path, settings.model.revision)
     teachers = check_teachers(settings, tokenizer)
