@@ -8,6 +8,8 @@ import torch
 
 from hybridrl.models.loading import load_layout, model_config
 from hybridrl.settings.models import ModelConfig
+from hybridrl.settings.run import RunSettings
+from hybridrl.weights.parameters import weights_kind
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
 
@@ -71,6 +73,16 @@ def shape_of(path: str, revision: str | None, setting: str) -> ModelShape:
 def model_shape(model: ModelConfig, setting: str = "model.path") -> ModelShape:
     """As shape_of, of a model in the settings."""
     return shape_of(model.path, model.revision, setting)
+
+
+def trained_sizes(settings: RunSettings) -> list[int]:
+    """The numbers of each of the student's parameters that train; a value head is left out.
+
+    Raises:
+        ConfigError: as shape_of, or as models.adapters.add_adapters.
+    """
+    model = load_layout(settings.model.path, settings.model.revision, setting="model.path")
+    return [p.numel() for p in weights_kind(settings)(model, None).trained().values()]
 
 
 def dtype_of(model: ModelConfig) -> torch.dtype:

@@ -154,7 +154,6 @@ def test_the_head_sizes_are_those_of_the_installed_engine():
 def test_adapters_for_layers_that_the_student_lacks_are_refused_before_a_worker_starts(
     tmp_path: Path,
 ):
-    pytest.importorskip("peft")
     check_adapters(tiny_settings(tmp_path, "lora.rank=4"))
     settings = tiny_settings(tmp_path, "lora.rank=4", "lora.targets=[c_attn]")
     with pytest.raises(ConfigError, match=r"'c_attn' is no linear layer in the decoder of Llama"):

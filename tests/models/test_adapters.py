@@ -14,8 +14,6 @@ from hybridrl.models.loading import load_layout, load_model
 from hybridrl.settings.lora import LoraConfig
 from tests.support.graph import save_tiny
 
-pytest.importorskip("peft")
-
 IDS = torch.tensor([[1, 7, 20, 11, 5]])
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 

@@ -29,8 +29,6 @@ from tests.policy.test_learner import (
 from tests.support.learner_job import ADAPTED, LR
 from tests.support.ranks import run_ranks
 
-pytest.importorskip("peft")
-
 STATES = ["lora-one", *ADAPTED]
 LORA = LoraConfig(rank=4)
 KIND = partial(LowRankAdapters, lora=LORA, seed=0)

@@ -18,8 +18,6 @@ from hybridrl.weights.stream import unpack
 from tests.support.graph import save_tiny
 from tests.weights.test_parameters import Engine, names, save_fragments, stream_of, update
 
-pytest.importorskip("peft")
-
 LORA = LoraConfig(rank=2, alpha=6.0)  # s = 3
 IDS = torch.tensor([[1, 7, 20, 11, 5]])
 V_PROJ = "model.layers.0.self_attn.v_proj"
