@@ -8,7 +8,7 @@ everything else of the model, stays as it is (LoRA, arXiv 2106.09685).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.lora import LoraConfig
+
+if TYPE_CHECKING:
+    from peft import LoraConfig as PeftConfig
 
 ADAPTER = "default"
 """peft's name of the only adapter of a layer; it is a part of the names of its parameters."""
@@ -90,20 +93,35 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
         ConfigError: as check_peft and target_names.
     """
     check_peft()
-    from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
-    config = PeftConfig(
-        r=lora.rank,
-        lora_alpha=lora.scale * lora.rank,
-        target_modules=target_names(model, lora),
-        lora_dropout=lora.dropout,
-    )
+    config = peft_config(model, lora)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=is_outline(model))
     for layer in _dropout_layers(model):
         layer.eval()
+
+
+def peft_config(model: PreTrainedModel, lora: LoraConfig) -> "PeftConfig":
+    """The adapters in peft's own terms, as they stand in adapter_config.json.
+
+    Args:
+        model: without adapters.
+
+    Raises:
+        ConfigError: as target_names.
+    """
+    from peft import LoraConfig as PeftConfig
+
+    assert lora.rank is not None, "there are adapters"
+    return PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.scale * lora.rank,
+        target_modules=target_names(model, lora),
+        lora_dropout=lora.dropout,
+        task_type="CAUSAL_LM",
+    )
 
 
 def is_outline(model: PreTrainedModel) -> bool:

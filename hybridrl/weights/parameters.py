@@ -155,13 +155,17 @@ class LowRankAdapters(FullFineTuning):
         self.scale = lora.scale
 
     def trained(self) -> dict[str, nn.Parameter]:
-        adapters = [adapter_parameters(layer) for layer in self.layers]
-        return dict(item for pair in adapters for item in pair.items()) | self.value_head
+        return self.adapters() | self.value_head
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """A and B of every layer, by the names of their fragments."""
+        pairs = [adapter_parameters(layer) for layer in self.layers]
+        return dict(item for pair in pairs for item in pair.items())
 
     def tensors(self) -> list[NamedTensor]:
         """Every weight of the model as it would be without adapters, in its order."""
         layer_of = {id(layer.weight): layer for layer in self.layers}
-        adapters = {id(parameter) for parameter in self.trained().values()}
+        adapters = {id(parameter) for parameter in self.adapters().values()}
         tensors = []
         for name, parameter in self.model.named_parameters():
             if id(parameter) in adapters:

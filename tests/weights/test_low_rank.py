@@ -5,17 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from hybridrl.core.errors import CheckpointError
+from hybridrl.core.errors import CheckpointError, ConfigError
 from hybridrl.models.loading import VALUE_HEAD, load_model
 from hybridrl.settings.lora import LoraConfig
 from hybridrl.settings.models import ModelConfig
+from hybridrl.weights.adapter_folder import export_adapters
 from hybridrl.weights.hugging_face import checkpoint_tensors, export
 from hybridrl.weights.parameters import FullFineTuning, LowRankAdapters, merged, train_only
 from hybridrl.weights.stream import unpack
-from tests.support.graph import save_tiny
+from tests.support.graph import save_tiny, tiny_settings
 from tests.weights.test_parameters import Engine, names, save_fragments, stream_of, update
 
 LORA = LoraConfig(rank=2, alpha=6.0)  # s = 3
@@ -133,6 +135,27 @@ def test_an_export_of_a_checkpoint_is_the_merged_student(tmp_path: Path):
     again = load_model(str(tmp_path / "export"))
     with torch.no_grad():
         assert (again(IDS).logits - weights.model(IDS).logits).abs().max() < 1e-5
+
+
+def test_adapters_exported_by_themselves_make_the_student_of_the_model_in_peft(tmp_path: Path):
+    source = save_tiny(tmp_path / "model", 0)
+    weights = moved(source, value_head=nn.Parameter(torch.zeros(1, 128)))
+    state = save_fragments(tmp_path / "state", weights)
+    settings = tiny_settings(tmp_path, f"model.path={source}", "lora.rank=2", "lora.alpha=6")
+    folder = tmp_path / "adapter"
+    export_adapters(state, settings, "float32", folder)
+    again = PeftModel.from_pretrained(load_model(str(source)), folder)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, weights.model(IDS).logits)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    other = tiny_settings(tmp_path, f"model.path={source}", "lora.rank=3")
+    with pytest.raises(CheckpointError, match=r"lora_A\.weight in the shape \[3, .*lora\.rank=3"):
+        export_adapters(state, other, "float32", folder)
+    with pytest.raises(ConfigError, match=r"^--adapter: the run trained all weights"):
+        export_adapters(state, tiny_settings(tmp_path), "float32", folder)
 
 
 def test_a_checkpoint_of_another_rank_or_of_all_weights_is_refused(tmp_path: Path):
