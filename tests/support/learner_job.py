@@ -525,7 +525,7 @@ def one_rank(job: Job) -> None:
 ADAPTED = {
     "lora-zero1": ("learner.zero_stage=1",),
     "lora-zero2": ("learner.zero_stage=2", "lora.dropout=0.25"),
-    "lora-zero3": ("learner.zero_stage=3",),
+    "lora-zero3": ("learner.zero_stage=3", "learner.gradient_checkpointing=true"),
     "lora-zero3-bf16": ("learner.zero_stage=3", "model.dtype=bfloat16"),
 }
 """Learners of two ranks with adapters, and their further settings."""
