@@ -13,7 +13,7 @@ from hybridrl.core.compiler import has_compiler
 from hybridrl.kernels.head import PIECE
 from hybridrl.models.decoder_layers import COMPILE_FROM, PLAIN_ATTENTION_TOKENS
 from hybridrl.objectives import make_objective
-from hybridrl.planning.model_shape import DTYPE_BYTES, ModelShape, model_shape, trained_sizes
+from hybridrl.planning.model_shape import DTYPE_BYTES, ModelShape, model_shape, trained_numbers
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.zero import WIDE, ZeroBytes, zero_bytes
 from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, prefill_tokens
@@ -74,9 +74,9 @@ class Sizes:
         self.settings = settings
         self.on_cpu = on_cpu
         self.student = model_shape(settings.model)
-        trained = trained_sizes(settings)
-        self.trained = sum(trained)  # numbers that train
-        self.largest_trained = max(trained)  # of one parameter
+        trained = trained_numbers(settings)
+        self.trained = trained.total  # numbers that train
+        self.largest_trained = trained.largest  # of one parameter
         self.width = DTYPE_BYTES[settings.model.dtype]
         self.tokens = settings.rollout.sequence_limit
         self.response = settings.rollout.response_limit
