@@ -49,9 +49,10 @@ USAGE = """usage: hybridrl VERB ...
       write DIR/report.html and DIR/report.png
   hybridrl report DIR OTHER ...
       compare runs: write DIR/comparison.html and DIR/comparison.png
-  hybridrl export DIR [FOLDER] [--step N|best] [--dtype TYPE]
+  hybridrl export DIR [FOLDER] [--step N|best] [--dtype TYPE] [--adapter]
       write a checkpoint, by default the newest, as a Hugging Face model folder; DIR is a run or
-      one of its checkpoints, FOLDER is by default DIR/export/step_NNNNNN
+      one of its checkpoints, FOLDER is by default DIR/export/step_NNNNNN; --adapter writes the
+      adapters of lora.rank alone
   hybridrl serve DIR|FOLDER [--port N]
       serve the newest model of a run, or any model, with an OpenAI-compatible API
   hybridrl submit [--address URL] [--id ID] [--no-wait] [-m] KEY=VALUE ...
@@ -337,13 +338,25 @@ def export_verb(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--dtype", metavar="TYPE", help="float32 or bfloat16; by default model.dtype of the run"
     )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="the adapters of lora.rank alone, for peft; by default they are merged into the model",
+    )
     try:
         options = parser.parse_args(arguments)
     except SystemExit as end:  # argparse has printed the help or an error
         return int(end.code or 0)
     from hybridrl.launch.export import export_checkpoint
 
-    print(export_checkpoint(options.source, options.folder, step=options.step, dtype=options.dtype))
+    folder = export_checkpoint(
+        options.source,
+        options.folder,
+        step=options.step,
+        dtype=options.dtype,
+        adapter=options.adapter,
+    )
+    print(folder)
     return 0
 
 

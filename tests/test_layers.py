@@ -42,6 +42,7 @@ ALLOWED = {
     "ray": ("runtime/", "cli.py"),
     "vllm": ("rollout/", "weights/vllm_transfer.py", "weights/library_internals.py"),
     "deepspeed": ("policy/", "teachers/"),
+    "peft": ("models/adapters.py",),
     "wandb": ("tracking/wandb_sink.py", "tracking/wandb_internals.py"),
     "tensorboard": (),  # through torch.utils.tensorboard
     "trackio": ("tracking/trackio_sink.py",),

@@ -76,7 +76,7 @@ def hybrid_head_loss(
 
     Args:
         hidden: [R, H] student hidden states; receives a gradient.
-        lm_head: [V, H] student output embedding; receives a gradient.
+        lm_head: [V, H] student output embedding; receives a gradient if it requires one.
         teachers: any number, each over the same vocabulary.
         columns: what the objective made of each token, R rows.
 
@@ -126,8 +126,10 @@ class _HybridHead(torch.autograd.Function):
         head = lm_head.to(hidden.dtype)
         row_rule = RowRule(temperature=rule.temperature, measure=rule.measure, ratio=rule.ratio)
         forms = tuple(t.form for t in teachers)
-        d_head = head_gradient(lm_head, hidden.dtype, chunks=-(-rows // rule.chunk))
-        if not rows:
+        d_head: Tensor | None = None  # None: the output embedding does not train
+        if ctx.needs_input_grad[1]:
+            d_head = head_gradient(lm_head, hidden.dtype, chunks=-(-rows // rule.chunk))
+        if d_head is not None and not rows:
             d_head.zero_()
 
         def work_on(piece: slice, d_logits: Tensor) -> None:
@@ -155,11 +157,12 @@ class _HybridHead(torch.autograd.Function):
             for piece in slices(at.start, at.stop, rule.chunk if hidden.is_cuda else PIECE):
                 work_on(piece, d_logits[piece.start - at.start : piece.stop - at.start])
             torch.mm(d_logits, head, out=d_hidden[at])
-            add_head_gradient(d_head, d_logits, hidden[at], first=at.start == 0)
+            if d_head is not None:
+                add_head_gradient(d_head, d_logits, hidden[at], first=at.start == 0)
 
         for at in slices(0, rows, rule.chunk):
             work_on_chunk(at)
-        ctx.save_for_backward(d_hidden, d_head.to(lm_head.dtype))
+        ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(lm_head.dtype))
         stats = (logprobs, kl, entropy, bounded, *sums[1:].clone())
         ctx.mark_non_differentiable(*stats)
         return (sums[0].to(wide), *stats)
@@ -173,7 +176,8 @@ class _HybridHead(torch.autograd.Function):
             d_hidden.mul_(
                 grad_loss
             )  # in place, for a second d_head would be the largest tensor of all;
-            d_head.mul_(grad_loss)  # torch refuses a later backward through the same graph
+            if d_head is not None:
+                d_head.mul_(grad_loss)  # torch refuses a later backward through the same graph
         return d_hidden, d_head, None, None, None
 
 

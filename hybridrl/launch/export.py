@@ -18,6 +18,7 @@ from hybridrl.run_dir.checkpoint import (
 from hybridrl.run_dir.directory import check_no_links, read_settings
 from hybridrl.settings.models import DTYPES
 from hybridrl.settings.run import RunSettings
+from hybridrl.weights.adapter_folder import export_adapters
 from hybridrl.weights.hugging_face import TEMPLATE, checkpoint_tensors, export
 from hybridrl.weights.parameters import WeightsKind, weights_kind
 
@@ -30,6 +31,7 @@ def export_checkpoint(
     *,
     step: str | None = None,
     dtype: str | None = None,
+    adapter: bool = False,
     kind: WeightsKind | None = None,
 ) -> Path:
     """Write a checkpoint as the learner itself would export it at that step; returns the folder.
@@ -37,17 +39,19 @@ def export_checkpoint(
     Args:
         source: a run directory, or one checkpoint, RUN/checkpoints/step_NNNNNN.
         folder: a new or empty folder. None: export/step_NNNNNN in the run directory, with the dtype
-            in its name unless that is model.dtype; an existing one is replaced.
+            in its name unless that is model.dtype, and with -adapter; an existing one is replaced.
         step: which checkpoint of the run: a number, or "best" by checkpoint.best. None: the newest
             one that is not damaged.
         dtype: of the written weights, float32 or bfloat16; None: model.dtype.
+        adapter: write the adapters by themselves, in peft's format; false: merged into the model.
         kind: the class of student weights that was trained; None: the one of the run's settings.
 
     Raises:
         RunDirectoryError: `source` holds no run, or a part of it is a link.
         CheckpointError: there is no such checkpoint, or it is damaged.
         ConfigError: `folder` is not empty, or is missing for a checkpoint outside of its run;
-            `step` or `dtype` has no valid value; or the model that training started from is gone.
+            `step` or `dtype` has no valid value; `adapter` of a run without adapters; or the model
+            that training started from is gone.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: must be {' or '.join(DTYPES)}")
@@ -67,7 +71,12 @@ def export_checkpoint(
     if folder is not None and folder.exists() and not is_empty_folder(folder):
         raise ConfigError(f"{folder}: exists and is not empty; name a new folder")
     dtype = dtype or settings.model.dtype
-    target = folder or run_dir / "export" / _folder_name(checkpoint, dtype, settings)
+    name = _folder_name(checkpoint, dtype, settings)
+    if adapter:
+        target = folder or run_dir / "export" / f"{name}-adapter"
+        export_adapters(checkpoint.folder, settings, dtype, target)
+        return target
+    target = folder or run_dir / "export" / name
     model = resolve(settings.model.path, settings.model.revision, files=TEXT_FILES)
     kind = kind or weights_kind(settings)
     tensors = checkpoint_tensors(checkpoint.folder, settings.model, dtype, kind=kind)

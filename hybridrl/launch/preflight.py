@@ -22,10 +22,12 @@ from hybridrl.data.problem import Problem
 from hybridrl.data.tokens import closed, encode
 from hybridrl.launch.alignment import check_begins, check_ends, reads_own_prompts
 from hybridrl.launch.teacher_levels import teachers_to_measure
+from hybridrl.models.adapters import check_peft, target_names
 from hybridrl.models.limits import CPU_HEAD_SIZES, most_positions, unserved_head_size
 from hybridrl.models.loading import (
     head_rows,
     is_on_hub,
+    load_layout,
     load_outline,
     load_tokenizer,
     model_config,
@@ -87,6 +89,18 @@ def check_models(settings: RunSettings) -> None:
                 f"model.path={settings.model.path} has {rows}, so the student could draw tokens "
                 "that it cannot read; train the reward model from a model with as many rows"
             )
+
+
+def check_adapters(settings: RunSettings) -> None:
+    """Refuse adapters where the library is missing, or for layers that the student does not have.
+
+    Raises:
+        ConfigError: as models.adapters.check_peft and target_names.
+    """
+    if settings.lora.rank is not None:
+        check_peft()
+        model = settings.model
+        target_names(load_layout(model.path, model.revision, setting="model.path"), settings.lora)
 
 
 def check_engines(settings: RunSettings, device: str) -> None:

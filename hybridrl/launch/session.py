@@ -34,6 +34,7 @@ from hybridrl.launch.export import keep_template
 from hybridrl.launch.lengths import check_lengths
 from hybridrl.launch.planning_device import check_memory, planned_device
 from hybridrl.launch.preflight import (
+    check_adapters,
     check_attention,
     check_end_of_turn,
     check_engines,
@@ -419,6 +420,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     """
     check_attention(settings, "cuda" if on_gpu(settings) else "cpu")
     check_models(settings)
+    check_adapters(settings)
     check_own_models(settings)
     model = settings.model
     tokenizer = load_tokenizer(model.path, model.revision, eos=model.eos)

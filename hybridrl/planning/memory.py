@@ -13,7 +13,7 @@ from hybridrl.core.compiler import has_compiler
 from hybridrl.kernels.head import PIECE
 from hybridrl.models.decoder_layers import COMPILE_FROM, PLAIN_ATTENTION_TOKENS
 from hybridrl.objectives import make_objective
-from hybridrl.planning.model_shape import DTYPE_BYTES, ModelShape, model_shape
+from hybridrl.planning.model_shape import DTYPE_BYTES, ModelShape, model_shape, trained_numbers
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.zero import WIDE, ZeroBytes, zero_bytes
 from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, prefill_tokens
@@ -89,6 +89,9 @@ class Sizes:
         self.settings = settings
         self.on_cpu = on_cpu
         self.student = model_shape(settings.model)
+        trained = trained_numbers(settings)
+        self.trained = trained.total  # numbers that train
+        self.largest_trained = trained.largest  # of one parameter
         self.width = DTYPE_BYTES[settings.model.dtype]
         self.tokens = settings.rollout.sequence_limit
         self.response = settings.rollout.response_limit
@@ -114,6 +117,16 @@ class Sizes:
     def scoring(self) -> list[ScoredTeacher | ServedTeacher]:
         """All teachers that score, here or on a server."""
         return [*self.teachers, *self.served]
+
+    @property
+    def frozen(self) -> int:
+        """Numbers of the student that do not train: all of it, beside adapters."""
+        return 0 if self.settings.lora.rank is None else self.student.parameters
+
+    @property
+    def trained_head(self) -> int:
+        """Numbers of the output embedding, if it trains; adapters leave it as it is."""
+        return self.student.head if self.settings.lora.rank is None else 0
 
     @property
     def group(self) -> int:
@@ -171,13 +184,14 @@ def zero_of(sizes: Sizes) -> ZeroBytes:
     stage = learner.zero_stage
     assert stage is not None, "run settings choose one by the model's dtype"
     return zero_bytes(
-        sizes.student.parameters,
+        sizes.trained,
+        frozen=sizes.frozen,
         width=sizes.width,
         ranks=learner.ranks,
         stage=stage,
         micro_batches=sizes.micro_batches,
         offload=learner.offload,
-        largest=sizes.student.largest,
+        largest=sizes.largest_trained,
         overlaps=not sizes.on_cpu,
     )
 
@@ -200,6 +214,8 @@ def learner_pass(sizes: Sizes) -> Pass:
             and tokens <= PLAIN_ATTENTION_TOKENS
             and settings.model.attention is Attention.auto
         ),
+        rank=settings.lora.rank,
+        targets=tuple(settings.lora.targets),
     )
 
 
@@ -221,7 +237,7 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
     gathered = zero.gathered + zero.always
     packed = sizes.student.parameters * sizes.width if sizes.on_cpu else 0
     copied = sizes.on_cpu and settings.checkpoint.background
-    saved = 3 * WIDE * sizes.student.parameters // settings.learner.ranks if copied else 0
+    saved = 3 * WIDE * sizes.trained // settings.learner.ranks if copied else 0
     earlier = zero.gradients if sizes.micro_batches > 1 or settings.learner.zero_stage == 3 else 0
     phases = {
         "head": {
@@ -233,7 +249,7 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
         "backward": {
             "gradients": earlier,
             "activations": body.peak,
-            "head pass": (sizes.student.head + rows * sizes.student.hidden) * sizes.width,
+            "head pass": (sizes.trained_head + rows * sizes.student.hidden) * sizes.width,
             "buffers": gathered,
         },
         "reduce": {"gradients": zero.gradients, "buffers": zero.reducing + zero.always},
@@ -273,7 +289,7 @@ def head_bytes(sizes: Sizes, rows: int) -> int:
 
     Per chunk of c tokens: the logit gradients [c, V], the logits of the student and of each hidden
     teacher; then the gradient of the output embedding, summed in float32 if there are several
-    chunks, and its copy in the dtype of the model.
+    chunks, and its copy in the dtype of the model; none beside adapters.
     """
     train = sizes.settings.train
     student = sizes.student
@@ -293,7 +309,7 @@ def head_bytes(sizes: Sizes, rows: int) -> int:
     if in_plain_torch:
         total += ROW_MATRICES * at_once * student.vocabulary * WIDE
     summed = WIDE if rows > chunk else operand
-    total += student.head * (summed + (width if summed != width else 0))
+    total += sizes.trained_head * (summed + (width if summed != width else 0))
     total += rows * student.hidden * (width + operand)
     total += sum(rows * t.row_bytes(student.vocabulary) for t in sizes.scoring)
     if wide and width < WIDE:

@@ -3,11 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from hybridrl.models.loading import load_layout, model_config
+from hybridrl.settings.lora import LoraConfig
 from hybridrl.settings.models import ModelConfig
+from hybridrl.settings.run import RunSettings
+from hybridrl.weights.parameters import LowRankAdapters
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
 
@@ -71,6 +75,39 @@ def shape_of(path: str, revision: str | None, setting: str) -> ModelShape:
 def model_shape(model: ModelConfig, setting: str = "model.path") -> ModelShape:
     """As shape_of, of a model in the settings."""
     return shape_of(model.path, model.revision, setting)
+
+
+class TrainedNumbers(NamedTuple):
+    """Numbers of the student's parameters that train, without a value head."""
+
+    total: int
+    largest: int  # of one parameter
+
+
+def trained_numbers(settings: RunSettings) -> TrainedNumbers:
+    """What trains of the student: all of it, or its adapters.
+
+    Raises:
+        ConfigError: as shape_of, or as models.adapters.add_adapters.
+    """
+    lora = settings.lora
+    if lora.rank is None:
+        shape = model_shape(settings.model)
+        return TrainedNumbers(total=shape.parameters, largest=shape.largest)
+    return _adapter_numbers(
+        settings.model.path, settings.model.revision, lora.rank, tuple(lora.targets)
+    )
+
+
+@lru_cache
+def _adapter_numbers(
+    path: str, revision: str | None, rank: int, targets: tuple[str, ...]
+) -> TrainedNumbers:
+    model = load_layout(path, revision, setting="model.path")
+    lora = LoraConfig(rank=rank, targets=list(targets))
+    adapters = LowRankAdapters(model, lora=lora, seed=0).adapters()
+    sizes = [parameter.numel() for parameter in adapters.values()]
+    return TrainedNumbers(total=sum(sizes), largest=max(sizes))
 
 
 def dtype_of(model: ModelConfig) -> torch.dtype:

@@ -11,11 +11,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hybridrl.models.adapters import target_names
 from hybridrl.models.loading import model_config
 from hybridrl.models.model_internals import wrapped_layers
 from hybridrl.planning.live_internals import LiveBytes, without_memory
+from hybridrl.settings.lora import LoraConfig
 from hybridrl.settings.models import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,35 @@ class Pass(NamedTuple):
     learns: bool  # with a backward pass
     recomputes: bool = False  # layers are computed again in the backward pass
     plain_attention: bool = False  # by matrix products, which keep the scores of all pairs
+    rank: int | None = None  # of the adapters, which alone train; None: all weights train
+    targets: tuple[str, ...] = ()  # as lora.targets
+
+
+class Adapted(nn.Module):
+    """What peft's layer with an adapter computes. peft moves its parameters after it has made them,
+    which tensors without memory do not allow.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        dtype = base.weight.dtype
+        self.base = base
+        self.down = nn.Linear(base.in_features, rank, bias=False, dtype=dtype)
+        self.up = nn.Linear(rank, base.out_features, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x)) * 2.0
+
+
+def adapt(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Give the layers of the model adapters, which alone train, in place."""
+    assert lora.rank is not None, "there are adapters"
+    model.requires_grad_(False)
+    names = target_names(model, lora)
+    for module in list(model.base_model.modules()):
+        for name, child in list(module.named_children()):
+            if name in names and isinstance(child, nn.Linear):
+                setattr(module, name, Adapted(child, lora.rank))
 
 
 def pass_bytes(model: ModelConfig, setting: str, work: Pass) -> PassBytes:
@@ -84,8 +116,12 @@ def _run(
             model.gradient_checkpointing_enable({"use_reentrant": False})
             for layer in wrapped_layers(model):
                 layer.training = True
+        if work.rank is not None:
+            adapt(model, LoraConfig(rank=work.rank, targets=list(work.targets)))
         weights = list(model.parameters())
         for weight in weights:  # gradients of weights are planned by zero.py
+            if not weight.requires_grad:
+                continue
             weight.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
         ids = torch.zeros(work.sequences, work.tokens, dtype=torch.int64)
         with LiveBytes(weights) as live, torch.set_grad_enabled(work.learns):

@@ -75,6 +75,8 @@ def phase_seconds(sizes: Sizes, rates: Rates) -> PhaseSeconds:
     rows = sizes.sequences * sizes.response
     learner = sizes.settings.learner
     passes = 8 if learner.gradient_checkpointing else 6  # 2 forward, 4 backward, 2 again
+    if settings.lora.rank is not None:  # no gradients of the large matrices
+        passes -= 2
     head = 2 * rows * sizes.student.vocabulary * head_width(sizes)
     learn = (passes * sizes.student.multiplied * tokens + head) / (learner.ranks * rates.flops)
     return PhaseSeconds(
@@ -86,11 +88,12 @@ def phase_seconds(sizes: Sizes, rates: Rates) -> PhaseSeconds:
 
 
 def head_width(sizes: Sizes) -> int:
-    """Products of [R, V] with a width in one head pass: logits, both gradients, and each hidden
-    teacher's logits. For one: 2 N V (3 Hs + Ht) operations.
+    """Products of [R, V] with a width in one head pass: logits, both gradients (beside adapters
+    one), and each hidden teacher's logits. For one: 2 N V (3 Hs + Ht) operations.
     """
     hidden = [t.shape.hidden for t in sizes.teachers if isinstance(t.evidence, Hidden)]
-    return 3 * sizes.student.hidden + sum(hidden)
+    products = 3 if sizes.trained_head else 2
+    return products * sizes.student.hidden + sum(hidden)
 
 
 def score_seconds(sizes: Sizes, teacher: ModelShape, rates: Rates) -> float:

@@ -2,7 +2,8 @@
 device and, offloaded, in host memory.
 
 Read in DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py), with the settings of
-policy/training_setup.py. P parameters, N ranks, g bytes a number in the model's dtype.
+policy/training_setup.py. P parameters, N ranks, g bytes a number in the model's dtype. Parameters
+that do not train, as beside adapters, are weights alone: they have no gradient and no master copy.
 """
 
 from dataclasses import dataclass, replace
@@ -44,20 +45,57 @@ def zero_bytes(
     ranks: int,
     stage: int,
     micro_batches: int,
+    frozen: int = 0,
     offload: Offload = Offload.none,
     largest: int = 0,
     overlaps: bool = False,
 ) -> ZeroBytes:
     """What one rank holds on its device, and in host memory.
 
+    Example: Qwen2.5-7B in bfloat16 on one rank of stage 1 with adapters of rank 16, 40.4e6 numbers:
+    2 x 7.616e9 + 16 x 40.4e6 = 14.8 GiB, where all weights would take 113.5 GiB.
+
     Args:
-        parameters: P.
+        parameters: P, those that train.
+        frozen: parameters that do not.
         width: g.
         micro_batches: of a rank and step.
         offload: what is held in host memory.
-        largest: numbers of the largest parameter.
+        largest: numbers of the largest parameter that trains.
         overlaps: gradients are summed over ranks while the backward pass goes on.
     """
+    trained = trained_bytes(
+        parameters,
+        width=width,
+        ranks=ranks,
+        stage=stage,
+        micro_batches=micro_batches,
+        offload=offload,
+        largest=largest,
+        overlaps=overlaps,
+    )
+    share = width * (-(-frozen // ranks) if stage == 3 else frozen)
+    on_host = offload is Offload.parameters
+    return replace(
+        trained,
+        weights=trained.weights + (0 if on_host else share),
+        host=trained.host + (share if on_host else 0),
+        gathered=width * min(parameters + frozen, GATHERED) if stage == 3 else 0,
+    )
+
+
+def trained_bytes(
+    parameters: int,
+    *,
+    width: int,
+    ranks: int,
+    stage: int,
+    micro_batches: int,
+    offload: Offload,
+    largest: int,
+    overlaps: bool,
+) -> ZeroBytes:
+    """As zero_bytes, of the parameters that train alone."""
     zero = on_device(parameters, width=width, ranks=ranks, stage=stage, micro_batches=micro_batches)
     if overlaps and stage == 2:  # one bucket is filled while the other is summed
         zero = replace(zero, reducing=zero.reducing + width * min(parameters, BUCKET))

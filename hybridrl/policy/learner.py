@@ -30,6 +30,7 @@ from hybridrl.batch.micro_batch import (
 from hybridrl.batch.packing import check_packing
 from hybridrl.core import failpoints
 from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
+from hybridrl.models.adapters import dropout
 from hybridrl.models.loading import load_model
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, assign_credit
@@ -96,7 +97,6 @@ class Learner:
         join_ranks(settings, rank, master, self.device)
         config = deepspeed_config(settings, self.device)
         self.model = sharded_model(settings, config)
-        set_layers(self.model, settings, self.device)
         head = self.model.get_output_embeddings()
         with self._gather([head.weight] if head is not None else []):  # Student tries its head
             student = Student(
@@ -107,7 +107,8 @@ class Learner:
         self.weights_kind = weights or weights_kind(settings)
         value_head = student.value_head
         head_weight = None if value_head is None else value_head.get_parameter("weight")
-        self.weights = self.weights_kind(self.model, head_weight)
+        self.weights = self.weights_kind(self.model, head_weight)  # may change the model's layers
+        set_layers(self.model, settings, self.device)
         optimizer = adam(train_only(self.weights, student), settings)
         self.engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
         self.publisher = WeightPublisher(self.weights, self._gather, rank=rank)
@@ -168,8 +169,9 @@ class Learner:
         tally = Tally(self.device)
         credits, micros = self._prepare(plan, groups, values)
         diagnostics = self._diagnostics(micros) if plan.diagnose else {}
-        for micro in micros:
-            self._backward(micro, tally, plan.step)
+        with dropout(self.model, self._seed(plan.step)):
+            for micro in micros:
+                self._backward(micro, tally, plan.step)
         count_credits(tally, credits)
         totals = tally.reduced()
         for group in self.engine.optimizer.param_groups:
@@ -438,7 +440,10 @@ class Learner:
         Raises:
             CheckpointError: a file is missing or is none of ours, or the state is another model's.
         """
-        self.state.load(Path(folder), optimizer_steps, self.settings.model.path)
+        rank = self.settings.lora.rank
+        adapters = "" if rank is None else f" with lora.rank={rank}"
+        model = f"{self.settings.model.path}{adapters}"
+        self.state.load(Path(folder), optimizer_steps, model)
         self.optimizer_steps = optimizer_steps
 
     def _step_without_moving(self) -> None:
@@ -451,6 +456,12 @@ class Learner:
         self.engine.step()
 
     # -- helpers -----------------------------------------------------------------------------------
+
+    def _seed(self, step: int) -> int:
+        """Of the random numbers of one update on this rank."""
+        return int(
+            np.random.SeedSequence((self.settings.run.seed, step, self.rank)).generate_state(1)[0]
+        )
 
     def _gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
         if zero_stage(self.settings) < 3:

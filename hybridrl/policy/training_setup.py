@@ -16,6 +16,7 @@ from hybridrl.models.model_internals import wrapped_layers
 from hybridrl.policy.extensions import build_extension
 from hybridrl.settings.choices import Attention, Offload
 from hybridrl.settings.run import RunSettings
+from hybridrl.weights.parameters import weights_kind
 
 MOST_IN_BUCKET = 500_000_000
 """DeepSpeed's default for reduce_bucket_size."""
@@ -54,7 +55,8 @@ def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.devi
         model.set_attn_implementation("eager")
     if settings.learner.gradient_checkpointing:
         checkpoint_activations(model)
-    elif chooses and zero_stage(settings) < 3:  # 3 gathers parameters inside of layers
+    elif chooses and zero_stage(settings) < 3 and not settings.lora.dropout:
+        # ZeRO 3 gathers parameters inside of layers, and dropout would need further graphs.
         compile_layers(model, tokens=tokens, packed=train.packing, learns=True)
 
 
@@ -141,8 +143,9 @@ def bucket_numbers(settings: RunSettings) -> int:
     that it leaves: the tiny model's learner grew by 0.5 GB in its second step.
     """
     model = load_layout(settings.model.path, settings.model.revision, setting="model.path")
+    trained = weights_kind(settings)(model, None).trained()
     value_head = model.config.get_text_config().hidden_size
-    return min(sum(p.numel() for p in model.parameters()) + value_head, MOST_IN_BUCKET)
+    return min(sum(p.numel() for p in trained.values()) + value_head, MOST_IN_BUCKET)
 
 
 def zero_stage(settings: RunSettings) -> int:

@@ -1,10 +1,10 @@
 """Every setting: its type, default, meaning and the checks within its section.
 
 The dataclasses are Hydra's schema. Those of algorithm.* are in algorithm.py, of model.* and
-teachers.* in models.py, of train.* and learner.* in training.py, of rollout.* and pipeline.* in
-rollout.py, of checkpoint.* in checkpointing.py. A default is in these files and nowhere else;
-files in conf/ define experiments and algorithm presets, and compose.py combines them with the
-command line.
+teachers.* in models.py, of lora.* in lora.py, of train.* and learner.* in training.py, of rollout.*
+and pipeline.* in rollout.py, of checkpoint.* in checkpointing.py. A default is in these files and
+nowhere else; files in conf/ define experiments and algorithm presets, and compose.py combines them
+with the command line.
 """
 
 import unicodedata
@@ -25,6 +25,7 @@ from hybridrl.settings.choices import (
     Resume,
     WandbMode,
 )
+from hybridrl.settings.lora import LoraConfig
 from hybridrl.settings.models import AUTO, ModelConfig, TeacherConfig
 from hybridrl.settings.rollout import PipelineConfig, RolloutConfig
 from hybridrl.settings.training import LearnerConfig, TrainConfig
@@ -374,6 +375,7 @@ class RunSettings:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -4,7 +4,7 @@ The "did you mean" of error messages uses them.
 
     synonym_of("train.learning_rate").ours               -> "train.lr"
     synonym_of("actor_rollout_ref.rollout.n").ours       -> "train.samples_per_prompt"
-    synonym_of("lora.rank").ours                         -> None, with the reason in its note
+    synonym_of("rollout.top_p").ours                     -> None, with the reason in its note
 
 `python -m hybridrl.settings.synonyms` prints the table of conf/README.md.
 """
@@ -33,9 +33,6 @@ class Synonym:
         return f"{self.trl} {self.verl} {self.openrlhf}".split()
 
 
-ALL_WEIGHTS = (
-    "all weights are trained; learner.ranks with learner.zero_stage=3 spreads them over GPUs"
-)
 WHOLE_DISTRIBUTION = (
     "the gradient is exact for responses drawn from the student's whole distribution"
 )
@@ -241,6 +238,11 @@ SYNONYMS = (
     Synonym(
         "cluster.colocate", "vllm_mode", "hybrid_engine", "colocate_all_models colocate_actor_ref"
     ),
+    # adapters
+    Synonym("lora.rank", "lora_r use_peft", "lora_rank", "lora_rank", "null: all weights train"),
+    Synonym("lora.alpha", "lora_alpha", "lora_alpha", "lora_alpha", "null: twice the rank"),
+    Synonym("lora.targets", "lora_target_modules", "target_modules", "target_modules"),
+    Synonym("lora.dropout", "lora_dropout", "", "lora_dropout"),
     # the run
     Synonym("checkpoint.every", "save_steps", "save_freq", "save_steps"),
     Synonym("checkpoint.keep", "save_total_limit", "max_actor_ckpt_to_keep", "max_ckpt_num"),
@@ -269,10 +271,10 @@ SYNONYMS = (
     # not supported
     Synonym(
         None,
-        "lora_r lora_alpha lora_dropout lora_target_modules use_peft load_in_4bit",
-        "lora_rank",
-        "lora_rank lora_alpha target_modules",
-        ALL_WEIGHTS,
+        "load_in_4bit load_in_8bit",
+        "",
+        "load_in_4bit",
+        "weights are not quantised; lora.rank leaves gradients and optimizer to adapters",
     ),
     Synonym(
         None, "top_p top_k min_p repetition_penalty", "rollout.top_p", "top_p", WHOLE_DISTRIBUTION

@@ -6,13 +6,21 @@ the fragments of a checkpoint and the export. No other file decides by the name 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hybridrl.models.adapters import (
+    AdaptedLayer,
+    adapted_layers,
+    add_adapters,
+    name_without_adapters,
+)
 from hybridrl.models.loading import VALUE_HEAD
+from hybridrl.settings.lora import LoraConfig
 from hybridrl.settings.run import RunSettings
 from hybridrl.weights.library_internals import whole_shape
 
@@ -102,12 +110,16 @@ class FullFineTuning:
         return dict(self.model.named_parameters()) | self.value_head  # a tied one appears once
 
     def published(self) -> list[NamedTensor]:
-        tensors = [same_tensor(name, p) for name, p in self.model.named_parameters()]
+        tensors = self.tensors()
         if any(tensor.name == LM_HEAD for tensor in tensors):
             return tensors
         head = self.model.get_output_embeddings().weight
         embedding = next(tensor for tensor in tensors if tensor.sources[tensor.name] is head)
         return [*tensors, replace(embedding, name=LM_HEAD, repeats=embedding.name)]
+
+    def tensors(self) -> list[NamedTensor]:
+        """Every weight of the model, without its value head; a tied one appears once."""
+        return [same_tensor(name, p) for name, p in self.model.named_parameters()]
 
     def saved(self) -> dict[str, nn.Parameter]:
         return self.trained()
@@ -117,9 +129,88 @@ class FullFineTuning:
         return tensors + [same_tensor(name, head) for name, head in self.value_head.items()]
 
 
+class LowRankAdapters(FullFineTuning):
+    """Adapters train beside weights that stay as they are; merged into them, they leave the
+    learner.
+
+    Example: W [4, 3] with a rank of 2 trains A [2, 3] and B [4, 2]. Engines receive, and an export
+    holds, W + s B A under the name of W; a checkpoint holds A and B.
+
+    Args:
+        model: gets the adapters, and is changed in place.
+        seed: of the adapters' first numbers.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        value_head: nn.Parameter | None = None,
+        *,
+        lora: LoraConfig,
+        seed: int,
+    ) -> None:
+        super().__init__(model, value_head)
+        add_adapters(model, lora, seed)
+        self.layers = adapted_layers(model)
+        self.scale = lora.scale
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return self.adapters() | self.value_head
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """A and B of every layer, by the names of their fragments."""
+        pairs = [adapter_parameters(layer) for layer in self.layers]
+        return dict(item for pair in pairs for item in pair.items())
+
+    def tensors(self) -> list[NamedTensor]:
+        """Every weight of the model as it would be without adapters, in its order."""
+        layer_of = {id(layer.weight): layer for layer in self.layers}
+        adapters = {id(parameter) for parameter in self.adapters().values()}
+        tensors = []
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in adapters:
+                continue
+            tensor = same_tensor(name_without_adapters(name), parameter)
+            layer = layer_of.get(id(parameter))
+            tensors.append(tensor if layer is None else self._merged(tensor, layer))
+        return tensors
+
+    def _merged(self, tensor: NamedTensor, layer: AdaptedLayer) -> NamedTensor:
+        """The tensor W of a layer with its adapter in it."""
+        return replace(
+            tensor,
+            sources={**tensor.sources, **adapter_parameters(layer)},
+            combine=partial(merged, scale=self.scale),
+        )
+
+
+def adapter_parameters(layer: AdaptedLayer) -> dict[str, nn.Parameter]:
+    """A and B of a layer, by the names that peft's files give them without their prefix."""
+    return {
+        f"{layer.name}.lora_A.weight": layer.down,
+        f"{layer.name}.lora_B.weight": layer.up,
+    }
+
+
+def merged(weight: Tensor, down: Tensor, up: Tensor, *, scale: float) -> Tensor:
+    """W + s B A, [out, in] in the dtype of W: computed in float32 or wider, and rounded once.
+
+    Args:
+        weight: W, [out, in].
+        down: A, [rank, in].
+        up: B, [out, rank].
+        scale: s.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    product = torch.addmm(weight.to(wide), up.to(wide), down.to(wide), alpha=scale)
+    return product.to(weight.dtype)
+
+
 def weights_kind(settings: RunSettings) -> WeightsKind:
-    """The class of student weights of a run; there is one, so no setting selects it."""
-    return FullFineTuning
+    """The class of student weights of a run."""
+    if settings.lora.rank is None:
+        return FullFineTuning
+    return partial(LowRankAdapters, lora=settings.lora, seed=settings.run.seed)
 
 
 def train_only(weights: StudentWeights, module: nn.Module) -> list[nn.Parameter]:

@@ -8,7 +8,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.launch.preflight import check_attention, check_engines, check_models
+from hybridrl.launch.preflight import (
+    check_adapters,
+    check_attention,
+    check_engines,
+    check_models,
+)
 from hybridrl.launch.session import prepare_prompts
 from hybridrl.models.limits import CPU_HEAD_SIZES, most_positions
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_tokenizer
@@ -144,3 +149,12 @@ def test_flash_attention_is_refused_on_cpus_without_its_package_and_in_float32(
 
 def test_the_head_sizes_are_those_of_the_installed_engine():
     assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
+
+
+def test_adapters_for_layers_that_the_student_lacks_are_refused_before_a_worker_starts(
+    tmp_path: Path,
+):
+    check_adapters(tiny_settings(tmp_path, "lora.rank=4"))
+    settings = tiny_settings(tmp_path, "lora.rank=4", "lora.targets=[c_attn]")
+    with pytest.raises(ConfigError, match=r"'c_attn' is no linear layer in the decoder of Llama"):
+        prepare_prompts(settings)

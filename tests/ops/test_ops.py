@@ -280,6 +280,16 @@ def test_backward_multiplies_by_the_gradient_from_above():
     assert torch.equal(thrice[1], 3 * once[1]) and torch.equal(thrice[2], 3 * once[2])
 
 
+def test_a_head_that_does_not_train_changes_no_other_gradient():
+    hidden, lm_head, teachers, terms = random_problem()
+    _, d_hidden, _, _ = gradients(hidden, lm_head, teachers, terms, factor=3.0)
+    hidden = hidden.detach().requires_grad_()
+    frozen = lm_head.detach()
+    loss, _ = hybrid_head_loss(hidden, frozen, teachers, terms, HeadRule())
+    (3.0 * loss).backward()
+    assert torch.equal(hidden.grad, d_hidden) and frozen.grad is None
+
+
 def test_the_norms_of_both_parts_are_of_the_logit_gradient():
     hidden, _, teachers, terms = random_problem(width=7)
     eye = torch.eye(7, dtype=torch.float64)  # lm_head = identity: hidden states are the logits

@@ -2,6 +2,7 @@
 H 3584, with a teacher of 32B.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +24,15 @@ MODELS = Path(__file__).parent / "models"
 P7 = 7_615_616_512
 
 
-def planned(name: str, student: str = "qwen2.5-7b", teacher: str = "qwen2.5-32b") -> Plan:
+def planned(
+    name: str,
+    student: str = "qwen2.5-7b",
+    teacher: str = "qwen2.5-32b",
+    overrides: Sequence[str] = (),
+) -> Plan:
     """The plan of a shipped experiment with the configs of this folder, on 80 GB GPUs."""
     paths = [f"model.path={MODELS / student}", f"teachers.main.path={MODELS / teacher}"]
-    settings = load_config(["run.dir=x", f"experiment={name}", *paths])
+    settings = load_config(["run.dir=x", f"experiment={name}", *paths, *overrides])
     return make_plan(settings, device="cuda", device_bytes=79 * GIB)
 
 
@@ -83,6 +89,36 @@ def test_what_is_offloaded_is_in_host_memory_instead(stage, offload, device, hos
     if stage == 3:
         assert eight.host == one.host / 8 and eight.weights == one.weights / 8
     assert zero_bytes(P7, ranks=1, **shared).host == 0
+
+
+def test_beside_adapters_the_weights_have_neither_gradients_nor_an_optimizer():
+    adapters = 40_370_176  # of rank 16 in the seven linear layers of each of 28 decoder layers
+    plan = planned("qwen7b_from_32b_8gpu", overrides=["lora.rank=16"])
+    assert (plan.sizes.trained, plan.sizes.frozen) == (adapters, P7)
+    shared = {"width": 2, "micro_batches": 1, "frozen": P7}
+    one = zero_bytes(adapters, ranks=1, stage=1, **shared)
+    assert one.weights + one.gradients + one.optimizer == 2 * P7 + 16 * adapters
+    shards = zero_bytes(adapters, ranks=8, stage=3, **shared)
+    assert shards.weights == 2 * (P7 + adapters) / 8 and shards.optimizer == 12 * adapters / 8
+    assert shards.gathered == 2 * 10**9
+    moved = zero_bytes(adapters, ranks=1, stage=3, offload=Offload.parameters, **shared)
+    assert (moved.weights, moved.host) == (0, 2 * P7 + 22 * adapters)
+    assert checkpoint_bytes(plan.sizes) == 12 * adapters
+    (sent,) = (edge for edge in plan.edges if edge.what == "weights")
+    assert sent.nbytes == 2 * P7 * plan.settings.rollout.engines  # merged
+    whole = planned("qwen7b_from_32b_8gpu")
+    assert 0 < plan.peak("learner") < 0.9 * whole.peak("learner")
+
+
+def test_adapters_keep_their_inputs_and_no_more_than_the_layers_without_them_did():
+    model = ModelConfig(path=str(MODELS / "qwen2.5-7b"), dtype="bfloat16")
+    whole, few, many = (
+        pass_bytes(model, "model.path", Pass(1, 4096, learns=True, rank=rank)).kept
+        for rank in (None, 16, 32)
+    )
+    low = 4096 * 16 * 2 * 7 * 28  # A x of each layer
+    assert many - few == low
+    assert 0.9 * whole < few < 1.02 * whole
 
 
 def test_communication_beside_the_backward_pass_needs_a_second_bucket_in_stage_2():

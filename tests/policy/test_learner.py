@@ -6,11 +6,6 @@ offload, one rank, and two ranks again.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -53,64 +48,23 @@ from tests.support.learner_job import (
     plan_for,
     settings_for,
 )
-
-ROOT = Path(__file__).parents[2]
-JOB = ROOT / "tests" / "support" / "learner_job.py"
-DEADLINE_S = 240  # of one process group; it takes about 20 s
+from tests.support.ranks import run_ranks
 
 
-def run_ranks(folder: Path, world: int, cases: str) -> None:
-    """Start every rank and wait for all; when one fails, the others are killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        # ninja, for DeepSpeed's one compiled op
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
-    }
-    logs = [(folder / f"{cases}-{rank}.log").open("w+") for rank in range(world)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, JOB, str(rank), str(world), str(port), folder, cases],
-            env=env,
-            stdout=log,
-            stderr=log,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        end = time.monotonic() + DEADLINE_S
-        while (
-            any(r.poll() is None for r in ranks)
-            and not any(r.poll() for r in ranks)
-            and time.monotonic() < end
-        ):
-            time.sleep(0.1)
-    finally:
-        for r in ranks:
-            r.kill()
-            r.wait()
-    outputs = []
-    for number, (rank, log) in enumerate(zip(ranks, logs, strict=True)):
-        log.seek(0)
-        outputs.append(f"rank {number} ended with {rank.returncode}: {log.read()[-3000:]}")
-        log.close()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the models, and with the files that the process groups have written."""
-    folder = tmp_path_factory.mktemp("learner")
+def save_models(folder: Path) -> Path:
+    """Write the student and the teacher into the folder."""
     tokenizer = tiny_tokenizer()
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         tiny_model(tokenizer).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the models, and with the files that the process groups have written."""
+    folder = save_models(tmp_path_factory.mktemp("learner"))
     for kind, sizes in (("opt", TOGETHER["opt"]), ("gemma2", APART["gemma3_text"])):
         tiny(kind, sizes, torch.float32).save_pretrained(folder / kind)
     run_ranks(folder, 2, "two_ranks")

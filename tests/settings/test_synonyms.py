@@ -43,6 +43,8 @@ def refusal(*overrides: str) -> str:
         ("data.max_response_length", "rollout.max_new_tokens"),
         ("trainer.nnodes", "learner.ranks"),
         ("max_new_tokens", "rollout.max_new_tokens"),
+        ("actor_rollout_ref.model.lora_rank", "lora.rank"),
+        ("model.lora_alpha", "lora.alpha"),
     ],
 )
 def test_a_setting_of_another_system_is_refused_with_ours(theirs: str, ours: str):
@@ -52,7 +54,7 @@ def test_a_setting_of_another_system_is_refused_with_ours(theirs: str, ours: str
         assert "\n" not in message
 
 
-@pytest.mark.parametrize("theirs", ["lora.rank", "model.lora_alpha", "rollout.top_p", "ppo_epochs"])
+@pytest.mark.parametrize("theirs", ["load_in_4bit", "rollout.top_p", "ppo_epochs"])
 def test_an_unsupported_setting_is_refused_with_the_reason(theirs: str):
     synonym = synonym_of(theirs)
     assert synonym is not None
@@ -84,7 +86,8 @@ def test_the_table_in_the_readme_is_the_table_that_is_used():
             "--learning_rate=1e-5",
             "no such setting; did you mean train.lr?; a setting is written KEY=VALUE",
         ),
-        ("--lora-rank", "not supported: all weights are trained"),
+        ("--lora-rank", "no such setting; did you mean lora.rank?"),
+        ("--load-in-4bit", "not supported: weights are not quantised"),
         ("--lr", "no such setting; did you mean train.lr?"),
         ("--train.lr=3", "a setting is written without dashes: train.lr=3"),
     ],

@@ -522,10 +522,60 @@ def one_rank(job: Job) -> None:
     )
 
 
+ADAPTED = {
+    "lora-zero1": ("learner.zero_stage=1",),
+    "lora-zero2": ("learner.zero_stage=2", "lora.dropout=0.25"),
+    "lora-zero3": ("learner.zero_stage=3", "learner.gradient_checkpointing=true"),
+    "lora-zero3-bf16": ("learner.zero_stage=3", "model.dtype=bfloat16"),
+}
+"""Learners of two ranks with adapters, and their further settings."""
+RANK = "lora.rank=4"
+
+
+def two_ranks_adapted(job: Job) -> None:
+    """Two steps with adapters, the export, and a third step, with and without loading."""
+    groups = uneven(job)
+    for case, further in ADAPTED.items():
+        overrides = (*further, RANK, ONE_EACH)
+        learner, _, values = job.two_steps(case, [chunk_of(0, 4)], groups, 6, *overrides)
+        learner.export(str(job.folder / f"{case}-export"))
+        job.resume(case, learner, groups, values, 6, *overrides)
+
+
+def one_rank_adapted(job: Job) -> None:
+    """The same two steps on one rank, and the third one from what two ranks saved."""
+    everything = ((0, 1, 2, 3),)
+    job.report("lora-untouched", job.learner(RANK), [])
+    learner, groups, values = job.two_steps("lora-one", [chunk_of(0, 4)], everything, 1, RANK)
+    job.resume("lora-one", learner, groups, values, 1, RANK)
+    job.diagnosed("lora-diagnosed", everything, 1, RANK)
+    for saved, stage in ((1, 3), (3, 1)):
+        case = f"lora-zero{saved}"
+        zero = f"learner.zero_stage={stage}"
+        job.resharded(f"{case}-to-one", case, everything, values, 1, zero, RANK)
+
+
+def three_ranks_adapted(job: Job) -> None:
+    """The third step on three ranks, from what two ranks saved."""
+    groups = ([(0, 1)], [(2,)], [(3,)])[job.rank]
+    for saved, stage in ((1, 1), (3, 3)):
+        case = f"lora-zero{saved}"
+        overrides = (f"learner.zero_stage={stage}", RANK, ONE_EACH)
+        job.resharded(f"{case}-to-three", case, tuple(groups), list(chunk_of(0, 4)), 4, *overrides)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     job = Job(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    cases = (one_rank, two_ranks, two_ranks_offloaded, two_ranks_again)
+    cases = (
+        one_rank,
+        two_ranks,
+        two_ranks_offloaded,
+        two_ranks_again,
+        two_ranks_adapted,
+        one_rank_adapted,
+        three_ranks_adapted,
+    )
     {function.__name__: function for function in cases}[sys.argv[5]](job)
     # Destructors of gloo's groups abort now and then ("terminate called without an active
     # exception"), also after destroy_process_group; a rank that has done its work skips them.

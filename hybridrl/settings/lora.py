@@ -1,0 +1,57 @@
+"""Settings of adapters of low rank (LoRA, arXiv 2106.09685)."""
+
+import math
+from dataclasses import dataclass, field
+
+from hybridrl.core.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """With a rank, only matrices B and A train, and a layer computes (W + alpha / rank B A) x."""
+
+    rank: int | None = None
+    """rank of the adapters, the only weights that train then; null: no adapters, all weights train.
+    Adapters need the package peft
+    """
+    alpha: float | None = None
+    """the adapters' product is multiplied by alpha / rank; null: twice the rank"""
+    targets: list[str] = field(default_factory=list)
+    """the last part of the names of the linear layers that get an adapter, e.g. [q_proj, v_proj];
+    empty: all linear layers of the decoder. The embeddings never get one
+    """
+    dropout: float = 0.0
+    """fraction of an adapter's inputs that an update sets to zero"""
+
+    def __post_init__(self) -> None:
+        if self.rank is None:
+            self._check_unused()
+            return
+        if self.rank < 1:
+            raise ConfigError(
+                f"lora.rank={self.rank}: must be at least 1, or null to train all weights"
+            )
+        if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise ConfigError(f"lora.alpha={self.alpha}: must be positive and finite, or null")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout={self.dropout}: must be a fraction, in [0, 1)")
+
+    def _check_unused(self) -> None:
+        """Refuse settings of adapters in a run without any.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        values = {"alpha": self.alpha, "targets": self.targets, "dropout": self.dropout}
+        for name, value in values.items():
+            if value:
+                raise ConfigError(
+                    f"lora.{name}={value}: has no effect without adapters; set lora.rank, e.g. to "
+                    "16"
+                )
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        assert self.rank is not None, "there are adapters"
+        return 2.0 if self.alpha is None else self.alpha / self.rank

@@ -1,0 +1,142 @@
+"""The real Learner with adapters: two ranks that go through ZeRO 1, 2 and 3 in turn, one rank, and
+three.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from hybridrl.models.adapters import add_adapters
+from hybridrl.models.loading import load_model
+from hybridrl.models.output_head import output_weight
+from hybridrl.settings.lora import LoraConfig
+from hybridrl.settings.models import ModelConfig
+from hybridrl.weights.fragments import PARTS
+from hybridrl.weights.hugging_face import checkpoint_tensors
+from hybridrl.weights.parameters import LowRankAdapters
+from tests.policy.test_learner import (
+    equal,
+    result,
+    save_models,
+    saved_state,
+    weight_distance,
+    written_out_loss,
+)
+from tests.support.learner_job import ADAPTED, LR
+from tests.support.ranks import run_ranks
+
+STATES = ["lora-one", *ADAPTED]
+LORA = LoraConfig(rank=4)
+KIND = partial(LowRankAdapters, lora=LORA, seed=0)
+MOVES = {
+    "lora-zero1-to-one": "lora-zero1",
+    "lora-zero3-to-one": "lora-zero3",
+    "lora-zero1-to-three": "lora-zero1",
+    "lora-zero3-to-three": "lora-zero3",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the models, and with the files that the process groups have written."""
+    folder = save_models(tmp_path_factory.mktemp("adapted"))
+    run_ranks(folder, 2, "two_ranks_adapted")
+    run_ranks(folder, 1, "one_rank_adapted")
+    run_ranks(folder, 3, "three_ranks_adapted")
+    return folder
+
+
+def test_two_steps_are_two_steps_of_a_plain_training_loop_over_the_adapters(folder: Path):
+    model = load_model(str(folder / "student"))
+    add_adapters(model, LORA, seed=0)
+    head = output_weight(load_model(str(folder / "teacher"))).detach()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = written_out_loss(model, head)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    learned = result(folder, "lora-one")
+    assert learned["loss"] == pytest.approx(losses, abs=1e-5)
+    assert learned["loss"][1] < learned["loss"][0]
+    layers = {m: p for m, p in model.named_modules() if hasattr(p, "base_layer")}
+    expected = load_file(folder / "lora-untouched.safetensors")
+    for name, layer in layers.items():
+        expected[f"{name}.weight"] = layer.get_delta_weight("default") + layer.base_layer.weight
+    expected = {name: tensor.detach() for name, tensor in expected.items()}
+    assert len(layers) == 7 * model.config.num_hidden_layers
+    assert weight_distance(folder, "lora-one", expected) < 1e-5
+    assert weight_distance(folder, "lora-one", "lora-untouched") > 1e-4
+
+
+def test_a_learner_with_new_adapters_has_the_weights_of_its_model(folder: Path):
+    untouched = load_file(folder / "lora-untouched.safetensors")
+    assert equal(untouched, load_file(folder / "student" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("case", ["lora-zero1", "lora-zero3"])
+def test_loss_and_weights_do_not_depend_on_ranks_and_stage(folder: Path, case: str):
+    one, other = result(folder, "lora-one"), result(folder, case)
+    assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    assert weight_distance(folder, case, "lora-one") < 1e-5
+
+
+def test_dropout_changes_the_steps(folder: Path):
+    assert weight_distance(folder, "lora-zero2", "lora-one") > 1e-5
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_step_after_loading_is_bit_for_bit_the_step_that_would_have_come(folder: Path, case: str):
+    saved, loaded = result(folder, case), result(folder, f"{case}-loaded")
+    assert loaded["digest"] == saved["digest"] and loaded["optimizer_steps"] == 2
+    straight, resumed = result(folder, f"{case}-straight"), result(folder, f"{case}-resumed")
+    assert resumed["digest"] == straight["digest"] != saved["digest"]
+    assert resumed["loss"] == straight["loss"] and resumed["grad_norm"] == straight["grad_norm"]
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_checkpoint_holds_adapters_and_their_optimizer_state_alone(folder: Path, case: str):
+    saved = saved_state(folder, case)
+    assert equal(saved, load_file(folder / f"{case}-gathered.safetensors"))
+    ends = {name.rpartition("lora_")[2] for name in saved}
+    assert ends == {"A.weight", "B.weight"}
+    model = load_model(str(folder / "student"))
+    layers = 7 * model.config.num_hidden_layers
+    assert len(saved) == len(PARTS) * 2 * layers
+    whole = sum(p.numel() for p in model.parameters())
+    assert sum(t.numel() for t in saved.values()) < 0.1 * len(PARTS) * whole
+
+
+@pytest.mark.parametrize("case", MOVES)
+def test_ranks_and_stage_may_change_and_the_state_stays_equal_bit_by_bit(folder: Path, case: str):
+    saved = MOVES[case]
+    assert equal(saved_state(folder, case), saved_state(folder, saved))
+    assert result(folder, f"{case}-loaded")["digest"] == result(folder, saved)["digest"]
+    moved, stayed = result(folder, case), result(folder, f"{saved}-straight")
+    assert moved["loss"] == pytest.approx(stayed["loss"], abs=1e-5)
+    assert weight_distance(folder, case, f"{saved}-straight") < 1e-5
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_an_export_of_a_checkpoint_is_the_learners_own_merged_student(folder: Path, case: str):
+    exported = load_file(folder / f"{case}-export" / "model.safetensors")
+    published = load_file(folder / f"{case}.safetensors")
+    assert equal({name: tensor.float() for name, tensor in exported.items()}, published)
+    model = ModelConfig(path=str(folder / "student"))
+    dtype = "bfloat16" if "bf16" in case else "float32"
+    tensors = checkpoint_tensors(folder / f"{case}-state", model, dtype, kind=KIND)
+    assert equal(tensors, exported)
+
+
+def test_the_expensive_diagnostics_measure_the_gradients_of_the_adapters(folder: Path):
+    (found,) = result(folder, "lora-diagnosed")["metrics"]
+    assert found["grad/dense_parameter_norm"] > 0 and abs(found["grad/cosine"]) < 1
