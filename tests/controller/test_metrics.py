@@ -112,6 +112,9 @@ def test_the_metrics_of_several_updates_are_over_all_of_their_tokens_and_a_sum_i
         tally.add("tokens", torch.ones(len(kl), dtype=torch.bool))
         tally.add("train/loss", torch.tensor(loss))
         tally.add("dense_sq", torch.tensor(9.0))
+        tally.add("advantage_sq", torch.tensor(kl))
+        tally.add("advantage/mean", torch.tensor(kl))
+        tally.add("minus_advantage", -torch.tensor(kl))
     found = Tally.over_updates([first, second]).totals()
     assert found["kl/token"] == 2.5 and found["policy/rho_max"] == 5.0
     assert found["train/loss"] == 0.75 and found["tokens"] == 4.0
@@ -203,10 +206,11 @@ def test_a_step_is_measured_over_its_live_tokens():
         "policy/logprob_gap_max": log2,
         "policy/kl_sampler": 0.5 / 6,
         "policy/kept_frac": 0.5,
+        "train/updates": 1.0,
     }
     # The last quarter has no live token: that of the long response is the one with weight 0.
     assert row == pytest.approx(by_hand, abs=1e-6)
-    typed = learner_stats(found, {}, 0.5)
+    typed = learner_stats(found, {}, 0.5, optimizer_steps=1)
     assert typed.logprob_gap == pytest.approx(2 * log2 / 6) and typed.learn_s == 0.5
     assert typed.token_kl == pytest.approx(8 / 6) and typed.sparse_norm == 4.0
 
@@ -224,7 +228,7 @@ def test_tokens_that_older_weights_sampled_do_not_count_as_a_gap_between_sampler
     )
     found = reduced(tally)
     row = batch_metrics(found, [make_plan(LONG_AND_SHORT)], [1.0])
-    assert learner_stats(found, {}, 0.0).logprob_gap is None
+    assert learner_stats(found, {}, 0.0, optimizer_steps=1).logprob_gap is None
     assert (
         "policy/logprob_gap" not in row
         and "policy/logprob_gap_max" not in row
