@@ -167,12 +167,12 @@ CLIP = ("algorithm.ratio.kind=clip", "algorithm.ratio.low=0.1", "algorithm.ratio
 
 
 def chunk_of_other_sampler(*, values: list[float] = VALUES) -> Chunk:
-    """GROUPS, sampled by a policy 0.7 N(0, 1) nats from a uniform one over the 41 tokens, which the
-    tiny model nearly is.
+    """GROUPS, sampled by a policy 0.7 N(0, 1) nats from a uniform one over the tiny model's 23
+    tokens.
     """
     batch, rewards, scores = chunk_of(0, 4, values=values)
     drift = 0.7 * np.random.default_rng(2).standard_normal(len(batch.input_ids))
-    logprobs = np.where(batch.response_mask, drift - np.log(41), 0.0).astype(np.float32)
+    logprobs = np.where(batch.response_mask, drift - np.log(23), 0.0).astype(np.float32)
     return replace(batch, rollout_logprobs=logprobs), rewards, scores
 
 
