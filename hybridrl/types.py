@@ -276,10 +276,13 @@ class ScoredBatch:
     rollout: RolloutBatch
     scores: tuple[TokenScores, ...]  # one per teacher, in the order of UpdatePlan.teacher_weights
     rewards: Rewards
-    # [R] the learner's own log p(y_t), and its value head before y_t, both before the update; None
-    # unless the objective needs one of them
+    # [R] the learner's own log p(y_t), and its value head before y_t, both by the weights that the
+    # update begins with; None unless the objective needs one of them
     learner_logprobs: Float | None = None
     learner_values: Float | None = None
+    # [R] the learner's log p(y_t) before the batch's first update; None: it is not needed, or there
+    # is no update
+    old_logprobs: Float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,17 +315,19 @@ class WeightManifest:
     offsets: tuple[int, ...]  # in bytes; tied weights have the same offset
     nbytes: int
     digest: str  # XXH3-128 of the buffer, hex
-    version: int  # of the weights: the number of optimizer steps that made them
+    version: int  # of the weights: the number of batches that they learned from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdatePlan:
-    """One optimizer step as the controller orders it. controller -> every learner rank."""
+    """One mini-batch and how the learner updates on it; a batch is one or several of them. All
+    counts are over the mini-batch's groups on all ranks. controller -> every learner rank.
+    """
 
-    step: int
-    num_tokens: int  # response tokens of the GLOBAL batch: the normaliser
-    num_sequences: int  # of the GLOBAL batch
-    num_groups: int  # of the GLOBAL batch
+    step: int  # of the batch
+    num_tokens: int  # response tokens: the normaliser
+    num_sequences: int
+    num_groups: int
     num_micro_batches: int  # the same on every rank, else ZeRO stages 2 and 3 hang
     lr: float
     teacher_weights: tuple[float, ...]  # w_i at this step
@@ -333,20 +338,50 @@ class UpdatePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """The updates of one batch as the controller orders them. controller -> every learner rank.
+
+    Example: train.updates_per_batch=2 and train.epochs_per_batch=2 give two mini-batches and four
+    updates, e.g. order (0, 1, 1, 0).
+    """
+
+    mini_batches: tuple[UpdatePlan, ...]
+    order: tuple[int, ...]  # of each update, its mini-batch
+
+    @property
+    def step(self) -> int:
+        return self.mini_batches[0].step
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens of the batch."""
+        return sum(plan.num_tokens for plan in self.mini_batches)
+
+    @staticmethod
+    def one_update(plan: UpdatePlan) -> "BatchPlan":
+        """A batch that is a single mini-batch."""
+        return BatchPlan(mini_batches=(plan,), order=(0,))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerStats:
-    """The measurements of one optimizer step, over the global batch and equal on every rank.
+    """The measurements of a batch's updates, over all ranks and equal on each.
     learner -> controller.
 
     `metrics` is only reported; the controller's decisions depend on the other fields.
     """
 
-    # Mean |log p - log mu| in nats over the tokens that the student sampled with the weights that
-    # this step updates; None: the batch has no such token.
+    # Mean |log p - log mu| in nats, of the first update, over the tokens that the student sampled
+    # with the weights that this step updates; None: there is no such token.
     logprob_gap: float | None
     token_kl: float | None  # nats, mean over tokens; None: no teacher was compared over its rows
     sparse_norm: float  # of the gradient of rewards and costs at the logits
     metrics: dict[str, float]  # by their keys in the step's row; absent: nothing was measured
-    learn_s: float  # duration of the update, by the rank's clock
+    learn_s: float  # duration of the updates, by the rank's clock
+    optimizer_steps: int  # steps that the optimizer has taken since the run began
+    # One sentence for each update that was left out because its gradient was not finite.
+    left_out: tuple[str, ...] = ()
+    unlearned: tuple[int, ...] = ()  # the mini-batches of which every update was left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,17 +4,43 @@ chunks.
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from hybridrl.settings.choices import Source
 from hybridrl.types import Rewards, RolloutBatch, ScoredBatch, TokenScores
 
 T = TypeVar("T", RolloutBatch, TokenScores, Rewards)
 
 
+def scored_batches(
+    groups: Sequence[Sequence[int]], values: Sequence[RolloutBatch | Rewards | TokenScores]
+) -> list[ScoredBatch]:
+    """This rank's groups of a mini-batch, one batch per source, in the order of the chunks.
+
+    Args:
+        groups: of each chunk, which of its groups belong to this rank.
+        values: of each chunk its RolloutBatch, its Rewards and one TokenScores per teacher.
+    """
+    stride = len(values) // max(len(groups), 1)
+    by_source: dict[tuple[Source, int], list[ScoredBatch]] = {}
+    for chunk, own in enumerate(groups):
+        if not own:
+            continue
+        rollout, rewards, *scores = values[chunk * stride : (chunk + 1) * stride]
+        assert isinstance(rollout, RolloutBatch) and isinstance(rewards, Rewards)
+        batch = ScoredBatch(
+            rollout=rollout, scores=tuple(cast("list[TokenScores]", scores)), rewards=rewards
+        )
+        by_source.setdefault((rollout.source, rollout.group_size), []).append(
+            select_groups(batch, own)
+        )
+    return [join(parts) for parts in by_source.values()]
+
+
 def select_groups(batch: ScoredBatch, groups: Sequence[int]) -> ScoredBatch:
-    """The given groups in the given order, all columns."""
+    """The given groups in the given order: their rollouts, scores and rewards."""
     rollout = batch.rollout
     k = rollout.group_size
     sequences = [i for g in groups for i in range(g * k, (g + 1) * k)]

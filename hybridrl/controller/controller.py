@@ -15,7 +15,13 @@ import numpy as np
 from hybridrl.controller.coefficients import Coefficients
 from hybridrl.controller.engine_probe import EngineProbe
 from hybridrl.controller.evaluation import Evaluation, evaluate
-from hybridrl.controller.global_batch import GlobalBatch, divide, trained_uids, update_plan
+from hybridrl.controller.global_batch import (
+    GlobalBatch,
+    divide,
+    trained_uids,
+    update_order,
+    update_plan,
+)
 from hybridrl.controller.metrics import StepRecord, step_row
 from hybridrl.controller.pipeline import Pipeline, wave_seed
 from hybridrl.controller.preemption import Preemption
@@ -48,7 +54,15 @@ from hybridrl.settings.choices import OnStale, WeightTransfer
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.sink import Sinks
 from hybridrl.tracking.timing import PhaseClock
-from hybridrl.types import ChunkHeader, LearnerStats, Prompt, Rewards, ScoreHeader, UpdatePlan
+from hybridrl.types import (
+    BatchPlan,
+    ChunkHeader,
+    LearnerStats,
+    Prompt,
+    Rewards,
+    ScoreHeader,
+    UpdatePlan,
+)
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +86,12 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """An optimizer step of the learner: its batch, its plan and its measurements."""
+    """What the learner did with a batch: the batch, the plan of its updates and their
+    measurements.
+    """
 
     batch: GlobalBatch
-    plan: UpdatePlan
+    plan: BatchPlan
     probe_gap: float  # nats a token, the largest of an engine before the update
     stats: LearnerStats
 
@@ -141,16 +157,18 @@ class Controller:
             "pipeline": self.pipeline,
             "schedules": self.coefficients,
         }
-        self.steps_done = 0
+        self.steps_done = 0  # batches, each of one optimizer update or several
+        self.optimizer_steps = 0
         self.weight_version = 0
         self.saving = Saving()
         self.warned_of_rounding = False
 
     def step(self) -> dict[str, float]:
-        """One optimizer step.
+        """One batch.
 
-        consumes prompts / produces one update, its weights on every engine, and a row of metrics /
-        waits for engines, reward workers, scorers, the learner, and the engines again.
+        consumes prompts / produces the updates of the batch, their weights on every engine, and a
+        row of metrics / waits for engines, reward workers, scorers, the learner, and the engines
+        again.
 
         Raises:
             SkippedStep: nothing could be learned from the batch.
@@ -287,45 +305,68 @@ class Controller:
         with self.clock.phase("score"):
             return self.sampling.scores([a.drawn for a in sampled.arrived])
 
-    def _divide(self, used: Sequence[Arrived]) -> GlobalBatch:
-        return divide(used, num_ranks=self.settings.learner.ranks)
-
-    def _plan(self, batch: GlobalBatch) -> UpdatePlan:
+    def _plan(self, batch: GlobalBatch, mini_batch: int = 0) -> UpdatePlan:
         return update_plan(
             batch,
+            mini_batch,
             self.settings,
             self.coefficients,
             step=self.steps_done,
-            num_groups=self.sampling.num_pairs(batch.used),
+            num_groups=self.sampling.num_pairs(batch.part([mini_batch])),
         )
 
+    def _planned(self, used: Sequence[Arrived]) -> tuple[GlobalBatch, BatchPlan]:
+        """The mini-batches of the used groups, and the order of their updates, which depend on the
+        run's seed and the step alone.
+        """
+        train = self.settings.train
+        seed = wave_seed(self.settings.run.seed, "updates", self.steps_done)
+        batch = divide(
+            used,
+            num_ranks=self.settings.learner.ranks,
+            num_mini_batches=train.updates_per_batch,
+            seed=seed,
+        )
+        count = len(batch.mini_batches)
+        plan = BatchPlan(
+            mini_batches=tuple(self._plan(batch, i) for i in range(count)),
+            order=update_order(count, train.epochs_per_batch, seed),
+        )
+        return batch, plan
+
     def _learn(self, sampled: Sampled) -> Update:
-        """One optimizer step on the first groups that can be used.
+        """The updates of a batch of the first groups that can be used.
 
         Raises:
-            SkippedStep: the gradient is not finite; the prompts are not lost.
+            SkippedStep: no gradient is finite; the prompts are not lost.
             WeightSyncError: the engines do not run the learner's weights.
         """
         with self.clock.phase("learn"):
-            batch = self._divide(first_groups(sampled.arrived, self._groups_per_step))
-            plan = self._plan(batch)
+            batch, plan = self._planned(first_groups(sampled.arrived, self._groups_per_step))
             probe_gap = self.probe.check()
             try:
-                stats = self.learner.update(plan, batch.groups, batch.values)
+                stats = self.learner.learn(plan, batch.groups, batch.values)
             except SkippedStep:
                 self.pipeline.skip(sampled.returning)
                 raise
+            for sentence in stats.left_out:
+                log.warning("%s; the update is left out", sentence)
             check_logprob_gap(stats, self.settings.rollout.max_logprob_gap, step=plan.step)
         self._warn_of_rounding(stats)
         failpoints.hit("controller.learned", step=plan.step)
         return Update(batch=batch, plan=plan, probe_gap=probe_gap, stats=stats)
 
     def _record(self, sampled: Sampled, update: Update) -> None:
-        """Count the step, and account for every prompt that was drawn for it."""
+        """Count the step, and account for every prompt that was drawn for it. Prompts of a
+        mini-batch that no update learned from are passed over.
+        """
         self.steps_done += 1
+        self.optimizer_steps = update.stats.optimizer_steps
+        batch = update.batch
+        learned = [i for i in range(len(batch.mini_batches)) if i not in update.stats.unlearned]
         skipped = [prompt.uid for prompt in self.pipeline.skipped]
         self.pipeline.settle(sampled.returning)
-        trained, passed_over = trained_uids(sampled.arrived, update.batch.used, sampled.returning)
+        trained, passed_over = trained_uids(sampled.arrived, batch.part(learned), sampled.returning)
         self.ledger.record(self.steps_done, trained, [*skipped, *passed_over])
 
     def _sync(self) -> int:
@@ -411,8 +452,9 @@ class Controller:
         headers = self.sampling.headers(drawn)
         arrived = self.sampling.arrived(drawn, headers, self.steps_done)
         self.sampling.scores(drawn)
-        batch = self._divide(arrived)
-        return self.learner.evaluate(self._plan(batch), batch.groups, batch.values).metrics
+        batch = divide(arrived, num_ranks=self.settings.learner.ranks)
+        groups = [of_rank[0] for of_rank in batch.groups]  # of the one mini-batch
+        return self.learner.evaluate(self._plan(batch), groups, batch.values).metrics
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -467,7 +509,7 @@ class Controller:
         return RunState(
             step=self.steps_done,
             weight_version=self.weight_version,
-            optimizer_steps=self.steps_done,
+            optimizer_steps=self.optimizer_steps,
             parts={name: part.state_dict() for name, part in self.stateful.items()},
             metrics=dict(row),
             trackers=self.sinks.state_dict(),
@@ -501,6 +543,7 @@ class Controller:
                     f"writes ({error!r}); continue it with the version that wrote it"
                 ) from error
         self.steps_done = state.step
+        self.optimizer_steps = state.optimizer_steps
         self.saving.saved_step = state.step
         self.weight_version = state.weight_version
 

@@ -1,8 +1,12 @@
-"""The groups that one step trains on, divided among the learner's ranks, and the step's plan."""
+"""The groups that one step trains on, cut into mini-batches, divided among the learner's ranks, and
+the plan of the updates.
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from hybridrl.batch.balance import balance_groups, micro_batches
 from hybridrl.controller.coefficients import Coefficients
@@ -11,29 +15,45 @@ from hybridrl.runtime.calls import Reference
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt, UpdatePlan
 
+Place = tuple[int, int]
+"""A group of a step: the index of its chunk in GlobalBatch.used, and its own in the chunk."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankShare:
     """The part of a batch that one learner rank trains on."""
 
     chunks: tuple[int, ...]  # which chunks hold the rank's groups: indices into GlobalBatch.used
-    groups: tuple[tuple[int, ...], ...]  # of each of these chunks, which groups
+    # Of each mini-batch, of each of these chunks, which groups; in a chunk there may be none of a
+    # mini-batch.
+    groups: tuple[tuple[tuple[int, ...], ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalBatch:
-    """The used groups of a step, by reference, and each rank's share of them.
+    """The used groups of a step, by reference, in mini-batches, and each rank's share of them.
 
-    Example: two chunks of two groups each over two ranks, of about the same number of tokens:
-    shares[0] may have the groups ((0,), (1,)) of the chunks (0, 1), and shares[1] the others.
+    Example: two chunks of two groups each over two ranks, of about the same number of tokens, in
+    one mini-batch: shares[0] may have the groups (((0,), (1,)),) of the chunks (0, 1), and
+    shares[1] the others.
     """
 
     used: Sequence[Arrived]
+    mini_batches: Sequence[Sequence[Place]]  # the groups of each, in ascending order
     shares: Sequence[RankShare]
 
+    def part(self, mini_batches: Sequence[int]) -> list[Arrived]:
+        """The used groups of these mini-batches; chunks without one are left out."""
+        places = {place for index in mini_batches for place in self.mini_batches[index]}
+        parts = [
+            replace(a, groups=tuple(g for g in a.groups if (chunk, g) in places))
+            for chunk, a in enumerate(self.used)
+        ]
+        return [a for a in parts if a.groups]
+
     @property
-    def groups(self) -> list[tuple[tuple[int, ...], ...]]:
-        """Per rank, of each of its chunks which groups are its own."""
+    def groups(self) -> list[tuple[tuple[tuple[int, ...], ...], ...]]:
+        """Per rank, of each mini-batch, of each of its chunks which groups are its own."""
         return [share.groups for share in self.shares]
 
     @property
@@ -52,42 +72,88 @@ class GlobalBatch:
         return [[ref for chunk in share.chunks for ref in of_chunk[chunk]] for share in self.shares]
 
 
-def divide(used: Sequence[Arrived], *, num_ranks: int) -> GlobalBatch:
-    """Give each rank whole groups, so that all have about the same number of tokens."""
-    tokens = [a.of_groups(a.header.num_tokens).sum(axis=1) for a in used]  # per chunk [G'] int64
-    places = [(chunk, group) for chunk, a in enumerate(used) for group in a.groups]
-    shares = []
-    for indices in balance_groups([int(n) for t in tokens for n in t], num_ranks):
-        by_chunk: dict[int, list[int]] = {}
-        for chunk, group in (places[i] for i in indices):
-            by_chunk.setdefault(chunk, []).append(group)
-        groups = tuple(map(tuple, by_chunk.values()))
-        shares.append(RankShare(chunks=tuple(by_chunk), groups=groups))
-    return GlobalBatch(used=used, shares=shares)
+def divide(
+    used: Sequence[Arrived], *, num_ranks: int, num_mini_batches: int = 1, seed: int = 0
+) -> GlobalBatch:
+    """Cut the groups of a step into mini-batches at random, and give each rank whole groups of each
+    one, so that all have about the same number of tokens.
+
+    Args:
+        num_mini_batches: how many, as far as there is a group for each; their numbers of groups
+            differ by at most one.
+        seed: of the random cut.
+    """
+    tokens = {
+        (chunk, group): int(n)
+        for chunk, a in enumerate(used)
+        for group, n in zip(a.groups, a.of_groups(a.header.num_tokens).sum(axis=1), strict=True)
+    }
+    mini_batches = cut(list(tokens), num_mini_batches, seed)
+    of_ranks: list[list[list[Place]]] = [[] for _ in range(num_ranks)]  # per rank and mini-batch
+    for places in mini_batches:
+        balanced = balance_groups([tokens[place] for place in places], num_ranks)
+        for of_rank, indices in zip(of_ranks, balanced, strict=True):
+            of_rank.append([places[i] for i in indices])
+    shares = [rank_share(of_rank) for of_rank in of_ranks]
+    return GlobalBatch(used=used, mini_batches=mini_batches, shares=shares)
+
+
+def cut(places: Sequence[Place], num_parts: int, seed: int) -> list[list[Place]]:
+    """Cut groups at random into parts whose sizes differ by at most one, each in ascending order.
+
+    Example: cut([(0, 0), (0, 1), (1, 0)], 2, seed) is [[(0, 0), (1, 0)], [(0, 1)]] with some seeds.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(places))
+    parts = np.array_split(shuffled, min(num_parts, max(len(places), 1)))
+    return [[places[i] for i in sorted(part)] for part in parts]
+
+
+def rank_share(mini_batches: Sequence[Sequence[Place]]) -> RankShare:
+    """The share of a rank that has these groups of each mini-batch."""
+    chunks = sorted({chunk for places in mini_batches for chunk, _ in places})
+    groups = tuple(
+        tuple(tuple(g for at, g in places if at == chunk) for chunk in chunks)
+        for places in mini_batches
+    )
+    return RankShare(chunks=tuple(chunks), groups=groups)
+
+
+def update_order(num_mini_batches: int, epochs: int, seed: int) -> tuple[int, ...]:
+    """The mini-batch of each update: all of them in every epoch. The first epoch has them as they
+    were cut, at random, and each later one in a random order.
+    """
+    rng = np.random.default_rng(seed)
+    later = [rng.permutation(num_mini_batches).tolist() for _ in range(epochs - 1)]
+    return tuple(i for epoch in (range(num_mini_batches), *later) for i in epoch)
 
 
 def update_plan(
     batch: GlobalBatch,
+    index: int,
     settings: RunSettings,
     coefficients: Coefficients,
     *,
     step: int,
     num_groups: int,
 ) -> UpdatePlan:
-    """The counts of the whole batch and the coefficients of `step`.
+    """The counts of mini-batch `index`, and the coefficients of `step`.
 
     Args:
-        num_groups: groups, or pairs, that the loss is averaged over.
+        num_groups: groups, or pairs, of the mini-batch that the loss is averaged over.
     """
-    keep = [a.of_groups(a.rewards.keep) for a in batch.used]  # per chunk [G', K] bool
-    tokens = [a.of_groups(a.header.response_lengths) for a in batch.used]
+    part = batch.part([index])
+    keep = [a.of_groups(a.rewards.keep) for a in part]  # per chunk [G', K] bool
+    tokens = [a.of_groups(a.header.response_lengths) for a in part]
     every = settings.diagnostics.every
     return UpdatePlan(
         step=step,
         num_tokens=int(sum(t[k].sum() for t, k in zip(tokens, keep, strict=True))),
         num_sequences=int(sum(k.sum() for k in keep)),
         num_groups=num_groups,
-        num_micro_batches=max(_num_micro_batches(share, batch, settings) for share in batch.shares),
+        num_micro_batches=max(
+            _num_micro_batches(share.chunks, share.groups[index], batch, settings)
+            for share in batch.shares
+        ),
         lr=learning_rate(settings, step),
         teacher_weights=coefficients.teachers(step),
         teacher_routes=tuple(settings.teachers[name].route for name in settings.scored_teachers),
@@ -96,12 +162,22 @@ def update_plan(
     )
 
 
-def _num_micro_batches(share: RankShare, batch: GlobalBatch, settings: RunSettings) -> int:
+def _num_micro_batches(
+    chunks: Sequence[int],
+    groups: Sequence[Sequence[int]],
+    batch: GlobalBatch,
+    settings: RunSettings,
+) -> int:
+    """Forward passes of one rank in one update.
+
+    Args:
+        groups: of each chunk, which of its groups.
+    """
     lengths: list[int] = []
-    for chunk, groups in zip(share.chunks, share.groups, strict=True):
+    for chunk, of_chunk in zip(chunks, groups, strict=True):
         header = batch.used[chunk].header
         per_group = header.num_tokens.reshape(-1, header.group_size)  # [G, K] int64
-        lengths += per_group[list(groups)].flatten().tolist()
+        lengths += per_group[list(of_chunk)].flatten().tolist()
     train = settings.train
     batches = micro_batches(lengths, train.max_tokens_per_micro_batch, packed=train.packing)
     return max(len(batches), 1)

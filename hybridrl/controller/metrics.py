@@ -13,7 +13,7 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.settings.choices import ScheduleKind, Source
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.glossary import explain
-from hybridrl.types import ChunkHeader, LearnerStats, Rewards, ScoreHeader, UpdatePlan
+from hybridrl.types import BatchPlan, ChunkHeader, LearnerStats, Rewards, ScoreHeader
 
 PASS_MARK = 0.5
 """A response passes with a reward above this; with rewards of 0 and 1 those of 1 pass."""
@@ -27,7 +27,7 @@ class StepRecord:
     headers: Sequence[ChunkHeader]
     rewards: Sequence[Rewards]
     scores: Sequence[ScoreHeader]
-    plan: UpdatePlan
+    plan: BatchPlan
     stats: LearnerStats
     cost: StepCost
     probe_gap: float  # nats a token, the largest of an engine
@@ -148,12 +148,13 @@ def rollout_metrics(
     return row
 
 
-def learner_metrics(plan: UpdatePlan, stats: LearnerStats) -> dict[str, float]:
+def learner_metrics(plan: BatchPlan, stats: LearnerStats) -> dict[str, float]:
+    update = plan.mini_batches[0]  # learning rate and weights are the same in every update
     return {
-        "train/lr": plan.lr,
+        "train/lr": update.lr,
         "train/tokens": float(plan.num_tokens),
-        "schedule/lambda": plan.reward_weight,
-        "schedule/imitation": float(sum(plan.teacher_weights)),
+        "schedule/lambda": update.reward_weight,
+        "schedule/imitation": float(sum(update.teacher_weights)),
         **stats.metrics,
     }
 

@@ -124,7 +124,12 @@ class _HybridHead(torch.autograd.Function):
         sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)
         d_hidden = torch.zeros_like(hidden)
         head = lm_head.to(hidden.dtype)
-        row_rule = RowRule(temperature=rule.temperature, measure=rule.measure, ratio=rule.ratio)
+        row_rule = RowRule(
+            temperature=rule.temperature,
+            measure=rule.measure,
+            ratio=rule.ratio,
+            correction=rule.correction,
+        )
         forms = tuple(t.form for t in teachers)
         d_head: Tensor | None = None  # None: the output embedding does not train
         if ctx.needs_input_grad[1]:

@@ -17,7 +17,9 @@ class RowRule:
 
     temperature: float = 1.0  # of student and teacher alike
     measure: Measure = field(default_factory=Measure)
-    ratio: RatioBounds = field(default_factory=RatioBounds)
+    ratio: RatioBounds = field(default_factory=RatioBounds)  # of p(y) / p_old(y)
+    # of p_old(y) / mu(y), by which the ratio is multiplied
+    correction: RatioBounds = field(default_factory=RatioBounds)
 
 
 class Coefficients(NamedTuple):
@@ -46,6 +48,7 @@ def coefficients(
     weight = columns.token_weight.to(drawn.dtype)
     cost = columns.sparse.to(drawn.dtype)
     sampler = columns.sampler_logprobs.to(drawn.dtype)
+    old = columns.old_logprobs.to(drawn.dtype)
     live = weight > 0
     kl = torch.zeros_like(drawn)
     dense = []
@@ -53,8 +56,9 @@ def coefficients(
         w = w.to(drawn.dtype)
         kl = kl + torch.where(w != 0, w * value, 0.0)  # 0 * inf is not 0
         dense.append(torch.where(live, w * weight / rule.temperature, 0.0))
-    factor, bounded = rule.ratio.factor(drawn - sampler, cost)
-    cost = torch.where(live, cost * factor, 0.0)
+    factor, bounded = rule.ratio.factor(drawn - old, cost)
+    correction, _ = rule.correction.factor(old - sampler, cost)
+    cost = torch.where(live, cost * factor * correction, 0.0)
     loss = torch.where(live, weight * (kl + cost * drawn), 0.0)
     return Coefficients(
         kl=kl,

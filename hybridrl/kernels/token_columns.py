@@ -22,7 +22,10 @@ class TokenColumns(NamedTuple):
     # [R] float32, G_{t+1} minus its baseline, a COST: positive pushes the token down
     sparse: Tensor
     value_slope: Tensor  # [R] float32, d loss / d value of the value head; 0 without one
-    sampler_logprobs: Tensor  # [R] float32, log mu(y_t), the denominator of rho
+    sampler_logprobs: Tensor  # [R] float32, log mu(y_t)
+    # [R] float32, the denominator of the ratio: log mu(y_t), or that of the learner before the
+    # batch's first update
+    old_logprobs: Tensor
 
     def at(self, rows: slice) -> "TokenColumns":
         """The given rows of every column."""
@@ -56,4 +59,5 @@ class TokenColumns(NamedTuple):
             sparse=zero,
             value_slope=zero,
             sampler_logprobs=sampler_logprobs,
+            old_logprobs=sampler_logprobs,
         )

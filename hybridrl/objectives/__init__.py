@@ -17,4 +17,5 @@ def make_objective(settings: RunSettings) -> Objective:
         settings.rollout.response_limit,
         kinds=[settings.evidence_kind(name) for name in settings.scored_teachers],
         sampler_differs=settings.sampler_differs,
+        clips_against_old=settings.clips_against_old,
     )

@@ -5,7 +5,7 @@ one.
 from hybridrl.kernels.head import HeadRule
 from hybridrl.ops.divergence import Measure
 from hybridrl.ops.ratio import RatioBounds
-from hybridrl.settings.choices import Products, RatioLevel
+from hybridrl.settings.choices import Products, Ratio, RatioLevel
 from hybridrl.settings.run import RunSettings
 
 
@@ -20,6 +20,11 @@ def head_rule(settings: RunSettings) -> HeadRule:
         if per_token
         else RatioBounds()
     )
+    correction = (
+        RatioBounds(kind=Ratio.truncate, high=algorithm.ratio.sampler_high)
+        if settings.clips_against_old
+        else RatioBounds()
+    )
     measure = Measure(
         divergence=algorithm.divergence,
         beta=algorithm.jsd_beta,
@@ -32,4 +37,5 @@ def head_rule(settings: RunSettings) -> HeadRule:
         wide_products=settings.train.products is Products.float32,
         measure=measure,
         ratio=ratio,
+        correction=correction,
     )

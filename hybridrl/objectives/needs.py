@@ -13,8 +13,9 @@ class Needs:
     rewards: bool = False
     siblings: bool = False  # it compares the responses to one prompt
     pairs: bool = False  # its loss is averaged over groups with a best and a worst response
-    learner_logprobs: bool = False  # log p(y_t) before the update: one more forward pass
-    learner_values: bool = False  # the value head's outputs before the update: likewise
+    learner_logprobs: bool = False  # log p(y_t) before each update: one more forward pass
+    learner_values: bool = False  # the value head's outputs before each update: likewise
+    old_logprobs: bool = False  # log p(y_t) before a batch's first update: one pass over the batch
 
     @property
     def learner_view(self) -> bool:

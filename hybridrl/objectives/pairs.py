@@ -63,12 +63,14 @@ class PairObjective:
         if self.loss.scores_by_value:  # a reward model's score is its value at the end
             value_slope = torch.where(last_tokens(rollout), weights * sparse, 0.0)
             sparse = torch.zeros_like(sparse)
+        sampler = response_rows(rollout, rollout.rollout_logprobs)
         return TokenColumns(
             token_ids=response_ids(rollout),
             token_weight=weights,
             sparse=sparse,
             value_slope=value_slope,
-            sampler_logprobs=response_rows(rollout, rollout.rollout_logprobs),
+            sampler_logprobs=sampler,
+            old_logprobs=sampler,
         )
 
     def _watched(

@@ -2,6 +2,11 @@
 
 `truncate` is truncated importance sampling (TIS). `mask` is used by IcePop and MOPD (arXiv
 2601.02780). `clip` is that of PPO, with two sides as in DAPO (arXiv 2503.14476).
+
+Where a batch has several updates, the clip is to bound how far they move the learner, and not how
+far the sampler is from it. Then the ratio is a product (decoupled PPO, arXiv 2110.00641): of
+p(y) / p_old(y), which is clipped, and of p_old(y) / mu(y), which is truncated, where p_old is the
+learner before the batch's first update. The product is p(y) / mu(y) where no bound is active.
 """
 
 from dataclasses import dataclass

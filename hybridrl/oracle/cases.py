@@ -45,6 +45,7 @@ class Case:
     group_size: int = 1
     sampler_distance: float = 0.0  # as in mdp.make_mdp; not 0: settings of a pipelined run
     learned: float = 0.0  # as in mdp.make_mdp
+    moved: float = 0.0  # as in mdp.make_mdp; not 0: settings of a run with two updates per batch
     value: Value = Value.unrelated
 
     @property
@@ -53,6 +54,7 @@ class Case:
         marks = {
             f"sampler {self.sampler_distance} away": self.sampler_distance > 0,
             f"{self.learned:.0%} learned": self.learned > 0,
+            f"2nd update {self.moved} away": self.moved > 0,
             "exact values": self.value is Value.exact,
             f"K={self.group_size}": self.group_size > 1,
             f"[{self.world}]": self.world is not World.fixed,
@@ -78,6 +80,7 @@ def cases(vocabulary: int) -> list[Case]:
         *groups(),
         *off_policy(),
         *distances(),
+        *second_updates(),
         *lengths(),
         *teachers(),
     ]
@@ -277,6 +280,29 @@ def distances() -> Iterator[Case]:
             target=SEMI,
             **near,
         )
+
+
+def second_updates() -> Iterator[Case]:
+    """The second update of a batch: the first one has moved the student's logits by 0.2 N(0,1) from
+    those of the old student, near which the sampler is.
+
+    With ratio.kind=clip the ratio to the old student is clipped, and multiplied by the truncated
+    ratio of the old student to the sampler. Without active bounds the product is the whole ratio.
+    """
+    away: dict[str, Any] = {"sampler_distance": 0.3, "moved": 0.2, "world": World.ended}
+    constant = "normalizer=constant"
+    unbounded = (constant, "ratio.kind=clip", "ratio.low=1", "ratio.sampler_high=null")
+    whole = (constant, "ratio.kind=truncate", "ratio.level=sequence")
+    yield Case(method="opd", options=unbounded, target=SEMI, **away)
+    yield Case(method="opd", options=("gamma=1", *whole), **away)
+    yield Case(method="raft", options=whole, **away)
+    narrow = (constant, "ratio.kind=clip", "ratio.low=0.2", "ratio.high=0.2")
+    for options, bias in ((unbounded, 0.217), (narrow, 0.798), ((constant,), 0.424)):
+        yield biased("raft", bias, *options, **away)
+    tiny = away | {"world": World.tiny}
+    yield biased("ppo", 0.866, moved=0.2)
+    yield biased("grpo", 0.759, target=SEMI, group_size=3, **tiny)
+    yield biased("dapo", 0.230, "overlong_buffer=1", group_size=3, **tiny)
 
 
 def lengths() -> Iterator[Case]:

@@ -108,13 +108,16 @@ class Estimator:
 
     def credit(self, batch: ScoredBatch, plan: UpdatePlan, members: Tensor) -> Credit:
         """The objective's coefficients of the batch's tokens."""
+        at, tokens = self._at(members)
         if self.objective.needs.learner_view:
-            at, tokens = self._at(members)
             batch = replace(
                 batch,
                 learner_logprobs=self.mdp.logp(self.mdp.student)[at, tokens].numpy(),
                 learner_values=self.values[at].numpy(),
             )
+        if self.objective.needs.old_logprobs:
+            old = self.mdp.logp(self.mdp.old)[at, tokens]
+            batch = replace(batch, old_logprobs=old.numpy())
         assert not self.objective.standardises or len(members) == 1, (
             "a standardised batch is measured alone"
         )

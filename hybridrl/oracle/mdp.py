@@ -21,7 +21,8 @@ class Mdp:
     """
 
     student: Tensor  # [P, V]
-    # [P, V] the policy that writes the student's sequences: the student itself, or one near it
+    old: Tensor  # [P, V] the student before the first update of the batch that it learns from
+    # [P, V] the policy that writes the student's sequences: the old student, or one near it
     sampler: Tensor
     teachers: tuple[Tensor, ...]  # [P, V] each
     data: Tensor  # [P, V] the policy that wrote the data
@@ -64,17 +65,20 @@ def make_mdp(
     ends: bool,
     sampler_distance: float = 0.0,
     learned: float = 0.0,
+    moved: float = 0.0,
 ) -> Mdp:
     """A random model.
 
     The random numbers are drawn in this order: the student's logits N(0,1), the teacher's 1.5
     N(0,1), the rewards (1 with probability 0.3), the sampler's distance from the student, the
-    logits of a second teacher and of the data, and the values. Prefixes and sequences are sorted by
-    length, then lexicographically.
+    logits of a second teacher and of the data, the values, and the distance of the old student.
+    Prefixes and sequences are sorted by length, then lexicographically.
 
     Args:
-        sampler_distance: standard deviation of the sampler's logits around the student's; 0: the
-            sampler is the student.
+        sampler_distance: standard deviation of the sampler's logits around the old student's; 0:
+            the sampler is the old student.
+        moved: standard deviation of the old student's logits around the student's; 0: they are one,
+            as in the first update of a batch.
         learned: the share of the way to the first teacher's logits that the student has moved, in
             [0, 1].
         ends: whether the last token of the vocabulary ends a sequence; if not, all sequences have
@@ -96,13 +100,16 @@ def make_mdp(
     second = near + 1.5 * table()
     data = table()
     student = student + learned * (teacher - student)
+    values = torch.from_numpy(rng.standard_normal(len(prefixes)))
+    old = student + moved * table()
     tokens, mask, rows = sequence_tensors(prefixes, sequences, horizon)
     return Mdp(
         student=student,
-        sampler=student + distance,
+        old=old,
+        sampler=old + distance,
         teachers=(teacher, second),
         data=data,
-        values=torch.from_numpy(rng.standard_normal(len(prefixes))),
+        values=values,
         rewards=torch.from_numpy(rewarded.astype(np.float64)),
         tokens=tokens,
         mask=mask,

@@ -48,6 +48,9 @@ implementation of the published formula.
   preset divides by the lengths of responses, and the verdict is for responses of equal length.
 - `sampler 0.3 away 99% learned`: the sampler's logits differ by 0.3 N(0, 1) from those of a student
   that is 99 % of the way to the teacher.
+- `2nd update 0.2 away`: the second update of a batch (`train.updates_per_batch`), before which the
+  first one has moved the student's logits by 0.2 N(0, 1). The sampler is near the student before
+  the first update.
 - Rows of `hybrid` start from PLAIN.
 
 The numbers are those of the default seed.

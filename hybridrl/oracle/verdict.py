@@ -34,7 +34,14 @@ class Scope:
         """Whether the declared sizes of biases are those of these models."""
         return self == Scope()
 
-    def mdp(self, world: World, *, sampler_distance: float = 0.0, learned: float = 0.0) -> Mdp:
+    def mdp(
+        self,
+        world: World,
+        *,
+        sampler_distance: float = 0.0,
+        learned: float = 0.0,
+        moved: float = 0.0,
+    ) -> Mdp:
         """The model of a world. The arguments are those of make_mdp."""
         seed = self.seed
         match world:
@@ -55,6 +62,7 @@ class Scope:
             ends=world is World.ended,
             sampler_distance=sampler_distance,
             learned=learned,
+            moved=moved,
         )
 
 
@@ -77,7 +85,12 @@ def judge(case: Case, scope: Scope, estimator_class: type[Estimator] = Estimator
     """Measure a case and compare it with its declaration."""
     settings = settings_of(case, scope)
     mdp = replace(
-        scope.mdp(case.world, sampler_distance=case.sampler_distance, learned=case.learned),
+        scope.mdp(
+            case.world,
+            sampler_distance=case.sampler_distance,
+            learned=case.learned,
+            moved=case.moved,
+        ),
         temperature=settings.algorithm.temperature,
     )
     values = exact_values(settings, mdp) if case.value is Value.exact else None
@@ -164,6 +177,7 @@ def settings_of(case: Case, scope: Scope) -> RunSettings:
             f"rollout.max_new_tokens={longest}",
             f"train.samples_per_prompt={case.group_size}",
             f"schedule={'pipelined' if case.sampler_distance else 'sync'}",
+            f"train.updates_per_batch={2 if case.moved else 1}",
             *(o if o.startswith("+") else f"algorithm.{o}" for o in options),
         ]
     )

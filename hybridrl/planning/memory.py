@@ -95,8 +95,8 @@ class Sizes:
         self.width = DTYPE_BYTES[settings.model.dtype]
         self.tokens = settings.rollout.sequence_limit
         self.response = settings.rollout.response_limit
-        evidence = make_objective(settings).needs.evidence
-        kinds = dict(zip(settings.scored_teachers, evidence, strict=True))
+        self.needs = make_objective(settings).needs
+        kinds = dict(zip(settings.scored_teachers, self.needs.evidence, strict=True))
         self.served = [
             ServedTeacher(name=name, evidence=kind)
             for name, kind in kinds.items()
@@ -143,8 +143,8 @@ class Sizes:
 
     @property
     def of_rank(self) -> int:
-        """Sequences of one learner rank and step: whole groups."""
-        prompts = self.settings.train.prompts_per_step
+        """Sequences of one learner rank and update: whole groups."""
+        prompts = self.settings.train.prompts_per_step // self.settings.train.updates_per_batch
         return math.ceil(prompts / self.settings.learner.ranks) * self.group
 
     @property

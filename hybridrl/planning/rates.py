@@ -78,13 +78,31 @@ def phase_seconds(sizes: Sizes, rates: Rates) -> PhaseSeconds:
     if settings.lora.rank is not None:  # no gradients of the large matrices
         passes -= 2
     head = 2 * rows * sizes.student.vocabulary * head_width(sizes)
-    learn = (passes * sizes.student.multiplied * tokens + head) / (learner.ranks * rates.flops)
+    update = passes * sizes.student.multiplied * tokens + head  # of all mini-batches once
+    logits = 2 * rows * sizes.student.vocabulary * sizes.student.hidden
+    view = 2 * sizes.student.multiplied * tokens + logits
+    operations = settings.train.epochs_per_batch * update + views(sizes) * view
+    learn = operations / (learner.ranks * rates.flops)
     return PhaseSeconds(
         rollout=rollout_seconds(sizes, rates),
         score=max((score_seconds(sizes, t.shape, rates) for t in sizes.teachers), default=0.0),
         learn=learn,
         sync=weight_bytes(sizes) / rates.link if settings.algorithm.data_fraction < 1 else 0.0,
     )
+
+
+def views(sizes: Sizes) -> float:
+    """Forward passes over the whole batch before its updates, by which the learner computes its own
+    log-probs and values: one before each update where the objective needs them, and one before the
+    first update where the clip's ratio does, which serves the first update too.
+
+    Example: two updates in each of two epochs of ppo: 1 + 2 - 1/2 = 2.5.
+    """
+    train = sizes.settings.train
+    before_each = float(train.epochs_per_batch) if sizes.needs.learner_view else 0.0
+    if not sizes.needs.old_logprobs:
+        return before_each
+    return 1 + max(before_each - 1 / train.updates_per_batch, 0.0)
 
 
 def head_width(sizes: Sizes) -> int:

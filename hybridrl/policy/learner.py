@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from hybridrl.batch.balance import micro_batches
-from hybridrl.batch.groups import join, select_groups
+from hybridrl.batch.groups import scored_batches
 from hybridrl.batch.micro_batch import (
     MicroBatch,
     collate,
@@ -39,6 +39,7 @@ from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
 from hybridrl.policy.optimizer_state import OptimizerState
 from hybridrl.policy.statistics import (
     Tally,
+    Updated,
     batch_metrics,
     count_credits,
     count_micro,
@@ -55,10 +56,11 @@ from hybridrl.policy.training_setup import (
     zero_stage,
 )
 from hybridrl.policy.weight_publisher import WeightPublisher
-from hybridrl.settings.choices import Source
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.inbox import TeacherInbox
 from hybridrl.types import (
+    NO_VERSION,
+    BatchPlan,
     LearnerStats,
     Rewards,
     RolloutBatch,
@@ -153,35 +155,106 @@ class Learner:
         groups: Sequence[Sequence[int]],
         *values: RolloutBatch | Rewards | TokenScores,
     ) -> LearnerStats:
-        """One optimizer step on this rank's groups.
+        """One optimizer step on this rank's groups: a batch that is a single mini-batch.
 
         Args:
             groups: of each chunk, which of its groups belong to this rank.
+            values, raises: as in `learn`.
+        """
+        return self.learn(BatchPlan.one_update(plan), (groups,), *values)
+
+    def learn(
+        self,
+        plan: BatchPlan,
+        groups: Sequence[Sequence[Sequence[int]]],
+        *values: RolloutBatch | Rewards | TokenScores,
+    ) -> LearnerStats:
+        """The optimizer steps of one batch on this rank's groups.
+
+        An update whose gradient is NaN or infinite changes nothing. Of a batch with several
+        updates it is left out, and the batch goes on, with at most train.max_skipped in a row.
+
+        Args:
+            groups: of each mini-batch, of each chunk, which of its groups belong to this rank.
             values: of each chunk its RolloutBatch, its Rewards and one TokenScores per teacher.
 
         Raises:
-            SkippedStep: the gradient is NaN or infinite; nothing was stepped, and the rank's batch
-                lies in run.dir/skipped.
-            NonFiniteError: the loss is, and the weights were stepped; the batch lies there too.
+            SkippedStep: no update was made, since no gradient is finite; the rank's mini-batches
+                lie in run.dir/skipped.
+            NonFiniteError: more than train.max_skipped updates in a row were left out, or a loss
+                is not finite and the weights were stepped. The mini-batch lies there too.
         """
         started = time.monotonic()
-        failpoints.hit("learner.update", step=plan.step, rank=self.rank)
+        batches = [scored_batches(own, values) for own in groups]
+        if self.objective.needs.old_logprobs:
+            batches = [
+                with_old_logprobs(self._with_own_columns(mini, scored))
+                for mini, scored in zip(plan.mini_batches, batches, strict=True)
+            ]
+        made: dict[int, list[Updated]] = {index: [] for index in plan.order}
+        left_out: list[str] = []
+        in_a_row = 0
+        for number, index in enumerate(plan.order):
+            try:
+                made[index].append(self._update(plan, number, batches[index]))
+                in_a_row = 0
+            except SkippedStep as error:
+                left_out.append(str(error))
+                in_a_row += 1
+                self._check_skipped(plan, in_a_row, error)
+        updates = [update for of_mini_batch in made.values() for update in of_mini_batch]
+        if not updates:
+            raise SkippedStep(left_out[-1])
+        totals = Tally.over_updates([update.tally for update in updates]).totals()
+        metrics = batch_metrics(
+            totals, [update.plan for update in updates], [update.grad_norm for update in updates]
+        )
+        for update in updates:
+            metrics |= update.diagnostics
+        return learner_stats(
+            totals,
+            metrics,
+            time.monotonic() - started,
+            optimizer_steps=self.optimizer_steps,
+            left_out=left_out,
+            unlearned=[index for index, of_mini_batch in made.items() if not of_mini_batch],
+        )
+
+    def _update(self, plan: BatchPlan, number: int, batches: Sequence[ScoredBatch]) -> Updated:
+        """The optimizer step of update `number` of a batch.
+
+        Raises:
+            SkippedStep, NonFiniteError: as in _check_finite.
+        """
+        mini = plan.mini_batches[plan.order[number]]
+        failpoints.hit("learner.update", step=mini.step, rank=self.rank)
         tally = Tally(self.device)
-        credits, micros = self._prepare(plan, groups, values)
-        diagnostics = self._diagnostics(micros) if plan.diagnose else {}
-        with dropout(self.model, self._seed(plan.step)):
+        # The pass that gave the old log-probs is also the view that the first update begins with.
+        viewed = number == 0 and self.objective.needs.old_logprobs
+        credits, micros = self._prepare(mini, batches, viewed=viewed)
+        diagnostics = self._diagnostics(micros) if mini.diagnose and number == 0 else {}
+        version = mini.step if number == 0 else NO_VERSION  # no engine has the weights in between
+        with dropout(self.model, self._seed(mini.step, number)):
             for micro in micros:
-                self._backward(micro, tally, plan.step)
+                self._backward(micro, tally, version)
         count_credits(tally, credits)
-        totals = tally.reduced()
+        tally.reduce()
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = plan.lr
+            group["lr"] = mini.lr
         self.engine.step()  # leaves everything as it was where a gradient is not finite
         grad_norm = float(self.engine.get_global_grad_norm())
-        self._check_finite(plan, totals, grad_norm, micros)
+        self._check_finite(plan, number, tally.totals(), grad_norm, micros)
         self.optimizer_steps += 1
-        metrics = batch_metrics(totals, plan, grad_norm) | diagnostics
-        return learner_stats(totals, metrics, time.monotonic() - started)
+        return Updated(plan=mini, tally=tally, grad_norm=grad_norm, diagnostics=diagnostics)
+
+    def _check_skipped(self, plan: BatchPlan, in_a_row: int, error: SkippedStep) -> None:
+        """Raise where more updates in a row were left out than the batch may leave out.
+
+        With a single update the batch itself is left out, and the controller counts it.
+        """
+        limit = self.settings.train.max_skipped
+        if len(plan.order) > 1 and in_a_row > limit:
+            raise NonFiniteError(f"{error}; train.max_skipped={limit} updates in a row") from error
 
     def evaluate(
         self,
@@ -201,23 +274,29 @@ class Learner:
         """
         started = time.monotonic()
         tally = Tally(self.device)
-        credits, micros = self._prepare(plan, groups, values)
+        credits, micros = self._prepare(plan, scored_batches(groups, values))
         with torch.no_grad():
             for micro in micros:
                 self._forward(micro, tally, plan.step)
         count_credits(tally, credits)
-        totals = tally.reduced()
-        return learner_stats(totals, heldout_metrics(totals), time.monotonic() - started)
+        tally.reduce()
+        totals = tally.totals()
+        return learner_stats(
+            totals,
+            heldout_metrics(totals),
+            time.monotonic() - started,
+            optimizer_steps=self.optimizer_steps,
+        )
 
     def _prepare(
-        self,
-        plan: UpdatePlan,
-        groups: Sequence[Sequence[int]],
-        values: Sequence[RolloutBatch | Rewards | TokenScores],
+        self, plan: UpdatePlan, batches: Sequence[ScoredBatch], *, viewed: bool = False
     ) -> tuple[list[Credit], list[MicroBatch]]:
-        """The credit of this rank's groups, and the micro-batches of their tokens."""
-        batches = scored_batches(groups, values)
-        if self.objective.needs.learner_view:
+        """The credit of this rank's groups, and the micro-batches of their tokens.
+
+        Args:
+            viewed: the batches have the learner's columns by the present weights.
+        """
+        if self.objective.needs.learner_view and not viewed:
             batches = self._with_own_columns(plan, batches)
         credits = assign_credit(self.objective, batches, plan, self._sum_over_ranks)
         sequences: list[MicroBatch] = []
@@ -231,15 +310,20 @@ class Learner:
 
     def _check_finite(
         self,
-        plan: UpdatePlan,
+        plan: BatchPlan,
+        number: int,
         totals: Mapping[str, float],
         grad_norm: float,
         micros: Sequence[MicroBatch],
     ) -> None:
-        """Raise what `update` documents, on every rank alike.
+        """Check what update `number` of a batch has summed up, on every rank alike.
 
         Args:
-            totals: of Tally.reduced.
+            totals: of Tally.totals.
+
+        Raises:
+            SkippedStep: the gradient is NaN or infinite, and nothing was stepped.
+            NonFiniteError: the loss is, and the weights were stepped.
         """
         loss = totals["train/loss"]
         if np.isfinite(loss) and np.isfinite(grad_norm):
@@ -251,9 +335,12 @@ class Learner:
             for i, micro in enumerate(micros)
             for name, value in micro.tensors().items()
         }
-        save_file(columns, folder / f"step_{plan.step:06d}-rank{self.rank}.safetensors")
+        several = len(plan.order) > 1
+        name = f"step_{plan.step:06d}" + (f"-update{number}" if several else "")
+        save_file(columns, folder / f"{name}-rank{self.rank}.safetensors")
+        which = f"step {plan.step}" + (f", update {number}" if several else "")
         sentence = (
-            f"step {plan.step}: loss is {loss}, gradient norm {grad_norm}; {remedy(totals)}; "
+            f"{which}: loss is {loss}, gradient norm {grad_norm}; {remedy(totals)}; "
             f"the batch is in {folder}"
         )
         if not left_out(self.engine.optimizer):
@@ -270,7 +357,7 @@ class Learner:
     def _with_own_columns(
         self, plan: UpdatePlan, batches: Sequence[ScoredBatch]
     ) -> list[ScoredBatch]:
-        """The batches with the learner's log-probs and values before the update: one more forward
+        """The batches with log-probs and values by the learner's present weights: one more forward
         pass, in the same micro-batches.
         """
         sequences = [s for batch in batches for s in unlearned_sequences(batch.rollout)]
@@ -319,7 +406,15 @@ class Learner:
     def _forward(self, micro: MicroBatch, tally: Tally, version: int) -> Tensor:
         """The loss [] of one micro-batch, counted in `tally`."""
         loss, stats = self.engine(*micro.to(self.device).arguments(), Look.learn)
-        count_micro(tally, loss, stats, micro, version, compared=bool(micro.teachers))
+        count_micro(
+            tally,
+            loss,
+            stats,
+            micro,
+            version,
+            compared=bool(micro.teachers),
+            has_old=self.objective.needs.old_logprobs,
+        )
         return loss
 
     def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
@@ -457,11 +552,10 @@ class Learner:
 
     # -- helpers -----------------------------------------------------------------------------------
 
-    def _seed(self, step: int) -> int:
-        """Of the random numbers of one update on this rank."""
-        return int(
-            np.random.SeedSequence((self.settings.run.seed, step, self.rank)).generate_state(1)[0]
-        )
+    def _seed(self, step: int, update: int) -> int:
+        """Of the random numbers of one update of a step on this rank."""
+        entropy = (self.settings.run.seed, step, update, self.rank)
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def _gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
         if zero_stage(self.settings) < 3:
@@ -483,23 +577,6 @@ def sharded_model(settings: RunSettings, config: dict[str, Any]) -> PreTrainedMo
     return loaded
 
 
-def scored_batches(
-    groups: Sequence[Sequence[int]], values: Sequence[RolloutBatch | Rewards | TokenScores]
-) -> list[ScoredBatch]:
-    """This rank's groups, one batch per source, in the order of the chunks.
-
-    Args:
-        groups, values: as in Learner.update.
-    """
-    stride = len(values) // max(len(groups), 1)
-    by_source: dict[tuple[Source, int], list[ScoredBatch]] = {}
-    for chunk, own in enumerate(groups):
-        rollout, rewards, *scores = values[chunk * stride : (chunk + 1) * stride]
-        assert isinstance(rollout, RolloutBatch) and isinstance(rewards, Rewards)
-        batch = ScoredBatch(
-            rollout=rollout, scores=tuple(cast("list[TokenScores]", scores)), rewards=rewards
-        )
-        by_source.setdefault((rollout.source, rollout.group_size), []).append(
-            select_groups(batch, own)
-        )
-    return [join(parts) for parts in by_source.values()]
+def with_old_logprobs(batches: Sequence[ScoredBatch]) -> list[ScoredBatch]:
+    """The batches, whose learner's log-probs are those before the batch's first update."""
+    return [replace(batch, old_logprobs=batch.learner_logprobs) for batch in batches]

@@ -1,5 +1,5 @@
-"""What the learner counts over micro-batches and ranks, and the metrics of the global batch made of
-it.
+"""What the learner counts over micro-batches, updates and ranks, and the metrics of the global
+batch made of it.
 
 Names with a slash are metrics, explained in hybridrl.tracking.glossary; the others are parts of
 some.
@@ -7,6 +7,7 @@ some.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,8 @@ LOGPROB_GAP = "policy/logprob_gap"
 SPARSE_SQ = "sparse_sq"
 """Counted under one name, so that LearnerStats cannot look for another."""
 
-SUMS = ("train/loss", "tokens", "dense_sq", SPARSE_SQ, "dense_sparse")
+TOKENS = "tokens"
+SUMS = ("train/loss", TOKENS, "dense_sq", SPARSE_SQ, "dense_sparse")
 MEANS = (
     TOKEN_KL,
     "kl/sampled",
@@ -38,6 +40,7 @@ MEANS = (
     "rho_sq",
     LOGPROB_GAP,
     "policy/kl_sampler",
+    "policy/kl_old",
     "policy/bounded_frac",
     "nll/token",
     "pair/loss",
@@ -105,16 +108,19 @@ class Tally:
                 self.maxima[name], torch.where(where, values, -torch.inf).max()
             )
 
-    def reduced(self) -> dict[str, float]:
-        """Over all ranks, equal on each; means and maxima of nothing are left out. Every rank must
-        call it.
-        """
-        sums, maxima = (
-            torch.stack(list(self.sums.values())),
-            torch.stack(list(self.maxima.values())),
-        )
+    def reduce(self) -> None:
+        """Join the counts of all ranks, so that they are equal on each. Every rank must call it."""
+        sums = torch.stack(list(self.sums.values()))
+        maxima = torch.stack(list(self.maxima.values()))
         dist.all_reduce(sums)
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
+        self.sums = dict(zip(self.sums, sums, strict=True))
+        self.maxima = dict(zip(self.maxima, maxima, strict=True))
+
+    def totals(self) -> dict[str, float]:
+        """The sums, means and maxima; means and maxima of nothing are left out."""
+        sums = torch.stack(list(self.sums.values()))
+        maxima = torch.stack(list(self.maxima.values()))
         totals = {}
         for name, (total, count) in zip(self.sums, sums.tolist(), strict=True):
             if name in SUMS or count:
@@ -125,6 +131,31 @@ class Tally:
             if value > -torch.inf
         }
 
+    @staticmethod
+    def over_updates(tallies: Sequence["Tally"]) -> "Tally":
+        """The counts of several updates as one: sums are means over the updates, but for the number
+        of tokens, which adds up; means are over the tokens of all updates, and maxima are the
+        largest.
+        """
+        joined = Tally(tallies[0].device)
+        for name in joined.sums:
+            of_updates = torch.stack([tally.sums[name] for tally in tallies])
+            is_mean = name in SUMS and name != TOKENS
+            joined.sums[name] = of_updates.mean(0) if is_mean else of_updates.sum(0)
+        for name in joined.maxima:
+            joined.maxima[name] = torch.stack([tally.maxima[name] for tally in tallies]).amax(0)
+        return joined
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Updated:
+    """One update that was made: its mini-batch, and what was counted over all ranks."""
+
+    plan: UpdatePlan
+    tally: Tally
+    grad_norm: float  # at the parameters, before clipping
+    diagnostics: Mapping[str, float]  # of policy.diagnostics; empty where they were not ordered
+
 
 def count_micro(
     tally: Tally,
@@ -134,13 +165,15 @@ def count_micro(
     version: int,
     *,
     compared: bool = True,
+    has_old: bool = False,
 ) -> None:
     """Count one micro-batch; tokens of weight 0 count nowhere.
 
     Args:
-        version: of the weights that learn.
+        version: of the weights that learn; NO_VERSION: no engine has these.
         compared: whether the student was compared with teachers over more than the drawn token;
             stats.kl says nothing else.
+        has_old: the columns have the log-probs of the learner before the batch's first update.
     """
     device = stats.logprobs.device
     live = (micro.columns.token_weight > 0).to(device)
@@ -148,7 +181,7 @@ def count_micro(
         "train/loss": loss,
         "dense_sq": stats.dense_sq,
         SPARSE_SQ: stats.sparse_sq,
-        "tokens": live,
+        TOKENS: live,
     }.items():
         tally.add(name, part)
     tally.add("dense_sparse", stats.dense_sparse)
@@ -171,6 +204,9 @@ def count_micro(
         tally.add(f"entropy/token_q{q + 1}", stats.entropy, live & (quarter == q))
         tally.add(f"advantage/abs_q{q + 1}", advantage.abs(), live & (quarter == q))
     count_ratio(tally, stats, micro, live, version)
+    if has_old:
+        moved = stats.logprobs.double() - micro.columns.old_logprobs.to(device).double()
+        tally.add("policy/kl_old", torch.expm1(moved) - moved, live)
 
 
 def count_ratio(
@@ -218,7 +254,7 @@ def remedy(totals: Mapping[str, float]) -> str:
     batch that is not finite.
 
     Args:
-        totals: what Tally.reduced returned.
+        totals: of Tally.totals.
     """
 
     def finite(name: str) -> bool:
@@ -242,9 +278,20 @@ def remedy(totals: Mapping[str, float]) -> str:
     return "lower train.lr"
 
 
-def batch_metrics(totals: dict[str, float], plan: UpdatePlan, grad_norm: float) -> dict[str, float]:
-    """The metrics of a step from the totals of Tally.reduced."""
+def batch_metrics(
+    totals: dict[str, float], plans: Sequence[UpdatePlan], grad_norms: Sequence[float]
+) -> dict[str, float]:
+    """The metrics of a step.
+
+    Args:
+        totals: of Tally.over_updates.
+        plans, grad_norms: of each update.
+    """
+    num_tokens = sum(plan.num_tokens for plan in plans)
+    num_sequences = sum(plan.num_sequences for plan in plans)
+    grad_norm = sum(grad_norms) / len(grad_norms)
     row = {name: value for name, value in totals.items() if "/" in name}
+    row["train/updates"] = float(len(plans))
     dense = totals["dense_sq"] ** 0.5
     sparse = totals["sparse_sq"] ** 0.5
     row |= {"train/grad_norm": grad_norm, "grad/dense_norm": dense, "grad/sparse_norm": sparse}
@@ -253,10 +300,10 @@ def batch_metrics(totals: dict[str, float], plan: UpdatePlan, grad_norm: float) 
             "grad/dense_sparse_ratio": dense / sparse,
             "grad/logit_cosine": totals["dense_sparse"] / (dense * sparse),
         }
-    row["policy/kept_frac"] = totals["tokens"] / max(plan.num_tokens, 1)
-    if totals["tokens"]:
+    row["policy/kept_frac"] = totals[TOKENS] / max(num_tokens, 1)
+    if totals[TOKENS]:
         if "kl/token" in totals:
-            row["kl/sequence"] = totals["kl/token"] * totals["tokens"] / max(plan.num_sequences, 1)
+            row["kl/sequence"] = totals["kl/token"] * totals[TOKENS] / max(num_sequences, 1)
         row["advantage/min"] = -totals["minus_advantage"]
         row["advantage/std"] = (
             max(totals["advantage_sq"] - totals["advantage/mean"] ** 2, 0.0) ** 0.5
@@ -267,14 +314,21 @@ def batch_metrics(totals: dict[str, float], plan: UpdatePlan, grad_norm: float) 
 
 
 def learner_stats(
-    totals: Mapping[str, float], metrics: dict[str, float], learn_s: float
+    totals: Mapping[str, float],
+    metrics: dict[str, float],
+    learn_s: float,
+    *,
+    optimizer_steps: int,
+    left_out: Sequence[str] = (),
+    unlearned: Sequence[int] = (),
 ) -> LearnerStats:
     """The typed statistics of a batch.
 
     Args:
-        totals: what Tally.reduced returned.
+        totals: of Tally.over_updates.
         metrics: what is reported of the batch.
         learn_s: seconds that this rank took.
+        optimizer_steps, left_out, unlearned: as in LearnerStats.
     """
     return LearnerStats(
         logprob_gap=totals.get(LOGPROB_GAP),
@@ -282,11 +336,14 @@ def learner_stats(
         sparse_norm=totals[SPARSE_SQ] ** 0.5,
         metrics=metrics,
         learn_s=learn_s,
+        optimizer_steps=optimizer_steps,
+        left_out=tuple(left_out),
+        unlearned=tuple(unlearned),
     )
 
 
 def heldout_metrics(totals: dict[str, float]) -> dict[str, float]:
-    """The metrics of held-out data, from the totals of Tally.reduced; empty without tokens."""
-    if not totals["tokens"]:
+    """The metrics of held-out data, from the totals of Tally.totals; empty without tokens."""
+    if not totals[TOKENS]:
         return {}
     return {key: totals[name] for name, key in HELDOUT.items() if name in totals}

@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -15,6 +16,7 @@ from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import (
+    BatchPlan,
     Files,
     LearnerStats,
     SavedFile,
@@ -63,19 +65,19 @@ class LearnerGroup:
         self.settings = settings
         self.group.call_all("configure", settings, deadline_s=settings.deadlines.start_s)
 
-    def update(
+    def learn(
         self,
-        plan: UpdatePlan,
-        groups: Sequence[Sequence[Sequence[int]]],
+        plan: BatchPlan,
+        groups: Sequence[Sequence[Sequence[Sequence[int]]]],
         values: Sequence[Sequence[ray.ObjectRef]],
     ) -> LearnerStats:
-        """One optimizer step. Every rank returns the same global statistics.
+        """The optimizer steps of one batch. Every rank returns the same global statistics.
 
         Args:
-            groups: per rank, of each of its chunks which groups are its own.
-            values: per rank, the references of its chunks, as in Learner.update.
+            groups: per rank, of each mini-batch, of each of its chunks which groups are its own.
+            values: per rank, the references of its chunks, as in Learner.learn.
         """
-        return self._on_ranks("update", plan, groups, values)
+        return self._on_ranks("learn", plan, groups, values)
 
     def evaluate(
         self,
@@ -83,14 +85,19 @@ class LearnerGroup:
         groups: Sequence[Sequence[Sequence[int]]],
         values: Sequence[Sequence[ray.ObjectRef]],
     ) -> LearnerStats:
-        """As `update`, but nothing is learned: for held-out data."""
+        """Measure held-out data; nothing is learned.
+
+        Args:
+            groups: per rank, of each of its chunks which groups are its own.
+            values: as in `learn`.
+        """
         return self._on_ranks("evaluate", plan, groups, values)
 
     def _on_ranks(
         self,
         method: str,
-        plan: UpdatePlan,
-        groups: Sequence[Sequence[Sequence[int]]],
+        plan: BatchPlan | UpdatePlan,
+        groups: Sequence[Sequence[Any]],
         values: Sequence[Sequence[ray.ObjectRef]],
     ) -> LearnerStats:
         limit = self.settings.deadlines.learn_s

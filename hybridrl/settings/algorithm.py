@@ -141,8 +141,18 @@ class RatioConfig:
     """smallest rho (truncate, mask); clip: 1 - low"""
     high: float | None = None
     """largest rho (truncate, mask), null: no bound; clip: 1 + high"""
+    sampler_high: float | None = 2.0
+    """clip with several updates per batch, where rho = p(y) / p_old(y) is that of the learner to
+    itself before the first of them: the largest weight p_old(y) / mu(y) by which it is multiplied;
+    null: no bound
+    """
 
     def __post_init__(self) -> None:
+        if self.sampler_high is not None and not self.sampler_high > 0:
+            raise ConfigError(
+                f"algorithm.ratio.sampler_high={self.sampler_high}: must be positive, or null for "
+                "no bound"
+            )
         if self.low < 0 or (self.high is not None and self.high <= 0):
             raise ConfigError(
                 f"algorithm.ratio.low={self.low}, high={self.high}: needs low >= 0 and high > 0 "

@@ -354,6 +354,13 @@ def _check_counts(settings: RunSettings) -> None:
                 f"train.prompts_per_step={prompts}: must be at least {name}={count}, one prompt "
                 "for each; raise it"
             )
+    updates = settings.train.updates_per_batch
+    if prompts // updates < settings.learner.ranks:
+        raise ConfigError(
+            f"train.updates_per_batch={updates}: a mini-batch has {prompts // updates} prompts, "
+            f"fewer than learner.ranks={settings.learner.ranks}, so that a rank would idle; lower "
+            "it, or raise train.prompts_per_step"
+        )
     by_student, by_teacher, by_data = shares(prompts, algorithm, step=0)
     chunks = -(-by_student // chunk_size(by_student, rollout.groups_per_chunk, rollout.engines))
     chunks += -(-by_teacher // chunk_size(by_teacher, rollout.groups_per_chunk, 1)) + (by_data > 0)

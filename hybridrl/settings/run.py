@@ -22,6 +22,7 @@ from hybridrl.settings.choices import (
     EvidenceKind,
     Offload,
     OnError,
+    Ratio,
     Resume,
     WandbMode,
 )
@@ -415,11 +416,18 @@ class RunSettings:
     def sampler_differs(self) -> bool:
         """Whether the policy that sampled a response may differ from the policy being trained.
 
-        It may where sampling runs ahead of learning, and in bfloat16, where the engine and the
-        learner round the same weights differently, by about 0.04 nats a token. In float32 they
-        agree to about 1e-6.
+        It may where sampling runs ahead of learning, where a batch has several updates, and in
+        bfloat16, where the engine and the learner round the same weights differently, by about 0.04
+        nats a token. In float32 they agree to about 1e-6.
         """
-        return self.pipeline.ahead > 0 or self.model.dtype != "float32"
+        late = self.pipeline.ahead > 0 or self.train.takes_several_updates
+        return late or self.model.dtype != "float32"
+
+    @property
+    def clips_against_old(self) -> bool:
+        """Whether PPO's clip bounds the learner's ratio to itself before a batch's first update."""
+        clips = self.algorithm.ratio.kind is Ratio.clip and not self.algorithm.ranks_pairs
+        return clips and self.train.takes_several_updates
 
     @property
     def scored_teachers(self) -> list[str]:

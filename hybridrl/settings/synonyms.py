@@ -36,7 +36,6 @@ class Synonym:
 WHOLE_DISTRIBUTION = (
     "the gradient is exact for responses drawn from the student's whole distribution"
 )
-ONE_STEP = "each batch makes one optimizer step"
 KL_TO_TEACHER = "the KL to a teacher; +teachers.ref=initial is the frozen start model as reference"
 
 SYNONYMS = (
@@ -64,16 +63,25 @@ SYNONYMS = (
         "max_steps num_train_epochs",
         "total_training_steps total_epochs",
         "num_episodes",
-        "optimizer steps, not epochs",
+        "batches, not epochs over the data",
     ),
     # batches
     Synonym(
         "train.prompts_per_step",
         "per_device_train_batch_size batch_size generation_batch_size",
-        "train_batch_size ppo_mini_batch_size",
-        "rollout_batch_size train_batch_size",
-        "prompts of one optimizer step on all devices together",
+        "train_batch_size",
+        "rollout_batch_size",
+        "prompts of one batch on all devices together",
     ),
+    Synonym(
+        "train.updates_per_batch",
+        "steps_per_generation num_mini_batches",
+        "ppo_mini_batch_size",
+        "train_batch_size",
+        "a number of mini-batches, not their size: "
+        "train.prompts_per_step / train.updates_per_batch prompts are one update",
+    ),
+    Synonym("train.epochs_per_batch", "num_iterations num_ppo_epochs", "ppo_epochs", "max_epochs"),
     Synonym(
         "train.max_tokens_per_micro_batch",
         "gradient_accumulation_steps",
@@ -279,7 +287,6 @@ SYNONYMS = (
     Synonym(
         None, "top_p top_k min_p repetition_penalty", "rollout.top_p", "top_p", WHOLE_DISTRIBUTION
     ),
-    Synonym(None, "num_iterations num_ppo_epochs", "ppo_epochs", "max_epochs", ONE_STEP),
     Synonym(
         None,
         "",

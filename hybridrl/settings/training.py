@@ -10,9 +10,15 @@ from hybridrl.settings.choices import Offload, Products
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     steps: int = 100
-    """optimizer steps"""
+    """batches to learn from; each is one optimizer update, or several of them"""
     prompts_per_step: int = 32
-    """prompts of one optimizer step, on all learner ranks together"""
+    """prompts of one batch, on all learner ranks together"""
+    updates_per_batch: int = 1
+    """mini-batches of whole prompts into which a batch is cut at random; each is one optimizer
+    update
+    """
+    epochs_per_batch: int = 1
+    """how often a batch is learned from; each time its mini-batches have another order"""
     samples_per_prompt: int = 8
     """K, the number of rollouts of each prompt"""
     lr: float = 5e-4
@@ -35,7 +41,7 @@ class TrainConfig:
     """
     max_skipped: int = 0
     """batches in a row that may be skipped because their gradient is NaN or infinite; one more ends
-    the run
+    the run. Of a batch with several updates only these updates are left out, so many in a row
     """
     head_chunk: int = 1024
     """response tokens whose logits are in memory at once in the head pass"""
@@ -55,12 +61,15 @@ class TrainConfig:
         for name in (
             "steps",
             "prompts_per_step",
+            "updates_per_batch",
+            "epochs_per_batch",
             "samples_per_prompt",
             "max_tokens_per_micro_batch",
             "head_chunk",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        self._check_mini_batches()
         for name in ("lr_warmup_steps", "weight_decay", "grad_clip", "max_skipped"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must not be negative")
@@ -73,6 +82,23 @@ class TrainConfig:
             )
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"train.betas={self.betas}: AdamW needs two numbers in [0, 1)")
+
+    def _check_mini_batches(self) -> None:
+        """Check that a batch can be cut into equal mini-batches of whole prompts."""
+        prompts = self.prompts_per_step
+        updates = self.updates_per_batch
+        if prompts % updates:
+            nearest = max(round(prompts / updates), 1) * updates
+            raise ConfigError(
+                f"train.prompts_per_step={prompts}: is cut into train.updates_per_batch={updates} "
+                f"mini-batches of equally many prompts; set it to a multiple, e.g. {nearest}, or "
+                "choose a divisor of it as train.updates_per_batch"
+            )
+
+    @property
+    def takes_several_updates(self) -> bool:
+        """Whether a batch is more than one optimizer update."""
+        return self.updates_per_batch * self.epochs_per_batch > 1
 
 
 @dataclass(kw_only=True, slots=True)

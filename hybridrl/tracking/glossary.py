@@ -45,12 +45,23 @@ def _section(title: str, text: str, *rows: tuple[str, ...]) -> Section:
 SECTIONS = (
     _section(
         "Training",
-        "The optimizer step.",
+        "A step is a batch. Where it has several updates (train.updates_per_batch, "
+        "train.epochs_per_batch), the learner's metrics are over all of them: means and shares are "
+        "over the tokens of all updates, so that a token of two epochs counts twice, and maxima "
+        "are the largest; train/loss and train/grad_norm are means over the updates, and the other "
+        "norms of gradients are root mean squares. An update that was left out counts nowhere.",
         (
             "train/step",
             "",
-            "optimizer steps done",
+            "batches learned from",
             "the row of step 0 is the evaluation before training",
+        ),
+        (
+            "train/updates",
+            "",
+            "optimizer updates of the step",
+            "train.updates_per_batch * train.epochs_per_batch; less where updates were left out "
+            "because their gradient was not finite, or where there were fewer groups than updates",
         ),
         (
             "train/loss",
@@ -378,7 +389,7 @@ SECTIONS = (
             "policy/logprob_gap",
             "nats",
             "mean of |log p(y) - log mu(y)| of responses that the student sampled with the "
-            "weights that are trained",
+            "weights that are trained; of the first update of the step",
             "1e-6 in fp32, up to 0.05 in bf16; above rollout.max_logprob_gap the run stops",
         ),
         (
@@ -400,6 +411,14 @@ SECTIONS = (
             "nats",
             "mean of rho - 1 - log rho where the student sampled, an estimate (k3) of KL(mu || p)",
             "near 0; if larger, correct for it by algorithm.ratio",
+        ),
+        (
+            "policy/kl_old",
+            "nats",
+            "mean of r - 1 - log r with r = p(y) / p_old(y), an estimate (k3) of KL(p_old || p), "
+            "where p_old is the learner before the first update of the step; only with several "
+            "updates and algorithm.ratio.kind=clip",
+            "0.001 to 0.02; if it rises, take fewer updates or a smaller train.lr",
         ),
         ("policy/rho_mean", "", "mean of rho", "1"),
         (

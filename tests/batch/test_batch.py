@@ -136,6 +136,7 @@ def sequences(
         sparse=SPARSE[rows],
         value_slope=-SPARSE[rows],
         sampler_logprobs=response_rows(own.rollout, own.rollout.rollout_logprobs),
+        old_logprobs=response_rows(own.rollout, own.rollout.rollout_logprobs),
     )
     weights = torch.tensor(teacher_weights)[[n for g in groups for n in (2 * g, 2 * g + 1)]]
     teacher = VocabularyTeacher(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hybridrl.controller.global_batch import divide
+from hybridrl.controller.global_batch import divide, update_order
 from hybridrl.controller.sampling import Arrived, PendingChunk
 from hybridrl.controller.step_cost import step_cost
 from hybridrl.rollout.header import chunk_header
@@ -44,14 +44,50 @@ def test_every_used_group_belongs_to_one_rank_and_each_rank_gets_the_values_of_i
     owned = sorted(
         (chunk, group)
         for share in batch.shares
-        for chunk, groups in zip(share.chunks, share.groups, strict=True)
-        for group in groups
+        for groups in share.groups
+        for chunk, of_chunk in zip(share.chunks, groups, strict=True)
+        for group in of_chunk
     )
     assert owned == [(0, 0), (0, 1), (1, 1)]
     for share, values in zip(batch.shares, batch.values, strict=True):
         names = [("a", "b")[chunk] for chunk in share.chunks]
         assert values == [f"{n} {what}" for n in names for what in ("batch", "rewards", "scores")]
-        assert len(share.groups) == len(names)
+
+
+def test_every_mini_batch_is_divided_among_all_ranks_and_holds_groups_that_no_other_has():
+    """Three chunks of two groups, of 2 and of 6 tokens, are cut into three pairs of groups."""
+    chunks = [arrived(name, (0, 1)) for name in "abc"]
+    batch = divide(chunks, num_ranks=2, num_mini_batches=3, seed=1)
+    assert [len(places) for places in batch.mini_batches] == [2, 2, 2]
+    everything = [(chunk, group) for chunk in range(3) for group in range(2)]
+    assert sorted(place for places in batch.mini_batches for place in places) == everything
+    for index, places in enumerate(batch.mini_batches):
+        of_ranks = [
+            [(chunk, g) for chunk, gs in zip(s.chunks, s.groups[index], strict=True) for g in gs]
+            for s in batch.shares
+        ]
+        assert sorted(of_ranks[0] + of_ranks[1]) == places
+        assert [len(of_rank) for of_rank in of_ranks] == [1, 1]
+        part = batch.part([index])
+        assert sum(len(a.groups) for a in part) == 2
+    assert batch.part([0, 1, 2]) == chunks
+    other = divide(chunks, num_ranks=1, num_mini_batches=3, seed=1)
+    assert other.mini_batches == batch.mini_batches, "the cut does not depend on the ranks"
+    again = [divide(chunks, num_ranks=1, num_mini_batches=3, seed=s) for s in range(9)]
+    assert len({str(b.mini_batches) for b in again}) > 1, "but on the seed"
+
+
+def test_a_batch_with_fewer_groups_than_updates_has_an_update_for_each_group():
+    batch = divide([arrived("a", (0,))], num_ranks=1, num_mini_batches=4)
+    assert batch.mini_batches == [[(0, 0)]]
+
+
+def test_every_epoch_has_each_mini_batch_once_and_its_own_order():
+    order = update_order(16, 3, seed=7)
+    epochs = [order[16 * i : 16 * (i + 1)] for i in range(3)]
+    assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
+    assert epochs[1] != epochs[2] != epochs[0]
+    assert update_order(1, 1, seed=7) == (0,)
 
 
 def test_a_wave_costs_its_rollouts_and_scores_and_not_the_weights():

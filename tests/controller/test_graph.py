@@ -516,8 +516,8 @@ class Disagreeing:
         self.gap = gap
         self.stats: list[LearnerStats] = []
 
-    def update(self, *arguments: object) -> LearnerStats:
-        self.stats.append(self.learner.update(*arguments))
+    def learn(self, *arguments: object) -> LearnerStats:
+        self.stats.append(self.learner.learn(*arguments))
         if self.gap is None:
             return self.stats[-1]
         return replace(self.stats[-1], logprob_gap=self.gap)
@@ -545,11 +545,11 @@ class Skipping:
         self.device = learner.device
         self.remaining = count
 
-    def update(self, *arguments: object) -> LearnerStats:
+    def learn(self, *arguments: object) -> LearnerStats:
         if self.remaining:
             self.remaining -= 1
             raise SkippedStep("on purpose")
-        return self.learner.update(*arguments)
+        return self.learner.learn(*arguments)
 
 
 def test_batches_that_are_left_out_are_passed_over_and_one_too_many_ends_the_run(graph, tmp_path):

@@ -10,7 +10,9 @@ from hybridrl.types import LearnerStats
 
 
 def stats(gap: float | None) -> LearnerStats:
-    return LearnerStats(logprob_gap=gap, token_kl=None, sparse_norm=0.0, metrics={}, learn_s=0.0)
+    return LearnerStats(
+        logprob_gap=gap, token_kl=None, sparse_norm=0.0, metrics={}, learn_s=0.0, optimizer_steps=1
+    )
 
 
 def is_refused(gap: float | None) -> bool:

@@ -52,6 +52,7 @@ from hybridrl.settings.compose import load_config
 from hybridrl.tracking.console import PHASES
 from hybridrl.tracking.glossary import SECTIONS, explain, page
 from hybridrl.types import (
+    BatchPlan,
     ChunkHeader,
     Rewards,
     RolloutBatch,
@@ -73,6 +74,12 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def reduced(tally: Tally) -> dict[str, float]:
+    """The totals over all ranks."""
+    tally.reduce()
+    return tally.totals()
+
+
 # -- counting --------------------------------------------------------------------------------------
 
 
@@ -86,13 +93,36 @@ def test_means_are_over_all_values_that_were_added_and_no_values_have_no_mean():
     tally.add("advantage/max", torch.zeros(0))
     tally.add("train/loss", torch.tensor(0.25))
     tally.add("train/loss", torch.tensor(0.5))
-    found = tally.reduced()
+    found = reduced(tally)
     assert found == {
         "kl/token": 3.0,
         "policy/rho_max": 2.0,
         "train/loss": 0.75,
         **dict.fromkeys(SUMS[1:], 0.0),
     }
+
+
+def test_the_metrics_of_several_updates_are_over_all_of_their_tokens_and_a_sum_is_their_mean():
+    """Two updates of 1 and of 3 tokens, with gradients of the norms 2 and 4."""
+    first = Tally(CPU)
+    second = Tally(CPU)
+    for tally, kl, loss in ((first, [1.0], 0.5), (second, [2.0, 2.0, 5.0], 1.0)):
+        tally.add("kl/token", torch.tensor(kl))
+        tally.add("policy/rho_max", torch.tensor(kl))
+        tally.add("tokens", torch.ones(len(kl), dtype=torch.bool))
+        tally.add("train/loss", torch.tensor(loss))
+        tally.add("dense_sq", torch.tensor(9.0))
+        tally.add("advantage_sq", torch.tensor(kl))
+        tally.add("advantage/mean", torch.tensor(kl))
+        tally.add("minus_advantage", -torch.tensor(kl))
+    found = Tally.over_updates([first, second]).totals()
+    assert found["kl/token"] == 2.5 and found["policy/rho_max"] == 5.0
+    assert found["train/loss"] == 0.75 and found["tokens"] == 4.0
+    plans = [make_plan(LONG_AND_SHORT, num_tokens=1), make_plan(LONG_AND_SHORT, num_tokens=4)]
+    row = batch_metrics(found, plans, [2.0, 4.0])
+    assert row["train/updates"] == 2.0 and row["train/grad_norm"] == 3.0
+    assert row["grad/dense_norm"] == 3.0 and row["policy/kept_frac"] == 0.8
+    assert Tally.over_updates([second]).totals() == second.totals()
 
 
 def micro_batch(batch: RolloutBatch, sparse: list[float], *, out: int | None = None) -> MicroBatch:
@@ -145,8 +175,8 @@ def test_a_step_is_measured_over_its_live_tokens():
         micro_batch(LONG_AND_SHORT, [-2.0, -1.0, 0.0, 0.0, 0.0, -99.0, 3.0], out=5),
         0,
     )
-    found = tally.reduced()
-    row = batch_metrics(found, make_plan(LONG_AND_SHORT, num_tokens=12), 2.5)
+    found = reduced(tally)
+    row = batch_metrics(found, [make_plan(LONG_AND_SHORT, num_tokens=12)], [2.5])
     by_hand = {
         "train/loss": 0.5,
         "train/grad_norm": 2.5,
@@ -176,10 +206,11 @@ def test_a_step_is_measured_over_its_live_tokens():
         "policy/logprob_gap_max": log2,
         "policy/kl_sampler": 0.5 / 6,
         "policy/kept_frac": 0.5,
+        "train/updates": 1.0,
     }
     # The last quarter has no live token: that of the long response is the one with weight 0.
     assert row == pytest.approx(by_hand, abs=1e-6)
-    typed = learner_stats(found, {}, 0.5)
+    typed = learner_stats(found, {}, 0.5, optimizer_steps=1)
     assert typed.logprob_gap == pytest.approx(2 * log2 / 6) and typed.learn_s == 0.5
     assert typed.token_kl == pytest.approx(8 / 6) and typed.sparse_norm == 4.0
 
@@ -195,9 +226,9 @@ def test_tokens_that_older_weights_sampled_do_not_count_as_a_gap_between_sampler
         micro_batch(LONG_AND_SHORT, [0.0] * 7),
         1,
     )
-    found = tally.reduced()
-    row = batch_metrics(found, make_plan(LONG_AND_SHORT), 1.0)
-    assert learner_stats(found, {}, 0.0).logprob_gap is None
+    found = reduced(tally)
+    row = batch_metrics(found, [make_plan(LONG_AND_SHORT)], [1.0])
+    assert learner_stats(found, {}, 0.0, optimizer_steps=1).logprob_gap is None
     assert (
         "policy/logprob_gap" not in row
         and "policy/logprob_gap_max" not in row
@@ -219,7 +250,7 @@ def test_only_tokens_that_the_student_sampled_are_compared_with_the_learner(
         micro_batch(batch, [0.0] * 7),
         0,
     )
-    row = batch_metrics(tally.reduced(), make_plan(batch), 1.0)
+    row = batch_metrics(reduced(tally), [make_plan(batch)], [1.0])
     assert (
         "policy/logprob_gap" not in row
         and "policy/kl_sampler" not in row
@@ -317,7 +348,7 @@ def watched(loss: str, seen: Sequence[float] = SEEN, **changes) -> dict[str, flo
     credit = objective.credit(scored, make_plan(PAIR, num_groups=1))
     tally = Tally(CPU)
     count_credits(tally, [credit])
-    return {name: value for name, value in tally.reduced().items() if name.startswith("pair/")}
+    return {name: value for name, value in reduced(tally).items() if name.startswith("pair/")}
 
 
 @pytest.mark.usefixtures("alone")
@@ -449,8 +480,8 @@ def record() -> StepRecord:
         headers=headers,
         rewards=[READ],
         scores=scores,
-        plan=plan,
-        stats=learner_stats(FOUND, batch_metrics(FOUND, plan, 1.0), 2.5),
+        plan=BatchPlan.one_update(plan),
+        stats=learner_stats(FOUND, batch_metrics(FOUND, [plan], [1.0]), 2.5, optimizer_steps=1),
         cost=step_cost(headers, scores, 4_000_000_000),
         probe_gap=0.01,
         num_late=1,

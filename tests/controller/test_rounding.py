@@ -11,7 +11,12 @@ BASE = ["run.dir=here", "experiment=quickstart", "model.dtype=bfloat16"]
 
 def stats(token_kl: float | None, sparse_norm: float = 0.0) -> LearnerStats:
     return LearnerStats(
-        logprob_gap=None, token_kl=token_kl, sparse_norm=sparse_norm, metrics={}, learn_s=0.0
+        logprob_gap=None,
+        token_kl=token_kl,
+        sparse_norm=sparse_norm,
+        metrics={},
+        optimizer_steps=1,
+        learn_s=0.0,
     )
 
 

@@ -8,15 +8,25 @@ import pytest
 import torch
 
 from hybridrl.objectives import make_objective
-from hybridrl.objectives.credit import Credit
+from hybridrl.objectives.credit import Credit, assign_credit
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.oracle import page
 from hybridrl.oracle.cases import Case, Kind, World, cases
 from hybridrl.oracle.estimator import Estimator
 from hybridrl.oracle.exact import Target
+from hybridrl.oracle.mdp import Mdp
 from hybridrl.oracle.measure import measure, token_gradients
 from hybridrl.oracle.table import all_rows, main, online_methods, report_json
-from hybridrl.oracle.verdict import Row, Scope, claim, judge, settings_of, written_by
+from hybridrl.oracle.verdict import (
+    Row,
+    Scope,
+    claim,
+    cosine,
+    judge,
+    relative,
+    settings_of,
+    written_by,
+)
 from hybridrl.settings.compose import load_config
 
 SEMI = Target.semi_gradient
@@ -287,6 +297,69 @@ def test_the_learners_log_probs_are_computed_before_an_update_only_where_the_sam
     for method in ("hybrid", "opd_full", "rloo"):  # no cost of a drawn token enters their gradient
         needs = make_objective(load_config([*settings, f"algorithm={method}"])).needs
         assert not needs.learner_logprobs
+
+
+# -- the later updates of a batch ------------------------------------------------------------------
+
+
+def after(start: Mdp, student: torch.Tensor) -> Mdp:
+    """The student has moved since its batch was sampled near `start.student`."""
+    return replace(start, student=student, old=start.student)
+
+
+def gradients(case: Case, mdp: Mdp, estimator: type[Estimator] = Estimator) -> tuple:
+    """[P, V] each: the mean of the estimated gradient, and the gradient of the claim."""
+    settings = settings_of(case, Scope())
+    found = measure(estimator(settings, mdp), written_by(settings.algorithm), case.group_size)
+    return found.mean, claim(case, settings, mdp).gradient()
+
+
+TWO_UPDATES = {"sampler_distance": 0.3, "moved": 0.2, "world": World.ended}
+NEARBY_CLIP = ("normalizer=constant", "ratio.kind=clip", "ratio.low=0.2", "ratio.high=0.2")
+
+
+@pytest.mark.parametrize("learned", [0.0, 0.9])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(method="opd", options=NEARBY_CLIP, target=SEMI, **TWO_UPDATES),
+        Case(method="opd", options=("gamma=1", *PER_TOKEN), **TWO_UPDATES),
+        Case(method="hybrid", options=("gamma=1", *NEARBY_CLIP), **TWO_UPDATES),
+        Case(method="raft", options=NEARBY_CLIP, **TWO_UPDATES),
+    ],
+    ids=lambda case: f"{case.method} {case.options}",
+)
+def test_with_the_sampler_away_every_update_of_a_batch_points_downhill(case: Case, learned: float):
+    """Four updates on the batch of a sampler whose logits are 0.3 N(0, 1) from the student's."""
+    start = Scope().mdp(case.world, sampler_distance=0.3, learned=learned)
+    student = start.student
+    step = 0.0
+    for update in range(4):
+        mean, truth = gradients(case, after(start, student))
+        assert cosine(mean, truth) > 0.95, update
+        step = step or 0.1 / float(mean.norm())
+        student = student - step * mean
+    assert (student - start.student).norm() > 0.15
+
+
+class OldCost(Estimator):
+    """Costs of the student before the batch's first update."""
+
+    def credit(self, batch, plan, members):
+        at, tokens = self._at(members)
+        old = self.mdp.logp(self.mdp.old)[at, tokens].numpy()
+        return assign_credit(self.objective, [replace(batch, learner_logprobs=old)], plan)[0]
+
+
+def test_costs_of_the_student_before_a_batch_would_lead_later_updates_away_from_the_teacher():
+    """The updates of a batch have led the student 1 % past the teacher."""
+    case = Case(method="opd", options=PER_TOKEN, target=SEMI, **TWO_UPDATES)
+    start = Scope().mdp(case.world, sampler_distance=0.3)
+    past = start.student + 1.01 * (start.teachers[0] - start.student)
+    mean, truth = gradients(case, after(start, past))
+    assert relative(mean, truth) < 1e-7
+    mean, _ = gradients(case, after(start, past), OldCost)
+    assert relative(mean, truth) > 5 and cosine(mean, truth) < -0.9
 
 
 # -- sampling --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hybridrl.planning.memory import Sizes, transfer_buffers
 from hybridrl.planning.model_shape import shape_of
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.plan import GIB, Plan, aligned, make_plan, plan_lines
+from hybridrl.planning.rates import views
 from hybridrl.planning.zero import zero_bytes
 from hybridrl.settings.choices import Offload, WeightTransfer
 from hybridrl.settings.compose import load_config
@@ -245,3 +246,29 @@ def test_a_plan_needs_the_lengths():
     settings = load_config(["run.dir=x", "experiment=quickstart", "rollout.max_model_len=null"])
     with pytest.raises(ConfigError, match=r"rollout\.max_model_len is not set"):
         make_plan(settings, device="cpu", device_bytes=GIB)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        ([], 0.0),
+        (["algorithm=ppo"], 1.0),
+        (["algorithm=grpo", "train.updates_per_batch=2"], 1 + 1 - 1 / 2),
+        (["algorithm=dapo", "train.updates_per_batch=2", "train.epochs_per_batch=3"], 1.0),
+        (["algorithm=ppo", "train.updates_per_batch=4", "train.epochs_per_batch=2"], 2.75),
+    ],
+)
+def test_the_learners_own_passes_before_its_updates_are_counted(overrides, passes):
+    """grpo has costs of drawn tokens, which are computed anew before each update, and dapo none."""
+    assert views(quickstart(*overrides).sizes) == passes
+
+
+def test_several_updates_of_a_batch_need_the_memory_of_one_and_the_time_of_every_epoch():
+    """96 prompts of 4 responses: at once 384 sequences, and of 4 mini-batches 96 each."""
+    one = quickstart("train.max_tokens_per_micro_batch=65536")
+    several = quickstart("train.max_tokens_per_micro_batch=65536", "train.updates_per_batch=4")
+    assert (one.sizes.of_micro_batch, several.sizes.of_micro_batch) == (384, 96)
+    assert several.peak("learner") < one.peak("learner")
+    assert several.seconds.learn == pytest.approx(one.seconds.learn)
+    twice = quickstart("train.epochs_per_batch=2")
+    assert twice.seconds.learn == pytest.approx(2 * one.seconds.learn)

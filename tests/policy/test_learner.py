@@ -43,8 +43,12 @@ from tests.support.frozen_embedding import FrozenEmbedding
 from tests.support.learner_job import (
     GROUPS,
     LR,
+    MINI_BATCHES,
     OFFLOADED,
+    ORDER,
+    UPDATES_LR,
     chunk_of,
+    chunk_of_other_sampler,
     plan_for,
     settings_for,
 )
@@ -248,6 +252,105 @@ def test_a_response_of_two_turns_is_learned_as_each_turn_after_all_that_came_bef
     assert together["grad_norm"] == pytest.approx(apart["grad_norm"], rel=1e-4)
     assert weight_distance(folder, "two-turns", "turns-apart") < 5e-5
     assert weight_distance(folder, "two-turns", "untouched") > 1e-4
+
+
+# -- several updates per batch ---------------------------------------------------------------------
+
+
+def drawn_logprobs(model: nn.Module, i: int) -> tuple[Tensor, Tensor]:
+    """Of sequence i of GROUPS, at its response tokens: log p(y) [T], and log p [T, V]."""
+    batch, _, _ = chunk_of(0, 4)
+    ids = torch.from_numpy(batch.trajectory(i).input_ids).long()
+    first = len(ids) - int(batch.response_lengths[i])
+    logp = torch.log_softmax(model(input_ids=ids[None]).logits[0, first - 1 : -1], -1)
+    return logp.gather(1, ids[first:, None])[:, 0], logp
+
+
+def clipped_loss(
+    model: nn.Module, teacher_head: Tensor, old: list[Tensor], groups: tuple[int, ...]
+) -> Tensor:
+    """The mean over a mini-batch's tokens of sum_v p (log p - log q), plus PPO's clipped objective
+    of the cost -R times min(p_old / mu, 2).
+    """
+    batch, rewards, scores = chunk_of_other_sampler()
+    rows = torch.from_numpy(scores.rows).split(batch.response_lengths.tolist())
+    terms = []
+    for i in (2 * g + k for g in groups for k in range(2)):
+        drawn, logp = drawn_logprobs(model, i)
+        logq = torch.log_softmax(rows[i] @ teacher_head.T, -1)
+        dense = (logp.exp() * (logp - logq)).sum(1)
+        sampled = torch.from_numpy(batch.trajectory(i).rollout_logprobs)[-len(drawn) :]
+        ratio = (drawn - old[i]).exp()
+        cost = -float(rewards.values[i]) * (old[i] - sampled).exp().clamp(max=2.0)
+        terms.append(dense + torch.maximum(cost * ratio, cost * ratio.clamp(0.9, 1.2)))
+    return torch.cat(terms).mean()
+
+
+def test_four_updates_are_a_plain_training_loop_whose_ratios_are_to_the_model_before_the_first(
+    folder: Path,
+):
+    model = load_model(str(folder / "student"))
+    head = output_weight(load_model(str(folder / "teacher"))).detach()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=UPDATES_LR, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    with torch.no_grad():
+        old = [drawn_logprobs(model, i)[0] for i in range(8)]
+    norms = []
+    for index in ORDER:
+        optimizer.zero_grad()
+        clipped_loss(model, head, old, MINI_BATCHES[index]).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+    learned = result(folder, "several")
+    assert learned["grad_norm"] == pytest.approx([sum(norms) / 4], rel=1e-4)
+    assert weight_distance(folder, "several", dict(model.named_parameters())) < 1e-4
+    assert weight_distance(folder, "several", "untouched") > 5e-3
+    (metrics,) = learned["metrics"]
+    assert metrics["train/updates"] == 4.0 and learned["optimizer_steps"] == 4
+    assert metrics["policy/bounded_frac"] > 0.05 and metrics["policy/kl_old"] > 0.001
+
+
+@pytest.mark.parametrize("case", ["zero1-several", "zero3-several"])
+def test_two_ranks_that_divide_each_mini_batch_take_the_updates_of_one_rank(
+    folder: Path, case: str
+):
+    one, two = result(folder, "several"), result(folder, case)
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert two["metrics"][0] == pytest.approx(one["metrics"][0], rel=1e-3, abs=1e-6)
+    assert weight_distance(folder, case, "several") < 1e-4
+
+
+@pytest.mark.parametrize("case", ["several", "zero1-several", "zero3-several"])
+def test_a_batch_of_several_updates_after_loading_is_bit_for_bit_the_one_that_would_have_come(
+    folder: Path, case: str
+):
+    straight, resumed = result(folder, f"{case}-straight"), result(folder, f"{case}-resumed")
+    assert resumed["digest"] == straight["digest"] != result(folder, case)["digest"]
+    assert resumed["metrics"] == straight["metrics"]
+
+
+def test_two_updates_of_a_batch_are_two_batches_of_one_update_bit_for_bit(folder: Path):
+    assert result(folder, "two-updates")["digest"] == result(folder, "two-calls")["digest"]
+
+
+def test_an_update_without_a_finite_gradient_is_left_out_and_the_rest_of_the_batch_goes_on(
+    folder: Path,
+):
+    """Mini-batch 1 has a NaN reward, and the order is 0, 1, 1, 0."""
+    found = result(folder, "two-left-out")
+    assert found["digest"] == result(folder, "two-of-one")["digest"]
+    assert found["unlearned"] == [1] and found["metrics"][0]["train/updates"] == 2.0
+    assert [sentence.split(":")[0] for sentence in found["left_out"]] == [
+        "step 0, update 1",
+        "step 0, update 2",
+    ]
+    assert (folder / "skipped" / "step_000000-update2-rank0.safetensors").is_file()
+    third, all_of_them, only = result(folder, "too-many-left-out")["errors"]
+    assert third.startswith("NonFiniteError: step 0, update 2: loss is nan")
+    assert third.endswith("train.max_skipped=1 updates in a row")
+    assert all_of_them.startswith("NonFiniteError: step 0, update 1")
+    assert only.startswith("SkippedStep: step 0: "), "the controller counts it"
 
 
 # -- diagnostics -----------------------------------------------------------------------------------

@@ -141,6 +141,11 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
         folder,
         f"train.steps={STEPS}",
         "train.prompts_per_step=8",
+        "train.updates_per_batch=2",
+        "train.epochs_per_batch=2",
+        "algorithm.ratio.kind=clip",
+        "algorithm.ratio.low=0.2",
+        "algorithm.ratio.high=0.2",
         "data.num_train=20",
         "eval.every=2",
         "eval.samples=2",
@@ -229,6 +234,7 @@ def test_whatever_a_step_changes_in_the_controller_comes_back_with_the_checkpoin
     assert {
         ".steps_done",
         ".weight_version",
+        ".optimizer_steps",
         ".pipeline.prompts.position",
         ".coefficients.schedules[imitation].held",
     } <= moved

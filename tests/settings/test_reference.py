@@ -71,7 +71,7 @@ def test_a_listing_gets_the_meaning_of_each_setting_above_it() -> None:
     assert commented(listing).splitlines() == [
         "usage: hybridrl",
         "train:",
-        "  # optimizer steps",
+        "  # batches to learn from; each is one optimizer update, or several of them",
         "  steps: 100",
         "teachers:",
         "  main:",

@@ -93,15 +93,21 @@ def make_plan(batch: RolloutBatch, **changes) -> UpdatePlan:
 
 
 def token_columns(
-    *, token_ids: Tensor, token_weight: Tensor, sparse: Tensor, sampler_logprobs: Tensor
+    *,
+    token_ids: Tensor,
+    token_weight: Tensor,
+    sparse: Tensor,
+    sampler_logprobs: Tensor,
+    old_logprobs: Tensor | None = None,
 ) -> TokenColumns:
-    """Columns [R] of a run without a value head."""
+    """Columns [R] of a run without a value head; old_logprobs=None: the sampler's."""
     return TokenColumns(
         token_ids=token_ids,
         token_weight=token_weight,
         sparse=sparse,
         value_slope=torch.zeros_like(sampler_logprobs),
         sampler_logprobs=sampler_logprobs,
+        old_logprobs=sampler_logprobs if old_logprobs is None else old_logprobs,
     )
 
 

@@ -25,6 +25,7 @@ from hybridrl.rollout.rollouter import Completion, join_turns
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import (
+    BatchPlan,
     FinishReason,
     Prompt,
     Rewards,
@@ -148,6 +149,46 @@ def settings_for(folder: Path, ranks: int, *overrides: str) -> RunSettings:
             "cluster.device=cpu",
             *overrides,
         ]
+    )
+
+
+MINI_BATCHES = ((0, 2), (1, 3))
+"""Groups of GROUPS."""
+ORDER = (0, 1, 1, 0)
+UPDATES_LR = 5e-3
+SEVERAL = (
+    "train.prompts_per_step=4",
+    "train.updates_per_batch=2",
+    "train.epochs_per_batch=2",
+    "algorithm.gamma=0",
+    "algorithm.baseline=none",
+)
+CLIP = ("algorithm.ratio.kind=clip", "algorithm.ratio.low=0.1", "algorithm.ratio.high=0.2")
+
+
+def chunk_of_other_sampler(*, values: list[float] = VALUES) -> Chunk:
+    """GROUPS, sampled by a policy 0.7 N(0, 1) nats from a uniform one over the tiny model's 23
+    tokens.
+    """
+    batch, rewards, scores = chunk_of(0, 4, values=values)
+    drift = 0.7 * np.random.default_rng(2).standard_normal(len(batch.input_ids))
+    logprobs = np.where(batch.response_mask, drift - np.log(23), 0.0).astype(np.float32)
+    return replace(batch, rollout_logprobs=logprobs), rewards, scores
+
+
+def batch_plan(order: tuple[int, ...], num_micro_batches: int, step: int = 0) -> BatchPlan:
+    """Updates on MINI_BATCHES in this order."""
+    return BatchPlan(
+        mini_batches=tuple(
+            make_plan(
+                make_batch([GROUPS[g] for g in groups]),
+                step=step,
+                num_micro_batches=num_micro_batches,
+                lr=UPDATES_LR,
+            )
+            for groups in MINI_BATCHES
+        ),
+        order=order,
     )
 
 
@@ -319,6 +360,52 @@ class Job:
         again.load_state(str(state), 2)
         self.report(f"{case}-resumed", again, [again.update(plans[2], groups, *values)])
 
+    def several(self, case: str, num_micro_batches: int, *overrides: str) -> None:
+        """Two batches of four updates; the second one also after loading."""
+        overrides = (*SEVERAL, *CLIP, *overrides)
+        learner = self.learner(*overrides)
+        values = chunk_of_other_sampler()
+        groups = tuple((own[self.rank :: self.world],) for own in MINI_BATCHES)
+        plans = [batch_plan(ORDER, num_micro_batches, step) for step in range(2)]
+        first = learner.learn(plans[0], groups, *values)
+        self.report(case, learner, [first], optimizer_steps=first.optimizer_steps)
+        state = self.folder / f"{case}-state"
+        state.mkdir(exist_ok=True)
+        save(learner, state)
+        self.report(f"{case}-straight", learner, [learner.learn(plans[1], groups, *values)])
+        again = self.learner(*overrides)
+        again.load_state(str(state), first.optimizer_steps)
+        self.report(f"{case}-resumed", again, [again.learn(plans[1], groups, *values)])
+
+    def several_by_hand(self) -> None:
+        """Two updates in one call and in two; and four of which two cannot be made."""
+        groups = tuple((own,) for own in MINI_BATCHES)
+        values = chunk_of_other_sampler()
+        plan = batch_plan((0, 1), 1)
+        together = self.learner(*SEVERAL)
+        self.report("two-updates", together, [together.learn(plan, groups, *values)])
+        apart = self.learner(*SEVERAL)
+        updates = zip(plan.mini_batches, groups, strict=True)
+        stats = [apart.update(mini, own, *values) for mini, own in updates]
+        self.report("two-calls", apart, stats)
+
+        broken = chunk_of_other_sampler(values=[*VALUES[:2], float("nan"), *VALUES[3:]])
+        patient = self.learner(*SEVERAL, *CLIP, "train.max_skipped=2")
+        stats = patient.learn(batch_plan(ORDER, 1), groups, *broken)
+        self.report(
+            "two-left-out", patient, [stats], left_out=stats.left_out, unlearned=stats.unlearned
+        )
+        whole = self.learner(*SEVERAL, *CLIP)
+        self.report("two-of-one", whole, [whole.learn(batch_plan((0, 0), 1), groups, *values)])
+        strict = self.learner(*SEVERAL, *CLIP, "train.max_skipped=1")
+        errors = []
+        for order in (ORDER, (1,) * 4, (1,)):
+            try:
+                strict.learn(batch_plan(order, 1), groups, *broken)
+            except NonFiniteError as error:
+                errors.append(f"{type(error).__name__}: {error}")
+        self.report("too-many-left-out", strict, [], errors=errors)
+
     def gathered(self, case: str, learner) -> None:
         """Write the state as DeepSpeed itself gathers it, which does not use our offsets."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -384,6 +471,8 @@ def two_ranks(job: Job) -> None:
         job.left_out(f"zero{stage}-bf16-left-out", learner, groups, 6, BROKEN[stage])
         job.frozen(f"zero{stage}-frozen", groups, 6, *overrides)
     job.valued("zero3-value", groups, 6, "learner.zero_stage=3", ONE_EACH)
+    for stage in (1, 3):
+        job.several(f"zero{stage}-several", 2, f"learner.zero_stage={stage}", ONE_EACH)
 
 
 OFFLOADED = (
@@ -506,6 +595,8 @@ def one_rank(job: Job) -> None:
     job.report("infinite", learner, [], error=message)
 
     job.valued("value", everything, 1)
+    job.several("several", 1)
+    job.several_by_hand()
     job.frozen("frozen", everything, 1)
 
     for saved, stage in ((1, 3), (2, 3), (3, 2)):

@@ -106,6 +106,7 @@ class BareLoop:
             sparse=torch.randn(len(drawn)),
             value_slope=0 * ones,
             sampler_logprobs=0 * ones,
+            old_logprobs=0 * ones,
         )
         teacher = HiddenTeacher(
             hidden=teacher_states, lm_head=self.teacher.get_output_embeddings().weight, weight=ones

@@ -18,6 +18,7 @@ from hybridrl.run_dir.checkpoint import Checkpointer, RunState, Unfinished, read
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.learner_group import LearnerGroup
 from hybridrl.settings.run import RunSettings
+from hybridrl.types import BatchPlan
 
 PARAMETERS_7B = 7_615_616_512
 """Of Qwen2.5-7B."""
@@ -68,7 +69,8 @@ def measure(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict
     learner = LearnerGroup(settings, slots["ours"], device="cpu", log_dir=logs)
     gather(learner.ready())
     plan, *values = problem(settings)
-    groups = [[range(len(values[0].uids))]]
+    batch = BatchPlan.one_update(plan)
+    groups = [[[range(len(values[0].uids))]]]
     refs = [[ray.put(value) for value in values]]
     checkpointer = Checkpointer(Path(logs), settings.checkpoint)
     seconds: dict[str, list[float]] = {}
@@ -84,17 +86,17 @@ def measure(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict
         return checkpointer.begin(state, [learner])
 
     began: list[float] = []
-    learner.update(plan, groups, refs)  # creates Adam's moments
+    learner.learn(batch, groups, refs)  # creates Adam's moments
     for turn in range(1 + repeats):
         before = time.perf_counter()
-        learner.update(plan, groups, refs)
+        learner.learn(batch, groups, refs)
         note("update_s", before)
         checkpointer.finish(begin(2 * turn + 1, background=False))
         note("foreground_s", began[-1])
         unfinished = begin(2 * turn + 2, background=True)
         note("hold_s", began[-1])
         before = time.perf_counter()
-        learner.update(plan, groups, refs)
+        learner.learn(batch, groups, refs)
         note("update_beside_s", before)
         folder = checkpointer.finish(unfinished)
         note("background_s", began[-1])

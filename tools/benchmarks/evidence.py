@@ -123,6 +123,7 @@ def gradient(
         sparse=zero,
         value_slope=zero,
         sampler_logprobs=zero,
+        old_logprobs=zero,
     )
     teacher = HiddenTeacher(hidden=teacher_rows, lm_head=head, weight=torch.ones_like(zero))
     rows = rows.clone().requires_grad_()

@@ -17,6 +17,7 @@ from hybridrl.settings.choices import Source
 from hybridrl.settings.run import RewardConfig, RunSettings
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.types import (
+    BatchPlan,
     ChunkHeader,
     FinishReason,
     GenerateOrder,
@@ -26,7 +27,6 @@ from hybridrl.types import (
     RolloutBatch,
     ScoreHeader,
     TokenScores,
-    UpdatePlan,
     WeightManifest,
     per_token_bytes,
 )
@@ -213,8 +213,8 @@ class Learner:
     def assign(self, work: Work) -> None:
         self.work = work
 
-    def update(
-        self, plan: UpdatePlan, groups: Sequence[Sequence[int]], *values: object
+    def learn(
+        self, plan: BatchPlan, groups: Sequence[Sequence[Sequence[int]]], *values: object
     ) -> LearnerStats:
         time.sleep(self.work.learn_s)
         return LearnerStats(
@@ -223,6 +223,7 @@ class Learner:
             sparse_norm=0.0,
             metrics={},
             learn_s=self.work.learn_s,
+            optimizer_steps=plan.step + 1,
         )
 
     def logprob_gaps(self, *batches: RolloutBatch) -> list[float]:

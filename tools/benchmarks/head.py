@@ -103,6 +103,7 @@ def ours(p: Problem, rule: HeadRule, *, hybrid: bool) -> None:
         sparse=p.cost * hybrid,
         value_slope=0 * ones,
         sampler_logprobs=0 * ones,
+        old_logprobs=0 * ones,
     )
     teacher = HiddenTeacher(hidden=p.teacher_hidden, lm_head=p.teacher_head, weight=ones)
     hybrid_head_loss(p.hidden, p.lm_head, (teacher,), terms, rule)[0].backward()

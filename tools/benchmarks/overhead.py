@@ -20,6 +20,7 @@ from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import (
+    BatchPlan,
     GenerateOrder,
     Prompt,
     Rewards,
@@ -183,7 +184,7 @@ def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> d
 
 
 def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
-    """Seconds of LearnerGroup.update for its caller, and of a bare loop on the same batch."""
+    """Seconds of LearnerGroup.learn for its caller, and of a bare loop on the same batch."""
     ours = LearnerGroup(settings, slots["ours"], device="cpu", log_dir=logs)
     loop = bare("BareLearner", settings, slots, logs)
     gather([*ours.ready(), *loop.submit_all("ping", deadline_s=600.0)])
@@ -194,7 +195,7 @@ def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict
     seconds: dict[str, list[float]] = {"ours": [], "worker": [], "bare": []}
     for turn in range(2 + repeats):
         started = time.perf_counter()
-        stats = ours.update(plan, [groups], [refs])
+        stats = ours.learn(BatchPlan.one_update(plan), [[groups]], [refs])
         took = {"ours": time.perf_counter() - started, "worker": stats.learn_s}
         took["bare"] = loop.submit(0, "update", deadline_s=600.0).result()
         if turn > 1:

@@ -179,12 +179,14 @@ def columns_of(p: Problem) -> TokenColumns:
     weight[::7] = 0.0
     logits = p.hidden.detach().double() @ p.lm_head.detach().double().T
     logprobs = torch.log_softmax(logits / TEMPERATURE, -1).gather(1, p.ids[:, None])[:, 0].float()
+    sampler = logprobs + 0.5 * torch.randn(count, generator=g)
     return TokenColumns(
         token_ids=p.ids,
         token_weight=weight,
         sparse=p.cost,
         value_slope=torch.zeros(count),
-        sampler_logprobs=logprobs + 0.5 * torch.randn(count, generator=g),
+        sampler_logprobs=sampler,
+        old_logprobs=sampler,
     )
 
 

@@ -67,7 +67,7 @@ def errors(
         weights[0][2], teachers[0][0][2] = 0.0, torch.nan
     ids = torch.randint(vocabulary, (6,), generator=g)
     sampler = torch.log_softmax(logits, -1).gather(1, ids[:, None])[:, 0] + 0.3 * normal(6)
-    columns = TokenColumns(ids, token_weight, normal(6), torch.zeros(6), sampler)
+    columns = TokenColumns(ids, token_weight, normal(6), torch.zeros(6), sampler, sampler)
 
     def wide(*tensors):
         return tuple(t.double() if t.is_floating_point() else t for t in tensors)
@@ -205,6 +205,7 @@ def gradients_of(student: Tensor, teacher: Tensor) -> Tensor:
         sparse=ones,
         value_slope=0 * ones,
         sampler_logprobs=0 * ones,
+        old_logprobs=0 * ones,
     )
     arguments = (student, ((teacher,),), (ones,), columns)
     result = RowResult(*triton_rows.row_gradients(RowRule(), torch.float32, *arguments))
