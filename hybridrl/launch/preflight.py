@@ -385,8 +385,9 @@ def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Pro
     ).values()
     for scorer in workers.scorers:
         # Each replica gets the same chunk, twice.
-        answers = [scorer.score([chunk] * scorer.group.size) for _ in range(2)]
-        first, second = (gather([scores for _, scores in answer]) for answer in answers)
+        answers = [scorer.score([chunk] * scorer.replicas) for _ in range(2)]
+        gather([follower for answer in answers for call in answer for follower in call.followers])
+        first, second = (gather([call.scores for call in answer]) for answer in answers)
         check_repeats(scorer.teacher, first, second)
 
 
