@@ -25,11 +25,13 @@ from hybridrl.models.limits import CPU_HEAD_SIZES, most_positions, unserved_head
 from hybridrl.models.loading import (
     head_rows,
     is_on_hub,
+    load_layout,
     load_outline,
     load_tokenizer,
     model_config,
     stop_token_ids,
 )
+from hybridrl.models.model_internals import shards_every_layer
 from hybridrl.objectives import make_objective
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.workers import Workers
@@ -204,6 +206,8 @@ def check_teachers(
     """
     tokenizers = {}
     model = settings.model
+    for name in settings.scored_teachers:
+        check_divisible(settings, name)
     for name in settings.teachers_in_use:
         path = settings.teachers[name].path
         revision = settings.teachers[name].revision
@@ -225,6 +229,24 @@ def check_teachers(
                 "the teacher has no probability. Choose a teacher with at least as many rows"
             )
     return tokenizers
+
+
+def check_divisible(settings: RunSettings, teacher: str) -> None:
+    """Refuse teachers.NAME.devices above 1 for a kind of model whose layers are not divided.
+
+    Raises:
+        ConfigError: transformers' plan does not name its layers.
+    """
+    devices = settings.teachers[teacher].devices
+    if devices == 1:
+        return
+    model = settings.teacher_model(teacher)
+    layout = load_layout(model.path, model.revision, setting=settings.model_setting(teacher))
+    if not shards_every_layer(layout):
+        raise ConfigError(
+            f"teachers.{teacher}.devices={devices}: transformers has no plan for dividing the "
+            f"layers of {type(layout).__name__}; set devices=1, or choose another teacher"
+        )
 
 
 def different_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:

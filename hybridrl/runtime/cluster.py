@@ -30,7 +30,6 @@ class Team:
     size: int
     gpus: int  # per worker when the device is cuda
     heavy: bool  # computes with many threads
-    unit: int = 1  # consecutive workers that belong on one node, if they fit there
 
 
 class Seat(NamedTuple):

@@ -94,9 +94,8 @@ def teams(settings: RunSettings) -> list[Team]:
         Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False),
     ]
     for name in settings.scored_teachers:
-        devices = settings.teachers[name].devices
-        size = settings.scorer.replicas * devices
-        found.append(Team(name=f"scorer-{name}", size=size, gpus=1, heavy=True, unit=devices))
+        size = settings.scorer.replicas * settings.teachers[name].devices
+        found.append(Team(name=f"scorer-{name}", size=size, gpus=1, heavy=True))
     if settings.algorithm.teacher_fraction:
         found.append(Team(name="teacher", size=1, gpus=rollout.tensor_parallel, heavy=True))
     if settings.algorithm.data_fraction:
