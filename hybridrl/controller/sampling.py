@@ -180,40 +180,47 @@ class Sampling:
         """Wait for the scores of one teacher, by its index."""
         scorer = self.workers.scorers[teacher]
 
-        def score_call(d: PendingChunk) -> Pending:
-            return d.scores[teacher].header
+        def score_calls(d: PendingChunk) -> Sequence[Pending]:
+            return d.scores[teacher].header, *d.scores[teacher].followers
 
         def score_again(d: PendingChunk) -> None:
             [d.scores[teacher]] = scorer.score([d.chunk])
 
-        return self._settled(drawn, score_call, score_again)
+        return self._settled(drawn, score_calls, score_again)
 
     def _settled(
         self,
         drawn: Sequence[PendingChunk],
-        call: Callable[[PendingChunk], Pending],
+        calls: Callable[[PendingChunk], Sequence[Pending]],
         again: Callable[[PendingChunk], None],
         count: int | None = None,
     ) -> list[Any]:
-        """Wait for one call of each chunk.
+        """Wait for the calls of each chunk.
 
         consumes calls / produces their results / waits for `count` results / unblocked by results,
         and by the failure of a worker: it is replaced, and `again` makes its calls anew.
 
         Args:
+            calls: of a chunk. The first one has the result; others end with it, and are waited for
+                because their workers may fail.
             count: results to wait for, at least; None: all.
 
         Returns:
             The results in order; None for a call that is still under way.
         """
         while True:
-            results, failures = settle([call(d) for d in drawn], self._watch, count)
+            of_chunks = [calls(d) for d in drawn]
+            results, failures = settle(
+                [c for of_one in of_chunks for c in of_one], self._watch, count
+            )
+            remaining = iter(results)
+            by_chunk = [[next(remaining) for _ in of_one] for of_one in of_chunks]
             if not failures:
-                return results
+                return [first for first, *_ in by_chunk]
             for error in failures:
                 self.workers.lose(error)
-            for d, result in zip(drawn, results, strict=True):
-                if isinstance(result, WorkerError):
+            for d, of_one in zip(drawn, by_chunk, strict=True):
+                if any(isinstance(result, WorkerError) for result in of_one):
                     again(d)
 
     def _watch(self) -> Pending | None:
@@ -290,12 +297,12 @@ class Sampling:
         return int(sum(a.of_groups(a.rewards.keep).all(axis=1).sum() for a in arrived))
 
 
-def _header_call(drawn: PendingChunk) -> Pending:
-    return drawn.chunk.header
+def _header_call(drawn: PendingChunk) -> Sequence[Pending]:
+    return (drawn.chunk.header,)
 
 
-def _reward_call(drawn: PendingChunk) -> Pending:
-    return drawn.rewards
+def _reward_call(drawn: PendingChunk) -> Sequence[Pending]:
+    return (drawn.rewards,)
 
 
 def differing(header: ChunkHeader, rewards: Rewards) -> np.ndarray:

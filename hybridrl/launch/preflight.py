@@ -33,6 +33,7 @@ from hybridrl.models.loading import (
     model_config,
     stop_token_ids,
 )
+from hybridrl.models.model_internals import shards_every_layer
 from hybridrl.objectives import make_objective
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.workers import Workers
@@ -221,6 +222,8 @@ def check_teachers(
     """
     tokenizers = {}
     model = settings.model
+    for name in settings.scored_teachers:
+        check_divisible(settings, name)
     for name in settings.teachers_in_use:
         path = settings.teachers[name].path
         revision = settings.teachers[name].revision
@@ -246,6 +249,24 @@ def check_teachers(
                 "the teacher has no probability. Choose a teacher with at least as many rows"
             )
     return tokenizers
+
+
+def check_divisible(settings: RunSettings, teacher: str) -> None:
+    """Refuse teachers.NAME.devices above 1 for a kind of model whose layers are not divided.
+
+    Raises:
+        ConfigError: transformers' plan does not name its layers.
+    """
+    devices = settings.teachers[teacher].devices
+    if devices == 1:
+        return
+    model = settings.teacher_model(teacher)
+    layout = load_layout(model.path, model.revision, setting=settings.model_setting(teacher))
+    if not shards_every_layer(layout):
+        raise ConfigError(
+            f"teachers.{teacher}.devices={devices}: transformers has no plan for dividing the "
+            f"layers of {type(layout).__name__}; set devices=1, or choose another teacher"
+        )
 
 
 def different_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
@@ -403,8 +424,9 @@ def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Pro
     ).values()
     for scorer in workers.scorers:
         # Each replica gets the same chunk, twice.
-        answers = [scorer.score([chunk] * scorer.group.size) for _ in range(2)]
-        first, second = (gather([scores for _, scores in answer]) for answer in answers)
+        answers = [scorer.score([chunk] * scorer.replicas) for _ in range(2)]
+        gather([follower for answer in answers for call in answer for follower in call.followers])
+        first, second = (gather([call.scores for call in answer]) for answer in answers)
         teacher = settings.teachers[scorer.teacher]
         max_gap = teacher.served.max_gap if teacher.url is not None else 0.0
         check_repeats(scorer.teacher, first, second, max_gap)

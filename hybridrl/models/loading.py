@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from hybridrl.core.errors import ConfigError
@@ -131,19 +132,23 @@ def load_model(
     *,
     setting: str = "model.path",
     attention: Attention = Attention.auto,
+    shards: int = 1,
 ) -> PreTrainedModel:
-    """The causal language model at `path`, on the CPU and in evaluation mode.
+    """The causal language model at `path`, in evaluation mode and on the CPU.
 
     Args:
         dtype: name of a torch dtype.
         attention: auto: transformers chooses.
+        shards: ranks of torch's process group, which all make this call. With more than one, each
+            rank reads its rows of every weight and no others, to the device of the group (FSDP2).
 
     Raises:
         ConfigError: there is no such model, transformers has no class for it or no such attention,
             its weights are not safetensors, or one of them is missing.
     """
     kernel = {} if attention is Attention.auto else {"attn_implementation": attention.value}
-    return _load(path, revision, setting, dtype=getattr(torch, dtype), **kernel)
+    sharding = {} if shards == 1 else {"distributed_config": DistributedConfig(fsdp_size=shards)}
+    return _load(path, revision, setting, dtype=getattr(torch, dtype), **kernel, **sharding)
 
 
 def load_outline(

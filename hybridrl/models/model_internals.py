@@ -6,6 +6,7 @@ the installed versions are not those in SEEN.
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.distributed.fsdp import expand_fsdp_plan
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 SEEN = {"torch": "2.13", "transformers": "5.19"}
@@ -34,3 +35,14 @@ def wrapped_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     that of the modules around and inside of it is.
     """
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def shards_every_layer(model: PreTrainedModel) -> bool:
+    """Whether transformers' FSDP2 plan for this kind of model names each decoder layer.
+
+    A layer that it does not name would be gathered together with the rest of the model.
+    """
+    sharded, _ = expand_fsdp_plan(model, model._fsdp_plan or {})
+    layers = wrapped_layers(model)
+    named = {id(module) for _, module in sharded}
+    return bool(layers) and all(id(layer) in named for layer in layers)

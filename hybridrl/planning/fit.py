@@ -9,6 +9,8 @@ from hybridrl.settings.choices import Offload
 from hybridrl.settings.run import RunSettings
 
 MOST_RANKS = 1024
+MOST_DEVICES = 32
+"""Of one replica of a teacher, in a remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +108,11 @@ def remedy(plan: Plan, worker: str) -> str:
 
 
 def hopeless(plan: Plan, worker: str) -> str:
-    if worker.startswith("scorer-"):
-        return "a teacher runs on one device: choose a smaller teacher, or larger devices"
+    if worker.startswith("scorer-") and plan.device == "cuda":
+        return (
+            f"not even {MOST_DEVICES} devices of a replica would do: choose a smaller teacher, or "
+            "larger devices"
+        )
     if plan.device == "cpu":
         return "choose a smaller model, or a node with more memory"
     return f"not even {MOST_RANKS} ranks would do: choose a smaller model, or larger devices"
@@ -137,7 +142,8 @@ def changes(plan: Plan, worker: str) -> Iterator[Change]:
     if worker == "learner":
         yield from learner_changes(settings, can_offload=plan.device == "cuda")
     elif worker.startswith("scorer-"):
-        yield from scorer_changes(settings, worker.removeprefix("scorer-"))
+        can_shard = plan.device == "cuda"  # on a CPU the ranks share one node's memory
+        yield from scorer_changes(settings, worker.removeprefix("scorer-"), can_shard=can_shard)
     else:
         yield from engine_changes(settings)
 
@@ -158,7 +164,7 @@ def learner_changes(settings: RunSettings, *, can_offload: bool) -> Iterator[Cha
         yield _set("learner", "ranks", ranks)
 
 
-def scorer_changes(settings: RunSettings, teacher: str) -> Iterator[Change]:
+def scorer_changes(settings: RunSettings, teacher: str, *, can_shard: bool) -> Iterator[Change]:
     longest = settings.rollout.sequence_limit
     if settings.scorer.max_tokens_per_micro_batch > longest:
         yield _set("scorer", "max_tokens_per_micro_batch", longest)
@@ -169,6 +175,17 @@ def scorer_changes(settings: RunSettings, teacher: str) -> Iterator[Change]:
             return replace(old, teachers=old.teachers | {teacher: changed})
 
         yield Change(text=f"teachers.{teacher}.dtype=bfloat16", make=narrow)
+    most = MOST_DEVICES if can_shard else 0
+    for devices in range(settings.teachers[teacher].devices + 1, most + 1):
+        yield _on_devices(teacher, devices)
+
+
+def _on_devices(teacher: str, devices: int) -> Change:
+    def make(old: RunSettings) -> RunSettings:
+        changed = replace(old.teachers[teacher], devices=devices)
+        return replace(old, teachers=old.teachers | {teacher: changed})
+
+    return Change(text=f"teachers.{teacher}.devices={devices}", make=make)
 
 
 def engine_changes(settings: RunSettings) -> Iterator[Change]:

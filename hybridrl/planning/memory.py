@@ -157,16 +157,17 @@ class Sizes:
     def micro_batches(self) -> int:
         return math.ceil(self.of_rank / self.of_micro_batch)
 
-    @property
-    def of_scoring(self) -> int:
-        """Sequences of one forward pass of a scorer, which is given one chunk at a time."""
+    def of_scoring(self, devices: int) -> int:
+        """Sequences of one forward pass of a scorer replica with so many devices, which is given
+        one chunk at a time.
+        """
         settings = self.settings
         groups = chunk_size(
             settings.train.prompts_per_step,
             settings.rollout.groups_per_chunk,
             settings.rollout.engines,
         )
-        room = settings.scorer.max_tokens_per_micro_batch // self.tokens
+        room = settings.scorer.max_tokens_per_micro_batch * devices // self.tokens
         return max(min(room, groups * self.group), 1)
 
     @property
@@ -322,9 +323,10 @@ def head_bytes(sizes: Sizes, rows: int) -> int:
 
 
 def scorer_parts(sizes: Sizes, teacher: ScoredTeacher) -> Iterator[Part]:
-    """The memory of one replica of a teacher."""
+    """The memory of one replica of a teacher, or of one rank of a replica with several devices."""
     settings = sizes.settings
-    sequences = sizes.of_scoring
+    devices = settings.teachers[teacher.name].devices
+    sequences = sizes.of_scoring(devices)
     narrow = teacher.model.dtype == "bfloat16"
     plain = (
         sizes.on_cpu
@@ -334,7 +336,8 @@ def scorer_parts(sizes: Sizes, teacher: ScoredTeacher) -> Iterator[Part]:
         and has_compiler()
         and teacher.model.attention is Attention.auto
     )
-    work = Pass(sequences, sizes.tokens, learns=False, plain_attention=plain)
+    share = -(-sequences // devices)
+    work = Pass(share, sizes.tokens, learns=False, plain_attention=plain and devices == 1)
     body = pass_bytes(teacher.model, settings.model_setting(teacher.name), work)
     rows = sequences * sizes.response
     chunk = min(settings.train.head_chunk, rows)
@@ -344,10 +347,26 @@ def scorer_parts(sizes: Sizes, teacher: ScoredTeacher) -> Iterator[Part]:
     logits = 2 * chunk * vocabulary * WIDE if reads else 0  # logits, and their log-probs
     if isinstance(teacher.evidence, Vocabulary):
         logits += rows * vocabulary * WIDE
-    yield Part(worker, "score", "weights", teacher.shape.parameters * teacher.width)
+    yield Part(worker, "score", "weights", -(-teacher.shape.parameters // devices) * teacher.width)
     yield Part(worker, "score", "activations", body.forward)
     yield Part(worker, "score", "head pass", logits)
-    yield Part(worker, "score", "buffers", rows * teacher.shape.hidden * teacher.width)
+    buffers = rows * teacher.shape.hidden * teacher.width
+    if devices > 1:
+        states = sequences * sizes.tokens * teacher.shape.hidden * teacher.width
+        buffers += states + gathered_numbers(teacher.shape) * teacher.width
+    yield Part(worker, "score", "buffers", buffers)
+
+
+def gathered_numbers(shape: ModelShape) -> int:
+    """Whole weights that a rank of a teacher on several devices holds besides its share.
+
+    They are the output embedding, which stays; and one layer that is used, with the next one twice,
+    as it arrives and in its place; or the input embedding twice, as it is gathered before them.
+    Where a model ties its embeddings, FSDP2 gathers the matrix once for each of the two.
+    """
+    layer = shape.multiplied // shape.layers
+    always = shape.head * (2 if shape.tied else 1)
+    return always + max(3 * layer, 0 if shape.tied else 2 * shape.head)
 
 
 def engine_parts(

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from hybridrl.kernels.products import RATES, processor
 from hybridrl.planning.edges import weight_bytes
-from hybridrl.planning.memory import Sizes
-from hybridrl.planning.model_shape import ModelShape
+from hybridrl.planning.memory import ScoredTeacher, Sizes
 from hybridrl.teachers.evidence import Hidden
 
 
@@ -85,7 +84,7 @@ def phase_seconds(sizes: Sizes, rates: Rates) -> PhaseSeconds:
     learn = operations / (learner.ranks * rates.flops)
     return PhaseSeconds(
         rollout=rollout_seconds(sizes, rates),
-        score=max((score_seconds(sizes, t.shape, rates) for t in sizes.teachers), default=0.0),
+        score=max((score_seconds(sizes, t, rates) for t in sizes.teachers), default=0.0),
         learn=learn,
         sync=weight_bytes(sizes) / rates.link if settings.algorithm.data_fraction < 1 else 0.0,
     )
@@ -114,13 +113,14 @@ def head_width(sizes: Sizes) -> int:
     return products * sizes.student.hidden + sum(hidden)
 
 
-def score_seconds(sizes: Sizes, teacher: ModelShape, rates: Rates) -> float:
-    """One forward pass over the step's tokens, shared by the replicas.
+def score_seconds(sizes: Sizes, teacher: ScoredTeacher, rates: Rates) -> float:
+    """One forward pass over the step's tokens, shared by the devices of all replicas.
 
     Example: 1e6 tokens of Qwen2.5-32B at 400 TFLOP/s: 2 x 31.2e9 x 1e6 / 400e12 = 156 s.
     """
     tokens = sizes.sequences * sizes.tokens
-    return 2 * teacher.multiplied * tokens / (sizes.settings.scorer.replicas * rates.flops)
+    devices = sizes.settings.scorer.replicas * sizes.settings.teachers[teacher.name].devices
+    return 2 * teacher.shape.multiplied * tokens / (devices * rates.flops)
 
 
 def rollout_seconds(sizes: Sizes, rates: Rates) -> float:

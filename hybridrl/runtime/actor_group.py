@@ -1,7 +1,7 @@
 """Some actors of one kind. The typed groups of runtime/ are its only callers."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +48,10 @@ class ActorGroup:
         max_restarts: how often failed workers of this group may be replaced.
         concurrent: the worker's methods are coroutines.
         any_order: a call whose arguments are ready overtakes one that still waits for its own.
+        unit: so many consecutive workers work together, so that all of them are replaced when one
+            of them fails.
+        renewed: gives the arguments of the workers of a unit, by their indices, when others start
+            in their places; None: they are the same.
     """
 
     def __init__(
@@ -61,14 +65,18 @@ class ActorGroup:
         max_restarts: int = 0,
         concurrent: bool = False,
         any_order: bool = False,
+        unit: int = 1,
+        renewed: Callable[[range], Sequence[Mapping[str, object]]] | None = None,
     ) -> None:
         self.name = name
         self.path = path
         self.slots = slots
-        self.arguments = arguments
+        self.arguments = list(arguments)
         self.log_dir = log_dir
         self.concurrent = concurrent
         self.any_order = any_order
+        self.unit = unit
+        self.renewed = renewed
         self.size = len(slots)
         self.names = [f"{name}/{i}" for i in range(self.size)]
         self.epochs = [0] * self.size  # how many workers there were before, per index
@@ -100,14 +108,14 @@ class ActorGroup:
         return actor.remote(self.path, self._log(self.names[index]), self.arguments[index])
 
     def replace(self, error: WorkerError) -> int | None:
-        """End the worker that failed and start another in its place.
+        """End the worker that failed, with all of its unit, and start others in their places.
 
         Returns:
             The index of the worker; None: it has been replaced already.
 
         Raises:
             FleetExhausted: max_restarts is used up, or a fresh worker failed at once in the same
-                way as the one before it; the worker is ended all the same.
+                way as the one before it; the unit is ended all the same.
             WorkerError: `error` itself, if it names no worker of this group.
         """
         if error.worker not in self.names:
@@ -117,7 +125,8 @@ class ActorGroup:
             return None
         if isinstance(error, WorkerTimeout):
             dump_stacks()
-        ray.kill(self.actors[index])
+        for member in self.members(index):
+            ray.kill(self.actors[member])
         if self._fails_always(index, error):
             raise FleetExhausted(
                 f"{error}; the worker that replaced another one after this error failed with it at "
@@ -127,13 +136,23 @@ class ActorGroup:
             raise FleetExhausted(
                 f"{error}; cluster.max_restarts is used up for {self.name} workers"
             )
-        self.last_reasons[index] = error.reason if raised(error) else None
-        self.first_calls[index] = {}
         self.restarts_left -= 1
-        self.epochs[index] += 1
-        self.actors[index] = self._start(index)
-        self.pid_refs[index] = self.actors[index].pid.remote()
+        members = self.members(index)
+        if self.renewed is not None:
+            self.arguments[members.start : members.stop] = self.renewed(members)
+        for member in members:
+            self.last_reasons[member] = None
+            self.first_calls[member] = {}
+            self.epochs[member] += 1
+            self.actors[member] = self._start(member)
+            self.pid_refs[member] = self.actors[member].pid.remote()
+        self.last_reasons[index] = error.reason if raised(error) else None
         return index
+
+    def members(self, index: int) -> range:
+        """The workers of the unit of a worker, itself included."""
+        first = index - index % self.unit
+        return range(first, first + self.unit)
 
     def _fails_always(self, index: int, error: WorkerError) -> bool:
         """Whether a fresh worker raised its predecessor's error at its first such call, so that the
@@ -145,14 +164,15 @@ class ActorGroup:
         return first is None or not succeeded(first)
 
     def rebuild(self, error: WorkerError, start_s: float) -> None:
-        """Replace a worker and wait until the new one answers, so that the deadline of a call does
-        not count its start.
+        """Replace a worker and wait until the new ones answer, so that the deadline of a call does
+        not count their start.
 
         Raises:
             FleetExhausted: as in `replace`.
         """
         while (index := self.replace(error)) is not None:
-            _, failures = settle([self.submit(index, "ping", deadline_s=start_s)])
+            pings = [self.submit(i, "ping", deadline_s=start_s) for i in self.members(index)]
+            _, failures = settle(pings)
             if not failures:
                 return
             error = failures[0]

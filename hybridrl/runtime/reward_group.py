@@ -33,7 +33,8 @@ class RewardGroup(StatelessGroup):
             "watch_only": watch_only,
             "deadline_s": settings.deadlines.reward_s,
         }
-        super().__init__(settings, slots, name="reward", arguments=arguments, log_dir=log_dir)
+        of_all = [arguments] * len(slots)
+        super().__init__(settings, slots, name="reward", arguments=of_all, log_dir=log_dir)
 
     def score(self, chunks: Sequence[Chunk], weights: Sequence[float]) -> list[Pending]:
         """One call per chunk: -> Rewards.

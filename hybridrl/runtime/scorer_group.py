@@ -1,6 +1,6 @@
 """The replicas of one teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from hybridrl.kernels.head import HeadRule
@@ -9,9 +9,11 @@ from hybridrl.objectives.head_rule import head_rule
 from hybridrl.runtime.actor_group import Slot
 from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.chunk import Chunk
+from hybridrl.runtime.learner_group import free_port_at
 from hybridrl.runtime.stateless_group import StatelessGroup
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence
+from hybridrl.teachers.sharded_model import ReplicaRank
 from hybridrl.types import Files, SavedFile
 
 
@@ -20,10 +22,14 @@ class ScoreCall(NamedTuple):
 
     header: Pending  # -> ScoreHeader
     scores: Pending  # -> TokenScores; only ever passed on by reference
+    followers: tuple[Pending, ...] = ()  # of the other ranks of the replica; -> None
 
 
 class ScorerGroup(StatelessGroup):
     """Hands chunks to the replicas of one teacher in turn.
+
+    A replica is one worker, or teachers.NAME.devices consecutive ones, which are given the same
+    calls; the first of them sends the scores.
 
     consumes chunks under way / produces calls that start when their chunk is done / `score` waits
     for nothing.
@@ -43,17 +49,46 @@ class ScorerGroup(StatelessGroup):
         self.teacher = teacher
         if settings.teachers[teacher].url is not None:
             self.worker = "hybridrl.teachers.served:ServedScorer"
+        self.devices = settings.teachers[teacher].devices
+        self.slots = slots
+        self.start_s = settings.deadlines.start_s
         evidence, rule = scoring(settings, teacher)
-        arguments = {
+        self.arguments: Mapping[str, object] = {
             "settings": settings,
             "teacher": teacher,
             "device": device,
             "evidence": evidence,
             "rule": rule,
         }
+        replicas = [range(i, i + self.devices) for i in range(0, len(slots), self.devices)]
         super().__init__(
-            settings, slots, name=f"scorer-{teacher}", arguments=arguments, log_dir=log_dir
+            settings,
+            slots,
+            name=f"scorer-{teacher}",
+            arguments=[of_one for workers in replicas for of_one in self._arguments(workers)],
+            log_dir=log_dir,
+            unit=self.devices,
+            renewed=self._arguments,
         )
+
+    def _arguments(self, workers: range) -> list[Mapping[str, object]]:
+        """Of the constructors of one replica's workers; several of them meet at a free port."""
+        if self.devices == 1:
+            return [self.arguments]
+        master = free_port_at(self.slots[workers.start], self.start_s)
+        return [
+            {**self.arguments, "place": ReplicaRank(rank=rank, ranks=self.devices, master=master)}
+            for rank in range(self.devices)
+        ]
+
+    @property
+    def replicas(self) -> int:
+        return self.group.size // self.devices
+
+    @property
+    def first_ranks(self) -> range:
+        """The first worker of each replica."""
+        return range(0, self.group.size, self.devices)
 
     def configure(self, settings: RunSettings) -> None:
         """Score by other settings from here on, if they score with this teacher at all."""
@@ -64,39 +99,49 @@ class ScorerGroup(StatelessGroup):
             self.group.call_all("configure", settings, evidence, rule, deadline_s=limit)
 
     def state_bytes(self) -> int:
-        return sum(self.group.call_all("state_bytes", deadline_s=self.settings.deadlines.save_s))
+        limit = self.settings.deadlines.save_s
+        return sum(
+            gather(
+                [self.group.submit(i, "state_bytes", deadline_s=limit) for i in self.first_ranks]
+            )
+        )
 
     def begin_save(self, folder: str) -> Files:
         """Write the cached log-probs, 4 bytes a token, which takes too little time to do it beside
         the next step.
         """
-        saved = self._each_replica("save_state", folder)
+        saved = self._replica_files("save_state", folder, self.first_ranks)
         return lambda: saved
 
     def load_state(self, folder: str) -> None:
-        self._each_replica("load_state", folder)
+        self._replica_files("load_state", folder, range(self.group.size))
 
-    def _each_replica(self, method: str, folder: str) -> list[SavedFile]:
-        """Each replica writes or reads its own files."""
+    def _replica_files(self, method: str, folder: str, workers: range) -> list[SavedFile]:
+        """Each worker writes or reads the files of its replica."""
         limit = self.settings.deadlines.save_s
-        size = self.group.size
-        written = gather(
-            [self.group.submit(i, method, folder, i, size, deadline_s=limit) for i in range(size)]
-        )
-        return [file for files in written for file in files]
+        calls = [
+            self.group.submit(i, method, folder, i // self.devices, self.replicas, deadline_s=limit)
+            for i in workers
+        ]
+        return [file for files in gather(calls) for file in files]
 
     def score(self, chunks: Sequence[Chunk]) -> list[ScoreCall]:
         """One call per chunk, which starts when the chunk is done."""
         # The deadline counts from when the scores are waited for, and then the chunks are done.
         limit = self.settings.deadlines.score_s
-        return [
-            ScoreCall(
-                *self.group.submit_pair(
-                    i % self.group.size, "score", chunk.batch.ref, deadline_s=limit
-                )
+        calls = []
+        for i, chunk in enumerate(chunks):
+            workers = self.group.members(i % self.replicas * self.devices)
+            first, *others = workers
+            header, scores = self.group.submit_pair(
+                first, "score", chunk.batch.ref, deadline_s=limit
             )
-            for i, chunk in enumerate(chunks)
-        ]
+            followers = (
+                self.group.submit(other, "follow", chunk.batch.ref, deadline_s=limit)
+                for other in others
+            )
+            calls.append(ScoreCall(header, scores, tuple(followers)))
+        return calls
 
 
 def scoring(settings: RunSettings, teacher: str) -> tuple[Evidence, HeadRule]:

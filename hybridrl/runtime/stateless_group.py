@@ -1,6 +1,6 @@
 """The common part of the groups whose workers hold no state that a run needs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hybridrl.core.errors import WorkerError
@@ -20,26 +20,32 @@ class StatelessGroup:
         slots: Sequence[Slot],
         *,
         name: str,
-        arguments: Mapping[str, Any],
+        arguments: Sequence[Mapping[str, Any]],
         log_dir: str,
+        unit: int = 1,
+        renewed: Callable[[range], Sequence[Mapping[str, Any]]] | None = None,
     ) -> None:
         """
         Args:
-            arguments: of every worker's constructor.
+            arguments: of each worker's constructor.
+            unit, renewed: as of ActorGroup. Workers of a unit are called together, so that a call
+                to one of them must not overtake another.
         """
         self.settings = settings
         self.group = ActorGroup(
             name,
             self.worker,
             slots,
-            [arguments] * len(slots),
+            arguments,
             log_dir=log_dir,
             max_restarts=settings.cluster.max_restarts,
-            any_order=True,
+            any_order=unit == 1,
+            unit=unit,
+            renewed=renewed,
         )
 
     def lose(self, error: WorkerError) -> None:
-        """Start another worker in the place of the one that failed.
+        """Start another worker in the place of the one that failed, with all of its unit.
 
         Raises:
             FleetExhausted: cluster.max_restarts is used up.

@@ -95,8 +95,9 @@ def teams(settings: RunSettings) -> list[Team]:
         Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False),
     ]
     for name in settings.scored_teachers:
-        here = settings.teachers[name].url is None  # else its scorer only sends requests
-        size = settings.scorer.replicas
+        teacher = settings.teachers[name]
+        here = teacher.url is None  # else its scorer only sends requests
+        size = settings.scorer.replicas * teacher.devices
         found.append(Team(name=f"scorer-{name}", size=size, gpus=int(here), heavy=here))
     if settings.algorithm.teacher_fraction:
         found.append(Team(name="teacher", size=1, gpus=rollout.tensor_parallel, heavy=True))

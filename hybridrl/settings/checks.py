@@ -64,6 +64,13 @@ def check_teachers(settings: RunSettings) -> None:
                 f"teachers.{name}.model={own_class}: scores responses and writes none; set "
                 "algorithm.teacher_fraction=0, or put another teacher first"
             )
+        if teacher.devices < 1:
+            raise ConfigError(f"teachers.{name}.devices={teacher.devices}: must be at least 1")
+        if teacher.devices > 1 and own_class is not None:
+            raise ConfigError(
+                f"teachers.{name}.devices={teacher.devices}: teachers.{name}.model={own_class} is "
+                "a class of yours, which runs in one process; set devices=1"
+            )
         if teacher.revision and teacher.path is None:
             raise ConfigError(
                 f"teachers.{name}.revision={teacher.revision}: without a path it is the student; "

@@ -61,6 +61,10 @@ class TeacherConfig:
     """hub revision of path; null: the newest"""
     dtype: str = AUTO
     """float32 or bfloat16, of its forward pass; auto: as model.dtype"""
+    devices: int = 1
+    """GPUs, or processes on CPUs, of each scorer replica of it; each holds as large a part of every
+    weight. It is for a teacher that does not fit one device
+    """
     weight: float = 1.0
     """w_i of the objective, times algorithm.imitation_weight; a negative one moves the student away
     from the teacher (reward extrapolation, G-OPD)

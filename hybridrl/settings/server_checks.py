@@ -67,6 +67,11 @@ def _check_alone(settings: RunSettings, name: str) -> None:
         raise ConfigError(
             f"{url}: is instead of teachers.{name}.model={teacher.model}; leave one of them out"
         )
+    if teacher.devices != 1:
+        raise ConfigError(
+            f"teachers.{name}.devices={teacher.devices}: divides a model that is loaded here, and "
+            f"the server at teachers.{name}.url has its own; leave it out"
+        )
     if teacher.dtype != AUTO:
         raise ConfigError(
             f"teachers.{name}.dtype={teacher.dtype}: the server at teachers.{name}.url has chosen "

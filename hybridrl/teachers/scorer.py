@@ -24,15 +24,19 @@ from hybridrl.teachers.context import Context
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.route import takes
 from hybridrl.teachers.scores import empty_scores, fill_scores
+from hybridrl.teachers.sharded_model import ReplicaRank
 from hybridrl.teachers.teacher_model import load_teacher
 from hybridrl.types import RolloutBatch, SavedFile, ScoreHeader, TokenScores
 
 
 class Scorer:
-    """One replica of one teacher.
+    """One replica of one teacher, or one rank of a replica with several devices.
 
     It makes one forward pass over each sequence and sends its evidence about the response tokens.
     Where only log-probs are sent, those of the data's responses are computed once and cached.
+
+    The ranks of a replica are given the same calls in the same order. They share the forward pass,
+    and each has all of the result; rank 0 sends it.
     """
 
     def __init__(
@@ -43,10 +47,16 @@ class Scorer:
         device: str,
         evidence: Evidence,
         rule: HeadRule,
+        place: ReplicaRank | None = None,
     ) -> None:
+        """
+        Args:
+            place: of this process in a replica with several devices; None: it has one.
+        """
         self.teacher = teacher
         self.device = torch.device(device)
-        self.model = load_teacher(settings, teacher, self.device)
+        self.place = place
+        self.model = load_teacher(settings, teacher, self.device, place)
         # Rows beyond the student's vocabulary are padding, which must have no probability.
         rows = head_rows(settings.model.path, settings.model.revision)
         self.head = self.model.head[:rows].to(self.device)
@@ -67,7 +77,8 @@ class Scorer:
         # Everything besides the tokens that log q depends on.
         weights = settings.teachers[self.teacher].model or model.path
         self.identity = f"{weights} {model.revision} {model.dtype} {rule.temperature}"
-        self.max_tokens = settings.scorer.max_tokens_per_micro_batch
+        ranks = 1 if self.place is None else self.place.ranks
+        self.max_tokens = settings.scorer.max_tokens_per_micro_batch * ranks
         self.caches = evidence.width(*self.head.shape) == 0
         self.cached: dict[str, np.ndarray] = {}  # data_key -> [r] log q
 
@@ -77,7 +88,8 @@ class Scorer:
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> tuple[ScoreHeader, TokenScores]:
         """Score all sequences whose prompts are routed to this teacher; others have scores of 0."""
-        failpoints.hit("scorer.score", uid=batch.uids[0])
+        rank = 0 if self.place is None else self.place.rank
+        failpoints.hit("scorer.score", uid=batch.uids[0], rank=rank)
         started = time.monotonic()
         given = batch
         batch = self.context.read(given)
@@ -92,6 +104,10 @@ class Scorer:
             teacher=self.teacher, nbytes=self._nbytes(scores), score_s=time.monotonic() - started
         )
         return header, scores
+
+    def follow(self, batch: RolloutBatch) -> None:
+        """`score` on the other ranks of a replica, where the result stays."""
+        self.score(batch)
 
     def _score_sequences(
         self, scores: TokenScores, batch: RolloutBatch, sequences: Sequence[int]

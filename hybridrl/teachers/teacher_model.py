@@ -14,6 +14,7 @@ from hybridrl.models.loading import head_rows, load_model, load_output_head
 from hybridrl.models.output_head import output_weight
 from hybridrl.settings.choices import Attention
 from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.sharded_model import ReplicaRank, ShardedModel, join_replica
 
 
 class TeacherModel(Protocol):
@@ -56,8 +57,14 @@ class LocalModel:
         ).last_hidden_state
 
 
-def load_teacher(settings: RunSettings, teacher: str, device: torch.device) -> TeacherModel:
+def load_teacher(
+    settings: RunSettings, teacher: str, device: torch.device, place: ReplicaRank | None = None
+) -> TeacherModel:
     """The model of teachers.<teacher>, on the device.
+
+    Args:
+        place: of this process in a replica with several devices, all of which make this call; None:
+            the replica has one device.
 
     Raises:
         ConfigError: it cannot be loaded, or a user's class lacks what TeacherModel has.
@@ -67,11 +74,21 @@ def load_teacher(settings: RunSettings, teacher: str, device: torch.device) -> T
         return _of_users_file(settings, teacher, own_class)
     model = settings.teacher_model(teacher)
     setting = settings.model_setting(teacher)
+    if place is not None:
+        limits = settings.deadlines
+        join_replica(place, device, max(limits.start_s, limits.score_s))
     loaded = load_model(
-        model.path, model.dtype, model.revision, setting=setting, attention=model.attention
+        model.path,
+        model.dtype,
+        model.revision,
+        setting=setting,
+        attention=model.attention,
+        shards=1 if place is None else place.ranks,
     )
     loaded.to(device).eval()
     set_products(loaded, settings.train.products, device)
+    if place is not None:
+        return ShardedModel(loaded, f"{setting}={model.path}", place)
     if model.attention is Attention.auto:
         compile_layers(loaded, tokens=settings.rollout.sequence_limit, packed=False, learns=False)
     return LocalModel(loaded, f"{setting}={model.path}")

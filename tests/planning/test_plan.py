@@ -200,18 +200,22 @@ def test_weights_that_go_to_other_gpus_pass_through_buffers(
     [
         ("qwen7b_from_32b_1gpu", "7b", "32b", r"learner beside 2 other workers does not fit GPU 0"),
         ("qwen7b_from_32b_2gpu", "7b", "32b", r"does not fit GPU 0: \d+\.\d GiB of 79\.0 GiB"),
-        (
-            "qwen72b_from_72b_64gpu",
-            "72b",
-            "72b",
-            r"^teachers\.main\.path=.*139\.3 GiB of 79\.0 GiB .*a teacher runs on one device: "
-            r"choose a smaller teacher, or larger devices",
-        ),
     ],
 )
 def test_the_other_shipped_plans_are_refused(name, student, teacher, sentence):
     with pytest.raises(ConfigError, match=sentence):
         check_fit(planned(name, f"qwen2.5-{student}", f"qwen2.5-{teacher}"))
+
+
+def test_a_teacher_of_72b_fits_two_devices_and_the_refusal_of_one_names_them():
+    plan = planned("qwen72b_from_72b_64gpu", "qwen2.5-72b", "qwen2.5-72b")
+    of_part = {p.part: p.nbytes / GIB for p in plan.of_worker("scorer-main")}
+    assert round(of_part["weights"], 1) == 67.7  # half of 135.4
+    assert plan.peak("scorer-main") < 79 * GIB
+    one = replace(plan.settings.teachers["main"], devices=1)
+    alone = replace(plan.settings, teachers={"main": one})
+    with pytest.raises(ConfigError, match=r"it would fit with teachers\.main\.devices=2, on"):
+        check_fit(make_plan(alone, device="cuda", device_bytes=79 * GIB))
 
 
 def test_a_refusal_names_settings_with_which_it_would_fit():
