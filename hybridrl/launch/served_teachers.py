@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hybridrl.core.errors import ConfigError, ServerError
 from hybridrl.data.chat import ChatTemplate
 from hybridrl.data.problem import Problem
+from hybridrl.launch.alignment import check_begins, check_ends
 from hybridrl.launch.preflight import (
     PROBE_PROMPTS,
     different_prompt,
@@ -97,6 +98,9 @@ def check_tokenizer(
             f"{setting}={path}: its vocabulary differs from that of {probe.student}: {difference}; "
             "serve a teacher with the student's tokenizer"
         )
+    source = f"{setting}={path}"
+    check_begins(settings, probe.tokenizer, name, source, tokenizer)
+    check_ends(settings, probe.tokenizer, name, source, tokenizer.eos_token_id)
     if not tokenizer.chat_template or settings.data.chat_template_file is not None:
         return
     template = ChatTemplate.of(probe.tokenizer, settings.data)

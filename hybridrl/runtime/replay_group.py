@@ -16,8 +16,8 @@ class ReplayGroup(StatelessGroup):
     worker = "hybridrl.rollout.replay:Replay"
 
     def __init__(self, settings: RunSettings, slots: Sequence[Slot], *, log_dir: str) -> None:
-        of_all = [{}] * len(slots)
-        super().__init__(settings, slots, name="replay", arguments=of_all, log_dir=log_dir)
+        arguments: list[dict[str, object]] = [{} for _ in slots]
+        super().__init__(settings, slots, name="replay", arguments=arguments, log_dir=log_dir)
 
     def generate(self, prompts: Sequence[Prompt], *, wave: str) -> list[Chunk]:
         """One chunk with all responses of each prompt."""

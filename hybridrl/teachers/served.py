@@ -40,6 +40,7 @@ class ServedScorer(Scorer):
         rule: HeadRule,
     ) -> None:
         self.teacher = teacher
+        self.place = None  # the server has the devices
         rows = head_rows(settings.model.path, settings.model.revision)
         # [V, 0]: the columns have the widths of a teacher without an output embedding here.
         self.head = torch.empty(rows, 0)

@@ -241,6 +241,14 @@ def test_a_folder_with_the_tokenizer_takes_the_place_of_the_servers_texts(
     with scoring_server() as server, pytest.raises(ConfigError) as caught:
         checked(student, server, f"teachers.main.served.tokenizer={tmp_path}")
     assert "'added' has id" in str(caught.value)
+    ends = tiny_tokenizer()
+    ends.eos_token = "<pad>"
+    ends.save_pretrained(tmp_path)
+    more = f"teachers.main.served.tokenizer={tmp_path}"
+    with scoring_server() as server, pytest.raises(ConfigError, match="its end token is '<pad>'"):
+        checked(student, server, more)
+    with scoring_server() as server:
+        checked(student, server, more, "teachers.main.eos='<pad>'")
 
 
 def test_the_chat_template_in_that_folder_must_write_the_datas_conversations_as_the_students(
@@ -278,6 +286,8 @@ URL = "http://host:8000/v1"
         (("teachers.main.url='http://a/v1?x=1'",), "must end with the path"),
         (("teachers.main.path=x",), "is instead of teachers.main.path=x"),
         (("teachers.main.model=a.py:A",), "is instead of teachers.main.model=a.py:A"),
+        (("teachers.main.devices=2",), "divides a model that is loaded here"),
+        (("teachers.main.chat_template=own",), "needs teachers.main.path, whose template"),
         (("teachers.main.dtype=bfloat16",), "has chosen its dtype; leave it out"),
         (("algorithm.teacher_fraction=0.5",), "scores responses and writes none"),
         (("teachers.main.evidence=null",), "and the run needs its hidden states; set teachers.mai"),
