@@ -444,7 +444,7 @@ def test_a_learner_rank_that_stops_is_reported_within_the_longest_silence(
     stopped = time.time()
     try:
         with pytest.raises(
-            WorkerTimeout, match=r"learner/\d failed in update: no answer within 15 s"
+            WorkerTimeout, match=r"learner/\d failed in learn: no answer within 15 s"
         ):
             controller.step()
         assert time.time() - stopped <= SILENCE_S + SLACK_S

@@ -97,7 +97,7 @@ def test_a_run_that_loses_its_learner_and_is_stopped_equals_a_run_without_a_faul
         output = "".join(lines) + process.stdout.read()
         assert process.wait(60) == 75, output[-3000:]
     assert (
-        "learner/0 failed in update" in output
+        "learner/0 failed in learn" in output
         and "going back to the last checkpoint" in output
         and "continues after step 2 of 6" in output
     )

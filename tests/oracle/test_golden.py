@@ -399,6 +399,7 @@ def test_group_estimators_on_a_bandit_of_three_arms_scale_the_gradient(
     bandit = Mdp(
         student=arms,
         sampler=arms,
+        old=arms,
         teachers=(zero,),
         data=zero,
         values=torch.zeros(1),
