@@ -1,6 +1,7 @@
 """Jobs of a Ray cluster, by its dashboard: submit one, follow its output, stop it."""
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from hybridrl.core.errors import ClusterLost, ConfigError
+
+logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 
 ADDRESS = "http://127.0.0.1:8265"
 """Of the dashboard, as `ray start` opens it and a tunnel forwards it."""
