@@ -443,6 +443,46 @@ def test_the_error_of_a_worker_that_died_names_the_worker_rays_reason_and_the_lo
 
 
 @pytest.mark.graph
+def test_all_workers_of_a_unit_are_replaced_when_one_of_them_dies_and_no_others(
+    slot: Slot, tmp_path: Path
+):
+    """Units of two meet at an address each. Worker 3 dies; workers 2 and 3 meet at a new one."""
+    small = replace(slot, num_cpus=0.0)
+    asked: list[range] = []
+
+    def renewed(members: range) -> list[dict[str, object]]:
+        asked.append(members)
+        return [{"meeting": "c"} for _ in members]
+
+    group = ActorGroup(
+        "w",
+        "tests.support.failing_worker:Named",
+        [small] * 4,
+        [{"meeting": name} for name in "aabb"],
+        log_dir=str(tmp_path),
+        max_restarts=1,
+        unit=2,
+        renewed=renewed,
+    )
+    before = group.pids()
+    with pytest.raises(WorkerDied, match=r"^w/3 failed in die") as caught:
+        group.submit(3, "die", deadline_s=60).result()
+    group.rebuild(caught.value, 60)
+    assert asked == [range(2, 4)]
+    assert group.call_all("met_at", deadline_s=60) == ["a", "a", "c", "c"]
+    assert [old == new for old, new in zip(before, group.pids(), strict=True)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert group.replace(WorkerDied("w/2", "score", "killed", 0)) is None, "it is a new one already"
+    with pytest.raises(FleetExhausted):
+        group.replace(WorkerDied("w/2", "score", "killed", 1))
+    group.close()
+
+
+@pytest.mark.graph
 def test_a_lost_value_is_no_fault_of_the_worker_that_was_to_receive_it(slot: Slot, tmp_path: Path):
     group = ActorGroup(
         "w", "tests.support.failing_worker:Failing", [slot], [{}], log_dir=str(tmp_path)

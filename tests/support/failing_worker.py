@@ -81,6 +81,17 @@ class Patient:
         self.gate.set()
 
 
+class Named(Failing):
+    """A worker that returns what it was built with."""
+
+    def __init__(self, meeting: str) -> None:
+        super().__init__()
+        self.meeting = meeting
+
+    def met_at(self) -> str:
+        return self.meeting
+
+
 class OnGpus(Failing):
     """A worker that knows the GPUs of its process."""
 
