@@ -38,7 +38,8 @@ class RewardWorker:
         watch_only: nothing is learned from the rewards, so a failure neither stops the run nor
             excludes a group.
         deadline_s: of `score`; calls that hang are ended early enough for it.
-        load: maps tokenizer_path and revision to the tokenizer.
+        eos: as model.eos; decoding leaves it out.
+        load: maps tokenizer_path, revision and eos to the tokenizer.
 
     Raises:
         ConfigError: a reward function or the tokenizer cannot be loaded.
@@ -52,11 +53,12 @@ class RewardWorker:
         *,
         watch_only: bool,
         deadline_s: float = math.inf,
-        load: Callable[[str, str | None], Tokenizer] = load_tokenizer,
+        eos: str | None = None,
+        load: Callable[..., Tokenizer] = load_tokenizer,
     ) -> None:
         self.config = config
         self.watch_only = watch_only
-        self.tokenizer = load(tokenizer_path, revision)
+        self.tokenizer = load(tokenizer_path, revision, eos=eos)
         calls = reward_calls(config)
         # The time of one function, long enough for one round of tasks. A task may begin just before
         # it is over, so timeout_s is subtracted.

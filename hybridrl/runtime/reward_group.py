@@ -1,9 +1,7 @@
 """The reward workers."""
 
 from collections.abc import Sequence
-from functools import partial
 
-from hybridrl.models.loading import load_tokenizer
 from hybridrl.runtime.actor_group import Slot
 from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.chunk import Chunk
@@ -29,7 +27,7 @@ class RewardGroup(StatelessGroup):
             "config": settings.reward,
             "tokenizer_path": settings.model.path,
             "revision": settings.model.revision,
-            "load": partial(load_tokenizer, eos=settings.model.eos),
+            "eos": settings.model.eos,
             "watch_only": watch_only,
             "deadline_s": settings.deadlines.reward_s,
         }

@@ -289,7 +289,7 @@ def worker(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         load_config([*base, *first, *second]).reward,
         "digits",
         watch_only=False,
-        load=lambda path, revision: Digits(),
+        load=lambda path, revision, eos: Digits(),
     )
     yield worker
     worker.close()

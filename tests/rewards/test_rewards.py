@@ -630,7 +630,7 @@ def open_worker(user_file: Path) -> Iterator[Open]:
             functions=functions, timeout_s=5.0, on_error=on_error, error_value=-3.0
         )
         worker = RewardWorker(
-            config, "letters", watch_only=watch_only, load=lambda path, revision: Letters()
+            config, "letters", watch_only=watch_only, load=lambda path, revision, eos: Letters()
         )
         workers.append(worker)
         return worker

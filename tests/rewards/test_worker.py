@@ -139,7 +139,7 @@ def score(tmp_path: Path) -> Iterator[Score]:
             error_value=-3.0,
         )
         worker = RewardWorker(
-            config, "letters", watch_only=watch_only, load=lambda path, revision: Letters()
+            config, "letters", watch_only=watch_only, load=lambda path, revision, eos: Letters()
         )
         workers.append(worker)
         return worker.score(batch(*responses), list(functions.values()))

@@ -36,7 +36,7 @@ def refusal(*overrides: str) -> str:
         ("rollout.n", "train.samples_per_prompt"),
         ("train.num_generations", "train.samples_per_prompt"),
         ("algorithm.kl_ctrl.kl_coef", "algorithm.imitation_weight"),
-        ("actor_rollout_ref.actor.ppo_mini_batch_size", "train.prompts_per_step"),
+        ("actor_rollout_ref.actor.ppo_mini_batch_size", "train.updates_per_batch"),
         ("trainer.save_freq", "checkpoint.every"),
         ("algorithm.clip_range", "algorithm.ratio.low"),
         ("data.max_prompt_length", "rollout.max_model_len"),
@@ -54,7 +54,7 @@ def test_a_setting_of_another_system_is_refused_with_ours(theirs: str, ours: str
         assert "\n" not in message
 
 
-@pytest.mark.parametrize("theirs", ["load_in_4bit", "rollout.top_p", "ppo_epochs"])
+@pytest.mark.parametrize("theirs", ["load_in_4bit", "rollout.top_p", "optim"])
 def test_an_unsupported_setting_is_refused_with_the_reason(theirs: str):
     synonym = synonym_of(theirs)
     assert synonym is not None

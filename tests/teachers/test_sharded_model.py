@@ -42,7 +42,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ranks: int) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(JOB)]
     processes = [
         subprocess.Popen(

@@ -178,6 +178,7 @@ class Judge:
         *,
         tokenizer_path: str,
         revision: str | None,
+        eos: str | None,
         watch_only: bool,
         deadline_s: float,
     ) -> None:
