@@ -181,7 +181,7 @@ def materialising(controller: Controller) -> float:
         ScoredBatch(
             rollout=ray.get(d.chunk.batch.ref),
             rewards=ray.get(d.rewards.ref),
-            scores=tuple(ray.get(s.ref) for _, s in d.scores),
+            scores=tuple(ray.get(call.scores.ref) for call in d.scores),
         )
         for d in wave.drawn
     ]
@@ -194,7 +194,9 @@ def materialising(controller: Controller) -> float:
 
 
 def wait_for(wave: Wave) -> None:
-    refs = [d.rewards.ref for d in wave.drawn] + [s.ref for d in wave.drawn for _, s in d.scores]
+    refs = [d.rewards.ref for d in wave.drawn] + [
+        call.scores.ref for d in wave.drawn for call in d.scores
+    ]
     _, late = ray.wait(refs, num_returns=len(refs), timeout=600, fetch_local=False)
     assert not late, f"{len(late)} of {len(refs)} are missing after 600 s"
 
