@@ -1,9 +1,9 @@
 """DeepSpeed's extension in C++ for sums over the ranks of one CPU, compiled at its first use.
 
 torch marks a build by a file "lock", for which every other process waits without a limit. A process
-that is killed while it compiles leaves that file, and no later run would start. So builds here hold
-a lock of the operating system, which ends with its process; whoever has it knows that a remaining
-file marks no build.
+that is killed while it compiles leaves that file, and no later run would start. So a build here
+holds a lock of the operating system, which is released when its process ends. A file "lock" that is
+still there when a process gets that lock was left by a killed build, and is removed.
 """
 
 import logging

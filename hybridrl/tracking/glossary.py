@@ -1,49 +1,9 @@
-"""The meaning of every metric, and METRICS.md, the page that lists them.
+"""The meaning of every metric; metrics_page.py makes METRICS.md of it."""
 
-Write the page anew with `python -m hybridrl.tracking.glossary > hybridrl/tracking/METRICS.md`.
-"""
-
-import re
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """One key of metrics.jsonl, or all keys of one form: <name> matches anything but a slash."""
-
-    key: str
-    formula: str
-    reading: str  # a healthy value, or what a change means
-    unit: str = ""  # empty: a plain number
-
-    def covers(self, key: str) -> bool:
-        """Example: the metric reward/<name>/mean covers reward/countdown/mean."""
-        return (
-            re.fullmatch("[^/]+".join(map(re.escape, re.split(r"<\w+>", self.key))), key)
-            is not None
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """Metrics that belong together, with a sentence about all of them."""
-
-    title: str
-    text: str
-    metrics: tuple[Metric, ...]
-
-
-def _section(title: str, text: str, *rows: tuple[str, ...]) -> Section:
-    """A section; each row is (key, unit, formula, reading)."""
-    metrics = (
-        Metric(key=key, unit=unit, formula=formula, reading=reading)
-        for key, unit, formula, reading in rows
-    )
-    return Section(title=title, text=text, metrics=tuple(metrics))
-
+from hybridrl.tracking.metric import Metric, section
 
 SECTIONS = (
-    _section(
+    section(
         "Training",
         "A step is a batch. Where it has several updates (train.updates_per_batch, "
         "train.epochs_per_batch), the learner's metrics are over all of them: means and shares are "
@@ -95,7 +55,7 @@ SECTIONS = (
             "falls; that of a good critic is far below the variance of the returns",
         ),
     ),
-    _section(
+    section(
         "Two gradients",
         "The dense part is that of the imitation at every visited prefix, the sparse part that of "
         "the returns (REINFORCE). Unless stated otherwise, gradients are those at the logits, over "
@@ -143,7 +103,7 @@ SECTIONS = (
             "below 0, the parts oppose each other",
         ),
     ),
-    _section(
+    section(
         "Schedules",
         "The weights of the two goals, imitation and reward, in the step.",
         (
@@ -159,7 +119,7 @@ SECTIONS = (
             "follows algorithm.imitation_weight and teachers.<name>.schedule",
         ),
     ),
-    _section(
+    section(
         "Student and teacher",
         "p is the student's distribution, q the teacher's; means over response tokens. The metrics "
         "under teacher/ are computed every diagnostics.every steps.",
@@ -218,7 +178,7 @@ SECTIONS = (
         ("teacher/entropy", "nats", "mean of H(q)", "the level that entropy/token moves towards"),
         ("teacher/entropy_gap", "nats", "mean of |H(q) - H(p)|", "falls to 0"),
     ),
-    _section(
+    section(
         "Entropy",
         "How undecided the student is about the next token.",
         (
@@ -235,7 +195,7 @@ SECTIONS = (
             "in a collapse q4 rises first",
         ),
     ),
-    _section(
+    section(
         "Advantages",
         "A = -(G minus its baseline) is the factor of grad log p(y), measured over response "
         "tokens. For pairs, A is minus the derivative of the loss by the token's log-prob.",
@@ -261,7 +221,7 @@ SECTIONS = (
             "equal; with gamma > 0 it is larger for early tokens, which more costs follow",
         ),
     ),
-    _section(
+    section(
         "Reward",
         "Over the responses that reward functions scored; absent without such a function.",
         ("reward/mean", "", "mean of the weighted sum of all functions", "rises"),
@@ -297,7 +257,7 @@ SECTIONS = (
             "algorithm.dynamic_sampling",
         ),
     ),
-    _section(
+    section(
         "Held-out problems",
         "Measured every eval.every steps.",
         (
@@ -339,7 +299,7 @@ SECTIONS = (
             "the level to compare with",
         ),
     ),
-    _section(
+    section(
         "Responses",
         "Over all responses of a step, sampled or from the data.",
         (
@@ -381,7 +341,7 @@ SECTIONS = (
             "near 0; a rise shows repetition",
         ),
     ),
-    _section(
+    section(
         "Sampler against learner",
         "rho = p(y) / mu(y), the learner's probability over the sampler's, at the sampled tokens; "
         "responses from the data have no sampler and do not count.",
@@ -458,7 +418,7 @@ SECTIONS = (
             "0 in the synchronous schedule",
         ),
     ),
-    _section(
+    section(
         "Pairs",
         "Present with algorithm.pair.loss. s_w and s_l are the scores of the chosen and the "
         "rejected response: log p - log q, or log p without a reference, or the reward model's "
@@ -499,7 +459,7 @@ SECTIONS = (
             "falls, slowly",
         ),
     ),
-    _section(
+    section(
         "Time and bytes",
         "Times are measured by the controller, unless stated otherwise; bytes are those of a step.",
         ("perf/tokens_per_s", "tokens/s", "response tokens of a step over its wall time", "steady"),
@@ -606,40 +566,8 @@ SECTIONS = (
     ),
 )
 
-HEAD = """# Metrics
-
-Every key of metrics.jsonl, generated by `python -m hybridrl.tracking.glossary`. Means are over the
-response tokens of the global batch whose weight is above 0, and exact: the ranks add up sums in
-float64. A key is absent if there was nothing to measure. m is the weight of a token, y the token,
-p(y) its probability by the student, G its return, f(rho) the factor by algorithm.ratio (1 without
-one), w_i and D_i the weight and the divergence of teacher i.
-"""
-
-
-TABLE = "| metric | unit | formula | healthy value, or what a change means |\n|---|---|---|---|"
-
 
 def explain(key: str) -> Metric | None:
     """The entry for a key of a row, the most specific one; None: the key is unknown."""
-    matches = [metric for section in SECTIONS for metric in section.metrics if metric.covers(key)]
+    matches = [metric for part in SECTIONS for metric in part.metrics if metric.covers(key)]
     return min(matches, key=lambda metric: metric.key.count("<"), default=None)
-
-
-def page() -> str:
-    """The text of METRICS.md."""
-    parts = [HEAD]
-    for section in SECTIONS:
-        rows = "\n".join(" | ".join(_cells(m)).join(("| ", " |")) for m in section.metrics)
-        parts.append(f"## {section.title}\n\n{section.text}\n\n{TABLE}\n{rows}\n")
-    return "\n".join(parts)
-
-
-def _cells(metric: Metric) -> list[str]:
-    return [
-        f"`{metric.key}`",
-        *(cell.replace("|", "\\|") for cell in (metric.unit, metric.formula, metric.reading)),
-    ]
-
-
-if __name__ == "__main__":
-    print(page(), end="")

@@ -50,7 +50,8 @@ from hybridrl.settings.algorithm import AlgorithmConfig, PairConfig
 from hybridrl.settings.choices import Source
 from hybridrl.settings.compose import load_config
 from hybridrl.tracking.console import PHASES
-from hybridrl.tracking.glossary import SECTIONS, explain, page
+from hybridrl.tracking.glossary import SECTIONS, explain
+from hybridrl.tracking.metrics_page import page
 from hybridrl.types import (
     BatchPlan,
     ChunkHeader,
@@ -606,5 +607,5 @@ def test_the_curves_of_the_report_are_of_metrics_in_the_glossary():
 def test_the_page_of_metrics_is_up_to_date():
     written = Path(__file__).parent.parent.parent / "hybridrl" / "tracking" / "METRICS.md"
     assert written.read_text() == page(), (
-        "python -m hybridrl.tracking.glossary > hybridrl/tracking/METRICS.md"
+        "python -m hybridrl.tracking.metrics_page > hybridrl/tracking/METRICS.md"
     )

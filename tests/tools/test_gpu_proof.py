@@ -437,12 +437,18 @@ def test_a_run_with_offloading_must_begin_with_the_loss_of_the_run_without(tmp_p
     assert verdicts == ["pass", "fail"]
 
 
-def test_every_command_of_a_whole_run_is_a_valid_one():
-    several = ("experiment=quickstart", "run.dir=X", "cluster.device=cuda", *graph.ON_SEVERAL)
-    for more in ("learner.offload=optimizer", "learner.offload=parameters", "cluster.spread=true"):
-        load_config([*several, more])
+def test_a_whole_run_has_the_placement_and_the_transfer_that_its_step_checks():
+    base = ("experiment=quickstart", "run.dir=X", "cluster.device=cuda")
+    for offload in ("none", "optimizer", "parameters"):
+        settings = load_config([*base, *graph.ON_SEVERAL, f"learner.offload={offload}"])
+        assert settings.learner.offload == offload and settings.learner.zero_stage == 3
+        assert settings.learner.ranks + settings.rollout.engines + settings.scorer.replicas == 4
+        assert settings.rollout.weight_transfer == "nccl" and not settings.cluster.colocate
+    assert load_config([*base, *graph.ON_SEVERAL, "cluster.spread=true"]).cluster.spread
     for transfer in ("object_store", "ipc"):
-        load_config([*several[:3], *graph.ON_ONE_GPU, f"rollout.weight_transfer={transfer}"])
+        more = f"rollout.weight_transfer={transfer}"
+        settings = load_config([*base, *graph.ON_ONE_GPU, more])
+        assert settings.rollout.weight_transfer == transfer and settings.cluster.colocate
 
 
 # -- with few packages -----------------------------------------------------------------------------

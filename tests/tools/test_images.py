@@ -1,4 +1,6 @@
-"""Container images: what their Dockerfiles install, as whom, and what the build context holds."""
+"""Container images: what their Dockerfiles install, the user that they run as, and the files
+that are sent to the build.
+"""
 
 import re
 from fnmatch import fnmatch
