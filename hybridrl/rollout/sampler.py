@@ -21,6 +21,7 @@ from hybridrl.rollout.vllm_internals import (
     has_launched,
     pause_scheduling,
     read_completion,
+    refusals,
     resume_scheduling,
 )
 from hybridrl.rollout.waves import Waves
@@ -198,7 +199,7 @@ class Sampler:
         try:
             params = sampling_params(order, room, seed, self.stop_token_ids)
             output = self._add(request, token_ids, params, order)
-        except ValueError as error:
+        except refusals() as error:
             raise DataError(f"prompt {prompt.uid}: {error}") from error
         try:
             return read_completion(await output, order.support)

@@ -47,6 +47,13 @@ def environment(*, own_process: bool) -> dict[str, str]:
     }
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """The errors by which an engine refuses a request; those of vLLM's own are no ValueError."""
+    from vllm.exceptions import VLLMClientError
+
+    return ValueError, VLLMClientError
+
+
 def core_has_ended(engine: "LLMEngine") -> bool:
     """Whether the process of the engine core has ended; only for a core in a process of its own."""
     return engine.engine_core.resources.engine_dead

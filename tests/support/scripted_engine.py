@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from vllm import SamplingParams, TokensPrompt
+from vllm.exceptions import VLLMValidationError
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, WeightVersionSpan
 
@@ -54,7 +55,7 @@ class ScriptedEngine:
     ) -> None:
         token_ids = prompt["prompt_token_ids"]
         if len(token_ids) > LONGEST_PROMPT:
-            raise ValueError(f"the prompt has {len(token_ids)} tokens")
+            raise VLLMValidationError(f"the prompt has {len(token_ids)} tokens")
         salt = prompt["cache_salt"]
         request = Request(request_id, token_ids, salt, params, arrival_time, priority)
         self.requests.append(request)
