@@ -1,0 +1,131 @@
+"""A scorer whose teacher an engine of vLLM holds: over several GPUs, or with quantised weights."""
+
+import os
+from collections.abc import Sequence
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from hybridrl.core.errors import ServerError
+from hybridrl.core.plain_text import described
+from hybridrl.kernels.head import HeadRule
+from hybridrl.models.loading import is_wrongly_tied, resolve
+from hybridrl.rollout.engine import end_with_core
+from hybridrl.rollout.engine_arguments import typed
+from hybridrl.rollout.vllm_internals import environment, read_prompt
+from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.evidence import Evidence
+from hybridrl.teachers.reported import ReportedScorer, ReportedScores
+
+if TYPE_CHECKING:
+    from vllm import EngineArgs, LLMEngine
+
+CPU_KV_CACHE_BYTES = 2**28  # on CPUs, unless the engine's kv_cache_memory_bytes is set
+SCORED_TOKENS = 2048
+"""Tokens of one step of the engine, unless its max_num_batched_tokens is set: the logits and the
+log-probs of all of them are in memory at once, for which vLLM reserves none.
+"""
+
+
+class EngineScorer(ReportedScorer):
+    """One engine, which scores sequences as prompts.
+
+    A sequence is the prompt of a completion of one token, with `prompt_logprobs=K`. vLLM computes
+    them from the logits as they are, at temperature 1.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Raises:
+        ServerError: from `score`, if the engine refuses a sequence, or its log-probs are none.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        *,
+        teacher: str,
+        device: str,
+        evidence: Evidence,
+        rule: HeadRule,
+    ) -> None:
+        self.source = f"teachers.{teacher}.engine"
+        super().__init__(settings, teacher=teacher, evidence=evidence, rule=rule)
+        own_process = settings.teachers[teacher].gpus > 1
+        os.environ |= environment(own_process=own_process)
+        from vllm import LLMEngine
+
+        self.engine: LLMEngine = LLMEngine.from_engine_args(
+            scoring_engine_args(settings, teacher, device), enable_multiprocessing=own_process
+        )
+        if own_process:
+            Thread(target=end_with_core, args=(self.engine,), daemon=True).start()
+        self.requests = 0  # so far, which makes their names unique
+
+    def configure(self, settings: RunSettings, evidence: Evidence, rule: HeadRule) -> None:
+        super().configure(settings, evidence, rule)
+        self.identity = f"engine {self.identity}"
+
+    def answers(self, sequences: Sequence[Sequence[int]]) -> list[ReportedScores]:
+        from vllm import SamplingParams, TokensPrompt
+
+        top = self.evidence.support
+        parameters = SamplingParams(
+            max_tokens=1,  # vLLM generates at least one
+            temperature=0.0,
+            prompt_logprobs=top,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        names = [str(self.requests + i) for i in range(len(sequences))]
+        self.requests += len(sequences)
+        try:
+            for name, ids in zip(names, sequences, strict=True):
+                self.engine.add_request(name, TokensPrompt(prompt_token_ids=list(ids)), parameters)
+            outputs = self._finished()
+            return [read_prompt(outputs[name], top) for name in names]
+        except ValueError as error:
+            self.engine.abort_request(names)
+            raise ServerError(f"{self.source}: {described(error)}") from error
+
+    def _finished(self) -> dict[str, Any]:
+        """The outputs of all requests, by their names."""
+        outputs = {}
+        while self.engine.has_unfinished_requests():
+            outputs |= {output.request_id: output for output in self.engine.step()}
+        return outputs
+
+
+def scoring_engine_args(settings: RunSettings, teacher: str, device: str) -> "EngineArgs":
+    """vLLM's arguments for an engine that scores, those of teachers.NAME.engine among them.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    from vllm import EngineArgs
+
+    model = settings.teacher_model(teacher)
+    config = settings.teachers[teacher]
+    arguments = config.engine or {}
+    tied = {"tie_word_embeddings": False} if is_wrongly_tied(model.path, model.revision) else {}
+    on_cpu = device == "cpu"
+    chosen = {
+        "enforce_eager": True,  # graphs are for decoding
+        "disable_log_stats": True,
+        "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES if on_cpu else None,
+        "max_num_batched_tokens": SCORED_TOKENS,
+        **{name: typed(name, value) for name, value in arguments.items()},
+        "hf_overrides": {**arguments.get("hf_overrides", {}), **tied},
+    }
+    return EngineArgs(
+        model=str(resolve(model.path, model.revision)),
+        trust_remote_code=False,
+        load_format="safetensors",
+        dtype=model.dtype,
+        max_model_len=settings.rollout.sequence_limit + 1,  # with the token that is generated
+        distributed_executor_backend="mp" if config.gpus > 1 else "uni",
+        max_logprobs=-1,  # as many as algorithm.topk.k
+        # A request for prompt_logprobs does not read the cache.
+        enable_prefix_caching=False,
+        seed=settings.run.seed,
+        **chosen,
+    )
