@@ -9,7 +9,7 @@ from hybridrl.core.errors import ServerError
 from hybridrl.core.plain_text import described
 from hybridrl.kernels.head import HeadRule
 from hybridrl.models.loading import is_wrongly_tied, resolve
-from hybridrl.rollout.engine import end_with_core
+from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, end_with_core
 from hybridrl.rollout.engine_arguments import typed
 from hybridrl.rollout.vllm_internals import environment, read_prompt
 from hybridrl.settings.run import RunSettings
@@ -17,13 +17,21 @@ from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.reported import ReportedScorer, ReportedScores
 
 if TYPE_CHECKING:
-    from vllm import EngineArgs, LLMEngine
+    from vllm import EngineArgs
 
-CPU_KV_CACHE_BYTES = 2**28  # on CPUs, unless the engine's kv_cache_memory_bytes is set
-SCORED_TOKENS = 2048
-"""Tokens of one step of the engine, unless its max_num_batched_tokens is set: the logits and the
-log-probs of all of them are in memory at once, for which vLLM reserves none.
+ONE_MORE = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+"""vLLM counts the token that it generates as one of the sequence, also where that has as many
+tokens as the model has positions. The token is not read, so no position is missing.
 """
+DEFAULTS = {
+    # The logits and log-probs of all tokens of a step may be in memory at once, and vLLM reserves
+    # none for them.
+    "max_num_batched_tokens": 2048,
+    "gpu_memory_utilization": 0.9,
+    "enforce_eager": True,  # graphs are for decoding
+    "disable_log_stats": True,
+}
+"""Arguments of the engine, unless teachers.NAME.engine has others."""
 
 
 class EngineScorer(ReportedScorer):
@@ -51,7 +59,7 @@ class EngineScorer(ReportedScorer):
         self.source = f"teachers.{teacher}.engine"
         super().__init__(settings, teacher=teacher, evidence=evidence, rule=rule)
         own_process = settings.teachers[teacher].gpus > 1
-        os.environ |= environment(own_process=own_process)
+        os.environ |= environment(own_process=own_process) | ONE_MORE
         from vllm import LLMEngine
 
         self.engine: LLMEngine = LLMEngine.from_engine_args(
@@ -67,6 +75,7 @@ class EngineScorer(ReportedScorer):
 
     def answers(self, sequences: Sequence[Sequence[int]]) -> list[ReportedScores]:
         from vllm import SamplingParams, TokensPrompt
+        from vllm.exceptions import VLLMClientError
 
         top = self.evidence.support
         parameters = SamplingParams(
@@ -83,7 +92,7 @@ class EngineScorer(ReportedScorer):
                 self.engine.add_request(name, TokensPrompt(prompt_token_ids=list(ids)), parameters)
             outputs = self._finished()
             return [read_prompt(outputs[name], top) for name in names]
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             self.engine.abort_request(names)
             raise ServerError(f"{self.source}: {described(error)}") from error
 
@@ -107,12 +116,9 @@ def scoring_engine_args(settings: RunSettings, teacher: str, device: str) -> "En
     config = settings.teachers[teacher]
     arguments = config.engine or {}
     tied = {"tie_word_embeddings": False} if is_wrongly_tied(model.path, model.revision) else {}
-    on_cpu = device == "cpu"
     chosen = {
-        "enforce_eager": True,  # graphs are for decoding
-        "disable_log_stats": True,
-        "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES if on_cpu else None,
-        "max_num_batched_tokens": SCORED_TOKENS,
+        **DEFAULTS,
+        "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES if device == "cpu" else None,
         **{name: typed(name, value) for name, value in arguments.items()},
         "hf_overrides": {**arguments.get("hf_overrides", {}), **tied},
     }
