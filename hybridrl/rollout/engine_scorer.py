@@ -98,7 +98,7 @@ class EngineScorer(ReportedScorer):
 
     def _finished(self) -> dict[str, Any]:
         """The outputs of all requests, by their names."""
-        outputs = {}
+        outputs: dict[str, Any] = {}
         while self.engine.has_unfinished_requests():
             outputs |= {output.request_id: output for output in self.engine.step()}
         return outputs

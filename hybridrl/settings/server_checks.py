@@ -112,8 +112,8 @@ def check_reported(settings: RunSettings, name: str, source: str, what: str) -> 
         )
     if algorithm.temperature != 1.0:
         raise ConfigError(
-            f"algorithm.temperature={algorithm.temperature}: {what} reports log-probs at "
-            f"temperature 1, and scores by {source}; set it to 1, or load the teacher here by "
+            f"algorithm.temperature={algorithm.temperature}: {what} ({source}) reports log-probs "
+            "at temperature 1; set it to 1, or load the teacher here by "
             f"teachers.{name}.path alone"
         )
 

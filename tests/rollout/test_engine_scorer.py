@@ -100,7 +100,7 @@ def test_a_sequence_that_the_engine_refuses_is_an_error_and_the_next_ones_are_sc
         (("teachers.main.evidence=null",), "and the run needs its hidden states; set teachers.mai"),
         (("teachers.main.evidence=vocabulary",), "and the run needs its whole vocabulary"),
         (("teachers.main.evidence=support",), "and the run needs tokens that the sampler chose"),
-        (("algorithm.temperature=0.7",), "an engine reports log-probs at temperature 1"),
+        (("algorithm.temperature=0.7",), "an engine (teachers.main.engine) reports log-probs at"),
     ],
 )
 def test_settings_that_no_engine_can_serve_are_refused(
