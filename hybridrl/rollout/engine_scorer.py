@@ -2,16 +2,16 @@
 
 import os
 from collections.abc import Sequence
-from threading import Thread
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hybridrl.core.errors import ServerError
 from hybridrl.core.plain_text import described
 from hybridrl.kernels.head import HeadRule
 from hybridrl.models.loading import is_wrongly_tied, resolve
-from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, end_with_core
+from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, start_engine
 from hybridrl.rollout.engine_arguments import typed
-from hybridrl.rollout.vllm_internals import environment, read_prompt
+from hybridrl.rollout.vllm_internals import read_prompt
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.reported import ReportedScorer, ReportedScores
@@ -58,15 +58,11 @@ class EngineScorer(ReportedScorer):
     ) -> None:
         self.source = f"teachers.{teacher}.engine"
         super().__init__(settings, teacher=teacher, evidence=evidence, rule=rule)
-        own_process = settings.teachers[teacher].gpus > 1
-        os.environ |= environment(own_process=own_process) | ONE_MORE
-        from vllm import LLMEngine
-
-        self.engine: LLMEngine = LLMEngine.from_engine_args(
-            scoring_engine_args(settings, teacher, device), enable_multiprocessing=own_process
+        os.environ |= ONE_MORE
+        self.engine = start_engine(
+            partial(scoring_engine_args, settings, teacher, device),
+            own_process=settings.teachers[teacher].gpus > 1,
         )
-        if own_process:
-            Thread(target=end_with_core, args=(self.engine,), daemon=True).start()
         self.requests = 0  # so far, which makes their names unique
 
     def configure(self, settings: RunSettings, evidence: Evidence, rule: HeadRule) -> None:

@@ -16,7 +16,7 @@ from hybridrl.launch.preflight import check_gaps, check_models
 from hybridrl.planning.fit import check_fit
 from hybridrl.planning.plan import make_plan
 from hybridrl.rollout.engine_arguments import ArgumentRules, check_engine_arguments
-from hybridrl.rollout.engine_scorer import EngineScorer
+from hybridrl.rollout.engine_scorer import EngineScorer, scoring_engine_args
 from hybridrl.runtime.scorer_group import scoring
 from hybridrl.runtime.workers import teams
 from hybridrl.settings.compose import load_config
@@ -127,6 +127,16 @@ def test_an_argument_of_a_teachers_engine_that_the_run_decides_is_refused(name: 
     with pytest.raises(ConfigError) as caught:
         check_engine_arguments({name: None}, ArgumentRules.of_teacher("main"))
     assert str(caught.value).startswith(f"teachers.main.engine.{name}: {message}")
+
+
+def test_an_engine_on_gpus_has_the_users_arguments_and_leaves_room_for_the_logits(folder: Path):
+    more = "++teachers.main.engine={tensor_parallel_size:2,enforce_eager:false}"
+    settings = settings_of(folder, more, "rollout.kv_cache_bytes=1000")
+    args = scoring_engine_args(settings, "main", "cuda")
+    assert (args.tensor_parallel_size, args.distributed_executor_backend) == (2, "mp")
+    assert not args.enforce_eager and not args.enable_prefix_caching
+    assert (args.gpu_memory_utilization, args.kv_cache_memory_bytes) == (0.9, None)
+    assert (args.max_model_len, args.max_num_batched_tokens) == (65, 2048)
 
 
 def test_an_engine_without_arguments_is_an_engine_and_null_is_none(folder: Path):
