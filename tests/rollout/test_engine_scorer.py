@@ -17,9 +17,10 @@ from hybridrl.planning.fit import check_fit
 from hybridrl.planning.plan import make_plan
 from hybridrl.rollout.engine_arguments import ArgumentRules, check_engine_arguments
 from hybridrl.rollout.engine_scorer import EngineScorer, scoring_engine_args
+from hybridrl.run_dir.directory import changes
 from hybridrl.runtime.scorer_group import scoring
 from hybridrl.runtime.workers import teams
-from hybridrl.settings.compose import load_config
+from hybridrl.settings.compose import from_yaml, load_config, to_yaml
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.scorer import Scorer
 from hybridrl.types import TokenScores
@@ -140,7 +141,9 @@ def test_an_engine_on_gpus_has_the_users_arguments_and_leaves_room_for_the_logit
 
 
 def test_an_engine_without_arguments_is_an_engine_and_null_is_none(folder: Path):
-    assert settings_of(folder, "++teachers.main.engine={}").teachers["main"].engine == {}
+    settings = settings_of(folder, "++teachers.main.engine={}")
+    assert settings.teachers["main"].engine == {}
+    assert from_yaml(to_yaml(settings)).teachers["main"].engine == {}
     assert settings_of(folder).teachers["main"].engine is None
 
 
@@ -160,6 +163,18 @@ def test_an_engine_has_a_gpu_for_each_rank_in_every_replica_and_its_parts_are_in
     taken = parts["weights"] + parts["activations"]
     assert parts["KV cache"] == int(0.9 * 2**30) - taken
     assert plan.seconds.score == pytest.approx(alone.seconds.score / 6)
+
+
+def test_a_run_may_continue_with_an_engine_of_another_size_and_not_with_another_engine(
+    folder: Path,
+):
+    alone, wide, quantised = (
+        settings_of(folder, f"++teachers.main.engine={{{arguments}}}")
+        for arguments in ("", "tensor_parallel_size:2", "quantization:fp8")
+    )
+    assert changes(alone, wide) == {}
+    assert list(changes(alone, quantised)) == ["teachers.main.engine.quantization"]
+    assert list(changes(settings_of(folder), alone)) == ["teachers.main.engine"]
 
 
 def test_a_cache_that_cannot_hold_a_sequence_is_refused_with_the_engines_own_setting(folder: Path):
