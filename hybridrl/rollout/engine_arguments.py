@@ -87,11 +87,10 @@ class ArgumentRules:
     @classmethod
     def of_teacher(cls, name: str) -> "ArgumentRules":
         """For teachers.NAME.engine."""
-        of_model = ("path", "revision", "dtype")
         decided_by = {
             argument: setting.replace("model.", f"teachers.{name}.")
             for argument, setting in DECIDED_BY.items()
-            if setting in {f"model.{part}" for part in of_model}
+            if setting.startswith("model.")
         }
         decided_by |= {
             "seed": "run.seed",
