@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from hybridrl.core.errors import ConfigError, ContractError, ServerError
 from hybridrl.launch.preflight import check_gaps, check_models
-from hybridrl.planning.fit import check_fit
+from hybridrl.planning.fit import check_fit, scorer_changes
 from hybridrl.planning.plan import make_plan
 from hybridrl.rollout.engine_arguments import ArgumentRules, check_engine_arguments
 from hybridrl.rollout.engine_scorer import EngineScorer, scoring_engine_args
@@ -181,6 +181,18 @@ def test_a_cache_that_cannot_hold_a_sequence_is_refused_with_the_engines_own_set
     settings = settings_of(folder, "++teachers.main.engine={kv_cache_memory_bytes:1000}")
     with pytest.raises(ConfigError, match=r"raise teachers\.main\.engine\.kv_cache_memory_bytes$"):
         check_fit(make_plan(settings, device="cpu", device_bytes=2**36))
+    settings = settings_of(folder, "++teachers.main.engine={gpu_memory_utilization:0.001}")
+    with pytest.raises(ConfigError, match=r"raise teachers\.main\.engine\.tensor_parallel_size or"):
+        check_fit(make_plan(settings, device="cuda", device_bytes=2**30))
+
+
+def test_an_engine_that_does_not_fit_is_proposed_more_gpus_beside_its_other_arguments(folder: Path):
+    settings = settings_of(folder, "++teachers.main.engine={block_size:16,tensor_parallel_size:2}")
+    *_, four, eight = scorer_changes(settings, "main", can_shard=True)
+    assert four.text == "teachers.main.engine.tensor_parallel_size=4"
+    assert eight.text == "teachers.main.engine.tensor_parallel_size=8"
+    changed = four.make(settings).teachers["main"].engine
+    assert changed == {"block_size": 16, "tensor_parallel_size": 4}
 
 
 def test_two_answers_of_an_engine_may_differ_by_rounding_alone():
