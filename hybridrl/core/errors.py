@@ -106,9 +106,10 @@ def raised(error: WorkerError) -> bool:
 
 
 class ServerError(HybridRLError):
-    """A server that scores for a teacher did not answer in time, or its answer cannot be used.
+    """A server or an engine that scores for a teacher did not answer in time, or its answer cannot
+    be used.
 
-    The message names the setting and the address.
+    The message names the setting, and the address of a server.
     """
 
 

@@ -43,7 +43,8 @@ def describe(settings: RunSettings) -> Iterator[str]:
         if settings.teachers[name].url is not None:
             yield f"teacher   {name}: {settings.teachers[name].url}; it answers"
             continue
-        yield f"teacher   {name}: {teacher.path}, {teacher.dtype}; {reached(key, teacher)}"
+        engine = ", in an engine" if settings.teachers[name].engine is not None else ""
+        yield f"teacher   {name}: {teacher.path}, {teacher.dtype}{engine}; {reached(key, teacher)}"
     tokenizer = load_tokenizer(model.path, model.revision, eos=model.eos)
     yield f"ends      {'; '.join(alignment(settings, tokenizer))}"
     yield f"rewards   {', '.join(settings.reward.functions) or 'none'}"

@@ -27,6 +27,7 @@ from hybridrl.models.limits import CPU_HEAD_SIZES, most_positions, unserved_head
 from hybridrl.models.loading import (
     head_rows,
     is_on_hub,
+    is_quantised,
     load_layout,
     load_outline,
     load_tokenizer,
@@ -47,6 +48,9 @@ log = logging.getLogger(__name__)
 SHOWN = 3  # differing tokens that an error names
 PROBE_TOKENS = 8
 PROBE_PROMPTS = 4
+ENGINE_GAP = 0.05
+"""nats; largest mean |difference| between the log-probs of two answers of an engine."""
+ENGINE_REMEDY = f"{ENGINE_GAP:g}; look for a kernel of vLLM that is not deterministic"
 
 
 def models_in_use(settings: RunSettings) -> dict[str, tuple[str, str | None]]:
@@ -64,7 +68,8 @@ def models_in_use(settings: RunSettings) -> dict[str, tuple[str, str | None]]:
 def check_models(settings: RunSettings) -> None:
     """Refuse a model that is incomplete, or cannot read the sequences of the run.
 
-    Only the headers of the weights are read.
+    Only the headers of the weights are read. Quantised weights are not checked, which only the
+    engine of a teacher reads: their names and shapes are those of the quantisation.
 
     Raises:
         ConfigError: as load_outline; or the model has fewer positions than rollout.max_model_len;
@@ -73,10 +78,15 @@ def check_models(settings: RunSettings) -> None:
     """
     length = settings.rollout.max_model_len  # None: check_lengths refuses it with a proposal
     rows = head_rows(settings.model.path, settings.model.revision)
+    in_engines = {
+        f"teachers.{name}.path"
+        for name, teacher in settings.teachers.items()
+        if teacher.engine is not None
+    }
     for setting, (path, revision) in models_in_use(settings).items():
         config = model_config(path, revision, setting=setting)
         # Weights from the hub are downloaded by the worker that uses them, which also checks them.
-        if not is_on_hub(path):
+        if not is_on_hub(path) and not (setting in in_engines and is_quantised(config)):
             load_outline(path, revision, setting=setting)
         if length is not None and length > (positions := most_positions(config)):
             raise ConfigError(
@@ -428,8 +438,14 @@ def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Pro
         gather([follower for answer in answers for call in answer for follower in call.followers])
         first, second = (gather([call.scores for call in answer]) for answer in answers)
         teacher = settings.teachers[scorer.teacher]
-        max_gap = teacher.served.max_gap if teacher.url is not None else 0.0
-        check_repeats(scorer.teacher, first, second, max_gap)
+        if teacher.url is not None:
+            limit = f"teachers.{scorer.teacher}.served.max_gap={teacher.served.max_gap:g}"
+            remedy = "look for a model that changes on the server, or raise it"
+            check_gaps(scorer.teacher, first, second, teacher.served.max_gap, f"{limit}; {remedy}")
+        elif teacher.engine is not None:
+            check_gaps(scorer.teacher, first, second, ENGINE_GAP, ENGINE_REMEDY)
+        else:
+            check_repeats(scorer.teacher, first, second)
 
 
 def probe_prompts(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -440,23 +456,13 @@ def probe_prompts(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prom
 
 
 def check_repeats(
-    teacher: str,
-    first: Sequence[TokenScores],
-    second: Sequence[TokenScores],
-    max_gap: float = 0.0,
+    teacher: str, first: Sequence[TokenScores], second: Sequence[TokenScores]
 ) -> None:
-    """Compare the two answers of each replica for the same batch, bit by bit; or those of a server,
-    whose batches differ, by the drawn tokens' log-probs.
-
-    Args:
-        max_gap: nats, of the mean difference over the tokens; 0: no bit may differ.
+    """Compare the two answers of each replica for the same batch, bit by bit.
 
     Raises:
         ContractError: names the first replica whose answers differ.
     """
-    if max_gap:
-        check_gaps(teacher, first, second, max_gap)
-        return
     columns = ("logprobs", "rows", "support_ids")
     for replica, (a, b) in enumerate(zip(first, second, strict=True)):
         if any(getattr(a, column).tobytes() != getattr(b, column).tobytes() for column in columns):
@@ -468,9 +474,18 @@ def check_repeats(
 
 
 def check_gaps(
-    teacher: str, first: Sequence[TokenScores], second: Sequence[TokenScores], max_gap: float
+    teacher: str,
+    first: Sequence[TokenScores],
+    second: Sequence[TokenScores],
+    max_gap: float,
+    limit: str,
 ) -> None:
-    """Compare the log-probs of two answers of each replica of a served teacher.
+    """Compare the drawn tokens' log-probs in two answers of each replica, for a teacher in a server
+    or an engine, whose batches may differ.
+
+    Args:
+        max_gap: nats, of the mean difference over the tokens.
+        limit: that, and the remedy, for the error.
 
     Raises:
         ContractError: names the first replica whose answers differ by more than `max_gap` nats.
@@ -481,6 +496,5 @@ def check_gaps(
         if gap > max_gap:
             raise ContractError(
                 f"scorer-{teacher}/{replica}: two scorings of the same batch differ by {gap:.3g} "
-                f"nats a token, above teachers.{teacher}.served.max_gap={max_gap:g}; look for a "
-                "model that changes on the server, or raise it"
+                f"nats a token, above {limit}"
             )

@@ -52,7 +52,7 @@ from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.objectives.user_code import check_user_code
 from hybridrl.rewards.check import check_columns, loaded_rewards
 from hybridrl.rewards.reward_model import check_reward_models
-from hybridrl.rollout.engine_arguments import check_engine_arguments
+from hybridrl.rollout.engine_arguments import ArgumentRules, check_engine_arguments
 from hybridrl.run_dir.checkpoint import Checkpoint, Checkpointer
 from hybridrl.run_dir.directory import (
     check_usable,
@@ -402,6 +402,9 @@ def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     check_usable(settings)
     check_user_code(settings)
     check_engine_arguments(settings.rollout.engine)
+    for name in settings.scored_teachers:
+        arguments = settings.teachers[name].engine or {}
+        check_engine_arguments(arguments, ArgumentRules.of_teacher(name))
     with loaded_rewards(settings.reward) as rewards:
         prompts, heldout = prepare_prompts(settings)
         if rewards is not None:

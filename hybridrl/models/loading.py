@@ -111,6 +111,11 @@ def is_on_hub(path: str) -> bool:
     return not path.startswith(BUILTIN) and not Path(path).exists()
 
 
+def is_quantised(config: PreTrainedConfig) -> bool:
+    """Whether the weights are stored in a quantised form, which an engine can read."""
+    return getattr(config, "quantization_config", None) is not None
+
+
 @contextmanager
 def loaded_as(what: str, setting: str) -> Iterator[None]:
     """Turn every exception of transformers about a folder into a ConfigError.

@@ -38,19 +38,43 @@ def check_cache(plan: Plan) -> None:
     """Refuse an engine whose KV cache is smaller than one sequence of rollout.max_model_len."""
     rollout = plan.settings.rollout
     student = plan.sizes.student
-    needed = student.kv_numbers * plan.sizes.width * plan.sizes.tokens // rollout.tensor_parallel
-    (cache,) = (p.nbytes for p in plan.of_worker("rollout") if p.part == "KV cache")
-    if cache >= needed:
-        return
+    numbers = student.kv_numbers * plan.sizes.width // rollout.tensor_parallel
     remedy = (
         "raise rollout.kv_cache_bytes"
         if rollout.kv_cache_bytes or plan.device == "cpu"
         else "raise rollout.tensor_parallel or rollout.gpu_memory_utilization"
     )
-    raise ConfigError(
-        f"rollout.max_model_len={rollout.max_model_len}: one sequence needs {shown(needed)} of KV "
-        f"cache on each device of an engine, which has {shown(cache)} for it; {remedy}"
-    )
+    check_cache_of(plan, "rollout", numbers, remedy)
+    for teacher in plan.sizes.teachers:
+        engine = f"teachers.{teacher.name}.engine"
+        config = plan.settings.teachers[teacher.name]
+        if config.engine is not None:
+            numbers = teacher.shape.kv_numbers * teacher.width // config.gpus
+            remedy = (
+                f"raise {engine}.kv_cache_memory_bytes"
+                if "kv_cache_memory_bytes" in config.engine or plan.device == "cpu"
+                else f"raise {engine}.tensor_parallel_size or {engine}.gpu_memory_utilization"
+            )
+            check_cache_of(plan, f"scorer-{teacher.name}", numbers, remedy)
+
+
+def check_cache_of(plan: Plan, worker: str, of_token: int, remedy: str) -> None:
+    """Refuse a KV cache that is too small for one sequence.
+
+    Args:
+        of_token: bytes of a token on each device.
+
+    Raises:
+        ConfigError: it is.
+    """
+    needed = of_token * plan.sizes.tokens
+    (cache,) = (p.nbytes for p in plan.of_worker(worker) if p.part == "KV cache")
+    if cache < needed:
+        raise ConfigError(
+            f"rollout.max_model_len={plan.settings.rollout.max_model_len}: one sequence needs "
+            f"{shown(needed)} of KV cache on each device of an engine of {worker}, which has "
+            f"{shown(cache)} for it; {remedy}"
+        )
 
 
 def refuse(plan: Plan, seat: Seat) -> None:
@@ -175,6 +199,11 @@ def scorer_changes(settings: RunSettings, teacher: str, *, can_shard: bool) -> I
             return replace(old, teachers=old.teachers | {teacher: changed})
 
         yield Change(text=f"teachers.{teacher}.dtype=bfloat16", make=narrow)
+    if settings.teachers[teacher].engine is not None:
+        ranks = settings.teachers[teacher].gpus
+        more = (r for r in (2, 4, 8) if r > ranks and can_shard)
+        yield from (_in_engine(teacher, r) for r in more)
+        return
     most = MOST_DEVICES if can_shard else 0
     for devices in range(settings.teachers[teacher].devices + 1, most + 1):
         yield _on_devices(teacher, devices)
@@ -186,6 +215,15 @@ def _on_devices(teacher: str, devices: int) -> Change:
         return replace(old, teachers=old.teachers | {teacher: changed})
 
     return Change(text=f"teachers.{teacher}.devices={devices}", make=make)
+
+
+def _in_engine(teacher: str, ranks: int) -> Change:
+    def make(old: RunSettings) -> RunSettings:
+        arguments = (old.teachers[teacher].engine or {}) | {"tensor_parallel_size": ranks}
+        changed = replace(old.teachers[teacher], engine=arguments)
+        return replace(old, teachers=old.teachers | {teacher: changed})
+
+    return Change(text=f"teachers.{teacher}.engine.tensor_parallel_size={ranks}", make=make)
 
 
 def engine_changes(settings: RunSettings) -> Iterator[Change]:

@@ -13,10 +13,17 @@ from hybridrl.core.compiler import has_compiler
 from hybridrl.kernels.head import PIECE
 from hybridrl.models.decoder_layers import COMPILE_FROM, PLAIN_ATTENTION_TOKENS
 from hybridrl.objectives import make_objective
-from hybridrl.planning.model_shape import DTYPE_BYTES, ModelShape, model_shape, trained_numbers
+from hybridrl.planning.model_shape import (
+    DTYPE_BYTES,
+    ModelShape,
+    engine_weights,
+    model_shape,
+    trained_numbers,
+)
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.zero import WIDE, ZeroBytes, zero_bytes
 from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, prefill_tokens
+from hybridrl.rollout.engine_scorer import DEFAULTS
 from hybridrl.settings.choices import Attention, Products, WeightTransfer
 from hybridrl.settings.models import ModelConfig
 from hybridrl.settings.run import RunSettings
@@ -393,23 +400,49 @@ def engine_parts(
         "activations": pass_bytes(model, setting, prefill).forward // devices,
         "head pass": sizes.of_decoding * shape.vocabulary * (width + SAMPLED * WIDE) // devices,
     }
-    parts["KV cache"] = kv_cache(sizes, device_bytes, sum(parts.values()))
+    room = int(rollout.gpu_memory_utilization * device_bytes) - sum(parts.values())
+    parts["KV cache"] = kv_cache(rollout.kv_cache_bytes, room, on_cpu=sizes.on_cpu)
     for part, nbytes in parts.items():
         yield Part(worker, "sample", part, nbytes)
 
 
-def kv_cache(sizes: Sizes, device_bytes: int, taken: int) -> int:
+def scoring_engine_parts(sizes: Sizes, teacher: ScoredTeacher, device_bytes: int) -> Iterator[Part]:
+    """The memory of an engine that scores, on each of its devices."""
+    config = sizes.settings.teachers[teacher.name]
+    setting = sizes.settings.model_setting(teacher.name)
+    arguments = DEFAULTS | (config.engine or {})
+    shape = teacher.shape
+    at_once = arguments["max_num_batched_tokens"]
+    longest = min(at_once, sizes.tokens)
+    work = Pass(max(at_once // longest, 1), longest, learns=False)
+    repeated = shape.head * teacher.width if shape.tied and sizes.on_cpu else 0
+    weights = engine_weights(teacher.model, setting, arguments) + repeated
+    worker = f"scorer-{teacher.name}"
+    parts = {
+        "weights": weights // config.gpus,
+        "activations": pass_bytes(teacher.model, setting, work).forward // config.gpus,
+    }
+    parts["KV cache"] = kv_cache(
+        arguments.get("kv_cache_memory_bytes"),
+        int(arguments["gpu_memory_utilization"] * device_bytes) - sum(parts.values()),
+        on_cpu=sizes.on_cpu,
+    )
+    # The logits of one sequence at a time, and their log-probs, whole on every device.
+    parts["head pass"] = longest * shape.vocabulary * (teacher.width + WIDE)
+    for part, nbytes in parts.items():
+        yield Part(worker, "score", part, nbytes)
+
+
+def kv_cache(chosen: int | None, room: int, *, on_cpu: bool) -> int:
     """Bytes of an engine's KV cache on each of its devices.
 
     Args:
-        taken: by weights and activations.
+        chosen: by the settings.
+        room: what the engine may use of a GPU besides weights and activations.
     """
-    rollout = sizes.settings.rollout
-    if rollout.kv_cache_bytes:
-        return rollout.kv_cache_bytes
-    if sizes.on_cpu:
-        return CPU_KV_CACHE_BYTES
-    return max(int(rollout.gpu_memory_utilization * device_bytes) - taken, 0)
+    if chosen:
+        return chosen
+    return CPU_KV_CACHE_BYTES if on_cpu else max(room, 0)
 
 
 def worker_peak(parts: Sequence[Part]) -> int:

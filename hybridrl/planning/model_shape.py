@@ -3,11 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from hybridrl.models.loading import load_layout, model_config
+from hybridrl.models.loading import (
+    is_on_hub,
+    is_quantised,
+    load_layout,
+    model_config,
+    resolve,
+)
+from hybridrl.models.weight_files import tensor_files
 from hybridrl.settings.lora import LoraConfig
 from hybridrl.settings.models import ModelConfig
 from hybridrl.settings.run import RunSettings
@@ -75,6 +82,22 @@ def shape_of(path: str, revision: str | None, setting: str) -> ModelShape:
 def model_shape(model: ModelConfig, setting: str = "model.path") -> ModelShape:
     """As shape_of, of a model in the settings."""
     return shape_of(model.path, model.revision, setting)
+
+
+def engine_weights(model: ModelConfig, setting: str, arguments: Mapping[str, Any]) -> int:
+    """Bytes of a model's weights in an engine with these arguments of vLLM.
+
+    Quantised weights of a folder have the size of its files. Those that the engine quantises when
+    it loads them, and those of the hub, are counted with a byte for each number.
+
+    Example: Qwen2.5-7B in bfloat16 has 15.2 GB, quantised to 8 bits 7.6 GB.
+    """
+    quantised = is_quantised(model_config(model.path, model.revision, setting=setting))
+    if quantised and not is_on_hub(model.path):
+        files = tensor_files(resolve(model.path, model.revision), f"{setting}={model.path}")
+        return sum(file.stat().st_size for file in set(files.values()))
+    width = 1 if quantised or arguments.get("quantization") else DTYPE_BYTES[model.dtype]
+    return model_shape(model, setting).parameters * width
 
 
 class TrainedNumbers(NamedTuple):

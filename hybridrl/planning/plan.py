@@ -13,6 +13,7 @@ from hybridrl.planning.memory import (
     engine_parts,
     learner_parts,
     scorer_parts,
+    scoring_engine_parts,
     worker_peak,
     zero_of,
 )
@@ -142,7 +143,10 @@ def worker_parts(sizes: Sizes, device_bytes: int) -> Iterator[Part]:
         setting = settings.model_setting(name)
         yield from engine_parts(sizes, "teacher", teacher, setting, device_bytes)
     for scored in sizes.teachers:
-        yield from scorer_parts(sizes, scored)
+        if settings.teachers[scored.name].engine is not None:
+            yield from scoring_engine_parts(sizes, scored, device_bytes)
+        else:
+            yield from scorer_parts(sizes, scored)
 
 
 def with_heap(parts: Sequence[Part], *, on_cpu: bool) -> Iterator[Part]:

@@ -119,7 +119,8 @@ def score_seconds(sizes: Sizes, teacher: ScoredTeacher, rates: Rates) -> float:
     Example: 1e6 tokens of Qwen2.5-32B at 400 TFLOP/s: 2 x 31.2e9 x 1e6 / 400e12 = 156 s.
     """
     tokens = sizes.sequences * sizes.tokens
-    devices = sizes.settings.scorer.replicas * sizes.settings.teachers[teacher.name].devices
+    config = sizes.settings.teachers[teacher.name]
+    devices = sizes.settings.scorer.replicas * config.devices * config.gpus
     return 2 * teacher.shape.multiplied * tokens / (devices * rates.flops)
 
 

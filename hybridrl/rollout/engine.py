@@ -5,9 +5,10 @@ updates in the meantime.
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from threading import Thread
@@ -73,14 +74,9 @@ class Rollout:
         # vLLM's message queue, and because an engine in a process of its own steps as soon as the
         # first request is there, so that the batch would depend on arrival times.
         self.own_process = settings.rollout.tensor_parallel > 1
-        os.environ |= environment(own_process=self.own_process)
-        from vllm import LLMEngine
-
-        self.engine: LLMEngine = LLMEngine.from_engine_args(
-            engine_args(settings, model, device, backend), enable_multiprocessing=self.own_process
+        self.engine = start_engine(
+            partial(engine_args, settings, model, device, backend), own_process=self.own_process
         )
-        if self.own_process:
-            Thread(target=end_with_core, args=(self.engine,), daemon=True).start()
         if rollouter is None:
             own = None if teacher is None else TeacherTurn(Context.of(settings, teacher))
             rollouter = own or SingleTurn()
@@ -176,6 +172,23 @@ class Rollout:
     async def finish_weight_update(self, version: int) -> None:
         self.engine.collective_rpc("finish_weight_update")
         self.sampler.resume(version)
+
+
+def start_engine(make_args: Callable[[], "EngineArgs"], *, own_process: bool) -> "LLMEngine":
+    """An engine of vLLM, loaded.
+
+    Args:
+        make_args: makes its arguments; called when the environment is set, which vLLM reads as it
+            is imported.
+        own_process: its core runs in a process of its own, and this process ends with it.
+    """
+    os.environ |= environment(own_process=own_process)
+    from vllm import LLMEngine
+
+    engine: LLMEngine = LLMEngine.from_engine_args(make_args(), enable_multiprocessing=own_process)
+    if own_process:
+        Thread(target=end_with_core, args=(engine,), daemon=True).start()
+    return engine
 
 
 def engine_args(

@@ -1,4 +1,4 @@
-"""The arguments of vLLM's engine that a user sets by rollout.engine.
+"""The arguments of vLLM's engine that a user sets by rollout.engine or teachers.NAME.engine.
 
 They are compared with the argument class of the installed vLLM. Its import takes seconds and
 changes torch, so `python -m hybridrl.rollout.engine_arguments` does that in a child process.
@@ -40,27 +40,69 @@ DECIDED_BY = {
     "gpu_memory_utilization": "rollout.gpu_memory_utilization",
     "weight_transfer_config": "rollout.weight_transfer",
 }
-"""The setting that decides an argument."""
+"""The setting that decides an argument of an engine that samples."""
 
-ONE_NODE = "an engine has rollout.tensor_parallel devices of one node"
-FIXED = {
+ONE_NODE = "an engine has the devices of one node"
+NEVER = {
     "trust_remote_code": "code in a model's folder is never run",
     "code_revision": "code in a model's folder is never run",
     "load_format": "weights are read from safetensors alone",
     "hf_token": "a token is read from the variable HF_TOKEN, so that no file holds it",
-    "logprobs_mode": "the log-probs must be those of the distribution that is sampled",
-    "scheduling_policy": "the requests have priorities",
-    "scheduler_cls": "the requests have priorities",
-    "enable_chunked_prefill": "CPUs need it off for reproducible samples, and GPUs have it on",
     "worker_cls": "the worker is vLLM's own",
-    "worker_extension_cls": "the extension acknowledges each update of the weights",
     "pipeline_parallel_size": ONE_NODE,
     "prefill_context_parallel_size": ONE_NODE,
     "nnodes": ONE_NODE,
     "node_rank": ONE_NODE,
     "device_ids": ONE_NODE,
 }
-"""Why an argument has one value in every run."""
+"""Why an argument has one value in every engine."""
+FIXED = NEVER | {
+    "logprobs_mode": "the log-probs must be those of the distribution that is sampled",
+    "scheduling_policy": "the requests have priorities",
+    "scheduler_cls": "the requests have priorities",
+    "enable_chunked_prefill": "CPUs need it off for reproducible samples, and GPUs have it on",
+    "worker_extension_cls": "the extension acknowledges each update of the weights",
+}
+"""Why an argument has one value in every engine that samples."""
+FIXED_OF_TEACHER = NEVER | {
+    "logprobs_mode": "the log-probs must be those of the teacher's own distribution",
+    "enable_prefix_caching": "vLLM does not read it for log-probs of a prompt",
+    "weight_transfer_config": "the teacher's weights do not change",
+    "worker_extension_cls": "the teacher's weights do not change",
+}
+"""Why an argument has one value in every engine that scores."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArgumentRules:
+    """Which arguments a kind of engine takes from the user."""
+
+    setting: str
+    """with the arguments"""
+    decided_by: Mapping[str, str]
+    """the setting that decides an argument"""
+    fixed: Mapping[str, str]
+    """why an argument has one value"""
+
+    @classmethod
+    def of_teacher(cls, name: str) -> "ArgumentRules":
+        """For teachers.NAME.engine."""
+        decided_by = {
+            argument: setting.replace("model.", f"teachers.{name}.")
+            for argument, setting in DECIDED_BY.items()
+            if setting.startswith("model.")
+        }
+        decided_by |= {
+            "seed": "run.seed",
+            "max_model_len": "rollout.max_model_len",
+            "max_logprobs": "algorithm.topk.k",
+            "distributed_executor_backend": f"teachers.{name}.engine.tensor_parallel_size",
+            "data_parallel_size": "scorer.replicas",
+        }
+        return cls(setting=f"teachers.{name}.engine", decided_by=decided_by, fixed=FIXED_OF_TEACHER)
+
+
+OF_ROLLOUT = ArgumentRules(setting="rollout.engine", decided_by=DECIDED_BY, fixed=FIXED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,35 +115,35 @@ class Answer:
     """by the name of an argument: what is wrong with its value"""
 
 
-def check_engine_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse an argument of rollout.engine that vLLM does not have, or that the run decides.
+def check_engine_arguments(arguments: Mapping[str, Any], rules: ArgumentRules = OF_ROLLOUT) -> None:
+    """Refuse an argument that vLLM does not have, or that the run decides.
 
     Raises:
         ConfigError: names the argument; or vLLM cannot be imported here.
     """
     for name in arguments:
-        if (setting := DECIDED_BY.get(name)) is not None:
+        if (setting := rules.decided_by.get(name)) is not None:
             raise ConfigError(
-                f"rollout.engine.{name}: {setting} decides it; leave it out, and use that"
+                f"{rules.setting}.{name}: {setting} decides it; leave it out, and use that"
             )
-        if (reason := FIXED.get(name)) is not None:
-            raise ConfigError(f"rollout.engine.{name}: {reason}; leave it out")
+        if (reason := rules.fixed.get(name)) is not None:
+            raise ConfigError(f"{rules.setting}.{name}: {reason}; leave it out")
     if not arguments:
         return
-    answer = ask_vllm(arguments)
+    answer = ask_vllm(arguments, rules.setting)
     for name, value in arguments.items():
         if name not in answer.names:
             near = difflib.get_close_matches(name, answer.names, n=1)
             remedy = f"did you mean {near[0]}?" if near else "see vllm.EngineArgs for all of them"
-            raise ConfigError(f"rollout.engine.{name}: vLLM has no such argument; {remedy}")
+            raise ConfigError(f"{rules.setting}.{name}: vLLM has no such argument; {remedy}")
         if name in answer.refusals:
             raise ConfigError(
-                f"rollout.engine.{name}={value}: vLLM does not take it: {answer.refusals[name]}; "
+                f"{rules.setting}.{name}={value}: vLLM does not take it: {answer.refusals[name]}; "
                 "correct the value"
             )
 
 
-def ask_vllm(arguments: Mapping[str, Any]) -> Answer:
+def ask_vllm(arguments: Mapping[str, Any], setting: str) -> Answer:
     """Compare the arguments with vLLM's in a child process.
 
     Raises:
@@ -122,7 +164,7 @@ def ask_vllm(arguments: Mapping[str, Any]) -> Answer:
         said = getattr(error, "stderr", None) or str(error)
         problem = str(said).strip().splitlines()[-1]
         raise ConfigError(
-            f"rollout.engine: cannot be checked, because vLLM cannot be imported here ({problem}); "
+            f"{setting}: cannot be checked, because vLLM cannot be imported here ({problem}); "
             "install it, or leave the setting out"
         ) from error
     return Answer(**json.loads(child.stdout.splitlines()[-1]))

@@ -4,7 +4,9 @@ This file was written for the version below. tests/rollout/test_vllm_internals.p
 version is installed, or when one of these details differs from its description here.
 
 - `LLMEngine.engine_core.resources.engine_dead`: set when the process of the engine core has ended.
-- Flat log-probs (`SamplingParams.flat_logprobs`): 1 + K entries a token, the drawn token first.
+- Flat log-probs (`SamplingParams.flat_logprobs`): 1 + K entries a token, the drawn token first. Of
+  a prompt they begin with its second token.
+- Log-probs of a prompt are those of the logits as they are, whatever the parameters of sampling.
 - The priority queue of the scheduler orders by (priority, arrival_time), and arrival_time may be
   any number.
 - The environment variables below are read while the engine starts.
@@ -24,11 +26,12 @@ import numpy as np
 
 from hybridrl.core import parent
 from hybridrl.rollout.rollouter import Completion
+from hybridrl.teachers.reported import ReportedScores
 from hybridrl.types import FinishReason
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
-    from vllm.outputs import CompletionOutput
+    from vllm.outputs import CompletionOutput, RequestOutput
 
 VERSION = "0.32.0"
 FINISH_REASONS = {"stop": FinishReason.stop, "length": FinishReason.length}
@@ -108,4 +111,24 @@ def read_completion(output: "CompletionOutput", support: int) -> Completion:
         policy_versions=versions,
         support_ids=entries[:, 1:],
         finish_reason=FINISH_REASONS[output.finish_reason],
+    )
+
+
+def read_prompt(output: "RequestOutput", top: int) -> ReportedScores:
+    """The log-probs of a request's prompt of T tokens, and of the K most likely ones in each place.
+
+    Args:
+        top: K.
+
+    Raises:
+        ValueError: vLLM reports another number of them, or one that is not finite or above 0.
+    """
+    length = len(output.prompt_token_ids or [])
+    flat = output.prompt_logprobs
+    logprobs = np.zeros((length, 1 + top), np.float32)
+    entries = np.tile(np.arange(-1, top, dtype=np.int32), (length, 1))
+    logprobs[1:] = np.reshape(flat.logprobs, (length - 1, 1 + top))
+    entries[1:] = np.reshape(flat.token_ids, (length - 1, 1 + top))
+    return ReportedScores(
+        logprobs=logprobs[:, 0], top_ids=entries[:, 1:], top_logprobs=logprobs[:, 1:]
     )

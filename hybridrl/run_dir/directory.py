@@ -53,6 +53,16 @@ PARTS = (
 
 ABSENT = "(not set)"
 
+SIZES = (
+    "tensor_parallel_size",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_memory_bytes",
+    "gpu_memory_utilization",
+    "enforce_eager",
+)
+"""Arguments of a teacher's engine that may change when a run continues."""
+
 FREE = (
     "cluster",
     "deadlines",
@@ -448,7 +458,7 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
     Example: {"train.lr": (0.001, 0.002), "teachers.b.path": ("(not set)", "/models/b")}
     """
     prolonged = () if stretched_by_steps(old) or stretched_by_steps(new) else ("train.steps",)
-    free = (*FREE, *prolonged, *places_of_servers(old, new))
+    free = (*FREE, *prolonged, *places_of_servers(old, new), *sizes_of_engines(old, new))
     # Secrets are masked in both, as they are masked in config.yaml.
     before = flat(redact.tree(asdict(old)))
     after = flat(redact.tree(asdict(new)))
@@ -469,6 +479,15 @@ def places_of_servers(old: RunSettings, new: RunSettings) -> Iterator[str]:
     for name in old.teachers.keys() & new.teachers.keys():
         if old.teachers[name].url is not None and new.teachers[name].url is not None:
             yield from (f"teachers.{name}.{part}" for part in parts)
+
+
+def sizes_of_engines(old: RunSettings, new: RunSettings) -> Iterator[str]:
+    """Arguments of engines that score in both: their devices and memory may change, as those of the
+    engines that sample.
+    """
+    for name in old.teachers.keys() & new.teachers.keys():
+        if old.teachers[name].engine is not None and new.teachers[name].engine is not None:
+            yield from (f"teachers.{name}.engine.{part}" for part in SIZES)
 
 
 def stretched_by_steps(settings: RunSettings) -> list[str]:

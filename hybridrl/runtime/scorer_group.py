@@ -49,6 +49,8 @@ class ScorerGroup(StatelessGroup):
         self.teacher = teacher
         if settings.teachers[teacher].url is not None:
             self.worker = "hybridrl.teachers.served:ServedScorer"
+        if settings.teachers[teacher].engine is not None:
+            self.worker = "hybridrl.rollout.engine_scorer:EngineScorer"
         self.devices = settings.teachers[teacher].devices
         self.slots = slots
         self.start_s = settings.deadlines.start_s

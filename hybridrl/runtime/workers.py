@@ -96,9 +96,9 @@ def teams(settings: RunSettings) -> list[Team]:
     ]
     for name in settings.scored_teachers:
         teacher = settings.teachers[name]
-        here = teacher.url is None  # else its scorer only sends requests
         size = settings.scorer.replicas * teacher.devices
-        found.append(Team(name=f"scorer-{name}", size=size, gpus=int(here), heavy=here))
+        computes = teacher.url is None  # else its scorer only sends requests
+        found.append(Team(name=f"scorer-{name}", size=size, gpus=teacher.gpus, heavy=computes))
     if settings.algorithm.teacher_fraction:
         found.append(Team(name="teacher", size=1, gpus=rollout.tensor_parallel, heavy=True))
     if settings.algorithm.data_fraction:

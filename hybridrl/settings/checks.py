@@ -21,6 +21,7 @@ from hybridrl.settings.choices import (
     TemplateOf,
     WeightTransfer,
 )
+from hybridrl.settings.engine_checks import check_teacher_engines
 from hybridrl.settings.models import AUTO, DTYPES
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.server_checks import check_servers
@@ -435,6 +436,7 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_objective,
     check_teachers,
     check_servers,
+    check_teacher_engines,
     check_teacher_prompts,
     check_schedules,
     check_products,

@@ -57,6 +57,10 @@ class TeacherConfig:
     """key of the server at url; give it as ${oc.env:VARIABLE}, so that no file holds it"""
     served: ServedConfig = field(default_factory=ServedConfig)
     """how the server at url is used"""
+    engine: dict[str, Any] | None = None
+    """score by engines of vLLM that hold the model at path, one for each of scorer.replicas, with
+    these arguments, e.g. {tensor_parallel_size: 4}; {}: with vLLM's own. null: no engine
+    """
     revision: str | None = None
     """hub revision of path; null: the newest"""
     dtype: str = AUTO
@@ -88,3 +92,10 @@ class TeacherConfig:
     """
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """arguments of its own chat template, with chat_template=own"""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of each process of its scorers, on a cluster that has some."""
+        if self.url is not None:
+            return 0
+        return (self.engine or {}).get("tensor_parallel_size", 1)

@@ -25,7 +25,7 @@ def check_servers(settings: RunSettings) -> None:
         for setting, url in addresses.items():
             _check_address(setting, url)
         _check_alone(settings, name)
-        _check_answers(settings, name)
+        check_reported(settings, name, f"teachers.{name}.url={teacher.url}", "a server")
         _check_time(settings, name)
 
 
@@ -84,30 +84,37 @@ def _check_alone(settings: RunSettings, name: str) -> None:
         )
 
 
-def _check_answers(settings: RunSettings, name: str) -> None:
-    """A server reports log-probs of drawn tokens and of its own most likely ones."""
+def check_reported(settings: RunSettings, name: str, source: str, what: str) -> None:
+    """Refuse a teacher of which the run needs more than vLLM reports.
+
+    Args:
+        source: of its log-probs: a setting and its value.
+        what: that is, with its article.
+
+    Raises:
+        ConfigError: it needs other evidence, or another temperature than 1.
+    """
     if name not in settings.scored_teachers:
         return
-    teacher = settings.teachers[name]
     algorithm = settings.algorithm
     kind = settings.evidence_kind(name)
     own_topk = kind is EvidenceKind.support and algorithm.topk.source is SupportSource.teacher
     if kind is not EvidenceKind.drawn and not own_topk:
-        what = {
+        needed = {
             EvidenceKind.hidden: "its hidden states",
             EvidenceKind.vocabulary: "its whole vocabulary",
             EvidenceKind.support: "tokens that the sampler chose",
         }[kind]
         raise ConfigError(
-            f"teachers.{name}.url={teacher.url}: a server reports the log-probs of the drawn token "
-            f"and of its own most likely tokens, and the run needs {what}; set "
-            f"teachers.{name}.evidence=drawn, or evidence=support and algorithm.topk.source=teacher"
+            f"{source}: {what} reports the log-probs of the drawn token and of its own most likely "
+            f"tokens, and the run needs {needed}; set teachers.{name}.evidence=drawn, or "
+            "evidence=support and algorithm.topk.source=teacher"
         )
     if algorithm.temperature != 1.0:
         raise ConfigError(
-            f"algorithm.temperature={algorithm.temperature}: the server at teachers.{name}.url "
-            "reports log-probs at temperature 1; set it to 1, or load the teacher here by "
-            f"teachers.{name}.path"
+            f"algorithm.temperature={algorithm.temperature}: {what} ({source}) reports log-probs "
+            "at temperature 1; set it to 1, or load the teacher here by "
+            f"teachers.{name}.path alone"
         )
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
-from numpy.typing import NDArray
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -26,6 +25,7 @@ from tenacity import (
 from hybridrl.core.errors import ServerError
 from hybridrl.core.plain_text import described, plain
 from hybridrl.settings.servers import ServedConfig
+from hybridrl.teachers.reported import ReportedScores
 
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which the same request may succeed."""
@@ -43,15 +43,9 @@ class TransientError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServedScores:
-    """The log-probs that a server reports about one sequence of T tokens.
+class ServedScores(ReportedScores):
+    """The log-probs that a server reports about one sequence."""
 
-    Entry t is about token t given those before it; the first one is 0.
-    """
-
-    logprobs: NDArray[np.float32]  # [T] log q(token t | tokens before)
-    top_ids: NDArray[np.int32]  # [T, K] the server's most likely tokens, the most likely first
-    top_logprobs: NDArray[np.float32]  # [T, K]
     nbytes: int  # of the answer as JSON
 
 
@@ -281,14 +275,6 @@ def read_scores(answer: Any, ids: Sequence[int], top: int, nbytes: int) -> Serve
         ranked = sorted(of_id.items(), key=lambda item: -item[1])
         top_ids[t] = [token for token, _ in ranked]
         top_logprobs[t] = [logprob for _, logprob in ranked]
-    if not np.isfinite(logprobs).all() or not np.isfinite(top_logprobs).all():
-        raise ValueError("it has a log-prob that is not finite")
-    if max(logprobs.max(initial=0.0), top_logprobs.max(initial=0.0)) > ROUNDING:
-        raise ValueError("it has a log-prob above 0")
     return ServedScores(
         logprobs=logprobs, top_ids=top_ids, top_logprobs=top_logprobs, nbytes=nbytes
     )
-
-
-ROUNDING = 1e-3
-"""nats by which rounding may lift a log-prob above 0."""

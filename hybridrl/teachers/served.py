@@ -4,23 +4,18 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-import numpy as np
-import torch
-
 from hybridrl.core.errors import ServerError
 from hybridrl.kernels.head import HeadRule
-from hybridrl.models.loading import head_rows
 from hybridrl.settings.models import TeacherConfig
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence
+from hybridrl.teachers.reported import ReportedScorer
 from hybridrl.teachers.score_client import ScoreClient, ServedModel, ServedScores
-from hybridrl.teachers.scorer import Scorer, response_tokens
-from hybridrl.types import RolloutBatch, TokenScores
 
 log = logging.getLogger(__name__)
 
 
-class ServedScorer(Scorer):
+class ServedScorer(ReportedScorer):
     """One client of the server of one teacher; it holds no weights.
 
     A chunk is scored by one server as a whole. Where that is lost, the next one scores the chunk
@@ -39,13 +34,8 @@ class ServedScorer(Scorer):
         evidence: Evidence,
         rule: HeadRule,
     ) -> None:
-        self.teacher = teacher
-        self.place = None  # the server has the devices
-        rows = head_rows(settings.model.path, settings.model.revision)
-        # [V, 0]: the columns have the widths of a teacher without an output embedding here.
-        self.head = torch.empty(rows, 0)
         self.current = 0  # the server that answered last
-        self.configure(settings, evidence, rule)
+        super().__init__(settings, teacher=teacher, evidence=evidence, rule=rule)
 
     def configure(self, settings: RunSettings, evidence: Evidence, rule: HeadRule) -> None:
         super().configure(settings, evidence, rule)
@@ -53,38 +43,7 @@ class ServedScorer(Scorer):
         self.current = min(self.current, len(addresses(self.teacher, self.config)) - 1)
         model = self.config.served.model or self.config.url
         self.identity = f"served {model} {rule.temperature}"
-
-    def _score_sequences(
-        self, scores: TokenScores, batch: RolloutBatch, sequences: Sequence[int]
-    ) -> None:
-        if not sequences:
-            return
-        ids = [batch.trajectory(i).input_ids.tolist() for i in sequences]
-        answers = self.answers(ids)
-        self._check_tokens(answers)
-        first_rows = np.concatenate([[0], np.cumsum(batch.response_lengths)])
-        for i, answer in zip(sequences, answers, strict=True):
-            tokens = response_tokens(batch, i)
-            within = tokens - int(batch.offsets[i])
-            rows = slice(int(first_rows[i]), int(first_rows[i + 1]))
-            scores.logprobs[tokens] = answer.logprobs[within]
-            scores.rows[rows] = answer.top_logprobs[within]
-            scores.support_ids[rows] = answer.top_ids[within]
-        self._remember(scores, batch, sequences)
-
-    def _check_tokens(self, answers: Sequence[ServedScores]) -> None:
-        """Refuse tokens of which the student has no probability.
-
-        Raises:
-            ServerError: rows that only pad the teacher's output head are among its most likely
-                tokens.
-        """
-        largest = max(answer.top_ids.max(initial=-1) for answer in answers)
-        if largest >= len(self.head):
-            raise ServerError(
-                f"teachers.{self.teacher}.url={self.config.url}: token {largest} is among the most "
-                f"likely ones, and the student has {len(self.head)} tokens; lower algorithm.topk.k"
-            )
+        self.source = f"teachers.{self.teacher}.url={self.config.url}"
 
     def answers(self, sequences: Sequence[Sequence[int]]) -> list[ServedScores]:
         """The scores of sequences of token ids, all by the first server that is not lost.

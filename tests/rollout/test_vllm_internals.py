@@ -7,7 +7,7 @@ import pytest
 import vllm
 from vllm.envs import environment_variables
 from vllm.logprobs import FlatLogprobs
-from vllm.outputs import CompletionOutput, WeightVersionSpan
+from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
 from vllm.v1.core.sched.request_queue import PriorityRequestQueue
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import (
@@ -19,7 +19,7 @@ from vllm.v1.engine.core_client import (
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu_worker import Worker
 
-from hybridrl.rollout.vllm_internals import VERSION, environment, read_completion
+from hybridrl.rollout.vllm_internals import VERSION, environment, read_completion, read_prompt
 from hybridrl.types import FinishReason
 
 
@@ -50,6 +50,34 @@ def test_a_completion_holds_the_drawn_tokens_own_log_probs_and_versions():
 
 def test_the_support_is_the_most_likely_tokens_and_owes_nothing_to_the_drawn_one():
     assert read_completion(output(), support=2).support_ids.tolist() == [[1, 2], [3, 8]]
+
+
+def prompt_output(logprobs: list[float]) -> RequestOutput:
+    """A prompt of 5, 7 and 8, with the two most likely tokens in the places of the last two."""
+    return RequestOutput(
+        request_id="0",
+        prompt=None,
+        prompt_token_ids=[5, 7, 8],
+        prompt_logprobs=FlatLogprobs(token_ids=[7, 1, 2, 8, 3, 8], logprobs=logprobs),
+        outputs=[],
+        finished=True,
+    )
+
+
+def test_a_prompt_has_log_probs_from_its_second_token_on():
+    scores = read_prompt(prompt_output([-3.0, -0.5, -1.0, -0.9, -0.7, -0.9]), top=2)
+    assert scores.logprobs.tolist() == pytest.approx([0.0, -3.0, -0.9])
+    assert scores.top_ids[1:].tolist() == [[1, 2], [3, 8]]
+    assert scores.top_logprobs[1:].tolist() == [
+        pytest.approx([-0.5, -1.0]),
+        pytest.approx([-0.7, -0.9]),
+    ]
+
+
+@pytest.mark.parametrize("logprobs", [[-1.0] * 5, [-1.0] * 5 + [float("nan")], [-1.0] * 5 + [0.5]])
+def test_log_probs_of_a_prompt_that_are_missing_or_none_are_refused(logprobs: list[float]):
+    with pytest.raises(ValueError):
+        read_prompt(prompt_output(logprobs), top=2)
 
 
 @pytest.mark.parametrize("reason", ["abort", "error", "repetition", "something new", None])
