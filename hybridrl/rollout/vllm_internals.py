@@ -13,6 +13,8 @@ version is installed, or when one of these details differs from its description 
   collected every batch that it launched. A core in this process does not collect them: with
   asynchronous scheduling its `batch_queue` has those that `LLMEngine.step` must still collect.
 - A core attaches the weight version to the tokens of a batch when it collects the batch.
+- A request names an adapter by `lora_int_id`. A worker reads the folder `lora_path` only where it
+  holds no adapter of that number, and with `load_inplace` in every step.
 - Workers have the methods that `collective_rpc` calls by name: `start_weight_update`,
   `update_weights`, `finish_weight_update`, `init_weight_transfer_engine` and `synchronize_device`.
 """
@@ -25,9 +27,11 @@ import numpy as np
 from hybridrl.core import parent
 from hybridrl.rollout.rollouter import Completion
 from hybridrl.types import FinishReason
+from hybridrl.weights.library_internals import ADAPTER_ID
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput
 
 VERSION = "0.32.0"
@@ -45,6 +49,13 @@ def environment(*, own_process: bool) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
         **({parent.VARIABLE: "1"} if own_process else {}),
     }
+
+
+def adapter_request() -> "LoRARequest":
+    """What a request says to be computed with the adapter that the learner sent last."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("student", ADAPTER_ID, "/no/folder/since/the/learner/sends/it")
 
 
 def core_has_ended(engine: "LLMEngine") -> bool:

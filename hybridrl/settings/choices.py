@@ -183,6 +183,11 @@ class WeightTransfer(StrEnum):
     ipc = "ipc"
 
 
+class AdapterSync(StrEnum):
+    merged = "merged"  # whole matrices, with the adapters in them
+    adapter = "adapter"  # A and B alone, beside the base model that the engine read from disk
+
+
 class WandbMode(StrEnum):
     auto = "auto"  # online when a key is configured, else offline
     online = "online"
