@@ -106,6 +106,15 @@ ADAPTER_ID = 1
 """vLLM's number of the only adapter of an engine."""
 
 
+def set_empty_adapter(model: nn.Module) -> None:
+    """Put an adapter of zeros, which changes nothing, into the only slot of vLLM's model."""
+    whole: Any = model
+    manager = whole.lora_manager
+    rank = manager.get_dummy_lora_warmup_rank(1)
+    manager.add_adapter(manager.create_dummy_lora(ADAPTER_ID, rank, whole.embedding_modules))
+    manager.activate_adapter(ADAPTER_ID)
+
+
 def set_adapter(model: nn.Module, rank: int, tensors: Mapping[str, Tensor]) -> set[str]:
     """Put an adapter into the only slot of vLLM's model, in the place of the one before.
 
@@ -115,7 +124,7 @@ def set_adapter(model: nn.Module, rank: int, tensors: Mapping[str, Tensor]) -> s
 
     Args:
         model: of an engine with enable_lora, which has its adapters in its `lora_manager`.
-        rank: of the adapter; 1 for one without layers, which changes nothing.
+        rank: of the adapter.
         tensors: A [rank, in] and B [out, rank] by peft's names, with the factor s in B. vLLM keeps
             these tensors.
 

@@ -37,6 +37,7 @@ from hybridrl.weights.library_internals import (
     end_reload,
     has_transfer_backend,
     set_adapter,
+    set_empty_adapter,
     transfer_engine,
 )
 from hybridrl.weights.stream import WeightStream, unpack
@@ -150,15 +151,22 @@ class WorkerExtension:
 
     def add_empty_adapter(self) -> None:
         """An adapter that changes nothing, so that requests can name it before the first update."""
-        set_adapter(transfer_engine(self).model, 1, {})
+        set_empty_adapter(object_store_engine(self).model)
 
     def load_adapter(self, update_info: dict[str, Any]) -> None:
         """As ObjectStoreTransferEngine.replace_adapter."""
-        transfer_engine(self).replace_adapter(ObjectStoreUpdateInfo(**update_info))
+        object_store_engine(self).replace_adapter(ObjectStoreUpdateInfo(**update_info))
 
     def received_digest(self) -> str | None:
         """XXH3-128 of the weights that this worker loaded last; None: the backend has none."""
         return getattr(transfer_engine(self), "received_digest", None)
+
+
+def object_store_engine(worker: WorkerExtension) -> ObjectStoreTransferEngine:
+    """The worker's side of the backend `object_store`."""
+    engine = transfer_engine(worker)
+    assert isinstance(engine, ObjectStoreTransferEngine), "checks.py allows adapters no other one"
+    return engine
 
 
 class StreamSource(WeightSource):

@@ -15,6 +15,7 @@ import torch
 
 from hybridrl.core.errors import WeightSyncError
 from hybridrl.models.loading import load_model
+from hybridrl.settings.choices import AdapterSync
 from hybridrl.settings.lora import ENGINE_RANKS, LoraConfig
 from hybridrl.types import GenerateOrder, Prompt, RolloutBatch
 from hybridrl.weights.parameters import LowRankAdapters, scaled
@@ -28,7 +29,7 @@ LORA = {"rank": 3, "alpha": 9.0}
 
 def adapted(base: Path, seed: int, sync: str) -> WeightStream:
     """A student whose adapters have moved away from zero, by random numbers of this seed."""
-    lora = LoraConfig(**LORA, sync=sync)
+    lora = LoraConfig(**LORA, sync=AdapterSync(sync))
     weights = LowRankAdapters(load_model(str(base)), lora=lora, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
