@@ -177,7 +177,7 @@ class Offload(StrEnum):
 
 
 class WeightTransfer(StrEnum):
-    auto = "auto"  # object_store on CPU; on GPUs ipc when learner and engines share them, else nccl
+    auto = "auto"  # object_store on CPU and for lora.sync=adapter; else ipc on shared GPUs, or nccl
     object_store = "object_store"
     nccl = "nccl"
     ipc = "ipc"

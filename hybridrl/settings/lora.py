@@ -29,7 +29,7 @@ class LoraConfig:
     sync: AdapterSync = AdapterSync.merged
     """what the engines receive after an update. merged: all weights of the model, with the adapters
     in them. adapter: A and B alone, megabytes instead of gigabytes, through the object store; vLLM
-    computes their product beside each layer, so sampling is slower, and the rank is at most 512
+    computes B (A x) beside each layer, and takes a rank of 512 at most
     """
 
     def __post_init__(self) -> None:
@@ -44,10 +44,11 @@ class LoraConfig:
             raise ConfigError(f"lora.alpha={self.alpha}: must be positive and finite, or null")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout={self.dropout}: must be a fraction, in [0, 1)")
-        if self.travels_alone and self.rank > ENGINE_RANKS[-1]:
+        most = ENGINE_RANKS[-1]
+        if self.travels_alone and self.rank > most:
             raise ConfigError(
-                f"lora.sync=adapter: vLLM's engine holds adapters of a rank of {ENGINE_RANKS[-1]} "
-                f"at most, and lora.rank={self.rank}; lower it, or set lora.sync=merged"
+                f"lora.sync=adapter: vLLM's engines take adapters of a rank of {most} at most, and "
+                f"lora.rank={self.rank}; lower it, or set lora.sync=merged"
             )
 
     def _check_unused(self) -> None:
