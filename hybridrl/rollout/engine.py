@@ -78,8 +78,8 @@ class Rollout:
         os.environ |= environment(own_process=self.own_process)
         from vllm import LLMEngine
 
-        student = teacher is None
-        lora = settings.lora if student and settings.lora.travels_alone else None
+        alone = teacher is None and settings.lora.travels_alone
+        lora = settings.lora if alone else None
         args = engine_args(settings, model, device, backend, lora)
         self.engine: LLMEngine = LLMEngine.from_engine_args(
             args, enable_multiprocessing=self.own_process

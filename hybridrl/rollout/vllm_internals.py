@@ -52,10 +52,10 @@ def environment(*, own_process: bool) -> dict[str, str]:
 
 
 def adapter_request() -> "LoRARequest":
-    """What a request says to be computed with the adapter that the learner sent last."""
+    """How a request names the adapter that the learner sent last."""
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest("student", ADAPTER_ID, "/no/folder/since/the/learner/sends/it")
+    return LoRARequest("student", ADAPTER_ID, "/in-no-folder")
 
 
 def core_has_ended(engine: "LLMEngine") -> bool:

@@ -116,11 +116,11 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
         manifest, packed = update_info.verified()
         tensors = {name: tensor.clone() for name, tensor in unpack(manifest, packed)}
         rank = manifest.shapes[0][0]  # the first tensor is an A, [rank, in]
-        homeless = set_adapter(self.model, rank, tensors)
-        if homeless:
+        unused = set_adapter(self.model, rank, tensors)
+        if unused:
             raise ValueError(
-                f"vLLM's model has no place for the adapters of {len(homeless)} layers, e.g. "
-                f"{min(homeless)}; set lora.sync=merged"
+                f"vLLM's model has no place for the adapters of {len(unused)} layers, e.g. "
+                f"{min(unused)}; set lora.sync=merged"
             )
         self.received_digest = manifest.digest
 
