@@ -126,7 +126,8 @@ class FullFineTuning:
         return self.trained()
 
     def exported(self) -> list[NamedTensor]:
-        return self.tensors() + [same_tensor(*item) for item in self.value_head.items()]
+        tensors = [tensor for tensor in self.published() if tensor.repeats is None]
+        return tensors + [same_tensor(name, head) for name, head in self.value_head.items()]
 
 
 class LowRankAdapters(FullFineTuning):
@@ -168,6 +169,9 @@ class LowRankAdapters(FullFineTuning):
         if not self.travel_alone:
             return super().published()
         return [tensor for layer in self.layers for tensor in self._alone(layer)]
+
+    def exported(self) -> list[NamedTensor]:
+        return self.tensors() + [same_tensor(*item) for item in self.value_head.items()]
 
     def tensors(self) -> list[NamedTensor]:
         """Every weight of the model as it would be without adapters, in its order."""
