@@ -54,8 +54,10 @@ def answer_bytes(sizes: Sizes, teacher: ServedTeacher) -> int:
 
 
 def weight_bytes(sizes: Sizes) -> int:
-    """The student's weights, once; adapters are merged into them."""
-    return sizes.student.parameters * sizes.width
+    """What an engine receives of the student, once: its weights, with adapters merged into them, or
+    with lora.sync=adapter the adapters alone.
+    """
+    return sizes.sent * sizes.width
 
 
 def edges(sizes: Sizes) -> list[Edge]:
@@ -102,4 +104,5 @@ def disk_bytes(sizes: Sizes) -> int:
     """The checkpoints that are retained, the one that is being written, and the export."""
     checkpoint = sizes.settings.checkpoint
     count = checkpoint.keep + 1 + (checkpoint.best is not None)
-    return count * checkpoint_bytes(sizes) + (weight_bytes(sizes) if checkpoint.export else 0)
+    model = sizes.student.parameters * sizes.width
+    return count * checkpoint_bytes(sizes) + (model if checkpoint.export else 0)

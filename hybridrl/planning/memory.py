@@ -131,6 +131,12 @@ class Sizes:
         return 0 if self.settings.lora.rank is None else self.student.parameters
 
     @property
+    def sent(self) -> int:
+        """Numbers that each engine receives in a step."""
+        alone = self.settings.lora.travels_alone
+        return self.trained if alone else self.student.parameters
+
+    @property
     def trained_head(self) -> int:
         """Numbers of the output embedding, if it trains; adapters leave it as it is."""
         return self.student.head if self.settings.lora.rank is None else 0
@@ -243,7 +249,7 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
         if t.evidence.needs_head
     )
     gathered = zero.gathered + zero.always
-    packed = sizes.student.parameters * sizes.width if sizes.on_cpu else 0
+    packed = sizes.sent * sizes.width if sizes.on_cpu else 0
     copied = sizes.on_cpu and settings.checkpoint.background
     saved = 3 * WIDE * sizes.trained // settings.learner.ranks if copied else 0
     earlier = zero.gradients if sizes.micro_batches > 1 or settings.learner.zero_stage == 3 else 0
@@ -283,8 +289,8 @@ def transfer_buffers(sizes: Sizes) -> int:
     That of ipc holds at least the largest tensor. nccl has two, which are full when a tensor goes
     beyond TRANSFER_BUFFER.
     """
-    rollout = sizes.settings.rollout
-    if sizes.on_cpu or rollout.weight_transfer is WeightTransfer.object_store:
+    transfer = sizes.settings.weight_transfer(on_cpu=sizes.on_cpu)
+    if sizes.on_cpu or transfer is WeightTransfer.object_store:
         return 0
     largest = sizes.student.largest * sizes.width
     if sizes.settings.cluster.colocate:
@@ -400,10 +406,21 @@ def engine_parts(
         "activations": pass_bytes(model, setting, prefill).forward // devices,
         "head pass": sizes.of_decoding * shape.vocabulary * (width + SAMPLED * WIDE) // devices,
     }
+    if worker == "rollout" and sizes.settings.lora.travels_alone:
+        parts["adapters"] = adapter_room(sizes)
     room = int(rollout.gpu_memory_utilization * device_bytes) - sum(parts.values())
     parts["KV cache"] = kv_cache(rollout.kv_cache_bytes, room, on_cpu=sizes.on_cpu)
     for part, nbytes in parts.items():
         yield Part(worker, "sample", part, nbytes)
+
+
+def adapter_room(sizes: Sizes) -> int:
+    """Bytes of the room for one adapter in an engine, on each of its devices. vLLM divides only
+    some of its matrices among several devices; they count whole here.
+    """
+    lora = sizes.settings.lora
+    assert lora.rank is not None, "there are adapters"
+    return sizes.trained * lora.engine_rank // lora.rank * sizes.width
 
 
 def scoring_engine_parts(sizes: Sizes, teacher: ScoredTeacher, device_bytes: int) -> Iterator[Part]:

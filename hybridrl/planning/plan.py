@@ -128,8 +128,7 @@ def make_plan(settings: RunSettings, *, device: str, device_bytes: int) -> Plan:
 
 def by_store(settings: RunSettings, *, on_cpu: bool) -> bool:
     """Whether weights travel through the object store."""
-    chosen = settings.rollout.weight_transfer
-    return chosen is WeightTransfer.object_store or (on_cpu and chosen is WeightTransfer.auto)
+    return settings.weight_transfer(on_cpu=on_cpu) is WeightTransfer.object_store
 
 
 def worker_parts(sizes: Sizes, device_bytes: int) -> Iterator[Part]:

@@ -18,14 +18,16 @@ import numpy as np
 
 from hybridrl.core import failpoints
 from hybridrl.core.errors import WeightSyncError
+from hybridrl.models.adapters import target_names
 from hybridrl.models.end_token import end_token_id
-from hybridrl.models.loading import is_wrongly_tied, load_tokenizer, resolve
+from hybridrl.models.loading import is_wrongly_tied, load_layout, load_tokenizer, resolve
 from hybridrl.rollout.engine_arguments import typed
 from hybridrl.rollout.rollouter import Rollouter, SingleTurn
 from hybridrl.rollout.sampler import Sampler
 from hybridrl.rollout.teacher_turn import TeacherTurn
-from hybridrl.rollout.vllm_internals import core_has_ended, environment
+from hybridrl.rollout.vllm_internals import adapter_request, core_has_ended, environment
 from hybridrl.settings.choices import Source
+from hybridrl.settings.lora import LoraConfig
 from hybridrl.settings.models import ModelConfig
 from hybridrl.settings.rollout import RolloutConfig
 from hybridrl.settings.run import RunSettings
@@ -74,13 +76,19 @@ class Rollout:
         # vLLM's message queue, and because an engine in a process of its own steps as soon as the
         # first request is there, so that the batch would depend on arrival times.
         self.own_process = settings.rollout.tensor_parallel > 1
+        alone = teacher is None and settings.lora.travels_alone
+        lora = settings.lora if alone else None
         self.engine = start_engine(
-            partial(engine_args, settings, model, device, backend), own_process=self.own_process
+            partial(engine_args, settings, model, device, backend, lora),
+            own_process=self.own_process,
         )
+        if lora is not None:
+            self.engine.collective_rpc("add_empty_adapter")
         if rollouter is None:
             own = None if teacher is None else TeacherTurn(Context.of(settings, teacher))
             rollouter = own or SingleTurn()
-        self.sampler = Sampler(self.engine, rollouter, source, stop_token_ids(model))
+        adapter = None if lora is None else adapter_request()
+        self.sampler = Sampler(self.engine, rollouter, source, stop_token_ids(model), adapter)
         self.engine.set_weight_version(str(self.sampler.version))
 
     async def ping(self) -> dict[str, int]:
@@ -110,7 +118,8 @@ class Rollout:
     # -- weights, backend object_store -------------------------------------------------------------
 
     async def load_weights(self, manifest: WeightManifest, packed: np.ndarray) -> str:
-        """Load packed weights [nbytes] uint8 between two engine steps, and serve their version.
+        """Load packed weights [nbytes] uint8, or a packed adapter, between two engine steps, and
+        serve their version.
 
         Returns:
             the digest of the bytes that the engine's workers received.
@@ -121,12 +130,7 @@ class Rollout:
         """
         failpoints.hit("rollout.load_weights", version=manifest.version)
         try:
-            await self.start_weight_update()
-            with self._within_reach(packed) as place:
-                self.engine.collective_rpc(
-                    "update_weights", args=({"manifest": asdict(manifest), **place},)
-                )
-            self.engine.collective_rpc("finish_weight_update")
+            await self._update(manifest, packed)
         except Exception as error:
             raise WeightSyncError(
                 f"weights of version {manifest.version} were not loaded: {error}"
@@ -139,6 +143,20 @@ class Rollout:
             )
         self.sampler.resume(manifest.version)
         return manifest.digest
+
+    async def _update(self, manifest: WeightManifest, packed: np.ndarray) -> None:
+        """Pause, and hand the bytes to the engine's workers."""
+        if self.sampler.adapter is not None:
+            self.sampler.pause()
+            with self._within_reach(packed) as place:
+                self.engine.collective_rpc(
+                    "load_adapter", args=({"manifest": asdict(manifest), **place},)
+                )
+            return
+        await self.start_weight_update()
+        with self._within_reach(packed) as place:
+            await self.update_weights({"manifest": asdict(manifest), **place})
+        self.engine.collective_rpc("finish_weight_update")
 
     @contextmanager
     def _within_reach(self, packed: np.ndarray) -> Iterator[dict[str, Any]]:
@@ -192,7 +210,11 @@ def start_engine(make_args: Callable[[], "EngineArgs"], *, own_process: bool) ->
 
 
 def engine_args(
-    settings: RunSettings, model: ModelConfig, device: str, backend: str
+    settings: RunSettings,
+    model: ModelConfig,
+    device: str,
+    backend: str,
+    lora: LoraConfig | None = None,
 ) -> "EngineArgs":
     """vLLM's arguments for an engine of these settings, those of rollout.engine among them.
 
@@ -200,6 +222,7 @@ def engine_args(
         model: the weights that the engine loads from disk.
         device: "cpu" or "cuda".
         backend: the way in which later weights arrive, a value of `rollout.weight_transfer`.
+        lora: of adapters that arrive by themselves; None: later weights are whole.
     """
     from vllm import EngineArgs
     from vllm.config import WeightTransferConfig
@@ -237,8 +260,23 @@ def engine_args(
         weight_transfer_config=WeightTransferConfig(backend=backend),
         worker_extension_cls="hybridrl.weights.vllm_transfer.WorkerExtension",
         scheduling_policy="priority",
+        **({} if lora is None else adapter_args(model, lora)),
         **chosen,
     )
+
+
+def adapter_args(model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
+    """vLLM's arguments for an engine with one adapter.
+
+    Without target modules it would make room for adapters of the embeddings too.
+    """
+    layout = load_layout(model.path, model.revision, setting="model.path")
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": lora.engine_rank,
+        "lora_target_modules": target_names(layout, lora),
+    }
 
 
 def stop_token_ids(model: ModelConfig) -> list[int]:

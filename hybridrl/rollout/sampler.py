@@ -37,6 +37,7 @@ from hybridrl.types import (
 
 if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput
 
 
@@ -56,6 +57,7 @@ class Sampler:
         engine: no other object adds requests to it.
         source: which kind of response the engine samples, for the batches.
         stop_token_ids: tokens that end a completion besides those of the model's own settings.
+        adapter: of the engine, which every request names; None: the engine's weights are whole.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Sampler:
         rollouter: Rollouter,
         source: Source,
         stop_token_ids: Sequence[int] = (),
+        adapter: "LoRARequest | None" = None,
     ) -> None:
         self.engine = engine
+        self.adapter = adapter
         self.rollouter = rollouter
         self.source = source
         self.stop_token_ids = tuple(stop_token_ids)
@@ -235,6 +239,7 @@ class Sampler:
             tokens,
             params,
             arrival_time=float(next(self._arrivals)),
+            lora_request=self.adapter,
             priority=order.priority,
         )
         output = asyncio.get_running_loop().create_future()

@@ -15,6 +15,8 @@ version is installed, or when one of these details differs from its description 
   collected every batch that it launched. A core in this process does not collect them: with
   asynchronous scheduling its `batch_queue` has those that `LLMEngine.step` must still collect.
 - A core attaches the weight version to the tokens of a batch when it collects the batch.
+- A request names an adapter by `lora_int_id`. A worker reads the folder `lora_path` only where it
+  holds no adapter of that number, and with `load_inplace` in every step.
 - Workers have the methods that `collective_rpc` calls by name: `start_weight_update`,
   `update_weights`, `finish_weight_update`, `init_weight_transfer_engine` and `synchronize_device`.
 """
@@ -28,9 +30,11 @@ from hybridrl.core import parent
 from hybridrl.rollout.rollouter import Completion
 from hybridrl.teachers.reported import ReportedScores
 from hybridrl.types import FinishReason
+from hybridrl.weights.library_internals import ADAPTER_ID
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput, RequestOutput
 
 VERSION = "0.32.0"
@@ -55,6 +59,13 @@ def refusals() -> tuple[type[Exception], ...]:
     from vllm.exceptions import VLLMClientError
 
     return ValueError, VLLMClientError
+
+
+def adapter_request() -> "LoRARequest":
+    """How a request names the adapter that the learner sent last."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("student", ADAPTER_ID, "/in-no-folder")
 
 
 def core_has_ended(engine: "LLMEngine") -> bool:

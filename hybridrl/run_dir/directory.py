@@ -88,6 +88,7 @@ FREE = (
     "rollout.max_logprob_gap",
     "pipeline.max_inflight_bytes",
     "model.attention",
+    "lora.sync",
     "learner.ranks",
     "learner.zero_stage",
     "learner.offload",

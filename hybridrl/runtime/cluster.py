@@ -94,11 +94,7 @@ class Cluster:
                 f"rollout.weight_transfer={chosen}: needs GPUs, and cluster.device=auto came out "
                 "as cpu here; use object_store or auto"
             )
-        if chosen is not WeightTransfer.auto:
-            return chosen
-        if self.device == "cpu":
-            return WeightTransfer.object_store
-        return WeightTransfer.ipc if self.settings.cluster.colocate else WeightTransfer.nccl
+        return self.settings.weight_transfer(on_cpu=self.device == "cpu")
 
     def place(self, teams: list[Team]) -> dict[str, list[Slot]]:
         """Reserve places for all workers at once.

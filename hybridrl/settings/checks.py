@@ -388,6 +388,11 @@ def _check_weight_transfer(settings: RunSettings) -> None:
     chosen = settings.rollout.weight_transfer
     if chosen not in (WeightTransfer.nccl, WeightTransfer.ipc):
         return
+    if settings.lora.travels_alone:
+        raise ConfigError(
+            f"rollout.weight_transfer={chosen}: carries whole weights, and lora.sync=adapter sends "
+            "adapters through the object store; use object_store or auto, or lora.sync=merged"
+        )
     if settings.cluster.device is Device.cpu:
         raise ConfigError(
             f"rollout.weight_transfer={chosen}: needs GPUs, cluster.device is cpu; use object_store"
@@ -418,7 +423,8 @@ def _check_shared_gpus(settings: RunSettings) -> None:
             f"rollout.tensor_parallel={rollout.tensor_parallel}: under cluster.colocate=true an "
             "engine has a share of one GPU; set it to 1, or cluster.colocate=false"
         )
-    if rollout.weight_transfer is not WeightTransfer.object_store and rollout.engines > ranks:
+    by_store = settings.weight_transfer(on_cpu=False) is WeightTransfer.object_store
+    if not by_store and rollout.engines > ranks:
         raise ConfigError(
             f"rollout.engines={rollout.engines}: under cluster.colocate=true an engine's weights "
             f"come from the learner rank on its GPU, and learner.ranks={ranks}; lower it, or use "

@@ -177,10 +177,15 @@ class Offload(StrEnum):
 
 
 class WeightTransfer(StrEnum):
-    auto = "auto"  # object_store on CPU; on GPUs ipc when learner and engines share them, else nccl
+    auto = "auto"  # object_store on CPU and for lora.sync=adapter; else ipc on shared GPUs, or nccl
     object_store = "object_store"
     nccl = "nccl"
     ipc = "ipc"
+
+
+class AdapterSync(StrEnum):
+    merged = "merged"  # whole matrices, with the adapters in them
+    adapter = "adapter"  # A and B alone, beside the base model that the engine read from disk
 
 
 class WandbMode(StrEnum):

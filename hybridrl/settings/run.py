@@ -25,6 +25,7 @@ from hybridrl.settings.choices import (
     Ratio,
     Resume,
     WandbMode,
+    WeightTransfer,
 )
 from hybridrl.settings.lora import LoraConfig
 from hybridrl.settings.models import AUTO, ModelConfig, TeacherConfig
@@ -398,6 +399,17 @@ class RunSettings:
             self.learner.zero_stage = 3
         if self.learner.zero_stage is None and self.model.dtype != AUTO:
             self.learner.zero_stage = 2 if self.model.dtype == "bfloat16" else 1
+
+    def weight_transfer(self, *, on_cpu: bool) -> WeightTransfer:
+        """rollout.weight_transfer, with auto resolved. Adapters by themselves are small, so they
+        travel through the object store on any device.
+        """
+        chosen = self.rollout.weight_transfer
+        if chosen is not WeightTransfer.auto:
+            return chosen
+        if on_cpu or self.lora.travels_alone:
+            return WeightTransfer.object_store
+        return WeightTransfer.ipc if self.cluster.colocate else WeightTransfer.nccl
 
     @property
     def schedules(self) -> dict[str, ScheduleConfig]:

@@ -6,6 +6,7 @@ tests/weights/test_library_internals.py runs each of them against the real libra
 the installed version is not the one in SEEN.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -99,3 +100,52 @@ def end_reload(model: nn.Module, config: "ModelConfig") -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     finalize_layerwise_reload(model, config)
+
+
+ADAPTER_ID = 1
+"""vLLM's number of the only adapter of an engine."""
+
+
+def set_empty_adapter(model: nn.Module) -> None:
+    """Put an adapter of zeros, which changes nothing, into the only slot of vLLM's model."""
+    whole: Any = model
+    manager = whole.lora_manager
+    rank = manager.get_dummy_lora_warmup_rank(1)
+    manager.add_adapter(manager.create_dummy_lora(ADAPTER_ID, rank, whole.embedding_modules))
+    manager.activate_adapter(ADAPTER_ID)
+
+
+def set_adapter(model: nn.Module, rank: int, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Put an adapter into the only slot of vLLM's model, in the place of the one before.
+
+    Requests under way continue with it, since they name it by ADAPTER_ID. A weight update of vLLM's
+    own cannot carry it: Worker.finish_weight_update removes all adapters, as those of other base
+    weights.
+
+    Args:
+        model: of an engine with enable_lora, which has its adapters in its `lora_manager`.
+        rank: of the adapter.
+        tensors: A [rank, in] and B [out, rank] by peft's names, with the factor s in B. vLLM keeps
+            these tensors.
+
+    Returns:
+        The layers of the adapter for which vLLM's model has no place, by vLLM's names.
+    """
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    whole: Any = model
+    manager = whole.lora_manager
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    adapter = LoRAModel.from_lora_tensors(
+        ADAPTER_ID,
+        dict(tensors),
+        PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),
+        device="cpu",
+        dtype=manager.lora_config.lora_dtype,
+        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+    )
+    manager.remove_adapter(ADAPTER_ID)
+    manager.add_adapter(adapter)  # joins those of layers that vLLM has joined
+    manager.activate_adapter(ADAPTER_ID)
+    return adapter.loras.keys() - manager.modules.keys()

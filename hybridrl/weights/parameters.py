@@ -72,9 +72,10 @@ class StudentWeights(Protocol):
         """The parameters that the optimizer steps; all others are constants."""
 
     def published(self) -> Sequence[NamedTensor]:
-        """All tensors that an engine must hold to sample from the student.
+        """All tensors that an engine must receive to sample from the student.
 
-        An engine refuses an update that leaves any part of its model untouched. A tied output head
+        An engine refuses an update that leaves any part of its model untouched, or an adapter for
+        which its model has no place. A tied output head
         is listed as well as its embedding: vLLM on CPU packs the head into a copy, which an update
         without its name would leave stale without an error.
         """
@@ -130,11 +131,12 @@ class FullFineTuning:
 
 
 class LowRankAdapters(FullFineTuning):
-    """Adapters train beside weights that stay as they are; merged into them, they leave the
-    learner.
+    """Adapters train beside weights that stay as they are; they leave the learner merged into them,
+    or with lora.sync=adapter by themselves.
 
     Example: W [4, 3] with a rank of 2 trains A [2, 3] and B [4, 2]. Engines receive, and an export
-    holds, W + s B A under the name of W; a checkpoint holds A and B.
+    holds, W + s B A under the name of W; a checkpoint holds A and B. By themselves, engines receive
+    A and s B.
 
     Args:
         model: gets the adapters, and is changed in place.
@@ -153,6 +155,7 @@ class LowRankAdapters(FullFineTuning):
         add_adapters(model, lora, seed)
         self.layers = adapted_layers(model)
         self.scale = lora.scale
+        self.travel_alone = lora.travels_alone
 
     def trained(self) -> dict[str, nn.Parameter]:
         return self.adapters() | self.value_head
@@ -161,6 +164,14 @@ class LowRankAdapters(FullFineTuning):
         """A and B of every layer, by the names of their fragments."""
         pairs = [adapter_parameters(layer) for layer in self.layers]
         return dict(item for pair in pairs for item in pair.items())
+
+    def published(self) -> list[NamedTensor]:
+        if not self.travel_alone:
+            return super().published()
+        return [tensor for layer in self.layers for tensor in self._alone(layer)]
+
+    def exported(self) -> list[NamedTensor]:
+        return self.tensors() + [same_tensor(*item) for item in self.value_head.items()]
 
     def tensors(self) -> list[NamedTensor]:
         """Every weight of the model as it would be without adapters, in its order."""
@@ -174,6 +185,11 @@ class LowRankAdapters(FullFineTuning):
             layer = layer_of.get(id(parameter))
             tensors.append(tensor if layer is None else self._merged(tensor, layer))
         return tensors
+
+    def _alone(self, layer: AdaptedLayer) -> list[NamedTensor]:
+        """A and s B of a layer, so that an engine needs no s."""
+        down, up = (same_tensor(*item) for item in adapter_parameters(layer).items())
+        return [down, replace(up, combine=partial(scaled, scale=self.scale))]
 
     def _merged(self, tensor: NamedTensor, layer: AdaptedLayer) -> NamedTensor:
         """The tensor W of a layer with its adapter in it."""
@@ -204,6 +220,17 @@ def merged(weight: Tensor, down: Tensor, up: Tensor, *, scale: float) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     product = torch.addmm(weight.to(wide), up.to(wide), down.to(wide), alpha=scale)
     return product.to(weight.dtype)
+
+
+def scaled(up: Tensor, *, scale: float) -> Tensor:
+    """s B, [out, rank] in the dtype of B: rounded once, and exact where s is a power of two.
+
+    Args:
+        up: B, [out, rank].
+        scale: s.
+    """
+    wide = torch.promote_types(up.dtype, torch.float32)
+    return (up.to(wide) * scale).to(up.dtype)
 
 
 def weights_kind(settings: RunSettings) -> WeightsKind:

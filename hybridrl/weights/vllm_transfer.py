@@ -3,8 +3,8 @@ for the backends `nccl` and `ipc`.
 
 The backend receives one packed buffer, in the object store's own memory or as a file in shared
 memory (an engine's child processes cannot read Ray's object store), checks its digest, names,
-shapes and coverage, and loads it layer by layer. It works on any hardware and has no process group
-that the failure of an engine could break.
+shapes and coverage, and loads it layer by layer, or puts it as an adapter beside the layers. It
+works on any hardware and has no process group that the failure of an engine could break.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +36,8 @@ from hybridrl.weights.library_internals import (
     begin_reload,
     end_reload,
     has_transfer_backend,
+    set_adapter,
+    set_empty_adapter,
     transfer_engine,
 )
 from hybridrl.weights.stream import WeightStream, unpack
@@ -59,6 +61,25 @@ class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
     packed: np.ndarray | None = None  # [nbytes] uint8; None: they are in the file
     path: str | None = None  # a file in shared memory, which all tensor-parallel workers map
 
+    def verified(self) -> tuple[WeightManifest, np.ndarray]:
+        """The manifest and the packed weights, [nbytes] uint8.
+
+        Raises:
+            ValueError: they are not the bytes that were sent.
+        """
+        manifest = WeightManifest(**self.manifest)
+        packed = self.packed
+        if packed is None:
+            assert self.path is not None, "the bytes are in `packed` or in a file"
+            packed = np.memmap(self.path, dtype=np.uint8, mode="r")
+        digest = xxhash.xxh3_128_hexdigest(packed.data)
+        if packed.nbytes != manifest.nbytes or digest != manifest.digest:
+            raise ValueError(
+                f"received {packed.nbytes} bytes with digest {digest[:12]}, sent "
+                f"{manifest.nbytes} with {manifest.digest[:12]}"
+            )
+        return manifest, packed
+
 
 class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
     """Loads a packed buffer into the model between two engine steps."""
@@ -77,22 +98,31 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
         begin_reload(self.model)
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
-        manifest = WeightManifest(**update_info.manifest)
-        packed = update_info.packed
-        if packed is None:
-            assert update_info.path is not None, "the bytes are in `packed` or in a file"
-            packed = np.memmap(update_info.path, dtype=np.uint8, mode="r")
-        digest = xxhash.xxh3_128_hexdigest(packed.data)
-        if packed.nbytes != manifest.nbytes or digest != manifest.digest:
-            raise ValueError(
-                f"received {packed.nbytes} bytes with digest {digest[:12]}, sent "
-                f"{manifest.nbytes} with {manifest.digest[:12]}"
-            )
+        manifest, packed = update_info.verified()
         model: Any = self.model  # vLLM's models are modules with a load_weights method
         weights = unpack(manifest, packed)
         loaded = model.load_weights((name, tensor.to(self.device)) for name, tensor in weights)
         self._check_coverage(set(loaded or ()))
-        self.received_digest = digest
+        self.received_digest = manifest.digest
+
+    def replace_adapter(self, update_info: ObjectStoreUpdateInfo) -> None:
+        """Put the adapter in the packed buffer into the place of the one before.
+
+        Raises:
+            ValueError: other bytes were received, or vLLM's model has no place for the adapter of a
+                layer.
+        """
+        self.received_digest = None
+        manifest, packed = update_info.verified()
+        tensors = {name: tensor.clone() for name, tensor in unpack(manifest, packed)}
+        rank = manifest.shapes[0][0]  # the first tensor is an A, [rank, in]
+        unused = set_adapter(self.model, rank, tensors)
+        if unused:
+            raise ValueError(
+                f"vLLM's model has no place for the adapters of {len(unused)} layers, e.g. "
+                f"{min(unused)}; set lora.sync=merged"
+            )
+        self.received_digest = manifest.digest
 
     def _check_coverage(self, loaded: set[str]) -> None:
         """Check that the update wrote every parameter of the engine's model.
@@ -119,9 +149,24 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
 class WorkerExtension:
     """Methods added to vLLM's worker, callable by name through collective_rpc."""
 
+    def add_empty_adapter(self) -> None:
+        """An adapter that changes nothing, so that requests can name it before the first update."""
+        set_empty_adapter(object_store_engine(self).model)
+
+    def load_adapter(self, update_info: dict[str, Any]) -> None:
+        """As ObjectStoreTransferEngine.replace_adapter."""
+        object_store_engine(self).replace_adapter(ObjectStoreUpdateInfo(**update_info))
+
     def received_digest(self) -> str | None:
         """XXH3-128 of the weights that this worker loaded last; None: the backend has none."""
         return getattr(transfer_engine(self), "received_digest", None)
+
+
+def object_store_engine(worker: WorkerExtension) -> ObjectStoreTransferEngine:
+    """The worker's side of the backend `object_store`."""
+    engine = transfer_engine(worker)
+    assert isinstance(engine, ObjectStoreTransferEngine), "checks.py allows adapters no other one"
+    return engine
 
 
 class StreamSource(WeightSource):

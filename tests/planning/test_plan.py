@@ -111,6 +111,22 @@ def test_beside_adapters_the_weights_have_neither_gradients_nor_an_optimizer():
     assert 0 < plan.peak("learner") < 0.9 * whole.peak("learner")
 
 
+def test_adapters_by_themselves_are_all_that_a_step_sends():
+    adapters = 40_370_176  # of rank 16
+    asked = ["lora.rank=16", "lora.sync=adapter"]
+    alone = planned("qwen7b_from_32b_8gpu", overrides=asked)
+    merged = planned("qwen7b_from_32b_8gpu", overrides=asked[:1])
+    (sent,) = (edge for edge in alone.edges if edge.what == "weights")
+    assert sent.nbytes == 2 * adapters * alone.settings.rollout.engines  # 81 MB each
+    assert alone.store_bytes == merged.store_bytes + 2 * adapters  # in the place of nccl
+    assert alone.disk_bytes == merged.disk_bytes
+    (room,) = (part for part in alone.parts if part.part == "adapters")
+    assert (room.worker, room.nbytes) == ("rollout", 2 * adapters)
+    taken = planned("qwen7b_from_32b_8gpu", overrides=["lora.rank=17", "lora.sync=adapter"])
+    (wider,) = (part for part in taken.parts if part.part == "adapters")
+    assert wider.nbytes == 2 * 2 * adapters  # vLLM's next rank is 32
+
+
 def test_adapters_keep_their_inputs_and_no_more_than_the_layers_without_them_did():
     model = ModelConfig(path=str(MODELS / "qwen2.5-7b"), dtype="bfloat16")
     whole, few, many = (

@@ -10,6 +10,7 @@ from hybridrl.core.errors import WeightSyncError
 from hybridrl.rollout.engine import Rollout
 from hybridrl.rollout.rollouter import SingleTurn
 from hybridrl.rollout.sampler import Sampler
+from hybridrl.rollout.vllm_internals import adapter_request
 from hybridrl.settings.choices import Source
 from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch, WeightManifest
 from tests.support.pipelined_engine import PipelinedEngine
@@ -34,6 +35,12 @@ def rollout() -> Rollout:
 async def load(worker: Rollout) -> None:
     """As with the backend object_store."""
     await worker.load_weights(manifest(1, "digest 1"), np.zeros(0, np.uint8))
+
+
+async def load_adapter(worker: Rollout) -> None:
+    """As with lora.sync=adapter."""
+    worker.sampler.adapter = adapter_request()
+    await load(worker)
 
 
 async def receive(worker: Rollout) -> None:
@@ -66,7 +73,7 @@ def sampled(worker: Rollout, update: Update) -> RolloutBatch:
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("update", [load, receive])
+@pytest.mark.parametrize("update", [load, load_adapter, receive])
 def test_each_token_has_the_version_of_the_weights_that_sampled_it(update: Update):
     batch = sampled(rollout(), update)
     tokens = batch.input_ids[batch.response_mask].tolist()
@@ -74,7 +81,7 @@ def test_each_token_has_the_version_of_the_weights_that_sampled_it(update: Updat
     assert tokens == sorted(tokens) and set(tokens) == {0, 1}
 
 
-@pytest.mark.parametrize("update", [load, receive])
+@pytest.mark.parametrize("update", [load, load_adapter, receive])
 def test_the_order_is_pause_then_collect_then_update_then_version_then_resume(
     update: Update,
 ):
@@ -85,14 +92,13 @@ def test_the_order_is_pause_then_collect_then_update_then_version_then_resume(
     assert events[:pause].count("launch") == events[:pause].count("collect") + 1, "one is under way"
     resume = events.index("resume")
     within = [e for e in events[pause : resume + 1] if e != "received_digest"]
+    calls = ["start_weight_update", "update_weights", "finish_weight_update"]
     assert within == [
         "pause",
         "synchronize_device",  # of vLLM's own pause, which does not collect
         "collect",
         "synchronize_device",
-        "start_weight_update",
-        "update_weights",
-        "finish_weight_update",
+        *(["load_adapter"] if update is load_adapter else calls),
         "version 1",
         "resume",
     ]

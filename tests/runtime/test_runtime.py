@@ -71,6 +71,10 @@ SHARED = "cluster.colocate=true rollout.gpu_memory_utilization=0.4"
             "rollout.weight_transfer=nccl: NCCL refuses two ranks on one GPU",
         ),
         (
+            "rollout.weight_transfer=nccl lora.rank=4 lora.sync=adapter",
+            "rollout.weight_transfer=nccl: carries whole weights, and lora.sync=adapter sends",
+        ),
+        (
             f"rollout.tensor_parallel=2 {SHARED}",
             "rollout.tensor_parallel=2: under cluster.colocate=true",
         ),
@@ -111,6 +115,7 @@ def test_a_placement_that_cannot_work_is_refused_in_one_sentence(overrides: str,
         f"rollout.weight_transfer=ipc {SHARED}",
         f"rollout.engines=2 learner.ranks=2 {SHARED}",
         f"rollout.engines=2 rollout.weight_transfer=object_store {SHARED}",
+        f"rollout.engines=2 lora.rank=4 lora.sync=adapter {SHARED}",
         "cluster.colocate=true rollout.gpu_memory_utilization=0.5",
         "cluster.colocate=true cluster.device=cpu",
         "rollout.weight_transfer=nccl rollout.tensor_parallel=2",

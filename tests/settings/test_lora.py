@@ -4,6 +4,7 @@ import pytest
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.run_dir.directory import changes
+from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 
@@ -39,6 +40,12 @@ def test_the_product_of_adapters_is_scaled_by_alpha_over_the_rank(
         (["lora.alpha=16"], r"^lora\.alpha=16\.0: has no effect without adapters; set lora\.rank"),
         (["lora.targets=[q_proj]"], r"^lora\.targets=\['q_proj'\]: has no effect without"),
         (["lora.dropout=0.1"], r"^lora\.dropout=0\.1: has no effect without adapters"),
+        (["lora.sync=adapter"], r"^lora\.sync=adapter: has no effect without adapters; set lora\."),
+        (
+            ["lora.rank=513", "lora.sync=adapter"],
+            r"^lora\.sync=adapter: vLLM's engines take adapters of a rank of 512 at most, and "
+            r"lora\.rank=513; lower it, or set lora\.sync=merged$",
+        ),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(overrides: list[str], sentence: str):
@@ -56,3 +63,15 @@ def test_a_setting_that_means_nothing_is_refused(overrides: list[str], sentence:
 )
 def test_a_run_is_not_continued_with_other_adapters(override: str, key: str):
     assert list(changes(settings("lora.rank=4"), settings("lora.rank=4", override))) == [key]
+
+
+def test_a_run_continues_with_the_other_way_to_the_engines():
+    merged, alone = settings("lora.rank=513"), settings("lora.rank=4", "lora.sync=adapter")
+    assert (merged.lora.travels_alone, alone.lora.travels_alone) == (False, True)
+    assert not changes(settings("lora.rank=4"), alone)
+
+
+def test_adapters_by_themselves_travel_through_the_object_store():
+    sent = settings("lora.rank=4", "lora.sync=adapter").weight_transfer(on_cpu=False)
+    assert sent is WeightTransfer.object_store
+    assert settings("lora.rank=4").weight_transfer(on_cpu=False) is WeightTransfer.nccl

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm import LLMEngine, SamplingParams, TokensPrompt
 from vllm.logprobs import FlatLogprobs
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, WeightVersionSpan
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutputs
@@ -50,7 +51,7 @@ class SlowExecutor:
         self, method: str, timeout: Any = None, args: tuple = (), kwargs: Any = None
     ) -> list[Any]:
         self.events.append(method)
-        if method == "update_weights":
+        if method in ("update_weights", "load_adapter"):
             self.weights = args[0]["manifest"]["version"]
         return [f"digest {self.weights}"]
 
@@ -117,6 +118,7 @@ class PipelinedEngine(LLMEngine):
         prompt: TokensPrompt,
         params: SamplingParams,
         arrival_time: float,
+        lora_request: LoRARequest | None,
         priority: int,
     ) -> None:
         self.request = request_id

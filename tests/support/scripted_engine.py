@@ -51,6 +51,7 @@ class ScriptedEngine:
         prompt: TokensPrompt,
         params: SamplingParams,
         arrival_time: float,
+        lora_request: None,
         priority: int,
     ) -> None:
         token_ids = prompt["prompt_token_ids"]

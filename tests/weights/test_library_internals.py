@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from hybridrl.weights.library_internals import (
     SEEN,
@@ -128,3 +129,8 @@ def test_vllm_loads_a_layer_anew_into_the_memory_that_it_has():
     assert model.weight is memory and memory.tolist() == [[3.0, 3.0], [3.0, 3.0]], (
         "vLLM's layerwise reload does not write into the memory of the parameter any more"
     )
+
+
+def test_the_end_of_vllms_own_update_removes_adapters_so_they_are_loaded_by_another_call():
+    assert "reset_lora_state" in inspect.getsource(Worker.finish_weight_update)
+    assert "remove_all_adapters" in inspect.getsource(LoRAModelRunnerMixin.reset_lora_state)
