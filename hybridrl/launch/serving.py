@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.launch.export import export_checkpoint
-from hybridrl.models.loading import load_tokenizer, model_config, resolve
-from hybridrl.run_dir.checkpoint import step_folders, step_of
-from hybridrl.run_dir.directory import CONFIG
+from hybridrl.launch.loadable_model import model_folder
+from hybridrl.models.loading import load_tokenizer, model_config
 
 SERVER = "vllm.entrypoints.openai.api_server"
 CPU_KV_CACHE_BYTES = 2**30
@@ -81,26 +79,6 @@ def server_command(
         command += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES), "--enforce-eager"]
         command += ["--max-model-len", "auto"]
     return [*command, *arguments]
-
-
-def model_folder(source: str) -> Path:
-    """The newest checkpoint of a run as a model folder, which is exported first if necessary.
-
-    For a run without checkpoints it is its newest export, for another model its own folder.
-    """
-    path = Path(source).expanduser()
-    if not (path / CONFIG).is_file():
-        return resolve(str(path) if path.exists() else source, setting="serve")
-    saved = {step_of(folder) for folder in step_folders(path)}
-    exported = {
-        step_of(folder): folder
-        for folder in (path / "export").glob("step_*")
-        if folder.name.removeprefix("step_").isdecimal()
-    }
-    newest = max(saved | exported.keys(), default=None)
-    if newest in exported:
-        return exported[newest].absolute()
-    return export_checkpoint(path).absolute()
 
 
 def server_environment(device: str) -> dict[str, str]:

@@ -69,6 +69,7 @@ FREE = (
     "tracking",
     "checkpoint",
     "diagnostics",
+    "generate",
     "scorer",
     "run.resume",
     "run.resume_from",
