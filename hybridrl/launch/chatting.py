@@ -147,7 +147,9 @@ def temperature_of(settings: RunSettings) -> float:
 
 
 def alone(model: LoadableModel) -> LoadableModel:
-    """The model as the only one, with lengths. A teacher is read by its own tokenizer and template."""
+    """The model with lengths, and as the only one of its settings, so that a teacher has its own
+    tokenizer and chat template.
+    """
     config = model.config
     settings = replace(model.settings, model=config)
     positions = most_positions(model_config(config.path, config.revision, setting=model.setting))
