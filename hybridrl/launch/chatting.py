@@ -2,7 +2,6 @@
 
 import os
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -104,11 +103,11 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         HybridRLError: as find_model; or the engine refuses the settings.
     """
-    given = parser().parse_intermixed_args(arguments)
+    given = model_parser("chat", "Talk to a model.").parse_intermixed_args(arguments)
     model = alone(
         find_model(
             given.source,
-            given.settings_given,
+            given.overrides,
             step=given.step,
             teacher=given.teacher,
             settings_of=given.settings,
@@ -132,13 +131,6 @@ def main(arguments: Sequence[str]) -> int:
         print("the model has no chat template: it continues each line, without the earlier ones")
     converse(chat, engine, temperature_of(settings), settings.run.seed, sys.stdin, print)
     return 0
-
-
-def parser() -> ArgumentParser:
-    own = model_parser("chat", "Talk to a model.")
-    own.add_argument("settings_given", metavar="KEY=VALUE", nargs="*", help="see conf/SETTINGS")
-    own.add_argument("--settings", metavar="RUN|FILE", help="of a model that is no run")
-    return own
 
 
 def temperature_of(settings: RunSettings) -> float:

@@ -58,8 +58,8 @@ as nothing is trained.
 
 
 def model_parser(verb: str, description: str) -> ArgumentParser:
-    """The arguments of a verb about a model. Use parse_intermixed_args, so that settings may stand
-    before and after the options.
+    """The arguments of a verb about a model: source, overrides, step, teacher and settings. Use
+    parse_intermixed_args, so that overrides may stand before and after the options.
     """
     parser = ArgumentParser(prog=f"hybridrl {verb}", description=description)
     parser.add_argument(
@@ -69,6 +69,8 @@ def model_parser(verb: str, description: str) -> ArgumentParser:
     )
     parser.add_argument("--step", metavar="N|best", help="which checkpoint of the run")
     parser.add_argument("--teacher", metavar="NAME", help="the teacher of the run in its place")
+    parser.add_argument("--settings", metavar="RUN|FILE", help="of a model that is no run")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="see conf/SETTINGS.md")
     return parser
 
 
