@@ -7,8 +7,7 @@ from functools import partial
 from itertools import count
 
 from hybridrl.core.errors import DataError
-from hybridrl.models.loading import stop_token_ids
-from hybridrl.rollout.engine import engine_args, start_engine
+from hybridrl.rollout.engine import engine_args, start_engine, stop_token_ids
 from hybridrl.rollout.vllm_internals import refusals
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.models import ModelConfig
