@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from tempfile import TemporaryFile
 from typing import Protocol, TextIO
 
 import torch
@@ -116,6 +117,7 @@ def main(arguments: Sequence[str]) -> int:
     model.check()
     settings = model.settings
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"loading {model.name} ...", flush=True)
     with quiet_start():
         from hybridrl.rollout.chat_engine import ChatEngine  # changes torch
 
@@ -158,18 +160,26 @@ def alone(model: LoadableModel) -> LoadableModel:
 
 @contextmanager
 def quiet_start() -> Iterator[None]:
-    """Send the output of the block to nowhere but for errors, as vLLM logs pages at its start."""
+    """Hold back the output of the block unless it fails, as vLLM writes pages at its start."""
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     sys.stdout.flush()
-    shown = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        os.dup2(shown, 1)
-        os.close(shown)
-        os.close(nowhere)
+    sys.stderr.flush()
+    shown = [os.dup(descriptor) for descriptor in (1, 2)]
+    with TemporaryFile() as held_back:
+        for descriptor in (1, 2):
+            os.dup2(held_back.fileno(), descriptor)
+        try:
+            yield
+        except BaseException:
+            held_back.seek(0)
+            os.write(shown[1], held_back.read())
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, original in zip((1, 2), shown, strict=True):
+                os.dup2(original, descriptor)
+                os.close(original)
 
 
 def converse(

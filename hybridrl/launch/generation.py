@@ -8,6 +8,10 @@ from hybridrl.data import records
 from hybridrl.launch.answer_jobs import AnswerJob, run_jobs
 from hybridrl.launch.loadable_model import LoadableModel, find_model, model_parser
 
+FROM_FILE = ("data.task=records", "data.path=unused", "data.heldout_path=unused")
+"""The data of any run are replaced by the rows of the file, so that data.columns names their keys.
+"""
+
 
 def main(arguments: Sequence[str]) -> int:
     """The verb; returns its exit status.
@@ -21,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(arguments)
     model = find_model(
         given.source,
-        given.overrides,
+        [*FROM_FILE, *given.overrides],
         step=given.step,
         teacher=given.teacher,
         settings_of=given.settings,
