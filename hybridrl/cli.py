@@ -396,7 +396,7 @@ def eval_verb(arguments: Sequence[str]) -> int:
 
 def generate_verb(arguments: Sequence[str]) -> int:
     """Write a model's responses to the prompts of a file."""
-    from hybridrl.launch.generation import main as generate  # loads torch and ray
+    from hybridrl.launch.generating import main as generate  # loads torch and ray
 
     quiet_environment()
     return parsed_by_argparse(lambda: generate(arguments or ["--help"]))

@@ -48,7 +48,7 @@ def statistics_of(rows: Iterable[Mapping[str, Any]]) -> AnswerStatistics:
         problems += 1
         lengths += row["lengths"]
         reasons += row["finish_reasons"]
-        of_first = next(iter(row.get("rewards", {}).values()), [])
+        of_first: list[float | None] = next(iter(row.get("rewards", {}).values()), [])
         judged += len(of_first)
         values = [value for value in of_first if value is not None]
         failures += len(of_first) - len(values)

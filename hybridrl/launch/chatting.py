@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryFile
@@ -35,7 +35,7 @@ HELP = (
 class Engine(Protocol):
     """Answers prompts; rollout.chat_engine.ChatEngine is one."""
 
-    def answer(self, token_ids: Sequence[int], *, temperature: float, seed: int) -> Iterator[str]:
+    def answer(self, token_ids: Sequence[int], *, temperature: float, seed: int) -> Generator[str]:
         """The pieces of the text of a response, as they are sampled."""
 
 
@@ -93,7 +93,8 @@ class Chat:
         """
         if not self.has_history:
             raise ConfigError(
-                "/system: the model has no chat template, so it reads no such message"
+                "/system: the model has no chat template, so it reads no such message; give one by "
+                "data.chat_template_file=FILE"
             )
         self.data = replace(self.data, system_prompt=text or None)
 

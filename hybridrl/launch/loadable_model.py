@@ -223,7 +223,7 @@ def located(
                 f"{source}: a checkpoint outside of its run; 'hybridrl export {source} FOLDER' "
                 "writes it as a model, whose folder can be named here"
             )
-        _refuse_step(source, step, "is one checkpoint; name its run")
+        _refuse_step(source, step, "is one checkpoint; name its run instead")
         step = str(step_of(path))
     elif is_run(path):
         run_dir = path

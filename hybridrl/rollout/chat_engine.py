@@ -2,7 +2,7 @@
 as soon as it is sampled.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from itertools import count
 
@@ -37,7 +37,7 @@ class ChatEngine:
         self.stop_token_ids = stop_token_ids(model)
         self._requests = count()
 
-    def answer(self, token_ids: Sequence[int], *, temperature: float, seed: int) -> Iterator[str]:
+    def answer(self, token_ids: Sequence[int], *, temperature: float, seed: int) -> Generator[str]:
         """Sample a response; yields each piece of its text, without special tokens. An iterator
         that is closed before its end stops the sampling.
 
