@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from tempfile import TemporaryFile
 from typing import Protocol, TextIO
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from hybridrl.core.errors import ConfigError, DataError
@@ -117,12 +116,11 @@ def main(arguments: Sequence[str]) -> int:
     )
     model.check()
     settings = model.settings
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"loading {model.name} ...", flush=True)
     with quiet_start():
         from hybridrl.rollout.chat_engine import ChatEngine  # changes torch
 
-        engine = ChatEngine(settings, settings.model, device)
+        engine = ChatEngine(settings, settings.model, model.device)
     rollout = settings.rollout
     chat = Chat(
         tokenizer=model.tokenizer(),

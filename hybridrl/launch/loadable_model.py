@@ -112,6 +112,11 @@ class LoadableModel:
         """The setting that names the model, for messages."""
         return "model.path" if self.teacher is None else self.settings.model_setting(self.teacher)
 
+    @property
+    def device(self) -> str:
+        """On which the engines are expected to run: cpu or cuda."""
+        return "cuda" if on_gpu(self.settings) else "cpu"
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of prompts and responses; a teacher's responses are in the student's."""
         model = self.settings.model
@@ -149,7 +154,7 @@ class LoadableModel:
         model = self.config
         check_engine_arguments(self.settings.rollout.engine)
         check_model(self.setting, model.path, model.revision, self.settings.rollout.max_model_len)
-        if not on_gpu(self.settings):
+        if self.device == "cpu":
             check_head_size(self.setting, model)
 
 

@@ -9,7 +9,7 @@ from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.start_up import StartUp
-from hybridrl.settings.choices import Source, WeightTransfer
+from hybridrl.settings.choices import WeightTransfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,6 @@ def started_engines(
             device=cluster.device,
             backend=WeightTransfer.object_store,  # no weights arrive; a failed engine is replaced
             log_dir=log_dir,
-            source=Source.student if model.teacher is None else Source.teacher,
             teacher=model.teacher,
         )
         starting = [*engines.ready(), *(rewards.ready() if rewards else [])]

@@ -51,6 +51,8 @@ def test_a_model_of_no_run_has_the_default_settings_or_those_of_a_run(run: Path)
     bare = find_model(student, ["generate.samples=3"])
     assert (bare.run_dir, bare.config.path, bare.settings.generate.samples) == (None, student, 3)
     assert bare.settings.teachers == {} and bare.settings.rollout.max_new_tokens is None
+    assert bare.device == "cpu"
+    assert find_model(student, ["cluster.device=cuda"]).device == "cuda"
     as_in_run = find_model(student, settings_of=str(run))
     assert as_in_run.config.path == student and as_in_run.settings.rollout.max_new_tokens
 
