@@ -1,11 +1,14 @@
 """`hybridrl chat`: a conversation with a model, in a terminal or by lines of the standard input."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryFile
+from threading import Event
+from types import FrameType
 from typing import Protocol, TextIO
 
 from transformers import PreTrainedTokenizerBase
@@ -117,7 +120,8 @@ def main(arguments: Sequence[str]) -> int:
     model.check()
     settings = model.settings
     print(f"loading {model.name} ...", flush=True)
-    with quiet_start():
+    several = settings.rollout.tensor_parallel > 1
+    with quiet_start(), kept_from_children() if several else nullcontext():
         from hybridrl.rollout.chat_engine import ChatEngine  # changes torch
 
         engine = ChatEngine(settings, settings.model, model.device)
@@ -179,6 +183,37 @@ def quiet_start() -> Iterator[None]:
             for descriptor, original in zip((1, 2), shown, strict=True):
                 os.dup2(original, descriptor)
                 os.close(original)
+
+
+@contextmanager
+def held_interrupt() -> Iterator[Event]:
+    """An event that a first Ctrl-C in the block sets, since an exception in the middle of a forward
+    pass could break the engine; a second one raises KeyboardInterrupt.
+    """
+    event = Event()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def kept_from_children() -> Iterator[None]:
+    """Processes that start in the block do not get the terminal's Ctrl-C, at which those of an
+    engine with several devices would end; this process gets it afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def converse(
@@ -249,11 +284,13 @@ def answered(
     """Print an answer while it is sampled; returns its text, also of one that Ctrl-C stopped."""
     pieces = []
     with (
-        suppress(KeyboardInterrupt),
+        held_interrupt() as interrupt,
         closing(engine.answer(prompt, temperature=temperature, seed=seed)) as sampled,
     ):
         for piece in sampled:
             say(piece, end="", flush=True)
             pieces.append(piece)
+            if interrupt.is_set():
+                break
     say()
     return "".join(pieces)

@@ -1,6 +1,8 @@
 """A conversation: what the model reads of it, its commands, and Ctrl-C."""
 
 import io
+import os
+import signal
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -17,10 +19,13 @@ TEMPLATE = (
 )
 
 
-class Parrot:
-    """Answers with pieces that are given; an exception among them is raised in its place."""
+CTRL_C = "ctrl-c"
 
-    def __init__(self, *answers: Sequence[str | type[BaseException]]) -> None:
+
+class Parrot:
+    """Answers with pieces that are given; Ctrl-C is pressed before the piece after CTRL_C."""
+
+    def __init__(self, *answers: Sequence[str]) -> None:
         self.answers = list(answers)
         self.read: list[str] = []
         self.seeds: list[int] = []
@@ -31,10 +36,10 @@ class Parrot:
         self.seeds.append(seed)
         try:
             for piece in self.answers.pop(0):
-                if isinstance(piece, str):
-                    yield piece
+                if piece == CTRL_C:
+                    os.kill(os.getpid(), signal.SIGINT)
                 else:
-                    raise piece
+                    yield piece
         finally:
             self.closed += 1
 
@@ -72,11 +77,13 @@ def test_without_a_chat_template_each_line_is_a_prompt_by_itself():
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said():
-    engine = Parrot(["3", KeyboardInterrupt, "9"], ["5"])
+    engine = Parrot(["3", CTRL_C, "4", "9"], ["5"])
     conversation = chat(TEMPLATE)
-    assert printed(conversation, engine, "1", "2") == "3\n5\n"
-    assert [message["content"] for message in conversation.messages] == ["1", "3", "2", "5"]
+    assert printed(conversation, engine, "1", "2") == "34\n5\n", "9 is not sampled any more"
+    assert [message["content"] for message in conversation.messages] == ["1", "34", "2", "5"]
     assert engine.closed == 2
+    with pytest.raises(KeyboardInterrupt):
+        printed(conversation, Parrot([CTRL_C, CTRL_C, "4"]), "1")
 
 
 def test_a_conversation_that_is_too_long_is_refused_and_goes_on_after_a_reset():
