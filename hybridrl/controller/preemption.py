@@ -28,7 +28,12 @@ class Preemption:
     interrupts it anywhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notice: bytes = NOTICE) -> None:
+        """
+        Args:
+            notice: what a first Ctrl-C prints.
+        """
+        self.notice = notice
         self.signal_name: str | None = None  # of the first stop signal; None: none has arrived
         self.starting = True
 
@@ -91,7 +96,9 @@ class Preemption:
             raise KeyboardInterrupt
         if signum == signal.SIGINT:
             with suppress(OSError):
-                os.write(2, NOTICE)  # the signal may have interrupted a print, so print is unsafe
+                os.write(
+                    2, self.notice
+                )  # the signal may have interrupted a print, so print is unsafe
 
 
 def _ignored(number: signal.Signals) -> bool:

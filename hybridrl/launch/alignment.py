@@ -102,23 +102,36 @@ def teacher_templates(
     Raises:
         ConfigError: a teacher has no chat template, or its template does not read an argument.
     """
-    templates = {}
-    for name in filter(lambda name: reads_own_prompts(settings, name), settings.teachers_in_use):
-        teacher = settings.teachers[name]
-        path = f"teachers.{name}.path={teacher.path}"
-        if not tokenizers[name].chat_template:
-            raise ConfigError(
-                f"teachers.{name}.chat_template=own: the tokenizer of {path} has no chat template; "
-                f"set teachers.{name}.chat_template=student"
-            )
-        templates[name] = ChatTemplate(
-            tokenizers[name],
-            teacher.chat_template_kwargs,
-            name=f"the chat template of {path}",
-            section=f"teachers.{name}",
+    return {
+        name: teacher_template(settings, name, tokenizers[name])
+        for name in settings.teachers_in_use
+        if reads_own_prompts(settings, name)
+    }
+
+
+def teacher_template(
+    settings: RunSettings, name: str, tokenizer: PreTrainedTokenizerBase
+) -> ChatTemplate:
+    """The chat template of a teacher that reads prompts by its own.
+
+    Raises:
+        ConfigError: it has none, or the template does not read an argument.
+    """
+    teacher = settings.teachers[name]
+    path = f"teachers.{name}.path={teacher.path}"
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"teachers.{name}.chat_template=own: the tokenizer of {path} has no chat template; "
+            f"set teachers.{name}.chat_template=student"
         )
-        templates[name].check_arguments()
-    return templates
+    template = ChatTemplate(
+        tokenizer,
+        teacher.chat_template_kwargs,
+        name=f"the chat template of {path}",
+        section=f"teachers.{name}",
+    )
+    template.check_arguments()
+    return template
 
 
 def alignment(settings: RunSettings, student: PreTrainedTokenizerBase) -> Iterator[str]:

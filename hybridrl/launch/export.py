@@ -109,7 +109,7 @@ def _chosen(checkpointer: Checkpointer, step: str | None) -> Checkpoint:
         assert newest is not None, "newest raises if there are folders and all are damaged"
         return newest
     if step == BEST:
-        return read_checkpoint(_best(checkpointer, folders))
+        return read_checkpoint(best_folder(checkpointer, folders))
     if not (step.isascii() and step.isdecimal()):
         raise ConfigError(f"--step {step}: must be the number of a step, or {BEST}")
     folder_of = {step_of(folder): folder for folder in folders}
@@ -121,7 +121,7 @@ def _chosen(checkpointer: Checkpointer, step: str | None) -> Checkpoint:
     return read_checkpoint(folder_of[int(step)])
 
 
-def _best(checkpointer: Checkpointer, folders: list[Path]) -> Path:
+def best_folder(checkpointer: Checkpointer, folders: list[Path]) -> Path:
     """The folder with the best value of checkpoint.best."""
     metric = checkpointer.config.best
     if metric is None:

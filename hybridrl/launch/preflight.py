@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hybridrl.core.errors import ConfigError, ContractError, DataError
 from hybridrl.data.chat import ChatTemplate, split_prefill
@@ -39,6 +39,7 @@ from hybridrl.objectives import make_objective
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.workers import Workers
 from hybridrl.settings.choices import Attention
+from hybridrl.settings.models import ModelConfig
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.route import takes
 from hybridrl.types import Prompt, TokenScores
@@ -84,15 +85,9 @@ def check_models(settings: RunSettings) -> None:
         if teacher.engine is not None
     }
     for setting, (path, revision) in models_in_use(settings).items():
-        config = model_config(path, revision, setting=setting)
-        # Weights from the hub are downloaded by the worker that uses them, which also checks them.
-        if not is_on_hub(path) and not (setting in in_engines and is_quantised(config)):
-            load_outline(path, revision, setting=setting)
-        if length is not None and length > (positions := most_positions(config)):
-            raise ConfigError(
-                f"rollout.max_model_len={length}: {setting}={path} reads at most {positions:g} "
-                "tokens; lower it to that"
-            )
+        config = check_model(
+            setting, path, revision, length, weights_of_engine=setting in in_engines
+        )
         model_rows = config.get_text_config().vocab_size
         if setting.startswith("reward.") and model_rows < rows:
             raise ConfigError(
@@ -100,6 +95,36 @@ def check_models(settings: RunSettings) -> None:
                 f"model.path={settings.model.path} has {rows}, so the student could draw tokens "
                 "that it cannot read; train the reward model from a model with as many rows"
             )
+
+
+def check_model(
+    setting: str,
+    path: str,
+    revision: str | None,
+    max_model_len: int | None,
+    *,
+    weights_of_engine: bool = False,
+) -> PreTrainedConfig:
+    """Refuse a model that is incomplete or has too few positions; returns its config.
+
+    Args:
+        setting: that names it.
+        max_model_len: rollout.max_model_len; None: it is not known yet.
+        weights_of_engine: only an engine reads the weights, so that they may be quantised.
+
+    Raises:
+        ConfigError: as check_models.
+    """
+    config = model_config(path, revision, setting=setting)
+    # Weights from the hub are downloaded by the worker that uses them, which also checks them.
+    if not is_on_hub(path) and not (weights_of_engine and is_quantised(config)):
+        load_outline(path, revision, setting=setting)
+    if max_model_len is not None and max_model_len > (positions := most_positions(config)):
+        raise ConfigError(
+            f"rollout.max_model_len={max_model_len}: {setting}={path} reads at most {positions:g} "
+            "tokens; lower it to that"
+        )
+    return config
 
 
 def check_adapters(settings: RunSettings) -> None:
@@ -129,13 +154,22 @@ def check_engines(settings: RunSettings, device: str) -> None:
     for name in {*teachers_to_measure(settings), *settings.teachers_in_use}:
         served[settings.model_setting(name)] = settings.teacher_model(name)
     for setting, model in served.items():
-        size = unserved_head_size(model_config(model.path, model.revision, setting=setting))
-        if size is not None:
-            raise ConfigError(
-                f"{setting}={model.path}: its attention heads have {size} numbers each, which the "
-                "engine cannot serve on a CPU; choose a model with heads of "
-                f"{', '.join(map(str, CPU_HEAD_SIZES))}, or run on a GPU"
-            )
+        check_head_size(setting, model)
+
+
+def check_head_size(setting: str, model: ModelConfig) -> None:
+    """Refuse a model that an engine cannot serve on a CPU.
+
+    Raises:
+        ConfigError: as check_engines.
+    """
+    size = unserved_head_size(model_config(model.path, model.revision, setting=setting))
+    if size is not None:
+        raise ConfigError(
+            f"{setting}={model.path}: its attention heads have {size} numbers each, which the "
+            "engine cannot serve on a CPU; choose a model with heads of "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}, or run on a GPU"
+        )
 
 
 def check_attention(settings: RunSettings, device: str) -> None:

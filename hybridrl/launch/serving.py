@@ -9,39 +9,53 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.launch.export import export_checkpoint
-from hybridrl.models.loading import load_tokenizer, model_config, resolve
-from hybridrl.run_dir.checkpoint import step_folders, step_of
-from hybridrl.run_dir.directory import CONFIG
+from hybridrl.launch.loadable_model import model_folder
+from hybridrl.models.loading import load_tokenizer, model_config
 
 SERVER = "vllm.entrypoints.openai.api_server"
 CPU_KV_CACHE_BYTES = 2**30
+PORT = 8000
+OPTIONS = ("--step", "--teacher", "--host", "--port")
 
 
-def serve(source: str, *, host: str, port: int, device: str, arguments: Sequence[str]) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeCommand:
+    """The command line of `hybridrl serve`."""
+
+    source: str
+    step: str | None = None
+    teacher: str | None = None
+    host: str = "127.0.0.1"
+    port: int = PORT
+    arguments: tuple[str, ...] = ()
+    """further ones of vLLM"""
+
+
+def serve(command: ServeCommand, device: str) -> int:
     """Replace this process by the server; it returns only if that fails.
 
     Args:
-        source: a run directory, a Hugging Face folder, or another value of model.path.
+        command: the arguments for vLLM in it override those of server_command.
         device: cpu or cuda.
-        arguments: further arguments for vLLM, which override those of server_command.
 
     Raises:
         ConfigError: the port is in use, which vLLM would notice only after loading the model.
     """
-    check_free(host, port)
-    command = server_command(source, host=host, port=port, device=device, arguments=arguments)
-    folder = command[command.index("--model") + 1]
-    print(f"serving {folder} on http://{host}:{port}/v1, as the model {Path(folder).name}")
-    if not load_tokenizer(folder).chat_template:
+    check_free(command.host, command.port)
+    folder = model_folder(command.source, step=command.step, teacher=command.teacher)
+    address = f"http://{command.host}:{command.port}/v1"
+    print(f"serving {folder} on {address}, as the model {folder.name}")
+    if not load_tokenizer(str(folder)).chat_template:
         print("the model has no chat template, so it answers /v1/completions alone")
     sys.stdout.flush()
-    os.execve(sys.executable, command, server_environment(device))
+    line = server_command(folder, command, device)
+    os.execve(sys.executable, line, server_environment(device))
 
 
 def check_free(host: str, port: int) -> None:
@@ -63,44 +77,22 @@ def check_free(host: str, port: int) -> None:
         ) from error
 
 
-def server_command(
-    source: str, *, host: str, port: int, device: str, arguments: Sequence[str]
-) -> list[str]:
+def server_command(folder: Path, command: ServeCommand, device: str) -> list[str]:
     """The command line of the server.
 
-    Raises:
-        ConfigError, CheckpointError, RunDirectoryError: `source` does not hold a model.
+    Args:
+        folder: the model.
     """
-    folder = model_folder(source)
-    command = [sys.executable, "-m", SERVER, "--model", str(folder)]
-    command += ["--served-model-name", folder.name, "--host", host, "--port", str(port)]
+    line = [sys.executable, "-m", SERVER, "--model", str(folder)]
+    line += ["--served-model-name", folder.name]
+    line += ["--host", command.host, "--port", str(command.port)]
     config = model_config(str(folder))
     if getattr(config, "dtype", None) == torch.float32:
-        command += ["--dtype", "float32"]  # vLLM would round the weights to 16 bits
+        line += ["--dtype", "float32"]  # vLLM would round the weights to 16 bits
     if device == "cpu":  # the longest sequence is what fits into this cache
-        command += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES), "--enforce-eager"]
-        command += ["--max-model-len", "auto"]
-    return [*command, *arguments]
-
-
-def model_folder(source: str) -> Path:
-    """The newest checkpoint of a run as a model folder, which is exported first if necessary.
-
-    For a run without checkpoints it is its newest export, for another model its own folder.
-    """
-    path = Path(source).expanduser()
-    if not (path / CONFIG).is_file():
-        return resolve(str(path) if path.exists() else source, setting="serve")
-    saved = {step_of(folder) for folder in step_folders(path)}
-    exported = {
-        step_of(folder): folder
-        for folder in (path / "export").glob("step_*")
-        if folder.name.removeprefix("step_").isdecimal()
-    }
-    newest = max(saved | exported.keys(), default=None)
-    if newest in exported:
-        return exported[newest].absolute()
-    return export_checkpoint(path).absolute()
+        line += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES), "--enforce-eager"]
+        line += ["--max-model-len", "auto"]
+    return [*line, *command.arguments]
 
 
 def server_environment(device: str) -> dict[str, str]:
@@ -110,36 +102,36 @@ def server_environment(device: str) -> dict[str, str]:
     return {**quiet, **cpu, **os.environ}
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, str, int, list[str]]:
-    """(source, host, port, further arguments) of the command line.
-
-    It is `serve RUN|FOLDER [--host HOST] [--port PORT] [-- ARGUMENTS OF VLLM]`.
+def parse(arguments: Sequence[str]) -> ServeCommand:
+    """The command line `serve RUN_OR_MODEL [--step N] [--teacher NAME] [--host HOST] [--port PORT]
+    [-- ARGUMENTS OF VLLM]`.
 
     Raises:
         ConfigError: an argument is not one of these.
     """
     own = list(arguments)
-    further = []
+    further: list[str] = []
     if "--" in own:
         at = own.index("--")
         further = own[at + 1 :]
         own = own[:at]
-    values = {"--host": "127.0.0.1", "--port": "8000"}
+    values: dict[str, str] = {}
     sources = []
     remaining = iter(own)
     for argument in remaining:
         name, equals, value = argument.partition("=")
-        if name in values:
-            values[name] = value if equals else next(remaining, "")
+        if name in OPTIONS:
+            values[name.removeprefix("--")] = value if equals else next(remaining, "")
         elif argument.startswith("-"):
             raise ConfigError(
-                f"{argument}: hybridrl serve takes --host and --port; arguments of vLLM follow "
+                f"{argument}: hybridrl serve takes {', '.join(OPTIONS)}; arguments of vLLM follow "
                 "after --"
             )
         else:
             sources.append(argument)
     if len(sources) != 1:
         raise ConfigError("hybridrl serve takes one run directory or model folder")
-    if not values["--port"].isdecimal() or not 1 <= int(values["--port"]) <= 65535:
-        raise ConfigError(f"--port {values['--port']}: must be a number from 1 to 65535")
-    return sources[0], values["--host"], int(values["--port"]), further
+    port = values.pop("port", str(PORT))
+    if not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise ConfigError(f"--port {port}: must be a number from 1 to 65535")
+    return ServeCommand(source=sources[0], port=int(port), arguments=tuple(further), **values)

@@ -125,6 +125,43 @@ class RolloutGroup:
             chunks.append(self._submit(engine, order, piece, load))
         return chunks
 
+    def serving(self) -> list[int]:
+        """The engines that serve; where none does, waits for those that are joining."""
+        self.fleet.admit()
+        return sorted(self.fleet.serving)
+
+    def generate_on(
+        self,
+        engine: int,
+        prompts: Sequence[Prompt],
+        *,
+        wave: str,
+        group_size: int,
+        temperature: float,
+        seed: int,
+    ) -> list[Chunk]:
+        """Start sampling a whole wave on one engine, with a chunk for each prompt.
+
+        An idle engine computes the same bits for the same wave at any time, since the requests that
+        share its forward passes are the same.
+        """
+        orders = [
+            GenerateOrder(
+                wave=wave,
+                chunk=number,
+                num_chunks=len(prompts),
+                group_size=group_size,
+                temperature=temperature,
+                max_new_tokens=self.settings.rollout.response_limit,
+                seed=seed,
+            )
+            for number in range(len(prompts))
+        ]
+        return [
+            self._start(engine, order, (prompt,))
+            for order, prompt in zip(orders, prompts, strict=True)
+        ]
+
     def again(self, chunk: Chunk) -> Chunk:
         """The same responses once more, from an engine that serves."""
         self.fleet.admit()

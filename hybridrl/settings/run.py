@@ -2,9 +2,9 @@
 
 The dataclasses are Hydra's schema. Those of algorithm.* are in algorithm.py, of model.* and
 teachers.* in models.py, of lora.* in lora.py, of train.* and learner.* in training.py, of rollout.*
-and pipeline.* in rollout.py, of checkpoint.* in checkpointing.py. A default is in these files and
-nowhere else; files in conf/ define experiments and algorithm presets, and compose.py combines them
-with the command line.
+and pipeline.* in rollout.py, of generate.* in generation.py, of checkpoint.* in checkpointing.py. A
+default is in these files and nowhere else; files in conf/ define experiments and algorithm presets,
+and compose.py combines them with the command line.
 """
 
 import unicodedata
@@ -27,6 +27,7 @@ from hybridrl.settings.choices import (
     WandbMode,
     WeightTransfer,
 )
+from hybridrl.settings.generation import GenerateConfig
 from hybridrl.settings.lora import LoraConfig
 from hybridrl.settings.models import AUTO, ModelConfig, TeacherConfig
 from hybridrl.settings.rollout import PipelineConfig, RolloutConfig
@@ -388,6 +389,7 @@ class RunSettings:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

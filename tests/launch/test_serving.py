@@ -6,27 +6,24 @@ import pytest
 
 from hybridrl.cli import main
 from hybridrl.core.errors import ConfigError
-from hybridrl.launch.serving import parse, server_command
+from hybridrl.launch.serving import ServeCommand, parse, server_command
 from hybridrl.models.loading import resolve
 
 
 def test_the_command_names_the_model_by_its_folder_and_fits_a_cpu():
-    command = server_command(
-        "builtin:countdown-student", host="h", port=1, device="cpu", arguments=["--seed", "3"]
-    )
     folder = resolve("builtin:countdown-student")
+    given = ServeCommand(source="x", host="h", port=1, arguments=("--seed", "3"))
+    command = server_command(folder, given, "cpu")
     assert command[3:7] == ["--model", str(folder), "--served-model-name", folder.name]
     assert "--enforce-eager" in command and command[-2:] == ["--seed", "3"]
-    on_gpu = server_command(str(folder), host="h", port=1, device="cuda", arguments=[])
+    on_gpu = server_command(folder, given, "cuda")
     assert "--enforce-eager" not in on_gpu
 
 
 def test_the_arguments_of_vllm_follow_two_dashes():
-    assert parse(["runs/a", "--port=9", "--", "--seed", "3"]) == (
-        "runs/a",
-        "127.0.0.1",
-        9,
-        ["--seed", "3"],
+    command = ["runs/a", "--step", "40", "--port=9", "--", "--seed", "3"]
+    assert parse(command) == ServeCommand(
+        source="runs/a", step="40", host="127.0.0.1", port=9, arguments=("--seed", "3")
     )
     for wrong in (["a", "--seed", "3"], [], ["a", "b"], ["a", "--port", "x"]):
         with pytest.raises(ConfigError):

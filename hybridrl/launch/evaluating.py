@@ -1,0 +1,209 @@
+"""`hybridrl eval`: a model on the held-out problems of its run."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hybridrl.controller.answer_statistics import AnswerStatistics, statistics_of
+from hybridrl.controller.answering import Decoding
+from hybridrl.controller.pipeline import wave_seed
+from hybridrl.core.errors import ConfigError
+from hybridrl.core.files import replace_text
+from hybridrl.data.prompts import load_problems
+from hybridrl.launch.answer_jobs import AnswerJob, run_jobs
+from hybridrl.launch.loadable_model import LoadableModel, find_model, model_parser
+from hybridrl.launch.teacher_levels import sha256_of
+from hybridrl.rewards.check import check_columns, loaded_rewards
+from hybridrl.run_dir.answer_file import read_rows
+from hybridrl.run_dir.directory import check_no_links
+from hybridrl.run_dir.inputs import file_digests
+from hybridrl.settings.run import RunSettings
+from hybridrl.types import Prompt
+
+EVALS = "evals"
+"""The folder of a run with the results."""
+HELDOUT = "heldout"
+"""The name of the held-out problems of data.*."""
+COLUMNS = ("set", "problems", "avg@k", "stderr", "pass@k", "k", "tokens", "truncated", "failed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemSet:
+    """Problems by which a model is judged, tokenized, and how it answers them."""
+
+    name: str
+    prompts: Sequence[Prompt]
+    decoding: Decoding
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The verb; returns its exit status.
+
+    Raises:
+        HybridRLError: as find_model and evaluate_model.
+    """
+    parser = model_parser("eval", "Judge a model by the problems and rewards of a run.")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="by default evals/ in the run")
+    given = parser.parse_intermixed_args(arguments)
+    model = find_model(
+        given.source,
+        [word for word in given.overrides if "=" in word],
+        step=given.step,
+        teacher=given.teacher,
+        settings_of=given.settings,
+    )
+    names = [word for word in given.overrides if "=" not in word]
+    evaluate_model(model, names, given.out)
+    return 0
+
+
+def evaluate_model(
+    model: LoadableModel, names: Sequence[str], out: Path | None, say: Callable[[str], None] = print
+) -> dict[str, AnswerStatistics]:
+    """Answer the problems of the sets, write their rows and statistics, and print a table.
+
+    Args:
+        names: of the sets; empty: all of them.
+        out: the folder with a file of rows SET.jsonl and of statistics SET.json for each set; None:
+            one for the model in the folder `evals` of its run.
+        say: prints a line.
+
+    Raises:
+        ConfigError, DataError: the model, its data or its rewards cannot be used, there is no such
+            set, or `out` is missing or has results of other settings; nothing was started.
+        Preempted: a signal ended it; the same call continues.
+    """
+    folder = folder_of(model, out)
+    sets = problem_sets(model, names)
+    model.check()
+    check_judges(model.settings, sets)
+    conditions = judges_of(model.settings)
+    jobs = [
+        AnswerJob(
+            name=problems.name,
+            prompts=problems.prompts,
+            decoding=problems.decoding,
+            out=folder / f"{problems.name}.jsonl",
+            conditions=conditions,
+        )
+        for problems in sets
+    ]
+    run_jobs(model, jobs, say, judged=bool(model.settings.reward.functions))
+    statistics = {job.name: statistics_of(read_rows(job.out)) for job in jobs}
+    for name, of_set in statistics.items():
+        content = {"model": model.name, "set": name, **finite(asdict(of_set))}
+        replace_text(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    for line in table(statistics):
+        say(line)
+    say(f"rows and statistics of {model.name} are in {folder}")
+    return statistics
+
+
+def folder_of(model: LoadableModel, out: Path | None) -> Path:
+    """The folder of the results.
+
+    Raises:
+        ConfigError: it must be named for a model of no run.
+        RunDirectoryError: a part of the run is a link, which a run does not write through.
+    """
+    if out is not None:
+        return out.expanduser()
+    if model.run_dir is None:
+        raise ConfigError(f"--out: {model.name} belongs to no run; name a folder for the results")
+    check_no_links(model.run_dir)
+    name = f"step_{model.step:06d}" if model.teacher is None else f"teacher-{model.teacher}"
+    return model.run_dir / EVALS / name
+
+
+def problem_sets(model: LoadableModel, names: Sequence[str]) -> list[ProblemSet]:
+    """The sets of the settings, as the run evaluates them.
+
+    Args:
+        names: of the sets; empty: all of them.
+
+    Raises:
+        ConfigError: there is no such set; or as load_problems.
+        DataError: as load_problems.
+    """
+    settings = model.settings
+    known = [HELDOUT]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{name}: there is no such set; the settings have {', '.join(known)}")
+    _, heldout = load_problems(settings.data, settings.run.seed)
+    decoding = Decoding(
+        samples=1,
+        temperature=0.0 if settings.eval.greedy else settings.algorithm.temperature,
+        seed=wave_seed(settings.run.seed, "eval", model.step or 0),
+    )
+    return [ProblemSet(name=HELDOUT, prompts=model.prompts(heldout), decoding=decoding)]
+
+
+def check_judges(settings: RunSettings, sets: Sequence[ProblemSet]) -> None:
+    """Load the reward functions once, and refuse one that needs a column that a set lacks.
+
+    Raises:
+        ConfigError: names the function.
+    """
+    with loaded_rewards(settings.reward) as rewards:
+        for problems in sets:
+            if rewards is not None:
+                check_columns(rewards, [], problems.prompts)
+
+
+def judges_of(settings: RunSettings) -> dict[str, Any]:
+    """What the rewards depend on. The options of a function may contain a key, so their digest
+    replaces them.
+    """
+    functions = {
+        f"reward.functions.{name}": [judge.function, sha256_of(repr(judge.options))]
+        for name, judge in settings.reward.functions.items()
+    }
+    files = {
+        f"the file of {key}": digest
+        for key, digest in file_digests(settings).items()
+        if key.startswith("reward.")
+    }
+    return functions | files
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """The values with null in the place of NaN."""
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def table(statistics: Mapping[str, AnswerStatistics]) -> list[str]:
+    """The lines of a table, with a row for each set.
+
+    Example of two of its columns: "heldout  56.4 %".
+    """
+    rows = [COLUMNS]
+    for name, of_set in statistics.items():
+        rows.append(
+            (
+                name,
+                str(of_set.problems),
+                _number(of_set.average),
+                _number(of_set.standard_error),
+                _number(of_set.passed),
+                str(of_set.samples),
+                f"{of_set.length:.1f}",
+                f"{of_set.truncated:.1%}",
+                f"{of_set.failed:.1%}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,57 @@
+"""The engines and reward workers of a run, for a model that is not being trained."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from hybridrl.launch.loadable_model import LoadableModel
+from hybridrl.runtime.cluster import Cluster, Team
+from hybridrl.runtime.reward_group import RewardGroup
+from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.runtime.start_up import StartUp
+from hybridrl.settings.choices import WeightTransfer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEngines:
+    """The running workers."""
+
+    rollout: RolloutGroup
+    rewards: RewardGroup | None  # None: nothing is judged
+
+
+@contextmanager
+def started_engines(
+    model: LoadableModel, log_dir: str, say: Callable[[str], None], *, judged: bool
+) -> Iterator[ModelEngines]:
+    """rollout.engines engines with the model, until the end of the block.
+
+    Args:
+        log_dir: of one file for each worker.
+        say: prints a line about each worker that is up.
+        judged: also start reward.workers workers.
+
+    Raises:
+        PlacementError: the cluster cannot hold them.
+        WorkerError: a worker could not be built, within deadlines.start_s.
+    """
+    settings = model.settings
+    rollout = settings.rollout
+    teams = [Team(name="rollout", size=rollout.engines, gpus=rollout.tensor_parallel, heavy=True)]
+    if judged:
+        teams.append(Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False))
+    with Cluster(settings) as cluster:
+        slots = cluster.place(teams)
+        rewards = RewardGroup(settings, slots["reward"], log_dir=log_dir) if judged else None
+        engines = RolloutGroup(
+            settings,
+            slots["rollout"],
+            model=model.config,
+            device=cluster.device,
+            backend=WeightTransfer.object_store,  # no weights arrive; a failed engine is replaced
+            log_dir=log_dir,
+            teacher=model.teacher,
+        )
+        starting = [*engines.ready(), *(rewards.ready() if rewards else [])]
+        StartUp(say).wait(starting)
+        yield ModelEngines(rollout=engines, rewards=rewards)

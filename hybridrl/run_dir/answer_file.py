@@ -1,0 +1,191 @@
+"""A file of answers, one JSON object a line, that an interrupted command continues.
+
+    answers.jsonl                       the rows
+    answers.jsonl.state/settings.json   what the rows depend on
+    answers.jsonl.state/logs/           one file for each worker
+
+A continued file holds the rows of an uninterrupted one, so it is refused where anything differs on
+which they depend.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hybridrl.core.errors import ConfigError, DataError
+from hybridrl.core.files import named, read_text, replace_text, sync_to_disk
+from hybridrl.core.json_lines import Appender, shortened
+
+UID = "uid"
+SETTINGS = "settings.json"
+NOT_SET = "(not set)"
+
+
+def state_folder(path: Path) -> Path:
+    """The folder beside a file of answers."""
+    return path.with_name(f"{path.name}.state")
+
+
+class AnswerFile:
+    """The rows of a file, each with a `uid` of its own. Use `opened`.
+
+    Example:
+        with opened(Path("answers.jsonl"), {"run.seed": 0}) as file:
+            file.append([{"uid": "prompt-000001", "responses": ["3*8"]}])
+            file.put_in_order(["prompt-000001"])
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spans = row_spans(path)
+        """(begin, end) in bytes of each row, by its uid, in the order of the file."""
+        self._size = max((end for _, end in self.spans.values()), default=0)
+        self._appender = Appender(path)
+
+    @property
+    def done(self) -> frozenset[str]:
+        """The uids of the rows."""
+        return frozenset(self.spans)
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows; they are on disk when this returns.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+        self._appender.append("".join(lines))
+        for row, line in zip(rows, lines, strict=True):
+            end = self._size + len(line.encode("utf-8", errors="backslashreplace"))
+            self.spans[row[UID]] = (self._size, end)
+            self._size = end
+
+    def put_in_order(self, uids: Sequence[str]) -> None:
+        """Sort the rows by the order of the prompts, all of which have one. The file is replaced at
+        once, and nothing can be appended afterwards.
+        """
+        self._appender.close()
+        if list(self.spans) == list(uids):
+            return
+        sorted_copy = self.path.with_name(f".{self.path.name}")
+        with named(self.path), self.path.open("rb") as source, sorted_copy.open("wb") as target:
+            for uid in uids:
+                begin, end = self.spans[uid]
+                source.seek(begin)
+                target.write(source.read(end - begin))
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(sorted_copy, self.path)
+        sync_to_disk(self.path.parent)
+
+    def close(self) -> None:
+        self._appender.close()
+
+
+@contextmanager
+def opened(path: Path, conditions: Mapping[str, Any]) -> Iterator[AnswerFile]:
+    """Begin or continue a file of answers, and lock it until the end of the block.
+
+    Args:
+        conditions: everything that the rows depend on, as values that JSON can hold, by the names
+            under which a difference is reported.
+
+    Raises:
+        ConfigError: the file was begun with other conditions, was not written by this command, or
+            another command is writing it.
+        DataError: a row is damaged.
+        OSError: it cannot be read or written.
+    """
+    state = state_folder(path)
+    with named(path):
+        state.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(state / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"{path}: another command is writing it; wait for it, or name another file"
+        ) from error
+    try:
+        check_conditions(path, conditions)
+        path.touch()
+        remove_torn_row(path)
+        replace_text(state / SETTINGS, json.dumps(conditions, indent=1, default=str))
+        with closing(AnswerFile(path)) as file:
+            yield file
+    finally:
+        lock.release()
+
+
+def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
+    """Refuse to continue a file under other conditions; one without rows may be begun anew.
+
+    Raises:
+        ConfigError: names each difference.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    text = read_text(state_folder(path) / SETTINGS)
+    if text is None:
+        raise ConfigError(
+            f"{path}: exists, and no earlier command of this kind began it; name a new file"
+        )
+    earlier = json.loads(text)
+    now = json.loads(json.dumps(conditions, default=str))
+    different = [
+        f"{name}: {shown(earlier, name)} -> {shown(now, name)}"
+        for name in dict.fromkeys([*earlier, *now])
+        if earlier.get(name, NOT_SET) != now.get(name, NOT_SET)
+    ]
+    if different:
+        raise ConfigError(
+            f"{path}: was begun with other settings ({', '.join(different)}); give the earlier "
+            "ones to continue it, or name a new file"
+        )
+
+
+def shown(conditions: Mapping[str, Any], name: str) -> str:
+    """A value for a message."""
+    return shortened(conditions[name]) if name in conditions else NOT_SET
+
+
+def remove_torn_row(path: Path) -> None:
+    """Cut off a last row without a line end, which a kill leaves behind."""
+    with path.open("rb+") as file:
+        end = 0
+        for line in file:
+            end += len(line) if line.endswith(b"\n") else 0
+        file.truncate(end)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file in its order."""
+    with path.open("rb") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def row_spans(path: Path) -> dict[str, tuple[int, int]]:
+    """(begin, end) in bytes of each row, by its uid.
+
+    Raises:
+        DataError: names the first line that is no row.
+    """
+    spans = {}
+    begin = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            end = begin + len(line)
+            try:
+                spans[json.loads(line)[UID]] = (begin, end)
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{path}, line {number}: no row with a {UID}; repair or remove the line"
+                ) from error
+            begin = end
+    return spans

@@ -1,0 +1,56 @@
+"""Which prompts share a wave, and what their rewards and lengths say about a model."""
+
+import math
+
+import pytest
+
+from hybridrl.controller.answer_statistics import statistics_of
+from hybridrl.controller.answering import waves_of
+from hybridrl.settings.generation import GenerateConfig
+from hybridrl.types import Prompt
+
+
+def prompt(uid: str) -> Prompt:
+    return Prompt(uid=uid, input_ids=(1,), text="", columns={"numbers": [1]})
+
+
+def test_waves_are_the_same_whatever_is_done_and_only_missing_answers_are_wanted():
+    waves = waves_of([prompt(uid) for uid in "abcde"], 2, frozenset("abc"))
+    assert [(wave.name, [p.uid for p in wave.prompts], set(wave.wanted)) for wave in waves] == [
+        ("wave-1", ["c", "d"], {"d"}),
+        ("wave-2", ["e"], {"e"}),
+    ]
+
+
+def test_a_wave_fills_an_engine_four_times_unless_its_size_is_set():
+    assert GenerateConfig().prompts_per_wave(max_num_seqs=256, samples=2) == 512
+    assert GenerateConfig().prompts_per_wave(max_num_seqs=2, samples=100) == 1
+    assert GenerateConfig(wave=7).prompts_per_wave(max_num_seqs=256, samples=2) == 7
+
+
+def row(values: list[float | None], lengths: list[int], reasons: list[str]) -> dict:
+    return {"rewards": {"r": values}, "lengths": lengths, "finish_reasons": reasons}
+
+
+def test_average_error_and_share_of_passed_problems_are_over_problems():
+    rows = [
+        row([1.0, 0.0], [4, 8], ["stop", "length"]),
+        row([0.0, 0.0], [4, 4], ["stop", "stop"]),
+    ]
+    of_rows = statistics_of(rows)
+    assert (of_rows.problems, of_rows.samples) == (2, 2)
+    assert of_rows.average == 0.25 and of_rows.passed == 0.5
+    assert of_rows.standard_error == pytest.approx(0.25)  # std((0.5, 0)) / sqrt(2)
+    assert (of_rows.length, of_rows.truncated, of_rows.failed) == (5.0, 0.25, 0.0)
+
+
+def test_a_failed_call_counts_as_failed_and_not_as_wrong():
+    of_rows = statistics_of([row([1.0, None], [1, 1], ["stop", "stop"])])
+    assert (of_rows.average, of_rows.passed, of_rows.failed) == (1.0, 1.0, 0.5)
+    assert math.isnan(of_rows.standard_error), "of a single problem"
+
+
+def test_without_a_reward_there_are_only_lengths():
+    of_rows = statistics_of([{"lengths": [3], "finish_reasons": ["length"]}])
+    assert math.isnan(of_rows.average) and math.isnan(of_rows.passed)
+    assert (of_rows.length, of_rows.truncated, of_rows.failed) == (3.0, 1.0, 0.0)

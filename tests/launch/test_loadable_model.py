@@ -1,0 +1,109 @@
+"""What a command names as a model: runs, their checkpoints, exports and teachers, and folders."""
+
+from pathlib import Path
+
+import pytest
+
+from hybridrl.core.errors import CheckpointError, ConfigError
+from hybridrl.launch.export import export_checkpoint
+from hybridrl.launch.loadable_model import find_model, model_folder
+from hybridrl.models.loading import resolve
+from hybridrl.run_dir.directory import find_checkpoint, run_directory
+from tests.run_dir.test_directory import settings_of
+from tests.test_cli import save_checkpoint, save_steps
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of the steps 10, 20 (the best) and 30."""
+    run_dir = tmp_path_factory.mktemp("model") / "run"
+    save_steps(run_dir)
+    return run_dir
+
+
+def test_a_run_is_its_newest_checkpoint_with_its_own_settings(run: Path):
+    model = find_model(str(run), ["rollout.max_new_tokens=7"])
+    assert (model.step, model.teacher, model.name) == (30, None, f"{run}, step 30")
+    assert model.config.path == str(run / "export" / "step_000030")
+    assert model.settings.rollout.max_new_tokens == 7, "of the command"
+    assert list(model.settings.teachers) == ["main"], "of the run"
+
+
+def test_a_step_the_best_one_a_checkpoint_and_an_export_are_found_in_their_run(run: Path):
+    assert find_model(str(run), step="10").step == 10
+    assert find_model(str(run), step="best").step == 20
+    assert find_model(str(run / "checkpoints" / "step_000020")).step == 20
+    export_checkpoint(run, step="10")
+    exported = find_model(str(run / "export" / "step_000010"))
+    assert exported.step == 10 and list(exported.settings.teachers) == ["main"]
+
+
+def test_a_teacher_is_loaded_with_the_settings_of_its_run(run: Path):
+    model = find_model(str(run), teacher="main")
+    assert model.step is None and model.teacher == "main"
+    assert model.config.path == model.settings.teachers["main"].path
+    assert model.settings.model.path == "builtin:countdown-student", "its tokenizer decodes"
+    assert model_folder(str(run), teacher="main") == resolve(model.config.path)
+
+
+def test_a_model_of_no_run_has_the_default_settings_or_those_of_a_run(run: Path):
+    student = "builtin:countdown-student"
+    bare = find_model(student, ["generate.samples=3"])
+    assert (bare.run_dir, bare.config.path, bare.settings.generate.samples) == (None, student, 3)
+    assert bare.settings.teachers == {} and bare.settings.rollout.max_new_tokens is None
+    assert bare.device == "cpu"
+    assert find_model(student, ["cluster.device=cuda"]).device == "cuda"
+    as_in_run = find_model(student, settings_of=str(run))
+    assert as_in_run.config.path == student and as_in_run.settings.rollout.max_new_tokens
+
+
+def test_the_settings_of_a_run_with_adapters_have_none_as_its_export_is_merged(run: Path):
+    config = run / "config.yaml"
+    before = config.read_text()
+    try:
+        config.write_text(before.replace("  rank: null", "  rank: 4"))
+        assert "rank: 4" in config.read_text()
+        assert find_model(str(run), step="10").settings.lora.rank is None
+    finally:
+        config.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "words"),
+    [
+        ("RUN", {"step": "11"}, CheckpointError, "no checkpoint of that step, only of 10, 20, 30"),
+        ("RUN", {"step": "x"}, ConfigError, "--step x: must be the number of a step, or best"),
+        ("RUN", {"teacher": "x"}, ConfigError, "has no such teacher; it has main"),
+        ("RUN", {"teacher": "main", "step": "10"}, ConfigError, "a teacher is frozen"),
+        ("RUN", {"settings_of": "f.yaml"}, ConfigError, "has the settings of its run"),
+        ("RUN", {"overrides": ["model.path=x"]}, ConfigError, "model.path: is the model that"),
+        ("RUN/checkpoints/step_000010", {"step": "10"}, ConfigError, "is one checkpoint"),
+        ("EMPTY", {}, ConfigError, "exists but holds no config.json"),
+        ("EMPTY/x", {}, ConfigError, "there is no such folder"),
+        ("builtin:countdown-student", {"step": "1"}, ConfigError, "is no run"),
+        ("builtin:countdown-student", {"teacher": "a"}, ConfigError, "is no run, which has"),
+    ],
+)
+def test_what_is_no_model_or_does_not_fit_is_refused_in_one_sentence(
+    source: str, options: dict, error: type[Exception], words: str, run: Path, tmp_path: Path
+):
+    source = source.replace("RUN", str(run)).replace("EMPTY", str(tmp_path))
+    with pytest.raises(error, match=words) as caught:
+        find_model(source, options.pop("overrides", ()), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path):
+    settings = settings_of(tmp_path / "run")
+    with run_directory(settings) as run_dir:
+        find_checkpoint(settings, run_dir, {})
+    with pytest.raises(CheckpointError, match="the run has no checkpoint yet"):
+        find_model(str(tmp_path / "run"))
+
+
+def test_a_checkpoint_outside_of_its_run_is_refused(tmp_path: Path):
+    save_checkpoint(tmp_path / "run")
+    moved = tmp_path / "step_000010"
+    (tmp_path / "run" / "checkpoints" / "step_000010").rename(moved)
+    with pytest.raises(ConfigError, match="a checkpoint outside of its run"):
+        find_model(str(moved))
