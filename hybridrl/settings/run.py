@@ -198,6 +198,15 @@ class RewardConfig:
     max_error_rate: float = 0.1
     """stop the run when more than this fraction of a step's calls fail, under on_error=value too"""
 
+    @property
+    def models(self) -> dict[str, str]:
+        """The folders of the reward models, by the names of their functions."""
+        return {
+            name: function.options["path"]
+            for name, function in self.functions.items()
+            if function.function == "reward_model" and "path" in function.options
+        }
+
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
             raise ConfigError(f"reward.timeout_s={self.timeout_s}: must be positive")

@@ -76,10 +76,12 @@ def test_the_presets_have_the_weights_of_the_methods_after_which_they_are_named(
 def test_the_published_settings_in_the_comments_of_a_preset_are_settings(algorithm: str):
     text = (conf_dir() / "algorithm" / f"{algorithm}.yaml").read_text()
     comments = " ".join(line for line in text.splitlines() if line.startswith("#"))
-    options = re.findall(r"(?:train|rollout|algorithm)\.[a-z_.]+=[0-9][0-9.e-]*", comments)
+    found = re.findall(
+        r"((?:train|rollout|algorithm)[a-z_.]+)=([0-9](?:[0-9.e-]*[0-9])?)", comments
+    )
+    options = [f"{key}={value}" for key, value in dict(found).items()]
     assert len(options) >= 6
-    for option in options:
-        load_config(["experiment=quickstart", "run.dir=r", f"algorithm={algorithm}", option])
+    load_config([*BASE, f"algorithm={algorithm}", "rollout.max_model_len=null", *options])
 
 
 def test_overrides_reach_the_typed_settings():
