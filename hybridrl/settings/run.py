@@ -242,7 +242,8 @@ class EvalConfig:
     samples: int = 8
     """rollouts of each evaluation that are saved as text"""
     teacher: bool = True
-    """evaluate each teacher with a path once, before training, for the report"""
+    """evaluate each teacher with a path once, before training, for the report; not one on a server
+    """
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.samples < 0:
