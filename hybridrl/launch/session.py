@@ -46,7 +46,11 @@ from hybridrl.launch.preflight import (
 )
 from hybridrl.launch.run_result import ExitReason, RunResult, run_result
 from hybridrl.launch.served_teachers import check_served_teachers
-from hybridrl.launch.teacher_levels import measure_teachers, teachers_to_measure
+from hybridrl.launch.teacher_levels import (
+    measure_teachers,
+    teachers_left_out,
+    teachers_to_measure,
+)
 from hybridrl.models.arithmetic import dtype_notice, on_gpu
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.objectives.user_code import check_user_code
@@ -160,9 +164,13 @@ def narrow_models(settings: RunSettings) -> list[str]:
 def start_notice(settings: RunSettings, checkpoint: Checkpoint | None) -> str:
     """The line that the console prints before workers start."""
     teachers = "" if checkpoint else ", ".join(teachers_to_measure(settings))
+    served = "" if checkpoint else ", ".join(teachers_left_out(settings))
+    left_out = f" (teacher {served} is on a server, and is not measured)" if served else ""
     if not teachers:
-        return "starting workers ..."
-    return f"starting workers, and measuring teacher {teachers} on the held-out problems ..."
+        return f"starting workers ...{left_out}"
+    return (
+        f"starting workers, and measuring teacher {teachers} on the held-out problems ...{left_out}"
+    )
 
 
 @contextmanager

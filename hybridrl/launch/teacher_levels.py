@@ -9,6 +9,8 @@ from typing import Any
 
 from hybridrl.controller.evaluation import evaluate
 from hybridrl.core.files import read_bytes, replace_text
+from hybridrl.rollout.engine_arguments import sampling_by
+from hybridrl.runtime.actor_group import Slot
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.reward_group import RewardGroup
@@ -23,11 +25,33 @@ TEACHER_LEVELS = "teacher_levels.json"
 def teachers_to_measure(settings: RunSettings) -> list[str]:
     """The teachers in use that have their own weights.
 
-    A teacher without a path is the student before training, which is evaluated anyway.
+    A teacher without a path is the student before training, which is evaluated anyway, or a server
+    has it.
     """
     if not settings.eval.teacher or not settings.reward.functions:
         return []
     return [name for name in settings.teachers_in_use if settings.teachers[name].path is not None]
+
+
+def teachers_left_out(settings: RunSettings) -> list[str]:
+    """The teachers in use that would be measured, if they were not on servers."""
+    if not settings.eval.teacher or not settings.reward.functions:
+        return []
+    return [name for name in settings.teachers_in_use if settings.teachers[name].url is not None]
+
+
+def place_of(settings: RunSettings, slots: Slots, name: str) -> tuple[RunSettings, Slot]:
+    """The settings of the engine that samples a teacher, and its place.
+
+    A teacher that an engine scores is sampled by one with the same arguments, in the place of that
+    engine, which has as many GPUs; every other one by those of rollout, in the place of one of the
+    student's.
+    """
+    arguments = settings.teachers[name].engine
+    if arguments is None or name not in settings.scored_teachers:
+        return settings, slots["rollout"][0]
+    rollout = sampling_by(arguments, settings.rollout)
+    return replace(settings, rollout=rollout), slots[f"scorer-{name}"][0]
 
 
 def measure_teachers(
@@ -39,8 +63,7 @@ def measure_teachers(
     run_dir: Path,
     inputs: Mapping[str, str],
 ) -> dict[str, float]:
-    """eval/accuracy_teacher/NAME of each teacher, each sampled by a temporary engine in the place
-    of one of the student's.
+    """eval/accuracy_teacher/NAME of each teacher, each sampled by a temporary engine (place_of).
 
     Levels that an earlier start of the run has measured are read from the run directory.
 
@@ -55,13 +78,13 @@ def measure_teachers(
     if levels is not None or not names:
         return levels or {}
     levels = {}
-    slots_of_engine = slots["rollout"][:1]
-    if cluster.device == "cpu":  # beside the student's engine, which is loading there
-        slots_of_engine = [replace(slot, num_cpus=0.0) for slot in slots_of_engine]
     for name in names:
+        of_engine, slot = place_of(settings, slots, name)
+        if cluster.device == "cpu":  # beside the engine that is loading there
+            slot = replace(slot, num_cpus=0.0)
         engine = RolloutGroup(
-            settings,
-            slots_of_engine,
+            of_engine,
+            [slot],
             model=settings.teacher_model(name),
             device=cluster.device,
             backend=cluster.weight_transfer,
@@ -95,8 +118,13 @@ def conditions_of(settings: RunSettings, heldout: Sequence[Prompt]) -> dict[str,
     problems = repr([(p.uid, p.input_ids, p.columns, *p.teacher_prompts.values()) for p in heldout])
     # Accuracy is measured by the first reward function. None: nothing is measured.
     judge = next(iter(settings.reward.functions.values()), None)
+    names = teachers_to_measure(settings)
+    engines = {
+        n: arguments for n in names if (arguments := settings.teachers[n].engine) is not None
+    }
     return {
-        "teachers": {n: asdict(settings.teacher_model(n)) for n in teachers_to_measure(settings)},
+        "teachers": {n: asdict(settings.teacher_model(n)) for n in names},
+        **({"engines": engines} if engines else {}),
         "heldout_sha256": sha256_of(problems),
         "reward": [judge.function, sha256_of(repr(judge.options))] if judge else None,
         "max_new_tokens": settings.rollout.max_new_tokens,

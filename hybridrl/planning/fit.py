@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.models.loading import load_layout
+from hybridrl.models.model_internals import shards_every_layer
 from hybridrl.planning.plan import Plan, Seat, make_plan, shown
 from hybridrl.settings.choices import Offload
+from hybridrl.settings.engine_checks import check_teacher_engines
 from hybridrl.settings.run import RunSettings
 
 MOST_RANKS = 1024
@@ -101,6 +104,8 @@ def peak_parts(plan: Plan, worker: str) -> dict[str, int]:
 
 def worker_setting(settings: RunSettings, worker: str) -> str:
     """The model's setting of a worker, with its value."""
+    if worker == "reward":
+        return f"reward.workers={settings.reward.workers}"
     if worker.startswith("scorer-"):
         name = worker.removeprefix("scorer-")
         return f"{settings.model_setting(name)}={settings.teacher_model(name).path}"
@@ -133,6 +138,13 @@ def remedy(plan: Plan, worker: str) -> str:
 
 def hopeless(plan: Plan, worker: str) -> str:
     if worker.startswith("scorer-") and plan.device == "cuda":
+        teacher = worker.removeprefix("scorer-")
+        if plan.settings.teachers[teacher].engine is None and not divides(plan.settings, teacher):
+            return (
+                "transformers has no plan for dividing its layers among devices; choose another "
+                "teacher or larger devices, or evidence that a vLLM engine gives "
+                f"(teachers.{teacher}.evidence=drawn)"
+            )
         return (
             f"not even {MOST_DEVICES} devices of a replica would do: choose a smaller teacher, or "
             "larger devices"
@@ -168,6 +180,9 @@ def changes(plan: Plan, worker: str) -> Iterator[Change]:
     elif worker.startswith("scorer-"):
         can_shard = plan.device == "cuda"  # on a CPU the ranks share one node's memory
         yield from scorer_changes(settings, worker.removeprefix("scorer-"), can_shard=can_shard)
+    elif worker == "reward":
+        yield _set("reward", "processes", 1)
+        yield _set("reward", "workers", 1)
     else:
         yield from engine_changes(settings)
 
@@ -204,9 +219,29 @@ def scorer_changes(settings: RunSettings, teacher: str, *, can_shard: bool) -> I
         more = (r for r in (2, 4, 8) if r > ranks and can_shard)
         yield from (_in_engine(teacher, r) for r in more)
         return
-    most = MOST_DEVICES if can_shard else 0
-    for devices in range(settings.teachers[teacher].devices + 1, most + 1):
-        yield _on_devices(teacher, devices)
+    if not can_shard:
+        return
+    if divides(settings, teacher):
+        for devices in range(settings.teachers[teacher].devices + 1, MOST_DEVICES + 1):
+            yield _on_devices(teacher, devices)
+    elif engine_gives_evidence(settings, teacher):
+        yield from (_in_engine(teacher, r) for r in (2, 4, 8))
+
+
+def divides(settings: RunSettings, teacher: str) -> bool:
+    """Whether the teacher's layers can be divided among several devices of a scorer."""
+    model = settings.teacher_model(teacher)
+    layout = load_layout(model.path, model.revision, setting=settings.model_setting(teacher))
+    return shards_every_layer(layout)
+
+
+def engine_gives_evidence(settings: RunSettings, teacher: str) -> bool:
+    """Whether an engine of vLLM could score in the place of the teacher's scorer."""
+    try:
+        check_teacher_engines(_in_engine(teacher, 2).make(settings))
+    except ConfigError:
+        return False
+    return True
 
 
 def _on_devices(teacher: str, devices: int) -> Change:

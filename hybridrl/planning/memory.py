@@ -1,7 +1,7 @@
 """The bytes that each worker holds on its device, by phase and part.
 
-All responses are taken to be as long as they may be. Workers of rewards and of the data's responses
-are left out: they hold no model.
+All responses are taken to be as long as they may be. The worker of the data's responses is left
+out: it holds no model. Reward workers hold theirs in the memory of their node, on GPUs too.
 """
 
 import math
@@ -22,6 +22,7 @@ from hybridrl.planning.model_shape import (
 )
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.zero import WIDE, ZeroBytes, zero_bytes
+from hybridrl.rewards.reward_model import MAX_TOKENS
 from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, prefill_tokens
 from hybridrl.rollout.engine_scorer import DEFAULTS
 from hybridrl.settings.choices import Attention, Products, WeightTransfer
@@ -174,14 +175,19 @@ class Sizes:
         """Sequences of one forward pass of a scorer replica with so many devices, which is given
         one chunk at a time.
         """
+        room = self.settings.scorer.max_tokens_per_micro_batch * devices // self.tokens
+        return max(min(room, self.of_chunk), 1)
+
+    @property
+    def of_chunk(self) -> int:
+        """Sequences of one chunk, which a scorer or a reward worker is given at a time."""
         settings = self.settings
         groups = chunk_size(
             settings.train.prompts_per_step,
             settings.rollout.groups_per_chunk,
             settings.rollout.engines,
         )
-        room = settings.scorer.max_tokens_per_micro_batch * devices // self.tokens
-        return max(min(room, groups * self.group), 1)
+        return groups * self.group
 
     @property
     def of_decoding(self) -> int:
@@ -448,6 +454,25 @@ def scoring_engine_parts(sizes: Sizes, teacher: ScoredTeacher, device_bytes: int
     parts["head pass"] = longest * shape.vocabulary * (teacher.width + WIDE)
     for part, nbytes in parts.items():
         yield Part(worker, "score", part, nbytes)
+
+
+def reward_parts(sizes: Sizes) -> Iterator[Part]:
+    """The memory of one reward worker and its child processes, each of which has every reward
+    model, in float32 on the CPU; other reward functions hold no model.
+    """
+    settings = sizes.settings
+    weights = 0
+    activations = 0
+    for name, path in settings.reward.models.items():
+        setting = f"reward.functions.{name}.options.path"
+        model = ModelConfig(path=path, dtype="float32")
+        rows = max(min(MAX_TOKENS // sizes.tokens, sizes.of_chunk), 1)
+        work = Pass(rows, sizes.tokens, learns=False)
+        shape = model_shape(model, setting)
+        weights += (shape.parameters - (0 if shape.tied else shape.head)) * WIDE  # of its body
+        activations = max(activations, pass_bytes(model, setting, work).forward)
+    yield Part("reward", "reward", "weights", weights * settings.reward.processes)
+    yield Part("reward", "reward", "activations", activations * settings.reward.processes)
 
 
 def kv_cache(chosen: int | None, room: int, *, on_cpu: bool) -> int:

@@ -12,6 +12,7 @@ from hybridrl.planning.memory import (
     Sizes,
     engine_parts,
     learner_parts,
+    reward_parts,
     scorer_parts,
     scoring_engine_parts,
     worker_peak,
@@ -24,18 +25,20 @@ from hybridrl.settings.run import RunSettings
 
 GIB = 2**30
 IMPORTED = 0.6 * GIB
-"""Bytes of a worker's process on a CPU after its imports: 0.47 to 0.60 GiB were measured."""
-
+"""Bytes of a worker's process on a CPU after its imports: 0.43 to 0.60 GiB were measured."""
+CHILD_IMPORTED = 25 * 2**20
+"""The same of a child process of a reward worker that loads no reward model."""
 
 HEAP_SHARE = 0.28
 """Of the bytes of tensors: gaps in the heap of a process on a CPU, which retains what it has freed
 (runtime.worker_env)."""
 
-GROWN = {"learner": 226_000_000, "rollout": 57_000_000}
+GROWN = {"learner": 226_000_000, "rollout": 57_000_000, "teacher": 57_000_000, "scorer": 22_000_000}
 """Bytes that a process on a CPU takes besides for libraries once they run.
 
-Both were fixed on the tiny model in float32 (`tools/bench plan`): HEAP_SHARE and the learner's by
-its ranks of ZeRO 1 and 3, the engine's with that share. Everything else there tests them.
+They were fixed on the tiny model in float32 (`tools/bench plan`): HEAP_SHARE and the learner's by
+its ranks of ZeRO 1 and 3, an engine's with that share. A scorer's is what stays after a pass whose
+tensors go back to the system (MALLOC_MMAP_THRESHOLD_=65536). Everything else there tests them.
 """
 
 
@@ -88,8 +91,15 @@ class Plan:
         """The most that a device of the seat holds. Memory that a worker has used in one phase
         stays with it in the others, so the peaks of its workers add up.
         """
-        imports = 0 if seat.gpus else int(IMPORTED * len(seat.workers))
+        imports = 0 if seat.gpus else sum(self.imported(name) for name in seat.workers)
         return sum(self.peak(name) for name in seat.workers) + imports
+
+    def imported(self, name: str) -> int:
+        """Bytes of one worker of a team after its imports, with those of its child processes."""
+        if name != "reward":
+            return int(IMPORTED)
+        reward = self.settings.reward
+        return int(IMPORTED + reward.processes * (IMPORTED if reward.models else CHILD_IMPORTED))
 
 
 def make_plan(settings: RunSettings, *, device: str, device_bytes: int) -> Plan:
@@ -116,7 +126,7 @@ def make_plan(settings: RunSettings, *, device: str, device_bytes: int) -> Plan:
         device=device,
         device_bytes=device_bytes,
         sizes=sizes,
-        parts=tuple(with_heap(list(worker_parts(sizes, device_bytes)), on_cpu=on_cpu)),
+        parts=tuple(with_heap(settings, list(worker_parts(sizes, device_bytes)), on_cpu=on_cpu)),
         seats=tuple(seats(settings, on_cpu=on_cpu)),
         edges=tuple(edges(sizes)),
         store_bytes=store_bytes(sizes, weights_travel=by_store(settings, on_cpu=on_cpu)),
@@ -146,17 +156,25 @@ def worker_parts(sizes: Sizes, device_bytes: int) -> Iterator[Part]:
             yield from scoring_engine_parts(sizes, scored, device_bytes)
         else:
             yield from scorer_parts(sizes, scored)
+    yield from reward_parts(sizes)
 
 
-def with_heap(parts: Sequence[Part], *, on_cpu: bool) -> Iterator[Part]:
+def with_heap(settings: RunSettings, parts: Sequence[Part], *, on_cpu: bool) -> Iterator[Part]:
     """The parts, and on a CPU what the heap of each process takes besides, in each phase."""
     yield from parts
     if not on_cpu:
         return
     for worker, phase in dict.fromkeys((part.worker, part.phase) for part in parts):
         tensors = sum(p.nbytes for p in parts if (p.worker, p.phase) == (worker, phase))
-        grown = GROWN.get(worker, 0)
-        yield Part(worker, phase, "heap", int(HEAP_SHARE * tensors) + grown)
+        yield Part(worker, phase, "heap", int(HEAP_SHARE * tensors) + grown(settings, worker))
+
+
+def grown(settings: RunSettings, worker: str) -> int:
+    """Of GROWN, by the kind of the worker."""
+    if not worker.startswith("scorer-"):
+        return GROWN.get(worker, 0)
+    engine = settings.teachers[worker.removeprefix("scorer-")].engine
+    return GROWN["scorer" if engine is None else "rollout"]
 
 
 def seats(settings: RunSettings, *, on_cpu: bool) -> list[Seat]:
@@ -164,6 +182,7 @@ def seats(settings: RunSettings, *, on_cpu: bool) -> list[Seat]:
     own_classes = {f"scorer-{n}" for n in settings.teachers if settings.teachers[n].model}
     models = [t for t in teams(settings) if t.gpus and t.name not in own_classes]
     if on_cpu:
+        models += [t for t in teams(settings) if t.name == "reward"]
         return [Seat(0, 0, tuple(team.name for team in models for _ in range(team.size)))]
     if settings.cluster.colocate:
         width = max(team.size for team in models)
@@ -186,14 +205,17 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     """The plan as tables of text."""
     yield from seat_lines(plan)
     for name in dict.fromkeys(part.worker for part in plan.parts):
-        yield ""
-        yield from part_lines(name, plan.of_worker(name))
+        if plan.peak(name) and (name != "reward" or plan.device == "cpu"):
+            yield ""
+            yield from part_lines(name, plan.of_worker(name))
     yield ""
     yield "a step sends at most"
     yield from aligned(
         [[f"  {e.source} -> {e.target}", e.what, shown(e.nbytes)] for e in plan.edges]
     )
     retained = plan.settings.checkpoint.keep
+    if plan.device == "cuda" and (models := plan.peak("reward")):
+        yield f"host memory of each reward worker, for its reward models: {shown(models)}"
     if plan.offloaded_bytes:
         yield f"host memory of each learner rank, offloaded: {shown(plan.offloaded_bytes)}"
     yield f"object store, most at once: {shown(plan.store_bytes)}"
@@ -228,7 +250,10 @@ def seat_lines(plan: Plan) -> Iterator[str]:
         rows.append([str(seat), workers, of_device, verdict])
     yield from aligned(rows)
     if plan.device == "cpu":
-        yield f"(with {shown(int(IMPORTED))} for the imports of each process)"
+        yield (
+            f"(with {shown(int(IMPORTED))} for the imports of each worker; for those of a reward "
+            f"worker and its children {shown(plan.imported('reward'))})"
+        )
 
 
 def part_lines(name: str, parts: Sequence[Part]) -> Iterator[str]:

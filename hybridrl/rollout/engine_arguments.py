@@ -11,11 +11,12 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, get_args
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.settings.rollout import RolloutConfig
 
 IMPORT_S = 120.0  # timeout of the child process, which imports vLLM
 MESSAGE = 200  # characters of what vLLM says about a value
@@ -107,6 +108,25 @@ class ArgumentRules:
 
 
 OF_ROLLOUT = ArgumentRules(setting="rollout.engine", decided_by=DECIDED_BY, fixed=FIXED)
+
+
+def sampling_by(arguments: Mapping[str, Any], rollout: RolloutConfig) -> RolloutConfig:
+    """The settings of an engine that samples from the model of an engine that scores.
+
+    The arguments of the latter replace rollout.engine, and each setting that decides one of them.
+    Arguments that are fixed in every engine that samples are left out.
+
+    Args:
+        arguments: teachers.NAME.engine.
+    """
+    own = {"tensor_parallel_size": 1, "gpu_memory_utilization": 0.9, "kv_cache_memory_bytes": None}
+    decided = {
+        DECIDED_BY[name].removeprefix("rollout."): value
+        for name, value in (own | dict(arguments)).items()
+        if DECIDED_BY.get(name, "").startswith("rollout.")
+    }
+    others = {n: v for n, v in arguments.items() if n not in DECIDED_BY and n not in FIXED}
+    return replace(rollout, engine=others, **decided)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,7 +123,8 @@ def start_workers(
     Args:
         say: prints a line about each worker that is up.
         before_engines: called when the reward workers answer. On GPUs the engines start after it,
-            so that it can use their places; other workers load meanwhile.
+            those that score among them, so that it can use their places; other workers load
+            meanwhile.
 
     Raises:
         WorkerError: a worker could not be built, within deadlines.start_s.
@@ -132,8 +133,11 @@ def start_workers(
     rewards = RewardGroup(settings, slots["reward"], log_dir=log_dir)
     start_learner = partial(start_learner_and_scorers, settings, cluster, slots, log_dir)
     start_rollout = partial(start_engines, settings, cluster, slots, log_dir, start_up)
-    early_learner = None if settings.cluster.colocate else start_learner()
-    early_engines = start_rollout() if cluster.device == "cpu" else None
+    on_cpu = cluster.device == "cpu"
+    engines_score = any(settings.teachers[n].engine is not None for n in settings.scored_teachers)
+    late = settings.cluster.colocate or (engines_score and not on_cpu)
+    early_learner = None if late else start_learner()
+    early_engines = start_rollout() if on_cpu else None
     start_up.wait(rewards.ready())
     before_engines(rewards)
     rollout, teacher_rollout = early_engines or start_rollout()

@@ -199,6 +199,15 @@ class RewardConfig:
     max_error_rate: float = 0.1
     """stop the run when more than this fraction of a step's calls fail, under on_error=value too"""
 
+    @property
+    def models(self) -> dict[str, str]:
+        """The folders of the reward models, by the names of their functions."""
+        return {
+            name: function.options["path"]
+            for name, function in self.functions.items()
+            if function.function == "reward_model" and "path" in function.options
+        }
+
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
             raise ConfigError(f"reward.timeout_s={self.timeout_s}: must be positive")
@@ -234,7 +243,8 @@ class EvalConfig:
     samples: int = 8
     """rollouts of each evaluation that are saved as text"""
     teacher: bool = True
-    """evaluate each teacher with a path once, before training, for the report"""
+    """evaluate each teacher with a path once, before training, for the report; not one on a server
+    """
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.samples < 0:

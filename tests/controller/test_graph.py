@@ -21,26 +21,31 @@ from hybridrl.core.errors import (
     ConfigError,
     FleetExhausted,
     PlacementError,
+    ServerError,
     SkippedStep,
     WeightSyncError,
     WorkerDied,
     WorkerTimeout,
 )
 from hybridrl.data.prompts import PromptSource
-from hybridrl.launch.session import prepare_prompts
+from hybridrl.launch.session import naming_what_is_saved, prepare_prompts
 from hybridrl.run_dir.checkpoint import Checkpointer
 from hybridrl.run_dir.ledger import Ledger, check_ledger, drawn_uids, read_ledger
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.learner_group import LearnerGroup
+from hybridrl.runtime.scorer_group import ScorerGroup
 from hybridrl.runtime.workers import Slots, Workers, place_workers, start_workers
-from hybridrl.settings.choices import Device, OnStale, Ratio, WeightTransfer
+from hybridrl.settings.choices import Device, EvidenceKind, OnStale, Ratio, WeightTransfer
+from hybridrl.settings.models import TeacherConfig
 from hybridrl.settings.run import DeadlineConfig, RunSettings
+from hybridrl.settings.servers import ServedConfig
 from hybridrl.tracking.glossary import explain
 from hybridrl.tracking.sink import Sinks
 from hybridrl.types import LearnerStats, Prompt
 from tests.support.batches import make_batch
 from tests.support.graph import tiny_settings
+from tests.support.scoring_server import scoring_server
 
 pytestmark = pytest.mark.graph
 
@@ -481,6 +486,63 @@ def test_a_killed_scorer_is_replaced_and_scores_the_same_tokens(graph, controlle
         group.pids()[1] != pid
         and controller.checkpointer.newest().state.step == controller.steps_done
     )
+
+
+def other_scorers(graph: Graph, settings: RunSettings, count: int, log_dir: Path) -> ScorerGroup:
+    """Scorers of these settings, beside those of the graph."""
+    slots = [replace(slot, num_cpus=0.0) for slot in graph.slots["scorer-main"][:count]]
+    group = ScorerGroup(settings, slots, teacher="main", device="cpu", log_dir=str(log_dir))
+    gather(group.ready())
+    return group
+
+
+def test_a_killed_rank_of_a_divided_teacher_is_replaced_with_its_replica_and_scores_are_the_same(
+    graph, tmp_path
+):
+    divided = replace(graph.settings.teachers["main"], devices=2)
+    settings = replace(graph.settings, teachers={"main": divided})
+    group = other_scorers(graph, settings, 2, tmp_path / "logs")
+    batch = make_batch([((4, 5), [(6, 7, 8), (9, 10)])])
+
+    def scores() -> np.ndarray:
+        _, sent = group.group.submit_pair(0, "score", batch, deadline_s=60.0)
+        group.group.submit(1, "follow", batch, deadline_s=60.0).result()
+        return sent.result().logprobs
+
+    before, pids = scores(), group.group.pids()
+    workers = replace(graph.workers, scorers=[group])
+    controller = replace(graph, run_dir=tmp_path).controller(settings, workers)
+    os.kill(pids[1], signal.SIGKILL)
+    row = controller.step()
+    assert row["policy/logprob_gap"] < 1e-5 and row["train/step"] == 1
+    assert not set(pids) & set(group.group.pids()), "both ranks are other processes"
+    np.testing.assert_array_equal(scores(), before)
+    group.group.close()
+
+
+def test_a_lost_server_is_followed_by_the_next_one_and_without_one_the_run_ends_at_its_checkpoint(
+    graph, tmp_path
+):
+    with scoring_server() as first, scoring_server() as second:
+        served = ServedConfig(fallbacks=[second.url], retry_s=0.0)
+        teacher = TeacherConfig(url=first.url, evidence=EvidenceKind.drawn, served=served)
+        settings = replace(graph.settings, teachers={"main": teacher})
+        group = other_scorers(graph, settings, 1, tmp_path / "logs")
+        workers = replace(graph.workers, scorers=[group])
+        graph.workers.learner.configure(settings)
+        controller = replace(graph, run_dir=tmp_path).controller(settings, workers)
+        controller.step()
+        assert len(first.bodies) == 64 and second.bodies == [], "16 prompts with 4 responses each"
+        first.script = [(500, "gone")] * 1000
+        assert controller.step()["train/step"] == 2
+        assert len(second.bodies) == 64
+        controller.save({}, last=True)
+        second.script = [(500, "gone")] * 1000
+        sentence = rf"{second.url}.*; the same command goes on from step_000002$"
+        with pytest.raises(ServerError, match=sentence), naming_what_is_saved(settings, tmp_path):
+            controller.step()
+        group.group.close()
+        graph.workers.learner.configure(graph.settings)
 
 
 def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_is_learned_from_it(

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -393,13 +393,25 @@ def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
     shutil.rmtree(sessions, ignore_errors=True)
 
 
+def raylet_of(log: Path) -> int:
+    """The raylet of the node on which the worker with this log runs: the worker's parent."""
+    parents = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "fd" / "1").resolve() == log.resolve():
+                status = (process / "stat").read_text().rpartition(")")[2].split()
+                parents[int(process.name)] = int(status[1])
+    (raylet,) = set(parents.values()) - set(parents)
+    return raylet
+
+
 def test_a_job_on_two_nodes_with_tokens_is_stopped_saves_what_it_learned_and_goes_on(
     two_nodes, overrides, tmp_path
 ):
     run_dir = tmp_path / "job"
     spread = ["cluster.spread=true", "cluster.threads_per_worker=1"]
     submit = ["hybridrl", "submit", "--program", str(BIN / "hybridrl")]
-    settings = [*overrides, *spread, f"run.dir={run_dir}"]
+    settings = [*overrides, *spread, "++teachers.main.devices=2", f"run.dir={run_dir}"]
     begun = shell(
         *submit, "--no-wait", "--id", "first", *settings, "train.steps=1000", env=two_nodes
     )
@@ -411,6 +423,8 @@ def test_a_job_on_two_nodes_with_tokens_is_stopped_saves_what_it_learned_and_goe
             -3000:
         ]
         time.sleep(0.5)
+    ranks = [raylet_of(run_dir / "logs" / f"scorer-main-{i}.log") for i in range(2)]
+    assert ranks[0] != ranks[1], "the ranks of the divided teacher are on different nodes"
     stopped = shell("hybridrl", "jobs", "first", "--stop", env=two_nodes)
     assert stopped.returncode == 0, stopped.stderr[-1000:]
     followed = shell("hybridrl", "jobs", "first", env=two_nodes)

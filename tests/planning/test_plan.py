@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.planning.edges import checkpoint_bytes, rollout_bytes, score_bytes
@@ -235,11 +236,42 @@ def test_a_teacher_of_72b_fits_two_devices_and_the_refusal_of_one_names_them():
 
 
 def test_a_refusal_names_settings_with_which_it_would_fit():
-    plan = quickstart(memory_gib=3.0)
+    plan = quickstart(memory_gib=3.7)
     with pytest.raises(ConfigError, match=r"it would fit with (\S+=\S+)$") as caught:
         check_fit(plan)
     change = str(caught.value).rpartition(" ")[2]
-    check_fit(quickstart(change, memory_gib=3.0))
+    check_fit(quickstart(change, memory_gib=3.7))
+
+
+def test_a_teacher_whose_layers_cannot_be_divided_is_offered_an_engine_where_it_can_answer(
+    tmp_path: Path,
+):
+    GPT2Config(n_embd=8192, n_head=64, n_layer=60, vocab_size=152064).save_pretrained(tmp_path)
+    of_teacher = [f"teachers.main.path={tmp_path}", "teachers.main.devices=1"]
+
+    def refused(*overrides: str) -> str:
+        with pytest.raises(ConfigError, match="scorer-main does not fit GPU") as caught:
+            overrides = (*of_teacher, *overrides)
+            check_fit(planned("qwen72b_from_72b_64gpu", "qwen2.5-72b", overrides=overrides))
+        return str(caught.value)
+
+    drawn = refused("++teachers.main.evidence=drawn")
+    assert "it would fit with teachers.main.engine.tensor_parallel_size=2, on" in drawn
+    assert "no plan for dividing its layers" in refused("++teachers.main.evidence=hidden")
+
+
+def test_each_child_process_of_a_reward_worker_has_every_reward_model():
+    judge = "{function:reward_model,options:{path:builtin:countdown-student}}"
+    plan = quickstart(f"+reward.functions.judge={judge}", "reward.processes=3")
+    parts = {part.part: part.nbytes for part in plan.of_worker("reward")}
+    assert parts["weights"] == 3 * 782336 * 4
+    assert parts["activations"] > 0
+    own = plan.imported("learner")
+    assert plan.imported("reward") == pytest.approx(4 * own, abs=4), "each child loads torch"
+    assert "one reward, MiB" in "\n".join(plan_lines(plan))
+    plain = quickstart()
+    assert plain.peak("reward") == 0
+    assert plain.imported("reward") - own == 25 * 2**20, "that of a child without torch"
 
 
 def test_an_engine_needs_a_cache_for_the_longest_sequence():

@@ -13,11 +13,14 @@ from safetensors.numpy import save_file
 
 from hybridrl.core.errors import ConfigError, ContractError, ServerError
 from hybridrl.launch.preflight import check_gaps, check_models
+from hybridrl.launch.teacher_levels import conditions_of, place_of
 from hybridrl.planning.fit import check_fit, scorer_changes
 from hybridrl.planning.plan import make_plan
+from hybridrl.rollout.engine import engine_args
 from hybridrl.rollout.engine_arguments import ArgumentRules, check_engine_arguments
 from hybridrl.rollout.engine_scorer import EngineScorer, scoring_engine_args
 from hybridrl.run_dir.directory import changes
+from hybridrl.runtime.actor_group import Slot
 from hybridrl.runtime.scorer_group import scoring
 from hybridrl.runtime.workers import teams
 from hybridrl.settings.compose import from_yaml, load_config, to_yaml
@@ -193,6 +196,44 @@ def test_an_engine_that_does_not_fit_is_proposed_more_gpus_beside_its_other_argu
     assert eight.text == "teachers.main.engine.tensor_parallel_size=8"
     changed = four.make(settings).teachers["main"].engine
     assert changed == {"block_size": 16, "tensor_parallel_size": 4}
+
+
+def slot_of(name: str) -> Slot:
+    return Slot(
+        group=None,  # type: ignore[arg-type]
+        bundle=0,
+        node_id=name,
+        node_ip="",
+        num_cpus=1.0,
+        num_gpus=1.0,
+    )
+
+
+def test_a_teacher_is_sampled_by_an_engine_with_the_arguments_of_the_one_that_scores(folder: Path):
+    own = "{tensor_parallel_size:2,max_num_seqs:7,block_size:32,scheduling_policy:fcfs}"
+    more = (
+        "rollout.tensor_parallel=4",
+        "rollout.kv_cache_bytes=9",
+        "++rollout.engine={block_size:16}",
+    )
+    settings = settings_of(folder, f"++teachers.main.engine={own}", *more)
+    slots = {name: [slot_of(name), slot_of("no")] for name in ("rollout", "scorer-main")}
+    of_engine, slot = place_of(settings, slots, "main")
+    assert slot.node_id == "scorer-main"
+    arguments = engine_args(of_engine, settings.teacher_model("main"), "cuda", "nccl")
+    assert (arguments.tensor_parallel_size, arguments.max_num_seqs, arguments.block_size) == (
+        2,
+        7,
+        32,
+    )
+    assert arguments.scheduling_policy == "priority", "that of every engine that samples"
+    assert arguments.kv_cache_memory_bytes is None
+    changed = conditions_of(settings, [])["engines"]["main"]
+    assert changed["block_size"] == 32
+
+    student, slot = place_of(settings_of(folder, *more), slots, "main")
+    assert slot.node_id == "rollout" and student.rollout.tensor_parallel == 4
+    assert "engines" not in conditions_of(student, [])
 
 
 def test_two_answers_of_an_engine_may_differ_by_rounding_alone():

@@ -1,6 +1,7 @@
 """Every file in conf/ loads, and every bad setting is refused in one sentence with a remedy."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,18 @@ def test_the_presets_have_the_weights_of_the_methods_after_which_they_are_named(
     assert preset("opd_full") == (1.0, 0.0, 0.0, "none")
     assert preset("rloo") == (0.0, 1.0, 0.0, "leave_one_out")
     assert preset("reinforce_kl") == (1.0, 10.0, 1.0, "leave_one_out")
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dapo"])
+def test_the_published_settings_in_the_comments_of_a_preset_are_settings(algorithm: str):
+    text = (conf_dir() / "algorithm" / f"{algorithm}.yaml").read_text()
+    comments = " ".join(line for line in text.splitlines() if line.startswith("#"))
+    found = re.findall(
+        r"((?:train|rollout|algorithm)[a-z_.]+)=([0-9](?:[0-9.e-]*[0-9])?)", comments
+    )
+    options = [f"{key}={value}" for key, value in dict(found).items()]
+    assert len(options) >= 6
+    load_config([*BASE, f"algorithm={algorithm}", "rollout.max_model_len=null", *options])
 
 
 def test_overrides_reach_the_typed_settings():

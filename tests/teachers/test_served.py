@@ -10,7 +10,7 @@ from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError, ServerError
 from hybridrl.data.problem import Problem
 from hybridrl.launch.served_teachers import check_served_teachers
-from hybridrl.launch.session import run_info
+from hybridrl.launch.session import run_info, start_notice
 from hybridrl.models.loading import head_rows
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.planning.plan import make_plan, plan_lines
@@ -70,6 +70,15 @@ def test_the_drawn_tokens_log_probs_stand_in_the_places_of_the_response_tokens(s
     assert header.nbytes == {"teacher_logprobs": sent.logprobs.nbytes}
     prompts = [body["prompt"] for body in server.bodies]
     assert sorted(prompts) == sorted(batch.trajectory(i).input_ids.tolist() for i in range(4))
+
+
+def test_a_teacher_on_a_server_is_not_measured_and_a_notice_names_it(student: Path):
+    settings = load_config(overrides(student, "http://host:1/v1"))
+    assert start_notice(settings, None).endswith(
+        "(teacher main is on a server, and is not measured)"
+    )
+    settings = load_config(overrides(student, "http://host:1/v1", "eval.teacher=false"))
+    assert start_notice(settings, None) == "starting workers ..."
 
 
 def test_the_teachers_most_likely_tokens_are_one_row_for_each_response_token(student: Path):
