@@ -19,8 +19,7 @@ from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError, DataError, HubError, RunDirectoryError
 from hybridrl.launch.export import Export
 from hybridrl.models.loading import TEXT_FILES, resolve
-from hybridrl.report.model_card import ModelCard as Card
-from hybridrl.report.model_card import is_hub_name
+from hybridrl.report.model_card import RunCard, is_hub_name
 from hybridrl.settings.models import ModelConfig
 
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
@@ -214,9 +213,9 @@ def export_with_card(
         HubError: as HubUpload.
     """
     export = Export.of(source, folder, step=step, dtype=dtype, adapter=adapter)
-    card: Card | None = None
+    card: RunCard | None = None
     try:
-        card = Card.of(
+        card = RunCard.of(
             export.run_dir, export.settings, step=export.checkpoint.state.step, adapter=adapter
         )
     except (DataError, RunDirectoryError) as error:

@@ -39,10 +39,10 @@ GIT_LIMIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelCard:
+class RunCard:
     """The card of one export.
 
-    Example: ModelCard.of(run_dir, settings, step=100, adapter=False).write(folder, "me/model").
+    Example: RunCard.of(run_dir, settings, step=100, adapter=False).write(folder, "me/model").
     """
 
     settings: RunSettings
@@ -52,7 +52,7 @@ class ModelCard:
     """the metrics up to `step`, in step order; empty: the run's metrics are not at hand"""
 
     @classmethod
-    def of(cls, run_dir: Path, settings: RunSettings, *, step: int, adapter: bool) -> "ModelCard":
+    def of(cls, run_dir: Path, settings: RunSettings, *, step: int, adapter: bool) -> "RunCard":
         """The card of a run's model after a step.
 
         Raises:

@@ -11,7 +11,10 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 
 from hybridrl.cli import main
+from hybridrl.launch.hub_upload import HubUpload
+from hybridrl.report.model_card import RunCard
 from hybridrl.tracking.jsonl import METRICS
+from tests.run_dir.test_directory import settings_of
 from tests.support.hub import LocalHub, running
 from tests.test_cli import save_checkpoint
 
@@ -81,7 +84,7 @@ def test_the_card_states_the_run_up_to_the_exported_step_without_its_secrets(
     monkeypatch.setenv("MY_API_KEY", "sk-0a1b2c3d4e5f6a7b")
     monkeypatch.setenv("HOME", str(tmp_path))
     run = save_run(
-        tmp_path / "run", "train.lr=0.003", "tracking.run_name=sk-0a1b2c3d4e5f6a7b", "run.seed=7"
+        tmp_path / "run", "train.lr=0.003", "tracking.group=sk-0a1b2c3d4e5f6a7b", "run.seed=7"
     )
     assert main(["export", str(run), "--push", "me/tiny"]) == 0
     text = hub.files["README.md"].decode()
@@ -161,6 +164,27 @@ def test_a_missing_or_wrong_token_offline_mode_and_a_dead_network_are_each_one_s
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         assert f"{endpoint} does not answer" in refused(1)
+
+
+def test_the_front_matter_of_adapters_names_their_base_its_licence_and_the_data_of_the_hub(
+    tmp_path: Path, hub: LocalHub
+):
+    hub.licences["org/base"] = "apache-2.0"
+    data = ["data.path=org/rows:main:train", "data.heldout_path=org/rows:main:test"]
+    settings = settings_of(tmp_path, "model.path=org/base", "data.task=records", *data)
+    licence = HubUpload(repo="me/tiny").licence(settings.model)
+    card = RunCard.of(tmp_path, settings, step=10, adapter=True).text("me/tiny", licence)
+    assert ModelCard(card).data.to_dict() == {
+        "base_model": "org/base",
+        "base_model_relation": "adapter",
+        "datasets": ["org/rows"],
+        "library_name": "peft",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["hybridrl"],
+    }
+    assert "## Results" not in card, "the run has no metrics here"
+    assert "vllm serve org/base --enable-lora --lora-modules trained=me/tiny" in card
 
 
 def test_options_of_a_push_are_refused_without_it(tmp_path: Path, capsys: pytest.CaptureFixture):
