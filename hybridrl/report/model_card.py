@@ -29,7 +29,8 @@ from hybridrl.report.run_report import (
 )
 from hybridrl.run_dir.directory import FREE, flat, within
 from hybridrl.settings.compose import saved_tree, to_yaml
-from hybridrl.settings.run import RunSettings
+from hybridrl.settings.models import TeacherConfig
+from hybridrl.settings.run import RewardFunctionConfig, RunSettings
 from hybridrl.tracking.jsonl import read_metrics
 
 CARD = "README.md"
@@ -204,6 +205,10 @@ def learning_overrides(settings: RunSettings) -> list[tuple[str, str]]:
     of the schema, with secrets masked.
     """
     default = flat(redact.tree(asdict(RunSettings())))
+    for name in settings.teachers:
+        default |= flat(asdict(TeacherConfig()), f"teachers.{name}.")
+    for name in settings.reward.functions:
+        default |= flat(asdict(RewardFunctionConfig()), f"reward.functions.{name}.")
     return [
         (key, "null" if value is None else str(value))
         for key, value in flat(redact.tree(asdict(settings))).items()

@@ -99,7 +99,9 @@ def test_the_card_states_the_run_up_to_the_exported_step_without_its_secrets(
     assert "75.0 %" not in text, "a later step is of another model"
     overrides = text.partition("```text\n")[2].partition("```")[0].splitlines()
     assert {"train.lr=0.003", "run.seed=7"} <= set(overrides)
-    assert not any(line.startswith(("run.dir=", "tracking.")) for line in overrides)
+    assert "teachers.main.path=builtin:countdown-teacher" in overrides
+    left_out = ("run.dir=", "tracking.", "teachers.main.weight=")
+    assert not any(line.startswith(left_out) for line in overrides)
     assert "<summary>All settings</summary>" in text and "lr: 0.003" in text
     assert 'from_pretrained("me/tiny")' in text and "![The curves of the run](curves.png)" in text
     assert "sk-0a1b2c3d4e5f6a7b" not in text and str(tmp_path) not in text
