@@ -50,9 +50,10 @@ USAGE = """usage: hybridrl VERB ...
   hybridrl report DIR OTHER ...
       compare runs: write DIR/comparison.html and DIR/comparison.png
   hybridrl export DIR [FOLDER] [--step N|best] [--dtype TYPE] [--adapter]
+                  [--push OWNER/NAME [--public] [--message TEXT]]
       write a checkpoint, by default the newest, as a Hugging Face model folder; DIR is a run or
       one of its checkpoints, FOLDER is by default DIR/export/step_NNNNNN; --adapter writes the
-      adapters of lora.rank alone
+      adapters of lora.rank alone; --push also uploads it to the Hugging Face hub
   hybridrl eval DIR|FOLDER [SET ...] [--step N|best] [--teacher NAME] [--settings DIR|FILE]
                 [--out DIR] [KEY=VALUE ...]
       judge a model by the held-out problems and the rewards of its run, or of other settings
@@ -354,20 +355,32 @@ def export_verb(arguments: Sequence[str]) -> int:
         action="store_true",
         help="the adapters of lora.rank alone, for peft; by default they are merged into the model",
     )
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="also upload the folder to this repository of the Hugging Face hub, which is made "
+        "private unless --public is given",
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="the repository of --push is visible to everybody"
+    )
+    parser.add_argument("--message", metavar="TEXT", help="of the commit of --push")
     try:
         options = parser.parse_args(arguments)
     except SystemExit as end:  # argparse has printed the help or an error
         return int(end.code or 0)
-    from hybridrl.launch.export import export_checkpoint
+    from hybridrl.launch.hub_upload import HubUpload, export_with_card
 
-    folder = export_checkpoint(
+    upload = HubUpload.requested(options.push, public=options.public, message=options.message)
+    for line in export_with_card(
         options.source,
         options.folder,
         step=options.step,
         dtype=options.dtype,
         adapter=options.adapter,
-    )
-    print(folder)
+        upload=upload,
+    ):
+        print(line)
     return 0
 
 

@@ -113,6 +113,10 @@ class ServerError(HybridRLError):
     """
 
 
+class HubError(HybridRLError):
+    """The Hugging Face hub refused a request, or did not answer."""
+
+
 class FleetExhausted(HybridRLError):
     """Workers of one kind failed more often than cluster.max_restarts allows.
 

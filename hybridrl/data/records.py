@@ -70,12 +70,24 @@ def rows(path: str, revision: str | None = None) -> Iterator[Row]:
     folder, _, split = path.partition(":")
     if not Path(path).exists() and Path(folder).is_dir():
         return _dataset(path, folder, None, split, None)
-    # A missing file is not searched for on the hub.
-    if HUB_NAME.fullmatch(path) and not is_file_name(path) and not Path(path).exists():
-        name, *rest = path.split(":")
+    name = hub_dataset(path)
+    if name is not None:
+        rest = path.split(":")[1:]
         config = rest[0] if len(rest) == 2 else None
         return _dataset(path, name, config, rest[-1] if rest else "", revision)
     return file_rows(path)
+
+
+def hub_dataset(path: str) -> str | None:
+    """The OWNER/NAME of a path that is a dataset on the hub; None: it is a file or a folder. A
+    missing file is not searched for on the hub.
+
+    Example: hub_dataset("openai/gsm8k:main:train") == "openai/gsm8k".
+    """
+    folder = path.partition(":")[0]
+    if not HUB_NAME.fullmatch(path) or is_file_name(path) or Path(path).exists():
+        return None
+    return None if Path(folder).is_dir() else folder
 
 
 def _dataset(

@@ -1,5 +1,6 @@
 """`hybridrl export`: a checkpoint as a Hugging Face folder; needs neither Ray nor a GPU."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from hybridrl.core.errors import CheckpointError, ConfigError
@@ -18,71 +19,111 @@ from hybridrl.run_dir.checkpoint import (
 from hybridrl.run_dir.directory import check_no_links, read_settings
 from hybridrl.settings.models import DTYPES
 from hybridrl.settings.run import RunSettings
-from hybridrl.weights.adapter_folder import export_adapters
+from hybridrl.weights.adapter_folder import check_adapter_run, export_adapters
 from hybridrl.weights.hugging_face import TEMPLATE, checkpoint_tensors, export
-from hybridrl.weights.parameters import WeightsKind, weights_kind
+from hybridrl.weights.parameters import weights_kind
 
 BEST = "best"
 
 
-def export_checkpoint(
-    source: Path,
-    folder: Path | None = None,
-    *,
-    step: str | None = None,
-    dtype: str | None = None,
-    adapter: bool = False,
-    kind: WeightsKind | None = None,
-) -> Path:
-    """Write a checkpoint as the learner itself would export it at that step; returns the folder.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """One checkpoint that can be exported, after every check that needs no weights."""
 
-    Args:
-        source: a run directory, or one checkpoint, RUN/checkpoints/step_NNNNNN.
-        folder: a new or empty folder. None: export/step_NNNNNN in the run directory, with the dtype
-            in its name unless that is model.dtype, and with -adapter; an existing one is replaced.
-        step: which checkpoint of the run: a number, or "best" by checkpoint.best. None: the newest
-            one that is not damaged.
-        dtype: of the written weights, float32 or bfloat16; None: model.dtype.
-        adapter: write the adapters by themselves, in peft's format; false: merged into the model.
-        kind: the class of student weights that was trained; None: the one of the run's settings.
+    run_dir: Path
+    checkpoint: Checkpoint
+    settings: RunSettings
+    dtype: str  # of the written weights
+    adapter: bool
+    folder: Path  # where it is written
 
-    Raises:
-        RunDirectoryError: `source` holds no run, or a part of it is a link.
-        CheckpointError: there is no such checkpoint, or it is damaged.
-        ConfigError: `folder` is not empty, or is missing for a checkpoint outside of its run;
-            `step` or `dtype` has no valid value; `adapter` of a run without adapters; or the model
-            that training started from is gone.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype}: must be {' or '.join(DTYPES)}")
-    one_checkpoint = (source / MANIFEST).is_file()
-    if one_checkpoint and step is not None:
-        raise ConfigError(
-            f"--step {step}: {source} is one checkpoint; give its run directory instead"
+    @classmethod
+    def of(
+        cls,
+        source: Path,
+        folder: Path | None = None,
+        *,
+        step: str | None = None,
+        dtype: str | None = None,
+        adapter: bool = False,
+    ) -> "Export":
+        """The export of a checkpoint; writes nothing.
+
+        Args:
+            source: a run directory, or one checkpoint, RUN/checkpoints/step_NNNNNN.
+            folder: a new or empty folder. None: export/step_NNNNNN in the run directory, with the
+                dtype in its name unless that is model.dtype, and with -adapter; an existing one is
+                replaced.
+            step: which checkpoint of the run: a number, or "best" by checkpoint.best. None: the
+                newest one that is not damaged.
+            dtype: of the written weights, float32 or bfloat16; None: model.dtype.
+            adapter: the adapters by themselves, in peft's format; false: merged into the model.
+
+        Raises:
+            RunDirectoryError: `source` holds no run, or a part of it is a link.
+            CheckpointError: there is no such checkpoint, or it is damaged.
+            ConfigError: `folder` is not empty, or is missing for a checkpoint outside of its run;
+                `step` or `dtype` has no valid value; or `adapter` of a run without adapters.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(f"--dtype {dtype}: must be {' or '.join(DTYPES)}")
+        one_checkpoint = (source / MANIFEST).is_file()
+        if one_checkpoint and step is not None:
+            raise ConfigError(
+                f"--step {step}: {source} is one checkpoint; give its run directory instead"
+            )
+        run_dir = source.absolute().parent.parent if one_checkpoint else source
+        if one_checkpoint and folder is None and source.absolute().parent.name != CHECKPOINTS:
+            raise ConfigError(
+                f"{source}: a checkpoint outside of its run; name the folder to write to"
+            )
+        settings = read_settings(source if (source / CONFIG).is_file() else run_dir)
+        if folder is None:
+            check_no_links(run_dir)
+        checkpointer = Checkpointer(run_dir, settings.checkpoint)
+        checkpoint = read_checkpoint(source) if one_checkpoint else _chosen(checkpointer, step)
+        if folder is not None and folder.exists() and not is_empty_folder(folder):
+            raise ConfigError(f"{folder}: exists and is not empty; name a new folder")
+        if adapter:
+            check_adapter_run(settings)
+        dtype = dtype or settings.model.dtype
+        name = _folder_name(checkpoint, dtype, settings)
+        return cls(
+            run_dir=run_dir,
+            checkpoint=checkpoint,
+            settings=settings,
+            dtype=dtype,
+            adapter=adapter,
+            folder=folder or run_dir / "export" / (f"{name}-adapter" if adapter else name),
         )
-    run_dir = source.absolute().parent.parent if one_checkpoint else source
-    if one_checkpoint and folder is None and source.absolute().parent.name != CHECKPOINTS:
-        raise ConfigError(f"{source}: a checkpoint outside of its run; name the folder to write to")
-    settings = read_settings(source if (source / CONFIG).is_file() else run_dir)
-    if folder is None:
-        check_no_links(run_dir)
-    checkpointer = Checkpointer(run_dir, settings.checkpoint)
-    checkpoint = read_checkpoint(source) if one_checkpoint else _chosen(checkpointer, step)
-    if folder is not None and folder.exists() and not is_empty_folder(folder):
-        raise ConfigError(f"{folder}: exists and is not empty; name a new folder")
-    dtype = dtype or settings.model.dtype
-    name = _folder_name(checkpoint, dtype, settings)
-    if adapter:
-        target = folder or run_dir / "export" / f"{name}-adapter"
-        export_adapters(checkpoint.folder, settings, dtype, target)
-        return target
-    target = folder or run_dir / "export" / name
-    model = resolve(settings.model.path, settings.model.revision, files=TEXT_FILES)
-    kind = kind or weights_kind(settings)
-    tensors = checkpoint_tensors(checkpoint.folder, settings.model, dtype, kind=kind)
-    eos = settings.model.eos
-    export(tensors, model, target, run_dir / TEMPLATE, kind=kind, eos=eos)
-    return target
+
+    def write(self) -> Path:
+        """Write the checkpoint as the learner itself would export it at that step; returns the
+        folder.
+
+        Raises:
+            CheckpointError: the checkpoint holds the weights of another model.
+            ConfigError: the model that training started from is gone.
+        """
+        settings = self.settings
+        source = self.checkpoint.folder
+        if self.adapter:
+            export_adapters(source, settings, self.dtype, self.folder)
+            return self.folder
+        model = resolve(settings.model.path, settings.model.revision, files=TEXT_FILES)
+        kind = weights_kind(settings)
+        tensors = checkpoint_tensors(source, settings.model, self.dtype, kind=kind)
+        template = self.run_dir / TEMPLATE
+        export(tensors, model, self.folder, template, kind=kind, eos=settings.model.eos)
+        return self.folder
+
+
+def export_checkpoint(source: Path, folder: Path | None = None, *, step: str | None = None) -> Path:
+    """Write a checkpoint as a model in the dtype of its run; returns the folder.
+
+    Args and errors are those of Export.of and Export.write.
+    """
+    return Export.of(source, folder, step=step).write()
 
 
 def _folder_name(checkpoint: Checkpoint, dtype: str, settings: RunSettings) -> str:

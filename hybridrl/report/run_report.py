@@ -251,19 +251,19 @@ def _outcome(facts: Facts) -> str:
     if facts.after is None:
         text = (
             "Its accuracy on held-out problems was measured once, "
-            f"{_with_error(facts.before, facts.before_stderr)}"
+            f"{with_error(facts.before, facts.before_stderr)}"
         )
     elif facts.after == facts.before:
         text = (
             "Its accuracy on held-out problems stayed at "
-            f"{_with_error(facts.after, facts.after_stderr)}"
+            f"{with_error(facts.after, facts.after_stderr)}"
         )
     else:
         verb = "rose" if facts.after > facts.before else "fell"
         text = (
             f"Its accuracy on held-out problems {verb} from "
-            f"{_with_error(facts.before, facts.before_stderr)} to "
-            f"{_with_error(facts.after, facts.after_stderr)}"
+            f"{with_error(facts.before, facts.before_stderr)} to "
+            f"{with_error(facts.after, facts.after_stderr)}"
         )
     if facts.teacher is None:
         return f"{text}; no teacher's accuracy was measured."
@@ -353,7 +353,8 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def _with_error(value: float, stderr: float) -> str:
+def with_error(value: float, stderr: float) -> str:
+    """Example: with_error(0.23, 0.012) == "23.0 % (\N{PLUS-MINUS SIGN} 1.2)"; NaN: not measured."""
     return (
         f"{percent(value)} (\N{PLUS-MINUS SIGN} {100 * stderr:.1f})"
         if math.isfinite(stderr)

@@ -35,12 +35,8 @@ def export_adapters(state: Path, settings: RunSettings, dtype: str, folder: Path
         ConfigError: the run trained all weights.
         CheckpointError: the checkpoint lacks an adapter, or holds one in another shape.
     """
+    check_adapter_run(settings)
     lora = settings.lora
-    if lora.rank is None:
-        raise ConfigError(
-            "--adapter: the run trained all weights (lora.rank=null), so it has no adapters; leave "
-            "--adapter out"
-        )
     config = peft_config(outline(settings), lora)
     weights = LowRankAdapters(outline(settings), lora=lora, seed=settings.run.seed)
     reader = FragmentReader(state)
@@ -68,6 +64,19 @@ def export_adapters(state: Path, settings: RunSettings, dtype: str, folder: Path
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def check_adapter_run(settings: RunSettings) -> None:
+    """Refuse a run that trained all weights.
+
+    Raises:
+        ConfigError: lora.rank is not set.
+    """
+    if settings.lora.rank is None:
+        raise ConfigError(
+            "--adapter: the run trained all weights (lora.rank=null), so it has no adapters; leave "
+            "--adapter out"
+        )
 
 
 def outline(settings: RunSettings) -> PreTrainedModel:
