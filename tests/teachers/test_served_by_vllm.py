@@ -18,7 +18,7 @@ import pytest
 
 from hybridrl.core.errors import ConfigError, ServerError
 from hybridrl.launch.served_teachers import check_served_teachers
-from hybridrl.launch.serving import server_command, server_environment
+from hybridrl.launch.serving import ServeCommand, server_command, server_environment
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.planning.edges import ANSWER_BYTES
 from hybridrl.runtime.scorer_group import scoring
@@ -71,10 +71,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    small = ["--max-model-len", "64", "--kv-cache-memory-bytes", str(2**26), "--api-key", KEY]
-    command = server_command(
-        str(folder / "teacher"), host="127.0.0.1", port=port, device="cpu", arguments=small
-    )
+    small = ("--max-model-len", "64", "--kv-cache-memory-bytes", str(2**26), "--api-key", KEY)
+    teacher = folder / "teacher"
+    given = ServeCommand(source=str(teacher), port=port, arguments=small)
+    command = server_command(teacher, given, "cpu")
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command,
