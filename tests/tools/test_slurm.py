@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -77,7 +78,8 @@ def run(job: dict[str, str]) -> tuple[int, str, str]:
         try:
             status = batch.wait(timeout=200)
         finally:
-            os.killpg(batch.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # all its processes have ended already
+                os.killpg(batch.pid, signal.SIGTERM)
     return status, output.read_text(), errors.read_text()
 
 
