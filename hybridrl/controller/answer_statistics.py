@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from hybridrl.controller.metrics import PASS_MARK
 from hybridrl.types import FinishReason
-
-PASSES_ABOVE = 0.5
-"""A response passes whose first reward is above this value, as in reward/pass_at_k."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +25,7 @@ class AnswerStatistics:
     average: float
     # of the average, over the problems, whose k responses are not independent
     standard_error: float
-    passed: float  # pass@k: share of problems with a response whose value is above 0.5
+    passed: float  # pass@k: share of problems with a response above PASS_MARK
     failed: float  # share of responses whose reward call failed; they count in no other number
     length: float  # mean number of tokens of a response
     truncated: float  # share of responses that were cut at rollout.max_new_tokens
@@ -65,7 +63,7 @@ def statistics_of(rows: Iterable[Mapping[str, Any]]) -> AnswerStatistics:
         samples=count // problems,
         average=float(np.mean(means)) if means else math.nan,
         standard_error=deviation / math.sqrt(len(means)) if means else math.nan,
-        passed=float(np.mean(np.array(best) > PASSES_ABOVE)) if best else math.nan,
+        passed=float(np.mean(np.array(best) > PASS_MARK)) if best else math.nan,
         failed=failures / judged if judged else 0.0,
         length=sum(lengths) / count,
         truncated=reasons.count(FinishReason.length) / count,

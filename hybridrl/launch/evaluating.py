@@ -176,9 +176,9 @@ def finite(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def table(statistics: Mapping[str, AnswerStatistics]) -> list[str]:
-    """The lines of a table, with a row for each set.
+    """The lines of a table: the names of the columns, then a row for each set.
 
-    Example of two of its columns: "heldout  56.4 %".
+    Example: the first two cells of a row are "heldout" and "512".
     """
     rows = [COLUMNS]
     for name, of_set in statistics.items():

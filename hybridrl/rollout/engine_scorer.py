@@ -11,7 +11,7 @@ from hybridrl.kernels.head import HeadRule
 from hybridrl.models.loading import is_wrongly_tied, resolve
 from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, start_engine
 from hybridrl.rollout.engine_arguments import typed
-from hybridrl.rollout.vllm_internals import read_prompt
+from hybridrl.rollout.vllm_internals import read_prompt, refusals
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.reported import ReportedScorer, ReportedScores
@@ -71,7 +71,6 @@ class EngineScorer(ReportedScorer):
 
     def answers(self, sequences: Sequence[Sequence[int]]) -> list[ReportedScores]:
         from vllm import SamplingParams, TokensPrompt
-        from vllm.exceptions import VLLMClientError
 
         top = self.evidence.support
         parameters = SamplingParams(
@@ -88,7 +87,7 @@ class EngineScorer(ReportedScorer):
                 self.engine.add_request(name, TokensPrompt(prompt_token_ids=list(ids)), parameters)
             outputs = self._finished()
             return [read_prompt(outputs[name], top) for name in names]
-        except (ValueError, VLLMClientError) as error:
+        except refusals() as error:
             self.engine.abort_request(names)
             raise ServerError(f"{self.source}: {described(error)}") from error
 

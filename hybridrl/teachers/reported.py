@@ -1,5 +1,6 @@
 """Scores that a server or an engine of vLLM reports, which holds the teacher's weights."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class ReportedScores:
             raise ValueError("it has a log-prob above 0")
 
 
-class ReportedScorer(Scorer):
+class ReportedScorer(Scorer, ABC):
     """A scorer without weights, whose evidence is log-probs that something else reports: those of
     the drawn tokens, and of the teacher's own most likely ones, at temperature 1.
 
@@ -61,13 +62,13 @@ class ReportedScorer(Scorer):
         self.head = torch.empty(rows, 0)
         self.configure(settings, evidence, rule)
 
+    @abstractmethod
     def answers(self, sequences: Sequence[Sequence[int]]) -> Sequence[ReportedScores]:
         """The scores of sequences of token ids.
 
         Raises:
             ServerError: there are none.
         """
-        raise NotImplementedError
 
     def _score_sequences(
         self, scores: TokenScores, batch: RolloutBatch, sequences: Sequence[int]

@@ -17,11 +17,11 @@ from hybridrl.core.errors import WeightSyncError
 from hybridrl.models.loading import load_model
 from hybridrl.settings.choices import AdapterSync
 from hybridrl.settings.lora import ENGINE_RANKS, LoraConfig
-from hybridrl.types import GenerateOrder, Prompt, RolloutBatch
+from hybridrl.types import RolloutBatch
 from hybridrl.weights.parameters import LowRankAdapters, scaled
 from hybridrl.weights.stream import WeightStream
 from tests.support.graph import save_tiny, tiny_settings
-from tests.weights.test_vllm_transfer import gap
+from tests.weights.test_vllm_transfer import ORDER, PROMPTS, gap
 
 SYNC = ("lora.rank=3", "lora.alpha=9", "lora.sync=adapter")
 LORA = {"rank": 3, "alpha": 9.0}
@@ -65,18 +65,12 @@ def gaps(folder: Path) -> Gaps:
     base = save_tiny(folder / "base", 0)
     merged = [save_merged(base, seed, folder / f"merged{seed}") for seed in (1, 2)]
     settings = tiny_settings(folder / "run", f"model.path={base}", *SYNC)
-    prompts = [
-        Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)
-    ]
-    order = GenerateOrder(
-        wave="w", chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=12, seed=5
-    )
 
     async def sample() -> Gaps:
         engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store")
 
         async def batch(wave: str, version: int) -> RolloutBatch:
-            found = (await engine.generate(replace(order, wave=wave), prompts))[1]
+            found = (await engine.generate(replace(ORDER, wave=wave), PROMPTS))[1]
             assert set(found.policy_versions[found.response_mask]) == {version}
             return found
 

@@ -19,6 +19,13 @@ from hybridrl.weights.parameters import FullFineTuning
 from hybridrl.weights.stream import WeightStream, unpack
 from tests.support.graph import save_tiny, tiny_settings
 
+PROMPTS = [
+    Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)
+]
+ORDER = GenerateOrder(
+    wave="w", chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=12, seed=5
+)
+
 
 def stream_of(folder: Path) -> WeightStream:
     weights = FullFineTuning(load_model(str(folder)))
@@ -112,18 +119,12 @@ def largest_gap(folder: Path, tied: bool) -> tuple[float, float]:
         save_tiny(folder / name, seed, tied=tied) for seed, name in enumerate(("old", "new"))
     )
     settings = tiny_settings(folder / "run", f"model.path={old}")
-    prompts = [
-        Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)
-    ]
-    order = GenerateOrder(
-        wave="w", chunk=0, num_chunks=1, group_size=2, temperature=1.0, max_new_tokens=12, seed=5
-    )
 
     async def sample() -> RolloutBatch:
         engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store")
         manifest, packed = stream_of(new).pack(version=1)
         assert await engine.load_weights(manifest, packed) == manifest.digest
-        return (await engine.generate(order, prompts))[1]
+        return (await engine.generate(ORDER, PROMPTS))[1]
 
     batch = asyncio.run(sample())
     assert (
