@@ -90,7 +90,7 @@ class ActorGroup:
         self.actors = [self._start(i) for i in range(self.size)]
         # Requested at the start, because a worker that hangs does not answer.
         self.pid_refs = [actor.pid.remote() for actor in self.actors]
-        self.driver = ray.get_runtime_context().get_worker_id()
+        self.driver = this_driver()
         ALIVE.add(self)
 
     def _start(self, index: int) -> ActorHandle:
@@ -254,11 +254,20 @@ DUMP_S = 5.0
 """For signalling all workers; one whose node is gone cannot be signalled."""
 
 
+def this_driver() -> tuple[str, str]:
+    """What this process is in the Ray that it is connected to: its node there, and itself.
+
+    A driver alone has the same id in every new Ray.
+    """
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_worker_id()
+
+
 def dump_stacks() -> None:
     """Signal all workers to write the stacks of their threads into their logs. Waits until they are
     signalled, because the caller may end one of them next.
     """
-    driver = ray.get_runtime_context().get_worker_id()  # the workers of an earlier Ray are gone
+    driver = this_driver()  # the workers of an earlier one are gone
     requests = [ref for group in ALIVE if group.driver == driver for ref in group.ask_for_stacks()]
     if requests:
         ray.wait(requests, num_returns=len(requests), timeout=DUMP_S)

@@ -154,7 +154,7 @@ def test_the_prompts_of_a_skipped_batch_stay_in_flight_until_a_step_is_made():
 
 @pytest.fixture(scope="module")
 def alone():
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

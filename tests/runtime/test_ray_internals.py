@@ -74,7 +74,7 @@ def test_a_dashboard_is_started_by_the_file_and_options_that_mark_it():
 
 @pytest.fixture
 def one_node() -> Iterator[None]:
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

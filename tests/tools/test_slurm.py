@@ -23,9 +23,10 @@ case "$1" in
   *) [[ -z "${NO_WORKER:-}" ]] && exec "$@" --num-cpus 1 --object-store-memory 100000000 ;;
 esac
 """
+# The names of the nodes, more than a pipe holds: it must not be closed after the first one.
 SCONTROL = """#!/usr/bin/env bash
 echo 127.0.0.1
-echo other-node
+printf 'other-node-%d\\n' {1..20000}
 """
 # In place of the command that trains: what Ray offers to a run, and its arguments.
 HYBRIDRL = f"""#!{sys.executable}
