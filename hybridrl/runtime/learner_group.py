@@ -1,6 +1,5 @@
 """The ranks of the learner, which are called together."""
 
-import socket
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +8,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hybridrl.core.errors import CheckpointError, WorkerError
+from hybridrl.core.free_port import free_port
 from hybridrl.runtime.actor_group import ActorGroup, EngineCall, Slot
 from hybridrl.runtime.calls import Pending, gather
 from hybridrl.runtime.chunk import Chunk
@@ -215,6 +215,4 @@ def free_port_at(slot: Slot, start_s: float) -> tuple[str, int]:
 
 
 def _free_port() -> tuple[str, int]:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return ray.util.get_node_ip_address(), probe.getsockname()[1]
+    return ray.util.get_node_ip_address(), free_port()

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hybridrl.core.free_port import free_port
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.run_dir.checkpoint import read_checkpoint
 from hybridrl.tracking.jsonl import read_metrics
@@ -300,9 +300,7 @@ def greedy_by_hand(run_dir: Path, prompt: list[int], tokens: int) -> list[int]:
 @contextmanager
 def served(run_dir: Path, template: Path, log: Path) -> Iterator[str]:
     """`hybridrl serve RUN` as a user starts it, with a chat template, which the tokenizer lacks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(BIN / "hybridrl"), "serve", str(run_dir), "--port", str(port)]
     command += ["--", "--chat-template", str(template)]
     with log.open("w") as out:
@@ -361,11 +359,7 @@ def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
     """A cluster that the shipped scripts start, with tokens; yields its users' environment."""
     home = tmp_path / "home"
     home.mkdir()
-    ports = []
-    for _ in range(3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(str(probe.getsockname()[1]))
+    ports = [str(free_port(range(first, first + 200))) for first in (20_000, 20_200, 20_400)]
     sessions = Path(mkdtemp(prefix="ray-"))  # short: the path of a Unix socket holds 107 bytes
     env = {
         "HOME": str(home),

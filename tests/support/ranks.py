@@ -1,11 +1,12 @@
 """Starts the ranks of learner_job.py, each in a process of its own."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from hybridrl.core.free_port import free_port
 
 ROOT = Path(__file__).parents[2]
 JOB = ROOT / "tests" / "support" / "learner_job.py"
@@ -14,9 +15,7 @@ DEADLINE_S = 240  # of one process group; it takes about 20 s
 
 def run_ranks(folder: Path, world: int, cases: str) -> None:
     """Start every rank and wait for all; when one fails, the others are killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "DS_ACCELERATOR": "cpu",

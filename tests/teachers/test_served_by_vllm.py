@@ -5,7 +5,6 @@ The server is started once; the last test ends it.
 
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 
 from hybridrl.core.errors import ConfigError, ServerError
+from hybridrl.core.free_port import free_port
 from hybridrl.launch.served_teachers import check_served_teachers
 from hybridrl.launch.serving import ServeCommand, server_command, server_environment
 from hybridrl.models.tiny import tiny_tokenizer
@@ -68,9 +68,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("vllm")
     save_tiny(folder / "student", 0)
     save_tiny(folder / "teacher", 1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     small = ("--max-model-len", "64", "--kv-cache-memory-bytes", str(2**26), "--api-key", KEY)
     teacher = folder / "teacher"
     given = ServeCommand(source=str(teacher), port=port, arguments=small)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.core.free_port import free_port
 from hybridrl.launch.preflight import check_divisible
 from hybridrl.models.loading import load_model
 from hybridrl.runtime.scorer_group import scoring
@@ -39,9 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ranks: int) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     save_tiny(folder / "student", 0)
     save_tiny(folder / "teacher", 1, tied=ranks == 2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "OMP_NUM_THREADS": "1",

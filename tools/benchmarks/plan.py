@@ -8,13 +8,13 @@ peak of its resident memory less its size after imports, or of its tensors on a 
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybridrl.core.free_port import free_port
 from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.planning.edges import TOKEN_COLUMNS, checkpoint_bytes, score_bytes, weight_bytes
 from hybridrl.planning.plan import GIB, make_plan
@@ -119,9 +119,7 @@ def measured(case: Case) -> dict[str, int]:
     """What planned_worker.py prints of rank 0."""
     settings = case.settings
     ranks = settings.learner.ranks if case.worker == "learner" else 1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     threads = max((os.cpu_count() or 1) // ranks, 1)
     env = os.environ | worker_env(threads, case.device, settings.model.dtype, take_turns=True)
     command = [sys.executable, "-m", "benchmarks.planned_worker", case.worker]

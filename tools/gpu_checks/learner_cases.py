@@ -4,7 +4,6 @@ the third, and the scorer's evidence against the learner's own numbers.
 
 import math
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from gpu_checks.rounding import (
     of_sums,
 )
 from hybridrl.batch.balance import micro_batches
+from hybridrl.core.free_port import free_port
 from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.head_rule import head_rule
@@ -279,10 +279,8 @@ def settings_of(ground: Ground, dtype: str, *overrides: str) -> RunSettings:
 
 
 def new_learner(settings: RunSettings, ground: Ground) -> Learner:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return Learner(settings, rank=0, master=("127.0.0.1", port), device=ground.device)
+    master = ("127.0.0.1", free_port())
+    return Learner(settings, rank=0, master=master, device=ground.device)
 
 
 def scored(settings: RunSettings, ground: Ground) -> Chunk:
