@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["RunResult", "__version__", "train"]
+__all__ = ["RunResult", "StopTraining", "__version__", "train"]
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hybridrl.api import train
+    from hybridrl.core.errors import StopTraining
     from hybridrl.launch.run_result import RunResult
 
 
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from hybridrl.api import train
 
         return train
+    if name == "StopTraining":
+        from hybridrl.core.errors import StopTraining
+
+        return StopTraining
     if name == "RunResult":
         from hybridrl.launch.run_result import RunResult
 

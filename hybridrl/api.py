@@ -5,20 +5,29 @@ Nothing here imports torch or ray before the settings are known to be good.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError
+from hybridrl.rewards.callables import reward_files
+from hybridrl.settings.compose import hydra_text
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.settings_file import load_settings
 
 if TYPE_CHECKING:
+    from hybridrl.controller.controller import OnStep
     from hybridrl.launch.run_result import RunResult
 
 
-def train(overrides: Sequence[str], *, config: str | Path | None = None) -> "RunResult":
+def train(
+    overrides: Sequence[str],
+    *,
+    config: str | Path | None = None,
+    on_step: "OnStep | None" = None,
+    rewards: Mapping[str, Callable[..., Any]] | None = None,
+) -> "RunResult":
     """Train, or continue the run in run.dir, as the command `hybridrl train` does.
 
         result = hybridrl.train(["experiment=quickstart", "run.dir=runs/a"])
@@ -36,6 +45,18 @@ def train(overrides: Sequence[str], *, config: str | Path | None = None) -> "Run
             "+teachers.main=/models/teacher".
         config: a YAML file of settings that the overrides go on top of; None: conf/ alone, or the
             settings of the run in run.dir where `overrides` choose no file of conf/.
+        on_step: called in this process after each step with the number of steps done, from 1 on,
+            and the step's row of metrics, as metrics.jsonl has it. It is called when the step is
+            logged, and saved if it is due; what it returns is ignored. Training waits for it.
+            After a fault that takes the run back to a checkpoint, later steps come again. Raise
+            hybridrl.StopTraining in it to end the run after this step: the run saves a checkpoint,
+            exports its model and returns, with exit_reason "stopped". Any other exception is
+            raised by this call after a checkpoint.
+        rewards: reward functions by name: each sets reward.functions.NAME.function to the file
+            that defines the function, which the workers load. A lambda, and a function of a
+            notebook's cell or of the script that runs, are refused. Weights and options are
+            settings, for example "+reward.functions.NAME.weight=0.5". Evaluations use the first
+            function for accuracy; those that the settings name come first.
 
     Returns:
         the final metrics, and the paths of the run's report and model.
@@ -45,25 +66,44 @@ def train(overrides: Sequence[str], *, config: str | Path | None = None) -> "Run
         Preempted: the run was ended by a signal and has saved what it could.
         HybridRLError: the run failed; one of the types in hybridrl.core.errors. Nothing is left
             running.
+        Exception: as on_step raised it; what was learned so far is saved, and nothing is left
+            running.
     """
     if isinstance(overrides, str):
         raise ConfigError(f"{overrides}: must be a list of texts; write [{overrides!r}]")
+    overrides = [*overrides, *reward_overrides(rewards or {})]
     settings = load_settings(overrides, None if config is None else Path(config))
     if not logging.getLogger().handlers:  # else the caller decides what becomes of log lines
         redact.log_warnings()
-    return run_settings(settings)
+    return run_settings(settings, on_step)
 
 
-def run_settings(settings: RunSettings) -> "RunResult":
+def reward_overrides(rewards: Mapping[str, Callable[..., Any]]) -> list[str]:
+    """The settings that name the files of reward functions.
+
+    Raises:
+        ConfigError: workers could not load a function from a file.
+    """
+    return [
+        f"++reward.functions.{name}.function={hydra_text(file)}"
+        for name, file in reward_files(rewards).items()
+    ]
+
+
+def run_settings(settings: RunSettings, on_step: "OnStep | None" = None) -> "RunResult":
     """Run or continue `settings`.
+
+    Args:
+        on_step: as of `train`.
 
     Raises:
         HybridRLError: what went wrong, in one sentence; nothing is left running.
+        Exception: as on_step raised it.
     """
     from hybridrl.launch.session import train as train_session  # loads torch and ray
 
     quiet_environment()
-    return train_session(settings)
+    return train_session(settings, on_step)
 
 
 def quiet_environment() -> None:

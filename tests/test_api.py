@@ -60,5 +60,6 @@ def test_settings_of_a_file_are_the_base_of_the_overrides(tmp_path: Path) -> Non
 
 def test_the_package_has_no_other_names() -> None:
     assert hybridrl.RunResult.__name__ == "RunResult"
+    assert hybridrl.StopTraining.__name__ == "StopTraining"
     with pytest.raises(AttributeError, match="module 'hybridrl' has no attribute 'trian'"):
         hybridrl.trian  # noqa: B018

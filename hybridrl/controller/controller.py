@@ -4,7 +4,7 @@ to worker.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -38,6 +38,7 @@ from hybridrl.core.errors import (
     RunDirectoryError,
     RunDirectoryTaken,
     SkippedStep,
+    StopTraining,
     WeightSyncError,
     WorkerError,
 )
@@ -65,6 +66,11 @@ from hybridrl.types import (
 )
 
 log = logging.getLogger(__name__)
+
+OnStep = Callable[[int, Mapping[str, float]], object]
+"""A function of the caller's that is called after each step with the steps done and the step's row
+of metrics. What it returns is ignored.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +127,7 @@ class Controller:
         checkpointer: Checkpointer,
         ledger: Ledger,
         preemption: Preemption,
+        on_step: OnStep | None = None,
     ) -> None:
         """Build the parts of the loop around workers that are running.
 
@@ -128,6 +135,7 @@ class Controller:
             backend: how weights reach the engines.
             heldout: problems of the evaluations.
             inputs: digests of the run's inputs (run_dir.inputs.digests), stored in checkpoints.
+            on_step: called after each step, once it is logged and saved; None: nothing is called.
         """
         self.settings = settings
         self.workers = workers
@@ -140,6 +148,8 @@ class Controller:
         self.checkpointer = checkpointer
         self.ledger = ledger
         self.preemption = preemption
+        self.on_step = on_step
+        self.stopped = False  # by StopTraining, before the last step
         self.learns_from_rewards = make_objective(settings).needs.rewards
         self.coefficients = Coefficients(settings)
         self.sampling = Sampling(settings, workers, preemption)
@@ -206,12 +216,14 @@ class Controller:
         return row
 
     def run(self) -> None:
-        """Train to train.steps from the present state; evaluate, checkpoint and log on the way.
+        """Train to train.steps from the present state, or until on_step raises StopTraining;
+        evaluate, checkpoint and log on the way.
 
         consumes prompts / produces rows, samples and checkpoints / waits for each step / unblocked
         by a stop signal, which takes effect at the places where nothing would be lost.
 
         Raises:
+            Exception: of any type, as on_step raised it; what was learned so far is saved.
             Preempted: a stop signal arrived; what was learned so far is saved.
             RunDirectoryTaken: another directory has the path of the run's; nothing is saved there.
             RunDirectoryError: the run directory or a file of it was removed, moved or replaced.
@@ -228,7 +240,7 @@ class Controller:
     def _train(self) -> None:
         settings = self.settings
         row: dict[str, float] = {}
-        while self.steps_done < settings.train.steps:
+        while self.steps_done < settings.train.steps and not self.stopped:
             try:
                 self.preemption.check()
                 self.ledger.check_in_place()
@@ -242,15 +254,31 @@ class Controller:
             except RunDirectoryTaken:
                 raise
             except (Preempted, RunDirectoryError):
-                self.saving.settle_logged()
-                if self.steps_done > self.saving.saved_step:
-                    self.save(row, last=False)
+                self.save_unsaved(row, last=False)
                 raise
             failpoints.hit("controller.logged", step=self.steps_done)
             every = settings.checkpoint.every
             if last or (every and self.steps_done % every == 0):
                 self.save(row, last=last)
             failpoints.hit("controller.saved", step=self.steps_done)
+            if self.on_step is not None:
+                self._call_back(self.on_step, row)
+
+    def _call_back(self, on_step: OnStep, row: Mapping[str, float]) -> None:
+        """Call the caller's function with a copy of the row.
+
+        Raises:
+            Exception: as on_step raised it, after a checkpoint.
+        """
+        try:
+            on_step(self.steps_done, dict(row))
+        except StopTraining:
+            self.save_unsaved(row, last=True)
+            self.stopped = self.steps_done < self.settings.train.steps
+        except Exception as error:
+            error.add_note(f"on_step raised this after step {self.steps_done} of the run")
+            self.save_unsaved(row, last=False)
+            raise
 
     def _step_or_skip(self) -> dict[str, float]:
         """A step. Up to train.max_skipped batches in a row are skipped if nothing can be learned
@@ -486,6 +514,12 @@ class Controller:
                     self.steps_done,
                     error,
                 )
+
+    def save_unsaved(self, row: Mapping[str, float], *, last: bool) -> None:
+        """Save a checkpoint, as `save`, unless the newest one is of this step."""
+        self.saving.settle_logged()
+        if self.steps_done > self.saving.saved_step:
+            self.save(row, last=last)
 
     def _save(self, row: Mapping[str, float], *, wait: bool) -> None:
         for _ in count():

@@ -128,5 +128,11 @@ class ClusterLost(HybridRLError):
     """Ray itself has ended, so that workers can be neither called nor replaced."""
 
 
+class StopTraining(Exception):
+    """Raised by a user's on_step to end the run after the step: it saves its state, and the call
+    returns. The same call continues.
+    """
+
+
 class Preempted(HybridRLError):
     """A stop signal (SIGTERM) ended the run, which saved its state; the same command continues."""

@@ -18,11 +18,12 @@ class ExitReason(StrEnum):
 
     finished = "finished"  # it trained up to train.steps
     already_finished = "already_finished"  # run.dir held a run with all of its steps
+    stopped = "stopped"  # on_step raised StopTraining before the last step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """Metrics and files of a run that has all of its steps.
+    """Metrics and files of a run that has all of its steps, or that on_step ended.
 
     Example: result.metrics["eval/accuracy"] is 0.56 and result.export is
     Path("/runs/a/export/step_000100").

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from hybridrl.controller.controller import Controller
+from hybridrl.controller.controller import Controller, OnStep
 from hybridrl.controller.metrics import check_metrics
 from hybridrl.controller.preemption import Preemption
 from hybridrl.core import redact
@@ -91,11 +91,15 @@ from hybridrl.types import Prompt, RunInfo
 log = logging.getLogger(__name__)
 
 
-def train(settings: RunSettings) -> RunResult:
+def train(settings: RunSettings, on_step: OnStep | None = None) -> RunResult:
     """Run or resume `settings`; the same call continues where the last one stopped.
+
+    Args:
+        on_step: called after each step with its number and its metrics; None: nothing is called.
 
     Raises:
         HybridRLError: what went wrong, in one sentence; no process is left running.
+        Exception: as on_step raised it, after a checkpoint; no process is left running.
     """
     began = time.monotonic()
     requested = settings
@@ -133,6 +137,7 @@ def train(settings: RunSettings) -> RunResult:
             console=console,
             sinks=sinks,
             preemption=preemption,
+            on_step=on_step,
         )
         workers = session.start_workers(checkpoint)
         if requested.model.dtype == AUTO and cluster.device == "cpu":
@@ -148,8 +153,25 @@ def train(settings: RunSettings) -> RunResult:
         controller = session.run(workers, checkpoint)
         first = checkpoint.state.step if checkpoint else 0
         exported = export_model(settings, controller, run_dir, first)
-    reason = ExitReason.already_finished if first == settings.train.steps else ExitReason.finished
+        reason = exit_reason(settings, controller, first)
+        if reason is ExitReason.stopped:
+            done = controller.steps_done
+            console.notice(
+                f"on_step ended the run after step {done} of {settings.train.steps}; "
+                f"{how_to_continue(settings, f'step_{done:06d}')}"
+            )
     return run_result(run_dir, exported, reason)
+
+
+def exit_reason(settings: RunSettings, controller: Controller, first: int) -> ExitReason:
+    """Why the training ended without an error.
+
+    Args:
+        first: the steps that were done when this session began.
+    """
+    if controller.stopped:
+        return ExitReason.stopped
+    return ExitReason.already_finished if first == settings.train.steps else ExitReason.finished
 
 
 def narrow_models(settings: RunSettings) -> list[str]:
@@ -230,6 +252,7 @@ class Session:
     console: ConsoleSink
     sinks: Sinks
     preemption: Preemption
+    on_step: OnStep | None = None
     levels: Mapping[str, float] = field(default_factory=dict, init=False)
     """The teachers' accuracies, for the first row of a run."""
     steps_done: int | None = field(default=None, init=False)
@@ -335,6 +358,7 @@ class Session:
                 checkpointer=Checkpointer(self.run_dir, self.settings.checkpoint),
                 ledger=ledger,
                 preemption=self.preemption,
+                on_step=self.on_step,
             )
             try:
                 train_on(controller, checkpoint, self.levels)

@@ -467,12 +467,17 @@ def quoted(override: str) -> str:
     Example: data.system_prompt=Be brief, please -> 'data.system_prompt="Be brief, please"'
     """
     key, _, value = override.partition("=")
-    # Hydra reads a backslash literally, except before a quote.
-    inner = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + (m[2] and '\\"'), value)
-    word = f'{key}="{inner}"'
+    word = f"{key}={hydra_text(value)}"
     if "'" not in word:
         return f"'{word}'"
     return '"' + re.sub(r'([\\"$`])', r"\\\1", word) + '"'
+
+
+def hydra_text(value: str) -> str:
+    """Any text in Hydra's quotes, as the VALUE of an override."""
+    # Hydra reads a backslash literally, except before a quote.
+    inner = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + (m[2] and '\\"'), value)
+    return f'"{inner}"'
 
 
 def _no_such_setting(override: str, key: str) -> str:

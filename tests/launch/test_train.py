@@ -91,13 +91,24 @@ class Tracker:
     def close(self, exit_code):
         self.path.with_suffix(".end").write_text(str(exit_code))
 """
+WATCHED = "watch.py:watch"
 FROM_PYTHON = """
 import dataclasses, json, sys
 import hybridrl
 
-result = hybridrl.train(sys.argv[2:])
-with open(sys.argv[1], "w") as file:
-    json.dump(dataclasses.asdict(result), file, default=str)
+sys.path.insert(0, sys.argv[1])
+import watch
+
+rows = []
+
+def on_step(step, metrics):
+    rows.append([step, metrics])
+    if step == 2:
+        raise hybridrl.StopTraining
+
+result = hybridrl.train(sys.argv[3:], on_step=on_step, rewards={"watch": watch.watch})
+with open(sys.argv[2], "w") as file:
+    json.dump({"rows": rows, **dataclasses.asdict(result)}, file, default=str)
 """
 
 
@@ -144,12 +155,22 @@ def uninterrupted(overrides: list[str], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, whose first two steps run from Python and the others by the command."""
+    """The same run, whose first two steps run from Python, which gives the file of the reward
+    function `watch` and stops, and the others by the command.
+    """
     run_dir = tmp_path_factory.mktemp("resumed") / "run"
-    python = (sys.executable, "-c", FROM_PYTHON, str(run_dir.parent / "result.json"))
-    for program, steps in ((python, 2), (("hybridrl", "train"), 4)):
-        done = shell(*program, *overrides, f"run.dir={run_dir}", f"train.steps={steps}")
-        assert done.returncode == 0, done.stderr[-3000:]
+    [watch] = [Path(o.partition("{function:")[2].split(":")[0]) for o in overrides if WATCHED in o]
+    result = run_dir.parent / "result.json"
+    python = (sys.executable, "-c", FROM_PYTHON, str(watch.parent), str(result))
+    elsewhere = [override.replace(WATCHED, "absent.py:watch") for override in overrides]
+    first = shell(*python, *elsewhere, f"run.dir={run_dir}")
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert (
+        "on_step ended the run after step 2 of 4; the same command goes on from step_000002"
+        in first.stdout
+    )
+    done = train(*overrides, f"run.dir={run_dir}")
+    assert done.returncode == 0, done.stderr[-3000:]
     assert "continues after step 2 of 4" in done.stdout
     return run_dir
 
@@ -213,12 +234,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(uninterrupted, res
     )
 
 
+def test_on_step_receives_each_step_with_its_row(resumed):
+    result = json.loads((resumed.parent / "result.json").read_text())
+    assert result["rows"] == [[step, read_metrics(resumed)[step]] for step in (1, 2)]
+
+
 def test_a_run_from_python_returns_its_last_row_and_the_paths_of_what_it_left(resumed):
     result = json.loads((resumed.parent / "result.json").read_text())
     assert result["metrics"] == read_metrics(resumed)[2]
     assert result["accuracy_after"] == result["metrics"]["eval/accuracy"]
     assert {key: result[key] for key in ("exit_reason", "run_dir")} == {
-        "exit_reason": "finished",
+        "exit_reason": "stopped",
         "run_dir": str(resumed),
     }
     assert {key: result[key] for key in ("checkpoint", "export", "report")} == {

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybridrl.controller.controller import Controller
+from hybridrl.controller.controller import Controller, OnStep
 from hybridrl.controller.global_batch import trained_uids
 from hybridrl.controller.pipeline import wave_seed
 from hybridrl.controller.preemption import Preemption
@@ -27,12 +27,13 @@ from hybridrl.core.errors import (
     Preempted,
     RunDirectoryError,
     RunDirectoryTaken,
+    StopTraining,
 )
 from hybridrl.data.prompts import PromptSource
 from hybridrl.launch.session import prepare_prompts
 from hybridrl.rollout.header import chunk_header
 from hybridrl.rollout.sampler import sample_seed
-from hybridrl.run_dir.checkpoint import Checkpointer, read_checkpoint
+from hybridrl.run_dir.checkpoint import Checkpointer, read_checkpoint, step_folders
 from hybridrl.run_dir.directory import find_checkpoint, run_directory
 from hybridrl.run_dir.ledger import (
     Ledger,
@@ -311,6 +312,57 @@ def test_a_run_whose_directory_is_removed_saves_what_it_learned_ends_and_can_be_
     settings = replace(seldom, run=replace(seldom.run, dir=str(run_dir)))
     with run_directory(settings):
         assert find_checkpoint(settings, run_dir, {}).state.step == 2
+
+
+def calling(
+    graph: Graph, whole: Whole, run_dir: Path, on_step: OnStep
+) -> tuple[Controller, Recorder]:
+    """A run after step 1 of 3 that saves no step but its last, and calls `on_step`."""
+    seldom = replace(graph.settings, checkpoint=replace(graph.settings.checkpoint, every=0))
+    controller, recorder = graph.controller(run_dir, 1, seldom)
+    controller.load_state(read_checkpoint(whole.folder(1)).state, str(whole.folder(1)))
+    controller.publish_weights()
+    controller.on_step = on_step
+    return controller, recorder
+
+
+@pytest.mark.graph
+def test_what_on_step_raises_ends_the_run_at_a_checkpoint_and_arrives_with_its_own_traceback(
+    graph: Graph, whole: Whole, tmp_path: Path
+):
+    def divide_by_zero(step: int, metrics: Mapping[str, float]) -> float:
+        return step / 0
+
+    controller, recorder = calling(graph, whole, tmp_path, divide_by_zero)
+    with pytest.raises(ZeroDivisionError) as raised:
+        controller.run()
+    assert raised.traceback[-1].name == "divide_by_zero"
+    assert raised.value.__notes__ == ["on_step raised this after step 2 of the run"]
+    assert [row["train/step"] for row in recorder.rows] == [2]
+    assert [folder.name for folder in step_folders(tmp_path)] == ["step_000002"]
+
+
+@pytest.mark.graph
+def test_stop_training_ends_the_run_after_a_checkpoint_from_which_the_rest_is_the_same(
+    graph: Graph, whole: Whole, tmp_path: Path
+):
+    calls: list[tuple[int, float]] = []
+
+    def stop(step: int, metrics: Mapping[str, float]) -> None:
+        calls.append((step, metrics["train/step"]))
+        raise StopTraining
+
+    controller, recorder = calling(graph, whole, tmp_path, stop)
+    controller.run()
+    assert (controller.stopped, controller.steps_done, calls) == (True, 2, [(2, 2.0)])
+    controller, later = graph.controller(tmp_path, 2)
+    folder = tmp_path / "checkpoints" / "step_000002"
+    controller.load_state(read_checkpoint(folder).state, str(folder))
+    controller.publish_weights()
+    controller.on_step = stop
+    controller.run()
+    assert recorder.rows + later.rows == whole.recorder.rows[1:]
+    assert (controller.stopped, calls) == (False, [(2, 2.0), (3, 3.0)]), "it has all steps"
 
 
 @pytest.mark.graph
