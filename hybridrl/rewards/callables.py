@@ -37,11 +37,11 @@ def _reward_file(name: str, function: Callable[..., Any]) -> str:
             f"{field}={function!r}: must be a function, not text; write "
             f"+reward.functions.{name}={function} among the settings"
         )
+    kind = type(function).__qualname__
     if not inspect.isfunction(function) and not isinstance(function, type):
         raise ConfigError(
-            f"{field}: must be a function or a class, not an object of "
-            f"{type(function).__qualname__}; give the function or class itself, and its arguments "
-            f"as '+reward.functions.{name}.options={{ARGUMENT: VALUE}}'"
+            f"{field}: must be a function or a class, not an object of {kind}; give the function "
+            f"or class itself, and its arguments as '+reward.functions.{name}.options={{ARGUMENT: VALUE}}'"
         )
     module, attribute = function.__module__, function.__qualname__
     for word, path in BUILT_IN.items():
@@ -54,10 +54,9 @@ def _reward_file(name: str, function: Callable[..., Any]) -> str:
             f"{field}: {attribute} is defined in a notebook or in the script that runs, from which "
             f"workers cannot load it; {WRITE_IT}"
         )
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if not attribute.isidentifier() or getattr(sys.modules.get(module), attribute, None) is not (
-        function
-    ):
+    loaded = sys.modules.get(module)
+    file = getattr(loaded, "__file__", None)
+    if not attribute.isidentifier() or getattr(loaded, attribute, None) is not function:
         raise ConfigError(
             f"{field}: {module} has no {attribute} at its top level that is this function, so "
             "workers cannot load it; define it there under a name of its own, and import the "
