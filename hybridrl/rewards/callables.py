@@ -41,7 +41,8 @@ def _reward_file(name: str, function: Callable[..., Any]) -> str:
     if not inspect.isfunction(function) and not isinstance(function, type):
         raise ConfigError(
             f"{field}: must be a function or a class, not an object of {kind}; give the function "
-            f"or class itself, and its arguments as '+reward.functions.{name}.options={{ARGUMENT: VALUE}}'"
+            f"or class itself, and its arguments as '+reward.functions.{name}.options="
+            "{ARGUMENT: VALUE}'"
         )
     module, attribute = function.__module__, function.__qualname__
     for word, path in BUILT_IN.items():
