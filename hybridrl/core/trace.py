@@ -59,7 +59,8 @@ class Trace:
         event: dict[str, Any] = {"name": name, "cat": "call", "pid": os.getpid(), "tid": 0}
         events = [{**event, "ph": "X", "ts": begin, "dur": end - begin}]
         if self._coroutines:
-            identity = {"id": f"{os.getpid()}.{next(self._ids)}"}
+            # Of this process alone: a viewer shows spans whose "id" is not local under no process.
+            identity = {"id2": {"local": f"{os.getpid()}.{next(self._ids)}"}}
             events = [
                 {**event, **identity, "ph": "b", "ts": begin},
                 {**event, **identity, "ph": "e", "ts": end},
@@ -113,16 +114,20 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 def whole_trace(files: Sequence[Path]) -> list[dict[str, Any]]:
     """The events of several processes, each under the name of its file, in the order of time.
 
-    Process ids of several nodes may be equal, so each file has a number instead. Times count from
+    Process ids of several nodes may be equal, so each file has a number instead, which is that of
+    its thread too. They count from 1, because 0 is the idle process in Perfetto. Times count from
     the first event.
     """
     events: list[dict[str, Any]] = []
-    for number, path in enumerate(sorted(files, key=lambda path: (path.stem != DRIVER, path))):
+    driver = f"{DRIVER}{SUFFIX}"
+    for number, path in enumerate(sorted(files, key=lambda path: (path.name != driver, path)), 1):
         name = path.name.removesuffix(SUFFIX)
-        described: dict[str, Any] = {"ph": "M", "pid": number, "tid": 0, "ts": 0}
+        place = {"pid": number, "tid": number}
+        described: dict[str, Any] = {"ph": "M", **place, "ts": 0}
         events.append({**described, "name": "process_name", "args": {"name": name}})
         events.append({**described, "name": "process_sort_index", "args": {"sort_index": number}})
-        events += [event | {"pid": number} for event in read_events(path)]
+        events.append({**described, "name": "thread_name", "args": {"name": "calls"}})
+        events += [event | place for event in read_events(path)]
     timed = [event for event in events if event["ph"] != "M"]
     begin = min((event["ts"] for event in timed), default=0)
     for event in timed:

@@ -14,8 +14,8 @@ from hybridrl.tracking.timing import PhaseClock
 FIELDS = {
     "M": {"name", "ph", "pid", "tid", "ts", "args"},
     "X": {"name", "cat", "ph", "pid", "tid", "ts", "dur"},
-    "b": {"name", "cat", "ph", "pid", "tid", "ts", "id"},
-    "e": {"name", "cat", "ph", "pid", "tid", "ts", "id"},
+    "b": {"name", "cat", "ph", "pid", "tid", "ts", "id2"},
+    "e": {"name", "cat", "ph", "pid", "tid", "ts", "id2"},
 }
 """The fields of each kind of event, by Chrome's trace event format."""
 
@@ -63,7 +63,7 @@ def test_coroutines_that_overlap_have_tracks_of_their_own(tmp_path: Path, clock:
         ("e", "b"),
     ]
     assert [e["ts"] for e in events] == [0, 5, 1, 9]
-    assert events[0]["id"] == events[1]["id"] != events[2]["id"] == events[3]["id"]
+    assert events[0]["id2"] == events[1]["id2"] != events[2]["id2"] == events[3]["id2"]
 
 
 def test_the_whole_trace_names_each_process_and_counts_from_the_first_event(
@@ -79,9 +79,32 @@ def test_the_whole_trace_names_each_process_and_counts_from_the_first_event(
     events = json.loads(write_trace(tmp_path).read_text())["traceEvents"]
     assert all(set(event) == FIELDS[event["ph"]] for event in events)
     names = {e["args"]["name"]: e["pid"] for e in events if e["name"] == "process_name"}
-    assert names == {"driver": 0, "learner-0": 1, "rollout-0": 2}
-    work = [(e["pid"], e["ph"], e["ts"]) for e in events if e["name"] == "work"]
-    assert work == [(1, "X", 0), (0, "X", 200), (2, "b", 250), (2, "e", 260)]
+    assert names == {"driver": 1, "learner-0": 2, "rollout-0": 3}
+    work = [(e["pid"], e["tid"], e["ph"], e["ts"]) for e in events if e["name"] == "work"]
+    assert work == [(2, 2, "X", 0), (1, 1, "X", 200), (3, 3, "b", 250), (3, 3, "e", 260)]
+
+
+def test_every_worker_with_spans_is_a_process_of_its_own_that_has_a_name(
+    tmp_path: Path, clock: list[int]
+) -> None:
+    """The rules by which Perfetto assigns a span to a process: it has no rows of the idle process
+    (pid 0, tid 0), and spans that overlap belong to a process only if their id is local to it.
+    """
+    clock += [0, 1, 2, 3, 4, 5]
+    for name, coroutines in (("driver", False), ("rollout-0", True), ("rollout-1", True)):
+        with Trace(tmp_path / "logs" / f"{name}.trace.json", coroutines=coroutines).span("work"):
+            pass
+    events = json.loads(write_trace(tmp_path).read_text())["traceEvents"]
+    named = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert named == {1: "driver", 2: "rollout-0", 3: "rollout-1"}
+    spans = [event for event in events if event["name"] == "work"]
+    assert [named[event["pid"]] for event in spans] == [
+        "driver",
+        *("rollout-0", "rollout-0"),
+        *("rollout-1", "rollout-1"),
+    ]
+    assert all(event["tid"] == event["pid"] > 0 for event in events)
+    assert all(set(event["id2"]) == {"local"} for event in spans if event["ph"] in "be")
 
 
 def test_a_span_that_raises_is_recorded_too(tmp_path: Path, clock: list[int]) -> None:
@@ -117,4 +140,4 @@ def test_a_worker_records_only_in_a_run_that_is_traced(
     with trace_of_worker(log, coroutines=False).span("update"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["learner-0.trace.json"]
-    assert len(whole_trace(list(tmp_path.iterdir()))) == 3
+    assert len(whole_trace(list(tmp_path.iterdir()))) == 4
