@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -63,7 +64,7 @@ def draw_chart(axes: Axes, chart: Chart) -> None:
     _style_axes(axes, chart)
     for number, curve in enumerate(drawing.curves):
         _draw_curve(axes, curve, drawing, MARKERS[number % len(MARKERS)])
-    bottom = 0.0
+    bottom = np.zeros(len(drawing.bars[0].x)) if drawing.bars else np.zeros(0)
     for bars in drawing.bars:
         axes.bar(
             bars.x,
