@@ -3,39 +3,38 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
+import numpy as np
 
 from hybridrl.core.errors import DataError
 from hybridrl.core.files import replace_bytes, replace_text
-from hybridrl.report.figures import (
-    BLUE,
+from hybridrl.report.chart import (
     FAINT,
-    GREEN,
-    ORANGE,
-    PERCENT,
-    PLAIN,
-    PURPLE,
-    SKY,
-    VERMILION,
-    Panel,
+    PALETTE,
+    Chart,
+    Curve,
+    Drawing,
+    Float64,
+    Level,
     Rows,
-    draw_overview,
-    draw_panel,
+    Unit,
     series,
-    teacher_levels,
 )
-from hybridrl.report.html import render_comparison
+from hybridrl.report.figures import metrics_of_sets, teacher_levels
+from hybridrl.report.html import View, render_comparison
+from hybridrl.report.picture import draw_overview
 from hybridrl.report.saved_config import read_config
+from hybridrl.report.svg import short_number
 from hybridrl.tracking.console import duration
 from hybridrl.tracking.jsonl import read_metrics
 
-COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#7f7f7f", "#8c6d31")
-MARKERS = "osD^vP*X"
 LAST_STEPS = 10
 """The final number of a metric that every step measures is its mean over this many last steps."""
+PLACES = ("run.dir", "run.seed")
+"""Runs whose other settings are equal are one method with several seeds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,18 +47,58 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Runs that differ in their seed alone, or a single run."""
+
+    name: str
+    colour: str
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """What is held equal between the runs."""
+
+    name: str  # in the switch of the page
+    label: str  # of the horizontal axis
+    metric: str | None  # of a step, which adds up over the steps; None: the step itself
+
+    def places(self, rows: Rows) -> Float64 | None:
+        """[n] the place of each row; None: the run did not measure it.
+
+        Example: train/tokens of 100 and 50 at steps 1 and 2: [100, 150], and 0 of step 0.
+        """
+        if self.metric is None:
+            return np.array([row["train/step"] for row in rows], dtype=np.float64)
+        amounts = np.array([row.get(self.metric, math.nan) for row in rows], dtype=np.float64)
+        return np.nan_to_num(amounts).cumsum() if np.isfinite(amounts).any() else None
+
+    def budget(self, place: float) -> str:
+        """The place in words, e.g. "at step 200"."""
+        match self.name:
+            case "tokens":
+                return f"at {short_number(place)} tokens"
+            case "seconds":
+                return f"after {duration(place)} of steps"
+        return f"at step {place:.0f}"
+
+
+AXES = (
+    Axis(name="steps", label="optimizer step", metric=None),
+    Axis(name="tokens", label="response tokens trained on", metric="train/tokens"),
+    Axis(name="seconds", label="seconds of the steps", metric="time/step_s"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
     """A metric by which runs are compared."""
 
     key: str
     title: str
     caption: str
-    share: bool = False  # shown in per cent
+    unit: Unit = Unit.plain
     marked: bool = False  # measured at evaluations, not at every step; drawn with markers
-
-    def text(self, value: float) -> str:
-        """Example: 0.2993 as a share is "29.9 %", otherwise "0.2993"."""
-        return f"{100 * value:.1f} %" if self.share else f"{value:,.4g}"
 
 
 METRICS = (
@@ -68,7 +107,7 @@ METRICS = (
         title="Held-out accuracy",
         caption="Share of problems never trained on that are solved. Dashed: the teacher, where "
         "all runs have the same.",
-        share=True,
+        unit=Unit.share,
         marked=True,
     ),
     Compared(
@@ -81,7 +120,7 @@ METRICS = (
         key="eval/pair_accuracy",
         title="Held-out pairs ranked right",
         caption="Share of held-out pairs whose chosen response scores above the rejected one.",
-        share=True,
+        unit=Unit.share,
         marked=True,
     ),
     Compared(
@@ -110,17 +149,24 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
         RunDirectoryError: a file that is read is a link or a special file.
         OSError: a file cannot be read or written.
     """
-    runs = load_runs(run_dirs)
-    panels = [panel for metric in METRICS if (panel := panel_of(metric, runs)) is not None]
-    longest = max((run.rows for run in runs), key=lambda rows: rows[-1]["train/step"])
-    names = [run.name for run in runs]
+    groups = group_runs(load_runs(run_dirs))
+    metrics = [*METRICS, *metrics_by_set(groups)]
+    views = [
+        View(name=axis.name, charts=charts)
+        for axis in AXES
+        if (charts := [c for m in metrics if (c := chart_of(m, groups, axis)) is not None])
+    ]
+    names = [group.name for group in groups]
     page = render_comparison(
         names=names,
-        curves=[(panel, draw_panel(panel, longest)) for panel in panels],
-        numbers=final_numbers(runs),
-        settings=differing_settings(runs),
+        views=views,
+        seeds=max(len(group.runs) for group in groups),
+        numbers=final_numbers(groups, metrics),
+        budgets=equal_budgets(groups, metrics),
+        settings=differing_settings(groups),
     )
-    picture = draw_overview(panels, longest, "Comparison", "  \N{MIDDLE DOT}  ".join(names))
+    charts = views[0].charts if views else []
+    picture = draw_overview(charts, "Comparison", "  \N{MIDDLE DOT}  ".join(names))
     replace_bytes(run_dirs[0] / "comparison.png", picture)
     path = run_dirs[0] / "comparison.html"
     replace_text(path, page)
@@ -180,69 +226,188 @@ def flat(tree: Any, key: str = "") -> dict[str, str]:
     return values
 
 
-def panel_of(metric: Compared, runs: Sequence[Run]) -> Panel | None:
-    """A panel with one curve for each run that has the metric; None: no run has it."""
-    curves = {run.name: series(run.rows, metric.key) for run in runs}
-    if not any(values.size for _, values in curves.values()):
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """The runs in groups that differ in their seed alone, in the order of their first runs.
+
+    A run without settings is a group of its own, since nothing says what it did.
+    """
+    members: dict[object, list[Run]] = {}
+    for run in runs:
+        rest = frozenset((k, v) for k, v in run.settings.items() if k not in PLACES)
+        members.setdefault(rest if run.settings else run.name, []).append(run)
+    groups = zip(members.values(), cycle(PALETTE), strict=False)
+    return [
+        Group(name=group_name([run.name for run in of_group]), colour=colour, runs=tuple(of_group))
+        for of_group, colour in groups
+    ]
+
+
+def group_name(names: Sequence[str]) -> str:
+    """Example: "a-1" and "a-2" are "a-* (2 seeds)"; a single run has its own name."""
+    if len(names) == 1:
+        return names[0]
+    common = ""
+    for letters in zip(*names, strict=False):
+        if len(set(letters)) > 1:
+            break
+        common += letters[0]
+    return f"{common}* ({len(names)} seeds)" if common else " + ".join(names)
+
+
+def metrics_by_set(groups: Sequence[Group]) -> list[Compared]:
+    """The accuracy on each named held-out set that some run has."""
+    rows = [row for group in groups for run in group.runs for row in run.rows]
+    return [
+        Compared(
+            key=key,
+            title=f"Accuracy on {name}",
+            caption="Mean value of the first reward function on the problems of this set.",
+            unit=Unit.share,
+            marked=True,
+        )
+        for name, key in metrics_of_sets(rows, "accuracy").items()
+    ]
+
+
+def chart_of(metric: Compared, groups: Sequence[Group], axis: Axis) -> Chart | None:
+    """A diagram with one curve for each group that has the metric; None: no group has it."""
+    found = [curve for group in groups if (curve := mean_curve(group, metric, axis)) is not None]
+    if not found:
         return None
-    last = max(float(steps[-1]) for steps, _ in curves.values() if steps.size)
-    levels = [level for run in runs for level in teacher_levels(run.rows).values()]
-
-    def draw(axes: Axes, rows: Rows) -> None:
-        styles = zip(COLOURS * len(runs), MARKERS * len(runs), strict=True)
-        for (name, (steps, values)), (colour, marker) in zip(curves.items(), styles, strict=False):
-            if values.size:
-                has_marker = metric.marked or values.size == 1
-                # Matplotlib's legend omits labels that begin with an underscore.
-                shown = f" {name}" if name.startswith("_") else name
-                ends = f"{metric.text(values[0])} to {metric.text(values[-1])}"
-                axes.plot(
-                    steps,
-                    values,
-                    color=colour,
-                    marker=marker if has_marker else None,
-                    markersize=5,
-                    linewidth=2 if metric.marked else 1.4,
-                    label=f"{shown}  {ends}" if metric.marked else shown,
-                )
-        same_teacher = levels and math.isclose(min(levels), max(levels))
-        if metric.key == "eval/accuracy" and same_teacher:
-            label = f"teacher  {metric.text(levels[0])}"
-            axes.axhline(levels[0], color=FAINT, linewidth=1.5, linestyle=(0, (5, 3)), label=label)
-        axes.set_xlim(-0.5, last + 0.5)
-        axes.yaxis.set_major_formatter(PERCENT if metric.share else PLAIN)
-        axes.legend(fontsize=8, frameon=False, loc="best")
-
-    return Panel(title=metric.title, caption=metric.caption, needs=(metric.key,), draw=draw)
+    levels = [
+        level for g in groups for run in g.runs for level in teacher_levels(run.rows).values()
+    ]
+    same_teacher = bool(levels) and math.isclose(min(levels), max(levels))
+    shown: tuple[Level, ...] = ()
+    if metric.key == "eval/accuracy" and same_teacher:
+        label = f"teacher {metric.unit.text(levels[0])}"
+        shown = (Level(label=label, value=levels[0], colour=FAINT),)
+    absent = [g.name for g in groups if g.name not in {curve.label for curve in found}]
+    caption = f"{metric.caption} Not measured: {', '.join(absent)}." if absent else metric.caption
+    return Chart(
+        title=metric.title,
+        caption=caption,
+        metrics=(metric.key,),
+        drawing=Drawing(curves=tuple(found), levels=shown, unit=metric.unit),
+        x_label=axis.label,
+    )
 
 
-def final_numbers(runs: Sequence[Run]) -> list[list[str]]:
-    """Rows of the table of numbers: a name, then a cell per run; omits what no run measured."""
-    table = [["steps", *(f"{int(run.rows[-1]['train/step'])}" for run in runs)]]
-    for metric in METRICS:
-        cells = [_final(run.rows, metric) for run in runs]
+def mean_curve(group: Group, metric: Compared, axis: Axis) -> Curve | None:
+    """The mean over the runs of a group at each step that all of them measured, with a band from
+    the lowest to the highest; None: there is no such step.
+    """
+    by_step = []
+    for run in group.runs:
+        places = axis.places(run.rows)
+        if places is None:
+            return None
+        by_step.append(
+            {
+                row["train/step"]: (place, row[metric.key])
+                for row, place in zip(run.rows, places, strict=True)
+                if math.isfinite(row.get(metric.key, math.nan))
+            }
+        )
+    steps = sorted(set.intersection(*map(set, by_step)))
+    if not steps:
+        return None
+    points = np.array([[of_run[step] for step in steps] for of_run in by_step], dtype=np.float64)
+    values = points[:, :, 1]  # [runs, steps]
+    several = len(group.runs) > 1
+    return Curve(
+        label=group.name,
+        colour=group.colour,
+        x=points[:, :, 0].mean(axis=0),
+        y=values.mean(axis=0),
+        low=values.min(axis=0) if several else None,
+        high=values.max(axis=0) if several else None,
+        marked=metric.marked,
+        smooth=not metric.marked,
+    )
+
+
+def final_numbers(groups: Sequence[Group], metrics: Sequence[Compared]) -> list[list[str]]:
+    """Rows of the table of numbers: a name, then a cell per group; omits what no run measured."""
+
+    def steps(run: Run) -> float:
+        return run.rows[-1]["train/step"]
+
+    table = [["steps", *(_spread([steps(r) for r in g.runs], "{:.0f}".format) for g in groups)]]
+    for metric in metrics:
+        cells = [_final(group, metric) for group in groups]
         what = "first to last" if metric.marked else f"mean of the last {LAST_STEPS} steps"
         if any(cells):
             table.append([f"{metric.title} ({metric.key}), {what}", *cells])
-    times = [series(run.rows, "time/step_s")[1] for run in runs]
-    if any(values.size for values in times):
-        cells = [duration(float(values.sum())) if values.size else "" for values in times]
-        table.append(["wall time of the steps", *cells])
+    times = [[series(run.rows, "time/step_s")[1] for run in g.runs] for g in groups]
+    if any(values.size for of_group in times for values in of_group):
+        totals = [[float(v.sum()) for v in of_group if v.size] for of_group in times]
+        table.append(["wall time of the steps", *(_spread(t, duration) for t in totals)])
     return table
 
 
-def _final(rows: Rows, metric: Compared) -> str:
-    """The cell of a metric in the table of numbers; empty: the run did not measure it."""
-    values = series(rows, metric.key)[1]
-    if not values.size:
+def _spread(values: Sequence[float], text: Any) -> str:
+    """The mean of the values of several runs with the lowest and the highest, or the only value."""
+    if not values:
         return ""
+    mean = text(sum(values) / len(values))
+    low, high = text(min(values)), text(max(values))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _final(group: Group, metric: Compared) -> str:
+    """The cell of a metric in the table of numbers; empty: no run of the group measured it."""
+    measured = [v for run in group.runs if (v := series(run.rows, metric.key)[1]).size]
+    if not measured:
+        return ""
+    text = metric.unit.text
     if metric.marked:
-        return f"{metric.text(values[0])} to {metric.text(values[-1])}"
-    return metric.text(float(values[-LAST_STEPS:].mean()))
+        first = text(sum(float(v[0]) for v in measured) / len(measured))
+        return f"{first} to {_spread([float(v[-1]) for v in measured], text)}"
+    return _spread([float(v[-LAST_STEPS:].mean()) for v in measured], text)
 
 
-def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
-    """Rows of the table of settings, without run.dir: the key, then each run's value or "-"."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings if key != "run.dir")
-    table = [[key, *(run.settings.get(key, "-") for run in runs)] for key in keys]
+def equal_budgets(groups: Sequence[Group], metrics: Sequence[Compared]) -> list[list[str]]:
+    """Rows of the table at equal steps, tokens and seconds: the largest amount that every group
+    with the metric has reached, then its value there in each group; empty for a single group.
+    """
+    table = []
+    for metric in metrics:
+        for axis in AXES:
+            curves = [mean_curve(group, metric, axis) for group in groups]
+            found = [curve for curve in curves if curve is not None]
+            if len(found) < 2:
+                continue
+            budget = min(float(curve.x[-1]) for curve in found)
+            cells = ["" if c is None else _at(c, budget, metric) for c in curves]
+            table.append([f"{metric.title} {axis.budget(budget)}", *cells])
+    return table
+
+
+def _at(curve: Curve, place: float, metric: Compared) -> str:
+    """The value of a curve at a place: between two evaluations on the straight line between them,
+    of a metric that every step measures the mean of the last steps until there.
+    """
+
+    def value(of: Float64) -> float:
+        if metric.marked:
+            return float(np.interp(place, curve.x, of))
+        reached = of[curve.x <= place] if (curve.x <= place).any() else of[:1]
+        return float(reached[-LAST_STEPS:].mean())
+
+    text = metric.unit.text
+    if curve.low is None or curve.high is None:
+        return text(value(curve.y))
+    return f"{text(value(curve.y))} ({text(value(curve.low))} to {text(value(curve.high))})"
+
+
+def differing_settings(groups: Sequence[Group]) -> list[list[str]]:
+    """Rows of the table of settings, without run.dir: the key, then each group's value or "-"."""
+    keys = dict.fromkeys(
+        key for g in groups for run in g.runs for key in run.settings if key != "run.dir"
+    )
+    table = []
+    for key in keys:
+        values = [dict.fromkeys(run.settings.get(key, "-") for run in g.runs) for g in groups]
+        table.append([key, *(", ".join(of_group) for of_group in values)])
     return [row for row in table if len(set(row[1:])) > 1]

@@ -1,62 +1,68 @@
-"""The curves of the report: each panel is drawn by itself for the page, and all in one picture."""
+"""The diagrams of the report, from rows of metrics."""
 
-import io
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
-from numpy.typing import NDArray
 
+from hybridrl.report.chart import (
+    BLUE,
+    FAINT,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    Bars,
+    Chart,
+    Curve,
+    Drawing,
+    Level,
+    Rows,
+    Unit,
+    series,
+)
 from hybridrl.tracking.console import PHASES, TEACHER
 
-Rows = Sequence[dict[str, float]]
-Float64 = NDArray[np.float64]
-
-# Okabe and Ito's palette, which can be distinguished with every kind of colour vision.
-BLUE = "#0072B2"
-ORANGE = "#E69F00"
-GREEN = "#009E73"
-VERMILION = "#D55E00"
-SKY = "#56B4E9"
-PURPLE = "#CC79A7"
-YELLOW = "#F0E442"
-INK = "#1f2430"
-FAINT = "#6b7280"
-GRID = "#e5e7eb"
 TEACHER_COLOURS = (VERMILION, PURPLE, ORANGE, GREEN)
+SET_COLOURS = (ORANGE, GREEN, PURPLE, SKY, VERMILION)
 PHASE_COLOURS = dict(
     zip(PHASES, (BLUE, SKY, ORANGE, GREEN, PURPLE, VERMILION, YELLOW), strict=True)
 )
-MAX_BARS = 50  # of the panel of phases; longer runs have several steps in one bar
-PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g} %")
-PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
+MAX_BARS = 50  # of the diagram of phases; longer runs have several steps in one bar
+OF_SET = re.compile(r"eval/(?!accuracy_teacher/)([^/]+)/([^/]+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One diagram of the report."""
+    """One kind of diagram."""
 
     title: str
     caption: str
-    needs: tuple[str, ...]  # metrics; without a finite value of any of them it is omitted
-    draw: Callable[[Axes, Rows], None]
+    needs: tuple[str, ...]  # the metrics that it shows; the glossary explains them
+    draw: Callable[[Rows], Drawing]
     hide_zero: bool = False  # also omit it if all values are 0
 
 
-def series(rows: Rows, key: str) -> tuple[Float64, Float64]:
-    """Steps [n] and finite values [n] of a metric, both float64, in the order of the rows."""
-    measured = [row for row in rows if math.isfinite(row.get(key, math.nan))]
-    steps = np.array([row["train/step"] for row in measured], dtype=np.float64)
-    values = np.array([row[key] for row in measured], dtype=np.float64)
-    return steps, values
+def charts_of(rows: Rows) -> list[Chart]:
+    """The diagrams for which this run has numbers; the rows must be in step order."""
+    charts = []
+    for panel in PANELS:
+        drawing = panel.draw(rows)
+        if not drawing.is_empty(hide_zero=panel.hide_zero):
+            charts.append(
+                Chart(
+                    title=panel.title,
+                    caption=panel.caption,
+                    metrics=panel.needs,
+                    drawing=drawing,
+                )
+            )
+    return charts
 
 
 def teacher_levels(rows: Rows) -> dict[str, float]:
@@ -69,211 +75,92 @@ def teacher_levels(rows: Rows) -> dict[str, float]:
     }
 
 
-def panels_of(rows: Rows) -> list[Panel]:
-    """The panels for which this run has numbers."""
+def metrics_of_sets(rows: Rows, metric: str) -> dict[str, str]:
+    """The key of a metric of each named held-out set, by the set's name.
 
-    def has_numbers(panel: Panel) -> bool:
-        columns = [series(rows, key)[1] for key in panel.needs]
-        return any(column.any() if panel.hide_zero else column.size for column in columns)
+    Example: ("accuracy") of rows with eval/hard/accuracy: {"hard": "eval/hard/accuracy"}.
 
-    return [panel for panel in PANELS if has_numbers(panel)]
-
-
-def draw_panel(panel: Panel, rows: Rows) -> bytes:
-    """One panel as PNG bytes, without title and caption; the rows must be in step order."""
-    figure = Figure(figsize=(6.4, 3.3), layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
-    _style_axes(axes, rows[-1]["train/step"])
-    panel.draw(axes, rows)
-    return _png(figure, dpi=160)
-
-
-def draw_overview(panels: Sequence[Panel], rows: Rows, title: str, subtitle: str) -> bytes:
-    """All panels in one picture as PNG bytes, the first one twice as wide as the others.
-
-    Without any panel the picture has only its title and subtitle.
+    Args:
+        metric: a regular expression of the last part of the key.
     """
-    cells = max(len(panels) + (1 if len(panels) > 1 else 0), 1)
-    columns = min(3, cells)
-    lines = math.ceil(cells / columns)
-    head = 0.95  # inches for title and subtitle
-    height = 3.35 * lines + head
-    layout = ConstrainedLayoutEngine(
-        w_pad=0.16, h_pad=0.14, rect=(0.0, 0.0, 1.0, 1 - head / height)
-    )
-    figure = Figure(figsize=(5.6 * columns, height), layout=layout, facecolor="white")
-    grid = figure.add_gridspec(lines, columns)
-    cell = 0
-    for panel in panels:
-        span = 2 if cell == 0 and columns > 1 else 1
-        axes = figure.add_subplot(grid[cell // columns, cell % columns : cell % columns + span])
-        cell += span
-        _style_axes(axes, rows[-1]["train/step"])
-        panel.draw(axes, rows)
-        axes.set_title(panel.title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=9)
-    inset = 0.16 / (5.6 * columns)
-    figure.text(
-        inset,
-        1 - 0.2 / height,
-        title,
-        fontsize=19,
-        fontweight="bold",
-        color=INK,
-        va="top",
-        parse_math=False,  # a $ in the name of a directory does not begin a formula
-    )
-    figure.text(
-        inset, 1 - 0.6 / height, subtitle, fontsize=12, color=FAINT, va="top", parse_math=False
-    )
-    return _png(figure, dpi=110)
+    matches = {key: OF_SET.fullmatch(key) for row in rows for key in row}
+    found = {key: match for key, match in matches.items() if match}
+    return {match[1]: key for key, match in sorted(found.items()) if re.fullmatch(metric, match[2])}
 
 
-def _png(figure: Figure, dpi: int) -> bytes:
-    """The figure as PNG bytes, its texts without mathematics and control characters."""
-    for text in figure.findobj(Text):
-        assert isinstance(text, Text)
-        text.set_parse_math(False)  # a $ in a name does not begin a formula
-        text.set_text(printable(text.get_text()))
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-
-def printable(text: str) -> str:
-    """The text with line breaks and characters that no font has (e.g. control ones) escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _style_axes(axes: Axes, last_step: float) -> None:
-    """Set grid, ticks and the horizontal range, which all panels have in common."""
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#9ca3af")
-    axes.grid(axis="y", color=GRID, linewidth=0.9)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=FAINT, labelsize=10, length=0)
-    axes.xaxis.set_major_locator(
-        MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10], min_n_ticks=1)
-    )
-    axes.set_xlabel("optimizer step", fontsize=10, color=FAINT)
-    room = max(0.5, 0.015 * last_step)
-    axes.set_xlim(-room, last_step + room)
-
-
-def _line(
-    axes: Axes,
+def curve(
     rows: Rows,
     key: str,
     colour: str,
-    label: str = "",
+    label: str,
     *,
     smooth: bool = False,
-    style: str = "-",
-) -> None:
-    """Draw a metric over steps; a single value is drawn as a dot.
+    dashed: bool = False,
+    marked: bool = False,
+    error: str | None = None,
+) -> tuple[Curve, ...]:
+    """The curve of a metric over steps; none if it was not measured.
 
     Args:
-        smooth: draw a running mean over a pale line of the raw values.
+        error: the metric that is the half width of its band; None: it has no band.
     """
     steps, values = series(rows, key)
-    if not values.size:  # an empty line would still get an entry in the legend
-        return
-    marker = "o" if len(values) == 1 else None
-    neighbours = len(values) // 40
-    if smooth and neighbours > 0:
-        axes.plot(steps, values, color=colour, alpha=0.28, linewidth=1)
-        values = _running_mean(values, neighbours)
-    axes.plot(
-        steps,
-        values,
-        color=colour,
-        linewidth=2,
-        linestyle=style,
-        marker=marker,
-        label=label or None,
+    if not values.size:
+        return ()
+    low = high = None
+    if error is not None:
+        error_of = {row["train/step"]: row.get(error, math.nan) for row in rows}
+        errors = np.array([error_of[step] for step in steps], dtype=np.float64)
+        if np.isfinite(errors).any():
+            low, high = values - errors, values + errors
+    return (
+        Curve(
+            label=label,
+            colour=colour,
+            x=steps,
+            y=values,
+            low=low,
+            high=high,
+            marked=marked,
+            dashed=dashed,
+            smooth=smooth,
+        ),
     )
 
 
-def _running_mean(values: Float64, neighbours: int) -> Float64:
-    """[n] -> [n]: mean of each value and its `neighbours` on either side, fewer at the ends.
-
-    Example: ([0, 2, 7], 1) -> [1, 3, 4.5].
-    """
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    begin = np.maximum(np.arange(len(values)) - neighbours, 0)
-    end = np.minimum(np.arange(len(values)) + neighbours + 1, len(values))
-    return (total[end] - total[begin]) / (end - begin)
-
-
-def _from_zero(axes: Axes) -> None:
-    """Include 0 in the axis, so that heights are proportional, and leave room above the curve."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.0), high + 0.12 * abs(high))
+def of_sets(rows: Rows, metric: str) -> tuple[Curve, ...]:
+    """The curve of a metric of each named held-out set."""
+    keys = metrics_of_sets(rows, metric)
+    return tuple(
+        each
+        for (name, key), colour in zip(keys.items(), cycle(SET_COLOURS), strict=False)
+        for each in curve(rows, key, colour, name, marked=True, error=f"{key}_stderr")
+    )
 
 
-def _legend(axes: Axes, **place: Any) -> None:
-    """Add a legend if there is more than one curve."""
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False, fontsize=10, labelcolor=INK, handlelength=1.6, **place)
-
-
-def _accuracy(axes: Axes, rows: Rows) -> None:
-    steps, values = series(rows, "eval/accuracy")
-    error_of = {row["train/step"]: row.get("eval/accuracy_stderr", math.nan) for row in rows}
-    errors = np.nan_to_num(np.array([error_of[s] for s in steps]))
-    axes.fill_between(steps, values - errors, values + errors, color=BLUE, alpha=0.15, linewidth=0)
-    axes.plot(steps, values, color=BLUE, linewidth=2.4, marker="o", markersize=5, label="student")
-    levels = teacher_levels(rows)
-    for place, ((name, level), colour) in enumerate(
-        zip(levels.items(), TEACHER_COLOURS * len(levels), strict=False)
-    ):
-        axes.axhline(level, color=colour, linewidth=1.8, linestyle=(0, (5, 3)))
-        label = (
-            f"teacher {100 * level:.1f} %"
-            if len(levels) == 1
-            else f"teacher {name} {100 * level:.1f} %"
+def _accuracy(rows: Rows) -> Drawing:
+    own = curve(rows, "eval/accuracy", BLUE, "student", marked=True, error="eval/accuracy_stderr")
+    sets = of_sets(rows, "accuracy")
+    if own and not sets:
+        own = (replace(own[0], ends=True),)
+    teachers = teacher_levels(rows)
+    levels = tuple(
+        Level(
+            label=f"teacher {name} {100 * level:.1f} %"
+            if len(teachers) > 1
+            else f"teacher {100 * level:.1f} %",
+            value=level,
+            colour=colour,
         )
-        axes.annotate(
-            label,
-            (0.25 * (place % 4), level),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 5),
-            textcoords="offset points",
-            color=colour,
-            fontsize=11,
-            fontweight="bold",
-        )
-    for step, value in {steps[0]: values[0], steps[-1]: values[-1]}.items():
-        axes.annotate(
-            f"{100 * value:.1f} %",
-            (step, value),
-            xytext=(0, -19),
-            textcoords="offset points",
-            color=BLUE,
-            fontsize=12,
-            fontweight="bold",
-            ha="left" if step == steps[0] else "right",
-        )
-    axes.yaxis.set_major_formatter(PERCENT)
-    top = max([*values, *levels.values()])
-    low = min([*values, *levels.values()])
-    room = max(0.2 * (top - low), 0.03)
-    axes.set_ylim(max(low - 1.3 * room, -0.02), min(top + room, 1.04))
+        for (name, level), colour in zip(teachers.items(), cycle(TEACHER_COLOURS), strict=False)
+    )
+    shown = levels if own or sets else ()
+    return Drawing(curves=own + sets, levels=shown, unit=Unit.share, roof=1.04)
 
 
-def _reward(axes: Axes, rows: Rows) -> None:
-    banded = [
-        row
-        for row in rows
-        if math.isfinite(row.get("reward/stderr", math.nan))
-        and math.isfinite(row.get("reward/mean", math.nan))
-    ]
-    steps, mean = series(banded, "reward/mean")
-    _, error = series(banded, "reward/stderr")
-    axes.fill_between(steps, mean - error, mean + error, color=BLUE, alpha=0.14, linewidth=0)
-    _line(axes, rows, "reward/mean", BLUE, "sum", smooth=True)
-    parts = sorted(
+def _reward(rows: Rows) -> Drawing:
+    whole = curve(rows, "reward/mean", BLUE, "sum", smooth=True, error="reward/stderr")
+    keys = sorted(
         {
             key
             for row in rows
@@ -281,47 +168,29 @@ def _reward(axes: Axes, rows: Rows) -> None:
             if key.startswith("reward/") and key.endswith("/mean") and key != "reward/mean"
         }
     )
-    if len(parts) > 1:
-        for key, colour in zip(
-            parts, (ORANGE, GREEN, PURPLE, SKY, VERMILION) * len(parts), strict=False
-        ):
-            _line(
-                axes,
-                rows,
-                key,
-                colour,
-                key.removeprefix("reward/").removesuffix("/mean"),
-                smooth=True,
-            )
-    _legend(axes)
+    parts: tuple[Curve, ...] = ()
+    if whole and len(keys) > 1:
+        for key, colour in zip(keys, cycle(SET_COLOURS), strict=False):
+            name = key.removeprefix("reward/").removesuffix("/mean")
+            parts += curve(rows, key, colour, name, smooth=True)
+    return Drawing(curves=whole + parts)
 
 
-def _schedules(axes: Axes, rows: Rows) -> None:
-    _line(axes, rows, "schedule/lambda", VERMILION, "reward weight (lambda)")
-    _line(axes, rows, "schedule/imitation", BLUE, "imitation weight", style="--")
-    _from_zero(axes)
-    _legend(axes)
+def _schedules(rows: Rows) -> Drawing:
+    reward = curve(rows, "schedule/lambda", VERMILION, "reward weight (lambda)")
+    imitation = curve(rows, "schedule/imitation", BLUE, "imitation weight", dashed=True)
+    return Drawing(curves=reward + imitation, include=(0.0,))
 
 
-def _gradients(axes: Axes, rows: Rows) -> None:
-    drawn = [
-        row
-        for row in rows
-        if row.get("grad/dense_norm", 0) > 0 or row.get("grad/sparse_norm", 0) > 0
-    ]
+def _gradients(rows: Rows) -> Drawing:
+    curves: tuple[Curve, ...] = ()
     for key, colour, label in (
         ("grad/dense_norm", BLUE, "dense (imitation)"),
         ("grad/sparse_norm", VERMILION, f"sparse ({_sparse_part(rows)})"),
     ):
-        positive = [row for row in drawn if row.get(key, 0) > 0]
-        _line(axes, positive, key, colour, label, smooth=True)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(PLAIN)
-    axes.yaxis.set_minor_locator(NullLocator())
-    low, high = axes.get_ylim()
-    if high / low < 12:
-        axes.set_ylim(low / 3, high * 3)
-    _legend(axes)
+        positive = [row for row in rows if row.get(key, 0) > 0]
+        curves += curve(positive, key, colour, label, smooth=True)
+    return Drawing(curves=curves, log=True)
 
 
 def _sparse_part(rows: Rows) -> str:
@@ -336,96 +205,96 @@ def _sparse_part(rows: Rows) -> str:
     return " and ".join(parts) or "returns"
 
 
-def _loss(axes: Axes, rows: Rows) -> None:
+def _loss(rows: Rows) -> Drawing:
+    curves: tuple[Curve, ...] = ()
     for key, label in (("pair/loss", "training pairs"), ("nll/token", "training data")):
         if series(rows, key)[1].size:
-            _line(axes, rows, key, BLUE, label, smooth=True)
+            curves = curve(rows, key, BLUE, label, smooth=True)
             break
-    _evaluations(axes, rows, "eval/loss", "held-out data")
-    axes.yaxis.set_major_formatter(PLAIN)
-    _legend(axes)
+    curves += curve(rows, "eval/loss", VERMILION, "held-out data", marked=True)
+    return Drawing(curves=curves + of_sets(rows, "loss"))
 
 
-def _pair_accuracy(axes: Axes, rows: Rows) -> None:
-    _line(axes, rows, "pair/accuracy", BLUE, "training pairs", smooth=True)
-    _evaluations(axes, rows, "eval/pair_accuracy", "held-out pairs")
-    axes.axhline(0.5, color=FAINT, linewidth=1, linestyle=(0, (2, 3)))
-    axes.yaxis.set_major_formatter(PERCENT)
-    _legend(axes)
+def _pair_accuracy(rows: Rows) -> Drawing:
+    curves = curve(rows, "pair/accuracy", BLUE, "training pairs", smooth=True)
+    curves += curve(rows, "eval/pair_accuracy", VERMILION, "held-out pairs", marked=True)
+    coin = Level(label="", value=0.5, colour=FAINT)
+    return Drawing(
+        curves=curves + of_sets(rows, "pair_accuracy"), levels=(coin,), unit=Unit.share, roof=1.04
+    )
 
 
-def _pair_scores(axes: Axes, rows: Rows) -> None:
-    _line(axes, rows, "pair/chosen_score", GREEN, "chosen", smooth=True)
-    _line(axes, rows, "pair/rejected_score", VERMILION, "rejected", smooth=True)
-    axes.yaxis.set_major_formatter(PLAIN)
-    _legend(axes)
+def _pass_at(rows: Rows) -> Drawing:
+    """pass@k of the largest k of each set: eval/<set>/pass_at_<k>."""
+    keys = [m for row in rows for key in row if (m := OF_SET.fullmatch(key))]
+    largest: dict[str, int] = {}
+    for match in keys:
+        if size := re.fullmatch(r"pass_at_(\d+)", match[2]):
+            largest[match[1]] = max(largest.get(match[1], 1), int(size[1]))
+    curves: tuple[Curve, ...] = ()
+    names = sorted(name for name, k in largest.items() if k > 1)
+    for name, colour in zip(names, cycle(SET_COLOURS), strict=False):
+        k = largest[name]
+        key = f"eval/{name}/pass_at_{k}"
+        curves += curve(rows, key, colour, f"{name}, one of {k} responses", marked=True)
+    return Drawing(curves=curves, unit=Unit.share, roof=1.04)
 
 
-def _evaluations(axes: Axes, rows: Rows, key: str, label: str) -> None:
-    """Draw a metric that is measured at evaluations, each value with a marker."""
-    steps, values = series(rows, key)
-    if values.size:
-        axes.plot(
-            steps, values, color=VERMILION, linewidth=1.8, marker="o", markersize=5, label=label
-        )
+def _pair_scores(rows: Rows) -> Drawing:
+    chosen = curve(rows, "pair/chosen_score", GREEN, "chosen", smooth=True)
+    rejected = curve(rows, "pair/rejected_score", VERMILION, "rejected", smooth=True)
+    return Drawing(curves=chosen + rejected)
 
 
-def _phases(axes: Axes, rows: Rows) -> None:
-    timed = [row for row in rows if row["train/step"] > 0]
+def _phases(rows: Rows) -> Drawing:
+    timed = [row for row in rows if row["train/step"] > 0 and "time/step_s" in row]
+    if not timed:
+        return Drawing()
     size = math.ceil(len(timed) / MAX_BARS)
     groups = [timed[i : i + size] for i in range(0, len(timed), size)]
     centres = np.array([np.mean([row["train/step"] for row in group]) for group in groups])
-    bottom = np.zeros(len(groups))
+    bars = []
     for name in PHASES:
         key = f"time/{name}_s"
         heights = np.array(
             [np.mean([np.nan_to_num(row.get(key, 0.0)) for row in group]) for group in groups]
         )
         if heights.any():
-            axes.bar(
-                centres,
-                heights,
-                width=0.82 * size,
-                bottom=bottom,
-                color=PHASE_COLOURS[name],
-                label=name,
+            bars.append(
+                Bars(
+                    label=name,
+                    colour=PHASE_COLOURS[name],
+                    x=centres,
+                    heights=heights,
+                    width=0.82 * size,
+                )
             )
-            bottom += heights
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
-    axes.set_ylim(0, 1.3 * bottom.max() or 1.0)  # 1.0: no row has the time of a phase
-    _legend(axes, ncols=4, loc="upper left", columnspacing=1.2, handleheight=0.8)
+    return Drawing(bars=tuple(bars), unit=Unit.seconds)
 
 
-def _lengths(axes: Axes, rows: Rows) -> None:
-    _line(axes, rows, "rollout/length_mean", BLUE, "mean", smooth=True)
-    _line(axes, rows, "rollout/length_p95", ORANGE, "95th percentile", smooth=True)
-    _from_zero(axes)
-    _legend(axes)
+def _lengths(rows: Rows) -> Drawing:
+    mean = curve(rows, "rollout/length_mean", BLUE, "mean", smooth=True)
+    longest = curve(rows, "rollout/length_p95", ORANGE, "95th percentile", smooth=True)
+    return Drawing(curves=mean + longest, include=(0.0,))
 
 
-def _failures(axes: Axes, rows: Rows) -> None:
-    _line(axes, rows, "rollout/truncated_frac", BLUE, "response cut off", smooth=True)
+def _failures(rows: Rows) -> Drawing:
+    cut = curve(rows, "rollout/truncated_frac", BLUE, "response cut off", smooth=True)
+    failed: tuple[Curve, ...] = ()
     if series(rows, "reward/error_rate")[1].any():
-        _line(axes, rows, "reward/error_rate", VERMILION, "reward call failed")
-    axes.yaxis.set_major_formatter(PERCENT)
-    _from_zero(axes)
-    _legend(axes)
+        failed = curve(rows, "reward/error_rate", VERMILION, "reward call failed")
+    return Drawing(curves=cut + failed, unit=Unit.share, include=(0.0,))
 
 
-def _importance(axes: Axes, rows: Rows) -> None:
-    _line(axes, rows, "policy/rho_mean", BLUE, "mean importance ratio")
-    _line(axes, rows, "policy/ess", GREEN, "effective sample share", style="--")
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.95), max(high, 1.05))
-    axes.yaxis.set_major_formatter(PLAIN)
-    _legend(axes)
+def _importance(rows: Rows) -> Drawing:
+    ratio = curve(rows, "policy/rho_mean", BLUE, "mean importance ratio")
+    effective = curve(rows, "policy/ess", GREEN, "effective sample share", dashed=True)
+    return Drawing(curves=ratio + effective, include=(0.95, 1.05))
 
 
-def _single(key: str, colour: str) -> Callable[[Axes, Rows], None]:
-    def draw(axes: Axes, rows: Rows) -> None:
-        _line(axes, rows, key, colour, smooth=True)
-        _from_zero(axes)
-        axes.yaxis.set_major_formatter(PLAIN)
+def _single(key: str, colour: str, label: str) -> Callable[[Rows], Drawing]:
+    def draw(rows: Rows) -> Drawing:
+        return Drawing(curves=curve(rows, key, colour, label, smooth=True), include=(0.0,))
 
     return draw
 
@@ -437,6 +306,13 @@ PANELS = (
         "Dashed: the teacher's own level.",
         needs=("eval/accuracy",),
         draw=_accuracy,
+    ),
+    Panel(
+        title="Solved within several tries",
+        caption="Share of problems of each named held-out set that at least one of several "
+        "responses solves.",
+        needs=(),
+        draw=_pass_at,
     ),
     Panel(
         title="Loss on given responses",
@@ -471,7 +347,7 @@ PANELS = (
         caption="KL divergence of the student from its teacher, in nats per response token; 0 "
         "would be a perfect copy.",
         needs=("kl/token",),
-        draw=_single("kl/token", GREEN),
+        draw=_single("kl/token", GREEN, "divergence"),
     ),
     Panel(
         title="Weights of the two goals",
@@ -515,7 +391,7 @@ PANELS = (
         caption="How undecided the student is at each token, in nats; near 0 it always writes the "
         "same.",
         needs=("entropy/token",),
-        draw=_single("entropy/token", PURPLE),
+        draw=_single("entropy/token", PURPLE, "entropy"),
     ),
     Panel(
         title="Sampler against learner",
@@ -528,13 +404,13 @@ PANELS = (
         title="Age of the data",
         caption="How many weight updates old the trained tokens are, on average.",
         needs=("policy/staleness_mean",),
-        draw=_single("policy/staleness_mean", ORANGE),
+        draw=_single("policy/staleness_mean", ORANGE, "age"),
         hide_zero=True,
     ),
     Panel(
         title="Throughput",
         caption="Tokens processed per second of wall time.",
         needs=("perf/tokens_per_s",),
-        draw=_single("perf/tokens_per_s", SKY),
+        draw=_single("perf/tokens_per_s", SKY, "tokens per second"),
     ),
 )

@@ -1,11 +1,13 @@
-"""The HTML of the report: one file without scripts; text of models and users is always escaped."""
+"""The HTML of the report: one file that needs no other; text of models and users is escaped."""
 
-import base64
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
-from hybridrl.report.figures import Panel
+from hybridrl.report.chart import Chart
+from hybridrl.report.script import SCRIPT
+from hybridrl.report.svg import draw, neighbours
 from hybridrl.tracking.glossary import explain
 from hybridrl.types import FinishReason, Sample
 
@@ -15,7 +17,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink);
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 48px 28px 72px; }
+main { max-width: 1240px; margin: 0 auto; padding: 48px clamp(16px, 3vw, 28px) 72px; }
 h1 { font-size: clamp(28px, 4vw, 40px); line-height: 1.15; letter-spacing: -0.02em;
   margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 22px; letter-spacing: -0.01em; margin: 56px 0 16px; }
@@ -23,18 +25,46 @@ h3 { font-size: 16px; margin: 0 0 2px; }
 .kind { color: var(--soft); margin: 0 0 20px; }
 .warning { border-left: 4px solid var(--orange); padding-left: 12px; max-width: 50em; }
 .summary { font-size: 19px; max-width: 50em; margin: 0 0 32px; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); gap: 12px;
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: 12px;
   margin: 0; }
 .figures div { background: var(--wash); border-radius: 10px; padding: 14px 16px;
   display: flex; flex-direction: column-reverse; justify-content: flex-end; }
-.figures dd { margin: 0; font-size: 23px; font-weight: 650; letter-spacing: -0.01em;
+.figures dd { margin: 0; font-size: 22px; font-weight: 650; letter-spacing: -0.01em;
   white-space: nowrap; font-variant-numeric: tabular-nums; }
 .figures dt { color: var(--soft); font-size: 13.5px; line-height: 1.35; }
 .curves { display: grid; gap: 36px 32px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
-figure { margin: 0; }
-figure img { width: 100%; height: auto; display: block; }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr)); }
+figure { margin: 0; min-width: 0; }
+.plot { position: relative; }
+.plot svg { fill: var(--soft); width: 100%; height: auto; display: block; touch-action: pan-y; }
+.plot svg:focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; border-radius: 6px; }
+.plot text { font-size: 14px; font-variant-numeric: tabular-nums; }
+.plot text.strong { font-weight: 650; paint-order: stroke; stroke: #fff; stroke-width: 4px; }
+.grid { stroke: var(--line); } .base { stroke: #9ca3af; }
+.curve { fill: none; stroke-width: 2.2; stroke-linejoin: round; }
+.dashed { stroke-dasharray: 7 5; } .level { stroke-width: 1.8; stroke-dasharray: 7 5; }
+.pale { fill: none; opacity: 0.3; } .band { opacity: 0.15; }
+.rule { stroke: var(--soft); stroke-dasharray: 2 3; }
+.tip { position: absolute; top: 4px; z-index: 1; pointer-events: none; background: #fff;
+  border: 1px solid var(--line); border-radius: 8px; padding: 6px 10px; font-size: 13px;
+  line-height: 1.45; box-shadow: 0 4px 14px rgb(31 36 48 / 14%); max-width: 60%;
+  overflow-wrap: anywhere; }
+.tip i, .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px;
+  margin-right: 6px; vertical-align: -1px; }
+.tip span { font-weight: 650; font-variant-numeric: tabular-nums; }
+.legend { list-style: none; margin: 4px 0 0; padding: 0; display: flex; flex-wrap: wrap;
+  gap: 2px 18px; font-size: 14px; }
+.legend li { overflow-wrap: anywhere; }
+.legend span { color: var(--soft); white-space: nowrap; font-variant-numeric: tabular-nums; }
 figcaption { color: var(--soft); font-size: 14.5px; line-height: 1.45; margin-bottom: 8px; }
+.switch { border: 0; padding: 0; margin: 0 0 20px; display: flex; flex-wrap: wrap; gap: 4px 18px;
+  align-items: center; }
+.switch legend { float: left; padding: 0; font-weight: 600; }
+.switch label { cursor: pointer; }
+.by-tokens, .by-seconds { display: none; }
+main:has(#by-tokens:checked) .by-steps, main:has(#by-seconds:checked) .by-steps { display: none; }
+main:has(#by-tokens:checked) .by-tokens, main:has(#by-seconds:checked) .by-seconds {
+  display: grid; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; }
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: 13.5px; }
@@ -66,7 +96,7 @@ def render(
     warning: str | None,
     sentences: Sequence[str],
     figures: Sequence[tuple[str, str]],
-    curves: Sequence[tuple[Panel, bytes]],
+    curves: Sequence[Chart],
     setup: Sequence[tuple[str, str]],
     evaluations: Sequence[Sequence[Sample]],
     full_mark: float,
@@ -78,7 +108,7 @@ def render(
         warning: symptoms of steps from which nothing was learned; None: there are none.
         sentences: the summary.
         figures: (number, its meaning) of each key figure.
-        curves: the panels with their PNGs.
+        curves: the diagrams.
         setup: (setting, value) of the most important settings.
         evaluations: samples of the first and of the last evaluation, the same ones twice if there
             was only one; empty: there are no samples.
@@ -90,7 +120,7 @@ def render(
         f'<p class="summary">{escape(" ".join(sentences))}</p>',
         f'<dl class="figures">{"".join(_key_figure(*figure) for figure in figures)}</dl>',
         '<h2>How it went</h2><div class="curves">',
-        *(_curve(panel, png) for panel, png in curves),
+        *(_figure(chart) for chart in curves),
         "</div>",
     ]
     if evaluations:
@@ -115,35 +145,70 @@ def document(title: str, kind: str, parts: Sequence[str]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)} - hybridrl report</title><style>{STYLE}</style></head>\n"
         f'<body><main><h1>{escape(title)}</h1><p class="kind">{escape(kind)}</p>'
-        f"{''.join(parts)}</main></body></html>\n"
+        f"{''.join(parts)}</main><script>{SCRIPT}</script></body></html>\n"
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """The diagrams of a comparison over one horizontal axis."""
+
+    name: str  # "steps", "tokens" or "seconds"
+    charts: list[Chart]
 
 
 def render_comparison(
     *,
     names: Sequence[str],
-    curves: Sequence[tuple[Panel, bytes]],
+    views: Sequence[View],
+    seeds: int,
     numbers: Sequence[Sequence[str]],
+    budgets: Sequence[Sequence[str]],
     settings: Sequence[Sequence[str]],
 ) -> str:
     """The comparison of several runs as an HTML page.
 
     Args:
-        names: of the runs.
-        curves: the panels with their PNGs.
-        numbers: rows of a table: a name, then a cell for each run.
-        settings: rows of a table: the key of a setting, then a cell for each run.
+        names: of the groups of runs.
+        views: the same metrics over each horizontal axis, one of which is shown at a time.
+        seeds: the runs of the largest group.
+        numbers: rows of a table: a name, then a cell for each group.
+        budgets: likewise, at equal steps, tokens and seconds.
+        settings: rows of a table: the key of a setting, then a cell for each group.
     """
-    parts = [
-        '<h2>How they went</h2><div class="curves">',
-        *(_curve(panel, png) for panel, png in curves),
-        "</div>",
-        "<h2>In numbers</h2>",
-        _table(["", *names], numbers),
+    band = (
+        '<p class="kind">Runs that differ in their seed alone are one curve: their mean, with a '
+        "band from the lowest to the highest, as far as all of them have got.</p>"
+        if seeds > 1
+        else ""
+    )
+    parts = ["<h2>How they went</h2>", band, _switch(views)]
+    for view in views:
+        figures = "".join(_figure(chart) for chart in view.charts)
+        parts.append(f'<div class="curves by-{view.name}">{figures}</div>')
+    parts += ["<h2>In numbers</h2>", _table(["", *names], numbers)]
+    if budgets:
+        parts += [
+            "<h2>At equal cost</h2>",
+            '<p class="kind">At the largest number of steps, tokens or seconds that all have '
+            "reached.</p>",
+            _table(["", *names], budgets),
+        ]
+    parts += [
         "<h2>Settings that differ</h2>",
         _table(["", *names], settings) if settings else "<p>None but run.dir.</p>",
     ]
     return document(" / ".join(names), "Comparison of hybridrl training runs", parts)
+
+
+def _switch(views: Sequence[View]) -> str:
+    """The choice of the horizontal axis, which works without the script."""
+    options = "".join(
+        f'<label><input type="radio" name="axis" id="by-{view.name}"'
+        f"{' checked' if number == 0 else ''}> {view.name}</label>"
+        for number, view in enumerate(views)
+    )
+    return f'<fieldset class="switch"><legend>Compare at equal</legend>{options}</fieldset>'
 
 
 def _key_figure(number: str, meaning: str) -> str:
@@ -163,23 +228,49 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _curve(panel: Panel, png: bytes) -> str:
-    picture = base64.b64encode(png).decode("ascii")
+def _figure(chart: Chart) -> str:
+    """A diagram with its title, caption, legend and the meaning of its metrics."""
+    size = neighbours(chart.drawing)
+    thinned = f" Each point is the mean of {size} neighbouring values." if size > 1 else ""
     return (
-        f"<figure><h3>{escape(panel.title)}</h3><figcaption>{escape(panel.caption)}</figcaption>"
-        f'<img alt="{escape(panel.title)} over optimizer steps" '
-        f'src="data:image/png;base64,{picture}">{_keys(panel)}</figure>\n'
+        f"<figure><h3>{escape(chart.title)}</h3>"
+        f"<figcaption>{escape(chart.caption)}{thinned}</figcaption>"
+        f"{_plot(chart)}{_legend(chart)}{_keys(chart)}</figure>\n"
     )
 
 
-def _keys(panel: Panel) -> str:
-    """The meanings of the metrics of a panel, folded, for the place below its picture."""
-    metrics = [(key, explain(key)) for key in panel.needs]
+def _plot(chart: Chart) -> str:
+    return f'<div class="plot">{draw(chart)}<div class="tip" role="status" hidden></div></div>'
+
+
+def _legend(chart: Chart) -> str:
+    """Each curve with its colour, and its first and last value."""
+    unit = chart.drawing.unit
+    items = []
+    for curve in chart.drawing.curves:
+        values = dict.fromkeys(unit.text(value) for value in (curve.y[0], curve.y[-1]))
+        items.append((curve.colour, curve.label, " \N{RIGHTWARDS ARROW} ".join(values)))
+    items += [(bars.colour, bars.label, "") for bars in chart.drawing.bars]
+    return (
+        '<ul class="legend">'
+        + "".join(
+            f'<li><i style="background:{colour}"></i>{escape(label)} <span>{values}</span></li>'
+            for colour, label, values in items
+        )
+        + "</ul>"
+    )
+
+
+def _keys(chart: Chart) -> str:
+    """The meanings of the metrics of a diagram, folded, for the place below it."""
+    metrics = [(key, explain(key)) for key in chart.metrics]
     meanings = "".join(
         f"<dt><code>{escape(k)}</code></dt><dd>{escape(f'{m.formula} - {m.reading}')}</dd>"
         for k, m in metrics
         if m
     )
+    if not meanings:
+        return ""
     return f'<details class="keys"><summary>How to read it</summary><dl>{meanings}</dl></details>'
 
 

@@ -17,7 +17,9 @@ from hybridrl.core import redact
 from hybridrl.core.files import replace_bytes, replace_text
 from hybridrl.data.records import hub_dataset
 from hybridrl.models.loading import is_on_hub
-from hybridrl.report.figures import Rows, draw_overview, panels_of, series
+from hybridrl.report.chart import Rows, series
+from hybridrl.report.figures import charts_of
+from hybridrl.report.picture import draw_overview
 from hybridrl.report.run_report import (
     Facts,
     describe_setup,
@@ -74,10 +76,10 @@ class RunCard:
         Raises:
             OSError: a file cannot be written.
         """
-        panels = panels_of(self.rows)
-        if panels:
+        charts = charts_of(self.rows)
+        if charts:
             title = redact.text(name)
-            picture = draw_overview(panels, self.rows, title, headline(measure(self.rows)))
+            picture = draw_overview(charts, title, headline(measure(self.rows)))
             replace_bytes(folder / CURVES, picture)
         replace_text(folder / CARD, self.text(name, licence))
 
@@ -133,7 +135,7 @@ class RunCard:
         if lines := list(_results(measure(self.rows), self.rows)):
             yield "\n".join(["| held-out data | value |", "|---|---|", *lines])
             yield "Plus-minus is one standard error over the problems."
-        if panels_of(self.rows):
+        if charts_of(self.rows):
             yield f"![The curves of the run]({CURVES})"
 
 

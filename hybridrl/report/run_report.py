@@ -7,15 +7,10 @@ from typing import Any
 
 from hybridrl.core.errors import DataError
 from hybridrl.core.files import replace_bytes, replace_text
-from hybridrl.report.figures import (
-    Rows,
-    draw_overview,
-    draw_panel,
-    panels_of,
-    series,
-    teacher_levels,
-)
+from hybridrl.report.chart import Rows, series
+from hybridrl.report.figures import charts_of, teacher_levels
 from hybridrl.report.html import render
+from hybridrl.report.picture import draw_overview
 from hybridrl.report.saved_config import read_config
 from hybridrl.tracking.console import duration
 from hybridrl.tracking.jsonl import METRICS, read_metrics, read_samples
@@ -58,16 +53,16 @@ def write_report(run_dir: str | Path) -> Path:
         )
     config, config_text = read_config(run_dir)
     facts = measure(rows)
-    panels = panels_of(rows)
+    charts = charts_of(rows)
     name = run_dir.resolve().name
-    replace_bytes(run_dir / "report.png", draw_overview(panels, rows, name, headline(facts)))
+    replace_bytes(run_dir / "report.png", draw_overview(charts, name, headline(facts)))
     evaluations = read_samples(run_dir)
     page = render(
         name=name,
         warning=watch(rows).summary(),
         sentences=summarize(facts, config),
         figures=key_figures(facts),
-        curves=[(panel, draw_panel(panel, rows)) for panel in panels],
+        curves=charts,
         setup=describe_setup(config),
         evaluations=[e for e in (evaluations[0], evaluations[-1]) if e] if evaluations else [],
         full_mark=full_mark(config),

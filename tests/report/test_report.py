@@ -17,13 +17,18 @@ from hybridrl.data.prompts import tokenize
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.policy.statistics import heldout_metrics
 from hybridrl.report.comparison import (
+    AXES,
     METRICS,
+    chart_of,
     differing_settings,
+    equal_budgets,
+    final_numbers,
+    group_runs,
     load_runs,
-    panel_of,
     short_names,
     write_comparison,
 )
+from hybridrl.report.picture import draw_chart
 from hybridrl.report.run_report import measure as measured
 from hybridrl.report.run_report import summarize, write_report
 from hybridrl.settings.run import DataConfig
@@ -218,17 +223,91 @@ def two_runs(tmp_path: Path) -> list[Path]:
 
 
 def test_a_comparison_draws_each_metric_with_one_curve_per_run(tmp_path):
-    runs = load_runs(two_runs(tmp_path))
-    axes = Figure().add_subplot()
-    panel = panel_of(METRICS[0], runs)
-    panel.draw(axes, [])
-    assert [line.get_label() for line in axes.get_lines()] == [
-        "sft  25.0 % to 50.0 %",
-        "dpo  25.0 % to 75.0 %",
-    ]
-    assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[0.25, 0.5], [0.25, 0.75]]
-    drawn = [metric.key for metric in METRICS if panel_of(metric, runs) is not None]
+    groups = group_runs(load_runs(two_runs(tmp_path)))
+    curves = chart_of(METRICS[0], groups, AXES[0]).drawing.curves
+    assert [curve.label for curve in curves] == ["sft", "dpo"]
+    assert [curve.y.tolist() for curve in curves] == [[0.25, 0.5], [0.25, 0.75]]
+    drawn = [m.key for m in METRICS if chart_of(m, groups, AXES[0]) is not None]
     assert drawn == ["eval/accuracy", "reward/mean", "kl/token"]
+
+
+def write_seeds(tmp_path: Path) -> list[Path]:
+    """a-0 and a-1 differ in their seed; b learns from half the tokens in twice the time."""
+    for name, seed, lr, last, tokens, seconds in (
+        ("a-0", 0, 1e-3, 0.5, 100, 1.0),
+        ("a-1", 1, 1e-3, 0.75, 100, 3.0),
+        ("b", 0, 1e-4, 0.5, 50, 4.0),
+    ):
+        step = {"train/tokens": tokens, "time/step_s": seconds}
+        rows = [
+            {"train/step": 0, "eval/accuracy": 0.25},
+            {"train/step": 1, **step},
+            {"train/step": 2, **step, "eval/accuracy": last},
+        ]
+        config = {"run": {"dir": name, "seed": seed}, "train": {"lr": lr}}
+        write_run(tmp_path / name, rows, config)
+    return [tmp_path / name for name in ("a-0", "a-1", "b")]
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_curve_with_a_band(tmp_path):
+    groups = group_runs(load_runs(write_seeds(tmp_path)))
+    assert [group.name for group in groups] == ["a-* (2 seeds)", "b"]
+    mean, single = chart_of(METRICS[0], groups, AXES[0]).drawing.curves
+    assert mean.y.tolist() == [0.25, 0.625]
+    assert (mean.low.tolist(), mean.high.tolist()) == ([0.25, 0.5], [0.25, 0.75])
+    assert single.low is None
+    assert final_numbers(groups, METRICS)[1:] == [
+        [
+            "Held-out accuracy (eval/accuracy), first to last",
+            "25.0 % to 62.5 % (50.0 % to 75.0 %)",
+            "25.0 % to 50.0 %",
+        ],
+        ["wall time of the steps", "4.0 s (2.0 s to 6.0 s)", "8.0 s"],
+    ]
+    assert differing_settings(groups) == [
+        ["run.seed", "0, 1", "0"],
+        ["train.lr", "0.001", "0.0001"],
+    ]
+
+
+def test_runs_without_settings_are_no_group(tmp_path):
+    paths = write_seeds(tmp_path)[:2]
+    for path in paths:
+        (path / "config.yaml").unlink()
+    assert [group.name for group in group_runs(load_runs(paths))] == ["a-0", "a-1"]
+
+
+def test_the_horizontal_axis_is_steps_or_sums_of_tokens_or_of_seconds(tmp_path):
+    groups = group_runs(load_runs(write_seeds(tmp_path)))
+    places = {
+        axis.name: [c.x.tolist() for c in chart_of(METRICS[0], groups, axis).drawing.curves]
+        for axis in AXES
+    }
+    # The two seeds took 2 and 6 seconds, so their mean is at 4.
+    assert places == {
+        "steps": [[0, 2], [0, 2]],
+        "tokens": [[0, 200], [0, 100]],
+        "seconds": [[0, 4], [0, 8]],
+    }
+
+
+def test_values_at_equal_cost_are_those_at_what_all_have_reached(tmp_path):
+    groups = group_runs(load_runs(write_seeds(tmp_path)))
+    # After half of its 200 tokens the first group is half way from 25 % to 62.5 %; after 4 of its 8
+    # seconds the other one is half way from 25 % to 50 %.
+    assert equal_budgets(groups, METRICS) == [
+        ["Held-out accuracy at step 2", "62.5 % (50.0 % to 75.0 %)", "50.0 %"],
+        ["Held-out accuracy at 100 tokens", "43.8 % (37.5 % to 50.0 %)", "50.0 %"],
+        ["Held-out accuracy after 4.0 s of steps", "62.5 % (50.0 % to 75.0 %)", "37.5 %"],
+    ]
+
+
+def test_a_run_that_did_not_measure_tokens_is_named_and_left_out_of_that_axis(tmp_path):
+    paths = write_seeds(tmp_path)[1:]
+    write_run(paths[1], [{"train/step": 1, "eval/accuracy": 0.5}], {"run": {"dir": "b"}})
+    chart = chart_of(METRICS[0], group_runs(load_runs(paths)), AXES[1])
+    assert [curve.label for curve in chart.drawing.curves] == ["a-1"]
+    assert chart.caption.endswith("Not measured: b.")
 
 
 def test_a_comparison_does_not_change_the_report_of_the_first_run(tmp_path):
@@ -248,7 +327,9 @@ def test_settings_that_one_run_lacks_are_named(tmp_path):
     first, second = two_runs(tmp_path)
     config = {"train": {"lr": 1e-3, "steps": 2}, "algorithm": {"gamma": 1}}
     (second / "config.yaml").write_text(json.dumps(config))
-    assert differing_settings(load_runs([first, second])) == [["algorithm.gamma", "-", "1"]]
+    assert differing_settings(group_runs(load_runs([first, second]))) == [
+        ["algorithm.gamma", "-", "1"]
+    ]
 
 
 def test_runs_of_equal_directory_names_have_different_short_names(tmp_path):
@@ -272,7 +353,8 @@ def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path):
     for name in ("_a", "b"):
         write_run(tmp_path / name, [{"train/step": 1, "reward/mean": 0.5}], {})
     axes = Figure().add_subplot()
-    panel_of(METRICS[3], load_runs([tmp_path / "_a", tmp_path / "b"])).draw(axes, [])
+    groups = group_runs(load_runs([tmp_path / "_a", tmp_path / "b"]))
+    draw_chart(axes, chart_of(METRICS[3], groups, AXES[0]))
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [" _a", "b"]
 
 
