@@ -28,6 +28,7 @@ class Look(StrEnum):
     view = "view"  # -> log p(y) [R] and values [R]; nothing is learned
     # -> [1 + len(COMPARED)] float64 sums over tokens, the first their number; nothing is learned
     compare = "compare"
+    states = "states"  # -> the hidden states [R, H]; nothing is learned
 
 
 class OutputHead(nn.Module):
@@ -83,6 +84,8 @@ class Student(nn.Module):
             use_cache=False,
         ).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, hidden_rows)
+        if look is Look.states:
+            return rows, None
         values = (
             torch.zeros_like(columns.value_slope)
             if self.value_head is None
