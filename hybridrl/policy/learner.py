@@ -305,8 +305,13 @@ class Learner:
         batches = scored_batches(groups, values)
         return batches if self.shared is None else self.shared.scored(batches)
 
+    def shared_scores(self, batch: RolloutBatch) -> list[TokenScores]:
+        """The scores of a batch by each of settings.shared_teachers."""
+        assert self.shared is not None, "the run has such teachers"
+        return self.shared.answers(batch)
+
     def _base_head(self) -> Tensor:
-        """[V, H] the output embedding, which adapters leave as it is; a copy where it is sharded."""
+        """[V, H] the output embedding, which does not train; where it is sharded, a copy."""
         weight = self.engine.module.head.weight
         if zero_stage(self.settings) < 3:
             return weight.detach()

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.models.adapters import without_adapters
 from hybridrl.objectives.head_rule import head_rule
-from hybridrl.policy.student import Look
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.scorer import Scorer
@@ -50,7 +49,7 @@ class Base:
         every = torch.arange(input_ids.numel(), device=input_ids.device)
         with without_adapters(self.model), torch.no_grad():
             states, _ = self.forward(
-                input_ids, attention_mask, position_ids, every, (), self.nothing, Look.states
+                input_ids, attention_mask, position_ids, every, (), self.nothing, None
             )
         return states.reshape(*input_ids.shape, -1)
 
@@ -61,7 +60,7 @@ class Base:
         token = torch.ones(1, 1, dtype=torch.int64, device=self.head.device)
         while self.together and self._is_any_busy(False):
             with without_adapters(self.model), torch.no_grad():
-                self.forward(token, token, token - 1, token[0] - 1, (), self.nothing, Look.states)
+                self.forward(token, token, token - 1, token[0] - 1, (), self.nothing, None)
 
     def _is_any_busy(self, busy: bool) -> bool:
         flag = torch.tensor(int(busy), device=self.head.device)
