@@ -43,8 +43,10 @@ def describe(settings: RunSettings) -> Iterator[str]:
         if settings.teachers[name].url is not None:
             yield f"teacher   {name}: {settings.teachers[name].url}; it answers"
             continue
-        engine = ", in an engine" if settings.teachers[name].engine is not None else ""
-        yield f"teacher   {name}: {teacher.path}, {teacher.dtype}{engine}; {reached(key, teacher)}"
+        where = ", in an engine" if settings.teachers[name].engine is not None else ""
+        if name in settings.shared_teachers:
+            where = ", the learner without its adapters"
+        yield f"teacher   {name}: {teacher.path}, {teacher.dtype}{where}; {reached(key, teacher)}"
     tokenizer = load_tokenizer(model.path, model.revision, eos=model.eos)
     yield f"ends      {'; '.join(alignment(settings, tokenizer))}"
     yield f"rewards   {', '.join(settings.reward.functions) or 'none'}"

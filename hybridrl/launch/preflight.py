@@ -2,7 +2,8 @@
 
 Before anything starts: each model is complete, and can read sequences as long as the run's and
 every token of the data; each teacher has the student's tokens and special tokens, and formats a
-conversation in the same way. Before the first step: each scorer gives the same answer twice.
+conversation in the same way. Before the first step: each scorer, or the learner where it scores,
+gives the same answer twice.
 
 That the engines compute the same as the learner is checked after every sync
 (controller.engine_probe). Teachers score at the temperature of the sampler by construction: both
@@ -451,12 +452,13 @@ def check_end_of_turn(
 
 
 def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Prompt]) -> None:
-    """Let each running scorer score the responses to a few prompts twice, and compare.
+    """Let each running scorer score the responses to a few prompts twice, and compare; likewise the
+    learner where it scores.
 
     It costs one short generation and two scorings.
 
     Raises:
-        ContractError: a scorer gave two different answers for the same batch.
+        ContractError: one of them gave two different answers for the same batch.
     """
     max_new_tokens = settings.rollout.max_new_tokens
     assert max_new_tokens is not None, "check_lengths refuses it"
@@ -480,6 +482,11 @@ def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Pro
             check_gaps(scorer.teacher, first, second, ENGINE_GAP, ENGINE_REMEDY)
         else:
             check_repeats(scorer.teacher, first, second)
+    if settings.shared_teachers:
+        of_ranks = [workers.learner.shared_scores(chunk) for _ in range(2)]
+        for i, name in enumerate(settings.shared_teachers):
+            first, second = ([scores[i] for scores in answer] for answer in of_ranks)
+            check_repeats(name, first, second, scorer="learner")
 
 
 def probe_prompts(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -490,18 +497,25 @@ def probe_prompts(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prom
 
 
 def check_repeats(
-    teacher: str, first: Sequence[TokenScores], second: Sequence[TokenScores]
+    teacher: str,
+    first: Sequence[TokenScores],
+    second: Sequence[TokenScores],
+    scorer: str | None = None,
 ) -> None:
     """Compare the two answers of each replica for the same batch, bit by bit.
+
+    Args:
+        scorer: the workers that answered; None: those of the teacher alone.
 
     Raises:
         ContractError: names the first replica whose answers differ.
     """
     columns = ("logprobs", "rows", "support_ids")
+    name = scorer or f"scorer-{teacher}"
     for replica, (a, b) in enumerate(zip(first, second, strict=True)):
         if any(getattr(a, column).tobytes() != getattr(b, column).tobytes() for column in columns):
             raise ContractError(
-                f"scorer-{teacher}/{replica}: two scorings of the same batch differ, and a frozen "
+                f"{name}/{replica}: two scorings of the same batch differ, and a frozen "
                 "teacher must be reproducible; look for a kernel or a device that is not "
                 f"deterministic under teachers.{teacher}"
             )

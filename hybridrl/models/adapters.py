@@ -177,6 +177,24 @@ def dropout(model: PreTrainedModel, seed: int) -> Iterator[None]:
                 layer.eval()
 
 
+@contextmanager
+def without_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Inside of the `with` block, the model computes what it would without adapters.
+
+    Only for forward passes without gradients: the adapters' parameters require none inside.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(enabled=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(enabled=True)
+
+
 def _dropout_layers(model: PreTrainedModel) -> list[nn.Dropout]:
     """Those of the adapters; none without lora.dropout."""
     ending = f".lora_dropout.{ADAPTER}"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hybridrl.core.compiler import has_compiler
 from hybridrl.kernels.products import widen_products
+from hybridrl.models.adapters import without_adapters
 from hybridrl.models.model_internals import attention_of, discard_compiled, wrapped_layers
 from hybridrl.settings.choices import Products
 
@@ -30,8 +31,8 @@ SmolLM2 takes 46 s once, which torch caches on disk, and 8 to 10 s at each later
 MOST_GRAPHS = 16
 """Largest number of graphs of all layers together.
 
-Two kinds of layers, each with and without gradients, for one row and for several, are 8 graphs; as
-many are in reserve.
+Two kinds of layers, each with and without gradients, for one row and for several, are 8 graphs, and
+without adapters 4 more; 4 are in reserve.
 """
 
 TRACED_TOKENS = 61
@@ -67,7 +68,9 @@ def attends_plainly(model: PreTrainedModel, tokens: int) -> bool:
     )
 
 
-def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns: bool) -> bool:
+def compile_layers(
+    model: PreTrainedModel, *, tokens: int, packed: bool, learns: bool, bare: bool = False
+) -> bool:
     """Compile the layers, with plain attention, where that is faster.
 
     The graphs serve every number of sequences and tokens. They are traced here, from fixed sizes:
@@ -79,6 +82,7 @@ def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns:
         packed: sequences follow each other in one row, without a mask; otherwise they are padded,
             with a mask.
         learns: gradients are needed, besides plain forward passes.
+        bare: plain forward passes without the adapters are needed too, always padded.
 
     Returns:
         Whether the layers are compiled. Layers that are not a single graph each, such as those that
@@ -98,6 +102,10 @@ def compile_layers(model: PreTrainedModel, *, tokens: int, packed: bool, learns:
         for rows in (1,) if packed else (2, 1):  # torch makes separate graphs for one row
             for gradients in (True, False) if learns else (False,):
                 trace(model, rows, packed=packed, gradients=gradients)
+        if bare:
+            with without_adapters(model):
+                for rows in (2, 1):
+                    trace(model, rows, packed=False, gradients=False)
     except Exception as error:  # compilers raise errors of any type; the layers run without one
         for layer in layers:
             discard_compiled(layer)

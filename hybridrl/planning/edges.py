@@ -70,7 +70,7 @@ def edges(sizes: Sizes) -> list[Edge]:
         tokens = sizes.sequences * sizes.tokens
         found.append(Edge(scorer, server, "token ids as JSON", tokens * REQUEST_BYTES))
         found.append(Edge(server, scorer, "log-probs as JSON", answer_bytes(sizes, served)))
-    for teacher in sizes.scoring:
+    for teacher in sizes.sending:
         scorer = f"scorer-{teacher.name}"
         found.append(Edge("rollout", scorer, "responses", rollouts))
         found.append(Edge(scorer, "learner", "scores", score_bytes(sizes, teacher)))
@@ -84,7 +84,7 @@ def store_bytes(sizes: Sizes, *, weights_travel: bool) -> int:
     """The most that the object store holds: the step that is learned, those ahead of it, and the
     weights where they travel by it.
     """
-    wave = rollout_bytes(sizes) + sum(score_bytes(sizes, t) for t in sizes.scoring)
+    wave = rollout_bytes(sizes) + sum(score_bytes(sizes, t) for t in sizes.sending)
     pipeline = sizes.settings.pipeline
     ahead = pipeline.ahead * wave
     if pipeline.max_inflight_bytes is not None:

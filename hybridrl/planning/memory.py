@@ -58,11 +58,17 @@ class ScoredTeacher:
     model: ModelConfig
     shape: ModelShape
     evidence: Evidence
+    shares_base: bool  # the learner scores, by its own weights
 
     @property
     def width(self) -> int:
         """Bytes of a number in its dtype."""
         return DTYPE_BYTES[self.model.dtype]
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether its scores need a pass over the vocabulary."""
+        return not isinstance(self.evidence, Hidden) or self.evidence.drawn
 
     def row_bytes(self, vocabulary: int) -> int:
         """Bytes of its rows about one response token, the ids of a support included."""
@@ -116,6 +122,7 @@ class Sizes:
                 model=settings.teacher_model(name),
                 shape=model_shape(settings.teacher_model(name), settings.model_setting(name)),
                 evidence=kind,
+                shares_base=settings.teachers[name].share_base,
             )
             for name, kind in kinds.items()
             if settings.teachers[name].model is None and settings.teachers[name].url is None
@@ -125,6 +132,16 @@ class Sizes:
     def scoring(self) -> list[ScoredTeacher | ServedTeacher]:
         """All teachers that score, here or on a server."""
         return [*self.teachers, *self.served]
+
+    @property
+    def shared(self) -> list[ScoredTeacher]:
+        """The teachers that the learner scores for, by its own weights."""
+        return [teacher for teacher in self.teachers if teacher.shares_base]
+
+    @property
+    def sending(self) -> list[ScoredTeacher | ServedTeacher]:
+        """The teachers that have scorers, which send what they score."""
+        return [*(teacher for teacher in self.teachers if not teacher.shares_base), *self.served]
 
     @property
     def frozen(self) -> int:
@@ -242,8 +259,9 @@ def learner_pass(sizes: Sizes) -> Pass:
 def learner_parts(sizes: Sizes) -> Iterator[Part]:
     """The memory of one learner rank.
 
-    Phases: `head`, when the activations wait and the vocabulary is worked on; `backward`; `reduce`,
-    when gradients are summed over ranks; `step`, Adam's; `sync`, when weights leave.
+    Phases: `score`, with a teacher that has its weights; `head`, when the activations wait and the
+    vocabulary is worked on; `backward`; `reduce`, when gradients are summed over ranks; `step`,
+    Adam's; `sync`, when weights leave.
     """
     settings = sizes.settings
     zero = zero_of(sizes)
@@ -252,14 +270,20 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
     heads = sum(
         sizes.student.vocabulary * t.shape.hidden * t.width
         for t in sizes.teachers
-        if t.evidence.needs_head
+        if t.evidence.needs_head and not t.shares_base
     )
+    if sizes.shared and settings.learner.zero_stage == 3:  # else it is the student's own
+        heads += sizes.student.head * sizes.width
     gathered = zero.gathered + zero.always
     packed = sizes.sent * sizes.width if sizes.on_cpu else 0
     copied = sizes.on_cpu and settings.checkpoint.background
     saved = 3 * WIDE * sizes.trained // settings.learner.ranks if copied else 0
     earlier = zero.gradients if sizes.micro_batches > 1 or settings.learner.zero_stage == 3 else 0
-    phases = {
+    phases: dict[str, dict[str, int]] = {}
+    if sizes.shared:
+        kept = zero.gradients if settings.learner.zero_stage == 3 else 0
+        phases["score"] = {"gradients": kept, **base_bytes(sizes, gathered)}
+    phases |= {
         "head": {
             "gradients": earlier,
             "activations": body.kept,
@@ -287,6 +311,29 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
         }
         for part, nbytes in (always | parts).items():
             yield Part("learner", phase, part, nbytes)
+
+
+def base_bytes(sizes: Sizes, gathered: int) -> dict[str, int]:
+    """The parts of a forward pass without adapters, of a learner rank that scores for teachers.
+
+    Args:
+        gathered: bytes of the weights that are whole during the pass.
+    """
+    settings = sizes.settings
+    room = settings.scorer.max_tokens_per_micro_batch // sizes.tokens
+    sequences = max(min(room, sizes.of_rank), 1)
+    work = Pass(
+        sequences,
+        sizes.tokens,
+        learns=False,
+        plain_attention=learner_pass(sizes).plain_attention,
+    )
+    rows = sequences * sizes.response
+    return {
+        "activations": pass_bytes(settings.model, "model.path", work).forward,
+        "head pass": max(reading_bytes(sizes, t, rows) for t in sizes.shared),
+        "buffers": gathered + rows * sizes.student.hidden * sizes.width,
+    }
 
 
 def transfer_buffers(sizes: Sizes) -> int:
@@ -359,21 +406,26 @@ def scorer_parts(sizes: Sizes, teacher: ScoredTeacher) -> Iterator[Part]:
     work = Pass(share, sizes.tokens, learns=False, plain_attention=plain and devices == 1)
     body = pass_bytes(teacher.model, settings.model_setting(teacher.name), work)
     rows = sequences * sizes.response
-    chunk = min(settings.train.head_chunk, rows)
-    vocabulary = sizes.student.vocabulary
-    reads = not isinstance(teacher.evidence, Hidden) or teacher.evidence.drawn
     worker = f"scorer-{teacher.name}"
-    logits = 2 * chunk * vocabulary * WIDE if reads else 0  # logits, and their log-probs
-    if isinstance(teacher.evidence, Vocabulary):
-        logits += rows * vocabulary * WIDE
     yield Part(worker, "score", "weights", -(-teacher.shape.parameters // devices) * teacher.width)
     yield Part(worker, "score", "activations", body.forward)
-    yield Part(worker, "score", "head pass", logits)
+    yield Part(worker, "score", "head pass", reading_bytes(sizes, teacher, rows))
     buffers = rows * teacher.shape.hidden * teacher.width
     if devices > 1:
         states = sequences * sizes.tokens * teacher.shape.hidden * teacher.width
         buffers += states + gathered_numbers(teacher.shape) * teacher.width
     yield Part(worker, "score", "buffers", buffers)
+
+
+def reading_bytes(sizes: Sizes, teacher: ScoredTeacher, rows: int) -> int:
+    """What the evidence about `rows` response tokens takes while it is read off hidden states: the
+    logits of a chunk and their log-probs, and the log-probs of the vocabulary that are sent.
+    """
+    chunk = min(sizes.settings.train.head_chunk, rows)
+    vocabulary = sizes.student.vocabulary
+    logits = 2 * chunk * vocabulary * WIDE if teacher.reads_logits else 0
+    sent = rows * vocabulary * WIDE if isinstance(teacher.evidence, Vocabulary) else 0
+    return logits + sent
 
 
 def gathered_numbers(shape: ModelShape) -> int:

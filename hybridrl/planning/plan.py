@@ -152,6 +152,8 @@ def worker_parts(sizes: Sizes, device_bytes: int) -> Iterator[Part]:
         setting = settings.model_setting(name)
         yield from engine_parts(sizes, "teacher", teacher, setting, device_bytes)
     for scored in sizes.teachers:
+        if scored.shares_base:
+            continue
         if settings.teachers[scored.name].engine is not None:
             yield from scoring_engine_parts(sizes, scored, device_bytes)
         else:

@@ -80,11 +80,15 @@ def phase_seconds(sizes: Sizes, rates: Rates) -> PhaseSeconds:
     update = passes * sizes.student.multiplied * tokens + head  # of all mini-batches once
     logits = 2 * rows * sizes.student.vocabulary * sizes.student.hidden
     view = 2 * sizes.student.multiplied * tokens + logits
-    operations = settings.train.epochs_per_batch * update + views(sizes) * view
+    bases = sum(view if t.reads_logits else view - logits for t in sizes.shared)
+    operations = settings.train.epochs_per_batch * update + views(sizes) * view + bases
     learn = operations / (learner.ranks * rates.flops)
     return PhaseSeconds(
         rollout=rollout_seconds(sizes, rates),
-        score=max((score_seconds(sizes, t, rates) for t in sizes.teachers), default=0.0),
+        score=max(
+            (score_seconds(sizes, t, rates) for t in sizes.teachers if not t.shares_base),
+            default=0.0,
+        ),
         learn=learn,
         sync=weight_bytes(sizes) / rates.link if settings.algorithm.data_fraction < 1 else 0.0,
     )

@@ -37,6 +37,7 @@ from hybridrl.objectives.credit import Credit, assign_credit
 from hybridrl.objectives.head_rule import head_rule
 from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
 from hybridrl.policy.optimizer_state import OptimizerState
+from hybridrl.policy.shared_base import Base, SharedTeachers
 from hybridrl.policy.statistics import (
     Tally,
     Updated,
@@ -142,7 +143,14 @@ class Learner:
             )
         self.settings = settings
         self.engine.module.head.rule = head_rule(settings)
-        self.teachers = TeacherInbox.load(settings, self.objective.needs.evidence, self.device)
+        evidence = self.objective.needs.evidence
+        self.shared: SharedTeachers | None = None
+        head = self._base_head() if settings.shared_teachers else None
+        if head is not None:
+            together = zero_stage(settings) == 3
+            base = Base(self.engine, self.model, head, together=together)
+            self.shared = SharedTeachers(settings, evidence, base)
+        self.teachers = TeacherInbox.load(settings, evidence, self.device, head)
 
     def ping(self) -> int:
         return self.optimizer_steps
@@ -185,7 +193,7 @@ class Learner:
                 is not finite and the weights were stepped. The mini-batch lies there too.
         """
         started = time.monotonic()
-        batches = [scored_batches(own, values) for own in groups]
+        batches = [self._scored(own, values) for own in groups]
         if self.objective.needs.old_logprobs:
             batches = [
                 with_old_logprobs(self._with_own_columns(mini, scored))
@@ -274,7 +282,7 @@ class Learner:
         """
         started = time.monotonic()
         tally = Tally(self.device)
-        credits, micros = self._prepare(plan, scored_batches(groups, values))
+        credits, micros = self._prepare(plan, self._scored(groups, values))
         with torch.no_grad():
             for micro in micros:
                 self._forward(micro, tally, plan.step)
@@ -287,6 +295,28 @@ class Learner:
             time.monotonic() - started,
             optimizer_steps=self.optimizer_steps,
         )
+
+    def _scored(
+        self,
+        groups: Sequence[Sequence[int]],
+        values: Sequence[RolloutBatch | Rewards | TokenScores],
+    ) -> list[ScoredBatch]:
+        """This rank's groups of a mini-batch with the scores of all teachers."""
+        batches = scored_batches(groups, values)
+        return batches if self.shared is None else self.shared.scored(batches)
+
+    def shared_scores(self, batch: RolloutBatch) -> list[TokenScores]:
+        """The scores of a batch by each of settings.shared_teachers."""
+        assert self.shared is not None, "the run has such teachers"
+        return self.shared.answers(batch)
+
+    def _base_head(self) -> Tensor:
+        """[V, H] the output embedding, which does not train; where it is sharded, a copy."""
+        weight = self.engine.module.head.weight
+        if zero_stage(self.settings) < 3:
+            return weight.detach()
+        with self._gather([weight]):
+            return weight.detach().to(self.device, copy=True)
 
     def _prepare(
         self, plan: UpdatePlan, batches: Sequence[ScoredBatch], *, viewed: bool = False

@@ -73,9 +73,11 @@ class Student(nn.Module):
         hidden_rows: Tensor,
         teachers: tuple[Teacher, ...],
         columns: TokenColumns,
-        look: Look = Look.learn,
+        look: Look | None = Look.learn,
     ) -> tuple[Tensor, HeadStats | Tensor | None]:
-        """Takes the arguments that MicroBatch.arguments gives; returns what `look` says."""
+        """Takes the arguments that MicroBatch.arguments gives; returns what `look` says; with None
+        the hidden states [R, H] alone.
+        """
         hidden = self.body(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -83,6 +85,8 @@ class Student(nn.Module):
             use_cache=False,
         ).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, hidden_rows)
+        if look is None:
+            return rows, None
         values = (
             torch.zeros_like(columns.value_slope)
             if self.value_head is None

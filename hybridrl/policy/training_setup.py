@@ -57,7 +57,8 @@ def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.devi
         checkpoint_activations(model)
     elif chooses and zero_stage(settings) < 3 and not settings.lora.dropout:
         # ZeRO 3 gathers parameters inside of layers, and dropout would need further graphs.
-        compile_layers(model, tokens=tokens, packed=train.packing, learns=True)
+        bare = bool(settings.shared_teachers)
+        compile_layers(model, tokens=tokens, packed=train.packing, learns=True, bare=bare)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

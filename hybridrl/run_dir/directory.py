@@ -461,7 +461,14 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
     Example: {"train.lr": (0.001, 0.002), "teachers.b.path": ("(not set)", "/models/b")}
     """
     prolonged = () if stretched_by_steps(old) or stretched_by_steps(new) else ("train.steps",)
-    free = (*FREE, *prolonged, *places_of_servers(old, new), *sizes_of_engines(old, new))
+    free = (
+        *FREE,
+        *prolonged,
+        *places_of_servers(old, new),
+        *sizes_of_engines(old, new),
+        # The same model scores, in another worker.
+        *(f"teachers.{name}.share_base" for name in old.teachers.keys() & new.teachers.keys()),
+    )
     # Secrets are masked in both, as they are masked in config.yaml.
     before = flat(redact.tree(asdict(old)))
     after = flat(redact.tree(asdict(new)))

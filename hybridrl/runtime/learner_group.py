@@ -20,6 +20,7 @@ from hybridrl.types import (
     Files,
     LearnerStats,
     SavedFile,
+    TokenScores,
     UpdatePlan,
     WeightManifest,
 )
@@ -120,6 +121,11 @@ class LearnerGroup:
             self.group.submit(rank, "logprob_gaps", *refs[rank::ranks], deadline_s=limit)
             for rank in range(ranks)
         ]
+
+    def shared_scores(self, chunk: Chunk) -> list[list[TokenScores]]:
+        """Per rank, the scores of a chunk by each of settings.shared_teachers."""
+        limit = self.settings.deadlines.learn_s
+        return self.group.call_all("shared_scores", chunk.batch.ref, deadline_s=limit)
 
     def pack_weights(self, version: int) -> tuple[WeightManifest, ray.ObjectRef]:
         """The student's weights as one object; only the manifest comes to the caller."""

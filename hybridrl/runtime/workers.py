@@ -35,7 +35,7 @@ class Workers:
     rollout: RolloutGroup
     teacher_rollout: RolloutGroup | None  # None: the teacher writes nothing
     replay: ReplayGroup | None  # None: no responses come from the data
-    scorers: list[ScorerGroup]  # one per scored teacher, in the order of settings.scored_teachers
+    scorers: list[ScorerGroup]  # in the order of settings.teachers_with_scorers
     rewards: RewardGroup
     learner: LearnerGroup
     learners_lost: int = 0
@@ -94,7 +94,7 @@ def teams(settings: RunSettings) -> list[Team]:
         Team(name="rollout", size=rollout.engines, gpus=rollout.tensor_parallel, heavy=True),
         Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False),
     ]
-    for name in settings.scored_teachers:
+    for name in settings.teachers_with_scorers:
         teacher = settings.teachers[name]
         size = settings.scorer.replicas * teacher.devices
         computes = teacher.url is None  # else its scorer only sends requests
@@ -166,7 +166,7 @@ def start_learner_and_scorers(
     learner = LearnerGroup(settings, slots["learner"], device=device, log_dir=log_dir)
     scorers = [
         ScorerGroup(settings, slots[f"scorer-{name}"], teacher=name, device=device, log_dir=log_dir)
-        for name in settings.scored_teachers
+        for name in settings.teachers_with_scorers
     ]
     return learner, scorers
 

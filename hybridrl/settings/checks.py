@@ -25,6 +25,7 @@ from hybridrl.settings.engine_checks import check_teacher_engines
 from hybridrl.settings.models import AUTO, DTYPES
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.server_checks import check_servers
+from hybridrl.settings.shared_base_checks import check_shared_bases
 from hybridrl.settings.shares import chunk_size, shares
 
 SHARED_GPU_LIMIT = 0.5
@@ -373,7 +374,7 @@ def _check_counts(settings: RunSettings) -> None:
     chunks = -(-by_student // chunk_size(by_student, rollout.groups_per_chunk, rollout.engines))
     chunks += -(-by_teacher // chunk_size(by_teacher, rollout.groups_per_chunk, 1)) + (by_data > 0)
     counts = {
-        "scorer.replicas": settings.scorer.replicas if settings.scored_teachers else 1,
+        "scorer.replicas": settings.scorer.replicas if settings.teachers_with_scorers else 1,
         "reward.workers": settings.reward.workers,
     }
     for name, count in counts.items():
@@ -443,6 +444,7 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_teachers,
     check_servers,
     check_teacher_engines,
+    check_shared_bases,
     check_teacher_prompts,
     check_schedules,
     check_products,

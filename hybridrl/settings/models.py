@@ -61,6 +61,11 @@ class TeacherConfig:
     """score by engines of vLLM that hold the model at path, one for each of scorer.replicas, with
     these arguments, e.g. {tensor_parallel_size: 4}; {}: with vLLM's own. null: no engine
     """
+    share_base: bool = False
+    """score in the learner, by the student's weights with its adapters switched off, in the place
+    of a scorer with a second copy of them. It needs lora.rank, and a teacher that is the student
+    before training
+    """
     revision: str | None = None
     """hub revision of path; null: the newest"""
     dtype: str = AUTO

@@ -462,6 +462,16 @@ class RunSettings:
             return []
         return list(self.teachers) if self.algorithm.imitates else []
 
+    @property
+    def shared_teachers(self) -> list[str]:
+        """The scored teachers whose weights are those of the learner without its adapters."""
+        return [name for name in self.scored_teachers if self.teachers[name].share_base]
+
+    @property
+    def teachers_with_scorers(self) -> list[str]:
+        """The scored teachers that have workers of their own."""
+        return [name for name in self.scored_teachers if not self.teachers[name].share_base]
+
     def evidence_kind(self, teacher: str) -> EvidenceKind:
         """The kind of evidence of this teacher about a response token."""
         kind = self.teachers[teacher].evidence

@@ -41,9 +41,17 @@ class TeacherInbox:
 
     @classmethod
     def load(
-        cls, settings: RunSettings, evidence: Sequence[Evidence], device: torch.device
+        cls,
+        settings: RunSettings,
+        evidence: Sequence[Evidence],
+        device: torch.device,
+        base_head: Tensor | None = None,
     ) -> "TeacherInbox":
         """Read the output embeddings that the evidence of the scored teachers needs.
+
+        Args:
+            base_head: [V, H] that of the student before training, on the device, for the teachers
+                with share_base; None: there are none.
 
         Raises:
             ConfigError: a teacher cannot be loaded.
@@ -54,8 +62,11 @@ class TeacherInbox:
             if not kind.needs_head:
                 heads.append(None)
                 continue
-            head = load_teacher_head(settings, name)[:vocabulary].to(device).clone()
             ends = end_tokens(settings, name)
+            if settings.teachers[name].share_base and base_head is not None:
+                head = base_head[:vocabulary] if ends is None else base_head[:vocabulary].clone()
+            else:
+                head = load_teacher_head(settings, name)[:vocabulary].to(device).clone()
             if ends is not None:
                 ends.exchange_rows(head)
             heads.append(head)

@@ -57,6 +57,7 @@ class ReportedScorer(Scorer, ABC):
     ) -> None:
         self.teacher = teacher
         self.place = None  # it has no devices of its own
+        self.may_cache = True
         rows = head_rows(settings.model.path, settings.model.revision)
         # [V, 0]: the columns have the widths of a teacher without an output embedding here.
         self.head = torch.empty(rows, 0)

@@ -25,7 +25,7 @@ from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.route import takes
 from hybridrl.teachers.scores import empty_scores, fill_scores
 from hybridrl.teachers.sharded_model import ReplicaRank
-from hybridrl.teachers.teacher_model import load_teacher
+from hybridrl.teachers.teacher_model import TeacherModel, load_teacher
 from hybridrl.types import RolloutBatch, SavedFile, ScoreHeader, TokenScores
 
 
@@ -48,15 +48,18 @@ class Scorer:
         evidence: Evidence,
         rule: HeadRule,
         place: ReplicaRank | None = None,
+        model: TeacherModel | None = None,
     ) -> None:
         """
         Args:
             place: of this process in a replica with several devices; None: it has one.
+            model: one that the process has already, of which nothing is cached; None: it is loaded.
         """
         self.teacher = teacher
         self.device = torch.device(device)
         self.place = place
-        self.model = load_teacher(settings, teacher, self.device, place)
+        self.may_cache = model is None
+        self.model = model or load_teacher(settings, teacher, self.device, place)
         # Rows beyond the student's vocabulary are padding, which must have no probability.
         rows = head_rows(settings.model.path, settings.model.revision)
         self.head = self.model.head[:rows].to(self.device)
@@ -79,19 +82,26 @@ class Scorer:
         self.identity = f"{weights} {model.revision} {model.dtype} {rule.temperature}"
         ranks = 1 if self.place is None else self.place.ranks
         self.max_tokens = settings.scorer.max_tokens_per_micro_batch * ranks
-        self.caches = evidence.width(*self.head.shape) == 0
+        self.caches = self.may_cache and evidence.width(*self.head.shape) == 0
         self.cached: dict[str, np.ndarray] = {}  # data_key -> [r] log q
 
     def ping(self) -> str:
         return self.teacher
 
-    @torch.no_grad()
     def score(self, batch: RolloutBatch) -> tuple[ScoreHeader, TokenScores]:
-        """Score all sequences whose prompts are routed to this teacher; others have scores of 0."""
+        """The scores of a batch, and their header."""
         rank = 0 if self.place is None else self.place.rank
         failpoints.hit("scorer.score", uid=batch.uids[0], rank=rank)
         started = time.monotonic()
-        given = batch
+        scores = self.scores(batch)
+        header = ScoreHeader(
+            teacher=self.teacher, nbytes=self._nbytes(scores), score_s=time.monotonic() - started
+        )
+        return header, scores
+
+    @torch.no_grad()
+    def scores(self, given: RolloutBatch) -> TokenScores:
+        """Score all sequences whose prompts are routed to this teacher; others have scores of 0."""
         batch = self.context.read(given)
         scores = empty_scores(self.evidence, self.teacher, batch, self.head)
         routed = [i for i in range(batch.num_sequences) if self._is_routed(batch, i)]
@@ -99,11 +109,7 @@ class Scorer:
         for sequence, logprobs in cached.items():
             scores.logprobs[response_tokens(batch, sequence)] = logprobs
         self._score_sequences(scores, batch, [i for i in routed if i not in cached])
-        scores = self.context.answer(scores, batch, given, self.evidence)
-        header = ScoreHeader(
-            teacher=self.teacher, nbytes=self._nbytes(scores), score_s=time.monotonic() - started
-        )
-        return header, scores
+        return self.context.answer(scores, batch, given, self.evidence)
 
     def follow(self, batch: RolloutBatch) -> None:
         """`score` on the other ranks of a replica, where the result stays."""

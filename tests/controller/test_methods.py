@@ -78,7 +78,9 @@ class Methods:
     def controller(self, settings: RunSettings) -> Controller:
         """A controller of the workers that the settings need, configured by the settings."""
         by_name = {scorer.teacher: scorer for scorer in self.workers.scorers}
-        used = replace(self.workers, scorers=[by_name[name] for name in settings.scored_teachers])
+        used = replace(
+            self.workers, scorers=[by_name[name] for name in settings.teachers_with_scorers]
+        )
         for group in (used.learner, *used.scorers):
             group.configure(settings)
         prompts, heldout = prepare_prompts(settings)

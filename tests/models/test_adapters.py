@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.models.adapters import adapted_layers, add_adapters, dropout
+from hybridrl.models.adapters import adapted_layers, add_adapters, dropout, without_adapters
 from hybridrl.models.loading import load_layout, load_model
 from hybridrl.settings.lora import LoraConfig
 from tests.support.graph import save_tiny
@@ -70,6 +70,21 @@ def test_only_adapters_require_a_gradient_and_their_first_numbers_depend_on_the_
     trained = [name for name, p in first.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * len(adapted_layers(first))
     assert all(".lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_its_adapters_a_model_computes_bit_for_bit_what_it_did(source: Path, dtype: str):
+    model = adapted(source, dtype=dtype)
+    with torch.no_grad():
+        for layer in adapted_layers(model):
+            layer.up.fill_(0.1)
+    changed, base = logits(model), logits(load_model(str(source), dtype))
+    with pytest.raises(ZeroDivisionError), without_adapters(model):
+        assert torch.equal(logits(model), base) and not torch.equal(changed, base)
+        1 / 0  # noqa: B018
+    assert torch.equal(logits(model), changed)  # also after an error
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(adapted_layers(model))
 
 
 def test_the_names_and_shapes_of_adapters_need_no_weights(source: Path):

@@ -128,6 +128,31 @@ def test_adapters_by_themselves_are_all_that_a_step_sends():
     assert wider.nbytes == 2 * 2 * adapters  # vLLM's next rank is 32
 
 
+def test_a_teacher_that_shares_the_learners_base_needs_no_device_of_its_own():
+    asked = ["lora.rank=16", "teachers.main.path=null"]
+    share = "+teachers.main.share_base=true"
+    name = "qwen7b_from_32b_8gpu"
+    apart, shared = (planned(name, overrides=o) for o in (asked, [*asked, share]))
+    assert sum(s.gpus for s in apart.seats) == sum(s.gpus for s in shared.seats) + 1
+    assert not shared.of_worker("scorer-main")
+    assert apart.peak("scorer-main") / GIB == pytest.approx(16.5, abs=0.3)  # weights of 14.2
+    phases = {part.phase for part in shared.of_worker("learner")}
+    assert phases - {part.phase for part in apart.of_worker("learner")} == {"score"}
+    assert {(e.source, e.target) for e in shared.edges} == {
+        ("rollout", "learner"),
+        ("learner", "rollout"),
+    }
+    assert shared.store_bytes < apart.store_bytes
+    # The learner makes the scorer's forward pass, divided among its ranks.
+    assert shared.seconds.score == 0
+    more = shared.seconds.learn - apart.seconds.learn
+    assert more == pytest.approx(apart.seconds.score / shared.settings.learner.ranks)
+    # Where the weights are whole, the output embedding is not copied either.
+    whole = [*asked, "learner.zero_stage=2"]
+    apart, shared = (planned(name, overrides=o) for o in (whole, [*whole, share]))
+    assert apart.peak("learner") - shared.peak("learner") == 152064 * 3584 * 2
+
+
 def test_adapters_keep_their_inputs_and_no_more_than_the_layers_without_them_did():
     model = ModelConfig(path=str(MODELS / "qwen2.5-7b"), dtype="bfloat16")
     whole, few, many = (

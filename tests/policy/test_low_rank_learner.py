@@ -26,7 +26,7 @@ from tests.policy.test_learner import (
     weight_distance,
     written_out_loss,
 )
-from tests.support.learner_job import ADAPTED, LR
+from tests.support.learner_job import ADAPTED, KINDS, LR
 from tests.support.ranks import run_ranks
 
 STATES = ["lora-one", *ADAPTED]
@@ -47,6 +47,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_ranks(folder, 2, "two_ranks_adapted")
     run_ranks(folder, 1, "one_rank_adapted")
     run_ranks(folder, 3, "three_ranks_adapted")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of learners that score for the student before training."""
+    folder = save_models(tmp_path_factory.mktemp("shared"))
+    run_ranks(folder, 1, "one_rank_sharing")
+    run_ranks(folder, 2, "two_ranks_sharing")
     return folder
 
 
@@ -140,3 +149,44 @@ def test_an_export_of_a_checkpoint_is_the_learners_own_merged_student(folder: Pa
 def test_the_expensive_diagnostics_measure_the_gradients_of_the_adapters(folder: Path):
     (found,) = result(folder, "lora-diagnosed")["metrics"]
     assert found["grad/dense_parameter_norm"] > 0 and abs(found["grad/cosine"]) < 1
+
+
+# -- the student before training as a teacher ------------------------------------------------------
+
+
+def test_a_learner_without_its_adapters_scores_bit_for_bit_as_a_scorer_does(shared: Path):
+    same = result(shared, "shared-evidence")["same"]
+    assert all(found[0] for found in same.values()), "each kind of evidence says something"
+    assert {kind: found[1:] for kind, found in same.items()} == dict.fromkeys(KINDS, [True] * 3)
+
+
+def test_a_learner_that_scores_takes_the_steps_that_it_takes_with_a_scorer(shared: Path):
+    own, apart = result(shared, "shared-one"), result(shared, "apart-one")
+    assert own["digest"] == apart["digest"]
+    assert own["metrics"] == apart["metrics"]
+    assert own["metrics"][0]["kl/token"] == 0 < own["metrics"][1]["kl/token"]
+    heldout, expected = result(shared, "shared-evidence")["heldout"]
+    assert heldout == expected and heldout["eval/kl_token"] > own["metrics"][1]["kl/token"]
+
+
+def test_all_updates_of_a_batch_have_scores_of_the_student_before_training(shared: Path):
+    own, apart = result(shared, "shared-several"), result(shared, "apart-several")
+    assert own["loss"] == pytest.approx(apart["loss"], abs=1e-6)
+    assert own["grad_norm"] == pytest.approx(apart["grad_norm"], rel=1e-5)
+    assert weight_distance(shared, "shared-several", "apart-several") < 1e-5
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_that_score_for_different_numbers_of_sequences_wait_for_each_other(
+    shared: Path, stage: int
+):
+    one, two = result(shared, "shared-one"), result(shared, f"shared-zero{stage}")
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    assert weight_distance(shared, f"shared-zero{stage}", "shared-one") < 1e-5
+
+
+def test_a_resumed_learner_scores_with_the_student_before_training(shared: Path):
+    straight, resumed = (result(shared, f"shared-zero3-{end}") for end in ("straight", "resumed"))
+    assert resumed["digest"] == straight["digest"]
+    assert resumed["metrics"] == straight["metrics"]

@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
 from hybridrl.models.model_internals import attention_of
 from hybridrl.rollout.rollouter import Completion, join_turns
+from hybridrl.runtime.scorer_group import scoring
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
+from hybridrl.teachers.scorer import Scorer
 from hybridrl.types import (
     BatchPlan,
     FinishReason,
@@ -613,6 +615,75 @@ def one_rank(job: Job) -> None:
     )
 
 
+SHARED = ("lora.rank=4", "teachers.main.path=null", "+teachers.main.share_base=true")
+"""Of a learner that scores for its teacher, the student before training."""
+KINDS = {
+    "hidden": (),
+    "vocabulary": (),
+    "support": ("algorithm.topk.source=teacher", "algorithm.topk.k=3"),
+    "drawn": (),
+}
+"""Every kind of evidence, and the further settings that it needs."""
+
+
+def scorer_of(learner) -> Scorer:
+    """A scorer with a copy of the teacher's weights."""
+    settings = learner.settings
+    evidence, rule = scoring(settings, "main")
+    return Scorer(settings, teacher="main", device="cpu", evidence=evidence, rule=rule)
+
+
+def two_ranks_sharing(job: Job) -> None:
+    """Two steps in ZeRO 2 and 3, and a third one, with and without loading. Rank 0 scores three
+    groups in six passes, and rank 1 one group in two.
+    """
+    values = chunk_of(0, 4)[:2]
+    one_pass_each = "scorer.max_tokens_per_micro_batch=1"
+    for stage in (2, 3):
+        overrides = (f"learner.zero_stage={stage}", *SHARED, ONE_EACH, one_pass_each)
+        case = f"shared-zero{stage}"
+        learner, groups, _ = job.two_steps(case, [values], uneven(job), 6, *overrides)
+        if stage == 3:
+            job.resume(case, learner, groups, list(values), 6, *overrides)
+
+
+def one_rank_sharing(job: Job) -> None:
+    """The same two steps with the learner's scores and with those of a scorer; held-out data; what
+    the learner scores then, in each kind of evidence; and a batch of several updates.
+    """
+    everything = ((0, 1, 2, 3),)
+    batch, rewards, _ = chunk_of(0, 4)
+    learner, *_ = job.two_steps("shared-one", [(batch, rewards)], everything, 1, *SHARED)
+    heldout = learner.evaluate(plan_for(2, 1), everything, batch, rewards).metrics
+    same = {}
+    for kind, further in KINDS.items():
+        changed = settings_for(job.folder, 1, *SHARED, f"+teachers.main.evidence={kind}", *further)
+        learner.configure(changed)
+        (own,) = learner.shared_scores(batch)
+        other = scorer_of(learner).scores(batch)
+        same[kind] = [
+            int(own.rows.size + own.logprobs.any()),
+            *(
+                getattr(own, column).tobytes() == getattr(other, column).tobytes()
+                for column in ("rows", "logprobs", "support_ids")
+            ),
+        ]
+    learner.configure(settings_for(job.folder, 1, *SHARED))
+    scores = scorer_of(learner).scores(batch)
+    chunk = (batch, rewards, scores)
+    apart = SHARED[:2]
+    learner, *_ = job.two_steps("apart-one", [chunk], everything, 1, *apart)
+    expected = learner.evaluate(plan_for(2, 1), everything, *chunk).metrics
+    job.report("shared-evidence", learner, [], same=same, heldout=[heldout, expected])
+    groups = tuple((own,) for own in MINI_BATCHES)
+    for case, overrides, values in (
+        ("shared-several", SHARED, chunk[:2]),
+        ("apart-several", apart, chunk),
+    ):
+        several = job.learner(*overrides, *SEVERAL)
+        job.report(case, several, [several.learn(batch_plan(ORDER, 1), groups, *values)])
+
+
 ADAPTED = {
     "lora-zero1": ("learner.zero_stage=1",),
     "lora-zero2": ("learner.zero_stage=2", "lora.dropout=0.25"),
@@ -666,6 +737,8 @@ if __name__ == "__main__":
         two_ranks_adapted,
         one_rank_adapted,
         three_ranks_adapted,
+        one_rank_sharing,
+        two_ranks_sharing,
     )
     {function.__name__: function for function in cases}[sys.argv[5]](job)
     # Destructors of gloo's groups abort now and then ("terminate called without an active

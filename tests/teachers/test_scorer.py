@@ -13,6 +13,7 @@ from hybridrl.objectives import make_objective
 from hybridrl.runtime.scorer_group import scoring
 from hybridrl.settings.choices import Source
 from hybridrl.settings.compose import load_config
+from hybridrl.teachers.evidence import Hidden
 from hybridrl.teachers.inbox import TeacherInbox
 from hybridrl.teachers.scorer import Scorer, data_key
 from hybridrl.types import RolloutBatch, ScoredBatch
@@ -162,6 +163,21 @@ def test_a_teacher_that_answers_from_a_table_is_one_file_of_the_users(
     assert len(teachers) == (0 if evidence == "drawn" else 1)
     if evidence == "hidden":
         assert torch.equal(teachers[0].hidden @ teachers[0].lm_head.T, table[before])
+
+
+def test_the_learners_own_output_embedding_is_not_copied_for_a_teacher_that_shares_it(
+    folder: Path,
+):
+    own = torch.arange(24.0).reshape(head_rows(f"{folder}/student") + 1, -1)
+    shared = ("teachers.main.path=null", "+teachers.main.share_base=true", "lora.rank=2")
+    device = torch.device("cpu")
+    evidence = [Hidden(drawn=False)]
+    inbox = TeacherInbox.load(load_config([*base_of(folder), *shared]), evidence, device, own)
+    assert inbox.heads[0].data_ptr() == own.data_ptr() and len(inbox.heads[0]) == len(own) - 1
+    # With another end token two of its rows are exchanged, in a copy.
+    other = load_config([*base_of(folder), *shared, "+teachers.main.eos=1"])
+    (head,) = TeacherInbox.load(other, evidence, device, own).heads
+    assert head[1].tolist() == own[2].tolist() == [2.0] and own[1].tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
