@@ -144,11 +144,15 @@ def uninterrupted(overrides: list[str], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, whose first two steps run from Python and the others by the command."""
+    """The same run, whose first two steps run from Python, with engines and a learner that take
+    turns, and the others by the command, without.
+    """
     run_dir = tmp_path_factory.mktemp("resumed") / "run"
     python = (sys.executable, "-c", FROM_PYTHON, str(run_dir.parent / "result.json"))
-    for program, steps in ((python, 2), (("hybridrl", "train"), 4)):
-        done = shell(*program, *overrides, f"run.dir={run_dir}", f"train.steps={steps}")
+    turns = ("cluster.colocate=true", "cluster.take_turns=true")
+    for program, steps, further in ((python, 2, turns), (("hybridrl", "train"), 4, ())):
+        run = (f"run.dir={run_dir}", f"train.steps={steps}")
+        done = shell(*program, *overrides, *run, *further)
         assert done.returncode == 0, done.stderr[-3000:]
     assert "continues after step 2 of 4" in done.stdout
     return run_dir
@@ -211,6 +215,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(uninterrupted, res
         (resumed / name).read_bytes() == (uninterrupted / name).read_bytes()
         for name in (*files, "ledger.jsonl")
     )
+
+
+def test_a_run_that_took_turns_says_how_long_they_took(resumed):
+    """Its steps are those of a run without, bit by bit (the test above)."""
+    turns = [row.get("time/turn_s") for row in read_metrics(resumed)]
+    assert all(seconds > 0 for seconds in turns[:3]) and turns[3:] == [None, None]
+    log = (resumed / "logs" / "rollout-0.log").read_text()
+    assert "sleep mode is not supported on CPU" in log, "vLLM was asked"
 
 
 def test_a_run_from_python_returns_its_last_row_and_the_paths_of_what_it_left(resumed):
