@@ -175,7 +175,9 @@ def changes(plan: Plan, worker: str) -> Iterator[Change]:
     """What makes a worker smaller, the cheapest first; each is tried together with all before."""
     settings = plan.settings
     if settings.cluster.colocate:
-        if plan.device == "cuda" and can_take_turns(settings):
+        if settings.cluster.take_turns:
+            yield from smaller_shares(settings)
+        elif plan.device == "cuda" and can_take_turns(settings):
             yield _set("cluster", "take_turns", True)
         yield Change(text="cluster.colocate=false", make=_apart)
     if worker == "learner":
@@ -188,6 +190,13 @@ def changes(plan: Plan, worker: str) -> Iterator[Change]:
         yield _set("reward", "workers", 1)
     else:
         yield from engine_changes(settings)
+
+
+def smaller_shares(settings: RunSettings) -> Iterator[Change]:
+    """Shares of a GPU that leave the learner's weights and the teachers room beside an engine."""
+    for share in (0.8, 0.7, 0.6, 0.5):
+        if share < settings.rollout.gpu_memory_utilization:
+            yield _set("rollout", "gpu_memory_utilization", share)
 
 
 def can_take_turns(settings: RunSettings) -> bool:

@@ -99,10 +99,11 @@ SHARED = "cluster.colocate=true rollout.gpu_memory_utilization=0.4"
         ),
         (
             "cluster.take_turns=true cluster.colocate=true schedule=pipelined",
-            "cluster.take_turns=true: engines sleep while the learner works, and pipeline.ahead=1",
+            "cluster.take_turns=true: engines sleep while the learner works, and pipeline.ahead=2",
         ),
         (
-            "cluster.take_turns=true cluster.colocate=true rollout.oversample=0.5",
+            "cluster.take_turns=true cluster.colocate=true rollout.oversample=0.5 "
+            "rollout.groups_per_chunk=1",
             "cluster.take_turns=true: an engine sleeps when it has no request left, and",
         ),
         ("scorer.replicas=2", "scorer.replicas=2: a step has 1 chunks"),

@@ -115,6 +115,7 @@ class PipelinedEngine(LLMEngine):
         self.engine_core.engine_core = core
         self.renderer = SimpleNamespace(clear_mm_cache=lambda: None)
         self.logger_manager = None
+        self.wanted = 0
         self.tokens: list[int] = []
         self.versions: list[str] = []
 
@@ -137,6 +138,9 @@ class PipelinedEngine(LLMEngine):
 
     def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
         self.wanted = 0
+
+    def get_num_unfinished_requests(self) -> int:
+        return int(self.has_unfinished_requests())
 
     def has_unfinished_requests(self) -> bool:
         return len(self.tokens) < self.wanted
