@@ -425,7 +425,7 @@ class Controller:
         """The metrics of the held-out problems; their samples go to the sinks."""
         with self.clock.phase("eval"):
             self.probe.check()
-            self._enter(Phase.sample)
+            self.workers.enter(Phase.sample)  # time/turn_s in the row is that of the step
             result = self._evaluate()
             data_metrics = self._evaluate_on_data()
         self.sinks.samples(result.samples)
@@ -464,7 +464,7 @@ class Controller:
         headers = self.sampling.headers(drawn)
         arrived = self.sampling.arrived(drawn, headers, self.steps_done)
         self.sampling.scores(drawn)
-        self._enter(Phase.learn)
+        self.workers.enter(Phase.learn)
         batch = divide(arrived, num_ranks=self.settings.learner.ranks)
         groups = [of_rank[0] for of_rank in batch.groups]  # of the one mini-batch
         return self.learner.evaluate(self._plan(batch), groups, batch.values).metrics
