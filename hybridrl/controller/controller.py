@@ -49,6 +49,7 @@ from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile, St
 from hybridrl.run_dir.ledger import Ledger
 from hybridrl.runtime.calls import Meter
 from hybridrl.runtime.ray_connection import object_store_bytes
+from hybridrl.runtime.residency import Phase
 from hybridrl.runtime.weight_sync import WeightSync
 from hybridrl.runtime.workers import Workers
 from hybridrl.settings.choices import OnStale, WeightTransfer
@@ -310,6 +311,7 @@ class Controller:
         further_waves = max(dynamic, int(settings.pipeline.on_stale is OnStale.drop))
         arrived: list[Arrived] = []
         returning: list[Prompt] = []
+        self._enter(Phase.sample)
         for number in range(1 + further_waves):
             with self.clock.phase("rollout"):
                 wave = self.pipeline.redraw(step) if number else self.pipeline.take(step)
@@ -372,6 +374,7 @@ class Controller:
         with self.clock.phase("learn"):
             batch, plan = self._planned(first_groups(sampled.arrived, self._groups_per_step))
             probe_gap = self.probe.check()
+            self._enter(Phase.learn)
             try:
                 stats = self.learner.learn(plan, batch.groups, batch.values)
             except SkippedStep:
@@ -411,10 +414,18 @@ class Controller:
             The bytes sent to each engine.
         """
         self.weight_version = self.steps_done
+        self._enter(Phase.sync)
         num_bytes = self.weight_sync.publish(self.weight_version)
+        self._enter(Phase.sample)
         with self.clock.phase("probe"):
             self.probe.start()
         return num_bytes
+
+    def _enter(self, phase: Phase) -> None:
+        """Engines and learner that take turns on GPUs make room for each other."""
+        if self.workers.residency.takes_turns:
+            with self.clock.phase("turn"):
+                self.workers.enter(phase)
 
     def _check_reward_errors(self, rewards: Sequence[Rewards]) -> None:
         if not self.learns_from_rewards:  # then they are only reported
@@ -442,6 +453,7 @@ class Controller:
         """The metrics of the held-out problems; their samples go to the sinks."""
         with self.clock.phase("eval"):
             self.probe.check()
+            self.workers.enter(Phase.sample)  # time/turn_s in the row is that of the step
             result = self._evaluate()
             data_metrics = self._evaluate_on_data()
         self.sinks.samples(result.samples)
@@ -480,6 +492,7 @@ class Controller:
         headers = self.sampling.headers(drawn)
         arrived = self.sampling.arrived(drawn, headers, self.steps_done)
         self.sampling.scores(drawn)
+        self.workers.enter(Phase.learn)
         batch = divide(arrived, num_ranks=self.settings.learner.ranks)
         groups = [of_rank[0] for of_rank in batch.groups]  # of the one mini-batch
         return self.learner.evaluate(self._plan(batch), groups, batch.values).metrics
@@ -504,6 +517,7 @@ class Controller:
         self.ledger.check_folder()
         with self.clock.phase("save"):
             self.saving.settle_logged()
+            self._enter(Phase.learn)
             try:
                 self._save(row, wait=last or not self.settings.checkpoint.background)
             except CheckpointError as error:
@@ -563,6 +577,7 @@ class Controller:
                 f"{folder}: has no state of {', '.join(sorted(missing))}; it is of another "
                 "version of hybridrl, continue it with that one"
             )
+        self._enter(Phase.learn)
         self.learner.load_state(folder, state.optimizer_steps)
         for scorer in self.workers.scorers:
             scorer.load_state(folder)

@@ -288,7 +288,7 @@ def load_settings_of(
             base = ["run.dir=unused", "model.path=unused", *base]
         settings = load_config([*base, *overrides])
     # The engines have no learner beside them.
-    cluster = replace(settings.cluster, colocate=False)
+    cluster = replace(settings.cluster, colocate=False, take_turns=False)
     return replace(settings, cluster=cluster, lora=LoraConfig())
 
 

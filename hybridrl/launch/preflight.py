@@ -38,6 +38,7 @@ from hybridrl.models.loading import (
 from hybridrl.models.model_internals import shards_every_layer
 from hybridrl.objectives import make_objective
 from hybridrl.runtime.calls import gather
+from hybridrl.runtime.residency import Phase
 from hybridrl.runtime.workers import Workers
 from hybridrl.settings.choices import Attention
 from hybridrl.settings.models import ModelConfig
@@ -462,6 +463,7 @@ def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Pro
     """
     max_new_tokens = settings.rollout.max_new_tokens
     assert max_new_tokens is not None, "check_lengths refuses it"
+    workers.enter(Phase.sample)
     chunk, *_ = workers.rollout.probe(
         probe_prompts(settings, prompts),
         num_tokens=min(PROBE_TOKENS, max_new_tokens),

@@ -7,6 +7,7 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.models.loading import load_layout
 from hybridrl.models.model_internals import shards_every_layer
 from hybridrl.planning.plan import Plan, Seat, make_plan, shown
+from hybridrl.settings.checks import check_places
 from hybridrl.settings.choices import Offload
 from hybridrl.settings.engine_checks import check_teacher_engines
 from hybridrl.settings.run import RunSettings
@@ -174,6 +175,10 @@ def changes(plan: Plan, worker: str) -> Iterator[Change]:
     """What makes a worker smaller, the cheapest first; each is tried together with all before."""
     settings = plan.settings
     if settings.cluster.colocate:
+        if settings.cluster.take_turns:
+            yield from smaller_shares(settings)
+        elif plan.device == "cuda" and can_take_turns(settings):
+            yield _set("cluster", "take_turns", True)
         yield Change(text="cluster.colocate=false", make=_apart)
     if worker == "learner":
         yield from learner_changes(settings, can_offload=plan.device == "cuda")
@@ -185,6 +190,23 @@ def changes(plan: Plan, worker: str) -> Iterator[Change]:
         yield _set("reward", "workers", 1)
     else:
         yield from engine_changes(settings)
+
+
+def smaller_shares(settings: RunSettings) -> Iterator[Change]:
+    """Shares of a GPU that leave the learner's weights and the teachers room beside an engine."""
+    for share in (0.8, 0.7, 0.6, 0.5):
+        if share < settings.rollout.gpu_memory_utilization:
+            yield _set("rollout", "gpu_memory_utilization", share)
+
+
+def can_take_turns(settings: RunSettings) -> bool:
+    """Whether cluster.take_turns is allowed beside the other settings."""
+    cluster = replace(settings.cluster, take_turns=True)
+    try:
+        check_places(replace(settings, cluster=cluster))
+    except ConfigError:
+        return False
+    return True
 
 
 def learner_changes(settings: RunSettings, *, can_offload: bool) -> Iterator[Change]:
@@ -281,4 +303,4 @@ def _set(section: str, name: str, value: object) -> Change:
 
 
 def _apart(settings: RunSettings) -> RunSettings:
-    return replace(settings, cluster=replace(settings.cluster, colocate=False))
+    return replace(settings, cluster=replace(settings.cluster, colocate=False, take_turns=False))

@@ -5,10 +5,11 @@ out: it holds no model. Reward workers hold theirs in the memory of their node, 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hybridrl.controller.engine_probe import PROMPTS, TOKENS
 from hybridrl.core.compiler import has_compiler
 from hybridrl.kernels.head import PIECE
 from hybridrl.models.decoder_layers import COMPILE_FROM, PLAIN_ATTENTION_TOKENS
@@ -127,6 +128,13 @@ class Sizes:
             for name, kind in kinds.items()
             if settings.teachers[name].model is None and settings.teachers[name].url is None
         ]
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether engines and learner leave each other the GPUs that they share. On a CPU the same
+        calls move memory from one part of the node to another.
+        """
+        return self.settings.cluster.take_turns and not self.on_cpu
 
     @property
     def scoring(self) -> list[ScoredTeacher | ServedTeacher]:
@@ -261,7 +269,8 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
 
     Phases: `score`, with a teacher that has its weights; `head`, when the activations wait and the
     vocabulary is worked on; `backward`; `reduce`, when gradients are summed over ranks; `step`,
-    Adam's; `sync`, when weights leave.
+    Adam's; `sync`, when weights leave. A learner that takes turns also has `probe`, when it looks
+    at what the engines sampled, beside them.
     """
     settings = sizes.settings
     zero = zero_of(sizes)
@@ -300,10 +309,14 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
         "step": {"buffers": zero.stepping + zero.always},
         "sync": {"buffers": gathered + transfer_buffers(sizes)},
     }
+    if sizes.takes_turns:
+        phases["sync"] = {"buffers": zero.gathered + transfer_buffers(sizes)}
+        phases["probe"] = probe_bytes(sizes) | {"buffers": zero.gathered}
     for phase, parts in phases.items():
+        released = sizes.takes_turns and phase in ("sync", "probe")
         always = {
             "weights": zero.weights,
-            "optimizer": zero.optimizer,
+            "optimizer": 0 if released else zero.optimizer,
             "teachers' heads": heads,
             "weights to send": packed,
             "checkpoint": saved,  # a copy, which is written while the next step runs
@@ -334,6 +347,17 @@ def base_bytes(sizes: Sizes, gathered: int) -> dict[str, int]:
         "head pass": max(reading_bytes(sizes, t, rows) for t in sizes.shared),
         "buffers": gathered + rows * sizes.student.hidden * sizes.width,
     }
+
+
+def probe_bytes(sizes: Sizes) -> dict[str, int]:
+    """The forward pass of one micro-batch of the probe's sequences, by part; without turns the
+    phases of an update hold more.
+    """
+    settings = sizes.settings
+    at_once = max(min(settings.train.max_tokens_per_micro_batch // sizes.tokens, PROMPTS), 1)
+    body = pass_bytes(settings.model, "model.path", Pass(at_once, sizes.tokens, learns=False))
+    logits = 2 * at_once * TOKENS * sizes.student.vocabulary * WIDE
+    return {"activations": body.forward, "head pass": logits}
 
 
 def transfer_buffers(sizes: Sizes) -> int:
@@ -445,6 +469,8 @@ def engine_parts(
 ) -> Iterator[Part]:
     """The memory of one engine, on each of its devices.
 
+    Phases: `sample`; and `sync` of one that takes turns, which has its weights alone then.
+
     Args:
         worker: its team.
         model: which it samples from.
@@ -470,6 +496,9 @@ def engine_parts(
     parts["KV cache"] = kv_cache(rollout.kv_cache_bytes, room, on_cpu=sizes.on_cpu)
     for part, nbytes in parts.items():
         yield Part(worker, "sample", part, nbytes)
+    if sizes.takes_turns:
+        for part in ("weights", "adapters"):
+            yield Part(worker, "sync", part, parts.get(part, 0))
 
 
 def adapter_room(sizes: Sizes) -> int:
@@ -539,7 +568,19 @@ def kv_cache(chosen: int | None, room: int, *, on_cpu: bool) -> int:
     return CPU_KV_CACHE_BYTES if on_cpu else max(room, 0)
 
 
-def worker_peak(parts: Sequence[Part]) -> int:
-    """The highest sum of one worker's parts over its phases."""
-    phases = {part.phase for part in parts}
-    return max(sum(p.nbytes for p in parts if p.phase == phase) for phase in phases)
+TURNS = (
+    ("sample", "probe", "score"),
+    ("sync", "score"),
+    ("head", "backward", "reduce", "step", "score"),
+)
+"""The phases of all workers in each turn. A scorer keeps what it has used in every one."""
+
+
+def worker_peak(parts: Sequence[Part], turn: Collection[str] | None = None) -> int:
+    """The highest sum of one worker's parts over its phases.
+
+    Args:
+        turn: the phases of one of TURNS; None: all.
+    """
+    phases = {part.phase for part in parts if turn is None or part.phase in turn}
+    return max((sum(p.nbytes for p in parts if p.phase == phase) for phase in phases), default=0)

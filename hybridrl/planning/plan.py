@@ -8,6 +8,7 @@ from typing import NamedTuple
 from hybridrl.core.errors import ConfigError
 from hybridrl.planning.edges import Edge, checkpoint_bytes, disk_bytes, edges, store_bytes
 from hybridrl.planning.memory import (
+    TURNS,
     Part,
     Sizes,
     engine_parts,
@@ -84,14 +85,31 @@ class Plan:
 
     @property
     def offloaded_bytes(self) -> int:
-        """Of each learner rank, in the memory of its GPU's host (learner.offload)."""
-        return 0 if self.device == "cpu" else zero_of(self.sizes).host
+        """Of each learner rank, in the memory of its GPU's host: what learner.offload has there
+        always, and cluster.take_turns while engines sample.
+        """
+        if self.device == "cpu":
+            return 0
+        zero = zero_of(self.sizes)
+        return zero.host + (zero.optimizer if self.sizes.takes_turns else 0)
+
+    def asleep_bytes(self, name: str) -> int:
+        """Of one engine, in the memory of its GPU's host while the learner works; 0: it does not
+        sleep.
+        """
+        return worker_peak(self.of_worker(name), ("sync",)) if self.sizes.takes_turns else 0
 
     def seat_bytes(self, seat: Seat) -> int:
         """The most that a device of the seat holds. Memory that a worker has used in one phase
-        stays with it in the others, so the peaks of its workers add up.
+        stays with it in the others, so the peaks of its workers add up; those of workers that take
+        turns do so turn by turn.
         """
         imports = 0 if seat.gpus else sum(self.imported(name) for name in seat.workers)
+        if self.sizes.takes_turns:
+            return max(
+                sum(worker_peak(self.of_worker(name), turn) for name in seat.workers)
+                for turn in TURNS
+            )
         return sum(self.peak(name) for name in seat.workers) + imports
 
     def imported(self, name: str) -> int:
@@ -220,6 +238,9 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"host memory of each reward worker, for its reward models: {shown(models)}"
     if plan.offloaded_bytes:
         yield f"host memory of each learner rank, offloaded: {shown(plan.offloaded_bytes)}"
+    for name in ("rollout", "teacher"):
+        if asleep := plan.asleep_bytes(name):
+            yield f"host memory of each engine of {name}, while it sleeps: {shown(asleep)}"
     yield f"object store, most at once: {shown(plan.store_bytes)}"
     yield (
         f"disk: {shown(plan.disk_bytes)} for {retained} checkpoints of "

@@ -35,6 +35,7 @@ from hybridrl.models.loading import load_model
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, assign_credit
 from hybridrl.objectives.head_rule import head_rule
+from hybridrl.policy.device_memory import DeviceMemory
 from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
 from hybridrl.policy.optimizer_state import OptimizerState
 from hybridrl.policy.shared_base import Base, SharedTeachers
@@ -71,7 +72,7 @@ from hybridrl.types import (
     UpdatePlan,
     WeightManifest,
 )
-from hybridrl.weights.library_internals import left_out
+from hybridrl.weights.library_internals import left_out, update_memory
 from hybridrl.weights.parameters import WeightsKind, train_only, weights_kind
 
 
@@ -118,6 +119,7 @@ class Learner:
         self.state = OptimizerState(
             self.weights.saved(), self.engine.optimizer, self._step_without_moving
         )
+        self.memory = DeviceMemory(self.device)
         self.optimizer_steps = 0
         self.configure(settings)
         if settings.train.packing:
@@ -192,6 +194,7 @@ class Learner:
             NonFiniteError: more than train.max_skipped updates in a row were left out, or a loss
                 is not finite and the weights were stepped. The mini-batch lies there too.
         """
+        self._check_resident()
         started = time.monotonic()
         batches = [self._scored(own, values) for own in groups]
         if self.objective.needs.old_logprobs:
@@ -503,6 +506,25 @@ class Learner:
         logprobs, _ = self.engine(*micro.arguments(), Look.view)
         return logprobs.cpu()
 
+    # -- memory ------------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Leave the device's memory to others, but for the weights: master weights and moments go
+        to host memory, buffers of gradients are dropped, and torch's own cache is emptied. Until
+        `acquire` the learner can look and send weights; it cannot learn, save or load.
+        """
+        self.engine.empty_partition_cache()  # weights that ZeRO 3 has gathered for the next pass
+        self.memory.release(*update_memory(self.engine.optimizer))
+        torch.cuda.empty_cache()
+
+    def acquire(self) -> None:
+        """The other end of `release`: the next update is the one that would have come."""
+        self.memory.acquire()
+
+    def _check_resident(self) -> None:
+        if self.memory.released:
+            raise RuntimeError("the learner has released its optimizer; acquire() comes first")
+
     # -- weights out -------------------------------------------------------------------------------
 
     def pack_weights(self, version: int) -> tuple[WeightManifest | None, np.ndarray | None]:
@@ -548,6 +570,7 @@ class Learner:
         Raises:
             NonFiniteError: one of them is NaN or infinite.
         """
+        self._check_resident()
         self.state.begin_save(Path(folder), background=self.settings.checkpoint.background)
 
     def saved_file(self) -> SavedFile | None:
@@ -565,6 +588,7 @@ class Learner:
         Raises:
             CheckpointError: a file is missing or is none of ours, or the state is another model's.
         """
+        self._check_resident()
         rank = self.settings.lora.rank
         adapters = "" if rank is None else f" with lora.rank={rank}"
         model = f"{self.settings.model.path}{adapters}"

@@ -92,10 +92,13 @@ class Rollout:
         self.engine.set_weight_version(str(self.sampler.version))
 
     async def ping(self) -> dict[str, int]:
-        """The number of unfinished requests, and the version of the weights."""
+        """The number of unfinished requests, the version of the weights, and how many parts of its
+        memory are asleep.
+        """
         return {
             "unfinished": self.engine.get_num_unfinished_requests(),
             "version": self.sampler.version,
+            "asleep": len(self.sampler.asleep),
         }
 
     # -- sampling ----------------------------------------------------------------------------------
@@ -114,6 +117,16 @@ class Rollout:
     async def abort(self, groups: Sequence[str] | None = None) -> int:
         """Stop responses that are being sampled, as Sampler.abort; returns their number."""
         return self.sampler.abort(groups)
+
+    # -- memory ------------------------------------------------------------------------------------
+
+    async def sleep(self) -> None:
+        """Leave the GPU's memory to others until `wake_up`, as Sampler.sleep. It answers pings."""
+        self.sampler.sleep()
+
+    async def wake_up(self, parts: Sequence[str]) -> None:
+        """Take memory back for these parts of PARTS; with both, it samples again."""
+        self.sampler.wake_up(parts)
 
     # -- weights, backend object_store -------------------------------------------------------------
 
@@ -250,6 +263,8 @@ def engine_args(
         distributed_executor_backend="mp" if rollout.tensor_parallel > 1 else "uni",
         kv_cache_memory_bytes=rollout.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
         gpu_memory_utilization=rollout.gpu_memory_utilization,
+        # vLLM refuses it on CPUs, where an engine that sleeps keeps its memory all the same.
+        enable_sleep_mode=settings.cluster.take_turns and not on_cpu,
         # vLLM's CPU runner cannot rewind a seeded generator after a partial prefill, so each prompt
         # is prefilled in one piece there. None: vLLM's own choice.
         enable_chunked_prefill=False if on_cpu else None,

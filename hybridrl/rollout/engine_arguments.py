@@ -40,6 +40,7 @@ DECIDED_BY = {
     "kv_cache_memory_bytes": "rollout.kv_cache_bytes",
     "gpu_memory_utilization": "rollout.gpu_memory_utilization",
     "weight_transfer_config": "rollout.weight_transfer",
+    "enable_sleep_mode": "cluster.take_turns",
     "enable_lora": "lora.sync",
     "max_loras": "lora.sync",
     "max_lora_rank": "lora.rank",

@@ -35,6 +35,9 @@ from hybridrl.types import (
     Trajectory,
 )
 
+PARTS = ("weights", "kv_cache")
+"""What an engine holds on its GPU, by vLLM's names."""
+
 if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -79,7 +82,9 @@ class Sampler:
         self._requests: dict[str, asyncio.Future[CompletionOutput]] = {}  # "wave/uid/sample/turn"
         self._arrivals = count()
         self._decoding: asyncio.Task[None] | None = None
-        self._resumed = asyncio.Event()  # not set while the engine is paused
+        self._updating = False  # from pause to resume
+        self.asleep: set[str] = set()  # of PARTS
+        self._resumed = asyncio.Event()  # not set while the engine is paused or asleep
         self._resumed.set()
 
     async def generate(
@@ -133,17 +138,56 @@ class Sampler:
         before. What was launched is collected here, because a batch is stamped with the version of
         the weights when it is collected, and because the weights must not change under it.
         """
+        self._updating = True
+        self._stop()
+
+    def resume(self, version: int) -> None:
+        """Sample on, with weights of this version; prefixes of older weights are dropped. An engine
+        that is asleep goes on when it is awake.
+        """
+        self.engine.reset_prefix_cache()
+        self.engine.set_weight_version(str(version))
+        self.version = version
+        self._updating = False
+        self._go_on()
+
+    def sleep(self) -> None:
+        """Move the weights to host memory and drop the KV cache, with the prefixes in it.
+
+        Raises:
+            RuntimeError: a response is under way, whose keys and values would be lost.
+        """
+        if self.engine.has_unfinished_requests():
+            raise RuntimeError("a response is under way, so the engine cannot sleep")
+        if self.asleep == set(PARTS):
+            return
+        self._stop()
+        self.engine.sleep(level=1, mode="keep")
+        self.asleep = set(PARTS)
+
+    def wake_up(self, parts: Sequence[str]) -> None:
+        """Bring parts of a sleeping engine back to the GPU. It samples when all are back, and no
+        update of the weights is under way.
+
+        Args:
+            parts: of PARTS; those that are awake stay as they are.
+        """
+        waking = [part for part in parts if part in self.asleep]
+        if waking:
+            self.engine.wake_up(waking)
+            self.asleep -= set(waking)
+            self._go_on()
+
+    def _stop(self) -> None:
         self._resumed.clear()
         pause_scheduling(self.engine)
         while has_launched(self.engine):
             self._step()
         self.engine.collective_rpc("synchronize_device")
 
-    def resume(self, version: int) -> None:
-        """Sample on, with weights of this version; prefixes of older weights are dropped."""
-        self.engine.reset_prefix_cache()
-        self.engine.set_weight_version(str(version))
-        self.version = version
+    def _go_on(self) -> None:
+        if self._updating or self.asleep:
+            return
         resume_scheduling(self.engine)
         self._resumed.set()
 

@@ -14,6 +14,10 @@ version is installed, or when one of these details differs from its description 
   where it is. A core in a process of its own (whose client has `call_utility`) answers when it has
   collected every batch that it launched. A core in this process does not collect them: with
   asynchronous scheduling its `batch_queue` has those that `LLMEngine.step` must still collect.
+- `LLMEngine.sleep(1, "keep")` pauses the scheduler and has each worker move its weights to host
+  memory and drop the KV cache; on CPUs a worker does nothing and logs that. `wake_up(tags)` brings
+  back the tags that are asleep, does nothing where one of them is awake, and resumes the scheduler
+  once all are back.
 - A core attaches the weight version to the tokens of a batch when it collects the batch.
 - A request names an adapter by `lora_int_id`. A worker reads the folder `lora_path` only where it
   holds no adapter of that number, and with `load_inplace` in every step.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from hybridrl.core.errors import FleetExhausted, HybridRLError, WorkerError
 from hybridrl.runtime.actor_group import ActorGroup
 from hybridrl.runtime.calls import Pending, is_done, outcomes, watch_nothing
-from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.run import DeadlineConfig
 
 log = logging.getLogger(__name__)
@@ -32,6 +31,7 @@ class Fleet:
     engine serves, for those that are joining / unblocked by the first of them that is ready.
 
     Args:
+        closed_by: the setting because of which no engine can join; None: engines are replaced.
         load_latest: starts loading the newest weights into an engine; returns None if the engine
             has read them from disk.
     """
@@ -40,12 +40,12 @@ class Fleet:
         self,
         group: ActorGroup,
         deadlines: DeadlineConfig,
-        backend: WeightTransfer,
+        closed_by: str | None,
         load_latest: Callable[[int], Pending | None],
     ) -> None:
         self.group = group
         self.deadlines = deadlines
-        self.backend = backend
+        self.closed_by = closed_by
         self.load_latest = load_latest
         self.serving = set(range(group.size))
         self.joining: dict[int, Pending] = {}  # replaced engines -> the first ping of the new one
@@ -71,13 +71,10 @@ class Fleet:
         cluster.max_restarts allows it.
 
         Raises:
-            FleetExhausted: it does not, and no other engine remains; or the weights are sent by
-                nccl or ipc of vLLM, whose channel an engine can neither join nor leave.
+            FleetExhausted: it does not, and no other engine remains; or none can join.
         """
-        if self.backend is not WeightTransfer.object_store:
-            raise FleetExhausted(
-                f"{error}; with rollout.weight_transfer={self.backend} no other can join"
-            )
+        if self.closed_by is not None:
+            raise FleetExhausted(f"{error}; with {self.closed_by} no other can join")
         try:
             engine = self.group.replace(error)
         except FleetExhausted as exhausted:

@@ -110,6 +110,14 @@ class LearnerGroup:
             ]
         )[0]
 
+    def release(self) -> None:
+        """Every rank moves what only an update needs from its GPU to host memory."""
+        self.group.call_all("release", deadline_s=self.settings.deadlines.learn_s)
+
+    def acquire(self) -> None:
+        """The other end of `release`."""
+        self.group.call_all("acquire", deadline_s=self.settings.deadlines.learn_s)
+
     def logprob_gaps(self, chunks: Sequence[Chunk]) -> list[Pending]:
         """One call per rank: -> mean |log p - log mu| in nats, by the present weights, of each
         chunk whose number is the rank's modulo the number of ranks. Does not wait.

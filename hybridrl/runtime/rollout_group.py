@@ -70,7 +70,9 @@ class RolloutGroup:
             concurrent=True,
         )
         self.load = EngineLoad(len(slots))
-        self.fleet = Fleet(self.group, settings.deadlines, backend, self.load_latest)
+        self.fleet = Fleet(
+            self.group, settings.deadlines, closed_by(settings, backend), self.load_latest
+        )
         # The weights that an engine must hold to serve; None: those that it has read from disk.
         self.latest: tuple[WeightManifest, ray.ObjectRef] | None = None
 
@@ -246,6 +248,30 @@ class RolloutGroup:
         """Stop all sampling and wait until it has stopped."""
         self.fleet.lose_failed(self.abort())
 
+    # -- memory ------------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Have all engines leave their GPUs to others, and wait; no response is under way. Engines
+        that are asleep stay so.
+        """
+        limit = self.settings.deadlines.sync_s
+        self.fleet.lose_failed(
+            [
+                self.group.submit(engine, "sleep", deadline_s=limit)
+                for engine in sorted(self.fleet.serving)
+            ]
+        )
+
+    def wake_up(self, parts: Sequence[str]) -> None:
+        """Have all engines take these parts of rollout.sampler.PARTS back, and wait."""
+        limit = self.settings.deadlines.sync_s
+        self.fleet.lose_failed(
+            [
+                self.group.submit(engine, "wake_up", tuple(parts), deadline_s=limit)
+                for engine in sorted(self.fleet.serving)
+            ]
+        )
+
     # -- failed engines ----------------------------------------------------------------------------
 
     def silent(self) -> Pending | None:
@@ -291,6 +317,17 @@ class RolloutGroup:
 
     def close(self) -> None:
         self.group.close()
+
+
+def closed_by(settings: RunSettings, backend: WeightTransfer) -> str | None:
+    """The setting because of which no engine can join the fleet; None: engines are replaced.
+
+    An engine can neither join nor leave the channel of vLLM's nccl and ipc. One that starts
+    measures the free memory of its GPU, which others may hold at that time if they take turns.
+    """
+    if backend is not WeightTransfer.object_store:
+        return f"rollout.weight_transfer={backend}"
+    return "cluster.take_turns=true" if settings.cluster.take_turns else None
 
 
 def longest_tokens(prompts: Sequence[Prompt], max_new_tokens: int, group_size: int) -> int:

@@ -5,7 +5,7 @@ fail are replaced.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from hybridrl.core.errors import WorkerError
@@ -14,6 +14,7 @@ from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.learner_group import LearnerGroup
 from hybridrl.runtime.replay_group import ReplayGroup
+from hybridrl.runtime.residency import Phase, Residency
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.scorer_group import ScorerGroup
@@ -39,6 +40,11 @@ class Workers:
     rewards: RewardGroup
     learner: LearnerGroup
     learners_lost: int = 0
+    residency: Residency = field(default_factory=lambda: Residency(takes_turns=False))
+
+    def enter(self, phase: Phase) -> None:
+        """As Residency.enter."""
+        self.residency.enter(phase, self.engines, self.learner)
 
     @property
     def groups(self) -> list[Group]:
@@ -118,7 +124,7 @@ def start_workers(
 
     Loading takes each of them many seconds of one core, so nothing waits that need not. Colocated
     engines come first, one group after the other: an engine measures the free memory of its GPU,
-    and no other worker may take some of it meanwhile.
+    and no other worker may take some of it meanwhile. Those that take turns then sleep.
 
     Args:
         say: prints a line about each worker that is up.
@@ -155,6 +161,7 @@ def start_workers(
         scorers=scorers,
         rewards=rewards,
         learner=learner,
+        residency=Residency(takes_turns=settings.cluster.take_turns),
     )
 
 
@@ -200,6 +207,8 @@ def start_engines(
         )
         if settings.cluster.colocate:
             start_up.wait(engines.ready())
+        if settings.cluster.take_turns:
+            engines.sleep()
         groups.append(engines)
     return groups[0], groups[1] if len(groups) > 1 else None
 
@@ -224,5 +233,6 @@ def recover(
     workers.learner.close()
     for engines in workers.engines:
         engines.quiet()
+    workers.residency.begin_again(workers.engines)
     learner = LearnerGroup(settings, slots["learner"], device=cluster.device, log_dir=log_dir)
     return replace(workers, learner=learner, learners_lost=workers.learners_lost + 1)

@@ -348,6 +348,7 @@ def check_places(settings: RunSettings) -> None:
     """
     _check_counts(settings)
     _check_weight_transfer(settings)
+    _check_turns(settings)
     if settings.cluster.colocate and settings.cluster.device is not Device.cpu:
         _check_shared_gpus(settings)
 
@@ -416,6 +417,31 @@ def _check_weight_transfer(settings: RunSettings) -> None:
         )
 
 
+def _check_turns(settings: RunSettings) -> None:
+    """Engines and learner can take turns on GPUs that they share, and only where no response is
+    sampled in the learner's turn.
+    """
+    if not settings.cluster.take_turns:
+        return
+    if not settings.cluster.colocate:
+        raise ConfigError(
+            "cluster.take_turns=true: is about GPUs that engines and learner share; set "
+            "cluster.colocate=true, or leave it out"
+        )
+    if settings.pipeline.ahead:
+        raise ConfigError(
+            f"cluster.take_turns=true: engines sleep while the learner works, and pipeline.ahead="
+            f"{settings.pipeline.ahead} has them sample then; set pipeline.ahead=0 "
+            "(schedule=sync), or leave it out"
+        )
+    if settings.rollout.oversample:
+        raise ConfigError(
+            "cluster.take_turns=true: an engine sleeps when it has no request left, and "
+            f"rollout.oversample={settings.rollout.oversample} cancels some; set "
+            "rollout.oversample=0, or leave it out"
+        )
+
+
 def _check_shared_gpus(settings: RunSettings) -> None:
     rollout = settings.rollout
     ranks = settings.learner.ranks
@@ -431,11 +457,11 @@ def _check_shared_gpus(settings: RunSettings) -> None:
             f"come from the learner rank on its GPU, and learner.ranks={ranks}; lower it, or use "
             "rollout.weight_transfer=object_store"
         )
-    if rollout.gpu_memory_utilization > SHARED_GPU_LIMIT:
+    if rollout.gpu_memory_utilization > SHARED_GPU_LIMIT and not settings.cluster.take_turns:
         raise ConfigError(
             f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}: under "
             "cluster.colocate=true learner and teachers need the rest of the GPU; set it to "
-            f"{SHARED_GPU_LIMIT} or less"
+            f"{SHARED_GPU_LIMIT} or less, or cluster.take_turns=true"
         )
 
 

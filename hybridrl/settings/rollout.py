@@ -22,7 +22,9 @@ class RolloutConfig:
     kv_cache_bytes: int | None = None
     """KV cache of one engine; null: 256 MiB on CPU, on GPUs the rest of gpu_memory_utilization"""
     gpu_memory_utilization: float = 0.9
-    """share of a GPU that an engine may use; at most 0.5 with cluster.colocate"""
+    """share of a GPU that an engine may use; at most 0.5 with cluster.colocate,
+    unless engines and learner take turns (cluster.take_turns)
+    """
     enforce_eager: bool | None = None
     """true: vLLM runs the model as it is written; false: compiled, and on GPUs as CUDA graphs,
     which starts later and pays after minutes of generation; null: true on CPUs, false on GPUs

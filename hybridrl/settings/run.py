@@ -313,6 +313,10 @@ class ClusterConfig:
     """device of the models"""
     colocate: bool = False
     """learner, engines and scorers share the same GPUs; no effect on CPU"""
+    take_turns: bool = False
+    """with colocate: engines sleep while the learner works, and the learner's optimizer is in host
+    memory while they sample, so each may take most of a GPU. On CPU the same calls free nothing
+    """
     device_memory_gib: float | None = None
     """memory that `hybridrl plan` counts with, of one GPU or of the node on a CPU; null: of this
     machine's, or 79 for a GPU that is not here, as an H100 with 80 GB has

@@ -246,6 +246,12 @@ SYNONYMS = (
     Synonym(
         "cluster.colocate", "vllm_mode", "hybrid_engine", "colocate_all_models colocate_actor_ref"
     ),
+    Synonym(
+        "cluster.take_turns",
+        "vllm_enable_sleep_mode",
+        "free_cache_engine",
+        "vllm_enable_sleep deepspeed_enable_sleep",
+    ),
     # adapters
     Synonym("lora.rank", "lora_r use_peft", "lora_rank", "lora_rank", "null: all weights train"),
     Synonym("lora.alpha", "lora_alpha", "lora_alpha", "lora_alpha", "null: twice the rank"),

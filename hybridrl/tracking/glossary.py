@@ -468,7 +468,8 @@ SECTIONS = (
             "time/<phase>_s",
             "s",
             "wall time that the controller waited in a phase; scoring overlaps with rollout, and "
-            "sync includes probe",
+            "sync includes probe; turn, a part of the others, is that in which engines and learner "
+            "made room for each other (cluster.take_turns)",
             "the largest is the bottleneck",
         ),
         (

@@ -67,6 +67,32 @@ def set_adam_steps(zero: ZeroOptimizer, steps: int) -> None:
         state["step"] = torch.full_like(state["step"], steps)
 
 
+def update_memory(zero: ZeroOptimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """What only an update needs of what DeepSpeed holds between two of them.
+
+    Returns:
+        Its state: the master weights, and Adam's moments once there are some. And buffers of ZeRO-3
+        whose numbers are not read again: of summed gradients, since the first micro-batch of an
+        update overwrites them (all but padding, which is 0), and of those that are about to be
+        summed. ZeRO-1 and ZeRO-2 make theirs anew in each update.
+    """
+    parts = vars(zero)
+    sharded = "fp32_partitioned_groups_flat" in parts
+    name = "fp32_partitioned_groups_flat" if sharded else "single_partition_of_fp32_groups"
+    moments = [
+        value
+        for state in zero.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.dim()
+    ]
+    state = [*parts[name], *moments]
+    if not sharded:
+        return state, []
+    buckets = [bucket.buffer for bucket in parts["ipg_buckets"].values()]
+    buffers = [parts["grad_partitions_flat_buffer"], *buckets]
+    return state, [buffer for buffer in buffers if buffer is not None]
+
+
 def left_out(zero: ZeroOptimizer) -> bool:
     """Whether the last step changed nothing because its gradient was NaN or infinite."""
     return zero.overflow

@@ -5,7 +5,7 @@ workers.
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from hybridrl.run_dir.ledger import Ledger, check_ledger, drawn_uids, read_ledge
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.learner_group import LearnerGroup
+from hybridrl.runtime.residency import Phase, Residency
+from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.scorer_group import ScorerGroup
 from hybridrl.runtime.workers import Slots, Workers, place_workers, start_workers
 from hybridrl.settings.choices import Device, EvidenceKind, OnStale, Ratio, WeightTransfer
@@ -186,6 +188,54 @@ def test_another_zero_stage_trains_in_the_same_graph(graph, stage):
         rows = [controller.step() for _ in range(2)]
         learner.close()
     assert all(row["policy/logprob_gap"] < 1e-5 for row in rows) and rows[1]["train/grad_norm"] > 0
+
+
+class Watched(Residency):
+    """Workers that take turns. `seen` has of each phase, once it is entered: how many parts of each
+    engine are asleep, the version that it has, its unfinished requests, and the updates that the
+    learner has made.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(takes_turns=True, phase=Phase.sample)
+        self.seen: list[tuple[Phase, int, int, int, int]] = []
+
+    def enter(self, phase: Phase, engines: Sequence[RolloutGroup], learner: LearnerGroup) -> None:
+        super().enter(phase, engines, learner)
+        state, other = engines[0].group.call_all("ping", deadline_s=60)
+        assert state == other
+        steps, _ = learner.group.call_all("ping", deadline_s=60)
+        of_engine = (state["asleep"], state["version"], state["unfinished"])
+        self.seen.append((phase, *of_engine, steps))
+
+
+def test_in_turns_a_step_samples_awake_learns_with_sleeping_engines_and_wakes_them_for_weights(
+    graph, tmp_path
+):
+    settings = replace(
+        graph.settings, cluster=replace(graph.settings.cluster, colocate=True, take_turns=True)
+    )
+    watched = Watched()
+    workers = replace(graph.workers, residency=watched)
+    try:
+        controller = replace(graph, run_dir=tmp_path).controller(settings, workers)
+        row = controller.step()
+        controller.save(row, last=True)
+        controller.evaluate()
+    finally:
+        watched.enter(Phase.sample, workers.engines, workers.learner)
+        workers.learner.acquire()  # other tests take no turns
+    before = watched.seen[0][-1]  # updates of other tests
+    assert [(*seen[:-1], seen[-1] - before) for seen in watched.seen][1:-1] == [
+        (Phase.sample, 0, 0, 0, 0),  # the weights at the start have arrived
+        (Phase.sample, 0, 0, 0, 0),
+        (Phase.learn, 2, 0, 0, 0),
+        (Phase.sync, 1, 0, 0, 1),
+        (Phase.sample, 0, 1, 0, 1),
+        (Phase.learn, 2, 1, 0, 1),  # the checkpoint
+        (Phase.sample, 0, 1, 0, 1),  # the evaluation
+    ]
+    assert row["time/turn_s"] > 0 and row["policy/probe_gap"] < 1e-5
 
 
 def test_pipelined_steps_overlap_within_their_bound_and_lose_no_prompt(graph):

@@ -156,14 +156,16 @@ def uninterrupted(overrides: list[str], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, whose first two steps run from Python, which gives the file of the reward
-    function `watch` and stops, and the others by the command.
+    function `watch` and stops, with engines and a learner that take turns, and the others by the
+    command, without.
     """
     run_dir = tmp_path_factory.mktemp("resumed") / "run"
     [watch] = [Path(o.partition("{function:")[2].split(":")[0]) for o in overrides if WATCHED in o]
     result = run_dir.parent / "result.json"
     python = (sys.executable, "-c", FROM_PYTHON, str(watch.parent), str(result))
     elsewhere = [override.replace(WATCHED, "absent.py:watch") for override in overrides]
-    first = shell(*python, *elsewhere, f"run.dir={run_dir}")
+    turns = ("cluster.colocate=true", "cluster.take_turns=true")
+    first = shell(*python, *elsewhere, f"run.dir={run_dir}", *turns)
     assert first.returncode == 0, first.stderr[-3000:]
     assert (
         "on_step ended the run after step 2 of 4; the same command goes on from step_000002"
@@ -237,6 +239,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(uninterrupted, res
 def test_on_step_receives_each_step_with_its_row(resumed):
     result = json.loads((resumed.parent / "result.json").read_text())
     assert result["rows"] == [[step, read_metrics(resumed)[step]] for step in (1, 2)]
+
+
+def test_a_run_that_took_turns_says_how_long_they_took(resumed):
+    """Its steps are those of a run without, bit by bit (the test above)."""
+    turns = [row.get("time/turn_s") for row in read_metrics(resumed)]
+    assert all(seconds > 0 for seconds in turns[:3]) and turns[3:] == [None, None]
+    log = (resumed / "logs" / "rollout-0.log").read_text()
+    assert "sleep mode is not supported on CPU" in log, "vLLM was asked"
 
 
 def test_a_run_from_python_returns_its_last_row_and_the_paths_of_what_it_left(resumed):

@@ -11,7 +11,7 @@ from transformers import GPT2Config
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.planning.edges import checkpoint_bytes, rollout_bytes, score_bytes
-from hybridrl.planning.fit import check_fit
+from hybridrl.planning.fit import can_take_turns, check_fit
 from hybridrl.planning.memory import Sizes, transfer_buffers
 from hybridrl.planning.model_shape import shape_of
 from hybridrl.planning.passes import Pass, pass_bytes
@@ -194,6 +194,63 @@ def test_offloading_is_a_remedy_on_gpus_alone():
         if p.part == "offloaded"
     }
     assert part == 5 * 4 * 782336
+
+
+def shared(*overrides: str) -> Plan:
+    """A 7B student alone with a reward, on two GPUs that learner and engines share."""
+    settings = load_config(
+        [
+            "run.dir=x",
+            "experiment=qwen7b_from_32b_1gpu",
+            f"model.path={MODELS / 'qwen2.5-7b'}",
+            "~teachers.main",
+            "algorithm=grpo",
+            "algorithm.imitation_weight=0",
+            "learner.ranks=2",
+            "rollout.engines=2",
+            *overrides,
+        ]
+    )
+    return make_plan(settings, device="cuda", device_bytes=79 * GIB)
+
+
+TURNS = ("cluster.take_turns=true", "rollout.gpu_memory_utilization=0.7")
+
+
+def test_workers_that_take_turns_are_added_up_turn_by_turn():
+    plan = shared(*TURNS)
+    [seat] = plan.seats
+    learner = {(p.phase, p.part): p.nbytes for p in plan.of_worker("learner")}
+    engine = {(p.phase, p.part): p.nbytes for p in plan.of_worker("rollout")}
+    weights = P7  # of two ranks, in bfloat16
+    assert all(learner[phase, "weights"] == weights for phase in ("sync", "probe", "step"))
+    optimizer = [learner[phase, "optimizer"] for phase in ("probe", "sync", "step")]
+    assert optimizer == [0, 0, 12 * P7 / 2]
+    buffers = 2 * 10**9 + 544_997_376 * 2  # gathered weights, and the embedding on its way
+    sync = weights + buffers + 2 * P7
+    assert (learner["sync", "buffers"], engine["sync", "weights"]) == (buffers, 2 * P7)
+    sample = sum(engine[key] for key in engine if key[0] == "sample")
+    sample += sum(learner[key] for key in learner if key[0] == "probe")
+    assert int(0.7 * 79 * GIB) + weights < sample < 0.8 * 79 * GIB + weights
+    assert plan.seat_bytes(seat) == max(plan.peak("learner"), sync, sample) < 79 * GIB
+    assert plan.offloaded_bytes == 12 * P7 / 2 and plan.asleep_bytes("rollout") == 2 * P7
+    lines = "\n".join(plan_lines(plan))
+    assert "host memory of each learner rank, offloaded: 42.6 GiB" in lines
+    assert "host memory of each engine of rollout, while it sleeps: 14.2 GiB" in lines
+
+
+def test_without_turns_the_same_workers_do_not_fit_and_turns_are_the_remedy():
+    plan = shared("rollout.gpu_memory_utilization=0.5")
+    assert plan.offloaded_bytes == plan.asleep_bytes("rollout") == 0
+    with pytest.raises(ConfigError, match=r"it would fit with cluster\.take_turns=true, on 2 GPUs"):
+        check_fit(plan)
+    wider = shared("cluster.take_turns=true", "rollout.gpu_memory_utilization=0.9")
+    with pytest.raises(ConfigError, match=r"fit with rollout\.gpu_memory_utilization=0\.8, on 2"):
+        check_fit(wider)
+    asked = ("pipeline.ahead=1", "pipeline.max_staleness=1")
+    ahead = shared("rollout.gpu_memory_utilization=0.5", *asked)
+    assert can_take_turns(plan.settings)
+    assert not can_take_turns(ahead.settings)
 
 
 def test_activations_are_those_of_transformers_own_modules():

@@ -518,6 +518,21 @@ def test_a_step_after_loading_is_bit_for_bit_the_step_that_would_have_come(folde
 
 
 @pytest.mark.parametrize("case", STATES)
+def test_a_learner_without_its_optimizer_looks_and_sends_as_before_and_then_learns_as_it_would_have(
+    folder: Path, case: str
+):
+    """The step after it, "straight", is the one of a learner that was loaded and released nothing,
+    bit for bit (the test above).
+    """
+    turn = result(folder, f"{case}-turn")
+    held, released, again = turn["bytes"]
+    assert held == again > 0 == released
+    assert turn["gaps_released"] == turn["gaps"]
+    assert turn["digests"][0] == turn["digests"][1]
+    assert turn["error"].startswith("the learner has released its optimizer; acquire()")
+
+
+@pytest.mark.parametrize("case", STATES)
 def test_ranks_measure_the_gaps_of_different_numbers_of_batches_together(folder: Path, case: str):
     loaded = result(folder, f"{case}-loaded")
     gaps = loaded["gaps"]

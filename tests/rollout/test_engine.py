@@ -158,6 +158,16 @@ def test_the_defaults_of_an_engine_are_those_of_its_device(
     assert args.enforce_eager is eager
     assert args.max_num_batched_tokens == prefill
     assert args.enable_chunked_prefill is chunked
+    assert args.enable_sleep_mode is False
+
+
+@pytest.mark.parametrize(("device", "sleeps"), [("cpu", False), ("cuda", True)])
+def test_an_engine_that_takes_turns_can_sleep_where_vllm_has_that(
+    device: str, sleeps: bool, tmp_path: Path
+):
+    turns = ("cluster.colocate=true", "cluster.take_turns=true")
+    settings = tiny_settings(tmp_path, *turns)
+    assert engine_args(settings, settings.model, device, "ipc").enable_sleep_mode is sleeps
 
 
 def test_arguments_of_the_user_reach_the_engine_as_vllms_own_types(tmp_path: Path):

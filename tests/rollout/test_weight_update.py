@@ -105,6 +105,78 @@ def test_the_order_is_pause_then_collect_then_update_then_version_then_resume(
     assert events[resume + 1] == "launch"
 
 
+def answered(worker: Rollout, wave: str) -> asyncio.Task:
+    """A response of two tokens that is asked for."""
+    prompt = Prompt(uid="p", input_ids=(1, 2), text="", columns={})
+    order = GenerateOrder(
+        wave=wave, chunk=0, num_chunks=1, group_size=1, temperature=1.0, max_new_tokens=2, seed=5
+    )
+    return asyncio.create_task(worker.generate(order, [prompt]))
+
+
+def test_a_sleeping_engine_takes_weights_and_samples_only_when_its_kv_cache_is_back_too():
+    worker = rollout()
+    events = worker.engine.events
+
+    async def run() -> None:
+        await worker.sleep()
+        await worker.sleep()
+        asked = answered(worker, "w")  # nothing of a run asks a sleeping engine
+        await turns(5)
+        assert (await worker.ping())["asleep"] == 2
+        await worker.wake_up(["weights"])
+        await worker.wake_up(["weights"])
+        await receive(worker)
+        await turns(5)
+        assert (await worker.ping())["asleep"] == 1 and "launch" not in events
+        await worker.wake_up(["weights", "kv_cache"])
+        batch = (await asyncio.wait_for(asked, timeout=60))[1]
+        assert batch.policy_versions[batch.response_mask].tolist() == [1, 1]
+
+    asyncio.run(run())
+    moves = [event for event in events if event.startswith(("sleep", "wake", "start_", "finish_"))]
+    assert moves == [
+        "sleep",
+        "wake_up weights",
+        "start_weight_update",
+        "finish_weight_update",
+        "wake_up kv_cache",
+    ]
+
+
+def test_an_engine_does_not_sleep_while_a_response_is_under_way():
+    worker = rollout()
+
+    async def run() -> None:
+        asked = answered(worker, "w")
+        await turns(4)
+        with pytest.raises(RuntimeError, match="a response is under way"):
+            await worker.sleep()
+        await asyncio.wait_for(asked, timeout=60)
+        await worker.sleep()
+
+    asyncio.run(run())
+    assert "sleep" in worker.engine.events
+
+
+def test_an_engine_with_half_an_update_samples_no_more_when_it_wakes_up():
+    worker = rollout()
+
+    async def run() -> None:
+        await worker.sleep()
+        await worker.wake_up(["weights"])
+        await worker.start_weight_update()
+        await worker.wake_up(["kv_cache"])
+        answered(worker, "w")
+        await turns(5)
+        assert "launch" not in worker.engine.events
+        await worker.finish_weight_update(1)
+        await turns(5)
+        assert "launch" in worker.engine.events
+
+    asyncio.run(run())
+
+
 def test_an_engine_with_half_an_update_samples_no_more():
     worker = rollout()
 

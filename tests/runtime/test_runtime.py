@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,10 +32,11 @@ from hybridrl.core.failpoints import VARIABLE
 from hybridrl.runtime import calls
 from hybridrl.runtime.actor_group import ActorGroup, Slot, ask_for_stacks
 from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
+from hybridrl.runtime.fleet import Fleet
 from hybridrl.runtime.host import visible_gpus
 from hybridrl.runtime.ray_connection import Node
 from hybridrl.runtime.reward_group import RewardGroup
-from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.runtime.rollout_group import RolloutGroup, closed_by
 from hybridrl.runtime.start_up import StartUp
 from hybridrl.runtime.worker_env import worker_env
 from hybridrl.settings.algorithm import AlgorithmConfig
@@ -91,6 +93,19 @@ SHARED = "cluster.colocate=true rollout.gpu_memory_utilization=0.4"
             "cluster.colocate=true rollout.gpu_memory_utilization=0.51",
             "rollout.gpu_memory_utilization=0.51: under cluster.colocate=true",
         ),
+        (
+            "cluster.take_turns=true",
+            "cluster.take_turns=true: is about GPUs that engines and learner share; set",
+        ),
+        (
+            "cluster.take_turns=true cluster.colocate=true schedule=pipelined",
+            "cluster.take_turns=true: engines sleep while the learner works, and pipeline.ahead=2",
+        ),
+        (
+            "cluster.take_turns=true cluster.colocate=true rollout.oversample=0.5 "
+            "rollout.groups_per_chunk=1",
+            "cluster.take_turns=true: an engine sleeps when it has no request left, and",
+        ),
         ("scorer.replicas=2", "scorer.replicas=2: a step has 1 chunks"),
         (
             "reward.workers=5 rollout.engines=2 rollout.groups_per_chunk=24",
@@ -118,6 +133,7 @@ def test_a_placement_that_cannot_work_is_refused_in_one_sentence(overrides: str,
         f"rollout.engines=2 lora.rank=4 lora.sync=adapter {SHARED}",
         "cluster.colocate=true rollout.gpu_memory_utilization=0.5",
         "cluster.colocate=true cluster.device=cpu",
+        "cluster.colocate=true cluster.take_turns=true rollout.gpu_memory_utilization=0.9",
         "rollout.weight_transfer=nccl rollout.tensor_parallel=2",
         "scorer.replicas=4 reward.workers=4 rollout.engines=2 rollout.groups_per_chunk=24",
     ],
@@ -761,6 +777,27 @@ def test_an_engine_lost_in_an_evaluation_is_named_and_not_the_judge_that_waits_f
         )
     rollout.close()
     rewards.group.close()
+
+
+@pytest.mark.parametrize(
+    ("backend", "turns", "setting"),
+    [
+        ("object_store", False, None),
+        ("object_store", True, "cluster.take_turns=true"),
+        ("nccl", False, "rollout.weight_transfer=nccl"),
+        ("ipc", True, "rollout.weight_transfer=ipc"),
+    ],
+)
+def test_an_engine_is_not_replaced_where_no_other_can_join(
+    backend: str, turns: bool, setting: str | None
+):
+    overrides = ["cluster.colocate=true", "cluster.take_turns=true"] if turns else []
+    settings = load_config([*BASE, *overrides])
+    assert closed_by(settings, WeightTransfer(backend)) == setting
+    if setting is not None:
+        fleet = Fleet(SimpleNamespace(size=2), settings.deadlines, setting, lambda engine: None)
+        with pytest.raises(FleetExhausted, match=f"lost; with {setting} no other can join"):
+            fleet.lose(WorkerDied("rollout/0", "sleep", "lost", 0))
 
 
 @pytest.mark.graph

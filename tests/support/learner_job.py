@@ -36,7 +36,7 @@ from hybridrl.types import (
     TokenScores,
     UpdatePlan,
 )
-from hybridrl.weights.library_internals import fragment_values
+from hybridrl.weights.library_internals import fragment_values, update_memory
 from hybridrl.weights.parameters import WeightsKind
 from hybridrl.weights.stream import unpack
 from tests.support.batches import make_batch, make_plan, make_rewards, make_scores
@@ -290,8 +290,8 @@ class Job:
         num_micro_batches: int,
         *overrides: str,
     ) -> None:
-        """Begin to save, and take a step before anything is written; then load into a new learner,
-        and take the same step.
+        """Begin to save, release the optimizer and acquire it, and take a step before anything is
+        written; then load into a new learner, and take the same step.
         """
         state = self.folder / f"{case}-state"
         state.mkdir(exist_ok=True)
@@ -301,6 +301,7 @@ class Job:
         assert learner.saved_file() is None
         self.gathered(case, learner)
         plan = plan_for(2, num_micro_batches)
+        self.turn(case, learner, groups, values, plan)
         self.report(f"{case}-straight", learner, [learner.update(plan, groups, *values)])
         stepped.set()
         saved(learner)
@@ -314,6 +315,32 @@ class Job:
         done = again.ping()
         self.report(f"{case}-loaded", again, [], optimizer_steps=done, gaps=gaps, whole=whole)
         self.report(f"{case}-resumed", again, [again.update(plan, groups, *values)])
+
+    def turn(self, case: str, learner, groups: tuple, values: list, plan: UpdatePlan) -> None:
+        """Release the optimizer, acquire it again, and write what the learner could do without
+        it.
+        """
+        batches = [chunk_of(i, i + 1)[0] for i in range(3)][self.rank :: self.world]
+        manifest, _ = learner.pack_weights(0)
+        found = {"gaps": learner.logprob_gaps(*batches)}
+        state, buffers = update_memory(learner.engine.optimizer)
+        tensors = [*state, *buffers]
+        found["bytes"] = [sum(t.untyped_storage().nbytes() for t in tensors)]
+        learner.release()
+        learner.release()
+        found["bytes"] += [sum(t.untyped_storage().nbytes() for t in tensors)]
+        found["gaps_released"] = learner.logprob_gaps(*batches)
+        sent, _ = learner.pack_weights(0)
+        try:
+            learner.update(plan, groups, *values)
+            found["error"] = "no error"
+        except RuntimeError as error:
+            found["error"] = str(error)
+        learner.acquire()
+        found["bytes"] += [sum(t.untyped_storage().nbytes() for t in tensors)]
+        if self.rank == 0:
+            found["digests"] = [manifest.digest, sent.digest]
+            (self.folder / f"{case}-turn.json").write_text(json.dumps(found))
 
     def left_out(
         self, case: str, learner, groups: tuple, num_micro_batches: int, chunk: Chunk

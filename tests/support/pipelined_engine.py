@@ -17,6 +17,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import InprocClient
+from vllm.v1.executor.abstract import Executor
 
 MIXED = 99
 """The token of a forward pass under which the weights have changed."""
@@ -36,9 +37,14 @@ class Forward(Future):
 
 
 class SlowExecutor:
+    sleep = Executor.sleep
+    wake_up = Executor.wake_up
+    is_sleeping = Executor.is_sleeping
+
     def __init__(self, events: list[str]) -> None:
         self.events = events
         self.weights = 0
+        self.sleeping_tags: set[str] = set()
 
     def execute_model(self, batch: Any, non_block: bool) -> Forward:
         self.events.append("launch")
@@ -50,7 +56,8 @@ class SlowExecutor:
     def collective_rpc(
         self, method: str, timeout: Any = None, args: tuple = (), kwargs: Any = None
     ) -> list[Any]:
-        self.events.append(method)
+        tags = (kwargs or {}).get("tags")
+        self.events.append(method if tags is None else f"{method} {' '.join(tags)}")
         if method in ("update_weights", "load_adapter"):
             self.weights = args[0]["manifest"]["version"]
         return [f"digest {self.weights}"]
@@ -103,8 +110,12 @@ class PipelinedEngine(LLMEngine):
         core.log_stats = core.is_mm_encoder_only = core.is_pooling_model = False
         core.check_for_draft_tokens = False
         core._weight_version = "0"
+        core._reset_caches = lambda: self.events.append("reset_caches")
         self.engine_core = InprocClient.__new__(InprocClient)
         self.engine_core.engine_core = core
+        self.renderer = SimpleNamespace(clear_mm_cache=lambda: None)
+        self.logger_manager = None
+        self.wanted = 0
         self.tokens: list[int] = []
         self.versions: list[str] = []
 
@@ -127,6 +138,9 @@ class PipelinedEngine(LLMEngine):
 
     def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
         self.wanted = 0
+
+    def get_num_unfinished_requests(self) -> int:
+        return int(self.has_unfinished_requests())
 
     def has_unfinished_requests(self) -> bool:
         return len(self.tokens) < self.wanted

@@ -430,7 +430,9 @@ def test_a_run_with_offloading_must_begin_with_the_loss_of_the_run_without(tmp_p
     assert graph.same_first_loss(place, run_of([])).verdict is Verdict.not_run
     metrics = tmp_path / "runs" / "nccl" / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
-    metrics.write_text('{"train/step": 1, "train/loss": 2.0}\n')
+    metrics.write_text(
+        '{"train/step": 0, "eval/accuracy": 0.5}\n{"train/step": 1, "train/loss": 2.0}\n'
+    )
     verdicts = [
         graph.same_first_loss(place, run_of([{"train/loss": loss}])).verdict for loss in (2.1, 2.3)
     ]
@@ -449,6 +451,8 @@ def test_a_whole_run_has_the_placement_and_the_transfer_that_its_step_checks():
         more = f"rollout.weight_transfer={transfer}"
         settings = load_config([*base, *graph.ON_ONE_GPU, more])
         assert settings.rollout.weight_transfer == transfer and settings.cluster.colocate
+        settings = load_config([*base, *graph.IN_TURNS, more])
+        assert settings.rollout.weight_transfer == transfer and settings.cluster.take_turns
 
 
 # -- with few packages -----------------------------------------------------------------------------

@@ -200,7 +200,7 @@ class Stage:
         rollout = resized(present.rollout, settings, engines)
         rollout.load = EngineLoad(rollout.group.size)
         rollout.fleet = Fleet(
-            rollout.group, settings.deadlines, rollout.fleet.backend, rollout.load_latest
+            rollout.group, settings.deadlines, rollout.fleet.closed_by, rollout.load_latest
         )
         workers = replace(
             present,

@@ -25,6 +25,13 @@ GAPS = {
 }
 ON_ONE_GPU = ("cluster.colocate=true", "rollout.gpu_memory_utilization=0.3")
 """Learner, engine and teacher share it."""
+IN_TURNS = (
+    "cluster.colocate=true",
+    "cluster.take_turns=true",
+    "rollout.gpu_memory_utilization=0.7",
+    "checkpoint.every=2",
+)
+"""They share it, and the engine sleeps while the learner works. 0.7 is refused without turns."""
 ON_SEVERAL = (
     "rollout.weight_transfer=nccl",
     "rollout.max_logprob_gap=0.1",  # the experiment's own is for float32
@@ -63,6 +70,23 @@ def ipc(ground: Ground) -> Iterator[Check]:
     """One GPU; the weights stay on it."""
     run = train(ground, "ipc", STEPS, *ON_ONE_GPU, "rollout.weight_transfer=ipc")
     yield from run_checks(run, STEPS, "float32", "ipc")
+
+
+def turns(ground: Ground) -> Iterator[Check]:
+    """As object_store and as ipc, with an engine that sleeps while the learner works."""
+    transfers = ("object_store", "ipc") if ground.on_gpu else ("object_store",)
+    for transfer in transfers:
+        name = f"turns-{transfer}"
+        chosen = (*IN_TURNS, f"rollout.weight_transfer={transfer}")
+        if ground.on_gpu:
+            run = train(ground, name, STEPS, *chosen)
+            yield from run_checks(run, STEPS, "float32", transfer)
+            yield same_first_loss(ground, run, transfer, "float32")
+        else:
+            run = train(ground, name, STEPS_ON_CPU, *chosen, *WITHOUT_EVALUATION)
+            yield from run_checks(run, STEPS_ON_CPU, "float32", transfer)
+        rows = [row["time/turn_s"] for row in run.rows if "time/turn_s" in row]
+        yield figure(f"{name}: turns", median(rows) if rows else math.nan, "s", "median of a step")
 
 
 def nccl(ground: Ground) -> Iterator[Check]:
@@ -222,30 +246,39 @@ def run_checks(run: Run, steps: int, dtype: str, transfer: str) -> Iterator[Chec
         high=0,
         reason="schedule=sync samples with the newest weights",
     )
-    yield within(
-        f"{run.name}: weight sync",
-        median(row["time/sync_s"] for row in rows),
-        high=SYNC_S,
-        unit="s",
-        reason="of 3 MB; NCCL over sockets, or a rank that waits, takes longer",
-    )
+    sync_s = median(row["time/sync_s"] for row in rows)
+    if "time/turn_s" in rows[0]:  # memory that changes hands is a part of it
+        yield figure(f"{run.name}: weight sync", sync_s, "s", "median, turns included")
+    else:
+        yield within(
+            f"{run.name}: weight sync",
+            sync_s,
+            high=SYNC_S,
+            unit="s",
+            reason="of 3 MB; NCCL over sockets, or a rank that waits, takes longer",
+        )
     step_s = median(row["time/step_s"] for row in rows)
     yield figure(f"{run.name}: step", step_s, "s", "median")
 
 
-def same_first_loss(ground: Ground, run: Run) -> Check:
-    """The first loss, before any weight moved, is that of the run `nccl`."""
-    name = f"{run.name}: first loss, as of nccl"
-    others = metrics_of(ground.root / "runs" / "nccl")
-    if not others or not run.rows:
+def same_first_loss(
+    ground: Ground, run: Run, other: str = "nccl", dtype: str = "bfloat16"
+) -> Check:
+    """The first loss, before any weight moved, is that of another run."""
+    name = f"{run.name}: first loss, as of {other}"
+    losses = [
+        [row["train/loss"] for row in rows if "train/loss" in row]  # no evaluation's
+        for rows in (run.rows, metrics_of(ground.root / "runs" / other))
+    ]
+    if not all(losses):
         return not_run(name, "needs both runs")
-    expected = others[0]["train/loss"]
+    (found, *_), (expected, *_) = losses
     return within(
         name,
-        abs(run.rows[0]["train/loss"] - expected) / abs(expected),
-        high=of_layers("bfloat16"),
+        abs(found - expected) / abs(expected),
+        high=of_layers(dtype),
         unit="relative error",
-        reason="the same weights, seeds and responses; 4 roundings to bfloat16 in each sublayer",
+        reason=f"the same weights, seeds and responses; 4 roundings to {dtype} in each sublayer",
     )
 
 

@@ -108,6 +108,12 @@ STEPS = (
                 packages=GRAPH,
                 on_cpu=False,
             ),
+            Part(
+                name="turns",
+                title="engine and learner take turns",
+                run="graph:turns",
+                packages=GRAPH,
+            ),
         ),
     ),
     Step(
