@@ -403,18 +403,20 @@ CheckpointError if one cannot be written.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One held-out response that is saved as text. controller -> samples/step_NNNNNN.jsonl, wandb
-    table, report.
+    """One response as text, held-out or of the training. controller -> samples/step_NNNNNN.jsonl,
+    tables of trackers, report.
     """
 
     step: int
     uid: str
     prompt: str
     response: str
-    reward: float  # NaN when the reward call failed
+    reward: float  # NaN when the reward call failed, and without a reward function
     finish_reason: FinishReason
     question: str = ""  # as Prompt.question; empty in files of earlier versions
     answer: str | None = None  # as Prompt.answer
+    # Each reward function's own value by its name; NaN where it failed or does not apply
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

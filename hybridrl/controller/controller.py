@@ -214,7 +214,23 @@ class Controller:
         )
         self.pipeline.wave_bytes = cost.wave_bytes
         self.coefficients.observe(row)
+        self._show_rollouts(sampled)
         return row
+
+    def _show_rollouts(self, sampled: Sampled) -> None:
+        """Give sinks some responses of the step as text, where that is due. If the reward worker
+        fails that decodes them, it is replaced, and this step shows none.
+        """
+        tracking = self.settings.tracking
+        if not tracking.rollouts_every or self.steps_done % tracking.rollouts_every:
+            return
+        try:
+            rows = self.sampling.rollouts(sampled.arrived, self.steps_done, tracking.rollouts)
+        except WorkerError as error:
+            self.workers.lose(error)
+            log.warning("step %d shows no rollouts, as %s", self.steps_done, error)
+            return
+        self.sinks.rollouts(rows)
 
     def run(self) -> None:
         """Train to train.steps from the present state, or until on_step raises StopTraining;

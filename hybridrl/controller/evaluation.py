@@ -60,22 +60,25 @@ def evaluate(
     gather([chunk.header for chunk in chunks], watch)
     scored = gather(pending)
     samples = rewards.samples(chunks[0], pending[0], step, config.samples)
+    return summary(scored, with_questions(samples, prompts))
+
+
+def with_questions(samples: Sequence[Sample], prompts: Sequence[Prompt]) -> list[Sample]:
+    """The samples with the question and the reference answer of their prompts."""
     by_uid = {prompt.uid: prompt for prompt in prompts}
-    readable = [
+    return [
         replace(s, question=by_uid[s.uid].question, answer=by_uid[s.uid].answer) for s in samples
     ]
-    return summary(scored, readable)
 
 
 def summary(scored: Sequence[Rewards], samples: Sequence[Sample]) -> Evaluation:
     """Accuracy is the mean value of the first reward function; a failed call counts in
     eval/error_rate, not as wrong.
 
-    Without a reward function nothing is right or wrong: there are no metrics, and the samples'
-    rewards are NaN.
+    Without a reward function nothing is right or wrong, and there are no metrics.
     """
     if not scored[0].part_names:
-        return Evaluation(metrics={}, samples=tuple(replace(s, reward=math.nan) for s in samples))
+        return Evaluation(metrics={}, samples=tuple(samples))
     values = np.concatenate([r.parts[0] for r in scored])
     valid = values[np.isfinite(values)]
     stderr = float(valid.std(ddof=1) / np.sqrt(len(valid))) if len(valid) > 1 else math.nan

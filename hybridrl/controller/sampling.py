@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from hybridrl.controller.evaluation import with_questions
 from hybridrl.controller.preemption import Preemption
 from hybridrl.core.errors import WorkerError
 from hybridrl.objectives import make_objective
@@ -18,7 +19,7 @@ from hybridrl.runtime.workers import Workers
 from hybridrl.settings.choices import OnStale, Source
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.shares import shares
-from hybridrl.types import ChunkHeader, Prompt, Rewards, ScoreHeader
+from hybridrl.types import ChunkHeader, Prompt, Rewards, Sample, ScoreHeader
 
 
 @dataclass(slots=True, kw_only=True)
@@ -285,6 +286,19 @@ class Sampling:
             for a in arrived
             for g in np.flatnonzero(self._stale(a.header, step))
         ]
+
+    def rollouts(self, arrived: Sequence[Arrived], step: int, count: int) -> list[Sample]:
+        """The first `count` responses of the first chunk that is trained on, as text.
+
+        Raises:
+            WorkerError: the reward worker that decodes them failed.
+        """
+        for a in arrived:
+            if a.groups:
+                chunk = a.drawn.chunk
+                rows = self.workers.rewards.samples(chunk, a.drawn.rewards, step, count)
+                return with_questions(rows, chunk.prompts)
+        return []
 
     def num_pairs(self, arrived: Sequence[Arrived]) -> int:
         """The number of groups over which the loss is averaged.

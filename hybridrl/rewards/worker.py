@@ -131,14 +131,16 @@ class RewardWorker:
         self, batch: RolloutBatch, rewards: Rewards, step: int, count: int
     ) -> tuple[Sample, ...]:
         """The first `count` sequences as text; fewer where the batch has fewer."""
+        unjudged = rewards.errors | (not rewards.part_names)  # [N]
         return tuple(
             Sample(
                 step=step,
                 uid=batch.uids[i // batch.group_size],
                 prompt=batch.prompt_texts[i // batch.group_size],
                 response=self._decode(batch.trajectory(i).response_ids.tolist()),
-                reward=float("nan") if rewards.errors[i] else float(rewards.values[i]),
+                reward=float("nan") if unjudged[i] else float(rewards.values[i]),
                 finish_reason=batch.finish_reasons[i],
+                parts=dict(zip(rewards.part_names, rewards.parts[:, i].tolist(), strict=True)),
             )
             for i in range(min(count, batch.num_sequences))
         )

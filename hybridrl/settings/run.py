@@ -291,6 +291,20 @@ class TrackingConfig:
     """group in Weights & Biases; null: none"""
     tags: list[str] = field(default_factory=list)
     """tags in Weights & Biases"""
+    name: str | None = None
+    """name of the run in Weights & Biases; null: made of run.dir, the model, the learning rate and
+    the seed
+    """
+    system_metrics: bool = False
+    """Weights & Biases also records the use of CPU, memory, disk, network and GPUs of the machine
+    that the run is driven from
+    """
+    rollouts_every: int = 0
+    """steps between two tables of training responses in Weights & Biases, with the reference answer
+    and the value of each reward function; 0: none
+    """
+    rollouts: int = 8
+    """responses in each of these tables; those to one prompt stand together"""
     line_every_s: float = 10.0
     """seconds between two steps that are printed where the output is no terminal; 0: each step.
     logs/console.log in run.dir has all of them
@@ -298,6 +312,12 @@ class TrackingConfig:
     sinks: dict[str, SinkConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.rollouts_every < 0 or self.rollouts < 1:
+            raise ConfigError(
+                f"tracking.rollouts_every={self.rollouts_every}, "
+                f"tracking.rollouts={self.rollouts}: must be at least 0 and at least 1; leave the "
+                "tables out with tracking.rollouts_every=0"
+            )
         if not self.line_every_s >= 0:
             raise ConfigError(
                 f"tracking.line_every_s={self.line_every_s}: must not be negative; 0 prints each "

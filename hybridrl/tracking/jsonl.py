@@ -86,6 +86,9 @@ def _sample(value: Any) -> Sample:
     answer = value.get("answer")
     if not isinstance(question, str) or not isinstance(answer, str | None):
         raise ValueError("question or answer is no text")
+    parts = value.get("parts", {})
+    if not isinstance(parts, dict):
+        raise ValueError("parts is no object")
     return Sample(
         step=whole_number(value.get("step"), "step"),
         uid=value["uid"],
@@ -95,6 +98,7 @@ def _sample(value: Any) -> Sample:
         finish_reason=FinishReason(value["finish_reason"]),
         question=question,
         answer=answer,
+        parts={name: _number(number, name) for name, number in parts.items()},
     )
 
 
@@ -158,6 +162,8 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> Any:
     """A value that JSON can hold: numpy scalars become float, NaN and infinity become None."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
     if value is None or isinstance(value, str | int):
         return value
     return float(value) if math.isfinite(value) else None

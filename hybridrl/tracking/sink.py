@@ -44,6 +44,14 @@ class ResumableSink(Sink, Protocol):
         """Continue the run of that id. Called before start."""
 
 
+@runtime_checkable
+class RolloutSink(Sink, Protocol):
+    """A sink that also receives responses of the training."""
+
+    def rollouts(self, rows: Sequence[Sample]) -> None:
+        """Record some responses of one step, each tracking.rollouts_every steps."""
+
+
 class Sinks:
     """Several sinks that act as one.
 
@@ -97,6 +105,15 @@ class Sinks:
 
     def samples(self, rows: Sequence[Sample]) -> None:
         self._each(lambda sink: sink.samples(tuple(rows)))
+
+    def rollouts(self, rows: Sequence[Sample]) -> None:
+        """Give responses of a training step to the sinks that take them."""
+
+        def give(sink: Sink) -> None:
+            if isinstance(sink, RolloutSink):
+                sink.rollouts(tuple(rows))
+
+        self._each(give)
 
     def close(self, exit_code: int) -> None:
         """Close every sink, even if closing another one fails."""

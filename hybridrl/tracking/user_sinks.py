@@ -13,6 +13,7 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.core.plain_text import described
 from hybridrl.core.user_files import load_from_file
 from hybridrl.settings.built_in import SINKS, check_word, is_own
+from hybridrl.settings.choices import WandbMode
 from hybridrl.settings.run import SinkConfig, TrackingConfig
 from hybridrl.tracking.sink import Sink
 
@@ -24,16 +25,25 @@ METHODS = {
 }
 """The methods of a sink, each with the name of its argument."""
 
+ROLLOUTS = "rollouts"
+"""A further method, which a sink may have."""
+
 
 def check_sinks(config: TrackingConfig) -> None:
     """Load the class of each sink and compare it with the protocol; nothing is built.
 
     Raises:
         ConfigError: the file or class does not exist, the file raises, or the class lacks a method
-            or does not take one of the options.
+            or does not take one of the options; or no sink takes the rollouts.
     """
-    for name, entry in config.sinks.items():
-        load_sink_class(name, entry)
+    classes = [load_sink_class(name, entry) for name, entry in config.sinks.items()]
+    taken = config.wandb is not WandbMode.disabled or any(hasattr(c, ROLLOUTS) for c in classes)
+    if config.rollouts_every and not taken:
+        raise ConfigError(
+            f"tracking.rollouts_every={config.rollouts_every}: needs a tracker that takes them; "
+            f"set tracking.wandb=offline, or give the class of a sink a method {ROLLOUTS}(self, "
+            "rows)"
+        )
 
 
 def build_sinks(config: TrackingConfig) -> Mapping[str, Sink]:
@@ -78,6 +88,8 @@ def load_sink_class(name: str, entry: SinkConfig) -> Callable[..., Sink]:
         raise ConfigError(f"{field}: must be a class; name a class that the file defines")
     for method, argument in METHODS.items():
         _check_method(field, loaded, method, argument)
+    if hasattr(loaded, ROLLOUTS):
+        _check_method(field, loaded, ROLLOUTS, "rows")
     _check_options(name, entry, loaded)
     return loaded
 

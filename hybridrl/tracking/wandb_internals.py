@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 VERSION = "0.31"
 
 
-def quiet_settings(*, init_s: float, finish_s: float) -> "Settings":
+def quiet_settings(*, init_s: float, finish_s: float, system_metrics: bool = False) -> "Settings":
     """Settings by which wandb logs what it is given, and no more.
 
-    Probes of machine, git and packages take time and publish more than was asked for.
+    Probes of machine, git and packages take time and publish more than was asked for. Its own probe
+    of git also publishes the address of the remote, which may contain a password.
 
     Args:
+        system_metrics: whether it samples the use of the driver's machine every 15 s.
         init_s: seconds to wait at the start for the server.
         finish_s: seconds to wait at the end, after which a TimeoutError is raised.
     """
@@ -30,9 +32,9 @@ def quiet_settings(*, init_s: float, finish_s: float) -> "Settings":
         save_code=False,
         disable_code=True,
         disable_git=True,
-        x_disable_stats=True,
+        x_disable_stats=not system_metrics,
         x_disable_meta=True,
-        x_disable_machine_info=True,
+        x_disable_machine_info=not system_metrics,  # which switches off the statistics too
         x_save_requirements=False,
         init_timeout=init_s,
         finish_timeout=finish_s,

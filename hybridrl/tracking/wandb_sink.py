@@ -8,11 +8,12 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, fields
+from dataclasses import fields
 from typing import Any
 from urllib.parse import urlsplit
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.core.git_commit import git_commit
 from hybridrl.settings.choices import WandbMode
 from hybridrl.settings.run import TrackingConfig
 from hybridrl.tracking.wandb_internals import quiet_settings, run_folder
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 class WandbSink:
     """One W&B run. A resumed training continues the same run, by the id in its checkpoint.
+
+    Its config has the settings, and as git_commit the commit of the working directory.
 
     Metrics go to wandb's own process, which writes them to disk and uploads them; only start and
     close wait for a server.
@@ -92,13 +95,17 @@ class WandbSink:
             dir=info.run_dir,
             id=self._run_id,
             resume="allow",
-            name=info.name,
+            name=self._config.name or run_name(info),
             project=self._config.project,
             entity=self._config.entity,
             group=self._config.group,
             tags=list(self._config.tags),
-            config=info.config,
-            settings=quiet_settings(init_s=INIT_S, finish_s=self._finish_s),
+            config=info.config | ({"git_commit": commit} if (commit := git_commit()) else {}),
+            settings=quiet_settings(
+                init_s=INIT_S,
+                finish_s=self._finish_s,
+                system_metrics=self._config.system_metrics,
+            ),
         )
         self._run_id = self._run.id
         self._run.define_metric("*", step_metric="train/step")
@@ -109,14 +116,27 @@ class WandbSink:
             self._run.log(dict(metrics))
 
     def samples(self, rows: Sequence[Sample]) -> None:
+        self._log_table("eval/samples", rows)
+
+    def rollouts(self, rows: Sequence[Sample]) -> None:
+        self._log_table("train/rollouts", rows)
+
+    def _log_table(self, key: str, rows: Sequence[Sample]) -> None:
+        """One row for each response, with a column for each reward function."""
         if self._run is None or not rows:
             return
         import wandb
 
+        names = [f.name for f in fields(Sample) if f.name != "parts"]
+        functions = list(rows[0].parts)
         table = wandb.Table(
-            columns=[f.name for f in fields(Sample)], data=[list(astuple(row)) for row in rows]
+            columns=[*names, *(f"reward/{function}" for function in functions)],
+            data=[
+                [getattr(row, name) for name in names] + [row.parts[name] for name in functions]
+                for row in rows
+            ],
         )
-        self._run.log({"train/step": rows[0].step, "eval/samples": table})
+        self._run.log({"train/step": rows[0].step, key: table})
 
     def close(self, exit_code: int) -> None:
         """Upload the remaining data and end the run.
@@ -133,6 +153,17 @@ class WandbSink:
             raise TimeoutError(
                 f"the server did not take the rest of the run within {self._finish_s:g} s; {remedy}"
             ) from error
+
+
+def run_name(info: RunInfo) -> str:
+    """The name of a run whose settings give it none: its directory, and what runs are told apart by
+    in a sweep.
+
+    Example: "a countdown-student lr=0.001 seed=0" for runs/a
+    """
+    settings = info.config
+    student = str(settings["model"]["path"]).rstrip("/").replace(":", "/").rpartition("/")[2]
+    return f"{info.name} {student} lr={settings['train']['lr']:g} seed={settings['run']['seed']}"
 
 
 def resolve_mode(mode: WandbMode) -> WandbMode:

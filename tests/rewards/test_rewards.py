@@ -751,3 +751,16 @@ def test_samples_hold_text_and_reward_and_nan_where_it_failed(open_worker: Open)
     assert (first.response, first.reward) == ("a", 1.0)
     assert second.response == "x"
     assert np.isnan(second.reward)
+
+
+def test_samples_have_the_value_of_each_function_and_no_reward_without_one(
+    open_worker: Open,
+) -> None:
+    batch = rollouts("a", "x")
+    worker = open_worker(OnError.value, length=1.0, raises=2.0)
+    first, second = worker.samples(batch, worker.score(batch, [1.0, 2.0]), step=4, count=9)
+    assert (first.parts, first.reward) == ({"length": 1.0, "raises": 1.0}, 3.0)
+    assert second.parts["length"] == 1.0 and np.isnan(second.parts["raises"])
+    without = open_worker(OnError.value)
+    [alone] = without.samples(batch, without.score(batch, []), step=4, count=1)
+    assert alone.parts == {} and np.isnan(alone.reward)

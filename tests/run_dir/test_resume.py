@@ -62,6 +62,7 @@ class Recorder:
     controller: Controller | None = None
     rows: list[dict[str, float]] = field(default_factory=list)
     samples_seen: list[Sequence[Sample]] = field(default_factory=list)
+    rollouts_seen: list[Sequence[Sample]] = field(default_factory=list)
     held: list[dict[str, object]] = field(default_factory=list)
     then: Callable[[], None] = lambda: None
 
@@ -76,6 +77,9 @@ class Recorder:
 
     def samples(self, rows: Sequence[Sample]) -> None:
         self.samples_seen.append(rows)
+
+    def rollouts(self, rows: Sequence[Sample]) -> None:
+        self.rollouts_seen.append(rows)
 
     def close(self, exit_code: int) -> None: ...
 
@@ -150,6 +154,8 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
         "data.num_train=20",
         "eval.every=2",
         "eval.samples=2",
+        "tracking.rollouts_every=2",
+        "tracking.rollouts=5",
         "checkpoint.every=1",
         f"checkpoint.keep={STEPS}",
         "learner.ranks=2",
@@ -202,6 +208,7 @@ def test_a_run_continued_after_any_step_is_bit_for_bit_the_one_that_went_on(
     assert [row["train/step"] for row in recorder.rows] == list(range(step + 1, STEPS + 1))
     assert recorder.rows == whole.recorder.rows[step:]
     assert recorder.samples_seen == whole.recorder.samples_seen[-len(recorder.samples_seen) :]
+    assert recorder.rollouts_seen == whole.recorder.rollouts_seen[step // 2 :]
     assert read_ledger(tmp_path) == read_ledger(whole.run_dir)[step:]
     for done in range(step + 1, STEPS + 1):
         ours = tmp_path / "checkpoints" / f"step_{done:06d}"
@@ -211,6 +218,19 @@ def test_a_run_continued_after_any_step_is_bit_for_bit_the_one_that_went_on(
             (ours / name).read_bytes() == (theirs / name).read_bytes() for name in names
         )
         assert read_checkpoint(ours).state.parts == read_checkpoint(theirs).state.parts
+
+
+@pytest.mark.graph
+def test_each_second_step_shows_rollouts_with_their_question_and_the_value_of_each_reward(
+    graph: Graph, whole: Whole
+):
+    assert [len(rows) for rows in whole.recorder.rollouts_seen] == [5], "of step 2 of 3"
+    [rows] = whole.recorder.rollouts_seen
+    assert {row.step for row in rows} == {2}
+    assert len({row.uid for row in rows[:4]}) == 1 and rows[4].uid != rows[0].uid, "4 siblings"
+    questions = {prompt.uid.split("@")[0]: prompt.question for prompt in graph.prompts}
+    assert [row.question for row in rows] == [questions[row.uid.split("@")[0]] for row in rows]
+    assert all(row.parts == {"countdown": row.reward} and row.response for row in rows)
 
 
 NO_STATE = (".clock.", ".load.under_way", ".pings[", ".saving.", ".unmeasured[")

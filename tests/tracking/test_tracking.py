@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -39,13 +40,17 @@ reward: {functions: {countdown: {function: countdown, weight: 1.0}}}
 """
 
 
+SETTINGS = {"model": {"path": "builtin:student"}, "train": {"lr": 0.001}, "run": {"seed": 3}}
+"""The settings that a name of a run is made of."""
+
+
 def info(run_dir: Path, *, first_step: int = 0, total_steps: int = 4) -> RunInfo:
     return RunInfo(
         run_dir=str(run_dir),
         name="demo",
         total_steps=total_steps,
         first_step=first_step,
-        config={"a": 1},
+        config=SETTINGS,
     )
 
 
@@ -164,6 +169,31 @@ def test_samples_read_back_per_evaluation_with_a_failed_reward_as_nan(tmp_path):
     first, last = read_samples(tmp_path)
     assert first[0].response == "line one\nline\u2028two" and math.isnan(first[0].reward)
     assert last == [sample(20)]
+
+
+def test_the_values_of_a_samples_reward_functions_read_back_and_may_be_missing(tmp_path):
+    sink = JsonlSink()
+    sink.start(info(tmp_path))
+    sink.samples([replace(sample(0), parts={"countdown": 1.0, "brief": math.nan})])
+    sink.close(0)
+    path = tmp_path / "samples" / "step_000000.jsonl"
+    assert json.loads(path.read_text())["parts"] == {"countdown": 1.0, "brief": None}
+    [[read]] = read_samples(tmp_path)
+    assert read.parts["countdown"] == 1.0 and math.isnan(read.parts["brief"])
+    path.write_text(path.read_text().replace('{"countdown": 1.0, "brief": null}', "3"))
+    with pytest.raises(DataError, match="parts is no object"):
+        read_samples(tmp_path)
+
+
+def test_rollouts_reach_the_sinks_that_take_them():
+    class Taking(RecordingSink):
+        def rollouts(self, rows: Sequence[Sample]) -> None:
+            self.events.append(f"{len(rows)} rollouts")
+
+    taking = Taking()
+    other = RecordingSink()
+    Sinks(required=[other], optional={"taking": taking}).rollouts([sample(1), sample(1)])
+    assert (taking.events, other.events) == (["2 rollouts"], [])
 
 
 def test_sinks_switch_off_a_failing_optional_sink_with_one_warning(caplog):
@@ -327,7 +357,7 @@ def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(
         "name='demo', "
         "total_steps=100, "
         "first_step=0, "
-        "config={}))\nprint('begun', "
+        f"config={SETTINGS}))\nprint('begun', "
         "flush=True)\nfor step "
         "in range(1, 101):\n    "
         "sinks.log({'train/step': "

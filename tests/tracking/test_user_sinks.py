@@ -11,6 +11,7 @@ import pytest
 from hybridrl.cli import main
 from hybridrl.core.errors import ConfigError
 from hybridrl.launch.session import make_sinks, run_info
+from hybridrl.settings.choices import WandbMode
 from hybridrl.settings.compose import load_config, to_yaml
 from hybridrl.settings.run import RunSettings, SinkConfig, TrackingConfig
 from hybridrl.tracking.jsonl import read_metrics
@@ -56,6 +57,12 @@ class KeepsNothing(Keeps):
     name = "nothing"
     def state_dict(self):
         raise KeyError("no run")
+
+class Takes(Quiet):
+    def rollouts(self, rows): ...
+
+class TakesNothing(Quiet):
+    def rollouts(self): ...
 
 class NoSamples:
     def start(self, info): ...
@@ -177,6 +184,7 @@ def test_a_sink_may_keep_an_id_in_the_checkpoint_and_one_that_cannot_does_not_en
         ),
         ("{file}:Missing", {}, "has no Missing; name a class that the file defines"),
         ("{file}:function", {}, "must be a class; name a class that the file defines"),
+        ("{file}:TakesNothing", {}, "write def rollouts(self, rows)"),
         ("tracker.Tracker", {}, "or write path/to/file.py:Class of yours"),
         ("/nowhere/tracker.py:Tracker", {}, "there is no file /nowhere/tracker.py;"),
         ("{file}:NeedsUrl", {"uri": "a"}, "options.uri: .*NeedsUrl takes no such argument; remove"),
@@ -190,6 +198,26 @@ def test_a_sink_that_cannot_work_is_refused_in_one_sentence(
     pattern = sentence if options or "url" in sentence else re.escape(sentence)
     with pytest.raises(ConfigError, match=rf"^tracking\.sinks\.mine\..*{pattern}"):
         check_sinks(TrackingConfig(sinks={"mine": entry}))
+
+
+def test_rollouts_that_no_tracker_takes_are_refused(user_file: Path) -> None:
+    quiet = {"mine": SinkConfig(sink=f"{user_file}:Quiet")}
+    takes = {"mine": SinkConfig(sink=f"{user_file}:Takes")}
+    off = WandbMode.disabled
+    with pytest.raises(
+        ConfigError,
+        match=r"^tracking\.rollouts_every=5: needs a tracker that takes them; set tracking\.wandb=",
+    ):
+        check_sinks(TrackingConfig(wandb=off, sinks=quiet, rollouts_every=5))
+    check_sinks(TrackingConfig(wandb=off, sinks=takes, rollouts_every=5))
+    check_sinks(TrackingConfig(wandb=WandbMode.offline, sinks=quiet, rollouts_every=5))
+    check_sinks(TrackingConfig(wandb=off, sinks=quiet))
+
+
+@pytest.mark.parametrize("wrong", [{"rollouts_every": -1}, {"rollouts": 0}])
+def test_numbers_of_rollouts_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"^tracking\.rollouts_every=.*at least 0 and at least 1"):
+        TrackingConfig(**wrong)
 
 
 def test_a_dry_run_checks_the_sinks_and_builds_none(
