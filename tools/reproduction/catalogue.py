@@ -1,0 +1,12 @@
+"""All experiments, in the order of their value."""
+
+from reproduction import bottleneck, discount, gaussian, preference_bandit, variance
+from reproduction.experiment import Experiment
+
+EXPERIMENTS: tuple[Experiment, ...] = (
+    variance.EXPERIMENT,
+    gaussian.EXPERIMENT,
+    bottleneck.EXPERIMENT,
+    discount.EXPERIMENT,
+    preference_bandit.EXPERIMENT,
+)
