@@ -4,7 +4,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from benchmarks.machine import commit, processor
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     known = {experiment.id: experiment for experiment in EXPERIMENTS}
     if given.list:
         for experiment in EXPERIMENTS:
-            print(state(experiment))
+            print(state(Records(experiment)))
         return 0
     wrong = [name for name in given.ids if name != "all" and name not in known]
     if wrong or not given.ids:
@@ -45,13 +44,15 @@ def main(arguments: Sequence[str]) -> int:
         for experiment in chosen:
             smoke(experiment)
         return 0
-    failures = sum(run_missing(experiment, retry=given.retry) for experiment in chosen)
-    (FOLDER / "README.md").write_text(summary(EXPERIMENTS))
+    failures = sum(run_missing(Records(experiment), retry=given.retry) for experiment in chosen)
+    (FOLDER / "README.md").write_text(summary([Records(e) for e in EXPERIMENTS]))
     return int(failures > 0)
 
 
-def state(experiment: Experiment) -> str:
-    runs = Records(experiment).latest()
+def state(records: Records) -> str:
+    """One line about an experiment."""
+    experiment = records.experiment
+    runs = records.latest()
     found = judgement(experiment, runs)
     done = sum(map(len, runs.values()))
     total = len(experiment.arms) * len(experiment.seeds)
@@ -68,12 +69,12 @@ def smoke(experiment: Experiment) -> None:
         print(f"{experiment.id} {arm.name}: {len(numbers)} numbers{shown}", flush=True)
 
 
-def run_missing(experiment: Experiment, *, retry: bool) -> int:
+def run_missing(records: Records, *, retry: bool) -> int:
     """Run what has no line yet, and write page and picture; returns how many runs failed.
 
     The second run of an arm takes about as long as its first: by that the time left is estimated.
     """
-    records = Records(experiment)
+    experiment = records.experiment
     arms = {arm.name: arm for arm in experiment.arms}
     digests = {name: arm.digest() for name, arm in arms.items()}
     missing = records.missing(digests, failed=retry)
@@ -110,17 +111,18 @@ def run_missing(experiment: Experiment, *, retry: bool) -> int:
             f"about {left:.0f} s left",
             flush=True,
         )
-    write_page(experiment, records.folder)
-    print(state(experiment))
+    write_page(records)
+    print(state(records))
     return failures
 
 
-def write_page(experiment: Experiment, folder: Path) -> None:
-    runs = Records(experiment, folder.parent).latest()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(page(experiment, runs))
-    if judgement(experiment, runs):
-        draw(experiment, runs, folder / "picture.png")
+def write_page(records: Records) -> None:
+    """The page, and the picture if every run is finished."""
+    runs = records.latest()
+    records.folder.mkdir(parents=True, exist_ok=True)
+    (records.folder / "README.md").write_text(page(records))
+    if judgement(records.experiment, runs):
+        draw(records.experiment, runs, records.folder / "picture.png")
 
 
 if __name__ == "__main__":

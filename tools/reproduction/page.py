@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from reproduction.estimate import estimate
 from reproduction.experiment import Experiment, Judgement, Run, Runs
-from reproduction.records import FOLDER, Records
+from reproduction.records import Records
 
 MARK = "Written by `tools/reproduce`; a test compares it with runs.jsonl."
 
@@ -19,8 +19,10 @@ def judgement(experiment: Experiment, runs: Runs) -> Judgement | None:
     return experiment.judge(runs) if whole else None
 
 
-def page(experiment: Experiment, runs: Runs) -> str:
+def page(records: Records) -> str:
     """README.md of the experiment's folder."""
+    experiment = records.experiment
+    runs = records.latest()
     found = judgement(experiment, runs)
     finished = [run for of in runs.values() for run in of]
     planned = len(experiment.arms) * len(experiment.seeds)
@@ -30,7 +32,7 @@ def page(experiment: Experiment, runs: Runs) -> str:
     seconds = sum(run.seconds for run in finished)
     machines = ", ".join(sorted({run.machine for run in finished}))
     commits = ", ".join(sorted({run.commit for run in finished}))
-    failed = [run for run in Records(experiment).read() if run.error]
+    failed = [run for run in records.read() if run.error]
     parts = [
         f"# {experiment.id}. {experiment.title}",
         MARK,
@@ -69,14 +71,15 @@ def cell(runs: Sequence[Run], name: str) -> str:
     return estimate(values).text() if values else ""
 
 
-def summary(experiments: Sequence[Experiment], folder: Path = FOLDER) -> str:
+def summary(every: Sequence[Records]) -> str:
     """README.md of the folder of all experiments: a row each."""
     rows = [
         "| experiment | claim | verdict | effect |",
         "|---|---|---|---|",
     ]
-    for experiment in experiments:
-        found = judgement(experiment, Records(experiment, folder).latest())
+    for records in every:
+        experiment = records.experiment
+        found = judgement(experiment, records.latest())
         verdict = f"**{found.verdict}**" if found else "not finished"
         rows.append(
             f"| [{experiment.id}. {experiment.title}]({experiment.id}/README.md) | "
