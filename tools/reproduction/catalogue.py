@@ -1,6 +1,6 @@
 """All experiments, in the order of their value."""
 
-from reproduction import bottleneck, discount, gaussian, preference_bandit, variance
+from reproduction import bottleneck, discount, gaussian, preference_bandit, stability, variance
 from reproduction.experiment import Experiment
 
 EXPERIMENTS: tuple[Experiment, ...] = (
@@ -9,4 +9,5 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     bottleneck.EXPERIMENT,
     discount.EXPERIMENT,
     preference_bandit.EXPERIMENT,
+    stability.EXPERIMENT,
 )
