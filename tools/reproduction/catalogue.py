@@ -1,10 +1,19 @@
 """All experiments, in the order of their value."""
 
-from reproduction import bottleneck, discount, gaussian, preference_bandit, stability, variance
+from reproduction import (
+    bottleneck,
+    discount,
+    gaussian,
+    preference_bandit,
+    stability,
+    support,
+    variance,
+)
 from reproduction.experiment import Experiment
 
 EXPERIMENTS: tuple[Experiment, ...] = (
     variance.EXPERIMENT,
+    support.EXPERIMENT,
     gaussian.EXPERIMENT,
     bottleneck.EXPERIMENT,
     discount.EXPERIMENT,
