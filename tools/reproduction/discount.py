@@ -106,12 +106,20 @@ def judge(runs: Runs) -> Judgement:
     ordered = moves == sorted(moves) and moves[0] < moves[-1]
     bias = estimate(of(0.0, "bias"))
     ratio = estimate([a / b for a, b in zip(of(0.0, "variance"), of(1.0, "variance"), strict=True)])
+    least = estimate(
+        [a / b for a, b in zip(of(0.25, "variance"), of(0.0, "variance"), strict=True)]
+    )
     parts = (rises("bias", -1), rises("variance", 1), ordered)
     verdict = Verdict.undecided
     if all(parts):
         verdict = Verdict.confirmed
     elif not parts[0] or not parts[1]:
         verdict = Verdict.refuted
+    monotone = (
+        f"Over the models the bias {'falls' if parts[0] else 'does not always fall'} and the "
+        f"variance {'rises' if parts[1] else 'does not always rise'} with gamma: at gamma=0.25 it "
+        f"is {least.text()} of that at gamma=0."
+    )
     listed = ", ".join(f"{gamma:g} at {n} samples" for n, gamma in best.items())
     ends = ", ".join(
         f"{estimate(of(gamma, 'gap')).text(digits=4)} at gamma={gamma:g}"
@@ -121,8 +129,8 @@ def judge(runs: Runs) -> Judgement:
         verdict=verdict,
         effect=f"bias at gamma=0: {bias.text()} of the gradient; its variance is {ratio.text()} "
         f"of that at gamma=1",
-        reason=f"The gamma of the least squared error is {listed}. Training ends above the least J "
-        f"by {ends}.",
+        reason=f"{monotone} The gamma of the least squared error is {listed}. Training ends above "
+        f"the least J by {ends}.",
     )
 
 

@@ -105,7 +105,7 @@ def judge(runs: Runs) -> Judgement:
 
     def gain(noise: int) -> float:
         """Of the best DIL loss over DPO."""
-        best = max(got[f"{loss}, reference=both"][f"noise_{noise}"] for loss in DIL)
+        best = max(of[f"noise_{noise}"] for name, of in got.items() if name.startswith("dil"))
         return best - got["dpo"][f"noise_{noise}"]
 
     gains = {noise: gain(noise) for noise in NOISE}
@@ -116,13 +116,11 @@ def judge(runs: Runs) -> Judgement:
     elif max(noisy) <= 0.02:
         verdict = Verdict.refuted
     listed = ", ".join(f"{gain:+.3f} at {noise} %" for noise, gain in gains.items())
-    rejected = got["dil_lsif, reference=rejected"]["noise_10"]
     return Judgement(
         verdict=verdict,
         effect=f"mean reward of the best DIL loss above DPO: {listed}",
-        reason="A loss that is more robust must therefore be so by its use of finitely many "
-        f"pairs. With rejected responses in place of draws of the reference, as in the paper's "
-        f"practice, LSIF reaches {rejected:.3f} at 10 %.",
+        reason="A loss that is more robust must be so by its use of finitely many pairs. With "
+        "reference=both every DIL loss has the minimiser of SFT on the chosen responses.",
     )
 
 
@@ -141,12 +139,13 @@ EXPERIMENT = Experiment(
     claim="With wrong labels the density-ratio losses of DIL keep more reward than DPO.",
     source="arXiv 2503.05079, robustness to noise; here without the effect of finite samples",
     design="A bandit with rewards 2, 1, 0, -1, -2 and reference (0.1, 0.2, 0.4, 0.2, 0.1); the "
-    "mean over all pairs is exact, and 3000 steps of Adam find the minimiser. beta=1; "
-    "reference=both takes both responses of a pair for draws of the reference, which is exact "
-    "here.",
-    rule="Confirmed if the best of LSIF, UKL and BCE with reference=both has a mean reward of at "
-    "least 0.05 more than DPO at 10 % and at 25 % of swapped labels. Refuted if it is at most 0.02 "
-    "more at both, otherwise undecided.",
+    "mean over all pairs is exact, and 3000 steps of Adam find the minimiser. beta=1. What stands "
+    "for draws of the reference in a DIL loss is the rejected response, as in the paper, or with "
+    "reference=both either response of a pair.",
+    rule="Confirmed if the best of LSIF, UKL and BCE, with either reference, has a mean reward of "
+    "at least 0.05 more than DPO at 10 % and at 25 % of swapped labels. Refuted if it is at most "
+    "0.02 more at both, otherwise undecided. This rule was changed after the first run: it took "
+    "reference=both alone, which is not the paper's practice; the verdict was the same.",
     columns={f"noise_{noise}": f"{noise} % swapped" for noise in NOISE},
     arms=(
         arm("sft"),
