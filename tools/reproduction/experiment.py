@@ -64,12 +64,14 @@ class Arm:
         return self.measure({**self.settings, **self.small} if smoke else self.settings, seed)
 
     def digest(self) -> str:
-        """Of what the code computes: the numbers of the small run with seed 0, to six digits.
+        """Of what the code computes: the numbers of the small run with seed 0, to four digits and
+        six decimals, so that rounding errors of another processor are no difference.
 
         So a run counts as finished although the text of a file has changed, and does not if the
         change alters results.
         """
-        rounded = {name: f"{value:.6g}" for name, value in self.numbers(0, smoke=True).items()}
+        numbers = self.numbers(0, smoke=True)
+        rounded = {name: f"{round(value, 6) + 0.0:.4g}" for name, value in numbers.items()}
         return hashed(rounded)
 
     def key(self, seed: int, digest: str) -> str:
