@@ -1,0 +1,204 @@
+"""tools/reproduce: its arithmetic by hand, its rules on made-up numbers, its committed pages."""
+
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from reproduction import bottleneck, discount, gaussian, preference_bandit, variance
+from reproduction.__main__ import main, run_missing
+from reproduction.catalogue import EXPERIMENTS
+from reproduction.estimate import estimate
+from reproduction.experiment import Arm, Experiment, Judgement, Run, Verdict
+from reproduction.page import judgement, page, summary
+from reproduction.records import FOLDER, Records
+
+from hybridrl.core.errors import DataError
+from hybridrl.oracle.mdp import make_mdp
+
+by_id = pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.id)
+
+
+def test_an_interval_is_that_of_students_t():
+    found = estimate([1.0, 2.0, 3.0])
+    assert found.mean == 2
+    assert found.error == pytest.approx(3**-0.5)
+    assert (found.low, found.high) == pytest.approx((-0.484, 4.484), abs=1e-3)
+    assert estimate([0.25]).text() == "0.250"
+    assert found.text(digits=1) == "2.0 [-0.5, 4.5]"
+    with pytest.raises(ValueError, match="0 values: must be from 1 to 21"):
+        estimate([])
+
+
+def test_two_informative_samples_of_a_bit_are_right_or_tied():
+    """By hand, delta=0.1: none is a guess; one is right in 0.9; two in 0.81, tied in 0.18."""
+    assert bottleneck.majority(0, 0.1) == 0.5
+    assert bottleneck.majority(1, 0.1) == pytest.approx(0.9)
+    assert bottleneck.majority(2, 0.1) == pytest.approx(0.81 + 0.18 / 2)
+
+
+def test_one_sample_of_two_contexts_settles_half_of_the_bits():
+    """Online it settles its own context's; offline only if it is informative, here in 1 of 4."""
+    assert bottleneck.online_value(1, 2) == pytest.approx(0.75)
+    assert bottleneck.offline_value(1, 0.5, 2, 0.0) == pytest.approx(0.5 + 0.25 / 2)
+    assert bottleneck.offline_value(128, 0.01, 32, 0.05) == pytest.approx(0.524, abs=0.012)
+
+
+def test_the_projections_of_the_gaussian_expert_are_those_of_the_formula():
+    """|mean - expert|^2 / 2 is least at m=2 in class A and at a=0 in class B."""
+    arms = {arm.name: arm for arm in gaussian.EXPERIMENT.arms}
+    near = arms["A, reverse KL"].numbers(0, smoke=True)
+    assert near["mean"] == pytest.approx(2, abs=1e-3)
+    assert near["value"] == pytest.approx(0.97725, abs=1e-4)
+    assert near["divergence"] == pytest.approx(2, abs=1e-3)
+    far = arms["B, reverse KL"].numbers(0, smoke=True)
+    assert far["mean"] == pytest.approx(0, abs=1e-3)
+    assert far["divergence"] == pytest.approx(4, abs=1e-3)
+    mixed = arms["mixture, A, forward KL (SFT)"].numbers(0, smoke=True)
+    assert mixed["mean"] == pytest.approx(0.9 * 2 - 0.1 * 20, abs=1e-3)
+
+
+def test_with_gamma_1_the_discounted_gradient_is_that_of_the_objective():
+    mdp = make_mdp(seed=0, vocabulary=3, horizon=2, ends=False)
+    logits = mdp.student.clone().requires_grad_()
+    discount.objective(mdp, logits).backward()
+    assert torch.allclose(discount.discounted_gradient(mdp, mdp.student, 1.0), logits.grad)
+    assert not torch.allclose(discount.discounted_gradient(mdp, mdp.student, 0.5), logits.grad)
+
+
+def test_with_half_of_the_labels_swapped_no_loss_learns_anything():
+    """The labels say nothing then, and the reference's own mean reward is 0."""
+    for arm in preference_bandit.EXPERIMENT.arms:
+        if "rejected" not in arm.name:
+            assert arm.numbers(0, smoke=True)["noise_50"] == pytest.approx(0, abs=1e-6), arm.name
+
+
+def run_of(arm: Arm, seed: int, **numbers: float) -> Run:
+    return Run(
+        arm=arm.name,
+        seed=seed,
+        key=arm.key(seed, "digest"),
+        settings=arm.settings,
+        numbers=numbers,
+        error="",
+        seconds=1.0,
+        machine="a machine",
+        commit="abc",
+    )
+
+
+@pytest.mark.parametrize(
+    ("reductions", "verdict"),
+    [
+        ((0.30, 0.31, 0.29, 0.30, 0.30), Verdict.confirmed),
+        ((0.05, 0.06, 0.04, 0.05, 0.05), Verdict.refuted),
+        ((0.15, 0.16, 0.14, 0.15, 0.15), Verdict.undecided),
+        ((0.90, 0.01, 0.20, 0.60, 0.00), Verdict.undecided),  # the interval is too wide
+    ],
+)
+def test_the_variance_is_judged_by_the_interval_of_the_reduction(reductions, verdict):
+    runs = {
+        arm.name: [
+            run_of(arm, seed, hybrid=1.0, in_reward=1.0, reduction=reduction)
+            for seed, reduction in enumerate(reductions)
+        ]
+        for arm in variance.EXPERIMENT.arms
+    }
+    assert variance.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def counting(counter: count, folder: Path, *, fails: bool = False) -> Records:
+    """An experiment of one arm and two seeds, whose number is how many were measured before."""
+
+    def measure(settings, seed):
+        if seed == 1 and fails:
+            raise ArithmeticError("it diverged")
+        next(counter)
+        return {"value": float(seed)}
+
+    arm = Arm(name="only", settings={"size": 2}, small={"size": 1}, measure=measure)
+    experiment = Experiment(
+        id="T1",
+        title="A test",
+        claim="A claim.",
+        source="nowhere",
+        design="A design.",
+        rule="A rule.",
+        columns={"value": "value"},
+        arms=(arm,),
+        seeds=(0, 1),
+        judge=lambda runs: Judgement(verdict=Verdict.confirmed, effect="one", reason="Two."),
+        draw=lambda axes, runs: None,
+    )
+    return Records(experiment, folder)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    """Each call measures the small run once for the digest; the first call both seeds besides."""
+    counter = count()
+    records = counting(counter, tmp_path)
+    assert run_missing(records, retry=False) == 0
+    assert next(counter) == 3
+    assert run_missing(records, retry=False) == 0
+    assert next(counter) == 5
+    assert [run.seed for run in records.read()] == [0, 1]
+    assert "**confirmed**: one. Two." in (tmp_path / "T1" / "README.md").read_text()
+
+
+def test_a_run_that_failed_has_a_line_and_is_run_again_on_request_alone(tmp_path):
+    records = counting(count(), tmp_path, fails=True)
+    assert run_missing(records, retry=False) == 1
+    assert [run.error for run in records.read()] == ["", "ArithmeticError: it diverged"]
+    assert judgement(records.experiment, records.latest()) is None
+    assert "seed 1: ArithmeticError: it diverged" in page(records)
+    assert run_missing(records, retry=False) == 0
+    assert run_missing(records, retry=True) == 1
+    assert len(records.read()) == 3
+
+
+def test_a_run_is_missing_once_the_code_computes_something_else(tmp_path):
+    records = counting(count(), tmp_path)
+    assert run_missing(records, retry=False) == 0
+    digest = {"only": records.experiment.arms[0].digest()}
+    assert records.missing(digest, failed=False) == []
+    assert records.missing({"only": "another"}, failed=False) == [("only", 0), ("only", 1)]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    records = counting(count(), tmp_path)
+    records.folder.mkdir()
+    records.path.write_text('{"arm": \n')
+    with pytest.raises(DataError, match=r"runs\.jsonl, line 1: .*; remove the line"):
+        records.read()
+
+
+def test_an_unknown_experiment_is_refused_with_the_names_of_all(capsys):
+    assert main(["E99"]) == 2
+    assert "E99 is no experiment; write some of V1, A1" in capsys.readouterr().out
+
+
+@by_id
+def test_a_small_run_of_every_arm_gives_the_numbers_that_its_table_shows(experiment):
+    known = set(experiment.columns)
+    for arm in experiment.arms:
+        numbers = arm.numbers(0, smoke=True)
+        assert set(numbers) & known, arm.name
+        assert all(value == value for value in numbers.values()), arm.name  # none is NaN
+
+
+@by_id
+def test_the_committed_page_is_what_the_committed_runs_say(experiment):
+    written = (FOLDER / experiment.id / "README.md").read_text()
+    assert written == page(Records(experiment)), f"tools/reproduce {experiment.id}"
+
+
+def test_the_committed_summary_is_what_the_committed_runs_say():
+    assert (FOLDER / "README.md").read_text() == summary([Records(e) for e in EXPERIMENTS]), (
+        "tools/reproduce all"
+    )
+
+
+@by_id
+def test_every_run_of_a_committed_experiment_is_there(experiment):
+    runs = Records(experiment).latest()
+    assert all(len(runs[arm.name]) == len(experiment.seeds) for arm in experiment.arms)

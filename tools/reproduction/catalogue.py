@@ -1,0 +1,22 @@
+"""All experiments, in the order of their value."""
+
+from reproduction import (
+    bottleneck,
+    discount,
+    gaussian,
+    preference_bandit,
+    stability,
+    support,
+    variance,
+)
+from reproduction.experiment import Experiment
+
+EXPERIMENTS: tuple[Experiment, ...] = (
+    variance.EXPERIMENT,
+    support.EXPERIMENT,
+    gaussian.EXPERIMENT,
+    bottleneck.EXPERIMENT,
+    discount.EXPERIMENT,
+    preference_bandit.EXPERIMENT,
+    stability.EXPERIMENT,
+)

@@ -1,0 +1,103 @@
+"""An experiment: a claim, the runs that test it, and the rule that turns their numbers into a
+verdict.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeAlias
+
+from matplotlib.axes import Axes
+
+Setting: TypeAlias = float | str | bool | Sequence[float]
+Numbers: TypeAlias = Mapping[str, float]
+
+
+class Verdict(StrEnum):
+    """What the numbers say of a claim."""
+
+    confirmed = "confirmed"
+    refuted = "refuted"
+    undecided = "undecided"  # at this scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """A verdict and the numbers that it rests on."""
+
+    verdict: Verdict
+    effect: str  # the size of the effect with its interval, in a few words
+    reason: str  # one sentence or more: which part of the rule decided
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One line of runs.jsonl: what was run, and what came of it."""
+
+    arm: str
+    seed: int
+    key: str  # Arm.key of this seed
+    settings: Mapping[str, Setting]
+    numbers: Numbers  # empty if the run failed
+    error: str  # empty if it did not fail
+    seconds: float
+    machine: str  # processor and cores
+    commit: str
+
+
+Runs: TypeAlias = Mapping[str, Sequence[Run]]
+"""The finished runs of each arm, in the order of the seeds; those that failed are left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One condition of an experiment."""
+
+    name: str
+    settings: Mapping[str, Setting]  # all that decides its numbers but the seed
+    small: Mapping[str, Setting]  # the settings that --smoke changes, to end within a second or two
+    measure: Callable[[Mapping[str, Setting], int], Numbers]  # of settings and a seed
+
+    def numbers(self, seed: int, *, smoke: bool = False) -> Numbers:
+        return self.measure({**self.settings, **self.small} if smoke else self.settings, seed)
+
+    def digest(self) -> str:
+        """Of what the code computes: the numbers of the small run with seed 0, to four digits and
+        six decimals, so that rounding errors of another processor are no difference.
+
+        So a run counts as finished although the text of a file has changed, and does not if the
+        change alters results.
+        """
+        numbers = self.numbers(0, smoke=True)
+        rounded = {name: f"{round(value, 6) + 0.0:.4g}" for name, value in numbers.items()}
+        return hashed(rounded)
+
+    def key(self, seed: int, digest: str) -> str:
+        """By which a finished run is recognised."""
+        return hashed({"settings": dict(self.settings), "seed": seed, "digest": digest})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """Written before its first run; the git history shows it."""
+
+    id: str
+    title: str
+    claim: str
+    source: str  # paper and place
+    design: str
+    rule: str  # the words for what `judge` computes
+    columns: Mapping[str, str]  # the numbers of the table: name in Run.numbers -> heading
+    arms: Sequence[Arm]
+    seeds: Sequence[int]
+    judge: Callable[[Runs], Judgement]
+    draw: Callable[[Axes, Runs], None]
+    cuts: str = "none"  # what was left out for the budget, decided before any result was seen
+
+
+def hashed(value: object) -> str:
+    """16 hexadecimal digits that stand for a JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,108 @@
+"""The page of an experiment, and the summary of all; both are made from runs.jsonl alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from reproduction.estimate import estimate
+from reproduction.experiment import Experiment, Judgement, Run, Runs
+from reproduction.records import Records
+
+MARK = "Written by `tools/reproduce`; a test compares it with runs.jsonl."
+
+
+def judgement(experiment: Experiment, runs: Runs) -> Judgement | None:
+    """By the experiment's rule; None: an arm or a seed is not finished."""
+    whole = all(len(runs.get(arm.name, ())) == len(experiment.seeds) for arm in experiment.arms)
+    return experiment.judge(runs) if whole else None
+
+
+def page(records: Records) -> str:
+    """README.md of the experiment's folder."""
+    experiment = records.experiment
+    runs = records.latest()
+    found = judgement(experiment, runs)
+    finished = [run for of in runs.values() for run in of]
+    planned = len(experiment.arms) * len(experiment.seeds)
+    verdict = f"Not finished: {len(finished)} of {planned} runs."
+    if found:
+        verdict = f"**{found.verdict}**: {found.effect}. {found.reason}"
+    seconds = sum(run.seconds for run in finished)
+    machines = ", ".join(sorted({run.machine for run in finished}))
+    commits = ", ".join(sorted({run.commit for run in finished}))
+    failed = [run for run in records.read() if run.error]
+    parts = [
+        f"# {experiment.id}. {experiment.title}",
+        MARK,
+        f"**Claim.** {experiment.claim} Source: {experiment.source}.",
+        f"**Design.** {experiment.design} Seeds: {', '.join(map(str, experiment.seeds))}. "
+        f"Cuts: {experiment.cuts}",
+        f"**Rule**, written before the first run. {experiment.rule}",
+        f"**Verdict.** {verdict}",
+        f"![{experiment.title}](picture.png)" if found else "",
+        table(experiment, runs),
+        "Means over the seeds; in brackets the 95 % interval."
+        if len(experiment.seeds) > 1
+        else "Exact numbers, without seeds.",
+        f"{len(finished)} runs, {seconds:.0f} s together, of commits {commits}, on {machines}."
+        if finished
+        else "",
+        f"Failed runs: {', '.join(f'{run.arm}, seed {run.seed}: {run.error}' for run in failed)}."
+        if failed
+        else "",
+        f"```bash\ntools/reproduce {experiment.id}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(experiment: Experiment, runs: Runs) -> str:
+    head = ["arm", *experiment.columns.values()]
+    lines = [head, ["---"] * len(head)]
+    for arm, of in runs.items():
+        lines.append([arm, *[cell(of, name) for name in experiment.columns]])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(runs: Sequence[Run], name: str) -> str:
+    """Empty if no run has this number."""
+    values = [run.numbers[name] for run in runs if name in run.numbers]
+    return estimate(values).text() if values else ""
+
+
+def summary(every: Sequence[Records]) -> str:
+    """README.md of the folder of all experiments: a row each."""
+    rows = [
+        "| experiment | claim | verdict | effect |",
+        "|---|---|---|---|",
+    ]
+    for records in every:
+        experiment = records.experiment
+        found = judgement(experiment, records.latest())
+        verdict = f"**{found.verdict}**" if found else "not finished"
+        rows.append(
+            f"| [{experiment.id}. {experiment.title}]({experiment.id}/README.md) | "
+            f"{experiment.claim} | {verdict} | {found.effect if found else ''} |"
+        )
+    return (
+        f"# Are the papers' claims true?\n\n{MARK}\n\n"
+        "The claim, the design and the rule of each experiment stand in its file in\n"
+        "[tools/reproduction](../reproduction), committed before its first run; the verdict is\n"
+        "computed by that rule from the numbers of its runs.jsonl. `undecided` and `refuted` are\n"
+        "results.\n\n" + "\n".join(rows) + "\n\n"
+        "```bash\n"
+        "tools/reproduce --list      # all experiments, and how many of their runs are finished\n"
+        "tools/reproduce V1 A1       # run what is missing of these, then write their pages\n"
+        "tools/reproduce all\n"
+        "```\n"
+    )
+
+
+def draw(experiment: Experiment, runs: Runs, path: Path) -> None:
+    """Write the picture as PNG."""
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.set_title(f"{experiment.id}. {experiment.title}", loc="left", fontsize=11)
+    experiment.draw(axes, runs)
+    FigureCanvasAgg(figure).print_figure(path, dpi=110, metadata={"Software": None})
