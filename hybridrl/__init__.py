@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["RunResult", "__version__", "train"]
+__all__ = ["RunResult", "WarmWorkers", "__version__", "train"]
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hybridrl.api import train
     from hybridrl.launch.run_result import RunResult
+    from hybridrl.launch.warm_workers import WarmWorkers
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from hybridrl.launch.run_result import RunResult
 
         return RunResult
+    if name == "WarmWorkers":
+        from hybridrl.launch.warm_workers import WarmWorkers
+
+        return WarmWorkers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

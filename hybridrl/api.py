@@ -16,9 +16,15 @@ from hybridrl.settings.settings_file import load_settings
 
 if TYPE_CHECKING:
     from hybridrl.launch.run_result import RunResult
+    from hybridrl.launch.warm_workers import WarmWorkers
 
 
-def train(overrides: Sequence[str], *, config: str | Path | None = None) -> "RunResult":
+def train(
+    overrides: Sequence[str],
+    *,
+    config: str | Path | None = None,
+    warm: "WarmWorkers | None" = None,
+) -> "RunResult":
     """Train, or continue the run in run.dir, as the command `hybridrl train` does.
 
         result = hybridrl.train(["experiment=quickstart", "run.dir=runs/a"])
@@ -36,6 +42,7 @@ def train(overrides: Sequence[str], *, config: str | Path | None = None) -> "Run
             "+teachers.main=/models/teacher".
         config: a YAML file of settings that the overrides go on top of; None: conf/ alone, or the
             settings of the run in run.dir where `overrides` choose no file of conf/.
+        warm: keeps the workers between several calls; None: they start and end with this one.
 
     Returns:
         the final metrics, and the paths of the run's report and model.
@@ -51,11 +58,14 @@ def train(overrides: Sequence[str], *, config: str | Path | None = None) -> "Run
     settings = load_settings(overrides, None if config is None else Path(config))
     if not logging.getLogger().handlers:  # else the caller decides what becomes of log lines
         redact.log_warnings()
-    return run_settings(settings)
+    return run_settings(settings, warm)
 
 
-def run_settings(settings: RunSettings) -> "RunResult":
+def run_settings(settings: RunSettings, warm: "WarmWorkers | None" = None) -> "RunResult":
     """Run or continue `settings`.
+
+    Args:
+        warm: as of `train`.
 
     Raises:
         HybridRLError: what went wrong, in one sentence; nothing is left running.
@@ -63,7 +73,7 @@ def run_settings(settings: RunSettings) -> "RunResult":
     from hybridrl.launch.session import train as train_session  # loads torch and ray
 
     quiet_environment()
-    return train_session(settings)
+    return train_session(settings, warm)
 
 
 def quiet_environment() -> None:

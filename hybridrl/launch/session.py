@@ -51,6 +51,7 @@ from hybridrl.launch.teacher_levels import (
     teachers_left_out,
     teachers_to_measure,
 )
+from hybridrl.launch.warm_workers import Kept, WarmWorkers
 from hybridrl.models.arithmetic import dtype_notice, on_gpu
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.objectives.user_code import check_user_code
@@ -73,6 +74,7 @@ from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.workers import (
     Slots,
     Workers,
+    begin_job,
     place_workers,
     recover,
     start_workers,
@@ -91,12 +93,17 @@ from hybridrl.types import Prompt, RunInfo
 log = logging.getLogger(__name__)
 
 
-def train(settings: RunSettings) -> RunResult:
+def train(settings: RunSettings, warm: WarmWorkers | None = None) -> RunResult:
     """Run or resume `settings`; the same call continues where the last one stopped.
+
+    Args:
+        warm: lends the workers of the job before, and keeps those of this one; None: all workers
+            start and end with the call.
 
     Raises:
         HybridRLError: what went wrong, in one sentence; no process is left running.
     """
+    holder = WarmWorkers() if warm is None else warm
     began = time.monotonic()
     requested = settings
     settings = pinned(requested, earlier_settings(requested))
@@ -112,11 +119,15 @@ def train(settings: RunSettings) -> RunResult:
         keep_template(settings, run_dir)
         console, sinks = stack.enter_context(started_sinks(settings, run_dir, checkpoint))
         preemption.check()  # an optional sink swallows an exception, the signal's too
-        console.notice(start_notice(settings, checkpoint))
         stack.enter_context(naming_what_is_saved(settings, run_dir))
         if settings.diagnostics.trace:
             stack.callback(write_trace, run_dir)
-        cluster = stack.enter_context(Cluster(settings))
+        measures = checkpoint is None and bool(teachers_to_measure(settings))
+        kept = stack.enter_context(
+            holder.job(settings, inputs, measures=measures, say=console.notice)
+        )
+        console.notice(start_notice(settings, checkpoint, warm=kept is not None))
+        cluster = holder.cluster(settings)
         check_attention(settings, cluster.device)
         check_engines(settings, cluster.device)
         if expected != cluster.device:  # only the cluster has GPUs
@@ -126,7 +137,7 @@ def train(settings: RunSettings) -> RunResult:
             settings=settings,
             run_dir=run_dir,
             cluster=cluster,
-            slots=place_workers(settings, cluster),
+            slots=place_workers(settings, cluster) if kept is None else kept.slots,
             prompts=prompts,
             heldout=heldout,
             inputs=inputs,
@@ -134,7 +145,9 @@ def train(settings: RunSettings) -> RunResult:
             sinks=sinks,
             preemption=preemption,
         )
-        workers = session.start_workers(checkpoint)
+        workers = session.start_workers(checkpoint, kept)
+        if warm is not None and kept is None:
+            workers.learner.keep_start()
         if requested.model.dtype == AUTO and cluster.device == "cpu":
             console.notice(dtype_notice(settings.model.dtype, processor()))
         if narrow_models(settings) and cluster.device == "cpu":
@@ -148,6 +161,8 @@ def train(settings: RunSettings) -> RunResult:
         controller = session.run(workers, checkpoint)
         first = checkpoint.state.step if checkpoint else 0
         exported = export_model(settings, controller, run_dir, first)
+        if warm is not None:
+            warm.keep(settings, inputs, session.slots, controller.workers)
     reason = ExitReason.already_finished if first == settings.train.steps else ExitReason.finished
     return run_result(run_dir, exported, reason)
 
@@ -161,16 +176,19 @@ def narrow_models(settings: RunSettings) -> list[str]:
     return [setting for setting, dtype in dtypes.items() if dtype == "bfloat16"]
 
 
-def start_notice(settings: RunSettings, checkpoint: Checkpoint | None) -> str:
-    """The line that the console prints before workers start."""
+def start_notice(settings: RunSettings, checkpoint: Checkpoint | None, *, warm: bool) -> str:
+    """The line that the console prints before workers start.
+
+    Args:
+        warm: they are those of the job before.
+    """
+    start = "going on with the workers of the job before" if warm else "starting workers"
     teachers = "" if checkpoint else ", ".join(teachers_to_measure(settings))
     served = "" if checkpoint else ", ".join(teachers_left_out(settings))
     left_out = f" (teacher {served} is on a server, and is not measured)" if served else ""
     if not teachers:
-        return f"starting workers ...{left_out}"
-    return (
-        f"starting workers, and measuring teacher {teachers} on the held-out problems ...{left_out}"
-    )
+        return f"{start} ...{left_out}"
+    return f"{start}, and measuring teacher {teachers} on the held-out problems ...{left_out}"
 
 
 @contextmanager
@@ -241,8 +259,11 @@ class Session:
         """The folder with one file per worker."""
         return str(self.run_dir / "logs")
 
-    def start_workers(self, checkpoint: Checkpoint | None) -> Workers:
+    def start_workers(self, checkpoint: Checkpoint | None, kept: Kept | None = None) -> Workers:
         """Start and check all workers. If the run begins here, its teachers are measured meanwhile.
+
+        Args:
+            kept: workers of the job before, which become those of this one; None: all start.
 
         Raises:
             WorkerError: a worker could not be built, or did not answer in time.
@@ -261,9 +282,13 @@ class Session:
                     self.inputs,
                 )
 
-        workers = start_workers(
-            self.settings, self.cluster, self.slots, self.log_dir, self.console.notice, measure
-        )
+        say = self.console.notice
+        if kept is None:
+            workers = start_workers(
+                self.settings, self.cluster, self.slots, self.log_dir, say, measure
+            )
+        else:
+            workers = begin_job(self.settings, self.slots, kept.workers, self.log_dir, say, measure)
         check_running(self.settings, workers, self.prompts)
         return workers
 

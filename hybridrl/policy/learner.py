@@ -144,6 +144,21 @@ class Learner:
         self.engine.module.head.rule = head_rule(settings)
         self.teachers = TeacherInbox.load(settings, self.objective.needs.evidence, self.device)
 
+    def keep_start(self) -> None:
+        """Keep a copy of the student as it is, with which `begin_job` begins."""
+        self.state.keep_start()
+
+    def begin_job(self, settings: RunSettings) -> None:
+        """Learn in another job as a learner that is built with its settings does: from the kept
+        student, with an optimizer that has taken no step.
+
+        Args:
+            settings: which equal those of this learner where launch.worker_conditions says so.
+        """
+        self.state.back_to_start()
+        self.optimizer_steps = 0
+        self.configure(settings)
+
     def ping(self) -> int:
         return self.optimizer_steps
 

@@ -93,11 +93,32 @@ class Tracker:
 """
 FROM_PYTHON = """
 import dataclasses, json, sys
+from pathlib import Path
 import hybridrl
 
-result = hybridrl.train(sys.argv[2:])
-with open(sys.argv[1], "w") as file:
-    json.dump(dataclasses.asdict(result), file, default=str)
+folder, steps, *overrides = sys.argv[1:]
+other = [
+    f"run.dir={folder}/other", "train.steps=1", "run.seed=7", "train.lr=3e-2", "algorithm.gamma=0",
+    "algorithm.divergence=forward_kl", "algorithm.reward_weight=3", "train.samples_per_prompt=2",
+    "algorithm.temperature=0.7",
+]
+pids = []
+with hybridrl.WarmWorkers() as warm:
+    for job in (
+        other,
+        [f"run.dir={folder}/run", f"train.steps={steps}"],
+        [
+            f"run.dir={folder}/continued",
+            f"run.resume_from={folder}/run/checkpoints/step_{int(steps):06d}",
+        ],
+    ):
+        result = hybridrl.train([*overrides, *job], warm=warm)
+        [kept] = [warm._kept]
+        pids.append({group.group.name: group.group.pids() for group in kept.workers.groups})
+        Path(result.run_dir.parent, f"{result.run_dir.name}.json").write_text(
+            json.dumps(dataclasses.asdict(result), default=str)
+        )
+Path(folder, "pids.json").write_text(json.dumps(pids))
 """
 
 
@@ -144,11 +165,16 @@ def uninterrupted(overrides: list[str], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, whose first two steps run from Python and the others by the command."""
+    """The same run, whose first two steps run from Python and the others by the command.
+
+    The first two steps are the second job of a sweep in one process, after one with other settings;
+    `continued`, beside the run, is the third job, and has the other two steps as well.
+    """
     run_dir = tmp_path_factory.mktemp("resumed") / "run"
-    python = (sys.executable, "-c", FROM_PYTHON, str(run_dir.parent / "result.json"))
-    for program, steps in ((python, 2), (("hybridrl", "train"), 4)):
-        done = shell(*program, *overrides, f"run.dir={run_dir}", f"train.steps={steps}")
+    python = (sys.executable, "-c", FROM_PYTHON, str(run_dir.parent), "2")
+    command = ("hybridrl", "train")
+    for program, job in ((python, ()), (command, (f"run.dir={run_dir}",))):
+        done = shell(*program, *overrides, *job)
         assert done.returncode == 0, done.stderr[-3000:]
     assert "continues after step 2 of 4" in done.stdout
     return run_dir
@@ -213,8 +239,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(uninterrupted, res
     )
 
 
+def test_a_job_that_continues_with_the_workers_of_another_one_is_equal_bit_by_bit(
+    uninterrupted, resumed
+):
+    continued = resumed.parent / "continued"
+    assert [lasting(row) for row in read_metrics(continued)][1:] == [
+        lasting(row) for row in read_metrics(uninterrupted)
+    ][1:]
+    for name in (
+        "checkpoints/step_000004/learner-rank00000-of-00002.safetensors",
+        "checkpoints/step_000004/learner-rank00001-of-00002.safetensors",
+        "export/step_000004/model.safetensors",
+    ):
+        assert (continued / name).read_bytes() == (uninterrupted / name).read_bytes()
+
+
+def test_the_workers_of_a_sweep_stay_but_for_those_that_run_rewards_and_each_job_has_its_logs(
+    resumed,
+):
+    first, second, third = json.loads((resumed.parent / "pids.json").read_text())
+    stay = {"learner": 2, "rollout": 2, "scorer-main": 1}
+    assert {name: len(pids) for name, pids in first.items() if pids == second[name]} == stay
+    assert {name: len(pids) for name, pids in first.items() if pids == third[name]} == stay
+    logs = [
+        {path.name for path in (resumed.parent / job / "logs").glob("*.log")}
+        for job in ("other", "run", "continued")
+    ]
+    assert logs[0] == logs[1] == logs[2] and "learner-1.log" in logs[2]
+
+
 def test_a_run_from_python_returns_its_last_row_and_the_paths_of_what_it_left(resumed):
-    result = json.loads((resumed.parent / "result.json").read_text())
+    result = json.loads((resumed.parent / "run.json").read_text())
     assert result["metrics"] == read_metrics(resumed)[2]
     assert result["accuracy_after"] == result["metrics"]["eval/accuracy"]
     assert {key: result[key] for key in ("exit_reason", "run_dir")} == {
