@@ -113,8 +113,8 @@ with hybridrl.WarmWorkers() as warm:
         ],
     ):
         result = hybridrl.train([*overrides, *job], warm=warm)
-        [kept] = [warm._kept]
-        pids.append({group.group.name: group.group.pids() for group in kept.workers.groups})
+        groups = warm._kept.workers.groups
+        pids.append({group.group.name: group.group.pids() for group in groups})
         Path(result.run_dir.parent, f"{result.run_dir.name}.json").write_text(
             json.dumps(dataclasses.asdict(result), default=str)
         )
