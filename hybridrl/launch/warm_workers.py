@@ -5,7 +5,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from hybridrl.launch.worker_conditions import differences, unkept, worker_conditions
+from hybridrl.launch.worker_conditions import (
+    alone,
+    differences,
+    needs_room,
+    worker_conditions,
+)
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.workers import Slots, Workers
 from hybridrl.settings.run import RunSettings
@@ -98,7 +103,7 @@ class WarmWorkers:
         self, settings: RunSettings, inputs: Mapping[str, str], slots: Slots, workers: Workers
     ) -> None:
         """Keep the workers of the present job, which is done, if another one may have them."""
-        if workers.intact and unkept(settings) is None:
+        if workers.intact and alone(settings) is None:
             conditions = worker_conditions(settings, inputs)
             self._kept = Kept(slots=slots, workers=workers, conditions=conditions)
 
@@ -111,6 +116,5 @@ class WarmWorkers:
             more = len(different) - SHOWN
             names = ", ".join(different[:SHOWN]) + (f" and {more} more" if more > 0 else "")
             return f"{names} {'differs' if len(different) == 1 else 'differ'}"
-        if measures and self._cluster is not None and self._cluster.device == "cuda":
-            return "an engine that measures the teachers needs a GPU of theirs (eval.teacher)"
-        return unkept(settings)
+        assert self._cluster is not None, "the workers run in it"
+        return alone(settings) or needs_room(self._cluster.device, measures=measures)

@@ -115,8 +115,10 @@ def chosen_by(settings: RunSettings) -> dict[str, Any]:
     }
 
 
-def unkept(settings: RunSettings) -> str | None:
-    """Why the workers of a run can serve no other one; None: they can."""
+def alone(settings: RunSettings) -> str | None:
+    """Why a run shares its workers with no other one, neither before it nor after it; None: it may
+    share them.
+    """
     if settings.diagnostics.trace:
         return "diagnostics.trace records all that they do"
     algorithm = settings.algorithm
@@ -129,6 +131,18 @@ def unkept(settings: RunSettings) -> str | None:
     for setting, name in own.items():
         if name is not None and is_own(name):
             return f"{setting}={name} is code of yours, whose state only a new process forgets"
+    return None
+
+
+def needs_room(device: str, *, measures: bool) -> str | None:
+    """Why a run cannot begin while the workers of another one are there; None: it can.
+
+    Args:
+        device: of the cluster, cpu or cuda.
+        measures: it begins with measuring its teachers.
+    """
+    if measures and device == "cuda":
+        return "the engine that measures the teachers needs a GPU of theirs (eval.teacher)"
     return None
 
 

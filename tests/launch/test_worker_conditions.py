@@ -8,10 +8,11 @@ import pytest
 
 from hybridrl.launch.worker_conditions import (
     TAKEN_ANEW,
+    alone,
     differences,
     is_taken_anew,
     leaves,
-    unkept,
+    needs_room,
     worker_conditions,
 )
 from hybridrl.settings.compose import load_config
@@ -129,13 +130,20 @@ def test_sections_that_may_differ_as_a_whole_are_read_by_no_worker_that_stays():
 
 
 def test_workers_with_code_of_the_users_or_a_trace_serve_one_job():
-    assert unkept(settings_of()) is None
-    assert unkept(settings_of("diagnostics.trace=true")) == (
+    assert alone(settings_of()) is None
+    assert alone(settings_of("diagnostics.trace=true")) == (
         "diagnostics.trace records all that they do"
     )
     settings = settings_of()
     own = replace(settings, algorithm=replace(settings.algorithm, token_weight="mine.py:Mine"))
-    assert unkept(own) == (
+    assert alone(own) == (
         "algorithm.token_weight=mine.py:Mine is code of yours, whose state only a new process "
         "forgets"
     )
+
+
+def test_an_engine_that_measures_teachers_needs_a_gpu_that_the_workers_of_another_job_have():
+    assert needs_room("cuda", measures=True) == (
+        "the engine that measures the teachers needs a GPU of theirs (eval.teacher)"
+    )
+    assert needs_room("cuda", measures=False) is None and needs_room("cpu", measures=True) is None
