@@ -39,9 +39,12 @@ TAKEN_ANEW = (
     "train.lr_end",
     # Reward workers start anew with each job.
     "reward",
-    # Read in each update, or by the methods `configure` of learner and scorers. What a worker reads
-    # of these when it is built is among `chosen_by` besides.
+    # Read in each update, or by `configure` and `begin_job` of learner and scorers. What a worker
+    # reads of these when it is built is among `chosen_by` besides.
     "run.seed",
+    "train.betas",
+    "train.weight_decay",
+    "train.grad_clip",
     "train.max_skipped",
     "train.head_chunk",
     "train.exact_logits",

@@ -70,7 +70,7 @@ from hybridrl.types import (
     UpdatePlan,
     WeightManifest,
 )
-from hybridrl.weights.library_internals import left_out
+from hybridrl.weights.library_internals import left_out, set_adam
 from hybridrl.weights.parameters import WeightsKind, train_only, weights_kind
 
 
@@ -157,6 +157,14 @@ class Learner:
         """
         self.state.back_to_start()
         self.optimizer_steps = 0
+        train = settings.train
+        first, second = train.betas
+        set_adam(
+            self.engine.optimizer,
+            betas=(first, second),
+            weight_decay=train.weight_decay,
+            clip=train.grad_clip,
+        )
         self.configure(settings)
 
     def ping(self) -> int:

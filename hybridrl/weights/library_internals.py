@@ -59,12 +59,27 @@ class ZeroOptimizer(Protocol):
 
     optimizer: torch.optim.Optimizer
     overflow: bool  # of the last step
+    clip_grad: float  # largest norm of the gradient; 0: it is not clipped
 
 
 def set_adam_steps(zero: ZeroOptimizer, steps: int) -> None:
     """Set the number of steps on which AdamW's bias correction depends."""
     for state in zero.optimizer.state.values():
         state["step"] = torch.full_like(state["step"], steps)
+
+
+def set_adam(
+    zero: ZeroOptimizer, *, betas: tuple[float, float], weight_decay: float, clip: float
+) -> None:
+    """Give AdamW other settings from its next step on.
+
+    Args:
+        clip: largest norm of the gradient; 0: it is not clipped.
+    """
+    for group in zero.optimizer.param_groups:
+        group["betas"] = betas
+        group["weight_decay"] = weight_decay
+    zero.clip_grad = clip
 
 
 def left_out(zero: ZeroOptimizer) -> bool:

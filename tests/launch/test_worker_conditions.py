@@ -37,6 +37,7 @@ def differing(*overrides: str, base: tuple[str, ...] = ()) -> list[str]:
     [
         ("run.dir=other", "run.seed=1", "run.resume=never"),
         ("train.lr=1e-3", "train.lr_warmup_steps=3", "train.steps=7", "train.samples_per_prompt=4"),
+        ("train.betas=[0.8,0.9]", "train.weight_decay=0.1", "train.grad_clip=2"),
         ("algorithm.gamma=1", "algorithm.reward_weight=3", "algorithm.temperature=0.9"),
         ("algorithm=hybrid_rising",),
         ("algorithm=opd",),
@@ -57,8 +58,8 @@ def test_workers_stay_where_only_what_they_take_anew_differs(overrides: tuple[st
         (("model.path=builtin:countdown-teacher",), ["model.path"]),
         (("model.dtype=bfloat16",), ["learner.zero_stage", "model.dtype"]),
         (("teachers.main.path=builtin:countdown-student",), ["teachers.main.path"]),
-        (("train.betas=[0.8,0.9]",), ["train.betas"]),
-        (("train.grad_clip=2",), ["train.grad_clip"]),
+        (("train.packing=true",), ["train.max_tokens_per_micro_batch", "train.packing"]),
+        (("train.products=float32",), ["train.products"]),
         (("learner.ranks=2",), ["learner.ranks", "the number of workers"]),
         (("reward.workers=2", "rollout.groups_per_chunk=1"), ["the number of workers"]),
         (("rollout.max_num_seqs=8",), ["rollout.max_num_seqs"]),
