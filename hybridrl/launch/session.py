@@ -48,8 +48,10 @@ from hybridrl.launch.run_result import ExitReason, RunResult, run_result
 from hybridrl.launch.served_teachers import check_served_teachers
 from hybridrl.launch.teacher_levels import (
     measure_teachers,
+    same_levels,
     teachers_left_out,
     teachers_to_measure,
+    write_levels,
 )
 from hybridrl.launch.warm_workers import Kept, WarmWorkers
 from hybridrl.models.arithmetic import dtype_notice, on_gpu
@@ -122,11 +124,15 @@ def train(settings: RunSettings, warm: WarmWorkers | None = None) -> RunResult:
         stack.enter_context(naming_what_is_saved(settings, run_dir))
         if settings.diagnostics.trace:
             stack.callback(write_trace, run_dir)
-        measures = checkpoint is None and bool(teachers_to_measure(settings))
+        earlier = holder.run_dir
+        levels = None if earlier is None else same_levels(settings, heldout, inputs, earlier)
+        measures = checkpoint is None and levels is None and bool(teachers_to_measure(settings))
         kept = stack.enter_context(
             holder.job(settings, inputs, measures=measures, say=console.notice)
         )
-        console.notice(start_notice(settings, checkpoint, warm=kept is not None))
+        if kept is not None and levels is not None:
+            write_levels(settings, heldout, inputs, run_dir, levels)
+        console.notice(start_notice(settings, checkpoint, kept, levels))
         cluster = holder.cluster(settings)
         check_attention(settings, cluster.device)
         check_engines(settings, cluster.device)
@@ -162,7 +168,7 @@ def train(settings: RunSettings, warm: WarmWorkers | None = None) -> RunResult:
         first = checkpoint.state.step if checkpoint else 0
         exported = export_model(settings, controller, run_dir, first)
         if warm is not None:
-            warm.keep(settings, inputs, session.slots, controller.workers)
+            warm.keep(settings, inputs, run_dir, session.slots, controller.workers)
     reason = ExitReason.already_finished if first == settings.train.steps else ExitReason.finished
     return run_result(run_dir, exported, reason)
 
@@ -176,14 +182,21 @@ def narrow_models(settings: RunSettings) -> list[str]:
     return [setting for setting, dtype in dtypes.items() if dtype == "bfloat16"]
 
 
-def start_notice(settings: RunSettings, checkpoint: Checkpoint | None, *, warm: bool) -> str:
+def start_notice(
+    settings: RunSettings,
+    checkpoint: Checkpoint | None,
+    kept: Kept | None = None,
+    levels: Mapping[str, float] | None = None,
+) -> str:
     """The line that the console prints before workers start.
 
     Args:
-        warm: they are those of the job before.
+        kept: they are those of the job before.
+        levels: of the teachers, which it has measured; None: it has measured others.
     """
-    start = "going on with the workers of the job before" if warm else "starting workers"
-    teachers = "" if checkpoint else ", ".join(teachers_to_measure(settings))
+    start = "starting workers" if kept is None else "going on with the workers of the job before"
+    known = checkpoint or (kept and levels)
+    teachers = "" if known else ", ".join(teachers_to_measure(settings))
     served = "" if checkpoint else ", ".join(teachers_left_out(settings))
     left_out = f" (teacher {served} is on a server, and is not measured)" if served else ""
     if not teachers:

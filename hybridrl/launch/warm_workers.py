@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hybridrl.launch.worker_conditions import (
@@ -20,8 +21,9 @@ SHOWN = 3  # differing conditions that a notice lists
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """The workers of a job that is done, and their places."""
+    """The workers of a job that is done, their places and its run directory."""
 
+    run_dir: Path
     slots: Slots
     workers: Workers
     conditions: Mapping[str, Any]  # worker_conditions of the job
@@ -49,6 +51,11 @@ class WarmWorkers:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Of the job whose workers are kept; None: none are."""
+        return None if self._kept is None else self._kept.run_dir
 
     def close(self) -> None:
         """End the workers and this process's own Ray."""
@@ -100,12 +107,17 @@ class WarmWorkers:
         return self._cluster
 
     def keep(
-        self, settings: RunSettings, inputs: Mapping[str, str], slots: Slots, workers: Workers
+        self,
+        settings: RunSettings,
+        inputs: Mapping[str, str],
+        run_dir: Path,
+        slots: Slots,
+        workers: Workers,
     ) -> None:
         """Keep the workers of the present job, which is done, if another one may have them."""
         if workers.intact and alone(settings) is None:
             conditions = worker_conditions(settings, inputs)
-            self._kept = Kept(slots=slots, workers=workers, conditions=conditions)
+            self._kept = Kept(run_dir=run_dir, slots=slots, workers=workers, conditions=conditions)
 
     def _reason(
         self, kept: Kept, settings: RunSettings, inputs: Mapping[str, str], *, measures: bool
