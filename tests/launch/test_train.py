@@ -94,7 +94,9 @@ class Tracker:
 FROM_PYTHON = """
 import dataclasses, json, sys
 from pathlib import Path
+import ray
 import hybridrl
+from hybridrl.core.errors import RewardError
 
 folder, steps, *overrides = sys.argv[1:]
 other = [
@@ -118,6 +120,14 @@ with hybridrl.WarmWorkers() as warm:
         Path(result.run_dir.parent, f"{result.run_dir.name}.json").write_text(
             json.dumps(dataclasses.asdict(result), default=str)
         )
+    Path(folder, "broken.py").write_text("def broken(completions, **columns): raise ValueError")
+    broken = f"+reward.functions.broken={{function:{folder}/broken.py:broken}}"
+    try:
+        hybridrl.train(
+            [*overrides, f"run.dir={folder}/failed", "reward.on_error=fail", broken], warm=warm
+        )
+    except RewardError:
+        pids.append({"ray": ray.is_initialized(), "kept": warm.run_dir})
 Path(folder, "pids.json").write_text(json.dumps(pids))
 """
 
@@ -257,7 +267,7 @@ def test_a_job_that_continues_with_the_workers_of_another_one_is_equal_bit_by_bi
 def test_the_workers_of_a_sweep_stay_but_for_those_that_run_rewards_and_each_job_has_its_logs(
     resumed,
 ):
-    first, second, third = json.loads((resumed.parent / "pids.json").read_text())
+    first, second, third, _ = json.loads((resumed.parent / "pids.json").read_text())
     stay = {"learner": 2, "rollout": 2, "scorer-main": 1}
     assert {name: len(pids) for name, pids in first.items() if pids == second[name]} == stay
     assert {name: len(pids) for name, pids in first.items() if pids == third[name]} == stay
@@ -266,6 +276,11 @@ def test_the_workers_of_a_sweep_stay_but_for_those_that_run_rewards_and_each_job
         for job in ("other", "run", "continued")
     ]
     assert logs[0] == logs[1] == logs[2] and "learner-1.log" in logs[2]
+
+
+def test_after_a_job_that_fails_no_worker_is_kept(resumed):
+    *_, failed = json.loads((resumed.parent / "pids.json").read_text())
+    assert failed == {"ray": False, "kept": None}
 
 
 def test_a_run_from_python_returns_its_last_row_and_the_paths_of_what_it_left(resumed):
