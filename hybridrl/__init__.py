@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["RunResult", "StopTraining", "__version__", "train"]
+__all__ = ["RunResult", "StopTraining", "WarmWorkers", "__version__", "train"]
 
 __version__ = "0.1.0"
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from hybridrl.api import train
     from hybridrl.core.errors import StopTraining
     from hybridrl.launch.run_result import RunResult
+    from hybridrl.launch.warm_workers import WarmWorkers
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +27,8 @@ def __getattr__(name: str) -> Any:
         from hybridrl.launch.run_result import RunResult
 
         return RunResult
+    if name == "WarmWorkers":
+        from hybridrl.launch.warm_workers import WarmWorkers
+
+        return WarmWorkers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ from hybridrl.settings.settings_file import load_settings
 if TYPE_CHECKING:
     from hybridrl.controller.controller import OnStep
     from hybridrl.launch.run_result import RunResult
+    from hybridrl.launch.warm_workers import WarmWorkers
 
 
 def train(
@@ -27,6 +28,7 @@ def train(
     config: str | Path | None = None,
     on_step: "OnStep | None" = None,
     rewards: Mapping[str, Callable[..., Any]] | None = None,
+    warm: "WarmWorkers | None" = None,
 ) -> "RunResult":
     """Train, or continue the run in run.dir, as the command `hybridrl train` does.
 
@@ -57,6 +59,7 @@ def train(
             notebook's cell or of the script that runs, are refused. Weights and options are
             settings, for example "+reward.functions.NAME.weight=0.5". Evaluations use the first
             function for accuracy; those that the settings name come first.
+        warm: keeps the workers between several calls; None: they start and end with this one.
 
     Returns:
         the final metrics, and the paths of the run's report and model.
@@ -75,7 +78,7 @@ def train(
     settings = load_settings(overrides, None if config is None else Path(config))
     if not logging.getLogger().handlers:  # else the caller decides what becomes of log lines
         redact.log_warnings()
-    return run_settings(settings, on_step)
+    return run_settings(settings, on_step, warm)
 
 
 def reward_overrides(rewards: Mapping[str, Callable[..., Any]]) -> list[str]:
@@ -90,11 +93,15 @@ def reward_overrides(rewards: Mapping[str, Callable[..., Any]]) -> list[str]:
     ]
 
 
-def run_settings(settings: RunSettings, on_step: "OnStep | None" = None) -> "RunResult":
+def run_settings(
+    settings: RunSettings,
+    on_step: "OnStep | None" = None,
+    warm: "WarmWorkers | None" = None,
+) -> "RunResult":
     """Run or continue `settings`.
 
     Args:
-        on_step: as of `train`.
+        on_step, warm: as of `train`.
 
     Raises:
         HybridRLError: what went wrong, in one sentence; nothing is left running.
@@ -103,7 +110,7 @@ def run_settings(settings: RunSettings, on_step: "OnStep | None" = None) -> "Run
     from hybridrl.launch.session import train as train_session  # loads torch and ray
 
     quiet_environment()
-    return train_session(settings, on_step)
+    return train_session(settings, on_step, warm)
 
 
 def quiet_environment() -> None:

@@ -8,7 +8,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -29,6 +31,9 @@ from hybridrl.settings.compose import (
 from hybridrl.settings.reference import commented
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.settings_file import load_settings, own_file
+
+if TYPE_CHECKING:
+    from hybridrl.launch.warm_workers import WarmWorkers
 
 USAGE = """usage: hybridrl VERB ...
 
@@ -150,13 +155,16 @@ def train_verb(arguments: Sequence[str]) -> int:
     --config FILE is the base of the settings; all other flags are Hydra's.
     """
     rest = [a for a in arguments if a != "--dry-run"]
-    run = run_training if len(rest) == len(arguments) else run_checks
+    dry = len(rest) < len(arguments)
+    run: Callable[[RunSettings], int] = run_checks if dry else run_training
     rest, name = option("--config", rest)
     file = None if name is None else Path(name).expanduser()
     if not any(a.startswith("-") for a in rest):
         return run(load_settings(rest, file))
     with ExitStack() as stack:
         base = [] if file is None else stack.enter_context(own_file(file))
+        if not dry and any(flag in rest for flag in ("-m", "--multirun")):
+            run = warm_training(stack)
         return hydra_flags([*base, *rest], run)
 
 
@@ -213,9 +221,25 @@ def doctor_verb(arguments: Sequence[str]) -> int:
     return doctor(arguments)
 
 
-def run_training(settings: RunSettings) -> int:
-    """Train, print the result and return the exit status."""
-    result = run_settings(settings)
+def warm_training(stack: ExitStack) -> Callable[[RunSettings], int]:
+    """run_training for the jobs of a sweep: workers stay between them, and end with the stack."""
+
+    @cache
+    def warm() -> "WarmWorkers":
+        from hybridrl.launch.warm_workers import WarmWorkers  # loads torch and ray
+
+        return stack.enter_context(WarmWorkers())
+
+    return lambda settings: run_training(settings, warm())
+
+
+def run_training(settings: RunSettings, warm: "WarmWorkers | None" = None) -> int:
+    """Train, print the result and return the exit status.
+
+    Args:
+        warm: as of hybridrl.train.
+    """
+    result = run_settings(settings, warm=warm)
     if result.accuracy_before is not None and result.accuracy_after is not None:
         teachers = ", ".join(
             f"{name} {accuracy:.1%}" for name, accuracy in result.teacher_accuracy.items()

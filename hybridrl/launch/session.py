@@ -48,9 +48,12 @@ from hybridrl.launch.run_result import ExitReason, RunResult, run_result
 from hybridrl.launch.served_teachers import check_served_teachers
 from hybridrl.launch.teacher_levels import (
     measure_teachers,
+    same_levels,
     teachers_left_out,
     teachers_to_measure,
+    write_levels,
 )
+from hybridrl.launch.warm_workers import Kept, WarmWorkers
 from hybridrl.models.arithmetic import dtype_notice, on_gpu
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.objectives.user_code import check_user_code
@@ -73,6 +76,7 @@ from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.workers import (
     Slots,
     Workers,
+    begin_job,
     place_workers,
     recover,
     start_workers,
@@ -91,16 +95,21 @@ from hybridrl.types import Prompt, RunInfo
 log = logging.getLogger(__name__)
 
 
-def train(settings: RunSettings, on_step: OnStep | None = None) -> RunResult:
+def train(
+    settings: RunSettings, on_step: OnStep | None = None, warm: WarmWorkers | None = None
+) -> RunResult:
     """Run or resume `settings`; the same call continues where the last one stopped.
 
     Args:
         on_step: called after each step with its number and its metrics; None: nothing is called.
+        warm: lends the workers of the job before, and keeps those of this one; None: all workers
+            start and end with the call.
 
     Raises:
         HybridRLError: what went wrong, in one sentence; no process is left running.
         Exception: as on_step raised it, after a checkpoint; no process is left running.
     """
+    holder = WarmWorkers() if warm is None else warm
     began = time.monotonic()
     requested = settings
     settings = pinned(requested, earlier_settings(requested))
@@ -116,11 +125,19 @@ def train(settings: RunSettings, on_step: OnStep | None = None) -> RunResult:
         keep_template(settings, run_dir)
         console, sinks = stack.enter_context(started_sinks(settings, run_dir, checkpoint))
         preemption.check()  # an optional sink swallows an exception, the signal's too
-        console.notice(start_notice(settings, checkpoint))
         stack.enter_context(naming_what_is_saved(settings, run_dir))
         if settings.diagnostics.trace:
             stack.callback(write_trace, run_dir)
-        cluster = stack.enter_context(Cluster(settings))
+        earlier = holder.run_dir
+        levels = None if earlier is None else same_levels(settings, heldout, inputs, earlier)
+        measures = checkpoint is None and levels is None and bool(teachers_to_measure(settings))
+        kept = stack.enter_context(
+            holder.job(settings, inputs, measures=measures, say=console.notice)
+        )
+        if kept is not None and levels is not None:
+            write_levels(settings, heldout, inputs, run_dir, levels)
+        console.notice(start_notice(settings, checkpoint, kept, levels))
+        cluster = holder.cluster(settings)
         check_attention(settings, cluster.device)
         check_engines(settings, cluster.device)
         if expected != cluster.device:  # only the cluster has GPUs
@@ -130,7 +147,7 @@ def train(settings: RunSettings, on_step: OnStep | None = None) -> RunResult:
             settings=settings,
             run_dir=run_dir,
             cluster=cluster,
-            slots=place_workers(settings, cluster),
+            slots=place_workers(settings, cluster) if kept is None else kept.slots,
             prompts=prompts,
             heldout=heldout,
             inputs=inputs,
@@ -139,7 +156,9 @@ def train(settings: RunSettings, on_step: OnStep | None = None) -> RunResult:
             preemption=preemption,
             on_step=on_step,
         )
-        workers = session.start_workers(checkpoint)
+        workers = session.start_workers(checkpoint, kept)
+        if warm is not None and kept is None:
+            workers.learner.keep_start()
         if requested.model.dtype == AUTO and cluster.device == "cpu":
             console.notice(dtype_notice(settings.model.dtype, processor()))
         if narrow_models(settings) and cluster.device == "cpu":
@@ -160,6 +179,8 @@ def train(settings: RunSettings, on_step: OnStep | None = None) -> RunResult:
                 f"on_step ended the run after step {done} of {settings.train.steps}; "
                 f"{how_to_continue(settings, f'step_{done:06d}')}"
             )
+        if warm is not None and not controller.pipeline.in_flight():
+            warm.keep(settings, inputs, run_dir, session.slots, controller.workers)
     return run_result(run_dir, exported, reason)
 
 
@@ -183,16 +204,26 @@ def narrow_models(settings: RunSettings) -> list[str]:
     return [setting for setting, dtype in dtypes.items() if dtype == "bfloat16"]
 
 
-def start_notice(settings: RunSettings, checkpoint: Checkpoint | None) -> str:
-    """The line that the console prints before workers start."""
-    teachers = "" if checkpoint else ", ".join(teachers_to_measure(settings))
+def start_notice(
+    settings: RunSettings,
+    checkpoint: Checkpoint | None,
+    kept: Kept | None = None,
+    levels: Mapping[str, float] | None = None,
+) -> str:
+    """The line that the console prints before workers start.
+
+    Args:
+        kept: they are those of the job before.
+        levels: of the teachers, which it has measured; None: it has measured others.
+    """
+    start = "starting workers" if kept is None else "going on with the workers of the job before"
+    known = checkpoint or (kept and levels)
+    teachers = "" if known else ", ".join(teachers_to_measure(settings))
     served = "" if checkpoint else ", ".join(teachers_left_out(settings))
     left_out = f" (teacher {served} is on a server, and is not measured)" if served else ""
     if not teachers:
-        return f"starting workers ...{left_out}"
-    return (
-        f"starting workers, and measuring teacher {teachers} on the held-out problems ...{left_out}"
-    )
+        return f"{start} ...{left_out}"
+    return f"{start}, and measuring teacher {teachers} on the held-out problems ...{left_out}"
 
 
 @contextmanager
@@ -264,8 +295,11 @@ class Session:
         """The folder with one file per worker."""
         return str(self.run_dir / "logs")
 
-    def start_workers(self, checkpoint: Checkpoint | None) -> Workers:
+    def start_workers(self, checkpoint: Checkpoint | None, kept: Kept | None = None) -> Workers:
         """Start and check all workers. If the run begins here, its teachers are measured meanwhile.
+
+        Args:
+            kept: workers of the job before, which become those of this one; None: all start.
 
         Raises:
             WorkerError: a worker could not be built, or did not answer in time.
@@ -284,9 +318,13 @@ class Session:
                     self.inputs,
                 )
 
-        workers = start_workers(
-            self.settings, self.cluster, self.slots, self.log_dir, self.console.notice, measure
-        )
+        say = self.console.notice
+        if kept is None:
+            workers = start_workers(
+                self.settings, self.cluster, self.slots, self.log_dir, say, measure
+            )
+        else:
+            workers = begin_job(self.settings, self.slots, kept.workers, self.log_dir, say, measure)
         check_running(self.settings, workers, self.prompts)
         return workers
 

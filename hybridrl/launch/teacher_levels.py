@@ -72,9 +72,7 @@ def measure_teachers(
             the levels are measured again.
     """
     names = teachers_to_measure(settings)
-    target = run_dir / TEACHER_LEVELS
-    conditions = conditions_of(settings, heldout) | files_of(inputs)
-    levels = read_levels(target, conditions)
+    levels = same_levels(settings, heldout, inputs, run_dir)
     if levels is not None or not names:
         return levels or {}
     levels = {}
@@ -105,8 +103,34 @@ def measure_teachers(
         )
         levels[f"eval/accuracy_teacher/{name}"] = evaluation.metrics["eval/accuracy"]
         engine.close()
-    replace_text(target, json.dumps({"measured_with": conditions, "levels": levels}, indent=1))
+    write_levels(settings, heldout, inputs, run_dir, levels)
     return levels
+
+
+def same_levels(
+    settings: RunSettings, heldout: Sequence[Prompt], inputs: Mapping[str, str], run_dir: Path
+) -> dict[str, float] | None:
+    """The levels that a run has measured under the conditions of this one; None: there are none.
+
+    Args:
+        inputs: run_dir.inputs.digests, of this run.
+        run_dir: of that run.
+    """
+    conditions = conditions_of(settings, heldout) | files_of(inputs)
+    return read_levels(run_dir / TEACHER_LEVELS, conditions)
+
+
+def write_levels(
+    settings: RunSettings,
+    heldout: Sequence[Prompt],
+    inputs: Mapping[str, str],
+    run_dir: Path,
+    levels: Mapping[str, float],
+) -> None:
+    """Store the levels of this run with the conditions under which they were measured."""
+    conditions = conditions_of(settings, heldout) | files_of(inputs)
+    content = {"measured_with": conditions, "levels": dict(levels)}
+    replace_text(run_dir / TEACHER_LEVELS, json.dumps(content, indent=1))
 
 
 def conditions_of(settings: RunSettings, heldout: Sequence[Prompt]) -> dict[str, Any]:

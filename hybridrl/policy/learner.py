@@ -72,7 +72,7 @@ from hybridrl.types import (
     UpdatePlan,
     WeightManifest,
 )
-from hybridrl.weights.library_internals import left_out, update_memory
+from hybridrl.weights.library_internals import left_out, set_adam, update_memory
 from hybridrl.weights.parameters import WeightsKind, train_only, weights_kind
 
 
@@ -153,6 +153,29 @@ class Learner:
             base = Base(self.engine, self.model, head, together=together)
             self.shared = SharedTeachers(settings, evidence, base)
         self.teachers = TeacherInbox.load(settings, evidence, self.device, head)
+
+    def keep_start(self) -> None:
+        """Keep a copy of the student as it is, with which `begin_job` begins."""
+        self.state.keep_start()
+
+    def begin_job(self, settings: RunSettings) -> None:
+        """Learn in another job as a learner that is built with its settings does: from the kept
+        student, with an optimizer that has taken no step.
+
+        Args:
+            settings: which equal those of this learner where launch.worker_conditions says so.
+        """
+        self.state.back_to_start()
+        self.optimizer_steps = 0
+        train = settings.train
+        first, second = train.betas
+        set_adam(
+            self.engine.optimizer,
+            betas=(first, second),
+            weight_decay=train.weight_decay,
+            clip=train.grad_clip,
+        )
+        self.configure(settings)
 
     def ping(self) -> int:
         return self.optimizer_steps

@@ -59,6 +59,7 @@ class OptimizerState:
         self.step_in_place = step_in_place
         self.threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.saving: Future[SavedFile] | None = None
+        self.start: dict[str, Tensor] = {}  # the master weights that keep_start has copied
 
     def nbytes(self) -> int:
         """What `begin_save` will write on this rank, headers aside."""
@@ -112,6 +113,24 @@ class OptimizerState:
         for moment in MOMENTS:
             load_part(self.parameters, reader, moment)
         set_adam_steps(self.optimizer, steps)
+
+    def keep_start(self) -> None:
+        """Copy the master weights, for `back_to_start`: 4 bytes a parameter of the host's memory,
+        divided among the ranks.
+        """
+        masters = [copied(fragment) for fragment in local_fragments(self.parameters, [MASTER])]
+        self.start = {fragment.name: fragment.tensors[MASTER] for fragment in masters}
+
+    def back_to_start(self) -> None:
+        """The state that the optimizer had at `keep_start`, where it had taken no step."""
+        for name, masters in self.start.items():
+            set_local_values(self.parameters[name], MASTER, masters)
+        self.step_in_place()
+        for name, masters in self.start.items():
+            for moment in MOMENTS:
+                set_local_values(self.parameters[name], moment, torch.zeros_like(masters))
+        set_adam_steps(self.optimizer, 0)
+        self.saving = None
 
 
 def write_sealed(folder: Path, rank: int, world: int, fragments: Sequence[Fragment]) -> SavedFile:

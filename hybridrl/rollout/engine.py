@@ -101,6 +101,12 @@ class Rollout:
             "asleep": len(self.sampler.asleep),
         }
 
+    async def begin_job(self) -> None:
+        """Sample for another job as an engine that starts with it does. The weights stay until
+        others are loaded.
+        """
+        self.sampler.begin_job()
+
     # -- sampling ----------------------------------------------------------------------------------
 
     async def generate(
@@ -270,7 +276,7 @@ def engine_args(
         enable_chunked_prefill=False if on_cpu else None,
         # Log-probs with the temperature applied, that is of the distribution that is sampled.
         logprobs_mode="processed_logprobs",
-        max_logprobs=max(settings.algorithm.topk.k, 20),
+        max_logprobs=most_logprobs(settings),
         seed=settings.run.seed,
         weight_transfer_config=WeightTransferConfig(backend=backend),
         worker_extension_cls="hybridrl.weights.vllm_transfer.WorkerExtension",
@@ -278,6 +284,11 @@ def engine_args(
         **({} if lora is None else adapter_args(model, lora)),
         **chosen,
     )
+
+
+def most_logprobs(settings: RunSettings) -> int:
+    """How many of a token's log-probs an engine can be asked for; 20 is vLLM's own choice."""
+    return max(settings.algorithm.topk.k, 20)
 
 
 def adapter_args(model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:

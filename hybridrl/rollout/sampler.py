@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
 
 
+FROM_DISK = -1
+"""The version of weights before the first update."""
+
+
 class Sampler:
     """Samples the responses of an engine.
 
@@ -76,7 +80,7 @@ class Sampler:
         self.rollouter = rollouter
         self.source = source
         self.stop_token_ids = tuple(stop_token_ids)
-        self.version = -1  # of the engine's weights; -1: as loaded from disk
+        self.version = FROM_DISK  # of the engine's weights
         self._waves: Waves[list[asyncio.Task[Trajectory]]] = Waves(self._start_chunk)
         self._trajectories: dict[str, asyncio.Task[Trajectory]] = {}  # "wave/uid/sample"
         self._requests: dict[str, asyncio.Future[CompletionOutput]] = {}  # "wave/uid/sample/turn"
@@ -130,6 +134,12 @@ class Sampler:
             ]
         )
         return sum(self._trajectories.pop(name).cancel() for name in names)
+
+    def begin_job(self) -> None:
+        """Drop what is left of an earlier job: responses under way, prefixes, and counts."""
+        self.abort()
+        self._arrivals = count()
+        self.resume(FROM_DISK)
 
     def pause(self) -> None:
         """Stop sampling where it is, and wait until the device has nothing left to do.

@@ -14,7 +14,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hybridrl.core.errors import FleetExhausted, WorkerError, WorkerTimeout, raised
 from hybridrl.runtime.calls import Meter, Pending, gather, settle, succeeded
-from hybridrl.runtime.host import STACKS, AsyncHost, Host
+from hybridrl.runtime.host import AsyncHost, Host
+from hybridrl.runtime.worker_log import STACKS
+from hybridrl.settings.run import RunSettings
 
 CALLS = 1_000_000
 """Calls that a worker of coroutines accepts at once. Chunks wait inside it for the rest of their
@@ -106,6 +108,22 @@ class ActorGroup:
             **({"max_concurrency": CALLS} if self.concurrent else {}),
         )
         return actor.remote(self.path, self._log(self.names[index]), self.arguments[index])
+
+    def begin_job(
+        self, settings: RunSettings, log_dir: str, arguments: Mapping[str, object] | None = None
+    ) -> None:
+        """Go on with the same workers in another job: their logs are in its folder from here on.
+
+        Args:
+            arguments: those that differ for workers that start later in the place of these.
+        """
+        self.log_dir = log_dir
+        self.arguments = [{**before, **(arguments or {})} for before in self.arguments]
+        calls = []
+        for index, name in enumerate(self.names):
+            ref = self.actors[index].begin_job.remote(settings, self._log(name))
+            calls.append(self._pending(index, ref, "begin_job", settings.deadlines.start_s))
+        gather(calls)
 
     def replace(self, error: WorkerError) -> int | None:
         """End the worker that failed, with all of its unit, and start others in their places.

@@ -5,15 +5,12 @@ An exception of the worker's constructor is stored and raised by the first call:
 end the actor and report only its death.
 """
 
-import faulthandler
 import importlib
 import os
-import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,36 +18,31 @@ import ray
 from hybridrl.core import redact
 from hybridrl.core.errors import HybridRLError, PlacementError
 from hybridrl.core.trace import trace_of_worker
-
-STACKS = signal.SIGUSR1
-"""Makes a worker write the stack of each of its threads into its log, also while it is busy outside
-Python.
-"""
+from hybridrl.runtime.worker_log import WorkerLog
+from hybridrl.settings.run import RunSettings
 
 
 class NotBuilt(Exception):
     """The worker's constructor raised another error than a HybridRLError; the message names it."""
 
 
-def build(path: str, log: str, arguments: Mapping[str, object]) -> Any:
-    """Instantiate "module:Class"; the output of the process goes to the file `log`.
+def log_of(path: str, arguments: Mapping[str, object]) -> WorkerLog:
+    """The log of this process, in which secrets are masked: those in the settings among
+    `arguments`, and those that the node's environment has beside the driver's, which are dropped.
+    """
+    dropped = redact.drop_variables(needed=redact.NEEDED)
+    redact.remember([*dropped.values(), *redact.secrets_in(arguments)])
+    log = WorkerLog(path)
+    redact.log_warnings()
+    return log
 
-    Secrets that the node's environment has beside those of the driver are dropped first. They, and
-    those in the settings among `arguments`, are masked in what the process logs.
+
+def build(path: str, arguments: Mapping[str, object]) -> Any:
+    """Instantiate "module:Class".
 
     Returns:
         The worker; an Unbuilt if its constructor raised an exception.
     """
-    dropped = redact.drop_variables(needed=redact.NEEDED)
-    redact.remember([*dropped.values(), *redact.secrets_in(arguments)])
-    Path(log).parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    redact.log_warnings()
-    faulthandler.register(STACKS, file=descriptor, all_threads=True)
     module, name = path.split(":")
     try:
         if ray.is_initialized() and (gpus := ray.get_gpu_ids()):
@@ -120,8 +112,14 @@ class Host:
 
     def __init__(self, path: str, log: str, arguments: Mapping[str, object]) -> None:
         self.trace = trace_of_worker(log, coroutines=False)
+        self.log = log_of(log, arguments)
         with self.trace.span("start"):
-            self.worker = build(path, log, arguments)
+            self.worker = build(path, arguments)
+
+    def begin_job(self, settings: RunSettings, log: str) -> None:
+        """Write the log of another job from here on, whose secrets are masked in it too."""
+        redact.remember(redact.secrets_in(settings))
+        self.log.move(log)
 
     def call(self, method: str, *args: Any) -> Any:
         with self.trace.span(method):
@@ -139,8 +137,14 @@ class AsyncHost:
 
     def __init__(self, path: str, log: str, arguments: Mapping[str, object]) -> None:
         self.trace = trace_of_worker(log, coroutines=True)
+        self.log = log_of(log, arguments)
         with self.trace.span("start"):
-            self.worker = build(path, log, arguments)
+            self.worker = build(path, arguments)
+
+    async def begin_job(self, settings: RunSettings, log: str) -> None:
+        """As Host.begin_job."""
+        redact.remember(redact.secrets_in(settings))
+        self.log.move(log)
 
     async def call(self, method: str, *args: Any) -> Any:
         with self.trace.span(method):

@@ -51,6 +51,7 @@ class LearnerGroup:
         self.group = ActorGroup("learner", self.worker, slots, arguments, log_dir=log_dir)
         self.master = master
         self.failed = False
+        self.connected: ActorGroup | None = None  # the engines with a channel of nccl or ipc
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
@@ -65,6 +66,16 @@ class LearnerGroup:
         """Learn by other settings from here on; the student stays."""
         self.settings = settings
         self.group.call_all("configure", settings, deadline_s=settings.deadlines.start_s)
+
+    def keep_start(self) -> None:
+        """Keep a copy of the student as it is, with which `begin_job` begins."""
+        self.group.call_all("keep_start", deadline_s=self.settings.deadlines.save_s)
+
+    def begin_job(self, settings: RunSettings, log_dir: str) -> None:
+        """Learn in another job as a learner that starts with it does, from the kept student."""
+        self.settings = settings
+        self.group.begin_job(settings, log_dir, {"settings": settings})
+        self.group.call_all("begin_job", settings, deadline_s=settings.deadlines.start_s)
 
     def learn(
         self,
@@ -146,6 +157,8 @@ class LearnerGroup:
         return manifests[0], pairs[0][1].ref
 
     def connect_engines(self, backend: WeightTransfer, rollout: RolloutGroup) -> None:
+        if self.connected is rollout.group:
+            return  # by an earlier job of a sweep
         limit = self.settings.deadlines.start_s
         call = EngineCall(rollout.group, limit)
         self.group.call_all(
@@ -156,6 +169,7 @@ class LearnerGroup:
             rollout.group.size,
             deadline_s=limit,
         )
+        self.connected = rollout.group
 
     def send_weights(self, version: int) -> int:
         """Send the weights to the connected engines, which serve them as this version; returns the

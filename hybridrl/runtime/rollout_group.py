@@ -81,6 +81,16 @@ class RolloutGroup:
         self.settings = settings
         self.fleet.deadlines = settings.deadlines
 
+    def begin_job(self, settings: RunSettings, log_dir: str) -> None:
+        """Sample for another job as engines that start with it do; the student's weights are those
+        of the job before until others are loaded.
+        """
+        self.configure(settings)
+        self.group.begin_job(settings, log_dir, {"settings": settings})
+        self.group.call_all("begin_job", deadline_s=settings.deadlines.sync_s)
+        self.load = EngineLoad(self.group.size)
+        self.latest = None
+
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
 

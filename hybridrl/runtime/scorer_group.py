@@ -100,6 +100,14 @@ class ScorerGroup(StatelessGroup):
             limit = settings.deadlines.start_s
             self.group.call_all("configure", settings, evidence, rule, deadline_s=limit)
 
+    def begin_job(self, settings: RunSettings, log_dir: str) -> None:
+        """Score for another job as scorers that start with it do: nothing is cached."""
+        evidence, rule = scoring(settings, self.teacher)
+        changed = {"settings": settings, "evidence": evidence, "rule": rule}
+        self.arguments = {**self.arguments, **changed}
+        self.group.begin_job(settings, log_dir, changed)
+        self.configure(settings)
+
     def state_bytes(self) -> int:
         limit = self.settings.deadlines.save_s
         return sum(

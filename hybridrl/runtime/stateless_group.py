@@ -44,6 +44,11 @@ class StatelessGroup:
             renewed=renewed,
         )
 
+    def begin_job(self, settings: RunSettings, log_dir: str) -> None:
+        """Serve another job with the same workers."""
+        self.settings = settings
+        self.group.begin_job(settings, log_dir)
+
     def lose(self, error: WorkerError) -> None:
         """Start another worker in the place of the one that failed, with all of its unit.
 
@@ -55,3 +60,6 @@ class StatelessGroup:
     def ready(self) -> list[Pending]:
         """One call per worker, which ends when it is built."""
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
+
+    def close(self) -> None:
+        self.group.close()

@@ -64,6 +64,12 @@ class Workers:
         """How many workers have been replaced so far."""
         return sum(sum(group.group.epochs) for group in self.groups) + self.learners_lost
 
+    @property
+    def intact(self) -> bool:
+        """Whether all of them are those that were started, and serve."""
+        all_serve = all(len(group.fleet.serving) == group.group.size for group in self.engines)
+        return all_serve and not self.restarts
+
     def silent(self) -> Pending | None:
         """A ping that some engine should have answered by now; None: all answer."""
         return next((ping for group in self.engines if (ping := group.silent()) is not None), None)
@@ -211,6 +217,37 @@ def start_engines(
             engines.sleep()
         groups.append(engines)
     return groups[0], groups[1] if len(groups) > 1 else None
+
+
+def begin_job(
+    settings: RunSettings,
+    slots: Slots,
+    workers: Workers,
+    log_dir: str,
+    say: Callable[[str], None] = log.info,
+    before_engines: Callable[[RewardGroup], None] = lambda rewards: None,
+) -> Workers:
+    """The same workers for another job, which computes what it would with workers of its own;
+    return when all are ready for it.
+
+    Reward workers are others: they run the user's code, whose state only a new process forgets.
+
+    Args:
+        workers: of a job that is done, intact; `launch.worker_conditions` of both jobs are equal.
+        say, before_engines: as of start_workers.
+
+    Raises:
+        WorkerError: a worker did not answer in time, or raised an error.
+    """
+    start_up = StartUp(say)
+    workers.rewards.close()
+    rewards = RewardGroup(settings, slots["reward"], log_dir=log_dir)
+    for group in workers.groups:
+        if group is not workers.rewards:
+            group.begin_job(settings, log_dir)
+    start_up.wait(rewards.ready())
+    before_engines(rewards)
+    return replace(workers, rewards=rewards)
 
 
 def recover(

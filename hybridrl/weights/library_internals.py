@@ -59,6 +59,7 @@ class ZeroOptimizer(Protocol):
 
     optimizer: torch.optim.Optimizer
     overflow: bool  # of the last step
+    clip_grad: float  # largest norm of the gradient; 0: it is not clipped
 
 
 def set_adam_steps(zero: ZeroOptimizer, steps: int) -> None:
@@ -91,6 +92,20 @@ def update_memory(zero: ZeroOptimizer) -> tuple[list[Tensor], list[Tensor]]:
     buckets = [bucket.buffer for bucket in parts["ipg_buckets"].values()]
     buffers = [parts["grad_partitions_flat_buffer"], *buckets]
     return state, [buffer for buffer in buffers if buffer is not None]
+
+
+def set_adam(
+    zero: ZeroOptimizer, *, betas: tuple[float, float], weight_decay: float, clip: float
+) -> None:
+    """Give AdamW other settings from its next step on.
+
+    Args:
+        clip: largest norm of the gradient; 0: it is not clipped.
+    """
+    for group in zero.optimizer.param_groups:
+        group["betas"] = betas
+        group["weight_decay"] = weight_decay
+    zero.clip_grad = clip
 
 
 def left_out(zero: ZeroOptimizer) -> bool:

@@ -33,7 +33,7 @@ from hybridrl.rewards.load import BUILT_IN
 from hybridrl.rewards.pool import RewardPool
 from hybridrl.rewards.signature import signature_of
 from hybridrl.run_dir.directory import changes
-from hybridrl.runtime.host import build
+from hybridrl.runtime.host import build, log_of
 from hybridrl.runtime.ray_connection import private_token
 from hybridrl.runtime.worker_env import worker_env
 from hybridrl.settings.compose import check_secrets, from_yaml, known_keys, load_config, to_yaml
@@ -542,8 +542,8 @@ class Failing:
 
 def test_a_worker_drops_its_nodes_secrets_and_logs_none(environment: None, tmp_path: Path):
     program = (
-        "import sys; from hybridrl.runtime.host import build; "
-        "build('tests.core.test_redact:Failing', sys.argv[1], {})"
+        "import sys; from hybridrl.runtime.host import build, log_of; "
+        "log_of(sys.argv[1], {}); build('tests.core.test_redact:Failing', {})"
     )
     root = Path(__file__).parent.parent.parent
     subprocess.run(
@@ -575,9 +575,9 @@ def build_judge(log: str) -> None:
     config = RewardConfig(
         functions={"judge": RewardFunctionConfig(function="f.py:f", options=options)}
     )
-    build(
-        "tests.core.test_redact:Judge", log, {"config": config, "seen": os.environ["DB_PASSWORD"]}
-    )
+    arguments = {"config": config, "seen": os.environ["DB_PASSWORD"]}
+    log_of(log, arguments)
+    build("tests.core.test_redact:Judge", arguments)
 
 
 def test_a_worker_logs_neither_the_secrets_it_dropped_nor_those_of_its_settings(

@@ -94,11 +94,20 @@ class Tracker:
 WATCHED = "watch.py:watch"
 FROM_PYTHON = """
 import dataclasses, json, sys
+from pathlib import Path
+import ray
 import hybridrl
+from hybridrl.core.errors import RewardError
 
 sys.path.insert(0, sys.argv[1])
 import watch
 
+folder, *overrides = sys.argv[2:]
+other = [
+    f"run.dir={folder}/other", "train.steps=1", "run.seed=7", "train.lr=3e-2", "algorithm.gamma=0",
+    "algorithm.divergence=forward_kl", "algorithm.reward_weight=3", "train.samples_per_prompt=2",
+    "algorithm.temperature=0.7",
+]
 rows = []
 
 def on_step(step, metrics):
@@ -106,9 +115,39 @@ def on_step(step, metrics):
     if step == 2:
         raise hybridrl.StopTraining
 
-result = hybridrl.train(sys.argv[3:], on_step=on_step, rewards={"watch": watch.watch})
-with open(sys.argv[2], "w") as file:
-    json.dump({"rows": rows, **dataclasses.asdict(result)}, file, default=str)
+pids = []
+with hybridrl.WarmWorkers() as warm:
+    for job, stops in (
+        (other, None),
+        ([f"run.dir={folder}/run"], on_step),
+        (
+            [
+                f"run.dir={folder}/continued",
+                f"run.resume_from={folder}/run/checkpoints/step_000002",
+            ],
+            None,
+        ),
+    ):
+        result = hybridrl.train(
+            [*overrides, *job], on_step=stops, rewards={"watch": watch.watch}, warm=warm
+        )
+        groups = warm._kept.workers.groups
+        pids.append({group.group.name: group.group.pids() for group in groups})
+        Path(result.run_dir.parent, f"{result.run_dir.name}.json").write_text(
+            json.dumps(dataclasses.asdict(result), default=str)
+        )
+    Path(folder, "broken.py").write_text("def broken(completions, **columns): raise ValueError")
+    broken = f"+reward.functions.broken={{function:{folder}/broken.py:broken}}"
+    try:
+        hybridrl.train(
+            [*overrides, f"run.dir={folder}/failed", "reward.on_error=fail", broken],
+            rewards={"watch": watch.watch},
+            warm=warm,
+        )
+    except RewardError:
+        pids.append({"ray": ray.is_initialized(), "kept": warm.run_dir})
+Path(folder, "pids.json").write_text(json.dumps(pids))
+Path(folder, "rows.json").write_text(json.dumps(rows))
 """
 
 
@@ -156,22 +195,24 @@ def uninterrupted(overrides: list[str], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, whose first two steps run from Python, which gives the file of the reward
-    function `watch` and stops, with engines and a learner that take turns, and the others by the
-    command, without.
+    function `watch` and stops, and the others by the command, with engines and a learner that take
+    turns.
+
+    The first two steps are the second job of a sweep in one process, after one with other settings;
+    `continued`, beside the run, is the third job, and has the other two steps as well.
     """
     run_dir = tmp_path_factory.mktemp("resumed") / "run"
     [watch] = [Path(o.partition("{function:")[2].split(":")[0]) for o in overrides if WATCHED in o]
-    result = run_dir.parent / "result.json"
-    python = (sys.executable, "-c", FROM_PYTHON, str(watch.parent), str(result))
+    python = (sys.executable, "-c", FROM_PYTHON, str(watch.parent), str(run_dir.parent))
     elsewhere = [override.replace(WATCHED, "absent.py:watch") for override in overrides]
-    turns = ("cluster.colocate=true", "cluster.take_turns=true")
-    first = shell(*python, *elsewhere, f"run.dir={run_dir}", *turns)
+    first = shell(*python, *elsewhere)
     assert first.returncode == 0, first.stderr[-3000:]
     assert (
         "on_step ended the run after step 2 of 4; the same command goes on from step_000002"
         in first.stdout
     )
-    done = train(*overrides, f"run.dir={run_dir}")
+    turns = ("cluster.colocate=true", "cluster.take_turns=true")
+    done = train(*overrides, f"run.dir={run_dir}", *turns)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "continues after step 2 of 4" in done.stdout
     return run_dir
@@ -237,20 +278,54 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(uninterrupted, res
 
 
 def test_on_step_receives_each_step_with_its_row(resumed):
-    result = json.loads((resumed.parent / "result.json").read_text())
-    assert result["rows"] == [[step, read_metrics(resumed)[step]] for step in (1, 2)]
+    rows = json.loads((resumed.parent / "rows.json").read_text())
+    assert rows == [[step, read_metrics(resumed)[step]] for step in (1, 2)]
 
 
 def test_a_run_that_took_turns_says_how_long_they_took(resumed):
     """Its steps are those of a run without, bit by bit (the test above)."""
     turns = [row.get("time/turn_s") for row in read_metrics(resumed)]
-    assert all(seconds > 0 for seconds in turns[:3]) and turns[3:] == [None, None]
+    assert turns[:3] == [None] * 3 and all(seconds > 0 for seconds in turns[3:])
     log = (resumed / "logs" / "rollout-0.log").read_text()
     assert "sleep mode is not supported on CPU" in log, "vLLM was asked"
 
 
+def test_a_job_that_continues_with_the_workers_of_another_one_is_equal_bit_by_bit(
+    uninterrupted, resumed
+):
+    continued = resumed.parent / "continued"
+    assert [lasting(row) for row in read_metrics(continued)][1:] == [
+        lasting(row) for row in read_metrics(uninterrupted)
+    ][1:]
+    for name in (
+        "checkpoints/step_000004/learner-rank00000-of-00002.safetensors",
+        "checkpoints/step_000004/learner-rank00001-of-00002.safetensors",
+        "export/step_000004/model.safetensors",
+    ):
+        assert (continued / name).read_bytes() == (uninterrupted / name).read_bytes()
+
+
+def test_the_workers_of_a_sweep_stay_but_for_those_that_run_rewards_and_each_job_has_its_logs(
+    resumed,
+):
+    first, second, third, _ = json.loads((resumed.parent / "pids.json").read_text())
+    stay = {"learner": 2, "rollout": 2, "scorer-main": 1}
+    assert {name: len(pids) for name, pids in first.items() if pids == second[name]} == stay
+    assert {name: len(pids) for name, pids in first.items() if pids == third[name]} == stay
+    logs = [
+        {path.name for path in (resumed.parent / job / "logs").glob("*.log")}
+        for job in ("other", "run", "continued")
+    ]
+    assert logs[0] == logs[1] == logs[2] and "learner-1.log" in logs[2]
+
+
+def test_after_a_job_that_fails_no_worker_is_kept(resumed):
+    *_, failed = json.loads((resumed.parent / "pids.json").read_text())
+    assert failed == {"ray": False, "kept": None}
+
+
 def test_a_run_from_python_returns_its_last_row_and_the_paths_of_what_it_left(resumed):
-    result = json.loads((resumed.parent / "result.json").read_text())
+    result = json.loads((resumed.parent / "run.json").read_text())
     assert result["metrics"] == read_metrics(resumed)[2]
     assert result["accuracy_after"] == result["metrics"]["eval/accuracy"]
     assert {key: result[key] for key in ("exit_reason", "run_dir")} == {

@@ -533,6 +533,20 @@ def test_a_learner_without_its_optimizer_looks_and_sends_as_before_and_then_lear
 
 
 @pytest.mark.parametrize("case", STATES)
+def test_another_job_of_a_learner_is_bit_for_bit_that_of_a_new_one(folder: Path, case: str):
+    new, begun = result(folder, case), result(folder, f"{case}-begun")
+    assert begun["digest"] == new["digest"] and begun["optimizer_steps"] == 0
+    assert begun["metrics"] == new["metrics"]
+
+
+@pytest.mark.parametrize("case", ["one", "zero1", "zero2", "zero3"])
+def test_another_job_of_a_learner_has_an_optimizer_with_its_own_settings(folder: Path, case: str):
+    """The first job's learner had other decay rates, another weight decay and another clip."""
+    diagnosed = "diagnosed-begun" if case == "one" else f"{case}-diagnosed-begun"
+    assert result(folder, diagnosed)["digest"] == result(folder, case)["digest"]
+
+
+@pytest.mark.parametrize("case", STATES)
 def test_ranks_measure_the_gaps_of_different_numbers_of_batches_together(folder: Path, case: str):
     loaded = result(folder, f"{case}-loaded")
     gaps = loaded["gaps"]

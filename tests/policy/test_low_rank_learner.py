@@ -113,6 +113,12 @@ def test_a_step_after_loading_is_bit_for_bit_the_step_that_would_have_come(folde
 
 
 @pytest.mark.parametrize("case", STATES)
+def test_another_job_of_a_learner_is_bit_for_bit_that_of_a_new_one(folder: Path, case: str):
+    new, begun = result(folder, case), result(folder, f"{case}-begun")
+    assert begun["digest"] == new["digest"] and begun["metrics"] == new["metrics"]
+
+
+@pytest.mark.parametrize("case", STATES)
 def test_a_checkpoint_holds_adapters_and_their_optimizer_state_alone(folder: Path, case: str):
     saved = saved_state(folder, case)
     assert equal(saved, load_file(folder / f"{case}-gathered.safetensors"))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from hybridrl.launch.teacher_levels import (
     conditions_of,
     files_of,
     read_levels,
+    same_levels,
     teachers_to_measure,
+    write_levels,
 )
 from hybridrl.models import arithmetic
 from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile
@@ -595,6 +598,18 @@ def test_a_teachers_level_is_used_again_only_as_it_was_measured(tmp_path: Path, 
     assert read_levels(target, conditions_of(settings_of(tmp_path, override), HELDOUT)) is None
     other = [replace(HELDOUT[0], columns={"numbers": [3], "target": 4})]
     assert read_levels(target, conditions_of(settings, other)) is None
+
+
+def test_levels_are_those_of_another_run_where_both_have_the_same_conditions(tmp_path: Path):
+    settings = settings_of(tmp_path)
+    levels = {"eval/accuracy_teacher/main": 0.5}
+    write_levels(settings, HELDOUT, {"teachers.main.path": "1"}, tmp_path, levels)
+    same = partial(same_levels, run_dir=tmp_path)
+    other = settings_of(tmp_path, "train.lr=1")
+    assert same(other, HELDOUT, {"teachers.main.path": "1", "data": "2"}) == levels
+    assert same(other, HELDOUT, {"teachers.main.path": "9"}) is None
+    other = settings_of(tmp_path, "run.seed=1")
+    assert same(other, HELDOUT, {"teachers.main.path": "1"}) is None
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"eval/accuracy_teacher/main": 0.5}'])

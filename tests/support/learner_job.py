@@ -204,6 +204,9 @@ def plan_for(step: int, num_micro_batches: int, groups: int = 4, **changes) -> U
     )
 
 
+OTHER_ADAM = ("train.betas=[0.5,0.6]", "train.weight_decay=0.5", "train.grad_clip=0.01")
+
+
 class Job:
     """One rank; `run` builds a fresh Learner on the same process group."""
 
@@ -276,10 +279,30 @@ class Job:
         self.report(case, learner, [learner.update(plan, groups, *chunk) for plan in plans])
 
     def diagnosed(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
-        learner = self.learner(*overrides)
+        """A step with another optimizer and the probe; then `two_steps`, as another job."""
+        learner = self.learner(*overrides, *OTHER_ADAM)
+        learner.keep_start()
         plan = plan_for(0, num_micro_batches, diagnose=True)
         stats = learner.update(plan, groups, *chunk_of(0, 4))
         self.report(case, learner, [stats])
+        self.begun(case, learner, groups, list(chunk_of(0, 4)), num_micro_batches, *overrides)
+
+    def begun(
+        self,
+        case: str,
+        learner,
+        groups: tuple,
+        values: list,
+        num_micro_batches: int,
+        *overrides: str,
+    ) -> None:
+        """The first two steps of another job, by a learner that has trained."""
+        learner.begin_job(settings_for(self.folder, self.world, *overrides))
+        begun = learner.ping()
+        stats = [
+            learner.update(plan_for(step, num_micro_batches), groups, *values) for step in range(2)
+        ]
+        self.report(f"{case}-begun", learner, stats, optimizer_steps=begun)
 
     def resume(
         self,
@@ -306,6 +329,7 @@ class Job:
         stepped.set()
         saved(learner)
         again = self.learner(*overrides)
+        again.keep_start()
         again.load_state(str(state), 2)
         # With two ranks, one of them has two batches and the other has one, or one and none.
         batches = [chunk_of(i, i + 1)[0] for i in range(3)]
@@ -315,6 +339,7 @@ class Job:
         done = again.ping()
         self.report(f"{case}-loaded", again, [], optimizer_steps=done, gaps=gaps, whole=whole)
         self.report(f"{case}-resumed", again, [again.update(plan, groups, *values)])
+        self.begun(case, again, groups, values, num_micro_batches, *overrides)
 
     def turn(self, case: str, learner, groups: tuple, values: list, plan: UpdatePlan) -> None:
         """Release the optimizer, acquire it again, and write what the learner could do without

@@ -31,6 +31,7 @@ from hybridrl.weights.library_internals import (
     has_transfer_backend,
     is_sharded,
     left_out,
+    set_adam,
     set_adam_steps,
     transfer_engine,
     whole_shape,
@@ -91,6 +92,30 @@ def test_adam_corrects_its_bias_as_after_so_many_steps():
     adam.step()
     expected = -0.1 / (1 - 0.9**8) / (0.01 / (1 - 0.99**8)) ** 0.5
     assert weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_adam_steps_with_the_settings_that_it_is_given():
+    """With moments 0.5 * 0 + 0.5 * 2 = 1 and 0.75 * 0 + 0.25 * 4 = 1 after the first gradient, 2,
+    both corrected to 2 and 4, the step from 1 is -lr * (2 / 2 + 0.5 * 1).
+    """
+    weight = nn.Parameter(torch.ones(1))
+    adam = torch.optim.AdamW([weight], lr=0.1, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    zero = SimpleNamespace(optimizer=adam, clip_grad=1.0)
+    set_adam(zero, betas=(0.5, 0.75), weight_decay=0.5, clip=3.0)
+    weight.grad = torch.full((1,), 2.0)
+    adam.step()
+    assert weight.item() == pytest.approx(1 - 0.1 * (1 + 0.5), rel=1e-5)
+    moments = adam.state[weight]
+    assert moments["exp_avg"].item() == 1 and moments["exp_avg_sq"].item() == 1
+    assert zero.clip_grad == 3
+
+
+@pytest.mark.parametrize("kind", [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3])
+def test_an_optimizer_of_deepspeed_clips_by_its_attribute(kind: type):
+    """That a gradient is clipped by what was set is tested on a learner."""
+    assert "/ self.clip_grad" in inspect.getsource(kind), (
+        f"{kind.__name__} does not clip by `clip_grad` any more"
+    )
 
 
 def test_vllm_lists_its_transfer_backends():
