@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from hybridrl.core.errors import WorkerError
+from hybridrl.data.route import takes
 from hybridrl.runtime.calls import Pending, settle, watch_nothing
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.reward_group import RewardGroup
@@ -29,7 +30,8 @@ class Answer:
     responses: tuple[str, ...]  # [K] without special tokens
     finish_reasons: tuple[FinishReason, ...]  # [K]
     lengths: tuple[int, ...]  # [K] tokens that the model wrote, its end token included
-    # [K] by the name of the reward function, NaN where it failed; empty: there is no function
+    # [K] by the name of each reward function whose route takes the prompt, NaN where it failed;
+    # empty: there is no function
     rewards: dict[str, tuple[float, ...]]
 
 
@@ -205,8 +207,14 @@ class Answering:
         responses = [batch.trajectory(i).response_ids.tolist() for i in range(batch.num_sequences)]
         rewards = {}
         if isinstance(result, Rewards):
+            assert self.rewards is not None, "it gave the result"
+            functions = self.rewards.settings.reward.functions
             parts = zip(result.part_names, result.parts.tolist(), strict=True)
-            rewards = {name: tuple(values) for name, values in parts}
+            rewards = {
+                name: tuple(values)
+                for name, values in parts
+                if takes(functions[name].route, unfinished.prompt.columns)
+            }
         return Answer(
             prompt=unfinished.prompt,
             responses=tuple(

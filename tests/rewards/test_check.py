@@ -55,9 +55,10 @@ def check(
     **options: object,
 ) -> None:
     configured = RewardFunctionConfig(function=f"{user_file}:{function}", options=options)
-    with loaded_rewards(RewardConfig(functions={"r": configured})) as pool:
+    config = RewardConfig(functions={"r": configured})
+    with loaded_rewards(config) as pool:
         assert pool is not None
-        check_columns(pool, prompts, heldout)
+        check_columns(pool, config, prompts, heldout)
 
 
 def test_a_column_that_the_data_lacks_is_named_with_the_columns_of_the_data(
