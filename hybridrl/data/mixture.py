@@ -56,7 +56,7 @@ class PromptMixture:
     def epochs(self) -> dict[str, float]:
         """Of each source, by name, the prompts that were drawn so far over those that it has."""
         return {
-            name: source.epoch + source.position / len(source.prompts)
+            name: (source.epoch * len(source.prompts) + source.position) / len(source.prompts)
             for name, source in self.sources.items()
         }
 
