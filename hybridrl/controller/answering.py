@@ -1,7 +1,7 @@
 """Answers to many prompts by the engines of a run, and their rewards."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +12,7 @@ from hybridrl.runtime.calls import Pending, settle, watch_nothing
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.settings.run import RewardFunctionConfig
 from hybridrl.types import FinishReason, Prompt, Rewards, RolloutBatch
 
 RESULTS_SHARE = 1 / 32
@@ -209,12 +210,7 @@ class Answering:
         if isinstance(result, Rewards):
             assert self.rewards is not None, "it gave the result"
             functions = self.rewards.settings.reward.functions
-            parts = zip(result.part_names, result.parts.tolist(), strict=True)
-            rewards = {
-                name: tuple(values)
-                for name, values in parts
-                if takes(functions[name].route, unfinished.prompt.columns)
-            }
+            rewards = rewards_by_name(result, functions, unfinished.prompt)
         return Answer(
             prompt=unfinished.prompt,
             responses=tuple(
@@ -224,3 +220,15 @@ class Answering:
             lengths=tuple(batch.response_lengths.tolist()),
             rewards=rewards,
         )
+
+
+def rewards_by_name(
+    rewards: Rewards, functions: Mapping[str, RewardFunctionConfig], prompt: Prompt
+) -> dict[str, tuple[float, ...]]:
+    """[K] values of the responses to one prompt, by each function whose route takes it."""
+    parts = zip(rewards.part_names, rewards.parts.tolist(), strict=True)
+    return {
+        name: tuple(values)
+        for name, values in parts
+        if takes(functions[name].route, prompt.columns)
+    }

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from hybridrl.data.problem_sources import load_problems
 from hybridrl.data.prompts import PromptSource
 from hybridrl.data.route import takes
 from hybridrl.data.turns import Turns
+from hybridrl.launch.dry_run import source_lines, step_sizes
 from hybridrl.run_dir.ledger import check_cursor, drawn_uids
+from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import DataConfig
 from hybridrl.settings.sources import SourceConfig
 from hybridrl.types import Prompt
@@ -267,3 +270,31 @@ def test_settings_of_a_single_source_are_refused_beside_several(single: dict[str
 def test_the_name_of_a_source_is_a_plain_word(name: str) -> None:
     with pytest.raises(ConfigError, match="must be a plain word"):
         DataConfig(sources={name: SourceConfig(task="countdown")})
+
+
+# -- the dry run -----------------------------------------------------------------------------------
+
+
+def test_a_dry_run_lists_share_prompts_passes_and_judges_of_each_source() -> None:
+    """Of 20 steps with 8 prompts, 120 prompts are of a, which has 6, and 40 of b, which has 4."""
+    settings = load_config(
+        [
+            "experiment=quickstart",
+            "run.dir=here",
+            "train.steps=20",
+            "train.prompts_per_step=8",
+            "+data.sources={a: {task: countdown, weight: 3}, b: {task: countdown}}",
+            "+reward.functions.countdown.route={data_source: a}",
+        ]
+    )
+    given = [
+        replace(prompt, columns={"data_source": source_of(prompt.uid)})
+        for prompt in prompts(a=6, b=4)
+    ]
+    assert list(source_lines(settings, given, given[:2])) == [
+        "  a       75.0% of a step (weight 3): 6 training prompts, passed over 20 times, 2 held "
+        "out; prompts of 1 to 1 tokens (median 1); judged by countdown",
+        "  b       25.0% of a step (weight 1): 4 training prompts, passed over 10 times, 0 held "
+        "out; prompts of 1 to 1 tokens (median 1); judged by no reward function",
+    ]
+    assert step_sizes(settings, 10) == "8 prompts x 4 responses = 32"
