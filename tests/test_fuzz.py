@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from hybridrl.core.errors import ConfigError, DataError
-from hybridrl.data.prompts import load_problems, tokenize
+from hybridrl.data.problem_sources import load_problems
+from hybridrl.data.prompts import tokenize
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.rewards.child import RewardCall
 from hybridrl.rewards.pool import Failure, FailureKind, RewardPool

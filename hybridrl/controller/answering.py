@@ -1,16 +1,18 @@
 """Answers to many prompts by the engines of a run, and their rewards."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from hybridrl.core.errors import WorkerError
+from hybridrl.data.route import takes
 from hybridrl.runtime.calls import Pending, settle, watch_nothing
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
+from hybridrl.settings.run import RewardFunctionConfig
 from hybridrl.types import FinishReason, Prompt, Rewards, RolloutBatch
 
 RESULTS_SHARE = 1 / 32
@@ -29,7 +31,8 @@ class Answer:
     responses: tuple[str, ...]  # [K] without special tokens
     finish_reasons: tuple[FinishReason, ...]  # [K]
     lengths: tuple[int, ...]  # [K] tokens that the model wrote, its end token included
-    # [K] by the name of the reward function, NaN where it failed; empty: there is no function
+    # [K] by the name of each reward function whose route takes the prompt, NaN where it failed;
+    # empty: there is no function
     rewards: dict[str, tuple[float, ...]]
 
 
@@ -205,8 +208,9 @@ class Answering:
         responses = [batch.trajectory(i).response_ids.tolist() for i in range(batch.num_sequences)]
         rewards = {}
         if isinstance(result, Rewards):
-            parts = zip(result.part_names, result.parts.tolist(), strict=True)
-            rewards = {name: tuple(values) for name, values in parts}
+            assert self.rewards is not None, "it gave the result"
+            functions = self.rewards.settings.reward.functions
+            rewards = rewards_by_name(result, functions, unfinished.prompt)
         return Answer(
             prompt=unfinished.prompt,
             responses=tuple(
@@ -216,3 +220,15 @@ class Answering:
             lengths=tuple(batch.response_lengths.tolist()),
             rewards=rewards,
         )
+
+
+def rewards_by_name(
+    rewards: Rewards, functions: Mapping[str, RewardFunctionConfig], prompt: Prompt
+) -> dict[str, tuple[float, ...]]:
+    """[K] values of the responses to one prompt, by each function whose route takes it."""
+    parts = zip(rewards.part_names, rewards.parts.tolist(), strict=True)
+    return {
+        name: tuple(values)
+        for name, values in parts
+        if takes(functions[name].route, prompt.columns)
+    }

@@ -43,6 +43,7 @@ from hybridrl.core.errors import (
     WorkerError,
 )
 from hybridrl.core.trace import DRIVER, SUFFIX, Trace
+from hybridrl.data.mixture import PromptMixture
 from hybridrl.data.prompts import PromptSource
 from hybridrl.objectives import make_objective
 from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile, Stateful, Writer
@@ -121,7 +122,7 @@ class Controller:
         *,
         workers: Workers,
         backend: WeightTransfer,
-        prompts: PromptSource,
+        prompts: PromptSource | PromptMixture,
         heldout: Sequence[Prompt],
         inputs: Mapping[str, str],
         sinks: Sinks,
@@ -210,6 +211,7 @@ class Controller:
                 step_s=time.perf_counter() - started,
                 sync_s=self.clock.seconds("sync") - self.clock.seconds("probe"),
                 phases=self.clock.take(),
+                epochs=self.prompts.epochs(),
             )
         )
         self.pipeline.wave_bytes = cost.wave_bytes

@@ -1,23 +1,25 @@
 """Held-out problems through the same engines and rewards as training."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hybridrl.data.problem import source_of
+from hybridrl.data.route import takes
 from hybridrl.runtime.calls import Pending, gather, watch_nothing
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
-from hybridrl.settings.run import EvalConfig
-from hybridrl.types import Prompt, Rewards, Sample
+from hybridrl.settings.run import EvalConfig, RewardFunctionConfig
+from hybridrl.types import Float, Prompt, Rewards, Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """What an evaluation measured, and the rollouts that are saved to read."""
 
-    # eval/accuracy, _stderr and error_rate; empty without a reward function
+    # eval/accuracy and its like; empty without a reward function
     metrics: dict[str, float]
     samples: tuple[Sample, ...]
 
@@ -60,7 +62,8 @@ def evaluate(
     gather([chunk.header for chunk in chunks], watch)
     scored = gather(pending)
     samples = rewards.samples(chunks[0], pending[0], step, config.samples)
-    return summary(scored, with_questions(samples, prompts))
+    judges = judges_of(prompts, rewards.settings.reward.functions)
+    return summary(scored, with_questions(samples, prompts), judges)
 
 
 def with_questions(samples: Sequence[Sample], prompts: Sequence[Prompt]) -> list[Sample]:
@@ -71,15 +74,27 @@ def with_questions(samples: Sequence[Sample], prompts: Sequence[Prompt]) -> list
     ]
 
 
-def summary(scored: Sequence[Rewards], samples: Sequence[Sample]) -> Evaluation:
-    """Accuracy is the mean value of the first reward function; a failed call counts in
-    eval/error_rate, not as wrong.
+def summary(
+    scored: Sequence[Rewards], samples: Sequence[Sample], judges: Mapping[str, int] | None = None
+) -> Evaluation:
+    """Accuracy is the mean value of the first reward function whose route takes the prompt; a
+    failed call counts in eval/error_rate, not as wrong. With data.sources, each has an accuracy of
+    its own too.
 
-    Without a reward function nothing is right or wrong, and there are no metrics.
+    Without a reward function nothing is right or wrong: there are no metrics, and the samples'
+    rewards are NaN.
+
+    Args:
+        scored: of one response for each prompt.
+        judges: as judges_of; None: the first function judges all.
     """
     if not scored[0].part_names:
-        return Evaluation(metrics={}, samples=tuple(samples))
-    values = np.concatenate([r.parts[0] for r in scored])
+        return Evaluation(metrics={}, samples=tuple(replace(s, reward=math.nan) for s in samples))
+    uids = [uid for r in scored for uid in r.uids]
+    parts = np.concatenate([r.parts for r in scored], axis=1)  # [P, N]
+    values = parts[0]
+    if judges is not None:
+        values = parts[[judges.get(uid, 0) for uid in uids], np.arange(len(uids))]
     valid = values[np.isfinite(values)]
     stderr = float(valid.std(ddof=1) / np.sqrt(len(valid))) if len(valid) > 1 else math.nan
     return Evaluation(
@@ -87,6 +102,36 @@ def summary(scored: Sequence[Rewards], samples: Sequence[Sample]) -> Evaluation:
             "eval/accuracy": float(valid.mean()) if len(valid) else math.nan,
             "eval/accuracy_stderr": stderr,
             "eval/error_rate": float(1 - len(valid) / len(values)),
+            **accuracy_of_sources(uids, values),
         },
         samples=tuple(samples),
     )
+
+
+def judges_of(
+    prompts: Sequence[Prompt], functions: Mapping[str, RewardFunctionConfig]
+) -> dict[str, int]:
+    """The index of the reward function by which each prompt's accuracy is measured, by its uid: the
+    first whose route takes the prompt. Absent: no function does.
+    """
+    routes = [function.route for function in functions.values()]
+    return {
+        prompt.uid: index
+        for prompt in prompts
+        for index in [i for i, route in enumerate(routes) if takes(route, prompt.columns)][:1]
+    }
+
+
+def accuracy_of_sources(uids: Sequence[str], values: Float) -> dict[str, float]:
+    """eval/accuracy_source/NAME of each of data.sources; empty where there is a single source.
+
+    Args:
+        values: [N] of the problems with these uids; NaN: the call failed.
+    """
+    names = [source_of(uid) for uid in uids]
+    metrics = {}
+    for name in dict.fromkeys(name for name in names if name is not None):
+        of_source = values[[n == name for n in names]]
+        valid = of_source[np.isfinite(of_source)]
+        metrics[f"eval/accuracy_source/{name}"] = float(valid.mean()) if len(valid) else math.nan
+    return metrics

@@ -3,13 +3,14 @@ hybridrl.tracking.glossary.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from hybridrl.controller.step_cost import StepCost
 from hybridrl.core.errors import ConfigError
+from hybridrl.data.problem import source_of
 from hybridrl.settings.choices import ScheduleKind, Source
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.glossary import explain
@@ -39,6 +40,8 @@ class StepRecord:
     step_s: float
     sync_s: float  # of the step: from the learner's weights to the engines' acknowledgement
     phases: Mapping[str, float]  # time/<phase>_s
+    # Of each of data.sources, its prompts that were drawn so far over all that it has
+    epochs: Mapping[str, float] = field(default_factory=dict)
 
 
 def check_metrics(settings: RunSettings) -> None:
@@ -75,6 +78,7 @@ def step_row(record: StepRecord) -> dict[str, float]:
         "train/step": float(record.steps_done),
         **reward_metrics(record.rewards),
         **rollout_metrics(record.headers, record.rewards, record.plan.step),
+        **source_metrics(record.headers, record.rewards, record.epochs),
         **learner_metrics(record.plan, record.stats),
         **transfer_metrics(record.headers, record.scores, record.cost, record.sync_s),
         "rollout/late_frac": record.num_late / record.num_sampled,
@@ -146,6 +150,45 @@ def rollout_metrics(
         row["policy/staleness_mean"] = float(version - mean_version)
         row["policy/staleness_max"] = float(version - min(h.oldest_version.min() for h in sampled))
     return row
+
+
+def source_metrics(
+    headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], epochs: Mapping[str, float]
+) -> dict[str, float]:
+    """Share, lengths and rewards of each of data.sources; empty where there is a single source. Of
+    a source without a prompt in the step there are its share and its epochs alone.
+
+    Args:
+        epochs: as StepRecord.epochs.
+    """
+    row: dict[str, float] = {}
+    if not epochs:
+        return row
+    # [N] each: one entry for each response
+    names = np.array(
+        [source_of(uid) for header in headers for uid in np.repeat(header.uids, header.group_size)]
+    )
+    lengths = np.concatenate([h.response_lengths for h in headers])
+    truncated = np.concatenate([h.truncated for h in headers])
+    values = np.concatenate([rewarded_values(r) for r in rewards])
+    prompts = [source_of(uid) for header in headers for uid in header.uids]
+    for name, epoch in epochs.items():
+        of_source = names == name
+        row[f"data/{name}/share"] = prompts.count(name) / len(prompts)
+        row[f"data/{name}/epochs"] = epoch
+        if of_source.any():
+            row[f"data/{name}/length_mean"] = float(lengths[of_source].mean())
+            row[f"data/{name}/truncated_frac"] = float(truncated[of_source].mean())
+        if np.isfinite(values[of_source]).any():
+            row[f"data/{name}/reward_mean"] = _mean(values[of_source])
+    return row
+
+
+def rewarded_values(rewards: Rewards) -> np.ndarray:
+    """[N] the rewards by reward functions; NaN where a call failed or there is no function."""
+    if not rewards.part_names:
+        return np.full(len(rewards.values), np.nan)
+    return np.where(rewards.errors, np.nan, rewards.values)
 
 
 def learner_metrics(plan: BatchPlan, stats: LearnerStats) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hybridrl.controller.coefficients import Coefficients
 from hybridrl.controller.sampling import PendingChunk, Sampling
+from hybridrl.data.mixture import PromptMixture
 from hybridrl.data.prompts import PromptSource
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
@@ -46,7 +47,7 @@ class Pipeline:
         self,
         settings: RunSettings,
         sampling: Sampling,
-        prompts: PromptSource,
+        prompts: PromptSource | PromptMixture,
         coefficients: Coefficients,
         *,
         store_bytes: float,

@@ -10,7 +10,7 @@ from hybridrl.core.errors import DataError
 from hybridrl.data.layouts import listed
 from hybridrl.data.problem import Problem
 from hybridrl.data.row_files import Unreadable
-from hybridrl.settings.run import ROW_KEYS
+from hybridrl.settings.sources import ROW_KEYS
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """From problems to tokenized prompts, and the cursor that passes over them for several epochs."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,8 +9,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hybridrl.core.errors import DataError
-from hybridrl.data import countdown_puzzles as countdown
-from hybridrl.data import records
 from hybridrl.data.chat import ChatTemplate
 from hybridrl.data.conversation import check_template_settings, conversation
 from hybridrl.data.problem import Problem
@@ -21,58 +18,6 @@ from hybridrl.settings.run import DataConfig
 from hybridrl.types import Prompt
 
 log = logging.getLogger(__name__)
-
-
-def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems; the held-out ones are the same for every seed.
-
-    Raises:
-        ConfigError: a setting that the generator refuses.
-        DataError: a file or row that cannot be used.
-    """
-    match config.task:
-        case "countdown":
-            return countdown.load(config.options, config.num_train, config.num_heldout, seed)
-        case "reasoning_gym":
-            # Importing the library takes seconds, and most runs do not need it.
-            from hybridrl.data import reasoning_gym_tasks
-
-            assert config.dataset is not None, "DataConfig checks it"
-            return reasoning_gym_tasks.load(
-                config.dataset, config.options, config.num_train, config.num_heldout, seed
-            )
-        case _:
-            assert config.path is not None, "DataConfig checks it"
-            assert config.heldout_path is not None, "DataConfig checks it"
-            heldout = records.load(config.heldout_path, "heldout", config.revision, config.columns)
-            heldout = heldout[: config.num_heldout]
-            train = records.load(config.path, "train", config.revision, config.columns)
-            warn_of_shared(train, heldout, config)
-            return train, heldout
-
-
-def warn_of_shared(train: list[Problem], heldout: list[Problem], config: DataConfig) -> None:
-    """Log how many held-out prompts are training prompts too.
-
-    They may be the same file, a copy of it, or a few of its rows.
-    """
-
-    def key(problem: Problem) -> str:
-        return json.dumps(problem.prompt, sort_keys=True)
-
-    train_keys = {key(problem) for problem in train}
-    shared = [problem for problem in heldout if key(problem) in train_keys]
-    if shared:
-        log.warning(
-            "data.heldout_path=%s: %d of %d held-out prompts are in data.path=%s too, %s the "
-            "first; accuracy on them does not show what is learned beyond the training data: hold "
-            "out other rows",
-            config.heldout_path,
-            len(shared),
-            len(heldout),
-            config.path,
-            shared[0].row,
-        )
 
 
 def tokenize(
@@ -135,24 +80,26 @@ class TooLong(DataError):
 
 
 class PromptSource:
-    """A cursor over one seeded permutation per epoch, which depends only on (seed, epoch).
+    """A cursor over one seeded permutation per epoch, which depends only on (seed, epoch, name).
 
     Example: with three prompts, next_batch(2) twice gives "b@0" "a@0", then "c@0" "a@1": a batch
     may span two epochs.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], seed: int, name: str = "") -> None:
         """
         Args:
             seed: run.seed.
+            name: of the source in data.sources; empty: it is the only one.
 
         Raises:
             DataError: there are no prompts.
         """
         if not prompts:
-            raise DataError("no training prompts")
+            raise DataError("no training prompts" + (f" of data.sources.{name}" if name else ""))
         self.prompts = prompts
         self.seed = seed
+        self.name = name
         self.epoch = 0
         self.position = 0
         self.returned: list[Prompt] = []  # by put_back, and not given again yet
@@ -178,6 +125,10 @@ class PromptSource:
         """Return prompts that were not trained on; next_batch gives them once more."""
         self.returned += prompts
 
+    def epochs(self) -> dict[str, float]:
+        """As of PromptMixture; empty, since the only source has no name."""
+        return {}
+
     def state_dict(self, in_flight: Sequence[Prompt] = ()) -> dict[str, Any]:
         """The state of the cursor for a checkpoint.
 
@@ -198,22 +149,32 @@ class PromptSource:
             DataError: the state is of a source with other prompts.
         """
         if not 0 <= state["position"] <= len(self.prompts):
+            source = f"data.sources.{self.name}" if self.name else "the data"
             raise DataError(
-                f"the checkpoint is at prompt {state['position']} of an epoch; the data has only "
+                f"the checkpoint is at prompt {state['position']} of an epoch; {source} has only "
                 f"{len(self.prompts)}"
             )
-        by_uid = {p.uid: p for p in self.prompts} if state["owed"] else {}
-        returned = [uid.rpartition("@") for uid in state["owed"]]
-        if unknown := next((uid for uid, _, _ in returned if uid not in by_uid), None):
-            raise DataError(f"the checkpoint owes prompt {unknown}, which the data no longer has")
+        self.returned = prompts_owed(state["owed"], self.prompts)
         self.epoch = state["epoch"]
         self.position = state["position"]
-        self.returned = [_of_epoch(by_uid[uid], int(epoch)) for uid, _, epoch in returned]
         self._order = self._permutation()
 
     def _permutation(self) -> list[int]:
-        rng = np.random.default_rng([self.seed, self.epoch])
+        rng = np.random.default_rng([self.seed, self.epoch, *self.name.encode()])
         return rng.permutation(len(self.prompts)).tolist()
+
+
+def prompts_owed(uids: Sequence[str], prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that a checkpoint owes, with the epochs in their uids.
+
+    Raises:
+        DataError: names one that is not among the prompts.
+    """
+    by_uid = {p.uid: p for p in prompts} if uids else {}
+    owed = [uid.rpartition("@") for uid in uids]
+    if unknown := next((uid for uid, _, _ in owed if uid not in by_uid), None):
+        raise DataError(f"the checkpoint owes prompt {unknown}, which the data no longer has")
+    return [_of_epoch(by_uid[uid], int(epoch)) for uid, _, epoch in owed]
 
 
 def _of_epoch(prompt: Prompt, epoch: int) -> Prompt:

@@ -23,7 +23,7 @@ from hybridrl.data.chat import SAYS_MORE
 from hybridrl.data.columns import not_json
 from hybridrl.data.layouts import as_messages, unreadable_layout
 from hybridrl.data.problem import Problem
-from hybridrl.settings.run import ROW_KEYS
+from hybridrl.settings.sources import ROW_KEYS
 
 Text = str | list[dict[str, Any]]
 

@@ -429,11 +429,14 @@ def sources(settings: RunSettings) -> Iterator[Finding]:
         if function.function == "reward_model" and "path" in function.options:
             key = f"reward.functions.{name}.options.path"
             source_of[key] = (str(function.options["path"]), None, "model")
-    data = settings.data
-    for key, data_path in {"data.path": data.path, "data.heldout_path": data.heldout_path}.items():
-        if data_path is not None:
-            dataset = data_path if Path(data_path).exists() else data_path.partition(":")[0]
-            source_of[key] = (dataset, data.revision, "dataset")
+    problems = {"data": settings.data} | {
+        f"data.sources.{name}": source for name, source in settings.data.sources.items()
+    }
+    for key, data in problems.items():
+        for name, data_path in {"path": data.path, "heldout_path": data.heldout_path}.items():
+            if data_path is not None:
+                dataset = data_path if Path(data_path).exists() else data_path.partition(":")[0]
+                source_of[f"{key}.{name}"] = (dataset, data.revision, "dataset")
     for key, (path, revision, kind) in source_of.items():
         source = reach(path, revision, kind=kind)
         level = Level.ok if source.reached else Level.fail

@@ -6,6 +6,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.data.mixture import prompts_of
+from hybridrl.data.problem import source_of
+from hybridrl.data.route import takes
 from hybridrl.launch.alignment import alignment
 from hybridrl.launch.planning_device import planned_device
 from hybridrl.launch.session import preflight
@@ -51,11 +54,37 @@ def describe(settings: RunSettings) -> Iterator[str]:
     yield f"ends      {'; '.join(alignment(settings, tokenizer))}"
     yield f"rewards   {', '.join(settings.reward.functions) or 'none'}"
     yield f"data      {len(prompts)} training prompts, {len(heldout)} held out; {lengths(prompts)}"
+    yield from source_lines(settings, prompts, heldout)
     yield f"a step    {step_sizes(settings, len(prompts))}"
     yield f"run.dir   {settings.run.dir}: {directory}"
-    yield from first_prompt(tokenizer, prompts[0])
+    firsts = [prompts_of(prompts, name)[0] for name in settings.data.sources] or prompts[:1]
+    for prompt in firsts:
+        yield from first_prompt(tokenizer, prompt)
     yield ""
     yield from plan_of(settings)
+
+
+def source_lines(
+    settings: RunSettings, prompts: Sequence[Prompt], heldout: Sequence[Prompt]
+) -> Iterator[str]:
+    """A line about each of data.sources: its part of a step, its prompts, the passes over them, and
+    the reward functions that judge the responses.
+    """
+    drawn = settings.train.steps * settings.train.prompts_per_step
+    total = sum(settings.data.weights.values())
+    for name, weight in settings.data.weights.items():
+        own = prompts_of(prompts, name)
+        functions = [
+            function
+            for function, judge in settings.reward.functions.items()
+            if any(takes(judge.route, prompt.columns) for prompt in own)
+        ]
+        yield (
+            f"  {name:<7} {weight / total:.1%} of a step (weight {weight:g}): {len(own)} training "
+            f"prompts, passed over {drawn * weight / total / len(own):.3g} times, "
+            f"{len(prompts_of(heldout, name))} held out; {lengths(own)}; judged by "
+            f"{', '.join(functions) or 'no reward function'}"
+        )
 
 
 def plan_of(settings: RunSettings) -> Iterator[str]:
@@ -110,6 +139,8 @@ def step_sizes(settings: RunSettings, num_prompts: int) -> str:
     if settings.algorithm.data_fraction < 1:
         rollouts = train.prompts_per_step * train.samples_per_prompt
         size += f" x {train.samples_per_prompt} responses = {rollouts}"
+    if settings.data.sources:  # each has a line of its own
+        return size
     return (
         f"{size}; {train.steps} steps pass over the data {train.steps / per_epoch:.3g} times, "
         f"once in {per_epoch:.4g} steps"
@@ -118,7 +149,9 @@ def step_sizes(settings: RunSettings, num_prompts: int) -> str:
 
 def first_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Iterator[str]:
     """A prompt and its responses, decoded from the tokens that the models read."""
-    yield f"prompt 1, {len(prompt.input_ids)} tokens as the model sees them:"
+    source = source_of(prompt.uid)
+    of = f" of {source}" if source else ""
+    yield f"prompt 1{of}, {len(prompt.input_ids)} tokens as the model sees them:"
     yield str(tokenizer.decode(list(prompt.input_ids)))
     for name, ids in prompt.teacher_prompts.items():
         yield f"the same as teacher {name} sees it, {len(ids)} tokens:"

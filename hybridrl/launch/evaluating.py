@@ -12,11 +12,11 @@ from hybridrl.controller.answering import Decoding
 from hybridrl.controller.pipeline import wave_seed
 from hybridrl.core.errors import ConfigError
 from hybridrl.core.files import replace_text
-from hybridrl.data.prompts import load_problems
+from hybridrl.data.problem_sources import load_problems
 from hybridrl.launch.answer_jobs import AnswerJob, run_jobs
 from hybridrl.launch.loadable_model import LoadableModel, find_model, model_parser
 from hybridrl.launch.teacher_levels import sha256_of
-from hybridrl.rewards.check import check_columns, loaded_rewards
+from hybridrl.rewards.check import check_columns, check_judged, loaded_rewards
 from hybridrl.run_dir.answer_file import read_rows
 from hybridrl.run_dir.directory import check_no_links
 from hybridrl.run_dir.inputs import file_digests
@@ -151,7 +151,8 @@ def check_judges(settings: RunSettings, sets: Sequence[ProblemSet]) -> None:
     with loaded_rewards(settings.reward) as rewards:
         for problems in sets:
             if rewards is not None:
-                check_columns(rewards, [], problems.prompts)
+                check_judged(settings.reward, problems.prompts)
+                check_columns(rewards, settings.reward, [], problems.prompts)
 
 
 def judges_of(settings: RunSettings) -> dict[str, Any]:
@@ -159,7 +160,11 @@ def judges_of(settings: RunSettings) -> dict[str, Any]:
     replaces them.
     """
     functions = {
-        f"reward.functions.{name}": [judge.function, sha256_of(repr(judge.options))]
+        f"reward.functions.{name}": [
+            judge.function,
+            sha256_of(repr(judge.options)),
+            *([judge.route] if judge.route else []),  # files of earlier versions have none
+        ]
         for name, judge in settings.reward.functions.items()
     }
     files = {

@@ -20,6 +20,7 @@ from hybridrl.core.errors import ConfigError, ContractError, DataError
 from hybridrl.data.chat import ChatTemplate, split_prefill
 from hybridrl.data.conversation import Conversation, conversation, is_templated
 from hybridrl.data.problem import Problem
+from hybridrl.data.route import takes
 from hybridrl.data.tokens import closed, encode
 from hybridrl.launch.alignment import check_begins, check_ends, reads_own_prompts
 from hybridrl.launch.teacher_levels import teachers_to_measure
@@ -43,7 +44,6 @@ from hybridrl.runtime.workers import Workers
 from hybridrl.settings.choices import Attention
 from hybridrl.settings.models import ModelConfig
 from hybridrl.settings.run import RunSettings
-from hybridrl.teachers.route import takes
 from hybridrl.types import Prompt, TokenScores
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from hybridrl.core.errors import (
     CheckpointError,
     ClusterLost,
     ConfigError,
+    DataError,
     FleetExhausted,
     LedgerError,
     Preempted,
@@ -26,8 +27,10 @@ from hybridrl.core.errors import (
     raised,
 )
 from hybridrl.core.trace import write_trace
+from hybridrl.data.mixture import prompt_cursor
 from hybridrl.data.problem import Problem
-from hybridrl.data.prompts import PromptSource, load_problems, tokenize
+from hybridrl.data.problem_sources import load_problems
+from hybridrl.data.prompts import tokenize
 from hybridrl.kernels.products import processor, products_notice
 from hybridrl.launch.alignment import teacher_templates
 from hybridrl.launch.export import keep_template
@@ -57,7 +60,7 @@ from hybridrl.launch.warm_workers import Kept, WarmWorkers
 from hybridrl.models.arithmetic import dtype_notice, on_gpu
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.objectives.user_code import check_user_code
-from hybridrl.rewards.check import check_columns, loaded_rewards
+from hybridrl.rewards.check import check_columns, check_judged, check_taken, loaded_rewards
 from hybridrl.rewards.reward_model import check_reward_models
 from hybridrl.rollout.engine_arguments import ArgumentRules, check_engine_arguments
 from hybridrl.run_dir.checkpoint import Checkpoint, Checkpointer
@@ -389,7 +392,9 @@ class Session:
                 self.settings,
                 workers=workers,
                 backend=self.cluster.weight_transfer,
-                prompts=PromptSource(self.prompts, self.settings.run.seed),
+                prompts=prompt_cursor(
+                    self.prompts, self.settings.run.seed, self.settings.data.weights
+                ),
                 heldout=self.heldout,
                 inputs=self.inputs,
                 sinks=self.sinks,
@@ -411,12 +416,15 @@ class Session:
         Raises:
             CheckpointError: the checkpoint's data cursor has another form than that of this
                 version.
+            DataError: it is of data sources with other names.
         """
         try:
             cursor = checkpoint.state.parts["pipeline"]["prompts"]
             check_cursor(self.run_dir, self.prompts, cursor)
             drawn = drawn_uids(self.prompts, self.settings.run.seed, cursor)
             check_ledger(self.run_dir, checkpoint.state.step, drawn)
+        except DataError:  # of sources with other names, which its message says
+            raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"{checkpoint.folder}: its data cursor has another form than this version of "
@@ -477,9 +485,27 @@ def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
         check_engine_arguments(arguments, ArgumentRules.of_teacher(name))
     with loaded_rewards(settings.reward) as rewards:
         prompts, heldout = prepare_prompts(settings)
+        check_routes(settings, prompts, heldout)
         if rewards is not None:
-            check_columns(rewards, prompts, heldout)
+            check_columns(rewards, settings.reward, prompts, heldout)
     return prompts, heldout
+
+
+def check_routes(
+    settings: RunSettings, prompts: Sequence[Prompt], heldout: Sequence[Prompt]
+) -> None:
+    """Refuse a route of a teacher or reward function that takes no row, and a row that is sampled
+    but judged by no reward function.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    for name in settings.scored_teachers:
+        check_taken(f"teachers.{name}", settings.teachers[name].route, prompts)
+    for name, function in settings.reward.functions.items():
+        check_taken(f"reward.functions.{name}", function.route, [*prompts, *heldout])
+    sampled = prompts if settings.algorithm.data_fraction < 1 else []
+    check_judged(settings.reward, [*sampled, *heldout])
 
 
 def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
@@ -489,7 +515,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
         ConfigError: a model cannot be used (check_models, check_token_ids), a teacher in use or a
             reward model does not share the student's vocabulary, or a teacher does not share its
             chat template; or as load_problems, check_lengths and tokenize.
-        DataError: as load_problems and tokenize.
+        DataError: as load_problems, tokenize and prompt_cursor.
     """
     check_attention(settings, "cuda" if on_gpu(settings) else "cpu")
     check_models(settings)
@@ -529,6 +555,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
         )
         for problems in (train_problems, heldout_problems)
     )
+    prompt_cursor(train_prompts, settings.run.seed, settings.data.weights)  # a source may be empty
     check_token_ids(settings, tokenizer, [*train_prompts, *heldout_prompts])
     check_served_teachers(settings, tokenizer, train_problems, train_prompts)
     return train_prompts, heldout_prompts

@@ -140,8 +140,11 @@ def conditions_of(settings: RunSettings, heldout: Sequence[Prompt]) -> dict[str,
     contain a key, are replaced by their sha256.
     """
     problems = repr([(p.uid, p.input_ids, p.columns, *p.teacher_prompts.values()) for p in heldout])
-    # Accuracy is measured by the first reward function. None: nothing is measured.
-    judge = next(iter(settings.reward.functions.values()), None)
+    # Accuracy is measured by the first reward function, or with routes by the first that takes the
+    # problem. None: nothing is measured.
+    functions = settings.reward.functions.values()
+    judge = next(iter(functions), None)
+    routed = [[f.function, sha256_of(repr(f.options)), f.route] for f in functions]
     names = teachers_to_measure(settings)
     engines = {
         n: arguments for n in names if (arguments := settings.teachers[n].engine) is not None
@@ -149,6 +152,7 @@ def conditions_of(settings: RunSettings, heldout: Sequence[Prompt]) -> dict[str,
     return {
         "teachers": {n: asdict(settings.teacher_model(n)) for n in names},
         **({"engines": engines} if engines else {}),
+        **({"routes": routed} if any(f.route for f in functions) else {}),
         "heldout_sha256": sha256_of(problems),
         "reward": [judge.function, sha256_of(repr(judge.options))] if judge else None,
         "max_new_tokens": settings.rollout.max_new_tokens,

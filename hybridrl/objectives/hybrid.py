@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from hybridrl.batch.views import per_token, response_grid, response_ids, response_rows
+from hybridrl.data.route import takes
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.objectives.advantages.advantage import ReturnGrid
 from hybridrl.objectives.chosen import chosen_advantage, chosen_token_weight
@@ -55,7 +56,6 @@ from hybridrl.settings.choices import (
     Source,
 )
 from hybridrl.teachers.evidence import make_evidence
-from hybridrl.teachers.route import takes
 from hybridrl.types import RolloutBatch, ScoredBatch, UpdatePlan
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hybridrl.controller.coefficients import Coefficients
+from hybridrl.data.route import takes
 from hybridrl.oracle.cases import PLAIN, TOLERANCE, Case, Kind, Value, World
 from hybridrl.oracle.estimator import COLUMNS, Estimator
 from hybridrl.oracle.exact import Claim
@@ -15,7 +16,6 @@ from hybridrl.settings.algorithm import AlgorithmConfig
 from hybridrl.settings.choices import Ratio, Source
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
-from hybridrl.teachers.route import takes
 
 ROUNDING = 1e-7
 """Largest relative difference that still counts as none; finite differences are good to 1e-10."""

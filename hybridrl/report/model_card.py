@@ -108,7 +108,9 @@ class RunCard:
         base = self.settings.model.path
         on_hub = is_hub_name(base)
         relation = "adapter" if self.adapter else "finetune"
-        dataset = hub_dataset(self.settings.data.path or "")
+        data = self.settings.data
+        paths = [source.path for source in (data, *data.sources.values())]
+        datasets = [name for path in paths if path and (name := hub_dataset(path)) is not None]
         return ModelCardData(
             library_name="peft" if self.adapter else "transformers",
             pipeline_tag="text-generation",
@@ -116,7 +118,7 @@ class RunCard:
             license=licence,
             base_model=base if on_hub else None,
             base_model_relation=relation if on_hub else None,
-            datasets=[dataset] if dataset else None,
+            datasets=datasets or None,
         )
 
     def _summary(self, tree: dict[str, Any]) -> Iterator[str]:

@@ -144,7 +144,13 @@ def summarize(facts: Facts, config: dict[str, Any]) -> list[str]:
 
 
 def _task(config: dict[str, Any]) -> str:
-    """The source of the prompts: the name of the file, or of the generator of problems."""
+    """The source of the prompts: the name of the file, or of the generator of problems; or the
+    names of data.sources with their shares.
+    """
+    if sources := _get(config, "data.sources"):
+        weights = {name: float(source.get("weight") or 1) for name, source in sources.items()}
+        total = sum(weights.values())
+        return ", ".join(f"{name} ({weight / total:.0%})" for name, weight in weights.items())
     if path := _get(config, "data.path"):
         return _short(str(path))
     name = _get(config, "data.dataset") or _get(config, "data.task")

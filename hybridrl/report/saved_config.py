@@ -23,7 +23,7 @@ SHAPE = {
         "reward_weight": SCHEDULE,
         "pair": {"loss": TEXT},
     },
-    "data": {"path": TEXT},
+    "data": {"path": TEXT, "sources": {ANY: {"weight": NUMBER}}},
 }
 """The types of the settings that the report reads; all other settings are only shown."""
 

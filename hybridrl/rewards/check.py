@@ -6,11 +6,14 @@ trained model would write.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.core.json_lines import shortened
+from hybridrl.data.problem import source_of
+from hybridrl.data.route import takes
 from hybridrl.rewards.pool import Failure, FailureKind, RewardPool, reward_calls
 
 if TYPE_CHECKING:  # child processes import this package and must not load Hydra or numpy
@@ -21,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 STANDARD = ("completions", "prompts", "completion_ids", "prompt_ids")
 """Arguments that every function may name, besides the columns of the data."""
+
+MOST_VALUES = 10
+"""Values of a column that an error names."""
 
 TRIAL = "The answer is 42."
 
@@ -70,36 +76,99 @@ def loaded_rewards(config: "RewardConfig") -> Iterator[RewardPool | None]:
 
 
 def check_columns(
-    pool: RewardPool, prompts: Sequence["Prompt"], heldout: Sequence["Prompt"]
+    pool: RewardPool,
+    config: "RewardConfig",
+    prompts: Sequence["Prompt"],
+    heldout: Sequence["Prompt"],
 ) -> None:
-    """Refuse a function that needs a column that the data lacks, or that expects messages.
+    """Refuse a function that needs a column that the data lacks, or that expects messages; of each
+    data source, the prompts that its route takes are examined.
 
     Raises:
         ConfigError: names the first such function.
     """
     for name, signature in pool.signatures.items():
+        route = config.functions[name].route
         for split in (prompts, heldout):
-            _check_required(pool.describe(name), signature.required, split)
-        if prompts:
-            _try_out(pool, name, signature.required, prompts)
+            for part in of_sources([p for p in split if takes(route, p.columns)]):
+                _check_required(pool.describe(name), signature.required, part)
+        taken = [p for p in prompts if takes(route, p.columns)]
+        if taken:
+            _try_out(pool, name, signature.required, taken)
+
+
+def check_judged(config: "RewardConfig", prompts: Sequence["Prompt"]) -> None:
+    """Refuse a prompt that no reward function scores; there may be no function at all.
+
+    Where a function has a weight that is not 0, one of these must score the prompt.
+
+    Raises:
+        ConfigError: names the first such prompt, with its columns.
+    """
+    weighted = {name: f for name, f in config.functions.items() if f.weight != 0}
+    scoring = weighted or config.functions
+    if not all(function.route for function in scoring.values()):
+        return  # one of them takes every prompt
+    for prompt in prompts if scoring else ():
+        if not any(takes(function.route, prompt.columns) for function in scoring.values()):
+            names = ", ".join(f"reward.functions.{name}.route" for name in scoring)
+            columns = ", ".join(f"{k}: {shortened(v)}" for k, v in prompt.columns.items())
+            raise ConfigError(
+                f"{names}: no function takes {prompt.uid}, whose columns are {columns}, so nothing "
+                "would score its responses; add a function with a route to it, or widen a route"
+            )
+
+
+def check_taken(key: str, route: Mapping[str, Any], prompts: Sequence["Prompt"]) -> None:
+    """Refuse a route that takes none of the prompts.
+
+    Args:
+        key: of the function or teacher, e.g. "teachers.main".
+
+    Raises:
+        ConfigError: names the route and the values that the data has.
+    """
+    if not prompts or any(takes(route, prompt.columns) for prompt in prompts):
+        return
+    values = {
+        column: sorted({shortened(p.columns[column]) for p in prompts if column in p.columns})
+        for column in route
+    }
+    has = "; ".join(
+        f"the data's values of {column} are {', '.join(found[:MOST_VALUES])}"
+        if found
+        else f"no row has the column {column}"
+        for column, found in values.items()
+    )
+    raise ConfigError(f"{key}.route={dict(route)}: takes no row of the data; {has}; correct it")
+
+
+def of_sources(prompts: Sequence["Prompt"]) -> list[list["Prompt"]]:
+    """The prompts of each data source; all of them, where there is a single source."""
+    parts: dict[str | None, list[Prompt]] = {}
+    for prompt in prompts:
+        parts.setdefault(source_of(prompt.uid), []).append(prompt)
+    return list(parts.values())
 
 
 def _check_required(field: str, required: Sequence[str], prompts: Sequence["Prompt"]) -> None:
-    if not prompts:
-        return
     columns = dict.fromkeys(column for prompt in prompts for column in prompt.columns)
     for argument in required:
         if argument in STANDARD or argument in columns:
             continue
         first = prompts[0]
+        source = source_of(first.uid)
         names = ", ".join(columns) or "none"
+        data, key = ("the data", "data")
+        if source is not None:
+            data, key = (f"the data source {source}", f"data.sources.{source}")
         remedy = OTHER_FRAMEWORKS.get(
             argument,
-            f"name the data's key for it with '+data.columns={{{argument}: KEY}}', set its value "
+            f"name the data's key for it with '+{key}.columns={{{argument}: KEY}}', set its value "
             "in the function's options, or give the argument a default",
         )
         raise ConfigError(
-            f"{field}: its argument `{argument}` is no column of the data, whose columns are "
+            f"{field}: its argument `{argument}` is no column of {data}, whose columns are "
             f"{names} (as of {first.uid}, the first row); {remedy}"
         )
 

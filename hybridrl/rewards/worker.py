@@ -12,6 +12,7 @@ import numpy as np
 
 from hybridrl.core import failpoints
 from hybridrl.core.errors import RewardError
+from hybridrl.data.route import takes
 from hybridrl.models.loading import load_tokenizer
 from hybridrl.rewards.pool import Failure, Outcome, RewardPool, reward_calls
 from hybridrl.rewards.repetition import compressed_share, repeated_share
@@ -80,7 +81,8 @@ class RewardWorker:
     def score(self, batch: RolloutBatch, weights: Sequence[float]) -> Rewards:
         """The weighted sum of all functions, for each of the N sequences.
 
-        A function that returns None does not apply to the sequence and adds nothing to its sum.
+        A function that returns None, or whose route does not take the prompt, does not apply to the
+        sequence and adds nothing to its sum.
         Where a function whose weight in the settings is not 0 failed, or none of these applies:
         on_error=value gives `reward.error_value`, and drop_group gives NaN and excludes the K
         siblings. Under watch_only the function adds 0 there, and no group is excluded.
@@ -172,19 +174,29 @@ class RewardWorker:
     def _call(
         self, name: str, batch: RolloutBatch, columns: Mapping[str, list[Any]]
     ) -> list[Outcome]:
-        """The outcomes [N] of one function; its failures are logged.
+        """The outcomes [N] of one function, None where its route does not take the prompt. Its
+        failures are logged.
 
         Raises:
             RewardError: a call failed, under on_error=fail.
         """
         assert self.pool is not None
-        if not self.config.functions[name].skip_special_tokens:
+        function = self.config.functions[name]
+        routed = [
+            i
+            for i in range(batch.num_sequences)
+            if takes(function.route, batch.columns[i // batch.group_size])
+        ]
+        if not routed:
+            return [None] * batch.num_sequences
+        columns = {column: [values[i] for i in routed] for column, values in columns.items()}
+        if not function.skip_special_tokens:
             texts = [self._decode(ids, skip_special=False) for ids in columns["completion_ids"]]
-            columns = {**columns, "completions": texts}
-        outcomes = self.pool.call(name, columns)
+            columns["completions"] = texts
+        called = self.pool.call(name, columns)
         failed = [
             (batch.uids[i // batch.group_size], o)
-            for i, o in enumerate(outcomes)
+            for i, o in zip(routed, called, strict=True)
             if isinstance(o, Failure)
         ]
         lines = [
@@ -194,13 +206,14 @@ class RewardWorker:
         counts = self.config.functions[name].weight != 0 and not self.watch_only
         if lines and self.config.on_error is OnError.fail and counts:
             raise RewardError(
-                f"{lines[0]}; {len(lines)} of {len(outcomes)} calls failed and reward.on_error=fail"
+                f"{lines[0]}; {len(lines)} of {len(called)} calls failed and reward.on_error=fail"
             )
         for line in lines[:MOST_LOGGED]:
             logger.warning(line)
         if len(lines) > MOST_LOGGED:
             logger.warning("reward.functions.%s failed on %d more", name, len(lines) - MOST_LOGGED)
-        return outcomes
+        of_sequence = dict(zip(routed, called, strict=True))
+        return [of_sequence.get(i) for i in range(batch.num_sequences)]
 
     def _without_value(self, batch: RolloutBatch, rows: Bool) -> Bool:
         """Report the sequences to which no function applies, and return them as errors.

@@ -9,7 +9,7 @@ from typing import Any
 from hybridrl.core.errors import DataError, LedgerError
 from hybridrl.core.files import replace_text
 from hybridrl.core.json_lines import Appender, read_lines, whole_number
-from hybridrl.data.prompts import PromptSource
+from hybridrl.data.mixture import cursors_of
 from hybridrl.types import Prompt
 
 LEDGER = "ledger.jsonl"
@@ -133,18 +133,21 @@ def check_ledger(run_dir: Path, steps: int, drawn: Iterable[str]) -> None:
 
 
 def drawn_uids(prompts: Sequence[Prompt], seed: int, cursor: Mapping[str, Any]) -> list[str]:
-    """The uids before a data cursor, in the order in which they are drawn.
+    """The uids before a data cursor, of each source in the order in which they are drawn.
 
     Prompts that were put back, and so will be drawn again, are not among them.
 
     Args:
         prompts: all training prompts, in the order of the data.
-        cursor: state_dict of the run's PromptSource.
+        cursor: state_dict of the run's PromptSource or PromptMixture.
     """
-    number = num_drawn(prompts, cursor)
-    drawn = PromptSource(prompts, seed).next_batch(number)
     returned = set(cursor["owed"])
-    return [prompt.uid for prompt in drawn if prompt.uid not in returned]
+    drawn = [
+        prompt.uid
+        for source, part in cursors_of(prompts, seed, cursor)
+        for prompt in source.next_batch(num_drawn(source.prompts, part))
+    ]
+    return [uid for uid in drawn if uid not in returned]
 
 
 def check_cursor(run_dir: Path, prompts: Sequence[Prompt], cursor: Mapping[str, Any]) -> None:
@@ -154,7 +157,7 @@ def check_cursor(run_dir: Path, prompts: Sequence[Prompt], cursor: Mapping[str, 
         LedgerError: the cursor is far beyond the prompts that the ledger records.
     """
     recorded = sum(len(line["trained"]) + len(line["passed_over"]) for line in read_ledger(run_dir))
-    number = num_drawn(prompts, cursor)
+    number = sum(num_drawn(source.prompts, part) for source, part in cursors_of(prompts, 0, cursor))
     if number > 2 * recorded + FAR:
         raise LedgerError(
             f"{run_dir / LEDGER}: records {recorded} prompts, but the checkpoint's cursor is at "
@@ -163,5 +166,7 @@ def check_cursor(run_dir: Path, prompts: Sequence[Prompt], cursor: Mapping[str, 
 
 
 def num_drawn(prompts: Sequence[Prompt], cursor: Mapping[str, Any]) -> int:
-    """The number of prompts that a run has drawn at a data cursor, including those put back."""
+    """The number of prompts of one source that a run has drawn at a cursor, including those put
+    back.
+    """
     return cursor["epoch"] * len(prompts) + cursor["position"]

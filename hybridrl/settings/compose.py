@@ -37,6 +37,7 @@ from hybridrl.settings.hydra_internals import (
 )
 from hybridrl.settings.models import TeacherConfig
 from hybridrl.settings.run import RewardFunctionConfig, RunSettings, SinkConfig
+from hybridrl.settings.sources import SourceConfig
 from hybridrl.settings.synonyms import synonym_of
 
 PACKAGE = Path(__file__).parent.parent
@@ -120,6 +121,7 @@ EXAMPLES = {
     "0.5}}'",
     RewardFunctionConfig: "{key}=FILE.py:FUNCTION or '{key}={{function: FILE.py:FUNCTION, weight: "
     "0.5}}'",
+    SourceConfig: "{key}=FILE or '{key}={{path: FILE, heldout_path: FILE, weight: 2}}'",
     SinkConfig: "{key}=FILE.py:CLASS or '{key}={{sink: FILE.py:CLASS, options: {{NAME: VALUE}}}}'",
 }
 """How an entry of each type is written."""
@@ -128,8 +130,9 @@ EXAMPLES = {
 def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
     """Settings with short forms written in full.
 
-    Short forms are a number for a constant schedule, the path of a teacher or `initial`, the name
-    of a reward function or of a sink, and one value for a list of one.
+    Short forms are a number for a constant schedule, the path of a teacher or `initial`, the path
+    of a source of data, the name of a reward function or of a sink, and one value for a list of
+    one.
 
     Args:
         hint: the type of the setting `key` in the schema.
@@ -147,6 +150,8 @@ def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
         return {} if value == INITIAL else {"path": value}
     if hint is RewardFunctionConfig and isinstance(value, str):
         return {"function": value}
+    if hint is SourceConfig and isinstance(value, str):
+        return {"path": value}
     if hint is SinkConfig and isinstance(value, str):
         return {"sink": value}
     entries = get_args(hint)[1] if get_origin(hint) is dict else None
@@ -489,12 +494,19 @@ def _no_such_setting(override: str, key: str) -> str:
     for section, schema in {
         "teachers": TeacherConfig,
         "reward.functions": RewardFunctionConfig,
+        "data.sources": SourceConfig,
         "tracking.sinks": SinkConfig,
     }.items():
         if key.startswith(f"{section}."):
             entry = ".".join(key.split(".")[: section.count(".") + 2])
             keys = [entry, *(f"{entry}.{f.name}" for f in fields(schema))]
-    free_sections = (".options.", ".chat_template_kwargs.", "data.columns.", "rollout.engine.")
+    free_sections = (
+        ".options.",
+        ".chat_template_kwargs.",
+        ".columns.",
+        ".route.",
+        "rollout.engine.",
+    )
     if key in keys or any(section in key for section in free_sections):
         return f"{override}: not in the config so far; write +{override} to add it"
     if (synonym := synonym_of(key)) is not None:

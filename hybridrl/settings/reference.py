@@ -104,10 +104,14 @@ def settings_of(schema: type, prefix: str = "") -> Iterator[Setting]:
 
 
 def strings_beneath(schema: type) -> dict[str, str]:
-    """The string beneath each field of a dataclass, on one line; a field without one is absent."""
-    body = class_body(schema)
-    meanings = {}
-    for field, below in pairwise(body):
+    """The string beneath each field of a dataclass, on one line; a field without one is absent. A
+    field that the dataclass inherits has the string of the class that defines it.
+    """
+    meanings: dict[str, str] = {}
+    for base in schema.__bases__:
+        if is_dataclass(base):
+            meanings |= strings_beneath(base)
+    for field, below in pairwise(class_body(schema)):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             text = below.value if isinstance(below, ast.Expr) else None
             if isinstance(text, ast.Constant) and isinstance(text.value, str):
@@ -171,7 +175,9 @@ def commented(listing: str) -> str:
             indent, name = match.groups()
             path = [*path[: len(indent) // 2], name]
             key = re.sub(
-                r"^(teachers|reward\.functions|tracking\.sinks)\.\w+", r"\1.NAME", ".".join(path)
+                r"^(teachers|reward\.functions|data\.sources|tracking\.sinks)\.\w+",
+                r"\1.NAME",
+                ".".join(path),
             )
             comment = meanings.get(key, "").replace("`", "")
             prefix = f"{indent}# "

@@ -1,10 +1,10 @@
 """Every setting: its type, default, meaning and the checks within its section.
 
 The dataclasses are Hydra's schema. Those of algorithm.* are in algorithm.py, of model.* and
-teachers.* in models.py, of lora.* in lora.py, of train.* and learner.* in training.py, of rollout.*
-and pipeline.* in rollout.py, of generate.* in generation.py, of checkpoint.* in checkpointing.py. A
-default is in these files and nowhere else; files in conf/ define experiments and algorithm presets,
-and compose.py combines them with the command line.
+teachers.* in models.py, of lora.* in lora.py, of data.sources.* in sources.py, of train.* and
+learner.* in training.py, of rollout.* and pipeline.* in rollout.py, of generate.* in generation.py,
+of checkpoint.* in checkpointing.py. A default is in these files and nowhere else; files in conf/
+define experiments and algorithm presets, and compose.py combines them with the command line.
 """
 
 import unicodedata
@@ -31,6 +31,14 @@ from hybridrl.settings.generation import GenerateConfig
 from hybridrl.settings.lora import LoraConfig
 from hybridrl.settings.models import AUTO, ModelConfig, TeacherConfig
 from hybridrl.settings.rollout import PipelineConfig, RolloutConfig
+from hybridrl.settings.sources import (
+    GENERATORS,
+    RECORDS,
+    ROW_KEYS,
+    ProblemsConfig,
+    SourceConfig,
+    check_source_names,
+)
 from hybridrl.settings.training import LearnerConfig, TrainConfig
 
 
@@ -77,16 +85,9 @@ def check_path(key: str, path: str | None) -> None:
         )
 
 
-RECORDS = ("jsonl", "records")
-"""Names of the task that reads rows from data.path."""
-
-ROW_KEYS = ("prompt", "completion", "messages", "chosen", "rejected")
-"""Keys of a row besides the columns for the rewards; hybridrl/data/schema.py explains them."""
-
-
 @dataclass(kw_only=True, slots=True)
-class DataConfig:
-    task: str = "countdown"
+class DataConfig(ProblemsConfig):
+    task: str | None = "countdown"
     """countdown, reasoning_gym (data.dataset) or records (data.path; jsonl means the same)"""
     path: str | None = None
     """records: a file (JSON lines, a JSON array, CSV, TSV or Parquet; also compressed), a dataset's
@@ -100,16 +101,14 @@ class DataConfig:
     """records: the row's key for each name, e.g. {prompt: question, completion: answer}; null: the
     key is not read
     """
-    revision: str | None = None
-    """hub revision of both paths; null: the newest"""
-    dataset: str | None = None
-    """reasoning_gym: name of the generator, e.g. chain_sum"""
     options: dict[str, Any] = field(default_factory=dict)
     """generator options, e.g. {num_numbers: 3, max_number: 10, responses: pair} for countdown"""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """several sources of problems, in the place of the settings above, which are not read then"""
     num_train: int = 100000
-    """distinct training problems drawn from the generator; each epoch has them in a new order"""
+    """distinct training problems drawn from a generator; each epoch has them in a new order"""
     num_heldout: int = 512
-    """largest number of held-out problems of an evaluation"""
+    """largest number of held-out problems of an evaluation, of each source"""
     chat_template: bool = False
     """render each text prompt as a user message with the model's chat template; prompts that are
     messages are always rendered with it
@@ -132,7 +131,55 @@ class DataConfig:
     """
 
     def __post_init__(self) -> None:
-        if self.task not in ("countdown", "reasoning_gym", *RECORDS):
+        if self.sources:
+            self._check_sources()
+        else:
+            self._check_single()
+        if self.num_train < 1 or self.num_heldout < 1:
+            raise ConfigError(
+                f"data.num_train={self.num_train}, data.num_heldout={self.num_heldout}: both must "
+                "be at least 1"
+            )
+        if "{prompt}" not in self.instruction:
+            raise ConfigError(f"data.instruction={self.instruction!r}: must contain {{prompt}}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each of data.sources; empty: there is a single source."""
+        return {name: source.weight for name, source in self.sources.items()}
+
+    def _check_sources(self) -> None:
+        """Check data.sources, and that no setting of a single source is given beside them."""
+        single = {
+            # The default cannot be told from a task that is given.
+            "task": self.task if self.task != "countdown" else None,
+            "path": self.path,
+            "heldout_path": self.heldout_path,
+            "columns": self.columns if self.names_columns else None,
+            "revision": self.revision,
+            "dataset": self.dataset,
+            "options": self.options or None,
+        }
+        for name, value in single.items():
+            if value is not None:
+                raise ConfigError(
+                    f"data.{name}={value}: is of a single source, and data.sources has "
+                    f"{', '.join(self.sources)}; leave it out, or write it for one of them, e.g. "
+                    f"data.sources.{next(iter(self.sources))}.{name}"
+                )
+        check_source_names(list(self.sources))
+        for name, source in self.sources.items():
+            source.check(f"data.sources.{name}")
+        if all(source.reads_rows and not source.heldout_path for source in self.sources.values()):
+            raise ConfigError(
+                f"data.sources={{{', '.join(self.sources)}}}: none has held-out problems, by which "
+                f"the student is judged; write data.sources.{next(iter(self.sources))}."
+                "heldout_path=FILE"
+            )
+
+    def _check_single(self) -> None:
+        """Check the settings of a single source."""
+        if self.task not in (*GENERATORS, *RECORDS):
             raise ConfigError(
                 f"data.task={self.task}: must be countdown, reasoning_gym or {' or '.join(RECORDS)}"
             )
@@ -145,13 +192,8 @@ class DataConfig:
                 f"data.path={self.path or self.heldout_path}: data.task={self.task} reads no "
                 "file; set data.task=records"
             )
-        for name, key in self.columns.items():
-            if not (key is None or (isinstance(key, str) and key)):
-                raise ConfigError(
-                    f"data.columns.{name}={key!r}: must be the name of a key in the rows of "
-                    "data.path, or null to leave it out"
-                )
-        if self.task not in RECORDS and any(name != key for name, key in self.columns.items()):
+        self.check_columns("data")
+        if self.task not in RECORDS and self.names_columns:
             raise ConfigError(
                 f"data.columns={self.columns}: data.task={self.task} reads no rows; set "
                 "data.task=records, or leave data.columns out"
@@ -160,13 +202,6 @@ class DataConfig:
             raise ConfigError(
                 "data.task=reasoning_gym: needs data.dataset, the generator's name, e.g. chain_sum"
             )
-        if self.num_train < 1 or self.num_heldout < 1:
-            raise ConfigError(
-                f"data.num_train={self.num_train}, data.num_heldout={self.num_heldout}: both must "
-                "be at least 1"
-            )
-        if "{prompt}" not in self.instruction:
-            raise ConfigError(f"data.instruction={self.instruction!r}: must contain {{prompt}}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -179,6 +214,10 @@ class RewardFunctionConfig:
     """multiplies the weight"""
     options: dict[str, Any] = field(default_factory=dict)
     """keyword arguments of the function; of reward_model: path, the exported folder"""
+    route: dict[str, Any] = field(default_factory=dict)
+    """judge only responses to prompts whose columns have these values, e.g. {data_source: math};
+    empty: all
+    """
     skip_special_tokens: bool = True
     """remove tokens such as the end of a turn from `completions`; false: they remain as text"""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from hybridrl.batch.balance import micro_batches
 from hybridrl.core import failpoints
 from hybridrl.core.errors import CheckpointError
+from hybridrl.data.route import takes
 from hybridrl.kernels.head import HeadRule
 from hybridrl.models.loading import head_rows
 from hybridrl.run_dir.saved_file import seal
@@ -22,7 +23,6 @@ from hybridrl.settings.choices import Source
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.context import Context
 from hybridrl.teachers.evidence import Evidence
-from hybridrl.teachers.route import takes
 from hybridrl.teachers.scores import empty_scores, fill_scores
 from hybridrl.teachers.sharded_model import ReplicaRank
 from hybridrl.teachers.teacher_model import TeacherModel, load_teacher

@@ -258,12 +258,47 @@ SECTIONS = (
         ),
     ),
     section(
+        "Data sources",
+        "Of each of data.sources, by its name; absent where there is a single source.",
+        (
+            "data/<name>/share",
+            "share",
+            "prompts of the step that are of this source",
+            "its weight over the sum of all weights, as exactly as whole prompts can have it",
+        ),
+        (
+            "data/<name>/epochs",
+            "",
+            "its prompts that were drawn so far, over all that it has",
+            "much above that of the others, a small source is repeated; lower its weight",
+        ),
+        (
+            "data/<name>/reward_mean",
+            "",
+            "reward/mean of the responses to its prompts",
+            "rises",
+        ),
+        (
+            "data/<name>/length_mean",
+            "tokens",
+            "mean length of the responses to its prompts",
+            "as rollout/length_mean",
+        ),
+        (
+            "data/<name>/truncated_frac",
+            "share",
+            "responses to its prompts that were cut off at rollout.max_new_tokens",
+            "near 0",
+        ),
+    ),
+    section(
         "Held-out problems",
         "Measured every eval.every steps.",
         (
             "eval/accuracy",
             "share",
-            "mean of the first reward function on held-out problems",
+            "mean of the first reward function on held-out problems; with routes, of the first "
+            "that takes the problem",
             "rises, towards the teacher's or above it",
         ),
         (
@@ -271,6 +306,12 @@ SECTIONS = (
             "share",
             "its standard error over problems",
             "changes below twice this are noise",
+        ),
+        (
+            "eval/accuracy_source/<name>",
+            "share",
+            "eval/accuracy of the held-out problems of one of data.sources alone",
+            "shows which of them improves",
         ),
         (
             "eval/error_rate",

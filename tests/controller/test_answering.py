@@ -1,13 +1,17 @@
 """Which prompts share a wave, and what their rewards and lengths say about a model."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from hybridrl.controller.answer_statistics import statistics_of
-from hybridrl.controller.answering import waves_of
+from hybridrl.controller.answering import rewards_by_name, waves_of
 from hybridrl.settings.generation import GenerateConfig
+from hybridrl.settings.run import RewardFunctionConfig
 from hybridrl.types import Prompt
+from tests.support.batches import make_batch, make_rewards
 
 
 def prompt(uid: str) -> Prompt:
@@ -54,3 +58,22 @@ def test_without_a_reward_there_are_only_lengths():
     of_rows = statistics_of([{"lengths": [3], "finish_reasons": ["length"]}])
     assert math.isnan(of_rows.average) and math.isnan(of_rows.passed)
     assert (of_rows.length, of_rows.truncated, of_rows.failed) == (3.0, 1.0, 0.0)
+
+
+def test_an_answer_has_the_rewards_of_the_functions_whose_routes_take_its_prompt():
+    """So the first of them, by which the answer is judged, never is one that did not score it."""
+    batch = make_batch([((1,), [(2,), (3,)])])
+    judged = replace(
+        make_rewards(batch, [0.0, 0.0]),
+        part_names=("code", "sums"),
+        parts=np.array([[np.nan, np.nan], [1.0, 0.0]], np.float32),
+    )
+    functions = {
+        "code": RewardFunctionConfig(function="math", route={"data_source": "code"}),
+        "sums": RewardFunctionConfig(function="math", route={"data_source": "sums"}),
+    }
+    asked = Prompt(uid="sums/1", input_ids=(1,), text="", columns={"data_source": "sums"})
+    rewards = rewards_by_name(judged, functions, asked)
+    assert rewards == {"sums": (1.0, 0.0)}
+    answered = {"rewards": rewards, "lengths": [1, 1], "finish_reasons": ["stop", "stop"]}
+    assert statistics_of([answered]).average == 0.5

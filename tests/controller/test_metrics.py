@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from hybridrl.batch.micro_batch import MicroBatch, collate, train_sequences
-from hybridrl.controller.evaluation import summary
+from hybridrl.controller.evaluation import accuracy_of_sources, summary
 from hybridrl.controller.metrics import (
     StepRecord,
     check_metrics,
     reward_metrics,
     rollout_metrics,
+    source_metrics,
     step_row,
 )
 from hybridrl.controller.saving import Saving
@@ -468,6 +469,7 @@ def probed() -> dict[str, float]:
 
 
 FOUND = dict.fromkeys(SUMS + MEANS + MAXIMA, 1.0)
+NAMED = replace(LONG_AND_SHORT, uids=("a/1@0",))
 READ = replace(make_rewards(LONG_AND_SHORT, [0, 1]), compressed=np.ones(2), repeated=np.ones(2))
 
 
@@ -494,6 +496,35 @@ def record() -> StepRecord:
         sync_s=2.0,
         phases={"time/rollout_s": 0.5},
     )
+
+
+def test_each_data_source_has_its_share_lengths_and_rewards():
+    """One prompt of a with responses of 6 and 1 tokens and rewards 1 and 0; two prompts of b with
+    responses of 1 token, of which one reward failed; none of c.
+    """
+    of_a = replace(LONG_AND_SHORT, uids=("a/1@0",))
+    of_b = replace(
+        make_batch([((1,), [(2,), (2,)]), ((1,), [(2,), (2,)])]), uids=("b/1@0", "b/2@0")
+    )
+    headers = [chunk_header(of_a, [1.0, 2.0]), chunk_header(of_b, [1.0] * 4)]
+    rewards = [make_rewards(of_a, [1, 0]), make_rewards(of_b, [1, 1, 1, math.nan])]
+    assert source_metrics(headers, rewards, {"a": 0.5, "b": 2.0, "c": 0.0}) == {
+        "data/a/share": 1 / 3,
+        "data/a/epochs": 0.5,
+        "data/a/length_mean": 3.5,
+        "data/a/truncated_frac": 0.0,
+        "data/a/reward_mean": 0.5,
+        "data/b/share": 2 / 3,
+        "data/b/epochs": 2.0,
+        "data/b/length_mean": 1.0,
+        "data/b/truncated_frac": 0.0,
+        "data/b/reward_mean": 1.0,
+        "data/c/share": 0.0,
+        "data/c/epochs": 0.0,
+    }
+    assert source_metrics(headers, rewards, {}) == {}, "there is a single source"
+    from_data = [replace(r, part_names=()) for r in rewards]
+    assert "data/a/reward_mean" not in source_metrics(headers, from_data, {"a": 0.5})
 
 
 def test_a_row_has_metrics_of_every_part_of_the_step():
@@ -525,7 +556,9 @@ def everything() -> set[str]:
     rows = [
         saving.take(),
         step_row(record()),
+        source_metrics([chunk_header(NAMED, [1.0, 2.0])], [READ], {"a": 1.0}),
         summary([READ], []).metrics,
+        accuracy_of_sources(["a/1"], np.ones(1, np.float32)),
         heldout_metrics(FOUND),
         probed(),
     ]

@@ -23,7 +23,8 @@ from hybridrl.cli import main
 from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.data.countdown_puzzles import Countdown
-from hybridrl.data.prompts import load_problems, tokenize
+from hybridrl.data.problem_sources import load_problems
+from hybridrl.data.prompts import tokenize
 from hybridrl.launch.session import run_info
 from hybridrl.launch.teacher_levels import conditions_of
 from hybridrl.models.loading import load_output_head, load_tokenizer

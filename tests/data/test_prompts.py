@@ -13,7 +13,8 @@ import pytest
 from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.data.countdown_puzzles import Countdown
 from hybridrl.data.problem import Problem
-from hybridrl.data.prompts import PromptSource, load_problems, tokenize
+from hybridrl.data.problem_sources import load_problems
+from hybridrl.data.prompts import PromptSource, tokenize
 from hybridrl.models.loading import load_tokenizer
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.settings.run import DataConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hybridrl.core.errors import ConfigError, DataError
-from hybridrl.data.prompts import load_problems
+from hybridrl.data.problem_sources import load_problems
 from hybridrl.data.records import load
 from hybridrl.data.row_files import file_rows
 from hybridrl.settings.run import DataConfig

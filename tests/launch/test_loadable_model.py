@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from hybridrl.core.errors import CheckpointError, ConfigError
+from hybridrl.launch.evaluating import problem_sets
 from hybridrl.launch.export import export_checkpoint
+from hybridrl.launch.generating import FROM_FILE
 from hybridrl.launch.loadable_model import find_model, model_folder
 from hybridrl.models.loading import resolve
 from hybridrl.run_dir.directory import find_checkpoint, run_directory
@@ -55,6 +57,22 @@ def test_a_model_of_no_run_has_the_default_settings_or_those_of_a_run(run: Path)
     assert find_model(student, ["cluster.device=cuda"]).device == "cuda"
     as_in_run = find_model(student, settings_of=str(run))
     assert as_in_run.config.path == student and as_in_run.settings.rollout.max_new_tokens
+
+
+def test_for_the_prompts_of_a_file_the_data_sources_of_a_run_are_left_out(tmp_path: Path):
+    """While the held-out problems of the run are those of its sources."""
+    run_dir = tmp_path / "run"
+    sources = "+data.sources={a: {task: countdown, weight: 3}, b: {task: countdown}}"
+    save_checkpoint(run_dir, sources, "data.num_train=4", "data.num_heldout=2")
+    model = find_model(str(run_dir))
+    assert model.settings.data.weights == {"a": 3.0, "b": 1.0}
+    [heldout] = problem_sets(model, [])
+    assert [p.uid for p in heldout.prompts] == [
+        f"{name}/heldout-00000{i}" for i in range(2) for name in "ab"
+    ]
+    of_file = find_model(str(run_dir), [*FROM_FILE, "data.columns={prompt: question}"])
+    assert of_file.settings.data.sources == {}
+    assert of_file.settings.data.columns["prompt"] == "question"
 
 
 def test_the_settings_of_a_run_with_adapters_have_none_as_its_export_is_merged(run: Path):

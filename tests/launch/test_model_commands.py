@@ -14,7 +14,7 @@ from hybridrl.controller.answer_statistics import statistics_of
 from hybridrl.controller.answering import Decoding
 from hybridrl.controller.preemption import Preemption
 from hybridrl.core.errors import Preempted
-from hybridrl.data.prompts import load_problems
+from hybridrl.data.problem_sources import load_problems
 from hybridrl.launch.answer_jobs import AnswerJob, conditions_of, write_answers
 from hybridrl.launch.evaluating import problem_sets
 from hybridrl.launch.loadable_model import LoadableModel, find_model

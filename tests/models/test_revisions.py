@@ -30,7 +30,7 @@ from contextlib import suppress
 from tests.models.test_revisions import HUB
 from hybridrl.settings.compose import load_config
 from hybridrl.launch.preflight import check_teachers
-from hybridrl.data.prompts import load_problems
+from hybridrl.data.problem_sources import load_problems
 from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.kernels.head import HeadRule

@@ -128,6 +128,12 @@ def test_the_report_of_a_pair_loss_has_its_curves_and_what_it_ranked(tmp_path):
     assert "ranked 50.0 % of the held-out pairs right before, 87.5 % after." in page
 
 
+def test_several_data_sources_are_named_with_their_shares():
+    config = {"data": {"task": "countdown", "sources": {"math": {"weight": 3.0}, "sums": {}}}}
+    text = " ".join(summarize(measured([{"train/step": 1}]), config))
+    assert "math (75%), sums (25%)" in text and "countdown" not in text
+
+
 @pytest.mark.parametrize(
     ("weight", "reward_weight", "sentence"),
     [

@@ -7,7 +7,7 @@ import pytest
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.launch.session import preflight
-from hybridrl.rewards.check import check_columns, loaded_rewards
+from hybridrl.rewards.check import check_columns, check_judged, check_taken, loaded_rewards
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
 from hybridrl.types import Prompt
@@ -55,9 +55,10 @@ def check(
     **options: object,
 ) -> None:
     configured = RewardFunctionConfig(function=f"{user_file}:{function}", options=options)
-    with loaded_rewards(RewardConfig(functions={"r": configured})) as pool:
+    config = RewardConfig(functions={"r": configured})
+    with loaded_rewards(config) as pool:
         assert pool is not None
-        check_columns(pool, prompts, heldout)
+        check_columns(pool, config, prompts, heldout)
 
 
 def test_a_column_that_the_data_lacks_is_named_with_the_columns_of_the_data(
@@ -138,3 +139,86 @@ def test_preflight_compares_rewards_and_data(tmp_path: Path, user_file: Path) ->
     )
     with pytest.raises(ConfigError, match=r"`answer` is no column .*, whose columns are solution"):
         preflight(settings)
+
+
+# -- routes ----------------------------------------------------------------------------------------
+
+
+def routed(**routes: dict[str, object] | None) -> RewardConfig:
+    """A function for each route; None: one of weight 0 that takes every prompt."""
+    return RewardConfig(
+        functions={
+            name: RewardFunctionConfig(
+                function="math", route=route or {}, weight=0.0 if route is None else 1.0
+            )
+            for name, route in routes.items()
+        }
+    )
+
+
+OF_A = prompt("a/train-000001", data_source="a", level=3)
+OF_B = prompt("b/train-000001", data_source="b")
+
+
+def test_a_row_that_no_function_scores_is_named_with_its_columns() -> None:
+    for_a = routed(exact={"data_source": "a"})
+    check_judged(for_a, [OF_A])
+    with pytest.raises(
+        ConfigError,
+        match=r"^reward\.functions\.exact\.route: no function takes b/train-000001, whose columns "
+        "are data_source: 'b', so nothing would score its responses; add a function",
+    ):
+        check_judged(for_a, [OF_A, OF_B])
+    check_judged(routed(exact={"data_source": "a"}, code={"data_source": "b"}), [OF_A, OF_B])
+    check_judged(RewardConfig(), [OF_A, OF_B])  # without any function nothing is scored
+
+
+def test_a_function_that_is_only_reported_scores_no_row_beside_one_with_a_weight() -> None:
+    with pytest.raises(ConfigError, match=r"^reward\.functions\.exact\.route: no .* b/train-"):
+        check_judged(routed(exact={"data_source": "a"}, reported=None), [OF_A, OF_B])
+    check_judged(routed(reported=None), [OF_A, OF_B])
+
+
+def test_a_route_that_takes_no_row_is_refused_with_the_values_that_the_data_has() -> None:
+    check_taken("teachers.main", {"data_source": "b"}, [OF_A, OF_B])
+    with pytest.raises(
+        ConfigError,
+        match=r"^teachers\.main\.route=\{'data_source': 'c'\}: takes no row of the data; the "
+        r"data's values of data_source are 'a', 'b'; correct it",
+    ):
+        check_taken("teachers.main", {"data_source": "c"}, [OF_A, OF_B])
+    with pytest.raises(ConfigError, match="no row has the column domain; correct it"):
+        check_taken("reward.functions.r", {"domain": "a"}, [OF_A, OF_B])
+
+
+def test_a_function_needs_columns_only_of_the_rows_that_its_route_takes(user_file: Path) -> None:
+    function = f"{user_file}:wants_none"  # needs `level`, which the rows of b lack
+    for route, missing in (({"data_source": "a"}, False), ({}, True)):
+        config = RewardConfig(
+            functions={"r": RewardFunctionConfig(function=function, route=dict(route))}
+        )
+        with loaded_rewards(config) as pool:
+            assert pool is not None
+            if not missing:
+                check_columns(pool, config, [OF_A, OF_B], [OF_A])
+                continue
+            with pytest.raises(
+                ConfigError,
+                match=r"its argument `level` is no column of the data source b, whose columns are "
+                r"data_source \(as of b/train-000001, the first row\); name the data's key for it "
+                r"with '\+data\.sources\.b\.columns=\{level: KEY\}'",
+            ):
+                check_columns(pool, config, [OF_A, OF_B], [])
+
+
+def test_routes_are_checked_before_any_worker_starts(tmp_path: Path) -> None:
+    sources = "+data.sources={a: {task: countdown, weight: 3}, b: {task: countdown}}"
+    common = ["experiment=quickstart", f"run.dir={tmp_path}/run", "data.num_train=5", sources]
+    only_a = "+reward.functions.countdown.route={data_source: a}"
+    with pytest.raises(ConfigError, match="no function takes b/train-000000"):
+        preflight(load_config([*common, only_a]))
+    nowhere = "+teachers.main.route={data_source: c}"
+    with pytest.raises(ConfigError, match=r"^teachers\.main\.route=.*: takes no row of the data"):
+        preflight(load_config([*common, nowhere]))
+    prompts, _ = preflight(load_config(common))
+    assert [p.uid for p in prompts[::5]] == ["a/train-000000", "b/train-000000"]

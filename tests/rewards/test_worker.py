@@ -4,6 +4,7 @@ apply. A failure never becomes a silent 0.
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +187,40 @@ def test_a_function_receives_special_tokens_if_its_setting_says_so(
     score: Score, skip: bool, ends: float
 ) -> None:
     assert score({"marks": 1.0}, "ab", skip_special_tokens=skip).values.tolist() == [ends]
+
+
+def test_a_function_judges_only_the_prompts_that_its_route_takes(tmp_path: Path) -> None:
+    """Two prompts with two responses each: `numbers` judges that of source a, `words` that of b,
+    and both calls receive the responses to these prompts alone.
+    """
+    path = tmp_path / "own.py"
+    path.write_text(
+        "def numbers(completions, level):\n"
+        "    assert (completions, level) == (['1', 'x'], [7, 7]), completions\n"
+        "    return [float(c == '1') for c in completions]\n"
+        "def words(completions, completion_ids):\n"
+        "    assert completions == ['2\\0', '3\\0'], completions\n"
+        "    return [10.0 for _ in completions]\n"
+    )
+    config = RewardConfig(
+        functions={
+            "numbers": RewardFunctionConfig(
+                function=f"{path}:numbers", route={"data_source": "a"}, weight=2.0
+            ),
+            "words": RewardFunctionConfig(
+                function=f"{path}:words", route={"data_source": "b"}, skip_special_tokens=False
+            ),
+            "nowhere": RewardFunctionConfig(function=f"{path}:words", route={"level": 9}),
+        }
+    )
+    answered = text_batch(["1", "x", "2", "3"], group_size=2, text="?", columns={})
+    routed = replace(answered, columns=({"data_source": "a", "level": 7}, {"data_source": "b"}))
+    worker = RewardWorker(config, "tiny", watch_only=False, load=lambda *_, **__: Letters())
+    try:
+        rewards = worker.score(routed, [2.0, 1.0, 1.0])
+    finally:
+        worker.close()
+    assert rewards.values.tolist() == [2.0, 0.0, 10.0, 10.0]
+    assert np.isnan(rewards.parts[0]).tolist() == [False, False, True, True]
+    assert np.isnan(rewards.parts[1]).tolist() == [True, True, False, False]
+    assert np.isnan(rewards.parts[2]).all() and not rewards.errors.any() and rewards.keep.all()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from hybridrl.controller.evaluation import summary
+from hybridrl.controller.evaluation import judges_of, summary
 from hybridrl.core.errors import CheckpointError, ConfigError, RunDirectoryError
 from hybridrl.kernels.products import Processor
 from hybridrl.launch.run_result import ExitReason, run_result
@@ -45,7 +45,7 @@ from hybridrl.run_dir.directory import (
 from hybridrl.run_dir.inputs import digests, pinned
 from hybridrl.settings.choices import Products, Resume
 from hybridrl.settings.compose import load_config
-from hybridrl.settings.run import RunConfig, RunSettings
+from hybridrl.settings.run import RewardFunctionConfig, RunConfig, RunSettings
 from hybridrl.tracking.jsonl import JsonlSink
 from hybridrl.types import FinishReason, Prompt, Rewards, RunInfo, Sample
 from tests.support.graph import save_tiny
@@ -723,6 +723,30 @@ def test_accuracy_is_the_mean_of_the_first_reward_and_a_failed_call_is_not_a_wro
     )
     assert evaluation.metrics["eval/accuracy_stderr"] == pytest.approx(1 / 3)  # sqrt(1/3 / 3)
     assert evaluation.samples == tuple(SAMPLES)
+
+
+def test_with_routes_each_problem_is_judged_by_the_first_function_that_takes_it():
+    """Problems 1 and 2 of source a are worth 1 and 0, problem 3 of b is worth 0.5 by the second
+    function; the others are NaN there.
+    """
+    functions = {
+        name: RewardFunctionConfig(function="math", route={"data_source": name}) for name in "ab"
+    }
+    prompts = [
+        Prompt(uid=f"{name}/{i}", input_ids=(1,), text="", columns={"data_source": name})
+        for i, name in enumerate("aab")
+    ]
+    judged = replace(
+        rewards_of([1.0, 0.0, np.nan], [np.nan, np.nan, 0.5]), uids=("a/0", "a/1", "b/2")
+    )
+    metrics = summary([judged], SAMPLES, judges_of(prompts, functions)).metrics
+    assert metrics["eval/accuracy"] == 0.5 and metrics["eval/error_rate"] == 0
+    assert metrics["eval/accuracy_source/a"] == metrics["eval/accuracy_source/b"] == 0.5
+    assert judges_of(prompts, {"all": RewardFunctionConfig(function="math"), **functions}) == {
+        "a/0": 0,
+        "a/1": 0,
+        "b/2": 0,
+    }
 
 
 def test_without_a_reward_function_nothing_is_right_or_wrong():

@@ -29,6 +29,7 @@ from hybridrl.core.errors import (
     RunDirectoryTaken,
     StopTraining,
 )
+from hybridrl.data.mixture import prompt_cursor
 from hybridrl.data.prompts import PromptSource
 from hybridrl.launch.session import prepare_prompts
 from hybridrl.rollout.header import chunk_header
@@ -117,6 +118,7 @@ class Graph:
     workers: Workers
     prompts: list[Prompt]
     heldout: list[Prompt]
+    weights: Mapping[str, float] = field(default_factory=dict)  # of data sources
 
     def controller(
         self, run_dir: Path, steps_done: int = 0, settings: RunSettings | None = None
@@ -127,7 +129,7 @@ class Graph:
             settings or self.settings,
             workers=self.workers,
             backend=WeightTransfer.object_store,
-            prompts=PromptSource(self.prompts, self.settings.run.seed),
+            prompts=prompt_cursor(self.prompts, self.settings.run.seed, self.weights),
             heldout=self.heldout,
             inputs={},
             sinks=Sinks(required=[recorder]),
@@ -231,6 +233,40 @@ def test_each_second_step_shows_rollouts_with_their_question_and_the_value_of_ea
     questions = {prompt.uid.split("@")[0]: prompt.question for prompt in graph.prompts}
     assert [row.question for row in rows] == [questions[row.uid.split("@")[0]] for row in rows]
     assert all(row.parts == {"countdown": row.reward} and row.response for row in rows)
+
+
+@pytest.mark.graph
+def test_a_run_on_two_sources_is_continued_bit_for_bit(graph: Graph, tmp_path: Path):
+    """Of 8 prompts a step 6 are of a and 2 of b. Step 3 crosses the edge of an epoch of a, which
+    has 14 prompts.
+    """
+    names = ["a"] * 14 + ["b"] * 6
+    prompts = [
+        replace(prompt, uid=f"{name}/{prompt.uid}")
+        for name, prompt in zip(names, graph.prompts, strict=True)
+    ]
+    mixed = replace(graph, prompts=prompts, weights={"a": 0.75, "b": 0.25})
+    whole_dir, part_dir = tmp_path / "whole", tmp_path / "part"
+    controller, recorder = mixed.controller(whole_dir)
+    controller.publish_weights()
+    controller.run()
+    assert [row["data/a/share"] for row in recorder.rows] == [0.75] * STEPS
+    assert recorder.rows[-1]["data/a/epochs"] == 18 / 14
+    assert recorder.rows[-1]["data/b/epochs"] == 1.0
+    folder = whole_dir / "checkpoints" / "step_000001"
+    resumed, ours = mixed.controller(part_dir, 1)
+    resumed.load_state(read_checkpoint(folder).state, str(folder))
+    resumed.publish_weights()
+    resumed.run()
+    assert ours.rows == recorder.rows[1:]
+    assert read_ledger(part_dir) == read_ledger(whole_dir)[1:]
+    last = [path / "checkpoints" / f"step_{STEPS:06d}" for path in (whole_dir, part_dir)]
+    states = [read_checkpoint(path).state.parts for path in last]
+    assert states[0] == states[1]
+    weights = [sorted(path.glob("*.safetensors")) for path in last]
+    assert [p.read_bytes() for p in weights[0]] == [p.read_bytes() for p in weights[1]]
+    cursor = states[0]["pipeline"]["prompts"]
+    check_ledger(whole_dir, STEPS, drawn_uids(prompts, graph.settings.run.seed, cursor))
 
 
 NO_STATE = (".clock.", ".load.under_way", ".pings[", ".saving.", ".unmeasured[")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import watched
 from benchmarks.peer_inputs import PAIRS, write_problems
-from hybridrl.data.prompts import load_problems
+from hybridrl.data.problem_sources import load_problems
 from hybridrl.models.loading import load_model, load_tokenizer, resolve
 from hybridrl.rewards.countdown import countdown
 from hybridrl.settings.run import DataConfig

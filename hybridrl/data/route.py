@@ -1,11 +1,11 @@
-"""Which prompts a teacher scores."""
+"""Which prompts a teacher scores, or a reward function judges."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def takes(route: Mapping[str, Any], columns: Mapping[str, Any]) -> bool:
-    """Whether a prompt with these columns is routed to a teacher with this route.
+    """Whether a prompt with these columns belongs to a teacher or reward function with this route.
 
     Example: takes({"domain": "math"}, {"domain": "math", "level": 3}) -> True; an empty route takes
     every prompt.

@@ -1,0 +1,123 @@
+"""The problems of a run: those of its single source, or of each of data.sources."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from itertools import chain, zip_longest
+
+from hybridrl.core.errors import ConfigError, DataError
+from hybridrl.data import countdown_puzzles as countdown
+from hybridrl.data import records
+from hybridrl.data.problem import SOURCE, Problem
+from hybridrl.settings.run import DataConfig
+from hybridrl.settings.sources import ProblemsConfig
+
+log = logging.getLogger(__name__)
+
+
+def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """(training, held-out) problems; the held-out ones are the same for every seed.
+
+    With data.sources the uids begin with the name of the source, e.g. "math/train-000003". Training
+    problems are in the order of the sources; of the held-out ones, the first of each source precede
+    the second of each, and so on.
+
+    Raises:
+        ConfigError: a setting that the generator refuses.
+        DataError: a file or row that cannot be used.
+    """
+    if not config.sources:
+        return load_source(config, seed, config.num_train, config.num_heldout)
+    train: list[Problem] = []
+    heldout: list[list[Problem]] = []
+    for name, source in config.sources.items():
+        with named_setting(f"data.sources.{name}"):
+            own = load_source(source, seed, config.num_train, config.num_heldout)
+        train += [of_source(name, problem) for problem in own[0]]
+        heldout.append([of_source(name, problem) for problem in own[1]])
+    in_turn = chain.from_iterable(zip_longest(*heldout))
+    return train, [problem for problem in in_turn if problem is not None]
+
+
+def load_source(
+    source: ProblemsConfig, seed: int, num_train: int, num_heldout: int
+) -> tuple[list[Problem], list[Problem]]:
+    """(training, held-out) problems of one source, as load_problems.
+
+    Args:
+        num_train: training problems of a generator; rows are all read.
+        num_heldout: largest number of held-out problems.
+
+    Raises:
+        ConfigError, DataError: as load_problems, about the settings of `data`.
+    """
+    if source.task == "countdown":
+        return countdown.load(source.options, num_train, num_heldout, seed)
+    if source.task == "reasoning_gym":
+        # Importing the library takes seconds, and most runs do not need it.
+        from hybridrl.data import reasoning_gym_tasks
+
+        assert source.dataset is not None, "the settings check it"
+        return reasoning_gym_tasks.load(
+            source.dataset, source.options, num_train, num_heldout, seed
+        )
+    assert source.path is not None, "the settings check it"
+    heldout: list[Problem] = []
+    if source.heldout_path is not None:
+        heldout = records.load(source.heldout_path, "heldout", source.revision, source.columns)
+        heldout = heldout[:num_heldout]
+    train = records.load(source.path, "train", source.revision, source.columns)
+    warn_of_shared(train, heldout, source)
+    return train, heldout
+
+
+def of_source(name: str, problem: Problem) -> Problem:
+    """The problem with the name of its source in its uid and in the column SOURCE."""
+    columns = dict(problem.columns)
+    if columns.get(SOURCE) is None:
+        columns[SOURCE] = name
+    return replace(problem, uid=f"{name}/{problem.uid}", columns=columns)
+
+
+@contextmanager
+def named_setting(key: str) -> Iterator[None]:
+    """In an error about settings of `data`, name those of the section `key` instead.
+
+    Example: with named_setting("data.sources.sums"), "data.options={}: ..." becomes
+    "data.sources.sums.options={}: ...".
+    """
+    names = "|".join(field.name for field in fields(ProblemsConfig))
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        text = re.sub(rf"(?<![\w./])data\.({names})\b", rf"{key}.\1", str(error))
+        raise type(error)(text) from error
+
+
+def warn_of_shared(
+    train: Sequence[Problem], heldout: Sequence[Problem], source: ProblemsConfig
+) -> None:
+    """Log how many held-out prompts are training prompts too.
+
+    They may be the same file, a copy of it, or a few of its rows.
+    """
+
+    def key(problem: Problem) -> str:
+        return json.dumps(problem.prompt, sort_keys=True)
+
+    train_keys = {key(problem) for problem in train}
+    shared = [problem for problem in heldout if key(problem) in train_keys]
+    if shared:
+        log.warning(
+            "data.heldout_path=%s: %d of %d held-out prompts are in data.path=%s too, %s the "
+            "first; accuracy on them does not show what is learned beyond the training data: hold "
+            "out other rows",
+            source.heldout_path,
+            len(shared),
+            len(heldout),
+            source.path,
+            shared[0].row,
+        )
