@@ -322,7 +322,7 @@ def _tokens(steps: Sequence[Sequence[TokenSample]]) -> str:
         f"<div><h3>Step {rows[0].step}</h3>{''.join(map(_coloured, rows))}</div>" for rows in shown
     )
     scale = "".join(
-        f'<span style="background:{token_colour(ratio)}">{ratio:+g}</span>'
+        f'<span style="background:{token_colour(ratio)}">{ratio or 0:g}</span>'
         for ratio in (-FULL_COLOUR, -FULL_COLOUR / 2, 0.0, FULL_COLOUR / 2, FULL_COLOUR)
     )
     return (
