@@ -347,6 +347,7 @@ class BatchPlan:
 
     mini_batches: tuple[UpdatePlan, ...]
     order: tuple[int, ...]  # of each update, its mini-batch
+    token_samples: int = 0  # how many responses the first rank returns with each of their tokens
 
     @property
     def step(self) -> int:
@@ -361,6 +362,24 @@ class BatchPlan:
     def one_update(plan: UpdatePlan) -> "BatchPlan":
         """A batch that is a single mini-batch."""
         return BatchPlan(mini_batches=(plan,), order=(0,))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSample:
+    """A response that a step learned from, with student against teacher at each of its tokens.
+    learner -> controller, which receives no more than a few -> samples/tokens_NNNNNN.jsonl, report.
+
+    Example: tokens ("7", "*3"), log_ratios (0.5, -1.0): the student made "7" e^0.5 times as likely
+    as the teacher does, and "*3" e^-1 times.
+    """
+
+    step: int  # the batch is that of the step with this number, from 1
+    uid: str  # of the prompt
+    prompt: str
+    teacher: str
+    tokens: tuple[str, ...]  # [r] the text of each response token
+    log_ratios: tuple[float, ...]  # [r] log pi - log q in nats, by the student that sampled it
+    reward: float  # NaN: the reward call failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,6 +401,7 @@ class LearnerStats:
     # One sentence for each update that was left out because its gradient was not finite.
     left_out: tuple[str, ...] = ()
     unlearned: tuple[int, ...] = ()  # the mini-batches of which every update was left out
+    token_samples: tuple[TokenSample, ...] = ()  # as BatchPlan asks; of the first rank alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,7 @@ from hybridrl.runtime.weight_sync import WeightSync
 from hybridrl.runtime.workers import Workers
 from hybridrl.settings.choices import OnStale, WeightTransfer
 from hybridrl.settings.run import RunSettings
+from hybridrl.tracking.jsonl import write_token_samples
 from hybridrl.tracking.sink import Sinks
 from hybridrl.tracking.timing import PhaseClock
 from hybridrl.types import (
@@ -379,6 +380,7 @@ class Controller:
         plan = BatchPlan(
             mini_batches=tuple(self._plan(batch, i) for i in range(count)),
             order=update_order(count, train.epochs_per_batch, seed),
+            token_samples=num_token_samples(self.settings, self.steps_done),
         )
         return batch, plan
 
@@ -417,6 +419,7 @@ class Controller:
         self.pipeline.settle(sampled.returning)
         trained, passed_over = trained_uids(sampled.arrived, batch.part(learned), sampled.returning)
         self.ledger.record(self.steps_done, trained, [*skipped, *passed_over])
+        write_token_samples(Path(self.settings.run.dir), update.stats.token_samples)
 
     def _sync(self) -> int:
         """Publish the new weights; returns the bytes sent to each engine."""
@@ -613,6 +616,18 @@ class Controller:
         self.optimizer_steps = state.optimizer_steps
         self.saving.saved_step = state.step
         self.weight_version = state.weight_version
+
+
+def num_token_samples(settings: RunSettings, step: int) -> int:
+    """Of how many responses of a batch the tokens are recorded.
+
+    Args:
+        step: optimizer steps done before it.
+    """
+    number = step + 1
+    every = settings.eval.every
+    due = number in (1, settings.train.steps) or bool(every and number % every == 0)
+    return settings.diagnostics.token_samples if due and settings.scored_teachers else 0
 
 
 def driver_trace(settings: RunSettings) -> Trace:

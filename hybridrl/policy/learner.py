@@ -31,7 +31,7 @@ from hybridrl.batch.packing import check_packing
 from hybridrl.core import failpoints
 from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
 from hybridrl.models.adapters import dropout
-from hybridrl.models.loading import load_model
+from hybridrl.models.loading import load_model, load_tokenizer
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, assign_credit
 from hybridrl.objectives.head_rule import head_rule
@@ -50,6 +50,7 @@ from hybridrl.policy.statistics import (
     remedy,
 )
 from hybridrl.policy.student import Look, Student
+from hybridrl.policy.token_samples import token_samples
 from hybridrl.policy.training_setup import (
     adam,
     deepspeed_config,
@@ -68,6 +69,7 @@ from hybridrl.types import (
     RolloutBatch,
     SavedFile,
     ScoredBatch,
+    TokenSample,
     TokenScores,
     UpdatePlan,
     WeightManifest,
@@ -245,13 +247,30 @@ class Learner:
         )
         for update in updates:
             metrics |= update.diagnostics
-        return learner_stats(
+        stats = learner_stats(
             totals,
             metrics,
             time.monotonic() - started,
             optimizer_steps=self.optimizer_steps,
             left_out=left_out,
             unlearned=[index for index, of_mini_batch in made.items() if not of_mini_batch],
+        )
+        if self.rank or not plan.token_samples:
+            return stats
+        return replace(stats, token_samples=self._token_samples(plan, batches))
+
+    def _token_samples(
+        self, plan: BatchPlan, batches: Sequence[Sequence[ScoredBatch]]
+    ) -> tuple[TokenSample, ...]:
+        """Responses of the first mini-batch with student against teacher at each token."""
+        model = self.settings.model
+        return token_samples(
+            batches[0],
+            self.teachers,
+            self.engine.module.head.rule,
+            load_tokenizer(model.path, model.revision, eos=model.eos),
+            plan.mini_batches[0],
+            plan.token_samples,
         )
 
     def _update(self, plan: BatchPlan, number: int, batches: Sequence[ScoredBatch]) -> Updated:

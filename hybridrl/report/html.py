@@ -9,8 +9,10 @@ from hybridrl.report.chart import Chart
 from hybridrl.report.script import SCRIPT
 from hybridrl.report.svg import draw, neighbours
 from hybridrl.tracking.glossary import explain
-from hybridrl.types import FinishReason, Sample
+from hybridrl.types import FinishReason, Sample, TokenSample
 
+FULL_COLOUR = 3.0
+"""The difference of log-probs, in nats, from which a token has the full colour."""
 STYLE = """
 :root { --ink: #1f2430; --soft: #5b6472; --line: #e3e6eb; --wash: #f6f7f9; --blue: #0072b2;
   --orange: #b45309; }
@@ -71,6 +73,14 @@ th { text-align: left; font-weight: 600; color: var(--soft); font-size: 13.5px; 
 th, td { padding: 10px 14px 10px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td pre { font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace;
   margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 15em; overflow-y: auto; }
+.tokens { margin-top: 14px; }
+.tokens pre { font: 15px/1.9 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace;
+  margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24em; overflow-y: auto; }
+.tokens pre.asked { font-size: 13.5px; line-height: 1.5; color: var(--soft); max-height: 9em; }
+.tokens span { border-radius: 3px; padding: 2px 0; box-shadow: 1px 0 0 #fff; }
+.tokens span:hover { outline: 1px solid var(--ink); }
+.scale { font-size: 14px; margin: 0 0 12px; }
+.scale span { padding: 3px 9px; font-variant-numeric: tabular-nums; }
 .samples { min-width: 640px; table-layout: fixed; }
 .answer { padding-left: 12px; }
 .right { border-left: 4px solid var(--blue); } .wrong { border-left: 4px solid var(--orange); }
@@ -100,6 +110,7 @@ def render(
     setup: Sequence[tuple[str, str]],
     evaluations: Sequence[Sequence[Sample]],
     full_mark: float,
+    token_samples: Sequence[Sequence[TokenSample]],
     config_text: str,
 ) -> str:
     """The report of one run as an HTML page.
@@ -113,6 +124,7 @@ def render(
         evaluations: samples of the first and of the last evaluation, the same ones twice if there
             was only one; empty: there are no samples.
         full_mark: the reward of a response that counts as right.
+        token_samples: of each step that has some; those of the first and the last are shown.
         config_text: the content of config.yaml.
     """
     parts = [
@@ -125,6 +137,8 @@ def render(
     ]
     if evaluations:
         parts.append(_samples(evaluations[0], evaluations[-1], full_mark))
+    if token_samples:
+        parts.append(_tokens(token_samples))
     if setup:
         cells = "".join(
             f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in setup
@@ -299,6 +313,64 @@ def _samples(first: Sequence[Sample], last: Sequence[Sample], full_mark: float) 
         f"<thead><tr><th>Held-out problem</th>{heads}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _tokens(steps: Sequence[Sequence[TokenSample]]) -> str:
+    """Responses whose tokens are coloured, of the first and the last step that has some."""
+    shown = [steps[0], steps[-1]] if steps[0][0].step != steps[-1][0].step else [steps[0]]
+    columns = "".join(
+        f"<div><h3>Step {rows[0].step}</h3>{''.join(map(_coloured, rows))}</div>" for rows in shown
+    )
+    scale = "".join(
+        f'<span style="background:{token_colour(ratio)}">{ratio or 0:g}</span>'
+        for ratio in (-FULL_COLOUR, -FULL_COLOUR / 2, 0.0, FULL_COLOUR / 2, FULL_COLOUR)
+    )
+    return (
+        '<h2>Token by token</h2><p class="kind">Responses of training steps. Colour: log pi - '
+        "log q of each token in nats, the student that wrote it against its teacher. Orange: the "
+        "teacher finds the token less likely; blue: more likely. The number is shown under the "
+        "pointer.</p>"
+        f'<p class="scale">teacher: more likely {scale} less likely</p>'
+        f'<div class="curves">{columns}</div>'
+    )
+
+
+def _coloured(sample: TokenSample) -> str:
+    """A response with its prompt; each token has its colour, and its number as a hint."""
+    tokens = "".join(
+        f'<span style="background:{token_colour(ratio)}" title="{escape(_hint(token, ratio))}">'
+        f"{escape(_visible(token))}</span>"
+        for token, ratio in zip(sample.tokens, sample.log_ratios, strict=True)
+    )
+    known = [ratio for ratio in sample.log_ratios if math.isfinite(ratio)]
+    mean = f", mean {sum(known) / len(known):+.3f} a token" if known else ""
+    reward = "" if math.isnan(sample.reward) else f", reward {sample.reward:g}"
+    return (
+        f'<div class="tokens"><pre class="asked">{escape(sample.prompt)}</pre><pre>{tokens}</pre>'
+        f'<div class="mark">teacher {escape(sample.teacher)}{mean}{reward}</div></div>'
+    )
+
+
+def _visible(token: str) -> str:
+    """A token as text of which something is seen, also where it is a line break."""
+    return token.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n") or "\N{EMPTY SET}"
+
+
+def _hint(token: str, ratio: float) -> str:
+    number = f"{ratio:+.3f}" if math.isfinite(ratio) else "not measured"
+    return f"{token!r}: log pi - log q = {number}"
+
+
+def token_colour(ratio: float) -> str:
+    """Orange above 0, blue below, full at FULL_COLOUR nats; grey: not finite.
+
+    Example: 0 is "rgb(0 0 0 / 0%)", 1.5 of 3 nats is "rgb(213 94 0 / 35%)".
+    """
+    if not math.isfinite(ratio):
+        return "#e3e6eb"
+    share = min(abs(ratio) / FULL_COLOUR, 1.0)
+    colour = "213 94 0" if ratio > 0 else "0 114 178" if ratio < 0 else "0 0 0"
+    return f"rgb({colour} / {70 * share:.0f}%)"
 
 
 def _change(answers: Sequence[Sample | None]) -> tuple[float, bool]:

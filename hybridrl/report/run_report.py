@@ -13,7 +13,7 @@ from hybridrl.report.html import render
 from hybridrl.report.picture import draw_overview
 from hybridrl.report.saved_config import read_config
 from hybridrl.tracking.console import duration
-from hybridrl.tracking.jsonl import METRICS, read_metrics, read_samples
+from hybridrl.tracking.jsonl import METRICS, read_metrics, read_samples, read_token_samples
 from hybridrl.tracking.symptoms import watch
 
 
@@ -66,6 +66,7 @@ def write_report(run_dir: str | Path) -> Path:
         setup=describe_setup(config),
         evaluations=[e for e in (evaluations[0], evaluations[-1]) if e] if evaluations else [],
         full_mark=full_mark(config),
+        token_samples=[rows for rows in read_token_samples(run_dir) if rows],
         config_text=config_text,
     )
     path = run_dir / "report.html"

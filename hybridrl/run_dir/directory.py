@@ -31,7 +31,7 @@ from hybridrl.settings.choices import Resume, ScheduleKind
 from hybridrl.settings.compose import from_yaml, saved_tree, to_yaml
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.servers import ServedConfig
-from hybridrl.tracking.jsonl import METRICS, SAMPLES, samples_files
+from hybridrl.tracking.jsonl import METRICS, SAMPLES, TOKENS_FILE, samples_files
 from hybridrl.weights.hugging_face import TEMPLATE
 
 HOLDER = ".holder"
@@ -343,7 +343,8 @@ def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
         OSError: one of them cannot be read or copied.
     """
     origin = checkpoint.folder.parent.parent
-    samples = [Path(SAMPLES, path.name) for _, path in samples_files(origin)]
+    files = samples_files(origin) + samples_files(origin, TOKENS_FILE)
+    samples = [Path(SAMPLES, path.name) for _, path in files]
     (run_dir / SAMPLES).mkdir(exist_ok=True)
     for name in (Path(METRICS), Path(LEDGER), *samples):
         content = read_bytes(origin / name)

@@ -302,11 +302,20 @@ class DiagnosticsConfig:
     trace: bool = False
     """record when each worker did what, for a view by time: trace.json in run.dir, at its end
     """
+    token_samples: int = 4
+    """responses whose tokens the report colours by how much more likely the student makes them than
+    the teacher; of the first step, of those with an evaluation and of the last; 0: none
+    """
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ConfigError(
                 f"diagnostics.every={self.every}: must not be negative; 0 means never"
+            )
+        if self.token_samples < 0:
+            raise ConfigError(
+                f"diagnostics.token_samples={self.token_samples}: must not be negative; 0 means "
+                "none"
             )
 
 

@@ -101,6 +101,18 @@ class Evidence(ABC):
             head: [V, H] the teacher's output embedding; None unless `needs_head`.
         """
 
+    def drawn_logprobs(
+        self, rows: np.ndarray, token_ids: Tensor, head: Tensor | None, rule: HeadRule
+    ) -> Tensor | None:
+        """[R] log q(y_t) from the rows; None: TokenScores.logprobs always has it.
+
+        Args:
+            rows: [R, W] as of TokenScores; writable.
+            token_ids: [R] int64, y_t.
+            head: as of head_input.
+        """
+        return None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hidden(Evidence):
@@ -128,6 +140,14 @@ class Hidden(Evidence):
         assert head is not None, "the learner keeps this teacher's output embedding"
         return HiddenTeacher(hidden=from_wire(scores.rows), lm_head=head, weight=weight)
 
+    def drawn_logprobs(
+        self, rows: np.ndarray, token_ids: Tensor, head: Tensor | None, rule: HeadRule
+    ) -> Tensor:
+        assert head is not None, "the learner keeps this teacher's output embedding"
+        hidden = from_wire(rows).to(head.device)
+        ids = token_ids[:, None].to(head.device)
+        return chosen_logprobs(hidden, head, ids, rule)[:, 0].cpu()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary(Evidence):
@@ -149,6 +169,11 @@ class Vocabulary(Evidence):
 
     def head_input(self, scores: TokenScores, weight: Tensor, head: Tensor | None) -> Teacher:
         return VocabularyTeacher(logprobs=from_wire(scores.rows), weight=weight)
+
+    def drawn_logprobs(
+        self, rows: np.ndarray, token_ids: Tensor, head: Tensor | None, rule: HeadRule
+    ) -> Tensor:
+        return from_wire(rows).gather(1, token_ids[:, None])[:, 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

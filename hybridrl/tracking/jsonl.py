@@ -10,11 +10,12 @@ from typing import Any
 
 from hybridrl.core.files import entries, replace_text
 from hybridrl.core.json_lines import Appender, read_lines, shortened, whole_number
-from hybridrl.types import FinishReason, RunInfo, Sample
+from hybridrl.types import FinishReason, RunInfo, Sample, TokenSample
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 SAMPLES_FILE = re.compile(r"step_(\d{6,18})\.jsonl", re.ASCII)
+TOKENS_FILE = re.compile(r"tokens_(\d{6,18})\.jsonl", re.ASCII)
 
 
 def read_metrics(run_dir: str | Path, through: int | None = None) -> list[dict[str, float]]:
@@ -49,9 +50,31 @@ def read_samples(run_dir: str | Path) -> list[list[Sample]]:
     ]
 
 
-def samples_files(run_dir: Path) -> list[tuple[int, Path]]:
+def read_token_samples(run_dir: str | Path) -> list[list[TokenSample]]:
+    """The saved responses with their tokens, of every step that has some, oldest first.
+
+    Raises:
+        DataError: a line of a file is no such response.
+        RunDirectoryError: a file is a link or a special file.
+        OSError: a file cannot be read.
+    """
+    return [
+        read_lines(path, _token_sample, step=lambda sample: sample.step)
+        for _, path in samples_files(Path(run_dir), TOKENS_FILE)
+    ]
+
+
+def write_token_samples(run_dir: Path, rows: Sequence[TokenSample]) -> None:
+    """Write samples/tokens_NNNNNN.jsonl of their step; without rows nothing is written."""
+    if rows:
+        (run_dir / SAMPLES).mkdir(exist_ok=True)
+        path = run_dir / SAMPLES / f"tokens_{rows[0].step:06d}.jsonl"
+        replace_text(path, "".join(_line(asdict(row)) for row in rows))
+
+
+def samples_files(run_dir: Path, pattern: re.Pattern[str] = SAMPLES_FILE) -> list[tuple[int, Path]]:
     """(step, file) of every evaluation, oldest first; files with other names are ignored."""
-    paths = [(SAMPLES_FILE.fullmatch(path.name), path) for path in entries(run_dir / SAMPLES)]
+    paths = [(pattern.fullmatch(path.name), path) for path in entries(run_dir / SAMPLES)]
     return sorted((int(match[1]), path) for match, path in paths if match)
 
 
@@ -102,6 +125,29 @@ def _sample(value: Any) -> Sample:
     )
 
 
+def _token_sample(value: Any) -> TokenSample:
+    if not isinstance(value, dict):
+        raise ValueError("no object with tokens")
+    for key in ("uid", "prompt", "teacher"):
+        if not isinstance(value.get(key), str):
+            raise ValueError(f"no object with {key}, a text")
+    tokens = value.get("tokens")
+    ratios = value.get("log_ratios")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError("tokens is no list of texts")
+    if not isinstance(ratios, list) or len(ratios) != len(tokens):
+        raise ValueError("log_ratios is no list with a number for each token")
+    return TokenSample(
+        step=whole_number(value.get("step"), "step"),
+        uid=value["uid"],
+        prompt=value["prompt"],
+        teacher=value["teacher"],
+        tokens=tuple(tokens),
+        log_ratios=tuple(_number(ratio, "log_ratios") for ratio in ratios),
+        reward=_number(value.get("reward"), "reward"),
+    )
+
+
 class JsonlSink:
     """Appends one JSON object per line, and syncs each row to disk.
 
@@ -126,7 +172,8 @@ class JsonlSink:
         metrics = self._dir / METRICS
         rows = read_metrics(self._dir, info.first_step) if info.first_step else []
         replace_text(metrics, "".join(map(_line, rows)))
-        for step, path in samples_files(self._dir):
+        files = samples_files(self._dir) + samples_files(self._dir, TOKENS_FILE)
+        for step, path in files:
             if not 0 < info.first_step >= step:
                 path.unlink()
         self._file = Appender(metrics)
@@ -166,4 +213,6 @@ def _plain(value: Any) -> Any:
         return {key: _plain(part) for key, part in value.items()}
     if value is None or isinstance(value, str | int):
         return value
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
     return float(value) if math.isfinite(value) else None

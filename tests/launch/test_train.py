@@ -234,6 +234,8 @@ def test_a_run_leaves_the_promised_files(uninterrupted):
         "export/step_000004/model.safetensors",
         "samples/step_000000.jsonl",
         "samples/step_000004.jsonl",
+        "samples/tokens_000001.jsonl",
+        "samples/tokens_000004.jsonl",
         "logs/learner-1.log",
         "logs/rollout-1.log",
     } <= names

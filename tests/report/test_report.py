@@ -33,8 +33,8 @@ from hybridrl.report.run_report import measure as measured
 from hybridrl.report.run_report import summarize, write_report
 from hybridrl.settings.run import DataConfig
 from hybridrl.tracking.console import ConsoleSink
-from hybridrl.tracking.jsonl import JsonlSink, read_samples
-from hybridrl.types import FinishReason, RunInfo, Sample
+from hybridrl.tracking.jsonl import JsonlSink, read_samples, write_token_samples
+from hybridrl.types import FinishReason, RunInfo, Sample, TokenSample
 
 SFT = {
     "model": {"path": "builtin:countdown-student"},
@@ -413,6 +413,50 @@ def test_a_link_or_a_special_file_in_place_of_a_file_of_the_run_is_refused(
 def test_rows_of_other_types_are_named_by_file_and_line(tmp_path, row):
     write_run(tmp_path, [{"train/step": 0, "eval/accuracy": 0.5}, row], SFT)
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: .*; repair or remove the line"):
+        write_report(tmp_path)
+
+
+def token_sample(step: int, log_ratios: tuple[float, ...]) -> TokenSample:
+    return TokenSample(
+        step=step,
+        uid="a",
+        prompt="<b>?",
+        teacher="main",
+        tokens=("<i>", "7"),
+        log_ratios=log_ratios,
+        reward=1.0,
+    )
+
+
+def test_the_tokens_of_the_first_and_the_last_step_have_colours_and_numbers(tmp_path):
+    write_run(tmp_path, SFT_ROWS, SFT)
+    assert "Token by token" not in write_report(tmp_path).read_text()
+    (tmp_path / "samples").mkdir()
+    for step, ratios in ((1, (1.5, -3.0)), (2, (9.0, 9.0)), (3, (0.0, 4.0))):
+        write_token_samples(tmp_path, [token_sample(step, ratios)])
+    page = write_report(tmp_path).read_text()
+    # Half of three nats is half of the full colour, which is 70 %.
+    assert (
+        '<span style="background:rgb(213 94 0 / 35%)" '
+        'title="&#x27;&lt;i&gt;&#x27;: log pi - log q = +1.500">&lt;i&gt;</span>' in page
+    )
+    assert 'background:rgb(0 114 178 / 70%)" title="&#x27;7&#x27;: log pi - log q = -3.000' in page
+    assert "teacher main, mean -0.750 a token, reward 1" in page
+    assert "<h3>Step 1</h3>" in page and "<h3>Step 3</h3>" in page and "+9.000" not in page
+    assert "<i>7" not in page and "&lt;b&gt;?" in page
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tokens": "ab"}, {"tokens": [1, 2]}, {"log_ratios": [0.5]}, {"teacher": 3}],
+)
+def test_tokens_of_other_types_are_named_by_file_and_line(tmp_path, change):
+    write_run(tmp_path, SFT_ROWS, SFT)
+    (tmp_path / "samples").mkdir()
+    write_token_samples(tmp_path, [token_sample(1, (0.5, 0.5))])
+    path = tmp_path / "samples/tokens_000001.jsonl"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change) + "\n")
+    with pytest.raises(DataError, match=r"tokens_000001\.jsonl, line 1: "):
         write_report(tmp_path)
 
 
