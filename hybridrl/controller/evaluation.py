@@ -1,4 +1,4 @@
-"""Held-out problems through the same engines and rewards as training."""
+"""Held-out problems and sets of them through the same engines and rewards as training."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hybridrl.controller.held_out_set import HeldOutSet
+from hybridrl.controller.set_statistics import set_statistics
 from hybridrl.runtime.calls import Pending, gather, watch_nothing
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
@@ -65,6 +67,52 @@ def evaluate(
         replace(s, question=by_uid[s.uid].question, answer=by_uid[s.uid].answer) for s in samples
     ]
     return summary(scored, readable)
+
+
+def evaluate_set(
+    held_out: HeldOutSet,
+    rollout: RolloutGroup,
+    rewards: RewardGroup,
+    *,
+    wave: str,
+    seed: int,
+    watch: Callable[[], Pending | None] = watch_nothing,
+) -> dict[str, float]:
+    """Sample the responses to a set and judge them.
+
+    Args:
+        wave, watch: as of `evaluate`.
+
+    Returns:
+        The metrics of SetStatistics.
+
+    Raises:
+        WorkerError: naming the engine or reward worker that failed.
+    """
+    chunks = rollout.generate(
+        held_out.prompts,
+        wave=wave,
+        group_size=held_out.samples,
+        temperature=held_out.temperature,
+        seed=seed,
+    )
+    weights = [function.weight for function in rewards.settings.reward.functions.values()]
+    pending = rewards.score(chunks, weights)
+    headers = gather([chunk.header for chunk in chunks], watch)  # first, as in `evaluate`
+    scored = gather(pending)
+    names = scored[0].part_names
+    values = None
+    if names:
+        index = names.index(held_out.reward or names[0])
+        values = np.concatenate([r.parts[index] for r in scored], dtype=np.float64)
+        values = values.reshape(-1, held_out.samples)
+    statistics = set_statistics(
+        values,
+        np.concatenate([header.response_lengths for header in headers]).tolist(),
+        np.concatenate([header.truncated for header in headers]).tolist(),
+        held_out.samples,
+    )
+    return statistics.metrics(held_out.name)
 
 
 def summary(scored: Sequence[Rewards], samples: Sequence[Sample]) -> Evaluation:

@@ -70,14 +70,23 @@ def loaded_rewards(config: "RewardConfig") -> Iterator[RewardPool | None]:
 
 
 def check_columns(
-    pool: RewardPool, prompts: Sequence["Prompt"], heldout: Sequence["Prompt"]
+    pool: RewardPool,
+    prompts: Sequence["Prompt"],
+    heldout: Sequence["Prompt"],
+    *,
+    only: str | None = None,
 ) -> None:
     """Refuse a function that needs a column that the data lacks, or that expects messages.
+
+    Args:
+        only: the function that is checked; None: all of them.
 
     Raises:
         ConfigError: names the first such function.
     """
     for name, signature in pool.signatures.items():
+        if only not in (None, name):
+            continue
         for split in (prompts, heldout):
             _check_required(pool.describe(name), signature.required, split)
         if prompts:

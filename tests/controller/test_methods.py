@@ -176,7 +176,7 @@ def test_the_loss_on_held_out_data_is_that_of_a_step_on_the_same_data(
     methods: Methods, preset: str, loss: str
 ):
     controller = methods.controller(methods.settings(preset, "data.num_train=16"))
-    controller.heldout_data = list(controller.prompts.prompts)  # those of the next step
+    controller.evaluator.heldout_data = list(controller.prompts.prompts)  # those of the next step
     before = controller.learner.pack_weights(0)[0].digest
     evaluated = controller.evaluate()
     assert controller.learner.pack_weights(0)[0].digest == before, "nothing is learned from it"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hybridrl.controller.answer_statistics import statistics_of
 from hybridrl.controller.answering import Decoding
 from hybridrl.controller.preemption import Preemption
+from hybridrl.controller.set_statistics import statistics_of
 from hybridrl.core.errors import Preempted
 from hybridrl.data.prompts import load_problems
 from hybridrl.launch.answer_jobs import AnswerJob, conditions_of, write_answers
