@@ -206,7 +206,10 @@ def test_each_set_is_evaluated_by_its_rewards_and_by_the_pairs_of_its_rows(metho
     assert row["eval/same/pass_at_1"] <= row["eval/same/pass_at_2"] <= row["eval/same/pass_at_4"]
     assert row["eval/few/accuracy"] in (0.0, 0.5, 1.0) and "eval/few/loss" not in row
     assert row["eval/same/error_rate"] == row["eval/few/error_rate"] == 0.0
-    assert controller.evaluate() | {"time/eval_s": 0.0} == row | {"time/eval_s": 0.0}
+    again = controller.evaluate()
+    assert {key: again[key] for key in row if key.startswith("eval/")} == {
+        key: value for key, value in row.items() if key.startswith("eval/")
+    }, "the same weights give the same answers"
 
 
 def test_the_running_learner_exports_its_value_head(methods: Methods):
