@@ -14,7 +14,7 @@ import numpy as np
 
 from hybridrl.controller.coefficients import Coefficients
 from hybridrl.controller.engine_probe import EngineProbe
-from hybridrl.controller.evaluation import Evaluation, evaluate
+from hybridrl.controller.evaluator import Evaluator
 from hybridrl.controller.global_batch import (
     GlobalBatch,
     divide,
@@ -22,6 +22,7 @@ from hybridrl.controller.global_batch import (
     update_order,
     update_plan,
 )
+from hybridrl.controller.held_out_set import HeldOutSet
 from hybridrl.controller.metrics import StepRecord, step_row
 from hybridrl.controller.pipeline import Pipeline, wave_seed
 from hybridrl.controller.preemption import Preemption
@@ -125,6 +126,7 @@ class Controller:
         backend: WeightTransfer,
         prompts: PromptSource | PromptMixture,
         heldout: Sequence[Prompt],
+        sets: Sequence[HeldOutSet] = (),
         inputs: Mapping[str, str],
         sinks: Sinks,
         checkpointer: Checkpointer,
@@ -137,6 +139,7 @@ class Controller:
         Args:
             backend: how weights reach the engines.
             heldout: problems of the evaluations.
+            sets: named sets of further ones.
             inputs: digests of the run's inputs (run_dir.inputs.digests), stored in checkpoints.
             on_step: called after each step, once it is logged and saved; None: nothing is called.
         """
@@ -144,8 +147,6 @@ class Controller:
         self.workers = workers
         self.learner = workers.learner
         self.prompts = prompts
-        self.heldout = heldout
-        self.heldout_data = heldout_with_responses(settings, heldout)
         self.inputs = inputs
         self.sinks = sinks
         self.checkpointer = checkpointer
@@ -156,6 +157,9 @@ class Controller:
         self.learns_from_rewards = make_objective(settings).needs.rewards
         self.coefficients = Coefficients(settings)
         self.sampling = Sampling(settings, workers, preemption)
+        self.evaluator = Evaluator(
+            settings, workers, self.sampling, self.coefficients, heldout, sets
+        )
         self.pipeline = Pipeline(
             settings,
             self.sampling,
@@ -468,55 +472,13 @@ class Controller:
             log.warning("step %d: %s", self.steps_done, sentence)
             self.warned_of_rounding = True
 
-    # -- evaluation --------------------------------------------------------------------------------
-
     def evaluate(self) -> dict[str, float]:
-        """The metrics of the held-out problems; their samples go to the sinks."""
+        """The metrics of the held-out problems and sets; samples go to the sinks."""
         with self.clock.phase("eval"):
             self.probe.check()
-            self.workers.enter(Phase.sample)  # time/turn_s in the row is that of the step
-            result = self._evaluate()
-            data_metrics = self._evaluate_on_data()
+            result = self.evaluator.evaluate(self.steps_done)
         self.sinks.samples(result.samples)
-        return result.metrics | data_metrics | self.clock.take()
-
-    def _evaluate(self) -> Evaluation:
-        """Evaluate. If a worker fails, evaluate again in a wave of another name, since the
-        remaining engines still have chunks of the earlier wave.
-        """
-        seed = wave_seed(self.settings.run.seed, "eval", self.steps_done)
-        for again in count():
-            try:
-                return evaluate(
-                    self.settings.eval,
-                    self.workers.rollout,
-                    self.workers.rewards,
-                    self.heldout,
-                    wave=f"eval-{self.steps_done}.{again}",
-                    step=self.steps_done,
-                    temperature=self.settings.algorithm.temperature,
-                    seed=seed,
-                    watch=self.workers.silent,
-                )
-            except WorkerError as error:
-                self.workers.lose(error)
-        raise AssertionError("count never ends")
-
-    def _evaluate_on_data(self) -> dict[str, float]:
-        """The loss on the held-out data's own responses (eval/loss, ...); empty where the run
-        learns from no data.
-        """
-        prompts = self.heldout_data
-        if not prompts:
-            return {}
-        drawn = self.sampling.heldout(prompts, wave=f"eval-data-{self.steps_done}")
-        headers = self.sampling.headers(drawn)
-        arrived = self.sampling.arrived(drawn, headers, self.steps_done)
-        self.sampling.scores(drawn)
-        self.workers.enter(Phase.learn)
-        batch = divide(arrived, num_ranks=self.settings.learner.ranks)
-        groups = [of_rank[0] for of_rank in batch.groups]  # of the one mini-batch
-        return self.learner.evaluate(self._plan(batch), groups, batch.values).metrics
+        return result.metrics | self.clock.take()
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -654,13 +616,3 @@ def check_logprob_gap(stats: LearnerStats, limit: float, *, step: int) -> None:
             f"rollout.max_logprob_gap is {limit:g}; "
             "the engines do not run the learner's weights, or not in the learner's precision"
         )
-
-
-def heldout_with_responses(settings: RunSettings, heldout: Sequence[Prompt]) -> list[Prompt]:
-    """Held-out prompts with as many responses as the run learns from; none where it learns from no
-    data.
-    """
-    if not settings.algorithm.data_fraction:
-        return []
-    needed = settings.algorithm.responses_per_prompt
-    return [prompt for prompt in heldout if len(prompt.responses) == needed]

@@ -1,4 +1,4 @@
-"""Held-out problems through the same engines and rewards as training."""
+"""Held-out problems and sets of them through the same engines and rewards as training."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hybridrl.controller.held_out_set import HeldOutSet
+from hybridrl.controller.set_statistics import set_statistics
 from hybridrl.data.problem import source_of
 from hybridrl.data.route import takes
 from hybridrl.runtime.calls import Pending, gather, watch_nothing
@@ -72,6 +74,55 @@ def with_questions(samples: Sequence[Sample], prompts: Sequence[Prompt]) -> list
     return [
         replace(s, question=by_uid[s.uid].question, answer=by_uid[s.uid].answer) for s in samples
     ]
+
+
+def evaluate_set(
+    held_out: HeldOutSet,
+    rollout: RolloutGroup,
+    rewards: RewardGroup,
+    *,
+    wave: str,
+    seed: int,
+    watch: Callable[[], Pending | None] = watch_nothing,
+) -> dict[str, float]:
+    """Sample the responses to a set and judge them.
+
+    Args:
+        wave, watch: as of `evaluate`.
+
+    Returns:
+        The metrics of SetStatistics.
+
+    Raises:
+        WorkerError: naming the engine or reward worker that failed.
+    """
+    chunks = rollout.generate(
+        held_out.prompts,
+        wave=wave,
+        group_size=held_out.samples,
+        temperature=held_out.temperature,
+        seed=seed,
+    )
+    weights = [function.weight for function in rewards.settings.reward.functions.values()]
+    pending = rewards.score(chunks, weights)
+    headers = gather([chunk.header for chunk in chunks], watch)  # first, as in `evaluate`
+    scored = gather(pending)
+    names = scored[0].part_names
+    values = None
+    if names:
+        parts = np.concatenate([r.parts for r in scored], axis=1, dtype=np.float64)
+        judges = judges_of(held_out.prompts, rewards.settings.reward.functions)
+        judge = [judges.get(prompt.uid, 0) for prompt in held_out.prompts]
+        if held_out.reward is not None:
+            judge = [names.index(held_out.reward)] * len(judge)
+        values = parts.reshape(len(names), -1, held_out.samples)[judge, np.arange(len(judge))]
+    statistics = set_statistics(
+        values,
+        np.concatenate([header.response_lengths for header in headers]).tolist(),
+        np.concatenate([header.truncated for header in headers]).tolist(),
+        held_out.samples,
+    )
+    return statistics.metrics(held_out.name)
 
 
 def summary(

@@ -12,6 +12,7 @@ from hybridrl.controller.step_cost import StepCost
 from hybridrl.core.errors import ConfigError
 from hybridrl.data.problem import source_of
 from hybridrl.settings.choices import ScheduleKind, Source
+from hybridrl.settings.held_out import pass_sizes
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.glossary import explain
 from hybridrl.types import BatchPlan, ChunkHeader, LearnerStats, Rewards, ScoreHeader
@@ -65,10 +66,48 @@ def check_metrics(settings: RunSettings) -> None:
                 f"{key}={metric}: no step has such a metric; take one of "
                 "hybridrl/tracking/METRICS.md, e.g. reward/mean"
             )
+        if metric and (of_set := set_metric(metric)) is not None:
+            check_set_metric(key, metric, of_set, settings)
         if metric and metric.startswith("eval/") and key in feedback:
             raise ConfigError(
                 f"{key}={metric}: is not measured in every step; take one that is, e.g. reward/mean"
             )
+
+
+def set_metric(metric: str) -> tuple[str, str] | None:
+    """The set and the rest of the name of a held-out set's metric; None: it is another metric.
+
+    Example: ("hard", "pass_at_4") of "eval/hard/pass_at_4".
+    """
+    entry = explain(metric)
+    if entry is None or not entry.key.startswith("eval/<set>/"):
+        return None
+    _, name, rest = metric.split("/", 2)
+    return name, rest
+
+
+def check_set_metric(key: str, metric: str, of_set: tuple[str, str], settings: RunSettings) -> None:
+    """Check that the evaluations of a run measure a metric of a held-out set.
+
+    Args:
+        key: the setting that names the metric.
+        of_set: as of set_metric.
+
+    Raises:
+        ConfigError: there is no such set, or no such k of pass@k.
+    """
+    name, rest = of_set
+    sets = settings.eval.sets
+    if name not in sets:
+        raise ConfigError(
+            f"{key}={metric}: there is no set {name}; eval.sets has {', '.join(sets) or 'none'}"
+        )
+    sizes = [f"pass_at_{k}" for k in pass_sizes(sets[name].samples)]
+    if rest.startswith("pass_at_") and rest not in sizes:
+        raise ConfigError(
+            f"{key}={metric}: eval.sets.{name}.samples={sets[name].samples} measures "
+            f"{', '.join(sizes)}; take one of them"
+        )
 
 
 def step_row(record: StepRecord) -> dict[str, float]:

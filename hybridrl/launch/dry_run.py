@@ -12,6 +12,7 @@ from hybridrl.data.route import takes
 from hybridrl.launch.alignment import alignment
 from hybridrl.launch.planning_device import planned_device
 from hybridrl.launch.session import preflight
+from hybridrl.launch.set_prompts import prompts_by_set
 from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.models.loading import load_tokenizer
 from hybridrl.models.reach import reach
@@ -31,8 +32,10 @@ def describe(settings: RunSettings) -> Iterator[str]:
         HybridRLError: as `train` before it starts anything.
     """
     settings = pinned(settings, earlier_settings(settings))
-    prompts, heldout = preflight(settings)
-    directory = describe_directory(settings, digests(settings, prompts, heldout))
+    prompts, heldout, sets = preflight(settings)
+    directory = describe_directory(
+        settings, digests(settings, prompts, heldout, prompts_by_set(sets))
+    )
     yield "all checks passed; nothing was started and nothing was written"
     model = settings.model
     yield f"model     {model.path}, {model.dtype}; {reached('model.path', model)}"
@@ -55,6 +58,9 @@ def describe(settings: RunSettings) -> Iterator[str]:
     yield f"rewards   {', '.join(settings.reward.functions) or 'none'}"
     yield f"data      {len(prompts)} training prompts, {len(heldout)} held out; {lengths(prompts)}"
     yield from source_lines(settings, prompts, heldout)
+    for held_out in sets:
+        sizes = f"{len(held_out.prompts)} problems x {held_out.samples} responses"
+        yield f"set       {held_out.name}: {sizes}; {lengths(held_out.prompts)}"
     yield f"a step    {step_sizes(settings, len(prompts))}"
     yield f"run.dir   {settings.run.dir}: {directory}"
     firsts = [prompts_of(prompts, name)[0] for name in settings.data.sources] or prompts[:1]

@@ -1,4 +1,4 @@
-"""`hybridrl eval`: a model on the held-out problems of its run."""
+"""`hybridrl eval`: a model on the held-out problems and sets of its run."""
 
 import json
 import math
@@ -7,26 +7,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridrl.controller.answer_statistics import AnswerStatistics, statistics_of
 from hybridrl.controller.answering import Decoding
+from hybridrl.controller.held_out_set import seed_kind
 from hybridrl.controller.pipeline import wave_seed
+from hybridrl.controller.set_statistics import SetStatistics, statistics_of
 from hybridrl.core.errors import ConfigError
 from hybridrl.core.files import replace_text
 from hybridrl.data.problem_sources import load_problems
 from hybridrl.launch.answer_jobs import AnswerJob, run_jobs
 from hybridrl.launch.loadable_model import LoadableModel, find_model, model_parser
+from hybridrl.launch.set_prompts import set_problems
 from hybridrl.launch.teacher_levels import sha256_of
 from hybridrl.rewards.check import check_columns, check_judged, loaded_rewards
 from hybridrl.run_dir.answer_file import read_rows
 from hybridrl.run_dir.directory import check_no_links
 from hybridrl.run_dir.inputs import file_digests
+from hybridrl.settings.held_out import HELDOUT
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
 
 EVALS = "evals"
 """The folder of a run with the results."""
-HELDOUT = "heldout"
-"""The name of the held-out problems of data.*."""
 COLUMNS = ("set", "problems", "avg@k", "stderr", "pass@k", "k", "tokens", "truncated", "failed")
 
 
@@ -37,6 +38,7 @@ class ProblemSet:
     name: str
     prompts: Sequence[Prompt]
     decoding: Decoding
+    reward: str | None = None  # the reward function that judges; None: the first one
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def evaluate_model(
     model: LoadableModel, names: Sequence[str], out: Path | None, say: Callable[[str], None] = print
-) -> dict[str, AnswerStatistics]:
+) -> dict[str, SetStatistics]:
     """Answer the problems of the sets, write their rows and statistics, and print a table.
 
     Args:
@@ -92,7 +94,10 @@ def evaluate_model(
         for problems in sets
     ]
     run_jobs(model, jobs, say, judged=bool(model.settings.reward.functions))
-    statistics = {job.name: statistics_of(read_rows(job.out)) for job in jobs}
+    statistics = {
+        job.name: statistics_of(read_rows(job.out), problems.reward)
+        for job, problems in zip(jobs, sets, strict=True)
+    }
     for name, of_set in statistics.items():
         content = {"model": model.name, "set": name, **finite(asdict(of_set))}
         replace_text(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
@@ -129,17 +134,45 @@ def problem_sets(model: LoadableModel, names: Sequence[str]) -> list[ProblemSet]
         DataError: as load_problems.
     """
     settings = model.settings
-    known = [HELDOUT]
-    for name in names:
+    known = [HELDOUT, *settings.eval.sets]
+    for i, name in enumerate(names):
         if name not in known:
             raise ConfigError(f"{name}: there is no such set; the settings have {', '.join(known)}")
-    _, heldout = load_problems(settings.data, settings.run.seed)
-    decoding = Decoding(
-        samples=1,
-        temperature=0.0 if settings.eval.greedy else settings.algorithm.temperature,
-        seed=wave_seed(settings.run.seed, "eval", model.step or 0),
+        if name in names[:i]:
+            raise ConfigError(f"{name}: is named twice; name each set once")
+    return [problem_set(model, name) for name in names or known]
+
+
+def problem_set(model: LoadableModel, name: str) -> ProblemSet:
+    """One set, by its name; HELDOUT: the held-out problems of data.*.
+
+    Raises:
+        ConfigError, DataError: as load_problems and set_problems.
+    """
+    settings = model.settings
+    seed = settings.run.seed
+    step = model.step or 0
+    if name == HELDOUT:
+        _, problems = load_problems(settings.data, seed)
+        decoding = Decoding(
+            samples=1,
+            temperature=0.0 if settings.eval.greedy else settings.algorithm.temperature,
+            seed=wave_seed(seed, "eval", step),
+        )
+        return ProblemSet(name=name, prompts=model.prompts(problems), decoding=decoding)
+    held_out = settings.eval.sets[name]
+    return ProblemSet(
+        name=name,
+        prompts=model.prompts(set_problems(settings, name)),
+        decoding=Decoding(
+            samples=held_out.samples,
+            temperature=held_out.temperature_of(
+                greedy=settings.eval.greedy, sampled=settings.algorithm.temperature
+            ),
+            seed=wave_seed(seed, seed_kind(name), step),
+        ),
+        reward=held_out.reward,
     )
-    return [ProblemSet(name=HELDOUT, prompts=model.prompts(heldout), decoding=decoding)]
 
 
 def check_judges(settings: RunSettings, sets: Sequence[ProblemSet]) -> None:
@@ -151,8 +184,9 @@ def check_judges(settings: RunSettings, sets: Sequence[ProblemSet]) -> None:
     with loaded_rewards(settings.reward) as rewards:
         for problems in sets:
             if rewards is not None:
-                check_judged(settings.reward, problems.prompts)
-                check_columns(rewards, settings.reward, [], problems.prompts)
+                if problems.reward is None:
+                    check_judged(settings.reward, problems.prompts)
+                check_columns(rewards, settings.reward, [], problems.prompts, only=problems.reward)
 
 
 def judges_of(settings: RunSettings) -> dict[str, Any]:
@@ -175,12 +209,18 @@ def judges_of(settings: RunSettings) -> dict[str, Any]:
     return functions | files
 
 
-def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """The values with null in the place of NaN."""
-    return {name: None if math.isnan(value) else value for name, value in values.items()}
+def finite(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The values with null in the place of NaN, in mappings among them too."""
+    return {name: _finite(value) for name, value in values.items()}
 
 
-def table(statistics: Mapping[str, AnswerStatistics]) -> list[str]:
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return finite(value)
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def table(statistics: Mapping[str, SetStatistics]) -> list[str]:
     """The lines of a table: the names of the columns, then a row for each set.
 
     Example: the first two cells of a row are "heldout" and "512".

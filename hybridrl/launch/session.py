@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from hybridrl.controller.controller import Controller, OnStep
+from hybridrl.controller.held_out_set import HeldOutSet
 from hybridrl.controller.metrics import check_metrics
 from hybridrl.controller.preemption import Preemption
 from hybridrl.core import redact
@@ -49,6 +50,7 @@ from hybridrl.launch.preflight import (
 )
 from hybridrl.launch.run_result import ExitReason, RunResult, run_result
 from hybridrl.launch.served_teachers import check_served_teachers
+from hybridrl.launch.set_prompts import held_out_sets, prompts_by_set, warn_of_trained
 from hybridrl.launch.teacher_levels import (
     measure_teachers,
     same_levels,
@@ -116,14 +118,14 @@ def train(
     began = time.monotonic()
     requested = settings
     settings = pinned(requested, earlier_settings(requested))
-    prompts, heldout = preflight(settings)
+    prompts, heldout, sets = preflight(settings)
     expected, _ = planned_device(settings)
     check_memory(settings, expected)
     with run_directory(settings) as run_dir, ExitStack() as stack:
         # An absolute path, because workers may run in another directory.
         settings = replace(settings, run=replace(settings.run, dir=str(run_dir)))
         preemption = stack.enter_context(Preemption().listening())
-        inputs = digests(settings, prompts, heldout)
+        inputs = digests(settings, prompts, heldout, prompts_by_set(sets))
         checkpoint = find_checkpoint(settings, run_dir, inputs)
         keep_template(settings, run_dir)
         console, sinks = stack.enter_context(started_sinks(settings, run_dir, checkpoint))
@@ -153,6 +155,7 @@ def train(
             slots=place_workers(settings, cluster) if kept is None else kept.slots,
             prompts=prompts,
             heldout=heldout,
+            sets=sets,
             inputs=inputs,
             console=console,
             sinks=sinks,
@@ -282,6 +285,7 @@ class Session:
     slots: Slots
     prompts: list[Prompt]
     heldout: list[Prompt]
+    sets: list[HeldOutSet]
     inputs: dict[str, str]  # run_dir.inputs.digests
     console: ConsoleSink
     sinks: Sinks
@@ -396,6 +400,7 @@ class Session:
                     self.prompts, self.settings.run.seed, self.settings.data.weights
                 ),
                 heldout=self.heldout,
+                sets=self.sets,
                 inputs=self.inputs,
                 sinks=self.sinks,
                 checkpointer=Checkpointer(self.run_dir, self.settings.checkpoint),
@@ -466,11 +471,13 @@ def train_on(
     controller.run()
 
 
-def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
+def preflight(
+    settings: RunSettings,
+) -> tuple[list[Prompt], list[Prompt], list[HeldOutSet]]:
     """Run every check that needs no worker and is not made by the settings themselves.
 
     Returns:
-        The training and the held-out prompts.
+        The training and the held-out prompts, and the named sets.
 
     Raises:
         ConfigError, DataError, RunDirectoryError: one sentence about the first check that fails.
@@ -486,9 +493,15 @@ def preflight(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
     with loaded_rewards(settings.reward) as rewards:
         prompts, heldout = prepare_prompts(settings)
         check_routes(settings, prompts, heldout)
+        sets = held_out_sets(settings)
         if rewards is not None:
             check_columns(rewards, settings.reward, prompts, heldout)
-    return prompts, heldout
+            for held_out in sets:
+                if held_out.reward is None:
+                    check_judged(settings.reward, held_out.prompts)
+                check_columns(rewards, settings.reward, [], held_out.prompts, only=held_out.reward)
+    warn_of_trained(sets, prompts)
+    return prompts, heldout, sets
 
 
 def check_routes(

@@ -80,14 +80,21 @@ def check_columns(
     config: "RewardConfig",
     prompts: Sequence["Prompt"],
     heldout: Sequence["Prompt"],
+    *,
+    only: str | None = None,
 ) -> None:
     """Refuse a function that needs a column that the data lacks, or that expects messages; of each
     data source, the prompts that its route takes are examined.
+
+    Args:
+        only: the function that is checked; None: all of them.
 
     Raises:
         ConfigError: names the first such function.
     """
     for name, signature in pool.signatures.items():
+        if only not in (None, name):
+            continue
         route = config.functions[name].route
         for split in (prompts, heldout):
             for part in of_sources([p for p in split if takes(route, p.columns)]):

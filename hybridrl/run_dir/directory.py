@@ -25,7 +25,7 @@ from hybridrl.run_dir.checkpoint import (
     read_checkpoint,
     step_folders,
 )
-from hybridrl.run_dir.inputs import DATA, IMPORTS
+from hybridrl.run_dir.inputs import DATA, IMPORTS, SETS
 from hybridrl.run_dir.ledger import LEDGER
 from hybridrl.settings.choices import Resume, ScheduleKind
 from hybridrl.settings.compose import from_yaml, saved_tree, to_yaml
@@ -106,8 +106,9 @@ FREE = (
 """Settings and sections that may change when a run continues.
 
 They affect neither what is learned nor the meaning of the accuracy, but where, how fast and how
-often something is done. train.steps may change too, to train longer, unless a schedule ends at it.
-All other settings, and so every future one, must stay the same.
+often something is done. train.steps may change too, to train longer, unless a schedule ends at it,
+and held-out sets may be added and left out. All other settings, and so every future one, must stay
+the same.
 """
 
 
@@ -444,6 +445,8 @@ def described_input(key: str) -> str:
     """The name of an input for an error message, by its key in run_dir.inputs.digests."""
     if key == DATA:
         return "the prompts that data.* gives"
+    if key.startswith(f"{SETS}."):
+        return f"the problems of {key}"
     if key.endswith(".path"):
         return f"the files of {key}"
     if key.endswith(f".{IMPORTS}"):
@@ -470,6 +473,7 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
         # The same model scores, in another worker.
         *(f"teachers.{name}.share_base" for name in old.teachers.keys() & new.teachers.keys()),
     )
+    free += tuple(f"{SETS}.{name}" for name in old.eval.sets.keys() ^ new.eval.sets.keys())
     # Secrets are masked in both, as they are masked in config.yaml.
     before = flat(redact.tree(asdict(old)))
     after = flat(redact.tree(asdict(new)))

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,18 +17,26 @@ from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
 
 DATA = "data"
+SETS = "eval.sets"
 IMPORTS = "imports"
+NO_SETS: Mapping[str, Sequence[Prompt]] = {}
 MODEL_FILES = (*HUB_FILES, "value_head/*.safetensors", "additional_chat_templates/*.jinja")
 """The files that are read in the folder of a model."""
 
 
 def digests(
-    settings: RunSettings, prompts: Sequence[Prompt], heldout: Sequence[Prompt]
+    settings: RunSettings,
+    prompts: Sequence[Prompt],
+    heldout: Sequence[Prompt],
+    sets: Mapping[str, Sequence[Prompt]] = NO_SETS,
 ) -> dict[str, str]:
     """The digest of each input, by the setting that names it.
 
     The inputs are all prompts as the model and the rewards see them, each file with the user's own
     code and the modules that it imports, and the files of each model in use.
+
+    Args:
+        sets: the prompts of held-out sets, by their names.
 
     Raises:
         ConfigError: a model does not exist.
@@ -39,7 +47,13 @@ def digests(
         data.update(described(prompt, prompt.responses).encode())
     for prompt in heldout:  # without their responses, as these do not affect the training
         data.update(described(prompt, ()).encode())
-    return {DATA: data.hexdigest()} | file_digests(settings) | model_digests(settings)
+    of_sets = {}
+    for name, of_set in sets.items():
+        whole = hashlib.sha256()
+        for prompt in of_set:
+            whole.update(described(prompt, prompt.responses).encode())
+        of_sets[f"{SETS}.{name}"] = whole.hexdigest()
+    return {DATA: data.hexdigest()} | of_sets | file_digests(settings) | model_digests(settings)
 
 
 def file_digests(settings: RunSettings) -> dict[str, str]:

@@ -25,6 +25,7 @@ from hybridrl.settings.engine_checks import check_teacher_engines
 from hybridrl.settings.models import AUTO, DTYPES
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.server_checks import check_servers
+from hybridrl.settings.set_checks import check_sets
 from hybridrl.settings.shared_base_checks import check_shared_bases
 from hybridrl.settings.shares import chunk_size, shares
 
@@ -475,6 +476,7 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_schedules,
     check_products,
     check_best_checkpoint,
+    check_sets,
     check_evidence,
     check_something_to_learn,
     check_teacher_given,

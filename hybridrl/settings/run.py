@@ -3,8 +3,9 @@
 The dataclasses are Hydra's schema. Those of algorithm.* are in algorithm.py, of model.* and
 teachers.* in models.py, of lora.* in lora.py, of data.sources.* in sources.py, of train.* and
 learner.* in training.py, of rollout.* and pipeline.* in rollout.py, of generate.* in generation.py,
-of checkpoint.* in checkpointing.py. A default is in these files and nowhere else; files in conf/
-define experiments and algorithm presets, and compose.py combines them with the command line.
+of eval.sets.* in held_out.py, of checkpoint.* in checkpointing.py. A default is in these files and
+nowhere else; files in conf/ define experiments and algorithm presets, and compose.py combines them
+with the command line.
 """
 
 import unicodedata
@@ -28,6 +29,7 @@ from hybridrl.settings.choices import (
     WeightTransfer,
 )
 from hybridrl.settings.generation import GenerateConfig
+from hybridrl.settings.held_out import HeldOutSetConfig
 from hybridrl.settings.lora import LoraConfig
 from hybridrl.settings.models import AUTO, ModelConfig, TeacherConfig
 from hybridrl.settings.rollout import PipelineConfig, RolloutConfig
@@ -284,6 +286,7 @@ class EvalConfig:
     teacher: bool = True
     """evaluate each teacher with a path once, before training, for the report; not one on a server
     """
+    sets: dict[str, HeldOutSetConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.samples < 0:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -145,6 +146,8 @@ class ConsoleSink:
             self._print_evaluation(step, metrics["eval/accuracy"])
         if "eval/loss" in metrics:
             self._highlight(self._loss_line(step, metrics))
+        for line in set_lines(metrics):
+            self._highlight(f"step {step}  {line}")
         if (sentence := self._watch.see(metrics)) is not None:
             self.notice(f"warning: {sentence}")
 
@@ -242,6 +245,27 @@ class ConsoleSink:
     def _highlight(self, line: str) -> None:
         self._record(line)
         self._print(line, style="bold green")
+
+
+def set_lines(metrics: Mapping[str, float]) -> list[str]:
+    """A line for each held-out set of an evaluation.
+
+    Example: "set hard: accuracy 31.2 % +- 2.1 %, loss 0.5310".
+    """
+    parts: dict[str, list[str]] = {}
+    for key, value in metrics.items():
+        match = re.fullmatch(r"eval/(\w+)/(accuracy|loss|pair_accuracy)", key)
+        if match is None or match[1] == TEACHER.split("/")[1]:
+            continue
+        if match[2] == "loss":
+            text = f"loss {value:.4f}"
+        elif match[2] == "pair_accuracy":
+            text = f"{100 * value:.1f} % of pairs ranked right"
+        else:
+            stderr = metrics.get(f"{key}_stderr", math.nan)
+            text = f"accuracy {100 * value:.1f} % +- {100 * stderr:.1f} %"
+        parts.setdefault(match[1], []).append(text)
+    return [f"set {name}: {', '.join(texts)}" for name, texts in parts.items()]
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """The meaning of every metric; metrics_page.py makes METRICS.md of it."""
 
+from hybridrl.tracking.held_out_metrics import HELD_OUT
 from hybridrl.tracking.metric import Metric, section
 
 SECTIONS = (
@@ -291,55 +292,7 @@ SECTIONS = (
             "near 0",
         ),
     ),
-    section(
-        "Held-out problems",
-        "Measured every eval.every steps.",
-        (
-            "eval/accuracy",
-            "share",
-            "mean of the first reward function on held-out problems; with routes, of the first "
-            "that takes the problem",
-            "rises, towards the teacher's or above it",
-        ),
-        (
-            "eval/accuracy_stderr",
-            "share",
-            "its standard error over problems",
-            "changes below twice this are noise",
-        ),
-        (
-            "eval/accuracy_source/<name>",
-            "share",
-            "eval/accuracy of the held-out problems of one of data.sources alone",
-            "shows which of them improves",
-        ),
-        (
-            "eval/error_rate",
-            "share",
-            "responses without a reward (failed, or None); they do not count as wrong",
-            "0",
-        ),
-        (
-            "eval/loss",
-            "",
-            "pair/loss or train/loss on the held-out data's own responses; with data_fraction > 0",
-            "falls; if it rises while the training loss falls, the student memorises the data",
-        ),
-        (
-            "eval/kl_token",
-            "nats",
-            "kl/token on the held-out data's own responses",
-            "falls towards 0",
-        ),
-        ("eval/pair_accuracy", "share", "pair/accuracy on held-out pairs", "rises from 0.5"),
-        ("eval/pair_margin", "", "pair/margin on held-out pairs", "rises"),
-        (
-            "eval/accuracy_teacher/<name>",
-            "share",
-            "a teacher's accuracy on the same problems, in row 0",
-            "the level to compare with",
-        ),
-    ),
+    *HELD_OUT,
     section(
         "Responses",
         "Over all responses of a step, sampled or from the data.",

@@ -1,4 +1,4 @@
-"""Which prompts share a wave, and what their rewards and lengths say about a model."""
+"""Which prompts share a wave, and what the rewards and lengths of responses say about a model."""
 
 import math
 from dataclasses import replace
@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hybridrl.controller.answer_statistics import statistics_of
 from hybridrl.controller.answering import rewards_by_name, waves_of
+from hybridrl.controller.set_statistics import pass_at, statistics_of
 from hybridrl.settings.generation import GenerateConfig
+from hybridrl.settings.held_out import pass_sizes
 from hybridrl.settings.run import RewardFunctionConfig
 from hybridrl.types import Prompt
 from tests.support.batches import make_batch, make_rewards
@@ -44,8 +45,42 @@ def test_average_error_and_share_of_passed_problems_are_over_problems():
     of_rows = statistics_of(rows)
     assert (of_rows.problems, of_rows.samples) == (2, 2)
     assert of_rows.average == 0.25 and of_rows.passed == 0.5
+    assert of_rows.pass_at == {1: 0.25, 2: 0.5}
     assert of_rows.standard_error == pytest.approx(0.25)  # std((0.5, 0)) / sqrt(2)
     assert (of_rows.length, of_rows.truncated, of_rows.failed) == (5.0, 0.25, 0.0)
+
+
+def test_pass_at_k_is_the_chance_that_one_of_k_drawn_responses_passes():
+    """Of the 4 responses to the first problem 2 pass: of the 6 pairs of them only one fails. Of the
+    second problem's none passes.
+    """
+    values = np.array([[1.0, 0.0, 1.0, 0.0], [0.0, 0.5, 0.0, 0.0]])
+    assert pass_sizes(4) == [1, 2, 4] and pass_sizes(6) == [1, 2, 4, 6]
+    assert pass_at(values, 1) == 0.25
+    assert pass_at(values, 2) == pytest.approx((5 / 6) / 2)
+    assert pass_at(values, 4) == 0.5
+    assert math.isnan(pass_at(np.full((1, 2), np.nan), 1))
+
+
+def test_a_set_is_judged_by_the_function_that_it_names():
+    rows = [row([1.0], [2], ["stop"])]
+    rows[0]["rewards"]["other"] = [0.25]
+    assert statistics_of(rows).average == 1.0
+    assert statistics_of(rows, "other").average == 0.25
+
+
+def test_the_metrics_of_a_set_have_its_name():
+    of_rows = statistics_of([row([1.0, 0.0], [4, 8], ["stop", "length"])])
+    metrics = of_rows.metrics("hard")
+    assert math.isnan(metrics.pop("eval/hard/accuracy_stderr"))
+    assert metrics == {
+        "eval/hard/accuracy": 0.5,
+        "eval/hard/pass_at_1": 0.5,
+        "eval/hard/pass_at_2": 1.0,
+        "eval/hard/error_rate": 0.0,
+        "eval/hard/length_mean": 6.0,
+        "eval/hard/truncated_frac": 0.5,
+    }
 
 
 def test_a_failed_call_counts_as_failed_and_not_as_wrong():

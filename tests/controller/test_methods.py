@@ -14,6 +14,7 @@ from hybridrl.controller.controller import Controller
 from hybridrl.controller.preemption import Preemption
 from hybridrl.data.prompts import PromptSource
 from hybridrl.launch.session import prepare_prompts
+from hybridrl.launch.set_prompts import held_out_sets
 from hybridrl.models.loading import load_value_head
 from hybridrl.run_dir.checkpoint import Checkpointer
 from hybridrl.run_dir.ledger import Ledger
@@ -178,7 +179,7 @@ def test_the_loss_on_held_out_data_is_that_of_a_step_on_the_same_data(
     methods: Methods, preset: str, loss: str
 ):
     controller = methods.controller(methods.settings(preset, "data.num_train=16"))
-    controller.heldout_data = list(controller.prompts.prompts)  # those of the next step
+    controller.evaluator.heldout_data = list(controller.prompts.prompts)  # those of the next step
     before = controller.learner.pack_weights(0)[0].digest
     evaluated = controller.evaluate()
     assert controller.learner.pack_weights(0)[0].digest == before, "nothing is learned from it"
@@ -186,6 +187,31 @@ def test_the_loss_on_held_out_data_is_that_of_a_step_on_the_same_data(
     assert evaluated["eval/loss"] == pytest.approx(row[loss], rel=1e-5)
     if preset == "dpo":
         assert evaluated["eval/pair_accuracy"] == row["pair/accuracy"]
+
+
+def test_each_set_is_evaluated_by_its_rewards_and_by_the_pairs_of_its_rows(methods: Methods):
+    """The held-out problems are a set here too, so both have the same loss; its two greedy problems
+    are the first two of the held-out ones.
+    """
+    controller = methods.controller(
+        methods.settings(
+            "dpo",
+            "+eval.sets.same={task:countdown,num_problems:16,samples:4,options:{responses:pair}}",
+            "+eval.sets.few={task:countdown,num_problems:2}",
+        )
+    )
+    controller.evaluator.sets = held_out_sets(controller.settings)
+    row = controller.evaluate()
+    assert row["eval/same/loss"] == row["eval/loss"] > 0
+    assert row["eval/same/pair_accuracy"] == row["eval/pair_accuracy"]
+    assert row["eval/same/pass_at_1"] == pytest.approx(row["eval/same/accuracy"])
+    assert row["eval/same/pass_at_1"] <= row["eval/same/pass_at_2"] <= row["eval/same/pass_at_4"]
+    assert row["eval/few/accuracy"] in (0.0, 0.5, 1.0) and "eval/few/loss" not in row
+    assert row["eval/same/error_rate"] == row["eval/few/error_rate"] == 0.0
+    again = controller.evaluate()
+    assert {key: again[key] for key in row if key.startswith("eval/")} == {
+        key: value for key, value in row.items() if key.startswith("eval/")
+    }, "the same weights give the same answers"
 
 
 def test_the_running_learner_exports_its_value_head(methods: Methods):

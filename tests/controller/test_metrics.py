@@ -21,6 +21,7 @@ from hybridrl.controller.metrics import (
     step_row,
 )
 from hybridrl.controller.saving import Saving
+from hybridrl.controller.set_statistics import set_statistics
 from hybridrl.controller.step_cost import step_cost
 from hybridrl.core.errors import ConfigError
 from hybridrl.kernels.head import HeadRule, HeadStats, hybrid_head_loss
@@ -31,6 +32,7 @@ from hybridrl.objectives.pairs import PairObjective
 from hybridrl.ops.compare import COMPARED
 from hybridrl.policy.diagnostics import gradient_geometry
 from hybridrl.policy.statistics import (
+    HELDOUT,
     MAXIMA,
     MEANS,
     SUMS,
@@ -566,6 +568,8 @@ def everything() -> set[str]:
         {f"teacher/{name}" for name in COMPARED}
         | {f"time/{phase}_s" for phase in PHASES}
         | {"eval/accuracy_teacher/main"}
+        | set(set_statistics(np.ones((1, 2)), [1, 1], [False, False], 2).metrics("hard"))
+        | {key.replace("eval/", "eval/hard/") for key in HELDOUT.values()}
     )
     return {key for row in rows for key in row} | PROMISED | others
 
@@ -631,6 +635,45 @@ def test_a_weight_follows_what_each_step_measures_and_the_best_checkpoint_an_eva
         match=r"^algorithm\.reward_weight\.metric=eval/accuracy: is not measured in every step; ",
     ):
         check_metrics(load_config([*given, feedback.format("eval/accuracy")]))
+
+
+@pytest.mark.parametrize(
+    ("metric", "sentence"),
+    [
+        ("eval/hard/accuracy", None),
+        ("eval/hard/pass_at_6", None),
+        (
+            "eval/hrad/accuracy",
+            "checkpoint.best=eval/hrad/accuracy: there is no set hrad; eval.sets has hard",
+        ),
+        (
+            "eval/hard/pass_at_8",
+            "checkpoint.best=eval/hard/pass_at_8: eval.sets.hard.samples=6 measures pass_at_1, "
+            "pass_at_2, pass_at_4, pass_at_6; take one of them",
+        ),
+    ],
+)
+def test_the_best_checkpoint_is_chosen_by_what_a_set_measures(metric: str, sentence: str | None):
+    settings = load_config(
+        [
+            "experiment=quickstart",
+            "run.dir=here",
+            "checkpoint.every=20",
+            "eval.every=20",
+            "+eval.sets.hard={task: countdown, samples: 6}",
+            f"checkpoint.best={metric}",
+        ]
+    )
+    if sentence is None:
+        check_metrics(settings)
+        return
+    with pytest.raises(ConfigError) as error:
+        check_metrics(settings)
+    assert str(error.value) == sentence
+
+
+def test_a_teacher_of_any_name_has_its_own_entry():
+    assert explain("eval/accuracy_teacher/loss").key == "eval/accuracy_teacher/<name>"
 
 
 def test_the_curves_of_the_report_are_of_metrics_in_the_glossary():

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hybridrl.controller.answer_statistics import statistics_of
 from hybridrl.controller.answering import Decoding
 from hybridrl.controller.preemption import Preemption
-from hybridrl.core.errors import Preempted
+from hybridrl.controller.set_statistics import statistics_of
+from hybridrl.core.errors import ConfigError, Preempted
 from hybridrl.data.problem_sources import load_problems
 from hybridrl.launch.answer_jobs import AnswerJob, conditions_of, write_answers
 from hybridrl.launch.evaluating import problem_sets
@@ -29,7 +29,8 @@ pytestmark = pytest.mark.graph
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadableModel:
     """The newest checkpoint of a run on Countdown, whose waves are of four prompts."""
     run_dir = tmp_path_factory.mktemp("commands") / "run"
-    save_checkpoint(run_dir, "data.num_heldout=10")
+    drawn = "+eval.sets.drawn={task:countdown,num_problems:6,samples:4}"
+    save_checkpoint(run_dir, "data.num_heldout=10", drawn)
     return find_model(str(run_dir), ["generate.wave=4", "rollout.engines=2"])
 
 
@@ -93,7 +94,7 @@ def test_an_engine_that_fails_is_replaced_and_its_wave_is_sampled_again(
 def test_the_held_out_problems_are_answered_greedily_and_judged(
     engines: ModelEngines, model: LoadableModel, tmp_path: Path
 ):
-    [heldout] = problem_sets(model, [])
+    [heldout] = problem_sets(model, ["heldout"])
     assert heldout.decoding.temperature == 0 and len(heldout.prompts) == 10
     job = AnswerJob(
         name=heldout.name,
@@ -105,6 +106,31 @@ def test_the_held_out_problems_are_answered_greedily_and_judged(
     of_set = statistics_of(read_rows(job.out))
     assert (of_set.problems, of_set.samples, of_set.failed) == (10, 1, 0.0)
     assert of_set.average == of_set.passed, "of one response each, worth 0 or 1"
+
+
+def test_a_named_set_is_answered_as_often_as_it_says_and_unknown_names_are_refused(
+    engines: ModelEngines, model: LoadableModel, tmp_path: Path
+):
+    heldout, drawn = problem_sets(model, [])
+    assert (heldout.name, drawn.name) == ("heldout", "drawn")
+    assert (drawn.decoding.samples, drawn.decoding.temperature) == (4, 1.0)
+    job = AnswerJob(
+        name=drawn.name,
+        prompts=drawn.prompts,
+        decoding=drawn.decoding,
+        out=tmp_path / "drawn.jsonl",
+    )
+    written(engines, model, job)
+    of_set = statistics_of(read_rows(job.out), drawn.reward)
+    assert (of_set.problems, of_set.samples, list(of_set.pass_at)) == (6, 4, [1, 2, 4])
+    assert of_set.average == pytest.approx(of_set.pass_at[1]), "rewards are 0 or 1"
+    for names, sentence in {
+        ("darwn",): "darwn: there is no such set; the settings have heldout, drawn",
+        ("drawn", "drawn"): "drawn: is named twice; name each set once",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            problem_sets(model, names)
+        assert str(caught.value) == sentence
 
 
 def test_a_conversation_gets_the_answer_that_the_engines_of_a_run_give(

@@ -169,6 +169,19 @@ def test_what_decides_what_is_learned_may_not(tmp_path: Path, override: str, exp
     assert resume(settings_of(tmp_path)) == 10, "and the lock is given back"
 
 
+def test_a_held_out_set_may_be_added_and_left_out_and_its_own_settings_may_not_change():
+    def with_sets(*overrides: str) -> RunSettings:
+        return load_config(["experiment=quickstart", "run.dir=here", *overrides])
+
+    easy = "+eval.sets.easy={task: countdown, samples: 2}"
+    hard = "+eval.sets.hard={task: countdown}"
+    assert not changes(with_sets(easy), with_sets(easy, hard))
+    assert not changes(with_sets(easy, hard), with_sets(hard))
+    assert changes(with_sets(easy), with_sets(easy, "eval.sets.easy.samples=3")) == {
+        "eval.sets.easy.samples": (2, 3)
+    }
+
+
 def test_a_change_that_is_named_is_allowed_and_then_the_runs_own(tmp_path: Path):
     start(settings_of(tmp_path))
     changed = ["train.lr=2e-3", "algorithm.gamma=1", "algorithm.baseline=none"]

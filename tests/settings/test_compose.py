@@ -302,6 +302,53 @@ BAD = [
     ("checkpoint.keep=0", "checkpoint.keep=0: must be at least 1"),
     ("checkpoint.every=-1", "checkpoint.every=-1: must not be negative"),
     ("eval.every=-1", "eval.every=-1, eval.samples=8: neither may be negative"),
+    (
+        "+eval.sets.a-b.task=countdown",
+        "eval.sets.a-b: the name of a set must be one word of letters, digits and _ that begins",
+    ),
+    (
+        "+eval.sets.heldout.task=countdown",
+        "eval.sets.heldout: heldout, train, accuracy_teacher have another meaning; choose another",
+    ),
+    (
+        "+eval.sets.a={path:x,task:countdown}",
+        "eval.sets.a.path=x: beside eval.sets.a.task=countdown; a set has one source, leave one",
+    ),
+    ("+eval.sets.a.samples=2", "eval.sets.a: has no problems; give eval.sets.a.path, a file of"),
+    (
+        "+eval.sets.a.task=records",
+        "eval.sets.a.task=records: must be countdown or reasoning_gym; for rows give eval.sets.a",
+    ),
+    (
+        "+eval.sets.a.task=reasoning_gym",
+        "eval.sets.a.task=reasoning_gym: needs eval.sets.a.dataset, the generator's name, e.g.",
+    ),
+    (
+        "+eval.sets.a={path:x,options:{num_numbers:3}}",
+        "eval.sets.a.options={'num_numbers': 3}: eval.sets.a.path=x does not read it; leave it",
+    ),
+    (
+        "+eval.sets.a={path:x,columns:{prompt:3}}",
+        "eval.sets.a.columns.prompt=3: must be the name of a key in the rows, or null to leave it",
+    ),
+    ("+eval.sets.a={path:x,samples:0}", "eval.sets.a.samples=0: must be at least 1"),
+    ("+eval.sets.a={path:x,num_problems:0}", "eval.sets.a.num_problems=0: must be at least 1"),
+    (
+        "+eval.sets.a={path:x,temperature:-1}",
+        "eval.sets.a.temperature=-1.0: must not be negative; 0 always takes the most likely",
+    ),
+    (
+        "+eval.sets.a={path:x,samples:4,temperature:0}",
+        "eval.sets.a.samples=4: at eval.sets.a.temperature=0 all responses to a prompt are equal;",
+    ),
+    (
+        "+eval.sets.a={path:x,reward:mathh}",
+        "eval.sets.a.reward=mathh: there is no such function; reward.functions has countdown",
+    ),
+    (
+        "algorithm=opd_full ~reward.functions.countdown +eval.sets.a.path=x",
+        "eval.sets.a: nothing measures it, as the run has no reward function and learns from no",
+    ),
     ("deadlines.sync_s=0", "deadlines.sync_s=0.0: must be positive"),
     ("reward.timeout_s=0", "reward.timeout_s=0.0: must be positive"),
     ("reward.max_error_rate=2", "reward.max_error_rate=2.0: must be a fraction, in [0, 1]"),

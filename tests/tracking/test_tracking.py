@@ -20,7 +20,7 @@ from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.report.run_report import measure, write_report
 from hybridrl.settings.choices import WandbMode
 from hybridrl.settings.run import TrackingConfig
-from hybridrl.tracking.console import ConsoleSink, duration
+from hybridrl.tracking.console import ConsoleSink, duration, set_lines
 from hybridrl.tracking.glossary import explain
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics, read_samples
 from hybridrl.tracking.sink import Sinks
@@ -480,6 +480,22 @@ def test_wandb_disabled_does_nothing_and_keeps_the_checkpoint_s_id(no_wandb_acco
     sink.samples([sample(1)])
     sink.close(0)
     assert sink.state_dict() == "abc123" and not (tmp_path / "wandb").exists()
+
+
+def test_the_console_prints_a_line_for_each_held_out_set():
+    metrics = {
+        "eval/accuracy": 0.5,
+        "eval/accuracy_teacher/accuracy": 0.75,
+        "eval/hard/accuracy": 0.3125,
+        "eval/hard/accuracy_stderr": 0.021,
+        "eval/hard/pass_at_1": 0.3125,
+        "eval/pairs/loss": 0.531,
+        "eval/pairs/pair_accuracy": 0.75,
+    }
+    assert set_lines(metrics) == [
+        "set hard: accuracy 31.2 % +- 2.1 %",
+        "set pairs: loss 0.5310, 75.0 % of pairs ranked right",
+    ]
 
 
 def test_console_prints_one_plain_line_per_step_and_evaluations_stand_out(tmp_path):
