@@ -99,7 +99,8 @@ def evaluate_model(
         for job, problems in zip(jobs, sets, strict=True)
     }
     for name, of_set in statistics.items():
-        content = {"model": model.name, "set": name, **finite(asdict(of_set))}
+        values = asdict(of_set) | {"passed": of_set.passed}
+        content = {"model": model.name, "set": name, **finite(values)}
         replace_text(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
     for line in table(statistics):
         say(line)
