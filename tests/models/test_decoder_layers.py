@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hybridrl.kernels.products import WideLinear
 from hybridrl.models import decoder_layers
+from hybridrl.models.adapters import add_adapters, without_adapters
 from hybridrl.models.decoder_layers import (
     TRACED_TOKENS,
     attends_plainly,
@@ -17,6 +18,7 @@ from hybridrl.models.decoder_layers import (
 )
 from hybridrl.models.model_internals import attention_of, is_compiled, wrapped_layers
 from hybridrl.settings.choices import Products
+from hybridrl.settings.lora import LoraConfig
 from tests.support.torch_graphs import forget_graphs, num_graphs
 
 HIDDEN = decoder_layers.COMPILE_FROM
@@ -135,6 +137,19 @@ def test_the_first_batch_does_not_affect_the_graphs_which_exist_before_it():
         assert num_graphs() == 0
         results.append(last)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_passes_without_adapters_are_padded_and_have_graphs_before_the_first_batch():
+    model = model_of()
+    add_adapters(model, LoraConfig(rank=2), 0)
+    assert compile_layers(model, tokens=100, packed=True, learns=True, bare=True)
+    forget_graphs()
+    row = padded(1, 9) | {"attention_mask": None}
+    for shape in ((3, 17), (1, 9)):
+        with torch.no_grad(), without_adapters(model):
+            model.base_model(**padded(*shape), use_cache=False)
+        model.base_model(**row, use_cache=False).last_hidden_state.sum().backward()
+    assert num_graphs() == 0
 
 
 def test_packed_sequences_have_graphs_of_their_own_and_attend_only_to_themselves():

@@ -177,6 +177,7 @@ def test_a_learner_that_scores_takes_the_steps_that_it_takes_with_a_scorer(share
 
 def test_all_updates_of_a_batch_have_scores_of_the_student_before_training(shared: Path):
     own, apart = result(shared, "shared-several"), result(shared, "apart-several")
+    assert own["metrics"][1]["kl/token"] > 0.01 and own["metrics"][1]["train/updates"] == 4
     assert own["loss"] == pytest.approx(apart["loss"], abs=1e-6)
     assert own["grad_norm"] == pytest.approx(apart["grad_norm"], rel=1e-5)
     assert weight_distance(shared, "shared-several", "apart-several") < 1e-5

@@ -701,7 +701,7 @@ def two_ranks_sharing(job: Job) -> None:
 
 def one_rank_sharing(job: Job) -> None:
     """The same two steps with the learner's scores and with those of a scorer; held-out data; what
-    the learner scores then, in each kind of evidence; and a batch of several updates.
+    the learner scores then, in each kind of evidence; and two batches of several updates.
     """
     everything = ((0, 1, 2, 3),)
     batch, rewards, _ = chunk_of(0, 4)
@@ -733,7 +733,8 @@ def one_rank_sharing(job: Job) -> None:
         ("apart-several", apart, chunk),
     ):
         several = job.learner(*overrides, *SEVERAL)
-        job.report(case, several, [several.learn(batch_plan(ORDER, 1), groups, *values)])
+        plans = [batch_plan(ORDER, 1, step) for step in range(2)]
+        job.report(case, several, [several.learn(plan, groups, *values) for plan in plans])
 
 
 ADAPTED = {
