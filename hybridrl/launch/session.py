@@ -50,7 +50,12 @@ from hybridrl.launch.preflight import (
 )
 from hybridrl.launch.run_result import ExitReason, RunResult, run_result
 from hybridrl.launch.served_teachers import check_served_teachers
-from hybridrl.launch.set_prompts import held_out_sets, prompts_by_set, warn_of_trained
+from hybridrl.launch.set_prompts import (
+    check_set_rewards,
+    held_out_sets,
+    prompts_by_set,
+    warn_of_trained,
+)
 from hybridrl.launch.teacher_levels import (
     measure_teachers,
     same_levels,
@@ -496,10 +501,7 @@ def preflight(
         sets = held_out_sets(settings)
         if rewards is not None:
             check_columns(rewards, settings.reward, prompts, heldout)
-            for held_out in sets:
-                if held_out.reward is None:
-                    check_judged(settings.reward, held_out.prompts)
-                check_columns(rewards, settings.reward, [], held_out.prompts, only=held_out.reward)
+            check_set_rewards(rewards, settings.reward, sets)
     warn_of_trained(sets, prompts)
     return prompts, heldout, sets
 

@@ -14,7 +14,9 @@ from hybridrl.data.prompts import tokenize
 from hybridrl.launch.alignment import reads_own_prompts, teacher_template
 from hybridrl.launch.preflight import check_token_ids
 from hybridrl.models.loading import load_tokenizer
-from hybridrl.settings.run import DataConfig, RunSettings
+from hybridrl.rewards.check import check_columns, check_judged
+from hybridrl.rewards.pool import RewardPool
+from hybridrl.settings.run import DataConfig, RewardConfig, RunSettings
 from hybridrl.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -101,6 +103,18 @@ def held_out_sets(settings: RunSettings) -> list[HeldOutSet]:
             )
         )
     return sets
+
+
+def check_set_rewards(pool: RewardPool, config: RewardConfig, sets: Sequence[HeldOutSet]) -> None:
+    """Refuse a set that a reward function cannot judge.
+
+    Raises:
+        ConfigError: as check_columns; or no function takes a problem of a set that names none.
+    """
+    for held_out in sets:
+        if held_out.reward is None:
+            check_judged(config, held_out.prompts)
+        check_columns(pool, config, [], held_out.prompts, only=held_out.reward)
 
 
 def prompts_by_set(sets: Sequence[HeldOutSet]) -> dict[str, Sequence[Prompt]]:

@@ -6,7 +6,7 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.settings.held_out import HELDOUT, HeldOutSetConfig
 from hybridrl.settings.run import RunSettings
 
-TAKEN = (HELDOUT, "train", "accuracy_teacher")
+TAKEN = (HELDOUT, "train", "accuracy_teacher", "accuracy_source")
 """Words that the uids of other prompts begin with, and that the names of other metrics contain."""
 
 GENERATED = ("countdown", "reasoning_gym")

@@ -31,6 +31,8 @@ from hybridrl.types import RunInfo, Sample
 LOG = Path("logs") / "console.log"
 """Within the run directory: every line, also those that were not printed."""
 TEACHER = "eval/accuracy_teacher/"
+NOT_SETS = ("accuracy_teacher", "accuracy_source")
+"""What stands in the place of a set's name in metrics of a teacher or a data source."""
 PHASES = ("rollout", "score", "reward", "learn", "sync", "eval", "save")
 
 log = logging.getLogger(__name__)
@@ -255,7 +257,7 @@ def set_lines(metrics: Mapping[str, float]) -> list[str]:
     parts: dict[str, list[str]] = {}
     for key, value in metrics.items():
         match = re.fullmatch(r"eval/(\w+)/(accuracy|loss|pair_accuracy)", key)
-        if match is None or match[1] == TEACHER.split("/")[1]:
+        if match is None or match[1] in NOT_SETS:
             continue
         if match[2] == "loss":
             text = f"loss {value:.4f}"

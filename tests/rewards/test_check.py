@@ -220,5 +220,5 @@ def test_routes_are_checked_before_any_worker_starts(tmp_path: Path) -> None:
     nowhere = "+teachers.main.route={data_source: c}"
     with pytest.raises(ConfigError, match=r"^teachers\.main\.route=.*: takes no row of the data"):
         preflight(load_config([*common, nowhere]))
-    prompts, _ = preflight(load_config(common))
+    prompts, *_ = preflight(load_config(common))
     assert [p.uid for p in prompts[::5]] == ["a/train-000000", "b/train-000000"]

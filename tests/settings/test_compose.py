@@ -308,7 +308,7 @@ BAD = [
     ),
     (
         "+eval.sets.heldout.task=countdown",
-        "eval.sets.heldout: heldout, train, accuracy_teacher have another meaning; choose another",
+        "eval.sets.heldout: heldout, train, accuracy_teacher, accuracy_source have another meaning",
     ),
     (
         "+eval.sets.a={path:x,task:countdown}",
