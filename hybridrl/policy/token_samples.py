@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridrl.batch.groups import select_groups
 from hybridrl.batch.views import response_ids
+from hybridrl.data.route import takes
 from hybridrl.kernels.head import HeadRule
 from hybridrl.settings.choices import Source
 from hybridrl.teachers.inbox import TeacherInbox
-from hybridrl.teachers.route import takes
 from hybridrl.types import ScoredBatch, TokenSample, UpdatePlan
 
 
