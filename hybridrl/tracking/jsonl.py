@@ -67,7 +67,7 @@ def read_token_samples(run_dir: str | Path) -> list[list[TokenSample]]:
 def write_token_samples(run_dir: Path, rows: Sequence[TokenSample]) -> None:
     """Write samples/tokens_NNNNNN.jsonl of their step; without rows nothing is written."""
     if rows:
-        (run_dir / SAMPLES).mkdir(exist_ok=True)
+        (run_dir / SAMPLES).mkdir(parents=True, exist_ok=True)
         path = run_dir / SAMPLES / f"tokens_{rows[0].step:06d}.jsonl"
         replace_text(path, "".join(_line(asdict(row)) for row in rows))
 
