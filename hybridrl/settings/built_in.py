@@ -87,6 +87,9 @@ SINKS = {
     "mlflow": BuiltIn(
         "tracking.mlflow_sink:MlflowSink", "a tracking server, or a database in the run directory"
     ),
+    "ray": BuiltIn(
+        "runtime.prometheus_sink:PrometheusSink", "gauges on Ray's metrics ports, for Prometheus"
+    ),
 }
 """Each needs the package of its name, which the extra of that name installs."""
 

@@ -4,11 +4,14 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import ray
@@ -34,6 +37,7 @@ from hybridrl.runtime.actor_group import ActorGroup, Slot, ask_for_stacks
 from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
 from hybridrl.runtime.fleet import Fleet
 from hybridrl.runtime.host import visible_gpus
+from hybridrl.runtime.prometheus_sink import PrometheusSink
 from hybridrl.runtime.ray_connection import Node
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup, closed_by
@@ -44,7 +48,7 @@ from hybridrl.settings.choices import Device, WeightTransfer
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.shares import shares
-from hybridrl.types import Prompt
+from hybridrl.types import Prompt, RunInfo
 
 BASE = ["run.dir=here", "experiment=quickstart"]
 SHARED = "cluster.colocate=true rollout.gpu_memory_utilization=0.4"
@@ -822,3 +826,25 @@ def test_a_weight_transfer_between_gpus_is_refused_where_the_device_turns_out_to
 def test_a_config_error_ends_the_command_with_status_2(capsys: pytest.CaptureFixture):
     assert main(["train", *BASE, "scorer.replicas=2"]) == 2
     assert capsys.readouterr().err.startswith("hybridrl: scorer.replicas=2: ")
+
+
+@pytest.mark.graph
+def test_the_gauges_of_a_run_are_read_from_rays_port_as_prometheus_reads_them(slot: Slot):
+    """Ray collects them every few seconds."""
+    sink = PrometheusSink()
+    sink.start(RunInfo(run_dir="/runs/a", name="a", total_steps=2, first_step=0, config={}))
+    sink.log({"train/step": 1.0, "reward/mean": 0.25, "eval/accuracy": float("nan")})
+    [node] = ray.nodes()
+    port = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    end = time.monotonic() + 90
+    found: dict[str, float] = {}
+    while len(found) < 2 and time.monotonic() < end:
+        with suppress(httpx.HTTPError):  # Ray's process for metrics is still starting
+            lines = httpx.get(port, timeout=10).text.splitlines()
+            found = {
+                line.partition("{")[0]: float(line.rpartition(" ")[2])
+                for line in lines
+                if line.startswith("ray_hybridrl_") and 'run="a"' in line
+            }
+        time.sleep(0.2)
+    assert found == {"ray_hybridrl_train_step": 1.0, "ray_hybridrl_reward_mean": 0.25}
