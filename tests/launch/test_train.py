@@ -205,7 +205,7 @@ def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     [watch] = [Path(o.partition("{function:")[2].split(":")[0]) for o in overrides if WATCHED in o]
     python = (sys.executable, "-c", FROM_PYTHON, str(watch.parent), str(run_dir.parent))
     elsewhere = [override.replace(WATCHED, "absent.py:watch") for override in overrides]
-    first = shell(*python, *elsewhere)
+    first = shell(*python, *elsewhere, timeout_s=540)  # three short runs, and one that fails
     assert first.returncode == 0, first.stderr[-3000:]
     assert (
         "on_step ended the run after step 2 of 4; the same command goes on from step_000002"
