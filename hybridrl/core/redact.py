@@ -51,7 +51,7 @@ SPECIAL_TOKENS = re.compile(
 )
 LABELS = re.compile(
     r"path|file|dir|prefix|suffix|name|type|kind|format|mode|algorithm|version|column|field|"
-    r"function|fn|length|len|size|weight|count|limit|ttl|timeout|host|port|region|sock"
+    r"function|fn|length|len|size|weight|count|samples|limit|ttl|timeout|host|port|region|sock"
 )
 """Last words of names whose value describes a secret but is none, e.g. S3_KEY_PREFIX."""
 

@@ -174,7 +174,7 @@ def test_a_damaged_line_is_named(tmp_path):
 
 def test_an_unknown_experiment_is_refused_with_the_names_of_all(capsys):
     assert main(["E99"]) == 2
-    assert "E99 is no experiment; write some of V1, A1" in capsys.readouterr().out
+    assert "E99 is no experiment; write some of V1, E3, A1" in capsys.readouterr().out
 
 
 @by_id
