@@ -132,7 +132,7 @@ def test_a_tracker_is_named_by_one_word_and_built_from_its_options() -> None:
     [
         (tracking("tensorbord"), "sink=tensorbord: must be one of .*; did you mean tensorboard?"),
         (tracking("mlflow", uri="x"), "options.uri: mlflow takes no such argument; remove it"),
-        (tracking("csv"), "must be one of tensorboard, trackio, mlflow, ray; or write path/to/file"),
+        (tracking("csv"), "must be one of tensorboard, trackio, mlflow, ray; or write path/to"),
     ],
 )
 def test_a_tracker_that_cannot_be_built_is_refused(config: TrackingConfig, sentence: str) -> None:
