@@ -156,8 +156,8 @@ class WandbSink:
 
 
 def run_name(info: RunInfo) -> str:
-    """The name of a run whose settings give it none: its directory, and what runs are told apart by
-    in a sweep.
+    """The default name of a run: its directory, then the settings that usually differ between the
+    runs of a sweep.
 
     Example: "a countdown-student lr=0.001 seed=0" for runs/a
     """
