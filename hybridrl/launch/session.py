@@ -170,29 +170,46 @@ def train(
         workers = session.start_workers(checkpoint, kept)
         if warm is not None and kept is None:
             workers.learner.keep_start()
-        if requested.model.dtype == AUTO and cluster.device == "cpu":
-            console.notice(dtype_notice(settings.model.dtype, processor()))
-        if narrow_models(settings) and cluster.device == "cpu":
-            console.notice(products_notice(settings.train.products, processor()))
-        console.notice(
-            f"workers ready after {time.monotonic() - began:.0f} s on {cluster.device}, weights "
-            f"travel by {cluster.weight_transfer}; the longest silent wait is "
-            f"{settings.deadlines.longest_silence_s:g} s"
-        )
+        for line in ready_notices(requested, settings, cluster, time.monotonic() - began):
+            console.notice(line)
         preemption.started()
         controller = session.run(workers, checkpoint)
         first = checkpoint.state.step if checkpoint else 0
         exported = export_model(settings, controller, run_dir, first)
         reason = exit_reason(settings, controller, first)
         if reason is ExitReason.stopped:
-            done = controller.steps_done
-            console.notice(
-                f"on_step ended the run after step {done} of {settings.train.steps}; "
-                f"{how_to_continue(settings, f'step_{done:06d}')}"
-            )
+            console.notice(stop_notice(settings, controller.steps_done))
         if warm is not None and not controller.pipeline.in_flight():
             warm.keep(settings, inputs, run_dir, session.slots, controller.workers)
     return run_result(run_dir, exported, reason)
+
+
+def ready_notices(
+    requested: RunSettings, settings: RunSettings, cluster: Cluster, seconds: float
+) -> Iterator[str]:
+    """The lines that the console prints when all workers answer.
+
+    Args:
+        requested: the settings as the user gave them, in which a dtype may be `auto`.
+        seconds: since the start of the run.
+    """
+    if requested.model.dtype == AUTO and cluster.device == "cpu":
+        yield dtype_notice(settings.model.dtype, processor())
+    if narrow_models(settings) and cluster.device == "cpu":
+        yield products_notice(settings.train.products, processor())
+    yield (
+        f"workers ready after {seconds:.0f} s on {cluster.device}, weights travel by "
+        f"{cluster.weight_transfer}; the longest silent wait is "
+        f"{settings.deadlines.longest_silence_s:g} s"
+    )
+
+
+def stop_notice(settings: RunSettings, steps_done: int) -> str:
+    """The line that the console prints when on_step has ended the run early."""
+    return (
+        f"on_step ended the run after step {steps_done} of {settings.train.steps}; "
+        f"{how_to_continue(settings, f'step_{steps_done:06d}')}"
+    )
 
 
 def exit_reason(settings: RunSettings, controller: Controller, first: int) -> ExitReason:
