@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hybridrl.launch.session import ready_notices, stop_notice
+from hybridrl.launch.notices import ready_notices, stop_notice
 from hybridrl.settings.compose import load_config
 
 BASE = ("run.dir=here", "experiment=quickstart")

@@ -17,7 +17,8 @@ from hybridrl.core.errors import (
     WorkerDied,
     WorkerError,
 )
-from hybridrl.launch.session import how_to_continue, naming_what_is_saved, same_fault
+from hybridrl.launch.notices import how_to_continue, naming_what_is_saved
+from hybridrl.launch.session import same_fault
 from hybridrl.run_dir.checkpoint import Checkpointer
 from hybridrl.runtime.head_node import Head
 from hybridrl.runtime.ray_connection import sighup_blocked

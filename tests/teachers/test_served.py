@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError, ServerError
 from hybridrl.data.problem import Problem
+from hybridrl.launch.notices import start_notice
 from hybridrl.launch.served_teachers import check_served_teachers
-from hybridrl.launch.session import run_info, start_notice
+from hybridrl.launch.session import run_info
 from hybridrl.models.loading import head_rows
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.planning.plan import make_plan, plan_lines
