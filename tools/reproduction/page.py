@@ -39,7 +39,7 @@ def page(records: Records) -> str:
         f"**Claim.** {experiment.claim} Source: {experiment.source}.",
         f"**Design.** {experiment.design} Seeds: {', '.join(map(str, experiment.seeds))}. "
         f"Cuts: {experiment.cuts}",
-        f"**Rule**, written before the first run. {experiment.rule}",
+        f"**Rule.** {experiment.rule}",
         f"**Verdict.** {verdict}",
         f"![{experiment.title}](picture.png)" if found else "",
         table(experiment, runs),
@@ -88,9 +88,9 @@ def summary(every: Sequence[Records]) -> str:
     return (
         f"# Are the papers' claims true?\n\n{MARK}\n\n"
         "The claim, the design and the rule of each experiment stand in its file in\n"
-        "[tools/reproduction](../reproduction), committed before its first run; the verdict is\n"
-        "computed by that rule from the numbers of its runs.jsonl. `undecided` and `refuted` are\n"
-        "results.\n\n" + "\n".join(rows) + "\n\n"
+        "[tools/reproduction](../reproduction), committed before its first run; a page says where a\n"
+        "rule was changed later. The verdict is computed by that rule from the numbers of its\n"
+        "runs.jsonl. `undecided` and `refuted` are results.\n\n" + "\n".join(rows) + "\n\n"
         "```bash\n"
         "tools/reproduce --list      # all experiments, and how many of their runs are finished\n"
         "tools/reproduce V1 A1       # run what is missing of these, then write their pages\n"
