@@ -88,8 +88,8 @@ def summary(every: Sequence[Records]) -> str:
     return (
         f"# Are the papers' claims true?\n\n{MARK}\n\n"
         "The claim, the design and the rule of each experiment stand in its file in\n"
-        "[tools/reproduction](../reproduction), committed before its first run; a page says where a\n"
-        "rule was changed later. The verdict is computed by that rule from the numbers of its\n"
+        "[tools/reproduction](../reproduction), committed before its first run; a page says where\n"
+        "a rule was changed later. The verdict is computed by that rule from the numbers of its\n"
         "runs.jsonl. `undecided` and `refuted` are results.\n\n" + "\n".join(rows) + "\n\n"
         "```bash\n"
         "tools/reproduce --list      # all experiments, and how many of their runs are finished\n"
