@@ -107,15 +107,10 @@ def evaluate_set(
     pending = rewards.score(chunks, weights)
     headers = gather([chunk.header for chunk in chunks], watch)  # first, as in `evaluate`
     scored = gather(pending)
-    names = scored[0].part_names
     values = None
-    if names:
+    if scored[0].part_names:
         parts = np.concatenate([r.parts for r in scored], axis=1, dtype=np.float64)
-        judges = judges_of(held_out.prompts, rewards.settings.reward.functions)
-        judge = [judges.get(prompt.uid, 0) for prompt in held_out.prompts]
-        if held_out.reward is not None:
-            judge = [names.index(held_out.reward)] * len(judge)
-        values = parts.reshape(len(names), -1, held_out.samples)[judge, np.arange(len(judge))]
+        values = judged(parts, held_out, rewards.settings.reward.functions)
     statistics = set_statistics(
         values,
         np.concatenate([header.response_lengths for header in headers]).tolist(),
@@ -123,6 +118,26 @@ def evaluate_set(
         held_out.samples,
     )
     return statistics.metrics(held_out.name)
+
+
+def judged(
+    parts: np.ndarray, held_out: HeldOutSet, functions: Mapping[str, RewardFunctionConfig]
+) -> np.ndarray:
+    """The values that count of a set's responses: those of its `reward`, else of the first function
+    whose route takes the problem.
+
+    Args:
+        parts: [P, n * k] float64, the value of each function for each response.
+
+    Returns:
+        [n, k] for n problems with k responses each.
+    """
+    by_problem = parts.reshape(len(parts), -1, held_out.samples)
+    if held_out.reward is not None:
+        return by_problem[list(functions).index(held_out.reward)]
+    judges = judges_of(held_out.prompts, functions)
+    rows = [judges.get(prompt.uid, 0) for prompt in held_out.prompts]
+    return by_problem[rows, np.arange(len(rows))]
 
 
 def summary(

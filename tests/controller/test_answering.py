@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from hybridrl.controller.answering import rewards_by_name, waves_of
+from hybridrl.controller.evaluation import judged
+from hybridrl.controller.held_out_set import HeldOutSet
 from hybridrl.controller.set_statistics import pass_at, statistics_of
 from hybridrl.settings.generation import GenerateConfig
 from hybridrl.settings.held_out import pass_sizes
@@ -93,6 +95,24 @@ def test_without_a_reward_there_are_only_lengths():
     of_rows = statistics_of([{"lengths": [3], "finish_reasons": ["length"]}])
     assert math.isnan(of_rows.average) and math.isnan(of_rows.passed)
     assert (of_rows.length, of_rows.truncated, of_rows.failed) == (3.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"), [(None, [[1, 2], [13, 14]]), ("code", [[11, 12], [13, 14]])]
+)
+def test_a_set_is_judged_by_the_first_function_that_takes_a_problem_or_by_its_own(reward, expected):
+    """Two problems with two responses each; `sums` has the values 1 to 4, `code` 11 to 14."""
+    functions = {
+        "sums": RewardFunctionConfig(function="math", route={"data_source": "sums"}),
+        "code": RewardFunctionConfig(function="math"),
+    }
+    prompts = [
+        replace(prompt("hard-0"), columns={"data_source": "sums"}),
+        replace(prompt("hard-1"), columns={"data_source": "code"}),
+    ]
+    held_out = HeldOutSet(name="hard", prompts=prompts, samples=2, temperature=1.0, reward=reward)
+    parts = np.array([[1.0, 2, 3, 4], [11, 12, 13, 14]])
+    assert judged(parts, held_out, functions).tolist() == expected
 
 
 def test_an_answer_has_the_rewards_of_the_functions_whose_routes_take_its_prompt():
