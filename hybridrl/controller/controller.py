@@ -23,6 +23,7 @@ from hybridrl.controller.global_batch import (
     update_plan,
 )
 from hybridrl.controller.held_out_set import HeldOutSet
+from hybridrl.controller.logprob_gap import check_logprob_gap
 from hybridrl.controller.metrics import StepRecord, step_row
 from hybridrl.controller.pipeline import Pipeline, wave_seed
 from hybridrl.controller.preemption import Preemption
@@ -40,7 +41,6 @@ from hybridrl.core.errors import (
     RunDirectoryTaken,
     SkippedStep,
     StopTraining,
-    WeightSyncError,
     WorkerError,
 )
 from hybridrl.core.trace import DRIVER, SUFFIX, Trace
@@ -596,23 +596,3 @@ def driver_trace(settings: RunSettings) -> Trace:
     """The trace of the phases; one that records nothing without diagnostics.trace."""
     path = Path(settings.run.dir) / "logs" / f"{DRIVER}{SUFFIX}"
     return Trace(path if settings.diagnostics.trace else None)
-
-
-def check_logprob_gap(stats: LearnerStats, limit: float, *, step: int) -> None:
-    """Check that the engines sampled with the learner's weights.
-
-    Args:
-        stats: of the step; its gap is None where no token was sampled with the weights that
-            the step updates.
-        limit: rollout.max_logprob_gap, nats a token.
-
-    Raises:
-        WeightSyncError: the gap is above the limit, or NaN.
-    """
-    gap = stats.logprob_gap
-    if gap is not None and not gap <= limit:
-        raise WeightSyncError(
-            f"step {step}: sampler and learner differ by {gap:.3g} nats per token, "
-            f"rollout.max_logprob_gap is {limit:g}; "
-            "the engines do not run the learner's weights, or not in the learner's precision"
-        )

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hybridrl.controller.controller import check_logprob_gap
+from hybridrl.controller.logprob_gap import check_logprob_gap
 from hybridrl.core.errors import WeightSyncError
 from hybridrl.types import LearnerStats
 
