@@ -112,7 +112,7 @@ def train(
 
     Args:
         on_step: called after each step with its number and its metrics; None: nothing is called.
-        warm: lends the workers of the job before, and keeps those of this one; None: all workers
+        warm: provides the workers of the job before and keeps those of this one; None: all workers
             start and end with the call.
 
     Raises:

@@ -153,7 +153,7 @@ class DataConfig(ProblemsConfig):
     def _check_sources(self) -> None:
         """Check data.sources, and that no setting of a single source is given beside them."""
         single = {
-            # The default cannot be told from a task that is given.
+            # The default cannot be distinguished from a task that is given.
             "task": self.task if self.task != "countdown" else None,
             "path": self.path,
             "heldout_path": self.heldout_path,

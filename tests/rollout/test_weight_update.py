@@ -121,7 +121,7 @@ def test_a_sleeping_engine_takes_weights_and_samples_only_when_its_kv_cache_is_b
     async def run() -> None:
         await worker.sleep()
         await worker.sleep()
-        asked = answered(worker, "w")  # nothing of a run asks a sleeping engine
+        asked = answered(worker, "w")  # a run never calls a sleeping engine this way
         await turns(5)
         assert (await worker.ping())["asleep"] == 2
         await worker.wake_up(["weights"])
