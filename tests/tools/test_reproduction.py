@@ -1,20 +1,37 @@
 """tools/reproduce: its arithmetic by hand, its rules on made-up numbers, its committed pages."""
 
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from reproduction import bottleneck, discount, gaussian, preference_bandit, variance
-from reproduction.__main__ import main, run_missing
+from reproduction import (
+    bottleneck,
+    curriculum,
+    discount,
+    endpoints,
+    gaussian,
+    preference_bandit,
+    trained,
+    variance,
+)
+from reproduction.__main__ import main
 from reproduction.catalogue import EXPERIMENTS
 from reproduction.estimate import estimate
-from reproduction.experiment import Arm, Experiment, Judgement, Run, Verdict
+from reproduction.examination import examine
+from reproduction.experiment import Arm, Experiment, Judgement, Run, Verdict, digest
+from reproduction.lab import Cost, Lab, Trained, overrides
 from reproduction.page import judgement, page, summary
 from reproduction.records import FOLDER, Records
+from reproduction.running import OverBudget, run_missing, small_runs
 
 from hybridrl.core.errors import DataError
 from hybridrl.oracle.mdp import make_mdp
+from hybridrl.settings.settings_file import load_settings
+
+LAB = Lab()
+"""Of experiments that train nothing."""
 
 by_id = pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.id)
 
@@ -47,14 +64,14 @@ def test_one_sample_of_two_contexts_settles_half_of_the_bits():
 def test_the_projections_of_the_gaussian_expert_are_those_of_the_formula():
     """|mean - expert|^2 / 2 is least at m=2 in class A and at a=0 in class B."""
     arms = {arm.name: arm for arm in gaussian.EXPERIMENT.arms}
-    near = arms["A, reverse KL"].numbers(0, smoke=True)
+    near = arms["A, reverse KL"].small_numbers(LAB)
     assert near["mean"] == pytest.approx(2, abs=1e-3)
     assert near["value"] == pytest.approx(0.97725, abs=1e-4)
     assert near["divergence"] == pytest.approx(2, abs=1e-3)
-    far = arms["B, reverse KL"].numbers(0, smoke=True)
+    far = arms["B, reverse KL"].small_numbers(LAB)
     assert far["mean"] == pytest.approx(0, abs=1e-3)
     assert far["divergence"] == pytest.approx(4, abs=1e-3)
-    mixed = arms["mixture, A, forward KL (SFT)"].numbers(0, smoke=True)
+    mixed = arms["mixture, A, forward KL (SFT)"].small_numbers(LAB)
     assert mixed["mean"] == pytest.approx(0.9 * 2 - 0.1 * 20, abs=1e-3)
 
 
@@ -70,7 +87,7 @@ def test_with_half_of_the_labels_swapped_no_loss_learns_anything():
     """The labels say nothing then, and the reference's own mean reward is 0."""
     for arm in preference_bandit.EXPERIMENT.arms:
         if "rejected" not in arm.name:
-            assert arm.numbers(0, smoke=True)["noise_50"] == pytest.approx(0, abs=1e-6), arm.name
+            assert arm.small_numbers(LAB)["noise_50"] == pytest.approx(0, abs=1e-6), arm.name
 
 
 def run_of(arm: Arm, seed: int, **numbers: float) -> Run:
@@ -110,7 +127,7 @@ def test_the_variance_is_judged_by_the_interval_of_the_reduction(reductions, ver
 def counting(counter: count, folder: Path, *, fails: bool = False) -> Records:
     """An experiment of one arm and two seeds, whose number is how many were measured before."""
 
-    def measure(settings, seed):
+    def measure(settings, seed, lab):
         if seed == 1 and fails:
             raise ArithmeticError("it diverged")
         next(counter)
@@ -137,9 +154,9 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     """Each call measures the small run once for the digest; the first call both seeds besides."""
     counter = count()
     records = counting(counter, tmp_path)
-    assert run_missing(records, retry=False) == 0
+    assert run_missing(records, LAB) == 0
     assert next(counter) == 3
-    assert run_missing(records, retry=False) == 0
+    assert run_missing(records, LAB) == 0
     assert next(counter) == 5
     assert [run.seed for run in records.read()] == [0, 1]
     assert "**confirmed**: one. Two." in (tmp_path / "T1" / "README.md").read_text()
@@ -147,20 +164,20 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 
 def test_a_run_that_failed_has_a_line_and_is_run_again_on_request_alone(tmp_path):
     records = counting(count(), tmp_path, fails=True)
-    assert run_missing(records, retry=False) == 1
+    assert run_missing(records, LAB) == 1
     assert [run.error for run in records.read()] == ["", "ArithmeticError: it diverged"]
     assert judgement(records.experiment, records.latest()) is None
     assert "seed 1: ArithmeticError: it diverged" in page(records)
-    assert run_missing(records, retry=False) == 0
-    assert run_missing(records, retry=True) == 1
+    assert run_missing(records, LAB) == 0
+    assert run_missing(records, LAB, retry=True) == 1
     assert len(records.read()) == 3
 
 
 def test_a_run_is_missing_once_the_code_computes_something_else(tmp_path):
     records = counting(count(), tmp_path)
-    assert run_missing(records, retry=False) == 0
-    digest = {"only": records.experiment.arms[0].digest()}
-    assert records.missing(digest, failed=False) == []
+    assert run_missing(records, LAB) == 0
+    of_code = {"only": digest(records.experiment.arms[0].small_numbers(LAB))}
+    assert records.missing(of_code, failed=False) == []
     assert records.missing({"only": "another"}, failed=False) == [("only", 0), ("only", 1)]
 
 
@@ -174,31 +191,158 @@ def test_a_damaged_line_is_named(tmp_path):
 
 def test_an_unknown_experiment_is_refused_with_the_names_of_all(capsys):
     assert main(["E99"]) == 2
-    assert "E99 is no experiment; write some of V1, E3, A1" in capsys.readouterr().out
+    assert "E99 is no experiment; write some of E1, E2, V1" in capsys.readouterr().out
 
 
 @by_id
-def test_a_small_run_of_every_arm_gives_the_numbers_that_its_table_shows(experiment):
+def test_a_small_run_gives_the_numbers_that_the_table_shows(experiment):
     known = set(experiment.columns)
     for arm in experiment.arms:
-        numbers = arm.numbers(0, smoke=True)
-        assert set(numbers) & known, arm.name
-        assert all(value == value for value in numbers.values()), arm.name  # none is NaN
+        if arm.measure is not trained.measure:
+            numbers = arm.small_numbers(LAB)
+            assert set(numbers) & known, arm.name
+            assert all(value == value for value in numbers.values()), arm.name  # none is NaN
+
+
+@by_id
+def test_the_settings_of_every_arm_that_trains_are_accepted(experiment, tmp_path):
+    for arm in experiment.arms:
+        if arm.measure is trained.measure:
+            for settings in (arm.settings, arm.small_settings):
+                load_settings(overrides(settings, 0, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def small_lab(tmp_path_factory):
+    with Lab(tmp_path_factory.mktemp("lab")) as lab:
+        yield lab
+
+
+TRAINED = [e for e in EXPERIMENTS if e.arms[0].measure is trained.measure]
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("experiment", TRAINED, ids=lambda e: e.id)
+def test_a_small_run_of_a_trained_arm_gives_the_numbers_of_its_table(experiment, small_lab):
+    numbers = experiment.arms[0].small_numbers(small_lab)
+    assert set(experiment.columns) <= set(numbers)
+    assert all(value == value for value in numbers.values())
+    assert small_lab.cost is not None
+    assert list(small_lab.folder.iterdir()) == []  # the files of a finished run are deleted
 
 
 @by_id
 def test_the_committed_page_is_what_the_committed_runs_say(experiment):
     written = (FOLDER / experiment.id / "README.md").read_text()
-    assert written == page(Records(experiment)), f"tools/reproduce {experiment.id}"
+    assert written == page(Records(experiment)), f"tools/reproduce --pages {experiment.id}"
 
 
 def test_the_committed_summary_is_what_the_committed_runs_say():
     assert (FOLDER / "README.md").read_text() == summary([Records(e) for e in EXPERIMENTS]), (
-        "tools/reproduce all"
+        "tools/reproduce --pages all"
     )
 
 
 @by_id
-def test_every_run_of_a_committed_experiment_is_there(experiment):
-    runs = Records(experiment).latest()
-    assert all(len(runs[arm.name]) == len(experiment.seeds) for arm in experiment.arms)
+def test_every_committed_run_is_of_an_arm_and_a_seed_of_its_experiment(experiment):
+    records = Records(experiment)
+    lines = {(run.arm, run.seed) for run in records.read() if not run.error}
+    assert {(run.arm, run.seed) for of in records.latest().values() for run in of} == lines
+
+
+def test_runs_that_would_take_longer_than_the_budget_are_refused(tmp_path):
+    """Of a small run of 3 s around its steps and 2 s a step: two runs of 30 steps take 126 s."""
+
+    def measure(settings, seed, lab):
+        lab.cost = Cost(around_s=3.0, step_s=2.0)
+        return {"value": 1.0}
+
+    records = counting(count(), tmp_path)
+    arm = replace(
+        records.experiment.arms[0],
+        settings={"train.steps": 30},
+        small={"train.steps": 5},
+        measure=measure,
+    )
+    records.experiment = replace(records.experiment, arms=(arm,), budget_s=120.0)
+    with pytest.raises(OverBudget, match=r"T1: its runs would take about 2 min, its budget is 2 m"):
+        run_missing(records, LAB)
+    assert records.read() == []
+    assert run_missing(records, LAB, over_budget=True) == 0
+    assert len(records.read()) == 2
+
+
+def test_arms_with_the_same_small_settings_share_one_small_run(tmp_path):
+    counter = count()
+    records = counting(counter, tmp_path)
+    first = records.experiment.arms[0]
+    arms = (first, replace(first, name="second", settings={"size": 7}))
+    found = small_runs(replace(records.experiment, arms=arms), LAB)
+    assert found["only"] == found["second"]
+    assert next(counter) == 1
+
+
+def test_a_run_costs_its_median_step_and_what_is_around_the_steps():
+    """Steps of 1, 2 and 9 s and 21 s in all: 2 s a step, and 15 s around three of these."""
+    rows = [{"train/step": float(i), "time/step_s": s} for i, s in enumerate((1.0, 2.0, 9.0))]
+    cost = Trained(rows=rows, model=Path("nowhere"), seconds=21.0).cost
+    assert cost == Cost(around_s=15.0, step_s=2.0)
+    assert cost.of_steps(100) == 215.0
+
+
+@pytest.mark.parametrize(
+    ("numbers", "verdict"),
+    [
+        ({}, Verdict.confirmed),  # every arm has the same numbers, up to noise
+        ({"rloo": {"reward": 0.9}}, Verdict.refuted),
+        ({"hybrid, lambda=30": {"divergence": 1.0}}, Verdict.refuted),  # it falls
+    ],
+)
+def test_the_endpoints_are_judged_by_paired_differences(numbers, verdict):
+    runs = {
+        arm.name: [
+            run_of(
+                arm,
+                seed,
+                **{
+                    "reward": 0.3 + 0.001 * seed,
+                    "divergence": 2.0 + 0.01 * (seed % 2),
+                    **numbers.get(arm.name, {}),
+                },
+            )
+            for seed in range(5)
+        ]
+        for arm in endpoints.EXPERIMENT.arms
+    }
+    assert endpoints.EXPERIMENT.judge(runs).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("gain", "cost", "verdict"),
+    [
+        (0.05, 0.0, Verdict.confirmed),
+        (0.05, 1.0, Verdict.undecided),  # more reward, but at more KL
+        (0.01, 0.0, Verdict.refuted),  # below the margin of 2 points
+    ],
+)
+def test_the_curriculum_is_judged_by_reward_and_divergence(gain, cost, verdict):
+    runs = {
+        arm.name: [
+            run_of(
+                arm,
+                seed,
+                reward=0.3 + 0.01 * seed + gain * (arm.name == curriculum.RISING),
+                divergence=2.0 + cost * (arm.name == curriculum.RISING),
+            )
+            for seed in range(5)
+        ]
+        for arm in curriculum.EXPERIMENT.arms
+    }
+    assert curriculum.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def test_the_teacher_is_zero_nats_from_itself():
+    """36 of its 64 greedy answers, 56 %, are right, as 56.6 % of 512 are in a run."""
+    found = examine("builtin:countdown-teacher", "builtin:countdown-teacher", problems=64)
+    assert found.divergence == 0
+    assert found.greedy == 36 / 64

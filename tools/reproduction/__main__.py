@@ -1,18 +1,19 @@
 """tools/reproduce ID ... | all: run what is missing of these experiments and write their pages."""
 
 import argparse
+import os
 import sys
-import time
 from collections.abc import Sequence
 
 import torch
-from benchmarks.machine import commit, processor
 
-from hybridrl.core.errors import HybridRLError
+from hybridrl.core.errors import Preempted
 from reproduction.catalogue import EXPERIMENTS
-from reproduction.experiment import Experiment, Run
-from reproduction.page import draw, judgement, page, summary
+from reproduction.experiment import Experiment, hashed
+from reproduction.lab import Lab
+from reproduction.page import judgement, summary, write_page
 from reproduction.records import FOLDER, Records
+from reproduction.running import OverBudget, run_missing
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,12 +21,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("ids", nargs="*", metavar="ID", help="or all")
     parser.add_argument("--list", action="store_true", help="name the experiments and their state")
     parser.add_argument(
+        "--pages", action="store_true", help="write the pages from the runs that are finished"
+    )
+    parser.add_argument(
         "--smoke",
         action="store_true",
         help="one small run of each arm, without a line in runs.jsonl",
     )
     parser.add_argument(
         "--retry", action="store_true", help="also run again what failed; the old lines stay"
+    )
+    parser.add_argument(
+        "--over-budget",
+        action="store_true",
+        help="run an experiment although it will take longer than its budget",
     )
     given = parser.parse_args(arguments)
     known = {experiment.id: experiment for experiment in EXPERIMENTS}
@@ -40,13 +49,40 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     torch.set_num_threads(1)  # the tables are small, and threads would mostly wait for each other
     chosen = [e for e in EXPERIMENTS if "all" in given.ids or e.id in given.ids]
-    if given.smoke:
+    if given.pages:
         for experiment in chosen:
-            smoke(experiment)
+            write_page(Records(experiment))
+        write_summary()
         return 0
-    failures = sum(run_missing(Records(experiment), retry=given.retry) for experiment in chosen)
-    (FOLDER / "README.md").write_text(summary([Records(e) for e in EXPERIMENTS]))
+    with Lab() as lab:
+        if given.smoke:
+            for experiment in chosen:
+                smoke(experiment, lab)
+            return 0
+        return run(chosen, lab, retry=given.retry, over_budget=given.over_budget)
+
+
+def run(chosen: Sequence[Experiment], lab: Lab, *, retry: bool, over_budget: bool) -> int:
+    """Run what is missing; returns the exit code: 75 where a signal stopped it."""
+    failures = 0
+    try:
+        for experiment in chosen:
+            records = Records(experiment)
+            failures += run_missing(records, lab, retry=retry, over_budget=over_budget)
+            print(state(records), flush=True)
+    except OverBudget as refusal:
+        print(f"tools/reproduce: {refusal}")
+        return 2
+    except Preempted as stopped:
+        print(f"tools/reproduce: {stopped}")
+        return os.EX_TEMPFAIL
+    finally:
+        write_summary()
     return int(failures > 0)
+
+
+def write_summary() -> None:
+    (FOLDER / "README.md").write_text(summary([Records(e) for e in EXPERIMENTS]))
 
 
 def state(records: Records) -> str:
@@ -60,69 +96,18 @@ def state(records: Records) -> str:
     return f"{experiment.id:<4} {done:>4} of {total:<4} runs  {verdict:<13} {experiment.title}"
 
 
-def smoke(experiment: Experiment) -> None:
+def smoke(experiment: Experiment, lab: Lab) -> None:
     """A small run of each arm; nothing is written."""
+    done = set()
     for arm in experiment.arms:
-        numbers = arm.numbers(0, smoke=True)
+        same = hashed(dict(arm.small_settings))
+        if same in done:
+            continue
+        done.add(same)
+        numbers = arm.small_numbers(lab)
         missing = [name for name in experiment.columns if name not in numbers]
         shown = f", without {', '.join(missing)}" if missing else ""
         print(f"{experiment.id} {arm.name}: {len(numbers)} numbers{shown}", flush=True)
-
-
-def run_missing(records: Records, *, retry: bool) -> int:
-    """Run what has no line yet, and write page and picture; returns how many runs failed.
-
-    The second run of an arm takes about as long as its first: by that the time left is estimated.
-    """
-    experiment = records.experiment
-    arms = {arm.name: arm for arm in experiment.arms}
-    digests = {name: arm.digest() for name, arm in arms.items()}
-    missing = records.missing(digests, failed=retry)
-    machine = f"{processor()}, {torch.get_num_threads()} thread"
-    failures = 0
-    spent: list[float] = []
-    for number, (name, seed) in enumerate(missing):
-        began = time.monotonic()
-        numbers = {}
-        error = ""
-        try:
-            numbers = dict(arms[name].numbers(seed))
-        except (HybridRLError, ArithmeticError, ValueError, RuntimeError) as problem:
-            error = f"{type(problem).__name__}: {problem}"
-            failures += 1
-        seconds = time.monotonic() - began
-        spent.append(seconds)
-        records.append(
-            Run(
-                arm=name,
-                seed=seed,
-                key=arms[name].key(seed, digests[name]),
-                settings=arms[name].settings,
-                numbers=numbers,
-                error=error,
-                seconds=round(seconds, 2),
-                machine=machine,
-                commit=commit(),
-            )
-        )
-        left = sum(spent) / len(spent) * (len(missing) - number - 1)
-        print(
-            f"{experiment.id} {name}, seed {seed}: {error or 'done'} after {seconds:.1f} s, "
-            f"about {left:.0f} s left",
-            flush=True,
-        )
-    write_page(records)
-    print(state(records))
-    return failures
-
-
-def write_page(records: Records) -> None:
-    """The page, and the picture if every run is finished."""
-    runs = records.latest()
-    records.folder.mkdir(parents=True, exist_ok=True)
-    (records.folder / "README.md").write_text(page(records))
-    if judgement(records.experiment, runs):
-        draw(records.experiment, runs, records.folder / "picture.png")
 
 
 if __name__ == "__main__":

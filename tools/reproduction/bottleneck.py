@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
+from reproduction.lab import Lab
 
 CONTEXTS = 32
 DELTA = 0.05
@@ -61,7 +62,7 @@ def online_value(n: int, contexts: int) -> float:
     return 1 - missed / 2
 
 
-def measure(settings: Mapping[str, Setting], seed: int) -> Numbers:
+def measure(settings: Mapping[str, Setting], seed: int, _lab: Lab) -> Numbers:
     """Exact: the seed is not used."""
     contexts = int(settings["contexts"])
     eps = float(settings["eps"])

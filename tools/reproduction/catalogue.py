@@ -2,7 +2,9 @@
 
 from reproduction import (
     bottleneck,
+    curriculum,
     discount,
+    endpoints,
     gaussian,
     preference_bandit,
     stability,
@@ -12,6 +14,8 @@ from reproduction import (
 from reproduction.experiment import Experiment
 
 EXPERIMENTS: tuple[Experiment, ...] = (
+    endpoints.EXPERIMENT,
+    curriculum.EXPERIMENT,
     variance.EXPERIMENT,
     support.EXPERIMENT,
     gaussian.EXPERIMENT,

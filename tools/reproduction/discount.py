@@ -16,6 +16,7 @@ from hybridrl.oracle.verdict import Scope
 from hybridrl.oracle.verdict import judge as judge_case
 from reproduction.estimate import estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
+from reproduction.lab import Lab
 
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 BATCHES = (16, 256, 4096)
@@ -61,7 +62,7 @@ def trained_gap(mdp: Mdp, gamma: float, steps: int) -> float:
     return (objective(mdp, logits.detach()) + tilted.sum().log()).item()
 
 
-def measure(settings: Mapping[str, Setting], seed: int) -> Numbers:
+def measure(settings: Mapping[str, Setting], seed: int, _lab: Lab) -> Numbers:
     gamma = float(settings["gamma"])
     scope = Scope(
         seed=seed, vocabulary=int(settings["vocabulary"]), horizon=int(settings["horizon"])

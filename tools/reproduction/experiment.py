@@ -7,9 +7,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from matplotlib.axes import Axes
+
+if TYPE_CHECKING:
+    from reproduction.lab import Lab
 
 Setting: TypeAlias = float | str | bool | Sequence[float]
 Numbers: TypeAlias = Mapping[str, float]
@@ -57,22 +60,22 @@ class Arm:
 
     name: str
     settings: Mapping[str, Setting]  # all that decides its numbers but the seed
-    small: Mapping[str, Setting]  # the settings that --smoke changes, to end within a second or two
-    measure: Callable[[Mapping[str, Setting], int], Numbers]  # of settings and a seed
+    small: Mapping[str, Setting]
+    """what the small run changes in the settings, to end within a few seconds; arms whose small
+    runs have the same settings share one"""
+    measure: Callable[[Mapping[str, Setting], int, "Lab"], Numbers]
+    """the numbers of a run by settings and a seed; it may train in the lab"""
 
-    def numbers(self, seed: int, *, smoke: bool = False) -> Numbers:
-        return self.measure({**self.settings, **self.small} if smoke else self.settings, seed)
+    @property
+    def small_settings(self) -> Mapping[str, Setting]:
+        return {**self.settings, **self.small}
 
-    def digest(self) -> str:
-        """Of what the code computes: the numbers of the small run with seed 0, to four digits and
-        six decimals, so that rounding errors of another processor are no difference.
+    def numbers(self, seed: int, lab: "Lab") -> Numbers:
+        return self.measure(self.settings, seed, lab)
 
-        So a run counts as finished although the text of a file has changed, and does not if the
-        change alters results.
-        """
-        numbers = self.numbers(0, smoke=True)
-        rounded = {name: f"{round(value, 6) + 0.0:.4g}" for name, value in numbers.items()}
-        return hashed(rounded)
+    def small_numbers(self, lab: "Lab") -> Numbers:
+        """Of the small run, with seed 0."""
+        return self.measure(self.small_settings, 0, lab)
 
     def key(self, seed: int, digest: str) -> str:
         """By which a finished run is recognised."""
@@ -95,6 +98,17 @@ class Experiment:
     judge: Callable[[Runs], Judgement]
     draw: Callable[[Axes, Runs], None]
     cuts: str = "none"  # what was left out for the budget, decided before any result was seen
+    budget_s: float = 3600.0  # for all runs together; only of experiments that train
+
+
+def digest(numbers: Numbers) -> str:
+    """Of what the code computes: the numbers of a small run, to four digits and six decimals, so
+    that rounding errors of another processor are no difference.
+
+    So a run counts as finished although the text of a file has changed, and does not if the change
+    alters results.
+    """
+    return hashed({name: f"{round(value, 6) + 0.0:.4g}" for name, value in numbers.items()})
 
 
 def hashed(value: object) -> str:

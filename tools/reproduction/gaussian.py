@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
+from reproduction.lab import Lab
 
 MIXTURE = ((0.9, 2.0), (0.1, -20.0))
 """Weights and second coordinates of the two means of the expert that is a mixture."""
@@ -22,7 +23,7 @@ def phi(x: float) -> float:
     return 0.5 * math.erfc(-x / math.sqrt(2))
 
 
-def measure(settings: Mapping[str, Setting], seed: int) -> Numbers:
+def measure(settings: Mapping[str, Setting], seed: int, _lab: Lab) -> Numbers:
     """The student that minimises a divergence, by gradient descent with integrals by quadrature.
 
     Nothing is random: the seed is not used.

@@ -99,6 +99,15 @@ def summary(every: Sequence[Records]) -> str:
     )
 
 
+def write_page(records: Records) -> None:
+    """The page, and the picture if every run is finished."""
+    runs = records.latest()
+    records.folder.mkdir(parents=True, exist_ok=True)
+    (records.folder / "README.md").write_text(page(records))
+    if judgement(records.experiment, runs):
+        draw(records.experiment, runs, records.folder / "picture.png")
+
+
 def draw(experiment: Experiment, runs: Runs, path: Path) -> None:
     """Write the picture as PNG."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained", facecolor="white")

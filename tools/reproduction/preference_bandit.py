@@ -14,6 +14,7 @@ from hybridrl.objectives.pair_losses.pair_loss import PairScores
 from hybridrl.settings.built_in import PAIR_LOSSES
 from hybridrl.settings.compose import load_config
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
+from reproduction.lab import Lab
 
 REWARDS = (2.0, 1.0, 0.0, -1.0, -2.0)
 REFERENCE = (0.1, 0.2, 0.4, 0.2, 0.1)
@@ -24,7 +25,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """Of log-probs [A] and the mass of each pair [A, A]: a scalar with the loss's gradient."""
 
 
-def measure(settings: Mapping[str, Setting], seed: int) -> Numbers:
+def measure(settings: Mapping[str, Setting], seed: int, _lab: Lab) -> Numbers:
     """The mean reward of the policy that minimises a loss; exact, the seed is not used."""
     name = str(settings["loss"])
     loss = likelihood if name == "sft" else pair_loss(name, str(settings["reference"]))

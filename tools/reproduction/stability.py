@@ -17,6 +17,7 @@ from hybridrl.settings.algorithm import PairConfig
 from hybridrl.settings.built_in import PAIR_LOSSES
 from reproduction.estimate import estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
+from reproduction.lab import Lab
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +35,7 @@ PUBLISHED: Mapping[str, Slopes] = {
 """The derivatives of the formulas in arXiv 2503.05079 and 2305.18290, beta=1."""
 
 
-def measure(settings: Mapping[str, Setting], seed: int) -> Numbers:
+def measure(settings: Mapping[str, Setting], seed: int, _lab: Lab) -> Numbers:
     """For each length the share of pairs with a slope that is not finite, and the largest slope."""
     loss = str(settings["loss"])
     dtype = DTYPES[str(settings["dtype"])]

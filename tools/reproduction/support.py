@@ -13,6 +13,7 @@ from hybridrl.ops.divergence import Measure, dense, dense_on_support, tail_score
 from hybridrl.settings.choices import Correction
 from reproduction.estimate import estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
+from reproduction.lab import Lab
 
 TASKS = ("countdown", "smollm2")
 SIZES = {"countdown": (1, 2, 4, 8, 16), "smollm2": (1, 4, 16, 64, 128, 512)}
@@ -82,7 +83,7 @@ def distributions(task: str, seed: int, prompts: int, tokens: int) -> tuple[Tens
     return torch.cat(logps), torch.cat(logqs), torch.cat(drawn)
 
 
-def measure(settings: Mapping[str, Setting], seed: int) -> Numbers:
+def measure(settings: Mapping[str, Setting], seed: int, _lab: Lab) -> Numbers:
     """For each K: cosine and ratio of norms of the gradients at the logits of all tokens together,
     and the mass that student and teacher have on the K tokens.
     """

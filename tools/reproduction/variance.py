@@ -14,6 +14,7 @@ from hybridrl.oracle.verdict import Scope
 from hybridrl.oracle.verdict import judge as judge_case
 from reproduction.estimate import estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
+from reproduction.lab import Lab
 
 GAMMAS = (0.0, 0.9, 1.0)
 LEARNED = (0.0, 0.5, 0.9)
@@ -22,7 +23,7 @@ BASELINES = {"none": 1, "leave_one_out": 2}
 DECISIVE = tuple(f"gamma=1, {learned:.0%} learned, leave_one_out" for learned in (0.0, 0.5))
 
 
-def measure(settings: Mapping[str, Setting], seed: int) -> Numbers:
+def measure(settings: Mapping[str, Setting], seed: int, _lab: Lab) -> Numbers:
     """Both variances, by enumerating every group of responses."""
     scope = Scope(
         seed=seed, vocabulary=int(settings["vocabulary"]), horizon=int(settings["horizon"])

@@ -1,0 +1,22 @@
+"""Differences between two arms, paired by seed: both arms of a seed have the same problems."""
+
+from collections.abc import Sequence
+
+from reproduction.estimate import Estimate, estimate
+from reproduction.experiment import Runs
+
+
+def values(runs: Runs, arm: str, number: str) -> Sequence[float]:
+    """One for each seed."""
+    return [run.numbers[number] for run in runs[arm]]
+
+
+def difference(runs: Runs, one: str, other: str, number: str) -> Estimate:
+    """Of `one` minus `other`."""
+    pairs = zip(values(runs, one, number), values(runs, other, number), strict=True)
+    return estimate([a - b for a, b in pairs])
+
+
+def points(of: Estimate) -> str:
+    """Of a share, in percentage points. Example: "1.2 [0.3, 2.1] points"."""
+    return f"{of.text(100, 1)} points"

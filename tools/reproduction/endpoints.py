@@ -1,0 +1,132 @@
+"""E1: one objective from distillation to reinforcement learning, by the weight of the reward."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+from matplotlib.axes import Axes
+
+from reproduction.differences import difference, points, values
+from reproduction.estimate import estimate
+from reproduction.experiment import Experiment, Judgement, Runs, Setting, Verdict
+from reproduction.trained import trained_arm
+
+STEPS = 100
+COMMON: Mapping[str, Setting] = {"train.steps": STEPS, "train.lr": 5e-4, "eval.every": 25}
+WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+DISTILLATION = "opd (sampled tokens)"
+REINFORCEMENT = "rloo"
+BOUND = {"reward": 0.05, "divergence": 0.5}
+"""How wide half of an interval may be, so that no difference in it means that there is none."""
+
+
+def name(weight: float) -> str:
+    return f"hybrid, lambda={weight:g}"
+
+
+def judge(runs: Runs) -> Judgement:
+    ends = [
+        (number, difference(runs, one, other, number))
+        for one, other in ((name(0), DISTILLATION), (name(30), REINFORCEMENT))
+        for number in ("reward", "divergence")
+    ]
+    apart = [number for number, of in ends if of.low > 0 or of.high < 0]
+    vague = [number for number, of in ends if of.half > BOUND[number]]
+    falls = [
+        f"from lambda={low:g} to {high:g}"
+        for low, high in pairwise(WEIGHTS)
+        if difference(runs, name(high), name(low), "divergence").high < 0
+    ]
+    verdict = Verdict.undecided
+    if apart or falls:
+        verdict = Verdict.refuted
+    elif not vague:
+        verdict = Verdict.confirmed
+    rewards = [(estimate(values(runs, name(weight), "reward")).mean, weight) for weight in WEIGHTS]
+    best, at = max(rewards)
+    return Judgement(
+        verdict=verdict,
+        effect=f"lambda=0 against opd: reward {points(ends[0][1])}, KL {ends[1][1].text(1, 2)} "
+        f"nats; lambda=30 against rloo: reward {points(ends[2][1])}, KL {ends[3][1].text(1, 2)} "
+        "nats",
+        reason=f"The KL to the teacher falls significantly {', '.join(falls) or 'nowhere'} as "
+        f"lambda rises. The reward is highest, {100 * best:.1f} %, at lambda={at:g}.",
+    )
+
+
+def draw(axes: Axes, runs: Runs) -> None:
+    arms = [*[name(weight) for weight in WEIGHTS], DISTILLATION, REINFORCEMENT]
+    labels = [*[f"{weight:g}" for weight in WEIGHTS], "opd", "rloo"]
+    for arm, label in zip(arms, labels, strict=True):
+        of_hybrid = arm.startswith("hybrid")
+        colour = "#0072B2" if of_hybrid else "#D55E00"
+        x = estimate(values(runs, arm, "divergence"))
+        y = estimate(values(runs, arm, "reward"))
+        axes.scatter(
+            values(runs, arm, "divergence"),
+            [100 * value for value in values(runs, arm, "reward")],
+            s=8,
+            color=colour,
+            alpha=0.4,
+        )
+        axes.errorbar(
+            x.mean,
+            100 * y.mean,
+            xerr=x.error,
+            yerr=100 * y.error,
+            fmt="o" if of_hybrid else "s",
+            color=colour,
+            capsize=3,
+        )
+        axes.annotate(label, (x.mean, 100 * y.mean), (5, 5), textcoords="offset points")
+    means = [
+        (
+            estimate(values(runs, name(weight), "divergence")).mean,
+            100 * estimate(values(runs, name(weight), "reward")).mean,
+        )
+        for weight in WEIGHTS
+    ]
+    axes.plot(*zip(*means, strict=True), color="#0072B2", linewidth=0.8)
+    axes.set_xlabel("KL(student || teacher) of a response, nats")
+    axes.set_ylabel("reward of sampled responses, per cent")
+
+
+EXPERIMENT = Experiment(
+    id="E1",
+    title="From distillation to reinforcement learning by one weight",
+    claim="The hybrid with lambda=0 is on-policy distillation, with a large lambda it is "
+    "reinforcement learning, and between them lambda moves along a frontier of KL and reward.",
+    source="arXiv 2512.23097, its first experiment",
+    design=f"The shipped Countdown models: a student of 0.8 M parameters (20 % of its samples are "
+    f"right) and a teacher (49 %). {STEPS} steps of 32 prompts with 4 responses, AdamW at 5e-4, "
+    "gamma=0. opd estimates from the drawn tokens what lambda=0 computes over the vocabulary; rloo "
+    "has no teacher. AdamW and the clipping of the gradient's norm make up for the size of lambda. "
+    "Reward and KL, which is exact for each token, are those of 2048 responses to 512 held-out "
+    "problems at temperature 1.",
+    rule="Differences are paired by seed, with 95 % intervals. Refuted if reward or KL of lambda=0 "
+    "and opd, or of lambda=30 and rloo, differ (the interval is without 0), or if the KL to the "
+    "teacher falls significantly from one lambda to the next larger one. Confirmed if none of that "
+    "is so and the four intervals are at most 5 points and 0.5 nats to each side. Otherwise "
+    "undecided.",
+    columns={
+        "reward": "reward",
+        "divergence": "KL to the teacher, nats",
+        "greedy": "greedy accuracy",
+        "tokens": "tokens",
+    },
+    arms=(
+        *(
+            trained_arm(
+                name(weight),
+                {**COMMON, "algorithm": "hybrid", "algorithm.reward_weight.value": weight},
+                {"algorithm.reward_weight.value": 1.0},
+            )
+            for weight in WEIGHTS
+        ),
+        trained_arm(DISTILLATION, {**COMMON, "algorithm": "opd"}),
+        trained_arm(REINFORCEMENT, {**COMMON, "algorithm": "rloo"}),
+    ),
+    seeds=(0, 1, 2, 3, 4),
+    judge=judge,
+    draw=draw,
+    cuts="100 steps, chosen by a pilot with another seed, so that an arm takes about a minute.",
+)

@@ -1,0 +1,44 @@
+"""An arm that trains a model once, and the numbers of its run."""
+
+from collections.abc import Mapping
+
+from reproduction.examination import examine
+from reproduction.experiment import Arm, Numbers, Setting
+from reproduction.lab import Lab
+
+SMALL: Mapping[str, Setting] = {"train.steps": 5, "eval.every": 0}
+TEACHER = "builtin:countdown-teacher"
+
+
+def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
+    """Train, and examine the model against the shipped teacher.
+
+    Returns:
+        reward, greedy, divergence: of Examination. accuracy_N: greedy, after N steps, by the run's
+        own evaluations. tokens: response tokens that were trained on. step_s: of the median step.
+    """
+    with lab.run(settings, seed) as trained:
+        found = examine(trained.model, TEACHER)
+        curve = {
+            f"accuracy_{row['train/step']:.0f}": row["eval/accuracy"]
+            for row in trained.rows
+            if "eval/accuracy" in row
+        }
+        return {
+            "reward": found.reward,
+            "greedy": found.greedy,
+            "divergence": found.divergence,
+            "tokens": trained.tokens,
+            **curve,
+        }
+
+
+def trained_arm(
+    name: str, settings: Mapping[str, Setting], small: Mapping[str, Setting] | None = None
+) -> Arm:
+    """An arm of `measure`.
+
+    Args:
+        small: further changes of the small run, by which arms that run the same code share one.
+    """
+    return Arm(name=name, settings=settings, small={**SMALL, **(small or {})}, measure=measure)
