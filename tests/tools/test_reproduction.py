@@ -1,5 +1,6 @@
 """tools/reproduce: its arithmetic by hand, its rules on made-up numbers, its committed pages."""
 
+import json
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -8,12 +9,14 @@ import pytest
 import torch
 from reproduction import (
     bottleneck,
+    chosen_likelihood,
     curriculum,
     discount,
     endpoints,
     gaussian,
+    group_size,
     preference_bandit,
-    trained,
+    preference_runs,
     variance,
 )
 from reproduction.__main__ import main
@@ -22,12 +25,14 @@ from reproduction.estimate import estimate
 from reproduction.examination import examine
 from reproduction.experiment import Arm, Experiment, Judgement, Run, Verdict, digest
 from reproduction.lab import Cost, Lab, Trained, overrides
+from reproduction.own_pairs import own_pairs
 from reproduction.page import judgement, page, summary
 from reproduction.records import FOLDER, Records
 from reproduction.running import OverBudget, run_missing, small_runs
 
 from hybridrl.core.errors import DataError
 from hybridrl.oracle.mdp import make_mdp
+from hybridrl.rewards.countdown import countdown
 from hybridrl.settings.settings_file import load_settings
 
 LAB = Lab()
@@ -191,14 +196,14 @@ def test_a_damaged_line_is_named(tmp_path):
 
 def test_an_unknown_experiment_is_refused_with_the_names_of_all(capsys):
     assert main(["E99"]) == 2
-    assert "E99 is no experiment; write some of E1, E2, V1" in capsys.readouterr().out
+    assert "E99 is no experiment; write some of E1, E2, E3" in capsys.readouterr().out
 
 
 @by_id
 def test_a_small_run_gives_the_numbers_that_the_table_shows(experiment):
     known = set(experiment.columns)
     for arm in experiment.arms:
-        if arm.measure is not trained.measure:
+        if not arm.trains:
             numbers = arm.small_numbers(LAB)
             assert set(numbers) & known, arm.name
             assert all(value == value for value in numbers.values()), arm.name  # none is NaN
@@ -207,9 +212,10 @@ def test_a_small_run_gives_the_numbers_that_the_table_shows(experiment):
 @by_id
 def test_the_settings_of_every_arm_that_trains_are_accepted(experiment, tmp_path):
     for arm in experiment.arms:
-        if arm.measure is trained.measure:
-            for settings in (arm.settings, arm.small_settings):
-                load_settings(overrides(settings, 0, tmp_path / "run"))
+        for settings in (arm.settings, arm.small_settings) if arm.trains else ():
+            if arm.measure is preference_runs.measure:
+                settings = preference_runs.run_settings(settings, Path("a.jsonl"), Path("b.jsonl"))
+            load_settings(overrides(settings, 0, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +224,7 @@ def small_lab(tmp_path_factory):
         yield lab
 
 
-TRAINED = [e for e in EXPERIMENTS if e.arms[0].measure is trained.measure]
+TRAINED = [e for e in EXPERIMENTS if e.arms[0].trains]
 
 
 @pytest.mark.graph
@@ -228,7 +234,8 @@ def test_a_small_run_of_a_trained_arm_gives_the_numbers_of_its_table(experiment,
     assert set(experiment.columns) <= set(numbers)
     assert all(value == value for value in numbers.values())
     assert small_lab.cost is not None
-    assert list(small_lab.folder.iterdir()) == []  # the files of a finished run are deleted
+    left = [path.name for path in small_lab.folder.iterdir()]
+    assert set(left) <= {"made"}  # the files of a finished run are deleted
 
 
 @by_id
@@ -339,6 +346,100 @@ def test_the_curriculum_is_judged_by_reward_and_divergence(gain, cost, verdict):
         for arm in curriculum.EXPERIMENT.arms
     }
     assert curriculum.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def course_of(arm: Arm, seed: int, chosen: tuple[float, ...], rejected: tuple[float, ...]) -> Run:
+    """Log-probs of the untrained student are -1 throughout."""
+    numbers = {f"chosen_{10 * (i + 1)}": -1 + x for i, x in enumerate(chosen)}
+    numbers |= {f"rejected_{10 * (i + 1)}": -1 + x for i, x in enumerate(rejected)}
+    return run_of(arm, seed, **numbers)
+
+
+def test_chosen_log_probs_are_compared_at_equal_margin():
+    """The margin is 0.1, then 0.3; at 0.2, half-way between, chosen has fallen by 0.15."""
+    arm = chosen_likelihood.EXPERIMENT.arms[0]
+    untrained = course_of(arm, 0, (0.0, 0.0), (0.0, 0.0))
+    run = course_of(arm, 0, (-0.1, -0.2), (-0.2, -0.5))
+    assert preference_runs.margins(run, untrained) == pytest.approx([0, 0.1, 0.3])
+    assert preference_runs.chosen_at(run, untrained, 0.2) == pytest.approx(-0.15)
+    with pytest.raises(ValueError, match=r"never reaches 0\.4"):
+        preference_runs.chosen_at(run, untrained, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("dil", "others", "verdict"),
+    [
+        (0.0, -0.1, Verdict.confirmed),
+        (-0.1, 0.0, Verdict.refuted),
+    ],
+)
+def test_the_chosen_likelihood_is_judged_at_the_common_margin(dil, others, verdict):
+    """All margins are 0.2; the chosen log-prob changes by `dil` or by `others`."""
+    runs = {}
+    for arm in chosen_likelihood.EXPERIMENT.arms:
+        moved = arm.name != preference_runs.UNTRAINED
+        change = dil if arm.name in chosen_likelihood.DIL else others
+        runs[arm.name] = [
+            course_of(arm, seed, (moved * change,), (moved * (change - 0.2),)) for seed in range(5)
+        ]
+    assert chosen_likelihood.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def test_a_reward_is_compared_with_the_mean_of_its_siblings():
+    """(1, 0, 0) against 0, 1/2 and 1/2; in the second group all are equal."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    found = group_size.less_siblings(rewards, 3)
+    assert found.tolist() == [1.0, -0.5, -0.5, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("power", "variation", "verdict"),
+    [
+        (-1.0, 0.1, Verdict.confirmed),
+        (-0.5, 0.1, Verdict.refuted),
+        (-1.0, 0.4, Verdict.refuted),
+        (-1.0, 0.3, Verdict.undecided),
+    ],
+)
+def test_the_group_size_is_judged_by_slope_and_variation(power, variation, verdict):
+    """A variance of K^power has that slope."""
+    runs = {
+        arm.name: [
+            run_of(
+                arm,
+                seed,
+                none=1.0,
+                leave_one_out=arm.settings["group_size"] ** power,
+                dense_variation=variation,
+                cosine=0.5,
+            )
+            for seed in range(5)
+        ]
+        for arm in group_size.EXPERIMENT.arms
+    }
+    assert group_size.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def test_noise_swaps_that_share_of_the_pairs(tmp_path):
+    """Of 16 pairs, with noise=1 all are swapped, and held-out ones never are."""
+    right, heldout = own_pairs(tmp_path, pairs=16, noise=0.0, seed=0, heldout=8)
+    wrong, _ = own_pairs(tmp_path, pairs=16, noise=1.0, seed=0, heldout=8)
+    for one, other in zip(read_rows(right), read_rows(wrong), strict=True):
+        assert (one["chosen"], one["rejected"]) == (other["rejected"], other["chosen"])
+        assert countdown([one["chosen"]], [one["numbers"]], [one["target"]]) == [1.0]
+        assert countdown([one["rejected"]], [one["numbers"]], [one["target"]]) == [0.0]
+    rows = read_rows(heldout)
+    assert len(rows) == 8
+    rewards = countdown(
+        [row["chosen"] for row in rows],
+        [row["numbers"] for row in rows],
+        [row["target"] for row in rows],
+    )
+    assert rewards == [1.0] * 8
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_the_teacher_is_zero_nats_from_itself():

@@ -2,10 +2,12 @@
 
 from reproduction import (
     bottleneck,
+    chosen_likelihood,
     curriculum,
     discount,
     endpoints,
     gaussian,
+    group_size,
     preference_bandit,
     stability,
     support,
@@ -16,8 +18,10 @@ from reproduction.experiment import Experiment
 EXPERIMENTS: tuple[Experiment, ...] = (
     endpoints.EXPERIMENT,
     curriculum.EXPERIMENT,
-    variance.EXPERIMENT,
     support.EXPERIMENT,
+    variance.EXPERIMENT,
+    chosen_likelihood.EXPERIMENT,
+    group_size.EXPERIMENT,
     gaussian.EXPERIMENT,
     bottleneck.EXPERIMENT,
     discount.EXPERIMENT,

@@ -70,6 +70,11 @@ class Arm:
     def small_settings(self) -> Mapping[str, Setting]:
         return {**self.settings, **self.small}
 
+    @property
+    def trains(self) -> bool:
+        """Whether it trains a model in the lab; then it takes minutes."""
+        return "train.steps" in self.settings
+
     def numbers(self, seed: int, lab: "Lab") -> Numbers:
         return self.measure(self.settings, seed, lab)
 
