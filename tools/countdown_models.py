@@ -32,7 +32,7 @@ def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer)
+    model = tiny_model(tokenizer, args.layers)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay
     )
@@ -107,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="the Hugging Face folder to write"
     )
     arguments.add_argument("--steps", type=int, required=True)
+    arguments.add_argument("--layers", type=int, default=4, help="of the decoder")
     arguments.add_argument("--batch", type=int, default=128, help="problems a step")
     arguments.add_argument("--lr", type=float, default=1e-3)
     arguments.add_argument(

@@ -32,13 +32,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def tiny_model(tokenizer: PreTrainedTokenizerFast, layers: int = 4) -> LlamaForCausalLM:
     """A model with random float32 weights from torch's global generator; seed it first."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=336,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=MAX_LENGTH,

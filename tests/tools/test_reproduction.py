@@ -13,10 +13,13 @@ from reproduction import (
     curriculum,
     discount,
     endpoints,
+    epochs,
     gaussian,
     group_size,
+    label_noise,
     preference_bandit,
     preference_runs,
+    realizability,
     variance,
 )
 from reproduction.__main__ import main
@@ -383,6 +386,65 @@ def test_the_chosen_likelihood_is_judged_at_the_common_margin(dil, others, verdi
             course_of(arm, seed, (moved * change,), (moved * (change - 0.2),)) for seed in range(5)
         ]
     assert chosen_likelihood.EXPERIMENT.judge(runs).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("offline", "copied", "kept", "verdict"),
+    [
+        (0.48, 0.0, 0.10, Verdict.confirmed),
+        (0.40, 0.0, 0.10, Verdict.undecided),  # SFT has not reached the expert yet
+        (0.48, 0.04, 0.10, Verdict.refuted),  # a gain although the expert can be copied
+        (0.48, 0.0, 0.01, Verdict.refuted),  # no gain although it cannot
+    ],
+)
+def test_realizability_is_judged_by_the_gain_of_on_policy_imitation(offline, copied, kept, verdict):
+    rewards = {
+        realizability.OFFLINE[True]: offline,
+        realizability.ONLINE[True]: offline + copied,
+        realizability.OFFLINE[False]: 0.20,
+        realizability.ONLINE[False]: 0.20 + kept,
+    }
+    runs = {
+        arm.name: [run_of(arm, seed, reward=rewards[arm.name]) for seed in range(5)]
+        for arm in realizability.EXPERIMENT.arms
+    }
+    assert realizability.EXPERIMENT.judge(runs).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("dil", "others", "verdict"),
+    [
+        (0.01, 0.05, Verdict.confirmed),
+        (0.05, 0.01, Verdict.refuted),
+        (0.03, 0.03, Verdict.undecided),
+    ],
+)
+def test_label_noise_is_judged_by_the_reward_that_it_costs(dil, others, verdict):
+    runs = {}
+    for arm in label_noise.EXPERIMENT.arms:
+        cost = dil if arm.settings["algorithm"] in label_noise.DIL else others
+        noisy = arm.settings["noise"] == label_noise.DECISIVE
+        runs[arm.name] = [run_of(arm, seed, reward=0.3 - noisy * cost) for seed in range(3)]
+    assert label_noise.EXPERIMENT.judge(runs).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("dil", "dpo", "verdict"),
+    [
+        (0.2, -0.2, Verdict.confirmed),
+        (-0.1, -0.2, Verdict.refuted),  # DIL's falls too
+        (0.2, 0.1, Verdict.refuted),  # DPO's does not fall
+    ],
+)
+def test_epochs_are_judged_by_the_chosen_likelihood_at_their_end(dil, dpo, verdict):
+    """Log-probs change evenly, to `dil` or `dpo` in the last of 20 windows."""
+    ends = {preference_runs.UNTRAINED: 0.0, **dict.fromkeys(epochs.DIL, dil)}
+    even = [window / 20 for window in range(1, 21)]
+    runs = {}
+    for arm in epochs.EXPERIMENT.arms:
+        chosen = tuple(ends.get(arm.name, dpo) * share for share in even)
+        runs[arm.name] = [course_of(arm, seed, chosen, (0.0,) * 20) for seed in range(5)]
+    assert epochs.EXPERIMENT.judge(runs).verdict is verdict
 
 
 def test_a_reward_is_compared_with_the_mean_of_its_siblings():

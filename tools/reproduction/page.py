@@ -90,11 +90,15 @@ def summary(every: Sequence[Records]) -> str:
         "The claim, the design and the rule of each experiment stand in its file in\n"
         "[tools/reproduction](../reproduction), committed before its first run; a page says where\n"
         "a rule was changed later. The verdict is computed by that rule from the numbers of its\n"
-        "runs.jsonl. `undecided` and `refuted` are results.\n\n" + "\n".join(rows) + "\n\n"
+        "runs.jsonl. `undecided` and `refuted` are results. Those that train models go through\n"
+        "the whole system, on workers that stay between the runs; before the first run the time\n"
+        "that all will take is estimated from a run of five steps, and refused above the\n"
+        "budget.\n\n" + "\n".join(rows) + "\n\n"
         "```bash\n"
         "tools/reproduce --list      # all experiments, and how many of their runs are finished\n"
         "tools/reproduce V1 A1       # run what is missing of these, then write their pages\n"
         "tools/reproduce all\n"
+        "tools/reproduce --pages all # write the pages anew, from the runs that are finished\n"
         "```\n"
     )
 

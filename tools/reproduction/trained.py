@@ -5,19 +5,21 @@ from collections.abc import Mapping
 from reproduction.examination import examine
 from reproduction.experiment import Arm, Numbers, Setting
 from reproduction.lab import Lab
+from reproduction.made_models import with_made_models
 
 SMALL: Mapping[str, Setting] = {"train.steps": 5, "eval.every": 0}
 TEACHER = "builtin:countdown-teacher"
 
 
 def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
-    """Train, and examine the model against the shipped teacher.
+    """Train, and examine the model against the shipped teacher. "made:NAME" as a value stands for
+    a model of made_models.
 
     Returns:
         reward, greedy, divergence: of Examination. accuracy_N: greedy, after N steps, by the run's
-        own evaluations. tokens: response tokens that were trained on. step_s: of the median step.
+        own evaluations. tokens: response tokens that were trained on.
     """
-    with lab.run(settings, seed) as trained:
+    with lab.run(with_made_models(settings, lab.folder / "made"), seed) as trained:
         found = examine(trained.model, TEACHER)
         curve = {
             f"accuracy_{row['train/step']:.0f}": row["eval/accuracy"]

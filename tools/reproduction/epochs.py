@@ -1,0 +1,121 @@
+"""D4: the likelihood of chosen responses over several epochs of the same pairs."""
+
+from matplotlib.axes import Axes
+
+from reproduction.curves import COLOURS
+from reproduction.estimate import Estimate, estimate
+from reproduction.experiment import Experiment, Judgement, Runs, Verdict
+from reproduction.preference_runs import PAIRS_PER_STEP, UNTRAINED, WINDOW, course, pair_arm
+
+EPOCHS = 10
+STEPS_PER_EPOCH = 20
+STEPS = EPOCHS * STEPS_PER_EPOCH
+PAIRS = STEPS_PER_EPOCH * PAIRS_PER_STEP
+DIL = ("dil_lsif", "dil_ukl")
+LOSSES = (*DIL, "dpo", "simpo")
+
+
+def changes(runs: Runs, loss: str, part: str, epoch: int) -> list[float]:
+    """Of the log-prob of a token since the start, in the last half of an epoch, for each seed."""
+    at = epoch * STEPS_PER_EPOCH // WINDOW
+    pairs = zip(runs[loss], runs[UNTRAINED], strict=True)
+    return [course(run, untrained, part)[at] for run, untrained in pairs]
+
+
+def gap(runs: Runs, dil: str, epoch: int) -> list[float]:
+    """Chosen log-prob of a DIL loss above that of DPO, for each seed."""
+    ours = changes(runs, dil, "chosen", epoch)
+    return [a - b for a, b in zip(ours, changes(runs, "dpo", "chosen", epoch), strict=True)]
+
+
+def growth(runs: Runs, dil: str) -> Estimate:
+    """Of the gap, from the first epoch to the last."""
+    pairs = zip(gap(runs, dil, EPOCHS), gap(runs, dil, 1), strict=True)
+    return estimate([late - early for late, early in pairs])
+
+
+def judge(runs: Runs) -> Judgement:
+    found = {dil: growth(runs, dil) for dil in DIL}
+    ends = {loss: estimate(changes(runs, loss, "chosen", EPOCHS)) for loss in LOSSES}
+    verdict = Verdict.undecided
+    if (
+        all(of.low > 0 for of in found.values())
+        and all(ends[dil].low > 0 for dil in DIL)
+        and ends["dpo"].high < 0
+    ):
+        verdict = Verdict.confirmed
+    elif (
+        any(of.high < 0 for of in found.values())
+        or any(ends[dil].high < 0 for dil in DIL)
+        or ends["dpo"].low > 0
+    ):
+        verdict = Verdict.refuted
+    changed = ", ".join(f"{loss} {of.text(1, 2)}" for loss, of in ends.items())
+    return Judgement(
+        verdict=verdict,
+        effect=f"chosen log-prob of a token after {EPOCHS} epochs: {changed}",
+        reason="From the first epoch to the last the gap to DPO grows by "
+        + ", ".join(f"{of.text(1, 2)} ({dil})" for dil, of in found.items())
+        + " nats a token.",
+    )
+
+
+def draw(axes: Axes, runs: Runs) -> None:
+    epochs = [i * WINDOW / STEPS_PER_EPOCH for i in range(STEPS // WINDOW + 1)]
+    for colour, loss in zip(COLOURS, LOSSES, strict=False):
+        for part, style in (("chosen", "-"), ("rejected", ":")):
+            pairs = list(zip(runs[loss], runs[UNTRAINED], strict=True))
+            of = [course(run, untrained, part) for run, untrained in pairs]
+            found = [estimate(each) for each in zip(*of, strict=True)]
+            axes.plot(
+                epochs,
+                [at.mean for at in found],
+                style,
+                color=colour,
+                label=f"{loss}, {part}",
+            )
+            axes.fill_between(
+                epochs,
+                [at.mean - at.error for at in found],
+                [at.mean + at.error for at in found],
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
+            )
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_xlabel("epochs")
+    axes.set_ylabel("change of the log-prob, nats a token")
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+
+
+EXPERIMENT = Experiment(
+    id="D4",
+    title="Several epochs of the same pairs",
+    claim="With LSIF and UKL the likelihood of the chosen responses rises over the epochs, with "
+    "DPO it falls, and the gap widens.",
+    source="arXiv 2503.05079, one of its next checks; the prediction follows from the losses' "
+    "slopes",
+    design=f"{PAIRS} pairs of D1's kind, {EPOCHS} epochs of {STEPS_PER_EPOCH} steps of "
+    f"{PAIRS_PER_STEP} pairs, AdamW at 2e-4. Log-probs are of the training pairs of the second "
+    "half of an epoch, before their updates; those of the student before training on the same "
+    "pairs are subtracted.",
+    rule="With 95 % intervals over the seeds. Confirmed if, for LSIF and UKL, the gap of the "
+    f"chosen log-prob to DPO's grows from epoch 1 to epoch {EPOCHS}, their own has risen at the "
+    "end, and DPO's has fallen. Refuted if one of these has the opposite sign. Otherwise "
+    "undecided.",
+    columns={
+        f"chosen_{STEPS_PER_EPOCH}": "chosen log-prob, epoch 1",
+        f"chosen_{STEPS}": f"chosen log-prob, epoch {EPOCHS}",
+        f"rejected_{STEPS}": f"rejected log-prob, epoch {EPOCHS}",
+        "ranked": "held-out pairs ranked",
+        "reward": "reward",
+        "divergence": "KL to the start, nats",
+    },
+    arms=(
+        pair_arm(UNTRAINED, "dpo", STEPS, pairs=PAIRS, noise=0.0, lr=1e-12),
+        *(pair_arm(loss, loss, STEPS, pairs=PAIRS, noise=0.0, lr=2e-4) for loss in LOSSES),
+    ),
+    seeds=(0, 1, 2, 3, 4),
+    judge=judge,
+    draw=draw,
+)
