@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -52,13 +53,22 @@ def conf_dir() -> Path:
     raise ConfigError(f"no conf folder at {' or '.join(map(str, CONF_DIRS))}; reinstall hybridrl")
 
 
+@cache
+def typed_schema() -> DictConfig:
+    """Every key, type and default. Made once, as it takes longer than any other part of reading
+    the settings; callers do not change it.
+    """
+    return OmegaConf.structured(RunSettings)
+
+
+@cache
 def register_schema() -> None:
     """Register every key and default with Hydra; conf/config.yaml names them first.
 
     The node is a plain tree, so that +teachers.NAME.path=... can add an entry; to_settings checks
     the types.
     """
-    tree = OmegaConf.to_container(OmegaConf.structured(RunSettings), enum_to_str=True)
+    tree = OmegaConf.to_container(typed_schema(), enum_to_str=True)
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(tree))
 
 
@@ -94,7 +104,7 @@ def to_settings(composed: DictConfig, overrides: Sequence[str] = ()) -> RunSetti
         check_secrets(unresolved)
         unresolved = spelled_out(unresolved, RunSettings)
         composed = OmegaConf.create(unresolved)
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), composed))
+        settings = OmegaConf.to_object(OmegaConf.merge(typed_schema(), composed))
         assert isinstance(settings, RunSettings)
         for written_entries, entries in (
             (unresolved["reward"]["functions"], settings.reward.functions),
