@@ -18,6 +18,7 @@ from hybridrl import __version__
 from hybridrl.api import quiet_environment, run_settings
 from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError, HybridRLError, Preempted
+from hybridrl.core.importing import collection_paused
 from hybridrl.core.terminal import secure_streams
 from hybridrl.settings.compose import (
     check_flags,
@@ -226,7 +227,8 @@ def warm_training(stack: ExitStack) -> Callable[[RunSettings], int]:
 
     @cache
     def warm() -> "WarmWorkers":
-        from hybridrl.launch.warm_workers import WarmWorkers  # loads torch and ray
+        with collection_paused():
+            from hybridrl.launch.warm_workers import WarmWorkers  # loads torch and ray
 
         return stack.enter_context(WarmWorkers())
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from hybridrl.core import failpoints
 from hybridrl.core.errors import WeightSyncError
+from hybridrl.core.importing import collection_paused
 from hybridrl.models.adapters import target_names
 from hybridrl.models.end_token import end_token_id
 from hybridrl.models.loading import is_wrongly_tied, load_layout, load_tokenizer, resolve
@@ -220,7 +221,8 @@ def start_engine(make_args: Callable[[], "EngineArgs"], *, own_process: bool) ->
         own_process: its core runs in a process of its own, and this process ends with it.
     """
     os.environ |= environment(own_process=own_process)
-    from vllm import LLMEngine
+    with collection_paused():
+        from vllm import LLMEngine
 
     engine: LLMEngine = LLMEngine.from_engine_args(make_args(), enable_multiprocessing=own_process)
     if own_process:

@@ -17,6 +17,7 @@ import ray
 
 from hybridrl.core import redact
 from hybridrl.core.errors import HybridRLError, PlacementError
+from hybridrl.core.importing import collection_paused
 from hybridrl.core.trace import trace_of_worker
 from hybridrl.runtime.worker_log import WorkerLog
 from hybridrl.settings.run import RunSettings
@@ -47,7 +48,9 @@ def build(path: str, arguments: Mapping[str, object]) -> Any:
     try:
         if ray.is_initialized() and (gpus := ray.get_gpu_ids()):
             os.environ |= visible_gpus(gpus)
-        return getattr(importlib.import_module(module), name)(**arguments)
+        with collection_paused():
+            imported = importlib.import_module(module)
+        return getattr(imported, name)(**arguments)
     except Exception as error:
         print(redact.text(traceback.format_exc()), file=sys.stderr)
         return Unbuilt(
