@@ -71,10 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_models(tmp_path_factory.mktemp("learner"))
     for kind, sizes in (("opt", TOGETHER["opt"]), ("gemma2", APART["gemma3_text"])):
         tiny(kind, sizes, torch.float32).save_pretrained(folder / kind)
-    run_ranks(folder, 2, "two_ranks")
-    run_ranks(folder, 2, "two_ranks_offloaded")
-    run_ranks(folder, 1, "one_rank")
-    run_ranks(folder, 2, "two_ranks_again")
+    groups = ("2:two_ranks", "2:two_ranks_offloaded", "1:one_rank", "2:two_ranks_again")
+    run_ranks("learner_job.py", str(folder), *groups)
     return folder
 
 

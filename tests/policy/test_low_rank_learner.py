@@ -44,9 +44,8 @@ MOVES = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the models, and with the files that the process groups have written."""
     folder = save_models(tmp_path_factory.mktemp("adapted"))
-    run_ranks(folder, 2, "two_ranks_adapted")
-    run_ranks(folder, 1, "one_rank_adapted")
-    run_ranks(folder, 3, "three_ranks_adapted")
+    groups = ("2:two_ranks_adapted", "1:one_rank_adapted", "3:three_ranks_adapted")
+    run_ranks("learner_job.py", str(folder), *groups)
     return folder
 
 
@@ -54,8 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of learners that score for the student before training."""
     folder = save_models(tmp_path_factory.mktemp("shared"))
-    run_ranks(folder, 1, "one_rank_sharing")
-    run_ranks(folder, 2, "two_ranks_sharing")
+    run_ranks("learner_job.py", str(folder), "1:one_rank_sharing", "2:two_ranks_sharing")
     return folder
 
 

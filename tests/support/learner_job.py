@@ -1,12 +1,11 @@
-"""The real Learner outside pytest: `python learner_job.py RANK WORLD PORT FOLDER CASES` runs a
-function of this file.
+"""The real Learner outside pytest: `python learner_job.py FOLDER WORLD:CASES ...` runs functions of
+this file, one after the other, each on new ranks.
 
 FOLDER holds the models `student` and `teacher`; rank 0 writes CASE.json and CASE.safetensors (the
 weights) there.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
+from hybridrl.core.free_port import free_port
 from hybridrl.models.model_internals import attention_of
 from hybridrl.rollout.rollouter import Completion, join_turns
 from hybridrl.runtime.scorer_group import scoring
@@ -40,6 +40,7 @@ from hybridrl.weights.library_internals import fragment_values, update_memory
 from hybridrl.weights.parameters import WeightsKind
 from hybridrl.weights.stream import unpack
 from tests.support.batches import make_batch, make_plan, make_rewards, make_scores
+from tests.support.forked import fork_ranks
 from tests.support.frozen_embedding import FrozenEmbedding
 
 WIDTH = 128  # of the tiny model
@@ -779,24 +780,34 @@ def three_ranks_adapted(job: Job) -> None:
         job.resharded(f"{case}-to-three", case, tuple(groups), list(chunk_of(0, 4)), 4, *overrides)
 
 
-if __name__ == "__main__":
+CASES = (
+    one_rank,
+    two_ranks,
+    two_ranks_offloaded,
+    two_ranks_again,
+    two_ranks_adapted,
+    one_rank_adapted,
+    three_ranks_adapted,
+    one_rank_sharing,
+    two_ranks_sharing,
+)
+
+
+def main(folder: Path, groups: list[str]) -> None:
+    import hybridrl.policy.learner  # noqa: F401, the ranks need not import it again
+
     torch.set_num_threads(1)
-    job = Job(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    cases = (
-        one_rank,
-        two_ranks,
-        two_ranks_offloaded,
-        two_ranks_again,
-        two_ranks_adapted,
-        one_rank_adapted,
-        three_ranks_adapted,
-        one_rank_sharing,
-        two_ranks_sharing,
-    )
-    {function.__name__: function for function in cases}[sys.argv[5]](job)
-    # Destructors of gloo's groups abort now and then ("terminate called without an active
-    # exception"), also after destroy_process_group; a rank that has done its work skips them.
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    functions = {function.__name__: function for function in CASES}
+    for group in groups:
+        size, _, cases = group.partition(":")
+        port = free_port()
+
+        def run(rank: int, world: int = int(size), cases: str = cases, port: int = port) -> None:
+            functions[cases](Job(rank, world, port, folder))
+            torch.distributed.barrier()
+
+        fork_ranks(int(size), run, f"{folder}/{cases}-{{rank}}.log")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,12 +1,13 @@
-"""One rank of a teacher on several devices: `python sharded_teacher_job.py RANK RANKS PORT FOLDER`.
+"""A teacher on several devices: `python sharded_teacher_job.py RANKS:FOLDER ...`.
 
-FOLDER holds the models `student` and `teacher`. The rank scores a batch with each kind of evidence
+FOLDER holds the models `student` and `teacher`. Each rank scores a batch with each kind of evidence
 and writes RANKS-RANK.json: the digest of what it computed, the bytes of weights that it read and
 those that it holds. Rank 0 also writes the scores, RANKS-EVIDENCE.npz.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers.distributed.sharding_utils import DtensorShardOperation
 
+from hybridrl.core.free_port import free_port
 from hybridrl.runtime.scorer_group import scoring
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
@@ -21,6 +23,7 @@ from hybridrl.teachers.scorer import Scorer
 from hybridrl.teachers.sharded_model import ReplicaRank
 from hybridrl.types import RolloutBatch
 from tests.support.batches import make_batch
+from tests.support.forked import fork_ranks
 
 PROMPTS = [((1, 5, 6), [(7, 8, 2), (9, 2)]), ((1, 10), [(11, 2), (12, 13, 14, 2)])]
 EVIDENCE = ("hidden", "vocabulary", "support", "drawn")
@@ -91,4 +94,7 @@ def main(rank: int, ranks: int, port: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    torch.set_num_threads(1)
+    for size, _, place in (argument.partition(":") for argument in sys.argv[1:]):
+        arguments = {"ranks": int(size), "port": free_port(), "folder": Path(place)}
+        fork_ranks(int(size), partial(main, **arguments), f"{place}/{{rank}}.log")

@@ -1,9 +1,6 @@
 """A teacher over two and three processes, against the same teacher in one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,56 +8,40 @@ import pytest
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.core.free_port import free_port
 from hybridrl.launch.preflight import check_divisible
 from hybridrl.models.loading import load_model
 from hybridrl.runtime.scorer_group import scoring
 from hybridrl.settings.compose import load_config
 from hybridrl.teachers.scorer import Scorer
 from tests.support.graph import save_tiny
+from tests.support.ranks import run_ranks
 from tests.support.sharded_teacher_job import EVIDENCE, batch_of, settings_for
 
-ROOT = Path(__file__).parents[2]
-JOB = ROOT / "tests" / "support" / "sharded_teacher_job.py"
-DEADLINE_S = 120
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """By the number of ranks, the folder with the models and what the ranks wrote; two ranks of a
+    tied model, three of an untied one.
+
+    Neither 2 nor 3 divides its vocabulary of 23, and 3 does not divide its 4 heads.
+    """
+    folders = {ranks: tmp_path_factory.mktemp(f"sharded-{ranks}") for ranks in (2, 3)}
+    for ranks, folder in folders.items():
+        save_tiny(folder / "student", 0)
+        save_tiny(folder / "teacher", 1, tied=ranks == 2)
+    places = [f"{ranks}:{folder}" for ranks, folder in folders.items()]
+    run_ranks("sharded_teacher_job.py", *places)
+    return folders
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(params=[2, 3])
 def ranks(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, ranks: int) -> Path:
-    """The folder with the models and what the ranks wrote; two of a tied, three of an untied one.
-
-    Neither 2 nor 3 divides its vocabulary of 23, and 3 does not divide its 4 heads.
-    """
-    folder = tmp_path_factory.mktemp("sharded")
-    save_tiny(folder / "student", 0)
-    save_tiny(folder / "teacher", 1, tied=ranks == 2)
-    port = free_port()
-    env = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(JOB)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(ranks), str(port), str(folder)],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        errors = [process.communicate(timeout=DEADLINE_S)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [0] * ranks, errors[0][-3000:]
-    return folder
+@pytest.fixture
+def folder(folders: dict[int, Path], ranks: int) -> Path:
+    return folders[ranks]
 
 
 @pytest.mark.parametrize("kind", EVIDENCE)
