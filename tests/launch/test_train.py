@@ -516,7 +516,7 @@ def test_a_job_on_two_nodes_with_tokens_is_stopped_saves_what_it_learned_and_goe
     two_nodes, overrides, tmp_path
 ):
     run_dir = tmp_path / "job"
-    spread = ["cluster.spread=true", "cluster.threads_per_worker=1"]
+    spread = ["cluster.spread=true", "cluster.threads_per_worker=1", "rollout.engines=1"]
     submit = ["hybridrl", "submit", "--program", str(BIN / "hybridrl")]
     settings = [*overrides, *spread, "++teachers.main.devices=2", f"run.dir={run_dir}"]
     begun = shell(

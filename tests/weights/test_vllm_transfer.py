@@ -5,6 +5,7 @@ backends.
 import asyncio
 import multiprocessing
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -147,9 +148,17 @@ def gap(batch: RolloutBatch, folder: Path) -> float:
     return worst
 
 
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    """A process that has imported vLLM once, for an engine after the other."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
 @pytest.mark.graph
 @pytest.mark.parametrize("tied", [True, False])
-def test_after_a_sync_the_engine_samples_from_exactly_the_weights_it_was_sent(tmp_path, tied):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        sent, stale = pool.submit(largest_gap, tmp_path, tied).result(timeout=240)
+def test_after_a_sync_the_engine_samples_from_exactly_the_weights_it_was_sent(
+    process: ProcessPoolExecutor, tmp_path: Path, tied: bool
+):
+    sent, stale = process.submit(largest_gap, tmp_path, tied).result(timeout=240)
     assert sent < 1e-4 and stale > 0.1
