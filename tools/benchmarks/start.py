@@ -44,12 +44,19 @@ MODULES = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--imports",
+        nargs="+",
+        choices=MODULES,
+        default=list(MODULES),
+        help="the processes whose imports are measured too",
+    )
 
 
 def run(options: argparse.Namespace) -> dict:
     imports = {
-        name: statistics.median(import_seconds(module) for _ in range(options.repeats))
-        for name, module in MODULES.items()
+        name: statistics.median(import_seconds(MODULES[name]) for _ in range(options.repeats))
+        for name in options.imports
     }
     print("imports, s: " + "  ".join(f"{name} {s:.1f}" for name, s in imports.items()), flush=True)
     settings = settings_of()
