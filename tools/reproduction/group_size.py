@@ -190,6 +190,7 @@ def draw(axes: Axes, runs: Runs) -> None:
             linestyle=":",
         )
     axes.set_xscale("log", base=2)
+    axes.set_xticks(SIZES, [str(size) for size in SIZES])
     axes.set_yscale("log")
     axes.set_xlabel("responses of a prompt, K (dotted: 1/K from K=2 on)")
     axes.set_ylabel("variance of the sparse gradient over responses")
