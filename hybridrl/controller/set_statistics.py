@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hybridrl.controller.metrics import PASS_MARK
+from hybridrl.data.problem import source_of
 from hybridrl.settings.held_out import pass_sizes
 from hybridrl.types import FinishReason
 
@@ -134,3 +135,19 @@ def statistics_of(rows: Iterable[Mapping[str, Any]], reward: str | None = None) 
             of_function = rewards[reward or next(iter(rewards))]
             values.append([math.nan if value is None else value for value in of_function])
     return set_statistics(np.array(values) if values else None, lengths, truncated, samples)
+
+
+def statistics_of_sources(
+    rows: Iterable[Mapping[str, Any]], reward: str | None = None
+) -> dict[str, SetStatistics]:
+    """As statistics_of, of the rows of each of data.sources; empty where there is a single source.
+
+    Args:
+        rows: with a `uid` besides.
+    """
+    by_source: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        name = source_of(row["uid"])
+        if name is not None:
+            by_source.setdefault(name, []).append(row)
+    return {name: statistics_of(of_source, reward) for name, of_source in by_source.items()}

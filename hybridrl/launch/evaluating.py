@@ -10,7 +10,7 @@ from typing import Any
 from hybridrl.controller.answering import Decoding
 from hybridrl.controller.held_out_set import seed_kind
 from hybridrl.controller.pipeline import wave_seed
-from hybridrl.controller.set_statistics import SetStatistics, statistics_of
+from hybridrl.controller.set_statistics import SetStatistics, statistics_of, statistics_of_sources
 from hybridrl.core.errors import ConfigError
 from hybridrl.core.files import replace_text
 from hybridrl.data.problem_sources import load_problems
@@ -73,6 +73,9 @@ def evaluate_model(
             one for the model in the folder `evals` of its run.
         say: prints a line.
 
+    Returns:
+        The statistics by the name of the set, and those of each of data.sources by SET/SOURCE.
+
     Raises:
         ConfigError, DataError: the model, its data or its rewards cannot be used, there is no such
             set, or `out` is missing or has results of other settings; nothing was started.
@@ -94,14 +97,16 @@ def evaluate_model(
         for problems in sets
     ]
     run_jobs(model, jobs, say, judged=bool(model.settings.reward.functions))
-    statistics = {
-        job.name: statistics_of(read_rows(job.out), problems.reward)
-        for job, problems in zip(jobs, sets, strict=True)
-    }
-    for name, of_set in statistics.items():
-        values = asdict(of_set) | {"passed": of_set.passed}
-        content = {"model": model.name, "set": name, **finite(values)}
-        replace_text(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    statistics: dict[str, SetStatistics] = {}
+    for job, problems in zip(jobs, sets, strict=True):
+        of_set = statistics_of(read_rows(job.out), problems.reward)
+        of_sources = statistics_of_sources(read_rows(job.out), problems.reward)
+        content = {"model": model.name, "set": job.name, **values_of(of_set)}
+        if of_sources:
+            content["sources"] = {name: values_of(value) for name, value in of_sources.items()}
+        replace_text(folder / f"{job.name}.json", json.dumps(content, indent=1) + "\n")
+        statistics[job.name] = of_set
+        statistics |= {f"{job.name}/{name}": value for name, value in of_sources.items()}
     for line in table(statistics):
         say(line)
     say(f"rows and statistics of {model.name} are in {folder}")
@@ -210,6 +215,11 @@ def judges_of(settings: RunSettings) -> dict[str, Any]:
     return functions | files
 
 
+def values_of(statistics: SetStatistics) -> dict[str, Any]:
+    """The values that a file of statistics holds."""
+    return finite(asdict(statistics) | {"passed": statistics.passed})
+
+
 def finite(values: Mapping[Any, Any]) -> dict[Any, Any]:
     """The values with null in the place of NaN, in mappings among them too."""
     return {name: _finite(value) for name, value in values.items()}
@@ -222,7 +232,7 @@ def _finite(value: Any) -> Any:
 
 
 def table(statistics: Mapping[str, SetStatistics]) -> list[str]:
-    """The lines of a table: the names of the columns, then a row for each set.
+    """The lines of a table: the names of the columns, then a row for each set or source.
 
     Example: the first two cells of a row are "heldout" and "512".
     """

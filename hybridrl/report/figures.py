@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, islice
 
 import numpy as np
 
@@ -34,7 +34,8 @@ PHASE_COLOURS = dict(
     zip(PHASES, (BLUE, SKY, ORANGE, GREEN, PURPLE, VERMILION, YELLOW), strict=True)
 )
 MAX_BARS = 50  # of the diagram of phases; longer runs have several steps in one bar
-OF_SET = re.compile(r"eval/(?!accuracy_teacher/)([^/]+)/([^/]+)")
+OF_SET = re.compile(r"eval/(?!accuracy_teacher/|accuracy_source/)([^/]+)/([^/]+)")
+OF_SOURCE = "eval/accuracy_source/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +139,22 @@ def of_sets(rows: Rows, metric: str) -> tuple[Curve, ...]:
     )
 
 
+def of_sources(rows: Rows, colours: Iterator[str]) -> tuple[Curve, ...]:
+    """The curve of the held-out problems of each of data.sources, dashed: they are a part of those
+    of the student's curve.
+    """
+    keys = sorted({key for row in rows for key in row if key.startswith(OF_SOURCE)})
+    return tuple(
+        each
+        for key, colour in zip(keys, colours, strict=False)
+        for each in curve(rows, key, colour, key.removeprefix(OF_SOURCE), marked=True, dashed=True)
+    )
+
+
 def _accuracy(rows: Rows) -> Drawing:
     own = curve(rows, "eval/accuracy", BLUE, "student", marked=True, error="eval/accuracy_stderr")
     sets = of_sets(rows, "accuracy")
+    sets += of_sources(rows, islice(cycle(SET_COLOURS), len(sets), None))
     if own and not sets:
         own = (replace(own[0], ends=True),)
     teachers = teacher_levels(rows)
@@ -303,7 +317,7 @@ PANELS = (
     Panel(
         title="Held-out accuracy",
         caption="Share of problems never trained on that are solved (band: one standard error). "
-        "Dashed: the teacher's own level.",
+        "Dashed: the teacher's own level, and the parts of the problems by their source.",
         needs=("eval/accuracy",),
         draw=_accuracy,
     ),

@@ -144,6 +144,12 @@ def summarize(facts: Facts, config: dict[str, Any]) -> list[str]:
     return [*sentences, *_outcomes(facts), _cost(facts)]
 
 
+def _held_out(config: dict[str, Any]) -> str:
+    """Example: "512", "24 of each source"."""
+    number = str(_get(config, "data.num_heldout") or "")
+    return f"{number} of each source" if number and _get(config, "data.sources") else number
+
+
 def _task(config: dict[str, Any]) -> str:
     """The source of the prompts: the name of the file, or of the generator of problems; or the
     names of data.sources with their shares.
@@ -331,7 +337,7 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
         ("Prompts per step", _get(config, "train.prompts_per_step")),
         ("Responses per prompt", _get(config, "train.samples_per_prompt")),
         ("Learning rate", _get(config, "train.lr")),
-        ("Held-out problems", _get(config, "data.num_heldout")),
+        ("Held-out problems, at most", _held_out(config)),
         ("Seed", _get(config, "run.seed")),
     ]
     return [(name, str(value)) for name, value in pairs if value not in (None, "")]

@@ -115,6 +115,17 @@ def test_each_named_held_out_set_is_a_line_of_the_accuracy_and_not_a_teacher():
     assert [c.label for c in charts["Loss on given responses"].curves] == ["hard"]
 
 
+def test_each_source_of_the_held_out_problems_is_a_dashed_line_of_another_colour():
+    row = {"train/step": 0.0, "eval/accuracy": 0.5, "eval/hard/accuracy": 0.25}
+    rows = [row | {"eval/accuracy_source/accuracy": 0.75, "eval/accuracy_source/math": 0.125}]
+    charts = {chart.title: chart.drawing for chart in charts_of(rows)}
+    curves = charts["Held-out accuracy"].curves
+    assert [c.label for c in curves] == ["student", "hard", "accuracy", "math"]
+    assert [c.dashed for c in curves] == [False, False, True, True]
+    assert [c.y.tolist() for c in curves[2:]] == [[0.75], [0.125]]
+    assert len({c.colour for c in curves}) == 4
+
+
 # -- in a browser ----------------------------------------------------------------------------------
 
 
