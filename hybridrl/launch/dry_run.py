@@ -16,6 +16,7 @@ from hybridrl.launch.set_prompts import prompts_by_set
 from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.models.loading import load_tokenizer
 from hybridrl.models.reach import reach
+from hybridrl.planning.advice import advice_lines
 from hybridrl.planning.fit import check_fit
 from hybridrl.planning.plan import make_plan, plan_lines
 from hybridrl.run_dir.directory import describe_directory, earlier_settings
@@ -103,6 +104,7 @@ def plan_of(settings: RunSettings) -> Iterator[str]:
     device, device_bytes = planned_device(settings)
     plan = make_plan(settings, device=device, device_bytes=device_bytes)
     yield from plan_lines(plan)
+    yield from advice_lines(plan)
     if settings.cluster.check_memory:
         check_fit(plan)
 

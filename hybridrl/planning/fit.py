@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from hybridrl.core.errors import ConfigError
 from hybridrl.models.loading import load_layout
 from hybridrl.models.model_internals import shards_every_layer
+from hybridrl.planning.advice import with_shared_base
 from hybridrl.planning.plan import Plan, Seat, make_plan, shown
 from hybridrl.settings.checks import check_places
 from hybridrl.settings.choices import Offload
@@ -163,17 +164,22 @@ def changed_plan(plan: Plan, chosen: Sequence[Change]) -> Plan:
 
 
 def fits(plan: Plan, chosen: Sequence[Change], worker: str) -> bool:
+    """Whether the devices of the worker hold it after the changes; all devices, if they leave none
+    of it.
+    """
     changed = changed_plan(plan, chosen)
-    return all(
-        changed.seat_bytes(seat) <= changed.device_bytes
-        for seat in changed.seats
-        if worker in seat.workers
-    )
+    seats = [seat for seat in changed.seats if worker in seat.workers] or changed.seats
+    return all(changed.seat_bytes(seat) <= changed.device_bytes for seat in seats)
 
 
 def changes(plan: Plan, worker: str) -> Iterator[Change]:
     """What makes a worker smaller, the cheapest first; each is tried together with all before."""
     settings = plan.settings
+    teacher = worker.removeprefix("scorer-")
+    share = None if teacher == worker else _in_learner(settings, teacher)
+    if share is not None and fits(plan, [share], worker):
+        yield share
+        return
     if settings.cluster.colocate:
         if settings.cluster.take_turns:
             yield from smaller_shares(settings)
@@ -182,9 +188,9 @@ def changes(plan: Plan, worker: str) -> Iterator[Change]:
         yield Change(text="cluster.colocate=false", make=_apart)
     if worker == "learner":
         yield from learner_changes(settings, can_offload=plan.device == "cuda")
-    elif worker.startswith("scorer-"):
+    elif teacher != worker:
         can_shard = plan.device == "cuda"  # on a CPU the ranks share one node's memory
-        yield from scorer_changes(settings, worker.removeprefix("scorer-"), can_shard=can_shard)
+        yield from scorer_changes(settings, teacher, can_shard=can_shard)
     elif worker == "reward":
         yield _set("reward", "processes", 1)
         yield _set("reward", "workers", 1)
@@ -264,6 +270,18 @@ def engine_gives_evidence(settings: RunSettings, teacher: str) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def _in_learner(settings: RunSettings, teacher: str) -> Change | None:
+    """The learner scores in the teacher's place; None: it does not have the teacher's weights."""
+    shared = with_shared_base(settings, teacher)
+    if shared is None:
+        return None
+
+    def make(old: RunSettings) -> RunSettings:
+        return replace(old, teachers=old.teachers | {teacher: shared.teachers[teacher]})
+
+    return Change(text=f"teachers.{teacher}.share_base=true", make=make)
 
 
 def _on_devices(teacher: str, devices: int) -> Change:

@@ -10,6 +10,7 @@ import pytest
 from transformers import GPT2Config
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.planning.advice import advice_lines
 from hybridrl.planning.edges import checkpoint_bytes, rollout_bytes, score_bytes
 from hybridrl.planning.fit import can_take_turns, check_fit
 from hybridrl.planning.memory import Sizes, transfer_buffers
@@ -151,6 +152,32 @@ def test_a_teacher_that_shares_the_learners_base_needs_no_device_of_its_own():
     whole = [*asked, "learner.zero_stage=2"]
     apart, shared = (planned(name, overrides=o) for o in (whole, [*whole, share]))
     assert apart.peak("learner") - shared.peak("learner") == 152064 * 3584 * 2
+
+
+def test_a_teacher_that_could_share_the_learners_base_is_named_with_the_bytes_it_would_save():
+    asked = ["lora.rank=16", "teachers.main.path=null", "learner.zero_stage=2"]
+    name = "qwen7b_from_32b_8gpu"
+    [line] = advice_lines(planned(name, overrides=asked))
+    # The scorer has 16.5 GiB, and each of four ranks a copy of the output embedding with 1.0 GiB.
+    assert line.startswith("advice: teachers.main.share_base=true needs 20.5 GiB less in all: main")
+    other = f"teachers.main.path={MODELS / 'qwen2.5-32b'}"
+    for change in ("lora.rank=null", "+teachers.main.share_base=true", other):
+        assert not list(advice_lines(planned(name, overrides=[*asked, change])))
+
+
+def test_sharing_the_learners_base_is_the_first_remedy_of_a_scorer_that_does_not_fit():
+    asked = ["lora.rank=16", "teachers.main.path=null"]
+    asked += ["rollout.engines=1", "rollout.tensor_parallel=2"]
+
+    def small(*overrides: str) -> Plan:
+        settings = planned("qwen7b_from_32b_8gpu", overrides=[*asked, *overrides]).settings
+        return make_plan(settings, device="cuda", device_bytes=16 * GIB)
+
+    with pytest.raises(
+        ConfigError, match=r"it would fit with teachers\.main\.share_base=true, on 6"
+    ):
+        check_fit(small())
+    check_fit(small("+teachers.main.share_base=true"))
 
 
 def test_adapters_keep_their_inputs_and_no_more_than_the_layers_without_them_did():
