@@ -30,12 +30,15 @@ def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Pr
         DataError: a file or row that cannot be used.
     """
     if not config.sources:
-        return load_source(config, seed, config.num_train, config.num_heldout)
+        alone = load_source(config, seed, config.num_train, config.num_heldout)
+        warn_of_shared(*alone, config, "data")
+        return alone
     train: list[Problem] = []
     heldout: list[list[Problem]] = []
     for name, source in config.sources.items():
         with named_setting(f"data.sources.{name}"):
             own = load_source(source, seed, config.num_train, config.num_heldout)
+        warn_of_shared(*own, source, f"data.sources.{name}")
         train += [of_source(name, problem) for problem in own[0]]
         heldout.append([of_source(name, problem) for problem in own[1]])
     in_turn = chain.from_iterable(zip_longest(*heldout))
@@ -69,9 +72,7 @@ def load_source(
     if source.heldout_path is not None:
         heldout = records.load(source.heldout_path, "heldout", source.revision, source.columns)
         heldout = heldout[:num_heldout]
-    train = records.load(source.path, "train", source.revision, source.columns)
-    warn_of_shared(train, heldout, source)
-    return train, heldout
+    return records.load(source.path, "train", source.revision, source.columns), heldout
 
 
 def of_source(name: str, problem: Problem) -> Problem:
@@ -98,11 +99,14 @@ def named_setting(key: str) -> Iterator[None]:
 
 
 def warn_of_shared(
-    train: Sequence[Problem], heldout: Sequence[Problem], source: ProblemsConfig
+    train: Sequence[Problem], heldout: Sequence[Problem], source: ProblemsConfig, section: str
 ) -> None:
-    """Log how many held-out prompts are training prompts too.
+    """Log how many held-out prompts of rows are training prompts too.
 
     They may be the same file, a copy of it, or a few of its rows.
+
+    Args:
+        section: of the settings that has the source.
     """
 
     def key(problem: Problem) -> str:
@@ -112,12 +116,14 @@ def warn_of_shared(
     shared = [problem for problem in heldout if key(problem) in train_keys]
     if shared:
         log.warning(
-            "data.heldout_path=%s: %d of %d held-out prompts are in data.path=%s too, %s the "
-            "first; accuracy on them does not show what is learned beyond the training data: hold "
-            "out other rows",
+            "%s.heldout_path=%s: %d of %d held-out prompts are in %s.path=%s too, %s the first; "
+            "accuracy on them does not show what is learned beyond the training data: hold out "
+            "other rows",
+            section,
             source.heldout_path,
             len(shared),
             len(heldout),
+            section,
             source.path,
             shared[0].row,
         )

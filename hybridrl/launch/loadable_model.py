@@ -216,7 +216,8 @@ def located(
     """The place of a model, after a check that the options fit it.
 
     Raises:
-        ConfigError: an option does not fit, or a checkpoint lies outside of its run.
+        ConfigError: an option does not fit, a checkpoint lies outside of its run, or a folder is
+            neither a run nor a model.
     """
     path = Path(source).expanduser()
     folder: str | None = None
@@ -236,6 +237,11 @@ def located(
         run_dir = path.absolute().parent.parent
         folder = str(path)
         _refuse_step(source, step, "is one export; name its run")
+    elif path.exists() and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{source}: is no run, which has {CONFIG}, and no model, which has config.json; name a "
+            "run, one of its checkpoints or exports, or a Hugging Face folder"
+        )
     else:
         folder = str(path) if path.exists() else source
         _refuse_step(source, step, "is no run, whose checkpoints have steps; leave it out")

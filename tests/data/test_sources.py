@@ -36,6 +36,22 @@ def prompts(**sizes: int) -> list[Prompt]:
     ]
 
 
+def test_held_out_rows_that_are_training_rows_too_are_counted_by_the_settings_of_their_source(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = rows_file(tmp_path / "train.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    held_out = rows_file(tmp_path / "held_out.jsonl", {"prompt": "c"}, {"prompt": "b"})
+    alone = DataConfig(task="records", path=train, heldout_path=held_out)
+    load_problems(alone, 0)
+    mixed = DataConfig(sources={"math": SourceConfig(path=train, heldout_path=held_out)})
+    load_problems(mixed, 0)
+    for section, warning in zip(("data", "data.sources.math"), caplog.messages, strict=True):
+        assert warning.startswith(
+            f"{section}.heldout_path={held_out}: 1 of 2 held-out prompts are in "
+            f"{section}.path={train} too, {held_out}:2 the first; "
+        )
+
+
 # -- whose turn it is ------------------------------------------------------------------------------
 
 
