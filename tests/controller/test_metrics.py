@@ -1,6 +1,8 @@
 """The metrics of a step, against numbers counted by hand, and the page that explains them."""
 
+import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +51,7 @@ from hybridrl.policy.student import Student
 from hybridrl.report.figures import PANELS
 from hybridrl.rewards.repetition import compressed_share, repeated_share
 from hybridrl.rollout.header import chunk_header
+from hybridrl.runtime.prometheus_sink import gauge_name
 from hybridrl.settings.algorithm import AlgorithmConfig, PairConfig
 from hybridrl.settings.choices import Source
 from hybridrl.settings.compose import load_config
@@ -67,6 +70,7 @@ from tests.controller.test_graph import PROMISED
 from tests.support.batches import make_batch, make_plan, make_rewards, make_scores, token_columns
 
 CPU = torch.device("cpu")
+DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana.json"
 METRICS = [metric for section in SECTIONS for metric in section.metrics]
 
 
@@ -582,6 +586,20 @@ def test_every_key_is_in_the_glossary_and_every_entry_is_a_key():
     assert len({m.key for m in METRICS}) == len(METRICS) and all(
         m.formula and m.reading for m in METRICS
     )
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_dashboard_asks_for_gauges_of_metrics_that_some_row_has():
+    gauges = {f"ray_{gauge_name(key)}" for key in everything()}
+    dashboard = json.loads(DASHBOARD.read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = [name for query in queries for name in re.findall(r"(\w+)\{", query)]
+    assert len(names) == len(queries) >= 20, "each query reads one gauge"
+    assert sorted(set(names) - gauges) == []
+    variable = next(v for v in dashboard["templating"]["list"] if v["name"] == "run")
+    assert re.findall(r"label_values\((\w+), run\)", variable["query"]) == [
+        f"ray_{gauge_name('train/step')}"
+    ]
 
 
 def test_the_most_particular_entry_explains_a_key():
