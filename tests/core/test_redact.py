@@ -541,19 +541,25 @@ class Failing:
         )
 
 
+def log_of_worker(program: str, folder: Path) -> str:
+    """What a process writes into the log file that the program receives as its argument."""
+    root = Path(__file__).parent.parent.parent
+    log = folder / "w.log"
+    subprocess.run(
+        [sys.executable, "-c", program, str(log)],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        cwd=root,
+        check=True,
+    )
+    return log.read_text()
+
+
 def test_a_worker_drops_its_nodes_secrets_and_logs_none(environment: None, tmp_path: Path):
     program = (
         "import sys; from hybridrl.runtime.host import build, log_of; "
         "log_of(sys.argv[1], {}); build('tests.core.test_redact:Failing', {})"
     )
-    root = Path(__file__).parent.parent.parent
-    subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "w.log")],
-        env=os.environ | {"PYTHONPATH": str(root)},
-        cwd=root,
-        check=True,
-    )
-    log = (tmp_path / "w.log").read_text()
+    log = log_of_worker(program, tmp_path)
     assert "RuntimeError: HF_TOKEN=***, others ['HF_TOKEN']" in log and CANARY not in log
 
 
@@ -585,14 +591,7 @@ def test_a_worker_logs_neither_the_secrets_it_dropped_nor_those_of_its_settings(
     environment: None, tmp_path: Path
 ):
     program = "import sys; from tests.core.test_redact import build_judge; build_judge(sys.argv[1])"
-    root = Path(__file__).parent.parent.parent
-    subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "w.log")],
-        env=os.environ | {"PYTHONPATH": str(root)},
-        cwd=root,
-        check=True,
-    )
-    log = (tmp_path / "w.log").read_text()
+    log = log_of_worker(program, tmp_path)
     assert log == "WARNING judge: *** refused, node had ***, https://judge:8000\n"
 
 
