@@ -17,6 +17,7 @@ from reproduction import (
     gaussian,
     group_size,
     label_noise,
+    methods,
     preference_bandit,
     preference_runs,
     realizability,
@@ -215,10 +216,12 @@ def test_a_small_run_gives_the_numbers_that_the_table_shows(experiment):
 @by_id
 def test_the_settings_of_every_arm_that_trains_are_accepted(experiment, tmp_path):
     for arm in experiment.arms:
-        for settings in (arm.settings, arm.small_settings) if arm.trains else ():
-            if arm.measure is preference_runs.measure:
-                settings = preference_runs.run_settings(settings, Path("a.jsonl"), Path("b.jsonl"))
-            load_settings(overrides(settings, 0, tmp_path / "run"))
+        if not arm.trains:
+            continue
+        settings = arm.settings
+        if arm.measure is preference_runs.measure:
+            settings = preference_runs.run_settings(settings, Path("a.jsonl"), Path("b.jsonl"))
+        load_settings(overrides(settings, 0, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -445,6 +448,26 @@ def test_epochs_are_judged_by_the_chosen_likelihood_at_their_end(dil, dpo, verdi
         chosen = tuple(ends.get(arm.name, dpo) * share for share in even)
         runs[arm.name] = [course_of(arm, seed, chosen, (0.0,) * 20) for seed in range(5)]
     assert epochs.EXPERIMENT.judge(runs).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "rloo", "verdict"),
+    [
+        (0.5, 0.3, Verdict.confirmed),
+        (0.3, 0.5, Verdict.refuted),
+        (0.3, 0.3, Verdict.undecided),
+    ],
+)
+def test_methods_are_judged_with_their_better_learning_rate(hybrid, rloo, verdict):
+    """The other learning rate is 10 points worse; the other methods have 0.2."""
+    rewards = {"hybrid": hybrid, "rloo": rloo}
+    runs = {}
+    for arm in methods.EXPERIMENT.arms:
+        method = arm.name.rpartition(", ")[0]
+        worse = arm.settings["train.lr"] == methods.RATES[1]
+        reward = rewards.get(method, 0.2) - 0.1 * worse
+        runs[arm.name] = [run_of(arm, seed, reward=reward) for seed in range(3)]
+    assert methods.EXPERIMENT.judge(runs).verdict is verdict
 
 
 def test_a_reward_is_compared_with_the_mean_of_its_siblings():
