@@ -232,7 +232,10 @@ def small_lab(tmp_path_factory):
         yield lab
 
 
-TRAINED = [e for e in EXPERIMENTS if e.arms[0].trains]
+TRAINED = sorted(
+    (e for e in EXPERIMENTS if e.arms[0].trains), key=lambda e: e.arms[0].measure.__module__
+)
+"""Those with the same workers one after the other."""
 
 
 @pytest.mark.graph

@@ -75,7 +75,7 @@ EXPERIMENT = Experiment(
     arms=tuple(
         arm(names[realizable], algorithm, realizable=realizable)
         for realizable in (True, False)
-        for names, algorithm in ((OFFLINE, "seqkd"), (ONLINE, "opd_full"))
+        for names, algorithm in ((ONLINE, "opd_full"), (OFFLINE, "seqkd"))
     ),
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
