@@ -22,6 +22,8 @@ class Sender(Protocol):
 
     def send_weights(self) -> None: ...
 
+    def shutdown(self) -> None: ...
+
 
 class WeightPublisher:
     """Sends the weights to engines, and writes them as a Hugging Face folder.
@@ -54,9 +56,11 @@ class WeightPublisher:
         num_engines: int,
         tensor_parallel: int,
     ) -> None:
-        """Open vLLM's own nccl or ipc channel to the engines."""
+        """Open vLLM's own nccl or ipc channel to these engines, in the place of the one before."""
         from hybridrl.weights.vllm_transfer import EngineClient, trainer_engine
 
+        if self.sender is not None:
+            self.sender.shutdown()
         self.client = EngineClient(call, num_engines, tensor_parallel)
         self.sender = trainer_engine(backend, self.rank, master, self.client, self.stream)
 

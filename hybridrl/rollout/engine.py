@@ -197,6 +197,12 @@ class Rollout:
     async def init_weight_transfer_engine(self, init_info: dict) -> None:
         self.engine.collective_rpc("init_weight_transfer_engine", args=(init_info,))
 
+    async def leave_channel(self) -> None:
+        """Raises:
+        RuntimeError: an update has begun and was not finished.
+        """
+        self.engine.collective_rpc("shutdown_weight_transfer_engine")
+
     # They are calls of their own, between which the event loop runs other coroutines. So the first
     # pauses the engine, and the last resumes it with the version of the new weights.
 

@@ -167,6 +167,10 @@ class ActorGroup:
         self.last_reasons[index] = error.reason if raised(error) else None
         return index
 
+    def incarnations(self, indices: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """Workers, each with its epoch: equal as long as none of them is replaced."""
+        return tuple((index, self.epochs[index]) for index in indices)
+
     def members(self, index: int) -> range:
         """The workers of the unit of a worker, itself included."""
         first = index - index % self.unit
@@ -302,15 +306,16 @@ def ask_for_stacks(pid: int, log: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """A call to every engine with a deadline, made by the learner's sending rank; picklable."""
+    """A call to some engines with a deadline, made by the learner's sending rank; picklable."""
 
     group: ActorGroup
+    engines: tuple[int, ...]
     deadline_s: float
 
     def __call__(self, method: str, arguments: Sequence[tuple]) -> None:
         gather(
             [
                 self.group.submit(i, method, *args, deadline_s=self.deadline_s)
-                for i, args in enumerate(arguments)
+                for i, args in zip(self.engines, arguments, strict=True)
             ]
         )

@@ -33,7 +33,10 @@ class Fleet:
     Args:
         closed_by: the setting because of which no engine can join; None: engines are replaced.
         load_latest: starts loading the newest weights into an engine; returns None if the engine
-            has read them from disk.
+            has read them from disk, or `joined` brings them.
+
+    Attributes:
+        joined: called after engines have joined, before one of them is used.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Fleet:
         self.serving = set(range(group.size))
         self.joining: dict[int, Pending] = {}  # replaced engines -> the first ping of the new one
         self.pings: dict[int, Ping] = {}
+        self.joined: Callable[[], None] = do_nothing
 
     def silent(self) -> Pending | None:
         """A ping that an engine has not answered within deadlines.heartbeat_s; None: all engines
@@ -106,6 +110,12 @@ class Fleet:
         """Let replaced engines serve that are ready, once they have acknowledged the newest
         weights. If no engine serves, wait for them.
         """
+        before = set(self.serving)
+        self._admit_ready()
+        if self.serving - before:
+            self.joined()
+
+    def _admit_ready(self) -> None:
         while self.joining:
             for engine, ping in list(self.joining.items()):
                 if self.serving and not is_done(ping):
@@ -120,6 +130,10 @@ class Fleet:
                 self.lose_all(errors)
             if self.serving:
                 return
+
+
+def do_nothing() -> None:
+    """The default of Fleet.joined."""
 
 
 def failures(

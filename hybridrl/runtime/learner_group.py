@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -29,6 +30,19 @@ POLL_S = 0.2
 """Between two questions whether the ranks have written their files."""
 
 
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The engines that a channel of nccl or ipc is open to, each with its epoch."""
+
+    group: ActorGroup
+    engines: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def to(cls, rollout: RolloutGroup) -> "Connected":
+        """The engines that serve now."""
+        return cls(rollout.group, rollout.group.incarnations(sorted(rollout.fleet.serving)))
+
+
 class LearnerGroup:
     """consumes references to chunks, rewards and scores / produces updates and weights / all calls
     but `ready` and `logprob_gaps` wait for every rank: the ranks work together, so that the failure
@@ -51,7 +65,7 @@ class LearnerGroup:
         self.group = ActorGroup("learner", self.worker, slots, arguments, log_dir=log_dir)
         self.master = master
         self.failed = False
-        self.connected: ActorGroup | None = None  # the engines with a channel of nccl or ipc
+        self.connected: Connected | None = None
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
@@ -157,19 +171,23 @@ class LearnerGroup:
         return manifests[0], pairs[0][1].ref
 
     def connect_engines(self, backend: WeightTransfer, rollout: RolloutGroup) -> None:
-        if self.connected is rollout.group:
-            return  # by an earlier job of a sweep
+        """Open a channel of nccl or ipc to the engines that serve; the one before is closed."""
+        self.connected = None
         limit = self.settings.deadlines.start_s
-        call = EngineCall(rollout.group, limit)
+        engines = tuple(sorted(rollout.fleet.serving))
         self.group.call_all(
             "connect_engines",
             str(backend),
             free_port_at(self.slot, limit),
-            call,
-            rollout.group.size,
+            EngineCall(rollout.group, engines, limit),
+            len(engines),
             deadline_s=limit,
         )
-        self.connected = rollout.group
+        self.connected = Connected.to(rollout)
+
+    def is_connected(self, rollout: RolloutGroup) -> bool:
+        """Whether the channel is open to the engines that serve now, and to no other."""
+        return self.connected == Connected.to(rollout)
 
     def send_weights(self, version: int) -> int:
         """Send the weights to the connected engines, which serve them as this version; returns the

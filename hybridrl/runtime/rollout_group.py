@@ -70,9 +70,7 @@ class RolloutGroup:
             concurrent=True,
         )
         self.load = EngineLoad(len(slots))
-        self.fleet = Fleet(
-            self.group, settings.deadlines, closed_by(settings, backend), self.load_latest
-        )
+        self.fleet = Fleet(self.group, settings.deadlines, closed_by(settings), self.load_latest)
         # The weights that an engine must hold to serve; None: those that it has read from disk.
         self.latest: tuple[WeightManifest, ray.ObjectRef] | None = None
 
@@ -284,6 +282,16 @@ class RolloutGroup:
 
     # -- failed engines ----------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Ask all engines for an answer, and replace those that give none."""
+        limit = self.settings.deadlines.heartbeat_s
+        self.fleet.lose_failed(
+            [
+                self.group.submit(engine, "ping", deadline_s=limit)
+                for engine in sorted(self.fleet.serving)
+            ]
+        )
+
     def silent(self) -> Pending | None:
         """As Fleet.silent."""
         return self.fleet.silent()
@@ -325,18 +333,28 @@ class RolloutGroup:
             engine, "load_weights", manifest, packed, deadline_s=self.settings.deadlines.sync_s
         )
 
+    def leave_channel(self) -> None:
+        """Have all engines close their ends of a channel of nccl or ipc; an engine whose update was
+        interrupted cannot, and is replaced.
+        """
+        limit = self.settings.deadlines.sync_s
+        self.fleet.lose_failed(
+            [
+                self.group.submit(engine, "leave_channel", deadline_s=limit)
+                for engine in sorted(self.fleet.serving)
+            ]
+        )
+
     def close(self) -> None:
         self.group.close()
 
 
-def closed_by(settings: RunSettings, backend: WeightTransfer) -> str | None:
+def closed_by(settings: RunSettings) -> str | None:
     """The setting because of which no engine can join the fleet; None: engines are replaced.
 
-    An engine can neither join nor leave the channel of vLLM's nccl and ipc. One that starts
-    measures the free memory of its GPU, which others may hold at that time if they take turns.
+    An engine that starts measures the free memory of its GPU, which others may hold at that time if
+    they take turns.
     """
-    if backend is not WeightTransfer.object_store:
-        return f"rollout.weight_transfer={backend}"
     return "cluster.take_turns=true" if settings.cluster.take_turns else None
 
 

@@ -19,8 +19,10 @@ class WeightSync:
         self.learner = learner
         self.rollout = rollout
         self.backend = backend
+        # That the channel has sent last; None: none, or an update is under way.
+        self.version: int | None = None
         if backend is not WeightTransfer.object_store:
-            learner.connect_engines(backend, rollout)
+            rollout.fleet.joined = self._send_again
 
     def publish(self, version: int) -> int:
         """Make every engine serve `version`.
@@ -30,9 +32,34 @@ class WeightSync:
 
         Raises:
             WeightSyncError: every engine received other bytes, or did not load all of them.
+            WorkerError: an engine failed while nccl or ipc sent to it.
         """
         if self.backend is WeightTransfer.object_store:
             manifest, packed = self.learner.pack_weights(version)
             self.rollout.load_weights(manifest, packed)
             return manifest.nbytes
-        return self.learner.send_weights(version)
+        self.rollout.check()  # NCCL would wait for an engine that has died
+        return self._send(version)
+
+    # -- the channel of nccl or ipc ----------------------------------------------------------------
+
+    def _send(self, version: int) -> int:
+        """Send to all engines that serve, those that are ready to join among them. The channel is
+        formed anew after every loss and every arrival.
+        """
+        self.version = None  # engines that join from here on need no sending of their own
+        self.rollout.fleet.admit()
+        if not self.learner.is_connected(self.rollout):
+            self.rollout.leave_channel()
+            self.rollout.fleet.admit()
+            self.learner.connect_engines(self.backend, self.rollout)
+        num_bytes = self.learner.send_weights(version)
+        self.version = version
+        return num_bytes
+
+    def _send_again(self) -> None:
+        """After an engine has joined, which has the weights that it read from disk. Between two
+        updates the learner still has those that it sent last.
+        """
+        if self.version is not None:
+            self._send(self.version)

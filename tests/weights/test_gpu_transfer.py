@@ -59,7 +59,8 @@ def test_two_engines_of_two_devices_take_a_sharded_learners_weights_while_they_s
     tmp_path: Path,
 ):
     """A learner with ZeRO-3 on two ranks, from other weights than the engines begin with. The
-    engines run their core in a process of its own.
+    engines run their core in a process of its own. Then one of them dies: the next version reaches
+    the other one, and both have it when its successor has joined.
     """
     settings = tiny_settings(
         tmp_path,
@@ -92,12 +93,29 @@ def test_two_engines_of_two_devices_take_a_sharded_learners_weights_while_they_s
                 row = batch.trajectory(i)
                 versions = row.policy_versions[row.response_mask].tolist()
                 assert set(versions) <= {-1, 1} and versions == sorted(versions)
-        probes = engines.probe(prompts, num_tokens=16, temperature=1.0)
-        assert len(probes) == 2
-        gaps = np.concatenate(gather(learner.logprob_gaps([*probes.values()])))
-        assert gaps.max() < 1e-4, "the engines sample from the learner's weights"
+        assert serve_the_learners_weights(engines, learner, prompts) == {"rollout/0", "rollout/1"}
+        ray.kill(engines.group.actors[1])
+        sync.publish(2)
+        assert engines.group.epochs == [0, 1]
+        assert serve_the_learners_weights(engines, learner, prompts) >= {"rollout/0"}
+        gather([*engines.fleet.joining.values()])
+        assert serve_the_learners_weights(engines, learner, prompts) == {"rollout/0", "rollout/1"}
+        assert learner.is_connected(engines)
+        sync.publish(3)
+        assert serve_the_learners_weights(engines, learner, prompts) == {"rollout/0", "rollout/1"}
+        assert sync.version == 3
         learner.close()
         engines.close()
+
+
+def serve_the_learners_weights(
+    engines: RolloutGroup, learner: LearnerGroup, prompts: Sequence[Prompt]
+) -> set[str]:
+    """The engines that serve; checks that they sample from the learner's weights."""
+    probes = engines.probe(prompts, num_tokens=16, temperature=1.0)
+    gaps = np.concatenate(gather(learner.logprob_gaps([*probes.values()])))
+    assert gaps.max() < 1e-4
+    return set(probes)
 
 
 def with_tests(slots: Sequence[Slot]) -> list[Slot]:
