@@ -112,7 +112,7 @@ def offloaded_shards(zero: ZeroBytes, weights: int, wide: int, offload: Offload)
     """Stage 3 with its optimizer, or with all of its shard, in host memory.
 
     There are the summed gradients, Adam's input, master weights and both moments, float32 each: 20
-    bytes a parameter and rank. A float32 model has master weights of its own there.
+    bytes a parameter and rank.
 
     Example: Qwen2.5-7B in bfloat16 on one rank: 20 P = 141.9 GiB in host memory and 2 P = 14.2 GiB
     on the device; with its parameters, 22 P = 156.0 GiB and nothing.
@@ -156,8 +156,8 @@ def on_device(
 ) -> ZeroBytes:
     """What one rank holds without offloading.
 
-    Stage 1 adds the gradients of micro-batches in the model's dtype, 2 and 3 in float32. In float32
-    stage 3 trains the weights themselves, without master weights besides.
+    Stage 1 adds the gradients of micro-batches in the model's dtype, 2 and 3 in float32. There are
+    master weights in float32 too, in every stage.
 
     Example: Qwen2.5-7B in bfloat16, stage 1, 8 ranks: 2 P + 2 P + 12 P / 8 = 39.0 GiB.
 
@@ -198,7 +198,7 @@ def on_device(
     return ZeroBytes(
         weights=width * share,
         gradients=WIDE * share,
-        optimizer=(3 if width < WIDE else 2) * WIDE * share,
+        optimizer=3 * WIDE * share,
         always=summed,
         gathered=width * min(parameters, GATHERED),
         reducing=summed,  # the bucket's parts in rank order

@@ -64,6 +64,7 @@ def test_shapes_come_from_the_config_alone():
         (2, 2, {1: 127.7, 2: 70.9, 4: 42.6, 8: 28.4, 16: 21.3}),
         (2, 3, {1: 127.7, 2: 63.8, 4: 31.9, 8: 16.0, 16: 8.0}),
         (4, 1, {1: 141.9, 2: 99.3, 4: 78.0, 8: 67.4, 16: 62.1}),
+        (4, 3, {1: 141.9, 2: 70.9, 4: 35.5, 8: 17.7, 16: 8.9}),
     ],
 )
 def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer(width, stage, gib):

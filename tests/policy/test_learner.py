@@ -26,6 +26,7 @@ from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 from hybridrl.objectives.credit import Credit
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.ops.compare import COMPARED
+from hybridrl.planning.zero import zero_bytes
 from hybridrl.policy import diagnostics as probe
 from hybridrl.policy.optimizer_state import check_model
 from hybridrl.policy.student import Student
@@ -573,6 +574,19 @@ def test_the_pieces_of_all_ranks_are_the_state_that_deepspeed_itself_gathers(
     folder: Path, case: str
 ):
     assert equal(saved_state(folder, case), load_file(folder / f"{case}-gathered.safetensors"))
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_rank_holds_the_weights_and_the_optimizer_of_the_plan(
+    folder: Path, stage: int, width: int
+):
+    """Besides what DeepSpeed adds so that the ranks have equal shares."""
+    case = f"zero{stage}" + ("-bf16" if width == 2 else "")
+    parameters = sum(w.numel() for w in load_file(folder / f"{case}.safetensors").values())
+    plan = zero_bytes(parameters, width=width, ranks=2, stage=stage, micro_batches=6)
+    planned = plan.weights + plan.optimizer
+    assert planned <= result(folder, case)["held"] <= 1.02 * planned
 
 
 @pytest.mark.parametrize("case", ["zero1", "zero2", "zero3"])

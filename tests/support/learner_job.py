@@ -208,6 +208,16 @@ def plan_for(step: int, num_micro_batches: int, groups: int = 4, **changes) -> U
 OTHER_ADAM = ("train.betas=[0.5,0.6]", "train.weight_decay=0.5", "train.grad_clip=0.01")
 
 
+def held_bytes(learner) -> int:
+    """Bytes of this rank's weights, master weights and moments of Adam, each memory once."""
+    from hybridrl.weights.library_internals import update_memory
+
+    state, _ = update_memory(learner.engine.optimizer)
+    weights = [getattr(p, "ds_tensor", p) for p in learner.engine.module.parameters()]
+    storages = [tensor.untyped_storage() for tensor in (*weights, *state)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 class Job:
     """One rank; `run` builds a fresh Learner on the same process group."""
 
@@ -268,7 +278,7 @@ class Job:
             learner.update(plan_for(step, num_micro_batches, num_groups), groups, *values)
             for step in range(2)
         ]
-        self.report(case, learner, stats)
+        self.report(case, learner, stats, held=held_bytes(learner))
         return learner, groups, values
 
     def turns(self, case: str, *, apart: bool) -> None:

@@ -447,6 +447,9 @@ def test_a_whole_run_has_the_placement_and_the_transfer_that_its_step_checks():
         assert settings.learner.ranks + settings.rollout.engines + settings.scorer.replicas == 4
         assert settings.rollout.weight_transfer == "nccl" and not settings.cluster.colocate
     assert load_config([*base, *graph.ON_SEVERAL, "cluster.spread=true"]).cluster.spread
+    settings = load_config([*base, *graph.ON_SEVERAL, *graph.ONE_LOST])
+    assert settings.learner.ranks + settings.rollout.engines + settings.scorer.replicas == 4
+    assert settings.rollout.engines == 2, "one is left when the other dies"
     for transfer in ("object_store", "ipc"):
         more = f"rollout.weight_transfer={transfer}"
         settings = load_config([*base, *graph.ON_ONE_GPU, more])

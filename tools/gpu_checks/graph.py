@@ -41,6 +41,8 @@ ON_SEVERAL = (
     "checkpoint.every=2",
 )
 """Two learner ranks, one engine and one teacher."""
+ONE_LOST = ("learner.ranks=1", "rollout.engines=2")
+"""In the place of two ranks and one engine; one of the engines dies in its first wave."""
 GPUS = 4
 WITHOUT_EVALUATION = ("eval.every=0", "eval.teacher=false", "checkpoint.every=0")
 
@@ -98,6 +100,23 @@ def nccl(ground: Ground) -> Iterator[Check]:
         "nccl: the same command continues after the last step",
         again.status == 0 and f"after step {STEPS} of {STEPS}" in again.output,
         f"it prints: {last_line(again.output)}",
+    )
+
+
+def lost_engine(ground: Ground) -> Iterator[Check]:
+    """As nccl, with two engines; one dies as it begins to sample, and NCCL's group is formed anew,
+    first without it and then with the one in its place.
+    """
+    name = "nccl-lost-engine"
+    once = ground.root / "an_engine_was_killed"
+    once.unlink(missing_ok=True)
+    fault = f"rollout.generate:do=kill:once={once}"
+    run = train(ground, name, STEPS, *ON_SEVERAL, *ONE_LOST, fault=fault)
+    yield from run_checks(run, STEPS, "bfloat16", "nccl")
+    yield holds(
+        f"{name}: another engine took its place",
+        "serves again" in run.output,
+        "by the line that a run prints when an engine has joined",
     )
 
 
@@ -160,12 +179,14 @@ def train(
     *overrides: str,
     folder: Path | None = None,
     again: bool = False,
+    fault: str = "",
 ) -> Run:
     """Run `hybridrl train experiment=quickstart` in a process of its own.
 
     Args:
         folder: that holds its run.dir; None: the one of the proof.
         again: continue the run of this name; else one that an earlier call left is removed.
+        fault: a failpoint, as in hybridrl.core.failpoints.
     """
     run_dir = (folder or ground.root) / "runs" / name
     if not again:
@@ -182,17 +203,18 @@ def train(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         start = file.tell()
-        status = completed(["train", *arguments], file.fileno())
+        status = completed(["train", *arguments], file.fileno(), fault)
     output = log.read_text(errors="replace")[start:]
     return Run(name=name, status=status, output=output, rows=metrics_of(run_dir))
 
 
-def completed(arguments: Sequence[str], output: int) -> int:
+def completed(arguments: Sequence[str], output: int, fault: str = "") -> int:
     """The exit status of the command `hybridrl`; -1: it was stopped after LIMIT_S."""
     process = subprocess.Popen(
         [sys.executable, "-m", "hybridrl.cli", *arguments],
         stdout=output,
         stderr=subprocess.STDOUT,
+        env=os.environ | ({"HYBRIDRL_FAILPOINTS": fault} if fault else {}),
     )
     try:
         return process.wait(LIMIT_S)

@@ -130,6 +130,14 @@ STEPS = (
                 limit_s=2400.0,
             ),
             Part(
+                name="lost-engine",
+                title="an engine dies, and another takes its place in NCCL's group",
+                run="graph:lost_engine",
+                packages=GRAPH,
+                gpus=4,
+                on_cpu=False,
+            ),
+            Part(
                 name="offload",
                 title="a part of the learner in host memory",
                 run="graph:offload",
