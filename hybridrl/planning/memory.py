@@ -1,7 +1,7 @@
 """The bytes that each worker holds on its device, by phase and part.
 
 All responses are taken to be as long as they may be. The worker of the data's responses is left
-out: it holds no model. Reward workers hold theirs in the memory of their node, on GPUs too.
+out: it holds no model. Reward workers hold theirs in the memory of their node, unless reward.gpus.
 """
 
 import math
@@ -539,18 +539,20 @@ def scoring_engine_parts(sizes: Sizes, teacher: ScoredTeacher, device_bytes: int
 
 def reward_parts(sizes: Sizes) -> Iterator[Part]:
     """The memory of one reward worker and its child processes, each of which has every reward
-    model, in float32 on the CPU; other reward functions hold no model.
+    model, on the CPU or on the worker's GPU; other reward functions hold no model.
     """
     settings = sizes.settings
     weights = 0
     activations = 0
     for name, path in settings.reward.models.items():
         setting = f"reward.functions.{name}.options.path"
-        model = ModelConfig(path=path, dtype="float32")
+        dtype = settings.reward.functions[name].options.get("dtype", "float32")
+        model = ModelConfig(path=path, dtype=dtype)
         rows = max(min(MAX_TOKENS // sizes.tokens, sizes.of_chunk), 1)
         work = Pass(rows, sizes.tokens, learns=False)
         shape = model_shape(model, setting)
-        weights += (shape.parameters - (0 if shape.tied else shape.head)) * WIDE  # of its body
+        of_body = shape.parameters - (0 if shape.tied else shape.head)
+        weights += of_body * DTYPE_BYTES[dtype]
         activations = max(activations, pass_bytes(model, setting, work).forward)
     yield Part("reward", "reward", "weights", weights * settings.reward.processes)
     yield Part("reward", "reward", "activations", activations * settings.reward.processes)

@@ -202,7 +202,7 @@ def seats(settings: RunSettings, *, on_cpu: bool) -> list[Seat]:
     own_classes = {f"scorer-{n}" for n in settings.teachers if settings.teachers[n].model}
     models = [t for t in teams(settings) if t.gpus and t.name not in own_classes]
     if on_cpu:
-        models += [t for t in teams(settings) if t.name == "reward"]
+        models += [t for t in teams(settings) if t.name == "reward" and t not in models]
         return [Seat(0, 0, tuple(team.name for team in models for _ in range(team.size)))]
     if settings.cluster.colocate:
         width = max(team.size for team in models)
@@ -224,8 +224,9 @@ def seats(settings: RunSettings, *, on_cpu: bool) -> list[Seat]:
 def plan_lines(plan: Plan) -> Iterator[str]:
     """The plan as tables of text."""
     yield from seat_lines(plan)
+    on_gpu = bool(plan.settings.reward.gpus)  # the reward workers, where the run has GPUs
     for name in dict.fromkeys(part.worker for part in plan.parts):
-        if plan.peak(name) and (name != "reward" or plan.device == "cpu"):
+        if plan.peak(name) and (name != "reward" or plan.device == "cpu" or on_gpu):
             yield ""
             yield from part_lines(name, plan.of_worker(name))
     yield ""
@@ -234,7 +235,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         [[f"  {e.source} -> {e.target}", e.what, shown(e.nbytes)] for e in plan.edges]
     )
     retained = plan.settings.checkpoint.keep
-    if plan.device == "cuda" and (models := plan.peak("reward")):
+    if plan.device == "cuda" and not on_gpu and (models := plan.peak("reward")):
         yield f"host memory of each reward worker, for its reward models: {shown(models)}"
     if plan.offloaded_bytes:
         yield f"host memory of each learner rank, offloaded: {shown(plan.offloaded_bytes)}"

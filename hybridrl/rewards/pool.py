@@ -222,10 +222,17 @@ class RewardPool:
         return signatures
 
 
-def reward_calls(config: "RewardConfig") -> dict[str, RewardCall]:
-    """`reward.functions` in the form that the pool takes."""
+def reward_calls(config: "RewardConfig", device: str = "cpu") -> dict[str, RewardCall]:
+    """`reward.functions` in the form that the pool takes.
+
+    Args:
+        device: of the reward models.
+    """
     return {
-        name: RewardCall(function=f.function, options=dict(f.options))
+        name: RewardCall(
+            function=f.function,
+            options=dict(f.options) | ({"device": device} if name in config.models else {}),
+        )
         for name, f in config.functions.items()
     }
 

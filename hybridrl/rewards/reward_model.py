@@ -7,8 +7,8 @@ score (objectives.pairs), so the last token itself is never read.
 
     P0 P1 | A0 A1 EOS      score = w . h(P0 P1 A0 A1), the state at A1
 
-Scores are computed on the CPU in float32. For a model that was trained in bfloat16 they lack the
-rounding of its forward pass.
+Scores are computed in float32, on the CPU or, with reward.gpus, on a GPU. For a model that was
+trained in bfloat16 they lack the rounding of its forward pass, unless `dtype` is bfloat16 too.
 """
 
 from collections.abc import Mapping
@@ -34,14 +34,19 @@ class RewardModel:
 
     Args:
         path: the folder that a run with algorithm=reward_model exported.
+        dtype: of the model's body, float32 or bfloat16; the value head is in float32.
+        device: where it computes; of a run, as reward.gpus says.
 
     Raises:
         ConfigError: there is no such folder, or no model or value head in it.
     """
 
-    def __init__(self, path: str) -> None:
-        self.value_head = load_value_head(path, setting="options.path")  # [1, H] float32
-        self.body = load_model(path, "float32", setting="options.path").base_model
+    def __init__(self, path: str, dtype: str = "float32", device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        head = load_value_head(path, setting="options.path")  # [1, H] float32
+        self.value_head = head.to(self.device)
+        body = load_model(path, dtype, setting="options.path").base_model
+        self.body = body.to(self.device)
 
     @torch.no_grad()
     def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[float]:
@@ -62,9 +67,14 @@ class RewardModel:
             rows = [inputs[i] for i in batch]
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, T] int64
             mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
-            output = self.body(input_ids=ids, attention_mask=mask, use_cache=False)
-            states = output.last_hidden_state  # [B, T, H] float32
-            scores[batch] = states[torch.arange(len(batch)), lengths - 1] @ self.value_head[0]
+            output = self.body(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                use_cache=False,
+            )
+            states = output.last_hidden_state  # [B, T, H]
+            last = states[torch.arange(len(batch)), lengths - 1].float()  # [B, H]
+            scores[batch] = (last @ self.value_head[0]).cpu()
         return scores.tolist()
 
 

@@ -40,6 +40,7 @@ class RewardWorker:
             excludes a group.
         deadline_s: of `score`; calls that hang are ended early enough for it.
         eos: as model.eos; decoding leaves it out.
+        device: of the reward models, cpu or cuda.
         load: maps tokenizer_path, revision and eos to the tokenizer.
 
     Raises:
@@ -55,12 +56,13 @@ class RewardWorker:
         watch_only: bool,
         deadline_s: float = math.inf,
         eos: str | None = None,
+        device: str = "cpu",
         load: Callable[..., Tokenizer] = load_tokenizer,
     ) -> None:
         self.config = config
         self.watch_only = watch_only
         self.tokenizer = load(tokenizer_path, revision, eos=eos)
-        calls = reward_calls(config)
+        calls = reward_calls(config, device)
         # The time of one function, long enough for one round of tasks. A task may begin just before
         # it is over, so timeout_s is subtracted.
         budget_s = max(

@@ -97,6 +97,7 @@ FREE = (
     "learner.gradient_checkpointing",
     "reward.workers",
     "reward.processes",
+    "reward.gpus",
     "reward.timeout_s",
     "reward.max_error_rate",
     "train.max_tokens_per_micro_batch",

@@ -104,7 +104,7 @@ def teams(settings: RunSettings) -> list[Team]:
     found = [
         Team(name="learner", size=settings.learner.ranks, gpus=1, heavy=True),
         Team(name="rollout", size=rollout.engines, gpus=rollout.tensor_parallel, heavy=True),
-        Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False),
+        Team(name="reward", size=settings.reward.workers, gpus=settings.reward.gpus, heavy=False),
     ]
     for name in settings.teachers_with_scorers:
         teacher = settings.teachers[name]

@@ -451,6 +451,11 @@ def _check_shared_gpus(settings: RunSettings) -> None:
             f"rollout.tensor_parallel={rollout.tensor_parallel}: under cluster.colocate=true an "
             "engine has a share of one GPU; set it to 1, or cluster.colocate=false"
         )
+    if settings.reward.gpus:
+        raise ConfigError(
+            f"reward.gpus={settings.reward.gpus}: under cluster.colocate=true a reward worker "
+            "would fill a GPU that others share; set it to 0, or cluster.colocate=false"
+        )
     by_store = settings.weight_transfer(on_cpu=False) is WeightTransfer.object_store
     if not by_store and rollout.engines > ranks:
         raise ConfigError(

@@ -231,6 +231,8 @@ class RewardConfig:
     """workers; each runs calls in its own child processes, which can be killed"""
     processes: int = 1
     """child processes per worker"""
+    gpus: int = 0
+    """GPUs of each worker, 0 or 1, on which its reward models compute; on CPUs it has no effect"""
     timeout_s: float = 10.0
     """deadline of one call for one sequence, after which the child process is killed"""
     on_error: OnError = OnError.drop_group
@@ -257,6 +259,27 @@ class RewardConfig:
                 f"reward.workers={self.workers}, reward.processes={self.processes}: both must be "
                 "at least 1"
             )
+        if self.gpus not in (0, 1):
+            raise ConfigError(
+                f"reward.gpus={self.gpus}: a reward model computes on one GPU; set it to 0 or 1"
+            )
+        if self.gpus and not self.models:
+            raise ConfigError(
+                f"reward.gpus={self.gpus}: no reward function is a reward_model, and no other one "
+                "uses a GPU; set it to 0"
+            )
+        for name in self.models:
+            options = self.functions[name].options
+            if "device" in options:
+                raise ConfigError(
+                    f"reward.functions.{name}.options.device: the placement decides it; set "
+                    "reward.gpus=1 for a GPU"
+                )
+            dtype = options.get("dtype", "float32")
+            if dtype not in ("float32", "bfloat16"):
+                raise ConfigError(
+                    f"reward.functions.{name}.options.dtype={dtype}: must be float32 or bfloat16"
+                )
         if not 0 <= self.max_error_rate <= 1:
             raise ConfigError(
                 f"reward.max_error_rate={self.max_error_rate}: must be a fraction, in [0, 1]"

@@ -384,6 +384,21 @@ def test_each_child_process_of_a_reward_worker_has_every_reward_model():
     assert plain.imported("reward") - own == 25 * 2**20, "that of a child without torch"
 
 
+def test_a_reward_model_on_a_gpu_has_one_of_its_own():
+    """The 7B model as its own judge, in bfloat16: the body is P less the output embedding."""
+    options = f"{{path: {MODELS / 'qwen2.5-7b'}, dtype: bfloat16}}"
+    judge = f"+reward.functions.judge={{function: reward_model, options: {options}}}"
+    name = "qwen7b_from_32b_8gpu"
+    on_host, on_gpu = (planned(name, overrides=o) for o in ([judge], [judge, "reward.gpus=1"]))
+    assert sum(s.gpus for s in on_gpu.seats) == sum(s.gpus for s in on_host.seats) + 1
+    (seat,) = (seat for seat in on_gpu.seats if seat.workers == ("reward",))
+    weights = 2 * (P7 - 152064 * 3584)
+    assert weights < on_gpu.seat_bytes(seat) == on_gpu.peak("reward") < 1.2 * weights
+    text = "\n".join(plan_lines(on_gpu))
+    assert "one reward, GiB" in text and "host memory of each reward worker" not in text
+    assert "host memory of each reward worker" in "\n".join(plan_lines(on_host))
+
+
 def test_an_engine_needs_a_cache_for_the_longest_sequence():
     plan = quickstart("rollout.kv_cache_bytes=1000")
     with pytest.raises(ConfigError, match=r"rollout\.max_model_len=48: .*raise rollout\.kv_cache_"):

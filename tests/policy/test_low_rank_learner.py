@@ -38,6 +38,7 @@ MOVES = {
     "lora-zero3-to-one": "lora-zero3",
     "lora-zero1-to-three": "lora-zero1",
     "lora-zero3-to-three": "lora-zero3",
+    "whole-to-three": "whole",  # full fine-tuning
 }
 
 

@@ -112,6 +112,35 @@ def test_the_exported_model_scores_as_the_learner_that_trained_it(student: Stude
     assert float(learned.std()) > 0.1, "the scores differ between responses"
 
 
+def test_in_bfloat16_the_scores_are_those_of_float32_within_its_rounding(exported: Path):
+    """Two layers of four roundings each to 8 bits."""
+    whole = np.array(RewardModel(str(exported))(**COLUMNS))
+    half = RewardModel(str(exported), dtype="bfloat16")
+    assert half.body.dtype is torch.bfloat16 and half.value_head.dtype is torch.float32
+    assert np.abs(np.array(half(**COLUMNS)) - whole).max() < 8 * 2**-8 * np.abs(whole).max()
+    assert half(**COLUMNS) != whole.tolist()
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("dtype=float16", r"options\.dtype=float16: must be float32 or bfloat16"),
+        ("device=cuda", r"options\.device: the placement decides it; set reward\.gpus=1"),
+    ],
+)
+def test_another_dtype_or_a_device_is_refused(option: str, sentence: str):
+    judge = "+reward.functions.rm={function:reward_model,options:{path:x}}"
+    with pytest.raises(ConfigError, match=rf"^reward\.functions\.rm\.{sentence}"):
+        load_config(
+            [
+                "run.dir=here",
+                "experiment=quickstart",
+                judge,
+                f"+reward.functions.rm.options.{option}",
+            ]
+        )
+
+
 def test_a_score_depends_neither_on_the_other_sequences_nor_on_the_last_token(exported: Path):
     model = RewardModel(str(exported))
     prompts = COLUMNS["prompt_ids"]

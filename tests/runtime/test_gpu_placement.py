@@ -8,8 +8,10 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster as RayNodes
 
-from hybridrl.runtime.actor_group import ActorGroup
+from hybridrl.runtime.actor_group import ActorGroup, Slot
+from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team
+from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.compose import load_config
 
@@ -34,12 +36,17 @@ def address() -> Iterator[str]:
     nodes.shutdown()
 
 
+def with_nvidia_smi(folder: Path, slot: Slot) -> str:
+    """A PATH of the worker on which nvidia-smi knows the GPUs."""
+    (folder / "nvidia-smi").write_text(NVIDIA_SMI)
+    (folder / "nvidia-smi").chmod(0o755)
+    return f"{folder}:{slot.env['PATH']}"
+
+
 def gpus_of(
     address: str, folder: Path, teams: list[Team], *overrides: str, env: dict[str, str]
 ) -> tuple[dict[str, list[list[str]]], WeightTransfer]:
     """The GPUs that each worker sees, by its team, and the backend of weight transfer."""
-    (folder / "nvidia-smi").write_text(NVIDIA_SMI)
-    (folder / "nvidia-smi").chmod(0o755)
     settings = load_config(
         [
             f"run.dir={folder}",
@@ -54,7 +61,7 @@ def gpus_of(
     with Cluster(settings) as cluster:
         assert cluster.device == "cuda"
         for name, slots in cluster.place(teams).items():
-            path = f"{folder}:{slots[0].env['PATH']}"
+            path = with_nvidia_smi(folder, slots[0])
             own = [
                 replace(s, env={**s.env, "PATH": path, "PYTHONPATH": str(ROOT), **env})
                 for s in slots
@@ -82,6 +89,23 @@ def test_each_worker_has_gpus_of_its_own_by_their_numbers(
     assert [len(gpus) for gpus in (*seen["learner"], *seen["rollout"])] == [1, 1, 2]
     assert sorted(g for gpus in (*seen["learner"], *seen["rollout"]) for g in gpus) == list("0123")
     assert transfer is WeightTransfer.nccl
+
+
+@pytest.mark.graph
+def test_the_reward_models_of_a_worker_with_a_gpu_compute_on_it(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """No model is loaded, for which torch would need CUDA."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    place = ["cluster.device=cuda", f"cluster.address={address}"]
+    settings = load_config([f"run.dir={tmp_path}", "experiment=quickstart", *place])
+    with Cluster(settings) as cluster:
+        (slot,) = cluster.place([Team(name="reward", size=1, gpus=1, heavy=False)])["reward"]
+        own = replace(slot, env={**slot.env, "PATH": with_nvidia_smi(tmp_path, slot)})
+        rewards = RewardGroup(settings, [own], log_dir=str(tmp_path))
+        gather(rewards.ready())
+        assert rewards.group.arguments[0]["device"] == "cuda"
+        rewards.close()
 
 
 @pytest.mark.graph

@@ -51,6 +51,7 @@ from hybridrl.settings.shares import shares
 from hybridrl.types import Prompt, RunInfo
 
 BASE = ["run.dir=here", "experiment=quickstart"]
+JUDGE = "{function:reward_model,options:{path:rm}}"
 SHARED = "cluster.colocate=true rollout.gpu_memory_utilization=0.4"
 
 # -- placement rules -------------------------------------------------------------------------------
@@ -114,6 +115,12 @@ SHARED = "cluster.colocate=true rollout.gpu_memory_utilization=0.4"
         (
             "reward.workers=5 rollout.engines=2 rollout.groups_per_chunk=24",
             "reward.workers=5: a step has 4 chunks",
+        ),
+        ("reward.gpus=2", "reward.gpus=2: a reward model computes on one GPU; set it to 0 or 1"),
+        ("reward.gpus=1", "reward.gpus=1: no reward function is a reward_model, and no other one"),
+        (
+            f"reward.gpus=1 +reward.functions.rm={JUDGE} {SHARED}",
+            "reward.gpus=1: under cluster.colocate=true a reward worker would fill a GPU",
         ),
         ("rollout.kv_cache_bytes=0", "rollout.kv_cache_bytes=0: must be positive, or null"),
     ],

@@ -759,13 +759,18 @@ RANK = "lora.rank=4"
 
 
 def two_ranks_adapted(job: Job) -> None:
-    """Two steps with adapters, the export, and a third step, with and without loading."""
+    """Two steps with adapters, the export, and a third step, with and without loading; and of full
+    fine-tuning, for a third step on three ranks.
+    """
     groups = uneven(job)
     for case, further in ADAPTED.items():
         overrides = (*further, RANK, ONE_EACH)
         learner, _, values = job.two_steps(case, [chunk_of(0, 4)], groups, 6, *overrides)
         learner.export(str(job.folder / f"{case}-export"))
         job.resume(case, learner, groups, values, 6, *overrides)
+    whole = ("learner.zero_stage=3", ONE_EACH)
+    learner, _, values = job.two_steps("whole", [chunk_of(0, 4)], groups, 6, *whole)
+    job.resume("whole", learner, groups, values, 6, *whole)
 
 
 def one_rank_adapted(job: Job) -> None:
@@ -784,10 +789,13 @@ def one_rank_adapted(job: Job) -> None:
 def three_ranks_adapted(job: Job) -> None:
     """The third step on three ranks, from what two ranks saved."""
     groups = ([(0, 1)], [(2,)], [(3,)])[job.rank]
+    values = list(chunk_of(0, 4))
+    whole = ("learner.zero_stage=3", ONE_EACH)
+    job.resharded("whole-to-three", "whole", tuple(groups), values, 4, *whole)
     for saved, stage in ((1, 1), (3, 3)):
         case = f"lora-zero{saved}"
         overrides = (f"learner.zero_stage={stage}", RANK, ONE_EACH)
-        job.resharded(f"{case}-to-three", case, tuple(groups), list(chunk_of(0, 4)), 4, *overrides)
+        job.resharded(f"{case}-to-three", case, tuple(groups), values, 4, *overrides)
 
 
 CASES = (
