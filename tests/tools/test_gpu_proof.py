@@ -22,6 +22,7 @@ from gpu_checks.steps import Part, missing
 
 from hybridrl.kernels import head
 from hybridrl.kernels.rows import RowResult, row_work
+from hybridrl.runtime.workers import teams
 from hybridrl.settings.compose import load_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -450,6 +451,14 @@ def test_a_whole_run_has_the_placement_and_the_transfer_that_its_step_checks():
     settings = load_config([*base, *graph.ON_SEVERAL, *graph.ONE_LOST])
     assert settings.learner.ranks + settings.rollout.engines + settings.scorer.replicas == 4
     assert settings.rollout.engines == 2, "one is left when the other dies"
+    options = "+reward.functions.judge.options={path: rm, dtype: bfloat16}"
+    for further in (graph.DIVIDED, graph.IN_ENGINE, (*graph.HAS_JUDGE, options)):
+        settings = load_config([*base, *graph.ON_SEVERAL, *further])
+        assert sum(team.size * team.gpus for team in teams(settings)) == 4
+    alone = ("lora.sync=adapter", "rollout.weight_transfer=auto")
+    settings = load_config([*base, *graph.ON_SEVERAL, *graph.ADAPTERS, *alone])
+    assert settings.weight_transfer(on_cpu=False) == "object_store"
+    assert load_config([*base, *graph.TRAINS_JUDGE]).checkpoint.export
     for transfer in ("object_store", "ipc"):
         more = f"rollout.weight_transfer={transfer}"
         settings = load_config([*base, *graph.ON_ONE_GPU, more])

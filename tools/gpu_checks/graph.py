@@ -43,6 +43,24 @@ ON_SEVERAL = (
 """Two learner ranks, one engine and one teacher."""
 ONE_LOST = ("learner.ranks=1", "rollout.engines=2")
 """In the place of two ranks and one engine; one of the engines dies in its first wave."""
+DIVIDED = ("learner.ranks=1", "++teachers.main.devices=2")
+"""In the place of two ranks; the teacher has two GPUs."""
+IN_ENGINE = (
+    "learner.ranks=1",
+    "++teachers.main.engine={tensor_parallel_size: 2}",
+    "++teachers.main.evidence=drawn",
+)
+"""In the place of two ranks; an engine of vLLM over two GPUs scores."""
+ADAPTERS = ("lora.rank=8", "lora.dropout=0.1")
+TRAINS_JUDGE = (
+    "algorithm=reward_model",
+    "+data.options.responses=pair",
+    "model.dtype=bfloat16",
+    "checkpoint.export=true",
+    "eval.teacher=false",
+)
+HAS_JUDGE = ("algorithm=rloo", "reward.gpus=1", "+reward.functions.judge.function=reward_model")
+"""A reward model with a GPU of its own, beside a learner of two ranks and an engine."""
 GPUS = 4
 WITHOUT_EVALUATION = ("eval.every=0", "eval.teacher=false", "checkpoint.every=0")
 
@@ -117,6 +135,45 @@ def lost_engine(ground: Ground) -> Iterator[Check]:
         f"{name}: another engine took its place",
         "serves again" in run.output,
         "by the line that a run prints when an engine has joined",
+    )
+
+
+def teachers(ground: Ground) -> Iterator[Check]:
+    """As nccl, with a teacher over two GPUs: by FSDP2, then by an engine of vLLM."""
+    run = train(ground, "nccl-divided-teacher", STEPS, *ON_SEVERAL, *DIVIDED)
+    yield from run_checks(run, STEPS, "bfloat16", "nccl")
+    yield same_first_loss(ground, run)
+    run = train(ground, "nccl-teacher-in-engine", STEPS, *ON_SEVERAL, *IN_ENGINE)
+    yield from run_checks(run, STEPS, "bfloat16", "nccl")
+
+
+def adapters(ground: Ground) -> Iterator[Check]:
+    """As nccl, with adapters: merged for the engines, then by themselves."""
+    run = train(ground, "nccl-adapters", STEPS, *ON_SEVERAL, *ADAPTERS)
+    yield from run_checks(run, STEPS, "bfloat16", "nccl")
+    alone = ("lora.sync=adapter", "rollout.weight_transfer=auto")
+    run = train(ground, "adapters-alone", STEPS, *ON_SEVERAL, *ADAPTERS, *alone)
+    yield from run_checks(run, STEPS, "bfloat16", "object_store")
+
+
+def judge(ground: Ground) -> Iterator[Check]:
+    """Train a reward model, then learn from it on a GPU of its own."""
+    trained = train(ground, "reward-model", STEPS_ON_CPU, *TRAINS_JUDGE)
+    yield holds(
+        "reward-model: ends without an error",
+        trained.status == 0,
+        f"status {trained.status}, it prints: {last_line(trained.output)}",
+    )
+    folder = ground.root / "runs" / "reward-model" / "export" / f"step_{STEPS_ON_CPU:06d}"
+    options = f"+reward.functions.judge.options={{path: {folder}, dtype: bfloat16}}"
+    run = train(ground, "nccl-judge", STEPS, *ON_SEVERAL, *HAS_JUDGE, options)
+    yield from run_checks(run, STEPS, "bfloat16", "nccl")
+    errors = [row["reward/error_rate"] for row in run.rows if "reward/error_rate" in row]
+    yield within(
+        "nccl-judge: failed calls of the reward model",
+        largest(errors or [math.nan]),
+        high=0,
+        reason="each response is scored on the GPU of the reward worker",
     )
 
 
