@@ -576,15 +576,13 @@ def test_the_pieces_of_all_ranks_are_the_state_that_deepspeed_itself_gathers(
     assert equal(saved_state(folder, case), load_file(folder / f"{case}-gathered.safetensors"))
 
 
-@pytest.mark.parametrize("width", [2, 4])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("case", "width"), [("zero3", 4), ("zero3-bf16", 2)])
 def test_a_rank_holds_the_weights_and_the_optimizer_of_the_plan(
-    folder: Path, stage: int, width: int
+    folder: Path, case: str, width: int
 ):
     """Besides what DeepSpeed adds so that the ranks have equal shares."""
-    case = f"zero{stage}" + ("-bf16" if width == 2 else "")
     parameters = sum(w.numel() for w in load_file(folder / f"{case}.safetensors").values())
-    plan = zero_bytes(parameters, width=width, ranks=2, stage=stage, micro_batches=6)
+    plan = zero_bytes(parameters, width=width, ranks=2, stage=3, micro_batches=6)
     planned = plan.weights + plan.optimizer
     assert planned <= result(folder, case)["held"] <= 1.02 * planned
 
