@@ -216,12 +216,30 @@ class TokenScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What an engine of vLLM did since its last report, in steps of the engine. engine, scorer ->
+    controller, within a header.
+
+    The largest values are of what is there after a step, when finished requests have left the KV
+    cache.
+    """
+
+    kv_use: float = 0.0  # largest share of the KV cache's blocks that were in use, 0 to 1
+    running: int = 0  # most requests of a step, those included that finished in it
+    waiting: int = 0  # most requests that waited after a step
+    preemptions: int = 0  # how often a request lost its place in the KV cache, and began again
+    prefix_queries: int = 0  # tokens of the prompts that were looked up in the prefix cache
+    prefix_hits: int = 0  # of these, the tokens that were found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreHeader:
     """The sizes and time of one TokenScores. scorer -> controller."""
 
     teacher: str
     nbytes: dict[str, int]  # of the scores in the object store, by the objective's signal
     score_s: float  # duration of the call, by the scorer's clock
+    engine: EngineStats | None = None  # None: no engine of vLLM computed the scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +282,7 @@ class ChunkHeader:
     nbytes: int  # of the batch in the object store
     # [N] seconds from the order's arrival to the response's end, by the engine's clock; 0 for data
     finish_s: Float
+    engine: EngineStats | None = None  # None: the responses are the data's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

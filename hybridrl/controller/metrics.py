@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hybridrl.controller.step_cost import StepCost
+from hybridrl.controller.worker_metrics import engine_metrics
 from hybridrl.core.errors import ConfigError
 from hybridrl.data.problem import source_of
 from hybridrl.settings.choices import ScheduleKind, Source
@@ -128,6 +129,7 @@ def step_row(record: StepRecord) -> dict[str, float]:
         "time/step_s": record.step_s,
         "cluster/restarts": float(record.restarts),
         **worker_times(record.headers, record.scores, record.stats),
+        **engine_metrics(record.headers, record.scores),
         **record.phases,
     }
 

@@ -116,7 +116,7 @@ def render(
     """The report of one run as an HTML page.
 
     Args:
-        warning: symptoms of steps from which nothing was learned; None: there are none.
+        warning: symptoms of steps that went wrong; None: there are none.
         sentences: the summary.
         figures: (number, its meaning) of each key figure.
         curves: the diagrams.

@@ -29,7 +29,7 @@ class ChatEngine:
 
     def __init__(self, settings: RunSettings, model: ModelConfig, device: str) -> None:
         backend = str(WeightTransfer.object_store)  # no weights arrive
-        self.engine = start_engine(
+        self.engine, _ = start_engine(
             partial(engine_args, settings, model, device, backend),
             own_process=settings.rollout.tensor_parallel > 1,
         )

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -26,7 +26,12 @@ from hybridrl.rollout.engine_arguments import typed
 from hybridrl.rollout.rollouter import Rollouter, SingleTurn
 from hybridrl.rollout.sampler import Sampler
 from hybridrl.rollout.teacher_turn import TeacherTurn
-from hybridrl.rollout.vllm_internals import adapter_request, core_has_ended, environment
+from hybridrl.rollout.vllm_internals import (
+    EngineMeter,
+    adapter_request,
+    core_has_ended,
+    environment,
+)
 from hybridrl.settings.choices import Source
 from hybridrl.settings.lora import LoraConfig
 from hybridrl.settings.models import ModelConfig
@@ -79,7 +84,7 @@ class Rollout:
         self.own_process = settings.rollout.tensor_parallel > 1
         alone = teacher is None and settings.lora.travels_alone
         lora = settings.lora if alone else None
-        self.engine = start_engine(
+        self.engine, self.meter = start_engine(
             partial(engine_args, settings, model, device, backend, lora),
             own_process=self.own_process,
         )
@@ -119,7 +124,8 @@ class Rollout:
             DataError: the engine refused a prompt.
         """
         failpoints.hit("rollout.generate", wave=order.wave)
-        return await self.sampler.generate(order, prompts)
+        header, batch = await self.sampler.generate(order, prompts)
+        return replace(header, engine=self.meter.take()), batch
 
     async def abort(self, groups: Sequence[str] | None = None) -> int:
         """Stop responses that are being sampled, as Sampler.abort; returns their number."""
@@ -218,8 +224,10 @@ class Rollout:
         self.sampler.resume(version)
 
 
-def start_engine(make_args: Callable[[], "EngineArgs"], *, own_process: bool) -> "LLMEngine":
-    """An engine of vLLM, loaded.
+def start_engine(
+    make_args: Callable[[], "EngineArgs"], *, own_process: bool
+) -> tuple["LLMEngine", EngineMeter]:
+    """An engine of vLLM, loaded, and what measures it.
 
     Args:
         make_args: makes its arguments; called when the environment is set, which vLLM reads as it
@@ -233,7 +241,7 @@ def start_engine(make_args: Callable[[], "EngineArgs"], *, own_process: bool) ->
     engine: LLMEngine = LLMEngine.from_engine_args(make_args(), enable_multiprocessing=own_process)
     if own_process:
         Thread(target=end_with_core, args=(engine,), daemon=True).start()
-    return engine
+    return engine, EngineMeter.of(engine)
 
 
 def engine_args(
@@ -261,7 +269,6 @@ def engine_args(
     tied = {"tie_word_embeddings": False} if is_wrongly_tied(model.path, model.revision) else {}
     chosen = {
         "enforce_eager": on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
-        "disable_log_stats": True,
         **{name: typed(name, value) for name, value in rollout.engine.items()},
         "max_num_batched_tokens": prefill_tokens(rollout, on_cpu=on_cpu),
         "hf_overrides": {**rollout.engine.get("hf_overrides", {}), **tied},
@@ -289,6 +296,7 @@ def engine_args(
         weight_transfer_config=WeightTransferConfig(backend=backend),
         worker_extension_cls="hybridrl.weights.vllm_transfer.WorkerExtension",
         scheduling_policy="priority",
+        disable_log_stats=False,
         **({} if lora is None else adapter_args(model, lora)),
         **chosen,
     )

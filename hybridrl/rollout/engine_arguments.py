@@ -55,6 +55,7 @@ NEVER = {
     "load_format": "weights are read from safetensors alone",
     "hf_token": "a token is read from the variable HF_TOKEN, so that no file holds it",
     "worker_cls": "the worker is vLLM's own",
+    "disable_log_stats": "an engine's statistics are metrics of the run",
     "pipeline_parallel_size": ONE_NODE,
     "prefill_context_parallel_size": ONE_NODE,
     "nnodes": ONE_NODE,

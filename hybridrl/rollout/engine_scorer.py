@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from hybridrl.rollout.vllm_internals import read_prompt, refusals
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.reported import ReportedScorer, ReportedScores
+from hybridrl.types import RolloutBatch, ScoreHeader, TokenScores
 
 if TYPE_CHECKING:
     from vllm import EngineArgs
@@ -29,7 +31,6 @@ DEFAULTS = {
     "max_num_batched_tokens": 2048,
     "gpu_memory_utilization": 0.9,
     "enforce_eager": True,  # graphs are for decoding
-    "disable_log_stats": True,
 }
 """Arguments of the engine, unless teachers.NAME.engine has others."""
 
@@ -59,7 +60,7 @@ class EngineScorer(ReportedScorer):
         self.source = f"teachers.{teacher}.engine"
         super().__init__(settings, teacher=teacher, evidence=evidence, rule=rule)
         os.environ |= ONE_MORE
-        self.engine = start_engine(
+        self.engine, self.meter = start_engine(
             partial(scoring_engine_args, settings, teacher, device),
             own_process=settings.teachers[teacher].gpus > 1,
         )
@@ -68,6 +69,10 @@ class EngineScorer(ReportedScorer):
     def configure(self, settings: RunSettings, evidence: Evidence, rule: HeadRule) -> None:
         super().configure(settings, evidence, rule)
         self.identity = f"engine {self.identity}"
+
+    def score(self, batch: RolloutBatch) -> tuple[ScoreHeader, TokenScores]:
+        header, scores = super().score(batch)
+        return replace(header, engine=self.meter.take()), scores
 
     def answers(self, sequences: Sequence[Sequence[int]]) -> list[ReportedScores]:
         from vllm import SamplingParams, TokensPrompt
@@ -127,6 +132,7 @@ def scoring_engine_args(settings: RunSettings, teacher: str, device: str) -> "En
         max_logprobs=-1,  # as many as algorithm.topk.k
         # A request for prompt_logprobs does not read the cache.
         enable_prefix_caching=False,
+        disable_log_stats=False,
         seed=settings.run.seed,
         **chosen,
     )

@@ -33,6 +33,8 @@ LOG = Path("logs") / "console.log"
 TEACHER = "eval/accuracy_teacher/"
 NOT_SETS = ("accuracy_teacher", "accuracy_source")
 """What stands in the place of a set's name in metrics of a teacher or a data source."""
+ABOVE_ZERO = ("engine/rollout/waiting", "engine/rollout/preemptions")
+"""Shown where it is not 0."""
 PHASES = ("rollout", "score", "reward", "learn", "sync", "eval", "save")
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ class ConsoleSink:
 
     Example of the plain lines, as under `ray job logs`; the first is one line:
         step  40/200  reward 0.412  KL/token 0.0312  lambda 1.00  cut off 3.1 %  grad norm 0.83
-            lr 5.0e-04  tok/s 8,123  4.2 s (rollout 2.1, learn 1.2)  11 min 3 s left
+            lr 5.0e-04  tok/s 8,123  KV cache 61 %  4.2 s (rollout 2.1, learn 1.2)  11 min 3 s left
         step 40  eval accuracy 51.2 % (teacher 74.0 %, start 33.1 %)
 
     Args:
@@ -294,10 +296,14 @@ def _columns(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         ("train/grad_norm", "grad norm", "{:.3g}"),
         ("train/lr", "lr", "{:.1e}"),
         ("perf/tokens_per_s", "tok/s", "{:,.0f}"),
+        ("engine/rollout/kv_use", "KV cache", "{:.0%}"),
+        ("engine/rollout/waiting", "waiting", "{:.0f}"),
+        ("engine/rollout/preemptions", "preempted", "{:.0f}"),
     )
     shown = [entry for entry in formats if entry[0] in metrics]
     if "reward/mean" not in metrics:  # without a reward, its weight means nothing
         shown = [entry for entry in shown if entry[0] != "schedule/lambda"]
+    shown = [e for e in shown if e[0] not in ABOVE_ZERO or metrics[e[0]] > 0]
     if "pair/loss" in metrics:  # nll/token would average chosen and rejected responses
         shown = [entry for entry in shown if entry[0] != "nll/token"]
     return [(name, form.format(metrics[key]).replace("%", " %")) for key, name, form in shown]
@@ -342,7 +348,10 @@ def _details(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         ("policy/probe_gap", "gap to the learner {:.1e} nats"),
         ("policy/staleness_mean", "{:.1f} versions behind"),
         ("time/response_s_p95", "95 % of responses within {:.1f} s"),
+        ("engine/rollout/running", "{:.0f} requests at once"),
+        ("engine/rollout/prefix_hit_rate", "{:.0%} of prompts from the prefix cache"),
     )
-    if health := [form.format(metrics[key]) for key, form in formats if key in metrics]:
+    health = [form.format(metrics[key]) for key, form in formats if key in metrics]
+    if health := [text.replace("%", " %").replace("  ", " ") for text in health]:
         lines.append(("engines", ", ".join(health)))
     return lines

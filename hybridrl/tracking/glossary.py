@@ -454,6 +454,47 @@ SECTIONS = (
         ),
     ),
     section(
+        "Engines",
+        "What the engines of vLLM report of the responses of a step, or of their scores: "
+        "<workers> are those with this name in logs/, rollout for the student's, teacher for those "
+        "that sample from a teacher, scorer-NAME for those that score. The largest values are of "
+        "one engine after one of its steps. What evaluations do is not counted.",
+        (
+            "engine/<workers>/kv_use",
+            "share",
+            "largest share of the KV cache in use",
+            "well below 1; far below it, rollout.max_num_seqs may be larger. Requests that end in "
+            "the step have left it, so an engine that scores in single steps has 0",
+        ),
+        (
+            "engine/<workers>/running",
+            "",
+            "most requests in one step of an engine",
+            "rollout.max_num_seqs where there are enough of them",
+        ),
+        (
+            "engine/<workers>/waiting",
+            "",
+            "most requests that waited for a place",
+            "0 where rollout.max_num_seqs holds all of them; others start as places become free",
+        ),
+        (
+            "engine/<workers>/preemptions",
+            "",
+            "requests that lost their place because the KV cache was full, and are computed again; "
+            "sum over the engines",
+            "0; otherwise lower rollout.max_num_seqs, or raise rollout.kv_cache_bytes or "
+            "rollout.gpu_memory_utilization",
+        ),
+        (
+            "engine/<workers>/prefix_hit_rate",
+            "share",
+            "tokens of prompts that were found in the prefix cache, over those that were looked up",
+            "with K responses to prompts of many blocks it approaches (K-1)/K; prompts shorter "
+            "than a block have none",
+        ),
+    ),
+    section(
         "Time and bytes",
         "Times are measured by the controller, unless stated otherwise; bytes are those of a step.",
         ("perf/tokens_per_s", "tokens/s", "response tokens of a step over its wall time", "steady"),

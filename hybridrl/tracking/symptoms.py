@@ -1,18 +1,22 @@
-"""Steps from which nothing is learned: how the metrics show it, and which setting to change."""
+"""Steps from which nothing is learned, or that do work twice: how the metrics show it, and which
+setting to change.
+"""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 Row = Mapping[str, float]
 
 ROUNDING = 1e-6  # relative standard error of rewards that are equal up to fp32 rounding
+PREEMPTIONS = re.compile(r"engine/[^/]+/preemptions")
 OFTEN = 0.1  # share of the steps from which a symptom is named in the summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Symptom:
-    """One reason why nothing is learned from a step."""
+    """One reason why nothing is learned from a step, or why it takes longer than it must."""
 
     shows: Callable[[Row], bool]  # whether the metrics of a step have it
     what: str  # a clause that names the symptom
@@ -40,6 +44,11 @@ def _no_gradient(row: Row) -> bool:
     return row.get("train/grad_norm") == 0
 
 
+def _preempted(row: Row) -> bool:
+    """Whether an engine began a request again."""
+    return any(value > 0 for key, value in row.items() if PREEMPTIONS.fullmatch(key))
+
+
 SYMPTOMS = (
     Symptom(
         shows=_most_cut,
@@ -63,6 +72,12 @@ SYMPTOMS = (
         what="the gradient was 0",
         remedy="raise algorithm.imitation_weight, algorithm.reward_weight, "
         "train.samples_per_prompt or algorithm.temperature",
+    ),
+    Symptom(
+        shows=_preempted,
+        what="responses were begun again because an engine's KV cache was full",
+        remedy="lower rollout.max_num_seqs, or raise rollout.kv_cache_bytes or "
+        "rollout.gpu_memory_utilization; for engine/scorer-NAME, the same in teachers.NAME.engine",
     ),
 )
 """In the order in which they are named: causes before their consequences."""

@@ -61,6 +61,7 @@ from hybridrl.tracking.metrics_page import page
 from hybridrl.types import (
     BatchPlan,
     ChunkHeader,
+    EngineStats,
     Rewards,
     RolloutBatch,
     ScoredBatch,
@@ -482,7 +483,8 @@ READ = replace(make_rewards(LONG_AND_SHORT, [0, 1]), compressed=np.ones(2), repe
 def record() -> StepRecord:
     """Step 4, by the weights of version 3: one chunk of 100 bytes with 7 response tokens."""
     plan = make_plan(LONG_AND_SHORT, step=3)
-    headers = [replace(header(), nbytes=100)]
+    reported = EngineStats(kv_use=0.5, running=2, prefix_queries=8, prefix_hits=2)
+    headers = [replace(header(), nbytes=100, engine=reported)]
     scores = [ScoreHeader(teacher="main", nbytes={"teacher_hidden": 70}, score_s=1.5)]
     return StepRecord(
         steps_done=4,
@@ -550,6 +552,8 @@ def test_a_row_has_metrics_of_every_part_of_the_step():
         "time/scorers_busy_s": 1.5,
         "time/learner_busy_s": 2.5,
         "time/rollout_s": 0.5,
+        "engine/rollout/kv_use": 0.5,
+        "engine/rollout/prefix_hit_rate": 0.25,
     }
     assert {key: row[key] for key in by_hand} == pytest.approx(by_hand)
 

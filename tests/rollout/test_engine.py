@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -16,12 +17,14 @@ from hybridrl.models.loading import load_model
 from hybridrl.rollout import engine as engine_module
 from hybridrl.rollout.engine import end_with_core, engine_args
 from hybridrl.rollout.rollouter import SingleTurn
-from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch
+from hybridrl.types import EngineStats, FinishReason, GenerateOrder, Prompt, RolloutBatch
 from tests.support.graph import save_tiny, tiny_settings
 
 OBSERVATION = (21, 6, 5)
 SUPPORT = 3
 STOP = 8  # the token of "4"
+BLOCKS = 13  # of the KV cache, of 32 tokens each, besides the one that vLLM leaves empty
+PLACES = 12  # rollout.max_num_seqs
 
 
 def test_an_engine_whose_core_has_ended_ends_too(monkeypatch: pytest.MonkeyPatch):
@@ -46,6 +49,8 @@ class Sampled(NamedTuple):
     double: RolloutBatch
     stopped: RolloutBatch
     """of one turn, with an engine that stops at STOP too"""
+    reports: tuple[EngineStats, ...]
+    """of what the engine did for `single`, for a crowd, and for prompts of several blocks"""
 
 
 def sampled(folder: Path) -> Sampled:
@@ -53,7 +58,12 @@ def sampled(folder: Path) -> Sampled:
     from hybridrl.rollout.engine import Rollout
     from tests.support.scripted_engine import TwoTurns
 
-    settings = tiny_settings(folder / "run", f"model.path={save_tiny(folder / 'model', 0)}")
+    settings = tiny_settings(
+        folder / "run",
+        f"model.path={save_tiny(folder / 'model', 0)}",
+        f"rollout.max_num_seqs={PLACES}",
+        f"+rollout.engine={{block_size:32,num_gpu_blocks_override:{1 + BLOCKS}}}",
+    )
     prompts = [
         Prompt(uid=f"p{i}", input_ids=(1, 4 + i, 8, 20, 6), text="", columns={}) for i in range(8)
     ]
@@ -70,13 +80,21 @@ def sampled(folder: Path) -> Sampled:
 
     async def sample() -> Sampled:
         engine = Rollout(settings, model=settings.model, device="cpu", backend="object_store")
-        _, single = await engine.generate(order, prompts)
+        header, single = await engine.generate(order, prompts)
+        reports = [header.engine]
         engine.sampler.rollouter = TwoTurns(OBSERVATION)
         _, double = await engine.generate(order, prompts)
         engine.sampler.rollouter = SingleTurn()
         engine.sampler.stop_token_ids = (STOP,)
         _, stopped = await engine.generate(order, prompts)
-        return Sampled(single, double, stopped)
+        engine.sampler.stop_token_ids = ()
+        long = [Prompt(uid="long", input_ids=(1,) * 33, text="", columns={})]
+        short = replace(order, max_new_tokens=4, group_size=4)
+        crowd = replace(order, max_new_tokens=43, group_size=4)
+        for asked, of in ((crowd, prompts), (short, long)):
+            header, _ = await engine.generate(asked, of)
+            reports.append(header.engine)
+        return Sampled(single, double, stopped, tuple(reports))
 
     return asyncio.run(sample())
 
@@ -89,7 +107,7 @@ def test_the_engine_reports_what_a_plain_forward_pass_gives_with_one_turn_and_wi
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         batches = pool.submit(sampled, tmp_path).result(timeout=240)
     model = load_model(str(tmp_path / "model"))
-    for batch in batches:
+    for batch in batches[:3]:
         drawn = batch.input_ids[batch.response_mask]
         among = (batch.support_ids == drawn[:, None]).any(axis=1)
         assert among.any() and not among.all(), "both kinds of drawn token occur"
@@ -104,6 +122,30 @@ def test_the_engine_reports_what_a_plain_forward_pass_gives_with_one_turn_and_wi
             assert np.abs(drawn_logprobs - row.rollout_logprobs[at]).max() < 1e-4
     first_turns_agree(batches)
     stops_earlier(batches)
+    reports_its_cache_and_queue(batches)
+
+
+def reports_its_cache_and_queue(batches: Sampled) -> None:
+    """The cache has 13 blocks of 32 tokens, and 12 requests may run at once. A response without the
+    crowd needs a single block, and of the crowd some need two.
+    """
+    calm, crowded, long = batches.reports
+    assert calm == EngineStats(
+        kv_use=12 / 13,
+        running=12,
+        waiting=16 - 12,
+        preemptions=0,
+        prefix_queries=16 * 5,
+        prefix_hits=0,  # the prompts are shorter than a block
+    )
+    assert crowded.preemptions > 0
+    assert replace(crowded, preemptions=0) == EngineStats(
+        kv_use=1.0, running=12, waiting=32 - 12, prefix_queries=32 * 5
+    )
+    # Of four prompts of 33 tokens, the first 32 are found three times: they are one shared block.
+    assert long == EngineStats(
+        kv_use=(1 + 4) / 13, running=4, prefix_queries=4 * 33, prefix_hits=3 * 32
+    )
 
 
 def stops_earlier(batches: Sampled) -> None:

@@ -74,7 +74,8 @@ def test_an_engine_gives_the_log_probs_of_the_same_model(
     local = Scorer(settings, teacher="main", device="cpu", evidence=evidence, rule=rule)
     _, expected = local.score(batch)
     scorer.configure(settings, evidence, rule)
-    _, scores = scorer.score(batch)
+    header, scores = scorer.score(batch)
+    assert (header.engine.running, header.engine.waiting, header.engine.preemptions) == (6, 0, 0)
     assert expected.logprobs[batch.response_mask].all()
     assert np.abs(scores.logprobs - expected.logprobs).max() < 1e-5
     assert scores.support_ids.tolist() == expected.support_ids.tolist()

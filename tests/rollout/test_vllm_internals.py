@@ -16,11 +16,24 @@ from vllm.v1.engine.core_client import (
     MPClient,
     SyncMPClient,
 )
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.metrics.stats import (
+    FinishedRequestStats,
+    IterationStats,
+    PrefixCacheStats,
+    SchedulerStats,
+)
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu_worker import Worker
 
-from hybridrl.rollout.vllm_internals import VERSION, environment, read_completion, read_prompt
-from hybridrl.types import FinishReason
+from hybridrl.rollout.vllm_internals import (
+    VERSION,
+    EngineMeter,
+    environment,
+    read_completion,
+    read_prompt,
+)
+from hybridrl.types import EngineStats, FinishReason
 
 
 def output(finish_reason: str | None = "stop") -> CompletionOutput:
@@ -89,6 +102,38 @@ def test_a_response_that_did_not_end_by_itself_is_aborted(reason: str | None):
 def test_vllm_is_the_version_that_was_read():
     """After an upgrade: read again what rollout/vllm_internals.py lists, then change VERSION."""
     assert vllm.__version__.split("+")[0] == VERSION
+
+
+def test_a_meter_has_the_largest_values_and_the_sums_of_the_steps_since_it_was_read():
+    meter = EngineMeter()
+    first, second = SchedulerStats(), SchedulerStats()
+    first.kv_cache_usage, second.kv_cache_usage = 0.75, 0.5
+    first.num_running_reqs, second.num_running_reqs = 3, 2
+    second.num_waiting_reqs, second.num_skipped_waiting_reqs = 4, 1
+    first.prefix_cache_stats = PrefixCacheStats(queries=10, hits=4)
+    second.prefix_cache_stats = PrefixCacheStats(queries=5, preempted_queries=9, preempted_hits=9)
+    done = IterationStats()
+    done.num_preempted_reqs = 2
+    done.finished_requests = [FinishedRequestStats(finish_reason=None)] * 2
+    meter.record(scheduler_stats=first, iteration_stats=None)
+    meter.record(scheduler_stats=second, iteration_stats=done)
+    meter.record(scheduler_stats=None, iteration_stats=done)
+    assert meter.take() == EngineStats(
+        kv_use=0.75, running=4, waiting=5, preemptions=4, prefix_queries=15, prefix_hits=4
+    )
+    assert meter.take() == EngineStats()
+
+
+def test_an_engine_gives_its_loggers_what_a_meter_takes():
+    calls = inspect.getsource(LLMEngine)
+    for call in (
+        "logger_manager.record(",
+        "logger_manager.log()",
+        "logger_manager.record_sleep_state(",
+    ):
+        assert call in calls
+    taken = list(inspect.signature(EngineMeter.record).parameters)[1:]
+    assert all(f"{name}=" in inspect.getsource(LLMEngine.step) for name in taken)
 
 
 def test_the_client_of_an_engine_core_knows_that_its_process_has_ended():

@@ -27,6 +27,7 @@ CUT = {"rollout/truncated_frac": 0.51}
 EMPTY = {"rollout/length_mean": 1.0, "rollout/eos_frac": 1.0}
 EQUAL = {"reward/mean": 0.0, "reward/stderr": 0.0}
 STILL = {"train/grad_norm": 0.0}
+PREEMPTED = {"engine/rollout/preemptions": 3.0}
 
 
 def row(step: int, *changes: dict[str, float]) -> dict[str, float]:
@@ -53,9 +54,18 @@ def info(folder: Path, first_step: int = 0) -> RunInfo:
         ([EMPTY], "most responses were empty (see in the report how a prompt ends, and set"),
         ([EQUAL], "all rewards were equal (see in the report what reward.functions makes of the"),
         ([STILL], "the gradient was 0 (raise algorithm.imitation_weight, algorithm.reward_wei"),
+        (
+            [PREEMPTED],
+            "responses were begun again because an engine's KV cache was full (lower "
+            "rollout.max_num_seqs, or raise rollout.kv_cache_bytes or rollout.gpu_memory_util",
+        ),
+        (
+            [{"engine/scorer-main/preemptions": 1.0}],
+            "responses were begun again because an engine's KV cache was full (lower",
+        ),
     ],
 )
-def test_a_step_that_teaches_nothing_is_told_once_with_the_setting_to_change(
+def test_a_step_that_teaches_nothing_or_is_slow_is_told_once_with_the_setting_to_change(
     changes: list[dict[str, float]], expected: str
 ) -> None:
     seen = Watch()
@@ -77,6 +87,7 @@ def test_a_step_that_teaches_nothing_is_told_once_with_the_setting_to_change(
         ),  # one response, or none scored
         row(1, {"rollout/length_mean": 1.0, "rollout/eos_frac": 0.0}),  # one token asked for
         row(0, CUT, EQUAL, STILL),  # an evaluation
+        row(1, {"engine/rollout/preemptions": 0.0, "engine/rollout/waiting": 9.0}),
     ],
 )
 def test_a_step_that_may_teach_something_is_not_told(harmless: dict[str, float]) -> None:

@@ -524,6 +524,23 @@ def test_console_prints_one_plain_line_per_step_and_evaluations_stand_out(tmp_pa
     assert "\x1b" not in out.getvalue()
 
 
+def test_the_line_of_a_step_has_the_engines_cache_and_what_waited_or_was_preempted(tmp_path):
+    out = io.StringIO()
+    console = ConsoleSink(out)
+    console.start(info(tmp_path))
+    calm = {
+        "engine/rollout/kv_use": 0.614,
+        "engine/rollout/waiting": 0.0,
+        "engine/rollout/preemptions": 0.0,
+    }
+    busy = {"engine/rollout/waiting": 320.0, "engine/rollout/preemptions": 3.0}
+    console.log({"train/step": 1, **calm})
+    console.log({"train/step": 2, **calm, **busy})
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("step")]
+    assert lines[0].startswith("step 1/4  KV cache 61 %  0.0 s left")
+    assert lines[1].startswith("step 2/4  KV cache 61 %  waiting 320  preempted 3  ")
+
+
 def test_one_step_in_ten_seconds_is_printed_and_the_file_has_each(tmp_path):
     out = io.StringIO()
     now = 0.0
@@ -620,6 +637,8 @@ def test_console_on_a_terminal_shows_bar_columns_and_evaluation(tmp_path, monkey
             "time/rollout_s": 2.1,
             "time/step_s": 4.0,
             "cluster/restarts": 1.0,
+            "engine/rollout/running": 64.0,
+            "engine/rollout/prefix_hit_rate": 0.727,
         }
     )
     console.notice("a notice")
@@ -634,7 +653,7 @@ def test_console_on_a_terminal_shows_bar_columns_and_evaluation(tmp_path, monkey
         "countdown 0.250",
         "step 4.0 s",
         "rollout 2.1",
-        "restarts 1",
+        "restarts 1, 64 requests at once, 73 % of prompts from the prefix cache",
         "1/4",
         "reward",
         "0.412",

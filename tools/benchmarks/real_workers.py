@@ -1,8 +1,10 @@
 """Production workers with a clock, and the bare loops with which they are compared; all actors."""
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,9 @@ from hybridrl.models.loading import load_model
 from hybridrl.models.output_head import output_weight
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.head_rule import head_rule
-from hybridrl.rollout.engine import Rollout
+from hybridrl.rollout.engine import Rollout, engine_args
 from hybridrl.rollout.sampler import sample_seed
+from hybridrl.rollout.vllm_internals import environment
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.inbox import TeacherInbox
 from hybridrl.types import (
@@ -106,12 +109,16 @@ def load_plainly(worker: Any, manifest: WeightManifest, packed: np.ndarray) -> N
 
 
 class BareEngine:
-    """The same vLLM engine with nothing around it: add every request, step until all are done."""
+    """The same vLLM engine with nothing around it: add every request, step until all are done. It
+    has no statistics.
+    """
 
     def __init__(self, settings: RunSettings) -> None:
-        self.engine = Rollout(
-            settings, model=settings.model, device="cpu", backend="object_store"
-        ).engine
+        os.environ |= environment(own_process=False)
+        from vllm import LLMEngine
+
+        args = engine_args(settings, settings.model, "cpu", "object_store")
+        self.engine = LLMEngine.from_engine_args(replace(args, disable_log_stats=True))
 
     def ping(self) -> str:
         return "here"

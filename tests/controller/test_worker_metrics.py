@@ -1,0 +1,49 @@
+"""What the workers of each kind did in a step, joined over them."""
+
+from dataclasses import replace
+
+from hybridrl.controller.worker_metrics import engine_metrics
+from hybridrl.rollout.header import chunk_header
+from hybridrl.settings.choices import Source
+from hybridrl.types import ChunkHeader, EngineStats, ScoreHeader
+from tests.support.batches import make_batch
+
+
+def header(source: Source, engine: EngineStats | None) -> ChunkHeader:
+    batch = replace(make_batch([((1, 2), [(5, 2), (2,)])]), source=source)
+    return replace(chunk_header(batch, [1.0, 2.0]), engine=engine)
+
+
+def score(teacher: str, engine: EngineStats | None) -> ScoreHeader:
+    return ScoreHeader(teacher=teacher, nbytes={}, score_s=1.0, engine=engine)
+
+
+def test_largest_values_are_of_one_engine_and_counts_are_over_all_of_a_kind():
+    headers = [
+        header(
+            Source.student,
+            EngineStats(kv_use=0.5, running=8, preemptions=1, prefix_queries=30, prefix_hits=15),
+        ),
+        header(
+            Source.student,
+            EngineStats(kv_use=0.25, running=4, waiting=2, preemptions=2, prefix_queries=10),
+        ),
+        header(Source.teacher, EngineStats(running=1)),
+        header(Source.data, None),
+    ]
+    scores = [score("big", EngineStats(running=3)), score("small", None)]
+    assert engine_metrics(headers, scores) == {
+        "engine/rollout/kv_use": 0.5,
+        "engine/rollout/running": 8.0,
+        "engine/rollout/waiting": 2.0,
+        "engine/rollout/preemptions": 3.0,
+        "engine/rollout/prefix_hit_rate": 15 / 40,
+        "engine/teacher/kv_use": 0.0,
+        "engine/teacher/running": 1.0,
+        "engine/teacher/waiting": 0.0,
+        "engine/teacher/preemptions": 0.0,
+        "engine/scorer-big/kv_use": 0.0,
+        "engine/scorer-big/running": 3.0,
+        "engine/scorer-big/waiting": 0.0,
+        "engine/scorer-big/preemptions": 0.0,
+    }
