@@ -216,6 +216,19 @@ class TokenScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a worker did since its last report, and what that took. worker -> controller, within a
+    header or the learner's statistics.
+
+    Example: Work(tokens=512, busy_s=2.0, peak_bytes={"learn": 2_100_000_000})
+    """
+
+    tokens: int  # response tokens; of a scorer, all tokens of the sequences
+    busy_s: float  # by the worker's clock
+    peak_bytes: dict[str, int]  # the most memory in each phase; empty: it is not measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """What an engine of vLLM did since its last report, in steps of the engine. engine, scorer ->
     controller, within a header.
@@ -240,6 +253,7 @@ class ScoreHeader:
     nbytes: dict[str, int]  # of the scores in the object store, by the objective's signal
     score_s: float  # duration of the call, by the scorer's clock
     engine: EngineStats | None = None  # None: no engine of vLLM computed the scores
+    work: Work | None = None  # None: it was not measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +297,7 @@ class ChunkHeader:
     # [N] seconds from the order's arrival to the response's end, by the engine's clock; 0 for data
     finish_s: Float
     engine: EngineStats | None = None  # None: the responses are the data's
+    work: Work | None = None  # None: the responses are the data's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -421,6 +436,7 @@ class LearnerStats:
     left_out: tuple[str, ...] = ()
     unlearned: tuple[int, ...] = ()  # the mini-batches of which every update was left out
     token_samples: tuple[TokenSample, ...] = ()  # as BatchPlan asks; of the first rank alone
+    work: tuple[Work, ...] = ()  # of each rank; of held-out data: empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

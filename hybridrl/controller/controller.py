@@ -31,6 +31,7 @@ from hybridrl.controller.rounding import rounding_warning
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
 from hybridrl.controller.saving import Saving
 from hybridrl.controller.step_cost import step_cost
+from hybridrl.controller.worker_reports import work_of
 from hybridrl.core import failpoints
 from hybridrl.core.errors import (
     CheckpointError,
@@ -217,6 +218,7 @@ class Controller:
                 sync_s=self.clock.seconds("sync") - self.clock.seconds("probe"),
                 phases=self.clock.take(),
                 epochs=self.prompts.epochs(),
+                work=work_of(sampled.arrived, scores, update.stats),
             )
         )
         self.pipeline.wave_bytes = cost.wave_bytes

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hybridrl.controller.step_cost import StepCost
-from hybridrl.controller.worker_metrics import engine_metrics
+from hybridrl.controller.worker_metrics import engine_metrics, work_metrics
 from hybridrl.core.errors import ConfigError
 from hybridrl.data.problem import source_of
 from hybridrl.settings.choices import ScheduleKind, Source
 from hybridrl.settings.held_out import pass_sizes
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.glossary import explain
-from hybridrl.types import BatchPlan, ChunkHeader, LearnerStats, Rewards, ScoreHeader
+from hybridrl.types import BatchPlan, ChunkHeader, LearnerStats, Rewards, ScoreHeader, Work
 
 PASS_MARK = 0.5
 """A response passes with a reward above this; with rewards of 0 and 1 those of 1 pass."""
@@ -44,6 +44,7 @@ class StepRecord:
     phases: Mapping[str, float]  # time/<phase>_s
     # Of each of data.sources, its prompts that were drawn so far over all that it has
     epochs: Mapping[str, float] = field(default_factory=dict)
+    work: Sequence[tuple[str, Work]] = ()  # reports, each with the name of its worker
 
 
 def check_metrics(settings: RunSettings) -> None:
@@ -130,6 +131,7 @@ def step_row(record: StepRecord) -> dict[str, float]:
         "cluster/restarts": float(record.restarts),
         **worker_times(record.headers, record.scores, record.stats),
         **engine_metrics(record.headers, record.scores),
+        **work_metrics(record.work),
         **record.phases,
     }
 

@@ -1,9 +1,9 @@
 """What the workers of each kind did in a step: metrics by the names that their logs have."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hybridrl.settings.choices import Source
-from hybridrl.types import ChunkHeader, EngineStats, ScoreHeader
+from hybridrl.types import ChunkHeader, EngineStats, ScoreHeader, Work
 
 ENGINES = {Source.student: "rollout", Source.teacher: "teacher"}
 """The workers that sample the responses of a source."""
@@ -21,6 +21,35 @@ def engine_metrics(
         if score.engine is not None:
             of_workers.setdefault(f"scorer-{score.teacher}", []).append(score.engine)
     return joined(of_workers)
+
+
+def work_metrics(reports: Iterable[tuple[str, Work]]) -> dict[str, float]:
+    """Tokens per second and peak memory of the workers of each kind.
+
+    Args:
+        reports: each with the name of its worker, e.g. "rollout/0"; a worker may have several.
+    """
+    of_kinds: dict[str, dict[str, list[Work]]] = {}
+    for worker, work in reports:
+        kind = worker.rpartition("/")[0]
+        of_kinds.setdefault(kind, {}).setdefault(worker, []).append(work)
+    row: dict[str, float] = {}
+    for kind, of_workers in of_kinds.items():
+        speeds = [speed for works in of_workers.values() if (speed := tokens_per_s(works))]
+        if speeds:
+            row[f"perf/{kind}/tokens_per_s_min"] = min(speeds)
+            row[f"perf/{kind}/tokens_per_s_mean"] = sum(speeds) / len(speeds)
+        for work in (work for works in of_workers.values() for work in works):
+            for phase, peak in work.peak_bytes.items():
+                key = f"memory/{kind}/{phase}_bytes"
+                row[key] = max(row.get(key, 0.0), float(peak))
+    return row
+
+
+def tokens_per_s(works: Sequence[Work]) -> float:
+    """Of one worker, while it was busy; 0 where it did nothing."""
+    busy_s = sum(work.busy_s for work in works)
+    return sum(work.tokens for work in works) / busy_s if busy_s > 0 else 0.0
 
 
 def joined(of_workers: Mapping[str, Sequence[EngineStats]]) -> dict[str, float]:

@@ -30,6 +30,7 @@ from hybridrl.batch.micro_batch import (
 from hybridrl.batch.packing import check_packing
 from hybridrl.core import failpoints
 from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
+from hybridrl.core.peak_memory import PeakMemory
 from hybridrl.models.adapters import dropout
 from hybridrl.models.loading import load_model, load_tokenizer
 from hybridrl.objectives import make_objective
@@ -73,6 +74,7 @@ from hybridrl.types import (
     TokenScores,
     UpdatePlan,
     WeightManifest,
+    Work,
 )
 from hybridrl.weights.library_internals import left_out, set_adam, update_memory
 from hybridrl.weights.parameters import WeightsKind, train_only, weights_kind
@@ -100,6 +102,7 @@ class Learner:
         self.rank = rank
         self.world = settings.learner.ranks
         self.device = torch.device(device)
+        self.memory = PeakMemory.of_device(device)
         join_ranks(settings, rank, master, self.device)
         config = deepspeed_config(settings, self.device)
         self.model = sharded_model(settings, config)
@@ -219,6 +222,15 @@ class Learner:
             NonFiniteError: more than train.max_skipped updates in a row were left out, or a loss
                 is not finite and the weights were stepped. The mini-batch lies there too.
         """
+        with self.memory.phase("learn"):
+            return self._learn(plan, groups, values)
+
+    def _learn(
+        self,
+        plan: BatchPlan,
+        groups: Sequence[Sequence[Sequence[int]]],
+        values: Sequence[RolloutBatch | Rewards | TokenScores],
+    ) -> LearnerStats:
         self._check_resident()
         started = time.monotonic()
         batches = [self._scored(own, values) for own in groups]
@@ -247,14 +259,18 @@ class Learner:
         )
         for update in updates:
             metrics |= update.diagnostics
+        took = time.monotonic() - started
+        lengths = [b.rollout.response_lengths.sum() for i in plan.order for b in batches[i]]
+        work = Work(tokens=int(sum(lengths)), busy_s=took, peak_bytes=self.memory.take())
         stats = learner_stats(
             totals,
             metrics,
-            time.monotonic() - started,
+            took,
             optimizer_steps=self.optimizer_steps,
             left_out=left_out,
             unlearned=[index for index, of_mini_batch in made.items() if not of_mini_batch],
         )
+        stats = replace(stats, work=(work,))
         if self.rank or not plan.token_samples:
             return stats
         return replace(stats, token_samples=self._token_samples(plan, batches))
@@ -573,7 +589,8 @@ class Learner:
         """The student's weights in its own dtype; rank 0 returns them, the others only help to
         gather.
         """
-        return self.publisher.pack(version)
+        with self.memory.phase("sync"):
+            return self.publisher.pack(version)
 
     def connect_engines(
         self, backend: str, master: tuple[str, int], call: Callable, num_engines: int
@@ -591,7 +608,8 @@ class Learner:
         """Push the weights through that channel; when every engine serves them as this version,
         returns the bytes that each one received.
         """
-        return self.publisher.send(version)
+        with self.memory.phase("sync"):
+            return self.publisher.send(version)
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder (rank 0), with its value head where the run

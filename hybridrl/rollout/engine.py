@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from hybridrl.core import failpoints
 from hybridrl.core.errors import WeightSyncError
 from hybridrl.core.importing import collection_paused
+from hybridrl.core.peak_memory import PeakMemory
 from hybridrl.models.adapters import target_names
 from hybridrl.models.end_token import end_token_id
 from hybridrl.models.loading import is_wrongly_tied, load_layout, load_tokenizer, resolve
@@ -38,7 +39,14 @@ from hybridrl.settings.models import ModelConfig
 from hybridrl.settings.rollout import RolloutConfig
 from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.context import Context
-from hybridrl.types import ChunkHeader, GenerateOrder, Prompt, RolloutBatch, WeightManifest
+from hybridrl.types import (
+    ChunkHeader,
+    GenerateOrder,
+    Prompt,
+    RolloutBatch,
+    WeightManifest,
+    Work,
+)
 
 if TYPE_CHECKING:
     from vllm import EngineArgs, LLMEngine
@@ -96,6 +104,8 @@ class Rollout:
         adapter = None if lora is None else adapter_request()
         self.sampler = Sampler(self.engine, rollouter, source, stop_token_ids(model), adapter)
         self.engine.set_weight_version(str(self.sampler.version))
+        # The memory of an engine core in another process is not measured.
+        self.memory = None if self.own_process else PeakMemory.of_device(device)
 
     async def ping(self) -> dict[str, int]:
         """The number of unfinished requests, the version of the weights, and how many parts of its
@@ -124,8 +134,17 @@ class Rollout:
             DataError: the engine refused a prompt.
         """
         failpoints.hit("rollout.generate", wave=order.wave)
-        header, batch = await self.sampler.generate(order, prompts)
-        return replace(header, engine=self.meter.take()), batch
+        with self._phase("rollout"):
+            header, batch = await self.sampler.generate(order, prompts)
+        work = Work(
+            tokens=int(header.response_lengths.sum()),
+            busy_s=self.sampler.take_busy(),
+            peak_bytes={} if self.memory is None else self.memory.take(),
+        )
+        return replace(header, engine=self.meter.take(), work=work), batch
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.memory is None else self.memory.phase(name)
 
     async def abort(self, groups: Sequence[str] | None = None) -> int:
         """Stop responses that are being sampled, as Sampler.abort; returns their number."""
@@ -156,7 +175,8 @@ class Rollout:
         """
         failpoints.hit("rollout.load_weights", version=manifest.version)
         try:
-            await self._update(manifest, packed)
+            with self._phase("sync"):
+                await self._update(manifest, packed)
         except Exception as error:
             raise WeightSyncError(
                 f"weights of version {manifest.version} were not loaded: {error}"
@@ -217,7 +237,8 @@ class Rollout:
         self.engine.collective_rpc("start_weight_update")
 
     async def update_weights(self, update_info: dict | list[dict]) -> None:
-        self.engine.collective_rpc("update_weights", args=(update_info,))
+        with self._phase("sync"):
+            self.engine.collective_rpc("update_weights", args=(update_info,))
 
     async def finish_weight_update(self, version: int) -> None:
         self.engine.collective_rpc("finish_weight_update")

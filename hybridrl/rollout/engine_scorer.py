@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hybridrl.core.errors import ServerError
+from hybridrl.core.peak_memory import PeakMemory
 from hybridrl.core.plain_text import described
 from hybridrl.kernels.head import HeadRule
 from hybridrl.models.loading import is_wrongly_tied, resolve
@@ -64,6 +65,9 @@ class EngineScorer(ReportedScorer):
             partial(scoring_engine_args, settings, teacher, device),
             own_process=settings.teachers[teacher].gpus > 1,
         )
+        # With several GPUs the engine's memory is that of other processes, and is not measured.
+        if settings.teachers[teacher].gpus == 1:
+            self.memory = PeakMemory.of_device(device)
         self.requests = 0  # so far, which makes their names unique
 
     def configure(self, settings: RunSettings, evidence: Evidence, rule: HeadRule) -> None:

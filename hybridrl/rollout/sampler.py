@@ -86,6 +86,7 @@ class Sampler:
         self._requests: dict[str, asyncio.Future[CompletionOutput]] = {}  # "wave/uid/sample/turn"
         self._arrivals = count()
         self._decoding: asyncio.Task[None] | None = None
+        self._busy_s = 0.0  # in steps of the engine, since the last take_busy
         self._updating = False  # from pause to resume
         self.asleep: set[str] = set()  # of PARTS
         self._resumed = asyncio.Event()  # not set while the engine is paused or asleep
@@ -134,6 +135,12 @@ class Sampler:
             ]
         )
         return sum(self._trajectories.pop(name).cancel() for name in names)
+
+    def take_busy(self) -> float:
+        """The seconds in steps of the engine since the last call."""
+        taken = self._busy_s
+        self._busy_s = 0.0
+        return taken
 
     def begin_job(self) -> None:
         """Drop what is left of an earlier job: responses under way, prefixes, and counts."""
@@ -313,6 +320,7 @@ class Sampler:
 
     def _step(self) -> None:
         """One step of the engine; the requests that finish in it have their result."""
+        started = time.perf_counter()
         try:
             for finished in self.engine.step():
                 output = self._requests.get(finished.request_id)
@@ -323,6 +331,8 @@ class Sampler:
                 if not output.done():
                     output.set_exception(error)
             raise
+        finally:
+            self._busy_s += time.perf_counter() - started
 
 
 async def end_of(task: asyncio.Task[Trajectory]) -> float:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -97,7 +97,8 @@ class LearnerGroup:
         groups: Sequence[Sequence[Sequence[Sequence[int]]]],
         values: Sequence[Sequence[ray.ObjectRef]],
     ) -> LearnerStats:
-        """The optimizer steps of one batch. Every rank returns the same global statistics.
+        """The optimizer steps of one batch. Every rank returns the same global statistics, and its
+        own work.
 
         Args:
             groups: per rank, of each mini-batch, of each of its chunks which groups are its own.
@@ -128,12 +129,13 @@ class LearnerGroup:
     ) -> LearnerStats:
         limit = self.settings.deadlines.learn_s
         per_rank = enumerate(zip(groups, values, strict=True))
-        return gather(
+        stats: list[LearnerStats] = gather(
             [
                 self.group.submit(rank, method, plan, own, *refs, deadline_s=limit)
                 for rank, (own, refs) in per_rank
             ]
-        )[0]
+        )
+        return replace(stats[0], work=tuple(work for of_rank in stats for work in of_rank.work))
 
     def release(self) -> None:
         """Every rank moves what only an update needs from its GPU to host memory."""

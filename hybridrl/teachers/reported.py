@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from hybridrl.core.errors import ServerError
+from hybridrl.core.peak_memory import PeakMemory
 from hybridrl.kernels.head import HeadRule
 from hybridrl.models.loading import head_rows
 from hybridrl.settings.run import RunSettings
@@ -57,6 +58,7 @@ class ReportedScorer(Scorer, ABC):
     ) -> None:
         self.teacher = teacher
         self.place = None  # it has no devices of its own
+        self.memory = PeakMemory.of_device("cpu")
         self.may_cache = True
         rows = head_rows(settings.model.path, settings.model.revision)
         # [V, 0]: the columns have the widths of a teacher without an output embedding here.

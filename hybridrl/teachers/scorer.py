@@ -15,6 +15,7 @@ from torch import Tensor
 from hybridrl.batch.balance import micro_batches
 from hybridrl.core import failpoints
 from hybridrl.core.errors import CheckpointError
+from hybridrl.core.peak_memory import PeakMemory
 from hybridrl.data.route import takes
 from hybridrl.kernels.head import HeadRule
 from hybridrl.models.loading import head_rows
@@ -26,7 +27,7 @@ from hybridrl.teachers.evidence import Evidence
 from hybridrl.teachers.scores import empty_scores, fill_scores
 from hybridrl.teachers.sharded_model import ReplicaRank
 from hybridrl.teachers.teacher_model import TeacherModel, load_teacher
-from hybridrl.types import RolloutBatch, SavedFile, ScoreHeader, TokenScores
+from hybridrl.types import RolloutBatch, SavedFile, ScoreHeader, TokenScores, Work
 
 
 class Scorer:
@@ -57,6 +58,7 @@ class Scorer:
         """
         self.teacher = teacher
         self.device = torch.device(device)
+        self.memory = PeakMemory.of_device(device)
         self.place = place
         self.may_cache = model is None
         self.model = model or load_teacher(settings, teacher, self.device, place)
@@ -93,9 +95,12 @@ class Scorer:
         rank = 0 if self.place is None else self.place.rank
         failpoints.hit("scorer.score", uid=batch.uids[0], rank=rank)
         started = time.monotonic()
-        scores = self.scores(batch)
+        with self.memory.phase("score"):
+            scores = self.scores(batch)
+        took = time.monotonic() - started
+        work = Work(tokens=len(batch.input_ids), busy_s=took, peak_bytes=self.memory.take())
         header = ScoreHeader(
-            teacher=self.teacher, nbytes=self._nbytes(scores), score_s=time.monotonic() - started
+            teacher=self.teacher, nbytes=self._nbytes(scores), score_s=took, work=work
         )
         return header, scores
 

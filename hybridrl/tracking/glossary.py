@@ -541,6 +541,29 @@ SECTIONS = (
             "below time/learn_s by the time for fetching the batch",
         ),
         (
+            "perf/<workers>/tokens_per_s_mean",
+            "tokens/s",
+            "tokens of a worker over the seconds in which it was busy, by its own clock; mean over "
+            "the workers with this name in logs/: response tokens, of a scorer all tokens of the "
+            "sequences",
+            "the least is what others wait for; in the time of a step, it counts no waiting",
+        ),
+        (
+            "perf/<workers>/tokens_per_s_min",
+            "tokens/s",
+            "the same, of the slowest of these workers",
+            "near the mean; far below it, one worker has a slower machine or shares it",
+        ),
+        (
+            "memory/<workers>/<phase>_bytes",
+            "bytes",
+            "largest memory of one of these workers in a phase: on a GPU that of torch's "
+            "allocator, elsewhere resident memory, which counts shared pages too. That of a sync "
+            "is of the one before the step. Not measured are reward workers, whose functions have "
+            "processes of their own, and engines over several GPUs",
+            "below what the device has; see hybridrl plan",
+        ),
+        (
             "perf/weights_gb_per_s",
             "GB/s",
             "bytes of weights over the duration of the sync",

@@ -159,6 +159,11 @@ def test_a_step_with_two_workers_of_each_kind_logs_every_promised_key_and_fetche
     assert set(row) >= PROMISED and [key for key in row if explain(key) is None] == []
     assert row["train/step"] == 1 and all(np.isfinite(row[key]) for key in PROMISED)
     assert row["controller/materialized_bytes"] == 0
+    assert all(row[f"engine/rollout/{key}"] >= 0 for key in ("kv_use", "running", "waiting"))
+    for workers, phase in (("rollout", "rollout"), ("scorer-main", "score"), ("learner", "learn")):
+        assert row[f"memory/{workers}/{phase}_bytes"] > 0
+        speed = f"perf/{workers}/tokens_per_s_"
+        assert row[f"{speed}mean"] >= row[f"{speed}min"] > 0
     assert row["policy/staleness_mean"] == 0 and row["kl/token"] > 0 and row["grad/dense_norm"] > 0
 
 

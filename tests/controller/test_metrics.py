@@ -66,6 +66,7 @@ from hybridrl.types import (
     RolloutBatch,
     ScoredBatch,
     ScoreHeader,
+    Work,
 )
 from tests.controller.test_graph import PROMISED
 from tests.support.batches import make_batch, make_plan, make_rewards, make_scores, token_columns
@@ -503,6 +504,7 @@ def record() -> StepRecord:
         step_s=3.5,
         sync_s=2.0,
         phases={"time/rollout_s": 0.5},
+        work=[("rollout/0", Work(tokens=7, busy_s=2.0, peak_bytes={"rollout": 100}))],
     )
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from hybridrl.controller.worker_metrics import engine_metrics
+from hybridrl.controller.worker_metrics import engine_metrics, work_metrics
 from hybridrl.rollout.header import chunk_header
 from hybridrl.settings.choices import Source
-from hybridrl.types import ChunkHeader, EngineStats, ScoreHeader
+from hybridrl.types import ChunkHeader, EngineStats, ScoreHeader, Work
 from tests.support.batches import make_batch
 
 
@@ -46,4 +46,24 @@ def test_largest_values_are_of_one_engine_and_counts_are_over_all_of_a_kind():
         "engine/scorer-big/running": 3.0,
         "engine/scorer-big/waiting": 0.0,
         "engine/scorer-big/preemptions": 0.0,
+    }
+
+
+def test_the_slowest_worker_and_the_mean_of_a_kind_are_over_the_time_in_which_they_were_busy():
+    """rollout/0 made 300 tokens in 3 seconds, and rollout/1 100 tokens in 2 seconds."""
+    reports = [
+        ("rollout/0", Work(tokens=100, busy_s=2.0, peak_bytes={"rollout": 5, "sync": 9})),
+        ("rollout/0", Work(tokens=200, busy_s=1.0, peak_bytes={"rollout": 8})),
+        ("rollout/1", Work(tokens=100, busy_s=2.0, peak_bytes={"rollout": 7})),
+        ("scorer-main/0", Work(tokens=0, busy_s=0.0, peak_bytes={})),
+        ("learner/0", Work(tokens=40, busy_s=0.5, peak_bytes={"learn": 3})),
+    ]
+    assert work_metrics(reports) == {
+        "perf/rollout/tokens_per_s_min": 50.0,
+        "perf/rollout/tokens_per_s_mean": 75.0,
+        "memory/rollout/rollout_bytes": 8.0,
+        "memory/rollout/sync_bytes": 9.0,
+        "perf/learner/tokens_per_s_min": 80.0,
+        "perf/learner/tokens_per_s_mean": 80.0,
+        "memory/learner/learn_bytes": 3.0,
     }

@@ -35,7 +35,7 @@ def test_the_panels_of_the_dashboard_do_not_overlap():
         for x in range(place["x"], place["x"] + place["w"])
         for y in range(place["y"], place["y"] + place["h"])
     ]
-    assert len(panels) == 15
+    assert len(panels) == 18
     assert len(set(cells)) == len(cells) and max(x for x, _ in cells) == 23
 
 

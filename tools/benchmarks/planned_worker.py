@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hybridrl.core.peak_memory import PeakMemory
 from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
@@ -47,7 +48,8 @@ def in_use(device: str) -> int:
 
 def peak(device: str) -> int:
     """The most bytes that it has held since the last `forget_peak`."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+    now = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+    return max(now, PeakMemory.highest)  # the workers reset the mark that was just read
 
 
 def resident(key: str) -> int:
@@ -57,6 +59,7 @@ def resident(key: str) -> int:
 
 
 def forget_peak(device: str) -> None:
+    PeakMemory.highest = 0
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
