@@ -10,7 +10,7 @@ from hybridrl.core.errors import WeightSyncError
 from hybridrl.rollout.engine import Rollout
 from hybridrl.rollout.rollouter import SingleTurn
 from hybridrl.rollout.sampler import Sampler
-from hybridrl.rollout.vllm_internals import adapter_request
+from hybridrl.rollout.vllm_internals import EngineMeter, adapter_request
 from hybridrl.settings.choices import Source
 from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch, WeightManifest
 from tests.support.pipelined_engine import PipelinedEngine
@@ -27,6 +27,8 @@ def manifest(version: int, digest: str) -> WeightManifest:
 def rollout() -> Rollout:
     made = Rollout.__new__(Rollout)
     made.own_process = False
+    made.memory = None
+    made.meter = EngineMeter()
     made.engine = PipelinedEngine()
     made.sampler = Sampler(made.engine, SingleTurn(), Source.student)
     return made
