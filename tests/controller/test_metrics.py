@@ -504,7 +504,10 @@ def record() -> StepRecord:
         step_s=3.5,
         sync_s=2.0,
         phases={"time/rollout_s": 0.5},
-        work=[("rollout/0", Work(tokens=7, busy_s=2.0, peak_bytes={"rollout": 100}))],
+        work=[
+            ("rollout/0", Work(tokens=7, busy_s=2.0, peak_bytes={"rollout": 100, "sync": 90})),
+            ("learner/0", Work(tokens=7, busy_s=0.5, peak_bytes={"learn": 80, "sync": 70})),
+        ],
     )
 
 
@@ -556,6 +559,10 @@ def test_a_row_has_metrics_of_every_part_of_the_step():
         "time/rollout_s": 0.5,
         "engine/rollout/kv_use": 0.5,
         "engine/rollout/prefix_hit_rate": 0.25,
+        "perf/rollout/tokens_per_s_min": 3.5,
+        "perf/learner/tokens_per_s_mean": 14.0,
+        "memory/rollout/sync_bytes": 90.0,
+        "memory/learner/learn_bytes": 80.0,
     }
     assert {key: row[key] for key in by_hand} == pytest.approx(by_hand)
 
