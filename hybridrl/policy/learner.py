@@ -102,7 +102,7 @@ class Learner:
         self.rank = rank
         self.world = settings.learner.ranks
         self.device = torch.device(device)
-        self.memory = PeakMemory.of_device(device)
+        self.peaks = PeakMemory.of_device(device)
         join_ranks(settings, rank, master, self.device)
         config = deepspeed_config(settings, self.device)
         self.model = sharded_model(settings, config)
@@ -222,7 +222,7 @@ class Learner:
             NonFiniteError: more than train.max_skipped updates in a row were left out, or a loss
                 is not finite and the weights were stepped. The mini-batch lies there too.
         """
-        with self.memory.phase("learn"):
+        with self.peaks.phase("learn"):
             return self._learn(plan, groups, values)
 
     def _learn(
@@ -261,7 +261,7 @@ class Learner:
             metrics |= update.diagnostics
         took = time.monotonic() - started
         lengths = [b.rollout.response_lengths.sum() for i in plan.order for b in batches[i]]
-        work = Work(tokens=int(sum(lengths)), busy_s=took, peak_bytes=self.memory.take())
+        work = Work(tokens=int(sum(lengths)), busy_s=took, peak_bytes=self.peaks.take())
         stats = learner_stats(
             totals,
             metrics,
@@ -589,7 +589,7 @@ class Learner:
         """The student's weights in its own dtype; rank 0 returns them, the others only help to
         gather.
         """
-        with self.memory.phase("sync"):
+        with self.peaks.phase("sync"):
             return self.publisher.pack(version)
 
     def connect_engines(
@@ -608,7 +608,7 @@ class Learner:
         """Push the weights through that channel; when every engine serves them as this version,
         returns the bytes that each one received.
         """
-        with self.memory.phase("sync"):
+        with self.peaks.phase("sync"):
             return self.publisher.send(version)
 
     def export(self, folder: str) -> None:
