@@ -626,6 +626,11 @@ SECTIONS = (
 )
 
 
+OF_THE_MACHINE = ("time/", "perf/", "memory/", "engine/")
+"""How the keys begin of metrics that differ between two equal runs, as they depend on the machine
+and on what else it does."""
+
+
 def explain(key: str) -> Metric | None:
     """The entry for a key of a row, the most specific one; None: the key is unknown."""
     matches = [metric for part in SECTIONS for metric in part.metrics if metric.covers(key)]

@@ -13,6 +13,7 @@ import pytest
 from hybridrl.core.failpoints import VARIABLE
 from hybridrl.run_dir.checkpoint import read_checkpoint
 from hybridrl.run_dir.ledger import read_ledger
+from hybridrl.tracking.glossary import OF_THE_MACHINE
 from hybridrl.tracking.jsonl import read_metrics
 from tests.support.graph import tiny_overrides
 
@@ -51,9 +52,9 @@ def outcome(run_dir: Path) -> dict[str, object]:
     """What equal runs have in common: learner state, ledger, and metrics without times."""
     folder = run_dir / "checkpoints" / f"step_{STEPS:06d}"
     state = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-    timed = ("time/", "perf/", "cluster/restarts")
+    varying = (*OF_THE_MACHINE, "cluster/restarts")
     rows = [
-        {key: value for key, value in row.items() if not key.startswith(timed)}
+        {key: value for key, value in row.items() if not key.startswith(varying)}
         for row in read_metrics(run_dir)
     ]
     return {

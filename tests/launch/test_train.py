@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from hybridrl.core.free_port import free_port
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.run_dir.checkpoint import read_checkpoint
+from hybridrl.tracking.glossary import OF_THE_MACHINE
 from hybridrl.tracking.jsonl import read_metrics
 from hybridrl.weights.fragments import MASTER, FragmentReader
 from tests.support.graph import tiny_overrides
@@ -47,7 +48,7 @@ def train(*overrides: str) -> subprocess.CompletedProcess[str]:
 
 def lasting(row: dict[str, float]) -> dict[str, float]:
     """A row of metrics without those that a clock measured."""
-    return {key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))}
+    return {key: value for key, value in row.items() if not key.startswith(OF_THE_MACHINE)}
 
 
 CANARY = "canary-"

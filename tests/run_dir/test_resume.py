@@ -47,6 +47,7 @@ from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.workers import Workers, place_workers, start_workers
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.run import RunSettings
+from hybridrl.tracking.glossary import OF_THE_MACHINE
 from hybridrl.tracking.sink import Sinks
 from hybridrl.types import Prompt, RunInfo, Sample
 from tests.support.batches import make_batch, make_rewards
@@ -71,7 +72,7 @@ class Recorder:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         self.rows.append(
-            {key: value for key, value in metrics.items() if not key.startswith(("time/", "perf/"))}
+            {key: value for key, value in metrics.items() if not key.startswith(OF_THE_MACHINE)}
         )
         self.held.append(contents(self.controller))
         self.then()

@@ -14,6 +14,7 @@ from chaos_faults.training import (
     steps_saved,
     training,
 )
+from hybridrl.tracking.glossary import OF_THE_MACHINE
 from hybridrl.tracking.jsonl import read_metrics
 from tests.support.graph import tiny_overrides
 
@@ -120,7 +121,7 @@ class Ground:
 
 def rows(run_dir: Path, steps: int) -> list[dict[str, float]]:
     """The metrics of a run up to a step, without those that depend on times or faults."""
-    varying = ("time/", "perf/", "cluster/restarts", "eval/", "transfer/")
+    varying = (*OF_THE_MACHINE, "cluster/restarts", "eval/", "transfer/")
     return [
         {key: value for key, value in row.items() if not key.startswith(varying)}
         for row in read_metrics(run_dir)
