@@ -93,7 +93,10 @@ def summary(every: Sequence[Records]) -> str:
         "runs.jsonl. `undecided` and `refuted` are results. Those that train models go through\n"
         "the whole system, on workers that stay between the runs; before the first run the time\n"
         "that all will take is estimated from a run of five steps, and refused above the\n"
-        "budget.\n\n" + "\n".join(rows) + "\n\n"
+        "budget. They are small. Recipes at the papers' own scale have been planned and not run:\n"
+        "[conf](../../conf/README.md#recipes-at-the-papers-own-scale-not-run).\n\n"
+        + "\n".join(rows)
+        + "\n\n"
         "```bash\n"
         "tools/reproduce --list      # all experiments, and how many of their runs are finished\n"
         "tools/reproduce V1 A1       # run what is missing of these, then write their pages\n"
