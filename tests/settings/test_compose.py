@@ -29,10 +29,15 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
+def for_any_algorithm() -> list[str]:
+    """The experiments without the papers' recipes, whose teachers and data are for some methods."""
+    return [name for name in choices("experiment") if "_from_" in name or name[-3:] != "gpu"]
+
+
 # -- valid settings --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("experiment", choices("experiment"))
+@pytest.mark.parametrize("experiment", for_any_algorithm())
 @pytest.mark.parametrize("algorithm", choices("algorithm"))
 def test_every_experiment_loads_with_every_algorithm(experiment: str, algorithm: str):
     settings = load_config(["run.dir=here", f"experiment={experiment}", f"algorithm={algorithm}"])
