@@ -103,8 +103,8 @@ EXPERIMENT = Experiment(
     f"below 0, otherwise undecided; also undecided if the common margin is below {LEAST} nats in a "
     "seed.",
     columns={
-        f"chosen_{STEPS}": "chosen log-prob of a token, end",
-        f"rejected_{STEPS}": "rejected log-prob of a token, end",
+        "chosen_end": "chosen log-prob of a token, end",
+        "rejected_end": "rejected log-prob of a token, end",
         "ranked": "held-out pairs ranked",
         "reward": "reward",
         "greedy": "greedy accuracy",

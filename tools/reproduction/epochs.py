@@ -104,9 +104,8 @@ EXPERIMENT = Experiment(
     "end, and DPO's has fallen. Refuted if one of these has the opposite sign. Otherwise "
     "undecided.",
     columns={
-        f"chosen_{STEPS_PER_EPOCH}": "chosen log-prob, epoch 1",
-        f"chosen_{STEPS}": f"chosen log-prob, epoch {EPOCHS}",
-        f"rejected_{STEPS}": f"rejected log-prob, epoch {EPOCHS}",
+        "chosen_end": "chosen log-prob of a token, end",
+        "rejected_end": "rejected log-prob of a token, end",
         "ranked": "held-out pairs ranked",
         "reward": "reward",
         "divergence": "KL to the start, nats",

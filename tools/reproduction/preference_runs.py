@@ -25,7 +25,8 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
 
     Returns:
         chosen_N, rejected_N: mean log-prob of a token of the chosen and the rejected responses in
-        the WINDOW steps up to step N, before their updates. ranked: share of 256 held-out pairs
+        the WINDOW steps up to step N, before their updates; chosen_end, rejected_end: in the last
+        of them. ranked: share of 256 held-out pairs
         that the loss's own scores rank correctly. reward, greedy, divergence: of Examination,
         against the student before training.
     """
@@ -48,6 +49,7 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
             values = trained.values(f"pair/{part}_logprob")
             for end in range(WINDOW, len(values) + 1, WINDOW):
                 numbers[f"{part}_{end}"] = math.fsum(values[end - WINDOW : end]) / WINDOW
+            numbers[f"{part}_end"] = math.fsum(values[-WINDOW:]) / WINDOW
         return numbers
 
 
@@ -82,7 +84,8 @@ def pair_arm(name: str, algorithm: str, steps: int, *, pairs: int, noise: float,
 
 def course(run: Run, untrained: Run, part: str) -> Sequence[float]:
     """Change of the log-prob of a token since the start, at the end of each window; 0 first."""
-    ends = sorted(int(name.split("_")[1]) for name in run.numbers if name.startswith(f"{part}_"))
+    of_part = [name.removeprefix(f"{part}_") for name in run.numbers if name.startswith(part)]
+    ends = sorted(int(end) for end in of_part if end != "end")
     names = [f"{part}_{end}" for end in ends]
     return [0.0, *[run.numbers[name] - untrained.numbers[name] for name in names]]
 
