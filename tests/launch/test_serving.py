@@ -34,4 +34,7 @@ def test_a_folder_without_a_model_is_refused_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     assert main(["serve", str(tmp_path)]) == 2
-    assert "exists but holds no config.json" in capsys.readouterr().err
+    assert (
+        "is no run, which has config.yaml, and no model, which has config.json"
+        in capsys.readouterr().err
+    )
