@@ -18,15 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from hybridrl.batch.balance import micro_batches
 from hybridrl.batch.groups import scored_batches
-from hybridrl.batch.micro_batch import (
-    MicroBatch,
-    collate,
-    idle_sequence,
-    train_sequences,
-    unlearned_sequences,
-)
+from hybridrl.batch.micro_batch import MicroBatch, idle_sequence, train_sequences
 from hybridrl.batch.packing import check_packing
 from hybridrl.core import failpoints
 from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
@@ -38,6 +31,7 @@ from hybridrl.objectives.credit import Credit, assign_credit
 from hybridrl.objectives.head_rule import head_rule
 from hybridrl.policy.device_memory import DeviceMemory
 from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
+from hybridrl.policy.learner_view import ForwardPasses, LearnerView
 from hybridrl.policy.optimizer_state import OptimizerState
 from hybridrl.policy.shared_base import Base, SharedTeachers
 from hybridrl.policy.statistics import (
@@ -129,7 +123,7 @@ class Learner:
         self.configure(settings)
         if settings.train.packing:
             check_packing(
-                self._logprobs,
+                self.view.logprobs,
                 vocabulary=self.model.config.get_text_config().vocab_size,
                 dtype=self.model.dtype,
                 model=type(self.model).__name__,
@@ -158,6 +152,8 @@ class Learner:
             base = Base(self.engine, self.model, head, together=together)
             self.shared = SharedTeachers(settings, evidence, base)
         self.teachers = TeacherInbox.load(settings, evidence, self.device, head)
+        self.passes = ForwardPasses(settings.train, idle_sequence(self.teachers.idle()))
+        self.view = LearnerView(self.engine, self.passes, self.device)
 
     def keep_start(self) -> None:
         """Keep a copy of the student as it is, with which `begin_job` begins."""
@@ -236,7 +232,7 @@ class Learner:
         batches = [self._scored(own, values) for own in groups]
         if self.objective.needs.old_logprobs:
             batches = [
-                with_old_logprobs(self._with_own_columns(mini, scored))
+                with_old_logprobs(self.view.with_own_columns(scored, mini.num_micro_batches))
                 for mini, scored in zip(plan.mini_batches, batches, strict=True)
             ]
         made: dict[int, list[Updated]] = {index: [] for index in plan.order}
@@ -388,15 +384,15 @@ class Learner:
             viewed: the batches have the learner's columns by the present weights.
         """
         if self.objective.needs.learner_view and not viewed:
-            batches = self._with_own_columns(plan, batches)
+            batches = self.view.with_own_columns(batches, plan.num_micro_batches)
         credits = assign_credit(self.objective, batches, plan, self._sum_over_ranks)
         sequences: list[MicroBatch] = []
         for batch, credit in zip(batches, credits, strict=True):
             teachers = self.teachers.head_inputs(batch, credit.teacher_weights)
             columns = credit.learned(torch.float32)
             sequences += train_sequences(batch.rollout, columns, teachers)
-        indices = self._micro_batches(sequences, plan.num_micro_batches)
-        micros = [self._collate([sequences[i] for i in batch]) for batch in indices]
+        divided = self.passes.divided(sequences, plan.num_micro_batches)
+        micros = [self.passes.collated([sequences[i] for i in indices]) for indices in divided]
         return credits, micros
 
     def _check_finite(
@@ -445,49 +441,6 @@ class Learner:
         dist.all_reduce(on_device)
         return on_device.cpu()
 
-    def _with_own_columns(
-        self, plan: UpdatePlan, batches: Sequence[ScoredBatch]
-    ) -> list[ScoredBatch]:
-        """The batches with log-probs and values by the learner's present weights: one more forward
-        pass, in the same micro-batches.
-        """
-        sequences = [s for batch in batches for s in unlearned_sequences(batch.rollout)]
-        logprobs = [torch.empty(0)] * len(sequences)
-        values = [torch.empty(0)] * len(sequences)
-        for indices in self._micro_batches(sequences, plan.num_micro_batches):
-            micro = self._collate([sequences[i] for i in indices])
-            with torch.no_grad():
-                outputs = self.engine(*micro.to(self.device).arguments(), Look.view)
-            lengths = [len(sequences[i].hidden_rows) for i in indices]
-            parts = [output.cpu()[: sum(lengths)].split(lengths) for output in outputs]
-            for i, of_logprobs, of_values in zip(indices, *parts, strict=True):
-                logprobs[i] = of_logprobs
-                values[i] = of_values
-        completed = []
-        first = 0
-        for batch in batches:
-            last = first + batch.rollout.num_sequences
-            completed.append(
-                replace(
-                    batch,
-                    learner_logprobs=torch.cat(logprobs[first:last]).numpy(),
-                    learner_values=torch.cat(values[first:last]).numpy(),
-                )
-            )
-            first = last
-        return completed
-
-    def _micro_batches(self, sequences: Sequence[MicroBatch], count: int) -> list[list[int]]:
-        """Indices per micro-batch; empty ones up to `count`, which is the same on every rank."""
-        train = self.settings.train
-        batches = micro_batches(
-            [s.num_tokens for s in sequences],
-            train.max_tokens_per_micro_batch,
-            packed=train.packing,
-        )
-        assert len(batches) <= count, (len(batches), count)
-        return batches + [[]] * (count - len(batches))
-
     def _backward(self, micro: MicroBatch, tally: Tally, version: int) -> None:
         """Forward and backward of one micro-batch, counted in `tally`."""
         loss = self._forward(micro, tally, version)
@@ -516,53 +469,9 @@ class Learner:
             metrics |= gradient_geometry(self.engine.module, on_device)
         return metrics
 
-    def _collate(self, sequences: Sequence[MicroBatch]) -> MicroBatch:
-        """One forward pass; of an idle sequence where there is nothing to do."""
-        return collate(
-            sequences or [idle_sequence(self.teachers.idle())], packed=self.settings.train.packing
-        )
-
     def logprob_gaps(self, *batches: RolloutBatch) -> list[float]:
-        """Mean |log p(y) - log mu(y)| of each batch's response tokens in nats, by the weights as
-        they are; NaN of no tokens.
-
-        Args:
-            batches: this rank's own; another rank may have others, and another number of them.
-        """
-        train = self.settings.train
-        passes = [
-            (batch, [sequences[i] for i in indices])
-            for batch, sequences in enumerate(map(unlearned_sequences, batches))
-            for indices in micro_batches(
-                [s.num_tokens for s in sequences],
-                train.max_tokens_per_micro_batch,
-                packed=train.packing,
-            )
-        ]
-        # ZeRO 3 gathers weights in each pass, on all ranks together.
-        idle = self._most_on_a_rank(len(passes)) - len(passes)
-        parts: list[list[Tensor]] = [[torch.zeros(0)] for _ in batches]
-        for batch, part in passes:
-            sampled = torch.cat([s.columns.sampler_logprobs for s in part])
-            parts[batch].append((self._logprobs(part) - sampled).abs())
-        for _ in range(idle):
-            self._logprobs([])
-        return [float(torch.cat(of_batch).mean()) for of_batch in parts]
-
-    def _most_on_a_rank(self, count: int) -> int:
-        """The largest of the ranks' counts."""
-        most = torch.tensor(count, device=self.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
-
-    @torch.no_grad()
-    def _logprobs(self, sequences: Sequence[MicroBatch]) -> Tensor:
-        """[R] log p of the sequences' response tokens in one forward pass, on CPU, by the weights
-        as they are.
-        """
-        micro = self._collate(sequences).to(self.device)
-        logprobs, _ = self.engine(*micro.arguments(), Look.view)
-        return logprobs.cpu()
+        """Mean |log p(y) - log mu(y)| of each batch's response tokens, as LearnerView has it."""
+        return self.view.logprob_gaps(batches)
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -661,7 +570,7 @@ class Learner:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = 0.0
-        self._backward(self._collate([]), Tally(self.device), 0)
+        self._backward(self.passes.collated([]), Tally(self.device), 0)
         self.engine.step()
 
     # -- helpers -----------------------------------------------------------------------------------
