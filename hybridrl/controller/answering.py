@@ -12,7 +12,7 @@ from hybridrl.runtime.calls import Pending, settle, watch_nothing
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
-from hybridrl.settings.run import RewardFunctionConfig
+from hybridrl.settings.rewards import RewardFunctionConfig
 from hybridrl.types import FinishReason, Prompt, Rewards, RolloutBatch
 
 RESULTS_SHARE = 1 / 32

@@ -13,7 +13,8 @@ from hybridrl.data.route import takes
 from hybridrl.runtime.calls import Pending, gather, watch_nothing
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
-from hybridrl.settings.run import EvalConfig, RewardFunctionConfig
+from hybridrl.settings.rewards import RewardFunctionConfig
+from hybridrl.settings.run import EvalConfig
 from hybridrl.types import Float, Prompt, Rewards, Sample
 
 

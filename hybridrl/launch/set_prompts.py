@@ -16,7 +16,8 @@ from hybridrl.launch.preflight import check_token_ids
 from hybridrl.models.loading import load_tokenizer
 from hybridrl.rewards.check import check_columns, check_judged
 from hybridrl.rewards.pool import RewardPool
-from hybridrl.settings.run import DataConfig, RewardConfig, RunSettings
+from hybridrl.settings.rewards import RewardConfig
+from hybridrl.settings.run import DataConfig, RunSettings
 from hybridrl.types import Prompt
 
 log = logging.getLogger(__name__)

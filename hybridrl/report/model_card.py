@@ -32,7 +32,8 @@ from hybridrl.report.run_report import (
 from hybridrl.run_dir.directory import FREE, flat, within
 from hybridrl.settings.compose import saved_tree, to_yaml
 from hybridrl.settings.models import TeacherConfig
-from hybridrl.settings.run import RewardFunctionConfig, RunSettings
+from hybridrl.settings.rewards import RewardFunctionConfig
+from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.jsonl import read_metrics
 
 CARD = "README.md"

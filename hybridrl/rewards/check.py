@@ -17,7 +17,7 @@ from hybridrl.data.route import takes
 from hybridrl.rewards.pool import Failure, FailureKind, RewardPool, reward_calls
 
 if TYPE_CHECKING:  # child processes import this package and must not load Hydra or numpy
-    from hybridrl.settings.run import RewardConfig
+    from hybridrl.settings.rewards import RewardConfig
     from hybridrl.types import Prompt
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from hybridrl.rewards.process import ProcessEnded, RewardProcess
 from hybridrl.rewards.signature import Signature
 
 if TYPE_CHECKING:  # child processes import this package and must not load Hydra
-    from hybridrl.settings.run import RewardConfig
+    from hybridrl.settings.rewards import RewardConfig
 
 LOAD_S = 120.0
 """Longest time for a child to start and import the functions."""

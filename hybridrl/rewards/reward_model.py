@@ -21,7 +21,7 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.models.loading import load_model, load_tokenizer, load_value_head
 
 if TYPE_CHECKING:  # child processes import this module and must not load Hydra
-    from hybridrl.settings.run import RewardConfig
+    from hybridrl.settings.rewards import RewardConfig
 
 MAX_TOKENS = 8192  # padded tokens of one forward pass
 

@@ -17,7 +17,7 @@ from hybridrl.models.loading import load_tokenizer
 from hybridrl.rewards.pool import Failure, Outcome, RewardPool, reward_calls
 from hybridrl.rewards.repetition import compressed_share, repeated_share
 from hybridrl.settings.choices import OnError
-from hybridrl.settings.run import RewardConfig
+from hybridrl.settings.rewards import RewardConfig
 from hybridrl.types import Bool, Rewards, RolloutBatch, Sample
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,8 @@ from hybridrl.settings.hydra_internals import (
     unparsed_override,
 )
 from hybridrl.settings.models import TeacherConfig
-from hybridrl.settings.run import RewardFunctionConfig, RunSettings, SinkConfig
+from hybridrl.settings.rewards import RewardFunctionConfig
+from hybridrl.settings.run import RunSettings, SinkConfig
 from hybridrl.settings.sources import SourceConfig
 from hybridrl.settings.synonyms import synonym_of
 

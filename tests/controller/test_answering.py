@@ -12,7 +12,7 @@ from hybridrl.controller.held_out_set import HeldOutSet
 from hybridrl.controller.set_statistics import pass_at, statistics_of
 from hybridrl.settings.generation import GenerateConfig
 from hybridrl.settings.held_out import pass_sizes
-from hybridrl.settings.run import RewardFunctionConfig
+from hybridrl.settings.rewards import RewardFunctionConfig
 from hybridrl.types import Prompt
 from tests.support.batches import make_batch, make_rewards
 

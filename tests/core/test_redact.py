@@ -38,7 +38,8 @@ from hybridrl.runtime.host import build, log_of
 from hybridrl.runtime.ray_connection import private_token
 from hybridrl.runtime.worker_env import worker_env
 from hybridrl.settings.compose import check_secrets, from_yaml, known_keys, load_config, to_yaml
-from hybridrl.settings.run import DataConfig, RewardConfig, RewardFunctionConfig
+from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
+from hybridrl.settings.run import DataConfig
 from hybridrl.settings.settings_file import saved_config
 from tests.support.graph import save_tiny
 

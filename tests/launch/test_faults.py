@@ -13,8 +13,8 @@ import pytest
 from hybridrl.core.failpoints import VARIABLE
 from hybridrl.run_dir.checkpoint import read_checkpoint
 from hybridrl.run_dir.ledger import read_ledger
-from hybridrl.tracking.glossary import OF_THE_MACHINE
 from hybridrl.tracking.jsonl import read_metrics
+from hybridrl.tracking.machine_metrics import OF_THE_MACHINE
 from tests.support.graph import tiny_overrides
 
 pytestmark = pytest.mark.graph

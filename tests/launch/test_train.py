@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 from hybridrl.core.free_port import free_port
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.run_dir.checkpoint import read_checkpoint
-from hybridrl.tracking.glossary import OF_THE_MACHINE
 from hybridrl.tracking.jsonl import read_metrics
+from hybridrl.tracking.machine_metrics import OF_THE_MACHINE
 from hybridrl.weights.fragments import MASTER, FragmentReader
 from tests.support.graph import tiny_overrides
 

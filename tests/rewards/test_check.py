@@ -9,7 +9,7 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.launch.session import preflight
 from hybridrl.rewards.check import check_columns, check_judged, check_taken, loaded_rewards
 from hybridrl.settings.compose import load_config
-from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
+from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
 from hybridrl.types import Prompt
 
 USER_FILE = """

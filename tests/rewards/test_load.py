@@ -10,7 +10,7 @@ import pytest
 from hybridrl.core.errors import ConfigError
 from hybridrl.rewards.check import check_rewards
 from hybridrl.rewards.pool import Failure, Outcome, RewardCall, RewardPool
-from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
+from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
 
 README = Path(__file__).parent.parent.parent / "hybridrl" / "rewards" / "README.md"
 

@@ -21,7 +21,8 @@ from hybridrl.rewards.load import load_reward
 from hybridrl.rewards.reward_model import RewardModel, check_reward_models
 from hybridrl.rewards.worker import RewardWorker
 from hybridrl.settings.compose import load_config
-from hybridrl.settings.run import RewardConfig, RewardFunctionConfig, RunSettings
+from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
+from hybridrl.settings.run import RunSettings
 from hybridrl.types import RolloutBatch, ScoredBatch
 from hybridrl.weights.fragments import MASTER, Fragment, write_fragments
 from hybridrl.weights.hugging_face import checkpoint_tensors, export

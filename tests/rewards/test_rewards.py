@@ -19,7 +19,7 @@ from hybridrl.rewards.maths import math
 from hybridrl.rewards.pool import Failure, FailureKind, Outcome, RewardCall, RewardPool
 from hybridrl.rewards.worker import RewardWorker
 from hybridrl.settings.choices import OnError
-from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
+from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
 from hybridrl.types import RolloutBatch
 from tests.support.batches import text_batch
 

@@ -15,7 +15,7 @@ from hybridrl.rewards.child import Raised, answer_of
 from hybridrl.rewards.maths import math
 from hybridrl.rewards.worker import RewardWorker
 from hybridrl.settings.choices import OnError
-from hybridrl.settings.run import RewardConfig, RewardFunctionConfig
+from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
 from hybridrl.types import Rewards, RolloutBatch
 from tests.support.batches import text_batch
 

@@ -19,7 +19,8 @@ from hybridrl.rollout.sampler import Sampler
 from hybridrl.runtime.scorer_group import scoring
 from hybridrl.settings.choices import Source
 from hybridrl.settings.compose import load_config
-from hybridrl.settings.run import RewardConfig, RewardFunctionConfig, RunSettings
+from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
+from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.scorer import Scorer
 from hybridrl.types import ChunkHeader, GenerateOrder, Prompt, RolloutBatch, ScoredBatch
 from tests.support.batches import make_plan, make_rewards, make_scores

@@ -45,7 +45,8 @@ from hybridrl.run_dir.directory import (
 from hybridrl.run_dir.inputs import digests, pinned
 from hybridrl.settings.choices import Products, Resume
 from hybridrl.settings.compose import load_config
-from hybridrl.settings.run import RewardFunctionConfig, RunConfig, RunSettings
+from hybridrl.settings.rewards import RewardFunctionConfig
+from hybridrl.settings.run import RunConfig, RunSettings
 from hybridrl.tracking.jsonl import JsonlSink
 from hybridrl.types import FinishReason, Prompt, Rewards, RunInfo, Sample
 from tests.support.graph import save_tiny

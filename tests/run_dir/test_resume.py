@@ -47,7 +47,7 @@ from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.workers import Workers, place_workers, start_workers
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.run import RunSettings
-from hybridrl.tracking.glossary import OF_THE_MACHINE
+from hybridrl.tracking.machine_metrics import OF_THE_MACHINE
 from hybridrl.tracking.sink import Sinks
 from hybridrl.types import Prompt, RunInfo, Sample
 from tests.support.batches import make_batch, make_rewards

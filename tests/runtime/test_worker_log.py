@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hybridrl.runtime.host import Host
 from hybridrl.runtime.worker_log import STACKS
-from hybridrl.settings.run import RewardConfig, RewardFunctionConfig, RunConfig, RunSettings
+from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
+from hybridrl.settings.run import RunConfig, RunSettings
 
 ROOT = Path(__file__).parent.parent.parent
 KEY = "sk-7f3a9c21b8d4e6f0a1"

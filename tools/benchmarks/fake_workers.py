@@ -14,7 +14,8 @@ import numpy as np
 from hybridrl.kernels.head import HeadRule
 from hybridrl.runtime.rollout_group import PROBE
 from hybridrl.settings.choices import Source
-from hybridrl.settings.run import RewardConfig, RunSettings
+from hybridrl.settings.rewards import RewardConfig
+from hybridrl.settings.run import RunSettings
 from hybridrl.teachers.evidence import Evidence
 from hybridrl.types import (
     BatchPlan,

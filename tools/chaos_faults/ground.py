@@ -14,8 +14,8 @@ from chaos_faults.training import (
     steps_saved,
     training,
 )
-from hybridrl.tracking.glossary import OF_THE_MACHINE
 from hybridrl.tracking.jsonl import read_metrics
+from hybridrl.tracking.machine_metrics import OF_THE_MACHINE
 from tests.support.graph import tiny_overrides
 
 STEP = r"^step +(\d+)/"
