@@ -13,7 +13,6 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -34,6 +33,7 @@ from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
 from hybridrl.policy.learner_view import ForwardPasses, LearnerView
 from hybridrl.policy.optimizer_state import OptimizerState
 from hybridrl.policy.shared_base import Base, SharedTeachers
+from hybridrl.policy.skipped_batch import save_batch
 from hybridrl.policy.statistics import (
     Tally,
     Updated,
@@ -415,16 +415,10 @@ class Learner:
         loss = totals["train/loss"]
         if np.isfinite(loss) and np.isfinite(grad_norm):
             return
-        folder = Path(self.settings.run.dir).expanduser() / "skipped"
-        folder.mkdir(parents=True, exist_ok=True)
-        columns = {
-            f"{i}/{name}": value
-            for i, micro in enumerate(micros)
-            for name, value in micro.tensors().items()
-        }
         several = len(plan.order) > 1
         name = f"step_{plan.step:06d}" + (f"-update{number}" if several else "")
-        save_file(columns, folder / f"{name}-rank{self.rank}.safetensors")
+        folder = Path(self.settings.run.dir).expanduser() / "skipped"
+        save_batch(micros, folder / f"{name}-rank{self.rank}.safetensors")
         which = f"step {plan.step}" + (f", update {number}" if several else "")
         sentence = (
             f"{which}: loss is {loss}, gradient norm {grad_norm}; {remedy(totals)}; "

@@ -91,13 +91,18 @@ def result(folder: Path, case: str) -> dict:
     return json.loads((folder / f"{case}.json").read_text())
 
 
-def check_step_after_loading(folder: Path, case: str) -> None:
-    """A learner that was loaded from a saved one has its bits, and takes the same next step."""
+def next_steps(folder: Path, case: str) -> tuple[list[object], list[object]]:
+    """Digest, loss and gradient norm of the step after the second, of the learner that took both
+    and of one that was loaded from its checkpoint, with its bits.
+    """
     saved, loaded = result(folder, case), result(folder, f"{case}-loaded")
     assert loaded["digest"] == saved["digest"] and loaded["optimizer_steps"] == 2
-    straight, resumed = result(folder, f"{case}-straight"), result(folder, f"{case}-resumed")
-    assert resumed["digest"] == straight["digest"] != saved["digest"]
-    assert resumed["loss"] == straight["loss"] and resumed["grad_norm"] == straight["grad_norm"]
+    straight, resumed = (
+        [result(folder, f"{case}-{end}")[key] for key in ("digest", "loss", "grad_norm")]
+        for end in ("straight", "resumed")
+    )
+    assert straight[0] != saved["digest"], "the step changes the weights"
+    return straight, resumed
 
 
 def weight_distance(folder: Path, case: str, other: str | dict[str, Tensor]) -> float:
@@ -518,7 +523,8 @@ STATES = [
 
 @pytest.mark.parametrize("case", STATES)
 def test_a_step_after_loading_is_bit_for_bit_the_step_that_would_have_come(folder: Path, case: str):
-    check_step_after_loading(folder, case)
+    straight, resumed = next_steps(folder, case)
+    assert resumed == straight
 
 
 @pytest.mark.parametrize("case", STATES)

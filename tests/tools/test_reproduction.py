@@ -30,13 +30,14 @@ from reproduction.examination import examine
 from reproduction.experiment import Arm, Experiment, Judgement, Run, Verdict, digest
 from reproduction.lab import Cost, Lab, Trained, overrides
 from reproduction.own_pairs import own_pairs
-from reproduction.page import judgement, page, summary
+from reproduction.page import judgement, page, summary, write_page
 from reproduction.records import FOLDER, Records
 from reproduction.running import OverBudget, run_missing, small_runs
 
 from hybridrl.core.errors import DataError
 from hybridrl.oracle.mdp import make_mdp
 from hybridrl.rewards.countdown import countdown
+from hybridrl.settings.choices import Products
 from hybridrl.settings.settings_file import load_settings
 
 LAB = Lab()
@@ -223,7 +224,9 @@ def test_the_settings_of_arms_that_train_are_accepted(experiment, tmp_path):
         settings = arm.settings
         if arm.measure is preference_runs.measure:
             settings = preference_runs.run_settings(settings, Path("a.jsonl"), Path("b.jsonl"))
-        load_settings(overrides(settings, 0, tmp_path / "run"))
+        loaded = load_settings(overrides(settings, 3, tmp_path / "run"))
+        assert loaded.run.seed == 3 and loaded.train.steps == arm.settings["train.steps"]
+        assert loaded.train.products == Products.model  # from what all runs have in common
 
 
 @pytest.fixture(scope="module")
@@ -532,8 +535,47 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_teacher_is_zero_nats_from_itself():
-    """36 of its 64 greedy answers, 56 %, are right, as 56.6 % of 512 are in a run."""
+def made_up(seed: int) -> dict[str, float]:
+    """Every number that a picture or a table may ask for."""
+    ends = range(10, 201, 10)
+    return {
+        **dict.fromkeys(("reward", "greedy", "ranked", "tokens"), 0.3 + 0.01 * seed),
+        **{"divergence": 2.0 + seed, "none": 1.0, "leave_one_out": 2.0 + seed, "cosine": 0.5},
+        **{"dense_variation": 0.1, "dense_norm": 1.0, "sparse_norm": 1.0},
+        **{f"accuracy_{step}": 0.3 + step / 1000 for step in (0, *range(5, 201, 5))},
+        **{f"chosen_{end}": -1 - end / 1000 for end in ends},
+        **{f"rejected_{end}": -1 - end / 100 for end in ends},
+        **{"chosen_end": -1.2, "rejected_end": -3.0},
+    }
+
+
+@pytest.mark.parametrize(
+    "experiment", [*TRAINED, group_size.EXPERIMENT], ids=lambda experiment: experiment.id
+)
+def test_the_page_and_the_picture_can_be_made_once_all_runs_are_finished(experiment, tmp_path):
+    """Of made-up numbers: the real ones come after an hour."""
+    records = Records(experiment, tmp_path)
+    for arm in experiment.arms:
+        for seed in experiment.seeds:
+            untrained = arm.name == preference_runs.UNTRAINED
+            numbers = dict.fromkeys(made_up(seed), -1.0) if untrained else made_up(seed)
+            records.append(run_of(arm, seed, **numbers))
+    write_page(records)
+    assert "**Verdict.** **" in (records.folder / "README.md").read_text()
+    assert (records.folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_teacher_is_zero_nats_from_itself_and_a_student_is_not():
+    """36 of its 64 greedy answers, 56 %, are right, as 56.6 % of 512 are in a run; the student
+    before training is 3.84 nats from it, on 512 problems.
+    """
     found = examine("builtin:countdown-teacher", "builtin:countdown-teacher", problems=64)
     assert found.divergence == 0
     assert found.greedy == 36 / 64
+    other = examine("builtin:countdown-student", "builtin:countdown-teacher", problems=64)
+    assert other.divergence == pytest.approx(3.84, rel=0.2)
+
+
+def test_the_experts_reward_is_what_an_examination_of_it_gives():
+    found = examine("builtin:countdown-teacher", "builtin:countdown-teacher")
+    assert found.reward == pytest.approx(realizability.EXPERT_REWARD, abs=0.005)

@@ -25,16 +25,29 @@ def draw_curves(axes: Axes, runs: Runs, steps: Sequence[int]) -> None:
         curves = [[100 * run.numbers[f"accuracy_{step}"] for step in steps] for run in of]
         for curve in curves:
             axes.plot(steps, curve, color=colour, linewidth=0.4, alpha=0.4)
-        found = [estimate(values) for values in zip(*curves, strict=True)]
-        axes.plot(steps, [at.mean for at in found], color=colour, label=name)
-        axes.fill_between(
-            steps,
-            [at.mean - at.error for at in found],
-            [at.mean + at.error for at in found],
-            color=colour,
-            alpha=0.15,
-            linewidth=0,
-        )
+        draw_mean(axes, steps, curves, colour=colour, label=name)
     axes.legend(frameon=False, fontsize=8)
     axes.set_xlabel("step")
     axes.set_ylabel("greedy accuracy on held-out problems, per cent")
+
+
+def draw_mean(
+    axes: Axes,
+    x: Sequence[float],
+    curves: Sequence[Sequence[float]],
+    *,
+    colour: str,
+    label: str,
+    style: str = "-",
+) -> None:
+    """The mean of curves at the same x, one of each seed, and its band."""
+    found = [estimate(values) for values in zip(*curves, strict=True)]
+    axes.plot(x, [at.mean for at in found], style, color=colour, label=label)
+    axes.fill_between(
+        x,
+        [at.mean - at.error for at in found],
+        [at.mean + at.error for at in found],
+        color=colour,
+        alpha=0.15,
+        linewidth=0,
+    )

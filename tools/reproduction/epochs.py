@@ -2,7 +2,7 @@
 
 from matplotlib.axes import Axes
 
-from reproduction.curves import COLOURS
+from reproduction.curves import COLOURS, draw_mean
 from reproduction.estimate import Estimate, estimate
 from reproduction.experiment import Experiment, Judgement, Runs, Verdict
 from reproduction.preference_runs import PAIRS_PER_STEP, UNTRAINED, WINDOW, course, pair_arm
@@ -66,22 +66,7 @@ def draw(axes: Axes, runs: Runs) -> None:
         for part, style in (("chosen", "-"), ("rejected", ":")):
             pairs = list(zip(runs[loss], runs[UNTRAINED], strict=True))
             of = [course(run, untrained, part) for run, untrained in pairs]
-            found = [estimate(each) for each in zip(*of, strict=True)]
-            axes.plot(
-                epochs,
-                [at.mean for at in found],
-                style,
-                color=colour,
-                label=f"{loss}, {part}",
-            )
-            axes.fill_between(
-                epochs,
-                [at.mean - at.error for at in found],
-                [at.mean + at.error for at in found],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
+            draw_mean(axes, epochs, of, colour=colour, label=f"{loss}, {part}", style=style)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_xlabel("epochs")
     axes.set_ylabel("change of the log-prob, nats a token")
