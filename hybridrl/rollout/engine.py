@@ -105,7 +105,7 @@ class Rollout:
         self.sampler = Sampler(self.engine, rollouter, source, stop_token_ids(model), adapter)
         self.engine.set_weight_version(str(self.sampler.version))
         # The memory of an engine core in another process is not measured.
-        self.memory = None if self.own_process else PeakMemory.of_device(device)
+        self.peaks = None if self.own_process else PeakMemory.of_device(device)
 
     async def ping(self) -> dict[str, int]:
         """The number of unfinished requests, the version of the weights, and how many parts of its
@@ -139,12 +139,12 @@ class Rollout:
         work = Work(
             tokens=int(header.response_lengths.sum()),
             busy_s=self.sampler.take_busy(),
-            peak_bytes={} if self.memory is None else self.memory.take(),
+            peak_bytes={} if self.peaks is None else self.peaks.take(),
         )
         return replace(header, engine=self.meter.take(), work=work), batch
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
-        return nullcontext() if self.memory is None else self.memory.phase(name)
+        return nullcontext() if self.peaks is None else self.peaks.phase(name)
 
     async def abort(self, groups: Sequence[str] | None = None) -> int:
         """Stop responses that are being sampled, as Sampler.abort; returns their number."""

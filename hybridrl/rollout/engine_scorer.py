@@ -67,7 +67,7 @@ class EngineScorer(ReportedScorer):
         )
         # With several GPUs the engine's memory is that of other processes, and is not measured.
         if settings.teachers[teacher].gpus == 1:
-            self.memory = PeakMemory.of_device(device)
+            self.peaks = PeakMemory.of_device(device)
         self.requests = 0  # so far, which makes their names unique
 
     def configure(self, settings: RunSettings, evidence: Evidence, rule: HeadRule) -> None:

@@ -58,7 +58,7 @@ class ReportedScorer(Scorer, ABC):
     ) -> None:
         self.teacher = teacher
         self.place = None  # it has no devices of its own
-        self.memory = PeakMemory.of_device("cpu")
+        self.peaks = PeakMemory.of_device("cpu")
         self.may_cache = True
         rows = head_rows(settings.model.path, settings.model.revision)
         # [V, 0]: the columns have the widths of a teacher without an output embedding here.

@@ -58,7 +58,7 @@ class Scorer:
         """
         self.teacher = teacher
         self.device = torch.device(device)
-        self.memory = PeakMemory.of_device(device)
+        self.peaks = PeakMemory.of_device(device)
         self.place = place
         self.may_cache = model is None
         self.model = model or load_teacher(settings, teacher, self.device, place)
@@ -95,10 +95,10 @@ class Scorer:
         rank = 0 if self.place is None else self.place.rank
         failpoints.hit("scorer.score", uid=batch.uids[0], rank=rank)
         started = time.monotonic()
-        with self.memory.phase("score"):
+        with self.peaks.phase("score"):
             scores = self.scores(batch)
         took = time.monotonic() - started
-        work = Work(tokens=len(batch.input_ids), busy_s=took, peak_bytes=self.memory.take())
+        work = Work(tokens=len(batch.input_ids), busy_s=took, peak_bytes=self.peaks.take())
         header = ScoreHeader(
             teacher=self.teacher, nbytes=self._nbytes(scores), score_s=took, work=work
         )

@@ -27,7 +27,7 @@ def manifest(version: int, digest: str) -> WeightManifest:
 def rollout() -> Rollout:
     made = Rollout.__new__(Rollout)
     made.own_process = False
-    made.memory = None
+    made.peaks = None
     made.meter = EngineMeter()
     made.engine = PipelinedEngine()
     made.sampler = Sampler(made.engine, SingleTurn(), Source.student)
