@@ -82,7 +82,9 @@ def run(options: argparse.Namespace) -> dict:
     if "controller" in options.parts:
         results["controller"] = controller_share(options.repeats)
     if "scaling" in options.parts:
-        results["scaling"] = scaling(options.most_engines, options.most_groups)
+        results["scaling"] = scaling(
+            options.most_engines, options.most_groups, min(options.repeats, 3)
+        )
     return results
 
 
@@ -300,7 +302,7 @@ def controller_share(repeats: int) -> dict:
     return rows
 
 
-def scaling(most_engines: int, most_groups: int) -> dict:
+def scaling(most_engines: int, most_groups: int, repeats: int) -> dict:
     """Seconds of the controller per step of workers that do nothing, by engines, groups, tokens."""
     base = {"engines": min(4, most_engines), "groups": min(256, most_groups), "tokens": 256}
 
@@ -317,7 +319,9 @@ def scaling(most_engines: int, most_groups: int) -> dict:
     with Stage(settings_of(*sizes)) as stage:
         stage.assign(Work())
         for axis, values in axes.items():
-            rows[axis] = [driver_cost(stage, **(base | {axis: value})) for value in values]
+            rows[axis] = [
+                driver_cost(stage, **(base | {axis: value}), repeats=repeats) for value in values
+            ]
             points = "   ".join(
                 f"{r[axis]}: {1e3 * r['cpu_s']:.0f} ms CPU, {1e3 * r['wall_s']:.0f} wall"
                 for r in rows[axis]
@@ -339,7 +343,7 @@ def growth(points: list[dict], axis: str) -> str:
     )
 
 
-def driver_cost(stage: Stage, *, engines: int, groups: int, tokens: int, repeats: int = 3) -> dict:
+def driver_cost(stage: Stage, *, engines: int, groups: int, tokens: int, repeats: int) -> dict:
     settings = settings_of(
         f"train.prompts_per_step={groups}",
         "train.samples_per_prompt=2",

@@ -94,9 +94,13 @@ def timed_steps(
 
 
 def run(options: argparse.Namespace) -> dict:
-    results: dict = {"target": TARGET} | ({"waits": waits(options)} if options.steps else {})
-    if options.tail_steps:
-        results["tail"] = tail(options.tail_steps, options.scale)
+    results: dict = {"target": TARGET}
+    if options.steps or options.tail_steps:
+        with Stage(settings_of(*SIZE)) as stage:
+            if options.steps:
+                results["waits"] = waits(stage, options)
+            if options.tail_steps:
+                results["tail"] = tail(stage, options.tail_steps, options.scale)
     if options.real_steps:
         from benchmarks.quickstart import compare_schedules  # importing it takes seconds
 
@@ -104,44 +108,41 @@ def run(options: argparse.Namespace) -> dict:
     return results
 
 
-def waits(options: argparse.Namespace) -> dict:
+def waits(stage: Stage, options: argparse.Namespace) -> dict:
     """Seconds per step of each mix with each schedule, and g + s + t + w and max(g, s, t) + w."""
     rows = {}
     print(
         f"{'seconds per step':18s} {'sync':>7s} {'g+s+t+w':>8s} {'streamed':>9s} "
         f"{'pipelined':>10s} {'max+w':>7s} {'ratio':>6s}  gain"
     )
-    with Stage(settings_of(*SIZE)) as stage:
-        for name, mix in MIXES.items():
-            work = scaled(mix, options.scale)
-            *phases, w = work.phases
-            one_chunk = f"rollout.groups_per_chunk={PROMPTS}"
-            chunk_each = "rollout.groups_per_chunk=1"
-            few = max(options.steps // 3, 1)
-            sync, streamed = (
-                step_seconds(stage, work, few, size) for size in (one_chunk, chunk_each)
-            )
-            pipelined = step_seconds(stage, work, options.steps, one_chunk, "schedule=pipelined")
-            limit = max(phases) + w
-            rows[name] = {
-                "phases": work.phases,
-                "sync": sync,
-                "sum": sum(work.phases),
-                "streamed": streamed,
-                "pipelined": pipelined,
-                "limit": limit,
-                "ratio": pipelined / limit,
-            }
-            verdict = "reached" if pipelined / limit <= TARGET else "MISSED"
-            print(
-                f"{name:18s} {sync:7.3f} {sum(work.phases):8.3f} {streamed:9.3f} "
-                f"{pipelined:10.3f} {limit:7.3f} {pipelined / limit:6.3f}  "
-                f"{sync / pipelined:.2f}x  target {TARGET}: {verdict}"
-            )
+    for name, mix in MIXES.items():
+        work = scaled(mix, options.scale)
+        *phases, w = work.phases
+        one_chunk = f"rollout.groups_per_chunk={PROMPTS}"
+        chunk_each = "rollout.groups_per_chunk=1"
+        few = max(options.steps // 3, 1)
+        sync, streamed = (step_seconds(stage, work, few, size) for size in (one_chunk, chunk_each))
+        pipelined = step_seconds(stage, work, options.steps, one_chunk, "schedule=pipelined")
+        limit = max(phases) + w
+        rows[name] = {
+            "phases": work.phases,
+            "sync": sync,
+            "sum": sum(work.phases),
+            "streamed": streamed,
+            "pipelined": pipelined,
+            "limit": limit,
+            "ratio": pipelined / limit,
+        }
+        verdict = "reached" if pipelined / limit <= TARGET else "MISSED"
+        print(
+            f"{name:18s} {sync:7.3f} {sum(work.phases):8.3f} {streamed:9.3f} "
+            f"{pipelined:10.3f} {limit:7.3f} {pipelined / limit:6.3f}  "
+            f"{sync / pipelined:.2f}x  target {TARGET}: {verdict}"
+        )
     return rows
 
 
-def tail(steps: int, scale: float) -> list[dict[str, float]]:
+def tail(stage: Stage, steps: int, scale: float) -> list[dict[str, float]]:
     """Seconds of a step, and of the responses it trains on, without and with rollout.oversample.
 
     The times of groups are log-normal with p95 / median = 5, and those of a group that is drawn a
@@ -149,23 +150,22 @@ def tail(steps: int, scale: float) -> list[dict[str, float]]:
     full engine is not included.
     """
     results = []
-    with Stage(settings_of(*SIZE)) as stage:
-        for share in OVERSAMPLE:
-            how = ("rollout.groups_per_chunk=1", f"rollout.oversample={share}")
-            step_s, rows = timed_steps(stage, scaled(TAIL, scale), steps, *how)
-            keys = {
-                "p50": "time/response_s_p50",
-                "p95": "time/response_s_p95",
-                "max": "time/response_s_max",
-                "late": "rollout/late_frac",
-            }
-            seen = {name: statistics.fmean(row[key] for row in rows) for name, key in keys.items()}
-            results.append({"oversample": share, "step": step_s, **seen})
-            times = "  ".join(f"{name} {seen[name]:.3f}" for name in ("p50", "p95", "max"))
-            print(
-                f"heavy tail, rollout.oversample={share:<4}: step {step_s:.3f} s, responses "
-                f"{times}, {seen['late']:.0%} cancelled"
-            )
+    for share in OVERSAMPLE:
+        how = ("rollout.groups_per_chunk=1", f"rollout.oversample={share}")
+        step_s, rows = timed_steps(stage, scaled(TAIL, scale), steps, *how)
+        keys = {
+            "p50": "time/response_s_p50",
+            "p95": "time/response_s_p95",
+            "max": "time/response_s_max",
+            "late": "rollout/late_frac",
+        }
+        seen = {name: statistics.fmean(row[key] for row in rows) for name, key in keys.items()}
+        results.append({"oversample": share, "step": step_s, **seen})
+        times = "  ".join(f"{name} {seen[name]:.3f}" for name in ("p50", "p95", "max"))
+        print(
+            f"heavy tail, rollout.oversample={share:<4}: step {step_s:.3f} s, responses "
+            f"{times}, {seen['late']:.0%} cancelled"
+        )
     print(
         f"rollout.oversample={OVERSAMPLE[1]} makes a step "
         f"{results[0]['step'] / results[1]['step']:.2f}x as fast"
