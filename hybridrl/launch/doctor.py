@@ -176,7 +176,7 @@ def lock(text: str, version_of: Callable[[str], str | None], set_up: str) -> Fin
 
 
 def compiler() -> Finding:
-    """Whether there is a C++ compiler, which DeepSpeed needs."""
+    """Whether there is a C++ compiler, which torch.compile and Triton need."""
     command = os.environ.get("CXX", "").strip() or "c++"
     try:
         path = shutil.which(shlex.split(command)[0])  # CXX may be "ccache g++"
@@ -186,7 +186,7 @@ def compiler() -> Finding:
         return Finding(
             level=Level.fail,
             name="C++ compiler",
-            text=f"no {command} on PATH; DeepSpeed compiles one op: install g++, or set CXX",
+            text=f"no {command} on PATH; torch and Triton compile with it: install g++, or set CXX",
         )
     return ok("C++ compiler", path)
 

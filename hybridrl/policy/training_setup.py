@@ -6,14 +6,15 @@ from datetime import timedelta
 from typing import Any
 
 import deepspeed
+import deepspeed.ops
 import torch
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from torch import nn
 from transformers import PreTrainedModel
 
 from hybridrl.models.decoder_layers import attends_plainly, compile_layers, set_products
 from hybridrl.models.loading import load_layout
 from hybridrl.models.model_internals import wrapped_layers
-from hybridrl.policy.extensions import build_extension
 from hybridrl.settings.choices import Attention, Offload
 from hybridrl.settings.run import RunSettings
 from hybridrl.weights.parameters import weights_kind
@@ -33,8 +34,9 @@ def join_ranks(
         "MASTER_ADDR": master[0],
         "MASTER_PORT": str(master[1]),
     }
-    # Before the ranks meet: one of them would wait for the others while they wait for the build.
-    build_extension()
+    # DeepSpeed would compile an extension for sums over the ranks of one CPU, in up to a minute.
+    # Only its tensor-parallel inference calls it.
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     deepspeed.init_distributed(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=settings.deadlines.learn_s),

@@ -45,10 +45,7 @@ def worker_env(threads: int, device: str, dtype: str, *, take_turns: bool) -> di
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        "TORCH_EXTENSIONS_DIR": os.environ.get(
-            "TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"
-        ),
-        # ninja lives beside python
+        # ninja, with which vLLM's kernels for GPUs are compiled, lives beside python
         "PATH": f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}",
         "DS_ACCELERATOR": "cpu" if device == "cpu" else "cuda",
         **(RETAIN_MEMORY if device == "cpu" else {}),

@@ -16,9 +16,6 @@ def run_ranks(job: str, *arguments: str) -> None:
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
-        # ninja, for DeepSpeed's one compiled op
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
     }
     process = subprocess.Popen(
         [sys.executable, ROOT / "tests" / "support" / job, *arguments],
