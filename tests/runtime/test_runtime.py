@@ -267,6 +267,15 @@ def test_a_worker_keeps_freed_memory_on_the_cpu_and_multiplies_float32_exactly_o
     assert (env.get("MALLOC_MMAP_MAX_"), env.get("TRITON_F32_DEFAULT")) == (mapped, precision)
 
 
+def test_a_fault_that_the_environment_asks_for_is_met_by_the_workers_too(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert VARIABLE not in worker_env(1, "cpu", "float32", take_turns=True)
+    monkeypatch.setenv(VARIABLE, "learner.step:do=kill")
+    assert worker_env(1, "cpu", "float32", take_turns=True)[VARIABLE] == "learner.step:do=kill"
+
+
 NVIDIA_SMI = """#!/bin/sh
 echo "GPU-1f00-aa, 0"
 echo "GPU-2e11-bb, 1"
