@@ -17,12 +17,15 @@ from hybridrl.core.git_commit import git_commit
 from hybridrl.settings.choices import WandbMode
 from hybridrl.settings.run import TrackingConfig
 from hybridrl.tracking.wandb_internals import quiet_settings, run_folder
+from hybridrl.tracking.wandb_overview import SavingOverview
 from hybridrl.types import RunInfo, Sample
 
 INIT_S = 30.0
 FINISH_S = 60.0
 REACH_S = 5.0
 """Timeout of the first request to the server."""
+OVERVIEW_S = 5.0
+"""How long the end of a run waits for a view that is still being saved."""
 MOST_BYTES = 65536
 """How much of the server's first answer is read."""
 
@@ -35,7 +38,7 @@ class WandbSink:
     Its config has the settings, and as git_commit the commit of the working directory.
 
     Metrics go to wandb's own process, which writes them to disk and uploads them; only start and
-    close wait for a server.
+    close wait for a server. The view of tracking.overview is saved by a thread.
 
     Args:
         finish_s: seconds to wait at the end for the upload of the remaining data.
@@ -52,6 +55,7 @@ class WandbSink:
         self._mode = resolve_mode(config.wandb)
         self._run: Any = None
         self._run_id: str | None = None
+        self._overview: SavingOverview | None = None
 
     def state_dict(self) -> str | None:
         """The id of the W&B run; None before the first start, and when W&B is disabled."""
@@ -109,6 +113,8 @@ class WandbSink:
         )
         self._run_id = self._run.id
         self._run.define_metric("*", step_metric="train/step")
+        if self._config.overview and self._mode is WandbMode.online:
+            self._overview = SavingOverview(self._run.entity, self._run.project)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         # No step=: W&B drops rows below its own counter, which a resumed run would write.
@@ -146,6 +152,8 @@ class WandbSink:
         """
         if self._run is None:
             return
+        if self._overview is not None:
+            self._overview.wait(min(OVERVIEW_S, self._finish_s))
         try:
             self._run.finish(exit_code=exit_code)
         except TimeoutError as error:

@@ -350,7 +350,7 @@ def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(
         "hybridrl.types import "
         "RunInfo\nlogging.basicConfig()\nwandb "
         "= "
-        "WandbSink(TrackingConfig(wandb=WandbMode.online), "
+        "WandbSink(TrackingConfig(wandb=WandbMode.online, overview=False), "
         "finish_s=2.0)\nsinks = "
         "Sinks(required=[JsonlSink()], "
         "optional={'wandb': wandb})\nsinks.start(RunInfo(run_dir=sys.argv[1], "
