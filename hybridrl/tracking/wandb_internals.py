@@ -1,13 +1,15 @@
 """What is used of wandb and wandb-workspaces beyond their documented interface: settings whose
-names begin with x_, which may change without notice, the folder of a run, and the internal name of
-a view.
+names begin with x_, which may change without notice, the folder of a run, the address of the server
+and the hosts of its key, and the internal name of a view.
 
 Read in the versions below. tests/tracking/test_wandb_internals.py fails when another version is
 installed or when one of them is gone.
 """
 
 import json
+import os
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from wandb import Run, Settings
@@ -49,6 +51,25 @@ def quiet_settings(*, init_s: float, finish_s: float, system_metrics: bool = Fal
 def run_folder(run: "Run") -> str:
     """The folder that `wandb sync` takes."""
     return run.settings.sync_dir
+
+
+def server_address() -> str:
+    """The address of the server that wandb uses: that of WANDB_BASE_URL, else of the file that
+    `wandb login --host` writes, else its default.
+    """
+    from wandb.sdk import wandb_setup
+
+    return os.environ.get("WANDB_BASE_URL") or wandb_setup.singleton().settings.base_url
+
+
+def key_hosts(address: str) -> list[str]:
+    """The hosts whose netrc entry wandb takes as the key for a server: itself, and the one behind
+    it.
+    """
+    from wandb.sdk.lib.urls import forge_upstream_url
+
+    hosts = [urlsplit(url).netloc for url in (address, forge_upstream_url(address))]
+    return [host for host in hosts if host]
 
 
 def view_exists(entity: str, project: str, name: str) -> bool:
