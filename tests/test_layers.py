@@ -44,6 +44,7 @@ ALLOWED = {
     "deepspeed": ("policy/", "teachers/"),
     "peft": ("models/adapters.py",),
     "wandb": ("tracking/wandb_sink.py", "tracking/wandb_internals.py"),
+    "wandb_workspaces": ("tracking/wandb_overview.py", "tracking/wandb_internals.py"),
     "tensorboard": (),  # through torch.utils.tensorboard
     "trackio": ("tracking/trackio_sink.py",),
     "mlflow": ("tracking/mlflow_sink.py",),

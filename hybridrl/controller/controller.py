@@ -304,6 +304,7 @@ class Controller:
         except Exception as error:
             error.add_note(f"on_step raised this after step {self.steps_done} of the run")
             self.save_unsaved(row, last=False)
+            error.add_note("the step is saved, and the same call continues after it")
             raise
 
     def _step_or_skip(self) -> dict[str, float]:

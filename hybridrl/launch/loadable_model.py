@@ -28,7 +28,7 @@ from hybridrl.launch.lengths import check_lengths
 from hybridrl.launch.preflight import check_head_size, check_model
 from hybridrl.models.arithmetic import on_gpu
 from hybridrl.models.loading import load_tokenizer, resolve
-from hybridrl.rollout.engine_arguments import check_engine_arguments
+from hybridrl.rollout.engine_arguments import check_engine_arguments, check_installed
 from hybridrl.run_dir.checkpoint import (
     CHECKPOINTS,
     CONFIG,
@@ -152,6 +152,7 @@ class LoadableModel:
             ConfigError: names the setting.
         """
         model = self.config
+        check_installed(self.settings.cluster)
         check_engine_arguments(self.settings.rollout.engine)
         check_model(self.setting, model.path, model.revision, self.settings.rollout.max_model_len)
         if self.device == "cpu":

@@ -70,7 +70,7 @@ from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.objectives.user_code import check_user_code
 from hybridrl.rewards.check import check_columns, check_judged, check_taken, loaded_rewards
 from hybridrl.rewards.reward_model import check_reward_models
-from hybridrl.rollout.engine_arguments import ArgumentRules, check_engine_arguments
+from hybridrl.rollout.engine_arguments import ArgumentRules, check_engine_arguments, check_installed
 from hybridrl.run_dir.checkpoint import Checkpoint, Checkpointer
 from hybridrl.run_dir.directory import (
     check_usable,
@@ -412,6 +412,7 @@ def preflight(
     check_sinks(settings.tracking)
     check_usable(settings)
     check_user_code(settings)
+    check_installed(settings.cluster)
     check_engine_arguments(settings.rollout.engine)
     for name in settings.scored_teachers:
         arguments = settings.teachers[name].engine or {}

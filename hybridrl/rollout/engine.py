@@ -106,6 +106,7 @@ class Rollout:
         self.engine.set_weight_version(str(self.sampler.version))
         # The memory of an engine core in another process is not measured.
         self.peaks = None if self.own_process else PeakMemory.of_device(device)
+        self.last_sync: dict[str, int] = {}  # the peak of the last sync, by its phase
 
     async def ping(self) -> dict[str, int]:
         """The number of unfinished requests, the version of the weights, and how many parts of its
@@ -122,6 +123,9 @@ class Rollout:
         others are loaded.
         """
         self.sampler.begin_job()
+        self._work(tokens=0)
+        self.meter.take()
+        self.last_sync = {}
 
     # -- sampling ----------------------------------------------------------------------------------
 
@@ -136,12 +140,19 @@ class Rollout:
         failpoints.hit("rollout.generate", wave=order.wave)
         with self._phase("rollout"):
             header, batch = await self.sampler.generate(order, prompts)
-        work = Work(
-            tokens=int(header.response_lengths.sum()),
-            busy_s=self.sampler.take_busy(),
-            peak_bytes={} if self.peaks is None else self.peaks.take(),
-        )
+        work = self._work(tokens=int(header.response_lengths.sum()))
         return replace(header, engine=self.meter.take(), work=work), batch
+
+    def _work(self, *, tokens: int) -> Work:
+        """What it did since the last call. The peak of a sync is in every report until the next
+        sync: the first of them are those of the probe and of evaluations, which no step reads.
+        """
+        peaks = {} if self.peaks is None else self.peaks.take()
+        if "sync" in peaks:
+            self.last_sync = {"sync": peaks["sync"]}
+        return Work(
+            tokens=tokens, busy_s=self.sampler.take_busy(), peak_bytes=peaks | self.last_sync
+        )
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.peaks is None else self.peaks.phase(name)

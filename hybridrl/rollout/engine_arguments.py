@@ -13,10 +13,12 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from importlib.util import find_spec
 from typing import Any, get_args
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.rollout import RolloutConfig
+from hybridrl.settings.run import ClusterConfig
 
 IMPORT_S = 120.0  # timeout of the child process, which imports vLLM
 MESSAGE = 200  # characters of what vLLM says about a value
@@ -139,6 +141,22 @@ class Answer:
     """of all arguments"""
     refusals: dict[str, str]
     """by the name of an argument: what is wrong with its value"""
+
+
+def check_installed(cluster: ClusterConfig) -> None:
+    """Refuse to start engines on this machine where vLLM is not installed. The nodes of a cluster
+    may have it although this machine has not.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if cluster.address or os.environ.get("RAY_ADDRESS"):
+        return
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout: the engines need the package vllm, which is not installed; pip install "
+            "'hybridrl[cpu]', or 'hybridrl[gpu]' for GPUs"
+        )
 
 
 def check_engine_arguments(arguments: Mapping[str, Any], rules: ArgumentRules = OF_ROLLOUT) -> None:

@@ -172,7 +172,8 @@ def connect(settings: RunSettings) -> None:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
         raise PlacementError(
             f"cluster.address={address}: no Ray cluster there ({reason}); "
-            "give the address that cluster/head.sh printed, or null to run here"
+            "give the address that cluster/head.sh printed and set RAY_AUTH_MODE=token, or null to "
+            "run here"
         ) from error
 
 

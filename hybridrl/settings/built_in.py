@@ -24,6 +24,8 @@ class BuiltIn:
     """module:name, the module inside hybridrl"""
     meaning: str = ""
     """a clause for the page of settings"""
+    packages: tuple[str, ...] = ()
+    """what it imports and an extra installs"""
 
     def load(self) -> Any:
         """The class or function itself."""
@@ -79,19 +81,25 @@ PAIR_LOSSES = {
 
 SINKS = {
     "tensorboard": BuiltIn(
-        "tracking.tensorboard_sink:TensorBoardSink", "event files in the run directory"
+        "tracking.tensorboard_sink:TensorBoardSink",
+        "event files in the run directory",
+        packages=("tensorboard",),
     ),
     "trackio": BuiltIn(
-        "tracking.trackio_sink:TrackioSink", "a local database, or a Space of Hugging Face"
+        "tracking.trackio_sink:TrackioSink",
+        "a local database, or a Space of Hugging Face",
+        packages=("trackio",),
     ),
     "mlflow": BuiltIn(
-        "tracking.mlflow_sink:MlflowSink", "a tracking server, or a database in the run directory"
+        "tracking.mlflow_sink:MlflowSink",
+        "a tracking server, or a database in the run directory",
+        packages=("mlflow", "sqlalchemy", "alembic"),
     ),
     "ray": BuiltIn(
         "runtime.prometheus_sink:PrometheusSink", "gauges on Ray's metrics ports, for Prometheus"
     ),
 }
-"""Each needs the package of its name, which the extra of that name installs."""
+"""The extra of its name installs the packages of each."""
 
 NO_PAIRS = "none"
 """The word for no pair loss: the objective uses returns."""

@@ -293,6 +293,10 @@ class TrackingConfig:
     """Weights & Biases also records the use of CPU, memory, disk, network and GPUs of the machine
     that the run is driven from
     """
+    overview: bool = True
+    """save a view named `hybridrl overview` with the metrics that one looks at first, in a project
+    of Weights & Biases that has none, where the run is tracked online; needs hybridrl[overview]
+    """
     rollouts_every: int = 0
     """steps between two tables of training responses in Weights & Biases, with the reference answer
     and the value of each reward function; 0: none

@@ -13,12 +13,14 @@ class Metric:
     reading: str  # a healthy value, or what a change means
     unit: str = ""  # empty: a plain number
 
+    @property
+    def pattern(self) -> str:
+        """A regular expression of its keys. Example: reward/[^/]+/mean of reward/<name>/mean."""
+        return "[^/]+".join(map(re.escape, re.split(r"<\w+>", self.key)))
+
     def covers(self, key: str) -> bool:
         """Example: the metric reward/<name>/mean covers reward/countdown/mean."""
-        return (
-            re.fullmatch("[^/]+".join(map(re.escape, re.split(r"<\w+>", self.key))), key)
-            is not None
-        )
+        return re.fullmatch(self.pattern, key) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,11 +75,12 @@ def load_sink_class(name: str, entry: SinkConfig) -> Callable[..., Sink]:
     field = f"{setting}={entry.sink}"
     if not is_own(entry.sink):
         check_word(setting, entry.sink, SINKS, "or write path/to/file.py:Class of yours")
-        if find_spec(entry.sink) is None:
-            raise ConfigError(
-                f"{field}: needs the package {entry.sink}, which is not installed; "
-                f"pip install 'hybridrl[{entry.sink}]'"
-            )
+        for package in SINKS[entry.sink].packages:
+            if find_spec(package) is None:
+                raise ConfigError(
+                    f"{field}: needs the package {package}, which is not installed; "
+                    f"pip install 'hybridrl[{entry.sink}]'"
+                )
         built_in = SINKS[entry.sink].load()
         _check_options(name, entry, built_in)
         return built_in

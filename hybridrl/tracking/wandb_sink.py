@@ -10,19 +10,26 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
-from urllib.parse import urlsplit
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.core.git_commit import git_commit
 from hybridrl.settings.choices import WandbMode
 from hybridrl.settings.run import TrackingConfig
-from hybridrl.tracking.wandb_internals import quiet_settings, run_folder
+from hybridrl.tracking.wandb_internals import (
+    key_hosts,
+    quiet_settings,
+    run_folder,
+    server_address,
+)
+from hybridrl.tracking.wandb_overview import SavingOverview
 from hybridrl.types import RunInfo, Sample
 
 INIT_S = 30.0
 FINISH_S = 60.0
 REACH_S = 5.0
 """Timeout of the first request to the server."""
+OVERVIEW_S = 5.0
+"""How long the end of a run waits for a view that is still being saved."""
 MOST_BYTES = 65536
 """How much of the server's first answer is read."""
 
@@ -35,7 +42,7 @@ class WandbSink:
     Its config has the settings, and as git_commit the commit of the working directory.
 
     Metrics go to wandb's own process, which writes them to disk and uploads them; only start and
-    close wait for a server.
+    close wait for a server. The view of tracking.overview is saved by a thread.
 
     Args:
         finish_s: seconds to wait at the end for the upload of the remaining data.
@@ -52,6 +59,7 @@ class WandbSink:
         self._mode = resolve_mode(config.wandb)
         self._run: Any = None
         self._run_id: str | None = None
+        self._overview: SavingOverview | None = None
 
     def state_dict(self) -> str | None:
         """The id of the W&B run; None before the first start, and when W&B is disabled."""
@@ -80,7 +88,7 @@ class WandbSink:
             log.warning(
                 "W&B: the server at %s refused the run (%s); it is tracked offline, `wandb sync "
                 "%s/wandb/offline-run-*` sends it later",
-                base_url(),
+                server_address(),
                 str(error).splitlines()[0] if str(error) else type(error).__name__,
                 info.run_dir,
             )
@@ -109,6 +117,8 @@ class WandbSink:
         )
         self._run_id = self._run.id
         self._run.define_metric("*", step_metric="train/step")
+        if self._config.overview and self._mode is WandbMode.online:
+            self._overview = SavingOverview(self._run.entity, self._run.project)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         # No step=: W&B drops rows below its own counter, which a resumed run would write.
@@ -146,6 +156,8 @@ class WandbSink:
         """
         if self._run is None:
             return
+        if self._overview is not None:
+            self._overview.wait(min(OVERVIEW_S, self._finish_s))
         try:
             self._run.finish(exit_code=exit_code)
         except TimeoutError as error:
@@ -185,10 +197,6 @@ def resolve_mode(mode: WandbMode) -> WandbMode:
     return mode
 
 
-def base_url() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-
-
 def unreachable() -> str:
     """Why a run cannot be sent to the W&B server, as a clause; empty if it can.
 
@@ -196,7 +204,7 @@ def unreachable() -> str:
     counts: not a login page, a page of a proxy, or the JSON of another service. Whether the key is
     valid is not checked here: the client's own error says so.
     """
-    url = f"{base_url().rstrip('/')}/graphql"
+    url = f"{server_address().rstrip('/')}/graphql"
     query = json.dumps({"query": "{ serverInfo { cliVersionInfo } }"}).encode()
     request = urllib.request.Request(
         url, data=query, headers={"Content-Type": "application/json", "User-Agent": "hybridrl"}
@@ -209,18 +217,18 @@ def unreachable() -> str:
         status = error.code
         body = error.read(MOST_BYTES)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return f"there is no answer from {base_url()} ({getattr(error, 'reason', error)})"
+        return f"there is no answer from {server_address()} ({getattr(error, 'reason', error)})"
     if status >= 500:
-        return f"the server at {base_url()} answers with status {status}"
+        return f"the server at {server_address()} answers with status {status}"
     try:
         parsed = json.loads(body)
     except ValueError:
         return (
-            f"{base_url()} answers with a page (status {status}) and not as a W&B server "
+            f"{server_address()} answers with a page (status {status}) and not as a W&B server "
             "does, perhaps the login page of a proxy"
         )
     if not isinstance(parsed, dict) or not parsed.keys() & {"data", "errors"}:
-        return f"{base_url()} answers with status {status}, but not as a W&B server does"
+        return f"{server_address()} answers with status {status}, but not as a W&B server does"
     return ""
 
 
@@ -228,8 +236,8 @@ def has_key() -> bool:
     """Whether W&B can log in without a prompt: WANDB_API_KEY, or a netrc entry for its host."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(base_url()).hostname or ""
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        known = netrc.netrc(os.environ.get("NETRC"))
+        return any(known.authenticators(host) for host in key_hosts(server_address()))
     except (OSError, netrc.NetrcParseError):
         return False

@@ -160,6 +160,7 @@ def test_a_step_with_two_workers_of_each_kind_logs_every_promised_key_and_fetche
     assert row["train/step"] == 1 and all(np.isfinite(row[key]) for key in PROMISED)
     assert row["controller/materialized_bytes"] == 0
     assert all(row[f"engine/rollout/{key}"] >= 0 for key in ("kv_use", "running", "waiting"))
+    assert row["memory/rollout/sync_bytes"] > 0 and row["memory/learner/sync_bytes"] > 0
     for workers, phase in (("rollout", "rollout"), ("scorer-main", "score"), ("learner", "learn")):
         assert row[f"memory/{workers}/{phase}_bytes"] > 0
         speed = f"perf/{workers}/tokens_per_s_"

@@ -2,11 +2,16 @@
 
 from dataclasses import replace
 
+from hybridrl.controller.sampling import Arrived, PendingChunk
 from hybridrl.controller.worker_metrics import engine_metrics, work_metrics
+from hybridrl.controller.worker_reports import work_of
 from hybridrl.rollout.header import chunk_header
+from hybridrl.runtime.calls import Pending
+from hybridrl.runtime.chunk import Chunk
+from hybridrl.runtime.scorer_group import ScoreCall
 from hybridrl.settings.choices import Source
-from hybridrl.types import ChunkHeader, EngineStats, ScoreHeader, Work
-from tests.support.batches import make_batch
+from hybridrl.types import ChunkHeader, EngineStats, LearnerStats, ScoreHeader, Work
+from tests.support.batches import make_batch, make_rewards
 
 
 def header(source: Source, engine: EngineStats | None) -> ChunkHeader:
@@ -67,3 +72,52 @@ def test_the_slowest_worker_and_the_mean_of_a_kind_are_over_the_time_in_which_th
         "perf/learner/tokens_per_s_mean": 80.0,
         "memory/learner/learn_bytes": 3.0,
     }
+
+
+def called(worker: str) -> Pending:
+    return Pending(ref=None, worker=worker, call="c", deadline_s=1.0)
+
+
+def worked(tokens: int) -> Work:
+    return Work(tokens=tokens, busy_s=1.0, peak_bytes={})
+
+
+def arrived(writer: str, work: Work | None, scorers: tuple[str, ...]) -> Arrived:
+    """A chunk of one response that the writer made and these workers score, a teacher each."""
+    batch = make_batch([((1,), [(2,)])])
+    chunk = Chunk(order=None, prompts=(), header=called(writer), batch=called(writer))
+    drawn = PendingChunk(
+        writer=None,
+        chunk=chunk,
+        reward_weights=(),
+        rewards=called("reward/0"),
+        scores=[ScoreCall(called(scorer), called(scorer)) for scorer in scorers],
+    )
+    header = replace(chunk_header(batch, [1.0]), work=work)
+    return Arrived(drawn=drawn, header=header, rewards=make_rewards(batch, [0.0]), groups=(0,))
+
+
+def test_each_report_has_the_name_of_the_worker_that_was_called_and_the_data_has_none():
+    chunks = [
+        arrived("rollout/1", worked(1), ("scorer-big/0", "scorer-small/0")),
+        arrived("data/0", None, ("scorer-big/1", "scorer-small/0")),
+    ]
+    # Teacher by teacher; the small one is a server, which measures nothing.
+    works = [worked(2), worked(3), None, None]
+    scores = [replace(score("any", None), work=work) for work in works]
+    stats = LearnerStats(
+        logprob_gap=None,
+        token_kl=None,
+        sparse_norm=0.0,
+        metrics={},
+        learn_s=1.0,
+        optimizer_steps=1,
+        work=(worked(4), worked(5)),
+    )
+    assert work_of(chunks, scores, stats) == [
+        ("rollout/1", worked(1)),
+        ("scorer-big/0", worked(2)),
+        ("scorer-big/1", worked(3)),
+        ("learner/0", worked(4)),
+        ("learner/1", worked(5)),
+    ]

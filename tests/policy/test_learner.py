@@ -334,6 +334,17 @@ def test_two_ranks_that_divide_each_mini_batch_take_the_updates_of_one_rank(
     assert weight_distance(folder, case, "several") < 1e-4
 
 
+@pytest.mark.parametrize(("case", "tokens"), [("several", 44), ("zero1-several", 22)])
+def test_a_rank_reports_the_tokens_of_all_its_updates_and_what_took_memory_since_the_last_batch(
+    folder: Path, case: str, tokens: int
+):
+    """The mini-batches have 10 and 12 response tokens, of which the first of two ranks has 5 and 6,
+    and each is learned from twice. After the first batch weights are packed.
+    """
+    assert result(folder, case)["work"] == [[tokens, ["learn"]]]
+    assert result(folder, f"{case}-straight")["work"] == [[tokens, ["learn", "sync"]]]
+
+
 @pytest.mark.parametrize("case", ["several", "zero1-several", "zero3-several"])
 def test_a_batch_of_several_updates_after_loading_is_bit_for_bit_the_one_that_would_have_come(
     folder: Path, case: str

@@ -1,5 +1,6 @@
 """Arguments of rollout.engine: which vLLM takes, and which the run decides."""
 
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -12,7 +13,9 @@ from hybridrl.rollout.engine_arguments import (
     FIXED,
     answer,
     check_engine_arguments,
+    check_installed,
 )
+from hybridrl.settings.run import ClusterConfig
 
 
 def test_a_mistyped_argument_is_refused_with_the_nearest_name():
@@ -73,3 +76,16 @@ def test_every_argument_that_the_run_decides_is_one_of_vllm():
 def test_values_are_compared_with_vllms_own_types(name: str, value: Any, refusal: str | None):
     message = answer({name: value}).refusals.get(name)
     assert message is None if refusal is None else (message or "").startswith(refusal)
+
+
+def test_without_vllm_no_engine_is_started_on_this_machine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    check_installed(ClusterConfig())
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
+    with pytest.raises(
+        ConfigError, match=r"package vllm, .*'hybridrl\[cpu\]', or 'hybridrl\[gpu\]'"
+    ):
+        check_installed(ClusterConfig())
+    check_installed(ClusterConfig(address="ray://head:10001"))
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    check_installed(ClusterConfig())

@@ -118,8 +118,11 @@ def test_a_meter_has_the_largest_values_and_the_sums_of_the_steps_since_it_was_r
     meter.record(scheduler_stats=first, iteration_stats=None)
     meter.record(scheduler_stats=second, iteration_stats=done)
     meter.record(scheduler_stats=None, iteration_stats=done)
+    last = IterationStats()
+    last.num_preempted_reqs = 1
+    meter.record(scheduler_stats=SchedulerStats(), iteration_stats=last)
     assert meter.take() == EngineStats(
-        kv_use=0.75, running=4, waiting=5, preemptions=4, prefix_queries=15, prefix_hits=4
+        kv_use=0.75, running=4, waiting=5, preemptions=5, prefix_queries=15, prefix_hits=4
     )
     assert meter.take() == EngineStats()
 

@@ -28,6 +28,7 @@ def rollout() -> Rollout:
     made = Rollout.__new__(Rollout)
     made.own_process = False
     made.peaks = None
+    made.last_sync = {}
     made.meter = EngineMeter()
     made.engine = PipelinedEngine()
     made.sampler = Sampler(made.engine, SingleTurn(), Source.student)

@@ -394,7 +394,10 @@ def test_what_on_step_raises_ends_the_run_at_a_checkpoint_and_arrives_with_its_o
     with pytest.raises(ZeroDivisionError) as raised:
         controller.run()
     assert raised.traceback[-1].name == "divide_by_zero"
-    assert raised.value.__notes__ == ["on_step raised this after step 2 of the run"]
+    assert raised.value.__notes__ == [
+        "on_step raised this after step 2 of the run",
+        "the step is saved, and the same call continues after it",
+    ]
     assert [row["train/step"] for row in recorder.rows] == [2]
     assert [folder.name for folder in step_folders(tmp_path)] == ["step_000002"]
 

@@ -260,6 +260,8 @@ class Job:
 
             result = {"loss": column("train/loss"), "grad_norm": column("train/grad_norm")}
             result |= {"digest": manifest.digest, "metrics": [s.metrics for s in stats]}
+            works = [work for s in stats for work in s.work]
+            result |= {"work": [[w.tokens, sorted(w.peak_bytes)] for w in works]}
             result |= {"attention": attention_of(learner.model.config)} | more
             (self.folder / f"{case}.json").write_text(json.dumps(result))
 

@@ -133,6 +133,8 @@ class PipelinedEngine(LLMEngine):
         priority: int,
     ) -> None:
         self.request = request_id
+        self.tokens = []
+        self.versions = []
         self.wanted = params.max_tokens
         self.engine_core.engine_core.scheduler.to_schedule = self.wanted
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hybridrl.core.errors import CheckpointError, ConfigError
+from hybridrl.core.peak_memory import PeakMemory
 from hybridrl.launch.session import preflight
 from hybridrl.models.loading import head_rows, load_model
 from hybridrl.objectives import make_objective
@@ -61,6 +62,17 @@ def expected(folder: Path, batch: RolloutBatch, temperature: float = 1.0) -> tor
 
 def drawn(batch: RolloutBatch) -> torch.Tensor:
     return torch.from_numpy(batch.input_ids[batch.response_mask].astype(np.int64))
+
+
+def test_a_report_counts_all_tokens_of_the_sequences_and_the_peak_of_its_own_call(folder: Path):
+    """PROMPTS have sequences of 6, 5, 4 and 6 tokens."""
+    one = scorer(folder)
+    readings = iter([1, 70, 2, 1, 60, 2])  # before the call, in it, and when the report is made
+    one.peaks = PeakMemory(lambda: next(readings))
+    works = [one.score(make_batch(PROMPTS))[0].work for _ in range(2)]
+    assert [work.tokens for work in works] == [21, 21]
+    assert [work.peak_bytes for work in works] == [{"score": 70}, {"score": 60}]
+    assert all(work.busy_s > 0 for work in works)
 
 
 def test_hidden_states_times_the_head_are_the_teachers_logits(folder: Path):

@@ -140,11 +140,15 @@ def test_a_tracker_that_cannot_be_built_is_refused(config: TrackingConfig, sente
         check_sinks(config)
 
 
-def test_a_tracker_without_its_package_is_refused_with_the_command_that_installs_it(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("sink", "package"),
+    [("trackio", "trackio"), ("mlflow", "mlflow"), ("mlflow", "sqlalchemy"), ("mlflow", "alembic")],
+)
+def test_a_tracker_without_its_packages_is_refused_with_the_command_that_installs_them(
+    monkeypatch: pytest.MonkeyPatch, sink: str, package: str
 ) -> None:
-    monkeypatch.setattr("hybridrl.tracking.user_sinks.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(
-        ConfigError, match=r"needs the package trackio.*pip install 'hybridrl\[trackio\]'"
+        ConfigError, match=rf"needs the package {package}, .*pip install 'hybridrl\[{sink}\]'"
     ):
-        check_sinks(replace(tracking("trackio")))
+        check_sinks(replace(tracking(sink)))

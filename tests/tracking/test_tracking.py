@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import wandb
 
 from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError, DataError
@@ -25,6 +27,7 @@ from hybridrl.tracking.glossary import explain
 from hybridrl.tracking.jsonl import JsonlSink, read_metrics, read_samples
 from hybridrl.tracking.sink import Sinks
 from hybridrl.tracking.timing import PhaseClock
+from hybridrl.tracking.wandb_internals import server_address
 from hybridrl.tracking.wandb_sink import WandbSink, resolve_mode, unreachable
 from hybridrl.types import FinishReason, RunInfo, Sample
 
@@ -231,15 +234,30 @@ def no_wandb_account(monkeypatch, tmp_path):
 
 
 def test_wandb_auto_is_online_only_with_a_key(no_wandb_account, monkeypatch, tmp_path):
+    wandb.teardown()  # it reads its settings once in a process
     assert resolve_mode(WandbMode.auto) is WandbMode.offline
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password abc\n")
-    assert resolve_mode(WandbMode.auto) is WandbMode.online
+    for host in ("api.wandb.ai", urlsplit(wandb.Settings().base_url).netloc):
+        (tmp_path / "netrc").write_text(f"machine {host} login user password abc\n")
+        assert resolve_mode(WandbMode.auto) is WandbMode.online
     (tmp_path / "netrc").write_text("machine example.org login user password abc\n")
     assert resolve_mode(WandbMode.auto) is WandbMode.offline
     monkeypatch.setenv("WANDB_API_KEY", "abc")
     assert resolve_mode(WandbMode.auto) is WandbMode.online
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert resolve_mode(WandbMode.auto) is WandbMode.offline
+
+
+def test_the_server_of_wandb_login_is_the_one_whose_key_counts(no_wandb_account, tmp_path):
+    (tmp_path / "home").mkdir()
+    settings = "[default]\nbase_url = https://wandb.lab.example:8443\n"
+    (tmp_path / "home" / "settings").write_text(settings)
+    wandb.teardown()  # it reads the file once in a process
+    (tmp_path / "netrc").write_text("machine wandb.lab.example:8443 login user password abc\n")
+    assert server_address() == "https://wandb.lab.example:8443"
+    assert resolve_mode(WandbMode.auto) is WandbMode.online
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password abc\n")
+    assert resolve_mode(WandbMode.auto) is WandbMode.offline
+    wandb.teardown()
 
 
 def test_wandb_online_without_a_key_is_refused_instead_of_asking(no_wandb_account):
@@ -350,7 +368,7 @@ def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(
         "hybridrl.types import "
         "RunInfo\nlogging.basicConfig()\nwandb "
         "= "
-        "WandbSink(TrackingConfig(wandb=WandbMode.online), "
+        "WandbSink(TrackingConfig(wandb=WandbMode.online, overview=False), "
         "finish_s=2.0)\nsinks = "
         "Sinks(required=[JsonlSink()], "
         "optional={'wandb': wandb})\nsinks.start(RunInfo(run_dir=sys.argv[1], "

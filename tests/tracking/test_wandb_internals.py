@@ -1,19 +1,31 @@
 """What wandb_internals.py uses of wandb is as it was read.
 
-Where the first test fails after an upgrade, read hybridrl/tracking/wandb_internals.py against the
-new version, then change VERSION.
+Where a test of a version fails after an upgrade, read hybridrl/tracking/wandb_internals.py against
+the new version, then change the version there. test_wandb_overview.py executes what is used of
+wandb-workspaces.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import wandb
 
-from hybridrl.tracking.wandb_internals import VERSION, quiet_settings, run_folder
+from hybridrl.tracking.wandb_internals import (
+    VERSION,
+    WORKSPACES_VERSION,
+    quiet_settings,
+    run_folder,
+)
 
 
 def test_wandb_is_the_version_that_was_read():
     assert wandb.__version__.rpartition(".")[0] == VERSION, "see the first lines of this file"
+
+
+def test_wandb_workspaces_is_the_version_that_was_read():
+    installed = version("wandb-workspaces").rpartition(".")[0]
+    assert installed == WORKSPACES_VERSION, "see the first lines of this file"
 
 
 def test_wandb_takes_every_setting():
