@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from reproduction import (
     bottleneck,
     chosen_likelihood,
@@ -29,8 +32,9 @@ from reproduction.estimate import estimate
 from reproduction.examination import examine
 from reproduction.experiment import Arm, Experiment, Judgement, Run, Verdict, digest
 from reproduction.lab import Cost, Lab, Trained, overrides
+from reproduction.labels import draw_labels
 from reproduction.own_pairs import own_pairs
-from reproduction.page import judgement, page, summary, write_page
+from reproduction.page import cell, judgement, page, summary, write_page
 from reproduction.records import FOLDER, Records
 from reproduction.running import OverBudget, run_missing, small_runs
 
@@ -189,6 +193,29 @@ def test_a_run_is_missing_once_the_code_computes_something_else(tmp_path):
     of_code = {"only": digest(records.experiment.arms[0].small_numbers(LAB))}
     assert records.missing(of_code, failed=False) == []
     assert records.missing({"only": "another"}, failed=False) == [("only", 0), ("only", 1)]
+
+
+def test_numbers_from_100_on_are_whole_in_a_table(tmp_path):
+    """The interval of 99999 and 100001 is 100000 +- 12.706."""
+    arm = counting(count(), tmp_path).experiment.arms[0]
+    pairs = ((99_999, 0.25), (100_001, 0.25))
+    runs = [run_of(arm, i, tokens=a, share=b) for i, (a, b) in enumerate(pairs)]
+    assert cell(runs, "tokens") == "100000 [99987, 100013]"
+    assert cell(runs, "share") == "0.250"
+    assert cell(runs, "absent") == ""
+
+
+def test_labels_of_neighbouring_points_do_not_cover_each_other():
+    figure = Figure()
+    axes = figure.add_subplot(xlim=(0, 10), ylim=(0, 10))
+    draw_labels(axes, dict.fromkeys(("0.1", "0.3", "opd", "rloo", "1", "3"), (5.0, 5.0)))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]  # without its line
+    assert len(boxes) == 6
+    for number, box in enumerate(boxes):
+        assert box.count_overlaps(boxes[:number]) == 0
 
 
 def test_a_damaged_line_is_named(tmp_path):
