@@ -24,6 +24,7 @@ from reproduction import (
     preference_bandit,
     preference_runs,
     realizability,
+    sample_efficiency,
     variance,
 )
 from reproduction.__main__ import main
@@ -268,11 +269,24 @@ TRAINED = sorted(
 """Those with the same workers one after the other."""
 
 
+def words(arm: Arm) -> tuple:
+    """Arms that differ in numbers alone run the same code."""
+    return arm.measure, *sorted(i for i in arm.small_settings.items() if isinstance(i[1], str))
+
+
+SHARED = [
+    [e for e in TRAINED if words(e.arms[0]) == same]
+    for same in dict.fromkeys(words(e.arms[0]) for e in TRAINED)
+]
+
+
 @pytest.mark.graph
-@pytest.mark.parametrize("experiment", TRAINED, ids=lambda e: e.id)
-def test_a_small_run_of_a_trained_arm_gives_the_numbers_of_its_table(experiment, small_lab):
-    numbers = experiment.arms[0].small_numbers(small_lab)
-    assert set(experiment.columns) <= set(numbers)
+@pytest.mark.parametrize("experiments", SHARED, ids=lambda same: "-".join(e.id for e in same))
+def test_a_small_run_of_a_trained_arm_gives_the_numbers_of_its_table(experiments, small_lab):
+    """One for the experiments whose first arms differ in numbers alone."""
+    numbers = experiments[0].arms[0].small_numbers(small_lab)
+    for experiment in experiments:
+        assert set(experiment.columns) <= set(numbers), experiment.id
     assert all(value == value for value in numbers.values())
     assert small_lab.cost is not None
     left = [path.name for path in small_lab.folder.iterdir()]
@@ -503,6 +517,55 @@ def test_methods_are_judged_with_their_better_learning_rate(hybrid, rloo, verdic
         reward = rewards.get(method, 0.2) - 0.1 * worse
         runs[arm.name] = [run_of(arm, seed, reward=reward) for seed in range(3)]
     assert methods.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def rising_run(arm: Arm, seed: int, reaches: float, level: float) -> Run:
+    """The accuracy is 0.2 at the start, and the level from `reaches` responses on."""
+    interval = sample_efficiency.EVERY * sample_efficiency.RESPONSES_PER_STEP
+    curve = {
+        f"accuracy_{sample_efficiency.EVERY * i}": 0.2 if i * interval < reaches else level
+        for i in range(11)
+    }
+    return run_of(arm, seed, **curve)
+
+
+def test_an_accuracy_is_reached_where_the_line_to_the_first_of_two_evaluations_crosses_it():
+    """0.2 at the second evaluation, 0.6 from the third on: 0.5 after 1.75 intervals of 2560
+    responses; a single evaluation above it does not count.
+    """
+    arm = sample_efficiency.EXPERIMENT.arms[0]
+    run = rising_run(arm, 0, 5120, 0.6)
+    assert sample_efficiency.reached(run, 0.5) == pytest.approx(1.75 * 2560)
+    assert sample_efficiency.reached(run, 0.7) == sample_efficiency.BUDGET == 25600
+    once = replace(run, numbers={**run.numbers, "accuracy_60": 0.2, "accuracy_80": 0.6})
+    assert sample_efficiency.reached(once, 0.5) == pytest.approx(3.75 * 2560)
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "opd", "level", "verdict", "at"),
+    [
+        (2560, 5120, 0.55, Verdict.confirmed, "until 50.9%"),
+        (2560, 5120, 0.45, Verdict.confirmed, "until 43.2%"),  # none comes to 90 % of the teacher
+        (5120, 2560, 0.55, Verdict.refuted, "until 50.9%"),
+        (5120, 5120, 0.55, Verdict.undecided, "until 50.9%"),
+        (2560, 5120, 0.40, Verdict.undecided, "no method reaches 43.2%"),
+    ],
+)
+def test_sample_efficiency_is_judged_at_the_highest_accuracy_that_a_method_reaches(
+    hybrid, opd, level, verdict, at
+):
+    """The other methods reach nothing."""
+    starts = {"hybrid": hybrid, "opd": opd}
+    runs = {
+        arm.name: [
+            rising_run(arm, seed, starts.get(str(arm.settings["algorithm"]), 99_999), level)
+            for seed in range(3)
+        ]
+        for arm in sample_efficiency.EXPERIMENT.arms
+    }
+    found = sample_efficiency.EXPERIMENT.judge(runs)
+    assert found.verdict is verdict
+    assert at in found.effect
 
 
 def test_a_reward_is_compared_with_the_mean_of_its_siblings():
