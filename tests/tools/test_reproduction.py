@@ -2,9 +2,10 @@
 
 import json
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
+import countdown_models
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,13 +19,17 @@ from reproduction import (
     endpoints,
     epochs,
     gaussian,
+    generalisation,
     group_size,
     label_noise,
     methods,
+    mismatch,
     preference_bandit,
     preference_runs,
     realizability,
     sample_efficiency,
+    strangers,
+    support_trained,
     variance,
 )
 from reproduction.__main__ import main
@@ -38,6 +43,7 @@ from reproduction.own_pairs import own_pairs
 from reproduction.page import cell, judgement, page, summary, write_page
 from reproduction.records import FOLDER, Records
 from reproduction.running import OverBudget, run_missing, small_runs
+from reproduction.sampling import MAX_NEW_TOKENS
 
 from hybridrl.core.errors import DataError
 from hybridrl.oracle.mdp import make_mdp
@@ -519,6 +525,146 @@ def test_methods_are_judged_with_their_better_learning_rate(hybrid, rloo, verdic
     assert methods.EXPERIMENT.judge(runs).verdict is verdict
 
 
+@pytest.mark.parametrize(
+    ("copied", "far", "kept", "verdict"),
+    [
+        (0.0, 0.10, 0.10, Verdict.confirmed),
+        (0.0, 0.10, 0.05, Verdict.undecided),  # at the margin of 5 points
+        (0.1, 0.10, 0.10, Verdict.refuted),  # a gain although the expert can be copied
+        (0.0, 0.10, 0.01, Verdict.refuted),  # nothing is kept although it cannot
+    ],
+)
+def test_generalisation_is_judged_by_the_gains_of_on_policy_imitation(copied, far, kept, verdict):
+    """SFT has 0 throughout; before training the old task had 0.5."""
+    gains = {
+        generalisation.ONLINE[True]: (copied, copied),
+        generalisation.ONLINE[False]: (far, kept),
+    }
+    runs = {}
+    for arm in generalisation.EXPERIMENT.arms:
+        outside, old = gains.get(arm.name, (0.0, 0.0))
+        runs[arm.name] = [
+            run_of(arm, seed, far=outside, kept=old, kept_start=0.5) for seed in range(5)
+        ]
+    assert generalisation.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def test_problems_outside_of_the_range_have_a_number_above_10():
+    far = generalisation.far_problems(64)
+    assert len({equation.key for equation in far}) == 64
+    assert all(10 < max(equation.numbers) <= 20 for equation in far)
+    assert {len(equation.numbers) for equation in generalisation.old_problems()} == {2}
+
+
+def test_a_made_model_learns_solutions_of_the_asked_style_outside_of_the_held_out_problems():
+    arguments = ["--out", "x", "--steps", "1", "--two-numbers", "0.5", "--spaced", "1"]
+    args = countdown_models.parser().parse_args(arguments)
+    made = list(islice(countdown_models.solved(args), 400))
+    old = {equation.key for equation in generalisation.old_problems()}
+    short = [equation for equation in made if len(equation.numbers) == 2]
+    assert 150 < len(short) < 250
+    assert not old & {equation.key for equation in short}
+    rewards = countdown(
+        [e.solution for e in made], [list(e.numbers) for e in made], [e.target for e in made]
+    )
+    assert rewards == [1.0] * 400
+    assert all(equation.solution.count(" ") in (2, 4) for equation in made)
+    assert max(len(equation.solution) for equation in made) < MAX_NEW_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("stranger", "recovered", "verdict"),
+    [
+        (0.48, 0.2, Verdict.confirmed),
+        (0.48, 0.6, Verdict.refuted),
+        (0.40, 0.2, Verdict.undecided),  # the teachers are not of equal accuracy
+    ],
+)
+def test_strangers_are_judged_by_the_share_recovered(stranger, recovered, verdict):
+    """From the teacher of the student's weights it is 0.6."""
+    kin = {"teacher_reward": 0.49, "recovered": 0.6, "agreement_start": 0.8}
+    other = {"teacher_reward": stranger, "recovered": recovered, "agreement_start": 0.5}
+    runs = {
+        arm.name: [
+            run_of(arm, seed, **(kin if arm.name == strangers.KIN else other)) for seed in range(5)
+        ]
+        for arm in strangers.EXPERIMENT.arms
+    }
+    assert strangers.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def test_a_model_agrees_with_itself_at_every_token():
+    student = "builtin:countdown-student"
+    assert strangers.agreement(student, student, problems=16) == 1
+    assert strangers.agreement(student, "builtin:countdown-teacher", problems=16) < 1
+
+
+@pytest.mark.parametrize(
+    ("far", "reward", "spread", "verdict"),
+    [
+        (0.5, 0.30, 0.00, Verdict.confirmed),
+        (0.5, 0.27, 0.00, Verdict.refuted),  # farther, and worse
+        (0.1, 0.30, 0.00, Verdict.refuted),  # not farther
+        (0.5, 0.30, 0.05, Verdict.undecided),  # the interval is too wide
+    ],
+)
+def test_the_mismatch_is_judged_by_distance_and_reward(far, reward, spread, verdict):
+    """SFT is at a distance of 0.1 and has a reward of 0.3."""
+    numbers = {mismatch.ONLINE: (far, reward), mismatch.OFFLINE: (0.1, 0.3)}
+    runs = {}
+    for arm in mismatch.EXPERIMENT.arms:
+        tv, of_arm = numbers[arm.name]
+        runs[arm.name] = [
+            run_of(
+                arm,
+                seed,
+                tv=tv,
+                reward=of_arm + spread * (seed - 2) * (arm.name == mismatch.ONLINE),
+                expert_reward=0.5,
+            )
+            for seed in range(5)
+        ]
+    assert mismatch.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def test_the_total_variation_of_two_samples_is_half_of_the_sum_of_differences():
+    """(1/2, 1/2) against (1/4, 3/4), and two samples without a common value."""
+    assert mismatch.total_variation("aabb", "abbb") == 0.25
+    assert mismatch.total_variation([1, 2], [3, 4]) == 1
+    found = mismatch.statistics_of(["(1 + 2)*3", "4-5-6"])
+    assert found["length"] == [9, 5]
+    assert found["spaces"] == [2, 0]
+    assert found["symbols"] == [(1, 0, 1, 1), (0, 2, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("near", "single", "spread", "verdict"),
+    [
+        (0.30, 0.0, 0.00, Verdict.confirmed),
+        (0.25, 0.0, 0.00, Verdict.refuted),  # 5 points are lost with four tokens
+        (0.30, 0.1, 0.00, Verdict.refuted),  # a single token teaches something
+        (0.30, 0.0, 0.05, Verdict.undecided),  # the interval is too wide
+    ],
+)
+def test_trained_supports_are_judged_against_the_whole_vocabulary(near, single, spread, verdict):
+    """The whole vocabulary gives 0.3; before training the greedy accuracy is 0.3."""
+    runs = {}
+    for arm in support_trained.EXPERIMENT.arms:
+        is_near = arm.name in support_trained.NEAR
+        end = 0.3 + single * (arm.name == support_trained.SINGLE)
+        runs[arm.name] = [
+            run_of(
+                arm,
+                seed,
+                reward=near + spread * (seed - 2) if is_near else 0.3,
+                accuracy_0=0.3,
+                accuracy_100=end,
+            )
+            for seed in range(5)
+        ]
+    assert support_trained.EXPERIMENT.judge(runs).verdict is verdict
+
+
 def rising_run(arm: Arm, seed: int, reaches: float, level: float) -> Run:
     """The accuracy is 0.2 at the start, and the level from `reaches` responses on."""
     interval = sample_efficiency.EVERY * sample_efficiency.RESPONSES_PER_STEP
@@ -636,6 +782,10 @@ def made_up(seed: int) -> dict[str, float]:
         **{f"chosen_{end}": -1 - end / 1000 for end in ends},
         **{f"rejected_{end}": -1 - end / 100 for end in ends},
         **{"chosen_end": -1.2, "rejected_end": -3.0},
+        **{"far": 0.1 + 0.01 * seed, "far_start": 0.1, "kept": 0.4, "kept_start": 0.5},
+        **{"student_reward": 0.2, "teacher_reward": 0.49, "recovered": 0.3 + 0.1 * seed},
+        **{"agreement_start": 0.6, "agreement_end": 0.7, "expert_reward": 0.45},
+        **{"tv": 0.3 + 0.1 * seed, "tv_length": 0.1, "tv_spaces": 0.3, "tv_symbols": 0.1},
     }
 
 
