@@ -265,7 +265,7 @@ def test_the_settings_of_arms_that_train_are_accepted(experiment, tmp_path):
 
 @pytest.fixture(scope="module")
 def small_lab(tmp_path_factory):
-    with Lab(tmp_path_factory.mktemp("lab")) as lab:
+    with Lab(tmp_path_factory.mktemp("lab"), problems=32) as lab:
         yield lab
 
 

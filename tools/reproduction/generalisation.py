@@ -26,7 +26,7 @@ PARTS = ("far", "kept")
 MARGIN = 0.05
 
 
-def far_problems(num: int = 512) -> list[Equation]:
+def far_problems(num: int) -> list[Equation]:
     """Three numbers up to 20, at least one of them above 10."""
     wider = Countdown(max_number=20).heldout(2 * num)
     return [equation for equation in wider if max(equation.numbers) > 10][:num]
@@ -52,10 +52,10 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
     """
     given = with_made_models(settings, lab.folder / "made")
     start = str(given["model.path"])
-    far, old = far_problems(), old_problems()
+    far, old = far_problems(lab.problems), old_problems()
     with lab.run(given, seed) as trained:
         return {
-            **numbers_of(trained, TEACHER),
+            **numbers_of(trained, TEACHER, lab.problems),
             "far": reward(trained.model, far, 2),
             "kept": reward(trained.model, old, 16),
             "far_start": reward(start, far, 2),

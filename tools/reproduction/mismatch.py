@@ -27,9 +27,9 @@ NO_LOSS = 0.02
 STATISTICS = ("length", "spaces", "symbols")
 
 
-def samples_of(model: str | Path) -> list[str]:
-    """Four responses to each of 512 held-out problems, with a constant seed."""
-    equations = [equation for equation in Countdown().heldout(512) for _ in range(4)]
+def samples_of(model: str | Path, problems: int) -> list[str]:
+    """Four responses to each of the held-out problems, with a constant seed."""
+    equations = [equation for equation in Countdown().heldout(problems) for _ in range(4)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return list(sample(load_model(str(model)), load_tokenizer(str(model)), equations).texts)
@@ -65,15 +65,15 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
     """
     given = with_made_models(settings, lab.folder / "made")
     expert = str(given["teachers.main.path"])
-    of_expert = statistics_of(samples_of(expert))
+    of_expert = statistics_of(samples_of(expert, lab.problems))
     with lab.run(given, seed) as trained:
-        of_student = statistics_of(samples_of(trained.model))
+        of_student = statistics_of(samples_of(trained.model, lab.problems))
         found = {
             f"tv_{name}": total_variation(of_student[name], of_expert[name]) for name in STATISTICS
         }
         return {
-            **numbers_of(trained, expert),
-            "expert_reward": examine(expert, expert).reward,
+            **numbers_of(trained, expert, lab.problems),
+            "expert_reward": examine(expert, expert, problems=lab.problems).reward,
             **found,
             "tv": max(found.values()),
         }

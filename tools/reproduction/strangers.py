@@ -51,18 +51,18 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
     """
     given = with_made_models(settings, lab.folder / "made")
     teacher = str(given["teachers.main.path"])
-    before = examine(STUDENT, teacher)
-    of_teacher = examine(teacher, teacher)
+    before = examine(STUDENT, teacher, problems=lab.problems)
+    of_teacher = examine(teacher, teacher, problems=lab.problems)
     with lab.run(given, seed) as trained:
-        numbers = numbers_of(trained, teacher)
+        numbers = numbers_of(trained, teacher, lab.problems)
         return {
             **numbers,
             "student_reward": before.reward,
             "teacher_reward": of_teacher.reward,
             "recovered": (numbers["reward"] - before.reward) / (of_teacher.reward - before.reward),
             "divergence_start": before.divergence,
-            "agreement_start": agreement(STUDENT, teacher),
-            "agreement_end": agreement(trained.model, teacher),
+            "agreement_start": agreement(STUDENT, teacher, problems=lab.problems),
+            "agreement_end": agreement(trained.model, teacher, problems=lab.problems),
         }
 
 

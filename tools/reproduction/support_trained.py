@@ -6,6 +6,7 @@ from reproduction.curves import draw_curves
 from reproduction.differences import difference, points, values
 from reproduction.estimate import Estimate, estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Runs, Verdict
+from reproduction.own_pairs import STUDENT
 from reproduction.trained import trained_arm
 
 STEPS = 100
@@ -26,6 +27,7 @@ SINGLE = "student's 1, renormalize"
 def arm(name: str) -> Arm:
     settings = {
         "algorithm": "opd_full",
+        "model.path": STUDENT,
         "train.steps": STEPS,
         "train.lr": 5e-4,
         "eval.every": 25,

@@ -22,12 +22,12 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
         own evaluations. tokens: response tokens that were trained on.
     """
     with lab.run(with_made_models(settings, lab.folder / "made"), seed) as trained:
-        return numbers_of(trained, TEACHER)
+        return numbers_of(trained, TEACHER, lab.problems)
 
 
-def numbers_of(trained: Trained, teacher: str) -> Numbers:
+def numbers_of(trained: Trained, teacher: str, problems: int) -> Numbers:
     """As `measure`, against any teacher."""
-    found = examine(trained.model, teacher)
+    found = examine(trained.model, teacher, problems=problems)
     curve = {
         f"accuracy_{row['train/step']:.0f}": row["eval/accuracy"]
         for row in trained.rows
