@@ -119,9 +119,9 @@ EXPERIMENT = Experiment(
     source="arXiv 2606.30445, figure 6; arXiv 2604.13016",
     design="The shipped student, distilled on its own responses over the whole vocabulary "
     f"(algorithm=opd_full) for {STEPS} steps of 128 responses, AdamW at 5e-4. One teacher is the "
-    "shipped one, which continues from the weights that the student also had after 400 of its 2000 "
-    "steps up to the learning rate; the other one was made in the same way, with the same number "
-    "of parameters and steps, from other random weights and by other problems. The share recovered "
+    "shipped one: it started from the same random weights as the student, and its first 400 of "
+    "2000 steps had the same problems. The other one was made in the same way, with as many "
+    "parameters and steps, from other random weights and by other problems. The share recovered "
     "is the gain of reward over the gap between student and teacher before training. Tokens "
     "agree where both models have the same most likely one, in the student's own responses.",
     rule="Differences, paired by seed, with 95 % intervals. Undecided if the rewards of the "
