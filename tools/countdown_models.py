@@ -8,7 +8,9 @@ One process, one thread, float32; the same arguments give the same weights on th
 import argparse
 import math
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from hybridrl.data.countdown_puzzles import Countdown, Equation
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 
 NUM_HELDOUT = 512  # excluded from training; the default of data.num_heldout
+NUM_HELDOUT_TWO = 64  # of the about 150 problems of two numbers
+OPERATOR = re.compile(r"([-+*])")
 IGNORED = -100  # the label that cross_entropy ignores
 
 
@@ -36,10 +40,7 @@ def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay
     )
-    game = Countdown()
-    equations = game.stream(
-        random.Random(f"countdown sft {args.seed}"), {e.key for e in game.heldout(NUM_HELDOUT)}
-    )
+    equations = solved(args)
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = _lr(step, args)
@@ -58,6 +59,27 @@ def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}/{args.steps} loss {loss.item():.3f}", flush=True)
     return model, tokenizer
+
+
+def solved(args: argparse.Namespace) -> Iterator[Equation]:
+    """Endless problems outside of the held-out ones, with the solution to imitate.
+
+    args.two_numbers: share of them that have two numbers and not three. args.spaced: share of the
+    solutions that have a space on each side of an operator.
+    """
+    rng = random.Random(f"countdown sft {args.seed}")
+    three = _outside(Countdown(), NUM_HELDOUT, rng)
+    two = _outside(Countdown(num_numbers=2), NUM_HELDOUT_TWO, rng)
+    choices = random.Random(f"countdown choices {args.seed}")
+    while True:
+        equation = next(two if choices.random() < args.two_numbers else three)
+        if choices.random() < args.spaced:
+            equation = replace(equation, solution=OPERATOR.sub(r" \1 ", equation.solution))
+        yield equation
+
+
+def _outside(game: Countdown, num_heldout: int, rng: random.Random) -> Iterator[Equation]:
+    return game.stream(rng, {equation.key for equation in game.heldout(num_heldout)})
 
 
 def greedy_answers(
@@ -116,6 +138,12 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--warmup", type=int, default=100, help="steps")
     arguments.add_argument("--weight-decay", type=float, default=0.1)
     arguments.add_argument("--label-smoothing", type=float, default=0.01)
+    arguments.add_argument(
+        "--two-numbers", type=float, default=0.0, help="share of the problems with two numbers"
+    )
+    arguments.add_argument(
+        "--spaced", type=float, default=0.0, help="share of the solutions with spaces"
+    )
     arguments.add_argument("--seed", type=int, default=0, help="of weights and problems")
     arguments.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the saved weights"

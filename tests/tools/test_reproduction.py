@@ -2,11 +2,15 @@
 
 import json
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
+import countdown_models
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from reproduction import (
     bottleneck,
     chosen_likelihood,
@@ -15,12 +19,17 @@ from reproduction import (
     endpoints,
     epochs,
     gaussian,
+    generalisation,
     group_size,
     label_noise,
     methods,
+    mismatch,
     preference_bandit,
     preference_runs,
     realizability,
+    sample_efficiency,
+    strangers,
+    support_trained,
     variance,
 )
 from reproduction.__main__ import main
@@ -29,10 +38,12 @@ from reproduction.estimate import estimate
 from reproduction.examination import examine
 from reproduction.experiment import Arm, Experiment, Judgement, Run, Verdict, digest
 from reproduction.lab import Cost, Lab, Trained, overrides
+from reproduction.labels import draw_labels
 from reproduction.own_pairs import own_pairs
-from reproduction.page import judgement, page, summary, write_page
+from reproduction.page import cell, judgement, page, summary, write_page
 from reproduction.records import FOLDER, Records
 from reproduction.running import OverBudget, run_missing, small_runs
+from reproduction.sampling import MAX_NEW_TOKENS
 
 from hybridrl.core.errors import DataError
 from hybridrl.oracle.mdp import make_mdp
@@ -191,6 +202,29 @@ def test_a_run_is_missing_once_the_code_computes_something_else(tmp_path):
     assert records.missing({"only": "another"}, failed=False) == [("only", 0), ("only", 1)]
 
 
+def test_numbers_from_100_on_are_whole_in_a_table(tmp_path):
+    """The interval of 99999 and 100001 is 100000 +- 12.706."""
+    arm = counting(count(), tmp_path).experiment.arms[0]
+    pairs = ((99_999, 0.25), (100_001, 0.25))
+    runs = [run_of(arm, i, tokens=a, share=b) for i, (a, b) in enumerate(pairs)]
+    assert cell(runs, "tokens") == "100000 [99987, 100013]"
+    assert cell(runs, "share") == "0.250"
+    assert cell(runs, "absent") == ""
+
+
+def test_labels_of_neighbouring_points_do_not_cover_each_other():
+    figure = Figure()
+    axes = figure.add_subplot(xlim=(0, 10), ylim=(0, 10))
+    draw_labels(axes, dict.fromkeys(("0.1", "0.3", "opd", "rloo", "1", "3"), (5.0, 5.0)))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]  # without its line
+    assert len(boxes) == 6
+    for number, box in enumerate(boxes):
+        assert box.count_overlaps(boxes[:number]) == 0
+
+
 def test_a_damaged_line_is_named(tmp_path):
     records = counting(count(), tmp_path)
     records.folder.mkdir()
@@ -231,7 +265,7 @@ def test_the_settings_of_arms_that_train_are_accepted(experiment, tmp_path):
 
 @pytest.fixture(scope="module")
 def small_lab(tmp_path_factory):
-    with Lab(tmp_path_factory.mktemp("lab")) as lab:
+    with Lab(tmp_path_factory.mktemp("lab"), problems=32) as lab:
         yield lab
 
 
@@ -241,11 +275,24 @@ TRAINED = sorted(
 """Those with the same workers one after the other."""
 
 
+def words(arm: Arm) -> tuple:
+    """Arms that differ in numbers alone run the same code."""
+    return arm.measure, *sorted(i for i in arm.small_settings.items() if isinstance(i[1], str))
+
+
+SHARED = [
+    [e for e in TRAINED if words(e.arms[0]) == same]
+    for same in dict.fromkeys(words(e.arms[0]) for e in TRAINED)
+]
+
+
 @pytest.mark.graph
-@pytest.mark.parametrize("experiment", TRAINED, ids=lambda e: e.id)
-def test_a_small_run_of_a_trained_arm_gives_the_numbers_of_its_table(experiment, small_lab):
-    numbers = experiment.arms[0].small_numbers(small_lab)
-    assert set(experiment.columns) <= set(numbers)
+@pytest.mark.parametrize("experiments", SHARED, ids=lambda same: "-".join(e.id for e in same))
+def test_a_small_run_of_a_trained_arm_gives_the_numbers_of_its_table(experiments, small_lab):
+    """One for the experiments whose first arms differ in numbers alone."""
+    numbers = experiments[0].arms[0].small_numbers(small_lab)
+    for experiment in experiments:
+        assert set(experiment.columns) <= set(numbers), experiment.id
     assert all(value == value for value in numbers.values())
     assert small_lab.cost is not None
     left = [path.name for path in small_lab.folder.iterdir()]
@@ -478,6 +525,195 @@ def test_methods_are_judged_with_their_better_learning_rate(hybrid, rloo, verdic
     assert methods.EXPERIMENT.judge(runs).verdict is verdict
 
 
+@pytest.mark.parametrize(
+    ("copied", "far", "kept", "verdict"),
+    [
+        (0.0, 0.10, 0.10, Verdict.confirmed),
+        (0.0, 0.10, 0.05, Verdict.undecided),  # at the margin of 5 points
+        (0.1, 0.10, 0.10, Verdict.refuted),  # a gain although the expert can be copied
+        (0.0, 0.10, 0.01, Verdict.refuted),  # nothing is kept although it cannot
+    ],
+)
+def test_generalisation_is_judged_by_the_gains_of_on_policy_imitation(copied, far, kept, verdict):
+    """SFT has 0 throughout; before training the old task had 0.5."""
+    gains = {
+        generalisation.ONLINE[True]: (copied, copied),
+        generalisation.ONLINE[False]: (far, kept),
+    }
+    runs = {}
+    for arm in generalisation.EXPERIMENT.arms:
+        outside, old = gains.get(arm.name, (0.0, 0.0))
+        runs[arm.name] = [
+            run_of(arm, seed, far=outside, kept=old, kept_start=0.5) for seed in range(5)
+        ]
+    assert generalisation.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def test_problems_outside_of_the_range_have_a_number_above_10():
+    far = generalisation.far_problems(64)
+    assert len({equation.key for equation in far}) == 64
+    assert all(10 < max(equation.numbers) <= 20 for equation in far)
+    assert {len(equation.numbers) for equation in generalisation.old_problems()} == {2}
+
+
+def test_a_made_model_learns_solutions_of_the_asked_style_outside_of_the_held_out_problems():
+    arguments = ["--out", "x", "--steps", "1", "--two-numbers", "0.5", "--spaced", "1"]
+    args = countdown_models.parser().parse_args(arguments)
+    made = list(islice(countdown_models.solved(args), 400))
+    old = {equation.key for equation in generalisation.old_problems()}
+    short = [equation for equation in made if len(equation.numbers) == 2]
+    assert 150 < len(short) < 250
+    assert not old & {equation.key for equation in short}
+    rewards = countdown(
+        [e.solution for e in made], [list(e.numbers) for e in made], [e.target for e in made]
+    )
+    assert rewards == [1.0] * 400
+    assert all(equation.solution.count(" ") in (2, 4) for equation in made)
+    assert max(len(equation.solution) for equation in made) < MAX_NEW_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("stranger", "recovered", "verdict"),
+    [
+        (0.48, 0.2, Verdict.confirmed),
+        (0.48, 0.6, Verdict.refuted),
+        (0.40, 0.2, Verdict.undecided),  # the teachers are not of equal accuracy
+    ],
+)
+def test_strangers_are_judged_by_the_share_recovered(stranger, recovered, verdict):
+    """From the teacher of the student's weights it is 0.6."""
+    kin = {"teacher_reward": 0.49, "recovered": 0.6, "agreement_start": 0.8}
+    other = {"teacher_reward": stranger, "recovered": recovered, "agreement_start": 0.5}
+    runs = {
+        arm.name: [
+            run_of(arm, seed, **(kin if arm.name == strangers.KIN else other)) for seed in range(5)
+        ]
+        for arm in strangers.EXPERIMENT.arms
+    }
+    assert strangers.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def test_a_model_agrees_with_itself_at_every_token():
+    student = "builtin:countdown-student"
+    assert strangers.agreement(student, student, problems=16) == 1
+    assert strangers.agreement(student, "builtin:countdown-teacher", problems=16) < 1
+
+
+@pytest.mark.parametrize(
+    ("far", "reward", "spread", "verdict"),
+    [
+        (0.5, 0.30, 0.00, Verdict.confirmed),
+        (0.5, 0.27, 0.00, Verdict.refuted),  # farther, and worse
+        (0.1, 0.30, 0.00, Verdict.refuted),  # not farther
+        (0.5, 0.30, 0.05, Verdict.undecided),  # the interval is too wide
+    ],
+)
+def test_the_mismatch_is_judged_by_distance_and_reward(far, reward, spread, verdict):
+    """SFT is at a distance of 0.1 and has a reward of 0.3."""
+    numbers = {mismatch.ONLINE: (far, reward), mismatch.OFFLINE: (0.1, 0.3)}
+    runs = {}
+    for arm in mismatch.EXPERIMENT.arms:
+        tv, of_arm = numbers[arm.name]
+        runs[arm.name] = [
+            run_of(
+                arm,
+                seed,
+                tv=tv,
+                reward=of_arm + spread * (seed - 2) * (arm.name == mismatch.ONLINE),
+                expert_reward=0.5,
+            )
+            for seed in range(5)
+        ]
+    assert mismatch.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def test_the_total_variation_of_two_samples_is_half_of_the_sum_of_differences():
+    """(1/2, 1/2) against (1/4, 3/4), and two samples without a common value."""
+    assert mismatch.total_variation("aabb", "abbb") == 0.25
+    assert mismatch.total_variation([1, 2], [3, 4]) == 1
+    found = mismatch.statistics_of(["(1 + 2)*3", "4-5-6"])
+    assert found["length"] == [9, 5]
+    assert found["spaces"] == [2, 0]
+    assert found["symbols"] == [(1, 0, 1, 1), (0, 2, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("near", "single", "spread", "verdict"),
+    [
+        (0.30, 0.0, 0.00, Verdict.confirmed),
+        (0.25, 0.0, 0.00, Verdict.refuted),  # 5 points are lost with four tokens
+        (0.30, 0.1, 0.00, Verdict.refuted),  # a single token teaches something
+        (0.30, 0.0, 0.05, Verdict.undecided),  # the interval is too wide
+    ],
+)
+def test_trained_supports_are_judged_against_the_whole_vocabulary(near, single, spread, verdict):
+    """The whole vocabulary gives 0.3; before training the greedy accuracy is 0.3."""
+    runs = {}
+    for arm in support_trained.EXPERIMENT.arms:
+        is_near = arm.name in support_trained.NEAR
+        end = 0.3 + single * (arm.name == support_trained.SINGLE)
+        runs[arm.name] = [
+            run_of(
+                arm,
+                seed,
+                reward=near + spread * (seed - 2) if is_near else 0.3,
+                accuracy_0=0.3,
+                accuracy_100=end,
+            )
+            for seed in range(5)
+        ]
+    assert support_trained.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def rising_run(arm: Arm, seed: int, reaches: float, level: float) -> Run:
+    """The accuracy is 0.2 at the start, and the level from `reaches` responses on."""
+    interval = sample_efficiency.EVERY * sample_efficiency.RESPONSES_PER_STEP
+    curve = {
+        f"accuracy_{sample_efficiency.EVERY * i}": 0.2 if i * interval < reaches else level
+        for i in range(11)
+    }
+    return run_of(arm, seed, **curve)
+
+
+def test_an_accuracy_is_reached_where_the_line_to_the_first_of_two_evaluations_crosses_it():
+    """0.2 at the second evaluation, 0.6 from the third on: 0.5 after 1.75 intervals of 2560
+    responses; a single evaluation above it does not count.
+    """
+    arm = sample_efficiency.EXPERIMENT.arms[0]
+    run = rising_run(arm, 0, 5120, 0.6)
+    assert sample_efficiency.reached(run, 0.5) == pytest.approx(1.75 * 2560)
+    assert sample_efficiency.reached(run, 0.7) == sample_efficiency.BUDGET == 25600
+    once = replace(run, numbers={**run.numbers, "accuracy_60": 0.2, "accuracy_80": 0.6})
+    assert sample_efficiency.reached(once, 0.5) == pytest.approx(3.75 * 2560)
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "opd", "level", "verdict", "at"),
+    [
+        (2560, 5120, 0.55, Verdict.confirmed, "until 50.9%"),
+        (2560, 5120, 0.45, Verdict.confirmed, "until 43.2%"),  # none comes to 90 % of the teacher
+        (5120, 2560, 0.55, Verdict.refuted, "until 50.9%"),
+        (5120, 5120, 0.55, Verdict.undecided, "until 50.9%"),
+        (2560, 5120, 0.40, Verdict.undecided, "no method reaches 43.2%"),
+    ],
+)
+def test_sample_efficiency_is_judged_at_the_highest_accuracy_that_a_method_reaches(
+    hybrid, opd, level, verdict, at
+):
+    """The other methods reach nothing."""
+    starts = {"hybrid": hybrid, "opd": opd}
+    runs = {
+        arm.name: [
+            rising_run(arm, seed, starts.get(str(arm.settings["algorithm"]), 99_999), level)
+            for seed in range(3)
+        ]
+        for arm in sample_efficiency.EXPERIMENT.arms
+    }
+    found = sample_efficiency.EXPERIMENT.judge(runs)
+    assert found.verdict is verdict
+    assert at in found.effect
+
+
 def test_a_reward_is_compared_with_the_mean_of_its_siblings():
     """(1, 0, 0) against 0, 1/2 and 1/2; in the second group all are equal."""
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
@@ -546,6 +782,10 @@ def made_up(seed: int) -> dict[str, float]:
         **{f"chosen_{end}": -1 - end / 1000 for end in ends},
         **{f"rejected_{end}": -1 - end / 100 for end in ends},
         **{"chosen_end": -1.2, "rejected_end": -3.0},
+        **{"far": 0.1 + 0.01 * seed, "far_start": 0.1, "kept": 0.4, "kept_start": 0.5},
+        **{"student_reward": 0.2, "teacher_reward": 0.49, "recovered": 0.3 + 0.1 * seed},
+        **{"agreement_start": 0.6, "agreement_end": 0.7, "expert_reward": 0.45},
+        **{"tv": 0.3 + 0.1 * seed, "tv_length": 0.1, "tv_spaces": 0.3, "tv_symbols": 0.1},
     }
 
 

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from reproduction.differences import difference, points, values
 from reproduction.estimate import estimate
 from reproduction.experiment import Experiment, Judgement, Runs, Setting, Verdict
+from reproduction.labels import draw_labels
 from reproduction.trained import trained_arm
 
 STEPS = 100
@@ -56,6 +57,7 @@ def judge(runs: Runs) -> Judgement:
 def draw(axes: Axes, runs: Runs) -> None:
     arms = [*[name(weight) for weight in WEIGHTS], DISTILLATION, REINFORCEMENT]
     labels = [*[f"{weight:g}" for weight in WEIGHTS], "opd", "rloo"]
+    means: dict[str, tuple[float, float]] = {}
     for arm, label in zip(arms, labels, strict=True):
         of_hybrid = arm.startswith("hybrid")
         colour = "#0072B2" if of_hybrid else "#D55E00"
@@ -77,17 +79,13 @@ def draw(axes: Axes, runs: Runs) -> None:
             color=colour,
             capsize=3,
         )
-        axes.annotate(label, (x.mean, 100 * y.mean), (5, 5), textcoords="offset points")
-    means = [
-        (
-            estimate(values(runs, name(weight), "divergence")).mean,
-            100 * estimate(values(runs, name(weight), "reward")).mean,
-        )
-        for weight in WEIGHTS
-    ]
-    axes.plot(*zip(*means, strict=True), color="#0072B2", linewidth=0.8)
+        means[label] = (x.mean, 100 * y.mean)
+    axes.plot(
+        *zip(*list(means.values())[: len(WEIGHTS)], strict=True), color="#0072B2", linewidth=0.8
+    )
     axes.set_xlabel("KL(student || teacher) of a response, nats")
     axes.set_ylabel("reward of sampled responses, per cent")
+    draw_labels(axes, means)
 
 
 EXPERIMENT = Experiment(

@@ -75,8 +75,10 @@ class Lab:
     commit.
     """
 
-    def __init__(self, folder: Path = RUNS) -> None:
+    def __init__(self, folder: Path = RUNS, *, problems: int = 512) -> None:
         self.folder = folder
+        self.problems = problems
+        """held-out ones, with which a trained model is examined"""
         self.cost: Cost | None = None
         """of the newest run; None: there was none"""
         self._workers = contextlib.ExitStack()

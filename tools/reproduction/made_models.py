@@ -11,6 +11,15 @@ PREFIX = "made:"
 MODELS: Mapping[str, Sequence[str]] = {
     # As the shipped student, but with a single layer.
     "one-layer": ("--layers", "1", "--steps", "400", "--lr-end", "1e-3"),
+    # Students that know problems of two numbers as well.
+    "both-tasks": ("--steps", "800", "--lr-end", "1e-3", "--two-numbers", "0.5"),
+    "both-tasks-one-layer": (
+        *("--layers", "1", "--steps", "800", "--lr-end", "1e-3", "--two-numbers", "0.5"),
+    ),
+    # As the shipped teacher, from other weights and by other problems.
+    "stranger": ("--steps", "2000", "--seed", "1"),
+    # As the shipped teacher, but every second solution has spaces.
+    "two-styles": ("--steps", "2000", "--spaced", "0.5"),
 }
 """Arguments of tools/countdown_models.py."""
 

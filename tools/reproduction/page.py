@@ -66,9 +66,12 @@ def table(experiment: Experiment, runs: Runs) -> str:
 
 
 def cell(runs: Sequence[Run], name: str) -> str:
-    """Empty if no run has this number."""
+    """Empty if no run has this number; a whole number from 100 on, as in "91599 [91234, 91963]"."""
     values = [run.numbers[name] for run in runs if name in run.numbers]
-    return estimate(values).text() if values else ""
+    if not values:
+        return ""
+    found = estimate(values)
+    return found.text(digits=0 if abs(found.mean) >= 100 else 3)
 
 
 def summary(every: Sequence[Records]) -> str:

@@ -38,7 +38,7 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
     )
     given = run_settings(settings, path, heldout)
     with lab.run(given, seed) as trained:
-        found = examine(trained.model, STUDENT)
+        found = examine(trained.model, STUDENT, problems=lab.problems)
         numbers = {
             "reward": found.reward,
             "greedy": found.greedy,

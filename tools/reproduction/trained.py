@@ -1,14 +1,16 @@
 """An arm that trains a model once, and the numbers of its run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 from reproduction.examination import examine
 from reproduction.experiment import Arm, Numbers, Setting
-from reproduction.lab import Lab
+from reproduction.lab import Lab, Trained
 from reproduction.made_models import with_made_models
 
 SMALL: Mapping[str, Setting] = {"train.steps": 5, "eval.every": 0}
 TEACHER = "builtin:countdown-teacher"
+Measure: TypeAlias = Callable[[Mapping[str, Setting], int, Lab], Numbers]
 
 
 def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
@@ -20,23 +22,31 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
         own evaluations. tokens: response tokens that were trained on.
     """
     with lab.run(with_made_models(settings, lab.folder / "made"), seed) as trained:
-        found = examine(trained.model, TEACHER)
-        curve = {
-            f"accuracy_{row['train/step']:.0f}": row["eval/accuracy"]
-            for row in trained.rows
-            if "eval/accuracy" in row
-        }
-        return {
-            "reward": found.reward,
-            "greedy": found.greedy,
-            "divergence": found.divergence,
-            "tokens": trained.tokens,
-            **curve,
-        }
+        return numbers_of(trained, TEACHER, lab.problems)
+
+
+def numbers_of(trained: Trained, teacher: str, problems: int) -> Numbers:
+    """As `measure`, against any teacher."""
+    found = examine(trained.model, teacher, problems=problems)
+    curve = {
+        f"accuracy_{row['train/step']:.0f}": row["eval/accuracy"]
+        for row in trained.rows
+        if "eval/accuracy" in row
+    }
+    return {
+        "reward": found.reward,
+        "greedy": found.greedy,
+        "divergence": found.divergence,
+        "tokens": trained.tokens,
+        **curve,
+    }
 
 
 def trained_arm(
-    name: str, settings: Mapping[str, Setting], small: Mapping[str, Setting] | None = None
+    name: str,
+    settings: Mapping[str, Setting],
+    small: Mapping[str, Setting] | None = None,
+    measure: Measure = measure,
 ) -> Arm:
     """An arm of `measure`.
 
