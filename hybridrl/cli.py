@@ -52,7 +52,8 @@ USAGE = """usage: hybridrl VERB ...
       say what a run needs, from its settings and the models' configs alone: who runs where,
       memory, bytes sent, disk and time; refuse what cannot fit
   hybridrl report DIR
-      write DIR/report.html and DIR/report.png
+      write DIR/report.html and DIR/report.png; of a folder of experiments, as tools/reproduce
+      writes it, all pages as one file
   hybridrl report DIR OTHER ...
       compare runs: write DIR/comparison.html and DIR/comparison.png
   hybridrl export DIR [FOLDER] [--step N|best] [--dtype TYPE] [--adapter]
@@ -346,14 +347,20 @@ class Sweep:
 
 
 def report_verb(arguments: Sequence[str]) -> int:
-    """Write the report of a run, or the comparison of several."""
+    """Write the report of a run or of a folder of experiments, or the comparison of runs."""
     if not arguments or any(a.startswith("-") for a in arguments):
         return usage("hybridrl report DIR [OTHER ...]", arguments)
+    from hybridrl.report.collection import is_collection, write_collection
     from hybridrl.report.comparison import write_comparison
     from hybridrl.report.run_report import write_report
 
     run_dirs = [Path(argument) for argument in arguments]
-    print(write_report(run_dirs[0]) if len(run_dirs) == 1 else write_comparison(run_dirs))
+    if len(run_dirs) > 1:
+        print(write_comparison(run_dirs))
+    elif is_collection(run_dirs[0]):
+        print(write_collection(run_dirs[0]))
+    else:
+        print(write_report(run_dirs[0]))
     return 0
 
 

@@ -181,6 +181,8 @@ def train(
             console.notice(stop_notice(settings, controller.steps_done))
         if warm is not None and not controller.pipeline.in_flight():
             warm.keep(settings, inputs, run_dir, session.slots, controller.workers)
+    if warm is not None:
+        preemption.check()  # it came after the last step: the run is finished, and no other begins
     return run_result(run_dir, exported, reason)
 
 

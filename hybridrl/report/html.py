@@ -93,6 +93,9 @@ details { margin-top: 24px; border: 1px solid var(--line); border-radius: 10px;
 summary { cursor: pointer; font-weight: 600; }
 details pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace;
   overflow-x: auto; }
+p img { width: 100%; max-width: 780px; height: auto; }
+main > pre { background: var(--wash); border-radius: 10px; padding: 12px 16px; overflow-x: auto; }
+p code, td code { font: 0.88em ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
 .keys { border: 0; padding: 0; margin-top: 2px; color: var(--soft); font-size: 13.5px;
   line-height: 1.45; }
 .keys dl { margin: 4px 0 0; } .keys dd { margin: 0 0 4px 16px; }

@@ -94,11 +94,11 @@ class Tracker:
 """
 WATCHED = "watch.py:watch"
 FROM_PYTHON = """
-import dataclasses, json, sys
+import dataclasses, json, os, signal, sys
 from pathlib import Path
 import ray
 import hybridrl
-from hybridrl.core.errors import RewardError
+from hybridrl.core.errors import Preempted, RewardError
 
 sys.path.insert(0, sys.argv[1])
 import watch
@@ -116,10 +116,13 @@ def on_step(step, metrics):
     if step == 2:
         raise hybridrl.StopTraining
 
+def stop_the_process(step, metrics):
+    os.kill(os.getpid(), signal.SIGTERM)
+
 pids = []
 with hybridrl.WarmWorkers() as warm:
     for job, stops in (
-        (other, None),
+        (other, stop_the_process),
         ([f"run.dir={folder}/run"], on_step),
         (
             [
@@ -129,14 +132,18 @@ with hybridrl.WarmWorkers() as warm:
             None,
         ),
     ):
-        result = hybridrl.train(
-            [*overrides, *job], on_step=stops, rewards={"watch": watch.watch}, warm=warm
-        )
+        try:
+            result = hybridrl.train(
+                [*overrides, *job], on_step=stops, rewards={"watch": watch.watch}, warm=warm
+            )
+        except Preempted as error:
+            Path(folder, "stopped.txt").write_text(str(error))
+        else:
+            Path(result.run_dir.parent, f"{result.run_dir.name}.json").write_text(
+                json.dumps(dataclasses.asdict(result), default=str)
+            )
         groups = warm._kept.workers.groups
         pids.append({group.group.name: group.group.pids() for group in groups})
-        Path(result.run_dir.parent, f"{result.run_dir.name}.json").write_text(
-            json.dumps(dataclasses.asdict(result), default=str)
-        )
     Path(folder, "broken.py").write_text("def broken(completions, **columns): raise ValueError")
     broken = f"+reward.functions.broken={{function:{folder}/broken.py:broken}}"
     try:
@@ -320,6 +327,12 @@ def test_the_workers_of_a_sweep_stay_but_for_those_that_run_rewards_and_each_job
         for job in ("other", "run", "continued")
     ]
     assert logs[0] == logs[1] == logs[2] and "learner-1.log" in logs[2]
+
+
+def test_a_signal_after_the_last_step_of_a_job_lets_no_other_begin_and_the_job_is_finished(resumed):
+    stopped = (resumed.parent / "stopped.txt").read_text()
+    assert stopped == "ended by SIGTERM; the same command continues"
+    assert (resumed.parent / "other" / "export" / "step_000001" / "model.safetensors").exists()
 
 
 def test_after_a_job_that_fails_no_worker_is_kept(resumed):

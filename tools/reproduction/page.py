@@ -105,6 +105,7 @@ def summary(every: Sequence[Records]) -> str:
         "tools/reproduce V1 A1       # run what is missing of these, then write their pages\n"
         "tools/reproduce all\n"
         "tools/reproduce --pages all # write the pages anew, from the runs that are finished\n"
+        "hybridrl report tools/experiments   # all of them as one page, report.html\n"
         "```\n"
     )
 
