@@ -207,12 +207,20 @@ def test_no_process_remains_of_an_owner_that_is_killed_together_with_its_childre
     assert remaining(mark) == []
 
 
-def test_a_closed_pool_has_removed_its_control_group(user_file: Path) -> None:
-    groups = Path("/sys/fs/cgroup")
-    before = set(groups.glob("**/hybridrl-reward-*"))
+def test_a_closed_pool_has_removed_its_control_group(
+    user_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = f"{os.getpid()}-closed"
+    monkeypatch.setenv("HYBRIDRL_TEST_MARK", mark)  # other tests have pools at the same time
     pool = open_pool(user_file, "exit_zero")
+    groups = [group for pid in marked(mark) for group in groups_of(pid)]
     pool.close()
-    assert set(groups.glob("**/hybridrl-reward-*")) <= before
+    assert [group for group in groups if group.exists()] == []
+
+
+def groups_of(pid: int) -> list[Path]:
+    """The control groups that a guard has made."""
+    return list(Path("/sys/fs/cgroup").glob(f"**/hybridrl-reward-{pid}"))
 
 
 @pytest.mark.parametrize("name", ["exit_zero", "closes_everything"])
