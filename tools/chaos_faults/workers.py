@@ -136,7 +136,7 @@ def run(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
     arms it.
     """
     run_dir = ground.run_dir("workers")
-    armed = run_dir / "armed"
+    armed = run_dir.with_name(f"armed-{run_dir.name}")  # a run refuses a folder with other files
     armed.mkdir()
     points = []
     for key, strike in STRIKES.items():
