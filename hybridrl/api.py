@@ -59,7 +59,9 @@ def train(
             notebook's cell or of the script that runs, are refused. Weights and options are
             settings, for example "+reward.functions.NAME.weight=0.5". Evaluations use the first
             function for accuracy; those that the settings name come first.
-        warm: keeps the workers between several calls; None: they start and end with this one.
+        warm: keeps the workers between several calls; None: they start and end with this one. With
+            it a stop signal after the last step raises Preempted too, so that no other job begins;
+            the run is finished.
 
     Returns:
         the final metrics, and the paths of the run's report and model.

@@ -18,6 +18,7 @@ from hybridrl.controller.evaluator import Evaluator
 from hybridrl.controller.global_batch import (
     GlobalBatch,
     divide,
+    num_token_samples,
     trained_uids,
     update_order,
     update_plan,
@@ -581,18 +582,6 @@ class Controller:
         self.optimizer_steps = state.optimizer_steps
         self.saving.saved_step = state.step
         self.weight_version = state.weight_version
-
-
-def num_token_samples(settings: RunSettings, step: int) -> int:
-    """Of how many responses of a batch the tokens are recorded.
-
-    Args:
-        step: optimizer steps done before it.
-    """
-    number = step + 1
-    every = settings.eval.every
-    due = number in (1, settings.train.steps) or bool(every and number % every == 0)
-    return settings.diagnostics.token_samples if due and settings.scored_teachers else 0
 
 
 def driver_trace(settings: RunSettings) -> Trace:

@@ -210,3 +210,15 @@ def trained_uids(
     ]
     not_passed_over = {*trained, *(prompt.uid for prompt in returning)}
     return trained, [uid for a in arrived for uid in a.header.uids if uid not in not_passed_over]
+
+
+def num_token_samples(settings: RunSettings, step: int) -> int:
+    """Of how many responses of a batch the tokens are recorded.
+
+    Args:
+        step: optimizer steps done before it.
+    """
+    number = step + 1
+    every = settings.eval.every
+    due = number in (1, settings.train.steps) or bool(every and number % every == 0)
+    return settings.diagnostics.token_samples if due and settings.scored_teachers else 0

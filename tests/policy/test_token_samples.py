@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybridrl.controller.controller import num_token_samples
+from hybridrl.controller.global_batch import num_token_samples
 from hybridrl.core.errors import ConfigError
 from hybridrl.kernels.head import HeadRule
 from hybridrl.models.tiny import tiny_tokenizer
