@@ -9,6 +9,7 @@ from reproduction.differences import difference, points, values
 from reproduction.estimate import estimate
 from reproduction.experiment import Experiment, Judgement, Runs, Setting, Verdict
 from reproduction.labels import draw_labels
+from reproduction.scatter import draw_arm
 from reproduction.trained import trained_arm
 
 STEPS = 100
@@ -61,25 +62,14 @@ def draw(axes: Axes, runs: Runs) -> None:
     for arm, label in zip(arms, labels, strict=True):
         of_hybrid = arm.startswith("hybrid")
         colour = "#0072B2" if of_hybrid else "#D55E00"
-        x = estimate(values(runs, arm, "divergence"))
-        y = estimate(values(runs, arm, "reward"))
-        axes.scatter(
+        x, y = draw_arm(
+            axes,
             values(runs, arm, "divergence"),
             [100 * value for value in values(runs, arm, "reward")],
-            s=8,
-            color=colour,
-            alpha=0.4,
+            colour=colour,
+            marker="o" if of_hybrid else "s",
         )
-        axes.errorbar(
-            x.mean,
-            100 * y.mean,
-            xerr=x.error,
-            yerr=100 * y.error,
-            fmt="o" if of_hybrid else "s",
-            color=colour,
-            capsize=3,
-        )
-        means[label] = (x.mean, 100 * y.mean)
+        means[label] = (x.mean, y.mean)
     axes.plot(
         *zip(*list(means.values())[: len(WEIGHTS)], strict=True), color="#0072B2", linewidth=0.8
     )

@@ -16,12 +16,12 @@ from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, S
 from reproduction.lab import Lab
 from reproduction.made_models import with_made_models
 from reproduction.own_pairs import STUDENT
+from reproduction.realizability import OFFLINE, ONLINE, cases
 from reproduction.sampling import sample
+from reproduction.scatter import draw_arm
 from reproduction.trained import TEACHER, numbers_of, trained_arm
 
 STEPS = 200
-OFFLINE = {True: "realizable, SFT", False: "not realizable, SFT"}
-ONLINE = {True: "realizable, on-policy", False: "not realizable, on-policy"}
 PARTS = ("far", "kept")
 MARGIN = 0.05
 
@@ -111,17 +111,7 @@ def draw(axes: Axes, runs: Runs) -> None:
     for colour, arm in zip(COLOURS, arms, strict=False):
         x = [100 * value for value in values(runs, arm, "kept")]
         y = [100 * value for value in values(runs, arm, "far")]
-        axes.scatter(x, y, s=8, color=colour, alpha=0.4)
-        axes.errorbar(
-            estimate(x).mean,
-            estimate(y).mean,
-            xerr=estimate(x).error,
-            yerr=estimate(y).error,
-            fmt="o",
-            color=colour,
-            capsize=3,
-            label=arm,
-        )
+        draw_arm(axes, x, y, colour=colour, label=arm)
     for colour, realizable in zip(COLOURS, (True, False), strict=False):
         of = runs[ONLINE[realizable]][0].numbers
         axes.scatter(
@@ -163,11 +153,7 @@ EXPERIMENT = Experiment(
         "kept_start": "the same before",
         "divergence": "KL to the expert, nats",
     },
-    arms=tuple(
-        arm(names[realizable], algorithm, realizable=realizable)
-        for realizable in (True, False)
-        for names, algorithm in ((ONLINE, "opd_full"), (OFFLINE, "seqkd"))
-    ),
+    arms=cases(arm),
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
     draw=draw,

@@ -17,6 +17,7 @@ from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, S
 from reproduction.lab import Lab
 from reproduction.made_models import with_made_models
 from reproduction.sampling import sample
+from reproduction.scatter import draw_arm
 from reproduction.trained import TEACHER, numbers_of, trained_arm
 
 STEPS = 200
@@ -113,17 +114,7 @@ def draw(axes: Axes, runs: Runs) -> None:
     for colour, arm in zip(COLOURS, (ONLINE, OFFLINE), strict=False):
         x = values(runs, arm, "tv")
         y = [100 * value for value in values(runs, arm, "reward")]
-        axes.scatter(x, y, s=8, color=colour, alpha=0.4)
-        axes.errorbar(
-            estimate(x).mean,
-            estimate(y).mean,
-            xerr=estimate(x).error,
-            yerr=estimate(y).error,
-            fmt="o",
-            color=colour,
-            capsize=3,
-            label=arm,
-        )
+        draw_arm(axes, x, y, colour=colour, label=arm)
     expert = estimate(values(runs, ONLINE, "expert_reward")).mean
     axes.axhline(100 * expert, color="black", linewidth=0.8, linestyle=":", label="expert")
     axes.legend(frameon=False, fontsize=8)

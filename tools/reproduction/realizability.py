@@ -1,6 +1,7 @@
 """E6: imitation of an expert that the student can copy, and of one that it cannot."""
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from matplotlib.axes import Axes
 
@@ -27,6 +28,19 @@ GAIN = 0.05
 def arm(name: str, algorithm: str, *, realizable: bool) -> Arm:
     student = STUDENT if realizable else "made:one-layer"
     return trained_arm(name, {**COMMON, "algorithm": algorithm, "model.path": student})
+
+
+class MakeArm(Protocol):
+    def __call__(self, name: str, algorithm: str, *, realizable: bool) -> Arm: ...
+
+
+def cases(arm: MakeArm) -> tuple[Arm, ...]:
+    """On-policy and SFT, with a student that can copy the expert and with one that cannot."""
+    return tuple(
+        arm(names[realizable], algorithm, realizable=realizable)
+        for realizable in (True, False)
+        for names, algorithm in ((ONLINE, "opd_full"), (OFFLINE, "seqkd"))
+    )
 
 
 def judge(runs: Runs) -> Judgement:
@@ -72,11 +86,7 @@ EXPERIMENT = Experiment(
         "divergence": "KL to the expert, nats",
         "tokens": "tokens",
     },
-    arms=tuple(
-        arm(names[realizable], algorithm, realizable=realizable)
-        for realizable in (True, False)
-        for names, algorithm in ((ONLINE, "opd_full"), (OFFLINE, "seqkd"))
-    ),
+    arms=cases(arm),
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
     draw=draw,
