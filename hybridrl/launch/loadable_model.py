@@ -40,6 +40,7 @@ from hybridrl.run_dir.checkpoint import (
 )
 from hybridrl.run_dir.directory import read_settings
 from hybridrl.run_dir.inputs import pinned
+from hybridrl.runtime.ray_connection import starts_ray
 from hybridrl.settings.compose import load_config, one_sentence
 from hybridrl.settings.hydra_internals import parsed
 from hybridrl.settings.lora import LoraConfig
@@ -152,7 +153,8 @@ class LoadableModel:
             ConfigError: names the setting.
         """
         model = self.config
-        check_installed(self.settings.cluster)
+        if starts_ray(self.settings.cluster):
+            check_installed()
         check_engine_arguments(self.settings.rollout.engine)
         check_model(self.setting, model.path, model.revision, self.settings.rollout.max_model_len)
         if self.device == "cpu":

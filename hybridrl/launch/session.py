@@ -83,6 +83,7 @@ from hybridrl.run_dir.ledger import Ledger, check_cursor, check_ledger, drawn_ui
 from hybridrl.runtime.actor_group import dump_stacks
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
+from hybridrl.runtime.ray_connection import starts_ray
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.workers import (
     Slots,
@@ -414,7 +415,8 @@ def preflight(
     check_sinks(settings.tracking)
     check_usable(settings)
     check_user_code(settings)
-    check_installed(settings.cluster)
+    if starts_ray(settings.cluster):  # the nodes of a cluster have packages of their own
+        check_installed()
     check_engine_arguments(settings.rollout.engine)
     for name in settings.scored_teachers:
         arguments = settings.teachers[name].engine or {}

@@ -18,7 +18,6 @@ from typing import Any, get_args
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.rollout import RolloutConfig
-from hybridrl.settings.run import ClusterConfig
 
 IMPORT_S = 120.0  # timeout of the child process, which imports vLLM
 MESSAGE = 200  # characters of what vLLM says about a value
@@ -143,15 +142,12 @@ class Answer:
     """by the name of an argument: what is wrong with its value"""
 
 
-def check_installed(cluster: ClusterConfig) -> None:
-    """Refuse to start engines on this machine where vLLM is not installed. The nodes of a cluster
-    may have it although this machine has not.
+def check_installed() -> None:
+    """Refuse to start engines on this machine where vLLM is not installed.
 
     Raises:
         ConfigError: it is not installed.
     """
-    if cluster.address or os.environ.get("RAY_ADDRESS"):
-        return
     if find_spec("vllm") is None:
         raise ConfigError(
             "rollout: the engines need the package vllm, which is not installed; pip install "

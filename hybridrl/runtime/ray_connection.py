@@ -30,7 +30,10 @@ from hybridrl.runtime.ray_internals import (
     node_id,
     nodes_of_bundles,
 )
-from hybridrl.settings.run import RunSettings
+from hybridrl.settings.run import ClusterConfig, RunSettings
+
+LOCAL = "local"
+"""Ray's word for a cluster of this machine, which the process starts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,14 +151,20 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def starts_ray(cluster: ClusterConfig) -> bool:
+    """Whether a run starts a Ray of its own, on this machine alone."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    return address == LOCAL and not ray.is_initialized()
+
+
 def connect(settings: RunSettings) -> None:
     """Start Ray here, or join the cluster at cluster.address or RAY_ADDRESS.
 
     Raises:
         PlacementError: there is no cluster at that address.
     """
-    address = settings.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    local = address == "local"
+    address = settings.cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    local = address == LOCAL
     try:
         check_answers(address, settings.deadlines.placement_s)
         # Calls that wait for the result of a failed worker fail too. They are made again, and the

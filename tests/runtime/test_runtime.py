@@ -38,7 +38,7 @@ from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
 from hybridrl.runtime.fleet import Fleet
 from hybridrl.runtime.host import visible_gpus
 from hybridrl.runtime.prometheus_sink import PrometheusSink
-from hybridrl.runtime.ray_connection import Node
+from hybridrl.runtime.ray_connection import Node, starts_ray
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup, closed_by
 from hybridrl.runtime.start_up import StartUp
@@ -46,7 +46,7 @@ from hybridrl.runtime.worker_env import worker_env
 from hybridrl.settings.algorithm import AlgorithmConfig
 from hybridrl.settings.choices import Device, WeightTransfer
 from hybridrl.settings.compose import load_config
-from hybridrl.settings.run import RunSettings
+from hybridrl.settings.run import ClusterConfig, RunSettings
 from hybridrl.settings.shares import shares
 from hybridrl.types import Prompt, RunInfo
 
@@ -263,6 +263,30 @@ def test_a_worker_keeps_freed_memory_on_the_cpu_and_multiplies_float32_exactly_o
 ):
     env = worker_env(1, device, dtype, take_turns=True)
     assert (env.get("MALLOC_MMAP_MAX_"), env.get("TRITON_F32_DEFAULT")) == (mapped, precision)
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "connected", "starts"),
+    [
+        (None, None, False, True),
+        (None, "local", False, True),
+        ("head:6379", None, False, False),
+        (None, "head:6379", False, False),
+        (None, None, True, False),
+    ],
+)
+def test_a_run_starts_a_ray_where_no_address_names_one_and_the_process_has_none(
+    address: str | None,
+    variable: str | None,
+    connected: bool,
+    starts: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    monkeypatch.setattr("ray.is_initialized", lambda: connected)
+    assert starts_ray(ClusterConfig(address=address)) is starts
 
 
 def test_a_fault_that_the_environment_asks_for_is_met_by_the_workers_too(
