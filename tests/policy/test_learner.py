@@ -73,8 +73,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, sizes in (("opt", TOGETHER["opt"]), ("gemma2", APART["gemma3_text"])):
         tiny(kind, sizes, torch.float32).save_pretrained(folder / kind)
     groups = ("2:two_ranks", "2:two_ranks_offloaded", "1:one_rank", "2:two_ranks_again")
-    run_ranks("learner_job.py", str(folder), *groups)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
+        run_ranks("learner_job.py", str(folder), *groups)
     return folder
+
+
+def test_the_ranks_compile_no_extension_of_deepspeed(folder: Path):
+    assert not (folder / "extensions").exists()
 
 
 @pytest.mark.parametrize("stage", [1, 3])
