@@ -269,7 +269,9 @@ class Sampler:
         try:
             return read_completion(await output, order.support)
         finally:
-            del self._requests[request]
+            # A later request may have the name of one whose caller has gone.
+            if self._requests.get(request) is output:
+                del self._requests[request]
 
     # -- the engine --------------------------------------------------------------------------------
 

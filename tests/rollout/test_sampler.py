@@ -269,3 +269,25 @@ def test_an_error_of_a_rollouter_ends_its_chunk():
             raise KeyError("tool")
 
     assert isinstance(raised_by(sampler(Broken())[0].generate(order(), [prompt("a", 1)])), KeyError)
+
+
+@pytest.mark.parametrize("later", range(12))
+def test_a_wave_that_comes_again_is_sampled_whatever_the_moment_at_which_the_first_one_ends(
+    later: int,
+):
+    """As after a command that was interrupted, whose responses are still under way: their names are
+    the same.
+    """
+
+    async def run() -> RolloutBatch:
+        made, _ = sampler(SingleTurn())
+        first = asyncio.create_task(made.generate(order(group_size=1), [prompt("a", 1, 3)]))
+        for _ in range(later):
+            await asyncio.sleep(0)
+        _, batch = await asyncio.wait_for(
+            made.generate(order(group_size=1), [prompt("a", 1, 3)]), timeout=5
+        )
+        first.cancel()
+        return batch
+
+    assert asyncio.run(run()).input_ids.tolist() == [1, 3, 9, 9, END]
