@@ -57,10 +57,10 @@ def chat(*contents: str) -> list[dict[str, str]]:
         ("a.csv", "prompt,answer\n1+1=,2\n2+2=,\u00fc\n"),
         ("a.csv", "\ufeffprompt, answer\r\n\r\n1+1=,2\r\n2+2=,\u00fc".encode()),
         ("a.tsv", "prompt\tanswer\n1+1=\t2\n2+2=\t\u00fc\n"),
-        ("a.jsonl.gz", gzip.compress(UTF8)),
-        ("a.JSONL.GZ", gzip.compress(UTF8)),
-        ("a.jsonl", gzip.compress(UTF8)),  # recognised by its first bytes
-        ("a.csv.gz", gzip.compress("prompt,answer\n1+1=,2\n2+2=,\u00fc\n".encode())),
+        ("a.jsonl.gz", gzip.compress(UTF8, mtime=0)),
+        ("a.JSONL.GZ", gzip.compress(UTF8, mtime=0)),
+        ("a.jsonl", gzip.compress(UTF8, mtime=0)),  # recognised by its first bytes
+        ("a.csv.gz", gzip.compress("prompt,answer\n1+1=,2\n2+2=,\u00fc\n".encode(), mtime=0)),
         ("a.jsonl.bz2", bz2.compress(UTF8)),
         ("a.jsonl.xz", lzma.compress(UTF8)),
     ],
@@ -117,7 +117,7 @@ GOOD = '{"prompt": "1"}\n'
         ("a.csv", "prompt,\n1,2\n", "a.csv:1: the header has a column without a name; give"),
         ("a.csv", "prompt\n", "a.csv: holds no rows"),
         ("a.json", "[]", "a.json: holds no rows"),
-        ("a.jsonl.gz", gzip.compress(UTF8)[:-9], "a.jsonl.gz: cannot be unpacked: "),
+        ("a.jsonl.gz", gzip.compress(UTF8, mtime=0)[:-9], "a.jsonl.gz: cannot be unpacked: "),
         ("a.jsonl.gz", b"\x1f\x8bnot gzip at all", "a.jsonl.gz: cannot be unpacked: "),
         ("a.jsonl.xz", lzma.compress(UTF8)[:-9], "a.jsonl.xz: cannot be unpacked: "),
         ("a.xlsx", b"PK\x03\x04...", "a.xlsx: is a zip archive or a spreadsheet; unpack it"),
