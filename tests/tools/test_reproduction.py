@@ -202,6 +202,16 @@ def test_a_run_is_missing_once_the_code_computes_something_else(tmp_path):
     assert records.missing({"only": "another"}, failed=False) == [("only", 0), ("only", 1)]
 
 
+def test_the_seeds_of_an_arm_follow_each_other_so_that_they_have_the_same_workers(tmp_path):
+    records = counting(count(), tmp_path)
+    (only,) = records.experiment.arms
+    arms = (only, replace(only, name="other", settings={"size": 3}))
+    both = Records(replace(records.experiment, arms=arms), tmp_path)
+    digests = {"only": "a", "other": "b"}
+    order = [("only", 0), ("only", 1), ("other", 0), ("other", 1)]
+    assert both.missing(digests, failed=False) == order
+
+
 def test_numbers_from_100_on_are_whole_in_a_table(tmp_path):
     """The interval of 99999 and 100001 is 100000 +- 12.706."""
     arm = counting(count(), tmp_path).experiment.arms[0]

@@ -41,7 +41,8 @@ class Records:
             file.write(json.dumps(asdict(run)) + "\n")
 
     def missing(self, digests: Mapping[str, str], *, failed: bool) -> list[tuple[str, int]]:
-        """Arm and seed of each run that has no line yet, those of one seed together.
+        """Arm and seed of each run that has no line yet. Those of an arm follow each other, so that
+        they can have the same workers.
 
         Args:
             digests: Arm.digest of each arm, by its name.
@@ -50,8 +51,8 @@ class Records:
         done = {run.key for run in self.read() if not (failed and run.error)}
         return [
             (arm.name, seed)
-            for seed in self.experiment.seeds
             for arm in self.experiment.arms
+            for seed in self.experiment.seeds
             if arm.key(seed, digests[arm.name]) not in done
         ]
 
