@@ -9,10 +9,11 @@ import argparse
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,10 +29,34 @@ OPERATOR = re.compile(r"([-+*])")
 IGNORED = -100  # the label that cross_entropy ignores
 
 
+class Solved(Protocol):
+    """A problem with a solution to imitate."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def solution(self) -> str: ...
+
+
 def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A new tiny model that has learned solved(args)."""
+    return imitate(solved(args), args)
+
+
+def imitate(
+    examples: Iterator[Solved],
+    args: argparse.Namespace,
+    enough: Callable[[PreTrainedModel, PreTrainedTokenizerBase], bool] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Minimise the cross-entropy of the solution and its end token, given the prompt.
 
     AdamW with a linear warm-up and a cosine down to args.lr_end.
+
+    Args:
+        examples: endless.
+        args: of `parser`.
+        enough: is asked after every tenth step whether to stop before args.steps.
     """
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -40,11 +65,10 @@ def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay
     )
-    equations = solved(args)
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = _lr(step, args)
-        input_ids, labels = _batch(list(islice(equations, args.batch)), tokenizer)
+        input_ids, labels = _batch(list(islice(examples, args.batch)), tokenizer)
         logits = model(input_ids=input_ids).logits[:, :-1]  # [B, T-1, V] float32
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1),
@@ -58,6 +82,8 @@ def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
         optimizer.step()
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}/{args.steps} loss {loss.item():.3f}", flush=True)
+        if enough is not None and (step + 1) % 10 == 0 and enough(model, tokenizer):
+            break
     return model, tokenizer
 
 
@@ -107,15 +133,13 @@ def _lr(step: int, args: argparse.Namespace) -> float:
     return warmup * (args.lr_end + (args.lr - args.lr_end) * cosine)
 
 
-def _batch(
-    equations: Sequence[Equation], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Tensor, Tensor]:
+def _batch(examples: Sequence[Solved], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Right-padded input_ids and labels, each [B, T] int64; prompts and padding are IGNORED."""
     rows = []
     labels = []
-    for equation in equations:
-        prompt = tokenizer(equation.prompt)["input_ids"]
-        solution = tokenizer(equation.solution, add_special_tokens=False)["input_ids"]
+    for example in examples:
+        prompt = tokenizer(example.prompt)["input_ids"]
+        solution = tokenizer(example.solution, add_special_tokens=False)["input_ids"]
         answer = [*solution, tokenizer.eos_token_id]
         rows.append(torch.tensor(prompt + answer))
         labels.append(torch.tensor([IGNORED] * len(prompt) + answer))

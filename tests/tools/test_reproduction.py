@@ -1,6 +1,7 @@
 """tools/reproduce: its arithmetic by hand, its rules on made-up numbers, its committed pages."""
 
 import json
+import random
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
@@ -13,14 +14,18 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from reproduction import (
     bottleneck,
+    chain_runs,
+    chains,
     chosen_likelihood,
     curriculum,
     discount,
     endpoints,
     epochs,
+    exposure,
     gaussian,
     generalisation,
     group_size,
+    horizons,
     label_noise,
     methods,
     mismatch,
@@ -43,9 +48,10 @@ from reproduction.own_pairs import own_pairs
 from reproduction.page import cell, judgement, page, summary, write_page
 from reproduction.records import FOLDER, Records
 from reproduction.running import OverBudget, run_missing, small_runs
-from reproduction.sampling import MAX_NEW_TOKENS
+from reproduction.task import COUNTDOWN
 
 from hybridrl.core.errors import DataError
+from hybridrl.models import tiny
 from hybridrl.oracle.mdp import make_mdp
 from hybridrl.rewards.countdown import countdown
 from hybridrl.settings.choices import Products
@@ -266,8 +272,9 @@ def test_the_settings_of_arms_that_train_are_accepted(experiment, tmp_path):
     }
     for arm in arms.values():
         settings = arm.settings
-        if arm.measure is preference_runs.measure:
-            settings = preference_runs.run_settings(settings, Path("a.jsonl"), Path("b.jsonl"))
+        for module in (preference_runs, chain_runs):
+            if arm.measure is module.measure:
+                settings = module.run_settings(settings, Path("a.jsonl"), Path("b.jsonl"))
         loaded = load_settings(overrides(settings, 3, tmp_path / "run"))
         assert loaded.run.seed == 3 and loaded.train.steps == arm.settings["train.steps"]
         assert loaded.train.products == Products.model  # from what all runs have in common
@@ -601,7 +608,95 @@ def test_a_made_model_learns_solutions_of_the_asked_style_outside_of_the_held_ou
     )
     assert rewards == [1.0] * 400
     assert all(equation.solution.count(" ") in (2, 4) for equation in made)
-    assert max(len(equation.solution) for equation in made) < MAX_NEW_TOKENS
+    assert max(len(equation.solution) for equation in made) < COUNTDOWN.max_new_tokens
+
+
+def test_a_chain_writes_the_last_digit_of_each_result():
+    """7+5=12, 2*3=6, 6-8=-2, which is 8 modulo 10."""
+    chain = chains.Chain(first=7, operations=(("+", 5), ("*", 3), ("-", 8)))
+    assert chain.prompt == "7+5*3-8:"
+    assert chain.solution == "7+5=2*3=6-8=8"
+    texts = [chain.solution, "7+5=3*3=8-8=8", "8", chain.solution + "=8"]
+    assert chains.rewards(texts, [chain] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_held_out_chains_are_the_same_at_every_call_and_are_never_trained_on(tmp_path):
+    few = chains.heldout(2, 8)
+    assert few == chains.heldout(2, 16)[:8]
+    kept = set(chains.heldout(2, chains.NUM_HELDOUT))
+    assert len(kept) == chains.NUM_HELDOUT
+    drawn = list(islice(chains.stream(random.Random(0)), 4000))
+    assert not kept & set(drawn)
+    assert {len(chain.operations) for chain in drawn} == set(range(1, chains.MOST + 1))
+    train, heldout = chains.chain_files(tmp_path, 2, seed=0)
+    prompts = {row["prompt"] for row in read_rows(train)}
+    assert not prompts & {chain.prompt for chain in kept}
+    assert [row["prompt"] for row in read_rows(heldout)][:8] == [chain.prompt for chain in few]
+
+
+def test_the_longest_chain_fits_into_the_context_of_the_tiny_model():
+    """With its first and its end token."""
+    (chain,) = chains.heldout(chains.MOST, 1)
+    assert len(chain.solution) + 1 == chains.MAX_NEW_TOKENS
+    assert 1 + len(chain.prompt) + chains.MAX_NEW_TOKENS <= tiny.MAX_LENGTH
+
+
+def test_imitation_ends_at_the_tenth_step_after_which_it_is_enough():
+    """20 steps of 4 examples."""
+    examples = (chains.heldout(1, 1)[0] for _ in count())
+    used = count()
+    counted = (example for example in examples if next(used) >= 0)
+    arguments = ["--out", "x", "--steps", "50", "--batch", "4", "--layers", "1"]
+    args = countdown_models.parser().parse_args(arguments)
+    asked = count(1)
+    countdown_models.imitate(counted, args, enough=lambda *_: next(asked) == 2)
+    assert next(used) == 80
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "verdict"),
+    [
+        ((0, 0, -1, 0), (0, -1, 0, 0), Verdict.confirmed),
+        ((0, -1, 0, 0), (0, 0, -1, 0), Verdict.refuted),
+        ((-1, 0, 0, 0), (-1, 0, 0, 0), Verdict.refuted),  # it does not depend on the length
+        ((-1, -1, 0, 0), (-1, 0, 0, 0), Verdict.undecided),
+        ((0, 0, -1, 0), (0, -1, -1, 0), Verdict.undecided),
+    ],
+)
+def test_the_discount_is_judged_by_where_the_objective_is_least(short, long, verdict):
+    """J of each gamma; without a reward it is the divergence."""
+    runs = {}
+    for operations, values in ((horizons.SHORT, short), (horizons.LONG, long)):
+        for gamma, value in zip(horizons.GAMMAS, values, strict=True):
+            arm = horizons.arm(operations, gamma)
+            runs[arm.name] = [
+                run_of(arm, seed, divergence=value + 0.01 * seed, reward=0.0) for seed in range(3)
+            ]
+    assert horizons.EXPERIMENT.judge(runs).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "spread", "verdict"),
+    [
+        (0.01, 0.10, 0.0, Verdict.confirmed),
+        (0.10, 0.10, 0.0, Verdict.refuted),
+        (-0.20, -0.10, 0.0, Verdict.undecided),  # it grows, and is a loss at both lengths
+        (0.01, 0.10, 0.2, Verdict.undecided),
+    ],
+)
+def test_the_gain_of_on_policy_is_judged_by_its_growth_with_the_length(
+    short, long, spread, verdict
+):
+    """Its reward above that of SFT, which is 0.5."""
+    gains = {exposure.SHORT: short, exposure.LONG: long}
+    runs = {}
+    for operations, gain in gains.items():
+        for method in exposure.METHODS:
+            arm = exposure.arm(operations, method)
+            of = gain * (method == exposure.ONLINE)
+            noise = spread * (operations == exposure.LONG) * (method == exposure.ONLINE)
+            runs[arm.name] = [run_of(arm, s, reward=0.5 + of + noise * s) for s in (-1, 0, 1)]
+    assert exposure.EXPERIMENT.judge(runs).verdict is verdict
 
 
 @pytest.mark.parametrize(

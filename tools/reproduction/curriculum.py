@@ -21,18 +21,29 @@ FALLING = "falling, 3 to 0.5"
 SAME_MEAN = "constant, 1.75"
 SAME_LAST = "constant, 3"
 SAME_FIRST = "constant, 0.5"
+WEIGHTS = {
+    RISING: (0.5, 3.0),
+    SAME_MEAN: (1.75, 1.75),
+    SAME_LAST: (3.0, 3.0),
+    SAME_FIRST: (0.5, 0.5),
+    FALLING: (3.0, 0.5),
+}
+"""lambda at the first and at the last step, in the order of the table"""
 MARGIN = 0.02
 """A gain of reward that is below it is taken for none."""
 
 
-def arm(name: str, first: float, last: float) -> Arm:
-    weight = {
+def weight(first: float, last: float) -> Mapping[str, Setting]:
+    return {
         "algorithm.reward_weight.kind": "linear",
         "algorithm.reward_weight.value": first,
         "algorithm.reward_weight.end": last,
     }
-    small = {"algorithm.reward_weight.value": 0.5, "algorithm.reward_weight.end": 3.0}
-    return trained_arm(name, {**COMMON, **weight}, small)
+
+
+def arm(name: str) -> Arm:
+    settings = {**COMMON, **weight(*WEIGHTS[name])}
+    return trained_arm(name, settings, weight(*WEIGHTS[RISING]))
 
 
 def judge(runs: Runs) -> Judgement:
@@ -78,13 +89,7 @@ EXPERIMENT = Experiment(
         "greedy": "greedy accuracy",
         "tokens": "tokens",
     },
-    arms=(
-        arm(RISING, 0.5, 3.0),
-        arm(SAME_MEAN, 1.75, 1.75),
-        arm(SAME_LAST, 3.0, 3.0),
-        arm(SAME_FIRST, 0.5, 0.5),
-        arm(FALLING, 3.0, 0.5),
-    ),
+    arms=tuple(arm(name) for name in WEIGHTS),
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
     draw=draw,

@@ -1,4 +1,4 @@
-"""A trained model against its teacher on held-out Countdown problems, the same for every arm.
+"""A trained model against its teacher on held-out problems, the same for every arm.
 
 It is independent of the run's own statistics, which an arm without a teacher does not have.
 """
@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from countdown_models import greedy_answers
 
-from hybridrl.data.countdown_puzzles import Countdown
 from hybridrl.models.loading import load_model, load_tokenizer
-from reproduction.sampling import MAX_NEW_TOKENS, rewards_of, sample
+from reproduction.sampling import sample
+from reproduction.task import COUNTDOWN, P, Task
 
 BATCH = 512  # responses that are sampled at once
 
@@ -28,34 +28,40 @@ class Examination:
 
 @torch.no_grad()
 def examine(
-    student: str | Path, teacher: str, *, problems: int = 512, samples: int = 4
+    student: str | Path,
+    teacher: str,
+    task: Task[P] = COUNTDOWN,
+    *,
+    problems: int = 512,
+    samples: int = 4,
 ) -> Examination:
     """Sample responses with a constant seed, and compute KL(student || teacher) exactly at each of
     their tokens, the end token included.
 
     Args:
         student, teacher: as model.path; both with the tokenizer of the student.
-        problems: of data.task=countdown, the first held-out ones.
+        problems: the first held-out ones of the task.
         samples: of each problem, for `reward` and `divergence`.
     """
     tokenizer = load_tokenizer(str(student))
     policy = load_model(str(student))
     frozen = load_model(teacher)
-    equations = Countdown().heldout(problems)
-    answers = greedy_answers(policy, tokenizer, [e.prompt for e in equations], MAX_NEW_TOKENS)
-    repeated = [equation for equation in equations for _ in range(samples)]
+    heldout = task.heldout(problems)
+    prompts = [problem.prompt for problem in heldout]
+    answers = greedy_answers(policy, tokenizer, prompts, task.max_new_tokens)
+    repeated = [problem for problem in heldout for _ in range(samples)]
     rewards: list[float] = []
     divergence = 0.0
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for start in range(0, len(repeated), BATCH):
-            sampled = sample(policy, tokenizer, repeated[start : start + BATCH])
+            sampled = sample(policy, tokenizer, repeated[start : start + BATCH], task)
             rewards += sampled.rewards
             log_p = sampled.log_probs(policy)
             each = (log_p.exp() * (log_p - sampled.log_probs(frozen))).sum(dim=-1)
             divergence += (each * sampled.counted).sum().item()
     return Examination(
-        greedy=_mean(rewards_of(answers, equations)),
+        greedy=_mean(task.rewards(answers, heldout)),
         reward=_mean(rewards),
         divergence=divergence / len(repeated),
     )

@@ -1,27 +1,47 @@
 """Models that experiments need and that are not shipped; each is made when it is missing."""
 
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import countdown_models
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reproduction import chain_models
 from reproduction.experiment import Setting, hashed
 
 PREFIX = "made:"
-MODELS: Mapping[str, Sequence[str]] = {
+CHAINS = ("--steps", "600", "--batch", "64", "--lr", "2e-3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a model is trained."""
+
+    train: Callable[[argparse.Namespace], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+    arguments: Sequence[str]  # of countdown_models.parser
+
+
+def countdown(*arguments: str) -> Recipe:
+    return Recipe(train=countdown_models.train, arguments=arguments)
+
+
+RECIPES: Mapping[str, Recipe] = {
     # As the shipped student, but with a single layer.
-    "one-layer": ("--layers", "1", "--steps", "400", "--lr-end", "1e-3"),
+    "one-layer": countdown("--layers", "1", "--steps", "400", "--lr-end", "1e-3"),
     # Students that know problems of two numbers as well.
-    "both-tasks": ("--steps", "800", "--lr-end", "1e-3", "--two-numbers", "0.5"),
-    "both-tasks-one-layer": (
+    "both-tasks": countdown("--steps", "800", "--lr-end", "1e-3", "--two-numbers", "0.5"),
+    "both-tasks-one-layer": countdown(
         *("--layers", "1", "--steps", "800", "--lr-end", "1e-3", "--two-numbers", "0.5"),
     ),
     # As the shipped teacher, from other weights and by other problems.
-    "stranger": ("--steps", "2000", "--seed", "1"),
+    "stranger": countdown("--steps", "2000", "--seed", "1"),
     # As the shipped teacher, but every second solution has spaces.
-    "two-styles": ("--steps", "2000", "--spaced", "0.5"),
+    "two-styles": countdown("--steps", "2000", "--spaced", "0.5"),
+    "chain-student": Recipe(train=chain_models.student, arguments=CHAINS),
+    "chain-teacher": Recipe(train=chain_models.teacher, arguments=CHAINS),
 }
-"""Arguments of tools/countdown_models.py."""
 
 
 def with_made_models(settings: Mapping[str, Setting], folder: Path) -> Mapping[str, Setting]:
@@ -35,12 +55,12 @@ def with_made_models(settings: Mapping[str, Setting], folder: Path) -> Mapping[s
 
 
 def made(name: str, folder: Path) -> Path:
-    """The folder of a model of MODELS, which is known by its arguments' hash."""
-    arguments = MODELS[name]
-    path = folder / f"{name}-{hashed(list(arguments))}"
+    """The folder of a model of RECIPES, which is known by its arguments' hash."""
+    recipe = RECIPES[name]
+    path = folder / f"{name}-{hashed(list(recipe.arguments))}"
     if not (path / "config.json").exists():
-        args = countdown_models.parser().parse_args(["--out", str(path), *arguments])
-        model, tokenizer = countdown_models.train(args)
+        args = countdown_models.parser().parse_args(["--out", str(path), *recipe.arguments])
+        model, tokenizer = recipe.train(args)
         tokenizer.save_pretrained(path)
         model.save_pretrained(path)  # last, for its config.json says that the model is there
     return path

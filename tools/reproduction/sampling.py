@@ -1,4 +1,4 @@
-"""Responses to Countdown problems that a model samples in this process."""
+"""Responses that a model samples in this process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,15 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hybridrl.data.countdown_puzzles import Equation
-from hybridrl.rewards.countdown import countdown
-
-MAX_NEW_TOKENS = 16
+from reproduction.task import COUNTDOWN, P, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """One response for each of N equations; T tokens with the padding, R of them of responses."""
+    """One response for each of N problems; T tokens with the padding, R of them of responses."""
 
     sequences: Tensor  # [N, T] int64, the prompts padded on the left, the responses on the right
     attended: Tensor  # [N, T] bool, without the padding
@@ -42,16 +39,22 @@ class Sampled:
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, equations: Sequence[Equation]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[P],
+    task: Task[P] = COUNTDOWN,
 ) -> Sampled:
     """At temperature 1, by torch's global generator."""
     prompts = tokenizer(
-        [e.prompt for e in equations], padding=True, padding_side="left", return_tensors="pt"
+        [problem.prompt for problem in problems],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
     )
     sequences = model.generate(
         input_ids=prompts["input_ids"],
         attention_mask=prompts["attention_mask"],
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=task.max_new_tokens,
         do_sample=True,
         temperature=1.0,
         top_k=0,
@@ -60,19 +63,12 @@ def sample(
     responses = sequences[:, prompts["input_ids"].shape[1] :]
     is_end = responses == tokenizer.eos_token_id
     counted = is_end.cumsum(dim=1) - is_end.long() == 0
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    answers = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return Sampled(
         sequences=sequences,
         attended=torch.cat([prompts["attention_mask"].bool(), counted], dim=1),
         counted=counted,
         ended=is_end.any(dim=1).tolist(),
-        texts=texts,
-        rewards=rewards_of(texts, equations),
-    )
-
-
-def rewards_of(texts: Sequence[str], equations: Sequence[Equation]) -> list[float]:
-    """1 for a right answer, else 0."""
-    return countdown(
-        list(texts), [list(e.numbers) for e in equations], [e.target for e in equations]
+        texts=answers,
+        rewards=task.rewards(answers, problems),
     )

@@ -7,6 +7,7 @@ from reproduction.examination import examine
 from reproduction.experiment import Arm, Numbers, Setting
 from reproduction.lab import Lab, Trained
 from reproduction.made_models import with_made_models
+from reproduction.task import COUNTDOWN, P, Task
 
 SMALL: Mapping[str, Setting] = {"train.steps": 5, "eval.every": 0}
 TEACHER = "builtin:countdown-teacher"
@@ -25,9 +26,9 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
         return numbers_of(trained, TEACHER, lab.problems)
 
 
-def numbers_of(trained: Trained, teacher: str, problems: int) -> Numbers:
+def numbers_of(trained: Trained, teacher: str, problems: int, task: Task[P] = COUNTDOWN) -> Numbers:
     """As `measure`, against any teacher."""
-    found = examine(trained.model, teacher, problems=problems)
+    found = examine(trained.model, teacher, task, problems=problems)
     curve = {
         f"accuracy_{row['train/step']:.0f}": row["eval/accuracy"]
         for row in trained.rows

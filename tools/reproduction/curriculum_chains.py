@@ -1,0 +1,43 @@
+"""E2L: a rising reward weight against constant ones, on responses of 34 tokens."""
+
+from dataclasses import replace
+
+from matplotlib.axes import Axes
+
+from reproduction import curriculum
+from reproduction.chain_runs import chain_arm
+from reproduction.chains import MOST
+from reproduction.curves import draw_curves
+from reproduction.experiment import Arm, Runs
+
+STEPS = 100
+
+
+def arm(name: str) -> Arm:
+    settings = {
+        **curriculum.COMMON,
+        "train.steps": STEPS,
+        "eval.every": 25,
+        **curriculum.weight(*curriculum.WEIGHTS[name]),
+    }
+    return chain_arm(
+        name, MOST, settings, curriculum.weight(*curriculum.WEIGHTS[curriculum.RISING])
+    )
+
+
+def draw(axes: Axes, runs: Runs) -> None:
+    draw_curves(axes, runs, range(0, STEPS + 1, 25))
+
+
+EXPERIMENT = replace(
+    curriculum.EXPERIMENT,
+    id="E2L",
+    title="A rising reward weight against constant ones, on longer responses",
+    design=f"E2 on the task of E5: chains of {MOST} operations, whose responses have "
+    f"{4 * MOST + 2} tokens, with the student and the teacher made for it. {STEPS} steps of 128 "
+    "responses; the weights and the controls are those of E2.",
+    arms=tuple(arm(name) for name in curriculum.WEIGHTS),
+    seeds=(0, 1, 2),
+    draw=draw,
+    cuts=f"{STEPS} steps and three seeds.",
+)
