@@ -27,6 +27,7 @@ from reproduction import (
     group_size,
     horizons,
     label_noise,
+    language_model,
     methods,
     mismatch,
     preference_bandit,
@@ -47,7 +48,7 @@ from reproduction.labels import draw_labels
 from reproduction.own_pairs import own_pairs
 from reproduction.page import cell, judgement, page, summary, write_page
 from reproduction.records import FOLDER, Records
-from reproduction.running import OverBudget, run_missing, small_runs
+from reproduction.running import OverBudget, SmallRun, expected_s, run_missing, small_runs
 from reproduction.task import COUNTDOWN
 
 from hybridrl.core.errors import DataError
@@ -275,6 +276,8 @@ def test_the_settings_of_arms_that_train_are_accepted(experiment, tmp_path):
         for module in (preference_runs, chain_runs):
             if arm.measure is module.measure:
                 settings = module.run_settings(settings, Path("a.jsonl"), Path("b.jsonl"))
+        if arm.measure is language_model.measure:
+            settings = language_model.run_settings(settings, "some/teacher")
         loaded = load_settings(overrides(settings, 3, tmp_path / "run"))
         assert loaded.run.seed == 3 and loaded.train.steps == arm.settings["train.steps"]
         assert loaded.train.products == Products.model  # from what all runs have in common
@@ -355,6 +358,20 @@ def test_runs_that_would_take_longer_than_the_budget_are_refused(tmp_path):
     assert records.read() == []
     assert run_missing(records, LAB, over_budget=True) == 0
     assert len(records.read()) == 2
+
+
+def test_the_time_of_an_arm_whose_small_run_trains_a_smaller_model_is_that_of_its_own_steps():
+    """3 s around the steps and 30 steps of 10 s, whatever a step of the small run takes."""
+    arm = Arm(
+        name="large",
+        settings={"train.steps": 30},
+        small={"train.steps": 5},
+        measure=lambda settings, seed, lab: {},
+        step_s=10.0,
+    )
+    experiment = replace(endpoints.EXPERIMENT, arms=(arm,))
+    small = SmallRun(digest="", cost=Cost(around_s=3.0, step_s=2.0))
+    assert expected_s(experiment, "large", small) == 303
 
 
 def test_arms_with_the_same_small_settings_share_one_small_run(tmp_path):
@@ -700,6 +717,47 @@ def test_the_gain_of_on_policy_is_judged_by_its_growth_with_the_length(
 
 
 @pytest.mark.parametrize(
+    ("opd", "in_reward", "verdict"),
+    [
+        (0.2, -1.0, Verdict.confirmed),
+        (0.4, -1.0, Verdict.refuted),
+        (0.2, -3.0, Verdict.refuted),
+        (0.3, -1.0, Verdict.undecided),
+    ],
+)
+def test_the_language_model_is_judged_by_reward_and_objective(opd, in_reward, verdict):
+    """Of the hybrid they are 0.3 and -2."""
+    rewards = {"hybrid": 0.3, "opd": opd, "reinforce_kl": 0.3}
+    objectives = {"hybrid": -2.0, "opd": 0.0, "reinforce_kl": in_reward}
+    runs = {
+        arm.name: [
+            run_of(
+                arm,
+                seed,
+                reward=rewards[arm.name],
+                objective=objectives[arm.name],
+                accuracy_30=0.5,
+            )
+            for seed in range(3)
+        ]
+        for arm in language_model.EXPERIMENT.arms
+    }
+    assert language_model.EXPERIMENT.judge(runs).verdict is verdict
+
+
+def test_the_teacher_of_the_language_model_learns_solved_sums(tmp_path):
+    train, heldout = map(str.splitlines, language_model.solved_sums())
+    assert len(heldout) > 60
+    assert not set(train) & set(heldout)
+    for row in map(json.loads, train[:64]):  # e.g. "...: 2 - 8 =" and "-6"
+        a, sign, b, _ = row["prompt"].rpartition(":")[2].split()
+        assert int(row["completion"]) == int(a) + int(f"{sign}{b}")
+    settings = language_model.teacher_settings(Path("a.jsonl"), Path("b.jsonl"))
+    loaded = load_settings(overrides(settings, 0, tmp_path))
+    assert loaded.train.steps == language_model.TEACHER_STEPS
+
+
+@pytest.mark.parametrize(
     ("stranger", "recovered", "agreement", "verdict"),
     [
         (0.48, 0.2, 0.5, Verdict.confirmed),
@@ -922,7 +980,7 @@ def made_up(seed: int) -> dict[str, float]:
         **{f"accuracy_{step}": 0.3 + step / 1000 for step in (0, *range(5, 201, 5))},
         **{f"chosen_{end}": -1 - end / 1000 for end in ends},
         **{f"rejected_{end}": -1 - end / 100 for end in ends},
-        **{"chosen_end": -1.2, "rejected_end": -3.0},
+        **{"objective": -2.0, "chosen_end": -1.2, "rejected_end": -3.0},
         **{"far": 0.1 + 0.01 * seed, "far_start": 0.1, "kept": 0.4, "kept_start": 0.5},
         **{"student_reward": 0.2, "teacher_reward": 0.49, "recovered": 0.3 + 0.1 * seed},
         **{"agreement_start": 0.6, "agreement_end": 0.7, "expert_reward": 0.45},

@@ -65,6 +65,8 @@ class Arm:
     runs have the same settings share one"""
     measure: Callable[[Mapping[str, Setting], int, "Lab"], Numbers]
     """the numbers of a run by settings and a seed; it may train in the lab"""
+    step_s: float | None = None
+    """seconds of a step, measured earlier; None: that of the small run, which has the same model"""
 
     @property
     def small_settings(self) -> Mapping[str, Setting]:

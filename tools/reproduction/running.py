@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from benchmarks.machine import commit, processor
@@ -44,10 +44,11 @@ def expected_s(experiment: Experiment, name: str, small: SmallRun) -> float:
     """Of one run of the arm; 0 if it trains nothing."""
     if small.cost is None:
         return 0.0
-    settings = {arm.name: arm.settings for arm in experiment.arms}[name]
-    steps = settings["train.steps"]
+    arm = {arm.name: arm for arm in experiment.arms}[name]
+    steps = arm.settings["train.steps"]
     assert isinstance(steps, int), "an arm that trains says for how many steps"
-    return small.cost.of_steps(steps)
+    cost = small.cost if arm.step_s is None else replace(small.cost, step_s=arm.step_s)
+    return cost.of_steps(steps)
 
 
 def run_missing(

@@ -1,0 +1,208 @@
+"""S1: the hybrid against distillation and against KL in the reward, on a language model."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from hybridrl.core.files import replace_text
+from hybridrl.data import reasoning_gym_tasks
+from hybridrl.data.problem import Problem
+from reproduction.curves import draw_curves
+from reproduction.differences import difference, points
+from reproduction.estimate import estimate
+from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
+from reproduction.lab import Lab
+from reproduction.own_pairs import STUDENT
+from reproduction.trained import TEACHER
+
+STEPS = 30
+LAST = 10
+"""Steps over which the numbers at the end are averaged."""
+EVERY = 10
+REWARD_WEIGHT = 10.0
+HYBRID = "hybrid"
+DISTILLATION = "opd"
+IN_REWARD = "reinforce_kl"
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+"""Of experiment=smollm2_arithmetic."""
+MODEL: Mapping[str, Setting] = {
+    "experiment": "smollm2_arithmetic",
+    "train.prompts_per_step": 8,
+    "train.samples_per_prompt": 8,
+    "rollout.groups_per_chunk": 8,
+}
+SMALL: Mapping[str, Setting] = {
+    "experiment": "quickstart",
+    "train.prompts_per_step": 32,
+    "train.samples_per_prompt": 4,
+    "rollout.groups_per_chunk": 32,
+    "model.path": STUDENT,
+    "teacher": TEACHER,
+    "train.steps": 5,
+    "eval.every": 0,
+}
+"""The small run trains the model of the quickstart: a start of this one takes a minute."""
+MADE = "made:sums"
+OWN = ("teacher",)
+"""Settings of an arm that are none of the run."""
+STEP_S = 8.3
+"""Of this model, by tools/bench peers on two cores of an AMD EPYC with AVX512-BF16."""
+TEACHER_STEPS = 60
+
+
+def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
+    """Train.
+
+    Returns:
+        reward, divergence: means over the responses of the last steps, of the reward and of
+        log p - log q, in nats a response. objective: divergence - REWARD_WEIGHT reward.
+        accuracy_N: greedy, on the held-out sums, after N steps. tokens: that were trained on.
+    """
+    teacher = str(settings["teacher"])
+    path = str(made_teacher(lab)) if teacher == MADE else teacher
+    with lab.run(run_settings(settings, path), seed) as trained:
+        reward = trained.values("reward/mean")[-LAST:]
+        tokens = trained.values("train/tokens")[-LAST:]
+        costs = trained.values("kl/sampled")[-LAST:]
+        nats = math.fsum(a * b for a, b in zip(costs, tokens, strict=True))
+        responses = len(tokens) * responses_per_step(settings)
+        mean = math.fsum(reward) / len(reward)
+        return {
+            "reward": mean,
+            "divergence": nats / responses,
+            "objective": nats / responses - REWARD_WEIGHT * mean,
+            "tokens": trained.tokens,
+            **{
+                f"accuracy_{row['train/step']:.0f}": row["eval/accuracy"]
+                for row in trained.rows
+                if "eval/accuracy" in row
+            },
+        }
+
+
+def run_settings(settings: Mapping[str, Setting], teacher: str) -> Mapping[str, Setting]:
+    """Those of hybridrl, by the settings of an arm."""
+    name = "initial" if settings["experiment"] == MODEL["experiment"] else "main"
+    return {
+        **{name: value for name, value in settings.items() if name not in OWN},
+        f"teachers.{name}.path": teacher,
+    }
+
+
+def responses_per_step(settings: Mapping[str, Setting]) -> int:
+    return int(settings["train.prompts_per_step"]) * int(settings["train.samples_per_prompt"])
+
+
+def made_teacher(lab: Lab) -> Path:
+    """The model after SFT on solved sums, which is made when it is missing."""
+    path = lab.folder / "made" / f"sums-{TEACHER_STEPS}"
+    if not (path / "config.json").exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files = path.with_name("sums.jsonl"), path.with_name("sums-heldout.jsonl")
+        for file, text in zip(files, solved_sums(), strict=True):
+            replace_text(file, text)
+        with lab.run(teacher_settings(*files), 0) as trained:
+            shutil.copytree(trained.model, path)
+    return path
+
+
+def solved_sums() -> tuple[str, str]:
+    """Rows of data.path and of data.heldout_path: the sums of seed 0 with their answers."""
+    sums = reasoning_gym_tasks.load("chain_sum", dict(SUMS), 20_000, 64, 0)
+    train, heldout = ("".join(map(_row, part)) for part in sums)
+    return train, heldout
+
+
+def _row(problem: Problem) -> str:
+    """With the columns that the reward needs."""
+    own = {"prompt": problem.prompt, "completion": problem.columns["answer"]}
+    return f"{json.dumps({**own, **problem.columns})}\n"
+
+
+def teacher_settings(rows: Path, heldout: Path) -> Mapping[str, Setting]:
+    return {
+        **MODEL,
+        "algorithm": "sft",
+        "data.task": "records",
+        "data.path": str(rows),
+        "data.heldout_path": str(heldout),
+        "data.dataset": "null",
+        "data.options": "{}",
+        "train.prompts_per_step": 64,
+        "train.samples_per_prompt": 1,
+        "rollout.groups_per_chunk": 64,
+        "train.steps": TEACHER_STEPS,
+        "train.lr": 5e-5,
+    }
+
+
+def arm(algorithm: str, weight: float) -> Arm:
+    settings = {
+        **MODEL,
+        "teacher": MADE,
+        "algorithm": algorithm,
+        "algorithm.reward_weight.value": weight,
+        "train.steps": STEPS,
+        "train.lr": 2e-5,
+        "eval.every": EVERY,
+    }
+    return Arm(name=algorithm, settings=settings, small=SMALL, measure=measure, step_s=STEP_S)
+
+
+def judge(runs: Runs) -> Judgement:
+    gain = difference(runs, HYBRID, DISTILLATION, "reward")
+    saved = difference(runs, IN_REWARD, HYBRID, "objective")
+    verdict = Verdict.undecided
+    if gain.low > 0 and saved.low > 0:
+        verdict = Verdict.confirmed
+    elif gain.high < 0 or saved.high < 0:
+        verdict = Verdict.refuted
+    ends = {
+        name: estimate([run.numbers[f"accuracy_{STEPS}"] for run in of])
+        for name, of in runs.items()
+    }
+    listed = ", ".join(f"{points(of)} ({name})" for name, of in ends.items())
+    return Judgement(
+        verdict=verdict,
+        effect=f"reward of the hybrid {points(gain)} above opd, J {saved.text(digits=2)} below "
+        "reinforce_kl",
+        reason=f"The greedy accuracy ends at {listed}.",
+    )
+
+
+def draw(axes: Axes, runs: Runs) -> None:
+    draw_curves(axes, runs, range(0, STEPS + 1, EVERY))
+
+
+EXPERIMENT = Experiment(
+    id="S1",
+    title="The hybrid on a language model",
+    claim="From equally many responses of a language model the hybrid ends with more reward than "
+    "distillation alone, and with a smaller J than KL-regularised RLHF, whose gradient of the same "
+    "J is sampled.",
+    source="arXiv 2512.23097",
+    design="SmolLM2-135M-Instruct in bfloat16 learns sums of two numbers of one or two digits "
+    f"(experiment=smollm2_arithmetic). The teacher is the same model after {TEACHER_STEPS} steps "
+    f"of SFT on solved sums. {STEPS} steps of 64 responses, eight to a prompt, AdamW at 2e-5: the "
+    f"hybrid and reinforce_kl with lambda={REWARD_WEIGHT:g}, and opd, which is lambda=0. Reward "
+    "and log p - log q are averaged over the sampled responses of the last "
+    f"{LAST} steps; J = (log p - log q) - lambda reward, of a response.",
+    rule="Differences are paired by seed, with 95 % intervals. Confirmed if the reward of the "
+    "hybrid lies above that of opd and its J below that of reinforce_kl. Refuted if one of the two "
+    "lies on the other side. Otherwise undecided.",
+    columns={
+        "reward": "reward",
+        "divergence": "log p - log q, nats",
+        "objective": "J",
+        "tokens": "tokens",
+    },
+    arms=(arm(HYBRID, REWARD_WEIGHT), arm(DISTILLATION, 0.0), arm(IN_REWARD, REWARD_WEIGHT)),
+    seeds=(0, 1, 2),
+    judge=judge,
+    draw=draw,
+    cuts=f"One task, three methods, {STEPS} steps: what an hour allows.",
+)
