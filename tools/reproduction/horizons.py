@@ -111,9 +111,11 @@ EXPERIMENT = Experiment(
     design="The task is made for this: a chain of operations on single digits, whose every result "
     "is written down, e.g. 7+5*3: 7+5=2*3=6; the reward is 1 if all are right. With "
     f"{SHORT} operations a response has {4 * SHORT + 2} tokens, with {LONG} it has {4 * LONG + 2}, "
-    "and nothing else differs. Student and teacher have the size of the shipped models; both "
+    "and the same student and teacher are used. Both have the size of the shipped models; both "
     f"learned chains of 1 to {LONG} operations, the student until 15 % of its greedy answers to "
-    f"the longest were right. The hybrid with lambda={REWARD_WEIGHT:g}, leave-one-out baseline and "
+    "the longest were right. About 53 % of the student's samples are right with the short chains "
+    "and 8 % with the long ones, and 91 % and 72 % of the teacher's. "
+    f"The hybrid with lambda={REWARD_WEIGHT:g}, leave-one-out baseline and "
     f"one of four gammas, {STEPS} steps of 128 responses, AdamW at 5e-4. "
     "J = E[sum_t KL_t - lambda R] is measured "
     "after training, from 2048 responses to held-out problems, with the exact KL at each of their "
@@ -133,5 +135,7 @@ EXPERIMENT = Experiment(
     seeds=(0, 1, 2),
     judge=judge,
     draw=draw,
-    cuts="Two lengths, four gammas and three seeds, so that 24 runs take less than an hour.",
+    cuts="Two lengths, four gammas and three seeds, so that 24 runs take less than an hour. The KL "
+    "of a response grows with its length and its reward does not, so the two lengths also differ "
+    "in how KL and reward are balanced.",
 )
