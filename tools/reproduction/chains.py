@@ -8,6 +8,7 @@ next number. An error spoils the results after it. The reward is 1 if all are ri
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,22 @@ from reproduction.task import Task
 MOST = 8  # operations that the tiny model's context has room for
 MAX_NEW_TOKENS = 4 * MOST + 2  # the first digit and the end token
 OPERATORS = "+-*"
+OPERATION = re.compile(r"([-+*])(\d)=(\d)")
 NUM_TRAIN = 20_000
 NUM_HELDOUT = 512
+
+
+def result(before: int, sign: str, number: int) -> int:
+    """The last digit."""
+    return {"+": before + number, "-": before - number, "*": before * number}[sign] % 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """An operation of a response."""
+
+    right: bool  # given the result that the response has before it
+    after_error: bool  # an earlier one is not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +55,7 @@ class Chain:
         found = []
         last = self.first
         for sign, number in self.operations:
-            value = {"+": last + number, "-": last - number, "*": last * number}[sign]
-            last = value % 10
+            last = result(last, sign, number)
             found.append(last)
         return tuple(found)
 
@@ -49,6 +63,30 @@ class Chain:
     def solution(self) -> str:
         pairs = zip(self.operations, self.results, strict=True)
         return str(self.first) + "".join(f"{sign}{b}={result}" for (sign, b), result in pairs)
+
+
+def written(chain: Chain, text: str) -> list[Written]:
+    """The operations of a response, up to the first that is not copied from the prompt.
+
+    Example: "7+5=3*3=9-8=2" answers "7+5*3-8:" with a wrong result, a right one after it, since
+    3*3=9, and a wrong one.
+    """
+    if not text.startswith(str(chain.first)):
+        return []
+    found: list[Written] = []
+    before = chain.first
+    position = 1
+    error = False
+    for sign, number in chain.operations:
+        part = OPERATION.match(text, position)
+        if part is None or (part[1], int(part[2])) != (sign, number):
+            break
+        right = int(part[3]) == result(before, sign, number)
+        found.append(Written(right=right, after_error=error))
+        error = error or not right
+        before = int(part[3])
+        position = part.end()
+    return found
 
 
 def draw(rng: random.Random, operations: int) -> Chain:

@@ -11,10 +11,14 @@ def values(runs: Runs, arm: str, number: str) -> Sequence[float]:
     return [run.numbers[number] for run in runs[arm]]
 
 
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """Of the mean difference of values of the same seeds."""
+    return estimate([a - b for a, b in zip(ours, theirs, strict=True)])
+
+
 def difference(runs: Runs, one: str, other: str, number: str) -> Estimate:
     """Of `one` minus `other`."""
-    pairs = zip(values(runs, one, number), values(runs, other, number), strict=True)
-    return estimate([a - b for a, b in pairs])
+    return paired(values(runs, one, number), values(runs, other, number))
 
 
 def points(of: Estimate) -> str:

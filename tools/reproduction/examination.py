@@ -19,11 +19,12 @@ BATCH = 512  # responses that are sampled at once
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examination:
-    """Means over held-out problems."""
+    """Means over held-out problems, and what they are made from."""
 
     greedy: float  # share of right answers at temperature 0
     reward: float  # share of right answers at temperature 1
     divergence: float  # KL(student || teacher) of a response at temperature 1, in nats
+    texts: Sequence[str]  # the responses at temperature 1, those of a problem in succession
 
 
 @torch.no_grad()
@@ -51,12 +52,14 @@ def examine(
     answers = greedy_answers(policy, tokenizer, prompts, task.max_new_tokens)
     repeated = [problem for problem in heldout for _ in range(samples)]
     rewards: list[float] = []
+    texts: list[str] = []
     divergence = 0.0
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for start in range(0, len(repeated), BATCH):
             sampled = sample(policy, tokenizer, repeated[start : start + BATCH], task)
             rewards += sampled.rewards
+            texts += sampled.texts
             log_p = sampled.log_probs(policy)
             each = (log_p.exp() * (log_p - sampled.log_probs(frozen))).sum(dim=-1)
             divergence += (each * sampled.counted).sum().item()
@@ -64,6 +67,7 @@ def examine(
         greedy=_mean(task.rewards(answers, heldout)),
         reward=_mean(rewards),
         divergence=divergence / len(repeated),
+        texts=texts,
     )
 
 

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from reproduction.chain_runs import chain_arm
 from reproduction.chains import MOST
 from reproduction.curves import draw_curves
-from reproduction.differences import difference, points, values
-from reproduction.estimate import Estimate, estimate
+from reproduction.differences import difference, paired, points, values
+from reproduction.estimate import estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Runs, Setting, Verdict
 
 STEPS = 100
@@ -17,7 +17,10 @@ LONG = MOST
 ONLINE = "on-policy"
 OFFLINE = "SFT"
 METHODS: Mapping[str, Setting] = {ONLINE: "opd_full", OFFLINE: "seqkd"}
-MARGIN = 0.02
+MORE = 0.01
+"""By how much the accuracy of an operation must gain more with the long chains."""
+HARM = 0.02
+"""By how much more an error must lower the accuracy of what follows it."""
 
 
 def name(operations: int, method: str) -> str:
@@ -34,34 +37,40 @@ def arm(operations: int, method: str) -> Arm:
     return chain_arm(name(operations, method), operations, settings)
 
 
-def gain(runs: Runs, operations: int) -> Estimate:
-    """Reward of on-policy above SFT."""
-    return difference(runs, name(operations, ONLINE), name(operations, OFFLINE), "reward")
+def gains(runs: Runs, operations: int) -> list[float]:
+    """Accuracy of an operation on-policy, minus that by SFT, for each seed."""
+    ours = values(runs, name(operations, ONLINE), "of_an_operation")
+    theirs = values(runs, name(operations, OFFLINE), "of_an_operation")
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
-def growth(runs: Runs) -> Estimate:
-    """How much larger the gain is with the long chains, paired by seed."""
-
-    def gains(operations: int) -> list[float]:
-        ours = values(runs, name(operations, ONLINE), "reward")
-        theirs = values(runs, name(operations, OFFLINE), "reward")
-        return [a - b for a, b in zip(ours, theirs, strict=True)]
-
-    return estimate([a - b for a, b in zip(gains(LONG), gains(SHORT), strict=True)])
+def harms(runs: Runs, method: str) -> list[float]:
+    """By how much an error lowers the accuracy of the operations after it, for each seed."""
+    right = values(runs, name(LONG, method), "after_right")
+    error = values(runs, name(LONG, method), "after_error")
+    return [a - b for a, b in zip(right, error, strict=True)]
 
 
 def judge(runs: Runs) -> Judgement:
-    grows = growth(runs)
+    grows = paired(gains(runs, LONG), gains(runs, SHORT))
+    harm = paired(harms(runs, OFFLINE), harms(runs, ONLINE))
     verdict = Verdict.undecided
-    if grows.low > 0 and gain(runs, LONG).low > 0:
+    if grows.low > MORE and harm.low > HARM:
         verdict = Verdict.confirmed
-    elif grows.high < MARGIN:
+    elif grows.high < MORE or harm.high < HARM:
         verdict = Verdict.refuted
+    rewards = ", ".join(
+        f"{points(difference(runs, name(n, ONLINE), name(n, OFFLINE), 'reward'))} with {n} "
+        "operations"
+        for n in (SHORT, LONG)
+    )
     return Judgement(
         verdict=verdict,
-        effect=f"reward of on-policy above SFT: {points(gain(runs, SHORT))} with {SHORT} "
-        f"operations, {points(gain(runs, LONG))} with {LONG}",
-        reason=f"The gain grows by {points(grows)}.",
+        effect="accuracy of an operation, on-policy minus SFT: "
+        f"{points(estimate(gains(runs, SHORT)))} with {SHORT} operations, "
+        f"{points(estimate(gains(runs, LONG)))} with {LONG}",
+        reason=f"An error lowers the accuracy of what follows it by {points(harm)} more after SFT "
+        f"than on-policy. The reward of on-policy minus that of SFT is {rewards}.",
     )
 
 
@@ -78,12 +87,20 @@ EXPERIMENT = Experiment(
     design=f"The task, the student and the teacher of E5: chains of {SHORT} operations, whose "
     f"responses have {4 * SHORT + 2} tokens, and of {LONG}, with {4 * LONG + 2}. {STEPS} steps of "
     "128 responses, AdamW at 5e-4: SFT on the teacher's responses (algorithm=seqkd), and the "
-    "reverse KL over the whole vocabulary on the student's own (algorithm=opd_full).",
-    rule="Gains of reward, which is the share of right samples, are paired by seed, with 95 % "
-    "intervals. Confirmed if the gain is larger with the long chains and above 0 there. Refuted if "
-    f"it is less than {100 * MARGIN:.0f} points larger (interval below that). Otherwise undecided.",
+    "reverse KL over the whole vocabulary on the student's own (algorithm=opd_full). Student and "
+    "teacher begin as in E5.",
+    rule="Differences are paired by seed, with 95 % intervals. The reward of a chain of n "
+    "operations is a product of n accuracies, so its n-th root is compared, the accuracy of an "
+    f"operation. Confirmed if on-policy minus SFT is more than {100 * MORE:.0f} point larger with "
+    "the long chains, and if, in the student's samples of the long ones, an operation after an "
+    f"error loses by more than {100 * HARM:.0f} points more accuracy after SFT than on-policy; an "
+    "operation is right if its result follows from the one that the response has before it. "
+    "Refuted if one of the two differences lies below its bound. Otherwise undecided.",
     columns={
         "reward": "reward",
+        "of_an_operation": "accuracy of an operation",
+        "after_right": "of one after right ones",
+        "after_error": "of one after an error",
         "greedy": "greedy accuracy",
         "divergence": "KL to the teacher, nats",
         "tokens": "tokens",

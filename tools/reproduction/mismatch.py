@@ -2,21 +2,16 @@
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 
-import torch
 from matplotlib.axes import Axes
 
-from hybridrl.data.countdown_puzzles import Countdown
-from hybridrl.models.loading import load_model, load_tokenizer
 from reproduction.curves import COLOURS
-from reproduction.differences import difference, points, values
+from reproduction.differences import difference, paired, points, values
 from reproduction.estimate import estimate
 from reproduction.examination import examine
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
 from reproduction.lab import Lab
 from reproduction.made_models import with_made_models
-from reproduction.sampling import sample
 from reproduction.scatter import draw_arm
 from reproduction.trained import TEACHER, numbers_of, trained_arm
 
@@ -26,14 +21,6 @@ OFFLINE = "SFT"
 FAR = 0.2
 NO_LOSS = 0.02
 STATISTICS = ("length", "spaces", "symbols")
-
-
-def samples_of(model: str | Path, problems: int) -> list[str]:
-    """Four responses to each of the held-out problems, with a constant seed."""
-    equations = [equation for equation in Countdown().heldout(problems) for _ in range(4)]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return list(sample(load_model(str(model)), load_tokenizer(str(model)), equations).texts)
 
 
 def statistics_of(texts: Sequence[str]) -> Mapping[str, list[Hashable]]:
@@ -66,15 +53,14 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
     """
     given = with_made_models(settings, lab.folder / "made")
     expert = str(given["teachers.main.path"])
-    of_expert = statistics_of(samples_of(expert, lab.problems))
+    of_expert = examine(expert, expert, problems=lab.problems)
     with lab.run(given, seed) as trained:
-        of_student = statistics_of(samples_of(trained.model, lab.problems))
-        found = {
-            f"tv_{name}": total_variation(of_student[name], of_expert[name]) for name in STATISTICS
-        }
+        of_student = examine(trained.model, expert, problems=lab.problems)
+        ours, theirs = statistics_of(of_student.texts), statistics_of(of_expert.texts)
+        found = {f"tv_{name}": total_variation(ours[name], theirs[name]) for name in STATISTICS}
         return {
-            **numbers_of(trained, expert, lab.problems),
-            "expert_reward": examine(expert, expert, problems=lab.problems).reward,
+            **numbers_of(trained, of_student),
+            "expert_reward": of_expert.reward,
             **found,
             "tv": max(found.values()),
         }
@@ -86,6 +72,7 @@ def arm(name: str, algorithm: str) -> Arm:
         "train.steps": STEPS,
         "train.lr": 5e-4,
         "eval.every": 50,
+        "model.path": TEACHER,
         "teachers.main.path": "made:two-styles",
     }
     return trained_arm(name, settings, {"teachers.main.path": TEACHER}, measure)
@@ -93,7 +80,7 @@ def arm(name: str, algorithm: str) -> Arm:
 
 def judge(runs: Runs) -> Judgement:
     farther = difference(runs, ONLINE, OFFLINE, "tv")
-    better = difference(runs, ONLINE, OFFLINE, "reward")
+    better = paired(values(runs, ONLINE, "reward"), values(runs, ONLINE, "expert_reward"))
     verdict = Verdict.undecided
     if farther.low > FAR and better.low > -NO_LOSS:
         verdict = Verdict.confirmed
@@ -104,7 +91,8 @@ def judge(runs: Runs) -> Judgement:
     return Judgement(
         verdict=verdict,
         effect=f"total variation to the expert at least {far[ONLINE].text()} on-policy, "
-        f"{far[OFFLINE].text()} by SFT; reward of on-policy {points(better)} above SFT",
+        f"{far[OFFLINE].text()} by SFT; reward of on-policy minus that of the expert: "
+        f"{points(better)}",
         reason=f"The rewards are {points(rewards[ONLINE])} on-policy, {points(rewards[OFFLINE])} "
         f"by SFT and {points(estimate(values(runs, ONLINE, 'expert_reward')))} of the expert.",
     )
@@ -130,17 +118,19 @@ EXPERIMENT = Experiment(
     "difference.",
     source="arXiv 2606.30445, figure 2",
     design="The expert was made as the shipped Countdown teacher, but writes every second solution "
-    "with spaces around its operators, which the reward does not see. The student is the shipped "
-    f"one, which has never seen them. {STEPS} steps of 128 responses: on-policy by the reverse KL "
-    "over the whole vocabulary (algorithm=opd_full), which may keep to one of the two styles, and "
-    "SFT on the expert's responses (algorithm=seqkd), which learns both. The total variation "
-    "between student and expert is at least that between the distributions of a statistic, over "
-    "2048 responses of each: the length, the number of spaces, and the counts of the operators and "
-    "parentheses; the largest of the three counts.",
-    rule="Differences of on-policy to SFT, paired by seed, with 95 % intervals. Confirmed if the "
-    f"lower bound is more than {FAR} larger and the reward is not lower by {100 * NO_LOSS:.0f} "
-    f"points (interval above that). Refuted if the bound is less than {FAR} larger, or the reward "
-    f"is more than {100 * NO_LOSS:.0f} points lower. Otherwise undecided.",
+    "with spaces around its operators, which the reward does not see. The student begins as the "
+    f"shipped teacher, which is about as good and never writes spaces. {STEPS} steps of 128 "
+    "responses: on-policy by the reverse KL over the whole vocabulary (algorithm=opd_full), which "
+    "may keep to one of the two styles, and SFT on the expert's responses (algorithm=seqkd), which "
+    "learns both. The total variation between student and expert is at least that between the "
+    "distributions of a statistic, over 2048 responses of each: the length, the number of spaces, "
+    "and the counts of the operators and parentheses; the largest of the three counts. Between two "
+    "samples it is a little larger than between their distributions, with both methods.",
+    rule="With 95 % intervals over the seeds. Confirmed if the lower bound of the total variation "
+    f"is more than {FAR} larger on-policy than by SFT, and the on-policy student's reward is less "
+    f"than {100 * NO_LOSS:.0f} points below the expert's. Refuted if the bound is less than {FAR} "
+    f"larger, or that reward more than {100 * NO_LOSS:.0f} points below the expert's. Otherwise "
+    "undecided.",
     columns={
         "reward": "reward",
         "expert_reward": "expert's reward",

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hybridrl.core.files import replace_text
-from hybridrl.data.countdown_puzzles import Countdown, Equation
+from hybridrl.data.countdown_puzzles import Countdown, Equation, Key
 from hybridrl.models.loading import load_model, load_tokenizer
 from reproduction.sampling import sample
 
@@ -43,7 +43,7 @@ class OwnPair:
 
 
 def own_pairs(
-    folder: Path, *, pairs: int, noise: float, seed: int, heldout: int = 256
+    folder: Path, *, pairs: int, noise: float, seed: int, apart: bool, heldout: int = 256
 ) -> tuple[Path, Path]:
     """Files of training pairs and of held-out pairs, which are made if they are missing.
 
@@ -52,15 +52,20 @@ def own_pairs(
     Args:
         pairs: of the training file.
         noise: share of the training pairs that are swapped; those held out never are.
+        apart: no training pair has a problem of the held-out pairs. Otherwise most held-out pairs
+            are other responses to problems that are trained on.
         heldout: pairs of the second file.
     """
-    path = folder / f"pairs-{pairs}-{noise:g}-{seed}.jsonl"
+    path = folder / f"pairs-{pairs}-{noise:g}-{seed}{'-apart' if apart else ''}.jsonl"
     other = folder / f"pairs-heldout-{heldout}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     if not other.exists():
         replace_text(other, _text(_sampled(folder, heldout, seed=1), noise=0.0, seed=0))
     if not path.exists():
-        replace_text(path, _text(_sampled(folder, pairs, seed=0), noise=noise, seed=seed))
+        kept = _sampled(folder, heldout, seed=1) if apart else ()
+        without = {pair.equation.key for pair in kept}
+        chosen = _sampled(folder, pairs, seed=0, without=without)
+        replace_text(path, _text(chosen, noise=noise, seed=seed))
     return path, other
 
 
@@ -69,18 +74,31 @@ def _text(pairs: Sequence[OwnPair], *, noise: float, seed: int) -> str:
     return "".join(f"{pair.row(swapped=rng.random() < noise)}\n" for pair in pairs)
 
 
-def _sampled(folder: Path, pairs: int, *, seed: int) -> Sequence[OwnPair]:
-    """The first pairs of the stream of a seed, which is kept in a file, for it takes minutes."""
+def _sampled(
+    folder: Path, pairs: int, *, seed: int, without: Collection[Key] = frozenset()
+) -> Sequence[OwnPair]:
+    """The first pairs of the stream of a seed whose problems are not in `without`.
+
+    The stream is kept in a file, for it takes minutes.
+    """
     cache = folder / f"pairs-of-stream-{seed}.jsonl"
-    lines = cache.read_text().splitlines() if cache.exists() else []
-    if len(lines) < pairs:
-        found = list(islice(_stream(seed), pairs))
-        lines = [
-            json.dumps([list(p.equation.numbers), p.equation.target, p.right, p.wrong])
-            for p in found
-        ]
-        replace_text(cache, "".join(f"{line}\n" for line in lines))
-    return [_read(line) for line in lines[:pairs]]
+    known = [_read(line) for line in cache.read_text().splitlines()] if cache.exists() else []
+    found = [pair for pair in known if pair.equation.key not in without]
+    if len(found) < pairs:
+        known = []
+        found = []
+        for pair in _stream(seed):
+            known.append(pair)
+            if pair.equation.key not in without:
+                found.append(pair)
+            if len(found) == pairs:
+                break
+        replace_text(cache, "".join(f"{_line(pair)}\n" for pair in known))
+    return found[:pairs]
+
+
+def _line(pair: OwnPair) -> str:
+    return json.dumps([list(pair.equation.numbers), pair.equation.target, pair.right, pair.wrong])
 
 
 def _read(line: str) -> OwnPair:

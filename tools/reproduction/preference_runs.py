@@ -20,8 +20,8 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
     """Train on pairs.
 
     Args:
-        settings: `pairs` in the file and `noise`, the share of them that is swapped; all others are
-            the run's.
+        settings: `pairs` in the file, `noise`, the share of them that is swapped, and `apart`, as
+            own_pairs; all others are the run's.
 
     Returns:
         chosen_N, rejected_N: mean log-prob of a token of the chosen and the rejected responses in
@@ -35,6 +35,7 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
         pairs=int(settings["pairs"]),
         noise=float(settings["noise"]),
         seed=seed,
+        apart=bool(settings.get("apart", False)),
     )
     given = run_settings(settings, path, heldout)
     with lab.run(given, seed) as trained:
@@ -57,7 +58,7 @@ def run_settings(
     settings: Mapping[str, Setting], path: Path, heldout: Path
 ) -> Mapping[str, Setting]:
     """Those of hybridrl, by the settings of an arm and its files of pairs."""
-    own = {"pairs", "noise"}
+    own = {"pairs", "noise", "apart"}
     return {
         "data.task": "records",
         "data.path": str(path),
@@ -66,7 +67,16 @@ def run_settings(
     }
 
 
-def pair_arm(name: str, algorithm: str, steps: int, *, pairs: int, noise: float, lr: float) -> Arm:
+def pair_arm(
+    name: str,
+    algorithm: str,
+    steps: int,
+    *,
+    pairs: int,
+    noise: float,
+    lr: float,
+    apart: bool = False,
+) -> Arm:
     """An arm of `measure`; a loss's noise does not change its small run."""
     settings = {
         "algorithm": algorithm,
@@ -77,6 +87,7 @@ def pair_arm(name: str, algorithm: str, steps: int, *, pairs: int, noise: float,
         "train.prompts_per_step": PAIRS_PER_STEP,
         "rollout.groups_per_chunk": PAIRS_PER_STEP,
         "eval.every": steps,
+        **({"apart": True} if apart else {}),
     }
     small = {"pairs": 640, "noise": 0.0, "train.steps": WINDOW, "eval.every": WINDOW}
     return Arm(name=name, settings=settings, small=small, measure=measure)

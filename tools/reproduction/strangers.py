@@ -54,7 +54,7 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
     before = examine(STUDENT, teacher, problems=lab.problems)
     of_teacher = examine(teacher, teacher, problems=lab.problems)
     with lab.run(given, seed) as trained:
-        numbers = numbers_of(trained, teacher, lab.problems)
+        numbers = numbers_of(trained, examine(trained.model, teacher, problems=lab.problems))
         return {
             **numbers,
             "student_reward": before.reward,
@@ -87,7 +87,7 @@ def judge(runs: Runs) -> Judgement:
     agrees = difference(runs, KIN, STRANGER, "agreement_start")
     verdict = Verdict.undecided
     if abs(apart(runs).mean) <= EQUAL:
-        if gain.low > 0 and agrees.low > 0:
+        if gain.low > RECOVERED and agrees.mean > 0:
             verdict = Verdict.confirmed
         elif gain.high < RECOVERED:
             verdict = Verdict.refuted
@@ -102,8 +102,8 @@ def judge(runs: Runs) -> Judgement:
     return Judgement(
         verdict=verdict,
         effect=f"share of the gap to the teacher that is recovered: {shares}",
-        reason=f"The teachers' rewards differ by {points(apart(runs))}. At the start the "
-        f"most likely tokens agree at a share of {starts}.",
+        reason=f"The teachers' rewards differ by {points(apart(runs))}. At the start the most "
+        f"likely tokens agree at a share of {starts}.",
     )
 
 
@@ -121,14 +121,14 @@ EXPERIMENT = Experiment(
     f"(algorithm=opd_full) for {STEPS} steps of 128 responses, AdamW at 5e-4. One teacher is the "
     "shipped one: it started from the same random weights as the student, and its first 400 of "
     "2000 steps had the same problems. The other one was made in the same way, with as many "
-    "parameters and steps, from other random weights and by other problems. The share recovered "
-    "is the gain of reward over the gap between student and teacher before training. Tokens "
-    "agree where both models have the same most likely one, in the student's own responses.",
+    "parameters and steps, from other random weights and by other problems. The share recovered is "
+    "the gain of reward over the gap between student and teacher before training. Tokens agree "
+    "where both models have the same most likely one, in the student's own responses.",
     rule="Differences, paired by seed, with 95 % intervals. Undecided if the rewards of the "
     f"teachers differ by more than {100 * EQUAL:.0f} points. Else confirmed if the share recovered "
-    "and the agreement at the start are both higher with the first teacher (intervals above 0), "
-    f"refuted if the share recovered is less than {100 * RECOVERED:.0f} points higher (interval "
-    "below that), otherwise undecided.",
+    f"is more than {100 * RECOVERED:.0f} points higher with the first teacher, whose agreement at "
+    "the start, one number without an interval, is also higher; refuted if the share is less than "
+    f"{100 * RECOVERED:.0f} points higher; otherwise undecided.",
     columns={
         "teacher_reward": "teacher's reward",
         "reward": "reward",
@@ -141,6 +141,6 @@ EXPERIMENT = Experiment(
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
     draw=draw,
-    cuts="Neither teacher was made by reinforcement learning, and none is larger than the student: "
-    "what is varied is whether its weights are related to the student's.",
+    cuts="One teacher of each kind. Neither was made by reinforcement learning, and none is larger "
+    "than the student: what is varied is whether its weights are related to the student's.",
 )

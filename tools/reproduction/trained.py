@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from reproduction.examination import examine
+from reproduction.examination import Examination, examine
 from reproduction.experiment import Arm, Numbers, Setting
 from reproduction.lab import Lab, Trained
 from reproduction.made_models import with_made_models
-from reproduction.task import COUNTDOWN, P, Task
 
 SMALL: Mapping[str, Setting] = {"train.steps": 5, "eval.every": 0}
 TEACHER = "builtin:countdown-teacher"
@@ -23,12 +22,11 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
         own evaluations. tokens: response tokens that were trained on.
     """
     with lab.run(with_made_models(settings, lab.folder / "made"), seed) as trained:
-        return numbers_of(trained, TEACHER, lab.problems)
+        return numbers_of(trained, examine(trained.model, TEACHER, problems=lab.problems))
 
 
-def numbers_of(trained: Trained, teacher: str, problems: int, task: Task[P] = COUNTDOWN) -> Numbers:
-    """As `measure`, against any teacher."""
-    found = examine(trained.model, teacher, task, problems=problems)
+def numbers_of(trained: Trained, found: Examination) -> Numbers:
+    """As `measure`."""
     curve = {
         f"accuracy_{row['train/step']:.0f}": row["eval/accuracy"]
         for row in trained.rows
