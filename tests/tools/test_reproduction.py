@@ -45,13 +45,14 @@ from reproduction.examination import examine
 from reproduction.experiment import Arm, Experiment, Judgement, Run, Verdict, digest
 from reproduction.lab import Cost, Lab, Trained, overrides
 from reproduction.labels import draw_labels
+from reproduction.made_models import whole_folder
 from reproduction.own_pairs import own_pairs
 from reproduction.page import cell, judgement, page, summary, write_page
 from reproduction.records import FOLDER, Records
 from reproduction.running import OverBudget, SmallRun, expected_s, run_missing, small_runs
 from reproduction.task import COUNTDOWN
 
-from hybridrl.core.errors import DataError
+from hybridrl.core.errors import DataError, Preempted
 from hybridrl.models import tiny
 from hybridrl.oracle.mdp import make_mdp
 from hybridrl.rewards.countdown import countdown
@@ -207,6 +208,89 @@ def test_a_run_is_missing_once_the_code_computes_something_else(tmp_path):
     of_code = {"only": digest(records.experiment.arms[0].small_numbers(LAB))}
     assert records.missing(of_code, failed=False) == []
     assert records.missing({"only": "another"}, failed=False) == [("only", 0), ("only", 1)]
+
+
+def test_seeds_of_different_code_are_not_judged_together(tmp_path):
+    """Of two seeds by the code "a" one was run again by "b"; lines of old files have no digest."""
+    records = counting(count(), tmp_path)
+    (arm,) = records.experiment.arms
+
+    def line(seed, code, **changes):
+        made = run_of(arm, seed, value=1.0)
+        records.append(replace(made, key=arm.key(seed, code), digest=code, **changes))
+
+    for seed in (0, 1):
+        line(seed, "a")
+    assert [run.seed for run in records.latest()["only"]] == [0, 1]
+    line(0, "b")
+    assert [(run.seed, run.digest) for run in records.latest()["only"]] == [(0, "b")]
+    line(1, "b", error="it diverged")
+    assert len(records.latest()["only"]) == 1
+    assert "Failed runs: only, seed 1: it diverged." in page(records)
+    line(1, "b")
+    assert [run.digest for run in records.latest()["only"]] == ["b", "b"]
+    assert "Failed runs" not in page(records)
+
+
+def test_lines_without_a_digest_count_where_their_key_is_of_the_newest_code(tmp_path):
+    records = counting(count(), tmp_path)
+    (arm,) = records.experiment.arms
+    old = replace(run_of(arm, 0, value=1.0), key=arm.key(0, "a"))
+    records.append(old)
+    records.append(replace(old, seed=1, key=arm.key(1, "a"), digest="a"))
+    assert [run.seed for run in records.latest()["only"]] == [0, 1]
+    records.append(replace(old, seed=1, key=arm.key(1, "b"), digest="b"))
+    assert [run.seed for run in records.latest()["only"]] == [1]
+
+
+def test_a_line_that_a_crash_has_cut_does_not_spoil_the_next_one(tmp_path):
+    records = counting(count(), tmp_path)
+    (arm,) = records.experiment.arms
+    records.append(run_of(arm, 0, value=1.0))
+    with records.path.open("a") as file:
+        file.write('{"arm": "only", "se')
+    records.append(run_of(arm, 1, value=1.0))
+    assert len(records.path.read_text().splitlines()) == 3
+    with pytest.raises(DataError, match=r"runs\.jsonl, line 2: .*; remove the line"):
+        records.read()
+
+
+def test_a_run_that_a_signal_stops_has_no_line_and_is_run_by_the_next_call(tmp_path):
+    """The page shows what was finished before it."""
+    records = counting(count(), tmp_path)
+    (arm,) = records.experiment.arms
+    stops = iter((False, False, True))  # the small run, seed 0, seed 1
+
+    def measure(settings, seed, lab):
+        if next(stops, False):
+            raise Preempted("ended by SIGTERM")
+        return {"value": float(seed)}
+
+    records.experiment = replace(records.experiment, arms=(replace(arm, measure=measure),))
+    with pytest.raises(Preempted):
+        run_missing(records, LAB)
+    assert [run.seed for run in records.read()] == [0]
+    assert "Not finished: 1 of 2 runs." in (records.folder / "README.md").read_text()
+    assert run_missing(records, LAB) == 0
+    assert [run.seed for run in records.read()] == [0, 1]
+
+
+def test_the_digest_is_of_the_numbers_without_their_rounding_errors():
+    numbers = {"loss": 1.2342, "tokens": 100.0}
+    assert digest(numbers) == digest({**numbers, "loss": 1.2342 + 1e-6})
+    assert digest(numbers) != digest({**numbers, "loss": 1.236})
+    assert digest(numbers) != digest({**numbers, "more": 0.0})
+
+
+def test_a_made_model_is_there_only_once_it_is_whole(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "made" / "model") as folder:
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+    assert list((tmp_path / "made").iterdir()) == []
+    with whole_folder(tmp_path / "made" / "model") as folder:
+        (folder / "config.json").write_text("{}")
+        assert not (tmp_path / "made" / "model").exists()
+    assert [path.name for path in tmp_path.glob("made/*/*")] == ["config.json"]
 
 
 def test_the_seeds_of_an_arm_follow_each_other_so_that_they_have_the_same_workers(tmp_path):

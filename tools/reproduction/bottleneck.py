@@ -97,7 +97,7 @@ def judge(runs: Runs) -> Judgement:
     return Judgement(
         verdict=verdict,
         effect=f"online - offline value at n={DECISIVE}: {rare:.3f} (eps=0.01), {control:.3f} "
-        f"(eps=1)",
+        "(eps=1)",
         reason=f"With 16 times the samples offline imitation at eps=0.01 still lacks {late:.3f}.",
     )
 
@@ -118,12 +118,17 @@ def draw(axes: Axes, runs: Runs) -> None:
 EXPERIMENT = Experiment(
     id="A2",
     title="Rare informative actions: offline against online imitation",
-    claim="If no student can imitate the expert, every offline learner needs samples in "
-    "proportion to 1/eps, the rarity of what can be imitated, while online imitation does not "
-    "depend on eps; with an expert that can be imitated (eps=1) the two are equal.",
+    claim="If no student can imitate the expert, every offline learner needs samples in proportion "
+    "to 1/eps, the rarity of what can be imitated, while online imitation does not depend on eps; "
+    "with an expert that can be imitated (eps=1) the two are equal.",
     source="arXiv 2606.30445, theorem 1, by an instance of our own with the same structure",
-    design=f"{CONTEXTS} contexts, delta={DELTA:g}. Both values are exact: a sum over the number of "
-    "informative samples offline, a closed form online.",
+    design=f"{CONTEXTS} contexts, each with a hidden bit. The expert plays a neutral action with "
+    "probability 1 - eps, and with probability eps one of two informative ones: the right one in "
+    f"all but delta={DELTA:g} of these cases. The neutral and the right action are rewarded. A "
+    "student can only play one of the two informative actions in each context, so none can imitate "
+    "the expert. Offline it sees n actions of the expert, online the expert's probabilities of n "
+    "actions of its own. The value is the expected reward. Both values are exact: a sum over the "
+    "number of informative samples offline, a closed form online.",
     rule="Confirmed if online is above offline by at least 0.3 at n=128 and eps=0.01, by at least "
     "0.1 there at n=2048, and by at most 0.03 in absolute value at n=128 and eps=1. Refuted if the "
     "first difference is at most 0.03, otherwise undecided.",

@@ -117,9 +117,9 @@ def judge(runs: Runs) -> Judgement:
     elif not parts[0] or not parts[1]:
         verdict = Verdict.refuted
     monotone = (
-        f"Over the models the bias {'falls' if parts[0] else 'does not always fall'} and the "
-        f"variance {'rises' if parts[1] else 'does not always rise'} with gamma: at gamma=0.25 it "
-        f"is {least.text()} of that at gamma=0."
+        f"over the models the bias {'falls' if parts[0] else 'does not always fall'} and the "
+        f"variance {'rises' if parts[1] else 'does not always rise'} with gamma: the variance at "
+        f"gamma=0.25 is {least.text()} of that at gamma=0"
     )
     listed = ", ".join(f"{gamma:g} at {n} samples" for n, gamma in best.items())
     ends = ", ".join(
@@ -128,10 +128,10 @@ def judge(runs: Runs) -> Judgement:
     )
     return Judgement(
         verdict=verdict,
-        effect=f"bias at gamma=0: {bias.text()} of the gradient; its variance is {ratio.text()} "
-        f"of that at gamma=1",
-        reason=f"{monotone} The gamma of the least squared error is {listed}. Training ends above "
-        f"the least J by {ends}.",
+        effect=f"{monotone}",
+        reason=f"At gamma=0 the bias is {bias.text()} of the gradient, and the variance "
+        f"{ratio.text()} of that at gamma=1. The gamma of the least squared error is {listed}. "
+        f"Training ends above the least J by {ends}.",
     )
 
 

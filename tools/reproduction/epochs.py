@@ -91,7 +91,7 @@ EXPERIMENT = Experiment(
     columns={
         "chosen_end": "chosen log-prob of a token, end",
         "rejected_end": "rejected log-prob of a token, end",
-        "ranked": "held-out pairs ranked",
+        "ranked": "held-out pairs ranked by the loss's own score",
         "reward": "reward",
         "divergence": "KL to the start, nats",
     },

@@ -48,6 +48,7 @@ class Run:
     seconds: float
     machine: str  # processor and cores
     commit: str
+    digest: str = ""  # of the arm's small run; "" in lines from before there was this field
 
 
 Runs: TypeAlias = Mapping[str, Sequence[Run]]
@@ -104,7 +105,9 @@ class Experiment:
     seeds: Sequence[int]
     judge: Callable[[Runs], Judgement]
     draw: Callable[[Axes, Runs], None]
-    cuts: str = "none"  # what was left out for the budget, decided before any result was seen
+    cuts: str = ""
+    """what the budget left out, decided before any result was seen, and what else limits what the
+    verdict says"""
     budget_s: float = 3600.0  # for all runs together; only of experiments that train
 
 

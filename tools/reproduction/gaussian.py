@@ -105,8 +105,8 @@ def judge(runs: Runs) -> Judgement:
     far = got["mixture, A, reverse KL, far start"]["value"]
     return Judgement(
         verdict=verdict,
-        effect=f"value lost: {benign:.3f} (class A), {harmful:.3f} (class B); reverse KL above "
-        f"SFT by {direction:.3f} (mixture)",
+        effect=f"value lost: {benign:.3f} (class A), {harmful:.3f} (class B); reverse KL above SFT "
+        f"by {direction:.3f} (mixture)",
         reason="The three differences are "
         + ", ".join("as claimed" if part else "not as claimed" for part in parts)
         + f". From a start beyond the expert's rare mode, which is no part of the rule, reverse "
@@ -133,14 +133,17 @@ EXPERIMENT = Experiment(
     "(class B). Where the expert has a rare second mode, SFT and reverse KL end at different "
     "students, and only the second keeps the value.",
     source="arXiv 2606.30445, figure 3; the mixture is an addition of this project",
-    design="Each class has one parameter, which is fitted by L-BFGS; integrals are sums over a "
-    "grid of 201 x 201 points. The value is the probability that the second coordinate is at "
-    "least 0. The expert that is a mixture has 0.9 of its mass at (-2, 2) and 0.1 at (-2, -20).",
+    design="In two dimensions, with unit variances: the expert is a normal distribution around "
+    "(-2, 2), the reward is 1 where the second coordinate is at least 0, and the students are "
+    "normal distributions, of class A around (0, m) and of class B around (a, a). Each class has "
+    "one parameter, which is fitted by L-BFGS; integrals are sums over a grid of 201 x 201 points. "
+    "The value is the probability that the second coordinate is at least 0. The expert that is a "
+    "mixture has 0.9 of its mass at (-2, 2) and 0.1 at (-2, -20).",
     rule="Confirmed if class A is within 0.01 of the expert's value, class B at least 0.3 below "
     "it, and reverse KL at least 0.3 above SFT on the mixture, started at SFT's solution. Refuted "
     "if none of the three holds, otherwise undecided.",
     columns={
-        "mean": "m or a",
+        "mean": "m of class A, a of class B",
         "divergence": "divergence, nats",
         "distance": "total variation to the expert's main mode",
         "value": "value",

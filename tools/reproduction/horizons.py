@@ -109,17 +109,15 @@ EXPERIMENT = Experiment(
     "imitation costs grows with their number, the bias of leaving them out does not.",
     source="arXiv 2512.23097, the discount factor; the paper measures nothing",
     design="The task is made for this: a chain of operations on single digits, whose every result "
-    "is written down, e.g. 7+5*3: 7+5=2*3=6; the reward is 1 if all are right. With "
-    f"{SHORT} operations a response has {4 * SHORT + 2} tokens, with {LONG} it has {4 * LONG + 2}, "
-    "and the same student and teacher are used. Both have the size of the shipped models; both "
-    f"learned chains of 1 to {LONG} operations, the student until 15 % of its greedy answers to "
-    "the longest were right. About 53 % of the student's samples are right with the short chains "
-    "and 8 % with the long ones, and 91 % and 72 % of the teacher's. "
-    f"The hybrid with lambda={REWARD_WEIGHT:g}, leave-one-out baseline and "
-    f"one of four gammas, {STEPS} steps of 128 responses, AdamW at 5e-4. "
-    "J = E[sum_t KL_t - lambda R] is measured "
-    "after training, from 2048 responses to held-out problems, with the exact KL at each of their "
-    "tokens.",
+    f"is written down, e.g. 7+5*3: 7+5=2*3=6; the reward is 1 if all are right. With {SHORT} "
+    f"operations a response has {4 * SHORT + 2} tokens, with {LONG} it has {4 * LONG + 2}, and the "
+    "same student and teacher are used. Both have the size of the shipped models; both learned "
+    f"chains of 1 to {LONG} operations, the student until 15 % of its greedy answers to the "
+    "longest were right. About 53 % of the student's samples are right with the short chains and 8 "
+    "% with the long ones, and 91 % and 72 % of the teacher's. The hybrid with "
+    f"lambda={REWARD_WEIGHT:g}, leave-one-out baseline and one of four gammas, {STEPS} steps of "
+    "128 responses, AdamW at 5e-4. J = E[sum_t KL_t - lambda R] is measured after training, from "
+    "2048 responses to held-out problems, with the exact KL at each of their tokens.",
     rule="J is compared paired by seed, with 95 % intervals. The best gamma of a length is that of "
     "the least mean J. Confirmed if it is smaller for the long chains, and each length's J is "
     "higher with the other's best gamma (both intervals above 0). Refuted if it is larger for the "

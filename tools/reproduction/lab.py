@@ -103,7 +103,10 @@ class Lab:
                 kept.
         """
         given = {**COMMON, **settings}
-        run_dir = self.folder / f"{commit()}-{hashed({**given, 'run.seed': seed})}"
+        code = commit()
+        run_dir = self.folder / f"{code}-{hashed({**given, 'run.seed': seed})}"
+        if code.endswith("+"):  # a run of other changes is not continued
+            shutil.rmtree(run_dir, ignore_errors=True)
         if self._warm is None:
             self._warm = self._workers.enter_context(hybridrl.WarmWorkers())
         began = time.monotonic()

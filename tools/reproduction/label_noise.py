@@ -86,7 +86,7 @@ EXPERIMENT = Experiment(
     columns={
         "reward": "reward",
         "greedy": "greedy accuracy",
-        "ranked": "held-out pairs ranked",
+        "ranked": "held-out pairs ranked by the loss's own score",
         "divergence": "KL to the start, nats",
     },
     arms=tuple(

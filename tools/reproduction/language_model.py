@@ -14,8 +14,18 @@ from hybridrl.data.problem import Problem
 from reproduction.curves import draw_curves
 from reproduction.differences import difference, points
 from reproduction.estimate import estimate
-from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
+from reproduction.experiment import (
+    Arm,
+    Experiment,
+    Judgement,
+    Numbers,
+    Runs,
+    Setting,
+    Verdict,
+    hashed,
+)
 from reproduction.lab import Lab
+from reproduction.made_models import whole_folder
 from reproduction.own_pairs import STUDENT
 from reproduction.trained import TEACHER
 
@@ -88,7 +98,7 @@ def run_settings(settings: Mapping[str, Setting], teacher: str) -> Mapping[str, 
     """Those of hybridrl, by the settings of an arm."""
     name = "initial" if settings["experiment"] == MODEL["experiment"] else "main"
     return {
-        **{name: value for name, value in settings.items() if name not in OWN},
+        **{key: value for key, value in settings.items() if key not in OWN},
         f"teachers.{name}.path": teacher,
     }
 
@@ -99,14 +109,15 @@ def responses_per_step(settings: Mapping[str, Setting]) -> int:
 
 def made_teacher(lab: Lab) -> Path:
     """The model after SFT on solved sums, which is made when it is missing."""
-    path = lab.folder / "made" / f"sums-{TEACHER_STEPS}"
-    if not (path / "config.json").exists():
+    known_by = hashed({**teacher_settings(Path("a"), Path("b")), **SUMS})
+    path = lab.folder / "made" / f"sums-{known_by}"
+    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         files = path.with_name("sums.jsonl"), path.with_name("sums-heldout.jsonl")
         for file, text in zip(files, solved_sums(), strict=True):
             replace_text(file, text)
-        with lab.run(teacher_settings(*files), 0) as trained:
-            shutil.copytree(trained.model, path)
+        with lab.run(teacher_settings(*files), 0) as trained, whole_folder(path) as folder:
+            shutil.copytree(trained.model, folder, dirs_exist_ok=True)
     return path
 
 

@@ -1,9 +1,11 @@
 """Models that experiments need and that are not shipped; each is made when it is missing."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import countdown_models
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +23,7 @@ class Recipe:
 
     train: Callable[[argparse.Namespace], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
     arguments: Sequence[str]  # of countdown_models.parser
+    constants: Sequence[float] = ()  # others on which the model depends
 
 
 def countdown(*arguments: str) -> Recipe:
@@ -39,7 +42,9 @@ RECIPES: Mapping[str, Recipe] = {
     "stranger": countdown("--steps", "2000", "--seed", "1"),
     # As the shipped teacher, but every second solution has spaces.
     "two-styles": countdown("--steps", "2000", "--spaced", "0.5"),
-    "chain-student": Recipe(train=chain_models.student, arguments=CHAINS),
+    "chain-student": Recipe(
+        train=chain_models.student, arguments=CHAINS, constants=(chain_models.STUDENT_ACCURACY,)
+    ),
     "chain-teacher": Recipe(train=chain_models.teacher, arguments=CHAINS),
 }
 
@@ -55,12 +60,24 @@ def with_made_models(settings: Mapping[str, Setting], folder: Path) -> Mapping[s
 
 
 def made(name: str, folder: Path) -> Path:
-    """The folder of a model of RECIPES, which is known by its arguments' hash."""
+    """The folder of a model of RECIPES, known by the hash of its arguments and constants."""
     recipe = RECIPES[name]
-    path = folder / f"{name}-{hashed(list(recipe.arguments))}"
-    if not (path / "config.json").exists():
+    path = folder / f"{name}-{hashed([*recipe.arguments, *recipe.constants])}"
+    if not path.exists():
         args = countdown_models.parser().parse_args(["--out", str(path), *recipe.arguments])
         model, tokenizer = recipe.train(args)
-        tokenizer.save_pretrained(path)
-        model.save_pretrained(path)  # last, for its config.json says that the model is there
+        with whole_folder(path) as folder:
+            tokenizer.save_pretrained(folder)
+            model.save_pretrained(folder)
     return path
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name at the end of the block, if that succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as temporary:
+        written = Path(temporary) / "whole"
+        written.mkdir()
+        yield written
+        written.rename(path)

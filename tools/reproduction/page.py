@@ -32,23 +32,32 @@ def page(records: Records) -> str:
     seconds = sum(run.seconds for run in finished)
     machines = ", ".join(sorted({run.machine for run in finished}))
     commits = ", ".join(sorted({run.commit for run in finished}))
-    failed = [run for run in records.read() if run.error]
+    done = {(run.arm, run.seed) for run in finished}
+    failed = [run for run in records.read() if run.error and (run.arm, run.seed) not in done]
+    trains = any(arm.trains for arm in experiment.arms)
+    numbers = ", ".join(map(str, experiment.seeds))
+    seeds = f"Seeds: {numbers}." if len(experiment.seeds) > 1 else ""
     parts = [
         f"# {experiment.id}. {experiment.title}",
         MARK,
         f"**Claim.** {experiment.claim} Source: {experiment.source}.",
-        f"**Design.** {experiment.design} Seeds: {', '.join(map(str, experiment.seeds))}. "
-        f"Cuts: {experiment.cuts}",
+        f"**Design.** {experiment.design} {seeds}",
+        f"**Limits.** {experiment.cuts}" if experiment.cuts else "",
         f"**Rule.** {experiment.rule}",
         f"**Verdict.** {verdict}",
         f"![{experiment.title}](picture.png)" if found else "",
         table(experiment, runs),
         "Means over the seeds; in brackets the 95 % interval."
         if len(experiment.seeds) > 1
-        else "Exact numbers, without seeds.",
+        else "Exact numbers: nothing is random.",
+        "The seeds vary the training alone. Student, teacher, held-out problems and the samples "
+        "that measure a student are the same for each, so the intervals do not cover these."
+        if trains
+        else "",
         f"{len(finished)} runs, {seconds:.0f} s together, of commits {commits}, on {machines}."
         if finished
         else "",
+        "A commit with a + had changes that were not committed yet." if "+" in commits else "",
         f"Failed runs: {', '.join(f'{run.arm}, seed {run.seed}: {run.error}' for run in failed)}."
         if failed
         else "",
@@ -94,10 +103,11 @@ def summary(every: Sequence[Records]) -> str:
         "[tools/reproduction](../reproduction), committed before its first run; a page says where\n"
         "a rule was changed later. The verdict is computed by that rule from the numbers of its\n"
         "runs.jsonl. `undecided` and `refuted` are results. Those that train models go through\n"
-        "the whole system, on workers that stay between the runs; before the first run the time\n"
-        "that all will take is estimated from a run of five steps, and refused above the\n"
-        "budget. They are small. Recipes at the papers' own scale have been planned and not run:\n"
-        "[conf](../../conf/README.md#recipes-at-the-papers-own-scale-not-run).\n\n"
+        "the whole system, on workers that stay between the runs. Before the first run their time\n"
+        "is estimated from a run of five steps, and refused above the budget; the estimate leaves\n"
+        "out evaluations and the making of models, so some took longer. Their models are tiny: a\n"
+        "verdict holds at this scale. Recipes at the papers' own scale have been planned and not\n"
+        "run: [conf](../../conf/README.md#recipes-at-the-papers-own-scale-not-run).\n\n"
         + "\n".join(rows)
         + "\n\n"
         "```bash\n"

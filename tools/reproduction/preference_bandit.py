@@ -120,8 +120,8 @@ def judge(runs: Runs) -> Judgement:
     return Judgement(
         verdict=verdict,
         effect=f"mean reward of the best DIL loss above DPO: {listed}",
-        reason="A loss that is more robust must be so by its use of finitely many pairs. With "
-        "reference=both every DIL loss has the minimiser of SFT on the chosen responses.",
+        reason="With reference=both every DIL loss has the minimiser of SFT on the chosen "
+        "responses.",
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hybridrl.core.errors import DataError
-from reproduction.experiment import Experiment, Run, Runs
+from reproduction.experiment import Arm, Experiment, Run, Runs
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 
@@ -37,15 +37,17 @@ class Records:
 
     def append(self, run: Run) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        before = self.path.read_text() if self.path.exists() else ""
+        torn = bool(before) and not before.endswith("\n")  # by a crash
         with self.path.open("a") as file:
-            file.write(json.dumps(asdict(run)) + "\n")
+            file.write("\n" * torn + json.dumps(asdict(run)) + "\n")
 
     def missing(self, digests: Mapping[str, str], *, failed: bool) -> list[tuple[str, int]]:
         """Arm and seed of each run that has no line yet. Those of an arm follow each other, so that
         they can have the same workers.
 
         Args:
-            digests: Arm.digest of each arm, by its name.
+            digests: of the small run of each arm, by the arm's name.
             failed: also those whose only lines say that they failed.
         """
         done = {run.key for run in self.read() if not (failed and run.error)}
@@ -57,22 +59,32 @@ class Records:
         ]
 
     def latest(self) -> Runs:
-        """The newest line of each arm and seed that did not fail, by the settings of today.
+        """The newest line of each arm and seed that did not fail, by the settings of today and by
+        the code of the arm's newest line: seeds of different code are not mixed.
 
         An arm of which no run is finished is absent.
         """
         newest: dict[tuple[str, int], Run] = {}
+        digests: dict[str, str] = {}
         for run in self.read():
+            digests[run.arm] = run.digest
             if not run.error:
                 newest[run.arm, run.seed] = run
         found: dict[str, Sequence[Run]] = {}
         for arm in self.experiment.arms:
-            settings = json.loads(json.dumps(dict(arm.settings)))
             of_arm = [
                 newest[arm.name, seed]
                 for seed in self.experiment.seeds
-                if (arm.name, seed) in newest and newest[arm.name, seed].settings == settings
+                if (arm.name, seed) in newest
+                and _is_of(newest[arm.name, seed], arm, digests[arm.name])
             ]
             if of_arm:
                 found[arm.name] = of_arm
         return found
+
+
+def _is_of(run: Run, arm: Arm, digest: str) -> bool:
+    """Whether a run has the arm's settings and the code of a digest; "": any code."""
+    if digest:
+        return run.key == arm.key(run.seed, digest)
+    return run.settings == json.loads(json.dumps(dict(arm.settings)))

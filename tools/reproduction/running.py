@@ -92,6 +92,7 @@ def run_missing(
         try:
             numbers = dict(arms[name].numbers(seed, lab))
         except Preempted:
+            write_page(records)
             raise
         except (HybridRLError, ArithmeticError, ValueError, RuntimeError) as problem:
             error = f"{type(problem).__name__}: {problem}"
@@ -109,6 +110,7 @@ def run_missing(
                 seconds=round(seconds, 2),
                 machine=machine,
                 commit=commit(),
+                digest=digests[name],
             )
         )
         left = sum(spent) / len(spent) * (len(missing) - number - 1)

@@ -84,11 +84,11 @@ EXPERIMENT = Experiment(
     source="arXiv 2512.23097, top-K approximation; the paper measures nothing",
     design="Student, teacher and measures of E1, reverse KL on the student's own responses "
     f"(algorithm=opd_full) for {STEPS} steps of 128 responses, AdamW at 5e-4. Four cells of K, the "
-    "model that chooses the tokens and the correction, beside the whole vocabulary of 23 words. "
+    "model that chooses the tokens and the correction, beside the whole vocabulary of 23 tokens. "
     "E3 measured the gradients before training: a cosine with the whole one of 0.999, 1.000, 0.652 "
     "and 0 in the order of the table.",
     rule="Losses of reward against the whole vocabulary, paired by seed, with 95 % intervals. "
-    f"Refuted if one of the two cells with the student's four tokens loses more than "
+    "Refuted if one of the two cells with the student's four tokens loses more than "
     f"{100 * CLOSE:.0f} points, or if the greedy accuracy with K=1 rises by more than "
     f"{100 * NOTHING:.0f} points (interval above that). Confirmed if both cells lose less than "
     f"{100 * CLOSE:.0f} points and K=1 gains less than {100 * NOTHING:.0f}. Otherwise undecided.",
@@ -102,5 +102,5 @@ EXPERIMENT = Experiment(
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
     draw=draw,
-    cuts="Four cells of the grid, and a vocabulary of 23 words.",
+    cuts="Four cells of the grid, and a vocabulary of 23 tokens.",
 )

@@ -122,9 +122,11 @@ EXPERIMENT = Experiment(
     claim="At equal numbers of responses the hybrid gradient has about 30 % less variance than "
     "KL-regularised RLHF with the KL in the reward.",
     source="arXiv 2512.23097; the figure is that of a summary, the paper does not measure it",
-    design="Exact enumeration of random models with 5 tokens, 3 steps and lambda=2, of which a "
-    "seed makes one. 'Learned' is the share of the way from the student's to the teacher's logits. "
-    "leave_one_out compares two responses of a prompt.",
+    design="Both gradients are of J = E[sum_t (log pi - log q) - lambda R], over the responses of "
+    "the student pi with the teacher q; gamma discounts the imitation costs of later tokens in the "
+    "return of a token. Exact enumeration of random models with 5 tokens, 3 steps and lambda=2, of "
+    "which a seed makes one. 'Learned' is the share of the way from the student's to the teacher's "
+    "logits. leave_one_out compares two responses of a prompt.",
     rule="Decided at gamma=1 with leave_one_out, at 0 % and at 50 % learned: confirmed if the 95 % "
     "intervals of the reduction lie above 20 % in both, refuted if they lie below 10 % in both, "
     "otherwise undecided.",
@@ -142,5 +144,5 @@ EXPERIMENT = Experiment(
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
     draw=draw,
-    cuts="The measurement in the middle of a real training run is not part of it yet.",
+    cuts="Not measured in the middle of a real training run.",
 )
