@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from reproduction import (
     bottleneck,
+    chain_models,
     chain_runs,
     chains,
     chosen_likelihood,
@@ -28,13 +29,16 @@ from reproduction import (
     horizons,
     label_noise,
     language_model,
+    made_models,
     methods,
     mismatch,
     preference_bandit,
     preference_runs,
     realizability,
     sample_efficiency,
+    stability,
     strangers,
+    support,
     support_trained,
     variance,
 )
@@ -54,6 +58,7 @@ from reproduction.task import COUNTDOWN
 
 from hybridrl.core.errors import DataError, Preempted
 from hybridrl.models import tiny
+from hybridrl.models.loading import load_model, load_tokenizer
 from hybridrl.oracle.mdp import make_mdp
 from hybridrl.rewards.countdown import countdown
 from hybridrl.settings.choices import Products
@@ -116,7 +121,9 @@ def test_with_half_of_the_labels_swapped_no_loss_learns_anything():
     """The labels say nothing then, and the reference's own mean reward is 0."""
     for arm in preference_bandit.EXPERIMENT.arms:
         if "rejected" not in arm.name:
-            assert arm.small_numbers(LAB)["noise_50"] == pytest.approx(0, abs=1e-6), arm.name
+            numbers = arm.small_numbers(LAB)
+            assert numbers["noise_50"] == pytest.approx(0, abs=1e-6), arm.name
+            assert numbers["noise_0"] > 0.1, arm.name
 
 
 def run_of(arm: Arm, seed: int, **numbers: float) -> Run:
@@ -293,6 +300,61 @@ def test_a_made_model_is_there_only_once_it_is_whole(tmp_path):
     assert [path.name for path in tmp_path.glob("made/*/*")] == ["config.json"]
 
 
+def test_a_model_is_made_once_and_stands_for_its_name_in_settings(tmp_path, monkeypatch):
+    recipe = made_models.countdown("--layers", "1", "--steps", "1", "--batch", "2")
+    monkeypatch.setitem(made_models.RECIPES, "small", recipe)
+    settings = {"model.path": "made:small", "train.steps": 3}
+    found = made_models.with_made_models(settings, tmp_path)
+    path = Path(str(found["model.path"]))
+    assert found["train.steps"] == 3
+    assert load_model(str(path)).config.num_hidden_layers == 1
+    written = (path / "config.json").stat().st_mtime_ns
+    assert made_models.with_made_models(settings, tmp_path) == found
+    assert (path / "config.json").stat().st_mtime_ns == written
+    monkeypatch.setitem(made_models.RECIPES, "small", replace(recipe, constants=(0.5,)))
+    assert made_models.with_made_models(settings, tmp_path) != found
+
+
+def test_the_student_of_chains_is_one_that_solves_a_share_of_the_longest(monkeypatch):
+    """The student of Countdown solves none."""
+    model = load_model("builtin:countdown-student")
+    tokenizer = load_tokenizer("builtin:countdown-student")
+    assert not chain_models.is_student(model, tokenizer)
+    monkeypatch.setattr(chain_models, "STUDENT_ACCURACY", 0.0)
+    assert chain_models.is_student(model, tokenizer)
+
+
+def changed(experiment: Experiment, arms: str, **numbers: float) -> Verdict:
+    """Of the committed runs, with other numbers in all arms whose names have a part."""
+    runs = {
+        arm: [
+            replace(run, numbers={**run.numbers, **numbers}) if arms in arm else run for run in of
+        ]
+        for arm, of in Records(experiment).latest().items()
+    }
+    return experiment.judge(runs).verdict
+
+
+@pytest.mark.parametrize(
+    ("experiment", "arms", "numbers", "verdict"),
+    [
+        (gaussian, "A, reverse KL", {"value": 0.9}, Verdict.undecided),  # class A loses 0.08
+        (gaussian, "", {"value": 0.9}, Verdict.refuted),  # and B no more, and SFT nothing
+        (bottleneck, "eps=0.01", {"offline_128": 0.98}, Verdict.refuted),
+        (bottleneck, "eps=0.01", {"offline_2048": 0.95}, Verdict.undecided),
+        (preference_bandit, "dil", {"noise_10": 1.9, "noise_25": 1.9}, Verdict.confirmed),
+        (preference_bandit, "dil", {"noise_10": 1.9}, Verdict.undecided),
+        (stability, "dil_ukl, published, sum, fp32", {"failed_2048": 0.0}, Verdict.refuted),
+        (stability, "dil_ukl, published, sum, fp32", {"failed_2048": 0.3}, Verdict.undecided),
+        (stability, "published, mean, fp32", {"failed_128": 0.01}, Verdict.refuted),
+        (support, "smollm2", {"cosine_16": 0.99}, Verdict.confirmed),
+        (support, "smollm2", {"cosine_16": 0.97}, Verdict.refuted),
+    ],
+)
+def test_the_verdict_follows_the_numbers_that_the_rule_names(experiment, arms, numbers, verdict):
+    assert changed(experiment.EXPERIMENT, arms, **numbers) is verdict
+
+
 def test_the_seeds_of_an_arm_follow_each_other_so_that_they_have_the_same_workers(tmp_path):
     records = counting(count(), tmp_path)
     (only,) = records.experiment.arms
@@ -351,9 +413,11 @@ def test_a_small_run_gives_the_numbers_that_the_table_shows(experiment):
 
 @by_id
 def test_the_settings_of_arms_that_train_are_accepted(experiment, tmp_path):
-    """One arm for each algorithm and set of names; the others differ in numbers."""
+    """One arm for each set of names and of values that are words; the others differ in numbers."""
     arms = {
-        (arm.settings["algorithm"], *arm.settings): arm for arm in experiment.arms if arm.trains
+        tuple((key, isinstance(value, str) and value) for key, value in arm.settings.items()): arm
+        for arm in experiment.arms
+        if arm.trains
     }
     for arm in arms.values():
         settings = arm.settings

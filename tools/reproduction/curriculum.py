@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from reproduction.curves import draw_curves
 from reproduction.differences import difference, points
 from reproduction.experiment import Arm, Experiment, Judgement, Runs, Setting, Verdict
-from reproduction.trained import trained_arm
+from reproduction.trained import COLUMNS, trained_arm
 
 STEPS = 160
 COMMON: Mapping[str, Setting] = {
@@ -83,12 +83,7 @@ EXPERIMENT = Experiment(
     "gain of reward over one of the two controls lies below 2 points. Else confirmed if both gains "
     "lie above 0 and the KL is not significantly above that of either control. Otherwise "
     "undecided.",
-    columns={
-        "reward": "reward",
-        "divergence": "KL to the teacher, nats",
-        "greedy": "greedy accuracy",
-        "tokens": "tokens",
-    },
+    columns=COLUMNS,
     arms=tuple(arm(name) for name in WEIGHTS),
     seeds=(0, 1, 2, 3, 4),
     judge=judge,

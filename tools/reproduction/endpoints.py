@@ -10,7 +10,7 @@ from reproduction.estimate import estimate
 from reproduction.experiment import Experiment, Judgement, Runs, Setting, Verdict
 from reproduction.labels import draw_labels
 from reproduction.scatter import draw_arm
-from reproduction.trained import trained_arm
+from reproduction.trained import COLUMNS, trained_arm
 
 STEPS = 100
 COMMON: Mapping[str, Setting] = {"train.steps": STEPS, "train.lr": 5e-4, "eval.every": 25}
@@ -98,12 +98,7 @@ EXPERIMENT = Experiment(
     "teacher falls significantly from one lambda to the next larger one. Confirmed if none of that "
     "is so and the four intervals are at most 5 points and 0.5 nats to each side. Otherwise "
     "undecided.",
-    columns={
-        "reward": "reward",
-        "divergence": "KL to the teacher, nats",
-        "greedy": "greedy accuracy",
-        "tokens": "tokens",
-    },
+    columns=COLUMNS,
     arms=(
         *(
             trained_arm(

@@ -3,6 +3,7 @@
 from matplotlib.axes import Axes
 
 from reproduction.curves import COLOURS, draw_mean
+from reproduction.differences import paired
 from reproduction.estimate import Estimate, estimate
 from reproduction.experiment import Experiment, Judgement, Runs, Verdict
 from reproduction.preference_runs import PAIRS_PER_STEP, UNTRAINED, WINDOW, course, pair_arm
@@ -30,8 +31,7 @@ def gap(runs: Runs, dil: str, epoch: int) -> list[float]:
 
 def growth(runs: Runs, dil: str) -> Estimate:
     """Of the gap, from the first epoch to the last."""
-    pairs = zip(gap(runs, dil, EPOCHS), gap(runs, dil, 1), strict=True)
-    return estimate([late - early for late, early in pairs])
+    return paired(gap(runs, dil, EPOCHS), gap(runs, dil, 1))
 
 
 def judge(runs: Runs) -> Judgement:

@@ -7,8 +7,10 @@ from matplotlib.axes import Axes
 from reproduction.chain_runs import chain_arm
 from reproduction.chains import MOST
 from reproduction.curves import COLOURS, draw_mean
+from reproduction.differences import paired
 from reproduction.estimate import Estimate, estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Runs, Setting, Verdict
+from reproduction.trained import COLUMNS
 
 STEPS = 100
 GAMMAS = (0.0, 0.5, 0.9, 1.0)
@@ -47,10 +49,7 @@ def best(runs: Runs, operations: int) -> float:
 
 def excess(runs: Runs, operations: int, gamma: float, other: float) -> Estimate:
     """How much larger J is with gamma than with the other one, paired by seed."""
-    pairs = zip(
-        objectives(runs, operations, gamma), objectives(runs, operations, other), strict=True
-    )
-    return estimate([a - b for a, b in pairs])
+    return paired(objectives(runs, operations, gamma), objectives(runs, operations, other))
 
 
 def judge(runs: Runs) -> Judgement:
@@ -123,12 +122,7 @@ EXPERIMENT = Experiment(
     "higher with the other's best gamma (both intervals above 0). Refuted if it is larger for the "
     "long chains in the same sense, or if one gamma is the best of both lengths, and significantly "
     "better than each other one. Otherwise undecided.",
-    columns={
-        "reward": "reward",
-        "divergence": "KL to the teacher, nats",
-        "greedy": "greedy accuracy",
-        "tokens": "tokens",
-    },
+    columns=COLUMNS,
     arms=tuple(arm(operations, gamma) for operations in (SHORT, LONG) for gamma in GAMMAS),
     seeds=(0, 1, 2),
     judge=judge,

@@ -56,6 +56,15 @@ class Trained:
         return [row[metric] for row in self.rows if metric in row]
 
     @property
+    def accuracies(self) -> Mapping[str, float]:
+        """accuracy_N, greedy, after N steps, by the run's own evaluations."""
+        return {
+            f"accuracy_{row['train/step']:.0f}": row["eval/accuracy"]
+            for row in self.rows
+            if "eval/accuracy" in row
+        }
+
+    @property
     def tokens(self) -> float:
         """Response tokens that were trained on."""
         return sum(self.values("train/tokens"))

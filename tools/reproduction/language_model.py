@@ -86,11 +86,7 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
             "divergence": nats / responses,
             "objective": nats / responses - REWARD_WEIGHT * mean,
             "tokens": trained.tokens,
-            **{
-                f"accuracy_{row['train/step']:.0f}": row["eval/accuracy"]
-                for row in trained.rows
-                if "eval/accuracy" in row
-            },
+            **trained.accuracies,
         }
 
 

@@ -9,7 +9,7 @@ from reproduction.differences import paired, points, values
 from reproduction.estimate import Estimate, estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Runs, Setting, Verdict
 from reproduction.own_pairs import STUDENT
-from reproduction.trained import trained_arm
+from reproduction.trained import COLUMNS, trained_arm
 
 STEPS = 100
 RATES = (2e-4, 6e-4)
@@ -137,12 +137,7 @@ EXPERIMENT = Experiment(
     rule="Each method with the learning rate of its higher mean reward. Differences of reward of "
     "the hybrid to each other method are paired by seed, with 95 % intervals. Confirmed if all lie "
     f"above 0, refuted if one lies below -{100 * MARGIN:.0f} points, otherwise undecided.",
-    columns={
-        "reward": "reward",
-        "greedy": "greedy accuracy",
-        "divergence": "KL to the teacher, nats",
-        "tokens": "tokens",
-    },
+    columns=COLUMNS,
     arms=tuple(arm(method, rate) for method in METHODS for rate in RATES),
     seeds=(0, 1, 2),
     judge=judge,

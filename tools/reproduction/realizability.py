@@ -10,7 +10,7 @@ from reproduction.differences import difference, points, values
 from reproduction.estimate import estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Runs, Setting, Verdict
 from reproduction.own_pairs import STUDENT
-from reproduction.trained import trained_arm
+from reproduction.trained import COLUMNS, trained_arm
 
 STEPS = 200
 EXPERT_REWARD = 0.487  # of the shipped teacher by the same measure, 0.4868 of 2048 samples
@@ -80,12 +80,7 @@ EXPERIMENT = Experiment(
     "student, or below 5 points with the second. Confirmed if it lies below 2 points with the "
     "first, whose SFT also comes to within 2 points of the expert, and above 5 points with the "
     "second. Otherwise undecided.",
-    columns={
-        "reward": "reward",
-        "greedy": "greedy accuracy",
-        "divergence": "KL to the expert, nats",
-        "tokens": "tokens",
-    },
+    columns=COLUMNS,
     arms=cases(arm),
     seeds=(0, 1, 2, 3, 4),
     judge=judge,

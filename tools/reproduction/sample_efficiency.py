@@ -7,16 +7,16 @@ from itertools import pairwise
 from matplotlib.axes import Axes
 
 from reproduction.curves import COLOURS, draw_mean
+from reproduction.differences import paired
 from reproduction.estimate import Estimate, estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Run, Runs, Setting, Verdict
-from reproduction.methods import FROM_START, SOLUTIONS
-from reproduction.trained import trained_arm
+from reproduction.methods import FROM_START, RATES, SOLUTIONS, name
+from reproduction.trained import COLUMNS, trained_arm
 
 STEPS = 200
 EVERY = 20
 RESPONSES_PER_STEP = 128
 BUDGET = STEPS * RESPONSES_PER_STEP
-RATES = (2e-4, 6e-4)
 STUDENT_ACCURACY = 0.299  # greedy, of the shipped models on the 512 held-out problems
 TEACHER_ACCURACY = 0.566
 MOST = 0.9 * TEACHER_ACCURACY
@@ -39,10 +39,6 @@ METHODS: Mapping[str, Mapping[str, Setting]] = {
 def rates(method: str) -> tuple[float, ...]:
     """Both for the methods that estimate everything from drawn tokens."""
     return RATES if method in OTHERS else RATES[-1:]
-
-
-def name(method: str, rate: float) -> str:
-    return f"{method}, lr {rate:g}"
 
 
 def arm(method: str, rate: float) -> Arm:
@@ -102,7 +98,7 @@ def savings(runs: Runs, other: str, accuracy: float) -> Estimate:
     """log2 of how many times more responses `other` needs than the hybrid, paired by seed."""
     ours = responses(runs, best(runs, HYBRID, accuracy), accuracy)
     theirs = responses(runs, best(runs, other, accuracy), accuracy)
-    return estimate([math.log2(b / max(a, 1)) for a, b in zip(ours, theirs, strict=True)])
+    return paired([math.log2(b) for b in theirs], [math.log2(max(a, 1)) for a in ours])
 
 
 def judge(runs: Runs) -> Judgement:
@@ -191,12 +187,7 @@ EXPERIMENT = Experiment(
     "log2 of the ratio of responses, paired by seed, with 95 % intervals. Confirmed if all lie "
     f"above 0, refuted if the hybrid needs more than {FEWER:g} times as many as one of them "
     "(interval beyond that), otherwise undecided.",
-    columns={
-        "greedy": "greedy accuracy",
-        "reward": "reward",
-        "divergence": "KL to the teacher, nats",
-        "tokens": "tokens",
-    },
+    columns=COLUMNS,
     arms=tuple(arm(method, rate) for method in METHODS for rate in rates(method)),
     seeds=(0, 1, 2),
     judge=judge,

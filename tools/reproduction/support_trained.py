@@ -3,11 +3,11 @@
 from matplotlib.axes import Axes
 
 from reproduction.curves import draw_curves
-from reproduction.differences import difference, points, values
-from reproduction.estimate import Estimate, estimate
+from reproduction.differences import difference, paired, points, values
+from reproduction.estimate import Estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Runs, Verdict
 from reproduction.own_pairs import STUDENT
-from reproduction.trained import trained_arm
+from reproduction.trained import COLUMNS, trained_arm
 
 STEPS = 100
 WHOLE = "whole vocabulary"
@@ -50,9 +50,7 @@ def arm(name: str) -> Arm:
 
 def learned(runs: Runs) -> Estimate:
     """Gain of greedy accuracy with a single renormalised token."""
-    ends = values(runs, SINGLE, f"accuracy_{STEPS}")
-    pairs = zip(ends, values(runs, SINGLE, "accuracy_0"), strict=True)
-    return estimate([after - before for after, before in pairs])
+    return paired(values(runs, SINGLE, f"accuracy_{STEPS}"), values(runs, SINGLE, "accuracy_0"))
 
 
 def judge(runs: Runs) -> Judgement:
@@ -92,12 +90,7 @@ EXPERIMENT = Experiment(
     f"{100 * CLOSE:.0f} points, or if the greedy accuracy with K=1 rises by more than "
     f"{100 * NOTHING:.0f} points (interval above that). Confirmed if both cells lose less than "
     f"{100 * CLOSE:.0f} points and K=1 gains less than {100 * NOTHING:.0f}. Otherwise undecided.",
-    columns={
-        "reward": "reward",
-        "greedy": "greedy accuracy",
-        "divergence": "KL to the teacher, nats",
-        "tokens": "tokens",
-    },
+    columns=COLUMNS,
     arms=tuple(arm(name) for name in (WHOLE, *CELLS)),
     seeds=(0, 1, 2, 3, 4),
     judge=judge,

@@ -10,6 +10,13 @@ from reproduction.made_models import with_made_models
 
 SMALL: Mapping[str, Setting] = {"train.steps": 5, "eval.every": 0}
 TEACHER = "builtin:countdown-teacher"
+COLUMNS: Mapping[str, str] = {
+    "reward": "reward",
+    "greedy": "greedy accuracy",
+    "divergence": "KL to the teacher, nats",
+    "tokens": "tokens",
+}
+"""Of the table of an experiment whose arms are measured by `measure`."""
 Measure: TypeAlias = Callable[[Mapping[str, Setting], int, Lab], Numbers]
 
 
@@ -27,17 +34,12 @@ def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
 
 def numbers_of(trained: Trained, found: Examination) -> Numbers:
     """As `measure`."""
-    curve = {
-        f"accuracy_{row['train/step']:.0f}": row["eval/accuracy"]
-        for row in trained.rows
-        if "eval/accuracy" in row
-    }
     return {
         "reward": found.reward,
         "greedy": found.greedy,
         "divergence": found.divergence,
         "tokens": trained.tokens,
-        **curve,
+        **trained.accuracies,
     }
 
 
