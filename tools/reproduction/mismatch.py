@@ -144,5 +144,6 @@ EXPERIMENT = Experiment(
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
     draw=draw,
-    cuts="The two styles are ours; the experts of the paper differ in many ways at once.",
+    cuts="The two styles are ours; the experts of the paper differ in many ways at once. The "
+    "student begins as good as the expert, so that its distance is kept and not gained.",
 )
