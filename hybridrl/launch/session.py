@@ -16,6 +16,7 @@ from hybridrl.controller.preemption import Preemption
 from hybridrl.core import redact
 from hybridrl.core.errors import (
     CheckpointError,
+    ClusterLost,
     ConfigError,
     DataError,
     FleetExhausted,
@@ -65,6 +66,7 @@ from hybridrl.launch.teacher_levels import (
     write_levels,
 )
 from hybridrl.launch.warm_workers import Kept, WarmWorkers
+from hybridrl.launch.worker_conditions import alone
 from hybridrl.models.arithmetic import on_gpu
 from hybridrl.models.loading import head_rows, load_tokenizer
 from hybridrl.objectives.user_code import check_user_code
@@ -168,8 +170,19 @@ def train(
             preemption=preemption,
             on_step=on_step,
         )
-        workers = session.start_workers(checkpoint, kept)
-        if warm is not None and kept is None:
+        try:
+            workers = session.start_workers(checkpoint, kept)
+        except (WorkerError, ClusterLost) as error:
+            if kept is None:
+                raise
+            kept = None
+            console.notice(f"a worker of the job before is lost, others start: {error}")
+            holder.close()
+            session.cluster = holder.cluster(settings)
+            session.slots = place_workers(settings, session.cluster)
+            stack.enter_context(preemption.listening())
+            workers = session.start_workers(checkpoint)
+        if warm is not None and kept is None and alone(settings) is None:
             workers.learner.keep_start()
         for line in ready_notices(requested, settings, cluster, time.monotonic() - began):
             console.notice(line)
@@ -182,9 +195,10 @@ def train(
             console.notice(stop_notice(settings, controller.steps_done))
         if warm is not None and not controller.pipeline.in_flight():
             warm.keep(settings, inputs, run_dir, session.slots, controller.workers)
+    result = run_result(run_dir, exported, reason)
     if warm is not None:
         preemption.check()  # it came after the last step: the run is finished, and no other begins
-    return run_result(run_dir, exported, reason)
+    return result
 
 
 def exit_reason(settings: RunSettings, controller: Controller, first: int) -> ExitReason:

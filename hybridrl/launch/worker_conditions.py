@@ -1,5 +1,6 @@
 """What running workers depend on. A job may use those of another one where all of it is equal."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -105,6 +106,8 @@ def chosen_by(settings: RunSettings) -> dict[str, Any]:
     """What workers are built for by settings that may differ otherwise."""
     train = settings.train
     return {
+        # In which a worker looks for files of yours.
+        "the working directory": os.getcwd(),
         "the scored teachers": settings.scored_teachers,
         "the number of workers": {team.name: (team.size, team.gpus) for team in teams(settings)},
         "the value head": make_objective(settings).needs.learner_values,

@@ -144,6 +144,7 @@ with hybridrl.WarmWorkers() as warm:
             )
         groups = warm._kept.workers.groups
         pids.append({group.group.name: group.group.pids() for group in groups})
+    os.kill(pids[-1]["rollout"][0], signal.SIGKILL)
     Path(folder, "broken.py").write_text("def broken(completions, **columns): raise ValueError")
     broken = f"+reward.functions.broken={{function:{folder}/broken.py:broken}}"
     try:
@@ -333,11 +334,19 @@ def test_a_signal_after_the_last_step_of_a_job_lets_no_other_begin_and_the_job_i
     stopped = (resumed.parent / "stopped.txt").read_text()
     assert stopped == "ended by SIGTERM; the same command continues"
     assert (resumed.parent / "other" / "export" / "step_000001" / "model.safetensors").exists()
+    assert (resumed.parent / "other" / "report.html").exists()
 
 
 def test_after_a_job_that_fails_no_worker_is_kept(resumed):
     *_, failed = json.loads((resumed.parent / "pids.json").read_text())
     assert failed == {"ray": False, "kept": None}
+
+
+def test_a_job_whose_workers_were_lost_before_it_begins_with_others(resumed):
+    """The engine was killed; that the job fails later is its reward's doing."""
+    printed = (resumed.parent / "failed" / "logs" / "console.log").read_text()
+    assert "a worker of the job before is lost, others start: rollout/0" in printed
+    assert "workers ready after" in printed
 
 
 def test_a_run_from_python_returns_its_last_row_and_the_paths_of_what_it_left(resumed):

@@ -52,6 +52,16 @@ def test_workers_stay_where_only_what_they_take_anew_differs(overrides: tuple[st
     assert differing(*overrides) == []
 
 
+def test_workers_start_anew_in_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Those of the first job would find its rewards.py and not that of the second."""
+    settings = settings_of()
+    before = worker_conditions(settings, FILES)
+    monkeypatch.chdir(tmp_path)
+    assert differences(before, worker_conditions(settings, FILES)) == ["the working directory"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "names"),
     [
