@@ -4,9 +4,10 @@ running.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from hybridrl.controller.controller import Controller, OnStep
@@ -150,12 +151,11 @@ def train(
         if kept is not None and levels is not None:
             write_levels(settings, heldout, inputs, run_dir, levels)
         console.notice(start_notice(settings, checkpoint, kept, levels))
-        cluster = holder.cluster(settings)
+        cluster = connect(settings, holder, preemption, stack)
         check_attention(settings, cluster.device)
         check_engines(settings, cluster.device)
         if expected != cluster.device:  # only the cluster has GPUs
             check_memory(settings, cluster.device)
-        stack.enter_context(preemption.listening())  # again: Ray replaces the handlers at its start
         session = Session(
             settings=settings,
             run_dir=run_dir,
@@ -170,21 +170,10 @@ def train(
             preemption=preemption,
             on_step=on_step,
         )
-        try:
-            workers = session.start_workers(checkpoint, kept)
-        except (WorkerError, ClusterLost) as error:
-            if kept is None:
-                raise
-            kept = None
-            console.notice(f"a worker of the job before is lost, others start: {error}")
-            holder.close()
-            session.cluster = holder.cluster(settings)
-            session.slots = place_workers(settings, session.cluster)
-            stack.enter_context(preemption.listening())
-            workers = session.start_workers(checkpoint)
-        if warm is not None and kept is None and alone(settings) is None:
-            workers.learner.keep_start()
-        for line in ready_notices(requested, settings, cluster, time.monotonic() - began):
+        anew = partial(connect_anew, settings, holder, preemption, stack)
+        keeps = warm is not None and alone(settings) is None
+        workers = session.start(checkpoint, kept, anew, keeps=keeps)
+        for line in ready_notices(requested, settings, session.cluster, time.monotonic() - began):
             console.notice(line)
         preemption.started()
         controller = session.run(workers, checkpoint)
@@ -199,6 +188,28 @@ def train(
     if warm is not None:
         preemption.check()  # it came after the last step: the run is finished, and no other begins
     return result
+
+
+def connect(
+    settings: RunSettings, holder: WarmWorkers, preemption: Preemption, stack: ExitStack
+) -> Cluster:
+    """The cluster of the holder, which is connected if it is not yet. Stop signals are handled by
+    `preemption` until the stack ends: Ray replaces the handlers at its start.
+
+    Raises:
+        PlacementError, ConfigError: as Cluster.
+    """
+    cluster = holder.cluster(settings)
+    stack.enter_context(preemption.listening())
+    return cluster
+
+
+def connect_anew(
+    settings: RunSettings, holder: WarmWorkers, preemption: Preemption, stack: ExitStack
+) -> Cluster:
+    """As `connect`, after the end of all workers and of this process's own Ray."""
+    holder.close()
+    return connect(settings, holder, preemption, stack)
 
 
 def exit_reason(settings: RunSettings, controller: Controller, first: int) -> ExitReason:
@@ -244,6 +255,36 @@ class Session:
     def log_dir(self) -> str:
         """The folder with one file per worker."""
         return str(self.run_dir / "logs")
+
+    def start(
+        self,
+        checkpoint: Checkpoint | None,
+        kept: Kept | None,
+        anew: Callable[[], Cluster],
+        *,
+        keeps: bool,
+    ) -> Workers:
+        """As start_workers, but without `kept` if one of these workers was lost since their job.
+
+        Args:
+            anew: ends what is left of them, and returns a cluster for others.
+            keeps: a later job may have the workers, so a new learner keeps what it begins with.
+
+        Raises:
+            WorkerError, ContractError: as start_workers.
+            PlacementError, ConfigError: as Cluster.
+        """
+        if kept is not None:
+            try:
+                return self.start_workers(checkpoint, kept)
+            except (WorkerError, ClusterLost) as error:
+                self.console.notice(f"the workers of the job before end, others start: {error}")
+            self.cluster = anew()
+            self.slots = place_workers(self.settings, self.cluster)
+        workers = self.start_workers(checkpoint)
+        if keeps:
+            workers.learner.keep_start()
+        return workers
 
     def start_workers(self, checkpoint: Checkpoint | None, kept: Kept | None = None) -> Workers:
         """Start and check all workers. If the run begins here, its teachers are measured meanwhile.

@@ -345,7 +345,7 @@ def test_after_a_job_that_fails_no_worker_is_kept(resumed):
 def test_a_job_whose_workers_were_lost_before_it_begins_with_others(resumed):
     """The engine was killed; that the job fails later is its reward's doing."""
     printed = (resumed.parent / "failed" / "logs" / "console.log").read_text()
-    assert "a worker of the job before is lost, others start: rollout/0" in printed
+    assert "the workers of the job before end, others start: rollout/0" in printed
     assert "workers ready after" in printed
 
 

@@ -62,7 +62,7 @@ class Chain:
     @property
     def solution(self) -> str:
         pairs = zip(self.operations, self.results, strict=True)
-        return str(self.first) + "".join(f"{sign}{b}={result}" for (sign, b), result in pairs)
+        return str(self.first) + "".join(f"{sign}{b}={value}" for (sign, b), value in pairs)
 
 
 def written(chain: Chain, text: str) -> list[Written]:
