@@ -4,7 +4,10 @@ Read in torch 2.13. tests/kernels/test_torch_internals.py fails when another ver
 when one of these details is no longer as described here.
 
 - `torch.utils._pytree.tree_leaves`: the tensors in nested tuples.
-- `torch._dynamo.mark_dynamic`: a graph takes any size, at least 2, of a dimension.
+- `torch._dynamo.mark_dynamic`: a graph takes any size, at least 2, of a dimension, also with
+  dynamic=False. That option makes every other size and number a constant of the graph. Without it
+  those which differed in an earlier call of the process would be inputs, so a graph would depend on
+  what the process has done before.
 - The options in FUSE, of torch's C++ backend.
 """
 
@@ -33,7 +36,7 @@ def one_graph(work: Callable[..., Any]) -> Callable[..., Any]:
     """
     # torch's stubs lack isolate_recompiles.
     compiled = torch.compile(  # type: ignore[call-overload]
-        work, fullgraph=True, options=FUSE, isolate_recompiles=True
+        work, dynamic=False, fullgraph=True, options=FUSE, isolate_recompiles=True
     )
 
     def run(*tensors: Any) -> Any:

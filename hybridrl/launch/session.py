@@ -127,13 +127,14 @@ def train(
     began = time.monotonic()
     requested = settings
     settings = pinned(requested, earlier_settings(requested))
-    prompts, heldout, sets = preflight(settings)
-    expected, _ = planned_device(settings)
-    check_memory(settings, expected)
-    with run_directory(settings) as run_dir, ExitStack() as stack:
+    with ExitStack() as stack:
+        preemption = stack.enter_context(Preemption().listening())
+        prompts, heldout, sets = preflight(settings)
+        expected, _ = planned_device(settings)
+        check_memory(settings, expected)
+        run_dir = stack.enter_context(run_directory(settings))
         # An absolute path, because workers may run in another directory.
         settings = replace(settings, run=replace(settings.run, dir=str(run_dir)))
-        preemption = stack.enter_context(Preemption().listening())
         inputs = digests(settings, prompts, heldout, prompts_by_set(sets))
         checkpoint = find_checkpoint(settings, run_dir, inputs)
         keep_template(settings, run_dir)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridrl.core.errors import ConfigError
 from hybridrl.launch.worker_conditions import (
     alone,
     differences,
@@ -33,7 +34,9 @@ class WarmWorkers:
     """Holds Ray and the workers of the last job for the next one. Use as a context manager.
 
     A job gets them where the conditions of both are equal; otherwise they end, and others start.
-    They also end where a job fails, is interrupted, or has replaced a worker.
+    They also end where a job fails, is interrupted, or has replaced a worker. Kept workers have the
+    environment variables that this process had when Ray started for them; a variable set since then
+    does not reach them.
 
     Example:
         with hybridrl.WarmWorkers() as warm:
@@ -45,6 +48,7 @@ class WarmWorkers:
         self._running = ExitStack()
         self._cluster: Cluster | None = None
         self._kept: Kept | None = None
+        self._in_job = False
 
     def __enter__(self) -> "WarmWorkers":
         return self
@@ -79,7 +83,32 @@ class WarmWorkers:
             inputs: run_dir.inputs.digests.
             measures: the job begins with measuring its teachers.
             say: prints a line about workers that end.
+
+        Raises:
+            ConfigError: another job, which has not ended, has them.
         """
+        if self._in_job:
+            raise ConfigError(
+                "train(warm=...): a job that has not ended uses these WarmWorkers; begin the next "
+                "one after its end"
+            )
+        self._in_job = True
+        try:
+            with self._lent(settings, inputs, measures=measures, say=say) as kept:
+                yield kept
+        finally:
+            self._in_job = False
+
+    @contextmanager
+    def _lent(
+        self,
+        settings: RunSettings,
+        inputs: Mapping[str, str],
+        *,
+        measures: bool,
+        say: Callable[[str], None],
+    ) -> Iterator[Kept | None]:
+        """What `job` yields, once no other job has it."""
         kept, self._kept = self._kept, None
         if kept is not None:
             reason = self._reason(kept, settings, inputs, measures=measures)

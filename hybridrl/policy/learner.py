@@ -168,6 +168,7 @@ class Learner:
         """
         self.state.back_to_start()
         self.optimizer_steps = 0
+        self.peaks.take()
         train = settings.train
         first, second = train.betas
         set_adam(

@@ -4,8 +4,11 @@ Where the first test fails after an upgrade, read what hybridrl/kernels/torch_in
 tests/support/torch_graphs.py list again, then change VERSION.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch._inductor import list_options
@@ -42,3 +45,39 @@ def test_one_graph_serves_tensors_in_tuples_with_any_number_of_rows():
     assert num_graphs() == 1, "torch compiles again for each size, or counts its graphs otherwise"
     forget_graphs()
     assert num_graphs() == 0
+
+
+def test_a_graph_does_not_depend_on_the_sizes_and_numbers_of_an_earlier_one(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    torch.compiler.reset()
+    graphs = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        graphs.append([tuple(tensor.shape)[1:] for tensor in tensors])
+        return graph
+
+    compile_with = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda work, *, options, **given: compile_with(work, backend=record, **given),
+    )
+
+    def scaled(scale: float, x: Tensor, ids: Tensor) -> Tensor:
+        return scale * x.gather(1, ids)
+
+    def of(scale: float) -> Callable[..., Tensor]:
+        work = partial(scaled, scale)
+
+        def whole(*tensors: Tensor) -> Tensor:
+            return work(*tensors)
+
+        return one_graph(whole)
+
+    for scale, columns in ((1.0, 16), (0.5, 4), (0.25, 2)):
+        ids = torch.zeros(3, columns, dtype=torch.long)
+        assert of(scale)(torch.ones(3, 20), ids).tolist() == [[scale] * columns] * 3
+    # One graph for each, whose inputs are x and ids alone and of a fixed width.
+    assert graphs == [[(20,), (16,)], [(20,), (4,)], [(20,), (2,)]]

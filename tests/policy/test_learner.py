@@ -564,6 +564,9 @@ def test_another_job_of_a_learner_is_bit_for_bit_that_of_a_new_one(folder: Path,
     new, begun = result(folder, case), result(folder, f"{case}-begun")
     assert begun["digest"] == new["digest"] and begun["optimizer_steps"] == 0
     assert begun["metrics"] == new["metrics"]
+    # The number of tokens of each rank and step, and the phases whose peak memory is in its row:
+    # that of sending weights in the job before is in none.
+    assert begun["work"] == new["work"]
 
 
 @pytest.mark.parametrize("case", ["one", "zero1", "zero2", "zero3"])
