@@ -29,6 +29,8 @@ class Submission:
     program: str
     variables: dict[str, str]
     wait: bool
+    config: str | None
+    """a YAML file of settings in `folder`, below the overrides"""
     overrides: list[list[str]]
     """of each job"""
 
@@ -42,8 +44,9 @@ def submit(arguments: Sequence[str]) -> int:
         ClusterLost: the dashboard ended while the job ran.
     """
     submission = parsed(arguments)
+    config = submission.config
     for overrides in submission.overrides:
-        check(overrides)
+        check(overrides, None if config is None else submission.folder / config)
     jobs = Jobs(submission.address)
     status = 0
     for number, overrides in enumerate(submission.overrides):
@@ -56,13 +59,17 @@ def submit(arguments: Sequence[str]) -> int:
 
 def parsed(arguments: Sequence[str]) -> Submission:
     """Raises:
-    ConfigError: an option or an override is not of its form.
+    ConfigError: an option or an override is not of its form, or the file of settings is not in the
+        folder that is sent.
     """
     parser = argparse.ArgumentParser(
         prog="hybridrl submit",
         description="Train as a job of a Ray cluster. A job that was stopped or failed continues "
         "when the same settings are submitted again.",
         usage="%(prog)s [options] KEY=VALUE ...",
+    )
+    parser.add_argument(
+        "--config", type=Path, help="YAML file of settings, in the folder that is sent"
     )
     parser.add_argument("--address", help="http://HOST:PORT of the dashboard")
     parser.add_argument("--id", help="name of the job; by default Ray chooses one")
@@ -83,12 +90,14 @@ def parsed(arguments: Sequence[str]) -> Submission:
     options, overrides = parser.parse_known_args(arguments)
     if flags := [o for o in overrides if o.startswith("-")]:
         raise ConfigError(f"{flags[0]}: hybridrl submit has no such option; see --help")
+    earlier_config = None
     if options.resume:
-        earlier = Jobs(options.address).find(options.resume)
-        overrides = [*settings_of(earlier), *overrides]
+        earlier_config, earlier = settings_of(Jobs(options.address).find(options.resume))
+        overrides = [*earlier, *overrides]
     folder = options.folder.expanduser().resolve()
     if not folder.is_dir():
         raise ConfigError(f"--folder {options.folder}: is no folder; name the checkout")
+    config = earlier_config if options.config is None else in_folder(options.config, folder)
     jobs = jobs_of_sweep(overrides) if options.multirun else [overrides]
     return Submission(
         address=options.address,
@@ -97,10 +106,28 @@ def parsed(arguments: Sequence[str]) -> Submission:
         program=options.program,
         variables=dict(variables(options.env)),
         wait=not options.no_wait,
+        config=config,
         overrides=[
             [o.replace(NUMBER, str(number)) for o in job] for number, job in enumerate(jobs)
         ],
     )
+
+
+def in_folder(config: Path, folder: Path) -> str:
+    """The path of a file of settings as the job sees it.
+
+    Raises:
+        ConfigError: it is no file, or is not in the folder that is sent.
+    """
+    path = config.expanduser().resolve()
+    if not path.is_file():
+        raise ConfigError(f"--config {config}: is no file")
+    if not path.is_relative_to(folder):
+        raise ConfigError(
+            f"--config {config}: must be in {folder}, which is sent to the nodes; move it "
+            "there, or name its folder by --folder"
+        )
+    return str(path.relative_to(folder))
 
 
 def variables(given: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -117,8 +144,8 @@ def variables(given: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-def settings_of(job: Submitted) -> list[str]:
-    """The settings of a job that was submitted by `hybridrl submit`.
+def settings_of(job: Submitted) -> tuple[str | None, list[str]]:
+    """The file of settings and the overrides of a job that was submitted by `hybridrl submit`.
 
     Raises:
         ConfigError: it is another command.
@@ -126,17 +153,23 @@ def settings_of(job: Submitted) -> list[str]:
     words = shlex.split(job.command)
     if len(words) < 3 or words[1] != TRAIN[1] or Path(words[0]).name != TRAIN[0]:
         raise ConfigError(f"--resume {job.id}: its command is no hybridrl train: {job.command}")
-    return words[2:]
+    if words[2:3] == ["--config"]:
+        return words[3], words[4:]
+    return None, words[2:]
 
 
-def check(overrides: Sequence[str]) -> None:
+def check(overrides: Sequence[str], config: Path | None = None) -> None:
     """Refuse settings with which the job would fail, as far as this machine can tell.
+
+    Args:
+        config: the file below the overrides.
 
     Raises:
         ConfigError: a setting is wrong, or run.dir would be lost with the job.
     """
-    with placeholders(overrides):
-        run_dir = Path(load_settings(overrides, None).run.dir).expanduser()
+    texts = overrides if config is None else [*overrides, config.read_text()]
+    with placeholders(texts):
+        run_dir = Path(load_settings(overrides, config).run.dir).expanduser()
     if not run_dir.is_absolute():
         raise ConfigError(
             f"run.dir={run_dir}: must be absolute, because a job runs in a copy of this folder "
@@ -145,11 +178,11 @@ def check(overrides: Sequence[str]) -> None:
 
 
 @contextmanager
-def placeholders(overrides: Sequence[str]) -> Iterator[None]:
-    """Within the block, variables to which ${oc.env:NAME} refers and that are set on the cluster
-    alone have a value.
+def placeholders(texts: Sequence[str]) -> Iterator[None]:
+    """Within the block, variables to which ${oc.env:NAME} refers in these texts and that are set on
+    the cluster alone have a value.
     """
-    names = re.findall(r"\$\{oc\.env:(\w+)\}", " ".join(overrides))
+    names = re.findall(r"\$\{oc\.env:(\w+)\}", " ".join(texts))
     missing = [name for name in dict.fromkeys(names) if name not in os.environ]
     os.environ.update(dict.fromkeys(missing, "set-on-the-cluster"))
     try:
@@ -162,9 +195,10 @@ def placeholders(overrides: Sequence[str]) -> Iterator[None]:
 def job_of(submission: Submission, number: int, overrides: Sequence[str]) -> Job:
     """The job of one combination of a sweep, which is numbered where there are several."""
     several = len(submission.overrides) > 1
+    config = [] if submission.config is None else ["--config", submission.config]
     return Job(
         id=f"{submission.id}-{number}" if submission.id and several else submission.id,
-        command=shlex.join([submission.program, TRAIN[1], *overrides]),
+        command=shlex.join([submission.program, TRAIN[1], *config, *overrides]),
         folder=submission.folder,
         variables=submission.variables,
     )

@@ -126,14 +126,15 @@ SYNONYMS = (
         "target_kl",
         "kl_ctrl.target_kl",
         "kl_target",
-        "with algorithm.imitation_weight.kind=feedback and metric=kl/token",
+        "with algorithm.imitation_weight.kind=feedback and metric=kl/token, or kl/sampled with "
+        "algorithm.support=sampled",
     ),
     Synonym(
         "algorithm.divergence",
         "f_divergence_type",
         "kl_loss_type kl_penalty",
         "kl_estimator",
-        "computed over the whole vocabulary, not estimated from one token",
+        "by algorithm.support: full over the whole vocabulary, sampled from the drawn token",
     ),
     Synonym(
         "algorithm.ratio.low",
@@ -319,7 +320,11 @@ SYNONYMS = (
         "teachers and references are frozen",
     ),
     Synonym(
-        None, "push_to_hub hub_model_id", "", "", "upload the folder that hybridrl export writes"
+        None,
+        "push_to_hub hub_model_id",
+        "",
+        "",
+        "after the run, hybridrl export RUN --push OWNER/NAME",
     ),
     Synonym(None, "logging_steps", "", "logging_steps", "every step is written to metrics.jsonl"),
     Synonym(

@@ -3,7 +3,7 @@
 There is one class for each kind of evidence. It defines the width of its rows in the object store,
 how a scorer computes them from the teacher's hidden states, the input of the learner's head pass,
 and how many of the sampler's tokens it needs. Scorer, inbox, objective and oracle call these
-classes; no other code depends on the kind, and the teachers of one run may have different kinds.
+classes and do not depend on the kind; the teachers of one run may have different kinds.
 
 Shapes: R' response tokens of one forward pass, V vocabulary, H the teacher's hidden size, W width
 of a row, K tokens of a support.

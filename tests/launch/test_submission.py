@@ -27,7 +27,46 @@ def test_a_job_runs_the_same_settings_also_those_with_spaces_and_quotes(tmp_path
     [overrides] = submission.overrides
     job = job_of(submission, 0, overrides)
     assert job.id == "x" and job.folder == tmp_path
-    assert settings_of(submitted(job.command)) == [*QUICKSTART, tricky]
+    assert settings_of(submitted(job.command)) == (None, [*QUICKSTART, tricky])
+
+
+def test_a_file_of_settings_is_below_the_overrides_and_is_named_as_the_job_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a variable in the file may be set on the cluster alone."""
+    monkeypatch.delenv("TEACHER_PATH", raising=False)
+    file = tmp_path / "settings" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(
+        "experiment: quickstart\nrun: {dir: /shared/runs/a}\n"
+        "teachers: {main: {path: '${oc.env:TEACHER_PATH}'}}\n"
+    )
+    submission = parsed(["--config", str(file), "--folder", str(tmp_path), "train.lr=1e-4"])
+    assert submission.config == "settings/mine.yaml"
+    check(["train.lr=1e-4"], file)
+    with pytest.raises(ConfigError, match=r"train\.steps=-1"):
+        check(["train.steps=-1"], file)
+    job = job_of(submission, 0, *submission.overrides)
+    assert job.command == "hybridrl train --config settings/mine.yaml train.lr=1e-4"
+    assert settings_of(submitted(job.command)) == ("settings/mine.yaml", ["train.lr=1e-4"])
+    monkeypatch.setattr(Jobs, "__init__", lambda self, address: None)
+    monkeypatch.setattr(Jobs, "find", lambda self, name: submitted(job.command))
+    again = parsed(["--folder", str(tmp_path), "--resume", "x", "train.steps=9"])
+    assert again.config == "settings/mine.yaml"
+    assert again.overrides == [["train.lr=1e-4", "train.steps=9"]]
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [("absent.yaml", "is no file"), ("mine.yaml", "must be in .*/sent, which is sent to")],
+)
+def test_a_file_of_settings_that_the_nodes_would_not_have_is_refused(
+    tmp_path: Path, place: str, sentence: str
+) -> None:
+    (tmp_path / "sent").mkdir()
+    (tmp_path / "mine.yaml").write_text("train: {steps: 7}\n")
+    with pytest.raises(ConfigError, match=f"--config .*{place}: {sentence}"):
+        parsed(["--config", str(tmp_path / place), "--folder", str(tmp_path / "sent"), *QUICKSTART])
 
 
 def test_a_sweep_is_one_job_for_each_combination_with_a_folder_of_its_own() -> None:

@@ -18,6 +18,7 @@ def arm(name: str) -> Arm:
         **curriculum.COMMON,
         "train.steps": STEPS,
         "eval.every": 25,
+        "train.lr_end": curriculum.COMMON["train.lr"],
         **curriculum.weight(*curriculum.WEIGHTS[name]),
     }
     return chain_arm(
@@ -35,9 +36,11 @@ EXPERIMENT = replace(
     title="A rising reward weight against constant ones, on longer responses",
     design=f"E2 on the task of E5: chains of {MOST} operations, whose responses have "
     f"{4 * MOST + 2} tokens, with the student and the teacher made for it. {STEPS} steps of 128 "
-    "responses; the weights and the controls are those of E2.",
+    "responses; the weights and the controls are those of E2. The learning rate is constant, so "
+    "that early and late weights count alike.",
     arms=tuple(arm(name) for name in curriculum.WEIGHTS),
     seeds=(0, 1, 2),
     draw=draw,
-    cuts=f"{STEPS} steps and three seeds.",
+    cuts=f"{STEPS} steps and three seeds. The student is an early checkpoint of the teacher's own "
+    "training.",
 )

@@ -84,7 +84,7 @@ EXPERIMENT = Experiment(
     title="From distillation to reinforcement learning by one weight",
     claim="The hybrid with lambda=0 is on-policy distillation, with a large lambda it is "
     "reinforcement learning, and between them lambda moves along a frontier of KL and reward.",
-    source="arXiv 2512.23097, its first experiment",
+    source="arXiv 2512.23097; the paper measures nothing, the experiment was proposed for it",
     design="J = E[sum_t KL_t - lambda R] over the student's responses: KL_t is the divergence of "
     "the student's distribution of the next token from the teacher's, R the reward. With gamma=0 "
     "the return of a token leaves out the KL of later ones. The shipped Countdown models: a "

@@ -73,7 +73,7 @@ EXPERIMENT = Experiment(
     id="D3",
     title="Wrong labels",
     claim="With wrong labels DIL losses keep more of what they learn than DPO and SimPO.",
-    source="arXiv 2503.05079, the first of its next checks",
+    source="arXiv 2503.05079, an open question",
     design=f"As D1 ({STEPS} steps of {PAIRS_PER_STEP} pairs, one epoch), with a share of the "
     "training pairs swapped. With infinitely many pairs LSIF and DPO keep the same reward (A4), so "
     "an advantage could only come from finitely many. No training pair has a problem of the "

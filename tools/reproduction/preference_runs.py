@@ -75,9 +75,14 @@ def pair_arm(
     pairs: int,
     noise: float,
     lr: float,
+    constant: bool = False,
     apart: bool = False,
 ) -> Arm:
-    """An arm of `measure`; a loss's noise does not change its small run."""
+    """An arm of `measure`; a loss's noise does not change its small run.
+
+    Args:
+        constant: the learning rate stays at `lr`, else it falls to 0.
+    """
     settings = {
         "algorithm": algorithm,
         "pairs": pairs,
@@ -87,6 +92,7 @@ def pair_arm(
         "train.prompts_per_step": PAIRS_PER_STEP,
         "rollout.groups_per_chunk": PAIRS_PER_STEP,
         "eval.every": steps,
+        **({"train.lr_end": lr} if constant else {}),
         **({"apart": True} if apart else {}),
     }
     small = {"pairs": 640, "noise": 0.0, "train.steps": WINDOW, "eval.every": WINDOW}
