@@ -137,4 +137,7 @@ EXPERIMENT = Experiment(
     seeds=(0,),
     judge=judge,
     draw=draw,
+    cuts="The rule tests that offline imitation lacks much where informative actions are rare, not "
+    "that what it needs is in proportion to 1/eps. That online imitation does not depend on eps "
+    "follows from the closed form.",
 )

@@ -2,7 +2,7 @@
 
 from matplotlib.axes import Axes
 
-from reproduction.curves import COLOURS
+from reproduction.curves import COLOURS, draw_mean
 from reproduction.estimate import Estimate, estimate
 from reproduction.experiment import Experiment, Judgement, Runs, Verdict
 from reproduction.preference_runs import (
@@ -79,8 +79,7 @@ def draw(axes: Axes, runs: Runs) -> None:
         for one_x, one_y in zip(x, y, strict=True):
             axes.plot(one_x, one_y, color=colour, linewidth=0.4, alpha=0.4)
         mean_x = [estimate(values).mean for values in zip(*x, strict=True)]
-        mean_y = [estimate(values).mean for values in zip(*y, strict=True)]
-        axes.plot(mean_x, mean_y, color=colour, label=loss)
+        draw_mean(axes, mean_x, y, colour=colour, label=loss)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.legend(frameon=False, fontsize=8)
     axes.set_xlabel("margin gained, nats a token")
@@ -98,9 +97,9 @@ EXPERIMENT = Experiment(
     f"the settings of its preset. Log-probs are means over {WINDOW} steps, before their updates, "
     "so on pairs that were not trained on, although most of their problems were; those of the "
     "student before training on the same pairs are subtracted. In each seed losses are compared "
-    "where their margin first reaches the largest one that all the five reach. `ranked` is the "
-    "share of 256 further pairs, nearly all of problems that are trained on, that a loss's own "
-    "score ranks correctly.",
+    "where their margin first reaches the largest one that all the five reach. 'other pairs "
+    "ranked' is the share of 256 further pairs, nearly all of problems that are trained on, that a "
+    "loss's own score ranks correctly.",
     rule="Differences of the chosen log-prob, paired by seed, with 95 % intervals, of each of the "
     "three DIL losses against DPO and SimPO. Confirmed if all six lie above 0, refuted if one lies "
     f"below 0, otherwise undecided; also undecided if the common margin is below {LEAST} nats in a "
@@ -124,5 +123,8 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     cuts="Six tests without a correction for their number. Labels without noise; D3 has it. No "
-    "grid of learning rates: the comparison at equal margin is for that.",
+    "grid of learning rates: the comparison at equal margin is for that. dpo reaches this margin "
+    "after about 30 steps, the DIL losses after 50 to 100, when the learning rate has fallen; at "
+    "half of it the differences to dpo are 0.08 to 0.09. The seeds have the same pairs in another "
+    "order.",
 )

@@ -58,7 +58,7 @@ def judge(runs: Runs) -> Judgement:
     return Judgement(
         verdict=verdict,
         effect=f"reward {points(gains[SAME_MEAN])} above the constant weight of equal mean, "
-        f"{points(gains[SAME_LAST])} above that of equal end",
+        f"{points(gains[SAME_LAST])} above that of equal end (a gain below 2 points is none)",
         reason=f"The KL to the teacher differs by {costs[SAME_MEAN].text(1, 2)} and "
         f"{costs[SAME_LAST].text(1, 2)} nats. Against a falling weight the reward differs by "
         f"{points(falling)}.",

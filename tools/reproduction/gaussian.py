@@ -107,9 +107,8 @@ def judge(runs: Runs) -> Judgement:
         verdict=verdict,
         effect=f"value lost: {benign:.3f} (class A), {harmful:.3f} (class B); reverse KL above SFT "
         f"by {direction:.3f} (mixture)",
-        reason="The three differences are "
-        + ", ".join("as claimed" if part else "not as claimed" for part in parts)
-        + f". From a start beyond the expert's rare mode, which is no part of the rule, reverse "
+        reason=f"{sum(parts)} of the three differences are as claimed. "
+        f"From a start beyond the expert's rare mode, which is no part of the rule, reverse "
         f"KL ends in that mode, with the value {far:.3f}.",
     )
 

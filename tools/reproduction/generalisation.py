@@ -167,5 +167,5 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     cuts="The expert was trained by SFT and not by RL from the student; the old task is a simpler "
-    "form of the new one.",
+    "form of the new one. On-policy learns from whole distributions and SFT from drawn tokens.",
 )

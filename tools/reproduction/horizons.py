@@ -77,11 +77,15 @@ def judge(runs: Runs) -> Judgement:
         )
         for operations in (SHORT, LONG)
     )
+    above = ", ".join(
+        f"{excess(runs, operations, 1.0, 0.0).text(1, 2)} nats with {operations} operations"
+        for operations in (SHORT, LONG)
+    )
     return Judgement(
         verdict=verdict,
         effect=f"the least J is at gamma={short:g} with {SHORT} operations, at gamma={long:g} with "
         f"{LONG}",
-        reason=f"J of {costs}.",
+        reason=f"With gamma=1 J ends above that with gamma=0 by {above}. J of {costs}.",
     )
 
 
@@ -129,5 +133,7 @@ EXPERIMENT = Experiment(
     draw=draw,
     cuts="Two lengths, four gammas and three seeds, so that 24 runs take less than an hour. The KL "
     "of a response grows with its length and its reward does not, so the two lengths also differ "
-    "in how KL and reward are balanced.",
+    "in how KL and reward are balanced. The student is an early checkpoint of the teacher's own "
+    "training. At which step it is taken depends on rounding errors, so another machine trains "
+    "another one.",
 )

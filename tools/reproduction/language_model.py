@@ -210,7 +210,8 @@ EXPERIMENT = Experiment(
     "over the whole vocabulary; the same with lambda=0, which is distillation; and KL-regularised "
     f"RLHF, the same J with lambda={REWARD_WEIGHT:g} and everything estimated from the drawn "
     f"tokens. Reward and log p - log q are averaged over the sampled responses of the last {LAST} "
-    "steps; J = (log p - log q) - lambda reward, of a response.",
+    "steps, which are those that were trained on; J = (log p - log q) - lambda reward, of a "
+    "response.",
     rule="Differences are paired by seed, with 95 % intervals. Confirmed if the reward of the "
     "hybrid lies above that of distillation and its J below that with the KL in the reward. "
     "Refuted if one of the two lies on the other side. Otherwise undecided.",

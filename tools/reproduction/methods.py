@@ -1,4 +1,4 @@
-"""M1: methods at equal student tokens."""
+"""M1: methods at equally many responses."""
 
 from collections.abc import Mapping
 
@@ -133,7 +133,8 @@ EXPERIMENT = Experiment(
     f"{', '.join(f'{rate:g}' for rate in RATES)}. sft and gkd learn from solutions of the data, of "
     "which a prompt has one: sft has 128 prompts, gkd 52 and so about 130 responses. dapo draws up "
     "to twice as many responses as it trains on. The KL of grpo, ppo and reinforce_kl is that to "
-    "the student before training. The tokens trained on are in the table.",
+    "the student before training. g_opd weighs the teacher 1.25 and 1.5 times against the start; "
+    "with 1 it is opd. The tokens trained on are in the table.",
     rule="Each method with the learning rate of its higher mean reward. Differences of reward of "
     "the hybrid to each other method are paired by seed, with 95 % intervals. Confirmed if all lie "
     f"above 0, refuted if one lies below -{100 * MARGIN:.0f} points, otherwise undecided.",

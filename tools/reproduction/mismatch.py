@@ -90,7 +90,7 @@ def judge(runs: Runs) -> Judgement:
     rewards = {arm: estimate(values(runs, arm, "reward")) for arm in (ONLINE, OFFLINE)}
     return Judgement(
         verdict=verdict,
-        effect=f"total variation to the expert at least {far[ONLINE].text()} on-policy, "
+        effect=f"estimated total variation to the expert {far[ONLINE].text()} on-policy, "
         f"{far[OFFLINE].text()} by SFT; reward of on-policy minus that of the expert: "
         f"{points(better)}",
         reason=f"The rewards are {points(rewards[ONLINE])} on-policy, {points(rewards[OFFLINE])} "
@@ -119,13 +119,13 @@ EXPERIMENT = Experiment(
     source="arXiv 2606.30445, figure 2",
     design="The expert was made as the shipped Countdown teacher, but writes every second solution "
     "with spaces around its operators, which the reward does not see. The student begins as the "
-    f"shipped teacher, which is about as good and never writes spaces. {STEPS} steps of 128 "
-    "responses: on-policy by the reverse KL over the whole vocabulary (algorithm=opd_full), which "
-    "may keep to one of the two styles, and SFT on the expert's responses (algorithm=seqkd), which "
-    "learns both. The total variation between student and expert is at least that between the "
-    "distributions of a statistic, over 2048 responses of each: the length, the number of spaces, "
-    "and the counts of the operators and parentheses; the largest of the three counts. Between two "
-    "samples it is a little larger than between their distributions, with both methods.",
+    f"shipped teacher, of whose samples 48.7 % are right, and never writes spaces. {STEPS} steps "
+    "of 128 responses: on-policy by the reverse KL over the whole vocabulary (algorithm=opd_full), "
+    "which may keep to one of the two styles, and SFT on the expert's responses (algorithm=seqkd), "
+    "which learns both. The total variation between student and expert is at least that between "
+    "the distributions of a statistic, over 2048 responses of each: the length, the number of "
+    "spaces, and the counts of the operators and parentheses; the largest of the three counts. "
+    "Between two samples it is a little larger than between their distributions.",
     rule="With 95 % intervals over the seeds. Confirmed if the lower bound of the total variation "
     f"is more than {FAR} larger on-policy than by SFT, and the on-policy student's reward is less "
     f"than {100 * NO_LOSS:.0f} points below the expert's. Refuted if the bound is less than {FAR} "
@@ -145,5 +145,8 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     cuts="The two styles are ours; the experts of the paper differ in many ways at once. The "
-    "student begins as good as the expert, so that its distance is kept and not gained.",
+    "student begins 5 points better than the expert and as far from it as it ends, so that it "
+    "would have been confirmed before training too: training keeps the distance and loses 3.9 "
+    "points. What is estimated after SFT is about what two samples of one distribution give. "
+    "On-policy learns from whole distributions and SFT from drawn tokens.",
 )

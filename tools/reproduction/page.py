@@ -6,8 +6,9 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from reproduction import lab
 from reproduction.estimate import estimate
-from reproduction.experiment import Experiment, Judgement, Run, Runs
+from reproduction.experiment import Arm, Experiment, Judgement, Run, Runs
 from reproduction.records import Records
 
 MARK = "Written by `tools/reproduce`; a test compares it with runs.jsonl."
@@ -31,10 +32,12 @@ def page(records: Records) -> str:
         verdict = f"**{found.verdict}**: {found.effect}. {found.reason}"
     seconds = sum(run.seconds for run in finished)
     machines = ", ".join(sorted({run.machine for run in finished}))
-    commits = ", ".join(sorted({run.commit for run in finished}))
+    commits = sorted({run.commit for run in finished})
+    of_commits = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     done = {(run.arm, run.seed) for run in finished}
     failed = [run for run in records.read() if run.error and (run.arm, run.seed) not in done]
     trains = any(arm.trains for arm in experiment.arms)
+    rates = {rate_of(arm) for arm in experiment.arms if arm.trains}
     numbers = ", ".join(map(str, experiment.seeds))
     seeds = f"Seeds: {numbers}." if len(experiment.seeds) > 1 else ""
     parts = [
@@ -47,23 +50,35 @@ def page(records: Records) -> str:
         f"**Verdict.** {verdict}",
         f"![{experiment.title}](picture.png)" if found else "",
         table(experiment, runs),
-        "Means over the seeds; in brackets the 95 % interval."
+        "Means over the seeds; in brackets the 95 % interval by Student's t, which may pass the "
+        "bounds of a share or a cosine; none where all seeds agree."
         if len(experiment.seeds) > 1
         else "Exact numbers: nothing is random.",
-        "The seeds vary the training alone. Student, teacher, held-out problems and the samples "
-        "that measure a student are the same for each, so the intervals do not cover these."
+        "The seeds vary the training alone. The models that a run begins with and the held-out "
+        "problems are the same for each, so the intervals do not cover these."
         if trains
         else "",
-        f"{len(finished)} runs, {seconds:.0f} s together, of commits {commits}, on {machines}."
+        f"The learning rate {' or '.join(sorted(rates))}." if rates else "",
+        f"{len(finished)} runs, {seconds:.0f} s together, of {of_commits}, on {machines}."
         if finished
         else "",
-        "A commit with a + had changes that were not committed yet." if "+" in commits else "",
+        "A commit with a + had changes that were not committed yet." if "+" in of_commits else "",
         f"Failed runs: {', '.join(f'{run.arm}, seed {run.seed}: {run.error}' for run in failed)}."
         if failed
         else "",
         f"```bash\ntools/reproduce {experiment.id}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def rate_of(arm: Arm) -> str:
+    """How the learning rate of an arm that trains changes over the steps."""
+    settings = arm.settings
+    if settings.get("experiment", lab.COMMON["experiment"]) != "quickstart":
+        return "is constant"
+    if settings.get("train.lr_end") == settings["train.lr"]:
+        return "rises for 10 steps and is constant then"
+    return "rises for 10 steps and then falls to 0 by a cosine"
 
 
 def table(experiment: Experiment, runs: Runs) -> str:
@@ -105,9 +120,9 @@ def summary(every: Sequence[Records]) -> str:
         "runs.jsonl. `undecided` and `refuted` are results. Those that train models go through\n"
         "the whole system, on workers that stay between the runs. Before the first run their time\n"
         "is estimated from a run of five steps, and refused above the budget; the estimate leaves\n"
-        "out evaluations and the making of models, so some took longer. Their models are tiny: a\n"
-        "verdict holds at this scale. Recipes at the papers' own scale have been planned and not\n"
-        "run: [conf](../../conf/README.md#recipes-at-the-papers-own-scale-not-run).\n\n"
+        "out evaluations and the making of models, so some took longer. Most of their models are\n"
+        "tiny: a verdict holds at this scale. Recipes at the papers' own scale have been planned\n"
+        "and not run: [conf](../../conf/README.md#recipes-at-the-papers-own-scale-not-run).\n\n"
         + "\n".join(rows)
         + "\n\n"
         "```bash\n"

@@ -140,9 +140,9 @@ EXPERIMENT = Experiment(
     claim="With wrong labels the density-ratio losses of DIL keep more reward than DPO.",
     source="arXiv 2503.05079, robustness to noise; here without the effect of finite samples",
     design="A bandit with rewards 2, 1, 0, -1, -2 and reference (0.1, 0.2, 0.4, 0.2, 0.1); the "
-    "mean over all pairs is exact, and 3000 steps of Adam find the minimiser. beta=1. What stands "
-    "for draws of the reference in a DIL loss is the rejected response, as in the paper, or with "
-    "reference=both either response of a pair.",
+    "mean over all pairs is exact, and 3000 steps of Adam come within 0.003 of the minimiser's "
+    "reward. beta=1. What stands for draws of the reference in a DIL loss is the rejected "
+    "response, as in the paper, or with reference=both either response of a pair.",
     rule="Confirmed if the best of LSIF, UKL and BCE, with either reference, has a mean reward of "
     "at least 0.05 more than DPO at 10 % and at 25 % of swapped labels. Refuted if it is at most "
     "0.02 more at both, otherwise undecided. This rule was changed after the first run: it took "

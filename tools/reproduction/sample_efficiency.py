@@ -168,8 +168,8 @@ def draw(axes: Axes, runs: Runs) -> None:
 EXPERIMENT = Experiment(
     id="V2",
     title="Responses until the student has learned most of the teacher",
-    claim="The hybrid needs fewer responses of the student until most of the teacher's accuracy "
-    "than distillation from drawn tokens and than reinforcement learning.",
+    claim="To reach most of the teacher's accuracy, the hybrid needs fewer responses of the "
+    "student than distillation from drawn tokens and than reinforcement learning.",
     source="arXiv 2512.23097, its motivation",
     design=f"Student and teacher of E1, {STEPS} steps of {RESPONSES_PER_STEP} responses, four to a "
     "prompt (sft: one to a prompt), at a constant learning rate. The greedy accuracy on the 512 "

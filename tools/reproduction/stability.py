@@ -15,6 +15,7 @@ from torch import Tensor
 from hybridrl.objectives.pair_losses.pair_loss import PairScores
 from hybridrl.settings.algorithm import PairConfig
 from hybridrl.settings.built_in import PAIR_LOSSES
+from reproduction.curves import COLOURS, draw_mean
 from reproduction.estimate import estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
 from reproduction.lab import Lab
@@ -134,10 +135,14 @@ def judge(runs: Runs) -> Judgement:
 
 def draw(axes: Axes, runs: Runs) -> None:
     shown = [name for name in runs if "sum, fp32" in name and not name.startswith("dpo")]
-    for name in shown:
-        shares = [100 * failed(runs, name, length) for length in LENGTHS]
+    for colour, name in zip(COLOURS, shown, strict=False):
+        curves = [
+            [100 * run.numbers[f"failed_{length}"] for length in LENGTHS] for run in runs[name]
+        ]
         style = "o-" if "published" in name else "s--"
-        axes.plot(LENGTHS, shares, style, label=name, linewidth=1.3)
+        for curve in curves:
+            axes.plot(LENGTHS, curve, style[1:], color=colour, linewidth=0.4, alpha=0.4)
+        draw_mean(axes, LENGTHS, curves, colour=colour, label=name, style=style)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens of a response")
     axes.set_ylabel("pairs with a slope that is not finite, per cent")

@@ -101,7 +101,8 @@ def judge(runs: Runs) -> Judgement:
     )
     return Judgement(
         verdict=verdict,
-        effect=f"share of the gap to the teacher that is recovered: {shares}",
+        effect=f"share of the gap to the teacher that is recovered: {shares}; difference "
+        f"{points(gain)}",
         reason=f"The teachers' rewards differ by {points(apart(runs))}. At the start the most "
         f"likely tokens agree at a share of {starts}.",
     )
@@ -114,8 +115,8 @@ def draw(axes: Axes, runs: Runs) -> None:
 EXPERIMENT = Experiment(
     id="E8",
     title="Two teachers of equal accuracy",
-    claim="Of two teachers of equal accuracy the student learns more from the one that descends "
-    "from its own weights, whose most likely tokens agree with its own more often.",
+    claim="Of two teachers of equal accuracy the student learns more from the one that shares its "
+    "initial weights, whose most likely tokens agree with its own more often.",
     source="arXiv 2606.30445, figure 6; arXiv 2604.13016",
     design="The shipped student, distilled on its own responses over the whole vocabulary "
     f"(algorithm=opd_full) for {STEPS} steps of 128 responses, AdamW at 5e-4. One teacher is the "
@@ -141,6 +142,7 @@ EXPERIMENT = Experiment(
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
     draw=draw,
-    cuts="One teacher of each kind. Neither was made by reinforcement learning, and none is larger "
-    "than the student: what is varied is whether its weights are related to the student's.",
+    cuts="One teacher of each kind; the shipped one is rounded to bfloat16, the other is not. "
+    "Neither was made by reinforcement learning, and none is larger than the student: what is "
+    "varied is whether its weights are related to the student's.",
 )

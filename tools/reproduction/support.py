@@ -11,6 +11,7 @@ from hybridrl.data.countdown_puzzles import Countdown
 from hybridrl.models.loading import load_model, load_tokenizer
 from hybridrl.ops.divergence import Measure, dense, dense_on_support, tail_score
 from hybridrl.settings.choices import Correction
+from reproduction.curves import draw_mean
 from reproduction.estimate import estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
 from reproduction.lab import Lab
@@ -165,7 +166,7 @@ def judge(runs: Runs) -> Judgement:
         f"{large.text()}. The norm differs from the whole gradient's by "
         f"{lost['renormalize'].text(100, 1)} % renormalised and by "
         f"{lost['tail_bucket'].text(100, 1)} % with the bucket, at K=16. Renormalised with K=1 the "
-        f"norm of the gradient is {single:.1g} of the whole one's.",
+        f"gradient is {single:.1g}.",
     )
 
 
@@ -180,11 +181,11 @@ def draw(axes: Axes, runs: Runs) -> None:
     for correction, colour in shades.items():
         for source, style in (("student", "o-"), ("teacher", "s--")):
             of = runs[name_of("smollm2", source, str(correction))]
-            for run in of:
-                cosines = [run.numbers[f"cosine_{k}"] for k in sizes]
-                axes.plot(sizes, cosines, color=colour, alpha=0.2, linewidth=0.7)
-            means = [estimate([run.numbers[f"cosine_{k}"] for run in of]).mean for k in sizes]
-            axes.plot(sizes, means, style, color=colour, label=f"{correction}, {source}'s K")
+            curves = [[run.numbers[f"cosine_{k}"] for k in sizes] for run in of]
+            for curve in curves:
+                axes.plot(sizes, curve, color=colour, alpha=0.2, linewidth=0.7)
+            label = f"{correction}, {source}'s K"
+            draw_mean(axes, sizes, curves, colour=colour, label=label, style=style)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("K of 49152 tokens")
     axes.set_ylabel("cosine with the whole gradient")
@@ -202,8 +203,9 @@ EXPERIMENT = Experiment(
     "Countdown with the two shipped models (23 tokens), and 8 questions x 64 tokens to "
     "SmolLM2-135M-Instruct (49152 tokens), whose student is the same model with noise of 0.1 times "
     "the spread of each matrix of its layers. The gradients are at the logits, of all tokens "
-    "together, by the product's functions in float64; `unbiased` adds the score of the drawn "
-    "token. A seed draws responses and noise.",
+    "together, by the product's functions in float64; `truncate` leaves all but the K tokens out, "
+    "`renormalize` scales their probabilities to a sum of 1, `tail_bucket` has one bucket for all "
+    "others, `unbiased` adds the score of the drawn token. A seed draws responses and noise.",
     rule="Decided on SmolLM2 with the student's K. Confirmed if the 95 % interval of the cosine at "
     "K=16 renormalised lies at or above 0.98, the norm with the bucket is nearer to the whole "
     "gradient's than renormalised at K=16, and the gradient renormalised with K=1 is 0. Refuted if "
