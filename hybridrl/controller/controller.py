@@ -50,6 +50,7 @@ from hybridrl.data.mixture import PromptMixture
 from hybridrl.data.prompts import PromptSource
 from hybridrl.objectives import make_objective
 from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile, Stateful, Writer
+from hybridrl.run_dir.inputs import of_teacher
 from hybridrl.run_dir.ledger import Ledger
 from hybridrl.runtime.calls import Meter
 from hybridrl.runtime.ray_connection import object_store_bytes
@@ -86,6 +87,7 @@ class Sampled:
     arrived: list[Arrived]
     returning: list[Prompt]  # of groups that were cancelled or too old; they are drawn again
     num_sampled: int  # prompts, including the cancelled ones
+    num_waves: int
 
     @property
     def headers(self) -> list[ChunkHeader]:
@@ -106,6 +108,14 @@ class Update:
     plan: BatchPlan
     probe_gap: float  # nats a token, the largest of an engine before the update
     stats: LearnerStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """Weights that every engine has got."""
+
+    nbytes: int  # sent to each engine
+    seconds: float  # without the probe, and without making room on a GPU
 
 
 class Controller:
@@ -159,9 +169,7 @@ class Controller:
         self.learns_from_rewards = make_objective(settings).needs.rewards
         self.coefficients = Coefficients(settings)
         self.sampling = Sampling(settings, workers, preemption)
-        self.evaluator = Evaluator(
-            settings, workers, self.sampling, self.coefficients, heldout, sets
-        )
+        self.evaluator = Evaluator(settings, workers, self.coefficients, heldout, sets)
         self.pipeline = Pipeline(
             settings,
             self.sampling,
@@ -182,8 +190,12 @@ class Controller:
         self.saving = Saving()
         self.warned_of_rounding = False
 
-    def step(self) -> dict[str, float]:
+    def step(self, started: float | None = None) -> dict[str, float]:
         """One batch.
+
+        Args:
+            started: time.perf_counter() when its step began, with a batch that was skipped before;
+                None: it begins now.
 
         consumes prompts / produces the updates of the batch, their weights on every engine, and a
         row of metrics / waits for engines, reward workers, scorers, the learner, and the engines
@@ -192,14 +204,14 @@ class Controller:
         Raises:
             SkippedStep: nothing could be learned from the batch.
         """
-        started = time.perf_counter()
+        started = time.perf_counter() if started is None else started
         fetched_before = Meter.materialized_bytes
         sampled = self._sample()
         scores = self._score(sampled)
         update = self._learn(sampled)
         self._record(sampled, update)
-        weight_bytes = self._sync()
-        cost = step_cost(sampled.headers, scores, weight_bytes)
+        published = self._sync()
+        cost = step_cost(sampled.headers, scores, published.nbytes)
         row = step_row(
             StepRecord(
                 steps_done=self.steps_done,
@@ -216,13 +228,13 @@ class Controller:
                 materialized_bytes=Meter.materialized_bytes - fetched_before,
                 restarts=self.workers.restarts,
                 step_s=time.perf_counter() - started,
-                sync_s=self.clock.seconds("sync") - self.clock.seconds("probe"),
+                sync_s=published.seconds,
                 phases=self.clock.take(),
                 epochs=self.prompts.epochs(),
                 work=work_of(sampled.arrived, scores, update.stats),
             )
         )
-        self.pipeline.wave_bytes = cost.wave_bytes
+        self.pipeline.wave_bytes = cost.wave_bytes // sampled.num_waves
         self.coefficients.observe(row)
         self._show_rollouts(sampled)
         return row
@@ -312,9 +324,10 @@ class Controller:
         """A step. Up to train.max_skipped batches in a row are skipped if nothing can be learned
         from them.
         """
+        started = time.perf_counter()
         for skips_left in reversed(range(1 + self.settings.train.max_skipped)):
             try:
-                return self.step()
+                return self.step(started)
             except SkippedStep as error:
                 if not skips_left:
                     raise
@@ -355,7 +368,12 @@ class Controller:
             if sum(len(a.groups) for a in arrived) >= enough:
                 break
         failpoints.hit("controller.sampled", step=step)
-        return Sampled(arrived=arrived, returning=returning, num_sampled=self.pipeline.num_sampled)
+        return Sampled(
+            arrived=arrived,
+            returning=returning,
+            num_sampled=self.pipeline.num_sampled,
+            num_waves=len(self.pipeline.current),
+        )
 
     def _score(self, sampled: Sampled) -> list[ScoreHeader]:
         """Wait until every teacher has scored every chunk."""
@@ -429,26 +447,30 @@ class Controller:
         self.ledger.record(self.steps_done, trained, [*skipped, *passed_over])
         write_token_samples(Path(self.settings.run.dir), update.stats.token_samples)
 
-    def _sync(self) -> int:
-        """Publish the new weights; returns the bytes sent to each engine."""
+    def _sync(self) -> Published:
         with self.clock.phase("sync"):
-            num_bytes = self.publish_weights()
+            published = self.publish_weights()
         failpoints.hit("controller.synced", step=self.steps_done)
-        return num_bytes
+        return published
 
-    def publish_weights(self) -> int:
-        """Send the weights to every engine; step k samples its rollouts with version k.
-
-        Returns:
-            The bytes sent to each engine.
-        """
+    def publish_weights(self) -> Published:
+        """Send the weights to every engine; step k samples its rollouts with version k."""
         self.weight_version = self.steps_done
         self._enter(Phase.sync)
-        num_bytes = self.weight_sync.publish(self.weight_version)
+        started = time.perf_counter()
+        nbytes = self.weight_sync.publish(self.weight_version)
+        seconds = time.perf_counter() - started
         self._enter(Phase.sample)
         with self.clock.phase("probe"):
             self.probe.start()
-        return num_bytes
+        return Published(nbytes=nbytes, seconds=seconds)
+
+    def begin(self) -> None:
+        """Give the engines the weights before the first step of a session. What that takes is in no
+        step's row.
+        """
+        self.publish_weights()
+        self.clock.take()
 
     def _enter(self, phase: Phase) -> None:
         """Engines and learner that take turns on GPUs make room for each other."""
@@ -567,7 +589,9 @@ class Controller:
         self._enter(Phase.learn)
         self.learner.load_state(folder, state.optimizer_steps)
         for scorer in self.workers.scorers:
-            scorer.load_state(folder)
+            teacher = scorer.teacher
+            if of_teacher(state.inputs, teacher) == of_teacher(self.inputs, teacher):
+                scorer.load_state(folder)
         for name, part in self.stateful.items():
             try:
                 part.load_state_dict(state.parts[name])

@@ -50,22 +50,27 @@ def evaluate(
     Raises:
         WorkerError: naming the engine or reward worker that failed.
     """
+    settings = rewards.settings
     chunks = rollout.generate(
         prompts,
         wave=wave,
         group_size=1,
         temperature=0.0 if config.greedy else temperature,
         seed=seed,
-        groups_per_chunk=len(prompts),
+        # As many responses as in a chunk of training, for which the deadlines are.
+        groups_per_chunk=settings.rollout.groups_per_chunk * settings.train.samples_per_prompt,
     )
-    weights = [function.weight for function in rewards.settings.reward.functions.values()]
-    pending = rewards.score(chunks, weights)
+    functions = settings.reward.functions
+    pending = rewards.score(chunks, [function.weight for function in functions.values()])
     # The headers come first: if an engine fails, the reward calls fail with it, and the error must
     # name the engine.
     gather([chunk.header for chunk in chunks], watch)
     scored = gather(pending)
-    samples = rewards.samples(chunks[0], pending[0], step, config.samples)
-    judges = judges_of(prompts, rewards.settings.reward.functions)
+    samples: list[Sample] = []
+    for chunk, call in zip(chunks, pending, strict=True):
+        if len(samples) < config.samples:
+            samples += rewards.samples(chunk, call, step, config.samples - len(samples))
+    judges = judges_of(prompts, functions)
     return summary(scored, with_questions(samples, prompts), judges)
 
 

@@ -31,7 +31,6 @@ class Evaluator:
         self,
         settings: RunSettings,
         workers: Workers,
-        sampling: Sampling,
         coefficients: Coefficients,
         heldout: Sequence[Prompt],
         sets: Sequence[HeldOutSet] = (),
@@ -43,7 +42,8 @@ class Evaluator:
         """
         self.settings = settings
         self.workers = workers
-        self.sampling = sampling
+        # The step before an evaluation is learned and not logged yet, so no signal ends the waits.
+        self.sampling = Sampling(settings, workers, None)
         self.coefficients = coefficients
         self.heldout = heldout
         self.sets = sets

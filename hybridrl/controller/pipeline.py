@@ -64,7 +64,8 @@ class Pipeline:
         self.waves: deque[Wave] = deque()
         self.current: list[Wave] = []  # taken by the present step, and not trained on yet
         self.skipped: list[Prompt] = []  # of batches that were skipped since the last step
-        self.wave_bytes = 0  # size of the last complete wave in the object store; 0: there was none
+        self.wave_bytes = 0
+        """size in the object store of a wave of the last step; 0: there was none"""
         self.oversampled = math.ceil(
             round(settings.train.prompts_per_step * (1 + settings.rollout.oversample), 6)
         )

@@ -58,7 +58,14 @@ class Sampling:
     worker that fails in the meantime is replaced, and its calls are made again.
     """
 
-    def __init__(self, settings: RunSettings, workers: Workers, preemption: Preemption) -> None:
+    def __init__(
+        self, settings: RunSettings, workers: Workers, preemption: Preemption | None
+    ) -> None:
+        """
+        Args:
+            preemption: a stop signal ends the waits, as nothing would be lost then; None: it does
+                not, because there is something that is not logged yet.
+        """
         self.settings = settings
         self.workers = workers
         self.preemption = preemption
@@ -225,10 +232,9 @@ class Sampling:
                     again(d)
 
     def _watch(self) -> Pending | None:
-        """Called while waiting. Nothing would be lost if the run ended here, so a stop signal is
-        checked for.
-        """
-        self.preemption.check()
+        """Called while waiting."""
+        if self.preemption is not None:
+            self.preemption.check()
         return self.workers.silent()
 
     def first(

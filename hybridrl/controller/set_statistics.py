@@ -120,7 +120,8 @@ def statistics_of(rows: Iterable[Mapping[str, Any]], reward: str | None = None) 
     Args:
         rows: with `lengths`, `finish_reasons` and, by the name of each function, `rewards`, [k]
             each.
-        reward: the function whose values count; None: the first one.
+        reward: the function whose values count; None: the first one. A row that it does not judge
+            has none.
     """
     values: list[list[float]] = []
     lengths: list[int] = []
@@ -132,7 +133,7 @@ def statistics_of(rows: Iterable[Mapping[str, Any]], reward: str | None = None) 
         truncated += [reason == FinishReason.length for reason in row["finish_reasons"]]
         rewards = row.get("rewards", {})
         if rewards:
-            of_function = rewards[reward or next(iter(rewards))]
+            of_function = rewards.get(reward or next(iter(rewards)), [None] * samples)
             values.append([math.nan if value is None else value for value in of_function])
     return set_statistics(np.array(values) if values else None, lengths, truncated, samples)
 

@@ -27,6 +27,12 @@ FUSE = {
 """To the C++ backend: compute again what a loop needs rather than write it to memory."""
 
 
+MOST_GRAPHS = 256
+"""One for each combination of sizes other than the number of rows; torch's own limit is 8, beyond
+which a function without breaks fails. A sweep over K has a graph for each value.
+"""
+
+
 def one_graph(work: Callable[..., Any]) -> Callable[..., Any]:
     """`work` compiled as one graph that serves any number of rows from 2 on.
 
@@ -36,7 +42,12 @@ def one_graph(work: Callable[..., Any]) -> Callable[..., Any]:
     """
     # torch's stubs lack isolate_recompiles.
     compiled = torch.compile(  # type: ignore[call-overload]
-        work, dynamic=False, fullgraph=True, options=FUSE, isolate_recompiles=True
+        work,
+        dynamic=False,
+        fullgraph=True,
+        options=FUSE,
+        isolate_recompiles=True,
+        recompile_limit=MOST_GRAPHS,
     )
 
     def run(*tensors: Any) -> Any:

@@ -18,7 +18,7 @@ from hybridrl.launch.answer_jobs import AnswerJob, run_jobs
 from hybridrl.launch.loadable_model import LoadableModel, find_model, model_parser
 from hybridrl.launch.set_prompts import set_problems
 from hybridrl.launch.teacher_levels import sha256_of
-from hybridrl.rewards.check import check_columns, check_judged, loaded_rewards
+from hybridrl.rewards.check import check_columns, check_judge, loaded_rewards
 from hybridrl.run_dir.answer_file import read_rows
 from hybridrl.run_dir.directory import check_no_links
 from hybridrl.run_dir.inputs import file_digests
@@ -190,8 +190,8 @@ def check_judges(settings: RunSettings, sets: Sequence[ProblemSet]) -> None:
     with loaded_rewards(settings.reward) as rewards:
         for problems in sets:
             if rewards is not None:
-                if problems.reward is None:
-                    check_judged(settings.reward, problems.prompts)
+                key = f"eval.sets.{problems.name}"
+                check_judge(key, problems.reward, settings.reward, problems.prompts)
                 check_columns(rewards, settings.reward, [], problems.prompts, only=problems.reward)
 
 

@@ -450,7 +450,7 @@ def train_on(
     """
     if checkpoint:
         controller.load_state(checkpoint.state, str(checkpoint.folder))
-    controller.publish_weights()
+    controller.begin()
     if not checkpoint:
         controller.sinks.log({"train/step": 0.0, **levels, **controller.evaluate()})
     controller.run()
@@ -479,8 +479,8 @@ def preflight(
         check_engine_arguments(arguments, ArgumentRules.of_teacher(name))
     with loaded_rewards(settings.reward) as rewards:
         prompts, heldout = prepare_prompts(settings)
-        check_routes(settings, prompts, heldout)
         sets = held_out_sets(settings)
+        check_routes(settings, prompts, heldout, sets)
         if rewards is not None:
             check_columns(rewards, settings.reward, prompts, heldout)
             check_set_rewards(rewards, settings.reward, sets)
@@ -489,7 +489,10 @@ def preflight(
 
 
 def check_routes(
-    settings: RunSettings, prompts: Sequence[Prompt], heldout: Sequence[Prompt]
+    settings: RunSettings,
+    prompts: Sequence[Prompt],
+    heldout: Sequence[Prompt],
+    sets: Sequence[HeldOutSet],
 ) -> None:
     """Refuse a route of a teacher or reward function that takes no row, and a row that is sampled
     but judged by no reward function.
@@ -499,8 +502,9 @@ def check_routes(
     """
     for name in settings.scored_teachers:
         check_taken(f"teachers.{name}", settings.teachers[name].route, prompts)
+    in_sets = [prompt for held_out in sets for prompt in held_out.prompts]
     for name, function in settings.reward.functions.items():
-        check_taken(f"reward.functions.{name}", function.route, [*prompts, *heldout])
+        check_taken(f"reward.functions.{name}", function.route, [*prompts, *heldout, *in_sets])
     sampled = prompts if settings.algorithm.data_fraction < 1 else []
     check_judged(settings.reward, [*sampled, *heldout])
 

@@ -14,7 +14,7 @@ from hybridrl.data.prompts import tokenize
 from hybridrl.launch.alignment import reads_own_prompts, teacher_template
 from hybridrl.launch.preflight import check_token_ids
 from hybridrl.models.loading import load_tokenizer
-from hybridrl.rewards.check import check_columns, check_judged
+from hybridrl.rewards.check import check_columns, check_judge
 from hybridrl.rewards.pool import RewardPool
 from hybridrl.settings.rewards import RewardConfig
 from hybridrl.settings.run import DataConfig, RunSettings
@@ -110,11 +110,10 @@ def check_set_rewards(pool: RewardPool, config: RewardConfig, sets: Sequence[Hel
     """Refuse a set that a reward function cannot judge.
 
     Raises:
-        ConfigError: as check_columns; or no function takes a problem of a set that names none.
+        ConfigError: as check_columns and check_judge.
     """
     for held_out in sets:
-        if held_out.reward is None:
-            check_judged(config, held_out.prompts)
+        check_judge(f"eval.sets.{held_out.name}", held_out.reward, config, held_out.prompts)
         check_columns(pool, config, [], held_out.prompts, only=held_out.reward)
 
 

@@ -46,13 +46,21 @@ class Schedule:
             return
         error = row.get(config.metric, math.nan) / config.target - 1
         if math.isfinite(error):
-            moved = self.held * (1 + config.gain * max(-1.0, min(error, 1.0)))
-            self.held = min(
-                max(moved, config.low), math.inf if config.high is None else config.high
-            )
+            self.held = self._bounded(self.held * (1 + config.gain * max(-1.0, min(error, 1.0))))
 
-    def state_dict(self) -> float:
-        return self.held
+    def _bounded(self, weight: float) -> float:
+        highest = math.inf if self.config.high is None else self.config.high
+        return min(max(weight, self.config.low), highest)
 
-    def load_state_dict(self, state: float) -> None:
-        self.held = state
+    def state_dict(self) -> float | None:
+        """The weight that a feedback schedule has come to; None: of another kind, without state."""
+        return self.held if self.config.kind is ScheduleKind.feedback else None
+
+    def load_state_dict(self, state: float | None) -> None:
+        """Continue from a weight, within the bounds of today's settings.
+
+        Args:
+            state: None: the schedule was of a kind without state, so this one begins.
+        """
+        if state is not None:
+            self.held = self._bounded(state)

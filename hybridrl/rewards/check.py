@@ -126,6 +126,32 @@ def check_judged(config: "RewardConfig", prompts: Sequence["Prompt"]) -> None:
             )
 
 
+def check_judge(
+    key: str, reward: str | None, config: "RewardConfig", prompts: Sequence["Prompt"]
+) -> None:
+    """Refuse problems of a set that its reward function does not take, or that none takes where the
+    set names none.
+
+    Args:
+        key: of the set, e.g. "eval.sets.hard".
+        reward: the function that the set names; None: each problem has the first that takes it.
+
+    Raises:
+        ConfigError: names the first such problem.
+    """
+    if reward is None:
+        check_judged(config, prompts)
+        return
+    route = config.functions[reward].route
+    for prompt in prompts:
+        if not takes(route, prompt.columns):
+            raise ConfigError(
+                f"{key}.reward={reward}: reward.functions.{reward}.route={dict(route)} does not "
+                f"take {prompt.uid}; leave such rows out, widen the route, or leave {key}.reward "
+                "out, so that each row is judged by the function that takes it"
+            )
+
+
 def check_taken(key: str, route: Mapping[str, Any], prompts: Sequence["Prompt"]) -> None:
     """Refuse a route that takes none of the prompts.
 

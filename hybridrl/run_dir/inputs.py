@@ -104,6 +104,17 @@ def model_digests(settings: RunSettings) -> dict[str, str]:
     return digest_of
 
 
+def of_teacher(inputs: Mapping[str, str], name: str) -> dict[str, str]:
+    """Those of `digests` that a teacher's log-probs depend on: of its own files, and of the
+    student's start, which it may be.
+    """
+    return {
+        key: digest
+        for key, digest in inputs.items()
+        if key == "model.path" or key.startswith(f"teachers.{name}.")
+    }
+
+
 def models_in_use(settings: RunSettings) -> dict[str, tuple[str, str | None]]:
     """(path, revision) of each model that the run loads, by the setting that names it."""
     models = {"model.path": (settings.model.path, settings.model.revision)}

@@ -236,7 +236,7 @@ def outcomes(
     limit = max((p.deadline_s for p in pending), default=0.0)
     end = time.monotonic() + limit
     done: set[Reference] = set()
-    silent: set[tuple[str, int]] = set()
+    silent: dict[tuple[str, int], Pending] = {}  # the calls that `watch` returned
     while waiting := [p.ref for p in pending if p.ref not in done and p.incarnation not in silent]:
         RAY_STORE.check()
         timeout_s = max(min(end - time.monotonic(), WATCH_S), 0)
@@ -244,14 +244,42 @@ def outcomes(
         if time.monotonic() >= end:
             break
         if (unanswered := watch()) is not None:
-            silent.add(unanswered.incarnation)
+            silent[unanswered.incarnation] = unanswered
     results: list[Any] = []
     for p in pending:
+        unanswered = silent.get(p.incarnation)
         try:
-            results.append(RAY_STORE.fetch(p, DELIVERY_S) if p.ref in done else _timeout(p, limit))
+            if p.ref in done:
+                results.append(RAY_STORE.fetch(p, DELIVERY_S))
+            elif unanswered is not None:
+                results.append(_timeout(unanswered, unanswered.deadline_s))
+            else:
+                results.append(_timeout(p, limit))
         except HybridRLError as error:
             results.append(error)
     return results
+
+
+def await_first(pending: Sequence[Pending]) -> list[WorkerTimeout]:
+    """Wait until one of the calls has ended, at most as long as the longest deadline.
+
+    Returns:
+        Empty, or the errors of all calls if none has ended.
+
+    Raises:
+        ClusterLost: Ray's head is gone.
+    """
+    refs = [p.ref for p in pending]
+    limit = max((p.deadline_s for p in pending), default=0.0)
+    end = time.monotonic() + limit
+    while refs:
+        RAY_STORE.check()
+        left = end - time.monotonic()
+        if ray.wait(refs, num_returns=1, timeout=max(min(left, WATCH_S), 0))[0]:
+            break
+        if left <= 0:
+            return [_timeout(p, limit) for p in pending]
+    return []
 
 
 def _timeout(pending: Pending, deadline_s: float) -> WorkerTimeout:

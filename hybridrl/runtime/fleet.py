@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hybridrl.core.errors import FleetExhausted, HybridRLError, WorkerError
 from hybridrl.runtime.actor_group import ActorGroup
-from hybridrl.runtime.calls import Pending, is_done, outcomes, watch_nothing
+from hybridrl.runtime.calls import Pending, await_first, is_done, outcomes, watch_nothing
 from hybridrl.settings.run import DeadlineConfig
 
 log = logging.getLogger(__name__)
@@ -117,8 +117,12 @@ class Fleet:
 
     def _admit_ready(self) -> None:
         while self.joining:
+            if not self.serving and (late := await_first(list(self.joining.values()))):
+                self.joining = {}
+                self.lose_all(late)
+                continue
             for engine, ping in list(self.joining.items()):
-                if self.serving and not is_done(ping):
+                if not is_done(ping):
                     continue
                 del self.joining[engine]
                 errors = failures([ping])

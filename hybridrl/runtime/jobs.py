@@ -170,13 +170,15 @@ class Output:
         loop = asyncio.get_running_loop()
         while True:
             before = self._written
+            began = loop.time()
             try:
                 await self._tail()
                 if self._client.get_job_status(self._job_id).is_terminal():
                     return
+                lost_at = None
             except (OSError, RuntimeError, requests.RequestException) as error:
-                if self._written > before:
-                    lost_at = None
+                if self._written > before or loop.time() - began > QUIET_S:
+                    lost_at = None  # this connection was one for a while
                 lost_at = lost_at or loop.time()
                 if loop.time() - lost_at > QUIET_S:
                     raise ClusterLost(

@@ -86,7 +86,13 @@ class RayConnection:
         self._owned = False
 
     def open(self, settings: RunSettings) -> None:
-        if not ray.is_initialized():
+        """Raises:
+        PlacementError: there is no cluster at the address, or this process is connected to another
+            one.
+        """
+        if ray.is_initialized():
+            check_connected(settings.cluster.address)
+        else:
             connect(settings)
             self._owned = True
 
@@ -163,7 +169,8 @@ def connect(settings: RunSettings) -> None:
     Raises:
         PlacementError: there is no cluster at that address.
     """
-    address = settings.cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    source = "cluster.address" if settings.cluster.address else "RAY_ADDRESS"
+    address = settings.cluster.address or os.environ.get(source) or LOCAL
     local = address == LOCAL
     try:
         check_answers(address, settings.deadlines.placement_s)
@@ -179,11 +186,41 @@ def connect(settings: RunSettings) -> None:
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+        if local:
+            raise PlacementError(
+                f"no Ray could be started on this machine: {reason}; its logs are in /tmp/ray, and "
+                "hybridrl doctor checks memory and disks"
+            ) from error
+        here = "null" if source == "cluster.address" else "unset it"
         raise PlacementError(
-            f"cluster.address={address}: no Ray cluster there ({reason}); "
-            "give the address that cluster/head.sh printed and set RAY_AUTH_MODE=token, or null to "
-            "run here"
+            f"{source}={address}: no Ray cluster there ({reason}); give the address that "
+            f"cluster/head.sh printed and set RAY_AUTH_MODE=token, or {here} to run here"
         ) from error
+
+
+def check_connected(address: str | None) -> None:
+    """Refuse another cluster than the one that this process is connected to.
+
+    Args:
+        address: cluster.address; null and addresses without a port are any cluster.
+
+    Raises:
+        PlacementError: names both.
+    """
+    connected = ray.get_runtime_context().gcs_address
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdigit() or "//" in host:
+        return
+    there = connected.rpartition(":")
+    try:
+        same = {socket.gethostbyname(host), host} & {socket.gethostbyname(there[0]), there[0]}
+    except OSError:
+        same = {host} & {there[0]}
+    if not same or port != there[2]:
+        raise PlacementError(
+            f"cluster.address={address}: this process is connected to the Ray at {connected} "
+            "already; call ray.shutdown() first, or leave cluster.address out to use that one"
+        )
 
 
 @contextmanager

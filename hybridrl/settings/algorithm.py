@@ -45,8 +45,8 @@ class ScheduleConfig:
     end: float | None = None
     """the last value of linear, cosine and step; null only for constant and feedback"""
     steps: int | None = None
-    """duration of linear and cosine in steps (short for a warm-up), or the step at which step
-    switches; null: train.steps
+    """duration of linear and cosine in steps (short for a warm-up), null: train.steps; or the step
+    at which step switches
     """
     metric: str | None = None
     """feedback: a metric of the step's row, e.g. kl/token or reward/mean"""
@@ -75,6 +75,11 @@ class ScheduleConfig:
             raise ConfigError(
                 f"{key}.kind={self.kind}: needs an end value; set {key}.end, or {key}.kind=constant"
             )
+        self._check_unused(key)
+        if self.kind is ScheduleKind.step and self.steps is None:
+            raise ConfigError(
+                f"{key}.kind=step: needs {key}.steps, the step from which the weight is {key}.end"
+            )
         if self.steps is not None and self.steps < 1:
             raise ConfigError(
                 f"{key}.steps={self.steps}: must be at least 1, or null for train.steps"
@@ -96,6 +101,28 @@ class ScheduleConfig:
                 f"{key}.value={self.value}, low={self.low}, high={self.high}: needs value > 0 and "
                 "0 <= low <= high"
             )
+
+    def _check_unused(self, key: str) -> None:
+        """Refuse a value that this kind does not read.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        moving = "linear, cosine or step"
+        readers = {
+            "end": moving,
+            "steps": moving,
+            "metric": "feedback",
+            "target": "feedback",
+            "high": "feedback",
+        }
+        for name, kinds in readers.items():
+            value = getattr(self, name)
+            if value is not None and self.kind not in kinds.replace(",", "").split():
+                raise ConfigError(
+                    f"{key}.{name}={value}: has no effect with {key}.kind={self.kind}; set "
+                    f"{key}.kind to {kinds}, or {key}.{name}=null"
+                )
 
     def is_zero(self) -> bool:
         return self.value == 0 and (self.kind is ScheduleKind.constant or not self.end)

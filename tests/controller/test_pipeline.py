@@ -10,12 +10,13 @@ import pytest
 import ray
 
 from hybridrl.controller.coefficients import Coefficients
+from hybridrl.controller.evaluator import Evaluator
 from hybridrl.controller.pipeline import Pipeline
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.sampling import Arrived, PendingChunk, Sampling, first_groups
-from hybridrl.core.errors import DataError, WorkerDied, WorkerError, WorkerTimeout
+from hybridrl.core.errors import DataError, Preempted, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.data.prompts import PromptSource
-from hybridrl.runtime.calls import Pending, gather, settle
+from hybridrl.runtime.calls import Pending, await_first, gather, outcomes, settle
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.engine_load import EngineLoad
 from hybridrl.settings.choices import Source
@@ -248,6 +249,22 @@ def test_a_worker_that_is_silent_is_lost_although_no_call_of_it_is_awaited(alone
 
 
 @pytest.mark.graph
+def test_a_silent_worker_is_reported_with_the_ping_that_it_did_not_answer(alone):
+    """And not with the longer deadline of its other call, which would be the wrong one to raise."""
+    ping = replace(under_way("rollout/0"), call="ping", deadline_s=0.25)
+    first, second = outcomes([ended("x"), under_way("rollout/0")], lambda: ping)
+    assert first == "x"
+    assert str(second).startswith("rollout/0 failed in ping: no answer within 0.25 s")
+
+
+@pytest.mark.graph
+def test_of_several_calls_one_that_ends_is_waited_for_and_else_all_fail_at_the_deadline(alone):
+    assert await_first([under_way("rollout/0"), ended("x")]) == []
+    late = [replace(under_way(f"rollout/{i}"), deadline_s=0.1) for i in (0, 1)]
+    assert [error.worker for error in await_first(late)] == ["rollout/0", "rollout/1"]
+
+
+@pytest.mark.graph
 def test_sampling_replaces_a_silent_worker_and_continues_to_wait(alone):
     waited = sampled([ended("x"), under_way("rollout/0")])
 
@@ -257,6 +274,23 @@ def test_sampling_replaces_a_silent_worker_and_continues_to_wait(alone):
     fleet = Fleet(silent=replace(under_way("rollout/1"), call="ping"), then=arrive)
     assert Sampling(settings(), fleet, Preemption()).headers(waited) == ["x", "y"]
     assert fleet.lost == ["rollout/1"]
+
+
+@pytest.mark.graph
+def test_a_stop_signal_ends_the_wait_for_a_batch_and_not_that_of_an_evaluation(alone):
+    """The step before an evaluation is learned and has no row yet."""
+    waited = sampled([ended("x"), under_way("rollout/0")])
+
+    def arrive(error: WorkerError) -> None:
+        waited[1].chunk = replace(waited[1].chunk, header=ended("y"))
+
+    fleet = Fleet(silent=replace(under_way("rollout/1"), call="ping"), then=arrive)
+    preemption = Preemption()
+    preemption.signal_name = "SIGTERM"
+    with pytest.raises(Preempted):
+        Sampling(settings(), fleet, preemption).headers(waited)
+    evaluator = Evaluator(settings(), fleet, Coefficients(settings()), [])
+    assert evaluator.sampling.headers(waited) == ["x", "y"]
 
 
 @pytest.mark.graph

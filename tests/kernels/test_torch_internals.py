@@ -81,3 +81,10 @@ def test_a_graph_does_not_depend_on_the_sizes_and_numbers_of_an_earlier_one(
         assert of(scale)(torch.ones(3, 20), ids).tolist() == [[scale] * columns] * 3
     # One graph for each, whose inputs are x and ids alone and of a fixed width.
     assert graphs == [[(20,), (16,)], [(20,), (4,)], [(20,), (2,)]]
+
+
+def test_one_function_may_have_more_graphs_than_torch_allows_by_default():
+    torch.compiler.reset()
+    compiled = one_graph(lambda x: x + 1)
+    for columns in range(1, 12):
+        assert compiled(torch.ones(2, columns)).tolist() == [[2.0] * columns] * 2

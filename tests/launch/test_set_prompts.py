@@ -76,6 +76,24 @@ def test_a_set_that_lacks_a_column_of_its_reward_function_is_refused(tmp_path: P
     assert a.reward == "own"
 
 
+def test_a_set_whose_reward_function_does_not_take_a_row_is_refused(tmp_path: Path):
+    """Without a name each row is judged by the function that takes it."""
+    own = tmp_path / "own.py"
+    own.write_text("def score(completions, **columns): return [0.5] * len(completions)\n")
+    functions = tuple(
+        f"+reward.functions.{kind}={{function: '{own}:score', weight: 0, route: {{kind: {kind}}}}}"
+        for kind in ("math", "code")
+    )
+    rows = [{"prompt": "1 2=3:", "kind": kind} for kind in ("math", "code")]
+    file = write_rows(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(ConfigError) as caught:
+        preflight(settings_of(*functions, f"+eval.sets.a={{path: {file}, reward: math}}"))
+    assert str(caught.value).startswith(
+        "eval.sets.a.reward=math: reward.functions.math.route={'kind': 'math'} does not take "
+        "a-000002; leave such rows out"
+    )
+
+
 def test_without_a_reward_function_the_rows_of_a_set_need_what_the_run_learns_from(tmp_path: Path):
     pairs = ("algorithm=simpo", "+data.options.responses=pair", "~reward.functions.countdown")
     alone = write_rows(tmp_path / "alone.jsonl", {"prompt": "1 2=3:", "completion": "1+2"})

@@ -137,6 +137,43 @@ def test_an_address_where_no_dashboard_answers_is_one_sentence() -> None:
         Jobs("http://127.0.0.1:1")
 
 
+class EndsQuietly:
+    """A job whose connections fail at 0 s, end without an error at 100 s, and fail at 200 s; then
+    comes the rest of the output.
+    """
+
+    def __init__(self) -> None:
+        self.events = iter(["fail", "end", "fail", "rest"])
+        self.is_over = False
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        event = next(self.events)
+        if event == "fail":
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        self.is_over = event == "rest"
+        yield "one"
+
+    def get_job_status(self, job_id: str) -> JobStatus:
+        return JobStatus.SUCCEEDED if self.is_over else JobStatus.RUNNING
+
+
+def test_an_interruption_counts_from_the_last_connection_that_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hybridrl.runtime.jobs.RETRY_S", 0.0)
+    client: Any = EndsQuietly()
+    written: list[str] = []
+
+    async def follow() -> None:
+        loop = asyncio.get_running_loop()
+        seconds = iter(range(0, 10_000, 50))  # each look at the clock is 50 s after the last one
+        monkeypatch.setattr(loop, "time", lambda: float(next(seconds)))
+        await Output(client, "http://head:8265", "a", written.append).follow()
+
+    asyncio.run(follow())
+    assert "".join(written) == "one"
+
+
 class LosesConnections:
     """A job whose output is "one two three": the first connection ends after "one ", the second
     before it, each with an error. Each connection begins with the first character.

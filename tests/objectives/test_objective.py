@@ -194,6 +194,29 @@ def test_a_schedule_that_ends_above_zero_is_not_zero():
     assert not ScheduleConfig(kind=ScheduleKind.linear, value=0.0, end=1.0).is_zero()
 
 
+def test_a_feedback_schedule_continues_from_the_weight_of_one_and_within_todays_bounds():
+    """From one of another kind it begins, as that had no state."""
+
+    def feedback(**given: float) -> Schedule:
+        config = ScheduleConfig(
+            kind=ScheduleKind.feedback, metric="kl/token", target=0.1, gain=0.5, **given
+        )
+        return Schedule(config, 100)
+
+    first = feedback(value=1.0)
+    first.observe({"kl/token": 0.2})
+    again = feedback(value=1.0)
+    again.load_state_dict(first.state_dict())
+    assert again.value(5) == 1.5
+    bounded = feedback(value=1.0, high=1.25)
+    bounded.load_state_dict(first.state_dict())
+    assert bounded.value(5) == 1.25
+    constant = Schedule(ScheduleConfig(value=2.0), 100)
+    begun = feedback(value=0.25)
+    begun.load_state_dict(constant.state_dict())
+    assert begun.value(5) == 0.25
+
+
 def test_a_feedback_schedule_moves_by_its_gain_within_its_bounds_and_keeps_its_place():
     config = ScheduleConfig(
         kind=ScheduleKind.feedback,

@@ -54,7 +54,8 @@ from tests.support.graph import save_tiny
 STATE = RunState(
     step=10, weight_version=10, optimizer_steps=10, parts={}, metrics={}, trackers={"wandb": "one"}
 )
-CONSTANT = ["train.lr_end=null", "algorithm.reward_weight.kind=constant"]
+CONSTANT_WEIGHT = "algorithm.reward_weight={kind: constant, end: null}"
+CONSTANT = ["train.lr_end=null", CONSTANT_WEIGHT]
 
 
 def settings_of(run_dir: Path, *overrides: str) -> RunSettings:
@@ -211,7 +212,7 @@ def test_a_run_can_be_prolonged_where_no_schedule_is_stretched(tmp_path: Path):
 @pytest.mark.parametrize(
     ("stretched", "names"),
     [
-        (["train.lr_end=0", "algorithm.reward_weight.kind=constant"], "train.lr_end"),
+        (["train.lr_end=0", CONSTANT_WEIGHT], "train.lr_end"),
         (["train.lr_end=null"], "algorithm.reward_weight"),
         ([*CONSTANT, "+teachers.main.schedule={kind: cosine, end: 0}"], "teachers.main.schedule"),
         (

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ from hybridrl.runtime.cluster import Cluster, Team, device_of, gpu_share
 from hybridrl.runtime.fleet import Fleet
 from hybridrl.runtime.host import visible_gpus
 from hybridrl.runtime.prometheus_sink import PrometheusSink
-from hybridrl.runtime.ray_connection import Node, starts_ray
+from hybridrl.runtime.ray_connection import Node, check_connected, starts_ray
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup, closed_by
 from hybridrl.runtime.start_up import StartUp
@@ -240,6 +240,31 @@ def test_an_address_without_a_ray_cluster_ends_at_once_in_one_sentence():
             with pytest.raises(PlacementError, match=sentence) as caught:
                 Cluster(load_config([*BASE, f"cluster.address={address}"])).__enter__()
             assert "\n" not in str(caught.value) and not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("address", "same"),
+    [
+        ("127.0.0.1:6379", True),
+        ("localhost:6379", True),
+        (None, True),
+        ("auto", True),
+        ("127.0.0.1:6380", False),
+        ("10.0.0.1:6379", False),
+    ],
+)
+def test_a_process_that_is_connected_to_another_ray_is_refused(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, same: bool
+):
+    context = SimpleNamespace(gcs_address="127.0.0.1:6379")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    expected = (
+        nullcontext()
+        if same
+        else pytest.raises(PlacementError, match=rf"^cluster\.address={address}: this process is")
+    )
+    with expected:
+        check_connected(address)
 
 
 @pytest.mark.graph

@@ -245,11 +245,26 @@ BAD = [
     ("algorithm.gamma=1.5", "algorithm.gamma=1.5: a discount lies in [0, 1]"),
     ("algorithm.temperature=0", "algorithm.temperature=0.0: must be positive"),
     (
+        "algorithm.imitation_weight.end=2",
+        "algorithm.imitation_weight.end=2.0: has no effect with algorithm.imitation_weight.kind="
+        "constant; set algorithm.imitation_weight.kind to linear, cosine or step, or "
+        "algorithm.imitation_weight.end=null",
+    ),
+    (
+        "algorithm.imitation_weight.target=0.1",
+        "algorithm.imitation_weight.target=0.1: has no effect with algorithm.imitation_weight.kind="
+        "constant; set algorithm.imitation_weight.kind to feedback",
+    ),
+    (
+        "algorithm.imitation_weight.kind=step algorithm.imitation_weight.end=2",
+        "algorithm.imitation_weight.kind=step: needs algorithm.imitation_weight.steps",
+    ),
+    (
         "algorithm.imitation_weight.kind=linear",
         "algorithm.imitation_weight.kind=linear: needs an end value",
     ),
     (
-        "algorithm.imitation_weight.steps=0",
+        "algorithm.imitation_weight={kind:linear,end:2,steps:0}",
         "algorithm.imitation_weight.steps=0: must be at least 1",
     ),
     ("train.lr=-1", "train.lr=-1.0: must be positive and finite"),
