@@ -1,8 +1,7 @@
 """E2: a reward weight that rises during training against constant ones."""
 
 from collections.abc import Mapping
-
-from matplotlib.axes import Axes
+from functools import partial
 
 from reproduction.curves import draw_curves
 from reproduction.differences import difference, points
@@ -65,10 +64,6 @@ def judge(runs: Runs) -> Judgement:
     )
 
 
-def draw(axes: Axes, runs: Runs) -> None:
-    draw_curves(axes, runs, range(0, STEPS + 1, 40))
-
-
 EXPERIMENT = Experiment(
     id="E2",
     title="A rising reward weight against constant ones",
@@ -87,7 +82,7 @@ EXPERIMENT = Experiment(
     arms=tuple(arm(name) for name in WEIGHTS),
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
-    draw=draw,
+    draw=partial(draw_curves, steps=range(0, STEPS + 1, 40)),
     cuts=f"{STEPS} steps, so that 25 runs take less than an hour. The last quarter of the steps, "
     "with the largest weights, has 3 % of the sum of the learning rates. Weighted by the rate, the "
     "mean of lambda is 1.30 for the rising and 2.20 for the falling weight, not 1.75: a curriculum "

@@ -1,14 +1,13 @@
 """E2L: a rising reward weight against constant ones, on responses of 34 tokens."""
 
 from dataclasses import replace
-
-from matplotlib.axes import Axes
+from functools import partial
 
 from reproduction import curriculum
 from reproduction.chain_runs import chain_arm
 from reproduction.chains import MOST
 from reproduction.curves import draw_curves
-from reproduction.experiment import Arm, Runs
+from reproduction.experiment import Arm
 
 STEPS = 100
 
@@ -26,10 +25,6 @@ def arm(name: str) -> Arm:
     )
 
 
-def draw(axes: Axes, runs: Runs) -> None:
-    draw_curves(axes, runs, range(0, STEPS + 1, 25))
-
-
 EXPERIMENT = replace(
     curriculum.EXPERIMENT,
     id="E2L",
@@ -40,7 +35,7 @@ EXPERIMENT = replace(
     "that early and late weights count alike.",
     arms=tuple(arm(name) for name in curriculum.WEIGHTS),
     seeds=(0, 1, 2),
-    draw=draw,
+    draw=partial(draw_curves, steps=range(0, STEPS + 1, 25)),
     cuts=f"{STEPS} steps and three seeds. The student is an early checkpoint of the teacher's own "
     "training.",
 )

@@ -19,7 +19,7 @@ COLOURS = (
 )
 
 
-def draw_curves(axes: Axes, runs: Runs, steps: Sequence[int]) -> None:
+def draw_curves(axes: Axes, runs: Runs, *, steps: Sequence[int]) -> None:
     """The greedy accuracy, accuracy_N of the numbers, of every arm after each of `steps`."""
     for colour, (name, of) in zip(COLOURS, runs.items(), strict=False):
         curves = [[100 * run.numbers[f"accuracy_{step}"] for step in steps] for run in of]

@@ -11,9 +11,14 @@ def values(runs: Runs, arm: str, number: str) -> Sequence[float]:
     return [run.numbers[number] for run in runs[arm]]
 
 
+def per_seed(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """The differences of values of the same seeds."""
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     """Of the mean difference of values of the same seeds."""
-    return estimate([a - b for a, b in zip(ours, theirs, strict=True)])
+    return estimate(per_seed(ours, theirs))
 
 
 def difference(runs: Runs, one: str, other: str, number: str) -> Estimate:

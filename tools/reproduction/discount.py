@@ -3,7 +3,7 @@
 The model is that of `hybridrl check`: 5 tokens and 3 steps, random student, teacher and rewards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -14,6 +14,7 @@ from hybridrl.oracle.cases import Case
 from hybridrl.oracle.mdp import Mdp, make_mdp
 from hybridrl.oracle.verdict import Scope
 from hybridrl.oracle.verdict import judge as judge_case
+from reproduction.differences import values
 from reproduction.estimate import estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
 from reproduction.lab import Lab
@@ -88,8 +89,8 @@ def arm(gamma: float) -> Arm:
 
 
 def judge(runs: Runs) -> Judgement:
-    def of(gamma: float, name: str) -> list[float]:
-        return [run.numbers[name] for run in runs[f"gamma={gamma:g}"]]
+    def of(gamma: float, name: str) -> Sequence[float]:
+        return values(runs, f"gamma={gamma:g}", name)
 
     def by_model(name: str) -> list[tuple[float, ...]]:
         """The number at each gamma, of each model."""

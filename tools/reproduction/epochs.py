@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 
 from reproduction.curves import COLOURS, draw_mean
-from reproduction.differences import paired
+from reproduction.differences import paired, per_seed
 from reproduction.estimate import Estimate, estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Runs, Verdict
 from reproduction.preference_runs import PAIRS_PER_STEP, UNTRAINED, WINDOW, course, pair_arm
@@ -29,8 +29,7 @@ def changes(runs: Runs, loss: str, part: str, epoch: int) -> list[float]:
 
 def gap(runs: Runs, dil: str, epoch: int) -> list[float]:
     """Chosen log-prob of a DIL loss above that of DPO, for each seed."""
-    ours = changes(runs, dil, "chosen", epoch)
-    return [a - b for a, b in zip(ours, changes(runs, "dpo", "chosen", epoch), strict=True)]
+    return per_seed(changes(runs, dil, "chosen", epoch), changes(runs, "dpo", "chosen", epoch))
 
 
 def growth(runs: Runs, dil: str) -> Estimate:

@@ -1,13 +1,12 @@
 """E10: on-policy distillation against SFT, on short and on long responses."""
 
 from collections.abc import Mapping
-
-from matplotlib.axes import Axes
+from functools import partial
 
 from reproduction.chain_runs import chain_arm
 from reproduction.chains import MOST
 from reproduction.curves import draw_curves
-from reproduction.differences import difference, paired, points, values
+from reproduction.differences import difference, paired, per_seed, points, values
 from reproduction.estimate import estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Runs, Setting, Verdict
 
@@ -41,14 +40,14 @@ def gains(runs: Runs, operations: int) -> list[float]:
     """Accuracy of an operation on-policy, minus that by SFT, for each seed."""
     ours = values(runs, name(operations, ONLINE), "of_an_operation")
     theirs = values(runs, name(operations, OFFLINE), "of_an_operation")
-    return [a - b for a, b in zip(ours, theirs, strict=True)]
+    return per_seed(ours, theirs)
 
 
 def harms(runs: Runs, method: str) -> list[float]:
     """By how much an error lowers the accuracy of the operations after it, for each seed."""
     right = values(runs, name(LONG, method), "after_right")
     error = values(runs, name(LONG, method), "after_error")
-    return [a - b for a, b in zip(right, error, strict=True)]
+    return per_seed(right, error)
 
 
 def judge(runs: Runs) -> Judgement:
@@ -72,10 +71,6 @@ def judge(runs: Runs) -> Judgement:
         reason=f"An error lowers the accuracy of what follows it by {points(harm)} more after SFT "
         f"than on-policy. The reward of on-policy minus that of SFT is {rewards}.",
     )
-
-
-def draw(axes: Axes, runs: Runs) -> None:
-    draw_curves(axes, runs, range(0, STEPS + 1, 25))
 
 
 EXPERIMENT = Experiment(
@@ -109,7 +104,7 @@ EXPERIMENT = Experiment(
     arms=tuple(arm(operations, method) for method in METHODS for operations in (SHORT, LONG)),
     seeds=(0, 1, 2),
     judge=judge,
-    draw=draw,
+    draw=partial(draw_curves, steps=range(0, STEPS + 1, 25)),
     cuts="Two lengths and three seeds. SFT sees what follows errors of the teacher, which 28 % of "
     "its long responses have; only the student's own are new to it. On-policy learns from whole "
     "distributions and SFT from drawn tokens. The student is an early checkpoint of the teacher's "

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from hybridrl.data.countdown_puzzles import Countdown, Equation
 from hybridrl.models.loading import load_model, load_tokenizer
 from reproduction.curves import COLOURS
-from reproduction.differences import paired, points, values
+from reproduction.differences import paired, per_seed, points, values
 from reproduction.estimate import estimate
 from reproduction.examination import examine
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
@@ -77,8 +77,7 @@ def arm(name: str, algorithm: str, *, realizable: bool) -> Arm:
 
 def changes(runs: Runs, arm: str, part: str) -> list[float]:
     """Of a reward since the start, of each seed."""
-    pairs = zip(values(runs, arm, part), values(runs, arm, f"{part}_start"), strict=True)
-    return [after - before for after, before in pairs]
+    return per_seed(values(runs, arm, part), values(runs, arm, f"{part}_start"))
 
 
 def judge(runs: Runs) -> Judgement:

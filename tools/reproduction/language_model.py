@@ -4,9 +4,8 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-
-from matplotlib.axes import Axes
 
 from hybridrl.core.files import replace_text
 from hybridrl.data import reasoning_gym_tasks
@@ -192,10 +191,6 @@ def judge(runs: Runs) -> Judgement:
     )
 
 
-def draw(axes: Axes, runs: Runs) -> None:
-    draw_curves(axes, runs, range(0, STEPS + 1, EVERY))
-
-
 EXPERIMENT = Experiment(
     id="S1",
     title="The hybrid on a language model",
@@ -224,6 +219,6 @@ EXPERIMENT = Experiment(
     arms=tuple(arm(name) for name in METHODS),
     seeds=(0, 1, 2),
     judge=judge,
-    draw=draw,
+    draw=partial(draw_curves, steps=range(0, STEPS + 1, EVERY)),
     cuts=f"One task, three methods, {STEPS} steps: what an hour allows.",
 )

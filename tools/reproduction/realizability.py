@@ -1,9 +1,8 @@
 """E6: imitation of an expert that the student can copy, and of one that it cannot."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Protocol
-
-from matplotlib.axes import Axes
 
 from reproduction.curves import draw_curves
 from reproduction.differences import difference, points, values
@@ -62,10 +61,6 @@ def judge(runs: Runs) -> Judgement:
     )
 
 
-def draw(axes: Axes, runs: Runs) -> None:
-    draw_curves(axes, runs, range(0, STEPS + 1, 50))
-
-
 EXPERIMENT = Experiment(
     id="E6",
     title="Experts that can be copied, and experts that cannot",
@@ -87,7 +82,7 @@ EXPERIMENT = Experiment(
     arms=cases(arm),
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
-    draw=draw,
+    draw=partial(draw_curves, steps=range(0, STEPS + 1, 50)),
     budget_s=7200.0,
     cuts="Within these steps no student came to 2 points of the expert, so the claim can hardly be "
     "confirmed here. (That of the quickstart, with three times as many responses a step and the "

@@ -1,10 +1,10 @@
 """E8: two teachers of equal accuracy, one of the student's own weights and one of others."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from matplotlib.axes import Axes
 
 from hybridrl.data.countdown_puzzles import Countdown
 from hybridrl.models.loading import load_model, load_tokenizer
@@ -108,10 +108,6 @@ def judge(runs: Runs) -> Judgement:
     )
 
 
-def draw(axes: Axes, runs: Runs) -> None:
-    draw_curves(axes, runs, range(0, STEPS + 1, 50))
-
-
 EXPERIMENT = Experiment(
     id="E8",
     title="Two teachers of equal accuracy",
@@ -141,7 +137,7 @@ EXPERIMENT = Experiment(
     arms=(arm(KIN, TEACHER), arm(STRANGER, "made:stranger")),
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
-    draw=draw,
+    draw=partial(draw_curves, steps=range(0, STEPS + 1, 50)),
     cuts="One teacher of each kind; the shipped one is rounded to bfloat16, the other is not. "
     "Neither was made by reinforcement learning, and none is larger than the student: what is "
     "varied is whether its weights are related to the student's.",

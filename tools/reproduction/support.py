@@ -1,6 +1,6 @@
 """E3: the gradient of a divergence on K tokens against that over the whole vocabulary."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -12,6 +12,7 @@ from hybridrl.models.loading import load_model, load_tokenizer
 from hybridrl.ops.divergence import Measure, dense, dense_on_support, tail_score
 from hybridrl.settings.choices import Correction
 from reproduction.curves import draw_mean
+from reproduction.differences import values
 from reproduction.estimate import estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
 from reproduction.lab import Lab
@@ -140,9 +141,8 @@ def arm(task: str, source: str, correction: Correction) -> Arm:
 
 
 def judge(runs: Runs) -> Judgement:
-    def of(correction: str, number: str) -> list[float]:
-        name = name_of("smollm2", "student", correction)
-        return [run.numbers[number] for run in runs[name]]
+    def of(correction: str, number: str) -> Sequence[float]:
+        return values(runs, name_of("smollm2", "student", correction), number)
 
     cosine = estimate(of("renormalize", "cosine_16"))
     lost = {

@@ -1,6 +1,6 @@
 """E3T: students that are trained with a support of K tokens, to the end."""
 
-from matplotlib.axes import Axes
+from functools import partial
 
 from reproduction.curves import draw_curves
 from reproduction.differences import difference, paired, points, values
@@ -69,10 +69,6 @@ def judge(runs: Runs) -> Judgement:
     )
 
 
-def draw(axes: Axes, runs: Runs) -> None:
-    draw_curves(axes, runs, range(0, STEPS + 1, 25))
-
-
 EXPERIMENT = Experiment(
     id="E3T",
     title="Top-K support: students trained to the end",
@@ -94,6 +90,6 @@ EXPERIMENT = Experiment(
     arms=tuple(arm(name) for name in (WHOLE, *CELLS)),
     seeds=(0, 1, 2, 3, 4),
     judge=judge,
-    draw=draw,
+    draw=partial(draw_curves, steps=range(0, STEPS + 1, 25)),
     cuts="Four cells of the grid, and a vocabulary of 23 tokens.",
 )

@@ -13,6 +13,7 @@ from hybridrl.oracle.cases import Case, World
 from hybridrl.oracle.verdict import Scope
 from hybridrl.oracle.verdict import judge as judge_case
 from reproduction.curves import COLOURS, draw_mean
+from reproduction.differences import values
 from reproduction.estimate import estimate
 from reproduction.experiment import Arm, Experiment, Judgement, Numbers, Runs, Setting, Verdict
 from reproduction.lab import Lab
@@ -74,7 +75,7 @@ def arm(gamma: float, learned: float, baseline: str) -> Arm:
 
 
 def reductions(runs: Runs, arm: str) -> Sequence[float]:
-    return [run.numbers["reduction"] for run in runs[arm]]
+    return values(runs, arm, "reduction")
 
 
 def judge(runs: Runs) -> Judgement:
