@@ -66,6 +66,11 @@ class MicroBatch:
             self.columns,
         )
 
+    def sparse_alone(self) -> "MicroBatch":
+        """Without teachers, and without the regression of a value head."""
+        none = torch.zeros_like(self.columns.value_slope)
+        return replace(self, teachers=(), columns=self.columns._replace(value_slope=none))
+
     def without_sparse(self) -> "MicroBatch":
         """Only the dense term remains."""
         return replace(self, columns=self.columns.without_sparse())

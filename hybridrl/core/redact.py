@@ -126,6 +126,14 @@ def is_path(value: str) -> bool:
     )
 
 
+def has_password(value: str) -> bool:
+    """Whether a text has a URL with a user and a password, which are not masked yet.
+
+    Example: True of "http://me:pw@host", False of "http://host:80" and of "http://***@host".
+    """
+    return any(":" in found.group() for found in URL_USER.finditer(value))
+
+
 def is_plain(value: str) -> bool:
     """Whether a value is too ordinary to be a key.
 

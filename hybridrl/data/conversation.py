@@ -84,7 +84,7 @@ def conversation(problem: Problem, config: DataConfig) -> Conversation:
             "data.chat_template=true, or rename the column if it is meant for the rewards"
         )
     questions = [message for message in messages if message["role"] != "assistant"] or messages
-    if not questions[-1]["content"].strip():
+    if questions[-1]["role"] != "tool" and not questions[-1]["content"].strip():
         raise DataError(f"{row}: the prompt is empty")
     messages = _instructed(messages, config.instruction, row)
     if config.system_prompt is not None:

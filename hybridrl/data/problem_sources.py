@@ -31,16 +31,31 @@ def load_problems(config: DataConfig, seed: int) -> tuple[list[Problem], list[Pr
     """
     if not config.sources:
         alone = load_source(config, seed, config.num_train, config.num_heldout)
-        warn_of_shared(*alone, config, "data")
+        warn_of_shared(
+            *alone,
+            trained_on=("data.path", config.path),
+            held_out=("data.heldout_path", config.heldout_path),
+        )
         return alone
     train: list[Problem] = []
     heldout: list[list[Problem]] = []
+    loaded: dict[str, tuple[list[Problem], list[Problem]]] = {}
     for name, source in config.sources.items():
         with named_setting(f"data.sources.{name}"):
             own = load_source(source, seed, config.num_train, config.num_heldout)
-        warn_of_shared(*own, source, f"data.sources.{name}")
+        loaded[name] = own
         train += [of_source(name, problem) for problem in own[0]]
         heldout.append([of_source(name, problem) for problem in own[1]])
+    for name, (_, own_heldout) in loaded.items():
+        for other, (trained, _) in loaded.items():
+            source = config.sources[name]
+            trained_source = config.sources[other]
+            warn_of_shared(
+                trained,
+                own_heldout,
+                trained_on=(f"data.sources.{other}.path", trained_source.path),
+                held_out=(f"data.sources.{name}.heldout_path", source.heldout_path),
+            )
     in_turn = chain.from_iterable(zip_longest(*heldout))
     return train, [problem for problem in in_turn if problem is not None]
 
@@ -99,14 +114,18 @@ def named_setting(key: str) -> Iterator[None]:
 
 
 def warn_of_shared(
-    train: Sequence[Problem], heldout: Sequence[Problem], source: ProblemsConfig, section: str
+    train: Sequence[Problem],
+    heldout: Sequence[Problem],
+    *,
+    trained_on: tuple[str, str | None],
+    held_out: tuple[str, str | None],
 ) -> None:
     """Log how many held-out prompts of rows are training prompts too.
 
     They may be the same file, a copy of it, or a few of its rows.
 
     Args:
-        section: of the settings that has the source.
+        trained_on, held_out: the setting that names the rows, and its value.
     """
 
     def key(problem: Problem) -> str:
@@ -116,14 +135,12 @@ def warn_of_shared(
     shared = [problem for problem in heldout if key(problem) in train_keys]
     if shared:
         log.warning(
-            "%s.heldout_path=%s: %d of %d held-out prompts are in %s.path=%s too, %s the first; "
+            "%s=%s: %d of %d held-out prompts are in %s=%s too, %s the first; "
             "accuracy on them does not show what is learned beyond the training data: hold out "
             "other rows",
-            section,
-            source.heldout_path,
+            *held_out,
             len(shared),
             len(heldout),
-            section,
-            source.path,
+            *trained_on,
             shared[0].row,
         )

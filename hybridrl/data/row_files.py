@@ -265,6 +265,8 @@ def table_rows(path: str, table: Any) -> Iterator[Row]:
 
     A cell that cannot be converted, such as a year 300000 or an unknown time zone, becomes an
     Unreadable and does not affect the others; the caller decides what it means for the row.
+    Messages and descriptions of tools have no nulls, with which a table fills the fields of other
+    rows.
     """
     columns = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
@@ -272,10 +274,26 @@ def table_rows(path: str, table: Any) -> Iterator[Row]:
             columns[name] = column.to_pylist()
         except Exception:  # a conversion may raise any exception
             columns[name] = [_cell(scalar) for scalar in column]
+        if _holds_messages(column.type):
+            columns[name] = list(map(_without_nulls, columns[name]))
     return (
         (number + 1, {name: values[number] for name, values in columns.items()})
         for number in range(table.num_rows)
     )
+
+
+def _holds_messages(kind: Any) -> bool:
+    """Whether a column of this pyarrow.DataType has lists of messages or descriptions of tools."""
+    entry = getattr(kind, "value_type", None)
+    fields = [entry.field(i).name for i in range(entry.num_fields)] if entry is not None else []
+    return not {"role", "from", "function"}.isdisjoint(fields)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Nested values without the keys of objects whose value is null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
 
 
 def _cell(scalar: Any) -> Any:
@@ -286,7 +304,7 @@ def _cell(scalar: Any) -> Any:
 
 
 def package(name: str, path: str) -> ModuleType:
-    """Import an optional package.
+    """Import an optional package that reads the file or data set at `path`.
 
     Raises:
         ConfigError: it is not installed.
@@ -295,6 +313,5 @@ def package(name: str, path: str) -> ModuleType:
         return import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"data.path or data.heldout_path={path}: reading it needs {name}; pip install "
-            "'hybridrl[data]'"
+            f"{path}: reading it needs {name}; pip install 'hybridrl[data]'"
         ) from error

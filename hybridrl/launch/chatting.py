@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.data.chat import Message
 from hybridrl.data.problem import Problem
-from hybridrl.data.prompts import tokenize
+from hybridrl.data.prompts import TooLong, tokenize
+from hybridrl.launch.alignment import reads_own_prompts
 from hybridrl.launch.loadable_model import LoadableModel, find_model, model_parser
 from hybridrl.models.limits import most_positions
 from hybridrl.models.loading import load_tokenizer, model_config
@@ -158,6 +159,10 @@ def alone(model: LoadableModel) -> LoadableModel:
     tokenizer = load_tokenizer(config.path, config.revision, eos=config.eos)
     templated = bool(settings.data.chat_template_file or tokenizer.chat_template)
     data = replace(settings.data, chat_template=templated)
+    if model.teacher is not None and reads_own_prompts(settings, model.teacher):
+        own = settings.teachers[model.teacher].chat_template_kwargs
+        data = replace(data, chat_template_file=None, chat_template_kwargs=own)
+        data = replace(data, chat_template=bool(tokenizer.chat_template))
     return replace(model, teacher=None, settings=replace(settings, rollout=rollout, data=data))
 
 
@@ -240,6 +245,8 @@ def converse(
                 answer = answered(engine, chat.prompt(text), temperature, seed, say)
                 chat.add(text, answer)
                 seed += 1
+        except TooLong as error:
+            say(f"({str(error).partition(';')[0]}; /reset begins a new conversation)")
         except (ConfigError, DataError) as error:
             say(f"({error})")
 

@@ -31,6 +31,7 @@ from hybridrl.launch.access import dashboards, ray_token, wandb_key
 from hybridrl.launch.finding import Finding, Level, fail, ok, warn
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
+from hybridrl.settings.sources import ProblemsConfig
 
 GIB = 2**30
 IMPORT_S = 120.0  # timeout of importing a package
@@ -429,14 +430,25 @@ def sources(settings: RunSettings) -> Iterator[Finding]:
         if function.function == "reward_model" and "path" in function.options:
             key = f"reward.functions.{name}.options.path"
             source_of[key] = (str(function.options["path"]), None, "model")
-    problems = {"data": settings.data} | {
-        f"data.sources.{name}": source for name, source in settings.data.sources.items()
+        tokenizer = teacher.served.tokenizer
+        if tokenizer is not None:
+            source_of[f"teachers.{name}.served.tokenizer"] = (tokenizer, None, "model")
+    problems: dict[str, ProblemsConfig] = {"data": settings.data}
+    problems |= {f"data.sources.{name}": source for name, source in settings.data.sources.items()}
+    # (path, revision) of each data set, by the setting that names it
+    data_sets = {
+        f"{key}.{name}": (path, data.revision)
+        for key, data in problems.items()
+        for name, path in {"path": data.path, "heldout_path": data.heldout_path}.items()
     }
-    for key, data in problems.items():
-        for name, data_path in {"path": data.path, "heldout_path": data.heldout_path}.items():
-            if data_path is not None:
-                dataset = data_path if Path(data_path).exists() else data_path.partition(":")[0]
-                source_of[f"{key}.{name}"] = (dataset, data.revision, "dataset")
+    data_sets |= {
+        f"eval.sets.{name}.path": (held_out.path, held_out.revision)
+        for name, held_out in settings.eval.sets.items()
+    }
+    for key, (data_path, revision) in data_sets.items():
+        if data_path is not None:
+            dataset = data_path if Path(data_path).exists() else data_path.partition(":")[0]
+            source_of[key] = (dataset, revision, "dataset")
     for key, (path, revision, kind) in source_of.items():
         source = reach(path, revision, kind=kind)
         level = Level.ok if source.reached else Level.fail

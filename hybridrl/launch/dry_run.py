@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError
 from hybridrl.data.mixture import prompts_of
 from hybridrl.data.problem import source_of
@@ -47,8 +48,8 @@ def describe(settings: RunSettings) -> Iterator[str]:
         if own_class is not None:
             yield f"teacher   {name}: {own_class}"
             continue
-        if settings.teachers[name].url is not None:
-            yield f"teacher   {name}: {settings.teachers[name].url}; it answers"
+        if (url := settings.teachers[name].url) is not None:
+            yield f"teacher   {name}: {redact.text(url)}; it answers"
             continue
         where = ", in an engine" if settings.teachers[name].engine is not None else ""
         if name in settings.shared_teachers:

@@ -16,7 +16,7 @@ from hybridrl.run_dir.checkpoint import (
     read_checkpoint,
     step_of,
 )
-from hybridrl.run_dir.directory import check_no_links, read_settings
+from hybridrl.run_dir.directory import EXPORT, check_no_links, read_settings
 from hybridrl.settings.models import DTYPES
 from hybridrl.settings.run import RunSettings
 from hybridrl.weights.adapter_folder import check_adapter_run, export_adapters
@@ -94,7 +94,7 @@ class Export:
             settings=settings,
             dtype=dtype,
             adapter=adapter,
-            folder=folder or run_dir / "export" / (f"{name}-adapter" if adapter else name),
+            folder=folder or run_dir / EXPORT / (f"{name}-adapter" if adapter else name),
         )
 
     def write(self) -> Path:

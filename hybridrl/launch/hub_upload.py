@@ -22,9 +22,19 @@ from hybridrl.models.loading import TEXT_FILES, resolve
 from hybridrl.report.model_card import RunCard, is_hub_name
 from hybridrl.settings.models import ModelConfig
 
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
-"""Weights of an earlier upload, which are removed: a loader would take some of them for parts of
-the new model. The hub's history retains them.
+REPLACED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+)
+"""Files of an earlier upload that a loader reads, and that this one may not have. They are removed,
+as they would be taken for parts of the new model; the hub's history retains them.
 """
 
 

@@ -28,7 +28,11 @@ from hybridrl.launch.lengths import check_lengths
 from hybridrl.launch.preflight import check_head_size, check_model
 from hybridrl.models.arithmetic import on_gpu
 from hybridrl.models.loading import load_tokenizer, resolve
-from hybridrl.rollout.engine_arguments import check_engine_arguments, check_installed
+from hybridrl.rollout.engine_arguments import (
+    check_engine_arguments,
+    check_installed,
+    sampling_by,
+)
 from hybridrl.run_dir.checkpoint import (
     CHECKPOINTS,
     CONFIG,
@@ -38,7 +42,7 @@ from hybridrl.run_dir.checkpoint import (
     step_folders,
     step_of,
 )
-from hybridrl.run_dir.directory import read_settings
+from hybridrl.run_dir.directory import EXPORT, read_settings
 from hybridrl.run_dir.inputs import pinned
 from hybridrl.runtime.ray_connection import starts_ray
 from hybridrl.settings.compose import load_config, one_sentence
@@ -50,12 +54,13 @@ from hybridrl.settings.settings_file import own_file, saved_config
 from hybridrl.types import Prompt
 from hybridrl.weights.hugging_face import TEMPLATE
 
-EXPORT = "export"
-
 NO_RUN = ("algorithm=sft", "run.dir=unused")
 """The base of the settings of a model that belongs to no run: a method without teacher and reward,
 as nothing is trained.
 """
+
+NO_MODEL = "unused"
+"""As model.path: the settings are of no model."""
 
 
 def model_parser(verb: str, description: str) -> ArgumentParser:
@@ -156,7 +161,13 @@ class LoadableModel:
         if starts_ray(self.settings.cluster):
             check_installed()
         check_engine_arguments(self.settings.rollout.engine)
-        check_model(self.setting, model.path, model.revision, self.settings.rollout.max_model_len)
+        check_model(
+            self.setting,
+            model.path,
+            model.revision,
+            self.settings.rollout.max_model_len,
+            weights_of_engine=True,
+        )
         if self.device == "cpu":
             check_head_size(self.setting, model)
 
@@ -186,13 +197,19 @@ def find_model(
     """
     place = located(source, step, teacher, settings_of)
     settings = load_settings_of(place, overrides, settings_of)
-    if place.run_dir is not None:
-        settings = with_kept_template(settings, place.run_dir, overrides)
+    run_dir = place.run_dir
+    if run_dir is None and settings_of is not None and is_run(Path(settings_of).expanduser()):
+        run_dir = Path(settings_of).expanduser()
+    if run_dir is not None:
+        settings = with_kept_template(settings, run_dir, overrides)
     number = None
     name = source
     if teacher is not None:
         check_teacher(settings, teacher, source)
         name = f"{source}, teacher {teacher}"
+        engine = settings.teachers[teacher].engine
+        if engine is not None:
+            settings = replace(settings, rollout=sampling_by(engine, settings.rollout))
     else:
         folder = place.folder
         if place.run_dir is not None:
@@ -203,7 +220,7 @@ def find_model(
             name = f"{place.run_dir}, step {number}"
             folder = str(chosen)
         assert folder is not None, "a place has a run or a folder"
-        settings = of_folder(settings, folder, keep_eos=place.run_dir is not None)
+        settings = of_folder(settings, folder, overrides, is_students=place.run_dir is not None)
     return LoadableModel(
         name=name,
         settings=pinned(settings, None),
@@ -289,12 +306,12 @@ def load_settings_of(
         if place.run_dir is not None:
             base = stack.enter_context(saved_config(config_file(place.run_dir)))
         elif settings_of is None:
-            base = [*NO_RUN, "model.path=unused"]
+            base = [*NO_RUN, f"model.path={NO_MODEL}"]
         elif is_run(Path(settings_of).expanduser()):
             base = stack.enter_context(saved_config(config_file(Path(settings_of).expanduser())))
         else:
             base = stack.enter_context(own_file(Path(settings_of).expanduser()))
-            base = ["run.dir=unused", "model.path=unused", *base]
+            base = ["run.dir=unused", f"model.path={NO_MODEL}", *base]
         settings = load_config([*base, *overrides])
     # The engines have no learner beside them.
     cluster = replace(settings.cluster, colocate=False, take_turns=False)
@@ -323,18 +340,26 @@ def with_kept_template(
     return replace(settings, data=replace(settings.data, chat_template_file=str(copy)))
 
 
-def of_folder(settings: RunSettings, folder: str, *, keep_eos: bool) -> RunSettings:
-    """The settings with another folder as the student.
+def of_folder(
+    settings: RunSettings, folder: str, overrides: Sequence[str], *, is_students: bool
+) -> RunSettings:
+    """The settings with another folder as the student. A revision and an end token that belong to
+    the model of the settings are left out for another model, unless the overrides set them.
 
     Args:
-        keep_eos: model.eos of the settings is a token of this model too.
+        is_students: the folder is of that model after training.
 
     Raises:
         ConfigError: there is no such model.
     """
-    revision = None if Path(folder).exists() else settings.model.revision
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    is_same = settings.model.path in (folder, NO_MODEL)
+    revision = None
+    if not Path(folder).exists() and (is_same or "model.revision" in given):
+        revision = settings.model.revision
     resolve(folder, revision, setting="RUN_OR_MODEL")
-    eos = settings.model.eos if keep_eos else None
+    keeps_eos = is_students or is_same or "model.eos" in given
+    eos = settings.model.eos if keeps_eos else None
     model = replace(settings.model, path=folder, revision=revision, eos=eos)
     return replace(settings, model=model)
 

@@ -5,6 +5,7 @@ its cache for a whole machine. Here the module of that server is started with ar
 device.
 """
 
+import json
 import os
 import socket
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.launch.loadable_model import model_folder
-from hybridrl.models.loading import load_tokenizer, model_config
+from hybridrl.models.loading import is_wrongly_tied, load_tokenizer, model_config
 
 SERVER = "vllm.entrypoints.openai.api_server"
 CPU_KV_CACHE_BYTES = 2**30
@@ -92,6 +93,8 @@ def server_command(folder: Path, command: ServeCommand, device: str) -> list[str
     if device == "cpu":  # the longest sequence is what fits into this cache
         line += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES), "--enforce-eager"]
         line += ["--max-model-len", "auto"]
+    if is_wrongly_tied(str(folder)):  # vLLM would tie what the files hold as two
+        line += ["--hf-overrides", json.dumps({"tie_word_embeddings": False})]
     return [*line, *command.arguments]
 
 

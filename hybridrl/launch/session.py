@@ -76,6 +76,7 @@ from hybridrl.rewards.reward_model import check_reward_models
 from hybridrl.rollout.engine_arguments import ArgumentRules, check_engine_arguments, check_installed
 from hybridrl.run_dir.checkpoint import Checkpoint, Checkpointer
 from hybridrl.run_dir.directory import (
+    EXPORT,
     check_usable,
     earlier_settings,
     find_checkpoint,
@@ -633,7 +634,7 @@ def export_model(
     Returns:
         The folder; None: checkpoint.export is off.
     """
-    folder = run_dir / "export" / f"step_{controller.steps_done:06d}"
+    folder = run_dir / EXPORT / f"step_{controller.steps_done:06d}"
     if settings.checkpoint.export and not (folder.exists() and controller.steps_done == first):
         controller.learner.export(str(folder))
     return folder if folder.exists() else None

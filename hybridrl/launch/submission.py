@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.core.redact import variable_is_secret
+from hybridrl.core.redact import variable_secrets
 from hybridrl.runtime.jobs import Job, Jobs, Submitted, exit_status
 from hybridrl.settings.compose import jobs_of_sweep
 from hybridrl.settings.settings_file import load_settings
@@ -136,7 +136,7 @@ def variables(given: Sequence[str]) -> Iterator[tuple[str, str]]:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise ConfigError(f"--env {text}: must be NAME=VALUE")
-        if variable_is_secret(name, value):
+        if variable_secrets(name, value):
             raise ConfigError(
                 f"--env {name}: looks like a secret, and Ray's dashboard shows the variables of a "
                 "job; export it on every node before `ray start`"

@@ -85,6 +85,11 @@ def tensor_files(folder: Path, where: str) -> dict[str, Path]:
         raise ConfigError(
             f"{where}: holds two sets of weights, {WEIGHTS} and the files of {INDEX}; remove one"
         )
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{where}: holds adapters beside its weights (adapter_config.json), which some "
+            "programs load and others do not; merge them into the weights, or remove them"
+        )
     files: dict[str, Path] = {}
     for file in (folder / name for name in names or [WEIGHTS]):
         with open_weights(file, where) as tensors:

@@ -90,16 +90,13 @@ class HybridObjective:
         clips = config.log_ratio_clip is not None  # the share of clipped costs is a metric
         estimates = any(make_evidence(kind, config, drawn=False).estimates for kind in kinds)
         self.has_costs = bool(kinds) and (config.gamma > 0 or estimates or clips)
-        by_sequence = (
-            config.ratio.kind is not Ratio.none and config.ratio.level is RatioLevel.sequence
-        )
         has_values = self.advantage.needs_values
         own_costs = self.has_costs and (sampler_differs or config.teacher_fraction > 0)
         self.needs = Needs(
             evidence=tuple(make_evidence(kind, config, drawn=self.has_costs) for kind in kinds),
             rewards=config.learns_from_rewards,
             siblings=self.advantage.needs_siblings or config.scale is Scale.group_std,
-            learner_logprobs=own_costs or by_sequence or has_values,
+            learner_logprobs=own_costs or by_sequence(config) or has_values,
             learner_values=has_values,
             old_logprobs=clips_against_old,
         )
@@ -131,9 +128,14 @@ class HybridObjective:
             old_logprobs=sampler if old is None else torch.from_numpy(old).to(sampler.dtype),
         )
         watched = {}
-        if rollout.source is Source.student:
-            watched["kl/sampled"] = cost[live & cost.isfinite()]
-        if has_values:
+        if by_sequence(self.config):
+            beyond = self._sequence_ratio(batch)[1]
+            kept = torch.from_numpy(batch.rewards.keep.copy())
+            watched["policy/bounded_frac"] = per_token((beyond & kept).double(), rollout)
+        if rollout.source is Source.student and teacher_weights:
+            total = torch.stack([per_token(w, rollout) for w in teacher_weights]).sum(0)
+            watched["kl/sampled"] = (cost / total)[live & (total != 0) & cost.isfinite()]
+        if has_values and not from_data:
             watched["value/loss"] = error[live].square() / 2
         if clips:
             watched["kl/clipped_frac"] = self._clipped(batch, teacher_weights)[live]
@@ -173,15 +175,14 @@ class HybridObjective:
         )
         keep = torch.from_numpy(batch.rewards.keep.copy())[:, None]
         weight = torch.where(keep, self.weight_of_tokens(counts).broadcast_to(mask.shape), 0.0)
-        if (
-            self.config.ratio.kind is not Ratio.none
-            and self.config.ratio.level is RatioLevel.sequence
-        ):
-            weight = weight * self._sequence_ratio(batch)[:, None]
+        if by_sequence(self.config):
+            weight = weight * self._sequence_ratio(batch)[0][:, None]
         return weight[mask].to(torch.from_numpy(rollout.rollout_logprobs[:0].copy()).dtype)
 
-    def _sequence_ratio(self, batch: ScoredBatch) -> Tensor:
-        """[N] prod_t p(y_t) / mu(y_t), bounded as algorithm.ratio says."""
+    def _sequence_ratio(self, batch: ScoredBatch) -> tuple[Tensor, Tensor]:
+        """[N] prod_t p(y_t) / mu(y_t), bounded as algorithm.ratio says, and [N] bool, whether it
+        was beyond a bound.
+        """
         assert batch.learner_logprobs is not None, "ratio.level=sequence needs learner_logprobs"
         sampled = response_rows(batch.rollout, batch.rollout.rollout_logprobs)
         mask = response_grid(batch.rollout)
@@ -191,7 +192,7 @@ class HybridObjective:
             kind=self.config.ratio.kind, low=self.config.ratio.low, high=self.config.ratio.high
         )
         total = log_ratio.sum(1)
-        return bounds.factor(total, torch.ones_like(total))[0]
+        return bounds.factor(total, torch.ones_like(total))
 
     def _imitation(
         self, batch: ScoredBatch, teacher_weights: Sequence[Tensor]
@@ -268,6 +269,11 @@ class HybridObjective:
         lengths = torch.from_numpy(rollout.response_lengths.copy()).double()
         free = self.max_new_tokens - self.config.overlong_buffer
         return ((free - lengths) / self.config.overlong_buffer).clamp(-1.0, 0.0)
+
+
+def by_sequence(config: AlgorithmConfig) -> bool:
+    """Whether the importance ratio is that of whole sequences."""
+    return config.ratio.kind is not Ratio.none and config.ratio.level is RatioLevel.sequence
 
 
 def teacher_weights_of(batch: ScoredBatch, plan: UpdatePlan) -> tuple[Tensor, ...]:

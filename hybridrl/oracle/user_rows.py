@@ -22,7 +22,7 @@ from hybridrl.oracle.estimator import Estimator
 from hybridrl.oracle.exact import Target
 from hybridrl.oracle.verdict import Row, Scope, cosine, judge, relative, settings_of
 from hybridrl.settings.algorithm import PairConfig
-from hybridrl.settings.choices import Scale, Source
+from hybridrl.settings.choices import Ratio, Scale, Source
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import ScoredBatch
 
@@ -96,6 +96,10 @@ def placements(case: Case, settings: RunSettings) -> Iterator[Case]:
     for world, group_size in places:
         for value in Value if needs.learner_values else [Value.unrelated]:
             yield replace(case, world=world, group_size=group_size, value=value)
+    if algorithm.ratio.kind is not Ratio.none and not standardises:
+        # Only a sampler that is not the learner shows what a bound of the ratio does.
+        size = 2 if needs.siblings else 1
+        yield replace(case, world=World.ended, group_size=size, sampler_distance=0.5)
 
 
 def pair_rows(case: Case, settings: RunSettings, scope: Scope) -> Iterator[Row]:

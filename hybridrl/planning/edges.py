@@ -6,6 +6,7 @@ from typing import NamedTuple
 from hybridrl.objectives import make_objective
 from hybridrl.planning.memory import ScoredTeacher, ServedTeacher, Sizes
 from hybridrl.planning.zero import WIDE
+from hybridrl.settings.choices import OnStale
 from hybridrl.settings.shares import chunk_size
 
 TOKEN_COLUMNS = 4 + 1 + 4 + 4
@@ -81,15 +82,19 @@ def edges(sizes: Sizes) -> list[Edge]:
 
 
 def store_bytes(sizes: Sizes, *, weights_travel: bool) -> int:
-    """The most that the object store holds: the step that is learned, those ahead of it, and the
-    weights where they travel by it.
+    """The most that the object store holds: the step that is learned, with all waves that it may
+    need, those ahead of it, and the weights where they travel by it.
     """
+    further = max(
+        sizes.settings.algorithm.dynamic_sampling,
+        int(sizes.settings.pipeline.on_stale is OnStale.drop),
+    )
     wave = rollout_bytes(sizes) + sum(score_bytes(sizes, t) for t in sizes.sending)
     pipeline = sizes.settings.pipeline
     ahead = pipeline.ahead * wave
     if pipeline.max_inflight_bytes is not None:
         ahead = min(ahead, pipeline.max_inflight_bytes)
-    return wave + ahead + (weight_bytes(sizes) if weights_travel else 0)
+    return (1 + further) * wave + ahead + (weight_bytes(sizes) if weights_travel else 0)
 
 
 def checkpoint_bytes(sizes: Sizes) -> int:

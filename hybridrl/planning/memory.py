@@ -171,9 +171,9 @@ class Sizes:
     def group(self) -> int:
         """Sequences of one prompt."""
         algorithm = self.settings.algorithm
-        if algorithm.ranks_pairs:
-            return 2
-        return 1 if algorithm.data_fraction == 1 else self.settings.train.samples_per_prompt
+        if algorithm.data_fraction == 1:
+            return algorithm.responses_per_prompt
+        return self.settings.train.samples_per_prompt
 
     @property
     def sequences(self) -> int:

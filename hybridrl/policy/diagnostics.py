@@ -3,7 +3,6 @@ student against teacher.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ def gradient_geometry(student: Student, micros: Sequence[MicroBatch]) -> dict[st
     whole (ZeRO 1 or 2).
     """
     dense = _gradient(student, [micro.without_sparse() for micro in micros])
-    sparse = _gradient(student, [replace(micro, teachers=()) for micro in micros])
+    sparse = _gradient(student, [micro.sparse_alone() for micro in micros])
     product = sum((a * b).sum() for a, b in zip(dense, sparse, strict=True))
     squares = [float(sum(g.square().sum() for g in gradient)) for gradient in (dense, sparse)]
     norms = [square**0.5 for square in squares]

@@ -28,6 +28,7 @@ from hybridrl.models.loading import load_model, load_tokenizer
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, assign_credit
 from hybridrl.objectives.head_rule import head_rule
+from hybridrl.objectives.hybrid import by_sequence
 from hybridrl.policy.device_memory import DeviceMemory
 from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
 from hybridrl.policy.learner_view import ForwardPasses, LearnerView
@@ -35,6 +36,7 @@ from hybridrl.policy.optimizer_state import OptimizerState
 from hybridrl.policy.shared_base import Base, SharedTeachers
 from hybridrl.policy.skipped_batch import save_batch
 from hybridrl.policy.statistics import (
+    TOKENS,
     Tally,
     Updated,
     batch_metrics,
@@ -305,8 +307,10 @@ class Learner:
                 self._backward(micro, tally, version)
         count_credits(tally, credits)
         tally.reduce()
+        # Where no token counts, momentum and weight decay alone would move the weights.
+        learns = tally.totals()[TOKENS] > 0
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = mini.lr
+            group["lr"] = mini.lr if learns else 0.0
         self.engine.step()  # leaves everything as it was where a gradient is not finite
         grad_norm = float(self.engine.get_global_grad_norm())
         self._check_finite(plan, number, tally.totals(), grad_norm, micros)
@@ -451,8 +455,8 @@ class Learner:
             stats,
             micro,
             version,
-            compared=bool(micro.teachers),
             has_old=self.objective.needs.old_logprobs,
+            by_sequence=by_sequence(self.settings.algorithm),
         )
         return loss
 

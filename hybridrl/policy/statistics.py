@@ -164,15 +164,14 @@ def count_micro(
     micro: MicroBatch,
     version: int,
     *,
-    compared: bool = True,
     has_old: bool = False,
+    by_sequence: bool = False,
 ) -> None:
     """Count one micro-batch; tokens of weight 0 count nowhere.
 
     Args:
         version: of the weights that learn; NO_VERSION: no engine has these.
-        compared: whether the student was compared with teachers over more than the drawn token;
-            stats.kl says nothing else.
+        by_sequence: the ratio is that of sequences, whose bounds the objective watches.
         has_old: the columns have the log-probs of the learner before the batch's first update.
     """
     device = stats.logprobs.device
@@ -185,8 +184,10 @@ def count_micro(
     }.items():
         tally.add(name, part)
     tally.add("dense_sparse", stats.dense_sparse)
-    if compared:
-        tally.add(TOKEN_KL, stats.kl, live)
+    if micro.teachers:
+        # As with a total weight of 1, so that a schedule of the weights can follow it.
+        total = torch.stack([teacher.weight for teacher in micro.teachers]).sum(0).to(device)
+        tally.add(TOKEN_KL, stats.kl / total, live & (total != 0))
     tally.add("entropy/token", stats.entropy, live)
     by_others = torch.tensor([s is not Source.student for s in micro.sources])[micro.owner]
     tally.add("nll/token", -stats.logprobs, live & by_others.to(device))
@@ -204,6 +205,8 @@ def count_micro(
         tally.add(f"entropy/token_q{q + 1}", stats.entropy, live & (quarter == q))
         tally.add(f"advantage/abs_q{q + 1}", advantage.abs(), live & (quarter == q))
     count_ratio(tally, stats, micro, live, version)
+    if not by_sequence:
+        tally.add("policy/bounded_frac", stats.bounded, live)
     if has_old:
         moved = stats.logprobs.double() - micro.columns.old_logprobs.to(device).double()
         tally.add("policy/kl_old", torch.expm1(moved) - moved, live)
@@ -231,7 +234,6 @@ def count_ratio(
     same = (micro.oldest_versions >= version)[micro.owner].to(live.device)
     for name in (LOGPROB_GAP, "policy/logprob_gap_max"):
         tally.add(name, log_ratio.abs(), live & student & same)
-    tally.add("policy/bounded_frac", stats.bounded, live)
 
 
 def count_credits(tally: Tally, credits: Sequence[Credit]) -> None:

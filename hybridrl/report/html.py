@@ -1,7 +1,7 @@
 """The HTML of the report: one file that needs no other; text of models and users is escaped."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -112,7 +112,7 @@ def render(
     curves: Sequence[Chart],
     setup: Sequence[tuple[str, str]],
     evaluations: Sequence[Sequence[Sample]],
-    full_mark: float,
+    weights: Mapping[str, float],
     token_samples: Sequence[Sequence[TokenSample]],
     config_text: str,
 ) -> str:
@@ -126,7 +126,7 @@ def render(
         setup: (setting, value) of the most important settings.
         evaluations: samples of the first and of the last evaluation, the same ones twice if there
             was only one; empty: there are no samples.
-        full_mark: the reward of a response that counts as right.
+        weights: of the reward functions, by their names.
         token_samples: of each step that has some; those of the first and the last are shown.
         config_text: the content of config.yaml.
     """
@@ -139,7 +139,7 @@ def render(
         "</div>",
     ]
     if evaluations:
-        parts.append(_samples(evaluations[0], evaluations[-1], full_mark))
+        parts.append(_samples(evaluations[0], evaluations[-1], weights))
     if token_samples:
         parts.append(_tokens(token_samples))
     if setup:
@@ -291,7 +291,7 @@ def _keys(chart: Chart) -> str:
     return f'<details class="keys"><summary>How to read it</summary><dl>{meanings}</dl></details>'
 
 
-def _samples(first: Sequence[Sample], last: Sequence[Sample], full_mark: float) -> str:
+def _samples(first: Sequence[Sample], last: Sequence[Sample], weights: Mapping[str, float]) -> str:
     """A table with a problem per row: its answers in the first and the last evaluation.
 
     The problems whose answers changed most come first.
@@ -307,7 +307,7 @@ def _samples(first: Sequence[Sample], last: Sequence[Sample], full_mark: float) 
     )
     body = ""
     for sample in ordered:
-        cells = [_answer(by_uid.get(sample.uid), full_mark, scored) for by_uid in answers]
+        cells = [_answer(by_uid.get(sample.uid), weights, scored) for by_uid in answers]
         body += f"<tr><td>{_problem(sample)}</td>{''.join(cells)}</tr>\n"
     order = ", those that changed most first" if len(columns) == 2 else ""
     return (
@@ -396,7 +396,20 @@ def _problem(sample: Sample) -> str:
     return f"<pre>{escape(sample.question or sample.prompt)}</pre>{reference}"
 
 
-def _answer(sample: Sample | None, full_mark: float, scored: bool) -> str:
+def _marks(sample: Sample, weights: Mapping[str, float]) -> tuple[float, float]:
+    """What a response got of the reward functions that apply to it, and what a right one would get.
+
+    Without one that has a weight, the first of them counts; in files without the values of the
+    functions, all apply.
+    """
+    applied = [name for name, value in sample.parts.items() if math.isfinite(value)]
+    full = sum(weights.get(name, 1.0) for name in applied or weights)
+    if applied and not full:
+        return sample.parts[applied[0]], 1.0
+    return sample.reward, full or 1.0
+
+
+def _answer(sample: Sample | None, weights: Mapping[str, float], scored: bool) -> str:
     """A table cell with a response and its verdict.
 
     Args:
@@ -410,13 +423,14 @@ def _answer(sample: Sample | None, full_mark: float, scored: bool) -> str:
             f'<td class="answer"><pre>{escape(sample.response)}</pre>'
             f'<div class="mark">{cut}</div></td>'
         )
+    got, full = _marks(sample, weights)
     if math.isnan(sample.reward):
         verdict = "unscored"
         mark = "? not scored"
-    elif sample.reward >= full_mark - 1e-6:
+    elif got >= full - 1e-6:
         verdict = "right"
         mark = "&#10003; right"
-    elif sample.reward > 0:
+    elif got > 0:
         verdict = "partly"
         mark = "partly right"
     else:

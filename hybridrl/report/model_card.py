@@ -30,10 +30,12 @@ from hybridrl.report.run_report import (
     with_error,
 )
 from hybridrl.run_dir.directory import FREE, flat, within
+from hybridrl.run_dir.inputs import SETS
 from hybridrl.settings.compose import saved_tree, to_yaml
 from hybridrl.settings.models import TeacherConfig
 from hybridrl.settings.rewards import RewardFunctionConfig
 from hybridrl.settings.run import RunSettings
+from hybridrl.settings.sources import SourceConfig
 from hybridrl.tracking.jsonl import read_metrics
 
 CARD = "README.md"
@@ -214,10 +216,12 @@ def learning_overrides(settings: RunSettings) -> list[tuple[str, str]]:
         default |= flat(asdict(TeacherConfig()), f"teachers.{name}.")
     for name in settings.reward.functions:
         default |= flat(asdict(RewardFunctionConfig()), f"reward.functions.{name}.")
+    for name in settings.data.sources:
+        default |= flat(asdict(SourceConfig()), f"data.sources.{name}.")
     return [
         (key, "null" if value is None else str(value))
         for key, value in flat(redact.tree(asdict(settings))).items()
-        if not within(key, FREE) and default.get(key) != value
+        if not within(key, (*FREE, SETS)) and default.get(key) != value
     ]
 
 

@@ -65,7 +65,7 @@ def write_report(run_dir: str | Path) -> Path:
         curves=charts,
         setup=describe_setup(config),
         evaluations=[e for e in (evaluations[0], evaluations[-1]) if e] if evaluations else [],
-        full_mark=full_mark(config),
+        weights=reward_weights(config),
         token_samples=[rows for rows in read_token_samples(run_dir) if rows],
         config_text=config_text,
     )
@@ -160,7 +160,8 @@ def _task(config: dict[str, Any]) -> str:
         return ", ".join(f"{name} ({weight / total:.0%})" for name, weight in weights.items())
     if path := _get(config, "data.path"):
         return _short(str(path))
-    name = _get(config, "data.dataset") or _get(config, "data.task")
+    task = _get(config, "data.task")
+    name = (_get(config, "data.dataset") if task == "reasoning_gym" else None) or task
     return f"{name} problems" if name else ""
 
 
@@ -220,16 +221,27 @@ def _imitation_goal(config: dict[str, Any]) -> str:
     divergence = {"forward_kl": "forward KL divergence", "jsd": "Jensen-Shannon divergence"}.get(
         str(_get(config, "algorithm.divergence")), "KL divergence"
     )
-    support = {"sampled": "on sampled tokens", "topk": "on the most likely tokens"}.get(
+    drawn = "on sampled tokens"
+    likely = "on the most likely tokens"
+    of_method = {"sampled": drawn, "topk": likely}.get(
         str(_get(config, "algorithm.support")), "full-vocabulary"
     )
+    of_evidence = {"drawn": drawn, "support": likely}
+    of_teachers = {
+        of_evidence.get(str((t or {}).get("evidence")), of_method)
+        for t in (_get(config, "teachers") or {}).values()
+    }
+    support = of_teachers.pop() if len(of_teachers) == 1 else of_method
     how = f"{support} {divergence}" if support == "full-vocabulary" else f"{divergence} {support}"
     return f"imitate {' and '.join(_teachers(config))} token by token ({how})"
 
 
 def _teachers(config: dict[str, Any]) -> list[str]:
     return [
-        _short((t or {}).get("path")) or (t or {}).get("url") or "its own starting point"
+        _short((t or {}).get("path"))
+        or (t or {}).get("url")
+        or (t or {}).get("model")
+        or "its own starting point"
         for t in (_get(config, "teachers") or {}).values()
     ]
 
@@ -323,7 +335,10 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "Teachers",
             ", ".join(
-                (t or {}).get("path") or (t or {}).get("url") or "the untrained student"
+                (t or {}).get("path")
+                or (t or {}).get("url")
+                or (t or {}).get("model")
+                or "the untrained student"
                 for t in (_get(config, "teachers") or {}).values()
             ),
         ),
@@ -350,10 +365,10 @@ def _arithmetic(config: dict[str, Any]) -> str:
     return f"{dtype}, products in float32 on CPUs" if wide else dtype
 
 
-def full_mark(config: dict[str, Any]) -> float:
-    """The reward of a perfect response: the sum of the weights of all functions; 1 if unknown."""
+def reward_weights(config: dict[str, Any]) -> dict[str, float]:
+    """The weight of each reward function, by its name."""
     functions = _get(config, "reward.functions") or {}
-    return sum(float((f or {}).get("weight", 1.0)) for f in functions.values()) or 1.0
+    return {name: float((f or {}).get("weight", 1.0)) for name, f in functions.items()}
 
 
 def percent(value: float | None) -> str:
@@ -399,5 +414,12 @@ def _schedule(schedule: dict[str, Any] | None) -> str:
         return ""
     if schedule.get("kind", "constant") == "constant":
         return f"{schedule.get('value')}"
-    over = f" over {schedule['steps']} steps" if schedule.get("steps") else ""
-    return f"{schedule.get('value')} to {schedule.get('end')}, {schedule['kind']}{over}"
+    if schedule["kind"] == "feedback":
+        return (
+            f"{schedule.get('value')} at first, then so that {schedule.get('metric')} stays at "
+            f"{schedule.get('target')}"
+        )
+    when = "from step" if schedule["kind"] == "step" else "over"
+    steps = f" {when} {schedule['steps']}" if schedule.get("steps") else ""
+    unit = " steps" if steps and when == "over" else ""
+    return f"{schedule.get('value')} to {schedule.get('end')}, {schedule['kind']}{steps}{unit}"

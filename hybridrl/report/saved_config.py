@@ -16,7 +16,7 @@ NUMBER = int | float
 SCHEDULE = {"kind": TEXT, "value": NUMBER | None, "end": NUMBER | None, "steps": NUMBER | None}
 SHAPE = {
     "model": {"path": TEXT},
-    "teachers": {ANY: {"path": TEXT, "url": TEXT}},
+    "teachers": {ANY: {"path": TEXT, "url": TEXT, "model": TEXT, "evidence": TEXT}},
     "reward": {"functions": {ANY: {"weight": NUMBER}}},
     "algorithm": {
         "imitation_weight": SCHEDULE,

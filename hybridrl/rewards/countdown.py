@@ -12,6 +12,7 @@ fractions:
 
 import re
 from fractions import Fraction
+from numbers import Real
 
 MAX_CHARS = 200
 MAX_DEPTH = 20  # nested parentheses
@@ -24,7 +25,15 @@ def countdown(completions: list[str], numbers: list[list[int]], target: list[int
 
     The expression is the last <answer>...</answer> if there is one, else the whole completion
     without outer spaces.
+
+    Raises:
+        ValueError: numbers or a target of the data are text, as all cells of a CSV file are.
     """
+    for given, goal in zip(numbers, target, strict=True):
+        if not isinstance(given, list | tuple) or not all(isinstance(n, Real) for n in given):
+            raise ValueError(f"numbers={given!r}: must be a list of numbers")
+        if not isinstance(goal, Real):
+            raise ValueError(f"target={goal!r}: must be a number")
     rows = zip(completions, numbers, target, strict=True)
     return [float(_reaches(completion, given, goal)) for completion, given, goal in rows]
 

@@ -261,7 +261,7 @@ class Checkpointer:
         if free < needed:
             raise CheckpointError(
                 f"{final}: not saved: needs {needed} bytes, the disk has {free} free; free some, "
-                "or lower checkpoint.keep"
+                f"by removing older folders in {self.root} if need be"
             )
 
     def _commit(self, unfinished: Path, final: Path) -> None:

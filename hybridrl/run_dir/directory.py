@@ -1,9 +1,11 @@
 """The run directory. It holds one run, which locks it, and whose settings are in config.yaml."""
 
 import fcntl
+import logging
 import os
 import socket
 import sys
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
@@ -20,6 +22,7 @@ from hybridrl.run_dir.checkpoint import (
     CHECKPOINTS,
     CONFIG,
     MANIFEST,
+    STEP_FOLDER,
     Checkpoint,
     Checkpointer,
     read_checkpoint,
@@ -34,7 +37,13 @@ from hybridrl.settings.servers import ServedConfig
 from hybridrl.tracking.jsonl import METRICS, SAMPLES, TOKENS_FILE, samples_files
 from hybridrl.weights.hugging_face import TEMPLATE
 
+log = logging.getLogger(__name__)
+
 HOLDER = ".holder"
+EXPORT = "export"
+"""The folder of exported models, step_NNNNNN and others."""
+SET_ASIDE = ".earlier-"
+"""In the name of an export of steps that are done anew."""
 WRITTEN_INTO = ("logs", "skipped")
 """Folders with files that workers write."""
 PARTS = (
@@ -44,7 +53,7 @@ PARTS = (
     SAMPLES,
     CHECKPOINTS,
     TEMPLATE,
-    "export",
+    EXPORT,
     "evals",
     "wandb",
     *WRITTEN_INTO,
@@ -267,6 +276,7 @@ def find_checkpoint(
     checkpointer = Checkpointer(run_dir, settings.checkpoint)
     checkpointer.clean()
     checkpoint = checkpoint_to_continue(settings, run_dir, inputs)
+    set_aside_exports(run_dir, checkpoint.state.step if checkpoint else 0)
     if checkpoint is not None:
         if checkpoint.folder in checkpointer.folders():
             checkpointer.set_aside_newer(checkpoint.state.step)
@@ -274,6 +284,18 @@ def find_checkpoint(
             checkpoint = continue_other(checkpoint, run_dir)
     replace_text(run_dir / CONFIG, to_yaml(settings))
     return checkpoint
+
+
+def set_aside_exports(run_dir: Path, step: int) -> None:
+    """Rename the exports of steps after `step`, which are those of an earlier course of the run, so
+    that no command takes one of them for its present model.
+    """
+    for folder in sorted((run_dir / EXPORT).glob("step_*")):
+        found = STEP_FOLDER.match(folder.name)
+        if found and int(found[1]) > step and SET_ASIDE not in folder.name:
+            renamed = folder.with_name(f"{folder.name}{SET_ASIDE}{uuid.uuid4().hex[:6]}")
+            folder.rename(renamed)
+            log.warning("%s: of steps that are done anew, renamed to %s", folder, renamed.name)
 
 
 def checkpoint_to_continue(
@@ -303,7 +325,7 @@ def checkpoint_to_continue(
             "start"
         )
     if checkpoint is not None:
-        check_same_run(settings, checkpoint.folder.parent.parent)
+        check_same_run(settings, run_dir, checkpoint.folder)
         check_inputs(settings, checkpoint.state.inputs, inputs)
         if checkpoint.state.step > settings.train.steps:
             raise RunDirectoryError(
@@ -344,6 +366,9 @@ def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
         RunDirectoryError: one of those files is a link or a special file.
         OSError: one of them cannot be read or copied.
     """
+    copied = replace(checkpoint, state=replace(checkpoint.state, trackers={}))
+    if checkpoint.folder.parent.name != CHECKPOINTS:
+        return copied  # a checkpoint by itself, without the directory of its run
     origin = checkpoint.folder.parent.parent
     files = samples_files(origin) + samples_files(origin, TOKENS_FILE)
     samples = [Path(SAMPLES, path.name) for _, path in files]
@@ -352,7 +377,7 @@ def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
         content = read_bytes(origin / name)
         if content is not None:
             replace_bytes(run_dir / name, content)
-    return replace(checkpoint, state=replace(checkpoint.state, trackers={}))
+    return copied
 
 
 def earlier_settings(settings: RunSettings) -> RunSettings | None:
@@ -364,13 +389,23 @@ def earlier_settings(settings: RunSettings) -> RunSettings | None:
     Raises:
         OSError: they cannot be read.
     """
-    origins = [Path(settings.run.dir)]
+    with suppress(RunDirectoryError):
+        return read_settings(Path(settings.run.dir).expanduser().absolute())
     if settings.run.resume_from is not None:
-        origins.append(Path(settings.run.resume_from).parent.parent)
-    for run_dir in origins:
         with suppress(RunDirectoryError):
-            return read_settings(run_dir.expanduser().absolute())
+            return settings_of(Path(settings.run.resume_from).expanduser().absolute())
     return None
+
+
+def settings_of(checkpoint: Path) -> RunSettings:
+    """The settings that a checkpoint was made with, which it holds itself; of one without them,
+    those of the last start of its run.
+
+    Raises:
+        RunDirectoryError, OSError: as read_settings.
+    """
+    own = settings_in(checkpoint)
+    return read_settings(checkpoint.parent.parent) if own is None else own
 
 
 def read_settings(run_dir: Path) -> RunSettings:
@@ -381,27 +416,44 @@ def read_settings(run_dir: Path) -> RunSettings:
         OSError: it cannot be read.
     """
     for folder in (run_dir, *reversed(step_folders(run_dir))):
-        text = read_text(folder / CONFIG)
-        if text is None:
-            continue
-        try:
-            return from_yaml(text)
-        except ConfigError as error:
-            raise RunDirectoryError(
-                f"{folder / CONFIG}: no settings of this version of hybridrl: {error}"
-            ) from error
+        if (found := settings_in(folder)) is not None:
+            return found
     raise RunDirectoryError(
         f"{run_dir / CONFIG}: cannot be read (No such file), so it is unknown what run this is"
     )
 
 
-def check_same_run(settings: RunSettings, run_dir: Path) -> None:
+def settings_in(folder: Path) -> RunSettings | None:
+    """The settings in the config.yaml of a folder; None: it has none.
+
+    Raises:
+        RunDirectoryError: it is not of this version.
+        OSError: it cannot be read.
+    """
+    text = read_text(folder / CONFIG)
+    if text is None:
+        return None
+    try:
+        return from_yaml(text)
+    except ConfigError as error:
+        raise RunDirectoryError(
+            f"{folder / CONFIG}: no settings of this version of hybridrl: {error}"
+        ) from error
+
+
+def check_same_run(settings: RunSettings, run_dir: Path, checkpoint: Path) -> None:
     """Refuse to continue a run if settings changed that must stay the same.
+
+    Args:
+        run_dir: of the run that `settings` start or continue.
+        checkpoint: the folder from which it continues; one of another run is compared with the
+            settings that it was made with.
 
     Raises:
         RunDirectoryError: names each changed setting with both values, and the remedies.
     """
-    changed = changes(read_settings(run_dir), settings)
+    own = checkpoint in step_folders(run_dir)
+    changed = changes(read_settings(run_dir) if own else settings_of(checkpoint), settings)
     refused = {
         key: values
         for key, values in changed.items()
@@ -413,6 +465,11 @@ def check_same_run(settings: RunSettings, run_dir: Path) -> None:
     if stretched := "train.steps" in refused and ", ".join(stretched_by_steps(settings)):
         text += f" (train.steps stretches {stretched})"
     allow = ",".join(dict.fromkeys([*settings.run.allow_changes, *refused]))
+    if not own:
+        raise RunDirectoryError(
+            f"run.resume_from={checkpoint}: was made with other settings: {text}; give its own, or "
+            f"continue it with these by run.allow_changes=[{allow}]"
+        )
     raise RunDirectoryError(
         f"run.dir={run_dir}: holds a run with other settings: {text}; "
         f"choose another run.dir, or continue that run with them by run.allow_changes=[{allow}]"

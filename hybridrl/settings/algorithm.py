@@ -103,25 +103,26 @@ class ScheduleConfig:
             )
 
     def _check_unused(self, key: str) -> None:
-        """Refuse a value that this kind does not read.
+        """Refuse a value that this kind does not read. An end and a number of steps may be those of
+        a preset whose kind was replaced, so they are refused only where the weight would be 0.
 
         Raises:
             ConfigError: names the setting.
         """
-        moving = "linear, cosine or step"
-        readers = {
-            "end": moving,
-            "steps": moving,
-            "metric": "feedback",
-            "target": "feedback",
-            "high": "feedback",
-        }
-        for name, kinds in readers.items():
+        if self.kind is ScheduleKind.constant and self.value == 0 and self.end:
+            raise ConfigError(
+                f"{key}.end={self.end}: has no effect with {key}.kind=constant, so that the weight "
+                f"would be 0; set {key}.kind to linear, cosine or step, or {key}.end=null"
+            )
+        if self.kind is ScheduleKind.feedback:
+            return
+        for name in ("metric", "target", "low", "high", "gain"):
             value = getattr(self, name)
-            if value is not None and self.kind not in kinds.replace(",", "").split():
+            default = ScheduleConfig.__dataclass_fields__[name].default
+            if value != default:
                 raise ConfigError(
                     f"{key}.{name}={value}: has no effect with {key}.kind={self.kind}; set "
-                    f"{key}.kind to {kinds}, or {key}.{name}=null"
+                    f"{key}.kind=feedback, or {key}.{name}={'null' if default is None else default}"
                 )
 
     def is_zero(self) -> bool:
@@ -189,6 +190,11 @@ class RatioConfig:
             raise ConfigError(
                 "algorithm.ratio.kind=clip: works on tokens; set algorithm.ratio.level=token, or "
                 "kind=truncate"
+            )
+        if self.kind is Ratio.clip and (not self.low or (self.high is None and self.low < 1)):
+            raise ConfigError(
+                f"algorithm.ratio.low={self.low}, high={self.high}: kind=clip bounds rho to "
+                "[1 - low, 1 + high]; set both, e.g. 0.2"
             )
         bounded = self.kind in (Ratio.truncate, Ratio.mask)
         if bounded and self.high is not None and self.high < self.low:

@@ -16,7 +16,9 @@ from hybridrl.settings.choices import (
     OnStale,
     Products,
     Ratio,
+    RatioLevel,
     Scale,
+    ScheduleKind,
     SupportSource,
     TemplateOf,
     WeightTransfer,
@@ -196,6 +198,17 @@ def check_siblings(settings: RunSettings) -> None:
             f"train.samples_per_prompt={k}: algorithm.baseline={algorithm.baseline} compares "
             "siblings, needs >= 2; raise it or set algorithm.baseline=none"
         )
+    if (
+        algorithm.scale is Scale.group_std
+        and algorithm.learns_from_rewards
+        and _student_answers(settings)
+        and not algorithm.ranks_pairs
+        and k < 2
+    ):
+        raise ConfigError(
+            f"train.samples_per_prompt={k}: algorithm.scale=group_std compares siblings, needs >= "
+            "2; raise it or set algorithm.scale=none"
+        )
     if algorithm.ranks_pairs and _student_answers(settings) and k < 2:
         raise ConfigError(
             f"train.samples_per_prompt={k}: algorithm.pair.loss={algorithm.pair.loss} ranks "
@@ -246,6 +259,18 @@ def check_teacher_responses(settings: RunSettings) -> None:
             f"algorithm.teacher_fraction={algorithm.teacher_fraction}: pairs come from the student "
             "or the data; set it to 0, or algorithm.pair.loss=none"
         )
+    writer = next(iter(settings.teachers.values()), None)
+    if (
+        writer is not None
+        and len(settings.teachers) > 1
+        and (writer.weight < 0 or (writer.path is None and writer.url is None))
+    ):
+        first = next(iter(settings.teachers))
+        raise ConfigError(
+            f"algorithm.teacher_fraction={algorithm.teacher_fraction}: the first teacher would "
+            f"write, which is {first}, a model to move away from or the student before training; "
+            "put another one first, or set algorithm.teacher_fraction=0"
+        )
     learns_returns = algorithm.learns_from_rewards or settings.learns_from_costs
     if algorithm.ratio.kind is Ratio.none and learns_returns:
         raise ConfigError(
@@ -283,6 +308,19 @@ def check_objective(settings: RunSettings) -> None:
             f"algorithm.scale=batch: not with baseline={algorithm.baseline}, whose advantages are "
             "centred already; set algorithm.scale=none"
         )
+    weight = algorithm.reward_weight
+    if (
+        algorithm.scale is Scale.batch
+        and algorithm.learns_from_rewards
+        and not algorithm.ranks_pairs
+        and not settings.learns_from_costs
+        and (weight.kind is not ScheduleKind.constant or weight.value != 1)
+    ):
+        raise ConfigError(
+            "algorithm.scale=batch: divides algorithm.reward_weight out again, as no imitation "
+            "cost is added to the rewards; set algorithm.reward_weight.value=1 with kind=constant, "
+            "or algorithm.scale=none"
+        )
 
 
 def check_imitation_of_data(settings: RunSettings) -> None:
@@ -292,7 +330,8 @@ def check_imitation_of_data(settings: RunSettings) -> None:
         kind = settings.evidence_kind(name)
         own = settings.teachers[name].evidence
         setting = "algorithm.support=sampled" if own is None else f"teachers.{name}.evidence={own}"
-        if kind is EvidenceKind.drawn and not algorithm.nll_weight:
+        alone = algorithm.data_fraction == 1  # nothing else is learned from, which it could be for
+        if kind is EvidenceKind.drawn and (alone or not algorithm.nll_weight):
             raise ConfigError(
                 f"{setting}: estimates by the drawn token, and data was not drawn; set "
                 "algorithm.support=full or topk, or algorithm.data_fraction=0"
@@ -319,6 +358,18 @@ def check_pipeline(settings: RunSettings) -> None:
             "algorithm.ratio.kind=none leaves it out; set algorithm.ratio.kind=truncate, or "
             "pipeline.on_stale=wait"
         )
+    learns_returns = algorithm.learns_from_rewards or settings.learns_from_costs
+    weighs = algorithm.ratio.level is RatioLevel.sequence or learns_returns
+    if (
+        pipeline.on_stale is OnStale.reweight
+        and pipeline.ahead
+        and (algorithm.ranks_pairs or not weighs)
+    ):
+        what = "pairs are" if algorithm.ranks_pairs else "the dense term is"
+        raise ConfigError(
+            f"pipeline.on_stale=reweight: {what} not weighted by algorithm.ratio of a token, and "
+            "nothing else is learned from; set pipeline.on_stale=wait"
+        )
     if settings.rollout.oversample and algorithm.teacher_fraction:
         raise ConfigError(
             f"rollout.oversample={settings.rollout.oversample}: the groups that are done first "
@@ -328,6 +379,24 @@ def check_pipeline(settings: RunSettings) -> None:
         raise ConfigError(
             f"rollout.oversample={settings.rollout.oversample}: data is not sampled, so none of it "
             "is cancelled; set it to 0, or algorithm.data_fraction=0"
+        )
+
+
+def check_overlong(settings: RunSettings) -> None:
+    """The buffer before the longest response lies within it, and counts for what is learned."""
+    buffer = settings.algorithm.overlong_buffer
+    longest = settings.rollout.max_new_tokens
+    if not buffer:
+        return
+    if longest is not None and buffer > longest:
+        raise ConfigError(
+            f"algorithm.overlong_buffer={buffer}: is longer than the longest response, "
+            f"rollout.max_new_tokens={longest}; lower it"
+        )
+    if settings.algorithm.ranks_pairs:
+        raise ConfigError(
+            f"algorithm.overlong_buffer={buffer}: pairs are ranked by their rewards without it; "
+            "set it to 0"
         )
 
 
@@ -491,6 +560,7 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_data_responses,
     check_teacher_responses,
     check_pipeline,
+    check_overlong,
     check_places,
 )
 """All checks, in the order in which they run."""

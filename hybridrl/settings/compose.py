@@ -211,6 +211,12 @@ def check_secrets(tree: Any, key: str = "") -> None:
     """
 
     def check(value: Any, name: str) -> None:
+        if isinstance(value, str) and "${" not in value and redact.has_password(value):
+            raise ConfigError(
+                f"{name}: a password must not be written into an address, where the shell's "
+                "history and every list of processes keep it; set an environment variable NAME_URL "
+                f"and write {name}='${{oc.env:NAME_URL}}'"
+            )
         if redact.is_secret(value, name) and value != redact.MASK and "${" not in str(value):
             raise ConfigError(
                 f"{name}: a secret must not be written out, where the shell's history and every "

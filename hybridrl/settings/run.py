@@ -200,6 +200,16 @@ class DataConfig(ProblemsConfig):
                 f"data.columns={self.columns}: data.task={self.task} reads no rows; set "
                 "data.task=records, or leave data.columns out"
             )
+        if self.task != "reasoning_gym" and self.dataset:
+            raise ConfigError(
+                f"data.dataset={self.dataset}: data.task={self.task} has no generators to choose "
+                "from; set data.task=reasoning_gym, or data.dataset=null"
+            )
+        if self.task not in RECORDS and self.revision:
+            raise ConfigError(
+                f"data.revision={self.revision}: data.task={self.task} reads no data set; set "
+                "data.task=records, or data.revision=null"
+            )
         if self.task == "reasoning_gym" and not self.dataset:
             raise ConfigError(
                 "data.task=reasoning_gym: needs data.dataset, the generator's name, e.g. chain_sum"

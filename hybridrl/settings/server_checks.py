@@ -19,11 +19,9 @@ def check_servers(settings: RunSettings) -> None:
         if teacher.url is None:
             _check_unserved(settings, name)
             continue
-        addresses = {f"teachers.{name}.url": teacher.url} | {
-            f"teachers.{name}.served.fallbacks": url for url in teacher.served.fallbacks
-        }
-        for setting, url in addresses.items():
-            _check_address(setting, url)
+        _check_address(f"teachers.{name}.url", teacher.url)
+        for url in teacher.served.fallbacks:
+            _check_address(f"teachers.{name}.served.fallbacks", url)
         _check_alone(settings, name)
         check_reported(settings, name, f"teachers.{name}.url={teacher.url}", "a server")
         _check_time(settings, name)

@@ -31,6 +31,9 @@ TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which the same request may succeed."""
 PAUSE = wait_random_exponential(multiplier=0.5, max=15.0)
 """Between two attempts: random, below 0.5 s at first and below 15 s later."""
+CLAMPED = -9999.0
+"""What vLLM's server writes for a log-prob of -inf, which JSON cannot hold."""
+
 MESSAGE = 300  # characters of what a server reports about an error
 
 
@@ -252,7 +255,8 @@ def read_scores(answer: Any, ids: Sequence[int], top: int, nbytes: int) -> Serve
         nbytes: size of the answer.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: the answer has another form.
+        KeyError, TypeError, ValueError, AttributeError: the answer has another form, or a
+            log-prob of -inf.
     """
     (choice,) = answer["choices"]
     entries = choice["prompt_logprobs"]
@@ -265,6 +269,10 @@ def read_scores(answer: Any, ids: Sequence[int], top: int, nbytes: int) -> Serve
     top_logprobs = np.zeros((len(ids), top), np.float32)
     for t in range(1, len(ids)):
         of_id = {int(token): float(part["logprob"]) for token, part in entries[t].items()}
+        if min(of_id.values()) <= CLAMPED:
+            raise ValueError(
+                "it gives a token a probability of 0, whose log-prob no gradient can have"
+            )
         logprobs[t] = of_id[ids[t]]
         if len(of_id) == top + 1:
             del of_id[ids[t]]

@@ -128,8 +128,8 @@ SECTIONS = (
         (
             "kl/token",
             "nats",
-            "mean of sum_i w_i D_i(p, q_i), with the divergence and support that are trained; "
-            "absent with support=sampled",
+            "mean of sum_i w_i D_i(p, q_i) / sum_i w_i, with the divergence and support that are "
+            "trained; absent with support=sampled",
             "falls towards 0, which is a perfect copy",
         ),
         (
@@ -141,7 +141,8 @@ SECTIONS = (
         (
             "kl/sampled",
             "nats",
-            "mean of sum_i w_i (log p(y) - log q_i(y)) at the tokens that the student sampled",
+            "mean of sum_i w_i (log p(y) - log q_i(y)) / sum_i w_i at the tokens that the student "
+            "sampled",
             "equals a reverse kl/token up to noise",
         ),
         (

@@ -72,10 +72,12 @@ class Sinks:
     ) -> None:
         self._required = list(required)
         self._optional = dict(optional or {})
-        self._ids: dict[str, str] = {}  # of the trackers' runs, by the trackers' names
+        self._given = dict(self._optional)  # those that have failed among them
+        self._ids: dict[str, str] = {}  # of the trackers' runs, by _key
 
     def state_dict(self) -> dict[str, str]:
-        """The ids of the trackers' runs by the trackers' names, for the checkpoint.
+        """The ids of the trackers' runs for the checkpoint, by the trackers' names; of several
+        sinks of one tracker by the settings that name them.
 
         The id of a tracker that this run does not use, or whose sink has failed, is retained: a
         later resume with it continues the same run.
@@ -90,11 +92,21 @@ class Sinks:
 
     def _note_id(self, sink: Sink) -> None:
         if isinstance(sink, ResumableSink) and (run_id := sink.state_dict()) is not None:
-            self._ids[sink.name] = str(run_id)
+            self._ids[self._key(sink)] = str(run_id)
 
     def _restore_id(self, sink: Sink) -> None:
         if isinstance(sink, ResumableSink):
-            sink.load_state_dict(self._ids.get(sink.name))
+            sink.load_state_dict(self._ids.get(self._key(sink)))
+
+    def _key(self, sink: ResumableSink) -> str:
+        """By which the id of a sink's run is kept."""
+        same = {
+            name: other
+            for name, other in self._given.items()
+            if isinstance(other, ResumableSink) and other.name == sink.name
+        }
+        named = [name for name, other in same.items() if other is sink]
+        return named[0] if len(same) > 1 and named else sink.name
 
     def start(self, info: RunInfo) -> None:
         self._each(lambda sink: sink.start(info))

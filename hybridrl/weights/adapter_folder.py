@@ -13,6 +13,7 @@ from hybridrl.models.adapters import peft_config
 from hybridrl.models.loading import is_on_hub, load_layout, resolve
 from hybridrl.settings.run import RunSettings
 from hybridrl.weights.fragments import MASTER, FragmentReader
+from hybridrl.weights.hugging_face import swap
 from hybridrl.weights.parameters import LowRankAdapters
 
 WEIGHTS = "adapter_model.safetensors"
@@ -58,9 +59,7 @@ def export_adapters(state: Path, settings: RunSettings, dtype: str, folder: Path
         save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
         (unfinished / WEIGHTS).chmod(0o644)  # safetensors makes files for their owner alone
         unfinished.chmod(0o755)  # as mkdtemp does folders
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
+        swap(unfinished, folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -76,6 +76,8 @@ def export(
         _copy_text_files(source, unfinished)
         if template is not None and template.is_file():
             shutil.copy(template, unfinished / TEMPLATE)
+            # transformers would prefer one of these for some conversations.
+            shutil.rmtree(unfinished / "additional_chat_templates", ignore_errors=True)
         dtype = next(iter(tensors.values())).dtype
         _write_config(unfinished / "config.json", config, dtype, tied)
         if eos is not None:
@@ -84,7 +86,7 @@ def export(
         if value_head is not None:
             _save({VALUE_HEAD: value_head}, unfinished / VALUE_HEAD_FILE)
         unfinished.chmod(0o755)  # mkdtemp makes folders that only their owner can open
-        _swap(unfinished, folder)
+        swap(unfinished, folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -254,7 +256,7 @@ def _check(shapes: Shapes, expected: Shapes, config: PreTrainedConfig) -> None:
         )
 
 
-def _swap(new: Path, folder: Path) -> None:
+def swap(new: Path, folder: Path) -> None:
     """Rename `new` to `folder`, and remove the folder that had this name."""
     if folder.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))

@@ -135,8 +135,18 @@ def test_the_metrics_of_several_updates_are_over_all_of_their_tokens_and_a_sum_i
     assert Tally.over_updates([second]).totals() == second.totals()
 
 
-def micro_batch(batch: RolloutBatch, sparse: list[float], *, out: int | None = None) -> MicroBatch:
-    """A micro-batch whose response tokens have weight 1, and the one at `out` weight 0."""
+def micro_batch(
+    batch: RolloutBatch,
+    sparse: list[float],
+    *,
+    out: int | None = None,
+    teachers: tuple[float, ...] = (1.0,),
+) -> MicroBatch:
+    """A micro-batch whose response tokens have weight 1, and the one at `out` weight 0.
+
+    Args:
+        teachers: their weights.
+    """
     weight = torch.ones(len(sparse))
     if out is not None:
         weight[out] = 0.0
@@ -149,7 +159,15 @@ def micro_batch(batch: RolloutBatch, sparse: list[float], *, out: int | None = N
     columns = credit.learned(torch.float32)._replace(
         token_weight=weight, sparse=torch.tensor(sparse)
     )
-    return collate(train_sequences(scored.rollout, columns))
+    rows = [
+        HiddenTeacher(
+            hidden=torch.zeros(len(sparse), 1),
+            lm_head=torch.zeros(23, 1),
+            weight=torch.full((len(sparse),), of_teacher),
+        )
+        for of_teacher in teachers
+    ]
+    return collate(train_sequences(scored.rollout, columns, rows))
 
 
 def head_stats(logprobs: list[float], entropy: list[float], kl: list[float]) -> HeadStats:
@@ -223,6 +241,25 @@ def test_a_step_is_measured_over_its_live_tokens():
     typed = learner_stats(found, {}, 0.5, optimizer_steps=1)
     assert typed.logprob_gap == pytest.approx(2 * log2 / 6) and typed.learn_s == 0.5
     assert typed.token_kl == pytest.approx(8 / 6) and typed.sparse_norm == 4.0
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("teachers", "kl"),
+    [((0.5,), 2 * 4.0), ((0.25, 0.75), 4.0), ((1.25, -0.25), 4.0), ((0.0,), None), ((), None)],
+)
+def test_the_divergence_of_a_row_is_that_of_teachers_whose_weights_add_up_to_1(
+    teachers: tuple[float, ...], kl: float | None
+):
+    """The head pass gives the weighted sum, here 1 to 7, of mean 4. A schedule of the weights that
+    follows it would otherwise follow itself.
+    """
+    tally = Tally(CPU)
+    stats = head_stats([-1.0] * 7, [0.0] * 7, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    micro = micro_batch(LONG_AND_SHORT, [0.0] * 7, teachers=teachers)
+    count_micro(tally, torch.tensor(0.0), stats, micro, 0)
+    row = batch_metrics(reduced(tally), [make_plan(LONG_AND_SHORT)], [1.0])
+    assert row.get("kl/token") == kl
 
 
 @pytest.mark.usefixtures("alone")

@@ -3,6 +3,7 @@
 import ast
 import json
 import logging
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -299,7 +300,9 @@ def test_a_source_whose_package_is_missing_is_refused_with_what_to_install(
         if name.partition(".")[0] == package:
             monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
     source = path.format(folder=tmp_path)
-    with pytest.raises(ConfigError, match=rf"=.*needs {package}.*hybridrl\[data\]"):
+    with pytest.raises(
+        ConfigError, match=rf"{re.escape(source)}: .*needs {package}.*hybridrl\[data\]"
+    ):
         load_problems(DataConfig(task="records", path=source, heldout_path=source), seed=0)
 
 
@@ -325,6 +328,33 @@ def test_parquet_rows_are_read_like_lines(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no")
     with pytest.raises(DataError, match=r"a\.parquet: cannot be read as parquet"):
         load_problems(DataConfig(task="records", path=path, heldout_path=path), seed=0)
+
+
+def test_tool_calls_of_parquet_rows_have_no_fields_of_other_rows(tmp_path: Path) -> None:
+    """A table fills what a row lacks with null, which a chat template would write."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = str(tmp_path / "a.parquet")
+
+    def row(name: str, **arguments: int) -> dict:
+        call = {"function": {"name": name, "arguments": arguments}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        properties = {argument: {"type": "integer"} for argument in arguments}
+        tool = {"function": {"name": name, "parameters": {"properties": properties}}}
+        messages = [{"role": "user", "content": "1+1="}, answer]
+        return {"messages": messages, "tools": [tool], "extra": {"a": None}}
+
+    rows = [row("add", a=1, b=2), row("double", x=3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(f"{json.dumps(one)}\n" for one in rows))
+    of_table, of_lines = (
+        load_problems(DataConfig(task="records", path=str(file), heldout_path=str(file)), seed=0)[0]
+        for file in (path, lines)
+    )
+    assert [p.responses for p in of_table] == [p.responses for p in of_lines]
+    assert [p.tools for p in of_table] == [p.tools for p in of_lines]
+    assert [p.columns["extra"] for p in of_table] == [{"a": None}] * 2, "a reward may read it"
 
 
 def test_datasets_are_read_by_split_from_save_to_disk_and_from_data_files(tmp_path: Path) -> None:

@@ -52,6 +52,21 @@ def test_held_out_rows_that_are_training_rows_too_are_counted_by_the_settings_of
         )
 
 
+def test_held_out_rows_that_are_training_rows_of_another_source_are_counted_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = rows_file(tmp_path / "first.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    second = rows_file(tmp_path / "second.jsonl", {"prompt": "c"})
+    a = SourceConfig(path=first)
+    b = SourceConfig(path=second, heldout_path=first)
+    load_problems(DataConfig(sources={"a": a, "b": b}), 0)
+    [warning] = caplog.messages
+    assert warning.startswith(
+        f"data.sources.b.heldout_path={first}: 2 of 2 held-out prompts are in "
+        f"data.sources.a.path={first} too"
+    )
+
+
 # -- whose turn it is ------------------------------------------------------------------------------
 
 

@@ -90,6 +90,7 @@ def test_a_conversation_that_is_too_long_is_refused_and_goes_on_after_a_reset():
     engine = Parrot(["3"])
     said = printed(chat(TEMPLATE, limit=4), engine, "1 2 3 4 5 6", "/reset", "1")
     assert "the conversation: the prompt has" in said and said.endswith("3\n")
+    assert "; /reset begins a new conversation)" in said and "drop_too_long" not in said
 
 
 def test_the_system_message_is_read_first_and_needs_a_chat_template():

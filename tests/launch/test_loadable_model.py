@@ -59,6 +59,26 @@ def test_a_model_of_no_run_has_the_default_settings_or_those_of_a_run(run: Path)
     assert as_in_run.config.path == student and as_in_run.settings.rollout.max_new_tokens
 
 
+def test_an_end_token_is_that_of_the_command_or_of_the_model_of_the_settings(
+    tmp_path: Path, run: Path
+):
+    """Not that of the settings for another model, to which it may not belong."""
+    student = "builtin:countdown-student"
+    assert find_model(student, ["model.eos=3"]).settings.model.eos == "3"
+    settings = tmp_path / "own.yaml"
+    settings.write_text(f"experiment: quickstart\nmodel: {{path: {student}, eos: 3}}\n")
+    assert find_model(student, settings_of=str(settings)).settings.model.eos == "3"
+    other = find_model("builtin:countdown-teacher", settings_of=str(settings))
+    assert other.settings.model.eos is None
+
+
+def test_a_teacher_with_an_engine_of_its_own_is_sampled_by_one_like_it(run: Path):
+    engine = "++teachers.main.engine={max_num_seqs: 3}"
+    drawn = "++teachers.main.evidence=drawn"
+    model = find_model(str(run), [engine, drawn], teacher="main")
+    assert model.settings.rollout.max_num_seqs == 3
+
+
 def test_for_the_prompts_of_a_file_the_data_sources_of_a_run_are_left_out(tmp_path: Path):
     """While the held-out problems of the run are those of its sources."""
     run_dir = tmp_path / "run"

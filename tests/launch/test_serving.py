@@ -1,5 +1,6 @@
 """The command line of `hybridrl serve`; tests/launch/test_train.py starts a real server."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hybridrl.cli import main
 from hybridrl.core.errors import ConfigError
 from hybridrl.launch.serving import ServeCommand, parse, server_command
 from hybridrl.models.loading import resolve
+from tests.support.graph import save_tiny
 
 
 def test_the_command_names_the_model_by_its_folder_and_fits_a_cpu():
@@ -18,6 +20,18 @@ def test_the_command_names_the_model_by_its_folder_and_fits_a_cpu():
     assert "--enforce-eager" in command and command[-2:] == ["--seed", "3"]
     on_gpu = server_command(folder, given, "cuda")
     assert "--enforce-eager" not in on_gpu
+
+
+def test_embeddings_that_the_files_hold_as_two_are_served_as_two(tmp_path: Path):
+    """vLLM would tie them, as the config says."""
+    whole = save_tiny(tmp_path / "tied", 0)
+    apart = save_tiny(tmp_path / "apart", 0, tied=False)
+    config = json.loads((apart / "config.json").read_text())
+    (apart / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    given = ServeCommand(source="x", host="h", port=1)
+    untied = ["--hf-overrides", '{"tie_word_embeddings": false}']
+    assert server_command(apart, given, "cpu")[-2:] == untied
+    assert "--hf-overrides" not in server_command(whole, given, "cpu")
 
 
 def test_the_arguments_of_vllm_follow_two_dashes():

@@ -89,6 +89,7 @@ def test_a_sweep_is_one_job_for_each_combination_with_a_folder_of_its_own() -> N
         (["--env", "A"], "^--env A: must be NAME=VALUE$"),
         (["-m", "train.lr=interval(0,1)"], "interval has no list of values; list them as KEY=A,B"),
         (["--env", "JUDGE_API_KEY=sk-1234567890abcdef"], "^--env JUDGE_API_KEY: looks like a sec"),
+        (["--env", "DATABASE_URL=postgres://u:s3cr3tpw9@h/db"], "^--env DATABASE_URL: looks like"),
     ],
 )
 def test_a_wrong_option_is_refused_in_one_sentence(arguments: list[str], sentence: str) -> None:

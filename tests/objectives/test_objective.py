@@ -15,9 +15,9 @@ from hybridrl.objectives.credit import moments
 from hybridrl.objectives.hybrid import HybridObjective
 from hybridrl.objectives.needs import Needs
 from hybridrl.objectives.schedule import Schedule
-from hybridrl.settings.algorithm import AlgorithmConfig, ScheduleConfig
+from hybridrl.settings.algorithm import AlgorithmConfig, RatioConfig, ScheduleConfig
 from hybridrl.settings.built_in import ADVANTAGES
-from hybridrl.settings.choices import ScheduleKind, Source
+from hybridrl.settings.choices import Ratio, RatioLevel, ScheduleKind, Source
 from hybridrl.settings.compose import load_config
 from hybridrl.teachers.evidence import Hidden
 from hybridrl.types import Rewards, RolloutBatch, ScoredBatch, TokenScores, UpdatePlan
@@ -277,6 +277,7 @@ def test_text_of_the_data_has_its_likelihood_alone_whatever_the_baseline(baselin
         and moments([credit])[0] == 0.0
     )
     assert not any(len(numbers) and numbers.any() for numbers in credit.watched.values())
+    assert "value/loss" not in credit.watched, "zeros would count in its mean"
 
 
 def test_the_likelihood_of_the_teachers_text_is_not_standardised_with_its_returns():
@@ -295,6 +296,37 @@ def test_the_likelihood_of_the_teachers_text_is_not_standardised_with_its_return
         -1.5,
         -1.5,
     ]
+
+
+def test_sampled_costs_are_watched_for_weights_of_the_teachers_that_add_up_to_1():
+    """log p - log q is 0, 1, 2 and 4, whatever the teacher's weight."""
+    scored = ScoredBatch(
+        rollout=SHORT_AND_LONG, scores=(COSTS,), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0])
+    )
+    for weight in (0.25, 1.0):
+        plan = make_plan(SHORT_AND_LONG, teacher_weights=(weight,))
+        watched = objective(gamma=1.0, baseline="none").credit(scored, plan).watched
+        assert watched["kl/sampled"].tolist() == [0.0, 1.0, 2.0, 4.0]
+    off = make_plan(SHORT_AND_LONG, teacher_weights=(0.0,))
+    watched = objective(gamma=1.0, baseline="none").credit(scored, off).watched
+    assert watched["kl/sampled"].tolist() == []
+
+
+def test_bounds_of_the_ratio_of_a_sequence_are_watched_at_each_of_its_tokens():
+    """The learner is log 4 above the sampler at one token of the second response, so that its ratio
+    is 4, and 1 of the first.
+    """
+    learner = np.array([-1.0, -1.0 + math.log(4), -1.0, -1.0], np.float32)
+    scored = ScoredBatch(
+        rollout=SHORT_AND_LONG,
+        scores=(),
+        rewards=make_rewards(SHORT_AND_LONG, [1.0, 0.0]),
+        learner_logprobs=learner,
+    )
+    ratio = RatioConfig(kind=Ratio.truncate, level=RatioLevel.sequence, high=2.0)
+    of_sequences = objective(teachers=0, ratio=ratio)
+    credit = of_sequences.credit(scored, make_plan(SHORT_AND_LONG, teacher_weights=()))
+    assert credit.watched["policy/bounded_frac"].tolist() == [0.0, 1.0, 1.0, 1.0]
 
 
 def test_a_clip_of_the_log_ratio_bounds_future_costs_and_says_how_often():

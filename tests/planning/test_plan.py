@@ -412,6 +412,31 @@ def test_bytes_of_a_step_are_those_that_the_workers_count():
     assert score_bytes(sizes, sizes.teachers[0]) == tokens * 4 + 384 * 16 * 128 * 4
 
 
+def responses_of(plan: Plan) -> int:
+    """Bytes of a step's responses."""
+    return next(edge.nbytes for edge in plan.edges if edge.what == "responses")
+
+
+def test_pairs_of_the_students_own_are_made_of_all_its_responses_to_a_prompt():
+    """And those of the data are two."""
+    of_student = [
+        responses_of(quickstart("algorithm=dpo", "algorithm.data_fraction=0", samples))
+        for samples in ("train.samples_per_prompt=2", "train.samples_per_prompt=8")
+    ]
+    of_data = [
+        responses_of(quickstart("algorithm=dpo", "+data.options.responses=pair", samples))
+        for samples in ("train.samples_per_prompt=2", "train.samples_per_prompt=8")
+    ]
+    assert of_student[1] > 3.9 * of_student[0] and of_data[0] == of_data[1] == of_student[0]
+
+
+def test_the_object_store_holds_all_waves_that_a_step_may_draw():
+    """dapo draws again while too few groups differ in their rewards, here twice at most."""
+    once = quickstart("algorithm=dapo", "algorithm.dynamic_sampling=0")
+    thrice = quickstart("algorithm=dapo", "algorithm.dynamic_sampling=2")
+    assert thrice.store_bytes - once.store_bytes == 2 * responses_of(once)
+
+
 def test_a_table_has_a_total_for_each_phase():
     text = "\n".join(plan_lines(quickstart()))
     assert "one learner, MiB" in text

@@ -559,6 +559,13 @@ def test_a_learner_without_its_optimizer_looks_and_sends_as_before_and_then_lear
     assert turn["error"].startswith("the learner has released its optimizer; acquire()")
 
 
+def test_a_step_without_a_token_to_learn_from_leaves_the_weights_as_they_are(folder: Path):
+    """As where all groups of a batch have equal rewards; Adam's momentum would move them."""
+    before, after = result(folder, "fourth-dropped"), result(folder, "nothing-left")
+    assert after["digest"] == before["digest"]
+    assert after["work"][0][0] == 0, "it learned from no token"
+
+
 @pytest.mark.parametrize("case", STATES)
 def test_another_job_of_a_learner_is_bit_for_bit_that_of_a_new_one(folder: Path, case: str):
     new, begun = result(folder, case), result(folder, f"{case}-begun")

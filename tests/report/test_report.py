@@ -191,6 +191,31 @@ def test_samples_are_shown_without_template_tokens_with_references_and_the_most_
     assert page.index("text?") < page.index("same?")
 
 
+@pytest.mark.parametrize(
+    ("weights", "parts", "reward", "verdict"),
+    [
+        ({"math": 1.0, "code": 1.0}, {"math": 1.0, "code": math.nan}, 1.0, "right"),
+        ({"math": 1.0, "code": 1.0}, {"math": 1.0, "code": 0.0}, 1.0, "partly"),
+        ({"math": 0.0}, {"math": 1.0}, 0.0, "right"),
+        ({"math": 0.0}, {"math": 0.0}, 0.0, "wrong"),
+        ({"math": 2.0, "code": 1.0}, {}, 3.0, "right"),
+    ],
+)
+def test_an_answer_is_right_if_it_has_all_that_the_functions_that_apply_to_it_give(
+    tmp_path, weights, parts, reward, verdict
+):
+    """Those that do not take its prompt have NaN; without a weight the first one decides."""
+    sink = JsonlSink()
+    sink.start(run_info(tmp_path))
+    sink.log({"train/step": 0})
+    sink.samples([replace(sample("a", "1", reward, 0), parts=parts)])
+    sink.close(0)
+    functions = {name: {"weight": weight} for name, weight in weights.items()}
+    (tmp_path / "config.yaml").write_text(json.dumps({"reward": {"functions": functions}}))
+    page = write_report(tmp_path).read_text()
+    assert f'<td class="answer {verdict}">' in page
+
+
 def test_samples_of_an_earlier_version_are_read_and_show_their_prompt(tmp_path):
     (tmp_path / "samples").mkdir()
     row = {"step": 0, "uid": "a", "prompt": "1+1=", "response": "2", "reward": 1.0}

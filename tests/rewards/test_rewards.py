@@ -196,6 +196,21 @@ def test_countdown_gives_one_only_to_an_expression_of_the_given_numbers(
     assert countdown([completion], numbers=[[3, 7, 9]], target=[20]) == [reward]
 
 
+@pytest.mark.parametrize(
+    ("numbers", "target", "sentence"),
+    [
+        ("[3, 7, 9]", 20, "numbers='\\[3, 7, 9\\]': must be a list of numbers"),
+        ([3, 7, 9], "20", "target='20': must be a number"),
+        ([3, 7, 9], None, "target=None: must be a number"),
+    ],
+)
+def test_countdown_refuses_numbers_that_are_text_as_in_a_csv_file(
+    numbers: object, target: object, sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        countdown(["3*9-7"], [numbers], [target])
+
+
 def test_countdown_needs_every_number() -> None:
     assert countdown(["4*5", "4*5*1"], numbers=[[4, 5, 1]] * 2, target=[20, 20]) == [0.0, 1.0]
 

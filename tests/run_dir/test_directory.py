@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -557,7 +558,7 @@ def test_a_named_checkpoint_is_not_passed_over_when_it_is_damaged_or_of_other_se
     start(settings_of(old))
     start_from = f"run.resume_from={old / 'checkpoints' / 'step_000010'}"
     with pytest.raises(
-        RunDirectoryError, match=rf"run.dir={old}: holds a run with other settings: train\.lr"
+        RunDirectoryError, match=r"step_000010: was made with other settings: train\.lr"
     ):
         resume(settings_of(new, start_from, "train.lr=2e-3"))
     assert not list(new.glob("*.jsonl")) and not (new / "config.yaml").exists(), (
@@ -571,6 +572,35 @@ def test_a_named_checkpoint_is_not_passed_over_when_it_is_damaged_or_of_other_se
         resume(settings_of(new, start_from))
     with pytest.raises(CheckpointError, match=r"nowhere/manifest\.json: missing"):
         resume(settings_of(new, f"run.resume_from={tmp_path / 'nowhere'}"))
+
+
+def test_a_checkpoint_that_was_copied_out_of_its_run_begins_another_one(tmp_path: Path):
+    settings = settings_of(tmp_path / "old")
+    start(settings)
+    text = (tmp_path / "old" / "config.yaml").read_text()
+    copied = tmp_path / "backup" / "step_000010"
+    shutil.copytree(tmp_path / "old" / "checkpoints" / "step_000010", copied)
+    (copied / "config.yaml").write_text(text)
+    shutil.rmtree(tmp_path / "old")
+    given = f"run.resume_from={copied}"
+    refusal = rf"run\.resume_from={copied}: was made with other settings: train\.lr"
+    with pytest.raises(RunDirectoryError, match=refusal):
+        resume(settings_of(tmp_path / "new", given, "train.lr=2e-3"))
+    assert resume(settings_of(tmp_path / "new", given)) == 10
+    assert earlier_settings(settings_of(tmp_path / "other", given)) == settings
+
+
+def test_exports_of_steps_that_are_done_anew_are_set_aside(tmp_path: Path):
+    start(settings_of(tmp_path))
+    for name in ("step_000005", "step_000010", "step_000020", "step_000020-bfloat16", "mine"):
+        (tmp_path / "export" / name).mkdir(parents=True)
+    assert resume(settings_of(tmp_path)) == 10
+    left = sorted(path.name.partition(".")[0] for path in (tmp_path / "export").iterdir())
+    kept = sorted(path.name for path in (tmp_path / "export").iterdir() if "." not in path.name)
+    assert kept == ["mine", "step_000005", "step_000010"] and len(left) == 5
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert resume(settings_of(tmp_path)) is None
+    assert [p.name for p in (tmp_path / "export").iterdir() if "." not in p.name] == ["mine"]
 
 
 # -- teachers --------------------------------------------------------------------------------------

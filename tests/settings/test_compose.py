@@ -245,15 +245,15 @@ BAD = [
     ("algorithm.gamma=1.5", "algorithm.gamma=1.5: a discount lies in [0, 1]"),
     ("algorithm.temperature=0", "algorithm.temperature=0.0: must be positive"),
     (
-        "algorithm.imitation_weight.end=2",
+        "algorithm.imitation_weight={value:0,end:2}",
         "algorithm.imitation_weight.end=2.0: has no effect with algorithm.imitation_weight.kind="
-        "constant; set algorithm.imitation_weight.kind to linear, cosine or step, or "
-        "algorithm.imitation_weight.end=null",
+        "constant, so that the weight would be 0; set algorithm.imitation_weight.kind to linear",
     ),
     (
         "algorithm.imitation_weight.target=0.1",
         "algorithm.imitation_weight.target=0.1: has no effect with algorithm.imitation_weight.kind="
-        "constant; set algorithm.imitation_weight.kind to feedback",
+        "constant; set algorithm.imitation_weight.kind=feedback, or "
+        "algorithm.imitation_weight.target=null",
     ),
     (
         "algorithm.imitation_weight.kind=step algorithm.imitation_weight.end=2",
@@ -455,13 +455,80 @@ BAD = [
         "train.samples_per_prompt=1: algorithm.baseline=group_mean compares siblings",
     ),
     (
+        "algorithm=grpo train.samples_per_prompt=1",
+        "train.samples_per_prompt=1: algorithm.scale=group_std compares siblings, needs >= 2",
+    ),
+    (
+        "algorithm.scale=batch algorithm.reward_weight={kind:constant,value:2,end:null}",
+        "algorithm.scale=batch: divides algorithm.reward_weight out again",
+    ),
+    (
+        "algorithm=hybrid_rising algorithm.scale=batch",
+        "algorithm.scale=batch: divides algorithm.reward_weight out again",
+    ),
+    (
+        "algorithm=rloo algorithm.ratio.kind=clip",
+        "algorithm.ratio.low=0.0, high=None: kind=clip bounds rho to [1 - low, 1 + high]; set both",
+    ),
+    (
+        "algorithm=sft algorithm.imitation_weight.value=1 algorithm.support=sampled",
+        "algorithm.support=sampled: estimates by the drawn token, and data was not drawn",
+    ),
+    (
+        "algorithm=g_opd algorithm.teacher_fraction=0.2 algorithm.ratio.kind=truncate",
+        "algorithm.teacher_fraction=0.2: the first teacher would write, which is initial",
+    ),
+    (
+        "algorithm=opd_full pipeline.ahead=1 pipeline.on_stale=reweight "
+        "algorithm.ratio.kind=truncate",
+        "pipeline.on_stale=reweight: the dense term is not weighted by algorithm.ratio",
+    ),
+    (
+        "algorithm=dpo algorithm.data_fraction=0 pipeline.ahead=1 pipeline.on_stale=reweight "
+        "algorithm.ratio.kind=truncate",
+        "pipeline.on_stale=reweight: pairs are not weighted by algorithm.ratio",
+    ),
+    (
+        "algorithm=dapo algorithm.overlong_buffer=4096",
+        "algorithm.overlong_buffer=4096: is longer than the longest response, "
+        "rollout.max_new_tokens=",
+    ),
+    (
+        "algorithm=dpo algorithm.data_fraction=0 algorithm.overlong_buffer=4",
+        "algorithm.overlong_buffer=4: pairs are ranked by their rewards without it",
+    ),
+    (
+        "algorithm.imitation_weight.low=0.5",
+        "algorithm.imitation_weight.low=0.5: has no effect with algorithm.imitation_weight.kind=",
+    ),
+    (
+        "algorithm.imitation_weight.gain=0.5",
+        "algorithm.imitation_weight.gain=0.5: has no effect with algorithm.imitation_weight.kind="
+        "constant; set algorithm.imitation_weight.kind=feedback, or "
+        "algorithm.imitation_weight.gain=0.1",
+    ),
+    (
+        "data.dataset=chain_sum",
+        "data.dataset=chain_sum: data.task=countdown has no generators to choose from",
+    ),
+    ("data.revision=main", "data.revision=main: data.task=countdown reads no data set"),
+    (
+        "teachers.main.path=null +teachers.main.url=http://h:1/v1 +teachers.main.evidence=drawn "
+        "++teachers.main.served.fallbacks=[ftp://a,http://b:1/v1]",
+        "teachers.main.served.fallbacks=ftp://a: must be an address such as http://HOST:8000/v1",
+    ),
+    (
+        "+teachers.b.url=http://me:Sup3rS3cret9x@h:1/v1 +teachers.b.evidence=drawn",
+        "teachers.b.url: a password must not be written into an address",
+    ),
+    (
         "data.path=train.jsonl",
         "data.path=train.jsonl: data.task=countdown reads no file; set data.task=records",
     ),
     ("run.seed=-1", "run.seed=-1: must be in [0, 2**32)"),
     ("run.seed=4294967296", "run.seed=4294967296: must be in [0, 2**32)"),
     (
-        "algorithm=dapo train.samples_per_prompt=1",
+        "algorithm=dapo algorithm.scale=none train.samples_per_prompt=1",
         "train.samples_per_prompt=1: algorithm.dynamic_sampling compares siblings",
     ),
     ("pipeline.ahead=-1", "pipeline.ahead=-1: must not be negative"),

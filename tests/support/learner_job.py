@@ -629,7 +629,9 @@ def one_rank(job: Job) -> None:
     job.turns("two-turns", apart=False)
     job.turns("turns-apart", apart=True)
     dropped = chunk_of(0, 4, keep=[True] * 6 + [False] * 2, values=VALUES[:6] + [float("nan")] * 2)
-    job.two_steps("fourth-dropped", [dropped], everything, 1, num_groups=3)
+    learner, _, values = job.two_steps("fourth-dropped", [dropped], everything, 1, num_groups=3)
+    empty = learner.update(plan_for(2, 1, 3), ((),), *values)
+    job.report("nothing-left", learner, [empty])
 
     bf16 = ("model.dtype=bfloat16",)
     learner, groups, values = job.two_steps("bf16", [chunk_of(0, 4)], everything, 1, *bf16)

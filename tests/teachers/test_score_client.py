@@ -113,6 +113,7 @@ def answer(entries: object) -> Callable[[dict], tuple[int, dict]]:
         (answer(prompt_logprobs(SEQUENCE, 3)), "it has 4 log-probs of a token, not 0 or one more"),
         (answer([None, {"5": {"logprob": "x"}}, {}]), "could not convert string to float"),
         (answer([None, {"5": {"logprob": float("nan")}}, {"2": {"logprob": -1}}]), "not finite"),
+        (answer([None, {"5": {"logprob": -9999.0}}, {"2": {"logprob": -1}}]), "a probability of 0"),
         (answer([None, {"5": {"logprob": 0.5}}, {"2": {"logprob": -1}}]), "a log-prob above 0"),
     ],
 )

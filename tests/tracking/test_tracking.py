@@ -318,6 +318,17 @@ def test_the_id_of_a_tracker_s_run_lives_in_its_sink_and_outlives_it(tmp_path):
     assert again.state_dict() == {"tracker": "old"}
 
 
+def test_two_sinks_of_one_tracker_continue_a_run_each(tmp_path):
+    first, second = Tracker(), Tracker()
+    first.run_id, second.run_id = "one", "two"
+    both = Sinks(required=[], optional={"tracking.sinks.a": first, "tracking.sinks.b": second})
+    saved = both.state_dict()
+    assert saved == {"tracking.sinks.a": "one", "tracking.sinks.b": "two"}
+    again = {"tracking.sinks.a": Tracker(), "tracking.sinks.b": Tracker()}
+    Sinks(required=[], optional=again).load_state_dict(saved)
+    assert [sink.run_id for sink in again.values()] == ["one", "two"]
+
+
 class FallsSilent(BaseHTTPRequestHandler):
     """A W&B server that accepts a run and then never answers."""
 

@@ -114,3 +114,8 @@ def test_chat_templates_with_names_are_exported(tmp_path: Path):
     tokenizer.chat_template = templates
     tokenizer.save_pretrained(source)
     assert load_tokenizer(str(exported(source))).chat_template == templates
+    # The template of the run is read for every conversation.
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ messages }}!")
+    export(dict(load_model(str(source)).named_parameters()), source, tmp_path / "own", own)
+    assert load_tokenizer(str(tmp_path / "own")).chat_template == "{{ messages }}!"
