@@ -8,9 +8,10 @@ from hybridrl.core.errors import CheckpointError, ConfigError
 from hybridrl.launch.evaluating import problem_sets
 from hybridrl.launch.export import export_checkpoint
 from hybridrl.launch.generating import FROM_FILE
-from hybridrl.launch.loadable_model import find_model, model_folder
+from hybridrl.launch.loadable_model import find_model, model_folder, of_folder
 from hybridrl.models.loading import resolve
 from hybridrl.run_dir.directory import find_checkpoint, run_directory
+from hybridrl.settings.compose import load_config
 from tests.run_dir.test_directory import settings_of
 from tests.test_cli import save_checkpoint, save_steps
 
@@ -59,17 +60,15 @@ def test_a_model_of_no_run_has_the_default_settings_or_those_of_a_run(run: Path)
     assert as_in_run.config.path == student and as_in_run.settings.rollout.max_new_tokens
 
 
-def test_an_end_token_is_that_of_the_command_or_of_the_model_of_the_settings(
-    tmp_path: Path, run: Path
-):
+def test_an_end_token_is_that_of_the_command_or_of_the_model_of_the_settings():
     """Not that of the settings for another model, to which it may not belong."""
     student = "builtin:countdown-student"
     assert find_model(student, ["model.eos=3"]).settings.model.eos == "3"
-    settings = tmp_path / "own.yaml"
-    settings.write_text(f"experiment: quickstart\nmodel: {{path: {student}, eos: 3}}\n")
-    assert find_model(student, settings_of=str(settings)).settings.model.eos == "3"
-    other = find_model("builtin:countdown-teacher", settings_of=str(settings))
-    assert other.settings.model.eos is None
+    settings = load_config(["experiment=quickstart", "run.dir=x", "model.eos=3"])
+    for folder, eos in ((student, "3"), ("builtin:countdown-teacher", None)):
+        assert of_folder(settings, folder, [], is_students=False).model.eos == eos
+    other = of_folder(settings, "builtin:countdown-teacher", ["model.eos=3"], is_students=False)
+    assert other.model.eos == "3"
 
 
 def test_a_teacher_with_an_engine_of_its_own_is_sampled_by_one_like_it(run: Path):
