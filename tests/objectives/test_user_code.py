@@ -186,6 +186,7 @@ class Picky(Free):
     def check(self, pair):
         raise ConfigError("algorithm.pair.beta: must be 7")
 """
+FIXED = "algorithm.reward_weight.kind=constant algorithm.reward_weight.value=1"
 ADVANTAGE = "algorithm.advantage={}:"
 WEIGHT = "algorithm.token_weight={}:"
 LOSS = "algorithm=dpo algorithm.pair.loss={}:"
@@ -205,7 +206,10 @@ FREE = f"algorithm.pair.against=null {LOSS}"
         (f"{ADVANTAGE}OnePerResponse", "must be a tensor of shape [4, 3] in a trial on a small"),
         (f"{ADVANTAGE}Infinite", "advantages must be finite, and a trial on a small example gave"),
         (f"{ADVANTAGE}Siblings train.samples_per_prompt=1", "compares siblings, needs >= 2"),
-        (f"{ADVANTAGE}Values algorithm.scale=batch", "algorithm.scale=batch: not with algorithm."),
+        (
+            f"{ADVANTAGE}Values algorithm.scale=batch {FIXED}",
+            "algorithm.scale=batch: not with algorithm.",
+        ),
         (f"{WEIGHT}per_token", "for 4 responses of up to 3 tokens; return a tensor that broadcast"),
         (f"{WEIGHT}negative", "returned a negative weight"),
         (f"{LOSS}NoGradient", "algorithm.pair.against=initial: "),

@@ -76,7 +76,7 @@ def rate_of(arm: Arm) -> str:
     settings = arm.settings
     if settings.get("experiment", lab.COMMON["experiment"]) != "quickstart":
         return "is constant"
-    if settings.get("train.lr_end") == settings["train.lr"]:
+    if settings.get("train.lr_end", 0.0) == settings.get("train.lr"):
         return "rises for 10 steps and is constant then"
     return "rises for 10 steps and then falls to 0 by a cosine"
 
