@@ -746,6 +746,23 @@ def test_generalisation_is_judged_by_the_changes_since_the_start(
 
 
 @pytest.mark.parametrize(
+    ("online", "verdict"), [(0.20, Verdict.undecided), (0.30, Verdict.refuted)]
+)
+def test_a_task_that_no_student_solves_decides_nothing_of_generalisation(online, verdict):
+    """The old task alone can refute the claim, which is about both."""
+    kept = {generalisation.ONLINE[True]: online, generalisation.OFFLINE[True]: 0.20}
+    runs = {
+        arm.name: [
+            run_of(arm, seed, far=0.0, far_start=0.0, kept=kept.get(arm.name, 0.0), kept_start=0.0)
+            for seed in range(5)
+        ]
+        for arm in generalisation.EXPERIMENT.arms
+    }
+    found = generalisation.EXPERIMENT.judge(runs)
+    assert found.verdict is verdict and found.reason.startswith(generalisation.UNTESTED)
+
+
+@pytest.mark.parametrize(
     ("experiment", "copies", "cannot"),
     [
         (realizability.EXPERIMENT, "builtin:countdown-student", "made:one-layer"),
