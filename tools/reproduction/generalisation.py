@@ -125,7 +125,8 @@ def judge(runs: Runs) -> Judgement:
         verdict=verdict,
         effect=f"on-policy minus SFT with the student that can copy: {points(copied['far'])} "
         f"outside of the range, {points(copied['kept'])} on the old task",
-        reason=f"{'' if 'far' in solved else UNTESTED}Changes of the reward outside of the range and on the old task: {changed}.",
+        reason=f"{'' if 'far' in solved else UNTESTED}Changes of the reward outside of the range "
+        f"and on the old task: {changed}.",
     )
 
 
