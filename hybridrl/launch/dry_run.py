@@ -12,7 +12,7 @@ from hybridrl.data.problem import source_of
 from hybridrl.data.route import takes
 from hybridrl.launch.alignment import alignment
 from hybridrl.launch.planning_device import planned_device
-from hybridrl.launch.session import preflight
+from hybridrl.launch.preparation import preflight
 from hybridrl.launch.set_prompts import prompts_by_set
 from hybridrl.models.arithmetic import with_arithmetic
 from hybridrl.models.loading import load_tokenizer

@@ -29,7 +29,7 @@ from hybridrl.core.errors import (
 )
 from hybridrl.data.prompts import PromptSource
 from hybridrl.launch.notices import naming_what_is_saved
-from hybridrl.launch.session import prepare_prompts
+from hybridrl.launch.preparation import prepare_prompts
 from hybridrl.run_dir.checkpoint import Checkpointer
 from hybridrl.run_dir.ledger import Ledger, check_ledger, drawn_uids, read_ledger
 from hybridrl.runtime.calls import gather

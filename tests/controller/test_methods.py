@@ -13,7 +13,7 @@ import pytest
 from hybridrl.controller.controller import Controller
 from hybridrl.controller.preemption import Preemption
 from hybridrl.data.prompts import PromptSource
-from hybridrl.launch.session import prepare_prompts
+from hybridrl.launch.preparation import prepare_prompts
 from hybridrl.launch.set_prompts import held_out_sets
 from hybridrl.models.loading import load_value_head
 from hybridrl.run_dir.checkpoint import Checkpointer

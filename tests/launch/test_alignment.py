@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.launch.alignment import alignment
-from hybridrl.launch.session import prepare_prompts
+from hybridrl.launch.preparation import prepare_prompts
 from hybridrl.launch.teacher_levels import conditions_of
 from hybridrl.models.loading import load_model, load_tokenizer, stop_token_ids
 from hybridrl.run_dir.directory import changes

@@ -8,7 +8,7 @@ import pytest
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.launch.lengths import Lengths, Needs, propose
-from hybridrl.launch.session import prepare_prompts
+from hybridrl.launch.preparation import prepare_prompts
 from hybridrl.settings.compose import load_config
 
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from hybridrl.core.errors import ConfigError, ContractError
 from hybridrl.launch.preflight import check_repeats, different_tokens, probe_prompts
-from hybridrl.launch.session import prepare_prompts
+from hybridrl.launch.preparation import prepare_prompts
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.types import Prompt, TokenScores
 from tests.support.graph import tiny_settings

@@ -14,7 +14,7 @@ from hybridrl.launch.preflight import (
     check_engines,
     check_models,
 )
-from hybridrl.launch.session import prepare_prompts
+from hybridrl.launch.preparation import prepare_prompts
 from hybridrl.models.limits import CPU_HEAD_SIZES, most_positions
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_tokenizer
 from hybridrl.settings.run import RunSettings

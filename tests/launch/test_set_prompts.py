@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hybridrl.core.errors import ConfigError, DataError
-from hybridrl.launch.session import preflight
+from hybridrl.launch.preparation import preflight
 from hybridrl.launch.set_prompts import held_out_sets, set_problems
 from hybridrl.run_dir.inputs import digests
 from hybridrl.settings.compose import load_config

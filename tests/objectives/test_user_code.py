@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.launch.session import preflight
+from hybridrl.launch.preparation import preflight
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.advantages.advantage import Advantage, ReturnGrid
 from hybridrl.objectives.chosen import chosen_advantage, chosen_pair_loss

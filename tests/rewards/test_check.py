@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.launch.session import preflight
+from hybridrl.launch.preparation import preflight
 from hybridrl.rewards.check import check_columns, check_judged, check_taken, loaded_rewards
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig

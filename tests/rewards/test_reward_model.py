@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridrl.batch.micro_batch import collate, train_sequences, unlearned_sequences
 from hybridrl.core.errors import CheckpointError, ConfigError
-from hybridrl.launch.session import prepare_prompts
+from hybridrl.launch.preparation import prepare_prompts
 from hybridrl.models.loading import VALUE_HEAD, load_model, load_value_head
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.head_rule import head_rule

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from hybridrl.controller.evaluation import judges_of, summary
 from hybridrl.core.errors import CheckpointError, ConfigError, RunDirectoryError
 from hybridrl.kernels.products import Processor
+from hybridrl.launch.preparation import prepare_prompts
 from hybridrl.launch.run_result import ExitReason, run_result
-from hybridrl.launch.session import prepare_prompts
 from hybridrl.launch.teacher_levels import (
     TEACHER_LEVELS,
     conditions_of,

@@ -31,7 +31,7 @@ from hybridrl.core.errors import (
 )
 from hybridrl.data.mixture import prompt_cursor
 from hybridrl.data.prompts import PromptSource
-from hybridrl.launch.session import prepare_prompts
+from hybridrl.launch.preparation import prepare_prompts
 from hybridrl.rollout.header import chunk_header
 from hybridrl.rollout.sampler import sample_seed
 from hybridrl.run_dir.checkpoint import Checkpointer, read_checkpoint, step_folders

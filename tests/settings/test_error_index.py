@@ -8,7 +8,7 @@ from types import FrameType
 import pytest
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.launch.session import preflight
+from hybridrl.launch.preparation import preflight
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.error_index import checks_called, file_of, own_checks, page
 from hybridrl.settings.error_sentences import ErrorSentence, error_sentences, unread_errors

@@ -8,7 +8,7 @@ import torch
 
 from hybridrl.core.errors import CheckpointError, ConfigError
 from hybridrl.core.peak_memory import PeakMemory
-from hybridrl.launch.session import preflight
+from hybridrl.launch.preparation import preflight
 from hybridrl.models.loading import head_rows, load_model
 from hybridrl.objectives import make_objective
 from hybridrl.runtime.scorer_group import scoring

@@ -10,7 +10,7 @@ import ray
 
 from benchmarks.stage import controller_of, settings_of, trained_by
 from hybridrl.data.prompts import PromptSource
-from hybridrl.launch.session import prepare_prompts
+from hybridrl.launch.preparation import prepare_prompts
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.ray_connection import connect
 from hybridrl.runtime.workers import Workers, place_workers, start_workers
