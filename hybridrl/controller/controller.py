@@ -5,7 +5,6 @@ to worker.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,6 +31,7 @@ from hybridrl.controller.rounding import rounding_warning
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
 from hybridrl.controller.saving import Saving
 from hybridrl.controller.step_cost import step_cost
+from hybridrl.controller.step_results import Published, Sampled, Update
 from hybridrl.controller.worker_reports import work_of
 from hybridrl.core import failpoints
 from hybridrl.core.errors import (
@@ -64,7 +64,6 @@ from hybridrl.tracking.sink import Sinks
 from hybridrl.tracking.timing import PhaseClock
 from hybridrl.types import (
     BatchPlan,
-    ChunkHeader,
     LearnerStats,
     Prompt,
     Rewards,
@@ -78,44 +77,6 @@ OnStep = Callable[[int, Mapping[str, float]], object]
 """A function of the caller's that is called after each step with the steps done and the step's row
 of metrics. What it returns is ignored.
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """The rollouts of one step, with their rewards."""
-
-    arrived: list[Arrived]
-    returning: list[Prompt]  # of groups that were cancelled or too old; they are drawn again
-    num_sampled: int  # prompts, including the cancelled ones
-    num_waves: int
-
-    @property
-    def headers(self) -> list[ChunkHeader]:
-        return [a.header for a in self.arrived]
-
-    @property
-    def rewards(self) -> list[Rewards]:
-        return [a.rewards for a in self.arrived]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
-    """What the learner did with a batch: the batch, the plan of its updates and their
-    measurements.
-    """
-
-    batch: GlobalBatch
-    plan: BatchPlan
-    probe_gap: float  # nats a token, the largest of an engine before the update
-    stats: LearnerStats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
-    """Weights that every engine has got."""
-
-    nbytes: int  # sent to each engine
-    seconds: float  # without the probe, and without making room on a GPU
 
 
 class Controller:
@@ -193,13 +154,13 @@ class Controller:
     def step(self, started: float | None = None) -> dict[str, float]:
         """One batch.
 
-        Args:
-            started: time.perf_counter() when its step began, with a batch that was skipped before;
-                None: it begins now.
-
         consumes prompts / produces the updates of the batch, their weights on every engine, and a
         row of metrics / waits for engines, reward workers, scorers, the learner, and the engines
         again.
+
+        Args:
+            started: time.perf_counter() when its step began, with a batch that was skipped before;
+                None: it begins now.
 
         Raises:
             SkippedStep: nothing could be learned from the batch.

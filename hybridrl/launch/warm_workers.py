@@ -93,34 +93,20 @@ class WarmWorkers:
                 "one after its end"
             )
         self._in_job = True
-        try:
-            with self._lent(settings, inputs, measures=measures, say=say) as kept:
-                yield kept
-        finally:
-            self._in_job = False
-
-    @contextmanager
-    def _lent(
-        self,
-        settings: RunSettings,
-        inputs: Mapping[str, str],
-        *,
-        measures: bool,
-        say: Callable[[str], None],
-    ) -> Iterator[Kept | None]:
-        """What `job` yields, once no other job has it."""
         kept, self._kept = self._kept, None
-        if kept is not None:
-            reason = self._reason(kept, settings, inputs, measures=measures)
-            if reason is not None:
-                say(f"the workers of the job before end, others start: {reason}")
-                self.close()
-                kept = None
         try:
+            if kept is not None:
+                reason = self._reason(kept, settings, inputs, measures=measures)
+                if reason is not None:
+                    say(f"the workers of the job before end, others start: {reason}")
+                    self.close()
+                    kept = None
             yield kept
         except BaseException:
             self.close()
             raise
+        finally:
+            self._in_job = False
         if self._kept is None:
             self.close()
 

@@ -129,9 +129,9 @@ class HybridObjective:
         )
         watched = {}
         if by_sequence(self.config):
-            beyond = self._sequence_ratio(batch)[1]
-            kept = torch.from_numpy(batch.rewards.keep.copy())
-            watched["policy/bounded_frac"] = per_token((beyond & kept).double(), rollout)
+            kept = per_token(torch.from_numpy(batch.rewards.keep.copy()), rollout)
+            beyond = per_token(self._sequence_ratio(batch)[1], rollout)
+            watched["policy/bounded_frac"] = beyond[kept].double()
         if rollout.source is Source.student and teacher_weights:
             total = torch.stack([per_token(w, rollout) for w in teacher_weights]).sum(0)
             watched["kl/sampled"] = (cost / total)[live & (total != 0) & cost.isfinite()]

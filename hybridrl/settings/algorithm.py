@@ -118,7 +118,7 @@ class ScheduleConfig:
             return
         for name in ("metric", "target", "low", "high", "gain"):
             value = getattr(self, name)
-            default = ScheduleConfig.__dataclass_fields__[name].default
+            default = getattr(ScheduleConfig(), name)
             if value != default:
                 raise ConfigError(
                     f"{key}.{name}={value}: has no effect with {key}.kind={self.kind}; set "

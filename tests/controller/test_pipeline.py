@@ -264,14 +264,21 @@ def test_of_several_calls_one_that_ends_is_waited_for_and_else_all_fail_at_the_d
     assert [error.worker for error in await_first(late)] == ["rollout/0", "rollout/1"]
 
 
-@pytest.mark.graph
-def test_sampling_replaces_a_silent_worker_and_continues_to_wait(alone):
+def one_is_silent() -> tuple[list[PendingChunk], Fleet]:
+    """Two chunks, of which one is done, and a fleet with a silent worker; the other chunk is done
+    once that is replaced.
+    """
     waited = sampled([ended("x"), under_way("rollout/0")])
 
     def arrive(error: WorkerError) -> None:
         waited[1].chunk = replace(waited[1].chunk, header=ended("y"))
 
-    fleet = Fleet(silent=replace(under_way("rollout/1"), call="ping"), then=arrive)
+    return waited, Fleet(silent=replace(under_way("rollout/1"), call="ping"), then=arrive)
+
+
+@pytest.mark.graph
+def test_sampling_replaces_a_silent_worker_and_continues_to_wait(alone):
+    waited, fleet = one_is_silent()
     assert Sampling(settings(), fleet, Preemption()).headers(waited) == ["x", "y"]
     assert fleet.lost == ["rollout/1"]
 
@@ -279,12 +286,7 @@ def test_sampling_replaces_a_silent_worker_and_continues_to_wait(alone):
 @pytest.mark.graph
 def test_a_stop_signal_ends_the_wait_for_a_batch_and_not_that_of_an_evaluation(alone):
     """The step before an evaluation is learned and has no row yet."""
-    waited = sampled([ended("x"), under_way("rollout/0")])
-
-    def arrive(error: WorkerError) -> None:
-        waited[1].chunk = replace(waited[1].chunk, header=ended("y"))
-
-    fleet = Fleet(silent=replace(under_way("rollout/1"), call="ping"), then=arrive)
+    waited, fleet = one_is_silent()
     preemption = Preemption()
     preemption.signal_name = "SIGTERM"
     with pytest.raises(Preempted):
