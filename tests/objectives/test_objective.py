@@ -327,7 +327,7 @@ def test_bounds_of_the_ratio_of_a_sequence_are_watched_at_each_of_its_tokens():
     of_sequences = objective(teachers=0, ratio=ratio)
     credit = of_sequences.credit(scored, make_plan(SHORT_AND_LONG, teacher_weights=()))
     assert credit.watched["policy/bounded_frac"].tolist() == [0.0, 1.0, 1.0, 1.0]
-    dropped = replace(scored, rewards=replace(scored.rewards, keep=np.zeros(1, bool)))
+    dropped = replace(scored, rewards=replace(scored.rewards, keep=np.zeros(2, bool)))
     credit = of_sequences.credit(dropped, make_plan(SHORT_AND_LONG, teacher_weights=()))
     assert credit.watched["policy/bounded_frac"].tolist() == []
 
