@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -11,6 +12,8 @@ from jinja2 import Environment, TemplateSyntaxError
 
 SECONDS = 10.0
 """Limit for one conversation; the templates that models ship take about a millisecond."""
+SOON = 0.001
+"""Seconds until a timer goes off whose time ended meanwhile."""
 
 
 class BoundlessTemplate(Exception):
@@ -24,8 +27,9 @@ def bounded(
     """Interrupt the body of the context, which renders `template`, after some seconds.
 
     Python interrupts itself between two operations, by a signal that only the main thread receives:
-    other threads have no limit. A power of whole numbers, such as 10**(10**8), is one operation
-    that takes minutes, so a template with one is refused beforehand.
+    other threads have no limit. A timer of the caller runs on, and goes off afterwards at the
+    earliest. A power of whole numbers, such as 10**(10**8), is one operation that takes minutes, so
+    a template with one is refused beforehand.
 
     Args:
         template: its text, or several by their names.
@@ -44,12 +48,16 @@ def bounded(
         raise BoundlessTemplate(f"it took longer than {seconds:g} s for one conversation")
 
     previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    delay, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    started = time.monotonic()
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        if delay:  # the timer of the caller, which 0 seconds would switch off
+            left = max(delay - (time.monotonic() - started), SOON)
+            signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
 @lru_cache(maxsize=16)

@@ -1,6 +1,8 @@
 """A chat template that does not end is interrupted, or refused where it cannot be interrupted."""
 
 import signal
+import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -39,7 +41,47 @@ def test_a_template_that_runs_forever_is_interrupted(template: str):
         bounded(template, seconds=0.2),
     ):
         tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.fixture
+def alarms() -> Iterator[list[int]]:
+    """The signals of the timer that arrive while a test runs, whose own time limit is on hold."""
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: arrived.append(number))
+    delay, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+    yield arrived
+    signal.signal(signal.SIGALRM, before)
+    signal.setitimer(signal.ITIMER_REAL, delay, interval)
+
+
+def test_a_timer_of_the_caller_goes_on_after_a_conversation(alarms: list[int]):
+    signal.setitimer(signal.ITIMER_REAL, 1000, 7)
+    with bounded("", seconds=500):
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 500
+    delay, interval = signal.getitimer(signal.ITIMER_REAL)
+    assert 500 < delay <= 1000 and interval == 7
+    assert alarms == []
+
+
+def test_a_timer_of_the_caller_that_ends_during_a_conversation_goes_off_after_it(
+    alarms: list[int],
+):
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    with bounded("", seconds=500):
+        end = time.monotonic() + 0.1
+        while time.monotonic() < end:
+            pass
+        assert alarms == []
+    end = time.monotonic() + 60
+    while not alarms and time.monotonic() < end:
+        time.sleep(0.01)
+    assert alarms == [signal.SIGALRM]
+
+
+def test_without_a_timer_of_the_caller_none_is_left(alarms: list[int]):
+    with bounded("", seconds=500):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_keyword_arguments_and_stars_in_text_are_no_power():
