@@ -21,6 +21,7 @@ from hybridrl.types import LearnerStats, UpdatePlan
 
 QUARTERS = 4
 TOKEN_KL = "kl/token"
+SEQUENCE_KL = "kl/sequence"
 LOGPROB_GAP = "policy/logprob_gap"
 SPARSE_SQ = "sparse_sq"
 """Counted under one name, so that LearnerStats cannot look for another."""
@@ -29,6 +30,7 @@ TOKENS = "tokens"
 SUMS = ("train/loss", TOKENS, "dense_sq", SPARSE_SQ, "dense_sparse")
 MEANS = (
     TOKEN_KL,
+    SEQUENCE_KL,
     "kl/sampled",
     "kl/clipped_frac",
     "entropy/token",
@@ -187,7 +189,13 @@ def count_micro(
     if micro.teachers:
         # As with a total weight of 1, so that a schedule of the weights can follow it.
         total = torch.stack([teacher.weight for teacher in micro.teachers]).sum(0).to(device)
-        tally.add(TOKEN_KL, stats.kl / total, live & (total != 0))
+        compared = live & (total != 0)
+        tally.add(TOKEN_KL, stats.kl / total, compared)
+        owner = micro.owner.to(device)
+        none = torch.zeros(len(micro.sources), dtype=torch.float64, device=device)
+        costs = torch.where(compared, stats.kl.detach() / total, 0.0).double()
+        of_sequence = none.index_add(0, owner, costs)
+        tally.add(SEQUENCE_KL, of_sequence, none.index_add(0, owner, compared.double()) > 0)
     tally.add("entropy/token", stats.entropy, live)
     by_others = torch.tensor([s is not Source.student for s in micro.sources])[micro.owner]
     tally.add("nll/token", -stats.logprobs, live & by_others.to(device))
@@ -290,7 +298,6 @@ def batch_metrics(
         plans, grad_norms: of each update.
     """
     num_tokens = sum(plan.num_tokens for plan in plans)
-    num_sequences = sum(plan.num_sequences for plan in plans)
     grad_norm = sum(grad_norms) / len(grad_norms)
     row = {name: value for name, value in totals.items() if "/" in name}
     row["train/updates"] = float(len(plans))
@@ -304,8 +311,6 @@ def batch_metrics(
         }
     row["policy/kept_frac"] = totals[TOKENS] / max(num_tokens, 1)
     if totals[TOKENS]:
-        if "kl/token" in totals:
-            row["kl/sequence"] = totals["kl/token"] * totals[TOKENS] / max(num_sequences, 1)
         row["advantage/min"] = -totals["minus_advantage"]
         row["advantage/std"] = (
             max(totals["advantage_sq"] - totals["advantage/mean"] ** 2, 0.0) ** 0.5

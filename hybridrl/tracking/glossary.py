@@ -135,7 +135,7 @@ SECTIONS = (
         (
             "kl/sequence",
             "nats",
-            "the same, summed over each response; mean over responses",
+            "the same, summed over each response; mean over those with a teacher",
             "like kl/token times the length",
         ),
         (

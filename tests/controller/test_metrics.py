@@ -260,6 +260,22 @@ def test_the_divergence_of_a_row_is_that_of_teachers_whose_weights_add_up_to_1(
     count_micro(tally, torch.tensor(0.0), stats, micro, 0)
     row = batch_metrics(reduced(tally), [make_plan(LONG_AND_SHORT)], [1.0])
     assert row.get("kl/token") == kl
+    assert row.get("kl/sequence") == (kl and 3.5 * kl)  # seven tokens of two responses
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_divergence_of_a_response_leaves_out_responses_without_a_teacher():
+    """The long response has the divergences 1 to 6, and the teacher no part in the other one."""
+    tally = Tally(CPU)
+    stats = head_stats([-1.0] * 7, [0.0] * 7, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    micro = micro_batch(LONG_AND_SHORT, [0.0] * 7)
+    (teacher,) = micro.teachers
+    of_long = torch.tensor([1.0, 1, 1, 1, 1, 1, 0])
+    micro = replace(micro, teachers=(replace(teacher, weight=of_long),))
+    count_micro(tally, torch.tensor(0.0), stats, micro, 0)
+    row = batch_metrics(reduced(tally), [make_plan(LONG_AND_SHORT)], [1.0])
+    assert row["kl/token"] == 3.5
+    assert row["kl/sequence"] == 21.0
 
 
 @pytest.mark.usefixtures("alone")
