@@ -147,6 +147,9 @@ def temperature_of(settings: RunSettings) -> float:
 def alone(model: LoadableModel) -> LoadableModel:
     """The model with lengths, and as the only one of its settings, so that a teacher has its own
     tokenizer and chat template.
+
+    Raises:
+        ConfigError: answers may be as long as the model's longest sequence.
     """
     config = model.config
     settings = replace(model.settings, model=config)
@@ -154,6 +157,11 @@ def alone(model: LoadableModel) -> LoadableModel:
     rollout = settings.rollout
     length = rollout.max_model_len or int(min(positions, LONGEST))
     new = rollout.max_new_tokens or max(length // ANSWER_SHARE, 1)
+    if new >= length:
+        raise ConfigError(
+            f"rollout.max_new_tokens={new}: leaves no room for a question in a sequence of "
+            f"{length} tokens; give a number below {length}"
+        )
     rollout = replace(rollout, max_model_len=length, max_new_tokens=new, max_num_seqs=1)
     # A conversation is rendered by the chat template, as messages in the data are.
     tokenizer = load_tokenizer(config.path, config.revision, eos=config.eos)

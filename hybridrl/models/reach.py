@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hybridrl.models.loading import BUILTIN
+from hybridrl.models.loading import BUILTIN, why_missing
 
 LIMIT_S = 10.0
 """Longest wait for an answer of the hub."""
@@ -39,7 +39,8 @@ def reach(
         kind: "model" or "dataset".
     """
     if path.startswith(BUILTIN):
-        return Reach(reached=True, text="comes with hybridrl")
+        reason = why_missing(path.removeprefix(BUILTIN))
+        return Reach(reached=reason is None, text=reason or "comes with hybridrl")
     if Path(path).exists():
         if kind == "model" and not (Path(path) / "config.json").is_file():
             text = "exists but holds no config.json; give a Hugging Face model folder"

@@ -8,12 +8,13 @@ from hybridrl.models.loading import load_layout
 from hybridrl.models.model_internals import shards_every_layer
 from hybridrl.planning.advice import with_shared_base
 from hybridrl.planning.plan import Plan, Seat, make_plan, shown
-from hybridrl.settings.checks import check_places
+from hybridrl.settings.checks import check_settings
 from hybridrl.settings.choices import Offload
-from hybridrl.settings.engine_checks import check_teacher_engines
 from hybridrl.settings.run import RunSettings
 
 MOST_RANKS = 1024
+ENGINE_DEVICES = (2, 4, 8)
+"""Of one engine, in a remedy."""
 MOST_DEVICES = 32
 """Of one replica of a teacher, in a remedy."""
 
@@ -115,9 +116,13 @@ def worker_setting(settings: RunSettings, worker: str) -> str:
 
 
 def remedy(plan: Plan, worker: str) -> str:
-    """The fewest changes of the settings after which the worker fits, as a clause."""
+    """The fewest changes of the settings after which the worker fits, as a clause. Those that the
+    settings would refuse are left out.
+    """
     chosen: list[Change] = []
     for change in changes(plan, worker):
+        if not allowed(plan.settings, [*chosen, change]):
+            continue
         chosen.append(change)
         if fits(plan, chosen, worker):
             break
@@ -125,15 +130,15 @@ def remedy(plan: Plan, worker: str) -> str:
         return hopeless(plan, worker)
     for change in list(chosen[:-1]):  # those that turn out to be unnecessary
         fewer = [other for other in chosen if other is not change]
-        if fits(plan, fewer, worker):
+        if allowed(plan.settings, fewer) and fits(plan, fewer, worker):
             chosen = fewer
     last: dict[str, str] = {}
     for change in chosen:
         last[change.text.partition("=")[0]] = change.text
-    changed = changed_plan(plan, chosen)
-    gpus = sum(seat.gpus for seat in changed.seats)
+    after = changed_plan(plan, chosen)
+    gpus = sum(seat.gpus for seat in after.seats)
     devices = f", on {gpus} GPU{'s' * (gpus > 1)} in all" if gpus else ""
-    host = changed.offloaded_bytes
+    host = after.offloaded_bytes
     beside = f" and {shown(host)} of host memory for each learner rank" if host else ""
     return f"it would fit with {' '.join(last.values())}{devices}{beside}"
 
@@ -153,13 +158,40 @@ def hopeless(plan: Plan, worker: str) -> str:
         )
     if plan.device == "cpu":
         return "choose a smaller model, or a node with more memory"
+    if worker == "reward":
+        return "choose a smaller reward model, or larger devices"
+    if worker == "rollout":
+        return (
+            f"not even rollout.tensor_parallel={ENGINE_DEVICES[-1]} would do: choose a smaller "
+            "model, or larger devices"
+        )
+    train = plan.settings.train
+    most = train.prompts_per_step // train.updates_per_batch
+    if worker == "learner" and most < MOST_RANKS:
+        return (
+            f"not even {most} ranks would do, and train.prompts_per_step={train.prompts_per_step} "
+            "allows no more: choose a smaller model, or larger devices"
+        )
     return f"not even {MOST_RANKS} ranks would do: choose a smaller model, or larger devices"
 
 
-def changed_plan(plan: Plan, chosen: Sequence[Change]) -> Plan:
-    settings = plan.settings
+def changed(settings: RunSettings, chosen: Sequence[Change]) -> RunSettings:
     for change in chosen:
         settings = change.make(settings)
+    return settings
+
+
+def allowed(settings: RunSettings, chosen: Sequence[Change]) -> bool:
+    """Whether a run could have the settings after the changes."""
+    try:
+        check_settings(changed(settings, chosen))
+    except ConfigError:
+        return False
+    return True
+
+
+def changed_plan(plan: Plan, chosen: Sequence[Change]) -> Plan:
+    settings = changed(plan.settings, chosen)
     return make_plan(settings, device=plan.device, device_bytes=plan.device_bytes)
 
 
@@ -167,9 +199,9 @@ def fits(plan: Plan, chosen: Sequence[Change], worker: str) -> bool:
     """Whether the devices of the worker hold it after the changes; all devices, if they leave none
     of it.
     """
-    changed = changed_plan(plan, chosen)
-    seats = [seat for seat in changed.seats if worker in seat.workers] or changed.seats
-    return all(changed.seat_bytes(seat) <= changed.device_bytes for seat in seats)
+    after = changed_plan(plan, chosen)
+    seats = [seat for seat in after.seats if worker in seat.workers] or after.seats
+    return all(after.seat_bytes(seat) <= after.device_bytes for seat in seats)
 
 
 def changes(plan: Plan, worker: str) -> Iterator[Change]:
@@ -183,7 +215,7 @@ def changes(plan: Plan, worker: str) -> Iterator[Change]:
     if settings.cluster.colocate:
         if settings.cluster.take_turns:
             yield from smaller_shares(settings)
-        elif plan.device == "cuda" and can_take_turns(settings):
+        elif plan.device == "cuda":
             yield _set("cluster", "take_turns", True)
         yield Change(text="cluster.colocate=false", make=_apart)
     if worker == "learner":
@@ -203,16 +235,6 @@ def smaller_shares(settings: RunSettings) -> Iterator[Change]:
     for share in (0.8, 0.7, 0.6, 0.5):
         if share < settings.rollout.gpu_memory_utilization:
             yield _set("rollout", "gpu_memory_utilization", share)
-
-
-def can_take_turns(settings: RunSettings) -> bool:
-    """Whether cluster.take_turns is allowed beside the other settings."""
-    cluster = replace(settings.cluster, take_turns=True)
-    try:
-        check_places(replace(settings, cluster=cluster))
-    except ConfigError:
-        return False
-    return True
 
 
 def learner_changes(settings: RunSettings, *, can_offload: bool) -> Iterator[Change]:
@@ -244,7 +266,7 @@ def scorer_changes(settings: RunSettings, teacher: str, *, can_shard: bool) -> I
         yield Change(text=f"teachers.{teacher}.dtype=bfloat16", make=narrow)
     if settings.teachers[teacher].engine is not None:
         ranks = settings.teachers[teacher].gpus
-        more = (r for r in (2, 4, 8) if r > ranks and can_shard)
+        more = (r for r in ENGINE_DEVICES if r > ranks and can_shard)
         yield from (_in_engine(teacher, r) for r in more)
         return
     if not can_shard:
@@ -252,8 +274,8 @@ def scorer_changes(settings: RunSettings, teacher: str, *, can_shard: bool) -> I
     if divides(settings, teacher):
         for devices in range(settings.teachers[teacher].devices + 1, MOST_DEVICES + 1):
             yield _on_devices(teacher, devices)
-    elif engine_gives_evidence(settings, teacher):
-        yield from (_in_engine(teacher, r) for r in (2, 4, 8))
+    else:
+        yield from (_in_engine(teacher, r) for r in ENGINE_DEVICES)
 
 
 def divides(settings: RunSettings, teacher: str) -> bool:
@@ -261,15 +283,6 @@ def divides(settings: RunSettings, teacher: str) -> bool:
     model = settings.teacher_model(teacher)
     layout = load_layout(model.path, model.revision, setting=settings.model_setting(teacher))
     return shards_every_layer(layout)
-
-
-def engine_gives_evidence(settings: RunSettings, teacher: str) -> bool:
-    """Whether an engine of vLLM could score in the place of the teacher's scorer."""
-    try:
-        check_teacher_engines(_in_engine(teacher, 2).make(settings))
-    except ConfigError:
-        return False
-    return True
 
 
 def _in_learner(settings: RunSettings, teacher: str) -> Change | None:
@@ -306,7 +319,7 @@ def engine_changes(settings: RunSettings) -> Iterator[Change]:
     if rollout.kv_cache_bytes:
         yield _set("rollout", "kv_cache_bytes", max(rollout.kv_cache_bytes // 4, 1))
     yield _set("rollout", "max_num_seqs", max(rollout.max_num_seqs // 4, 1))
-    for devices in (2, 4, 8):
+    for devices in ENGINE_DEVICES:
         if devices > rollout.tensor_parallel:
             yield _set("rollout", "tensor_parallel", devices)
 

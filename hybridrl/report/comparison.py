@@ -105,8 +105,8 @@ METRICS = (
     Compared(
         key="eval/accuracy",
         title="Held-out accuracy",
-        caption="Share of problems never trained on that are solved. Dashed: the teacher, where "
-        "all runs have the same.",
+        caption="Share of problems never trained on that are solved. Dashed: the teacher of "
+        "the runs that have one, if its accuracy is the same in all of them.",
         unit=Unit.share,
         marked=True,
     ),

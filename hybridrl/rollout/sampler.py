@@ -143,7 +143,10 @@ class Sampler:
         return taken
 
     def begin_job(self) -> None:
-        """Drop what is left of an earlier job: responses under way, prefixes, and counts."""
+        """Drop what is left of an earlier job: chunks that wait for others, responses under way,
+        prefixes, and counts.
+        """
+        self._waves.drop()
         self.abort()
         self._arrivals = count()
         self.resume(FROM_DISK)

@@ -25,6 +25,13 @@ class Waves(Generic[Started]):
             str, dict[int, tuple[GenerateOrder, Sequence[Prompt], asyncio.Future[Started]]]
         ] = {}
 
+    def drop(self) -> None:
+        """Forget the waves whose chunks have not all arrived; those who wait are cancelled."""
+        for arrived in self._waiting.values():
+            for _, _, started in arrived.values():
+                started.cancel()
+        self._waiting = {}
+
     async def arrive(self, order: GenerateOrder, prompts: Sequence[Prompt]) -> Started:
         """Wait for the wave's other chunks; returns the result of `submit` for this one."""
         started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()

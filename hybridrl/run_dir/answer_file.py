@@ -135,7 +135,15 @@ def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{path}: exists, and no earlier command of this kind began it; name a new file"
         )
-    earlier = json.loads(text)
+    try:
+        earlier = json.loads(text)
+        if not isinstance(earlier, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{state_folder(path) / SETTINGS}: is damaged, so that nothing tells what {path} was "
+            "begun with; name a new file"
+        ) from error
     now = json.loads(json.dumps(conditions, default=str))
     different = [
         f"{name}: {shown(earlier, name)} -> {shown(now, name)}"
@@ -174,18 +182,25 @@ def row_spans(path: Path) -> dict[str, tuple[int, int]]:
     """(begin, end) in bytes of each row, by its uid.
 
     Raises:
-        DataError: names the first line that is no row.
+        DataError: names the first line that is no row, or has the uid of an earlier one.
     """
-    spans = {}
+    spans: dict[str, tuple[int, int]] = {}
     begin = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             end = begin + len(line)
             try:
-                spans[json.loads(line)[UID]] = (begin, end)
-            except (ValueError, KeyError, TypeError) as error:
+                uid = json.loads(line)[UID]
+                repeated = uid in spans
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DataError(
                     f"{path}, line {number}: no row with a {UID}; repair or remove the line"
                 ) from error
+            if repeated:
+                raise DataError(
+                    f"{path}, line {number}: another row with the {UID} {shortened(uid)}; remove "
+                    "one of the two lines"
+                )
+            spans[uid] = (begin, end)
             begin = end
     return spans

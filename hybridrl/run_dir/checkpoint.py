@@ -273,7 +273,12 @@ class Checkpointer:
         if os.path.lexists(final):
             final.rename(replaced)
         failpoints.hit("checkpoint.replaced", step=step_of(final))
-        unfinished.rename(final)
+        try:
+            unfinished.rename(final)
+        except OSError:
+            if os.path.lexists(replaced):
+                replaced.rename(final)
+            raise
         failpoints.hit("checkpoint.renamed", step=step_of(final))
         sync_to_disk(self.root)
         with suppress(CheckpointError):  # the next `clean` tries it again

@@ -55,7 +55,8 @@ def digest(path: Path) -> str:
         if stored["identity"] == identity and isinstance(stored["digest"], str):
             return stored["digest"]
     value = read_digest(path)
-    if time.time() - status.st_mtime > SETTLED_S:
+    # A copy that keeps the time of its original has the present as its time of change.
+    if time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_S:
         with suppress(OSError):  # without a writable home the file is read again the next time
             entry.parent.mkdir(parents=True, exist_ok=True)
             replace_text(entry, json.dumps({"identity": identity, "digest": value}))

@@ -269,7 +269,8 @@ def find_checkpoint(
 
     Raises:
         RunDirectoryError: the directory holds a run and run.resume=never, or a run with other
-            settings or inputs, or one that is beyond train.steps. It is unchanged.
+            settings or inputs, or one that is beyond train.steps. It is unchanged, but for what
+            a killed run left behind (Checkpointer.clean).
         CheckpointError: run.resume=required and there is no checkpoint; or all are damaged, or the
             one of run.resume_from is, or the newest cannot be read at the moment.
     """

@@ -131,6 +131,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); name an existing file of settings"
         ) from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: is nested too deeply; write fewer levels") from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{path}: is no YAML file of settings: {first}") from error

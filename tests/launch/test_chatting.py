@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from hybridrl.core.errors import ConfigError, DataError
-from hybridrl.launch.chatting import Chat, converse
+from hybridrl.launch.chatting import Chat, alone, converse
+from hybridrl.launch.loadable_model import find_model
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.settings.run import DataConfig
 
@@ -108,3 +109,13 @@ def test_a_row_that_the_template_refuses_is_an_error_of_the_conversation():
         DataError, match="the conversation: the model's chat template refuses it: only one"
     ):
         chat(refusing).prompt("1")
+
+
+def test_answers_as_long_as_a_sequence_are_refused_before_the_engine_starts():
+    """The model has 64 positions."""
+    student = "builtin:countdown-student"
+    longest = alone(find_model(student, ["rollout.max_new_tokens=63"])).settings.rollout
+    assert (longest.sequence_limit, longest.response_limit) == (64, 63)
+    message = r"^rollout\.max_new_tokens=64: leaves no room .* give a number below 64$"
+    with pytest.raises(ConfigError, match=message):
+        alone(find_model(student, ["rollout.max_new_tokens=64"]))

@@ -20,6 +20,7 @@ from hybridrl.cli import main
 from hybridrl.launch import access, doctor
 from hybridrl.launch.doctor import GIB
 from hybridrl.launch.finding import Finding, Level, ok
+from hybridrl.settings.compose import load_config
 
 OK = Level.ok
 WARN = Level.warn
@@ -278,6 +279,30 @@ def test_the_dashboards_of_a_machine_are_found_by_their_commands(tmp_path: Path)
         (tmp_path / pid).mkdir()
         (tmp_path / pid / "cmdline").write_text("\0".join(words) + "\0")
     assert list(access.local_dashboards(tmp_path)) == [("0.0.0.0", 8265)]
+
+
+def test_every_model_and_data_set_of_the_settings_is_looked_for():
+    """A reward function beside two teachers on servers, each with a tokenizer; and without any."""
+    served = [
+        *(f"++teachers.{name}.url=http://127.0.0.1:1/v1" for name in ("main", "other")),
+        *(f"++teachers.{name}.path=null" for name in ("main", "other")),
+        "++teachers.main.served.tokenizer=builtin:countdown-student",
+        "++teachers.other.served.tokenizer=builtin:none",
+        *(f"++teachers.{name}.evidence=drawn" for name in ("main", "other")),
+    ]
+    settings = load_config(["experiment=quickstart", "algorithm=opd", "run.dir=unused", *served])
+    found = {finding.name: finding.level for finding in doctor.sources(settings)}
+    assert found == {
+        "model.path=builtin:countdown-student": OK,
+        "teachers.main.served.tokenizer=builtin:countdown-student": OK,
+        "teachers.other.served.tokenizer=builtin:none": Level.fail,
+    }
+    alone = load_config(
+        ["experiment=quickstart", "algorithm=rloo", "run.dir=unused", "~teachers.main"]
+    )
+    assert [finding.name for finding in doctor.sources(alone)] == [
+        "model.path=builtin:countdown-student"
+    ]
 
 
 def test_the_exit_status_is_one_where_anything_fails(

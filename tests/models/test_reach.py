@@ -48,6 +48,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HfApi]:
 
 def test_a_local_model_or_data_set_is_reached_without_a_hub(tmp_path: Path):
     assert reach("builtin:countdown-student", None).text == "comes with hybridrl"
+    assert not reach("builtin:countdown-studnet", None).reached
+    assert "it must be one of countdown-s" in reach("builtin:countdown-studnet", None).text
     (tmp_path / "config.json").write_text("{}")
     assert reach(str(tmp_path), None).text == "is on this disk"
     assert reach(str(tmp_path), None, kind="dataset").reached

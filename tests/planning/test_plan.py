@@ -12,7 +12,7 @@ from transformers import GPT2Config
 from hybridrl.core.errors import ConfigError
 from hybridrl.planning.advice import advice_lines
 from hybridrl.planning.edges import checkpoint_bytes, rollout_bytes, score_bytes
-from hybridrl.planning.fit import can_take_turns, check_fit
+from hybridrl.planning.fit import check_fit, refuse
 from hybridrl.planning.memory import Sizes, transfer_buffers
 from hybridrl.planning.model_shape import shape_of
 from hybridrl.planning.passes import Pass, pass_bytes
@@ -277,8 +277,23 @@ def test_without_turns_the_same_workers_do_not_fit_and_turns_are_the_remedy():
         check_fit(wider)
     asked = ("pipeline.ahead=1", "pipeline.max_staleness=1")
     ahead = shared("rollout.gpu_memory_utilization=0.5", *asked)
-    assert can_take_turns(plan.settings)
-    assert not can_take_turns(ahead.settings)
+    with pytest.raises(ConfigError, match=r"it would fit with cluster\.colocate=false, on"):
+        check_fit(ahead)
+
+
+def test_no_remedy_has_more_ranks_than_a_step_has_prompts():
+    """The embeddings of a 7B student alone, whole and on their way, take 4 GiB."""
+    name = "qwen7b_from_32b_8gpu"
+    for prompts in (4, 64):
+        asked = (f"train.prompts_per_step={prompts}", "rollout.groups_per_chunk=1")
+        plan = planned(name, overrides=asked)
+        small = make_plan(plan.settings, device="cuda", device_bytes=8 * GIB)
+        with pytest.raises(ConfigError) as caught:
+            refuse(small, small.seats[0])
+        assert str(caught.value).endswith(
+            f"; not even {prompts} ranks would do, and train.prompts_per_step={prompts} allows no "
+            "more: choose a smaller model, or larger devices"
+        )
 
 
 def test_activations_are_those_of_transformers_own_modules():

@@ -49,3 +49,23 @@ def test_a_wave_waits_for_its_last_chunk_and_another_wave_does_not():
 
     asyncio.run(run())
     assert submitted == ["other0", "w0", "w1"]
+
+
+def test_after_a_drop_a_wave_of_the_same_name_consists_of_new_chunks():
+    submitted: list[tuple[int, ...]] = []
+    waves = Waves(lambda chunk, prompts: submitted.append(prompts))
+
+    async def run() -> None:
+        old = asyncio.create_task(waves.arrive(order(0, num_chunks=2), (1,)))
+        await asyncio.sleep(0)
+        waves.drop()
+        with pytest.raises(asyncio.CancelledError):
+            await old
+        first = asyncio.create_task(waves.arrive(order(1, num_chunks=2), (3,)))
+        await asyncio.sleep(0)
+        assert submitted == []
+        await waves.arrive(order(0, num_chunks=2), (2,))
+        await first
+
+    asyncio.run(run())
+    assert submitted == [(2,), (3,)]

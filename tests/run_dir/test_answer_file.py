@@ -84,11 +84,35 @@ def test_a_file_is_written_by_one_command_at_a_time(tmp_path: Path):
         pass
 
 
-def test_a_damaged_row_is_named(tmp_path: Path):
+@pytest.mark.parametrize("line", ["[]", "{}", '{"uid": []}', "[" * 100_000])
+def test_a_damaged_row_is_named(tmp_path: Path, line: str):
     path = tmp_path / "answers.jsonl"
     with opened(path, CONDITIONS) as file:
         file.append([row("a")])
     with path.open("a") as damaged:
-        damaged.write("[]\n")
+        damaged.write(f"{line}\n")
     with pytest.raises(DataError, match=r"answers\.jsonl, line 2"), opened(path, CONDITIONS):
+        pass
+
+
+def test_a_row_that_stands_twice_is_named(tmp_path: Path):
+    path = tmp_path / "answers.jsonl"
+    with opened(path, CONDITIONS) as file:
+        file.append([row("a"), row("b")])
+    with path.open("a") as edited:
+        edited.write('{"uid": "a"}\n')
+    message = r"answers\.jsonl, line 3: another row with the uid 'a'; remove one"
+    with pytest.raises(DataError, match=message), opened(path, CONDITIONS):
+        pass
+    assert uids(path) == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+def test_damaged_conditions_are_one_sentence(tmp_path: Path, text: str):
+    path = tmp_path / "answers.jsonl"
+    with opened(path, CONDITIONS) as file:
+        file.append([row("a")])
+    (state_folder(path) / "settings.json").write_text(text)
+    message = r"settings\.json: is damaged, .*; name a new file"
+    with pytest.raises(ConfigError, match=message), opened(path, CONDITIONS):
         pass

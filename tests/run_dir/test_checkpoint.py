@@ -1,5 +1,6 @@
 """Checkpoints appear as a whole or not at all."""
 
+import errno
 import json
 import logging
 import os
@@ -106,6 +107,24 @@ def test_the_same_step_again_replaces_the_old_one(tmp_path: Path):
     assert (
         names(checkpointer) == ["step_000003"] and checkpointer.newest().state.weight_version == 77
     )
+
+
+def test_a_checkpoint_that_cannot_be_put_in_place_leaves_the_older_one_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpointer = save_steps(tmp_path, 3)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name.startswith(".unfinished-"):
+            raise OSError(errno.EDQUOT, "no more names", str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises((OSError, CheckpointError), match="no more names"):
+        checkpointer.save(replace(STATE, step=3, weight_version=77), [Weights()])
+    assert names(checkpointer) == ["step_000003"]
+    assert checkpointer.newest().state.weight_version == STATE.weight_version
 
 
 def test_a_save_that_was_cut_off_leaves_the_older_checkpoint_alone(tmp_path: Path):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from hybridrl.launch.teacher_levels import (
     write_levels,
 )
 from hybridrl.models import arithmetic
+from hybridrl.run_dir import contents
 from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile
 from hybridrl.run_dir.contents import CACHED_FROM, digest
 from hybridrl.run_dir.directory import (
@@ -803,6 +805,23 @@ def test_without_a_reward_function_nothing_is_right_or_wrong():
     )
 
 
+def test_the_last_of_a_single_evaluation_is_not_given_as_what_was_learned(tmp_path: Path):
+    """A run of three steps that on_step ended after the first one."""
+    sink = JsonlSink()
+    sink.start(RunInfo(run_dir=str(tmp_path), name="x", total_steps=3, first_step=0, config={}))
+    sink.log({"train/step": 0, "eval/accuracy": 0.25})
+    sink.log({"train/step": 1})
+    assert accuracies(tmp_path) == (0.25, None)
+    sink.log({"train/step": 2, "eval/accuracy": 0.5})
+    sink.close(0)
+    assert accuracies(tmp_path) == (0.25, 0.5)
+
+
+def accuracies(run_dir: Path) -> tuple[float | None, float | None]:
+    done = run_result(run_dir, None, ExitReason.stopped)
+    return done.accuracy_before, done.accuracy_after
+
+
 def test_a_run_without_accuracy_still_has_a_result(tmp_path: Path):
     sink = JsonlSink()
     sink.start(RunInfo(run_dir=str(tmp_path), name="x", total_steps=1, first_step=0, config={}))
@@ -925,22 +944,27 @@ def test_a_changed_reward_model_is_refused(tmp_path: Path):
 def test_a_large_file_is_read_once_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The test writes another digest into the cache, to see that it is looked up."""
+    """The test writes another digest into the cache, to see that it is looked up. A file that is
+    copied with the times of its original has changed now.
+    """
     monkeypatch.setenv("HYBRIDRL_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "a.safetensors"
     file.write_bytes(bytes(CACHED_FROM))
+    os.utime(file, (1, 1))
     first = digest(file)
     assert not (tmp_path / "cache").exists(), "it may change again within the same time stamp"
-    os.utime(file, (1, 1))
+    changed = file.stat().st_ctime
+    monkeypatch.setattr(contents, "time", SimpleNamespace(time=lambda: changed + 2.5))
     assert digest(file) == first
     (entry,) = (tmp_path / "cache" / "digests").iterdir()
     entry.write_text(json.dumps(json.loads(entry.read_text()) | {"digest": "kept"}))
     assert digest(file) == "kept"
-    file.write_bytes(bytes(CACHED_FROM - 1) + b"1")
+    file.write_bytes(bytes(CACHED_FROM) + b"1")
     os.utime(file, (1, 1))
-    assert digest(file) not in ("kept", first), "the time of its inode's change cannot be set back"
+    second = digest(file)
+    assert second not in ("kept", first), "the size is another one"
     entry.write_text("[1]")
-    assert digest(file) != "kept"
+    assert digest(file) == second
 
 
 @pytest.mark.parametrize(

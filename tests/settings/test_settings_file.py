@@ -62,6 +62,7 @@ def test_a_file_with_a_defaults_list_is_passed_to_hydra(tmp_path: Path):
         ("[1, 2]", "must be a mapping of settings"),
         ("train: {lr: 1", "is no YAML file of settings"),
         ("\x00", "is no YAML file of settings"),
+        ("[" * 3000, "is nested too deeply; write fewer levels"),
         ("algorithm: grop", "algorithm: grop: no such choice; did you mean grpo?"),
         (
             "experiment: quickstart\ntrain: {stepz: 3}\nrun: {dir: x}",

@@ -20,6 +20,7 @@ def no_more_files() -> Iterator[Callable[[], None]]:
     def end() -> None:
         while descriptors:
             os.close(descriptors.pop())
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
     try:
         with suppress(OSError):
@@ -29,4 +30,3 @@ def no_more_files() -> Iterator[Callable[[], None]]:
         yield end
     finally:
         end()
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
