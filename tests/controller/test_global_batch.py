@@ -3,14 +3,16 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
-from hybridrl.controller.global_batch import divide, update_order
+from hybridrl.controller.global_batch import divide, learning_rate, update_order
 from hybridrl.controller.sampling import Arrived, PendingChunk
 from hybridrl.controller.step_cost import step_cost
 from hybridrl.rollout.header import chunk_header
 from hybridrl.runtime.calls import Pending
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.scorer_group import ScoreCall
+from hybridrl.settings.compose import load_config
 from hybridrl.types import ScoreHeader
 from tests.support.batches import make_batch, make_rewards
 
@@ -98,3 +100,22 @@ def test_a_wave_costs_its_rollouts_and_scores_and_not_the_weights():
     assert cost.wave_bytes == 260 and type(cost.wave_bytes) is int
     sized = replace(header, nbytes=np.int64(1))
     assert type(step_cost([sized], [], 0).wave_bytes) is int, "a checkpoint holds it as JSON"
+
+
+@pytest.mark.parametrize(
+    ("end", "rates"),
+    [
+        ("null", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        # Half a cosine over four steps: (1 + cos(k pi / 4)) / 2 for k = 0, 1, 2, 3.
+        ("0", [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
+        ("0.2", [0.5, 1.0, 1.0, 0.882843, 0.6, 0.317157]),
+        ("1", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_learning_rate_rises_over_the_warm_up_and_then_falls_by_half_a_cosine(
+    end: str, rates: list[float]
+):
+    asked = ["train.steps=6", "train.lr=1", "train.lr_warmup_steps=2", f"train.lr_end={end}"]
+    settings = load_config(["experiment=quickstart", "run.dir=unused", *asked])
+    found = [learning_rate(settings, step) for step in range(6)]
+    assert found == pytest.approx(rates, abs=1e-6)

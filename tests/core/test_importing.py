@@ -22,6 +22,7 @@ class Node:
 def unfrozen() -> Iterator[None]:
     yield
     gc.unfreeze()
+    gc.freeze()  # as tests/conftest.py left it
 
 
 def test_nothing_is_collected_in_the_block_and_what_was_made_in_it_stays_afterwards():

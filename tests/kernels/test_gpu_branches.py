@@ -87,11 +87,18 @@ def test_rows_of_a_gpu_are_worked_on_by_triton_where_all_teachers_are_hidden(
     monkeypatch.setattr(triton_rows, "row_gradients", lambda rule, dtype, *rest: (*rest, *range(8)))
     logits = torch.zeros(2, 5)
     with OnGpu():
-        work = rows.row_work(RowRule(), (Form.logits,), logits, torch.bfloat16)
+        work = rows.row_work(RowRule(), (Form.logits, Form.logits), logits, torch.bfloat16)
         assert work("gradient") == rows.RowResult("gradient", *range(8))
+
+        def in_plain_torch(*forms: Form) -> bool:
+            return (
+                rows.row_work(RowRule(), forms, logits, torch.bfloat16).func is rows.row_gradients
+            )
+
+        others = [form for form in Form if form is not Form.logits]
+        assert all(in_plain_torch(Form.logits, form) for form in others)
         monkeypatch.setattr(rows.importlib.util, "find_spec", lambda name: None)
-        other = rows.row_work(RowRule(), (Form.logits,), logits, torch.bfloat16)
-        assert other.func is rows.row_gradients
+        assert in_plain_torch(Form.logits)
 
 
 def test_a_matrix_of_another_device_than_the_cpu_has_memory_of_its_own():

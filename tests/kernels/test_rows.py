@@ -25,7 +25,7 @@ WIDTH = 32
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Fix the order of sums, and discard graphs that other tests have compiled."""
+    """Fix the order of sums."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -109,19 +109,25 @@ def test_the_card_states_the_run_up_to_the_exported_step_without_its_secrets(
 
 
 @pytest.mark.parametrize(
-    ("repo", "more", "sentence"),
+    ("repo", "more", "status", "sentence"),
     [
-        ("tiny", [], "--push tiny: must be OWNER/NAME"),
-        ("me/ti ny", [], "--push me/ti ny: must be OWNER/NAME"),
-        ("a/b/c", [], "--push a/b/c: must be OWNER/NAME"),
-        ("me/open", [], "--push me/open: the repository is public; add --public"),
-        ("me/shut", ["--public"], "--push me/shut: the repository is private; leave --public out"),
-        ("other/tiny", [], "refused with status 403"),
+        ("tiny", [], 2, "--push tiny: must be OWNER/NAME"),
+        ("me/ti ny", [], 2, "--push me/ti ny: must be OWNER/NAME"),
+        ("a/b/c", [], 2, "--push a/b/c: must be OWNER/NAME"),
+        ("me/open", [], 2, "--push me/open: the repository is public; add --public"),
+        (
+            "me/shut",
+            ["--public"],
+            1,
+            "--push me/shut: the repository is private; leave --public out",
+        ),
+        ("other/tiny", [], 1, "refused with status 403"),
     ],
 )
 def test_what_the_hub_would_refuse_is_one_sentence_before_anything_is_written(
     repo: str,
     more: list[str],
+    status: int,
     sentence: str,
     tmp_path: Path,
     hub: LocalHub,
@@ -130,7 +136,7 @@ def test_what_the_hub_would_refuse_is_one_sentence_before_anything_is_written(
     hub.private |= {"me/open": False, "me/shut": True}
     run = save_run(tmp_path / "run")
     capsys.readouterr()
-    assert main(["export", str(run), "--push", repo, *more]) in (1, 2)
+    assert main(["export", str(run), "--push", repo, *more]) == status
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert not (run / "export").exists() and hub.files == {}

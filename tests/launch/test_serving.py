@@ -39,9 +39,23 @@ def test_the_arguments_of_vllm_follow_two_dashes():
     assert parse(command) == ServeCommand(
         source="runs/a", step="40", host="127.0.0.1", port=9, arguments=("--seed", "3")
     )
-    for wrong in (["a", "--seed", "3"], [], ["a", "b"], ["a", "--port", "x"]):
-        with pytest.raises(ConfigError):
-            parse(wrong)
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["a", "--seed", "3"], "--seed: hybridrl serve takes "),
+        ([], "hybridrl serve takes one run directory or model folder"),
+        (["a", "b"], "hybridrl serve takes one run directory or model folder"),
+        (["a", "--port", "x"], "--port x: must be a number from 1 to 65535"),
+        (["a", "--port=0"], "--port 0: must be a number from 1 to 65535"),
+        (["a", "--port"], "--port : must be a number from 1 to 65535"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_sentence(command: list[str], sentence: str):
+    with pytest.raises(ConfigError) as caught:
+        parse(command)
+    assert str(caught.value).startswith(sentence)
 
 
 def test_a_folder_without_a_model_is_refused_in_one_sentence(

@@ -41,7 +41,6 @@ def source(tmp_path: Path) -> Path:
 
 def accuracy(name: str, num: int) -> float:
     """The share of the first `num` held-out problems that the model solves greedily."""
-    torch.set_num_threads(1)
     equations = Countdown().heldout(num)
     model = load_model(f"builtin:{name}")
     tokenizer = load_tokenizer(f"builtin:{name}")
