@@ -118,7 +118,7 @@ def test_the_card_states_the_run_up_to_the_exported_step_without_its_secrets(
         (
             "me/shut",
             ["--public"],
-            1,
+            2,
             "--push me/shut: the repository is private; leave --public out",
         ),
         ("other/tiny", [], 1, "refused with status 403"),
