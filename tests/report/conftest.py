@@ -1,11 +1,10 @@
-"""Tests of the page in a browser run where there is one, and are named where there is none."""
+"""Tests of the page in a browser run where there is one, and are skipped where there is none."""
 
 import shutil
 
 import pytest
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-MISSING = pytest.StashKey[int]()
 
 
 def browser() -> str | None:
@@ -18,23 +17,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("browser")]
-    if marked and browser() is None:
-        config.stash[MISSING] = len(marked)
-        config.hook.pytest_deselected(items=marked)
-        items[:] = [item for item in items if item not in marked]
-
-
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if count := config.stash.get(MISSING, 0):
-        terminalreporter.write_line(
-            f"{count} tests of the report's page were left out: no {' or '.join(BROWSERS)} is on "
-            "PATH; the tests of its HTML and SVG have run"
-        )
+    if browser() is not None:
+        return
+    reason = f"no {' or '.join(BROWSERS)} is on PATH; the tests of the page's HTML and SVG have run"
+    for item in items:
+        if item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture
 def browser_path() -> str:
     path = browser()
-    assert path is not None, "tests marked browser are deselected without one"
+    assert path is not None, "tests marked browser are skipped without one"
     return path
