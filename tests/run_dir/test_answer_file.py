@@ -1,10 +1,13 @@
 """A file of answers is continued where it ended, and refused where its rows would be others."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from hybridrl.core import json_lines
 from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.run_dir.answer_file import opened, read_rows, state_folder
 
@@ -116,3 +119,30 @@ def test_damaged_conditions_are_one_sentence(tmp_path: Path, text: str):
     message = r"settings\.json: is damaged, .*; name a new file"
     with pytest.raises(ConfigError, match=message), opened(path, CONDITIONS):
         pass
+
+
+def test_rows_that_a_full_disk_cut_short_are_made_anew_and_the_whole_ones_remain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two rows of 26 bytes each are appended, and the disk is full after 40 of them."""
+    path = tmp_path / "answers.jsonl"
+    write = os.write
+    room = [40]
+
+    def fill(descriptor: int, data: memoryview) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = write(descriptor, data[: room[0]])
+        room[0] -= taken
+        return taken
+
+    with opened(path, CONDITIONS) as file:
+        monkeypatch.setattr(json_lines.os, "write", fill)
+        with pytest.raises(OSError, match="No space left"):
+            file.append([row("a"), row("b")])
+        monkeypatch.undo()
+    assert path.stat().st_size == 40
+    with opened(path, CONDITIONS) as file:
+        assert file.done == {"a"}
+        file.append([row("b")])
+    assert list(read_rows(path)) == [row("a"), row("b")]
