@@ -2,19 +2,30 @@
 them a checkpoint names.
 """
 
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import ray
 
 from hybridrl.controller.coefficients import Coefficients
+from hybridrl.controller.controller import Controller
 from hybridrl.controller.evaluator import Evaluator
 from hybridrl.controller.pipeline import Pipeline
 from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.sampling import Arrived, PendingChunk, Sampling, first_groups
-from hybridrl.core.errors import DataError, Preempted, WorkerDied, WorkerError, WorkerTimeout
+from hybridrl.core.errors import (
+    DataError,
+    Preempted,
+    RewardError,
+    WorkerDied,
+    WorkerError,
+    WorkerTimeout,
+)
 from hybridrl.data.prompts import PromptSource
 from hybridrl.runtime.calls import Pending, await_first, gather, outcomes, settle
 from hybridrl.runtime.chunk import Chunk
@@ -24,6 +35,7 @@ from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.shares import chunk_size
 from hybridrl.types import NO_VERSION, ChunkHeader, GenerateOrder, Prompt, Rewards
+from tests.support.batches import make_batch, make_rewards
 
 PROMPTS = [Prompt(uid=f"p{i}", input_ids=(1, 2), text="", columns={}) for i in range(5)]
 
@@ -93,6 +105,40 @@ def test_sampling_waits_while_the_waves_ahead_would_fill_the_store():
         made.wave_bytes = 10
         made.take(0)
         assert len(made.waves) == ahead
+
+
+def test_further_waves_of_a_step_have_further_prompts_and_names_of_their_own():
+    """A run that draws again while too few groups are usable (algorithm.dynamic_sampling)."""
+    made, recorder, _ = pipeline()
+    first = made.take(0)
+    second = made.redraw(0)
+    assert [wave for wave, _ in recorder.waves] == ["train-0", "train-0.1"]
+    uids = [uid for _, drawn in recorder.waves for uid in drawn]
+    assert len(set(uids)) == made.num_sampled == 4, "no prompt is in both"
+    assert [prompt.uid for prompt in made.in_flight()] == uids
+    made.settle(returning=second.prompts)
+    assert made.in_flight() == []
+    made.take(1)
+    assert recorder.waves[2] == ("train-1", [prompt.uid for prompt in second.prompts])
+    assert first.step == second.step == 0
+
+
+@pytest.mark.parametrize(
+    ("failed", "learns", "refused"), [(1, True, False), (2, True, True), (4, False, False)]
+)
+def test_more_failed_rewards_than_reward_max_error_rate_end_a_run_that_learns_from_them(
+    failed: int, learns: bool, refused: bool
+):
+    """Of four responses in two chunks, and a rate of a quarter."""
+    values = [math.nan] * failed + [1.0] * (4 - failed)
+    batch = make_batch([((1,), [(2,), (2,)])])
+    rewards = [make_rewards(batch, values[:2]), make_rewards(batch, values[2:])]
+    run = SimpleNamespace(
+        learns_from_rewards=learns, settings=settings("reward.max_error_rate=0.25"), steps_done=7
+    )
+    message = r"^step 7: 50\.0% of the reward calls failed, reward\.max_error_rate is 25\.0%; see"
+    with pytest.raises(RewardError, match=message) if refused else nullcontext():
+        Controller._check_reward_errors(run, rewards)
 
 
 def test_more_prompts_are_drawn_than_a_step_takes_when_oversampling():
