@@ -13,7 +13,6 @@ from hybridrl.core.errors import (
 from hybridrl.kernels.products import processor, products_notice
 from hybridrl.launch.teacher_levels import (
     teachers_left_out,
-    teachers_to_measure,
 )
 from hybridrl.launch.warm_workers import Kept
 from hybridrl.models.arithmetic import dtype_notice
@@ -38,7 +37,7 @@ def start_notice(
     """
     start = "starting workers" if kept is None else "going on with the workers of the job before"
     known = checkpoint or (kept and levels)
-    teachers = "" if known else ", ".join(teachers_to_measure(settings))
+    teachers = "" if known else ", ".join(settings.measured_teachers)
     served = "" if checkpoint else ", ".join(teachers_left_out(settings))
     left_out = f" (teacher {served} is on a server, and is not measured)" if served else ""
     if not teachers:

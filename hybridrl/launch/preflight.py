@@ -23,7 +23,6 @@ from hybridrl.data.problem import Problem
 from hybridrl.data.route import takes
 from hybridrl.data.tokens import closed, encode
 from hybridrl.launch.alignment import check_begins, check_ends, reads_own_prompts
-from hybridrl.launch.teacher_levels import teachers_to_measure
 from hybridrl.models.adapters import check_peft, target_names
 from hybridrl.models.limits import CPU_HEAD_SIZES, most_positions, unserved_head_size
 from hybridrl.models.loading import (
@@ -153,7 +152,7 @@ def check_engines(settings: RunSettings, device: str) -> None:
     if device != "cpu":
         return
     served = {"model.path": settings.model}
-    for name in {*teachers_to_measure(settings), *settings.teachers_in_use}:
+    for name in {*settings.measured_teachers, *settings.teachers_in_use}:
         served[settings.model_setting(name)] = settings.teacher_model(name)
     for setting, model in served.items():
         check_head_size(setting, model)

@@ -47,7 +47,6 @@ from hybridrl.launch.set_prompts import (
 from hybridrl.launch.teacher_levels import (
     measure_teachers,
     same_levels,
-    teachers_to_measure,
     write_levels,
 )
 from hybridrl.launch.warm_workers import Kept, WarmWorkers
@@ -121,7 +120,7 @@ def train(
             stack.callback(write_trace, run_dir)
         earlier = holder.run_dir
         levels = None if earlier is None else same_levels(settings, heldout, inputs, earlier)
-        measures = checkpoint is None and levels is None and bool(teachers_to_measure(settings))
+        measures = checkpoint is None and levels is None and bool(settings.measured_teachers)
         kept = stack.enter_context(
             holder.job(settings, inputs, measures=measures, say=console.notice)
         )

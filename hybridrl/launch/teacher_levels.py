@@ -22,17 +22,6 @@ from hybridrl.types import Prompt
 TEACHER_LEVELS = "teacher_levels.json"
 
 
-def teachers_to_measure(settings: RunSettings) -> list[str]:
-    """The teachers in use that have their own weights.
-
-    A teacher without a path is the student before training, which is evaluated anyway, or a server
-    has it.
-    """
-    if not settings.eval.teacher or not settings.reward.functions:
-        return []
-    return [name for name in settings.teachers_in_use if settings.teachers[name].path is not None]
-
-
 def teachers_left_out(settings: RunSettings) -> list[str]:
     """The teachers in use that would be measured, if they were not on servers."""
     if not settings.eval.teacher or not settings.reward.functions:
@@ -71,7 +60,7 @@ def measure_teachers(
         inputs: run_dir.inputs.digests; if the files of a teacher or of the reward function changed,
             the levels are measured again.
     """
-    names = teachers_to_measure(settings)
+    names = settings.measured_teachers
     levels = same_levels(settings, heldout, inputs, run_dir)
     if levels is not None or not names:
         return levels or {}
@@ -145,7 +134,7 @@ def conditions_of(settings: RunSettings, heldout: Sequence[Prompt]) -> dict[str,
     functions = settings.reward.functions.values()
     judge = next(iter(functions), None)
     routed = [[f.function, sha256_of(repr(f.options)), f.route] for f in functions]
-    names = teachers_to_measure(settings)
+    names = settings.measured_teachers
     engines = {
         n: arguments for n in names if (arguments := settings.teachers[n].engine) is not None
     }

@@ -7,6 +7,8 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.models.loading import load_layout
 from hybridrl.models.model_internals import shards_every_layer
 from hybridrl.planning.advice import with_shared_base
+from hybridrl.planning.memory import engine_parts
+from hybridrl.planning.model_shape import DTYPE_BYTES, model_shape
 from hybridrl.planning.plan import Plan, Seat, make_plan, shown
 from hybridrl.settings.checks import check_settings
 from hybridrl.settings.choices import Offload
@@ -35,6 +37,7 @@ def check_fit(plan: Plan) -> None:
             KV cache cannot hold the longest sequence.
     """
     check_cache(plan)
+    check_measuring(plan)
     for seat in plan.seats:
         if plan.seat_bytes(seat) > plan.device_bytes:
             refuse(plan, seat)
@@ -81,6 +84,37 @@ def check_cache_of(plan: Plan, worker: str, of_token: int, remedy: str) -> None:
             f"{shown(needed)} of KV cache on each device of an engine of {worker}, which has "
             f"{shown(cache)} for it; {remedy}"
         )
+
+
+def check_measuring(plan: Plan) -> None:
+    """Refuse a teacher whose accuracy is to be measured and that cannot be sampled by the settings
+    of rollout, in the place of an engine of the student, with one sequence at a time.
+
+    Raises:
+        ConfigError: it cannot, on GPUs.
+    """
+    settings = plan.settings
+    rollout = settings.rollout
+    share = rollout.gpu_memory_utilization
+    for name in settings.measured_teachers if plan.device == "cuda" else ():
+        if settings.teachers[name].engine is not None and name in settings.scored_teachers:
+            continue  # it is sampled with the arguments of the engine that scores
+        model = settings.teacher_model(name)
+        setting = settings.model_setting(name)
+        shape = model_shape(model, setting)
+        of_token = shape.kv_numbers * DTYPE_BYTES[model.dtype] // rollout.tensor_parallel
+        parts = engine_parts(plan.sizes, "teacher", model, setting, plan.device_bytes)
+        needed = {p.part: p.nbytes for p in parts if p.phase == "sample"} | {
+            "KV cache": rollout.kv_cache_bytes or of_token * plan.sizes.tokens
+        }
+        room = plan.device_bytes if rollout.kv_cache_bytes else int(share * plan.device_bytes)
+        if sum(needed.values()) > room:
+            raise ConfigError(
+                f"eval.teacher=true: teachers.{name} does not fit one engine of rollout, which "
+                f"would measure its accuracy before training: {shown(sum(needed.values()))} of "
+                f"{shown(room)} on each GPU (weights {shown(needed['weights'])}); set "
+                "eval.teacher=false, or raise rollout.tensor_parallel"
+            )
 
 
 def refuse(plan: Plan, seat: Seat) -> None:

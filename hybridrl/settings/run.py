@@ -528,6 +528,15 @@ class RunSettings:
         writer = list(self.teachers)[:1] if self.algorithm.teacher_fraction else []
         return list(dict.fromkeys([*self.scored_teachers, *writer]))
 
+    @property
+    def measured_teachers(self) -> list[str]:
+        """The teachers in use whose accuracy is measured before training, by their own weights. A
+        teacher without a path is the student before training, which is evaluated anyway, or a
+        server has it.
+        """
+        measures = self.eval.teacher and self.reward.functions
+        return [n for n in self.teachers_in_use if measures and self.teachers[n].path is not None]
+
     def teacher_model(self, name: str) -> ModelConfig:
         """The model of a teacher; one without a path is the student before training."""
         teacher = self.teachers[name]

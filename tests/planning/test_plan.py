@@ -360,6 +360,18 @@ def test_a_teacher_of_72b_fits_two_devices_and_the_refusal_of_one_names_them():
         check_fit(make_plan(alone, device="cuda", device_bytes=79 * GIB))
 
 
+def test_a_teacher_that_an_engine_of_the_student_cannot_hold_is_refused_before_it_is_measured():
+    """32B in bfloat16 has 61.0 GiB of weights, and an engine 0.5 of 79 GiB, or 0.85."""
+    name = "qwen7b_from_32b_8gpu"
+    measured = ("eval.teacher=true", "rollout.gpu_memory_utilization=0.5")
+    message = r"^eval\.teacher=true: teachers\.main does not fit .* \(weights 61\.0 GiB\); set eval"
+    with pytest.raises(ConfigError, match=message):
+        check_fit(planned(name, overrides=measured))
+    check_fit(planned(name, overrides=("eval.teacher=true",)))
+    check_fit(planned(name, overrides=(*measured, "eval.teacher=false")))
+    check_fit(planned(name, overrides=(*measured, "rollout.tensor_parallel=2")))
+
+
 def test_a_refusal_names_settings_with_which_it_would_fit():
     plan = quickstart(memory_gib=3.7)
     with pytest.raises(ConfigError, match=r"it would fit with (\S+=\S+)$") as caught:

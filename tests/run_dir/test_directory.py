@@ -27,7 +27,6 @@ from hybridrl.launch.teacher_levels import (
     files_of,
     read_levels,
     same_levels,
-    teachers_to_measure,
     write_levels,
 )
 from hybridrl.models import arithmetic
@@ -673,7 +672,7 @@ def test_only_teachers_in_use_are_loaded_and_only_where_there_is_a_judge_are_the
 ):
     def of(*overrides: str) -> tuple[list[str], list[str]]:
         settings = settings_of(tmp_path, *overrides)
-        return settings.teachers_in_use, teachers_to_measure(settings)
+        return settings.teachers_in_use, settings.measured_teachers
 
     assert of() == (["main"], ["main"])
     assert of("algorithm=rloo") == ([], [])
