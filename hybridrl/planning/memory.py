@@ -285,8 +285,7 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
         heads += sizes.student.head * sizes.width
     gathered = zero.gathered + zero.always
     packed = sizes.sent * sizes.width if sizes.on_cpu else 0
-    copied = sizes.on_cpu and settings.checkpoint.background
-    saved = 3 * WIDE * sizes.trained // settings.learner.ranks if copied else 0
+    saved = checkpoint_copy(sizes) if sizes.on_cpu else 0
     earlier = zero.gradients if sizes.micro_batches > 1 or settings.learner.zero_stage == 3 else 0
     phases: dict[str, dict[str, int]] = {}
     if sizes.shared:
@@ -324,6 +323,16 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
         }
         for part, nbytes in (always | parts).items():
             yield Part("learner", phase, part, nbytes)
+
+
+def checkpoint_copy(sizes: Sizes) -> int:
+    """Bytes of the copy of a rank's state that is written while the next step runs, in the memory
+    of its host: master weights and both moments.
+    """
+    settings = sizes.settings
+    if not settings.checkpoint.background:
+        return 0
+    return 3 * WIDE * sizes.trained // settings.learner.ranks
 
 
 def base_bytes(sizes: Sizes, gathered: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from hybridrl.planning.memory import (
     TURNS,
     Part,
     Sizes,
+    checkpoint_copy,
     engine_parts,
     learner_parts,
     reward_parts,
@@ -239,6 +240,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"host memory of each reward worker, for its reward models: {shown(models)}"
     if plan.offloaded_bytes:
         yield f"host memory of each learner rank, offloaded: {shown(plan.offloaded_bytes)}"
+    if plan.device == "cuda" and (copy := checkpoint_copy(plan.sizes)):
+        yield f"host memory of each learner rank, while a checkpoint is written: {shown(copy)}"
     for name in ("rollout", "teacher"):
         if asleep := plan.asleep_bytes(name):
             yield f"host memory of each engine of {name}, while it sleeps: {shown(asleep)}"

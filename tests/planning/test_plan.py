@@ -372,6 +372,17 @@ def test_a_teacher_that_an_engine_of_the_student_cannot_hold_is_refused_before_i
     check_fit(planned(name, overrides=(*measured, "rollout.tensor_parallel=2")))
 
 
+def test_the_copy_of_a_checkpoint_in_the_background_is_in_the_hosts_memory():
+    """Three numbers of 4 bytes for each of 7,615,616,512 parameters, divided among four ranks."""
+    line = "host memory of each learner rank, while a checkpoint is written: 21.3 GiB"
+    assert P7 == 7_615_616_512 and round(3 * 4 * P7 / 4 / GIB, 1) == 21.3
+    name = "qwen7b_from_32b_8gpu"
+    assert line in plan_lines(planned(name))
+    waiting = "\n".join(plan_lines(planned(name, overrides=["checkpoint.background=false"])))
+    assert "while a checkpoint is written" not in waiting
+    assert "while a checkpoint is written" not in "\n".join(plan_lines(quickstart()))
+
+
 def test_a_refusal_names_settings_with_which_it_would_fit():
     plan = quickstart(memory_gib=3.7)
     with pytest.raises(ConfigError, match=r"it would fit with (\S+=\S+)$") as caught:
