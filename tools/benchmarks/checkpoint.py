@@ -12,10 +12,11 @@ from pathlib import Path
 
 import ray
 
-from benchmarks.overhead import MODELS, problem, with_ray
+from benchmarks.overhead import MODELS, placed, problem
 from benchmarks.stage import settings_of
 from hybridrl.run_dir.checkpoint import Checkpointer, RunState, Unfinished, read_manifest
 from hybridrl.runtime.calls import gather
+from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.learner_group import LearnerGroup
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import BatchPlan
@@ -32,10 +33,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
-    rows = {
-        name: with_ray(measure, settings_of(*MODELS[name]), options.repeats)
-        for name in options.models
-    }
+    with Cluster(settings_of()):  # one Ray for all
+        rows = {
+            name: placed(measure, settings_of(*MODELS[name]), options.repeats)
+            for name in options.models
+        }
     for name, row in rows.items():
         print(
             f"{name:8s} {row['bytes'] / 1e9:.3f} GB: held {row['foreground_s']:.2f} s in the "

@@ -23,7 +23,7 @@ from hybridrl.kernels.teacher_rows import HiddenTeacher
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.models.loading import load_model, load_tokenizer
 from hybridrl.models.output_head import output_weight
-from hybridrl.runtime.ray_connection import connect
+from hybridrl.runtime.cluster import Cluster
 
 TEXT = """A student model samples a response to each prompt. Frozen teachers compute the
 log-probabilities of every response token, and reward functions judge the whole text. Both become
@@ -147,8 +147,7 @@ class Receiver:
 
 def edge_rate(nbytes: int, repeats: int) -> float:
     """GB/s of an object that one process puts into the store and another one reads."""
-    connect(settings_of())
-    try:
+    with Cluster(settings_of()):
         receiver = Receiver.remote()
         rows = torch.ones(nbytes, dtype=torch.uint8).numpy()
         seconds = []
@@ -157,8 +156,6 @@ def edge_rate(nbytes: int, repeats: int) -> float:
             ray.get(receiver.copied.remote(ray.put(rows)), timeout=60)
             seconds.append(time.perf_counter() - started)
         return nbytes / statistics.median(seconds[1:]) / 1e9
-    finally:
-        ray.shutdown()
 
 
 def draw(results: dict, picture: Path) -> None:

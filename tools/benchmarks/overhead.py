@@ -15,7 +15,6 @@ from hybridrl.runtime.actor_group import ActorGroup
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.learner_group import LearnerGroup
-from hybridrl.runtime.ray_connection import connect
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.run import RunSettings
@@ -66,12 +65,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
+    with Cluster(settings_of()):  # one Ray for all parts
+        return measured_parts(options)
+
+
+def measured_parts(options: argparse.Namespace) -> dict:
     results: dict = {"targets": TARGETS}
     for part, measure in (("generation", generation), ("learner", learner)):
         if part in options.parts:
             results[part] = {}
             for name in options.models:
-                results[part][name] = with_ray(measure, settings_of(*MODELS[name]), options.repeats)
+                results[part][name] = placed(measure, settings_of(*MODELS[name]), options.repeats)
                 row = results[part][name]
                 verdict = "reached" if row["share"] >= TARGETS[part] else "MISSED"
                 print(
@@ -88,19 +92,16 @@ def run(options: argparse.Namespace) -> dict:
     return results
 
 
-def with_ray(measure, settings: RunSettings, repeats: int) -> dict:
-    connect(settings)
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="hybridrl-bench-") as logs,
-            Cluster(settings) as cluster,
-        ):
-            slots = cluster.place(
-                [Team(name=name, size=1, gpus=0, heavy=True) for name in ("ours", "bare")]
-            )
-            return measure(settings, slots, logs, repeats)
-    finally:
-        ray.shutdown()
+def placed(measure, settings: RunSettings, repeats: int) -> dict:
+    """Measure with a place for a worker of ours and one for a bare one; both end with it."""
+    with (
+        tempfile.TemporaryDirectory(prefix="hybridrl-bench-") as logs,
+        Cluster(settings) as cluster,
+    ):
+        slots = cluster.place(
+            [Team(name=name, size=1, gpus=0, heavy=True) for name in ("ours", "bare")]
+        )
+        return measure(settings, slots, logs, repeats)
 
 
 def bare(name: str, settings: RunSettings, slots: dict, logs: str) -> ActorGroup:

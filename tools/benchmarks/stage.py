@@ -128,17 +128,25 @@ def named(group: ActorGroup, size: int) -> ActorGroup:
 
 
 class Stage:
-    """Fake workers on a Ray of their own. Use as a context manager.
+    """Fake workers on a Ray of their own, or on the one that this process is connected to already,
+    which is left running. Use as a context manager.
 
     Example: with Stage(settings_of()) as stage: stage.assign(Work(generate_s=0.5));
     stage.controller(settings).step()
     """
 
     def __init__(self, settings: RunSettings, *, store_bytes: int | None = None) -> None:
-        """Args: store_bytes: of Ray's object store; None: Ray's own choice."""
+        """Args: store_bytes: of the object store of a Ray of their own; None: Ray's choice."""
         self.settings = settings
-        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-        ray.init(address="local", object_store_memory=store_bytes, **quiet)
+        self.owns_ray = not ray.is_initialized()
+        if self.owns_ray:
+            ray.init(
+                address="local",
+                object_store_memory=store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         self.folder = Path(tempfile.mkdtemp(prefix="hybridrl-bench-"))
         self.cluster = Cluster(settings).__enter__()
         slots = place_workers(settings, self.cluster)
@@ -177,7 +185,8 @@ class Stage:
 
     def __exit__(self, *_: object) -> None:
         self.cluster.__exit__()
-        ray.shutdown()
+        if self.owns_ray:
+            ray.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def assign(self, work: Work) -> None:

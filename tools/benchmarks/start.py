@@ -14,13 +14,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import ray
-
 from benchmarks.stage import settings_of
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster
 from hybridrl.runtime.learner_group import LearnerGroup
-from hybridrl.runtime.ray_connection import connect
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.scorer_group import ScorerGroup
 from hybridrl.runtime.start_up import StartUp
@@ -51,6 +48,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=list(MODULES),
         help="the processes whose imports are measured too",
     )
+    parser.add_argument(
+        "--workers",
+        nargs="+",
+        choices=[name for name in STARTS if name != TOGETHER],
+        default=[name for name in STARTS if name != TOGETHER],
+        help="the workers that are started alone; all together are always started too",
+    )
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -60,21 +64,22 @@ def run(options: argparse.Namespace) -> dict:
     }
     print("imports, s: " + "  ".join(f"{name} {s:.1f}" for name, s in imports.items()), flush=True)
     settings = settings_of()
-    connect(settings)
-    try:
-        starts: dict[str, list[float]] = {name: [] for name in STARTS}
+    starts: dict[str, list[float]] = {name: [] for name in (*options.workers, TOGETHER)}
+    with Cluster(settings):  # one Ray for all
         for _ in range(options.repeats):
-            for name, start in STARTS.items():
-                starts[name].append(start_seconds(settings, start))
-    finally:
-        ray.shutdown()
-    medians = {name: statistics.median(seconds) for name, seconds in starts.items()}
-    slowest = max(seconds for name, seconds in medians.items() if name != TOGETHER)
-    for name, seconds in medians.items():
-        print(f"{name:12s} {seconds:5.1f} s")
-    ratio = medians[TOGETHER] / slowest
+            for name, seconds in starts.items():
+                seconds.append(start_seconds(settings, STARTS[name]))
+    for name, seconds in starts.items():
+        print(f"{name:12s} {statistics.median(seconds):5.1f} s")
+    ratio = together_over_slowest(starts)
     print(f"all together take {ratio:.2f} times the slowest alone, on {os.cpu_count()} cores")
     return {"imports_s": imports, "starts_s": starts, "ratio": ratio}
+
+
+def together_over_slowest(starts: dict[str, list[float]]) -> float:
+    """By the medians of the repeats."""
+    medians = {name: statistics.median(seconds) for name, seconds in starts.items()}
+    return medians.pop(TOGETHER) / max(medians.values())
 
 
 def import_seconds(module: str) -> float:

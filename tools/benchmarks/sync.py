@@ -6,13 +6,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import ray
-
 from benchmarks.stage import settings_of
 from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.learner_group import LearnerGroup
-from hybridrl.runtime.ray_connection import connect
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.weight_sync import WeightSync
 from hybridrl.settings.choices import WeightTransfer
@@ -45,7 +42,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
-    connect(settings_of())
     rows = {}
     columns = (
         "MB",
@@ -60,12 +56,10 @@ def run(options: argparse.Namespace) -> dict:
         "ratio",
     )
     print(f"{'ms, medians':14s}" + "".join(f"{column:>9s}" for column in columns))
-    try:
+    with Cluster(settings_of()):  # one Ray for all
         for name in options.models:
             rows[name] = measure(settings_of(*MODELS[name]), options.repeats)
             show(name, rows[name])
-    finally:
-        ray.shutdown()
     return {"target": TARGET, "models": rows}
 
 

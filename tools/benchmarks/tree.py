@@ -25,9 +25,11 @@ from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.weight_sync import WeightSync
 from hybridrl.settings.choices import WeightTransfer
 
-REPORT_S = 1.0
+REPORT_S = 0.25
 """Between two reports of a node's counters."""
-SETTLED_S = 4.0
+STABLE_S = 1.0
+"""Counters that did not change for so long, several reports, have arrived."""
+LIMIT_S = 20.0
 """For the counters to arrive."""
 
 
@@ -129,13 +131,11 @@ def publish(way: str, nodes: int, options: argparse.Namespace) -> dict:
         seconds = []
         for version in range(1 + options.repeats):
             if version == options.repeats:
-                time.sleep(SETTLED_S)
-                before = counters()
+                before = settled_counters()
             began = time.perf_counter()
             sync.publish(version)
             seconds.append(time.perf_counter() - began)
-        time.sleep(SETTLED_S)
-        after = counters()
+        after = settled_counters()
         rollout.close()
         learner.close()
     used = len({slot.node_id for slot in slots["rollout"]})
@@ -161,6 +161,25 @@ def publish(way: str, nodes: int, options: argparse.Namespace) -> dict:
         flush=True,
     )
     return row
+
+
+def settled_counters() -> dict[str, dict[str, float]]:
+    """The counters once they no longer change and all that was sent is received, as the two ends of
+    a transfer report it at different times; or what they are after a limit.
+    """
+    limit = time.monotonic() + LIMIT_S
+    last = counters()
+    since = time.monotonic()
+    while time.monotonic() < limit:
+        time.sleep(REPORT_S)
+        found = counters()
+        if found != last:
+            last = found
+            since = time.monotonic()
+        sent, received = (sum(of[kind] for of in last.values()) for kind in ("sent", "received"))
+        if time.monotonic() - since >= STABLE_S and sent == received:
+            break
+    return last
 
 
 def counters() -> dict[str, dict[str, float]]:
