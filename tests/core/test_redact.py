@@ -34,16 +34,14 @@ from hybridrl.rewards.load import BUILT_IN
 from hybridrl.rewards.pool import RewardPool
 from hybridrl.rewards.signature import signature_of
 from hybridrl.run_dir.directory import changes
-from hybridrl.runtime.host import build, log_of
 from hybridrl.runtime.ray_connection import private_token
 from hybridrl.runtime.worker_env import worker_env
 from hybridrl.settings.compose import check_secrets, from_yaml, known_keys, load_config, to_yaml
-from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
 from hybridrl.settings.run import DataConfig
 from hybridrl.settings.settings_file import saved_config
 from tests.support.graph import save_tiny
+from tests.support.logged_secrets import CANARY
 
-CANARY = "canary-0123456789"
 BASE = ["experiment=quickstart", "run.dir=here"]
 JUDGE = [
     "+reward.functions.judge={function: f.py:f, weight: 0, options: {api_key: "
@@ -536,14 +534,6 @@ def test_a_workers_environment_holds_only_the_secrets_that_it_needs(environment:
     assert not any(CANARY in value for value in env.values()), "Ray's dashboard shows them"
 
 
-class Failing:
-    def __init__(self) -> None:
-        raise RuntimeError(
-            f"HF_TOKEN={os.environ['HF_TOKEN']}, others "
-            f"{[n for n in os.environ if CANARY in os.environ[n]]}"
-        )
-
-
 def log_of_worker(program: str, folder: Path) -> str:
     """What a process writes into the log file that the program receives as its argument."""
     root = Path(__file__).parent.parent.parent
@@ -560,40 +550,18 @@ def log_of_worker(program: str, folder: Path) -> str:
 def test_a_worker_drops_its_nodes_secrets_and_logs_none(environment: None, tmp_path: Path):
     program = (
         "import sys; from hybridrl.runtime.host import build, log_of; "
-        "log_of(sys.argv[1], {}); build('tests.core.test_redact:Failing', {})"
+        "log_of(sys.argv[1], {}); build('tests.support.logged_secrets:Failing', {})"
     )
     log = log_of_worker(program, tmp_path)
     assert "RuntimeError: HF_TOKEN=***, others ['HF_TOKEN']" in log and CANARY not in log
 
 
-class Judge:
-    """Logs secrets, as the reward worker may when it logs a failed function's message."""
-
-    def __init__(self, config: RewardConfig, seen: str) -> None:
-        options = config.functions["judge"].options
-        logging.getLogger("judge").warning(
-            "%s refused, node had %s, %s",
-            options["headers"]["auth_token"].split()[1],
-            seen,
-            options["url"],
-        )
-
-
-def build_judge(log: str) -> None:
-    """Build a Judge with a key that no environment has; runs in a process of its own."""
-    options = {"headers": {"auth_token": f"Bearer {CANARY}-judge"}, "url": "https://judge:8000"}
-    config = RewardConfig(
-        functions={"judge": RewardFunctionConfig(function="f.py:f", options=options)}
-    )
-    arguments = {"config": config, "seen": os.environ["DB_PASSWORD"]}
-    log_of(log, arguments)
-    build("tests.core.test_redact:Judge", arguments)
-
-
 def test_a_worker_logs_neither_the_secrets_it_dropped_nor_those_of_its_settings(
     environment: None, tmp_path: Path
 ):
-    program = "import sys; from tests.core.test_redact import build_judge; build_judge(sys.argv[1])"
+    program = (
+        "import sys; from tests.support.logged_secrets import build_judge; build_judge(sys.argv[1])"
+    )
     log = log_of_worker(program, tmp_path)
     assert log == "WARNING judge: *** refused, node had ***, https://judge:8000\n"
 

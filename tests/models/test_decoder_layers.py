@@ -1,6 +1,8 @@
 """Compiled decoder layers: their numbers, the shapes they serve, and when none are compiled."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -24,14 +26,22 @@ from tests.support.torch_graphs import forget_graphs, num_graphs
 HIDDEN = decoder_layers.COMPILE_FROM
 
 
-@pytest.fixture(autouse=True)
+@contextmanager
 def one_thread() -> Iterator[None]:
-    """Sum in one order, and discard graphs that other tests made."""
+    """Sum in one order, and discard graphs that others made."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.compiler.reset()
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def model_of(hidden: int = HIDDEN, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -109,34 +119,47 @@ def test_layers_with_wide_products_are_compiled_and_at_least_as_exact():
         assert relative_error(wide_outputs[k], exact[k]) < limit < 0.1
 
 
-def test_compiled_layers_are_as_close_to_fp32_as_the_layers_of_transformers():
-    compiled = model_of()
-    plain = model_of()
-    plain.set_attn_implementation("eager")
-    assert compile_layers(compiled, tokens=100, packed=False, learns=True)
-    for inputs in (padded(3, 17), padded(1, 9)):
-        exact = hidden_and_gradient(model_of().float(), inputs)
-        eager_outputs = hidden_and_gradient(plain, inputs)
-        compiled_outputs = hidden_and_gradient(compiled, inputs)
-        for k in range(2):
-            plain_error = relative_error(eager_outputs[k], exact[k])
-            assert relative_error(compiled_outputs[k], exact[k]) < 1.2 * plain_error < 0.1
+@dataclass(frozen=True)
+class Batches:
+    """Of a compiled model, one after the other: shape, and hidden states and gradient."""
+
+    outputs: list[tuple[tuple[int, int], tuple[Tensor, Tensor]]]
+    graphs: int
+    """that were made for them"""
 
 
-def test_the_first_batch_does_not_affect_the_graphs_which_exist_before_it():
-    results = []
-    for shapes in ([(3, 17)], [(40, 5), (2, 90), (1, 33), (3, 17)]):
-        torch.compiler.reset()
+@pytest.fixture(scope="module")
+def batches() -> Batches:
+    """Of one model for several tests, as compiling it takes many seconds."""
+    outputs = []
+    with one_thread():
         model = model_of()
-        compile_layers(model, tokens=100, packed=False, learns=True)
+        assert compile_layers(model, tokens=100, packed=False, learns=True)
         forget_graphs()
-        for shape in shapes:
+        for shape in ((3, 17), (40, 5), (2, 90), (1, 9), (3, 17)):
             with torch.no_grad():
                 model.base_model(**padded(*shape), use_cache=False)
-            last = hidden_and_gradient(model, padded(*shape))
-        assert num_graphs() == 0
-        results.append(last)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            outputs.append((shape, hidden_and_gradient(model, padded(*shape))))
+        return Batches(outputs, num_graphs())
+
+
+def test_compiled_layers_are_as_close_to_fp32_as_the_layers_of_transformers(batches: Batches):
+    plain = model_of()
+    plain.set_attn_implementation("eager")
+    outputs = dict(batches.outputs)
+    for shape in ((3, 17), (1, 9)):
+        exact = hidden_and_gradient(model_of().float(), padded(*shape))
+        eager_outputs = hidden_and_gradient(plain, padded(*shape))
+        for k in range(2):
+            plain_error = relative_error(eager_outputs[k], exact[k])
+            assert relative_error(outputs[shape][k], exact[k]) < 1.2 * plain_error < 0.1
+
+
+def test_no_batch_affects_the_graphs_which_exist_before_the_first_one(batches: Batches):
+    """The same batch gives the same bits as the first one and after others."""
+    (shape, first), *_, (again, last) = batches.outputs
+    assert shape == again and all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
+    assert batches.graphs == 0
 
 
 def test_passes_without_adapters_are_padded_and_have_graphs_before_the_first_batch():

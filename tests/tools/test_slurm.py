@@ -9,9 +9,12 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from random import SystemRandom
 from tempfile import mkdtemp
 
 import pytest
+
+from hybridrl.core.free_port import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 # Runs its command here in place of a node of its own, with less memory and on free ports.
@@ -20,7 +23,14 @@ echo "$*" >>"$TRIAL/steps"
 while [[ "$1" == --* ]]; do shift; done
 case "$1" in
   *head.sh) exec "$@" --num-cpus 1 --object-store-memory 100000000 --include-dashboard false ;;
-  *) [[ -z "${NO_WORKER:-}" ]] && exec "$@" --num-cpus 1 --object-store-memory 100000000 ;;
+  *) exec "$@" --num-cpus 1 --object-store-memory 100000000 ;;
+esac
+"""
+# A head that stays, and workers that do not start.
+SRUN_OF_HEAD = """#!/usr/bin/env bash
+while [[ "$1" == --* ]]; do shift; done
+case "$1" in
+  *head.sh) exec sleep 300 ;;
 esac
 """
 # The names of the nodes, more than a pipe holds: it must not be closed after the first one.
@@ -49,6 +59,7 @@ def job(tmp_path):
     (folder / "activate").write_text(f'PATH="{folder}:{Path(sys.executable).parent}:$PATH"\n')
     sessions = mkdtemp(prefix="ray-")  # short: the path of a Unix socket holds 107 bytes
     (tmp_path / "home").mkdir()
+    port = free_port(SystemRandom().sample(range(20_000, 30_000), 100))
     yield os.environ | {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "HOME": str(tmp_path / "home"),
@@ -56,7 +67,7 @@ def job(tmp_path):
         "TRIAL": str(tmp_path),
         "RAY_TMPDIR": sessions,
         "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_ID": str(port),  # its last four digits are those of the head's port
         "SLURM_JOB_NODELIST": "two-nodes",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "3",
@@ -92,15 +103,26 @@ def test_a_slurm_job_starts_the_run_when_all_its_nodes_are_in_the_cluster(job, t
     [line] = [line for line in output.splitlines() if line.startswith("[2, ")]
     _, gpus, arguments = json.loads(line)
     assert gpus == 6.0
-    assert arguments == ["train", f"run.dir={ROOT}/runs/slurm-{os.getpid()}", "train.steps=3"]
+    run_dir = f"{ROOT}/runs/slurm-{job['SLURM_JOB_ID']}"
+    assert arguments == ["train", f"run.dir={run_dir}", "train.steps=3"]
     head, worker = (tmp_path / "steps").read_text().splitlines()
     assert "--nodelist=127.0.0.1 cluster/head.sh" in head
     assert "--nodes=1 --ntasks=1 --exclude=127.0.0.1 cluster/worker.sh 127.0.0.1:" in worker
     assert (tmp_path / "home/.ray/auth_token").stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.graph
 def test_a_slurm_job_whose_workers_do_not_start_ends_with_a_message(job):
-    status, _, errors = run(job | {"NO_WORKER": "1"})
+    """Ray says that there is a head, and python that not all nodes are there."""
+    programs = {
+        "srun": SRUN_OF_HEAD,
+        "ray": "#!/usr/bin/env bash\nexit 0\n",
+        "python": "#!/usr/bin/env bash\nexit 1\n",
+    }
+    for name, text in programs.items():
+        path = Path(job["HYBRIDRL_VENV"], "bin", name)
+        path.write_text(text)
+        path.chmod(stat.S_IRWXU)
+    status, _, errors = run(job)
     assert status == 1
-    assert "not all of 2 nodes have joined the Ray head at 127.0.0.1:" in errors
+    head = f"127.0.0.1:{job['SLURM_JOB_ID']}"
+    assert f"not all of 2 nodes have joined the Ray head at {head} after" in errors
