@@ -3,9 +3,11 @@ workers.
 """
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -146,6 +148,16 @@ def every_engine_serves(graph: Graph) -> None:
     rollout.fleet.admit()
 
 
+@contextmanager
+def learning_by(graph: Graph, settings: RunSettings) -> Iterator[None]:
+    """The shared learner has these settings in the block."""
+    graph.workers.learner.configure(settings)
+    try:
+        yield
+    finally:
+        graph.workers.learner.configure(graph.settings)
+
+
 @pytest.fixture
 def controller(graph: Graph, tmp_path: Path) -> Controller:
     """A fresh run over the same workers."""
@@ -180,21 +192,6 @@ def test_the_sampler_and_the_learner_agree_on_the_log_probs_after_every_sync(con
         row = controller.step()
         assert row["policy/logprob_gap"] < 1e-5, "nats, mean over all sampled tokens"
         assert abs(row["policy/rho_mean"] - 1) < 1e-5 and row["policy/ess"] > 0.9999
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_another_zero_stage_trains_in_the_same_graph(graph, stage):
-    settings = replace(graph.settings, learner=replace(graph.settings.learner, zero_stage=stage))
-    with Cluster(settings) as more_room:
-        slots = more_room.place([Team(name="learner", size=2, gpus=0, heavy=True)])
-        learner = LearnerGroup(
-            settings, slots["learner"], device="cpu", log_dir=str(graph.run_dir / f"logs-{stage}")
-        )
-        gather(learner.ready())
-        controller = graph.controller(settings, replace(graph.workers, learner=learner))
-        rows = [controller.step() for _ in range(2)]
-        learner.close()
-    assert all(row["policy/logprob_gap"] < 1e-5 for row in rows) and rows[1]["train/grad_norm"] > 0
 
 
 class Watched(Residency):
@@ -287,10 +284,9 @@ def test_tokens_that_are_too_old_are_sampled_again_or_weighted_and_no_prompt_is_
         algorithm=algorithm,
         train=replace(graph.settings.train, steps=6),
     )
-    graph.workers.learner.configure(settings)
-    controller = replace(graph, run_dir=tmp_path).controller(settings, graph.workers)
-    rows = [controller.step() for _ in range(6)]
-    graph.workers.learner.configure(graph.settings)
+    with learning_by(graph, settings):
+        controller = replace(graph, run_dir=tmp_path).controller(settings, graph.workers)
+        rows = [controller.step() for _ in range(6)]
     cursor = controller.pipeline.state_dict()["prompts"]
     check_ledger(tmp_path, 6, drawn_uids(graph.prompts, settings.run.seed, cursor))
     assert max(row["policy/staleness_max"] for row in rows) == 3
@@ -305,12 +301,13 @@ def test_tokens_that_are_too_old_are_sampled_again_or_weighted_and_no_prompt_is_
         assert max(late) == 0 and max(off_policy) > 1e-6, "the old tokens were learned from"
 
 
-def test_oversampling_trains_on_the_groups_that_are_done_first_and_returns_the_others(graph):
+def test_oversampling_trains_on_the_groups_that_are_done_first_and_returns_the_others(
+    graph, monkeypatch
+):
     rollout = replace(graph.settings.rollout, groups_per_chunk=1, oversample=0.25)
     controller = graph.controller(replace(graph.settings, rollout=rollout), graph.workers)
-    before, graph.workers.rollout.settings = graph.workers.rollout.settings, controller.settings
+    monkeypatch.setattr(graph.workers.rollout, "settings", controller.settings)
     row = controller.step()
-    graph.workers.rollout.settings = before
     assert row["rollout/late_frac"] == pytest.approx(4 / 20)
     assert len(controller.prompts.returned) == 4 and controller.prompts.position == 20
     returned = {p.uid for p in controller.prompts.returned}
@@ -412,27 +409,19 @@ def test_a_stopped_scorer_ends_in_a_timeout_that_names_it(graph):
     assert group.call_all("ping", deadline_s=60.0) == ["main", "main"]
 
 
-def steps_on(controller: Controller) -> dict[str, float]:
-    """Take a step after a worker was lost: it uses 16 prompts, loses none, and counts a restart."""
-    position, restarts = controller.prompts.position, controller.workers.restarts
+def step_without_loss(controller: Controller) -> dict[str, float]:
+    """Take a step when a worker is lost: it uses 16 prompts and loses none."""
+    position = controller.prompts.position
     row = controller.step()
     assert (controller.prompts.position - position) % 64 == 16, "of 64 prompts an epoch"
-    assert controller.prompts.returned == []
-    assert row["policy/logprob_gap"] < 1e-5 and row["cluster/restarts"] == restarts + 1
+    assert controller.prompts.returned == [] and row["policy/logprob_gap"] < 1e-5
     return row
 
 
-def test_a_killed_engine_is_replaced_while_the_other_answers_its_prompts(graph, controller):
-    rollout = graph.workers.rollout
-    os.kill(rollout.group.pids()[1], signal.SIGKILL)
-    steps_on(controller)
-    assert rollout.fleet.serving == {0} or rollout.fleet.serving == {0, 1}
-    gather([*rollout.fleet.joining.values()])
-    controller.step()
-    assert (
-        rollout.fleet.serving == {0, 1}
-        and gather(rollout.ready())[1]["version"] == controller.weight_version
-    )
+def steps_on(controller: Controller) -> None:
+    """Take a step in which a worker is lost: it counts a restart."""
+    restarts = controller.workers.restarts
+    assert step_without_loss(controller)["cluster/restarts"] == restarts + 1
 
 
 SHORT = DeadlineConfig(
@@ -444,43 +433,44 @@ SHORT = DeadlineConfig(
     sync_s=15.0,
     save_s=15.0,
 )
-SILENCE_S = replace(
-    SHORT, placement_s=1.0, start_s=1.0
-).longest_silence_s  # of workers that have started
-SLACK_S = 10.0  # other work of a step before it calls that worker
 
 
 @pytest.fixture
 def short_deadlines(graph: Graph) -> Iterator[None]:
-    before = [(group, group.settings) for group in graph.workers.groups]
-    for group, settings in before:
-        group.settings = replace(settings, deadlines=SHORT)
-    graph.workers.rollout.fleet.deadlines = SHORT
-    yield
-    for group, settings in before:
-        group.settings = settings
-    graph.workers.rollout.fleet.deadlines = graph.settings.deadlines
+    with pytest.MonkeyPatch.context() as patch:
+        for group in graph.workers.groups:
+            patch.setattr(group, "settings", replace(group.settings, deadlines=SHORT))
+        patch.setattr(graph.workers.rollout.fleet, "deadlines", SHORT)
+        yield
 
 
-@pytest.mark.parametrize("kind", ["rollout/0", "scorer-main/1", "reward/1"])
-def test_a_worker_that_stops_is_replaced_in_time_and_the_others_write_their_stacks(
-    graph, controller, short_deadlines, caplog, kind
+@pytest.mark.parametrize(
+    ("kind", "silence"),
+    [
+        ("rollout/0", r"(ping: no answer within 8|generate: no answer within 12) s"),
+        ("reward/1", r"score: no answer within 10 s"),
+    ],
+    ids=["rollout/0", "reward/1"],
+)
+def test_a_worker_that_stops_is_replaced_at_its_deadline_and_the_others_write_their_stacks(
+    graph, controller, short_deadlines, caplog, kind, silence
 ):
     name, index = kind.split("/")
     group = next(group.group for group in graph.workers.groups if group.group.name == name)
     log = graph.run_dir / "logs" / "learner-0.log"
     dumps = log.read_text().count("most recent call first")
     os.kill(group.pids()[int(index)], signal.SIGSTOP)
-    stopped = time.time()
     steps_on(controller)
     (warning,) = [
-        record for record in caplog.records if "starting another worker" in record.getMessage()
+        record.getMessage()
+        for record in caplog.records
+        if "starting another worker" in record.getMessage()
     ]
-    assert kind in warning.getMessage() and warning.created - stopped <= SILENCE_S + SLACK_S
+    assert re.match(rf"{kind} failed in {silence}", warning)
     wait_until(lambda: log.read_text().count("most recent call first") > dumps)
 
 
-def test_an_engine_that_stops_while_weights_come_is_replaced_and_the_others_write_their_stacks(
+def test_an_engine_that_stops_while_weights_come_is_replaced_while_the_other_answers_its_prompts(
     graph, controller, short_deadlines
 ):
     log = graph.run_dir / "logs" / "learner-0.log"
@@ -489,27 +479,28 @@ def test_an_engine_that_stops_while_weights_come_is_replaced_and_the_others_writ
     controller.publish_weights()
     assert rollout.fleet.serving == {1}
     wait_until(lambda: log.read_text().count("most recent call first") > dumps)
-    pings = gather([*rollout.fleet.joining.values()])
-    assert pings[0]["version"] == -1, "it serves nothing before it has received the weights"
+    [first_ping] = rollout.fleet.joining.values()
+    step_without_loss(controller)
+    [state] = gather([first_ping])
+    assert state["version"] == -1, "it serves nothing before it has received the weights"
     controller.step()
-    assert rollout.fleet.serving == {0, 1}
+    assert (
+        rollout.fleet.serving == {0, 1}
+        and gather(rollout.ready())[0]["version"] == controller.weight_version
+    )
 
 
-def test_a_learner_rank_that_stops_is_reported_within_the_longest_silence(
-    graph, controller, short_deadlines
-):
+def test_a_learner_rank_that_stops_is_reported_at_its_deadline(graph, controller, short_deadlines):
     """A run then goes back to its checkpoint, which tests/launch/test_faults.py tests. Here the
     rank continues, and its step is lost.
     """
     controller.probe.check()  # so that the next call of the rank is the update
     os.kill(pid := graph.workers.learner.group.pids()[1], signal.SIGSTOP)
-    stopped = time.time()
     try:
         with pytest.raises(
             WorkerTimeout, match=r"learner/\d failed in learn: no answer within 15 s"
         ):
             controller.step()
-        assert time.time() - stopped <= SILENCE_S + SLACK_S
     finally:
         os.kill(pid, signal.SIGCONT)
     gather(graph.workers.learner.ready())  # the rank has finished the step, which does not count
@@ -545,12 +536,18 @@ def test_a_killed_scorer_is_replaced_and_scores_the_same_tokens(graph, controlle
     )
 
 
-def other_scorers(graph: Graph, settings: RunSettings, count: int, log_dir: Path) -> ScorerGroup:
+@contextmanager
+def other_scorers(
+    graph: Graph, settings: RunSettings, count: int, log_dir: Path
+) -> Iterator[ScorerGroup]:
     """Scorers of these settings, beside those of the graph."""
     slots = [replace(slot, num_cpus=0.0) for slot in graph.slots["scorer-main"][:count]]
     group = ScorerGroup(settings, slots, teacher="main", device="cpu", log_dir=str(log_dir))
-    gather(group.ready())
-    return group
+    try:
+        gather(group.ready())
+        yield group
+    finally:
+        group.group.close()
 
 
 def test_a_killed_rank_of_a_divided_teacher_is_replaced_with_its_replica_and_scores_are_the_same(
@@ -558,23 +555,22 @@ def test_a_killed_rank_of_a_divided_teacher_is_replaced_with_its_replica_and_sco
 ):
     divided = replace(graph.settings.teachers["main"], devices=2)
     settings = replace(graph.settings, teachers={"main": divided})
-    group = other_scorers(graph, settings, 2, tmp_path / "logs")
     batch = make_batch([((4, 5), [(6, 7, 8), (9, 10)])])
+    with other_scorers(graph, settings, 2, tmp_path / "logs") as group:
 
-    def scores() -> np.ndarray:
-        _, sent = group.group.submit_pair(0, "score", batch, deadline_s=60.0)
-        group.group.submit(1, "follow", batch, deadline_s=60.0).result()
-        return sent.result().logprobs
+        def scores() -> np.ndarray:
+            _, sent = group.group.submit_pair(0, "score", batch, deadline_s=60.0)
+            group.group.submit(1, "follow", batch, deadline_s=60.0).result()
+            return sent.result().logprobs
 
-    before, pids = scores(), group.group.pids()
-    workers = replace(graph.workers, scorers=[group])
-    controller = replace(graph, run_dir=tmp_path).controller(settings, workers)
-    os.kill(pids[1], signal.SIGKILL)
-    row = controller.step()
-    assert row["policy/logprob_gap"] < 1e-5 and row["train/step"] == 1
-    assert not set(pids) & set(group.group.pids()), "both ranks are other processes"
-    np.testing.assert_array_equal(scores(), before)
-    group.group.close()
+        before, pids = scores(), group.group.pids()
+        workers = replace(graph.workers, scorers=[group])
+        controller = replace(graph, run_dir=tmp_path).controller(settings, workers)
+        os.kill(pids[1], signal.SIGKILL)
+        row = controller.step()
+        assert row["policy/logprob_gap"] < 1e-5 and row["train/step"] == 1
+        assert not set(pids) & set(group.group.pids()), "both ranks are other processes"
+        np.testing.assert_array_equal(scores(), before)
 
 
 def test_a_lost_server_is_followed_by_the_next_one_and_without_one_the_run_ends_at_its_checkpoint(
@@ -584,22 +580,24 @@ def test_a_lost_server_is_followed_by_the_next_one_and_without_one_the_run_ends_
         served = ServedConfig(fallbacks=[second.url], retry_s=0.0)
         teacher = TeacherConfig(url=first.url, evidence=EvidenceKind.drawn, served=served)
         settings = replace(graph.settings, teachers={"main": teacher})
-        group = other_scorers(graph, settings, 1, tmp_path / "logs")
-        workers = replace(graph.workers, scorers=[group])
-        graph.workers.learner.configure(settings)
-        controller = replace(graph, run_dir=tmp_path).controller(settings, workers)
-        controller.step()
-        assert len(first.bodies) == 64 and second.bodies == [], "16 prompts with 4 responses each"
-        first.script = [(500, "gone")] * 1000
-        assert controller.step()["train/step"] == 2
-        assert len(second.bodies) == 64
-        controller.save({}, last=True)
-        second.script = [(500, "gone")] * 1000
-        sentence = rf"{second.url}.*; the same command goes on from step_000002$"
-        with pytest.raises(ServerError, match=sentence), naming_what_is_saved(settings, tmp_path):
+        with (
+            other_scorers(graph, settings, 1, tmp_path / "logs") as group,
+            learning_by(graph, settings),
+        ):
+            workers = replace(graph.workers, scorers=[group])
+            controller = replace(graph, run_dir=tmp_path).controller(settings, workers)
             controller.step()
-        group.group.close()
-        graph.workers.learner.configure(graph.settings)
+            assert len(first.bodies) == 64, "16 prompts with 4 responses each"
+            assert second.bodies == []
+            first.script = [(500, "gone")] * 1000
+            assert controller.step()["train/step"] == 2
+            assert len(second.bodies) == 64
+            controller.save({}, last=True)
+            second.script = [(500, "gone")] * 1000
+            sentence = rf"{second.url}.*; the same command goes on from step_000002$"
+            ends = pytest.raises(ServerError, match=sentence)
+            with ends, naming_what_is_saved(settings, tmp_path):
+                controller.step()
 
 
 def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_is_learned_from_it(
