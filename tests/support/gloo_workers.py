@@ -16,6 +16,12 @@ install()
 class GlooLearner(Learner):
     """A rank."""
 
+    def double(self) -> None:
+        """Multiply this rank's share of every weight by two; the learner has ZeRO-3."""
+        self.engine.empty_partition_cache()  # whole weights of the last pass
+        for parameter in self.engine.module.parameters():
+            parameter.ds_tensor.mul_(2)
+
 
 class GlooExtension(WorkerExtension):
     """vLLM imports this file when it extends the worker of a device."""
