@@ -1,5 +1,5 @@
 """The real Learner with adapters: two ranks that go through ZeRO 1, 2 and 3 in turn, one rank, and
-three.
+three; and one rank and two that score for the student before training.
 """
 
 from functools import partial
@@ -38,7 +38,6 @@ MOVES = {
     "lora-zero3-to-one": "lora-zero3",
     "lora-zero1-to-three": "lora-zero1",
     "lora-zero3-to-three": "lora-zero3",
-    "whole-to-three": "whole",  # full fine-tuning
 }
 
 
@@ -46,16 +45,15 @@ MOVES = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the models, and with the files that the process groups have written."""
     folder = save_models(tmp_path_factory.mktemp("adapted"))
-    groups = ("2:two_ranks_adapted", "1:one_rank_adapted", "3:three_ranks_adapted")
-    run_ranks("learner_job.py", str(folder), *groups)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of learners that score for the student before training."""
-    folder = save_models(tmp_path_factory.mktemp("shared"))
-    run_ranks("learner_job.py", str(folder), "1:one_rank_sharing", "2:two_ranks_sharing")
+    run_ranks(
+        "learner_job.py",
+        str(folder),
+        "2:two_ranks_adapted",
+        "1:one_rank_adapted",
+        "3:three_ranks_adapted",
+        "1:one_rank_sharing",
+        "2:two_ranks_sharing",
+    )
     return folder
 
 
@@ -157,40 +155,40 @@ def test_the_expensive_diagnostics_measure_the_gradients_of_the_adapters(folder:
 # -- the student before training as a teacher ------------------------------------------------------
 
 
-def test_a_learner_without_its_adapters_scores_bit_for_bit_as_a_scorer_does(shared: Path):
-    same = result(shared, "shared-evidence")["same"]
+def test_a_learner_without_its_adapters_scores_bit_for_bit_as_a_scorer_does(folder: Path):
+    same = result(folder, "shared-evidence")["same"]
     assert all(found[0] for found in same.values()), "each kind of evidence says something"
     assert {kind: found[1:] for kind, found in same.items()} == dict.fromkeys(KINDS, [True] * 3)
 
 
-def test_a_learner_that_scores_takes_the_steps_that_it_takes_with_a_scorer(shared: Path):
-    own, apart = result(shared, "shared-one"), result(shared, "apart-one")
+def test_a_learner_that_scores_takes_the_steps_that_it_takes_with_a_scorer(folder: Path):
+    own, apart = result(folder, "shared-one"), result(folder, "apart-one")
     assert own["digest"] == apart["digest"]
     assert own["metrics"] == apart["metrics"]
     assert own["metrics"][0]["kl/token"] == 0 < own["metrics"][1]["kl/token"]
-    heldout, expected = result(shared, "shared-evidence")["heldout"]
+    heldout, expected = result(folder, "shared-evidence")["heldout"]
     assert heldout == expected and heldout["eval/kl_token"] > own["metrics"][1]["kl/token"]
 
 
-def test_all_updates_of_a_batch_have_scores_of_the_student_before_training(shared: Path):
-    own, apart = result(shared, "shared-several"), result(shared, "apart-several")
+def test_all_updates_of_a_batch_have_scores_of_the_student_before_training(folder: Path):
+    own, apart = result(folder, "shared-several"), result(folder, "apart-several")
     assert own["metrics"][1]["kl/token"] > 0.01 and own["metrics"][1]["train/updates"] == 4
     assert own["loss"] == pytest.approx(apart["loss"], abs=1e-6)
     assert own["grad_norm"] == pytest.approx(apart["grad_norm"], rel=1e-5)
-    assert weight_distance(shared, "shared-several", "apart-several") < 1e-5
+    assert weight_distance(folder, "shared-several", "apart-several") < 1e-5
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_ranks_that_score_for_different_numbers_of_sequences_wait_for_each_other(
-    shared: Path, stage: int
+    folder: Path, stage: int
 ):
-    one, two = result(shared, "shared-one"), result(shared, f"shared-zero{stage}")
+    one, two = result(folder, "shared-one"), result(folder, f"shared-zero{stage}")
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
-    assert weight_distance(shared, f"shared-zero{stage}", "shared-one") < 1e-5
+    assert weight_distance(folder, f"shared-zero{stage}", "shared-one") < 1e-5
 
 
-def test_a_resumed_learner_scores_with_the_student_before_training(shared: Path):
-    straight, resumed = (result(shared, f"shared-zero3-{end}") for end in ("straight", "resumed"))
+def test_a_resumed_learner_scores_with_the_student_before_training(folder: Path):
+    straight, resumed = (result(folder, f"shared-zero3-{end}") for end in ("straight", "resumed"))
     assert resumed["digest"] == straight["digest"]
     assert resumed["metrics"] == straight["metrics"]

@@ -519,6 +519,10 @@ def uneven(job: Job) -> tuple:
     return ((0, 1, 3),) if job.rank == 0 else ((2,),)
 
 
+RESUMED = ("zero1", "zero2", "zero3", "zero1-bf16", "zero3-bf16")
+"""Learners of two ranks that are saved and loaded. ZeRO 2 has the optimizer of ZeRO 1."""
+
+
 def two_ranks(job: Job) -> None:
     """Shards of 6 and 2 sequences, one a micro-batch: rank 1 has no data in four of six."""
     groups = uneven(job)
@@ -534,7 +538,8 @@ def two_ranks(job: Job) -> None:
         learner, groups, values = job.two_steps(
             f"zero{stage}-bf16", [chunk_of(0, 4)], groups, 6, *bf16
         )
-        job.resume(f"zero{stage}-bf16", learner, groups, values, 6, *bf16)
+        if f"zero{stage}-bf16" in RESUMED:
+            job.resume(f"zero{stage}-bf16", learner, groups, values, 6, *bf16)
         job.left_out(f"zero{stage}-bf16-left-out", learner, groups, 6, BROKEN[stage])
         job.frozen(f"zero{stage}-frozen", groups, 6, *overrides)
     job.valued("zero3-value", groups, 6, "learner.zero_stage=3", ONE_EACH)
@@ -548,6 +553,8 @@ OFFLOADED = (
     (3, "parameters", "bfloat16"),
 )
 """ZeRO stages, what they offload, and the model's dtype."""
+RESUMED_OFFLOADED = ("zero1-optimizer", "zero3-parameters")
+"""Those of them that are saved and loaded. Who offloads parameters offloads the optimizer too."""
 UNCLIPPED = "train.grad_clip=0"
 """DeepSpeed adds up the norm of an offloaded gradient in another order, and clipping would bring
 its last bit into the weights.
@@ -567,7 +574,10 @@ def two_ranks_offloaded(job: Job) -> None:
         job.report(f"{case}-none-after", learner, stats[1:])
         overrides = (*overrides, f"learner.offload={offload}")
         learner, _, values = job.two_steps(case, [chunk_of(0, 4)], groups, 6, *overrides)
-        job.resume(case, learner, groups, values, 6, *overrides)
+        if case in RESUMED_OFFLOADED:
+            job.resume(case, learner, groups, values, 6, *overrides)
+        else:
+            learner.update(plan_for(2, 6), groups, *values)
         job.left_out(f"{case}-left-out", learner, groups, 6, BROKEN[stage])
         job.report(f"{case}-after", learner, [learner.update(plan_for(3, 6), groups, *values)])
     for stage in (2, 3):
@@ -581,7 +591,10 @@ def overlapping() -> Iterator[None]:
     """Learners are set up with the communication of GPUs."""
     from hybridrl.policy import learner, training_setup
 
+    called = []
+
     def of_gpu(settings: RunSettings, device: torch.device) -> dict:
+        called.append(device)
         config = training_setup.deepspeed_config(settings, torch.device("cuda"))
         assert config["zero_optimization"]["overlap_comm"]
         return config
@@ -591,6 +604,7 @@ def overlapping() -> Iterator[None]:
         yield
     finally:
         learner.deepspeed_config = training_setup.deepspeed_config
+    assert called, "no learner was set up by deepspeed_config"
 
 
 def two_ranks_again(job: Job) -> None:
@@ -610,6 +624,18 @@ def two_ranks_again(job: Job) -> None:
         ONE_EACH,
         "model.dtype=bfloat16",
     )
+
+
+def thirds(job: Job) -> tuple:
+    """The groups of each of three ranks."""
+    return (((0, 1),), ((2,),), ((3,),))[job.rank]
+
+
+def three_ranks(job: Job) -> None:
+    """From two ranks of ZeRO 3 to three."""
+    zero = "learner.zero_stage=3"
+    values = list(chunk_of(0, 4))
+    job.resharded("zero3-to-three", "zero3", thirds(job), values, 4, zero, ONE_EACH)
 
 
 def one_rank(job: Job) -> None:
@@ -763,18 +789,13 @@ RANK = "lora.rank=4"
 
 
 def two_ranks_adapted(job: Job) -> None:
-    """Two steps with adapters, the export, and a third step, with and without loading; and of full
-    fine-tuning, for a third step on three ranks.
-    """
+    """Two steps with adapters, the export, and a third step, with and without loading."""
     groups = uneven(job)
     for case, further in ADAPTED.items():
         overrides = (*further, RANK, ONE_EACH)
         learner, _, values = job.two_steps(case, [chunk_of(0, 4)], groups, 6, *overrides)
         learner.export(str(job.folder / f"{case}-export"))
         job.resume(case, learner, groups, values, 6, *overrides)
-    whole = ("learner.zero_stage=3", ONE_EACH)
-    learner, _, values = job.two_steps("whole", [chunk_of(0, 4)], groups, 6, *whole)
-    job.resume("whole", learner, groups, values, 6, *whole)
 
 
 def one_rank_adapted(job: Job) -> None:
@@ -792,14 +813,10 @@ def one_rank_adapted(job: Job) -> None:
 
 def three_ranks_adapted(job: Job) -> None:
     """The third step on three ranks, from what two ranks saved."""
-    groups = ([(0, 1)], [(2,)], [(3,)])[job.rank]
-    values = list(chunk_of(0, 4))
-    whole = ("learner.zero_stage=3", ONE_EACH)
-    job.resharded("whole-to-three", "whole", tuple(groups), values, 4, *whole)
-    for saved, stage in ((1, 1), (3, 3)):
-        case = f"lora-zero{saved}"
+    for stage in (1, 3):
+        case = f"lora-zero{stage}"
         overrides = (f"learner.zero_stage={stage}", RANK, ONE_EACH)
-        job.resharded(f"{case}-to-three", case, tuple(groups), values, 4, *overrides)
+        job.resharded(f"{case}-to-three", case, thirds(job), list(chunk_of(0, 4)), 4, *overrides)
 
 
 CASES = (
@@ -807,6 +824,7 @@ CASES = (
     two_ranks,
     two_ranks_offloaded,
     two_ranks_again,
+    three_ranks,
     two_ranks_adapted,
     one_rank_adapted,
     three_ranks_adapted,
