@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 
 import torch
 
@@ -137,14 +138,15 @@ def all_rows(scope: Scope) -> Iterator[Row]:
         )
 
 
-def online_methods() -> set[str]:
+@cache
+def online_methods() -> frozenset[str]:
     """The presets that are not losses over pairs."""
     names = [path.stem for path in conf_dir().glob("algorithm/*.yaml")]
     made = {
         name: load_config(["run.dir=check", "experiment=quickstart", f"algorithm={name}"])
         for name in names
     }
-    return {name for name, settings in made.items() if not settings.algorithm.ranks_pairs}
+    return frozenset(name for name, settings in made.items() if not settings.algorithm.ranks_pairs)
 
 
 HEADER = (

@@ -28,6 +28,8 @@ class Scope:
     seed: int = 0
     vocabulary: int = 5
     horizon: int = 3
+    ended: int = 4
+    """Tokens of the model whose sequences end at different lengths, and its steps."""
 
     @property
     def has_sizes(self) -> bool:
@@ -50,8 +52,8 @@ class Scope:
                 horizon = self.horizon
             case World.ended:
                 seed += 3
-                vocabulary = 4
-                horizon = 4
+                vocabulary = self.ended
+                horizon = self.ended
             case World.tiny:
                 vocabulary = 3
                 horizon = 2
