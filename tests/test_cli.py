@@ -1,8 +1,6 @@
 """The command line without Ray: help, bad settings, Hydra's flags, sweeps, and export."""
 
-import os
 import resource
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -80,6 +78,14 @@ def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
         find_checkpoint(settings, folder, {})
         Checkpointer(folder, CheckpointConfig()).save(STATE, [Learned(fragments)])
     return weights
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a checkpoint of step 10, for tests that write nothing into it."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_checkpoint(folder)
+    return folder
 
 
 def test_the_newest_sound_checkpoint_is_exported_into_a_folder_of_ones_choice(tmp_path: Path):
@@ -167,13 +173,12 @@ def test_an_export_of_what_is_not_there_is_one_sentence(
     options: list[str],
     status: int,
     sentence: str,
-    tmp_path: Path,
+    saved: Path,
     capsys: pytest.CaptureFixture,
 ):
-    save_checkpoint(tmp_path)
-    assert main(["export", str(tmp_path / source), *options]) == status
+    assert main(["export", str(saved / source), *options]) == status
     assert sentence in capsys.readouterr().err
-    assert not (tmp_path / "export").exists()
+    assert not (saved / "export").exists()
 
 
 def test_nothing_to_export_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -290,12 +295,17 @@ def test_a_sweep_whose_job_was_told_to_end_starts_no_other(
     ],
 )
 def test_a_bad_setting_beside_a_hydra_flag_is_one_sentence_too(
-    tmp_path: Path, arguments: list[str], sentence: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    arguments: list[str],
+    sentence: str,
 ):
-    command = [sys.executable, "-m", "hybridrl.cli", "train", "experiment=quickstart", *arguments]
-    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=path)
-    assert (done.returncode, done.stderr) == (2, f"hybridrl: {sentence}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    assert main(["train", "experiment=quickstart", *arguments]) == 2
+    assert capsys.readouterr().err == f"hybridrl: {sentence}\n"
 
 
 def test_help_names_every_verb_and_train_help_says_how_to_sweep(

@@ -101,7 +101,7 @@ override = st.builds(
 )
 
 
-@settings(derandomized, max_examples=200)
+@settings(derandomized, max_examples=100)
 @example(["deadlines.start_s=a\nb"])  # the message shows the override on one line
 @example(["run.resume='a\nb'"])
 @given(st.lists(override, min_size=1, max_size=2))
@@ -129,10 +129,14 @@ def test_numbers_of_the_settings_must_be_finite(key: str, value: str):
         load_config(["experiment=quickstart", "run.dir=x", f"{key}={value}"])
 
 
-@settings(derandomized, max_examples=200)
-@given(st.text(alphabet=st.sampled_from("${}\\ab:'\"#\n*&-? "), max_size=12))
-def test_any_text_survives_the_written_settings(text: str):
-    changed = replace(LOADED, data=replace(LOADED.data, instruction=f"{{prompt}}{text}"))
+odd_text = st.text(alphabet=st.sampled_from("${}\\ab:'\"#\n*&-? "), max_size=12)
+
+
+@settings(derandomized, max_examples=10)
+@given(st.lists(odd_text, min_size=20, max_size=20))
+def test_any_text_survives_the_written_settings(texts: list[str]):
+    """Twenty at a time, as each reading of settings takes a fifth of a second."""
+    changed = replace(LOADED, tracking=replace(LOADED.tracking, tags=texts))
     assert from_yaml(to_yaml(changed)) == changed
 
 

@@ -5,6 +5,7 @@ given.
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,13 @@ ALLOWED = {
 def files(package: Path) -> Iterator[tuple[str, ast.Module]]:
     """Every module's path inside the package, and its syntax tree."""
     for path in sorted(package.rglob("*.py")):
-        yield path.relative_to(package).as_posix(), ast.parse(path.read_text(), str(path))
+        yield path.relative_to(package).as_posix(), parsed(path.read_text(), str(path))
+
+
+@cache
+def parsed(text: str, path: str) -> ast.Module:
+    """The syntax tree of a file, made once for all tests, which do not change it."""
+    return ast.parse(text, path)
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

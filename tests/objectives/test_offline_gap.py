@@ -8,6 +8,7 @@ played a1 or a2; a teacher's log-probs show it at every visit.
 """
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ def follows_the_bit_after_one_look(eps: float) -> bool:
     return bool(-gradient[0, 1] > 0 > -gradient[0, 2])
 
 
+@cache
 def gradient_of_data(right: int, wrong: int) -> float:
     """What `right` and `wrong` observations of a context add to the logit of the bit's action, by
     likelihood.

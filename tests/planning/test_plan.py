@@ -4,6 +4,7 @@ H 3584, with a teacher of 32B.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def planned(
     overrides: Sequence[str] = (),
 ) -> Plan:
     """The plan of a shipped experiment with the configs of this folder, on 80 GB GPUs."""
+    return plan_of_shipped(name, student, teacher, tuple(overrides))
+
+
+@cache
+def plan_of_shipped(name: str, student: str, teacher: str, overrides: tuple[str, ...]) -> Plan:
+    """`planned`, made once for all tests."""
     paths = [f"model.path={MODELS / student}", f"teachers.main.path={MODELS / teacher}"]
     settings = load_config(["run.dir=x", f"experiment={name}", *paths, *overrides])
     return make_plan(settings, device="cuda", device_bytes=79 * GIB)

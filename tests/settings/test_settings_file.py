@@ -7,10 +7,11 @@ import pytest
 
 from hybridrl import __version__
 from hybridrl.cli import hydra_flags, main
-from hybridrl.core.errors import ConfigError
+from hybridrl.core.errors import ConfigError, RunDirectoryError
+from hybridrl.run_dir.directory import describe_directory
 from hybridrl.settings.compose import load_config, to_yaml
 from hybridrl.settings.run import RunSettings
-from hybridrl.settings.settings_file import continued_run, own_file, saved_config
+from hybridrl.settings.settings_file import continued_run, load_settings, own_file, saved_config
 from tests.run_dir.test_directory import start
 
 QUICKSTART = ["experiment=quickstart", "run.dir=x"]
@@ -112,16 +113,14 @@ def test_a_command_continues_a_run_only_where_it_selects_no_file_of_conf(tmp_pat
     assert continued_run(["run.dir=elsewhere"]) is None and continued_run([]) is None
 
 
-def test_run_dir_alone_continues_the_run_with_its_own_settings(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_run_dir_alone_continues_the_run_with_its_own_settings(tmp_path: Path):
     settings = load_config(["experiment=quickstart", f"run.dir={tmp_path}", "algorithm=opd"])
     start(settings, step=10)
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
-    assert main(["train", f"run.dir={tmp_path}", "--dry-run"]) == 0
-    assert f"run.dir   {tmp_path}: continues after step 10" in capsys.readouterr().out
-    assert main(["train", f"run.dir={tmp_path}", "train.lr=0.5", "--dry-run"]) == 1
-    assert "train.lr: 0.001 -> 0.5" in capsys.readouterr().err
+    assert load_settings([f"run.dir={tmp_path}"]) == settings
+    assert describe_directory(settings, {}) == "continues after step 10"
+    with pytest.raises(RunDirectoryError, match=r"train\.lr: 0\.001 -> 0\.5"):
+        describe_directory(load_settings([f"run.dir={tmp_path}", "train.lr=0.5"]), {})
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
 
 
