@@ -9,7 +9,6 @@ import torch
 from ray.cluster_utils import Cluster as RayNodes
 
 from hybridrl.runtime.actor_group import ActorGroup, Slot
-from hybridrl.runtime.calls import gather
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.settings.choices import WeightTransfer
@@ -34,6 +33,10 @@ def address() -> Iterator[str]:
     )
     yield nodes.address
     nodes.shutdown()
+
+
+class Rewards(RewardGroup):
+    worker = "tests.support.failing_worker:OnDevice"
 
 
 def with_nvidia_smi(folder: Path, slot: Slot) -> str:
@@ -95,16 +98,16 @@ def test_each_worker_has_gpus_of_its_own_by_their_numbers(
 def test_the_reward_models_of_a_worker_with_a_gpu_compute_on_it(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """No model is loaded, for which torch would need CUDA."""
+    """By the device that its worker is built with, and the GPUs that Ray has given it."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     place = ["cluster.device=cuda", f"cluster.address={address}"]
     settings = load_config([f"run.dir={tmp_path}", "experiment=quickstart", *place])
     with Cluster(settings) as cluster:
         (slot,) = cluster.place([Team(name="reward", size=1, gpus=1, heavy=False)])["reward"]
-        own = replace(slot, env={**slot.env, "PATH": with_nvidia_smi(tmp_path, slot)})
-        rewards = RewardGroup(settings, [own], log_dir=str(tmp_path))
-        gather(rewards.ready())
-        assert rewards.group.arguments[0]["device"] == "cuda"
+        path = with_nvidia_smi(tmp_path, slot)
+        own = replace(slot, env={**slot.env, "PATH": path, "PYTHONPATH": str(ROOT)})
+        rewards = Rewards(settings, [own], log_dir=str(tmp_path))
+        assert rewards.group.call_all("place", deadline_s=60) == [("cuda", 1)]
         rewards.close()
 
 

@@ -15,7 +15,6 @@ import httpx
 import numpy as np
 import pytest
 import ray
-import torch
 from omegaconf import OmegaConf
 
 from hybridrl.cli import main
@@ -267,14 +266,6 @@ def test_a_process_that_is_connected_to_another_ray_is_refused(
         check_connected(address)
 
 
-@pytest.mark.graph
-@pytest.mark.skipif(torch.version.cuda is not None, reason="there may be GPUs")
-def test_a_device_that_is_refused_leaves_no_ray_running():
-    with pytest.raises(ConfigError, match=r"cluster\.device=cuda"):
-        Cluster(load_config([*BASE, "cluster.device=cuda"])).__enter__()
-    assert not ray.is_initialized()
-
-
 @pytest.mark.parametrize(
     ("device", "dtype", "mapped", "precision"),
     [
@@ -477,15 +468,14 @@ def test_the_error_of_a_cluster_without_room_for_the_workers_lists_demand_and_su
 
 @pytest.fixture(scope="module")
 def slot() -> Iterator[Slot]:
-    with Cluster(load_config([*BASE, "cluster.device=cpu"])) as cluster:
-        [slot] = cluster.place([Team(name="w", size=1, gpus=0, heavy=False)])["w"]
-        yield replace(
-            slot,
-            env={
-                **slot.env,
-                "PYTHONPATH": str(Path(__file__).parents[2]),
-            },
-        )
+    """On a Ray of this process, whose gauges are collected twice a second."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_metrics_report_interval_ms", "500")  # by default 10 s
+        with Cluster(load_config([*BASE, "cluster.device=cpu"])) as cluster:
+            [slot] = cluster.place([Team(name="w", size=1, gpus=0, heavy=False)])["w"]
+            env = {**slot.env, "PYTHONPATH": str(Path(__file__).parents[2])}
+            yield replace(slot, env=env)
+    assert not ray.is_initialized(), "its end has ended Ray"
 
 
 @pytest.mark.graph
@@ -493,7 +483,6 @@ def slot() -> Iterator[Slot]:
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
     [
-        (ConfigError("model.path=x: no such folder"), ConfigError, "model.path=x: no such folder"),
         (DataError("row 3: no prompt"), DataError, "row 3: no prompt"),
         (
             OSError(28, "No space left"),
@@ -843,16 +832,14 @@ def test_an_engine_is_not_replaced_where_no_other_can_join():
         fleet.lose(WorkerDied("rollout/0", "sleep", "lost", 0))
 
 
-@pytest.mark.graph
-@pytest.mark.skipif(torch.version.cuda is not None, reason="there may be GPUs")
 @pytest.mark.parametrize("chosen", [WeightTransfer.nccl, WeightTransfer.ipc])
 def test_a_weight_transfer_between_gpus_is_refused_where_the_device_turns_out_to_be_cpu(
-    slot: Slot, chosen: WeightTransfer
+    chosen: WeightTransfer,
 ):
     colocate = SHARED.split() if chosen is WeightTransfer.ipc else []
     settings = load_config([*BASE, f"rollout.weight_transfer={chosen}", *colocate])
     with (
-        Cluster(settings) as cluster,
+        Cluster(settings, FakeConnection()) as cluster,
         pytest.raises(
             ConfigError,
             match=rf"rollout\.weight_transfer={chosen}: needs GPUs, and cluster\.device=auto came "
@@ -869,7 +856,6 @@ def test_a_config_error_ends_the_command_with_status_2(capsys: pytest.CaptureFix
 
 @pytest.mark.graph
 def test_the_gauges_of_a_run_are_read_from_rays_port_as_prometheus_reads_them(slot: Slot):
-    """Ray collects them every few seconds."""
     sink = PrometheusSink()
     sink.start(RunInfo(run_dir="/runs/a", name="a", total_steps=2, first_step=0, config={}))
     sink.log({"train/step": 1.0, "reward/mean": 0.25, "eval/accuracy": float("nan")})

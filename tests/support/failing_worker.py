@@ -97,3 +97,15 @@ class OnGpus(Failing):
 
     def gpus(self) -> list[str]:
         return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+
+
+class OnDevice(OnGpus):
+    """A stand-in for a worker that is built with its device, among other things."""
+
+    def __init__(self, device: str, **_: object) -> None:
+        super().__init__()
+        self.device = device
+
+    def place(self) -> tuple[str, int]:
+        """Its device, and how many GPUs its process sees."""
+        return self.device, len(self.gpus())
