@@ -9,6 +9,7 @@ import pytest
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.rewards.check import check_rewards
+from hybridrl.rewards.load import load_reward
 from hybridrl.rewards.pool import Failure, Outcome, RewardCall, RewardPool
 from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
 
@@ -54,8 +55,10 @@ def executor(completions, start):
 """
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("function", ["pool", "executor"])
+@pytest.mark.parametrize(
+    ("function", "start"),
+    [("executor", "fork"), ("executor", "spawn"), ("executor", "forkserver"), ("pool", "spawn")],
+)
 def test_a_function_may_share_its_work_among_processes_of_its_own(
     tmp_path: Path, function: str, start: str
 ) -> None:
@@ -193,7 +196,6 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_short_sentence(
     tmp_path: Path, source: str, sentence: str
 ) -> None:
     (tmp_path / "own.py").write_text(source)
-    config = RewardFunctionConfig(function=f"{tmp_path}/own.py:f")
     with pytest.raises(ConfigError, match=sentence) as caught:
-        check_rewards(RewardConfig(functions={"r": config}))
+        load_reward("r", f"{tmp_path}/own.py:f", {})
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000

@@ -15,6 +15,7 @@ import pytest
 from hybridrl.core.errors import ConfigError, RewardError
 from hybridrl.rewards.check import check_rewards
 from hybridrl.rewards.countdown import countdown
+from hybridrl.rewards.load import load_reward
 from hybridrl.rewards.maths import math
 from hybridrl.rewards.pool import Failure, FailureKind, Outcome, RewardCall, RewardPool
 from hybridrl.rewards.worker import RewardWorker
@@ -56,25 +57,14 @@ def backtracks(completions):
         re.match(r"(a+)+$", "a" * 60 + "b")
     return [1.0] * len(completions)
 
-def multiplies(completions):
-    if "x" in completions:
-        9 ** 9 ** 8
-    return [1.0] * len(completions)
-
-def starts_others(completions, how, note):
+def starts_others(completions, note):
     subprocess.Popen(["sleep", "1000"])
     subprocess.Popen(["sh", "-c", "sleep 1000 & wait"])
     forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
     forked.start()
     with open(note[0], "w") as file:
         file.write(str(os.getsid(0)))
-    if how[0] == "hangs":
-        time.sleep(1000)
-    if how[0] == "regex":
-        re.match(r"(a+)+$", "a" * 60 + "b")
-    if how[0] == "dies":
-        ctypes.string_at(0)
-    return [1.0] * len(completions)
+    re.match(r"(a+)+$", "a" * 60 + "b")
 
 def core_limits(completions):
     hard_limit = resource.getrlimit(resource.RLIMIT_CORE)[1]
@@ -316,7 +306,6 @@ def test_a_class_is_built_once_from_its_options_and_called_with_columns(user_fil
         ("hangs", FailureKind.timeout),
         ("loops", FailureKind.timeout),
         ("backtracks", FailureKind.timeout),
-        ("multiplies", FailureKind.timeout),
         ("crashes", FailureKind.died),
         ("raises", FailureKind.raised),
         ("exits", FailureKind.raised),
@@ -344,14 +333,6 @@ def of_session(note: Path) -> list[int]:
     return pids
 
 
-def has_processes(note: Path, count: int) -> bool:
-    """Whether the session has that many running processes within 10 s."""
-    end = time.monotonic() + 10
-    while len(of_session(note)) < count and time.monotonic() < end:
-        time.sleep(0.02)
-    return len(of_session(note)) >= count
-
-
 def all_ended(note: Path) -> bool:
     """Whether the processes of the session end within 10 s.
 
@@ -361,40 +342,6 @@ def all_ended(note: Path) -> bool:
     while of_session(note) and time.monotonic() < end:
         time.sleep(0.02)
     return not of_session(note)
-
-
-@pytest.mark.parametrize("how", ["hangs", "dies"])
-def test_processes_that_a_reward_function_started_end_with_its_process(
-    user_file: Path, tmp_path: Path, how: str
-) -> None:
-    calls = {"starts_others": RewardCall(function=f"{user_file}:starts_others", options={})}
-    pool = RewardPool(calls, processes=1, timeout_s=2.0, max_timeouts=0.5)
-    note = tmp_path / "session"
-    try:
-        outcomes = pool.call(
-            "starts_others", {"completions": ["a"], "how": [how], "note": [str(note)]}
-        )
-        assert kinds(outcomes) == ["timeout" if how == "hangs" else "died"]
-        assert all_ended(note)
-    finally:
-        pool.close()
-
-
-def test_closing_the_pool_ends_processes_that_a_reward_function_did_not_end(
-    user_file: Path, tmp_path: Path
-) -> None:
-    calls = {"starts_others": RewardCall(function=f"{user_file}:starts_others", options={})}
-    pool = RewardPool(calls, processes=1, timeout_s=5.0, max_timeouts=0.5)
-    note = tmp_path / "session"
-    try:
-        assert pool.call(
-            "starts_others", {"completions": ["a"], "how": ["answers"], "note": [str(note)]}
-        ) == [1.0]
-        # The child, sleep, sh, a fork, and the sleep of sh, which sh has yet to start.
-        assert has_processes(note, 5)
-    finally:
-        pool.close()
-    assert all_ended(note)
 
 
 def test_a_killed_owners_processes_end_even_while_a_call_in_c_holds_the_interpreter(
@@ -414,7 +361,7 @@ def test_a_killed_owners_processes_end_even_while_a_call_in_c_holds_the_interpre
         f"calls = {{'r': RewardCall(function={f'{user_file}:starts_others'!r}, options={{}})}}\n"
         "pool = RewardPool(calls, processes=1, timeout_s=60, max_timeouts=0.5)\n"
         "threading.Thread(target=end).start()\n"
-        "pool.call('r', {'completions': ['a'], 'how': ['regex'], 'note': [str(note)]})\n"
+        "pool.call('r', {'completions': ['a'], 'note': [str(note)]})\n"
     )
     root = Path(__file__).parent.parent.parent
     process = subprocess.run(
@@ -574,26 +521,37 @@ def test_a_child_does_not_run_the_main_script(user_file: Path, tmp_path: Path) -
             r"reward\.functions\.r\.function=.*: building it raised TypeError: .* missing .* "
             r"'base'; correct its options",
         ),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_is_a_config_error(
+    function: str, sentence: str, user_file: Path
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load_reward("r", function.format(file=user_file), {})
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
         (
-            "{broken}:f",
-            r"reward\.functions\.r\.function=.*: running .*broken\.py raised ZeroDivisionError: "
-            r".*; correct the file",
+            "1 / 0",
+            r"reward\.functions\.r\.function=.*: running .*own\.py raised ZeroDivisionError: .*; "
+            r"correct the file",
         ),
         (
-            "{dies}:f",
+            "import os; os._exit(1)",
             r"reward\.functions\.r\.function=.*: loading the reward functions ended their "
             r"process; run the file by itself",
         ),
     ],
 )
-def test_a_function_that_cannot_be_loaded_is_a_config_error(
-    function: str, sentence: str, user_file: Path, tmp_path: Path
+def test_an_error_of_loading_reaches_the_owner_of_the_child_process(
+    source: str, sentence: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "broken.py").write_text("1 / 0")
-    (tmp_path / "dies.py").write_text("import os; os._exit(1)")
-    path = function.format(file=user_file, broken=tmp_path / "broken.py", dies=tmp_path / "dies.py")
+    (tmp_path / "own.py").write_text(source)
+    config = RewardFunctionConfig(function=f"{tmp_path}/own.py:f")
     with pytest.raises(ConfigError, match=sentence):
-        check_rewards(RewardConfig(functions={"r": RewardFunctionConfig(function=path)}))
+        check_rewards(RewardConfig(functions={"r": config}))
 
 
 def test_an_option_that_the_function_does_not_take_is_a_config_error(user_file: Path) -> None:
@@ -601,13 +559,7 @@ def test_an_option_that_the_function_does_not_take_is_a_config_error(user_file: 
     with pytest.raises(
         ConfigError, match=r"reward\.functions\.r\.options\.facto: .* takes no such argument"
     ):
-        check_rewards(
-            RewardConfig(
-                functions={
-                    "r": RewardFunctionConfig(function=f"{user_file}:scaled", options=options)
-                }
-            )
-        )
+        load_reward("r", f"{user_file}:scaled", options)
 
 
 def test_a_valid_function_and_no_function_at_all_pass_the_check() -> None:
