@@ -8,6 +8,7 @@ import pytest
 from vllm import EngineArgs
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.rollout import engine_arguments
 from hybridrl.rollout.engine_arguments import (
     DECIDED_BY,
     FIXED,
@@ -27,7 +28,8 @@ def test_a_mistyped_argument_is_refused_with_the_nearest_name():
         check_engine_arguments({"kv_cache_dtype": "fp8", "max_num_batched_token": 8192})
 
 
-def test_a_value_of_another_type_is_refused():
+def test_a_value_of_another_type_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_arguments, "ask_vllm", lambda arguments, setting: answer(arguments))
     with pytest.raises(
         ConfigError,
         match=r"^rollout\.engine\.block_size=16k: vLLM does not take it: Input should be a valid "

@@ -8,7 +8,6 @@ import torch
 
 from hybridrl.core.errors import CheckpointError, ConfigError
 from hybridrl.core.peak_memory import PeakMemory
-from hybridrl.launch.preparation import preflight
 from hybridrl.models.loading import head_rows, load_model
 from hybridrl.objectives import make_objective
 from hybridrl.runtime.scorer_group import scoring
@@ -17,6 +16,7 @@ from hybridrl.settings.compose import load_config
 from hybridrl.teachers.evidence import Hidden
 from hybridrl.teachers.inbox import TeacherInbox
 from hybridrl.teachers.scorer import Scorer, data_key
+from hybridrl.teachers.teacher_model import check_own_models
 from hybridrl.types import RolloutBatch, ScoredBatch
 from tests.support.batches import make_batch, make_rewards
 from tests.support.graph import save_tiny
@@ -209,10 +209,9 @@ def test_a_class_that_is_no_teacher_is_refused_before_a_worker_starts(
     rows = str(head_rows(f"{folder}/student"))
     (tmp_path / "bad.py").write_text(text.replace("VOCABULARY", rows))
     own = ("teachers.main.path=null", f"+teachers.main.model={tmp_path}/bad.py:Table")
-    small = (f"run.dir={tmp_path}/run", "data.num_train=2", "data.num_heldout=2")
-    settings = load_config([*base_of(folder), *own, *small])
+    settings = load_config([*base_of(folder), *own])
     with pytest.raises(ConfigError) as caught:
-        preflight(settings)
+        check_own_models(settings)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

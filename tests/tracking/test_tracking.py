@@ -758,11 +758,18 @@ def synthetic_run(run_dir: Path, steps: int = 2) -> None:
     (run_dir / "config.yaml").write_text(CONFIG)
 
 
-def test_report_states_what_was_measured_and_escapes_what_the_model_wrote(tmp_path):
-    synthetic_run(tmp_path)
-    path = write_report(tmp_path)
-    page = text_of(path)
-    assert path == tmp_path / "report.html"
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a synthetic run."""
+    folder = tmp_path_factory.mktemp("reported")
+    synthetic_run(folder)
+    page = write_report(folder)
+    assert page == folder / "report.html"
+    return page
+
+
+def test_report_states_what_was_measured_and_escapes_what_the_model_wrote(reported: Path):
+    page = text_of(reported)
     # (0.42 - 0.23) / (0.73 - 0.23) = 0.38; two steps of 4 s
     assert (
         "rose from 23.0 % (\u00b1 1.9) to 42.0 %; the teacher reaches 73.0 %, so 38.0 % of the "
@@ -778,17 +785,15 @@ def test_report_states_what_was_measured_and_escapes_what_the_model_wrote(tmp_pa
     assert "0.0 to 1.0, linear over 2 steps" in page and "All settings" in page
 
 
-def test_report_needs_nothing_from_outside_the_page(tmp_path):
-    synthetic_run(tmp_path)
-    page = text_of(write_report(tmp_path))
+def test_report_needs_nothing_from_outside_the_page(reported: Path):
+    page = text_of(reported)
     assert page.count("<svg") == 6 and "<img" not in page
     assert "http" not in page and "<link" not in page and " src=" not in page
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert reported.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_each_curve_says_what_its_metrics_are(tmp_path):
-    synthetic_run(tmp_path)
-    page = text_of(write_report(tmp_path))
+def test_each_curve_says_what_its_metrics_are(reported: Path):
+    page = text_of(reported)
     assert page.count("How to read it") == 6
     kl = explain("kl/token")
     assert f"<dt><code>kl/token</code></dt><dd>{kl.formula} - {kl.reading}</dd>" in page

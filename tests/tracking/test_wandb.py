@@ -95,7 +95,10 @@ def test_a_name_in_the_settings_is_the_run_s(tmp_path: Path) -> None:
     assert name_of(tmp_path) == "mine"
 
 
-def test_the_machine_is_watched_where_the_settings_say_so_and_not_described(tmp_path: Path) -> None:
+def test_the_machine_is_watched_where_the_settings_say_so_and_not_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB__STATS_SAMPLING_INTERVAL", "0.1")  # by default 15 s
     sink = started(tmp_path, TrackingConfig(system_metrics=True))
     # As many rows as it takes: wandb writes whole blocks of 32 KiB, or what there is after 15 s.
     row = {"train/step": 1.0, **{f"metric/{i}": 0.0 for i in range(1000)}}
