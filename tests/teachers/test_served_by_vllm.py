@@ -1,6 +1,5 @@
-"""A teacher that vLLM's own server runs, against the same model loaded here.
-
-The server is started once; the last test ends it.
+"""A teacher that vLLM's own server runs, against the same model loaded here. The server is started
+once; tests/teachers/test_served.py has servers that are lost.
 """
 
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybridrl.core.errors import ConfigError, ServerError
+from hybridrl.core.errors import ConfigError
 from hybridrl.core.free_port import free_port
 from hybridrl.launch.served_teachers import check_served_teachers
 from hybridrl.launch.serving import ServeCommand, server_command, server_environment
@@ -29,7 +28,6 @@ from hybridrl.teachers.served import ServedScorer
 from hybridrl.types import Prompt, TokenScores
 from tests.support.batches import make_batch
 from tests.support.graph import save_tiny
-from tests.support.scoring_server import scoring_server
 
 pytestmark = pytest.mark.graph
 
@@ -57,7 +55,6 @@ class Server:
                 f"++teachers.main.url={self.url}",
                 "++teachers.main.api_key=${oc.env:OF_SERVER}",
                 "++teachers.main.evidence=drawn",
-                "++teachers.main.served.retry_s=1",
                 *more,
             ]
         )
@@ -190,20 +187,3 @@ def test_the_size_of_an_answer_is_what_the_plan_expects(server: Server):
     (answer,) = one.answers([[1, *range(4, 21), *range(4, 21), *range(4, 17)]])
     per_logprob = answer.nbytes / answer.top_ids.shape[0] / (1 + answer.top_ids.shape[1])
     assert per_logprob == pytest.approx(ANSWER_BYTES, rel=0.2)
-
-
-def test_a_server_that_is_killed_is_replaced_by_the_next_one_or_ends_in_an_error(server: Server):
-    batch = make_batch(PROMPTS)
-    with scoring_server() as second:
-        second.models[0]["id"] = "teacher"
-        fallbacks = f"++teachers.main.served.fallbacks=[{second.url}]"
-        one = served(server.settings(fallbacks))
-        alone = served(server.settings())
-        first = one.score(batch)[1].logprobs
-        end(server)
-        again = one.score(batch)[1].logprobs
-        assert len(second.bodies) == 4 and again.any() and again.tolist() != first.tolist()
-    with pytest.raises(ServerError) as caught:
-        alone.score(batch)
-    assert f"teachers.main.url={server.url}: did not answer /v1/models" in str(caught.value)
-    assert "served.retry_s=1" in str(caught.value)
