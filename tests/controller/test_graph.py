@@ -178,6 +178,7 @@ def test_a_step_with_two_workers_of_each_kind_logs_every_promised_key_and_fetche
         speed = f"perf/{workers}/tokens_per_s_"
         assert row[f"{speed}mean"] >= row[f"{speed}min"] > 0
     assert row["policy/staleness_mean"] == 0 and row["kl/token"] > 0 and row["grad/dense_norm"] > 0
+    assert 0 < row["reward/mean"] < 1 and row["reward/equal_groups_frac"] < 1
 
 
 def test_there_are_two_workers_of_each_kind_and_both_nodes_are_used(graph):

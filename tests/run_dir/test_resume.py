@@ -8,12 +8,18 @@ import logging
 import pickle
 import random
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import count
 from pathlib import Path
+from types import FunctionType, MethodType
 
 import numpy as np
 import pytest
+import ray
+from ray.util.placement_group import PlacementGroup
 
 from hybridrl.controller.controller import Controller, OnStep
 from hybridrl.controller.global_batch import trained_uids
@@ -86,6 +92,20 @@ class Recorder:
     def close(self, exit_code: int) -> None: ...
 
 
+STATELESS = (
+    ray.ObjectRef,
+    ray.actor.ActorHandle,
+    PlacementGroup,
+    ThreadPoolExecutor,
+    FunctionType,
+    MethodType,
+    Path,  # of the run directory
+    count,  # numbers the parts of a trace
+    Recorder,
+)
+"""Types outside of the package whose objects hold nothing that a checkpoint could lack."""
+
+
 def contents(value: object, path: str = "", within: tuple[int, ...] = ()) -> dict[str, object]:
     """Every plain value that is reachable from one of our objects, by its path."""
     if isinstance(value, str | int | float | bytes | None):
@@ -103,12 +123,13 @@ def parts_of(value: object) -> list[tuple[str, object]]:
     """The values in a container or one of our objects, except Ray handles, files and recorders."""
     if isinstance(value, Mapping):
         return [(f"[{key}]", item) for key, item in value.items()]
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | deque):
         return [(f"[{i}]", item) for i, item in enumerate(value)]
     if isinstance(value, set | frozenset):
         return [("", repr(sorted(value, key=repr)))]
-    if not type(value).__module__.startswith("hybridrl."):
+    if isinstance(value, STATELESS):
         return []
+    assert type(value).__module__.startswith("hybridrl."), f"{type(value)}: compare its content"
     names = [f.name for f in fields(value)] if is_dataclass(value) else vars(value)
     return [(f".{name}", getattr(value, name)) for name in names]
 

@@ -7,6 +7,7 @@ import torch
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
+from tests.support import first_character
 
 
 def save_tiny(folder: Path, seed: int, *, tied: bool = True) -> Path:
@@ -24,7 +25,9 @@ def save_tiny(folder: Path, seed: int, *, tied: bool = True) -> Path:
 
 
 def tiny_overrides(folder: Path) -> list[str]:
-    """Overrides for a hybrid run with a random student and teacher, whose rewards are 0 or 1."""
+    """Overrides for a hybrid run with a random student and teacher. Of the rewards about a quarter
+    are 1 and the others 0, so that groups of both kinds occur.
+    """
     student = save_tiny(folder / "student", 0)
     teacher = save_tiny(folder / "teacher", 1)
     return [
@@ -32,6 +35,7 @@ def tiny_overrides(folder: Path) -> list[str]:
         "experiment=quickstart",
         f"model.path={student}",
         f"teachers.main.path={teacher}",
+        f"reward.functions.countdown.function={first_character.__file__}:begins_low",
         "algorithm.gamma=0.5",
         "algorithm.reward_weight={kind:linear,value:1,end:2,steps:4}",
         "train.steps=2",
