@@ -3,19 +3,28 @@
 The hub is a local server that has no files and records the requests.
 """
 
-import os
-import subprocess
-import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import datasets
+import huggingface_hub
 import pytest
+import torch
+from huggingface_hub import constants
 
-from hybridrl.core.errors import ConfigError
+from hybridrl.core.errors import ConfigError, DataError
+from hybridrl.data.problem_sources import load_problems
+from hybridrl.kernels.head import HeadRule
+from hybridrl.launch.preflight import check_teachers
+from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.models import ModelConfig
+from hybridrl.teachers.evidence import Hidden
+from hybridrl.teachers.inbox import TeacherInbox
+from hybridrl.teachers.scorer import Scorer
 
 HUB = [
     "experiment=quickstart",
@@ -24,40 +33,6 @@ HUB = [
     "teachers.main.path=me/teacher",
     "+teachers.main.revision=t2",
 ]
-
-REQUESTS = """
-from contextlib import suppress
-from tests.models.test_revisions import HUB
-from hybridrl.settings.compose import load_config
-from hybridrl.launch.preflight import check_teachers
-from hybridrl.data.problem_sources import load_problems
-from hybridrl.core.errors import ConfigError, DataError
-from hybridrl.models.tiny import tiny_tokenizer
-from hybridrl.kernels.head import HeadRule
-from hybridrl.teachers.scorer import Scorer
-from hybridrl.teachers.evidence import Hidden
-from hybridrl.teachers.inbox import TeacherInbox
-import torch
-
-data = ["data.path=me/rows", "data.heldout_path=me/other", "data.revision=d3"]
-settings = load_config([*HUB, "data.task=records", *data])
-device = torch.device("cpu")
-for request in (
-    lambda: check_teachers(settings, tiny_tokenizer()),
-    lambda: Scorer(
-        settings,
-        teacher="main",
-        device="cpu",
-        evidence=Hidden(drawn=False),
-        rule=HeadRule(),
-    ),
-    lambda: TeacherInbox.load(settings, [Hidden(drawn=False)], device),
-    lambda: load_problems(settings.data, 0),
-):
-    print("requests", flush=True)
-    with suppress(ConfigError, DataError):
-        request()
-"""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -77,32 +52,48 @@ class Hub(BaseHTTPRequestHandler):
         """Nothing is printed."""
 
 
-def test_teachers_and_data_are_requested_at_their_revisions(tmp_path: Path):
+@pytest.fixture
+def requested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """The paths that the libraries request of the hub; their caches are empty."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        for library, name, value in (
+            (constants, "ENDPOINT", endpoint),
+            (constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + template),
+            (constants, "HF_HUB_OFFLINE", False),
+            (constants, "HF_HUB_CACHE", str(tmp_path / "hub")),
+            (datasets.config, "HF_ENDPOINT", endpoint),
+            (datasets.config, "HF_HUB_OFFLINE", False),
+            (datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets"),
+        ):
+            monkeypatch.setattr(library, name, value)
+        huggingface_hub.close_session()  # of another test, with other variables
         Hub.paths.clear()
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        root = Path(__file__).parent.parent.parent
-        hub = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
-            "HF_HOME": str(tmp_path),
-            "NO_PROXY": "127.0.0.1",
-        }
-        env = os.environ | hub | {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(root)}
-        process = subprocess.run(
-            [sys.executable, "-c", REQUESTS],
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        yield Hub.paths
         server.shutdown()
-    assert process.returncode == 0 and process.stdout.count("requests") == 4, process.stderr
-    teacher = [path for path in Hub.paths if "me/teacher" in path]
-    assert len(teacher) >= 3, "tokenizer, weights and head"
-    assert set(teacher) == {"/api/models/me/teacher/revision/t2"}
-    heldout = next(path for path in Hub.paths if "me/other" in path)
+
+
+def test_teachers_and_data_are_requested_at_their_revisions(requested: list[str]):
+    data = ["data.path=me/rows", "data.heldout_path=me/other", "data.revision=d3"]
+    settings = load_config([*HUB, "data.task=records", *data])
+    hidden = Hidden(drawn=False)
+    loads = (
+        lambda: check_teachers(settings, tiny_tokenizer()),
+        lambda: Scorer(settings, teacher="main", device="cpu", evidence=hidden, rule=HeadRule()),
+        lambda: TeacherInbox.load(settings, [hidden], torch.device("cpu")),
+    )
+    for load in loads:
+        requested.clear()
+        with pytest.raises(ConfigError):
+            load()
+        assert set(requested) == {"/api/models/me/teacher/revision/t2"}
+    requested.clear()
+    with pytest.raises(DataError):
+        load_problems(settings.data, 0)
+    heldout = next(path for path in requested if "me/other" in path)
     assert heldout.startswith("/datasets/me/other/resolve/d3/")
 
 
