@@ -278,7 +278,7 @@ def test_engines_and_ranks_that_divide_the_parameters_agree_on_the_log_probs(uni
     rows = read_metrics(uninterrupted)[1:]
     assert all(row["policy/logprob_gap"] < 1e-5 for row in rows), "nats, mean over all tokens"
     assert all(row["train/grad_norm"] > 0 for row in rows)
-    assert all(0 < row["reward/mean"] < 1 for row in rows)
+    assert all(0 < row["reward/countdown/mean"] < 1 for row in rows)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(uninterrupted, resumed):
