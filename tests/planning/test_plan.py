@@ -377,6 +377,10 @@ def test_a_teacher_that_an_engine_of_the_student_cannot_hold_is_refused_before_i
     check_fit(planned(name, overrides=("eval.teacher=true",)))
     check_fit(planned(name, overrides=(*measured, "eval.teacher=false")))
     check_fit(planned(name, overrides=(*measured, "rollout.tensor_parallel=2")))
+    check_fit(planned(name, overrides=(*measured, "rollout.kv_cache_bytes=2147483648")))
+    own = ("++teachers.main.engine={tensor_parallel_size:2}", "++teachers.main.evidence=support")
+    ours = ("algorithm.topk.source=teacher", "algorithm.topk.k=16")
+    check_fit(planned(name, overrides=(*measured, *own, *ours)))
 
 
 def test_the_copy_of_a_checkpoint_in_the_background_is_in_the_hosts_memory():
