@@ -313,7 +313,9 @@ def test_help_names_every_verb_and_train_help_says_how_to_sweep(
 ):
     assert main([]) == main(["--help"]) == 0
     output = capsys.readouterr().out
-    assert all(f"hybridrl {verb} " in output for verb in ("train", "report", "export"))
+    assert main(["fly"]) == 2
+    verbs = capsys.readouterr().err.rstrip().rpartition("it must be one of ")[2].split(", ")
+    assert len(verbs) == 12 and all(f"hybridrl {verb} " in output for verb in verbs)
     assert main(["export", "--help"]) == main(["report", "--help"]) == 0
     assert main(["trian"]) == 2
     capsys.readouterr()
