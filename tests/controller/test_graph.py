@@ -485,7 +485,8 @@ def test_an_engine_that_stops_while_weights_come_is_replaced_while_the_other_ans
     step_without_loss(controller)
     [state] = gather([first_ping])
     assert state["version"] == -1, "it serves nothing before it has received the weights"
-    controller.step()
+    row = controller.step()
+    assert row["policy/staleness_mean"] == 0 and row["policy/logprob_gap"] < 1e-5
     assert (
         rollout.fleet.serving == {0, 1}
         and gather(rollout.ready())[0]["version"] == controller.weight_version
